@@ -1,0 +1,78 @@
+"""Every error a person can meet, and the exit code it ends the command with.
+
+    GraftworkError
+    ├── UserError        exit 2: the input is wrong; nothing was started
+    │   ├── ConfigError      a spec, a flag, a `--set`
+    │   ├── DataError        a dataset, a row, a corpus
+    │   ├── BaseModelError   a base model that cannot be resolved, verified or loaded
+    │   ├── ArtifactError    an adapter that is missing, corrupt, unsafe, or made for another base
+    │   └── StorageError     a URI, credentials, a full disk, an unreachable store
+    ├── RunError         exit 1: the work itself failed
+    │   └── Interrupted      Ctrl-C or SIGTERM; what was committed stays valid
+    └── ClusterError     exit 3: no cluster could be had
+
+A message has four parts: what was asked (key and value), what was found, the rule, and the next move.
+"""
+
+
+class GraftworkError(Exception):
+    """Base of all errors meant for people. `exit_code` ends the command."""
+
+    exit_code = 1
+
+    def __init__(self, asked: str, found: str = "", rule: str = "", next_move: str = "") -> None:
+        self.asked, self.found, self.rule, self.next_move = asked, found, rule, next_move
+        super().__init__(self.text())
+
+    def text(self) -> str:
+        """The message as shown: first what was asked and found, then the rule, then the next move."""
+        lines = [f"{type(self).__name__}: {self.asked}" + (f": {self.found}" if self.found else "")]
+        lines += [f"  Rule: {self.rule}"] if self.rule else []
+        lines += [f"  Next: {self.next_move}"] if self.next_move else []
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __reduce__(self) -> tuple[type["GraftworkError"], tuple[str, str, str, str]]:
+        return type(self), (self.asked, self.found, self.rule, self.next_move)  # Ray carries it between processes
+
+
+class UserError(GraftworkError):
+    """The input is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A spec, a flag or a `--set` that cannot take effect."""
+
+
+class DataError(UserError):
+    """A dataset, a row or a corpus that cannot be used. Rows are named by 1-based number."""
+
+
+class BaseModelError(UserError):
+    """A base model that cannot be resolved, verified or loaded."""
+
+
+class ArtifactError(UserError):
+    """An adapter that is missing, corrupt, unsafe, or made for another base."""
+
+
+class StorageError(UserError):
+    """A URI, credentials, a full disk or an unreachable store."""
+
+
+class RunError(GraftworkError):
+    """The work itself failed after it had started."""
+
+
+class Interrupted(RunError):
+    """Ctrl-C or SIGTERM. What was committed stays valid; the same command continues."""
+
+
+class ClusterError(GraftworkError):
+    """No cluster could be had."""
+
+    exit_code = 3

@@ -1,0 +1,46 @@
+"""What a comparison is asked to do: arms, held-out questions, a schema, a declared baseline."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from graftwork.base_model import BaseSpec, QuantSpec
+from graftwork.config import Spec
+from graftwork.serving.spec import ArmSpec, EngineSpec
+from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
+
+
+class CompareSpec(Spec):
+    """All arms answer all questions through the served handle; verdicts come with intervals."""
+
+    kind: Literal["compare"] = "compare"
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    root: str = DEFAULT_ROOT
+    base: BaseSpec
+    quant: QuantSpec = QuantSpec(kind="nf4")
+    eval: str
+    """JSONL of questions with `id` and `gold`: a path, `file://`, `s3://` or `recipe://`."""
+    limit: int | None = Field(None, ge=1)
+    """Take the first so many rows; null takes all."""
+    answer_schema: str
+    """JSON schema of a valid answer: a path or `recipe://NAME/schema`."""
+    arms: Annotated[tuple[ArmSpec, ...], Field(min_length=2)]
+    baseline: str
+    """The arm that the others are tested against."""
+    alpha: float = Field(0.05, gt=0, lt=1)
+    """Two-sided error rate of each family of tests (Holm within the family)."""
+    equivalence_margin: float = Field(0.03, gt=0, lt=1)
+    """Differences smaller than this count as none (TOST)."""
+    engine: EngineSpec = EngineSpec()
+    num_cpus: float = Field(2.0, gt=0)
+    num_gpus: float = Field(0.0, ge=0)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _arms_stand(self) -> Self:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"arms: names must differ, found {names}")
+        if self.baseline not in names:
+            raise ValueError(f"baseline={self.baseline!r} is none of the arms {names}")
+        return self

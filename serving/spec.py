@@ -1,0 +1,75 @@
+"""What an endpoint is asked to serve, and what an arm is."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from graftwork.base_model import BaseSpec, QuantSpec
+from graftwork.chat import PromptSpec
+from graftwork.config import Spec
+from graftwork.retrieval import RetrieverSpec
+from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
+
+
+class EngineSpec(Spec):
+    """Limits of one engine replica."""
+
+    max_batch: int = Field(64, ge=1)
+    """Requests decoded together."""
+    max_seq_len: int = Field(1024, ge=16)
+    """Longest prompt plus answer in tokens; a longer request is refused."""
+    kv_tokens: int = Field(32_768, ge=16)
+    """Tokens of key-value memory over all requests; the rest wait in the queue."""
+    prefill_tokens: int = Field(1024, ge=16)
+    """Prompt tokens computed in one step at most, so that running requests go on."""
+    max_rank: int = Field(64, ge=1)
+    """Largest adapter rank that is admitted."""
+    max_loaded: int = Field(16, ge=1)
+    """Adapter versions held in memory; beyond it the least recently used idle one is dropped."""
+    prefix_cache: bool = True
+    """Share the KV of equal prompt beginnings, keyed by (adapter version digest, tokens)."""
+    num_threads: int | None = None
+    """Torch threads; null takes the replica's CPUs."""
+
+
+class ArmSpec(Spec):
+    """An arm is data: (base or adapter version) x (prompt template) x (retriever or none) x (decoding)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9+._-]{0,62}$")]
+    adapter: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
+    """`task@alias` or `task@version`; null is the base model."""
+    prompt: PromptSpec = PromptSpec()
+    """System prompt and worked examples."""
+    retriever: RetrieverSpec | None = None
+    max_new_tokens: int = Field(96, ge=1)
+
+
+class ServeSpec(Spec):
+    """One endpoint: one base, many adapters, and the arms it answers as."""
+
+    kind: Literal["serve"] = "serve"
+    name: Annotated[str, Field(pattern=NAME_PATTERN)] = "graftwork"
+    root: str = DEFAULT_ROOT
+    base: BaseSpec
+    quant: QuantSpec = QuantSpec(kind="nf4")
+    adapters: tuple[Annotated[str, Field(pattern=ALIAS_PATTERN)], ...] = ()
+    """Loaded at start; others of the store load when first asked for."""
+    arms: tuple[ArmSpec, ...] = ()
+    """Answered under the model name `arm/NAME`."""
+    engine: EngineSpec = EngineSpec()
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    token_env: str | None = None
+    """Environment variable that holds the API token; needed to bind anything but loopback."""
+    num_cpus: float = Field(1.0, gt=0)
+    """CPUs of the engine replica."""
+    num_gpus: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _closed_to_strangers(self) -> Self:
+        if self.host not in ("127.0.0.1", "localhost", "::1") and self.token_env is None:
+            raise ValueError(f"host={self.host!r} is open to the network but token_env is not set")
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"arms: names must differ, found {names}")
+        return self

@@ -1,0 +1,88 @@
+"""What a training run is asked to do. The YAML, the `--set` keys and the sweep's search space are these fields."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from graftwork.base_model import BaseSpec, QuantSpec
+from graftwork.chat import PromptSpec
+from graftwork.config import Spec
+from graftwork.data import DataSpec
+from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
+
+
+class LoraSpec(Spec):
+    """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685), attached and exported by PEFT."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(16, ge=1, le=256)
+    """Inner dimension r of the update B·A."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input while training."""
+    targets: Literal["all-linear", "attention", "mlp"] = "all-linear"
+    """Which linear layers get an adapter; the head never does."""
+
+
+class OptimSpec(Spec):
+    """AdamW on the adapter's parameters."""
+
+    lr: float = Field(2e-3, gt=0)
+    """Peak learning rate, reached after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Decay from the peak to 0 over the run, after the warm-up."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps that the learning rate rises linearly from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training rows."""
+    rows_per_step: int = Field(8, ge=1)
+    """Rows per optimizer step over all workers: constant when the number of workers changes."""
+    micro_batch: int = Field(4, ge=1)
+    """Rows per forward pass on one worker; gradient accumulation is derived."""
+
+
+class TrainSpec(Spec):
+    """One training run: it ends in one published adapter version."""
+
+    kind: Literal["train"] = "train"
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """The task: the adapter is published as `name`, and run folders begin with it."""
+    root: str = DEFAULT_ROOT
+    """Where runs, adapters and caches live: a folder, `file://` or `s3://`. No part of the run's identity."""
+    base: BaseSpec
+    quant: QuantSpec = QuantSpec(kind="nf4")
+    data: DataSpec
+    prompt: PromptSpec = PromptSpec()
+    max_length: int = Field(512, ge=8)
+    """Longest row in tokens."""
+    too_long: Literal["drop", "refuse"] = "drop"
+    """A longer row is dropped and counted, or refused before anything starts. Never cut."""
+    adapter: LoraSpec = LoraSpec()
+    optim: OptimSpec = OptimSpec()
+    num_workers: int = Field(2, ge=1)
+    """Ray Train workers, data-parallel."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs reserved for, and threads used by, one worker."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    checkpoint_every: int = Field(20, ge=1)
+    """Optimizer steps between checkpoints; a rerun continues from the last."""
+    eval_every: int = Field(20, ge=1)
+    """Optimizer steps between evaluations, where `data.eval` is given."""
+    seed: int = 0
+    alias: Annotated[str, Field(pattern=NAME_PATTERN)] | None = "latest"
+    """Alias that points at the new version once it is published; null publishes without moving any."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> Self:
+        per_step = self.num_workers
+        if self.optim.rows_per_step % per_step:
+            raise ValueError(
+                f"optim.rows_per_step={self.optim.rows_per_step} must be a multiple of num_workers={per_step}, "
+                "so that each worker gets the same number of rows a step"
+            )
+        if self.data.eval is None and "eval_every" in self.model_fields_set:
+            raise ValueError("eval_every is set but data.eval is not given, so it cannot take effect")
+        return self
