@@ -8,7 +8,7 @@ from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.chat import PromptSpec
 from graftwork.config import Spec
 from graftwork.data import DataSpec
-from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
+from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 
 
 class LoraSpec(Spec):
@@ -72,6 +72,8 @@ class TrainSpec(Spec):
     eval_every: int = Field(20, ge=1)
     """Optimizer steps between evaluations, where `data.eval` is given."""
     seed: int = 0
+    init_from: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
+    """Start from this published adapter (`task@alias`) instead of fresh weights; rank and targets must be equal."""
     alias: Annotated[str, Field(pattern=NAME_PATTERN)] | None = "latest"
     """Alias that points at the new version once it is published; null publishes without moving any."""
 

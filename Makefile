@@ -1,0 +1,42 @@
+# `make demo` and `make test` work on a fresh checkout: they create .venv and install first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUICK ?=
+
+.PHONY: demo test check format soak bench install clean
+
+demo: install
+	$(BIN)/graftwork demo examples/$(if $(QUICK),demo-quick,demo).yaml
+
+test: install
+	$(BIN)/pytest -m "not soak"
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+soak: install
+	$(BIN)/pytest -m soak --timeout 3600
+
+bench: install
+	$(BIN)/python -m benchmarks.run
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "graftwork needs Python 3.11 or newer; found $$($(PYTHON) --version). Run: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 2; }
+	@echo "Installing into $(VENV): about 2.5 GB, 3 to 5 minutes, once."
+	@$(BIN)/python -m pip install -q -U pip
+	@$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .graftwork
