@@ -1,0 +1,50 @@
+"""The command line: one verb, one call. Prints and exit codes live here, and no logic.
+
+Exit codes: 0 done; 1 the run failed; 2 the input is wrong; 3 no cluster could be had.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+from tempfile import gettempdir
+
+import typer
+
+from graftwork.cli import adapters, configs, stages
+from graftwork.cli.output import print_error
+from graftwork.errors import GraftworkError, Interrupted
+
+app = typer.Typer(
+    name="graftwork",
+    help="Finetune, sweep, serve and honestly compare many task adapters on one quantized base model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+stages.register(app)
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(configs.app, name="config")
+
+
+def main() -> None:
+    """Run the command line; every error leaves as a message and an exit code, never as a bare traceback."""
+    as_json = "--json" in sys.argv
+    try:
+        app(standalone_mode=True)
+    except GraftworkError as error:
+        print_error(error, as_json)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        stop = Interrupted("stopped by Ctrl-C", "", "what was committed stays valid", "run the same command to continue")
+        print_error(stop, as_json)
+        sys.exit(stop.exit_code)
+    except Exception as error:  # the top of the process: our own bug
+        trace = Path(gettempdir()) / "graftwork-traceback.txt"
+        trace.write_text(traceback.format_exc(), encoding="utf-8")
+        wrapped = GraftworkError(
+            "internal error", f"{type(error).__name__}: {error}", "this is a bug in graftwork, not in your input",
+            f"report it with the traceback in {trace}",
+        )
+        print_error(wrapped, as_json)
+        sys.exit(1)

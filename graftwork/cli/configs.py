@@ -1,0 +1,49 @@
+"""`graftwork config check|show|schema`: what a spec says, without starting anything."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from graftwork import config
+from graftwork.cli.output import JsonFlag, Sets, print_json, print_table, say
+from graftwork.errors import ConfigError
+
+app = typer.Typer(help="Check, show and describe spec files.", no_args_is_help=True)
+SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML spec; its `kind` names the stage.")]
+
+
+@app.command()
+def check(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006 (typer copies it)
+    """Validate a spec. Exit 2 names every wrong key, its value, the rule and the nearest known key."""
+    spec = config.load(file, sets)
+    kind = spec.model_dump()["kind"]
+    if as_json:
+        print_json({"file": str(file), "kind": kind, "digest": spec.digest(), "ok": True})
+    else:
+        say(f"ok: {file} is a valid {kind} spec (digest {spec.digest()[:8]})")
+
+
+@app.command()
+def show(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """The resolved spec: each key, its value, and whether it came from the file or is a default."""
+    spec = config.load(file, sets)
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    given = {**tree, **{item.partition("=")[0]: True for item in sets}}
+    rows = [(key, value, came) for key, value, came in config.explain(spec, given)]
+    if as_json:
+        print_json({key: {"value": value, "from": came} for key, value, came in rows})
+    else:
+        print_table(f"{file} (digest {spec.digest()[:8]})", ("key", "value", "from"), rows)
+
+
+@app.command()
+def schema(kind: Annotated[str, typer.Argument(metavar="KIND|FILE", help="A stage, or a spec file of it.")]) -> None:
+    """JSON schema of a stage's spec, for editors."""
+    if kind not in config.SPEC_KINDS and Path(kind).suffix in (".yaml", ".yml"):
+        tree = yaml.safe_load(Path(kind).read_text(encoding="utf-8")) if Path(kind).is_file() else None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"spec file {kind}", "it does not exist or is no mapping", "schema takes a stage or a spec file")
+        kind = str(tree.get("kind"))
+    print_json(config.schema(kind))
