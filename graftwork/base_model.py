@@ -36,7 +36,7 @@ class QuantSpec(Spec):
     double_quant: bool = False
     """Quantize nf4's scales too: 0.4 bit a weight less, a little slower."""
     resident: Literal["auto", "packed", "dequantised"] = "auto"
-    """How nf4 lies in memory: packed 4-bit, or its exact values as plain weights (bit-equal output, faster on a CPU)."""
+    """How nf4 lies in memory: packed, or its exact values as plain weights (bit-equal output, faster on most CPUs)."""
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:

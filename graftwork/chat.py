@@ -64,7 +64,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as the model sees it. `ids` and `loss_mask` have equal length; the mask is all False in a prompt."""
+    """A conversation as the model sees it. `loss_mask` is as long as `ids`, all False in a prompt."""
 
     ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]

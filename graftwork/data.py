@@ -68,5 +68,5 @@ def resolve_prompt(spec: PromptSpec) -> Prompt:
 
 
 def read_text(uri: str) -> str:
-    """Text behind a path, `file://`, `s3://` or `recipe://NAME/FILE` (e.g. a JSON schema). Raises DataError, StorageError."""
+    """Text behind a path, `file://`, `s3://` or `recipe://NAME/FILE` (e.g. a schema). Raises DataError, StorageError."""
     raise NotImplementedError
