@@ -1,0 +1,167 @@
+"""A private Ray on this machine: own temp dir, own token, loopback only, gone with the command that started it."""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import site
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import graftwork
+from graftwork.errors import ClusterError
+
+DIR_PREFIX = "gw-ray-"
+SOCKET_PATH_LIMIT = 107  # bytes of a unix socket path on Linux (sun_path)
+RAY_SOCKET_SUFFIX = 66  # bytes that Ray adds: /session_<date>_<time>_<pid>/sockets/plasma_store
+OBJECT_STORE_BYTES = 256 * 2**20  # rows and adapters are small; Ray's default takes 30 % of the memory
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning of each CPU worker (Ray 2.60)
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # default 2 s: the controller sees a finished or lost worker sooner
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # default 600 s
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextlib.contextmanager
+def private_ray(num_cpus: int | None = None) -> Iterator[str]:
+    """Start Ray in this process' name, yield its GCS address, stop it and remove its folder whatever happens.
+
+    `num_cpus` is what Ray may hand out (logical); at least 2, so that two workers fit a machine with one core.
+    Raises ClusterError when Ray does not come up.
+    """
+    import ray
+
+    if ray.is_initialized():
+        raise ClusterError("--on local", "this process already has a Ray", "one Ray a process", "leave it first")
+    folder, lock = _own_folder()
+    environment = {
+        **{key: os.environ.get(key, value) for key, value in QUIET.items()},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PYTHONPATH": _python_path(),
+    }
+    try:
+        with environment_of(environment), _loopback_only(), _token_reloaded():
+            try:
+                yield _start(ray, folder, num_cpus)
+            finally:
+                ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _start(ray, folder: Path, num_cpus: int | None) -> str:  # type: ignore[no-untyped-def]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=max(num_cpus or cores, 2),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level="error",
+            log_to_driver=False,
+            _temp_dir=str(folder),
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ClusterError(
+            "--on local",
+            f"a private Ray did not start ({error})",
+            "it needs about 1 GiB of memory and a writable temp dir",
+            f"look at free memory and at {tempfile.gettempdir()}",
+        ) from error
+    return str(context.address_info["gcs_address"])
+
+
+def _own_folder() -> tuple[Path, int]:
+    """A fresh short temp dir and the lock that says its owner lives; folders of killed owners are removed first."""
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) + len(DIR_PREFIX) + 9 + RAY_SOCKET_SUFFIX > SOCKET_PATH_LIMIT:
+        base = Path("/tmp")
+    for left in base.glob(f"{DIR_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = _lock(left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    folder = Path(tempfile.mkdtemp(prefix=DIR_PREFIX, dir=base))
+    return folder, _lock(folder)
+
+
+def _lock(folder: Path) -> int:
+    """An flock on the folder itself: it dies with this process. Raises OSError when another process holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _python_path() -> str:
+    """PYTHONPATH with the folder of `graftwork` first, so that workers import this very code."""
+    here = str(Path(graftwork.__file__).parent.parent)
+    parts = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    return os.pathsep.join(parts if here in [*parts, *site.getsitepackages()] else [here, *parts])
+
+
+@contextlib.contextmanager
+def environment_of(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables of this process and its children, and put back what was there."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Make every Ray process bind 127.0.0.1.
+
+    `ray.init(_node_ip_address="127.0.0.1")` is resolved back to the machine's outer address and all ports bind 0.0.0.0
+    (Ray 2.60, services.resolve_ip_for_localhost). The switch that Ray has for macOS and Windows laptops keeps loopback;
+    Ray reads it at import, so the constant is set as well as the variable for the children.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with environment_of({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _token_reloaded() -> Iterator[None]:
+    """Ray caches mode and token in C++ when first asked; make it read the environment again, before and after."""
+    reload_token()
+    try:
+        yield
+    finally:
+        reload_token()
+
+
+def reload_token() -> None:
+    """Make Ray in this process read RAY_AUTH_MODE and RAY_AUTH_TOKEN from the environment again."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
