@@ -1,0 +1,69 @@
+"""Wheel and sdist carry the whole package, the four linked folders included, and run."""
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CODE = "import graftwork.training.spec, graftwork.tuning.spec, graftwork.serving.spec, graftwork.cluster; print(graftwork.__file__)"
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel built from the sdist, as pip does it for a user who has only the sdist."""
+    out = tmp_path_factory.mktemp("dist")
+    build = "import sys; from hatchling.build import build_sdist; print(build_sdist(sys.argv[1]))"
+    sdist = subprocess.run([sys.executable, "-c", build, str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
+    name = sdist.stdout.strip().splitlines()[-1]
+    unpacked = out / "unpacked"
+    unpacked.mkdir()
+    subprocess.run(["tar", "xzf", str(out / name), "-C", str(unpacked), "--strip-components=1"], check=True)
+    wheel = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", wheel, str(out)], cwd=unpacked, capture_output=True, text=True, check=True)
+    return out
+
+
+def test_wheel_from_sdist_holds_real_folders_under_one_name(dist: Path) -> None:
+    names = zipfile.ZipFile(next(dist.glob("*.whl"))).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"graftwork"}
+    for folder in ("training", "serving", "tuning"):
+        assert f"graftwork/{folder}/spec.py" in names
+
+
+def test_wheel_runs_outside_the_checkout(dist: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True, system_site_packages=False)
+    python = tmp_path / "venv/bin/python"
+    site = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True)
+    own = [path for path in sys.path if path.endswith("site-packages")]
+    (Path(site.stdout.strip()) / "host.pth").write_text("\n".join(own))  # the host's libraries, not the host's graftwork
+    pip = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(next(dist.glob("*.whl")))]
+    subprocess.run(pip, check=True, capture_output=True)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", CODE], cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "venv") in done.stdout, "the wheel's own copy was imported"
+    done = subprocess.run([tmp_path / "venv/bin/graftwork", "--help"], cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+
+
+def test_a_checkout_without_links_still_imports(dist: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", "HEAD"], capture_output=True, check=False)
+    if archive.returncode:
+        pytest.skip("not a git checkout")
+    subprocess.run(["tar", "x", "-C", str(tree)], input=archive.stdout, check=True)
+    for folder in ("cluster", "training", "serving", "tuning"):
+        (tree / "graftwork" / folder).unlink()
+        (tree / "graftwork" / folder).write_text(f"../{folder}")  # what a zip makes of a link
+    env = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run([sys.executable, "-c", CODE], cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(tree) in done.stdout
