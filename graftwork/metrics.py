@@ -1,0 +1,100 @@
+"""What is measured: names with unit and direction, the one quantile rule, the signature that every number carries.
+
+The tests and intervals on these metrics live in `graftwork.stats`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from graftwork import __version__
+
+Direction = Literal["higher", "lower"]
+Kind = Literal["binary", "graded", "measure"]
+
+QUANTILE_RULE = "linear interpolation (Hyndman-Fan 7, numpy's default)"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured quantity. `better` is the direction in which it improves."""
+
+    name: str
+    unit: str
+    better: Direction
+    kind: Kind
+    """binary: 0 or 1 a question (exact tests); graded: 0 to 1 a question (resampling); measure: a physical quantity."""
+    meaning: str
+
+
+FORM = Metric(
+    "form", "share of answers", "higher", "binary",
+    "The answer is exactly one JSON object (only whitespace around it) and the object validates against the schema.",
+)  # fmt: skip
+FACTS = Metric(
+    "facts", "share of fields", "higher", "graded",
+    "Share of the gold fields that the question does not give away and that the answer gets right: at their key when "
+    "the answer is a JSON object, else anywhere in the text. Looking anywhere flatters arms that answer in prose.",
+)  # fmt: skip
+BOTH = Metric(
+    "both", "share of answers", "higher", "binary",
+    "Form holds and every gold field is exactly right: the answer can be used by a program as it is.",
+)  # fmt: skip
+FIELD_ACCURACY = Metric(
+    "field_accuracy", "share of fields", "higher", "graded",
+    "Share of all gold fields exactly right in an answer whose form holds; 0 where it does not.",
+)  # fmt: skip
+TTFT_MS = Metric("ttft_ms", "ms", "lower", "measure", "Time from the request to its first token.")
+LATENCY_MS = Metric("latency_ms", "ms", "lower", "measure", "Time from the request to its last token.")
+PROMPT_TOKENS = Metric("prompt_tokens", "tokens", "lower", "measure", "Tokens of the rendered prompt.")
+COMPLETION_TOKENS = Metric("completion_tokens", "tokens", "lower", "measure", "Tokens generated.")
+
+SCORES = (FACTS, FORM, BOTH, FIELD_ACCURACY)
+"""What an answer is scored on, in the order of every table."""
+
+
+def metric(name: str) -> Metric:
+    """The score of that name. Raises KeyError."""
+    return {m.name: m for m in SCORES}[name]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A measured quantity over `n` requests, in `unit`."""
+
+    unit: str
+    n: int
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+    max: float
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile (0 <= q <= 1) of at least one value, by linear interpolation (Hyndman-Fan 7)."""
+    assert values, "a quantile needs at least one value"
+    assert 0 <= q <= 1, f"q={q} is not within 0..1"
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return float(ordered[below] + (ordered[above] - ordered[below]) * (position - below))
+
+
+def distribution(values: Iterable[float], unit: str) -> Distribution | None:
+    """Mean, quantiles and maximum of the values; None where there are none."""
+    found = [float(value) for value in values]
+    if not found:
+        return None
+    p50, p95, p99 = (quantile(found, q) for q in (0.5, 0.95, 0.99))
+    return Distribution(unit, len(found), sum(found) / len(found), p50, p95, p99, max(found))
+
+
+def signature(name: str, n: int, recipe: Mapping[str, object]) -> str:
+    """What a number needs to be recomputed, as in sacrebleu (Post 2018, arXiv 1804.08771).
+
+    `both|n:200|arm:raft+rag|base:1f0c9a2b|quant:nf4|tmpl:9c21d0e4|seed:0|v:0.1.0`
+    """
+    parts = [name, f"n:{n}", *(f"{key}:{value}" for key, value in recipe.items()), f"v:{__version__}"]
+    return "|".join(part.replace("|", "/") for part in parts)

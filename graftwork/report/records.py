@@ -1,0 +1,290 @@
+"""The records that a report is made of: what each stage measured, frozen, as `report.json` holds it.
+
+Times are in seconds (`_s`) or milliseconds (`_ms`), memory in bytes, losses in nats per token.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from graftwork.metrics import Distribution
+
+Verdict = Literal["better", "worse", "equivalent", "undecided"]
+ArmKind = Literal["prompt", "rag", "finetune", "both"]
+
+
+class Record(BaseModel):
+    """Base of every record: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# The comparison.
+
+
+class Score(Record):
+    """One metric of one arm, with its interval."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    level: float
+    method: str
+    """`wilson` for shares of answers, `bca` for graded metrics."""
+    n: int
+    signature: str
+
+
+class ArmReport(Record):
+    """One arm over all questions."""
+
+    name: str
+    kind: ArmKind
+    """prompt: base only; rag: base with a retriever; finetune: an adapter; both: an adapter with a retriever."""
+    adapter: str | None
+    adapter_version: str | None
+    retriever: str | None
+    shots: int
+    n: int
+    errors: int
+    """Requests that failed; each counts as a wrong answer."""
+    not_json: int
+    """Answers that are not one JSON object; each counts as a wrong form."""
+    truncated: int
+    """Answers cut by `max_new_tokens`."""
+    scores: dict[str, Score]
+    prompt_tokens: Distribution | None
+    completion_tokens: Distribution | None
+    ttft_ms: Distribution | None
+    latency_ms: Distribution | None
+
+
+class Difference(Record):
+    """Arm `a` minus arm `b` on one metric, paired by question."""
+
+    a: str
+    b: str
+    metric: str
+    n: int
+    value: float
+    low: float
+    high: float
+    level: float
+    interval: str
+    """`newcombe-10` for shares of answers, `bca` for graded metrics."""
+    test: str
+    """`mcnemar-exact` for shares of answers, `sign-flip` for graded metrics."""
+    p_value: float
+    p_adjusted: float
+    """After Holm over the `family` tests made together."""
+    family: int
+    wins: int
+    """Questions on which `a` scored higher."""
+    losses: int
+    ties: int
+    verdict: Verdict
+    """On `a` against `b`."""
+    mde: float
+    """Smallest true difference that n questions find with 80% power at alpha / family."""
+    n_needed: int | None
+    """Questions that find the seen difference (or the margin, if that is larger) with 80% power; None when decided."""
+    signature: str
+
+
+class MetricAdvice(Record):
+    """Which arms win one metric: the best, and all that are not shown to be worse."""
+
+    metric: str
+    best: str
+    tied: tuple[str, ...]
+    """`best` and every arm whose deficit is not significant (Holm over all pairs of arms)."""
+    winner: Literal["prompting", "retrieval", "finetuning", "finetuning with retrieval"] | None
+    """The ingredient that all tied arms share and no other has; None when undecided."""
+    sentence: str
+
+
+class Advice(Record):
+    """Prompt, RAG, finetune or both: derived from the tests, and honest when they do not decide."""
+
+    sentence: str
+    metrics: tuple[MetricAdvice, ...]
+
+
+class SampleAnswer(Record):
+    """What one arm said to a sample question."""
+
+    arm: str
+    text: str
+    error: str | None
+    form: float
+    facts: float
+    both: float
+    retrieved_ids: tuple[str, ...]
+
+
+class Sample(Record):
+    """One question, drawn at random by the seed, and every arm's answer."""
+
+    row_id: str
+    question: str
+    gold: dict[str, Any]
+    answers: tuple[SampleAnswer, ...]
+
+
+class MetricInfo(Record):
+    """A line of the glossary."""
+
+    name: str
+    unit: str
+    better: str
+    meaning: str
+
+
+class CompareReport(Record):
+    """The result of `compare`: byte-identical JSON for the same answers and seed."""
+
+    name: str
+    baseline: str
+    n: int
+    alpha: float
+    equivalence_margin: float
+    seed: int
+    base_digest: str | None
+    data_fingerprint: str
+    metrics: tuple[MetricInfo, ...]
+    arms: tuple[ArmReport, ...]
+    differences: tuple[Difference, ...]
+    """Every arm against the baseline, for each metric."""
+    contrasts: tuple[Difference, ...]
+    """The contrasts that the spec declared."""
+    advice: Advice
+    samples: tuple[Sample, ...]
+    notes: tuple[str, ...]
+
+
+# Tuning and training.
+
+
+class Trial(Record):
+    """One trial of a sweep."""
+
+    id: str
+    values: dict[str, str | int | float | bool | None]
+    losses: tuple[tuple[int, float], ...]
+    """(optimizer step, held-out loss) at each report."""
+    state: Literal["finished", "stopped", "failed"]
+    """stopped: by the scheduler, because others did better."""
+    wall_s: float | None = None
+
+
+class TuneRecord(Record):
+    """A sweep and its choice."""
+
+    name: str
+    trials: tuple[Trial, ...]
+    best_id: str
+    rows: int
+    """Held-out rows behind each loss."""
+    seed: int = 0
+    reused: bool = False
+
+
+class TrainRun(Record):
+    """One training run and the adapter it published."""
+
+    name: str
+    adapter: str | None = None
+    loss: tuple[tuple[int, float], ...]
+    eval_loss: tuple[tuple[int, float], ...] = ()
+    rows: int
+    dropped_rows: int = 0
+    tokens: int
+    tokens_per_s: float
+    wall_s: float
+    peak_memory_bytes: tuple[int, ...]
+    """Highest resident memory of each worker."""
+    method: str = ""
+    """Short, e.g. `LoRA r16 on nf4, lr 2e-3`."""
+    workers: int = 1
+    reused: bool = False
+
+
+class PlanRow(Record):
+    """What was predicted of a stage, and what it took. None: not predicted, or not measured."""
+
+    stage: str
+    predicted_bytes: int | None = None
+    actual_bytes: int | None = None
+    predicted_s: float | None = None
+    actual_s: float | None = None
+
+
+class StageTime(Record):
+    """Wall time of one stage of the job."""
+
+    stage: str
+    wall_s: float
+    reused: bool = False
+    found: str = ""
+    """The stage's one line."""
+
+
+# Serving.
+
+
+class AdapterLatency(Record):
+    """Requests to one adapter, or to the base."""
+
+    name: str
+    version: str | None = None
+    n: int
+    failed: int = 0
+    ttft_ms: Distribution | None
+    latency_ms: Distribution | None
+    tokens_per_s: float | None = None
+    """Generated tokens of all its requests over the time in which they ran."""
+
+
+class SwapRecord(Record):
+    """A new adapter version published under live traffic."""
+
+    alias: str
+    old_version: str
+    new_version: str
+    requests: int
+    failed: int
+    answers_by_version: dict[str, int]
+    swap_ms: float
+    """From the request to swap until the first request was admitted on the new version."""
+
+
+class ServingRecord(Record):
+    """What the endpoint did during the job."""
+
+    latency: tuple[AdapterLatency, ...] = ()
+    swap: SwapRecord | None = None
+    max_adapters_in_batch: int | None = None
+    """Most different adapters (base included) seen in one decoding step."""
+    note: str = ""
+
+
+# The whole.
+
+
+class ReportInput(Record):
+    """Everything a report shows. Sections without a record are left out."""
+
+    title: str
+    subtitle: str = ""
+    created_at: str
+    """ISO 8601."""
+    verdict: str | None = None
+    """One sentence; None takes the comparison's advice."""
+    compare: CompareReport | None = None
+    tune: TuneRecord | None = None
+    train: tuple[TrainRun, ...] = ()
+    plan: tuple[PlanRow, ...] = ()
+    serving: ServingRecord | None = None
+    stages: tuple[StageTime, ...] = ()
+    provenance: dict[str, Any] = {}
