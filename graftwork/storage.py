@@ -7,10 +7,16 @@ joined string. Credentials come from the environment alone (`AWS_*`); a URI that
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+from graftwork.errors import ConfigError, StorageError
+from graftwork.storage_local import TMP_PREFIX, LocalFiles, files_under
+from graftwork.storage_s3 import S3Objects, endpoint
 
 DEFAULT_ROOT = ".graftwork"
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -18,73 +24,144 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 ALIAS_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}@[a-z0-9][a-z0-9._-]{0,62}$"
 """`task@alias` or `task@version`."""
 
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
+_ALMOST_URI = re.compile(r"(?i)(file|s3|gs|https?):")
+_FORMS = "write a path, file:///PATH or s3://BUCKET/PREFIX"
+_MAX_PART_BYTES = 255
+
+
+class Backend(Protocol):
+    """What a kind of storage does with whole paths or URIs. Each call raises StorageError and nothing else."""
+
+    def read(self, path: str, /) -> bytes: ...
+    def write(self, path: str, data: bytes, /) -> None: ...
+    def create(self, path: str, data: bytes, /) -> bool: ...
+    def append(self, path: str, line: bytes, /) -> None: ...
+    def exists(self, path: str, /) -> bool: ...
+    def children(self, path: str, /) -> dict[str, int | None]: ...
+    def delete(self, path: str, /) -> None: ...
+    def put_file(self, local: Path, path: str, /) -> None: ...
+    def get_file(self, path: str, local: Path, /) -> None: ...
+
 
 class Store:
-    """One root. Cheap to build and to pickle: nothing is opened before the first read or write."""
+    """One root. Cheap to build and to pickle: nothing is opened before the first read or write.
+
+    `uri` is the normalised root: an absolute path, or `s3://bucket/prefix`. Raises ConfigError for a root that is
+    empty, of another scheme, or that carries credentials; StorageError for a part that is no plain name.
+    """
 
     def __init__(self, root: str) -> None:
-        self.uri = os.path.abspath(root)
-        self.is_local = True
+        self.uri = _normalise(root)
+        self.is_local = not self.uri.startswith("s3://")
+        self._backend: Backend = LocalFiles() if self.is_local else S3Objects()
+
+    def __repr__(self) -> str:
+        return f"Store({self.uri!r})"
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
+        return Store, (self.uri,)  # a client is never sent to another process, its environment opens its own
 
     def path(self, *parts: str) -> str:
         """Full path (local) or `s3://` URI of a key."""
-        raise NotImplementedError
+        for part in parts:
+            check_part(part)
+        if not self.is_local and any("?" in part for part in parts):
+            raise StorageError(
+                f"key {'/'.join(parts)}", "it holds '?'", "s3fs reads what follows as a version id", "rename the object"
+            )
+        return "/".join([self.uri.rstrip("/"), *parts]) if parts else self.uri
 
     def read_bytes(self, *parts: str) -> bytes:
         """Whole content. StorageError when it is missing or out of reach."""
-        raise NotImplementedError
+        return self._backend.read(self.path(*parts))
 
     def read_text(self, *parts: str) -> str:
         """Whole content as UTF-8. StorageError as in `read_bytes`, or when it is not UTF-8."""
-        raise NotImplementedError
+        try:
+            return self.read_bytes(*parts).decode()
+        except UnicodeDecodeError as error:
+            raise StorageError(
+                f"read {self.path(*parts)}",
+                f"it is not UTF-8 ({error.reason} at byte {error.start})",
+                "text is stored as UTF-8",
+            ) from error
 
     def read_json(self, *parts: str) -> Any:
-        """Parsed JSON. StorageError as in `read_bytes`, or when it is not JSON."""
-        raise NotImplementedError
+        """Parsed JSON. StorageError as in `read_text`, or when it is not JSON."""
+        try:
+            return json.loads(self.read_text(*parts))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise StorageError(f"read {self.path(*parts)}", f"it is not JSON ({error})") from error
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Replace the key atomically: readers see the old content or the new, whole."""
-        raise NotImplementedError
+        self._backend.write(self._key(*parts), data)
 
     def write_json(self, value: object, *parts: str) -> None:
         """`write_bytes` of indented JSON."""
-        raise NotImplementedError
+        self.write_bytes(json_bytes(value), *parts)
 
     def create_bytes(self, data: bytes, *parts: str) -> bool:
         """Write only where the key is absent. True for the one process that created it, False for all others."""
-        raise NotImplementedError
+        return self._backend.create(self._key(*parts), data)
 
     def append_jsonl(self, record: Mapping[str, object], *parts: str) -> None:
         """Append one JSON line (local roots only; objects on S3 cannot grow, so write them whole)."""
-        raise NotImplementedError
+        line = json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
+        self._backend.append(self._key(*parts), line.encode())
 
     def exists(self, *parts: str) -> bool:
         """Whether a file or a folder stands there."""
-        raise NotImplementedError
+        return self._backend.exists(self._key(*parts))
 
     def list(self, *parts: str) -> list[str]:
         """Names of the children, sorted; empty when there is no such folder. Unfinished writes are not shown."""
-        raise NotImplementedError
+        return sorted(self._backend.children(self.path(*parts)))
 
     def sizes(self, *parts: str) -> dict[str, int]:
         """Files right under a folder with their size in bytes."""
-        raise NotImplementedError
+        found = self._backend.children(self.path(*parts))
+        return {name: size for name, size in sorted(found.items()) if size is not None}
 
     def delete(self, *parts: str) -> None:
         """Remove a file or a folder with all in it; nothing happens when it is absent."""
-        raise NotImplementedError
+        self._backend.delete(self._key(*parts))
 
     def upload(self, local: Path, *parts: str) -> None:
         """Copy a local file, or a folder file by file, to the key. Each file becomes visible whole."""
-        raise NotImplementedError
+        if local.is_file():
+            return self._backend.put_file(local, self._key(*parts))
+        if not local.is_dir():
+            raise StorageError(f"upload {local}", "it does not exist", "", "check the path")
+        for below in files_under(local):
+            self._backend.put_file(local.joinpath(*below), self._key(*parts, *below))
 
     def download(self, local: Path, *parts: str) -> Path:
-        """Copy a file, or a folder file by file, to `local`. Each file becomes visible whole."""
-        raise NotImplementedError
+        """Copy a file, or a folder file by file, to `local`. Each file becomes visible whole. Returns `local`."""
+        children = self._backend.children(self.path(*parts))
+        if not children:
+            self._backend.get_file(self._key(*parts), local)
+        for name, size in sorted(children.items()):
+            check_part(name)
+            if size is None:
+                self.download(local / name, *parts, name)
+            else:
+                self._backend.get_file(self.path(*parts, name), local / name)
+        return local
 
     def local_dir(self, *parts: str) -> Path:
         """Folder on this machine that mirrors the key: the key itself for local roots, a cache folder for S3."""
-        raise NotImplementedError
+        if self.is_local:
+            return Path(self.path(*parts))
+        self.path(*parts)
+        identity = hashlib.sha256(f"{endpoint()} {self.uri}".encode()).hexdigest()[:16]
+        return cache_root().joinpath("s3", identity, *parts)
+
+    def _key(self, *parts: str) -> str:
+        assert parts, f"the root {self.uri} is no key"
+        return self.path(*parts)
 
 
 @dataclass(frozen=True)
@@ -125,6 +202,11 @@ class RunPaths:
         return self.file("checkpoints", *parts)
 
 
+def json_bytes(value: object) -> bytes:
+    """Indented JSON with a closing newline: the form of every JSON file that a person may `cat`."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def cache_root() -> Path:
     """Folder of what can be fetched or computed again: `$GRAFTWORK_CACHE` or `~/.cache/graftwork`."""
     return Path(os.environ.get("GRAFTWORK_CACHE") or "~/.cache/graftwork").expanduser().absolute()
@@ -132,9 +214,58 @@ def cache_root() -> Path:
 
 def open_uri(uri: str) -> tuple[Store, str]:
     """Store of the parent and the key of a file given as a plain path, `file://` or `s3://`."""
-    raise NotImplementedError
+    whole = _normalise(uri)
+    parent, _, key = whole.rpartition("/")
+    if not key or parent in ("s3:/", "s3:"):
+        raise ConfigError(f"uri {uri}", "it names no file", "a data URI is a path, file:///PATH or s3://BUCKET/KEY")
+    return Store(parent or "/"), key
 
 
 def read_uri(uri: str) -> bytes:
     """Whole content of a file given as a plain path, `file://` or `s3://`."""
-    raise NotImplementedError
+    store, key = open_uri(uri)
+    return store.read_bytes(key)
+
+
+def check_part(part: str) -> None:
+    """Raise StorageError unless `part` is one plain name: no separator, no `..`, no control character."""
+    bad = (
+        part in ("", ".", "..")
+        or part.startswith(TMP_PREFIX)
+        or any(char in "/\\" or not char.isprintable() for char in part)
+        or len(part.encode(errors="replace")) > _MAX_PART_BYTES
+    )
+    if bad:
+        raise StorageError(
+            f"path part {part[:80]!r}",
+            "it is no plain name",
+            "a part is one file or folder name without '/', '\\', '..' or control characters",
+        )
+
+
+def _normalise(uri: str) -> str:
+    """Absolute path of a local URI, `s3://bucket/prefix` without a trailing slash otherwise."""
+    match = _SCHEME.match(uri)
+    if not match:
+        return _normalise_path(uri)
+    scheme, parts = match[1].lower(), urlsplit(uri)
+    if "@" in parts.netloc or ":" in parts.netloc or parts.query or parts.fragment:
+        raise ConfigError(
+            f"uri {scheme}://***",
+            "it carries credentials or parameters (hidden here)",
+            "a URI names a place and nothing else",
+            "credentials go into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the endpoint into AWS_ENDPOINT_URL",
+        )
+    if scheme == "file" and parts.netloc in ("", "localhost"):
+        return _normalise_path(unquote(parts.path))
+    if scheme == "s3" and _BUCKET.fullmatch(parts.netloc):
+        names = parts.path.strip("/").split("/") if parts.path.strip("/") else []
+        if not any(name in ("", ".", "..") for name in names):
+            return "/".join([f"s3://{parts.netloc}", *names])
+    raise ConfigError(f"uri {uri}", "it names no place that can be read here", _FORMS)
+
+
+def _normalise_path(path: str) -> str:
+    if not path or "\0" in path or _ALMOST_URI.match(path):
+        raise ConfigError(f"uri {path!r}", "it is neither a path nor a whole URI", _FORMS)
+    return os.path.abspath(os.path.expanduser(path))

@@ -1,0 +1,182 @@
+"""Files on a disk that this machine mounts. Every write is staged beside its target, synced, then renamed."""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from graftwork.errors import StorageError
+
+TMP_PREFIX = ".tmp-"
+"""Staged files; never listed, never copied. A killed writer leaves one behind, and nothing else."""
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class LocalFiles:
+    """A disk. Paths are absolute; every failure is a StorageError."""
+
+    def read(self, path: str) -> bytes:
+        with _explained("read", path):
+            return Path(path).read_bytes()
+
+    def write(self, path: str, data: bytes) -> None:
+        with _explained("write", path), _staged(path) as tmp:
+            _write_synced(tmp, data)
+            os.replace(tmp, path)
+            _sync_folder(path)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """A hard link is the one call that both fails on an existing name and shows only whole content."""
+        with _explained("create", path), _staged(path) as tmp:
+            _write_synced(tmp, data)
+            try:
+                os.link(tmp, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise StorageError(
+                    f"create {path}",
+                    f"the filesystem has no hard links ({error.strerror})",
+                    "publishing needs a create that fails when the file exists",
+                    "set root: to a folder on another filesystem, or to s3://BUCKET/PREFIX",
+                ) from error
+            _sync_folder(path)
+        return True
+
+    def append(self, path: str, line: bytes) -> None:
+        with _explained("append to", path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                size = os.fstat(fd).st_size
+                if size and os.pread(fd, 1, size - 1) != b"\n":
+                    line = b"\n" + line  # a killed writer left half a line: keep ours whole
+                if os.write(fd, line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(fd)
+
+    def exists(self, path: str) -> bool:
+        with _explained("look for", path):
+            try:
+                os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
+
+    def children(self, path: str) -> dict[str, int | None]:
+        with _explained("list", path):
+            try:
+                with os.scandir(path) as entries:
+                    found = [entry for entry in entries if not entry.name.startswith(TMP_PREFIX)]
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
+            return {entry.name: size for entry in found if (size := _size(entry)) != -1}
+
+    def delete(self, path: str) -> None:
+        with _explained("delete", path):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                Path(path).unlink(missing_ok=True)
+
+    def put_file(self, local: Path, path: str) -> None:
+        copy_file(local, path)
+
+    def get_file(self, path: str, local: Path) -> None:
+        copy_file(Path(path), str(local))
+
+
+def copy_file(source: Path, target: str) -> None:
+    """Copy one file so that `target` is absent, old, or whole at every moment. StorageError otherwise."""
+    with _explained("copy to", target), _staged(target) as tmp:
+        shutil.copyfile(source, tmp)
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, target)
+        _sync_folder(target)
+
+
+def files_under(folder: Path) -> Iterator[tuple[str, ...]]:
+    """Parts of every file below `folder`, sorted. A linked folder is refused: it would be skipped unseen."""
+    for base, folders, names in os.walk(folder):
+        for name in folders:
+            if os.path.islink(os.path.join(base, name)):
+                raise StorageError(
+                    f"copy {folder}",
+                    f"{os.path.join(base, name)} is a link to a folder",
+                    "only files and plain folders are copied",
+                    "replace the link by the folder",
+                )
+        folders.sort()
+        for name in sorted(names):
+            if not name.startswith(TMP_PREFIX):
+                yield Path(base, name).relative_to(folder).parts
+
+
+def _size(entry: os.DirEntry[str]) -> int | None:
+    """Bytes of a file, None for a folder, -1 for what was deleted since it was listed."""
+    try:
+        return None if entry.is_dir() else entry.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+@contextmanager
+def _staged(path: str) -> Iterator[str]:
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    tmp = os.path.join(folder, f"{TMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}")
+    try:
+        yield tmp
+    finally:
+        Path(tmp).unlink(missing_ok=True)
+
+
+def _write_synced(path: str, data: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: str) -> None:
+    """Make the rename itself durable."""
+    fd = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _explained(action: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        found, next_move = _explain(error, path)
+        raise StorageError(f"{action} {path}", found, "", next_move) from error
+
+
+def _explain(error: OSError, path: str) -> tuple[str, str]:
+    if error.errno in FULL_DISK:
+        return f"no space ({error.strerror})", f"free space on the disk of {path}, or set another root:"
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist", "check the path"
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return (
+            f"not allowed ({error.strerror})",
+            f"give your user write and read rights on {path}, or set another root:",
+        )
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder", "name a file"
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return f"a file stands where a folder is needed ({error.filename})", "move that file away, or set another root:"
+    return str(error.strerror or error), "check the path and the disk"
