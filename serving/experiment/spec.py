@@ -10,6 +10,14 @@ from graftwork.serving.spec import ArmSpec, EngineSpec
 from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
 
 
+class ContrastSpec(Spec):
+    """A claim declared before the answers are seen: arm `a` against arm `b` on one metric."""
+
+    a: str
+    b: str
+    metric: Literal["facts", "form", "both", "field_accuracy"]
+
+
 class CompareSpec(Spec):
     """All arms answer all questions through the served handle; verdicts come with intervals."""
 
@@ -23,14 +31,20 @@ class CompareSpec(Spec):
     limit: int | None = Field(None, ge=1)
     """Take the first so many rows; null takes all."""
     answer_schema: str
-    """JSON schema of a valid answer: a path or `recipe://NAME/schema`."""
+    """JSON schema of a valid answer: a path or `recipe://NAME/schema.json`."""
     arms: Annotated[tuple[ArmSpec, ...], Field(min_length=2)]
     baseline: str
     """The arm that the others are tested against."""
+    contrasts: tuple[ContrastSpec, ...] = ()
+    """Claims to be tested beside the baseline's: declared here, so before the answers (Holm over all of them)."""
     alpha: float = Field(0.05, gt=0, lt=1)
     """Two-sided error rate of each family of tests (Holm within the family)."""
     equivalence_margin: float = Field(0.03, gt=0, lt=1)
     """Differences smaller than this count as none (TOST)."""
+    concurrency: int = Field(128, ge=1)
+    """Questions in flight at once, over all arms."""
+    samples: int = Field(3, ge=0)
+    """Questions that the report shows with every arm's answer, drawn by the seed."""
     engine: EngineSpec = EngineSpec()
     num_cpus: float = Field(2.0, gt=0)
     num_gpus: float = Field(0.0, ge=0)
@@ -43,4 +57,10 @@ class CompareSpec(Spec):
             raise ValueError(f"arms: names must differ, found {names}")
         if self.baseline not in names:
             raise ValueError(f"baseline={self.baseline!r} is none of the arms {names}")
+        for contrast in self.contrasts:
+            for side in (contrast.a, contrast.b):
+                if side not in names:
+                    raise ValueError(f"contrasts: {side!r} is none of the arms {names}")
+            if contrast.a == contrast.b:
+                raise ValueError(f"contrasts: {contrast.a!r} is compared with itself")
         return self
