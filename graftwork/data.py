@@ -15,11 +15,11 @@ class ContextSpec(Spec):
 
     corpus: str
     """JSONL of passages (`id`, `text`): a path, `file://`, `s3://` or `recipe://NAME/corpus.jsonl`."""
-    k: int = Field(3, ge=1, le=32)
+    k: int = Field(default=3, ge=1, le=32)
     """Passages a row."""
-    gold_rate: float = Field(1.0, ge=0, le=1)
+    gold_rate: float = Field(default=1.0, ge=0, le=1)
     """Share of the rows with context whose gold passage is among the k."""
-    plain_rate: float = Field(0.0, ge=0, le=1)
+    plain_rate: float = Field(default=0.0, ge=0, le=1)
     """Share of the rows that get no context at all."""
 
 
@@ -30,9 +30,9 @@ class DataSpec(Spec):
     """JSONL of rows: a path, `file://`, `s3://` or `recipe://NAME/train.jsonl`."""
     eval: str | None = None
     """Held-out rows of the same form."""
-    train_rows: int | None = Field(None, ge=1)
+    train_rows: int | None = Field(default=None, ge=1)
     """Take the first so many rows; null takes all."""
-    eval_rows: int | None = Field(None, ge=1)
+    eval_rows: int | None = Field(default=None, ge=1)
     context: ContextSpec | None = None
 
 
@@ -68,5 +68,5 @@ def resolve_prompt(spec: PromptSpec) -> Prompt:
 
 
 def read_text(uri: str) -> str:
-    """Text behind a path, `file://`, `s3://` or `recipe://NAME/FILE` (e.g. a schema). Raises DataError, StorageError."""
+    """Text behind a path, `file://`, `s3://` or `recipe://NAME/FILE` . Raises DataError, StorageError."""
     raise NotImplementedError

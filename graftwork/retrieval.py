@@ -18,7 +18,7 @@ class RetrieverSpec(Spec):
     kind: Literal["lexical"] = "lexical"
     corpus: str
     """JSONL of passages (`id`, `text`): a path, `file://`, `s3://` or `recipe://NAME/corpus.jsonl`."""
-    k: int = Field(3, ge=1, le=32)
+    k: int = Field(default=3, ge=1, le=32)
     """Passages put before the question."""
 
 
