@@ -14,8 +14,9 @@ from functools import cached_property
 from typing import Any
 
 import jsonschema
-import referencing
 import referencing.exceptions
+import referencing.jsonschema
+from referencing import Registry, Resource
 
 from graftwork.data import Row, read_text
 from graftwork.errors import ConfigError, DataError
@@ -46,13 +47,18 @@ class AnswerSchema:
         cls = jsonschema.validators.validator_for(tree, default=jsonschema.Draft202012Validator)
         try:
             cls.check_schema(tree)
-            self._validator = cls(tree, registry=referencing.Registry())  # an empty registry: no reference is fetched
-            self._validator.is_valid({})
         except jsonschema.SchemaError as error:
             raise ConfigError(f"answer_schema={where}", f"it is no JSON schema ({error.message})") from error
-        except referencing.exceptions.Unresolvable as error:
-            found, rule = f"it refers to {error.ref!r}, which is not in it", "a schema stands alone: nothing is fetched"
-            raise ConfigError(f"answer_schema={where}", found, rule, "put the definition under $defs") from error
+        resource = Resource.from_contents(tree, default_specification=referencing.jsonschema.DRAFT202012)
+        base = resource.id() or ""
+        registry = Registry().with_resource(base, resource)  # knows the schema alone: no reference is ever fetched
+        for ref in _refs(tree):
+            try:
+                registry.resolver(base).lookup(ref)
+            except referencing.exceptions.Unresolvable as error:
+                found, rule = f"it refers to {ref!r}, which is not in it", "a schema stands alone: nothing is fetched"
+                raise ConfigError(f"answer_schema={where}", found, rule, "put it under $defs") from error
+        self._validator = cls(tree, registry=registry)
 
     @classmethod
     def load(cls, uri: str) -> "AnswerSchema":
@@ -133,6 +139,17 @@ def tokens(text: str) -> tuple[str, ...]:
     folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
     plain = "".join(char for char in folded if not unicodedata.combining(char))
     return tuple(_number(token) for token in _TOKEN.findall(_UNIT.sub(" ", _THOUSANDS.sub("", plain))))
+
+
+def _refs(tree: object) -> Iterator[str]:
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            if name in ("$ref", "$dynamicRef") and isinstance(value, str):
+                yield value
+            yield from _refs(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _refs(value)
 
 
 def _facts(text: str, answer: Mapping[str, Any] | None, key: Key) -> float:

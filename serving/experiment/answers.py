@@ -1,0 +1,136 @@
+"""The answers of a comparison, on disk as they come: one JSON line each in `answers.jsonl`.
+
+A line is found again by its key: a digest of everything that decides the answer (arm, pinned adapter version, base,
+quantisation, limits, question). A changed arm or question has another key, so nothing stale is ever counted.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+
+from graftwork.config import canonical_json
+from graftwork.data import Row
+from graftwork.errors import DataError, StorageError
+from graftwork.serving.experiment.spec import CompareSpec
+from graftwork.serving.spec import ArmSpec
+
+
+class Answer(BaseModel):
+    """What one arm said to one question, or why it failed. Times in ms."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    key: str
+    arm: str
+    row_id: str
+    request_id: str
+    text: str = ""
+    error: str | None = None
+    """The request failed; it counts as a wrong answer."""
+    adapter_version: str | None = None
+    base_digest: str | None = None
+    retrieved_ids: tuple[str, ...] = ()
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    ttft_ms: float | None = None
+    latency_ms: float | None = None
+    finish_reason: str | None = None
+
+
+class Answers:
+    """Answers by (arm, row id). `stale` counts lines on disk that belong to another arm record or question."""
+
+    def __init__(self, answers: Sequence[Answer] = (), stale: int = 0) -> None:
+        """Raises DataError when an arm answered a question twice."""
+        self.stale = stale
+        self._by_pair: dict[tuple[str, str], Answer] = {}
+        for answer in answers:
+            self.add(answer)
+
+    def add(self, answer: Answer) -> None:
+        """Raises DataError when the arm has answered this question."""
+        pair = (answer.arm, answer.row_id)
+        if pair in self._by_pair:
+            raise DataError(f"arm {answer.arm!r}, row {answer.row_id!r}", "answered twice", "one answer an arm and row",
+                            "remove one of the two lines from answers.jsonl")  # fmt: skip
+        self._by_pair[pair] = answer
+
+    def of(self, arm: str, row_id: str) -> Answer:
+        """Raises DataError when there is none."""
+        if (arm, row_id) not in self._by_pair:
+            raise DataError(f"arm {arm!r}, row {row_id!r}", "no answer", "every arm answers every row",
+                            "run the comparison again: it continues where it stopped")  # fmt: skip
+        return self._by_pair[arm, row_id]
+
+    def __contains__(self, pair: tuple[str, str]) -> bool:
+        return pair in self._by_pair
+
+    def __len__(self) -> int:
+        return len(self._by_pair)
+
+    def __iter__(self) -> Iterator[Answer]:
+        return iter(self._by_pair.values())
+
+
+def answer_key(spec: CompareSpec, arm: ArmSpec, row: Row, version: str | None) -> str:
+    """32 hex digits over everything that decides the answer. `version` is what the arm's adapter resolves to now."""
+    decides = {
+        "arm": arm.model_dump(mode="json", exclude={"name"}),
+        "version": version,
+        "base": spec.base.model_dump(mode="json"),
+        "quant": spec.quant.model_dump(mode="json"),
+        "max_seq_len": spec.engine.max_seq_len,
+        "row": row.id,
+        "messages": question(row),
+    }
+    return hashlib.sha256(canonical_json([arm.name, decides]).encode()).hexdigest()[:32]
+
+
+def question(row: Row) -> list[dict[str, str]]:
+    """The turns that are sent: all but a final answer, which would give the gold away."""
+    turns = row.messages[:-1] if row.messages[-1].role == "assistant" else row.messages
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> Answers:
+    """Recorded answers whose key is wanted (key -> arm name, row id). A line torn by a crash is cut off.
+
+    Raises DataError: a line that is no answer (its number named), or two answers to one question.
+    """
+    if not path.exists():
+        return Answers()
+    found, stale = [], 0
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            answer = Answer.model_validate_json(line)
+        except pydantic.ValidationError as error:
+            found_here, next_move = error.errors()[0]["msg"], "remove the line; its question is asked again"
+            raise DataError(f"{path}: row {number}", found_here, "a line is one answer as JSON", next_move) from None
+        if wanted.get(answer.key) == (answer.arm, answer.row_id):
+            found.append(answer)
+        else:
+            stale += 1
+    return Answers(found, stale)
+
+
+def append_answer(path: Path, answer: Answer) -> None:
+    """One line, written by one call, so that a reader and a second writer see it whole. Raises StorageError."""
+    line = answer.model_dump_json().encode() + b"\n"
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write(line)
+    except OSError as error:
+        raise StorageError(f"answers {path}", f"cannot be written ({error.strerror})", "",
+                           "free space or choose another root; the rerun continues") from error  # fmt: skip
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    return content[:whole].splitlines()

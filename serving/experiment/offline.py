@@ -1,0 +1,168 @@
+"""All arms answer all questions, through the same handle that serves them live."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftwork.data import Row
+from graftwork.errors import DataError, GraftworkError, RunError
+from graftwork.serving.experiment.answers import Answer, Answers, answer_key, append_answer, question, read_answers
+from graftwork.serving.experiment.spec import CompareSpec
+from graftwork.serving.spec import ArmSpec
+
+Ask = Callable[[ArmSpec, list[dict[str, str]], str], Awaitable[Mapping[str, Any]]]
+"""(arm, messages, request id) -> the fields of an `ArmAnswer`. Any exception is a failed answer."""
+
+_MIN_OUTAGE = 32
+
+
+@dataclass(frozen=True)
+class CompareProgress:
+    """How far the answers are. `failed` counts failures of this run."""
+
+    done: int
+    total: int
+    failed: int
+    reused: int
+    """Answers found on disk."""
+
+
+async def run_offline(
+    spec: CompareSpec,
+    rows: Sequence[Row],
+    answer: Ask,
+    path: Path,
+    *,
+    versions: Mapping[str, str] | None = None,
+    on_progress: Callable[[CompareProgress], None] | None = None,
+) -> Answers:
+    """Ask every arm every question, `spec.concurrency` at once, and append each answer to `path` as it comes.
+
+    Arms take turns within each question, the first arm changing from question to question, so that they share the
+    load evenly. A rerun continues from `path`; nothing is asked twice, failures included. versions: adapter version by
+    arm name, as resolved now, so that an answer of an older version is not taken for one of the new.
+
+    Runs in the driver. Raises DataError (row ids missing or twice), RunError when the endpoint is gone: so many
+    failures in a row that no request in flight had an answer. Those last failures are not recorded.
+    """
+    check_ids(rows)
+    jobs = list(_interleaved(spec, rows, versions or {}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    answers = read_answers(path, {job.key: (job.arm.name, job.row.id) for job in jobs})
+    left = [job for job in jobs if (job.arm.name, job.row.id) not in answers]
+    run = _Run(answers, path, len(jobs), max(_MIN_OUTAGE, spec.concurrency), on_progress)
+    await run.ask_all(left, answer, spec.concurrency)
+    return answers
+
+
+def check_ids(rows: Sequence[Row]) -> None:
+    """Raises DataError: no rows, a row without id, an id twice."""
+    if not rows:
+        raise DataError("evaluation rows", "none", "a comparison needs at least one question")
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        if not row.id:
+            raise DataError(f"evaluation row {number}: id", "missing or empty", "answers are paired by row id")
+        if row.id in seen:
+            raise DataError(f"evaluation row {number}: id={row.id!r}", f"row {seen[row.id]} has the same", "ids differ")
+        seen[row.id] = number
+
+
+@dataclass(frozen=True)
+class _Job:
+    key: str
+    arm: ArmSpec
+    row: Row
+
+
+def _interleaved(spec: CompareSpec, rows: Sequence[Row], versions: Mapping[str, str]) -> Iterator[_Job]:
+    for index, row in enumerate(rows):
+        first = index % len(spec.arms)
+        for arm in spec.arms[first:] + spec.arms[:first]:
+            yield _Job(answer_key(spec, arm, row, versions.get(arm.name)), arm, row)
+
+
+class _Run:
+    """State of one run: what is recorded, and the failures that no later answer has yet shown to be the arm's own."""
+
+    def __init__(
+        self,
+        answers: Answers,
+        path: Path,
+        total: int,
+        outage: int,
+        on_progress: Callable[[CompareProgress], None] | None,
+    ) -> None:
+        self.answers, self.path, self.total, self.outage = answers, path, total, outage
+        self.on_progress = on_progress
+        self.reused, self.failed = len(answers), 0
+        self.held: list[Answer] = []
+
+    async def ask_all(self, jobs: Sequence[_Job], answer: Ask, concurrency: int) -> None:
+        queue = iter(jobs)
+        self._say()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(concurrency, len(jobs))):
+                    group.create_task(self._worker(queue, answer))
+        except ExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None
+        if self.held and all(answer.error is not None for answer in self.answers):
+            raise self._outage()
+        self._record_held()
+
+    async def _worker(self, queue: Iterator[_Job], answer: Ask) -> None:
+        for job in queue:
+            self._take(await _ask(job, answer))
+
+    def _take(self, answer: Answer) -> None:
+        self.failed += answer.error is not None
+        self.held.append(answer)
+        if answer.error is None:
+            self._record_held()
+        elif len(self.held) >= self.outage:
+            raise self._outage()
+        self._say()
+
+    def _outage(self) -> RunError:
+        kept = f"{len(self.answers)} of {self.total} answers are kept in {self.path}"
+        return RunError(f"comparison: {len(self.held)} requests in a row failed", str(self.held[-1].error),
+                        "an arm may fail, the endpoint may not", f"mend it and run again: {kept}")  # fmt: skip
+
+    def _record_held(self) -> None:
+        for answer in self.held:
+            append_answer(self.path, answer)
+            self.answers.add(answer)
+        self.held.clear()
+
+    def _say(self) -> None:
+        if self.on_progress is not None:
+            done = len(self.answers) + len(self.held)
+            self.on_progress(CompareProgress(done, self.total, self.failed, self.reused))
+
+
+async def _ask(job: _Job, answer: Ask) -> Answer:
+    """The answer, or the failure as an answer. `gather` is what turns an exception of any kind into a value."""
+    request_id = f"cmp-{job.key}"
+    said = {"key": job.key, "arm": job.arm.name, "row_id": job.row.id, "request_id": request_id}
+    [result] = await asyncio.gather(answer(job.arm, question(job.row), request_id), return_exceptions=True)
+    if isinstance(result, BaseException):
+        return Answer.model_validate({**said, "error": _failure(result)})
+    return Answer.model_validate({**result, **said, "error": _engine_error(result)})
+
+
+def _failure(error: BaseException) -> str:
+    """One text a failure. Raises what ends a process; an answer that was cancelled is one failure, not the end."""
+    if isinstance(error, GraftworkError):
+        return error.text()
+    if isinstance(error, Exception | asyncio.CancelledError):
+        return f"{type(error).__name__}: {error}"[:2000]
+    raise error
+
+
+def _engine_error(result: Mapping[str, Any]) -> str | None:
+    """An engine that fails or drops a request ends it with a reason instead of an exception."""
+    reason = result.get("finish_reason")
+    return f"finish_reason={reason}" if reason in ("error", "cancelled") else None
