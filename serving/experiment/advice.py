@@ -1,0 +1,124 @@
+"""Prompt, retrieval, finetuning or both: said in one sentence, from the tests, and only where they decide.
+
+For each metric the best arm is tested against every other. Because the best is picked by the same answers, the tests
+are adjusted over all pairs of arms. What all arms not shown to be worse have in common is what wins.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Literal
+
+from graftwork.report.records import Advice, ArmKind, Difference, MetricAdvice
+from graftwork.serving.experiment.verdict import Rules, ScoredArms, family
+
+Winner = Literal["prompting", "retrieval", "finetuning", "finetuning with retrieval"]
+
+METRICS = ("facts", "form", "both")
+_COST: tuple[ArmKind, ...] = ("prompt", "rag", "finetune", "both")
+_WINNER: dict[ArmKind, Winner] = {
+    "prompt": "prompting",
+    "rag": "retrieval",
+    "finetune": "finetuning",
+    "both": "finetuning with retrieval",
+}
+_INGREDIENTS = {"prompt": frozenset[str](), "rag": {"retrieval"}, "finetune": {"finetuning"},
+                "both": {"retrieval", "finetuning"}}  # fmt: skip
+_ON = {"facts": "on facts", "form": "on form", "both": "on both together"}
+
+
+def advise(scored: ScoredArms, kinds: Mapping[str, ArmKind], rules: Rules) -> Advice:
+    """The advice on facts, form and both together."""
+    metrics = tuple(_advise_metric(scored, kinds, metric, rules) for metric in METRICS)
+    return Advice(sentence=_whole(metrics, scored, rules), metrics=tuple(found for found, _ in metrics))
+
+
+def _advise_metric(
+    scored: ScoredArms, kinds: Mapping[str, ArmKind], metric: str, rules: Rules
+) -> tuple[MetricAdvice, Difference | None]:
+    """The advice on one metric, and the difference that it turns on."""
+    best = max(scored.names, key=lambda arm: (scored.mean(arm, metric), -_COST.index(kinds[arm])))
+    rivals = _against(best, family(scored, [(a, b, metric) for a, b in combinations(scored.names, 2)], rules))
+    if scored.mean(best, metric) == 0:
+        sentence = f"No arm scores above 0 {_ON[metric]} (n={rivals[0].n})."
+        return MetricAdvice(metric=metric, best=best, tied=scored.names, winner=None, sentence=sentence), None
+    open_rivals = [rival for rival in rivals if rival.verdict in ("equivalent", "undecided")]
+    tied = (best, *(_other(rival, best) for rival in open_rivals))
+    winner = _winner([kinds[arm] for arm in tied], open_rivals)
+    beaten = [rival for rival in rivals if rival not in open_rivals]
+    turning = _closest(open_rivals if winner is None else beaten, best, scored, metric)
+    sentence = _sentence(scored, metric, best, tied, winner, turning)
+    return MetricAdvice(metric=metric, best=best, tied=tied, winner=winner, sentence=sentence), turning
+
+
+def _against(arm: str, pairs: Sequence[Difference]) -> list[Difference]:
+    return [pair for pair in pairs if arm in (pair.a, pair.b)]
+
+
+def _other(pair: Difference, arm: str) -> str:
+    return pair.b if pair.a == arm else pair.a
+
+
+def _winner(kinds: Sequence[ArmKind], rivals: Sequence[Difference]) -> Winner | None:
+    """What all tied arms share; the cheapest of them when they are shown to be equivalent; None when open."""
+    if len(set(kinds)) == 1:
+        return _WINNER[kinds[0]]
+    if rivals and all(rival.verdict == "equivalent" for rival in rivals):
+        return _WINNER[min(kinds, key=_COST.index)]
+    shared = frozenset.intersection(*(frozenset(_INGREDIENTS[kind]) for kind in kinds))
+    return next((_WINNER[kind] for kind in _COST if shared and _INGREDIENTS[kind] == shared), None)
+
+
+def _closest(pairs: Sequence[Difference], best: str, scored: ScoredArms, metric: str) -> Difference | None:
+    return max(pairs, key=lambda pair: scored.mean(_other(pair, best), metric), default=None)
+
+
+def _sentence(
+    scored: ScoredArms, metric: str, best: str, tied: Sequence[str], winner: Winner | None, turning: Difference | None
+) -> str:
+    score = f"{best} {scored.mean(best, metric):.2f}"
+    if winner is None:
+        assert turning is not None, "an open question has an open pair"
+        others = ", ".join(f"{arm} {scored.mean(arm, metric):.2f}" for arm in tied[1:])
+        return f"{_ON[metric].capitalize()}: undecided between {score} and {others}; {_missing(turning)}."
+    also = f", not told apart from {', '.join(tied[1:])}" if len(tied) > 1 else ""
+    ahead = f"; {_lead(turning, best)}" if turning is not None else ""
+    return f"{_ON[metric].capitalize()}: {winner} wins ({score}{also}{ahead})."
+
+
+def _lead(pair: Difference, best: str) -> str:
+    value, low, high = (pair.value, pair.low, pair.high) if pair.a == best else (-pair.value, -pair.high, -pair.low)
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}] over {_other(pair, best)}, n={pair.n}"
+
+
+def _missing(pair: Difference) -> str:
+    needed = f"; {pair.n_needed} questions would decide" if pair.n_needed is not None else ""
+    return f"minimum detectable effect {pair.mde:.2f} at n={pair.n}{needed}"
+
+
+def _whole(metrics: Sequence[tuple[MetricAdvice, Difference | None]], scored: ScoredArms, rules: Rules) -> str:
+    parts: list[str] = []
+    for winner in dict.fromkeys(found.winner for found, _ in metrics if found.winner is not None):
+        where = [_ON[found.metric] for found, _ in metrics if found.winner == winner]
+        parts.append(f"{winner} wins {' and '.join(where)}" if not parts else f"{winner} {' and '.join(where)}")
+    won = _join(parts)
+    open_parts = [f"{_ON[found.metric]} undecided ({_missing(turning)})"
+                  for found, turning in metrics if found.winner is None and turning is not None]  # fmt: skip
+    head = "; ".join(part for part in (won, *open_parts) if part) or "no arm gets anything right"
+    return head[0].upper() + head[1:] + _usable(metrics[-1][0], metrics[-1][1], scored, rules)
+
+
+def _usable(both: MetricAdvice, turning: Difference | None, scored: ScoredArms, rules: Rules) -> str:
+    """How many answers the best arm gets wholly right, and by how much it leads."""
+    if both.winner is None or turning is None:
+        return "."
+    value, low, high = ((turning.value, turning.low, turning.high) if turning.a == both.best
+                        else (-turning.value, -turning.high, -turning.low))  # fmt: skip
+    return (
+        f": {both.best} answers {100 * scored.mean(both.best, 'both'):.0f}% of {turning.n} questions wholly right, "
+        f"{100 * value:.0f} points more than {_other(turning, both.best)} "
+        f"({100 * (1 - rules.alpha):g}% interval {100 * low:.0f} to {100 * high:.0f})."
+    )
+
+
+def _join(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else "".join(parts)
