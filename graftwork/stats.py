@@ -60,8 +60,10 @@ def newcombe_paired(both: int, only_a: int, only_b: int, neither: int, alpha: fl
     return Interval(max(-1.0, a - b - down), min(1.0, a - b + up))
 
 
-def bca_mean(values: Floats, alpha: float = 0.05, *, seed: int, resamples: int = RESAMPLES) -> Interval:
-    """Interval of the mean of scores or of differences: BCa bootstrap (Efron 1987; Efron & Tibshirani 1993, 14.3).
+def bca_mean(values: Floats, alpha: float = 0.05, *, lowest: float, seed: int, resamples: int = RESAMPLES) -> Interval:
+    """Interval of the mean of scores (`lowest=0`) or of differences (`lowest=-1`), at most 1.
+
+    BCa bootstrap (Efron 1987; Efron & Tibshirani 1993, 14.3).
 
     Resamples are drawn as multinomial counts of the distinct values, which is the same distribution and takes memory
     for those only. Where all values are equal there is nothing to resample and the bootstrap would claim certainty;
@@ -71,7 +73,7 @@ def bca_mean(values: Floats, alpha: float = 0.05, *, seed: int, resamples: int =
     n, mean = len(values), float(np.mean(values))
     if len(distinct) == 1:
         reach = wilson(0, n, alpha).high
-        return Interval(max(-1.0 if mean <= 0 else 0.0, mean - reach), min(1.0, mean + reach))
+        return Interval(max(lowest, mean - reach), min(1.0, mean + reach))
     drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
     means = np.sort(drawn @ distinct / n)
     observed = float(counts @ distinct / n)
@@ -137,6 +139,16 @@ def mde_graded(n: int, sd: float, alpha: float = 0.05, power: float = POWER) -> 
 def n_for_graded(difference: float, sd: float, alpha: float = 0.05, power: float = POWER) -> int:
     """Questions that find a mean difference; the inverse of `mde_graded`."""
     return math.ceil(((_z(alpha) + float(ndtri(power))) * sd / abs(difference)) ** 2)
+
+
+def n_for_equivalence(difference: float, sd: float, margin: float, alpha: float = 0.05, power: float = POWER) -> int:
+    """Questions that show a true difference within the margin to be so, by two one-sided tests at alpha (normal).
+
+    Julious 2004, Stat Med 23:1921-1986, eq. 21, with the type II error split between the sides as for no difference.
+    """
+    room = margin - abs(difference)
+    assert room > 0, f"{difference} is not within ±{margin}"
+    return math.ceil(((float(ndtri(1 - alpha)) + float(ndtri((1 + power) / 2))) * sd / room) ** 2)
 
 
 def decide(difference: float, p_adjusted: float, within_margin: bool, alpha: float, *, higher: bool = True) -> Verdict:

@@ -88,7 +88,8 @@ class Difference(Record):
     mde: float
     """Smallest true difference that n questions find with 80% power at alpha / family."""
     n_needed: int | None
-    """Questions that find the seen difference (or the margin, if that is larger) with 80% power; None when decided."""
+    """Questions that would find the seen difference, or show it to be within the margin, with 80% power. None when
+    decided."""
     signature: str
 
 

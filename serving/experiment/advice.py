@@ -45,7 +45,10 @@ def _advise_metric(
     tied = (best, *(_other(rival, best) for rival in open_rivals))
     winner = _winner([kinds[arm] for arm in tied], open_rivals)
     beaten = [rival for rival in rivals if rival not in open_rivals]
-    turning = _closest(open_rivals if winner is None else beaten, best, scored, metric)
+    blocking = [
+        rival for rival in open_rivals if not _INGREDIENTS[kinds[best]] <= _INGREDIENTS[kinds[_other(rival, best)]]
+    ]
+    turning = _closest((blocking or open_rivals) if winner is None else beaten, best, scored, metric)
     sentence = _sentence(scored, metric, best, tied, winner, turning)
     return MetricAdvice(metric=metric, best=best, tied=tied, winner=winner, sentence=sentence), turning
 
@@ -78,15 +81,18 @@ def _sentence(
     score = f"{best} {scored.mean(best, metric):.2f}"
     if winner is None:
         assert turning is not None, "an open question has an open pair"
-        others = ", ".join(f"{arm} {scored.mean(arm, metric):.2f}" for arm in tied[1:])
-        return f"{_ON[metric].capitalize()}: undecided between {score} and {others}; {_missing(turning)}."
-    also = f", not told apart from {', '.join(tied[1:])}" if len(tied) > 1 else ""
+        rival = _other(turning, best)
+        rest = [arm for arm in tied[1:] if arm != rival]
+        also = f" (nor are {_join(rest)} told apart)" if rest else ""
+        return (f"{_ON[metric].capitalize()}: undecided between {score} and {rival} {scored.mean(rival, metric):.2f}"
+                f"{also}; {_missing(turning)}.")  # fmt: skip
+    also = f", not told apart from {_join(tied[1:])}" if len(tied) > 1 else ""
     ahead = f"; {_lead(turning, best)}" if turning is not None else ""
     return f"{_ON[metric].capitalize()}: {winner} wins ({score}{also}{ahead})."
 
 
 def _lead(pair: Difference, best: str) -> str:
-    value, low, high = (pair.value, pair.low, pair.high) if pair.a == best else (-pair.value, -pair.high, -pair.low)
+    value, low, high = _seen_from(best, pair)
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}] over {_other(pair, best)}, n={pair.n}"
 
 
@@ -96,28 +102,39 @@ def _missing(pair: Difference) -> str:
 
 
 def _whole(metrics: Sequence[tuple[MetricAdvice, Difference | None]], scored: ScoredArms, rules: Rules) -> str:
-    parts: list[str] = []
-    for winner in dict.fromkeys(found.winner for found, _ in metrics if found.winner is not None):
-        where = [_ON[found.metric] for found, _ in metrics if found.winner == winner]
-        parts.append(f"{winner} wins {' and '.join(where)}" if not parts else f"{winner} {' and '.join(where)}")
-    won = _join(parts)
-    open_parts = [f"{_ON[found.metric]} undecided ({_missing(turning)})"
-                  for found, turning in metrics if found.winner is None and turning is not None]  # fmt: skip
-    head = "; ".join(part for part in (won, *open_parts) if part) or "no arm gets anything right"
-    return head[0].upper() + head[1:] + _usable(metrics[-1][0], metrics[-1][1], scored, rules)
+    winners = dict.fromkeys(found.winner for found, _ in metrics if found.winner is not None)
+    won = []
+    for winner in winners:
+        where = _join([_ON[found.metric] for found, _ in metrics if found.winner == winner])
+        won.append(f"{winner} {'' if won else 'wins '}{where}")
+    sentences = [_join(won) + _usable(*metrics[-1], scored, rules)] if won else []
+    for found, turning in metrics:
+        if found.winner is None and turning is not None:
+            rival = _other(turning, found.best)
+            sentences.append(f"{_ON[found.metric]} undecided between {found.best} and {rival} ({_missing(turning)})")
+        elif found.winner is None:
+            sentences.append(
+                f"{_ON[found.metric]} no arm scores above 0 (n={len(scored.values[found.best][found.metric])})"
+            )
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
 
 
 def _usable(both: MetricAdvice, turning: Difference | None, scored: ScoredArms, rules: Rules) -> str:
     """How many answers the best arm gets wholly right, and by how much it leads."""
     if both.winner is None or turning is None:
-        return "."
-    value, low, high = ((turning.value, turning.low, turning.high) if turning.a == both.best
-                        else (-turning.value, -turning.high, -turning.low))  # fmt: skip
+        return ""
+    value, low, high = _seen_from(both.best, turning)
+    also = f" (not told apart from {_join(both.tied[1:])})" if len(both.tied) > 1 else ""
     return (
-        f": {both.best} answers {100 * scored.mean(both.best, 'both'):.0f}% of {turning.n} questions wholly right, "
+        f": {both.best}{also} answers {100 * scored.mean(both.best, 'both'):.0f}% of {turning.n} questions wholly right, "
         f"{100 * value:.0f} points more than {_other(turning, both.best)} "
-        f"({100 * (1 - rules.alpha):g}% interval {100 * low:.0f} to {100 * high:.0f})."
+        f"({100 * (1 - rules.alpha):g}% interval {100 * low:.0f} to {100 * high:.0f})"
     )
+
+
+def _seen_from(arm: str, pair: Difference) -> tuple[float, float, float]:
+    """Value, low and high of the difference with `arm` first."""
+    return (pair.value, pair.low, pair.high) if pair.a == arm else (-pair.value, -pair.high, -pair.low)
 
 
 def _join(parts: Sequence[str]) -> str:

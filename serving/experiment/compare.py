@@ -115,7 +115,7 @@ def _arm_score(arm: str, metric: Metric, scored: ScoredArms, rules: Rules) -> Sc
     if metric.kind == "binary":
         method, interval = "wilson", stats.wilson(int(values.sum()), n, rules.alpha)
     else:
-        method, interval = "bca", stats.bca_mean(values, rules.alpha, seed=rules.seed)
+        method, interval = "bca", stats.bca_mean(values, rules.alpha, lowest=0.0, seed=rules.seed)
     recipe = {"arm": arm, **scored.recipe, "ci": method, "seed": rules.seed}
     return Score(
         metric=metric.name, value=float(values.mean()), low=interval.low, high=interval.high, level=1 - rules.alpha,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class _Seen:
         higher = metric_named(metric).better == "higher"
         same = stats.equivalent(inside, rules.margin)
         verdict = stats.decide(value, p_adjusted, same, rules.alpha, higher=higher)
-        mde, needed = _detectable(differences, metric, max(abs(value), rules.margin), alpha)
+        mde, needed = _detectable(differences, metric, rules.margin, alpha)
         interval, test = ("newcombe-10", "mcnemar-exact") if _is_binary(metric) else ("bca", "sign-flip")
         recipe = {"arm": arm_a, "vs": arm_b, **scored.recipe, "ci": interval, "test": test, "holm": size,
                   "seed": rules.seed}  # fmt: skip
@@ -96,7 +97,7 @@ class _Seen:
             level=1 - rules.alpha, interval=interval, test=test, p_value=self.p_value, p_adjusted=p_adjusted,
             family=size, wins=int(np.sum(differences > 0)), losses=int(np.sum(differences < 0)),
             ties=int(np.sum(differences == 0)), verdict=verdict, mde=mde,
-            n_needed=max(n + 1, needed) if verdict == "undecided" else None, signature=signature(metric, n, recipe),
+            n_needed=needed if verdict == "undecided" else None, signature=signature(metric, n, recipe),
         )  # fmt: skip
 
 
@@ -106,18 +107,27 @@ def _is_binary(metric: str) -> bool:
 
 def _interval(a: Floats, b: Floats, metric: str, alpha: float, seed: int) -> Interval:
     if not _is_binary(metric):
-        return stats.bca_mean(a - b, alpha, seed=seed)
+        return stats.bca_mean(a - b, alpha, lowest=-1.0, seed=seed)
     both, only_a, only_b = (int(np.sum(mask)) for mask in ((a > 0) & (b > 0), a > b, a < b))
     return stats.newcombe_paired(both, only_a, only_b, len(a) - both - only_a - only_b, alpha)
 
 
-def _detectable(differences: Floats, metric: str, wanted: float, alpha: float) -> tuple[float, int]:
-    """Smallest difference that these questions find, and the questions that find the wanted one (80% power)."""
-    n = len(differences)
+def _detectable(differences: Floats, metric: str, margin: float, alpha: float) -> tuple[float, int]:
+    """Smallest difference that these questions find, and the questions that would decide (both with 80% power).
+
+    Decide: find the seen difference or, where it is within the margin, show that. Plans with the upper 80% bound of the
+    share of discordant questions, because a few seen ones say little; and never with none: nothing seen is not nothing
+    there.
+    """
+    n, value = len(differences), abs(float(np.mean(differences)))
+    sd = max(float(np.std(differences)), n**-0.5)
     if _is_binary(metric):
-        discordant = float(np.mean(differences != 0))
-        return stats.mde_binary(n, discordant, alpha), stats.n_for_binary(wanted, discordant, alpha)
-    # With no spread seen, assume the spread of one differing question, as Wilson would allow for it.
-    sd = float(np.std(differences, ddof=1)) if n > 1 else 0.0
-    sd = sd or stats.wilson(0, n, alpha).high ** 0.5
-    return min(1.0, stats.mde_graded(n, sd, alpha)), stats.n_for_graded(wanted, sd, alpha)
+        seen = int(np.sum(differences != 0))
+        discordant = stats.wilson(seen, n, 0.4).high
+        sd = discordant**0.5
+        mde, find = stats.mde_binary(n, max(seen, 1) / n, alpha), partial(stats.n_for_binary, discordant=discordant)
+    else:
+        mde, find = min(1.0, stats.mde_graded(n, sd, alpha)), partial(stats.n_for_graded, sd=sd)
+    needed = [find(value, alpha=alpha)] if value > 0 else []
+    needed += [stats.n_for_equivalence(value, sd, margin, alpha)] if value < margin else []
+    return mde, max(n + 1, min(needed))
