@@ -118,12 +118,11 @@ class Store:
 
     def list(self, *parts: str) -> list[str]:
         """Names of the children, sorted; empty when there is no such folder. Unfinished writes are not shown."""
-        return sorted(self._backend.children(self.path(*parts)))
+        return sorted(self.children(*parts))
 
-    def sizes(self, *parts: str) -> dict[str, int]:
-        """Files right under a folder with their size in bytes."""
-        found = self._backend.children(self.path(*parts))
-        return {name: size for name, size in sorted(found.items()) if size is not None}
+    def children(self, *parts: str) -> dict[str, int | None]:
+        """Children of a folder with their size in bytes, None for a folder; empty when there is no such folder."""
+        return self._backend.children(self.path(*parts))
 
     def delete(self, *parts: str) -> None:
         """Remove a file or a folder with all in it; nothing happens when it is absent."""
@@ -140,7 +139,7 @@ class Store:
 
     def download(self, local: Path, *parts: str) -> Path:
         """Copy a file, or a folder file by file, to `local`. Each file becomes visible whole. Returns `local`."""
-        children = self._backend.children(self.path(*parts))
+        children = self.children(*parts)
         if not children:
             self._backend.get_file(self._key(*parts), local)
         for name, size in sorted(children.items()):

@@ -81,11 +81,17 @@ class LocalFiles:
             return {entry.name: size for entry in found if (size := _size(entry)) != -1}
 
     def delete(self, path: str) -> None:
+        """Moved out of sight in one step, then removed: no reader meets half a folder."""
         with _explained("delete", path):
-            if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path)
+            gone = _tmp_beside(path)
+            try:
+                os.rename(path, gone)
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            if os.path.isdir(gone) and not os.path.islink(gone):
+                shutil.rmtree(gone)
             else:
-                Path(path).unlink(missing_ok=True)
+                os.unlink(gone)
 
     def put_file(self, local: Path, path: str) -> None:
         copy_file(local, path)
@@ -131,13 +137,16 @@ def _size(entry: os.DirEntry[str]) -> int | None:
 
 @contextmanager
 def _staged(path: str) -> Iterator[str]:
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    tmp = os.path.join(folder, f"{TMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    tmp = _tmp_beside(path)
     try:
         yield tmp
     finally:
         Path(tmp).unlink(missing_ok=True)
+
+
+def _tmp_beside(path: str) -> str:
+    return os.path.join(os.path.dirname(path), f"{TMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}")
 
 
 def _write_synced(path: str, data: bytes) -> None:

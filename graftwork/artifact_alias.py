@@ -1,0 +1,110 @@
+"""Names that point at versions: one small file an alias, replaced atomically.
+
+`point` writes the alias and then looks whether its version is still there; `artifact.remove` hides the version and then
+looks whether an alias points at it. Whichever order two processes run in, at least one of them sees the other and
+steps back, so no lock is needed and none is left behind by a killed process.
+"""
+
+import re
+from datetime import UTC, datetime
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from graftwork.artifact_check import MANIFEST_FILE
+from graftwork.artifact_manifest import VERSION_PATTERN
+from graftwork.errors import ArtifactError
+from graftwork.storage import NAME_PATTERN, Store, json_bytes
+
+_SUFFIX = ".json"
+
+
+class AliasRecord(BaseModel):
+    """The content of an alias file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str = Field(pattern=VERSION_PATTERN)
+    previous: str | None = None
+    promoted_at: str
+
+
+def version_key(task: str, version: str) -> tuple[str, str, str]:
+    """Key of a version's folder."""
+    return ("adapters", task, version)
+
+
+def alias_key(task: str, alias: str) -> tuple[str, str, str]:
+    """Key of an alias file."""
+    return ("aliases", task, alias + _SUFFIX)
+
+
+def check_names(*names: str) -> None:
+    """Raise ArtifactError for a task, alias or version that is no plain name (a path, an upper case letter)."""
+    for name in names:
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise ArtifactError(
+                f"name {name[:80]!r}", "it is no task, alias or version", f"names match {NAME_PATTERN}", "rename it"
+            )
+
+
+def aliases(store: Store, task: str) -> dict[str, str]:
+    """Every alias of a task with the version that it points at, sorted by name."""
+    check_names(task)
+    names = [name.removesuffix(_SUFFIX) for name in store.list("aliases", task) if name.endswith(_SUFFIX)]
+    return {name: target for name in sorted(names) if (target := read(store, task, name)) is not None}
+
+
+def read(store: Store, task: str, alias: str) -> str | None:
+    """The version that an alias points at, None where there is no such alias. ArtifactError when it is damaged."""
+    record = _record(store, task, alias)
+    return record.version if record else None
+
+
+def point(store: Store, task: str, alias: str, version: str) -> None:
+    """Let the alias point at a version. ArtifactError when that version is not there, or vanishes meanwhile."""
+    check_names(task, alias)
+    if re.fullmatch(VERSION_PATTERN, alias):
+        raise ArtifactError(f"alias {alias!r}", "it looks like a version", "12 hex digits name a version", "rename it")
+    before = _record(store, task, alias)
+    if before and before.version == version:
+        return
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
+    record = AliasRecord(version=version, previous=before.version if before else None, promoted_at=now)
+    _write(store, task, alias, record)
+    if not store.exists(*version_key(task, version), MANIFEST_FILE):
+        _step_back(store, task, alias, record, before)
+        raise ArtifactError(
+            f"promote {task}@{alias} to {version}",
+            "that version was removed meanwhile",
+            "an alias points at a version that is there; the alias stands as before",
+            "promote another version: graftwork adapters ls",
+        )
+
+
+def _step_back(store: Store, task: str, alias: str, ours: AliasRecord, before: AliasRecord | None) -> None:
+    if _record(store, task, alias) != ours:
+        return  # somebody promoted after us
+    if before is None:
+        store.delete(*alias_key(task, alias))
+    else:
+        _write(store, task, alias, before)
+
+
+def _write(store: Store, task: str, alias: str, record: AliasRecord) -> None:
+    store.write_bytes(json_bytes(record.model_dump(mode="json")), *alias_key(task, alias))
+
+
+def _record(store: Store, task: str, alias: str) -> AliasRecord | None:
+    check_names(task, alias)
+    if not store.exists(*alias_key(task, alias)):
+        return None
+    try:
+        return AliasRecord.model_validate_json(store.read_bytes(*alias_key(task, alias)))
+    except pydantic.ValidationError:
+        raise ArtifactError(
+            f"alias {task}@{alias}",
+            "its file is damaged",
+            "an alias file names one version",
+            f"delete {store.path(*alias_key(task, alias))} and promote again",
+        ) from None

@@ -1,0 +1,248 @@
+"""Whether the files of an adapter are what they claim: a LoRA config and safetensors, read as data and never run.
+
+Nothing here unpickles, imports or allocates by a size that a file claims. The checks yield problems as sentences; who
+publishes, fetches or verifies decides what to do with them. Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftwork.errors import ArtifactError, StorageError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+TEMPLATE_FILE = "chat_template.jinja"
+MANIFEST_FILE = "manifest.json"
+MAX_TEXT_BYTES = 1 << 20
+MAX_HEADER_BYTES = 16 << 20
+MAX_RANK = 4096
+SAFETENSORS_ONLY = "an adapter is adapter_config.json and safetensors; pickle runs code when it is read, so it never is"
+
+_SAFETENSORS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.safetensors")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
+_SET_KEYS = ("target_modules", "exclude_modules", "modules_to_save")
+_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One entry of a safetensors header; `start` and `stop` are byte offsets in the whole file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def is_adapter_file(name: str) -> bool:
+    """Whether an adapter may hold a file of this name (the manifest is not among them)."""
+    return name in (CONFIG_FILE, TEMPLATE_FILE) or _SAFETENSORS_NAME.fullmatch(name) is not None
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """The adapter files of a PEFT folder, the config in canonical form; other files (a README) stay behind.
+
+    Raises ArtifactError: no folder, a needed file missing, a pickle by name or content, a link, any `problems`.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"adapter folder {folder}", "it does not exist", "", "check the path")
+    paths = sorted(folder.iterdir())
+    refused = [f"{path.name} is a pickle" for path in paths if path.name.endswith(_PICKLE_SUFFIXES)]
+    refused += [
+        f"{path.name} is no plain file"
+        for path in paths
+        if is_adapter_file(path.name) and (path.is_symlink() or not path.is_file())
+    ]
+    raise_problems(f"adapter folder {folder}", refused)
+    try:
+        files = {path.name: path.read_bytes() for path in paths if is_adapter_file(path.name)}
+    except OSError as error:
+        raise StorageError(f"read {folder}", str(error), "", "check the folder's rights and the disk") from error
+    raise_problems(f"adapter folder {folder}", list(problems(files)))
+    return {**files, CONFIG_FILE: canonical_config(files[CONFIG_FILE])}
+
+
+def raise_problems(asked: str, found: list[str]) -> None:
+    """Raise ArtifactError that names every problem; return when there is none."""
+    if found:
+        raise ArtifactError(
+            asked,
+            "; ".join(found),
+            SAFETENSORS_ONLY,
+            "take the file from a source you trust, or export it again with PEFT's save_pretrained",
+        )
+
+
+def problems(files: Mapping[str, bytes]) -> Iterator[str]:
+    """What is wrong with the content of an adapter's files, one sentence each."""
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in files]
+    if missing:
+        yield f"{' and '.join(missing)} missing"
+        return
+    config: dict[str, Any] = {}
+    tensors: dict[str, dict[str, TensorInfo]] = {}
+    sound = True
+    for name, data in files.items():
+        try:
+            if name == CONFIG_FILE:
+                config = parse_config(data)
+            elif name == TEMPLATE_FILE:
+                _require_text(data)
+            else:
+                tensors[name] = parse_safetensors(data)
+        except ValueError as error:
+            sound = False
+            yield f"{name}: {error}"
+    if sound:
+        yield from _lora_problems(config, tensors[WEIGHTS_FILE])
+        for name, infos in tensors.items():
+            yield from _finite_problems(name, files[name], infos)
+
+
+def parse_safetensors(data: bytes) -> dict[str, TensorInfo]:
+    """The header of a safetensors file, checked against the file's length. ValueError says what is wrong."""
+    _refuse_pickle(data)
+    size = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
+    if not 2 <= size <= min(MAX_HEADER_BYTES, len(data) - 8) or data[8:9] != b"{":
+        raise ValueError(f"not a safetensors file, or cut short (header of {size} bytes in a file of {len(data)})")
+    header = _parse_object(data[8 : 8 + size])
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor_info(name, entry, 8 + size) for name, entry in header.items()}
+    if not tensors:
+        raise ValueError("it holds no tensors")
+    end = 8 + size
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+        if info.start != end:
+            raise ValueError(f"tensor {name} starts at byte {info.start}, expected {end}")
+        end = info.stop
+    if end != len(data):
+        raise ValueError(f"the header describes {end} bytes, the file has {len(data)}: cut short or extended")
+    return tensors
+
+
+def parse_config(data: bytes) -> dict[str, Any]:
+    """A PEFT LoRA config whose keys can do no harm. ValueError says what is wrong."""
+    _require_text(data)
+    config = _parse_object(data)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type={config.get('peft_type')!r}, only 'LORA' is served")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"r={rank!r} is no rank from 1 to {MAX_RANK}")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+        raise ValueError(f"lora_alpha={alpha!r} is no positive number")
+    mapping = config.get("auto_mapping") or {}
+    library = mapping.get("parent_library", "transformers") if isinstance(mapping, dict) else mapping
+    if str(library).split(".")[0] != "transformers":
+        raise ValueError(f"auto_mapping names {library!r}, which PEFT would import")
+    if not isinstance(config.get("rank_pattern") or {}, dict):
+        raise ValueError("rank_pattern is no mapping")
+    return config
+
+
+def canonical_config(data: bytes) -> bytes:
+    """One form for equal configs: keys sorted, PEFT's sets sorted, no path of the machine that trained it."""
+    config = parse_config(data)
+    for key in _SET_KEYS:
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key], key=str)
+    if str(config.get("base_model_name_or_path") or "").startswith(("/", "~", ".")):
+        config["base_model_name_or_path"] = None
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _tensor_info(name: str, entry: object, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the header entry of {name} is malformed")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _FLOAT_BYTES:
+        raise ValueError(f"tensor {name} has dtype {dtype!r}, expected one of {', '.join(_FLOAT_BYTES)}")
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
+    if len(offsets) != 2 or any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"tensor {name} has shape {shape!r} and offsets {offsets!r}")
+    if offsets[1] - offsets[0] != math.prod(shape) * _FLOAT_BYTES[dtype]:
+        raise ValueError(f"tensor {name}: {dtype} {shape} does not fill bytes {offsets}")
+    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _lora_problems(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Every `lora_A` (rank, in) has its `lora_B` (out, rank), of the rank that the config gives the module."""
+    sides: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in tensors.items():
+        match = _LORA_KEY.fullmatch(key)
+        if match:
+            sides.setdefault(match["module"], {})[match["side"]] = info
+    if not sides:
+        yield f"{WEIGHTS_FILE}: no lora_A and lora_B tensors"
+    for module, pair in sides.items():
+        if set(pair) != {"A", "B"}:
+            yield f"{WEIGHTS_FILE}: {module} has only lora_{''.join(pair)}"
+            continue
+        rank = _rank_of(module, config)
+        a, b = pair["A"].shape, pair["B"].shape
+        if len(a) < 2 or len(b) < 2 or a[0] != rank or b[1] != rank:
+            yield f"{WEIGHTS_FILE}: {module} has lora_A {list(a)} and lora_B {list(b)}, the config says rank {rank}"
+
+
+def _rank_of(module: str, config: Mapping[str, Any]) -> object:
+    """`rank_pattern` by literal module suffix; its regular expressions come from the file and are not run."""
+    for pattern, rank in (config.get("rank_pattern") or {}).items():
+        if module == pattern or module.endswith("." + pattern):
+            return rank
+    return config["r"]
+
+
+def _finite_problems(name: str, data: bytes, infos: Mapping[str, TensorInfo]) -> Iterator[str]:
+    import numpy as np
+
+    bad = []
+    for key, info in infos.items():
+        mask = _EXPONENT[info.dtype]
+        words = np.frombuffer(data[info.start : info.stop], dtype=f"<u{_FLOAT_BYTES[info.dtype]}")
+        if bool(np.any((words & words.dtype.type(mask)) == mask)):
+            bad.append(key)
+    if bad:
+        yield f"{name}: NaN or infinity in {len(bad)} tensors, first {bad[0]}"
+
+
+def _parse_object(data: bytes) -> dict[str, Any]:
+    """JSON object without repeated keys and without NaN. ValueError otherwise."""
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _require_text(data: bytes) -> None:
+    _refuse_pickle(data)
+    if len(data) > MAX_TEXT_BYTES:
+        raise ValueError(f"{len(data)} bytes of text, at most {MAX_TEXT_BYTES} are read")
+    if "\0" in data.decode():
+        raise ValueError("it is no text")
+
+
+def _refuse_pickle(data: bytes) -> None:
+    if data.startswith(_PICKLE_STARTS):
+        raise ValueError("it is a pickle (torch.save or pickle.dump) under another name")

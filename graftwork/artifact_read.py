@@ -1,0 +1,161 @@
+"""Reading adapters: by alias or version, the manifest first, no byte trusted that the manifest does not cover."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping
+
+from graftwork import artifact_alias, artifact_check, artifact_manifest
+from graftwork.artifact_alias import aliases, check_names, version_key
+from graftwork.artifact_check import MANIFEST_FILE
+from graftwork.artifact_manifest import VERSION_PATTERN, AdapterManifest
+from graftwork.errors import ArtifactError
+from graftwork.storage import ALIAS_PATTERN, Store
+
+REPUBLISH = "publish the same content again, which writes it anew, or remove it: graftwork adapters rm"
+
+log = logging.getLogger("graftwork.artifact")
+
+
+class UnknownAdapter(ArtifactError):
+    """No adapter of that name is published."""
+
+
+def open_adapter(store: Store, task: str, ref: str) -> AdapterManifest:
+    """The manifest behind an alias or a version, with the list of files and their sizes checked; no weights are read.
+
+    Raises ArtifactError: unknown, a manifest that contradicts itself or its folder, a file too many, cut or grown.
+    """
+    version = version_of(store, task, ref)
+    asked, key = f"adapter {task}@{ref}", version_key(task, version)
+    sizes = store.children(*key)
+    manifest_size = sizes.pop(MANIFEST_FILE, None)
+    if manifest_size is None:
+        raise unknown(store, task, ref)
+    if manifest_size > artifact_check.MAX_TEXT_BYTES:
+        raise ArtifactError(
+            asked,
+            f"{MANIFEST_FILE} has {manifest_size} bytes",
+            f"at most {artifact_check.MAX_TEXT_BYTES} are read",
+            REPUBLISH,
+        )
+    manifest = artifact_manifest.parse(asked, store.read_bytes(*key, MANIFEST_FILE))
+    if (manifest.task, manifest.version) != (task, version) or manifest.content_version() != version:
+        raise ArtifactError(
+            asked,
+            f"its manifest is that of {manifest.ref}, content {manifest.content_version()}",
+            "folder, manifest and content digest agree",
+            REPUBLISH,
+        )
+    expected = {name: entry.size_bytes for name, entry in manifest.files.items()}
+    wrong = [
+        f"{name}: {_said(sizes, name)}, the manifest says {_said(expected, name)}"
+        for name in sorted(expected.keys() | sizes.keys())
+        if sizes.get(name, -1) != expected.get(name, -1)
+    ]
+    if wrong:
+        raise ArtifactError(asked, "; ".join(wrong), "a version holds exactly the files of its manifest", REPUBLISH)
+    return manifest
+
+
+def resolve(store: Store, name: str) -> AdapterManifest:
+    """`open_adapter` of `task@alias` or `task@version`."""
+    if not re.fullmatch(ALIAS_PATTERN, name):
+        raise ArtifactError(
+            f"adapter {name[:140]!r}",
+            "it is no adapter name",
+            f"names match {ALIAS_PATTERN}",
+            "write task@alias or task@version",
+        )
+    task, _, ref = name.partition("@")
+    return open_adapter(store, task, ref)
+
+
+def list_adapters(store: Store) -> list[AdapterManifest]:
+    """Every visible version, by task and then by age. A damaged one is left out with a warning that names it."""
+    found = []
+    for task in store.list("adapters"):
+        for version in store.list("adapters", task):
+            if not store.exists(*version_key(task, version), MANIFEST_FILE):
+                continue  # never finished, or being published right now
+            try:
+                found.append(open_adapter(store, task, version))
+            except ArtifactError as error:
+                log.warning("left out: %s", error)
+    return sorted(found, key=lambda manifest: (manifest.task, manifest.created_at, manifest.version))
+
+
+def verify(store: Store, task: str, ref: str) -> list[str]:
+    """All that is wrong with a version, every byte read; empty when it is sound. ArtifactError when it is unknown."""
+    version = version_of(store, task, ref)
+    if not store.exists(*version_key(task, version), MANIFEST_FILE):
+        raise unknown(store, task, ref)
+    try:
+        manifest = open_adapter(store, task, version)
+    except ArtifactError as error:
+        return [error.found]
+    return _content_problems(manifest, read_files(store, manifest))
+
+
+def open_sound(store: Store, task: str, version: str) -> AdapterManifest:
+    manifest = open_adapter(store, task, version)
+    require_sound(manifest, read_files(store, manifest))
+    return manifest
+
+
+def read_files(store: Store, manifest: AdapterManifest) -> dict[str, bytes]:
+    key = version_key(manifest.task, manifest.version)
+    return {name: store.read_bytes(*key, name) for name in manifest.files}
+
+
+def require_sound(manifest: AdapterManifest, files: Mapping[str, bytes]) -> None:
+    found = _content_problems(manifest, files)
+    if found:
+        raise ArtifactError(
+            f"adapter {manifest.ref}",
+            "; ".join(found),
+            f"every byte is as published; {artifact_check.SAFETENSORS_ONLY}",
+            REPUBLISH,
+        )
+
+
+def unknown(store: Store, task: str, ref: str) -> UnknownAdapter:
+    tasks = store.list("adapters")
+    if task not in tasks:
+        found = f"no adapter of task {task!r} in {store.uri}; tasks: {', '.join(tasks) or 'none'}"
+    else:
+        named = [f"{alias} ({target})" for alias, target in aliases(store, task).items()]
+        found = f"no such version; aliases: {', '.join(named) or 'none'}"
+    return UnknownAdapter(
+        f"adapter {task}@{ref}", found, "", "see `graftwork adapters ls`, or train it: graftwork train"
+    )
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _content_problems(manifest: AdapterManifest, files: Mapping[str, bytes]) -> list[str]:
+    changed = [
+        f"{name}: sha256 differs from the manifest's"
+        for name, data in files.items()
+        if sha256(data) != manifest.files[name].sha256
+    ]
+    return changed + list(artifact_check.problems(files))
+
+
+def version_of(store: Store, task: str, ref: str) -> str:
+    """The version that an alias names, or the version itself. ArtifactError for an unknown alias or an odd name."""
+    check_names(task, ref)
+    if re.fullmatch(VERSION_PATTERN, ref):
+        return ref
+    target = artifact_alias.read(store, task, ref)
+    if target is None:
+        raise unknown(store, task, ref)
+    return target
+
+
+def _said(sizes: Mapping[str, int | None], name: str) -> str:
+    if name not in sizes:
+        return "no such file"
+    return "a folder" if sizes[name] is None else f"{sizes[name]} bytes"
