@@ -38,10 +38,11 @@ class ArmSpec(Spec):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9+._-]{0,62}$")]
     adapter: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
     """`task@alias` or `task@version`; null is the base model."""
-    prompt: PromptSpec = PromptSpec()
-    """System prompt and worked examples."""
+    prompt: PromptSpec | None = None
+    """System prompt and worked examples; null takes those that the adapter was trained with, and none for the base."""
     retriever: RetrieverSpec | None = None
-    max_new_tokens: int = Field(96, ge=1)
+    max_new_tokens: int | None = Field(96, ge=1)
+    """Longest answer in tokens; null allows what is left of the sequence."""
 
 
 class ServeSpec(Spec):
@@ -61,6 +62,10 @@ class ServeSpec(Spec):
     port: int = Field(8000, ge=1, le=65535)
     token_env: str | None = None
     """Environment variable that holds the API token; needed to bind anything but loopback."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """A request that takes longer is cancelled and answered with an error."""
+    max_ongoing_requests: int = Field(512, ge=1)
+    """Requests that one replica holds, running and queued in its engine; the rest wait before it."""
     num_cpus: float = Field(1.0, gt=0)
     """CPUs of the engine replica."""
     num_gpus: float = Field(0.0, ge=0)
@@ -69,7 +74,18 @@ class ServeSpec(Spec):
     def _closed_to_strangers(self) -> Self:
         if self.host not in ("127.0.0.1", "localhost", "::1") and self.token_env is None:
             raise ValueError(f"host={self.host!r} is open to the network but token_env is not set")
+        return self
+
+    @model_validator(mode="after")
+    def _arms_fit(self) -> Self:
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
             raise ValueError(f"arms: names must differ, found {names}")
+        limit = self.engine.max_seq_len
+        for arm in self.arms:
+            if arm.max_new_tokens is not None and arm.max_new_tokens >= limit:
+                raise ValueError(f"arm {arm.name!r}: max_new_tokens={arm.max_new_tokens} leaves no room for a prompt "
+                                 f"in engine.max_seq_len={limit}")
+        if len(self.adapters) > self.engine.max_loaded:
+            raise ValueError(f"{len(self.adapters)} adapters at start, but engine.max_loaded={self.engine.max_loaded}")
         return self

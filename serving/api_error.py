@@ -1,0 +1,82 @@
+"""Errors as the OpenAI API shapes them: a status, a message, a type, the parameter and a code."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from graftwork.artifact import UnknownAdapter
+from graftwork.errors import ArtifactError, DataError, GraftworkError, StorageError
+from graftwork.serving.arms import PromptTooLong
+
+
+class ApiError(GraftworkError):
+    """An error that a caller of the endpoint (HTTP or handle) gets. Ray carries it between processes whole."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+    def __reduce__(self) -> tuple[Any, Any]:
+        return _rebuild, (self.status, self.message, self.code, self.param)
+
+    def text(self) -> str:
+        """The message with its status and code, for logs and tables."""
+        return f"{self.asked} (HTTP {self.status}, {self.code})" if hasattr(self, "status") else self.asked
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's error `type`: whose fault it is."""
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The JSON body that OpenAI clients map to their exception types."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def _rebuild(status: int, message: str, code: str | None, param: str | None) -> ApiError:
+    return ApiError(status, message, code=code, param=param)
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the request can't be served as it is."""
+    return ApiError(400, message, code=code, param=param)
+
+
+def unknown_model(model: str, known: str) -> ApiError:
+    """404: no such model. Never answered by the base instead."""
+    return ApiError(404, f"The model {model!r} does not exist. {known}", code="model_not_found", param="model")
+
+
+def engine_lost(detail: str) -> ApiError:
+    """503: the engine's process ended while it worked on the request; a new one is being started."""
+    return ApiError(
+        503, f"The engine was lost while it worked on this request ({detail}). Try again.", code="engine_lost"
+    )
+
+
+@contextlib.contextmanager
+def as_api_errors() -> Iterator[None]:
+    """What goes wrong in the block leaves as an ApiError: the request's fault 4xx, ours 5xx."""
+    try:
+        yield
+    except ApiError:
+        raise
+    except GraftworkError as error:
+        raise _of(error) from error
+
+
+def _of(error: GraftworkError) -> ApiError:
+    message = " ".join(
+        part.rstrip(".") + "." for part in (error.asked, error.found, error.rule, error.next_move) if part
+    )
+    if isinstance(error, PromptTooLong):
+        return bad_request(message, param="messages", code="context_length_exceeded")
+    if isinstance(error, UnknownAdapter):
+        return unknown_model(error.asked.removeprefix("adapter "), error.found + ".")
+    if isinstance(error, ArtifactError):
+        return bad_request(message, param="model", code="adapter_not_servable")
+    if isinstance(error, DataError):
+        return bad_request(message, param="messages", code="invalid_value")
+    if isinstance(error, StorageError):
+        return ApiError(503, message, code="storage_unavailable")
+    return ApiError(500, message, code="internal_error")

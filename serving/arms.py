@@ -1,0 +1,171 @@
+"""An arm record and a conversation become a prompt here: one code for offline comparison, shadow and live traffic."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from graftwork import chat
+from graftwork.chat import Message, Passage, Prompt, PromptSpec, Template
+from graftwork.data import resolve_prompt
+from graftwork.errors import DataError
+from graftwork.retrieval import LexicalIndex, RetrieverSpec, open_index
+from graftwork.serving.spec import ArmSpec
+
+
+class PromptTooLong(DataError):
+    """Prompt plus answer pass the longest sequence. Nothing is ever cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What a caller may choose per request; None for `max_new_tokens` leaves it to the arm."""
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def dump(self) -> dict[str, Any]:
+        """As a plain dict, the form that travels through a handle."""
+        return asdict(self)
+
+    @classmethod
+    def load(cls, tree: Mapping[str, Any]) -> "Sampling":
+        """From `dump`."""
+        return cls(**{**tree, "stop": tuple(tree.get("stop", ()))})
+
+
+@dataclass(frozen=True, slots=True)
+class ArmPrompt:
+    """A conversation as one arm puts it to the model."""
+
+    ids: tuple[int, ...]
+    stop_ids: frozenset[int]
+    retrieved_ids: tuple[str, ...]
+    """Passages in the prompt, best first."""
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArmAnswer:
+    """What came back, and everything that decides whether two answers may be compared."""
+
+    request_id: str
+    arm: str
+    text: str
+    adapter: str | None
+    """Task of the adapter; None is the base."""
+    adapter_version: str | None
+    base_digest: str
+    retrieved_ids: tuple[str, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose keys and values came from the prefix cache."""
+    completion_tokens: int
+    ttft_ms: float
+    """From the call's arrival at the replica to the first token, adapter load and retrieval included."""
+    latency_ms: float
+    finish_reason: str
+    token_ids: tuple[int, ...] = ()
+
+    def dump(self) -> dict[str, Any]:
+        """As a plain dict, the form that travels through a handle."""
+        return asdict(self)
+
+    @classmethod
+    def load(cls, tree: Mapping[str, Any]) -> "ArmAnswer":
+        """From `dump`, or from its JSON."""
+        lists = {key: tuple(tree[key]) for key in ("retrieved_ids", "token_ids")}
+        return cls(**{**tree, **lists})
+
+
+def messages_of(dumps: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:
+    """Messages from plain dicts with `role` and `content`. Raises DataError on another role."""
+    for turn in dumps:
+        if turn.get("role") not in ("system", "user", "assistant") or not isinstance(turn.get("content"), str):
+            raise DataError(
+                f"message {dict(turn)!r}", "", "a message has a role (system, user, assistant) and text content"
+            )
+    return tuple(Message(turn["role"], turn["content"]) for turn in dumps)  # type: ignore[arg-type]  # checked above
+
+
+def build_prompt(
+    arm: ArmSpec,
+    messages: Sequence[Message],
+    template: Template,
+    *,
+    max_seq_len: int,
+    trained: PromptSpec | None = None,
+    max_new_tokens: int | None = None,
+) -> ArmPrompt:
+    """The prompt of one arm: worked examples, retrieved passages, the conversation, the template.
+
+    trained: the prompt that the arm's adapter was trained with; used where the arm names none. A system turn of the
+    conversation stands in its place. max_new_tokens: overrides the arm's.
+    Raises PromptTooLong; DataError for a conversation that the arm or the template cannot take, or unreadable arm data.
+    """
+    prompt = _prompt_of(arm, messages, trained)
+    passages = _retrieve(arm, messages)
+    rendered = chat.render(messages, template, prompt=prompt, context=passages, generate=True)
+    limit = max_new_tokens or arm.max_new_tokens or max_seq_len - len(rendered.ids)
+    _check_length(len(rendered.ids), limit, max_seq_len)
+    return ArmPrompt(rendered.ids, rendered.stop_ids, tuple(passage.id for passage in passages), limit)
+
+
+def raw_prompt(text: str, template: Template, *, max_seq_len: int, max_new_tokens: int | None) -> ArmPrompt:
+    """Plain text to be continued, without a chat template. Raises PromptTooLong."""
+    ids = tuple(template.encode(text))
+    limit = max_new_tokens or max_seq_len - len(ids)
+    _check_length(len(ids), limit, max_seq_len)
+    return ArmPrompt(ids, template.stop_ids, (), limit)
+
+
+def warm(prompt: PromptSpec | None, retriever: RetrieverSpec | None) -> None:
+    """Read the worked examples and open the index now, before a request needs them. Raises DataError, StorageError."""
+    if prompt is not None:
+        _resolved(prompt)
+    if retriever is not None:
+        _index(retriever)
+
+
+def _prompt_of(arm: ArmSpec, messages: Sequence[Message], trained: PromptSpec | None) -> Prompt:
+    if arm.prompt is None:
+        return _resolved(trained or PromptSpec())
+    prompt = _resolved(arm.prompt)
+    if prompt.system is not None and any(turn.role == "system" for turn in messages):
+        raise DataError(f"arm {arm.name!r}: a system message", "the arm has its own system prompt",
+                        "an arm is one fixed prompt", "leave the system message out")  # fmt: skip
+    return prompt
+
+
+def _retrieve(arm: ArmSpec, messages: Sequence[Message]) -> tuple[Passage, ...]:
+    if arm.retriever is None:
+        return ()
+    question = next((turn.content for turn in reversed(messages) if turn.role == "user"), None)
+    if question is None:
+        raise DataError(
+            f"arm {arm.name!r}", "the conversation has no user turn", "the last user turn is the search query"
+        )
+    return tuple(hit.passage for hit in _index(arm.retriever).search(question, arm.retriever.k))
+
+
+def _check_length(prompt: int, answer: int, max_seq_len: int) -> None:
+    if prompt >= max_seq_len or prompt + answer > max_seq_len:
+        raise PromptTooLong(
+            f"a prompt of {prompt} tokens with up to {max(answer, 1)} new ones", f"{prompt + max(answer, 1)} tokens",
+            f"engine.max_seq_len={max_seq_len}; a prompt is never cut",
+            "shorten the conversation, ask for fewer new tokens, or raise engine.max_seq_len",
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _resolved(spec: PromptSpec) -> Prompt:
+    return resolve_prompt(spec)
+
+
+@lru_cache(maxsize=64)
+def _index(spec: RetrieverSpec) -> LexicalIndex:
+    return open_index(spec.corpus)

@@ -1,0 +1,91 @@
+"""The engine replicas as the ingress sees them: calls through Ray Serve, failures as ApiErrors."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any, Protocol
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from graftwork.serving.api_error import ApiError, engine_lost
+from graftwork.serving.replica import Dump, Question
+
+log = logging.getLogger("ray.serve")
+
+
+class Backend(Protocol):
+    """What the ingress needs from the engine side. All raise ApiError."""
+
+    async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> Dump:
+        """See EngineReplica.answer."""
+
+    def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
+        """See EngineReplica.stream. Closing it ends the request in the engine."""
+
+    async def refresh(self, ref: str) -> list[Dump]:
+        """EngineReplica.refresh on every replica."""
+
+    async def call(self, method: str) -> Any:
+        """A method of one replica that takes nothing: models, adapters, stats, check_health."""
+
+
+class ServeBackend:
+    """Calls over a DeploymentHandle. Retries nothing: a request whose engine died is the caller's to send again."""
+
+    def __init__(self, handle: DeploymentHandle, timeout_s: float) -> None:
+        self._handle, self._timeout_s = handle, timeout_s
+
+    async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> Dump:
+        """Cancelling this cancels the request in the engine."""
+        with _as_api_errors():
+            async with asyncio.timeout(self._timeout_s):
+                answer: Dump = await self._handle.answer.remote(arm, messages, request_id, sampling)
+                return answer
+
+    async def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
+        """Chunks as the replica yields them."""
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        chunks = self._handle.options(stream=True).stream.remote(arm, messages, request_id, sampling)
+        try:
+            while True:
+                with _as_api_errors():
+                    async with asyncio.timeout_at(deadline):  # around one wait: a timeout must not span a yield
+                        chunk = await anext(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+        finally:
+            chunks.cancel()  # no effect on one that has ended
+
+    async def refresh(self, ref: str) -> list[Dump]:
+        """Every live replica has flipped when this returns; one that starts later reads the alias itself."""
+        with _as_api_errors():
+            async with asyncio.timeout(self._timeout_s):
+                results: list[Dump] = await self._handle.broadcast("refresh", ref).results_async()
+                return results
+
+    async def call(self, method: str) -> Any:
+        """A method without arguments on one replica."""
+        with _as_api_errors():
+            async with asyncio.timeout(self._timeout_s):
+                return await getattr(self._handle, method).remote()
+
+
+@contextlib.contextmanager
+def _as_api_errors() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise ApiError(504, "The request took longer than this endpoint allows.", code="request_timeout") from None
+    except RayActorError as error:
+        raise engine_lost(type(error).__name__) from error
+    except (BackPressureError, DeploymentUnavailableError) as error:
+        raise ApiError(503, "The endpoint takes no requests now. Try again.", code="overloaded") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, ApiError):
+            raise error.cause from None
+        log.exception("an engine replica failed on a request")
+        raise ApiError(500, "The endpoint failed on this request; its log says why.", code="internal_error") from error

@@ -1,0 +1,247 @@
+"""A small client of a running endpoint, for the command line and for load: httpx, typed, errors as ApiError."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from graftwork.chat import Message
+from graftwork.errors import ClusterError
+from graftwork.serving.api_error import ApiError
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """One question to one model."""
+
+    model: str
+    messages: tuple[Message, ...]
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def body(self, *, stream: bool) -> dict[str, Any]:
+        """JSON of the request."""
+        body: dict[str, Any] = {
+            "model": self.model, "messages": [{"role": m.role, "content": m.content} for m in self.messages],
+            "max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed,
+            "stop": list(self.stop) or None,
+        }  # fmt: skip
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return {key: value for key, value in body.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer and where it came from. `adapter_version` None: the base answered."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    arm: str
+    adapter_version: str | None
+    base_digest: str
+    retrieved_ids: tuple[str, ...]
+    ttft_ms: float
+    latency_ms: float
+
+
+class Client:
+    """Synchronous calls. `token`: the endpoint's API token. Raises ApiError, or ClusterError where nothing answers."""
+
+    def __init__(self, url: str, token: str | None = None, timeout_s: float = 600.0) -> None:
+        self._url = url
+        self._http = httpx.Client(**_settings(url, token, timeout_s))
+
+    def chat(self, call: ChatCall) -> Reply:
+        """The whole answer."""
+        tree = self._json("POST", "/v1/chat/completions", call.body(stream=False))
+        return _reply(tree["choices"][0]["message"]["content"], tree["choices"][0]["finish_reason"], tree)
+
+    def stream(self, call: ChatCall) -> Iterator[str | Reply]:
+        """Pieces of text as they come; the last item is the whole `Reply`."""
+        with (
+            _reachable(self._url),
+            self._http.stream("POST", "/v1/chat/completions", json=call.body(stream=True)) as response,
+        ):
+            if response.is_error:
+                response.read()
+                raise _error(response)
+            growing = _GrowingReply()
+            for line in response.iter_lines():
+                if piece := growing.push(line):
+                    yield piece
+        yield growing.reply()
+
+    def models(self) -> list[dict[str, Any]]:
+        """What may be asked, as GET /v1/models lists it."""
+        found: list[dict[str, Any]] = self._json("GET", "/v1/models")["data"]
+        return found
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """Adapter versions in the engine, with state and running requests."""
+        found: list[dict[str, Any]] = self._json("GET", "/v1/adapters")["data"]
+        return found
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters."""
+        found: dict[str, Any] = self._json("GET", "/v1/stats")
+        return found
+
+    def refresh(self, ref: str) -> str:
+        """Have every replica read `task@alias` again; returns the version that new requests get from now on."""
+        results = self._json("POST", "/v1/adapters/refresh", {"adapter": ref})["data"]
+        version: str = results[0]["new"]
+        return version
+
+    def health(self) -> bool:
+        """Whether the endpoint answers and an engine decodes."""
+        try:
+            return bool(self._json("GET", "/health")["status"] == "ok")
+        except (ApiError, ClusterError):
+            return False
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        with _reachable(self._url):
+            response = self._http.request(method, path, json=body)
+        if response.is_error:
+            raise _error(response)
+        return response.json()
+
+
+class AsyncClient:
+    """`Client.chat` for many questions at once. Use as `async with`."""
+
+    def __init__(self, url: str, token: str | None = None, timeout_s: float = 600.0) -> None:
+        self._url, self._http = url, httpx.AsyncClient(**_settings(url, token, timeout_s))
+
+    async def chat(self, call: ChatCall, *, stream: bool = False) -> Reply:
+        """The whole answer, by one response or read off a stream."""
+        if not stream:
+            with _reachable(self._url):
+                response = await self._http.post("/v1/chat/completions", json=call.body(stream=False))
+            if response.is_error:
+                raise _error(response)
+            tree = response.json()
+            return _reply(tree["choices"][0]["message"]["content"], tree["choices"][0]["finish_reason"], tree)
+        growing = _GrowingReply()
+        body = call.body(stream=True)
+        with _reachable(self._url):
+            async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.is_error:
+                    await response.aread()
+                    raise _error(response)
+                async for line in response.aiter_lines():
+                    growing.push(line)
+        return growing.reply()
+
+    async def refresh(self, ref: str) -> str:
+        """As `Client.refresh`."""
+        with _reachable(self._url):
+            response = await self._http.post("/v1/adapters/refresh", json={"adapter": ref})
+        if response.is_error:
+            raise _error(response)
+        version: str = response.json()["data"][0]["new"]
+        return version
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+
+class _GrowingReply:
+    """Puts a stream's events together."""
+
+    def __init__(self) -> None:
+        self._text, self._finish_reason, self._tree, self._done = "", "", dict[str, Any](), False
+
+    def push(self, line: str) -> str:
+        """The text of one line of the stream. Raises ApiError where the stream carries an error."""
+        if not line.startswith("data: "):
+            return ""
+        if line == "data: [DONE]":
+            self._done = True
+            return ""
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            raise _api_error(500, event["error"])
+        self._tree |= {key: event[key] for key in ("graftwork", "usage") if key in event}
+        piece = ""
+        for choice in event["choices"]:
+            piece += choice["delta"].get("content") or ""
+            self._finish_reason = choice["finish_reason"] or self._finish_reason
+        self._text += piece
+        return piece
+
+    def reply(self) -> Reply:
+        """The whole. Raises ApiError where the stream broke off."""
+        if not self._done:
+            raise ApiError(502, "The stream broke off before its end.", code="stream_broken")
+        return _reply(self._text, self._finish_reason, self._tree)
+
+
+def _reply(text: str, finish_reason: str, tree: dict[str, Any]) -> Reply:
+    came, usage = tree["graftwork"], tree["usage"]
+    return Reply(
+        text, finish_reason, usage["prompt_tokens"], usage["completion_tokens"], came["arm"], came["adapter_version"],
+        came["base_digest"], tuple(came["retrieved_ids"]), came["ttft_ms"], came["latency_ms"],
+    )  # fmt: skip
+
+
+def _settings(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
+    # Straight to the endpoint: a proxy of the environment must not see its traffic or its token.
+    return {"base_url": url, "headers": headers, "timeout": timeout, "limits": limits, "trust_env": False}
+
+
+@contextlib.contextmanager
+def _reachable(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.ConnectError as error:
+        raise ClusterError(
+            f"endpoint {url}", f"nothing answers there ({error})", "", "start it with `graftwork serve FILE`"
+        ) from error
+    except httpx.TransportError as error:
+        raise ApiError(
+            502, f"The connection to {url} broke: {type(error).__name__} {error}", code="connection"
+        ) from error
+
+
+def _error(response: httpx.Response) -> ApiError:
+    try:
+        found = response.json()["error"]
+    except (ValueError, KeyError, TypeError):  # not from our app: a proxy in between
+        found = {"message": response.text[:500]}
+    return _api_error(response.status_code, found)
+
+
+def _api_error(status: int, found: dict[str, Any]) -> ApiError:
+    return ApiError(status, str(found.get("message")), code=found.get("code"), param=found.get("param"))

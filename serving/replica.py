@@ -1,0 +1,172 @@
+"""One Ray Serve replica: one engine over one base, and the adapters its requests ask for."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, aclosing, closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from graftwork import base_model
+from graftwork.errors import RunError
+from graftwork.serving.api_error import as_api_errors
+from graftwork.serving.arms import ArmPrompt, Sampling, build_prompt, messages_of, raw_prompt, warm
+from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.types import GenerateRequest, SamplingParams
+from graftwork.serving.generation import Generation, GrowingAnswer
+from graftwork.serving.residency import Pin, Residency
+from graftwork.serving.source import AdapterSource, trained_prompt
+from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.storage import Store
+
+Dump = dict[str, Any]
+Question = Sequence[Mapping[str, str]] | str
+"""Messages with role and content, or a text to be continued without a chat template."""
+T = TypeVar("T")
+PROMPT_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """A request whose version is pinned and whose prompt is built. Closing `hold` releases the pin."""
+
+    arm: ArmSpec
+    sampling: Sampling
+    prompt: ArmPrompt
+    pin: Pin | None
+    hold: ExitStack
+
+    @property
+    def version(self) -> str | None:
+        return self.pin.manifest.version if self.pin else None
+
+
+class EngineReplica:
+    """Answers arms. All methods run on the replica's event loop; decoding runs in the engine's own thread."""
+
+    async def __init__(self, spec: Dump) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        self._spec = ServeSpec.model_validate(spec)
+        self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
+        base = await self._in_thread(partial(base_model.resolve, self._spec.base))
+        self._base_digest = base.digest
+        self._source = AdapterSource(Store(self._spec.root), base.digest)
+        self._template = await self._in_thread(partial(base_model.template, base))
+        device = "cuda:0" if self._spec.num_gpus else "cpu"
+        load = partial(base_model.load, base, self._spec.quant, device=device, purpose="serve")
+        loaded = await self._in_thread(load)
+        self._reason = loaded.reason
+        limits = self._spec.engine.with_(
+            {"num_threads": self._spec.engine.num_threads or max(1, int(self._spec.num_cpus))}
+        )
+        self._engine = Engine(loaded.model, limits, device, self._template.decode)
+        self._residency = Residency(
+            self._engine, self._source.resolve, self._source.fetch, max_loaded=limits.max_loaded
+        )
+        self._engine.start()
+        await self._warm_up()
+        self._ready_at = int(time.time())
+
+    async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump | None = None) -> Dump:
+        """An arm's whole answer, as `ArmAnswer.dump`. `arm`, `sampling`: dumps of ArmSpec and Sampling.
+
+        Raises ApiError. Cancelling the call ends the request in the engine.
+        """
+        async with aclosing(self.stream(arm, messages, request_id, sampling)) as chunks:
+            *_, last = [chunk async for chunk in chunks]
+        answer: Dump = last["answer"]
+        return answer
+
+    async def stream(
+        self, arm: Dump, messages: Question, request_id: str, sampling: Dump | None = None
+    ) -> AsyncGenerator[Dump]:
+        """`answer` as it grows: `{"base_digest", "version"}` once admitted, `{"text"}` pieces, `{"answer"}` at the end.
+
+        Raises ApiError; where the request can't be served, before the first chunk.
+        """
+        arrived = time.perf_counter()
+        with as_api_errors():
+            admitted = await self._admit(arm, messages, sampling)
+            generation = self._submit(request_id, admitted)
+        with closing(generation):
+            yield {"base_digest": self._base_digest, "version": admitted.version}
+            answer = GrowingAnswer(self._template.decode, admitted.sampling.stop, admitted.prompt, arrived)
+            async for events in generation.events():
+                if text := answer.push(events):
+                    yield {"text": text}
+        task = admitted.pin.manifest.task if admitted.pin else None
+        whole = answer.answer(request_id, admitted.arm.name, task, admitted.version, self._base_digest)
+        yield {"answer": whole.dump()}
+
+    async def refresh(self, ref: str) -> Dump:
+        """Read `task@alias` again: new requests get the version it points at. Loads it first; running requests stay.
+
+        Raises ApiError; then nothing changed.
+        """
+        began = time.perf_counter()
+        with as_api_errors():
+            old, new = await self._residency.refresh(ref)
+        return {"adapter": ref, "old": old, "new": new, "swap_ms": (time.perf_counter() - began) * 1000}
+
+    async def models(self) -> Dump:
+        """The store's adapters made for this base, each with its aliases, and when this replica became ready (s)."""
+        with as_api_errors():
+            found = await self._in_thread(self._source.published)
+        adapters = [{"manifest": manifest.model_dump(mode="json"), "aliases": aliases} for manifest, aliases in found]
+        return {"adapters": adapters, "ready_at": self._ready_at}
+
+    async def adapters(self) -> list[Dump]:
+        """Every version in the engine or on its way there."""
+        slots = {slot.version: asdict(slot) for slot in self._engine.adapters()}
+        return [{**slots.get(r.version, {}), **asdict(r)} for r in self._residency.states()]
+
+    async def stats(self) -> Dump:
+        """The engine's counters, the base and how it is held."""
+        return {"base_digest": self._base_digest, "reason": self._reason, "engine": asdict(self._engine.stats())}
+
+    async def check_health(self) -> None:
+        """Called by Serve and by GET /health. Raises RunError when the engine no longer decodes."""
+        if not self._engine.alive():
+            raise RunError("the engine", "its thread has ended", "", "the replica is replaced")
+
+    async def _admit(self, arm: Dump, messages: Question, sampling: Dump | None) -> _Admitted:
+        spec = ArmSpec.model_validate(arm)
+        wanted = Sampling.load(sampling) if sampling else Sampling()
+        with ExitStack() as hold:
+            pin = await self._residency.pin(spec.adapter) if spec.adapter else None
+            if pin is not None:
+                hold.callback(self._residency.release, pin)
+            prompt = await self._in_thread(partial(self._prompt, spec, messages, wanted, pin))
+            return _Admitted(spec, wanted, prompt, pin, hold.pop_all())
+
+    def _submit(self, request_id: str, admitted: _Admitted) -> Generation:
+        wanted, prompt = admitted.sampling, admitted.prompt
+        params = SamplingParams(
+            prompt.max_new_tokens, wanted.temperature, wanted.top_p, wanted.top_k, wanted.seed, wanted.stop
+        )
+        request = GenerateRequest(request_id, prompt.ids, params, prompt.stop_ids, admitted.version)
+        with ExitStack() as on_failure:
+            on_failure.push(admitted.hold)
+            generation = Generation(self._engine, request, on_end=admitted.hold.close)
+            on_failure.pop_all()
+        return generation
+
+    def _prompt(self, arm: ArmSpec, messages: Question, wanted: Sampling, pin: Pin | None) -> ArmPrompt:
+        limit = self._spec.engine.max_seq_len
+        if isinstance(messages, str):
+            return raw_prompt(messages, self._template, max_seq_len=limit, max_new_tokens=wanted.max_new_tokens)
+        trained = trained_prompt(pin.manifest) if pin else None
+        return build_prompt(
+            arm, messages_of(messages), self._template,
+            max_seq_len=limit, trained=trained, max_new_tokens=wanted.max_new_tokens,
+        )  # fmt: skip
+
+    async def _warm_up(self) -> None:
+        for arm in self._spec.arms:
+            await self._in_thread(partial(warm, arm.prompt, arm.retriever))
+        for ref in dict.fromkeys([*self._spec.adapters, *(arm.adapter for arm in self._spec.arms if arm.adapter)]):
+            self._residency.release(await self._residency.pin(ref))
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)

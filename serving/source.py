@@ -1,0 +1,48 @@
+"""The published adapters that one base can serve: looked up, checked against the base, brought to this machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftwork import artifact
+from graftwork.artifact import AdapterManifest
+from graftwork.chat import PromptSpec
+from graftwork.errors import ArtifactError, DataError
+from graftwork.serving.arms import warm
+from graftwork.storage import Store
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """Adapters of a store made for the base with this digest. All methods block: call them off the event loop."""
+
+    store: Store
+    base_digest: str
+
+    def resolve(self, ref: str) -> AdapterManifest:
+        """The manifest that `task@alias` or `task@version` means now. Raises ArtifactError, of which UnknownAdapter."""
+        manifest = artifact.resolve(self.store, ref)
+        artifact.require_base(manifest, self.base_digest)
+        return manifest
+
+    def fetch(self, manifest: AdapterManifest) -> Path:
+        """Its verified files in a folder here; the worked examples of its training prompt are read too."""
+        try:
+            warm(trained_prompt(manifest), None)
+        except DataError as error:
+            raise ArtifactError(
+                f"adapter {manifest.task}@{manifest.version}: its training prompt", error.text()
+            ) from error
+        return artifact.fetch(self.store, manifest.task, manifest.version)
+
+    def published(self) -> list[tuple[AdapterManifest, list[str]]]:
+        """Every version for this base with the aliases that point at it."""
+        manifests = [m for m in artifact.list_adapters(self.store) if m.base_digest == self.base_digest]
+        named = {task: artifact.aliases(self.store, task) for task in {m.task for m in manifests}}
+        return [
+            (m, sorted(alias for alias, version in named[m.task].items() if version == m.version)) for m in manifests
+        ]
+
+
+def trained_prompt(manifest: AdapterManifest) -> PromptSpec:
+    """The prompt that stood around the adapter's training rows."""
+    return PromptSpec.model_validate(manifest.prompt)
