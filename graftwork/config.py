@@ -28,6 +28,10 @@ SPEC_KINDS = {
 }
 
 
+NO_IDENTITY = frozenset({"root", "alias"})
+"""Keys that name a place or a pointer. A run is named by what it does, not by where it is kept."""
+
+
 class Spec(BaseModel):
     """Base of every spec: frozen, no unknown keys, attribute docstrings are the documentation of the keys."""
 
@@ -36,6 +40,11 @@ class Spec(BaseModel):
     def digest(self) -> str:
         """sha256 hex of the resolved spec in canonical JSON: equal specs, equal digest."""
         return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()
+
+    def identity(self) -> str:
+        """As `digest`, without the keys that say where things lie and not what they are: two stores, one identity."""
+        tree = self.model_dump(mode="json")
+        return hashlib.sha256(canonical_json(_without(tree, NO_IDENTITY)).encode()).hexdigest()
 
     def with_(self, overrides: Mapping[str, Any]) -> Self:
         """A validated copy with dotted keys replaced, e.g. `{"optim.lr": 1e-3}`. Raises ConfigError on a wrong key."""
@@ -120,6 +129,12 @@ def explain(spec: Spec, given: Mapping[str, Any]) -> Iterator[tuple[str, Any, st
     for key, value in _leaves(spec.model_dump(mode="json")):
         came = key in leaves_given or any(key.startswith(g + ".") or g.startswith(key + ".") for g in leaves_given)
         yield key, value, "file" if came else "default"
+
+
+def _without(tree: Any, keys: frozenset[str]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without(value, keys) for key, value in tree.items() if key not in keys}
+    return tree
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
