@@ -1,0 +1,242 @@
+"""`graftwork plan|tune|train|serve|compare|chat|demo FILE`: one verb a stage, the same flags on each."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftwork import config
+from graftwork.cli.output import (
+    JsonFlag,
+    Sets,
+    console,
+    duration,
+    gib,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+)
+from graftwork.errors import ConfigError
+
+if TYPE_CHECKING:
+    from graftwork.serving.client import Client
+    from graftwork.serving.spec import ServeSpec
+
+SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML spec of the stage; see examples/.")]
+On = Annotated[
+    str, typer.Option("--on", metavar="WHERE", help="local (a private Ray), ray://HOST:PORT, or http://HOST:PORT of a Ray.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the stage verbs to the command line."""
+    for command in (plan, tune, train, serve, compare, chat, demo):
+        app.command()(command)
+
+
+def plan(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Predict memory and time of a stage (or of the whole job) from its spec, before anything starts."""
+    from graftwork.planning import plan_spec
+
+    spec = config.load(file, sets)
+    rows = plan_spec(spec, file.parent)
+    if as_json:
+        print_json([row.as_dict() for row in rows])
+        return
+    print_table(
+        f"plan of {file}",
+        ("stage", "processes", "peak each", "peak in all", "time", "fits"),
+        [(r.stage, r.processes, gib(r.peak_bytes_per_process), gib(r.total_bytes), duration(r.seconds), r.verdict) for r in rows],
+    )
+    for note in dict.fromkeys(note for row in rows for note in row.assumptions):
+        say(f"  {note}")
+
+
+def train(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Train one adapter and publish it. A finished run is reused; an unfinished one goes on."""
+    from graftwork.training.spec import TrainSpec
+
+    spec = config.load(file, sets, expect="train")
+    assert isinstance(spec, TrainSpec)
+    from graftwork.cluster.session import session
+    from graftwork.training.run import check, train
+
+    check(spec)
+    with progress_bar(f"train {spec.name}", as_json) as bar, session(on) as here:
+        report = here.run(
+            train, spec, on_progress=lambda p: bar(p.step, p.total_steps, f"loss {p.loss:.3f}  {p.tokens_per_s:.0f} tok/s")
+        )
+    if as_json:
+        print_json(report.as_dict())
+        return
+    done = "reused the finished run" if report.reused else f"{report.steps} steps in {duration(report.wall_s)}"
+    held_out = f", held-out loss {report.eval_loss[-1][1]:.3f}" if report.eval_loss else ""
+    say(f"{report.run_id}: {done}; {report.rows} rows ({report.dropped_rows} dropped), {report.tokens_per_s:.0f} tok/s, "
+        f"loss {report.train_loss[-1][1]:.3f}{held_out}")
+    say(f"published {report.adapter}" + (f", alias {spec.name}@{spec.alias}" if spec.alias else ""))
+
+
+def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Search the space of a spec; print the trials and the best spec."""
+    from graftwork.tuning.spec import TuneSpec
+
+    spec = config.load(file, sets, expect="tune")
+    assert isinstance(spec, TuneSpec)
+    from graftwork.cluster.session import session
+    from graftwork.tuning.run import tune
+
+    with progress_bar(f"tune {spec.name}", as_json) as bar, session(on) as here:
+        report = here.run(tune, spec, on_progress=lambda p: bar(p.done, p.total, p.text))
+    if as_json:
+        print_json(report.as_dict())
+        return
+    keys = sorted({key for trial in report.trials for key in trial.values})
+    ordered = sorted(report.trials, key=lambda t: t.losses[-1][1] if t.losses else float("inf"))
+    print_table(
+        f"{report.run_id}{' (reused)' if report.reused else ''}",
+        ("trial", *keys, "held-out loss", "steps", "state", "time"),
+        [(t.trial_id, *[t.values.get(k, "-") for k in keys], f"{t.losses[-1][1]:.4f}" if t.losses else "-", t.steps,
+          t.state, duration(t.wall_s)) for t in ordered],
+    )
+    say("best: " + " ".join(f"--set {key}={value}" for key, value in report.best.items()))
+
+
+def serve(file: SpecFile, on: On = "local", sets: Sets = []) -> None:  # noqa: B006
+    """Serve the base and its adapters over an OpenAI-compatible endpoint until Ctrl-C."""
+    from graftwork.serving.spec import ServeSpec
+
+    spec = config.load(file, sets, expect="serve")
+    assert isinstance(spec, ServeSpec)
+    from graftwork.cluster.session import session
+    from graftwork.serving.app import deploy
+
+    with session(on) as here, here.here(deploy)(spec) as endpoint:
+        with endpoint.client() as client:
+            models = [model["id"] for model in client.models()]
+        say(f"serving at {endpoint.url}/v1  models: {', '.join(models)}")
+        say(f"  curl {endpoint.url}/v1/chat/completions -H 'Content-Type: application/json' "
+            f"-d '{json.dumps({'model': models[-1], 'messages': [{'role': 'user', 'content': 'Hello'}]})}'")
+        say("  Ctrl-C ends it")
+        while True:
+            time.sleep(3600)
+
+
+def compare(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Let all arms answer the held-out questions; print scores, tests and the verdict."""
+    from graftwork.serving.experiment.spec import CompareSpec
+
+    spec = config.load(file, sets, expect="compare")
+    assert isinstance(spec, CompareSpec)
+    from graftwork.cluster.session import session
+    from graftwork.serving.experiment.run import run_compare
+
+    with progress_bar(f"compare {spec.name}", as_json) as bar, session(on) as here:
+        outcome = here.run(run_compare, spec, on_progress=lambda p: bar(p.done, p.total, f"{p.failed} failed"))
+    if as_json:
+        print_json(outcome.report.model_dump(mode="json"))
+    else:
+        show_comparison(outcome.report, outcome.reused)
+
+
+def show_comparison(report: Any, reused: int) -> None:
+    """Scores per arm, tests against the baseline, and the verdict in a sentence."""
+    names = [metric.name for metric in report.metrics]
+    print_table(
+        f"{report.name}: {report.n} questions" + (f", {reused} answers reused" if reused else ""),
+        ("arm", *names, "errors"),
+        [(arm.name, *[_interval(arm.scores[n]) for n in names], arm.errors) for arm in report.arms],
+    )
+    print_table(
+        f"against {report.baseline} (paired, Holm within a metric)",
+        ("arm", "metric", "difference", "p", "verdict", "detectable"),
+        [(d.a, d.metric, _interval(d), f"{d.p_adjusted:.2g}", d.verdict, f"{d.mde:.2f}") for d in report.differences],
+    )
+    say(report.advice.sentence)
+
+
+def _interval(score: Any) -> str:
+    return f"{score.value:.2f} [{score.low:.2f}, {score.high:.2f}]"
+
+
+def chat(
+    file: Annotated[str, typer.Argument(metavar="FILE|URL", help="Serve spec, or the address of a running endpoint.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A name from /v1/models; default: the first arm, else the base.")] = None,
+    message: Annotated[str | None, typer.Option("--message", help="Ask once and end.")] = None,
+    on: On = "local",
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Talk to an endpoint: the one at FILE's address if it runs, else one started for this chat."""
+    from graftwork.serving.client import Client
+
+    if file.startswith(("http://", "https://")):
+        with Client(file) as client:
+            _converse(client, model, message)
+        return
+    from graftwork.serving.spec import ServeSpec
+
+    spec = config.load(file, sets, expect="serve")
+    assert isinstance(spec, ServeSpec)
+    running = _running(spec)
+    if running is not None:
+        with running as client:
+            _converse(client, model, message)
+        return
+    from graftwork.cluster.session import session
+    from graftwork.serving.app import deploy
+
+    say(f"no endpoint answers at {spec.host}:{spec.port}: starting one")
+    with session(on) as here, here.here(deploy)(spec) as endpoint, endpoint.client() as client:
+        _converse(client, model, message)
+
+
+def _running(spec: "ServeSpec") -> "Client | None":
+    import os
+
+    from graftwork.serving.client import Client
+
+    token = os.environ.get(spec.token_env) if spec.token_env else None
+    client = Client(f"http://{spec.host}:{spec.port}", token)
+    if client.health():
+        return client
+    client.close()
+    return None
+
+
+def _converse(client: "Client", model: str | None, message: str | None) -> None:
+    from graftwork.serving.client import ChatCall, Reply
+
+    names = [entry["id"] for entry in client.models()]
+    if model is not None and model not in names and ":" not in model:
+        raise ConfigError(f"--model {model}", "no such model", f"served: {', '.join(names)}")
+    chosen = model or next((name for name in names if name.startswith("arm/")), names[0])
+    messages: list[dict[str, str]] = []
+    if message is None:
+        say(f"talking to {chosen}; an empty line ends it. Also served: {', '.join(n for n in names if n != chosen)}")
+    while text := message if message is not None else console.input("> ").strip():
+        messages.append({"role": "user", "content": text})
+        said = ""
+        for part in client.stream(ChatCall(model=chosen, messages=tuple(messages))):
+            if isinstance(part, Reply):
+                continue
+            said += part
+            console.print(part, end="", markup=False, soft_wrap=True)
+        console.print()
+        messages.append({"role": "assistant", "content": said})
+        if message is not None:
+            return
+
+
+def demo(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """The main job: plan, tune, train, serve with a swap under load, compare, report."""
+    from graftwork.demo_spec import DemoSpec
+
+    spec = config.load(file, sets, expect="demo")
+    assert isinstance(spec, DemoSpec)
+    from graftwork.demo import run_demo
+
+    report = run_demo(spec, file.parent, on, quiet=as_json)
+    if as_json:
+        print_json({"report_json": report.json_uri, "report_html": report.html_uri, "verdict": report.verdict})

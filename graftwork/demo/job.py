@@ -1,0 +1,191 @@
+"""The stages in order. Each prints one line of what it found and leaves a record for the report."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from graftwork import base_model, report
+from graftwork.cli.output import duration, gib, print_table, progress_bar, say
+from graftwork.cluster.session import Session, session
+from graftwork.demo import records, traffic
+from graftwork.demo.specs import DemoSpecs, load_specs
+from graftwork.demo_spec import DemoSpec
+from graftwork.planning import PlanLine, plan_spec
+from graftwork.provenance import collect
+from graftwork.report.records import CompareReport, PlanRow, ReportInput, ServingRecord, StageTime, TrainRun, TuneRecord
+from graftwork.serving.app import Endpoint, deploy
+from graftwork.serving.experiment.run import CompareOutcome, run_compare
+from graftwork.storage import RunPaths, Store
+from graftwork.training.run import TrainReport, train
+from graftwork.tuning.run import TuneReport, tune
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """Where the report lies, and its verdict in a sentence."""
+
+    json_uri: str
+    html_uri: str
+    verdict: str
+
+
+@dataclass
+class Job:
+    """What the stages have found so far."""
+
+    specs: DemoSpecs
+    quiet: bool
+    predicted: dict[str, PlanLine] = field(default_factory=dict)
+    stages: list[StageTime] = field(default_factory=list)
+    plan: list[PlanRow] = field(default_factory=list)
+    tuned: TuneRecord | None = None
+    trained: list[TrainRun] = field(default_factory=list)
+    serving: ServingRecord | None = None
+    compared: CompareReport | None = None
+
+    def done(self, stage: str, started: float, found: str, *, reused: bool = False, peak_bytes: int | None = None) -> None:
+        """Record a stage: its time, its finding, and what was predicted of it beside what it took."""
+        wall_s = time.monotonic() - started
+        self.stages.append(StageTime(stage=stage, wall_s=wall_s, reused=reused, found=found))
+        line = self.predicted.get(stage)
+        if line is not None:
+            self.plan.append(PlanRow(
+                stage=stage, predicted_bytes=line.peak_bytes_per_process, predicted_s=line.seconds,
+                actual_bytes=None if reused else peak_bytes, actual_s=None if reused else wall_s,
+            ))  # fmt: skip
+        if not self.quiet:
+            say(f"[{stage}] {found} ({'reused' if reused else duration(wall_s)})")
+
+    @contextmanager
+    def bar(self, label: str) -> Iterator[Callable[[int, int, str], None]]:
+        with progress_bar(label, self.quiet) as update:
+            yield update
+
+
+def run_demo(demo: DemoSpec, folder: Path, on: str = "local", *, quiet: bool = False) -> DemoReport:
+    """Run every stage of the main job on the Ray that `on` names, and write its report.
+
+    What is done is reused: runs, sweeps, answers and bases are content-hashed. Raises UserError before anything starts.
+    """
+    job = Job(load_specs(demo, folder), quiet)
+    prepare(job)
+    plan(job, folder)
+    with session(on, num_cpus=_logical_cpus(job.specs)) as here:
+        tune_stage(job, here)
+        train_stages(job)
+        with deploy(job.specs.serve) as endpoint:
+            serve_stage(job, endpoint)
+            compare_stage(job, endpoint)
+    return report_stage(job)
+
+
+def _logical_cpus(specs: DemoSpecs) -> int:
+    """The update trains while the endpoint serves: both must be placed, sharing the machine's cores in turn."""
+    training = specs.update.num_workers * specs.update.cpus_per_worker
+    return max(psutil.cpu_count() or 1, int(training + specs.serve.num_cpus) + 1)
+
+
+def prepare(job: Job) -> None:
+    """Fetch and convert the base, build the recipes: once per machine."""
+    started = time.monotonic()
+    with job.bar("base and data"):
+        base = base_model.resolve(job.specs.compare.base)
+        rows = records.build_data(job.specs)
+    job.done("prepare", started, f"base {base.digest[:12]} verified; {rows}")
+
+
+def plan(job: Job, folder: Path) -> None:
+    """Predict memory and time of every stage, and refuse what cannot fit."""
+    started = time.monotonic()
+    lines = plan_spec(job.specs.demo, folder)
+    job.predicted = {line.stage: line for line in lines}
+    if not job.quiet:
+        print_table("plan", ("stage", "processes", "peak each", "time", "fits"),
+                    [(x.stage, x.processes, gib(x.peak_bytes_per_process), duration(x.seconds), x.verdict) for x in lines])
+    total = sum(line.seconds for line in lines)
+    peak = max(line.total_bytes for line in lines)
+    job.done("plan", started, f"{duration(total)} predicted in all, {gib(peak)} at the peak")
+
+
+def tune_stage(job: Job, here: Session) -> None:
+    """The sweep; its winner's keys go into the training runs."""
+    started = time.monotonic()
+    with job.bar("tune") as bar:
+        found: TuneReport = here.run(tune, job.specs.tune, on_progress=lambda p: bar(p.done, p.total, p.text))
+    job.specs = job.specs.with_best(found.best)
+    job.tuned = records.tune_record(found, job.specs.tune)
+    best = " ".join(f"{key}={value}" for key, value in found.best.items())
+    stopped = sum(trial.state == "stopped" for trial in found.trials)
+    job.done("tune", started, f"{len(found.trials)} trials, {stopped} stopped early; best {best}", reused=found.reused,
+             peak_bytes=found.peak_rss_bytes)  # fmt: skip
+
+
+def train_stages(job: Job) -> None:
+    """One adapter after the other, each on all workers."""
+    for spec in job.specs.train:
+        started = time.monotonic()
+        stage = f"train {spec.name}"
+        with job.bar(stage) as bar:
+            found = train(spec, on_progress=lambda p, b=bar: b(p.step, p.total_steps, f"loss {p.loss:.3f}  {p.tokens_per_s:.0f} tok/s"))
+        job.trained.append(records.train_run(found, spec))
+        job.done(stage, started, _trained(found), reused=found.reused, peak_bytes=max(found.peak_rss_bytes_per_worker))
+
+
+def _trained(found: TrainReport) -> str:
+    held_out = f", held-out {found.eval_loss[-1][1]:.3f}" if found.eval_loss else ""
+    return (f"{found.adapter}: {found.rows} rows, {found.steps} steps, loss {found.train_loss[0][1]:.3f} -> "
+            f"{found.train_loss[-1][1]:.3f}{held_out}, {found.tokens_per_s:.0f} tok/s")  # fmt: skip
+
+
+def serve_stage(job: Job, endpoint: Endpoint) -> None:
+    """Live traffic to the base and every adapter while an update is trained, published and swapped in."""
+    started = time.monotonic()
+    with job.bar("serve: burst and swap") as bar:
+        found = traffic.burst_with_update(
+            endpoint, job.specs.update, job.specs.demo.burst, job.specs.compare, on_progress=lambda done, total: bar(done, total, "")
+        )
+    job.serving = found.record
+    swap = found.record.swap
+    assert swap is not None
+    by_version = ", ".join(f"{version} answered {n}" for version, n in swap.answers_by_version.items())
+    job.done("serve", started, f"{swap.requests} live requests, {swap.failed} failed, up to "
+             f"{found.record.max_adapters_in_batch} adapters in one batch; {swap.alias} swapped in {swap.swap_ms:.0f} ms: "
+             f"{by_version}", peak_bytes=found.engine_rss_bytes)  # fmt: skip
+
+
+def compare_stage(job: Job, endpoint: Endpoint) -> None:
+    """Every arm answers every held-out question on the endpoint that has just served."""
+    started = time.monotonic()
+    with job.bar("compare") as bar:
+        found: CompareOutcome = run_compare(
+            job.specs.compare, endpoint=endpoint, on_progress=lambda p: bar(p.done, p.total, f"{p.failed} failed")
+        )
+    job.compared = found.report
+    both = ", ".join(f"{arm.name} {arm.scores['both'].value:.2f}" for arm in found.report.arms)
+    job.done("compare", started, f"{found.report.n} questions x {len(found.report.arms)} arms; facts and form together: {both}",
+             reused=found.asked == 0, peak_bytes=found.stats.get("peak_rss_bytes"))  # fmt: skip
+
+
+def report_stage(job: Job) -> DemoReport:
+    """report.json and report.html beside each other in the job's run folder."""
+    started = time.monotonic()
+    demo = job.specs.demo
+    assert job.compared is not None
+    store = Store(demo.root)
+    key = RunPaths(store, demo.name, demo.identity()).file()
+    job.done("report", started, "written")
+    made = ReportInput(
+        title="Finetuned or RAG?", subtitle=f"{job.specs.compare.name} on {records.base_name(job.specs.compare.base.uri)}",
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"), compare=job.compared, tune=job.tuned,
+        train=tuple(job.trained), plan=tuple(job.plan), serving=job.serving, stages=tuple(job.stages),
+        provenance=collect(job.specs.compare.seed),
+    )  # fmt: skip
+    written = report.build(made, store, *key)
+    if not job.quiet:
+        say(f"\n{job.compared.advice.sentence}\n\nreport: {written.html_uri}")
+    return DemoReport(written.json_uri, written.html_uri, job.compared.advice.sentence)

@@ -1,0 +1,40 @@
+"""What the stages return, as the records that the report shows."""
+
+from graftwork.data import read_rows
+from graftwork.demo.specs import DemoSpecs
+from graftwork.report.records import TrainRun, Trial, TuneRecord
+from graftwork.training.run import TrainReport
+from graftwork.training.spec import TrainSpec
+from graftwork.tuning.run import TuneReport
+from graftwork.tuning.spec import TuneSpec
+
+
+def base_name(uri: str) -> str:
+    """The last part of a base's URI, without a file ending."""
+    return uri.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+
+
+def build_data(specs: DemoSpecs) -> str:
+    """Read every dataset once (recipes are built on first use). Returns how many rows each gives."""
+    uris = dict.fromkeys([*(spec.data.train for spec in specs.train), specs.compare.eval])
+    return ", ".join(f"{len(read_rows(uri, need='train'))} rows in {uri.removeprefix('recipe://')}" for uri in uris)
+
+
+def tune_record(found: TuneReport, spec: TuneSpec) -> TuneRecord:
+    """The sweep; its best trial is the one whose values were chosen."""
+    best = next(trial for trial in found.trials if trial.values == found.best)
+    trials = tuple(
+        Trial(id=t.trial_id, values=dict(t.values), losses=tuple(t.losses), state=t.state, wall_s=t.wall_s) for t in found.trials
+    )
+    return TuneRecord(name=spec.name, trials=trials, best_id=best.trial_id, rows=spec.eval_rows, seed=spec.seed, reused=found.reused)
+
+
+def train_run(found: TrainReport, spec: TrainSpec) -> TrainRun:
+    """One training run, with its method in a few words."""
+    context = f", {spec.data.context.k} passages a row" if spec.data.context else ""
+    return TrainRun(
+        name=spec.name, adapter=found.adapter, loss=tuple(found.train_loss), eval_loss=tuple(found.eval_loss), rows=found.rows,
+        dropped_rows=found.dropped_rows, tokens=found.tokens, tokens_per_s=found.tokens_per_s, wall_s=found.wall_s,
+        peak_memory_bytes=tuple(found.peak_rss_bytes_per_worker), workers=spec.num_workers, reused=found.reused,
+        method=f"LoRA r{spec.adapter.rank} on {spec.quant.kind}, lr {spec.optim.lr:g}{context}",
+    )  # fmt: skip
