@@ -19,10 +19,10 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES"
 """The only environment variables that are recorded: they change speed and placement, and hold no secret."""
 
 _ISA_FLAGS = (
-    "sse4_2 avx avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 amx_tile amx_bf16 amx_int8"
-    " asimd asimddp bf16 i8mm sve sve2"
-).split()
-_SECRET_FLAG = re.compile(r"(?i)(token|secret|password|passwd|credential|api[-_]?key|access[-_]?key)")
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
+    *("avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
+_SECRET_FLAG = re.compile(r"(?i)(token|secret|passw(or)?d|credentials?|api[-_]?key|access[-_]?key)$")
 _URI_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 _GIT_TIMEOUT_S = 10
 
@@ -81,7 +81,7 @@ def redact(argv: Sequence[str]) -> list[str]:
 def _git(root: Path) -> dict[str, Any] | None:
     """Commit and dirty flag of the checkout that this code runs from; None where it is installed or git is missing."""
     try:
-        _run("git", "-C", str(root), "ls-files", "--error-unmatch", "graftwork/provenance.py")
+        _run("git", "-C", str(root), "ls-files", "--error-unmatch", "graftwork/__init__.py")
         sha = _run("git", "-C", str(root), "rev-parse", "HEAD").strip()
         dirty = bool(_run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no").strip())
     except (OSError, subprocess.SubprocessError):
