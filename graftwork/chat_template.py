@@ -34,7 +34,7 @@ _PROBE: tuple[Turn, ...] = (
 
 
 class Template:
-    """Chat template and tokenizer of one base. Thread-safe; loads in about 0.3 s."""
+    """Chat template and tokenizer of one base. Thread-safe; loads in about half a second."""
 
     def __init__(self, source: str, tokenizer_json: str, named: Mapping[str, str], eos_ids: Iterable[int]) -> None:
         from tokenizers import Tokenizer

