@@ -147,13 +147,13 @@ def remove(store: Store, task: str, version: str) -> None:
     if not store.exists(*key):
         raise unknown(store, task, version)
     _require_unused(store, task, version)
-    visible = store.exists(*key, MANIFEST_FILE)
-    manifest = store.read_bytes(*key, MANIFEST_FILE) if visible else b""
+    manifest = store.find_bytes(*key, MANIFEST_FILE)
     store.delete(*key, MANIFEST_FILE)  # invisible first; `promote` writes its alias first and then looks here
     try:
         _require_unused(store, task, version)
     except ArtifactError:
-        store.create_bytes(manifest, *key, MANIFEST_FILE)
+        if manifest is not None:
+            store.create_bytes(manifest, *key, MANIFEST_FILE)
         raise
     store.delete(*key)
 

@@ -97,10 +97,11 @@ def _write(store: Store, task: str, alias: str, record: AliasRecord) -> None:
 
 def _record(store: Store, task: str, alias: str) -> AliasRecord | None:
     check_names(task, alias)
-    if not store.exists(*alias_key(task, alias)):
+    data = store.find_bytes(*alias_key(task, alias))
+    if data is None:
         return None
     try:
-        return AliasRecord.model_validate_json(store.read_bytes(*alias_key(task, alias)))
+        return AliasRecord.model_validate_json(data)
     except pydantic.ValidationError:
         raise ArtifactError(
             f"alias {task}@{alias}",

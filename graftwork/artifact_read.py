@@ -39,7 +39,10 @@ def open_adapter(store: Store, task: str, ref: str) -> AdapterManifest:
             f"at most {artifact_check.MAX_TEXT_BYTES} are read",
             REPUBLISH,
         )
-    manifest = artifact_manifest.parse(asked, store.read_bytes(*key, MANIFEST_FILE))
+    data = store.find_bytes(*key, MANIFEST_FILE)
+    if data is None:
+        raise unknown(store, task, ref)
+    manifest = artifact_manifest.parse(asked, data)
     if (manifest.task, manifest.version) != (task, version) or manifest.content_version() != version:
         raise ArtifactError(
             asked,
@@ -92,9 +95,9 @@ def verify(store: Store, task: str, ref: str) -> list[str]:
         raise unknown(store, task, ref)
     try:
         manifest = open_adapter(store, task, version)
+        return _content_problems(manifest, read_files(store, manifest))
     except ArtifactError as error:
         return [error.found]
-    return _content_problems(manifest, read_files(store, manifest))
 
 
 def open_sound(store: Store, task: str, version: str) -> AdapterManifest:
@@ -104,8 +107,14 @@ def open_sound(store: Store, task: str, version: str) -> AdapterManifest:
 
 
 def read_files(store: Store, manifest: AdapterManifest) -> dict[str, bytes]:
+    """Every file of the manifest, unchecked. ArtifactError where one was removed meanwhile."""
     key = version_key(manifest.task, manifest.version)
-    return {name: store.read_bytes(*key, name) for name in manifest.files}
+    found = {name: store.find_bytes(*key, name) for name in manifest.files}
+    files = {name: data for name, data in found.items() if data is not None}
+    if len(files) < len(found):
+        gone = ", ".join(sorted(found.keys() - files.keys()))
+        raise ArtifactError(f"adapter {manifest.ref}", f"{gone}: removed meanwhile", "", REPUBLISH)
+    return files
 
 
 def require_sound(manifest: AdapterManifest, files: Mapping[str, bytes]) -> None:

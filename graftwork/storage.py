@@ -34,7 +34,7 @@ _MAX_PART_BYTES = 255
 class Backend(Protocol):
     """What a kind of storage does with whole paths or URIs. Each call raises StorageError and nothing else."""
 
-    def read(self, path: str, /) -> bytes: ...
+    def read(self, path: str, /) -> bytes | None: ...
     def write(self, path: str, data: bytes, /) -> None: ...
     def create(self, path: str, data: bytes, /) -> bool: ...
     def append(self, path: str, line: bytes, /) -> None: ...
@@ -75,6 +75,13 @@ class Store:
 
     def read_bytes(self, *parts: str) -> bytes:
         """Whole content. StorageError when it is missing or out of reach."""
+        data = self.find_bytes(*parts)
+        if data is None:
+            raise StorageError(f"read {self.path(*parts)}", "it does not exist", "", "check the path")
+        return data
+
+    def find_bytes(self, *parts: str) -> bytes | None:
+        """Whole content, None where the key is absent: one step, where `exists` and `read_bytes` would be two."""
         return self._backend.read(self.path(*parts))
 
     def read_text(self, *parts: str) -> str:
@@ -258,7 +265,8 @@ def _normalise(uri: str) -> str:
     if scheme == "file" and parts.netloc in ("", "localhost"):
         return _normalise_path(unquote(parts.path))
     if scheme == "s3" and _BUCKET.fullmatch(parts.netloc):
-        names = parts.path.strip("/").split("/") if parts.path.strip("/") else []
+        prefix = parts.path.removeprefix("/").rstrip("/")
+        names = prefix.split("/") if prefix else []
         if not any(name in ("", ".", "..") for name in names):
             return "/".join([f"s3://{parts.netloc}", *names])
     raise ConfigError(f"uri {uri}", "it names no place that can be read here", _FORMS)

@@ -20,9 +20,12 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 class LocalFiles:
     """A disk. Paths are absolute; every failure is a StorageError."""
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str) -> bytes | None:
         with _explained("read", path):
-            return Path(path).read_bytes()
+            try:
+                return Path(path).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def write(self, path: str, data: bytes) -> None:
         with _explained("write", path), _staged(path) as tmp:

@@ -32,9 +32,14 @@ class S3Objects:
     def __init__(self) -> None:
         self._fs: Any = None
 
-    def read(self, uri: str) -> bytes:
+    def read(self, uri: str) -> bytes | None:
         with _explained("read", uri):
-            data: bytes = self._client().cat_file(uri)
+            try:
+                data: bytes = self._client().cat_file(uri)
+            except FileNotFoundError as error:
+                if _is_bucket_missing(error):
+                    raise
+                return None
             return data
 
     def write(self, uri: str, data: bytes) -> None:
@@ -184,7 +189,7 @@ def _explain(error: BaseException, uri: str) -> tuple[str, str]:
 
     code, bucket = _code(error), _bucket_key(uri)[0]
     keys = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
-    if code == "NoSuchBucket" or "bucket does not exist" in str(error):
+    if _is_bucket_missing(error):
         return f"there is no bucket {bucket!r}", f"create it (aws s3 mb s3://{bucket}), or set another root:"
     if isinstance(error, FileNotFoundError):
         return "it does not exist", "check the URI"
@@ -203,6 +208,10 @@ def _explain(error: BaseException, uri: str) -> tuple[str, str]:
     if isinstance(error, OSError) and not code and error.errno in FULL_DISK:
         return f"no space on this machine ({error.strerror})", "free space, or set GRAFTWORK_CACHE to another disk"
     return f"{code or type(error).__name__}: {error}", "check the server's log and the root:"
+
+
+def _is_bucket_missing(error: BaseException) -> bool:
+    return _code(error) == "NoSuchBucket" or "bucket does not exist" in str(error)
 
 
 def _code(error: BaseException | None) -> str:
