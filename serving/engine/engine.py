@@ -1,57 +1,273 @@
-"""The engine: one base model, many adapters, many requests decoded together in one thread."""
+"""The engine: one base model, many adapters, many requests decoded together in one thread.
 
-from collections.abc import Callable, Sequence
+Life of a request: `submit` checks it, holds its adapter's slot and queues it; the thread's next step admits it (copying
+its cached prefix), computes its prompt in chunks beside the running answers, then one token a step; each token goes to
+`on_event`. An adapter version is pinned at `submit`: retiring or dropping it later never changes a running answer.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from graftwork.serving.engine.types import EngineStats, GenerateRequest, SlotState, TokenEvent
+import torch
+
+from graftwork.errors import ConfigError, DataError
+from graftwork.serving.engine.batch import Chunk, pack
+from graftwork.serving.engine.counters import Counters
+from graftwork.serving.engine.prefix import PrefixCache
+from graftwork.serving.engine.runner import Runner
+from graftwork.serving.engine.sampler import Choice, choose
+from graftwork.serving.engine.scheduler import Scheduler, StepPlan, Work
+from graftwork.serving.engine.sequence import Decode, RunningRequest
+from graftwork.serving.engine.slots import SlotPool
+from graftwork.serving.engine.types import (
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    SlotState,
+    TokenEvent,
+)
 from graftwork.serving.spec import EngineSpec
+
+_log = logging.getLogger(__name__)
+_CACHE_SHARE = 4
+"""One token in four of engine.kv_tokens belongs to the prefix cache, where it is on."""
 
 
 class Engine:
-    """Decodes requests for the base and for every loaded adapter in one batch. Lives in one process, runs in its own thread.
+    """Decodes requests for the base and for every loaded adapter in one batch, in its own thread.
 
-    model: a loaded transformers decoder (`AutoModelForCausalLM`), on `device`, in eval mode; the engine wraps its linears.
-    decode: token ids to text, needed only for requests with stop strings.
+    model: a loaded transformers decoder (`AutoModelForCausalLM`) on `device`; the engine uses it alone until `stop`.
+    decode: token ids to text; needed only for requests with stop strings.
     """
 
-    def __init__(
-        self, model: Any, spec: EngineSpec, device: str, decode: Callable[[Sequence[int]], str] | None = None
-    ) -> None:
-        raise NotImplementedError
+    def __init__(self, model: Any, spec: EngineSpec, device: str, decode: Decode | None = None) -> None:
+        self.spec, self._decode = spec, decode
+        self.runner = Runner(model, device)
+        if spec.max_seq_len > self.runner.max_positions:
+            self.runner.close()
+            rule = f"the base takes sequences up to {self.runner.max_positions} tokens"
+            raise ConfigError("engine.max_seq_len", str(spec.max_seq_len), rule, "lower engine.max_seq_len")
+        cache_tokens = spec.kv_tokens // _CACHE_SHARE if spec.prefix_cache else 0
+        self._kv = self.runner.new_kv(spec.kv_tokens - cache_tokens, spec.max_seq_len)
+        self._cache = PrefixCache(self._kv, cache_tokens) if spec.prefix_cache else None
+        self._scheduler = Scheduler(self._kv, self._cache, max_batch=spec.max_batch, prefill_tokens=spec.prefill_tokens)
+        self.slots = SlotPool(
+            self.runner.sites.groups(),
+            max_loaded=spec.max_loaded,
+            max_rank=spec.max_rank,
+            dtype=self.runner.dtype,
+            device=self.runner.device,
+            on_freed=self._tell_freed,
+        )
+        self._counters = Counters()
+        self._arrivals = itertools.count()
+        self._live: dict[str, RunningRequest] = {}
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    # -- any thread ---------------------------------------------------------------------------------------------------
 
     def load_adapter(self, version: str, folder: Path) -> None:
         """Reads a PEFT folder into a slot. ArtifactError names the key and rule of anything that cannot be served."""
-        raise NotImplementedError
+        self.slots.load(version, folder)
 
     def retire_adapter(self, version: str) -> None:
         """Takes no new requests for `version`; its slot is freed when its last request ends."""
-        raise NotImplementedError
+        self.slots.retire(version)
 
     def adapters(self) -> list[SlotState]:
-        """Loaded versions, oldest first."""
-        raise NotImplementedError
+        """Loaded versions, least recently used first."""
+        return self.slots.states()
 
     def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:
-        """Queues a request (any thread). `on_event` is called in the engine's thread and must not block.
+        """Queues a request. `on_event` is called in the engine's thread and must not block.
 
-        Raises DataError (prompt empty, too long, token id out of range, bad sampling value, id in use) or
+        Raises DataError (prompt empty or too long, token id out of range, bad sampling value, id in use) or
         ArtifactError (adapter not loaded or retired) before anything is queued.
         """
-        raise NotImplementedError
+        self._check(request)
+        adapter = self.slots.acquire(request.adapter) if request.adapter is not None else None
+        running = RunningRequest(next(self._arrivals), request, on_event, adapter)
+        with self._wake:
+            if self._stopping or request.request_id in self._live:
+                found = "the engine is stopped" if self._stopping else "in use"
+                if request.adapter is not None:
+                    self.slots.release(request.adapter)
+                raise DataError(f"request_id {request.request_id!r}", found, "ids of running requests differ")
+            self._live[request.request_id] = running
+            self._inbox.append(lambda: self._scheduler.add(running))
+            self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
         """Ends a request with finish_reason="cancelled" before the next step; unknown ids are ignored."""
-        raise NotImplementedError
+        self._post(lambda: self._cancel(request_id))
 
     def start(self) -> None:
         """Starts the engine's thread."""
-        raise NotImplementedError
+        assert self._thread is None, "an engine is started once"
+        self._thread = threading.Thread(target=self._serve, name="graftwork-engine", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
-        """Cancels what is queued or running, ends the thread and unwraps the model."""
-        raise NotImplementedError
+        """Cancels what is queued or running, ends the thread and gives the model back."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+        self._drain()
+        for request in list(self._live.values()):
+            self._end(request, "cancelled")
+        self.runner.close()
 
     def stats(self) -> EngineStats:
-        """Counters and state now (any thread)."""
-        raise NotImplementedError
+        """Counters since the start and the state now."""
+        return self._counters.snapshot(self._scheduler, self._kv, self._cache)
+
+    # -- the engine's thread ------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        torch.set_num_threads(self.spec.num_threads or torch.get_num_threads())
+        with torch.inference_mode():
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._stopping or self._inbox or self._live)
+                    if self._stopping:
+                        return
+                self._drain()
+                self._step()
+
+    def _step(self) -> None:
+        """One forward pass. An exception in it fails the requests that took part, not the engine."""
+        started = time.perf_counter()
+        involved = [*self._scheduler.running, *self._scheduler.waiting]
+        try:
+            plan = self._scheduler.plan()
+            involved = [work.request for work in plan.works()]
+            choices = self._compute(plan) if plan else []
+        except Exception as error:  # top of the thread: whatever the model raises ends these requests, and only these
+            for request in involved:
+                self._end(request, "error", f"{type(error).__name__}: {error}")
+            return
+        finishing = [work.request for work in plan.works() if work.finishes]
+        for work in plan.works():
+            _advance(work)
+        for request, choice in zip(finishing, choices, strict=True):
+            self._deliver(request, choice)
+        self._counters.steps += bool(plan)
+        self._counters.step_s += time.perf_counter() - started
+
+    def _compute(self, plan: StepPlan) -> list[Choice]:
+        """Runs the plan and chooses a token for every request that is ready for one, in the plan's order."""
+        works = list(plan.works())
+        decoding, prompts = ([_chunk(work) for work in half] for half in (plan.decoding, plan.prompts))
+        batch = pack(decoding, prompts, self._kv, self.runner.device)
+        ends = itertools.accumulate(work.count for work in works)
+        ready = [(work.request, end - 1) for work, end in zip(works, ends, strict=True) if work.finishes]
+        adapters = [[work.request.adapter for work in half] for half in (plan.decoding, plan.prompts)]
+        logits_NV = self.runner.forward(batch, adapters[0], adapters[1], [place for _, place in ready])
+        if not ready:
+            return []
+        return choose(logits_NV, [r.request.sampling for r, _ in ready], [r.generator for r, _ in ready])
+
+    def _deliver(self, running: RunningRequest, choice: Choice) -> None:
+        """Hands one token out, and ends the request where it is the last."""
+        if not choice.valid:
+            self._end(running, "error", "the model's logits are not finite")
+            return
+        first = len(running.tokens) == len(running.request.prompt_ids)
+        if first:
+            self._scheduler.keep_prefix(running)
+            self._counters.prompt_tokens += len(running.request.prompt_ids)
+            self._counters.prompt_tokens_from_cache += running.cached_tokens
+        self._counters.generated_tokens += 1
+        reason = running.append(choice.token_id, self._decode)
+        if reason is not None:
+            self._release(running, reason)
+        cached = running.cached_tokens if first else 0
+        event = TokenEvent(running.request.request_id, choice.token_id, choice.logprob, reason, cached_tokens=cached)
+        if not self._emit(running, event) and reason is None:
+            self._release(running, "error")
+
+    def _end(self, running: RunningRequest, reason: FinishReason, error: str | None = None) -> None:
+        """Ends a request without a token."""
+        self._release(running, reason)
+        self._emit(running, TokenEvent(running.request.request_id, -1, None, reason, error))
+
+    def _release(self, running: RunningRequest, reason: FinishReason) -> None:
+        """Gives back what the request holds. After an error its KV is cleared: it may hold inf or nan."""
+        self._scheduler.remove(running, wipe=reason == "error")
+        with self._wake:
+            del self._live[running.request.request_id]
+        if running.adapter is not None:
+            self.slots.release(running.adapter.version)
+        self._counters.finished[reason] += 1
+
+    def _emit(self, running: RunningRequest, event: TokenEvent) -> bool:
+        """Calls the request's own function; False where that raised, which is that request's fault alone."""
+        try:
+            running.on_event(event)
+        except Exception:  # foreign code at the top of this thread
+            _log.exception("on_event of request %s raised; the request ends", running.request.request_id)
+            return False
+        return True
+
+    def _cancel(self, request_id: str) -> None:
+        running = self._live.get(request_id)
+        if running is not None:
+            self._end(running, "cancelled")
+
+    def _tell_freed(self, version: str) -> None:
+        self._post(lambda: self._forget(version))
+
+    def _forget(self, version: str) -> None:
+        self.runner.planner.forget(version)
+        if self._cache is not None:
+            self._cache.drop(version)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _drain(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    # -- checks at the door -------------------------------------------------------------------------------------------
+
+    def _check(self, request: GenerateRequest) -> None:
+        name, length = f"request {request.request_id!r}", len(request.prompt_ids)
+        if length == 0:
+            raise DataError(name, "an empty prompt", "a prompt has at least one token")
+        low, high, vocab = min(request.prompt_ids), max(request.prompt_ids), self.runner.vocab_size
+        if low < 0 or high >= vocab:
+            raise DataError(name, f"token id {low if low < 0 else high}", f"token ids are from 0 to {vocab - 1}")
+        total, limit = length + request.sampling.max_new_tokens, self.spec.max_seq_len
+        if total > limit:
+            found = f"{length} prompt tokens + max_new_tokens={request.sampling.max_new_tokens}"
+            rule = f"prompt and answer fit into engine.max_seq_len={limit}"
+            raise DataError(name, found, rule, "shorten the prompt, lower max_new_tokens or raise engine.max_seq_len")
+        problem = request.sampling.problem()
+        if problem:
+            raise DataError(name, *problem)
+        if request.sampling.stop and self._decode is None:
+            raise DataError(name, "stop strings", "stop strings need an engine that was given `decode`")
+
+
+def _chunk(work: Work) -> Chunk:
+    request, start = work.request, work.request.computed
+    return Chunk(request.tokens[start : start + work.count], start, request.row)
+
+
+def _advance(work: Work) -> None:
+    assert work.request.row is not None, "a running request has a KV row"
+    work.request.row.length += work.count

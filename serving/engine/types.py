@@ -1,5 +1,6 @@
 """What goes into the engine and what comes out: requests, events, adapter states and counters. Plain data, no torch."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +20,21 @@ class SamplingParams:
     seed: int | None = None
     """Same seed, prompt and parameters give the same tokens whatever else runs; None draws a fresh one."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer. The token that completes one is sent with finish_reason="stop"; the reader cuts the text."""
+    """Strings that end the answer. The token that completes one is sent, with finish_reason="stop"; the reader cuts."""
+
+    def problem(self) -> tuple[str, str] | None:
+        """What is wrong with the values and the rule it breaks, or None."""
+        if self.max_new_tokens < 1:
+            return f"max_new_tokens={self.max_new_tokens}", "at least one token is generated"
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            return f"temperature={self.temperature}", "the temperature is a finite number from 0"
+        if not 0 < self.top_p <= 1:
+            return f"top_p={self.top_p}", "top_p is above 0 and at most 1"
+        if self.top_k < 0:
+            return f"top_k={self.top_k}", "top_k is a whole number from 0"
+        if any(not text for text in self.stop):
+            return "an empty stop string", "a stop string has at least one character"
+        return None
 
 
 @dataclass(frozen=True)

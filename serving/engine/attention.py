@@ -1,0 +1,137 @@
+"""The attention that the model's own layers call: writes new keys and values to the engine's KV, reads them in place.
+
+Registered once under NAME in transformers' `ALL_ATTENTION_FUNCTIONS`. The batch comes through the keyword arguments
+that every decoder hands down to its attention. Decoding reads grouped heads (GQA) by batched matmul over views of the
+KV arena, so nothing is repeated or copied; measured on 2 AVX2 cores it is level with SDPA on the same views.
+Legend: T packed tokens, H query heads, K key-value heads, G = H / K, D head size, N requests of a run, S keys read.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from graftwork.errors import BaseModelError
+from graftwork.serving.engine.batch import Segment, StepBatch
+from graftwork.serving.engine.kv import KvShape
+
+NAME = "graftwork_engine"
+BATCH_KEY = "graftwork_batch"
+
+_KNOWN_OPTIONS = frozenset(
+    {"dropout", "sliding_window", "softcap", "position_ids", "use_cache", "cache_position", "output_attentions"}
+    | {"output_hidden_states", "return_dict"}
+)
+
+
+def register() -> None:
+    """Makes NAME known to transformers; once a process is enough, more do no harm."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+
+
+def attend(
+    module: torch.nn.Module,
+    query_1HTD: torch.Tensor,
+    key_1KTD: torch.Tensor,
+    value_1KTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of each packed token over its own request. Returns [1, T, H, D]."""
+    batch = _batch_of(options)
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
+    call = _Call(layer, scale, options.get("sliding_window"), options.get("softcap"))
+    if batch.kv is None:
+        batch.seen[layer] = KvShape(key_1KTD.shape[1], key_1KTD.shape[3])
+    else:
+        lines = batch.write_lines(layer)
+        for arena, fresh_1KTD in ((batch.kv.keys[layer], key_1KTD), (batch.kv.values[layer], value_1KTD)):
+            arena.index_copy_(0, lines, fresh_1KTD[0].transpose(0, 1).reshape(len(lines), -1).to(arena.dtype))
+    query_THD = query_1HTD[0].transpose(0, 1)
+    out_THD = torch.empty(query_THD.shape[:2] + value_1KTD.shape[-1:], dtype=query_1HTD.dtype, device=query_1HTD.device)
+    for index in range(len(batch.runs)):
+        _decode(call, batch, index, query_THD, out_THD)
+    for index, segment in enumerate(batch.segments):
+        stop = segment.first + segment.count
+        fresh = (key_1KTD[:, :, segment.first : stop], value_1KTD[:, :, segment.first : stop])
+        out_1HTD = _prefill(call, batch, index, segment, query_1HTD[:, :, segment.first : stop], *fresh)
+        out_THD[segment.first : stop] = out_1HTD[0].transpose(0, 1)
+    return out_THD[None], None
+
+
+class _Call:
+    """How one layer attends."""
+
+    def __init__(self, layer: int, scale: float, window: int | None, softcap: float | None) -> None:
+        self.layer, self.scale, self.window, self.softcap = layer, scale, window, softcap
+
+
+def _batch_of(options: dict[str, Any]) -> StepBatch:
+    batch = options.pop(BATCH_KEY, None)
+    if not isinstance(batch, StepBatch):
+        raise BaseModelError(
+            "the model", "its attention was called without the engine's batch",
+            "a served decoder hands keyword arguments down to its attention function",
+        )  # fmt: skip
+    unknown = sorted(key for key, value in options.items() if value is not None and key not in _KNOWN_OPTIONS)
+    if unknown:
+        raise BaseModelError("the model", f"attention option {unknown[0]}", "the engine's attention knows its options")
+    return batch
+
+
+def _decode(call: _Call, batch: StepBatch, index: int, query_THD: torch.Tensor, out_THD: torch.Tensor) -> None:
+    """One token each of neighbouring KV rows: scores, softmax and sum over the rows' common view."""
+    run = batch.runs[index]
+    assert batch.kv is not None, "decoding needs KV"
+    keys_BSD, values_BSD = batch.kv.run_view(run.row, run.count, call.layer, run.longest)
+    query_BGD = query_THD[run.first : run.first + run.count].reshape(len(keys_BSD), -1, query_THD.shape[-1])
+    heads = len(keys_BSD) // run.count
+    bias_B1S = batch.run_bias(index, heads, call.window, keys_BSD.dtype)
+    scores_BGS = _scores(call, query_BGD.to(keys_BSD.dtype), keys_BSD, bias_B1S)
+    mixed_BGD = torch.bmm(torch.softmax(scores_BGS, dim=-1), values_BSD)
+    out_THD[run.first : run.first + run.count] = mixed_BGD.view(run.count, -1, values_BSD.shape[-1])
+
+
+def _scores(call: _Call, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    if call.softcap is None:
+        return torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=call.scale)
+    scores = torch.bmm(query, keys.transpose(1, 2)).mul_(call.scale)
+    return torch.tanh(scores.div_(call.softcap)).mul_(call.softcap).add_(bias)
+
+
+def _prefill(
+    call: _Call,
+    batch: StepBatch,
+    index: int,
+    segment: Segment,
+    query_1HTD: torch.Tensor,
+    key_1KTD: torch.Tensor,
+    value_1KTD: torch.Tensor,
+) -> torch.Tensor:
+    """A prompt chunk over itself and the context in its KV row. Returns [1, H, T, D]."""
+    window, length = call.window, segment.context + segment.count
+    whole = segment.context == 0 and (window is None or window >= length)
+    if whole and call.softcap is None:  # the very call that transformers' sdpa makes: equal to it bit for bit
+        return scaled_dot_product_attention(
+            query_1HTD, key_1KTD, value_1KTD, is_causal=segment.count > 1, scale=call.scale, enable_gqa=True
+        )
+    if segment.context:
+        assert batch.kv is not None, "context lives in KV"
+        assert segment.row is not None, "context lives in KV"
+        key_1KTD, value_1KTD = (
+            view[None, :, :length].to(query_1HTD.dtype) for view in batch.kv.row_view(segment.row, call.layer)
+        )
+    bias = batch.segment_bias(index, window, query_1HTD.dtype)
+    if call.softcap is None:
+        return scaled_dot_product_attention(
+            query_1HTD, key_1KTD, value_1KTD, attn_mask=bias, scale=call.scale, enable_gqa=True
+        )
+    heads = key_1KTD.shape[1]
+    query_KGTD = query_1HTD[0].unflatten(0, (heads, -1))
+    query = query_KGTD.flatten(1, 2)
+    scores = _scores(call, query, key_1KTD[0], bias.repeat(query_KGTD.shape[1], 1))
+    mixed = torch.bmm(torch.softmax(scores, dim=-1), value_1KTD[0])
+    return mixed.unflatten(1, query_KGTD.shape[1:3]).flatten(0, 1)[None]

@@ -1,0 +1,122 @@
+"""Runs forward passes of a transformers decoder over packed tokens, with the engine's attention, KV and adapters.
+
+The model stays a transformers model: its attention implementation is set to ours and its linears are hooked; `close`
+undoes both. Legend: B rows of a batch, T tokens, V vocabulary, N chosen tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graftwork.errors import BaseModelError
+from graftwork.serving.engine import attention
+from graftwork.serving.engine.batch import Chunk, StepBatch, pack
+from graftwork.serving.engine.kv import KvShape, KvStore
+from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment, StepDeltas
+from graftwork.serving.engine.sites import Sites
+from graftwork.serving.engine.slots import AdapterWeights
+
+
+class Runner:
+    """Owns the prepared model. BaseModelError for a decoder whose attention is not called through transformers."""
+
+    def __init__(self, model: Any, device: str) -> None:
+        self.model, self.device = model, torch.device(device)
+        self.config = model.config.get_text_config()
+        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        self.vocab_size = int(model.get_input_embeddings().num_embeddings)
+        self.max_positions = int(self.config.max_position_embeddings)
+        attention.register()
+        self._own_attention = self.config._attn_implementation
+        self._was_training = model.training
+        self.config._attn_implementation = attention.NAME
+        model.eval()
+        self.sites = Sites(model)
+        try:
+            self.kv_shapes = self._probe()
+        except BaseException:
+            self.close()
+            raise
+        self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """float32 on a CPU, whose 16-bit attention is slower than its 32-bit one; else the model's."""
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        batch: StepBatch,
+        decoding: Sequence[AdapterWeights | None],
+        prompts: Sequence[AdapterWeights | None],
+        wanted: Sequence[int],
+    ) -> torch.Tensor:
+        """Logits [N, V] at the packed positions `wanted`. decoding, prompts: the adapter of each chunk of the batch."""
+        deltas = self.planner.plan(decoding, _lora_segments(batch, prompts))
+        return self._run(batch, deltas, torch.tensor(wanted, device=self.device))[0]
+
+    @torch.inference_mode()
+    def logits(self, ids_BT: torch.Tensor, adapters: Sequence[AdapterWeights | None]) -> torch.Tensor:
+        """Logits [B, T, V] of whole rows through the prompt path, without KV.
+
+        Rows of one adapter that stand together are computed as peft computes them: equal bit for bit at equal shape.
+        """
+        rows = [Chunk(row.tolist(), 0, None) for row in ids_BT]
+        batch = pack([], rows, None, self.device)
+        deltas = self.planner.plan([], _lora_segments(batch, adapters))
+        logits_1TV = self._run(batch, deltas, torch.arange(ids_BT.numel(), device=self.device))
+        return logits_1TV[0].view(*ids_BT.shape, -1)
+
+    def new_kv(self, tokens: int, max_len: int) -> KvStore:
+        """Key-value memory that fits this model."""
+        return KvStore(self.kv_shapes, tokens, max_len, self.kv_dtype, self.device)
+
+    def close(self) -> None:
+        """Gives the model back as it was."""
+        self.sites.unhook()
+        self.config._attn_implementation = self._own_attention
+        self.model.train(self._was_training)
+
+    def _run(self, batch: StepBatch, deltas: StepDeltas | None, wanted_N: torch.Tensor) -> torch.Tensor:
+        self.sites.deltas = deltas
+        try:
+            output = self.model(
+                input_ids=batch.ids_1T,
+                position_ids=batch.positions_1T,
+                use_cache=False,
+                logits_to_keep=wanted_N,
+                **{attention.BATCH_KEY: batch},
+            )
+        finally:
+            self.sites.deltas = None
+        logits: torch.Tensor = output.logits
+        return logits
+
+    @torch.inference_mode()
+    def _probe(self) -> list[KvShape]:
+        """Runs two tokens, to learn each layer's key-value heads and that every layer's attention comes to us."""
+        batch = pack([], [Chunk((0, 0), 0, None)], None, self.device)
+        try:
+            self._run(batch, None, torch.tensor([1], device=self.device))
+        except (TypeError, KeyError) as error:
+            rule = "a served decoder takes logits_to_keep and hands keyword arguments to its attention"
+            raise BaseModelError(type(self.model).__name__, str(error), rule) from error
+        seen, layers = batch.seen, int(self.config.num_hidden_layers)
+        if sorted(seen) != list(range(layers)):
+            found = f"{len(seen)} of {layers} layers attend through transformers' attention interface"
+            raise BaseModelError(type(self.model).__name__, found, "every layer of a served decoder does")
+        return [seen[layer] for layer in range(layers)]
+
+
+def _lora_segments(batch: StepBatch, adapters: Sequence[AdapterWeights | None]) -> list[LoraSegment]:
+    """Neighbouring prompt chunks of one adapter as one segment."""
+    segments: list[LoraSegment] = []
+    for segment, weights in zip(batch.segments, adapters, strict=True):
+        stop = segment.first + segment.count
+        if segments and segments[-1].weights is weights and segments[-1].stop == segment.first:
+            segments[-1] = LoraSegment(segments[-1].first, stop, segments[-1].weights)
+        elif weights is not None:
+            segments.append(LoraSegment(segment.first, stop, weights))
+    return segments

@@ -1,0 +1,153 @@
+"""Decides what the next step computes: who decodes, whose prompt goes on, who comes in, who has to step back.
+
+First come, first served. Every running request decodes one token a step; prompts are computed in chunks of at most
+`prefill_tokens` a step in all, so that running answers go on. When KV runs out, the latest arrival steps back into the
+queue and computes its tokens again later.
+"""
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from graftwork.serving.engine.batch import by_place
+from graftwork.serving.engine.kv import KvRow, KvStore
+from graftwork.serving.engine.prefix import PrefixCache
+from graftwork.serving.engine.sequence import RunningRequest
+
+_HEADROOM = 32
+"""Tokens of answer a new row has room for at once, so that it does not move with its first tokens."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """`count` tokens of one request, from `request.computed` on."""
+
+    request: RunningRequest
+    count: int
+
+    @property
+    def finishes(self) -> bool:
+        """Whether the next token can be chosen afterwards."""
+        return self.count == self.request.remaining
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Decoding requests in the order of their KV places, then prompt chunks grouped by adapter."""
+
+    decoding: list[Work]
+    prompts: list[Work]
+
+    def __bool__(self) -> bool:
+        return bool(self.decoding or self.prompts)
+
+    def works(self) -> Iterator[Work]:
+        yield from self.decoding
+        yield from self.prompts
+
+
+class Scheduler:
+    """Queue and running set. The engine's thread alone uses it."""
+
+    def __init__(self, kv: KvStore, cache: PrefixCache | None, *, max_batch: int, prefill_tokens: int) -> None:
+        self._kv, self._cache = kv, cache
+        self._max_batch, self._prefill_tokens = max_batch, prefill_tokens
+        self.waiting: list[RunningRequest] = []
+        self.running: list[RunningRequest] = []  # both in order of arrival
+        self.preemptions = 0
+
+    def add(self, request: RunningRequest) -> None:
+        """Queues a request at its place by arrival."""
+        insort(self.waiting, request, key=_arrival)
+
+    def remove(self, request: RunningRequest, *, wipe: bool = False) -> None:
+        """Takes a finished or cancelled request out and frees its KV. wipe: its KV may hold inf or nan."""
+        (self.running if request in self.running else self.waiting).remove(request)
+        self._release(request, wipe=wipe)
+
+    def plan(self) -> StepPlan:
+        """The next step's work; empty when nothing is queued or running. Allocates and moves KV rows."""
+        self._make_room_for_decoding()
+        budget = self._prefill_tokens
+        prompts: list[Work] = []
+        for request in self.running:
+            if request.remaining > 1 and budget > 0:
+                prompts.append(Work(request, min(request.remaining, budget)))
+                budget -= prompts[-1].count
+        prompts += self._admit(budget)
+        self._kv.close_gaps()
+        decoding = [Work(request, 1) for request in self.running if request.remaining == 1]
+        prompts = [work for work in prompts if work.request.remaining > 1]
+        decoding.sort(key=lambda work: by_place(_row(work.request)))
+        prompts.sort(key=lambda work: work.request.adapter.version if work.request.adapter else "")
+        return StepPlan(decoding, prompts)
+
+    def keep_prefix(self, request: RunningRequest) -> None:
+        """Shares a prompt that has just been computed whole."""
+        if self._cache is not None and request.row is not None:
+            version = request.adapter.version if request.adapter else None
+            self._cache.insert(request.prefix_keys, request.row, version)
+
+    def _make_room_for_decoding(self) -> None:
+        for request in list(self.running):
+            while request.row is not None and not self._kv.grow(request.row, request.computed + 1):
+                self._preempt(self.running[-1])
+
+    def _preempt(self, request: RunningRequest) -> None:
+        assert len(self.running) > 1, "a single request always fits: see KvStore"
+        self.running.remove(request)
+        self._release(request)
+        self.add(request)
+        self.preemptions += 1
+
+    def _release(self, request: RunningRequest, *, wipe: bool = False) -> None:
+        if request.row is not None:
+            self._kv.free(request.row, wipe=wipe)
+            request.row = None
+
+    def _admit(self, budget: int) -> list[Work]:
+        """Takes requests from the queue while there are tokens, rows and memory left for them.
+
+        A request whose next block is being computed by another one right now waits for it, and then shares it.
+        """
+        admitted: list[Work] = []
+        underway = {key for request in self.running if request.remaining > 1 for key in self._keys(request)}
+        for request in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self._max_batch:
+                break
+            keys = self._keys(request)
+            held = self._cache.match(keys) if self._cache else 0
+            if held < len(keys) and keys[held] in underway:
+                continue
+            if not self._seat(request, held):
+                break
+            underway.update(keys)
+            admitted.append(Work(request, min(request.remaining, budget)))
+            budget -= admitted[-1].count
+        return admitted
+
+    def _seat(self, request: RunningRequest, held: int) -> bool:
+        """Gives the request a row with its cached prefix in it. False: no memory now."""
+        answer = request.request.sampling.max_new_tokens - len(request.generated)
+        row = self._kv.allocate(len(request.tokens) + min(answer, _HEADROOM))
+        if row is None:
+            return False
+        request.row = row
+        if held and self._cache is not None:
+            self._cache.fetch(request.prefix_keys[:held], row)
+        request.cached_tokens = request.computed
+        self.waiting.remove(request)
+        insort(self.running, request, key=_arrival)
+        return True
+
+    def _keys(self, request: RunningRequest) -> list[bytes]:
+        return request.prefix_keys if self._cache else []
+
+
+def _arrival(request: RunningRequest) -> int:
+    return request.arrival
+
+
+def _row(request: RunningRequest) -> KvRow:
+    assert request.row is not None, "a running request has a KV row"
+    return request.row

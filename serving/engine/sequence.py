@@ -1,0 +1,68 @@
+"""One request while it is queued or running."""
+
+from collections.abc import Callable, Sequence
+
+from graftwork.serving.engine.kv import KvRow
+from graftwork.serving.engine.prefix import block_keys
+from graftwork.serving.engine.sampler import new_generator
+from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.types import FinishReason, GenerateRequest, TokenEvent
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class RunningRequest:
+    """State of one request. `computed` of its `tokens` have keys and values; the rest is to be computed."""
+
+    def __init__(
+        self,
+        arrival: int,
+        request: GenerateRequest,
+        on_event: Callable[[TokenEvent], None],
+        adapter: AdapterWeights | None,
+    ) -> None:
+        self.arrival = arrival
+        self.request = request
+        self.on_event = on_event
+        self.adapter = adapter
+        self.tokens: list[int] = list(request.prompt_ids)
+        self.row: KvRow | None = None
+        self.generator = new_generator(request.sampling)
+        self.cached_tokens = 0
+        self.cancelled = False
+        self._keys: list[bytes] | None = None
+
+    @property
+    def computed(self) -> int:
+        return self.row.length if self.row else 0
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be chosen; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[len(self.request.prompt_ids) :]
+
+    @property
+    def prefix_keys(self) -> list[bytes]:
+        """Keys of the prompt's whole blocks, without the block of its last token (one token is always computed)."""
+        if self._keys is None:
+            version = self.adapter.version if self.adapter else None
+            self._keys = block_keys(version, self.request.prompt_ids[:-1])
+        return self._keys
+
+    def append(self, token_id: int, decode: Decode | None) -> FinishReason | None:
+        """Takes the next token; says whether the answer ends with it."""
+        self.tokens.append(token_id)
+        sampling = self.request.sampling
+        if token_id in self.request.stop_ids or (sampling.stop and decode and self._completes_stop(decode)):
+            return "stop"
+        return "length" if len(self.generated) >= sampling.max_new_tokens else None
+
+    def _completes_stop(self, decode: Decode) -> bool:
+        """Whether the last tokens' text holds a stop string. A character is at most 4 tokens of a byte-level BPE."""
+        longest = max(len(text) for text in self.request.sampling.stop)
+        tail = decode(self.generated[-(4 * longest + 4) :])
+        return any(text in tail for text in self.request.sampling.stop)
