@@ -1,5 +1,6 @@
 """Records of a job -> `report.json` and one self-contained `report.html` that opens with no network."""
 
+from graftwork.report.page import BuiltReport, build, render_html, render_json
 from graftwork.report.records import CompareReport, ReportInput
 
-__all__ = ["CompareReport", "ReportInput"]
+__all__ = ["BuiltReport", "CompareReport", "ReportInput", "build", "render_html", "render_json"]

@@ -109,6 +109,9 @@ class Advice(Record):
     """Prompt, RAG, finetune or both: derived from the tests, and honest when they do not decide."""
 
     sentence: str
+    """The verdict in one sentence."""
+    caveats: tuple[str, ...]
+    """What the tests leave open, one sentence each."""
     metrics: tuple[MetricAdvice, ...]
 
 

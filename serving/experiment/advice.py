@@ -13,6 +13,9 @@ from graftwork.serving.experiment.verdict import Rules, ScoredArms, family
 
 Winner = Literal["prompting", "retrieval", "finetuning", "finetuning with retrieval"]
 
+Found = tuple[MetricAdvice, Difference | None]
+"""The advice on one metric, and the difference that it turns on."""
+
 METRICS = ("facts", "form", "both")
 _COST: tuple[ArmKind, ...] = ("prompt", "rag", "finetune", "both")
 _WINNER: dict[ArmKind, Winner] = {
@@ -29,13 +32,12 @@ _ON = {"facts": "on facts", "form": "on form", "both": "on both together"}
 def advise(scored: ScoredArms, kinds: Mapping[str, ArmKind], rules: Rules) -> Advice:
     """The advice on facts, form and both together."""
     metrics = tuple(_advise_metric(scored, kinds, metric, rules) for metric in METRICS)
-    return Advice(sentence=_whole(metrics, scored, rules), metrics=tuple(found for found, _ in metrics))
+    won, caveats = _won(metrics, scored, rules), _open(metrics, scored)
+    sentence, caveats = (won, caveats) if won else (caveats[0], caveats[1:])
+    return Advice(sentence=sentence, caveats=caveats, metrics=tuple(found for found, _ in metrics))
 
 
-def _advise_metric(
-    scored: ScoredArms, kinds: Mapping[str, ArmKind], metric: str, rules: Rules
-) -> tuple[MetricAdvice, Difference | None]:
-    """The advice on one metric, and the difference that it turns on."""
+def _advise_metric(scored: ScoredArms, kinds: Mapping[str, ArmKind], metric: str, rules: Rules) -> Found:
     best = max(scored.names, key=lambda arm: (scored.mean(arm, metric), -_COST.index(kinds[arm])))
     rivals = _against(best, family(scored, [(a, b, metric) for a, b in combinations(scored.names, 2)], rules))
     if scored.mean(best, metric) == 0:
@@ -101,22 +103,29 @@ def _missing(pair: Difference) -> str:
     return f"minimum detectable effect {pair.mde:.2f} at n={pair.n}{needed}"
 
 
-def _whole(metrics: Sequence[tuple[MetricAdvice, Difference | None]], scored: ScoredArms, rules: Rules) -> str:
-    winners = dict.fromkeys(found.winner for found, _ in metrics if found.winner is not None)
-    won = []
-    for winner in winners:
+def _won(metrics: Sequence[Found], scored: ScoredArms, rules: Rules) -> str:
+    """What wins what, in one sentence; empty when nothing is decided."""
+    parts: list[str] = []
+    for winner in dict.fromkeys(found.winner for found, _ in metrics if found.winner is not None):
         where = _join([_ON[found.metric] for found, _ in metrics if found.winner == winner])
-        won.append(f"{winner} {'' if won else 'wins '}{where}")
-    sentences = [_join(won) + _usable(*metrics[-1], scored, rules)] if won else []
+        parts.append(f"{winner} {'' if parts else 'wins '}{where}")
+    return _as_sentence(_join(parts) + _usable(*metrics[-1], scored, rules)) if parts else ""
+
+
+def _open(metrics: Sequence[Found], scored: ScoredArms) -> tuple[str, ...]:
+    """One sentence for each metric that the tests do not decide."""
+    sentences = []
     for found, turning in metrics:
         if found.winner is None and turning is not None:
-            rival = _other(turning, found.best)
-            sentences.append(f"{_ON[found.metric]} undecided between {found.best} and {rival} ({_missing(turning)})")
+            pair = f"{found.best} and {_other(turning, found.best)}"
+            sentences.append(f"{_ON[found.metric]}, undecided between {pair} ({_missing(turning)})")
         elif found.winner is None:
-            sentences.append(
-                f"{_ON[found.metric]} no arm scores above 0 (n={len(scored.values[found.best][found.metric])})"
-            )
-    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
+            sentences.append(f"{_ON[found.metric]}, no arm scores above 0 (n={scored.n})")
+    return tuple(_as_sentence(text) for text in sentences)
+
+
+def _as_sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _usable(both: MetricAdvice, turning: Difference | None, scored: ScoredArms, rules: Rules) -> str:
@@ -125,8 +134,9 @@ def _usable(both: MetricAdvice, turning: Difference | None, scored: ScoredArms, 
         return ""
     value, low, high = _seen_from(both.best, turning)
     also = f" (not told apart from {_join(both.tied[1:])})" if len(both.tied) > 1 else ""
+    share = 100 * scored.mean(both.best, "both")
     return (
-        f": {both.best}{also} answers {100 * scored.mean(both.best, 'both'):.0f}% of {turning.n} questions wholly right, "
+        f": {both.best}{also} answers {share:.0f}% of {turning.n} questions wholly right, "
         f"{100 * value:.0f} points more than {_other(turning, both.best)} "
         f"({100 * (1 - rules.alpha):g}% interval {100 * low:.0f} to {100 * high:.0f})"
     )

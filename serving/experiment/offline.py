@@ -57,6 +57,12 @@ async def run_offline(
     return answers
 
 
+def count_unanswered(spec: CompareSpec, rows: Sequence[Row], path: Path, versions: Mapping[str, str]) -> int:
+    """Questions times arms that `run_offline` would still ask."""
+    jobs = list(_interleaved(spec, rows, versions))
+    return len(jobs) - len(read_answers(path, {job.key: (job.arm.name, job.row.id) for job in jobs}))
+
+
 def check_ids(rows: Sequence[Row]) -> None:
     """Raises DataError: no rows, a row without id, an id twice."""
     if not rows:

@@ -15,7 +15,7 @@ from graftwork.provenance import collect
 from graftwork.report.records import CompareReport
 from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.experiment.compare import compare
-from graftwork.serving.experiment.offline import CompareProgress, run_offline
+from graftwork.serving.experiment.offline import CompareProgress, count_unanswered, run_offline
 from graftwork.serving.experiment.scorers import AnswerSchema
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec, ServeSpec
@@ -67,7 +67,7 @@ def run_compare(
         return await live.ask(pinned[arm.name], messages, request_id)
 
     path = folder / "answers.jsonl"
-    with _endpoint(spec, endpoint, needed=_unanswered(path, spec, len(rows))) as live:
+    with _endpoint(spec, endpoint, needed=count_unanswered(spec, rows, path, versions) > 0) as live:
         answers = asyncio.run(run_offline(spec, rows, ask, path, versions=versions, on_progress=progress))
         stats = asyncio.run(_stats(live)) if live is not None and len(answers) > seen[0].reused else {}
     template = base_model.template(base_model.resolve(spec.base))
@@ -81,12 +81,6 @@ def _pin(store: Store, arm: ArmSpec) -> ArmSpec:
         return arm
     manifest = artifact.resolve(store, arm.adapter)
     return arm.with_({"adapter": f"{manifest.task}@{manifest.version}"})
-
-
-def _unanswered(path: Path, spec: CompareSpec, num_rows: int) -> bool:
-    """Whether an engine may be needed: fewer lines on disk than arms x rows. A wrong guess costs a deployment, no more."""
-    lines = path.read_bytes().count(b"\n") if path.exists() else 0
-    return lines < num_rows * len(spec.arms)
 
 
 @contextlib.contextmanager

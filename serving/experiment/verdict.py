@@ -29,6 +29,11 @@ class ScoredArms:
         """The arms, in the order of the spec."""
         return tuple(self.values)
 
+    @property
+    def n(self) -> int:
+        """Questions."""
+        return len(next(iter(next(iter(self.values.values())).values())))
+
     def mean(self, arm: str, metric: str) -> float:
         """Mean score of an arm."""
         return float(np.mean(self.values[arm][metric]))

@@ -1,0 +1,233 @@
+"""Records -> what the page shows: panels, charts and rows, with every number already in words."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from graftwork.report import words
+from graftwork.report.plots import Line, Mark, Scale, interval_track, line_chart, pair_track, scatter, share_bar, ticks
+from graftwork.report.records import (
+    AdapterLatency,
+    ArmReport,
+    CompareReport,
+    Difference,
+    PlanRow,
+    StageTime,
+    SwapRecord,
+    TrainRun,
+    Trial,
+    TuneRecord,
+)
+
+Tick = tuple[float, str]
+"""(percent, label)"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm in a panel."""
+
+    name: str
+    kind: str
+    is_baseline: bool
+    track: Markup
+    value: str
+    interval: str
+    signature: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """All arms on one metric."""
+
+    metric: str
+    unit: str
+    meaning: str
+    advice: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A plot and the words around it."""
+
+    plot: Markup
+    x_name: str
+    x_ticks: tuple[Tick, ...]
+    y_name: str
+    y_ticks: tuple[Tick, ...]
+
+
+def panels(report: CompareReport) -> list[Panel]:
+    """Facts, form and both as small multiples, the baseline marked in each."""
+    advice = {found.metric: found.sentence for found in report.advice.metrics}
+    return [Panel(metric.name, metric.unit, metric.meaning, advice[metric.name],
+                  tuple(_row(arm, metric.name, report) for arm in report.arms))
+            for metric in report.metrics if metric.name in advice]  # fmt: skip
+
+
+def _row(arm: ArmReport, metric: str, report: CompareReport) -> Row:
+    score = arm.scores[metric]
+    baseline = next(other for other in report.arms if other.name == report.baseline)
+    title = f"{arm.name}: {words.score(score.value)} {words.interval(score.low, score.high)}\n{score.signature}"
+    track = interval_track(Mark(score.value, score.low, score.high, arm.kind, title), Scale(0, 1),
+                           baseline.scores[metric].value)  # fmt: skip
+    return Row(arm.name, arm.kind, arm.name == report.baseline, track, words.score(score.value),
+               words.interval(score.low, score.high), score.signature)  # fmt: skip
+
+
+def difference_track(difference: Difference, kind: str) -> Markup:
+    """A difference and its interval between -1 and +1, zero marked."""
+    title = f"{difference.a} − {difference.b}: {words.signed(difference.value)}\n{difference.signature}"
+    mark = Mark(difference.value, difference.low, difference.high, kind, title)
+    return interval_track(mark, Scale(-1, 1), reference=0.0)
+
+
+def differences_by_metric(report: CompareReport) -> list[tuple[str, list[Difference]]]:
+    """The table against the baseline, metric by metric."""
+    return [(metric.name, [d for d in report.differences if d.metric == metric.name]) for metric in report.metrics]
+
+
+def kinds(report: CompareReport) -> dict[str, str]:
+    """Arm -> kind, for its colour and shape."""
+    return {arm.name: arm.kind for arm in report.arms}
+
+
+def headline(report: CompareReport) -> ArmReport:
+    """The arm with most answers wholly right."""
+    return max(report.arms, key=lambda arm: arm.scores["both"].value)
+
+
+def trials_chart(tune: TuneRecord) -> Chart | None:
+    """Held-out loss by step of every trial; the stopped ones are drawn faintly, the best on top."""
+    shown = sorted((trial for trial in tune.trials if trial.losses), key=lambda trial: trial.id == tune.best_id)
+    lines = [
+        Line(trial.losses, "best" if trial.id == tune.best_id else trial.state, trial_title(trial)) for trial in shown
+    ]
+    return _curves(lines, "optimizer step", "held-out loss")
+
+
+def trial_title(trial: Trial) -> str:
+    """`rank 16, lr 0.002 (stopped)`: the tuned keys by their last part."""
+    values = ", ".join(f"{key.rpartition('.')[2]} {words.plain(value)}" for key, value in trial.values.items())
+    return f"{values} ({trial.state})"
+
+
+def final_loss(trial: Trial) -> float | None:
+    """The last held-out loss of a trial."""
+    return trial.losses[-1][1] if trial.losses else None
+
+
+def space_chart(tune: TuneRecord) -> Chart | None:
+    """Where the trials stood, for sweeps over two numeric keys: last loss beside each point."""
+    shown = [trial for trial in tune.trials if trial.losses]
+    keys = list(tune.trials[0].values) if tune.trials else []
+    if len(keys) != 2 or not shown or not all(_is_number(trial.values[key]) for trial in shown for key in keys):
+        return None
+    y_key, x_key = keys
+    x, y = ([_number(trial.values[key]) for trial in shown] for key in (x_key, y_key))
+    x_scale, y_scale = _padded(x), _padded(y)
+    points = [((a, b), f"{trial.losses[-1][1]:.3f}", "best" if trial.id == tune.best_id else trial.state,
+               trial_title(trial)) for a, b, trial in zip(x, y, shown, strict=True)]  # fmt: skip
+    plot = scatter(points, x_scale, y_scale, f"{y_key} by {x_key}")
+    return Chart(plot, x_key, _value_ticks(x, x_scale), y_key, _value_ticks(y, y_scale))
+
+
+def run_chart(run: TrainRun) -> Chart | None:
+    """Training loss as a line, held-out loss as points."""
+    lines = [Line(run.loss, "train", "training loss")] if run.loss else []
+    lines += [Line(run.eval_loss, "eval", "held-out loss", dots=True)] if run.eval_loss else []
+    return _curves(lines, "optimizer step", "loss")
+
+
+def plan_tracks(rows: Sequence[PlanRow], what: str) -> list[tuple[PlanRow, Markup]]:
+    """Predicted against actual, `what` being `bytes` or `s`; rows with neither are left out."""
+    known = [(row, getattr(row, f"predicted_{what}"), getattr(row, f"actual_{what}")) for row in rows]
+    known = [(row, predicted, actual) for row, predicted, actual in known if predicted or actual]
+    top = max((value for _, *pair in known for value in pair if value), default=1.0)
+    say = words.size if what == "bytes" else words.seconds
+    return [(row, pair_track(predicted, actual, Scale(0, 1.05 * top),
+                             f"{row.stage}: predicted {say(predicted)}, actual {say(actual)}"))
+            for row, predicted, actual in known]  # fmt: skip
+
+
+def stage_bars(stages: Sequence[StageTime]) -> list[tuple[StageTime, Markup]]:
+    """Wall time as bars of one scale."""
+    longest = max((stage.wall_s for stage in stages), default=0.0) or 1.0
+    return [(stage, share_bar([(stage.wall_s / longest, "bar-reused" if stage.reused else "bar-time",
+                                words.seconds(stage.wall_s))], f"{stage.stage}: {words.seconds(stage.wall_s)}"))
+            for stage in stages]  # fmt: skip
+
+
+def latency_tracks(rows: Sequence[AdapterLatency]) -> list[tuple[AdapterLatency, Markup | None]]:
+    """Median to 95th percentile of the whole answer's time, one scale for all adapters."""
+    top = max((row.latency_ms.p95 for row in rows if row.latency_ms), default=1.0)
+    return [(row, _latency_track(row, Scale(0, 1.05 * top))) for row in rows]
+
+
+def swap_bar(swap: SwapRecord) -> Markup:
+    """Answers of the old and of the new version."""
+    total = sum(swap.answers_by_version.values()) or 1
+    oldest_first = sorted(swap.answers_by_version.items(), key=lambda item: item[0] != swap.old_version)
+    parts = [(n / total, f"swap-{_age(version, swap)}", f"{version}: {n} answers") for version, n in oldest_first]
+    return share_bar(parts, "answers by adapter version")
+
+
+def _age(version: str, swap: SwapRecord) -> str:
+    return {swap.old_version: "old", swap.new_version: "new"}.get(version, "other")
+
+
+def _latency_track(row: AdapterLatency, scale: Scale) -> Markup | None:
+    if row.latency_ms is None:
+        return None
+    p50, p95 = row.latency_ms.p50, row.latency_ms.p95
+    title = f"{row.name}: median {words.milliseconds(p50)}, p95 {words.milliseconds(p95)}, n={row.latency_ms.n}"
+    return interval_track(Mark(p50, p50, p95, "latency", title), scale, None)
+
+
+def _curves(lines: Sequence[Line], x_name: str, y_name: str) -> Chart | None:
+    points = [point for line in lines for point in line.points]
+    if not points:
+        return None
+    steps, losses = [step for step, _ in points], [loss for _, loss in points if math.isfinite(loss)] or [0.0]
+    spread = (max(losses) - min(losses)) or 1.0
+    x, y = Scale(0, max(*steps, 1)), Scale(max(0.0, min(losses) - 0.08 * spread), max(losses) + 0.05 * spread)
+    finite = [
+        Line([p for p in line.points if math.isfinite(p[1])], line.style, line.title, line.dots) for line in lines
+    ]
+    plot = line_chart([line for line in finite if line.points], x, y, f"{y_name} by {x_name}")
+    return Chart(plot, x_name, tuple((x(t), f"{t:g}") for t in ticks(x.low, x.high)), y_name,
+                 tuple((y(t), f"{t:.3g}") for t in ticks(y.low, y.high)))  # fmt: skip
+
+
+def _padded(values: Sequence[float]) -> Scale:
+    """A scale with room at both ends; logarithmic where the values span more than a factor of four."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low >= 4:
+        room = (high / low) ** 0.12
+        return Scale(low / room, high * room, log=True)
+    room = 0.12 * (high - low) or 0.5 * abs(high) or 1.0
+    return Scale(low - room, high + room)
+
+
+def _value_ticks(values: Sequence[float], scale: Scale) -> tuple[Tick, ...]:
+    """The values themselves where they are few, else round numbers."""
+    distinct = sorted(set(values))
+    if len(distinct) <= 6:
+        return tuple((scale(value), f"{value:g}") for value in distinct)
+    if scale.log:
+        powers = range(math.ceil(math.log10(scale.low)), math.floor(math.log10(scale.high)) + 1)
+        shown = [10.0**p for p in powers] if len(powers) > 1 else [distinct[0], distinct[-1]]
+        return tuple((scale(value), f"{value:.2g}") for value in shown)
+    return tuple((scale(value), f"{value:g}") for value in ticks(scale.low, scale.high))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float), f"{value!r} is no number"
+    return float(value)

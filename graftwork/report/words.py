@@ -1,0 +1,95 @@
+"""Numbers as people read them. One rule a quantity, so that a page never shows it in two ways."""
+
+from collections.abc import Mapping
+from typing import Any
+
+NONE = "–"
+
+
+def score(value: float) -> str:
+    """0..1 with two decimals."""
+    return f"{value:.2f}"
+
+
+def signed(value: float) -> str:
+    """A difference of scores, with its sign; a true minus so that columns align."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def interval(low: float, high: float) -> str:
+    """An interval of scores."""
+    return f"[{low:.2f}, {high:.2f}]".replace("-", "−")
+
+
+def signed_interval(low: float, high: float) -> str:
+    """An interval of differences."""
+    return f"[{signed(low)}, {signed(high)}]"
+
+
+def p_value(value: float) -> str:
+    """Three decimals, and a bound below them."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def seconds(value: float | None) -> str:
+    """`0.4 s`, `41 s`, `3 min 12 s`, `1 h 05 min`."""
+    if value is None:
+        return NONE
+    if value < 10:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def milliseconds(value: float | None) -> str:
+    """`0.42 ms`, `38 ms`, `1,204 ms`."""
+    if value is None:
+        return NONE
+    return f"{value:.2f} ms" if value < 10 else f"{value:,.0f} ms"
+
+
+def size(value: float | None) -> str:
+    """Bytes in binary units."""
+    if value is None:
+        return NONE
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= factor:
+            return f"{value / factor:.2f} {unit}" if value < 10 * factor else f"{value / factor:.0f} {unit}"
+    return f"{value:.0f} B"
+
+
+def count(value: float | None) -> str:
+    """A whole number with thousands separated."""
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def plain(value: object) -> str:
+    """A setting: short floats, empty as a dash."""
+    if isinstance(value, bool) or value is None:
+        return NONE if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def ratio(actual: float | None, predicted: float | None) -> str:
+    """How far the prediction was off."""
+    if not actual or not predicted:
+        return NONE
+    return f"{100 * (actual / predicted - 1):+.0f}%".replace("-", "−")
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A tree of settings as (dotted key, value) lines."""
+    lines: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            lines += flat(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            lines.append((name, ", ".join(plain(item) for item in value) or NONE))
+        else:
+            lines.append((name, plain(value)))
+    return lines
