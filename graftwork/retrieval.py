@@ -31,11 +31,12 @@ class RetrieverSpec(Spec):
     """Passages put before the question."""
 
 
-STOP_WORDS = frozenset(
-    "a about all an and any are as at be by can could do does for from give has have how i in into is it its me my of on or our "
-    "please s should show tell that the their there these this those to up was we what when where which who whose why will with "
-    "would you your".split()
-)
+_SILENT_WORDS = """
+a about all an and any are as at be by can could do does for from give has have how i in into is it its me my of on
+or our please s should show tell that the their there these this those to up was we what when where which who whose why will
+with would you your
+"""
+STOP_WORDS = frozenset(_SILENT_WORDS.split())
 """Words that say nothing of what is asked. A query with every word costs 100 times the time at 100,000 passages."""
 
 _WORD = re.compile(r"\w+")
@@ -159,8 +160,12 @@ def _context(
     if plain:
         return ()
     if row.doc_id is None:
-        raise DataError(f"row {number} (id {row.id!r}): doc_id", "missing", "data.context needs the gold passage of each row",
-                        "add doc_id, or leave data.context out")  # fmt: skip
+        raise DataError(
+            f"row {number} (id {row.id!r}): doc_id",
+            "missing",
+            "data.context needs the gold passage of each row",
+            "add doc_id, or leave data.context out",
+        )
     gold = index.get(row.doc_id)
     if gold is None:
         raise DataError(f"row {number} (id {row.id!r}): doc_id={row.doc_id!r}", f"no such passage in {spec.corpus}",
@@ -198,7 +203,8 @@ def _words(text: str) -> list[str]:
 def _fill(connection: sqlite3.Connection, passages: Sequence[Passage]) -> None:
     connection.executescript(
         "CREATE TABLE passages (id TEXT UNIQUE NOT NULL, text TEXT NOT NULL);"
-        "CREATE VIRTUAL TABLE words USING fts5(text, content='passages', tokenize=\"porter unicode61 remove_diacritics 2\");"
+        "CREATE VIRTUAL TABLE words USING fts5"
+        "(text, content='passages', tokenize=\"porter unicode61 remove_diacritics 2\");"
         "CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT);"
     )
     connection.executemany("INSERT INTO passages VALUES (?, ?)", ((p.id, p.text) for p in passages))
