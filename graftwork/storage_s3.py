@@ -12,8 +12,9 @@ from graftwork.errors import StorageError
 from graftwork.storage_local import FULL_DISK
 
 CONNECT_TIMEOUT_S = 3
-READ_TIMEOUT_S = 30
+READ_TIMEOUT_S = 20
 MAX_ATTEMPTS = 3
+"""Of one request, by botocore; s3fs asks a second time for a body that broke off and where a server says SlowDown."""
 
 _CREDENTIAL_SOURCES = (
     "AWS_ACCESS_KEY_ID",
@@ -128,6 +129,7 @@ class S3Objects:
 
     def _client(self) -> Any:
         if self._fs is None:
+            _require_plain_endpoint()
             _require_credentials()
             import s3fs
 
@@ -141,7 +143,7 @@ class S3Objects:
                     "retries": retries,
                 },
             )
-            self._fs.retries = MAX_ATTEMPTS
+            self._fs.retries = 2
         return self._fs
 
 
@@ -152,6 +154,17 @@ def endpoint() -> str:
         return "AWS"
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+def _require_plain_endpoint() -> None:
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if "@" in os.environ.get(name, ""):
+            raise StorageError(
+                name,
+                "it carries credentials (hidden here)",
+                "an endpoint names a server and nothing else",
+                "take them out; they go into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            )
 
 
 def _bucket_key(uri: str) -> tuple[str, str]:
