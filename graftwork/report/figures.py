@@ -132,7 +132,8 @@ def space_chart(tune: TuneRecord) -> Chart | None:
     points = [((a, b), f"{trial.losses[-1][1]:.3f}", "best" if trial.id == tune.best_id else trial.state,
                trial_title(trial)) for a, b, trial in zip(x, y, shown, strict=True)]  # fmt: skip
     plot = scatter(points, x_scale, y_scale, f"{y_key} by {x_key}")
-    return Chart(plot, x_key, _value_ticks(x, x_scale), y_key, _value_ticks(y, y_scale))
+    names = [key.rpartition(".")[2] for key in (x_key, y_key)]
+    return Chart(plot, names[0], _value_ticks(x, x_scale), names[1], _value_ticks(y, y_scale))
 
 
 def run_chart(run: TrainRun) -> Chart | None:
