@@ -6,6 +6,7 @@ import random
 import re
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +33,18 @@ class RetrieverSpec(Spec):
 
 
 _SILENT_WORDS = """
-a about all an and any are as at be by can could do does for from give has have how i in into is it its me my of on
-or our please s should show tell that the their there these this those to up was we what when where which who whose why will
-with would you your
+a about all an and any are as at be by can could do does for from give has have how i in into is it its me my of on or
+our please s should show tell that the their there these this those to up was we what when where which who whose why
+will with would you your
 """
 STOP_WORDS = frozenset(_SILENT_WORDS.split())
 """Words that say nothing of what is asked. A query with every word costs 100 times the time at 100,000 passages."""
 
 _WORD = re.compile(r"\w+")
 _FILE = "index.sqlite"
-_FORM = "fts5-1"
+_COMMON_SHARE = 0.05
+"""A word that stands in more of the passages is left out of a query that has rarer ones: it costs most and says least."""
+_FORM = "fts5-2"
 """Changes when the index would be built differently, so that no old file is taken for a new one."""
 
 
@@ -56,8 +59,8 @@ class Hit:
 class LexicalIndex:
     """An index file, opened read-only. Safe to use from several threads."""
 
-    def __init__(self, path: Path, digest: str, size: int) -> None:
-        self.path, self.digest, self._size = path, digest, size
+    def __init__(self, path: Path, digest: str, size: int, common: frozenset[str]) -> None:
+        self.path, self.digest, self._size, self._common = path, digest, size, common
         self._connections = threading.local()
 
     @classmethod
@@ -83,6 +86,7 @@ class LexicalIndex:
         try:
             connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
             found = dict(connection.execute("SELECT key, value FROM about"))
+            common = frozenset(word for (word,) in connection.execute("SELECT word FROM common"))
             connection.close()
         except sqlite3.Error as error:
             raise DataError(
@@ -91,11 +95,11 @@ class LexicalIndex:
                 "an index is one SQLite file",
                 "delete it: it is built again",
             ) from error
-        return cls(path, found["digest"], int(found["size"]))
+        return cls(path, found["digest"], int(found["size"]), common)
 
     def search(self, query: str, k: int) -> list[Hit]:
         """The k best passages, best first. Any text is a query; nothing in it is syntax."""
-        words = _words(query)
+        words = _words(query, self._common)
         if not words:
             return []
         match = " OR ".join(f'"{word}"' for word in words)
@@ -194,10 +198,17 @@ def _filled(
     return chosen
 
 
-def _words(text: str) -> list[str]:
-    """Words of a query, once each, stop words left out unless there is nothing else."""
+def _words(text: str, common: frozenset[str]) -> list[str]:
+    """Words of a query, once each; those that say little are left out unless there is nothing else."""
     words = list(dict.fromkeys(word.lower() for word in _WORD.findall(text)))
-    return [word for word in words if word not in STOP_WORDS] or words
+    telling = [word for word in words if word not in STOP_WORDS]
+    rare = [word for word in telling if word not in common]
+    return rare or telling or words
+
+
+def _common_words(passages: Sequence[Passage]) -> list[str]:
+    counts = Counter(word for passage in passages for word in {word.lower() for word in _WORD.findall(passage.text)})
+    return sorted(word for word, count in counts.items() if count > max(50, _COMMON_SHARE * len(passages)))
 
 
 def _fill(connection: sqlite3.Connection, passages: Sequence[Passage]) -> None:
@@ -206,12 +217,14 @@ def _fill(connection: sqlite3.Connection, passages: Sequence[Passage]) -> None:
         "CREATE VIRTUAL TABLE words USING fts5"
         "(text, content='passages', tokenize=\"porter unicode61 remove_diacritics 2\");"
         "CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT);"
+        "CREATE TABLE common (word TEXT PRIMARY KEY);"
     )
     connection.executemany("INSERT INTO passages VALUES (?, ?)", ((p.id, p.text) for p in passages))
     connection.execute("INSERT INTO words(words) VALUES ('rebuild')")
     connection.execute("INSERT INTO words(words) VALUES ('optimize')")
     about = (("digest", _digest(passages)), ("size", str(len(passages))))
     connection.executemany("INSERT INTO about VALUES (?, ?)", about)
+    connection.executemany("INSERT INTO common VALUES (?)", ((word,) for word in _common_words(passages)))
     connection.commit()
 
 

