@@ -17,6 +17,7 @@ class Counters:
         self.prompt_tokens = 0
         self.prompt_tokens_from_cache = 0
         self.generated_tokens = 0
+        self.most_adapters_in_step = 0
         self.finished: Counter[FinishReason] = Counter()
 
     def snapshot(self, scheduler: Scheduler, kv: KvStore, cache: PrefixCache | None) -> EngineStats:
@@ -33,5 +34,6 @@ class Counters:
             generated_tokens=self.generated_tokens,
             finished={str(reason): count for reason, count in self.finished.items()},
             preemptions=scheduler.preemptions,
+            most_adapters_in_step=self.most_adapters_in_step,
             step_s=self.step_s,
         )

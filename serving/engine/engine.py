@@ -128,6 +128,10 @@ class Engine:
             self._end(request, "cancelled")
         self.runner.close()
 
+    def alive(self) -> bool:
+        """Whether the engine's thread runs; False before `start`, after `stop`, and should it ever have died."""
+        return self._thread is not None and self._thread.is_alive()
+
     def stats(self) -> EngineStats:
         """Counters since the start and the state now."""
         return self._counters.snapshot(self._scheduler, self._kv, self._cache)
@@ -163,6 +167,8 @@ class Engine:
         for request, choice in zip(finishing, choices, strict=True):
             self._deliver(request, choice)
         self._counters.steps += bool(plan)
+        mixed = len({work.request.request.adapter for work in plan.works()} - {None})
+        self._counters.most_adapters_in_step = max(self._counters.most_adapters_in_step, mixed)
         self._counters.step_s += time.perf_counter() - started
 
     def _compute(self, plan: StepPlan) -> list[Choice]:

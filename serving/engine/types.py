@@ -96,5 +96,7 @@ class EngineStats:
     finished: dict[str, int] = field(default_factory=dict)
     """Requests ended, by finish_reason."""
     preemptions: int = 0
+    most_adapters_in_step: int = 0
+    """Distinct adapter versions, the base not counted, in the step that mixed the most."""
     step_s: float = 0.0
     """Seconds spent in steps (forward, sampling, events)."""
