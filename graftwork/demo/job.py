@@ -155,7 +155,7 @@ def serve_stage(job: Job, endpoint: Endpoint) -> None:
     by_version = ", ".join(f"{version} answered {n}" for version, n in swap.answers_by_version.items())
     job.done("serve", started, f"{swap.requests} live requests, {swap.failed} failed, up to "
              f"{found.record.max_adapters_in_batch} adapters in one batch; {swap.alias} swapped in {swap.swap_ms:.0f} ms: "
-             f"{by_version}", peak_bytes=found.engine_rss_bytes)  # fmt: skip
+             f"{by_version}", peak_bytes=found.engine.get("peak_rss_bytes"))  # fmt: skip
 
 
 def compare_stage(job: Job, endpoint: Endpoint) -> None:
