@@ -1,73 +1,123 @@
 """THE loop: every training run and every tuning trial takes its optimizer steps here."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from graftwork.storage import RunPaths
-from graftwork.training.data import PreparedData
+import errno
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from graftwork import base_model
+from graftwork.errors import StorageError
+from graftwork.training.batches import StepPlan, step_plan
+from graftwork.training.checkpoint import CheckpointMark, Checkpoints
+from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
 from graftwork.training.spec import TrainSpec
+from graftwork.training.steplog import StepLog, StepReport
 
-
-@dataclass(frozen=True)
-class TrainJob:
-    """What one worker is to do. Picklable; equal on all workers of a run."""
-
-    spec: TrainSpec
-    data: PreparedData
-    """Tokenised rows from `training.data.prepare`; trials that share their data share this object."""
-    run: RunPaths | None = None
-    """Where checkpoints and metrics go and where the loop continues from; None (a trial) writes and resumes nothing."""
-    max_steps: int | None = None
-    """End, learning-rate schedule included, after so many optimizer steps; None takes `spec.optim.epochs`."""
-    report_every: int = 1
-    """Optimizer steps between calls of `report`; each evaluated step is reported as well."""
-    eval_every: int | None = None
-    """Optimizer steps between evaluations; None takes `spec.eval_every`. The last step is always evaluated."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step, over all workers."""
-
-    step: int
-    total_steps: int
-    loss: float
-    """Mean over the step's trained tokens, in nats."""
-    lr: float
-    grad_norm: float
-    tokens: int
-    """Tokens processed since the run's first step, padding left out."""
-    elapsed_s: float
-    """Seconds in optimizer steps since the run's first step, resumed parts included."""
-    eval_loss: float | None = None
-    """Mean over the held-out rows' trained tokens, where this step was evaluated."""
-
-
-@dataclass(frozen=True)
-class LoopResult:
-    """How the loop ended on this worker."""
-
-    steps: int
-    stopped: bool
-    """`report` asked to stop before the last step."""
-    train_loss: tuple[tuple[int, float], ...]
-    eval_loss: tuple[tuple[int, float], ...]
-    tokens: int
-    wall_s: float
-    """Seconds in optimizer steps and evaluations, resumed parts included; loading the base is left out."""
-    peak_rss_bytes: int
-    """Largest resident set of this worker's process."""
-    peak_cuda_bytes: int
-
-
-Report = Callable[[StepReport], bool]
-"""Called on rank 0 only. True goes on; False asks all workers to stop after this step."""
+__all__ = ["LoopResult", "NonFiniteLoss", "Report", "StepReport", "TrainJob", "run_steps"]
 
 
 def run_steps(job: TrainJob, report: Report) -> LoopResult:
     """Train on `job.data`, alone or as one of `torch.distributed`'s ranks if a process group is up.
 
-    Every rank of the group calls it with an equal job. Raises RunError when the loss is not finite, DataError when no
-    row is left to train on.
+    Every rank of the group calls it with an equal job. Raises NonFiniteLoss, BaseModelError, StorageError (disk full).
     """
-    raise NotImplementedError
+    spec, (rank, world) = job.spec, _rank_and_world()
+    plan = plan_of(job, world)
+    start = _agreed_start(job, rank, world)
+    log = StepLog.resumed(job.run, start.step if start else 0) if rank == 0 else StepLog(None)
+    with _work_dir(job) as folder, _disk_full_explained(folder):
+        if start is not None and start.step >= plan.steps:
+            return _result(log, plan.steps, start.elapsed_s, stopped=False)
+        import torch
+
+        from graftwork.training import sft  # the slow imports of a worker: 5 to 10 s
+        from graftwork.training.watch import Watch
+
+        torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
+        base = base_model.resolve(spec.base)
+        loaded = base_model.load(base, spec.quant, device=_device(spec), purpose="train")
+        watch = Watch(job, plan, log, report, before_s=start.elapsed_s if start else 0.0)
+        trainer = sft.build_trainer(spec, job.data, plan, base, loaded, folder, watch)
+        watch.trainer = trainer
+        trainer.train(resume_from_checkpoint=str(Checkpoints(job.run).fetch(start.step)) if job.run and start else None)
+    return _result(log, trainer.state.global_step, watch.elapsed_s(), stopped=watch.stopped)
+
+
+def plan_of(job: TrainJob, world: int) -> StepPlan:
+    """The rows of every step of a job on `world` workers."""
+    return step_plan(job.data.train.lengths_N, job.spec.optim, job.spec.seed, world, job.max_steps)
+
+
+def _agreed_start(job: TrainJob, rank: int, world: int) -> CheckpointMark | None:
+    """The checkpoint that all ranks continue from: rank 0 looks, so that no rank sees another one."""
+    import torch.distributed as dist
+
+    if job.run is None:
+        return None
+    found: list[CheckpointMark | None] = [None]
+    if rank == 0:
+        checkpoints = Checkpoints(job.run)
+        checkpoints.clear_unfinished()
+        found[0] = checkpoints.newest()
+    if world > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _rank_and_world() -> tuple[int, int]:
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def _device(spec: TrainSpec) -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if spec.gpus_per_worker > 0 else "cpu"
+
+
+@contextmanager
+def _work_dir(job: TrainJob) -> Iterator[Path]:
+    """Where the trainer writes: the run's checkpoint folder, or for a trial a folder that stays empty."""
+    if job.run is not None:
+        yield Checkpoints(job.run).work_dir()
+    else:
+        with tempfile.TemporaryDirectory(prefix="gw-trial-") as folder:
+            yield Path(folder)
+
+
+@contextmanager
+def _disk_full_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageError(
+            f"checkpoint in {folder}", f"no space left ({error})", "the last whole checkpoint is untouched",
+            "free disk space and run the same command: it continues from there",
+        ) from error  # fmt: skip
+
+
+def _result(log: StepLog, steps: int, wall_s: float, *, stopped: bool) -> LoopResult:
+    """Collective: every rank adds its memory peaks."""
+    import torch
+    import torch.distributed as dist
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    peaks: list[tuple[int, int]] = [(peak, cuda)]
+    if _rank_and_world()[1] > 1:
+        peaks = [(0, 0)] * dist.get_world_size()
+        dist.all_gather_object(peaks, (peak, cuda))
+    return LoopResult(
+        steps=steps,
+        stopped=stopped,
+        train_loss=tuple((known.step, known.loss) for known in log.steps),
+        eval_loss=tuple((known.step, known.eval_loss) for known in log.steps if known.eval_loss is not None),
+        tokens=log.steps[-1].tokens if log.steps else 0,
+        wall_s=wall_s,
+        peak_rss_bytes_per_worker=tuple(rss for rss, _ in peaks),
+        peak_cuda_bytes_per_worker=tuple(cuda for _, cuda in peaks),
+    )

@@ -1,6 +1,6 @@
 """What a training run is asked to do. The YAML, the `--set` keys and the sweep's search space are these fields."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,11 +15,11 @@ class LoraSpec(Spec):
     """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685), attached and exported by PEFT."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(16, ge=1, le=256)
+    rank: int = Field(default=16, ge=1, le=256)
     """Inner dimension r of the update B·A."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """Scale: the update is multiplied by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
     targets: Literal["all-linear", "attention", "mlp"] = "all-linear"
     """Which linear layers get an adapter; the head never does."""
@@ -28,20 +28,20 @@ class LoraSpec(Spec):
 class OptimSpec(Spec):
     """AdamW on the adapter's parameters."""
 
-    lr: float = Field(2e-3, gt=0)
+    lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate, reached after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Decay from the peak to 0 over the run, after the warm-up."""
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps that the learning rate rises linearly from 0."""
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    epochs: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the training rows."""
-    rows_per_step: int = Field(8, ge=1)
+    rows_per_step: int = Field(default=8, ge=1)
     """Rows per optimizer step over all workers: constant when the number of workers changes."""
-    micro_batch: int = Field(4, ge=1)
-    """Rows per forward pass on one worker; gradient accumulation is derived."""
+    micro_batch: int = Field(default=4, ge=1)
+    """Most rows per forward pass on one worker: the largest divisor of its rows a step is taken, the rest accumulates."""
 
 
 class TrainSpec(Spec):
@@ -56,26 +56,36 @@ class TrainSpec(Spec):
     quant: QuantSpec = QuantSpec(kind="nf4")
     data: DataSpec
     prompt: PromptSpec = PromptSpec()
-    max_length: int = Field(512, ge=8)
+    max_length: int = Field(default=512, ge=8)
     """Longest row in tokens."""
     too_long: Literal["drop", "refuse"] = "drop"
     """A longer row is dropped and counted, or refused before anything starts. Never cut."""
     adapter: LoraSpec = LoraSpec()
     optim: OptimSpec = OptimSpec()
-    num_workers: int = Field(2, ge=1)
+    num_workers: int = Field(default=2, ge=1)
     """Ray Train workers, data-parallel."""
-    cpus_per_worker: float = Field(1.0, gt=0)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs reserved for, and threads used by, one worker."""
-    gpus_per_worker: float = Field(0.0, ge=0)
-    checkpoint_every: int = Field(20, ge=1)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    checkpoint_every: int = Field(default=20, ge=1)
     """Optimizer steps between checkpoints; a rerun continues from the last."""
-    eval_every: int = Field(20, ge=1)
+    eval_every: int = Field(default=20, ge=1)
     """Optimizer steps between evaluations, where `data.eval` is given."""
     seed: int = 0
     init_from: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
     """Start from this published adapter (`task@alias`) instead of fresh weights; rank and targets must be equal."""
     alias: Annotated[str, Field(pattern=NAME_PATTERN)] | None = "latest"
     """Alias that points at the new version once it is published; null publishes without moving any."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the run's result, besides the contents of base and data: not where it lies or runs.
+
+        The number of workers is left out: a step sees the same rows on any number, so a run can go on with fewer.
+        """
+        kept = {"name", "quant", "prompt", "adapter", "optim", "eval_every", "seed"}
+        fields = self.model_dump(mode="json", include=kept)
+        del fields["optim"]["micro_batch"], fields["quant"]["resident"]
+        return {**fields, "device": "cuda" if self.gpus_per_worker else "cpu"}
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:

@@ -1,0 +1,79 @@
+"""Which rows each step, worker and forward pass sees. Pure functions of lengths and seed, so any step can be redone.
+
+Legend: S steps, R rows a step (all workers), W workers, G forward passes a step on one worker, M rows a pass,
+N rows of the set, B rows of a batch, T tokens of its longest row.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graftwork.training.data import TokenRows
+from graftwork.training.spec import OptimSpec
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100  # torch's cross-entropy leaves these targets out
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The rows of every step. A step sees the same rows whatever the number of workers."""
+
+    rows_SR: NDArray[np.int64]
+    tokens_S: NDArray[np.int64]
+    """Tokens of each step, padding left out."""
+    micro_batch: int
+    """Rows of a forward pass: the largest divisor of a worker's rows a step that `optim.micro_batch` allows."""
+    accumulation: int
+    """Forward passes of one worker a step."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return len(self.rows_SR)
+
+
+def step_plan(lengths_N: NDArray[np.int64], optim: OptimSpec, seed: int, world: int, max_steps: int | None) -> StepPlan:
+    """Order of the rows: one seeded permutation a pass, laid end to end, cut into steps of `rows_per_step`.
+
+    The last step is filled up from the next pass. Within a step rows are sorted by length, so that rows of one forward
+    pass need little padding, and dealt to the workers back and forth, so that their loads are near equal.
+    """
+    rows, per_worker = optim.rows_per_step, optim.rows_per_step // world
+    micro = max(d for d in range(1, min(optim.micro_batch, per_worker) + 1) if per_worker % d == 0)
+    steps = max_steps or max(1, math.ceil(optim.epochs * len(lengths_N) / rows - 1e-9))
+    passes = math.ceil(steps * rows / len(lengths_N))
+    order = np.concatenate([np.random.default_rng([seed, p]).permutation(len(lengths_N)) for p in range(passes)])
+    rows_SR = order[: steps * rows].reshape(steps, rows)
+    rows_SR = np.stack([_dealt(step, lengths_N, world, micro) for step in rows_SR])
+    return StepPlan(rows_SR, lengths_N[rows_SR].sum(axis=1), micro, per_worker // micro)
+
+
+def _dealt(rows_R: NDArray[np.int64], lengths_N: NDArray[np.int64], world: int, micro: int) -> NDArray[np.int64]:
+    """Rows of a step in the order that the data loader deals them: pass 0 of worker 0, of worker 1, ..., pass 1 ..."""
+    by_length = rows_R[np.argsort(lengths_N[rows_R], kind="stable")]
+    passes_GWM = by_length.reshape(-1, world, micro)
+    passes_GWM[1::2] = passes_GWM[1::2, ::-1].copy()
+    return passes_GWM.reshape(-1)
+
+
+def collate(rows: TokenRows, indices: Sequence[int], pad_id: int) -> dict[str, "torch.Tensor"]:
+    """Input ids, attention mask and labels (B, T), padded on the right to the batch's longest row."""
+    import torch
+
+    width = int(max(rows.lengths_N[i] for i in indices))
+    ids_BT = torch.full((len(indices), width), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros((len(indices), width), dtype=torch.long)
+    labels_BT = torch.full((len(indices), width), IGNORED, dtype=torch.long)
+    for place, index in enumerate(indices):
+        ids, trained = rows.row(int(index))
+        ids_BT[place, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        mask_BT[place, : len(ids)] = 1
+        labels_BT[place, : len(ids)] = torch.from_numpy(np.where(trained, ids, IGNORED).astype(np.int64))
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}

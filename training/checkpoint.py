@@ -1,0 +1,100 @@
+"""Checkpoints of a run: written by every rank, whole once their marker is there; the newest whole one is gone on from.
+
+    runs/<run>/checkpoints/checkpoint-<step>/
+        adapter_config.json, adapter_model.safetensors, optimizer.pt, scheduler.pt, rng_state_<rank>.pth,
+        trainer_state.json, COMMITTED.json
+
+On a local root the trainer writes in place; on S3 it writes to a cache folder of its machine, and the ranks send them.
+The .pt files are read with `weights_only=True` (by transformers), so nothing in them is executed.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from graftwork.storage import RunPaths
+
+MARKER = "COMMITTED.json"
+PREFIX = "checkpoint-"
+KEEP = 2
+"""Whole checkpoints kept; one would do, the second is for the disk that lies."""
+_NOT_NEEDED = ("training_args.bin", "README.md")  # a pickle that nothing reads; a model card without content
+
+
+@dataclass(frozen=True)
+class CheckpointMark:
+    """Content of the marker: what the trainer's own files do not say."""
+
+    step: int
+    elapsed_s: float
+    """Seconds of training up to this step, over all attempts."""
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run. All paths go through the run's store."""
+
+    run: RunPaths
+
+    def work_dir(self) -> Path:
+        """Folder of this machine that the trainer writes to."""
+        folder = self.run.store.local_dir(*self.run.checkpoints())
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def newest(self) -> CheckpointMark | None:
+        """The last whole checkpoint; None before the first."""
+        steps = self._whole()
+        return self._mark(steps[-1]) if steps else None
+
+    def fetch(self, step: int) -> Path:
+        """Folder of this machine with the files of a whole checkpoint."""
+        folder = self.work_dir() / _name(step)
+        if not self.run.store.is_local:
+            self.run.store.download(folder, *self._key(step))
+        return folder
+
+    def clear_unfinished(self) -> None:
+        """Remove what a killed run left without a marker. Rank 0, before training."""
+        whole = {_name(step) for step in self._whole()}
+        for name in set(self.run.store.list(*self.run.checkpoints())) - whole:
+            self.run.store.delete(*self.run.checkpoints(name))
+        if not self.run.store.is_local:
+            shutil.rmtree(self.work_dir(), ignore_errors=True)
+
+    def send(self, step: int, rank: int) -> None:
+        """Bring this rank's files to the store (S3 only): its random state; rank 0 the rest."""
+        folder = self.work_dir() / _name(step)
+        for name in _NOT_NEEDED:
+            (folder / name).unlink(missing_ok=True)
+        if self.run.store.is_local:
+            return
+        for file in sorted(folder.iterdir()):
+            own = file.name == f"rng_state_{rank}.pth"
+            if own or (rank == 0 and not file.name.startswith("rng_state_")):
+                self.run.store.upload(file, *self._key(step), file.name)
+
+    def commit(self, mark: CheckpointMark) -> None:
+        """Write the marker, then drop all but the newest `KEEP`. Rank 0, once every rank has sent its files."""
+        self.run.store.write_json(asdict(mark), *self._key(mark.step), MARKER)
+        for step in self._whole()[:-KEEP]:
+            self.run.store.delete(*self._key(step), MARKER)
+            self.run.store.delete(*self._key(step))
+        if not self.run.store.is_local:
+            shutil.rmtree(self.work_dir() / _name(mark.step), ignore_errors=True)
+
+    def _whole(self) -> list[int]:
+        names = self.run.store.list(*self.run.checkpoints())
+        steps = [int(name.removeprefix(PREFIX)) for name in names if name.removeprefix(PREFIX).isdigit()]
+        return sorted(step for step in steps if self.run.store.exists(*self._key(step), MARKER))
+
+    def _mark(self, step: int) -> CheckpointMark:
+        return CheckpointMark(**self.run.store.read_json(*self._key(step), MARKER))
+
+    def _key(self, step: int) -> tuple[str, ...]:
+        return self.run.checkpoints(_name(step))
+
+
+def _name(step: int) -> str:
+    return f"{PREFIX}{step}"

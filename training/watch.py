@@ -1,0 +1,110 @@
+"""What happens around a step: report it, evaluate, checkpoint, stop. A callback of transformers' Trainer."""
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from graftwork.training.batches import StepPlan
+from graftwork.training.checkpoint import CheckpointMark, Checkpoints
+from graftwork.training.job import NonFiniteLoss, Report, TrainJob
+from graftwork.training.steplog import StepLog, StepReport
+
+if TYPE_CHECKING:
+    from graftwork.training.sft import MaskedSftTrainer
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Runs on every rank; rank 0 alone reports and writes. All ranks decide alike, as collectives need it."""
+
+    trainer: "MaskedSftTrainer"
+
+    def __init__(self, job: TrainJob, plan: StepPlan, log: StepLog, report: Report, before_s: float) -> None:
+        self.job, self.plan, self.log, self.report = job, plan, log, report
+        self.checkpoints = Checkpoints(job.run) if job.run else None
+        self.stopped = False
+        self._tokens = plan.tokens_S.cumsum()
+        self._before_s = before_s
+        self._started: float | None = None
+        self._step_started = 0.0
+
+    def elapsed_s(self) -> float:
+        """Seconds of training so far, earlier attempts included."""
+        return self._before_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clocks."""
+        self._step_started = time.perf_counter()
+        self._started = self._started or self._step_started
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """A step is done on all ranks, `logs` holds its figures, and nothing is saved yet."""
+        if "loss" not in logs:
+            return  # the trainer's summary at its end
+        step_s, step = time.perf_counter() - self._step_started, int(state.global_step)
+        if not math.isfinite(logs["loss"]):
+            raise self._not_finite(step, logs["loss"])
+        figures = StepReport(
+            step=step,
+            total_steps=self.plan.steps,
+            loss=logs["loss"],
+            lr=logs["learning_rate"],
+            grad_norm=logs["grad_norm"],
+            tokens=int(self._tokens[step - 1]),
+            eval_loss=self._evaluated(step),
+            elapsed_s=self.elapsed_s(),
+            step_s=step_s,
+        )
+        if not self._goes_on(figures):
+            self.stopped = step < self.plan.steps
+            control.should_training_stop = True
+        if self.checkpoints and (step % self.job.spec.checkpoint_every == 0 or step == self.plan.steps or self.stopped):
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The trainer has written its files on every rank; make them one whole checkpoint."""
+        assert self.checkpoints is not None, "only runs save"
+        rank, step = args.process_index, int(state.global_step)
+        self.checkpoints.send(step, rank)
+        if args.world_size > 1:
+            dist.barrier()
+        if rank == 0:
+            self.log.flush()
+            self.checkpoints.commit(CheckpointMark(step, self.elapsed_s(), args.world_size))
+
+    def _evaluated(self, step: int) -> float | None:
+        from graftwork.training.sft import held_out_loss
+
+        every = self.job.eval_every or self.job.spec.eval_every
+        if self.job.data.eval is None or (step % every and step != self.plan.steps):
+            return None
+        return held_out_loss(self.trainer, self.job.data.eval, self.job.data.pad_id, self.job.spec.optim.micro_batch)
+
+    def _goes_on(self, figures: StepReport) -> bool:
+        """What rank 0's `report` answers, known to all ranks."""
+        args = self.trainer.args
+        due = (
+            figures.step % self.job.report_every == 0
+            or figures.eval_loss is not None
+            or figures.step == figures.total_steps
+        )
+        answer = torch.ones(1, device=args.device)
+        if args.process_index == 0:
+            self.log.add(figures)
+            answer[0] = float(self.report(figures)) if due else 1.0
+        if args.world_size > 1 and due:
+            dist.broadcast(answer, src=0)
+        return bool(answer.item())
+
+    def _not_finite(self, step: int, loss: float) -> NonFiniteLoss:
+        mark = self.checkpoints.newest() if self.checkpoints else None
+        good = f"checkpoint of step {mark.step} is the last good one" if mark else "no checkpoint was made before it"
+        return NonFiniteLoss(
+            f"training {self.job.spec.name}, step {step} of {self.plan.steps}",
+            f"the loss is {loss}; {good}",
+            "a loss must be finite",
+            f"lower optim.lr (now {self.job.spec.optim.lr:g}) or optim.max_grad_norm; look at the rows of that step",
+        )
