@@ -55,7 +55,7 @@ class Runner:
     ) -> torch.Tensor:
         """Logits [N, V] at the packed positions `wanted`. decoding, prompts: the adapter of each chunk of the batch."""
         deltas = self.planner.plan(decoding, _lora_segments(batch, prompts))
-        return self._run(batch, deltas, torch.tensor(wanted, device=self.device))[0]
+        return self._run(batch, deltas, torch.tensor(wanted, dtype=torch.long, device=self.device))[0]
 
     @torch.inference_mode()
     def logits(self, ids_BT: torch.Tensor, adapters: Sequence[AdapterWeights | None]) -> torch.Tensor:

@@ -1,0 +1,118 @@
+"""Tiny engines and adapters for tests: random models, adapters made by PEFT itself, PEFT's own generation as reference."""
+
+import queue
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
+from graftwork.serving.spec import EngineSpec
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+WAIT_S = 60.0
+
+
+def load_model(folder: Path) -> Any:
+    """The base in `folder`, fp32, eval."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def write_lora(base: Path, folder: Path, seed: int, **config: Any) -> Path:
+    """An adapter that PEFT makes and saves; its lora_B is random, so that it changes what the base says."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load_model(base), LoraConfig(task_type="CAUSAL_LM", **config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Answer:
+    """The events of one request, put together."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    finish: str | None = None
+    error: str | None = None
+    cached_tokens: int = 0
+
+
+class Collector:
+    """Receives events from the engine's thread; `answers` waits for them."""
+
+    def __init__(self) -> None:
+        self._events: queue.Queue[TokenEvent] = queue.Queue()
+        self.answers: dict[str, Answer] = {}
+
+    def __call__(self, event: TokenEvent) -> None:
+        self._events.put(event)
+
+    def next(self) -> TokenEvent:
+        """Waits for the next event of any request."""
+        event = self._events.get(timeout=WAIT_S)
+        answer = self.answers.setdefault(event.request_id, Answer())
+        assert answer.finish is None, f"{event.request_id} got an event after its last"
+        if event.token_id >= 0:
+            answer.tokens.append(event.token_id)
+            answer.logprobs.append(event.logprob)
+        answer.cached_tokens += event.cached_tokens
+        answer.finish, answer.error = event.finish_reason, event.error
+        return event
+
+    def wait(self, *request_ids: str) -> list[Answer]:
+        """Waits until these requests have ended."""
+        while any(name not in self.answers or self.answers[name].finish is None for name in request_ids):
+            self.next()
+        return [self.answers[name] for name in request_ids]
+
+
+def request(
+    name: str, prompt: Sequence[int], adapter: str | None = None, stop_ids: frozenset[int] = frozenset(), **sampling: Any
+) -> GenerateRequest:
+    """A request with its sampling written flat."""
+    return GenerateRequest(name, tuple(prompt), SamplingParams(**sampling), stop_ids, adapter)
+
+
+def ask(engine: Engine, *requests: GenerateRequest) -> list[Answer]:
+    """Submits all at once and waits for all."""
+    collector = Collector()
+    for one in requests:
+        engine.submit(one, collector)
+    return collector.wait(*(one.request_id for one in requests))
+
+
+def spec(**changed: Any) -> EngineSpec:
+    """Small limits, so that tests run into them."""
+    usual = {"max_batch": 16, "max_seq_len": 256, "kv_tokens": 8192, "prefill_tokens": 64, "num_threads": 1}
+    return EngineSpec(**{**usual, **changed})
+
+
+def peft_greedy(base: Path, adapter: Path | None, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """What `PeftModel.generate` (or the base's) answers to each prompt alone, greedy, exactly `new_tokens` long."""
+    from peft import PeftModel
+
+    model = load_model(base)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+                eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
