@@ -1,6 +1,7 @@
 """Files on a disk that this machine mounts. Every write is staged beside its target, synced, then renamed."""
 
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -58,6 +59,7 @@ class LocalFiles:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             try:
+                fcntl.flock(fd, fcntl.LOCK_EX)  # a line that crosses a page grows the file in two steps
                 size = os.fstat(fd).st_size
                 if size and os.pread(fd, 1, size - 1) != b"\n":
                     line = b"\n" + line  # a killed writer left half a line: keep ours whole

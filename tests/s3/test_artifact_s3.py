@@ -103,6 +103,7 @@ def test_a_publisher_killed_at_any_byte_leaves_nothing_visible_and_a_rerun_compl
     folder = write_adapter(tmp_path / "out", hidden=512)
     sent = publish_through_proxy(s3_env, f"{s3_store.uri}/whole", folder, kill_after=None)
     assert sent > (folder / WEIGHTS).stat().st_size
+    version = artifact.resolve(Store(f"{s3_store.uri}/whole"), "support@latest").version
     visible = []
     for step in range(1, 12):
         store = Store(f"{s3_store.uri}/cut{step}")
@@ -110,6 +111,9 @@ def test_a_publisher_killed_at_any_byte_leaves_nothing_visible_and_a_rerun_compl
         seen = artifact.list_adapters(store)
         assert all(artifact.verify(store, "support", manifest.version) == [] for manifest in seen)
         assert set(artifact.aliases(store, "support").values()) <= {manifest.version for manifest in seen}
+        if not seen:
+            with pytest.raises(artifact.UnknownAdapter):
+                artifact.verify(store, "support", version)
         visible.append(bool(seen))
         made = artifact.publish(store, "support", folder, **facts(), alias="latest")
         assert artifact.verify(store, "support", made.version) == []

@@ -505,18 +505,22 @@ def test_a_promoter_and_a_remover_of_one_version_never_leave_a_dangling_alias(st
 
 
 def test_a_publisher_killed_at_any_moment_leaves_nothing_visible_and_a_rerun_completes(
-    folder: Path, tmp_path: Path
+    store: Store, folder: Path, tmp_path: Path
 ) -> None:
     def publish(here: Store) -> artifact.AdapterManifest:
         return artifact.publish(here, "support", folder, **facts(), alias="latest")
 
+    version = publish(store).version
     moments = {"nothing": 0, "version": 0, "version and alias": 0}
     for moment in range(1, 200):
         here = Store(str(tmp_path / f"root{moment}"))
-        killed = die_at(moment, here.uri, partial(publish, here))
+        killed = die_at(moment, partial(publish, here))
         seen, pointed = artifact.list_adapters(here), artifact.aliases(here, "support")
         for manifest in seen:
             assert artifact.verify(here, "support", manifest.version) == []
+        if not seen:
+            with pytest.raises(artifact.UnknownAdapter):
+                artifact.verify(here, "support", version)
         assert set(pointed.values()) <= {m.version for m in seen}
         moments["version and alias" if pointed else "version" if seen else "nothing"] += 1
         if not killed:
@@ -535,7 +539,7 @@ def test_a_promoter_killed_at_any_moment_leaves_the_old_version_or_the_new(store
     seen = set()
     for moment in range(1, 50):
         artifact.promote(store, "support", "prod", one)
-        killed = die_at(moment, store.uri, lambda: artifact.promote(store, "support", "prod", two))
+        killed = die_at(moment, lambda: artifact.promote(store, "support", "prod", two))
         seen.add(artifact.resolve(store, "support@prod").version)
         assert artifact.aliases(store, "support").keys() == {"prod"}
         if not killed:

@@ -140,7 +140,7 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_content_or_the_new(tmp_pat
     store.write_bytes(b"old", "folder", "key")
     seen = []
     for moment in range(1, 100):
-        killed = die_at(moment, str(tmp_path), lambda: store.write_bytes(b"new" * 100_000, "folder", "key"))
+        killed = die_at(moment, lambda: store.write_bytes(b"new" * 100_000, "folder", "key"))
         seen.append(store.read_bytes("folder", "key"))
         assert store.list("folder") == ["key"]
         if not killed:
