@@ -19,6 +19,7 @@ from graftwork.artifact_manifest import AdapterManifest, FileEntry
 from graftwork.artifact_read import (
     UnknownAdapter,
     list_adapters,
+    locate,
     open_adapter,
     open_sound,
     read_files,
@@ -38,6 +39,7 @@ __all__ = [
     "aliases",
     "fetch",
     "list_adapters",
+    "locate",
     "open_adapter",
     "promote",
     "publish",

@@ -63,15 +63,13 @@ def open_adapter(store: Store, task: str, ref: str) -> AdapterManifest:
 
 def resolve(store: Store, name: str) -> AdapterManifest:
     """`open_adapter` of `task@alias` or `task@version`."""
-    if not re.fullmatch(ALIAS_PATTERN, name):
-        raise ArtifactError(
-            f"adapter {name[:140]!r}",
-            "it is no adapter name",
-            f"names match {ALIAS_PATTERN}",
-            "write task@alias or task@version",
-        )
-    task, _, ref = name.partition("@")
-    return open_adapter(store, task, ref)
+    return open_adapter(store, *_split(name))
+
+
+def locate(store: Store, name: str) -> tuple[str, str]:
+    """Task and version that `task@alias` or `task@version` means, the version itself not opened: it may be damaged."""
+    task, ref = _split(name)
+    return task, version_of(store, task, ref)
 
 
 def list_adapters(store: Store) -> list[AdapterManifest]:
@@ -162,6 +160,18 @@ def version_of(store: Store, task: str, ref: str) -> str:
     if target is None:
         raise unknown(store, task, ref)
     return target
+
+
+def _split(name: str) -> tuple[str, str]:
+    if not re.fullmatch(ALIAS_PATTERN, name):
+        raise ArtifactError(
+            f"adapter {name[:140]!r}",
+            "it is no adapter name",
+            f"names match {ALIAS_PATTERN}",
+            "write task@alias or task@version",
+        )
+    task, _, ref = name.partition("@")
+    return task, ref
 
 
 def _said(sizes: Mapping[str, int | None], name: str) -> str:

@@ -70,6 +70,6 @@ def promote(ref: Ref, alias: Annotated[str, typer.Argument(help="Alias to move, 
 def remove(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
     """Delete one version; refused while an alias points at it."""
     store = Store(root)
-    manifest = artifact.resolve(store, ref)
-    artifact.remove(store, manifest.task, manifest.version)
-    say(f"removed {manifest.task}@{manifest.version}")
+    task, version = artifact.locate(store, ref)  # not opened: a damaged version too can be removed
+    artifact.remove(store, task, version)
+    say(f"removed {task}@{version}")

@@ -369,6 +369,13 @@ def test_a_pickle_that_its_manifest_vouches_for_is_refused_all_the_same(store: S
         artifact.fetch(store, "support", fields["version"])
 
 
+def test_a_damaged_version_can_be_removed_by_name(store: Store, version: str) -> None:
+    on_disk(store, version, "manifest.json").write_bytes(b"{")
+    assert artifact.locate(store, f"support@{version}") == ("support", version)
+    artifact.remove(store, "support", version)
+    assert not on_disk(store, version).exists()
+
+
 def test_a_damaged_version_is_healed_by_publishing_its_content_again(
     store: Store, folder: Path, version: str, caplog: pytest.LogCaptureFixture
 ) -> None:
