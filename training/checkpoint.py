@@ -8,12 +8,17 @@ On a local root the trainer writes in place; on S3 it writes to a cache folder o
 The .pt files are read with `weights_only=True` (by transformers), so nothing in them is executed.
 """
 
+import contextlib
+import json
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from graftwork.storage import RunPaths
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MARKER = "COMMITTED.json"
 PREFIX = "checkpoint-"
 KEEP = 2
@@ -54,6 +59,18 @@ class Checkpoints:
         if not self.run.store.is_local:
             self.run.store.download(folder, *self._key(step))
         return folder
+
+    @contextlib.contextmanager
+    def adapter(self, step: int, base_name: str) -> Iterator[Path]:
+        """A folder with the adapter of a whole checkpoint alone, its config naming the base by `base_name`."""
+        with tempfile.TemporaryDirectory(prefix="gw-adapter-") as name:
+            folder = Path(name)
+            for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                self.run.store.download(folder / file, *self._key(step), file)
+            config = json.loads((folder / ADAPTER_CONFIG).read_text())
+            config["base_model_name_or_path"] = base_name  # PEFT wrote a path of the worker's machine
+            (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+            yield folder
 
     def clear_unfinished(self) -> None:
         """Remove what a killed run left without a marker. Rank 0, before training."""

@@ -50,3 +50,5 @@ class LoopResult:
     """Largest resident set of each rank's process."""
     peak_cuda_bytes_per_worker: tuple[int, ...]
     """Most memory that torch held on each rank's GPU; zeros on a CPU."""
+    notes: tuple[str, ...] = ()
+    """What the loop resolved, with the reason."""

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
 from graftwork import base_model
 from graftwork.errors import StorageError
 from graftwork.training.batches import StepPlan, step_plan
@@ -30,7 +31,7 @@ def run_steps(job: TrainJob, report: Report) -> LoopResult:
     log = StepLog.resumed(job.run, start.step if start else 0) if rank == 0 else StepLog(None)
     with _work_dir(job) as folder, _disk_full_explained(folder):
         if start is not None and start.step >= plan.steps:
-            return _result(log, plan.steps, start.elapsed_s, stopped=False)
+            return _result(log, plan.steps, start.elapsed_s, stopped=False, notes=())
         import torch
 
         from graftwork.training import sft  # the slow imports of a worker: 5 to 10 s
@@ -42,8 +43,9 @@ def run_steps(job: TrainJob, report: Report) -> LoopResult:
         watch = Watch(job, plan, log, report, before_s=start.elapsed_s if start else 0.0)
         trainer = sft.build_trainer(spec, job.data, plan, base, loaded, folder, watch)
         watch.trainer = trainer
+        notes = (loaded.reason, f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}")
         trainer.train(resume_from_checkpoint=str(Checkpoints(job.run).fetch(start.step)) if job.run and start else None)
-    return _result(log, trainer.state.global_step, watch.elapsed_s(), stopped=watch.stopped)
+    return _result(log, trainer.state.global_step, watch.elapsed_s(), stopped=watch.stopped, notes=notes)
 
 
 def plan_of(job: TrainJob, world: int) -> StepPlan:
@@ -100,7 +102,7 @@ def _disk_full_explained(folder: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _result(log: StepLog, steps: int, wall_s: float, *, stopped: bool) -> LoopResult:
+def _result(log: StepLog, steps: int, wall_s: float, *, stopped: bool, notes: tuple[str, ...]) -> LoopResult:
     """Collective: every rank adds its memory peaks."""
     import torch
     import torch.distributed as dist
@@ -120,4 +122,5 @@ def _result(log: StepLog, steps: int, wall_s: float, *, stopped: bool) -> LoopRe
         wall_s=wall_s,
         peak_rss_bytes_per_worker=tuple(rss for rss, _ in peaks),
         peak_cuda_bytes_per_worker=tuple(cuda for _, cuda in peaks),
+        notes=notes,
     )

@@ -41,7 +41,7 @@ class OptimSpec(Spec):
     rows_per_step: int = Field(default=8, ge=1)
     """Rows per optimizer step over all workers: constant when the number of workers changes."""
     micro_batch: int = Field(default=4, ge=1)
-    """Most rows per forward pass on one worker: the largest divisor of its rows a step is taken, the rest accumulates."""
+    """Most rows per forward pass on one worker: the largest divisor of its rows a step; the rest accumulates."""
 
 
 class TrainSpec(Spec):
@@ -77,8 +77,8 @@ class TrainSpec(Spec):
     alias: Annotated[str, Field(pattern=NAME_PATTERN)] | None = "latest"
     """Alias that points at the new version once it is published; null publishes without moving any."""
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the run's result, besides the contents of base and data: not where it lies or runs.
+    def recipe(self) -> dict[str, Any]:
+        """The fields that decide the run's result, besides the contents of base and data: not where it lies or runs.
 
         The number of workers is left out: a step sees the same rows on any number, so a run can go on with fewer.
         """

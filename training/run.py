@@ -1,0 +1,213 @@
+"""A run in the driver: from a spec to a published adapter, once. The work is `training.loop` on Ray's workers."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from concurrent import futures
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from graftwork import artifact, base_model, provenance
+from graftwork.base_model import ResolvedBase
+from graftwork.config import canonical_json
+from graftwork.errors import GraftworkError, Interrupted
+from graftwork.storage import RunPaths, Store
+from graftwork.training.checkpoint import Checkpoints
+from graftwork.training.data import PreparedData, prepare
+from graftwork.training.fit import fit
+from graftwork.training.job import LoopResult, TrainJob
+from graftwork.training.lock import run_lock
+from graftwork.training.records import Progress, TrainReport
+from graftwork.training.spec import TrainSpec
+from graftwork.training.steplog import StepReport, read_steps
+
+__all__ = ["Progress", "TrainReport", "check", "run_paths", "train"]
+
+PROGRESS_S = 0.3
+PACE_STEPS = 20
+"""Steps that the shown pace is measured over."""
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A spec with all that it names found: what it trains, and where it is kept."""
+
+    spec: TrainSpec
+    base: ResolvedBase
+    data: PreparedData
+    paths: RunPaths
+
+    @classmethod
+    def of(cls, spec: TrainSpec) -> "Run":
+        """Resolve base and data. Raises UserErrors of all kinds, before anything starts or is written."""
+        base, data = base_model.resolve(spec.base), prepare(spec)
+        what = {"spec": spec.recipe(), "base": base.digest, "data": data.digest()}
+        digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()
+        return cls(spec, base, data, RunPaths(Store(spec.root), spec.name, digest))
+
+
+def check(spec: TrainSpec) -> None:
+    """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds."""
+    Run.of(spec)
+
+
+def run_paths(spec: TrainSpec) -> RunPaths:
+    """Where a spec's run is kept. Its digest covers the contents of base and data, not where they lie."""
+    return Run.of(spec).paths
+
+
+def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainReport:
+    """Train and publish one adapter; needs an initialised Ray. The same spec again returns the recorded report.
+
+    An unfinished run goes on from its last checkpoint. Writes runs/<name>-<digest8>/ and adapters/<name>/<version>/.
+    Raises UserErrors before anything starts; ClusterError when the workers do not fit; RunError when the work failed or
+    another process runs it; Interrupted on Ctrl-C.
+    """
+    run = Run.of(spec)
+    with run_lock(run.paths):
+        found = _finished(run)
+        if found is not None:
+            return found
+        _write_status(run, "running")
+        _write_facts(run)
+        try:
+            result = _fit_watched(run, on_progress or (lambda _: None))
+            report = _published(run, result)
+        except KeyboardInterrupt:
+            _write_status(run, "interrupted")
+            raise _interrupted(run) from None
+        except (GraftworkError, OSError) as error:
+            _write_status(run, "failed", error=str(error))
+            raise
+        _write_status(run, "finished", report=report.as_dict())
+        return report
+
+
+def _fit_watched(run: Run, on_progress: OnProgress) -> LoopResult:
+    """Fit in a thread, so that Ctrl-C reaches this one (Ray would exit 0 on it), and tell progress meanwhile."""
+    pool = futures.ThreadPoolExecutor(1, thread_name_prefix="fit")
+    try:
+        fitting = pool.submit(fit, TrainJob(run.spec, run.data, run.paths))
+        shown = 0
+        while not fitting.done():
+            futures.wait([fitting], timeout=PROGRESS_S)
+            shown = _tell(run, shown, on_progress)
+        return fitting.result()
+    finally:
+        pool.shutdown(wait=False)
+
+
+def _tell(run: Run, shown: int, on_progress: OnProgress) -> int:
+    steps = read_steps(run.paths)
+    if not steps or steps[-1].step == shown:
+        return shown
+    on_progress(progress_of(steps))
+    return steps[-1].step
+
+
+def progress_of(steps: list[StepReport]) -> Progress:
+    """Progress from the steps noted so far, at least one."""
+    last, recent = steps[-1], steps[-PACE_STEPS:]
+    before = steps[-len(recent) - 1] if len(steps) > len(recent) else None
+    tokens = last.tokens - (before.tokens if before else 0)
+    seconds = last.elapsed_s - (before.elapsed_s if before else 0.0)
+    return Progress(
+        step=last.step,
+        total_steps=last.total_steps,
+        loss=last.loss,
+        tokens_per_s=tokens / max(sum(step.step_s for step in recent), 1e-9),
+        eta_s=(last.total_steps - last.step) * seconds / len(recent),
+        eval_loss=next((step.eval_loss for step in reversed(steps) if step.eval_loss is not None), None),
+    )
+
+
+def _finished(run: Run) -> TrainReport | None:
+    """The recorded report of a run whose adapter is still there; its alias is set again if the spec asks for one."""
+    store = run.paths.store
+    if not store.exists(*run.paths.status()):
+        return None
+    status = store.read_json(*run.paths.status())
+    if status["state"] != "finished":
+        return None
+    report = TrainReport.from_dict(status["report"], reused=True)
+    try:
+        artifact.open_adapter(store, run.spec.name, report.version)
+    except artifact.UnknownAdapter:
+        return None  # removed since: the last checkpoint publishes it again
+    if run.spec.alias and artifact.aliases(store, run.spec.name).get(run.spec.alias) is None:
+        artifact.promote(store, run.spec.name, run.spec.alias, report.version)
+    return report
+
+
+def _published(run: Run, result: LoopResult) -> TrainReport:
+    """Publish the last checkpoint's adapter and put the report together."""
+    steps = read_steps(run.paths)
+    version = _publish(run, result).version
+    return TrainReport(
+        run_id=run.paths.run_id,
+        adapter=f"{run.spec.name}@{version}",
+        version=version,
+        reused=False,
+        steps=result.steps,
+        rows=len(run.data.train),
+        dropped_rows=run.data.dropped,
+        tokens=result.tokens,
+        wall_s=result.wall_s,
+        tokens_per_s=result.tokens / max(math.fsum(step.step_s for step in steps), 1e-9),
+        train_loss=result.train_loss,
+        eval_loss=result.eval_loss,
+        peak_rss_bytes_per_worker=result.peak_rss_bytes_per_worker,
+        peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
+        notes=result.notes,
+    )
+
+
+def _publish(run: Run, result: LoopResult) -> artifact.AdapterManifest:
+    spec, template = run.spec, base_model.template(run.base)
+    metrics = {"train_loss": result.train_loss[-1][1], "steps": float(result.steps), "tokens": float(result.tokens)}
+    if result.eval_loss:
+        metrics["eval_loss"] = result.eval_loss[-1][1]
+    with Checkpoints(run.paths).adapter(result.steps, base_name=spec.base.uri) as folder:
+        return artifact.publish(
+            run.paths.store,
+            spec.name,
+            folder,
+            base_digest=run.base.digest,
+            quant=spec.quant.model_dump(mode="json"),
+            template_digest=template.digest,
+            tokenizer_digest=template.tokenizer_digest,
+            method=spec.adapter.model_dump(mode="json"),
+            prompt=spec.prompt.model_dump(mode="json"),
+            data_fingerprint=run.data.fingerprint,
+            metrics=metrics,
+            run=run.paths.run_id,
+            provenance=run.paths.store.read_json(*run.paths.provenance()),
+            alias=spec.alias,
+        )
+
+
+def _write_facts(run: Run) -> None:
+    """The resolved spec and where the code runs: written once, when the run first starts."""
+    store = run.paths.store
+    if store.exists(*run.paths.provenance()):
+        return
+    text = yaml.safe_dump(run.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    store.write_bytes(text.encode(), *run.paths.spec())
+    store.write_json(provenance.collect(run.spec.seed), *run.paths.provenance())
+
+
+def _write_status(run: Run, state: str, **more: Any) -> None:
+    run.paths.store.write_json({"state": state, "run_id": run.paths.run_id, **more}, *run.paths.status())
+
+
+def _interrupted(run: Run) -> Interrupted:
+    mark = Checkpoints(run.paths).newest()
+    kept = f"the checkpoint of step {mark.step} is kept" if mark else "no checkpoint was made yet"
+    return Interrupted(
+        f"run {run.paths.run_id}", f"stopped by Ctrl-C or SIGTERM; {kept}", "what was committed stays valid",
+        "run the same command: it continues from there",
+    )  # fmt: skip
