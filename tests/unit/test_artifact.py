@@ -26,6 +26,7 @@ from graftwork.errors import ArtifactError, StorageError
 from graftwork.storage import Store
 from tests.adapters import facts, write_adapter, write_config
 from tests.processes import die_at, fork_race, outcome, start
+from tests.tiny import write_tiny_base
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -127,6 +128,26 @@ def test_metrics_of_numpy_are_recorded_and_nan_is_refused(store: Store, folder: 
     with pytest.raises(ArtifactError, match=r"metrics\.eval_loss"):
         artifact.publish(store, "other", folder, **facts(metrics={"eval_loss": float("nan")}))
     assert len(artifact.list_adapters(store)) == 1
+
+
+def test_what_peft_saves_is_published_and_peft_loads_what_is_fetched(store: Store, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = write_tiny_base(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    trained.save_pretrained(tmp_path / "out")
+    made = artifact.publish(store, "support", tmp_path / "out", **facts())
+    fetched = artifact.fetch(store, "support", made.version)
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), fetched).eval()
+    ids_BT = torch.arange(24).reshape(2, 12)
+    with torch.inference_mode():
+        assert torch.equal(trained(ids_BT).logits, served(ids_BT).logits)
+        with served.disable_adapter():
+            assert not torch.equal(trained(ids_BT).logits, served(ids_BT).logits)
+    assert str(tmp_path) not in (fetched / CONFIG).read_text()
 
 
 # --- what is refused before it is published ---------------------------------------------------------------------------
