@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib
 import os
 import secrets
 import shutil
@@ -9,6 +10,7 @@ import site
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import graftwork
 from graftwork.errors import ClusterError
@@ -51,7 +53,7 @@ def private_ray(num_cpus: int | None = None) -> Iterator[str]:
         "PYTHONPATH": _python_path(),
     }
     try:
-        with environment_of(environment), _loopback_only(), _token_reloaded():
+        with environment_of(environment), _loopback_only(), token_reloaded():
             try:
                 yield _start(ray, folder, num_cpus)
             finally:
@@ -61,7 +63,7 @@ def private_ray(num_cpus: int | None = None) -> Iterator[str]:
         os.close(lock)
 
 
-def _start(ray, folder: Path, num_cpus: int | None) -> str:  # type: ignore[no-untyped-def]
+def _start(ray: Any, folder: Path, num_cpus: int | None) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     try:
         context = ray.init(
@@ -150,7 +152,7 @@ def _loopback_only() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _token_reloaded() -> Iterator[None]:
+def token_reloaded() -> Iterator[None]:
     """Ray caches mode and token in C++ when first asked; make it read the environment again, before and after."""
     reload_token()
     try:
@@ -161,7 +163,6 @@ def _token_reloaded() -> Iterator[None]:
 
 def reload_token() -> None:
     """Make Ray in this process read RAY_AUTH_MODE and RAY_AUTH_TOKEN from the environment again."""
-    from ray._raylet import AuthenticationTokenLoader, Config
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    raylet: Any = importlib.import_module("ray._raylet")  # has no types
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -1,4 +1,4 @@
-"""Where a command runs its work: `with session(on) as here: here.run(stage, ...)`. The only place that starts or joins Ray.
+"""Where a command runs its work: `with session(on) as here: here.run(stage, ...)`. Ray is started or joined here alone.
 
 local                a private Ray, started and stopped by this command (cluster/local.py)
 auto                 the Ray whose job this process is; the driver of a submitted job uses it
@@ -7,15 +7,21 @@ http(s)://HOST:PORT  a Ray cluster through its Jobs API: the whole command runs 
 """
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import ParamSpec, TypeVar
 
-from graftwork.cluster.local import private_ray
-from graftwork.errors import ConfigError
+from graftwork.cluster.address import FORMS
+from graftwork.cluster.client import client_of, run_there
+from graftwork.cluster.jobs import run_command
+from graftwork.cluster.local import QUIET, environment_of, private_ray
+from graftwork.errors import ClusterError, ConfigError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,29 +29,93 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Session:
-    """A Ray that can be used now. `address` is host:port of its GCS (or Ray Client) server."""
+    """A Ray that can be used now. `address` is host:port of its GCS, or of its Ray Client server."""
 
     on: str
     address: str
     remote: bool = False
+    """This process only reaches Ray through Ray Client, so stages run there as tasks."""
 
     def run(self, stage: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a stage where Ray is: in this process, or as a task of the cluster behind `ray://`."""
-        return stage(*args, **kwargs)
+        """Run a stage where Ray is: in this process, or as a task there. Callbacks (`on_progress`) are called here."""
+        if self.on != "local":
+            for argument in args:
+                _require_lasting(self.on, getattr(argument, "root", None))
+        return run_there(stage, args, kwargs) if self.remote else stage(*args, **kwargs)
+
+    def here(self, function: Callable[P, T]) -> Callable[P, T]:
+        """A function that must drive Ray from this process. Raises ClusterError behind ray://."""
+        if self.remote:
+            raise ClusterError(
+                f"--on {self.on}", "this command must stay connected to what it starts, and Ray Client cannot",
+                "ray:// runs stages that end", f"use the dashboard's address: --on http://{self.address.split(':')[0]}:8265",
+            )  # fmt: skip
+        return function
 
 
 @contextlib.contextmanager
 def session(on: str = "local", num_cpus: int | None = None) -> Iterator[Session]:
     """Have a Ray for the time of the block. SIGTERM ends the block as Ctrl-C does.
 
-    `num_cpus`: logical CPUs of a private Ray (default: the machine's, at least 2).
-    Raises ConfigError for an address that is none of the four forms, ClusterError when no Ray could be had.
+    `num_cpus`: logical CPUs of a private Ray (default: the machine's, at least 2). With http(s):// the block never
+    starts: the graftwork command of this process runs over there, and SystemExit carries its exit code.
+    Raises ConfigError for an address that is none of the forms, ClusterError when no Ray could be had.
     """
-    if on != "local":
-        raise ConfigError(f"--on {on}", "not a place to run", "local, auto, ray://HOST:PORT or http(s)://HOST:PORT")
+    if on.startswith(("http://", "https://")):
+        raise SystemExit(run_command(on, _command_line(on)))
     # Twice: ray.init installs a SIGTERM handler of its own.
-    with terminated_as_interrupt(), private_ray(num_cpus) as address, terminated_as_interrupt():
-        yield Session(on, address)
+    with terminated_as_interrupt(), _ray_of(on, num_cpus) as address, terminated_as_interrupt():
+        yield Session(on, address, remote=on.startswith("ray://"))
+
+
+def _require_lasting(on: str, root: object) -> None:
+    """A stage on a cluster runs in a folder that is gone afterwards, maybe on another machine."""
+    if isinstance(root, str) and "://" not in root and not Path(root).is_absolute():
+        raise ConfigError(
+            f"root={root} with --on {on}", "a relative folder is lost on a cluster",
+            "root is s3://BUCKET/PREFIX, or the absolute path of a folder that all machines share",
+            "--set root=s3://BUCKET/PREFIX",
+        )  # fmt: skip
+
+
+def _ray_of(on: str, num_cpus: int | None) -> contextlib.AbstractContextManager[str]:
+    if on == "local":
+        return private_ray(num_cpus)
+    if on == "auto":
+        return _surrounding_ray()
+    if on.startswith("ray://"):
+        return client_of(on)
+    raise ConfigError(f"--on {on}", "not a place to run", FORMS)
+
+
+@contextlib.contextmanager
+def _surrounding_ray() -> Iterator[str]:
+    """The Ray that started this process: Ray sets RAY_ADDRESS for the driver of a submitted job."""
+    import ray
+
+    if not os.environ.get("RAY_ADDRESS"):
+        raise ClusterError("--on auto", "RAY_ADDRESS is not set", "auto joins the Ray whose job this process is",
+                           "use --on local")  # fmt: skip
+    with environment_of({key: os.environ.get(key, value) for key, value in QUIET.items()}):
+        try:
+            context = ray.init(address="auto", logging_level="error", log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError("--on auto", f"no Ray at RAY_ADDRESS ({error})") from error
+        try:
+            yield str(context.address_info["gcs_address"])
+        finally:
+            ray.shutdown()
+
+
+def _command_line(on: str) -> list[str]:
+    """The arguments of this process if it is the graftwork command; a program has none that could be sent."""
+    if Path(sys.argv[0]).name not in ("graftwork", "graftwork.exe"):
+        raise ConfigError(
+            f"on={on}", f"this process is {Path(sys.argv[0]).name}, not the graftwork command",
+            "an HTTP address runs whole graftwork commands on its cluster",
+            "call graftwork.cluster.jobs.run_command(on, argv), or use ray://HOST:PORT",
+        )  # fmt: skip
+    return sys.argv[1:]
 
 
 @contextlib.contextmanager
