@@ -1,0 +1,44 @@
+"""A tiny training task: small enough for a second, real enough that its loss falls."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from graftwork.training.spec import TrainSpec
+from tests.tiny import write_tiny_base
+
+COLOURS = ("red", "green", "blue", "white", "black", "yellow", "brown", "grey", "pink", "gold")
+
+
+def write_rows(path: Path, count: int, first: int = 0, answer_repeats: int = 1) -> Path:
+    """JSONL of `count` conversations with answers of varied length."""
+    lines = []
+    for number in range(first, first + count):
+        colour = COLOURS[number % len(COLOURS)]
+        answer = " ".join([colour] * (answer_repeats + number % 3))
+        turns = [{"role": "user", "content": f"Name colour {number % 10}"}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"id": f"row{number}", "messages": turns}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def task(folder: Path, **changes: Any) -> TrainSpec:
+    """A spec on a tiny base with 48 training and 8 held-out rows, all files under `folder`; dotted keys change it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = folder / "base"
+    if not base.exists():
+        write_tiny_base(base)
+        write_rows(folder / "train.jsonl", 48)
+        write_rows(folder / "eval.jsonl", 8, first=1000)
+    spec = TrainSpec.model_validate(
+        {
+            "name": "colours",
+            "root": str(folder / "root"),
+            "base": str(base),
+            "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")},
+            "optim": {"lr": 5e-3, "epochs": 2},
+            "checkpoint_every": 4,
+            "eval_every": 6,
+        }
+    )
+    return spec.with_(changes)
