@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
+from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.spec import TuneSpec
-from graftwork.tuning.trials import TrialRecord
 
 
 def scheduler(spec: TuneSpec, done: Iterable[TrialRecord]) -> TrialScheduler:

@@ -78,9 +78,9 @@ class AshaSpec(Spec):
     """Asynchronous successive halving (Li et al. 2018, arXiv 1810.05934) by Ray Tune."""
 
     kind: Literal["asha"] = "asha"
-    grace_steps: int = Field(4, ge=1)
+    grace_steps: int = Field(default=4, ge=1)
     """No trial is stopped before this many optimizer steps."""
-    reduction: int = Field(3, ge=2)
+    reduction: int = Field(default=3, ge=2)
     """One of this many trials goes on at each rung."""
 
     def rungs(self, steps: int) -> tuple[int, ...]:
@@ -104,15 +104,15 @@ class TuneSpec(Spec):
     """The run that is tuned. Trials publish nothing."""
     space: dict[str, Domain]
     """Dotted keys of `train` and the values to try, e.g. `adapter.rank: {kind: choice, values: [4, 16]}`."""
-    num_trials: int = Field(4, ge=1)
+    num_trials: int = Field(default=4, ge=1)
     """Trials drawn at random; the whole grid where the space is all choices and the grid is no larger than this."""
-    max_concurrent: int = Field(2, ge=1)
+    max_concurrent: int = Field(default=2, ge=1)
     """Trials at a time, each in its own process with `train.cpus_per_worker` CPUs."""
-    steps: int = Field(12, ge=1)
+    steps: int = Field(default=12, ge=1)
     """Optimizer steps of a trial that is not stopped."""
-    eval_rows: int = Field(16, ge=1)
+    eval_rows: int = Field(default=16, ge=1)
     """Held-out rows scored at each report."""
-    report_every: int = Field(4, ge=1)
+    report_every: int = Field(default=4, ge=1)
     """Optimizer steps between reports, where the scheduler may stop a trial."""
     scheduler: AshaSpec | None = AshaSpec()
     """null runs every trial to its end."""

@@ -9,7 +9,9 @@ from typing import Any
 from ray import tune
 
 from graftwork.errors import RunError
-from graftwork.training.loop import StepReport, TrainJob, run_steps
+from graftwork.training.job import TrainJob
+from graftwork.training.loop import run_steps
+from graftwork.training.steplog import StepReport
 
 
 def run_trial(config: Mapping[str, Any], jobs: Mapping[str, TrainJob]) -> None:

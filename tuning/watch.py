@@ -1,23 +1,69 @@
-"""What Tune tells of its trials, written into the ledger as it happens. Runs in the driver."""
+"""What Tune tells of its trials, written into the ledger as it happens, and how Ctrl-C ends them: all in the driver."""
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ray import cloudpickle
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
 from graftwork.errors import GraftworkError
-from graftwork.tuning.trials import Ledger
+from graftwork.tuning.ledger import Ledger
+
+
+class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
+    """Ends the sweep between two steps of Tune once Ctrl-C or SIGTERM came.
+
+    An exception out of a signal handler would leave Tune without its clean-up, and the trials' placement groups with it
+    (Ray 2.60). Trials that are in the middle of a step are given ten seconds, then killed.
+    """
+
+    asked = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial is stopped for its result; that is the scheduler's."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Tune asks after each of its steps."""
+        return self.asked
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM for the block; raise KeyboardInterrupt at its end when one came. A second one raises
+        at once. Main thread only, elsewhere nothing is taken."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(_number: int, _frame: FrameType | None) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
     """Tune calls these between its steps, one at a time. `on_change` is called after each."""
 
-    def __init__(self, ledger: Ledger, last_step: int, on_change: Callable[[], None]) -> None:
-        self._ledger, self._last_step, self._on_change = ledger, last_step, on_change
+    def __init__(self, ledger: Ledger, last_step: int, interrupt: Interrupt, on_change: Callable[[], None]) -> None:
+        self._ledger, self._last_step, self._interrupt, self._on_change = ledger, last_step, interrupt, on_change
         self._started: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
@@ -34,7 +80,7 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
         self._change(trial, losses=losses, steps=step, state=state, peak_rss_bytes=int(result["peak_rss_bytes"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        if self._ledger.records[_id(trial)].state == "running":
+        if self._ledger.records[_id(trial)].state == "running" and not self._interrupt.asked:
             self._change(trial, state="stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
@@ -52,6 +98,8 @@ def _id(trial: Trial) -> str:
 
 def _reason(trial: Trial) -> str:
     """The error that ended a trial: ours in its first line, any other in its last."""
+    if trial.pickled_error_file is None:
+        return Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
     error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
     error = getattr(error, "cause", None) or error
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -1,0 +1,186 @@
+"""Sweeps on a private Ray and a tiny base: real trials of the real loop, each in its own process."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray.util import placement_group_table
+
+from graftwork.cluster.session import Session, session
+from graftwork.errors import ClusterError, Interrupted, RunError
+from graftwork.tuning.run import TuneProgress, TuneReport, tune
+from graftwork.tuning.spec import TuneSpec
+from tests.tiny import write_tiny_base
+
+FREED_WITHIN_S = 30.0
+FIRST_LOSS_WITHIN_S = 240.0
+GRID = {"optim.lr": {"kind": "choice", "values": [0.03, 0.001]}, "adapter.rank": {"kind": "choice", "values": [2]}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, train.jsonl and eval.jsonl."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_tiny_base(folder / "base")
+    for part, first in (("train", 0), ("eval", 100)):
+        rows = [
+            {"prompt": f"airport {n}", "completion": json.dumps({"icao": f"Z{n}"})} for n in range(first, first + 12)
+        ]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def sweep(inputs: Path, root: Path, space: Mapping[str, Any], **keys: Any) -> TuneSpec:
+    train = {
+        "name": "tiny",
+        "base": str(inputs / "base"),
+        "quant": {"kind": "none"},
+        "data": {"train": str(inputs / "train.jsonl"), "eval": str(inputs / "eval.jsonl")},
+        "optim": {"rows_per_step": 4, "micro_batch": 4, "warmup_ratio": 0.0},
+        "max_length": 128,
+    }
+    given = {"name": "sweep", "root": str(root), "train": train, "space": space, "steps": 4, "report_every": 2}
+    return TuneSpec.model_validate({**given, "eval_rows": 4, "scheduler": None, **keys})
+
+
+@pytest.fixture(scope="module")
+def whole(local_ray: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneSpec, TuneReport]:
+    """A grid of two that nothing disturbed."""
+    spec = sweep(inputs, tmp_path_factory.mktemp("whole"), GRID)
+    return spec, tune(spec)
+
+
+def test_the_lowest_held_out_loss_wins(whole: tuple[TuneSpec, TuneReport]) -> None:
+    spec, report = whole
+    assert [trial.state for trial in report.trials] == ["finished"] * 2
+    assert [[step for step, _ in trial.losses] for trial in report.trials] == [[2, 4]] * 2
+    assert min(report.trials, key=lambda trial: trial.losses[-1][1]).values == report.best
+    assert report.best["optim.lr"] == 0.03, "four steps at 0.001 hardly move a random model"
+    assert (report.best_spec.optim.lr, report.best_spec.adapter.rank) == tuple(report.best.values())
+    assert report.best_spec.num_workers == spec.train.num_workers
+    assert report.sampler.startswith("grid: all 2")
+    assert report.peak_rss_bytes > 100 * 2**20
+
+
+def test_a_finished_sweep_is_not_run_again(whole: tuple[TuneSpec, TuneReport]) -> None:
+    spec, first = whole
+    seen: list[TuneProgress] = []
+    again = tune(spec, on_progress=seen.append)
+    assert again.reused
+    assert not first.reused
+    assert not seen
+    assert (again.trials, again.best, again.run_id) == (first.trials, first.best, first.run_id)
+
+
+def test_a_run_folder_tells_what_was_done(whole: tuple[TuneSpec, TuneReport]) -> None:
+    spec, report = whole
+    folder = Path(spec.root) / "runs" / report.run_id
+    assert {"spec.yaml", "provenance.json", "trials.json", "status.json"} <= {path.name for path in folder.iterdir()}
+    assert TuneSpec.model_validate(yaml.safe_load((folder / "spec.yaml").read_text())) == spec
+    assert json.loads((folder / "status.json").read_text())["best"] == report.best
+
+
+def test_early_stopped_trials_give_their_cpus_back(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
+    space = {"optim.lr": {"kind": "choice", "values": [0.03, 2e-5, 1e-5]}}
+    asha = {"grace_steps": 1, "reduction": 2}
+    spec = sweep(inputs, tmp_path, space, steps=8, report_every=1, max_concurrent=1, scheduler=asha)
+    report = tune(spec)
+    assert [(trial.state, trial.steps) for trial in report.trials] == [("finished", 8), ("stopped", 1), ("stopped", 1)]
+    assert report.best == {"optim.lr": 0.03}
+    wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "CPUs are free")
+    assert not [group for group in placement_group_table().values() if group["state"] == "CREATED"]
+
+
+def test_a_diverging_trial_is_marked_and_the_sweep_goes_on(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
+    report = tune(sweep(inputs, tmp_path, {"optim.lr": {"kind": "choice", "values": [1e38, 0.01]}}))
+    failed, good = report.trials
+    assert failed.state == "failed"
+    assert failed.error is not None
+    assert "the loss is" in failed.error
+    assert (good.state, report.best) == ("finished", {"optim.lr": 0.01})
+    assert all(math.isfinite(loss) for trial in report.trials for _, loss in trial.losses)
+
+
+def test_a_sweep_of_failures_fails_and_says_why(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
+    spec = sweep(inputs, tmp_path, {"optim.lr": {"kind": "choice", "values": [1e38]}})
+    with pytest.raises(RunError, match=r"none ran to step 4: 1 failed; first error: .*the loss is nan"):
+        tune(spec)
+
+
+def test_ctrl_c_keeps_what_ended_and_a_rerun_continues(
+    whole: tuple[TuneSpec, TuneReport], local_ray: Session, inputs: Path, tmp_path: Path
+) -> None:
+    spec = sweep(inputs, tmp_path, GRID, max_concurrent=1)
+
+    def interrupt(progress: TuneProgress) -> None:
+        if progress.done == 1 and progress.trials[1].state == "running":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="1 of 2 trials are kept"):
+        tune(spec, on_progress=interrupt)
+    wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "CPUs are free")
+    started: set[str] = set()
+    report = tune(spec, on_progress=lambda p: started.update(t.trial_id for t in p.trials if t.state == "running"))
+    assert started == {trial.trial_id for trial in report.trials[1:]}
+    assert losses(report) == losses(whole[1]), "the same seed gives the same trials, interrupted or not"
+    assert report.best == whole[1].best
+
+
+def test_kill_9_of_the_driver_repeats_no_finished_trial(
+    whole: tuple[TuneSpec, TuneReport], local_ray: Session, inputs: Path, tmp_path: Path
+) -> None:
+    spec = sweep(inputs, tmp_path, GRID, max_concurrent=1)
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "tests.ray.test_tune", spec.model_dump_json()], cwd=Path(__file__).parents[2]
+    )
+    records: list[dict[str, Any]] = []
+
+    def second_runs() -> bool:
+        assert victim.poll() is None, "the sweep ended before it was killed"
+        found = list(tmp_path.glob("runs/*/trials.json"))
+        records[:] = json.loads(found[0].read_text())["trials"] if found else []
+        return bool(records) and records[0]["state"] == "finished" and records[1]["state"] == "running"
+
+    try:
+        wait_for(second_runs, "the second trial runs", FIRST_LOSS_WITHIN_S)
+    finally:
+        victim.kill()
+        victim.wait()
+    started: set[str] = set()
+    report = tune(spec, on_progress=lambda p: started.update(t.trial_id for t in p.trials if t.state == "running"))
+    assert started == {trial.trial_id for trial in report.trials[1:]}
+    assert report.trials[0].wall_s == records[0]["wall_s"]
+    assert losses(report) == losses(whole[1])
+
+
+def test_a_trial_that_no_node_can_hold_is_refused(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
+    spec = sweep(inputs, tmp_path, GRID).with_({"train.cpus_per_worker": 4096})
+    with pytest.raises(ClusterError, match="train.cpus_per_worker=4096: the largest node has"):
+        tune(spec)
+
+
+def losses(report: TuneReport) -> dict[str, tuple[tuple[int, float], ...]]:
+    return {trial.trial_id: trial.losses for trial in report.trials}
+
+
+def wait_for(true: Callable[[], bool], what: str, within_s: float = FREED_WITHIN_S) -> None:
+    """Ray and other processes tell the end of their work by state alone: look until it is there."""
+    end = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < end, f"not within {within_s:g} s: {what}"
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":  # the driver that is killed
+    with session("local", num_cpus=2):
+        tune(TuneSpec.model_validate_json(sys.argv[1]))

@@ -1,0 +1,125 @@
+"""What a sweep tells: a record per trial, progress while it goes on, the report when it is done."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from graftwork.errors import RunError
+from graftwork.training.spec import TrainSpec
+from graftwork.tuning.space import Values
+
+State = Literal["pending", "running", "finished", "stopped", "failed"]
+"""finished: reached its last step. stopped: by the scheduler. failed: an error, or a loss that is not finite."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial. `trial_id` is the digest of its values."""
+
+    trial_id: str
+    values: Values
+    losses: tuple[tuple[int, float], ...] = ()
+    """(optimizer step, held-out loss in nats per trained token) at each report."""
+    state: State = "pending"
+    steps: int = 0
+    """Optimizer steps of the last report."""
+    wall_s: float = 0.0
+    """From the start of its work, loading the base included, the start of its process left out."""
+    peak_rss_bytes: int = 0
+    """Largest resident set of its process, as of its last report."""
+    error: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Finished or stopped: a rerun of the sweep does not repeat it."""
+        return self.state in ("finished", "stopped")
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Self:
+        """Back from JSON."""
+        return cls(**{**tree, "losses": tuple((int(step), float(loss)) for step, loss in tree["losses"])})
+
+
+@dataclass(frozen=True)
+class TuneProgress:
+    """The sweep as it stands, after each change of a trial."""
+
+    trials: tuple[TrialRecord, ...]
+    elapsed_s: float
+
+    @property
+    def total(self) -> int:
+        """Trials in all."""
+        return len(self.trials)
+
+    @property
+    def done(self) -> int:
+        """Trials that finished, were stopped, or failed."""
+        return sum(trial.ended or trial.state == "failed" for trial in self.trials)
+
+    @property
+    def text(self) -> str:
+        """The lowest loss at the furthest step, in a few words."""
+        seen = [trial for trial in self.trials if trial.losses and trial.state != "failed"]
+        if not seen:
+            return f"{sum(trial.state == 'running' for trial in self.trials)} running"
+        best = min(seen, key=lambda trial: (-trial.steps, trial.losses[-1][1]))
+        values = " ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in best.values.items())
+        return f"best so far {best.losses[-1][1]:.3f} at step {best.steps} ({values})"
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What a sweep found."""
+
+    run_id: str
+    trials: tuple[TrialRecord, ...]
+    """In draw order."""
+    best_id: str
+    best: Values
+    best_spec: TrainSpec
+    """`spec.train` with the best values: what to train on the full budget."""
+    sampler: str
+    """How the trials were drawn, in words."""
+    rule: str
+    """How the best was chosen, in words."""
+    eval_rows: int
+    """Held-out rows behind each loss."""
+    wall_s: float
+    """Of this attempt and of earlier ones that were not killed."""
+    reused: bool
+    """The sweep was done before; nothing ran."""
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Largest resident set of any trial's process."""
+        return max(trial.peak_rss_bytes for trial in self.trials)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "best_spec": self.best_spec.model_dump(mode="json")}
+
+
+def choose(trials: Sequence[TrialRecord], steps: int) -> TrialRecord:
+    """The trial with the lowest held-out loss at step `steps`, among those that ran to their end.
+
+    A stopped trial can't win: its last loss stands at an earlier step. Equal losses: the earlier trial.
+    Raises RunError when no trial ran to its end.
+    """
+    finished = [trial for trial in trials if trial.state == "finished"]
+    if not finished:
+        states = [trial.state for trial in trials]
+        found = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        errors = [trial.error for trial in trials if trial.error]
+        raise RunError(
+            f"a sweep of {len(trials)} trials",
+            f"none ran to step {steps}: {found}" + (f"; first error: {errors[0]}" if errors else ""),
+            "the best trial is one that ran to its end",
+            "lower the learning rates in `space`; with `scheduler: null` none is stopped early",
+        )
+    return min(finished, key=lambda trial: trial.losses[-1][1])
+
+
+def rule(steps: int) -> str:
+    """How the best was chosen, in words."""
+    return f"lowest held-out loss at step {steps} among the trials that ran to their end"
