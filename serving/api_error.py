@@ -1,12 +1,15 @@
 """Errors as the OpenAI API shapes them: a status, a message, a type, the parameter and a code."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from graftwork.artifact import UnknownAdapter
 from graftwork.errors import ArtifactError, DataError, GraftworkError, StorageError
 from graftwork.serving.arms import PromptTooLong
+
+log = logging.getLogger("ray.serve")
 
 
 class ApiError(GraftworkError):
@@ -66,17 +69,21 @@ def as_api_errors() -> Iterator[None]:
 
 
 def _of(error: GraftworkError) -> ApiError:
-    message = " ".join(
-        part.rstrip(".") + "." for part in (error.asked, error.found, error.rule, error.next_move) if part
-    )
+    message = _sentences(error)
     if isinstance(error, PromptTooLong):
         return bad_request(message, param="messages", code="context_length_exceeded")
-    if isinstance(error, UnknownAdapter):
-        return unknown_model(error.asked.removeprefix("adapter "), error.found + ".")
+    if isinstance(error, UnknownAdapter):  # its own text names the store's place and tasks: not for callers
+        return unknown_model(error.asked.removeprefix("adapter "), "GET /v1/models lists them all.")
     if isinstance(error, ArtifactError):
         return bad_request(message, param="model", code="adapter_not_servable")
     if isinstance(error, DataError):
         return bad_request(message, param="messages", code="invalid_value")
+    log.error("%s", error)
     if isinstance(error, StorageError):
-        return ApiError(503, message, code="storage_unavailable")
-    return ApiError(500, message, code="internal_error")
+        return ApiError(503, "The adapter store can't be read now. Try again.", code="storage_unavailable")
+    return ApiError(500, "The endpoint failed on this request; its log says why.", code="internal_error")
+
+
+def _sentences(error: GraftworkError) -> str:
+    first = f"{error.asked}: {error.found}" if error.found else error.asked
+    return ". ".join(part.rstrip(".") for part in (first, error.rule, error.next_move) if part) + "."

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
@@ -36,6 +37,7 @@ from graftwork.storage import Store
 
 ENGINE, INGRESS = "engine", "ingress"
 READY_TIMEOUT_S = 60.0
+SHUTDOWN_TIMEOUT_S = 30.0
 PROXY_SLACK_S = 30.0
 """Serve's own timeout comes this much after ours, so that ours answers in OpenAI's shape."""
 
@@ -159,7 +161,20 @@ def _serve_running(spec: ServeSpec, *, http: bool) -> Iterator[None]:
         )
         yield
     finally:
-        serve.shutdown()
+        _shut_down()
+
+
+def _shut_down() -> None:
+    """End Serve. `serve.shutdown()` alone leaves "graceful_shutdown failed" on the terminal (Ray 2.60): it waits in a
+    call that the controller's own end breaks off. Here the controller is told, and its end awaited."""
+    with contextlib.suppress(ValueError, RayActorError):
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        ray.get(controller.graceful_shutdown.remote(wait=False))
+        deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
+        while time.monotonic() < deadline:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            time.sleep(0.05)
+    serve.shutdown()
 
 
 def _existing_http(spec: ServeSpec, *, http: bool) -> bool:
@@ -168,6 +183,9 @@ def _existing_http(spec: ServeSpec, *, http: bool) -> bool:
         ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
         return False
+    if spec.name in serve.status().applications:
+        raise ConfigError(f"name={spec.name}", "an application of this name runs on this Ray already", "",
+                          "stop it, or give this endpoint another name")  # fmt: skip
     found = _get_global_client().http_config
     if http and (found.host, found.port) != (spec.host, spec.port):
         raise ConfigError(f"host={spec.host}, port={spec.port}",

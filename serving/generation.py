@@ -3,12 +3,15 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING
 
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import ArmAnswer, ArmPrompt
-from graftwork.serving.engine.engine import Engine
 from graftwork.serving.engine.types import GenerateRequest, TokenEvent
 from graftwork.serving.text_stream import TextStream
+
+if TYPE_CHECKING:  # it imports torch
+    from graftwork.serving.engine.engine import Engine
 
 
 class Generation:
@@ -17,7 +20,7 @@ class Generation:
     Raises what `Engine.submit` raises; then nothing was queued and `on_end` is never called.
     """
 
-    def __init__(self, engine: Engine, request: GenerateRequest, on_end: Callable[[], None]) -> None:
+    def __init__(self, engine: "Engine", request: GenerateRequest, on_end: Callable[[], None]) -> None:
         self._engine, self._request_id, self._on_end = engine, request.request_id, on_end
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._ended = False

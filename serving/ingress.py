@@ -19,12 +19,11 @@ from starlette.exceptions import HTTPException
 import graftwork
 from graftwork.artifact import AdapterManifest
 from graftwork.serving.api_error import ApiError, bad_request, unknown_model
-from graftwork.serving.arms import ArmAnswer
+from graftwork.serving.arms import ArmAnswer, Dump, Question
 from graftwork.serving.backend import Backend, ServeBackend
 from graftwork.serving.catalog import Catalog
 from graftwork.serving.openai_responses import DONE, Envelope, Json, Kind, sse
 from graftwork.serving.openai_types import ChatRequest, CompletionRequest, RefreshRequest, parse
-from graftwork.serving.replica import Dump, Question
 from graftwork.serving.spec import ArmSpec, ServeSpec
 
 MAX_BODY_BYTES = 4 * 2**20

@@ -1,19 +1,19 @@
 """One Ray Serve replica: one engine over one base, and the adapters its requests ask for."""
 
 import asyncio
+import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, closing
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from graftwork import base_model
 from graftwork.errors import RunError
 from graftwork.serving.api_error import as_api_errors
-from graftwork.serving.arms import ArmPrompt, Sampling, build_prompt, messages_of, raw_prompt, warm
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.arms import ArmPrompt, Dump, Question, Sampling, build_prompt, messages_of, raw_prompt, warm
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams
 from graftwork.serving.generation import Generation, GrowingAnswer
 from graftwork.serving.residency import Pin, Residency
@@ -21,9 +21,6 @@ from graftwork.serving.source import AdapterSource, trained_prompt
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import Store
 
-Dump = dict[str, Any]
-Question = Sequence[Mapping[str, str]] | str
-"""Messages with role and content, or a text to be continued without a chat template."""
 T = TypeVar("T")
 PROMPT_THREADS = 2
 
@@ -60,6 +57,8 @@ class EngineReplica:
         limits = self._spec.engine.with_(
             {"num_threads": self._spec.engine.num_threads or max(1, int(self._spec.num_cpus))}
         )
+        from graftwork.serving.engine.engine import Engine  # torch: only here, so that driver and ingress go without
+
         self._engine = Engine(loaded.model, limits, device, self._template.decode)
         self._residency = Residency(
             self._engine, self._source.resolve, self._source.fetch, max_loaded=limits.max_loaded
@@ -122,8 +121,9 @@ class EngineReplica:
         return [{**slots.get(r.version, {}), **asdict(r)} for r in self._residency.states()]
 
     async def stats(self) -> Dump:
-        """The engine's counters, the base and how it is held."""
-        return {"base_digest": self._base_digest, "reason": self._reason, "engine": asdict(self._engine.stats())}
+        """The engine's counters and process, the base and how it is held."""
+        engine = asdict(self._engine.stats())
+        return {"pid": os.getpid(), "base_digest": self._base_digest, "reason": self._reason, "engine": engine}
 
     async def check_health(self) -> None:
         """Called by Serve and by GET /health. Raises RunError when the engine no longer decodes."""

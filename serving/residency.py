@@ -7,7 +7,7 @@ no request waits, none changes its version, and the old version leaves the engin
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -80,6 +80,7 @@ class Residency:
         self._refs: dict[str, AdapterManifest] = {}
         self._held: dict[str, Held] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
+        self._expected: Counter[str] = Counter()  # who waits for a version and pins it once it is there
         self._reserved = self._waiting = 0
         self._changed = asyncio.Event()
         self._one_refresh: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -160,7 +161,13 @@ class Residency:
             task = asyncio.create_task(self._load_now(manifest))
             self._loading[manifest.version] = task
             task.add_done_callback(lambda done: self._loaded(manifest.version, done))
-        await asyncio.shield(task)  # a caller that gives up must not take the load from the others
+        self._expected[manifest.version] += 1
+        try:
+            await asyncio.shield(task)  # a caller that gives up must not take the load from the others
+        finally:
+            self._expected[manifest.version] -= 1
+            self._expected += Counter()  # drops what has fallen to zero
+            self._changed.set()
 
     def _loaded(self, version: str, task: asyncio.Task[None]) -> None:
         del self._loading[version]
@@ -196,12 +203,13 @@ class Residency:
     def _drop_one(self) -> bool:
         """Drop an idle version now (True), or make sure that enough busy ones drain for all that wait (False)."""
         by_age = sorted(self._held.values(), key=lambda held: held.last_used)
-        idle = next((held for held in by_age if held.pins == 0), None)
+        idle = next((held for held in by_age if held.pins == 0 and not self._expected[held.version]), None)
         if idle is not None:
             self._drop(idle)
             return True
         draining = sum(held.draining for held in by_age)
-        for held in [held for held in by_age if not held.draining][: max(self._waiting - draining, 0)]:
+        busy = [held for held in by_age if held.pins and not held.draining]
+        for held in busy[: max(self._waiting - draining, 0)]:
             held.draining = True
         return False
 

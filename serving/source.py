@@ -6,7 +6,7 @@ from pathlib import Path
 from graftwork import artifact
 from graftwork.artifact import AdapterManifest
 from graftwork.chat import PromptSpec
-from graftwork.errors import ArtifactError, DataError
+from graftwork.errors import ArtifactError, DataError, StorageError
 from graftwork.serving.arms import warm
 from graftwork.storage import Store
 
@@ -28,7 +28,7 @@ class AdapterSource:
         """Its verified files in a folder here; the worked examples of its training prompt are read too."""
         try:
             warm(trained_prompt(manifest), None)
-        except DataError as error:
+        except (DataError, StorageError) as error:
             raise ArtifactError(
                 f"adapter {manifest.task}@{manifest.version}: its training prompt", error.text()
             ) from error

@@ -84,8 +84,10 @@ class ServeSpec(Spec):
         limit = self.engine.max_seq_len
         for arm in self.arms:
             if arm.max_new_tokens is not None and arm.max_new_tokens >= limit:
-                raise ValueError(f"arm {arm.name!r}: max_new_tokens={arm.max_new_tokens} leaves no room for a prompt "
-                                 f"in engine.max_seq_len={limit}")
+                raise ValueError(
+                    f"arm {arm.name!r}: max_new_tokens={arm.max_new_tokens} leaves no room for a prompt "
+                    f"in engine.max_seq_len={limit}"
+                )
         if len(self.adapters) > self.engine.max_loaded:
             raise ValueError(f"{len(self.adapters)} adapters at start, but engine.max_loaded={self.engine.max_loaded}")
         return self

@@ -94,7 +94,11 @@ def test_values_that_change_nothing_are_taken() -> None:
         ({"messages": "Hello"}, "messages", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls", "unknown_parameter"),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": []}]},
+            "messages.0.tool_calls",
+            "unknown_parameter",
+        ),
     ],
 )
 def test_wrong_values_name_their_parameter(extra: dict[str, object], param: str, code: str) -> None:

@@ -1,0 +1,374 @@
+"""An endpoint on a real Ray: a tiny base, adapters made by PEFT and really published, callers over HTTP and handle."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from graftwork import artifact, base_model, chat
+from graftwork.base_model import BaseSpec
+from graftwork.chat import Message, Prompt, Template
+from graftwork.cluster.session import Session
+from graftwork.errors import ArtifactError, ConfigError
+from graftwork.serving.app import Endpoint, deploy
+from graftwork.serving.burst import Sent, burst, swap_under_load
+from graftwork.serving.client import ChatCall
+from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.storage import Store
+from tests.adapters import facts
+from tests.engines import ALL, peft_greedy, write_lora
+from tests.tiny import write_tiny_base
+
+SYSTEM = "Answer with one JSON object."
+QUESTIONS = ("Which airport has the ICAO code ZPPP?", "How high above the sea does KMG lie?", "Hello")
+NEW_TOKENS = 12
+TASKS = ("card", "agent", "third")
+FLIPS = 5
+
+
+@dataclass(frozen=True)
+class World:
+    """A store with a base, one version of each task, and FLIPS more of `card`. The texts come from PEFT."""
+
+    base: Path
+    store: Store
+    versions: dict[str, str]
+    """Of the tasks at the start."""
+    newer: tuple[str, ...]
+    texts: dict[tuple[str | None, str], str]
+    """(version, question) -> what it answers greedily; version None is the base."""
+
+    def spec(self, **changed: Any) -> ServeSpec:
+        usual: dict[str, Any] = {
+            "base": str(self.base), "root": self.store.uri, "quant": {"kind": "none"}, "port": free_port(),
+            "adapters": [f"{task}@latest" for task in TASKS], "engine": {"max_seq_len": 1024, "num_threads": 1},
+            "arms": [{"name": "plain", "prompt": {"system": SYSTEM}, "max_new_tokens": NEW_TOKENS}],
+        }  # fmt: skip
+        return ServeSpec(**{**usual, **changed})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    tmp = tmp_path_factory.mktemp("serve")
+    base = write_tiny_base(tmp / "base")
+    resolved = base_model.resolve(BaseSpec(uri=str(base)))
+    template = base_model.template(resolved)
+    store = Store(str(tmp / "root"))
+    folders: dict[str, Path] = {}
+
+    def publish(task: str, seed: int, alias: str | None) -> str:
+        folder = write_lora(base, tmp / f"lora{seed}", seed, r=4, lora_alpha=16, target_modules=list(ALL))
+        known = facts(base_digest=resolved.digest, prompt={"system": SYSTEM})
+        version = artifact.publish(store, task, folder, **known, alias=alias).version
+        folders[version] = folder
+        return version
+
+    versions = {task: publish(task, seed, "latest") for seed, task in enumerate(TASKS)}
+    newer = tuple(publish("card", 10 + number, None) for number in range(FLIPS))
+    texts: dict[tuple[str | None, str], str] = {}
+    said: dict[str | None, list[str]] = {None: expected(base, None, template, None)}
+    said |= {version: expected(base, folder, template, SYSTEM) for version, folder in folders.items()}
+    for version, answers in said.items():
+        texts |= {(version, question): text for question, text in zip(QUESTIONS, answers, strict=True)}
+    assert len(set(texts.values())) == len(texts), "each version must have an answer of its own, or no mix-up shows"
+    return World(base, store, versions, newer, texts)
+
+
+def expected(base: Path, adapter: Path | None, template: Template, system: str | None) -> list[str]:
+    """PEFT's own greedy answers to the questions, up to the first stop token."""
+    prompts = [chat.render([Message("user", q)], template, prompt=Prompt(system), generate=True) for q in QUESTIONS]
+    answers = peft_greedy(base, adapter, [prompt.ids for prompt in prompts], NEW_TOKENS)
+    stop = template.stop_ids
+    return [template.decode(list(itertools.takewhile(lambda token: token not in stop, ids))) for ids in answers]
+
+
+def test_a_port_in_use_is_named_before_anything_starts(local_ray: Session, world: World) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port={port} on 127.0.0.1"), deploy(world.spec(port=port)):
+            pytest.fail("it deployed")
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_starts(
+    local_ray: Session, world: World, tmp_path: Path
+) -> None:
+    other = write_tiny_base(tmp_path / "other", seed=1)
+    with pytest.raises(ArtifactError, match="trained on base"), deploy(world.spec(base=str(other))):
+        pytest.fail("it deployed")
+
+
+def test_without_http_the_engine_answers_hundreds_of_calls_at_once(local_ray: Session, world: World) -> None:
+    """What an offline comparison does: no proxy, no port, all requests in one batch."""
+    arms = [ArmSpec(name="base", max_new_tokens=NEW_TOKENS)]
+    arms += [ArmSpec(name=t, adapter=f"{t}@latest", max_new_tokens=NEW_TOKENS) for t in TASKS]
+    jobs = [(arm, question) for arm in arms for question in QUESTIONS] * 16  # 192
+
+    async def ask_all(endpoint: Endpoint) -> list[dict[str, Any]]:
+        asks = [
+            endpoint.ask(arm, [{"role": "user", "content": question}], f"job-{number}")
+            for number, (arm, question) in enumerate(jobs)
+        ]
+        return await asyncio.gather(*asks)
+
+    with deploy(world.spec(), http=False) as endpoint:
+        answers = asyncio.run(ask_all(endpoint))
+        stats = endpoint.handle.stats.remote().result()
+    for (arm, question), answer in zip(jobs, answers, strict=True):
+        version = world.versions.get(arm.name)
+        assert (answer["adapter_version"], answer["text"]) == (version, world.texts[version, question])
+    assert stats["engine"]["most_adapters_in_step"] == len(TASKS)
+
+
+@pytest.fixture(scope="module")
+def endpoint(local_ray: Session, world: World) -> Iterator[Endpoint]:
+    with deploy(world.spec()) as running:
+        yield running
+
+
+def test_it_listens_on_its_host_alone(endpoint: Endpoint) -> None:
+    children = psutil.Process().children(recursive=True)
+    open_ = [c for p in children for c in connections(p) if c.status == "LISTEN" and c.laddr.port == endpoint.spec.port]
+    assert {c.laddr.ip for c in open_} == {"127.0.0.1"}
+
+
+def connections(process: psutil.Process) -> list[Any]:
+    with contextlib.suppress(psutil.Error):
+        return list(process.net_connections("tcp"))
+    return []
+
+
+def test_the_openai_client_works_unchanged(endpoint: Endpoint, world: World) -> None:
+    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="unused", max_retries=0) as client:
+        models = {model.id for model in client.models.list()}
+        assert {"base", "base:card", "base:card@latest", f"base:card@{world.newer[0]}", "arm/plain"} <= models
+        assert client.models.retrieve("base:card").id == "base:card"
+        for model, version in (("base", None), ("base:agent", world.versions["agent"])):
+            whole = client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": QUESTIONS[0]}], max_tokens=NEW_TOKENS
+            )
+            assert whole.choices[0].message.content == world.texts[version, QUESTIONS[0]]
+            assert whole.model_extra["graftwork"]["adapter_version"] == version
+            assert whole.system_fingerprint.startswith("fp_")
+            stream = client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": QUESTIONS[0]}], max_tokens=NEW_TOKENS,
+                stream=True, stream_options={"include_usage": True},
+            )  # fmt: skip
+            chunks = list(stream)
+            text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+            assert text == whole.choices[0].message.content
+            assert chunks[-1].usage == whole.usage.model_copy(
+                update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
+            )
+            assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+        told = client.completions.create(model="base", prompt="The quick", max_tokens=4)
+        assert told.usage.completion_tokens == 4
+
+
+def test_the_openai_client_gets_its_own_exceptions(endpoint: Endpoint) -> None:
+    hello: Any = [{"role": "user", "content": "Hello"}]
+    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="unused", max_retries=0) as client:
+        with pytest.raises(openai.NotFoundError) as unknown:
+            client.chat.completions.create(model="base:nosuch", messages=hello)
+        assert (unknown.value.param, unknown.value.code) == ("model", "model_not_found")
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(model="base", messages=hello, n=2)
+        assert refused.value.param == "n"
+        with pytest.raises(openai.BadRequestError) as too_long:
+            client.chat.completions.create(model="base", messages=[{"role": "user", "content": "Hello " * 2000}])
+        assert too_long.value.code == "context_length_exceeded"
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="base:nosuch", messages=hello, stream=True)
+
+
+def test_the_async_openai_client_streams_many_at_once(endpoint: Endpoint, world: World) -> None:
+    async def ask(client: openai.AsyncOpenAI, task: str, question: str) -> str:
+        stream = await client.chat.completions.create(
+            model=f"base:{task}", messages=[{"role": "user", "content": question}], max_tokens=NEW_TOKENS, stream=True
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key="unused", max_retries=0) as client:
+            return await asyncio.gather(*[ask(client, task, question) for task, question in jobs])
+
+    jobs = [(task, question) for task in TASKS for question in QUESTIONS] * 3
+    assert asyncio.run(ask_all()) == [world.texts[world.versions[task], question] for task, question in jobs]
+
+
+CHAT, NO_MODEL = "/v1/chat/completions", "model_not_found"
+
+
+def chat_body(model: str, *roles: str) -> bytes:
+    return json.dumps({"model": model, "messages": [{"role": role, "content": "x"} for role in roles]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("POST", CHAT, b"{nonsense", 400, "invalid_json"),
+        ("POST", CHAT, b'{"model":"base"}', 400, "missing_required_parameter"),
+        ("POST", CHAT, b'{"model":"base","messages":"x"}', 400, "invalid_value"),
+        ("POST", CHAT, chat_body("../x", "user"), 404, NO_MODEL),
+        ("POST", CHAT, chat_body("base:a/b@c", "user"), 404, NO_MODEL),
+        ("POST", CHAT, chat_body("arm/nosuch", "user"), 404, NO_MODEL),
+        ("POST", CHAT, chat_body("base", "assistant"), 400, "invalid_value"),
+        ("POST", CHAT, chat_body("arm/plain", "system", "user"), 400, "invalid_value"),
+        ("POST", CHAT, b"x" * (5 * 2**20), 413, "request_too_large"),
+        ("POST", "/v1/completions", b'{"model":"arm/plain","prompt":"x"}', 400, None),
+        ("POST", "/v1/adapters/refresh", b'{"adapter":"nosuch@latest"}', 404, NO_MODEL),
+        ("GET", CHAT, b"", 405, "unknown_url"),
+        ("GET", "/v1/nosuch", b"", 404, "unknown_url"),
+        ("GET", "/v1/models/nosuch", b"", 404, NO_MODEL),
+    ],
+)
+def test_every_refusal_has_openais_shape(
+    endpoint: Endpoint, method: str, path: str, body: bytes, status: int, code: str | None
+) -> None:
+    response = httpx.request(method, f"{endpoint.url}{path}", content=body, timeout=30)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["code"]) == ("invalid_request_error", code)
+    assert str(endpoint.spec.root) not in error["message"]
+
+
+def test_an_adapter_that_nobody_asked_for_yet_loads_on_demand(endpoint: Endpoint, world: World) -> None:
+    version = world.newer[-1]
+    with endpoint.client() as client:
+        assert version not in {adapter["version"] for adapter in client.adapters()}
+        reply = client.chat(ChatCall(f"base:card@{version}", (Message("user", "Hello"),), max_tokens=NEW_TOKENS))
+        assert (reply.adapter_version, reply.text) == (version, world.texts[version, "Hello"])
+        assert version in {adapter["version"] for adapter in client.adapters()}
+
+
+def test_a_caller_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:
+    body = {"model": "base:card", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 900}
+    with endpoint.client() as client:
+        before = client.stats()["engine"]["finished"].get("cancelled", 0)
+        with httpx.stream("POST", f"{endpoint.url}/v1/chat/completions", json={**body, "stream": True}) as stream:
+            next(stream.iter_lines())
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, timeout=0.3)
+        deadline = time.monotonic() + 20
+        while client.stats()["engine"]["finished"].get("cancelled", 0) < before + 2:
+            assert time.monotonic() < deadline, client.stats()
+            time.sleep(0.05)
+        assert client.stats()["engine"]["running"] == 0
+
+
+def test_a_burst_over_five_swaps_fails_nothing_and_mixes_nothing(endpoint: Endpoint, world: World) -> None:
+    """Each answer is that of the version it names; a request sent after a swap was confirmed gets the new version."""
+    models = ("base:card", "base:agent", "base:card@latest", "base:third", "base")
+    calls = [ChatCall(m, (Message("user", q),), max_tokens=NEW_TOKENS) for q, m in itertools.product(QUESTIONS, models)]
+    sent, confirmed = asyncio.run(burst_with_swaps(endpoint, world, calls, at_least=300))
+    assert len(sent) >= 300
+    assert [one.error for one in sent if one.error] == []
+    for one in sent:
+        assert one.reply is not None
+        version = one.reply.adapter_version
+        assert one.reply.text == world.texts[version, one.call.messages[0].content]
+        if one.call.model.startswith("base:card"):
+            before = [new for asked, done, new in confirmed if done < one.began_s]
+            since = [new for asked, done, new in confirmed if asked < one.ended_s][len(before) :]
+            assert version in {before[-1] if before else world.versions["card"], *since}
+    assert {world.versions["card"], *world.newer} <= {one.version for one in sent}
+    with endpoint.client() as client:
+        assert [a["version"] for a in client.adapters() if "card@latest" in a["refs"]] == [world.newer[-1]]
+        assert client.stats()["engine"]["most_adapters_in_step"] >= 3
+
+
+async def burst_with_swaps(
+    endpoint: Endpoint, world: World, calls: list[ChatCall], at_least: int
+) -> tuple[list[Sent], list[tuple[float, float, str]]]:
+    """Swap `card@latest` to each newer version, 40 answers between swaps. Also (asked, confirmed, version) of each."""
+    answered, grown, confirmed = 0, asyncio.Event(), list[tuple[float, float, str]]()
+
+    def supply() -> Iterator[ChatCall]:
+        for number in itertools.count():
+            if len(confirmed) == FLIPS and answered >= max(at_least, quiet_from + 40):
+                return
+            yield calls[number % len(calls)]
+
+    def count(now: int) -> None:
+        nonlocal answered
+        answered = now
+        grown.set()
+
+    async with endpoint.async_client() as client:
+        began = time.perf_counter()
+        running = asyncio.create_task(burst(client, supply(), concurrency=24, on_answer=count))
+        for version in world.newer:
+            quiet_from = answered
+            while answered < quiet_from + 40:
+                grown.clear()
+                await grown.wait()
+            asked = time.perf_counter() - began
+            artifact.promote(world.store, "card", "latest", version)
+            assert await client.refresh("card@latest") == version
+            quiet_from = answered
+            confirmed.append((asked, time.perf_counter() - began, version))
+        sent = await running
+        print(
+            "swaps ms",
+            [round((b - a) * 1e3) for a, b, _ in confirmed],
+            "n",
+            len(sent),
+            "wall",
+            time.perf_counter() - began,
+        )
+        return sent, confirmed
+
+
+def test_the_swap_report_counts_by_version(endpoint: Endpoint, world: World) -> None:
+    old, new = world.newer[-1], world.versions["card"]
+    calls = [ChatCall(model, (Message("user", "Hello"),), max_tokens=8) for model in ("base:card", "base:agent")] * 30
+    report = asyncio.run(swap_under_load(endpoint, world.store, "card@latest", new, calls, concurrency=8))
+    assert (report.requests, report.failed, report.stale, report.old, report.new) == (60, 0, 0, old, new)
+    assert sum(report.by_version.values()) == 60
+    assert report.by_version[world.versions["agent"]] == 30
+    assert min(report.by_version[old], report.by_version[new]) > 0
+    assert report.ttft_ms["base:card"].n == 30
+    assert 0 < report.swap_ms < 10_000
+
+
+def test_a_killed_engine_is_said_in_openais_shape_and_comes_back(endpoint: Endpoint, world: World) -> None:
+    async def run(pid: int) -> tuple[httpx.Response, list[str]]:
+        body = {"model": "base:card", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 900}
+        async with httpx.AsyncClient(base_url=str(endpoint.url), timeout=60) as http:
+            whole = asyncio.create_task(http.post("/v1/chat/completions", json=body))
+            async with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
+                lines = stream.aiter_lines()
+                seen = [await anext(lines)]
+                os.kill(pid, signal.SIGKILL)
+                seen += [line async for line in lines]
+            return await whole, seen
+
+    with endpoint.client() as client:
+        whole, seen = asyncio.run(run(client.stats()["pid"]))
+        assert whole.status_code == 503
+        assert whole.json()["error"]["code"] == "engine_lost"
+        assert json.loads([line for line in seen if line][-1].removeprefix("data: "))["error"]["code"] == "engine_lost"
+        reply = client.chat(ChatCall("base:agent", (Message("user", "Hello"),), max_tokens=NEW_TOKENS))
+        assert reply.text == world.texts[world.versions["agent"], "Hello"]
+        assert client.health()

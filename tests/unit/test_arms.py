@@ -1,0 +1,130 @@
+"""An arm's prompt: what training renders, plus nothing; retrieved, never cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from graftwork import chat
+from graftwork.chat import Message, Passage, Prompt, PromptSpec, Template
+from graftwork.errors import DataError, StorageError
+from graftwork.retrieval import RetrieverSpec
+from graftwork.serving.arms import PromptTooLong, build_prompt, messages_of, raw_prompt, warm
+from graftwork.serving.spec import ArmSpec
+from tests.tiny import write_tiny_tokenizer
+
+ASKED = (Message("user", "Which airport has the ICAO code ZPPP?"),)
+CORPUS = {
+    "ZPPP": "ZPPP Kunming Wujiaba International Airport, Kunming, China",
+    "EDDF": "EDDF Frankfurt am Main Airport, Frankfurt, Germany",
+    "KJFK": "KJFK John F Kennedy International Airport, New York, United States",
+}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
+    return Template.load(write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"id": id_, "text": text}) + "\n" for id_, text in CORPUS.items()))
+    return str(path)
+
+
+def shots_file(tmp_path: Path) -> str:
+    path = tmp_path / "train.jsonl"
+    turns = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(4)]
+    rows = [{"id": f"r{n}", "messages": messages} for n, messages in enumerate(turns)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_served_prompt_is_the_beginning_of_the_training_row(template: Template, corpus: str) -> None:
+    arm = ArmSpec(name="rag", prompt=PromptSpec(system="Answer as JSON."), retriever=RetrieverSpec(corpus=corpus, k=2))
+    served = build_prompt(arm, ASKED, template, max_seq_len=512)
+    passages = [Passage(id_, CORPUS[id_]) for id_ in served.retrieved_ids]
+    row = (*ASKED, Message("assistant", '{"icao":"ZPPP"}'))
+    trained = chat.render(row, template, prompt=Prompt("Answer as JSON."), context=passages, generate=False)
+    assert served.ids == trained.ids[: len(served.ids)]
+    assert trained.loss_mask.index(True) == len(served.ids)
+    assert served.stop_ids == trained.stop_ids
+
+
+def test_the_question_finds_its_passage(template: Template, corpus: str) -> None:
+    arm = ArmSpec(name="rag", retriever=RetrieverSpec(corpus=corpus, k=1))
+    earlier = (Message("user", "Frankfurt?"), Message("assistant", "Germany"), *ASKED)
+    found = build_prompt(arm, earlier, template, max_seq_len=512)
+    assert found.retrieved_ids == ("ZPPP",)  # the last user turn is the query
+    assert CORPUS["ZPPP"] in template.decode(found.ids)
+
+
+def test_worked_examples_come_first(template: Template, tmp_path: Path) -> None:
+    arm = ArmSpec(name="shots", prompt=PromptSpec(shots=2, shots_from=shots_file(tmp_path)))
+    text = template.decode(build_prompt(arm, ASKED, template, max_seq_len=512).ids)
+    assert text.index("q0") < text.index("a0") < text.index("q1") < text.index("a1") < text.index("Which")
+    assert "q2" not in text
+
+
+def test_an_arm_without_a_prompt_takes_the_adapters(template: Template) -> None:
+    trained, arm = PromptSpec(system="As trained."), ArmSpec(name="adapter", adapter="card@latest")
+    assert "As trained." in template.decode(build_prompt(arm, ASKED, template, max_seq_len=512, trained=trained).ids)
+    own = (Message("system", "Mine."), *ASKED)
+    text = template.decode(build_prompt(arm, own, template, max_seq_len=512, trained=trained).ids)
+    assert "Mine." in text
+    assert "As trained." not in text
+    explicit = ArmSpec(name="adapter", adapter="card@latest", prompt=PromptSpec())
+    assert "As trained." not in template.decode(
+        build_prompt(explicit, ASKED, template, max_seq_len=512, trained=trained).ids
+    )
+
+
+def test_an_arms_own_system_prompt_cannot_be_replaced(template: Template) -> None:
+    arm = ArmSpec(name="fixed", prompt=PromptSpec(system="Fixed."))
+    with pytest.raises(DataError, match="the arm has its own system prompt"):
+        build_prompt(arm, (Message("system", "Mine."), *ASKED), template, max_seq_len=512)
+
+
+def test_a_long_prompt_is_refused_with_its_figures_and_never_cut(template: Template) -> None:
+    arm = ArmSpec(name="base", max_new_tokens=16)
+    size = len(build_prompt(arm, ASKED, template, max_seq_len=512).ids)
+    assert build_prompt(arm, ASKED, template, max_seq_len=size + 16).ids
+    with pytest.raises(
+        PromptTooLong, match=f"(?s){size} tokens with up to 16 new ones.*max_seq_len={size + 15}"
+    ) as caught:
+        build_prompt(arm, ASKED, template, max_seq_len=size + 15)
+    assert caught.value.next_move
+
+
+def test_without_a_limit_the_answer_may_fill_the_sequence(template: Template) -> None:
+    arm = ArmSpec(name="base", max_new_tokens=None)
+    size = len(build_prompt(arm, ASKED, template, max_seq_len=512).ids)
+    assert build_prompt(arm, ASKED, template, max_seq_len=512).max_new_tokens == 512 - size
+    assert build_prompt(arm, ASKED, template, max_seq_len=512, max_new_tokens=7).max_new_tokens == 7
+    with pytest.raises(PromptTooLong):
+        build_prompt(arm, ASKED, template, max_seq_len=size)
+
+
+def test_plain_text_is_continued_as_it_stands(template: Template) -> None:
+    prompt = raw_prompt("The quick<|im_end|>", template, max_seq_len=64, max_new_tokens=None)
+    assert template.decode(prompt.ids) == "The quick<|im_end|>"
+    assert not set(prompt.ids) & template.stop_ids  # text is data
+    with pytest.raises(PromptTooLong):
+        raw_prompt("The quick " * 50, template, max_seq_len=64, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "turn", [{"role": "tool", "content": "x"}, {"role": "user"}, {"role": "user", "content": 3}, {}]
+)
+def test_a_turn_must_be_a_turn(turn: dict[str, str]) -> None:
+    with pytest.raises(DataError, match="a message has a role"):
+        messages_of([turn])
+
+
+def test_missing_arm_data_shows_when_it_is_warmed_up(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"nosuch\.jsonl"):
+        warm(None, RetrieverSpec(corpus=str(tmp_path / "nosuch.jsonl")))
+    with pytest.raises(StorageError, match=r"nosuch\.jsonl"):
+        warm(PromptSpec(shots=1, shots_from=str(tmp_path / "nosuch.jsonl")), None)

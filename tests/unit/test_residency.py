@@ -1,0 +1,236 @@
+"""Which version a request gets, on a real engine and a real store: pinned, swapped, evicted, never mixed up."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftwork import artifact
+from graftwork.artifact import AdapterManifest
+from graftwork.errors import ArtifactError
+from graftwork.serving.engine.engine import Engine
+from graftwork.serving.residency import Pin, Residency
+from graftwork.serving.source import AdapterSource
+from graftwork.storage import Store
+from tests.adapters import facts
+from tests.engines import load_model, spec, write_lora
+from tests.tiny import write_tiny_base
+
+BASE = "b" * 64
+
+
+@dataclass
+class Stage:
+    """An engine, a store with four published adapters, and what was fetched."""
+
+    engine: Engine
+    store: Store
+    folders: list[Path]
+    fetched: list[str] = field(default_factory=list)
+
+    def publish(self, task: str, number: int, alias: str | None = "latest") -> str:
+        known = facts(base_digest=BASE, prompt={})
+        return artifact.publish(self.store, task, self.folders[number], **known, alias=alias).version
+
+    def residency(self, max_loaded: int) -> Residency:
+        source = AdapterSource(self.store, BASE)
+
+        def fetch(manifest: AdapterManifest) -> Path:
+            self.fetched.append(manifest.version)
+            return source.fetch(manifest)
+
+        return Residency(self.engine, source.resolve, fetch, max_loaded=max_loaded)
+
+    def loaded(self) -> set[str]:
+        return {slot.version for slot in self.engine.adapters()}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    tmp = tmp_path_factory.mktemp("residency")
+    base = write_tiny_base(tmp / "base")
+    return base, [write_lora(base, tmp / str(n), n, r=2, target_modules=["q_proj"]) for n in range(4)]
+
+
+@pytest.fixture
+def stage(parts: tuple[Path, list[Path]], tmp_path: Path) -> Iterator[Stage]:
+    base, folders = parts
+    engine = Engine(load_model(base), spec(max_loaded=8), "cpu")
+    yield Stage(engine, Store(str(tmp_path)), folders)
+    engine.stop()
+
+
+def run(stage: Stage, max_loaded: int, play: Callable[[Residency], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        residency = stage.residency(max_loaded)
+        try:
+            async with asyncio.timeout(30):
+                await play(residency)
+        finally:
+            residency.close()
+
+    asyncio.run(main())
+
+
+async def settle() -> None:
+    """Let every task that can go on do so; loads in threads included."""
+    for _ in range(200):
+        await asyncio.sleep(0.001)
+
+
+def test_many_who_ask_at_once_cause_one_load(stage: Stage) -> None:
+    version = stage.publish("card", 0)
+
+    async def play(residency: Residency) -> None:
+        pins = await asyncio.gather(*[residency.pin("card@latest") for _ in range(20)])
+        assert {pin.manifest.version for pin in pins} == {version}
+        assert stage.fetched == [version]
+        assert residency.states()[0].running == 20
+
+    run(stage, 4, play)
+
+
+def test_a_refresh_leaves_running_requests_on_their_version(stage: Stage) -> None:
+    old = stage.publish("card", 0)
+
+    async def play(residency: Residency) -> None:
+        before = await residency.pin("card@latest")
+        new = stage.publish("card", 1)
+        assert (await residency.pin("card@latest")).manifest.version == old  # published is not yet refreshed
+        assert await residency.refresh("card@latest") == (old, new)
+        assert (await residency.pin("card@latest")).manifest.version == new
+        assert stage.loaded() == {old, new}
+        assert {state.version: state.state for state in residency.states()} == {old: "draining", new: "ready"}
+        residency.release(before)
+        assert old in stage.loaded()  # one more request runs on it
+        residency.release(Pin(before.manifest, before.held))
+        assert stage.loaded() == {new}
+
+    run(stage, 4, play)
+
+
+def test_a_version_with_another_name_outlives_a_swap(stage: Stage) -> None:
+    old = stage.publish("card", 0)
+    artifact.promote(stage.store, "card", "stable", old)
+
+    async def play(residency: Residency) -> None:
+        for ref in ("card@latest", "card@stable"):
+            residency.release(await residency.pin(ref))
+        new = stage.publish("card", 1)
+        await residency.refresh("card@latest")
+        assert stage.loaded() == {old, new}
+        assert (await residency.pin("card@stable")).manifest.version == old
+
+    run(stage, 4, play)
+
+
+def test_the_least_recently_used_idle_version_goes(stage: Stage) -> None:
+    versions = [stage.publish(task, number) for number, task in enumerate(("a", "b", "c"))]
+
+    async def play(residency: Residency) -> None:
+        for ref in ("a@latest", "b@latest", "a@latest"):
+            residency.release(await residency.pin(ref))
+        await residency.pin("c@latest")
+        assert stage.loaded() == {versions[0], versions[2]}
+
+    run(stage, 2, play)
+
+
+def test_a_version_in_constant_use_does_not_keep_others_out(stage: Stage) -> None:
+    first, second = stage.publish("a", 0), stage.publish("b", 1)
+
+    async def play(residency: Residency) -> None:
+        running = await residency.pin("a@latest")
+        other = asyncio.create_task(residency.pin("b@latest"))
+        await settle()
+        late = asyncio.create_task(residency.pin("a@latest"))  # comes while `b` waits for the place
+        await settle()
+        assert not other.done()
+        assert not late.done()
+        assert stage.loaded() == {first}
+        residency.release(running)
+        pin = await other
+        assert stage.loaded() == {second}
+        residency.release(pin)
+        assert (await late).manifest.version == first
+
+    run(stage, 1, play)
+
+
+def test_a_refresh_gets_its_place_under_constant_use(stage: Stage) -> None:
+    stage.publish("a", 0)
+
+    async def play(residency: Residency) -> None:
+        running = await residency.pin("a@latest")
+        new = stage.publish("a", 1)
+        swap = asyncio.create_task(residency.refresh("a@latest"))
+        await settle()
+        assert not swap.done()
+        residency.release(running)
+        await swap
+        assert (await residency.pin("a@latest")).manifest.version == new
+        assert stage.loaded() == {new}
+
+    run(stage, 1, play)
+
+
+def test_a_caller_that_gives_up_does_not_take_the_load_from_others(stage: Stage) -> None:
+    version = stage.publish("a", 0)
+
+    async def play(residency: Residency) -> None:
+        impatient, patient = (asyncio.create_task(residency.pin("a@latest")) for _ in range(2))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        assert (await patient).manifest.version == version
+        assert residency.states()[0].running == 1
+
+    run(stage, 4, play)
+
+
+def test_a_broken_new_version_changes_nothing(stage: Stage) -> None:
+    old = stage.publish("a", 0)
+
+    async def play(residency: Residency) -> None:
+        residency.release(await residency.pin("a@latest"))
+        new = stage.publish("a", 1)
+        weights = Path(stage.store.path("adapters", "a", new, "adapter_model.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+        with pytest.raises(ArtifactError, match="sha256 differs"):
+            await residency.refresh("a@latest")
+        assert (await residency.pin("a@latest")).manifest.version == old
+        assert stage.publish("a", 1) == new  # written anew
+        assert await residency.refresh("a@latest") == (old, new)
+
+    run(stage, 4, play)
+
+
+def test_a_broken_adapter_works_once_it_is_mended(stage: Stage) -> None:
+    version = stage.publish("a", 0)
+    weights = Path(stage.store.path("adapters", "a", version, "adapter_model.safetensors"))
+    whole = weights.read_bytes()
+
+    async def play(residency: Residency) -> None:
+        weights.write_bytes(whole[:-1] + b"?")
+        failed = await asyncio.gather(*[residency.pin("a@latest") for _ in range(3)], return_exceptions=True)
+        assert all(isinstance(error, ArtifactError) for error in failed)
+        weights.write_bytes(whole)
+        assert (await residency.pin("a@latest")).manifest.version == version
+
+    run(stage, 1, play)
+
+
+def test_unknown_and_foreign_adapters_are_refused(stage: Stage) -> None:
+    known = facts(base_digest="f" * 64, prompt={})
+    artifact.publish(stage.store, "foreign", stage.folders[0], **known, alias="latest")
+
+    async def play(residency: Residency) -> None:
+        with pytest.raises(artifact.UnknownAdapter):
+            await residency.pin("nosuch@latest")
+        with pytest.raises(ArtifactError, match="trained on base"):
+            await residency.pin("foreign@latest")
+        assert stage.loaded() == set()
+
+    run(stage, 1, play)
