@@ -1,4 +1,4 @@
-"""Tiny engines and adapters for tests: random models, adapters made by PEFT itself, PEFT's own generation as reference."""
+"""Tiny engines and adapters for tests: random models, adapters that PEFT itself saves, PEFT's generation as reference."""
 
 import queue
 from collections.abc import Sequence
@@ -79,10 +79,14 @@ class Collector:
 
 
 def request(
-    name: str, prompt: Sequence[int], adapter: str | None = None, stop_ids: frozenset[int] = frozenset(), **sampling: Any
+    name: str,
+    prompt: Sequence[int],
+    adapter: str | None = None,
+    stop_ids: frozenset[int] = frozenset(),
+    **sampling: Any,
 ) -> GenerateRequest:
-    """A request with its sampling written flat."""
-    return GenerateRequest(name, tuple(prompt), SamplingParams(**sampling), stop_ids, adapter)
+    """A request with its sampling written flat; 16 new tokens at most unless said otherwise."""
+    return GenerateRequest(name, tuple(prompt), SamplingParams(**{"max_new_tokens": 16, **sampling}), stop_ids, adapter)
 
 
 def ask(engine: Engine, *requests: GenerateRequest) -> list[Answer]:

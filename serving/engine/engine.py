@@ -19,6 +19,7 @@ import torch
 from graftwork.errors import ConfigError, DataError
 from graftwork.serving.engine.batch import Chunk, pack
 from graftwork.serving.engine.counters import Counters
+from graftwork.serving.engine.kv import KvStore
 from graftwork.serving.engine.prefix import PrefixCache
 from graftwork.serving.engine.runner import Runner
 from graftwork.serving.engine.sampler import Choice, choose
@@ -49,13 +50,11 @@ class Engine:
     def __init__(self, model: Any, spec: EngineSpec, device: str, decode: Decode | None = None) -> None:
         self.spec, self._decode = spec, decode
         self.runner = Runner(model, device)
-        if spec.max_seq_len > self.runner.max_positions:
+        try:
+            self._kv, self._cache = _memory(self.runner, spec)
+        except ConfigError:
             self.runner.close()
-            rule = f"the base takes sequences up to {self.runner.max_positions} tokens"
-            raise ConfigError("engine.max_seq_len", str(spec.max_seq_len), rule, "lower engine.max_seq_len")
-        cache_tokens = spec.kv_tokens // _CACHE_SHARE if spec.prefix_cache else 0
-        self._kv = self.runner.new_kv(spec.kv_tokens - cache_tokens, spec.max_seq_len)
-        self._cache = PrefixCache(self._kv, cache_tokens) if spec.prefix_cache else None
+            raise
         self._scheduler = Scheduler(self._kv, self._cache, max_batch=spec.max_batch, prefill_tokens=spec.prefill_tokens)
         self.slots = SlotPool(
             self.runner.sites.groups(),
@@ -267,6 +266,16 @@ class Engine:
             raise DataError(name, *problem)
         if request.sampling.stop and self._decode is None:
             raise DataError(name, "stop strings", "stop strings need an engine that was given `decode`")
+
+
+def _memory(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | None]:
+    """Key-value memory of the rows and of the prefix cache, together engine.kv_tokens."""
+    if spec.max_seq_len > runner.max_positions:
+        rule = f"the base takes sequences up to {runner.max_positions} tokens"
+        raise ConfigError("engine.max_seq_len", str(spec.max_seq_len), rule, "lower engine.max_seq_len")
+    cache_tokens = spec.kv_tokens // _CACHE_SHARE if spec.prefix_cache else 0
+    kv = runner.new_kv(spec.kv_tokens - cache_tokens, spec.max_seq_len)
+    return kv, PrefixCache(kv, cache_tokens) if spec.prefix_cache else None
 
 
 def _chunk(work: Work) -> Chunk:
