@@ -86,7 +86,9 @@ def test_a_command_line_is_recorded_without_its_secrets(given_words: list[str], 
     assert provenance.redact(given_words) == shown
 
 
-@pytest.mark.parametrize("flag", ["--token", "--hf-token", "--password", "--client_secret", "--api-key", "AWS_ACCESS_KEY"])
+@pytest.mark.parametrize(
+    "flag", ["--token", "--hf-token", "--password", "--client_secret", "--api-key", "AWS_ACCESS_KEY"]
+)
 def test_no_form_of_a_secret_flag_shows_its_value(flag: str) -> None:
     assert SECRET not in " ".join(provenance.redact([f"{flag}={SECRET}", "x"]))
     if flag.startswith("--"):
