@@ -1,4 +1,4 @@
-"""Tiny engines and adapters for tests: random models, adapters that PEFT itself saves, PEFT's generation as reference."""
+"""Tiny engines and adapters for tests: random models, adapters saved by PEFT itself, PEFT's generation as reference."""
 
 import queue
 from collections.abc import Sequence

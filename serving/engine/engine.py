@@ -270,7 +270,7 @@ class Engine:
 
 def _memory(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | None]:
     """Key-value memory of the rows and of the prefix cache, together engine.kv_tokens."""
-    if spec.max_seq_len > runner.max_positions:
+    if runner.max_positions is not None and spec.max_seq_len > runner.max_positions:
         rule = f"the base takes sequences up to {runner.max_positions} tokens"
         raise ConfigError("engine.max_seq_len", str(spec.max_seq_len), rule, "lower engine.max_seq_len")
     cache_tokens = spec.kv_tokens // _CACHE_SHARE if spec.prefix_cache else 0

@@ -26,7 +26,7 @@ class Runner:
         self.config = model.config.get_text_config()
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
-        self.max_positions = int(self.config.max_position_embeddings)
+        self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         attention.register()
         self._own_attention = self.config._attn_implementation
         self._was_training = model.training

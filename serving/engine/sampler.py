@@ -57,17 +57,24 @@ def _draw(
     sampling: Sequence[SamplingParams],
     generators: Sequence[torch.Generator | None],
 ) -> torch.Tensor:
+    """Tokens of the sampled rows. Uncut and cut rows are drawn apart: each is its own order of candidates."""
     chosen = [sampling[row] for row in rows]
     device = logits_BV.device
     temperature_B = torch.tensor([params.temperature for params in chosen], device=device)
     uniform_B = torch.stack([torch.rand((), generator=generators[row], dtype=torch.float64) for row in rows]).to(device)
     scaled_BV = logits_BV / temperature_B[:, None]
-    if all(params.top_k == 0 and params.top_p >= 1 for params in chosen):
-        return _pick(torch.softmax(scaled_BV, dim=-1), uniform_B)
-    most = max(params.top_k or logits_BV.shape[1] for params in chosen)
-    sorted_BC, order_BC = scaled_BV.topk(min(most, logits_BV.shape[1]), dim=-1)
-    probs_BC = _cut(sorted_BC, chosen)
-    return order_BC.gather(1, _pick(probs_BC, uniform_B)[:, None])[:, 0]
+    tokens_B = torch.empty(len(rows), dtype=torch.long, device=device)
+    cut = [n for n, params in enumerate(chosen) if params.top_k or params.top_p < 1]
+    whole = [n for n in range(len(rows)) if n not in cut]
+    if whole:
+        tokens_B[whole] = _pick(torch.softmax(scaled_BV[whole], dim=-1), uniform_B[whole])
+    if cut:
+        params = [chosen[n] for n in cut]
+        most = min(max(one.top_k or logits_BV.shape[1] for one in params), logits_BV.shape[1])
+        sorted_BC, order_BC = scaled_BV[cut].topk(most, dim=-1)
+        spots_B = _pick(_cut(sorted_BC, params), uniform_B[cut])
+        tokens_B[cut] = order_BC.gather(1, spots_B[:, None])[:, 0]
+    return tokens_B
 
 
 def _cut(sorted_BC: torch.Tensor, chosen: Sequence[SamplingParams]) -> torch.Tensor:
