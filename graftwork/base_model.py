@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -187,8 +188,10 @@ def dequantise_linears(model: "torch.nn.Module") -> None:
 
 def _resident_form(quant: QuantSpec, device: str, purpose: Literal["train", "serve"]) -> tuple[bool, str]:
     """(whether nf4 is unpacked, how the weights lie in memory and why)."""
-    if quant.kind != "nf4":
-        return False, f"weights={quant.kind}"
+    if quant.kind == "int8":
+        return False, "weights=int8 (inputs are rounded to fp16)"
+    if quant.kind == "none":
+        return False, "weights=plain"
     if quant.resident != "auto":
         return quant.resident == "dequantised", f"weights=nf4 {quant.resident} (asked for)"
     if device != "cpu":
@@ -216,6 +219,8 @@ def _from_folder(folder: Path, quant: QuantSpec, device: str, dtype: "torch.dtyp
     elif quant.kind == "int8":
         # threshold 0: no outlier columns, so a row's result does not depend on the rows beside it (6.0: 8e-3 apart)
         settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        # bitsandbytes 0.50 logs a line a layer and forward when the input is not fp16; `reason` says it once
+        getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)
     return AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,

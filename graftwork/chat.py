@@ -14,7 +14,7 @@ from graftwork.chat_template import Template, Turn
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError, DataError
 
-__all__ = ["Message", "Passage", "Prompt", "PromptSpec", "Rendered", "Template", "one_turn_rows", "render",
+__all__ = ["Message", "Passage", "Prompt", "PromptSpec", "Rendered", "Role", "Template", "one_turn_rows", "render",
            "training_rows"]  # fmt: skip
 
 Role = Literal["system", "user", "assistant"]

@@ -1,13 +1,21 @@
 """Datasets: rows of conversations and passages of a corpus, read from JSONL and checked row by row."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from graftwork.chat import Message, Passage, Prompt, PromptSpec
-from graftwork.config import Spec
+from graftwork.config import Spec, canonical_json
+from graftwork.errors import DataError
+from graftwork.storage import read_uri
+
+ItemT = TypeVar("ItemT")
 
 
 class ContextSpec(Spec):
@@ -38,7 +46,7 @@ class DataSpec(Spec):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation. `doc_id` is the gold passage, `gold` the answer as an object, `asked` the fields given away."""
+    """One conversation. `doc_id` is its gold passage, `gold` the answer as an object, `asked` the fields given away."""
 
     id: str
     messages: tuple[Message, ...]
@@ -46,27 +54,206 @@ class Row:
     gold: Mapping[str, Any] | None = None
     asked: tuple[str, ...] = ()
 
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """The conversation up to the last user turn."""
+        return self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
+
+    @property
+    def answer(self) -> str | None:
+        """The last assistant turn, where the row has one."""
+        return self.messages[-1].content if self.messages[-1].role == "assistant" else None
+
 
 def read_rows(uri: str, *, limit: int | None = None, need: Literal["train", "eval"]) -> list[Row]:
-    """Rows of a JSONL. `need="train"` wants a last assistant turn, `"eval"` a gold answer. Raises DataError."""
-    raise NotImplementedError
+    """Rows of a JSONL, in order: `{"messages": [...]}` or `{"prompt": "...", "completion": "..."}` a line.
+
+    `id` (else the row number), `doc_id`, `gold` and `asked` are read where present; other fields are left alone.
+    `need="train"` wants a last assistant turn, `"eval"` a `gold` object. Raises DataError that names the 1-based row,
+    the field and the rule; StorageError.
+    """
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
+    for number, record in _records(uri):
+        row = _row(record, f"{uri} row {number}", str(number))
+        _check_need(row, need, f"{uri} row {number}")
+        _check_new(row.id, number, seen, uri)
+        rows.append(row)
+        if limit is not None and len(rows) == limit:
+            break
+    return _not_empty(rows, uri)
 
 
 def read_passages(uri: str) -> list[Passage]:
-    """Passages of a JSONL with `id` and `text`. Raises DataError."""
-    raise NotImplementedError
+    """Passages of a JSONL, `{"id": "...", "text": "..."}` a line, in order. Raises DataError, StorageError."""
+    passages = []
+    seen: dict[str, int] = {}
+    for number, record in _records(uri):
+        where = f"{uri} row {number}"
+        passage = Passage(_identity(record, where, None), _string(record, "text", where))
+        _check_new(passage.id, number, seen, uri)
+        passages.append(passage)
+    return _not_empty(passages, uri)
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
-    """sha256 hex over the canonical rows, in order."""
-    raise NotImplementedError
+    """sha256 hex over the canonical rows, in order: equal rows, equal fingerprint, however they were written."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(canonical_json(asdict(row)).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def resolve_prompt(spec: PromptSpec) -> Prompt:
-    """Read the worked examples of a prompt. Raises DataError."""
-    raise NotImplementedError
+    """Read the worked examples of a prompt. Raises DataError where there are too few, StorageError."""
+    if not spec.shots or spec.shots_from is None:
+        return Prompt(spec.system, (), spec.context_header)
+    rows = read_rows(spec.shots_from, limit=spec.shots, need="train")
+    if len(rows) < spec.shots:
+        raise DataError(f"prompt.shots={spec.shots}", f"{spec.shots_from} has {len(rows)} rows", "a shot is a row",
+                        "ask for fewer shots")  # fmt: skip
+    for row in rows:
+        if [m.role for m in row.messages] != ["user", "assistant"]:
+            raise DataError(f"prompt.shots_from={spec.shots_from}", f"row {row.id} is not one of each",
+                            "a shot is a user turn and an assistant turn", "take other rows")  # fmt: skip
+    return Prompt(spec.system, tuple((row.messages[0], row.messages[1]) for row in rows), spec.context_header)
 
 
 def read_text(uri: str) -> str:
-    """Text behind a path, `file://`, `s3://` or `recipe://NAME/FILE` . Raises DataError, StorageError."""
-    raise NotImplementedError
+    """Text behind a path, `file://`, `s3://` or `recipe://NAME/FILE`. Raises DataError, StorageError."""
+    content = _recipe_file(uri).read_bytes() if uri.startswith("recipe://") else read_uri(uri)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{uri} row {row}", f"it is not UTF-8 ({error.reason})", "data files are UTF-8") from error
+
+
+def _recipe_file(uri: str) -> Path:
+    from graftwork import recipes
+
+    name, _, file = uri.removeprefix("recipe://").partition("/")
+    folder = recipes.build(name)
+    if not file or "/" in file or not (folder / file).is_file():
+        files = ", ".join(sorted(path.name for path in folder.iterdir()))
+        raise DataError(uri, f"recipe {name} has no file {file!r}", f"its files are {files}", "name one of them")
+    return folder / file
+
+
+def _records(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(1-based line number, object) of each line that is not blank."""
+    for number, line in enumerate(read_text(uri).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{uri} row {number}", f"it is not JSON ({error})", "one JSON object a line") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{uri} row {number}", f"found {_kind(record)}", "one JSON object a line")
+        yield number, record
+
+
+def _row(record: dict[str, Any], where: str, default_id: str) -> Row:
+    gold = record.get("gold")
+    if gold is not None and not isinstance(gold, dict):
+        raise DataError(f"{where}: gold", f"found {_kind(gold)}", "gold is the right answer as a JSON object")
+    asked = record.get("asked") or []
+    asked = [asked] if isinstance(asked, str) else asked
+    if not isinstance(asked, list) or not all(isinstance(field, str) for field in asked):
+        raise DataError(
+            f"{where}: asked", f"found {_kind(asked)}", "asked lists the fields of gold that the question gives"
+        )
+    if unknown := [field for field in asked if field not in (gold or {})]:
+        raise DataError(f"{where}: asked", f"gold has no {unknown[0]!r}", "asked names fields of gold")
+    doc_id = record.get("doc_id")
+    if doc_id is not None and not isinstance(doc_id, str | int):
+        raise DataError(f"{where}: doc_id", f"found {_kind(doc_id)}", "doc_id is the id of a passage")
+    return Row(
+        id=_identity(record, where, default_id),
+        messages=_messages(record, where),
+        doc_id=None if doc_id is None else str(doc_id),
+        gold=gold,
+        asked=tuple(asked),
+    )
+
+
+def _messages(record: dict[str, Any], where: str) -> tuple[Message, ...]:
+    if "messages" not in record:
+        if "prompt" not in record and "completion" not in record:
+            near = difflib.get_close_matches("messages", list(record), n=1, cutoff=0.6)
+            raise DataError(f"{where}: messages", f"the field is missing (found {', '.join(record) or 'no fields'})",
+                            "a row has `messages`, or `prompt` and `completion`",
+                            f"rename {near[0]!r} to 'messages'" if near else "add the field")  # fmt: skip
+        asked, answer = _string(record, "prompt", where), _string(record, "completion", where)
+        return Message("user", asked), Message("assistant", answer)
+    turns = record["messages"]
+    if not isinstance(turns, list) or not turns:
+        found = "an empty list" if turns == [] else _kind(turns)
+        raise DataError(f"{where}: messages", f"found {found}", "messages is a list of turns with role and content")
+    messages = tuple(_message(turn, f"{where}: messages[{index}]") for index, turn in enumerate(turns))
+    if not any(message.role == "user" for message in messages):
+        raise DataError(f"{where}: messages", "it has no user turn", "a conversation has at least one user turn")
+    for index, message in enumerate(messages):
+        if message.role == "system" and index:
+            raise DataError(f"{where}: messages[{index}].role", "found 'system'", "a system turn comes first, once")
+    return messages
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(where, f"found {_kind(turn)}", "a turn is an object with role and content")
+    role = turn.get("role")
+    if role not in ("system", "user", "assistant"):
+        found = "the field is missing" if "role" not in turn else f"found {role!r}"
+        raise DataError(f"{where}.role", found, "role is one of system, user, assistant")
+    return Message(role, _string(turn, "content", where + ".", may_be_empty=role == "system"))
+
+
+def _check_need(row: Row, need: Literal["train", "eval"], where: str) -> None:
+    if need == "train" and row.answer is None:
+        raise DataError(f"{where}: messages", "the last turn is the user's", "a row to learn from ends with the "
+                        "assistant's turn", "add the answer as the last turn")  # fmt: skip
+    if need == "eval" and row.gold is None:
+        raise DataError(f"{where}: gold", "the field is missing", "a row to be scored carries the right answer",
+                        "add `gold`, the answer as a JSON object")  # fmt: skip
+
+
+def _identity(record: dict[str, Any], where: str, default: str | None) -> str:
+    value = record.get("id", default)
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        found = "the field is missing" if "id" not in record else f"found {value!r}"
+        raise DataError(f"{where}: id", found, "an id is a string or a whole number")
+    return str(value)
+
+
+def _string(record: dict[str, Any], field: str, where: str, may_be_empty: bool = False) -> str:
+    value = record.get(field)
+    at = where + field if where.endswith(".") else f"{where}: {field}"
+    if not isinstance(value, str):
+        found = "the field is missing" if field not in record else f"found {_kind(value)}"
+        raise DataError(at, found, f"{field} is a string")
+    if not value.strip() and not may_be_empty:
+        raise DataError(at, "it is empty", f"{field} holds text")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise DataError(at, "it holds half of a surrogate pair", "text is Unicode", "write the character as one")
+    return value
+
+
+def _check_new(identity: str, number: int, seen: dict[str, int], uri: str) -> None:
+    if identity in seen:
+        raise DataError(f"{uri} row {number}: id={identity!r}", f"row {seen[identity]} has the same id",
+                        "ids are unique in a file", "give each row its own id")  # fmt: skip
+    seen[identity] = number
+
+
+def _not_empty(items: list[ItemT], uri: str) -> list[ItemT]:
+    if not items:
+        raise DataError(uri, "it has no rows", "a dataset has at least one row", "check the path")
+    return items
+
+
+def _kind(value: object) -> str:
+    """JSON's name of a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

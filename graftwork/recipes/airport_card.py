@@ -1,114 +1,117 @@
-"""airport-card: a question about a real airport -> one strict JSON object. The whole table is the corpus.
+"""airport-card: a question about an airport, by code or by name -> one strict JSON card. Facts can be looked up.
 
-The form (six keys, in order) can be learned from a few examples; the facts of an unseen airport cannot: they must be
-retrieved. Training and evaluation airports are disjoint.
+Source: airportsdata (MIT), 28,298 airports. All of them are passages of the corpus; questions are asked about those
+that have every field. No airport stands in two splits.
 """
 
-import collections
 import csv
-import json
+import io
+import math
 import random
-from pathlib import Path
+import re
+from collections import Counter
 from typing import Any
 
-from graftwork.package_files import PackageFile, fetch
-from graftwork.recipes.files import Recipe, row, write_card, write_jsonl
+from graftwork.package_files import PackageFile
+from graftwork.recipes import Built, jsonl, object_schema, row
 
-TRAIN_ROWS, EVAL_ROWS = 1000, 400
 SOURCE = PackageFile(
     "airportsdata",
     "20260905",
     "airportsdata/airports.csv",
     "516c57d9d999f7a3be28ca649d2badbe3b972f07e57dc6173ab973b72d51cf52",
 )
-FIELDS = ("icao", "iata", "name", "city", "country", "elevation_ft")
+LICENCE = "MIT"
 
-BY_CODE = (
-    "Give me the card of the airport {code}.",
-    "Which airport has the code {code}?",
-    "Airport card for {code}, please.",
-    "{code}?",
-    "I need the data of airport {code}.",
-    "What do you know about {code}?",
-    "Look up the airport with code {code}.",
-    "Show airport {code}.",
-)
-BY_NAME = (
-    "Give me the card of {name} in {city}.",
-    "Airport card for {name}, {city}, please.",
-    "I need the data of {name} ({city}).",
-    "What do you know about {name} in {city}?",
-    "Look up {name}, {city}.",
-    "{name}, {city}?",
-)
-SCHEMA = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "type": "object",
-    "additionalProperties": False,
-    "required": list(FIELDS),
-    "properties": {
-        "icao": {"type": "string", "pattern": "^[A-Z0-9]{4}$"},
-        "iata": {"type": "string", "pattern": "^[A-Z0-9]{3}$"},
-        "name": {"type": "string", "minLength": 1},
-        "city": {"type": "string", "minLength": 1},
-        "country": {"type": "string", "pattern": "^[A-Z]{2}$"},
-        "elevation_ft": {"type": "integer"},
-    },
+SPLITS = {"train": 400, "valid": 64, "eval": 300}
+_SEED = 20260905
+_WORDINGS = {
+    ("icao",): (
+        "Which airport has the ICAO code {icao}?",
+        "Airport card for {icao}, please.",
+        "I need the details of {icao}.",
+        "Look up the airport with ICAO {icao}.",
+        "Tell me about {icao}.",
+    ),
+    ("iata",): (
+        "Which airport has the IATA code {iata}?",
+        "My ticket says {iata}. Which airport is that?",
+        "Airport card for the IATA code {iata}, please.",
+        "Look up {iata}.",
+        "My bag is tagged {iata}: where does it go?",
+    ),
+    ("name", "city"): (
+        "Tell me about {name} in {city}.",
+        "Give me the card of {name}, {city}.",
+        "What are the codes of {name} in {city}?",
+        "Look up {name} ({city}).",
+        "How high above the sea is {name} in {city}?",
+    ),
+}
+_CODE = re.compile(r"[A-Z0-9]{4}")
+_WRITABLE = re.compile(r"[\w .,'’/()&-]+")
+_FIELDS: dict[str, dict[str, Any]] = {
+    "icao": {"type": "string", "pattern": "^[A-Z0-9]{4}$"},
+    "iata": {"type": "string", "pattern": "^[A-Z]{3}$"},
+    "name": {"type": "string", "minLength": 1},
+    "city": {"type": "string", "minLength": 1},
+    "country": {"type": "string", "pattern": "^[A-Z]{2}$"},
+    "elevation_ft": {"type": "integer"},
 }
 
 
-def write(folder: Path) -> None:
-    """Write train.jsonl, eval.jsonl, corpus.jsonl, schema.json and card.json."""
-    with fetch(SOURCE).open(encoding="utf-8", newline="") as table:
-        airports = [_airport(line) for line in csv.DictReader(table)]
-    chance = random.Random(20260905)
-    usable = [airport for airport in airports if _usable(airport)]
-    chance.shuffle(usable)
-    places = collections.Counter((airport["name"], airport["city"]) for airport in airports)
-    rows = [_row(airport, number, places, chance) for number, airport in enumerate(usable[: TRAIN_ROWS + EVAL_ROWS])]
-    write_jsonl(folder / "train.jsonl", rows[:TRAIN_ROWS])
-    write_jsonl(folder / "eval.jsonl", rows[TRAIN_ROWS:])
-    write_jsonl(folder / "corpus.jsonl", ({"id": airport["icao"], "text": passage(airport)} for airport in airports))
-    (folder / "schema.json").write_text(json.dumps(SCHEMA, indent=1) + "\n", encoding="utf-8")
-    write_card(folder, RECIPE, "questions about real airports, answered by a JSON card; the corpus is the whole table")
+def make(source: bytes) -> Built:
+    """Splits, corpus and schema from airports.csv."""
+    table = list(csv.DictReader(io.StringIO(source.decode("utf-8"))))
+    cards = [_card(record) for record in table]
+    namesakes = Counter((card["name"], card["city"]) for card in cards)
+    eligible = [card for card in cards if _askable(card)]
+    chance = random.Random(_SEED)
+    chosen = chance.sample(eligible, sum(SPLITS.values()))
+    files = {}
+    for split, size in SPLITS.items():
+        part, chosen = chosen[:size], chosen[size:]
+        files[f"{split}.jsonl"] = jsonl([_row(card, namesakes, chance) for card in part])
+    files["corpus.jsonl"] = jsonl([{"id": card["icao"], "text": _passage(card)} for card in cards])
+    files["schema.json"] = object_schema("airport card", _FIELDS)
+    about = {
+        "question": "by ICAO code, by IATA code, or by name and city (never where two airports share both)",
+        "eligible_airports": len(eligible),
+        "wordings": sum(len(wordings) for wordings in _WORDINGS.values()),
+    }
+    return Built(files, about)
 
 
-def passage(airport: dict[str, Any]) -> str:
-    """The airport in a sentence, as the corpus has it."""
-    codes = "/".join(code for code in (airport["icao"], airport["iata"]) if code)
-    place = ", ".join(part for part in (airport["city"], airport["country"]) if part)
-    return f"{airport['name']} ({codes}) in {place}, elevation {airport['elevation_ft']} ft."
+def _card(record: dict[str, str]) -> dict[str, Any]:
+    return {
+        "icao": record["icao"],
+        "iata": record["iata"],
+        "name": " ".join(record["name"].split()),
+        "city": " ".join(record["city"].split()),
+        "country": record["country"],
+        "elevation_ft": math.floor(float(record["elevation"]) + 0.5),
+    }
 
 
-def _airport(line: dict[str, str]) -> dict[str, Any]:
-    text = {key: " ".join(line[key].split()) for key in FIELDS[:-1]}
-    return {**text, "elevation_ft": round(float(line["elevation"] or 0))}
-
-
-def _usable(airport: dict[str, Any]) -> bool:
-    """Every field has a value that the schema allows, and none is so long that it drowns the rest."""
-    filled = all(airport[key] for key in FIELDS[:-1])
-    plain = airport["icao"].isalnum() and airport["iata"].isalnum() and airport["icao"].isascii()
-    short = len(airport["name"]) <= 60 and len(airport["city"]) <= 40
-    return (
-        bool(filled and plain and short) and len(airport["iata"]) == 3 and '"' not in airport["name"] + airport["city"]
+def _askable(card: dict[str, Any]) -> bool:
+    """Every field is there and can be written without escapes, none is very long."""
+    texts = card["name"], card["city"]
+    return bool(
+        _CODE.fullmatch(card["icao"])
+        and card["iata"]
+        and all(4 <= len(text) <= 40 and text.isprintable() and _WRITABLE.fullmatch(text) for text in texts)
     )
 
 
-def _row(
-    airport: dict[str, Any], number: int, places: collections.Counter[tuple[str, str]], chance: random.Random
-) -> dict[str, Any]:
-    """ICAO code, IATA code and name take turns; a name that two airports share is never asked by name."""
-    way = number % 3
-    if way == 2 and places[airport["name"], airport["city"]] > 1:
-        way = 0
-    if way == 2:
-        question, asked = chance.choice(BY_NAME).format(name=airport["name"], city=airport["city"]), ("name", "city")
-    else:
-        field = ("icao", "iata")[way]
-        question, asked = chance.choice(BY_CODE).format(code=airport[field]), (field,)
-    gold = {key: airport[key] for key in FIELDS}
-    return row(airport["icao"], question, gold, asked, doc_id=airport["icao"])
+def _row(card: dict[str, Any], namesakes: Counter[tuple[str, str]], chance: random.Random) -> dict[str, Any]:
+    ways = [asked for asked in _WORDINGS if asked != ("name", "city") or namesakes[card["name"], card["city"]] == 1]
+    asked = chance.choice(ways)
+    question = chance.choice(_WORDINGS[asked]).format(**card)
+    return row(f"airport-{card['icao']}", question, card, doc_id=card["icao"], asked=list(asked))
 
 
-RECIPE = Recipe(SOURCE, "MIT", 1, write)
+def _passage(card: dict[str, Any]) -> str:
+    """`Kunming Wujiaba International Airport (ZPPP/KMG) in Kunming, CN, elevation 6217 ft.`"""
+    codes = "/".join(filter(None, (card["icao"], card["iata"])))
+    place = ", ".join(filter(None, (card["city"], card["country"])))
+    return f"{card['name']} ({codes}) in {place}, elevation {card['elevation_ft']} ft."

@@ -1,50 +1,59 @@
-"""ua-parse: a real user agent string -> one strict JSON object. All of it can be read off the string: pure form."""
+"""ua-parse: a browser's user agent -> one strict JSON object. All form: nothing has to be looked up.
+
+Source: fake-useragent (Apache-2.0), real user agents. Rows are made unique before they are split, so no user agent
+stands in two splits.
+"""
 
 import json
 import random
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
-from graftwork.package_files import PackageFile, fetch
-from graftwork.recipes.files import Recipe, digest, row, write_card, write_jsonl
+from graftwork.package_files import PackageFile
+from graftwork.recipes import Built, jsonl, object_schema, row
 
-EVAL_ROWS = 200
 SOURCE = PackageFile(
     "fake-useragent",
     "2.2.0",
     "fake_useragent/data/browsers.jsonl",
     "32270597095ae268d140489e8fa7ffbd44b882c876f4b7a23f347bedcfc227b5",
 )
-FIELDS = ("type", "device_brand", "browser", "browser_version", "os", "os_version", "platform")
-SCHEMA = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "type": "object",
-    "additionalProperties": False,
-    "required": list(FIELDS),
-    "properties": {
-        "type": {"type": "string", "enum": ["mobile", "desktop", "tablet"]},
-        **{key: {"type": "string"} for key in FIELDS[1:]},
-    },
+LICENCE = "Apache-2.0"
+
+SPLITS = {"train": 475, "valid": 64, "eval": 300}
+_SEED = 220
+_FIELDS: dict[str, dict[str, Any]] = {
+    "type": {"type": "string", "enum": ["desktop", "mobile", "tablet"]},
+    "device_brand": {"type": "string"},
+    "browser": {"type": "string", "minLength": 1},
+    "browser_version": {"type": "string", "pattern": "^[0-9]+(\\.[0-9]+)*$"},
+    "os": {"type": "string", "minLength": 1},
+    "os_version": {"type": "string"},
+    "platform": {"type": "string", "minLength": 1},
 }
 
 
-def write(folder: Path) -> None:
-    """Write train.jsonl, eval.jsonl, schema.json and card.json."""
-    lines = [json.loads(line) for line in fetch(SOURCE).read_text(encoding="utf-8").splitlines()]
-    agents: dict[str, dict[str, Any]] = {}
-    for line in lines:  # the source repeats a user agent with its share of traffic: once each, before the split
-        agents.setdefault(line["useragent"], line)
-    rows = [_row(agent, line) for agent, line in sorted(agents.items())]
-    random.Random(220).shuffle(rows)
-    write_jsonl(folder / "train.jsonl", rows[EVAL_ROWS:])
-    write_jsonl(folder / "eval.jsonl", rows[:EVAL_ROWS])
-    (folder / "schema.json").write_text(json.dumps(SCHEMA, indent=1) + "\n", encoding="utf-8")
-    write_card(folder, RECIPE, "real user agent strings, each on one side of the split only, parsed into JSON")
-
-
-def _row(agent: str, line: dict[str, Any]) -> dict[str, Any]:
-    gold = {key: str(line[key] or "") for key in FIELDS}
-    return row(digest(agent)[:16], agent, gold, asked=())
-
-
-RECIPE = Recipe(SOURCE, "Apache-2.0", 1, write)
+def make(source: bytes) -> Built:
+    """Splits and schema from browsers.jsonl."""
+    labels: dict[str, Counter[tuple[str, ...]]] = {}
+    for line in source.decode("utf-8").splitlines():
+        record = json.loads(line)
+        answer = tuple(record[field] or "" for field in _FIELDS)  # null and "" both say: not known
+        labels.setdefault(record["useragent"], Counter())[answer] += 1
+    agents = sorted(labels)
+    random.Random(_SEED).shuffle(agents)
+    assert len(agents) == sum(SPLITS.values()), f"{len(agents)} user agents, splits {SPLITS}"
+    files = {}
+    for split, size in SPLITS.items():
+        part, agents = agents[:size], agents[size:]
+        # Some agents were seen with two platforms: the one seen most often counts
+        golds = [dict(zip(_FIELDS, labels[agent].most_common(1)[0][0], strict=True)) for agent in part]
+        rows = [row(f"ua-{split}-{n}", agent, gold) for n, (agent, gold) in enumerate(zip(part, golds, strict=True))]
+        files[f"{split}.jsonl"] = jsonl(rows)
+    files["schema.json"] = object_schema("parsed user agent", _FIELDS)
+    about = {
+        "question": "the user agent itself",
+        "user_agents": len(labels),
+        "with_more_than_one_label": sum(len(counts) > 1 for counts in labels.values()),
+    }
+    return Built(files, about)
