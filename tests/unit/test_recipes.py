@@ -1,0 +1,101 @@
+"""The two ready-made tasks, on the real data that their packages carry."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from graftwork import recipes
+from graftwork.data import Row, read_passages, read_rows, read_text
+from graftwork.errors import DataError
+from graftwork.recipes.airport_card import _WORDINGS
+
+SPLITS = ("train", "valid", "eval")
+
+
+def rows_of(name: str) -> dict[str, list[Row]]:
+    return {split: read_rows(f"recipe://{name}/{split}.jsonl", need="eval") for split in SPLITS}
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_equal_bytes_whatever_the_process(name: str, tmp_path: Path) -> None:
+    """The digests in the card are those of a build from nothing, in another process with another hash seed."""
+    folder = recipes.build(name)
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    (tmp_path / "packages").symlink_to(folder.parent.parent / "packages")  # the wheel is fetched already
+    command = f"import graftwork.recipes as r; print(r.build({name!r}))"
+    env = {**os.environ, "GRAFTWORK_CACHE": str(tmp_path), "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", command], env=env, capture_output=True, text=True, check=True)
+    again = Path(done.stdout.strip())
+    assert again.name == folder.name
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in again.iterdir()} == digests
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    assert card["sha256"] == {file: digest for file, digest in digests.items() if file != "card.json"}
+    assert card["licence"] in ("MIT", "Apache-2.0")
+    assert card["source"].startswith("pypi://")
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_each_answer_is_strict_compact_json_that_the_schema_accepts(name: str) -> None:
+    schema = json.loads(read_text(f"recipe://{name}/schema.json"))
+    validator = jsonschema.Draft202012Validator(schema)
+    for rows in rows_of(name).values():
+        for row in rows:
+            assert row.answer is not None
+            assert row.gold is not None
+            validator.validate(row.gold)
+            assert row.answer == json.dumps(row.gold, ensure_ascii=False, separators=(",", ":"))
+            assert list(row.gold) == schema["required"] == list(schema["properties"])
+            assert not validator.is_valid({**row.gold, "more": 1})
+            assert not validator.is_valid(dict(list(row.gold.items())[1:]))
+
+
+def test_no_airport_and_no_user_agent_stands_in_two_splits() -> None:
+    airports = [row.doc_id for rows in rows_of("airport-card").values() for row in rows]
+    agents = [row.question[0].content for rows in rows_of("ua-parse").values() for row in rows]
+    assert len(set(airports)) == len(airports) == 764
+    assert len(set(agents)) == len(agents) == 839
+
+
+def test_each_airport_of_the_rows_has_its_passage_with_all_facts() -> None:
+    passages = {passage.id: passage.text for passage in read_passages("recipe://airport-card/corpus.jsonl")}
+    assert len(passages) == 28_298
+    for rows in rows_of("airport-card").values():
+        for row in rows:
+            assert row.gold is not None
+            assert row.doc_id is not None
+            gold = row.gold
+            assert passages[row.doc_id] == (
+                f"{gold['name']} ({gold['icao']}/{gold['iata']}) in {gold['city']}, {gold['country']}, "
+                f"elevation {gold['elevation_ft']} ft."
+            )
+
+
+def test_a_question_gives_away_what_it_says_and_means_one_airport() -> None:
+    texts = [passage.text for passage in read_passages("recipe://airport-card/corpus.jsonl")]
+    for rows in rows_of("airport-card").values():
+        assert {row.asked for row in rows} == set(_WORDINGS)
+        for row in rows:
+            assert row.gold is not None
+            question = row.question[0].content
+            assert all(str(row.gold[field]) in question for field in row.asked)
+            assert not [
+                code for code in ("icao", "iata") if code not in row.asked and row.gold[code] in question.split()
+            ]
+            if row.asked == ("name", "city"):
+                start, place = f"{row.gold['name']} (", f" in {row.gold['city']}, "
+                assert sum(text.startswith(start) and place in text for text in texts) == 1
+    assert sum(map(len, _WORDINGS.values())) >= 8
+
+
+def test_what_is_not_there_is_said() -> None:
+    with pytest.raises(DataError, match="recipes are airport-card, ua-parse"):
+        read_text("recipe://airports/train.jsonl")
+    for file in ("corpus.jsonl", "", "../ua_parse.py"):
+        with pytest.raises(DataError, match="its files are card.json, eval.jsonl, schema.json"):
+            read_text(f"recipe://ua-parse/{file}")
