@@ -117,6 +117,8 @@ def load(
             f"base {resolved.uri} at {quant.kind}", f"transformers cannot load it ({str(error)[:400]})",
             "the base must be a causal language model that the installed transformers knows",
         ) from error  # fmt: skip
+    if quant.kind != "none":
+        _release_file(model)
     if dequantise:
         dequantise_linears(model)
     model.requires_grad_(False)
@@ -230,6 +232,16 @@ def _from_folder(folder: Path, quant: QuantSpec, device: str, dtype: "torch.dtyp
         use_safetensors=True,
         local_files_only=True,
     )
+
+
+def _release_file(model: "torch.nn.Module") -> None:
+    """Copy what stayed plain (embedding, norms) out of the checkpoint's file mapping.
+
+    One tensor in it keeps every page resident that was read for quantising: SmolLM2-135M at nf4 938 MiB, after it 641.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _check_device(device: str) -> None:
