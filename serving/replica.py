@@ -130,6 +130,11 @@ class EngineReplica:
         if not self._engine.alive():
             raise RunError("the engine", "its thread has ended", "", "the replica is replaced")
 
+    def stop(self) -> None:
+        """End the engine where no Serve ends the process; requests get an error. Blocks until the thread has ended."""
+        self._engine.stop()
+        self._residency.close()
+
     async def _admit(self, arm: Dump, messages: Question, sampling: Dump | None) -> _Admitted:
         spec = ArmSpec.model_validate(arm)
         wanted = Sampling.load(sampling) if sampling else Sampling()

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ from graftwork.base_model import BaseSpec
 from graftwork.chat import Message, Prompt, Template
 from graftwork.cluster.session import Session
 from graftwork.errors import ArtifactError, ConfigError
+from graftwork.serving.api_error import ApiError
 from graftwork.serving.app import Endpoint, deploy
+from graftwork.serving.arms import Sampling
+from graftwork.serving.backend import ServeBackend
 from graftwork.serving.burst import Sent, burst, swap_under_load
 from graftwork.serving.client import ChatCall
 from graftwork.serving.spec import ArmSpec, ServeSpec
@@ -37,6 +40,9 @@ QUESTIONS = ("Which airport has the ICAO code ZPPP?", "How high above the sea do
 NEW_TOKENS = 12
 TASKS = ("card", "agent", "third")
 FLIPS = 5
+CHAT, NO_MODEL = "/v1/chat/completions", "model_not_found"
+TOKEN = "correct horse battery staple"
+AUTH = {"authorization": f"Bearer {TOKEN}"}
 
 
 @dataclass(frozen=True)
@@ -142,8 +148,14 @@ def test_without_http_the_engine_answers_hundreds_of_calls_at_once(local_ray: Se
 
 @pytest.fixture(scope="module")
 def endpoint(local_ray: Session, world: World) -> Iterator[Endpoint]:
-    with deploy(world.spec()) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("GRAFTWORK_TEST_TOKEN", TOKEN)
+        with deploy(world.spec(token_env="GRAFTWORK_TEST_TOKEN")) as running:
+            yield running
+
+
+def openai_settings(endpoint: Endpoint) -> dict[str, Any]:
+    return {"base_url": f"{endpoint.url}/v1", "api_key": TOKEN, "max_retries": 0}
 
 
 def test_it_listens_on_its_host_alone(endpoint: Endpoint) -> None:
@@ -159,7 +171,7 @@ def connections(process: psutil.Process) -> list[Any]:
 
 
 def test_the_openai_client_works_unchanged(endpoint: Endpoint, world: World) -> None:
-    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="unused", max_retries=0) as client:
+    with openai.OpenAI(**openai_settings(endpoint)) as client:
         models = {model.id for model in client.models.list()}
         assert {"base", "base:card", "base:card@latest", f"base:card@{world.newer[0]}", "arm/plain"} <= models
         assert client.models.retrieve("base:card").id == "base:card"
@@ -187,7 +199,7 @@ def test_the_openai_client_works_unchanged(endpoint: Endpoint, world: World) -> 
 
 def test_the_openai_client_gets_its_own_exceptions(endpoint: Endpoint) -> None:
     hello: Any = [{"role": "user", "content": "Hello"}]
-    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="unused", max_retries=0) as client:
+    with openai.OpenAI(**openai_settings(endpoint)) as client:
         with pytest.raises(openai.NotFoundError) as unknown:
             client.chat.completions.create(model="base:nosuch", messages=hello)
         assert (unknown.value.param, unknown.value.code) == ("model", "model_not_found")
@@ -201,6 +213,54 @@ def test_the_openai_client_gets_its_own_exceptions(endpoint: Endpoint) -> None:
             client.chat.completions.create(model="base:nosuch", messages=hello, stream=True)
 
 
+@pytest.mark.parametrize("given", [None, "", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x"])
+def test_without_the_token_there_is_only_health(endpoint: Endpoint, given: str | None) -> None:
+    headers = {} if given is None else {"authorization": given}
+    for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("POST", "/v1/adapters/refresh"), ("GET", "/v1/stats")):
+        response = httpx.request(method, f"{endpoint.url}{path}", headers=headers, timeout=30)
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{endpoint.url}/health", headers=headers, timeout=30).json() == {"status": "ok"}
+
+
+def test_the_openai_client_knows_a_wrong_key(endpoint: Endpoint) -> None:
+    with (
+        openai.OpenAI(**{**openai_settings(endpoint), "api_key": "wrong"}) as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.models.list()
+
+
+def test_a_token_that_is_not_set_is_named(local_ray: Session, world: World) -> None:
+    with pytest.raises(ConfigError, match="token_env=NO_SUCH_TOKEN"), deploy(world.spec(token_env="NO_SUCH_TOKEN")):
+        pytest.fail("it deployed")
+
+
+def test_a_second_endpoint_of_the_same_name_is_refused(endpoint: Endpoint, world: World) -> None:
+    with pytest.raises(ConfigError, match="name=graftwork"), deploy(world.spec()):
+        pytest.fail("it deployed over the running one")
+
+
+def test_a_request_that_takes_too_long_is_cancelled(endpoint: Endpoint) -> None:
+    """The time limit of a whole request; the endpoint's own is minutes, this caller's is short."""
+    arm = ArmSpec(name="slow", max_new_tokens=900).model_dump(mode="json")
+    backend = ServeBackend(endpoint.handle, timeout_s=0.3)
+    with endpoint.client() as client:
+        before = client.stats()["engine"]["finished"].get("cancelled", 0)
+        with pytest.raises(ApiError) as late:
+            asyncio.run(backend.answer(arm, [{"role": "user", "content": "Hello"}], "slow", Sampling().dump()))
+        assert (late.value.status, late.value.code) == (504, "request_timeout")
+        until(lambda: client.stats()["engine"]["finished"].get("cancelled", 0) == before + 1)
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 20) -> None:
+    """Look again and again until it holds."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to hold"
+        time.sleep(0.05)
+
+
 def test_the_async_openai_client_streams_many_at_once(endpoint: Endpoint, world: World) -> None:
     async def ask(client: openai.AsyncOpenAI, task: str, question: str) -> str:
         stream = await client.chat.completions.create(
@@ -209,14 +269,11 @@ def test_the_async_openai_client_streams_many_at_once(endpoint: Endpoint, world:
         return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
     async def ask_all() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key="unused", max_retries=0) as client:
+        async with openai.AsyncOpenAI(**openai_settings(endpoint)) as client:
             return await asyncio.gather(*[ask(client, task, question) for task, question in jobs])
 
     jobs = [(task, question) for task in TASKS for question in QUESTIONS] * 3
     assert asyncio.run(ask_all()) == [world.texts[world.versions[task], question] for task, question in jobs]
-
-
-CHAT, NO_MODEL = "/v1/chat/completions", "model_not_found"
 
 
 def chat_body(model: str, *roles: str) -> bytes:
@@ -245,7 +302,7 @@ def chat_body(model: str, *roles: str) -> bytes:
 def test_every_refusal_has_openais_shape(
     endpoint: Endpoint, method: str, path: str, body: bytes, status: int, code: str | None
 ) -> None:
-    response = httpx.request(method, f"{endpoint.url}{path}", content=body, timeout=30)
+    response = httpx.request(method, f"{endpoint.url}{path}", content=body, headers=AUTH, timeout=30)
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -266,14 +323,13 @@ def test_a_caller_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:
     body = {"model": "base:card", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 900}
     with endpoint.client() as client:
         before = client.stats()["engine"]["finished"].get("cancelled", 0)
-        with httpx.stream("POST", f"{endpoint.url}/v1/chat/completions", json={**body, "stream": True}) as stream:
+        with httpx.stream(
+            "POST", f"{endpoint.url}/v1/chat/completions", json={**body, "stream": True}, headers=AUTH
+        ) as stream:
             next(stream.iter_lines())
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, timeout=0.3)
-        deadline = time.monotonic() + 20
-        while client.stats()["engine"]["finished"].get("cancelled", 0) < before + 2:
-            assert time.monotonic() < deadline, client.stats()
-            time.sleep(0.05)
+            httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=AUTH, timeout=0.3)
+        until(lambda: client.stats()["engine"]["finished"].get("cancelled", 0) == before + 2)
         assert client.stats()["engine"]["running"] == 0
 
 
@@ -328,16 +384,7 @@ async def burst_with_swaps(
             assert await client.refresh("card@latest") == version
             quiet_from = answered
             confirmed.append((asked, time.perf_counter() - began, version))
-        sent = await running
-        print(
-            "swaps ms",
-            [round((b - a) * 1e3) for a, b, _ in confirmed],
-            "n",
-            len(sent),
-            "wall",
-            time.perf_counter() - began,
-        )
-        return sent, confirmed
+        return await running, confirmed
 
 
 def test_the_swap_report_counts_by_version(endpoint: Endpoint, world: World) -> None:
@@ -355,7 +402,7 @@ def test_the_swap_report_counts_by_version(endpoint: Endpoint, world: World) -> 
 def test_a_killed_engine_is_said_in_openais_shape_and_comes_back(endpoint: Endpoint, world: World) -> None:
     async def run(pid: int) -> tuple[httpx.Response, list[str]]:
         body = {"model": "base:card", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 900}
-        async with httpx.AsyncClient(base_url=str(endpoint.url), timeout=60) as http:
+        async with httpx.AsyncClient(base_url=str(endpoint.url), headers=AUTH, timeout=60) as http:
             whole = asyncio.create_task(http.post("/v1/chat/completions", json=body))
             async with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
                 lines = stream.aiter_lines()

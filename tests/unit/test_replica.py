@@ -1,0 +1,97 @@
+"""One engine replica in this process, without Ray."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftwork.errors import RunError
+from graftwork.serving.api_error import ApiError
+from graftwork.serving.replica import EngineReplica
+from graftwork.serving.spec import ArmSpec, ServeSpec
+from tests.tiny import write_tiny_base
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@asynccontextmanager
+async def replica_of(base: Path, root: Path) -> AsyncIterator[EngineReplica]:
+    """As Ray Serve makes one."""
+    spec = ServeSpec(base=str(base), root=str(root), quant={"kind": "none"}, engine={"max_seq_len": 128})
+    replica = EngineReplica.__new__(EngineReplica)
+    await replica.__init__(spec.model_dump(mode="json"))  # type: ignore[misc]
+    try:
+        async with asyncio.timeout(30):
+            yield replica
+    finally:
+        await asyncio.to_thread(replica.stop)
+
+
+def arm(**changed: Any) -> dict[str, Any]:
+    return ArmSpec(**{"name": "base", "max_new_tokens": 6, **changed}).model_dump(mode="json")
+
+
+def test_a_stream_adds_up_to_the_answer(base: Path, tmp_path: Path) -> None:
+    async def play() -> None:
+        async with replica_of(base, tmp_path) as replica:
+            chunks = [chunk async for chunk in replica.stream(arm(), HELLO, "s")]
+            answer = await replica.answer(arm(), HELLO, "a")
+            assert chunks[0] == {"base_digest": answer["base_digest"], "version": None}
+            assert "".join(chunk["text"] for chunk in chunks[1:-1]) == answer["text"] == chunks[-1]["answer"]["text"]
+            assert chunks[-1]["answer"]["token_ids"] == answer["token_ids"]
+            assert answer["completion_tokens"] == 6
+            assert answer["finish_reason"] == "length"
+            assert 0 < answer["ttft_ms"] <= answer["latency_ms"]
+
+    asyncio.run(play())
+
+
+def test_a_stop_string_ends_the_answer_before_itself(base: Path, tmp_path: Path) -> None:
+    async def play() -> None:
+        async with replica_of(base, tmp_path) as replica:
+            whole = await replica.answer(arm(), HELLO, "whole")
+            stop = whole["text"][2:4]
+            cut = await replica.answer(arm(), HELLO, "cut", {"stop": [stop]})
+            assert cut["text"] == whole["text"].split(stop)[0]
+            assert cut["finish_reason"] == "stop"
+            assert cut["completion_tokens"] < 6
+
+    asyncio.run(play())
+
+
+def test_a_closed_stream_frees_its_place(base: Path, tmp_path: Path) -> None:
+    async def play() -> None:
+        async with replica_of(base, tmp_path) as replica:
+            stream = replica.stream(arm(max_new_tokens=100), HELLO, "s")
+            await anext(stream)
+            await anext(stream)
+            await stream.aclose()
+            while (await replica.stats())["engine"]["finished"].get("cancelled") != 1:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(play())
+
+
+def test_health_tells_when_the_engine_has_ended(base: Path, tmp_path: Path) -> None:
+    async def play() -> None:
+        async with replica_of(base, tmp_path) as replica:
+            await replica.check_health()
+            running = asyncio.create_task(replica.answer(arm(max_new_tokens=100), HELLO, "running"))
+            while (await replica.stats())["engine"]["running"] == 0:
+                await asyncio.sleep(0.001)
+            await asyncio.to_thread(replica.stop)
+            with pytest.raises(RunError, match="thread has ended"):
+                await replica.check_health()
+            with pytest.raises(ApiError) as told:
+                await running
+            assert (told.value.status, told.value.code) == (503, "engine_stopping")
+
+    asyncio.run(play())
