@@ -92,8 +92,7 @@ def answer_key(spec: CompareSpec, arm: ArmSpec, row: Row, version: str | None) -
 
 def question(row: Row) -> list[dict[str, str]]:
     """The turns that are sent: all but a final answer, which would give the gold away."""
-    turns = row.messages[:-1] if row.messages[-1].role == "assistant" else row.messages
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
+    return [{"role": turn.role, "content": turn.content} for turn in row.question]
 
 
 def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> Answers:
