@@ -16,7 +16,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(folder.parent / f".lock-{folder.name}"):
+    with file_lock(folder.parent / f".{folder.name}.lock"):
         if folder.is_dir():
             return folder
         unfinished = folder.parent / f".tmp-{folder.name}"

@@ -136,7 +136,7 @@ def test_processes_that_start_together_build_it_once(corpus_uri: str, tmp_path: 
     outputs = {process.communicate(timeout=60)[0] for process in started}
     assert [process.returncode for process in started] == [0, 0, 0]
     assert len(outputs) == 1
-    indexes = [path.name for path in (tmp_path / "cache" / "indexes").iterdir() if not path.name.startswith(".lock")]
+    indexes = [path.name for path in (tmp_path / "cache" / "indexes").iterdir() if not path.name.endswith(".lock")]
     assert len(indexes) == 1
 
 
