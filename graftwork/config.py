@@ -48,7 +48,7 @@ class Spec(BaseModel):
 
     def with_(self, overrides: Mapping[str, Any]) -> Self:
         """A validated copy with dotted keys replaced, e.g. `{"optim.lr": 1e-3}`. Raises ConfigError on a wrong key."""
-        tree = self.model_dump(mode="json")
+        tree = self.model_dump(mode="json", exclude_unset=True)  # a default that was not given is not given now
         for key, value in overrides.items():
             _assign(tree, key, value)
         return validate(type(self), tree, where="override")

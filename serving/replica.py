@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -123,7 +124,8 @@ class EngineReplica:
     async def stats(self) -> Dump:
         """The engine's counters and process, the base and how it is held."""
         engine = asdict(self._engine.stats())
-        return {"pid": os.getpid(), "base_digest": self._base_digest, "reason": self._reason, "engine": engine}
+        process = {"pid": os.getpid(), "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {**process, "base_digest": self._base_digest, "reason": self._reason, "engine": engine}
 
     async def check_health(self) -> None:
         """Called by Serve and by GET /health. Raises RunError when the engine no longer decodes."""

@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
 
 def plan(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
     """Predict memory and time of a stage (or of the whole job) from its spec, before anything starts."""
-    from graftwork.planning import plan_spec
+    from graftwork.cli.planning import plan_spec
 
     spec = config.load(file, sets)
     rows = plan_spec(spec, file.parent)
@@ -235,7 +235,7 @@ def demo(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
 
     spec = config.load(file, sets, expect="demo")
     assert isinstance(spec, DemoSpec)
-    from graftwork.demo import run_demo
+    from graftwork.demo.job import run_demo
 
     report = run_demo(spec, file.parent, on, quiet=as_json)
     if as_json:

@@ -15,7 +15,7 @@ from graftwork.cluster.session import Session, session
 from graftwork.demo import records, traffic
 from graftwork.demo.specs import DemoSpecs, load_specs
 from graftwork.demo_spec import DemoSpec
-from graftwork.planning import PlanLine, plan_spec
+from graftwork.cli.planning import PlanLine, plan_spec
 from graftwork.provenance import collect
 from graftwork.report.records import CompareReport, PlanRow, ReportInput, ServingRecord, StageTime, TrainRun, TuneRecord
 from graftwork.serving.app import Endpoint, deploy

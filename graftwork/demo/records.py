@@ -22,11 +22,11 @@ def build_data(specs: DemoSpecs) -> str:
 
 def tune_record(found: TuneReport, spec: TuneSpec) -> TuneRecord:
     """The sweep; its best trial is the one whose values were chosen."""
-    best = next(trial for trial in found.trials if trial.values == found.best)
+    best = next(trial for trial in found.trials if trial.trial_id == found.best_id)
     trials = tuple(
         Trial(id=t.trial_id, values=dict(t.values), losses=tuple(t.losses), state=t.state, wall_s=t.wall_s) for t in found.trials
     )
-    return TuneRecord(name=spec.name, trials=trials, best_id=best.trial_id, rows=spec.eval_rows, seed=spec.seed, reused=found.reused)
+    return TuneRecord(name=spec.name, trials=trials, best_id=best.trial_id, rows=found.eval_rows, seed=spec.seed, reused=found.reused)
 
 
 def train_run(found: TrainReport, spec: TrainSpec) -> TrainRun:

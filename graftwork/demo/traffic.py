@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
-from graftwork import artifact
 from graftwork.chat import Message
 from graftwork.data import read_rows
 from graftwork.demo_spec import BurstSpec
@@ -20,7 +19,7 @@ from graftwork.training.run import TrainReport, train
 from graftwork.training.spec import TrainSpec
 
 STAGING = "next"
-"""The update is trained under the alias `next`, which no traffic asks for, and published to the live one under load."""
+"""The update is trained under the alias `next`, which no traffic asks for; the live alias takes it over under load."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,7 @@ def burst_with_update(
     live = f"{update.name}@{update.alias or 'latest'}"
     trained = train(update.with_({"alias": STAGING}), on_progress=lambda p: on_progress(p.step, p.total_steps))
     calls = _calls(endpoint, update, burst, compare)
-
-    def publish() -> str:
-        artifact.promote(store, update.name, live.partition("@")[2], trained.version)
-        return trained.version
-
-    swap = asyncio.run(swap_under_load(endpoint, store, live, publish, calls, concurrency=burst.concurrency))
+    swap = asyncio.run(swap_under_load(endpoint, store, live, trained.version, calls, concurrency=burst.concurrency))
     engine: dict[str, Any] = asyncio.run(_stats(endpoint))
     return Traffic(_record(swap, engine), trained, engine)
 
