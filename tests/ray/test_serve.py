@@ -22,13 +22,13 @@ from graftwork import artifact, base_model, chat
 from graftwork.base_model import BaseSpec
 from graftwork.chat import Message, Prompt, Template
 from graftwork.cluster.session import Session
-from graftwork.errors import ArtifactError, ConfigError
+from graftwork.errors import ArtifactError, ClusterError, ConfigError
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.arms import Sampling
 from graftwork.serving.backend import ServeBackend
 from graftwork.serving.burst import Sent, burst, swap_under_load
-from graftwork.serving.client import ChatCall
+from graftwork.serving.client import ChatCall, Client, Reply
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import Store
 from tests.adapters import facts
@@ -51,6 +51,7 @@ class World:
 
     base: Path
     store: Store
+    corpus: Path
     versions: dict[str, str]
     """Of the tasks at the start."""
     newer: tuple[str, ...]
@@ -61,7 +62,10 @@ class World:
         usual: dict[str, Any] = {
             "base": str(self.base), "root": self.store.uri, "quant": {"kind": "none"}, "port": free_port(),
             "adapters": [f"{task}@latest" for task in TASKS], "engine": {"max_seq_len": 1024, "num_threads": 1},
-            "arms": [{"name": "plain", "prompt": {"system": SYSTEM}, "max_new_tokens": NEW_TOKENS}],
+            "arms": [
+                {"name": "plain", "prompt": {"system": SYSTEM}, "max_new_tokens": NEW_TOKENS},
+                {"name": "rag", "adapter": "card@latest", "retriever": {"corpus": str(self.corpus), "k": 2}},
+            ],
         }  # fmt: skip
         return ServeSpec(**{**usual, **changed})
 
@@ -96,7 +100,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for version, answers in said.items():
         texts |= {(version, question): text for question, text in zip(QUESTIONS, answers, strict=True)}
     assert len(set(texts.values())) == len(texts), "each version must have an answer of its own, or no mix-up shows"
-    return World(base, store, versions, newer, texts)
+    corpus = tmp / "corpus.jsonl"
+    passages = {"ZPPP": "ZPPP is Kunming Wujiaba in China", "EDDF": "EDDF is Frankfurt", "KJFK": "KJFK is New York"}
+    corpus.write_text("".join(json.dumps({"id": id_, "text": text}) + "\n" for id_, text in passages.items()))
+    return World(base, store, corpus, versions, newer, texts)
 
 
 def expected(base: Path, adapter: Path | None, template: Template, system: str | None) -> list[str]:
@@ -317,6 +324,25 @@ def test_an_adapter_that_nobody_asked_for_yet_loads_on_demand(endpoint: Endpoint
         reply = client.chat(ChatCall(f"base:card@{version}", (Message("user", "Hello"),), max_tokens=NEW_TOKENS))
         assert (reply.adapter_version, reply.text) == (version, world.texts[version, "Hello"])
         assert version in {adapter["version"] for adapter in client.adapters()}
+
+
+def test_an_arm_says_which_passages_and_which_version_answered(endpoint: Endpoint, world: World) -> None:
+    with endpoint.client() as client:
+        call = ChatCall("arm/rag", (Message("user", QUESTIONS[0]),), max_tokens=4)
+        reply = client.chat(call)
+        assert (reply.arm, reply.retrieved_ids[0]) == ("rag", "ZPPP")
+        assert reply.adapter_version == client.chat(ChatCall("base:card", call.messages, max_tokens=1)).adapter_version
+        *pieces, last = client.stream(call)
+        assert isinstance(last, Reply)
+        assert "".join(piece for piece in pieces if isinstance(piece, str)) == last.text == reply.text
+
+
+def test_our_client_says_where_nothing_answers() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with Client(url) as client:
+        assert not client.health()
+        with pytest.raises(ClusterError, match=f"endpoint {url}"):
+            client.models()
 
 
 def test_a_caller_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:
