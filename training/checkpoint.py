@@ -9,7 +9,6 @@ The .pt files are read with `weights_only=True` (by transformers), so nothing in
 """
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -61,15 +60,12 @@ class Checkpoints:
         return folder
 
     @contextlib.contextmanager
-    def adapter(self, step: int, base_name: str) -> Iterator[Path]:
-        """A folder with the adapter of a whole checkpoint alone, its config naming the base by `base_name`."""
+    def adapter(self, step: int) -> Iterator[Path]:
+        """A folder with the adapter of a whole checkpoint and nothing else."""
         with tempfile.TemporaryDirectory(prefix="gw-adapter-") as name:
             folder = Path(name)
             for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                 self.run.store.download(folder / file, *self._key(step), file)
-            config = json.loads((folder / ADAPTER_CONFIG).read_text())
-            config["base_model_name_or_path"] = base_name  # PEFT wrote a path of the worker's machine
-            (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
             yield folder
 
     def clear_unfinished(self) -> None:

@@ -1,7 +1,7 @@
 """The loop on Ray Train's workers: the only module that imports ray.train."""
 
 import os
-import tempfile
+import shutil
 
 from graftwork.errors import ClusterError, GraftworkError, RunError
 from graftwork.training.job import LoopResult, NonFiniteLoss, TrainJob
@@ -26,28 +26,31 @@ def fit(job: TrainJob) -> LoopResult:
 
     require_resources(job.spec)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
-    with tempfile.TemporaryDirectory(prefix="gw-train-") as folder:  # Ray's own notes; ours go to the run's folder
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={"job": ray.put(job)},
-            torch_config=TorchConfig(
-                backend="nccl" if job.spec.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
-            ),
-            scaling_config=train.ScalingConfig(
-                num_workers=job.spec.num_workers,
-                use_gpu=job.spec.gpus_per_worker > 0,
-                resources_per_worker=resources_per_worker(job.spec),
-            ),
-            run_config=train.RunConfig(
-                name=job.spec.name,
-                storage_path=folder,
-                failure_config=train.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=1),
-            ),
-        )
-        try:
-            outcome = trainer.fit().return_value
-        except train.TrainingFailedError as error:
-            raise _explained(job, error) from error
+    assert job.run is not None, "trials run without Ray Train"
+    notes = job.run.store.local_dir(*job.run.file("ray"))  # Ray's own, of no use afterwards
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": ray.put(job)},
+        torch_config=TorchConfig(
+            backend="nccl" if job.spec.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
+        ),
+        scaling_config=train.ScalingConfig(
+            num_workers=job.spec.num_workers,
+            use_gpu=job.spec.gpus_per_worker > 0,
+            resources_per_worker=resources_per_worker(job.spec),
+        ),
+        run_config=train.RunConfig(
+            name=job.spec.name,
+            storage_path=str(notes),
+            failure_config=train.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=1),
+        ),
+    )
+    try:
+        outcome = trainer.fit().return_value
+    except train.TrainingFailedError as error:
+        raise _explained(job, error) from error
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
     if isinstance(outcome, GraftworkError):
         raise outcome
     assert isinstance(outcome, LoopResult), "rank 0 returns how the loop ended"

@@ -4,15 +4,16 @@ import errno
 import os
 import resource
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from graftwork import base_model
 from graftwork.errors import StorageError
+from graftwork.storage import cache_root
 from graftwork.training.batches import StepPlan, step_plan
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints
+from graftwork.training.init import adapter_folder
 from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepLog, StepReport
@@ -29,7 +30,8 @@ def run_steps(job: TrainJob, report: Report) -> LoopResult:
     plan = plan_of(job, world)
     start = _agreed_start(job, rank, world)
     log = StepLog.resumed(job.run, start.step if start else 0) if rank == 0 else StepLog(None)
-    with _work_dir(job) as folder, _disk_full_explained(folder):
+    folder = _work_dir(job)
+    with _disk_full_explained(folder):
         if start is not None and start.step >= plan.steps:
             return _result(log, plan.steps, start.elapsed_s, stopped=False, notes=())
         import torch
@@ -43,6 +45,8 @@ def run_steps(job: TrainJob, report: Report) -> LoopResult:
         watch = Watch(job, plan, log, report, before_s=start.elapsed_s if start else 0.0)
         trainer = sft.build_trainer(spec, job.data, plan, base, loaded, folder, watch)
         watch.trainer = trainer
+        if start is None and spec.init_from is not None:
+            sft.take_weights(trainer.model, adapter_folder(spec))
         notes = (loaded.reason, f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}")
         trainer.train(resume_from_checkpoint=str(Checkpoints(job.run).fetch(start.step)) if job.run and start else None)
     return _result(log, trainer.state.global_step, watch.elapsed_s(), stopped=watch.stopped, notes=notes)
@@ -79,14 +83,13 @@ def _device(spec: TrainSpec) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if spec.gpus_per_worker > 0 else "cpu"
 
 
-@contextmanager
-def _work_dir(job: TrainJob) -> Iterator[Path]:
-    """Where the trainer writes: the run's checkpoint folder, or for a trial a folder that stays empty."""
+def _work_dir(job: TrainJob) -> Path:
+    """Where the trainer writes: the run's checkpoint folder; for a trial one that it wants to have and leaves empty."""
     if job.run is not None:
-        yield Checkpoints(job.run).work_dir()
-    else:
-        with tempfile.TemporaryDirectory(prefix="gw-trial-") as folder:
-            yield Path(folder)
+        return Checkpoints(job.run).work_dir()
+    folder = cache_root() / "trials"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from graftwork.storage import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import PreparedData, prepare
 from graftwork.training.fit import fit
+from graftwork.training.init import parent_of, pin_init
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.lock import run_lock
 from graftwork.training.records import Progress, TrainReport
@@ -45,9 +46,14 @@ class Run:
     def of(cls, spec: TrainSpec) -> "Run":
         """Resolve base and data. Raises UserErrors of all kinds, before anything starts or is written."""
         base, data = base_model.resolve(spec.base), prepare(spec)
-        what = {"spec": spec.recipe(), "base": base.digest, "data": data.digest()}
-        digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()
-        return cls(spec, base, data, RunPaths(Store(spec.root), spec.name, digest))
+
+        def paths(init: str | None) -> RunPaths:
+            what = {"spec": spec.recipe(), "base": base.digest, "data": data.digest(), "init": init}
+            digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()
+            return RunPaths(Store(spec.root), spec.name, digest)
+
+        pinned = pin_init(spec, base, lambda version: paths(version).run_id)
+        return cls(pinned, base, data, paths(parent_of(pinned)))
 
 
 def check(spec: TrainSpec) -> None:
@@ -171,7 +177,7 @@ def _publish(run: Run, result: LoopResult) -> artifact.AdapterManifest:
     metrics = {"train_loss": result.train_loss[-1][1], "steps": float(result.steps), "tokens": float(result.tokens)}
     if result.eval_loss:
         metrics["eval_loss"] = result.eval_loss[-1][1]
-    with Checkpoints(run.paths).adapter(result.steps, base_name=spec.base.uri) as folder:
+    with Checkpoints(run.paths).adapter(result.steps) as folder:
         return artifact.publish(
             run.paths.store,
             spec.name,
@@ -186,6 +192,7 @@ def _publish(run: Run, result: LoopResult) -> artifact.AdapterManifest:
             metrics=metrics,
             run=run.paths.run_id,
             provenance=run.paths.store.read_json(*run.paths.provenance()),
+            parent=parent_of(spec),
             alias=spec.alias,
         )
 

@@ -1,0 +1,180 @@
+"""Runs under Ray Train: two real workers that are killed, a driver that is killed, one adapter published."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import psutil
+import pytest
+
+from graftwork import artifact
+from graftwork.cluster.session import Session
+from graftwork.errors import ClusterError, Interrupted, RunError
+from graftwork.storage import RunPaths, Store
+from graftwork.training.data import prepare
+from graftwork.training.job import TrainJob
+from graftwork.training.loop import run_steps
+from graftwork.training.records import Progress, TrainReport
+from graftwork.training.run import run_paths, train
+from graftwork.training.spec import TrainSpec
+from graftwork.training.steplog import read_steps
+from tests.processes import ROOT
+from tests.training import task
+
+WITHIN_S = 240.0
+STEPS = 120
+
+
+def until(reached: Callable[[], bool], what: str) -> None:
+    """Wait for a state that other processes bring about."""
+    end = time.monotonic() + WITHIN_S
+    while not reached():
+        assert time.monotonic() < end, f"{what}: not within {WITHIN_S:.0f} s"
+        time.sleep(0.02)
+
+
+def last_step(run: RunPaths) -> int:
+    steps = read_steps(run)
+    return steps[-1].step if steps else 0
+
+
+def start_driver(spec: TrainSpec) -> subprocess.Popen[str]:
+    """A process that trains `spec` on a private Ray of its own."""
+    program = (
+        "import sys, json\n"
+        "from graftwork.cluster.session import session\n"
+        "from graftwork.errors import GraftworkError\n"
+        "from graftwork.training.run import train\n"
+        "from graftwork.training.spec import TrainSpec\n"
+        "try:\n"
+        "    with session('local', num_cpus=4):\n"
+        "        train(TrainSpec.model_validate_json(sys.argv[1]))\n"
+        "except GraftworkError as error:\n"
+        "    print(error)\n"
+        "    sys.exit(error.exit_code)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+        environment.pop(key, None)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, spec.model_dump_json()], env=environment, text=True, stdout=subprocess.PIPE
+    )
+
+
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's worker processes below this one."""
+    below = psutil.Process().children(recursive=True)
+    return [process for process in below if "TrainWorker" in " ".join(process.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
+    every = {"checkpoint_every": 20, "eval_every": 30}
+    return task(tmp_path_factory.mktemp("train"), **{"optim.epochs": STEPS / 6, "alias": "prod", **every})
+
+
+@dataclass(frozen=True)
+class Disturbed:
+    """A run whose driver got Ctrl-C past step 21, then SIGKILL past step 45, and one of whose workers died past 65."""
+
+    said_on_ctrl_c: str
+    code_on_ctrl_c: int
+    left_running: list[psutil.Process]
+    refused_beside: str
+    status_after_ctrl_c: str
+    steps_when_killed: int
+    told: list[Progress]
+    report: TrainReport
+
+
+@pytest.fixture(scope="module")
+def disturbed(local_ray: Session, spec: TrainSpec) -> Disturbed:
+    run = run_paths(spec)
+    driver = start_driver(spec)
+    until(lambda: last_step(run) >= 21 or driver.poll() is not None, "the first driver passes its first checkpoint")
+    below = psutil.Process(driver.pid).children(recursive=True)
+    with pytest.raises(RunError) as refused:
+        train(spec)
+    driver.send_signal(signal.SIGINT)
+    said, _ = driver.communicate(timeout=60)
+    left_running = psutil.wait_procs(below, timeout=30)[1]
+    status = run.store.read_json(*run.status())["state"]
+
+    second = start_driver(spec)
+    until(lambda: last_step(run) >= 45 or second.poll() is not None, "the second driver passes step 45")
+    second.kill()
+    second.wait()
+    steps_when_killed = last_step(run)
+
+    told: list[Progress] = []
+    killed: list[int] = []
+
+    def kill_one(progress: Progress) -> None:
+        told.append(progress)
+        if progress.step >= 65 and not killed:
+            until(lambda: len(train_workers()) == 2, "both workers are seen")
+            killed.append(train_workers()[-1].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    report = train(spec, on_progress=kill_one)
+    assert killed, "no progress told between step 65 and the end"
+    return Disturbed(said, driver.returncode, left_running, str(refused.value), status, steps_when_killed, told, report)
+
+
+@pytest.mark.timeout(600)
+def test_the_curve_is_that_of_an_undisturbed_run_on_one_worker(spec: TrainSpec, disturbed: Disturbed) -> None:
+    """Killed or not, one worker or two: every step sees the same rows, and each trained token weighs the same."""
+    report = disturbed.report
+    undisturbed = run_steps(TrainJob(spec, prepare(spec)), lambda _: True)
+    assert [step for step, _ in report.train_loss] == list(range(1, STEPS + 1))
+    assert dict(report.train_loss) == pytest.approx(dict(undisturbed.train_loss), rel=1e-3)
+    assert dict(report.eval_loss) == pytest.approx(dict(undisturbed.eval_loss), rel=1e-3)
+    assert report.tokens == undisturbed.tokens
+    assert len(report.peak_rss_bytes_per_worker) == 2
+
+
+def test_every_start_goes_on_from_a_checkpoint(disturbed: Disturbed) -> None:
+    assert 45 <= disturbed.steps_when_killed < STEPS, "killed in the middle"
+    assert disturbed.told[0].step > 40, "the third driver went on from the checkpoint of step 40"
+    assert disturbed.told[-1].step == disturbed.told[-1].total_steps == STEPS
+    assert disturbed.told[-1].eval_loss == disturbed.report.eval_loss[-1][1]
+
+
+def test_ctrl_c_keeps_the_checkpoint_says_how_to_go_on_and_leaves_nothing_running(disturbed: Disturbed) -> None:
+    assert disturbed.code_on_ctrl_c == Interrupted.exit_code
+    assert "Interrupted" in disturbed.said_on_ctrl_c
+    assert "checkpoint of step 20 is kept" in disturbed.said_on_ctrl_c
+    assert "run the same command" in disturbed.said_on_ctrl_c
+    assert disturbed.left_running == []
+    assert disturbed.status_after_ctrl_c == "interrupted"
+
+
+def test_a_second_process_is_refused_while_a_run_goes_on(disturbed: Disturbed) -> None:
+    assert "another process is running it" in disturbed.refused_beside
+
+
+def test_the_adapter_is_published_under_its_alias(spec: TrainSpec, disturbed: Disturbed) -> None:
+    report, store = disturbed.report, Store(spec.root)
+    manifest = artifact.resolve(store, "colours@prod")
+    assert f"colours@{manifest.version}" == report.adapter
+    assert artifact.verify(store, "colours", report.version) == []
+    assert manifest.metrics["eval_loss"] == pytest.approx(report.eval_loss[-1][1])
+    assert manifest.run == report.run_id
+
+
+def test_a_finished_run_is_reused_whatever_its_workers(spec: TrainSpec, disturbed: Disturbed) -> None:
+    again = train(spec.with_({"num_workers": 1}))
+    assert again.reused
+    assert replace(again, reused=False) == disturbed.report
+    run = run_paths(spec)
+    assert run.store.read_json(*run.status())["state"] == "finished"
+
+
+def test_workers_that_never_fit_are_refused_at_once(local_ray: Session, spec: TrainSpec) -> None:
+    with pytest.raises(ClusterError, match="the cluster has 4 CPU, the run needs 6") as caught:
+        train(spec.with_({"cpus_per_worker": 3.0, "seed": 1}))
+    assert "--set num_workers=1" in caught.value.next_move

@@ -1,0 +1,56 @@
+"""Going on from a published adapter (`init_from`): found, compared, pinned to a version before anything starts."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from graftwork import artifact
+from graftwork.artifact import AdapterManifest
+from graftwork.base_model import ResolvedBase
+from graftwork.errors import ConfigError
+from graftwork.storage import Store
+from graftwork.training.spec import TrainSpec
+
+EQUAL = ("kind", "rank", "alpha", "targets")
+"""Keys of the adapter that must be those of the one gone on from: they decide shapes and scale of its weights."""
+
+
+def pin_init(spec: TrainSpec, base: ResolvedBase, run_id: Callable[[str], str]) -> TrainSpec:
+    """`spec` with `init_from` naming a version. Raises ArtifactError, ConfigError (another kind of adapter).
+
+    `run_id(version)` is the run that going on from a version would be. An alias may have moved to what this very run
+    published; then the version before it is meant, or each rerun would train on from its own result.
+    """
+    if spec.init_from is None:
+        return spec
+    store = Store(spec.root)
+    found = artifact.resolve(store, spec.init_from)
+    while found.parent is not None and found.run == run_id(found.parent):
+        found = artifact.open_adapter(store, found.task, found.parent)
+    artifact.require_base(found, base.digest)
+    _require_equal_method(spec, found)
+    return spec.with_({"init_from": found.ref})
+
+
+def adapter_folder(spec: TrainSpec) -> Path:
+    """Folder on this machine with the verified adapter that a pinned spec goes on from."""
+    assert spec.init_from is not None
+    task, _, version = spec.init_from.partition("@")
+    store = Store(spec.root)
+    return artifact.fetch(store, task, artifact.open_adapter(store, task, version).version)
+
+
+def parent_of(spec: TrainSpec) -> str | None:
+    """The version that a pinned spec goes on from."""
+    return spec.init_from.partition("@")[2] if spec.init_from else None
+
+
+def _require_equal_method(spec: TrainSpec, found: AdapterManifest) -> None:
+    ours = spec.adapter.model_dump(mode="json")
+    for key in EQUAL:
+        if found.method.get(key) != ours[key]:
+            raise ConfigError(
+                f"adapter.{key}={ours[key]} with init_from={spec.init_from}",
+                f"{found.ref} was trained with {key}={found.method.get(key)}",
+                "an adapter goes on with its own shape and scale",
+                f"--set adapter.{key}={found.method.get(key)}",
+            )
