@@ -66,6 +66,10 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
         self._ledger, self._last_step, self._interrupt, self._on_change = ledger, last_step, interrupt, on_change
         self._started: dict[str, float] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for a restore that never comes: a rerun goes by the ledger."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         self._started[_id(trial)] = time.monotonic()
         self._change(trial, state="running")
