@@ -24,7 +24,7 @@ from graftwork.training.lock import run_lock
 from graftwork.tuning.fit import fit
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport, choose, rule
-from graftwork.tuning.space import Draw, Values, digest, draw
+from graftwork.tuning.space import Draw, Values, digest, draw, trial_spec
 from graftwork.tuning.spec import TuneSpec
 
 __all__ = ["TrialRecord", "TuneProgress", "TuneReport", "check", "tune"]
@@ -169,7 +169,7 @@ def _jobs(spec: TuneSpec, points: Iterable[Values]) -> dict[str, TrainJob]:
     rows: dict[str, PreparedData] = {}
     jobs = {}
     for point in points:
-        train = spec.train.with_({**point, "num_workers": 1, "data.eval_rows": spec.eval_rows})
+        train = trial_spec(spec, point)
         key = canonical_json(train.model_dump(mode="json", include=DECIDES_ROWS))
         if key not in rows:
             rows[key] = prepare(train)

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from graftwork.config import canonical_json
+from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import Choice, Domain, LogUniform, TuneSpec
 
 Values = dict[str, JsonValue]
@@ -52,6 +53,11 @@ def grid_size(spec: TuneSpec) -> int | None:
 def digest(values: Values) -> str:
     """Identity of a trial within its sweep: 8 hex digits over its values."""
     return hashlib.sha256(canonical_json(values).encode()).hexdigest()[:8]
+
+
+def trial_spec(spec: TuneSpec, point: Values) -> TrainSpec:
+    """The training spec of a trial: one process, the sweep's held-out rows."""
+    return spec.train.with_({**point, "num_workers": 1, "data.eval_rows": spec.eval_rows})
 
 
 def _grid(spec: TuneSpec) -> Iterator[Values]:

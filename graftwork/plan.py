@@ -1,0 +1,243 @@
+"""Predicts seconds from the model's operations and the machine's measured speed, and says whether a stage fits.
+
+Operations: a product of weights costs 2 a weight and token forward and 2 backward for the input's gradient; frozen
+weights need no gradient, so LoRA takes 4N a token where full finetuning takes 6N. Efficiencies are shares of the
+probe's matmul rate (`machine.measure_speed`), calibrated with `benchmarks/memory_plan.py` on SmolLM2-135M.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from graftwork.base_model import QuantSpec
+from graftwork.machine import Speed, available_memory, cores, measure_speed
+from graftwork.memory import FP32, GIB, MemoryPlan, RowSizes, micro_batch, predict_serving, predict_training
+from graftwork.model_shape import ModelShape
+from graftwork.serving.spec import EngineSpec
+from graftwork.training.spec import TrainSpec
+
+TRAIN_EFFICIENCY = 0.70
+"""Of the probe's rate, in a training step: smaller products, element-wise work, autograd."""
+ANSWER_EFFICIENCY = 0.50
+"""Of the probe's rate, in prompts and decoding."""
+UNPACK_PER_S = 1.0e9
+"""nf4 weights that one core unpacks a second (bitsandbytes 0.50, AVX2)."""
+LAYER_S = 1.2e-3
+"""Python and kernel launches of one block in one decoding step."""
+START_S = 14.0
+"""CPU seconds from a worker's start to its first step: imports (11) and the base."""
+PADDING = 1.04
+"""Padded over real tokens: rows of a step are sorted by length."""
+HEADROOM = 0.95
+"""Share of the available memory that a plan may take."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will take, before it starts."""
+
+    stage: str
+    processes: int
+    peak_bytes_per_process: int
+    total_bytes: int
+    seconds: float
+    verdict: str
+    """`fits`, or `needs 9.1 of 8.0 GiB; fits with optim.micro_batch=2`."""
+    parts: tuple[tuple[str, int], ...]
+    """Bytes of one process, by name."""
+    assumptions: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict == "fits"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "parts": dict(self.parts)}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Requests to one replica, on average."""
+
+    count: int
+    prompt_tokens: float
+    new_tokens: float
+
+    def said(self) -> str:
+        """In words."""
+        return f"{self.count} answers of {self.new_tokens:.0f} tokens to prompts of {self.prompt_tokens:.0f}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for. `value_bytes`: 4 where the compute dtype is fp32, 2 for bf16."""
+
+    cores: int
+    memory_bytes: int
+    speed: Speed
+    value_bytes: int = FP32
+
+    @classmethod
+    def here(cls, value_bytes: int = FP32) -> "Machine":
+        """This machine as it is now. Probes its speed the first time."""
+        return cls(cores(), available_memory(), measure_speed(), value_bytes)
+
+    def said(self) -> str:
+        """In words."""
+        speed = f"{self.speed.gflops:.0f} GFLOP/s a core, {self.speed.gbytes_per_s:.0f} GB/s"
+        return f"{self.cores} cores, {speed}, {self.memory_bytes / GIB:.1f} GiB available"
+
+    def core_s(self, flops: float, efficiency: float) -> float:
+        """Seconds of one core."""
+        return flops / (self.speed.gflops * 1e9 * efficiency)
+
+    def stretch(self, processes: int, threads: float) -> float:
+        """How much longer work takes when more threads run than there are cores."""
+        return max(1.0, processes * threads / self.cores)
+
+
+def training_flops(spec: TrainSpec, model: ModelShape, tokens: float, scored: float, row: float) -> float:
+    """Operations of a forward and a backward pass over `tokens` tokens in rows of `row`, `scored` of them scored."""
+    adapter = model.adapter_params(spec.adapter.rank, spec.adapter.targets)
+    attention = model.layers * 14 * row * model.q_size  # 4 forward; backward 10, as it computes the scores again
+    return tokens * (4 * model.linear_params + 6 * adapter + attention) + scored * 4 * model.head_params
+
+
+def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> float:
+    """One optimizer step of one worker with its cores to itself."""
+    per_worker = spec.optim.rows_per_step // spec.num_workers
+    tokens = per_worker * rows.mean * PADDING
+    flops = training_flops(spec, model, tokens, per_worker * rows.mean_trained, rows.mean)
+    passes = per_worker / micro_batch(spec)
+    unpack_s = 2 * passes * model.linear_params / UNPACK_PER_S if spec.quant.kind == "nf4" else 0.0
+    return (machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s) / max(1.0, spec.cpus_per_worker)
+
+
+def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> float:
+    """The held-out loss over `rows` in one worker: forward passes alone."""
+    flops = rows.count * (rows.mean * PADDING * 2 * model.linear_params + rows.mean_trained * 2 * model.head_params)
+    return machine.core_s(flops, TRAIN_EFFICIENCY) / max(1.0, spec.cpus_per_worker)
+
+
+def training_seconds(
+    spec: TrainSpec,
+    model: ModelShape,
+    rows: RowSizes,
+    held_out: RowSizes | None,
+    machine: Machine,
+    steps: int,
+    evals: int,
+) -> float:
+    """A worker's time from its start, with its cores to itself."""
+    eval_s = evaluation_seconds(spec, model, held_out, machine) / spec.num_workers if held_out else 0.0
+    return START_S + steps * step_seconds(spec, model, rows, machine) + evals * eval_s
+
+
+def plan_training(
+    spec: TrainSpec, model: ModelShape, rows: RowSizes, held_out: RowSizes | None, machine: Machine
+) -> StagePlan:
+    """A run of `train`. `rows` and `held_out`: sizes of the rendered rows."""
+    steps = max(1, math.ceil(spec.optim.epochs * rows.count / spec.optim.rows_per_step - 1e-9))
+    evals = math.ceil(steps / spec.eval_every) if held_out else 0
+    alone_s = training_seconds(spec, model, rows, held_out, machine, steps, evals)
+    memory = predict_training(spec, model, rows, value_bytes=machine.value_bytes)
+    return StagePlan(
+        stage=f"train {spec.name}",
+        processes=spec.num_workers,
+        peak_bytes_per_process=memory.peak_bytes,
+        total_bytes=memory.peak_bytes * spec.num_workers,
+        seconds=alone_s * machine.stretch(spec.num_workers, spec.cpus_per_worker),
+        verdict=verdict_of(
+            memory.peak_bytes * spec.num_workers, machine, training_ways_out(spec, model, rows, machine)
+        ),
+        parts=memory.parts,
+        assumptions=(f"{steps} steps of {spec.optim.rows_per_step} rows", *memory.assumptions, machine.said()),
+    )
+
+
+def training_ways_out(
+    spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine
+) -> Iterator[tuple[str, int]]:
+    """(a setting, bytes in all with it): single changes, the cheapest first."""
+
+    def total(changed: TrainSpec, sizes: RowSizes = rows) -> int:
+        return predict_training(changed, model, sizes, value_bytes=machine.value_bytes).peak_bytes * changed.num_workers
+
+    size = micro_batch(spec)
+    while size > 1:
+        size //= 2
+        yield f"optim.micro_batch={size}", total(spec.with_({"optim.micro_batch": size}))
+    if spec.quant.kind != "nf4":
+        yield "quant.kind=nf4", total(spec.with_({"quant": {"kind": "nf4"}}))
+    for workers in range(spec.num_workers - 1, 0, -1):
+        if spec.optim.rows_per_step % workers == 0:
+            yield f"num_workers={workers}", total(spec.with_({"num_workers": workers}))
+    for share in (0.75, 0.5, 0.25):
+        length = int(rows.longest * share)
+        shorter = replace(rows, longest=length, longest_trained=min(length, rows.longest_trained))
+        yield f"max_length={length} (longer rows are dropped)", total(spec, shorter)
+
+
+def plan_serving(
+    stage: str,
+    model: ModelShape,
+    quant: QuantSpec,
+    engine: EngineSpec,
+    machine: Machine,
+    *,
+    adapters: Sequence[int] = (),
+    dequantised: bool = False,
+    answers: Answers | None = None,
+    num_cpus: float = 1.0,
+) -> StagePlan:
+    """One engine replica: its memory when full, and the time of `answers` on it after its start.
+
+    `adapters`: ranks of the versions loaded. `dequantised`: nf4 kept as plain values.
+    """
+
+    def memory_with(kv_tokens: int) -> MemoryPlan:
+        fewer = engine.model_copy(update={"kv_tokens": kv_tokens})
+        return predict_serving(
+            model, quant, fewer, adapters=adapters, dequantised=dequantised, value_bytes=machine.value_bytes
+        )
+
+    memory = memory_with(engine.kv_tokens)
+    halves = (engine.kv_tokens // 2**power for power in range(1, 6))
+    ways_out = ((f"engine.kv_tokens={n}", memory_with(n).peak_bytes) for n in halves if n >= engine.max_seq_len)
+    answer_s = answers_seconds(answers, model, engine, machine, num_cpus) if answers else 0.0
+    return StagePlan(
+        stage=stage,
+        processes=1,
+        peak_bytes_per_process=memory.peak_bytes,
+        total_bytes=memory.peak_bytes,
+        seconds=START_S + answer_s,
+        verdict=verdict_of(memory.peak_bytes, machine, ways_out),
+        parts=memory.parts,
+        assumptions=(*((answers.said(),) if answers else ()), *memory.assumptions, machine.said()),
+    )
+
+
+def answers_seconds(
+    answers: Answers, model: ModelShape, engine: EngineSpec, machine: Machine, num_cpus: float
+) -> float:
+    """Prompts computed and answers decoded in full batches by one replica."""
+    threads = min(max(1, int(engine.num_threads or num_cpus)), machine.cores)
+    prompt_flops = 2 * model.linear_params * answers.count * answers.prompt_tokens
+    batch = min(engine.max_batch, answers.count)
+    steps = answers.count * answers.new_tokens / batch
+    token_flops = 2 * (model.linear_params + model.head_params)
+    weights_s = (model.linear_params + model.head_params) * machine.value_bytes / (machine.speed.gbytes_per_s * 1e9)
+    step_s = model.layers * LAYER_S + weights_s + machine.core_s(batch * token_flops, ANSWER_EFFICIENCY) / threads
+    return machine.core_s(prompt_flops, ANSWER_EFFICIENCY) / threads + steps * step_s
+
+
+def verdict_of(total_bytes: int, machine: Machine, ways_out: Iterable[tuple[str, int]]) -> str:
+    """`fits`, or what it needs of what there is and the nearest single change that fits."""
+    limit = HEADROOM * machine.memory_bytes
+    if total_bytes <= limit:
+        return "fits"
+    needs = f"needs {total_bytes / GIB:.1f} of {machine.memory_bytes / GIB:.1f} GiB"
+    way_out = next((setting for setting, size in ways_out if size <= limit), None)
+    return f"{needs}; fits with {way_out}" if way_out else f"{needs}; no single change fits: take a smaller base"

@@ -1,0 +1,117 @@
+"""Predicted bytes against PyTorch's own accounting, published sizes, and the arithmetic of the papers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftwork.base_model import QuantSpec
+from graftwork.errors import BaseModelError
+from graftwork.memory import (
+    FP32,
+    RowSizes,
+    full_training_bytes,
+    kv_bytes,
+    predict_serving,
+    predict_training,
+    saved_values,
+    weight_bytes,
+)
+from graftwork.model_shape import ModelShape
+from graftwork.serving.spec import EngineSpec
+from graftwork.training.spec import LoraSpec, TrainSpec
+from tests.tiny import write_tiny_base
+
+GB = 10**9
+NONE, NF4 = QuantSpec(kind="none"), QuantSpec(kind="nf4")
+LLAMA_13B = ModelShape(5120, 40, 40, 40, 128, 13824, 32000, tied=False)
+TEN_B = ModelShape(4096, 48, 32, 8, 128, 14336, 32000, tied=False)  # 10.7 B as Solar's
+TOKENS = 16
+SMOLLM2 = ModelShape(576, 30, 9, 3, 64, 1536, 49152, tied=True)
+
+
+def spec(**keys: Any) -> TrainSpec:
+    return TrainSpec.model_validate({"name": "t", "base": "b", "data": {"train": "t.jsonl"}, "max_length": 128, **keys})
+
+
+def test_ten_billion_parameters_are_40_gb_in_fp32_and_20_in_fp16() -> None:
+    """The rule of thumb of 4 and 2 bytes a parameter."""
+    ten = 10e9 / TEN_B.params
+    assert weight_bytes(TEN_B, NONE, 4) * ten == pytest.approx(40 * GB)
+    assert weight_bytes(TEN_B, NONE, 2) * ten == pytest.approx(20 * GB)
+
+
+def test_13b_in_fp16_takes_about_31_gb_to_serve() -> None:
+    """26.0 GB of weights and 3.4 of keys and values for one conversation of 4,096 tokens; the rest is the process."""
+    assert LLAMA_13B.params == 13_015_864_320  # as meta-llama/Llama-2-13b-hf counts
+    engine = EngineSpec(kv_tokens=4096, max_batch=1, max_seq_len=4096)
+    assert predict_serving(LLAMA_13B, NONE, engine, value_bytes=2).peak_bytes == pytest.approx(31 * GB, rel=0.03)
+    assert kv_bytes(LLAMA_13B, 4096, 2) == pytest.approx(3.36 * GB, rel=0.01)
+
+
+def test_13b_takes_over_100_gb_to_train_with_adam() -> None:
+    assert full_training_bytes(LLAMA_13B) > 100 * GB
+    assert full_training_bytes(LLAMA_13B) == 13_015_864_320 * 12
+
+
+def test_shapes_count_the_parameters_of_known_models() -> None:
+    assert SMOLLM2.params == 134_515_008  # HuggingFaceTB/SmolLM2-135M
+    llama_8b = ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False)
+    assert llama_8b.params == 8_030_261_248  # meta-llama/Llama-3.1-8B
+    assert llama_8b.adapter_params(16) == 41_943_040  # PEFT's count for r=16 on all linear layers
+
+
+def test_double_quantised_nf4_takes_4_127_bits_a_weight() -> None:
+    """QLoRA, arXiv 2305.14314, section 3: 0.5 bit of scales become 0.127."""
+    linears = SMOLLM2.linear_params
+    plain = SMOLLM2.plain_params * FP32
+    assert (weight_bytes(SMOLLM2, NF4) - plain) * 8 / linears == pytest.approx(4.5)
+    double = weight_bytes(SMOLLM2, QuantSpec(kind="nf4", double_quant=True)) - plain
+    assert double * 8 / linears == pytest.approx(4.127, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelShape]:
+    folder = write_tiny_base(tmp_path_factory.mktemp("base"))
+    return folder, ModelShape.from_config(json.loads((folder / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "attention", "mlp"])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_saved_values_are_what_autograd_keeps(
+    tiny: tuple[Path, ModelShape], targets: Any, padded: bool, dropout: float
+) -> None:
+    folder, shape = tiny
+    adapter = LoraSpec(rank=3, targets=targets, dropout=dropout)
+    first, both = (kept_values(folder, layers, adapter, padded) for layers in (1, 2))
+    # Before the first adapter nothing needs a gradient, so the first block keeps less; each further one keeps all.
+    assert both - first == saved_values(shape, adapter, TOKENS if padded else None)
+
+
+def kept_values(folder: Path, layers: int, adapter: LoraSpec, padded: bool) -> float:
+    """fp32 values a token that `torch.autograd.graph.saved_tensors_hooks` sees in the body of a PEFT model."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from graftwork.training.sft import lora_config
+
+    rows, tokens = 2, TOKENS
+    model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=layers).requires_grad_(False)
+    model = get_peft_model(model, lora_config(adapter, model)).train()
+    frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen and tensor.shape[0] in (rows, rows * tokens):  # not the rotary tables
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    mask[0, -1] = 0 if padded else 1
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.get_base_model().model(input_ids=torch.full((rows, tokens), 7), attention_mask=mask, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / FP32 / rows / tokens
