@@ -11,10 +11,10 @@ from graftwork.storage import DEFAULT_ROOT
 class BurstSpec(Spec):
     """Live traffic while a new adapter version is published and swapped in."""
 
-    requests: int = Field(120, ge=2)
+    requests: int = Field(default=120, ge=2)
     """Requests in all, spread over the adapters and the base."""
-    concurrency: int = Field(8, ge=1)
-    max_new_tokens: int = Field(24, ge=1)
+    concurrency: int = Field(default=8, ge=1)
+    max_new_tokens: int = Field(default=24, ge=1)
 
 
 class DemoSpec(Spec):

@@ -14,17 +14,17 @@ from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 class EngineSpec(Spec):
     """Limits of one engine replica."""
 
-    max_batch: int = Field(64, ge=1)
+    max_batch: int = Field(default=64, ge=1)
     """Requests decoded together."""
-    max_seq_len: int = Field(1024, ge=16)
+    max_seq_len: int = Field(default=1024, ge=16)
     """Longest prompt plus answer in tokens; a longer request is refused."""
-    kv_tokens: int = Field(32_768, ge=16)
+    kv_tokens: int = Field(default=32_768, ge=16)
     """Tokens of key-value memory over all requests; the rest wait in the queue."""
-    prefill_tokens: int = Field(1024, ge=16)
+    prefill_tokens: int = Field(default=1024, ge=16)
     """Prompt tokens computed in one step at most, so that running requests go on."""
-    max_rank: int = Field(64, ge=1)
+    max_rank: int = Field(default=64, ge=1)
     """Largest adapter rank that is admitted."""
-    max_loaded: int = Field(16, ge=1)
+    max_loaded: int = Field(default=16, ge=1)
     """Adapter versions held in memory; beyond it the least recently used idle one is dropped."""
     prefix_cache: bool = True
     """Share the KV of equal prompt beginnings, keyed by (adapter version digest, tokens)."""
@@ -41,7 +41,7 @@ class ArmSpec(Spec):
     prompt: PromptSpec | None = None
     """System prompt and worked examples; null takes those that the adapter was trained with, and none for the base."""
     retriever: RetrieverSpec | None = None
-    max_new_tokens: int | None = Field(96, ge=1)
+    max_new_tokens: int | None = Field(default=96, ge=1)
     """Longest answer in tokens; null allows what is left of the sequence."""
 
 
@@ -59,16 +59,16 @@ class ServeSpec(Spec):
     """Answered under the model name `arm/NAME`."""
     engine: EngineSpec = EngineSpec()
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     token_env: str | None = None
     """Environment variable that holds the API token; needed to bind anything but loopback."""
-    request_timeout_s: float = Field(600.0, gt=0)
+    request_timeout_s: float = Field(default=600.0, gt=0)
     """A request that takes longer is cancelled and answered with an error."""
-    max_ongoing_requests: int = Field(512, ge=1)
+    max_ongoing_requests: int = Field(default=512, ge=1)
     """Requests that one replica holds, running and queued in its engine; the rest wait before it."""
-    num_cpus: float = Field(1.0, gt=0)
+    num_cpus: float = Field(default=1.0, gt=0)
     """CPUs of the engine replica."""
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Self:

@@ -36,14 +36,18 @@ def main() -> None:
         print_error(error, as_json)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        stop = Interrupted("stopped by Ctrl-C", "", "what was committed stays valid", "run the same command to continue")
+        stop = Interrupted(
+            "stopped by Ctrl-C", "", "what was committed stays valid", "run the same command to continue"
+        )
         print_error(stop, as_json)
         sys.exit(stop.exit_code)
     except Exception as error:  # the top of the process: our own bug
         trace = Path(gettempdir()) / "graftwork-traceback.txt"
         trace.write_text(traceback.format_exc(), encoding="utf-8")
         wrapped = GraftworkError(
-            "internal error", f"{type(error).__name__}: {error}", "this is a bug in graftwork, not in your input",
+            "internal error",
+            f"{type(error).__name__}: {error}",
+            "this is a bug in graftwork, not in your input",
             f"report it with the traceback in {trace}",
         )
         print_error(wrapped, as_json)

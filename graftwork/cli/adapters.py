@@ -21,16 +21,29 @@ def list_(root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> None:
     manifests = artifact.list_adapters(store)
     named = {task: artifact.aliases(store, task) for task in {m.task for m in manifests}}
     rows = [
-        (m.task, m.version, ",".join(sorted(a for a, v in named[m.task].items() if v == m.version)) or "-",
-         m.method.get("kind", "-"), m.method.get("rank", "-"), m.base_digest[:12],
-         gib(sum(f.size_bytes for f in m.files.values())), m.created_at)
+        (
+            m.task,
+            m.version,
+            ",".join(sorted(a for a, v in named[m.task].items() if v == m.version)) or "-",
+            m.method.get("kind", "-"),
+            m.method.get("rank", "-"),
+            m.base_digest[:12],
+            gib(sum(f.size_bytes for f in m.files.values())),
+            m.created_at,
+        )
         for m in manifests
     ]
     if as_json:
-        print_json([{**m.model_dump(mode="json"), "aliases": sorted(a for a, v in named[m.task].items() if v == m.version)}
-                    for m in manifests])
+        print_json(
+            [
+                {**m.model_dump(mode="json"), "aliases": sorted(a for a, v in named[m.task].items() if v == m.version)}
+                for m in manifests
+            ]
+        )
     elif rows:
-        print_table(f"adapters in {store.uri}", ("task", "version", "alias", "method", "rank", "base", "size", "created"), rows)
+        print_table(
+            f"adapters in {store.uri}", ("task", "version", "alias", "method", "rank", "base", "size", "created"), rows
+        )
     else:
         say(f"no adapters in {store.uri}: `graftwork train FILE` publishes one")
 
@@ -43,13 +56,17 @@ def show(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
 
 @app.command()
 def verify(ref: Ref, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> None:
-    """Read every byte: sha256 of each file, safetensors headers, shapes against the config. Exit 2 lists the problems."""
+    """Read every byte: sha256 of each file, safetensors headers, shapes. Exit 2 lists the problems."""
     store = Store(root)
     manifest = artifact.resolve(store, ref)
     problems = artifact.verify(store, manifest.task, manifest.version)
     if problems:
-        raise ArtifactError(f"verify {ref} (version {manifest.version})", "; ".join(problems),
-                            "every file must match the manifest", "publish it again from its run")
+        raise ArtifactError(
+            f"verify {ref} (version {manifest.version})",
+            "; ".join(problems),
+            "every file must match the manifest",
+            "publish it again from its run",
+        )
     if as_json:
         print_json({"ref": ref, "version": manifest.version, "ok": True, "files": sorted(manifest.files)})
     else:
@@ -57,7 +74,9 @@ def verify(ref: Ref, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> No
 
 
 @app.command()
-def promote(ref: Ref, alias: Annotated[str, typer.Argument(help="Alias to move, e.g. prod.")], root: Root = DEFAULT_ROOT) -> None:
+def promote(
+    ref: Ref, alias: Annotated[str, typer.Argument(help="Alias to move, e.g. prod.")], root: Root = DEFAULT_ROOT
+) -> None:
     """Point an alias at a version, atomically. Running requests finish on the version they began with."""
     store = Store(root)
     manifest = artifact.resolve(store, ref)

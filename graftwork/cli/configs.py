@@ -44,6 +44,8 @@ def schema(kind: Annotated[str, typer.Argument(metavar="KIND|FILE", help="A stag
     if kind not in config.SPEC_KINDS and Path(kind).suffix in (".yaml", ".yml"):
         tree = yaml.safe_load(Path(kind).read_text(encoding="utf-8")) if Path(kind).is_file() else None
         if not isinstance(tree, dict):
-            raise ConfigError(f"spec file {kind}", "it does not exist or is no mapping", "schema takes a stage or a spec file")
+            raise ConfigError(
+                f"spec file {kind}", "it does not exist or is no mapping", "schema takes a stage or a spec file"
+            )
         kind = str(tree.get("kind"))
     print_json(config.schema(kind))

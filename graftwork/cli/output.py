@@ -17,7 +17,9 @@ console = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the spec, e.g. optim.lr=1e-3.")]
+Sets = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the spec, e.g. optim.lr=1e-3.")
+]
 
 
 def print_json(value: object) -> None:
@@ -28,8 +30,14 @@ def print_json(value: object) -> None:
 def print_error(error: GraftworkError, as_json: bool) -> None:
     """The error on stderr: four lines for people, one object for machines."""
     if as_json:
-        parts = {"type": type(error).__name__, "asked": error.asked, "found": error.found, "rule": error.rule,
-                 "next": error.next_move, "exit_code": error.exit_code}
+        parts = {
+            "type": type(error).__name__,
+            "asked": error.asked,
+            "found": error.found,
+            "rule": error.rule,
+            "next": error.next_move,
+            "exit_code": error.exit_code,
+        }
         sys.stderr.write(json.dumps({"error": parts}, ensure_ascii=False) + "\n")
     else:
         stderr.print(error.text(), style="red", markup=False, soft_wrap=True)
@@ -67,8 +75,15 @@ def duration(seconds: float) -> str:
 @contextmanager
 def progress_bar(label: str, quiet: bool) -> Iterator[Any]:
     """A bar with count, elapsed time, ETA and a free text; yields `update(done, total, text)`. Silent when `quiet`."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
     with Progress(*columns, console=stderr, transient=True, disable=quiet) as bars:
         task = bars.add_task(label, total=None, text="")
 

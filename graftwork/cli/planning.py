@@ -96,19 +96,21 @@ def plan_sweep(spec: TuneSpec) -> PlanLine:
 
 
 def plan_comparison(spec: CompareSpec) -> PlanLine:
-    """Prompts of about 25 tokens and 30 a passage, answers of about 45: short rows; real ones are counted by the run."""
+    """Prompts of about 25 tokens and 30 a passage, answers of about 45; the run counts the real ones."""
     rows = len(read_rows(spec.eval, limit=spec.limit, need="eval"))
     prompt = sum(25 + 30 * (arm.retriever.k if arm.retriever else 0) for arm in spec.arms) * rows
     answer = 45 * len(spec.arms) * rows
     per_token = 2 * _shape(spec.base).linear_params
     head = 2 * _shape(spec.base).head_params
     rate = _gflops() * 1e9
-    seconds = prompt * per_token / (rate * PREFILL_EFFICIENCY) + answer * (per_token + head) / (rate * DECODE_EFFICIENCY)
+    seconds = prompt * per_token / (rate * PREFILL_EFFICIENCY) + answer * (per_token + head) / (
+        rate * DECODE_EFFICIENCY
+    )
     return plan_serving("compare", spec.base, spec.quant, spec.engine, seconds)
 
 
 def plan_serving(stage: str, base: BaseSpec, quant: QuantSpec, engine: EngineSpec, seconds: float) -> PlanLine:
-    """One engine replica with its whole KV memory in use. Serving has no end: its seconds are those until it is ready."""
+    """One engine replica with its whole KV memory in use. Serving has no end: its seconds are those until ready."""
     shape = _shape(base)
     plain = quant.kind == "nf4" and quant.resident != "packed" and not has_fused_nf4("cpu")
     slots = engine.max_loaded * shape.adapter_params(min(16, engine.max_rank)) * FP32
@@ -143,7 +145,7 @@ def training_memory(spec: TrainSpec, data: PreparedData) -> MemoryPlan:
 
 
 def _training_flops(spec: TrainSpec, data: PreparedData) -> float:
-    """One pass over the rows: 4 N a token (forward and the gradient of the input; frozen weights need none), 6 of the adapter's."""
+    """One pass over the rows: 4 N a token (frozen weights get no gradient of their own) and 6 of the adapter's."""
     shape = _shape(spec.base)
     tokens, _ = _tokens(data)
     scored = int(data.train.trained_T.sum())

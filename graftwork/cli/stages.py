@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML spec of the stage; see examples/.")]
 On = Annotated[
-    str, typer.Option("--on", metavar="WHERE", help="local (a private Ray), ray://HOST:PORT, or http://HOST:PORT of a Ray.")
+    str,
+    typer.Option("--on", metavar="WHERE", help="local (a private Ray), ray://HOST:PORT, or http://HOST:PORT of a Ray."),
 ]
 
 
@@ -49,7 +50,10 @@ def plan(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  #
     print_table(
         f"plan of {file}",
         ("stage", "processes", "peak each", "peak in all", "time", "fits"),
-        [(r.stage, r.processes, gib(r.peak_bytes_per_process), gib(r.total_bytes), duration(r.seconds), r.verdict) for r in rows],
+        [
+            (r.stage, r.processes, gib(r.peak_bytes_per_process), gib(r.total_bytes), duration(r.seconds), r.verdict)
+            for r in rows
+        ],
     )
     for note in dict.fromkeys(note for row in rows for note in row.assumptions):
         say(f"  {note}")
@@ -67,15 +71,20 @@ def train(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag =
     check(spec)
     with progress_bar(f"train {spec.name}", as_json) as bar, session(on) as here:
         report = here.run(
-            train, spec, on_progress=lambda p: bar(p.step, p.total_steps, f"loss {p.loss:.3f}  {p.tokens_per_s:.0f} tok/s")
+            train,
+            spec,
+            on_progress=lambda p: bar(p.step, p.total_steps, f"loss {p.loss:.3f}  {p.tokens_per_s:.0f} tok/s"),
         )
     if as_json:
         print_json(report.as_dict())
         return
     done = "reused the finished run" if report.reused else f"{report.steps} steps in {duration(report.wall_s)}"
     held_out = f", held-out loss {report.eval_loss[-1][1]:.3f}" if report.eval_loss else ""
-    say(f"{report.run_id}: {done}; {report.rows} rows ({report.dropped_rows} dropped), {report.tokens_per_s:.0f} tok/s, "
-        f"loss {report.train_loss[-1][1]:.3f}{held_out}")
+    say(
+        f"{report.run_id}: {done}; {report.rows} rows ({report.dropped_rows} dropped), "
+        f"{report.tokens_per_s:.0f} tok/s, "
+        f"loss {report.train_loss[-1][1]:.3f}{held_out}"
+    )
     say(f"published {report.adapter}" + (f", alias {spec.name}@{spec.alias}" if spec.alias else ""))
 
 
@@ -98,8 +107,17 @@ def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
     print_table(
         f"{report.run_id}{' (reused)' if report.reused else ''}",
         ("trial", *keys, "held-out loss", "steps", "state", "time"),
-        [(t.trial_id, *[t.values.get(k, "-") for k in keys], f"{t.losses[-1][1]:.4f}" if t.losses else "-", t.steps,
-          t.state, duration(t.wall_s)) for t in ordered],
+        [
+            (
+                t.trial_id,
+                *[t.values.get(k, "-") for k in keys],
+                f"{t.losses[-1][1]:.4f}" if t.losses else "-",
+                t.steps,
+                t.state,
+                duration(t.wall_s),
+            )
+            for t in ordered
+        ],
     )
     say("best: " + " ".join(f"--set {key}={value}" for key, value in report.best.items()))
 
@@ -117,8 +135,10 @@ def serve(file: SpecFile, on: On = "local", sets: Sets = []) -> None:  # noqa: B
         with endpoint.client() as client:
             models = [model["id"] for model in client.models()]
         say(f"serving at {endpoint.url}/v1  models: {', '.join(models)}")
-        say(f"  curl {endpoint.url}/v1/chat/completions -H 'Content-Type: application/json' "
-            f"-d '{json.dumps({'model': models[-1], 'messages': [{'role': 'user', 'content': 'Hello'}]})}'")
+        say(
+            f"  curl {endpoint.url}/v1/chat/completions -H 'Content-Type: application/json' "
+            f"-d '{json.dumps({'model': models[-1], 'messages': [{'role': 'user', 'content': 'Hello'}]})}'"
+        )
         say("  Ctrl-C ends it")
         while True:
             time.sleep(3600)
@@ -163,7 +183,9 @@ def _interval(score: Any) -> str:
 
 def chat(
     file: Annotated[str, typer.Argument(metavar="FILE|URL", help="Serve spec, or the address of a running endpoint.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="A name from /v1/models; default: the first arm, else the base.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A name from /v1/models; default: the first arm, else the base.")
+    ] = None,
     message: Annotated[str | None, typer.Option("--message", help="Ask once and end.")] = None,
     on: On = "local",
     sets: Sets = [],  # noqa: B006
@@ -206,17 +228,18 @@ def _running(spec: "ServeSpec") -> "Client | None":
 
 
 def _converse(client: "Client", model: str | None, message: str | None) -> None:
+    from graftwork.chat import Message
     from graftwork.serving.client import ChatCall, Reply
 
     names = [entry["id"] for entry in client.models()]
     if model is not None and model not in names and ":" not in model:
         raise ConfigError(f"--model {model}", "no such model", f"served: {', '.join(names)}")
     chosen = model or next((name for name in names if name.startswith("arm/")), names[0])
-    messages: list[dict[str, str]] = []
+    messages: list[Message] = []
     if message is None:
         say(f"talking to {chosen}; an empty line ends it. Also served: {', '.join(n for n in names if n != chosen)}")
     while text := message if message is not None else console.input("> ").strip():
-        messages.append({"role": "user", "content": text})
+        messages.append(Message("user", text))
         said = ""
         for part in client.stream(ChatCall(model=chosen, messages=tuple(messages))):
             if isinstance(part, Reply):
@@ -224,7 +247,7 @@ def _converse(client: "Client", model: str | None, message: str | None) -> None:
             said += part
             console.print(part, end="", markup=False, soft_wrap=True)
         console.print()
-        messages.append({"role": "assistant", "content": said})
+        messages.append(Message("assistant", said))
         if message is not None:
             return
 

@@ -11,17 +11,18 @@ import psutil
 
 from graftwork import base_model, report
 from graftwork.cli.output import duration, gib, print_table, progress_bar, say
+from graftwork.cli.planning import PlanLine, plan_spec
 from graftwork.cluster.session import Session, session
 from graftwork.demo import records, traffic
 from graftwork.demo.specs import DemoSpecs, load_specs
 from graftwork.demo_spec import DemoSpec
-from graftwork.cli.planning import PlanLine, plan_spec
 from graftwork.provenance import collect
 from graftwork.report.records import CompareReport, PlanRow, ReportInput, ServingRecord, StageTime, TrainRun, TuneRecord
 from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.experiment.run import CompareOutcome, run_compare
 from graftwork.storage import RunPaths, Store
-from graftwork.training.run import TrainReport, train
+from graftwork.training.records import Progress, TrainReport
+from graftwork.training.run import train
 from graftwork.tuning.run import TuneReport, tune
 
 
@@ -32,6 +33,10 @@ class DemoReport:
     json_uri: str
     html_uri: str
     verdict: str
+
+
+Bar = Callable[[int, int, str], None]
+"""Shows (done, total, text)."""
 
 
 @dataclass
@@ -48,7 +53,9 @@ class Job:
     serving: ServingRecord | None = None
     compared: CompareReport | None = None
 
-    def done(self, stage: str, started: float, found: str, *, reused: bool = False, peak_bytes: int | None = None) -> None:
+    def done(
+        self, stage: str, started: float, found: str, *, reused: bool = False, peak_bytes: int | None = None
+    ) -> None:
         """Record a stage: its time, its finding, and what was predicted of it beside what it took."""
         wall_s = time.monotonic() - started
         self.stages.append(StageTime(stage=stage, wall_s=wall_s, reused=reused, found=found))
@@ -62,7 +69,7 @@ class Job:
             say(f"[{stage}] {found} ({'reused' if reused else duration(wall_s)})")
 
     @contextmanager
-    def bar(self, label: str) -> Iterator[Callable[[int, int, str], None]]:
+    def bar(self, label: str) -> Iterator[Bar]:
         with progress_bar(label, self.quiet) as update:
             yield update
 
@@ -105,8 +112,11 @@ def plan(job: Job, folder: Path) -> None:
     lines = plan_spec(job.specs.demo, folder)
     job.predicted = {line.stage: line for line in lines}
     if not job.quiet:
-        print_table("plan", ("stage", "processes", "peak each", "time", "fits"),
-                    [(x.stage, x.processes, gib(x.peak_bytes_per_process), duration(x.seconds), x.verdict) for x in lines])
+        print_table(
+            "plan",
+            ("stage", "processes", "peak each", "time", "fits"),
+            [(x.stage, x.processes, gib(x.peak_bytes_per_process), duration(x.seconds), x.verdict) for x in lines],
+        )
     total = sum(line.seconds for line in lines)
     peak = max(line.total_bytes for line in lines)
     job.done("plan", started, f"{duration(total)} predicted in all, {gib(peak)} at the peak")
@@ -131,9 +141,13 @@ def train_stages(job: Job) -> None:
         started = time.monotonic()
         stage = f"train {spec.name}"
         with job.bar(stage) as bar:
-            found = train(spec, on_progress=lambda p, b=bar: b(p.step, p.total_steps, f"loss {p.loss:.3f}  {p.tokens_per_s:.0f} tok/s"))
+            found = train(spec, on_progress=_shown(bar))
         job.trained.append(records.train_run(found, spec))
         job.done(stage, started, _trained(found), reused=found.reused, peak_bytes=max(found.peak_rss_bytes_per_worker))
+
+
+def _shown(bar: Bar) -> Callable[[Progress], None]:
+    return lambda p: bar(p.step, p.total_steps, f"loss {p.loss:.3f}  {p.tokens_per_s:.0f} tok/s")
 
 
 def _trained(found: TrainReport) -> str:
@@ -147,14 +161,19 @@ def serve_stage(job: Job, endpoint: Endpoint) -> None:
     started = time.monotonic()
     with job.bar("serve: burst and swap") as bar:
         found = traffic.burst_with_update(
-            endpoint, job.specs.update, job.specs.demo.burst, job.specs.compare, on_progress=lambda done, total: bar(done, total, "")
+            endpoint,
+            job.specs.update,
+            job.specs.demo.burst,
+            job.specs.compare,
+            on_progress=lambda done, total: bar(done, total, ""),
         )
     job.serving = found.record
     swap = found.record.swap
     assert swap is not None
     by_version = ", ".join(f"{version} answered {n}" for version, n in swap.answers_by_version.items())
     job.done("serve", started, f"{swap.requests} live requests, {swap.failed} failed, up to "
-             f"{found.record.max_adapters_in_batch} adapters in one batch; {swap.alias} swapped in {swap.swap_ms:.0f} ms: "
+             f"{found.record.max_adapters_in_batch} adapters in one batch; {swap.alias} swapped in "
+             f"{swap.swap_ms:.0f} ms: "
              f"{by_version}", peak_bytes=found.engine.get("peak_rss_bytes"))  # fmt: skip
 
 
@@ -167,7 +186,8 @@ def compare_stage(job: Job, endpoint: Endpoint) -> None:
         )
     job.compared = found.report
     both = ", ".join(f"{arm.name} {arm.scores['both'].value:.2f}" for arm in found.report.arms)
-    job.done("compare", started, f"{found.report.n} questions x {len(found.report.arms)} arms; facts and form together: {both}",
+    size = f"{found.report.n} questions x {len(found.report.arms)} arms"
+    job.done("compare", started, f"{size}; facts and form together: {both}",
              reused=found.asked == 0, peak_bytes=found.stats.get("peak_rss_bytes"))  # fmt: skip
 
 
@@ -180,7 +200,8 @@ def report_stage(job: Job) -> DemoReport:
     key = RunPaths(store, demo.name, demo.identity()).file()
     job.done("report", started, "written")
     made = ReportInput(
-        title="Finetuned or RAG?", subtitle=f"{job.specs.compare.name} on {records.base_name(job.specs.compare.base.uri)}",
+        title="Finetuned or RAG?",
+        subtitle=f"{job.specs.compare.name} on {records.base_name(job.specs.compare.base.uri)}",
         created_at=datetime.now(UTC).isoformat(timespec="seconds"), compare=job.compared, tune=job.tuned,
         train=tuple(job.trained), plan=tuple(job.plan), serving=job.serving, stages=tuple(job.stages),
         provenance=collect(job.specs.compare.seed),

@@ -1,5 +1,8 @@
 """What the stages return, as the records that the report shows."""
 
+from collections.abc import Mapping
+from typing import Any, Literal
+
 from graftwork.data import read_rows
 from graftwork.demo.specs import DemoSpecs
 from graftwork.report.records import TrainRun, Trial, TuneRecord
@@ -24,16 +27,28 @@ def tune_record(found: TuneReport, spec: TuneSpec) -> TuneRecord:
     """The sweep; its best trial is the one whose values were chosen."""
     best = next(trial for trial in found.trials if trial.trial_id == found.best_id)
     trials = tuple(
-        Trial(id=t.trial_id, values=dict(t.values), losses=tuple(t.losses), state=t.state, wall_s=t.wall_s) for t in found.trials
+        Trial(id=t.trial_id, values=_plain(t.values), losses=t.losses, state=_ended(t.state), wall_s=t.wall_s)
+        for t in found.trials
     )
-    return TuneRecord(name=spec.name, trials=trials, best_id=best.trial_id, rows=found.eval_rows, seed=spec.seed, reused=found.reused)
+    return TuneRecord(
+        name=spec.name, trials=trials, best_id=best.trial_id, rows=found.eval_rows, seed=spec.seed, reused=found.reused
+    )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, str | int | float | bool | None]:
+    """Lists and mappings as text: a report shows one value a key."""
+    return {key: value if isinstance(value, str | int | float | None) else str(value) for key, value in values.items()}
+
+
+def _ended(state: str) -> Literal["finished", "stopped", "failed"]:
+    return "finished" if state == "finished" else "stopped" if state == "stopped" else "failed"
 
 
 def train_run(found: TrainReport, spec: TrainSpec) -> TrainRun:
     """One training run, with its method in a few words."""
     context = f", {spec.data.context.k} passages a row" if spec.data.context else ""
     return TrainRun(
-        name=spec.name, adapter=found.adapter, loss=tuple(found.train_loss), eval_loss=tuple(found.eval_loss), rows=found.rows,
+        name=spec.name, adapter=found.adapter, loss=found.train_loss, eval_loss=found.eval_loss, rows=found.rows,
         dropped_rows=found.dropped_rows, tokens=found.tokens, tokens_per_s=found.tokens_per_s, wall_s=found.wall_s,
         peak_memory_bytes=tuple(found.peak_rss_bytes_per_worker), workers=spec.num_workers, reused=found.reused,
         method=f"LoRA r{spec.adapter.rank} on {spec.quant.kind}, lr {spec.optim.lr:g}{context}",

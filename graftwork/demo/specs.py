@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from graftwork import config
 from graftwork.config import Spec
@@ -14,6 +14,7 @@ from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec
 
 SpecT = TypeVar("SpecT", bound=Spec)
+Stage = Literal["tune", "train", "serve", "compare"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class DemoSpecs:
 def load_specs(demo: DemoSpec, folder: Path) -> DemoSpecs:
     """Every stage's spec, with the job's root and overrides. Raises ConfigError naming the file and the key."""
 
-    def one(cls: type[SpecT], stage: str, file: str) -> SpecT:
+    def one(cls: type[SpecT], stage: Stage, file: str) -> SpecT:
         spec = config.load(folder / file, expect=stage)
         assert isinstance(spec, cls)
-        overrides = {**demo.overrides.get("update" if file == demo.update else stage, {}), "root": demo.root}
+        overrides = {**demo.overrides.get("update" if file == demo.update else stage) or {}, "root": demo.root}
         if isinstance(spec, TuneSpec):
             overrides["train.root"] = demo.root
         return spec.with_(overrides)

@@ -33,7 +33,11 @@ class Traffic:
 
 
 def burst_with_update(
-    endpoint: Endpoint, update: TrainSpec, burst: BurstSpec, compare: CompareSpec, on_progress: Callable[[int, int], None]
+    endpoint: Endpoint,
+    update: TrainSpec,
+    burst: BurstSpec,
+    compare: CompareSpec,
+    on_progress: Callable[[int, int], None],
 ) -> Traffic:
     """Train the update, then send the burst and publish the update under its live alias when half is answered.
 
@@ -77,7 +81,8 @@ def _record(swap: SwapReport, engine: Mapping[str, Any]) -> ServingRecord:
     return ServingRecord(
         latency=latency,
         swap=SwapRecord(
-            alias=swap.adapter, old_version=swap.old or "none", new_version=swap.new, requests=swap.requests, failed=swap.failed,
+            alias=swap.adapter, old_version=swap.old or "none", new_version=swap.new, requests=swap.requests,
+            failed=swap.failed,
             answers_by_version=swap.by_version, swap_ms=swap.swap_ms,
         ),
         max_adapters_in_batch=engine["engine"]["most_adapters_in_step"],

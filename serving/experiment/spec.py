@@ -28,7 +28,7 @@ class CompareSpec(Spec):
     quant: QuantSpec = QuantSpec(kind="nf4")
     eval: str
     """JSONL of questions with `id` and `gold`: a path, `file://`, `s3://` or `recipe://`."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Take the first so many rows; null takes all."""
     answer_schema: str
     """JSON schema of a valid answer: a path or `recipe://NAME/schema.json`."""
@@ -37,17 +37,17 @@ class CompareSpec(Spec):
     """The arm that the others are tested against."""
     contrasts: tuple[ContrastSpec, ...] = ()
     """Claims to be tested beside the baseline's: declared here, so before the answers (Holm over all of them)."""
-    alpha: float = Field(0.05, gt=0, lt=1)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
     """Two-sided error rate of each family of tests (Holm within the family)."""
-    equivalence_margin: float = Field(0.03, gt=0, lt=1)
+    equivalence_margin: float = Field(default=0.03, gt=0, lt=1)
     """Differences smaller than this count as none (TOST)."""
-    concurrency: int = Field(128, ge=1)
+    concurrency: int = Field(default=128, ge=1)
     """Questions in flight at once, over all arms."""
-    samples: int = Field(3, ge=0)
+    samples: int = Field(default=3, ge=0)
     """Questions that the report shows with every arm's answer, drawn by the seed."""
     engine: EngineSpec = EngineSpec()
-    num_cpus: float = Field(2.0, gt=0)
-    num_gpus: float = Field(0.0, ge=0)
+    num_cpus: float = Field(default=2.0, gt=0)
+    num_gpus: float = Field(default=0.0, ge=0)
     seed: int = 0
 
     @model_validator(mode="after")

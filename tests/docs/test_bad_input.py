@@ -133,7 +133,14 @@ def test_port_in_use(tmp_path: Path, base: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        spec = {"kind": "serve", "base": str(base), "quant": {"kind": "none"}, "root": str(tmp_path / "r"), "port": port, "num_cpus": 1}
+        spec = {
+            "kind": "serve",
+            "base": str(base),
+            "quant": {"kind": "none"},
+            "root": str(tmp_path / "r"),
+            "port": port,
+            "num_cpus": 1,
+        }
         path = tmp_path / "serve.yaml"
         path.write_text(yaml.safe_dump(spec))
         refused(run("serve", str(path)), 2, str(port), "Next:")

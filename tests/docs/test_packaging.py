@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CODE = "import graftwork.training.spec, graftwork.tuning.spec, graftwork.serving.spec, graftwork.cluster; print(graftwork.__file__)"
+CODE = (
+    "import graftwork.training.spec, graftwork.tuning.spec, graftwork.serving.spec, graftwork.cluster; "
+    "print(graftwork.__file__)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel built from the sdist, as pip does it for a user who has only the sdist."""
     out = tmp_path_factory.mktemp("dist")
     build = "import sys; from hatchling.build import build_sdist; print(build_sdist(sys.argv[1]))"
-    sdist = subprocess.run([sys.executable, "-c", build, str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
+    sdist = subprocess.run(
+        [sys.executable, "-c", build, str(out)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     name = sdist.stdout.strip().splitlines()[-1]
     unpacked = out / "unpacked"
     unpacked.mkdir()
@@ -39,16 +44,22 @@ def test_wheel_from_sdist_holds_real_folders_under_one_name(dist: Path) -> None:
 def test_wheel_runs_outside_the_checkout(dist: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True, system_site_packages=False)
     python = tmp_path / "venv/bin/python"
-    site = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True)
+    site = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
+    )
     own = [path for path in sys.path if path.endswith("site-packages")]
-    (Path(site.stdout.strip()) / "host.pth").write_text("\n".join(own))  # the host's libraries, not the host's graftwork
+    (Path(site.stdout.strip()) / "host.pth").write_text(
+        "\n".join(own)
+    )  # the host's libraries, not the host's graftwork
     pip = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(next(dist.glob("*.whl")))]
     subprocess.run(pip, check=True, capture_output=True)
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([python, "-c", CODE], cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "venv") in done.stdout, "the wheel's own copy was imported"
-    done = subprocess.run([tmp_path / "venv/bin/graftwork", "--help"], cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(
+        [tmp_path / "venv/bin/graftwork", "--help"], cwd=tmp_path, capture_output=True, text=True, env=env, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "train" in done.stdout
 
@@ -64,6 +75,8 @@ def test_a_checkout_without_links_still_imports(dist: Path, tmp_path: Path) -> N
         (tree / "graftwork" / folder).unlink()
         (tree / "graftwork" / folder).write_text(f"../{folder}")  # what a zip makes of a link
     env = {**os.environ, "PYTHONPATH": str(tree)}
-    done = subprocess.run([sys.executable, "-c", CODE], cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], cwd=tmp_path, capture_output=True, text=True, env=env, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert str(tree) in done.stdout

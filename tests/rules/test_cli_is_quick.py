@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-HEAVY = "[m for m in ('torch', 'ray', 'transformers', 'peft', 'trl', 'datasets', 's3fs', 'pandas', 'scipy') if m in sys.modules]"
+NAMES = ("torch", "ray", "transformers", "peft", "trl", "datasets", "s3fs", "pandas", "scipy")
+HEAVY = f"[m for m in {NAMES} if m in sys.modules]"
 
 
 def heavy_after(*argv: str) -> str:

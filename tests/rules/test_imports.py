@@ -42,7 +42,9 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def sources() -> list[Path]:
-    own = [p for p in (ROOT / "graftwork").rglob("*.py") if not set(p.relative_to(ROOT / "graftwork").parts) & set(FOLDERS)]
+    own = [
+        p for p in (ROOT / "graftwork").rglob("*.py") if not set(p.relative_to(ROOT / "graftwork").parts) & set(FOLDERS)
+    ]
     return own + [p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py")]
 
 
@@ -55,7 +57,9 @@ def test_each_room_imports_only_what_it_may(path: Path) -> None:
         if parts[0] != "graftwork" or len(parts) == 1 or name.startswith(SPEC_NAMES):
             continue
         there = parts[1] if parts[1] in FOLDERS else "cli" if parts[1] in TOP else "spine"
-        assert there == here or there in MAY_IMPORT[here] or there == "spine", f"{path} ({here}) imports {name} ({there})"
+        assert there == here or there in MAY_IMPORT[here] or there == "spine", (
+            f"{path} ({here}) imports {name} ({there})"
+        )
 
 
 SPINE = [p for p in (ROOT / "graftwork").glob("*.py") if p.stem not in TOP]

@@ -25,7 +25,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @asynccontextmanager
 async def replica_of(base: Path, root: Path) -> AsyncIterator[EngineReplica]:
     """As Ray Serve makes one."""
-    spec = ServeSpec(base=str(base), root=str(root), quant={"kind": "none"}, engine={"max_seq_len": 128})
+    spec = ServeSpec.model_validate(
+        {"base": str(base), "root": str(root), "quant": {"kind": "none"}, "engine": {"max_seq_len": 128}}
+    )
     replica = EngineReplica.__new__(EngineReplica)
     await replica.__init__(spec.model_dump(mode="json"))  # type: ignore[misc]
     try:
