@@ -42,7 +42,7 @@ def load_specs(demo: DemoSpec, folder: Path) -> DemoSpecs:
     def one(cls: type[SpecT], stage: Stage, file: str) -> SpecT:
         spec = config.load(folder / file, expect=stage)
         assert isinstance(spec, cls)
-        overrides = {**demo.overrides.get("update" if file == demo.update else stage) or {}, "root": demo.root}
+        overrides = dict(demo.overrides.get("update" if file == demo.update else stage) or {}, root=demo.root)
         if isinstance(spec, TuneSpec):
             overrides["train.root"] = demo.root
         return spec.with_(overrides)
