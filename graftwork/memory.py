@@ -122,7 +122,7 @@ def full_training_bytes(model: ModelShape, value_bytes: int = 2) -> int:
 def predict_training(
     spec: TrainSpec, model: ModelShape, rows: RowSizes | None = None, *, value_bytes: int = FP32
 ) -> MemoryPlan:
-    """Peak of one training worker: the end of the forward pass over the longest rows, when all of this is alive.
+    """Peak of one training worker: the end of the forward pass over the longest rows, or the loading if that is more.
 
     `rows`: sizes of the rendered rows; without them every row is taken as `spec.max_length` long and half trained.
     `value_bytes` is of the compute dtype, as `base_model.default_dtype` picks it.
@@ -134,9 +134,8 @@ def predict_training(
     saved = saved_values(model, spec.adapter, rows.longest) * model.layers + 2 * model.hidden
     activations = tokens * saved * value_bytes
     logits = LOGIT_COPIES * scored * model.vocab * FP32
-    parts = {
-        "process": PROCESS_BYTES,
-        "base weights": weight_bytes(model, spec.quant, value_bytes),
+    resident = {"process": PROCESS_BYTES, "base weights": weight_bytes(model, spec.quant, value_bytes)}
+    step = {
         "adapter": adapter,
         "gradients": adapter * (2 if spec.num_workers > 1 else 1),  # DDP keeps buckets beside them
         "optimizer": 2 * adapter,
@@ -145,10 +144,15 @@ def predict_training(
         "logits": logits,
         "allocator": round(ALLOCATOR_SHARE * (activations + logits)),
     }
-    assumed = f"{passed} rows of {rows.longest} tokens a forward pass, {rows.longest_trained} of them scored"
-    return MemoryPlan(
-        tuple(parts.items()), (assumed, f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process")
-    )
+    loading = loading_bytes(model, spec.quant)
+    parts = resident | (step if sum(step.values()) >= sum(loading.values()) else loading)
+    said = f"{passed} rows of {rows.longest} tokens a forward pass, {rows.longest_trained} of them scored"
+    return MemoryPlan(tuple(parts.items()), (said, f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process"))
+
+
+def loading_bytes(model: ModelShape, quant: QuantSpec) -> dict[str, int]:
+    """Beside the resident base while it is quantised: the pages of the checkpoint's file that were read."""
+    return {} if quant.kind == "none" else {"checkpoint file": model.params * model.file_bytes}
 
 
 def predict_serving(

@@ -36,6 +36,8 @@ class ModelShape:
     vocab: int
     tied: bool
     """The head is the embedding."""
+    file_bytes: int = 2
+    """Bytes of a weight in the checkpoint's file."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -55,6 +57,7 @@ class ModelShape:
             intermediate=int(config["intermediate_size"]),
             vocab=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
+            file_bytes=4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2,
         )
 
     @property
