@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 
-from graftwork import base_model, report
+from graftwork import artifact, base_model, report
 from graftwork.cli.output import duration, gib, print_table, progress_bar, say
 from graftwork.cli.planning import PlanLine, plan_spec
 from graftwork.cluster.session import Session, session
@@ -142,6 +142,10 @@ def train_stages(job: Job) -> None:
         stage = f"train {spec.name}"
         with job.bar(stage) as bar:
             found = train(spec, on_progress=_shown(bar))
+        if spec.alias:  # an earlier run of the job may have swapped its update in
+            artifact.promote(Store(spec.root), spec.name, spec.alias, found.version)
+        if spec.name == job.specs.update.name:
+            job.specs = replace(job.specs, update=job.specs.update.with_({"init_from": found.adapter}))
         job.trained.append(records.train_run(found, spec))
         job.done(stage, started, _trained(found), reused=found.reused, peak_bytes=max(found.peak_rss_bytes_per_worker))
 
