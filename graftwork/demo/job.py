@@ -11,11 +11,12 @@ import psutil
 
 from graftwork import artifact, base_model, report
 from graftwork.cli.output import duration, gib, print_table, progress_bar, say
-from graftwork.cli.planning import PlanLine, plan_spec
+from graftwork.cli.planning import plan_spec
 from graftwork.cluster.session import Session, session
 from graftwork.demo import records, traffic
 from graftwork.demo.specs import DemoSpecs, load_specs
 from graftwork.demo_spec import DemoSpec
+from graftwork.plan import StagePlan
 from graftwork.provenance import collect
 from graftwork.report.records import CompareReport, PlanRow, ReportInput, ServingRecord, StageTime, TrainRun, TuneRecord
 from graftwork.serving.app import Endpoint, deploy
@@ -45,7 +46,7 @@ class Job:
 
     specs: DemoSpecs
     quiet: bool
-    predicted: dict[str, PlanLine] = field(default_factory=dict)
+    predicted: dict[str, StagePlan] = field(default_factory=dict)
     stages: list[StageTime] = field(default_factory=list)
     plan: list[PlanRow] = field(default_factory=list)
     tuned: TuneRecord | None = None
