@@ -16,7 +16,7 @@ ArmKind = Literal["prompt", "rag", "finetune", "both"]
 class Record(BaseModel):
     """Base of every record: frozen, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
 
 
 # The comparison.
