@@ -74,7 +74,7 @@ class LoraSettings:
     rank: int
     alpha: float
     use_rslora: bool
-    rank_pattern: Mapping[str, int]
+    rank_pattern: Mapping[str, float]
     alpha_pattern: Mapping[str, float]
     targets: tuple[str, ...] | str
     """Name suffixes, or one regular expression, or "all-linear"."""
@@ -192,10 +192,11 @@ def _named(names: Sequence[str] | str, module: str) -> bool:
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         rule = "an adapter's weights are one readable safetensors file"
         raise ArtifactError(str(path), str(error), rule, "publish the adapter again") from error
+    return tensors
 
 
 def _pair_up(tensors: Mapping[str, torch.Tensor], folder: Path) -> dict[str, dict[str, torch.Tensor]]:

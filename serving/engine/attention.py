@@ -129,9 +129,9 @@ def _prefill(
         return scaled_dot_product_attention(
             query_1HTD, key_1KTD, value_1KTD, attn_mask=bias, scale=call.scale, enable_gqa=True
         )
-    heads = key_1KTD.shape[1]
-    query_KGTD = query_1HTD[0].unflatten(0, (heads, -1))
-    query = query_KGTD.flatten(1, 2)
-    scores = _scores(call, query, key_1KTD[0], bias.repeat(query_KGTD.shape[1], 1))
+    _, heads, count, size = query_1HTD.shape
+    groups = heads // key_1KTD.shape[1]
+    query = query_1HTD[0].reshape(key_1KTD.shape[1], groups * count, size)
+    scores = _scores(call, query, key_1KTD[0], bias.repeat(groups, 1))
     mixed = torch.bmm(torch.softmax(scores, dim=-1), value_1KTD[0])
-    return mixed.unflatten(1, query_KGTD.shape[1:3]).flatten(0, 1)[None]
+    return mixed.view(1, heads, count, -1)

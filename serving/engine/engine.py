@@ -19,6 +19,7 @@ import torch
 from graftwork.errors import ConfigError, DataError
 from graftwork.serving.engine.batch import Chunk, pack
 from graftwork.serving.engine.counters import Counters
+from graftwork.serving.engine.host import keep_freed_memory
 from graftwork.serving.engine.kv import KvStore
 from graftwork.serving.engine.prefix import PrefixCache
 from graftwork.serving.engine.runner import Runner
@@ -112,6 +113,8 @@ class Engine:
     def start(self) -> None:
         """Starts the engine's thread."""
         assert self._thread is None, "an engine is started once"
+        if self.runner.device.type == "cpu":
+            keep_freed_memory()
         self._thread = threading.Thread(target=self._serve, name="graftwork-engine", daemon=True)
         self._thread.start()
 

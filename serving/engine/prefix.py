@@ -106,7 +106,7 @@ class PrefixCache:
     def _blocked(row_view: torch.Tensor, count: int) -> torch.Tensor:
         """[Hkv, cap, D] -> the first `count` blocks as [Hkv, count, BLOCK, D], a view."""
         heads, _, size = row_view.shape
-        return row_view[:, : count * BLOCK].unflatten(1, (count, BLOCK)).view(heads, count, BLOCK, size)
+        return row_view[:, : count * BLOCK].view(heads, count, BLOCK, size)
 
     def _tensor(self, places: Sequence[int]) -> torch.Tensor:
         return torch.tensor(places, device=self._store.keys[0].device)

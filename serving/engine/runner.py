@@ -12,6 +12,7 @@ import torch
 from graftwork.errors import BaseModelError
 from graftwork.serving.engine import attention
 from graftwork.serving.engine.batch import Chunk, StepBatch, pack
+from graftwork.serving.engine.host import PiecewiseOutput
 from graftwork.serving.engine.kv import KvShape, KvStore
 from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment, StepDeltas
 from graftwork.serving.engine.sites import Sites
@@ -33,6 +34,7 @@ class Runner:
         self.config._attn_implementation = attention.NAME
         model.eval()
         self.sites = Sites(model)
+        self._output = PiecewiseOutput(model.get_output_embeddings())
         try:
             self.kv_shapes = self._probe()
         except BaseException:
@@ -66,7 +68,11 @@ class Runner:
         rows = [Chunk(row.tolist(), 0, None) for row in ids_BT]
         batch = pack([], rows, None, self.device)
         deltas = self.planner.plan([], _lora_segments(batch, adapters))
-        logits_1TV = self._run(batch, deltas, torch.arange(ids_BT.numel(), device=self.device))
+        self._output.on = False
+        try:
+            logits_1TV = self._run(batch, deltas, torch.arange(ids_BT.numel(), device=self.device))
+        finally:
+            self._output.on = True
         return logits_1TV[0].view(*ids_BT.shape, -1)
 
     def new_kv(self, tokens: int, max_len: int) -> KvStore:
@@ -76,6 +82,7 @@ class Runner:
     def close(self) -> None:
         """Gives the model back as it was."""
         self.sites.unhook()
+        self._output.unhook()
         self.config._attn_implementation = self._own_attention
         self.model.train(self._was_training)
 

@@ -39,9 +39,9 @@ def choose(
 ) -> list[Choice]:
     """Next tokens and their log probabilities (temperature 1, nothing cut)."""
     logprobs_BV = torch.log_softmax(logits_BV.float(), dim=-1)
-    best_B, tokens_B = logprobs_BV.max(dim=-1)
+    tokens_B = logprobs_BV.argmax(dim=-1)
     drawn = [row for row, generator in enumerate(generators) if generator is not None]
-    valid_B = torch.isfinite(best_B)
+    valid_B = torch.isfinite(logprobs_BV.gather(1, tokens_B[:, None])[:, 0])  # nan wins every argmax
     if drawn:
         healthy = [row for row, fine in zip(drawn, valid_B[drawn].tolist(), strict=True) if fine]
         if healthy:

@@ -179,7 +179,7 @@ def test_when_memory_runs_out_the_latest_step_back_and_answers_stay_right(base: 
         )
         for n in range(8)
     ]
-    expected = []
+    expected: list[list[int]] = []
     for tokens, cache in ((8192, False), (512, False), (640, True)):
         changed = engines.spec(kv_tokens=tokens, max_seq_len=128, prefill_tokens=32, prefix_cache=cache)
         engine = Engine(engines.load_model(base), changed, "cpu")

