@@ -37,12 +37,14 @@ def measure_speed() -> Speed:
 
     The best of many short calls is taken, so that another process' burst does not count; with one thread, because two
     that wait for each other measure the other processes (14 to 130 GFLOP/s were seen on two cores). Writes
-    `<cache>/machine/<key>.json`.
+    `<cache>/machine/<key>.json`, unless the machine is busy now: what it reaches then is no measure for later.
     """
     path = cache_root() / "machine" / f"{_key()}.json"
     if path.exists():
         return Speed(**json.loads(path.read_text(encoding="utf-8")))
     speed = _probe()
+    if os.getloadavg()[0] > cores():
+        return speed
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(asdict(speed)), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Predicts a sweep: the trials that will run, at most as many at once as asked for."""
 
 import math
+from dataclasses import replace
 
 from graftwork.memory import RowSizes, predict_training
 from graftwork.model_shape import ModelShape
@@ -10,10 +11,11 @@ from graftwork.tuning.spec import TuneSpec
 
 
 def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: RowSizes, machine: Machine) -> StagePlan:
-    """`rows` and `held_out`: sizes of the rendered rows of `spec.train` and of the `spec.eval_rows` held-out ones.
+    """`rows` and `held_out`: sizes of the rendered rows of `spec.train`; `spec.eval_rows` of the latter are scored.
 
     The largest trial is taken for the memory. Where a scheduler stops trials, one in `reduction` goes on at each rung.
     """
+    held_out = replace(held_out, count=min(held_out.count, spec.eval_rows))
     trials = [trial_spec(spec, point) for point in draw(spec).points]
     plans = [predict_training(trial, model, rows, value_bytes=machine.value_bytes) for trial in trials]
     largest, memory = max(zip(trials, plans, strict=True), key=lambda pair: pair[1].peak_bytes)

@@ -1,6 +1,7 @@
 """Predicted bytes against PyTorch's own accounting, published sizes, and the arithmetic of the papers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 
 from graftwork.base_model import QuantSpec
 from graftwork.errors import BaseModelError
+from graftwork.machine import Speed, available_memory, measure_speed
 from graftwork.memory import (
     FP32,
+    GIB,
     RowSizes,
     full_training_bytes,
     kv_bytes,
@@ -19,6 +22,7 @@ from graftwork.memory import (
     weight_bytes,
 )
 from graftwork.model_shape import ModelShape
+from graftwork.plan import Answers, Machine, StagePlan, answers_seconds, plan_serving, plan_training
 from graftwork.serving.spec import EngineSpec
 from graftwork.training.spec import LoraSpec, TrainSpec
 from tests.tiny import write_tiny_base
@@ -69,6 +73,111 @@ def test_double_quantised_nf4_takes_4_127_bits_a_weight() -> None:
     assert (weight_bytes(SMOLLM2, NF4) - plain) * 8 / linears == pytest.approx(4.5)
     double = weight_bytes(SMOLLM2, QuantSpec(kind="nf4", double_quant=True)) - plain
     assert double * 8 / linears == pytest.approx(4.127, abs=1e-3)
+
+
+def test_a_part_grows_with_what_it_is_made_of() -> None:
+    rows = RowSizes.at_most(128)
+    small = predict_training(spec(optim={"rows_per_step": 8, "micro_batch": 2}), SMOLLM2, rows)
+    large = predict_training(spec(optim={"rows_per_step": 8, "micro_batch": 4}), SMOLLM2, rows)
+    assert large.part("activations") == 2 * small.part("activations")
+    assert large.part("logits") == 2 * small.part("logits")
+    assert large.part("base weights") == small.part("base weights")
+    adapter = SMOLLM2.adapter_params(16) * FP32
+    assert (small.part("adapter"), small.part("optimizer")) == (adapter, 2 * adapter)
+    assert small.peak_bytes == sum(size for _, size in small.parts)
+
+
+def test_the_loading_of_a_quantised_base_can_be_the_peak() -> None:
+    """One short row: quantising reads the whole file of 0.5 GB, a step takes less."""
+    plan = predict_training(spec(optim={"micro_batch": 1}, num_workers=1), SMOLLM2, RowSizes.at_most(16))
+    assert plan.part("checkpoint file") > 0
+    assert plan.part("activations") == 0
+
+
+def test_an_architecture_that_the_formulas_do_not_cover_is_refused() -> None:
+    with pytest.raises(BaseModelError, match="experts"):
+        ModelShape.from_config({"model_type": "mixtral", "num_local_experts": 8})
+    with pytest.raises(BaseModelError, match="no hidden_size"):
+        ModelShape.from_config({"model_type": "gpt2", "n_embd": 768})
+
+
+# Does it fit, and how long.
+
+MACHINE = Machine(cores=2, memory_bytes=8 * GIB, speed=Speed(gflops=65.0, gbytes_per_s=20.0))
+
+
+def plan_on(memory_gib: float, **keys: Any) -> StagePlan:
+    machine = replace(MACHINE, memory_bytes=int(memory_gib * GIB))
+    return plan_training(spec(**keys), SMOLLM2, RowSizes(160, 180, 90.0, 90, 45.0), None, machine)
+
+
+def test_what_fits_is_said_to_fit() -> None:
+    plan = plan_on(8.0)
+    assert plan.fits
+    assert plan.total_bytes == 2 * plan.peak_bytes_per_process
+    assert plan.as_dict()["parts"]["base weights"] > 0
+
+
+def test_what_does_not_fit_names_a_change_that_does() -> None:
+    plan = plan_on(3.9)
+    assert not plan.fits
+    assert plan.verdict.startswith(f"needs {plan.total_bytes / GIB:.1f} of 3.9 GiB; fits with ")
+    setting = plan.verdict.rpartition("fits with ")[2]
+    key, _, value = setting.partition("=")
+    assert key in ("optim.micro_batch", "num_workers")
+    assert plan_on(3.9, **nested(key, int(value))).fits
+
+
+def nested(key: str, value: int) -> dict[str, Any]:
+    """`a.b` as `{"a": {"b": value}}`."""
+    first, _, rest = key.partition(".")
+    return {first: {rest: value} if rest else value}
+
+
+def test_a_machine_too_small_for_any_change_is_told_so() -> None:
+    assert "take a smaller base" in plan_on(0.5).verdict
+
+
+def test_a_server_is_told_how_many_kv_tokens_fit() -> None:
+    engine = EngineSpec(kv_tokens=32_768, max_seq_len=1024)
+    plan = plan_serving("serve", SMOLLM2, NF4, engine, replace(MACHINE, memory_bytes=2 * GIB))
+    assert "fits with engine.kv_tokens=" in plan.verdict
+
+
+def test_time_follows_the_work_and_the_cores() -> None:
+    one, two = (plan_on(64.0, num_workers=workers).seconds for workers in (1, 2))
+    four = plan_on(64.0, num_workers=4).seconds
+    assert two < one, "two workers share the rows"
+    assert four > two, "four workers on two cores only add their starts"
+    fast = replace(MACHINE, speed=Speed(gflops=130.0, gbytes_per_s=40.0), memory_bytes=64 * GIB)
+    assert plan_training(spec(), SMOLLM2, RowSizes(160, 180, 90.0, 90, 45.0), None, fast).seconds < two
+
+
+def test_an_answer_costs_its_prompt_and_its_tokens() -> None:
+    engine = EngineSpec()
+    few, many = (answers_seconds(Answers(n, 100, 45), SMOLLM2, engine, MACHINE, 2.0) for n in (64, 640))
+    assert many == pytest.approx(10 * few)
+
+
+def test_the_probe_is_made_once_an_idle_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    first = measure_speed()
+    assert first.gflops > 1.0
+    assert first.gbytes_per_s > 0.1
+    assert len(list((tmp_path / "machine").iterdir())) == 1
+    assert measure_speed() == first
+    assert available_memory() > 0
+
+
+def test_what_a_busy_machine_reaches_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
+    monkeypatch.setattr("os.getloadavg", lambda: (1000.0, 0.0, 0.0))
+    assert measure_speed().gflops > 1.0
+    assert not list(tmp_path.iterdir())
+
+
+# Against autograd.
 
 
 @pytest.fixture(scope="module")
