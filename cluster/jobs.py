@@ -1,6 +1,7 @@
 """An existing Ray by its Jobs API: the whole command runs there, its output is followed here."""
 
 import contextlib
+import logging
 import shlex
 import sys
 import time
@@ -30,6 +31,8 @@ class JobsBackend:
         _require_welcome(self.on)
         from ray.job_submission import JobSubmissionClient
 
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # two lines an upload
         self._client: Any = self._asked(lambda: JobSubmissionClient(self.on))
 
     def submit(self, request: JobRequest) -> str:

@@ -33,7 +33,7 @@ PINNED = (
 """Package files known here: their version is the default, their digest is checked."""
 
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
-_NEEDED_FROM_HUB = ["*.json", "*.safetensors", "*.jinja"]
+_NEEDED_SUFFIXES = (".json", ".safetensors", ".jinja")
 
 
 def locate(uri: str, sha256: str | None, on_progress: Progress | None) -> Path:
@@ -75,17 +75,17 @@ def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
 
 def base_digest(folder: Path) -> str:
     """sha256 over config, weights and tokenizer. Kept by (path, size, mtime) of the files, so it is computed once."""
-    files = [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors"]
-    files += [p for p in (folder / "tokenizer.json", folder / "chat_template.jinja") if p.is_file()]
-    stamps = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in [folder / "config.json", *files]]
-    key = hashlib.sha256(canonical_json(stamps).encode()).hexdigest()
+    stamps = Store(str(folder)).stamps()
+    named = ("config.json", "tokenizer.json", "chat_template.jinja")
+    stamps = {name: stamps[name] for name in sorted(stamps) if name in named or name.endswith(".safetensors")}
+    key = hashlib.sha256(canonical_json([str(folder), stamps]).encode()).hexdigest()
     kept = Store(str(cache_root()))
     if kept.exists("digests", key):
         return kept.read_text("digests", key)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     content = {
         "config": {name: value for name, value in config.items() if name not in _VOLATILE},
-        "files": {p.name: file_sha256(p) for p in files},
+        "files": {name: file_sha256(folder / name) for name in stamps if name != "config.json"},
     }
     digest = hashlib.sha256(canonical_json(content).encode()).hexdigest()
     kept.write_bytes(digest.encode(), "digests", key)
@@ -121,20 +121,22 @@ def _converted(gguf: Path, gguf_sha256: str, on_progress: Progress | None) -> Pa
 
 
 def _from_store(uri: str, on_progress: Progress | None) -> Path:
-    """A copy in the cache, named by the sizes of what lies there now."""
+    """A copy in the cache, named by the stamps of what lies there now: a changed base is another folder."""
     store, key = open_uri(uri)
-    sizes = {name: size for name, size in store.children(key).items() if size is not None}
-    if "config.json" not in sizes:
+    stamps = store.stamps(key)
+    if "config.json" not in stamps:
         raise BaseModelError(f"base {uri}", "no config.json there", "the folder holds config.json, *.safetensors and "
                              "tokenizer.json", "check the bucket and the prefix")  # fmt: skip
-    if on_progress:
-        on_progress(f"copying {uri}", 0.0)
-    state = hashlib.sha256(canonical_json([uri, sizes, store.read_text(key, "config.json")]).encode()).hexdigest()
-    return build_once(cache_root() / "bases" / f"s3-{state}", lambda empty: _download(store, key, empty))
 
+    def download(folder: Path) -> None:
+        if on_progress:
+            on_progress(f"copying {uri}", 0.0)
+        for name in stamps:
+            if Path(name).suffix in _NEEDED_SUFFIXES:
+                store.download(folder / name, key, name)
 
-def _download(store: Store, key: str, folder: Path) -> None:
-    store.download(folder, key)
+    state = hashlib.sha256(canonical_json([uri, stamps]).encode()).hexdigest()
+    return build_once(cache_root() / "bases" / f"s3-{state}", download)
 
 
 def _from_hub(hub_id: str, revision: str | None) -> Path:
@@ -143,7 +145,9 @@ def _from_hub(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_NEEDED_FROM_HUB))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=[f"*{suffix}" for suffix in _NEEDED_SUFFIXES])
+        )
     except LocalEntryNotFoundError as error:
         raise BaseModelError(f"base {hub_id}", "it is not in the Hugging Face cache and the hub is out of reach",
                              _FORMS, "allow the network once, or point `base:` at a folder") from error  # fmt: skip

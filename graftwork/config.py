@@ -65,8 +65,12 @@ def canonical_json(value: object) -> str:
 def spec_class(kind: str, where: str = "kind") -> type[Spec]:
     """The spec class of a stage. Raises ConfigError naming the nearest known kind."""
     if kind not in SPEC_KINDS:
-        raise ConfigError(f"{where}: kind={kind!r}", "no such stage", f"kind is one of {', '.join(SPEC_KINDS)}",
-                          _did_you_mean(str(kind), SPEC_KINDS))
+        raise ConfigError(
+            f"{where}: kind={kind!r}",
+            "no such stage",
+            f"kind is one of {', '.join(SPEC_KINDS)}",
+            _did_you_mean(str(kind), SPEC_KINDS),
+        )
     module, name = SPEC_KINDS[kind]
     cls: type[Spec] = getattr(importlib.import_module(module), name)
     return cls
@@ -81,8 +85,12 @@ def load(path: str | Path, sets: Sequence[str] = (), expect: str | None = None) 
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"spec file {path}", "it does not exist", "a command takes the path of a YAML spec",
-                          "see examples/ for one file a stage") from None
+        raise ConfigError(
+            f"spec file {path}",
+            "it does not exist",
+            "a command takes the path of a YAML spec",
+            "see examples/ for one file a stage",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"spec file {path}", f"it cannot be read ({error})") from error
     except yaml.YAMLError as error:
@@ -99,11 +107,19 @@ def load(path: str | Path, sets: Sequence[str] = (), expect: str | None = None) 
             raise ConfigError(f"--set {item}", f"the value is not YAML ({error})") from error
     kind = tree.get("kind")
     if kind is None:
-        raise ConfigError(f"{path}: kind", "the key is missing", f"kind is one of {', '.join(SPEC_KINDS)}",
-                          "add a line such as 'kind: train'")
+        raise ConfigError(
+            f"{path}: kind",
+            "the key is missing",
+            f"kind is one of {', '.join(SPEC_KINDS)}",
+            "add a line such as 'kind: train'",
+        )
     if expect is not None and kind != expect:
-        raise ConfigError(f"{path}: kind={kind!r}", f"this command takes kind={expect!r}", "one stage, one command",
-                          f"run `graftwork {kind} {path}`" if kind in SPEC_KINDS else "")
+        raise ConfigError(
+            f"{path}: kind={kind!r}",
+            f"this command takes kind={expect!r}",
+            "one stage, one command",
+            f"run `graftwork {kind} {path}`" if kind in SPEC_KINDS else "",
+        )
     return validate(spec_class(kind, str(path)), tree, where=str(path))
 
 
@@ -163,8 +179,12 @@ def _explain(cls: type[BaseModel], error: dict[str, Any], tree: Mapping[str, Any
     dotted = ".".join(keys) or "(top level)"
     if error["type"] == "extra_forbidden":
         known = _known_keys(cls, keys[:-1])
-        return dotted, f"unknown key (value {error['input']!r})", f"known keys here: {', '.join(known)}", _did_you_mean(
-            keys[-1], known)
+        return (
+            dotted,
+            f"unknown key (value {error['input']!r})",
+            f"known keys here: {', '.join(known)}",
+            _did_you_mean(keys[-1], known),
+        )
     if error["type"] == "missing":
         return dotted, "the key is missing", "it has no default", f"add '{keys[-1]}:'"
     return f"{dotted}={_short(error['input'])}", str(error["msg"]).removeprefix("Value error, "), "", ""
@@ -174,7 +194,8 @@ def _in_tree(tree: Any, loc: Sequence[Any], part: Any) -> bool:
     """Pydantic puts union tags into `loc`; keep only what the user wrote."""
     for step in loc:
         found = (isinstance(tree, Mapping) and step in tree) or (
-            isinstance(tree, list) and isinstance(step, int) and step < len(tree))
+            isinstance(tree, list) and isinstance(step, int) and step < len(tree)
+        )
         if step is part:
             return found
         if found:
@@ -187,8 +208,13 @@ def _known_keys(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
     for part in path:
         if part.isdigit():
             continue
-        models = [m for model in models for name, field in model.model_fields.items() if name == part
-                  for m in _models_in(field.annotation)]
+        models = [
+            m
+            for model in models
+            for name, field in model.model_fields.items()
+            if name == part
+            for m in _models_in(field.annotation)
+        ]
     return sorted({name for model in models for name in model.model_fields})
 
 

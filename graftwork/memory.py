@@ -147,7 +147,9 @@ def predict_training(
     loading = loading_bytes(model, spec.quant)
     parts = resident | (step if sum(step.values()) >= sum(loading.values()) else loading)
     said = f"{passed} rows of {rows.longest} tokens a forward pass, {rows.longest_trained} of them scored"
-    return MemoryPlan(tuple(parts.items()), (said, f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process"))
+    return MemoryPlan(
+        tuple(parts.items()), (said, f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process")
+    )
 
 
 def loading_bytes(model: ModelShape, quant: QuantSpec) -> dict[str, int]:

@@ -85,6 +85,11 @@ class LocalFiles:
                 return {}
             return {entry.name: size for entry in found if (size := _size(entry)) != -1}
 
+    def stamps(self, path: str) -> dict[str, str]:
+        with _explained("list", path):
+            found = {name: os.stat(f"{path}/{name}") for name, size in self.children(path).items() if size is not None}
+        return {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in found.items()}
+
     def delete(self, path: str) -> None:
         """Moved out of sight in one step, then removed: no reader meets half a folder."""
         with _explained("delete", path):

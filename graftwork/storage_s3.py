@@ -90,6 +90,12 @@ class S3Objects:
         found.pop("", None)  # a marker object that some consoles write for an empty folder
         return found
 
+    def stamps(self, uri: str) -> dict[str, str]:
+        bucket, key = _bucket_key(uri)
+        with _explained("list", uri):
+            pages = list(self._pages(Bucket=bucket, Prefix=key + "/", Delimiter="/"))
+        return {i["Key"][len(key) + 1 :]: i["ETag"] for page in pages for i in page.get("Contents", ())}
+
     def delete(self, uri: str) -> None:
         bucket, key = _bucket_key(uri)
         with _explained("delete", uri):

@@ -101,24 +101,32 @@ def deploy(spec: ServeSpec, *, http: bool = True) -> Iterator[Endpoint]:
     application = build(spec, http=http)
     with _quiet(), _serve_running(spec, http=http):
         try:
-            serve.run(application, name=spec.name, route_prefix="/" if http else None)
-            handle = serve.get_deployment_handle(ENGINE, app_name=spec.name)
-            url = f"http://{_in_url(spec.host)}:{spec.port}" if http else None
-            endpoint = Endpoint(spec, url, base_name(spec.base.uri), handle)
-            _require_answer(endpoint)
-        except RuntimeError as error:
-            raise RunError(
-                f"deploy endpoint {spec.name!r}", _last_line(error), "", "its log is under Ray's session folder"
-            ) from error
-        try:
-            yield endpoint
+            yield _start(spec, application, http=http)
         finally:
             serve.delete(spec.name)
 
 
+def _start(spec: ServeSpec, application: serve.Application, *, http: bool) -> Endpoint:
+    try:
+        serve.run(application, name=spec.name, route_prefix="/" if http else None)
+    except RuntimeError as error:
+        log = "its log is under Ray's session folder"
+        raise RunError(f"deploy endpoint {spec.name!r}", _last_line(error), "", log) from error
+    handle = serve.get_deployment_handle(ENGINE, app_name=spec.name)
+    url = f"http://{_in_url(spec.host)}:{spec.port}" if http else None
+    endpoint = Endpoint(spec, url, base_name(spec.base.uri), handle)
+    _require_answer(endpoint)
+    return endpoint
+
+
 def preflight(spec: ServeSpec) -> None:
     """Find the user's mistakes here, as typed errors, before a replica would. Raises UserError."""
-    source = AdapterSource(Store(spec.root), base_model.resolve(spec.base).digest)
+    base = base_model.resolve(spec.base)
+    longest = base.config.get("max_position_embeddings", spec.engine.max_seq_len)
+    if spec.engine.max_seq_len > longest:
+        raise ConfigError(f"engine.max_seq_len={spec.engine.max_seq_len}", f"the base takes {longest} tokens", "",
+                          f"set engine.max_seq_len to {longest} or less")  # fmt: skip
+    source = AdapterSource(Store(spec.root), base.digest)
     for ref in dict.fromkeys([*spec.adapters, *(arm.adapter for arm in spec.arms if arm.adapter)]):
         source.resolve(ref)
     for arm in spec.arms:

@@ -123,6 +123,16 @@ def test_a_port_in_use_is_named_before_anything_starts(local_ray: Session, world
             pytest.fail("it deployed")
 
 
+def test_a_sequence_longer_than_the_base_takes_is_refused(local_ray: Session, world: World) -> None:
+    with pytest.raises(ConfigError, match="max_seq_len=4096"), deploy(world.spec(engine={"max_seq_len": 4096})):
+        pytest.fail("it deployed")
+
+
+def test_more_cpus_than_there_are_is_refused(local_ray: Session, world: World) -> None:
+    with pytest.raises(ConfigError, match="num_cpus=400"), deploy(world.spec(num_cpus=400)):
+        pytest.fail("it deployed")
+
+
 def test_an_adapter_of_another_base_is_refused_before_anything_starts(
     local_ray: Session, world: World, tmp_path: Path
 ) -> None:

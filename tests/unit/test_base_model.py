@@ -142,6 +142,14 @@ def test_a_base_that_is_not_there_is_said(only: Path, uri: str, found: str, next
     assert not list(only.rglob("*.gguf"))
 
 
+def test_a_gguf_that_cannot_be_converted_leaves_nothing(only: Path, tmp_path: Path) -> None:
+    (tmp_path / "torn.gguf").write_bytes(b"GGUF torn")
+    with pytest.raises(BaseModelError, match="convert torn.gguf: it failed") as caught:
+        resolve(BaseSpec(uri=str(tmp_path / "torn.gguf")))
+    assert caught.value.next_move
+    assert not [path for path in (only / "bases").iterdir() if path.is_dir()]
+
+
 def test_a_hub_id_without_network_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     command = (
         "from graftwork.base_model import BaseSpec, resolve\n"
