@@ -21,8 +21,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def run(root: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", "from graftwork.cli import main; main()", "demo", "examples/demo-quick.yaml",
-         "--set", f"root={root}"],
+        [Path(sys.executable).with_name("graftwork"), "demo", "examples/demo-quick.yaml", "--set", f"root={root}"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=1500, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
