@@ -32,7 +32,7 @@ class Counters:
             prompt_tokens=self.prompt_tokens,
             prompt_tokens_from_cache=self.prompt_tokens_from_cache,
             generated_tokens=self.generated_tokens,
-            finished={str(reason): count for reason, count in self.finished.items()},
+            finished={str(reason): count for reason, count in dict(self.finished).items()},
             preemptions=scheduler.preemptions,
             most_adapters_in_step=self.most_adapters_in_step,
             step_s=self.step_s,

@@ -79,6 +79,9 @@ class SlotPool:
         linears: Mapping[str, LinearShape] = self._linears
         weights = self._pack(version, read_adapter(folder, linears, max_rank=self._max_rank, dtype=self._dtype))
         with self._lock:
+            if version in self._slots:  # another thread read it meanwhile, and may have holders already
+                self._slots[version].retired = False
+                return
             dropped = self._make_room()
             self._slots[version] = _Slot(weights)
         if dropped is not None:

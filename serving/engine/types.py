@@ -90,7 +90,7 @@ class EngineStats:
     prefix_tokens_cached: int = 0
     steps: int = 0
     prompt_tokens: int = 0
-    """Prompt tokens of all admitted requests, cached ones included; a preempted request counts again."""
+    """Prompt tokens of all requests that got a token, cached ones included; each request counts once."""
     prompt_tokens_from_cache: int = 0
     generated_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)

@@ -1,7 +1,9 @@
 """The life of a request: its ends, its neighbours' ends, adapters that come and go, memory that runs out."""
 
 import random
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -226,6 +228,25 @@ def test_the_least_recently_used_idle_adapter_makes_room(base: Path, adapter: Pa
         engine.load_adapter("v4", adapter)
     engine.stop()
     assert {answer.finish for answer in collector.wait("v1", "v3")} == {"cancelled"}
+
+
+def test_threads_that_load_one_version_at_once_share_one_slot(base: Path, adapter: Path) -> None:
+    engine = Engine(engines.load_model(base), engines.spec(), "cpu")
+    engine.start()
+    collector = engines.Collector()
+    barrier = threading.Barrier(4)
+
+    def load_and_ask(n: int) -> None:
+        barrier.wait()
+        engine.load_adapter("v1", adapter)
+        engine.submit(engines.request(f"r{n}", PROMPT, "v1", max_new_tokens=5), collector)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(load_and_ask, range(4)))
+    answers = collector.wait(*(f"r{n}" for n in range(4)))
+    assert all(answer.tokens == answers[0].tokens and answer.error is None for answer in answers)
+    assert [(state.version, state.running) for state in engine.adapters()] == [("v1", 0)]
+    engine.stop()
 
 
 def test_first_come_first_served(base: Path) -> None:
