@@ -14,9 +14,9 @@ from graftwork.base_model import cpu_flags
 from graftwork.storage import cache_root
 
 PROBE_S = 0.15
-GEMM = (256, 1024, 1024)
-"""Rows, inputs, outputs: a training pass through a small base's linears. Some 4 ms a core, so that one undisturbed call
-is soon met on a machine that does other things as well."""
+GEMM = (128, 1024, 512)
+"""Rows, inputs, outputs: some 2 ms a core, less than a time slice, so that an undisturbed call is met on a machine that
+does other things as well."""
 GEMV = 4096
 """Inputs and outputs of the matrix-vector probe: 64 MiB, more than most caches."""
 CGROUP = Path("/sys/fs/cgroup")

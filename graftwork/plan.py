@@ -17,7 +17,7 @@ from graftwork.model_shape import ModelShape
 from graftwork.serving.spec import EngineSpec
 from graftwork.training.spec import TrainSpec
 
-TRAIN_EFFICIENCY = 0.70
+TRAIN_EFFICIENCY = 0.78
 """Of the probe's rate, in a training step: smaller products, element-wise work, autograd."""
 ANSWER_EFFICIENCY = 0.50
 """Of the probe's rate, in prompts and decoding."""
