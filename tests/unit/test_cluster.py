@@ -1,0 +1,114 @@
+"""Addresses, shipping and the environment of a private Ray; no Ray is started here."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graftwork.cluster.address import host_and_port, require_reachable, without_on
+from graftwork.cluster.local import environment_of
+from graftwork.cluster.session import Session, session
+from graftwork.cluster.shipping import LINKED, shipped
+from graftwork.errors import ClusterError, ConfigError
+from tests.training import task
+
+
+@pytest.mark.parametrize(
+    ("on", "found"),
+    [
+        ("ray://10.0.0.7:10001", ("10.0.0.7", 10001)),
+        ("ray://head", ("head", 10001)),
+        ("http://127.0.0.1:8265/", ("127.0.0.1", 8265)),
+        ("https://ray.example.org", ("ray.example.org", 443)),
+        ("http://[::1]:8265", ("::1", 8265)),
+    ],
+)
+def test_addresses(on: str, found: tuple[str, int]) -> None:
+    assert host_and_port(on) == found
+
+
+@pytest.mark.parametrize("on", ["ray://", "http://host:port", "http://me:secret@host:8265", "http://host:8265/jobs"])
+def test_what_is_no_address_is_refused(on: str) -> None:
+    with pytest.raises(ConfigError, match="not an address of a Ray"):
+        host_and_port(on)
+
+
+@pytest.mark.parametrize("on", ["kubernetes", "localhost:8265", "s3://bucket"])
+def test_an_unknown_place_is_refused_with_the_known_ones(on: str) -> None:
+    with pytest.raises(ConfigError, match="not a place to run") as caught, session(on):
+        pass
+    assert "ray://HOST:PORT" in caught.value.rule
+
+
+def test_nobody_listening_is_said_with_what_to_do() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        on = f"ray://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ClusterError, match="nothing answers at 127.0.0.1") as caught, session(on):
+            pass
+    assert caught.value.exit_code == 3
+    assert "--on local" in caught.value.next_move
+
+
+def test_something_else_listening_is_reached_but_not_taken_for_a_ray() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        require_reachable(f"http://127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_auto_needs_a_surrounding_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match="RAY_ADDRESS is not set"), session("auto"):
+        pass
+
+
+def test_an_http_address_takes_commands_not_programs() -> None:
+    with pytest.raises(ConfigError, match="not the graftwork command"), session("http://127.0.0.1:8265"):
+        pass
+
+
+def test_a_relative_root_is_refused_on_a_cluster(tmp_path: Path) -> None:
+    def stage(spec: object) -> None:
+        raise AssertionError("it must not start")
+
+    here = Session("auto", "127.0.0.1:6379")
+    with pytest.raises(ConfigError, match=r"root=\.graftwork with --on auto"):
+        here.run(stage, task(tmp_path, root=".graftwork"))
+
+
+def test_a_command_behind_ray_client_that_must_stay_is_refused() -> None:
+    with pytest.raises(ClusterError, match="must stay connected"):
+        Session("ray://head:10001", "head:10001", remote=True).here(print)
+
+
+def test_the_on_option_is_left_out_of_what_is_sent() -> None:
+    argv = ["train", "a.yaml", "--on", "http://h:1", "--set", "seed=1", "--on=ray://x:1", "--json"]
+    assert without_on(argv) == ["train", "a.yaml", "--set", "seed=1", "--json"]
+
+
+def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    with environment_of({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t"}):
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_the_shipped_folder_runs_without_this_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "specs").mkdir()
+    (tmp_path / "specs" / "a.yaml").write_text("kind: train\n")
+    program = "import graftwork, graftwork.training.spec, graftwork.serving.spec; print(graftwork.__file__)"
+    with shipped([Path("specs/a.yaml")]) as folder:
+        assert (folder / "specs" / "a.yaml").read_text() == "kind: train\n"
+        assert all((folder / "graftwork" / name / "__init__.py").is_file() for name in LINKED)
+        assert not [path for path in folder.rglob("*") if path.is_symlink() or path.name == "__pycache__"]
+        environment = {**os.environ, "PYTHONPATH": ""}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=folder, env=environment, text=True, capture_output=True, check=True
+        )
+    assert done.stdout.strip() == str(folder / "graftwork" / "__init__.py")
+    assert not folder.exists()
