@@ -6,9 +6,7 @@ engine is killed, its requests get OpenAI's error body from the ingress, where S
 
 import contextlib
 import hashlib
-import logging
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +14,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from graftwork import base_model
 from graftwork.chat import Message
@@ -31,15 +25,13 @@ from graftwork.serving.catalog import base_name
 from graftwork.serving.client import AsyncClient, ChatCall, Client
 from graftwork.serving.ingress import Ingress
 from graftwork.serving.replica import EngineReplica
+from graftwork.serving.serve_instance import quiet, serve_running, start_failure
 from graftwork.serving.source import AdapterSource
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import Store
 
 ENGINE, INGRESS = "engine", "ingress"
 READY_TIMEOUT_S = 60.0
-SHUTDOWN_TIMEOUT_S = 30.0
-PROXY_SLACK_S = 30.0
-"""Serve's own timeout comes this much after ours, so that ours answers in OpenAI's shape."""
 
 
 def build(spec: ServeSpec, *, http: bool = True) -> serve.Application:
@@ -99,7 +91,7 @@ def deploy(spec: ServeSpec, *, http: bool = True) -> Iterator[Endpoint]:
     """
     preflight(spec)
     application = build(spec, http=http)
-    with _quiet(), _serve_running(spec, http=http):
+    with quiet(), serve_running(spec, http=http):
         try:
             yield _start(spec, application, http=http)
         finally:
@@ -110,8 +102,7 @@ def _start(spec: ServeSpec, application: serve.Application, *, http: bool) -> En
     try:
         serve.run(application, name=spec.name, route_prefix="/" if http else None)
     except RuntimeError as error:
-        log = "its log is under Ray's session folder"
-        raise RunError(f"deploy endpoint {spec.name!r}", _last_line(error), "", log) from error
+        raise start_failure(spec.name, error) from error
     handle = serve.get_deployment_handle(ENGINE, app_name=spec.name)
     url = f"http://{_in_url(spec.host)}:{spec.port}" if http else None
     endpoint = Endpoint(spec, url, base_name(spec.base.uri), handle)
@@ -150,87 +141,6 @@ def _token(spec: ServeSpec) -> str | None:
     return token
 
 
-@contextlib.contextmanager
-def _serve_running(spec: ServeSpec, *, http: bool) -> Iterator[None]:
-    """Have Serve: the one that runs on this Ray already, else our own for the time of the block."""
-    if _existing_http(spec, http=http):
-        yield
-        return
-    if http:
-        _require_free_port(spec.host, spec.port)
-    try:
-        serve.start(
-            proxy_location="HeadOnly" if http else "Disabled",
-            http_options={
-                "host": spec.host,
-                "port": spec.port,
-                "request_timeout_s": spec.request_timeout_s + PROXY_SLACK_S,
-            },
-        )
-        yield
-    finally:
-        _shut_down()
-
-
-def _shut_down() -> None:
-    """End Serve. `serve.shutdown()` alone leaves "graceful_shutdown failed" on the terminal (Ray 2.60): it waits in a
-    call that the controller's own end breaks off. Here the controller is told, and its end awaited."""
-    with contextlib.suppress(ValueError, RayActorError):
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-        ray.get(controller.graceful_shutdown.remote(wait=False))
-        deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
-        while time.monotonic() < deadline:
-            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-            time.sleep(0.05)
-    serve.shutdown()
-
-
-def _existing_http(spec: ServeSpec, *, http: bool) -> bool:
-    """Whether Serve runs on this Ray already. Raises ConfigError where it listens elsewhere than the spec says."""
-    try:
-        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    except ValueError:
-        return False
-    if spec.name in serve.status().applications:
-        raise ConfigError(f"name={spec.name}", "an application of this name runs on this Ray already", "",
-                          "stop it, or give this endpoint another name")  # fmt: skip
-    found = _get_global_client().http_config
-    if http and (found.host, found.port) != (spec.host, spec.port):
-        raise ConfigError(f"host={spec.host}, port={spec.port}",
-                          f"Ray Serve on this Ray listens at {found.host}:{found.port}",
-                          "one Ray has one Serve with one address",
-                          f"set host: {found.host} and port: {found.port}")  # fmt: skip
-    return True
-
-
-def _require_free_port(host: str, port: int) -> None:
-    """Bind and let go of the port on the node that will serve it. Raises ConfigError when it is taken."""
-    head = next(
-        node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"] and node["Alive"]
-    )
-    if head == ray.get_runtime_context().get_node_id():
-        problem = _bind_problem(host, port)
-    else:
-        there = NodeAffinitySchedulingStrategy(head, soft=False)
-        problem = ray.get(ray.remote(_bind_problem).options(num_cpus=0, scheduling_strategy=there).remote(host, port))
-    if problem:
-        raise ConfigError(f"port={port} on {host}", problem, "an endpoint needs a port of its own",
-                          "stop what listens there, or set another port: --set port=8001")  # fmt: skip
-
-
-def _bind_problem(host: str, port: int) -> str:
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as the server: a closed connection is no obstacle
-            probe.bind(address)
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
-
-
 def _require_answer(endpoint: Endpoint) -> None:
     """One token from the base, over the way that callers take. Raises RunError when none comes."""
     question = (Message("user", "Hello"),)
@@ -249,22 +159,6 @@ def _require_answer(endpoint: Endpoint) -> None:
         client.chat(ChatCall(endpoint.base, question, max_tokens=1))
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Serve tells each of its steps at INFO in the driver; warnings still come through."""
-    logger = logging.getLogger("ray.serve")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 def _in_url(host: str) -> str:
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{reachable}]" if ":" in reachable else reachable
-
-
-def _last_line(error: Exception) -> str:
-    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__).strip()

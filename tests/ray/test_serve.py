@@ -128,6 +128,17 @@ def test_a_sequence_longer_than_the_base_takes_is_refused(local_ray: Session, wo
         pytest.fail("it deployed")
 
 
+def test_what_the_engine_finds_at_its_start_is_told_in_its_own_words(local_ray: Session, world: World) -> None:
+    limits = {"max_seq_len": 1024, "kv_tokens": 512}
+    with (
+        pytest.raises(ConfigError, match=r"engine\.kv_tokens") as caught,
+        deploy(world.spec(engine=limits), http=False),
+    ):
+        pytest.fail("it deployed")
+    assert caught.value.rule
+    assert caught.value.next_move
+
+
 def test_more_cpus_than_there_are_is_refused(local_ray: Session, world: World) -> None:
     with pytest.raises(ConfigError, match="num_cpus=400"), deploy(world.spec(num_cpus=400)):
         pytest.fail("it deployed")
