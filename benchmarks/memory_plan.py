@@ -1,6 +1,7 @@
 """How far the plan is from the truth: peak memory and seconds a step of the training loop, predicted and measured.
 
     python -m benchmarks.memory_plan [--base URI] [--out FILE]
+    python -m benchmarks.memory_plan --again FILE    what the formulas say now of what was measured then
 
 Each setting runs in a fresh process: the loop of `train` with one worker, four optimizer steps of one forward pass over
 rows of equal length but the first, half of each trained. Seconds are the least of the last three steps: what the plan
@@ -18,7 +19,7 @@ from typing import Any
 
 from graftwork import base_model
 from graftwork.base_model import BaseSpec
-from graftwork.machine import measure_speed
+from graftwork.machine import Speed
 from graftwork.memory import RowSizes, predict_training
 from graftwork.model_shape import ModelShape
 from graftwork.plan import Machine, step_seconds
@@ -117,13 +118,14 @@ def measured_apart(base: str, setting: Setting) -> dict[str, float]:
     return found
 
 
-def compare(base: str, setting: Setting, model: ModelShape, machine: Machine) -> dict[str, Any]:
+def compare(
+    base: str, setting: Setting, model: ModelShape, machine: Machine, found: dict[str, float]
+) -> dict[str, Any]:
     """One row of the table."""
     spec, sizes = spec_of(base, setting), lengths(setting)
     rows = RowSizes.of(sizes, [tokens // 2 for tokens in sizes])
     bytes_predicted = predict_training(spec, model, rows, value_bytes=machine.value_bytes).peak_bytes
     seconds_predicted = step_seconds(spec, model, rows, machine)
-    found = measured_apart(base, setting)
     return {
         **asdict(setting),
         "peak_bytes": found["peak_bytes"],
@@ -137,7 +139,7 @@ def compare(base: str, setting: Setting, model: ModelShape, machine: Machine) ->
 
 def shown(row: dict[str, Any]) -> str:
     """A row of the table, for people."""
-    setting = Setting(**{key: row[key] for key in asdict(Setting())})
+    setting = setting_of(row)
     differs = [f"{key}={value}" for key, value in asdict(setting).items() if value != getattr(Setting(), key)]
     gib = (row[key] / 2**30 for key in ("peak_bytes_predicted", "peak_bytes"))
     return (
@@ -151,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=DEFAULT_BASE)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--again", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -158,14 +161,31 @@ def main() -> None:
         return
     resolved = base_model.resolve(BaseSpec(uri=args.base))
     model = ModelShape.from_config(resolved.config)
-    dtype, _ = base_model.default_dtype("cpu")
-    machine = Machine.here(value_bytes=dtype.itemsize)
-    rows = []
-    for setting in SETTINGS:
-        rows.append(compare(args.base, setting, model, machine))
-        print(shown(rows[-1]), flush=True)
+    if args.again:
+        before = json.loads(args.again.read_text(encoding="utf-8"))
+        machine = Machine(
+            **{**before["meta_info"]["machine"], "speed": Speed(**before["meta_info"]["machine"]["speed"])}
+        )
+        known = [(setting_of(row), row) for row in before["result"]["settings"]]
+        document = {**before, "result": summary([compare(args.base, s, model, machine, row) for s, row in known])}
+    else:
+        dtype, _ = base_model.default_dtype("cpu")
+        machine = Machine.here(value_bytes=dtype.itemsize)
+        rows = []
+        for setting in SETTINGS:
+            rows.append(compare(args.base, setting, model, machine, measured_apart(args.base, setting)))
+            print(shown(rows[-1]), flush=True)
+        meta = {"unit": "bytes, seconds", "base": args.base, "base_digest": resolved.digest, "steps": STEPS,
+                "machine": asdict(machine)}  # fmt: skip
+        document = {"run_info": collect(seed=0), "result": summary(rows), "meta_info": meta}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The table and its errors."""
     peaks, steps = ([abs(row[key]) for row in rows] for key in ("peak_error", "step_error"))
-    result = {
+    return {
         "n": len(rows),
         "peak_error_median": statistics.median(peaks),
         "peak_error_worst": max(peaks),
@@ -173,11 +193,11 @@ def main() -> None:
         "step_error_worst": max(steps),
         "settings": rows,
     }
-    speed = asdict(measure_speed())
-    meta = {"unit": "bytes, seconds", "base": args.base, "base_digest": resolved.digest, "steps": STEPS, "speed": speed}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"run_info": collect(seed=0), "result": result, "meta_info": meta}
-    args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def setting_of(row: dict[str, Any]) -> Setting:
+    """The setting of a row of the table."""
+    return Setting(**{key: row[key] for key in asdict(Setting())})
 
 
 if __name__ == "__main__":

@@ -17,14 +17,16 @@ from graftwork.model_shape import ModelShape
 from graftwork.serving.spec import EngineSpec
 from graftwork.training.spec import TrainSpec
 
-TRAIN_EFFICIENCY = 0.78
+TRAIN_EFFICIENCY = 0.72
 """Of the probe's rate, in a training step: smaller products, element-wise work, autograd."""
-ANSWER_EFFICIENCY = 0.50
-"""Of the probe's rate, in prompts and decoding."""
+PROMPT_EFFICIENCY = 0.80
+"""Of the probe's rate, in computing prompts."""
+DECODE_EFFICIENCY = 0.26
+"""Of the probe's rate, in products of few rows: 11.8 ms a row of SmolLM2-135M at 87 GFLOP/s."""
 UNPACK_PER_S = 1.0e9
 """nf4 weights that one core unpacks a second (bitsandbytes 0.50, AVX2)."""
-LAYER_S = 1.2e-3
-"""Python and kernel launches of one block in one decoding step."""
+LAYER_S = 1.7e-3
+"""One block of one decoding step beside its products: Python, attention, the engine (one row: 81 ms a step)."""
 START_S = 14.0
 """CPU seconds from a worker's start to its first step: imports (11) and the base."""
 PADDING = 1.04
@@ -229,8 +231,9 @@ def answers_seconds(
     steps = answers.count * answers.new_tokens / batch
     token_flops = 2 * (model.linear_params + model.head_params)
     weights_s = (model.linear_params + model.head_params) * machine.value_bytes / (machine.speed.gbytes_per_s * 1e9)
-    step_s = model.layers * LAYER_S + weights_s + machine.core_s(batch * token_flops, ANSWER_EFFICIENCY) / threads
-    return machine.core_s(prompt_flops, ANSWER_EFFICIENCY) / threads + steps * step_s
+    rows_s = machine.core_s(batch * token_flops, DECODE_EFFICIENCY) / threads
+    step_s = model.layers * LAYER_S + weights_s + rows_s
+    return machine.core_s(prompt_flops, PROMPT_EFFICIENCY) / threads + steps * step_s
 
 
 def verdict_of(total_bytes: int, machine: Machine, ways_out: Iterable[tuple[str, int]]) -> str:
