@@ -5,7 +5,8 @@
 Every arm decodes the same number of rows from prompts of the same length on the same fp32 weights, in one process, in
 turns (`--rounds`). A step is the time between two tokens of a request while all rows decode; the first steps are left
 out. Wall and process-CPU milliseconds are medians over all measured steps, with the quartiles beside them. All adapters
-have equal shapes (rank 16 on every inner linear).
+have equal shapes (rank 16 on every inner linear). Where `--out` holds other row counts measured with equal settings at
+the same commit, the new ones join them.
 """
 
 import argparse
@@ -165,6 +166,19 @@ def peft_model(model_folder: Path, adapter: Path, count: int) -> Any:
     return model.eval()
 
 
+def write(out: Path, result: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Writes the document, or joins the one that is there."""
+    info = collect(seed=0)
+    if out.exists():
+        before = json.loads(out.read_text(encoding="utf-8"))
+        if before["meta_info"] == meta and before["run_info"]["git"] == info["git"]:
+            result = before["result"] | result
+    ordered = {rows: result[rows] for rows in sorted(result, key=int)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    document = {"run_info": info, "result": ordered, "meta_info": meta}
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the base, e.g. SmolLM2-135M-Instruct")
@@ -198,9 +212,7 @@ def main() -> None:
     engine.stop()
     meta = {"unit": "ms per decode step", "prompt": args.prompt, "steps": args.steps, "rounds": args.rounds,
             "threads": args.threads, "adapter_rank": RANK, "dtype": "float32"}  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"run_info": collect(seed=0), "result": result, "meta_info": meta}
-    args.out.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    write(args.out, result, meta)
 
 
 if __name__ == "__main__":
