@@ -85,6 +85,9 @@ class _Board:
     def put(self, name: str, told: tuple[Any, ...]) -> None:
         self._told.append((name, told))
 
+    def flush(self) -> None:
+        """Answers once all earlier calls of the same caller are done."""
+
     def take(self) -> list[tuple[str, tuple[Any, ...]]]:
         told, self._told = self._told, []
         return told
@@ -92,8 +95,12 @@ class _Board:
 
 def _run(stage: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], board: Any) -> T:
     """The task: the stage with callbacks that put what they are told on the board."""
+    import ray
 
     def teller(name: str) -> Callable[..., None]:
         return lambda *told: board.put.remote(name, told)
 
-    return stage(*args, **kwargs, **{name: teller(name) for name in names})
+    try:
+        return stage(*args, **kwargs, **{name: teller(name) for name in names})
+    finally:
+        ray.get(board.flush.remote())  # calls of one caller arrive in order: all that was told is on the board now

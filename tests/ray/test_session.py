@@ -1,0 +1,209 @@
+"""A private Ray leaves no open door and nothing behind; an existing Ray is joined, or refused with a reason."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+import pytest
+
+from graftwork.cluster.local import DIR_PREFIX
+from tests.processes import ROOT
+
+UP_WITHIN_S = 120.0
+TOKEN = "0123456789abcdef" * 3
+
+PRIVATE = """
+import json, os, sys, tempfile
+from graftwork.cluster.session import session
+tempfile.tempdir = sys.argv[1]
+with session("local") as here:
+    import ray
+    cpus = ray.cluster_resources()["CPU"]
+    where = ray.get(ray.remote(lambda: __import__("graftwork").__file__).remote())
+    print(json.dumps([here.address, cpus, where, os.environ["RAY_AUTH_TOKEN"]]), flush=True)
+    sys.stdin.readline()
+print(json.dumps([os.environ.get("RAY_AUTH_TOKEN"), ray.is_initialized()]))
+"""
+
+JOIN = """
+import sys
+from graftwork.cluster.jobs import run_command
+from graftwork.cluster.session import session
+from graftwork.errors import GraftworkError
+
+def stage(count, on_progress):
+    import ray
+    for number in range(count):
+        on_progress(number)
+    return ray.cluster_resources()["CPU"], __import__("graftwork").__file__
+
+try:
+    if sys.argv[1].startswith("ray://"):
+        with session(sys.argv[1]) as here:
+            told = []
+            print(here.run(stage, 3, on_progress=told.append), told)
+    else:
+        sys.exit(run_command(sys.argv[1], sys.argv[2:]))
+except GraftworkError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def without_ray() -> dict[str, str]:
+    """This environment without the marks of the Ray that other tests of the session use."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return {**kept, "PYTHONPATH": str(ROOT)}
+
+
+def start(program: str, *argv: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", program, *argv]
+    return subprocess.Popen(
+        command, env=env or without_ray(), cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe
+    )
+
+
+def line(stream: IO[str] | None) -> list[object]:
+    assert stream is not None
+    found: list[object] = json.loads(stream.readline())
+    return found
+
+
+@pytest.fixture
+def short_temp() -> Iterator[Path]:
+    """A temp dir with a short path, as Ray's sockets need."""
+    with tempfile.TemporaryDirectory(prefix="gwt-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("ending", ["done", signal.SIGINT, signal.SIGTERM])
+def test_a_private_ray_listens_on_loopback_alone_and_leaves_nothing(short_temp: Path, ending: str | int) -> None:
+    process = start(PRIVATE, str(short_temp))
+    address, cpus, where, token = line(process.stdout)
+    assert str(address).startswith("127.0.0.1:")
+    assert isinstance(cpus, float)
+    assert cpus >= 2
+    assert where == str(ROOT / "graftwork" / "__init__.py")
+    assert len(str(token)) == 64
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert {name for member in [psutil.Process(process.pid), *below] for name in listening(member)} <= {"127.0.0.1"}
+    assert [path.name for path in short_temp.iterdir() if path.name.startswith(DIR_PREFIX)]
+    if ending == "done":
+        said, _ = process.communicate("\n", timeout=60)
+        assert json.loads(said) == [None, False], "the environment is put back"
+        assert process.returncode == 0
+    else:
+        process.send_signal(int(ending))
+        _, trace = process.communicate(timeout=60)
+        assert "KeyboardInterrupt" in trace
+    assert psutil.wait_procs(below, timeout=30)[1] == []
+    assert list(short_temp.iterdir()) == []
+
+
+def listening(process: psutil.Process) -> set[str]:
+    """Addresses that a process accepts connections on, IPv4 in IPv6 unwrapped."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found = process.net_connections("inet")
+        return {c.laddr.ip.removeprefix("::ffff:") for c in found if c.status == psutil.CONN_LISTEN}
+    return set()
+
+
+def test_the_folder_of_a_killed_owner_goes_with_the_next_start(short_temp: Path) -> None:
+    left = short_temp / f"{DIR_PREFIX}left"
+    (left / "session").mkdir(parents=True)
+    process = start(PRIVATE, str(short_temp))
+    line(process.stdout)
+    assert not left.exists()
+    process.communicate("\n", timeout=60)
+
+
+@dataclass(frozen=True)
+class Existing:
+    """A Ray that somebody else runs, with a token."""
+
+    client: str
+    dashboard: str
+
+
+@pytest.fixture(scope="module")
+def existing() -> Iterator[Existing]:
+    ports = free_ports(3)
+    with tempfile.TemporaryDirectory(prefix="gwr-", dir="/tmp") as folder:
+        environment = {
+            **without_ray(),
+            "PYTHONPATH": "",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        }
+        command = ["ray", "start", "--head", "--block", "--num-cpus=3", f"--temp-dir={folder}", "--disable-usage-stats"]
+        command += [f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}", f"--dashboard-port={ports[2]}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=true"]
+        with open(Path(folder) / "head.log", "w", encoding="utf-8") as log:
+            head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            wait_for(ports[1], head)
+            wait_for(ports[2], head)
+            yield Existing(f"ray://127.0.0.1:{ports[1]}", f"http://127.0.0.1:{ports[2]}")
+        finally:
+            below = psutil.Process(head.pid).children(recursive=True)
+            head.terminate()
+            head.wait(timeout=60)
+            for process in psutil.wait_procs(below, timeout=20)[1]:
+                process.kill()
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def wait_for(port: int, head: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + UP_WITHIN_S
+    while head.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the existing Ray does not listen on {port}")
+
+
+def test_an_existing_ray_is_joined_with_its_token_and_refused_without(existing: Existing, tmp_path: Path) -> None:
+    """Four processes at once: ray:// and http:// with the cluster's token, and both with a wrong one."""
+    (tmp_path / "bad.yaml").write_text("kind: train\nnam: x\n")
+    right = {**without_ray(), "RAY_AUTH_TOKEN": TOKEN}
+    wrong = {**without_ray(), "RAY_AUTH_TOKEN": "f" * 48}
+    there = start(JOIN, existing.client, env=right)
+    command = start(JOIN, existing.dashboard, "config", "check", str(tmp_path / "bad.yaml"), env=right)
+    wrong_client = start(JOIN, existing.client, env=wrong)
+    wrong_command = start(JOIN, existing.dashboard, "config", "check", "x.yaml", env=wrong)
+
+    said, errors = there.communicate(timeout=120)
+    assert there.returncode == 0, said + errors
+    assert "(3.0, '" in said, "the stage ran on the cluster's CPUs"
+    assert "[0, 1, 2]" in said, "its progress was told here"
+    assert str(ROOT) not in said, "it ran on the code that was shipped"
+
+    said, errors = command.communicate(timeout=120)
+    assert command.returncode == 2, said + errors
+    assert "nam: unknown key (value 'x')" in said, "the command's own message and exit code come back"
+
+    for refused in (wrong_client, wrong_command):
+        said, errors = refused.communicate(timeout=120)
+        assert refused.returncode == 3, said + errors
+        assert "refused the connection" in said
+        assert "RAY_AUTH_TOKEN" in said
