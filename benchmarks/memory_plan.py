@@ -125,7 +125,7 @@ def compare(
     spec, sizes = spec_of(base, setting), lengths(setting)
     rows = RowSizes.of(sizes, [tokens // 2 for tokens in sizes])
     bytes_predicted = predict_training(spec, model, rows, value_bytes=machine.value_bytes).peak_bytes
-    seconds_predicted = step_seconds(spec, model, rows, machine)
+    seconds_predicted = step_seconds(spec, model, rows, machine, processes=1)
     return {
         **asdict(setting),
         "peak_bytes": found["peak_bytes"],
@@ -177,7 +177,11 @@ def main() -> None:
             print(shown(rows[-1]), flush=True)
         meta = {"unit": "bytes, seconds", "base": args.base, "base_digest": resolved.digest, "steps": STEPS,
                 "machine": asdict(machine)}  # fmt: skip
-        document = {"run_info": collect(seed=0), "result": summary(rows), "meta_info": meta}
+        document = {
+            "run_info": collect(0, ["benchmarks.memory_plan", "--base", args.base]),
+            "result": summary(rows),
+            "meta_info": meta,
+        }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 

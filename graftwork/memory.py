@@ -25,7 +25,7 @@ SERVING_PROCESS_BYTES = 640 * MIB
 SmolLM2-135M dequantised and 8,192 tokens of keys and values."""
 LOGIT_COPIES = 2
 """log-softmax and its gradient, alive together in the backward pass of cross-entropy."""
-ALLOCATOR_SHARE = 0.15
+ALLOCATOR_SHARE = 0.2
 """Freed temporaries between live activations that glibc does not return, as a share of activations and logits."""
 NF4_BLOCK = 64
 """Weights that share one scale in bitsandbytes' nf4."""

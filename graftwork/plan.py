@@ -17,7 +17,7 @@ from graftwork.model_shape import ModelShape
 from graftwork.serving.spec import EngineSpec
 from graftwork.training.spec import TrainSpec
 
-TRAIN_EFFICIENCY = 0.72
+TRAIN_EFFICIENCY = 0.70
 """Of the probe's rate, in a training step: smaller products, element-wise work, autograd."""
 PROMPT_EFFICIENCY = 0.80
 """Of the probe's rate, in computing prompts."""
@@ -25,10 +25,19 @@ DECODE_EFFICIENCY = 0.26
 """Of the probe's rate, in products of few rows: 11.8 ms a row of SmolLM2-135M at 87 GFLOP/s."""
 UNPACK_PER_S = 1.0e9
 """nf4 weights that one core unpacks a second (bitsandbytes 0.50, AVX2)."""
+DROPPED_PER_S = 38e6
+"""Values that pass the adapters' dropout in one core's second: PyTorch draws them one by one on a CPU."""
+CROWDED = 0.35
+"""How much slower each core is when all work: caches, memory and clock are shared (two processes 1.35, two threads 1.23
+times on 2 vCPUs)."""
 LAYER_S = 1.7e-3
 """One block of one decoding step beside its products: Python, attention, the engine (one row: 81 ms a step)."""
 START_S = 14.0
-"""CPU seconds from a worker's start to its first step: imports (11) and the base."""
+"""CPU seconds of a process from its start to its first step: imports (11) and the base."""
+RAY_TRAIN_START_S = 20.0
+"""Until Ray Train's controller and its helpers have called the workers: 17 to 23 s on 2 cores."""
+RAY_TUNE_START_S = 4.0
+"""Until Ray Tune has started its first trials."""
 PADDING = 1.04
 """Padded over real tokens: rows of a step are sorted by length."""
 HEADROOM = 0.95
@@ -95,9 +104,12 @@ class Machine:
         """Seconds of one core."""
         return flops / (self.speed.gflops * 1e9 * efficiency)
 
-    def stretch(self, processes: int, threads: float) -> float:
-        """How much longer work takes when more threads run than there are cores."""
-        return max(1.0, processes * threads / self.cores)
+    def pace(self, processes: int, cpus: float) -> float:
+        """Speed of one of `processes` processes of `cpus` CPUs each, all at work; 1 is one thread that runs alone."""
+        threads = max(1, int(cpus))
+        busy = min(processes * threads, self.cores)
+        crowded = 1 + CROWDED * (busy - 1) / (self.cores - 1) if self.cores > 1 else 1.0
+        return threads * min(1.0, self.cores / (processes * threads)) / crowded
 
 
 def training_flops(spec: TrainSpec, model: ModelShape, tokens: float, scored: float, row: float) -> float:
@@ -107,34 +119,24 @@ def training_flops(spec: TrainSpec, model: ModelShape, tokens: float, scored: fl
     return tokens * (4 * model.linear_params + 6 * adapter + attention) + scored * 4 * model.head_params
 
 
-def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> float:
-    """One optimizer step of one worker with its cores to itself."""
+def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
+    """One optimizer step of one worker while `processes` such processes run."""
     per_worker = spec.optim.rows_per_step // spec.num_workers
     tokens = per_worker * rows.mean * PADDING
     flops = training_flops(spec, model, tokens, per_worker * rows.mean_trained, rows.mean)
     passes = per_worker / micro_batch(spec)
     unpack_s = 2 * passes * model.linear_params / UNPACK_PER_S if spec.quant.kind == "nf4" else 0.0
-    return (machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s) / max(1.0, spec.cpus_per_worker)
+    inputs = sum(linear.inputs for linear in model.targets(spec.adapter.targets)) if spec.adapter.dropout else 0
+    dropout_s = tokens * model.layers * inputs / DROPPED_PER_S
+    return (machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s) / machine.pace(
+        processes, spec.cpus_per_worker
+    )
 
 
-def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> float:
-    """The held-out loss over `rows` in one worker: forward passes alone."""
+def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
+    """The held-out loss over `rows`, shared among a run's workers: forward passes alone."""
     flops = rows.count * (rows.mean * PADDING * 2 * model.linear_params + rows.mean_trained * 2 * model.head_params)
-    return machine.core_s(flops, TRAIN_EFFICIENCY) / max(1.0, spec.cpus_per_worker)
-
-
-def training_seconds(
-    spec: TrainSpec,
-    model: ModelShape,
-    rows: RowSizes,
-    held_out: RowSizes | None,
-    machine: Machine,
-    steps: int,
-    evals: int,
-) -> float:
-    """A worker's time from its start, with its cores to itself."""
-    eval_s = evaluation_seconds(spec, model, held_out, machine) / spec.num_workers if held_out else 0.0
-    return START_S + steps * step_seconds(spec, model, rows, machine) + evals * eval_s
+    return machine.core_s(flops / spec.num_workers, TRAIN_EFFICIENCY) / machine.pace(processes, spec.cpus_per_worker)
 
 
 def plan_training(
@@ -142,15 +144,16 @@ def plan_training(
 ) -> StagePlan:
     """A run of `train`. `rows` and `held_out`: sizes of the rendered rows."""
     steps = max(1, math.ceil(spec.optim.epochs * rows.count / spec.optim.rows_per_step - 1e-9))
-    evals = math.ceil(steps / spec.eval_every) if held_out else 0
-    alone_s = training_seconds(spec, model, rows, held_out, machine, steps, evals)
+    evals = math.ceil(steps / spec.eval_every)
+    eval_s = evaluation_seconds(spec, model, held_out, machine, spec.num_workers) if held_out else 0.0
+    start_s = RAY_TRAIN_START_S + START_S / machine.pace(spec.num_workers, 1)
     memory = predict_training(spec, model, rows, value_bytes=machine.value_bytes)
     return StagePlan(
         stage=f"train {spec.name}",
         processes=spec.num_workers,
         peak_bytes_per_process=memory.peak_bytes,
         total_bytes=memory.peak_bytes * spec.num_workers,
-        seconds=alone_s * machine.stretch(spec.num_workers, spec.cpus_per_worker),
+        seconds=start_s + steps * step_seconds(spec, model, rows, machine, spec.num_workers) + evals * eval_s,
         verdict=verdict_of(
             memory.peak_bytes * spec.num_workers, machine, training_ways_out(spec, model, rows, machine)
         ),
@@ -225,15 +228,15 @@ def answers_seconds(
     answers: Answers, model: ModelShape, engine: EngineSpec, machine: Machine, num_cpus: float
 ) -> float:
     """Prompts computed and answers decoded in full batches by one replica."""
-    threads = min(max(1, int(engine.num_threads or num_cpus)), machine.cores)
+    pace = machine.pace(1, min(engine.num_threads or num_cpus, machine.cores))
     prompt_flops = 2 * model.linear_params * answers.count * answers.prompt_tokens
     batch = min(engine.max_batch, answers.count)
     steps = answers.count * answers.new_tokens / batch
     token_flops = 2 * (model.linear_params + model.head_params)
     weights_s = (model.linear_params + model.head_params) * machine.value_bytes / (machine.speed.gbytes_per_s * 1e9)
-    rows_s = machine.core_s(batch * token_flops, DECODE_EFFICIENCY) / threads
+    rows_s = machine.core_s(batch * token_flops, DECODE_EFFICIENCY) / pace
     step_s = model.layers * LAYER_S + weights_s + rows_s
-    return machine.core_s(prompt_flops, PROMPT_EFFICIENCY) / threads + steps * step_s
+    return machine.core_s(prompt_flops, PROMPT_EFFICIENCY) / pace + steps * step_s
 
 
 def verdict_of(total_bytes: int, machine: Machine, ways_out: Iterable[tuple[str, int]]) -> str:

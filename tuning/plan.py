@@ -5,7 +5,17 @@ from dataclasses import replace
 
 from graftwork.memory import RowSizes, predict_training
 from graftwork.model_shape import ModelShape
-from graftwork.plan import Machine, StagePlan, training_seconds, training_ways_out, verdict_of
+from graftwork.plan import (
+    RAY_TUNE_START_S,
+    START_S,
+    Machine,
+    StagePlan,
+    evaluation_seconds,
+    step_seconds,
+    training_ways_out,
+    verdict_of,
+)
+from graftwork.training.spec import TrainSpec
 from graftwork.tuning.space import draw, trial_spec
 from graftwork.tuning.spec import TuneSpec
 
@@ -20,19 +30,16 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     plans = [predict_training(trial, model, rows, value_bytes=machine.value_bytes) for trial in trials]
     largest, memory = max(zip(trials, plans, strict=True), key=lambda pair: pair[1].peak_bytes)
     at_once = max(1, min(spec.max_concurrent, len(trials), int(machine.cores // largest.cpus_per_worker)))
-    whole_s = sum(
-        training_seconds(trial, model, rows, held_out, machine, spec.steps, math.ceil(spec.steps / spec.report_every))
-        for trial in trials
-    )
-    share = expected_share(spec, len(trials))
-    stretch = machine.stretch(at_once, largest.cpus_per_worker)
+    each_s = [_trial_seconds(spec, trial, model, rows, held_out, machine, at_once) for trial in trials]
+    start_s, share = START_S / machine.pace(at_once, 1), expected_share(spec, len(trials))
+    all_s = sum(start_s + share * taken_s for taken_s in each_s) / at_once
     ways_out = ((setting, size * at_once) for setting, size in training_ways_out(largest, model, rows, machine))
     return StagePlan(
         stage="tune",
         processes=at_once,
         peak_bytes_per_process=memory.peak_bytes,
         total_bytes=memory.peak_bytes * at_once,
-        seconds=whole_s * share * stretch / at_once,
+        seconds=RAY_TUNE_START_S + max(all_s, start_s + max(each_s)),  # someone runs to the end
         verdict=verdict_of(memory.peak_bytes * at_once, machine, ways_out),
         parts=memory.parts,
         assumptions=(
@@ -41,6 +48,21 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
             machine.said(),
         ),
     )
+
+
+def _trial_seconds(
+    spec: TuneSpec,
+    trial: TrainSpec,
+    model: ModelShape,
+    rows: RowSizes,
+    held_out: RowSizes,
+    machine: Machine,
+    at_once: int,
+) -> float:
+    """Steps and evaluations of a trial that is not stopped."""
+    evals = math.ceil(spec.steps / spec.report_every)
+    step_s = step_seconds(trial, model, rows, machine, at_once)
+    return spec.steps * step_s + evals * evaluation_seconds(trial, model, held_out, machine, at_once)
 
 
 def expected_share(spec: TuneSpec, trials: int) -> float:
