@@ -16,6 +16,8 @@ from graftwork.errors import ClusterError, Interrupted, RunError
 
 POLL_S = 1.0
 ANSWER_S = 10.0
+AGENT_S = 60.0
+"""How long the agent that runs jobs may come up after the dashboard: 10 to 60 s on a loaded machine (Ray 2.60)."""
 ENTRYPOINT = "python -c 'from graftwork.cli import main; main()'"
 
 T = TypeVar("T")
@@ -39,10 +41,20 @@ class JobsBackend:
         """Ship the code and the files, start the command on `--on auto`."""
         with shipped(request.files) as folder:
             entrypoint = f"{ENTRYPOINT} {shlex.join(_on_auto(request.argv))}"
-            job_id: str = self._asked(
-                lambda: self._client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(folder)})
-            )
-        return job_id
+            return self._asked(lambda: self._submitted(entrypoint, {"working_dir": str(folder)}))
+
+    def _submitted(self, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+        """A Ray that has just started has no agent for jobs yet: it refuses, having taken nothing, and is asked again."""
+        end = time.monotonic() + AGENT_S
+        while True:
+            try:
+                job_id: str = self._client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(POLL_S)
+            else:
+                return job_id
 
     def status(self, job_id: str) -> JobStatus:
         """Where a job is now."""

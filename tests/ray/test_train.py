@@ -1,5 +1,6 @@
 """Runs under Ray Train: two real workers that are killed, a driver that is killed, one adapter published."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -67,8 +68,14 @@ def start_driver(spec: TrainSpec) -> subprocess.Popen[str]:
 
 def train_workers() -> list[psutil.Process]:
     """Ray Train's worker processes below this one."""
-    below = psutil.Process().children(recursive=True)
-    return [process for process in below if "TrainWorker" in " ".join(process.cmdline())]
+    return [process for process in psutil.Process().children(recursive=True) if "TrainWorker" in command_of(process)]
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; empty for one that ended since it was listed (a zombie included)."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 @pytest.fixture(scope="module")
