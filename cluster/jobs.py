@@ -44,7 +44,7 @@ class JobsBackend:
             return self._asked(lambda: self._submitted(entrypoint, {"working_dir": str(folder)}))
 
     def _submitted(self, entrypoint: str, runtime_env: dict[str, Any]) -> str:
-        """A Ray that has just started has no agent for jobs yet: it refuses, having taken nothing, and is asked again."""
+        """A Ray that has just started has no agent for jobs yet: it refuses, takes nothing, and is asked again."""
         end = time.monotonic() + AGENT_S
         while True:
             try:
