@@ -159,9 +159,18 @@ def has_fused_nf4(device: str) -> bool:
     """Whether bitsandbytes multiplies packed 4-bit weights on this CPU without unpacking them (AVX512-BF16)."""
     if device != "cpu":
         return False
+    quiet_bitsandbytes()
     from bitsandbytes.functional import has_avx512bf16
 
     return bool(has_avx512bf16())
+
+
+def quiet_bitsandbytes() -> None:
+    """Call before bitsandbytes is first imported: 0.50 warns on CPUs with AVX512-BF16 that a hub's kernel is missing.
+
+    It then takes the kernel that it carries itself, so there is nothing for a user to do.
+    """
+    getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
 
 
 def dequantise_linears(model: "torch.nn.Module") -> None:
@@ -206,6 +215,7 @@ def _resident_form(quant: QuantSpec, device: str, purpose: Literal["train", "ser
 
 
 def _from_folder(folder: Path, quant: QuantSpec, device: str, dtype: "torch.dtype") -> Any:
+    quiet_bitsandbytes()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
