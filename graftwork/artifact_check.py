@@ -109,10 +109,28 @@ def problems(files: Mapping[str, bytes]) -> Iterator[str]:
 
 def parse_safetensors(data: bytes) -> dict[str, TensorInfo]:
     """The header of a safetensors file, checked against the file's length. ValueError says what is wrong."""
-    _refuse_pickle(data)
-    size = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
-    if not 2 <= size <= min(MAX_HEADER_BYTES, len(data) - 8) or data[8:9] != b"{":
-        raise ValueError(f"not a safetensors file, or cut short (header of {size} bytes in a file of {len(data)})")
+    return parse_header(data, len(data))
+
+
+def header_bytes(head: bytes, file_bytes: int) -> int:
+    """Length of the header in a safetensors file of `file_bytes` that begins with `head` (9 bytes or more).
+
+    ValueError for a pickle, and for a length that the file can't hold: nothing is read or allocated by its word.
+    """
+    if head[8:9] != b"{":  # a header of 0x0280 to 0x0580 bytes begins like a pickle does
+        _refuse_pickle(head)
+    size = int.from_bytes(head[:8], "little") if len(head) >= 8 else -1
+    if not 2 <= size <= min(MAX_HEADER_BYTES, file_bytes - 8) or head[8:9] != b"{":
+        raise ValueError(f"not a safetensors file, or cut short (header of {size} bytes in a file of {file_bytes})")
+    return size
+
+
+def parse_header(data: bytes, file_bytes: int) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors file of `file_bytes`; `data` holds at least its header. ValueError otherwise.
+
+    The tensors fill the file without gap or overlap, in a float dtype, each as large as its shape says.
+    """
+    size = header_bytes(data, file_bytes)
     header = _parse_object(data[8 : 8 + size])
     header.pop("__metadata__", None)
     tensors = {name: _tensor_info(name, entry, 8 + size) for name, entry in header.items()}
@@ -123,8 +141,8 @@ def parse_safetensors(data: bytes) -> dict[str, TensorInfo]:
         if info.start != end:
             raise ValueError(f"tensor {name} starts at byte {info.start}, expected {end}")
         end = info.stop
-    if end != len(data):
-        raise ValueError(f"the header describes {end} bytes, the file has {len(data)}: cut short or extended")
+    if end != file_bytes:
+        raise ValueError(f"the header describes {end} bytes, the file has {file_bytes}: cut short or extended")
     return tensors
 
 
@@ -163,10 +181,10 @@ def _tensor_info(name: str, entry: object, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"the header entry of {name} is malformed")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _FLOAT_BYTES:
+    if not isinstance(dtype, str) or dtype not in _FLOAT_BYTES:
         raise ValueError(f"tensor {name} has dtype {dtype!r}, expected one of {', '.join(_FLOAT_BYTES)}")
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
-    if len(offsets) != 2 or any(type(number) is not int or number < 0 for number in numbers):
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or any(type(number) is not int or number < 0 for number in [*shape, *offsets]):
         raise ValueError(f"tensor {name} has shape {shape!r} and offsets {offsets!r}")
     if offsets[1] - offsets[0] != math.prod(shape) * _FLOAT_BYTES[dtype]:
         raise ValueError(f"tensor {name}: {dtype} {shape} does not fill bytes {offsets}")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from graftwork.artifact_check import MAX_TEXT_BYTES
 from graftwork.errors import ArtifactError
+from graftwork.serving.engine.adapter_bytes import read_bytes, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -98,14 +98,21 @@ class LoraSettings:
 
 
 def read_adapter(
-    folder: Path, linears: Mapping[str, LinearShape], *, max_rank: int, dtype: torch.dtype
+    folder: Path,
+    linears: Mapping[str, LinearShape],
+    *,
+    max_rank: int,
+    dtype: torch.dtype,
+    digests: Mapping[str, str] | None = None,
 ) -> dict[str, SiteWeights]:
     """Weights per linear's name, on the CPU in `dtype`. `linears` are the base's linears that can take an adapter.
 
+    digests: sha256 by file name (the manifest's), taken over the very bytes that are used.
     Raises ArtifactError that names the key, what was found and the rule, for anything that cannot be served exactly.
     """
-    settings = read_settings(folder)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    known = digests or {}
+    settings = read_settings(folder, known.get(CONFIG_FILE))
+    tensors = read_tensors(folder / WEIGHTS_FILE, known.get(WEIGHTS_FILE))
     pairs = _pair_up(tensors, folder)
     _check_sites(settings, pairs, linears, folder)
     return {
@@ -114,12 +121,13 @@ def read_adapter(
     }
 
 
-def read_settings(folder: Path) -> LoraSettings:
+def read_settings(folder: Path, sha256: str | None = None) -> LoraSettings:
     """Parses adapter_config.json; refuses every key that this engine cannot honour."""
     path = folder / CONFIG_FILE
+    data = read_bytes(path, sha256, most=MAX_TEXT_BYTES)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(str(path), str(error), "an adapter folder holds a readable adapter_config.json") from error
     if not isinstance(config, dict):
         raise ArtifactError(str(path), type(config).__name__, "adapter_config.json holds one JSON object")
@@ -190,15 +198,6 @@ def _named(names: Sequence[str] | str, module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        rule = "an adapter's weights are one readable safetensors file"
-        raise ArtifactError(str(path), str(error), rule, "publish the adapter again") from error
-    return tensors
-
-
 def _pair_up(tensors: Mapping[str, torch.Tensor], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """{module: {"A": tensor, "B": tensor}}; a tensor that is neither, or half a pair, is refused."""
     pairs: dict[str, dict[str, torch.Tensor]] = {}
@@ -258,8 +257,4 @@ def _site(
         found = f"A {list(a_RI.shape)}, B {list(b_OR.shape)}"
         rule = f"this base and r={rank} need A {list(expected[0])}, B {list(expected[1])}"
         raise ArtifactError(f"{folder}: {module}", found, rule, "serve the adapter on the base it was trained on")
-    if not (a_RI.is_floating_point() and b_OR.is_floating_point()):
-        raise ArtifactError(f"{folder}: {module}", f"{a_RI.dtype}, {b_OR.dtype}", "adapter weights are floating point")
-    if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
-        raise ArtifactError(f"{folder}: {module}", "inf or nan", "adapter weights are finite")
     return SiteWeights(a_RI.to(dtype), b_OR.to(dtype), settings.scaling_of(module))

@@ -110,7 +110,7 @@ def test_rank_above_the_limit_is_refused(base: Path, folder: Path) -> None:
         (lambda t: t.pop(A_KEY), "no lora_A"),
         (lambda t: t.update({A_KEY: t[A_KEY][:4].contiguous()}), r"A \[4, 64\]"),
         (lambda t: t.update({A_KEY: t[A_KEY].double() / 0}), "inf or nan"),
-        (lambda t: t.update({A_KEY: t[A_KEY].to(torch.int8)}), "floating point"),
+        (lambda t: t.update({A_KEY: t[A_KEY].to(torch.int8)}), "dtype 'I8'"),
         (lambda t: t.update({"extra.weight": torch.zeros(1)}), "extra.weight"),
         (lambda t: [t.pop(key) for key in list(t) if "layers.1.self_attn.v_proj" in key], "no weights for .*v_proj"),
         (lambda t: t.update({k.replace("q_proj", "k_proj"): v.clone() for k, v in t.items()}), "k_proj"),
