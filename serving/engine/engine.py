@@ -31,6 +31,7 @@ from graftwork.serving.engine.types import (
     EngineStats,
     FinishReason,
     GenerateRequest,
+    SamplingError,
     SlotState,
     TokenEvent,
 )
@@ -184,12 +185,12 @@ class Engine:
         logits_NV = self.runner.forward(batch, adapters[0], adapters[1], [place for _, place in ready])
         if not ready:
             return []
-        return choose(logits_NV, [r.request.sampling for r, _ in ready], [r.generator for r, _ in ready])
+        return choose(logits_NV, [running.choosing for running, _ in ready])
 
     def _deliver(self, running: RunningRequest, choice: Choice) -> None:
         """Hands one token out, and ends the request where it is the last."""
-        if not choice.valid:
-            self._end(running, "error", "the model's logits are not finite")
+        if choice.error is not None:
+            self._end(running, "error", choice.error)
             return
         first = len(running.tokens) == len(running.request.prompt_ids)
         if first:
@@ -201,7 +202,9 @@ class Engine:
         if reason is not None:
             self._release(running, reason)
         cached = running.cached_tokens if first else 0
-        event = TokenEvent(running.request.request_id, choice.token_id, choice.logprob, reason, cached_tokens=cached)
+        event = TokenEvent(
+            running.request.request_id, choice.token_id, choice.logprob, reason, cached_tokens=cached, top=choice.top
+        )
         if not self._emit(running, event) and reason is None:
             self._release(running, "error")
 
@@ -266,7 +269,11 @@ class Engine:
             raise DataError(name, found, rule, "shorten the prompt, lower max_new_tokens or raise engine.max_seq_len")
         problem = request.sampling.problem()
         if problem:
-            raise DataError(name, *problem)
+            raise SamplingError(f"{problem[0]}={problem[1]}", "", problem[2])
+        for key, ids in (("logit_bias", dict(request.sampling.logit_bias)), ("stop_ids", request.stop_ids)):
+            outside = [token for token in ids if not 0 <= token < vocab]
+            if outside:
+                raise SamplingError(f"{key}: token id {outside[0]}", "", f"token ids are from 0 to {vocab - 1}")
         if request.sampling.stop and self._decode is None:
             raise DataError(name, "stop strings", "stop strings need an engine that was given `decode`")
 

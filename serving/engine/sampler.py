@@ -1,8 +1,7 @@
 """Chooses the next token of each row: greedy and sampled rows in one batch, each sampled row by its own seed.
 
-Temperature scales the logits, then top-k, then top-p cut the distribution (the order of transformers' generate), then
-one uniform number of the row's own generator picks by inverse transform. A row's token depends on nothing but its own
-logits and generator. Legend: B rows, V vocabulary, C candidates kept.
+A row's token depends on nothing but its own logits and its own `Row`. A batch of greedy rows that ask for no log
+probability costs one pass over the logits. Legend: B rows, V vocabulary, L rows whose log probabilities are asked for.
 """
 
 from collections.abc import Sequence
@@ -10,89 +9,97 @@ from dataclasses import dataclass
 
 import torch
 
-from graftwork.serving.engine.types import SamplingParams
+from graftwork.serving.engine.draw import draw, draw_wide
+from graftwork.serving.engine.row import Row
+from graftwork.serving.engine.scores import edit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Choice:
-    """One row's token. `logprob` is None and `valid` False where the row's logits are not finite."""
+    """One row's token, or why there is none: `error` is set and the rest means nothing."""
 
     token_id: int
-    logprob: float | None
-    valid: bool
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    """(token, log probability) of the most probable tokens, best first."""
+    error: str | None = None
 
 
-def new_generator(sampling: SamplingParams) -> torch.Generator | None:
-    """The random stream of one request, on the CPU; None for greedy."""
-    if sampling.temperature == 0:
+def choose(logits_BV: torch.Tensor, rows: Sequence[Row]) -> list[Choice]:
+    """The next token of every row. The logits of rows that change them (`Row.edits`) are changed in place."""
+    scores_BV = logits_BV.float().contiguous()
+    told = [place for place, row in enumerate(rows) if row.params.logprobs is not None]
+    edits = any(row.edits for row in rows)
+    model_LV = scores_BV[told] if told else None  # a copy: the model's own, before any change
+    model_top_B = scores_BV.amax(-1) if edits else None
+    if edits:
+        edit(scores_BV, rows)
+    tokens_B = _argmax(scores_BV)
+    top_B = scores_BV.gather(1, tokens_B[:, None])[:, 0]
+    short_B = _draw_into(tokens_B, scores_BV, rows)
+    health_B = top_B if model_top_B is None else model_top_B  # nan and inf win every maximum
+    packed_3B = torch.stack([tokens_B.double(), health_B.isfinite().double(), top_B.isfinite().double()])
+    if short_B is not None:
+        packed_3B = torch.cat([packed_3B, short_B.double()[None]])
+    packed = packed_3B.tolist()  # the one wait for the device
+    tokens = [int(token) for token in packed[0]]
+    if short_B is not None:
+        _draw_again(tokens, scores_BV, rows, [place for place, short in enumerate(packed[3]) if short])
+    errors = [_error(row, bool(fine), bool(left)) for row, fine, left in zip(rows, *packed[1:3], strict=True)]
+    choices = [Choice(token, error=error) for token, error in zip(tokens, errors, strict=True)]
+    if model_LV is not None:
+        _tell(choices, model_LV, rows, told)
+    return choices
+
+
+def _argmax(scores_BV: torch.Tensor) -> torch.Tensor:
+    """The largest score's place, a nan's where there is one. numpy's is vectorised: 0.22 ms against torch's 1.45 ms for
+    32 x 49,152 on one AVX-512 core."""
+    if scores_BV.device.type == "cpu":
+        return torch.from_numpy(scores_BV.numpy().argmax(-1))
+    return scores_BV.argmax(-1)
+
+
+def _draw_into(tokens_B: torch.Tensor, scores_BV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor | None:
+    """Replaces the tokens of rows that are drawn; [B] which of them looked at too few candidates, None: can't be."""
+    drawn = [place for place, row in enumerate(rows) if row.params.temperature > 0]
+    if not drawn:
         return None
-    generator = torch.Generator()
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-    return generator
+    chosen = [rows[place] for place in drawn]
+    tokens_R, short_R = draw(scores_BV[drawn], chosen)
+    tokens_B[drawn] = tokens_R
+    if not any(row.cuts for row in chosen):
+        return None
+    short_B = torch.zeros(len(rows), dtype=torch.bool, device=scores_BV.device)
+    short_B[drawn] = short_R
+    return short_B
 
 
-def choose(
-    logits_BV: torch.Tensor, sampling: Sequence[SamplingParams], generators: Sequence[torch.Generator | None]
-) -> list[Choice]:
-    """Next tokens and their log probabilities (temperature 1, nothing cut)."""
-    logprobs_BV = torch.log_softmax(logits_BV.float(), dim=-1)
-    tokens_B = logprobs_BV.argmax(dim=-1)
-    drawn = [row for row, generator in enumerate(generators) if generator is not None]
-    valid_B = torch.isfinite(logprobs_BV.gather(1, tokens_B[:, None])[:, 0])  # nan wins every argmax
-    if drawn:
-        healthy = [row for row, fine in zip(drawn, valid_B[drawn].tolist(), strict=True) if fine]
-        if healthy:
-            tokens_B[healthy] = _draw(logits_BV[healthy].float(), healthy, sampling, generators)
-    chosen_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
-    rows = zip(tokens_B.tolist(), chosen_B.tolist(), valid_B.tolist(), strict=True)
-    return [Choice(token, logprob if valid else None, valid) for token, logprob, valid in rows]
+def _draw_again(tokens: list[int], scores_BV: torch.Tensor, rows: Sequence[Row], short: Sequence[int]) -> None:
+    if short:
+        for place, token in zip(short, draw_wide(scores_BV[short], [rows[n] for n in short]).tolist(), strict=True):
+            tokens[place] = token
 
 
-def _draw(
-    logits_BV: torch.Tensor,
-    rows: Sequence[int],
-    sampling: Sequence[SamplingParams],
-    generators: Sequence[torch.Generator | None],
-) -> torch.Tensor:
-    """Tokens of the sampled rows. Uncut and cut rows are drawn apart: each is its own order of candidates."""
-    chosen = [sampling[row] for row in rows]
-    device = logits_BV.device
-    temperature_B = torch.tensor([params.temperature for params in chosen], device=device)
-    uniform_B = torch.stack([torch.rand((), generator=generators[row], dtype=torch.float64) for row in rows]).to(device)
-    scaled_BV = logits_BV / temperature_B[:, None]
-    tokens_B = torch.empty(len(rows), dtype=torch.long, device=device)
-    cut = [n for n, params in enumerate(chosen) if params.top_k or params.top_p < 1]
-    whole = [n for n in range(len(rows)) if n not in cut]
-    if whole:
-        tokens_B[whole] = _pick(torch.softmax(scaled_BV[whole], dim=-1), uniform_B[whole])
-    if cut:
-        params = [chosen[n] for n in cut]
-        most = min(max(one.top_k or logits_BV.shape[1] for one in params), logits_BV.shape[1])
-        sorted_BC, order_BC = scaled_BV[cut].topk(most, dim=-1)
-        spots_B = _pick(_cut(sorted_BC, params), uniform_B[cut])
-        tokens_B[cut] = order_BC.gather(1, spots_B[:, None])[:, 0]
-    return tokens_B
+def _error(row: Row, fine: bool, left: bool) -> str | None:
+    if not fine:
+        return "the model's logits are not finite"
+    if row.matcher is not None and row.matcher.problem is not None:
+        return f"the grammar gave up: {row.matcher.problem}"
+    return None if left else "no token may come next"
 
 
-def _cut(sorted_BC: torch.Tensor, chosen: Sequence[SamplingParams]) -> torch.Tensor:
-    """Probabilities after top-k and top-p, best first; the token that crosses top_p is kept."""
-    device, count = sorted_BC.device, sorted_BC.shape[1]
-    top_k_B = torch.tensor([params.top_k or count for params in chosen], device=device)
-    top_p_B = torch.tensor([params.top_p for params in chosen], device=device)
-    place_C = torch.arange(count, device=device)
-    kept_BC = sorted_BC.masked_fill(place_C >= top_k_B[:, None], float("-inf"))
-    probs_BC = torch.softmax(kept_BC, dim=-1)
-    before_BC = probs_BC.cumsum(-1) - probs_BC
-    return probs_BC.masked_fill((before_BC >= top_p_B[:, None]) & (place_C > 0), 0.0)
-
-
-def _pick(probs_BC: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """Inverse transform: the first candidate whose cumulative probability exceeds uniform * total. float64 sums."""
-    cumulative_BC = probs_BC.double().cumsum(-1)
-    target_B1 = (uniform_B * cumulative_BC[:, -1])[:, None]
-    spot_B = torch.searchsorted(cumulative_BC, target_B1, right=True)[:, 0]
-    last_B = (probs_BC > 0).to(torch.int8).flip(-1).argmax(-1)  # rounding may step past the last candidate
-    return torch.minimum(spot_B, probs_BC.shape[1] - 1 - last_B)
+def _tell(choices: list[Choice], model_LV: torch.Tensor, rows: Sequence[Row], told: Sequence[int]) -> None:
+    """Adds the model's own log probabilities (temperature 1, nothing changed, nothing cut)."""
+    logsum_L1 = model_LV.logsumexp(-1, keepdim=True)
+    tokens_L1 = torch.tensor([[choices[place].token_id] for place in told], device=model_LV.device)
+    chosen_L = (model_LV.gather(1, tokens_L1) - logsum_L1)[:, 0].tolist()
+    counts = [rows[place].params.logprobs or 0 for place in told]
+    best = min(max(counts), model_LV.shape[1])
+    if best:
+        top_L, ids_L = model_LV.topk(best, dim=-1)
+        tops = list(zip(ids_L.tolist(), (top_L - logsum_L1).tolist(), strict=True))
+    for line, (place, count) in enumerate(zip(told, counts, strict=True)):
+        top = tuple(zip(tops[line][0][:count], tops[line][1][:count], strict=True)) if count else ()
+        one = choices[place]
+        choices[place] = Choice(one.token_id, chosen_L[line], top, one.error)

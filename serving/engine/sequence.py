@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from graftwork.serving.engine.kv import KvRow
 from graftwork.serving.engine.prefix import block_keys
-from graftwork.serving.engine.sampler import new_generator
+from graftwork.serving.engine.row import Row
 from graftwork.serving.engine.slots import AdapterWeights
 from graftwork.serving.engine.types import FinishReason, GenerateRequest, TokenEvent
 
@@ -27,7 +27,8 @@ class RunningRequest:
         self.adapter = adapter
         self.tokens: list[int] = list(request.prompt_ids)
         self.row: KvRow | None = None
-        self.generator = new_generator(request.sampling)
+        self.choosing = Row(request.sampling, request.prompt_ids, request.stop_ids, request.grammar)
+        """What its tokens are chosen by; kept when the request steps back into the queue."""
         self.cached_tokens = 0
         self.cancelled = False
         self._keys: list[bytes] | None = None
@@ -57,7 +58,11 @@ class RunningRequest:
         """Takes the next token; says whether the answer ends with it."""
         self.tokens.append(token_id)
         sampling = self.request.sampling
-        if token_id in self.request.stop_ids or (sampling.stop and decode and self._completes_stop(decode)):
+        if token_id in self.request.stop_ids:
+            return "stop"
+        self.choosing.take(token_id)
+        matcher = self.choosing.matcher
+        if (matcher is not None and matcher.finished) or (sampling.stop and decode and self._completes_stop(decode)):
             return "stop"
         return "length" if len(self.generated) >= sampling.max_new_tokens else None
 

@@ -4,12 +4,28 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from graftwork.errors import DataError
+from graftwork.serving.engine.grammar import Grammar
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class SamplingError(DataError):
+    """A sampling value outside its range. `asked` begins with the parameter's name."""
+
+
+MAX_TOP_LOGPROBS = 20
+"""Alternatives that are told at one place at most, as in the OpenAI API."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are chosen. `temperature` 0 is greedy and ignores `top_p`, `top_k` and `seed`."""
+    """How one request's tokens are chosen.
+
+    The logits are changed in this order: `logit_bias`, `repetition_penalty`, `frequency_penalty`, `presence_penalty`,
+    stop ids (`min_new_tokens`), the grammar; then `temperature` scales them, and `top_k`, `top_p` and `min_p` cut what
+    is left. Temperature 0 takes the largest and ignores the cuts and `seed`.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -21,20 +37,50 @@ class SamplingParams:
     """Same seed, prompt and parameters give the same tokens whatever else runs; None draws a fresh one."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer. The token that completes one is sent, with finish_reason="stop"; the reader cuts."""
+    min_p: float = 0.0
+    """Drops tokens less probable than this share of the most probable one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in prompt or answer are divided by it where positive, multiplied where negative (CTRL)."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit as often as the answer holds the token."""
+    presence_penalty: float = 0.0
+    """Taken once from the logits of tokens that the answer holds."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number added to its logit)."""
+    min_new_tokens: int = 0
+    """Stop ids can't be chosen before so many tokens; a stop string still ends the answer."""
+    logprobs: int | None = None
+    """None tells no log probability; 0 the chosen token's; n also those of the n most probable tokens."""
 
-    def problem(self) -> tuple[str, str] | None:
-        """What is wrong with the values and the rule it breaks, or None."""
-        if self.max_new_tokens < 1:
-            return f"max_new_tokens={self.max_new_tokens}", "at least one token is generated"
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            return f"temperature={self.temperature}", "the temperature is a finite number from 0"
-        if not 0 < self.top_p <= 1:
-            return f"top_p={self.top_p}", "top_p is above 0 and at most 1"
-        if self.top_k < 0:
-            return f"top_k={self.top_k}", "top_k is a whole number from 0"
-        if any(not text for text in self.stop):
-            return "an empty stop string", "a stop string has at least one character"
+    def problem(self) -> tuple[str, str, str] | None:
+        """The parameter that is wrong, its value, and the rule it breaks; or None."""
+        for key, (right, rule) in self._rules().items():
+            if not right:
+                return key, repr(getattr(self, key)), rule
         return None
+
+    def _rules(self) -> dict[str, tuple[bool, str]]:
+        biased, biases = zip(*self.logit_bias, strict=True) if self.logit_bias else ((), ())
+        return {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least one token is generated"),
+            "temperature": (0 <= self.temperature < math.inf, "it is a finite number from 0"),
+            "top_p": (0 < self.top_p <= 1, "it is above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "it is a whole number from 0"),
+            "min_p": (0 <= self.min_p <= 1, "it is from 0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "it is a finite number above 0"),
+            "frequency_penalty": (math.isfinite(self.frequency_penalty), "it is a finite number"),
+            "presence_penalty": (math.isfinite(self.presence_penalty), "it is a finite number"),
+            "logit_bias": (
+                all(map(math.isfinite, biases)) and len(set(biased)) == len(biased),
+                "finite numbers, one a token",
+            ),
+            "stop": (all(self.stop), "a stop string has at least one character"),
+            "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "it is from 0 to max_new_tokens"),
+            "logprobs": (
+                self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
+                f"it is from 0 to {MAX_TOP_LOGPROBS}",
+            ),
+        }
 
 
 @dataclass(frozen=True)
@@ -48,6 +94,8 @@ class GenerateRequest:
     """A token of these ends the answer; it is sent as the last event with finish_reason="stop"."""
     adapter: str | None = None
     """Version digest given to `Engine.load_adapter`; None is the base model."""
+    grammar: Grammar | None = None
+    """What the answer must look like. The answer ends with "stop" once it is whole and nothing may follow."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +106,13 @@ class TokenEvent:
     token_id: int
     """-1 where the request ended without a new token (cancelled, error)."""
     logprob: float | None
-    """Natural log of the token's probability under the model (temperature 1, before top-k and top-p)."""
+    """Natural log of the token's probability under the model (temperature 1, no logit changed); None: not asked for."""
     finish_reason: FinishReason | None
     error: str | None = None
     cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache; set on the first event."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log probability) of the most probable tokens, best first, as many as `logprobs` asks for."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_a_stop_string_ends_the_answer_even_across_tokens(engine: Engine, base: 
 
 
 def test_log_probabilities_are_the_models_own(engine: Engine, base: Path) -> None:
-    answer = engines.ask(engine, engines.request("x", PROMPT, max_new_tokens=5))[0]
+    answer = engines.ask(engine, engines.request("x", PROMPT, max_new_tokens=5, logprobs=0))[0]
     with torch.inference_mode():
         logits = engines.load_model(base)(torch.tensor([PROMPT + answer.tokens])).logits[0]
     expected = torch.log_softmax(logits, -1)[len(PROMPT) - 1 : -1].gather(1, torch.tensor(answer.tokens)[:, None])
@@ -119,7 +119,16 @@ def test_on_event_that_raises_ends_its_own_request_alone(engine: Engine) -> None
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_k": -1}, "top_k=-1"),
-        ({"stop": ("",)}, "an empty stop string"),
+        ({"min_p": 1.5}, "min_p=1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty=inf"),
+        ({"presence_penalty": float("nan")}, "presence_penalty=nan"),
+        ({"logit_bias": ((VOCAB_SIZE, 1.0),)}, f"logit_bias: token id {VOCAB_SIZE}"),
+        ({"logit_bias": ((3, float("nan")),)}, "logit_bias="),
+        ({"stop_ids": frozenset({-1})}, "stop_ids: token id -1"),
+        ({"min_new_tokens": 6}, "min_new_tokens=6"),
+        ({"logprobs": 21}, "logprobs=21"),
+        ({"stop": ("",)}, "a stop string has at least one character"),
     ],
 )
 def test_a_bad_request_is_refused_at_the_door(engine: Engine, changed: dict[str, object], found: str) -> None:

@@ -1,0 +1,114 @@
+"""What the choice of one request's next token depends on, beside its logits: parameters, place, tokens so far."""
+
+import secrets
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy
+import numpy.typing
+
+from graftwork.serving.engine.grammar import Grammar, Matcher
+from graftwork.serving.engine.types import SamplingParams
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
+
+
+class Row:
+    """State of one request for the sampler. It lives as long as the request, so a preempted one goes on unchanged.
+
+    stop_ids: tokens that `min_new_tokens` holds back.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int] = (),
+        stop_ids: frozenset[int] = frozenset(),
+        grammar: Grammar | None = None,
+    ) -> None:
+        self.params = params
+        self.place = 0
+        """Tokens chosen so far."""
+        self.matcher: Matcher | None = grammar.matcher() if grammar is not None else None
+        self.seen = Seen(prompt_ids if params.repetition_penalty != 1 else ()) if _penalises(params) else None
+        self.bias_ids, self.biases = _columns(params.logit_bias)
+        self.held_back = numpy.array(sorted(stop_ids) if params.min_new_tokens else [], numpy.int64)
+        self.edits = bool(self.matcher or self.seen or len(self.bias_ids) or len(self.held_back))
+        """Something changes this row's logits."""
+        self.cuts = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        """Some tokens can't be drawn."""
+        self._seed = _spread(params.seed) if params.temperature > 0 else 0
+
+    def take(self, token_id: int) -> None:
+        """The answer goes on with this token."""
+        self.place += 1
+        if self.seen is not None:
+            self.seen.count(token_id)
+        if self.matcher is not None:
+            self.matcher.take(token_id)
+
+    def uniform(self) -> float:
+        """The number in [0, 1) that decides this place: a function of seed and place alone (SplitMix64, 53 bits).
+
+        Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.
+        """
+        z = (self._seed + (self.place + 1) * _GAMMA) & _MASK
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        return ((z ^ (z >> 31)) >> 11) * 2.0**-53
+
+
+class Seen:
+    """Tokens of prompt and answer, each once, with how often the answer holds it. Grows with the answer."""
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        ids = list(dict.fromkeys(prompt_ids))
+        self._spots = {token: spot for spot, token in enumerate(ids)}
+        self._ids = numpy.array(ids, numpy.int64)
+        self._counts = numpy.zeros(len(ids), numpy.float32)
+
+    def count(self, token_id: int) -> None:
+        """The answer holds this token once more."""
+        spot = self._spots.setdefault(token_id, len(self._spots))
+        if spot == len(self._ids):  # room for twice as many, so that a token is copied about once
+            room = max(16, len(self._ids))
+            self._ids = numpy.concatenate([self._ids, numpy.zeros(room, numpy.int64)])
+            self._counts = numpy.concatenate([self._counts, numpy.zeros(room, numpy.float32)])
+        self._ids[spot] = token_id
+        self._counts[spot] += 1
+
+    @property
+    def ids(self) -> "numpy.typing.NDArray[numpy.int64]":
+        """Different tokens."""
+        return self._ids[: len(self._spots)]
+
+    @property
+    def counts(self) -> "numpy.typing.NDArray[numpy.float32]":
+        """How often the answer holds each of `ids`."""
+        return self._counts[: len(self._spots)]
+
+
+def choice_seed(seed: int | None, index: int) -> int | None:
+    """The seed of one of several answers to one request; the first answer is that of a request for one."""
+    if seed is None or index == 0:
+        return seed
+    return int.from_bytes(blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()) >> 1
+
+
+def _spread(seed: int | None) -> int:
+    """64 bits; neighbouring seeds far apart, so that their streams are not shifts of each other."""
+    if seed is None:
+        return secrets.randbits(64)
+    return int.from_bytes(blake2b(str(seed).encode(), digest_size=8).digest())
+
+
+def _penalises(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
+
+
+def _columns(
+    bias: Sequence[tuple[int, float]],
+) -> tuple["numpy.typing.NDArray[numpy.int64]", "numpy.typing.NDArray[numpy.float32]"]:
+    ids, values = zip(*bias, strict=True) if bias else ((), ())
+    return numpy.array(ids, numpy.int64), numpy.array(values, numpy.float32)
