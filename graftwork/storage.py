@@ -162,6 +162,10 @@ class Store:
                 self._backend.get_file(self.path(*parts, name), local / name)
         return local
 
+    def download_file(self, local: Path, *parts: str) -> None:
+        """Copy one file to `local`, streamed; it becomes visible whole."""
+        self._backend.get_file(self._key(*parts), local)
+
     def local_dir(self, *parts: str) -> Path:
         """Folder on this machine that mirrors the key: the key itself for local roots, a cache folder for S3."""
         if self.is_local:

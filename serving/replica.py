@@ -62,7 +62,7 @@ class EngineReplica:
 
         self._engine = Engine(loaded.model, limits, device, self._template.decode)
         self._residency = Residency(
-            self._engine, self._source.resolve, self._source.fetch, max_loaded=limits.max_loaded
+            self._engine, self._source, max_bytes=limits.host_cache_bytes, fetch_timeout_s=limits.fetch_timeout_s
         )
         self._engine.start()
         await self._warm_up()
@@ -88,7 +88,7 @@ class EngineReplica:
         arrived = time.perf_counter()
         with as_api_errors():
             admitted = await self._admit(arm, messages, sampling)
-            generation = self._submit(request_id, admitted)
+            generation = self._submit(request_id, admitted, arrived)
         with closing(generation):
             yield {"base_digest": self._base_digest, "version": admitted.version}
             answer = GrowingAnswer(self._template.decode, admitted.sampling.stop, admitted.prompt, arrived)
@@ -147,12 +147,12 @@ class EngineReplica:
             prompt = await self._in_thread(partial(self._prompt, spec, messages, wanted, pin))
             return _Admitted(spec, wanted, prompt, pin, hold.pop_all())
 
-    def _submit(self, request_id: str, admitted: _Admitted) -> Generation:
+    def _submit(self, request_id: str, admitted: _Admitted, arrived: float) -> Generation:
         wanted, prompt = admitted.sampling, admitted.prompt
         params = SamplingParams(
             prompt.max_new_tokens, wanted.temperature, wanted.top_p, wanted.top_k, wanted.seed, wanted.stop
         )
-        request = GenerateRequest(request_id, prompt.ids, params, prompt.stop_ids, admitted.version)
+        request = GenerateRequest(request_id, prompt.ids, params, prompt.stop_ids, admitted.version, arrived=arrived)
         with ExitStack() as on_failure:
             on_failure.push(admitted.hold)
             generation = Generation(self._engine, request, on_end=admitted.hold.close)

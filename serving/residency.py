@@ -1,44 +1,56 @@
-"""Which adapter versions are in the engine, and which one a new request gets. Lives on the replica's event loop.
+"""Which adapter versions are in host memory, and which one a new request gets. Lives on the replica's event loop.
 
 A reference (`task@alias`) names a manifest; a request pins the manifest's version at admission and keeps it to its end.
 `refresh` reads the alias again, loads the version it points at, and only then flips the reference, in one assignment:
 no request waits, none changes its version, and the old version leaves the engine with its last request.
+
+store -> this machine -> host memory (here, a byte budget) -> slot (the engine, when a request starts to run). A load
+begins with the first request that needs it, in threads, and only those requests wait. Bringing a file here and reading
+it have threads of their own: a store that stalls holds up nobody whose adapter is here.
 """
 
 import asyncio
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from graftwork.artifact import AdapterManifest
+from graftwork.artifact_check import WEIGHTS_FILE
+from graftwork.errors import ArtifactError, StorageError
+from graftwork.serving.host_room import Held, HostRoom
 
 State = Literal["ready", "draining", "loading"]
 ArgT = TypeVar("ArgT")
 ResultT = TypeVar("ResultT")
+FETCH_THREADS = 8
+READ_THREADS = 2
 
 
 class Slots(Protocol):
     """The part of the engine that holds adapters."""
 
-    def load_adapter(self, version: str, folder: Path) -> None:
-        """Blocks until the version can be used."""
+    def load_adapter(self, version: str, folder: Path, digests: Mapping[str, str] | None = None) -> int:
+        """Blocks until the version can be used. Returns the bytes that it takes."""
 
     def retire_adapter(self, version: str) -> None:
         """The version takes no new request."""
 
 
-@dataclass(slots=True, eq=False)
-class Held:
-    """One version in the engine. `pins` are requests that run on it; draining takes no more of them."""
+class Source(Protocol):
+    """Where adapters come from. All methods block and raise what the waiting requests then raise."""
 
-    version: str
-    pins: int = 0
-    draining: bool = False
-    last_used: float = field(default_factory=time.monotonic)
+    def resolve(self, ref: str) -> AdapterManifest:
+        """Reference -> manifest, checked against the base."""
+
+    def fetch(self, manifest: AdapterManifest) -> Path:
+        """Its files in a folder on this machine."""
+
+    def discard_damaged(self, manifest: AdapterManifest) -> None:
+        """Forget what was fetched, if it isn't as published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,7 @@ class Residence:
     running: int
     refs: tuple[str, ...]
     """References that new requests follow to this version."""
+    pinned: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -61,58 +74,41 @@ class Pin:
 
 
 class Residency:
-    """Loads on demand, one load a version however many wait for it; at most `max_loaded` versions at a time.
-
-    resolve: reference -> manifest, checked against the base. fetch: manifest -> verified local folder. Both block, run
-    in `loads` threads, and raise what the waiting requests then raise.
-    """
+    """Loads on demand, one load a version however many wait for it, within `max_bytes` of memory: see `HostRoom`."""
 
     def __init__(
-        self,
-        slots: Slots,
-        resolve: Callable[[str], AdapterManifest],
-        fetch: Callable[[AdapterManifest], Path],
-        *,
-        max_loaded: int,
-        loads: int = 4,
+        self, slots: Slots, source: Source, *, max_bytes: int, fetch_timeout_s: float = 60.0, bypass: int = 64
     ) -> None:
-        self._slots, self._resolve, self._fetch, self._max_loaded = slots, resolve, fetch, max_loaded
+        self._slots, self._source, self._fetch_timeout_s = slots, source, fetch_timeout_s
+        self._room = HostRoom(max_bytes, bypass, slots.retire_adapter)
         self._refs: dict[str, AdapterManifest] = {}
-        self._held: dict[str, Held] = {}
+        self._resolving: dict[str, asyncio.Task[AdapterManifest]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._expected: Counter[str] = Counter()  # who waits for a version and pins it once it is there
-        self._reserved = self._waiting = 0
-        self._changed = asyncio.Event()
-        self._one_refresh: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._threads = ThreadPoolExecutor(loads, "adapter-load")
+        self._one_refresh: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._fetches = ThreadPoolExecutor(FETCH_THREADS, "adapter-fetch")
+        self._reads = ThreadPoolExecutor(READ_THREADS, "adapter-read")
 
     async def pin(self, ref: str) -> Pin:
         """Hold the version that `ref` means now, loading it first where needed. Only this caller waits for that."""
         while True:
             manifest = self._refs.get(ref)  # read again after every wait: the reference may have moved on
             if manifest is None:
-                found = await self._in_thread(self._resolve, ref)
+                found = await self._resolved(ref)
                 self._refs.setdefault(ref, found)  # a refresh may have been quicker: its answer is newer
                 continue
-            held = self._held.get(manifest.version)
-            if held is not None and not held.draining:
-                held.pins += 1
+            held = self._room.here(manifest.version)
+            if held is not None:
+                self._room.pin(held)
                 return Pin(manifest, held)
             try:
                 await self._load(manifest)
             finally:
-                if manifest.version not in self._held and self._refs.get(ref) is manifest:
+                if manifest.version not in self._room.held and self._refs.get(ref) is manifest:
                     del self._refs[ref]  # the load failed: the next request reads the alias again
 
     def release(self, pin: Pin) -> None:
         """The request has ended in the engine. The last one of a draining version frees it."""
-        held = pin.held
-        held.pins -= 1
-        held.last_used = time.monotonic()
-        if held.pins == 0:
-            if held.draining:
-                self._drop(held)
-            self._changed.set()
+        self._room.unpin(pin.held)
 
     async def refresh(self, ref: str) -> tuple[str | None, str]:
         """Read the alias again and move new requests to the version it points at. Returns (old, new) versions.
@@ -120,112 +116,144 @@ class Residency:
         Requests admitted after it returned get the new version. Raises what `resolve` and the load raise; then
         everything stays as it was.
         """
-        async with self._one_refresh[ref]:
-            manifest = await self._in_thread(self._resolve, ref)
+        lock = self._one_refresh.setdefault(ref, asyncio.Lock())
+        async with lock:
+            manifest = await self._from_store(self._source.resolve, ref)
             old = self._refs.get(ref)
-            if old is not None and old.version == manifest.version and manifest.version in self._held:
+            if old is not None and old.version == manifest.version and manifest.version in self._room.held:
                 return old.version, manifest.version
             held = await self._ready(manifest)
-            held.pins += 1  # between load and flip nothing may push it out
+            self._room.pin(held)  # between load and flip nothing may push it out
             self._refs[ref] = manifest
             self._retire_unnamed(old)
             self.release(Pin(manifest, held))
             return (old.version if old else None), manifest.version
 
+    async def keep(self, ref: str) -> str:
+        """Load the version and never drop it to make room, until `let_go`. Returns the version.
+
+        Raises ArtifactError where the kept ones would take more than half of the budget: the others need a place.
+        """
+        pin = await self.pin(ref)
+        try:
+            kept, most = self._room.kept_bytes(without=pin.held), self._room.max_bytes
+            if kept + pin.held.size_bytes > most // 2:
+                found = f"{kept} bytes are pinned already, this one takes {pin.held.size_bytes}"
+                rule = f"pinned adapters take at most half of engine.host_cache_bytes={most}"
+                raise ArtifactError(f"pin {ref}", found, rule, "unpin another one, or raise engine.host_cache_bytes")
+            pin.held.kept = True
+            return pin.manifest.version
+        finally:
+            self.release(pin)
+
+    async def let_go(self, ref: str) -> str:
+        """End `keep`; the version stays until its room is needed. Returns it."""
+        manifest = await self._manifest(ref)
+        held = self._room.held.get(manifest.version)
+        if held is not None:
+            held.kept = False
+            self._room.notify()
+        return manifest.version
+
+    async def unload(self, ref: str) -> str:
+        """Take the version out of the engine, now or with its last request. The next request loads it again."""
+        manifest = await self._manifest(ref)
+        self._refs = {name: named for name, named in self._refs.items() if named.version != manifest.version}
+        self._retire_unnamed(manifest)
+        return manifest.version
+
     def states(self) -> list[Residence]:
         """Every version in the engine or on its way there."""
-        names: defaultdict[str, list[str]] = defaultdict(list)
-        for ref, manifest in self._refs.items():
-            names[manifest.version].append(ref)
+        names: dict[str, list[str]] = {}
+        for ref, manifest in sorted(self._refs.items()):
+            names.setdefault(manifest.version, []).append(ref)
         held = [
-            Residence(h.version, "draining" if h.draining else "ready", h.pins, tuple(sorted(names[h.version])))
-            for h in self._held.values()
+            Residence(h.version, "draining" if h.draining else "ready", h.pins, tuple(names.get(h.version, ())), h.kept)
+            for h in self._room.held.values()
         ]
-        waiting = [v for v in self._loading if v not in self._held]
-        return held + [Residence(version, "loading", 0, tuple(sorted(names[version]))) for version in waiting]
+        waiting = [v for v in self._loading if v not in self._room.held]
+        return held + [Residence(version, "loading", 0, tuple(names.get(version, ()))) for version in waiting]
 
     def close(self) -> None:
         """Ends the loading threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._fetches, self._reads):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _manifest(self, ref: str) -> AdapterManifest:
+        known = self._refs.get(ref)
+        return known if known is not None else await self._resolved(ref)
+
+    async def _resolved(self, ref: str) -> AdapterManifest:
+        """What the store says of a reference, asked once however many wait: a stalled one takes one thread, not all."""
+        task = self._resolving.get(ref)
+        if task is None:
+            task = asyncio.create_task(self._from_store(self._source.resolve, ref))
+            self._resolving[ref] = task
+            task.add_done_callback(lambda done: _seen(self._resolving, ref, done))
+        return await asyncio.shield(task)
 
     async def _ready(self, manifest: AdapterManifest) -> Held:
-        while True:
-            held = self._held.get(manifest.version)
-            if held is not None and not held.draining:
-                return held
+        while (held := self._room.here(manifest.version)) is None:
             await self._load(manifest)
+        return held
 
     async def _load(self, manifest: AdapterManifest) -> None:
         task = self._loading.get(manifest.version)
         if task is None:
             task = asyncio.create_task(self._load_now(manifest))
             self._loading[manifest.version] = task
-            task.add_done_callback(lambda done: self._loaded(manifest.version, done))
-        self._expected[manifest.version] += 1
+            task.add_done_callback(lambda done: _seen(self._loading, manifest.version, done))
+        self._room.expected[manifest.version] += 1
         try:
             await asyncio.shield(task)  # a caller that gives up must not take the load from the others
         finally:
-            self._expected[manifest.version] -= 1
-            self._expected += Counter()  # drops what has fallen to zero
-            self._changed.set()
-
-    def _loaded(self, version: str, task: asyncio.Task[None]) -> None:
-        del self._loading[version]
-        if not task.cancelled():
-            task.exception()  # seen here, so that a load nobody waits for any more doesn't warn
+            self._room.expected[manifest.version] -= 1
+            self._room.expected += Counter()  # drops what has fallen to zero
+            self._room.notify()
 
     async def _load_now(self, manifest: AdapterManifest) -> None:
-        folder = await self._in_thread(self._fetch, manifest)
-        await self._make_room(manifest.version)
+        folder = await self._from_store(self._source.fetch, manifest)
+        size = manifest.files[WEIGHTS_FILE].size_bytes
+        if size > self._room.max_bytes:
+            rule = f"an adapter fits into engine.host_cache_bytes={self._room.max_bytes}"
+            raise ArtifactError(f"adapter {manifest.ref}", f"{size} bytes", rule, "raise engine.host_cache_bytes")
+        if not await self._room.reserve(manifest.version, size):
+            return
+        read = None
         try:
-            await self._in_thread(lambda place: self._slots.load_adapter(manifest.version, place), folder)
-            self._held[manifest.version] = Held(manifest.version)
+            read = await self._in_thread(self._reads, lambda place: self._read(manifest, place), folder)
+        except ArtifactError:
+            await self._from_store(self._source.discard_damaged, manifest)
+            raise
         finally:
-            self._reserved -= 1
-            self._changed.set()
+            self._room.fill(manifest.version, size, read)
 
-    async def _make_room(self, version: str) -> None:
-        """Wait for a free place and reserve it: the least recently used idle version goes.
-
-        Where all are busy, the one used longest ago stops taking requests and goes when it is idle, so that a version
-        under constant traffic can't keep others out for ever.
-        """
-        self._waiting += 1
-        try:
-            while version in self._held or len(self._held) + self._reserved >= self._max_loaded:
-                if version in self._held or not self._drop_one():
-                    self._changed.clear()
-                    await self._changed.wait()
-            self._reserved += 1
-        finally:
-            self._waiting -= 1
-
-    def _drop_one(self) -> bool:
-        """Drop an idle version now (True), or make sure that enough busy ones drain for all that wait (False)."""
-        by_age = sorted(self._held.values(), key=lambda held: held.last_used)
-        idle = next((held for held in by_age if held.pins == 0 and not self._expected[held.version]), None)
-        if idle is not None:
-            self._drop(idle)
-            return True
-        draining = sum(held.draining for held in by_age)
-        busy = [held for held in by_age if held.pins and not held.draining]
-        for held in busy[: max(self._waiting - draining, 0)]:
-            held.draining = True
-        return False
+    def _read(self, manifest: AdapterManifest, folder: Path) -> int:
+        digests = {name: entry.sha256 for name, entry in manifest.files.items()}
+        return self._slots.load_adapter(manifest.version, folder, digests)
 
     def _retire_unnamed(self, manifest: AdapterManifest | None) -> None:
         """After a flip: the old version goes, unless another reference still leads to it."""
-        held = self._held.get(manifest.version) if manifest is not None else None
+        held = self._room.held.get(manifest.version) if manifest is not None else None
         if held is None or any(named.version == held.version for named in self._refs.values()):
             return
-        held.draining = True
-        if held.pins == 0:
-            self._drop(held)
-            self._changed.set()
+        self._room.retire(held)
 
-    def _drop(self, held: Held) -> None:
-        del self._held[held.version]
-        self._slots.retire_adapter(held.version)
+    async def _from_store(self, call: Callable[[ArgT], ResultT], arg: ArgT) -> ResultT:
+        """A call that may wait for the store, for so long. The thread itself ends with its sockets' time limits."""
+        try:
+            async with asyncio.timeout(self._fetch_timeout_s):
+                return await self._in_thread(self._fetches, call, arg)
+        except TimeoutError:
+            found = f"no answer within engine.fetch_timeout_s={self._fetch_timeout_s:g}"
+            raise StorageError("the adapter store", found, "", "check the store, then try again") from None
 
-    async def _in_thread(self, call: Callable[[ArgT], ResultT], arg: ArgT) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call, arg)
+    async def _in_thread(self, threads: Executor, call: Callable[[ArgT], ResultT], arg: ArgT) -> ResultT:
+        return await asyncio.get_running_loop().run_in_executor(threads, call, arg)
+
+
+def _seen(tasks: dict[str, asyncio.Task[ResultT]], key: str, task: asyncio.Task[ResultT]) -> None:
+    """A shared task has ended; its error is read, so that one nobody waits for any more doesn't warn."""
+    del tasks[key]
+    if not task.cancelled():
+        task.exception()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftwork import artifact
+from graftwork import artifact, artifact_local
 from graftwork.artifact import AdapterManifest
 from graftwork.chat import PromptSpec
 from graftwork.errors import ArtifactError, DataError, StorageError
@@ -25,14 +25,18 @@ class AdapterSource:
         return manifest
 
     def fetch(self, manifest: AdapterManifest) -> Path:
-        """Its verified files in a folder here; the worked examples of its training prompt are read too."""
+        """Its files in a folder here, of the right sizes; the worked examples of its training prompt are read too."""
         try:
             warm(trained_prompt(manifest), None)
         except (DataError, StorageError) as error:
             raise ArtifactError(
                 f"adapter {manifest.task}@{manifest.version}: its training prompt", error.text()
             ) from error
-        return artifact.fetch(self.store, manifest.task, manifest.version)
+        return artifact_local.bring(self.store, manifest)
+
+    def discard_damaged(self, manifest: AdapterManifest) -> None:
+        """Forget a copy that isn't as published, so that the next request brings it again."""
+        artifact_local.discard_damaged(self.store, manifest)
 
     def published(self) -> list[tuple[AdapterManifest, list[str]]]:
         """Every version for this base with the aliases that point at it."""

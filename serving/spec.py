@@ -24,8 +24,12 @@ class EngineSpec(Spec):
     """Prompt tokens computed in one step at most, so that running requests go on."""
     max_rank: int = Field(default=64, ge=1)
     """Largest adapter rank that is admitted."""
-    max_loaded: int = Field(default=16, ge=1)
-    """Adapter versions held in memory; beyond it the least recently used idle one is dropped."""
+    max_loaded: int = Field(default=64, ge=1)
+    """Slots: adapter versions computed with at a time. A slot costs an adapter's bytes on a GPU, nothing on the CPU."""
+    host_cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    """Adapters held in this machine's memory; beyond it the one used longest ago goes. Any number may be registered."""
+    fetch_timeout_s: float = Field(default=60.0, gt=0)
+    """A store that takes longer for one answer fails the requests that wait for it, and no others."""
     prefix_cache: bool = True
     """Share the KV of equal prompt beginnings, keyed by (adapter version digest, tokens)."""
     num_threads: int | None = None
@@ -88,6 +92,4 @@ class ServeSpec(Spec):
                     f"arm {arm.name!r}: max_new_tokens={arm.max_new_tokens} leaves no room for a prompt "
                     f"in engine.max_seq_len={limit}"
                 )
-        if len(self.adapters) > self.engine.max_loaded:
-            raise ValueError(f"{len(self.adapters)} adapters at start, but engine.max_loaded={self.engine.max_loaded}")
         return self

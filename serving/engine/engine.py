@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from graftwork.serving.engine.prefix import PrefixCache
 from graftwork.serving.engine.runner import Runner
 from graftwork.serving.engine.sampler import Choice, choose
 from graftwork.serving.engine.scheduler import Scheduler, StepPlan, Work
+from graftwork.serving.engine.seats import Seats
 from graftwork.serving.engine.sequence import Decode, RunningRequest
 from graftwork.serving.engine.slots import SlotPool
 from graftwork.serving.engine.types import (
@@ -57,14 +59,17 @@ class Engine:
         except ConfigError:
             self.runner.close()
             raise
-        self._scheduler = Scheduler(self._kv, self._cache, max_batch=spec.max_batch, prefill_tokens=spec.prefill_tokens)
         self.slots = SlotPool(
             self.runner.sites.groups(),
-            max_loaded=spec.max_loaded,
             max_rank=spec.max_rank,
             dtype=self.runner.dtype,
             device=self.runner.device,
             on_freed=self._tell_freed,
+        )
+        bring = partial(self.slots.moved, device=self.runner.device)
+        self._seats = Seats(spec.max_loaded, bring, self.runner.planner.forget)
+        self._scheduler = Scheduler(
+            self._kv, self._cache, self._seats, max_batch=spec.max_batch, prefill_tokens=spec.prefill_tokens
         )
         self._counters = Counters()
         self._arrivals = itertools.count()
@@ -76,17 +81,24 @@ class Engine:
 
     # -- any thread ---------------------------------------------------------------------------------------------------
 
-    def load_adapter(self, version: str, folder: Path) -> None:
-        """Reads a PEFT folder into a slot. ArtifactError names the key and rule of anything that cannot be served."""
-        self.slots.load(version, folder)
+    def load_adapter(self, version: str, folder: Path, digests: Mapping[str, str] | None = None) -> int:
+        """Reads a PEFT folder into host memory and returns the bytes that it takes there.
+
+        digests: sha256 by file name, checked. ArtifactError names the key and rule of anything that cannot be served.
+        """
+        return self.slots.load(version, folder, digests)
+
+    def check_adapter(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
+        """As `load_adapter`, and lets it go again."""
+        return self.slots.check(folder, digests)
 
     def retire_adapter(self, version: str) -> None:
-        """Takes no new requests for `version`; its slot is freed when its last request ends."""
+        """Takes no new requests for `version`; it is freed when its last request ends."""
         self.slots.retire(version)
 
     def adapters(self) -> list[SlotState]:
         """Loaded versions, least recently used first."""
-        return self.slots.states()
+        return self.slots.states(self._seats.versions())
 
     def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:
         """Queues a request. `on_event` is called in the engine's thread and must not block.
@@ -96,7 +108,8 @@ class Engine:
         """
         self._check(request)
         adapter = self.slots.acquire(request.adapter) if request.adapter is not None else None
-        running = RunningRequest(next(self._arrivals), request, on_event, adapter)
+        arrival = (request.arrived if request.arrived is not None else time.perf_counter(), next(self._arrivals))
+        running = RunningRequest(arrival, request, on_event, adapter)
         with self._wake:
             if self._stopping or request.request_id in self._live:
                 found = "the engine is stopped" if self._stopping else "in use"
@@ -181,7 +194,7 @@ class Engine:
         batch = pack(decoding, prompts, self._kv, self.runner.device)
         ends = itertools.accumulate(work.count for work in works)
         ready = [(work.request, end - 1) for work, end in zip(works, ends, strict=True) if work.finishes]
-        adapters = [[work.request.adapter for work in half] for half in (plan.decoding, plan.prompts)]
+        adapters = [[work.request.seated for work in half] for half in (plan.decoding, plan.prompts)]
         logits_NV = self.runner.forward(batch, adapters[0], adapters[1], [place for _, place in ready])
         if not ready:
             return []
@@ -240,7 +253,7 @@ class Engine:
         self._post(lambda: self._forget(version))
 
     def _forget(self, version: str) -> None:
-        self.runner.planner.forget(version)
+        self._seats.empty(version)
         if self._cache is not None:
             self._cache.drop(version)
 

@@ -1,17 +1,19 @@
 """Decides what the next step computes: who decodes, whose prompt goes on, who comes in, who has to step back.
 
-First come, first served. Every running request decodes one token a step; prompts are computed in chunks of at most
-`prefill_tokens` a step in all, so that running answers go on. When KV runs out, the latest arrival steps back into the
-queue and computes its tokens again later.
+First come, first served, with the exceptions of `admission`. Every running request decodes one token a step; prompts
+are computed in chunks of at most `prefill_tokens` a step in all, so that running answers go on. When KV runs out, the
+latest arrival steps back into the queue and computes its tokens again later.
 """
 
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from graftwork.serving.engine.admission import Admission
 from graftwork.serving.engine.batch import by_place
 from graftwork.serving.engine.kv import KvRow, KvStore
 from graftwork.serving.engine.prefix import PrefixCache
+from graftwork.serving.engine.seats import Seats
 from graftwork.serving.engine.sequence import RunningRequest
 
 _HEADROOM = 32
@@ -49,8 +51,11 @@ class StepPlan:
 class Scheduler:
     """Queue and running set. The engine's thread alone uses it."""
 
-    def __init__(self, kv: KvStore, cache: PrefixCache | None, *, max_batch: int, prefill_tokens: int) -> None:
-        self._kv, self._cache = kv, cache
+    def __init__(
+        self, kv: KvStore, cache: PrefixCache | None, seats: Seats, *, max_batch: int, prefill_tokens: int
+    ) -> None:
+        self._kv, self._cache, self._seats = kv, cache, seats
+        self._admission = Admission(seats, max_batch=max_batch)
         self._max_batch, self._prefill_tokens = max_batch, prefill_tokens
         self.waiting: list[RunningRequest] = []
         self.running: list[RunningRequest] = []  # both in order of arrival
@@ -104,6 +109,9 @@ class Scheduler:
         if request.row is not None:
             self._kv.free(request.row, wipe=wipe)
             request.row = None
+        if request.seated is not None:
+            self._seats.leave(request.seated.version)
+            request.seated = None
 
     def _admit(self, budget: int) -> list[Work]:
         """Takes requests from the queue while there are tokens, rows and memory left for them.
@@ -112,9 +120,9 @@ class Scheduler:
         """
         admitted: list[Work] = []
         underway = {key for request in self.running if request.remaining > 1 for key in self._keys(request)}
-        for request in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self._max_batch:
-                break
+        if budget <= 0 or len(self.running) >= self._max_batch:
+            return admitted
+        for request in self._admission.offers(list(self.waiting), list(self.running)):
             keys = self._keys(request)
             held = self._cache.match(keys) if self._cache else 0
             if held < len(keys) and keys[held] in underway:
@@ -124,6 +132,8 @@ class Scheduler:
             underway.update(keys)
             admitted.append(Work(request, min(request.remaining, budget)))
             budget -= admitted[-1].count
+            if budget <= 0 or len(self.running) >= self._max_batch:
+                break
         return admitted
 
     def _seat(self, request: RunningRequest, held: int) -> bool:
@@ -132,7 +142,8 @@ class Scheduler:
         row = self._kv.allocate(len(request.tokens) + min(answer, _HEADROOM))
         if row is None:
             return False
-        request.row = row
+        request.row, request.passed = row, 0
+        request.seated = self._seats.sit(request.version) if request.version is not None else None
         if held and self._cache is not None:
             self._cache.fetch(request.prefix_keys[:held], row)
         request.cached_tokens = request.computed
@@ -144,7 +155,7 @@ class Scheduler:
         return request.prefix_keys if self._cache else []
 
 
-def _arrival(request: RunningRequest) -> int:
+def _arrival(request: RunningRequest) -> tuple[float, int]:
     return request.arrival
 
 

@@ -16,7 +16,7 @@ class RunningRequest:
 
     def __init__(
         self,
-        arrival: int,
+        arrival: tuple[float, int],
         request: GenerateRequest,
         on_event: Callable[[TokenEvent], None],
         adapter: AdapterWeights | None,
@@ -25,6 +25,11 @@ class RunningRequest:
         self.request = request
         self.on_event = on_event
         self.adapter = adapter
+        """The host copy, held until the request ends."""
+        self.seated: AdapterWeights | None = None
+        """Where it is computed with; set while the request runs."""
+        self.passed = 0
+        """Younger requests that came in before it while it had no slot."""
         self.tokens: list[int] = list(request.prompt_ids)
         self.row: KvRow | None = None
         self.choosing = Row(request.sampling, request.prompt_ids, request.stop_ids, request.grammar)
@@ -32,6 +37,11 @@ class RunningRequest:
         self.cached_tokens = 0
         self.cancelled = False
         self._keys: list[bytes] | None = None
+
+    @property
+    def version(self) -> str | None:
+        """Its adapter; None is the base."""
+        return self.request.adapter
 
     @property
     def computed(self) -> int:

@@ -1,17 +1,20 @@
-"""The slot pool: loaded adapter versions, who holds them, and when their memory goes back.
+"""The host tier: loaded adapter versions, who holds them, and when their memory goes back.
 
-Any thread may call it; one lock guards it. Weights of a slot never change: an update is another version.
+Each is packed for the engine in one buffer of this machine's memory; `Seats` takes it from there to its slot. Any
+thread may call the pool; one lock guards it. Weights never change: an update is another version.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from graftwork.errors import ArtifactError, RunError
+from graftwork.errors import ArtifactError
+from graftwork.serving.engine.adapter_bytes import all_finite
 from graftwork.serving.engine.adapter_file import LinearShape, SiteWeights, read_adapter
+from graftwork.serving.engine.flat import flattened, moved
 from graftwork.serving.engine.sites import Site
 from graftwork.serving.engine.types import SlotState
 
@@ -38,15 +41,16 @@ class AdapterWeights:
 
 
 class _Slot:
-    def __init__(self, weights: AdapterWeights) -> None:
-        self.weights = weights
+    def __init__(self, weights: AdapterWeights, buffer: torch.Tensor) -> None:
+        self.weights, self.buffer = weights, buffer
         self.holders = 0
         self.retired = False
 
 
 class SlotPool:
-    """Holds at most `max_loaded` versions; beyond it the least recently used idle one is dropped.
+    """Versions in host memory. Who loads decides what goes: nothing is dropped before it is retired.
 
+    device: where the adapters will be computed with; for a GPU the memory is page-locked.
     on_freed: told each version whose memory went back (any thread, outside the lock).
     """
 
@@ -54,7 +58,6 @@ class SlotPool:
         self,
         sites: Mapping[str, list[Site]],
         *,
-        max_loaded: int,
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -62,30 +65,30 @@ class SlotPool:
     ) -> None:
         self._groups = sites
         self._linears = {site.name: site.shape for group in sites.values() for site in group}
-        self._max_loaded, self._max_rank, self._dtype, self._device = max_loaded, max_rank, dtype, device
+        self._max_rank, self._dtype, self._device = max_rank, dtype, torch.device("cpu")
+        self._pin = device.type == "cuda"
         self._on_freed = on_freed
         self._lock = threading.Lock()
         self._slots: dict[str, _Slot] = {}  # least recently used first
 
-    def load(self, version: str, folder: Path) -> None:
-        """Reads the adapter into a slot; a version that is loaded already is left as it is (and un-retired).
+    def load(self, version: str, folder: Path, digests: Mapping[str, str] | None = None) -> int:
+        """Reads the adapter into host memory, and returns the bytes that it takes there.
 
-        Raises ArtifactError (see `read_adapter`) or RunError when every slot is in use.
+        A version that is loaded already is left as it is (and un-retired). Raises ArtifactError (see `read_adapter`).
         """
         with self._lock:
             if version in self._slots:
                 self._slots[version].retired = False
-                return
-        linears: Mapping[str, LinearShape] = self._linears
-        weights = self._pack(version, read_adapter(folder, linears, max_rank=self._max_rank, dtype=self._dtype))
-        with self._lock:
-            if version in self._slots:  # another thread read it meanwhile, and may have holders already
-                self._slots[version].retired = False
-                return
-            dropped = self._make_room()
-            self._slots[version] = _Slot(weights)
-        if dropped is not None:
-            self._on_freed(dropped)
+                return self._slots[version].buffer.nbytes
+        slot = self._read(version, folder, digests)
+        with self._lock:  # another thread may have read it meanwhile, and have holders already
+            kept = self._slots.setdefault(version, slot)
+            kept.retired = False
+        return kept.buffer.nbytes
+
+    def check(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
+        """Reads an adapter as `load` does, and lets it go again; the bytes that it would take."""
+        return self._read("", folder, digests).buffer.nbytes
 
     def retire(self, version: str) -> None:
         """No new holder; freed when the last one lets go. Raises ArtifactError for a version that is not loaded."""
@@ -115,11 +118,17 @@ class SlotPool:
         if freed:
             self._on_freed(version)
 
-    def states(self) -> list[SlotState]:
-        """Loaded versions, least recently used first."""
+    def moved(self, version: str, device: torch.device) -> AdapterWeights:
+        """A held version on a device; on the CPU the host copy itself."""
+        with self._lock:
+            slot = self._find(version)
+        return moved(slot.weights, slot.buffer, device)
+
+    def states(self, seated: Collection[str] = ()) -> list[SlotState]:
+        """Loaded versions, least recently used first. `seated`: those that have a slot."""
         with self._lock:
             return [
-                SlotState(version, slot.weights.rank, slot.weights.size_bytes, slot.holders, slot.retired)
+                SlotState(version, slot.weights.rank, slot.buffer.nbytes, slot.holders, slot.retired, version in seated)
                 for version, slot in self._slots.items()
             ]
 
@@ -129,21 +138,20 @@ class SlotPool:
             raise ArtifactError(f"adapter {version}", "not loaded", rule, "load it first; idle ones are dropped")
         return self._slots[version]
 
-    def _make_room(self) -> str | None:
-        if len(self._slots) < self._max_loaded:
-            return None
-        idle = next((version for version, slot in self._slots.items() if slot.holders == 0), None)
-        if idle is None:
-            rule = f"engine.max_loaded={self._max_loaded} adapters at most"
-            raise RunError("load an adapter", "every slot has running requests", rule, "raise engine.max_loaded")
-        del self._slots[idle]
-        return idle
-
     def _drop_if_done(self, version: str, slot: _Slot) -> bool:
         if slot.retired and slot.holders == 0:
             del self._slots[version]
             return True
         return False
+
+    def _read(self, version: str, folder: Path, digests: Mapping[str, str] | None) -> _Slot:
+        linears: Mapping[str, LinearShape] = self._linears
+        read = read_adapter(folder, linears, max_rank=self._max_rank, dtype=self._dtype, digests=digests)
+        weights, buffer = flattened(self._pack(version, read), pin=self._pin)
+        if self._dtype == torch.float16 and not all_finite(buffer.view(torch.float16)):
+            rule = "adapter weights are finite in the engine's dtype (float16 ends at 65504)"
+            raise ArtifactError(str(folder), "inf or nan after the cast to float16", rule, "serve it on a bf16 engine")
+        return _Slot(weights, buffer)
 
     def _pack(self, version: str, weights: Mapping[str, SiteWeights]) -> AdapterWeights:
         """Stacks the lora_A of each group, so that one matmul shrinks for all its members."""

@@ -96,6 +96,8 @@ class GenerateRequest:
     """Version digest given to `Engine.load_adapter`; None is the base model."""
     grammar: Grammar | None = None
     """What the answer must look like. The answer ends with "stop" once it is whole and nothing may follow."""
+    arrived: float | None = None
+    """`time.perf_counter` when it reached the endpoint, loads and retrieval before it; its place in the queue."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,13 @@ class SlotState:
     rank: int
     """Largest rank over its modules."""
     size_bytes: int
+    """Of its host copy."""
     running: int
     """Requests that hold it now, waiting ones included."""
     retired: bool
     """True: takes no new request and is freed when `running` gets to 0."""
+    in_slot: bool = False
+    """Ready to be computed with; else in host memory."""
 
 
 @dataclass(frozen=True)

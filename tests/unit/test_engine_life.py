@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftwork.errors import ArtifactError, ConfigError, DataError, RunError
+from graftwork.errors import ArtifactError, ConfigError, DataError
 from graftwork.serving.engine.engine import Engine
 from graftwork.serving.engine.types import TokenEvent
 from tests import engines
@@ -222,21 +222,21 @@ def test_a_retired_adapter_serves_its_running_requests_and_is_then_freed(engine:
     assert engine.stats().prefix_tokens_cached == 48, "only the base's own prefix is left"
 
 
-def test_the_least_recently_used_idle_adapter_makes_room(base: Path, adapter: Path) -> None:
-    engine = Engine(engines.load_model(base), engines.spec(max_loaded=2), "cpu")
-    engine.start()
-    for version in ("v1", "v2"):
-        engine.load_adapter(version, adapter)
-    engines.ask(engine, engines.request("x", PROMPT, "v1", max_new_tokens=1))
-    engine.load_adapter("v3", adapter)
-    assert {state.version for state in engine.adapters()} == {"v1", "v3"}
-    collector = engines.Collector()
-    for version in ("v1", "v3"):
-        engine.submit(engines.request(version, PROMPT, version, max_new_tokens=200), collector)
-    with pytest.raises(RunError, match="every slot has running requests"):
-        engine.load_adapter("v4", adapter)
-    engine.stop()
-    assert {answer.finish for answer in collector.wait("v1", "v3")} == {"cancelled"}
+def test_more_adapters_than_slots_take_turns(base: Path, adapter: Path) -> None:
+    """Five loaded versions, two slots: all answer, and the same as with a slot for each."""
+    answers = []
+    for slots in (8, 2):
+        engine = Engine(engines.load_model(base), engines.spec(max_loaded=slots), "cpu")
+        for version in ("v1", "v2", "v3", "v4", "v5"):
+            engine.load_adapter(version, adapter)
+        engine.start()
+        requests = [engines.request(f"{n}", PROMPT, f"v{n % 5 + 1}", max_new_tokens=4 + n) for n in range(10)]
+        answers.append([answer.tokens for answer in engines.ask(engine, *requests)])
+        assert engine.stats().most_adapters_in_step <= slots
+        assert sum(state.in_slot for state in engine.adapters()) == min(slots, 5)
+        assert {state.version for state in engine.adapters()} == {f"v{n}" for n in range(1, 6)}
+        engine.stop()
+    assert answers[0] == answers[1]
 
 
 def test_threads_that_load_one_version_at_once_share_one_slot(base: Path, adapter: Path) -> None:

@@ -1,6 +1,7 @@
 """Which version a request gets, on a real engine and a real store: pinned, swapped, evicted, never mixed up."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 
 from graftwork import artifact
 from graftwork.artifact import AdapterManifest
-from graftwork.errors import ArtifactError
+from graftwork.artifact_check import WEIGHTS_FILE
+from graftwork.errors import ArtifactError, StorageError
 from graftwork.serving.engine.engine import Engine
-from graftwork.serving.residency import Pin, Residency
+from graftwork.serving.residency import FETCH_THREADS, Pin, Residency
 from graftwork.serving.source import AdapterSource
 from graftwork.storage import Store
 from tests.adapters import facts
@@ -20,6 +22,17 @@ from tests.engines import load_model, spec, write_lora
 from tests.tiny import write_tiny_base
 
 BASE = "b" * 64
+
+
+@dataclass(frozen=True)
+class CountingSource(AdapterSource):
+    """Notes what is fetched."""
+
+    fetched: list[str]
+
+    def fetch(self, manifest: AdapterManifest) -> Path:
+        self.fetched.append(manifest.version)
+        return super().fetch(manifest)
 
 
 @dataclass
@@ -35,14 +48,11 @@ class Stage:
         known = facts(base_digest=BASE, prompt={})
         return artifact.publish(self.store, task, self.folders[number], **known, alias=alias).version
 
-    def residency(self, max_loaded: int) -> Residency:
-        source = AdapterSource(self.store, BASE)
-
-        def fetch(manifest: AdapterManifest) -> Path:
-            self.fetched.append(manifest.version)
-            return source.fetch(manifest)
-
-        return Residency(self.engine, source.resolve, fetch, max_loaded=max_loaded)
+    def residency(self, places: int, **settings: Any) -> Residency:
+        """Room for `places` of the adapters, which are all of one size."""
+        held, asked = self.engine.check_adapter(self.folders[0]), (self.folders[0] / WEIGHTS_FILE).stat().st_size
+        source = CountingSource(self.store, BASE, self.fetched)
+        return Residency(self.engine, source, max_bytes=places * held - held // 2 + asked, **settings)
 
     def loaded(self) -> set[str]:
         return {slot.version for slot in self.engine.adapters()}
@@ -63,9 +73,9 @@ def stage(parts: tuple[Path, list[Path]], tmp_path: Path) -> Iterator[Stage]:
     engine.stop()
 
 
-def run(stage: Stage, max_loaded: int, play: Callable[[Residency], Coroutine[Any, Any, None]]) -> None:
+def run(stage: Stage, places: int, play: Callable[[Residency], Coroutine[Any, Any, None]], **settings: Any) -> None:
     async def main() -> None:
-        residency = stage.residency(max_loaded)
+        residency = stage.residency(places, **settings)
         try:
             async with asyncio.timeout(30):
                 await play(residency)
@@ -157,7 +167,108 @@ def test_a_version_in_constant_use_does_not_keep_others_out(stage: Stage) -> Non
         residency.release(pin)
         assert (await late).manifest.version == first
 
-    run(stage, 1, play)
+    run(stage, 1, play, bypass=0)
+
+
+def test_a_version_is_not_emptied_for_a_wait_that_ends_by_itself(stage: Stage) -> None:
+    """Three requests pass the one that waits; the fourth does not."""
+    first, second = stage.publish("a", 0), stage.publish("b", 1)
+
+    async def play(residency: Residency) -> None:
+        pins = [await residency.pin("a@latest")]
+        other = asyncio.create_task(residency.pin("b@latest"))
+        await settle()
+        pins += [await residency.pin("a@latest") for _ in range(3)]
+        await settle()
+        late = asyncio.create_task(residency.pin("a@latest"))
+        await settle()
+        assert (late.done(), other.done()) == (False, False)
+        for pin in pins:
+            assert pin.manifest.version == first
+            residency.release(pin)
+        residency.release(await other)
+        assert (await other).manifest.version == second
+        assert (await late).manifest.version == first
+
+    run(stage, 1, play, bypass=3)
+
+
+def test_a_pinned_version_stays_and_leaves_room_for_others(stage: Stage) -> None:
+    versions = [stage.publish(task, number) for number, task in enumerate(("a", "b", "c"))]
+
+    async def play(residency: Residency) -> None:
+        assert await residency.keep("a@latest") == versions[0]
+        for ref in ("b@latest", "c@latest", "b@latest"):
+            residency.release(await residency.pin(ref))
+            assert versions[0] in stage.loaded()
+        with pytest.raises(ArtifactError, match=r"b@latest(.|\n)*at most half"):
+            await residency.keep("b@latest")
+        assert [state.pinned for state in residency.states() if state.version == versions[0]] == [True]
+        await residency.let_go("a@latest")
+        for ref in ("b@latest", "c@latest"):
+            residency.release(await residency.pin(ref))
+        assert stage.loaded() == {versions[1], versions[2]}
+
+    run(stage, 2, play)
+
+
+def test_unload_takes_a_version_out_with_its_last_request(stage: Stage) -> None:
+    version = stage.publish("a", 0)
+
+    async def play(residency: Residency) -> None:
+        running = await residency.pin("a@latest")
+        assert await residency.unload("a@latest") == version
+        assert [(state.state, state.running) for state in residency.states()] == [("draining", 1)]
+        residency.release(running)
+        assert stage.loaded() == set()
+        assert (await residency.pin("a@latest")).manifest.version == version  # loads again when it is asked for
+
+    run(stage, 2, play)
+
+
+def test_an_adapter_larger_than_the_budget_is_refused(stage: Stage) -> None:
+    stage.publish("a", 0)
+
+    async def play(residency: Residency) -> None:
+        with pytest.raises(ArtifactError, match=r"host_cache_bytes"):
+            await residency.pin("a@latest")
+
+    run(stage, 0, play)
+
+
+def test_a_store_that_stalls_harms_only_who_waits_for_it(stage: Stage) -> None:
+    """The stalled calls hold every fetch thread; what is here, or asked for later, goes on."""
+    stage.publish("here", 0)
+    stage.publish("away1", 1)
+    stalled, gate = threading.Semaphore(0), threading.Event()
+
+    class Stalling(AdapterSource):
+        def resolve(self, ref: str) -> AdapterManifest:
+            if ref.startswith("away"):
+                stalled.release()
+                gate.wait()
+            return super().resolve(ref)
+
+    async def main() -> None:
+        source = Stalling(stage.store, BASE)
+        residency = Residency(stage.engine, source, max_bytes=1 << 20, fetch_timeout_s=0.5)
+        try:
+            residency.release(await residency.pin("here@latest"))
+            refs = [f"away{n}@latest" for n in range(FETCH_THREADS)]
+            waiting = [asyncio.create_task(residency.pin(ref)) for ref in (*refs, *refs)]
+            for _ in refs:
+                await asyncio.to_thread(stalled.acquire)
+            residency.release(await residency.pin("here@latest"))
+            for failed in await asyncio.gather(*waiting, return_exceptions=True):
+                assert isinstance(failed, StorageError)
+                assert "fetch_timeout_s" in failed.found
+            gate.set()
+            assert (await residency.pin("away1@latest")).manifest.task == "away1"
+        finally:
+            gate.set()
+            residency.close()
+
+    asyncio.run(main())
 
 
 def test_a_refresh_gets_its_place_under_constant_use(stage: Stage) -> None:
