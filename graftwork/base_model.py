@@ -40,6 +40,8 @@ class QuantSpec(Spec):
     """Quantize nf4's scales too: 0.4 bit a weight less, a little slower."""
     resident: Literal["auto", "packed", "dequantised"] = "auto"
     """How nf4 lies in memory: packed, or its exact values as plain weights (bit-equal output, faster on most CPUs)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of compute, and of weights that are not quantised; auto: bfloat16 where the hardware has instructions for it."""
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:
@@ -95,7 +97,6 @@ def load(
     *,
     device: str,
     purpose: Literal["train", "serve"],
-    dtype: "torch.dtype | None" = None,
 ) -> LoadedBase:
     """The model with frozen parameters, in eval mode, with sdpa attention on `device` ("cpu", "cuda:0").
 
@@ -104,7 +105,7 @@ def load(
     import torch
 
     _check_device(device)
-    dtype, dtype_reason = (dtype, "asked for") if dtype else default_dtype(device)
+    dtype, dtype_reason = compute_dtype(quant, device)
     dequantise, form_reason = _resident_form(quant, device, purpose)
     try:
         model = _from_folder(resolved.folder, quant, device, dtype)
@@ -121,6 +122,8 @@ def load(
         _release_file(model)
     if dequantise:
         dequantise_linears(model)
+    elif quant.kind == "nf4" and purpose == "train":
+        _keep_differentiable(model)
     model.requires_grad_(False)
     model.eval()
     return LoadedBase(model, dtype, f"dtype={str(dtype).removeprefix('torch.')} ({dtype_reason}); {form_reason}")
@@ -129,6 +132,19 @@ def load(
 def template(resolved: ResolvedBase) -> chat.Template:
     """Chat template and tokenizer of the base. Raises BaseModelError."""
     return chat.Template.load(resolved.folder)
+
+
+def compute_dtype(quant: QuantSpec, device: str) -> "tuple[torch.dtype, str]":
+    """The dtype of compute on `device`, and why. Raises BaseModelError for one that the device has no units for."""
+    import torch
+
+    found, reason = default_dtype(device)
+    if quant.dtype == "auto":
+        return found, reason
+    dtype: torch.dtype = getattr(torch, quant.dtype)
+    if dtype == torch.bfloat16 and found != dtype and device != "cpu":
+        raise BaseModelError("quant.dtype=bfloat16", reason, "bfloat16 needs SM 8.0 or newer", "set quant.dtype=auto")
+    return dtype, "asked for" if dtype == found else f"asked for; auto is {str(found).removeprefix('torch.')}"
 
 
 def default_dtype(device: str) -> "tuple[torch.dtype, str]":
@@ -252,6 +268,19 @@ def _release_file(model: "torch.nn.Module") -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
+
+
+def _keep_differentiable(model: "torch.nn.Module") -> None:
+    """Keep packed linears from moving to the layout of the fused CPU kernel, which has no backward pass.
+
+    bitsandbytes 0.50 moves a linear at its first forward in eval mode and never back: after the first evaluation of a
+    run on a CPU with AVX512-BF16 no gradient would reach the layers below, with a warning at most.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_device(device: str) -> None:

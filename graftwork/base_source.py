@@ -53,6 +53,12 @@ def locate(uri: str, sha256: str | None, on_progress: Progress | None) -> Path:
     raise BaseModelError(f"base {uri}", "there is no such folder", _FORMS, "check the path")
 
 
+def absolute(uri: str) -> str:
+    """`uri` with a local path made absolute, so that it means the same in a process that runs elsewhere."""
+    path = Path(uri.removeprefix("file://")).expanduser()
+    return str(path.absolute()) if path.exists() and "://" not in uri.removeprefix("file://") else uri
+
+
 def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
     """config.json of a base, with safetensors beside it. Raises BaseModelError."""
     try:

@@ -127,7 +127,7 @@ def predict_training(
     """Peak of one training worker: the end of the forward pass over the longest rows, or the loading if that is more.
 
     `rows`: sizes of the rendered rows; without them every row is taken as `spec.max_length` long and half trained.
-    `value_bytes` is of the compute dtype, as `base_model.default_dtype` picks it.
+    `value_bytes` is of the compute dtype, as `base_model.compute_dtype` picks it.
     """
     rows = rows or RowSizes.at_most(spec.max_length)
     passed = micro_batch(spec)
@@ -167,10 +167,12 @@ def predict_serving(
     adapters: Sequence[int] = (),
     dequantised: bool = False,
     value_bytes: int = FP32,
+    kv_value_bytes: int | None = None,
 ) -> MemoryPlan:
     """Peak of one engine replica with its key-value memory full.
 
     `adapters`: ranks of the loaded versions. `dequantised`: nf4 is kept as plain values (`quant.resident`).
+    `kv_value_bytes`: of a key or value, where it is not `value_bytes`: the engine keeps them in fp32 on a CPU.
     """
     slots = sum(model.adapter_params(rank) for rank in adapters) * value_bytes
     step_tokens = engine.prefill_tokens + engine.max_batch
@@ -180,7 +182,7 @@ def predict_serving(
         "base weights": weight_bytes(model, quant, value_bytes, dequantised=dequantised),
     }
     full = {
-        "key-value memory": kv_bytes(model, engine.kv_tokens, value_bytes),
+        "key-value memory": kv_bytes(model, engine.kv_tokens, kv_value_bytes or value_bytes),
         "adapters": 2 * slots,  # each once in its slot, once in the compact set of those that decode together
         "step": step_tokens * per_token * value_bytes,
         "logits": engine.max_batch * model.vocab * FP32,

@@ -205,8 +205,9 @@ def plan_serving(
     def memory_with(kv_tokens: int) -> MemoryPlan:
         fewer = engine.model_copy(update={"kv_tokens": kv_tokens})
         return predict_serving(
-            model, quant, fewer, adapters=adapters, dequantised=dequantised, value_bytes=machine.value_bytes
-        )
+            model, quant, fewer, adapters=adapters, dequantised=dequantised,
+            value_bytes=machine.value_bytes, kv_value_bytes=FP32,
+        )  # fmt: skip
 
     memory = memory_with(engine.kv_tokens)
     halves = (engine.kv_tokens // 2**power for power in range(1, 6))

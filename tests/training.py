@@ -23,7 +23,10 @@ def write_rows(path: Path, count: int, first: int = 0, answer_repeats: int = 1) 
 
 
 def task(folder: Path, **changes: Any) -> TrainSpec:
-    """A spec on a tiny base with 48 training and 8 held-out rows, all files under `folder`; dotted keys change it."""
+    """A spec on a tiny base with 48 training and 8 held-out rows, all files under `folder`; dotted keys change it.
+
+    In fp32 on every machine: where bfloat16 is the default, sums in another order differ in the third digit.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / "base"
     if not base.exists():
@@ -35,6 +38,7 @@ def task(folder: Path, **changes: Any) -> TrainSpec:
             "name": "colours",
             "root": str(folder / "root"),
             "base": str(base),
+            "quant": {"dtype": "float32"},
             "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")},
             "optim": {"lr": 5e-3, "epochs": 2},
             "checkpoint_every": 4,

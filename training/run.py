@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from graftwork import artifact, base_model, provenance
+from graftwork import artifact, base_model, base_source, provenance
 from graftwork.base_model import ResolvedBase
 from graftwork.config import canonical_json
 from graftwork.errors import GraftworkError, Interrupted
@@ -53,7 +53,9 @@ class Run:
             return RunPaths(Store(spec.root), spec.name, digest)
 
         pinned = pin_init(spec, base, lambda version: paths(version).run_id)
-        return cls(pinned, base, data, paths(parent_of(pinned)))
+        # Ray Train moves each worker into a folder of its own, where a relative place is another one
+        placed = pinned.with_({"root": Store(spec.root).uri, "base.uri": base_source.absolute(spec.base.uri)})
+        return cls(placed, base, data, paths(parent_of(placed)))
 
 
 def check(spec: TrainSpec) -> None:

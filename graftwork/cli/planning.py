@@ -1,6 +1,7 @@
 """A spec -> a line per stage of what it will take. Rows are read and rendered: sizes are those of the real run."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from graftwork import base_model
@@ -31,25 +32,31 @@ def plan_spec(spec: Spec, folder: Path) -> list[StagePlan]:
 
 def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
     if isinstance(spec, TrainSpec):
-        data = prepare(spec)
+        data, machine = prepare(spec), _at(machine, spec.quant)
         held_out = _sizes(data.eval) if data.eval is not None else None
         yield plan_training(spec, _shape(spec.base), _sizes(data.train), held_out, machine)
     elif isinstance(spec, TuneSpec):
-        data = prepare(spec.train)
+        data, machine = prepare(spec.train), _at(machine, spec.train.quant)
         assert data.eval is not None, "a sweep's spec demands data.eval"
         yield plan_tuning(spec, _shape(spec.train.base), _sizes(data.train), _sizes(data.eval), machine)
     elif isinstance(spec, ServeSpec):
-        yield plan_serving("serve", _shape(spec.base), spec.quant, spec.engine, machine, num_cpus=spec.num_cpus,
+        yield plan_serving("serve", _shape(spec.base), spec.quant, spec.engine, _at(machine, spec.quant),
+                           num_cpus=spec.num_cpus,
                            adapters=[SERVED_RANK] * len(spec.adapters), dequantised=_unpacked(spec.quant))  # fmt: skip
     elif isinstance(spec, CompareSpec):
         adapters = {arm.adapter for arm in spec.arms if arm.adapter}
-        yield plan_serving("compare", _shape(spec.base), spec.quant, spec.engine, machine, num_cpus=spec.num_cpus,
+        yield plan_serving("compare", _shape(spec.base), spec.quant, spec.engine, _at(machine, spec.quant),
+                           num_cpus=spec.num_cpus,
                            adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(spec.quant),
                            answers=_answers(spec))  # fmt: skip
     elif isinstance(spec, DemoSpec):
         specs = load_specs(spec, folder)
         for stage in (specs.tune, *specs.train, specs.serve, specs.compare):
             yield from _lines(stage, folder, machine)
+
+
+def _at(machine: Machine, quant: QuantSpec) -> Machine:
+    return replace(machine, value_bytes=base_model.compute_dtype(quant, "cpu")[0].itemsize)
 
 
 def _answers(spec: CompareSpec) -> Answers:

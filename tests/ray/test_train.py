@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -179,6 +180,17 @@ def test_a_finished_run_is_reused_whatever_its_workers(spec: TrainSpec, disturbe
     assert replace(again, reused=False) == disturbed.report
     run = run_paths(spec)
     assert run.store.read_json(*run.status())["state"] == "finished"
+
+
+def test_relative_places_mean_the_drivers_folder(
+    spec: TrainSpec, disturbed: Disturbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train moves its workers elsewhere; base, root and the adapter gone on from are found all the same."""
+    monkeypatch.chdir(Path(spec.root).parent)
+    near = {"root": "root", "base": "base", "data.train": "train.jsonl", "data.eval": "eval.jsonl"}
+    report = train(spec.with_({**near, "init_from": "colours@prod", "optim.epochs": 0.5, "alias": None}))
+    assert artifact.open_adapter(Store(spec.root), "colours", report.version).parent == disturbed.report.version
+    assert report.train_loss[0][1] == pytest.approx(disturbed.report.train_loss[-1][1], rel=0.5)
 
 
 def test_workers_that_never_fit_are_refused_at_once(local_ray: Session, spec: TrainSpec) -> None:

@@ -64,6 +64,30 @@ def test_scoring_trained_positions_alone_equals_trl(folder: Path, kind: str) -> 
         torch.testing.assert_close(gradient, plain_by_name[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_evaluation_takes_no_gradient_away(folder: Path, kind: str) -> None:
+    """bitsandbytes repacks nf4 at the first forward in eval mode on some CPUs, and has no backward for that form."""
+
+    def gradients_of(*, evaluate: bool) -> dict[str, torch.Tensor]:
+        trainer, data = trainer_of(task(folder, **{"quant.kind": kind}), folder)
+        inputs = collate(data.train, [0, 1, 2, 3], data.pad_id)
+        if evaluate:
+            trainer.model.eval()
+            with torch.no_grad():
+                trainer.model(**inputs)
+        trainer.model.train()
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.01)
+        return gradients(trainer, trainer.compute_loss(trainer.model, dict(inputs)))
+
+    fresh, after = gradients_of(evaluate=False), gradients_of(evaluate=True)
+    assert len(fresh) == 2 * 7 * 2
+    for name, gradient in fresh.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(after[name], gradient, rtol=1e-5, atol=1e-7)
+
+
 def test_the_curve_is_that_of_a_plain_pytorch_loop(folder: Path) -> None:
     """Pinned to PEFT and torch.optim.AdamW: same rows in order, loss over trained tokens, clipping, schedule."""
     spec = task(folder, **{"quant.kind": "none", "optim.micro_batch": 2})
