@@ -6,7 +6,7 @@ KV arena, so nothing is repeated or copied; measured on 2 AVX2 cores it is level
 Legend: T packed tokens, H query heads, K key-value heads, G = H / K, D head size, N requests of a run, S keys read.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -43,7 +43,9 @@ def attend(
     batch = _batch_of(options)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-    call = _Call(layer, scale, options.get("sliding_window"), options.get("softcap"))
+    call = Call(layer, scale, options.get("sliding_window"), options.get("softcap"))
+    if not isinstance(batch, StepBatch):
+        return batch.attend(call, query_1HTD, key_1KTD, value_1KTD)[None], None
     if batch.kv is None:
         batch.seen[layer] = KvShape(key_1KTD.shape[1], key_1KTD.shape[3])
     else:
@@ -62,16 +64,23 @@ def attend(
     return out_THD[None], None
 
 
-class _Call:
+class Call:
     """How one layer attends."""
 
     def __init__(self, layer: int, scale: float, window: int | None, softcap: float | None) -> None:
         self.layer, self.scale, self.window, self.softcap = layer, scale, window, softcap
 
 
-def _batch_of(options: dict[str, Any]) -> StepBatch:
-    batch = options.pop(BATCH_KEY, None)
-    if not isinstance(batch, StepBatch):
+class OwnAttention(Protocol):
+    """A batch that attends by itself: decoding on a GPU."""
+
+    def attend(self, call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """query [1, H, T, D], key and value [1, K, T, D] -> [T, H, D]; keeps the new keys and values."""
+
+
+def _batch_of(options: dict[str, Any]) -> StepBatch | OwnAttention:
+    batch: StepBatch | OwnAttention | None = options.pop(BATCH_KEY, None)
+    if batch is None:
         raise BaseModelError(
             "the model", "its attention was called without the engine's batch",
             "a served decoder hands keyword arguments down to its attention function",
@@ -82,7 +91,7 @@ def _batch_of(options: dict[str, Any]) -> StepBatch:
     return batch
 
 
-def _decode(call: _Call, batch: StepBatch, index: int, query_THD: torch.Tensor, out_THD: torch.Tensor) -> None:
+def _decode(call: Call, batch: StepBatch, index: int, query_THD: torch.Tensor, out_THD: torch.Tensor) -> None:
     """One token each of neighbouring KV rows: scores, softmax and sum over the rows' common view."""
     run = batch.runs[index]
     assert batch.kv is not None, "decoding needs KV"
@@ -95,7 +104,7 @@ def _decode(call: _Call, batch: StepBatch, index: int, query_THD: torch.Tensor, 
     out_THD[run.first : run.first + run.count] = mixed_BGD.view(run.count, -1, values_BSD.shape[-1])
 
 
-def _scores(call: _Call, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _scores(call: Call, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     if call.softcap is None:
         return torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=call.scale)
     scores = torch.bmm(query, keys.transpose(1, 2)).mul_(call.scale)
@@ -103,7 +112,7 @@ def _scores(call: _Call, query: torch.Tensor, keys: torch.Tensor, bias: torch.Te
 
 
 def _prefill(
-    call: _Call,
+    call: Call,
     batch: StepBatch,
     index: int,
     segment: Segment,

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from graftwork.errors import ConfigError, DataError
-from graftwork.serving.engine.batch import Chunk, pack
+from graftwork.serving.engine.batch import Chunk
 from graftwork.serving.engine.counters import Counters
+from graftwork.serving.engine.decode_path import DecodePath, path_for
 from graftwork.serving.engine.host import keep_freed_memory
 from graftwork.serving.engine.kv import KvStore
 from graftwork.serving.engine.prefix import PrefixCache
@@ -28,7 +29,7 @@ from graftwork.serving.engine.sampler import Choice, choose
 from graftwork.serving.engine.scheduler import Scheduler, StepPlan, Work
 from graftwork.serving.engine.seats import Seats
 from graftwork.serving.engine.sequence import Decode, RunningRequest
-from graftwork.serving.engine.slots import SlotPool
+from graftwork.serving.engine.slots import AdapterWeights, SlotPool
 from graftwork.serving.engine.types import (
     EngineStats,
     FinishReason,
@@ -48,17 +49,22 @@ class Engine:
     """Decodes requests for the base and for every loaded adapter in one batch, in its own thread.
 
     model: a loaded transformers decoder (`AutoModelForCausalLM`) on `device`; the engine uses it alone until `stop`.
-    decode: token ids to text; needed only for requests with stop strings.
+    decode: token ids to text; needed only for requests with stop strings. path: None takes the device's own.
     """
 
-    def __init__(self, model: Any, spec: EngineSpec, device: str, decode: Decode | None = None) -> None:
+    def __init__(
+        self, model: Any, spec: EngineSpec, device: str, decode: Decode | None = None, path: DecodePath | None = None
+    ) -> None:
         self.spec, self._decode = spec, decode
-        self.runner = Runner(model, device)
+        self._path = path or path_for(torch.device(device))
+        self.runner = Runner(model, device, self._path)
         try:
             self._kv, self._cache = _memory(self.runner, spec)
         except ConfigError:
             self.runner.close()
             raise
+        if self._path is not None:
+            self._path.attach(self.runner, self._kv, max_batch=spec.max_batch, max_rank=spec.max_rank)
         self.slots = SlotPool(
             self.runner.sites.groups(),
             max_rank=spec.max_rank,
@@ -66,8 +72,7 @@ class Engine:
             device=self.runner.device,
             on_freed=self._tell_freed,
         )
-        bring = partial(self.slots.moved, device=self.runner.device)
-        self._seats = Seats(spec.max_loaded, bring, self.runner.planner.forget)
+        self._seats = Seats(spec.max_loaded, self._bring, self.runner.forget)
         self._scheduler = Scheduler(
             self._kv, self._cache, self._seats, max_batch=spec.max_batch, prefill_tokens=spec.prefill_tokens
         )
@@ -125,8 +130,10 @@ class Engine:
         self._post(lambda: self._cancel(request_id))
 
     def start(self) -> None:
-        """Starts the engine's thread."""
+        """Starts the engine's thread; on a GPU, captures its graphs first."""
         assert self._thread is None, "an engine is started once"
+        if self._path is not None:
+            self._path.warm_up()
         if self.runner.device.type == "cpu":
             keep_freed_memory()
         self._thread = threading.Thread(target=self._serve, name="graftwork-engine", daemon=True)
@@ -191,11 +198,10 @@ class Engine:
         """Runs the plan and chooses a token for every request that is ready for one, in the plan's order."""
         works = list(plan.works())
         decoding, prompts = ([_chunk(work) for work in half] for half in (plan.decoding, plan.prompts))
-        batch = pack(decoding, prompts, self._kv, self.runner.device)
         ends = itertools.accumulate(work.count for work in works)
         ready = [(work.request, end - 1) for work, end in zip(works, ends, strict=True) if work.finishes]
-        adapters = [[work.request.seated for work in half] for half in (plan.decoding, plan.prompts)]
-        logits_NV = self.runner.forward(batch, adapters[0], adapters[1], [place for _, place in ready])
+        adapters = [work.request.seated for work in plan.decoding], [work.request.seated for work in plan.prompts]
+        logits_NV = self.runner.step(self._kv, decoding, prompts, adapters, [place for _, place in ready])
         if not ready:
             return []
         return choose(logits_NV, [running.choosing for running, _ in ready])
@@ -248,6 +254,10 @@ class Engine:
         running = self._live.get(request_id)
         if running is not None:
             self._end(running, "cancelled")
+
+    def _bring(self, version: str) -> AdapterWeights:
+        move = partial(self.slots.moved, version, self.runner.device)
+        return move() if self._path is None else self._path.bring(move)
 
     def _tell_freed(self, version: str) -> None:
         self._post(lambda: self._forget(version))

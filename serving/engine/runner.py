@@ -12,17 +12,21 @@ import torch
 from graftwork.errors import BaseModelError
 from graftwork.serving.engine import attention
 from graftwork.serving.engine.batch import Chunk, StepBatch, pack
+from graftwork.serving.engine.decode_path import DecodeInputs, DecodePath
 from graftwork.serving.engine.host import PiecewiseOutput
 from graftwork.serving.engine.kv import KvShape, KvStore
-from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment, StepDeltas
-from graftwork.serving.engine.sites import Sites
+from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment
+from graftwork.serving.engine.sites import Deltas, Sites, own_forward
 from graftwork.serving.engine.slots import AdapterWeights
 
 
 class Runner:
-    """Owns the prepared model. BaseModelError for a decoder whose attention is not called through transformers."""
+    """Owns the prepared model. BaseModelError for a decoder whose attention is not called through transformers.
 
-    def __init__(self, model: Any, device: str) -> None:
+    path: computes decoding tokens in its own way; None computes them beside the prompts.
+    """
+
+    def __init__(self, model: Any, device: str, path: DecodePath | None = None) -> None:
         self.model, self.device = model, torch.device(device)
         self.config = model.config.get_text_config()
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
@@ -33,7 +37,8 @@ class Runner:
         self._was_training = model.training
         self.config._attn_implementation = attention.NAME
         model.eval()
-        self.sites = Sites(model)
+        self.path = path
+        self.sites = Sites(model, own_forward if path is None else path.forward_of)
         self._output = PiecewiseOutput(model.get_output_embeddings())
         try:
             self.kv_shapes = self._probe()
@@ -47,6 +52,37 @@ class Runner:
         """float32 on a CPU, whose 16-bit attention is slower than its 32-bit one; else the model's."""
         return torch.float32 if self.device.type == "cpu" else self.dtype
 
+    def step(
+        self,
+        kv: KvStore,
+        decoding: Sequence[Chunk],
+        prompts: Sequence[Chunk],
+        adapters: tuple[Sequence[AdapterWeights | None], Sequence[AdapterWeights | None]],
+        wanted: Sequence[int],
+    ) -> torch.Tensor:
+        """Logits [N, V] at the packed positions `wanted`, which hold every decoding token's.
+
+        adapters: of each decoding chunk and of each prompt chunk.
+        """
+        if self.path is None:
+            return self.forward(pack(decoding, prompts, kv, self.device), *adapters, wanted)
+        fast = [n for n, weights in enumerate(adapters[0]) if self.path.takes(weights)]
+        slow = [n for n, weights in enumerate(adapters[0]) if not self.path.takes(weights)]
+        parts = []
+        if fast:
+            parts.append(self.path.logits([decoding[n] for n in fast], [adapters[0][n] for n in fast]))
+        if slow or prompts:
+            batch = pack([decoding[n] for n in slow], prompts, kv, self.device)
+            shift = len(slow) - len(decoding)
+            self.path.settle([*(adapters[0][n] for n in slow), *adapters[1]])
+            ends = [*range(len(slow)), *(place + shift for place in wanted[len(decoding) :])]
+            parts.append(self.forward(batch, [adapters[0][n] for n in slow], adapters[1], ends))
+        logits_NV = torch.cat(parts) if len(parts) > 1 else parts[0]
+        places = [*fast, *slow, *range(len(decoding), len(wanted))]
+        if not slow:
+            return logits_NV
+        return torch.empty_like(logits_NV).index_copy_(0, torch.tensor(places, device=self.device), logits_NV)
+
     @torch.inference_mode()
     def forward(
         self,
@@ -57,7 +93,7 @@ class Runner:
     ) -> torch.Tensor:
         """Logits [N, V] at the packed positions `wanted`. decoding, prompts: the adapter of each chunk of the batch."""
         deltas = self.planner.plan(decoding, _lora_segments(batch, prompts))
-        return self._run(batch, deltas, torch.tensor(wanted, dtype=torch.long, device=self.device))[0]
+        return self.run(batch, deltas, torch.tensor(wanted, dtype=torch.long, device=self.device))[0]
 
     @torch.inference_mode()
     def logits(self, ids_BT: torch.Tensor, adapters: Sequence[AdapterWeights | None]) -> torch.Tensor:
@@ -70,7 +106,7 @@ class Runner:
         deltas = self.planner.plan([], _lora_segments(batch, adapters))
         self._output.on = False
         try:
-            logits_1TV = self._run(batch, deltas, torch.arange(ids_BT.numel(), device=self.device))
+            logits_1TV = self.run(batch, deltas, torch.arange(ids_BT.numel(), device=self.device))
         finally:
             self._output.on = True
         return logits_1TV[0].view(*ids_BT.shape, -1)
@@ -79,6 +115,12 @@ class Runner:
         """Key-value memory that fits this model."""
         return KvStore(self.kv_shapes, tokens, max_len, self.kv_dtype, self.device)
 
+    def forget(self, version: str) -> None:
+        """Drops references to an adapter that has left the device."""
+        self.planner.forget(version)
+        if self.path is not None:
+            self.path.forget(version)
+
     def close(self) -> None:
         """Gives the model back as it was."""
         self.sites.unhook()
@@ -86,7 +128,8 @@ class Runner:
         self.config._attn_implementation = self._own_attention
         self.model.train(self._was_training)
 
-    def _run(self, batch: StepBatch, deltas: StepDeltas | None, wanted_N: torch.Tensor) -> torch.Tensor:
+    def run(self, batch: StepBatch | DecodeInputs, deltas: Deltas | None, wanted_N: torch.Tensor | int) -> torch.Tensor:
+        """Logits [1, N, V] of one pass; wanted_N=0: of every token."""
         self.sites.deltas = deltas
         try:
             output = self.model(
@@ -106,7 +149,7 @@ class Runner:
         """Runs two tokens, to learn each layer's key-value heads and that every layer's attention comes to us."""
         batch = pack([], [Chunk((0, 0), 0, None)], None, self.device)
         try:
-            self._run(batch, None, torch.tensor([1], device=self.device))
+            self.run(batch, None, torch.tensor([1], device=self.device))
         except (TypeError, KeyError) as error:
             rule = "a served decoder takes logits_to_keep and hands keyword arguments to its attention"
             raise BaseModelError(type(self.model).__name__, str(error), rule) from error

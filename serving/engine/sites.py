@@ -26,6 +26,15 @@ class Site:
     member: int
 
 
+Forward = Callable[..., torch.Tensor]
+
+
+def own_forward(module: torch.nn.Module) -> Forward:
+    """The base's result as the module computes it."""
+    forward: Forward = module.forward
+    return forward
+
+
 class Deltas(Protocol):
     """The adapters of one step."""
 
@@ -34,15 +43,18 @@ class Deltas(Protocol):
 
 
 class Sites:
-    """All hooked linears of one model. `deltas` is set around a forward pass; None costs one comparison a linear."""
+    """All hooked linears of one model. `deltas` is set around a forward pass; None costs one comparison a linear.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    forward_of: what computes a linear's own result.
+    """
+
+    def __init__(self, model: torch.nn.Module, forward_of: Callable[[torch.nn.Module], Forward] = own_forward) -> None:
         self.deltas: Deltas | None = None
         self._hooked: list[torch.nn.Module] = []
         linears = _inner_linears(model)
         self.sites = {site.name: site for site in _grouped(linears)}
         for name, module in linears.items():
-            self._hook(self.sites[name], module)
+            self._hook(self.sites[name], module, forward_of(module))
 
     @property
     def shapes(self) -> Mapping[str, LinearShape]:
@@ -62,9 +74,7 @@ class Sites:
             del module.forward
         self._hooked.clear()
 
-    def _hook(self, site: Site, module: torch.nn.Module) -> None:
-        base: Callable[..., torch.Tensor] = module.forward
-
+    def _hook(self, site: Site, module: torch.nn.Module, base: Forward) -> None:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             result = base(x, *args, **kwargs)
             return result if self.deltas is None else self.deltas.add(site, x, result)
