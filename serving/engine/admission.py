@@ -26,28 +26,35 @@ class Admission:
         self._seats = seats
         self._bypass = max_batch
         self._share = max(1, max_batch // 2)
+        self._rows: Counter[str | None] = Counter()
+        self._held_up: list[RunningRequest] = []
 
     def offers(self, waiting: Sequence[RunningRequest], running: Sequence[RunningRequest]) -> Iterator[RunningRequest]:
-        """Requests to seat, one at a time; each is asked afterwards whether it runs now (`row`).
+        """Requests to seat, one at a time, `came_in` for each that gets a row. The caller stops when there is no more.
 
-        waiting: by arrival. The caller stops asking when rows, tokens or memory are used up.
+        waiting: by arrival.
         """
-        rows = Counter(request.version for request in running)
+        self._rows = Counter(request.version for request in running)
+        self._held_up = []
         closed = self._closed(waiting)
-        held_up: list[RunningRequest] = []
         crowded: list[RunningRequest] = []
         for request in waiting:
-            if rows[request.version] >= self._share:
+            if self._rows[request.version] >= self._share:
                 crowded.append(request)
             elif self._no_slot(request, closed):
-                held_up.append(request)
+                self._held_up.append(request)
             else:
                 yield request
-                rows[request.version] += _count(request, held_up)
         for request in crowded:
             if not self._no_slot(request, closed):
                 yield request
-                _count(request, held_up)
+
+    def came_in(self, request: RunningRequest) -> None:
+        """An offered request runs now: older ones that have no slot remember it."""
+        self._rows[request.version] += 1
+        request.passed = 0
+        for older in self._held_up:
+            older.passed += older.arrival < request.arrival
 
     def _no_slot(self, request: RunningRequest, closed: dict[str, RunningRequest]) -> bool:
         version = request.version
@@ -64,12 +71,3 @@ class Admission:
             if version is not None and request.passed >= self._bypass and not self._seats.free_for(version):
                 overdue.setdefault(version, request)
         return dict(zip(self._seats.by_rows(), overdue.values(), strict=False))
-
-
-def _count(offered: RunningRequest, held_up: Sequence[RunningRequest]) -> int:
-    """1 where the request got its row, which older ones that have no slot then remember."""
-    if offered.row is None:
-        return 0
-    for older in held_up:
-        older.passed += older.arrival < offered.arrival
-    return 1

@@ -142,13 +142,14 @@ class Scheduler:
         row = self._kv.allocate(len(request.tokens) + min(answer, _HEADROOM))
         if row is None:
             return False
-        request.row, request.passed = row, 0
+        request.row = row
         request.seated = self._seats.sit(request.version) if request.version is not None else None
         if held and self._cache is not None:
             self._cache.fetch(request.prefix_keys[:held], row)
         request.cached_tokens = request.computed
         self.waiting.remove(request)
         insort(self.running, request, key=_arrival)
+        self._admission.came_in(request)
         return True
 
     def _keys(self, request: RunningRequest) -> list[bytes]:

@@ -173,22 +173,25 @@ def test_no_adapter_waits_three_times_the_median(slots: int, places: int) -> Non
 
 
 def test_constant_traffic_keeps_no_version_out() -> None:
-    """Two busy adapters, two slots, more callers than rows; a third one gets in after a bounded number of others."""
+    """Two busy adapters, two slots, more callers than rows: a third waits its turn, a batch, and one slot to empty."""
     world = World(slots=2, places=8)
+    began = queued = 0
 
     async def play() -> None:
+        nonlocal began, queued
         calls = (Call(f"hot{n % 2}", 4 + n % 17) for n in itertools.count())
         hot = asyncio.create_task(closed_loop(world, calls, callers=2 * ROWS, requests=300))
         while len(world.order) < 100:
             await asyncio.sleep(0)
-        queued = len(world.scheduler.waiting)
-        began = len(world.order)
-        await world.ask(Call("cold", 4))
-        assert world.order.index("cold") - began <= queued + ROWS
+        began, queued = len(world.order), len(world.scheduler.waiting)
+        cold = asyncio.create_task(world.ask(Call("cold", 4)))
         await hot
+        cold.cancel()
 
     asyncio.run(play())
-    assert world.left
+    assert "cold" in world.order
+    assert world.order.index("cold") - began <= queued + 3 * ROWS
+    assert len(world.left) == 2, "one adapter lost its slot, and got it back"
 
 
 def test_a_busy_adapter_is_not_emptied_for_a_wait_that_ends_by_itself() -> None:
