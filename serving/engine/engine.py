@@ -57,7 +57,7 @@ class Engine:
     ) -> None:
         self.spec, self._decode = spec, decode
         self._path = path or path_for(torch.device(device))
-        self.runner = Runner(model, device, self._path)
+        self.runner = Runner(model, device, self._path, places=0 if self._path else spec.max_loaded)
         try:
             self._kv, self._cache = _memory(self.runner, spec)
         except ConfigError:
@@ -257,7 +257,9 @@ class Engine:
 
     def _bring(self, version: str) -> AdapterWeights:
         move = partial(self.slots.moved, version, self.runner.device)
-        return move() if self._path is None else self._path.bring(move)
+        weights = move() if self._path is None else self._path.bring(move)
+        self.runner.planner.admit(weights)
+        return weights
 
     def _tell_freed(self, version: str) -> None:
         self._post(lambda: self._forget(version))

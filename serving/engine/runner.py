@@ -23,10 +23,11 @@ from graftwork.serving.engine.slots import AdapterWeights
 class Runner:
     """Owns the prepared model. BaseModelError for a decoder whose attention is not called through transformers.
 
-    path: computes decoding tokens in its own way; None computes them beside the prompts.
+    path: computes decoding tokens in its own way; None computes them beside the prompts. places: how many adapters of a
+    rank bucket are laid out for that.
     """
 
-    def __init__(self, model: Any, device: str, path: DecodePath | None = None) -> None:
+    def __init__(self, model: Any, device: str, path: DecodePath | None = None, places: int = 0) -> None:
         self.model, self.device = model, torch.device(device)
         self.config = model.config.get_text_config()
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
@@ -45,7 +46,7 @@ class Runner:
         except BaseException:
             self.close()
             raise
-        self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device)
+        self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places)
 
     @property
     def kv_dtype(self) -> torch.dtype:

@@ -1,0 +1,165 @@
+"""How the adapters of decoding tokens are computed: each part takes some rows of the batch and adds their deltas.
+
+One adapter with many rows gets matmuls of its own. Adapters with few rows are read in their places (`tables`), all at
+once: neighbouring places by batched matmul, which reads each weight once for all rows of its adapter; scattered ones by
+embedding bags, which need no place beside another.
+Legend: N decoding tokens, P places, M rows a place at most, R rank, I in, O out, K lines of a bag.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch.nn.functional import linear
+
+from graftwork.serving.engine.sites import Site
+from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.tables import RankTables
+
+
+class Part(Protocol):
+    """Some adapters of one step. `shrink` is called once a group, `expand` with its result once a linear of it."""
+
+    def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
+        """lora_A of every member on the part's rows; None where none of its adapters touches the group."""
+
+    def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
+        """Adds the deltas of one linear to the part's rows of `out_NO`."""
+
+
+class OwnMatmul:
+    """One adapter on its rows; `rows_M` None: on every decoding token."""
+
+    def __init__(self, weights: AdapterWeights, rows_M: torch.Tensor | None) -> None:
+        self._weights, self._rows_M = weights, rows_M
+
+    def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
+        weights = self._weights.groups.get(group)
+        if weights is None:
+            return None
+        return linear(x_NI if self._rows_M is None else x_NI.index_select(0, self._rows_M), weights.a_RI)
+
+    def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
+        group = self._weights.groups[site.group]
+        weights = group.members[site.member]
+        if weights is None:
+            return
+        start = group.starts[site.member]
+        shrunk_MR = shrunk[:, start : start + weights.rank]
+        if self._rows_M is None:
+            out_NO.addmm_(shrunk_MR, weights.b_OR.t(), alpha=weights.scaling)
+        else:
+            out_NO.index_add_(0, self._rows_M, linear(shrunk_MR, weights.b_OR), alpha=weights.scaling)
+
+
+class Live:
+    """What the adapters of a step touch in one rank bucket's tables."""
+
+    def __init__(self, tables: RankTables, active: Iterable[AdapterWeights]) -> None:
+        self.tables = tables
+        self._members: dict[str, set[int]] = {}
+        for weights in active:
+            for group, parts in weights.groups.items():
+                members = {member for member, part in enumerate(parts.members) if part is not None}
+                self._members.setdefault(group, set()).update(members)
+
+    def touches(self, group: str) -> bool:
+        return group in self._members
+
+    def adapts(self, site: Site) -> bool:
+        return site.member in self._members[site.group]
+
+    def member(self, site: Site, shrunk: torch.Tensor) -> torch.Tensor:
+        """The part of a group's shrunk input that is the site's own."""
+        first = site.member * self.tables.bucket
+        return shrunk[..., first : first + self.tables.bucket]
+
+
+class Batched:
+    """Adapters in neighbouring places, all by two batched matmuls a linear: each weight is read once.
+
+    gather_PM: the token of each place's rows (any token where it has fewer); spots_N: where the delta of each adapted
+    token comes out; rows_N: these tokens, None: every decoding token, in order.
+    """
+
+    def __init__(self, live: Live, pairs: Sequence[tuple[int, int]], decoding: int, device: torch.device) -> None:
+        self._live, self._first = live, min(place for _, place in pairs)
+        self._count = max(place for _, place in pairs) + 1 - self._first
+        held: list[list[int]] = [[] for _ in range(self._count)]
+        for row, place in pairs:
+            held[place - self._first].append(row)
+        self._most = max(map(len, held))
+        gather = [row for rows in held for row in [*rows, *[0] * (self._most - len(rows))]]
+        spots = {row: n * self._most + m for n, rows in enumerate(held) for m, row in enumerate(rows)}
+        rows = sorted(spots)
+        self._gather_PM = torch.tensor(gather, device=device)
+        self._spots_N = torch.tensor([spots[row] for row in rows], device=device)
+        self._rows_N = pick(rows, decoding, device)
+        self._straight = gather == list(range(decoding))
+
+    def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
+        if not self._live.touches(group):
+            return None
+        x_PMI = x_NI if self._straight else x_NI.index_select(0, self._gather_PM)
+        return torch.bmm(x_PMI.view(self._count, self._most, -1), self._mine(self._live.tables.a(group)))
+
+    def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
+        if not self._live.adapts(site):
+            return
+        own_PMR, b_PRO = self._live.member(site, shrunk), self._mine(self._live.tables.b(site))
+        if self._straight:
+            out_NO.view(self._count, self._most, -1).baddbmm_(own_PMR, b_PRO)
+            return
+        delta_NO = torch.bmm(own_PMR, b_PRO).view(-1, out_NO.shape[-1]).index_select(0, self._spots_N)
+        _addpick(out_NO, self._rows_N, delta_NO)
+
+    def _mine(self, table: torch.Tensor) -> torch.Tensor:
+        return table[self._first : self._first + self._count]
+
+
+class Bagged:
+    """Adapters in scattered places: a token's delta is a sum of its adapter's lines, each times a number; a bag.
+
+    rows_N: the adapted decoding tokens, None: every one, in order; places_N: where the adapter of each lies.
+    """
+
+    def __init__(self, live: Live, pairs: Sequence[tuple[int, int]], decoding: int, device: torch.device) -> None:
+        self._live = live
+        self._rows_N = pick([row for row, _ in pairs], decoding, device)
+        self._places_N = torch.tensor([place for _, place in pairs], device=device)
+        self._lines: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
+        if not self._live.touches(group):
+            return None
+        return self._bag(self._live.tables.a(group), x_NI if self._rows_N is None else x_NI[self._rows_N])
+
+    def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
+        if self._live.adapts(site):
+            delta_NO = self._bag(self._live.tables.b(site), self._live.member(site, shrunk))
+            _addpick(out_NO, self._rows_N, delta_NO)
+
+    def _bag(self, table: torch.Tensor, factors_NK: torch.Tensor) -> torch.Tensor:
+        """Row n: the sum of its place's K lines of the table, each times its factor."""
+        count = factors_NK.shape[1]
+        if count not in self._lines:
+            lines_NK = self._places_N[:, None] * count + torch.arange(count, device=table.device)
+            starts_N = torch.arange(0, lines_NK.numel(), count, device=table.device)
+            self._lines[count] = (lines_NK.flatten().int(), starts_N.int())
+        lines, starts = self._lines[count]
+        summed: torch.Tensor = torch.embedding_bag(
+            table.view(-1, table.shape[-1]), lines, starts, mode=0, per_sample_weights=factors_NK.reshape(-1)
+        )[0]
+        return summed
+
+
+def pick(rows: Sequence[int], decoding: int, device: torch.device) -> torch.Tensor | None:
+    """Which decoding tokens a part takes; None: every one, in order."""
+    return None if len(rows) == decoding else torch.tensor(rows, device=device)
+
+
+def _addpick(out_NO: torch.Tensor, rows_N: torch.Tensor | None, delta_NO: torch.Tensor) -> None:
+    if rows_N is None:
+        out_NO.add_(delta_NO)
+    else:
+        out_NO.index_add_(0, rows_N, delta_NO)
