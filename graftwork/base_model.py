@@ -71,6 +71,10 @@ class LoadedBase:
     model: Any
     dtype: "torch.dtype"
     reason: str
+    stored_bytes: int
+    """Bytes of the weights as quantised, scales included: what a file of them takes."""
+    resident_bytes: int
+    """Bytes of the weights as they lie in memory now; more than `stored_bytes` where nf4 is kept dequantised."""
 
 
 def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedBase:
@@ -120,13 +124,15 @@ def load(
         ) from error  # fmt: skip
     if quant.kind != "none":
         _release_file(model)
+    stored = weight_bytes(model)
     if dequantise:
         dequantise_linears(model)
     elif quant.kind == "nf4" and purpose == "train":
         _keep_differentiable(model)
     model.requires_grad_(False)
     model.eval()
-    return LoadedBase(model, dtype, f"dtype={str(dtype).removeprefix('torch.')} ({dtype_reason}); {form_reason}")
+    reason = f"dtype={str(dtype).removeprefix('torch.')} ({dtype_reason}); {form_reason}"
+    return LoadedBase(model, dtype, reason, stored, weight_bytes(model) if dequantise else stored)
 
 
 def template(resolved: ResolvedBase) -> chat.Template:
@@ -187,6 +193,15 @@ def quiet_bitsandbytes() -> None:
     It then takes the kernel that it carries itself, so there is nothing for a user to do.
     """
     getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
+
+
+def weight_bytes(model: "torch.nn.Module") -> int:
+    """Bytes of what a model saves: weights and the scales of quantised ones; a tied head counts once.
+
+    Measured; `graftwork.memory.weight_bytes` predicts it from the shape alone.
+    """
+    tensors = {(t.data_ptr(), t.nbytes): t for t in model.state_dict().values() if hasattr(t, "nbytes")}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def dequantise_linears(model: "torch.nn.Module") -> None:

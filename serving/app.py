@@ -122,12 +122,17 @@ def preflight(spec: ServeSpec) -> None:
         source.resolve(ref)
     for arm in spec.arms:
         warm(arm.prompt, arm.retriever)
+    require_resources(spec.num_cpus, spec.num_gpus)
+
+
+def require_resources(num_cpus: float, num_gpus: float) -> None:
+    """Raises ConfigError for what this Ray does not have: Ray itself would wait for it without end."""
     have = ray.cluster_resources()
-    for key, wanted in (("CPU", spec.num_cpus), ("GPU", spec.num_gpus)):
+    for key, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
         if wanted > have.get(key, 0.0):
             name = f"num_{key.lower()}s"
             found = f"this Ray has {have.get(key, 0.0):g} {key}"
-            raise ConfigError(f"{name}={wanted:g}", found, "one engine replica runs on one node",
+            raise ConfigError(f"{name}={wanted:g}", found, "one engine runs on one node",
                               f"lower {name} or take a larger cluster")  # fmt: skip
 
 

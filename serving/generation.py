@@ -3,24 +3,21 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING
 
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import ArmAnswer, ArmPrompt
 from graftwork.serving.engine.types import GenerateRequest, TokenEvent
+from graftwork.serving.engine_protocol import EngineLike
 from graftwork.serving.text_stream import TextStream
-
-if TYPE_CHECKING:  # it imports torch
-    from graftwork.serving.engine.engine import Engine
 
 
 class Generation:
     """A submitted request. `on_end` is called once on the event loop, when the engine has let go of the request.
 
-    Raises what `Engine.submit` raises; then nothing was queued and `on_end` is never called.
+    Raises what `EngineLike.submit` raises; then nothing was queued and `on_end` is never called.
     """
 
-    def __init__(self, engine: "Engine", request: GenerateRequest, on_end: Callable[[], None]) -> None:
+    def __init__(self, engine: EngineLike, request: GenerateRequest, on_end: Callable[[], None]) -> None:
         self._engine, self._request_id, self._on_end = engine, request.request_id, on_end
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._ended = False

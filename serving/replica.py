@@ -16,6 +16,7 @@ from graftwork.errors import RunError
 from graftwork.serving.api_error import as_api_errors
 from graftwork.serving.arms import ArmPrompt, Dump, Question, Sampling, build_prompt, messages_of, raw_prompt, warm
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams
+from graftwork.serving.engine_protocol import EngineLike
 from graftwork.serving.generation import Generation, GrowingAnswer
 from graftwork.serving.residency import Pin, Residency
 from graftwork.serving.source import AdapterSource, trained_prompt
@@ -60,7 +61,7 @@ class EngineReplica:
         )
         from graftwork.serving.engine.engine import Engine  # torch: only here, so that driver and ingress go without
 
-        self._engine = Engine(loaded.model, limits, device, self._template.decode)
+        self._engine: EngineLike = Engine(loaded.model, limits, device, self._template.decode)
         self._residency = Residency(
             self._engine, self._source, max_bytes=limits.host_cache_bytes, fetch_timeout_s=limits.fetch_timeout_s
         )

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,12 @@ stderr = Console(stderr=True, highlight=False)
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Sets = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the spec, e.g. optim.lr=1e-3.")
+]
+
+SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML spec of the stage; see examples/.")]
+On = Annotated[
+    str,
+    typer.Option("--on", metavar="WHERE", help="local (a private Ray), ray://HOST:PORT, or http://HOST:PORT of a Ray."),
 ]
 
 

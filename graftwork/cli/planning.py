@@ -14,6 +14,7 @@ from graftwork.memory import RowSizes
 from graftwork.model_shape import ModelShape
 from graftwork.plan import Answers, Machine, StagePlan, plan_serving, plan_training
 from graftwork.serving.experiment.spec import CompareSpec
+from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
 from graftwork.serving.spec import ServeSpec
 from graftwork.training.data import TokenRows, prepare
 from graftwork.training.spec import TrainSpec
@@ -49,6 +50,8 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
                            num_cpus=spec.num_cpus,
                            adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(spec.quant),
                            answers=_answers(spec))  # fmt: skip
+    elif isinstance(spec, QuantizeSpec):
+        yield from _precisions(spec, machine)
     elif isinstance(spec, DemoSpec):
         specs = load_specs(spec, folder)
         for stage in (specs.tune, *specs.train, specs.serve, specs.compare):
@@ -59,7 +62,17 @@ def _at(machine: Machine, quant: QuantSpec) -> Machine:
     return replace(machine, value_bytes=base_model.compute_dtype(quant, "cpu")[0].itemsize)
 
 
-def _answers(spec: CompareSpec) -> Answers:
+def _precisions(spec: QuantizeSpec, machine: Machine) -> Iterator[StagePlan]:
+    """One process after the other; the time of its answers alone is predicted."""
+    adapters = {arm.adapter for arm in spec.arms if arm.adapter}
+    for precision in spec.precisions:
+        quant = QUANT[precision]
+        yield plan_serving(f"quantize {precision}", _shape(spec.base), quant, spec.engine, _at(machine, quant),
+                           num_cpus=spec.num_cpus, adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(quant),
+                           answers=_answers(spec))  # fmt: skip
+
+
+def _answers(spec: CompareSpec | QuantizeSpec) -> Answers:
     rows = len(read_rows(spec.eval, limit=spec.limit, need="eval"))
     passages = sum(arm.retriever.k for arm in spec.arms if arm.retriever) / len(spec.arms)
     return Answers(rows * len(spec.arms), QUESTION_TOKENS + PASSAGE_TOKENS * passages, ANSWER_TOKENS)

@@ -1,8 +1,7 @@
-"""`graftwork plan|tune|train|serve|compare|chat|demo FILE`: one verb a stage, the same flags on each."""
+"""`graftwork plan|tune|train|serve|compare|quantize|chat|demo FILE`: one verb a stage, the same flags on each."""
 
 import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +9,9 @@ import typer
 from graftwork import config
 from graftwork.cli.output import (
     JsonFlag,
+    On,
     Sets,
+    SpecFile,
     console,
     duration,
     gib,
@@ -19,22 +20,17 @@ from graftwork.cli.output import (
     progress_bar,
     say,
 )
+from graftwork.cli.quantizing import quantize
 from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
     from graftwork.serving.client import Client
     from graftwork.serving.spec import ServeSpec
 
-SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML spec of the stage; see examples/.")]
-On = Annotated[
-    str,
-    typer.Option("--on", metavar="WHERE", help="local (a private Ray), ray://HOST:PORT, or http://HOST:PORT of a Ray."),
-]
-
 
 def register(app: typer.Typer) -> None:
     """Add the stage verbs to the command line."""
-    for command in (plan, tune, train, serve, compare, chat, demo):
+    for command in (plan, tune, train, serve, compare, quantize, chat, demo):
         app.command()(command)
 
 

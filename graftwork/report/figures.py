@@ -14,6 +14,7 @@ from graftwork.report.records import (
     CompareReport,
     Difference,
     PlanRow,
+    QuantizeReport,
     StageTime,
     SwapRecord,
     TrainRun,
@@ -93,6 +94,12 @@ def differences_by_metric(report: CompareReport) -> list[tuple[str, list[Differe
 def kinds(report: CompareReport) -> dict[str, str]:
     """Arm -> kind, for its colour and shape."""
     return {arm.name: arm.kind for arm in report.arms}
+
+
+def precision_kinds(report: QuantizeReport) -> dict[str, str]:
+    """`PRECISION/ARM` -> kind, for its colour: with an adapter or without."""
+    return {f"{row.precision}/{arm.arm}": "finetune" if arm.adapter_version else "prompt"
+            for row in report.precisions for arm in row.arms}  # fmt: skip
 
 
 def headline(report: CompareReport) -> ArmReport:

@@ -39,7 +39,8 @@ def render_json(report: ReportInput) -> str:
 
 def render_html(report: ReportInput) -> str:
     """The whole page. Text from records is escaped; sections without a record are left out."""
-    verdict = report.verdict or (report.compare.advice.sentence if report.compare else report.title)
+    found = report.quantize.sentence if report.quantize else report.title
+    verdict = report.verdict or (report.compare.advice.sentence if report.compare else found)
     return _environment().get_template("report.html.j2").render(report=report, verdict=verdict, version=__version__)
 
 

@@ -273,6 +273,71 @@ class ServingRecord(Record):
     note: str = ""
 
 
+# Precisions of a base.
+
+
+class PrecisionArm(Record):
+    """One arm at one precision."""
+
+    arm: str
+    adapter_version: str | None
+    perplexity: float
+    scores: dict[str, Score]
+    cut: int
+    """Answers cut by `max_new_tokens`."""
+    failed: int
+    """Requests that failed; each counts as a wrong answer."""
+    tokens_per_s: dict[int, Distribution]
+    """Requests at once -> rounds of decoding."""
+    merge_loss: float | None
+    """Share of the adapter's delta that requantising after a merge would lose (nf4 only)."""
+
+
+class PrecisionRow(Record):
+    """One precision, measured in a process of its own."""
+
+    precision: str
+    reason: str
+    """The dtype and the form of the weights, and why."""
+    caveat: str
+    """What makes it a poor fit for this machine; empty where nothing does."""
+    stored_bytes: int
+    """Weights as a file holds them."""
+    resident_bytes: int
+    """Weights as they lie in memory."""
+    predicted_bytes: int | None
+    """Of `stored_bytes`, from the shape alone."""
+    peak_rss_bytes: int
+    load_s: float
+    good_enough: bool
+    why: str
+    arms: tuple[PrecisionArm, ...]
+
+
+class QuantizeReport(Record):
+    """The result of `quantize`."""
+
+    name: str
+    base_digest: str
+    reference: str
+    metric: str
+    margin: float
+    min_speed: float
+    alpha: float
+    seed: int
+    n: int
+    """Questions."""
+    data_fingerprint: str
+    text: str
+    """What perplexity was taken on, and how."""
+    precisions: tuple[PrecisionRow, ...]
+    differences: tuple[Difference, ...]
+    """Every arm at every other precision (`PRECISION/ARM`) against itself at the reference, for each metric."""
+    recommended: str
+    sentence: str
+    notes: tuple[str, ...]
+
+
 # The whole.
 
 
@@ -290,5 +355,6 @@ class ReportInput(Record):
     train: tuple[TrainRun, ...] = ()
     plan: tuple[PlanRow, ...] = ()
     serving: ServingRecord | None = None
+    quantize: QuantizeReport | None = None
     stages: tuple[StageTime, ...] = ()
     provenance: dict[str, Any] = {}

@@ -97,7 +97,7 @@ def _single(what: str, values: Iterable[str | None]) -> str | None:
 
 def _arm_report(arm: ArmSpec, table: _Table, scored: ScoredArms, rules: Rules) -> ArmReport:
     said = table.answers[arm.name]
-    scores = {metric.name: _arm_score(arm.name, metric, scored, rules) for metric in metrics.SCORES}
+    scores = {metric.name: arm_score(arm.name, metric, scored, rules) for metric in metrics.SCORES}
     return ArmReport(
         name=arm.name, kind=arm_kind(arm), adapter=arm.adapter, adapter_version=table.versions[arm.name],
         retriever=f"{arm.retriever.kind}, k={arm.retriever.k}" if arm.retriever else None,
@@ -109,7 +109,8 @@ def _arm_report(arm: ArmSpec, table: _Table, scored: ScoredArms, rules: Rules) -
     )  # fmt: skip
 
 
-def _arm_score(arm: str, metric: Metric, scored: ScoredArms, rules: Rules) -> Score:
+def arm_score(arm: str, metric: Metric, scored: ScoredArms, rules: Rules) -> Score:
+    """Mean of an arm on one metric, with its interval: Wilson for shares of answers, else BCa."""
     values = scored.values[arm][metric.name]
     n = len(values)
     if metric.kind == "binary":

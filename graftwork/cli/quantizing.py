@@ -1,0 +1,60 @@
+"""`graftwork quantize FILE`: what each precision of the base costs and keeps, and which one to serve."""
+
+from typing import TYPE_CHECKING
+
+from graftwork import config
+from graftwork.cli.output import JsonFlag, On, Sets, SpecFile, gib, print_json, print_table, progress_bar, say
+
+if TYPE_CHECKING:
+    from graftwork.report.records import PrecisionArm, QuantizeReport
+
+
+def quantize(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Measure the base at each precision: bytes, perplexity, score, speed. Recommends the smallest good enough."""
+    from graftwork.serving.quantize.spec import QuantizeSpec
+
+    spec = config.load(file, sets, expect="quantize")
+    assert isinstance(spec, QuantizeSpec)
+    from graftwork.cluster.session import session
+    from graftwork.serving.quantize.run import run_quantize
+
+    with progress_bar(f"quantize {spec.name}", as_json) as bar, session(on) as here:
+        outcome = here.run(run_quantize, spec, on_progress=lambda p: bar(p.done, p.total, p.text))
+    if as_json:
+        print_json(outcome.report.model_dump(mode="json"))
+        return
+    show_precisions(outcome.report, outcome.run_id, outcome.reused)
+    say(f"report: {outcome.files.html_uri}")
+
+
+def show_precisions(report: "QuantizeReport", run_id: str, reused: int) -> None:
+    """A line for each precision and arm, the paired differences of the metric, and the recommendation."""
+    reference = next(row for row in report.precisions if row.precision == report.reference)
+    base_ppl = {arm.arm: arm.perplexity for arm in reference.arms}
+    batches = list(reference.arms[0].tokens_per_s)
+    print_table(
+        f"{run_id}: {report.n} questions" + (f", {reused} precisions reused" if reused else ""),
+        ("precision", "on disk", "resident", "peak RSS", "arm", "perplexity", f"x {report.reference}", report.metric,
+         *[f"tok/s at {rows}" for rows in batches]),
+        [(row.precision, gib(row.stored_bytes), gib(row.resident_bytes), gib(row.peak_rss_bytes), arm.arm,
+          f"{arm.perplexity:.3f}", f"{arm.perplexity / base_ppl[arm.arm]:.3f}", _score(arm, report.metric),
+          *[f"{arm.tokens_per_s[rows].p50:.1f}" for rows in batches])
+         for row in report.precisions for arm in row.arms],
+    )  # fmt: skip
+    print_table(
+        f"against {report.reference} (paired, Holm within a metric)",
+        ("precision/arm", "metric", "difference", "p", "verdict", "detectable"),
+        [
+            (d.a, d.metric, f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", f"{d.p_adjusted:.2g}", d.verdict, d.mde)
+            for d in report.differences
+            if d.metric == report.metric
+        ],
+    )
+    say(report.sentence)
+    for note in report.notes:
+        say(f"  {note}")
+
+
+def _score(arm: "PrecisionArm", metric: str) -> str:
+    score = arm.scores[metric]
+    return f"{score.value:.2f} [{score.low:.2f}, {score.high:.2f}]"

@@ -1,0 +1,48 @@
+"""What serving needs of an engine, whichever it is: the replica, residency and the measurements know only this."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from graftwork.serving.engine.types import EngineStats, GenerateRequest, SlotState, TokenEvent
+
+
+class EngineLike(Protocol):
+    """Decodes requests for one base and its loaded adapters, beside its caller. All methods from any thread.
+
+    A request is pinned to its adapter version at `submit`: retiring it later never changes a running answer.
+    """
+
+    def load_adapter(self, version: str, folder: Path) -> None:
+        """Reads a PEFT folder; blocks until the version can be used. A loaded one is left as it is, and un-retired.
+
+        Raises ArtifactError naming what cannot be served, RunError where there is no room.
+        """
+
+    def retire_adapter(self, version: str) -> None:
+        """Takes no new requests for `version`; freed when its last request ends. ArtifactError where not loaded."""
+
+    def adapters(self) -> list[SlotState]:
+        """Loaded versions."""
+
+    def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:
+        """Queues a request. `on_event` is called in a thread of the engine and must not block.
+
+        Raises DataError or ArtifactError before anything is queued; what goes wrong later ends the request with an
+        event.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request with finish_reason="cancelled"; unknown ids are ignored."""
+
+    def start(self) -> None:
+        """Begins to decode. Called once."""
+
+    def stop(self) -> None:
+        """Cancels what is queued or running and ends. Blocks until that is done."""
+
+    def alive(self) -> bool:
+        """Whether requests are decoded: False before `start`, after `stop`, and once the engine has died."""
+
+    def stats(self) -> EngineStats:
+        """Counters since the start and the state now."""

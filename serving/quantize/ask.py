@@ -1,0 +1,50 @@
+"""One arm answers all questions on an engine in this process, as a replica would have it answer."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graftwork.chat import PromptSpec, Template
+from graftwork.data import Row
+from graftwork.serving.api_error import ApiError
+from graftwork.serving.arms import build_prompt
+from graftwork.serving.engine.types import GenerateRequest, SamplingParams
+from graftwork.serving.engine_protocol import EngineLike
+from graftwork.serving.generation import Generation, GrowingAnswer
+from graftwork.serving.quantize.measured import Said
+from graftwork.serving.spec import ArmSpec
+
+
+@dataclass(frozen=True)
+class Asker:
+    """An engine that runs, the base's template, and the longest sequence."""
+
+    engine: EngineLike
+    template: Template
+    max_seq_len: int
+
+    def ask_all(
+        self, arm: ArmSpec, rows: Sequence[Row], *, version: str | None, trained: PromptSpec | None
+    ) -> tuple[Said, ...]:
+        """The arm's answers in the order of the rows, all in flight at once. Raises DataError for a prompt too long."""
+
+        async def ask() -> tuple[Said, ...]:
+            return tuple(await asyncio.gather(*(self._ask(arm, row, version, trained) for row in rows)))
+
+        return asyncio.run(ask())
+
+    async def _ask(self, arm: ArmSpec, row: Row, version: str | None, trained: PromptSpec | None) -> Said:
+        prompt = build_prompt(arm, row.question, self.template, max_seq_len=self.max_seq_len, trained=trained)
+        params = SamplingParams(max_new_tokens=prompt.max_new_tokens)
+        request = GenerateRequest(f"{arm.name} {row.id}", prompt.ids, params, prompt.stop_ids, version)
+        answer = GrowingAnswer(self.template.decode, (), prompt, time.perf_counter())
+        generation = Generation(self.engine, request, on_end=lambda: None)
+        text, cut = "", False
+        try:
+            async for events in generation.events():
+                text += answer.push(events)
+                cut = events[-1].finish_reason == "length"
+        except ApiError as error:  # the engine failed on this request, e.g. its logits were not finite
+            return Said(text=text, error=str(error))
+        return Said(text=text, cut=cut)

@@ -1,0 +1,164 @@
+"""Measuring precisions as a run: read the material, one process a precision, judge, record."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pydantic
+import ray
+import yaml
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+from graftwork import base_model, chat
+from graftwork.base_model import ResolvedBase
+from graftwork.chat import Message, Template
+from graftwork.config import canonical_json
+from graftwork.data import Row, read_rows, read_text
+from graftwork.errors import ConfigError, DataError, GraftworkError, RunError
+from graftwork.provenance import collect
+from graftwork.report import BuiltReport, ReportInput, build
+from graftwork.report.records import QuantizeReport
+from graftwork.serving.app import require_resources
+from graftwork.serving.experiment.offline import check_ids
+from graftwork.serving.experiment.scorers import AnswerSchema
+from graftwork.serving.quantize.judge import judge
+from graftwork.serving.quantize.measure import Material, measure
+from graftwork.serving.quantize.measured import Measured
+from graftwork.serving.quantize.spec import Precision, QuantizeSpec
+from graftwork.serving.source import AdapterSource
+from graftwork.serving.spec import ArmSpec
+from graftwork.storage import RunPaths, Store
+
+
+@dataclass(frozen=True)
+class QuantizeProgress:
+    """How far the measurements are; `text` names the precision that is measured now."""
+
+    done: int
+    total: int
+    text: str
+
+
+@dataclass(frozen=True)
+class QuantizeOutcome:
+    """A finished run. `reused` counts precisions whose measurement was found on disk."""
+
+    run_id: str
+    report: QuantizeReport
+    files: BuiltReport
+    reused: int
+
+
+def run_quantize(
+    spec: QuantizeSpec, *, on_progress: Callable[[QuantizeProgress], None] | None = None
+) -> QuantizeOutcome:
+    """Measure every precision in a process of its own, one after the other, and judge. Needs an initialised Ray.
+
+    A precision that the run has measured with these adapter versions and this base is not measured again. Raises
+    UserError before anything is started; RunError where a process dies, e.g. for want of memory: what was measured
+    before is kept.
+    """
+    require_resources(spec.num_cpus, spec.num_gpus)
+    spec = spec.with_({"root": Store(spec.root).uri})  # resolved in the driver
+    base = base_model.resolve(spec.base)
+    template = base_model.template(base)
+    material, said = _material(spec, base, template)
+    schema = AnswerSchema.load(spec.answer_schema)
+    run = RunPaths(Store(spec.root), spec.name, spec.identity())
+    run.store.write_bytes(yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False).encode(), *run.spec())
+    provenance = collect(spec.seed)
+    run.store.write_json(provenance, *run.provenance())
+    measured, reused = [], 0
+    for done, precision in enumerate(spec.precisions):
+        if on_progress is not None:
+            on_progress(QuantizeProgress(done, len(spec.precisions), precision))
+        kept = _kept(run, precision, base, material)
+        reused += kept is not None
+        measured.append(kept or _measure(run, spec, precision, material))
+    report = judge(spec, measured, material.rows, schema, text=said, template_digest=template.digest)
+    page = ReportInput(title=f"Precisions of {spec.base.uri}", created_at=provenance["time"], quantize=report,
+                       provenance=provenance)  # fmt: skip
+    files = build(page, run.store, *run.file())
+    run.store.write_json({"state": "finished", "recommended": report.recommended}, *run.status())
+    return QuantizeOutcome(run.run_id, report, files, reused)
+
+
+def _material(spec: QuantizeSpec, base: ResolvedBase, template: Template) -> tuple[Material, str]:
+    """What is measured on, and what the text is in words. Raises UserError."""
+    longest = base.config.get("max_position_embeddings", spec.engine.max_seq_len)
+    for key, length in (("engine.max_seq_len", spec.engine.max_seq_len), ("text.window", spec.text.window)):
+        if length > longest:
+            raise ConfigError(f"{key}={length}", f"the base takes {longest} tokens", "", f"--set {key}={longest}")
+    rows = tuple(read_rows(spec.eval, limit=spec.limit, need="eval"))
+    check_ids(rows)
+    source = AdapterSource(Store(spec.root), base.digest)
+    arms = tuple(_pin(source, arm) for arm in spec.arms)
+    ids, what = _text(spec, rows, template)
+    text = spec.text
+    said = f"{what}: {len(ids)} tokens in windows of {text.window}, {text.stride} apart"
+    return Material(arms, rows, ids), said
+
+
+def _pin(source: AdapterSource, arm: ArmSpec) -> ArmSpec:
+    if arm.adapter is None:
+        return arm
+    manifest = source.resolve(arm.adapter)
+    return arm.with_({"adapter": f"{manifest.task}@{manifest.version}"})
+
+
+def _text(spec: QuantizeSpec, rows: Sequence[Row], template: Template) -> tuple[tuple[int, ...], str]:
+    """The ids that perplexity is taken on, and where they come from."""
+    ids: list[int] = []
+    if spec.text.uri is not None:
+        ids, what = list(template.encode(read_text(spec.text.uri))), spec.text.uri
+    else:
+        for row in rows:
+            ids += chat.render(_answered(row), template, generate=False).ids
+            if len(ids) >= spec.text.max_tokens:
+                break
+        what = f"questions and gold answers of {spec.eval}"
+    if len(ids) < 2:
+        raise DataError(f"text.uri={spec.text.uri}", f"{len(ids)} tokens", "perplexity needs two tokens at least")
+    return tuple(ids[: spec.text.max_tokens]), what
+
+
+def _answered(row: Row) -> tuple[Message, ...]:
+    if row.answer is not None:
+        return row.messages
+    return (*row.messages, Message("assistant", canonical_json(dict(row.gold or {}))))
+
+
+def _measurement(precision: Precision) -> tuple[str, str]:
+    return "precisions", f"{precision}.json"
+
+
+def _kept(run: RunPaths, precision: Precision, base: ResolvedBase, material: Material) -> Measured | None:
+    """A measurement of this run on the same base, with the versions that the arms have now."""
+    found = run.store.find_bytes(*run.file(*_measurement(precision)))
+    if found is None:
+        return None
+    try:
+        measured = Measured.model_validate_json(found)
+    except pydantic.ValidationError:  # another version of this code wrote it
+        return None
+    versions = [arm.adapter.partition("@")[2] if arm.adapter else None for arm in material.arms]
+    same = measured.base_digest == base.digest and [arm.adapter_version for arm in measured.arms] == versions
+    return measured if same else None
+
+
+def _measure(run: RunPaths, spec: QuantizeSpec, precision: Precision, material: Material) -> Measured:
+    """In a worker that does nothing else before or after, so that its peak memory is this precision's."""
+    task = ray.remote(max_calls=1, max_retries=0, num_cpus=spec.num_cpus, num_gpus=spec.num_gpus)(measure)
+    try:
+        measured: Measured = ray.get(task.remote(spec, precision, material))
+    except RayTaskError as error:
+        if isinstance(error.cause, GraftworkError):
+            raise error.cause from None
+        raise RunError(f"measure {precision}", f"{type(error.cause).__name__}: {error.cause}") from error
+    except (WorkerCrashedError, OutOfMemoryError) as error:
+        raise RunError(
+            f"measure {precision}", f"its process died ({type(error).__name__})",
+            "a precision is measured in one process that holds the whole base",
+            "see `graftwork plan FILE` for its memory, or leave it out of `precisions`",
+        ) from error  # fmt: skip
+    run.store.write_bytes(measured.model_dump_json(indent=1).encode(), *run.file(*_measurement(precision)))
+    return measured
