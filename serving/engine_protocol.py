@@ -1,6 +1,6 @@
 """What serving needs of an engine, whichever it is: the replica, residency and the measurements know only this."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -13,11 +13,15 @@ class EngineLike(Protocol):
     A request is pinned to its adapter version at `submit`: retiring it later never changes a running answer.
     """
 
-    def load_adapter(self, version: str, folder: Path) -> None:
-        """Reads a PEFT folder; blocks until the version can be used. A loaded one is left as it is, and un-retired.
+    def load_adapter(self, version: str, folder: Path, digests: Mapping[str, str] | None = None) -> int:
+        """Reads a PEFT folder, blocks until the version can be used, and returns the bytes that it takes.
 
-        Raises ArtifactError naming what cannot be served, RunError where there is no room.
+        digests: sha256 by file name, checked. A loaded version is left as it is, and un-retired. Raises ArtifactError
+        naming what cannot be served.
         """
+
+    def check_adapter(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
+        """As `load_adapter`, without keeping it."""
 
     def retire_adapter(self, version: str) -> None:
         """Takes no new requests for `version`; freed when its last request ends. ArtifactError where not loaded."""

@@ -16,8 +16,8 @@ from graftwork.errors import RunError
 from graftwork.serving.api_error import as_api_errors
 from graftwork.serving.arms import ArmPrompt, Dump, Question, Sampling, build_prompt, messages_of, raw_prompt, warm
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams
-from graftwork.serving.engine_protocol import EngineLike
 from graftwork.serving.generation import Generation, GrowingAnswer
+from graftwork.serving.open_engine import open_engine
 from graftwork.serving.residency import Pin, Residency
 from graftwork.serving.source import AdapterSource, trained_prompt
 from graftwork.serving.spec import ArmSpec, ServeSpec
@@ -52,16 +52,9 @@ class EngineReplica:
         self._base_digest = base.digest
         self._source = AdapterSource(Store(self._spec.root), base.digest)
         self._template = await self._in_thread(partial(base_model.template, base))
-        device = "cuda:0" if self._spec.num_gpus else "cpu"
-        load = partial(base_model.load, base, self._spec.quant, device=device, purpose="serve")
-        loaded = await self._in_thread(load)
-        self._reason = loaded.reason
-        limits = self._spec.engine.with_(
-            {"num_threads": self._spec.engine.num_threads or max(1, int(self._spec.num_cpus))}
-        )
-        from graftwork.serving.engine.engine import Engine  # torch: only here, so that driver and ingress go without
-
-        self._engine: EngineLike = Engine(loaded.model, limits, device, self._template.decode)
+        opening = partial(open_engine, self._spec, base, self._template)
+        self._engine, self._reason = await self._in_thread(opening)
+        limits = self._spec.engine
         self._residency = Residency(
             self._engine, self._source, max_bytes=limits.host_cache_bytes, fetch_timeout_s=limits.fetch_timeout_s
         )

@@ -1,6 +1,6 @@
 """What an endpoint is asked to serve, and what an arm is."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,8 +12,14 @@ from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 
 
 class EngineSpec(Spec):
-    """Limits of one engine replica."""
+    """Which engine, and its limits in one replica. In YAML a plain string is its `kind`."""
 
+    kind: Literal["graftwork", "vllm"] = "graftwork"
+    """graftwork: our own, on CPU and one GPU; vllm: vLLM (extra `vllm`), for tensor parallelism on CUDA."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that one replica is split over; more than 1 with kind vllm only."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of each GPU's memory that vLLM may take; kind vllm only."""
     max_batch: int = Field(default=64, ge=1)
     """Requests decoded together."""
     max_seq_len: int = Field(default=1024, ge=16)
@@ -34,6 +40,27 @@ class EngineSpec(Spec):
     """Share the KV of equal prompt beginnings, keyed by (adapter version digest, tokens)."""
     num_threads: int | None = None
     """Torch threads; null takes the replica's CPUs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> Self:
+        foreign = ("num_threads",) if self.kind == "vllm" else ("tensor_parallel_size", "gpu_memory_utilization")
+        for key in foreign:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"engine.{key} cannot take effect with engine.kind={self.kind!r}")
+        return self
+
+    def require_gpus(self, num_gpus: float) -> None:
+        """Raises ValueError where a replica with so many GPUs cannot hold this engine."""
+        if self.kind == "vllm" and num_gpus != self.tensor_parallel_size:
+            raise ValueError(
+                f"engine.kind='vllm' with tensor_parallel_size={self.tensor_parallel_size} "
+                f"needs num_gpus={self.tensor_parallel_size}, found {num_gpus:g}"
+            )
 
 
 class ArmSpec(Spec):
@@ -82,6 +109,7 @@ class ServeSpec(Spec):
 
     @model_validator(mode="after")
     def _arms_fit(self) -> Self:
+        self.engine.require_gpus(self.num_gpus)
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
             raise ValueError(f"arms: names must differ, found {names}")

@@ -19,6 +19,7 @@ import torch
 
 from graftwork.errors import ConfigError, DataError
 from graftwork.serving.engine.batch import Chunk
+from graftwork.serving.engine.checks import check_request
 from graftwork.serving.engine.counters import Counters
 from graftwork.serving.engine.decode_path import DecodePath, path_for
 from graftwork.serving.engine.host import keep_freed_memory
@@ -34,7 +35,6 @@ from graftwork.serving.engine.types import (
     EngineStats,
     FinishReason,
     GenerateRequest,
-    SamplingError,
     SlotState,
     TokenEvent,
 )
@@ -111,7 +111,12 @@ class Engine:
         Raises DataError (prompt empty or too long, token id out of range, bad sampling value, id in use) or
         ArtifactError (adapter not loaded or retired) before anything is queued.
         """
-        self._check(request)
+        check_request(
+            request,
+            max_seq_len=self.spec.max_seq_len,
+            vocab_size=self.runner.vocab_size,
+            decodes=self._decode is not None,
+        )
         adapter = self.slots.acquire(request.adapter) if request.adapter is not None else None
         arrival = (request.arrived if request.arrived is not None else time.perf_counter(), next(self._arrivals))
         running = RunningRequest(arrival, request, on_event, adapter)
@@ -277,30 +282,6 @@ class Engine:
     def _drain(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
-
-    # -- checks at the door -------------------------------------------------------------------------------------------
-
-    def _check(self, request: GenerateRequest) -> None:
-        name, length = f"request {request.request_id!r}", len(request.prompt_ids)
-        if length == 0:
-            raise DataError(name, "an empty prompt", "a prompt has at least one token")
-        low, high, vocab = min(request.prompt_ids), max(request.prompt_ids), self.runner.vocab_size
-        if low < 0 or high >= vocab:
-            raise DataError(name, f"token id {low if low < 0 else high}", f"token ids are from 0 to {vocab - 1}")
-        total, limit = length + request.sampling.max_new_tokens, self.spec.max_seq_len
-        if total > limit:
-            found = f"{length} prompt tokens + max_new_tokens={request.sampling.max_new_tokens}"
-            rule = f"prompt and answer fit into engine.max_seq_len={limit}"
-            raise DataError(name, found, rule, "shorten the prompt, lower max_new_tokens or raise engine.max_seq_len")
-        problem = request.sampling.problem()
-        if problem:
-            raise SamplingError(f"{problem[0]}={problem[1]}", "", problem[2])
-        for key, ids in (("logit_bias", dict(request.sampling.logit_bias)), ("stop_ids", request.stop_ids)):
-            outside = [token for token in ids if not 0 <= token < vocab]
-            if outside:
-                raise SamplingError(f"{key}: token id {outside[0]}", "", f"token ids are from 0 to {vocab - 1}")
-        if request.sampling.stop and self._decode is None:
-            raise DataError(name, "stop strings", "stop strings need an engine that was given `decode`")
 
 
 def _memory(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | None]:

@@ -52,6 +52,7 @@ class CompareSpec(Spec):
 
     @model_validator(mode="after")
     def _arms_stand(self) -> Self:
+        self.engine.require_gpus(self.num_gpus)
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
             raise ValueError(f"arms: names must differ, found {names}")

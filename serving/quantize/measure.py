@@ -52,7 +52,7 @@ def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> Mea
     device = "cuda:0" if spec.num_gpus else "cpu"
     base = base_model.resolve(spec.base)
     began = time.perf_counter()
-    loaded = base_model.load(base, QUANT[precision], device=device, purpose="serve", dtype=dtype_of(precision))
+    loaded = base_model.load(base, QUANT[precision], device=device, purpose="serve")
     load_s = time.perf_counter() - began
     adapters = {arm.name: _fetch(spec, base, arm) for arm in material.arms if arm.adapter}
     losses = _merge_losses(loaded.model, precision, adapters)
@@ -65,13 +65,6 @@ def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> Mea
         predicted_bytes=_predicted(base, precision, loaded.dtype.itemsize), load_s=load_s, arms=arms,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )  # fmt: skip
-
-
-def dtype_of(precision: Precision) -> "torch.dtype | None":
-    """The dtype that the base is loaded in; None leaves it to the hardware, for the weights that are quantised."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
 
 
 def caveat(precision: Precision, device: str) -> str:
@@ -121,15 +114,11 @@ class _Bench:
         adapter, weights = self._adapters.get(arm.name), None
         if adapter is not None:
             self._engine.load_adapter(adapter.version, adapter.folder)
-            weights = self._engine.slots.acquire(adapter.version)
-        try:
-            return perplexity(
-                self._material.text_ids, lambda ids_1T: self._engine.runner.logits(ids_1T, [weights]),
-                window=self._spec.text.window, stride=self._spec.text.stride,
-            )  # fmt: skip
-        finally:
-            if adapter is not None:
-                self._engine.slots.release(adapter.version)
+            weights = self._engine.slots.moved(adapter.version, self._engine.runner.device)
+        return perplexity(
+            self._material.text_ids, lambda ids_1T: self._engine.runner.logits(ids_1T, [weights]),
+            window=self._spec.text.window, stride=self._spec.text.stride,
+        )  # fmt: skip
 
     def _arm(self, arm: ArmSpec, text: "Perplexity", loss: float | None) -> MeasuredArm:
         from graftwork.serving.quantize.speed import decode_speed

@@ -13,13 +13,13 @@ Precision = Literal["fp32", "bf16", "int8", "nf4", "nf4-double"]
 """nf4-double: nf4 whose scales are quantised too."""
 
 QUANT: dict[Precision, QuantSpec] = {
-    "fp32": QuantSpec(kind="none"),
-    "bf16": QuantSpec(kind="none"),
+    "fp32": QuantSpec(kind="none", dtype="float32"),
+    "bf16": QuantSpec(kind="none", dtype="bfloat16"),
     "int8": QuantSpec(kind="int8"),
     "nf4": QuantSpec(kind="nf4"),
     "nf4-double": QuantSpec(kind="nf4", double_quant=True),
 }
-"""The `quant:` that a precision is served with. fp32 and bf16 differ in the dtype that the base is loaded in."""
+"""The `quant:` that a precision is served with."""
 
 
 class TextSpec(Spec):
@@ -93,6 +93,8 @@ class QuantizeSpec(Spec):
             raise ValueError(f"precisions: at least two different ones, found {list(self.precisions)}")
         if self.reference not in self.precisions:
             raise ValueError(f"reference={self.reference!r} is none of the precisions {list(self.precisions)}")
+        if self.engine.kind != "graftwork":
+            raise ValueError(f"engine.kind={self.engine.kind!r}: precisions are measured on engine.kind='graftwork'")
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
             raise ValueError(f"arms: names must differ, found {names}")

@@ -170,10 +170,10 @@ def test_a_merge_into_4_bit_loses_most_of_the_delta(base: ResolvedBase, adapter:
     from bitsandbytes.functional import dequantize_4bit
     from peft import PeftModel
 
-    quant = QuantSpec(double_quant=double, resident="packed")
+    quant = QuantSpec(double_quant=double, resident="packed", dtype="float32")
 
     def fresh() -> Any:
-        return load(base, quant, device="cpu", purpose="serve", dtype=torch.float32).model
+        return load(base, quant, device="cpu", purpose="serve").model
 
     def plain(model: Any, name: str) -> torch.Tensor:
         weight = model.get_submodule(name).weight
