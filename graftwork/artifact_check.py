@@ -1,4 +1,4 @@
-"""Whether the files of an adapter are what they claim: a LoRA config and safetensors, read as data and never run.
+"""Whether the files of an adapter are what they claim: a PEFT config and safetensors, read as data and never run.
 
 Nothing here unpickles, imports or allocates by a size that a file claims. The checks yield problems as sentences; who
 publishes, fetches or verifies decides what to do with them. Format: https://github.com/huggingface/safetensors#format
@@ -28,7 +28,9 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
-_SET_KEYS = ("target_modules", "exclude_modules", "modules_to_save")
+PEFT_TYPES = ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS")
+"""Kinds that are published; what of each can be served is decided where it is loaded."""
+_SET_KEYS = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -102,7 +104,8 @@ def problems(files: Mapping[str, bytes]) -> Iterator[str]:
             sound = False
             yield f"{name}: {error}"
     if sound:
-        yield from _lora_problems(config, tensors[WEIGHTS_FILE])
+        if config["peft_type"] == "LORA":
+            yield from _lora_problems(config, tensors[WEIGHTS_FILE])
         for name, infos in tensors.items():
             yield from _finite_problems(name, files[name], infos)
 
@@ -147,23 +150,28 @@ def parse_header(data: bytes, file_bytes: int) -> dict[str, TensorInfo]:
 
 
 def parse_config(data: bytes) -> dict[str, Any]:
-    """A PEFT LoRA config whose keys can do no harm. ValueError says what is wrong."""
+    """A PEFT config whose keys can do no harm. ValueError says what is wrong."""
     _require_text(data)
     config = _parse_object(data)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type={config.get('peft_type')!r}, only 'LORA' is served")
+    if config.get("peft_type") not in PEFT_TYPES:
+        raise ValueError(f"peft_type={config.get('peft_type')!r}, served are {', '.join(PEFT_TYPES)}")
+    mapping = config.get("auto_mapping") or {}
+    library = mapping.get("parent_library", "transformers") if isinstance(mapping, dict) else mapping
+    if str(library).split(".")[0] != "transformers":
+        raise ValueError(f"auto_mapping names {library!r}, which PEFT would import")
+    if config["peft_type"] == "LORA":
+        _check_lora(config)
+    return config
+
+
+def _check_lora(config: Mapping[str, Any]) -> None:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise ValueError(f"r={rank!r} is no rank from 1 to {MAX_RANK}")
     if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
         raise ValueError(f"lora_alpha={alpha!r} is no positive number")
-    mapping = config.get("auto_mapping") or {}
-    library = mapping.get("parent_library", "transformers") if isinstance(mapping, dict) else mapping
-    if str(library).split(".")[0] != "transformers":
-        raise ValueError(f"auto_mapping names {library!r}, which PEFT would import")
     if not isinstance(config.get("rank_pattern") or {}, dict):
         raise ValueError("rank_pattern is no mapping")
-    return config
 
 
 def canonical_config(data: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """Tiny engines and adapters for tests: random models, adapters saved by PEFT itself, PEFT's generation as reference."""
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,32 @@ def load_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def load_quantized(folder: Path, kind: str, *, fused: bool = False) -> Any:
+    """The base with bitsandbytes linears ("nf4" or "int8"), fp32 compute. fused: by the CPU's own kernel if it has one.
+
+    That kernel rounds to bf16, and peft's DoRA misreads the weights that are repacked for it.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = (
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        if kind == "nf4"
+        else BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config).eval()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu &= fused
+    if kind == "int8":
+        with torch.inference_mode():
+            model(torch.tensor([[1]]))
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):  # peft 0.21.2's DoRA makes the weight anew without its scales
+            module.init_8bit_state = lambda: None
+    return model
+
+
 def write_lora(base: Path, folder: Path, seed: int, **config: Any) -> Path:
     """An adapter that PEFT makes and saves; its lora_B is random, so that it changes what the base says."""
     from peft import LoraConfig, get_peft_model
@@ -34,6 +60,27 @@ def write_lora(base: Path, folder: Path, seed: int, **config: Any) -> Path:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_peft(base: Path, folder: Path, seed: int, config: Any) -> Path:
+    """An adapter of any kind that PEFT makes and saves, its trained values moved so that it changes the answers."""
+    from peft import get_peft_model
+
+    model = get_peft_model(load_model(base), config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "lora_A" in name or "lora_B" in name:
+                parameter.copy_(noise * 0.1)
+            elif "prompt_encoder" in name:
+                parameter.copy_(noise)
+            else:  # magnitudes, factors, rows: near what they were
+                parameter.add_(noise * 0.3)
     model.save_pretrained(folder)
     return folder
 
@@ -103,13 +150,21 @@ def spec(**changed: Any) -> EngineSpec:
     return EngineSpec(**{**usual, **changed})
 
 
-def peft_greedy(base: Path, adapter: Path | None, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+def peft_greedy(
+    base: Path,
+    adapter: Path | None,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    load: Callable[[Path], Any] = load_model,
+) -> list[list[int]]:
     """What `PeftModel.generate` (or the base's) answers to each prompt alone, greedy, exactly `new_tokens` long."""
     from peft import PeftModel
 
-    model = load_model(base)
+    model = load(base)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter).eval()
+    if adapter is not None and model.active_peft_config.is_prompt_learning:
+        return [_step_by_step(model, prompt, new_tokens) for prompt in prompts]
     answers = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
@@ -120,3 +175,16 @@ def peft_greedy(base: Path, adapter: Path | None, prompts: Sequence[Sequence[int
             )  # fmt: skip
         answers.append(out[0, len(prompt) :].tolist())
     return answers
+
+
+def _step_by_step(model: Any, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    """Greedy by whole forward passes. peft 0.21.2's `generate` drops prefixes under transformers 5.24, whose models
+    take `cache` where peft hands over `past_key_values`; its forward, which training uses, does not.
+    """
+    ids = torch.tensor([list(prompt)])
+    for _ in range(new_tokens):
+        with torch.inference_mode():
+            logits_1TV = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        ids = torch.cat([ids, logits_1TV[:, -1:].argmax(-1)], dim=1)
+    answer: list[int] = ids[0, len(prompt) :].tolist()
+    return answer

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from graftwork.errors import ConfigError, DataError
+from graftwork.serving.engine.adapters.changes import Lead
 from graftwork.serving.engine.batch import Chunk
 from graftwork.serving.engine.checks import check_request
 from graftwork.serving.engine.counters import Counters
@@ -67,6 +68,7 @@ class Engine:
             self._path.attach(self.runner, self._kv, max_batch=spec.max_batch, max_rank=spec.max_rank)
         self.slots = SlotPool(
             self.runner.sites.groups(),
+            self.runner.base,
             max_rank=spec.max_rank,
             dtype=self.runner.dtype,
             device=self.runner.device,
@@ -118,6 +120,8 @@ class Engine:
             decodes=self._decode is not None,
         )
         adapter = self.slots.acquire(request.adapter) if request.adapter is not None else None
+        if adapter is not None and adapter.lead is not None:
+            self._check_lead(request, adapter.version, adapter.lead)
         arrival = (request.arrived if request.arrived is not None else time.perf_counter(), next(self._arrivals))
         running = RunningRequest(arrival, request, on_event, adapter)
         with self._wake:
@@ -129,6 +133,15 @@ class Engine:
             self._live[request.request_id] = running
             self._inbox.append(lambda: self._scheduler.add(running))
             self._wake.notify()
+
+    def _check_lead(self, request: GenerateRequest, version: str, lead: Lead) -> None:
+        """The places before the prompt count too; lets the adapter go where they do not fit."""
+        total, limit = lead.tokens + len(request.prompt_ids) + request.sampling.max_new_tokens, self.spec.max_seq_len
+        if total > limit:
+            self.slots.release(version)
+            found = f"{lead.tokens} virtual tokens of the adapter, prompt and max_new_tokens: {total} together"
+            move = "shorten the prompt, lower max_new_tokens or raise engine.max_seq_len"
+            raise DataError(f"request {request.request_id!r}", found, f"they fit into engine.max_seq_len={limit}", move)
 
     def cancel(self, request_id: str) -> None:
         """Ends a request with finish_reason="cancelled" before the next step; unknown ids are ignored."""
@@ -263,7 +276,8 @@ class Engine:
     def _bring(self, version: str) -> AdapterWeights:
         move = partial(self.slots.moved, version, self.runner.device)
         weights = move() if self._path is None else self._path.bring(move)
-        self.runner.planner.admit(weights)
+        if weights.groups:
+            self.runner.planner.admit(weights)
         return weights
 
     def _tell_freed(self, version: str) -> None:
@@ -296,7 +310,7 @@ def _memory(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | No
 
 def _chunk(work: Work) -> Chunk:
     request, start = work.request, work.request.computed
-    return Chunk(request.tokens[start : start + work.count], start, request.row)
+    return Chunk(request.ids(start, work.count), start, request.row)
 
 
 def _advance(work: Work) -> None:

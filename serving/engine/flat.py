@@ -21,9 +21,9 @@ def flattened(tree: T, *, pin: bool = False) -> tuple[T, torch.Tensor]:
 
     pin: page-locked memory, from which a GPU copies without the CPU.
     """
-    if not all(tensor.is_contiguous() for tensor in _tensors(tree)):
+    if not all(tensor.is_contiguous() for tensor in tensors_of(tree)):
         tree = _mapped(tree, torch.Tensor.contiguous)
-    whole = _outermost(_tensors(tree))
+    whole = _outermost(tensors_of(tree))
     starts, size = [], 0
     for tensor in whole:
         starts.append(size)
@@ -67,11 +67,12 @@ def _outermost(tensors: Iterator[torch.Tensor]) -> list[torch.Tensor]:
     return found
 
 
-def _tensors(tree: object) -> Iterator[torch.Tensor]:
+def tensors_of(tree: object) -> Iterator[torch.Tensor]:
+    """Every tensor of a record."""
     if isinstance(tree, torch.Tensor):
         yield tree
     for child in _children(tree):
-        yield from _tensors(child)
+        yield from tensors_of(child)
 
 
 def _children(tree: object) -> list[Any]:

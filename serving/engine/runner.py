@@ -11,9 +11,11 @@ import torch
 
 from graftwork.errors import BaseModelError
 from graftwork.serving.engine import attention
+from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.batch import Chunk, StepBatch, pack
 from graftwork.serving.engine.decode_path import DecodeInputs, DecodePath
 from graftwork.serving.engine.host import PiecewiseOutput
+from graftwork.serving.engine.kinds import MixedKinds
 from graftwork.serving.engine.kv import KvShape, KvStore
 from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment
 from graftwork.serving.engine.sites import Deltas, Sites, own_forward
@@ -41,12 +43,14 @@ class Runner:
         self.path = path
         self.sites = Sites(model, own_forward if path is None else path.forward_of)
         self._output = PiecewiseOutput(model.get_output_embeddings())
+        self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places)
+        self.kinds = MixedKinds(model, self.sites, self.planner, self.device)
         try:
             self.kv_shapes = self._probe()
         except BaseException:
             self.close()
             raise
-        self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places)
+        self.base = BaseView(model, self.sites.shapes, self.kv_shapes)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -93,8 +97,7 @@ class Runner:
         wanted: Sequence[int],
     ) -> torch.Tensor:
         """Logits [N, V] at the packed positions `wanted`. decoding, prompts: the adapter of each chunk of the batch."""
-        deltas = self.planner.plan(decoding, _lora_segments(batch, prompts))
-        return self.run(batch, deltas, torch.tensor(wanted, dtype=torch.long, device=self.device))[0]
+        return self._adapted(batch, decoding, prompts, wanted)[0]
 
     @torch.inference_mode()
     def logits(self, ids_BT: torch.Tensor, adapters: Sequence[AdapterWeights | None]) -> torch.Tensor:
@@ -102,12 +105,12 @@ class Runner:
 
         Rows of one adapter that stand together are computed as peft computes them: equal bit for bit at equal shape.
         """
+        assert all(weights is None or weights.lead is None for weights in adapters), "virtual tokens need KV"
         rows = [Chunk(row.tolist(), 0, None) for row in ids_BT]
         batch = pack([], rows, None, self.device)
-        deltas = self.planner.plan([], _lora_segments(batch, adapters))
         self._output.on = False
         try:
-            logits_1TV = self.run(batch, deltas, torch.arange(ids_BT.numel(), device=self.device))
+            logits_1TV = self._adapted(batch, [], adapters, range(ids_BT.numel()))
         finally:
             self._output.on = True
         return logits_1TV[0].view(*ids_BT.shape, -1)
@@ -119,15 +122,31 @@ class Runner:
     def forget(self, version: str) -> None:
         """Drops references to an adapter that has left the device."""
         self.planner.forget(version)
+        self.kinds.forget(version)
         if self.path is not None:
             self.path.forget(version)
 
     def close(self) -> None:
         """Gives the model back as it was."""
         self.sites.unhook()
+        self.kinds.unhook()
         self._output.unhook()
         self.config._attn_implementation = self._own_attention
         self.model.train(self._was_training)
+
+    def _adapted(
+        self,
+        batch: StepBatch,
+        decoding: Sequence[AdapterWeights | None],
+        prompts: Sequence[AdapterWeights | None],
+        wanted: Sequence[int],
+    ) -> torch.Tensor:
+        segments = _lora_segments(batch, prompts)
+        wanted_N = torch.tensor(wanted, dtype=torch.long, device=self.device)
+        if all(weights is None or weights.only_lora for half in (decoding, prompts) for weights in half):
+            return self.run(batch, self.planner.plan(decoding, segments), wanted_N)
+        with self.kinds.step(batch, decoding, prompts, segments, wanted) as deltas:
+            return self.run(batch, deltas, wanted_N)
 
     def run(self, batch: StepBatch | DecodeInputs, deltas: Deltas | None, wanted_N: torch.Tensor | int) -> torch.Tensor:
         """Logits [1, N, V] of one pass; wanted_N=0: of every token."""

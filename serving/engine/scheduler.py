@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from graftwork.serving.engine.admission import Admission
 from graftwork.serving.engine.batch import by_place
 from graftwork.serving.engine.kv import KvRow, KvStore
-from graftwork.serving.engine.prefix import PrefixCache
+from graftwork.serving.engine.prefix import BLOCK, PrefixCache
 from graftwork.serving.engine.seats import Seats
 from graftwork.serving.engine.sequence import RunningRequest
 
@@ -139,14 +139,16 @@ class Scheduler:
     def _seat(self, request: RunningRequest, held: int) -> bool:
         """Gives the request a row with its cached prefix in it. False: no memory now."""
         answer = request.request.sampling.max_new_tokens - len(request.generated)
-        row = self._kv.allocate(len(request.tokens) + min(answer, _HEADROOM))
+        row = self._kv.allocate(request.places + min(answer, _HEADROOM))
         if row is None:
             return False
         request.row = row
         request.seated = self._seats.sit(request.version) if request.version is not None else None
-        if held and self._cache is not None:
+        if request.seated is not None and request.seated.lead is not None:
+            self._kv.write_lead(row, request.seated.lead)
+        if held * BLOCK > row.length and self._cache is not None:
             self._cache.fetch(request.prefix_keys[:held], row)
-        request.cached_tokens = request.computed
+        request.cached_tokens = max(request.computed - request.lead, 0)
         self.waiting.remove(request)
         insort(self.running, request, key=_arrival)
         self._admission.came_in(request)

@@ -12,7 +12,9 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class RunningRequest:
-    """State of one request. `computed` of its `tokens` have keys and values; the rest is to be computed."""
+    """State of one request. Its places are `lead` virtual tokens of its adapter, then `tokens`; the first `computed`
+    have keys and values, the rest is to be computed.
+    """
 
     def __init__(
         self,
@@ -30,6 +32,7 @@ class RunningRequest:
         """Where it is computed with; set while the request runs."""
         self.passed = 0
         """Younger requests that came in before it while it had no slot."""
+        self.lead = adapter.lead.tokens if adapter is not None and adapter.lead is not None else 0
         self.tokens: list[int] = list(request.prompt_ids)
         self.row: KvRow | None = None
         self.choosing = Row(request.sampling, request.prompt_ids, request.stop_ids, request.grammar)
@@ -50,7 +53,20 @@ class RunningRequest:
     @property
     def remaining(self) -> int:
         """Tokens to compute before the next one can be chosen; 1 while decoding."""
-        return len(self.tokens) - self.computed
+        return self.places - self.computed
+
+    @property
+    def places(self) -> int:
+        """KV places of all that is known now."""
+        return self.lead + len(self.tokens)
+
+    def ids(self, start: int, count: int) -> list[int]:
+        """Token ids of `count` places from `start` on. Virtual ones are 0: what they stand for is not in the table."""
+        begin = start - self.lead
+        if begin >= 0:
+            return self.tokens[begin : begin + count]
+        virtual = min(-begin, count)
+        return [0] * virtual + self.tokens[: count - virtual]
 
     @property
     def generated(self) -> list[int]:
@@ -58,10 +74,10 @@ class RunningRequest:
 
     @property
     def prefix_keys(self) -> list[bytes]:
-        """Keys of the prompt's whole blocks, without the block of its last token (one token is always computed)."""
+        """Keys of the whole blocks of lead and prompt, without the last token's (one token is always computed)."""
         if self._keys is None:
             version = self.adapter.version if self.adapter else None
-            self._keys = block_keys(version, self.request.prompt_ids[:-1])
+            self._keys = block_keys(version, (0,) * self.lead + self.request.prompt_ids[:-1])
         return self._keys
 
     def append(self, token_id: int, decode: Decode | None) -> FinishReason | None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from graftwork.serving.engine.adapter_file import LinearShape
+from graftwork.serving.engine.adapters.changes import LinearShape
 
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that read the same tensor: their lora_A are computed together."""
@@ -42,14 +42,22 @@ class Deltas(Protocol):
         """`result` of the base plus each row's delta. x: [..., in], result: [..., out]."""
 
 
+class Inputs(Protocol):
+    """What rows of one step change in a linear's input."""
+
+    def scaled(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+        """`x` itself, or a copy with some rows changed."""
+
+
 class Sites:
-    """All hooked linears of one model. `deltas` is set around a forward pass; None costs one comparison a linear.
+    """All hooked linears of one model. `deltas` and `inputs` are set around a pass; None costs a comparison a linear.
 
     forward_of: what computes a linear's own result.
     """
 
     def __init__(self, model: torch.nn.Module, forward_of: Callable[[torch.nn.Module], Forward] = own_forward) -> None:
         self.deltas: Deltas | None = None
+        self.inputs: Inputs | None = None
         self._hooked: list[torch.nn.Module] = []
         linears = _inner_linears(model)
         self.sites = {site.name: site for site in _grouped(linears)}
@@ -76,6 +84,8 @@ class Sites:
 
     def _hook(self, site: Site, module: torch.nn.Module, base: Forward) -> None:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.inputs is not None:
+                x = self.inputs.scaled(site, x)
             result = base(x, *args, **kwargs)
             return result if self.deltas is None else self.deltas.add(site, x, result)
 

@@ -6,15 +6,25 @@ thread may call the pool; one lock guards it. Weights never change: an update is
 
 import threading
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapter_bytes import all_finite
-from graftwork.serving.engine.adapter_file import LinearShape, SiteWeights, read_adapter
-from graftwork.serving.engine.flat import flattened, moved
+from graftwork.serving.engine.adapters.base_view import BaseView
+from graftwork.serving.engine.adapters.changes import (
+    AdapterChanges,
+    InputRows,
+    Lead,
+    OutputRows,
+    SiteScale,
+    SiteWeights,
+)
+from graftwork.serving.engine.adapters.read import read_adapter
+from graftwork.serving.engine.flat import flattened, moved, tensors_of
 from graftwork.serving.engine.sites import Site
 from graftwork.serving.engine.types import SlotState
 
@@ -37,7 +47,22 @@ class AdapterWeights:
     version: str
     rank: int
     groups: Mapping[str, GroupWeights]
-    size_bytes: int
+    """LoRA by group of linears; empty for an adapter without it."""
+    scales: Mapping[str, SiteScale] = field(default_factory=dict)
+    """DoRA and IA3: channels that are multiplied, by linear."""
+    inputs: InputRows | None = None
+    outputs: OutputRows | None = None
+    lead: Lead | None = None
+
+    @cached_property
+    def only_lora(self) -> bool:
+        """Whether `groups` is all that it changes."""
+        return bool(self.groups) and self.decodes_by_lora and self.lead is None
+
+    @property
+    def decodes_by_lora(self) -> bool:
+        """Whether `groups` is all that a decoding token needs of it: what stands before the prompt is in its KV."""
+        return not (self.scales or self.inputs or self.outputs)
 
 
 class _Slot:
@@ -57,15 +82,15 @@ class SlotPool:
     def __init__(
         self,
         sites: Mapping[str, list[Site]],
+        base: BaseView,
         *,
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
         on_freed: Callable[[str], None],
     ) -> None:
-        self._groups = sites
-        self._linears = {site.name: site.shape for group in sites.values() for site in group}
-        self._max_rank, self._dtype, self._device = max_rank, dtype, torch.device("cpu")
+        self._groups, self._base = sites, base
+        self._max_rank, self._dtype = max_rank, dtype
         self._pin = device.type == "cuda"
         self._on_freed = on_freed
         self._lock = threading.Lock()
@@ -145,26 +170,28 @@ class SlotPool:
         return False
 
     def _read(self, version: str, folder: Path, digests: Mapping[str, str] | None) -> _Slot:
-        linears: Mapping[str, LinearShape] = self._linears
-        read = read_adapter(folder, linears, max_rank=self._max_rank, dtype=self._dtype, digests=digests)
+        read = read_adapter(folder, self._base, max_rank=self._max_rank, dtype=self._dtype, digests=digests)
         weights, buffer = flattened(self._pack(version, read), pin=self._pin)
-        if self._dtype == torch.float16 and not all_finite(buffer.view(torch.float16)):
+        if not all(all_finite(values) for values in tensors_of(weights) if values.dtype == torch.float16):
             rule = "adapter weights are finite in the engine's dtype (float16 ends at 65504)"
             raise ArtifactError(str(folder), "inf or nan after the cast to float16", rule, "serve it on a bf16 engine")
         return _Slot(weights, buffer)
 
-    def _pack(self, version: str, weights: Mapping[str, SiteWeights]) -> AdapterWeights:
+    def _pack(self, version: str, read: AdapterChanges) -> AdapterWeights:
         """Stacks the lora_A of each group, so that one matmul shrinks for all its members."""
-        groups, size_bytes = {}, 0
+        groups, scales = {}, dict(read.scales)
         for name, sites in self._groups.items():
-            members = [weights.get(site.name) for site in sites]
+            members = [read.linears.get(site.name) for site in sites]
             if any(member is not None for member in members):
                 groups[name] = self._stack(members)
-                size_bytes += sum(_size_bytes(member) for member in members if member is not None)
-        return AdapterWeights(version, max(site.rank for site in weights.values()), groups, size_bytes)
+                for site, member in zip(sites, groups[name].members, strict=True):
+                    dora = scales[site.name].dora if site.name in scales else None
+                    if dora and member:  # one lora_A in memory, not two
+                        scales[site.name] = replace(scales[site.name], dora=replace(dora, a_RI=member.a_RI))
+        return AdapterWeights(version, read.rank, groups, scales, read.inputs, read.outputs, read.lead)
 
     def _stack(self, members: list[SiteWeights | None]) -> GroupWeights:
-        stack = torch.cat([member.a_RI for member in members if member is not None]).to(self._device)
+        stack = torch.cat([member.a_RI for member in members if member is not None])
         placed: list[SiteWeights | None] = []
         starts, start = [], 0
         for member in members:
@@ -173,10 +200,6 @@ class SlotPool:
                 placed.append(None)
                 continue
             stop = start + member.rank
-            placed.append(SiteWeights(stack[start:stop], member.b_OR.to(self._device).contiguous(), member.scaling))
+            placed.append(SiteWeights(stack[start:stop], member.b_OR.contiguous(), member.scaling))
             start = stop
         return GroupWeights(stack, tuple(placed), tuple(starts))
-
-
-def _size_bytes(weights: SiteWeights) -> int:
-    return weights.a_RI.nbytes + weights.b_OR.nbytes

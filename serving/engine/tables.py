@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy
 import torch
 
-from graftwork.serving.engine.adapter_file import SiteWeights
+from graftwork.serving.engine.adapters.changes import SiteWeights
 from graftwork.serving.engine.sites import Site
 from graftwork.serving.engine.slots import AdapterWeights, GroupWeights
 

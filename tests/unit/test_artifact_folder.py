@@ -107,7 +107,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "rank differs": (lambda f: write_config(f, r=8), "the config says rank 8"),
     "rank of another kind": (lambda f: write_config(f, r=True), "r=True is no rank"),
     "alpha infinite": (lambda f: write_config(f, lora_alpha=float("inf")), "Infinity is no JSON number"),
-    "another method": (lambda f: write_config(f, peft_type="PREFIX_TUNING"), "only 'LORA' is served"),
+    "another method": (lambda f: write_config(f, peft_type="LOHA"), "peft_type='LOHA', served are LORA, IA3"),
     "imports a library": (lambda f: write_config(f, auto_mapping={"parent_library": "evil.mod"}), "names 'evil.mod'"),
     "half a pair": (lambda f: save_with(f, lambda t: t.pop(min(t))), "has only lora_B"),
     "not one pair": (lambda f: save_file({"x": np.zeros(3, np.float32)}, f / WEIGHTS), "no lora_A and lora_B"),

@@ -89,9 +89,8 @@ def test_a_captured_step_stays_right_when_rows_move_and_adapters_change(base: Pa
 
 
 def loaded(runner: Runner, version: str, folder: Path) -> AdapterWeights:
-    pool = SlotPool(
-        runner.sites.groups(), max_rank=32, dtype=runner.dtype, device=runner.device, on_freed=lambda version: None
-    )  # fmt: skip
+    groups, device = runner.sites.groups(), runner.device
+    pool = SlotPool(groups, runner.base, max_rank=32, dtype=runner.dtype, device=device, on_freed=lambda _: None)
     pool.load(version, folder)
     return pool.moved(version, runner.device)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from graftwork.serving.engine.adapter_file import LinearShape, SiteWeights
+from graftwork.serving.engine.adapters.changes import LinearShape, SiteWeights
 from graftwork.serving.engine.batch import Chunk
 from graftwork.serving.engine.cuda.inputs import StepInputs
 from graftwork.serving.engine.cuda.kernels import attention, lora
@@ -139,7 +139,7 @@ def adapter(version: str, ranks: Sequence[int], seed: int, dtype: torch.dtype) -
         b_OR = rand(OUTPUTS[n], rank, seed=seed + 50 + n, dtype=dtype)
         members.append(SiteWeights(stack[start : start + rank], b_OR, 0.3 + n) if rank else None)
     groups = {"m.qkv": GroupWeights(stack, tuple(members), tuple(starts))} if any(ranks) else {}
-    return AdapterWeights(version, max(ranks), groups, 0)
+    return AdapterWeights(version, max(ranks), groups)
 
 
 def peft_delta(result: torch.Tensor, x: torch.Tensor, part: SiteWeights) -> torch.Tensor:

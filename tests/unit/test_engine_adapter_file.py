@@ -1,6 +1,7 @@
 """What an adapter's config and weights may say: honoured or refused by name, never ignored."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from graftwork.artifact_check import CONFIG_FILE, WEIGHTS_FILE
 from graftwork.errors import ArtifactError
-from graftwork.serving.engine.adapter_file import CONFIG_FILE, WEIGHTS_FILE, SiteWeights, read_adapter
+from graftwork.serving.engine.adapters.base_view import BaseView
+from graftwork.serving.engine.adapters.changes import SiteWeights
+from graftwork.serving.engine.adapters.read import SERVED, read_adapter
 from graftwork.serving.engine.sites import Sites
 from tests import engines
 from tests.tiny import write_tiny_base
 
 A_KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+ROWS_KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +34,9 @@ def folder(base: Path, tmp_path: Path) -> Path:
 
 
 def read(base: Path, folder: Path, max_rank: int = 16) -> dict[str, SiteWeights]:
-    sites = Sites(engines.load_model(base))
-    return read_adapter(folder, sites.shapes, max_rank=max_rank, dtype=torch.float32)
+    model = engines.load_model(base)
+    view = BaseView(model, Sites(model).shapes)
+    return dict(read_adapter(folder, view, max_rank=max_rank, dtype=torch.float32).linears)
 
 
 def change_config(folder: Path, **changed: Any) -> None:
@@ -47,11 +53,15 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("bias", "all"),
         ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1, 2]),
+        ("modules_to_save", ["norm"]),
+        ("modules_to_save", ["mlp"]),
+        ("modules_to_save", ["no_such_module"]),
+        ("modules_to_save", 3),
+        ("trainable_token_indices", [1, 1]),
+        ("trainable_token_indices", [512]),
+        ("trainable_token_indices", {"norm": [1]}),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("alora_invocation_tokens", [5]),
@@ -63,7 +73,8 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
         ("megatron_config", {"a": 1}),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),
-        ("peft_type", "IA3"),
+        ("peft_type", "BOTTLENECK"),
+        ("peft_type", None),
         ("r", 0),
         ("r", "8"),
         ("lora_alpha", None),
@@ -82,7 +93,7 @@ def test_a_config_that_cannot_be_honoured_is_refused_by_key(base: Path, folder: 
     assert refused.value.rule
 
 
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("config", [{"bias": "lora_only"}, {"modules_to_save": ["norm"]}])
 def test_what_peft_itself_saves_with_such_a_config_is_refused(
     base: Path, tmp_path: Path, config: dict[str, Any]
 ) -> None:
@@ -94,7 +105,7 @@ def test_what_peft_itself_saves_with_such_a_config_is_refused(
 def test_lora_on_embeddings_or_the_output_layer_is_refused(base: Path, tmp_path: Path) -> None:
     for target in ("embed_tokens", "lm_head"):
         folder = engines.write_lora(base, tmp_path / target, 1, r=4, target_modules=["q_proj", target])
-        with pytest.raises(ArtifactError, match=r"inner linears|only base_model\.model"):
+        with pytest.raises(ArtifactError, match=r"inner linears|every target is a linear"):
             read(base, folder)
 
 
@@ -108,7 +119,7 @@ def test_rank_above_the_limit_is_refused(base: Path, folder: Path) -> None:
     ("change", "message"),
     [
         (lambda t: t.pop(A_KEY), "no lora_A"),
-        (lambda t: t.update({A_KEY: t[A_KEY][:4].contiguous()}), r"A \[4, 64\]"),
+        (lambda t: t.update({A_KEY: t[A_KEY][:4].contiguous()}), r"\[4, 64\]\s+Rule: this base needs \[8, 64\]"),
         (lambda t: t.update({A_KEY: t[A_KEY].double() / 0}), "inf or nan"),
         (lambda t: t.update({A_KEY: t[A_KEY].to(torch.int8)}), "dtype 'I8'"),
         (lambda t: t.update({"extra.weight": torch.zeros(1)}), "extra.weight"),
@@ -120,6 +131,45 @@ def test_rank_above_the_limit_is_refused(base: Path, folder: Path) -> None:
 def test_weights_that_do_not_fit_are_refused(
     base: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
 ) -> None:
+    change_weights(folder, change)
+    with pytest.raises(ArtifactError, match=message):
+        read(base, folder)
+
+
+def test_every_kind_of_peft_that_is_not_served_is_refused_with_a_next_move(base: Path, folder: Path) -> None:
+    from peft import PeftType
+
+    others = [kind.value for kind in PeftType if kind.value not in SERVED]
+    assert len(others) > 30
+    for kind in others:
+        change_config(folder, peft_type=kind)
+        with pytest.raises(ArtifactError, match=f"peft_type='{kind}'") as refused:
+            read(base, folder)
+        assert "LORA, IA3" in refused.value.rule
+        assert re.search("convert_to_lora|train it as one of those", refused.value.next_move)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (
+            {"use_dora": True},
+            lambda t: t.pop(A_KEY.replace("lora_A.weight", "lora_magnitude_vector")),
+            "no tensor .*magni",
+        ),
+        ({"trainable_token_indices": [1, 2]}, lambda t: t.pop(ROWS_KEY), "no tensor .*trainable_tokens_delta"),
+        ({"trainable_token_indices": [1, 2]}, lambda t: t.update({ROWS_KEY: t[ROWS_KEY][:1]}), r"needs \[2, 64\]"),
+        ({"modules_to_save": ["lm_head"]}, lambda t: t.pop("base_model.model.lm_head.weight"), "no tensor .*lm_head"),
+    ],
+)
+def test_weights_that_the_config_asks_for_and_that_are_not_there_are_refused(
+    base: Path,
+    tmp_path: Path,
+    config: dict[str, Any],
+    change: Callable[[dict[str, torch.Tensor]], object],
+    message: str,
+) -> None:
+    folder = engines.write_lora(base, tmp_path, 1, r=4, target_modules=["q_proj"], **config)
     change_weights(folder, change)
     with pytest.raises(ArtifactError, match=message):
         read(base, folder)

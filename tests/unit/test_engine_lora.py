@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from graftwork.serving.engine.adapter_file import LinearShape, SiteWeights
+from graftwork.serving.engine.adapters.changes import LinearShape, SiteWeights
 from graftwork.serving.engine.lora import DeltaPlanner, StepDeltas
 from graftwork.serving.engine.parts import Bagged, Batched, OwnMatmul
 from graftwork.serving.engine.sites import Site
@@ -39,7 +39,7 @@ def adapter(seed: int, rank: int = 4, targets: str = "qkvo") -> AdapterWeights:
             members.append(SiteWeights(stack[start : start + rank], b_OR, 0.5 + seed))
             start += rank
         groups[name] = GroupWeights(stack, tuple(members), tuple(starts))
-    return AdapterWeights(f"v{seed}", rank, groups, 0)
+    return AdapterWeights(f"v{seed}", rank, groups)
 
 
 def planner(places: int = 16) -> DeltaPlanner:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from graftwork import base_model
 from graftwork.serving.engine.engine import Engine
 from graftwork.serving.engine.runner import Runner
 from graftwork.serving.engine.slots import AdapterWeights
@@ -116,18 +117,6 @@ def test_many_adapters_of_mixed_ranks_decode_as_they_do_alone(base: Path, tmp_pa
     assert [answer.finish for answer in together] == ["length"] * len(asked)
 
 
-def quantized(base: Path, kind: str) -> Any:
-    """The base with bitsandbytes linears, fp32 compute."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = (
-        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-        if kind == "nf4"
-        else BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    )
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=config).eval()
-
-
 def peft_logits(model: Any, adapters: dict[str, Path], names: Sequence[str], ids_BT: torch.Tensor) -> torch.Tensor:
     """Logits of one PEFT forward with an adapter name a row."""
     from peft import PeftModel
@@ -147,24 +136,30 @@ def test_logits_on_a_quantised_base_equal_pefts_bit_for_bit(
 ) -> None:
     ids_BT = torch.randint(3, VOCAB_SIZE, (10, 24), generator=torch.Generator().manual_seed(3))
     names = [name for name in ("__base__", *adapters) for _ in range(2)]
-    runner = Runner(quantized(base, kind), "cpu")
+    runner = Runner(engines.load_quantized(base, kind, fused=True), "cpu")
     weights = [None if name == "__base__" else engine.slots.acquire(name) for name in names]
     ours = runner.logits(ids_BT, weights)
     runner.close()
-    theirs = peft_logits(quantized(base, kind), adapters, names, ids_BT)
+    theirs = peft_logits(engines.load_quantized(base, kind, fused=True), adapters, names, ids_BT)
     assert torch.equal(ours, theirs)
     for one in weights:
         if one is not None:
             engine.slots.release(one.version)
 
 
-def test_neighbours_do_not_change_a_row(base: Path, engine: Engine, adapters: dict[str, Path]) -> None:
-    runner = Runner(quantized(base, "nf4"), "cpu")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_neighbours_do_not_change_a_row(base: Path, engine: Engine, adapters: dict[str, Path], kind: str) -> None:
+    """The base as an endpoint loads it; int8's usual outlier threshold of 6 would let the loud neighbour in."""
+    resolved = base_model.resolve(base_model.BaseSpec(uri=str(base)))
+    quant = base_model.QuantSpec.model_validate({"kind": kind, "dtype": "float32"})
+    loaded = base_model.load(resolved, quant, device="cpu", purpose="serve")
+    loaded.model.get_input_embeddings().weight[9] *= 100.0
+    runner = Runner(loaded.model, "cpu")
     weights: list[AdapterWeights | None] = [engine.slots.acquire(name) for name in adapters]
     generator = torch.Generator().manual_seed(5)
     ids_BT = torch.randint(3, VOCAB_SIZE, (4, 24), generator=generator)
     others_BT = torch.randint(3, VOCAB_SIZE, (4, 24), generator=generator)
-    others_BT[1] = ids_BT[1]
+    others_BT[1], others_BT[2] = ids_BT[1], 9
     swapped = [weights[3], weights[1], weights[0], weights[2]]
     assert torch.equal(runner.logits(ids_BT, weights)[1], runner.logits(others_BT, swapped)[1])
     runner.close()

@@ -128,7 +128,7 @@ class World:
 
 
 def weights(version: str) -> AdapterWeights:
-    return AdapterWeights(version, rank=8, groups={}, size_bytes=1)
+    return AdapterWeights(version, rank=8, groups={})
 
 
 async def settle() -> None:

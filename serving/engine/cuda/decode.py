@@ -67,8 +67,8 @@ class GraphDecode:
         self._uploads.settle(adapters)
 
     def takes(self, weights: AdapterWeights | None) -> bool:
-        """Every adapter of LoRA weights alone."""
-        return True
+        """The base, and every adapter whose decoding tokens need LoRA weights alone."""
+        return weights is None or weights.decodes_by_lora
 
     def logits(self, chunks: Sequence[Chunk], adapters: Sequence[AdapterWeights | None]) -> torch.Tensor:
         """Logits [N, V] after each request's one token; valid until the next call."""

@@ -1,0 +1,138 @@
+"""LoRA, rank-stabilised LoRA, per-module ranks, DoRA. The reference is peft 0.21 (`peft/tuners/lora/`)."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from graftwork.errors import ArtifactError
+from graftwork.serving.engine.adapters.base_view import BaseView
+from graftwork.serving.engine.adapters.changes import AdapterChanges, SiteScale, SiteWeights
+from graftwork.serving.engine.adapters.config_file import ConfigFile, Targets
+from graftwork.serving.engine.adapters.dora import MAGNITUDE_KEY, rescaled
+from graftwork.serving.engine.adapters.rows import ROW_KEYS, replaced_rows
+from graftwork.serving.engine.adapters.tensor_file import MODULE_PREFIX, TensorFile
+
+_HALF_KEY = re.compile(rf"^{re.escape(MODULE_PREFIX)}(?P<module>.+)\.lora_(?P<half>[AB])\.weight$")
+_EXPECTED = f"{MODULE_PREFIX}MODULE.lora_A.weight and .lora_B.weight, and what the config names"
+_HONOURED = frozenset(
+    {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"}
+    | {"layers_to_transform", "layers_pattern", "init_lora_weights"}
+    | ROW_KEYS
+)
+_WITHOUT_EFFECT_HERE = frozenset(
+    {"lora_dropout", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+    | {"qalora_group_size", "runtime_config"}
+)
+"""Training and bookkeeping only. `loftq_config` and its kin act through `init_lora_weights`, which is checked."""
+_NEUTRAL_INIT = (True, False, "gaussian", "orthogonal", "eva")
+"""Initialisations that leave the base weights as they are; pissa, olora, corda, loftq, ... change the base itself."""
+_WHY_REFUSED = {
+    "bias": "trained biases would replace the base's for every request",
+    "lora_bias": "a bias on lora_B is not applied",
+    "target_parameters": "only linear modules take an adapter",
+    "layer_replication": "replicated layers make another base model",
+    "alora_invocation_tokens": "activated LoRA switches on in the middle of a sequence",
+    "fan_in_fan_out": "the base's linears store [out, in]",
+    "megatron_config": "Megatron's parallel linears are not used here",
+}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The keys of adapter_config.json that decide the delta."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    use_dora: bool
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
+
+    @classmethod
+    def of(cls, config: ConfigFile) -> "LoraSettings":
+        """Refuses every key that this engine cannot honour."""
+        values = config.values
+        if values.get("init_lora_weights", True) not in _NEUTRAL_INIT:
+            why = "this initialisation changes the base weights; convert the adapter to plain LoRA when saving it"
+            raise config.refused("init_lora_weights", why)
+        config.require_known(_HONOURED, _WITHOUT_EFFECT_HERE, _WHY_REFUSED)
+        alpha = values.get("lora_alpha", 8)
+        if not isinstance(alpha, int | float):
+            raise config.refused("lora_alpha", "alpha is a number")
+        return cls(
+            rank=config.whole("r", 8),
+            alpha=float(alpha),
+            use_rslora=bool(values.get("use_rslora", False)),
+            use_dora=bool(values.get("use_dora", False)),
+            rank_pattern=config.numbers("rank_pattern"),
+            alpha_pattern=config.numbers("alpha_pattern"),
+        )
+
+    def rank_of(self, module: str) -> int:
+        return int(_by_pattern(self.rank_pattern, module, self.rank))
+
+    def scaling_of(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv 2312.03732)."""
+        alpha, rank = _by_pattern(self.alpha_pattern, module, self.alpha), self.rank_of(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def read_lora(
+    config: ConfigFile, tensors: TensorFile, base: BaseView, *, max_rank: int, dtype: torch.dtype
+) -> AdapterChanges:
+    """A LoRA or DoRA adapter, with the embedding and output rows that were trained beside it."""
+    settings, targets = LoraSettings.of(config), Targets.of(config)
+    inputs, outputs = replaced_rows(config, tensors, base, dtype)
+    modules = _modules(tensors)
+    targets.check(modules, base.linears, config, tensors.path)
+    sites = {module: _site(settings, module, tensors, base, max_rank, dtype) for module in modules}
+    scales: dict[str, SiteScale] = {}
+    if settings.use_dora:
+        for module, site in sites.items():
+            magnitude_O = _magnitude(module, tensors, base)
+            sites[module], scales[module] = rescaled(site, magnitude_O, base.weight(module), base.bias(module))
+    tensors.require_empty(_EXPECTED)
+    return AdapterChanges(sites, scales, inputs, outputs)
+
+
+def _modules(tensors: TensorFile) -> list[str]:
+    """Modules with a lora_A and a lora_B; half a pair, or none at all, is refused."""
+    halves: dict[str, set[str]] = {}
+    for key in tensors.left():
+        match = _HALF_KEY.match(key)
+        if match is not None:
+            halves.setdefault(match["module"], set()).add(match["half"])
+    for module, found in halves.items():
+        if len(found) != 2:
+            missing = ({"A", "B"} - found).pop()
+            raise tensors.refused(f"{module} has no lora_{missing}", "A and B come in pairs")
+    if not halves:
+        tensors.require_empty(_EXPECTED)
+        raise tensors.refused("no tensors", "an adapter adapts at least one linear")
+    return list(halves)
+
+
+def _site(
+    settings: LoraSettings, module: str, tensors: TensorFile, base: BaseView, max_rank: int, dtype: torch.dtype
+) -> SiteWeights:
+    shape, rank = base.linears[module], settings.rank_of(module)
+    if rank > max_rank:
+        rule, move = f"ranks go up to engine.max_rank={max_rank}", f"raise engine.max_rank to {rank}"
+        raise ArtifactError(f"{tensors.path}: {module}", f"r={rank}", rule, move)
+    a_RI = tensors.take(f"{MODULE_PREFIX}{module}.lora_A.weight", (rank, shape.in_features), dtype)
+    b_OR = tensors.take(f"{MODULE_PREFIX}{module}.lora_B.weight", (shape.out_features, rank), dtype)
+    return SiteWeights(a_RI, b_OR, settings.scaling_of(module))
+
+
+def _magnitude(module: str, tensors: TensorFile, base: BaseView) -> torch.Tensor:
+    key = f"{MODULE_PREFIX}{module}.{MAGNITUDE_KEY}"
+    key = key if tensors.holds(key) else f"{key}.weight"  # peft's form between two refactorings of DoRA
+    return tensors.take(key, (base.linears[module].out_features,), torch.float32)
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """peft's `get_pattern_key`: the first pattern that matches the end of the name at a dot."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
