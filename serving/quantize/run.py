@@ -155,10 +155,11 @@ def _measure(run: RunPaths, spec: QuantizeSpec, precision: Precision, material: 
             raise error.cause from None
         raise RunError(f"measure {precision}", f"{type(error.cause).__name__}: {error.cause}") from error
     except (WorkerCrashedError, OutOfMemoryError) as error:
+        found = "it took too much memory" if isinstance(error, OutOfMemoryError) else "its process died"
         raise RunError(
-            f"measure {precision}", f"its process died ({type(error).__name__})",
+            f"measure {precision}", f"{found} ({type(error).__name__})",
             "a precision is measured in one process that holds the whole base",
-            "see `graftwork plan FILE` for its memory, or leave it out of `precisions`",
+            "see `graftwork plan FILE` for its memory and free some, or leave it out of `precisions`",
         ) from error  # fmt: skip
     run.store.write_bytes(measured.model_dump_json(indent=1).encode(), *run.file(*_measurement(precision)))
     return measured
