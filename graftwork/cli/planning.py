@@ -10,6 +10,7 @@ from graftwork.config import Spec
 from graftwork.data import read_rows
 from graftwork.demo.specs import load_specs
 from graftwork.demo_spec import DemoSpec
+from graftwork.errors import ConfigError
 from graftwork.memory import RowSizes
 from graftwork.model_shape import ModelShape
 from graftwork.plan import Answers, Machine, StagePlan, plan_serving, plan_training
@@ -32,6 +33,11 @@ def plan_spec(spec: Spec, folder: Path) -> list[StagePlan]:
 
 
 def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
+    if isinstance(spec, ServeSpec | CompareSpec) and spec.engine.kind == "vllm":
+        raise ConfigError(
+            f"plan of kind={spec.kind!r}", "engine.kind='vllm'", "memory and time are predicted for our own engine",
+            "vLLM takes engine.gpu_memory_utilization of each GPU; --set engine.kind=graftwork plans the same limits here",
+        )  # fmt: skip
     if isinstance(spec, TrainSpec):
         data, machine = prepare(spec), _at(machine, spec.quant)
         held_out = _sizes(data.eval) if data.eval is not None else None

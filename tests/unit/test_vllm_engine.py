@@ -14,6 +14,7 @@ import pytest
 
 from graftwork import base_model, config
 from graftwork.base_model import BaseSpec, QuantSpec
+from graftwork.cli.planning import plan_spec
 from graftwork.errors import ArtifactError, ConfigError
 from graftwork.serving.engine.grammar import GrammarText
 from graftwork.serving.engine.types import GenerateRequest, SamplingError, SamplingParams
@@ -107,6 +108,12 @@ def test_weights_that_vllm_would_hold_otherwise_are_refused(spec: EngineSpec, qu
     with pytest.raises(ConfigError) as refused:
         engine_arguments(Path("/base"), spec, quant)
     assert refused.value.asked == asked
+
+
+def test_a_plan_says_that_it_does_not_know_vllm() -> None:
+    spec = config.validate(ServeSpec, {"base": "b", "engine": "vllm", "num_gpus": 1}, "test")
+    with pytest.raises(ConfigError, match="predicted for our own engine"):
+        plan_spec(spec, Path())
 
 
 @pytest.mark.skipif(HERE, reason="vLLM is installed")
