@@ -36,7 +36,7 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
     if isinstance(spec, ServeSpec | CompareSpec) and spec.engine.kind == "vllm":
         raise ConfigError(
             f"plan of kind={spec.kind!r}", "engine.kind='vllm'", "memory and time are predicted for our own engine",
-            "vLLM takes engine.gpu_memory_utilization of each GPU; --set engine.kind=graftwork plans the same limits here",
+            "vLLM takes engine.gpu_memory_utilization of each GPU; engine.kind=graftwork can be planned",
         )  # fmt: skip
     if isinstance(spec, TrainSpec):
         data, machine = prepare(spec), _at(machine, spec.quant)
