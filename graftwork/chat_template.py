@@ -55,7 +55,8 @@ class Template:
         self._special_start = re.compile(f"(?={self._special.pattern})(.)", re.DOTALL)
         self._sealed_special = _any_of(self._names)
         self._tokenizer = Tokenizer.from_str(json.dumps(_rename_specials(model, self._sealed)))
-        self._special_ids = frozenset(t["id"] for t in model["added_tokens"] if t["special"])
+        self.special_ids = frozenset(t["id"] for t in model["added_tokens"] if t["special"])
+        """Control tokens: no text of people is ever one."""
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         """Tokenizer ids lie in [0, vocab_size)."""
         end_id = self._end_of_turn()
@@ -130,6 +131,11 @@ class Template:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
         return text if skip_special else self.plain_text(text)
 
+    def sealed_tokenizer(self) -> str:
+        """tokenizer.json as it is used here, special tokens sealed: for libraries that read the vocabulary."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def _shield(self, content: str) -> str:
         """Break special tokens in a message by a mark after their first character; overlaps are caught too."""
         return self._special_start.sub(lambda m: m.group(1) + self._mark, content)
@@ -146,7 +152,7 @@ class Template:
         whole = self.sealed_text([*_PROBE[:1], ("assistant", answer)], generate=False)
         rest = whole[whole.rfind(answer) + len(answer) :] if answer in whole[len(prompt) :] else ""
         for token in self.continuation_ids(rest) if rest and self._names else ():
-            if token in self._special_ids:
+            if token in self.special_ids:
                 return token
         raise BaseModelError(
             "chat template of the base", f"it ends an answer with {rest!r}",

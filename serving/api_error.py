@@ -2,12 +2,15 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from graftwork.artifact import UnknownAdapter
 from graftwork.errors import ArtifactError, DataError, GraftworkError, StorageError
 from graftwork.serving.arms import PromptTooLong
+from graftwork.serving.engine.grammar import GrammarError
+from graftwork.serving.engine.types import SamplingError
 
 log = logging.getLogger("ray.serve")
 
@@ -76,12 +79,24 @@ def _of(error: GraftworkError) -> ApiError:
         return unknown_model(error.asked.removeprefix("adapter "), "GET /v1/models lists them all.")
     if isinstance(error, ArtifactError):
         return bad_request(message, param="model", code="adapter_not_servable")
+    if isinstance(error, SamplingError):
+        return bad_request(message, param=_parameter(error), code="invalid_value")
+    if isinstance(error, GrammarError):
+        param = "regex" if error.asked == "regex" else "response_format"
+        return bad_request(message, param=param, code="invalid_grammar")
     if isinstance(error, DataError):
         return bad_request(message, param="messages", code="invalid_value")
     log.error("%s", error)
     if isinstance(error, StorageError):
         return ApiError(503, "The adapter store can't be read now. Try again.", code="storage_unavailable")
     return ApiError(500, "The endpoint failed on this request; its log says why.", code="internal_error")
+
+
+def _parameter(error: SamplingError) -> str:
+    """The engine's name of a parameter as the API has it."""
+    name = re.split("[=:]", error.asked)[0]
+    renamed = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_ids": "stop_token_ids"}
+    return renamed.get(name, name)
 
 
 def _sentences(error: GraftworkError) -> str:

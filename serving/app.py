@@ -23,6 +23,7 @@ from graftwork.serving.arms import Sampling, warm
 from graftwork.serving.backend import ServeBackend
 from graftwork.serving.catalog import base_name
 from graftwork.serving.client import AsyncClient, ChatCall, Client
+from graftwork.serving.grammar import check, read_grammar
 from graftwork.serving.ingress import Ingress
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.serve_instance import quiet, serve_running, start_failure
@@ -122,6 +123,8 @@ def preflight(spec: ServeSpec) -> None:
         source.resolve(ref)
     for arm in spec.arms:
         warm(arm.prompt, arm.retriever)
+        if arm.grammar is not None:
+            check(read_grammar(arm.grammar))
     require_resources(spec.num_cpus, spec.num_gpus)
 
 

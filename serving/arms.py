@@ -10,6 +10,10 @@ from graftwork.chat import Message, Passage, Prompt, PromptSpec, Template
 from graftwork.data import resolve_prompt
 from graftwork.errors import DataError
 from graftwork.retrieval import LexicalIndex, RetrieverSpec, open_index
+from graftwork.serving.engine.grammar import GrammarText
+from graftwork.serving.engine.seed import choice_seed
+from graftwork.serving.engine.types import SamplingParams
+from graftwork.serving.logprobs import TokenLogprob
 from graftwork.serving.spec import ArmSpec
 
 Dump = dict[str, Any]
@@ -24,7 +28,7 @@ class PromptTooLong(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What a caller may choose per request; None for `max_new_tokens` leaves it to the arm."""
+    """What a caller may choose per request, as `SamplingParams` names it; None for `max_new_tokens`: the arm's."""
 
     max_new_tokens: int | None = None
     temperature: float = 0.0
@@ -32,6 +36,30 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_new_tokens: int = 0
+    logprobs: int | None = None
+    n: int = 1
+    """Answers to give; each has a seed of its own, made from `seed`."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, beside the base's own."""
+    ignore_eos: bool = False
+    """The base's own stop tokens end nothing."""
+    grammar: GrammarText | None = None
+
+    def params(self, max_new_tokens: int, index: int) -> SamplingParams:
+        """For one of the `n` answers."""
+        return SamplingParams(
+            max_new_tokens=max_new_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
+            seed=choice_seed(self.seed, index), stop=self.stop, min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty, frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty, logit_bias=self.logit_bias, min_new_tokens=self.min_new_tokens,
+            logprobs=self.logprobs,
+        )  # fmt: skip
 
     def dump(self) -> Dump:
         """As a plain dict, the form that travels through a handle."""
@@ -40,7 +68,10 @@ class Sampling:
     @classmethod
     def load(cls, tree: Mapping[str, Any]) -> "Sampling":
         """From `dump`."""
-        return cls(**{**tree, "stop": tuple(tree.get("stop", ()))})
+        lists = {key: tuple(tree.get(key, ())) for key in ("stop", "stop_ids")}
+        bias = tuple((token, value) for token, value in tree.get("logit_bias", ()))
+        grammar = GrammarText(**tree["grammar"]) if tree.get("grammar") else None
+        return cls(**{**tree, **lists, "logit_bias": bias, "grammar": grammar})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +106,10 @@ class ArmAnswer:
     latency_ms: float
     finish_reason: str
     token_ids: tuple[int, ...] = ()
+    index: int = 0
+    """Which of the request's answers this is."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of the tokens that the text is made of; None: not asked for."""
 
     def dump(self) -> Dump:
         """As a plain dict, the form that travels through a handle."""
@@ -84,7 +119,9 @@ class ArmAnswer:
     def load(cls, tree: Mapping[str, Any]) -> "ArmAnswer":
         """From `dump`, or from its JSON."""
         lists = {key: tuple(tree[key]) for key in ("retrieved_ids", "token_ids")}
-        return cls(**{**tree, **lists})
+        told = tree.get("logprobs")
+        logprobs = None if told is None else tuple(TokenLogprob.load(one) for one in told)
+        return cls(**{**tree, **lists, "logprobs": logprobs})
 
 
 def messages_of(dumps: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:

@@ -19,8 +19,8 @@ log = logging.getLogger("ray.serve")
 class Backend(Protocol):
     """What the ingress needs from the engine side. All raise ApiError."""
 
-    async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> Dump:
-        """See EngineReplica.answer."""
+    async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> list[Dump]:
+        """See EngineReplica.choices."""
 
     def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
         """See EngineReplica.stream. Closing it ends the request in the engine."""
@@ -43,11 +43,15 @@ class ServeBackend:
         self._handle, self._timeout_s = handle.options(_by_reference=False), timeout_s
 
     async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> Dump:
+        """The first of `choices`."""
+        return (await self.choices(arm, messages, request_id, sampling))[0]
+
+    async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> list[Dump]:
         """Cancelling this cancels the request in the engine."""
         with _as_api_errors():
             async with asyncio.timeout(self._timeout_s):
-                answer: Dump = await self._handle.answer.remote(arm, messages, request_id, sampling)
-                return answer
+                answers: list[Dump] = await self._handle.choices.remote(arm, messages, request_id, sampling)
+                return answers
 
     async def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
         """Chunks as the replica yields them."""

@@ -1,49 +1,68 @@
-"""One request in the engine, seen from the event loop: events cross from the engine's thread, the answer grows here."""
+"""A call's requests in the engine, seen from the event loop: events cross from its thread, the answers grow here."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from graftwork.errors import GraftworkError
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import ArmAnswer, ArmPrompt
 from graftwork.serving.engine.types import GenerateRequest, TokenEvent
 from graftwork.serving.engine_protocol import EngineLike
+from graftwork.serving.logprobs import LogprobStream, TokenLogprob
 from graftwork.serving.text_stream import TextStream
 
 
 class Generation:
-    """A submitted request. `on_end` is called once on the event loop, when the engine has let go of the request.
+    """The submitted requests of one call: one, or one for each of its answers, in order.
 
-    Raises what `EngineLike.submit` raises; then nothing was queued and `on_end` is never called.
+    `on_end` is called once on the event loop, when the engine has let go of them all. Raises what `EngineLike.submit`
+    raises; then nothing stays queued and `on_end` is never called.
     """
 
-    def __init__(self, engine: EngineLike, request: GenerateRequest, on_end: Callable[[], None]) -> None:
-        self._engine, self._request_id, self._on_end = engine, request.request_id, on_end
+    def __init__(self, engine: EngineLike, requests: Sequence[GenerateRequest], on_end: Callable[[], None]) -> None:
+        self._engine, self._on_end = engine, on_end
+        self._index = {request.request_id: index for index, request in enumerate(requests)}
+        self._running: set[str] = set()
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self._ended = False
         loop = asyncio.get_running_loop()
-        engine.submit(request, lambda event: _hand_over(loop, self._arrive, event))
+        try:
+            for request in requests:
+                engine.submit(request, lambda event: _hand_over(loop, self._arrive, event))
+                self._running.add(request.request_id)
+        except GraftworkError:
+            self._on_end = _nothing
+            self.close()
+            raise
 
-    async def events(self) -> AsyncIterator[list[TokenEvent]]:
-        """What arrived since the last look, at least one event; the last list ends with the last event."""
-        ended = False
-        while not ended:
+    async def events(self) -> AsyncIterator[dict[int, list[TokenEvent]]]:
+        """What arrived since the last look, by answer; ends with the last event of the last answer."""
+        left = len(self._index)
+        while left:
             ready = [await self._events.get()]
             while not self._events.empty():
                 ready.append(self._events.get_nowait())
-            ended = ready[-1].finish_reason is not None
-            yield ready
+            by_answer: dict[int, list[TokenEvent]] = {}
+            for event in ready:
+                by_answer.setdefault(self._index[event.request_id], []).append(event)
+                left -= event.finish_reason is not None
+            yield by_answer
 
     def close(self) -> None:
-        """End the request in the engine if it still runs."""
-        if not self._ended:
-            self._engine.cancel(self._request_id)
+        """End in the engine what still runs."""
+        for request_id in self._running:
+            self._engine.cancel(request_id)
 
     def _arrive(self, event: TokenEvent) -> None:
         self._events.put_nowait(event)
         if event.finish_reason is not None:
-            self._ended = True
-            self._on_end()
+            self._running.discard(event.request_id)
+            if not self._running:
+                self._on_end()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, call: Callable[[TokenEvent], None], event: TokenEvent) -> None:
@@ -52,23 +71,44 @@ def _hand_over(loop: asyncio.AbstractEventLoop, call: Callable[[TokenEvent], Non
 
 
 class GrowingAnswer:
-    """Tokens become an `ArmAnswer`. `arrived` is the `time.perf_counter` of the call."""
+    """Tokens become an `ArmAnswer`. `arrived` is the `time.perf_counter` of the call.
+
+    stop_ids: tokens that end the answer and are no part of its text. spell: bytes of a token, where log probabilities
+    were asked for.
+    """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], prompt: ArmPrompt, arrived: float
+        self,
+        index: int,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str],
+        stop_ids: frozenset[int],
+        prompt: ArmPrompt,
+        arrived: float,
+        spell: Callable[[int], bytes] | None = None,
     ) -> None:
-        self._text, self._prompt, self._arrived = TextStream(decode, stop), prompt, arrived
+        self.index, self._text, self._stop_ids = index, TextStream(decode, stop), stop_ids
+        self._prompt, self._arrived = prompt, arrived
+        self._logprobs = LogprobStream(spell) if spell is not None else None
         self._ids: list[int] = []
         self._ttft_ms: float | None = None
         self._cached_tokens = 0
         self._finish_reason = ""
 
-    def push(self, events: Sequence[TokenEvent]) -> str:
-        """The new certain text. Raises ApiError where the engine failed or dropped the request."""
+    @property
+    def ended(self) -> bool:
+        """The last event was pushed."""
+        return bool(self._finish_reason)
+
+    def push(self, events: Sequence[TokenEvent]) -> tuple[str, list[TokenLogprob]]:
+        """The new certain text, and its tokens' log probabilities. Raises ApiError where the engine failed."""
         if self._ttft_ms is None:
             self._ttft_ms, self._cached_tokens = self._elapsed_ms(), events[0].cached_tokens
         text = "".join(self._push_one(event) for event in events)
-        return text + (self._text.finish() if self._finish_reason else "")
+        text += self._text.finish() if self.ended else ""
+        if self._logprobs is None:
+            return text, []
+        return text, self._logprobs.take(len(self._text.text), whole=self.ended and not self._text.stopped)
 
     def answer(self, request_id: str, arm: str, task: str | None, version: str | None, base_digest: str) -> ArmAnswer:
         """The whole answer, once the last event was pushed."""
@@ -77,6 +117,7 @@ class GrowingAnswer:
             base_digest=base_digest, retrieved_ids=self._prompt.retrieved_ids, prompt_tokens=len(self._prompt.ids),
             cached_tokens=self._cached_tokens, completion_tokens=len(self._ids), ttft_ms=self._ttft_ms or 0.0,
             latency_ms=self._elapsed_ms(), finish_reason=self._finish_reason, token_ids=tuple(self._ids),
+            index=self.index, logprobs=tuple(self._logprobs.told) if self._logprobs is not None else None,
         )  # fmt: skip
 
     def _push_one(self, event: TokenEvent) -> str:
@@ -88,7 +129,11 @@ class GrowingAnswer:
         if event.token_id < 0:
             return ""
         self._ids.append(event.token_id)
-        return "" if event.token_id in self._prompt.stop_ids else self._text.push(event.token_id)
+        if event.token_id in self._stop_ids:
+            return ""
+        if self._logprobs is not None:
+            self._logprobs.push(event)
+        return self._text.push(event.token_id)
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._arrived) * 1000

@@ -22,6 +22,7 @@ from graftwork.serving.api_error import ApiError, bad_request, unknown_model
 from graftwork.serving.arms import ArmAnswer, Dump, Question
 from graftwork.serving.backend import Backend, ServeBackend
 from graftwork.serving.catalog import Catalog
+from graftwork.serving.logprobs import TokenLogprob
 from graftwork.serving.openai_responses import DONE, Envelope, Json, Kind, sse
 from graftwork.serving.openai_types import ChatRequest, CompletionRequest, RefreshRequest, parse
 from graftwork.serving.spec import ArmSpec, ServeSpec
@@ -134,14 +135,14 @@ class Surface:
         call = arm.model_dump(mode="json"), asked, request_id, body.sampling().dump()
         headers = {"x-request-id": request_id}
         if not body.stream:
-            answer = ArmAnswer.load(await self._backend.answer(*call))
-            envelope = Envelope.open(kind, request_id, body.model, answer.base_digest)
-            return JSONResponse(envelope.whole(answer), headers=headers)
+            answers = [ArmAnswer.load(answer) for answer in await self._backend.choices(*call)]
+            envelope = Envelope.open(kind, request_id, body.model, answers[0].base_digest)
+            return JSONResponse(envelope.whole(answers), headers=headers)
         chunks = self._backend.stream(*call)
         admitted = await anext(aiter(chunks))  # raises what refuses the request, while the status can still be set
         envelope = Envelope.open(kind, request_id, body.model, admitted["base_digest"])
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = _events(envelope, chunks, with_usage=with_usage)
+        events = _events(envelope, chunks, choices=body.n, with_usage=with_usage)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
         )
@@ -152,18 +153,23 @@ class Surface:
         return self._catalog.cards(adapters, found["ready_at"])
 
 
-async def _events(envelope: Envelope, chunks: AsyncGenerator[Dump], *, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(
+    envelope: Envelope, chunks: AsyncGenerator[Dump], *, choices: int, with_usage: bool
+) -> AsyncIterator[bytes]:
+    answers: list[ArmAnswer] = []
     async with aclosing(chunks):
         try:
-            yield sse(envelope.delta("", first=True))
+            for index in range(choices):
+                yield sse(envelope.delta("", index=index, first=True))
             async for chunk in chunks:
-                if "text" in chunk:
-                    yield sse(envelope.delta(chunk["text"], first=False))
+                if "answer" in chunk:
+                    answers.append(ArmAnswer.load(chunk["answer"]))
+                    yield sse(envelope.last(answers[-1]))
                 else:
-                    answer = ArmAnswer.load(chunk["answer"])
-                    yield sse(envelope.last(answer))
-                    if with_usage:
-                        yield sse(envelope.usage_chunk(answer))
+                    told = [TokenLogprob.load(one) for one in chunk["logprobs"]]
+                    yield sse(envelope.delta(chunk["text"], index=chunk["index"], first=False, logprobs=told))
+            if with_usage:
+                yield sse(envelope.usage_chunk(answers))
             yield DONE
         except ApiError as error:  # too late for a status: the stream ends with the error, without [DONE]
             yield sse(error.body())

@@ -2,11 +2,12 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from graftwork.serving.arms import ArmAnswer
+from graftwork.serving.logprobs import Spelled, TokenLogprob
 
 Kind = Literal["chat", "text"]
 Json = dict[str, Any]
@@ -33,35 +34,40 @@ class Envelope:
         """An envelope stamped with the time now."""
         return cls(kind, request_id, model, base_digest, int(time.time()))
 
-    def whole(self, answer: ArmAnswer) -> Json:
-        """The whole answer as one object."""
-        choice: Json = {"index": 0, "finish_reason": answer.finish_reason, "logprobs": None}
+    def whole(self, answers: Sequence[ArmAnswer]) -> Json:
+        """The request's answers as one object."""
+        return {
+            **self._head(stream=False),
+            "choices": [self._whole_choice(answer) for answer in answers],
+            "usage": usage(answers),
+            "graftwork": provenance(answers[0]),
+        }
+
+    def delta(self, text: str, *, index: int = 0, first: bool, logprobs: Sequence[TokenLogprob] | None = None) -> Json:
+        """A chunk with the next piece of one answer's text. first: the chunk that opens the answer."""
+        choice = self._choice(index, text, first=first, finish_reason=None)
+        return {**self._head(stream=True), "choices": [{**choice, "logprobs": self._logprobs(logprobs or None)}]}
+
+    def last(self, answer: ArmAnswer) -> Json:
+        """The chunk that says why an answer ended and which version gave it."""
+        choice = self._choice(answer.index, "", first=False, finish_reason=answer.finish_reason)
+        return {**self._head(stream=True), "choices": [choice], "graftwork": provenance(answer)}
+
+    def usage_chunk(self, answers: Sequence[ArmAnswer]) -> Json:
+        """The chunk that `stream_options.include_usage` asks for: no choices, token counts."""
+        return {**self._head(stream=True), "choices": [], "usage": usage(answers)}
+
+    def _whole_choice(self, answer: ArmAnswer) -> Json:
+        choice: Json = {"index": answer.index, "finish_reason": answer.finish_reason}
+        choice["logprobs"] = self._logprobs(answer.logprobs)
         if self.kind == "chat":
             choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
         else:
             choice["text"] = answer.text
-        return {
-            **self._head(stream=False),
-            "choices": [choice],
-            "usage": usage(answer),
-            "graftwork": provenance(answer),
-        }
+        return choice
 
-    def delta(self, text: str, *, first: bool) -> Json:
-        """A chunk with the next piece of text."""
-        return {**self._head(stream=True), "choices": [self._choice(text, first=first, finish_reason=None)]}
-
-    def last(self, answer: ArmAnswer) -> Json:
-        """The chunk that says why the answer ended and which version gave it."""
-        choice = self._choice("", first=False, finish_reason=answer.finish_reason)
-        return {**self._head(stream=True), "choices": [choice], "graftwork": provenance(answer)}
-
-    def usage_chunk(self, answer: ArmAnswer) -> Json:
-        """The chunk that `stream_options.include_usage` asks for: no choices, token counts."""
-        return {**self._head(stream=True), "choices": [], "usage": usage(answer)}
-
-    def _choice(self, text: str, *, first: bool, finish_reason: str | None) -> Json:
-        choice: Json = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
+    def _choice(self, index: int, text: str, *, first: bool, finish_reason: str | None) -> Json:
+        choice: Json = {"index": index, "finish_reason": finish_reason, "logprobs": None}
         if self.kind == "text":
             choice["text"] = text
         elif first:
@@ -69,6 +75,11 @@ class Envelope:
         else:
             choice["delta"] = {"content": text} if text else {}
         return choice
+
+    def _logprobs(self, told: Sequence[TokenLogprob] | None) -> Json | None:
+        if told is None:
+            return None
+        return chat_logprobs(told) if self.kind == "chat" else text_logprobs(told)
 
     def _head(self, *, stream: bool) -> Json:
         return {
@@ -82,13 +93,35 @@ def fingerprint(base_digest: str) -> str:
     return f"fp_{base_digest[:12]}"
 
 
-def usage(answer: ArmAnswer) -> Json:
-    """Token counts."""
+def chat_logprobs(told: Sequence[TokenLogprob]) -> Json:
+    """Log probabilities as a chat completion has them."""
+
+    def entry(one: Spelled) -> Json:
+        return {"token": one.text, "logprob": one.logprob, "bytes": list(one.bytes)}
+
+    content = [{**entry(one.token), "top_logprobs": [entry(other) for other in one.top]} for one in told]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(told: Sequence[TokenLogprob]) -> Json:
+    """Log probabilities as the older text completion has them. The chosen token is always among the alternatives."""
+    tops = [{other.text: other.logprob for other in (*one.top, one.token)} if one.top else None for one in told]
     return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
+        "tokens": [one.token.text for one in told],
+        "token_logprobs": [one.token.logprob for one in told],
+        "top_logprobs": tops if any(tops) else None,
+        "text_offset": [one.offset for one in told],
+    }
+
+
+def usage(answers: Sequence[ArmAnswer]) -> Json:
+    """Token counts over the answers of one request; its prompt counts once, cached as the first answer found it."""
+    prompt, completion = answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": min(answer.cached_tokens for answer in answers)},
     }
 
 

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from graftwork.chat import Message
 from graftwork.serving.api_error import ApiError, bad_request
 from graftwork.serving.arms import Sampling
+from graftwork.serving.engine.grammar import GrammarText
+from graftwork.serving.engine.types import MAX_TOP_LOGPROBS
 
 NEUTRAL: dict[str, object] = {
-    "n": 1, "best_of": 1, "logprobs": False, "top_logprobs": 0, "echo": False, "suffix": None, "logit_bias": {},
-    "frequency_penalty": 0, "presence_penalty": 0, "response_format": {"type": "text"}, "modalities": ["text"],
+    "best_of": 1, "echo": False, "suffix": None, "modalities": ["text"],
     "tools": [], "tool_choice": "none", "functions": [], "function_call": "none", "parallel_tool_calls": None,
     "audio": None, "prediction": None, "reasoning_effort": "none", "service_tier": "auto", "store": False,
     "verbosity": None, "web_search_options": None, "moderation": None,
@@ -25,6 +26,18 @@ NEUTRAL: dict[str, object] = {
 
 NO_EFFECT = {"user", "safety_identifier", "metadata", "prompt_cache_key"}
 """Labels for the provider's books; no answer depends on them, so they are accepted."""
+
+NAMED_HERE = {
+    "guided_json": "response_format", "guided_regex": "regex", "structured_outputs": "response_format or regex",
+    "json_schema": "response_format", "typical_p": "min_p", "min_new_tokens": "min_tokens",
+    "max_new_tokens": "max_tokens", "num_return_sequences": "n",
+}  # fmt: skip
+"""What other servers call a parameter, and its one name here."""
+
+MAX_CHOICES = 128
+"""Of one request, as in the OpenAI API."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0)]
 
 
 class _Part(BaseModel):
@@ -58,6 +71,36 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] = False
 
 
+class _JsonSchema(BaseModel):
+    """A schema with its label. It is always enforced whole, so `strict` changes nothing."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    tree: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What the answer must look like: any text, any JSON object, or JSON of a schema."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_counts(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema stands with type=json_schema, and only there")
+        return self
+
+    def grammar(self) -> GrammarText | None:
+        """None: any text."""
+        if self.json_schema is not None:  # not canonical JSON: the order of properties is the answer's
+            return GrammarText("json_schema", json.dumps(self.json_schema.tree, ensure_ascii=False))
+        return GrammarText("json_schema", '{"type":"object"}') if self.type == "json_object" else None
+
+
 class _Common(BaseModel):
     """What both kinds of completion take."""
 
@@ -69,6 +112,24 @@ class _Common(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Extension (`extra_body` of the client): keep the k most probable tokens; 0 keeps all."""
+    min_p: Annotated[Finite, Field(ge=0, le=1)] = 0.0
+    """Extension: drop tokens less probable than this share of the most probable one."""
+    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[Finite, Field(gt=0, le=10)] = 1.0
+    """Extension: as in transformers, over prompt and answer."""
+    logit_bias: Annotated[dict[str, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
+    """By token id."""
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    min_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Extension: no stop token comes before so many tokens."""
+    ignore_eos: bool = False
+    """Extension: the base's stop tokens end nothing; for measuring."""
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = []
+    """Extension: further tokens that end the answer; they are no part of its text."""
+    response_format: ResponseFormat | None = None
+    regex: Annotated[str, Field(min_length=1, max_length=16_384)] | None = None
+    """Extension: a regular expression that the whole answer matches (Rust's syntax, no look-around)."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool = False
@@ -91,10 +152,41 @@ class _Common(BaseModel):
             raise ValueError("stream_options needs stream=true")
         return self
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _biases_are_of_tokens(cls, bias: dict[str, float]) -> dict[str, float]:
+        for key in bias:
+            if not (key.isascii() and key.isdecimal() and len(key) < 10):
+                raise ValueError(f"its keys are token ids, found {_short(key)}")
+        if len({int(key) for key in bias}) < len(bias):
+            raise ValueError("a token id stands there twice")
+        return bias
+
+    @model_validator(mode="after")
+    def _one_grammar(self) -> Self:
+        grammar = self.response_format.grammar() if self.response_format else None
+        if grammar is not None and self.regex is not None:
+            raise ValueError("response_format and regex are two grammars; an answer has one")
+        if (grammar is not None or self.regex is not None) and (self.ignore_eos or self.min_tokens):
+            raise ValueError("ignore_eos and min_tokens contradict a grammar, which alone says when an answer is whole")
+        return self
+
     def sampling(self) -> Sampling:
         """How the answer's tokens are chosen."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Sampling(self.limit(), self.temperature, self.top_p, self.top_k, self.seed, stop)
+        shaped = self.response_format.grammar() if self.response_format else None
+        return Sampling(
+            max_new_tokens=self.limit(), temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
+            seed=self.seed, stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            min_p=self.min_p, repetition_penalty=self.repetition_penalty, frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty, n=self.n, min_new_tokens=self.min_tokens,
+            logit_bias=tuple((int(key), value) for key, value in self.logit_bias.items()),
+            logprobs=self.told(), stop_ids=tuple(self.stop_token_ids), ignore_eos=self.ignore_eos,
+            grammar=shaped or (GrammarText("regex", self.regex) if self.regex is not None else None),
+        )  # fmt: skip
+
+    def told(self) -> int | None:
+        """Alternatives whose log probability is told beside the chosen token's; None tells nothing."""
+        return None
 
     def limit(self) -> int | None:
         """Longest answer that was asked for, in tokens."""
@@ -107,6 +199,18 @@ class ChatRequest(_Common):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """The newer name of `max_tokens`."""
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+
+    @model_validator(mode="after")
+    def _alternatives_are_told(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        return self
+
+    def told(self) -> int | None:
+        """`top_logprobs`, where `logprobs` asks for any."""
+        return self.top_logprobs if self.logprobs else None
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -123,6 +227,11 @@ class CompletionRequest(_Common):
     """Body of POST /v1/completions: the prompt is continued as it stands, without a chat template."""
 
     prompt: Annotated[str, Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    def told(self) -> int | None:
+        """`logprobs` itself: this older API counts the alternatives there."""
+        return self.logprobs
 
 
 class RefreshRequest(BaseModel):
@@ -176,7 +285,8 @@ def _explain(error: pydantic.ValidationError, cls: type[BaseModel]) -> ApiError:
     where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "constrained")))
     param = where.removesuffix(".str") or None
     if first["type"] == "extra_forbidden":
-        return bad_request(f"Unknown parameter: {where!r}.", param=param, code="unknown_parameter")
+        here = f" Here it is called {NAMED_HERE[where]}." if where in NAMED_HERE else ""
+        return bad_request(f"Unknown parameter: {where!r}.{here}", param=param, code="unknown_parameter")
     if first["type"] == "missing":
         return bad_request(f"Missing required parameter: {where!r}.", param=param, code="missing_required_parameter")
     message = str(first["msg"]).removeprefix("Value error, ")

@@ -13,14 +13,17 @@ from typing import TypeVar
 
 from graftwork import base_model
 from graftwork.errors import RunError
-from graftwork.serving.api_error import as_api_errors
+from graftwork.serving.api_error import as_api_errors, bad_request
 from graftwork.serving.arms import ArmPrompt, Dump, Question, Sampling, build_prompt, messages_of, raw_prompt, warm
-from graftwork.serving.engine.types import GenerateRequest, SamplingParams
+from graftwork.serving.engine.grammar import Grammar
+from graftwork.serving.engine.types import GenerateRequest
 from graftwork.serving.generation import Generation, GrowingAnswer
+from graftwork.serving.grammar import Grammars, read_grammar
 from graftwork.serving.open_engine import open_engine
 from graftwork.serving.residency import Pin, Residency
 from graftwork.serving.source import AdapterSource, trained_prompt
 from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.serving.vocabulary import Vocabulary
 from graftwork.storage import Store
 
 T = TypeVar("T")
@@ -34,8 +37,14 @@ class _Admitted:
     arm: ArmSpec
     sampling: Sampling
     prompt: ArmPrompt
+    grammar: Grammar | None
     pin: Pin | None
     hold: ExitStack
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        own = frozenset[int]() if self.sampling.ignore_eos else self.prompt.stop_ids
+        return own | frozenset(self.sampling.stop_ids)
 
     @property
     def version(self) -> str | None:
@@ -54,6 +63,8 @@ class EngineReplica:
         self._template = await self._in_thread(partial(base_model.template, base))
         opening = partial(open_engine, self._spec, base, self._template)
         self._engine, self._reason = await self._in_thread(opening)
+        self._vocabulary = Vocabulary(self._template, int(base.config.get("vocab_size", 0)))
+        self._grammars = Grammars(self._vocabulary)
         limits = self._spec.engine
         self._residency = Residency(
             self._engine, self._source, max_bytes=limits.host_cache_bytes, fetch_timeout_s=limits.fetch_timeout_s
@@ -67,15 +78,19 @@ class EngineReplica:
 
         Raises ApiError. Cancelling the call ends the request in the engine.
         """
+        return (await self.choices(arm, messages, request_id, sampling))[0]
+
+    async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump | None = None) -> list[Dump]:
+        """As `answer`: all of the `Sampling.n` answers, in order."""
         async with aclosing(self.stream(arm, messages, request_id, sampling)) as chunks:
-            *_, last = [chunk async for chunk in chunks]
-        answer: Dump = last["answer"]
-        return answer
+            answers = [chunk["answer"] async for chunk in chunks if "answer" in chunk]
+        return sorted(answers, key=lambda answer: int(answer["index"]))
 
     async def stream(
         self, arm: Dump, messages: Question, request_id: str, sampling: Dump | None = None
     ) -> AsyncGenerator[Dump]:
-        """`answer` as it grows: `{"base_digest", "version"}` once admitted, `{"text"}` pieces, `{"answer"}` at the end.
+        """The answers as they grow: `{"base_digest", "version"}` once admitted, then pieces `{"index", "text"}`, with
+        `"logprobs"` where asked for, and at the end of each answer `{"answer"}`.
 
         Raises ApiError; where the request can't be served, before the first chunk.
         """
@@ -83,15 +98,19 @@ class EngineReplica:
         with as_api_errors():
             admitted = await self._admit(arm, messages, sampling)
             generation = self._submit(request_id, admitted, arrived)
+        task = admitted.pin.manifest.task if admitted.pin else None
         with closing(generation):
             yield {"base_digest": self._base_digest, "version": admitted.version}
-            answer = GrowingAnswer(self._template.decode, admitted.sampling.stop, admitted.prompt, arrived)
+            growing = [self._growing(index, admitted, arrived) for index in range(admitted.sampling.n)]
             async for events in generation.events():
-                if text := answer.push(events):
-                    yield {"text": text}
-        task = admitted.pin.manifest.task if admitted.pin else None
-        whole = answer.answer(request_id, admitted.arm.name, task, admitted.version, self._base_digest)
-        yield {"answer": whole.dump()}
+                for index, arrivals in events.items():
+                    answer = growing[index]
+                    text, logprobs = answer.push(arrivals)
+                    if text or logprobs:
+                        yield {"index": index, "text": text, "logprobs": [asdict(one) for one in logprobs]}
+                    if answer.ended:
+                        whole = answer.answer(request_id, admitted.arm.name, task, admitted.version, self._base_digest)
+                        yield {"answer": whole.dump()}
 
     async def refresh(self, ref: str) -> Dump:
         """Read `task@alias` again: new requests get the version it points at. Loads it first; running requests stay.
@@ -139,19 +158,41 @@ class EngineReplica:
             if pin is not None:
                 hold.callback(self._residency.release, pin)
             prompt = await self._in_thread(partial(self._prompt, spec, messages, wanted, pin))
-            return _Admitted(spec, wanted, prompt, pin, hold.pop_all())
+            grammar = await self._in_thread(partial(self._grammar, spec, wanted))
+            return _Admitted(spec, wanted, prompt, grammar, pin, hold.pop_all())
 
     def _submit(self, request_id: str, admitted: _Admitted, arrived: float) -> Generation:
         wanted, prompt = admitted.sampling, admitted.prompt
-        params = SamplingParams(
-            prompt.max_new_tokens, wanted.temperature, wanted.top_p, wanted.top_k, wanted.seed, wanted.stop
-        )
-        request = GenerateRequest(request_id, prompt.ids, params, prompt.stop_ids, admitted.version, arrived=arrived)
+        requests = [
+            GenerateRequest(
+                request_id if wanted.n == 1 else f"{request_id}/{index}", prompt.ids,
+                wanted.params(prompt.max_new_tokens, index), admitted.stop_ids, admitted.version,
+                grammar=admitted.grammar, arrived=arrived,
+            )
+            for index in range(wanted.n)
+        ]  # fmt: skip
         with ExitStack() as on_failure:
             on_failure.push(admitted.hold)
-            generation = Generation(self._engine, request, on_end=admitted.hold.close)
+            generation = Generation(self._engine, requests, on_end=admitted.hold.close)
             on_failure.pop_all()
         return generation
+
+    def _growing(self, index: int, admitted: _Admitted, arrived: float) -> GrowingAnswer:
+        wanted = admitted.sampling
+        spell = self._vocabulary.spell if wanted.logprobs is not None else None
+        return GrowingAnswer(
+            index, self._template.decode, wanted.stop, admitted.stop_ids, admitted.prompt, arrived, spell
+        )
+
+    def _grammar(self, arm: ArmSpec, wanted: Sampling) -> Grammar | None:
+        """What the request asks for or its arm has; builds the vocabulary's table where it will be needed."""
+        if wanted.logprobs is not None:
+            self._vocabulary.open()
+        if wanted.grammar is not None and arm.grammar is not None:
+            raise bad_request(f"The arm {arm.name!r} has its own grammar: leave response_format and regex out.",
+                              param="response_format" if wanted.grammar.kind == "json_schema" else "regex")  # fmt: skip
+        text = wanted.grammar or (read_grammar(arm.grammar) if arm.grammar else None)
+        return self._grammars.compile(text) if text is not None else None
 
     def _prompt(self, arm: ArmSpec, messages: Question, wanted: Sampling, pin: Pin | None) -> ArmPrompt:
         limit = self._spec.engine.max_seq_len
@@ -166,6 +207,7 @@ class EngineReplica:
     async def _warm_up(self) -> None:
         for arm in self._spec.arms:
             await self._in_thread(partial(warm, arm.prompt, arm.retriever))
+            await self._in_thread(partial(self._grammar, arm, Sampling()))
         for ref in dict.fromkeys([*self._spec.adapters, *(arm.adapter for arm in self._spec.arms if arm.adapter)]):
             self._residency.release(await self._residency.pin(ref))
 

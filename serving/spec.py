@@ -1,8 +1,9 @@
 """What an endpoint is asked to serve, and what an arm is."""
 
+import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.chat import PromptSpec
@@ -63,6 +64,29 @@ class EngineSpec(Spec):
             )
 
 
+class GrammarSpec(Spec):
+    """What an answer must look like; exactly one of the two. The answer is nothing but what it says."""
+
+    json_schema: str | None = None
+    """A path, `file://`, `s3://`, `recipe://NAME/FILE`, or the schema itself. An answer has its order of properties."""
+    regex: str | None = None
+    """A regular expression that the whole answer matches (Rust's syntax, no look-around)."""
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _inline_is_text(cls, value: object) -> object:
+        """Kept as JSON text: the order of the properties is the order in the answer, so it belongs to the digest."""
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.json_schema is None) == (self.regex is None):
+            raise ValueError("a grammar is a json_schema or a regex, exactly one of the two")
+        if not (self.json_schema or self.regex or "").strip():
+            raise ValueError("a grammar can't be empty")
+        return self
+
+
 class ArmSpec(Spec):
     """An arm is data: (base or adapter version) x (prompt template) x (retriever or none) x (decoding)."""
 
@@ -74,6 +98,8 @@ class ArmSpec(Spec):
     retriever: RetrieverSpec | None = None
     max_new_tokens: int | None = Field(default=96, ge=1)
     """Longest answer in tokens; null allows what is left of the sequence."""
+    grammar: GrammarSpec | None = None
+    """What its answers must look like; null lets the model say anything."""
 
 
 class ServeSpec(Spec):

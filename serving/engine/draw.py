@@ -54,7 +54,7 @@ def _draw_cut(
     """Cuts to top-k, then top-p, then min-p, as transformers does; looks at the `width` best tokens.
 
     What is kept is a beginning of the sorted candidates, so the result is that of the whole vocabulary unless the last
-    candidate is kept. Sorting 1,024 of 49,152 takes 0.3 ms a row on one core, sorting all 4 ms.
+    candidate is kept. Sorting 1,024 of 49,152 takes 0.6 ms a row on one core, sorting all 3.8 ms.
     """
     device, vocab = weights_KV.device, weights_KV.shape[1]
     width = min(width, vocab)

@@ -6,6 +6,8 @@ from typing import Literal, Protocol
 import numpy
 import numpy.typing
 
+from graftwork.errors import DataError
+
 MaskWords = numpy.typing.NDArray[numpy.int32]
 """[ceil(V / 32)], bit n of word w for token 32 * w + n."""
 
@@ -16,6 +18,10 @@ class GrammarText:
 
     kind: Literal["json_schema", "regex"]
     text: str
+
+
+class GrammarError(DataError):
+    """A grammar that cannot be enforced: not valid, no answer can have it, or a part of it is not known."""
 
 
 class Matcher(Protocol):

@@ -1,17 +1,13 @@
 """What the choice of one request's next token depends on, beside its logits: parameters, place, tokens so far."""
 
-import secrets
 from collections.abc import Sequence
-from hashlib import blake2b
 
 import numpy
 import numpy.typing
 
 from graftwork.serving.engine.grammar import Grammar, Matcher
+from graftwork.serving.engine.seed import spread, uniform
 from graftwork.serving.engine.types import SamplingParams
-
-_GAMMA = 0x9E3779B97F4A7C15
-_MASK = 2**64 - 1
 
 
 class Row:
@@ -38,7 +34,7 @@ class Row:
         """Something changes this row's logits."""
         self.cuts = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         """Some tokens can't be drawn."""
-        self._seed = _spread(params.seed) if params.temperature > 0 else 0
+        self._seed = spread(params.seed) if params.temperature > 0 else 0
 
     def take(self, token_id: int) -> None:
         """The answer goes on with this token."""
@@ -49,14 +45,8 @@ class Row:
             self.matcher.take(token_id)
 
     def uniform(self) -> float:
-        """The number in [0, 1) that decides this place: a function of seed and place alone (SplitMix64, 53 bits).
-
-        Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.
-        """
-        z = (self._seed + (self.place + 1) * _GAMMA) & _MASK
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        return ((z ^ (z >> 31)) >> 11) * 2.0**-53
+        """The number in [0, 1) that decides this place."""
+        return uniform(self._seed, self.place)
 
 
 class Seen:
@@ -87,20 +77,6 @@ class Seen:
     def counts(self) -> "numpy.typing.NDArray[numpy.float32]":
         """How often the answer holds each of `ids`."""
         return self._counts[: len(self._spots)]
-
-
-def choice_seed(seed: int | None, index: int) -> int | None:
-    """The seed of one of several answers to one request; the first answer is that of a request for one."""
-    if seed is None or index == 0:
-        return seed
-    return int.from_bytes(blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()) >> 1
-
-
-def _spread(seed: int | None) -> int:
-    """64 bits; neighbouring seeds far apart, so that their streams are not shifts of each other."""
-    if seed is None:
-        return secrets.randbits(64)
-    return int.from_bytes(blake2b(str(seed).encode(), digest_size=8).digest())
 
 
 def _penalises(params: SamplingParams) -> bool:

@@ -232,8 +232,8 @@ def test_the_openai_client_gets_its_own_exceptions(endpoint: Endpoint) -> None:
             client.chat.completions.create(model="base:nosuch", messages=hello)
         assert (unknown.value.param, unknown.value.code) == ("model", "model_not_found")
         with pytest.raises(openai.BadRequestError) as refused:
-            client.chat.completions.create(model="base", messages=hello, n=2)
-        assert refused.value.param == "n"
+            client.chat.completions.create(model="base", messages=hello, reasoning_effort="high")
+        assert refused.value.param == "reasoning_effort"
         with pytest.raises(openai.BadRequestError) as too_long:
             client.chat.completions.create(model="base", messages=[{"role": "user", "content": "Hello " * 2000}])
         assert too_long.value.code == "context_length_exceeded"

@@ -23,9 +23,10 @@ from transformers import (
 
 from graftwork.serving.engine.draw import draw
 from graftwork.serving.engine.grammar import GrammarText, MaskWords
-from graftwork.serving.engine.row import Row, choice_seed
+from graftwork.serving.engine.row import Row
 from graftwork.serving.engine.sampler import Choice, choose
 from graftwork.serving.engine.scores import edit
+from graftwork.serving.engine.seed import choice_seed
 from graftwork.serving.engine.types import SamplingParams
 
 VOCAB = 60

@@ -7,7 +7,9 @@ import pytest
 
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import ArmAnswer, Sampling
-from graftwork.serving.openai_responses import Envelope, sse
+from graftwork.serving.engine.grammar import GrammarText
+from graftwork.serving.logprobs import Spelled, TokenLogprob
+from graftwork.serving.openai_responses import Envelope, sse, text_logprobs
 from graftwork.serving.openai_types import ChatRequest, CompletionRequest, parse
 
 HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -35,8 +37,48 @@ def test_sampling_parameters_are_taken() -> None:
     assert parse(ChatRequest, body(max_tokens=5, stop=["a", "b"])).sampling() == Sampling(5, stop=("a", "b"))
 
 
+def test_every_sampling_parameter_arrives_under_its_name() -> None:
+    asked = body(
+        min_p=0.1, frequency_penalty=0.5, presence_penalty=-1, repetition_penalty=1.2, logit_bias={"5": 10, "7": -2.5},
+        n=3, min_tokens=2, stop_token_ids=[4, 9], ignore_eos=True, logprobs=True, top_logprobs=5,
+    )  # fmt: skip
+    assert parse(ChatRequest, asked).sampling() == Sampling(
+        min_p=0.1, frequency_penalty=0.5, presence_penalty=-1, repetition_penalty=1.2, logit_bias=((5, 10), (7, -2.5)),
+        n=3, min_new_tokens=2, stop_ids=(4, 9), ignore_eos=True, logprobs=5,
+    )  # fmt: skip
+    assert parse(ChatRequest, body(logprobs=True)).sampling().logprobs == 0
+    assert parse(CompletionRequest, b'{"model":"m","prompt":"x","logprobs":2}').sampling().logprobs == 2
+
+
+def test_a_response_format_becomes_a_grammar_with_its_properties_in_order() -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    grammar = parse(ChatRequest, body(response_format=named)).sampling().grammar
+    assert grammar == GrammarText("json_schema", json.dumps(schema))
+    any_object = parse(ChatRequest, body(response_format={"type": "json_object"})).sampling().grammar
+    assert any_object == GrammarText("json_schema", '{"type":"object"}')
+    assert parse(ChatRequest, body(regex="[0-9]+")).sampling().grammar == GrammarText("regex", "[0-9]+")
+    assert parse(ChatRequest, body(response_format={"type": "text"})).sampling().grammar is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "found"),
+    [
+        ({"regex": "a", "response_format": {"type": "json_object"}}, "two grammars"),
+        ({"regex": "a", "ignore_eos": True}, "contradict a grammar"),
+        ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "contradict a grammar"),
+        ({"top_logprobs": 2}, "needs logprobs=true"),
+        ({"guided_json": {}}, "Here it is called response_format"),
+    ],
+)
+def test_contradictions_are_told(extra: dict[str, object], found: str) -> None:
+    assert found in refusal(body(**extra)).message
+
+
 def test_sampling_travels_through_json() -> None:
-    sampling = Sampling(9, 0.7, 0.9, 40, 3, ("END",))
+    sampling = Sampling(
+        9, 0.7, 0.9, 40, 3, ("END",), n=2, logit_bias=((5, 1.5),), stop_ids=(3,), grammar=GrammarText("regex", "a+")
+    )
     assert Sampling.load(json.loads(json.dumps(sampling.dump()))) == sampling
 
 
@@ -50,15 +92,10 @@ def test_content_parts_are_joined_and_developer_is_system() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("n", 2),
-        ("n", True),
-        ("logprobs", True),
+        ("best_of", 2),
+        ("echo", True),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "auto"),
-        ("response_format", {"type": "json_object"}),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("logit_bias", {"5": 10}),
         ("reasoning_effort", "high"),
         ("audio", {"voice": "alloy"}),
     ],
@@ -86,6 +123,28 @@ def test_values_that_change_nothing_are_taken() -> None:
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"seed": 2**70}, "seed", "invalid_value"),
         ({"stop": [""]}, "stop", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_value"),
+        ({"min_p": 1.5}, "min_p", "invalid_value"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "invalid_value"),
+        ({"presence_penalty": "1"}, "presence_penalty", "invalid_value"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"1": 1, "01": 2}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"logprobs": 1}, "logprobs", "invalid_value"),
+        ({"regex": ""}, "regex", "invalid_value"),
+        ({"response_format": "json"}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+            "missing_required_parameter",
+        ),
+        ({"guided_regex": "a"}, "guided_regex", "unknown_parameter"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
         ({"stream": "yes"}, "stream", "invalid_value"),
         ({"model": None}, "model", "invalid_value"),
@@ -149,11 +208,13 @@ def answer(**changes: Any) -> ArmAnswer:
 
 
 def test_answers_travel_through_json() -> None:
-    assert ArmAnswer.load(json.loads(json.dumps(answer().dump()))) == answer()
+    told = (TokenLogprob(Spelled((104, 105), -0.5), (Spelled((104,), -0.25),), 0),)
+    for one in (answer(), answer(index=1, logprobs=told)):
+        assert ArmAnswer.load(json.loads(json.dumps(one.dump()))) == one
 
 
 def test_a_response_names_base_version_and_passages() -> None:
-    whole = Envelope("chat", "r", "base:card", "d" * 64, 5).whole(answer())
+    whole = Envelope("chat", "r", "base:card", "d" * 64, 5).whole([answer()])
     assert whole["system_fingerprint"] == "fp_" + "d" * 12
     assert whole["choices"][0]["message"]["content"] == "hi"
     assert whole["usage"]["total_tokens"] == 10
@@ -165,9 +226,24 @@ def test_the_openai_library_reads_our_objects() -> None:
     """The types of the official client are the independent source of the shapes."""
     types = pytest.importorskip("openai.types.chat")
     envelope = Envelope("chat", "r", "base:card", "d" * 64, 5)
-    types.ChatCompletion.model_validate(envelope.whole(answer()))
-    for chunk in (envelope.delta("h", first=True), envelope.last(answer()), envelope.usage_chunk(answer())):
+    types.ChatCompletion.model_validate(envelope.whole([answer()]))
+    for chunk in (envelope.delta("h", first=True), envelope.last(answer()), envelope.usage_chunk([answer()])):
         types.ChatCompletionChunk.model_validate(chunk)
+
+
+def test_several_answers_count_their_prompt_once() -> None:
+    whole = Envelope("chat", "r", "base:card", "d" * 64, 5).whole([answer(), answer(index=1, cached_tokens=6)])
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1]
+    assert whole["usage"] == {"prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13,
+                              "prompt_tokens_details": {"cached_tokens": 2}}  # fmt: skip
+
+
+def test_the_older_shape_of_log_probabilities_counts_characters() -> None:
+    token, other = Spelled(tuple(b"\xe2\x82"), -0.5), Spelled(tuple(b" a"), -1.0)
+    assert text_logprobs([TokenLogprob(token, (other,), 3)]) == {
+        "tokens": ["\\xe2\\x82"], "token_logprobs": [-0.5], "text_offset": [3],
+        "top_logprobs": [{" a": -1.0, "\\xe2\\x82": -0.5}],
+    }  # fmt: skip
 
 
 def test_events_keep_unicode_in_one_line() -> None:

@@ -1,0 +1,154 @@
+"""JSON schemas and regular expressions, compiled by llguidance into masks of the tokens that may come next.
+
+Compiling runs in the caller's thread, never in the engine's. What the library cannot enforce (`not`, `uniqueItems`, an
+unknown format, look-around) or what no answer can satisfy is refused by it, and so here: nothing is enforced in part.
+"""
+
+import json
+import time
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy
+from llguidance import LLMatcher, LLParserLimits
+
+from graftwork.data import read_text
+from graftwork.serving.engine.grammar import GrammarError, GrammarText, MaskWords
+from graftwork.serving.spec import GrammarSpec
+from graftwork.serving.vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # the type stands in the stub alone
+    from llguidance._lib import JsonCompileOptions
+
+_KEPT = 64
+_TRIED = 4
+_DEAREST_S = 0.03
+_SPACE = r"[ \n\r\t]{1,40}"
+"""Whitespace between JSON tokens: as the model likes it, but a model that loves newlines comes to an end."""
+
+
+class Grammars:
+    """Compiles for one base; the last 64 grammars are kept by content. Thread-safe."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self.compile = lru_cache(maxsize=_KEPT)(self._compile)
+        """Grammar of a text. Blocks for about 1 ms, on the first call for the table too. Raises GrammarError."""
+
+    def _compile(self, text: GrammarText) -> "CompiledGrammar":
+        matcher = LLMatcher(self._vocabulary.open(), _definition(text), log_level=0, limits=_limits())
+        words = -(-self._vocabulary.size // 32)
+        _try_out(text, Answer(matcher, words), words)
+        matcher.reset()
+        return CompiledGrammar(text, matcher, words)
+
+
+class CompiledGrammar:
+    """Shared by the requests of one grammar: copies take 2 us and share the states that the lexer has built."""
+
+    def __init__(self, text: GrammarText, matcher: LLMatcher, words: int) -> None:
+        self.text, self._matcher, self._words = text, matcher, words
+
+    def matcher(self) -> "Answer":
+        """A new answer's state."""
+        return Answer(self._matcher.deep_copy(), self._words)
+
+
+class Answer:
+    """One growing answer, a `Matcher` of the engine. A step costs microseconds where the lexer knows the state.
+
+    words: 32-bit words that the library writes; more than the model's where the tokenizer has ids that the model lacks.
+    """
+
+    def __init__(self, matcher: LLMatcher, words: int) -> None:
+        self._matcher, self._all = matcher, numpy.zeros(words, numpy.int32)
+
+    @property
+    def problem(self) -> str | None:
+        """In the library's words: a limit that the grammar passed."""
+        if not self._matcher.is_error():
+            return None
+        return _plain(self._matcher.get_error())
+
+    @property
+    def finished(self) -> bool:
+        """Nothing but the end may follow."""
+        return bool(self._matcher.is_stopped())
+
+    def fill(self, words_W: MaskWords) -> None:
+        """The bits of the tokens that may come next. Releases the interpreter's lock."""
+        self._matcher.unsafe_compute_mask_ptr(self._all.ctypes.data, self._all.nbytes)
+        words_W[: len(self._all)] = self._all[: len(words_W)]
+
+    def take(self, token_id: int) -> None:
+        """One token on. A token that the mask forbids sets `problem`."""
+        self._matcher.consume_token(token_id)
+
+
+def check(text: GrammarText) -> None:
+    """Raises GrammarError where the grammar is not one; needs no tokenizer, so the driver can ask early."""
+    failed, messages = LLMatcher.validate_grammar_with_warnings(_definition(text), limits=_limits())
+    if failed or messages:
+        raise _refused(text, messages[0])
+
+
+@lru_cache(maxsize=256)
+def read_grammar(spec: GrammarSpec) -> GrammarText:
+    """The grammar that an arm names, its schema read from its place. Raises DataError, StorageError."""
+    if spec.regex is not None:
+        return GrammarText("regex", spec.regex)
+    assert spec.json_schema is not None, "GrammarSpec has one of the two"
+    inline = spec.json_schema.lstrip().startswith("{")
+    return GrammarText("json_schema", spec.json_schema if inline else read_text(spec.json_schema))
+
+
+def _definition(text: GrammarText) -> str:
+    if text.kind == "regex":
+        regex: str = LLMatcher.grammar_from_regex(text.text)
+        return regex
+    try:
+        tree = json.loads(text.text)
+    except (ValueError, RecursionError) as error:
+        raise _refused(text, f"it is not JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise _refused(text, f"a schema is a JSON object, not {type(tree).__name__}")
+    fixed: JsonCompileOptions = {"whitespace_pattern": _SPACE, "lenient": False, "coerce_one_of": False}
+    schema: str = LLMatcher.grammar_from_json_schema(text.text, overrides=fixed)
+    return schema
+
+
+def _try_out(text: GrammarText, answer: "Answer", words: int) -> None:
+    """The first steps of an answer, here and not in the engine: what has no answer shows at once, and so does what
+    would hold everybody up. The library's own limits do not see `a{100000}`, 0.1 s a step."""
+    mask = numpy.zeros(words, numpy.int32)
+    for step in range(_TRIED):
+        began = time.thread_time()
+        answer.fill(mask)
+        spent = time.thread_time() - began
+        if answer.problem is not None:
+            raise _refused(text, answer.problem)
+        if step and spent > _DEAREST_S:  # the first step builds tables that are kept
+            raise _refused(text, f"one token of it takes {spent * 1000:.0f} ms, {_DEAREST_S * 1000:.0f} at most")
+        if answer.finished:
+            return
+        answer.take(int(numpy.flatnonzero(numpy.unpackbits(mask.view(numpy.uint8), bitorder="little"))[-1]))
+
+
+def _limits() -> LLParserLimits:
+    """A tenth of the library's fuel a step and a fifth of its lexer states (about 1.5 kB each). A schema of twelve
+    fields with formats and an enum of 500 needs less than a quarter of that fuel."""
+    return LLParserLimits(step_lexer_fuel=20_000, max_lexer_states=50_000, verbose_errors=False)
+
+
+def _refused(text: GrammarText, found: str) -> GrammarError:
+    name = "regex" if text.kind == "regex" else "JSON schema"
+    return GrammarError(
+        name, _plain(found), "an answer must be able to match it, and every part of it must be enforceable"
+    )
+
+
+def _plain(message: str) -> str:
+    """The library's message in one line."""
+    if message.startswith("NoExtension"):
+        return "no text matches it"
+    return " ".join(message.replace("<non-verbose/>", "").split())
