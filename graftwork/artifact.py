@@ -30,6 +30,7 @@ from graftwork.artifact_read import (
     verify,
 )
 from graftwork.errors import ArtifactError
+from graftwork.rope import mark_of
 from graftwork.storage import Store, json_bytes
 
 __all__ = [
@@ -133,6 +134,14 @@ def promote(store: Store, task: str, alias: str, version: str) -> None:
 
 def require_base(manifest: AdapterManifest, base_digest: str) -> None:
     """Raise ArtifactError unless the adapter was trained on this very base."""
+    (weights, stretch), (own_weights, own_stretch) = mark_of(base_digest), mark_of(manifest.base_digest)
+    if weights == own_weights and stretch != own_stretch:
+        raise ArtifactError(
+            f"adapter {manifest.ref}",
+            f"it was trained with RoPE scaling {own_stretch}, this base has {stretch}",
+            "all requests of an endpoint share one set of rotations",
+            f"set base.rope_scaling as in run {manifest.run}, or serve it on an endpoint of its own",
+        )
     if manifest.base_digest != base_digest:
         raise ArtifactError(
             f"adapter {manifest.ref}",

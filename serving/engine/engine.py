@@ -301,8 +301,7 @@ class Engine:
 def _memory(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | None]:
     """Key-value memory of the rows and of the prefix cache, together engine.kv_tokens."""
     if runner.max_positions is not None and spec.max_seq_len > runner.max_positions:
-        rule = f"the base takes sequences up to {runner.max_positions} tokens"
-        raise ConfigError("engine.max_seq_len", str(spec.max_seq_len), rule, "lower engine.max_seq_len")
+        raise ConfigError("engine.max_seq_len", str(spec.max_seq_len), runner.position_rule, "lower engine.max_seq_len")
     cache_tokens = spec.kv_tokens // _CACHE_SHARE if spec.prefix_cache else 0
     kv = runner.new_kv(spec.kv_tokens - cache_tokens, spec.max_seq_len)
     return kv, PrefixCache(kv, cache_tokens) if spec.prefix_cache else None

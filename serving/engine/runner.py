@@ -18,6 +18,7 @@ from graftwork.serving.engine.host import PiecewiseOutput
 from graftwork.serving.engine.kinds import MixedKinds
 from graftwork.serving.engine.kv import KvShape, KvStore
 from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment
+from graftwork.serving.engine.positions import longest_sequence
 from graftwork.serving.engine.sites import Deltas, Sites, own_forward
 from graftwork.serving.engine.slots import AdapterWeights
 
@@ -34,7 +35,7 @@ class Runner:
         self.config = model.config.get_text_config()
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
-        self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.max_positions, self.position_rule = longest_sequence(self.config)
         attention.register()
         self._own_attention = self.config._attn_implementation
         self._was_training = model.training

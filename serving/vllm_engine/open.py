@@ -25,6 +25,8 @@ def open_vllm(base: ResolvedBase, quant: QuantSpec, spec: EngineSpec) -> VllmEng
     BaseModelError (vLLM cannot load the base).
     """
     arguments = engine_arguments(base.folder, spec, quant)
+    if base.overrides:
+        arguments["hf_overrides"] = dict(base.overrides)
     _require("vllm")
     if quant.kind == "nf4":
         _require("vllm_bnb_plugin")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftwork.errors import BaseModelError
+from graftwork.errors import BaseModelError, ConfigError
 from graftwork.serving.engine.engine import Engine
 from tests import engines
 
@@ -34,6 +34,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 24, "query_pre_attn_scalar": 16},
     "gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {},
+    "phi3-longrope": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 8,
+                                          "long_factor": [4.0] * 8}, "original_max_position_embeddings": 256},
+    "smollm3": {},
+    "gemma": {},
     "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.2},
     "olmo2": {},
 }  # fmt: skip
@@ -42,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def write_family(folder: Path, kind: str, extra: dict[str, Any]) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind, **SIZES, **extra)
+    config = AutoConfig.for_model(kind.partition("-")[0], **SIZES, **extra)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -64,6 +68,12 @@ def test_a_family_decodes_as_generate_does(kind: str, tmp_path: Path) -> None:
         answers = [answer.tokens for answer in engines.ask(engine, *asked)]
         assert answers == engines.peft_greedy(base, adapter if name else None, prompts, 12)
     engine.stop()
+
+
+def test_a_rope_that_would_let_a_long_row_change_its_neighbours_ends_before_that(tmp_path: Path) -> None:
+    base = write_family(tmp_path / "base", "phi3-longrope", FAMILIES["phi3-longrope"])
+    with pytest.raises(ConfigError, match=r"max_seq_len: 257(.|\n)*beyond 256 tokens this base's longrope"):
+        Engine(engines.load_model(base), engines.spec(max_seq_len=257), "cpu")
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "mamba"])

@@ -1,0 +1,53 @@
+"""Longer contexts by scaled rotary positions: what a base's config becomes, and how its digest says so."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from graftwork.config import Spec
+from graftwork.errors import BaseModelError
+
+
+class RopeSpec(Spec):
+    """Stretches the positions of a base `factor` times. Part of the base: an adapter works on one stretch only."""
+
+    kind: Literal["linear", "yarn"]
+    """linear: arXiv 2306.15595; yarn: arXiv 2309.00071."""
+    factor: float = Field(gt=1)
+    """How many times longer than the base's own the longest sequence becomes."""
+    original: int | None = Field(default=None, ge=1)
+    """Longest sequence of the base's own pretraining; null takes its max_position_embeddings."""
+
+
+def stretched(asked: str, config: Mapping[str, Any], rope: RopeSpec) -> dict[str, Any]:
+    """The keys of config.json that change; to be set before the model is built, later they have no effect.
+
+    Raises BaseModelError for a base that has no single plain RoPE.
+    """
+    own = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = own.get("rope_type", own.get("type", "default")) if isinstance(own, dict) else None
+    longest = config.get("max_position_embeddings")
+    per_layer = isinstance(own, dict) and any(isinstance(value, dict) for value in own.values())
+    if kind != "default" or per_layer or not isinstance(longest, int):
+        found = f"rope_parameters={own!r}, max_position_embeddings={longest!r}"
+        rule = "positions are stretched where all layers of a base share one plain RoPE"
+        raise BaseModelError(f"base {asked} with rope_scaling", found, rule, "leave rope_scaling out")
+    original = rope.original or longest
+    theta = own.get("rope_theta", config.get("rope_theta", 10_000.0))
+    parameters = {"rope_type": rope.kind, "rope_theta": theta, "factor": rope.factor}
+    if rope.kind == "yarn":
+        parameters["original_max_position_embeddings"] = original
+    return {"rope_parameters": parameters, "max_position_embeddings": int(original * rope.factor)}
+
+
+def marked(digest: str, rope: RopeSpec, overrides: Mapping[str, Any]) -> str:
+    """The digest of the stretched base, readable: `DIGEST.yarn-4-of-2048`."""
+    original = int(overrides["max_position_embeddings"] / rope.factor)
+    return f"{digest}.{rope.kind}-{rope.factor:g}-of-{original}"
+
+
+def mark_of(digest: str) -> tuple[str, str]:
+    """(digest of the weights, how they are stretched) of a base's digest."""
+    weights, _, stretch = digest.partition(".")
+    return weights, stretch or "none"
