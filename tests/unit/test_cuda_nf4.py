@@ -11,7 +11,9 @@ from graftwork.serving.engine.cuda.nf4 import MOST_ROWS, DecodeLinears, packed_w
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def packed_linear(outputs: int, inputs: int, dtype: torch.dtype, *, nested: bool, kind: str = "nf4") -> Any:
+def packed_linear(
+    outputs: int, inputs: int, dtype: torch.dtype, *, nested: bool, kind: str = "nf4", block: int = 64
+) -> Any:
     """A bitsandbytes Linear4bit with a bias."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -19,7 +21,7 @@ def packed_linear(outputs: int, inputs: int, dtype: torch.dtype, *, nested: bool
     linear = Linear4bit(inputs, outputs, compute_dtype=dtype, compress_statistics=nested, quant_type=kind)
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
     linear.weight = Params4bit(
-        weight, requires_grad=False, quant_type=kind, compress_statistics=nested, module=linear
+        weight, requires_grad=False, quant_type=kind, compress_statistics=nested, blocksize=block, module=linear
     )  # fmt: skip
     linear.bias = torch.nn.Parameter(torch.randn(outputs, generator=generator).to(dtype), requires_grad=False)
     linear.support_avx512bf16_for_cpu = False  # that CPU's kernel wants the weights in another order
@@ -35,13 +37,19 @@ def unpacked(linear: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "outputs", "inputs", "nested", "kind"),
-    [(1, 64, 64, False, "nf4"), (3, 100, 192, True, "nf4"), (17, 70, 1088, False, "nf4"), (64, 33, 576, True, "fp4")],
+    ("rows", "outputs", "inputs", "nested", "kind", "block"),
+    [
+        (1, 64, 64, False, "nf4", 64),
+        (3, 100, 192, True, "nf4", 64),
+        (17, 70, 1088, False, "nf4", 64),
+        (64, 33, 576, True, "fp4", 64),
+        (2, 40, 512, False, "nf4", 256),
+    ],
 )
 def test_product_is_within_the_stated_bound(
-    rows: int, outputs: int, inputs: int, nested: bool, kind: str, dtype: torch.dtype
+    rows: int, outputs: int, inputs: int, nested: bool, kind: str, block: int, dtype: torch.dtype
 ) -> None:
-    linear = packed_linear(outputs, inputs, dtype, nested=nested, kind=kind)
+    linear = packed_linear(outputs, inputs, dtype, nested=nested, kind=kind, block=block)
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     ours = multiply(x, packed_weight(linear.weight), linear.bias)
     weight = unpacked(linear).double()
@@ -77,3 +85,5 @@ def test_other_linears_keep_their_forward() -> None:
     plain, eight = torch.nn.Linear(8, 8), Linear8bitLt(64, 8, has_fp16_weights=False)
     assert DecodeLinears().forward_of(plain) == plain.forward
     assert DecodeLinears().forward_of(eight) == eight.forward
+    small = packed_linear(8, 64, torch.float32, nested=False, block=32)
+    assert DecodeLinears().forward_of(small) == small.forward

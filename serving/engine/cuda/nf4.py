@@ -67,7 +67,7 @@ def _multiply(x: torch.Tensor, weight: PackedWeight, module: Any) -> torch.Tenso
 
 
 def _is_packed(module: Any) -> bool:
-    """A quantised Linear4bit whose lines hold whole blocks (fp4 and nf4 alike: the code book is data).
+    """A quantised Linear4bit whose lines hold whole blocks of 64, 128, ... weights (fp4 too: the book is data).
 
     One packed from another 16-bit dtype than it computes in would be rounded twice; it is left to bitsandbytes.
     """
@@ -75,4 +75,4 @@ def _is_packed(module: Any) -> bool:
     if quant is None or not hasattr(quant, "quant_type"):
         return False
     once = quant.dtype in (torch.float32, module.compute_dtype or quant.dtype)
-    return once and quant.shape[1] % quant.blocksize == 0
+    return once and quant.blocksize % 64 == 0 and quant.shape[1] % quant.blocksize == 0

@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from graftwork.serving.engine.cuda.kernels.exact import dot, rounded
+from graftwork.serving.engine.cuda.kernels.exact import dot, inlined, rounded
 
 _BLOCK_O = 64
-_BLOCK_J = 64
+_BLOCK_J = 32
 _ENOUGH_PROGRAMS = 264
 
 
@@ -43,7 +43,10 @@ class PackedWeight:
 
 
 def multiply(x_NI: torch.Tensor, weight: PackedWeight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ W.T (+ bias), [N, O] in x's dtype. x's last dimension is contiguous; weight.inputs divides by its block."""
+    """x @ W.T (+ bias), [N, O] in x's dtype.
+
+    x's last dimension is contiguous; a line of W holds whole blocks, and a block 64, 128, ... weights.
+    """
     count, dtype = len(x_NI), x_NI.dtype
     blocks = triton.cdiv(weight.outputs, _BLOCK_O)
     parts = max(1, min(triton.cdiv(_ENOUGH_PROGRAMS, blocks), triton.cdiv(weight.inputs // 2, 4 * _BLOCK_J)))
@@ -70,6 +73,12 @@ def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     return other if tensor is None else tensor
 
 
+@inlined
+def _looked_up(book, number_OJ, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr):
+    """The book's entries: 16 words in 16 banks of shared memory, so no lookup waits for another."""
+    return tl.reshape(tl.gather(book, tl.reshape(number_OJ, (BLOCK_O * BLOCK_J,)), 0), (BLOCK_O, BLOCK_J))
+
+
 @triton.jit
 def _multiply_kernel(
     x_ptr, codes_ptr, book_ptr, scales_ptr, book2_ptr, scales2_ptr, offset_ptr, bias_ptr, out_ptr,
@@ -83,26 +92,26 @@ def _multiply_kernel(
     dtype = x_ptr.dtype.element_ty
     line_J = inputs // 2
     stop = tl.minimum(part * span + span, line_J)
+    book = tl.load(book_ptr + tl.arange(0, 16))
     sum_NO = tl.full((BLOCK_N, BLOCK_O), 0.0, dtype=tl.float32)
-    for j in range(part * span, stop, BLOCK_J):
+    for j in range(part * span, stop, BLOCK_J):  # BLOCK_J bytes are 64 weights of one line: they share a scale
         j_J = j + tl.arange(0, BLOCK_J)
-        in_J = j_J < stop
-        live_JO = in_J[:, None] & in_O[None, :]
-        place_JO = o_O[None, :] * line_J + j_J[:, None]
-        pair_JO = tl.load(codes_ptr + place_JO, live_JO, other=0).to(tl.int32)
-        number_JO = 2 * place_JO // BLOCK
+        place_OJ = o_O[:, None] * line_J + j_J[None, :]
+        pair_OJ = tl.load(codes_ptr + place_OJ, in_O[:, None], other=0).to(tl.int32)
+        number_O = (o_O * inputs + 2 * j) // BLOCK
         if NESTED:
-            code_JO = tl.load(scales_ptr + number_JO, live_JO, other=0).to(tl.int32)
-            outer_JO = tl.load(scales2_ptr + number_JO // BLOCK2, live_JO, other=0.0)
-            scale_JO = tl.load(book2_ptr + code_JO) * outer_JO + tl.load(offset_ptr)
+            code_O = tl.load(scales_ptr + number_O, in_O, other=0).to(tl.int32)
+            outer_O = tl.load(scales2_ptr + number_O // BLOCK2, in_O, other=0.0)
+            scale_O = tl.load(book2_ptr + code_O) * outer_O + tl.load(offset_ptr)
         else:
-            scale_JO = tl.load(scales_ptr + number_JO, live_JO, other=0.0)
-        even_JO = rounded(tl.load(book_ptr + (pair_JO >> 4)) * scale_JO, dtype)
-        odd_JO = rounded(tl.load(book_ptr + (pair_JO & 15)) * scale_JO, dtype)
-        x_place = x_ptr + n_N[:, None] * x_stride + 2 * j_J[None, :]
-        live_NJ = in_N[:, None] & in_J[None, :]
-        sum_NO = dot(tl.load(x_place, live_NJ, other=0.0), even_JO, sum_NO)
-        sum_NO = dot(tl.load(x_place + 1, live_NJ, other=0.0), odd_JO, sum_NO)
+            scale_O = tl.load(scales_ptr + number_O, in_O, other=0.0)
+        even_OJ = rounded(_looked_up(book, pair_OJ >> 4, BLOCK_O, BLOCK_J) * scale_O[:, None], dtype)
+        odd_OJ = rounded(_looked_up(book, pair_OJ & 15, BLOCK_O, BLOCK_J) * scale_O[:, None], dtype)
+        i_I = 2 * j + tl.arange(0, 2 * BLOCK_J)
+        x_NI = tl.load(x_ptr + n_N[:, None] * x_stride + i_I[None, :], in_N[:, None], other=0.0)
+        even_NJ, odd_NJ = tl.split(tl.reshape(x_NI, (BLOCK_N, BLOCK_J, 2)))
+        sum_NO = dot(even_NJ, tl.trans(even_OJ), sum_NO)
+        sum_NO = dot(odd_NJ, tl.trans(odd_OJ), sum_NO)
     if BIAS:
         sum_NO += tl.load(bias_ptr + o_O, in_O, other=0.0).to(tl.float32)[None, :]
     place_NO = (part * count + n_N[:, None]) * outputs + o_O[None, :]
