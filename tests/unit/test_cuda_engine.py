@@ -21,6 +21,7 @@ ADAPTERS = {
     "a" * 12: {"r": 8, "target_modules": list(engines.ALL)},
     "b" * 12: {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "down_proj"], "use_rslora": True},
     "c" * 12: {"r": 20, "target_modules": "all-linear"},
+    "d" * 12: {"r": 4, "target_modules": ["k_proj", "down_proj"], "use_dora": True},
 }
 
 
@@ -44,11 +45,11 @@ def gpu_engine(base: Path, **limits: int) -> Engine:
 
 
 def test_mixed_adapters_answer_as_peft_does(base: Path, adapters: dict[str, Path]) -> None:
-    """Base rows, ranks of 4 to 20, two rows of one adapter, prompts in chunks beside decoding rows, a cached prefix."""
+    """Base rows, ranks of 4 to 20, DoRA, two rows of one adapter, prompts beside decoding rows, a cached prefix."""
     rng = random.Random(0)
     prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in (3, 66, 18, 40, 1)]
     prompts.append(prompts[1][:50] + [9])
-    names = [None, "a" * 12, "b" * 12, "c" * 12, "a" * 12, "a" * 12]
+    names = [None, "a" * 12, "b" * 12, "c" * 12, "d" * 12, "a" * 12]
     engine = gpu_engine(base, prefill_tokens=32)
     for version, folder in adapters.items():
         engine.load_adapter(version, folder)
@@ -74,7 +75,7 @@ def test_a_captured_step_stays_right_when_rows_move_and_adapters_change(base: Pa
     path.attach(runner, kv, max_batch=4, max_rank=32)
     path.warm_up()
     assert len(captured) == 6, "1, 2 and 4 rows, with adapters and without"
-    a, b, c = (loaded(runner, name, folder) for name, folder in adapters.items())
+    a, b, c, _ = (loaded(runner, name, folder) for name, folder in adapters.items())
     rows = [prefilled(runner, kv, length, weights) for length, weights in ((20, a), (33, b), (5, None), (41, a))]
     check_step(runner, kv, rows, [a, b, None, a])
     place = by_place(rows[3])
