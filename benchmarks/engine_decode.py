@@ -1,17 +1,15 @@
 """Milliseconds per decode step: the engine beside transformers' static-cache generate and PEFT's adapter_names.
 
-    python benchmarks/engine_decode.py --model FOLDER --out benchmarks/results/engine_decode.json
+    python -m benchmarks.engine_decode
 
 Every arm decodes the same number of rows from prompts of the same length on the same fp32 weights, in one process, in
 turns (`--rounds`). A step is the time between two tokens of a request while all rows decode; the first steps are left
-out. Wall and process-CPU milliseconds are medians over all measured steps, with the quartiles beside them. All adapters
-have equal shapes (rank 16 on every inner linear). Where `--out` holds other row counts measured with equal settings at
-the same commit, the new ones join them.
+out. Arms: `engine_N` with N distinct adapters over the rows (0: loaded and none used), `plain` an engine without hooks
+and adapters, `static` and `peft_N` the peers. Neighbouring rows have adapters that are no neighbours.
 """
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -22,13 +20,13 @@ from typing import Any
 
 import torch
 
-from graftwork.provenance import collect
+from benchmarks import base
+from benchmarks.record import Clock, Figure, figure, ratios, write
 from graftwork.serving.engine.engine import Engine
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.spec import EngineSpec
 
 SKIPPED_STEPS = 3
-RANK = 16
 WAIT_S = 300.0
 
 
@@ -75,7 +73,7 @@ class EngineArm:
 
         ids = tuple(range(1000, 1000 + prompt))
         for row in range(rows):  # rows that come in earlier answer longer, so that all end together
-            version = f"v{row % self._adapters}" if self._adapters else None
+            version = f"v{row * 5 % self._adapters}" if self._adapters else None
             self._engine.submit(GenerateRequest(f"r{row}", ids, SamplingParams(new + 8), adapter=version), note)
         deadline = time.monotonic() + WAIT_S
         while len(ended) < rows and time.monotonic() < deadline:
@@ -108,29 +106,13 @@ class GenerateArm:
 
         extra: dict[str, Any] = {}
         if self._adapters is not None:
-            extra["adapter_names"] = [f"v{row % self._adapters}" for row in range(rows)]
+            extra["adapter_names"] = [f"v{row * 5 % self._adapters}" for row in range(rows)]
         with torch.inference_mode():
             self._model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new + 1, do_sample=False,
                 eos_token_id=None, pad_token_id=0, stopping_criteria=[clock], cache_implementation="static", **extra,
             )  # fmt: skip
         return stamps
-
-
-def write_adapter(model_folder: Path, folder: Path) -> Path:
-    """A random adapter of rank 16 on every inner linear, saved by PEFT."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(load(model_folder), config).save_pretrained(folder)
-    return folder
-
-
-def load(folder: Path) -> Any:
-    """The base in fp32 on the CPU."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def summary(steps: Sequence[tuple[float, float]], rows: int) -> dict[str, float | int]:
@@ -143,76 +125,92 @@ def summary(steps: Sequence[tuple[float, float]], rows: int) -> dict[str, float 
     }  # fmt: skip
 
 
-def measure(arms: dict[str, Arm], rows: int, args: argparse.Namespace) -> dict[str, dict[str, float | int]]:
-    """All arms at one number of rows, in turns."""
+def measure(arms: dict[str, Arm], rows: int, args: argparse.Namespace) -> dict[str, Any]:
+    """All arms at one number of rows, in turns; `turns_ms`: the median step of each turn."""
     steps: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    turns: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(args.rounds):
         for name, arm in arms.items():
             gc.collect()
-            steps[name] += arm(rows, args.prompt, args.steps).steps_ms()
-    result = {name: summary(measured, rows) for name, measured in steps.items()}
+            turn = arm(rows, args.prompt, args.steps).steps_ms()
+            steps[name] += turn
+            turns[name].append(statistics.median(wall for wall, _ in turn))
+    result = {name: {**summary(measured, rows), "turns_ms": turns[name]} for name, measured in steps.items()}
     for name, one in result.items():
-        print(f"{rows:3d} rows  {name:22s} wall {one['wall_ms']:7.1f} ms  cpu {one['cpu_ms']:7.1f} ms  n={one['n']}")
+        print(f"{rows:3d} rows  {name:12s} wall {one['wall_ms']:7.1f} ms  cpu {one['cpu_ms']:7.1f} ms  n={one['n']}")
     return result
 
 
-def peft_model(model_folder: Path, adapter: Path, count: int) -> Any:
-    """The base with `count` copies of the adapter, named v0, v1, ..."""
+def figures_at(found: dict[str, Any], distinct: int) -> dict[str, Figure]:
+    """Ratios of throughputs (of step times for `step_to_static`), turn by turn."""
+
+    def against(slow: str, fast: str) -> Figure:
+        return figure(ratios(found[slow]["turns_ms"], found[fast]["turns_ms"]), "x")
+
+    many = f"engine_{distinct}"
+    figures = {
+        f"distinct_{distinct}": against("engine_0", many),
+        "none_used": against("plain", "engine_0"),
+        "step_to_static": against("engine_0", "static"),
+    }
+    return figures | ({"against_peft": against(f"peft_{distinct}", many)} if f"peft_{distinct}" in found else {})
+
+
+def peft_model(model_folder: Path, adapters: Sequence[Path]) -> Any:
+    """The base with the adapters, named v0, v1, ..."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load(model_folder), adapter, adapter_name="v0")
-    for number in range(1, count):
-        model.load_adapter(adapter, adapter_name=f"v{number}", low_cpu_mem_usage=True)
+    model = PeftModel.from_pretrained(base.load(model_folder), adapters[0], adapter_name="v0")
+    for number, folder in enumerate(adapters[1:], 1):
+        model.load_adapter(folder, adapter_name=f"v{number}", low_cpu_mem_usage=True)
     return model.eval()
 
 
-def write(out: Path, result: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Writes the document, or joins the one that is there."""
-    info = collect(seed=0)
-    if out.exists():
-        before = json.loads(out.read_text(encoding="utf-8"))
-        if before["meta_info"] == meta and before["run_info"]["git"] == info["git"]:
-            result = before["result"] | result
-    ordered = {rows: result[rows] for rows in sorted(result, key=int)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"run_info": info, "result": ordered, "meta_info": meta}
-    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+def build(folder: Path, scratch: Path, args: argparse.Namespace) -> tuple[list[Engine], dict[str, Arm]]:
+    """Two engines, started, and all arms."""
+    model, most = base.load(folder), max(args.adapters)
+    adapters = base.write_adapters(base.linears(model), scratch, most)
+    spec = EngineSpec(max_batch=max(args.rows), max_seq_len=512, max_loaded=most, num_threads=args.threads)
+    engine, plain = Engine(model, spec, "cpu"), Engine(base.load(folder), spec, "cpu")
+    plain.runner.sites.unhook()
+    for number, adapter in enumerate(adapters):
+        engine.load_adapter(f"v{number}", adapter)
+    arms: dict[str, Arm] = {f"engine_{count}": EngineArm(engine, count) for count in (0, *args.adapters)}
+    arms |= {"plain": EngineArm(plain, 0), "static": GenerateArm(base.load(folder), None)}
+    if not args.no_peft:
+        with_adapters = peft_model(folder, adapters)
+        arms |= {f"peft_{count}": GenerateArm(with_adapters, count) for count in args.adapters}
+    for one in (engine, plain):
+        one.start()
+    return [engine, plain], arms
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the base, e.g. SmolLM2-135M-Instruct")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 32], help="distinct adapters in the batch")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32], help="distinct adapters in the batch")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--steps", type=int, default=12, help="decode steps of one turn")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT's arms out (32 distinct adapters are slow)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    most = max([0, *args.adapters])
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = write_adapter(args.model, Path(folder))
-        spec = EngineSpec(max_batch=max(args.rows), max_seq_len=512, max_loaded=max(most, 1), num_threads=args.threads)
-        engine = Engine(load(args.model), spec, "cpu")
-        for number in range(most):
-            engine.load_adapter(f"v{number}", adapter)
-        peers: dict[str, Arm] = {"static": GenerateArm(load(args.model), None)}
-        if not args.no_peft:
-            with_adapters = peft_model(args.model, adapter, most)
-            peers |= {f"peft_{count}": GenerateArm(with_adapters, count) for count in args.adapters}
-    engine.start()
-    ours: dict[str, Arm] = {f"engine_{count}": EngineArm(engine, count) for count in (0, *args.adapters)}
-    result = {}
+    clock, folder = Clock(), base.resolve().folder
+    with tempfile.TemporaryDirectory() as scratch:
+        running, arms = build(folder, Path(scratch), args)
+    found = {}
     for rows in args.rows:
-        kept = {name: arm for name, arm in (ours | peers).items() if int(name.partition("_")[2] or 0) <= rows}
-        result[str(rows)] = measure(kept, rows, args)
-    engine.stop()
+        kept = {name: arm for name, arm in arms.items() if int(name.partition("_")[2] or 0) <= rows}
+        found[str(rows)] = measure(kept, rows, args)
+    for engine in running:
+        engine.stop()
+    most = max(args.adapters)
+    figures = figures_at(found[str(most)], most) if str(most) in found else {}
     meta = {"unit": "ms per decode step", "prompt": args.prompt, "steps": args.steps, "rounds": args.rounds,
-            "threads": args.threads, "adapter_rank": RANK, "dtype": "float32"}  # fmt: skip
-    write(args.out, result, meta)
+            "threads": args.threads, "rank": base.RANK, "dtype": "float32"}  # fmt: skip
+    write("engine_decode", args.out, figures, found, meta, clock)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class EngineSpec(Spec):
     max_rank: int = Field(default=64, ge=1)
     """Largest adapter rank that is admitted."""
     max_loaded: int = Field(default=64, ge=1)
-    """Slots: adapter versions computed with at a time. A slot costs an adapter's bytes on a GPU, nothing on the CPU."""
+    """Slots: adapter versions computed with at a time. A slot in use costs an adapter's bytes beside the host copy."""
     host_cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
     """Adapters held in this machine's memory; beyond it the one used longest ago goes. Any number may be registered."""
     fetch_timeout_s: float = Field(default=60.0, gt=0)

@@ -1,8 +1,8 @@
 """Slots: the adapter versions that can be computed with now. The engine's thread alone uses them.
 
 A slot is taken when a request starts to run, not while it is queued, so as many slots as rows (`max_loaded` >=
-`max_batch`) are enough for any mix of adapters. On the CPU a slot is a reference to the host copy: taking one costs
-nothing and no bytes. On another device it is a copy.
+`max_batch`) are enough for any mix of adapters. On the CPU a slot is the host copy and a place in the tables that
+decoding reads (see `tables`); on another device it is a copy there.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,46 @@
+"""What the figures are held against: the goals of serving on a CPU (SmolLM2-135M, 2 cores), one line a figure.
+
+A goal names the benchmark and the figure in its result. A ratio is of throughputs unless its text says otherwise.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`figure` of `benchmark` is to be at least, or at most, `limit`."""
+
+    benchmark: str
+    figure: str
+    text: str
+    side: Literal["at least", "at most"]
+    limit: float
+
+    def met(self, value: float) -> bool:
+        """Whether a measured value holds it."""
+        return value >= self.limit if self.side == "at least" else value <= self.limit
+
+    def missed_by(self, value: float) -> float:
+        """Share of the limit that is missing; 0 where the goal is met."""
+        return 0.0 if self.met(value) else abs(value - self.limit) / self.limit
+
+
+GOALS = (
+    Goal("engine_decode", "distinct_32", "32 distinct adapters in a batch of 32, against base only", "at least", 0.75),
+    Goal("engine_decode", "none_used", "adapters loaded and none used, against none loaded", "at least", 0.99),
+    Goal("engine_decode", "against_peft", "32 distinct adapters, against PEFT's adapter_names", "at least", 8.0),
+    Goal("engine_decode", "step_to_static", "decode step of 32 requests, to a static batch's", "at most", 1.10),
+    Goal("zipf", "registered_64", "64 registered adapters, Zipf(1) traffic, against base only", "at least", 0.85),
+    Goal("zipf", "registered_1000", "1,000 registered adapters, Zipf(1) traffic, against base only", "at least", 0.80),
+    Goal("adapter_load", "host_to_slot", "host cache to slot, ms", "at most", 5.0),
+    Goal("adapter_load", "file_to_token", "file to first token, beyond a loaded adapter's, ms", "at most", 50.0),
+    Goal("swap_stall", "p99_to_quiet", "others' inter-token p99 during 10 swaps a second to quiet", "at most", 1.10),
+    Goal("start", "ready", "start of the process to the first answer, s", "at most", 10.0),
+    Goal("zipf", "worst_to_median", "worst adapter's p95 time to first token, to the median, Zipf(1)", "at most", 3.0),
+)  # fmt: skip
+
+
+def of_benchmark(name: str) -> list[Goal]:
+    """The goals that one benchmark's figures are held against."""
+    return [goal for goal in GOALS if goal.benchmark == name]
