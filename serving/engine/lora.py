@@ -76,6 +76,8 @@ class DeltaPlanner:
 
     def admit(self, weights: AdapterWeights) -> None:
         """Lays an adapter out for decoding. One that finds every place taken decodes by matmuls of its own."""
+        if not weights.groups:  # a kind of adapter that has no lora_A and lora_B
+            return
         bucket = rank_bucket(weights.rank)
         if bucket not in self._tables:
             self._tables[bucket] = RankTables(bucket, self._groups, self._count, self._dtype, self._device)
@@ -101,7 +103,7 @@ class DeltaPlanner:
     def _parts(self, decoding: Sequence[AdapterWeights | None]) -> list[Part]:
         rows: dict[AdapterWeights, list[int]] = {}
         for row, weights in enumerate(decoding):
-            if weights is not None:
+            if weights is not None and weights.groups:
                 rows.setdefault(weights, []).append(row)
         parts: list[Part] = []
         buckets: dict[RankTables, list[AdapterWeights]] = {}
