@@ -34,11 +34,11 @@ async def ask(engine: Engine, residency: Residency, ref: str | None, new: int = 
     prompt = tuple((7 + number * 31 + place * 17) % 40_000 for place in range(PROMPT))
     version = pin.manifest.version if pin else None
     request = GenerateRequest(f"r{number}", prompt, SamplingParams(new), adapter=version, arrived=began)
-    generation = Generation(engine, request, on_end=lambda: residency.release(pin) if pin else None)
+    generation = Generation(engine, [request], on_end=lambda: residency.release(pin) if pin else None)
     first: float | None = None
-    async for events in generation.events():
+    async for by_answer in generation.events():
         first = first or time.perf_counter()
-        assert events[-1].error is None, events[-1].error
+        assert by_answer[0][-1].error is None, by_answer[0][-1].error
     assert first is not None, "a request that ends has had an event"
     return Asked(ref, first - began, time.perf_counter() - began)
 
