@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from graftwork import base_model
@@ -28,11 +29,13 @@ from graftwork.serving.ingress import Ingress
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.serve_instance import quiet, serve_running, start_failure
 from graftwork.serving.source import AdapterSource
-from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.storage import Store
 
 ENGINE, INGRESS = "engine", "ingress"
 READY_TIMEOUT_S = 60.0
+ROUTING_STATS_PERIOD_S = 1.0
+"""How often each replica says which adapters it holds."""
 
 
 def build(spec: ServeSpec, *, http: bool = True) -> serve.Application:
@@ -42,18 +45,35 @@ def build(spec: ServeSpec, *, http: bool = True) -> serve.Application:
     """
     dump = {**spec.model_dump(mode="json"), "root": Store(spec.root).uri}
     engine = serve.deployment(
-        EngineReplica, name=ENGINE, num_replicas=1, max_ongoing_requests=spec.max_ongoing_requests,
+        EngineReplica, name=ENGINE, **_replicas(spec), max_ongoing_requests=spec.max_ongoing_requests,
         ray_actor_options={"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus},
-        health_check_period_s=2, health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=10, graceful_shutdown_wait_loop_s=0.1, max_constructor_retry_count=1,
+        request_router_config=_routing(spec.engine), health_check_period_s=2, health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=spec.graceful_shutdown_timeout_s, graceful_shutdown_wait_loop_s=0.1,
+        max_constructor_retry_count=1,
     ).bind(dump)  # fmt: skip
     if not http:
         return engine
     token = _token(spec)
     return serve.deployment(
         serve.ingress()(Ingress), name=INGRESS, num_replicas=1, max_ongoing_requests=4 * spec.max_ongoing_requests,
-        ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=10, graceful_shutdown_wait_loop_s=0.1,
+        ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=spec.graceful_shutdown_timeout_s,
+        graceful_shutdown_wait_loop_s=0.1,
     ).bind(dump, engine, hashlib.sha256(token.encode()).hexdigest() if token else None)  # fmt: skip
+
+
+def _replicas(spec: ServeSpec) -> dict[str, Any]:
+    if spec.autoscaling is None:
+        return {"num_replicas": spec.num_replicas}
+    return {"num_replicas": "auto", "autoscaling_config": spec.autoscaling.model_dump()}
+
+
+def _routing(engine: EngineSpec) -> RequestRouterConfig:
+    """An eighth of a batch more costs the others little, for a decode step mostly reads weights (docs/log.md)."""
+    return RequestRouterConfig(
+        request_router_class="graftwork.serving.router:AdapterRouter",
+        request_router_kwargs={"free_load": max(1, engine.max_batch // 8)},
+        request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
+    )
 
 
 @dataclass(frozen=True)
@@ -125,17 +145,17 @@ def preflight(spec: ServeSpec) -> None:
         warm(arm.prompt, arm.retriever)
         if arm.grammar is not None:
             check(read_grammar(arm.grammar))
-    require_resources(spec.num_cpus, spec.num_gpus)
+    require_resources(spec.num_cpus, spec.num_gpus, spec.first_replicas)
 
 
-def require_resources(num_cpus: float, num_gpus: float) -> None:
+def require_resources(num_cpus: float, num_gpus: float, replicas: int = 1) -> None:
     """Raises ConfigError for what this Ray does not have: Ray itself would wait for it without end."""
     have = ray.cluster_resources()
-    for key, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
-        if wanted > have.get(key, 0.0):
-            name = f"num_{key.lower()}s"
+    for key, each in (("CPU", num_cpus), ("GPU", num_gpus)):
+        if each * replicas > have.get(key, 0.0):
+            name, times = f"num_{key.lower()}s", f" for each of {replicas} replicas" if replicas > 1 else ""
             found = f"this Ray has {have.get(key, 0.0):g} {key}"
-            raise ConfigError(f"{name}={wanted:g}", found, "one engine runs on one node",
+            raise ConfigError(f"{name}={each:g}{times}", found, "one engine runs on one node",
                               f"lower {name} or take a larger cluster")  # fmt: skip
 
 
@@ -160,9 +180,9 @@ def _require_answer(endpoint: Endpoint) -> None:
         return
     deadline = time.monotonic() + READY_TIMEOUT_S
     with endpoint.client() as client:
-        while not client.health():
+        while not client.ready():
             if time.monotonic() > deadline:
-                raise RunError(f"endpoint {endpoint.url}", f"GET /health gave no 200 within {READY_TIMEOUT_S:.0f} s")
+                raise RunError(f"endpoint {endpoint.url}", f"GET /ready gave no 200 within {READY_TIMEOUT_S:.0f} s")
             time.sleep(0.05)
         client.chat(ChatCall(endpoint.base, question, max_tokens=1))
 

@@ -25,11 +25,11 @@ class Backend(Protocol):
     def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
         """See EngineReplica.stream. Closing it ends the request in the engine."""
 
-    async def refresh(self, ref: str) -> list[Dump]:
-        """EngineReplica.refresh on every replica."""
-
     async def call(self, method: str) -> Any:
-        """A method of one replica that takes nothing: models, adapters, stats, check_health."""
+        """A method of one replica that takes nothing: models."""
+
+    async def each(self, method: str, *args: Any) -> list[Any]:
+        """A method of every live replica: refresh, adapters, stats, check_health. At least one has answered."""
 
 
 class ServeBackend:
@@ -50,13 +50,15 @@ class ServeBackend:
         """Cancelling this cancels the request in the engine."""
         with _as_api_errors():
             async with asyncio.timeout(self._timeout_s):
-                answers: list[Dump] = await self._handle.choices.remote(arm, messages, request_id, sampling)
+                call = self._handle.options(method_name="choices", multiplexed_model_id=_adapter(arm))
+                answers: list[Dump] = await call.remote(arm, messages, request_id, sampling)
                 return answers
 
     async def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
         """Chunks as the replica yields them."""
         deadline = asyncio.get_running_loop().time() + self._timeout_s
-        chunks = self._handle.options(stream=True).stream.remote(arm, messages, request_id, sampling)
+        call = self._handle.options(method_name="stream", stream=True, multiplexed_model_id=_adapter(arm))
+        chunks = call.remote(arm, messages, request_id, sampling)
         try:
             while True:
                 with _as_api_errors():
@@ -68,18 +70,28 @@ class ServeBackend:
         finally:
             chunks.cancel()  # no effect on one that has ended
 
-    async def refresh(self, ref: str) -> list[Dump]:
-        """Every live replica has flipped when this returns; one that starts later reads the alias itself."""
-        with _as_api_errors():
-            async with asyncio.timeout(self._timeout_s):
-                results: list[Dump] = await self._handle.broadcast("refresh", ref).results_async()
-                return results
-
     async def call(self, method: str) -> Any:
         """A method without arguments on one replica."""
         with _as_api_errors():
             async with asyncio.timeout(self._timeout_s):
                 return await getattr(self._handle, method).remote()
+
+    async def each(self, method: str, *args: Any) -> list[Any]:
+        """A replica that ended meanwhile is left out: the one in its place reads every alias anew. Else the first error
+        is raised."""
+        with _as_api_errors():
+            async with asyncio.timeout(self._timeout_s):
+                found = await self._handle.broadcast(method, *args).results_async(return_exceptions=True)
+            lost = [result for result in found if isinstance(result, RayActorError)]
+            failed = [result for result in found if isinstance(result, BaseException) and result not in lost]
+            if failed or len(lost) == len(found):
+                raise (failed or lost)[0]
+            return [result for result in found if result not in lost]
+
+
+def _adapter(arm: Dump) -> str:
+    """What the router looks at: see AdapterRouter."""
+    return arm["adapter"] or ""
 
 
 @contextlib.contextmanager

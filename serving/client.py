@@ -93,9 +93,17 @@ class Client:
         return found
 
     def stats(self) -> dict[str, Any]:
-        """The engine's counters."""
+        """`replicas`: each engine replica with its counters; `engine`: their sum."""
         found: dict[str, Any] = self._json("GET", "/v1/stats")
         return found
+
+    def metrics(self) -> str:
+        """GET /metrics: Prometheus text."""
+        with _reachable(self._url):
+            response = self._http.get("/metrics")
+        if response.is_error:
+            raise _error(response)
+        return response.text
 
     def refresh(self, ref: str) -> str:
         """Have every replica read `task@alias` again; returns the version that new requests get from now on."""
@@ -103,10 +111,10 @@ class Client:
         version: str = results[0]["new"]
         return version
 
-    def health(self) -> bool:
+    def ready(self) -> bool:
         """Whether the endpoint answers and an engine decodes."""
         try:
-            return bool(self._json("GET", "/health")["status"] == "ok")
+            return bool(self._json("GET", "/ready")["status"] == "ready")
         except (ApiError, ClusterError):
             return False
 

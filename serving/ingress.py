@@ -6,7 +6,9 @@ Every response that is no answer has OpenAI's error body, whatever went wrong. N
 import asyncio
 import hashlib
 import hmac
+import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -22,14 +24,17 @@ from graftwork.serving.api_error import ApiError, bad_request, unknown_model
 from graftwork.serving.arms import ArmAnswer, Dump, Question
 from graftwork.serving.backend import Backend, ServeBackend
 from graftwork.serving.catalog import Catalog
+from graftwork.serving.live import snapshot, total
 from graftwork.serving.logprobs import TokenLogprob
+from graftwork.serving.metrics_families import CONTENT_TYPE, render
+from graftwork.serving.metrics_http import CountedHttp, http_families
 from graftwork.serving.openai_responses import DONE, Envelope, Json, Kind, sse
 from graftwork.serving.openai_types import ChatRequest, CompletionRequest, RefreshRequest, parse
 from graftwork.serving.spec import ArmSpec, ServeSpec
 
 MAX_BODY_BYTES = 4 * 2**20
 """A larger body is refused before it is read whole: a prompt of 128k tokens takes about 0.6 MB."""
-HEALTH_TIMEOUT_S = 5.0
+READY_TIMEOUT_S = 5.0
 
 
 class Ingress:
@@ -55,6 +60,7 @@ def make_app(spec: ServeSpec, backend: Backend, token_sha256: str | None) -> Fas
         title="graftwork", version=graftwork.__version__, docs_url=None, redoc_url=None, exception_handlers=handlers
     )
     surface = Surface(Catalog(spec), backend)
+    app.add_middleware(CountedHttp, counts=surface.responses)
     guarded = [Depends(_token_check(token_sha256))] if token_sha256 else []
     for path, post, body in (
         ("/v1/chat/completions", surface.chat, ChatRequest),
@@ -69,9 +75,12 @@ def make_app(spec: ServeSpec, backend: Backend, token_sha256: str | None) -> Fas
         ("/v1/models/{model:path}", surface.model),
         ("/v1/adapters", surface.adapters),
         ("/v1/stats", surface.stats),
+        ("/v1/live", surface.live),
+        ("/metrics", surface.metrics),
     ):
         app.add_api_route(path, get, methods=["GET"], dependencies=guarded, response_model=None)
-    app.add_api_route("/health", surface.health, methods=["GET"], response_model=None)
+    for path, probe in (("/health", surface.health), ("/ready", surface.ready)):
+        app.add_api_route(path, probe, methods=["GET"], response_model=None)
     return app
 
 
@@ -80,6 +89,8 @@ class Surface:
 
     def __init__(self, catalog: Catalog, backend: Backend) -> None:
         self._catalog, self._backend = catalog, backend
+        self.responses: Counter[tuple[str, str, str]] = Counter()
+        """HTTP responses by route, method and status."""
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -98,15 +109,31 @@ class Surface:
     async def refresh(self, request: Request) -> Response:
         """POST /v1/adapters/refresh: every replica reads the alias again; returns once all new requests follow it."""
         body = parse(RefreshRequest, await _body(request))
-        return JSONResponse({"object": "list", "data": await self._backend.refresh(self._catalog.ref(body.adapter))})
+        done = await self._backend.each("refresh", self._catalog.ref(body.adapter))
+        return JSONResponse({"object": "list", "data": done})
 
     async def adapters(self) -> Response:
-        """GET /v1/adapters: the versions in the engine, with their state."""
-        return JSONResponse({"object": "list", "data": await self._backend.call("adapters")})
+        """GET /v1/adapters: the versions in each engine replica, with their state."""
+        found = await self._backend.each("adapters")
+        return JSONResponse({"object": "list", "data": [adapter for adapters in found for adapter in adapters]})
 
     async def stats(self) -> Response:
-        """GET /v1/stats: the engine's counters."""
-        return JSONResponse(await self._backend.call("stats"))
+        """GET /v1/stats: the counters of each engine replica, and of all together."""
+        replicas = await self._backend.each("stats")
+        return JSONResponse({"replicas": replicas, "engine": total([replica["engine"] for replica in replicas])})
+
+    async def live(self) -> Response:
+        """GET /v1/live: what the page shows: replicas, adapters, traffic."""
+        return JSONResponse(snapshot(await self._backend.each("live"), time.monotonic()))
+
+    async def metrics(self) -> Response:
+        """GET /metrics: Prometheus text. Replicas that can't answer are missing from it, the ingress never is."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                replicas = dict(await self._backend.each("metrics"))
+        except (ApiError, TimeoutError):
+            replicas = {}
+        return Response(render(replicas, http_families(self.responses)), media_type=CONTENT_TYPE)
 
     async def models(self) -> Response:
         """GET /v1/models: base, arms, and every adapter of the store, loaded or not."""
@@ -120,13 +147,19 @@ class Surface:
         raise unknown_model(model, "GET /v1/models lists them all.")
 
     async def health(self) -> Response:
-        """GET /health: 200 when an engine decodes, else 503. Needs no token and tells nothing else."""
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                await self._backend.call("check_health")
-        except (ApiError, TimeoutError):
-            raise ApiError(503, "No engine is running.", code="engine_unavailable") from None
+        """GET /health: the endpoint's process lives. Needs no token and tells nothing else."""
         return JSONResponse({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """GET /ready: 200 while an engine replica is warm and decodes, else 503. A draining one no longer counts."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                replicas = await self._backend.each("ready")
+        except (ApiError, TimeoutError):
+            replicas = []
+        if not any(replicas):
+            raise ApiError(503, "No engine is running.", code="engine_unavailable")
+        return JSONResponse({"status": "ready", "replicas": sum(replicas)})
 
     async def _complete(
         self, kind: Kind, body: ChatRequest | CompletionRequest, arm: ArmSpec, asked: Question

@@ -11,6 +11,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TypeVar
 
+import ray
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
 from graftwork import base_model
 from graftwork.errors import RunError
 from graftwork.serving.api_error import as_api_errors, bad_request
@@ -19,8 +23,11 @@ from graftwork.serving.engine.grammar import Grammar
 from graftwork.serving.engine.types import GenerateRequest
 from graftwork.serving.generation import Generation, GrowingAnswer
 from graftwork.serving.grammar import Grammars, read_grammar
+from graftwork.serving.metrics_families import Family
+from graftwork.serving.metrics_replica import ReplicaMetrics
 from graftwork.serving.open_engine import open_engine
 from graftwork.serving.residency import Pin, Residency
+from graftwork.serving.router import RESIDENTS
 from graftwork.serving.source import AdapterSource, trained_prompt
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.serving.vocabulary import Vocabulary
@@ -55,7 +62,7 @@ class EngineReplica:
     """Answers arms. All methods run on the replica's event loop; decoding runs in the engine's own thread."""
 
     async def __init__(self, spec: Dump) -> None:  # type: ignore[misc]  # Ray Serve awaits it
-        self._spec = ServeSpec.model_validate(spec)
+        self._spec, self._name = ServeSpec.model_validate(spec), _replica_name()
         self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
         base = await self._in_thread(partial(base_model.resolve, self._spec.base))
         self._base_digest = base.digest
@@ -69,6 +76,9 @@ class EngineReplica:
         self._residency = Residency(
             self._engine, self._source, max_bytes=limits.host_cache_bytes, fetch_timeout_s=limits.fetch_timeout_s
         )
+        self._metrics = ReplicaMetrics(self._engine.stats, self._adapters)
+        if ray.is_initialized():
+            self._metrics.tell_ray()
         self._engine.start()
         await self._warm_up()
         self._ready_at = int(time.time())
@@ -95,22 +105,28 @@ class EngineReplica:
         Raises ApiError; where the request can't be served, before the first chunk.
         """
         arrived = time.perf_counter()
-        with as_api_errors():
-            admitted = await self._admit(arm, messages, sampling)
-            generation = self._submit(request_id, admitted, arrived)
-        task = admitted.pin.manifest.task if admitted.pin else None
-        with closing(generation):
-            yield {"base_digest": self._base_digest, "version": admitted.version}
-            growing = [self._growing(index, admitted, arrived) for index in range(admitted.sampling.n)]
-            async for events in generation.events():
-                for index, arrivals in events.items():
-                    answer = growing[index]
-                    text, logprobs = answer.push(arrivals)
-                    if text or logprobs:
-                        yield {"index": index, "text": text, "logprobs": [asdict(one) for one in logprobs]}
-                    if answer.ended:
-                        whole = answer.answer(request_id, admitted.arm.name, task, admitted.version, self._base_digest)
-                        yield {"answer": whole.dump()}
+        with self._metrics.traffic.request() as watch:
+            with as_api_errors():
+                admitted = await self._admit(arm, messages, sampling)
+                generation = self._submit(request_id, admitted, arrived)
+            task = admitted.pin.manifest.task if admitted.pin else None
+            watch.admitted(admitted.arm.name, task, admitted.version)
+            with closing(generation):
+                yield {"base_digest": self._base_digest, "version": admitted.version}
+                growing = [self._growing(index, admitted, arrived) for index in range(admitted.sampling.n)]
+                async for events in generation.events():
+                    for index, arrivals in events.items():
+                        answer = growing[index]
+                        watch.burst(sum(event.token_id >= 0 for event in arrivals), index)
+                        text, logprobs = answer.push(arrivals)
+                        if text or logprobs:
+                            yield {"index": index, "text": text, "logprobs": [asdict(one) for one in logprobs]}
+                        if answer.ended:
+                            whole = answer.answer(
+                                request_id, admitted.arm.name, task, admitted.version, self._base_digest
+                            )
+                            watch.done(whole)
+                            yield {"answer": whole.dump()}
 
     async def refresh(self, ref: str) -> Dump:
         """Read `task@alias` again: new requests get the version it points at. Loads it first; running requests stay.
@@ -118,7 +134,7 @@ class EngineReplica:
         Raises ApiError; then nothing changed.
         """
         began = time.perf_counter()
-        with as_api_errors():
+        with as_api_errors(), self._metrics.swap():
             old, new = await self._residency.refresh(ref)
         return {"adapter": ref, "old": old, "new": new, "swap_ms": (time.perf_counter() - began) * 1000}
 
@@ -131,17 +147,46 @@ class EngineReplica:
 
     async def adapters(self) -> list[Dump]:
         """Every version in the engine or on its way there."""
+        return self._adapters()
+
+    async def metrics(self) -> tuple[str, list[Family]]:
+        """This replica's name and its metrics, for GET /metrics."""
+        return self._name, self._metrics.families()
+
+    async def live(self) -> Dump:
+        """What the page at GET / shows of this replica."""
+        first = [[*key, ttft_s * 1000] for key, ttft_s in self._metrics.traffic.first_tokens()]
+        series = [
+            [*key, sum(s.outcomes.values()), s.completion_tokens] for key, s in self._metrics.traffic.table.items()
+        ]
+        return {**await self.stats(), "adapters": self._adapters(), "series": series, "first_tokens_ms": first}
+
+    def _adapters(self) -> list[Dump]:
         slots = {slot.version: asdict(slot) for slot in self._engine.adapters()}
-        return [{**slots.get(r.version, {}), **asdict(r)} for r in self._residency.states()]
+        return [{**slots.get(r.version, {}), **asdict(r), "replica": self._name} for r in self._residency.states()]
+
+    async def record_routing_stats(self) -> Dump:
+        """Called by Serve each second: what AdapterRouter knows of this replica."""
+        ready = [r for r in self._residency.states() if r.state == "ready"]
+        by_version = {f"{ref.partition('@')[0]}@{r.version}" for r in ready for ref in r.refs}
+        return {RESIDENTS: sorted(by_version.union(*(r.refs for r in ready)))}
 
     async def stats(self) -> Dump:
         """The engine's counters and process, the base and how it is held."""
         engine = asdict(self._engine.stats())
-        process = {"pid": os.getpid(), "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        process = {
+            "replica": self._name,
+            "pid": os.getpid(),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
         return {**process, "base_digest": self._base_digest, "reason": self._reason, "engine": engine}
 
+    async def ready(self) -> bool:
+        """Whether requests are answered here: the engine is warm (else Serve sends nothing) and decodes."""
+        return self._engine.alive()
+
     async def check_health(self) -> None:
-        """Called by Serve and by GET /health. Raises RunError when the engine no longer decodes."""
+        """Called by Serve. Raises RunError when the engine no longer decodes."""
         if not self._engine.alive():
             raise RunError("the engine", "its thread has ended", "", "the replica is replaced")
 
@@ -213,3 +258,11 @@ class EngineReplica:
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _replica_name() -> str:
+    """Serve's id of this replica; outside Serve its process."""
+    try:
+        return str(serve.get_replica_context().replica_id.unique_id)
+    except RayServeException:
+        return f"pid-{os.getpid()}"

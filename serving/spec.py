@@ -102,6 +102,25 @@ class ArmSpec(Spec):
     """What its answers must look like; null lets the model say anything."""
 
 
+class AutoscalingSpec(Spec):
+    """How many engine replicas: by the requests that each holds, running and queued in it."""
+
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=2, ge=1)
+    target_ongoing_requests: float = Field(default=32.0, gt=0)
+    """Requests a replica is meant to hold; more start another one, fewer end one."""
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    """How long the load must have called for more replicas."""
+    downscale_delay_s: float = Field(default=120.0, ge=0)
+    """How long the load must have called for fewer; a replica that ends finishes its requests first."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is less than min_replicas={self.min_replicas}")
+        return self
+
+
 class ServeSpec(Spec):
     """One endpoint: one base, many adapters, and the arms it answers as."""
 
@@ -121,6 +140,12 @@ class ServeSpec(Spec):
     """Environment variable that holds the API token; needed to bind anything but loopback."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """A request that takes longer is cancelled and answered with an error."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Engine replicas, each with the whole base. Requests for an adapter go where it is loaded."""
+    autoscaling: AutoscalingSpec | None = None
+    """Let the load decide how many replicas there are, in place of num_replicas."""
+    graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)
+    """How long a replica that is taken away may go on with the requests it has; then they get an error."""
     max_ongoing_requests: int = Field(default=512, ge=1)
     """Requests that one replica holds, running and queued in its engine; the rest wait before it."""
     num_cpus: float = Field(default=1.0, gt=0)
@@ -132,6 +157,24 @@ class ServeSpec(Spec):
         if self.host not in ("127.0.0.1", "localhost", "::1") and self.token_env is None:
             raise ValueError(f"host={self.host!r} is open to the network but token_env is not set")
         return self
+
+    @model_validator(mode="after")
+    def _replicas_are_said_once(self) -> Self:
+        if self.autoscaling is None:
+            return self
+        if "num_replicas" in self.model_fields_set and self.num_replicas != 1:
+            raise ValueError("autoscaling decides the number of replicas: leave num_replicas out")
+        if self.autoscaling.target_ongoing_requests > self.max_ongoing_requests:
+            raise ValueError(
+                f"autoscaling.target_ongoing_requests={self.autoscaling.target_ongoing_requests:g} is never reached: "
+                f"a replica takes max_ongoing_requests={self.max_ongoing_requests}"
+            )
+        return self
+
+    @property
+    def first_replicas(self) -> int:
+        """Engine replicas at the start."""
+        return self.autoscaling.min_replicas if self.autoscaling else self.num_replicas
 
     @model_validator(mode="after")
     def _arms_fit(self) -> Self:

@@ -217,7 +217,7 @@ def _running(spec: "ServeSpec") -> "Client | None":
 
     token = os.environ.get(spec.token_env) if spec.token_env else None
     client = Client(f"http://{spec.host}:{spec.port}", token)
-    if client.health():
+    if client.ready():
         return client
     client.close()
     return None

@@ -210,7 +210,7 @@ class Engine:
         self._counters.steps += bool(plan)
         mixed = len({work.request.request.adapter for work in plan.works()} - {None})
         self._counters.most_adapters_in_step = max(self._counters.most_adapters_in_step, mixed)
-        self._counters.step_s += time.perf_counter() - started
+        self._counters.step(time.perf_counter() - started)
 
     def _compute(self, plan: StepPlan) -> list[Choice]:
         """Runs the plan and chooses a token for every request that is ready for one, in the plan's order."""

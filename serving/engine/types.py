@@ -8,6 +8,8 @@ from graftwork.errors import DataError
 from graftwork.serving.engine.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+STEP_S = (0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
+"""Bounds of `EngineStats.step_times`."""
 
 
 class SamplingError(DataError):
@@ -155,3 +157,5 @@ class EngineStats:
     """Distinct adapter versions, the base not counted, in the step that mixed the most."""
     step_s: float = 0.0
     """Seconds spent in steps (forward, sampling, events)."""
+    step_times: tuple[int, ...] = (0,) * (len(STEP_S) + 1)
+    """Steps by their time: up to each of STEP_S seconds, and above."""

@@ -33,6 +33,7 @@ from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import Store
 from tests.adapters import facts
 from tests.engines import ALL, peft_greedy, write_lora
+from tests.ports import free_port
 from tests.tiny import write_tiny_base
 
 SYSTEM = "Answer with one JSON object."
@@ -68,12 +69,6 @@ class World:
             ],
         }  # fmt: skip
         return ServeSpec(**{**usual, **changed})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +356,7 @@ def test_an_arm_says_which_passages_and_which_version_answered(endpoint: Endpoin
 def test_our_client_says_where_nothing_answers() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with Client(url) as client:
-        assert not client.health()
+        assert not client.ready()
         with pytest.raises(ClusterError, match=f"endpoint {url}"):
             client.models()
 
@@ -459,10 +454,10 @@ def test_a_killed_engine_is_said_in_openais_shape_and_comes_back(endpoint: Endpo
             return await whole, seen
 
     with endpoint.client() as client:
-        whole, seen = asyncio.run(run(client.stats()["pid"]))
+        whole, seen = asyncio.run(run(client.stats()["replicas"][0]["pid"]))
         assert whole.status_code == 503
         assert whole.json()["error"]["code"] == "engine_lost"
         assert json.loads([line for line in seen if line][-1].removeprefix("data: "))["error"]["code"] == "engine_lost"
         reply = client.chat(ChatCall("base:agent", (Message("user", "Hello"),), max_tokens=NEW_TOKENS))
         assert reply.text == world.texts[world.versions["agent"], "Hello"]
-        assert client.health()
+        assert client.ready()

@@ -1,0 +1,58 @@
+"""What an endpoint does now, in one document: for the page at GET / and for GET /v1/stats."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from graftwork.metrics import quantile
+from graftwork.serving.metrics_series import Key
+
+Dump = dict[str, Any]
+_LARGEST = {"most_adapters_in_step"}
+
+
+def total(engines: Sequence[Mapping[str, Any]]) -> Dump:
+    """The counters of several engines as those of one: added up, `most_adapters_in_step` the largest."""
+    first, *rest = engines
+    whole = dict(first)
+    for engine in rest:
+        whole = {name: _joined(name, whole[name], value) for name, value in engine.items()}
+    return whole
+
+
+def snapshot(replicas: Sequence[Mapping[str, Any]], clock_s: float) -> Dump:
+    """Replicas, their adapters, and the traffic of each arm and version. Counts are from the start; the page takes
+    differences. TTFT is over the last minute.
+
+    replicas: what `EngineReplica.live` told. clock_s: any steady clock, so that differences have their time.
+    """
+    counts: defaultdict[Key, Counter[str]] = defaultdict(Counter)
+    first_ms: defaultdict[Key, list[float]] = defaultdict(list)
+    for replica in replicas:
+        for *key, requests, tokens in replica["series"]:
+            counts[Key(*key)].update(requests=requests, tokens=tokens)
+        for *key, ttft_ms in replica["first_tokens_ms"]:
+            first_ms[Key(*key)].append(ttft_ms)
+    shown = [
+        {key: r[key] for key in ("replica", "engine", "peak_rss_bytes", "base_digest", "reason")} for r in replicas
+    ]
+    traffic = [{**key._asdict(), **counts[key], **_quantiles(first_ms[key])} for key in sorted(counts)]
+    adapters = [adapter for replica in replicas for adapter in replica["adapters"]]
+    engine = total([replica["engine"] for replica in replicas])
+    return {"clock_s": clock_s, "engine": engine, "replicas": shown, "adapters": adapters, "traffic": traffic}
+
+
+def _quantiles(values: Sequence[float]) -> Dump:
+    if not values:
+        return {"ttft_p50_ms": None, "ttft_p95_ms": None}
+    return {"ttft_p50_ms": quantile(values, 0.5), "ttft_p95_ms": quantile(values, 0.95)}
+
+
+def _joined(name: str, mine: Any, other: Any) -> Any:
+    if name in _LARGEST:
+        return max(mine, other)
+    if isinstance(mine, Mapping):
+        return dict(Counter(mine) + Counter(other))
+    if isinstance(mine, Iterable):
+        return [a + b for a, b in zip(mine, other, strict=True)]
+    return mine + other

@@ -1,0 +1,122 @@
+"""One engine replica's requests as they go: when the first token came, the gaps between tokens, how each ended.
+
+All calls are on the replica's event loop. A burst of tokens that arrived together costs one look at the clock.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from graftwork.serving.api_error import ApiError
+from graftwork.serving.arms import ArmAnswer
+from graftwork.serving.metrics_series import NOT_ADMITTED, Key, SeriesTable
+
+RECENT = 1024
+"""First tokens remembered one by one, for quantiles of the last minute."""
+RECENT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that has ended, for those who keep their own books of it."""
+
+    key: Key
+    outcome: str
+    """OpenAI's finish reason; `cancelled` where the caller left; the error's code where it failed."""
+    ttft_s: float | None
+    latency_s: float
+    token_mean_s: float | None
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Watch:
+    """One request under way."""
+
+    def __init__(self, traffic: "Traffic") -> None:
+        self._traffic, self._began = traffic, time.perf_counter()
+        self._key = NOT_ADMITTED
+        self._first = self._last = 0.0
+        self._tokens = 0
+        self._answer: ArmAnswer | None = None
+
+    def admitted(self, arm: str, task: str | None, version: str | None) -> None:
+        """Its arm and adapter version are known and exist."""
+        self._key = Key(arm, task or "", (version or "")[:12])
+        self._traffic.table.begin(self._key)
+
+    def burst(self, tokens: int) -> None:
+        """So many tokens have arrived together; none where the engine ended the request without one."""
+        if tokens == 0:
+            return
+        now = time.perf_counter()
+        series = self._traffic.table.at(self._key)
+        if self._tokens == 0:
+            self._first = now
+            series.ttft.observe(now - self._began)
+            self._traffic.recent.append((now, self._key, now - self._began))
+        else:
+            series.token_gap.observe((now - self._last) / tokens, tokens)
+        series.completion_tokens += tokens
+        self._tokens += tokens
+        self._last = now
+
+    def done(self, answer: ArmAnswer) -> None:
+        """The whole answer is there."""
+        self._answer = answer
+
+    def end(self, outcome: str) -> Ended:
+        """Count it."""
+        series = self._traffic.table.at(self._key)
+        latency = time.perf_counter() - self._began
+        mean = (self._last - self._first) / (self._tokens - 1) if self._tokens > 1 else None
+        prompt = self._answer.prompt_tokens if self._answer else 0
+        series.outcomes[outcome] += 1
+        series.latency.observe(latency)
+        series.prompt_tokens += prompt
+        series.cached_tokens += self._answer.cached_tokens if self._answer else 0
+        if mean is not None:
+            series.token_mean.observe(mean)
+        ttft = self._first - self._began if self._tokens else None
+        label = self._traffic.table.label(self._key)
+        return Ended(label, outcome, ttft, latency, mean, prompt, self._tokens)
+
+    @property
+    def reason(self) -> str:
+        return self._answer.finish_reason if self._answer else "cancelled"
+
+
+class Traffic:
+    """Every request of one replica."""
+
+    def __init__(self) -> None:
+        self.table = SeriesTable()
+        self.recent: deque[tuple[float, Key, float]] = deque(maxlen=RECENT)
+        """(when, key, TTFT in s) of the latest first tokens."""
+        self.ended: deque[Ended] = deque(maxlen=16 * RECENT)
+        """Requests that have ended since somebody took them out."""
+
+    @contextmanager
+    def request(self) -> Iterator[Watch]:
+        """Watch one request; how the block is left is how it ended."""
+        watch = Watch(self)
+        try:
+            yield watch
+        except ApiError as error:
+            self.ended.append(watch.end(error.code or f"http_{error.status}"))
+            raise
+        except (GeneratorExit, asyncio.CancelledError):
+            self.ended.append(watch.end(watch.reason))
+            raise
+        except BaseException:
+            self.ended.append(watch.end("internal_error"))
+            raise
+        self.ended.append(watch.end(watch.reason))
+
+    def first_tokens(self) -> list[tuple[Key, float]]:
+        """(key, TTFT in s) of the last minute, at most RECENT of them."""
+        oldest = time.perf_counter() - RECENT_S
+        return [(key, ttft_s) for when, key, ttft_s in self.recent if when >= oldest]

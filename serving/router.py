@@ -1,0 +1,101 @@
+"""Which engine replica a request goes to: where its adapter is, unless that one has more than its share of the load.
+
+Runs in the process that calls (the ingress). Ray Serve makes one router a handle and tells it the replicas, what each
+last recorded (`EngineReplica.record_routing_stats`) and how many requests each holds. The adapter comes with the call
+as its `multiplexed_model_id`; a call without one is for the base, which is everywhere.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+RESIDENTS = "residents"
+"""Key of the routing stats: the references (`task@alias`, `task@version`) a replica answers without loading."""
+BALANCE = 1.25
+"""A replica is preferred while it holds at most this multiple of the mean load (consistent hashing with bounded loads,
+Mirrokni, Thorup and Zadimoghaddam, arXiv 1608.01350: a factor of 1.25 keeps most of the affinity)."""
+
+
+class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray carries no types
+    """Prefers replicas that hold the adapter, the emptier of two of them; others when those are overloaded.
+
+    A cold adapter's home is the first of its rendezvous order (Thaler and Ravishankar 1998), so that all callers send
+    its first requests to one replica, and one replica more or less moves few homes.
+    """
+
+    def initialize_state(self, *, free_load: int) -> None:
+        """free_load: requests that a replica takes on at no loss to the others: it decodes them in one batch."""
+        self._free_load = free_load
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Ranks: Ray Serve takes the emptiest of the first rank that has a place free, else goes to the next."""
+        adapter = ""
+        if pending_request is not None:
+            adapter = pending_request.metadata.multiplexed_model_id
+            pending_request.routing_context.should_backoff = True  # all are ranked: when all are full, wait a little
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        if not adapter:
+            return [random.sample(candidate_replicas, len(candidate_replicas))]
+        loads = {name: self._load(replica.replica_id) for name, replica in by_name.items()}
+        residents = [name for name, replica in by_name.items() if adapter in _residents(replica.routing_stats)]
+        ranks = rank(adapter, loads, residents, free_load=self._free_load)
+        return [[by_name[name] for name in names] for names in ranks]
+
+    def _load(self, replica: ReplicaID) -> int:
+        """Requests that the replica holds; 0 where nothing was heard of it for a while, which means it is idle."""
+        return self.replica_queue_len_cache.get(replica) or 0
+
+    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
+        """Gives the replica to the call it was chosen for. Ray 2.60 finds that call by an id which two calls of one
+        HTTP request share; it would then leave the second one waiting for ever."""
+        if self._get_pending_request_matching_internal_request_id(request_metadata) is None:
+            twin = next((p for p in self._pending_requests_to_fulfill if _waits_as(p, request_metadata)), None)
+            if twin is not None:
+                self._pending_requests_by_id[request_metadata.internal_request_id] = twin
+        super()._fulfill_next_pending_request(replica, request_metadata)
+
+
+def rank(
+    adapter: str,
+    loads: Mapping[str, int],
+    residents: Iterable[str],
+    *,
+    free_load: int,
+    chance: random.Random | None = None,
+) -> list[list[str]]:
+    """Replica names in the order of preference; within a rank the emptiest is taken.
+
+    loads: requests that each replica holds. First two of the residents that are not overloaded, drawn at random;
+    without one, the first of the rendezvous order that is not overloaded; then everybody else.
+    """
+    limit = max(free_load, math.ceil(BALANCE * (sum(loads.values()) + 1) / max(len(loads), 1)))
+    order = rendezvous(adapter, loads)
+    near = [name for name in residents if loads[name] < limit]
+    first = (
+        (chance or random).sample(near, min(2, len(near))) or [n for n in order if loads[n] < limit][:1] or order[:1]
+    )
+    rest = [name for name in order if name not in first]
+    return [first, rest] if rest else [first]
+
+
+def rendezvous(key: str, names: Iterable[str]) -> list[str]:
+    """The names from the highest to the lowest hash of (key, name): taking one away moves no other."""
+    return sorted(
+        names, key=lambda name: hashlib.blake2b(f"{key}\0{name}".encode(), digest_size=8).digest(), reverse=True
+    )
+
+
+def _residents(stats: Mapping[str, Any]) -> Sequence[str]:
+    found: Sequence[str] = stats.get(RESIDENTS, ())
+    return found
+
+
+def _waits_as(request: PendingRequest, metadata: Any) -> bool:
+    same = request.metadata.internal_request_id == metadata.internal_request_id
+    return same and not request.future.done()

@@ -1,0 +1,256 @@
+"""An endpoint of two engine replicas on a real Ray: where requests go, what all learn, what a lost one costs."""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse
+from ray import serve
+
+from graftwork import artifact, base_model
+from graftwork.base_model import BaseSpec
+from graftwork.chat import Message
+from graftwork.cluster.session import Session
+from graftwork.errors import ConfigError
+from graftwork.serving.app import Endpoint, deploy
+from graftwork.serving.client import ChatCall, Client
+from graftwork.serving.spec import ServeSpec
+from graftwork.storage import Store
+from tests.adapters import facts
+from tests.engines import write_lora
+from tests.ports import free_port
+from tests.tiny import write_tiny_base
+
+TASKS = tuple(f"task{number}" for number in range(8))
+HELLO = (Message("user", "Hello"),)
+LONG = 900
+MAX_BATCH = 16  # a replica is overloaded from 2 requests on, an eighth of it
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("replicas") / "base")
+
+
+@pytest.fixture(scope="module")
+def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    tmp = tmp_path_factory.mktemp("store")
+    store, digest = Store(str(tmp / "root")), base_model.resolve(BaseSpec(uri=str(base))).digest
+    for seed, task in enumerate((*TASKS, "next")):
+        folder = write_lora(base, tmp / task, seed, r=4, target_modules=["q_proj", "v_proj"])
+        name = "task0" if task == "next" else task
+        known = facts(base_digest=digest, prompt={"system": None})
+        artifact.publish(store, name, folder, **known, alias=None if task == "next" else "latest")
+    return store
+
+
+def spec_of(base: Path, store: Store, **changed: Any) -> ServeSpec:
+    usual: dict[str, Any] = {
+        "base": str(base), "root": store.uri, "quant": {"kind": "none"}, "port": free_port(), "num_replicas": 2,
+        "num_cpus": 0.5, "engine": {"max_seq_len": 1024, "num_threads": 1, "max_batch": MAX_BATCH},
+    }  # fmt: skip
+    return ServeSpec(**{**usual, **changed})
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Look again and again until it holds."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to hold"
+        time.sleep(0.1)
+
+
+def test_an_endpoint_that_ends_lets_its_streams_end_first(local_ray: Session, base: Path, store: Store) -> None:
+    """A stream that runs when the endpoint is taken down comes whole; a new request is no longer taken."""
+    lines: list[str] = []
+    streaming, ended = threading.Event(), threading.Event()
+    body = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 900, "stream": True}
+
+    def read(url: str) -> None:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as stream:
+            for line in stream.iter_lines():
+                lines.append(line)
+                streaming.set()
+        ended.set()
+
+    with ExitStack() as stack:
+        endpoint = stack.enter_context(deploy(spec_of(base, store, name="drained", num_replicas=1)))
+        reader = threading.Thread(target=read, args=(endpoint.url,))
+        reader.start()
+        assert streaming.wait(60)
+        serve.delete("drained", _blocking=False)
+        with endpoint.client() as client:
+            until(lambda: not client.ready())
+        assert not ended.is_set(), "it was over before the endpoint went"
+        reader.join(60)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_replicas_follow_the_load(local_ray: Session, base: Path, store: Store) -> None:
+    autoscaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 0.5}
+    spec = spec_of(base, store, name="scaled", num_replicas=1, autoscaling={**autoscaling, "downscale_delay_s": 1})
+    with deploy(spec) as endpoint, endpoint.client() as client:
+        assert len(live_replicas(client)) == 1
+        stop = threading.Event()
+        load = threading.Thread(target=lambda: asyncio.run(keep_asking(endpoint, stop)))
+        load.start()
+        until(lambda: len(live_replicas(client)) == 2)
+        stop.set()
+        load.join(60)
+        until(lambda: len(live_replicas(client)) == 1)
+
+
+async def keep_asking(endpoint: Endpoint, stop: threading.Event) -> None:
+    """Twelve requests at a time, none of which may fail, until told to stop."""
+
+    async def one() -> None:
+        while not stop.is_set():
+            await client.chat(ChatCall("base", HELLO, max_tokens=64))
+
+    async with endpoint.async_client() as client:
+        await asyncio.gather(*[one() for _ in range(12)])
+
+
+def test_more_replicas_than_fit_are_refused(local_ray: Session, base: Path, store: Store) -> None:
+    with (
+        pytest.raises(ConfigError, match="num_cpus=3 for each of 2 replicas"),
+        deploy(spec_of(base, store, name="many", num_cpus=3)),
+    ):
+        pytest.fail("it deployed")
+
+
+@pytest.fixture(scope="module")
+def endpoint(local_ray: Session, base: Path, store: Store) -> Iterator[Endpoint]:
+    with deploy(spec_of(base, store)) as running:
+        yield running
+
+
+def answered(client: Client) -> Counter[tuple[str, str]]:
+    """Requests so far by (replica, adapter), as GET /metrics tells them."""
+    text = client.metrics()
+    found: Counter[tuple[str, str]] = Counter()
+    for family in parse(text):
+        for sample in family.samples:
+            if sample.name == "graftwork_requests_total":
+                found[sample.labels["replica"], sample.labels["adapter"]] += int(sample.value)
+    return found
+
+
+def resident(client: Client, task: str) -> set[str]:
+    """Replicas that hold the task's adapter."""
+    return {row["replica"] for row in client.adapters() if f"{task}@latest" in row["refs"] and row["state"] == "ready"}
+
+
+def test_each_adapter_is_answered_at_its_home(endpoint: Endpoint) -> None:
+    with endpoint.client() as client:
+        before = answered(client)
+        for _ in range(6):
+            for task in TASKS:
+                client.chat(ChatCall(f"base:{task}", HELLO, max_tokens=1))
+        spread = answered(client) - before
+        replicas = {replica for replica, adapter in spread}
+        for task in TASKS:
+            assert max(spread[replica, task] for replica in replicas) == 6, spread
+        assert len({resident(client, task).pop() for task in TASKS}) == 2, "eight adapters have two homes"
+
+
+def test_base_requests_go_to_both(endpoint: Endpoint) -> None:
+    with endpoint.client() as client:
+        before = answered(client)
+        asyncio.run(ask(endpoint, [ChatCall(endpoint.base, HELLO, max_tokens=32)] * 24, concurrency=8))
+        spread = answered(client) - before
+        assert min(count for (replica, adapter), count in spread.items() if adapter == "") >= 6, spread
+        assert len(spread) == 2
+
+
+async def ask(endpoint: Endpoint, calls: list[ChatCall], concurrency: int) -> None:
+    places = asyncio.Semaphore(concurrency)
+
+    async def one(call: ChatCall) -> None:
+        async with places:
+            await client.chat(call)
+
+    async with endpoint.async_client() as client:
+        await asyncio.gather(*[one(call) for call in calls])
+
+
+def test_one_hot_adapter_makes_no_hot_spot(endpoint: Endpoint) -> None:
+    with endpoint.client() as client:
+        before = answered(client)
+        asyncio.run(ask(endpoint, [ChatCall("base:task1", HELLO, max_tokens=32)] * 60, concurrency=12))
+        spread = answered(client) - before
+        assert resident(client, "task1") == {replica for replica, _ in spread}
+        assert min(spread[replica, "task1"] for replica, _ in spread) >= 15, spread
+        assert len(spread) == 2
+
+
+def test_a_moved_alias_reaches_every_replica(endpoint: Endpoint, store: Store) -> None:
+    versions = {m.version for m in artifact.list_adapters(store) if m.task == "task0"}
+    (old,) = {artifact.aliases(store, "task0")["latest"]}
+    (new,) = versions - {old}
+    with endpoint.client() as client:
+        artifact.promote(store, "task0", "latest", new)
+        assert client.refresh("task0@latest") == new
+        rows = [row for row in client.adapters() if "task0@latest" in row["refs"]]
+        assert {(row["version"], row["state"]) for row in rows} == {(new, "ready")}
+        assert len({row["replica"] for row in rows}) == 2
+        for _ in range(8):
+            assert client.chat(ChatCall("base:task0", HELLO, max_tokens=1)).adapter_version == new
+
+
+def test_a_killed_replica_costs_its_own_requests_alone(endpoint: Endpoint) -> None:
+    with endpoint.client() as client:
+        replicas = {row["replica"]: row["pid"] for row in client.stats()["replicas"]}
+        long = asyncio.run(tasks_with_long_answers(endpoint))
+        homes = {task: home for task in long for home in resident(client, task) if len(resident(client, task)) == 1}
+        doomed = next(iter(homes))
+        safe = next(task for task, home in homes.items() if home != homes[doomed])
+        outcome = asyncio.run(kill_while_both_stream(endpoint, {doomed, safe}, replicas[homes[doomed]]))
+        assert outcome[safe] == "[DONE]"
+        assert json.loads(outcome[doomed])["error"]["code"] == "engine_lost"
+        lost = homes[doomed]
+        until(lambda: len(live_replicas(client)) == 2 and lost not in live_replicas(client))
+        assert client.chat(ChatCall(f"base:{doomed}", HELLO, max_tokens=1)).completion_tokens == 1
+        assert client.ready()
+
+
+async def tasks_with_long_answers(endpoint: Endpoint) -> list[str]:
+    """Those that a random model does not end early: nothing ends while the test looks on."""
+    async with endpoint.async_client() as client:
+        calls = [client.chat(ChatCall(f"base:{task}", HELLO, max_tokens=LONG)) for task in TASKS]
+        replies = await asyncio.gather(*calls)
+    return [task for task, reply in zip(TASKS, replies, strict=True) if reply.finish_reason == "length"]
+
+
+def live_replicas(client: Client) -> set[str]:
+    return {row["replica"] for row in client.stats()["replicas"]}
+
+
+async def kill_while_both_stream(endpoint: Endpoint, tasks: set[str], pid: int) -> dict[str, str]:
+    """The last event of each task's stream, after the process ended in the middle of both."""
+    going = asyncio.Barrier(len(tasks) + 1)
+
+    async def one(http: httpx.AsyncClient, task: str) -> tuple[str, str]:
+        body = {"model": f"base:{task}", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": LONG}
+        async with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
+            lines = stream.aiter_lines()
+            await anext(lines)
+            await going.wait()
+            *_, last = [line async for line in lines if line]
+            return task, last.removeprefix("data: ")
+
+    async with httpx.AsyncClient(base_url=str(endpoint.url), timeout=120) as http:
+        streams = [asyncio.create_task(one(http, task)) for task in tasks]
+        await going.wait()
+        os.kill(pid, signal.SIGKILL)
+        return dict(await asyncio.gather(*streams))
