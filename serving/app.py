@@ -19,11 +19,13 @@ from ray.serve.handle import DeploymentHandle
 
 from graftwork import base_model
 from graftwork.chat import Message
+from graftwork.embedding import EmbedderSpec, resolve_embedder
 from graftwork.errors import ConfigError, RunError
 from graftwork.serving.arms import Sampling, warm
 from graftwork.serving.backend import ServeBackend
 from graftwork.serving.catalog import base_name
 from graftwork.serving.client import AsyncClient, ChatCall, Client
+from graftwork.serving.embedder import EmbedderReplica
 from graftwork.serving.grammar import check, read_grammar
 from graftwork.serving.ingress import Ingress
 from graftwork.serving.replica import EngineReplica
@@ -32,7 +34,7 @@ from graftwork.serving.source import AdapterSource
 from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.storage import Store
 
-ENGINE, INGRESS = "engine", "ingress"
+ENGINE, INGRESS, EMBEDDER = "engine", "ingress", "embedder"
 READY_TIMEOUT_S = 60.0
 ROUTING_STATS_PERIOD_S = 1.0
 """How often each replica says which adapters it holds."""
@@ -54,11 +56,19 @@ def build(spec: ServeSpec, *, http: bool = True) -> serve.Application:
     if not http:
         return engine
     token = _token(spec)
+    embedder = _embedder(spec.embedder) if spec.embedder else None
     return serve.deployment(
         serve.ingress()(Ingress), name=INGRESS, num_replicas=1, max_ongoing_requests=4 * spec.max_ongoing_requests,
         ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=spec.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
-    ).bind(dump, engine, hashlib.sha256(token.encode()).hexdigest() if token else None)  # fmt: skip
+    ).bind(dump, engine, hashlib.sha256(token.encode()).hexdigest() if token else None, embedder)  # fmt: skip
+
+
+def _embedder(spec: EmbedderSpec) -> serve.Application:
+    return serve.deployment(
+        EmbedderReplica, name=EMBEDDER, num_replicas=1, ray_actor_options={"num_cpus": spec.num_cpus},
+        max_ongoing_requests=256, max_constructor_retry_count=1,
+    ).bind(spec.model_dump(mode="json"))  # fmt: skip
 
 
 def _replicas(spec: ServeSpec) -> dict[str, Any]:
@@ -145,6 +155,8 @@ def preflight(spec: ServeSpec) -> None:
         warm(arm.prompt, arm.retriever)
         if arm.grammar is not None:
             check(read_grammar(arm.grammar))
+    if spec.embedder:
+        resolve_embedder(spec.embedder)
     require_resources(spec.num_cpus, spec.num_gpus, spec.first_replicas)
 
 

@@ -10,6 +10,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from graftwork.embedding import Embedded
 from graftwork.serving.api_error import ApiError, engine_lost
 from graftwork.serving.arms import Dump, Question
 
@@ -28,6 +29,9 @@ class Backend(Protocol):
     async def call(self, method: str) -> Any:
         """A method of one replica that takes nothing: models."""
 
+    async def embed(self, texts: list[str]) -> Embedded:
+        """See EmbedderReplica.embed; only where the endpoint has an embedder."""
+
     async def each(self, method: str, *args: Any) -> list[Any]:
         """A method of every live replica: refresh, adapters, stats, check_health. At least one has answered."""
 
@@ -39,8 +43,9 @@ class ServeBackend:
     of 32 tokens then costs half the CPU (48 instead of 94 ms over all processes, 64 streams at once, 2 cores).
     """
 
-    def __init__(self, handle: DeploymentHandle, timeout_s: float) -> None:
+    def __init__(self, handle: DeploymentHandle, timeout_s: float, embedder: DeploymentHandle | None = None) -> None:
         self._handle, self._timeout_s = handle.options(_by_reference=False), timeout_s
+        self._embedder = embedder.options(_by_reference=False) if embedder is not None else None
 
     async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> Dump:
         """The first of `choices`."""
@@ -75,6 +80,14 @@ class ServeBackend:
         with _as_api_errors():
             async with asyncio.timeout(self._timeout_s):
                 return await getattr(self._handle, method).remote()
+
+    async def embed(self, texts: list[str]) -> Embedded:
+        """Vectors of the endpoint's embedder."""
+        assert self._embedder is not None, "the ingress has refused it"
+        with _as_api_errors():
+            async with asyncio.timeout(self._timeout_s):
+                found: Embedded = await self._embedder.embed.remote(texts)
+                return found
 
     async def each(self, method: str, *args: Any) -> list[Any]:
         """A replica that ended meanwhile is left out: the one in its place reads every alias anew. Else the first error

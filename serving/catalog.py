@@ -25,6 +25,7 @@ class Catalog:
     def __init__(self, spec: ServeSpec) -> None:
         self.base = base_name(spec.base.uri)
         self._arms = {f"arm/{arm.name}": arm for arm in spec.arms}
+        self._embedder = spec.embedder.model_name if spec.embedder else None
 
     def arm(self, model: str) -> ArmSpec:
         """The arm behind a model name. Raises ApiError 404; whether its adapter exists is found out by the replica."""
@@ -44,9 +45,17 @@ class Catalog:
             raise self._unknown(name)
         return ref
 
+    def require_embedder(self, model: str) -> None:
+        """Raises ApiError 404 for any model but the endpoint's embedder."""
+        if self._embedder is None:
+            raise unknown_model(model, "This endpoint has no embedder: its spec names one as `embedder:`.")
+        if model != self._embedder:
+            raise unknown_model(model, f"The embedder here: {self._embedder}.")
+
     def cards(self, adapters: list[tuple[AdapterManifest, list[str]]], created: int) -> list[Json]:
         """GET /v1/models: the base, the arms, each adapter by alias and version. `created` is for base and arms."""
         cards = [model_card(self.base, created)]
+        cards += [model_card(self._embedder, created, kind="embedder")] if self._embedder else []
         cards += [model_card(name, created, adapter=arm.adapter) for name, arm in self._arms.items()]
         for manifest, aliases in adapters:
             names = [f"{self.base}:{manifest.task}"] if DEFAULT_ALIAS in aliases else []

@@ -25,9 +25,11 @@ from graftwork.serving.arms import ArmAnswer, Dump, Question
 from graftwork.serving.backend import Backend, ServeBackend
 from graftwork.serving.catalog import Catalog
 from graftwork.serving.live import snapshot, total
+from graftwork.serving.live_page import page
 from graftwork.serving.logprobs import TokenLogprob
 from graftwork.serving.metrics_families import CONTENT_TYPE, render
 from graftwork.serving.metrics_http import CountedHttp, http_families
+from graftwork.serving.openai_embeddings import EmbeddingRequest, embedding_response
 from graftwork.serving.openai_responses import DONE, Envelope, Json, Kind, sse
 from graftwork.serving.openai_types import ChatRequest, CompletionRequest, RefreshRequest, parse
 from graftwork.serving.spec import ArmSpec, ServeSpec
@@ -40,9 +42,11 @@ READY_TIMEOUT_S = 5.0
 class Ingress:
     """The Serve deployment that runs the app. It holds no state, so any number of replicas will do."""
 
-    def __init__(self, spec: Dump, replica: DeploymentHandle, token_sha256: str | None) -> None:
+    def __init__(
+        self, spec: Dump, replica: DeploymentHandle, token_sha256: str | None, embedder: DeploymentHandle | None
+    ) -> None:
         self._spec, self._token_sha256 = ServeSpec.model_validate(spec), token_sha256
-        self._backend = ServeBackend(replica, self._spec.request_timeout_s)
+        self._backend = ServeBackend(replica, self._spec.request_timeout_s, embedder)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve calls this once, in the replica's process."""
@@ -65,6 +69,7 @@ def make_app(spec: ServeSpec, backend: Backend, token_sha256: str | None) -> Fas
     for path, post, body in (
         ("/v1/chat/completions", surface.chat, ChatRequest),
         ("/v1/completions", surface.completions, CompletionRequest),
+        ("/v1/embeddings", surface.embeddings, EmbeddingRequest),
         ("/v1/adapters/refresh", surface.refresh, RefreshRequest),
     ):
         schema = {"content": {"application/json": {"schema": body.model_json_schema()}}, "required": True}
@@ -79,7 +84,7 @@ def make_app(spec: ServeSpec, backend: Backend, token_sha256: str | None) -> Fas
         ("/metrics", surface.metrics),
     ):
         app.add_api_route(path, get, methods=["GET"], dependencies=guarded, response_model=None)
-    for path, probe in (("/health", surface.health), ("/ready", surface.ready)):
+    for path, probe in (("/", surface.page), ("/health", surface.health), ("/ready", surface.ready)):
         app.add_api_route(path, probe, methods=["GET"], response_model=None)
     return app
 
@@ -105,6 +110,12 @@ class Surface:
         if arm.prompt is not None or arm.retriever is not None:
             raise bad_request("An arm has its own prompt: ask it at /v1/chat/completions.", param="model")
         return await self._complete("text", body, arm, body.prompt)
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings: vectors of the endpoint's embedder."""
+        body = parse(EmbeddingRequest, await _body(request))
+        self._catalog.require_embedder(body.model)
+        return JSONResponse(embedding_response(body, await self._backend.embed(body.texts())))
 
     async def refresh(self, request: Request) -> Response:
         """POST /v1/adapters/refresh: every replica reads the alias again; returns once all new requests follow it."""
@@ -145,6 +156,10 @@ class Surface:
             if card["id"] == model:
                 return JSONResponse(card)
         raise unknown_model(model, "GET /v1/models lists them all.")
+
+    async def page(self) -> Response:
+        """GET /: the live page. It needs no token, for it holds nothing: it asks for one and calls /v1 with it."""
+        return page()
 
     async def health(self) -> Response:
         """GET /health: the endpoint's process lives. Needs no token and tells nothing else."""

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.chat import PromptSpec
 from graftwork.config import Spec
+from graftwork.embedding import EmbedderSpec
 from graftwork.retrieval import RetrieverSpec
 from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 
@@ -133,6 +134,8 @@ class ServeSpec(Spec):
     """Loaded at start; others of the store load when first asked for."""
     arms: tuple[ArmSpec, ...] = ()
     """Answered under the model name `arm/NAME`."""
+    embedder: EmbedderSpec | None = None
+    """Model behind /v1/embeddings, in a process of its own; null answers 404 there."""
     engine: EngineSpec = EngineSpec()
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)

