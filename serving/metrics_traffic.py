@@ -57,6 +57,7 @@ class Watch:
         if self._tokens == 0:
             self._first = now
             series.ttft.observe(now - self._began)
+            series.token_gap.observe(0.0, tokens - 1)  # what came with the first token kept nobody waiting
             self._traffic.recent.append((now, self._key, now - self._began))
         else:
             series.token_gap.observe((now - self._last) / tokens, tokens)
