@@ -34,13 +34,14 @@ class Ended:
 
 
 class Watch:
-    """One request under way."""
+    """One request under way: one answer, or several to one prompt."""
 
     def __init__(self, traffic: "Traffic") -> None:
         self._traffic, self._began = traffic, time.perf_counter()
         self._key = NOT_ADMITTED
-        self._first = self._last = 0.0
-        self._tokens = 0
+        self._ttft_s: float | None = None
+        self._last: dict[int, float] = {}
+        self._tokens, self._gaps, self._gaps_s = 0, 0, 0.0
         self._answer: ArmAnswer | None = None
 
     def admitted(self, arm: str, task: str | None, version: str | None) -> None:
@@ -48,32 +49,36 @@ class Watch:
         self._key = Key(arm, task or "", (version or "")[:12])
         self._traffic.table.begin(self._key)
 
-    def burst(self, tokens: int) -> None:
-        """So many tokens have arrived together; none where the engine ended the request without one."""
+    def burst(self, tokens: int, answer: int = 0) -> None:
+        """So many tokens of one answer have arrived together; none where the engine ended it without one."""
         if tokens == 0:
             return
         now = time.perf_counter()
         series = self._traffic.table.at(self._key)
-        if self._tokens == 0:
-            self._first = now
-            series.ttft.observe(now - self._began)
-            series.token_gap.observe(0.0, tokens - 1)  # what came with the first token kept nobody waiting
-            self._traffic.recent.append((now, self._key, now - self._began))
+        if self._ttft_s is None:
+            self._ttft_s = now - self._began
+            series.ttft.observe(self._ttft_s)
+            self._traffic.recent.append((now, self._key, self._ttft_s))
+        if answer in self._last:
+            waited = now - self._last[answer]
+            series.token_gap.observe(waited / tokens, tokens)
+            self._gaps, self._gaps_s = self._gaps + tokens, self._gaps_s + waited
         else:
-            series.token_gap.observe((now - self._last) / tokens, tokens)
+            series.token_gap.observe(0.0, tokens - 1)  # what came with the first token kept nobody waiting
+            self._gaps += tokens - 1
         series.completion_tokens += tokens
         self._tokens += tokens
-        self._last = now
+        self._last[answer] = now
 
     def done(self, answer: ArmAnswer) -> None:
-        """The whole answer is there."""
+        """An answer is whole."""
         self._answer = answer
 
     def end(self, outcome: str) -> Ended:
         """Count it."""
         series = self._traffic.table.at(self._key)
         latency = time.perf_counter() - self._began
-        mean = (self._last - self._first) / (self._tokens - 1) if self._tokens > 1 else None
+        mean = self._gaps_s / self._gaps if self._gaps else None
         prompt = self._answer.prompt_tokens if self._answer else 0
         series.outcomes[outcome] += 1
         series.latency.observe(latency)
@@ -81,12 +86,12 @@ class Watch:
         series.cached_tokens += self._answer.cached_tokens if self._answer else 0
         if mean is not None:
             series.token_mean.observe(mean)
-        ttft = self._first - self._began if self._tokens else None
         label = self._traffic.table.label(self._key)
-        return Ended(label, outcome, ttft, latency, mean, prompt, self._tokens)
+        return Ended(label, outcome, self._ttft_s, latency, mean, prompt, self._tokens)
 
     @property
     def reason(self) -> str:
+        """OpenAI's finish reason, of the last answer where there were several."""
         return self._answer.finish_reason if self._answer else "cancelled"
 
 

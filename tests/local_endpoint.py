@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
@@ -19,16 +20,16 @@ from tests.ports import free_port
 
 
 class LocalBackend:
-    """A `Backend` that calls its one replica directly."""
+    """A `Backend` that calls its one replica directly, where the endpoint goes through Ray."""
 
     def __init__(self, replica: EngineReplica, embedder: EmbedderReplica | None = None) -> None:
         self.replica, self._embedder = replica, embedder
 
-    async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> Dump:
-        return await self.replica.answer(arm, messages, request_id, sampling)
+    async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> list[Dump]:
+        return await self.replica.choices(arm, messages, request_id, json.loads(json.dumps(sampling)))
 
     async def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
-        async with aclosing(self.replica.stream(arm, messages, request_id, sampling)) as chunks:
+        async with aclosing(self.replica.stream(arm, messages, request_id, json.loads(json.dumps(sampling)))) as chunks:
             async for chunk in chunks:
                 yield chunk
 

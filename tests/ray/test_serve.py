@@ -61,7 +61,8 @@ class World:
 
     def spec(self, **changed: Any) -> ServeSpec:
         usual: dict[str, Any] = {
-            "base": str(self.base), "root": self.store.uri, "quant": {"kind": "none"}, "port": free_port(),
+            "base": str(self.base), "root": self.store.uri, "port": free_port(),
+            "quant": {"kind": "none", "dtype": "float32"},
             "adapters": [f"{task}@latest" for task in TASKS], "engine": {"max_seq_len": 1024, "num_threads": 1},
             "arms": [
                 {"name": "plain", "prompt": {"system": SYSTEM}, "max_new_tokens": NEW_TOKENS},

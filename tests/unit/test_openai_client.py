@@ -1,9 +1,8 @@
 """The official openai client against our app: the real app and a real replica in this process, no socket between."""
 
 import asyncio
-import json
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,34 +14,15 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel, Field
 
 from graftwork.chat import Message, Template, render
-from graftwork.serving.arms import Dump, Question
 from graftwork.serving.ingress import make_app
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ServeSpec
 from tests import engines
+from tests.local_endpoint import LocalBackend
 from tests.tiny import write_tiny_base
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello, which airport has the ICAO code ZPPP?"}]
 DRAWN: dict[str, Any] = {"messages": HELLO, "max_tokens": 12, "temperature": 1.0, "seed": 4}
-
-
-class Direct:
-    """A `Backend` that calls a replica of this process, where the endpoint goes through Ray."""
-
-    def __init__(self, replica: EngineReplica) -> None:
-        self._replica = replica
-
-    async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> list[Dump]:
-        return await self._replica.choices(arm, messages, request_id, json.loads(json.dumps(sampling)))
-
-    def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
-        return self._replica.stream(arm, messages, request_id, json.loads(json.dumps(sampling)))
-
-    async def refresh(self, ref: str) -> list[Dump]:
-        return [await self._replica.refresh(ref)]
-
-    async def call(self, method: str) -> Any:
-        return await getattr(self._replica, method)()
 
 
 class World:
@@ -57,7 +37,7 @@ class World:
         self._runner = asyncio.Runner()
         self._replica = EngineReplica.__new__(EngineReplica)
         self._runner.run(self._replica.__init__(spec.model_dump(mode="json")))  # type: ignore[misc]
-        self._app = make_app(spec, Direct(self._replica), None)
+        self._app = make_app(spec, LocalBackend(self._replica), None)
 
     def play(self, act: Callable[[AsyncOpenAI], Awaitable[Any]]) -> Any:
         """Runs `act` with a client."""
