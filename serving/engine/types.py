@@ -125,7 +125,7 @@ class SlotState:
 
     version: str
     rank: int
-    """Largest rank over its modules."""
+    """Largest LoRA rank over its modules; 0 for an adapter without LoRA."""
     size_bytes: int
     """Of its host copy."""
     running: int

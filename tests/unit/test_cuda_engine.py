@@ -62,6 +62,33 @@ def test_mixed_adapters_answer_as_peft_does(base: Path, adapters: dict[str, Path
         assert answer.tokens == engines.peft_greedy(base, adapters[name] if name else None, [prompt], 4)[0]
 
 
+def test_kinds_beyond_lora_decode_beside_the_graphs(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """Multiplied channels and replaced rows are computed eagerly; a prefix lies in KV: its rows stay in the graph."""
+    from peft import IA3Config, LoraConfig, PrefixTuningConfig
+
+    kinds = {
+        "dora": LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], use_dora=True),
+        "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[]),
+        "rows": LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6, 7]),
+        "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    }
+    folders = {
+        name: engines.write_peft(base, tmp_path / name, n, config) for n, (name, config) in enumerate(kinds.items())
+    }
+    folders["lora"] = adapters["a" * 12]
+    engine = gpu_engine(base)
+    for version, folder in folders.items():
+        engine.load_adapter(version, folder)
+    engine.start()
+    prompts = {name: [5, 6, 7, 30 + n, 9, 11] for n, name in enumerate([None, *folders])}
+    asked = [engines.request(str(name), prompt, name, max_new_tokens=4) for name, prompt in prompts.items()]
+    answers = engines.ask(engine, *asked)
+    engine.stop()
+    for (name, prompt), answer in zip(prompts.items(), answers, strict=True):
+        assert answer.error is None
+        assert answer.tokens == engines.peft_greedy(base, folders[name] if name else None, [prompt], 4)[0], name
+
+
 def test_a_captured_step_stays_right_when_rows_move_and_adapters_change(base: Path, adapters: dict[str, Path]) -> None:
     captured: list[Step] = []
 

@@ -21,10 +21,13 @@ from peft import (
     TrainableTokensConfig,
 )
 
+from graftwork import artifact
 from graftwork.errors import DataError
 from graftwork.serving.engine.adapters.base_view import linear_weight
 from graftwork.serving.engine.engine import Engine
+from graftwork.storage import Store
 from tests import engines
+from tests.adapters import facts
 from tests.tiny import VOCAB_SIZE, write_tiny_base
 from tests.unit.test_engine_families import write_family
 
@@ -181,6 +184,24 @@ def test_trained_rows_are_pefts_within_rounding(base: Path, adapters: dict[str, 
         assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["dora", "ia3", "ia3-group", "rows", "embedding", "output", "tied"])
+def test_in_bf16_no_kind_strays_further_from_fp32_than_peft_does(
+    base: Path, adapters: dict[str, Path], kind: str
+) -> None:
+    ids_BT = torch.randint(3, 60, (4, 24), generator=torch.Generator().manual_seed(6))
+    engine = Engine(engines.load_model(base).bfloat16(), engines.spec(), "cpu")
+    engine.load_adapter(kind, adapters[kind])
+    ours = engine.runner.logits(ids_BT, [engine.slots.acquire(kind)] * 4).float()
+    engine.stop()
+    exact, theirs = (
+        PeftModel.from_pretrained(model, adapters[kind]).eval()
+        for model in (engines.load_model(base), engines.load_model(base).bfloat16())
+    )
+    with torch.inference_mode():
+        exact_BTV, theirs_BTV = exact(input_ids=ids_BT).logits, theirs(input_ids=ids_BT).logits.float()
+    assert (ours - exact_BTV).square().mean() < 1.5 * (theirs_BTV - exact_BTV).square().mean()
+
+
 @pytest.mark.parametrize(
     ("family", "extra", "kinds"),
     [
@@ -239,6 +260,22 @@ def test_a_retired_adapter_gives_its_tensors_back(base: Path, adapters: dict[str
     gc.collect()
     assert len(held) > 10
     assert [one() for one in held if one() is not None] == []
+    engine.stop()
+
+
+def test_every_kind_is_published_and_served_from_what_was_published(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path))
+    engine = started(engines.load_model(base), {})
+    for kind in ("dora", "ia3", "only-rows", "prefix", "prompt", "p-tuning"):
+        manifest = artifact.publish(store, kind, adapters[kind], **facts())
+        digests = {name: entry.sha256 for name, entry in manifest.files.items()}
+        engine.load_adapter(manifest.version, artifact.fetch(store, kind, manifest.version), digests)
+        engine.load_adapter(kind, adapters[kind])
+        asked = [engines.request(one, [3, 5, 8, 9], one, max_new_tokens=5) for one in (manifest.version, kind)]
+        published, own = engines.ask(engine, *asked)
+        assert published.tokens == own.tokens
     engine.stop()
 
 
