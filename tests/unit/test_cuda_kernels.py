@@ -156,7 +156,7 @@ RANKS = [(8, 8, 8), (16, 0, 16), (5, 12, 64), (0, 0, 0), (33, 1, 2)]
 @pytest.mark.parametrize("rows", [[0], [-1, 0, 1], [2, 2, 2, -1, 4, 3, 0], [1] * 19 + [-1] + [0] * 2], ids=str)
 def test_deltas_of_mixed_ranks_equal_pefts(rows: list[int], dtype: torch.dtype) -> None:
     adapters = [adapter(f"v{n}", ranks, 7 * n, dtype) for n, ranks in enumerate(RANKS)]
-    table = SlotTable({"m.qkv": GROUP}, 32, MAX_RANK, DEVICE)
+    table = SlotTable({"m.qkv": GROUP}, 32, MAX_RANK, dtype, DEVICE)
     own = [None if n < 0 else adapters[n] for n in rows]
     padded = len(rows) + 3
     inputs = StepInputs(padded, 512, DEVICE)
@@ -183,7 +183,7 @@ def test_deltas_of_mixed_ranks_equal_pefts(rows: list[int], dtype: torch.dtype) 
 
 def test_a_slot_is_rewritten_where_an_adapter_gives_way_to_another() -> None:
     first, second, third = (adapter(f"v{n}", (8, 8, 8), n, torch.float32) for n in range(3))
-    table = SlotTable({"m.qkv": GROUP}, 2, MAX_RANK, DEVICE)
+    table = SlotTable({"m.qkv": GROUP}, 2, MAX_RANK, torch.float32, DEVICE)
     address, old = table.entries.data_ptr(), table.slots([first, None, second])
     assert old == [0, -1, 1]
     assert table.slots([second, third, second]) == [1, 0, 1], "the one that does not decode now gives its slot"

@@ -43,7 +43,7 @@ class GraphDecode:
         self._runner, self._kv = runner, kv
         self._buckets = row_buckets(max_batch)
         self._inputs = StepInputs(max_batch, kv.page_tokens, self._device)
-        self._table = SlotTable(runner.sites.groups(), max_batch, max_rank, self._device)
+        self._table = SlotTable(runner.sites.groups(), max_batch, max_rank, runner.dtype, self._device)
         if self._capture is None:
             moving = reads_positions_on_host(runner.config)
             if moving is not None:

@@ -1,8 +1,11 @@
 """How a step is kept: as a CUDA graph, or as the function itself."""
 
+import logging
 from collections.abc import Callable
 
 import torch
+
+_log = logging.getLogger(__name__)
 
 Step = Callable[[], torch.Tensor]
 """Computes one decode step from what `StepInputs` holds; returns the logits [rows, V], valid until the next step."""
@@ -20,21 +23,31 @@ def direct(step: Step) -> Step:
 class GraphCapture:
     """Records a step's kernels once and replays them with one call. One memory pool serves all graphs of an engine.
 
-    Steps never overlap and a step's logits are read before the next one, so graphs may share their intermediates.
+    Steps never overlap and a step's logits are read before the next one, so graphs may share their intermediates. A
+    model that asks the device something in the middle of a step cannot be recorded: it is said, and its steps run as
+    they are.
     """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._refused = False
 
     def __call__(self, step: Step) -> Step:
+        if self._refused:
+            return direct(step)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # first call: compiles kernels, picks algorithms, fills caches
             step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # others load adapters
-            logits = step()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # others load adapters
+                logits = step()
+        except RuntimeError as error:  # what CUDA raises for a step that waits for the device
+            _log.warning("decoding without CUDA graphs, about 10 times slower: this model's step waits (%s)", error)
+            self._refused = True
+            return direct(step)
 
         def replay() -> torch.Tensor:
             graph.replay()

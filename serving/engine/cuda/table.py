@@ -35,10 +35,15 @@ class SiteColumn:
 
 
 class SlotTable:
-    """Device tensors `entries` [slots, width] int64 and `scalings` [slots, sites] float32; for one thread."""
+    """Device tensors `entries` [slots, width] int64 and `scalings` [slots, sites] float32; for one thread.
 
-    def __init__(self, groups: Mapping[str, list[Site]], slots: int, max_rank: int, device: torch.device) -> None:
-        self._groups = groups
+    dtype: of every adapter's weights and of the tokens; an address does not tell.
+    """
+
+    def __init__(
+        self, groups: Mapping[str, list[Site]], slots: int, max_rank: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._groups, self.dtype = groups, dtype
         self.groups: dict[str, GroupColumn] = {}
         self.sites: dict[str, SiteColumn] = {}
         for name, sites in groups.items():
@@ -82,6 +87,7 @@ class SlotTable:
         words, scalings = [0] * self.width, [0.0] * len(self.sites)
         for name, parts in weights.groups.items():
             column = self.groups[name]
+            assert parts.a_RI.dtype == self.dtype, f"{parts.a_RI.dtype} weights among {self.dtype} ones"
             words[column.first : column.first + _GROUP_WORDS] = parts.a_RI.data_ptr(), len(parts.a_RI)
             for site in self._groups[name]:
                 part = parts.members[site.member]

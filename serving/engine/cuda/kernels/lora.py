@@ -27,6 +27,7 @@ _MOST_SPLITS = 16
 
 def shrink(x_NI: torch.Tensor, tiles: Tiles, table: SlotTable, column: GroupColumn) -> torch.Tensor:
     """Partial sums of x @ A.T for every member of a group: fp32 [splits, N, lines]; lines of base rows stay unset."""
+    assert x_NI.dtype == table.dtype, f"{x_NI.dtype} tokens and {table.dtype} adapters"
     count, inputs = x_NI.shape
     splits = min(_MOST_SPLITS, triton.cdiv(inputs, 2 * _BLOCK_K))
     span = triton.cdiv(triton.cdiv(inputs, splits), _BLOCK_K) * _BLOCK_K
@@ -41,6 +42,7 @@ def shrink(x_NI: torch.Tensor, tiles: Tiles, table: SlotTable, column: GroupColu
 
 def expand(partial: torch.Tensor, tiles: Tiles, table: SlotTable, column: SiteColumn, out_NO: torch.Tensor) -> None:
     """Adds one member's delta to `out_NO` in place."""
+    assert out_NO.dtype == table.dtype, f"{out_NO.dtype} results and {table.dtype} adapters"
     splits, count, lines = partial.shape
     outputs = out_NO.shape[1]
     _expand_kernel[(len(tiles.slots), triton.cdiv(outputs, _BLOCK_O))](
