@@ -297,6 +297,8 @@ class PrecisionRow(Record):
     """One precision, measured in a process of its own."""
 
     precision: str
+    machine: str
+    """What the times were taken on."""
     reason: str
     """The dtype and the form of the weights, and why."""
     caveat: str

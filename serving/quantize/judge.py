@@ -95,9 +95,9 @@ def _candidates(spec: QuantizeSpec, measured: Sequence[Measured], differences: S
 
 def _row(one: Measured, finding: Finding, scored: ScoredArms, rules: Rules) -> PrecisionRow:
     return PrecisionRow(
-        precision=one.precision, reason=one.reason, caveat=one.caveat, stored_bytes=one.stored_bytes,
-        resident_bytes=one.resident_bytes, predicted_bytes=one.predicted_bytes, peak_rss_bytes=one.peak_rss_bytes,
-        load_s=one.load_s, good_enough=finding.good_enough, why=finding.why,
+        precision=one.precision, machine=one.machine, reason=one.reason, caveat=one.caveat,
+        stored_bytes=one.stored_bytes, resident_bytes=one.resident_bytes, predicted_bytes=one.predicted_bytes,
+        peak_rss_bytes=one.peak_rss_bytes, load_s=one.load_s, good_enough=finding.good_enough, why=finding.why,
         arms=tuple(_arm(one, arm, scored, rules) for arm in one.arms),
     )  # fmt: skip
 
@@ -121,6 +121,8 @@ def _rounds(values: Sequence[float]) -> Distribution:
 def _notes(spec: QuantizeSpec, measured: Sequence[Measured], scored: ScoredArms) -> list[str]:
     """What a reader must know before believing the numbers."""
     notes = [f"{one.precision}: {one.caveat}." for one in measured if one.caveat]
+    if len(machines := {one.machine for one in measured}) > 1:
+        notes.append(f"Measured on different machines, so that speeds do not compare: {'; '.join(sorted(machines))}.")
     for arm in spec.arms:
         mean = scored.mean(label(spec.reference, arm.name), spec.metric)
         if mean <= spec.margin:

@@ -4,6 +4,7 @@ The base is loaded by `base_model.load`, as for serving, and everything is asked
 with, so that what is measured is what is served.
 """
 
+import hashlib
 import resource
 import time
 from collections.abc import Mapping
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING
 from graftwork import base_model
 from graftwork.base_model import ResolvedBase
 from graftwork.chat import PromptSpec, Template
-from graftwork.data import Row
+from graftwork.config import canonical_json
+from graftwork.data import Row, fingerprint
 from graftwork.errors import BaseModelError
 from graftwork.memory import weight_bytes
 from graftwork.model_shape import ModelShape
+from graftwork.provenance import hardware
 from graftwork.serving.quantize.ask import Asker
 from graftwork.serving.quantize.measured import Measured, MeasuredArm
 from graftwork.serving.quantize.spec import QUANT, Precision, QuantizeSpec
@@ -40,6 +43,13 @@ class Material:
     rows: tuple[Row, ...]
     text_ids: tuple[int, ...]
 
+    @property
+    def digest(self) -> str:
+        """sha256 hex over all of it: a measurement stands for what it was taken on, whatever its files hold now."""
+        arms = [arm.model_dump(mode="json") for arm in self.arms]
+        parts = canonical_json([arms, fingerprint(self.rows), list(self.text_ids)])
+        return hashlib.sha256(parts.encode()).hexdigest()
+
 
 def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> Measured:
     """Everything about one precision. Raises UserError for a base or an adapter that cannot be served, RunError."""
@@ -60,11 +70,18 @@ def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> Mea
     engine = Engine(loaded.model, spec.engine.with_({"num_threads": threads}), device, template.decode)
     arms = _Bench(engine, template, adapters, spec, material).measure(losses)
     return Measured(
-        precision=precision, base_digest=base.digest, reason=loaded.reason, caveat=caveat(precision, device),
+        precision=precision, base_digest=base.digest, material=material.digest, machine=machine(),
+        reason=loaded.reason, caveat=caveat(precision, device),
         stored_bytes=loaded.stored_bytes, resident_bytes=loaded.resident_bytes,
         predicted_bytes=_predicted(base, precision, loaded.dtype.itemsize), load_s=load_s, arms=arms,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )  # fmt: skip
+
+
+def machine() -> str:
+    """This machine in words: `AMD EPYC 7B13, 2 cores`, and its GPUs."""
+    here = hardware()
+    return ", ".join([here["cpu"], f"{here['cores']} cores", *(gpu["name"] for gpu in here["gpus"])])
 
 
 def caveat(precision: Precision, device: str) -> str:

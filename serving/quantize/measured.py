@@ -41,6 +41,10 @@ class Measured(Measurement):
 
     precision: Precision
     base_digest: str
+    material: str
+    """`Material.digest`: of the questions, the arms with their adapter versions, and the text."""
+    machine: str
+    """CPU, cores and GPUs that the times were taken on."""
     reason: str
     """The dtype and the form of the weights, and why."""
     caveat: str

@@ -132,7 +132,7 @@ def _measurement(precision: Precision) -> tuple[str, str]:
 
 
 def _kept(run: RunPaths, precision: Precision, base: ResolvedBase, material: Material) -> Measured | None:
-    """A measurement of this run on the same base, with the versions that the arms have now."""
+    """A measurement of this run on the same base and material, with the adapter versions of now."""
     found = run.store.find_bytes(*run.file(*_measurement(precision)))
     if found is None:
         return None
@@ -140,9 +140,7 @@ def _kept(run: RunPaths, precision: Precision, base: ResolvedBase, material: Mat
         measured = Measured.model_validate_json(found)
     except pydantic.ValidationError:  # another version of this code wrote it
         return None
-    versions = [arm.adapter.partition("@")[2] if arm.adapter else None for arm in material.arms]
-    same = measured.base_digest == base.digest and [arm.adapter_version for arm in measured.arms] == versions
-    return measured if same else None
+    return measured if (measured.base_digest, measured.material) == (base.digest, material.digest) else None
 
 
 def _measure(run: RunPaths, spec: QuantizeSpec, precision: Precision, material: Material) -> Measured:

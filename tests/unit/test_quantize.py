@@ -113,8 +113,9 @@ def measured(spec: QuantizeSpec, precision: Any, rows: list[Row], size: int) -> 
         arms.append(MeasuredArm(arm=arm.name, adapter_version="v1" if arm.adapter else None, nats=1.5, tokens=99,
                                 answers=said, tokens_per_s={1: (10.0, 12.0), 32: (90.0, 100.0, 110.0)},
                                 merge_loss=loss))  # fmt: skip
-    return Measured(precision=precision, base_digest="b" * 64, reason="dtype=float32", caveat="", load_s=1.0,
-                    stored_bytes=size, resident_bytes=size, predicted_bytes=size, peak_rss_bytes=2**30,
+    return Measured(precision=precision, base_digest="b" * 64, material="m", reason="dtype=float32", caveat="",
+                    load_s=1.0, stored_bytes=size, resident_bytes=size, predicted_bytes=size,
+                    peak_rss_bytes=2**30, machine="one CPU" if precision != "nf4" else "another CPU",
                     arms=tuple(arms))  # fmt: skip
 
 
@@ -147,6 +148,7 @@ def test_the_recommendation_and_what_to_know_before_believing_it(report: Quantiz
     notes = " ".join(report.notes)
     assert "base has both=0.00 at fp32: it has nothing to lose" in notes
     assert "the delta would be off by 70% of its norm" in notes
+    assert "Measured on different machines, so that speeds do not compare: another CPU; one CPU." in notes
     tuned = report.precisions[0].arms[1]
     assert (tuned.tokens_per_s[32].p50, tuned.tokens_per_s[1].p50) == (100.0, 11.0)
     assert tuned.perplexity == pytest.approx(np.exp(1.5))

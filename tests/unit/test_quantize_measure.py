@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,18 @@ def test_arms_are_measured_as_peft_would_answer(
         assert arm.nats == pytest.approx(nats, rel=1e-5)
     assert found.arms[0].nats != pytest.approx(found.arms[1].nats, rel=1e-2)
     assert [arm.adapter_version is None for arm in found.arms] == [True, False]
+
+
+def test_a_measurement_names_what_it_was_taken_on(of: Callable[[str], Measured], asked: QuantizeSpec) -> None:
+    material = Material(asked.arms, tuple(airports(6)), TEXT)
+    others = (
+        replace(material, rows=tuple(airports(6, seed=1))),
+        replace(material, text_ids=TEXT[:-1]),
+        replace(material, arms=material.arms[:1]),
+    )
+    assert of("fp32").material == of("nf4").material == material.digest
+    assert len({material.digest, *(other.digest for other in others)}) == 4
+    assert "cores" in of("fp32").machine
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
