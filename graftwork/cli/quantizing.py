@@ -45,7 +45,14 @@ def show_precisions(report: "QuantizeReport", run_id: str, reused: int) -> None:
         f"against {report.reference} (paired, Holm within a metric)",
         ("precision/arm", "metric", "difference", "p", "verdict", "detectable"),
         [
-            (d.a, d.metric, f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", f"{d.p_adjusted:.2g}", d.verdict, d.mde)
+            (
+                d.a,
+                d.metric,
+                f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]",
+                f"{d.p_adjusted:.2g}",
+                d.verdict,
+                f"{d.mde:.2f}",
+            )
             for d in report.differences
             if d.metric == report.metric
         ],

@@ -75,12 +75,15 @@ def _judge(one: Candidate, reference: Candidate, rule: Rule) -> Finding:
 
 
 def _lost(one: Candidate, rule: Rule) -> list[str]:
-    return [
-        f"{arm}: {rule.metric} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}] does not rule out a loss of {rule.margin:g}"
-        + (f" (n={d.n}; {d.n_needed} questions would decide)" if d.n_needed else f" (n={d.n})")
-        for arm, d in one.differences.items()
-        if d.low <= -rule.margin
-    ]
+    """The arm that fares worst, and how many more fail."""
+    failing = {arm: d for arm, d in one.differences.items() if d.low <= -rule.margin}
+    if not failing:
+        return []
+    arm, d = min(failing.items(), key=lambda item: item[1].low)
+    decide = f"n={d.n}; {d.n_needed} questions would decide" if d.n_needed else f"n={d.n}"
+    more = f", and {len(failing) - 1} more arms" if len(failing) > 1 else ""
+    seen = f"{arm}{more}: {rule.metric} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+    return [f"{seen} does not rule out a loss of {rule.margin:g} ({decide})"]
 
 
 def _slow(one: Candidate, reference: Candidate, rule: Rule) -> list[str]:
