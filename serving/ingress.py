@@ -32,6 +32,7 @@ from graftwork.serving.metrics_http import CountedHttp, http_families
 from graftwork.serving.openai_embeddings import EmbeddingRequest, embedding_response
 from graftwork.serving.openai_responses import DONE, Envelope, Json, Kind, sse
 from graftwork.serving.openai_types import ChatRequest, CompletionRequest, RefreshRequest, parse
+from graftwork.serving.openapi import ERRORS, body_of, describe
 from graftwork.serving.spec import ArmSpec, ServeSpec
 
 MAX_BODY_BYTES = 4 * 2**20
@@ -72,9 +73,8 @@ def make_app(spec: ServeSpec, backend: Backend, token_sha256: str | None) -> Fas
         ("/v1/embeddings", surface.embeddings, EmbeddingRequest),
         ("/v1/adapters/refresh", surface.refresh, RefreshRequest),
     ):
-        schema = {"content": {"application/json": {"schema": body.model_json_schema()}}, "required": True}
-        app.add_api_route(path, post, methods=["POST"], dependencies=guarded, response_model=None,
-                          openapi_extra={"requestBody": schema})  # fmt: skip
+        app.add_api_route(path, post, methods=["POST"], dependencies=guarded, response_model=None, responses=ERRORS,
+                          openapi_extra=body_of(body))  # fmt: skip
     for path, get in (
         ("/v1/models", surface.models),
         ("/v1/models/{model:path}", surface.model),
@@ -83,9 +83,10 @@ def make_app(spec: ServeSpec, backend: Backend, token_sha256: str | None) -> Fas
         ("/v1/live", surface.live),
         ("/metrics", surface.metrics),
     ):
-        app.add_api_route(path, get, methods=["GET"], dependencies=guarded, response_model=None)
+        app.add_api_route(path, get, methods=["GET"], dependencies=guarded, response_model=None, responses=ERRORS)
     for path, probe in (("/", surface.page), ("/health", surface.health), ("/ready", surface.ready)):
-        app.add_api_route(path, probe, methods=["GET"], response_model=None)
+        app.add_api_route(path, probe, methods=["GET"], response_model=None, responses=ERRORS)
+    describe(app, [ChatRequest, CompletionRequest, EmbeddingRequest, RefreshRequest])
     return app
 
 
