@@ -85,6 +85,30 @@ def write_peft(base: Path, folder: Path, seed: int, config: Any) -> Path:
     return folder
 
 
+def write_bottleneck(base: Path, folder: Path, seed: int, **config: Any) -> Path:
+    """A bottleneck adapter in the form of `serving/engine/adapters/bottleneck.py`, random, written without it."""
+    import json
+
+    from safetensors.torch import save_file
+
+    settings: dict[str, Any] = {"peft_type": "BOTTLENECK", "bottleneck_size": 6, "activation": "gelu", "scaling": 1.0}
+    settings |= {"use_bias": True, "target_modules": ["o_proj", "down_proj"], **config}
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in load_model(base).named_modules():
+        if name.rpartition(".")[2] in settings["target_modules"]:
+            size, out, key = settings["bottleneck_size"], module.out_features, f"base_model.model.{name}.bottleneck"
+            shapes: dict[str, tuple[int, ...]] = {"down.weight": (size, out), "up.weight": (out, size)}
+            shapes |= {"down.bias": (size,), "up.bias": (out,)} if settings["use_bias"] else {}
+            tensors |= {
+                f"{key}_{half}": torch.randn(shape, generator=generator) * 0.2 for half, shape in shapes.items()
+            }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 @dataclass
 class Answer:
     """The events of one request, put together."""

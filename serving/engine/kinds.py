@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from graftwork.serving.engine.batch import StepBatch
+from graftwork.serving.engine.bottlenecks import bottlenecks_of
 from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment
 from graftwork.serving.engine.scales import ScalePlanner
 from graftwork.serving.engine.sites import Deltas, Sites
@@ -20,7 +21,7 @@ class MixedKinds:
     """The hooks and planners beyond LoRA, for the engine's thread. Steps of LoRA and base rows never come here."""
 
     def __init__(self, model: Any, sites: Sites, lora: DeltaPlanner, device: torch.device) -> None:
-        self._sites, self._lora = sites, lora
+        self._sites, self._lora, self._device = sites, lora, device
         self._embedding = LayerEnd(model.get_input_embeddings())
         self._output = LayerEnd(model.get_output_embeddings())
         self._scales = ScalePlanner(device)
@@ -38,12 +39,14 @@ class MixedKinds:
         plain = [segment for segment in segments if segment.weights.groups and not segment.weights.scales]
         lora = self._lora.plan([one if one is not None and one.groups else None for one in decoding], plain)
         scales = self._scales.plan(decoding, segments, lora)
+        scaled = lora if scales is None else scales
+        networks = bottlenecks_of(decoding, segments, scaled, self._device)
         adapters = [*decoding, *prompts]
         try:
             self._sites.inputs = scales if scales is not None and scales.changes_inputs else None
             self._embedding.change = input_change(batch, adapters)
             self._output.change = output_change(batch, adapters, wanted)
-            yield lora if scales is None else scales
+            yield scaled if networks is None else networks
         finally:
             self._sites.inputs = self._embedding.change = self._output.change = None
 

@@ -20,6 +20,7 @@ from graftwork.serving.engine.adapters.changes import (
     InputRows,
     Lead,
     OutputRows,
+    SiteBottleneck,
     SiteScale,
     SiteWeights,
 )
@@ -50,6 +51,7 @@ class AdapterWeights:
     """LoRA by group of linears; empty for an adapter without it."""
     scales: Mapping[str, SiteScale] = field(default_factory=dict)
     """DoRA and IA3: channels that are multiplied, by linear."""
+    bottlenecks: Mapping[str, SiteBottleneck] = field(default_factory=dict)
     inputs: InputRows | None = None
     outputs: OutputRows | None = None
     lead: Lead | None = None
@@ -62,7 +64,7 @@ class AdapterWeights:
     @property
     def decodes_by_lora(self) -> bool:
         """Whether `groups` is all that a decoding token needs of it: what stands before the prompt is in its KV."""
-        return not (self.scales or self.inputs or self.outputs)
+        return not (self.scales or self.bottlenecks or self.inputs or self.outputs)
 
 
 class _Slot:
@@ -188,7 +190,8 @@ class SlotPool:
                     dora = scales[site.name].dora if site.name in scales else None
                     if dora and member:  # one lora_A in memory, not two
                         scales[site.name] = replace(scales[site.name], dora=replace(dora, a_RI=member.a_RI))
-        return AdapterWeights(version, read.rank, groups, scales, read.inputs, read.outputs, read.lead)
+        rows = (read.inputs, read.outputs)
+        return AdapterWeights(version, read.rank, groups, scales, read.bottlenecks, *rows, read.lead)
 
     def _stack(self, members: list[SiteWeights | None]) -> GroupWeights:
         stack = torch.cat([member.a_RI for member in members if member is not None])

@@ -125,7 +125,7 @@ class SlotState:
 
     version: str
     rank: int
-    """Largest LoRA rank over its modules; 0 for an adapter without LoRA."""
+    """Largest LoRA rank, or bottleneck, over its modules; 0 for an adapter without either."""
     size_bytes: int
     """Of its host copy."""
     running: int

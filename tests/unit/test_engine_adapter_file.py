@@ -73,7 +73,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
         ("megatron_config", {"a": 1}),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),
-        ("peft_type", "BOTTLENECK"),
+        ("peft_type", "LOHA"),
         ("peft_type", None),
         ("r", 0),
         ("r", "8"),

@@ -45,6 +45,18 @@ class SiteScale:
 
 
 @dataclass(frozen=True)
+class SiteBottleneck:
+    """A network behind one linear: `result + up(activation(down(result))) * scaling`."""
+
+    down_RO: torch.Tensor
+    down_bias_R: torch.Tensor | None
+    up_OR: torch.Tensor
+    up_bias_O: torch.Tensor | None
+    activation: str
+    scaling: float
+
+
+@dataclass(frozen=True)
 class InputRows:
     """Embedding rows that replace the base's."""
 
@@ -83,11 +95,13 @@ class AdapterChanges:
     linears: Mapping[str, SiteWeights] = field(default_factory=dict)
     """By linear. For DoRA lora_B is already multiplied by the channel's scale."""
     scales: Mapping[str, SiteScale] = field(default_factory=dict)
+    bottlenecks: Mapping[str, SiteBottleneck] = field(default_factory=dict)
     inputs: InputRows | None = None
     outputs: OutputRows | None = None
     lead: Lead | None = None
 
     @property
     def rank(self) -> int:
-        """Largest LoRA rank over its linears; 0 without LoRA."""
-        return max((site.rank for site in self.linears.values()), default=0)
+        """Largest LoRA rank, or bottleneck, over its linears; 0 without either."""
+        sizes = [site.rank for site in self.linears.values()]
+        return max([*sizes, *(len(site.down_RO) for site in self.bottlenecks.values())], default=0)

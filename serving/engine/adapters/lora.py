@@ -95,7 +95,7 @@ def read_lora(
             magnitude_O = _magnitude(module, tensors, base)
             sites[module], scales[module] = rescaled(site, magnitude_O, base.weight(module), base.bias(module))
     tensors.require_empty(_EXPECTED)
-    return AdapterChanges(sites, scales, inputs, outputs)
+    return AdapterChanges(sites, scales, inputs=inputs, outputs=outputs)
 
 
 def _modules(tensors: TensorFile) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from graftwork.artifact_check import CONFIG_FILE, WEIGHTS_FILE
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
+from graftwork.serving.engine.adapters.bottleneck import read_bottleneck
 from graftwork.serving.engine.adapters.changes import AdapterChanges
 from graftwork.serving.engine.adapters.config_file import ConfigFile
 from graftwork.serving.engine.adapters.ia3 import read_ia3
@@ -16,7 +17,7 @@ from graftwork.serving.engine.adapters.lora import read_lora
 from graftwork.serving.engine.adapters.rows import read_trained_tokens
 from graftwork.serving.engine.adapters.tensor_file import TensorFile
 
-SERVED = ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS")
+SERVED = ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS", "BOTTLENECK")
 _DELTAS = frozenset(
     {
         "ADALORA",
@@ -39,7 +40,6 @@ _DELTAS = frozenset(
 """Kinds whose delta is one matrix a linear, so that the base can take it over."""
 _WHY_REFUSED = {
     "ADAPTION_PROMPT": "its attention to adaption prompts is not computed here",
-    "BOTTLENECK": "layers put in after attention or MLP are not computed here",
     "CARTRIDGE": "its cache belongs to one document's positions",
     "CPT": "its prompt depends on labelled tokens",
     "LN_TUNING": "trained norms would replace the base's for every request",
@@ -65,6 +65,8 @@ def read_adapter(
     tensors = TensorFile(folder, known.get(WEIGHTS_FILE))
     if kind == "LORA":
         return read_lora(config, tensors, base, max_rank=max_rank, dtype=dtype)
+    if kind == "BOTTLENECK":
+        return read_bottleneck(config, tensors, base, max_rank=max_rank, dtype=dtype)
     if kind == "IA3":
         return read_ia3(config, tensors, base, dtype=dtype)
     if kind == "TRAINABLE_TOKENS":
