@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import numpy
 import torch
 
+from graftwork.serving.engine.grammar import MaskWords
 from graftwork.serving.engine.row import Row
+from graftwork.serving.engine.send import send
 
 
 def edit(scores_BV: torch.Tensor, rows: Sequence[Row]) -> None:
@@ -24,7 +26,7 @@ def edit(scores_BV: torch.Tensor, rows: Sequence[Row]) -> None:
 def _bias(scores_BV: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
     if rows:
         at_E = _entries(scores_BV, [(place, row.bias_ids) for place, row in rows])
-        bias_E = torch.from_numpy(numpy.concatenate([row.biases for _, row in rows])).to(scores_BV.device)
+        bias_E = send(numpy.concatenate([row.biases for _, row in rows]), scores_BV.device)
         scores_BV.view(-1)[at_E] += bias_E
 
 
@@ -37,8 +39,8 @@ def _penalise(scores_BV: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
     params = [row.params for _, row in rows]
     sizes = [len(one.ids) for one in seen]
     per_row = numpy.array([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params], "f4")
-    repetition_E, frequency_E, presence_E = torch.from_numpy(per_row.repeat(sizes, axis=0)).to(at_E.device).unbind(1)
-    count_E = torch.from_numpy(numpy.concatenate([one.counts for one in seen])).to(at_E.device)
+    repetition_E, frequency_E, presence_E = send(per_row.repeat(sizes, axis=0), at_E.device).unbind(1)
+    count_E = send(numpy.concatenate([one.counts for one in seen]), at_E.device)
     flat = scores_BV.view(-1)
     score_E = flat[at_E]
     score_E = torch.where(score_E < 0, score_E * repetition_E, score_E / repetition_E)
@@ -58,14 +60,21 @@ def _mask(scores_BV: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
     for words_W, (_, row) in zip(words_GW, rows, strict=True):
         assert row.matcher is not None, "these rows have one"
         row.matcher.fill(words_W)
-    bytes_G = torch.from_numpy(words_GW.view(numpy.uint8)).to(scores_BV.device)
-    bit_8 = torch.arange(8, dtype=torch.uint8, device=scores_BV.device)
-    refused_GV = ((bytes_G[:, :, None] >> bit_8) & 1).view(len(rows), -1)[:, :vocab] == 0
+    refused_GV = _bits(words_GW, scores_BV.device)[:, :vocab] == 0
     for refused_V, (place, _) in zip(refused_GV, rows, strict=True):
         scores_BV[place].masked_fill_(refused_V, float("-inf"))
+
+
+def _bits(words_GW: MaskWords, device: torch.device) -> torch.Tensor:
+    """0 or 1 a token. numpy unpacks 32 x 49,152 in 0.2 ms where torch's shifts take 2.7; a GPU gets them packed."""
+    bytes_G = words_GW.view(numpy.uint8)
+    if device.type == "cpu":
+        return torch.from_numpy(numpy.unpackbits(bytes_G, axis=1, bitorder="little"))
+    bit_8 = torch.arange(8, dtype=torch.uint8, device=device)
+    return ((send(bytes_G, device)[:, :, None] >> bit_8) & 1).view(len(words_GW), -1)
 
 
 def _entries(scores_BV: torch.Tensor, ids: "Sequence[tuple[int, numpy.typing.NDArray[numpy.int64]]]") -> torch.Tensor:
     """Indices of (row, tokens) into the flattened scores; no entry comes twice."""
     at_E = numpy.concatenate([place * scores_BV.shape[1] + tokens for place, tokens in ids])
-    return torch.from_numpy(at_E).to(scores_BV.device)
+    return send(at_E, scores_BV.device)

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -29,7 +30,7 @@ from graftwork.serving.arms import Sampling
 from graftwork.serving.backend import ServeBackend
 from graftwork.serving.burst import Sent, burst, swap_under_load
 from graftwork.serving.client import ChatCall, Client, Reply
-from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.serving.spec import ArmSpec, GrammarSpec, ServeSpec
 from graftwork.storage import Store
 from tests.adapters import facts
 from tests.engines import ALL, peft_greedy, write_lora
@@ -219,6 +220,28 @@ def test_the_openai_client_works_unchanged(endpoint: Endpoint, world: World) -> 
             assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
         told = client.completions.create(model="base", prompt="The quick", max_tokens=4)
         assert told.usage.completion_tokens == 4
+
+
+def test_grammars_choices_and_logprobs_cross_the_processes(endpoint: Endpoint) -> None:
+    hello: Any = [{"role": "user", "content": "Hello"}]
+    asked: dict[str, Any] = {"model": "base", "messages": hello, "temperature": 1.0, "seed": 1, "n": 2,
+                             "logprobs": True, "top_logprobs": 2, "max_tokens": 30}  # fmt: skip
+    with openai.OpenAI(**openai_settings(endpoint)) as client:
+        whole = client.chat.completions.create(**asked, extra_body={"regex": "[A-Z]{4}, [0-9]{2}"})
+        stream = client.chat.completions.create(**asked, extra_body={"regex": "[A-Z]{4}, [0-9]{2}"}, stream=True)
+        texts = ["", ""]
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        assert texts == [choice.message.content for choice in whole.choices]
+        for choice in whole.choices:
+            assert re.fullmatch("[A-Z]{4}, [0-9]{2}", choice.message.content)
+            assert "".join(one.token for one in choice.logprobs.content) == choice.message.content
+        with pytest.raises(openai.BadRequestError) as impossible:
+            client.chat.completions.create(**asked, extra_body={"regex": "("})
+        assert (impossible.value.param, impossible.value.code) == ("regex", "invalid_grammar")
+    arm = ArmSpec(name="code", grammar=GrammarSpec(regex="[0-9]{3}"))
+    assert re.fullmatch("[0-9]{3}", asyncio.run(endpoint.ask(arm, hello, "an arm with a grammar"))["text"])
 
 
 def test_the_openai_client_gets_its_own_exceptions(endpoint: Endpoint) -> None:

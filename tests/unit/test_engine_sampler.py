@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from graftwork.serving.engine.draw import draw
+from graftwork.serving.engine.draw import NARROW, WIDE, draw
 from graftwork.serving.engine.grammar import GrammarText, MaskWords
 from graftwork.serving.engine.row import Row
 from graftwork.serving.engine.sampler import Choice, choose
@@ -202,20 +202,29 @@ def test_rows_do_not_disturb_each_other() -> None:
     assert together[0] == Choice(int(logits_BV[0].argmax()))
 
 
-@pytest.mark.parametrize("params", [{"top_k": 1500}, {"top_p": 0.97}, {"min_p": 1e-4}, {"top_k": 1800, "top_p": 0.99}])
-def test_cuts_that_keep_more_than_is_sorted_first_are_exact(params: dict[str, Any]) -> None:
-    """A flat distribution over 2,000 tokens: every kept token comes, and no other."""
-    logits_V = some_logits(vocab=2000, seed=3)[0] * 0.2
+@pytest.mark.parametrize(
+    ("params", "looked_at"),
+    [
+        ({"top_k": 1500}, NARROW),
+        ({"top_p": 0.8}, NARROW),
+        ({"min_p": 0.1}, NARROW),
+        ({"top_k": 1800, "top_p": 0.9}, NARROW),
+        ({"top_k": 2600}, WIDE),
+        ({"top_p": 0.99}, WIDE),
+    ],
+)
+def test_cuts_that_keep_more_than_is_sorted_first_are_exact(params: dict[str, Any], looked_at: int) -> None:
+    """A flat distribution over 3,000 tokens: none is drawn that the cut forbids, and the late ones have their share."""
+    draws, vocab = 1000, 3000
+    logits_V = some_logits(vocab=vocab, seed=3)[0] * 0.2
     sampling = SamplingParams(temperature=1.0, seed=2, **params)
-    kept_V = reference(logits_V, sampling) > 0
-    assert 1024 < int(kept_V.sum()) <= 2000
-    counts_V = torch.bincount(torch.tensor(draw_many(logits_V, sampling, 3000)), minlength=2000)
-    assert not counts_V[~kept_V].any()
-    beyond_V = torch.zeros(2000, dtype=torch.bool)
-    beyond_V[logits_V.argsort(descending=True)[1024:]] = True
-    share = float(counts_V[beyond_V].sum()) / 3000
-    expected = float(reference(logits_V, sampling)[beyond_V].sum())
-    assert share == pytest.approx(expected, abs=4 * (expected / 3000) ** 0.5 + 1e-3)
+    probs_V = reference(logits_V, sampling)
+    assert looked_at < int((probs_V > 0).sum()) < vocab
+    counts_V = torch.bincount(torch.tensor(draw_many(logits_V, sampling, draws)), minlength=vocab)
+    assert not counts_V[probs_V == 0].any()
+    late = logits_V.argsort(descending=True)[looked_at:]
+    expected = float(probs_V[late].sum())
+    assert float(counts_V[late].sum()) / draws == pytest.approx(expected, abs=4 * (expected / draws) ** 0.5)
 
 
 def test_logprobs_are_those_of_the_model_itself() -> None:
