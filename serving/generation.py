@@ -73,8 +73,7 @@ def _hand_over(loop: asyncio.AbstractEventLoop, call: Callable[[TokenEvent], Non
 class GrowingAnswer:
     """Tokens become an `ArmAnswer`. `arrived` is the `time.perf_counter` of the call.
 
-    stop_ids: tokens that end the answer and are no part of its text. spell: bytes of a token, where log probabilities
-    were asked for.
+    stop_ids: tokens that end the answer and are no part of its text. logprobs: collects them where they are asked for.
     """
 
     def __init__(
@@ -85,11 +84,11 @@ class GrowingAnswer:
         stop_ids: frozenset[int],
         prompt: ArmPrompt,
         arrived: float,
-        spell: Callable[[int], bytes] | None = None,
+        logprobs: LogprobStream | None = None,
     ) -> None:
         self.index, self._text, self._stop_ids = index, TextStream(decode, stop), stop_ids
         self._prompt, self._arrived = prompt, arrived
-        self._logprobs = LogprobStream(spell) if spell is not None else None
+        self._logprobs = logprobs
         self._ids: list[int] = []
         self._ttft_ms: float | None = None
         self._cached_tokens = 0

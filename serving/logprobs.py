@@ -1,7 +1,7 @@
 """Log probabilities of an answer's tokens, told together with the text that they belong to."""
 
 import codecs
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +41,13 @@ class TokenLogprob:
 
 
 class LogprobStream:
-    """Collects the tokens' log probabilities and gives out those whose text has been given out."""
+    """Collects the tokens' log probabilities and gives out those whose text has been given out.
 
-    def __init__(self, spell: Callable[[int], bytes]) -> None:
-        self._spell = spell
+    spell: bytes of a token. silent: tokens that leave no trace in the text (control tokens).
+    """
+
+    def __init__(self, spell: Callable[[int], bytes], silent: Container[int]) -> None:
+        self._spell, self._silent = spell, silent
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._length = 0
         self._held: list[TokenLogprob] = []
@@ -57,7 +60,8 @@ class LogprobStream:
         token = _spelled(spelled, event.logprob)
         top = tuple(_spelled(self._spell(token_id), logprob) for token_id, logprob in event.top)
         self._held.append(TokenLogprob(token, top, self._length))
-        self._length += len(self._characters.decode(spelled))
+        if event.token_id not in self._silent:
+            self._length += len(self._characters.decode(spelled))
 
     def take(self, text_length: int, *, whole: bool = False) -> list[TokenLogprob]:
         """Those that begin within the first `text_length` characters. whole: the answer ended of itself: the rest."""

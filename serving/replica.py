@@ -23,6 +23,7 @@ from graftwork.serving.engine.grammar import Grammar
 from graftwork.serving.engine.types import GenerateRequest
 from graftwork.serving.generation import Generation, GrowingAnswer
 from graftwork.serving.grammar import Grammars, read_grammar
+from graftwork.serving.logprobs import LogprobStream
 from graftwork.serving.metrics_families import Family
 from graftwork.serving.metrics_replica import ReplicaMetrics
 from graftwork.serving.open_engine import open_engine
@@ -224,9 +225,11 @@ class EngineReplica:
 
     def _growing(self, index: int, admitted: _Admitted, arrived: float) -> GrowingAnswer:
         wanted = admitted.sampling
-        spell = self._vocabulary.spell if wanted.logprobs is not None else None
+        told = (
+            LogprobStream(self._vocabulary.spell, self._template.special_ids) if wanted.logprobs is not None else None
+        )
         return GrowingAnswer(
-            index, self._template.decode, wanted.stop, admitted.stop_ids, admitted.prompt, arrived, spell
+            index, self._template.decode, wanted.stop, admitted.stop_ids, admitted.prompt, arrived, told
         )
 
     def _grammar(self, arm: ArmSpec, wanted: Sampling) -> Grammar | None:

@@ -206,6 +206,16 @@ def test_extensions_take_effect(world: World) -> None:
     assert forced.choices[0].message.content == third.token
 
 
+def test_ignored_ends_leave_no_trace_in_the_text_but_are_told(world: World) -> None:
+    body = {"ignore_eos": True}
+    got = chat(world, messages=HELLO, max_tokens=3, logit_bias={"2": 100}, logprobs=True, extra_body=body).choices[0]
+    assert (got.message.content, got.finish_reason) == ("", "length")
+    assert [one.token for one in got.logprobs.content] == ["<|im_end|>"] * 3
+    ended = chat(world, messages=HELLO, max_tokens=3, logit_bias={"2": 100}, logprobs=True)
+    assert (ended.choices[0].finish_reason, ended.choices[0].logprobs.content) == ("stop", [])
+    assert ended.usage.completion_tokens == 1
+
+
 @pytest.mark.parametrize(
     ("asked", "param", "code"),
     [
