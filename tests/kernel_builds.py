@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from graftwork.serving.engine.cuda.kernels import attention, lora, nf4
+from graftwork.serving.engine.cuda.kernels import attention, lora, nf4, rows
 
 H100 = GPUTarget("cuda", 90, 32)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -24,7 +24,7 @@ _INT64 = frozenset({"slots_ptr", "rows_ptr", "table_ptr", "starts_ptr", "caps_pt
 _FLOAT = frozenset(
     {"partial_ptr", "scalings_ptr", "stats_ptr", "sums_ptr", "book_ptr", "book2_ptr", "scales2_ptr", "offset_ptr"}
 )
-_SCALAR = frozenset({"scale", "softcap"})
+_SCALAR = frozenset({"scale", "softcap", "eps"})
 _ROUND = frozenset(  # divide by 16 in every model
     {
         "inputs",
@@ -62,6 +62,8 @@ def builds() -> dict[str, tuple[Any, str, dict[str, str], dict[str, Any]]]:
         "attend window": (attention._attend_kernel, "bf16", {}, {**attend, **limited, "WHOLE": True}),
         "attend alone": (attention._attend_kernel, "bf16", {}, {**attend, "WHOLE": True, **alone}),
         "join": (attention._join_kernel, "bf16", {}, {"BLOCK_P": 16, "BLOCK_D": 128}),
+        "norm": (rows._norm_kernel, "bf16", {}, {"BLOCK_H": 4096}),
+        "gated": (rows._gated_kernel, "bf16", {}, {"BLOCK_F": rows._BLOCK_F}),
         "nf4 1": (nf4._multiply_kernel, "bf16", {"scales_ptr": "*fp32"},
                   {**packed, "NESTED": False, "BIAS": False, "WHOLE": True, "BLOCK_N": 16, "count": 1}),
         "nf4 64": (nf4._multiply_kernel, "bf16", {"scales_ptr": "*u8", **one},

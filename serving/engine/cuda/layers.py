@@ -1,0 +1,74 @@
+"""The base's norms and gated MLPs while decoding: one kernel each instead of many.
+
+They are known by what they compute, not by name: a module takes part if its own result on random rows equals the
+formula bit for bit. Outside of `decoding` every module is as it was.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import silu
+
+from graftwork.serving.engine.cuda.kernels.rows import gated, rms_norm
+
+_PROBE_ROWS = 2
+
+
+class DecodeLayers:
+    """The modules of one model that take part. dtype: of its tokens."""
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        self.norms = [module for module in model.modules() if _is_rms_norm(module, dtype)]
+        self.mlps = [module for module in model.modules() if _is_gated_mlp(module, dtype)]
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Within it, the modules use the kernels."""
+        try:
+            for module in self.norms:
+                module.forward = partial(_norm, module)
+            for module in self.mlps:
+                module.forward = partial(_mlp, module)
+            yield
+        finally:
+            for module in (*self.norms, *self.mlps):
+                module.__dict__.pop("forward", None)
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x.reshape(-1, x.shape[-1]), module.weight, module.variance_epsilon).view(x.shape)
+
+
+def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
+    return result
+
+
+@torch.inference_mode()
+def _is_rms_norm(module: Any, dtype: torch.dtype) -> bool:
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(eps, float) or not isinstance(weight, torch.Tensor) or "forward" in module.__dict__:
+        return False
+    if weight.dim() != 1 or weight.dtype != dtype:
+        return False
+    x_NH = _probe(len(weight), weight.device, dtype)
+    wide_NH = x_NH.float()
+    scaled_NH = wide_NH * torch.rsqrt(wide_NH.pow(2).mean(-1, keepdim=True) + eps)
+    return torch.equal(module(x_NH), weight * scaled_NH.to(dtype))
+
+
+@torch.inference_mode()
+def _is_gated_mlp(module: Any, dtype: torch.dtype) -> bool:
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return False
+    if "forward" in module.__dict__ or not isinstance(module.gate_proj, torch.nn.Linear):
+        return False
+    x_NH = _probe(module.gate_proj.in_features, module.gate_proj.weight.device, dtype)
+    return torch.equal(module(x_NH), module.down_proj(silu(module.gate_proj(x_NH)) * module.up_proj(x_NH)))
+
+
+def _probe(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(_PROBE_ROWS, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
