@@ -29,6 +29,9 @@ class EngineLike(Protocol):
     def adapters(self) -> list[SlotState]:
         """Loaded versions."""
 
+    def room(self, version: str | None) -> int:
+        """Prompt and answer tokens together that a request of a loaded version, or of the base, may have."""
+
     def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:
         """Queues a request. `on_event` is called in a thread of the engine and must not block.
 

@@ -243,7 +243,7 @@ class EngineReplica:
         return self._grammars.compile(text) if text is not None else None
 
     def _prompt(self, arm: ArmSpec, messages: Question, wanted: Sampling, pin: Pin | None) -> ArmPrompt:
-        limit = self._spec.engine.max_seq_len
+        limit = self._engine.room(pin.manifest.version if pin else None)
         if isinstance(messages, str):
             return raw_prompt(messages, self._template, max_seq_len=limit, max_new_tokens=wanted.max_new_tokens)
         trained = trained_prompt(pin.manifest) if pin else None

@@ -107,6 +107,10 @@ class Engine:
         """Loaded versions, least recently used first."""
         return self.slots.states(self._seats.versions())
 
+    def room(self, version: str | None) -> int:
+        """engine.max_seq_len, less the virtual tokens of the adapter."""
+        return self.spec.max_seq_len - (self.slots.virtual_tokens(version) if version is not None else 0)
+
     def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:
         """Queues a request. `on_event` is called in the engine's thread and must not block.
 

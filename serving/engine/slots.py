@@ -136,6 +136,12 @@ class SlotPool:
             self._slots[version] = self._slots.pop(version)
             return slot.weights
 
+    def virtual_tokens(self, version: str) -> int:
+        """Places that the version takes before a prompt. Raises ArtifactError where it is not loaded."""
+        with self._lock:
+            lead = self._find(version).weights.lead
+        return lead.tokens if lead is not None else 0
+
     def release(self, version: str) -> None:
         """Lets go of what `acquire` took."""
         with self._lock:

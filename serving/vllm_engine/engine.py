@@ -121,6 +121,10 @@ class VllmEngine:
         """Loaded versions, least recently used first."""
         return self._loras.states()
 
+    def room(self, version: str | None) -> int:
+        """engine.max_seq_len: no adapter that vLLM serves has virtual tokens."""
+        return self.spec.max_seq_len
+
     def submit(self, request: GenerateRequest, on_event: OnEvent) -> None:
         """Queues a request. `on_event` is called in the engine's thread and must not block.
 

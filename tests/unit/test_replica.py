@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
+from graftwork import artifact
 from graftwork.errors import RunError
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.storage import Store
+from tests import engines
+from tests.adapters import facts
 from tests.tiny import write_tiny_base
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -65,6 +69,26 @@ def test_a_stop_string_ends_the_answer_before_itself(base: Path, tmp_path: Path)
             assert cut["text"] == whole["text"].split(stop)[0]
             assert cut["finish_reason"] == "stop"
             assert cut["completion_tokens"] < 6
+
+    asyncio.run(play())
+
+
+def test_an_answer_takes_what_a_prefix_leaves_of_the_sequence(base: Path, tmp_path: Path) -> None:
+    from peft import PrefixTuningConfig
+
+    async def play() -> None:
+        async with replica_of(base, tmp_path / "root") as replica:
+            plain = await replica.answer(arm(max_new_tokens=None), HELLO, "plain")
+            folder = engines.write_peft(
+                base, tmp_path / "adapter", 1, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10)
+            )
+            known = facts(base_digest=plain["base_digest"], prompt={})
+            artifact.publish(Store(str(tmp_path / "root")), "support", folder, **known, alias="latest")
+            answer = await replica.answer(arm(adapter="support@latest", max_new_tokens=None), HELLO, "prefix")
+            for one, virtual in ((plain, 0), (answer, 10)):
+                used = one["prompt_tokens"] + one["completion_tokens"] + virtual
+                assert used == 128 if one["finish_reason"] == "length" else used < 128
+            assert answer["text"] != plain["text"]
 
     asyncio.run(play())
 
