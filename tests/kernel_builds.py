@@ -48,12 +48,11 @@ def builds() -> dict[str, tuple[Any, str, dict[str, str], dict[str, Any]]]:
     attend = {"WINDOW": False, "SOFTCAP": False, "BLOCK_G": 16, "BLOCK_S": attention._BLOCK_S, "BLOCK_D": 128}
     packed = {"BLOCK": 64, "BLOCK2": 256, "BLOCK_O": nf4._BLOCK_O, "BLOCK_J": nf4._BLOCK_J}
     tile = {"ROWS": 16, "LINES": lora._LINES}
-    alone = {"count": 1, "parts": 1, "kv_heads": 1}  # Triton takes an argument of 1 for a constant
+    alone = {"kv_heads": 1, "group": 1}  # Triton takes an argument of 1 for a constant
     limited = {"WINDOW": True, "SOFTCAP": True}
     one: dict[str, str] = {"out_ptr": "*fp32"}
     return {
         "shrink": (lora._shrink_kernel, "bf16", {}, {**tile, "BLOCK_K": lora._BLOCK_K}),
-        "shrink alone": (lora._shrink_kernel, "bf16", {}, {**tile, "BLOCK_K": lora._BLOCK_K, "count": 1}),
         "shrink fp32": (lora._shrink_kernel, "fp32", {}, {**tile, "BLOCK_K": lora._BLOCK_K}),
         "expand": (lora._expand_kernel, "bf16", {}, {**tile, "BLOCK_O": lora._BLOCK_O, "SPLITS": 16}),
         "write": (attention._write_kernel, "bf16", {}, {"BLOCK_D": 128}),
@@ -65,7 +64,7 @@ def builds() -> dict[str, tuple[Any, str, dict[str, str], dict[str, Any]]]:
         "norm": (rows._norm_kernel, "bf16", {}, {"BLOCK_H": 4096}),
         "gated": (rows._gated_kernel, "bf16", {}, {"BLOCK_F": rows._BLOCK_F}),
         "nf4 1": (nf4._multiply_kernel, "bf16", {"scales_ptr": "*fp32"},
-                  {**packed, "NESTED": False, "BIAS": False, "WHOLE": True, "BLOCK_N": 16, "count": 1}),
+                  {**packed, "NESTED": False, "BIAS": False, "WHOLE": True, "BLOCK_N": 16}),
         "nf4 64": (nf4._multiply_kernel, "bf16", {"scales_ptr": "*u8", **one},
                    {**packed, "NESTED": True, "BIAS": False, "WHOLE": False, "BLOCK_N": 64}),
         "nf4 sum": (nf4._sum_kernel, "bf16", {}, {"PARTS": 3, "BIAS": True, "BLOCK_O": 1024}),

@@ -95,7 +95,7 @@ def _write_kernel(
     tl.store(values_ptr + line * size + d_D, rounded(v_D.to(tl.float32), values_ptr.dtype.element_ty), in_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "parts", "window"])
 def _attend_kernel(
     q_ptr, keys_ptr, values_ptr, out_ptr, stats_ptr, starts_ptr, caps_ptr, lengths_ptr,
     q_row, q_head, kv_heads, group, size, count, parts,
@@ -150,7 +150,7 @@ def _attend_kernel(
     tl.store(out_ptr + place_G[:, None] * size + d_D[None, :], rounded(sum_GD, out_ptr.dtype.element_ty), live_GD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "parts"])
 def _join_kernel(
     sums_ptr, stats_ptr, out_ptr, heads, size, count, parts,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,

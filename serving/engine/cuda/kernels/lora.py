@@ -6,6 +6,8 @@ Tiles without a slot (-1) end at once, and tokens without an adapter stand in no
 
 Memory per step: every weight of an adapter once per tile, so 8 adapters of 84 MB (rank 16, Llama-8B) on 64 tokens read
 0.67 GB, 0.22 ms at 3.0 TB/s, where one read per token would take 5.4 GB; the partial sums of a split input stay in L2.
+Triton compiles a kernel again for each argument that is 1 or divides by 16; what differs from linear to linear and from
+graph to graph is taken out of that, or a start would compile some 40 variants instead of about 20, half a second each.
 Order of rounding as in peft: A's result, B's result, times scaling, and the sum are each rounded to the token's dtype.
 Legend: M rows of a tile, R lines of lora_A (ranks), K inputs, O outputs.
 """
@@ -52,7 +54,7 @@ def expand(partial: torch.Tensor, tiles: Tiles, table: SlotTable, column: SiteCo
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column", "width", "count", "lines_most"])
 def _shrink_kernel(
     x_ptr, partial_ptr, slots_ptr, rows_ptr, table_ptr, column, width,
     inputs, span, x_stride, count, lines_most,
@@ -82,7 +84,7 @@ def _shrink_kernel(
         tl.store(partial_ptr + place, sum_MR, real_M[:, None] & live_R[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column", "number", "width", "sites", "count", "lines_most"])
 def _expand_kernel(
     partial_ptr, out_ptr, slots_ptr, rows_ptr, table_ptr, scalings_ptr, column, number,
     width, sites, count, lines_most, outputs, out_stride,

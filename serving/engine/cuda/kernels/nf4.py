@@ -79,7 +79,7 @@ def _looked_up(book, number_OJ, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr):
     return tl.reshape(tl.gather(book, tl.reshape(number_OJ, (BLOCK_O * BLOCK_J,)), 0), (BLOCK_O, BLOCK_J))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _multiply_kernel(
     x_ptr, codes_ptr, book_ptr, scales_ptr, book2_ptr, scales2_ptr, offset_ptr, bias_ptr, out_ptr,
     count, outputs, inputs, span, x_stride,
@@ -122,7 +122,7 @@ def _multiply_kernel(
         tl.store(out_ptr + place_NO, sum_NO, live_NO)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _sum_kernel(
     sums_ptr, bias_ptr, out_ptr, count, outputs,
     PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK_O: tl.constexpr,
