@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from graftwork import artifact_alias, artifact_check, artifact_manifest
-from graftwork.artifact_alias import aliases, check_names, version_key
+from graftwork.artifact_alias import aliases, before, check_names, roll_back, version_key
 from graftwork.artifact_check import MANIFEST_FILE
 from graftwork.artifact_manifest import AdapterManifest, FileEntry
 from graftwork.artifact_read import (
@@ -37,7 +37,9 @@ __all__ = [
     "AdapterManifest",
     "FileEntry",
     "UnknownAdapter",
+    "adopt",
     "aliases",
+    "before",
     "fetch",
     "list_adapters",
     "locate",
@@ -47,6 +49,7 @@ __all__ = [
     "remove",
     "require_base",
     "resolve",
+    "roll_back",
     "verify",
 ]
 
@@ -104,6 +107,15 @@ def publish(
     if alias:
         promote(store, task, alias, published.version)
     return published
+
+
+def adopt(store: Store, manifest: AdapterManifest, files: Mapping[str, bytes]) -> AdapterManifest:
+    """Make a version that was published elsewhere, its files checked, one of this store. Returns what stands here.
+
+    One that is here already stays, or is written again where it is damaged. Raises ArtifactError, StorageError.
+    """
+    check_names(manifest.task, manifest.version)
+    return _make_visible(store, manifest, files)
 
 
 def fetch(store: Store, task: str, version: str) -> Path:

@@ -17,6 +17,8 @@ from graftwork.errors import ArtifactError
 from graftwork.storage import NAME_PATTERN, Store, json_bytes
 
 _SUFFIX = ".json"
+HISTORY = 20
+"""Versions that an alias can be rolled back through."""
 
 
 class AliasRecord(BaseModel):
@@ -26,6 +28,9 @@ class AliasRecord(BaseModel):
 
     version: str = Field(pattern=VERSION_PATTERN)
     previous: str | None = None
+    """The version before, to which `roll_back` returns."""
+    earlier: tuple[str, ...] = ()
+    """Those before that one, newest first, up to HISTORY."""
     promoted_at: str
 
 
@@ -69,8 +74,39 @@ def point(store: Store, task: str, alias: str, version: str) -> None:
     before = _record(store, task, alias)
     if before and before.version == version:
         return
+    passed = (before.previous, *before.earlier) if before and before.previous else ()
+    _move(store, task, alias, before, version, (before.version, *passed) if before else ())
+
+
+def before(store: Store, task: str, alias: str) -> str:
+    """The version that the alias pointed at before. ArtifactError where there is none."""
+    record = _record(store, task, alias)
+    if record is None or record.previous is None:
+        found = "no such alias" if record is None else f"{record.version} is the first it pointed at"
+        raise ArtifactError(f"roll back {task}@{alias}", found, "an alias goes back to the version before",
+                            f"name the version: graftwork adapters promote {task}@VERSION {alias}")  # fmt: skip
+    return record.previous
+
+
+def roll_back(store: Store, task: str, alias: str) -> tuple[str, str]:
+    """Let the alias point at the version before, as an undo: a second call goes back one further. Returns (old, new).
+
+    Raises ArtifactError where there is no version before, or it was removed; then the alias stands as it was.
+    """
+    version = before(store, task, alias)
+    record = _record(store, task, alias)
+    if record is None or record.previous != version:
+        raise ArtifactError(f"roll back {task}@{alias}", "it was moved meanwhile", "", "look at it, then try again")
+    _move(store, task, alias, record, version, record.earlier)
+    return record.version, version
+
+
+def _move(
+    store: Store, task: str, alias: str, before: AliasRecord | None, version: str, passed: tuple[str, ...]
+) -> None:
     now = datetime.now(UTC).isoformat(timespec="microseconds")
-    record = AliasRecord(version=version, previous=before.version if before else None, promoted_at=now)
+    previous = passed[0] if passed else None
+    record = AliasRecord(version=version, previous=previous, earlier=passed[1:HISTORY], promoted_at=now)
     _write(store, task, alias, record)
     if not store.exists(*version_key(task, version), MANIFEST_FILE):
         _step_back(store, task, alias, record, before)

@@ -18,12 +18,21 @@ log = logging.getLogger("ray.serve")
 class ApiError(GraftworkError):
     """An error that a caller of the endpoint (HTTP or handle) gets. Ray carries it between processes whole."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
+        self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[Any, Any]:
-        return _rebuild, (self.status, self.message, self.code, self.param)
+        return _rebuild, (self.status, self.message, self.code, self.param, self.retry_after_s)
 
     def text(self) -> str:
         """The message with its status and code, for logs and tables."""
@@ -32,15 +41,22 @@ class ApiError(GraftworkError):
     @property
     def kind(self) -> str:
         """OpenAI's error `type`: whose fault it is."""
+        if self.status == 429:
+            return "rate_limit_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def headers(self) -> dict[str, str]:
+        """What goes into the response's head beside the status."""
+        found = {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        return found | ({"retry-after": str(self.retry_after_s)} if self.retry_after_s is not None else {})
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON body that OpenAI clients map to their exception types."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def _rebuild(status: int, message: str, code: str | None, param: str | None) -> ApiError:
-    return ApiError(status, message, code=code, param=param)
+def _rebuild(status: int, message: str, code: str | None, param: str | None, retry_after_s: int | None) -> ApiError:
+    return ApiError(status, message, code=code, param=param, retry_after_s=retry_after_s)
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:

@@ -5,8 +5,6 @@ engine is killed, its requests get OpenAI's error body from the ingress, where S
 """
 
 import contextlib
-import hashlib
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from graftwork.chat import Message
 from graftwork.embedding import EmbedderSpec, resolve_embedder
 from graftwork.errors import ConfigError, RunError
 from graftwork.serving.arms import Sampling, warm
+from graftwork.serving.auth import keys_of, own_token
 from graftwork.serving.backend import ServeBackend
 from graftwork.serving.catalog import base_name
 from graftwork.serving.client import AsyncClient, ChatCall, Client
@@ -45,7 +44,8 @@ def build(spec: ServeSpec, *, http: bool = True) -> serve.Application:
 
     Relative roots are resolved here, in the driver. Raises ConfigError where `token_env` names an empty variable.
     """
-    dump = {**spec.model_dump(mode="json"), "root": Store(spec.root).uri}
+    roots = [Store(root).uri for root in spec.adapter_roots]
+    dump = {**spec.model_dump(mode="json"), "root": Store(spec.root).uri, "adapter_roots": roots}
     engine = serve.deployment(
         EngineReplica, name=ENGINE, **_replicas(spec), max_ongoing_requests=spec.max_ongoing_requests,
         ray_actor_options={"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus},
@@ -55,13 +55,12 @@ def build(spec: ServeSpec, *, http: bool = True) -> serve.Application:
     ).bind(dump)  # fmt: skip
     if not http:
         return engine
-    token = _token(spec)
     embedder = _embedder(spec.embedder) if spec.embedder else None
     return serve.deployment(
         serve.ingress()(Ingress), name=INGRESS, num_replicas=1, max_ongoing_requests=4 * spec.max_ongoing_requests,
         ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=spec.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
-    ).bind(dump, engine, hashlib.sha256(token.encode()).hexdigest() if token else None, embedder)  # fmt: skip
+    ).bind(dump, engine, keys_of(spec), embedder)  # fmt: skip
 
 
 def _embedder(spec: EmbedderSpec) -> serve.Application:
@@ -172,13 +171,8 @@ def require_resources(num_cpus: float, num_gpus: float, replicas: int = 1) -> No
 
 
 def _token(spec: ServeSpec) -> str | None:
-    if spec.token_env is None:
-        return None
-    token = os.environ.get(spec.token_env, "")
-    if not token:
-        raise ConfigError(f"token_env={spec.token_env}", "that environment variable is not set",
-                          "it holds the API token", f"export {spec.token_env}=$(openssl rand -hex 24)")  # fmt: skip
-    return token
+    """The owner's own token: the admin's, else the first user's."""
+    return own_token(spec.admin_token_env, "admin_token_env") or own_token(spec.token_env, "token_env")
 
 
 def _require_answer(endpoint: Endpoint) -> None:

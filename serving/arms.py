@@ -165,6 +165,13 @@ def raw_prompt(text: str, template: Template, *, max_seq_len: int, max_new_token
     return ArmPrompt(ids, template.stop_ids, (), limit)
 
 
+def require_short(prompt: ArmPrompt, max_prompt_tokens: int | None) -> None:
+    """Raise PromptTooLong for more prompt tokens than the endpoint takes."""
+    if max_prompt_tokens is not None and len(prompt.ids) > max_prompt_tokens:
+        raise PromptTooLong("a prompt", f"{len(prompt.ids)} tokens", f"limits.max_prompt_tokens={max_prompt_tokens}",
+                            "shorten the conversation")  # fmt: skip
+
+
 def warm(prompt: PromptSpec | None, retriever: RetrieverSpec | None) -> None:
     """Read the worked examples and open the index now, before a request needs them. Raises DataError, StorageError."""
     if prompt is not None:

@@ -26,14 +26,14 @@ class Backend(Protocol):
     def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
         """See EngineReplica.stream. Closing it ends the request in the engine."""
 
-    async def call(self, method: str) -> Any:
-        """A method of one replica that takes nothing: models."""
+    async def call(self, method: str, *args: Any) -> Any:
+        """A method of one replica: models, registry."""
 
     async def embed(self, texts: list[str]) -> Embedded:
         """See EmbedderReplica.embed; only where the endpoint has an embedder."""
 
     async def each(self, method: str, *args: Any) -> list[Any]:
-        """A method of every live replica: refresh, adapters, stats, check_health. At least one has answered."""
+        """A method of every live replica: refresh, registry, adapters, stats, ready. At least one has answered."""
 
 
 class ServeBackend:
@@ -75,11 +75,11 @@ class ServeBackend:
         finally:
             chunks.cancel()  # no effect on one that has ended
 
-    async def call(self, method: str) -> Any:
-        """A method without arguments on one replica."""
+    async def call(self, method: str, *args: Any) -> Any:
+        """A method on one replica."""
         with _as_api_errors():
             async with asyncio.timeout(self._timeout_s):
-                return await getattr(self._handle, method).remote()
+                return await getattr(self._handle, method).remote(*args)
 
     async def embed(self, texts: list[str]) -> Embedded:
         """Vectors of the endpoint's embedder."""

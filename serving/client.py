@@ -107,9 +107,19 @@ class Client:
 
     def refresh(self, ref: str) -> str:
         """Have every replica read `task@alias` again; returns the version that new requests get from now on."""
-        results = self._json("POST", "/v1/adapters/refresh", {"adapter": ref})["data"]
-        version: str = results[0]["new"]
+        version: str = self.admin("refresh", adapter=ref)[0]["new"]
         return version
+
+    def admin(self, verb: str, **body: str | None) -> list[dict[str, Any]]:
+        """An admin verb: register (uri, alias), promote (adapter, version), else (adapter). Needs the admin's token."""
+        given = {key: value for key, value in body.items() if value is not None}
+        found: list[dict[str, Any]] = self._json("POST", f"/v1/admin/adapters/{verb}", given)["data"]
+        return found
+
+    def registered(self) -> list[dict[str, Any]]:
+        """Every version of the store for this base, with its tier, state and bytes. Needs the admin's token."""
+        found: list[dict[str, Any]] = self._json("GET", "/v1/admin/adapters")["data"]
+        return found
 
     def ready(self) -> bool:
         """Whether the endpoint answers and an engine decodes."""
@@ -167,7 +177,7 @@ class AsyncClient:
     async def refresh(self, ref: str) -> str:
         """As `Client.refresh`."""
         with _reachable(self._url):
-            response = await self._http.post("/v1/adapters/refresh", json={"adapter": ref})
+            response = await self._http.post("/v1/admin/adapters/refresh", json={"adapter": ref})
         if response.is_error:
             raise _error(response)
         version: str = response.json()["data"][0]["new"]

@@ -4,12 +4,10 @@ Every response that is no answer has OpenAI's error body, whatever went wrong. N
 """
 
 import asyncio
-import hashlib
-import hmac
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -20,42 +18,42 @@ from starlette.exceptions import HTTPException
 
 import graftwork
 from graftwork.artifact import AdapterManifest
+from graftwork.serving.admin import ADMIN_BODIES, ADMIN_PREFIX, Admin, Route
 from graftwork.serving.api_error import ApiError, bad_request, unknown_model
 from graftwork.serving.arms import ArmAnswer, Dump, Question
+from graftwork.serving.auth import Keys, admin_check, user_check
 from graftwork.serving.backend import Backend, ServeBackend
 from graftwork.serving.catalog import Catalog
+from graftwork.serving.limits import RateLimits, caller
 from graftwork.serving.live import snapshot, total
 from graftwork.serving.live_page import page
 from graftwork.serving.logprobs import TokenLogprob
 from graftwork.serving.metrics_families import CONTENT_TYPE, render
 from graftwork.serving.metrics_http import CountedHttp, http_families
 from graftwork.serving.openai_embeddings import EmbeddingRequest, embedding_response
-from graftwork.serving.openai_responses import DONE, Envelope, Json, Kind, sse
-from graftwork.serving.openai_types import ChatRequest, CompletionRequest, RefreshRequest, parse
+from graftwork.serving.openai_responses import DONE, Envelope, Json, Kind, identity, sse
+from graftwork.serving.openai_types import ChatRequest, CompletionRequest, parse
 from graftwork.serving.openapi import ERRORS, body_of, describe
+from graftwork.serving.request_body import read_body
 from graftwork.serving.spec import ArmSpec, ServeSpec
 
-MAX_BODY_BYTES = 4 * 2**20
-"""A larger body is refused before it is read whole: a prompt of 128k tokens takes about 0.6 MB."""
 READY_TIMEOUT_S = 5.0
 
 
 class Ingress:
     """The Serve deployment that runs the app. It holds no state, so any number of replicas will do."""
 
-    def __init__(
-        self, spec: Dump, replica: DeploymentHandle, token_sha256: str | None, embedder: DeploymentHandle | None
-    ) -> None:
-        self._spec, self._token_sha256 = ServeSpec.model_validate(spec), token_sha256
+    def __init__(self, spec: Dump, replica: DeploymentHandle, keys: Keys, embedder: DeploymentHandle | None) -> None:
+        self._spec, self._keys = ServeSpec.model_validate(spec), keys
         self._backend = ServeBackend(replica, self._spec.request_timeout_s, embedder)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve calls this once, in the replica's process."""
-        return make_app(self._spec, self._backend, self._token_sha256)
+        return make_app(self._spec, self._backend, self._keys)
 
 
-def make_app(spec: ServeSpec, backend: Backend, token_sha256: str | None) -> FastAPI:
-    """The app. `token_sha256`: hex digest of the bearer token that /v1 wants; None leaves it open (loopback only)."""
+def make_app(spec: ServeSpec, backend: Backend, keys: Keys) -> FastAPI:
+    """The app. `keys`: digests of the bearer tokens that /v1 wants; without any it is open (loopback only)."""
     handlers: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
         ApiError: _on_api_error,
         HTTPException: _on_http_error,
@@ -64,17 +62,22 @@ def make_app(spec: ServeSpec, backend: Backend, token_sha256: str | None) -> Fas
     app = FastAPI(
         title="graftwork", version=graftwork.__version__, docs_url=None, redoc_url=None, exception_handlers=handlers
     )
-    surface = Surface(Catalog(spec), backend)
+    limits, admin = RateLimits(spec.limits), Admin(Catalog(spec), backend)
+    surface = Surface(Catalog(spec), backend, limits)
     app.add_middleware(CountedHttp, counts=surface.responses)
-    guarded = [Depends(_token_check(token_sha256))] if token_sha256 else []
-    for path, post, body in (
+    guarded, owned = [Depends(user_check(keys, limits))], [Depends(admin_check(keys))]
+    posts: list[Route] = [
         ("/v1/chat/completions", surface.chat, ChatRequest),
         ("/v1/completions", surface.completions, CompletionRequest),
         ("/v1/embeddings", surface.embeddings, EmbeddingRequest),
-        ("/v1/adapters/refresh", surface.refresh, RefreshRequest),
-    ):
-        app.add_api_route(path, post, methods=["POST"], dependencies=guarded, response_model=None, responses=ERRORS,
+        *admin.routes(),
+    ]
+    for path, post, body in posts:
+        guards = owned if path.startswith(ADMIN_PREFIX) else guarded
+        app.add_api_route(path, post, methods=["POST"], dependencies=guards, response_model=None, responses=ERRORS,
                           openapi_extra=body_of(body))  # fmt: skip
+    app.add_api_route(ADMIN_PREFIX, admin.listing, methods=["GET"], dependencies=owned, response_model=None,
+                      responses=ERRORS)  # fmt: skip
     for path, get in (
         ("/v1/models", surface.models),
         ("/v1/models/{model:path}", surface.model),
@@ -86,27 +89,27 @@ def make_app(spec: ServeSpec, backend: Backend, token_sha256: str | None) -> Fas
         app.add_api_route(path, get, methods=["GET"], dependencies=guarded, response_model=None, responses=ERRORS)
     for path, probe in (("/", surface.page), ("/health", surface.health), ("/ready", surface.ready)):
         app.add_api_route(path, probe, methods=["GET"], response_model=None, responses=ERRORS)
-    describe(app, [ChatRequest, CompletionRequest, EmbeddingRequest, RefreshRequest])
+    describe(app, [ChatRequest, CompletionRequest, EmbeddingRequest, *ADMIN_BODIES])
     return app
 
 
 class Surface:
     """One method a route."""
 
-    def __init__(self, catalog: Catalog, backend: Backend) -> None:
-        self._catalog, self._backend = catalog, backend
+    def __init__(self, catalog: Catalog, backend: Backend, limits: RateLimits) -> None:
+        self._catalog, self._backend, self._limits = catalog, backend, limits
         self.responses: Counter[tuple[str, str, str]] = Counter()
         """HTTP responses by route, method and status."""
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body = parse(ChatRequest, await _body(request))
+        body = parse(ChatRequest, await read_body(request))
         messages = [{"role": turn.role, "content": turn.content} for turn in (m.message() for m in body.messages)]
         return await self._complete("chat", body, self._catalog.arm(body.model), messages)
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions: the text is continued as it stands."""
-        body = parse(CompletionRequest, await _body(request))
+        body = parse(CompletionRequest, await read_body(request))
         arm = self._catalog.arm(body.model)
         if arm.prompt is not None or arm.retriever is not None:
             raise bad_request("An arm has its own prompt: ask it at /v1/chat/completions.", param="model")
@@ -114,15 +117,9 @@ class Surface:
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings: vectors of the endpoint's embedder."""
-        body = parse(EmbeddingRequest, await _body(request))
+        body = parse(EmbeddingRequest, await read_body(request))
         self._catalog.require_embedder(body.model)
         return JSONResponse(embedding_response(body, await self._backend.embed(body.texts())))
-
-    async def refresh(self, request: Request) -> Response:
-        """POST /v1/adapters/refresh: every replica reads the alias again; returns once all new requests follow it."""
-        body = parse(RefreshRequest, await _body(request))
-        done = await self._backend.each("refresh", self._catalog.ref(body.adapter))
-        return JSONResponse({"object": "list", "data": done})
 
     async def adapters(self) -> Response:
         """GET /v1/adapters: the versions in each engine replica, with their state."""
@@ -184,12 +181,17 @@ class Surface:
         call = arm.model_dump(mode="json"), asked, request_id, body.sampling().dump()
         headers = {"x-request-id": request_id}
         if not body.stream:
-            answers = [ArmAnswer.load(answer) for answer in await self._backend.choices(*call)]
+            dumps = await self._backend.choices(*call)
+            for dump in dumps:
+                self._limits.charge(caller.get(), dump)
+            answers = [ArmAnswer.load(dump) for dump in dumps]
             envelope = Envelope.open(kind, request_id, body.model, answers[0].base_digest)
+            headers |= identity(arm.name, answers[0].base_digest, answers[0].adapter_version)
             return JSONResponse(envelope.whole(answers), headers=headers)
-        chunks = self._backend.stream(*call)
+        chunks = self._limits.metered(self._backend.stream(*call))
         admitted = await anext(aiter(chunks))  # raises what refuses the request, while the status can still be set
         envelope = Envelope.open(kind, request_id, body.model, admitted["base_digest"])
+        headers |= identity(arm.name, admitted["base_digest"], admitted["version"])
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(envelope, chunks, choices=body.n, with_usage=with_usage)
         return StreamingResponse(
@@ -224,35 +226,9 @@ async def _events(
             yield sse(error.body())
 
 
-async def _body(request: Request) -> bytes:
-    declared = request.headers.get("content-length", "0")
-    parts, size = [], int(declared) if declared.isdecimal() else 0
-    if size <= MAX_BODY_BYTES:
-        size = 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > MAX_BODY_BYTES:
-                break
-    if size > MAX_BODY_BYTES:
-        raise ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="request_too_large")
-    return b"".join(parts)
-
-
-def _token_check(token_sha256: str) -> Callable[[Request], Awaitable[None]]:
-    async def check(request: Request) -> None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode()).hexdigest()
-        if not (hmac.compare_digest(digest, token_sha256) and scheme.lower() == "bearer"):
-            raise ApiError(401, "Missing or wrong API key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
-
-    return check
-
-
 async def _on_api_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse(error.body(), error.status, headers=headers)
+    return JSONResponse(error.body(), error.status, headers=error.headers())
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

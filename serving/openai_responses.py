@@ -134,6 +134,12 @@ def provenance(answer: ArmAnswer) -> Json:
     }  # fmt: skip
 
 
+def identity(arm: str, base_digest: str, version: str | None) -> dict[str, str]:
+    """Response headers that say what answered, for callers that don't read the body. No version: the base alone."""
+    found = {"x-graftwork-arm": arm, "x-graftwork-base-digest": base_digest}
+    return found | ({"x-graftwork-adapter-version": version} if version is not None else {})
+
+
 def sse(chunk: Json) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -234,14 +234,6 @@ class CompletionRequest(_Common):
         return self.logprobs
 
 
-class RefreshRequest(BaseModel):
-    """Body of POST /v1/adapters/refresh."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    adapter: Annotated[str, Field(min_length=1, max_length=256)]
-    """`task@alias`: the alias is read again, and new requests get the version it points at."""
-
-
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 

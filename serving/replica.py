@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, closing
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
@@ -18,7 +18,17 @@ from ray.serve.exceptions import RayServeException
 from graftwork import base_model
 from graftwork.errors import RunError
 from graftwork.serving.api_error import as_api_errors, bad_request
-from graftwork.serving.arms import ArmPrompt, Dump, Question, Sampling, build_prompt, messages_of, raw_prompt, warm
+from graftwork.serving.arms import (
+    ArmPrompt,
+    Dump,
+    Question,
+    Sampling,
+    build_prompt,
+    messages_of,
+    raw_prompt,
+    require_short,
+    warm,
+)
 from graftwork.serving.engine.grammar import Grammar
 from graftwork.serving.engine.types import GenerateRequest
 from graftwork.serving.generation import Generation, GrowingAnswer
@@ -27,6 +37,7 @@ from graftwork.serving.logprobs import LogprobStream
 from graftwork.serving.metrics_families import Family
 from graftwork.serving.metrics_replica import ReplicaMetrics
 from graftwork.serving.open_engine import open_engine
+from graftwork.serving.registry import VERBS, Registry
 from graftwork.serving.residency import Pin, Residency
 from graftwork.serving.router import RESIDENTS
 from graftwork.serving.source import AdapterSource, trained_prompt
@@ -80,6 +91,7 @@ class EngineReplica:
         self._metrics = ReplicaMetrics(self._engine.stats, self._adapters)
         if ray.is_initialized():
             self._metrics.tell_ray()
+        self._registry = Registry(self._spec, self._source, self._residency, self._engine)
         self._engine.start()
         await self._warm_up()
         self._ready_at = int(time.time())
@@ -138,6 +150,11 @@ class EngineReplica:
         with as_api_errors(), self._metrics.swap():
             old, new = await self._residency.refresh(ref)
         return {"adapter": ref, "old": old, "new": new, "swap_ms": (time.perf_counter() - began) * 1000}
+
+    async def registry(self, verb: str, *args: Any) -> Any:
+        """A method of `Registry` by name. Raises ApiError."""
+        assert verb in VERBS, f"no verb {verb!r}"
+        return await getattr(self._registry, verb)(*args)
 
     async def models(self) -> Dump:
         """The store's adapters made for this base, each with its aliases, and when this replica became ready (s)."""
@@ -245,12 +262,15 @@ class EngineReplica:
     def _prompt(self, arm: ArmSpec, messages: Question, wanted: Sampling, pin: Pin | None) -> ArmPrompt:
         limit = self._engine.room(pin.manifest.version if pin else None)
         if isinstance(messages, str):
-            return raw_prompt(messages, self._template, max_seq_len=limit, max_new_tokens=wanted.max_new_tokens)
-        trained = trained_prompt(pin.manifest) if pin else None
-        return build_prompt(
-            arm, messages_of(messages), self._template,
-            max_seq_len=limit, trained=trained, max_new_tokens=wanted.max_new_tokens,
-        )  # fmt: skip
+            prompt = raw_prompt(messages, self._template, max_seq_len=limit, max_new_tokens=wanted.max_new_tokens)
+        else:
+            trained = trained_prompt(pin.manifest) if pin else None
+            prompt = build_prompt(
+                arm, messages_of(messages), self._template,
+                max_seq_len=limit, trained=trained, max_new_tokens=wanted.max_new_tokens,
+            )  # fmt: skip
+        require_short(prompt, self._spec.limits.max_prompt_tokens)
+        return prompt
 
     async def _warm_up(self) -> None:
         for arm in self._spec.arms:

@@ -122,6 +122,16 @@ class AutoscalingSpec(Spec):
         return self
 
 
+class LimitsSpec(Spec):
+    """What a caller may ask for. Rates are per key and ingress process; the admin's own requests are not counted."""
+
+    requests_per_min: int | None = Field(default=None, ge=1)
+    tokens_per_min: int | None = Field(default=None, ge=1)
+    """Prompt and answer tokens."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt, below what engine.max_seq_len leaves."""
+
+
 class ServeSpec(Spec):
     """One endpoint: one base, many adapters, and the arms it answers as."""
 
@@ -140,7 +150,12 @@ class ServeSpec(Spec):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     token_env: str | None = None
-    """Environment variable that holds the API token; needed to bind anything but loopback."""
+    """Environment variable with the API token, or a line `name:token` per caller; needed to bind more than loopback."""
+    admin_token_env: str | None = None
+    """Environment variable with the admin's token. Without it the admin routes are open only where all are."""
+    adapter_roots: tuple[str, ...] = ()
+    """Where adapters may be registered from: folders, file:// or s3:// prefixes; none named: the root itself."""
+    limits: LimitsSpec = LimitsSpec()
     request_timeout_s: float = Field(default=600.0, gt=0)
     """A request that takes longer is cancelled and answered with an error."""
     num_replicas: int = Field(default=1, ge=1)

@@ -4,14 +4,16 @@ import asyncio
 import hashlib
 import json
 import threading
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
+import httpx
 import uvicorn
 
 from graftwork.embedding import Embedded
 from graftwork.serving.arms import Dump, Question
+from graftwork.serving.auth import Keys
 from graftwork.serving.embedder import EmbedderReplica
 from graftwork.serving.ingress import make_app
 from graftwork.serving.replica import EngineReplica
@@ -37,8 +39,8 @@ class LocalBackend:
         assert self._embedder is not None
         return await self._embedder.embed(texts)
 
-    async def call(self, method: str) -> Any:
-        return await getattr(self.replica, method)()
+    async def call(self, method: str, *args: Any) -> Any:
+        return await getattr(self.replica, method)(*args)
 
     async def each(self, method: str, *args: Any) -> list[Any]:
         return [await getattr(self.replica, method)(*args)]
@@ -55,6 +57,21 @@ async def local_backend(spec: ServeSpec) -> LocalBackend:
     return LocalBackend(replica, embedder)
 
 
+@asynccontextmanager
+async def local_client(spec: ServeSpec, keys: Keys | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the app itself, on the caller's own loop, without a socket."""
+    backend = await local_backend(spec)
+    transport = httpx.ASGITransport(make_app(spec, backend, keys or Keys()), raise_app_exceptions=False)
+    try:
+        async with (
+            asyncio.timeout(60),
+            httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client,
+        ):
+            yield client
+    finally:
+        await asyncio.to_thread(backend.replica.stop)
+
+
 @contextmanager
 def local_endpoint(spec: ServeSpec, token: str | None = None) -> Iterator[str]:
     """The endpoint's URL, for the time of the block."""
@@ -64,7 +81,8 @@ def local_endpoint(spec: ServeSpec, token: str | None = None) -> Iterator[str]:
     async def main() -> None:
         nonlocal server
         backend = await local_backend(spec)
-        app = make_app(spec, backend, hashlib.sha256(token.encode()).hexdigest() if token else None)
+        keys = Keys({"someone": hashlib.sha256(token.encode()).hexdigest()}) if token else Keys()
+        app = make_app(spec, backend, keys)
         server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
         serving = asyncio.create_task(server.serve())
         while not server.started and not serving.done():

@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 stages.register(app)
+app.command()(adapters.swap)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(configs.app, name="config")
 

@@ -1,5 +1,10 @@
-"""`graftwork adapters ls|show|verify|promote|rm`: the published adapters of a root."""
+"""`graftwork adapters ls|show|verify|promote|rollback|rm` on a root, and the verbs of a running endpoint.
 
+With `--endpoint` a verb goes to the endpoint, which does it on every replica; its admin token is read from the
+environment variable that `--token-env` names.
+"""
+
+import os
 from typing import Annotated
 
 import typer
@@ -9,14 +14,27 @@ from graftwork.cli.output import JsonFlag, gib, print_json, print_table, say
 from graftwork.errors import ArtifactError
 from graftwork.storage import DEFAULT_ROOT, Store
 
-app = typer.Typer(help="List, inspect, verify, promote and remove published adapters.", no_args_is_help=True)
+app = typer.Typer(help="List, verify, promote and remove adapters, here or on an endpoint.", no_args_is_help=True)
 Root = Annotated[str, typer.Option("--root", help="The store: a folder, file:// or s3://.")]
+Endpoint = Annotated[str, typer.Option("--endpoint", metavar="URL", help="A running endpoint.")]
+MaybeEndpoint = Annotated[
+    str | None, typer.Option("--endpoint", metavar="URL", help="A running endpoint, in place of a root.")
+]
+TokenEnv = Annotated[str, typer.Option("--token-env", help="Environment variable that holds the admin token.")]
+ADMIN_TOKEN = "GRAFTWORK_ADMIN_TOKEN"
 Ref = Annotated[str, typer.Argument(metavar="TASK@REF", help="Task and alias or version, e.g. airport-card@latest.")]
 
 
 @app.command("ls")
-def list_(root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> None:
+def list_(
+    root: Root = DEFAULT_ROOT,
+    endpoint: MaybeEndpoint = None,
+    token_env: TokenEnv = ADMIN_TOKEN,
+    as_json: JsonFlag = False,
+) -> None:
     """Every published version, newest last, with the aliases that point at it."""
+    if endpoint is not None:
+        return _show_registered(endpoint, token_env, as_json)
     store = Store(root)
     manifests = artifact.list_adapters(store)
     named = {task: artifact.aliases(store, task) for task in {m.task for m in manifests}}
@@ -75,14 +93,101 @@ def verify(ref: Ref, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> No
 
 @app.command()
 def promote(
-    ref: Ref, alias: Annotated[str, typer.Argument(help="Alias to move, e.g. prod.")], root: Root = DEFAULT_ROOT
+    ref: Ref,
+    alias: Annotated[str, typer.Argument(help="Alias to move, e.g. prod.")],
+    root: Root = DEFAULT_ROOT,
+    endpoint: MaybeEndpoint = None,
+    token_env: TokenEnv = ADMIN_TOKEN,
 ) -> None:
-    """Point an alias at a version, atomically. Running requests finish on the version they began with."""
+    """Point an alias at a version, atomically. Running requests finish on the version they began with.
+
+    With --endpoint a running endpoint does it: it loads the version before the alias moves, and follows at once.
+    """
+    if endpoint is not None:
+        task, _, version = ref.partition("@")
+        return _tell(endpoint, token_env, "promote", adapter=f"{task}@{alias}", version=version or None)
     store = Store(root)
     manifest = artifact.resolve(store, ref)
     before = artifact.aliases(store, manifest.task).get(alias, "nothing")
     artifact.promote(store, manifest.task, alias, manifest.version)
     say(f"{manifest.task}@{alias}: {before} -> {manifest.version}")
+
+
+@app.command()
+def rollback(
+    ref: Ref, root: Root = DEFAULT_ROOT, endpoint: MaybeEndpoint = None, token_env: TokenEnv = ADMIN_TOKEN
+) -> None:
+    """Point TASK@ALIAS at the version before. Again: one further back."""
+    if endpoint is not None:
+        return _tell(endpoint, token_env, "rollback", adapter=ref)
+    task, _, alias = ref.partition("@")
+    old, new = artifact.roll_back(Store(root), task, alias)
+    say(f"{ref}: {old} -> {new}")
+
+
+@app.command()
+def register(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="Folder of a published version, under an allowed root.")],
+    endpoint: Endpoint,
+    alias: Annotated[str | None, typer.Option("--alias", help="Alias to point at it.")] = None,
+    token_env: TokenEnv = ADMIN_TOKEN,
+) -> None:
+    """Take a version from another place into the endpoint's store; checked before a byte of it is used."""
+    _tell(endpoint, token_env, "register", uri=uri, alias=alias)
+
+
+@app.command()
+def load(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
+    """Bring a version into the endpoint's memory before somebody asks for it."""
+    _tell(endpoint, token_env, "load", adapter=ref)
+
+
+@app.command()
+def pin(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
+    """Load a version and keep it in memory, whatever else is asked for."""
+    _tell(endpoint, token_env, "pin", adapter=ref)
+
+
+@app.command()
+def unpin(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
+    """Let a pinned version go when its room is needed."""
+    _tell(endpoint, token_env, "unpin", adapter=ref)
+
+
+@app.command()
+def unload(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
+    """Take a version out of the endpoint's memory with its last request. It stays registered."""
+    _tell(endpoint, token_env, "unload", adapter=ref)
+
+
+def swap(
+    ref: Annotated[str, typer.Argument(metavar="TASK@ALIAS", help="The alias to move, e.g. support@prod.")],
+    version: Annotated[str, typer.Argument(help="The version, or another alias, that it shall mean.")],
+    endpoint: Endpoint,
+    token_env: TokenEnv = ADMIN_TOKEN,
+) -> None:
+    """Move an alias on a running endpoint: the version is loaded first, no request waits or changes its version."""
+    _tell(endpoint, token_env, "promote", adapter=ref, version=version)
+
+
+def _tell(endpoint: str, token_env: str, verb: str, **body: str | None) -> None:
+    from graftwork.serving.client import Client
+
+    with Client(endpoint, os.environ.get(token_env)) as client:
+        for done in client.admin(verb, **body):
+            say("  ".join(f"{key}={value}" for key, value in done.items() if value is not None))
+
+
+def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
+    from graftwork.serving.client import Client
+
+    with Client(endpoint, os.environ.get(token_env)) as client:
+        found = client.registered()
+    if as_json:
+        return print_json(found)
+    keys = ("task", "version", "aliases", "tier", "state", "pinned", "running", "replicas")
+    rows = [(*[",".join(r[k]) if k == "aliases" else r[k] for k in keys], gib(r["file_bytes"])) for r in found]
+    print_table(f"adapters of {endpoint}", (*keys, "size"), rows)
 
 
 @app.command("rm")

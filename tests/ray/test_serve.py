@@ -43,8 +43,10 @@ NEW_TOKENS = 12
 TASKS = ("card", "agent", "third")
 FLIPS = 5
 CHAT, NO_MODEL = "/v1/chat/completions", "model_not_found"
-TOKEN = "correct horse battery staple"
+REFRESH = "/v1/admin/adapters/refresh"
+TOKEN, ADMIN_TOKEN = "correct horse battery staple", "battery staple of the owner"
 AUTH = {"authorization": f"Bearer {TOKEN}"}
+OWNER = {"authorization": f"Bearer {ADMIN_TOKEN}"}
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,9 @@ def test_without_http_the_engine_answers_hundreds_of_calls_at_once(local_ray: Se
 def endpoint(local_ray: Session, world: World) -> Iterator[Endpoint]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("GRAFTWORK_TEST_TOKEN", TOKEN)
-        with deploy(world.spec(token_env="GRAFTWORK_TEST_TOKEN")) as running:
+        environment.setenv("GRAFTWORK_TEST_OWNER", ADMIN_TOKEN)
+        settings = {"token_env": "GRAFTWORK_TEST_TOKEN", "admin_token_env": "GRAFTWORK_TEST_OWNER"}
+        with deploy(world.spec(**settings)) as running:
             yield running
 
 
@@ -263,7 +267,7 @@ def test_the_openai_client_gets_its_own_exceptions(endpoint: Endpoint) -> None:
 @pytest.mark.parametrize("given", [None, "", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x"])
 def test_without_the_token_there_is_only_health(endpoint: Endpoint, given: str | None) -> None:
     headers = {} if given is None else {"authorization": given}
-    for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("POST", "/v1/adapters/refresh"), ("GET", "/v1/stats")):
+    for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("POST", REFRESH), ("GET", "/v1/stats")):
         response = httpx.request(method, f"{endpoint.url}{path}", headers=headers, timeout=30)
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"
@@ -340,7 +344,7 @@ def chat_body(model: str, *roles: str) -> bytes:
         ("POST", CHAT, chat_body("arm/plain", "system", "user"), 400, "invalid_value"),
         ("POST", CHAT, b"x" * (5 * 2**20), 413, "request_too_large"),
         ("POST", "/v1/completions", b'{"model":"arm/plain","prompt":"x"}', 400, None),
-        ("POST", "/v1/adapters/refresh", b'{"adapter":"nosuch@latest"}', 404, NO_MODEL),
+        ("POST", REFRESH, b'{"adapter":"nosuch@latest"}', 404, NO_MODEL),
         ("GET", CHAT, b"", 405, "unknown_url"),
         ("GET", "/v1/nosuch", b"", 404, "unknown_url"),
         ("GET", "/v1/models/nosuch", b"", 404, NO_MODEL),
@@ -349,7 +353,7 @@ def chat_body(model: str, *roles: str) -> bytes:
 def test_every_refusal_has_openais_shape(
     endpoint: Endpoint, method: str, path: str, body: bytes, status: int, code: str | None
 ) -> None:
-    response = httpx.request(method, f"{endpoint.url}{path}", content=body, headers=AUTH, timeout=30)
+    response = httpx.request(method, f"{endpoint.url}{path}", content=body, headers=OWNER, timeout=30)
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

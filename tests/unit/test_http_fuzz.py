@@ -21,7 +21,7 @@ from tests.tiny import write_tiny_base
 from tests.tiny_embedder import write_tiny_embedder
 
 ROUTES = (
-    "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings", "POST /v1/adapters/refresh",
+    "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings", "POST /v1/admin/adapters/refresh",
     "GET /v1/models", "GET /v1/models/{model}", "GET /v1/adapters", "GET /v1/stats", "GET /v1/live", "GET /metrics",
     "GET /", "GET /health", "GET /ready",
 )  # fmt: skip

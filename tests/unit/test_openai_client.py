@@ -14,6 +14,7 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel, Field
 
 from graftwork.chat import Message, Template, render
+from graftwork.serving.auth import Keys
 from graftwork.serving.ingress import make_app
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ServeSpec
@@ -37,7 +38,7 @@ class World:
         self._runner = asyncio.Runner()
         self._replica = EngineReplica.__new__(EngineReplica)
         self._runner.run(self._replica.__init__(spec.model_dump(mode="json")))  # type: ignore[misc]
-        self._app = make_app(spec, LocalBackend(self._replica), None)
+        self._app = make_app(spec, LocalBackend(self._replica), Keys())
 
     def play(self, act: Callable[[AsyncOpenAI], Awaitable[Any]]) -> Any:
         """Runs `act` with a client."""

@@ -104,7 +104,9 @@ def test_a_swap_is_timed(url: str, folders: dict[str, Path]) -> None:
     ask(url, "base:card")
     before = samples(url)["graftwork_adapter_swap_seconds_count",]
     artifact.promote(store, "card", "latest", named["next"])
-    assert httpx.post(f"{url}/v1/adapters/refresh", json={"adapter": "card@latest"}, timeout=60).status_code == 200
+    assert (
+        httpx.post(f"{url}/v1/admin/adapters/refresh", json={"adapter": "card@latest"}, timeout=60).status_code == 200
+    )
     assert samples(url)["graftwork_adapter_swap_seconds_count",] == before + 1
     assert ask(url, "base:card").json()["graftwork"]["adapter_version"] == named["next"]
 
