@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from graftwork.artifact_check import CONFIG_FILE, MAX_TEXT_BYTES
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapter_bytes import read_bytes
+from graftwork.serving.engine.adapters.pattern import pattern_problem
 
 Names = tuple[str, ...] | str
 """Name suffixes, or one regular expression, or "all-linear"."""
@@ -67,9 +69,11 @@ class ConfigFile:
         value = self.values.get(key)
         if value is None:
             return {}
-        if isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values()):
+        if isinstance(value, dict) and all(is_positive(number) for number in value.values()):
+            for pattern in value:
+                self._require_quick(key, pattern)
             return dict(value)
-        raise self.refused(key, f"{key} maps module patterns to numbers")
+        raise self.refused(key, f"{key} maps module patterns to numbers above 0")
 
     def whole(self, key: str, default: int | None = None) -> int:
         """A whole number from 1."""
@@ -79,12 +83,23 @@ class ConfigFile:
             raise self.refused(key, f"{key} is a whole number from 1")
         return value
 
+    def _require_quick(self, key: str, pattern: str) -> None:
+        if problem := pattern_problem(pattern):
+            raise self.refused(key, problem, "write the module names out", pattern)
+
     def _names(self, key: str, value: object) -> Names:
         if isinstance(value, str):
+            if value != "all-linear":
+                self._require_quick(key, value)
             return value
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
             return tuple(value)
         raise self.refused(key, f"{key} is a list of names or one regular expression")
+
+
+def is_positive(number: object) -> TypeGuard[int | float]:
+    """Whether it is a number above 0 that a float32 holds; JSON as Python reads it has NaN and Infinity too."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < 3e38
 
 
 @dataclass(frozen=True)

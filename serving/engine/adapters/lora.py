@@ -10,7 +10,7 @@ import torch
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.changes import AdapterChanges, SiteScale, SiteWeights
-from graftwork.serving.engine.adapters.config_file import ConfigFile, Targets
+from graftwork.serving.engine.adapters.config_file import ConfigFile, Targets, is_positive
 from graftwork.serving.engine.adapters.dora import MAGNITUDE_KEY, rescaled
 from graftwork.serving.engine.adapters.rows import ROW_KEYS, replaced_rows
 from graftwork.serving.engine.adapters.tensor_file import MODULE_PREFIX, TensorFile
@@ -60,14 +60,17 @@ class LoraSettings:
             raise config.refused("init_lora_weights", why)
         config.require_known(_HONOURED, _WITHOUT_EFFECT_HERE, _WHY_REFUSED)
         alpha = values.get("lora_alpha", 8)
-        if not isinstance(alpha, int | float):
-            raise config.refused("lora_alpha", "alpha is a number")
+        if not is_positive(alpha):
+            raise config.refused("lora_alpha", "alpha is a number above 0")
+        ranks = config.numbers("rank_pattern")
+        if any(rank != int(rank) for rank in ranks.values()):
+            raise config.refused("rank_pattern", "a rank is a whole number from 1")
         return cls(
             rank=config.whole("r", 8),
             alpha=float(alpha),
             use_rslora=bool(values.get("use_rslora", False)),
             use_dora=bool(values.get("use_dora", False)),
-            rank_pattern=config.numbers("rank_pattern"),
+            rank_pattern=ranks,
             alpha_pattern=config.numbers("alpha_pattern"),
         )
 
