@@ -23,7 +23,7 @@ from tests import engines
 from tests.tiny import write_tiny_base
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FEW, MANY = 60, 20_000
+FEW, MANY = 40, 20_000
 quick = settings(max_examples=FEW, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 long = settings(max_examples=MANY, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

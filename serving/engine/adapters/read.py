@@ -60,7 +60,7 @@ def read_adapter(
     known = digests or {}
     config = ConfigFile.read(folder, known.get(CONFIG_FILE))
     kind = config.values.get("peft_type")
-    if kind not in SERVED:
+    if not isinstance(kind, str) or kind not in SERVED:
         raise _refused_kind(config, kind)
     tensors = TensorFile(folder, known.get(WEIGHTS_FILE))
     if kind == "LORA":
@@ -77,7 +77,7 @@ def read_adapter(
 
 def _refused_kind(config: ConfigFile, kind: object) -> ArtifactError:
     served = f"served are {', '.join(SERVED)}"
-    if kind in _DELTAS:
+    if isinstance(kind, str) and kind in _DELTAS:
         move = "convert it with peft's convert_to_lora, or merge it into the base and serve that as a base of its own"
         return config.refused("peft_type", f"{kind} is not computed row by row; {served}", move)
     why = f"{_WHY_REFUSED[kind]}; " if isinstance(kind, str) and kind in _WHY_REFUSED else ""
