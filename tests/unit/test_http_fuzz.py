@@ -15,13 +15,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
+from graftwork.serving.admin import ADMIN_PREFIX, ON_EACH
 from graftwork.serving.spec import ServeSpec
 from tests.local_endpoint import local_endpoint
 from tests.tiny import write_tiny_base
 from tests.tiny_embedder import write_tiny_embedder
 
 ROUTES = (
-    "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings", "POST /v1/admin/adapters/refresh",
+    "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings",
+    *(f"POST {ADMIN_PREFIX}/{verb}" for verb in ("register", "promote", "rollback", *ON_EACH)), f"GET {ADMIN_PREFIX}",
     "GET /v1/models", "GET /v1/models/{model}", "GET /v1/adapters", "GET /v1/stats", "GET /v1/live", "GET /metrics",
     "GET /", "GET /health", "GET /ready",
 )  # fmt: skip

@@ -55,17 +55,18 @@ def test_tokens_of_answers_are_paid_back_before_the_next_request() -> None:
     clock = Clock()
     limits = RateLimits(LimitsSpec(tokens_per_min=60), clock)
     assert refused_for(limits, "a") is None
-    limits.charge("a", {"prompt_tokens": 100, "completion_tokens": 20})
+    for index in range(2):  # two answers to one prompt
+        limits.charge("a", {"index": index, "prompt_tokens": 100, "completion_tokens": 10})
     assert refused_for(limits, "a") == 61
     clock.now += 61
     assert refused_for(limits, "a") is None
-    limits.charge(ADMIN, {"prompt_tokens": 10**6, "completion_tokens": 0})
+    limits.charge(ADMIN, {"index": 0, "prompt_tokens": 10**6, "completion_tokens": 0})
     assert refused_for(limits, "b") is None
 
 
 def test_without_limits_everything_passes() -> None:
     limits = RateLimits(LimitsSpec(), Clock())
-    limits.charge("a", {"prompt_tokens": 10**9, "completion_tokens": 0})
+    limits.charge("a", {"index": 0, "prompt_tokens": 10**9, "completion_tokens": 0})
     assert [refused_for(limits, "a") for _ in range(100)] == [None] * 100
 
 
