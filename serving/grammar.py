@@ -6,7 +6,7 @@ unknown format, look-around) or what no answer can satisfy is refused by it, and
 
 import json
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy
@@ -15,6 +15,7 @@ from llguidance import LLMatcher, LLParserLimits
 from graftwork.data import read_text
 from graftwork.serving.engine.grammar import GrammarError, GrammarText, MaskWords
 from graftwork.serving.spec import GrammarSpec
+from graftwork.serving.tall_stack import on_tall_stack
 from graftwork.serving.vocabulary import Vocabulary
 
 if TYPE_CHECKING:  # the type stands in the stub alone
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # the type stands in the stub alone
 _KEPT = 64
 _TRIED = 4
 _DEAREST_S = 0.03
+_DEEPEST = 20_000
 _SPACE = r"[ \n\r\t]{1,40}"
 """Whitespace between JSON tokens: as the model likes it, but a model that loves newlines comes to an end."""
 
@@ -36,6 +38,9 @@ class Grammars:
         """Grammar of a text. Blocks for about 1 ms, on the first call for the table too. Raises GrammarError."""
 
     def _compile(self, text: GrammarText) -> "CompiledGrammar":
+        return on_tall_stack(partial(self._build, text))
+
+    def _build(self, text: GrammarText) -> "CompiledGrammar":
         matcher = LLMatcher(self._vocabulary.open(), _definition(text), log_level=0, limits=_limits())
         words = -(-self._vocabulary.size // 32)
         _try_out(text, Answer(matcher, words), words)
@@ -87,7 +92,8 @@ class Answer:
 
 def check(text: GrammarText) -> None:
     """Raises GrammarError where the grammar is not one; needs no tokenizer, so the driver can ask early."""
-    failed, messages = LLMatcher.validate_grammar_with_warnings(_definition(text), limits=_limits())
+    definition = _definition(text)
+    failed, messages = on_tall_stack(lambda: LLMatcher.validate_grammar_with_warnings(definition, limits=_limits()))
     if failed or messages:
         raise _refused(text, messages[0])
 
@@ -112,9 +118,33 @@ def _definition(text: GrammarText) -> str:
         raise _refused(text, f"it is not JSON ({error})") from None
     if not isinstance(tree, dict):
         raise _refused(text, f"a schema is a JSON object, not {type(tree).__name__}")
+    if (levels := _levels(tree)) > _DEEPEST:
+        raise _refused(text, f"up to {levels} levels deep, {_DEEPEST} at most")
     fixed: JsonCompileOptions = {"whitespace_pattern": _SPACE, "lenient": False, "coerce_one_of": False}
-    schema: str = LLMatcher.grammar_from_json_schema(text.text, overrides=fixed)
+    try:
+        schema: str = LLMatcher.grammar_from_json_schema(text.text, overrides=fixed)
+    except ValueError as error:  # nested deeper than its reader goes, 128 levels
+        raise _refused(text, str(error)) from None
     return schema
+
+
+def _levels(schema: object) -> int:
+    """How deep a walk along the schema's references can get at most: its nesting, once for each different $ref.
+
+    The library walks by recursion, 8 KB a level: a chain of 1,000 $refs ended the process on an 8 MiB stack.
+    """
+    depth, refs, level = 0, set[str](), [schema]
+    while level:
+        depth += 1
+        inner: list[object] = []
+        for node in level:
+            if isinstance(node, dict):
+                refs |= {str(node.get(key)) for key in ("$ref", "$dynamicRef") if key in node}
+                inner += node.values()
+            elif isinstance(node, list):
+                inner += node
+        level = inner
+    return depth * (len(refs) + 1)
 
 
 def _try_out(text: GrammarText, answer: "Answer", words: int) -> None:

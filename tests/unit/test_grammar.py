@@ -166,6 +166,8 @@ def test_whitespace_comes_to_an_end(engine: Engine, template: Template, grammars
         ("json_schema", "[1]", "JSON object"),
         ("json_schema", "{", "not JSON"),
         ("json_schema", '{"allOf":' * 2000 + "1" + "}" * 2000, ""),
+        ("json_schema", '{"items":' * 200 + "{}" + "}" * 200, "recursion limit"),
+        ("json_schema", json.dumps({"allOf": [{"anyOf": [{"const": n}, {"const": -n}]} for n in range(20)]}), ""),
         ("regex", "(", "unclosed group"),
         ("regex", "(?=a)b", "look-around"),
         ("regex", "[^\\s\\S]", "no text matches it"),
@@ -179,6 +181,30 @@ def test_what_no_answer_can_satisfy_or_nobody_can_enforce_is_refused(
         grammars.compile(GrammarText(kind, text))
     assert found in caught.value.found
     assert "\n" not in caught.value.found
+
+
+def chain(length: int, nesting: int) -> GrammarText:
+    """A schema whose definitions refer to each other in a row, each under so many arrays."""
+    definitions: dict[str, Any] = {f"d{length}": {"type": "string"}}
+    for number in range(length):
+        inner: dict[str, Any] = {"$ref": f"#/$defs/d{number + 1}"}
+        for _ in range(nesting):
+            inner = {"items": inner}
+        definitions[f"d{number}"] = inner
+    return GrammarText("json_schema", json.dumps({"$defs": definitions, "$ref": "#/$defs/d0"}))
+
+
+def test_deep_schemas_are_compiled_or_refused_and_never_end_the_process(grammars: Grammars) -> None:
+    """On a stack of 8 MiB, 40 definitions under 50 arrays each are a segmentation fault."""
+    grammars.compile(chain(60, 50))
+    check(chain(60, 50))
+    for text, found in (
+        (chain(340, 50), "too large"),
+        (chain(400, 50), "levels deep"),
+        (chain(8000, 1), "levels deep"),
+    ):
+        with pytest.raises(GrammarError, match=found):
+            grammars.compile(text)
 
 
 def test_a_grammar_that_grows_too_complex_ends_its_own_answer(
