@@ -5,6 +5,7 @@ changes weights that were already checked. The tensors are views of one buffer; 
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,11 +87,11 @@ def _require_digest(path: Path, expected: str, *parts: bytes | torch.Tensor) -> 
 
 
 def _view(data: torch.Tensor, info: TensorInfo, data_start: int) -> torch.Tensor:
-    raw = data[info.start - data_start : info.stop - data_start]
-    dtype = _DTYPES[info.dtype]
-    if raw.storage_offset() % dtype.itemsize:
-        raw = raw.clone()  # a file may hold an odd number of 16-bit values before a wider tensor
-    return raw.view(dtype).view(info.shape)
+    dtype, start = _DTYPES[info.dtype], info.start - data_start
+    if start % dtype.itemsize or len(data) % dtype.itemsize:  # an odd number of narrower values stands beside it
+        return data[start : info.stop - data_start].clone().view(dtype).view(info.shape)
+    strides = [math.prod(info.shape[place + 1 :]) for place in range(len(info.shape))]
+    return data.view(dtype).as_strided(info.shape, strides, start // dtype.itemsize)
 
 
 def _require_finite(path: Path, data: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:

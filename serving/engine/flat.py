@@ -1,12 +1,11 @@
 """A record of tensors in one buffer: one allocation, one copy to a device, one piece of memory given back.
 
 An adapter is some 420 small tensors. Freed one by one they leave holes in the heap; copied one by one to a device they
-cost 420 launches. The record may be any tree of dataclasses, tuples and mappings; what is no tensor stays as it is.
+cost 420 launches. The record may be any tree of dataclasses, tuples and dicts; what is no tensor stays as it is.
 """
 
-import dataclasses
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,16 +20,18 @@ def flattened(tree: T, *, pin: bool = False) -> tuple[T, torch.Tensor]:
 
     pin: page-locked memory, from which a GPU copies without the CPU.
     """
-    if not all(tensor.is_contiguous() for tensor in tensors_of(tree)):
+    found = tensors_of(tree)
+    if not all(tensor.is_contiguous() for tensor in found):
         tree = _mapped(tree, torch.Tensor.contiguous)
-    whole = _outermost(tensors_of(tree))
+        found = tensors_of(tree)
+    whole = _outermost(found)
     starts, size = [], 0
     for tensor in whole:
         starts.append(size)
         size += -(-tensor.nbytes // _ALIGN) * _ALIGN
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     for tensor, start in zip(whole, starts, strict=True):
-        buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        _at(buffer, tensor, start).copy_(tensor)
     firsts = [tensor.data_ptr() for tensor in whole]
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
@@ -51,10 +52,10 @@ def moved(tree: T, buffer: torch.Tensor, device: torch.device) -> T:
 
 
 def _at(buffer: torch.Tensor, like: torch.Tensor, start: int) -> torch.Tensor:
-    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
+    return buffer.view(like.dtype).as_strided(like.size(), like.stride(), start // like.dtype.itemsize)
 
 
-def _outermost(tensors: Iterator[torch.Tensor]) -> list[torch.Tensor]:
+def _outermost(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors that are no part of another one, by address."""
     found: list[torch.Tensor] = []
     end = -1
@@ -67,33 +68,38 @@ def _outermost(tensors: Iterator[torch.Tensor]) -> list[torch.Tensor]:
     return found
 
 
-def tensors_of(tree: object) -> Iterator[torch.Tensor]:
+def tensors_of(tree: object) -> list[torch.Tensor]:
     """Every tensor of a record."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    for child in _children(tree):
-        yield from tensors_of(child)
+    found: list[torch.Tensor] = []
+    rest = [tree]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, torch.Tensor):
+            found.append(one)
+        elif not isinstance(one, str):
+            rest += _children(one)
+    return found
 
 
-def _children(tree: object) -> list[Any]:
-    if isinstance(tree, Mapping):
+def _children(tree: object) -> Sequence[Any]:
+    if isinstance(tree, dict):
         return list(tree.values())
     if isinstance(tree, tuple | list):
-        return list(tree)
-    if dataclasses.is_dataclass(tree):
-        return [getattr(tree, field.name) for field in dataclasses.fields(tree)]
-    return []
+        return tree
+    return [getattr(tree, name) for name in _fields(type(tree))]
+
+
+def _fields(kind: type) -> Iterable[str]:
+    """The fields of a dataclass, none for another type. Twice as quick as dataclasses.fields: thousands are asked."""
+    return getattr(kind, "__dataclass_fields__", ())
 
 
 def _mapped(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(tree, torch.Tensor):
         return change(tree)
-    if isinstance(tree, Mapping):
+    if isinstance(tree, dict):
         return {key: _mapped(value, change) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        return type(tree)(_mapped(value, change) for value in tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return dataclasses.replace(
-            tree, **{field.name: _mapped(getattr(tree, field.name), change) for field in dataclasses.fields(tree)}
-        )
-    return tree
+        return type(tree)([_mapped(value, change) for value in tree])
+    names = _fields(type(tree))
+    return type(tree)(**{name: _mapped(getattr(tree, name), change) for name in names}) if names else tree
