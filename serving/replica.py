@@ -216,6 +216,8 @@ class EngineReplica:
     async def _admit(self, arm: Dump, messages: Question, sampling: Dump | None) -> _Admitted:
         spec = ArmSpec.model_validate(arm)
         wanted = Sampling.load(sampling) if sampling else Sampling()
+        if wanted.n > self._spec.limits.max_n:
+            raise bad_request(f"n={wanted.n}: at most {self._spec.limits.max_n} answers are given.", param="n")
         with ExitStack() as hold:
             pin = await self._residency.pin(spec.adapter) if spec.adapter else None
             if pin is not None:

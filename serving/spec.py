@@ -130,6 +130,8 @@ class LimitsSpec(Spec):
     """Prompt and answer tokens."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longest prompt, below what engine.max_seq_len leaves."""
+    max_n: int = Field(default=128, ge=1)
+    """Answers to one request."""
 
 
 class ServeSpec(Spec):

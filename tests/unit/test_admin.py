@@ -295,3 +295,14 @@ def test_a_prompt_longer_than_the_endpoint_takes_is_refused(world: World) -> Non
         assert "max_prompt_tokens=5" in response.json()["error"]["message"]
 
     world.play(act, limits={"max_prompt_tokens": 5})
+
+
+def test_more_answers_than_the_endpoint_gives_are_refused(world: World) -> None:
+    async def act(client: httpx.AsyncClient) -> None:
+        body = {"model": "base", "prompt": "Hello", "max_tokens": 2, "temperature": 1.0, "n": 3}
+        refused = await client.post("/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+        given = await client.post("/v1/completions", json={**body, "n": 2})
+        assert len(given.json()["choices"]) == 2
+
+    world.play(act, limits={"max_n": 2})

@@ -1,0 +1,77 @@
+"""The admin verbs of the command line, against an endpoint over real HTTP."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from typer.testing import CliRunner
+
+from graftwork import artifact, base_model
+from graftwork.base_model import BaseSpec
+from graftwork.cli import app
+from graftwork.serving.api_error import ApiError
+from graftwork.serving.spec import ServeSpec
+from graftwork.storage import Store
+from tests.adapters import facts
+from tests.engines import write_lora
+from tests.local_endpoint import local_endpoint
+from tests.tiny import write_tiny_base
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Store, list[str]]]:
+    """An endpoint's address, its store, and two versions of `card`, the first of which is `prod`."""
+    tmp = tmp_path_factory.mktemp("cli")
+    base, store = write_tiny_base(tmp / "base"), Store(str(tmp / "root"))
+    known = facts(base_digest=base_model.resolve(BaseSpec(uri=str(base))).digest, prompt={})
+    versions = []
+    for seed, alias in ((0, "prod"), (1, None)):
+        folder = write_lora(base, tmp / str(seed), seed, r=2, target_modules=["q_proj"])
+        versions.append(artifact.publish(store, "card", folder, **known, alias=alias).version)
+    spec = {"base": str(base), "root": store.uri, "quant": {"kind": "none"}, "engine": {"max_seq_len": 64}}
+    with local_endpoint(ServeSpec.model_validate(spec)) as url:
+        yield url, store, versions
+
+
+def run(url: str, *words: str) -> str:
+    """What the command prints, on one line."""
+    done = CliRunner().invoke(app, [*words, "--endpoint", url], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return " ".join(done.output.split())
+
+
+def state(url: str, version: str) -> dict[str, object]:
+    listed = CliRunner().invoke(app, ["adapters", "ls", "--endpoint", url, "--json"], catch_exceptions=False)
+    found: dict[str, object] = next(row for row in json.loads(listed.output) if row["version"] == version)
+    return found
+
+
+def test_an_alias_is_swapped_and_rolled_back(parts: tuple[str, Store, list[str]]) -> None:
+    url, store, (first, second) = parts
+    assert f"old={first} new={second}" in run(url, "swap", "card@prod", second)
+    assert artifact.aliases(store, "card") == {"prod": second}
+    assert state(url, second)["state"] == "ready"
+    assert f"old={second} new={first}" in run(url, "adapters", "rollback", "card@prod")
+    assert artifact.aliases(store, "card") == {"prod": first}
+    assert f"new={second}" in run(url, "adapters", "promote", f"card@{second}", "prod")
+    run(url, "adapters", "rollback", "card@prod")
+
+
+def test_a_version_is_loaded_pinned_and_unloaded(parts: tuple[str, Store, list[str]]) -> None:
+    url, _, (_, second) = parts
+    ref = f"card@{second}"
+    assert f"version={second}" in run(url, "adapters", "load", ref)
+    assert (state(url, second)["tier"], state(url, second)["pinned"]) == ("host", False)
+    run(url, "adapters", "pin", ref)
+    assert state(url, second)["pinned"] is True
+    run(url, "adapters", "unpin", ref)
+    run(url, "adapters", "unload", ref)
+    assert (state(url, second)["tier"], state(url, second)["state"]) == ("disk", "registered")
+
+
+def test_what_the_endpoint_refuses_is_said(parts: tuple[str, Store, list[str]]) -> None:
+    url, _, _ = parts
+    for words, status in ((("swap", "card@prod", "0" * 12), 404), (("adapters", "register", "/etc/passwd"), 400)):
+        with pytest.raises(ApiError) as refused:
+            run(url, *words)
+        assert refused.value.status == status
