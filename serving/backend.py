@@ -45,6 +45,9 @@ class ServeBackend:
 
     def __init__(self, handle: DeploymentHandle, timeout_s: float, embedder: DeploymentHandle | None = None) -> None:
         self._handle, self._timeout_s = handle.options(_by_reference=False), timeout_s
+        # Broadcasts go through a router of their own: Ray 2.60 counts them in the load of each replica and renews that
+        # count's 10 s life, so that a count gone astray would keep requests away for as long as somebody polls.
+        self._control = DeploymentHandle(handle.deployment_name, handle.app_name).options(_by_reference=False)
         self._embedder = embedder.options(_by_reference=False) if embedder is not None else None
 
     async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> Dump:
@@ -94,7 +97,7 @@ class ServeBackend:
         is raised."""
         with _as_api_errors():
             async with asyncio.timeout(self._timeout_s):
-                found = await self._handle.broadcast(method, *args).results_async(return_exceptions=True)
+                found = await self._control.broadcast(method, *args).results_async(return_exceptions=True)
             lost = [result for result in found if isinstance(result, RayActorError)]
             failed = [result for result in found if isinstance(result, BaseException) and result not in lost]
             if failed or len(lost) == len(found):
