@@ -16,8 +16,8 @@ from graftwork.errors import ClusterError, Interrupted, RunError
 
 POLL_S = 1.0
 ANSWER_S = 10.0
-AGENT_S = 60.0
-"""How long the agent that runs jobs may come up after the dashboard: 10 to 60 s on a loaded machine (Ray 2.60)."""
+AGENT_S = 120.0
+"""How long the agent that runs jobs may come up after the dashboard: 10 to 90 s on a loaded machine (Ray 2.60)."""
 ENTRYPOINT = "python -c 'from graftwork.cli import main; main()'"
 
 T = TypeVar("T")

@@ -192,18 +192,18 @@ def test_an_existing_ray_is_joined_with_its_token_and_refused_without(existing: 
     wrong_client = start(JOIN, existing.client, env=wrong)
     wrong_command = start(JOIN, existing.dashboard, "config", "check", "x.yaml", env=wrong)
 
-    said, errors = there.communicate(timeout=120)
+    said, errors = there.communicate(timeout=200)
     assert there.returncode == 0, said + errors
     assert "(3.0, '" in said, "the stage ran on the cluster's CPUs"
     assert "[0, 1, 2]" in said, "its progress was told here"
     assert str(ROOT) not in said, "it ran on the code that was shipped"
 
-    said, errors = command.communicate(timeout=120)
+    said, errors = command.communicate(timeout=200)
     assert command.returncode == 2, said + errors
     assert "nam: unknown key (value 'x')" in said, "the command's own message and exit code come back"
 
     for refused in (wrong_client, wrong_command):
-        said, errors = refused.communicate(timeout=120)
+        said, errors = refused.communicate(timeout=200)
         assert refused.returncode == 3, said + errors
         assert "refused the connection" in said
         assert "RAY_AUTH_TOKEN" in said

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def command_of(process: psutil.Process) -> str:
     return ""
 
 
+def kill_a_worker(run: RunPaths, step: int) -> None:
+    """Kill one of the two workers once `step` is noted, while the run goes on."""
+    until(lambda: len(train_workers()) == 2, "both workers are seen")
+    worker = train_workers()[-1]
+    until(lambda: last_step(run) >= step, f"step {step} is noted")
+    assert last_step(run) < STEPS, "the run goes on"
+    worker.kill()
+
+
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
     every = {"checkpoint_every": 20, "eval_every": 30}
@@ -119,17 +129,10 @@ def disturbed(local_ray: Session, spec: TrainSpec) -> Disturbed:
     steps_when_killed = last_step(run)
 
     told: list[Progress] = []
-    killed: list[int] = []
-
-    def kill_one(progress: Progress) -> None:
-        told.append(progress)
-        if progress.step >= 65 and not killed:
-            until(lambda: len(train_workers()) == 2, "both workers are seen")
-            killed.append(train_workers()[-1].pid)
-            os.kill(killed[0], signal.SIGKILL)
-
-    report = train(spec, on_progress=kill_one)
-    assert killed, "no progress told between step 65 and the end"
+    with ThreadPoolExecutor(1) as beside:
+        killing = beside.submit(kill_a_worker, run, 65)
+        report = train(spec, on_progress=told.append)
+        killing.result()
     return Disturbed(said, driver.returncode, left_running, str(refused.value), status, steps_when_killed, told, report)
 
 
