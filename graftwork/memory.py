@@ -189,7 +189,11 @@ def predict_serving(
     }
     loading = {} if dequantised else loading_bytes(model, quant)  # unpacked values take the place of the file's pages
     parts = resident | (full if sum(full.values()) >= sum(loading.values()) else loading)
-    return MemoryPlan(tuple(parts.items()), (f"key-value memory full at engine.kv_tokens={engine.kv_tokens}",))
+    notes = (
+        f"key-value memory full at engine.kv_tokens={engine.kv_tokens}",
+        f"adapters beyond those named take up to engine.host_cache_bytes={engine.host_cache_bytes // MIB} MiB more",
+    )
+    return MemoryPlan(tuple(parts.items()), notes)
 
 
 def micro_batch(spec: TrainSpec) -> int:
