@@ -57,7 +57,7 @@ def prove(tmp_path: Path, count: int) -> None:
         mine = asked[start :: len(names)]
         expected = engines.peft_greedy(folder, adapters[name] if name else None, mine, NEW_TOKENS)
         assert answers[start :: len(names)] == expected, name
-    assert len({tuple(tokens) for tokens in answers}) > 0.6 * count, "answers that are all alike prove nothing"
+    assert len({tuple(tokens) for tokens in answers}) > 0.5 * count, "answers that are all alike prove nothing"
 
 
 def ask_mixed(folder: Path, adapters: dict[str, Path], asked: list[list[int]]) -> list[list[int]]:
