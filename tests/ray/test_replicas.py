@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 from prometheus_client.parser import text_string_to_metric_families as parse
 from ray import serve
 
@@ -207,6 +208,20 @@ def test_a_moved_alias_reaches_every_replica(endpoint: Endpoint, store: Store) -
         assert len({row["replica"] for row in rows}) == 2
         for _ in range(8):
             assert client.chat(ChatCall("base:task0", HELLO, max_tokens=1)).adapter_version == new
+
+
+def test_rays_own_metrics_tell_the_requests_too(endpoint: Endpoint) -> None:
+    """Where Ray's Prometheus scrapes: the agent of the node. Ray brings them there every few seconds."""
+    (port,) = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
+
+    def told() -> set[str]:
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+        names = ("requests_total", "ttft_seconds_bucket", "completion_tokens_total", "kv_tokens_limit")
+        return {name for name in names if f"ray_graftwork_{name}{{" in text}
+
+    with endpoint.client() as client:
+        client.chat(ChatCall("base:task3", HELLO, max_tokens=4))
+    until(lambda: len(told()) == 4)
 
 
 def test_a_killed_replica_costs_its_own_requests_alone(endpoint: Endpoint) -> None:
