@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from graftwork import base_model
-from graftwork.base_model import BaseSpec, QuantSpec, has_fused_nf4
+from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.data import read_rows
 from graftwork.demo.specs import load_specs
@@ -95,5 +95,4 @@ def _shape(base: BaseSpec) -> ModelShape:
 
 def _unpacked(quant: QuantSpec) -> bool:
     """As `base_model.load` decides on a CPU for serving."""
-    automatic = quant.resident == "auto" and not has_fused_nf4("cpu")
-    return quant.kind == "nf4" and (quant.resident == "dequantised" or automatic)
+    return quant.kind == "nf4" and quant.resident != "packed"
