@@ -27,6 +27,9 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray carries no type
     its first requests to one replica, and one replica more or less moves few homes.
     """
 
+    queue_len_response_deadline_s = 1.0
+    """Ray's 0.1 s is missed, with a warning on the terminal, where a replica's engine and event loop share cores."""
+
     def initialize_state(self, *, free_load: int) -> None:
         """free_load: requests that a replica takes on at no loss to the others: it decodes them in one batch."""
         self._free_load = free_load
