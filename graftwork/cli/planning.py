@@ -8,12 +8,20 @@ from graftwork import base_model
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.data import read_rows
-from graftwork.demo.specs import load_specs
+from graftwork.demo.specs import DemoSpecs, load_specs
 from graftwork.demo_spec import DemoSpec
 from graftwork.errors import ConfigError
 from graftwork.memory import RowSizes
 from graftwork.model_shape import ModelShape
-from graftwork.plan import Answers, Machine, StagePlan, plan_serving, plan_training
+from graftwork.plan import (
+    Answers,
+    Machine,
+    StagePlan,
+    answers_seconds,
+    plan_serving,
+    plan_training,
+    verdict_of,
+)
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
 from graftwork.serving.spec import ServeSpec
@@ -60,8 +68,27 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
         yield from _precisions(spec, machine)
     elif isinstance(spec, DemoSpec):
         specs = load_specs(spec, folder)
-        for stage in (specs.tune, *specs.train, specs.serve, specs.compare):
+        for stage in (specs.tune, *specs.train):
             yield from _lines(stage, folder, machine)
+        yield _serve_and_update(specs, folder, machine)
+        yield from _lines(specs.compare, folder, machine)
+
+
+def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> StagePlan:
+    """The main job's endpoint, the update that is trained beside it, and the burst of requests."""
+    [served], [update] = _lines(specs.serve, folder, machine), _lines(specs.update, folder, machine)
+    burst, at = specs.demo.burst, _at(machine, specs.serve.quant)
+    answers = Answers(burst.requests, QUESTION_TOKENS + PASSAGE_TOKENS, burst.max_new_tokens)
+    together = specs.serve.engine.with_({"max_batch": burst.concurrency})
+    answer_s = answers_seconds(answers, _shape(specs.serve.base), together, at, specs.serve.num_cpus)
+    total = served.total_bytes + update.total_bytes
+    return replace(
+        served,
+        total_bytes=total,
+        seconds=served.seconds + update.seconds + answer_s,
+        verdict=verdict_of(total, machine, ()),
+        assumptions=(answers.said(), "an update trains beside the endpoint", *served.assumptions),
+    )
 
 
 def _at(machine: Machine, quant: QuantSpec) -> Machine:
