@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -98,8 +99,12 @@ class Endpoint:
 
     async def ask(self, arm: ArmSpec, messages: Sequence[Mapping[str, str]], request_id: str) -> dict[str, Any]:
         """An arm's answer (`ArmAnswer.dump`) without HTTP; call it hundreds of times at once. Raises ApiError."""
-        backend = ServeBackend(self.handle, self.spec.request_timeout_s)
-        return await backend.answer(arm.model_dump(mode="json"), list(messages), request_id, Sampling().dump())
+        return await self._backend.answer(arm.model_dump(mode="json"), list(messages), request_id, Sampling().dump())
+
+    @cached_property
+    def _backend(self) -> ServeBackend:
+        """One for all questions: each has a router of its own, which asks Serve's controller for news all the time."""
+        return ServeBackend(self.handle, self.spec.request_timeout_s)
 
     def client(self) -> Client:
         """A client of this endpoint with its token. Close it."""
