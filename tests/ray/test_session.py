@@ -139,7 +139,7 @@ class Existing:
 
 @pytest.fixture(scope="module")
 def existing() -> Iterator[Existing]:
-    ports = free_ports(3)
+    ports = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="gwr-", dir="/tmp") as folder:
         environment = {
             **without_ray(),
@@ -152,6 +152,8 @@ def existing() -> Iterator[Existing]:
         command = ["ray", "start", "--head", "--block", "--num-cpus=3", f"--temp-dir={folder}", "--disable-usage-stats"]
         command += [f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}", f"--dashboard-port={ports[2]}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=true"]
+        # the default, 52365, belongs to the first Ray of a machine; without a port an agent lives and takes no jobs
+        command.append(f"--dashboard-agent-listen-port={ports[3]}")
         with open(Path(folder) / "head.log", "w", encoding="utf-8") as log:
             head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
