@@ -98,6 +98,7 @@ def test_an_endpoint_that_ends_lets_its_streams_end_first(local_ray: Session, ba
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
+@pytest.mark.soak  # a minute of waiting for Serve's autoscaler
 def test_replicas_follow_the_load(local_ray: Session, base: Path, store: Store) -> None:
     autoscaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 0.5}
     spec = spec_of(base, store, name="scaled", num_replicas=1, autoscaling={**autoscaling, "downscale_delay_s": 1})
