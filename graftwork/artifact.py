@@ -15,10 +15,10 @@ from pathlib import Path
 from graftwork import artifact_alias, artifact_check, artifact_manifest
 from graftwork.artifact_alias import aliases, before, check_names, roll_back, version_key
 from graftwork.artifact_check import MANIFEST_FILE
+from graftwork.artifact_listing import list_adapters
 from graftwork.artifact_manifest import AdapterManifest, FileEntry
 from graftwork.artifact_read import (
     UnknownAdapter,
-    list_adapters,
     locate,
     open_adapter,
     open_sound,

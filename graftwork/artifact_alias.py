@@ -16,7 +16,7 @@ from graftwork.artifact_manifest import VERSION_PATTERN
 from graftwork.errors import ArtifactError
 from graftwork.storage import NAME_PATTERN, Store, json_bytes
 
-_SUFFIX = ".json"
+SUFFIX = ".json"
 HISTORY = 20
 """Versions that an alias can be rolled back through."""
 
@@ -41,7 +41,7 @@ def version_key(task: str, version: str) -> tuple[str, str, str]:
 
 def alias_key(task: str, alias: str) -> tuple[str, str, str]:
     """Key of an alias file."""
-    return ("aliases", task, alias + _SUFFIX)
+    return ("aliases", task, alias + SUFFIX)
 
 
 def check_names(*names: str) -> None:
@@ -56,7 +56,7 @@ def check_names(*names: str) -> None:
 def aliases(store: Store, task: str) -> dict[str, str]:
     """Every alias of a task with the version that it points at, sorted by name."""
     check_names(task)
-    names = [name.removesuffix(_SUFFIX) for name in store.list("aliases", task) if name.endswith(_SUFFIX)]
+    names = [name.removesuffix(SUFFIX) for name in store.list("aliases", task) if name.endswith(SUFFIX)]
     return {name: target for name in sorted(names) if (target := read(store, task, name)) is not None}
 
 

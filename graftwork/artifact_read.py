@@ -1,7 +1,6 @@
 """Reading adapters: by alias or version, the manifest first, no byte trusted that the manifest does not cover."""
 
 import hashlib
-import logging
 import re
 from collections.abc import Mapping
 
@@ -13,8 +12,6 @@ from graftwork.errors import ArtifactError
 from graftwork.storage import ALIAS_PATTERN, Store
 
 REPUBLISH = "publish the same content again, which writes it anew, or remove it: graftwork adapters rm"
-
-log = logging.getLogger("graftwork.artifact")
 
 
 class UnknownAdapter(ArtifactError):
@@ -70,20 +67,6 @@ def locate(store: Store, name: str) -> tuple[str, str]:
     """Task and version that `task@alias` or `task@version` means, the version itself not opened: it may be damaged."""
     task, ref = _split(name)
     return task, version_of(store, task, ref)
-
-
-def list_adapters(store: Store) -> list[AdapterManifest]:
-    """Every visible version, by task and then by age. A damaged one is left out with a warning that names it."""
-    found = []
-    for task in store.list("adapters"):
-        for version in store.list("adapters", task):
-            if not store.exists(*version_key(task, version), MANIFEST_FILE):
-                continue  # never finished, or being published right now
-            try:
-                found.append(open_adapter(store, task, version))
-            except ArtifactError as error:
-                log.warning("left out: %s", error)
-    return sorted(found, key=lambda manifest: (manifest.task, manifest.created_at, manifest.version))
 
 
 def verify(store: Store, task: str, ref: str) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from graftwork.errors import StorageError
@@ -88,7 +88,13 @@ class LocalFiles:
     def stamps(self, path: str) -> dict[str, str]:
         with _explained("list", path):
             found = {name: os.stat(f"{path}/{name}") for name, size in self.children(path).items() if size is not None}
-        return {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in found.items()}
+        return {name: _stamp(stat) for name, stat in found.items()}
+
+    def tree(self, path: str) -> dict[tuple[str, ...], str]:
+        found: dict[tuple[str, ...], str] = {}
+        with _explained("list", path):
+            _add_files(path, (), found)
+        return found
 
     def delete(self, path: str) -> None:
         """Moved out of sight in one step, then removed: no reader meets half a folder."""
@@ -135,6 +141,24 @@ def files_under(folder: Path) -> Iterator[tuple[str, ...]]:
         for name in sorted(names):
             if not name.startswith(TMP_PREFIX):
                 yield Path(base, name).relative_to(folder).parts
+
+
+def _stamp(stat: os.stat_result) -> str:
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _add_files(folder: str, above: tuple[str, ...], found: dict[tuple[str, ...], str]) -> None:
+    """Every file below, with a stamp. The inode tells files apart that replaced each other within a clock tick."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(TMP_PREFIX):
+                continue
+            with suppress(FileNotFoundError):  # deleted since it was listed
+                if entry.is_dir():
+                    _add_files(entry.path, (*above, entry.name), found)
+                else:
+                    stat = entry.stat()
+                    found[*above, entry.name] = f"{stat.st_ino} {_stamp(stat)}"
 
 
 def _size(entry: os.DirEntry[str]) -> int | None:

@@ -96,6 +96,14 @@ class S3Objects:
             pages = list(self._pages(Bucket=bucket, Prefix=key + "/", Delimiter="/"))
         return {i["Key"][len(key) + 1 :]: i["ETag"] for page in pages for i in page.get("Contents", ())}
 
+    def tree(self, uri: str) -> dict[tuple[str, ...], str]:
+        bucket, key = _bucket_key(uri)
+        with _explained("list", uri):
+            pages = list(self._pages(Bucket=bucket, Prefix=key + "/"))
+        return {
+            tuple(i["Key"][len(key) + 1 :].split("/")): i["ETag"] for page in pages for i in page.get("Contents", ())
+        }
+
     def delete(self, uri: str) -> None:
         bucket, key = _bucket_key(uri)
         with _explained("delete", uri):

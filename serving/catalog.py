@@ -4,8 +4,8 @@ import re
 from datetime import datetime
 from pathlib import PurePosixPath
 
-from graftwork.artifact import AdapterManifest
 from graftwork.serving.api_error import ApiError, unknown_model
+from graftwork.serving.arms import Dump
 from graftwork.serving.openai_responses import Json, model_card
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import ALIAS_PATTERN
@@ -52,18 +52,20 @@ class Catalog:
         if model != self._embedder:
             raise unknown_model(model, f"The embedder here: {self._embedder}.")
 
-    def cards(self, adapters: list[tuple[AdapterManifest, list[str]]], created: int) -> list[Json]:
-        """GET /v1/models: the base, the arms, each adapter by alias and version. `created` is for base and arms."""
+    def cards(self, adapters: list[Dump], created: int) -> list[Json]:
+        """GET /v1/models: the base, the arms, each adapter by alias and version (`EngineReplica.models`).
+
+        `created` is for base and arms.
+        """
         cards = [model_card(self.base, created)]
         cards += [model_card(self._embedder, created, kind="embedder")] if self._embedder else []
         cards += [model_card(name, created, adapter=arm.adapter) for name, arm in self._arms.items()]
-        for manifest, aliases in adapters:
-            names = [f"{self.base}:{manifest.task}"] if DEFAULT_ALIAS in aliases else []
-            names += [f"{self.base}:{manifest.task}@{ref}" for ref in [*aliases, manifest.version]]
-            stamp = seconds(manifest.created_at)
-            cards += [
-                model_card(name, stamp, adapter=manifest.task, adapter_version=manifest.version) for name in names
-            ]
+        for adapter in adapters:
+            task, version, aliases = adapter["task"], adapter["version"], adapter["aliases"]
+            names = [f"{self.base}:{task}"] if DEFAULT_ALIAS in aliases else []
+            names += [f"{self.base}:{task}@{ref}" for ref in [*aliases, version]]
+            stamp = seconds(adapter["created_at"])
+            cards += [model_card(name, stamp, adapter=task, adapter_version=version) for name in names]
         return cards
 
     def _unknown(self, model: str) -> ApiError:

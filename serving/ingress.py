@@ -17,7 +17,6 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 import graftwork
-from graftwork.artifact import AdapterManifest
 from graftwork.serving.admin import ADMIN_BODIES, ADMIN_PREFIX, Admin, Route
 from graftwork.serving.api_error import ApiError, bad_request, unknown_model
 from graftwork.serving.arms import ArmAnswer, Dump, Question
@@ -200,8 +199,7 @@ class Surface:
 
     async def _cards(self) -> list[Json]:
         found = await self._backend.call("models")
-        adapters = [(AdapterManifest.model_validate(a["manifest"]), a["aliases"]) for a in found["adapters"]]
-        return self._catalog.cards(adapters, found["ready_at"])
+        return self._catalog.cards(found["adapters"], found["ready_at"])
 
 
 async def _events(

@@ -157,10 +157,13 @@ class EngineReplica:
         return await getattr(self._registry, verb)(*args)
 
     async def models(self) -> Dump:
-        """The store's adapters made for this base, each with its aliases, and when this replica became ready (s)."""
+        """The store's adapters made for this base: names and age. When this replica became ready (s)."""
         with as_api_errors():
             found = await self._in_thread(self._source.published)
-        adapters = [{"manifest": manifest.model_dump(mode="json"), "aliases": aliases} for manifest, aliases in found]
+        adapters = [
+            {"task": manifest.task, "version": manifest.version, "aliases": aliases, "created_at": manifest.created_at}
+            for manifest, aliases in found
+        ]
         return {"adapters": adapters, "ready_at": self._ready_at}
 
     async def adapters(self) -> list[Dump]:

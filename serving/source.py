@@ -1,10 +1,12 @@
 """The published adapters that one base can serve: looked up, checked against the base, brought to this machine."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from graftwork import artifact, artifact_local
 from graftwork.artifact import AdapterManifest
+from graftwork.artifact_listing import Listing
 from graftwork.chat import PromptSpec
 from graftwork.errors import ArtifactError, DataError, StorageError
 from graftwork.serving.arms import warm
@@ -17,6 +19,10 @@ class AdapterSource:
 
     store: Store
     base_digest: str
+
+    @cached_property
+    def _listing(self) -> Listing:
+        return Listing(self.store)
 
     def resolve(self, ref: str) -> AdapterManifest:
         """The manifest that `task@alias` or `task@version` means now. Raises ArtifactError, of which UnknownAdapter."""
@@ -39,12 +45,8 @@ class AdapterSource:
         artifact_local.discard_damaged(self.store, manifest)
 
     def published(self) -> list[tuple[AdapterManifest, list[str]]]:
-        """Every version for this base with the aliases that point at it."""
-        manifests = [m for m in artifact.list_adapters(self.store) if m.base_digest == self.base_digest]
-        named = {task: artifact.aliases(self.store, task) for task in {m.task for m in manifests}}
-        return [
-            (m, sorted(alias for alias, version in named[m.task].items() if version == m.version)) for m in manifests
-        ]
+        """Every version for this base with the aliases that point at it, as the store is now."""
+        return [(m, aliases) for m, aliases in self._listing.read() if m.base_digest == self.base_digest]
 
 
 def trained_prompt(manifest: AdapterManifest) -> PromptSpec:

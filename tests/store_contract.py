@@ -36,6 +36,18 @@ class StoreContract:
         assert store.list("top", "file") == []
         assert store.list("nowhere") == []
 
+    def test_a_tree_lists_every_file_below_with_a_stamp_of_its_content(self, store: Store) -> None:
+        assert store.tree("top") == {}
+        for key in (("file",), ("folder", "file"), ("folder", "deep", "file")):
+            store.write_bytes(b"123", "top", *key)
+        store.write_bytes(b"x", "topmost", "file")
+        before = store.tree("top")
+        assert sorted(before) == [("file",), ("folder", "deep", "file"), ("folder", "file")]
+        assert store.tree("top") == before
+        store.write_bytes(b"456", "top", "folder", "file")
+        after = store.tree("top")
+        assert {key for key in before if after[key] != before[key]} == {("folder", "file")}
+
     def test_a_file_and_a_folder_exist_and_a_prefix_of_a_name_does_not(self, store: Store) -> None:
         store.write_bytes(b"1", "runs", "support-1", "status.json")
         assert store.exists("runs", "support-1", "status.json")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from graftwork import artifact
+from graftwork.artifact_listing import Listing
 from graftwork.cli.output import JsonFlag, gib, print_json, print_table, say
 from graftwork.errors import ArtifactError
 from graftwork.storage import DEFAULT_ROOT, Store
@@ -36,28 +37,22 @@ def list_(
     if endpoint is not None:
         return _show_registered(endpoint, token_env, as_json)
     store = Store(root)
-    manifests = artifact.list_adapters(store)
-    named = {task: artifact.aliases(store, task) for task in {m.task for m in manifests}}
+    found = Listing(store).read()
     rows = [
         (
             m.task,
             m.version,
-            ",".join(sorted(a for a, v in named[m.task].items() if v == m.version)) or "-",
+            ",".join(aliases) or "-",
             m.method.get("kind", "-"),
             m.method.get("rank", "-"),
             m.base_digest[:12],
             gib(sum(f.size_bytes for f in m.files.values())),
             m.created_at,
         )
-        for m in manifests
+        for m, aliases in found
     ]
     if as_json:
-        print_json(
-            [
-                {**m.model_dump(mode="json"), "aliases": sorted(a for a, v in named[m.task].items() if v == m.version)}
-                for m in manifests
-            ]
-        )
+        print_json([{**m.model_dump(mode="json"), "aliases": aliases} for m, aliases in found])
     elif rows:
         print_table(
             f"adapters in {store.uri}", ("task", "version", "alias", "method", "rank", "base", "size", "created"), rows

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from graftwork import artifact
+from graftwork.artifact_listing import Listing
 from graftwork.errors import ArtifactError
 from graftwork.storage import Store
 from tests.adapters import facts, write_adapter
@@ -24,6 +25,19 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "out")
+
+
+def test_a_listing_tells_the_store_as_it_is_now(s3_store: Store, folder: Path) -> None:
+    listing = Listing(s3_store)
+    assert listing.read() == []
+    one = artifact.publish(s3_store, "support", folder, **facts(), alias="latest")
+    assert listing.read() == [(one, ["latest"])]
+    assert listing.read() == [(one, ["latest"])]
+    two = artifact.publish(s3_store, "agent", write_adapter(folder.parent / "2", seed=2), **facts())
+    artifact.promote(s3_store, "agent", "prod", two.version)
+    assert listing.read() == [(two, ["prod"]), (one, ["latest"])]
+    s3_store.write_bytes(b"{", "adapters", "support", one.version, "manifest.json")
+    assert listing.read() == [(two, ["prod"])]
 
 
 def test_an_adapter_is_published_found_promoted_fetched_and_removed(s3_store: Store, folder: Path) -> None:
