@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import os
 import secrets
@@ -54,7 +55,7 @@ def private_ray(num_cpus: int | None = None) -> Iterator[str]:
         "PYTHONPATH": _python_path(),
     }
     try:
-        with environment_of(environment), _loopback_only(), token_reloaded():
+        with environment_of(environment), _loopback_only(), _own_agent_port(), token_reloaded():
             try:
                 yield _start(ray, folder, num_cpus)
             finally:
@@ -150,6 +151,20 @@ def _loopback_only() -> Iterator[None]:
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _own_agent_port() -> Iterator[None]:
+    """Give the dashboard agent a free port, as Ray's other processes choose theirs: its default, 52365, belongs to the
+    machine's first Ray, and a second one's agent then takes no jobs. `ray.init` has no argument for it (Ray 2.60)."""
+    from ray._private import parameter
+
+    before = parameter.RayParams
+    parameter.RayParams = functools.partial(before, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = before
 
 
 @contextlib.contextmanager

@@ -127,10 +127,7 @@ def deploy(spec: ServeSpec, *, http: bool = True) -> Iterator[Endpoint]:
     preflight(spec)
     application = build(spec, http=http)
     with quiet(), serve_running(spec, http=http):
-        try:
-            yield _start(spec, application, http=http)
-        finally:
-            serve.delete(spec.name)
+        yield _start(spec, application, http=http)
 
 
 def _start(spec: ServeSpec, application: serve.Application, *, http: bool) -> Endpoint:

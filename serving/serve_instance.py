@@ -11,6 +11,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve._private.router import SharedRouterLongPollClient, SingletonThreadRouter
 from ray.serve.context import _get_global_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -19,6 +20,7 @@ from graftwork.errors import ConfigError, GraftworkError, RunError
 from graftwork.serving.spec import ServeSpec
 
 SHUTDOWN_TIMEOUT_S = 30.0
+LAST_NEWS_TIMEOUT_S = 5.0
 PROXY_SLACK_S = 30.0
 """Serve's own timeout comes this much after ours, so that ours answers in OpenAI's shape."""
 _RAISED = re.compile(r"graftwork\.errors\.(\w+): \1: (.*?)(?:\n  Rule: (.*?))?(?:\n  Next: (.*?))?\s*\Z", re.DOTALL)
@@ -26,12 +28,16 @@ _RAISED = re.compile(r"graftwork\.errors\.(\w+): \1: (.*?)(?:\n  Rule: (.*?))?(?
 
 @contextlib.contextmanager
 def serve_running(spec: ServeSpec, *, http: bool) -> Iterator[None]:
-    """Have Serve for an endpoint: the one that runs on this Ray already, else our own for the time of the block.
+    """Have Serve for an endpoint: the one that runs on this Ray already, else our own for the time of the block. The
+    endpoint's application goes with the block.
 
     Raises ConfigError: port in use, Serve listening elsewhere, the endpoint's name taken.
     """
     if _existing_http(spec, http=http):
-        yield
+        try:
+            yield
+        finally:
+            serve.delete(spec.name)
         return
     if http:
         _require_free_port(spec.host, spec.port)
@@ -46,20 +52,42 @@ def serve_running(spec: ServeSpec, *, http: bool) -> Iterator[None]:
         )
         yield
     finally:
-        _shut_down()
+        _shut_down(spec.name)
 
 
-def _shut_down() -> None:
-    """End Serve. `serve.shutdown()` alone leaves "graceful_shutdown failed" on the terminal (Ray 2.60): it waits in a
-    call that the controller's own end breaks off. Here the controller is told, and its end awaited."""
+def _shut_down(name: str) -> None:
+    """End the application `name`, then Serve. `serve.shutdown()` alone leaves "graceful_shutdown failed" on the
+    terminal (Ray 2.60): it waits in a call that the controller's own end breaks off. Here the controller is told, and
+    its end awaited."""
     with contextlib.suppress(ValueError, RayActorError):
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        open_questions = _stop_listening()
+        serve.delete(name)
+        if open_questions:
+            ray.wait(open_questions, num_returns=len(open_questions), timeout=LAST_NEWS_TIMEOUT_S)
         ray.get(controller.graceful_shutdown.remote(wait=False))
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
         while time.monotonic() < deadline:
             ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
             time.sleep(0.05)
     serve.shutdown()
+
+
+def _stop_listening() -> list[ray.ObjectRef[object]]:
+    """Let this process ask the controller for news no more; returns the questions that are still open.
+
+    They end with the news that the application goes. One that is open when the controller itself goes leaves "Task
+    ServeController.listen_for_change failed" on the terminal (Ray 2.60).
+    """
+    loop = SingletonThreadRouter._asyncio_loop
+    if loop is None:
+        return []
+    shared = SharedRouterLongPollClient.get_or_create(_get_global_client()._controller, loop)
+    routers = [router for routers in list(shared.routers.values()) for router in list(routers)]
+    clients = [shared.long_poll_client, *(router.long_poll_client for router in routers)]
+    for client in clients:
+        client.stop()
+    return [client._current_ref for client in clients if hasattr(client, "_current_ref")]
 
 
 def _existing_http(spec: ServeSpec, *, http: bool) -> bool:

@@ -22,6 +22,8 @@ from tests.processes import ROOT
 
 UP_WITHIN_S = 120.0
 TOKEN = "0123456789abcdef" * 3
+RAYS_OWN_PORTS = {6379, 8265, 10001, 52365}
+"""Ray's defaults for GCS, dashboard, clients and the dashboard's agent: a private Ray leaves them to others."""
 
 PRIVATE = """
 import json, os, sys, tempfile
@@ -98,7 +100,9 @@ def test_a_private_ray_listens_on_loopback_alone_and_leaves_nothing(short_temp: 
     assert where == str(ROOT / "graftwork" / "__init__.py")
     assert len(str(token)) == 64
     below = psutil.Process(process.pid).children(recursive=True)
-    assert {name for member in [psutil.Process(process.pid), *below] for name in listening(member)} <= {"127.0.0.1"}
+    heard = {place for member in [psutil.Process(process.pid), *below] for place in listening(member)}
+    assert {address for address, _ in heard} == {"127.0.0.1"}
+    assert not {port for _, port in heard} & RAYS_OWN_PORTS
     assert [path.name for path in short_temp.iterdir() if path.name.startswith(DIR_PREFIX)]
     if ending == "done":
         said, _ = process.communicate("\n", timeout=60)
@@ -112,11 +116,11 @@ def test_a_private_ray_listens_on_loopback_alone_and_leaves_nothing(short_temp: 
     assert list(short_temp.iterdir()) == []
 
 
-def listening(process: psutil.Process) -> set[str]:
-    """Addresses that a process accepts connections on, IPv4 in IPv6 unwrapped."""
+def listening(process: psutil.Process) -> set[tuple[str, int]]:
+    """Addresses and ports that a process accepts connections on, IPv4 in IPv6 unwrapped."""
     with contextlib.suppress(psutil.NoSuchProcess):
         found = process.net_connections("inet")
-        return {c.laddr.ip.removeprefix("::ffff:") for c in found if c.status == psutil.CONN_LISTEN}
+        return {(c.laddr.ip.removeprefix("::ffff:"), c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN}
     return set()
 
 
