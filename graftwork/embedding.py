@@ -6,10 +6,11 @@ Legend: B texts, T tokens, H hidden size.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -70,6 +71,41 @@ class Recipe:
     normalise: bool
     max_tokens: int
     """Longest text, special tokens included."""
+
+
+@dataclass(frozen=True)
+class EmbedderShape:
+    """Sizes of an embedder, read from its folder without loading it."""
+
+    values: int
+    """Weights."""
+    file_bytes: int
+    hidden: int
+    intermediate: int
+    batch_tokens: int
+    """Most that are computed together, padding included."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Raises BaseModelError where config.json names no hidden size."""
+        from safetensors import safe_open
+
+        values, paths = 0, sorted(folder.glob("*.safetensors"))
+        for path in paths:
+            with safe_open(path, "np") as file:
+                names = file.keys()
+                values += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        config = _json(folder / "config.json", {})
+        hidden = next((int(config[key]) for key in ("hidden_size", "dim", "d_model") if key in config), 0)
+        if not hidden:
+            raise BaseModelError(
+                f"embedder {folder}", "its config.json names no hidden_size", "memory is planned from it"
+            )
+        wide = next(
+            (int(config[key]) for key in ("intermediate_size", "hidden_dim", "d_ff") if key in config), 4 * hidden
+        )
+        longest = max(BATCH_TOKENS, read_recipe(folder).max_tokens)
+        return cls(values, sum(path.stat().st_size for path in paths), hidden, wide, longest)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from graftwork.base_model import QuantSpec
 from graftwork.machine import Speed, available_memory, cores, measure_speed
-from graftwork.memory import FP32, GIB, MemoryPlan, RowSizes, micro_batch, predict_serving, predict_training
+from graftwork.memory import FP32, GIB, MIB, MemoryPlan, RowSizes, micro_batch, predict_serving, predict_training
 from graftwork.model_shape import ModelShape
 from graftwork.serving.spec import EngineSpec
 from graftwork.training.spec import TrainSpec
@@ -196,11 +196,14 @@ def plan_serving(
     dequantised: bool = False,
     answers: Answers | None = None,
     num_cpus: float = 1.0,
+    replicas: int = 1,
+    embedder: MemoryPlan | None = None,
 ) -> StagePlan:
-    """One engine replica: its memory when full, and the time of `answers` on it after its start.
+    """Engine replicas: the memory of each when full, and the time of `answers` on one after its start.
 
-    `adapters`: ranks of the versions loaded. `dequantised`: nf4 kept as plain values.
+    `adapters`: ranks of the versions loaded. `dequantised`: nf4 kept as plain values. `embedder`: of its own process.
     """
+    beside = embedder.peak_bytes if embedder else 0
 
     def memory_with(kv_tokens: int) -> MemoryPlan:
         fewer = engine.model_copy(update={"kv_tokens": kv_tokens})
@@ -211,17 +214,28 @@ def plan_serving(
 
     memory = memory_with(engine.kv_tokens)
     halves = (engine.kv_tokens // 2**power for power in range(1, 6))
-    ways_out = ((f"engine.kv_tokens={n}", memory_with(n).peak_bytes) for n in halves if n >= engine.max_seq_len)
+    ways_out = (
+        (f"engine.kv_tokens={n}", replicas * memory_with(n).peak_bytes + beside)
+        for n in halves
+        if n >= engine.max_seq_len
+    )
+    total_bytes = replicas * memory.peak_bytes + beside
+    said = f"the embedder takes {beside // MIB} MiB in a process of its own"
     answer_s = answers_seconds(answers, model, engine, machine, num_cpus) if answers else 0.0
     return StagePlan(
         stage=stage,
-        processes=1,
+        processes=replicas + (embedder is not None),
         peak_bytes_per_process=memory.peak_bytes,
-        total_bytes=memory.peak_bytes,
+        total_bytes=total_bytes,
         seconds=START_S + answer_s,
-        verdict=verdict_of(memory.peak_bytes, machine, ways_out),
+        verdict=verdict_of(total_bytes, machine, ways_out),
         parts=memory.parts,
-        assumptions=(*((answers.said(),) if answers else ()), *memory.assumptions, machine.said()),
+        assumptions=(
+            *((answers.said(),) if answers else ()),
+            *((said,) if embedder else ()),
+            *memory.assumptions,
+            machine.said(),
+        ),
     )
 
 

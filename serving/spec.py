@@ -196,6 +196,11 @@ class ServeSpec(Spec):
         """Engine replicas at the start."""
         return self.autoscaling.min_replicas if self.autoscaling else self.num_replicas
 
+    @property
+    def most_replicas(self) -> int:
+        """Engine replicas when the load is high."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas
+
     @model_validator(mode="after")
     def _arms_fit(self) -> Self:
         self.engine.require_gpus(self.num_gpus)

@@ -10,8 +10,9 @@ from graftwork.config import Spec
 from graftwork.data import read_rows
 from graftwork.demo.specs import DemoSpecs, load_specs
 from graftwork.demo_spec import DemoSpec
+from graftwork.embedding import EmbedderShape, EmbedderSpec, resolve_embedder
 from graftwork.errors import ConfigError
-from graftwork.memory import RowSizes
+from graftwork.memory import MemoryPlan, RowSizes, predict_embedding
 from graftwork.model_shape import ModelShape
 from graftwork.plan import (
     Answers,
@@ -56,7 +57,8 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
         yield plan_tuning(spec, _shape(spec.train.base), _sizes(data.train), _sizes(data.eval), machine)
     elif isinstance(spec, ServeSpec):
         yield plan_serving("serve", _shape(spec.base), spec.quant, spec.engine, _at(machine, spec.quant),
-                           num_cpus=spec.num_cpus,
+                           num_cpus=spec.num_cpus, replicas=spec.most_replicas,
+                           embedder=_embedding(spec.embedder) if spec.embedder else None,
                            adapters=[SERVED_RANK] * len(spec.adapters), dequantised=_unpacked(spec.quant))  # fmt: skip
     elif isinstance(spec, CompareSpec):
         adapters = {arm.adapter for arm in spec.arms if arm.adapter}
@@ -118,6 +120,10 @@ def _sizes(rows: TokenRows) -> RowSizes:
 
 def _shape(base: BaseSpec) -> ModelShape:
     return ModelShape.from_config(base_model.resolve(base).config)
+
+
+def _embedding(spec: EmbedderSpec) -> MemoryPlan:
+    return predict_embedding(EmbedderShape.read(resolve_embedder(spec)))
 
 
 def _unpacked(quant: QuantSpec) -> bool:

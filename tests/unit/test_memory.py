@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 
 from graftwork.base_model import QuantSpec
+from graftwork.cli.planning import plan_spec
+from graftwork.embedding import EmbedderShape
 from graftwork.errors import BaseModelError
 from graftwork.machine import Speed, available_memory, measure_speed
 from graftwork.memory import (
     FP32,
     GIB,
+    MIB,
     RowSizes,
     full_training_bytes,
     kv_bytes,
+    predict_embedding,
     predict_serving,
     predict_training,
     saved_values,
@@ -23,9 +27,10 @@ from graftwork.memory import (
 )
 from graftwork.model_shape import ModelShape
 from graftwork.plan import Answers, Machine, StagePlan, answers_seconds, plan_serving, plan_training
-from graftwork.serving.spec import EngineSpec
+from graftwork.serving.spec import EngineSpec, ServeSpec
 from graftwork.training.spec import LoraSpec, TrainSpec
 from tests.tiny import write_tiny_base
+from tests.tiny_embedder import write_tiny_embedder
 
 GB = 10**9
 NONE, NF4 = QuantSpec(kind="none"), QuantSpec(kind="nf4")
@@ -142,6 +147,37 @@ def test_a_server_is_told_how_many_kv_tokens_fit() -> None:
     engine = EngineSpec(kv_tokens=32_768, max_seq_len=1024)
     plan = plan_serving("serve", SMOLLM2, NF4, engine, replace(MACHINE, memory_bytes=2 * GIB))
     assert "fits with engine.kv_tokens=" in plan.verdict
+
+
+def test_a_server_is_planned_with_all_its_processes(
+    tiny: tuple[Path, ModelShape], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    embedder = write_tiny_embedder(tmp_path_factory.mktemp("embedder"))
+    usual = {"base": str(tiny[0]), "quant": {"kind": "none"}}
+    [one] = plan_spec(ServeSpec.model_validate(usual), Path())
+    [many] = plan_spec(
+        ServeSpec.model_validate(
+            {**usual, "embedder": str(embedder), "autoscaling": {"min_replicas": 1, "max_replicas": 3}}
+        ),
+        Path(),
+    )
+    assert (one.processes, many.processes) == (1, 4)
+    assert one.total_bytes == one.peak_bytes_per_process == many.peak_bytes_per_process
+    beside = many.total_bytes - 3 * one.total_bytes
+    assert f"the embedder takes {beside // MIB} MiB in a process of its own" in many.assumptions
+
+
+def test_an_embedders_sizes_are_read_from_its_folder(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    folder = write_tiny_embedder(tmp_path)
+    model, shape = AutoModel.from_pretrained(folder), EmbedderShape.read(folder)
+    assert shape.values == sum(parameter.numel() for parameter in model.parameters())
+    assert (shape.hidden, shape.intermediate) == (32, 64)
+    plan = predict_embedding(shape)
+    assert plan.part("embedder weights") == sum(p.untyped_storage().nbytes() for p in model.parameters())
+    halves = predict_embedding(replace(shape, values=10**9, file_bytes=2 * 10**9))
+    assert halves.peak_bytes - halves.part("process") == 6 * 10**9, "the file's halves and the fp32 made of them"
 
 
 def test_time_follows_the_work_and_the_cores() -> None:
