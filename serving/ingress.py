@@ -40,7 +40,7 @@ READY_TIMEOUT_S = 5.0
 
 
 class Ingress:
-    """The Serve deployment that runs the app. It holds no state, so any number of replicas will do."""
+    """The Serve deployment that runs the app, in one process: the callers' rates are counted there."""
 
     def __init__(self, spec: Dump, replica: DeploymentHandle, keys: Keys, embedder: DeploymentHandle | None) -> None:
         self._spec, self._keys = ServeSpec.model_validate(spec), keys

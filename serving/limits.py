@@ -1,4 +1,4 @@
-"""How much one key may ask for: requests and tokens a minute, as token buckets in the ingress process.
+"""How much one key may ask for: requests and tokens a minute, as token buckets in the one ingress process.
 
 A bucket holds one minute's worth and refills evenly, so a burst of a minute's allowance passes and then the rate holds.
 Tokens are known only afterwards: they are charged when an answer ends, and a bucket in debt refuses until it is paid.

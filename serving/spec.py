@@ -123,7 +123,7 @@ class AutoscalingSpec(Spec):
 
 
 class LimitsSpec(Spec):
-    """What a caller may ask for. Rates are per key and ingress process; the admin's own requests are not counted."""
+    """What a caller may ask for. Rates are per key over the whole endpoint; the admin's own requests are free."""
 
     requests_per_min: int | None = Field(default=None, ge=1)
     tokens_per_min: int | None = Field(default=None, ge=1)

@@ -1,11 +1,13 @@
 """Token buckets on a clock of their own, and the keys of the environment."""
 
 import hashlib
+from typing import Any
 
 import pytest
 
 from graftwork.errors import ConfigError
 from graftwork.serving.api_error import ApiError
+from graftwork.serving.app import INGRESS, build
 from graftwork.serving.auth import Keys, keys_of, tokens_of
 from graftwork.serving.limits import ADMIN, RateLimits
 from graftwork.serving.spec import LimitsSpec, ServeSpec
@@ -62,6 +64,16 @@ def test_tokens_of_answers_are_paid_back_before_the_next_request() -> None:
     assert refused_for(limits, "a") is None
     limits.charge(ADMIN, {"index": 0, "prompt_tokens": 10**6, "completion_tokens": 0})
     assert refused_for(limits, "b") is None
+
+
+@pytest.mark.parametrize("many", [{"num_replicas": 4}, {"autoscaling": {"min_replicas": 2, "max_replicas": 8}}])
+def test_all_requests_pass_one_ingress_process_however_many_replicas_there_are(many: dict[str, Any]) -> None:
+    """The buckets are in that process, so a second one would double every rate."""
+    application: Any = build(ServeSpec.model_validate({"base": "x", "limits": {"requests_per_min": 1}, **many}))
+    ingress = application._bound_deployment
+    assert ingress.name == INGRESS
+    assert ingress._deployment_config.num_replicas == 1
+    assert ingress._deployment_config.autoscaling_config is None
 
 
 def test_without_limits_everything_passes() -> None:
