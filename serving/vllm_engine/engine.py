@@ -89,7 +89,7 @@ class VllmEngine:
         self._thread.start()
         try:
             self._llm = self._on_loop(_made(make))
-        except BaseException:
+        except BaseException:  # Ctrl-C as well: it goes on, but the loop's thread ends here
             self._end_loop()
             raise
 
@@ -187,7 +187,8 @@ class VllmEngine:
             last = None if running.cancelled else await self._outputs(running)
         except asyncio.CancelledError:
             last = None
-        except Exception as error:
+        except Exception as error:  # vLLM's own errors have no base class; ours end the request just so
+            _log.exception("request %s failed", name)
             last = TokenEvent(name, -1, None, "error", f"{type(error).__name__}: {error}")
         self._finish(running, last or TokenEvent(name, -1, None, "cancelled"))
 
