@@ -17,10 +17,8 @@ import torch
 
 from benchmarks import base
 from benchmarks.record import Clock, figure, write
-from benchmarks.traffic import ask
+from benchmarks.traffic import ask, serving
 from graftwork.serving.engine.engine import Engine
-from graftwork.serving.residency import Residency
-from graftwork.serving.source import AdapterSource
 from graftwork.serving.spec import EngineSpec
 from graftwork.storage import Store
 
@@ -45,17 +43,12 @@ def to_slots(engine: Engine, folders: list[Path], rounds: int) -> list[float]:
 
 async def to_tokens(engine: Engine, store: Store, digest: str, tasks: list[str]) -> list[tuple[float, float]]:
     """Time to first token (ms) of each adapter: from its file, and again."""
-    residency = Residency(engine, AdapterSource(store, digest), max_bytes=engine.spec.host_cache_bytes)
-    engine.start()
-    try:
+    pairs = []
+    async with serving(engine, store, digest) as residency:
         await ask(engine, residency, None, new=4)
-        pairs = []
         for task in tasks:
             first, second = [(await ask(engine, residency, f"{task}@latest", new=2)).ttft_s * 1e3 for _ in range(2)]
             pairs.append((first, second))
-    finally:
-        await asyncio.to_thread(engine.stop)
-        residency.close()
     return pairs
 
 

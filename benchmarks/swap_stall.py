@@ -18,13 +18,12 @@ import torch
 
 from benchmarks import base
 from benchmarks.record import Clock, figure, ratios, write
-from benchmarks.traffic import ask
+from benchmarks.traffic import ask, serving
 from graftwork import artifact
 from graftwork.metrics import quantile
 from graftwork.serving.engine.engine import Engine
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.residency import Residency
-from graftwork.serving.source import AdapterSource
 from graftwork.serving.spec import EngineSpec
 from graftwork.storage import Store
 
@@ -84,10 +83,8 @@ async def run(
     engine: Engine, store: Store, digest: str, versions: list[str], args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """p99 of each turn, quiet and swapping, and swaps a second."""
-    residency = Residency(engine, AdapterSource(store, digest), max_bytes=engine.spec.host_cache_bytes)
-    engine.start()
     found: dict[str, list[float]] = {"quiet": [], "swapping": [], "swaps_per_s": []}
-    try:
+    async with serving(engine, store, digest) as residency:
         for turn in range(2 * args.rounds + 1):  # the first one warms up
             began, count = time.perf_counter(), [0]
             watched = Watched(engine, args.tokens, turn)
@@ -102,9 +99,6 @@ async def run(
                 found["swaps_per_s"].append(count[0] / seconds)
             if turn:
                 found["swapping" if swapping else "quiet"].append(quantile(watched.gaps_ms(), 0.99))
-    finally:
-        await asyncio.to_thread(engine.stop)
-        residency.close()
     return found
 
 

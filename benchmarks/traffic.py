@@ -3,7 +3,8 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from graftwork.serving.engine.engine import Engine
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams
 from graftwork.serving.generation import Generation
 from graftwork.serving.residency import Residency
+from graftwork.serving.source import AdapterSource
+from graftwork.storage import Store
 
 PROMPT, NEW = 64, 32
 """Tokens of each prompt, all different from the first token on, and of each answer."""
@@ -25,6 +28,18 @@ class Asked:
     ref: str | None
     ttft_s: float
     total_s: float
+
+
+@asynccontextmanager
+async def serving(engine: Engine, store: Store, digest: str) -> AsyncIterator[Residency]:
+    """The engine at work, with the adapters that the store has for this base, for the time of the block."""
+    residency = Residency(engine, AdapterSource(store, digest), max_bytes=engine.spec.host_cache_bytes)
+    engine.start()
+    try:
+        yield residency
+    finally:
+        await asyncio.to_thread(engine.stop)
+        residency.close()
 
 
 async def ask(engine: Engine, residency: Residency, ref: str | None, new: int = NEW) -> Asked:

@@ -20,11 +20,10 @@ import torch
 
 from benchmarks import base
 from benchmarks.record import Clock, figure, ratios, write
-from benchmarks.traffic import NEW, PROMPT, Asked, closed_loop, zipf
+from benchmarks.traffic import NEW, PROMPT, Asked, closed_loop, serving, zipf
 from graftwork.metrics import quantile
 from graftwork.serving.engine.engine import Engine
 from graftwork.serving.residency import Residency
-from graftwork.serving.source import AdapterSource
 from graftwork.serving.spec import EngineSpec
 from graftwork.storage import Store
 
@@ -67,17 +66,12 @@ async def run(store: Store, digest: str, tasks: Sequence[str], model_folder: Pat
         max_batch=ROWS, max_seq_len=256, kv_tokens=16_384, host_cache_bytes=HOST_BYTES, num_threads=args.threads
     )
     engine = Engine(base.load(model_folder), spec, "cpu")
-    residency = Residency(engine, AdapterSource(store, digest), max_bytes=HOST_BYTES)
-    engine.start()
-    try:
+    async with serving(engine, store, digest) as residency:
         speeds = await measure(engine, residency, tasks, args)
         waits = [
             unfairness(await closed_loop(engine, residency, zipf(tasks, args.requests * 2, 100 + turn), 2 * ROWS))
             for turn in range(args.rounds)
         ]
-    finally:
-        await asyncio.to_thread(engine.stop)
-        residency.close()
     figures = {name: figure(ratios(speeds[name], speeds["base"]), "x") for name in ("registered_64", "registered_1000")}
     figures["worst_to_median"] = figure([worst for worst, _ in waits], "x")
     detail = {"tokens_per_s": dict(speeds), "ttft": [parts for _, parts in waits]}

@@ -293,12 +293,12 @@ class PrecisionArm(Record):
     """Share of the adapter's delta that requantising after a merge would lose (nf4 only)."""
 
 
-class PrecisionRow(Record):
-    """One precision, measured in a process of its own."""
+class PrecisionFacts(Record):
+    """What was found of a base at one precision, in a process of its own."""
 
     precision: str
     machine: str
-    """What the times were taken on."""
+    """CPU, cores and GPUs that the times were taken on."""
     reason: str
     """The dtype and the form of the weights, and why."""
     caveat: str
@@ -308,9 +308,15 @@ class PrecisionRow(Record):
     resident_bytes: int
     """Weights as they lie in memory."""
     predicted_bytes: int | None
-    """Of `stored_bytes`, from the shape alone."""
+    """What `graftwork.memory` predicts for `stored_bytes`; None for shapes that it does not cover."""
     peak_rss_bytes: int
+    """Of the whole process: Python, libraries, loading, keys and values, steps."""
     load_s: float
+
+
+class PrecisionRow(PrecisionFacts):
+    """One precision in the report."""
+
     good_enough: bool
     why: str
     arms: tuple[PrecisionArm, ...]

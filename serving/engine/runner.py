@@ -98,7 +98,12 @@ class Runner:
         wanted: Sequence[int],
     ) -> torch.Tensor:
         """Logits [N, V] at the packed positions `wanted`. decoding, prompts: the adapter of each chunk of the batch."""
-        return self._adapted(batch, decoding, prompts, wanted)[0]
+        segments = _lora_segments(batch, prompts)
+        wanted_N = torch.tensor(wanted, dtype=torch.long, device=self.device)
+        if all(weights is None or weights.only_lora for half in (decoding, prompts) for weights in half):
+            return self.run(batch, self.planner.plan(decoding, segments), wanted_N)[0]
+        with self.kinds.step(batch, decoding, prompts, segments, wanted) as deltas:
+            return self.run(batch, deltas, wanted_N)[0]
 
     @torch.inference_mode()
     def logits(self, ids_BT: torch.Tensor, adapters: Sequence[AdapterWeights | None]) -> torch.Tensor:
@@ -111,10 +116,10 @@ class Runner:
         batch = pack([], rows, None, self.device)
         self._output.on = False
         try:
-            logits_1TV = self._adapted(batch, [], adapters, range(ids_BT.numel()))
+            logits_TV = self.forward(batch, [], adapters, range(ids_BT.numel()))
         finally:
             self._output.on = True
-        return logits_1TV[0].view(*ids_BT.shape, -1)
+        return logits_TV.view(*ids_BT.shape, -1)
 
     def new_kv(self, tokens: int, max_len: int) -> KvStore:
         """Key-value memory that fits this model."""
@@ -134,20 +139,6 @@ class Runner:
         self._output.unhook()
         self.config._attn_implementation = self._own_attention
         self.model.train(self._was_training)
-
-    def _adapted(
-        self,
-        batch: StepBatch,
-        decoding: Sequence[AdapterWeights | None],
-        prompts: Sequence[AdapterWeights | None],
-        wanted: Sequence[int],
-    ) -> torch.Tensor:
-        segments = _lora_segments(batch, prompts)
-        wanted_N = torch.tensor(wanted, dtype=torch.long, device=self.device)
-        if all(weights is None or weights.only_lora for half in (decoding, prompts) for weights in half):
-            return self.run(batch, self.planner.plan(decoding, segments), wanted_N)
-        with self.kinds.step(batch, decoding, prompts, segments, wanted) as deltas:
-            return self.run(batch, deltas, wanted_N)
 
     def run(self, batch: StepBatch | DecodeInputs, deltas: Deltas | None, wanted_N: torch.Tensor | int) -> torch.Tensor:
         """Logits [1, N, V] of one pass; wanted_N=0: of every token."""

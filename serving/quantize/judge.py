@@ -12,7 +12,7 @@ import numpy as np
 from graftwork import metrics
 from graftwork.data import Row, fingerprint
 from graftwork.metrics import Distribution, distribution
-from graftwork.report.records import Difference, PrecisionArm, PrecisionRow, QuantizeReport
+from graftwork.report.records import Difference, PrecisionArm, PrecisionFacts, PrecisionRow, QuantizeReport
 from graftwork.serving.experiment.compare import arm_score
 from graftwork.serving.experiment.scorers import AnswerSchema, Key, Scores, score
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, family
@@ -94,12 +94,9 @@ def _candidates(spec: QuantizeSpec, measured: Sequence[Measured], differences: S
 
 
 def _row(one: Measured, finding: Finding, scored: ScoredArms, rules: Rules) -> PrecisionRow:
-    return PrecisionRow(
-        precision=one.precision, machine=one.machine, reason=one.reason, caveat=one.caveat,
-        stored_bytes=one.stored_bytes, resident_bytes=one.resident_bytes, predicted_bytes=one.predicted_bytes,
-        peak_rss_bytes=one.peak_rss_bytes, load_s=one.load_s, good_enough=finding.good_enough, why=finding.why,
-        arms=tuple(_arm(one, arm, scored, rules) for arm in one.arms),
-    )  # fmt: skip
+    facts = {key: getattr(one, key) for key in PrecisionFacts.model_fields}
+    arms = tuple(_arm(one, arm, scored, rules) for arm in one.arms)
+    return PrecisionRow(**facts, good_enough=finding.good_enough, why=finding.why, arms=arms)
 
 
 def _arm(one: Measured, arm: MeasuredArm, scored: ScoredArms, rules: Rules) -> PrecisionArm:
