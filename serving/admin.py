@@ -107,7 +107,8 @@ class Admin:
         await self._backend.each("registry", "load", f"{task}@{version}")
         moved = await self._backend.call("registry", verb, ref, *args)
         swaps = await self._backend.each("refresh", ref)
-        return _listed([{**moved, "swap_ms": swap["swap_ms"]} for swap in swaps])
+        # a replica's own `old`: the store's alias may have moved before it was told, as when training published
+        return _listed([{**moved, "old": s["old"] or moved["old"], "swap_ms": s["swap_ms"]} for s in swaps])
 
     def _on_each(self, verb: str) -> Handler:
         async def handle(request: Request) -> Response:

@@ -117,6 +117,24 @@ def test_the_life_of_an_adapter_on_an_endpoint(world: World) -> None:
     world.play(act)
 
 
+def test_an_endpoint_follows_an_alias_that_moved_without_it(world: World) -> None:
+    """As when training publishes: the endpoint is told afterwards, and can go back."""
+    first = world.publish(0, "prod")
+
+    async def act(client: httpx.AsyncClient) -> None:
+        await ask(client, "base:card@prod")
+        second = world.publish(1, "prod")
+        assert (await ask(client, "base:card@prod")).headers["x-graftwork-adapter-version"] == first
+        done = await do(client, "promote", adapter="card@prod", version="prod")
+        assert (done[0]["old"], done[0]["new"]) == (first, second)
+        assert (await ask(client, "base:card@prod")).headers["x-graftwork-adapter-version"] == second
+        done = await do(client, "rollback", adapter="card@prod")
+        assert (done[0]["old"], done[0]["new"]) == (second, first)
+        assert (await ask(client, "base:card@prod")).headers["x-graftwork-adapter-version"] == first
+
+    world.play(act)
+
+
 def test_an_alias_does_not_move_to_what_cannot_be_served(world: World) -> None:
     first, broken = world.publish(0, "prod"), world.publish(1, None)
     weights = Path(world.store.path("adapters", "card", broken, "adapter_model.safetensors"))
