@@ -118,7 +118,9 @@ class Surface:
         """POST /v1/embeddings: vectors of the endpoint's embedder."""
         body = parse(EmbeddingRequest, await read_body(request))
         self._catalog.require_embedder(body.model)
-        return JSONResponse(embedding_response(body, await self._backend.embed(body.texts())))
+        embedded = await self._backend.embed(body.texts())
+        self._limits.spend(caller.get(), sum(embedded.tokens))
+        return JSONResponse(embedding_response(body, embedded))
 
     async def adapters(self) -> Response:
         """GET /v1/adapters: the versions in each engine replica, with their state."""

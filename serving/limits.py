@@ -66,11 +66,15 @@ class RateLimits:
             self._requests[name].level -= 1
 
     def charge(self, name: str, answer: Dump) -> None:
-        """Count the tokens of an answer (`ArmAnswer.dump`), and the prompt with the first. The owner's own are free."""
+        """Count the tokens of an answer (`ArmAnswer.dump`), and the prompt with the first."""
+        self.spend(name, answer["completion_tokens"] + (0 if answer["index"] else answer["prompt_tokens"]))
+
+    def spend(self, name: str, tokens: int) -> None:
+        """Count tokens. The owner's own are free."""
         if self.spec.tokens_per_min is not None and name != ADMIN:
             bucket = self._bucket(self._tokens, name, self.spec.tokens_per_min)
             bucket.wait_s(0)
-            bucket.level -= answer["completion_tokens"] + (0 if answer["index"] else answer["prompt_tokens"])
+            bucket.level -= tokens
 
     async def metered(self, chunks: AsyncGenerator[Dump]) -> AsyncGenerator[Dump]:
         """The same stream; the answers that it ends with are charged to the caller."""

@@ -127,7 +127,7 @@ class LimitsSpec(Spec):
 
     requests_per_min: int | None = Field(default=None, ge=1)
     tokens_per_min: int | None = Field(default=None, ge=1)
-    """Prompt and answer tokens."""
+    """Tokens of prompts, answers and embedded texts."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longest prompt, below what engine.max_seq_len leaves."""
     max_n: int = Field(default=128, ge=1)

@@ -167,6 +167,14 @@ def test_what_cant_be_embedded_is_refused(url: str, changed: dict[str, Any], par
     assert (response.json()["error"]["param"], response.json()["error"]["code"]) == (param, code)
 
 
+def test_embedded_tokens_count_towards_the_rate(folders: dict[str, Path]) -> None:
+    body = {"model": "tiny-embedder", "input": ["a cat", "the dog"]}  # 8 tokens, the ends of each text included
+    with local_endpoint(spec_of(folders, limits={"tokens_per_min": 8})) as url:
+        first, second = (httpx.post(f"{url}/v1/embeddings", json=body) for _ in range(2))
+    assert first.json()["usage"]["total_tokens"] == 8
+    assert (second.status_code, second.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+
+
 def test_without_an_embedder_it_says_so(folders: dict[str, Path]) -> None:
     with local_endpoint(spec_of(folders, embedder=None)) as url:
         response = httpx.post(f"{url}/v1/embeddings", json={"model": "tiny-embedder", "input": "x"})
