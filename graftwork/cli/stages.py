@@ -183,14 +183,18 @@ def chat(
         str | None, typer.Option("--model", "-m", help="A name from /v1/models; default: the first arm, else the base.")
     ] = None,
     message: Annotated[str | None, typer.Option("--message", help="Ask once and end.")] = None,
+    token_env: Annotated[
+        str | None, typer.Option("--token-env", help="Environment variable with URL's token; a FILE names its own.")
+    ] = None,
     on: On = "local",
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Talk to an endpoint: the one at FILE's address if it runs, else one started for this chat."""
+    from graftwork.serving.auth import own_token
     from graftwork.serving.client import Client
 
     if file.startswith(("http://", "https://")):
-        with Client(file) as client:
+        with Client(file, own_token(token_env, "--token-env")) as client:
             _converse(client, model, message)
         return
     from graftwork.serving.spec import ServeSpec
@@ -211,12 +215,10 @@ def chat(
 
 
 def _running(spec: "ServeSpec") -> "Client | None":
-    import os
-
+    from graftwork.serving.auth import own_token
     from graftwork.serving.client import Client
 
-    token = os.environ.get(spec.token_env) if spec.token_env else None
-    client = Client(f"http://{spec.host}:{spec.port}", token)
+    client = Client(f"http://{spec.host}:{spec.port}", own_token(spec.token_env, "token_env"))
     if client.ready():
         return client
     client.close()

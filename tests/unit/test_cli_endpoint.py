@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -75,3 +76,18 @@ def test_what_the_endpoint_refuses_is_said(parts: tuple[str, Store, list[str]]) 
         with pytest.raises(ApiError) as refused:
             run(url, *words)
         assert refused.value.status == status
+
+
+def test_a_chat_shows_the_first_of_several_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the address, and by the spec of the endpoint that runs there."""
+    spec = {"kind": "serve", "base": str(tmp_path / "base"), "quant": {"kind": "none"}, "engine": {"max_seq_len": 64}}
+    write_tiny_base(tmp_path / "base")
+    monkeypatch.setenv("CHAT_KEYS", "someone:secret\nother:wrong")
+    with local_endpoint(ServeSpec.model_validate(spec), token="secret") as url:
+        file = tmp_path / "serve.yaml"
+        file.write_text(json.dumps({**spec, "port": int(url.rpartition(":")[2]), "token_env": "CHAT_KEYS"}))
+        for words in ((url, "--token-env", "CHAT_KEYS"), (str(file),)):
+            done = CliRunner().invoke(app, ["chat", *words, "--message", "Hello"], catch_exceptions=False)
+            assert (done.exit_code, "starting one" in done.output) == (0, False), done.output
+        with pytest.raises(ApiError, match="API key"):
+            CliRunner().invoke(app, ["chat", url, "--message", "Hello"], catch_exceptions=False)
