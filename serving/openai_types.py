@@ -14,7 +14,7 @@ from graftwork.chat import Message
 from graftwork.serving.api_error import ApiError, bad_request
 from graftwork.serving.arms import Sampling
 from graftwork.serving.engine.grammar import GrammarText
-from graftwork.serving.engine.types import MAX_TOP_LOGPROBS
+from graftwork.serving.engine.types import MAX_TOP_LOGPROBS, MIN_REPETITION_PENALTY
 
 NEUTRAL: dict[str, object] = {
     "best_of": 1, "echo": False, "suffix": None, "modalities": ["text"],
@@ -116,7 +116,7 @@ class _Common(BaseModel):
     """Extension: drop tokens less probable than this share of the most probable one."""
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[Finite, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[Finite, Field(ge=MIN_REPETITION_PENALTY, le=10)] = 1.0
     """Extension: as in transformers, over prompt and answer."""
     logit_bias: Annotated[dict[str, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
     """By token id."""

@@ -16,6 +16,8 @@ class SamplingError(DataError):
     """A sampling value outside its range. `asked` begins with the parameter's name."""
 
 
+MIN_REPETITION_PENALTY = 0.01
+"""A logit divided by far less is inf: then no token may come next."""
 MAX_TOP_LOGPROBS = 20
 """Alternatives that are told at one place at most, as in the OpenAI API."""
 
@@ -69,7 +71,10 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "it is above 0 and at most 1"),
             "top_k": (self.top_k >= 0, "it is a whole number from 0"),
             "min_p": (0 <= self.min_p <= 1, "it is from 0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "it is a finite number above 0"),
+            "repetition_penalty": (
+                MIN_REPETITION_PENALTY <= self.repetition_penalty < math.inf,
+                f"it is a finite number from {MIN_REPETITION_PENALTY}",
+            ),
             "frequency_penalty": (math.isfinite(self.frequency_penalty), "it is a finite number"),
             "presence_penalty": (math.isfinite(self.presence_penalty), "it is a finite number"),
             "logit_bias": (

@@ -129,6 +129,7 @@ def test_values_that_change_nothing_are_taken() -> None:
         ({"frequency_penalty": 3}, "frequency_penalty", "invalid_value"),
         ({"presence_penalty": "1"}, "presence_penalty", "invalid_value"),
         ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", "invalid_value"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
         ({"logit_bias": {"1": 1, "01": 2}}, "logit_bias", "invalid_value"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
