@@ -55,7 +55,7 @@ def private_ray(num_cpus: int | None = None) -> Iterator[str]:
         "PYTHONPATH": _python_path(),
     }
     try:
-        with environment_of(environment), _loopback_only(), _own_agent_port(), token_reloaded():
+        with environment_of(environment), _loopback_only(), _own_agent_port(), _few_helpers(), token_reloaded():
             try:
                 yield _start(ray, folder, num_cpus)
             finally:
@@ -165,6 +165,27 @@ def _own_agent_port() -> Iterator[None]:
         yield
     finally:
         parameter.RayParams = before
+
+
+@contextlib.contextmanager
+def _few_helpers() -> Iterator[None]:
+    """Start Ray without the API server, the autoscaler's monitor and the log monitor.
+
+    Each is a Python process that `ray.init` starts and of which a private Ray has no use: no dashboard is asked for, no
+    node can be added, no log is sent to the driver. Its switches for them leave the first two running (Ray 2.60), and
+    `ray.init` waits for the first: 2 s of 5 on two idle cores.
+    """
+    from ray._private.node import Node
+
+    names = ("start_api_server", "start_monitor", "start_log_monitor")
+    before = {name: getattr(Node, name) for name in names}
+    for name in names:
+        setattr(Node, name, lambda *_args, **_kwargs: None)
+    try:
+        yield
+    finally:
+        for name, start in before.items():
+            setattr(Node, name, start)
 
 
 @contextlib.contextmanager

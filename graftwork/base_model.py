@@ -1,5 +1,6 @@
 """The base model: where it comes from, and how it is loaded for training and for serving alike."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from logging import ERROR, getLogger
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork import base_source, chat, rope
+from graftwork import base_quantised, base_source, chat, rope
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.package_files import Progress
@@ -121,7 +122,7 @@ def load(
     dtype, dtype_reason = compute_dtype(quant, device)
     dequantise, form_reason = _resident_form(quant, device, purpose)
     try:
-        model = _from_folder(resolved, quant, device, dtype)
+        model, kept = _from_folder(resolved, quant, device, dtype)
     except torch.OutOfMemoryError as error:
         raise BaseModelError(
             f"base {resolved.uri} at {quant.kind}", f"no room on {device} ({error})", "", "see `graftwork plan`"
@@ -131,7 +132,7 @@ def load(
             f"base {resolved.uri} at {quant.kind}", f"transformers cannot load it ({str(error)[:400]})",
             "the base must be a causal language model that the installed transformers knows",
         ) from error  # fmt: skip
-    if quant.kind != "none":
+    if quant.kind != "none" and (dequantise or not kept):
         _release_file(model)
     stored = weight_bytes(model)
     if dequantise:
@@ -186,12 +187,29 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
-def quiet_bitsandbytes() -> None:
-    """Call before bitsandbytes is first imported: 0.50 warns on CPUs with AVX512-BF16 that a hub's kernel is missing.
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes (0.50) without a warning and without the compiler; call it before anything else imports it.
 
-    It then takes the kernel that it carries itself, so there is nothing for a user to do.
+    It warns on CPUs with AVX512-BF16 that a hub's kernel is missing, and takes the kernel that it carries itself. And
+    it decorates four functions with torch.compile, which loads PyTorch's whole inductor (0.9 CPU s a process). They are
+    compiled at their first call here, which never comes on devices with kernels of their own, as CPU and CUDA have.
     """
+    import torch
+
     getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
+    compile_now = torch.compile
+
+    def compile_later(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return functools.partial(compile_later, **options)
+        compiled = functools.cache(functools.partial(compile_now, function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        torch.compile = compile_now
 
 
 def weight_bytes(model: "torch.nn.Module") -> int:
@@ -242,30 +260,48 @@ def _resident_form(quant: QuantSpec, device: str, purpose: Literal["train", "ser
     return True, "weights=nf4 dequantised (exact values; on a CPU the packed form is slower from a few rows on)"
 
 
-def _from_folder(resolved: ResolvedBase, quant: QuantSpec, device: str, dtype: "torch.dtype") -> Any:
-    quiet_bitsandbytes()
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging
+def _from_folder(resolved: ResolvedBase, quant: QuantSpec, device: str, dtype: "torch.dtype") -> tuple[Any, bool]:
+    """The model, and whether it came quantised out of the cache: then its file holds nothing but what it keeps."""
+    settings = _quantiser(quant, dtype)
+    if quant.kind == "nf4" and device == "cpu" and base_quantised.worth_keeping(resolved.folder):
+        folder = base_quantised.kept(
+            resolved.folder, settings.to_dict(), lambda: _read(resolved.folder, {}, settings, device, dtype)
+        )
+        return _read(folder, resolved.overrides, None, device, dtype), True
+    return _read(resolved.folder, resolved.overrides, settings, device, dtype), False
 
-    logging.disable_progress_bar()
-    settings = None
+
+def _quantiser(quant: QuantSpec, dtype: "torch.dtype") -> Any:
+    """What transformers is told of quantising; None for plain weights."""
+    import_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
     if quant.kind == "nf4":
-        settings = BitsAndBytesConfig(
+        return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=quant.double_quant,
         )
-    elif quant.kind == "int8":
-        # threshold 0: no outlier columns, so a row's result does not depend on the rows beside it (6.0: 8e-3 apart)
-        settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    if quant.kind == "int8":
         # bitsandbytes 0.50 logs a line a layer and forward when the input is not fp16; `reason` says it once
         getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)
-    config = AutoConfig.from_pretrained(resolved.folder, local_files_only=True)
-    for key, value in resolved.overrides.items():
+        # threshold 0: no outlier columns, so a row's result does not depend on the rows beside it (6.0: 8e-3 apart)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return None
+
+
+def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str, dtype: "torch.dtype") -> Any:
+    """The model in `folder`; a folder of quantised weights says itself how they are, and takes no `settings`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    for key, value in overrides.items():
         setattr(config, key, value)
     return AutoModelForCausalLM.from_pretrained(
-        resolved.folder,
+        folder,
         config=config,
         dtype=dtype,
         quantization_config=settings,

@@ -36,7 +36,7 @@ def run_steps(job: TrainJob, report: Report) -> LoopResult:
             return _result(log, plan.steps, start.elapsed_s, stopped=False, notes=())
         import torch
 
-        base_model.quiet_bitsandbytes()
+        base_model.import_bitsandbytes()
         from graftwork.training import sft  # the slow imports of a worker: 5 to 10 s
         from graftwork.training.watch import Watch
 

@@ -103,6 +103,9 @@ def test_a_private_ray_listens_on_loopback_alone_and_leaves_nothing(short_temp: 
     heard = {place for member in [psutil.Process(process.pid), *below] for place in listening(member)}
     assert {address for address, _ in heard} == {"127.0.0.1"}
     assert not {port for _, port in heard} & RAYS_OWN_PORTS
+    started = " ".join(word for member in below for word in member.cmdline())
+    assert "raylet" in started
+    assert not [helper for helper in ("dashboard.py", "monitor.py") if helper in started], "nobody needs them here"
     assert [path.name for path in short_temp.iterdir() if path.name.startswith(DIR_PREFIX)]
     if ending == "done":
         said, _ = process.communicate("\n", timeout=60)

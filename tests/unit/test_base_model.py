@@ -289,3 +289,22 @@ def test_the_default_base_is_the_pinned_one_and_speaks() -> None:
     model = load(base, QuantSpec(kind="none"), device="cpu", purpose="serve").model
     answer = model.generate(torch.tensor([prompt.ids]), max_new_tokens=12, do_sample=False)[0, len(prompt.ids) :]
     assert "Paris" in found.decode(answer.tolist())
+
+
+def test_bitsandbytes_comes_without_the_compiler() -> None:
+    """PyTorch's inductor costs a second of each process' start. Source: one of bitsandbytes' compiled functions."""
+    code = """
+import sys, torch
+from graftwork.base_model import import_bitsandbytes
+before = torch.compile
+import_bitsandbytes()
+assert torch.compile is before
+assert "torch._inductor" not in sys.modules, "bitsandbytes loaded the compiler"
+from bitsandbytes.backends.default import ops
+codes, scales, table = torch.arange(64, dtype=torch.uint8), torch.tensor([2.0]), torch.linspace(-1, 1, 256)
+args = codes, scales, table, 64, torch.float32
+late = ops._dequantize_blockwise_compute
+assert torch.equal(late(*args), table[:64] * 2)
+assert "torch._inductor" in sys.modules, "it was never compiled"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
