@@ -80,13 +80,15 @@ def command_of(process: psutil.Process) -> str:
     return ""
 
 
-def kill_a_worker(run: RunPaths, step: int) -> None:
-    """Kill one of the two workers once `step` is noted, while the run goes on."""
+def kill_a_worker(run: RunPaths, step: int) -> str:
+    """Kill one of the two workers once `step` is noted, while the run goes on. Returns what ran then."""
     until(lambda: len(train_workers()) == 2, "both workers are seen")
     worker = train_workers()[-1]
     until(lambda: last_step(run) >= step, f"step {step} is noted")
     assert last_step(run) < STEPS, "the run goes on"
+    running = " ".join(command_of(process) for process in psutil.Process().children(recursive=True))
     worker.kill()
+    return running
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,8 @@ class Disturbed:
     steps_when_killed: int
     told: list[Progress]
     report: TrainReport
+    running: str
+    """Command lines of the processes at work in the last run."""
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +136,10 @@ def disturbed(local_ray: Session, spec: TrainSpec) -> Disturbed:
     with ThreadPoolExecutor(1) as beside:
         killing = beside.submit(kill_a_worker, run, 65)
         report = train(spec, on_progress=told.append)
-        killing.result()
-    return Disturbed(said, driver.returncode, left_running, str(refused.value), status, steps_when_killed, told, report)
+        running = killing.result()
+    return Disturbed(
+        said, driver.returncode, left_running, str(refused.value), status, steps_when_killed, told, report, running
+    )
 
 
 @pytest.mark.timeout(600)
@@ -166,6 +172,11 @@ def test_ctrl_c_keeps_the_checkpoint_says_how_to_go_on_and_leaves_nothing_runnin
 
 def test_a_second_process_is_refused_while_a_run_goes_on(disturbed: Disturbed) -> None:
     assert "another process is running it" in disturbed.refused_beside
+
+
+def test_no_helper_with_nothing_to_do_is_started(disturbed: Disturbed) -> None:
+    assert "TrainController" in disturbed.running
+    assert not [name for name in ("DatasetManager", "PlacementGroupCleaner") if name in disturbed.running]
 
 
 def test_the_adapter_is_published_under_its_alias(spec: TrainSpec, disturbed: Disturbed) -> None:
