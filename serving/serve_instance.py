@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve._private import client as serve_client
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.router import SharedRouterLongPollClient, SingletonThreadRouter
 from ray.serve.context import _get_global_client
@@ -21,6 +22,7 @@ from graftwork.serving.spec import ServeSpec
 
 SHUTDOWN_TIMEOUT_S = 30.0
 LAST_NEWS_TIMEOUT_S = 5.0
+POLL_S = 0.1
 PROXY_SLACK_S = 30.0
 """Serve's own timeout comes this much after ours, so that ours answers in OpenAI's shape."""
 _RAISED = re.compile(r"graftwork\.errors\.(\w+): \1: (.*?)(?:\n  Rule: (.*?))?(?:\n  Next: (.*?))?\s*\Z", re.DOTALL)
@@ -146,6 +148,17 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def attentive() -> Iterator[None]:
+    """Look each tenth of a second whether an application runs or is gone: Serve's own client looks once a second."""
+    before = serve_client.CLIENT_POLLING_INTERVAL_S
+    serve_client.CLIENT_POLLING_INTERVAL_S = POLL_S
+    try:
+        yield
+    finally:
+        serve_client.CLIENT_POLLING_INTERVAL_S = before
 
 
 def start_failure(name: str, error: RuntimeError) -> GraftworkError:
