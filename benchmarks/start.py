@@ -3,8 +3,8 @@
     python -m benchmarks.start
 
 Each round is a fresh process that makes an EngineReplica as Ray Serve does (nf4, the base converted in the cache) and
-answers one question. Phases: the interpreter and our own modules, torch, transformers, bitsandbytes, making the replica
-(digest, template, weights, quantising, the engine's probe), the first answer.
+answers one question. Phases: the interpreter and our own modules, torch, bitsandbytes, transformers, making the replica
+(digest, template, the model's code, the kept weights, unpacking, the engine's probe), the first answer.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.record import Clock, figure, write
 
-PHASES = ("modules", "torch", "transformers", "bitsandbytes", "replica", "first_answer")
+PHASES = ("modules", "torch", "bitsandbytes", "transformers", "replica", "first_answer")
 
 
 def child(threads: int) -> dict[str, float]:
@@ -27,6 +27,7 @@ def child(threads: int) -> dict[str, float]:
     import psutil
 
     marks = [psutil.Process().create_time()]
+    from graftwork import base_model
     from graftwork.serving.replica import EngineReplica
     from graftwork.serving.spec import ArmSpec, ServeSpec
 
@@ -34,10 +35,9 @@ def child(threads: int) -> dict[str, float]:
     import torch  # noqa: F401
 
     marks.append(time.time())
-    from transformers import AutoModelForCausalLM  # noqa: F401
-
+    base_model.import_bitsandbytes()
     marks.append(time.time())
-    import bitsandbytes  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
 
     marks.append(time.time())
     from benchmarks.base import URI

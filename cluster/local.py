@@ -173,7 +173,7 @@ def _few_helpers() -> Iterator[None]:
 
     Each is a Python process that `ray.init` starts and of which a private Ray has no use: no dashboard is asked for, no
     node can be added, no log is sent to the driver. Its switches for them leave the first two running (Ray 2.60), and
-    `ray.init` waits for the first: 2 s of 5 on two idle cores.
+    `ray.init` waits for the first (docs/log.md).
     """
     from ray._private.node import Node
 

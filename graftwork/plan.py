@@ -32,8 +32,8 @@ CROWDED = 0.35
 times on 2 vCPUs)."""
 LAYER_S = 1.7e-3
 """One block of one decoding step beside its products: Python, attention, the engine (one row: 81 ms a step)."""
-START_S = 14.0
-"""CPU seconds of a process from its start to its first step: imports (11) and the base."""
+START_S = 10.0
+"""CPU seconds of a process from its start to its first step: imports (8.5), the base, the trainer."""
 RAY_TRAIN_START_S = 20.0
 """Until Ray Train's controller and its helpers have called the workers: 17 to 23 s on 2 cores."""
 RAY_TUNE_START_S = 4.0
