@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from graftwork import chat
-from graftwork.base_model import BaseSpec, QuantSpec, ResolvedBase, load, resolve, template
+from graftwork.base_model import BaseSpec, QuantSpec, ResolvedBase, cpu_dtype, load, resolve, template
 from graftwork.config import Spec, validate
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.package_files import PackageFile, fetch, file_sha256
@@ -57,6 +57,21 @@ def logits(base: ResolvedBase, quant: QuantSpec) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = load(base, quant, device="cpu", purpose="serve").model(ids()).logits
     return found
+
+
+@pytest.mark.parametrize(
+    ("flags", "vendor", "dtype"),
+    [
+        ({"avx512f", "avx512_bf16", "amx_bf16"}, "GenuineIntel", torch.bfloat16),
+        ({"avx512f", "avx512_bf16"}, "GenuineIntel", torch.float32),
+        ({"avx512f", "avx512_bf16"}, "AuthenticAMD", torch.bfloat16),
+        ({"avx2"}, "AuthenticAMD", torch.float32),
+        ({"asimd"}, "", torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_the_dtype_that_is_faster_there(flags: set[str], vendor: str, dtype: torch.dtype) -> None:
+    found, reason = cpu_dtype(frozenset(flags), vendor)
+    assert found == dtype and "BF16" in reason
 
 
 def test_a_plain_string_is_the_uri() -> None:
