@@ -184,7 +184,7 @@ def predict_serving(
     }
     full = {
         "key-value memory": kv_bytes(model, engine.kv_tokens, kv_value_bytes or value_bytes),
-        "adapters": 2 * slots,  # each once in its slot, once in the compact set of those that decode together
+        "adapters": 2 * slots,  # each once in host memory, once in its slot
         "step": step_tokens * per_token * value_bytes,
         "logits": engine.max_batch * model.vocab * FP32,
     }

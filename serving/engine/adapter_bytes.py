@@ -1,5 +1,7 @@
 """An adapter's weights file, read once: its sha256 is taken over the very bytes that become tensors.
 
+Each chunk is hashed and looked through while the cache still has it.
+
 Read, not mapped: a mapped file that somebody cuts short kills the process with SIGBUS, and one that is written to later
 changes weights that were already checked. The tensors are views of one buffer; nothing is copied a second time here.
 """
@@ -17,6 +19,8 @@ from graftwork.artifact_check import SAFETENSORS_ONLY, TensorInfo, header_bytes,
 from graftwork.errors import ArtifactError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK = 96 << 10
+"""Bytes; a multiple of every dtype's, and fewer values than torch would share out between threads."""
 _REPUBLISH = "publish the adapter again, or take the file from a source you trust"
 
 
@@ -28,14 +32,18 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
     """
     try:
         with open(path, "rb", buffering=0) as file:
-            head, data = _read(file, os.fstat(file.fileno()).st_size)
-        infos = parse_header(head, len(head) + len(data))
+            size = os.fstat(file.fileno()).st_size
+            head = _head(file, size)
+            infos = parse_header(head, size)
+            dtypes = {_DTYPES[info.dtype] for info in infos.values()}
+            data, digest, finite = _read(file, head, size, dtypes.pop() if len(dtypes) == 1 else None)
     except (OSError, ValueError) as error:
         raise ArtifactError(str(path), str(error), SAFETENSORS_ONLY, _REPUBLISH) from error
     if sha256 is not None:
-        _require_digest(path, sha256, head, data)
-    tensors = {name: _view(data, info, len(head)) for name, info in infos.items()}
-    _require_finite(path, data, tensors)
+        _require_digest(path, sha256, digest)
+    tensors = _views(data, infos, len(head))
+    if not finite:
+        _require_finite(path, tensors)
     return tensors
 
 
@@ -49,22 +57,33 @@ def read_bytes(path: Path, sha256: str | None = None, *, most: int) -> bytes:
     if len(data) > most:
         raise ArtifactError(str(path), f"more than {most} bytes", f"at most {most} are read", _REPUBLISH)
     if sha256 is not None:
-        _require_digest(path, sha256, data)
+        _require_digest(path, sha256, hashlib.sha256(data).hexdigest())
     return data
 
 
-def _read(file: BinaryIO, size: int) -> tuple[bytes, torch.Tensor]:
-    """Header and data apart, so that the data starts aligned. Allocates what the file has, not what it claims."""
+def _head(file: BinaryIO, size: int) -> bytes:
     start = _exactly(file, min(size, 9))
-    head = start + _exactly(file, 8 + header_bytes(start, size) - len(start))
+    return start + _exactly(file, 8 + header_bytes(start, size) - len(start))
+
+
+def _read(file: BinaryIO, head: bytes, size: int, dtype: torch.dtype | None) -> tuple[torch.Tensor, str, bool]:
+    """The data, apart from the header so that it starts aligned; the file's sha256; whether all is known to be finite.
+
+    dtype: of every tensor, if it is one.
+    """
     data = torch.empty(size - len(head), dtype=torch.uint8)
-    into, done = data.numpy().data, 0
+    into, done, finite = data.numpy().data, 0, dtype is not None
+    digest = hashlib.sha256(head)
     while done < len(into):
-        count = file.readinto(into[done:])  # type: ignore[attr-defined]  # a raw file has it
-        if not count:
-            raise ValueError(f"it got shorter while it was read ({done} of {len(into)} bytes)")
-        done += count
-    return head, data
+        start, stop = done, min(done + _CHUNK, len(into))
+        while done < stop:
+            count = file.readinto(into[done:stop])  # type: ignore[attr-defined]  # a raw file has it
+            if not count:
+                raise ValueError(f"it got shorter while it was read ({done} of {len(into)} bytes)")
+            done += count
+        digest.update(into[start:stop])
+        finite = finite and dtype is not None and all_finite(data[start:stop].view(dtype))
+    return data, digest.hexdigest(), finite
 
 
 def _exactly(file: BinaryIO, count: int) -> bytes:
@@ -77,27 +96,26 @@ def _exactly(file: BinaryIO, count: int) -> bytes:
     return parts
 
 
-def _require_digest(path: Path, expected: str, *parts: bytes | torch.Tensor) -> None:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.numpy().data if isinstance(part, torch.Tensor) else part)
-    if digest.hexdigest() != expected:
-        found = f"sha256 differs from the manifest's ({digest.hexdigest()[:12]}, expected {expected[:12]})"
+def _require_digest(path: Path, expected: str, digest: str) -> None:
+    if digest != expected:
+        found = f"sha256 differs from the manifest's ({digest[:12]}, expected {expected[:12]})"
         raise ArtifactError(str(path), found, "every byte is as published", _REPUBLISH)
 
 
-def _view(data: torch.Tensor, info: TensorInfo, data_start: int) -> torch.Tensor:
+def _views(data: torch.Tensor, infos: Mapping[str, TensorInfo], data_start: int) -> dict[str, torch.Tensor]:
+    whole = {name: data.view(dtype) for name, dtype in _DTYPES.items() if len(data) % dtype.itemsize == 0}
+    return {name: _view(data, whole.get(info.dtype), info, data_start) for name, info in infos.items()}
+
+
+def _view(data: torch.Tensor, typed: torch.Tensor | None, info: TensorInfo, data_start: int) -> torch.Tensor:
     dtype, start = _DTYPES[info.dtype], info.start - data_start
-    if start % dtype.itemsize or len(data) % dtype.itemsize:  # an odd number of narrower values stands beside it
+    if typed is None or start % dtype.itemsize:  # an odd number of narrower values stands beside it
         return data[start : info.stop - data_start].clone().view(dtype).view(info.shape)
     strides = [math.prod(info.shape[place + 1 :]) for place in range(len(info.shape))]
-    return data.view(dtype).as_strided(info.shape, strides, start // dtype.itemsize)
+    return typed.as_strided(info.shape, strides, start // dtype.itemsize)
 
 
-def _require_finite(path: Path, data: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) == 1 and all_finite(data.view(dtypes.pop())):  # one pass over the buffer, not 420 over its parts
-        return
+def _require_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     bad = [name for name, tensor in tensors.items() if not all_finite(tensor)]
     if bad:
         raise ArtifactError(str(path), f"inf or nan in {bad[0]} ({len(bad)} such)", "adapter weights are finite")
@@ -106,4 +124,4 @@ def _require_finite(path: Path, data: torch.Tensor, tensors: Mapping[str, torch.
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no value is inf or nan. A finite sum proves it in one cheap pass; an overflowing one proves nothing."""
     total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
+    return math.isfinite(total.item()) or bool(torch.isfinite(values).all())

@@ -5,6 +5,7 @@ its cached prefix), computes its prompt in chunks beside the running answers, th
 `on_event`. An adapter version is pinned at `submit`: retiring or dropping it later never changes a running answer.
 """
 
+import gc
 import itertools
 import logging
 import threading
@@ -23,7 +24,7 @@ from graftwork.serving.engine.batch import Chunk
 from graftwork.serving.engine.checks import check_request
 from graftwork.serving.engine.counters import Counters
 from graftwork.serving.engine.decode_path import DecodePath, path_for
-from graftwork.serving.engine.host import keep_freed_memory
+from graftwork.serving.engine.host import keep_freed_memory, spare_old_objects
 from graftwork.serving.engine.kv import KvStore
 from graftwork.serving.engine.prefix import PrefixCache
 from graftwork.serving.engine.runner import Runner
@@ -72,6 +73,7 @@ class Engine:
             max_rank=spec.max_rank,
             dtype=self.runner.dtype,
             device=self.runner.device,
+            stacked=self._path is not None,
             on_freed=self._tell_freed,
         )
         self._seats = Seats(spec.max_loaded, self._bring, self.runner.forget)
@@ -158,6 +160,7 @@ class Engine:
             self._path.warm_up()
         if self.runner.device.type == "cpu":
             keep_freed_memory()
+        spare_old_objects()
         self._thread = threading.Thread(target=self._serve, name="graftwork-engine", daemon=True)
         self._thread.start()
 
@@ -168,6 +171,7 @@ class Engine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+            gc.unfreeze()
         self._drain()
         for request in list(self._live.values()):
             self._end(request, "cancelled")

@@ -42,6 +42,17 @@ def flattened(tree: T, *, pin: bool = False) -> tuple[T, torch.Tensor]:
     return packed, buffer
 
 
+def common_buffer(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The memory that all of these lie in, where they are views of one, each contiguous on a line of its own."""
+    whole = tensors[0].untyped_storage()
+    for tensor in tensors:
+        if tensor.untyped_storage().data_ptr() != whole.data_ptr() or tensor.data_ptr() % _ALIGN:
+            return None
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return None
+    return torch.empty(0, dtype=torch.uint8).set_(whole)
+
+
 def moved(tree: T, buffer: torch.Tensor, device: torch.device) -> T:
     """The record of `flattened` on another device, by one copy of its buffer; on the CPU it is the record itself."""
     if buffer.device == device or device.type == "cpu":

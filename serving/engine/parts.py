@@ -37,15 +37,19 @@ class OwnMatmul:
         weights = self._weights.groups.get(group)
         if weights is None:
             return None
-        return linear(x_NI if self._rows_M is None else x_NI.index_select(0, self._rows_M), weights.a_RI)
+        x_MI = x_NI if self._rows_M is None else x_NI.index_select(0, self._rows_M)
+        return x_MI if weights.a_RI is None else linear(x_MI, weights.a_RI)
 
     def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
         group = self._weights.groups[site.group]
         weights = group.members[site.member]
         if weights is None:
             return
-        start = group.starts[site.member]
-        shrunk_MR = shrunk[:, start : start + weights.rank]
+        if group.a_RI is None:
+            shrunk_MR = linear(shrunk, weights.a_RI)
+        else:
+            start = group.starts[site.member]
+            shrunk_MR = shrunk[:, start : start + weights.rank]
         if self._rows_M is None:
             out_NO.addmm_(shrunk_MR, weights.b_OR.t(), alpha=weights.scaling)
         else:

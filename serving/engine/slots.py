@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,20 +26,21 @@ from graftwork.serving.engine.adapters.changes import (
     SiteWeights,
 )
 from graftwork.serving.engine.adapters.read import read_adapter
-from graftwork.serving.engine.flat import flattened, moved, tensors_of
+from graftwork.serving.engine.flat import common_buffer, flattened, moved, tensors_of
 from graftwork.serving.engine.sites import Site
 from graftwork.serving.engine.types import SlotState
 
 
 @dataclass(frozen=True)
 class GroupWeights:
-    """The adapter of linears with a common input. a_RI stacks the members' lora_A: [sum of ranks, in]."""
+    """The adapter of linears with a common input. a_RI: the members' lora_A in one, [sum of ranks, in], where a GPU's
+    kernels read them; elsewhere None."""
 
-    a_RI: torch.Tensor
+    a_RI: torch.Tensor | None
     members: tuple[SiteWeights | None, ...]
-    """By member number; each member's a_RI is a view of the stack. None: not adapted."""
+    """By member number; each member's a_RI is a view of the stack where there is one. None: not adapted."""
     starts: tuple[int, ...]
-    """First line of each member in a_RI."""
+    """First line of each member, all ranks one below the other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,8 @@ class _Slot:
 class SlotPool:
     """Versions in host memory. Who loads decides what goes: nothing is dropped before it is retired.
 
-    device: where the adapters will be computed with; for a GPU the memory is page-locked.
+    device: where the adapters will be computed with; for a GPU the memory is page-locked. stacked: each group's lora_A
+    are needed in one; otherwise plain LoRA stays as its file was read, not copied again.
     on_freed: told each version whose memory went back (any thread, outside the lock).
     """
 
@@ -89,9 +92,10 @@ class SlotPool:
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
+        stacked: bool,
         on_freed: Callable[[str], None],
     ) -> None:
-        self._groups, self._base = sites, base
+        self._groups, self._base, self._stacked = sites, base, stacked
         self._max_rank, self._dtype = max_rank, dtype
         self._pin = device.type == "cuda"
         self._on_freed = on_freed
@@ -179,36 +183,42 @@ class SlotPool:
 
     def _read(self, version: str, folder: Path, digests: Mapping[str, str] | None) -> _Slot:
         read = read_adapter(folder, self._base, max_rank=self._max_rank, dtype=self._dtype, digests=digests)
-        weights, buffer = flattened(self._pack(version, read), pin=self._pin)
+        weights = self._pack(version, read)
+        buffer = None if self._pin or not weights.only_lora else common_buffer(_halves(weights))
+        if buffer is None:
+            weights, buffer = flattened(weights, pin=self._pin)
         if self._dtype == torch.float16 and not all(map(all_finite, tensors_of(weights))):
             rule = "adapter weights are finite in the engine's dtype (float16 ends at 65504)"
             raise ArtifactError(str(folder), "inf or nan after the cast to float16", rule, "serve it on a bf16 engine")
         return _Slot(weights, buffer)
 
     def _pack(self, version: str, read: AdapterChanges) -> AdapterWeights:
-        """Stacks the lora_A of each group, so that one matmul shrinks for all its members."""
+        """By group of linears; DoRA's lora_A is the group's own, so that it is in memory once."""
         groups, scales = {}, dict(read.scales)
         for name, sites in self._groups.items():
             members = [read.linears.get(site.name) for site in sites]
             if any(member is not None for member in members):
-                groups[name] = self._stack(members)
+                groups[name] = _group(members, stacked=self._stacked)
                 for site, member in zip(sites, groups[name].members, strict=True):
                     dora = scales[site.name].dora if site.name in scales else None
-                    if dora and member:  # one lora_A in memory, not two
+                    if dora and member:
                         scales[site.name] = replace(scales[site.name], dora=replace(dora, a_RI=member.a_RI))
         rows = (read.inputs, read.outputs)
         return AdapterWeights(version, read.rank, groups, scales, read.bottlenecks, *rows, read.lead)
 
-    def _stack(self, members: list[SiteWeights | None]) -> GroupWeights:
-        stack = torch.cat([member.a_RI for member in members if member is not None])
-        placed: list[SiteWeights | None] = []
-        starts, start = [], 0
-        for member in members:
-            starts.append(start)
-            if member is None:
-                placed.append(None)
-                continue
-            stop = start + member.rank
-            placed.append(SiteWeights(stack[start:stop], member.b_OR.contiguous(), member.scaling))
-            start = stop
-        return GroupWeights(stack, tuple(placed), tuple(starts))
+
+def _halves(weights: AdapterWeights) -> list[torch.Tensor]:
+    members = [member for group in weights.groups.values() for member in group.members if member is not None]
+    return [half for member in members for half in (member.a_RI, member.b_OR)]
+
+
+def _group(members: list[SiteWeights | None], *, stacked: bool) -> GroupWeights:
+    starts = tuple(accumulate((member.rank if member else 0 for member in members[:-1]), initial=0))
+    if not stacked:
+        return GroupWeights(None, tuple(members), starts)
+    stack = torch.cat([member.a_RI for member in members if member is not None])
+    placed = [
+        member and replace(member, a_RI=stack[start : start + member.rank])
+        for start, member in zip(starts, members, strict=True)
+    ]
+    return GroupWeights(stack, tuple(placed), starts)

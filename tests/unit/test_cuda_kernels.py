@@ -191,7 +191,9 @@ def test_a_slot_is_rewritten_where_an_adapter_gives_way_to_another() -> None:
     table.forget("v1")
     assert table.slots([first]) == [1], "a freed adapter's slot is the next one's"
     assert table.entries.data_ptr() == address
-    assert int(table.entries[1, 0]) == first.groups["m.qkv"].a_RI.data_ptr()
+    stack = first.groups["m.qkv"].a_RI
+    assert stack is not None
+    assert int(table.entries[1, 0]) == stack.data_ptr()
 
 
 def test_tiles_hold_one_adapter_each_and_every_adapted_row_once() -> None:

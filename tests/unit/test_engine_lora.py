@@ -20,7 +20,7 @@ SITES = [site for sites in GROUPS.values() for site in sites]
 
 
 def adapter(seed: int, rank: int = 4, targets: str = "qkvo") -> AdapterWeights:
-    """As the slot pool packs one: members of a group share a stack."""
+    """As the slot pool packs one for a CPU."""
     generator = torch.Generator().manual_seed(seed)
     groups = {}
     for name, sites in GROUPS.items():
@@ -38,7 +38,7 @@ def adapter(seed: int, rank: int = 4, targets: str = "qkvo") -> AdapterWeights:
             b_OR = torch.randn(site.shape.out_features, rank, generator=generator)
             members.append(SiteWeights(stack[start : start + rank], b_OR, 0.5 + seed))
             start += rank
-        groups[name] = GroupWeights(stack, tuple(members), tuple(starts))
+        groups[name] = GroupWeights(None, tuple(members), tuple(starts))
     return AdapterWeights(f"v{seed}", rank, groups)
 
 

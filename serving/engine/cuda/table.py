@@ -87,6 +87,7 @@ class SlotTable:
         words, scalings = [0] * self.width, [0.0] * len(self.sites)
         for name, parts in weights.groups.items():
             column = self.groups[name]
+            assert parts.a_RI is not None, "the pool stacks for kernels"
             assert parts.a_RI.dtype == self.dtype, f"{parts.a_RI.dtype} weights among {self.dtype} ones"
             words[column.first : column.first + _GROUP_WORDS] = parts.a_RI.data_ptr(), len(parts.a_RI)
             for site in self._groups[name]:
