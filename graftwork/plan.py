@@ -34,8 +34,8 @@ LAYER_S = 1.7e-3
 """One block of one decoding step beside its products: Python, attention, the engine (one row: 81 ms a step)."""
 START_S = 10.0
 """CPU seconds of a process from its start to its first step: imports (8.5), the base, the trainer."""
-RAY_TRAIN_START_S = 20.0
-"""Until Ray Train's controller and its helpers have called the workers: 17 to 23 s on 2 cores."""
+RAY_TRAIN_START_S = 10.0
+"""Until Ray Train's controller has called the workers: 7 to 9 s on 2 cores."""
 RAY_TUNE_START_S = 4.0
 """Until Ray Tune has started its first trials."""
 PADDING = 1.04
