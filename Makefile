@@ -10,7 +10,7 @@ demo: install
 	$(BIN)/graftwork demo examples/$(if $(QUICK),demo-quick,demo).yaml
 
 test: install
-	$(BIN)/pytest -m "not soak"
+	$(BIN)/pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff format --check .

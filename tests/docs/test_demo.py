@@ -9,19 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """A root and a port of the test's own."""
+    return {"root": tmp_path_factory.mktemp("demo"), "overrides.serve.port": free_port()}
+
+
+@pytest.fixture(scope="module")
+def demo(settings: dict[str, object]) -> tuple[Path, str]:
     """(root, what the command printed)."""
-    root = tmp_path_factory.mktemp("demo")
-    return root, run(root)
+    return Path(str(settings["root"])), run(settings)
 
 
-def run(root: Path) -> str:
+def run(settings: dict[str, object]) -> str:
+    given = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     done = subprocess.run(
-        [Path(sys.executable).with_name("graftwork"), "demo", "examples/demo-quick.yaml", "--set", f"root={root}"],
+        [Path(sys.executable).with_name("graftwork"), "demo", "examples/demo-quick.yaml", *given],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=1500, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -73,8 +81,8 @@ def test_the_report_fetches_nothing(demo: tuple[Path, str]) -> None:
 
 @pytest.mark.model
 @pytest.mark.timeout(600)
-def test_a_second_run_reuses_what_is_done(demo: tuple[Path, str]) -> None:
-    said = run(demo[0])
+def test_a_second_run_reuses_what_is_done(demo: tuple[Path, str], settings: dict[str, object]) -> None:
+    said = run(settings)
     for stage in ("tune", "train airport-card", "train airport-card-raft", "train ua-parse", "compare"):
         line = next(line for line in said.splitlines() if line.startswith(f"[{stage}]"))
         assert line.rstrip().endswith("(reused)"), line

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from graftwork.cluster.local import DIR_PREFIX
+from tests.ports import free_port
 from tests.processes import ROOT
 
 UP_WITHIN_S = 120.0
@@ -92,8 +93,11 @@ def short_temp() -> Iterator[Path]:
 
 @pytest.mark.parametrize("ending", ["done", signal.SIGINT, signal.SIGTERM])
 def test_a_private_ray_listens_on_loopback_alone_and_leaves_nothing(short_temp: Path, ending: str | int) -> None:
+    left = short_temp / f"{DIR_PREFIX}left"  # by an owner that was killed: it goes with the next start
+    (left / "session").mkdir(parents=True)
     process = start(PRIVATE, str(short_temp))
     address, cpus, where, token = line(process.stdout)
+    assert not left.exists()
     assert str(address).startswith("127.0.0.1:")
     assert isinstance(cpus, float)
     assert cpus >= 2
@@ -127,15 +131,6 @@ def listening(process: psutil.Process) -> set[tuple[str, int]]:
     return set()
 
 
-def test_the_folder_of_a_killed_owner_goes_with_the_next_start(short_temp: Path) -> None:
-    left = short_temp / f"{DIR_PREFIX}left"
-    (left / "session").mkdir(parents=True)
-    process = start(PRIVATE, str(short_temp))
-    line(process.stdout)
-    assert not left.exists()
-    process.communicate("\n", timeout=60)
-
-
 @dataclass(frozen=True)
 class Existing:
     """A Ray that somebody else runs, with a token."""
@@ -146,7 +141,7 @@ class Existing:
 
 @pytest.fixture(scope="module")
 def existing() -> Iterator[Existing]:
-    ports = free_ports(4)
+    ports = [free_port() for _ in range(4)]
     with tempfile.TemporaryDirectory(prefix="gwr-", dir="/tmp") as folder:
         environment = {
             **without_ray(),
@@ -173,12 +168,6 @@ def existing() -> Iterator[Existing]:
             head.wait(timeout=60)
             for process in psutil.wait_procs(below, timeout=20)[1]:
                 process.kill()
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def wait_for(port: int, head: subprocess.Popen[bytes]) -> None:

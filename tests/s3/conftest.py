@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.storage import Store
+from tests.ports import free_port
 
 START_TIMEOUT_S = 60
 
@@ -130,7 +130,7 @@ def _make_bucket(server: S3Server) -> None:
 
 def _start(weed: str, folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     listeners = [(role, kind) for role in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
-    ports = dict(zip(listeners, _free_ports(len(listeners)), strict=True))
+    ports = {listener: free_port() for listener in listeners}
     flags = [f"-{role}.port{kind}={port}" for (role, kind), port in ports.items()]
     flags += [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
     flags += ["-s3", f"-s3.config={folder / 's3.json'}", "-s3.iam=false", "-s3.autoCreateBucket=false"]
@@ -140,14 +140,3 @@ def _start(weed: str, folder: Path) -> tuple[subprocess.Popen[bytes], int]:
             [weed, "server", *flags], stdout=log, stderr=log, cwd=folder, env={"HOME": str(folder)}
         )
     return process, ports["s3", ""]
-
-
-def _free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for sock in held:
-            sock.bind(("127.0.0.1", 0))
-        return [int(sock.getsockname()[1]) for sock in held]
-    finally:
-        for sock in held:
-            sock.close()
