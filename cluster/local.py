@@ -97,8 +97,9 @@ def _own_folder() -> tuple[Path, int]:
             lock = _lock(left)
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
-    folder = Path(tempfile.mkdtemp(prefix=DIR_PREFIX, dir=base))
-    return folder, _lock(folder)
+    unseen = Path(tempfile.mkdtemp(prefix=f".{DIR_PREFIX}", dir=base))  # another process would take it for a left one
+    lock = _lock(unseen)
+    return unseen.rename(unseen.with_name(unseen.name[1:])), lock
 
 
 def _lock(folder: Path) -> int:

@@ -1,18 +1,21 @@
 """Addresses, shipping and the environment of a private Ray; no Ray is started here."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from graftwork.cluster.address import host_and_port, require_reachable, without_on
-from graftwork.cluster.local import environment_of
+from graftwork.cluster.local import _own_folder, environment_of
 from graftwork.cluster.session import Session, session
 from graftwork.cluster.shipping import LINKED, shipped
 from graftwork.errors import ClusterError, ConfigError
+from tests.processes import fork_race
 from tests.training import task
 
 
@@ -112,3 +115,19 @@ def test_the_shipped_folder_runs_without_this_checkout(tmp_path: Path, monkeypat
         )
     assert done.stdout.strip() == str(folder / "graftwork" / "__init__.py")
     assert not folder.exists()
+
+
+def test_private_rays_that_start_together_keep_their_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start removes the folders of dead owners: never one that another process is just making."""
+
+    def start_and_stop() -> None:
+        for _ in range(100):
+            folder, lock = _own_folder()
+            assert folder.is_dir()
+            shutil.rmtree(folder)
+            os.close(lock)
+
+    with tempfile.TemporaryDirectory(prefix="gwt-", dir="/tmp") as place:
+        monkeypatch.setattr(tempfile, "tempdir", place)
+        assert fork_race([start_and_stop] * 4) == [{"done": None}] * 4
+        assert os.listdir(place) == []
