@@ -202,7 +202,7 @@ def test_relative_places_mean_the_drivers_folder(
 ) -> None:
     """Ray Train moves its workers elsewhere; base, root and the adapter gone on from are found all the same."""
     monkeypatch.chdir(Path(spec.root).parent)
-    near = {"root": "root", "base": "base", "data.train": "train.jsonl", "data.eval": "eval.jsonl"}
+    near = {"root": "root", "base": "base", "data.train": "train.jsonl", "data.eval": "eval.jsonl", "num_workers": 1}
     report = train(spec.with_({**near, "init_from": "colours@prod", "optim.epochs": 0.5, "alias": None}))
     assert artifact.open_adapter(Store(spec.root), "colours", report.version).parent == disturbed.report.version
     assert report.train_loss[0][1] == pytest.approx(disturbed.report.train_loss[-1][1], rel=0.5)
