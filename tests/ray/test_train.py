@@ -99,8 +99,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
 
 @dataclass(frozen=True)
 class Disturbed:
-    """A run whose driver got Ctrl-C past step 21, then with one worker SIGKILL past 45; then one of two workers died
-    past 65."""
+    """A run whose driver got Ctrl-C past step 21, then SIGKILL past step 45, and one of whose workers died past 65."""
 
     said_on_ctrl_c: str
     code_on_ctrl_c: int
@@ -127,7 +126,7 @@ def disturbed(local_ray: Session, spec: TrainSpec) -> Disturbed:
     left_running = psutil.wait_procs(below, timeout=30)[1]
     status = run.store.read_json(*run.status())["state"]
 
-    second = start_driver(spec.with_({"num_workers": 1}))
+    second = start_driver(spec)
     until(lambda: last_step(run) >= 45 or second.poll() is not None, "the second driver passes step 45")
     second.kill()
     second.wait()
