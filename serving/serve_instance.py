@@ -67,7 +67,8 @@ def _shut_down(name: str) -> None:
         serve.delete(name)
         if open_questions:
             ray.wait(open_questions, num_returns=len(open_questions), timeout=LAST_NEWS_TIMEOUT_S)
-        ray.get(controller.graceful_shutdown.remote(wait=False))
+        # it may go before its answer is here: told once, for Ray says on the terminal that it asks again
+        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(wait=False))
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
         while time.monotonic() < deadline:
             ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
