@@ -2,9 +2,10 @@
 
     python -m benchmarks.swap_stall
 
-16 requests decode, half of them the base and half of four adapters. In every other turn an alias is moved ten times a
-second to the next of its versions and taken up as an endpoint does it: read from its file, into a slot, one request on
-it, the version before let go. The same 16 are timed in both kinds of turn.
+16 requests decode, half of them the base and half of four adapters. In one turn of three they are alone (`quiet`). In
+one an alias is moved ten times a second to the next of its versions and taken up as an endpoint does it: read from its
+file, into a slot, one request on it, the version before let go (`swapping`). In one the same requests come for a
+version that stays (`asked`): what the prompts of new requests cost others in any case.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from graftwork.storage import Store
 
 ROWS, OTHERS, VERSIONS = 16, 4, 10
 EVERY_S = 0.1
+TURNS = ("quiet", "asked", "swapping")
 TASK = "swapped"
 
 
@@ -67,14 +69,18 @@ class Watched:
         ]
 
 
-async def swap_on(engine: Engine, residency: Residency, store: Store, versions: list[str], count: list[int]) -> None:
-    """Swaps until cancelled; a swap that takes longer than its tenth of a second delays the next."""
+async def ask_on(
+    engine: Engine, residency: Residency, store: Store, versions: list[str], count: list[int], *, swap: bool
+) -> None:
+    """Asks until cancelled, each time of the next version or always of one; what takes longer than its tenth of a
+    second delays the next."""
     ref = f"{TASK}@latest"
     while True:
         began = time.perf_counter()
         count[0] += 1
-        await asyncio.to_thread(artifact.promote, store, TASK, "latest", versions[count[0] % len(versions)])
-        await residency.refresh(ref)
+        if swap:
+            await asyncio.to_thread(artifact.promote, store, TASK, "latest", versions[count[0] % len(versions)])
+            await residency.refresh(ref)
         await ask(engine, residency, ref, new=1)
         await asyncio.sleep(max(0.0, EVERY_S - (time.perf_counter() - began)))
 
@@ -82,23 +88,24 @@ async def swap_on(engine: Engine, residency: Residency, store: Store, versions: 
 async def run(
     engine: Engine, store: Store, digest: str, versions: list[str], args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """p99 of each turn, quiet and swapping, and swaps a second."""
-    found: dict[str, list[float]] = {"quiet": [], "swapping": [], "swaps_per_s": []}
+    """p99 of each turn by its kind, and requests a second beside the watched ones."""
+    found: dict[str, list[float]] = {kind: [] for kind in (*TURNS, "asked_per_s", "swapping_per_s")}
     async with serving(engine, store, digest) as residency:
-        for turn in range(2 * args.rounds + 1):  # the first one warms up
+        await ask(engine, residency, f"{TASK}@latest", new=1)
+        for turn, kind in enumerate(["quiet", *TURNS * args.rounds]):  # the first one warms up
             began, count = time.perf_counter(), [0]
             watched = Watched(engine, args.tokens, turn)
-            swapping = turn > 0 and turn % 2 == 0
-            task = asyncio.create_task(swap_on(engine, residency, store, versions, count)) if swapping else None
+            asking = ask_on(engine, residency, store, versions, count, swap=kind == "swapping")
+            task = asyncio.create_task(asking) if kind != "quiet" else asking.close()
             await watched.done.wait()
             seconds = time.perf_counter() - began
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-                found["swaps_per_s"].append(count[0] / seconds)
+                found[f"{kind}_per_s"].append(count[0] / seconds)
             if turn:
-                found["swapping" if swapping else "quiet"].append(quantile(watched.gaps_ms(), 0.99))
+                found[kind].append(quantile(watched.gaps_ms(), 0.99))
     return found
 
 
@@ -123,8 +130,9 @@ def main() -> None:
         found = asyncio.run(run(engine, store, resolved.digest, versions, args))
     figures = {
         "p99_to_quiet": figure(ratios(found["swapping"], found["quiet"]), "x"),
+        "p99_to_asked": figure(ratios(found["swapping"], found["asked"]), "x"),
         "quiet_p99": figure(found["quiet"], "ms"),
-        "swaps_per_s": figure(found["swaps_per_s"], "1/s"),
+        "swaps_per_s": figure(found["swapping_per_s"], "1/s"),
     }
     meta = {"rows": ROWS, "tokens": args.tokens, "rounds": args.rounds, "rank": base.RANK, "dtype": "float32",
             "threads": args.threads}  # fmt: skip

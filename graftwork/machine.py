@@ -24,16 +24,18 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Speed:
-    """What one core reaches in fp32."""
+    """What one core reaches."""
 
     gflops: float
-    """10^9 operations a second in a matrix product, multiply and add counted as two."""
+    """10^9 operations a second in a matrix product in fp32, multiply and add counted as two."""
     gbytes_per_s: float
     """10^9 bytes of weights read a second in a matrix-vector product."""
+    bf16_gflops: float | None = None
+    """As `gflops`, in bf16; None where it was not probed."""
 
 
 def measure_speed() -> Speed:
-    """Probe one core: about 0.3 s (and PyTorch's import) the first time on a machine, then from the cache.
+    """Probe one core: about 0.5 s (and PyTorch's import) the first time on a machine, then from the cache.
 
     The best of many short calls is taken, so that another process' burst does not count; with one thread, because two
     that wait for each other measure the other processes (14 to 130 GFLOP/s were seen on two cores). Writes
@@ -75,7 +77,7 @@ def _reclaimable() -> int:
 
 
 def _key() -> str:
-    parts = (platform.node(), platform.machine(), *sorted(cpu_flags()), metadata.version("torch"))
+    parts = (platform.node(), platform.machine(), *sorted(cpu_flags()), metadata.version("torch"), "fp32 bf16")
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
@@ -89,11 +91,16 @@ def _probe() -> Speed:
         rows, inputs, outputs = GEMM
         x_RI, w_OI = torch.ones(rows, inputs), torch.ones(outputs, inputs)
         gemm_s = _best_s(lambda: linear(x_RI, w_OI))
+        half_RI, half_OI = x_RI.bfloat16(), w_OI.bfloat16()
+        half_s = _best_s(lambda: linear(half_RI, half_OI))
         x_1I, w_II = torch.ones(1, GEMV), torch.ones(GEMV, GEMV)
         gemv_s = _best_s(lambda: linear(x_1I, w_II))
     finally:
         torch.set_num_threads(before)
-    return Speed(round(2 * rows * inputs * outputs / gemm_s / 1e9, 1), round(4 * GEMV**2 / gemv_s / 1e9, 1))
+    operations = 2 * rows * inputs * outputs / 1e9
+    return Speed(
+        round(operations / gemm_s, 1), round(4 * GEMV**2 / gemv_s / 1e9, 1), bf16_gflops=round(operations / half_s, 1)
+    )
 
 
 def _best_s(work: Callable[[], object]) -> float:

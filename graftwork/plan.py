@@ -27,6 +27,8 @@ UNPACK_PER_S = 1.0e9
 """nf4 weights that one core unpacks a second (bitsandbytes 0.50, AVX2)."""
 DROPPED_PER_S = 38e6
 """Values that pass the adapters' dropout in one core's second: PyTorch draws them one by one on a CPU."""
+BF16_GAIN = 2.0
+"""More than this times its fp32 rate a CPU's bf16 units do not make a step faster: the rest of it takes the time."""
 CROWDED = 0.35
 """How much slower each core is when all work: caches, memory and clock are shared (two processes 1.35, two threads 1.23
 times on 2 vCPUs)."""
@@ -97,12 +99,19 @@ class Machine:
 
     def said(self) -> str:
         """In words."""
-        speed = f"{self.speed.gflops:.0f} GFLOP/s a core, {self.speed.gbytes_per_s:.0f} GB/s"
+        speed = f"{self.gflops:.0f} GFLOP/s a core, {self.speed.gbytes_per_s:.0f} GB/s"
         return f"{self.cores} cores, {speed}, {self.memory_bytes / GIB:.1f} GiB available"
+
+    @property
+    def gflops(self) -> float:
+        """10^9 operations a second of one core in the compute dtype, as far as they count."""
+        if self.value_bytes == FP32 or self.speed.bf16_gflops is None:
+            return self.speed.gflops
+        return min(self.speed.bf16_gflops, BF16_GAIN * self.speed.gflops)
 
     def core_s(self, flops: float, efficiency: float) -> float:
         """Seconds of one core."""
-        return flops / (self.speed.gflops * 1e9 * efficiency)
+        return flops / (self.gflops * 1e9 * efficiency)
 
     def pace(self, processes: int, cpus: float) -> float:
         """Speed of one of `processes` processes of `cpus` CPUs each, all at work; 1 is one thread that runs alone."""

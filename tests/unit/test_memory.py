@@ -195,12 +195,21 @@ def test_an_answer_costs_its_prompt_and_its_tokens() -> None:
     assert many == pytest.approx(10 * few)
 
 
+@pytest.mark.parametrize(("bf16", "gain"), [(None, 1.0), (30.0, 30 / 65), (100.0, 100 / 65), (900.0, 2.0)])
+def test_a_plan_counts_on_the_rate_of_its_dtype(bf16: float | None, gain: float) -> None:
+    halves = replace(MACHINE, value_bytes=2, speed=replace(MACHINE.speed, bf16_gflops=bf16))
+    assert MACHINE.core_s(1e12, 0.5) / halves.core_s(1e12, 0.5) == pytest.approx(gain)
+    assert replace(halves, value_bytes=4).core_s(1e12, 0.5) == MACHINE.core_s(1e12, 0.5)
+
+
 def test_the_probe_is_made_once_an_idle_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     first = measure_speed()
     assert first.gflops > 1.0
     assert first.gbytes_per_s > 0.1
+    assert first.bf16_gflops is not None
+    assert first.bf16_gflops > 0.1
     assert len(list((tmp_path / "machine").iterdir())) == 1
     assert measure_speed() == first
     assert available_memory() > 0
