@@ -90,26 +90,30 @@ def weight_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32, *
     return plain + round(model.linear_params * (0.5 + scale / NF4_BLOCK))
 
 
-def saved_values(model: ModelShape, adapter: LoraSpec, padded_to: int | None = None) -> int:
-    """Values that one token leaves for the backward pass in one block with frozen base weights and a LoRA adapter.
+def saved_bytes(model: ModelShape, adapter: LoraSpec, padded_to: int | None = None, *, value_bytes: int = FP32) -> int:
+    """Bytes that one token leaves for the backward pass in one block with frozen base weights and a LoRA adapter.
 
     Counted from the autograd graph of transformers' Llama block with sdpa attention on CPU and PEFT's LoRA layer; equal
     to what `torch.autograd.graph.saved_tensors_hooks` sees (tests/unit/test_memory.py). `padded_to`: tokens of a row
     in a batch with padding, which repeats keys and values to the query heads (transformers' `use_gqa_in_sdpa`) and
-    keeps a mask a block; None for rows of one length.
+    keeps a mask a block; None for rows of one length. The adapter is in fp32 in any case: beside a base of 16 bits each
+    of its targets keeps its own input once more in fp32, so that bf16 saves little here.
     """
     h, i, q = model.hidden, model.intermediate, model.q_size
     kv = model.kv_size if padded_to is None else q
-    names = {linear.name for linear in model.targets(adapter.targets)}
-    norms = 2 * (h + 1)  # the input of each RMSNorm and its 1/rms
-    attention = q + 2 * kv + q + model.heads + (padded_to or 0)  # q, k, v, the output, log-sum-exp, the mask
+    targets = model.targets(adapter.targets)
+    names, inputs = {linear.name for linear in targets}, sum(linear.inputs for linear in targets)
     mlp = 3 * i  # gate, silu(gate), up
+    computed = 2 * q + 2 * kv + (padded_to or 0) + mlp  # q, k, v, the attention's output, the mask
+    norms = 2 * (h + 1)  # the input of each RMSNorm and its 1/rms, in fp32
     lora = len(names) * adapter.rank
     if adapter.dropout > 0:  # each target keeps its own dropped input and the mask, fp32 on CPU
-        lora += 2 * sum(linear.inputs for linear in model.targets(adapter.targets))
+        lora += 2 * inputs
+    elif value_bytes != FP32:
+        lora += inputs
     else:  # inputs of A: q, k and v share one, gate and up share one; o's is the attention output, counted above
         lora += h * ("q_proj" in names) + h * ("gate_proj" in names) + i * ("down_proj" in names)
-    return norms + attention + mlp + lora
+    return computed * value_bytes + (norms + model.heads + lora) * FP32
 
 
 def kv_bytes(model: ModelShape, tokens: int, value_bytes: int = FP32) -> int:
@@ -134,8 +138,8 @@ def predict_training(
     passed = micro_batch(spec)
     tokens, scored = passed * rows.longest, passed * rows.longest_trained
     adapter = model.adapter_params(spec.adapter.rank, spec.adapter.targets) * FP32
-    saved = saved_values(model, spec.adapter, rows.longest) * model.layers + 2 * model.hidden
-    activations = tokens * saved * value_bytes
+    block = saved_bytes(model, spec.adapter, rows.longest, value_bytes=value_bytes)
+    activations = tokens * (block * model.layers + 2 * model.hidden * value_bytes)
     logits = LOGIT_COPIES * scored * model.vocab * FP32
     resident = {"process": PROCESS_BYTES, "base weights": weight_bytes(model, spec.quant, value_bytes)}
     step = {

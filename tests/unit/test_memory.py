@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from graftwork.base_model import QuantSpec
 from graftwork.cli.planning import plan_spec
@@ -22,7 +23,7 @@ from graftwork.memory import (
     predict_embedding,
     predict_serving,
     predict_training,
-    saved_values,
+    saved_bytes,
     weight_bytes,
 )
 from graftwork.model_shape import ModelShape
@@ -234,26 +235,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelShape]:
 @pytest.mark.parametrize("targets", ["all-linear", "attention", "mlp"])
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_saved_values_are_what_autograd_keeps(
-    tiny: tuple[Path, ModelShape], targets: Any, padded: bool, dropout: float
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_bytes_are_what_autograd_keeps(
+    tiny: tuple[Path, ModelShape], targets: Any, padded: bool, dropout: float, dtype: torch.dtype
 ) -> None:
     folder, shape = tiny
     adapter = LoraSpec(rank=3, targets=targets, dropout=dropout)
-    first, both = (kept_values(folder, layers, adapter, padded) for layers in (1, 2))
+    first, both = (kept_bytes(folder, layers, adapter, padded, dtype) for layers in (1, 2))
     # Before the first adapter nothing needs a gradient, so the first block keeps less; each further one keeps all.
-    assert both - first == saved_values(shape, adapter, TOKENS if padded else None)
+    assert both - first == saved_bytes(shape, adapter, TOKENS if padded else None, value_bytes=dtype.itemsize)
 
 
-def kept_values(folder: Path, layers: int, adapter: LoraSpec, padded: bool) -> float:
-    """fp32 values a token that `torch.autograd.graph.saved_tensors_hooks` sees in the body of a PEFT model."""
-    import torch
+def kept_bytes(folder: Path, layers: int, adapter: LoraSpec, padded: bool, dtype: torch.dtype) -> float:
+    """Bytes a token that `torch.autograd.graph.saved_tensors_hooks` sees in the body of a PEFT model."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     from graftwork.training.sft import lora_config
 
     rows, tokens = 2, TOKENS
-    model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=layers).requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=layers, dtype=dtype).requires_grad_(False)
     model = get_peft_model(model, lora_config(adapter, model)).train()
     frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -268,4 +269,4 @@ def kept_values(folder: Path, layers: int, adapter: LoraSpec, padded: bool) -> f
     mask[0, -1] = 0 if padded else 1
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.get_base_model().model(input_ids=torch.full((rows, tokens), 7), attention_mask=mask, use_cache=False)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / FP32 / rows / tokens
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / rows / tokens
