@@ -88,13 +88,17 @@ class RankTables:
 
 def _write_a(part: SiteWeights | None, a_IR: torch.Tensor) -> None:
     rank = part.rank if part else 0
-    a_IR[:, rank:].zero_()
+    if rank < a_IR.shape[1]:  # a slice that is empty costs as much as one that is not
+        a_IR[:, rank:].zero_()
+        a_IR = a_IR[:, :rank]
     if part is not None:
-        a_IR[:, :rank] = part.a_RI.t()
+        a_IR.copy_(part.a_RI.t())
 
 
 def _write_b(part: SiteWeights | None, b_RO: torch.Tensor) -> None:
     rank = part.rank if part else 0
-    b_RO[rank:].zero_()
+    if rank < len(b_RO):
+        b_RO[rank:].zero_()
+        b_RO = b_RO[:rank]
     if part is not None:
-        torch.mul(part.b_OR.t(), part.scaling, out=b_RO[:rank])
+        torch.mul(part.b_OR.t(), part.scaling, out=b_RO)
