@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # as `open_engine`: the engine's thread alone has helpers
     clock, resolved = Clock(), base.resolve()
     model = base.load(resolved.folder)
     with tempfile.TemporaryDirectory() as folder:

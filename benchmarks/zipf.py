@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # as `open_engine`: the engine's thread alone has helpers
     resolved = base.resolve()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -24,7 +24,7 @@ from graftwork.serving.engine.batch import Chunk
 from graftwork.serving.engine.checks import check_request
 from graftwork.serving.engine.counters import Counters
 from graftwork.serving.engine.decode_path import DecodePath, path_for
-from graftwork.serving.engine.host import keep_freed_memory, spare_old_objects
+from graftwork.serving.engine.host import keep_few_kernels, keep_freed_memory, spare_old_objects
 from graftwork.serving.engine.kv import KvStore
 from graftwork.serving.engine.prefix import PrefixCache
 from graftwork.serving.engine.runner import Runner
@@ -58,6 +58,7 @@ class Engine:
         self, model: Any, spec: EngineSpec, device: str, decode: Decode | None = None, path: DecodePath | None = None
     ) -> None:
         self.spec, self._decode = spec, decode
+        keep_few_kernels()
         self._path = path or path_for(torch.device(device))
         self.runner = Runner(model, device, self._path, places=0 if self._path else spec.max_loaded)
         try:

@@ -2,19 +2,21 @@
 
 A place is written when an adapter takes its slot and read as it lies by every step, so it costs a step nothing which
 adapters run together. A place is contiguous, [in, ranks] and [rank, out], for both ways to read it: batched matmul over
-neighbouring places and embedding bags over single ones (see `parts`).
-Legend: P places, R rank bucket, G members of a group, I in, O out.
+neighbouring places and embedding bags over single ones (see `parts`). The tables of a linear that every layer has are
+one tensor, and a file has the layers' weights at equal distances: some 70 operations write an adapter, not 420.
+Legend: L layers, P places, R rank bucket, G members of a group, I in, O out.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 
 import numpy
 import torch
 
 from graftwork.serving.engine.adapters.changes import SiteWeights
 from graftwork.serving.engine.sites import Site
-from graftwork.serving.engine.slots import AdapterWeights, GroupWeights
+from graftwork.serving.engine.slots import AdapterWeights
 
 
 def rank_bucket(rank: int) -> int:
@@ -33,8 +35,12 @@ class RankTables:
     ) -> None:
         self.bucket = bucket
         self._groups, self._places, self._dtype, self._device = groups, places, dtype, device
+        self._kinds = _alike(groups)
+        self._stacks: dict[tuple[str, str], torch.Tensor] = {}
+        """[L, P, ...] by half ("a", "b") and the name of the kind's first group or site."""
         self._a: dict[str, torch.Tensor] = {}
         self._b: dict[str, torch.Tensor] = {}
+        """Layers of the stacks that an adapter has touched."""
         self._free = list(reversed(range(places)))
 
     def take(self, weights: AdapterWeights) -> int | None:
@@ -42,10 +48,10 @@ class RankTables:
         if not self._free:
             return None
         place = self._free.pop()
-        for name, own in weights.groups.items():
-            self._make_tables(self._groups[name], own)
-        for name in self._a:
-            self._write(self._groups[name], weights.groups.get(name), place)
+        for kind in self._kinds:
+            for member in range(len(kind[0])):
+                self._make_tables(kind, member, weights)
+                self._write(kind, member, weights, place)
         return place
 
     def give_back(self, place: int) -> None:
@@ -60,25 +66,53 @@ class RankTables:
         """lora_B of all places, transposed, with its scaling folded in: [P, R, O]."""
         return self._b[site.name]
 
-    def _make_tables(self, sites: Sequence[Site], parts: GroupWeights) -> None:
+    def _make_tables(self, kind: "Kind", member: int, weights: AdapterWeights) -> None:
         """Tables for what no adapter of this bucket has adapted before. Other places of them are zero."""
-        if sites[0].group not in self._a:
-            self._a[sites[0].group] = self._zeros(sites[0].shape.in_features, len(sites) * self.bucket)
-        for site in sites:
-            if parts.members[site.member] is not None and site.name not in self._b:
-                self._b[site.name] = self._zeros(self.bucket, site.shape.out_features)
+        for layer, sites in enumerate(kind):
+            site = sites[member]
+            if site.group not in weights.groups:
+                continue
+            if site.group not in self._a:
+                lines, width = site.shape.in_features, len(sites) * self.bucket
+                self._a[site.group] = self._stack(("a", kind[0][0].group), len(kind), lines, width)[layer]
+            if site.name not in self._b and weights.groups[site.group].members[member] is not None:
+                stack = self._stack(("b", kind[0][member].name), len(kind), self.bucket, site.shape.out_features)
+                self._b[site.name] = stack[layer]
 
-    def _write(self, sites: Sequence[Site], parts: GroupWeights | None, place: int) -> None:
-        """One adapter's group; what it does not adapt becomes zero."""
-        for site in sites:
-            part = parts.members[site.member] if parts else None
-            first = site.member * self.bucket
-            _write_a(part, self._a[site.group][place, :, first : first + self.bucket])
-            if site.name in self._b:
-                _write_b(part, self._b[site.name][place])
+    def _write(self, kind: "Kind", member: int, weights: AdapterWeights, place: int) -> None:
+        """One linear of every layer; what the adapter leaves alone becomes zero."""
+        first = member * self.bucket
+        for layers, part, step_a, step_b in _runs(self._parts(kind, member, weights)):
+            a_LIR = self._stacks["a", kind[0][0].group][layers, place, :, first : first + self.bucket]
+            b_LRO = None
+            if kind[layers.start][member].name in self._b:
+                b_LRO = self._stacks["b", kind[0][member].name][layers, place]
+            rank = part.rank if part else 0
+            if rank < self.bucket:  # a slice that is empty costs as much as one that is not
+                a_LIR[:, :, rank:].zero_()
+                a_LIR = a_LIR[:, :, :rank]
+                if b_LRO is not None:
+                    b_LRO[:, rank:].zero_()
+                    b_LRO = b_LRO[:, :rank]
+            if part is not None and b_LRO is not None:
+                count = layers.stop - layers.start
+                a_LIR.copy_(_spaced(part.a_RI, count, step_a).transpose(1, 2))
+                torch.mul(_spaced(part.b_OR, count, step_b).transpose(1, 2), part.scaling, out=b_LRO)
 
-    def _zeros(self, lines: int, width: int) -> torch.Tensor:
-        shape = (self._places, lines, width)
+    def _parts(self, kind: "Kind", member: int, weights: AdapterWeights) -> "Iterable[_Part]":
+        """The linear in each layer that has tables: its number, what is written, and whether it has a lora_B's."""
+        for layer, sites in enumerate(kind):
+            site = sites[member]
+            if site.group in self._a:
+                parts = weights.groups.get(site.group)
+                yield layer, parts.members[member] if parts else None, site.name in self._b
+
+    def _stack(self, key: tuple[str, str], layers: int, lines: int, width: int) -> torch.Tensor:
+        if key not in self._stacks:
+            self._stacks[key] = self._zeros((layers, self._places, lines, width))
+        return self._stacks[key]
+
+    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
         if self._device.type != "cpu":
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
         # calloc: not resident until a place is written
@@ -86,19 +120,55 @@ class RankTables:
         return torch.from_numpy(numpy.zeros(size_bytes, numpy.uint8)).view(self._dtype).view(shape)
 
 
-def _write_a(part: SiteWeights | None, a_IR: torch.Tensor) -> None:
-    rank = part.rank if part else 0
-    if rank < a_IR.shape[1]:  # a slice that is empty costs as much as one that is not
-        a_IR[:, rank:].zero_()
-        a_IR = a_IR[:, :rank]
-    if part is not None:
-        a_IR.copy_(part.a_RI.t())
+Kind = list[list[Site]]
+"""Groups of equal shapes whose names differ in numbers alone, in order: the layers of one linear or more."""
+_Part = tuple[int, SiteWeights | None, bool]
 
 
-def _write_b(part: SiteWeights | None, b_RO: torch.Tensor) -> None:
-    rank = part.rank if part else 0
-    if rank < len(b_RO):
-        b_RO[rank:].zero_()
-        b_RO = b_RO[:rank]
-    if part is not None:
-        torch.mul(part.b_OR.t(), part.scaling, out=b_RO)
+def _alike(groups: Mapping[str, list[Site]]) -> list[Kind]:
+    kinds: dict[tuple[object, ...], Kind] = {}
+    for name, sites in groups.items():
+        kinds.setdefault((re.sub(r"\d+", "#", name), *(site.shape for site in sites)), []).append(sites)
+    return list(kinds.values())
+
+
+def _runs(parts: "Iterable[_Part]") -> list[tuple[slice, SiteWeights | None, int, int]]:
+    """Neighbouring layers that one operation writes: the layers, the first one's part, and how many values further the
+    next one's lora_A and lora_B lie."""
+    runs: list[tuple[list[_Part], int, int]] = []
+    for item in parts:
+        held, step_a, step_b = runs[-1] if runs else ([], 0, 0)
+        steps = _steps(held[-1], item) if held else None
+        if steps is not None and (len(held) == 1 or steps == (step_a, step_b)):
+            held.append(item)
+            runs[-1] = (held, *steps)
+        else:
+            runs.append(([item], 0, 0))
+    return [(slice(held[0][0], held[-1][0] + 1), held[0][1], a, b) for held, a, b in runs]
+
+
+def _steps(last: _Part, item: _Part) -> tuple[int, int] | None:
+    """Values from one layer's halves to the next one's; None where the two can't be written together."""
+    (layer, one, has_b), (after, other, other_has_b) = last, item
+    if after != layer + 1 or has_b != other_has_b:
+        return None
+    if one is None or other is None:
+        return (0, 0) if one is other else None
+    if one.scaling != other.scaling or one.rank != other.rank or not _one_memory(one, other):
+        return None
+    size = one.a_RI.element_size()
+    bytes_a, bytes_b = other.a_RI.data_ptr() - one.a_RI.data_ptr(), other.b_OR.data_ptr() - one.b_OR.data_ptr()
+    if bytes_a <= 0 or bytes_b <= 0 or bytes_a % size or bytes_b % size:
+        return None
+    return bytes_a // size, bytes_b // size
+
+
+def _one_memory(one: SiteWeights, other: SiteWeights) -> bool:
+    """Whether all four halves are contiguous views of one allocation."""
+    halves = (one.a_RI, one.b_OR, other.a_RI, other.b_OR)
+    return len({half.untyped_storage().data_ptr() for half in halves}) == 1 and all(h.is_contiguous() for h in halves)
+
+
+def _spaced(half: torch.Tensor, count: int, step: int) -> torch.Tensor:
+    """`count` matrices like `half`, each `step` values after the one before: [count, *half]."""
+    return half.as_strided((count, *half.shape), (step, *half.stride()))
