@@ -19,8 +19,9 @@ from graftwork.artifact_check import SAFETENSORS_ONLY, TensorInfo, header_bytes,
 from graftwork.errors import ArtifactError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CHUNK = 96 << 10
-"""Bytes; a multiple of every dtype's, and fewer values than torch would share out between threads."""
+_CHUNK = 60 << 10
+"""Bytes; a multiple of every dtype's, and fewer values, of 16 bits too, than the 32,768 from which on torch shares out
+between threads: helpers of this thread would slow the engine's (see `open_engine`)."""
 _REPUBLISH = "publish the adapter again, or take the file from a source you trust"
 
 
