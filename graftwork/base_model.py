@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork import base_quantised, base_source, chat, rope
+from graftwork import base_quantised, base_source, chat, cpu, rope
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.package_files import Progress
@@ -172,7 +172,7 @@ def default_dtype(device: str) -> "tuple[torch.dtype, str]":
         if major >= 8:
             return torch.bfloat16, f"SM {major}.{minor}"
         return torch.float32, f"SM {major}.{minor} has no bfloat16"
-    return cpu_dtype(cpu_flags(), cpu_vendor())
+    return cpu_dtype(cpu.flags(), cpu.vendor())
 
 
 def cpu_dtype(flags: frozenset[str], vendor: str) -> "tuple[torch.dtype, str]":
@@ -184,25 +184,6 @@ def cpu_dtype(flags: frozenset[str], vendor: str) -> "tuple[torch.dtype, str]":
     if "avx512_bf16" in flags and vendor == "AuthenticAMD":
         return torch.bfloat16, "AMD CPU with AVX512-BF16"
     return torch.float32, "a CPU without AMX-BF16 (or AMD's AVX512-BF16), where bfloat16 is 1.2 to 8 times slower"
-
-
-def cpu_flags() -> frozenset[str]:
-    """Instruction sets of this machine's CPU as Linux names them; empty elsewhere."""
-    return frozenset(_cpu_fact("flags", "Features").split())
-
-
-def cpu_vendor() -> str:
-    """ "AuthenticAMD", "GenuineIntel" as Linux names them; empty where it names none."""
-    return _cpu_fact("vendor_id")
-
-
-def _cpu_fact(*names: str) -> str:
-    """What /proc/cpuinfo says of the first core under one of `names`."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(names)), "")
 
 
 def import_bitsandbytes() -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from graftwork.base_model import cpu_flags
+from graftwork import cpu
 from graftwork.storage import cache_root
 
 PROBE_S = 0.15
@@ -77,7 +77,7 @@ def _reclaimable() -> int:
 
 
 def _key() -> str:
-    parts = (platform.node(), platform.machine(), *sorted(cpu_flags()), metadata.version("torch"), "fp32 bf16")
+    parts = (platform.node(), platform.machine(), *sorted(cpu.flags()), metadata.version("torch"), "fp32 bf16")
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 

@@ -229,7 +229,6 @@ def plan_serving(
         if n >= engine.max_seq_len
     )
     total_bytes = replicas * memory.peak_bytes + beside
-    said = f"the embedder takes {beside // MIB} MiB in a process of its own"
     answer_s = answers_seconds(answers, model, engine, machine, num_cpus) if answers else 0.0
     return StagePlan(
         stage=stage,
@@ -241,7 +240,7 @@ def plan_serving(
         parts=memory.parts,
         assumptions=(
             *((answers.said(),) if answers else ()),
-            *((said,) if embedder else ()),
+            *((f"the embedder takes {beside // MIB} MiB in a process of its own",) if embedder else ()),
             *memory.assumptions,
             machine.said(),
         ),

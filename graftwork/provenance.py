@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from graftwork import __version__
+from graftwork import __version__, cpu
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors", "numpy", "s3fs")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
@@ -51,11 +51,12 @@ def hardware() -> dict[str, Any]:
     """CPU model, cores that this process may use, instruction sets, memory and GPUs of this machine."""
     import psutil
 
-    model, flags = _cpu_info()
+    facts = cpu.facts()
+    model = facts.get("model name") or facts.get("Model") or platform.processor() or platform.machine()
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "isa": [flag for flag in _ISA_FLAGS if flag in flags],
+        "isa": [flag for flag in _ISA_FLAGS if flag in cpu.flags()],
         "memory_bytes": int(psutil.virtual_memory().total),
         "gpus": _gpus(),
     }
@@ -102,17 +103,6 @@ def _gpus() -> list[dict[str, Any]]:
         {"name": name, "memory_bytes": int(mib) << 20 if mib.isdigit() else None, "driver": driver, "sm": capability}
         for name, mib, driver, capability in (row for row in rows if len(row) == 4)
     ]
-
-
-def _cpu_info() -> tuple[str, frozenset[str]]:
-    """Model name and flags; /proc on Linux, what Python knows elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine(), frozenset()
-    fields = dict(re.findall(r"^([^\t:]+?)\s*:\s*(.*)$", text, re.M))
-    model = fields.get("model name") or fields.get("Model") or platform.machine()
-    return model, frozenset((fields.get("flags") or fields.get("Features") or "").split())
 
 
 def _version(package: str) -> str | None:

@@ -82,11 +82,9 @@ class RankTables:
     def _write(self, kind: "Kind", member: int, weights: AdapterWeights, place: int) -> None:
         """One linear of every layer; what the adapter leaves alone becomes zero."""
         first = member * self.bucket
-        for layers, part, step_a, step_b in _runs(self._parts(kind, member, weights)):
+        for layers, (_, part, has_b), step_a, step_b in _runs(self._parts(kind, member, weights)):
             a_LIR = self._stacks["a", kind[0][0].group][layers, place, :, first : first + self.bucket]
-            b_LRO = None
-            if kind[layers.start][member].name in self._b:
-                b_LRO = self._stacks["b", kind[0][member].name][layers, place]
+            b_LRO = self._stacks["b", kind[0][member].name][layers, place] if has_b else None
             rank = part.rank if part else 0
             if rank < self.bucket:  # a slice that is empty costs as much as one that is not
                 a_LIR[:, :, rank:].zero_()
@@ -100,7 +98,7 @@ class RankTables:
                 torch.mul(_spaced(part.b_OR, count, step_b).transpose(1, 2), part.scaling, out=b_LRO)
 
     def _parts(self, kind: "Kind", member: int, weights: AdapterWeights) -> "Iterable[_Part]":
-        """The linear in each layer that has tables: its number, what is written, and whether it has a lora_B's."""
+        """The linear in each layer that has tables: its number, what is written, and whether lora_B has a table too."""
         for layer, sites in enumerate(kind):
             site = sites[member]
             if site.group in self._a:
@@ -132,7 +130,7 @@ def _alike(groups: Mapping[str, list[Site]]) -> list[Kind]:
     return list(kinds.values())
 
 
-def _runs(parts: "Iterable[_Part]") -> list[tuple[slice, SiteWeights | None, int, int]]:
+def _runs(parts: Iterable[_Part]) -> list[tuple[slice, _Part, int, int]]:
     """Neighbouring layers that one operation writes: the layers, the first one's part, and how many values further the
     next one's lora_A and lora_B lie."""
     runs: list[tuple[list[_Part], int, int]] = []
@@ -144,7 +142,7 @@ def _runs(parts: "Iterable[_Part]") -> list[tuple[slice, SiteWeights | None, int
             runs[-1] = (held, *steps)
         else:
             runs.append(([item], 0, 0))
-    return [(slice(held[0][0], held[-1][0] + 1), held[0][1], a, b) for held, a, b in runs]
+    return [(slice(held[0][0], held[-1][0] + 1), held[0], a, b) for held, a, b in runs]
 
 
 def _steps(last: _Part, item: _Part) -> tuple[int, int] | None:

@@ -34,7 +34,7 @@ def test_a_record_is_json_and_names_code_machine_seed_and_command() -> None:
 def test_the_commit_and_its_dirty_flag_are_those_of_the_checkout(tmp_path: Path) -> None:
     package = tmp_path / "checkout" / "graftwork"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "provenance.py"):
+    for name in ("__init__.py", "cpu.py", "provenance.py"):
         (package / name).write_bytes((ROOT / "graftwork" / name).read_bytes())
     git(package.parent, "init", "-q")
     git(package.parent, "add", ".")
@@ -49,7 +49,7 @@ def test_the_commit_and_its_dirty_flag_are_those_of_the_checkout(tmp_path: Path)
 def test_an_installed_copy_inside_somebody_elses_repository_claims_no_commit(tmp_path: Path) -> None:
     package = tmp_path / "venv" / "graftwork"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "provenance.py"):
+    for name in ("__init__.py", "cpu.py", "provenance.py"):
         (package / name).write_bytes((ROOT / "graftwork" / name).read_bytes())
     git(tmp_path, "init", "-q")
     (tmp_path / "theirs.txt").write_text("x")
