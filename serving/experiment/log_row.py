@@ -1,0 +1,47 @@
+"""What an experiment writes down: one `LogRow` for each answer, score that came later, and event.
+
+Rows are only ever appended. An answer is known by (experiment, request id, arm, index): a row that stands twice counts
+once. A later score names the request id of its answer.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class LogRow(BaseModel):
+    """One line of the log; what does not belong to its kind is null. Times in ms, instants in Unix seconds (UTC)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    kind: Literal["answer", "score", "event"]
+    experiment: str
+    """Name and digest of the experiment that the row belongs to."""
+    at: float
+    """When the row was written, by the clock of the ingress."""
+    request_id: str = ""
+    unit: str = ""
+    """Keyed hash of the user, session or request: who it was is not in the log."""
+    arm: str = ""
+    role: Literal["primary", "shadow", "override", "holdout"] = "primary"
+    """primary: drawn, and seen by the caller; shadow: answered a copy; override and holdout: no part of the draw."""
+    probability: float | None = Field(default=None, gt=0, le=1)
+    """Chance that the unit had of this arm when it was assigned."""
+    prompt_hash: str = ""
+    base_digest: str | None = None
+    adapter_version: str | None = None
+    retrieved_ids: tuple[str, ...] = ()
+    output: str | None = None
+    error: str | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    ttft_ms: float | None = None
+    latency_ms: float | None = None
+    cold: bool = False
+    """The adapter had to be loaded first: its time says nothing of the arm."""
+    scores: dict[str, float] = {}
+    """By metric name. A failed answer has none: it counts as 0 on each."""
+    event: str | None = None
+    """start, ramp, cut, stop, stale: what happened to the experiment."""
+    detail: str | None = None
