@@ -1,13 +1,12 @@
 """Intervals and tests for scores paired by question: all arms answer the same questions, so they differ per question.
 
 Shares of answers (0/1): Wilson and Newcombe intervals, McNemar's exact test. Graded scores (0..1): BCa bootstrap,
-sign-flip permutation. Holm over a family, equivalence by interval inclusion (TOST), and what n questions can detect.
+sign-flip permutation. Equivalence by interval inclusion (TOST), and what n questions can detect.
 Only numpy and scipy.special are used: scipy.stats takes a second to import. Resampling is seeded: the same scores give
 the same numbers.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +34,7 @@ def wilson(successes: int, n: int, alpha: float = 0.05) -> Interval:
     """Score interval of a share (Wilson 1927; eq. 4 in Brown, Cai, DasGupta 2001)."""
     assert 0 <= successes <= n, f"{successes} successes of {n}"
     assert n > 0, "an interval needs at least one answer"
-    z = _z(alpha)
+    z = normal_quantile(alpha)
     share, grow = successes / n, 1 + z * z / n
     center = (share + z * z / (2 * n)) / grow
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / grow
@@ -82,7 +81,7 @@ def bca_mean(values: Floats, alpha: float = 0.05, *, lowest: float, seed: int, r
     z0 = float(ndtri(np.clip(below, 1 / resamples, 1 - 1 / resamples)))
     centered = distinct - observed
     acceleration = float(counts @ centered**3) / (6 * float(counts @ centered**2) ** 1.5)
-    low, high = (_bca_level(z0, acceleration, z) for z in (-_z(alpha), _z(alpha)))
+    low, high = (bca_level(z0, acceleration, z) for z in (-normal_quantile(alpha), normal_quantile(alpha)))
     return Interval(float(np.quantile(means, low)), float(np.quantile(means, high)))
 
 
@@ -98,15 +97,6 @@ def sign_flip(differences: Floats, *, seed: int, resamples: int = RESAMPLES) -> 
     sums = np.abs((2 * positive - counts) @ sizes)
     hits = int(np.sum(sums >= abs(float(np.sum(differences))) - 1e-9))
     return (1 + hits) / (1 + resamples)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for being tested together (Holm 1979): reject where the adjusted one is below alpha."""
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
 
 
 def equivalent(interval: Interval, margin: float) -> bool:
@@ -133,12 +123,12 @@ def n_for_binary(difference: float, discordant: float, alpha: float = 0.05, powe
 
 def mde_graded(n: int, sd: float, alpha: float = 0.05, power: float = POWER) -> float:
     """Smallest mean difference that n questions find, at standard deviation `sd` of the differences (normal)."""
-    return (_z(alpha) + float(ndtri(power))) * sd / math.sqrt(n)
+    return (normal_quantile(alpha) + float(ndtri(power))) * sd / math.sqrt(n)
 
 
 def n_for_graded(difference: float, sd: float, alpha: float = 0.05, power: float = POWER) -> int:
     """Questions that find a mean difference; the inverse of `mde_graded`."""
-    return math.ceil(((_z(alpha) + float(ndtri(power))) * sd / abs(difference)) ** 2)
+    return math.ceil(((normal_quantile(alpha) + float(ndtri(power))) * sd / abs(difference)) ** 2)
 
 
 def n_for_equivalence(difference: float, sd: float, margin: float, alpha: float = 0.05, power: float = POWER) -> int:
@@ -160,7 +150,8 @@ def decide(difference: float, p_adjusted: float, within_margin: bool, alpha: flo
     return "better" if (difference > 0) == higher else "worse"
 
 
-def _z(alpha: float) -> float:
+def normal_quantile(alpha: float) -> float:
+    """Half-width of a two-sided normal interval at level 1 - alpha, in standard errors."""
     assert 0 < alpha < 1, f"alpha={alpha} is not within 0..1"
     return float(ndtri(1 - alpha / 2))
 
@@ -178,12 +169,15 @@ def _hypot_correlated(x: float, y: float, phi: float) -> float:
     return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
 
 
-def _bca_level(z0: float, acceleration: float, z: float) -> float:
+def bca_level(z0: float, acceleration: float, z: float) -> float:
+    """Level of the bootstrap distribution that corrects a normal quantile for bias and skew (Efron 1987, eq. 2.2)."""
     shifted = z0 + z
     return float(ndtr(z0 + shifted / (1 - acceleration * shifted)))
 
 
 def _n_binary(difference: float, discordant: float, alpha: float, power: float) -> float:
     spread = max(discordant, difference)  # a difference of d needs at least a share d of discordant questions
-    root = _z(alpha) * math.sqrt(spread) + float(ndtri(power)) * math.sqrt(max(0.0, spread - difference**2))
+    root = normal_quantile(alpha) * math.sqrt(spread) + float(ndtri(power)) * math.sqrt(
+        max(0.0, spread - difference**2)
+    )
     return (root / difference) ** 2
