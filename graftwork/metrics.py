@@ -44,6 +44,21 @@ FIELD_ACCURACY = Metric(
     "field_accuracy", "share of fields", "higher", "graded",
     "Share of all gold fields exactly right in an answer whose form holds; 0 where it does not.",
 )  # fmt: skip
+FIELD_F1 = Metric(
+    "field_f1", "F1 of fields", "higher", "graded",
+    "Harmonic mean of two shares: fields of the answer that are right, and gold fields that are found; all compared "
+    "exactly. 0 where the answer is no JSON object.",
+)  # fmt: skip
+BLEU = Metric(
+    "bleu", "sentence BLEU / 100", "higher", "graded",
+    "sacrebleu's sentence BLEU (effective order) of each answer; the mean is not the corpus score.",
+)  # fmt: skip
+CHRF = Metric("chrf", "chrF2 / 100", "higher", "graded", "sacrebleu's sentence chrF2 of each answer.")
+ROUGE_1, ROUGE_2 = (
+    Metric(f"rouge_{n}", "F1", "higher", "graded", f"F1 of the {what} shared with a right text, case ignored.")
+    for n, what in ((1, "words"), (2, "pairs of words"))
+)
+ROUGE_L = Metric("rouge_l", "F1", "higher", "graded", "F1 of the longest common subsequence of words, case ignored.")
 TTFT_MS = Metric("ttft_ms", "ms", "lower", "measure", "Time from the request to its first token.")
 LATENCY_MS = Metric("latency_ms", "ms", "lower", "measure", "Time from the request to its last token.")
 PROMPT_TOKENS = Metric("prompt_tokens", "tokens", "lower", "measure", "Tokens of the rendered prompt.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from graftwork.chat import Message
 from graftwork.data import Row
-from graftwork.serving.experiment.scorers import AnswerSchema
+from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 

@@ -22,7 +22,8 @@ from graftwork.report.records import (
 from graftwork.serving.experiment.advice import advise
 from graftwork.serving.experiment.answers import Answer, Answers, question
 from graftwork.serving.experiment.offline import check_ids
-from graftwork.serving.experiment.scorers import AnswerSchema, Key, Scores, score
+from graftwork.serving.experiment.scorers.fields import Key, Scores, score
+from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, family
 from graftwork.serving.spec import ArmSpec

@@ -16,7 +16,7 @@ from graftwork.report.records import CompareReport
 from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.experiment.compare import compare
 from graftwork.serving.experiment.offline import CompareProgress, count_unanswered, run_offline
-from graftwork.serving.experiment.scorers import AnswerSchema
+from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import RunPaths, Store

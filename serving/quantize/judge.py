@@ -14,7 +14,8 @@ from graftwork.data import Row, fingerprint
 from graftwork.metrics import Distribution, distribution
 from graftwork.report.records import Difference, PrecisionArm, PrecisionFacts, PrecisionRow, QuantizeReport
 from graftwork.serving.experiment.compare import arm_score
-from graftwork.serving.experiment.scorers import AnswerSchema, Key, Scores, score
+from graftwork.serving.experiment.scorers.fields import Key, Scores, score
+from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, family
 from graftwork.serving.quantize.measured import Measured, MeasuredArm, Said
 from graftwork.serving.quantize.rule import Candidate, Finding, Rule, recommend

@@ -19,7 +19,7 @@ from graftwork.report import BuiltReport, ReportInput, build
 from graftwork.report.records import QuantizeReport
 from graftwork.serving.app import require_resources
 from graftwork.serving.experiment.offline import check_ids
-from graftwork.serving.experiment.scorers import AnswerSchema
+from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.quantize.judge import judge
 from graftwork.serving.quantize.measure import Material, measure
 from graftwork.serving.quantize.measured import Measured

@@ -9,7 +9,9 @@ import pytest
 from graftwork.chat import Message
 from graftwork.data import Row
 from graftwork.errors import ConfigError, DataError
-from graftwork.serving.experiment.scorers import AnswerSchema, Key, exactly, parse_object, score, tokens
+from graftwork.serving.experiment.scorers.fields import Key, score
+from graftwork.serving.experiment.scorers.schema import AnswerSchema
+from graftwork.serving.experiment.scorers.text import exactly, parse_object, tokens
 
 GOLD = {"icao": "KMIA", "iata": "MIA", "name": "Miami International Airport", "city": "São Paulo", "elevation_ft": 1026}
 SCHEMA = AnswerSchema(

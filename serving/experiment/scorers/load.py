@@ -1,0 +1,109 @@
+"""`scorers:` of a spec -> what scores each answer."""
+
+from collections.abc import Mapping, Sequence
+
+from graftwork import metrics
+from graftwork.data import Row
+from graftwork.errors import ConfigError
+from graftwork.metrics import Metric
+from graftwork.serving.experiment.scorers.exact import Exact, FieldF1, FollowsSchema, Matches
+from graftwork.serving.experiment.scorers.fields import Fields
+from graftwork.serving.experiment.scorers.measures import LATENCY, TOKENS, Cost
+from graftwork.serving.experiment.scorers.overlap import Likeness, Rouge
+from graftwork.serving.experiment.scorers.own import Own
+from graftwork.serving.experiment.scorers.reply import Reply, Scorer
+from graftwork.serving.experiment.scorers.schema import AnswerSchema
+from graftwork.serving.experiment.scorers.spec import (
+    CostSpec,
+    ExactSpec,
+    FieldF1Spec,
+    FieldsSpec,
+    JsonSchemaSpec,
+    LatencySpec,
+    OverlapSpec,
+    OwnSpec,
+    RegexSpec,
+    ScorerSpec,
+    SqlSpec,
+    TokensSpec,
+)
+from graftwork.serving.experiment.scorers.sql import Sql
+
+
+class Scorers:
+    """All scorers of a spec as one. Pure and without state: any thread may score."""
+
+    def __init__(self, scorers: Sequence[Scorer]) -> None:
+        """Raises ConfigError where two measure by the same name."""
+        self._scorers = tuple(scorers)
+        self.metrics: tuple[Metric, ...] = tuple(metric for scorer in scorers for metric in scorer.metrics)
+        names = [metric.name for metric in self.metrics]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"scorers: {twice[0]!r}", "two scorers have this name", "a metric has one name",
+                              "give one of them another `name`")  # fmt: skip
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raises DataError for the first row that a scorer cannot hold an answer against."""
+        for row in rows:
+            for scorer in self._scorers:
+                scorer.check(row)
+
+    def score(self, reply: Reply) -> dict[str, float]:
+        """A value a metric, in the order of `metrics`."""
+        return {name: value for scorer in self._scorers for name, value in scorer.score(reply).items()}
+
+    def failed(self) -> dict[str, float]:
+        """What a request without an answer scores: 0, and no time, tokens or cost."""
+        return {metric.name: float("nan") if metric.kind == "measure" else 0.0 for metric in self.metrics}
+
+
+def load_scorers(specs: Sequence[ScorerSpec], schema: AnswerSchema | None = None, *, gold: bool = True) -> Scorers:
+    """The scorers in order. schema: the spec's answer_schema. gold=False: for traffic whose right answers are unknown.
+
+    Raises ConfigError: a scorer that lacks its schema, its gold, its package or its entry point; StorageError.
+    """
+    made = [_make(spec, schema) for spec in specs]
+    for spec, scorer in zip(specs, made, strict=True):
+        if scorer.needs_gold and not gold:
+            raise ConfigError(f"scorers: kind={spec.kind!r}", "it needs the right answer", "live traffic has no gold",
+                              "score it with json_schema, regex, latency, tokens, cost or own")  # fmt: skip
+    return Scorers(made)
+
+
+def metric_table(found: Scorers) -> Mapping[str, Metric]:
+    """Name -> metric, those of every comparison among them."""
+    return {metric.name: metric for metric in (*metrics.SCORES, *found.metrics)}
+
+
+def _make(spec: ScorerSpec, schema: AnswerSchema | None) -> Scorer:
+    match spec:
+        case FieldsSpec():
+            return Fields(_need(schema, "fields"))
+        case JsonSchemaSpec():
+            own = AnswerSchema.load(spec.json_schema) if spec.json_schema else _need(schema, "json_schema")
+            return FollowsSchema(spec.name, own)
+        case ExactSpec():
+            return Exact(spec)
+        case FieldF1Spec():
+            return FieldF1()
+        case RegexSpec():
+            return Matches(spec)
+        case SqlSpec():
+            return Sql(spec)
+        case OverlapSpec():
+            return Rouge(spec) if spec.kind == "rouge" else Likeness(spec, spec.kind)
+        case LatencySpec():
+            return LATENCY
+        case TokensSpec():
+            return TOKENS
+        case CostSpec():
+            return Cost(spec)
+        case OwnSpec():
+            return Own(spec)
+
+
+def _need(schema: AnswerSchema | None, kind: str) -> AnswerSchema:
+    if schema is None:
+        raise ConfigError(f"scorers: kind={kind!r}", "there is no schema", "it holds answers against answer_schema",
+                          "set answer_schema")  # fmt: skip
+    return schema

@@ -1,0 +1,65 @@
+"""What an answer takes: time, tokens, money. Smaller is better; a failed request has none of them."""
+
+from dataclasses import dataclass
+from math import nan
+
+from graftwork.data import Row
+from graftwork.metrics import COMPLETION_TOKENS, LATENCY_MS, PROMPT_TOKENS, TTFT_MS, Metric
+from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.spec import CostSpec
+
+_MS_PER_HOUR = 3_600_000
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Measures that the endpoint reports with each answer."""
+
+    metrics: tuple[Metric, ...]
+    needs_gold = False
+
+    def check(self, row: Row) -> None:
+        """Any row will do."""
+
+    def score(self, reply: Reply) -> dict[str, float]:
+        return {metric.name: _known(getattr(reply, metric.name)) for metric in self.metrics}
+
+
+LATENCY = Taken((LATENCY_MS, TTFT_MS))
+TOKENS = Taken((PROMPT_TOKENS, COMPLETION_TOKENS))
+
+
+class Cost:
+    """Price of 1,000 answers like this one."""
+
+    needs_gold = False
+
+    def __init__(self, spec: CostSpec) -> None:
+        self._spec = spec
+        unit = f"{spec.currency} per 1,000 answers"
+        self.metrics = (Metric("cost", unit, "lower", "measure", f"{unit}: {_prices(spec)}."),)
+
+    def check(self, row: Row) -> None:
+        """Any row will do."""
+
+    def score(self, reply: Reply) -> dict[str, float]:
+        spec = self._spec
+        parts = (
+            (spec.per_1k_prompt_tokens, reply.prompt_tokens),
+            (spec.per_1k_completion_tokens, reply.completion_tokens),
+            (1000 * spec.per_replica_hour / _MS_PER_HOUR / spec.answers_at_once, reply.latency_ms),
+        )
+        return {"cost": sum(price * _known(taken) for price, taken in parts if price)}
+
+
+def _known(value: float | None) -> float:
+    return nan if value is None else float(value)
+
+
+def _prices(spec: CostSpec) -> str:
+    said = [f"{price:g} {spec.currency} per {what}" for price, what in (
+        (spec.per_1k_prompt_tokens, "1,000 prompt tokens"),
+        (spec.per_1k_completion_tokens, "1,000 answer tokens"),
+        (spec.per_replica_hour, f"replica and hour, {spec.answers_at_once} answers at once"),
+    ) if price]  # fmt: skip
+    return ", ".join(said)

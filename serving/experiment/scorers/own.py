@@ -1,0 +1,64 @@
+"""Scorers of other packages, found by entry point. Nothing is loaded that the spec does not name."""
+
+import math
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any, Protocol, cast
+
+from graftwork.data import Row
+from graftwork.errors import ConfigError, RunError
+from graftwork.metrics import Metric
+from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.spec import OwnSpec
+
+GROUP = "graftwork.scorers"
+
+
+class OwnScore(Protocol):
+    """What an entry point names: a callable that knows its metric (binary or graded: 0..1)."""
+
+    metric: Metric
+
+    def __call__(self, text: str, gold: Mapping[str, Any] | None) -> float: ...
+
+
+class Own:
+    """A foreign scorer in the form of ours. It is asked for one number an answer."""
+
+    needs_gold = False
+
+    def __init__(self, spec: OwnSpec) -> None:
+        self._name, self._call = spec.name, _load(spec.name)
+        self.metrics = (self._call.metric,)
+
+    def check(self, row: Row) -> None:
+        """It says itself, when it scores, what it cannot take."""
+
+    def score(self, reply: Reply) -> dict[str, float]:
+        value = float(self._call(reply.text, reply.gold))
+        metric = self.metrics[0]
+        allowed = value in (0, 1) if metric.kind == "binary" else 0 <= value <= 1
+        if not (allowed if metric.kind != "measure" else math.isfinite(value)):
+            raise RunError(f"scorer {self._name!r}", f"it returned {value}",
+                           f"a {metric.kind} metric has {'0 or 1' if metric.kind == 'binary' else '0 to 1'} an answer",
+                           "mend the scorer, or its metric's kind")  # fmt: skip
+        return {metric.name: value}
+
+
+def _load(name: str) -> OwnScore:
+    found = entry_points(group=GROUP)
+    named = [entry for entry in found if entry.name == name]
+    if len(named) != 1:
+        known = ", ".join(sorted({entry.name for entry in found})) or "none"
+        raise ConfigError(f"scorers: own {name!r}", f"{len(named)} entry points of this name; installed: {known}",
+                          f"an own scorer is one entry point of the group {GROUP}",
+                          "install its package on every machine")  # fmt: skip
+    try:
+        loaded = named[0].load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"scorers: own {name!r}", f"{named[0].value} cannot be imported ({error})", "",
+                          "mend the package") from error  # fmt: skip
+    if not callable(loaded) or not isinstance(getattr(loaded, "metric", None), Metric):
+        raise ConfigError(f"scorers: own {name!r}", f"{named[0].value} is no scorer",
+                          "a scorer is callable (text, gold) and has a `metric`")  # fmt: skip
+    return cast(OwnScore, loaded)

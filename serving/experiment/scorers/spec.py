@@ -1,0 +1,148 @@
+"""Which scorers a spec may name under `scorers:`, each with its keys. `- exact` is short for `- {kind: exact}`."""
+
+from typing import Annotated, Any, Literal, Self
+
+import regex
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from graftwork.config import Spec
+from graftwork.storage import NAME_PATTERN
+
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,40}$")]
+
+
+class FieldsSpec(Spec):
+    """form, facts, both, field_accuracy: a JSON answer against the gold object."""
+
+    kind: Literal["fields"]
+
+
+class ExactSpec(Spec):
+    """The answer is the gold text."""
+
+    kind: Literal["exact"]
+    name: MetricName = "exact"
+    field: str | None = None
+    """Field of gold with the right text, or several of them; null takes the last assistant turn, else gold's only
+    field."""
+    ignore_case: bool = False
+    """Compare words alone: case, accents, punctuation and the way a number is written do not count."""
+
+
+class FieldF1Spec(Spec):
+    """F1 over the fields of a JSON answer."""
+
+    kind: Literal["field_f1"]
+
+
+class JsonSchemaSpec(Spec):
+    """The answer is one JSON object that validates. Needs no gold."""
+
+    kind: Literal["json_schema"]
+    name: MetricName = "json_schema"
+    json_schema: str | None = None
+    """A path, `file://`, `s3://` or `recipe://NAME/FILE`; null takes the spec's answer_schema."""
+
+
+class RegexSpec(Spec):
+    """The answer matches a regular expression. Needs no gold."""
+
+    kind: Literal["regex"]
+    name: MetricName = "regex"
+    pattern: str
+    """Python's syntax."""
+    whole: bool = True
+    """It matches the whole answer, not only somewhere in it."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_one(cls, pattern: str) -> str:
+        try:
+            regex.compile(pattern)
+        except regex.error as error:
+            raise ValueError(f"it is no regular expression ({error})") from None
+        return pattern
+
+
+class SqlSpec(Spec):
+    """The answer is a query that finds the same rows as the gold query, on sqlite in memory, read-only."""
+
+    kind: Literal["sql"]
+    name: MetricName = "sql"
+    field: str = "sql"
+    """Field of gold with the right query."""
+    setup_field: str | None = "setup"
+    """Field of gold with the statements that make the row's tables; null where `setup` has them for all rows."""
+    setup: str | None = None
+    """SQL file run before a row's own: a path, `file://`, `s3://`."""
+    max_steps: int = Field(default=5_000_000, ge=1000)
+    """Steps of sqlite's machine that a query may take, about 10 million a second: the same bound on any machine."""
+    max_rows: int = Field(default=10_000, ge=1)
+    """Rows that a query may return."""
+
+
+class OverlapSpec(Spec):
+    """Likeness to the gold text. bleu and chrf need `pip install 'graftwork[scorers]'`."""
+
+    kind: Literal["bleu", "chrf", "rouge"]
+    field: str | None = None
+    """As for exact."""
+
+
+class LatencySpec(Spec):
+    """Milliseconds to the first and to the last token."""
+
+    kind: Literal["latency"]
+
+
+class TokensSpec(Spec):
+    """Tokens of the prompt and of the answer."""
+
+    kind: Literal["tokens"]
+
+
+class CostSpec(Spec):
+    """What 1,000 answers cost, by these prices."""
+
+    kind: Literal["cost"]
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+    per_1k_prompt_tokens: float = Field(default=0.0, ge=0)
+    per_1k_completion_tokens: float = Field(default=0.0, ge=0)
+    per_replica_hour: float = Field(default=0.0, ge=0)
+    """Paid for the time that an answer takes, divided by the answers that a replica gives at once."""
+    answers_at_once: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> Self:
+        if not (self.per_1k_prompt_tokens or self.per_1k_completion_tokens or self.per_replica_hour):
+            raise ValueError("cost needs a price: per_1k_prompt_tokens, per_1k_completion_tokens or per_replica_hour")
+        return self
+
+
+class OwnSpec(Spec):
+    """A scorer of an installed package, entry point group `graftwork.scorers`. Only what is named here is loaded."""
+
+    kind: Literal["own"]
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """Name of the entry point."""
+
+
+def _short_form(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+ScorerSpec = Annotated[
+    FieldsSpec
+    | ExactSpec
+    | FieldF1Spec
+    | JsonSchemaSpec
+    | RegexSpec
+    | SqlSpec
+    | OverlapSpec
+    | LatencySpec
+    | TokensSpec
+    | CostSpec
+    | OwnSpec,
+    Field(discriminator="kind"),
+    BeforeValidator(_short_form),
+]
