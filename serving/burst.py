@@ -63,13 +63,15 @@ async def burst(
     *,
     concurrency: int,
     on_answer: Callable[[int], None] = lambda _count: None,
+    began: float | None = None,
 ) -> list[Sent]:
     """Send all calls, `concurrency` at a time, every other one as a stream. A failure is recorded, never raised.
 
     calls: taken one by one as places get free, so a generator decides how long the burst goes on.
     on_answer: called with how many have been answered, each time it grows.
+    began: `time.perf_counter()` that times are counted from, where it isn't now.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
     queue = iter(enumerate(calls))
     sent: list[Sent] = []
 
@@ -91,11 +93,14 @@ async def swap_under_load(
 ) -> SwapReport:
     """Move `ref` (`task@alias`) to the published `new_version` when half of `calls` are answered, and go on asking.
 
+    The last calls, two for each of `concurrency`, wait for the swap's end: without them `stale` could not fail.
+
     Raises ArtifactError for an unknown version, ApiError where the endpoint refuses the new one; requests that fail are
     counted, not raised.
     """
     task, _, alias = ref.partition("@")
     old = artifact.aliases(store, task).get(alias)
+    during = len(calls) - min(2 * concurrency, len(calls) // 2)
     async with endpoint.async_client() as client:
         began = time.perf_counter()
         at_half = asyncio.Event()
@@ -104,13 +109,14 @@ async def swap_under_load(
             if 2 * answered >= len(calls):
                 at_half.set()
 
-        running = asyncio.create_task(burst(client, calls, concurrency=concurrency, on_answer=count))
+        running = asyncio.create_task(burst(client, calls[:during], concurrency=concurrency, on_answer=count))
         await at_half.wait()
         start = time.perf_counter()
         await asyncio.to_thread(artifact.promote, store, task, alias, new_version)
         await client.refresh(ref)
         swapped = time.perf_counter()
         sent = await running
+        sent += await burst(client, calls[during:], concurrency=concurrency, began=began)
     wall_s = time.perf_counter() - began
     names = {f"{endpoint.base}:{ref}"} | ({f"{endpoint.base}:{task}"} if alias == "latest" else set())
     return _report(ref, old, new_version, sent, names, swapped - began, (swapped - start) * 1000, wall_s)
