@@ -101,6 +101,13 @@ class Endpoint:
         """An arm's answer (`ArmAnswer.dump`) without HTTP; call it hundreds of times at once. Raises ApiError."""
         return await self._backend.answer(arm.model_dump(mode="json"), list(messages), request_id, Sampling().dump())
 
+    async def likelihood(
+        self, arm: ArmSpec, messages: Sequence[Mapping[str, str]], continuations: Sequence[str], request_id: str
+    ) -> list[dict[str, Any]]:
+        """How likely the arm is to answer with each text (`Likelihood.dump`), in order. Raises ApiError."""
+        dump = arm.model_dump(mode="json")
+        return await self._backend.likelihood(dump, list(messages), list(continuations), request_id)
+
     @cached_property
     def _backend(self) -> ServeBackend:
         """One for all questions: each has a router of its own, which asks Serve's controller for news all the time."""

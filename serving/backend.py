@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, Protocol
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -53,6 +53,16 @@ class ServeBackend:
     async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> Dump:
         """The first of `choices`."""
         return (await self.choices(arm, messages, request_id, sampling))[0]
+
+    async def likelihood(
+        self, arm: Dump, messages: Question, continuations: Sequence[str], request_id: str
+    ) -> list[Dump]:
+        """See EngineReplica.likelihood."""
+        with _as_api_errors():
+            async with asyncio.timeout(self._timeout_s):
+                call = self._handle.options(method_name="likelihood", multiplexed_model_id=_adapter(arm))
+                told: list[Dump] = await call.remote(arm, messages, continuations, request_id)
+                return told
 
     async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> list[Dump]:
         """Cancelling this cancels the request in the engine."""

@@ -33,7 +33,8 @@ class EngineLike(Protocol):
         """Prompt and answer tokens together that a request of a loaded version, or of the base, may have."""
 
     def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:
-        """Queues a request. `on_event` is called in a thread of the engine and must not block.
+        """Queues a request: an answer to be generated, or (`GenerateRequest.continuation`) one to be scored. `on_event`
+        is called in a thread of the engine and must not block.
 
         Raises DataError or ArtifactError before anything is queued; what goes wrong later ends the request with an
         event.

@@ -61,6 +61,14 @@ class Generation:
                 self._on_end()
 
 
+def require_served(event: TokenEvent) -> None:
+    """Raises ApiError for an event that ends its request without what was asked for."""
+    if event.finish_reason == "error":
+        raise ApiError(500, f"The engine failed on this request: {event.error}", code="engine_error")
+    if event.finish_reason == "cancelled":
+        raise ApiError(503, "The request was cancelled because the engine is going down.", code="engine_stopping")
+
+
 def _nothing() -> None:
     pass
 
@@ -120,10 +128,7 @@ class GrowingAnswer:
         )  # fmt: skip
 
     def _push_one(self, event: TokenEvent) -> str:
-        if event.finish_reason == "error":
-            raise ApiError(500, f"The engine failed on this request: {event.error}", code="engine_error")
-        if event.finish_reason == "cancelled":
-            raise ApiError(503, "The request was cancelled because the engine is going down.", code="engine_stopping")
+        require_served(event)
         self._finish_reason = event.finish_reason or ""
         if event.token_id < 0:
             return ""

@@ -4,7 +4,7 @@ import asyncio
 import os
 import resource
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, closing
 from dataclasses import asdict, dataclass
@@ -33,6 +33,7 @@ from graftwork.serving.engine.grammar import Grammar
 from graftwork.serving.engine.types import GenerateRequest
 from graftwork.serving.generation import Generation, GrowingAnswer
 from graftwork.serving.grammar import Grammars, read_grammar
+from graftwork.serving.likelihood import collect, continuation_ids
 from graftwork.serving.logprobs import LogprobStream
 from graftwork.serving.metrics_families import Family
 from graftwork.serving.metrics_replica import ReplicaMetrics
@@ -120,7 +121,8 @@ class EngineReplica:
         arrived = time.perf_counter()
         with self._metrics.traffic.request() as watch:
             with as_api_errors():
-                admitted = await self._admit(arm, messages, sampling)
+                wanted = Sampling.load(sampling) if sampling else Sampling()
+                admitted = await self._admit(arm, messages, wanted)
                 generation = self._submit(request_id, admitted, arrived)
             task = admitted.pin.manifest.task if admitted.pin else None
             watch.admitted(admitted.arm.name, task, admitted.version)
@@ -140,6 +142,32 @@ class EngineReplica:
                             )
                             watch.done(whole)
                             yield {"answer": whole.dump()}
+
+    async def likelihood(
+        self, arm: Dump, messages: Question, continuations: Sequence[str], request_id: str
+    ) -> list[Dump]:
+        """How likely the arm is to answer with each text, as `Likelihood.dump`, in order; nothing is generated.
+
+        A text's tokens stand right behind the prompt; the token that would end the answer is not one of them. The arm's
+        grammar and decoding play no part. Raises ApiError. Cancelling the call ends its requests in the engine.
+        """
+        arrived = time.perf_counter()
+        with as_api_errors():
+            scored = await self._in_thread(partial(continuation_ids, continuations, self._template))
+            wanted = Sampling(max_new_tokens=max(map(len, scored)))
+            admitted = await self._admit(arm, messages, wanted, grammar=False)
+            generation = self._generation(
+                admitted.hold,
+                [
+                    GenerateRequest(
+                        f"{request_id}/{index}", admitted.prompt.ids, adapter=admitted.version, continuation=ids,
+                        arrived=arrived,
+                    )
+                    for index, ids in enumerate(scored)
+                ],
+            )  # fmt: skip
+        with closing(generation):
+            return [one.dump() for one in await collect(generation, [len(ids) for ids in scored])]
 
     async def refresh(self, ref: str) -> Dump:
         """Read `task@alias` again: new requests get the version it points at. Loads it first; running requests stay.
@@ -216,9 +244,8 @@ class EngineReplica:
         self._engine.stop()
         self._residency.close()
 
-    async def _admit(self, arm: Dump, messages: Question, sampling: Dump | None) -> _Admitted:
+    async def _admit(self, arm: Dump, messages: Question, wanted: Sampling, *, grammar: bool = True) -> _Admitted:
         spec = ArmSpec.model_validate(arm)
-        wanted = Sampling.load(sampling) if sampling else Sampling()
         if wanted.n > self._spec.limits.max_n:
             raise bad_request(f"n={wanted.n}: at most {self._spec.limits.max_n} answers are given.", param="n")
         with ExitStack() as hold:
@@ -226,8 +253,8 @@ class EngineReplica:
             if pin is not None:
                 hold.callback(self._residency.release, pin)
             prompt = await self._in_thread(partial(self._prompt, spec, messages, wanted, pin))
-            grammar = await self._in_thread(partial(self._grammar, spec, wanted))
-            return _Admitted(spec, wanted, prompt, grammar, pin, hold.pop_all())
+            compiled = await self._in_thread(partial(self._grammar, spec, wanted)) if grammar else None
+            return _Admitted(spec, wanted, prompt, compiled, pin, hold.pop_all())
 
     def _submit(self, request_id: str, admitted: _Admitted, arrived: float) -> Generation:
         wanted, prompt = admitted.sampling, admitted.prompt
@@ -239,9 +266,13 @@ class EngineReplica:
             )
             for index in range(wanted.n)
         ]  # fmt: skip
+        return self._generation(admitted.hold, requests)
+
+    def _generation(self, hold: ExitStack, requests: Sequence[GenerateRequest]) -> Generation:
+        """Submits them. `hold` is let go when the last has ended, or now where one is refused."""
         with ExitStack() as on_failure:
-            on_failure.push(admitted.hold)
-            generation = Generation(self._engine, requests, on_end=admitted.hold.close)
+            on_failure.push(hold)
+            generation = Generation(self._engine, requests, on_end=hold.close)
             on_failure.pop_all()
         return generation
 

@@ -50,6 +50,7 @@ class RequestOutput:
     """`vllm.outputs.RequestOutput`"""
 
     outputs: list[Completion]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
     num_cached_tokens: int | None
 
 
@@ -104,6 +105,7 @@ class StandIn:
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: LoraRequest | None = None
     ) -> AsyncGenerator[RequestOutput, None]:
+        sampling_params = {"stop_token_ids": [], "stop": [], "min_tokens": 0, "logprobs": None, **sampling_params}
         ids, done = list(prompt["prompt_token_ids"]), False
         start, name = len(ids), lora_request.lora_name if lora_request else ""
         model = self._loras[lora_request.lora_int_id] if lora_request else self._plain
@@ -119,7 +121,8 @@ class StandIn:
                 reason = self._reason(ids[start:], sampling_params)
                 done = reason is not None
                 places = _places(logits_V, token, sampling_params["logprobs"])
-                yield RequestOutput([Completion([token], places, reason)], cached)
+                told = _prompt_places(model, ids[:-1]) if sampling_params.get("prompt_logprobs") else None
+                yield RequestOutput([Completion([token], places, reason)], told, cached)
         finally:
             if not done:
                 self.aborted.append(request_id)
@@ -136,6 +139,16 @@ def _last_logits(model: Any, ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0, -1]
     return logits
+
+
+def _prompt_places(model: Any, ids: list[int]) -> list[dict[int, Logprob] | None]:
+    """Of each token of a prompt but the first, given those before it."""
+    with torch.inference_mode():
+        logits_TV = model(input_ids=torch.tensor([ids])).logits[0]
+    told: list[dict[int, Logprob] | None] = [None]
+    for logits_V, token in zip(logits_TV[:-1], ids[1:], strict=True):
+        told += _places(logits_V, token, 1) or []
+    return told
 
 
 def _places(logits_V: torch.Tensor, token: int, count: int | None) -> list[dict[int, Logprob]] | None:

@@ -118,6 +118,7 @@ class Answer:
     finish: str | None = None
     error: str | None = None
     cached_tokens: int = 0
+    score: float | None = None
 
 
 class Collector:
@@ -138,6 +139,8 @@ class Collector:
         if event.token_id >= 0:
             answer.tokens.append(event.token_id)
             answer.logprobs.append(event.logprob)
+        if event.finish_reason == "scored":
+            answer.score = event.logprob
         answer.cached_tokens += event.cached_tokens
         answer.finish, answer.error = event.finish_reason, event.error
         return event
@@ -172,6 +175,27 @@ def spec(**changed: Any) -> EngineSpec:
     """Small limits, so that tests run into them."""
     usual = {"max_batch": 16, "max_seq_len": 256, "kv_tokens": 8192, "prefill_tokens": 64, "num_threads": 1}
     return EngineSpec(**{**usual, **changed})
+
+
+def scoring(
+    name: str, prompt: Sequence[int], continuation: Sequence[int], adapter: str | None = None
+) -> GenerateRequest:
+    """A request that asks how likely the continuation is."""
+    return GenerateRequest(name, tuple(prompt), adapter=adapter, continuation=tuple(continuation))
+
+
+def peft_score(base: Path, adapter: Path | None, prompt: Sequence[int], continuation: Sequence[int]) -> float:
+    """log P(continuation | prompt) by one whole forward pass of transformers or PEFT, summed in double precision."""
+    from peft import PeftModel
+
+    model = load_model(base)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    ids = torch.tensor([[*prompt, *continuation]])
+    with torch.inference_mode():
+        logits_TV = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
+    logs_TV = logits_TV.double().log_softmax(-1)
+    return float(logs_TV.gather(1, ids[0, len(prompt) :, None]).sum())
 
 
 def peft_greedy(

@@ -8,10 +8,11 @@ its cached prefix), computes its prompt in chunks beside the running answers, th
 import gc
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from graftwork.serving.engine.batch import Chunk
 from graftwork.serving.engine.checks import check_request
 from graftwork.serving.engine.counters import Counters
 from graftwork.serving.engine.decode_path import DecodePath, path_for
+from graftwork.serving.engine.given import Given
 from graftwork.serving.engine.host import keep_few_kernels, keep_freed_memory, spare_old_objects
 from graftwork.serving.engine.kv import KvStore
 from graftwork.serving.engine.prefix import PrefixCache
@@ -143,10 +145,11 @@ class Engine:
 
     def _check_lead(self, request: GenerateRequest, version: str, lead: Lead) -> None:
         """The places before the prompt count too; lets the adapter go where they do not fit."""
-        total, limit = lead.tokens + len(request.prompt_ids) + request.sampling.max_new_tokens, self.spec.max_seq_len
+        answer = len(request.continuation) or request.sampling.max_new_tokens
+        total, limit = lead.tokens + len(request.prompt_ids) + answer, self.spec.max_seq_len
         if total > limit:
             self.slots.release(version)
-            found = f"{lead.tokens} virtual tokens of the adapter, prompt and max_new_tokens: {total} together"
+            found = f"{lead.tokens} virtual tokens of the adapter, prompt and answer: {total} together"
             move = "shorten the prompt, lower max_new_tokens or raise engine.max_seq_len"
             raise DataError(f"request {request.request_id!r}", found, f"they fit into engine.max_seq_len={limit}", move)
 
@@ -206,7 +209,7 @@ class Engine:
         try:
             plan = self._scheduler.plan()
             involved = [work.request for work in plan.works()]
-            choices = self._compute(plan) if plan else []
+            choices = self._compute(plan) if plan else {}
         except Exception as error:  # top of the thread: whatever the model raises ends these requests, and only these
             for request in involved:
                 self._end(request, "error", f"{type(error).__name__}: {error}")
@@ -214,24 +217,30 @@ class Engine:
         finishing = [work.request for work in plan.works() if work.finishes]
         for work in plan.works():
             _advance(work)
-        for request, choice in zip(finishing, choices, strict=True):
-            self._deliver(request, choice)
+        for request in finishing:
+            if request.given is not None:
+                self._tell_score(request, request.given)
+            else:
+                self._deliver(request, choices[request])
         self._counters.steps += bool(plan)
         mixed = len({work.request.request.adapter for work in plan.works()} - {None})
         self._counters.most_adapters_in_step = max(self._counters.most_adapters_in_step, mixed)
         self._counters.step(time.perf_counter() - started)
 
-    def _compute(self, plan: StepPlan) -> list[Choice]:
-        """Runs the plan and chooses a token for every request that is ready for one, in the plan's order."""
+    def _compute(self, plan: StepPlan) -> dict[RunningRequest, Choice]:
+        """Runs the plan, chooses a token for every request that is ready for one, and scores given continuations."""
         works = list(plan.works())
         decoding, prompts = ([_chunk(work) for work in half] for half in (plan.decoding, plan.prompts))
-        ends = itertools.accumulate(work.count for work in works)
-        ready = [(work.request, end - 1) for work, end in zip(works, ends, strict=True) if work.finishes]
+        firsts = itertools.accumulate((work.count for work in works), initial=0)
+        wanted = [first + place for work, first in zip(works, firsts, strict=False) for place in work.wanted]
         adapters = [work.request.seated for work in plan.decoding], [work.request.seated for work in plan.prompts]
-        logits_NV = self.runner.step(self._kv, decoding, prompts, adapters, [place for _, place in ready])
-        if not ready:
-            return []
-        return choose(logits_NV, [running.choosing for running, _ in ready])
+        logits_NV = self.runner.step(self._kv, decoding, prompts, adapters, wanted)
+        choosing = [work.request for work in works if work.finishes and work.request.given is None]
+        if len(choosing) < len(wanted):
+            logits_NV = _score(works, logits_NV)
+        if not choosing:
+            return {}
+        return dict(zip(choosing, choose(logits_NV, [one.choosing for one in choosing]), strict=True))
 
     def _deliver(self, running: RunningRequest, choice: Choice) -> None:
         """Hands one token out, and ends the request where it is the last."""
@@ -240,9 +249,7 @@ class Engine:
             return
         first = len(running.tokens) == len(running.request.prompt_ids)
         if first:
-            self._scheduler.keep_prefix(running)
-            self._counters.prompt_tokens += len(running.request.prompt_ids)
-            self._counters.prompt_tokens_from_cache += running.cached_tokens
+            self._keep_prompt(running)
         self._counters.generated_tokens += 1
         reason = running.append(choice.token_id, self._decode)
         if reason is not None:
@@ -253,6 +260,21 @@ class Engine:
         )
         if not self._emit(running, event) and reason is None:
             self._release(running, "error")
+
+    def _tell_score(self, running: RunningRequest, given: Given) -> None:
+        if not math.isfinite(given.total):
+            self._end(running, "error", "the model's logits are not finite")
+            return
+        self._keep_prompt(running)
+        self._release(running, "scored")
+        name, cached = running.request.request_id, running.cached_tokens
+        self._emit(running, TokenEvent(name, -1, given.total, "scored", cached_tokens=cached))
+
+    def _keep_prompt(self, running: RunningRequest) -> None:
+        """Shares a prompt that has just been computed, and counts it."""
+        self._scheduler.keep_prefix(running)
+        self._counters.prompt_tokens += len(running.request.prompt_ids)
+        self._counters.prompt_tokens_from_cache += running.cached_tokens
 
     def _end(self, running: RunningRequest, reason: FinishReason, error: str | None = None) -> None:
         """Ends a request without a token."""
@@ -319,6 +341,19 @@ def _memory(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | No
 def _chunk(work: Work) -> Chunk:
     request, start = work.request, work.request.computed
     return Chunk(request.ids(start, work.count), start, request.row)
+
+
+def _score(works: Sequence[Work], logits_NV: torch.Tensor) -> torch.Tensor:
+    """Reads off what was asked about given continuations; the logits of the other requests remain."""
+    left, first = [], 0
+    for work in works:
+        logits = logits_NV[first : first + len(work.wanted)]
+        first += len(work.wanted)
+        if work.request.given is None:
+            left.append(logits)
+        elif len(logits):
+            work.request.given.take(work.scored, logits)
+    return torch.cat(left) if left else logits_NV[:0]
 
 
 def _advance(work: Work) -> None:

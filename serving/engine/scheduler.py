@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from graftwork.serving.engine.admission import Admission
 from graftwork.serving.engine.batch import by_place
+from graftwork.serving.engine.given import SCORED_A_STEP
 from graftwork.serving.engine.kv import KvRow, KvStore
 from graftwork.serving.engine.prefix import BLOCK, PrefixCache
 from graftwork.serving.engine.seats import Seats
@@ -29,8 +30,21 @@ class Work:
 
     @property
     def finishes(self) -> bool:
-        """Whether the next token can be chosen afterwards."""
+        """Whether the next token can be chosen afterwards; of a given continuation, whether it is scored whole."""
         return self.count == self.request.remaining
+
+    @property
+    def scored(self) -> range:
+        """Its places whose next token is given."""
+        given = self.request.given
+        return given.scored(self.request.computed, self.count) if given is not None else range(0)
+
+    @property
+    def wanted(self) -> range:
+        """Which of its tokens' logits are looked at."""
+        if self.request.given is not None:
+            return range(self.count - len(self.scored), self.count)
+        return range(self.count - 1, self.count) if self.finishes else range(0)
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,28 @@ class StepPlan:
     def works(self) -> Iterator[Work]:
         yield from self.decoding
         yield from self.prompts
+
+
+@dataclass
+class _Budget:
+    """What one step may still compute of prompts, and score of given continuations."""
+
+    tokens: int
+    scores: int
+
+    @property
+    def spent(self) -> bool:
+        return self.tokens <= 0
+
+    def work(self, request: RunningRequest) -> Work:
+        """As much of the request as is left for it, maybe nothing."""
+        count = min(request.remaining, self.tokens)
+        if request.given is not None:
+            count = request.given.within(request.computed, count, self.scores)
+        work = Work(request, count)
+        self.tokens -= count
+        self.scores -= len(work.scored)
+        return work
 
 
 class Scheduler:
@@ -73,16 +109,12 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """The next step's work; empty when nothing is queued or running. Allocates and moves KV rows."""
         self._make_room_for_decoding()
-        budget = self._prefill_tokens
-        prompts: list[Work] = []
-        for request in self.running:
-            if request.remaining > 1 and budget > 0:
-                prompts.append(Work(request, min(request.remaining, budget)))
-                budget -= prompts[-1].count
+        budget = _Budget(self._prefill_tokens, SCORED_A_STEP)
+        prompts = [budget.work(request) for request in self.running if request.remaining > 1 and budget.tokens > 0]
         prompts += self._admit(budget)
         self._kv.close_gaps()
         decoding = [Work(request, 1) for request in self.running if request.remaining == 1]
-        prompts = [work for work in prompts if work.request.remaining > 1]
+        prompts = [work for work in prompts if work.request.remaining > 1 and work.count > 0]
         decoding.sort(key=lambda work: by_place(_row(work.request)))
         prompts.sort(key=lambda work: work.request.adapter.version if work.request.adapter else "")
         return StepPlan(decoding, prompts)
@@ -113,14 +145,14 @@ class Scheduler:
             self._seats.leave(request.seated.version)
             request.seated = None
 
-    def _admit(self, budget: int) -> list[Work]:
+    def _admit(self, budget: "_Budget") -> list[Work]:
         """Takes requests from the queue while there are tokens, rows and memory left for them.
 
         A request whose next block is being computed by another one right now waits for it, and then shares it.
         """
         admitted: list[Work] = []
         underway = {key for request in self.running if request.remaining > 1 for key in self._keys(request)}
-        if budget <= 0 or len(self.running) >= self._max_batch:
+        if budget.spent or len(self.running) >= self._max_batch:
             return admitted
         for request in self._admission.offers(list(self.waiting), list(self.running)):
             keys = self._keys(request)
@@ -130,16 +162,14 @@ class Scheduler:
             if not self._seat(request, held):
                 break
             underway.update(keys)
-            admitted.append(Work(request, min(request.remaining, budget)))
-            budget -= admitted[-1].count
-            if budget <= 0 or len(self.running) >= self._max_batch:
+            admitted.append(budget.work(request))
+            if budget.spent or len(self.running) >= self._max_batch:
                 break
         return admitted
 
     def _seat(self, request: RunningRequest, held: int) -> bool:
         """Gives the request a row with its cached prefix in it. False: no memory now."""
-        answer = request.request.sampling.max_new_tokens - len(request.generated)
-        row = self._kv.allocate(request.places + min(answer, _HEADROOM))
+        row = self._kv.allocate(request.places + min(request.to_generate, _HEADROOM))
         if row is None:
             return False
         request.row = row

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from graftwork.serving.engine.given import Given
 from graftwork.serving.engine.kv import KvRow
 from graftwork.serving.engine.prefix import block_keys
 from graftwork.serving.engine.row import Row
@@ -33,7 +34,11 @@ class RunningRequest:
         self.passed = 0
         """Younger requests that came in before it while it had no slot."""
         self.lead = adapter.lead.tokens if adapter is not None and adapter.lead is not None else 0
-        self.tokens: list[int] = list(request.prompt_ids)
+        self.tokens: list[int] = [*request.prompt_ids, *request.continuation[:-1]]
+        self.given = (
+            Given(request.continuation, self.lead + len(request.prompt_ids) - 1) if request.continuation else None
+        )
+        """The continuation that is scored; None where one is generated."""
         self.row: KvRow | None = None
         self.choosing = Row(request.sampling, request.prompt_ids, request.stop_ids, request.grammar)
         """What its tokens are chosen by; kept when the request steps back into the queue."""
@@ -67,6 +72,11 @@ class RunningRequest:
             return self.tokens[begin : begin + count]
         virtual = min(-begin, count)
         return [0] * virtual + self.tokens[: count - virtual]
+
+    @property
+    def to_generate(self) -> int:
+        """Tokens that may still come."""
+        return 0 if self.given is not None else self.request.sampling.max_new_tokens - len(self.generated)
 
     @property
     def generated(self) -> list[int]:

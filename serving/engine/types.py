@@ -7,7 +7,7 @@ from typing import Literal
 from graftwork.errors import DataError
 from graftwork.serving.engine.grammar import Grammar
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "scored", "cancelled", "error"]
 STEP_S = (0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
 """Bounds of `EngineStats.step_times`."""
 
@@ -103,6 +103,9 @@ class GenerateRequest:
     """Version digest given to `Engine.load_adapter`; None is the base model."""
     grammar: Grammar | None = None
     """What the answer must look like. The answer ends with "stop" once it is whole and nothing may follow."""
+    continuation: tuple[int, ...] = ()
+    """Where given, nothing is generated: the one event has finish_reason="scored" and, as its `logprob`, the sum over
+    these tokens, each given the prompt and the ones before it."""
     arrived: float | None = None
     """`time.perf_counter` when it reached the endpoint, loads and retrieval before it; its place in the queue."""
 
@@ -113,7 +116,7 @@ class TokenEvent:
 
     request_id: str
     token_id: int
-    """-1 where the request ended without a new token (cancelled, error)."""
+    """-1 where the request ended without a new token (scored, cancelled, error)."""
     logprob: float | None
     """Natural log of the token's probability under the model (temperature 1, no logit changed); None: not asked for."""
     finish_reason: FinishReason | None

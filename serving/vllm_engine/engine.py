@@ -132,16 +132,25 @@ class VllmEngine:
         anything is queued.
         """
         check_request(request, max_seq_len=self.spec.max_seq_len, vocab_size=self._vocab_size, decodes=True)
+        if request.continuation:
+            self._check_scored(request)
         sampling = self._words.sampling(sampling_arguments(request), grammar_arguments(request))
         with self._lock:
             if self._stopping or request.request_id in self._live:
                 found = "the engine is stopped" if self._stopping else "in use"
                 raise DataError(f"request_id {request.request_id!r}", found, "ids of running requests differ")
             lora = self._loras.acquire(request.adapter) if request.adapter is not None else None
-            translator = Translator(request.request_id, request.sampling.logprobs or 0)
+            translator = Translator(request.request_id, request.sampling.logprobs or 0, request.continuation)
             running = _Running(request, on_event, lora, sampling, translator)
             self._live[request.request_id] = running
             self._loop.call_soon_threadsafe(self._begin, running)
+
+    def _check_scored(self, request: GenerateRequest) -> None:
+        total, limit = len(request.prompt_ids) + len(request.continuation), self.spec.max_seq_len
+        if total >= limit:
+            rule = f"with engine.kind=vllm they are fewer than engine.max_seq_len={limit}"
+            found, move = f"{total} tokens of prompt and continuation", "shorten one of them or raise it"
+            raise DataError(f"request {request.request_id!r}", found, rule, move)
 
     def cancel(self, request_id: str) -> None:
         """Ends a request with finish_reason="cancelled"; unknown ids are ignored."""
@@ -197,9 +206,8 @@ class VllmEngine:
         await self._started.wait()
         request = running.request
         lora = self._words.lora(running.lora) if running.lora is not None else None
-        outputs = self._llm.generate(
-            self._words.prompt(request.prompt_ids), running.sampling, request.request_id, lora_request=lora
-        )
+        prompt = self._words.prompt(request.prompt_ids + request.continuation)
+        outputs = self._llm.generate(prompt, running.sampling, request.request_id, lora_request=lora)
         last = TokenEvent(request.request_id, -1, None, "error", "vLLM ended it without a reason")
         async with aclosing(outputs):
             async for output in outputs:  # to its end: closing it before would abort what has finished
@@ -212,7 +220,7 @@ class VllmEngine:
         return last
 
     def _count(self, running: _Running, event: TokenEvent) -> None:
-        if event.token_id >= 0:
+        if event.token_id >= 0 or event.finish_reason == "scored":
             self._tally.token(event, len(running.request.prompt_ids), first=not running.counted)
             running.counted = True
 

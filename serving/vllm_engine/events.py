@@ -35,21 +35,28 @@ class Output(Protocol):
     @property
     def outputs(self) -> Sequence[Completion]: ...
     @property
+    def prompt_logprobs(self) -> Sequence[Mapping[int, TokenLogprob] | None] | None: ...
+    @property
     def num_cached_tokens(self) -> int | None: ...
 
 
 @dataclass
 class Translator:
-    """Events of one request. `top`: alternatives to be told at each token."""
+    """Events of one request. `top`: alternatives to be told at each token; `continuation`: tokens to be scored."""
 
     request_id: str
     top: int
+    continuation: Sequence[int] = ()
     first: bool = True
 
     def events(self, output: Output) -> list[TokenEvent]:
         """Of one output; several tokens where the reader was slow. The last event may have no token (-1)."""
         [said] = output.outputs  # n=1
         reason = _reason(said.finish_reason)
+        if self.continuation and output.prompt_logprobs:
+            return [TokenEvent(self.request_id, -1, self._score(output.prompt_logprobs), "scored")]
+        if self.continuation and reason in (None, "stop", "length"):
+            return []
         places = said.logprobs or [{}] * len(said.token_ids)
         events = [
             self._token(token, place, output.num_cached_tokens or 0)
@@ -61,6 +68,14 @@ class Translator:
             error = f"vLLM ended it with finish_reason={said.finish_reason}" if reason == "error" else None
             events.append(TokenEvent(self.request_id, -1, None, reason, error))
         return events
+
+    def _score(self, prompt: Sequence[Mapping[int, TokenLogprob] | None]) -> float:
+        """The last tokens of the prompt are the continuation."""
+        total = 0.0
+        for token, place in zip(self.continuation, prompt[-len(self.continuation) :], strict=True):
+            assert place is not None, "every token but a prompt's first has a probability"
+            total += place[token].logprob
+        return total
 
     def _token(self, token: int, place: Mapping[int, TokenLogprob], cached: int) -> TokenEvent:
         ranked = sorted((found.rank or 0, other, found.logprob) for other, found in place.items())

@@ -17,8 +17,11 @@ def sampling_arguments(request: GenerateRequest) -> dict[str, Any]:
     """Arguments of `vllm.SamplingParams`; output kind and grammar are the caller's. Raises SamplingError.
 
     The base's own end tokens do not count: only the request's stop ids end an answer, as in our engine. With a grammar
-    they do, because a finished grammar allows nothing else.
+    they do, because a finished grammar allows nothing else. A continuation is scored as the end of a prompt; vLLM makes
+    one token more, which nobody is told.
     """
+    if request.continuation:
+        return {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1, "detokenize": False}
     wanted = request.sampling
     for key, rule in _differences(wanted):
         raise SamplingError(f"{key}={getattr(wanted, key)!r}", "engine.kind=vllm", rule, "use engine.kind=graftwork")

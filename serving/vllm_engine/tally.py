@@ -37,8 +37,8 @@ class Tally:
             self.preemptions += iteration_stats.num_preempted_reqs
 
     def token(self, event: TokenEvent, prompt_tokens: int, *, first: bool) -> None:
-        """A token was handed out."""
-        self.generated += 1
+        """A token was handed out, or a continuation scored."""
+        self.generated += event.token_id >= 0
         if first:
             self.prompt_tokens += prompt_tokens
             self.cached_tokens += event.cached_tokens

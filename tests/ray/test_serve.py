@@ -381,6 +381,24 @@ def test_an_arm_says_which_passages_and_which_version_answered(endpoint: Endpoin
         assert "".join(piece for piece in pieces if isinstance(piece, str)) == last.text == reply.text
 
 
+def test_an_arm_says_how_likely_an_answer_is_by_the_handle(endpoint: Endpoint) -> None:
+    """Source: the log probabilities that the engine tells of an answer while it generates it."""
+    arm = ArmSpec(name="card", adapter="card@latest", max_new_tokens=6)
+    hello, sampling = [{"role": "user", "content": "Hello"}], Sampling(logprobs=0, ignore_eos=True)
+
+    async def ask() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        backend = ServeBackend(endpoint.handle, 60)
+        said = await backend.answer(arm.model_dump(mode="json"), hello, "said", sampling.dump())
+        return said, await endpoint.likelihood(arm, hello, [said["text"], "something else"], "likely")
+
+    said, [likely, other] = asyncio.run(ask())
+    template = base_model.template(base_model.resolve(endpoint.spec.base))
+    if template.continuation_ids(said["text"]) == list(said["token_ids"]):  # text may have shorter spellings in tokens
+        assert likely["logprob"] == pytest.approx(sum(one["logprob"] for one in said["logprobs"]), abs=1e-3)
+    assert other["logprob"] < likely["logprob"] < 0
+    assert likely["tokens"] == len(template.continuation_ids(said["text"]))
+
+
 def test_our_client_says_where_nothing_answers() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with Client(url) as client:

@@ -324,3 +324,22 @@ def test_stop_cancels_what_runs_and_refuses_what_comes(fresh: Open) -> None:
     with pytest.raises(DataError, match="stopped"):
         engine.submit(engines.request("y", [5]), collector)
     engine.cancel("x")
+
+
+def test_a_given_continuation_is_scored_and_none_generated(
+    engine: EngineLike, base: Path, adapters: tuple[Path, Path], request: pytest.FixtureRequest
+) -> None:
+    """Source: one whole forward pass of transformers, and of peft, fp32."""
+    engine.load_adapter("a", adapters[0])
+    ending = [7, 30, 7, 99]
+    asked = [engines.scoring(f"s{n}", PROMPT[n:], ending, name) for n, name in enumerate([None, "a", "a"])]
+    answers = ask(engine, *asked)
+    assert [(answer.finish, answer.tokens) for answer in answers] == [("scored", [])] * 3
+    exact = "vllm" not in request.node.callspec.params.values()  # vLLM computes in 16 bit
+    for n, answer in enumerate(answers):
+        expected = engines.peft_score(base, adapters[0] if n else None, PROMPT[n:], ending)
+        assert answer.score == pytest.approx(expected, abs=1e-4 if exact else 0.5)
+    assert engine.stats().finished == {"scored": 3}
+    assert engine.stats().generated_tokens == 0
+    with pytest.raises(DataError, match="prompt and continuation"):
+        engine.submit(engines.scoring("long", range(3, 200), range(3, 70)), engines.Collector())

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from graftwork import artifact
+from graftwork import artifact, base_model, chat
+from graftwork.base_model import BaseSpec
 from graftwork.errors import RunError
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.replica import EngineReplica
@@ -30,7 +31,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def replica_of(base: Path, root: Path) -> AsyncIterator[EngineReplica]:
     """As Ray Serve makes one."""
     spec = ServeSpec.model_validate(
-        {"base": str(base), "root": str(root), "quant": {"kind": "none"}, "engine": {"max_seq_len": 128}}
+        {
+            "base": str(base),
+            "root": str(root),
+            "quant": {"kind": "none", "dtype": "float32"},
+            "engine": {"max_seq_len": 128},
+        }
     )
     replica = EngineReplica.__new__(EngineReplica)
     await replica.__init__(spec.model_dump(mode="json"))  # type: ignore[misc]
@@ -119,5 +125,29 @@ def test_health_tells_when_the_engine_has_ended(base: Path, tmp_path: Path) -> N
             with pytest.raises(ApiError) as told:
                 await running
             assert (told.value.status, told.value.code) == (503, "engine_stopping")
+
+    asyncio.run(play())
+
+
+def test_the_likelihood_of_answers_is_that_of_their_tokens_behind_the_prompt(base: Path, tmp_path: Path) -> None:
+    """Source: one whole forward pass of transformers over the prompt that the chat module renders."""
+
+    async def play() -> None:
+        async with replica_of(base, tmp_path) as replica:
+            texts = ["yes", "no, not at all", "<|im_end|>"]
+            told = await replica.likelihood(arm(grammar={"regex": "a+"}), HELLO, texts, "l")
+            template = base_model.template(base_model.resolve(BaseSpec(uri=str(base))))
+            prompt = chat.render([chat.Message("user", "Hello")], template, generate=True).ids
+            for text, one in zip(texts, told, strict=True):
+                ids = template.continuation_ids(text)
+                assert not set(ids) & template.special_ids
+                assert one["tokens"] == len(ids)
+                assert one["logprob"] == pytest.approx(engines.peft_score(base, None, prompt, ids), abs=1e-4)
+            for wrong in ([], ["fine", ""]):
+                with pytest.raises(ApiError, match="empty"):
+                    await replica.likelihood(arm(), HELLO, wrong, "w")
+            with pytest.raises(ApiError, match="max_seq_len=128"):
+                await replica.likelihood(arm(), HELLO, ["word " * 200], "long")
+            assert (await replica.stats())["engine"]["finished"] == {"scored": 3}
 
     asyncio.run(play())

@@ -192,7 +192,7 @@ def test_vllm_takes_what_we_give_it(adapter: Path) -> None:
 
 
 def delta(ids: list[int], reason: str | None = None, logprobs: Any = None, cached: int | None = 32) -> RequestOutput:
-    return RequestOutput([Completion(ids, logprobs, reason)], cached)
+    return RequestOutput([Completion(ids, logprobs, reason)], None, cached)
 
 
 def test_a_delta_of_several_tokens_is_an_event_each() -> None:
