@@ -84,6 +84,25 @@ def read_rows(uri: str, *, limit: int | None = None, need: Literal["train", "eva
     return _not_empty(rows, uri)
 
 
+def read_fields(uri: str, names: Sequence[str], *, limit: int | None = None) -> dict[str, tuple[str, ...]]:
+    """Name -> the value in each row, as text, of a field of the row or else of its gold; the rows of `read_rows`.
+
+    Raises DataError for a row that lacks one: a part of the questions can't be told without it.
+    """
+    values: dict[str, list[str]] = {name: [] for name in names}
+    for count, (number, record) in enumerate(_records(uri)):
+        if count == limit:
+            break
+        gold: dict[str, Any] = record["gold"] if isinstance(record.get("gold"), dict) else {}
+        for name in names:
+            if name not in record and name not in gold:
+                known = ", ".join(sorted({*record, *gold} - {"messages", "gold"}))
+                raise DataError(f"{uri} row {number}: {name}", "the field is missing", "every row has the fields that "
+                                "part or cluster the questions", f"fields of this row: {known}")  # fmt: skip
+            values[name].append(_as_text(record.get(name, gold.get(name))))
+    return {name: tuple(found) for name, found in values.items()}
+
+
 def read_passages(uri: str) -> list[Passage]:
     """Passages of a JSONL, `{"id": "...", "text": "..."}` a line, in order. Raises DataError, StorageError."""
     passages = []
@@ -251,6 +270,12 @@ def _not_empty(items: list[ItemT], uri: str) -> list[ItemT]:
     if not items:
         raise DataError(uri, "it has no rows", "a dataset has at least one row", "check the path")
     return items
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, list):
+        return "+".join(_as_text(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _kind(value: object) -> str:

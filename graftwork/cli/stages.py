@@ -2,11 +2,12 @@
 
 import json
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graftwork import config
+from graftwork.cli.comparing import compare
 from graftwork.cli.output import (
     JsonFlag,
     On,
@@ -138,43 +139,6 @@ def serve(file: SpecFile, on: On = "local", sets: Sets = []) -> None:  # noqa: B
         say("  Ctrl-C ends it")
         while True:
             time.sleep(3600)
-
-
-def compare(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
-    """Let all arms answer the held-out questions; print scores, tests and the verdict."""
-    from graftwork.serving.experiment.spec import CompareSpec
-
-    spec = config.load(file, sets, expect="compare")
-    assert isinstance(spec, CompareSpec)
-    from graftwork.cluster.session import session
-    from graftwork.serving.experiment.run import run_compare
-
-    with progress_bar(f"compare {spec.name}", as_json) as bar, session(on) as here:
-        outcome = here.run(run_compare, spec, on_progress=lambda p: bar(p.done, p.total, f"{p.failed} failed"))
-    if as_json:
-        print_json(outcome.report.model_dump(mode="json"))
-    else:
-        show_comparison(outcome.report, outcome.reused)
-
-
-def show_comparison(report: Any, reused: int) -> None:
-    """Scores per arm, tests against the baseline, and the verdict in a sentence."""
-    names = [metric.name for metric in report.metrics]
-    print_table(
-        f"{report.name}: {report.n} questions" + (f", {reused} answers reused" if reused else ""),
-        ("arm", *names, "errors"),
-        [(arm.name, *[_interval(arm.scores[n]) for n in names], arm.errors) for arm in report.arms],
-    )
-    print_table(
-        f"against {report.baseline} (paired, Holm within a metric)",
-        ("arm", "metric", "difference", "p", "verdict", "detectable"),
-        [(d.a, d.metric, _interval(d), f"{d.p_adjusted:.2g}", d.verdict, f"{d.mde:.2f}") for d in report.differences],
-    )
-    say(report.advice.sentence)
-
-
-def _interval(score: Any) -> str:
-    return f"{score.value:.2f} [{score.low:.2f}, {score.high:.2f}]"
 
 
 def chat(

@@ -15,6 +15,7 @@ from graftwork.report.records import (
     Difference,
     PlanRow,
     QuantizeReport,
+    SampleAnswer,
     StageTime,
     SwapRecord,
     TrainRun,
@@ -47,6 +48,8 @@ class Panel:
     unit: str
     meaning: str
     advice: str
+    groups: str
+    """Arms that the tests do not tell apart; empty where they tell all apart."""
     rows: tuple[Row, ...]
 
 
@@ -62,10 +65,10 @@ class Chart:
 
 
 def panels(report: CompareReport) -> list[Panel]:
-    """Facts, form and both as small multiples, the baseline marked in each."""
-    advice = {found.metric: found.sentence for found in report.advice.metrics}
-    return [Panel(metric.name, metric.unit, metric.meaning, advice[metric.name],
-                  tuple(_row(arm, metric.name, report) for arm in report.arms))
+    """The metrics of the advice (facts, form and both) as small multiples, the baseline marked in each."""
+    advice = {found.metric: found for found in report.advice.metrics}
+    return [Panel(metric.name, metric.unit, metric.meaning, advice[metric.name].sentence,
+                  words.tied(advice[metric.name].groups), tuple(_row(arm, metric.name, report) for arm in report.arms))
             for metric in report.metrics if metric.name in advice]  # fmt: skip
 
 
@@ -79,16 +82,25 @@ def _row(arm: ArmReport, metric: str, report: CompareReport) -> Row:
                words.interval(score.low, score.high), score.signature)  # fmt: skip
 
 
-def difference_track(difference: Difference, kind: str) -> Markup:
-    """A difference and its interval between -1 and +1, zero marked."""
-    title = f"{difference.a} − {difference.b}: {words.signed(difference.value)}\n{difference.signature}"
+def difference_track(difference: Difference, kind: str, reach: float = 1.0) -> Markup:
+    """A difference and its interval between -reach and +reach, zero marked."""
+    title = f"{difference.a} − {difference.b}: {words.signed_number(difference.value)}\n{difference.signature}"
     mark = Mark(difference.value, difference.low, difference.high, kind, title)
-    return interval_track(mark, Scale(-1, 1), reference=0.0)
+    return interval_track(mark, Scale(-reach, reach), reference=0.0)
+
+
+def reach(differences: Sequence[Difference], report: CompareReport) -> float:
+    """How far a track of these differences goes: 1 for scores, the farthest bound for a measure."""
+    kinds = {metric.name: metric.kind for metric in report.metrics}
+    if not differences or any(kinds[one.metric] != "measure" for one in differences):
+        return 1.0
+    return max(max(abs(one.low), abs(one.high)) for one in differences) or 1.0
 
 
 def differences_by_metric(report: CompareReport) -> list[tuple[str, list[Difference]]]:
     """The table against the baseline, metric by metric."""
-    return [(metric.name, [d for d in report.differences if d.metric == metric.name]) for metric in report.metrics]
+    found = [(metric.name, [d for d in report.differences if d.metric == metric.name]) for metric in report.metrics]
+    return [(name, some) for name, some in found if some]
 
 
 def kinds(report: CompareReport) -> dict[str, str]:
@@ -103,8 +115,16 @@ def precision_kinds(report: QuantizeReport) -> dict[str, str]:
 
 
 def headline(report: CompareReport) -> ArmReport:
-    """The arm with most answers wholly right."""
-    return max(report.arms, key=lambda arm: arm.scores["both"].value)
+    """The arm that scores best on the primary metric."""
+    return max(report.arms, key=lambda arm: arm.scores[report.primary].value)
+
+
+def marks(answer: SampleAnswer, report: CompareReport) -> list[tuple[str, str | bool]]:
+    """What a sample answer scored on the metrics of the advice: right or wrong, or how much."""
+    shown = {found.metric for found in report.advice.metrics}
+    return [(metric.name, bool(answer.scores[metric.name]) if metric.kind == "binary"
+             else words.score(answer.scores[metric.name]))
+            for metric in report.metrics if metric.name in shown and metric.name in answer.scores]  # fmt: skip
 
 
 def trials_chart(tune: TuneRecord) -> Chart | None:

@@ -31,7 +31,7 @@ class Score(Record):
     high: float
     level: float
     method: str
-    """`wilson` for shares of answers, `bca` for graded metrics."""
+    """`wilson` for shares of answers, `bca` for graded metrics and measures, `cluster-bca` for clustered questions."""
     n: int
     signature: str
 
@@ -49,11 +49,12 @@ class ArmReport(Record):
     n: int
     errors: int
     """Requests that failed; each counts as a wrong answer."""
-    not_json: int
-    """Answers that are not one JSON object; each counts as a wrong form."""
+    not_json: int | None
+    """Answers that are not one JSON object; each counts as a wrong form. None: no scorer wants an object."""
     truncated: int
     """Answers cut by `max_new_tokens`."""
     scores: dict[str, Score]
+    """By metric; one that no answer had (a time of an arm that always failed) is absent."""
     prompt_tokens: Distribution | None
     completion_tokens: Distribution | None
     ttft_ms: Distribution | None
@@ -72,13 +73,15 @@ class Difference(Record):
     high: float
     level: float
     interval: str
-    """`newcombe-10` for shares of answers, `bca` for graded metrics."""
+    """`newcombe-10` for shares of answers, `bca` for graded metrics and measures, `cluster-bca` for clusters."""
     test: str
-    """`mcnemar-exact` for shares of answers, `sign-flip` for graded metrics."""
+    """`mcnemar-exact` for shares of answers, `sign-flip` for graded ones, `cluster-sign-flip` for clusters."""
     p_value: float
     p_adjusted: float
-    """After Holm over the `family` tests made together."""
+    """After the adjustment over the `family` tests made together."""
     family: int
+    adjust: Literal["holm", "bh"] = "holm"
+    """bh (Benjamini-Hochberg) in slices, which explore; holm in everything declared."""
     wins: int
     """Questions on which `a` scored higher."""
     losses: int
@@ -100,6 +103,8 @@ class MetricAdvice(Record):
     best: str
     tied: tuple[str, ...]
     """`best` and every arm whose deficit is not significant (Holm over all pairs of arms)."""
+    groups: tuple[tuple[str, ...], ...]
+    """In place of a ranking: the largest sets of arms that the tests do not tell apart, best mean first."""
     winner: Literal["prompting", "retrieval", "finetuning", "finetuning with retrieval"] | None
     """The ingredient that all tied arms share and no other has; None when undecided."""
     sentence: str
@@ -121,9 +126,8 @@ class SampleAnswer(Record):
     arm: str
     text: str
     error: str | None
-    form: float
-    facts: float
-    both: float
+    scores: dict[str, float]
+    """By metric, measures left out."""
     retrieved_ids: tuple[str, ...]
 
 
@@ -142,7 +146,20 @@ class MetricInfo(Record):
     name: str
     unit: str
     better: str
+    kind: Literal["binary", "graded", "measure"]
     meaning: str
+
+
+class Slice(Record):
+    """The questions that share a field's value: what was looked at, not what was claimed."""
+
+    field: str
+    value: str
+    n: int
+    scores: dict[str, Score]
+    """Arm -> the primary metric."""
+    differences: tuple[Difference, ...]
+    """Every arm against the baseline on the primary metric; BH over all slices of the report."""
 
 
 class CompareReport(Record):
@@ -156,12 +173,18 @@ class CompareReport(Record):
     seed: int
     base_digest: str | None
     data_fingerprint: str
+    primary: str
+    """The metric that the verdict is about."""
+    cluster: str | None
+    """The field whose equal values make questions depend on each other; null: all are independent."""
+    clusters: int | None
     metrics: tuple[MetricInfo, ...]
     arms: tuple[ArmReport, ...]
     differences: tuple[Difference, ...]
     """Every arm against the baseline, for each metric."""
     contrasts: tuple[Difference, ...]
     """The contrasts that the spec declared."""
+    slices: tuple[Slice, ...]
     advice: Advice
     samples: tuple[Sample, ...]
     notes: tuple[str, ...]

@@ -1,6 +1,6 @@
 """Numbers as people read them. One rule a quantity, so that a page never shows it in two ways."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NONE = "–"
@@ -16,6 +16,28 @@ def signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
+def number(value: float) -> str:
+    """A score, and what is within ±1, with two decimals; a larger measure with three digits, thousands separated."""
+    if abs(value) <= 1:
+        return score(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def signed_number(value: float) -> str:
+    """As `number`, with its sign."""
+    return signed(value) if abs(value) <= 1 else f"{'−' if value < 0 else '+'}{number(abs(value))}"
+
+
+def numbers(low: float, high: float) -> str:
+    """An interval of scores or of a measure."""
+    return f"[{number(low)}, {number(high)}]".replace("-", "−")
+
+
+def signed_numbers(low: float, high: float) -> str:
+    """An interval of differences of scores or of a measure."""
+    return f"[{signed_number(low)}, {signed_number(high)}]"
+
+
 def interval(low: float, high: float) -> str:
     """An interval of scores."""
     return f"[{low:.2f}, {high:.2f}]".replace("-", "−")
@@ -24,6 +46,11 @@ def interval(low: float, high: float) -> str:
 def signed_interval(low: float, high: float) -> str:
     """An interval of differences."""
     return f"[{signed(low)}, {signed(high)}]"
+
+
+def tied(groups: Sequence[Sequence[str]]) -> str:
+    """`a, b | c, d`: the sets of arms that no test tells apart; empty where each arm stands alone."""
+    return " | ".join(", ".join(group) for group in groups if len(group) > 1)
 
 
 def p_value(value: float) -> str:

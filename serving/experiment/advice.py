@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Literal
 
+from graftwork import stats
 from graftwork.report.records import Advice, ArmKind, Difference, MetricAdvice
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, family
 
@@ -26,23 +27,26 @@ _WINNER: dict[ArmKind, Winner] = {
 }
 _INGREDIENTS = {"prompt": frozenset[str](), "rag": {"retrieval"}, "finetune": {"finetuning"},
                 "both": {"retrieval", "finetuning"}}  # fmt: skip
-_ON = {"facts": "on facts", "form": "on form", "both": "on both together"}
+_ON = {"both": "on both together"}
 
 
-def advise(scored: ScoredArms, kinds: Mapping[str, ArmKind], rules: Rules) -> Advice:
-    """The advice on facts, form and both together."""
-    metrics = tuple(_advise_metric(scored, kinds, metric, rules) for metric in METRICS)
-    won, caveats = _won(metrics, scored, rules), _open(metrics, scored)
+def advise(scored: ScoredArms, kinds: Mapping[str, ArmKind], rules: Rules, metrics: Sequence[str] = METRICS) -> Advice:
+    """The advice on each metric (facts, form and both together); the last of them is the primary one."""
+    found = tuple(_advise_metric(scored, kinds, metric, rules) for metric in metrics)
+    won, caveats = _won(found, scored, rules), _open(found, scored)
     sentence, caveats = (won, caveats) if won else (caveats[0], caveats[1:])
-    return Advice(sentence=sentence, caveats=caveats, metrics=tuple(found for found, _ in metrics))
+    return Advice(sentence=sentence, caveats=caveats, metrics=tuple(one for one, _ in found))
 
 
 def _advise_metric(scored: ScoredArms, kinds: Mapping[str, ArmKind], metric: str, rules: Rules) -> Found:
     best = max(scored.names, key=lambda arm: (scored.mean(arm, metric), -_COST.index(kinds[arm])))
-    rivals = _against(best, family(scored, [(a, b, metric) for a, b in combinations(scored.names, 2)], rules))
+    pairs = family(scored, [(a, b, metric) for a, b in combinations(scored.names, 2)], rules)
+    rivals, groups = _against(best, pairs), _groups(scored, metric, pairs)
     if scored.mean(best, metric) == 0:
-        sentence = f"No arm scores above 0 {_ON[metric]} (n={rivals[0].n})."
-        return MetricAdvice(metric=metric, best=best, tied=scored.names, winner=None, sentence=sentence), None
+        sentence = f"No arm scores above 0 {_on(metric)} (n={rivals[0].n})."
+        return MetricAdvice(
+            metric=metric, best=best, tied=scored.names, groups=groups, winner=None, sentence=sentence
+        ), None
     open_rivals = [rival for rival in rivals if rival.verdict in ("equivalent", "undecided")]
     tied = (best, *(_other(rival, best) for rival in open_rivals))
     winner = _winner([kinds[arm] for arm in tied], open_rivals)
@@ -52,7 +56,16 @@ def _advise_metric(scored: ScoredArms, kinds: Mapping[str, ArmKind], metric: str
     ]
     turning = _closest((blocking or open_rivals) if winner is None else beaten, best, scored, metric)
     sentence = _sentence(scored, metric, best, tied, winner, turning)
-    return MetricAdvice(metric=metric, best=best, tied=tied, winner=winner, sentence=sentence), turning
+    return MetricAdvice(metric=metric, best=best, tied=tied, groups=groups, winner=winner, sentence=sentence), turning
+
+
+def _on(metric: str) -> str:
+    return _ON.get(metric, f"on {metric.replace('_', ' ')}")
+
+
+def _groups(scored: ScoredArms, metric: str, pairs: Sequence[Difference]) -> tuple[tuple[str, ...], ...]:
+    apart = [(pair.a, pair.b) for pair in pairs if pair.verdict in ("better", "worse")]
+    return tuple(stats.tied_sets({arm: scored.mean(arm, metric) for arm in scored.names}, apart))
 
 
 def _against(arm: str, pairs: Sequence[Difference]) -> list[Difference]:
@@ -86,11 +99,11 @@ def _sentence(
         rival = _other(turning, best)
         rest = [arm for arm in tied[1:] if arm != rival]
         also = f" (nor are {_join(rest)} told apart)" if rest else ""
-        return (f"{_ON[metric].capitalize()}: undecided between {score} and {rival} {scored.mean(rival, metric):.2f}"
+        return (f"{_on(metric).capitalize()}: undecided between {score} and {rival} {scored.mean(rival, metric):.2f}"
                 f"{also}; {_missing(turning)}.")  # fmt: skip
     also = f", not told apart from {_join(tied[1:])}" if len(tied) > 1 else ""
     ahead = f"; {_lead(turning, best)}" if turning is not None else ""
-    return f"{_ON[metric].capitalize()}: {winner} wins ({score}{also}{ahead})."
+    return f"{_on(metric).capitalize()}: {winner} wins ({score}{also}{ahead})."
 
 
 def _lead(pair: Difference, best: str) -> str:
@@ -107,7 +120,7 @@ def _won(metrics: Sequence[Found], scored: ScoredArms, rules: Rules) -> str:
     """What wins what, in one sentence; empty when nothing is decided."""
     parts: list[str] = []
     for winner in dict.fromkeys(found.winner for found, _ in metrics if found.winner is not None):
-        where = _join([_ON[found.metric] for found, _ in metrics if found.winner == winner])
+        where = _join([_on(found.metric) for found, _ in metrics if found.winner == winner])
         parts.append(f"{winner} {'' if parts else 'wins '}{where}")
     return _as_sentence(_join(parts) + _usable(*metrics[-1], scored, rules)) if parts else ""
 
@@ -118,9 +131,9 @@ def _open(metrics: Sequence[Found], scored: ScoredArms) -> tuple[str, ...]:
     for found, turning in metrics:
         if found.winner is None and turning is not None:
             pair = f"{found.best} and {_other(turning, found.best)}"
-            sentences.append(f"{_ON[found.metric]}, undecided between {pair} ({_missing(turning)})")
+            sentences.append(f"{_on(found.metric)}, undecided between {pair} ({_missing(turning)})")
         elif found.winner is None:
-            sentences.append(f"{_ON[found.metric]}, no arm scores above 0 (n={scored.n})")
+            sentences.append(f"{_on(found.metric)}, no arm scores above 0 (n={scored.n})")
     return tuple(_as_sentence(text) for text in sentences)
 
 
@@ -134,6 +147,8 @@ def _usable(both: MetricAdvice, turning: Difference | None, scored: ScoredArms, 
         return ""
     value, low, high = _seen_from(both.best, turning)
     also = f" (not told apart from {_join(both.tied[1:])})" if len(both.tied) > 1 else ""
+    if both.metric != "both":
+        return f": {both.best}{also} {scored.mean(both.best, both.metric):.2f}, {_lead(turning, both.best)}"
     share = 100 * scored.mean(both.best, "both")
     return (
         f": {both.best}{also} answers {share:.0f}% of {turning.n} questions wholly right, "

@@ -1,59 +1,90 @@
 """Answers of all arms -> `CompareReport`: scores with intervals, paired tests, verdicts, advice, samples."""
 
+import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from graftwork import metrics, stats
 from graftwork.data import Row, fingerprint
-from graftwork.errors import DataError
-from graftwork.metrics import Distribution, Metric, distribution, signature
-from graftwork.report.records import (
-    ArmKind,
-    ArmReport,
-    CompareReport,
-    Difference,
-    MetricInfo,
-    Sample,
-    SampleAnswer,
-    Score,
-)
-from graftwork.serving.experiment.advice import advise
+from graftwork.errors import ConfigError, DataError
+from graftwork.metrics import Distribution, Metric, distribution
+from graftwork.report.records import ArmKind, ArmReport, CompareReport, Difference, MetricInfo, Sample, SampleAnswer
+from graftwork.serving.experiment.advice import METRICS, advise
 from graftwork.serving.experiment.answers import Answer, Answers, question
 from graftwork.serving.experiment.offline import check_ids
-from graftwork.serving.experiment.scorers.fields import Key, Scores, score
+from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
+from graftwork.serving.experiment.scorers.reply import Reply
 from graftwork.serving.experiment.scorers.schema import AnswerSchema
+from graftwork.serving.experiment.scorers.text import parse_object
+from graftwork.serving.experiment.slices import slices
 from graftwork.serving.experiment.spec import CompareSpec
-from graftwork.serving.experiment.verdict import Rules, ScoredArms, family
+from graftwork.serving.experiment.verdict import Rules, ScoredArms, arm_score, family
 from graftwork.serving.spec import ArmSpec
 
 _SAMPLE_CHARS = 2000
+_MEASURED = ("prompt_tokens", "completion_tokens", "ttft_ms", "latency_ms")
 
 
 def compare(
-    spec: CompareSpec, rows: Sequence[Row], answers: Answers, schema: AnswerSchema, *, template_digest: str = ""
+    spec: CompareSpec,
+    rows: Sequence[Row],
+    answers: Answers,
+    schema: AnswerSchema | None,
+    *,
+    template_digest: str = "",
+    fields: Mapping[str, Sequence[str]] | None = None,
 ) -> CompareReport:
     """The comparison's result, the same bytes for the same answers and seed.
 
-    template_digest: the chat template that rendered the prompts; goes into the signatures. Raises DataError: row ids
-    missing or twice, a row without gold, an answer missing, an arm answered by two adapter versions or two bases.
+    template_digest: the chat template that rendered the prompts; goes into the signatures. fields: the values of
+    `spec.slices` and `spec.cluster` by row (`data.read_fields`). Raises DataError: row ids missing or twice, a row
+    without gold, an answer missing, an arm answered by two adapter versions or two bases.
     """
-    check_ids(rows)
-    table = _Table(spec, rows, answers, schema)
-    recipe = {"base": (table.base or "unknown")[:8], "quant": spec.quant.kind, "tmpl": template_digest[:8] or "unknown"}
-    scored = ScoredArms({arm.name: table.values(arm) for arm in spec.arms}, recipe)
-    rules = Rules(spec.alpha, spec.equivalence_margin, spec.seed)
+    table = Table(spec, rows, answers, load_scorers(spec.scorers, schema))
+    scored = table.scored(spec, template_digest, (fields or {}).get(spec.cluster) if spec.cluster else None)
+    rules, primary = Rules(spec.alpha, spec.equivalence_margin, spec.seed), primary_metric(spec, table.scorers.metrics)
     arms = tuple(_arm_report(arm, table, scored, rules) for arm in spec.arms)
+    parts = {name: (fields or {})[name] for name in spec.slices}
     return CompareReport(
         name=spec.name, baseline=spec.baseline, n=len(rows), alpha=spec.alpha, seed=spec.seed,
         equivalence_margin=spec.equivalence_margin, base_digest=table.base, data_fingerprint=fingerprint(rows),
-        metrics=tuple(_info(metric) for metric in metrics.SCORES), arms=arms,
+        primary=primary, cluster=spec.cluster, clusters=len(set(scored.clusters)) if scored.clusters else None,
+        metrics=tuple(_info(metric) for metric in scored.metrics), arms=arms,
         differences=_against_baseline(spec, scored, rules),
         contrasts=family(scored, [(c.a, c.b, c.metric) for c in spec.contrasts], rules),
-        advice=advise(scored, {arm.name: arm.kind for arm in arms}, rules),
+        slices=slices(scored, parts, primary, spec.baseline, rules, spec.slice_min),
+        advice=advise(scored, {arm.name: arm.kind for arm in arms}, rules, _advised(scored.metrics, primary)),
         samples=_samples(spec, table), notes=_notes(arms),
     )  # fmt: skip
+
+
+def score_arms(spec: CompareSpec, rows: Sequence[Row], answers: Answers, schema: AnswerSchema | None) -> ScoredArms:
+    """What each answer scores, in the order of the rows. Raises DataError, as `compare` does."""
+    return Table(spec, rows, answers, load_scorers(spec.scorers, schema)).scored(spec)
+
+
+def primary_metric(spec: CompareSpec, measured: Sequence[Metric]) -> str:
+    """The metric that the verdict is about. Raises ConfigError where it, or a contrast's, is none of the scorers'."""
+    names = [metric.name for metric in measured]
+    try:
+        spec.require_metrics(names)
+    except ValueError as error:
+        raise ConfigError("metrics of the comparison", str(error)) from None
+    scores = [metric.name for metric in measured if metric.kind != "measure" and metric.better == "higher"]
+    chosen = spec.primary or ("both" if "both" in scores else next(iter(scores), None))
+    if chosen not in scores:
+        raise ConfigError(f"primary={spec.primary}", "a verdict is about a score of which more is better",
+                          f"scores here: {', '.join(scores) or 'none'}",
+                          "name one of them, or add a scorer")  # fmt: skip
+    return chosen
+
+
+def _advised(measured: Sequence[Metric], primary: str) -> tuple[str, ...]:
+    """The metrics that the advice speaks of, the primary one last."""
+    names = {metric.name for metric in measured}
+    return (*(name for name in METRICS if name in names and name != primary), primary)
 
 
 def arm_kind(arm: ArmSpec) -> ArmKind:
@@ -63,29 +94,39 @@ def arm_kind(arm: ArmSpec) -> ArmKind:
     return "finetune" if arm.retriever is None else "both"
 
 
-class _Table:
+class Table:
     """Answers and scores by arm, in the order of the rows."""
 
-    def __init__(self, spec: CompareSpec, rows: Sequence[Row], answers: Answers, schema: AnswerSchema) -> None:
-        keys = [Key.of(row) for row in rows]
-        self.rows = rows
+    def __init__(self, spec: CompareSpec, rows: Sequence[Row], answers: Answers, scorers: Scorers) -> None:
+        check_ids(rows)
+        scorers.check(rows)
+        self.rows, self.scorers = rows, scorers
         self.answers = {arm.name: [answers.of(arm.name, row.id) for row in rows] for arm in spec.arms}
-        self.scores = {name: [_score(answer, key, schema) for answer, key in zip(said, keys, strict=True)]
+        self.scores = {name: [self._score(answer, row) for answer, row in zip(said, rows, strict=True)]
                        for name, said in self.answers.items()}  # fmt: skip
         good = {name: [answer for answer in said if answer.error is None] for name, said in self.answers.items()}
         self.versions = {name: _single(f"arm {name!r}: adapter_version", (answer.adapter_version for answer in said))
                          for name, said in good.items()}  # fmt: skip
         self.base = _single("base_digest", (answer.base_digest for said in good.values() for answer in said))
 
-    def values(self, arm: ArmSpec) -> dict[str, stats.Floats]:
-        return {metric.name: np.array([getattr(one, metric.name) for one in self.scores[arm.name]], dtype=np.float64)
-                for metric in metrics.SCORES}  # fmt: skip
+    def scored(self, spec: CompareSpec, template_digest: str = "", clusters: Sequence[str] | None = None) -> ScoredArms:
+        """All scores as arrays, with what goes into their signatures."""
+        recipe: dict[str, object] = {
+            "base": (self.base or "unknown")[:8], "quant": spec.quant.kind, "tmpl": template_digest[:8] or "unknown",
+        }  # fmt: skip
+        if clusters is not None:
+            recipe["cluster"] = spec.cluster
+        return ScoredArms({arm.name: self._values(arm) for arm in spec.arms}, recipe, self.scorers.metrics, clusters)
 
+    def _values(self, arm: ArmSpec) -> dict[str, stats.Floats]:
+        return {metric.name: np.array([one[metric.name] for one in self.scores[arm.name]], dtype=np.float64)
+                for metric in self.scorers.metrics}  # fmt: skip
 
-def _score(answer: Answer, key: Key, schema: AnswerSchema) -> Scores:
-    if answer.error is not None:
-        return Scores(0.0, 0.0, 0.0, 0.0, is_json=False)
-    return score(answer.text, key, schema)
+    def _score(self, answer: Answer, row: Row) -> dict[str, float]:
+        if answer.error is not None:
+            return self.scorers.failed()
+        measured = {name: getattr(answer, name) for name in _MEASURED}
+        return self.scorers.score(Reply.to(row, answer.text, **measured))
 
 
 def _single(what: str, values: Iterable[str | None]) -> str | None:
@@ -96,33 +137,23 @@ def _single(what: str, values: Iterable[str | None]) -> str | None:
     return found[0] if found else None
 
 
-def _arm_report(arm: ArmSpec, table: _Table, scored: ScoredArms, rules: Rules) -> ArmReport:
+def _arm_report(arm: ArmSpec, table: Table, scored: ScoredArms, rules: Rules) -> ArmReport:
     said = table.answers[arm.name]
-    scores = {metric.name: arm_score(arm.name, metric, scored, rules) for metric in metrics.SCORES}
+    scores = {metric.name: arm_score(arm.name, metric, scored, rules) for metric in scored.metrics}
     return ArmReport(
         name=arm.name, kind=arm_kind(arm), adapter=arm.adapter, adapter_version=table.versions[arm.name],
         retriever=f"{arm.retriever.kind}, k={arm.retriever.k}" if arm.retriever else None,
         shots=arm.prompt.shots if arm.prompt else 0, n=len(said), errors=sum(a.error is not None for a in said),
-        not_json=sum(not one.is_json for one in table.scores[arm.name]),
-        truncated=sum(a.finish_reason == "length" for a in said), scores=scores,
+        not_json=_not_json(said) if "form" in scores else None,
+        truncated=sum(a.finish_reason == "length" for a in said),
+        scores={name: score for name, score in scores.items() if score},
         prompt_tokens=_measured(said, metrics.PROMPT_TOKENS), ttft_ms=_measured(said, metrics.TTFT_MS),
         completion_tokens=_measured(said, metrics.COMPLETION_TOKENS), latency_ms=_measured(said, metrics.LATENCY_MS),
     )  # fmt: skip
 
 
-def arm_score(arm: str, metric: Metric, scored: ScoredArms, rules: Rules) -> Score:
-    """Mean of an arm on one metric, with its interval: Wilson for shares of answers, else BCa."""
-    values = scored.values[arm][metric.name]
-    n = len(values)
-    if metric.kind == "binary":
-        method, interval = "wilson", stats.wilson(int(values.sum()), n, rules.alpha)
-    else:
-        method, interval = "bca", stats.bca_mean(values, rules.alpha, lowest=0.0, seed=rules.seed)
-    recipe = {"arm": arm, **scored.recipe, "ci": method, "seed": rules.seed}
-    return Score(
-        metric=metric.name, value=float(values.mean()), low=interval.low, high=interval.high, level=1 - rules.alpha,
-        method=method, n=n, signature=signature(metric.name, n, recipe),
-    )  # fmt: skip
+def _not_json(said: Sequence[Answer]) -> int:
+    return sum(answer.error is not None or parse_object(answer.text) is None for answer in said)
 
 
 def _measured(said: Sequence[Answer], metric: Metric) -> Distribution | None:
@@ -133,19 +164,19 @@ def _measured(said: Sequence[Answer], metric: Metric) -> Distribution | None:
 def _against_baseline(spec: CompareSpec, scored: ScoredArms, rules: Rules) -> tuple[Difference, ...]:
     others = [name for name in scored.names if name != spec.baseline]
     families = (
-        family(scored, [(name, spec.baseline, metric.name) for name in others], rules) for metric in metrics.SCORES
+        family(scored, [(name, spec.baseline, metric.name) for name in others], rules) for metric in scored.metrics
     )
     return tuple(difference for one in families for difference in one)
 
 
-def _samples(spec: CompareSpec, table: _Table) -> tuple[Sample, ...]:
+def _samples(spec: CompareSpec, table: Table) -> tuple[Sample, ...]:
     """Questions drawn by the seed alone, so that nobody picked them."""
     count = min(spec.samples, len(table.rows))
     drawn = sorted(random.Random(spec.seed).sample(range(len(table.rows)), count))
     return tuple(_sample(index, table) for index in drawn)
 
 
-def _sample(index: int, table: _Table) -> Sample:
+def _sample(index: int, table: Table) -> Sample:
     row = table.rows[index]
     asked = [turn["content"] for turn in question(row) if turn["role"] == "user"]
     answers = tuple(
@@ -154,20 +185,22 @@ def _sample(index: int, table: _Table) -> Sample:
     return Sample(row_id=row.id, question=asked[-1] if asked else "", gold=dict(row.gold or {}), answers=answers)
 
 
-def _sample_answer(arm: str, answer: Answer, scores: Scores) -> SampleAnswer:
+def _sample_answer(arm: str, answer: Answer, scores: Mapping[str, float]) -> SampleAnswer:
     cut = len(answer.text) - _SAMPLE_CHARS
     text = answer.text if cut <= 0 else f"{answer.text[:_SAMPLE_CHARS]} … ({cut} more characters)"
-    return SampleAnswer(arm=arm, text=text, error=answer.error, form=scores.form, facts=scores.facts, both=scores.both,
-                        retrieved_ids=answer.retrieved_ids)  # fmt: skip
+    shown = {name: value for name, value in scores.items() if not math.isnan(value)}
+    return SampleAnswer(arm=arm, text=text, error=answer.error, scores=shown, retrieved_ids=answer.retrieved_ids)
 
 
 def _info(metric: Metric) -> MetricInfo:
-    return MetricInfo(name=metric.name, unit=metric.unit, better=metric.better, meaning=metric.meaning)
+    return MetricInfo(
+        name=metric.name, unit=metric.unit, better=metric.better, kind=metric.kind, meaning=metric.meaning
+    )
 
 
 def _notes(arms: Sequence[ArmReport]) -> tuple[str, ...]:
     """What a reader must know before believing the numbers."""
-    prose = [arm.name for arm in arms if arm.not_json - arm.errors > arm.n / 2]
+    prose = [arm.name for arm in arms if arm.not_json is not None and arm.not_json - arm.errors > arm.n / 2]
     notes = []
     if prose:
         notes.append(f"{', '.join(prose)} answer mostly in prose. Their facts are looked for anywhere in the text, "

@@ -10,14 +10,16 @@ from typing import Any
 import yaml
 
 from graftwork import artifact, base_model
-from graftwork.data import read_rows
+from graftwork.data import read_fields, read_rows
 from graftwork.provenance import collect
 from graftwork.report.records import CompareReport
 from graftwork.serving.app import Endpoint, deploy
-from graftwork.serving.experiment.compare import compare
+from graftwork.serving.experiment.compare import compare, primary_metric, score_arms
 from graftwork.serving.experiment.offline import CompareProgress, count_unanswered, run_offline
+from graftwork.serving.experiment.scorers.load import load_scorers
 from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.spec import CompareSpec
+from graftwork.serving.experiment.verdict import ScoredArms
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import RunPaths, Store
 
@@ -32,6 +34,8 @@ class CompareOutcome:
     reused: int
     stats: Mapping[str, Any]
     """The engine's counters after the last answer; empty where nothing was asked."""
+    scored: ScoredArms
+    """Each answer's scores, in the order of the questions."""
 
 
 def run_compare(
@@ -46,7 +50,12 @@ def run_compare(
     the updated arms anew and reuses the others. Raises UserError before anything is deployed.
     """
     rows = read_rows(spec.eval, limit=spec.limit, need="eval")
-    schema = AnswerSchema.load(spec.answer_schema)
+    schema = AnswerSchema.load(spec.answer_schema) if spec.answer_schema else None
+    scorers = load_scorers(spec.scorers, schema)
+    primary_metric(spec, scorers.metrics)
+    scorers.check(rows)
+    names = [*spec.slices, *([spec.cluster] if spec.cluster else [])]
+    fields = read_fields(spec.eval, names, limit=spec.limit) if names else {}
     store = Store(spec.root)
     pinned = {arm.name: _pin(store, arm) for arm in spec.arms}
     versions = {name: arm.adapter.partition("@")[2] for name, arm in pinned.items() if arm.adapter}
@@ -71,9 +80,10 @@ def run_compare(
         answers = asyncio.run(run_offline(spec, rows, ask, path, versions=versions, on_progress=progress))
         stats = asyncio.run(_stats(live)) if live is not None and len(answers) > seen[0].reused else {}
     template = base_model.template(base_model.resolve(spec.base))
-    report = compare(spec, rows, answers, schema, template_digest=template.digest)
+    report = compare(spec, rows, answers, schema, template_digest=template.digest, fields=fields)
     _record(store, run, path, report)
-    return CompareOutcome(run.run_id, report, len(answers) - seen[0].reused, seen[0].reused, stats)
+    asked, reused = len(answers) - seen[0].reused, seen[0].reused
+    return CompareOutcome(run.run_id, report, asked, reused, stats, score_arms(spec, rows, answers, schema))
 
 
 def _pin(store: Store, arm: ArmSpec) -> ArmSpec:

@@ -1,11 +1,13 @@
 """What a comparison is asked to do: arms, held-out questions, a schema, a declared baseline."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
+from graftwork.serving.experiment.scorers.spec import FieldsSpec, OwnSpec, ScorerSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec
 from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
 
@@ -15,7 +17,8 @@ class ContrastSpec(Spec):
 
     a: str
     b: str
-    metric: Literal["facts", "form", "both", "field_accuracy"]
+    metric: str
+    """A metric of one of the scorers."""
 
 
 class CompareSpec(Spec):
@@ -30,8 +33,20 @@ class CompareSpec(Spec):
     """JSONL of questions with `id` and `gold`: a path, `file://`, `s3://` or `recipe://`."""
     limit: int | None = Field(default=None, ge=1)
     """Take the first so many rows; null takes all."""
-    answer_schema: str
-    """JSON schema of a valid answer: a path or `recipe://NAME/schema.json`."""
+    answer_schema: str | None = None
+    """JSON schema of a valid answer: a path or `recipe://NAME/schema.json`. The scorers `fields` and `json_schema` and
+    the form probe hold answers against it."""
+    scorers: Annotated[tuple[ScorerSpec, ...], Field(min_length=1)] = (FieldsSpec(kind="fields"),)
+    """What answers are scored on."""
+    primary: str | None = None
+    """The metric that the verdict is about; null takes `both` where there is one, else the first score."""
+    slices: tuple[str, ...] = ()
+    """Fields of the rows, or of their gold, whose values part the questions: looked at on the primary metric (BH)."""
+    slice_min: int = Field(default=20, ge=2)
+    """Fewest questions of a slice; values with fewer are taken together as `(other)`."""
+    cluster: str | None = None
+    """Field of the rows (say doc_id) whose equal values make questions depend on each other: intervals and tests then
+    draw whole clusters."""
     arms: Annotated[tuple[ArmSpec, ...], Field(min_length=2)]
     baseline: str
     """The arm that the others are tested against."""
@@ -65,3 +80,21 @@ class CompareSpec(Spec):
             if contrast.a == contrast.b:
                 raise ValueError(f"contrasts: {contrast.a!r} is compared with itself")
         return self
+
+    @model_validator(mode="after")
+    def _metrics_stand(self) -> Self:
+        """Own scorers say their metric only when they are loaded: then `require_metrics` has the last word."""
+        measured = [name for scorer in self.scorers for name in scorer.metric_names]
+        if not any(isinstance(scorer, OwnSpec) for scorer in self.scorers):
+            self.require_metrics(measured)
+        if any(isinstance(scorer, FieldsSpec) for scorer in self.scorers) and self.answer_schema is None:
+            raise ValueError("answer_schema is missing: the scorer fields holds answers against it")
+        return self
+
+    def require_metrics(self, measured: Sequence[str]) -> None:
+        """Raises ValueError for a metric that no scorer measures."""
+        asked = [("primary", self.primary)] if self.primary else []
+        asked += [("contrasts", contrast.metric) for contrast in self.contrasts]
+        for key, name in asked:
+            if name not in measured:
+                raise ValueError(f"{key}: no scorer measures {name!r}, only {', '.join(measured)}")

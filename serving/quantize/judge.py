@@ -13,10 +13,9 @@ from graftwork import metrics
 from graftwork.data import Row, fingerprint
 from graftwork.metrics import Distribution, distribution
 from graftwork.report.records import Difference, PrecisionArm, PrecisionFacts, PrecisionRow, QuantizeReport
-from graftwork.serving.experiment.compare import arm_score
 from graftwork.serving.experiment.scorers.fields import Key, Scores, score
 from graftwork.serving.experiment.scorers.schema import AnswerSchema
-from graftwork.serving.experiment.verdict import Rules, ScoredArms, family
+from graftwork.serving.experiment.verdict import Rules, ScoredArms, arm_score, family
 from graftwork.serving.quantize.measured import Measured, MeasuredArm, Said
 from graftwork.serving.quantize.rule import Candidate, Finding, Rule, recommend
 from graftwork.serving.quantize.spec import QuantizeSpec
@@ -104,7 +103,7 @@ def _arm(one: Measured, arm: MeasuredArm, scored: ScoredArms, rules: Rules) -> P
     name = label(one.precision, arm.arm)
     return PrecisionArm(
         arm=arm.arm, adapter_version=arm.adapter_version, perplexity=math.exp(arm.nats),
-        scores={metric.name: arm_score(name, metric, scored, rules) for metric in metrics.SCORES},
+        scores={metric.name: found for metric in metrics.SCORES if (found := arm_score(name, metric, scored, rules))},
         cut=sum(said.cut for said in arm.answers), failed=sum(said.error is not None for said in arm.answers),
         tokens_per_s={rows: _rounds(values) for rows, values in arm.tokens_per_s.items()}, merge_loss=arm.merge_loss,
     )  # fmt: skip

@@ -331,7 +331,9 @@ def test_a_family_is_judged_together() -> None:
         ({"baseline": "other"}, "none of the arms"),
         ({"contrasts": [{"a": "base", "b": "other", "metric": "both"}]}, "none of the arms"),
         ({"contrasts": [{"a": "base", "b": "base", "metric": "both"}]}, "compared with itself"),
-        ({"contrasts": [{"a": "base", "b": "finetuned", "metric": "bleu"}]}, "Input should be"),
+        ({"contrasts": [{"a": "base", "b": "finetuned", "metric": "bleu"}]}, "no scorer measures 'bleu'"),
+        ({"primary": "bleu"}, "no scorer measures 'bleu'"),
+        ({"answer_schema": None}, "answer_schema is missing"),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -16,6 +16,10 @@ class FieldsSpec(Spec):
 
     kind: Literal["fields"]
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("facts", "form", "both", "field_accuracy")
+
 
 class ExactSpec(Spec):
     """The answer is the gold text."""
@@ -28,11 +32,19 @@ class ExactSpec(Spec):
     ignore_case: bool = False
     """Compare words alone: case, accents, punctuation and the way a number is written do not count."""
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
 
 class FieldF1Spec(Spec):
     """F1 over the fields of a JSON answer."""
 
     kind: Literal["field_f1"]
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("field_f1",)
 
 
 class JsonSchemaSpec(Spec):
@@ -42,6 +54,10 @@ class JsonSchemaSpec(Spec):
     name: MetricName = "json_schema"
     json_schema: str | None = None
     """A path, `file://`, `s3://` or `recipe://NAME/FILE`; null takes the spec's answer_schema."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (self.name,)
 
 
 class RegexSpec(Spec):
@@ -63,6 +79,10 @@ class RegexSpec(Spec):
             raise ValueError(f"it is no regular expression ({error})") from None
         return pattern
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
 
 class SqlSpec(Spec):
     """The answer is a query that finds the same rows as the gold query, on sqlite in memory, read-only."""
@@ -80,6 +100,10 @@ class SqlSpec(Spec):
     max_rows: int = Field(default=10_000, ge=1)
     """Rows that a query may return."""
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
 
 class OverlapSpec(Spec):
     """Likeness to the gold text. bleu and chrf need `pip install 'graftwork[scorers]'`."""
@@ -88,17 +112,29 @@ class OverlapSpec(Spec):
     field: str | None = None
     """As for exact."""
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("rouge_1", "rouge_2", "rouge_l") if self.kind == "rouge" else (self.kind,)
+
 
 class LatencySpec(Spec):
     """Milliseconds to the first and to the last token."""
 
     kind: Literal["latency"]
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("latency_ms", "ttft_ms")
+
 
 class TokensSpec(Spec):
     """Tokens of the prompt and of the answer."""
 
     kind: Literal["tokens"]
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("prompt_tokens", "completion_tokens")
 
 
 class CostSpec(Spec):
@@ -118,6 +154,10 @@ class CostSpec(Spec):
             raise ValueError("cost needs a price: per_1k_prompt_tokens, per_1k_completion_tokens or per_replica_hour")
         return self
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("cost",)
+
 
 class OwnSpec(Spec):
     """A scorer of an installed package, entry point group `graftwork.scorers`. Only what is named here is loaded."""
@@ -125,6 +165,10 @@ class OwnSpec(Spec):
     kind: Literal["own"]
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     """Name of the entry point."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ()
 
 
 def _short_form(value: Any) -> Any:
