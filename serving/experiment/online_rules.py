@@ -33,6 +33,8 @@ class Guardrail:
     bound_ms: float | None = None
     score: str = "form"
     groups: tuple[str, str] | None = None
+    arms: tuple[str, ...] = ()
+    """Whom it watches; none named: all."""
     alpha: float = 0.01
     """Chance that an arm within the limit is ever cut by this."""
 
@@ -50,7 +52,10 @@ class Guardrail:
 
 @dataclass(frozen=True)
 class OnlineRules:
-    """How the log is judged. `weights`: planned chance of each arm, summing to 1, units of the holdout aside."""
+    """How the log is judged. `weights`: planned chance of each arm, summing to 1, units of the holdout aside.
+
+    In a shadow every arm answers every request, so weights say nothing there.
+    """
 
     arms: tuple[str, ...]
     control: str
@@ -78,7 +83,11 @@ class OnlineRules:
         if self.control not in self.arms or len(set(self.arms)) != len(self.arms) or len(self.arms) < 2:
             raise ConfigError(f"control={self.control!r}", f"arms {list(self.arms)}",
                               "two or more different arms, the control among them", "name them so")  # fmt: skip
-        check_weights(self.weights, self.arms)
+        if self.mode == "split":
+            check_weights(self.weights, self.arms)
+        elif self.window_s:
+            raise ConfigError(f"window_s={self.window_s:g}", "mode=shadow", "in a shadow a unit's first pair counts",
+                              "leave window_s out")  # fmt: skip
         if not self.low < self.high:
             raise ConfigError(f"metric {self.metric}: low={self.low}, high={self.high}", rule="low is below high",
                               next_move="give the metric's range")  # fmt: skip

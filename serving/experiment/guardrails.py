@@ -1,0 +1,132 @@
+"""Guardrails of one arm: each a one-sided test of its own, from a log that is still growing."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from graftwork.serving.experiment.log_columns import LogColumns
+from graftwork.serving.experiment.monitor_state import GuardrailState
+from graftwork.serving.experiment.online_rules import Guardrail
+from graftwork.stats import Floats
+from graftwork.stats.betting import LimitTest
+from graftwork.stats.running import BLOCK
+
+Facts = Mapping[str, Floats]
+"""Columns of the rows in question as numbers: failed, cold, empty (0 or 1), and those of `LogColumns.numbers`."""
+
+
+def facts_of(rows: LogColumns, taken: list[int]) -> dict[str, Floats]:
+    """The rows that enter guardrails, in their order."""
+    found = {name: values[taken] for name, values in rows.numbers.items()}
+    for name in ("failed", "cold", "empty"):
+        column = getattr(rows, name)
+        found[name] = np.array([column[row] for row in taken], dtype=np.float64)
+    return found
+
+
+class Watch:
+    """One guardrail of one arm."""
+
+    def __init__(self, rule: Guardrail, arm: str) -> None:
+        self.rule, self.arm = rule, arm
+        self._gap = _Gap(rule) if rule.kind == "fairness_gap" else None
+        self._test = LimitTest(rule.limit)
+        self._n, self._beyond, self._most, self._broken_at = 0, 0, 1.0, None
+
+    _broken_at: int | None
+
+    @property
+    def broken(self) -> bool:
+        """Its limit was refuted at some look."""
+        return self._broken_at is not None
+
+    def update(self, facts: Facts) -> None:
+        """Take answers of the arm, at most one of a unit in ten minutes."""
+        if self._gap is not None:
+            capital, n = self._gap.update(facts)
+            self._note(capital, n)
+            return
+        values = _beyond(self.rule, facts)
+        for start in range(0, len(values), BLOCK):
+            block = values[start : start + BLOCK]
+            self._note(self._test.update(block), len(block))
+            self._beyond += int(np.sum(block))
+
+    def state(self) -> GuardrailState:
+        """Where it stands."""
+        share = self._beyond / self._n if self._n else None
+        value = self._gap.value if self._gap is not None else share
+        return GuardrailState(arm=self.arm, kind=self.rule.kind, n=self._n, value=value, limit=self.rule.limit,
+                              e_value=self._most, broken_at=self._broken_at)  # fmt: skip
+
+    def _note(self, capital: Floats, n: int) -> None:
+        crossed = np.nonzero(capital >= 1 / self.rule.alpha)[0]
+        if len(crossed) and self._broken_at is None:
+            self._broken_at = self._n + int(crossed[0]) + 1
+        self._n += n
+        self._most = max(self._most, float(np.max(capital, initial=1.0)))
+
+
+class _Gap:
+    """Members of two groups compared pair by pair, in the order in which they come.
+
+    The difference of a pair lies within -1..1 and has the gap as its mean; half of the capital bets on either side.
+    """
+
+    def __init__(self, rule: Guardrail) -> None:
+        assert rule.groups is not None, "a gap is between two groups"
+        self._rule, self._groups = rule, rule.groups
+        limit = (1 + rule.limit) / 2
+        self._over, self._under = LimitTest(limit), LimitTest(limit)
+        self._waiting: tuple[list[float], list[float]] = ([], [])
+        self._pairs, self._total = 0, 0.0
+
+    @property
+    def value(self) -> float | None:
+        """Mean difference so far, first group minus second."""
+        return self._total / self._pairs if self._pairs else None
+
+    def update(self, facts: Facts) -> tuple[Floats, int]:
+        """(capital after each pair, pairs)."""
+        differences = np.array(self._matched(facts), dtype=np.float64)
+        found = [np.zeros(0)]
+        for start in range(0, len(differences), BLOCK):
+            block = differences[start : start + BLOCK]
+            found.append((self._over.update((1 + block) / 2) + self._under.update((1 - block) / 2)) / 2)
+        return np.concatenate(found), len(differences)
+
+    def _matched(self, facts: Facts) -> list[float]:
+        scores = np.where(facts["failed"] > 0, 0.0, facts[self._rule.score])
+        first, second = self._waiting
+        found = []
+        for score, is_first, is_second in zip(scores, *(facts[group] for group in self._groups), strict=True):
+            if not 0 <= score <= 1 or (is_first == 1) == (is_second == 1):
+                continue
+            (first if is_first == 1 else second).append(float(score))
+            if first and second:
+                found.append(first.pop(0) - second.pop(0))
+        for difference in found:
+            self._total += difference
+        self._pairs += len(found)
+        for waiting in self._waiting:
+            del waiting[BLOCK:]
+        return found
+
+
+def _beyond(rule: Guardrail, facts: Facts) -> Floats:
+    """1 where an answer is beyond what the rule wants, for those that tell about it."""
+    failed = facts["failed"] > 0
+    if rule.kind == "errors":
+        return facts["failed"]
+    if rule.kind == "empty_context":
+        empty: Floats = facts["empty"][~failed]
+        return empty
+    if rule.kind == "latency":
+        times = facts["latency_ms"]
+        assert rule.bound_ms is not None, "checked by Guardrail"
+        told = ~failed & (facts["cold"] == 0) & ~np.isnan(times)
+        slow: Floats = (times[told] > rule.bound_ms).astype(np.float64)
+        return slow
+    scores = facts[rule.score]
+    invalid: Floats = (scores[~failed & ~np.isnan(scores)] < 1).astype(np.float64)
+    return invalid

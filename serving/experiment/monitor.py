@@ -1,0 +1,134 @@
+"""What an experiment's log says, kept up to date row by row. Pure: no clock, no files, no network.
+
+Rows become independent observations (`units`), these feed one confidence sequence a challenger (`contrast`), the
+sample-ratio test that blocks every conclusion, and the guardrails that name arms to cut. All of it holds at every look.
+A million rows at once leave the very bits that a million single rows leave.
+"""
+
+import math
+
+import numpy as np
+
+from graftwork.serving.experiment.contrast import Contrast
+from graftwork.serving.experiment.guardrails import Watch, facts_of
+from graftwork.serving.experiment.log_columns import LogColumns, columns_of_rows, numbers_of
+from graftwork.serving.experiment.log_row import LogRow
+from graftwork.serving.experiment.monitor_state import ArmState, MonitorState
+from graftwork.serving.experiment.online_rules import OnlineRules
+from graftwork.serving.experiment.units import Entered, Units, shares
+from graftwork.stats import Floats
+from graftwork.stats.running import BLOCK, sums
+from graftwork.stats.sample_ratio import SampleRatio
+
+
+class Monitor:
+    """One experiment. `add` is O(1) and O(number of arms); so is the memory but for a number a unit (see `units`)."""
+
+    def __init__(self, rules: OnlineRules) -> None:
+        self.rules, self.numbers = rules, numbers_of(rules)
+        self._units = Units(rules)
+        self._ratio, self._ratio_most = SampleRatio(np.array(self._units.plans[0])), 1.0
+        self.contrasts = tuple(Contrast(rules, arm) for arm in rules.challengers)
+        self._watches = [[Watch(rule, arm) for rule in rules.guardrails if not rule.arms or arm in rule.arms]
+                         for arm in rules.arms]  # fmt: skip
+        self._counts = {name: np.zeros(len(rules.arms)) for name in ("units", "scored", "total", "answers", "errors")}
+
+    def add(self, row: LogRow) -> None:
+        """Take one row."""
+        self.take(columns_of_rows([row], self.numbers))
+
+    def take(self, rows: LogColumns) -> None:
+        """Take the next rows of the log, with `numbers` among their columns."""
+        entered = self._units.read(rows)
+        self._take(entered)
+        facts = facts_of(rows, entered.guard_row)
+        arms = np.array(entered.guard_arm, dtype=np.intp)
+        self._count("answers", arms, np.ones(len(arms)))
+        self._count("errors", arms, facts["failed"])
+        for number, watches in enumerate(self._watches):
+            mine = {name: values[arms == number] for name, values in facts.items()} if watches else {}
+            for watch in watches:
+                watch.update(mine)
+
+    def close(self) -> None:
+        """The log ends here: units whose window is open enter as they are."""
+        self._take(self._units.close())
+
+    def state(self) -> MonitorState:
+        """What may be said now."""
+        blocked = self._blocked()
+        return MonitorState(
+            arms=tuple(self._arm(number) for number in range(len(self.rules.arms))),
+            contrasts=tuple(contrast.state(blocked is not None) for contrast in self.contrasts),
+            guardrails=tuple(watch.state() for watches in self._watches for watch in watches),
+            srm_e_value=self._ratio_most, blocked=blocked, cut=self._cut(),
+            left_out=dict(sorted(self._units.left_out.items())),
+        )  # fmt: skip
+
+    def _take(self, entered: Entered) -> None:
+        self._take_ratio(entered)
+        if entered.arm:
+            self._take_split(entered)
+        if entered.pair_arm:
+            self._take_pairs(entered)
+
+    def _take_ratio(self, entered: Entered) -> None:
+        arms, plans = np.array(entered.ratio_arm, dtype=np.intp), np.array(self._units.plans)
+        planned = plans[np.array(entered.ratio_plan, dtype=np.intp)]
+        self._count("units", arms, np.ones(len(arms)))
+        for start in range(0, len(arms), BLOCK):
+            capital = self._ratio.update(arms[start : start + BLOCK], planned[start : start + BLOCK])
+            self._ratio_most = max(self._ratio_most, float(np.max(capital)))
+
+    def _take_split(self, entered: Entered) -> None:
+        arms, plans, scores = np.array(entered.arm), np.array(entered.plan), np.array(entered.score)
+        self._count("scored", arms, np.ones(len(arms)))
+        self._count("total", arms, scores)
+        control = self.rules.arms.index(self.rules.control)
+        for contrast in self.contrasts:
+            number = self.rules.arms.index(contrast.arm)
+            chances = np.full(len(self._units.plans), np.nan)
+            for plan, chance in shares(self._units.plans, number, control).items():
+                chances[plan] = chance
+            here = ((arms == number) | (arms == control)) & ~np.isnan(chances[plans])
+            contrast.split(arms[here] == number, scores[here], chances[plans[here]])
+
+    def _take_pairs(self, entered: Entered) -> None:
+        arms, scores, control = (
+            np.array(part) for part in (entered.pair_arm, entered.pair_score, entered.pair_control)
+        )
+        for contrast in self.contrasts:
+            here = arms == self.rules.arms.index(contrast.arm)
+            contrast.pairs(scores[here], control[here])
+        self._count("units", arms, np.ones(len(arms)))
+        self._count("scored", arms, np.ones(len(arms)))
+        self._count("total", arms, scores)
+        first = arms == self.rules.arms.index(self.contrasts[0].arm)
+        base = np.full(int(np.sum(first)), self.rules.arms.index(self.rules.control))
+        for name, values in (("units", np.ones(len(base))), ("scored", np.ones(len(base))), ("total", control[first])):
+            self._count(name, base, values)
+
+    def _count(self, name: str, arms: np.ndarray[tuple[int], np.dtype[np.intp]], values: Floats) -> None:
+        if len(arms):
+            places = arms[:, None] == np.arange(len(self.rules.arms))
+            self._counts[name] = sums(self._counts[name], np.where(places, values[:, None], 0.0))[1][-1]
+
+    def _arm(self, number: int) -> ArmState:
+        counts = {name: float(values[number]) for name, values in self._counts.items()}
+        scored, rules = counts["scored"], self.rules
+        mean = counts["total"] / scored if scored else None
+        if mean is not None and rules.kind == "bounded":
+            mean = rules.low + mean * (rules.high - rules.low)
+        return ArmState(arm=rules.arms[number], units=int(counts["units"]), scored=int(scored), mean=mean,
+                        answers=int(counts["answers"]), errors=int(counts["errors"]))  # fmt: skip
+
+    def _blocked(self) -> str | None:
+        if self._ratio_most < 1 / self.rules.srm_alpha:
+            return None
+        size = f"{self._ratio_most:.3g}" if math.isfinite(self._ratio_most) else "beyond all bounds"
+        return (f"units do not fall to the arms as planned (e-value {size}, bound {1 / self.rules.srm_alpha:g}): "
+                "find out why before any difference is believed")  # fmt: skip
+
+    def _cut(self) -> tuple[str, ...]:
+        broken = {watch.arm for watches in self._watches for watch in watches if watch.broken}
+        return tuple(arm for arm in self.rules.challengers if arm in broken)

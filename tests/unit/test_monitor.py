@@ -1,0 +1,300 @@
+"""What an experiment's log says, row by row: verdicts, blocks, cuts, and the same bits however the log is cut."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from graftwork.serving.experiment.log_columns import LogColumns, columns_of_rows
+from graftwork.serving.experiment.log_row import LogRow
+from graftwork.serving.experiment.monitor import Monitor
+from graftwork.serving.experiment.monitor_state import MonitorState
+from graftwork.serving.experiment.online_rules import Guardrail, OnlineRules, weights_detail
+
+
+def rules(**changes: Any) -> OnlineRules:
+    """An even split of two arms on a score of 0 or 1."""
+    plain = {"arms": ("base", "rag"), "control": "base", "metric": "facts", "weights": {"base": 0.5, "rag": 0.5}}
+    return OnlineRules(**{**plain, **changes})
+
+
+def answer(number: int, arm: str, score: float | None = None, **changes: Any) -> LogRow:
+    """One answer of a unit of its own, a second after the last."""
+    plain = {
+        "kind": "answer", "experiment": "e", "at": float(number), "request_id": f"r{number}", "unit": f"{number:016x}",
+        "arm": arm, "probability": 0.5, "latency_ms": 100.0, "scores": {} if score is None else {"facts": score},
+    }  # fmt: skip
+    return LogRow(**{**plain, **changes})
+
+
+def split(n: int, base: float, rag: float, seed: int = 0, **changes: Any) -> list[LogRow]:
+    """Units drawn evenly to two arms with these shares of right answers."""
+    rng = np.random.default_rng(seed)
+    arms = np.where(rng.random(n) < 0.5, "rag", "base")
+    return [answer(k, str(arm), float(rng.random() < (rag if arm == "rag" else base)), **changes)
+            for k, arm in enumerate(arms)]  # fmt: skip
+
+
+def read(rows: Sequence[LogRow], told: OnlineRules | None = None) -> MonitorState:
+    monitor = Monitor(told or rules())
+    monitor.take(columns_of_rows(rows, monitor.numbers))
+    monitor.close()
+    return monitor.state()
+
+
+def test_an_arm_that_is_better_is_found_and_the_interval_holds_the_truth() -> None:
+    contrast = read(split(3000, 0.5, 0.65)).contrasts[0]
+    assert contrast.verdict == "better"
+    assert contrast.e_value >= 20
+    assert 0 <= contrast.low < 0.15 < contrast.high
+    assert contrast.n == 3000
+    assert contrast.n_needed is None
+
+
+def test_the_same_score_that_is_a_harm_is_worse() -> None:
+    assert read(split(3000, 0.5, 0.65), rules(better="lower")).contrasts[0].verdict == "worse"
+
+
+def test_alike_arms_are_undecided_with_the_units_needed_and_at_last_equivalent() -> None:
+    soon, late = read(split(500, 0.8, 0.8)).contrasts[0], read(split(30_000, 0.8, 0.8)).contrasts[0]
+    assert soon.verdict == "undecided"
+    assert soon.n_needed is not None
+    assert 500 < soon.n_needed < 30_000
+    assert (late.verdict, late.n_needed) == ("equivalent", None)
+
+
+def test_failed_answers_count_as_wrong() -> None:
+    rows = [answer(k, "rag" if k % 2 else "base", None if k % 2 else 1.0, error="timeout" if k % 2 else None)
+            for k in range(200)]  # fmt: skip
+    state = read(rows)
+    assert state.contrasts[0].verdict == "worse"
+    assert (state.arms[1].mean, state.arms[1].errors, state.arms[0].errors) == (0.0, 100, 0)
+
+
+def test_rows_that_stand_twice_change_nothing() -> None:
+    rows = split(400, 0.5, 0.6)
+    twice = [one for row in rows for one in (row, row)]
+    assert read(twice) == read(rows) == read([*rows, *rows])
+    window = rules(window_s=5.0)
+    assert read(twice, window) == read(rows, window)
+
+
+def test_a_unit_counts_once_with_its_first_answer() -> None:
+    rows = split(200, 0.5, 0.5)
+    loud = [row.model_copy(update={"request_id": f"again{k}", "scores": {"facts": 1.0}, "at": row.at + 0.1})
+            for row in rows if row.arm == "rag" for k in range(5)]  # fmt: skip
+    assert read([*rows, *loud]).contrasts == read(rows).contrasts
+
+
+def test_a_unit_counts_with_its_mean_over_the_window() -> None:
+    asked = [("a", 0, 1.0), ("b", 1, 0.0), ("a", 4, 0.0), ("a", 4, 0.0), ("b", 9, 1.0), ("a", 11, 0.0), ("c", 30, 1.0)]
+    rows = [answer(k, "rag" if unit == "a" else "base", score, unit=unit * 16, at=float(at), request_id=f"{unit}{at}")
+            for k, (unit, at, score) in enumerate(asked)]  # fmt: skip
+    state = read(rows, rules(window_s=10.0))
+    assert [arm.scored for arm in state.arms] == [2, 1]
+    assert state.arms[1].mean == 0.5  # r0 and a4 once; a11 is past the window
+    assert state.arms[0].mean == 0.75
+
+
+def test_repeated_users_do_not_make_false_alarms() -> None:
+    """Users whose answers are all alike: as 20 independent requests each, most of these A/A logs show an effect."""
+    alarms = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        users = [(f"{u:016x}", "rag" if rng.random() < 0.5 else "base", float(rng.random() < 0.5)) for u in range(60)]
+        order = rng.permutation(np.repeat(np.arange(60), 20))
+        rows = [answer(k, users[u][1], users[u][2], unit=users[u][0]) for k, u in enumerate(order)]
+        alarms += read(rows).contrasts[0].verdict != "undecided"
+    assert alarms <= 5  # at most 5 % of 40, and 3 standard errors
+
+
+def test_scores_that_come_later_count_as_those_that_came_along() -> None:
+    rows = split(300, 0.5, 0.7)
+    bare = [row.model_copy(update={"scores": {}}) for row in rows]
+    later = [row.model_copy(update={"kind": "score", "detail": "facts"}) for row in rows]
+    assert read(bare).contrasts[0].n == 0
+    assert read([*bare, *later, *later]).contrasts == read(rows).contrasts
+
+
+def test_a_ramp_is_allowed_for() -> None:
+    """10 % then 50 %, while all scores fall: pooled shares mislead, the logged chances do not."""
+    rng, rows = np.random.default_rng(3), []
+    for k in range(4000):
+        early = k < 2000
+        arm = "rag" if rng.random() < (0.1 if early else 0.5) else "base"
+        chance = (0.1 if early else 0.5) if arm == "rag" else (0.9 if early else 0.5)
+        if k in (0, 2000):
+            event = "start" if k == 0 else "ramp"
+            share = 0.1 if early else 0.5
+            told = weights_detail({"base": 1 - share, "rag": share})
+            rows.append(LogRow(kind="event", experiment="e", at=float(k), event=event, detail=told))
+        rows.append(answer(k, arm, float(rng.random() < (0.9 if early else 0.3)), probability=chance))
+    state = read(rows, rules(weights={"base": 0.9, "rag": 0.1}))
+    pooled = {arm.arm: arm.mean or 0.0 for arm in state.arms}
+    assert pooled["rag"] - pooled["base"] < -0.15
+    assert state.blocked is None
+    assert state.contrasts[0].low < 0 < state.contrasts[0].high
+
+
+def test_units_that_fall_otherwise_than_planned_block_every_conclusion() -> None:
+    rows = [row for k, row in enumerate(split(4000, 0.5, 0.8)) if row.arm == "base" or k % 5]
+    state = read(rows)
+    assert state.srm_e_value >= 1000
+    assert state.blocked is not None
+    assert state.contrasts[0].verdict == "undecided"
+    assert read(split(4000, 0.5, 0.8)).blocked is None
+
+
+def test_override_and_holdout_are_no_part_of_it() -> None:
+    rows = split(300, 0.5, 0.7)
+    extra = [answer(10_000 + k, "rag", 0.0, role="override", probability=None) for k in range(50)]
+    extra += [answer(20_000 + k, "base", 1.0, role="holdout", probability=None) for k in range(50)]
+    state = read([*rows, *extra])
+    assert state.contrasts == read(rows).contrasts
+    assert state.left_out == {"holdout": 50, "override": 50}
+
+
+def test_rows_that_cannot_count_are_told() -> None:
+    rows = [answer(1, "rag", 1.5), answer(2, "other", 1.0), answer(3, "rag", 1.0, probability=None)]
+    assert read(rows).left_out == {"chance of the arm not as planned": 1, "not of an arm": 1,
+                                   "score out of its range": 1}  # fmt: skip
+
+
+def shadow(n: int, wins: float, losses: float, seed: int = 0) -> list[LogRow]:
+    """Prompts that both arms answer; the copy's answer comes second."""
+    rng, rows = np.random.default_rng(seed), []
+    for k in range(n):
+        draw = rng.random()
+        base, rag = (0.0, 1.0) if draw < wins else (1.0, 0.0) if draw < wins + losses else (1.0, 1.0)
+        rows += [answer(k, "base", base), answer(k, "rag", rag, role="shadow", probability=None)]
+    return rows
+
+
+def test_a_shadow_is_paired_by_prompt() -> None:
+    told = rules(mode="shadow", weights={})
+    state = read(shadow(2000, 0.15, 0.05), told)
+    assert state.contrasts[0].verdict == "better"
+    assert state.contrasts[0].n == 2000
+    lonely = [row for row in shadow(2000, 0.15, 0.05) if row.role == "primary"]
+    assert read(lonely, told).contrasts[0].n == 0
+    late = sorted(shadow(500, 0.15, 0.05), key=lambda row: row.role)
+    assert read(late, told).contrasts[0].n == 500
+    assert read([*late, *late], told).contrasts == read(late, told).contrasts
+
+
+@pytest.mark.parametrize(
+    ("guardrail", "bad"),
+    [
+        (Guardrail("errors", 0.05), {"error": "timeout", "scores": {}}),
+        (Guardrail("latency", 0.05, bound_ms=500.0), {"latency_ms": 900.0}),
+        (Guardrail("schema_invalid", 0.05, score="form"), {"scores": {"facts": 1.0, "form": 0.0}}),
+        (Guardrail("empty_context", 0.05), {"retrieved_ids": ()}),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Guardrail) else "",
+)
+def test_a_guardrail_names_the_arm_to_cut(guardrail: Guardrail, bad: dict[str, Any]) -> None:
+    rng = np.random.default_rng(1)
+    fine = {"scores": {"facts": 1.0, "form": 1.0}, "retrieved_ids": ("p1",)}
+    rows = [answer(k, "rag" if k % 2 else "base", None, **{**fine, **(bad if k % 2 and rng.random() < 0.3 else {})})
+            for k in range(400)]  # fmt: skip
+    state = read(rows, rules(guardrails=(guardrail,)))
+    assert state.cut == ("rag",)
+    broken = {one.arm: one.broken_at for one in state.guardrails}
+    assert broken["base"] is None
+    assert broken["rag"] is not None
+    assert 3 <= broken["rag"] < 100
+
+
+def test_a_gap_between_groups_is_a_guardrail() -> None:
+    rng, rows = np.random.default_rng(2), []
+    for k in range(1200):
+        group = "he" if rng.random() < 0.5 else "she"
+        right = 0.9 if group == "he" else 0.5
+        for arm, share in (("base", 0.7), ("rag", right)):
+            scores = {"facts": float(rng.random() < share), group: 1.0}
+            rows.append(answer(2 * k + (arm == "rag"), arm, None, scores=scores))
+    gap = Guardrail("fairness_gap", 0.1, score="facts", groups=("he", "she"))
+    state = read(rows, rules(guardrails=(gap,)))
+    assert state.cut == ("rag",)
+    assert state.guardrails[1].value == pytest.approx(0.4, abs=0.1)
+    assert state.guardrails[0].broken_at is None
+
+
+def test_cold_starts_and_retries_are_not_held_against_an_arm() -> None:
+    slow = Guardrail("latency", 0.05, bound_ms=500.0)
+    cold = [answer(k, "rag", 1.0, cold=True, latency_ms=9000.0) for k in range(200)]
+    assert read(cold, rules(guardrails=(slow,))).cut == ()
+    stuck = [answer(k, "rag", error="timeout", unit="f" * 16) for k in range(200)]
+    errors = rules(guardrails=(Guardrail("errors", 0.05),))
+    assert read(stuck, errors).cut == ()
+    assert read([answer(k, "rag", error="timeout") for k in range(200)], errors).cut == ("rag",)
+
+
+def mixed(n: int, seed: int) -> list[LogRow]:
+    """Repeated units, duplicates, failures, cold starts, later scores, a ramp, two score kinds."""
+    rng, rows = np.random.default_rng(seed), []
+    for k in range(n):
+        if k == n // 2:
+            detail = weights_detail({"base": 0.3, "rag": 0.7})
+            rows.append(LogRow(kind="event", experiment="e", at=float(k), event="ramp", detail=detail))
+        unit = int(rng.integers(0, n // 2))
+        arm, chance = ("rag", 0.5) if unit % 2 else ("base", 0.5)
+        row = answer(
+            k, arm, float(rng.random()), unit=f"{unit:016x}", probability=chance, cold=bool(rng.random() < 0.1),
+            latency_ms=float(rng.lognormal(5, 1)), error="timeout" if rng.random() < 0.05 else None,
+        )  # fmt: skip
+        if rng.random() < 0.3:
+            bare = row.model_copy(update={"scores": {}})
+            rows += [bare, row.model_copy(update={"kind": "score", "detail": "facts"})]
+        else:
+            rows += [row] * (1 + (rng.random() < 0.1))
+    return rows
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "split": {},
+    "window": {"window_s": 20.0},
+    "thinned": {"max_units": 100},
+    "log latency": {"metric": "latency_ms", "kind": "log", "better": "lower"},
+    "shadow": {"mode": "shadow", "weights": {}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_single_rows_leave_the_very_bits_of_blocks(variant: str) -> None:
+    guardrails = (Guardrail("errors", 0.04), Guardrail("latency", 0.1, bound_ms=500.0))
+    told = rules(guardrails=guardrails, **VARIANTS[variant])
+    rows = shadow(700, 0.2, 0.1) if variant == "shadow" else mixed(1500, 4)
+    whole, single, pieces = Monitor(told), Monitor(told), Monitor(told)
+    whole.take(columns_of_rows(rows, whole.numbers))
+    for row in rows:
+        single.add(row)
+    rng, start = np.random.default_rng(5), 0
+    while start < len(rows):
+        stop = start + int(rng.integers(1, 400))
+        pieces.take(columns_of_rows(rows[start:stop], pieces.numbers))
+        start = stop
+    for monitor in (whole, single, pieces):
+        monitor.close()
+    assert whole.state() == single.state() == pieces.state()
+    assert whole.contrasts[0].history == single.contrasts[0].history == pieces.contrasts[0].history
+    assert len(whole.contrasts[0].history) > 20
+
+
+def test_with_more_units_than_remembered_a_part_by_hash_goes_on() -> None:
+    rows = split(4000, 0.5, 0.8)
+    state = read(rows, rules(max_units=500))
+    assert state.left_out["beyond max_units"] > 1000
+    assert state.contrasts[0].verdict == "better"
+    assert state.contrasts[0].n < 2500
+    assert state.blocked is None
+    assert read([*rows, *rows], rules(max_units=500)).contrasts[0].n == state.contrasts[0].n
+
+
+def test_no_rows_say_nothing() -> None:
+    monitor = Monitor(rules())
+    monitor.take(LogColumns([], [], [], [], [], [], [], [], [], [], [], [], {"facts": np.zeros(0)}))
+    contrast = monitor.state().contrasts[0]
+    assert (contrast.n, contrast.estimate, contrast.low, contrast.high) == (0, None, -1.0, 1.0)
+    assert contrast.verdict == "undecided"
