@@ -1,8 +1,8 @@
 """One YAML, one frozen model: loading, `--set a.b=v`, hashing, explanation and JSON schema.
 
-A spec file names its stage by the top-level key `kind` (train, tune, serve, compare, quantize, demo). Each stage's spec
-lives beside its owner and subclasses `Spec`; `SPEC_KINDS` is the only place that knows them all, by dotted name, so
-that this module imports neither torch nor ray.
+A spec file names its stage by the top-level key `kind` (train, tune, serve, compare, experiment, ...). Each stage's
+spec lives beside its owner and subclasses `Spec`; `SPEC_KINDS` is the only place that knows them all, by dotted name,
+so that this module imports neither torch nor ray.
 """
 
 import difflib
@@ -24,6 +24,7 @@ SPEC_KINDS = {
     "tune": ("graftwork.tuning.spec", "TuneSpec"),
     "serve": ("graftwork.serving.spec", "ServeSpec"),
     "compare": ("graftwork.serving.experiment.spec", "CompareSpec"),
+    "experiment": ("graftwork.serving.experiment.experiment_spec", "ExperimentSpec"),
     "quantize": ("graftwork.serving.quantize.spec", "QuantizeSpec"),
     "demo": ("graftwork.demo_spec", "DemoSpec"),
 }

@@ -20,7 +20,8 @@ from graftwork.serving.openai_types import parse
 from graftwork.serving.request_body import read_body
 from graftwork.storage import NAME_PATTERN
 
-ADMIN_PREFIX = "/v1/admin/adapters"
+ADMIN = "/v1/admin/"
+ADMIN_PREFIX = f"{ADMIN}adapters"
 ON_EACH = ("load", "unload", "pin", "unpin", "refresh")
 """Verbs that each replica does for itself."""
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]

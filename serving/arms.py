@@ -50,6 +50,8 @@ class Sampling:
     ignore_eos: bool = False
     """The base's own stop tokens end nothing."""
     grammar: GrammarText | None = None
+    idle_only: bool = False
+    """Shadow traffic: computed only while no other request is."""
 
     def params(self, max_new_tokens: int, index: int) -> SamplingParams:
         """For one of the `n` answers."""

@@ -1,6 +1,7 @@
 """The HTTP surface: the OpenAI API over the arms, in one FastAPI app behind Ray Serve.
 
-Every response that is no answer has OpenAI's error body, whatever went wrong. Nothing here touches engine or store.
+Every response that is no answer has OpenAI's error body, whatever went wrong. Nothing here touches the engine; the
+store only by what `experiment.Experiments` keeps there, off the response path.
 """
 
 import asyncio
@@ -8,7 +9,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -17,12 +18,17 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 import graftwork
-from graftwork.serving.admin import ADMIN_BODIES, ADMIN_PREFIX, Admin, Route
+from graftwork.serving.admin import ADMIN, ADMIN_BODIES, ADMIN_PREFIX, Admin, Route
 from graftwork.serving.api_error import ApiError, bad_request, unknown_model
 from graftwork.serving.arms import ArmAnswer, Dump, Question
 from graftwork.serving.auth import Keys, admin_check, user_check
 from graftwork.serving.backend import Backend, ServeBackend
 from graftwork.serving.catalog import Catalog
+from graftwork.serving.experiment.experiments import PREFIX as EXPERIMENT
+from graftwork.serving.experiment.experiments import SESSION_HEADER, Experiments
+from graftwork.serving.experiment.live_request import LiveRequest
+from graftwork.serving.experiment.routes import EXPERIMENT_BODIES, EXPERIMENTS, ExperimentRoutes
+from graftwork.serving.experiment.status import experiment_families
 from graftwork.serving.limits import RateLimits, caller
 from graftwork.serving.live import snapshot, total
 from graftwork.serving.live_page import page
@@ -30,7 +36,7 @@ from graftwork.serving.logprobs import TokenLogprob
 from graftwork.serving.metrics_families import CONTENT_TYPE, render
 from graftwork.serving.metrics_http import CountedHttp, http_families
 from graftwork.serving.openai_embeddings import EmbeddingRequest, embedding_response
-from graftwork.serving.openai_responses import DONE, Envelope, Json, Kind, identity, sse
+from graftwork.serving.openai_responses import DONE, Envelope, Json, Kind, identity, model_card, sse
 from graftwork.serving.openai_types import ChatRequest, CompletionRequest, parse
 from graftwork.serving.openapi import ERRORS, body_of, describe
 from graftwork.serving.request_body import read_body
@@ -53,16 +59,22 @@ class Ingress:
 
 def make_app(spec: ServeSpec, backend: Backend, keys: Keys) -> FastAPI:
     """The app. `keys`: digests of the bearer tokens that /v1 wants; without any it is open (loopback only)."""
+    catalog = Catalog(spec)
     handlers: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
         ApiError: _on_api_error,
         HTTPException: _on_http_error,
         Exception: _on_bug,
     }
-    app = FastAPI(
-        title="graftwork", version=graftwork.__version__, docs_url=None, redoc_url=None, exception_handlers=handlers
+    limits, admin, experiments = (
+        RateLimits(spec.limits),
+        Admin(catalog, backend),
+        Experiments(spec.root, catalog, backend),
     )
-    limits, admin = RateLimits(spec.limits), Admin(Catalog(spec), backend)
-    surface = Surface(Catalog(spec), backend, limits)
+    surface, experimenting = Surface(catalog, backend, limits, experiments), ExperimentRoutes(experiments)
+    app = FastAPI(
+        title="graftwork", version=graftwork.__version__, docs_url=None, redoc_url=None, exception_handlers=handlers,
+        lifespan=_with(experiments),
+    )  # fmt: skip
     app.add_middleware(CountedHttp, counts=surface.responses)
     guarded, owned = [Depends(user_check(keys, limits))], [Depends(admin_check(keys))]
     posts: list[Route] = [
@@ -70,13 +82,14 @@ def make_app(spec: ServeSpec, backend: Backend, keys: Keys) -> FastAPI:
         ("/v1/completions", surface.completions, CompletionRequest),
         ("/v1/embeddings", surface.embeddings, EmbeddingRequest),
         *admin.routes(),
+        *experimenting.routes(),
     ]
     for path, post, body in posts:
-        guards = owned if path.startswith(ADMIN_PREFIX) else guarded
+        guards = owned if path.startswith(ADMIN) else guarded
         app.add_api_route(path, post, methods=["POST"], dependencies=guards, response_model=None, responses=ERRORS,
                           openapi_extra=body_of(body))  # fmt: skip
-    app.add_api_route(ADMIN_PREFIX, admin.listing, methods=["GET"], dependencies=owned, response_model=None,
-                      responses=ERRORS)  # fmt: skip
+    for path, listing in ((ADMIN_PREFIX, admin.listing), (EXPERIMENTS, experimenting.listing)):
+        app.add_api_route(path, listing, methods=["GET"], dependencies=owned, response_model=None, responses=ERRORS)
     for path, get in (
         ("/v1/models", surface.models),
         ("/v1/models/{model:path}", surface.model),
@@ -88,15 +101,29 @@ def make_app(spec: ServeSpec, backend: Backend, keys: Keys) -> FastAPI:
         app.add_api_route(path, get, methods=["GET"], dependencies=guarded, response_model=None, responses=ERRORS)
     for path, probe in (("/", surface.page), ("/health", surface.health), ("/ready", surface.ready)):
         app.add_api_route(path, probe, methods=["GET"], response_model=None, responses=ERRORS)
-    describe(app, [ChatRequest, CompletionRequest, EmbeddingRequest, *ADMIN_BODIES])
+    describe(app, [ChatRequest, CompletionRequest, EmbeddingRequest, *ADMIN_BODIES, *EXPERIMENT_BODIES])
     return app
+
+
+def _with(experiments: Experiments) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """The app's lifespan: experiments that run are gone on with, and their rows are written before the end."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        with suppress(ApiError):  # the store is out of reach: whoever asks an experiment is told, the others are served
+            await experiments.open()
+        yield
+        await experiments.close()
+
+    return lifespan
 
 
 class Surface:
     """One method a route."""
 
-    def __init__(self, catalog: Catalog, backend: Backend, limits: RateLimits) -> None:
+    def __init__(self, catalog: Catalog, backend: Backend, limits: RateLimits, experiments: Experiments) -> None:
         self._catalog, self._backend, self._limits = catalog, backend, limits
+        self._experiments = experiments
         self.responses: Counter[tuple[str, str, str]] = Counter()
         """HTTP responses by route, method and status."""
 
@@ -104,7 +131,13 @@ class Surface:
         """POST /v1/chat/completions."""
         body = parse(ChatRequest, await read_body(request))
         messages = [{"role": turn.role, "content": turn.content} for turn in (m.message() for m in body.messages)]
-        return await self._complete("chat", body, self._catalog.arm(body.model), messages)
+        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+        if not body.model.startswith(EXPERIMENT):
+            return await self._complete(
+                "chat", body, self._catalog.arm(body.model), messages, request_id, self._backend
+            )
+        live = await self._experiments.request(body.model, body.user, request.headers.get(SESSION_HEADER), request_id)
+        return await self._complete("chat", body, live.arm, messages, request_id, live)
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions: the text is continued as it stands."""
@@ -112,7 +145,8 @@ class Surface:
         arm = self._catalog.arm(body.model)
         if arm.prompt is not None or arm.retriever is not None:
             raise bad_request("An arm has its own prompt: ask it at /v1/chat/completions.", param="model")
-        return await self._complete("text", body, arm, body.prompt)
+        request_id = f"cmpl-{uuid.uuid4().hex}"
+        return await self._complete("text", body, arm, body.prompt, request_id, self._backend)
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings: vectors of the endpoint's embedder."""
@@ -143,7 +177,8 @@ class Surface:
                 replicas = dict(await self._backend.each("metrics"))
         except (ApiError, TimeoutError):
             replicas = {}
-        return Response(render(replicas, http_families(self.responses)), media_type=CONTENT_TYPE)
+        own = [*http_families(self.responses), *experiment_families(self._experiments.now())]
+        return Response(render(replicas, own), media_type=CONTENT_TYPE)
 
     async def models(self) -> Response:
         """GET /v1/models: base, arms, and every adapter of the store, loaded or not."""
@@ -176,20 +211,27 @@ class Surface:
         return JSONResponse({"status": "ready", "replicas": sum(replicas)})
 
     async def _complete(
-        self, kind: Kind, body: ChatRequest | CompletionRequest, arm: ArmSpec, asked: Question
+        self,
+        kind: Kind,
+        body: ChatRequest | CompletionRequest,
+        arm: ArmSpec,
+        asked: Question,
+        request_id: str,
+        source: Backend | LiveRequest,
     ) -> Response:
-        request_id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
         call = arm.model_dump(mode="json"), asked, request_id, body.sampling().dump()
         headers = {"x-request-id": request_id}
+        if isinstance(source, LiveRequest):
+            headers["x-graftwork-experiment"] = source.experiment
         if not body.stream:
-            dumps = await self._backend.choices(*call)
+            dumps = await source.choices(*call)
             for dump in dumps:
                 self._limits.charge(caller.get(), dump)
             answers = [ArmAnswer.load(dump) for dump in dumps]
             envelope = Envelope.open(kind, request_id, body.model, answers[0].base_digest)
             headers |= identity(arm.name, answers[0].base_digest, answers[0].adapter_version)
             return JSONResponse(envelope.whole(answers), headers=headers)
-        chunks = self._limits.metered(self._backend.stream(*call))
+        chunks = self._limits.metered(source.stream(*call))
         admitted = await anext(aiter(chunks))  # raises what refuses the request, while the status can still be set
         envelope = Envelope.open(kind, request_id, body.model, admitted["base_digest"])
         headers |= identity(arm.name, admitted["base_digest"], admitted["version"])
@@ -201,7 +243,12 @@ class Surface:
 
     async def _cards(self) -> list[Json]:
         found = await self._backend.call("models")
-        return self._catalog.cards(found["adapters"], found["ready_at"])
+        running = {
+            f"{EXPERIMENT}{live.record.spec.name}": int(live.record.started_at)
+            for live in await self._experiments.all()
+        }
+        cards = [model_card(name, created, kind="experiment") for name, created in running.items()]
+        return [*self._catalog.cards(found["adapters"], found["ready_at"]), *cards]
 
 
 async def _events(

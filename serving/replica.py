@@ -262,7 +262,7 @@ class EngineReplica:
             GenerateRequest(
                 request_id if wanted.n == 1 else f"{request_id}/{index}", prompt.ids,
                 wanted.params(prompt.max_new_tokens, index), admitted.stop_ids, admitted.version,
-                grammar=admitted.grammar, arrived=arrived,
+                grammar=admitted.grammar, idle_only=wanted.idle_only, arrived=arrived,
             )
             for index in range(wanted.n)
         ]  # fmt: skip

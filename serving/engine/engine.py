@@ -131,7 +131,8 @@ class Engine:
         adapter = self.slots.acquire(request.adapter) if request.adapter is not None else None
         if adapter is not None and adapter.lead is not None:
             self._check_lead(request, adapter.version, adapter.lead)
-        arrival = (request.arrived if request.arrived is not None else time.perf_counter(), next(self._arrivals))
+        arrived = request.arrived if request.arrived is not None else time.perf_counter()
+        arrival = (request.idle_only, arrived, next(self._arrivals))
         running = RunningRequest(arrival, request, on_event, adapter)
         with self._wake:
             if self._stopping or request.request_id in self._live:

@@ -3,6 +3,9 @@
 First come, first served, with the exceptions of `admission`. Every running request decodes one token a step; prompts
 are computed in chunks of at most `prefill_tokens` a step in all, so that running answers go on. When KV runs out, the
 latest arrival steps back into the queue and computes its tokens again later.
+
+Requests for idle steps (shadow traffic) come after all others. While there is any other they keep their rows and stand
+still; they step back as soon as one of the others finds no row, slot or memory.
 """
 
 from bisect import insort
@@ -15,7 +18,7 @@ from graftwork.serving.engine.given import SCORED_A_STEP
 from graftwork.serving.engine.kv import KvRow, KvStore
 from graftwork.serving.engine.prefix import BLOCK, PrefixCache
 from graftwork.serving.engine.seats import Seats
-from graftwork.serving.engine.sequence import RunningRequest
+from graftwork.serving.engine.sequence import Arrival, RunningRequest
 
 _HEADROOM = 32
 """Tokens of answer a new row has room for at once, so that it does not move with its first tokens."""
@@ -110,10 +113,12 @@ class Scheduler:
         """The next step's work; empty when nothing is queued or running. Allocates and moves KV rows."""
         self._make_room_for_decoding()
         budget = _Budget(self._prefill_tokens, SCORED_A_STEP)
-        prompts = [budget.work(request) for request in self.running if request.remaining > 1 and budget.tokens > 0]
+        prompts = [budget.work(request) for request in self._active() if request.remaining > 1 and budget.tokens > 0]
         prompts += self._admit(budget)
+        if self._crowded_by_idle():
+            prompts += self._admit(budget)
         self._kv.close_gaps()
-        decoding = [Work(request, 1) for request in self.running if request.remaining == 1]
+        decoding = [Work(request, 1) for request in self._active() if request.remaining == 1]
         prompts = [work for work in prompts if work.request.remaining > 1 and work.count > 0]
         decoding.sort(key=lambda work: by_place(_row(work.request)))
         prompts.sort(key=lambda work: work.request.adapter.version if work.request.adapter else "")
@@ -126,12 +131,29 @@ class Scheduler:
             self._cache.insert(request.prefix_keys, request.row, version)
 
     def _make_room_for_decoding(self) -> None:
-        for request in list(self.running):
+        for request in self._active():
             while request.row is not None and not self._kv.grow(request.row, request.computed + 1):
+                assert len(self.running) > 1, "a single request always fits: see KvStore"
                 self._preempt(self.running[-1])
 
+    def _active(self) -> list[RunningRequest]:
+        """Running requests that are computed now."""
+        return self._open_to(self.running)
+
+    def _open_to(self, requests: list[RunningRequest]) -> list[RunningRequest]:
+        busy = any(not one.request.idle_only for one in (*self.running[:1], *self.waiting[:1]))  # these sort first
+        return [one for one in requests if not (busy and one.request.idle_only)]
+
+    def _crowded_by_idle(self) -> bool:
+        """Whether idle requests held what a waiting one needs; then they have stepped back."""
+        if not self.waiting or self.waiting[0].request.idle_only or not self.running[-1:]:
+            return False
+        idle = [one for one in self.running if one.request.idle_only]
+        for one in idle:
+            self._preempt(one)
+        return bool(idle)
+
     def _preempt(self, request: RunningRequest) -> None:
-        assert len(self.running) > 1, "a single request always fits: see KvStore"
         self.running.remove(request)
         self._release(request)
         self.add(request)
@@ -151,10 +173,10 @@ class Scheduler:
         A request whose next block is being computed by another one right now waits for it, and then shares it.
         """
         admitted: list[Work] = []
-        underway = {key for request in self.running if request.remaining > 1 for key in self._keys(request)}
+        underway = {key for request in self._active() if request.remaining > 1 for key in self._keys(request)}
         if budget.spent or len(self.running) >= self._max_batch:
             return admitted
-        for request in self._admission.offers(list(self.waiting), list(self.running)):
+        for request in self._admission.offers(self._open_to(self.waiting), list(self.running)):
             keys = self._keys(request)
             held = self._cache.match(keys) if self._cache else 0
             if held < len(keys) and keys[held] in underway:
@@ -188,7 +210,7 @@ class Scheduler:
         return request.prefix_keys if self._cache else []
 
 
-def _arrival(request: RunningRequest) -> tuple[float, int]:
+def _arrival(request: RunningRequest) -> Arrival:
     return request.arrival
 
 

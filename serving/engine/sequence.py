@@ -10,6 +10,8 @@ from graftwork.serving.engine.slots import AdapterWeights
 from graftwork.serving.engine.types import FinishReason, GenerateRequest, TokenEvent
 
 Decode = Callable[[Sequence[int]], str]
+Arrival = tuple[bool, float, int]
+"""Whether it is for idle steps only; when it came; a number that no other has. Smaller goes first."""
 
 
 class RunningRequest:
@@ -19,7 +21,7 @@ class RunningRequest:
 
     def __init__(
         self,
-        arrival: tuple[float, int],
+        arrival: Arrival,
         request: GenerateRequest,
         on_event: Callable[[TokenEvent], None],
         adapter: AdapterWeights | None,

@@ -106,6 +106,8 @@ class GenerateRequest:
     continuation: tuple[int, ...] = ()
     """Where given, nothing is generated: the one event has finish_reason="scored" and, as its `logprob`, the sum over
     these tokens, each given the prompt and the ones before it."""
+    idle_only: bool = False
+    """Computed in steps that have nothing else to do: it holds no row, slot or memory that another one could use."""
     arrived: float | None = None
     """`time.perf_counter` when it reached the endpoint, loads and retrieval before it; its place in the queue."""
 

@@ -1,12 +1,15 @@
 """What an experiment writes down: one `LogRow` for each answer, score that came later, and event.
 
-Rows are only ever appended. An answer is known by (experiment, request id, arm, index): a row that stands twice counts
-once. A later score names the request id of its answer.
+Rows are only ever appended. An answer is known by (experiment, request id, arm), of several choices the first is meant:
+a row that stands twice counts once. A later score is a row of its own for each metric: it names the request id of its
+answer, with that answer's unit, arm, role and probability, and the metric as `detail`.
 """
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Role = Literal["primary", "shadow", "override", "holdout"]
 
 
 class LogRow(BaseModel):
@@ -23,7 +26,7 @@ class LogRow(BaseModel):
     unit: str = ""
     """Keyed hash of the user, session or request: who it was is not in the log."""
     arm: str = ""
-    role: Literal["primary", "shadow", "override", "holdout"] = "primary"
+    role: Role = "primary"
     """primary: drawn, and seen by the caller; shadow: answered a copy; override and holdout: no part of the draw."""
     probability: float | None = Field(default=None, gt=0, le=1)
     """Chance that the unit had of this arm when it was assigned."""
@@ -43,5 +46,6 @@ class LogRow(BaseModel):
     scores: dict[str, float] = {}
     """By metric name. A failed answer has none: it counts as 0 on each."""
     event: str | None = None
-    """start, ramp, cut, stop, stale: what happened to the experiment."""
+    """start, resume, ramp, cut, kill, stop, stale: what happened to the experiment."""
     detail: str | None = None
+    """Of an event its particulars as JSON; of a score the metric's name."""

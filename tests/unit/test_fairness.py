@@ -75,7 +75,7 @@ class World:
         done = asyncio.Event()
         request = GenerateRequest(str(self._count), (5,) * PROMPT, SamplingParams(call.answer), adapter=call.version)
         adapter = weights(call.version) if call.version is not None else None
-        self.scheduler.add(RunningRequest((arrived, self._count), request, lambda _: done.set(), adapter))
+        self.scheduler.add(RunningRequest((False, arrived, self._count), request, lambda _: done.set(), adapter))
         await done.wait()
         if held is not None:
             self.room.unpin(held)
@@ -119,7 +119,7 @@ class World:
         if not finishes:
             return
         if not request.generated:
-            self.ttft_ms[request.version].append(self.now_ms - request.arrival[0])
+            self.ttft_ms[request.version].append(self.now_ms - request.arrival[1])
             self.order.append(request.version)
         request.tokens.append(7)
         if len(request.generated) == request.request.sampling.max_new_tokens:

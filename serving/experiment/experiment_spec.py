@@ -1,0 +1,165 @@
+"""What an experiment on a running endpoint is: arms with weights, who is assigned, what decides, what ends an arm."""
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from graftwork.config import Spec
+from graftwork.storage import NAME_PATTERN
+
+ARM_PATTERN = r"^[a-z0-9][a-z0-9+._-]{0,62}$"
+SUM_TOLERANCE = 1e-9
+UnitKind = Literal["user", "session", "request"]
+ArmName = Annotated[str, Field(pattern=ARM_PATTERN)]
+Weight = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class TrafficArm(Spec):
+    """One arm of an experiment: a model of the endpoint, and its share of the units."""
+
+    name: ArmName
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """A name of GET /v1/models; null is the endpoint's `arm/NAME`. An alias is pinned to its version at the start."""
+    weight: Weight | None = None
+    """Share of the units; all arms' sum to 1. mode: shadow has none: the control answers, the others get copies."""
+
+    @property
+    def asked_as(self) -> str:
+        """The endpoint's model name."""
+        return self.model or f"arm/{self.name}"
+
+
+class RampStep(Spec):
+    """Weights that hold from a time on."""
+
+    after_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Seconds since the start."""
+    weights: dict[ArmName, Weight]
+
+
+class MetricSpec(Spec):
+    """The one number that decides, higher is better."""
+
+    name: str
+    """A scorer's metric, or one that POST /v1/feedback brings later."""
+    low: float = 0.0
+    high: float = 1.0
+    """Every value lies between the two."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"low={self.low:g} is to be below high={self.high:g}, both finite")
+        return self
+
+
+class ExperimentSpec(Spec):
+    """A live split or a shadow on a running endpoint. Clients ask for the model `experiment/NAME`."""
+
+    kind: Literal["experiment"] = "experiment"
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    endpoint: str = "http://127.0.0.1:8000"
+    """Address of the endpoint that it runs on."""
+    admin_token_env: str | None = None
+    """Environment variable with the endpoint's admin token."""
+    mode: Literal["split", "shadow"] = "split"
+    """split: each unit is answered by its own arm; shadow: the control answers all, the others answer copies unseen."""
+    arms: Annotated[tuple[TrafficArm, ...], Field(min_length=2, max_length=16)]
+    control: str
+    """The arm that the others are measured against. It answers everybody once the experiment is stopped or killed."""
+    unit: tuple[UnitKind, ...] = ("user", "session", "request")
+    """Who is assigned: the first of these that a request names. user: OpenAI's field `user`; session: the header
+    `x-session-id`; request: each request for itself."""
+    salt: str = ""
+    """Another salt assigns the units anew."""
+    overrides: dict[str, str] = {}
+    """Unit (the user's or session's name) -> arm. They are no part of the draw."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the units that always get the control and are no part of the draw."""
+    ramp: tuple[RampStep, ...] = ()
+    """Weights that change by themselves; `graftwork experiment ramp` changes them by hand."""
+    shadow_queue: int = Field(default=64, ge=1, le=100_000)
+    """Copies that may wait for idle time; the oldest is dropped, and counted, when another one comes."""
+    shadow_concurrency: int = Field(default=4, ge=1, le=256)
+    """Copies answered at a time."""
+    primary: MetricSpec
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Error rate of the verdict, however often it is looked at."""
+    margin: Annotated[float, Field(gt=0)] = 0.03
+    """Differences smaller than this count as none."""
+    log: str | None = None
+    """Where rows are kept: a folder, file:// or s3://; null is the endpoint's own root."""
+    log_outputs: bool = True
+    """Keep the answers' texts in the log."""
+    log_buffer: int = Field(default=20_000, ge=1)
+    """Rows that wait to be written; more are dropped, and counted."""
+    log_every_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
+    """A segment of the log is published at least this often while there are rows: what a killed ingress loses."""
+
+    @field_validator("unit", mode="before")
+    @classmethod
+    def _one_unit(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _arms_stand(self) -> Self:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"arms: names must differ, found {names}")
+        if self.control not in names:
+            raise ValueError(f"control={self.control!r} is none of the arms {names}")
+        for unit, arm in self.overrides.items():
+            if arm not in names:
+                raise ValueError(f"overrides: {unit!r} is sent to {arm!r}, which is none of the arms {names}")
+        if not self.unit or len(set(self.unit)) != len(self.unit):
+            raise ValueError(f"unit: each of user, session, request once at most, found {list(self.unit)}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_stand(self) -> Self:
+        given = {arm.name: arm.weight for arm in self.arms if arm.weight is not None}
+        if self.mode == "shadow":
+            if given or self.ramp or self.holdout or self.overrides:
+                raise ValueError("mode=shadow: the control answers all, so weights, ramp, holdout, overrides can't act")
+            return self
+        require_weights("arms", given, [arm.name for arm in self.arms])
+        for number, step in enumerate(self.ramp, 1):
+            require_weights(f"ramp step {number}", step.weights, [arm.name for arm in self.arms])
+        times = [step.after_s for step in self.ramp]
+        if times != sorted(set(times)):
+            raise ValueError(f"ramp: after_s is to grow from step to step, found {times}")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By arm, at the start. In a shadow each arm answers every request."""
+        return {arm.name: 1.0 if arm.weight is None else arm.weight for arm in self.arms}
+
+
+def require_weights(where: str, given: dict[str, float], names: list[str]) -> None:
+    """Raises ValueError unless every arm has a weight and they sum to 1."""
+    missing = [name for name in names if name not in given]
+    unknown = [name for name in given if name not in names]
+    if missing or unknown:
+        raise ValueError(f"{where}: a weight for each of {names}, found {given}")
+    total = math.fsum(given.values())
+    if abs(total - 1) > SUM_TOLERANCE:
+        raise ValueError(f"{where}: weights sum to 1, found {total:g} ({given})")
+
+
+UNCHANGED_BY_RAMP = frozenset({"endpoint", "admin_token_env", "ramp", "shadow_queue", "shadow_concurrency", "log",
+                               "log_outputs", "log_buffer", "log_every_s"})  # fmt: skip
+"""Keys that are no part of an experiment's identity: places, sizes of buffers, and how weights change."""
+
+
+def identity_of(spec: ExperimentSpec) -> dict[str, Any]:
+    """What must not change while it runs, without the weights."""
+    tree = spec.model_dump(mode="json", exclude=set(UNCHANGED_BY_RAMP))
+    tree["arms"] = [{key: value for key, value in arm.items() if key != "weight"} for arm in tree["arms"]]
+    return tree

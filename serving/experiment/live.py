@@ -1,0 +1,222 @@
+"""One experiment as the ingress runs it: who gets which arm, what is written down, when an arm is cut."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graftwork.config import canonical_json
+from graftwork.errors import StorageError
+from graftwork.serving.api_error import ApiError
+from graftwork.serving.arms import Dump, Question
+from graftwork.serving.backend import Backend
+from graftwork.serving.experiment.assignment import Assigner, Drawn, key_of, reweigh, without
+from graftwork.serving.experiment.feedback import Answered, RecentAnswers
+from graftwork.serving.experiment.log_reader import ExperimentLog
+from graftwork.serving.experiment.log_row import LogRow, Role
+from graftwork.serving.experiment.record import Cut, ExperimentRecord, Records
+from graftwork.serving.experiment.recorder import Recorder
+from graftwork.serving.experiment.segments import Segments
+from graftwork.serving.experiment.shadow import Copy, ShadowQueue
+from graftwork.serving.spec import ArmSpec
+
+log = logging.getLogger("ray.serve")
+TICK_S = 0.2
+IDLE = {"idle_only": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where one request goes. role None: the experiment takes no part, nothing is written down."""
+
+    arm: ArmSpec
+    unit: str
+    role: Role | None
+    probability: float | None
+
+
+class LiveExperiment:
+    """Built by `Experiments`; `run` is its task."""
+
+    def __init__(self, record: ExperimentRecord, records: Records, backend: Backend, recent: RecentAnswers) -> None:
+        self.record, self._records, self._backend, self._recent = record, records, backend, recent
+        spec, (store, folder) = record.spec, record.log
+        self._folder = store or records.store, folder
+        self._assigner = self._new_assigner()
+        self._dumps = {name: arm.model_dump(mode="json") for name, arm in record.arms.items()}
+        self.recorder = Recorder(
+            Segments(*self._folder), self._digest, buffer=spec.log_buffer, every_s=spec.log_every_s
+        )
+        self.shadow = ShadowQueue(self._answer_copy, limit=spec.shadow_queue, concurrency=spec.shadow_concurrency)
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+        """Answers by arm, role and outcome (`ok`, or the error's code), since this process began."""
+        self._replayed = False
+        self._changing = asyncio.Lock()
+        self.damaged: list[str] = []
+        self._other_base: str | None = None
+
+    @property
+    def log_uri(self) -> str:
+        """Where its rows lie."""
+        store, folder = self._folder
+        return store.path(*folder)
+
+    def place(self, kind: str, name: str) -> Placed:
+        """The arm of a unit: an override's, else the drawn one; the control's where the experiment does not run."""
+        spec, whole = self.record.spec, f"{kind}:{name}"
+        if self.record.status != "running":
+            return Placed(self.record.arms[spec.control], "", None, None)
+        unit = self._assigner.pseudonym(whole)
+        if name in spec.overrides and kind != "request":
+            return Placed(self.record.arms[spec.overrides[name]], unit, "override", None)
+        drawn: Drawn = self._assigner.draw(whole)
+        role: Role = "primary" if drawn.probability is not None else "holdout"
+        return Placed(self.record.arms[drawn.arm], unit, role, drawn.probability)
+
+    def write(self, placed: Placed, request_id: str, asked: Question, answer: Dump | ApiError | str) -> None:
+        """One row of what an arm said (`ArmAnswer.dump`), or why it failed. Only queues it."""
+        row = answer_row(self.record.id, placed, request_id, asked, answer)
+        self.counts[row.arm, row.role, row.error or "ok"] += 1
+        self.recorder.add(row)
+        if row.role != "shadow":
+            self._recent.add(request_id, Answered(self, row))
+        if row.base_digest is not None and row.base_digest != self.record.base_digest:
+            self._other_base = row.base_digest
+
+    def copy_to_others(self, placed: Placed, request_id: str, asked: Question, sampling: Dump) -> None:
+        """Queue the request for the other arms of a shadow."""
+        for name in self.record.arms:
+            if name != placed.arm.name and name not in self.record.cut_arms and self.record.status == "running":
+                self.shadow.offer(Copy(name, asked, request_id, {**sampling, **IDLE}, placed.unit))
+
+    async def run(self) -> None:
+        """Until cancelled: replay the log, then keep rows, weights and guardrails moving."""
+        while True:
+            await self.step()
+            await asyncio.sleep(TICK_S)
+
+    async def step(self, *, last: bool = False) -> None:
+        """One turn of `run`; the last one publishes all."""
+        if not self._replayed:
+            self._replayed = True
+            try:
+                await asyncio.to_thread(self._replay)
+            except StorageError as error:
+                log.warning("experiment %s: its log can't be read again: %s", self.record.id, error)
+        await self.recorder.step(last=last)
+        await self._end_when_stale()
+        await self._ramp_when_due()
+        await self._cut_when_broken()
+
+    async def close(self) -> None:
+        """Drop the shadow's copies, publish what is waiting."""
+        await self.shadow.close()
+        await self.step(last=True)
+
+    async def change(self, event: str, detail: Dump, **changes: Any) -> None:
+        """Write a change of the record, then let it take effect, then log it."""
+        async with self._changing:
+            new = self.record.changed(**changes)
+            await asyncio.to_thread(self._records.save, new)
+            self.record = new
+            self._assigner = self._new_assigner()
+            self.tell(event, detail)
+
+    def tell(self, event: str, detail: Dump) -> None:
+        """An event's row."""
+        text = json.dumps(detail, ensure_ascii=False)
+        self.recorder.add(LogRow(kind="event", experiment=self.record.id, at=time.time(), event=event, detail=text))
+
+    async def ramp(self, weights: dict[str, float], **changes: Any) -> None:
+        """New weights; an arm that was cut stays at 0 and its share goes to the others in proportion."""
+        for arm in sorted(self.record.cut_arms):
+            weights = without(weights, arm)
+        ranges = reweigh(self.record.ranges, weights)
+        await self.change("ramp", {"weights": weights}, weights=weights, ranges=ranges, **changes)
+
+    async def cut(self, arm: str, why: Dump) -> None:
+        """Take an arm out."""
+        record = self.record
+        cuts = (*record.cuts, Cut(arm=arm, at=time.time(), why=json.dumps(why)))
+        weights, ranges = record.weights, record.ranges
+        if record.spec.mode == "split":
+            weights = without(weights, arm)
+            ranges = reweigh(ranges, weights)
+        log.warning("experiment %s: arm %s is cut: %s", record.id, arm, why)
+        await self.change("cut", {"arm": arm, **why, "weights": weights}, cuts=cuts, weights=weights, ranges=ranges)
+
+    async def _end_when_stale(self) -> None:
+        if self._other_base is None or self.record.status != "running":
+            return
+        log.warning("experiment %s: the endpoint has another base now, it is stale", self.record.id)
+        detail = {"base_digest": self._other_base, "started_with": self.record.base_digest}
+        await self.change("stale", detail, status="stale")
+
+    async def _ramp_when_due(self) -> None:
+        record = self.record
+        steps = record.spec.ramp[record.ramp_steps :]
+        if record.status == "running" and steps and time.time() >= record.started_at + steps[0].after_s:
+            await self.ramp(dict(steps[0].weights), ramp_steps=record.ramp_steps + 1)
+
+    async def _cut_when_broken(self) -> None:
+        pass
+
+    def _digest(self, rows: Sequence[LogRow]) -> list[LogRow]:
+        return [row if self.record.spec.log_outputs else row.model_copy(update={"output": None}) for row in rows]
+
+    def _replay(self) -> None:
+        """What a restart has to know again: the answers that feedback may still come to."""
+        found = ExperimentLog(*self._folder)
+        for row in found.rows():
+            if row.kind == "answer" and row.role != "shadow":
+                self._recent.add(row.request_id, Answered(self, row))
+            elif row.kind == "score" and row.detail is not None:
+                self._recent.scored(row.request_id, row.detail, row.scores[row.detail])
+        self.damaged = found.health.damaged
+
+    async def _answer_copy(self, copy: Copy) -> None:
+        placed = Placed(self.record.arms[copy.arm], copy.unit, "shadow", None)
+        try:
+            answers = await self._backend.choices(
+                self._dumps[copy.arm], copy.messages, f"{copy.request_id}-{copy.arm}", copy.sampling
+            )
+        except ApiError as error:
+            self.write(placed, copy.request_id, copy.messages, error)
+        else:
+            self.write(placed, copy.request_id, copy.messages, answers[0])
+
+    def _new_assigner(self) -> Assigner:
+        record = self.record
+        return Assigner(
+            key_of(record.id, record.spec.salt), record.ranges, control=record.spec.control, holdout=record.spec.holdout
+        )
+
+
+def answer_row(
+    experiment: str, placed: Placed, request_id: str, asked: Question, answer: Dump | ApiError | str
+) -> LogRow:
+    """The row of one answer; an ApiError, or a text, is why there is none."""
+    found: dict[str, Any] = {}
+    if isinstance(answer, dict):
+        same = ("base_digest", "adapter_version", "finish_reason", "prompt_tokens", "completion_tokens", "ttft_ms",
+                "latency_ms")  # fmt: skip
+        found = {key: answer[key] for key in same}
+        found |= {"retrieved_ids": tuple(answer["retrieved_ids"]), "output": answer["text"]}
+    else:
+        found["error"] = (answer.code or str(answer.status)) if isinstance(answer, ApiError) else answer
+    assert placed.role is not None, "it takes no part"
+    return LogRow(
+        kind="answer", experiment=experiment, at=time.time(), request_id=request_id, unit=placed.unit,
+        arm=placed.arm.name, role=placed.role, probability=placed.probability, prompt_hash=prompt_hash(asked), **found,
+    )  # fmt: skip
+
+
+def prompt_hash(asked: Question) -> str:
+    """32 hex digits of the conversation."""
+    whole = asked if isinstance(asked, str) else canonical_json([dict(turn) for turn in asked])
+    return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,92 @@
+"""Rows of one experiment on their way from the response path to scores, monitor and log, in batches and bounded.
+
+The response path only appends to a queue. `step` does the rest, most of it in a thread. When the log can't be written
+the rows wait and it is tried again; beyond `buffer` rows the newest are dropped, counted, and said in the process' log.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from graftwork.errors import StorageError
+from graftwork.serving.experiment.log_row import LogRow
+from graftwork.serving.experiment.segments import Segments, SegmentWriter
+
+log = logging.getLogger("ray.serve")
+MAX_BATCH = 2_000
+MERGE_EVERY = 64
+"""Segments between two looks whether small ones can become a Parquet."""
+
+
+class Recorder:
+    """Made and used on the ingress' event loop. `digest` runs in a thread: it scores the rows and shows them to the
+    monitor; what it returns is written."""
+
+    def __init__(
+        self,
+        segments: Segments,
+        digest: Callable[[Sequence[LogRow]], list[LogRow]],
+        *,
+        buffer: int,
+        every_s: float,
+    ) -> None:
+        self._segments, self._digest = segments, digest
+        self._buffer, self._every_s = buffer, every_s
+        self._inbox: deque[LogRow] = deque()
+        self._unwritten: list[LogRow] = []
+        self._writer: SegmentWriter | None = None
+        self._due = time.monotonic() + every_s
+        self._busy = asyncio.Lock()
+        self._published = 0
+        self.dropped = 0
+        """Rows that were lost because the buffer was full."""
+        self.written = 0
+        self.problem: str | None = None
+        """Why the log can't be written now."""
+
+    def add(self, row: LogRow) -> None:
+        """Queue one row; never waits."""
+        if len(self._inbox) + len(self._unwritten) >= self._buffer:
+            if self.dropped == 0:
+                log.warning("experiment %s: the log's buffer of %d rows is full, rows are dropped from now on",
+                            row.experiment, self._buffer)  # fmt: skip
+            self.dropped += 1
+        else:
+            self._inbox.append(row)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that are not in the log yet."""
+        return len(self._inbox) + len(self._unwritten)
+
+    async def step(self, *, last: bool = False) -> None:
+        """Digest what has come; publish it when it is time, or at once where it is the last step."""
+        async with self._busy:
+            while self._inbox:
+                rows = [self._inbox.popleft() for _ in range(min(len(self._inbox), MAX_BATCH))]
+                self._unwritten += await asyncio.to_thread(self._digest, rows)
+            if self._unwritten and (last or time.monotonic() >= self._due or len(self._unwritten) >= MAX_BATCH):
+                await self._publish()
+
+    async def _publish(self) -> None:
+        rows = self._unwritten
+        try:
+            await asyncio.to_thread(self._write, rows)
+        except StorageError as error:
+            if self.problem is None:
+                log.warning("experiment %s: %s", rows[0].experiment, error)
+            self.problem = str(error.found)
+        else:
+            self._unwritten, self.problem = [], None
+            self.written += len(rows)
+        self._due = time.monotonic() + self._every_s
+
+    def _write(self, rows: Sequence[LogRow]) -> None:
+        if self._writer is None:
+            self._writer = SegmentWriter(self._segments)
+        self._writer.publish(rows)
+        self._published += 1
+        if self._published % MERGE_EVERY == 1:
+            self._writer.merge()
