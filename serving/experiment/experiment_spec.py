@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from graftwork.config import Spec
-from graftwork.storage import NAME_PATTERN
+from graftwork.errors import ConfigError
+from graftwork.serving.experiment.scorers.spec import ScorerSpec
+from graftwork.storage import NAME_PATTERN, Store
 
 ARM_PATTERN = r"^[a-z0-9][a-z0-9+._-]{0,62}$"
 SUM_TOLERANCE = 1e-9
@@ -39,13 +41,18 @@ class RampStep(Spec):
 
 
 class MetricSpec(Spec):
-    """The one number that decides, higher is better."""
+    """The one number that decides. In YAML a plain string is its `name`."""
 
     name: str
-    """A scorer's metric, or one that POST /v1/feedback brings later."""
+    """A scorer's metric, one that POST /v1/feedback brings later, or latency_ms, ttft_ms, prompt_tokens,
+    completion_tokens."""
+    kind: Literal["bounded", "unbounded", "log"] = "bounded"
+    """bounded: within low..high, tested without any approximation; unbounded: asymptotic; log: its logarithm, so."""
     low: float = 0.0
     high: float = 1.0
-    """Every value lies between the two."""
+    better: Literal["higher", "lower"] = "higher"
+    window_s: float = Field(default=0.0, ge=0)
+    """A unit counts with the mean of its answers in this time from its first; 0: with its first answer."""
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +63,31 @@ class MetricSpec(Spec):
     def _range(self) -> Self:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"low={self.low:g} is to be below high={self.high:g}, both finite")
+        return self
+
+
+class GuardrailSpec(Spec):
+    """A bound that an arm may not break: when the log shows that it does, the arm is cut at once."""
+
+    kind: Literal["errors", "latency", "schema_invalid", "empty_context", "fairness_gap"]
+    """errors: failed answers; latency: answers slower than bound_ms; schema_invalid: answers whose `score` is below 1;
+    empty_context: answers without retrieved passages; fairness_gap: between the mean `score` of two `groups`."""
+    limit: Annotated[float, Field(gt=0, lt=1)]
+    """Share of answers (or gap) that is still allowed."""
+    bound_ms: Annotated[float, Field(gt=0)] | None = None
+    """latency: a p95 of 2 s is bound_ms 2000 and limit 0.05."""
+    score: str = "json_schema"
+    groups: tuple[str, str] | None = None
+    """fairness_gap: two scores that are 1 for their members."""
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Chance that an arm within the limit is ever cut."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.kind == "latency") != (self.bound_ms is not None):
+            raise ValueError("bound_ms stands with kind=latency, and only there")
+        if (self.kind == "fairness_gap") != (self.groups is not None):
+            raise ValueError("groups stands with kind=fairness_gap, and only there")
         return self
 
 
@@ -89,6 +121,11 @@ class ExperimentSpec(Spec):
     shadow_concurrency: int = Field(default=4, ge=1, le=256)
     """Copies answered at a time."""
     primary: MetricSpec
+    guardrails: tuple[GuardrailSpec, ...] = ()
+    scorers: tuple[ScorerSpec, ...] = ()
+    """What each answer is scored by as it comes: those that need no gold (json_schema, regex, cost, own)."""
+    answer_schema: str | None = None
+    """JSON schema of a valid answer, for the scorers."""
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Error rate of the verdict, however often it is looked at."""
     margin: Annotated[float, Field(gt=0)] = 0.03
@@ -106,6 +143,14 @@ class ExperimentSpec(Spec):
     @classmethod
     def _one_unit(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("log")
+    @classmethod
+    def _log_is_a_place(cls, log: str | None) -> str | None:
+        try:
+            return log and Store(log).uri
+        except ConfigError as error:
+            raise ValueError(f"{error.found}: {error.rule}") from None
 
     @model_validator(mode="after")
     def _arms_stand(self) -> Self:
@@ -138,8 +183,10 @@ class ExperimentSpec(Spec):
 
     @property
     def weights(self) -> dict[str, float]:
-        """By arm, at the start. In a shadow each arm answers every request."""
-        return {arm.name: 1.0 if arm.weight is None else arm.weight for arm in self.arms}
+        """By arm, at the start; in a shadow the control has all."""
+        if self.mode == "shadow":
+            return {arm.name: float(arm.name == self.control) for arm in self.arms}
+        return {arm.name: arm.weight or 0.0 for arm in self.arms}
 
 
 def require_weights(where: str, given: dict[str, float], names: list[str]) -> None:

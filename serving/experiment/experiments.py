@@ -8,7 +8,7 @@ from typing import Any
 
 from graftwork import config
 from graftwork.config import canonical_json
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, GraftworkError
 from graftwork.serving.api_error import ApiError, as_api_errors, bad_request, unknown_model
 from graftwork.serving.arms import Dump
 from graftwork.serving.backend import Backend
@@ -18,6 +18,7 @@ from graftwork.serving.experiment.feedback import FeedbackRequest, RecentAnswers
 from graftwork.serving.experiment.live import LiveExperiment
 from graftwork.serving.experiment.live_request import LiveRequest
 from graftwork.serving.experiment.record import ExperimentRecord, Records, new_record
+from graftwork.serving.experiment.scoring import rules_of, scorers_of
 from graftwork.serving.spec import ArmSpec
 from graftwork.storage import Store
 
@@ -81,6 +82,7 @@ class Experiments:
         if old is not None and old.record.status in ("running", "killed"):
             _require_same(old.record, spec)
             return old
+        _require_measurable(spec)
         arms = {arm.name: await self._pinned(arm.name, arm.asked_as) for arm in spec.arms}
         base_digest = (await self._backend.call("stats"))["base_digest"]
         record = new_record(spec, arms, base_digest)
@@ -206,6 +208,21 @@ def _spec_of(tree: Mapping[str, Any]) -> ExperimentSpec:
     except ConfigError as error:
         said = f"{error.asked}: {error.found}" + (f". {error.rule}" if error.rule else "")
         raise bad_request(said, param="spec", code="invalid_experiment") from None
+
+
+def _require_measurable(spec: ExperimentSpec) -> None:
+    """Raises ApiError where its scorers or rules can't work."""
+    try:
+        known = {metric.name for metric in scorers_of(spec).metrics}
+        rules_of(spec)
+    except GraftworkError as error:
+        said = f"{error.asked}: {error.found}" + (f". {error.rule}" if error.rule else "")
+        raise bad_request(said, param="spec", code="invalid_experiment") from None
+    for guardrail in spec.guardrails:
+        if guardrail.kind == "schema_invalid" and guardrail.score not in known:
+            raise bad_request(f"guardrails: schema_invalid looks at the score {guardrail.score!r}, which none of the "
+                              f"scorers gives ({', '.join(sorted(known)) or 'there are none'}).", param="spec",
+                              code="invalid_experiment")  # fmt: skip
 
 
 def _require_same(running: ExperimentRecord, spec: ExperimentSpec) -> None:

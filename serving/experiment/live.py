@@ -21,6 +21,7 @@ from graftwork.serving.experiment.log_reader import ExperimentLog
 from graftwork.serving.experiment.log_row import LogRow, Role
 from graftwork.serving.experiment.record import Cut, ExperimentRecord, Records
 from graftwork.serving.experiment.recorder import Recorder
+from graftwork.serving.experiment.scoring import scored, scorers_of
 from graftwork.serving.experiment.segments import Segments
 from graftwork.serving.experiment.shadow import Copy, ShadowQueue
 from graftwork.serving.spec import ArmSpec
@@ -55,6 +56,7 @@ class LiveExperiment:
         self.shadow = ShadowQueue(self._answer_copy, limit=spec.shadow_queue, concurrency=spec.shadow_concurrency)
         self.counts: Counter[tuple[str, str, str]] = Counter()
         """Answers by arm, role and outcome (`ok`, or the error's code), since this process began."""
+        self._scorers = scorers_of(spec)
         self._replayed = False
         self._changing = asyncio.Lock()
         self.damaged: list[str] = []
@@ -148,7 +150,9 @@ class LiveExperiment:
             weights = without(weights, arm)
             ranges = reweigh(ranges, weights)
         log.warning("experiment %s: arm %s is cut: %s", record.id, arm, why)
-        await self.change("cut", {"arm": arm, **why, "weights": weights}, cuts=cuts, weights=weights, ranges=ranges)
+        await self.change("cut", {"arm": arm, **why}, cuts=cuts, weights=weights, ranges=ranges)
+        if weights != record.weights:
+            self.tell("ramp", {"weights": weights})
 
     async def _end_when_stale(self) -> None:
         if self._other_base is None or self.record.status != "running":
@@ -167,7 +171,9 @@ class LiveExperiment:
         pass
 
     def _digest(self, rows: Sequence[LogRow]) -> list[LogRow]:
-        return [row if self.record.spec.log_outputs else row.model_copy(update={"output": None}) for row in rows]
+        found = [scored(row, self._scorers) for row in rows]
+        kept = self.record.spec.log_outputs
+        return found if kept else [row.model_copy(update={"output": None}) for row in found]
 
     def _replay(self) -> None:
         """What a restart has to know again: the answers that feedback may still come to."""

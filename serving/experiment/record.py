@@ -74,11 +74,9 @@ def new_record(spec: ExperimentSpec, arms: Mapping[str, ArmSpec], base_digest: s
         "arms": {name: arm.model_dump(mode="json") for name, arm in arms.items()},
     }  # fmt: skip
     digest = hashlib.sha256(canonical_json(whole).encode()).hexdigest()
-    weights = spec.weights
-    drawn = weights if spec.mode == "split" else {spec.control: 1.0}
     return ExperimentRecord(
         id=f"{spec.name}-{digest[:8]}", spec=spec, arms=dict(arms), base_digest=base_digest,
-        weights=weights, ranges=first_ranges(drawn), started_at=time.time(),
+        weights=spec.weights, ranges=first_ranges(spec.weights), started_at=time.time(),
     )  # fmt: skip
 
 
