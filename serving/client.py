@@ -121,6 +121,16 @@ class Client:
         found: list[dict[str, Any]] = self._json("GET", "/v1/admin/adapters")["data"]
         return found
 
+    def experiments(self) -> list[dict[str, Any]]:
+        """Every experiment with what it is doing now. Needs the admin's token."""
+        found: list[dict[str, Any]] = self._json("GET", "/v1/admin/experiments")["data"]
+        return found
+
+    def experiment(self, verb: str, **body: Any) -> dict[str, Any]:
+        """start (spec), ramp (name, weights), stop, kill, resume (name); returns what it is doing then."""
+        found: dict[str, Any] = self._json("POST", f"/v1/admin/experiments/{verb}", body)["data"][0]
+        return found
+
     def ready(self) -> bool:
         """Whether the endpoint answers and an engine decodes."""
         try:

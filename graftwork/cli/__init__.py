@@ -10,7 +10,7 @@ from tempfile import gettempdir
 
 import typer
 
-from graftwork.cli import adapters, configs, stages
+from graftwork.cli import adapters, configs, experiments, stages
 from graftwork.cli.output import print_error
 from graftwork.errors import GraftworkError, Interrupted
 
@@ -26,6 +26,7 @@ stages.register(app)
 app.command()(adapters.swap)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(configs.app, name="config")
+app.add_typer(experiments.app, name="experiment")
 
 
 def main() -> None:

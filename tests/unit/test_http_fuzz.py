@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from graftwork.serving.admin import ADMIN_PREFIX, ON_EACH
+from graftwork.serving.experiment.routes import EXPERIMENTS
 from graftwork.serving.spec import ServeSpec
 from tests.local_endpoint import local_endpoint
 from tests.tiny import write_tiny_base
@@ -24,7 +25,9 @@ from tests.tiny_embedder import write_tiny_embedder
 ROUTES = (
     "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings",
     *(f"POST {ADMIN_PREFIX}/{verb}" for verb in ("register", "promote", "rollback", *ON_EACH)), f"GET {ADMIN_PREFIX}",
-    "GET /v1/models", "GET /v1/models/{model}", "GET /v1/adapters", "GET /v1/stats", "GET /v1/live", "GET /metrics",
+    *(f"POST {EXPERIMENTS}/{verb}" for verb in ("start", "ramp", "stop", "kill", "resume")), f"GET {EXPERIMENTS}",
+    "POST /v1/feedback", "GET /v1/models",
+    "GET /v1/models/{model}", "GET /v1/adapters", "GET /v1/stats", "GET /v1/live", "GET /metrics",
     "GET /", "GET /health", "GET /ready",
 )  # fmt: skip
 MODELS = {"/v1/chat/completions": "tiny", "/v1/completions": "tiny", "/v1/embeddings": "embedder"}

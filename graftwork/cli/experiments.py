@@ -1,0 +1,165 @@
+"""`graftwork experiment start|status|ramp|stop|kill|resume`: a live split or a shadow on a running endpoint.
+
+A FILE names the endpoint, the experiment and the variable with the admin token; with a URL they are given as options.
+"""
+
+import os
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftwork import config
+from graftwork.cli.output import JsonFlag, Sets, print_json, print_table, say
+from graftwork.errors import ConfigError
+
+if TYPE_CHECKING:
+    from graftwork.serving.client import Client
+    from graftwork.serving.experiment.experiment_spec import ExperimentSpec
+
+app = typer.Typer(help="Split live traffic between arms, or shadow it, on a running endpoint.", no_args_is_help=True)
+ADMIN_TOKEN = "GRAFTWORK_ADMIN_TOKEN"
+Where = Annotated[str, typer.Argument(metavar="FILE|URL", help="Experiment spec, or the address of its endpoint.")]
+Name = Annotated[str | None, typer.Option("--name", help="Which one, where a URL is given and it runs several.")]
+TokenEnv = Annotated[str, typer.Option("--token-env", help="Environment variable with the admin token, for a URL.")]
+
+
+@app.command()
+def start(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Experiment spec; see examples/.")],
+    sets: Sets = [],  # noqa: B006
+    as_json: JsonFlag = False,
+) -> None:
+    """Begin it. Once more: finds it running. A changed file is refused while it runs."""
+    spec = _spec(file, sets)
+    with _client(spec.endpoint, spec.admin_token_env) as client:
+        found = client.experiment("start", spec=spec.model_dump(mode="json"))
+    _show(found, as_json)
+    if not as_json:
+        say(f'  ask for it with "model": "{found["model"]}" and your user\'s name as "user"')
+
+
+@app.command()
+def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
+    """Arms, estimates that hold at every look, guardrails, and what was dropped."""
+    with _at(where, name, token_env) as (client, chosen):
+        found = [one for one in client.experiments() if chosen in (None, one["name"])]
+    if chosen is not None and not found:
+        raise ConfigError(f"experiment {chosen}", "the endpoint knows none of this name", "",
+                          "start it: graftwork experiment start FILE")  # fmt: skip
+    if as_json:
+        return print_json(found)
+    for one in found:
+        _show(one, as_json)
+    if not found:
+        say("no experiments: `graftwork experiment start FILE` begins one")
+
+
+@app.command()
+def ramp(
+    where: Where,
+    weights: Annotated[list[str], typer.Option("--weight", metavar="ARM=SHARE", help="Of each arm; they sum to 1.")],
+    name: Name = None,
+    token_env: TokenEnv = ADMIN_TOKEN,
+    as_json: JsonFlag = False,
+) -> None:
+    """Other weights from now on. Units stay where they are but for the share that moves."""
+    given = _weights(weights)
+    with _at(where, name, token_env) as (client, chosen):
+        _show(client.experiment("ramp", name=_one(client, chosen), weights=given), as_json)
+
+
+@app.command()
+def stop(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
+    """End it for good. Callers are answered by its control from then on."""
+    _tell("stop", where, name, token_env, as_json)
+
+
+@app.command()
+def kill(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
+    """Send everybody to the control at once, until `resume`."""
+    _tell("kill", where, name, token_env, as_json)
+
+
+@app.command()
+def resume(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
+    """Take `kill` back."""
+    _tell("resume", where, name, token_env, as_json)
+
+
+def _tell(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:
+    with _at(where, name, token_env) as (client, chosen):
+        _show(client.experiment(verb, name=_one(client, chosen)), as_json)
+
+
+def _spec(file: str, sets: list[str]) -> "ExperimentSpec":
+    from graftwork.serving.experiment.experiment_spec import ExperimentSpec
+
+    spec = config.load(file, sets, expect="experiment")
+    assert isinstance(spec, ExperimentSpec)
+    return spec
+
+
+def _client(url: str, token_env: str | None) -> "Client":
+    from graftwork.serving.auth import own_token
+    from graftwork.serving.client import Client
+
+    return Client(url, own_token(token_env, "admin_token_env"))
+
+
+class _at:
+    """A client of the endpoint and the experiment's name, from a FILE or a URL."""
+
+    def __init__(self, where: str, name: str | None, token_env: str) -> None:
+        if where.startswith(("http://", "https://")):
+            self._client = _client(where, token_env if os.environ.get(token_env) else None)
+            self._name = name
+        else:
+            spec = _spec(where, [])
+            self._client, self._name = _client(spec.endpoint, spec.admin_token_env), name or spec.name
+
+    def __enter__(self) -> tuple["Client", str | None]:
+        return self._client, self._name
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+
+def _one(client: "Client", name: str | None) -> str:
+    if name is not None:
+        return name
+    names = [one["name"] for one in client.experiments()]
+    if len(names) != 1:
+        raise ConfigError("--name", f"the endpoint has {len(names)} experiments ({', '.join(names) or '-'})",
+                          "a URL alone names one only where there is one", "give --name, or the FILE")  # fmt: skip
+    return str(names[0])
+
+
+def _weights(given: list[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for item in given:
+        arm, _, share = item.partition("=")
+        try:
+            found[arm] = float(share)
+        except ValueError:
+            raise ConfigError(f"--weight {item}", "no number behind '='", "write --weight ARM=SHARE") from None
+    return found
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        return print_json(found)
+    age = time.time() - found["started_at"]
+    title = f"{found['id']}: {found['mode']}, {found['status']}, {age / 3600:.1f} h, control {found['control']}"
+    rows = [
+        (arm["name"], arm["adapter"] or "-", f"{arm['weight']:g}", arm["answers"], arm["errors"], arm["cut"] or "-")
+        for arm in found["arms"]
+    ]
+    print_table(title, ("arm", "adapter", "weight", "answers", "errors", "cut"), rows)
+    log, shadow = found["log"], found["shadow"]
+    say(f"  log {log['uri']}: {log['written']} rows, {log['waiting']} waiting, {log['dropped']} dropped"
+        + (f"; NOT WRITTEN: {log['problem']}" if log["problem"] else ""))  # fmt: skip
+    if log["damaged"]:
+        say(f"  damaged segments, not counted: {'; '.join(log['damaged'])}")
+    if found["mode"] == "shadow":
+        say(f"  shadow: {shadow['waiting']} copies waiting, {shadow['dropped']} dropped")
