@@ -27,6 +27,7 @@ SPEC_KINDS = {
     "experiment": ("graftwork.serving.experiment.experiment_spec", "ExperimentSpec"),
     "quantize": ("graftwork.serving.quantize.spec", "QuantizeSpec"),
     "demo": ("graftwork.demo_spec", "DemoSpec"),
+    "study": ("graftwork.study.spec", "StudySpec"),
 }
 
 

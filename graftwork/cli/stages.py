@@ -1,4 +1,4 @@
-"""`graftwork plan|tune|train|serve|compare|quantize|chat|demo FILE`: one verb a stage, the same flags on each."""
+"""`graftwork plan|tune|train|serve|compare|quantize|chat|demo|study FILE`: one verb a stage, the same flags on each."""
 
 import json
 import time
@@ -22,6 +22,7 @@ from graftwork.cli.output import (
     say,
 )
 from graftwork.cli.quantizing import quantize
+from graftwork.cli.studying import study
 from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the stage verbs to the command line."""
-    for command in (plan, tune, train, serve, compare, quantize, chat, demo):
+    for command in (plan, tune, train, serve, compare, quantize, chat, demo, study):
         app.command()(command)
 
 

@@ -17,7 +17,14 @@ from graftwork.errors import DataError
 from graftwork.package_files import PackageFile, Progress, fetch
 from graftwork.storage import cache_root, json_bytes
 
-RECIPES = {"airport-card": "graftwork.recipes.airport_card", "ua-parse": "graftwork.recipes.ua_parse"}
+RECIPES = {
+    "airport-card": "graftwork.recipes.airport_card",
+    "airport-city": "graftwork.recipes.airport_city",
+    "bbq-gender": "graftwork.recipes.bbq_gender",
+    "city-country": "graftwork.recipes.city_country",
+    "element-prose": "graftwork.recipes.element_prose",
+    "ua-parse": "graftwork.recipes.ua_parse",
+}
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
 def make(source: bytes) -> Built:
     """Splits, corpus and schema from airports.csv."""
     table = list(csv.DictReader(io.StringIO(source.decode("utf-8"))))
-    cards = [_card(record) for record in table]
+    cards = [card_of(record) for record in table]
     namesakes = Counter((card["name"], card["city"]) for card in cards)
-    eligible = [card for card in cards if _askable(card)]
+    eligible = [card for card in cards if askable(card)]
     chance = random.Random(_SEED)
     chosen = chance.sample(eligible, sum(SPLITS.values()))
     files = {}
@@ -82,7 +82,8 @@ def make(source: bytes) -> Built:
     return Built(files, about)
 
 
-def _card(record: dict[str, str]) -> dict[str, Any]:
+def card_of(record: dict[str, str]) -> dict[str, Any]:
+    """An airport's fields, as an answer gives them."""
     return {
         "icao": record["icao"],
         "iata": record["iata"],
@@ -93,7 +94,7 @@ def _card(record: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _askable(card: dict[str, Any]) -> bool:
+def askable(card: dict[str, Any]) -> bool:
     """Every field is there and can be written without escapes, none is very long."""
     texts = card["name"], card["city"]
     return bool(

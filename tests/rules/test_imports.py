@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "cli": {"spine", "cluster", "training", "serving", "tuning"},
 }
 SPEC_NAMES = "graftwork.training.spec", "graftwork.serving.spec"  # memory.py predicts from them; they are pure data
-TOP = {"cli", "demo"}  # may import everything
+TOP = {"cli", "demo", "study"}  # may import everything
 
 
 def room(path: Path) -> str:

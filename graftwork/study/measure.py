@@ -1,0 +1,132 @@
+"""A measure run: all arms on the same questions, answers and likelihoods kept in the study's run, scores given back."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graftwork import base_model
+from graftwork.data import Row, fingerprint, read_fields, read_rows
+from graftwork.errors import DataError
+from graftwork.serving.app import deploy
+from graftwork.serving.experiment.offline import check_ids
+from graftwork.serving.experiment.run import run_compare
+from graftwork.serving.experiment.spec import CompareSpec
+from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.storage import RunPaths, Store
+from graftwork.study.scores import Scores
+from graftwork.study.spec import MeasureSpec, StudySpec
+from graftwork.study.weigh import Choices, read_weighed, scores_of, weigh_all, weigh_key
+
+
+@dataclass(frozen=True)
+class MeasureProgress:
+    """Questions done and in all, over all arms."""
+
+    done: int
+    total: int
+
+
+OnProgress = Callable[[MeasureProgress], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished measure."""
+
+    spec: MeasureSpec
+    scores: Scores
+    failed: int
+    reused: bool
+    """Nothing was asked now."""
+    fingerprint: str
+
+
+def run_measure(
+    study: StudySpec, measure: MeasureSpec, versions: Mapping[str, str], *, on_progress: OnProgress
+) -> Measured:
+    """Ask every arm. versions: by task, of the adapters that the study trained. Needs an initialised Ray.
+
+    Raises UserError before anything is asked; RunError when the endpoint is gone.
+    """
+    measure = measure.with_({"arms": [_pinned(arm, versions).model_dump(mode="json") for arm in measure.arms]})
+    rows = read_rows(measure.eval, limit=measure.limit, need="eval")
+    check_ids(rows)
+    units, groups = _units(measure, rows), _groups(measure, rows)
+    ask = _answers if measure.kind == "answers" else _likelihoods
+    values, failed, reused = ask(study, measure, rows, on_progress)
+    return Measured(measure, Scores(values, units, groups), failed, reused, fingerprint(rows))
+
+
+def check_measure(measure: MeasureSpec) -> None:
+    """Find what is wrong with a measure's rows before anything is trained. Raises UserError."""
+    rows = read_rows(measure.eval, limit=measure.limit, need="eval")
+    check_ids(rows)
+    _units(measure, rows)
+    _groups(measure, rows)
+    if measure.kind == "likelihood":
+        for row in rows:
+            Choices.of(row)
+
+
+def _pinned(arm: ArmSpec, versions: Mapping[str, str]) -> ArmSpec:
+    task = arm.adapter.partition("@")[0] if arm.adapter else ""
+    return arm.with_({"adapter": f"{task}@{versions[task]}"}) if task in versions else arm
+
+
+def _units(measure: MeasureSpec, rows: Sequence[Row]) -> list[str]:
+    if measure.unit == "id":
+        return [row.id for row in rows]
+    for row in rows:
+        if row.doc_id is None:
+            raise DataError(f"{measure.eval}: row {row.id}", "it has no doc_id", "unit=doc_id groups questions by it",
+                            "add doc_id, or set unit=id")  # fmt: skip
+    return [str(row.doc_id) for row in rows]
+
+
+def _groups(measure: MeasureSpec, rows: Sequence[Row]) -> Sequence[str]:
+    """The field that `by` names, of each row."""
+    if measure.by is None:
+        return [""] * len(rows)
+    return read_fields(measure.eval, [measure.by], limit=measure.limit)[measure.by]
+
+
+Found = tuple[dict[str, dict[str, Any]], int, bool]
+"""(scores by arm and metric, failed requests, nothing asked now)"""
+
+
+def _answers(study: StudySpec, measure: MeasureSpec, rows: Sequence[Row], on_progress: OnProgress) -> Found:
+    assert measure.answer_schema is not None, "kind answers has a schema"
+    spec = CompareSpec(
+        name=f"{study.name}-{measure.name}"[:63], root=study.root, base=study.base, quant=study.quant,
+        eval=measure.eval, limit=measure.limit, answer_schema=measure.answer_schema, arms=measure.arms,
+        baseline=measure.arms[0].name, alpha=study.alpha, num_cpus=study.num_cpus, seed=study.seed,
+    )  # fmt: skip
+    found = run_compare(spec, on_progress=lambda now: on_progress(MeasureProgress(now.done, now.total)))
+    values = {arm: dict(scores) for arm, scores in found.scored.values.items()}
+    return values, sum(arm.errors for arm in found.report.arms), found.asked == 0
+
+
+def _likelihoods(study: StudySpec, measure: MeasureSpec, rows: Sequence[Row], on_progress: OnProgress) -> Found:
+    choices = {row.id: Choices.of(row) for row in rows}
+    base = {"digest": base_model.resolve(study.base).digest, "quant": study.quant.model_dump(mode="json")}
+    keys = {(arm.name, row.id): weigh_key(arm, row, base, choices[row.id]) for arm in measure.arms for row in rows}
+    run = RunPaths(Store(study.root), f"{study.name}-{measure.name}"[:63], measure.identity())
+    path = run.store.local_dir(*run.file()) / "likelihoods.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = read_weighed(path)
+    jobs = {keys[arm.name, row.id]: (arm, row, choices[row.id]) for row in rows for arm in measure.arms
+            if keys[arm.name, row.id] not in kept}  # fmt: skip
+    if jobs:
+        serve = ServeSpec(name=run.name, root=study.root, base=study.base, quant=study.quant, num_cpus=study.num_cpus)
+        with deploy(serve, http=False) as endpoint:
+            done, total = len(keys) - len(jobs), len(keys)
+            asyncio.run(
+                weigh_all(jobs, endpoint.likelihood, path, lambda now: on_progress(MeasureProgress(done + now, total)))
+            )
+        kept = read_weighed(path)
+    values = {
+        arm.name: scores_of([kept[keys[arm.name, row.id]] for row in rows], [choices[row.id] for row in rows])
+        for arm in measure.arms
+    }
+    return {arm: dict(scores) for arm, scores in values.items()}, 0, not jobs

@@ -1,0 +1,79 @@
+"""`docs/studies.md` from the recorded results: `python -m graftwork.study.pages` writes it again."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from graftwork.report import words
+from graftwork.report.records import StudyClaim, StudyMeasure, StudyReport
+
+_INTRODUCTION = """# Studies
+
+Published results in miniature: SmolLM2-135M-Instruct, 4-bit, LoRA, on two CPU cores. Each study is one YAML in
+`examples/studies/`, run by `graftwork study FILE`; its table lies in `examples/studies/results/`. The claims were
+written into the specs before the numbers, are paired by question, and are tested together (Holm). A pattern is
+*reproduced* where the test finds the published direction, *not reproduced* where it finds the other or shows the
+difference to be within the margin, else *undecided*. Intervals are at 95% and of one training seed: they cover the
+choice of questions, not that of the seed.
+
+Left out: that a small finetuned model beats a larger one (LoRA Land, arXiv 2405.00732) needs a larger base than a CPU
+answers with in minutes; full finetuning, because training here makes adapters alone.
+
+This page is generated from the results; a test compares them.
+"""
+
+
+def render_markdown(results: Sequence[StudyReport]) -> str:
+    """The whole page, one section a study."""
+    return "\n".join([_INTRODUCTION, *(_section(result) for result in results)])
+
+
+def _section(result: StudyReport) -> str:
+    lines = [f"## {result.title}", "", f"`examples/studies/{result.name}.yaml` · base {result.base} "
+             f"(`{result.base_digest[:12]}`) · seed {result.seed}", "", f"**Published.** {result.published}", "",
+             f"**Here.** {result.sentence}", ""]  # fmt: skip
+    lines += ["| pattern | on | difference | p (Holm) | n | here |", "|---|---|---|---|---|---|"]
+    lines += [_claim(result, claim) for claim in result.claims] + [""]
+    for measure in result.measures:
+        lines += [*_measure(measure), ""]
+    trained = [f"{adapter.name} ({adapter.method}; {adapter.rows} rows, {adapter.steps} steps)"
+               for adapter in result.adapters]  # fmt: skip
+    lines += [f"Trained: {'; '.join(trained)}.", ""] if trained else []
+    lines += [f"- {line}" for line in result.differs]
+    return "\n".join([*lines, ""])
+
+
+def _claim(result: StudyReport, claim: StudyClaim) -> str:
+    by = next(measure.by for measure in result.measures if measure.name == claim.measure)
+    part = f", {by} {claim.of}" if claim.of else ""
+    part += f" against {claim.than_of}" if claim.than_of else ""
+    n = str(claim.n) if claim.n_than_of is None else f"{claim.n} and {claim.n_than_of}"
+    detects = f" (detects {claim.detects:.2f})" if claim.outcome == "undecided" else ""
+    value = f"{words.signed(claim.value)} {words.signed_interval(claim.low, claim.high)}"
+    return (f"| {claim.says} | {claim.metric} of {claim.a} − {claim.b}{part} | {value} | "
+            f"{words.p_value(claim.p_adjusted)} | {n} | {claim.outcome}{detects} |")  # fmt: skip
+
+
+def _measure(measure: StudyMeasure) -> Iterator[str]:
+    metrics = [info.name for info in measure.metrics]
+    groups = list(dict.fromkeys(score.group for score in measure.scores))
+    columns = [(metric, group) for metric in metrics for group in groups]
+    heads = [f"{metric}, {measure.by} {group}" if group else metric for metric, group in columns]
+    units = "" if measure.units == measure.questions else f" about {measure.units} {measure.unit}s"
+    yield f"| {measure.name}: {measure.questions} questions{units} | {' | '.join(heads)} |"
+    yield "|---" * (len(columns) + 1) + "|"
+    cells = {(s.arm, s.metric, s.group): f"{words.signed(s.value) if s.metric == 'bias' else words.score(s.value)} "
+             f"{words.interval(s.low, s.high)}" for s in measure.scores}  # fmt: skip
+    for arm in dict.fromkeys(score.arm for score in measure.scores):
+        yield f"| {arm} | {' | '.join(cells[arm, metric, group] for metric, group in columns)} |"
+
+
+def main() -> None:
+    """Write the page of this checkout."""
+    root = Path(__file__).parents[2]
+    paths = sorted((root / "examples" / "studies" / "results").glob("*.json"))
+    results = [StudyReport.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
+    (root / "docs" / "studies.md").write_text(render_markdown(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

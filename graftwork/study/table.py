@@ -1,0 +1,78 @@
+"""A study's numbers as its record: each arm's scores with intervals, all over and by group, and the sentence."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from graftwork import stats
+from graftwork.metrics import SCORES, Metric, signature
+from graftwork.report.records import MetricInfo, StudyClaim, StudyMeasure, StudyScore
+from graftwork.serving.experiment.compare import arm_kind
+from graftwork.serving.spec import ArmSpec
+from graftwork.study.measure import Measured
+from graftwork.study.scores import mean_interval
+from graftwork.study.spec import StudySpec
+
+NATS = Metric(
+    "nats", "nats a token", "lower", "measure",
+    "Negative log-probability of a token of the right text as the answer, averaged over its tokens; e to this power is "
+    "the perplexity.",
+)  # fmt: skip
+CHOICE = Metric(
+    "choice", "share of questions", "higher", "binary",
+    "The right one of the choices has the highest mean log-probability a token. Nothing is generated.",
+)  # fmt: skip
+BIAS = Metric(
+    "bias", "-1 to 1", "lower", "graded",
+    "Share of answers that a stereotype has so, minus share of those against it; an unknown counts as neither. On "
+    "questions whose text does not tell, this is BBQ's ambiguous bias score.",
+)  # fmt: skip
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (*SCORES, NATS, CHOICE, BIAS)}
+
+
+def measure_record(study: StudySpec, found: Measured, base_digest: str) -> StudyMeasure:
+    """All scores of a measure."""
+    measure, scores = found.spec, found.scores
+    infos = [METRICS[name] for name in measure.metrics]
+    return StudyMeasure(
+        name=measure.name, kind=measure.kind, questions=len(scores.units), units=len(set(scores.units)),
+        unit="question" if measure.unit == "id" else "document", by=measure.by, failed=found.failed,
+        metrics=tuple(MetricInfo(name=m.name, unit=m.unit, better=m.better, kind=m.kind, meaning=m.meaning)
+                      for m in infos),
+        scores=tuple(_scores(study, found, base_digest)), data_fingerprint=found.fingerprint,
+    )  # fmt: skip
+
+
+def _scores(study: StudySpec, found: Measured, base_digest: str) -> Iterator[StudyScore]:
+    for group in ("", *found.scores.group_names):
+        for arm in found.spec.arms:
+            for metric in found.spec.metrics:
+                yield _score(study, found, arm, metric, group, base_digest)
+
+
+def _score(study: StudySpec, found: Measured, arm: ArmSpec, metric: str, group: str, base_digest: str) -> StudyScore:
+    here = found.scores.of(group or None)
+    values = here.per_unit(arm.name, metric)
+    n = len(values)
+    if METRICS[metric].kind == "binary" and bool(np.isin(values, (0.0, 1.0)).all()):
+        method, interval = "wilson", stats.wilson(int(values.sum()), n, study.alpha)
+    else:
+        lowest = -1.0 if metric == "bias" else 0.0
+        several = here.several and metric != "nats"
+        method = "bca-units" if several else "bca"
+        interval = mean_interval(values, study.alpha, lowest=lowest, several=several, seed=study.seed)
+    recipe = {"arm": arm.name, "adapter": arm.adapter or "none", "base": base_digest[:8], "quant": study.quant.kind,
+              "ci": method, "seed": study.seed, **({"of": group} if group else {})}  # fmt: skip
+    return StudyScore(
+        arm=arm.name, kind=arm_kind(arm), metric=metric, group=group, value=float(values.mean()), low=interval.low,
+        high=interval.high, level=1 - study.alpha, method=method, n=n, signature=signature(metric, n, recipe),
+    )  # fmt: skip
+
+
+def sentence(claims: Sequence[StudyClaim]) -> str:
+    """How many of the published patterns show here."""
+    counts = Counter(claim.outcome for claim in claims)
+    parts = [f"{counts[outcome]} {outcome}" for outcome in ("reproduced", "not reproduced", "undecided")
+             if counts[outcome]]  # fmt: skip
+    return f"Of {len(claims)} published patterns: {', '.join(parts)}."

@@ -1,0 +1,118 @@
+"""Likelihoods: how probable each of a row's choices is as an answer. On disk as they come, one JSON line each."""
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from graftwork.config import canonical_json
+from graftwork.data import Row
+from graftwork.errors import DataError, RunError
+from graftwork.serving.experiment.answers import question
+from graftwork.serving.spec import ArmSpec
+from graftwork.stats import Floats
+
+AT_ONCE = 32
+
+Weigh = Callable[[ArmSpec, list[dict[str, str]], list[str], str], Awaitable[Sequence[Mapping[str, Any]]]]
+"""(arm, messages, choices, request id) -> `logprob` in nats and `tokens` of each choice."""
+
+
+class Weighed(BaseModel):
+    """The choices of one question, weighed by one arm."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    logprobs: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A row's possible answers. `signs`: 1 as a stereotype has it, -1 against it, 0 neither."""
+
+    texts: tuple[str, ...]
+    right: int
+    signs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, row: Row) -> "Choices":
+        """From the row's `gold`. Raises DataError."""
+        gold = row.gold or {}
+        texts, right, signs = gold.get("choices"), gold.get("right"), gold.get("signs", [])
+        if not isinstance(texts, list) or not texts or not all(isinstance(one, str) and one for one in texts):
+            raise DataError(f"row {row.id}: gold.choices", f"found {texts!r}"[:80],
+                            "a row to be weighed lists its possible answers as texts")  # fmt: skip
+        if not isinstance(right, int) or isinstance(right, bool) or not 0 <= right < len(texts):
+            raise DataError(f"row {row.id}: gold.right", f"found {right!r}", "the place of the right choice, from 0")
+        if not isinstance(signs, list) or (signs and len(signs) != len(texts)):
+            raise DataError(f"row {row.id}: gold.signs", f"found {signs!r}"[:80], "one sign for each choice")
+        return cls(tuple(texts), right, tuple(signs) or (0,) * len(texts))
+
+
+def weigh_key(arm: ArmSpec, row: Row, base: Mapping[str, Any], choices: Choices) -> str:
+    """32 hex digits over everything that decides the likelihoods; the arm's adapter is pinned to a version."""
+    decides = [arm.model_dump(mode="json"), base, row.id, question(row), list(choices.texts)]
+    return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
+
+
+def read_weighed(path: Path) -> dict[str, Weighed]:
+    """Recorded likelihoods by key. A line torn by a crash is cut off, and weighed again. Raises DataError."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    try:
+        found = [Weighed.model_validate_json(line) for line in content[:whole].splitlines()]
+    except ValidationError as error:
+        raise DataError(f"{path}", error.errors()[0]["msg"], "a line is the likelihoods of one question as JSON",
+                        "remove the file: its questions are weighed again") from None  # fmt: skip
+    return {one.key: one for one in found}
+
+
+async def weigh_all(
+    jobs: Mapping[str, tuple[ArmSpec, Row, Choices]], weigh: Weigh, path: Path, on_progress: Callable[[int], None]
+) -> None:
+    """Ask for each key and append what comes to `path`. Raises the first failure: a likelihood has no wrong answer."""
+    queue, done = iter(jobs.items()), 0
+
+    async def work() -> None:
+        nonlocal done
+        for key, (arm, row, choices) in queue:
+            told = await weigh(arm, question(row), list(choices.texts), f"weigh-{key}")
+            if len(told) != len(choices.texts):
+                raise RunError(f"arm {arm.name!r}, row {row.id!r}", f"{len(told)} likelihoods",
+                               f"one for each of {len(choices.texts)} choices")  # fmt: skip
+            record = Weighed(key=key, logprobs=tuple(float(one["logprob"]) for one in told),
+                             tokens=tuple(int(one["tokens"]) for one in told))  # fmt: skip
+            with path.open("a", encoding="utf-8") as file:
+                file.write(record.model_dump_json() + "\n")
+            done += 1
+            on_progress(done)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(AT_ONCE, len(jobs))):
+                group.create_task(work())
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+def scores_of(weighed: Sequence[Weighed], choices: Sequence[Choices]) -> dict[str, Floats]:
+    """`nats`, `choice` and `bias` of one arm, a value a row. A choice is as probable as its mean token."""
+    chosen = [int(np.argmax(np.array(one.logprobs) / np.array(one.tokens))) for one in weighed]
+    nats = [-one.logprobs[row.right] / one.tokens[row.right] for one, row in zip(weighed, choices, strict=True)]
+    return {
+        "nats": np.array(nats, dtype=np.float64),
+        "choice": np.array([at == row.right for at, row in zip(chosen, choices, strict=True)], dtype=np.float64),
+        "bias": np.array([row.signs[at] for at, row in zip(chosen, choices, strict=True)], dtype=np.float64),
+    }

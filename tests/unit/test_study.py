@@ -1,0 +1,261 @@
+"""Studies: the spec, the sweep over a key, the likelihoods' scores, and what is said of each claim."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from graftwork import config, stats
+from graftwork.chat import Message
+from graftwork.data import Row
+from graftwork.errors import ConfigError, DataError, RunError
+from graftwork.report import ReportInput, render_html
+from graftwork.report.records import StudyReport
+from graftwork.serving.spec import ArmSpec
+from graftwork.stats import Interval
+from graftwork.study.claims import judge, outcome_of, welch
+from graftwork.study.expand import expand
+from graftwork.study.measure import Measured, check_measure
+from graftwork.study.pages import render_markdown
+from graftwork.study.scores import Scores
+from graftwork.study.spec import ClaimSpec, MeasureSpec, StudySpec
+from graftwork.study.table import measure_record, sentence
+from graftwork.study.weigh import Choices, Weighed, read_weighed, scores_of, weigh_all
+
+STUDIES = Path(__file__).parents[2] / "examples" / "studies"
+FILES = sorted(STUDIES.glob("*.yaml"))
+RESULTS = sorted((STUDIES / "results").glob("*.json"))
+
+
+def study(claims: Sequence[dict[str, Any]], **changes: Any) -> StudySpec:
+    """Two arms and their claims on answers of a file that is not read."""
+    measure = {"name": "main", "eval": "eval.jsonl", "answer_schema": "schema.json", "metrics": ["facts"], "by": "size",
+               "arms": [{"name": "left"}, {"name": "right"}]}  # fmt: skip
+    claim = {"says": "left is better", "a": "left", "b": "right", "metric": "facts", "expect": "higher"}
+    tree = {"name": "small", "title": "A study", "published": "A paper", "base": "tiny", "measures": [measure],
+            "claims": [{**claim, **one} for one in claims]}  # fmt: skip
+    return StudySpec.model_validate({**tree, **changes})
+
+
+def scores(left: Sequence[float], right: Sequence[float], *, units: int = 0, groups: Sequence[str] = ()) -> Scores:
+    """Scores on facts; `units` questions in turn belong to one unit, or each to its own."""
+    n = len(left)
+    names = [str(i % units) if units else str(i) for i in range(n)]
+    values = {arm: {"facts": np.array(found, dtype=float)} for arm, found in (("left", left), ("right", right))}
+    return Scores(values, names, list(groups) or [""] * n)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_each_study_of_the_examples_is_short_and_valid(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    spec = config.load(path, expect="study")
+    assert isinstance(spec, StudySpec)
+    assert spec.name == path.stem
+    for adapter in spec.adapters:
+        assert (path.parent / adapter.file).is_file()
+
+
+def test_an_entry_stands_once_for_every_value() -> None:
+    tree = {"arms": [{"name": "k-{k}", "retriever": {"k": "{k}"}}, {"name": "base"}], "title": "kept {k}"}
+    assert expand(tree, {"k": [1, 3]}) == {
+        "arms": [{"name": "k-1", "retriever": {"k": 1}}, {"name": "k-3", "retriever": {"k": 3}}, {"name": "base"}],
+        "title": "kept {k}",
+    }
+    assert expand(["{a}{b}"], {"a": [1, 2], "b": ["x", "y"]}) == ["1x", "1y", "2x", "2y"]
+    assert expand([{"inner": ["{a}"]}], {"a": [1, 2]}) == [{"inner": [1, 2]}], "the innermost list is repeated"
+    assert expand(['{"json": 1}'], {"a": [1]}) == ['{"json": 1}']
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"claims": [{"b": "nobody"}]}, "'nobody' is none of the arms"),
+        ({"claims": [{"b": "left"}]}, "compared with itself"),
+        ({"claims": [{"metric": "nats"}]}, "metric='nats' is none of facts, form, both"),
+        ({"claims": [{"measure": "other"}]}, "measure='other' is none of"),
+        ({"claims": [{"than_of": "5"}]}, "than_of needs of"),
+    ],
+)
+def test_a_claim_that_cannot_be_judged_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        study(**change)
+
+
+def test_a_wrong_key_of_a_study_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text((STUDIES / "raft-trap.yaml").read_text(encoding="utf-8").replace("limit:", "limits:"))
+    with pytest.raises(ConfigError, match="did you mean 'limit'"):
+        config.load(file)
+
+
+def test_rows_without_the_group_or_the_document_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "eval.jsonl"
+    file.write_text('{"id": "q1", "prompt": "Who?", "completion": "I", "gold": {"x": 1}}\n')
+    tree = {"name": "main", "eval": str(file), "answer_schema": "s", "metrics": ["facts"],
+            "arms": [{"name": "a"}, {"name": "b"}]}  # fmt: skip
+    with pytest.raises(DataError, match="row 1: size: the field is missing"):
+        check_measure(MeasureSpec.model_validate({**tree, "by": "size"}))
+    with pytest.raises(DataError, match="unit=doc_id"):
+        check_measure(MeasureSpec.model_validate({**tree, "unit": "doc_id"}))
+    weighed = {**tree, "kind": "likelihood", "metrics": ["nats"], "answer_schema": None}
+    with pytest.raises(DataError, match=r"gold\.choices"):
+        check_measure(MeasureSpec.model_validate(weighed))
+
+
+@pytest.mark.parametrize(
+    ("expect", "value", "p", "inside", "outcome"),
+    [
+        ("higher", 0.3, 0.001, Interval(0.1, 0.5), "reproduced"),
+        ("higher", -0.3, 0.001, Interval(-0.5, -0.1), "not reproduced"),
+        ("lower", -0.3, 0.001, Interval(-0.5, -0.1), "reproduced"),
+        ("higher", 0.3, 0.06, Interval(-0.05, 0.6), "undecided"),
+        ("higher", 0.01, 0.001, Interval(0.005, 0.02), "not reproduced"),  # shown to be within the margin of 0.03
+        ("not lower", 0.0, 1.0, Interval(-0.01, 0.01), "reproduced"),
+        ("not lower", -0.1, 0.001, Interval(-0.2, -0.05), "not reproduced"),
+        ("not lower", 0.0, 1.0, Interval(-0.1, 0.1), "undecided"),
+    ],
+)
+def test_what_is_said_of_a_claim(expect: str, value: float, p: float, inside: Interval, outcome: str) -> None:
+    claim = ClaimSpec.model_validate({"says": "it", "a": "x", "b": "y", "metric": "facts", "expect": expect})
+    assert outcome_of(claim, value, p, inside, alpha=0.05, margin=0.03) == outcome
+
+
+def test_claims_are_tested_together_and_pinned_to_the_tests_they_name() -> None:
+    left, right = [1.0] * 60 + [0.0] * 40, [1.0] * 20 + [0.0] * 60 + [1.0] * 20
+    found = judge(study([{}, {"expect": "lower", "says": "the other way"}]), {"main": scores(left, right)})
+    assert [claim.outcome for claim in found] == ["reproduced", "not reproduced"]
+    first = found[0]
+    assert (first.n, first.test, first.family) == (100, "mcnemar-exact", 2)
+    assert first.p_value == pytest.approx(scipy.stats.binomtest(20, 60).pvalue)
+    assert first.p_adjusted == pytest.approx(2 * first.p_value)
+    assert Interval(first.low, first.high) == stats.newcombe_paired(20, 40, 20, 20)
+
+
+def test_a_unit_of_many_questions_counts_once() -> None:
+    """Twenty questions about each of five facts, one fact decides all: no test may be sure of it."""
+    left = [float(i % 5 == 0) for i in range(100)]
+    [claim] = judge(study([{}]), {"main": scores(left, [0.0] * 100, units=5)})
+    assert (claim.n, claim.value, claim.outcome) == (5, 0.2, "undecided")
+    [alone] = judge(study([{}]), {"main": scores(left, [0.0] * 100)})
+    assert (alone.n, alone.outcome) == (100, "reproduced")
+
+
+def test_a_gain_in_one_group_is_compared_with_that_in_another() -> None:
+    rng = np.random.default_rng(0)
+    groups = ["1"] * 80 + ["5"] * 80
+    left = (rng.random(160) < 0.9).astype(float)
+    right = (rng.random(160) < np.where(np.array(groups) == "1", 0.1, 0.7)).astype(float)
+    [claim] = judge(study([{"of": 1, "than_of": 5}]), {"main": scores(left.tolist(), right.tolist(), groups=groups)})
+    gains = left - right
+    expected = scipy.stats.ttest_ind(gains[:80], gains[80:], equal_var=False)
+    assert (claim.test, claim.n, claim.n_than_of) == ("welch", 80, 80)
+    assert claim.p_value == pytest.approx(expected.pvalue)
+    assert (claim.low, claim.high) == pytest.approx(expected.confidence_interval(0.95))
+    assert claim.outcome == "reproduced"
+
+
+def test_two_constant_groups_differ_for_sure_or_not_at_all() -> None:
+    same, more = np.zeros(5), np.ones(5)
+    assert welch(same, same, 0.05) == (Interval(0.0, 0.0), 1.0)
+    assert welch(more, same, 0.05) == (Interval(1.0, 1.0), 0.0)
+
+
+def row(name: str, choices: list[str], right: int, signs: list[int] | None = None) -> Row:
+    gold = {"choices": choices, "right": right} | ({"signs": signs} if signs else {})
+    return Row(name, (Message("user", f"Who is {name}?"),), gold=gold)
+
+
+def test_a_choice_is_as_probable_as_its_mean_token() -> None:
+    rows = [row("x", ["she", "he", "not known"], 2, [1, -1, 0]), row("y", ["he", "she", "unknown"], 2, [-1, 1, 0])]
+    weighed = [Weighed(key="x", logprobs=(-2.0, -3.0, -3.6), tokens=(1, 1, 2)),
+               Weighed(key="y", logprobs=(-2.0, -1.0, -4.0), tokens=(1, 1, 1))]  # fmt: skip
+    found = scores_of(weighed, [Choices.of(one) for one in rows])
+    assert {name: list(values) for name, values in found.items()} == {
+        "nats": [1.8, 4.0], "choice": [1.0, 0.0], "bias": [0.0, 1.0]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gold", "said"),
+    [({}, "choices"), ({"choices": ["a"], "right": 1}, "right"),
+     ({"choices": ["a"], "right": 0, "signs": [1, 2]}, "signs")],
+)  # fmt: skip
+def test_a_row_that_cannot_be_weighed_is_refused(gold: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=f"row r: gold.{said}"):
+        Choices.of(Row("r", (Message("user", "Who?"),), gold=gold))
+
+
+def test_likelihoods_are_kept_as_they_come_and_a_torn_line_is_weighed_again(tmp_path: Path) -> None:
+    path, one = tmp_path / "likelihoods.jsonl", row("x", ["a", "b"], 0)
+    jobs = {"k1": (ArmSpec(name="base"), one, Choices.of(one)), "k2": (ArmSpec(name="base"), one, Choices.of(one))}
+    asked: list[str] = []
+
+    async def weigh(arm: ArmSpec, messages: Any, choices: list[str], request_id: str) -> list[dict[str, Any]]:
+        asked.append(request_id)
+        return [{"logprob": -float(len(asked)), "tokens": 1} for _ in choices]
+
+    asyncio.run(weigh_all(jobs, weigh, path, lambda done: None))
+    assert set(read_weighed(path)) == {"k1", "k2"}
+    path.write_bytes(path.read_bytes()[:-9])
+    assert set(read_weighed(path)) == {"k1"}
+    asyncio.run(weigh_all({"k2": jobs["k2"]}, weigh, path, lambda done: None))
+    assert read_weighed(path)["k2"].logprobs == (-3.0, -3.0)
+
+    async def short(arm: ArmSpec, messages: Any, choices: list[str], request_id: str) -> list[dict[str, Any]]:
+        return [{"logprob": -1.0, "tokens": 1}]
+
+    with pytest.raises(RunError, match="one for each of 2 choices"):
+        asyncio.run(weigh_all({"k3": jobs["k1"]}, short, path, lambda done: None))
+
+
+def report_of(groups: Sequence[str] = ()) -> StudyReport:
+    """A study's record from scores, with no model behind it."""
+    spec = study([{}, {"says": "<b>lower</b>", "expect": "lower"}])
+    found = scores([1.0] * 60 + [0.0] * 40, [1.0] * 20 + [0.0] * 80, groups=groups)
+    claims = judge(spec, {"main": found})
+    measured = Measured(spec.measures[0], found, 0, False, "f" * 64)
+    return StudyReport(
+        name="small", title="A study", published="A paper", differs=("Smaller.",), base="tiny", base_digest="b" * 64,
+        alpha=0.05, equivalence_margin=0.03, seed=0, adapters=(), claims=claims, sentence=sentence(claims),
+        measures=(measure_record(spec, measured, "b" * 64),),
+    )  # fmt: skip
+
+
+def test_the_page_shows_each_arm_and_each_claim_escaped() -> None:
+    html = render_html(ReportInput(title="A study", created_at="now", study=report_of(["1"] * 50 + ["5"] * 50)))
+    assert html.count('data-metric="facts"') == 3, "all questions, and the two groups"
+    assert "Of 2 published patterns: 1 reproduced, 1 not reproduced." in html
+    assert "&lt;b&gt;lower&lt;/b&gt;" in html
+    assert "size 5" in html
+
+
+def test_equal_scores_give_equal_bytes() -> None:
+    assert report_of().model_dump_json() == report_of().model_dump_json()
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_recorded_result_is_of_the_study_as_it_stands(path: Path) -> None:
+    """Arms, claims and predictions in the file are those that the spec declares now."""
+    result = StudyReport.model_validate_json(path.read_text(encoding="utf-8"))
+    spec = config.load(STUDIES / f"{path.stem}.yaml", expect="study")
+    assert isinstance(spec, StudySpec)
+    assert [(c.says, c.a, c.b, c.metric, c.expect) for c in result.claims] == [
+        (c.says, c.a, c.b, c.metric, c.expect) for c in spec.claims
+    ]
+    assert (result.title, result.published, result.differs) == (spec.title, spec.published, spec.differs)
+    for measure, found in zip(spec.measures, result.measures, strict=True):
+        assert [arm.name for arm in measure.arms] == list(dict.fromkeys(score.arm for score in found.scores))
+        assert found.questions >= 200
+        assert found.failed == 0
+
+
+def test_the_documents_page_is_made_of_the_results() -> None:
+    results = [StudyReport.model_validate(json.loads(path.read_text(encoding="utf-8"))) for path in RESULTS]
+    page = STUDIES.parents[1] / "docs" / "studies.md"
+    assert page.read_text(encoding="utf-8") == render_markdown(results), "run `python -m graftwork.study.pages`"
