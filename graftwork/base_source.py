@@ -47,10 +47,15 @@ def locate(uri: str, sha256: str | None, on_progress: Progress | None) -> Path:
         return _converted(path, expect(uri, sha256, file_sha256(path)), on_progress)
     if path.is_dir():
         return path
-    hub = _HUB_ID.fullmatch(uri)
-    if hub:
-        return _from_hub(hub["id"], hub["revision"])
+    if hub := from_hub(uri):
+        return hub
     raise BaseModelError(f"base {uri}", "there is no such folder", _FORMS, "check the path")
+
+
+def from_hub(uri: str) -> Path | None:
+    """Folder behind a Hugging Face id, `ORG/NAME[@REVISION]`; None: it is no such id. Raises BaseModelError."""
+    hub = _HUB_ID.fullmatch(uri)
+    return _from_hub(hub["id"], hub["revision"]) if hub else None
 
 
 def absolute(uri: str) -> str:

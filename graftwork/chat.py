@@ -4,6 +4,7 @@ A conversation becomes token ids by the base's own chat template (jinja) and tok
 comes from people or passages can never become a control token.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -14,8 +15,10 @@ from graftwork.chat_template import Template, Turn
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError, DataError
 
-__all__ = ["Message", "Passage", "Prompt", "PromptSpec", "Rendered", "Role", "Template", "one_turn_rows", "render",
-           "training_rows"]  # fmt: skip
+__all__ = ["Message", "Passage", "Prompt", "PromptSpec", "Rendered", "Role", "Template", "cited_ids", "fitting",
+           "one_turn_rows", "question_of", "render", "training_rows"]  # fmt: skip
+
+_CITATION = re.compile(r"\[(\d{1,4})\]")
 
 Role = Literal["system", "user", "assistant"]
 
@@ -31,6 +34,8 @@ class PromptSpec(Spec):
     """JSONL of training rows: a path, `file://`, `s3://` or `recipe://NAME/train.jsonl`."""
     context_header: str = "Context:"
     """Line above the retrieved passages in the last user turn."""
+    citations: bool = False
+    """Number the passages, `[1]`, `[2]`, so that an answer can cite them; the system prompt says that it should."""
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:
@@ -64,6 +69,7 @@ class Prompt:
     system: str | None = None
     shots: tuple[tuple[Message, Message], ...] = ()
     context_header: str = "Context:"
+    citations: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +132,46 @@ def one_turn_rows(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
     return [tuple(messages[: end + 1]) for end, message in enumerate(messages) if message.role == "assistant"]
 
 
-def user_turn(question: str, context: Sequence[Passage], header: str) -> str:
+def user_turn(question: str, context: Sequence[Passage], header: str, citations: bool = False) -> str:
     """The last user turn: passages one a line, an empty line, the question. The one form, for training and serving."""
     if not context:
         return question
-    lines = [header, *("- " + " ".join(passage.text.split()) for passage in context)]
-    return "\n".join(lines) + "\n\n" + question
+    return _context_block(context, header, citations) + "\n\n" + question
+
+
+def fitting(
+    context: Sequence[Passage], template: Template, prompt: Prompt, max_tokens: int | None
+) -> tuple[tuple[Passage, ...], tuple[Passage, ...]]:
+    """(passages that come to the model, passages left out): the best first as far as the room goes, each one whole.
+
+    The room is what the lines of the passages take, the header with them. A long passage that does not fit makes
+    room for a shorter one behind it.
+    """
+    if max_tokens is None:
+        return tuple(context), ()
+    kept: list[Passage] = []
+    for passage in context:
+        block = _context_block([*kept, passage], prompt.context_header, prompt.citations)
+        if len(template.encode(block)) <= max_tokens:
+            kept.append(passage)
+    return tuple(kept), tuple(passage for passage in context if passage not in kept)
+
+
+def cited_ids(text: str, context_ids: Sequence[str]) -> tuple[str, ...]:
+    """Ids of the passages that an answer cites as `[1]`, in the order of the passages; other numbers cite nothing."""
+    numbers = {int(number) for number in _CITATION.findall(text)}
+    return tuple(identity for number, identity in enumerate(context_ids, start=1) if number in numbers)
+
+
+def question_of(passage: Passage) -> tuple[Message, ...]:
+    """The prompt behind which the likelihood of a question says how well the passage answers it."""
+    return (Message("user", f"{' '.join(passage.text.split())}\n\nWrite a question that this text answers."),)
+
+
+def _context_block(context: Sequence[Passage], header: str, citations: bool) -> str:
+    marks = (f"[{number}] " if citations else "- " for number in range(1, len(context) + 1))
+    lines = (mark + " ".join(passage.text.split()) for mark, passage in zip(marks, context, strict=True))
+    return "\n".join([header, *lines])
 
 
 def _assemble(messages: Sequence[Message], prompt: Prompt, context: Sequence[Passage]) -> tuple[list[Turn], int]:
@@ -145,7 +185,7 @@ def _assemble(messages: Sequence[Message], prompt: Prompt, context: Sequence[Pas
     asked = max((i for i, m in enumerate(own) if m.role == "user"), default=None)
     if asked is None:
         raise DataError("conversation", "it has no user turn", "a conversation has at least one user turn")
-    own[asked] = Message("user", user_turn(own[asked].content, context, prompt.context_header))
+    own[asked] = Message("user", user_turn(own[asked].content, context, prompt.context_header, prompt.citations))
     opening: list[Turn] = [] if system is None else [("system", system)]
     opening += [(m.role, m.content) for shot in prompt.shots for m in shot]
     return opening + [(m.role, m.content) for m in own], len(opening)

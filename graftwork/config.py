@@ -26,6 +26,7 @@ SPEC_KINDS = {
     "compare": ("graftwork.serving.experiment.spec", "CompareSpec"),
     "experiment": ("graftwork.serving.experiment.experiment_spec", "ExperimentSpec"),
     "quantize": ("graftwork.serving.quantize.spec", "QuantizeSpec"),
+    "rag": ("graftwork.serving.rag.spec", "RagSpec"),
     "demo": ("graftwork.demo_spec", "DemoSpec"),
     "study": ("graftwork.study.spec", "StudySpec"),
 }

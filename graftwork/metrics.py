@@ -68,6 +68,17 @@ SCORES = (FACTS, FORM, BOTH, FIELD_ACCURACY)
 """What an answer is scored on, in the order of every table."""
 
 
+HIT = Metric("hit", "share of questions", "higher", "binary", "A gold passage is among the k that come to the model.")
+HIT_1 = Metric("hit_1", "share of questions", "higher", "binary", "The first passage is a gold one.")
+MRR = Metric("mrr", "1 / rank", "higher", "graded", "1 / rank of the first gold passage among the first 10, else 0.")
+IN_CONTEXT = Metric(
+    "in_context", "share of questions", "higher", "binary",
+    "The answer stands in the k passages, letter case and spaces aside; of several right ones, one does.",
+)  # fmt: skip
+RETRIEVAL = (HIT, HIT_1, MRR, IN_CONTEXT)
+"""What a retriever is measured by."""
+
+
 def metric(name: str) -> Metric:
     """The score of that name. Raises KeyError."""
     return {m.name: m for m in SCORES}[name]

@@ -9,7 +9,7 @@ from graftwork import chat
 from graftwork.chat import Message, Passage, Prompt, PromptSpec, Template
 from graftwork.data import resolve_prompt
 from graftwork.errors import DataError
-from graftwork.retrieval import LexicalIndex, RetrieverSpec, open_index
+from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
 from graftwork.serving.engine.grammar import GrammarText
 from graftwork.serving.engine.seed import choice_seed
 from graftwork.serving.engine.types import SamplingParams
@@ -85,6 +85,10 @@ class ArmPrompt:
     retrieved_ids: tuple[str, ...]
     """Passages in the prompt, best first."""
     max_new_tokens: int
+    left_out_ids: tuple[str, ...] = ()
+    """Passages that were found and did not fit `retriever.context_tokens`."""
+    citations: bool = False
+    """The passages are numbered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,10 @@ class ArmAnswer:
     """Which of the request's answers this is."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """Of the tokens that the text is made of; None: not asked for."""
+    left_out_ids: tuple[str, ...] = ()
+    """Passages that were found and did not fit `retriever.context_tokens`."""
+    cited_ids: tuple[str, ...] = ()
+    """Passages that the text cites, where the arm's prompt numbers them."""
 
     def dump(self) -> Dump:
         """As a plain dict, the form that travels through a handle."""
@@ -120,7 +128,7 @@ class ArmAnswer:
     @classmethod
     def load(cls, tree: Mapping[str, Any]) -> "ArmAnswer":
         """From `dump`, or from its JSON."""
-        lists = {key: tuple(tree[key]) for key in ("retrieved_ids", "token_ids")}
+        lists = {key: tuple(tree[key]) for key in ("retrieved_ids", "token_ids", "left_out_ids", "cited_ids")}
         told = tree.get("logprobs")
         logprobs = None if told is None else tuple(TokenLogprob.load(one) for one in told)
         return cls(**{**tree, **lists, "logprobs": logprobs})
@@ -144,19 +152,24 @@ def build_prompt(
     max_seq_len: int,
     trained: PromptSpec | None = None,
     max_new_tokens: int | None = None,
+    passages: Sequence[Passage] | None = None,
 ) -> ArmPrompt:
     """The prompt of one arm: worked examples, retrieved passages, the conversation, the template.
 
     trained: the prompt that the arm's adapter was trained with; used where the arm names none. A system turn of the
     conversation stands in its place. max_new_tokens: overrides the arm's.
+    passages: what was found, best first; None: it is looked for here.
     Raises PromptTooLong; DataError for a conversation that the arm or the template cannot take, or unreadable arm data.
     """
     prompt = _prompt_of(arm, messages, trained)
-    passages = _retrieve(arm, messages)
-    rendered = chat.render(messages, template, prompt=prompt, context=passages, generate=True)
+    found = find(arm, messages) if passages is None else passages
+    room = arm.retriever.context_tokens if arm.retriever else None
+    context, left_out = chat.fitting(found, template, prompt, room)
+    rendered = chat.render(messages, template, prompt=prompt, context=context, generate=True)
     limit = max_new_tokens or arm.max_new_tokens or max_seq_len - len(rendered.ids)
     _check_length(len(rendered.ids), limit, max_seq_len)
-    return ArmPrompt(rendered.ids, rendered.stop_ids, tuple(passage.id for passage in passages), limit)
+    ids, left_out_ids = (tuple(passage.id for passage in some) for some in (context, left_out))
+    return ArmPrompt(rendered.ids, rendered.stop_ids, ids, limit, left_out_ids, prompt.citations)
 
 
 def raw_prompt(text: str, template: Template, *, max_seq_len: int, max_new_tokens: int | None) -> ArmPrompt:
@@ -182,6 +195,25 @@ def warm(prompt: PromptSpec | None, retriever: RetrieverSpec | None) -> None:
         _index(retriever)
 
 
+def find(arm: ArmSpec, messages: Sequence[Message]) -> tuple[Passage, ...]:
+    """What the arm's retriever finds for the last user turn, best first: k passages, or more that will be reranked."""
+    if arm.retriever is None:
+        return ()
+    rerank = arm.retriever.rerank
+    wanted = rerank.candidates if rerank else arm.retriever.k
+    return tuple(hit.passage for hit in _index(arm.retriever).search(query_of(arm, messages), wanted))
+
+
+def query_of(arm: ArmSpec, messages: Sequence[Message]) -> str:
+    """The last user turn, which is the search query. Raises DataError where there is none."""
+    question = next((turn.content for turn in reversed(messages) if turn.role == "user"), None)
+    if question is None:
+        raise DataError(
+            f"arm {arm.name!r}", "the conversation has no user turn", "the last user turn is the search query"
+        )
+    return question
+
+
 def _prompt_of(arm: ArmSpec, messages: Sequence[Message], trained: PromptSpec | None) -> Prompt:
     if arm.prompt is None:
         return _resolved(trained or PromptSpec())
@@ -190,17 +222,6 @@ def _prompt_of(arm: ArmSpec, messages: Sequence[Message], trained: PromptSpec | 
         raise DataError(f"arm {arm.name!r}: a system message", "the arm has its own system prompt",
                         "an arm is one fixed prompt", "leave the system message out")  # fmt: skip
     return prompt
-
-
-def _retrieve(arm: ArmSpec, messages: Sequence[Message]) -> tuple[Passage, ...]:
-    if arm.retriever is None:
-        return ()
-    question = next((turn.content for turn in reversed(messages) if turn.role == "user"), None)
-    if question is None:
-        raise DataError(
-            f"arm {arm.name!r}", "the conversation has no user turn", "the last user turn is the search query"
-        )
-    return tuple(hit.passage for hit in _index(arm.retriever).search(question, arm.retriever.k))
 
 
 def _check_length(prompt: int, answer: int, max_seq_len: int) -> None:
@@ -218,5 +239,5 @@ def _resolved(spec: PromptSpec) -> Prompt:
 
 
 @lru_cache(maxsize=64)
-def _index(spec: RetrieverSpec) -> LexicalIndex:
-    return open_index(spec.corpus)
+def _index(spec: RetrieverSpec) -> Retriever:
+    return open_retriever(spec)

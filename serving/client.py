@@ -53,6 +53,10 @@ class Reply:
     retrieved_ids: tuple[str, ...]
     ttft_ms: float
     latency_ms: float
+    left_out_ids: tuple[str, ...] = ()
+    """Passages that were found and did not fit `retriever.context_tokens`."""
+    cited_ids: tuple[str, ...] = ()
+    """Passages that the text cites, where the arm's prompt numbers them."""
 
 
 class Client:
@@ -238,6 +242,7 @@ def _reply(text: str, finish_reason: str, tree: dict[str, Any]) -> Reply:
     return Reply(
         text, finish_reason, usage["prompt_tokens"], usage["completion_tokens"], came["arm"], came["adapter_version"],
         came["base_digest"], tuple(came["retrieved_ids"]), came["ttft_ms"], came["latency_ms"],
+        tuple(came["left_out_ids"]), tuple(came["cited_ids"]),
     )  # fmt: skip
 
 

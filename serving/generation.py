@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from graftwork.chat import cited_ids
 from graftwork.errors import GraftworkError
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import ArmAnswer, ArmPrompt
@@ -125,6 +126,7 @@ class GrowingAnswer:
             cached_tokens=self._cached_tokens, completion_tokens=len(self._ids), ttft_ms=self._ttft_ms or 0.0,
             latency_ms=self._elapsed_ms(), finish_reason=self._finish_reason, token_ids=tuple(self._ids),
             index=self.index, logprobs=tuple(self._logprobs.told) if self._logprobs is not None else None,
+            left_out_ids=self._prompt.left_out_ids, cited_ids=self._cited(),
         )  # fmt: skip
 
     def _push_one(self, event: TokenEvent) -> str:
@@ -138,6 +140,9 @@ class GrowingAnswer:
         if self._logprobs is not None:
             self._logprobs.push(event)
         return self._text.push(event.token_id)
+
+    def _cited(self) -> tuple[str, ...]:
+        return cited_ids(self._text.text, self._prompt.retrieved_ids) if self._prompt.citations else ()
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._arrived) * 1000

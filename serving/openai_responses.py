@@ -130,6 +130,7 @@ def provenance(answer: ArmAnswer) -> Json:
     return {
         "arm": answer.arm, "adapter": answer.adapter, "adapter_version": answer.adapter_version,
         "base_digest": answer.base_digest, "retrieved_ids": list(answer.retrieved_ids),
+        "left_out_ids": list(answer.left_out_ids), "cited_ids": list(answer.cited_ids),
         "ttft_ms": round(answer.ttft_ms, 3), "latency_ms": round(answer.latency_ms, 3),
     }  # fmt: skip
 

@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from graftwork import base_model
+from graftwork.chat import Passage
 from graftwork.errors import RunError
 from graftwork.serving.api_error import as_api_errors, bad_request
 from graftwork.serving.arms import (
@@ -24,7 +25,9 @@ from graftwork.serving.arms import (
     Question,
     Sampling,
     build_prompt,
+    find,
     messages_of,
+    query_of,
     raw_prompt,
     require_short,
     warm,
@@ -38,6 +41,7 @@ from graftwork.serving.logprobs import LogprobStream
 from graftwork.serving.metrics_families import Family
 from graftwork.serving.metrics_replica import ReplicaMetrics
 from graftwork.serving.open_engine import open_engine
+from graftwork.serving.rag.rerank import rerank
 from graftwork.serving.registry import VERBS, Registry
 from graftwork.serving.residency import Pin, Residency
 from graftwork.serving.router import RESIDENTS
@@ -252,7 +256,8 @@ class EngineReplica:
             pin = await self._residency.pin(spec.adapter) if spec.adapter else None
             if pin is not None:
                 hold.callback(self._residency.release, pin)
-            prompt = await self._in_thread(partial(self._prompt, spec, messages, wanted, pin))
+            passages = await self._passages(spec, messages)
+            prompt = await self._in_thread(partial(self._prompt, spec, messages, wanted, pin, passages))
             compiled = await self._in_thread(partial(self._grammar, spec, wanted)) if grammar else None
             return _Admitted(spec, wanted, prompt, compiled, pin, hold.pop_all())
 
@@ -295,7 +300,21 @@ class EngineReplica:
         text = wanted.grammar or (read_grammar(arm.grammar) if arm.grammar else None)
         return self._grammars.compile(text) if text is not None else None
 
-    def _prompt(self, arm: ArmSpec, messages: Question, wanted: Sampling, pin: Pin | None) -> ArmPrompt:
+    async def _passages(self, arm: ArmSpec, messages: Question) -> tuple[Passage, ...]:
+        """What the arm's retriever finds, reranked where the arm says so: then each candidate is a prefill of the base
+        in the engine's own batches, and the event loop only waits.
+        """
+        if arm.retriever is None or isinstance(messages, str):
+            return ()
+        asked = messages_of(messages)
+        found = await self._in_thread(partial(find, arm, asked))
+        if arm.retriever.rerank is None:
+            return found
+        return await rerank(query_of(arm, asked), found, self.likelihood, arm.retriever.k)
+
+    def _prompt(
+        self, arm: ArmSpec, messages: Question, wanted: Sampling, pin: Pin | None, passages: Sequence[Passage]
+    ) -> ArmPrompt:
         limit = self._engine.room(pin.manifest.version if pin else None)
         if isinstance(messages, str):
             prompt = raw_prompt(messages, self._template, max_seq_len=limit, max_new_tokens=wanted.max_new_tokens)
@@ -303,7 +322,7 @@ class EngineReplica:
             trained = trained_prompt(pin.manifest) if pin else None
             prompt = build_prompt(
                 arm, messages_of(messages), self._template,
-                max_seq_len=limit, trained=trained, max_new_tokens=wanted.max_new_tokens,
+                max_seq_len=limit, trained=trained, max_new_tokens=wanted.max_new_tokens, passages=passages,
             )  # fmt: skip
         require_short(prompt, self._spec.limits.max_prompt_tokens)
         return prompt

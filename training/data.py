@@ -64,6 +64,8 @@ class PreparedData:
     """Digest of the raw training rows, as the adapter's manifest records it."""
     one_turn: bool
     """The template lacks the prefix property, so each assistant turn became a row of its own."""
+    left_out: int = 0
+    """Passages of training rows that did not fit `data.context.context_tokens`."""
 
     def digest(self) -> str:
         """sha256 hex over what the model sees: data, template, prompt and retrieved context at once."""
@@ -79,11 +81,11 @@ def prepare(spec: TrainSpec) -> PreparedData:
     """
     template = base_model.template(base_model.resolve(spec.base))
     raw = data.read_rows(spec.data.train, limit=spec.data.train_rows, need="train")
-    train, dropped = _tokenise(spec, template, raw, "train")
+    train, dropped, left_out = _tokenise(spec, template, raw, "train")
     held_out, dropped_eval = None, 0
     if spec.data.eval is not None:
         rows = data.read_rows(spec.data.eval, limit=spec.data.eval_rows, need="train")
-        held_out, dropped_eval = _tokenise(spec, template, rows, "eval")
+        held_out, dropped_eval, _ = _tokenise(spec, template, rows, "eval")
     return PreparedData(
         train=train,
         eval=held_out,
@@ -92,20 +94,25 @@ def prepare(spec: TrainSpec) -> PreparedData:
         pad_id=template.pad_id,
         fingerprint=data.fingerprint(raw),
         one_turn=not template.has_prefix_property,
+        left_out=left_out,
     )
 
 
 def _tokenise(
     spec: TrainSpec, template: chat.Template, rows: Sequence[data.Row], part: Literal["train", "eval"]
-) -> tuple[TokenRows, int]:
-    """Rendered rows that fit, and how many did not."""
+) -> tuple[TokenRows, int, int]:
+    """Rendered rows that fit, how many did not, and how many passages had no room."""
     prompt = data.resolve_prompt(spec.prompt)
     contexts: list[tuple[chat.Passage, ...]] = [()] * len(rows)
+    room, left_out = None, 0
     if spec.data.context is not None:
         contexts = retrieval.training_contexts(rows, spec.data.context, spec.seed if part == "train" else spec.seed + 1)
+        room = spec.data.context.context_tokens
     fitting: list[tuple[Sequence[int], Sequence[bool]]] = []
     dropped = 0
     for number, (row, context) in enumerate(zip(rows, contexts, strict=True), start=1):
+        context, without = chat.fitting(context, template, prompt, room)
+        left_out += len(without)
         for messages in chat.training_rows(row.messages, template):
             rendered = chat.render(messages, template, prompt=prompt, context=context, generate=False)
             if len(rendered.ids) <= spec.max_length:
@@ -121,7 +128,7 @@ def _tokenise(
             "at least one row must fit",
             "raise max_length or shorten the rows",
         )
-    return TokenRows.of(fitting), dropped
+    return TokenRows.of(fitting), dropped, left_out
 
 
 def _too_long(spec: TrainSpec, part: str, number: int, row_id: str, tokens: int) -> DataError:

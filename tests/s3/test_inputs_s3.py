@@ -8,7 +8,7 @@ import pytest
 from graftwork.base_model import BaseSpec, resolve
 from graftwork.data import read_rows
 from graftwork.errors import BaseModelError, StorageError
-from graftwork.retrieval import open_index
+from graftwork.retrieval import open_lexical
 from graftwork.storage import Store
 from tests.tiny import write_tiny_base
 
@@ -39,6 +39,6 @@ def test_rows_and_corpus_are_read_from_s3(s3_store: Store) -> None:
     s3_store.write_bytes(json.dumps({"prompt": "q", "completion": "a"}).encode(), "rows.jsonl")
     s3_store.write_bytes(json.dumps({"id": "p", "text": "Kunming (ZPPP)"}).encode(), "corpus.jsonl")
     assert read_rows(f"{s3_store.uri}/rows.jsonl", need="train")[0].answer == "a"
-    assert [hit.passage.id for hit in open_index(f"{s3_store.uri}/corpus.jsonl").search("ZPPP", 1)] == ["p"]
+    assert [hit.passage.id for hit in open_lexical(f"{s3_store.uri}/corpus.jsonl").search("ZPPP", 1)] == ["p"]
     with pytest.raises(StorageError, match="absent.jsonl"):
         read_rows(f"{s3_store.uri}/absent.jsonl", need="train")

@@ -128,3 +128,39 @@ def test_missing_arm_data_shows_when_it_is_warmed_up(tmp_path: Path) -> None:
         warm(None, RetrieverSpec(corpus=str(tmp_path / "nosuch.jsonl")))
     with pytest.raises(StorageError, match=r"nosuch\.jsonl"):
         warm(PromptSpec(shots=1, shots_from=str(tmp_path / "nosuch.jsonl")), None)
+
+
+def test_passages_without_room_are_left_out_whole_and_told(template: Template, corpus: str) -> None:
+    everything = "ZPPP, EDDF and KJFK, please: Kunming, Frankfurt, New York"
+    asked = (Message("user", everything),)
+
+    def built(context_tokens: int | None) -> tuple[set[str], set[str], str]:
+        retriever = RetrieverSpec(corpus=corpus, k=3, context_tokens=context_tokens)
+        prompt = build_prompt(ArmSpec(name="rag", retriever=retriever), asked, template, max_seq_len=2048)
+        return set(prompt.retrieved_ids), set(prompt.left_out_ids), template.decode(prompt.ids)
+
+    whole, none_left, text = built(None)
+    assert (whole, none_left) == (set(CORPUS), set())
+    block = text[text.index("Context:") : text.index(everything)].rstrip()
+    room = len(template.encode(block))
+    assert built(room) == (whole, none_left, text)
+    kept, left_out, shorter = built(room - 1)
+    assert (len(kept), kept | left_out, kept & left_out) == (2, set(CORPUS), set())
+    assert all((CORPUS[identity] in shorter) == (identity in kept) for identity in CORPUS)
+    kept, left_out, text = built(8)
+    assert (kept, left_out, "Context:" in text) == (set(), set(CORPUS), False)
+
+
+def test_numbered_passages_are_cited_by_their_number(template: Template, corpus: str) -> None:
+    arm = ArmSpec(name="rag", prompt=PromptSpec(citations=True), retriever=RetrieverSpec(corpus=corpus, k=2))
+    both = (Message("user", "Kunming or Frankfurt Airport?"),)
+    served = build_prompt(arm, both, template, max_seq_len=512)
+    text = template.decode(served.ids)
+    first, second = served.retrieved_ids
+    assert f"Context:\n[1] {CORPUS[first]}\n[2] {CORPUS[second]}\n\nKunming or" in text
+    assert served.citations
+    row = (*both, Message("assistant", "Kunming [1]"))
+    context = [Passage(identity, CORPUS[identity]) for identity in served.retrieved_ids]
+    trained = chat.render(row, template, prompt=Prompt(citations=True), context=context, generate=False)
+    assert served.ids == trained.ids[: len(served.ids)]
+    assert chat.cited_ids("See [2], [2] and [7], not (1) or [x].", served.retrieved_ids) == (second,)

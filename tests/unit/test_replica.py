@@ -151,3 +151,33 @@ def test_the_likelihood_of_answers_is_that_of_their_tokens_behind_the_prompt(bas
             assert (await replica.stats())["engine"]["finished"] == {"scored": 3}
 
     asyncio.run(play())
+
+
+def test_candidates_are_put_in_the_order_of_the_questions_likelihood(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Source: a whole forward pass of transformers over each candidate's prompt."""
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    texts = {str(n): f"port {word} sea" for n, word in enumerate(("blue", "deep", "cold", "wide", "calm"))}
+    lines = "".join(f'{{"id": "{identity}", "text": "{text}"}}\n' for identity, text in texts.items())
+    (tmp_path / "c.jsonl").write_text(lines)
+    template = base_model.template(base_model.resolve(BaseSpec(uri=str(base))))
+    question = "Which port lies by the sea?"
+
+    def by_hand(identity: str) -> float:
+        turns = chat.question_of(chat.Passage(identity, texts[identity]))
+        prompt = chat.render(turns, template, generate=True).ids
+        return float(engines.peft_score(base, None, prompt, template.continuation_ids(question)))
+
+    async def play() -> None:
+        async with replica_of(base, tmp_path) as replica:
+            retriever = {"corpus": str(tmp_path / "c.jsonl"), "k": 2, "rerank": {"candidates": 5}}
+            asked = [{"role": "user", "content": question}]
+            one, other = await asyncio.gather(*(replica.answer(arm(retriever=retriever), asked, f"r{n}") for n in "ab"))
+            best = sorted(texts, key=by_hand, reverse=True)[:2]
+            assert list(one["retrieved_ids"]) == list(other["retrieved_ids"]) == best
+            too_long = [{"role": "user", "content": "port " * 200}]
+            with pytest.raises(ApiError, match="max_seq_len=128"):
+                await replica.answer(arm(retriever=retriever), too_long, "long")
+
+    asyncio.run(play())

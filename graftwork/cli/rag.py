@@ -1,0 +1,126 @@
+"""`graftwork rag index|search|eval FILE`: make an index, look into it, find out which retriever to use on it."""
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graftwork import config
+from graftwork.cli.output import JsonFlag, On, Sets, SpecFile, duration, print_json, print_table, progress_bar, say
+
+if TYPE_CHECKING:
+    from graftwork.report.records import Score
+    from graftwork.serving.rag.evaluate import RagReport
+    from graftwork.serving.rag.spec import RagSpec
+
+app = typer.Typer(help="Retrieval: index documents, search them, measure the retrievers.", no_args_is_help=True)
+_SHOWN_CHARS = 160
+
+
+@app.command()
+def index(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Make the index of a spec's sources current; only what changed is worked on. Endpoints follow within a second."""
+    import time
+
+    from graftwork.serving.rag.index import make_index
+
+    spec, began = _spec(file, sets), time.perf_counter()
+    with progress_bar(f"rag index {spec.name}", as_json) as bar:
+        done = make_index(spec, on_progress=lambda at, total: bar(at, total, "passages embedded"))
+    if as_json:
+        print_json({**done.manifest.model_dump(), "uri": done.uri, "added": done.added, "removed": done.removed,
+                    "kept": done.kept, "embedded": done.embedded, "reused": done.reused})  # fmt: skip
+        return
+    changed = "nothing changed" if done.reused else f"{done.added} added, {done.removed} removed, {done.kept} kept"
+    vectors = f", {done.embedded} embedded" if spec.needs_vectors else ""
+    say(f"{spec.name} {done.manifest.version}: {done.manifest.passages} passages ({changed}{vectors}) in "
+        f"{duration(time.perf_counter() - began)}")  # fmt: skip
+    say(f"in an arm: retriever: {{corpus: {done.uri}}}")
+
+
+@app.command()
+def search(
+    file: SpecFile,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="Any text; no syntax.")],
+    kind: Annotated[
+        str, typer.Option("--kind", help="lexical, dense, hybrid, or auto: what `rag eval` chose.")
+    ] = "auto",
+    sets: Sets = [],  # noqa: B006
+    as_json: JsonFlag = False,
+) -> None:
+    """Print the passages that a question finds, best first."""
+    from graftwork.errors import ConfigError
+    from graftwork.serving.rag.index import open_made
+
+    if kind not in ("lexical", "dense", "hybrid", "auto"):
+        raise ConfigError(f"--kind {kind}", "no such retriever", "kinds are lexical, dense, hybrid and auto")
+    spec = _spec(file, sets)
+    hits = open_made(spec, kind).search(query, spec.k)
+    if as_json:
+        print_json([{"id": hit.passage.id, "score": hit.score, "text": hit.passage.text} for hit in hits])
+        return
+    if not hits:
+        say("nothing found: no passage shares a word with the query")
+        return
+    print_table(
+        f"{spec.name}: {query}",
+        ("rank", "id", "score", "text"),
+        [(rank, hit.passage.id, f"{hit.score:.3f}", _short(hit.passage.text)) for rank, hit in enumerate(hits, 1)],
+    )
+
+
+@app.command(name="eval")
+def evaluate(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Ask the spec's questions of each retriever; print scores, tests against lexical, and which one to use."""
+    spec = _spec(file, sets)
+    from graftwork.cluster.session import session
+    from graftwork.serving.rag.run import questions_of, run_eval
+
+    questions_of(spec)
+    with progress_bar(f"rag eval {spec.name}", as_json) as bar, session(on) if spec.rerank else nullcontext() as here:
+        report = here.run(run_eval, spec, on_progress=bar) if here else run_eval(spec, on_progress=bar)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        show_retrievers(report)
+
+
+def show_retrievers(report: "RagReport") -> None:
+    """A line a retriever, a line a difference, and the choice."""
+    names = list(report.retrievers[0].scores)
+    titles = {"hit": f"hit@{report.k}", "hit_1": "hit@1", "mrr": "MRR@10", "in_context": f"answer in {report.k}"}
+    print_table(
+        f"{report.name} {report.version}: {report.n} questions, {report.passages} passages",
+        ("retriever", *[titles[name] for name in names], "ms p50", "p99"),
+        [(row.name, *[_interval(row.scores[name]) for name in names], _ms(row.ms_p50), _ms(row.ms_p99))
+         for row in report.retrievers],
+    )  # fmt: skip
+    if report.differences:
+        print_table(
+            "against lexical (paired, Holm within a metric)",
+            ("retriever", "metric", "difference", "p", "verdict", "detectable"),
+            [(d.a, titles[d.metric], f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", f"{d.p_adjusted:.2g}", d.verdict,
+              f"{d.mde:.3f}") for d in report.differences],
+        )  # fmt: skip
+    say(report.sentence)
+
+
+def _spec(file: SpecFile, sets: Sets) -> "RagSpec":
+    from graftwork.serving.rag.spec import RagSpec
+
+    spec = config.load(file, sets, expect="rag")
+    assert isinstance(spec, RagSpec)
+    return spec
+
+
+def _interval(score: "Score") -> str:
+    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _SHOWN_CHARS else flat[: _SHOWN_CHARS - 2] + " …"

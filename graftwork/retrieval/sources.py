@@ -1,0 +1,166 @@
+"""Where passages come from: rows of a table, documents, folders of documents, on disk or in S3."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from graftwork.chat import Passage
+from graftwork.config import Spec
+from graftwork.data import read_passages, read_text
+from graftwork.errors import DataError
+from graftwork.retrieval.chunks import ChunkSpec, passages_of
+from graftwork.retrieval.documents import READERS, Block, blocks_of, suffix_of
+from graftwork.storage import Store, open_uri, read_uri
+
+TABLES = (".jsonl", ".csv", ".parquet")
+"""File endings that are read as rows, one passage each."""
+_ENDINGS = ", ".join([*TABLES, *sorted(READERS)])
+
+
+class SourceSpec(Spec):
+    """One table, one document, or a folder of documents. In YAML a plain string is its `uri`."""
+
+    uri: str = Field(min_length=1)
+    """A path, `file://`, `s3://` or `recipe://NAME/FILE`."""
+    id: str = "id"
+    """Column of a table that names the passage."""
+    text: tuple[str, ...] = Field(default=("text",), min_length=1)
+    """Columns that make the passage, one line each."""
+    chunk: bool = False
+    """Cut the rows of a table into passages too, as documents always are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"uri": value}
+        if isinstance(value, dict) and isinstance(value.get("text"), str):
+            return {**value, "text": (value["text"],)}
+        return value
+
+
+def read_corpus(sources: Sequence[SourceSpec], chunk: ChunkSpec) -> list[Passage]:
+    """Passages of all sources in their order. Raises DataError (also where two have one id), StorageError."""
+    passages: list[Passage] = []
+    seen: dict[str, str] = {}
+    for source in sources:
+        for passage in read_source(source, chunk):
+            if passage.id in seen:
+                raise DataError(f"{source.uri}: passage id {passage.id!r}", f"it came before, from {seen[passage.id]}",
+                                "ids are unique in an index", "rename one, or leave one out")  # fmt: skip
+            seen[passage.id] = source.uri
+            passages.append(passage)
+    return passages
+
+
+def read_source(source: SourceSpec, chunk: ChunkSpec) -> list[Passage]:
+    """Passages of one source: at least one, each with text. Raises DataError, StorageError."""
+    suffix = suffix_of(source.uri)
+    if suffix in TABLES:
+        passages = _table(source, suffix)
+        if not source.chunk:
+            return passages
+        cut = (passages_of(row.id, [Block(0, part) for part in row.text.split("\n\n")], chunk) for row in passages)
+        return [passage for parts in cut for passage in parts]
+    found = [passage for name, content in _files(source.uri) for passage in _document(source.uri, name, content, chunk)]
+    if not found:
+        raise DataError(source.uri, "no text was found in it", "a corpus has at least one passage", "check the path")
+    return found
+
+
+def _document(uri: str, name: str, content: bytes, chunk: ChunkSpec) -> list[Passage]:
+    try:
+        return passages_of(name, blocks_of(name, content), chunk)
+    except DataError as error:
+        raise DataError(f"{uri}: {error.asked}", error.found, error.rule, error.next_move) from error
+
+
+def _files(uri: str) -> Iterator[tuple[str, bytes]]:
+    """(path below the folder, content) of the documents, sorted; of a single document its own name."""
+    if suffix_of(uri) in READERS:
+        content = read_text(uri).encode() if uri.startswith("recipe://") else read_uri(uri)
+        yield uri.rpartition("/")[2], content
+        return
+    if uri.startswith("recipe://"):
+        raise DataError(uri, "it is no kind of file that is read here", f"sources end in {_ENDINGS}, or are folders")
+    store, key = open_uri(uri)
+    tree = sorted(parts for parts in store.tree(key) if not any(part.startswith(".") for part in parts))
+    documents = [parts for parts in tree if suffix_of(parts[-1]) in READERS]
+    if not documents:
+        found = "no such file or folder" if not tree else f"{len(tree)} files, none of them a document"
+        raise DataError(uri, found, f"sources end in {_ENDINGS}, or are folders of documents", "check the path")
+    for parts in documents:
+        yield "/".join(parts), Store(store.path(key)).read_bytes(*parts)
+
+
+def _table(source: SourceSpec, suffix: str) -> list[Passage]:
+    if suffix == ".jsonl" and (source.id, source.text) == ("id", ("text",)):
+        return read_passages(source.uri)
+    passages: list[Passage] = []
+    seen: dict[str, int] = {}
+    for number, record in _RECORDS[suffix](source.uri):
+        identity, text = _row(source, number, record)
+        if identity in seen:
+            raise DataError(f"{source.uri} row {number}: {source.id}={identity!r}",
+                            f"row {seen[identity]} has the same id", "ids are unique in a file",
+                            "give each row its own id")  # fmt: skip
+        seen[identity] = number
+        passages.append(Passage(identity, text))
+    if not passages:
+        raise DataError(source.uri, "it has no rows", "a corpus has at least one passage", "check the path")
+    return passages
+
+
+def _row(source: SourceSpec, number: int, record: dict[str, Any]) -> tuple[str, str]:
+    for column in (source.id, *source.text):
+        if column not in record:
+            raise DataError(f"{source.uri} row {number}: {column}", f"no such column (found {', '.join(record)})",
+                            "a source names the columns of its id and its text", "set `id:` and `text:` of the source"
+                            )  # fmt: skip
+    identity = record[source.id]
+    if identity is None or isinstance(identity, bool | float) or str(identity) == "":
+        raise DataError(f"{source.uri} row {number}: {source.id}", f"found {identity!r}",
+                        "an id is a string or a whole number")  # fmt: skip
+    text = "\n".join(str(record[column]) for column in source.text if record[column] not in (None, ""))
+    if not text.strip():
+        raise DataError(f"{source.uri} row {number}: {', '.join(source.text)}", "it is empty", "a passage holds text",
+                        "fill it, or leave the row out")  # fmt: skip
+    return str(identity), text
+
+
+def _jsonl(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    from graftwork.data import read_records
+
+    return read_records(uri)
+
+
+def _csv(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Row 1 is the first line below the header."""
+    reader = csv.DictReader(io.StringIO(read_text(uri), newline=""), strict=True)
+    try:
+        for number, record in enumerate(reader, start=1):
+            if None in record or None in record.values():
+                wanted = len(reader.fieldnames or ())
+                raise DataError(f"{uri} row {number}", f"it has not the {wanted} fields of the header",
+                                "a row of a CSV has them all", "quote fields that hold commas")  # fmt: skip
+            yield number, dict(record)
+    except csv.Error as error:
+        raise DataError(f"{uri} line {reader.line_num}", f"it is not CSV ({error})", "a CSV is comma-separated, quotes "
+                        "are doubled") from error  # fmt: skip
+
+
+def _parquet(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(read_uri(uri)))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(uri, f"it is not Parquet ({error})"[:400], "", "write the file again") from error
+    yield from enumerate(table.to_pylist(), start=1)
+
+
+_RECORDS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

@@ -1,0 +1,86 @@
+"""What an index is made of, and what its retrievers are measured on."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from graftwork.base_model import BaseSpec, QuantSpec
+from graftwork.config import Spec
+from graftwork.embedding import EmbedderSpec
+from graftwork.retrieval.chunks import ChunkSpec
+from graftwork.retrieval.sources import SourceSpec
+from graftwork.retrieval.spec import MINILM, RerankSpec, RetrieverSpec
+from graftwork.retrieval.versions import IndexHome
+from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
+
+Kind = Literal["lexical", "dense", "hybrid"]
+
+
+class RagRerankSpec(RerankSpec):
+    """Measure lexical retrieval with a rerank by this base, too."""
+
+    base: BaseSpec
+    quant: QuantSpec = QuantSpec(kind="nf4")
+
+
+class RagSpec(Spec):
+    """An index over some sources, and the questions that say which retriever to use on it."""
+
+    kind: Literal["rag"] = "rag"
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    root: str = DEFAULT_ROOT
+    sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)]
+    """Tables (JSONL, CSV, Parquet), documents (Markdown, HTML, text, PDF) and folders of documents."""
+    chunk: ChunkSpec = ChunkSpec()
+    """How documents are cut into passages."""
+    retrievers: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("lexical",)
+    """Which kinds the index is made for and `eval` compares; lexical is always there."""
+    k: int = Field(default=3, ge=1, le=32)
+    """Passages that come to the model."""
+    embedder: EmbedderSpec = EmbedderSpec(uri=MINILM)
+    """Model of the vectors."""
+    dense_weight: float = Field(default=0.25, gt=0, le=1)
+    """What a rank among the vectors counts, to one among the words; for hybrid."""
+    rerank: RagRerankSpec | None = None
+    questions: str | None = None
+    """JSONL for `eval`: `id`, `question` (or `messages`, `prompt`), `doc_id` (one or a list), `answers` or `gold`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Ask the first so many questions."""
+    seed: int = 0
+    """Of the resampling in `eval`."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> Self:
+        if not self.needs_vectors and self.embedder != type(self).model_fields["embedder"].default:
+            raise ValueError("embedder cannot take effect without dense or hybrid in retrievers")
+        if "hybrid" not in self.retrievers and "dense_weight" in self.model_fields_set:
+            raise ValueError("dense_weight cannot take effect without hybrid in retrievers")
+        if self.rerank is not None and self.rerank.candidates <= self.k:
+            raise ValueError(f"rerank.candidates={self.rerank.candidates} leaves nothing to choose for k={self.k}")
+        return self
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Whether passages are embedded."""
+        return "dense" in self.retrievers or "hybrid" in self.retrievers
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What is compared, lexical first."""
+        return ("lexical", *(kind for kind in dict.fromkeys(self.retrievers) if kind != "lexical"))
+
+    @property
+    def home(self) -> IndexHome:
+        """Where the index lies."""
+        return IndexHome.of(self.root, self.name)
+
+    def made_from(self) -> str:
+        """Digest of what decides the passages: an index made from anything else is another one."""
+        return type(self)(name="x", sources=self.sources, chunk=self.chunk).identity()
+
+    def retriever(self, kind: Literal["lexical", "dense", "hybrid", "auto"]) -> RetrieverSpec:
+        """One of its retrievers, as an arm would name it."""
+        tree: dict[str, object] = {"kind": kind, "corpus": self.home.store.uri, "k": self.k}
+        tree |= {"embedder": self.embedder.model_dump()} if kind != "lexical" else {}
+        tree |= {"dense_weight": self.dense_weight} if kind in ("hybrid", "auto") else {}
+        return RetrieverSpec.model_validate(tree)
