@@ -183,7 +183,8 @@ def _left_out(run: Run) -> tuple[str, ...]:
 
 def _publish(run: Run, result: LoopResult) -> artifact.AdapterManifest:
     spec, template = run.spec, base_model.template(run.base)
-    metrics = {"train_loss": result.train_loss[-1][1], "steps": float(result.steps), "tokens": float(result.tokens)}
+    metrics = {"train_loss": result.train_loss[-1][1], "steps": float(result.steps), "tokens": float(result.tokens),
+               "train_s": math.fsum(step.step_s for step in read_steps(run.paths))}  # fmt: skip
     if result.eval_loss:
         metrics["eval_loss"] = result.eval_loss[-1][1]
     with Checkpoints(run.paths).adapter(result.steps) as folder:

@@ -50,7 +50,39 @@ def show_comparison(report: Any, reused: int) -> None:
             [(f"{s.field}={s.value}", s.n, d.a, _interval(d), f"{d.p_adjusted:.2g}", d.verdict)
              for s in report.slices for d in s.differences],
         )  # fmt: skip
+    if report.card:
+        show_card(report.card)
     say(report.advice.sentence)
+
+
+def show_card(card: Any) -> None:
+    """Why the reference fails, what mends it, what each arm takes, and what to do."""
+    from graftwork.report import figures, words
+
+    print_table(
+        f"why {card.reference} fails: {card.probed} of {card.failures} failures probed",
+        ("cause", "share of failures", "n", "it"),
+        [(figures.cause_name(c.cause), f"{words.percent(c.share.value)} {words.percents(c.share.low, c.share.high)}",
+          c.share.count, {"dismissed": "does not matter", "open": "is undecided"}.get(c.state, c.state))
+         for c, _ in figures.cause_tracks(card)],
+    )  # fmt: skip
+    print_table(
+        "of these failures, wholly right in another arm",
+        ("arm", *map(figures.cause_name, figures.lifted(card))),
+        [(arm, *[f"{words.percent(x.share.value)} {words.percents(x.share.low, x.share.high)}" for x in lifts])
+         for arm, _, lifts in figures.lift_rows(card)],
+    )  # fmt: skip
+    print_table(
+        "what each arm takes, and why it still fails",
+        ("arm", "p50", "tokens", "training", "adapter", "failures by cause"),
+        [(cost.arm, words.milliseconds(cost.latency_ms), words.count(cost.tokens),
+          words.seconds(None if cost.training_min is None else 60 * cost.training_min),
+          words.gibibytes(cost.adapter_gib),
+          ", ".join(f"{figures.cause_name(c)} {n}" for c, n in own.causes.items()) if own else words.NONE)
+         for cost, own in figures.arm_rows(card)],
+    )  # fmt: skip
+    for line in (card.sentence, *card.open):
+        say(line)
 
 
 def _interval(score: Any) -> str:

@@ -10,9 +10,14 @@ from graftwork.report import words
 from graftwork.report.plots import Line, Mark, Scale, interval_track, line_chart, pair_track, scatter, share_bar, ticks
 from graftwork.report.records import (
     AdapterLatency,
+    ArmCauses,
+    ArmCost,
     ArmReport,
+    CauseShare,
     CompareReport,
+    DecisionCard,
     Difference,
+    Lift,
     PlanRow,
     QuantizeReport,
     SampleAnswer,
@@ -125,6 +130,37 @@ def marks(answer: SampleAnswer, report: CompareReport) -> list[tuple[str, str | 
     return [(metric.name, bool(answer.scores[metric.name]) if metric.kind == "binary"
              else words.score(answer.scores[metric.name]))
             for metric in report.metrics if metric.name in shown and metric.name in answer.scores]  # fmt: skip
+
+
+def cause_name(cause: str) -> str:
+    """A cause in words."""
+    return {"all": "all", "use_of_context": "use of context"}.get(cause, cause)
+
+
+def cause_tracks(card: DecisionCard) -> list[tuple[CauseShare, Markup]]:
+    """Each cause's share with its interval and the line from which on it matters; those never seen are left out."""
+    return [(cause, interval_track(Mark(cause.share.value, cause.share.low, cause.share.high, "latency",
+                                        f"{cause.share.count} of {cause.share.n}\n{cause.share.signature}"),
+                                   Scale(0, 1), card.matters))
+            for cause in sorted(card.causes, key=lambda one: -one.share.value)
+            if cause.share.count or cause.state == "open"]  # fmt: skip
+
+
+def lifted(card: DecisionCard) -> list[str]:
+    """The causes that another arm could mend, all of them together first."""
+    return list(dict.fromkeys(lift.cause for lift in card.lifts))
+
+
+def lift_rows(card: DecisionCard) -> list[tuple[str, str, list[Lift]]]:
+    """(arm, kind, its lifts in the order of `lifted`)."""
+    arms = dict.fromkeys((lift.arm, lift.kind) for lift in card.lifts)
+    return [(arm, kind, [lift for lift in card.lifts if lift.arm == arm]) for arm, kind in arms]
+
+
+def arm_rows(card: DecisionCard) -> list[tuple[ArmCost, ArmCauses | None]]:
+    """What each arm takes, and its failures where they were probed."""
+    causes = {one.arm: one for one in card.arms}
+    return [(cost, causes.get(cost.arm)) for cost in card.costs]
 
 
 def trials_chart(tune: TuneRecord) -> Chart | None:

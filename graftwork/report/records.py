@@ -162,6 +162,103 @@ class Slice(Record):
     """Every arm against the baseline on the primary metric; BH over all slices of the report."""
 
 
+# The decision card.
+
+Remedy = Literal["neither", "prompt", "grammar", "rag", "rag with a grammar", "retriever", "finetune", "both",
+    "retrain", "undecided"]  # fmt: skip
+"""both: an adapter trained with retrieved passages, distractors among them (RAFT). retriever: a better one. retrain: at
+a lower rank, or with other rows mixed in."""
+
+
+class Share(Record):
+    """A share of answers with its Wilson interval."""
+
+    count: int
+    n: int
+    value: float
+    low: float
+    high: float
+    signature: str
+
+
+class CauseShare(Record):
+    """How many of the reference's probed failures have one cause. A wrong value in a wrong form counts in two."""
+
+    cause: str
+    share: Share
+    state: Literal["matters", "dismissed", "open"]
+    """Shown to be above `matters`, shown to be below it, or neither."""
+    more_questions: int | None
+    """Further questions that would settle an open one at the share seen; None where it is settled, or where more
+    failures of these questions only have to be probed."""
+
+
+class Lift(Record):
+    """Of the reference's failures with one cause, the share that another arm answers wholly right."""
+
+    arm: str
+    kind: ArmKind
+    remedy: Remedy
+    """What the arm is an example of."""
+    cause: str
+    """`all`: any."""
+    share: Share
+
+
+class ArmCauses(Record):
+    """One arm's failures by cause."""
+
+    arm: str
+    kind: ArmKind
+    failures: int
+    probed: int
+    causes: dict[str, int]
+
+
+class ArmCost(Record):
+    """What an arm takes."""
+
+    arm: str
+    kind: ArmKind
+    latency_ms: float | None
+    """Median."""
+    tokens: float | None
+    """Of prompt and answer, mean."""
+    training_min: float | None
+    """Steps of the run that made its adapter; None: no adapter, or not recorded."""
+    adapter_gib: float | None
+
+
+class DecisionCard(Record):
+    """Why the reference fails, what mends it here, and what to do: prompt, RAG, finetune, both, or a grammar."""
+
+    reference: str
+    n: int
+    """Questions."""
+    failures: int
+    """Of the reference."""
+    probed: int
+    failure_rate: Share
+    matters: float
+    """The share of the failures from which on a cause counts."""
+    alpha: float
+    causes: tuple[CauseShare, ...]
+    grammar_is_enough: Share | None
+    """Of its answers of wrong form, those that a repaired text or a grammar makes wholly right (with the gold passage
+    where the value was wrong)."""
+    known: Share | None
+    """Of its answers that lack information, those whose right answer it prefers to every distractor without context."""
+    lifts: tuple[Lift, ...]
+    arms: tuple[ArmCauses, ...]
+    costs: tuple[ArmCost, ...]
+    remedy: Remedy
+    asked_for: Remedy
+    """What the causes alone ask for; `remedy` differs where an arm that was measured does better."""
+    sentence: str
+    open: tuple[str, ...]
+    """What is undecided, and how many more questions it needs."""
+
+
 class CompareReport(Record):
     """The result of `compare`: byte-identical JSON for the same answers and seed."""
 
@@ -185,6 +282,8 @@ class CompareReport(Record):
     contrasts: tuple[Difference, ...]
     """The contrasts that the spec declared."""
     slices: tuple[Slice, ...]
+    card: DecisionCard | None
+    """Where the spec asks for probes."""
     advice: Advice
     samples: tuple[Sample, ...]
     notes: tuple[str, ...]

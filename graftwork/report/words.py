@@ -48,6 +48,21 @@ def signed_interval(low: float, high: float) -> str:
     return f"[{signed(low)}, {signed(high)}]"
 
 
+def percent(value: float) -> str:
+    """A share as a whole percentage."""
+    return f"{100 * value:.0f}%"
+
+
+def percents(low: float, high: float) -> str:
+    """An interval of shares."""
+    return f"[{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def gibibytes(value: float | None) -> str:
+    """GiB as a size."""
+    return size(None if value is None else value * 2**30)
+
+
 def tied(groups: Sequence[Sequence[str]]) -> str:
     """`a, b | c, d`: the sets of arms that no test tells apart; empty where each arm stands alone."""
     return " | ".join(", ".join(group) for group in groups if len(group) > 1)

@@ -39,6 +39,8 @@ class Answer(BaseModel):
     ttft_ms: float | None = None
     latency_ms: float | None = None
     finish_reason: str | None = None
+    logprobs: tuple[tuple[float, int], ...] | None = None
+    """Of a question for likelihoods: (sum in nats, tokens) of each continuation."""
 
 
 class Answers:
@@ -66,6 +68,11 @@ class Answers:
                             "run the comparison again: it continues where it stopped")  # fmt: skip
         return self._by_pair[arm, row_id]
 
+    def find(self, arm: str, row_id: str) -> Answer | None:
+        """The answer, where there is one that did not fail."""
+        found = self._by_pair.get((arm, row_id))
+        return found if found is not None and found.error is None else None
+
     def __contains__(self, pair: tuple[str, str]) -> bool:
         return pair in self._by_pair
 
@@ -76,8 +83,20 @@ class Answers:
         return iter(self._by_pair.values())
 
 
-def answer_key(spec: CompareSpec, arm: ArmSpec, row: Row, version: str | None) -> str:
-    """32 hex digits over everything that decides the answer. `version` is what the arm's adapter resolves to now."""
+def answer_key(
+    spec: CompareSpec,
+    label: str,
+    arm: ArmSpec,
+    row: Row,
+    version: str | None,
+    *,
+    messages: Sequence[Mapping[str, str]] | None = None,
+    continuations: Sequence[str] = (),
+) -> str:
+    """32 hex digits over everything that decides the answer. `version` is what the arm's adapter resolves to now.
+
+    label: what the answer is filed under (the arm's name, or a probe's). messages: what is sent, else the row's.
+    """
     decides = {
         "arm": arm.model_dump(mode="json", exclude={"name"}),
         "version": version,
@@ -85,9 +104,10 @@ def answer_key(spec: CompareSpec, arm: ArmSpec, row: Row, version: str | None) -
         "quant": spec.quant.model_dump(mode="json"),
         "max_seq_len": spec.engine.max_seq_len,
         "row": row.id,
-        "messages": question(row),
+        "messages": messages if messages is not None else question(row),
+        **({"continuations": list(continuations)} if continuations else {}),
     }
-    return hashlib.sha256(canonical_json([arm.name, decides]).encode()).hexdigest()[:32]
+    return hashlib.sha256(canonical_json([label, decides]).encode()).hexdigest()[:32]
 
 
 def question(row: Row) -> list[dict[str, str]]:

@@ -10,7 +10,16 @@ from graftwork import metrics, stats
 from graftwork.data import Row, fingerprint
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import Distribution, Metric, distribution
-from graftwork.report.records import ArmKind, ArmReport, CompareReport, Difference, MetricInfo, Sample, SampleAnswer
+from graftwork.report.records import (
+    ArmKind,
+    ArmReport,
+    CompareReport,
+    DecisionCard,
+    Difference,
+    MetricInfo,
+    Sample,
+    SampleAnswer,
+)
 from graftwork.serving.experiment.advice import METRICS, advise
 from graftwork.serving.experiment.answers import Answer, Answers, question
 from graftwork.serving.experiment.offline import check_ids
@@ -35,12 +44,13 @@ def compare(
     *,
     template_digest: str = "",
     fields: Mapping[str, Sequence[str]] | None = None,
+    card: DecisionCard | None = None,
 ) -> CompareReport:
     """The comparison's result, the same bytes for the same answers and seed.
 
     template_digest: the chat template that rendered the prompts; goes into the signatures. fields: the values of
-    `spec.slices` and `spec.cluster` by row (`data.read_fields`). Raises DataError: row ids missing or twice, a row
-    without gold, an answer missing, an arm answered by two adapter versions or two bases.
+    `spec.slices` and `spec.cluster` by row (`data.read_fields`). card: what the probes found. Raises DataError: row ids
+    missing or twice, a row without gold, an answer missing, an arm answered by two adapter versions or two bases.
     """
     table = Table(spec, rows, answers, load_scorers(spec.scorers, schema))
     scored = table.scored(spec, template_digest, (fields or {}).get(spec.cluster) if spec.cluster else None)
@@ -55,6 +65,7 @@ def compare(
         differences=_against_baseline(spec, scored, rules),
         contrasts=family(scored, [(c.a, c.b, c.metric) for c in spec.contrasts], rules),
         slices=slices(scored, parts, primary, spec.baseline, rules, spec.slice_min),
+        card=card,
         advice=advise(scored, {arm.name: arm.kind for arm in arms}, rules, _advised(scored.metrics, primary)),
         samples=_samples(spec, table), notes=_notes(arms),
     )  # fmt: skip

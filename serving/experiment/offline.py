@@ -14,6 +14,7 @@ from graftwork.serving.spec import ArmSpec
 
 Ask = Callable[[ArmSpec, list[dict[str, str]], str], Awaitable[Mapping[str, Any]]]
 """(arm, messages, request id) -> the fields of an `ArmAnswer`. Any exception is a failed answer."""
+Messages = list[dict[str, str]]
 
 _MIN_OUTAGE = 32
 
@@ -27,6 +28,27 @@ class CompareProgress:
     failed: int
     reused: int
     """Answers found on disk."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request: an answer to be generated, or (`continuations`) likelihoods of given ones."""
+
+    key: str
+    label: str
+    """What its answer is filed under: the arm's name, or a probe's."""
+    row_id: str
+    arm: ArmSpec
+    messages: Messages
+    continuations: tuple[str, ...] = ()
+
+    @property
+    def request_id(self) -> str:
+        return f"cmp-{self.key}"
+
+
+Send = Callable[[Job], Awaitable[Mapping[str, Any]]]
+"""A job -> the fields of an `Answer`. Any exception is a failed answer."""
 
 
 async def run_offline(
@@ -49,18 +71,37 @@ async def run_offline(
     """
     check_ids(rows)
     jobs = list(_interleaved(spec, rows, versions or {}))
+
+    async def send(job: Job) -> Mapping[str, Any]:
+        return await answer(job.arm, job.messages, job.request_id)
+
+    return await ask_jobs(jobs, send, path, spec.concurrency, on_progress)
+
+
+async def ask_jobs(
+    jobs: Sequence[Job],
+    send: Send,
+    path: Path,
+    concurrency: int,
+    on_progress: Callable[[CompareProgress], None] | None = None,
+) -> Answers:
+    """Answers to all jobs, those on disk reused; each is appended to `path` as it comes. Raises as `run_offline`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    answers = read_answers(path, {job.key: (job.arm.name, job.row.id) for job in jobs})
-    left = [job for job in jobs if (job.arm.name, job.row.id) not in answers]
-    run = _Run(answers, path, len(jobs), max(_MIN_OUTAGE, spec.concurrency), on_progress)
-    await run.ask_all(left, answer, spec.concurrency)
+    answers = read_answers(path, _wanted(jobs))
+    left = [job for job in jobs if (job.label, job.row_id) not in answers]
+    run = _Run(answers, path, len(jobs), max(_MIN_OUTAGE, concurrency), on_progress)
+    await run.ask_all(left, send, concurrency)
     return answers
 
 
 def count_unanswered(spec: CompareSpec, rows: Sequence[Row], path: Path, versions: Mapping[str, str]) -> int:
     """Questions times arms that `run_offline` would still ask."""
-    jobs = list(_interleaved(spec, rows, versions))
-    return len(jobs) - len(read_answers(path, {job.key: (job.arm.name, job.row.id) for job in jobs}))
+    return count_missing(list(_interleaved(spec, rows, versions)), path)
+
+
+def count_missing(jobs: Sequence[Job], path: Path) -> int:
+    """Jobs that `ask_jobs` would still send."""
+    return len(jobs) - len(read_answers(path, _wanted(jobs)))
 
 
 def check_ids(rows: Sequence[Row]) -> None:
@@ -76,18 +117,16 @@ def check_ids(rows: Sequence[Row]) -> None:
         seen[row.id] = number
 
 
-@dataclass(frozen=True)
-class _Job:
-    key: str
-    arm: ArmSpec
-    row: Row
+def _wanted(jobs: Sequence[Job]) -> dict[str, tuple[str, str]]:
+    return {job.key: (job.label, job.row_id) for job in jobs}
 
 
-def _interleaved(spec: CompareSpec, rows: Sequence[Row], versions: Mapping[str, str]) -> Iterator[_Job]:
+def _interleaved(spec: CompareSpec, rows: Sequence[Row], versions: Mapping[str, str]) -> Iterator[Job]:
     for index, row in enumerate(rows):
         first = index % len(spec.arms)
         for arm in spec.arms[first:] + spec.arms[:first]:
-            yield _Job(answer_key(spec, arm, row, versions.get(arm.name)), arm, row)
+            key = answer_key(spec, arm.name, arm, row, versions.get(arm.name))
+            yield Job(key, arm.name, row.id, arm, question(row))
 
 
 class _Run:
@@ -106,22 +145,22 @@ class _Run:
         self.reused, self.failed = len(answers), 0
         self.held: list[Answer] = []
 
-    async def ask_all(self, jobs: Sequence[_Job], answer: Ask, concurrency: int) -> None:
+    async def ask_all(self, jobs: Sequence[Job], send: Send, concurrency: int) -> None:
         queue = iter(jobs)
         self._say()
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(concurrency, len(jobs))):
-                    group.create_task(self._worker(queue, answer))
+                    group.create_task(self._worker(queue, send))
         except ExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
         if self.held and all(answer.error is not None for answer in self.answers):
             raise self._outage()
         self._record_held()
 
-    async def _worker(self, queue: Iterator[_Job], answer: Ask) -> None:
+    async def _worker(self, queue: Iterator[Job], send: Send) -> None:
         for job in queue:
-            self._take(await _ask(job, answer))
+            self._take(await _ask(job, send))
 
     def _take(self, answer: Answer) -> None:
         self.failed += answer.error is not None
@@ -149,11 +188,10 @@ class _Run:
             self.on_progress(CompareProgress(done, self.total, self.failed, self.reused))
 
 
-async def _ask(job: _Job, answer: Ask) -> Answer:
+async def _ask(job: Job, send: Send) -> Answer:
     """The answer, or the failure as an answer. `gather` is what turns an exception of any kind into a value."""
-    request_id = f"cmp-{job.key}"
-    said = {"key": job.key, "arm": job.arm.name, "row_id": job.row.id, "request_id": request_id}
-    [result] = await asyncio.gather(answer(job.arm, question(job.row), request_id), return_exceptions=True)
+    said = {"key": job.key, "arm": job.label, "row_id": job.row_id, "request_id": job.request_id}
+    [result] = await asyncio.gather(send(job), return_exceptions=True)
     if isinstance(result, BaseException):
         return Answer.model_validate({**said, "error": _failure(result)})
     return Answer.model_validate({**result, **said, "error": _engine_error(result)})

@@ -1,8 +1,7 @@
 """A comparison as a run: deploy (or take an endpoint), ask, judge, record."""
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,23 @@ from typing import Any
 import yaml
 
 from graftwork import artifact, base_model
-from graftwork.data import read_fields, read_rows
+from graftwork.data import Row, read_fields, read_rows
 from graftwork.provenance import collect
 from graftwork.report.records import CompareReport
-from graftwork.serving.app import Endpoint, deploy
+from graftwork.serving.app import Endpoint
 from graftwork.serving.experiment.compare import compare, primary_metric, score_arms
+from graftwork.serving.experiment.endpoints import Endpoints
 from graftwork.serving.experiment.offline import CompareProgress, count_unanswered, run_offline
-from graftwork.serving.experiment.scorers.load import load_scorers
+from graftwork.serving.experiment.probes.ask import Prober
+from graftwork.serving.experiment.probes.card import make_card, reference_arm
+from graftwork.serving.experiment.probes.gold import GoldPassages
+from graftwork.serving.experiment.probes.right import Judge
+from graftwork.serving.experiment.probes.run import adapter_facts, probe, probed_corpus, prompt_of
+from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
 from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.experiment.verdict import ScoredArms
-from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.serving.spec import ArmSpec
 from graftwork.storage import RunPaths, Store
 
 
@@ -49,16 +54,11 @@ def run_compare(
     Each alias is resolved once, here; the run is named by the spec and those versions, so a rerun after an update asks
     the updated arms anew and reuses the others. Raises UserError before anything is deployed.
     """
-    rows = read_rows(spec.eval, limit=spec.limit, need="eval")
-    schema = AnswerSchema.load(spec.answer_schema) if spec.answer_schema else None
-    scorers = load_scorers(spec.scorers, schema)
-    primary_metric(spec, scorers.metrics)
-    scorers.check(rows)
-    names = [*spec.slices, *([spec.cluster] if spec.cluster else [])]
-    fields = read_fields(spec.eval, names, limit=spec.limit) if names else {}
-    store = Store(spec.root)
-    pinned = {arm.name: _pin(store, arm) for arm in spec.arms}
-    versions = {name: arm.adapter.partition("@")[2] for name, arm in pinned.items() if arm.adapter}
+    asked = _Asked.read(spec)
+    rows, store = asked.rows, Store(spec.root)
+    manifests = {arm.name: artifact.resolve(store, arm.adapter) for arm in spec.arms if arm.adapter}
+    pinned = {arm.name: _pinned(arm, manifests.get(arm.name)) for arm in spec.arms}
+    versions = {name: manifest.version for name, manifest in manifests.items()}
     run = RunPaths(store, spec.name, spec.identity())
     folder = store.local_dir(*run.file())
     store.write_bytes(yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False).encode(), *run.spec())
@@ -71,39 +71,58 @@ def run_compare(
         if on_progress is not None:
             on_progress(now)
 
-    async def ask(arm: ArmSpec, messages: list[dict[str, str]], request_id: str) -> Mapping[str, Any]:
-        assert live is not None, "an answer is asked for although all are on disk"
-        return await live.ask(pinned[arm.name], messages, request_id)
-
     path = folder / "answers.jsonl"
-    with _endpoint(spec, endpoint, needed=count_unanswered(spec, rows, path, versions) > 0) as live:
-        answers = asyncio.run(run_offline(spec, rows, ask, path, versions=versions, on_progress=progress))
-        stats = asyncio.run(_stats(live)) if live is not None and len(answers) > seen[0].reused else {}
+    with Endpoints(spec, endpoint, pinned) as live:
+        if count_unanswered(spec, rows, path, versions):
+            live.open()
+        answers = asyncio.run(run_offline(spec, rows, live.ask, path, versions=versions, on_progress=progress))
+        card = None
+        if spec.probes is not None:
+            reference = spec.probes.reference or reference_arm(
+                spec, score_arms(spec, rows, answers, asked.schema), asked.primary
+            )
+            prober = Prober(
+                spec, spec.probes, rows, answers, Judge(spec, asked.scorers, asked.primary), asked.passages,
+                prompts={arm.name: prompt_of(arm, manifests.get(arm.name)) for arm in spec.arms},
+                versions=versions, reference=reference,
+            )  # fmt: skip
+            found = probe(prober, live, folder / "probes.jsonl", on_progress)
+            card = make_card(prober, found, {name: adapter_facts(m) for name, m in manifests.items()})
+        new = len(answers) - seen[0].reused
+        stats = asyncio.run(_stats(live.endpoint)) if live.endpoint is not None and new else {}
     template = base_model.template(base_model.resolve(spec.base))
-    report = compare(spec, rows, answers, schema, template_digest=template.digest, fields=fields)
-    _record(store, run, path, report)
-    asked, reused = len(answers) - seen[0].reused, seen[0].reused
-    return CompareOutcome(run.run_id, report, asked, reused, stats, score_arms(spec, rows, answers, schema))
+    report = compare(spec, rows, answers, asked.schema, template_digest=template.digest, fields=asked.fields, card=card)
+    _record(store, run, folder, report)
+    scored = score_arms(spec, rows, answers, asked.schema)
+    return CompareOutcome(run.run_id, report, new, seen[0].reused, stats, scored)
 
 
-def _pin(store: Store, arm: ArmSpec) -> ArmSpec:
-    if arm.adapter is None:
-        return arm
-    manifest = artifact.resolve(store, arm.adapter)
-    return arm.with_({"adapter": f"{manifest.task}@{manifest.version}"})
+@dataclass(frozen=True)
+class _Asked:
+    """What the spec names, read and checked before anything is deployed."""
+
+    rows: list[Row]
+    schema: AnswerSchema | None
+    scorers: Scorers
+    primary: str
+    fields: Mapping[str, Sequence[str]]
+    passages: GoldPassages
+
+    @classmethod
+    def read(cls, spec: CompareSpec) -> "_Asked":
+        """Raises UserError."""
+        rows = read_rows(spec.eval, limit=spec.limit, need="eval")
+        schema = AnswerSchema.load(spec.answer_schema) if spec.answer_schema else None
+        scorers = load_scorers(spec.scorers, schema)
+        scorers.check(rows)
+        names = [*spec.slices, *([spec.cluster] if spec.cluster else [])]
+        fields = read_fields(spec.eval, names, limit=spec.limit) if names else {}
+        passages = GoldPassages.read(probed_corpus(spec, rows) if spec.probes else None)
+        return cls(rows, schema, scorers, primary_metric(spec, scorers.metrics), fields, passages)
 
 
-@contextlib.contextmanager
-def _endpoint(spec: CompareSpec, given: Endpoint | None, *, needed: bool) -> Iterator[Endpoint | None]:
-    if given is not None or not needed:
-        yield given
-        return
-    serve = ServeSpec(
-        name=f"compare-{spec.name}"[:63], root=spec.root, base=spec.base, quant=spec.quant, engine=spec.engine,
-        max_ongoing_requests=max(512, 2 * spec.concurrency), num_cpus=spec.num_cpus, num_gpus=spec.num_gpus,
-    )  # fmt: skip
-    with deploy(serve, http=False) as endpoint:
-        yield endpoint
+def _pinned(arm: ArmSpec, manifest: artifact.AdapterManifest | None) -> ArmSpec:
+    return arm.with_({"adapter": manifest.ref}) if manifest else arm
 
 
 async def _stats(endpoint: Endpoint) -> dict[str, Any]:
@@ -111,8 +130,10 @@ async def _stats(endpoint: Endpoint) -> dict[str, Any]:
     return stats
 
 
-def _record(store: Store, run: RunPaths, answers: Path, report: CompareReport) -> None:
+def _record(store: Store, run: RunPaths, folder: Path, report: CompareReport) -> None:
     store.write_json(report.model_dump(mode="json"), *run.file("compare.json"))
     if not store.is_local:
-        store.upload(answers, *run.file("answers.jsonl"))
+        for name in ("answers.jsonl", "probes.jsonl"):
+            if (folder / name).exists():
+                store.upload(folder / name, *run.file(name))
     store.write_json({"state": "finished", "n": report.n, "advice": report.advice.sentence}, *run.status())

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
+from graftwork.serving.experiment.probes.spec import ProbeSpec
 from graftwork.serving.experiment.scorers.spec import FieldsSpec, OwnSpec, ScorerSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec
 from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
@@ -56,6 +57,9 @@ class CompareSpec(Spec):
     """Two-sided error rate of each family of tests (Holm within the family)."""
     equivalence_margin: float = Field(default=0.03, gt=0, lt=1)
     """Differences smaller than this count as none (TOST)."""
+    probes: ProbeSpec | None = None
+    """Ask why the failures fail, and advise by it: `true`, or how. Needs `doc_id` in the rows to tell what retrieval
+    would do."""
     concurrency: int = Field(default=128, ge=1)
     """Questions in flight at once, over all arms."""
     samples: int = Field(default=3, ge=0)
@@ -79,6 +83,22 @@ class CompareSpec(Spec):
                     raise ValueError(f"contrasts: {side!r} is none of the arms {names}")
             if contrast.a == contrast.b:
                 raise ValueError(f"contrasts: {contrast.a!r} is compared with itself")
+        return self
+
+    @field_validator("probes", mode="before")
+    @classmethod
+    def _true_takes_defaults(cls, value: object) -> object:
+        return ({} if value else None) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _probed_arms_stand(self) -> Self:
+        names = {arm.name for arm in self.arms}
+        asked = (*self.probes.arms, *([self.probes.reference] if self.probes.reference else [])) if self.probes else ()
+        for name in asked:
+            if name not in names:
+                raise ValueError(f"probes: {name!r} is none of the arms {sorted(names)}")
+        if self.probes and self.probes.reference and self.probes.arms and self.probes.reference not in self.probes.arms:
+            raise ValueError(f"probes.reference={self.probes.reference!r} is not among probes.arms")
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,156 @@
+"""Evidence of all failures -> `DecisionCard`. The same bytes for the same answers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from graftwork.metrics import distribution
+from graftwork.report.records import ArmCauses, ArmCost, CauseShare, DecisionCard, Lift, Share
+from graftwork.serving.experiment.answers import Answers
+from graftwork.serving.experiment.compare import arm_kind
+from graftwork.serving.experiment.probes.advice import Findings, ask_for, enough, example_of, measured, sentence, spoken
+from graftwork.serving.experiment.probes.ask import Failure, Prober
+from graftwork.serving.experiment.probes.classify import CAUSES, Cause, Evidence, classify
+from graftwork.serving.experiment.probes.shares import n_to_settle, share, state
+from graftwork.serving.experiment.spec import CompareSpec
+from graftwork.serving.experiment.verdict import ScoredArms
+from graftwork.serving.spec import ArmSpec
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """From the manifest of an arm's adapter."""
+
+    size_bytes: int
+    train_s: float | None
+
+
+@dataclass(frozen=True)
+class _Explained:
+    failure: Failure
+    evidence: Evidence
+    causes: tuple[Cause, ...]
+
+
+def make_card(prober: Prober, found: Answers, adapters: Mapping[str, AdapterFacts]) -> DecisionCard:
+    """found: the probes' answers. adapters: by arm name."""
+    explained = [
+        _Explained(failure, evidence, classify(evidence))
+        for failure in prober.failures
+        for evidence in [prober.evidence(failure, found)]
+    ]
+    return _Card(prober, explained).made(adapters)
+
+
+def reference_arm(spec: CompareSpec, scored: ScoredArms, primary: str) -> str:
+    """Whose failures the card is about where the spec names none: the best prompted base, else the baseline."""
+    prompted = [arm.name for arm in spec.arms if arm_kind(arm) == "prompt"]
+    asked = [name for name in prompted if spec.probes is None or not spec.probes.arms or name in spec.probes.arms]
+    other = spec.probes.arms[0] if spec.probes and spec.probes.arms else spec.baseline
+    return max(asked, key=lambda name: scored.mean(name, primary), default=other)
+
+
+class _Card:
+    def __init__(self, prober: Prober, explained: Sequence[_Explained]) -> None:
+        self.prober, self.explained = prober, explained
+        self.spec, self.probes = prober.spec, prober.probes
+        self.own = [one for one in explained if one.failure.arm.name == prober.reference]
+        self.failed = self._failures(prober.reference)
+
+    def made(self, adapters: Mapping[str, AdapterFacts]) -> DecisionCard:
+        causes, lifts = self._causes(), self._lifts()
+        grammar, known = self._grammar(), self._known()
+        rate = self._share("failures", self.failed, len(self.prober.rows))
+        asked = ask_for(
+            Findings(
+                rare=state(rate, self.probes.matters) == "dismissed",
+                causes=[cause.cause for cause in causes if cause.state == "matters"],
+                grammar=enough(grammar), known=enough(known), retrieves=self._reference().retriever is not None,
+            )
+        )  # fmt: skip
+        remedy, best, of_kind = measured(asked, lifts)
+        return DecisionCard(
+            reference=self.prober.reference, n=len(self.prober.rows), failures=self.failed, probed=len(self.own),
+            failure_rate=rate, matters=self.probes.matters, alpha=self.spec.alpha, causes=causes,
+            grammar_is_enough=grammar, known=known, lifts=lifts, arms=self._arms(),
+            costs=tuple(self._cost(arm, adapters.get(arm.name)) for arm in self.spec.arms), remedy=remedy,
+            asked_for=asked, sentence=sentence(self.prober.reference, remedy, asked, causes, best, of_kind),
+            open=tuple(self._open(cause) for cause in causes if cause.state == "open"),
+        )  # fmt: skip
+
+    def _reference(self) -> ArmSpec:
+        return next(arm for arm in self.spec.arms if arm.name == self.prober.reference)
+
+    def _failures(self, arm: str) -> int:
+        return sum(not right.whole for right in self.prober.rights[arm].values())
+
+    def _share(self, name: str, count: int, n: int, **recipe: object) -> Share:
+        return share(name, count, n, self.spec.alpha, {"arm": self.prober.reference, **recipe, "seed": self.spec.seed})
+
+    def _causes(self) -> tuple[CauseShare, ...]:
+        return tuple(self._cause(cause) for cause in CAUSES) if self.own else ()
+
+    def _cause(self, cause: Cause) -> CauseShare:
+        found = self._share(cause, sum(cause in one.causes for one in self.own), len(self.own))
+        settled = state(found, self.probes.matters)
+        more = self._more_questions(found) if settled == "open" else None
+        return CauseShare(cause=cause, share=found, state=settled, more_questions=more)
+
+    def _more_questions(self, found: Share) -> int | None:
+        """None where these questions have as many failures, and they only need to be probed."""
+        needed = n_to_settle(found.value, self.probes.matters, self.spec.alpha)
+        if needed is None or needed <= self.failed:
+            return None
+        n = len(self.prober.rows)
+        return math.ceil(needed * n / self.failed) - n
+
+    def _open(self, cause: CauseShare) -> str:
+        said = f"Whether {spoken(cause.cause)} matters is undecided"
+        if cause.more_questions is not None:
+            return f"{said}: {cause.more_questions} more questions would tell."
+        if self.failed > len(self.own):
+            return f"{said}: probe more than {len(self.own)} of the {self.failed} failures (probes.max_failures)."
+        return f"{said}: its share is too near to {self.probes.matters:g}."
+
+    def _grammar(self) -> Share | None:
+        known = [one.evidence.grammar_right for one in self.own if one.evidence.grammar_right is not None]
+        return self._share("grammar_is_enough", sum(known), len(known)) if known else None
+
+    def _known(self) -> Share | None:
+        known = [one.evidence.closed_book for one in self.own
+                 if "information" in one.causes and one.evidence.closed_book is not None]  # fmt: skip
+        return self._share("known", sum(known), len(known), distractors=self.probes.distractors) if known else None
+
+    def _lifts(self) -> tuple[Lift, ...]:
+        rows: dict[str, list[str]] = {"all": [one.failure.row.id for one in self.own]}
+        for cause in CAUSES:
+            rows[cause] = [one.failure.row.id for one in self.own if cause in one.causes]
+        others = [arm for arm in self.spec.arms if arm.name != self.prober.reference]
+        return tuple(self._lift(arm, cause, ids) for cause, ids in rows.items() if ids for arm in others)
+
+    def _lift(self, arm: ArmSpec, cause: str, rows: Sequence[str]) -> Lift:
+        mended = sum(self.prober.rights[arm.name][row].whole for row in rows)
+        found = self._share(f"mended_{cause}", mended, len(rows), by=arm.name)
+        remedy = example_of(arm_kind(arm), grammar=arm.grammar is not None)
+        return Lift(arm=arm.name, kind=arm_kind(arm), remedy=remedy, cause=cause, share=found)
+
+    def _arms(self) -> tuple[ArmCauses, ...]:
+        probed = self.probes.arms or tuple(arm.name for arm in self.spec.arms)
+        return tuple(self._arm(arm) for arm in self.spec.arms if arm.name in probed)
+
+    def _arm(self, arm: ArmSpec) -> ArmCauses:
+        own = [one for one in self.explained if one.failure.arm.name == arm.name]
+        counts = {cause: sum(cause in one.causes for one in own) for cause in CAUSES}
+        return ArmCauses(arm=arm.name, kind=arm_kind(arm), failures=self._failures(arm.name), probed=len(own),
+                         causes={cause: count for cause, count in counts.items() if count})  # fmt: skip
+
+    def _cost(self, arm: ArmSpec, facts: AdapterFacts | None) -> ArmCost:
+        said = [answer for row in self.prober.rows if (answer := self.prober.answers.find(arm.name, row.id))]
+        took = distribution((one.latency_ms for one in said if one.latency_ms is not None), "ms")
+        tokens = distribution(((one.prompt_tokens or 0) + (one.completion_tokens or 0) for one in said), "tokens")
+        return ArmCost(
+            arm=arm.name, kind=arm_kind(arm), latency_ms=took.p50 if took else None,
+            tokens=tokens.mean if tokens else None,
+            training_min=facts.train_s / 60 if facts and facts.train_s is not None else None,
+            adapter_gib=facts.size_bytes / 2**30 if facts else None,
+        )  # fmt: skip
