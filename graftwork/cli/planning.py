@@ -25,7 +25,9 @@ from graftwork.plan import (
 )
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
-from graftwork.serving.spec import ServeSpec
+from graftwork.serving.spec import EngineSpec, ServeSpec
+from graftwork.study.run import adapter_spec
+from graftwork.study.spec import MeasureSpec, StudySpec
 from graftwork.training.data import TokenRows, prepare
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.plan import plan_tuning
@@ -74,6 +76,10 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
             yield from _lines(stage, folder, machine)
         yield _serve_and_update(specs, folder, machine)
         yield from _lines(specs.compare, folder, machine)
+    elif isinstance(spec, StudySpec):
+        for number in range(len(spec.adapters)):
+            yield from _lines(adapter_spec(spec, number, folder), folder, machine)
+        yield from (_measured(spec, measure, _at(machine, spec.quant)) for measure in spec.measures)
 
 
 def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> StagePlan:
@@ -91,6 +97,20 @@ def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> Stage
         verdict=verdict_of(total, machine, ()),
         assumptions=(answers.said(), "an update trains beside the endpoint", *served.assumptions),
     )
+
+
+def _measured(study: StudySpec, measure: MeasureSpec, machine: Machine) -> StagePlan:
+    """A likelihood is a prompt that holds the answer, one for each choice."""
+    if measure.kind == "answers":
+        answers = _answers(study.comparison(measure))
+    else:
+        rows = read_rows(measure.eval, limit=measure.limit, need="eval")
+        choices = sum(len((row.gold or {}).get("choices", ())) for row in rows)
+        answers = Answers(choices * len(measure.arms), QUESTION_TOKENS + ANSWER_TOKENS, 1)
+    adapters = {arm.adapter for arm in measure.arms if arm.adapter}
+    return plan_serving(f"measure {measure.name}", _shape(study.base), study.quant, EngineSpec(), machine,
+                        num_cpus=study.num_cpus, adapters=[SERVED_RANK] * len(adapters),
+                        dequantised=_unpacked(study.quant), answers=answers)  # fmt: skip
 
 
 def _at(machine: Machine, quant: QuantSpec) -> Machine:

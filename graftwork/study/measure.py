@@ -7,11 +7,10 @@ from typing import Any
 
 from graftwork import base_model
 from graftwork.data import Row, fingerprint, read_fields, read_rows
-from graftwork.errors import DataError
+from graftwork.errors import ConfigError, DataError
 from graftwork.serving.app import deploy
 from graftwork.serving.experiment.offline import check_ids
 from graftwork.serving.experiment.run import run_compare
-from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import RunPaths, Store
 from graftwork.study.scores import Scores
@@ -58,12 +57,18 @@ def run_measure(
     return Measured(measure, Scores(values, units, groups), failed, reused, fingerprint(rows))
 
 
-def check_measure(measure: MeasureSpec) -> None:
-    """Find what is wrong with a measure's rows before anything is trained. Raises UserError."""
+def check_measure(study: StudySpec, measure: MeasureSpec) -> None:
+    """Find what is wrong with a measure's rows, and with the groups that claims name. Raises UserError."""
     rows = read_rows(measure.eval, limit=measure.limit, need="eval")
     check_ids(rows)
     _units(measure, rows)
-    _groups(measure, rows)
+    groups = sorted(set(_groups(measure, rows)))
+    for claim in study.claims:
+        for key, group in (("of", claim.of), ("than_of", claim.than_of)):
+            if study.measure_of(claim) is measure and group is not None and str(group) not in groups:
+                raise ConfigError(f"claims: {key}={group!r}", "no question of this group",
+                                  f"by={measure.by!r} parts the questions into {', '.join(groups)}", "name one of them"
+                                  )  # fmt: skip
     if measure.kind == "likelihood":
         for row in rows:
             Choices.of(row)
@@ -96,13 +101,9 @@ Found = tuple[dict[str, dict[str, Any]], int, bool]
 
 
 def _answers(study: StudySpec, measure: MeasureSpec, rows: Sequence[Row], on_progress: OnProgress) -> Found:
-    assert measure.answer_schema is not None, "kind answers has a schema"
-    spec = CompareSpec(
-        name=f"{study.name}-{measure.name}"[:63], root=study.root, base=study.base, quant=study.quant,
-        eval=measure.eval, limit=measure.limit, answer_schema=measure.answer_schema, arms=measure.arms,
-        baseline=measure.arms[0].name, alpha=study.alpha, num_cpus=study.num_cpus, seed=study.seed,
-    )  # fmt: skip
-    found = run_compare(spec, on_progress=lambda now: on_progress(MeasureProgress(now.done, now.total)))
+    found = run_compare(
+        study.comparison(measure), on_progress=lambda now: on_progress(MeasureProgress(now.done, now.total))
+    )
     values = {arm: dict(scores) for arm, scores in found.scored.values.items()}
     return values, sum(arm.errors for arm in found.report.arms), found.asked == 0
 

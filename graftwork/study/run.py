@@ -12,6 +12,7 @@ from graftwork import base_model, config, report
 from graftwork.cli.output import duration, progress_bar, say
 from graftwork.cluster.session import Session
 from graftwork.demo.records import base_name, train_run
+from graftwork.errors import ConfigError
 from graftwork.provenance import collect
 from graftwork.report.records import ReportInput, StageTime, StudyAdapter, StudyReport, TrainRun
 from graftwork.storage import RunPaths, Store
@@ -42,7 +43,7 @@ def check_study(spec: StudySpec, folder: Path) -> list[TrainSpec]:
     for adapter in adapters:
         check(adapter)
     for measure in spec.measures:
-        check_measure(measure)
+        check_measure(spec, measure)
     return adapters
 
 
@@ -74,7 +75,11 @@ def adapter_spec(spec: StudySpec, number: int, folder: Path) -> TrainSpec:
     found = config.load(folder / wanted.file, expect="train")
     assert isinstance(found, TrainSpec), "kind train is a TrainSpec"
     shared = {"root": spec.root, "base": spec.base.model_dump(mode="json"), "quant": spec.quant.model_dump(mode="json")}
-    return found.with_({**shared, **wanted.set})
+    try:
+        return found.with_({**shared, **wanted.set})
+    except ConfigError as error:
+        where = f"adapters.{number}.set: {error.asked.removeprefix('override: ')}"
+        raise ConfigError(where, error.found, error.rule, error.next_move) from None
 
 
 def study_report(spec: StudySpec, adapters: tuple[StudyAdapter, ...], measured: list[Measured]) -> StudyReport:

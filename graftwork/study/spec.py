@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
+from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
 from graftwork.study.expand import expand
@@ -134,6 +135,14 @@ class StudySpec(Spec):
             if claim.of is not None and measure.by is None:
                 raise ValueError(f"claims: of={claim.of!r}, but {measure.name!r} has no `by` to part its questions")
         return self
+
+    def comparison(self, measure: MeasureSpec) -> CompareSpec:
+        """A measure of answers as the comparison that asks them."""
+        return CompareSpec(
+            name=f"{self.name}-{measure.name}"[:63], root=self.root, base=self.base, quant=self.quant,
+            eval=measure.eval, limit=measure.limit, answer_schema=measure.answer_schema, arms=measure.arms,
+            baseline=measure.arms[0].name, alpha=self.alpha, num_cpus=self.num_cpus, seed=self.seed,
+        )  # fmt: skip
 
     def measure_of(self, claim: ClaimSpec) -> MeasureSpec:
         """The measure that a claim is about. Raises ValueError."""

@@ -13,7 +13,7 @@ import scipy.stats
 from graftwork import config, stats
 from graftwork.chat import Message
 from graftwork.data import Row
-from graftwork.errors import ConfigError, DataError, RunError
+from graftwork.errors import ConfigError, DataError, RunError, UserError
 from graftwork.report import ReportInput, render_html
 from graftwork.report.records import StudyReport
 from graftwork.serving.spec import ArmSpec
@@ -23,7 +23,7 @@ from graftwork.study.expand import expand
 from graftwork.study.measure import Measured, check_measure
 from graftwork.study.pages import render_markdown
 from graftwork.study.scores import Scores
-from graftwork.study.spec import ClaimSpec, MeasureSpec, StudySpec
+from graftwork.study.spec import ClaimSpec, StudySpec
 from graftwork.study.table import measure_record, sentence
 from graftwork.study.weigh import Choices, Weighed, read_weighed, scores_of, weigh_all
 
@@ -32,13 +32,15 @@ FILES = sorted(STUDIES.glob("*.yaml"))
 RESULTS = sorted((STUDIES / "results").glob("*.json"))
 
 
+MAIN = {"name": "main", "eval": "eval.jsonl", "answer_schema": "schema.json", "metrics": ["facts"],
+        "arms": [{"name": "left"}, {"name": "right"}]}  # fmt: skip
+
+
 def study(claims: Sequence[dict[str, Any]], **changes: Any) -> StudySpec:
     """Two arms and their claims on answers of a file that is not read."""
-    measure = {"name": "main", "eval": "eval.jsonl", "answer_schema": "schema.json", "metrics": ["facts"], "by": "size",
-               "arms": [{"name": "left"}, {"name": "right"}]}  # fmt: skip
     claim = {"says": "left is better", "a": "left", "b": "right", "metric": "facts", "expect": "higher"}
-    tree = {"name": "small", "title": "A study", "published": "A paper", "base": "tiny", "measures": [measure],
-            "claims": [{**claim, **one} for one in claims]}  # fmt: skip
+    tree = {"name": "small", "title": "A study", "published": "A paper", "base": "tiny",
+            "measures": [{**MAIN, "by": "size"}], "claims": [{**claim, **one} for one in claims]}  # fmt: skip
     return StudySpec.model_validate({**tree, **changes})
 
 
@@ -94,18 +96,26 @@ def test_a_wrong_key_of_a_study_is_named(tmp_path: Path) -> None:
         config.load(file)
 
 
-def test_rows_without_the_group_or_the_document_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("measure", "claim", "said"),
+    [
+        ({"by": "colour"}, {}, "row 1: colour: the field is missing"),
+        ({"by": "size"}, {"of": "huge"}, "of='huge': no question of this group\\n.*into large, small"),
+        ({"unit": "doc_id"}, {}, "row q1: it has no doc_id"),
+        ({"kind": "likelihood", "answer_schema": None, "metrics": ["nats"]}, {"metric": "nats"}, r"gold\.choices"),
+    ],
+)
+def test_rows_that_cannot_be_measured_are_refused_before_anything_runs(
+    tmp_path: Path, measure: dict[str, Any], claim: dict[str, Any], said: str
+) -> None:
     file = tmp_path / "eval.jsonl"
-    file.write_text('{"id": "q1", "prompt": "Who?", "completion": "I", "gold": {"x": 1}}\n')
-    tree = {"name": "main", "eval": str(file), "answer_schema": "s", "metrics": ["facts"],
-            "arms": [{"name": "a"}, {"name": "b"}]}  # fmt: skip
-    with pytest.raises(DataError, match="row 1: size: the field is missing"):
-        check_measure(MeasureSpec.model_validate({**tree, "by": "size"}))
-    with pytest.raises(DataError, match="unit=doc_id"):
-        check_measure(MeasureSpec.model_validate({**tree, "unit": "doc_id"}))
-    weighed = {**tree, "kind": "likelihood", "metrics": ["nats"], "answer_schema": None}
-    with pytest.raises(DataError, match=r"gold\.choices"):
-        check_measure(MeasureSpec.model_validate(weighed))
+    asked = {"prompt": "Who?", "completion": "I", "gold": {"x": 1}}
+    file.write_text("".join(json.dumps({"id": f"q{n}", "size": size, **asked}) + "\n"
+                            for n, size in enumerate(("small", "large"), start=1)))  # fmt: skip
+    whole = {**MAIN, "eval": str(file), **measure}
+    spec = study([claim], measures=[whole])
+    with pytest.raises(UserError, match=said):
+        check_measure(spec, spec.measures[0])
 
 
 @pytest.mark.parametrize(
