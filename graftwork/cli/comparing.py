@@ -50,9 +50,25 @@ def show_comparison(report: Any, reused: int) -> None:
             [(f"{s.field}={s.value}", s.n, d.a, _interval(d), f"{d.p_adjusted:.2g}", d.verdict)
              for s in report.slices for d in s.differences],
         )  # fmt: skip
+    if report.judge:
+        show_judge(report.judge)
     if report.card:
         show_card(report.card)
     say(report.advice.sentence)
+
+
+def show_judge(judge: Any) -> None:
+    """What an LLM prefers, and how far it can be believed."""
+    from graftwork.report import words
+
+    print_table(
+        f"preferred by {judge.judge} over {judge.baseline}, in both orders",
+        ("arm", "won", "lost", "tied", "strength"),
+        [(a.arm, a.wins, a.losses, a.ties, f"{a.strength:+.2f} [{a.low:+.2f}, {a.high:+.2f}]") for a in judge.arms],
+    )
+    told = (("the same in both orders", judge.agreement), ("what stands first", judge.first))
+    said = [f"{words.percent(s.value)} {words.percents(s.low, s.high)} {text}" for text, s in told if s]
+    say(f"the judge prefers {', '.join(said)} (n={judge.asked} judgements)")
 
 
 def show_card(card: Any) -> None:

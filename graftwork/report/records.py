@@ -259,6 +259,43 @@ class DecisionCard(Record):
     """What is undecided, and how many more questions it needs."""
 
 
+class JudgedArm(Record):
+    """What the judge thought of one arm's answers beside the baseline's."""
+
+    arm: str
+    kind: ArmKind
+    wins: int
+    """Questions on which it was preferred in both orders."""
+    losses: int
+    ties: int
+    """The same text, or another preference when the order was swapped."""
+    preferred: float
+    """Wins and half of the ties."""
+    strength: float
+    """Log strength (Bradley-Terry with ties, Davidson), the baseline's taken away."""
+    low: float
+    high: float
+    signature: str
+
+
+class JudgeReport(Record):
+    """An LLM judge's preferences, and how far it can be believed. No part of the verdict."""
+
+    judge: str
+    baseline: str
+    questions: int
+    asked: int
+    """Judgements: two orders for each pair of different answers."""
+    failed: int
+    agreement: Share | None
+    """Pairs on which both orders gave the same answer. A coin agrees on half of them."""
+    first: Share | None
+    """Judgements for the answer that stood first; 1/2 without position bias, for each pair was asked in both orders."""
+    sides_with_gold: Share | None
+    """Of its decided pairs on which the primary metric differs, those where it prefers the better answer."""
+    arms: tuple[JudgedArm, ...]
+
+
 class CompareReport(Record):
     """The result of `compare`: byte-identical JSON for the same answers and seed."""
 
@@ -284,6 +321,8 @@ class CompareReport(Record):
     slices: tuple[Slice, ...]
     card: DecisionCard | None
     """Where the spec asks for probes."""
+    judge: JudgeReport | None
+    """Where the spec names a judge."""
     advice: Advice
     samples: tuple[Sample, ...]
     notes: tuple[str, ...]

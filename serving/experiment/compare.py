@@ -16,6 +16,7 @@ from graftwork.report.records import (
     CompareReport,
     DecisionCard,
     Difference,
+    JudgeReport,
     MetricInfo,
     Sample,
     SampleAnswer,
@@ -44,15 +45,18 @@ def compare(
     *,
     template_digest: str = "",
     fields: Mapping[str, Sequence[str]] | None = None,
+    options: Answers | None = None,
     card: DecisionCard | None = None,
+    judged: JudgeReport | None = None,
 ) -> CompareReport:
     """The comparison's result, the same bytes for the same answers and seed.
 
     template_digest: the chat template that rendered the prompts; goes into the signatures. fields: the values of
-    `spec.slices` and `spec.cluster` by row (`data.read_fields`). card: what the probes found. Raises DataError: row ids
+    `spec.slices` and `spec.cluster` by row (`data.read_fields`). options: likelihoods of choices. card: what the probes
+    found. judged: what an LLM judge preferred. Raises DataError: row ids
     missing or twice, a row without gold, an answer missing, an arm answered by two adapter versions or two bases.
     """
-    table = Table(spec, rows, answers, load_scorers(spec.scorers, schema))
+    table = Table(spec, rows, answers, load_scorers(spec.scorers, schema), options)
     scored = table.scored(spec, template_digest, (fields or {}).get(spec.cluster) if spec.cluster else None)
     rules, primary = Rules(spec.alpha, spec.equivalence_margin, spec.seed), primary_metric(spec, table.scorers.metrics)
     arms = tuple(_arm_report(arm, table, scored, rules) for arm in spec.arms)
@@ -65,15 +69,21 @@ def compare(
         differences=_against_baseline(spec, scored, rules),
         contrasts=family(scored, [(c.a, c.b, c.metric) for c in spec.contrasts], rules),
         slices=slices(scored, parts, primary, spec.baseline, rules, spec.slice_min),
-        card=card,
+        card=card, judge=judged,
         advice=advise(scored, {arm.name: arm.kind for arm in arms}, rules, _advised(scored.metrics, primary)),
         samples=_samples(spec, table), notes=_notes(arms),
     )  # fmt: skip
 
 
-def score_arms(spec: CompareSpec, rows: Sequence[Row], answers: Answers, schema: AnswerSchema | None) -> ScoredArms:
+def score_arms(
+    spec: CompareSpec,
+    rows: Sequence[Row],
+    answers: Answers,
+    schema: AnswerSchema | None,
+    options: Answers | None = None,
+) -> ScoredArms:
     """What each answer scores, in the order of the rows. Raises DataError, as `compare` does."""
-    return Table(spec, rows, answers, load_scorers(spec.scorers, schema)).scored(spec)
+    return Table(spec, rows, answers, load_scorers(spec.scorers, schema), options).scored(spec)
 
 
 def primary_metric(spec: CompareSpec, measured: Sequence[Metric]) -> str:
@@ -108,10 +118,18 @@ def arm_kind(arm: ArmSpec) -> ArmKind:
 class Table:
     """Answers and scores by arm, in the order of the rows."""
 
-    def __init__(self, spec: CompareSpec, rows: Sequence[Row], answers: Answers, scorers: Scorers) -> None:
+    def __init__(
+        self,
+        spec: CompareSpec,
+        rows: Sequence[Row],
+        answers: Answers,
+        scorers: Scorers,
+        options: Answers | None = None,
+    ) -> None:
+        """options: likelihoods of choices, filed under `ARM~SCORER`."""
         check_ids(rows)
         scorers.check(rows)
-        self.rows, self.scorers = rows, scorers
+        self.rows, self.scorers, self.options = rows, scorers, options or Answers()
         self.answers = {arm.name: [answers.of(arm.name, row.id) for row in rows] for arm in spec.arms}
         self.scores = {name: [self._score(answer, row) for answer, row in zip(said, rows, strict=True)]
                        for name, said in self.answers.items()}  # fmt: skip
@@ -137,7 +155,9 @@ class Table:
         if answer.error is not None:
             return self.scorers.failed()
         measured = {name: getattr(answer, name) for name in _MEASURED}
-        return self.scorers.score(Reply.to(row, answer.text, **measured))
+        told = {choice.name: found.logprobs for choice in self.scorers.choices
+                if (found := self.options.find(f"{answer.arm}~{choice.name}", row.id)) and found.logprobs}  # fmt: skip
+        return self.scorers.score(Reply.to(row, answer.text, likelihoods=told, **measured))
 
 
 def _single(what: str, values: Iterable[str | None]) -> str | None:

@@ -50,4 +50,6 @@ class Endpoints:
         return {"logprobs": [(one["logprob"], one["tokens"]) for one in told]}
 
     def _as_pinned(self, arm: ArmSpec) -> ArmSpec:
-        return arm.with_({"adapter": self._pinned[arm.name].adapter}) if arm.adapter else arm
+        """A derived arm keeps its arm's version; one of another name (the judge) comes with its own."""
+        pinned = self._pinned.get(arm.name)
+        return arm.with_({"adapter": pinned.adapter}) if arm.adapter and pinned else arm

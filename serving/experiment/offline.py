@@ -9,6 +9,7 @@ from typing import Any
 from graftwork.data import Row
 from graftwork.errors import DataError, GraftworkError, RunError
 from graftwork.serving.experiment.answers import Answer, Answers, answer_key, append_answer, question, read_answers
+from graftwork.serving.experiment.scorers.choice import Choice
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
@@ -102,6 +103,20 @@ def count_unanswered(spec: CompareSpec, rows: Sequence[Row], path: Path, version
 def count_missing(jobs: Sequence[Job], path: Path) -> int:
     """Jobs that `ask_jobs` would still send."""
     return len(jobs) - len(read_answers(path, _wanted(jobs)))
+
+
+def option_jobs(
+    spec: CompareSpec, rows: Sequence[Row], choices: Sequence[Choice], versions: Mapping[str, str]
+) -> list[Job]:
+    """Likelihoods of every row's options in every arm, filed under `ARM~SCORER`."""
+    jobs = []
+    for row in rows:
+        for arm in spec.arms:
+            for choice in choices:
+                label, options = f"{arm.name}~{choice.name}", choice.options(row)
+                key = answer_key(spec, label, arm, row, versions.get(arm.name), continuations=options)
+                jobs.append(Job(key, label, row.id, arm, question(row), options))
+    return jobs
 
 
 def check_ids(rows: Sequence[Row]) -> None:

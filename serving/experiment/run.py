@@ -10,17 +10,29 @@ import yaml
 
 from graftwork import artifact, base_model
 from graftwork.data import Row, read_fields, read_rows
+from graftwork.errors import ConfigError
 from graftwork.provenance import collect
-from graftwork.report.records import CompareReport
+from graftwork.report.records import CompareReport, DecisionCard, JudgeReport
 from graftwork.serving.app import Endpoint
+from graftwork.serving.experiment.answers import Answers
 from graftwork.serving.experiment.compare import compare, primary_metric, score_arms
 from graftwork.serving.experiment.endpoints import Endpoints
-from graftwork.serving.experiment.offline import CompareProgress, count_unanswered, run_offline
+from graftwork.serving.experiment.judge import JudgeRun, OtherEndpoint
+from graftwork.serving.experiment.offline import (
+    CompareProgress,
+    Job,
+    Send,
+    ask_jobs,
+    count_missing,
+    count_unanswered,
+    option_jobs,
+    run_offline,
+)
 from graftwork.serving.experiment.probes.ask import Prober
 from graftwork.serving.experiment.probes.card import make_card, reference_arm
+from graftwork.serving.experiment.probes.given import adapter_facts, probed_corpus, prompt_of
 from graftwork.serving.experiment.probes.gold import GoldPassages
 from graftwork.serving.experiment.probes.right import Judge
-from graftwork.serving.experiment.probes.run import adapter_facts, probe, probed_corpus, prompt_of
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
 from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.spec import CompareSpec
@@ -76,25 +88,69 @@ def run_compare(
         if count_unanswered(spec, rows, path, versions):
             live.open()
         answers = asyncio.run(run_offline(spec, rows, live.ask, path, versions=versions, on_progress=progress))
-        card = None
-        if spec.probes is not None:
-            reference = spec.probes.reference or reference_arm(
-                spec, score_arms(spec, rows, answers, asked.schema), asked.primary
-            )
-            prober = Prober(
-                spec, spec.probes, rows, answers, Judge(spec, asked.scorers, asked.primary), asked.passages,
-                prompts={arm.name: prompt_of(arm, manifests.get(arm.name)) for arm in spec.arms},
-                versions=versions, reference=reference,
-            )  # fmt: skip
-            found = probe(prober, live, folder / "probes.jsonl", on_progress)
-            card = make_card(prober, found, {name: adapter_facts(m) for name, m in manifests.items()})
+        more = _More(spec, asked, answers, manifests, live, folder, on_progress)
+        options = more.options()
+        scored = score_arms(spec, rows, answers, asked.schema, options)
+        card, judged = more.card(scored), more.judged(scored)
         new = len(answers) - seen[0].reused
         stats = asyncio.run(_stats(live.endpoint)) if live.endpoint is not None and new else {}
     template = base_model.template(base_model.resolve(spec.base))
-    report = compare(spec, rows, answers, asked.schema, template_digest=template.digest, fields=asked.fields, card=card)
+    report = compare(
+        spec, rows, answers, asked.schema, template_digest=template.digest, fields=asked.fields, options=options,
+        card=card, judged=judged,
+    )  # fmt: skip
     _record(store, run, folder, report)
-    scored = score_arms(spec, rows, answers, asked.schema)
     return CompareOutcome(run.run_id, report, new, seen[0].reused, stats, scored)
+
+
+@dataclass(frozen=True)
+class _More:
+    """What is asked once the arms have answered. Each kind has a file of its own beside the answers."""
+
+    spec: CompareSpec
+    asked: "_Asked"
+    answers: Answers
+    manifests: Mapping[str, artifact.AdapterManifest]
+    live: Endpoints
+    folder: Path
+    on_progress: Callable[[CompareProgress], None] | None
+
+    def options(self) -> Answers:
+        """Likelihoods of the options of every choice scorer."""
+        versions = {name: manifest.version for name, manifest in self.manifests.items()}
+        jobs = option_jobs(self.spec, self.asked.rows, self.asked.scorers.choices, versions)
+        return self._ask(jobs, "options.jsonl", self.live.send)
+
+    def card(self, scored: ScoredArms) -> DecisionCard | None:
+        spec, asked = self.spec, self.asked
+        if spec.probes is None:
+            return None
+        prober = Prober(
+            spec, spec.probes, asked.rows, self.answers, Judge(spec, asked.scorers, asked.primary), asked.passages,
+            prompts={arm.name: prompt_of(arm, self.manifests.get(arm.name)) for arm in spec.arms},
+            versions={name: manifest.version for name, manifest in self.manifests.items()},
+            reference=spec.probes.reference or reference_arm(spec, scored, asked.primary),
+        )  # fmt: skip
+        first = prober.first_round()
+        found = self._ask(first, "probes.jsonl", self.live.send)
+        found = self._ask(first + prober.second_round(found), "probes.jsonl", self.live.send)
+        return make_card(prober, found, {name: adapter_facts(m) for name, m in self.manifests.items()})
+
+    def judged(self, scored: ScoredArms) -> JudgeReport | None:
+        judge = self.spec.judge
+        if judge is None:
+            return None
+        manifest = artifact.resolve(Store(self.spec.root), judge.adapter) if judge.adapter else None
+        run = JudgeRun(self.spec, judge, self.asked.rows, self.answers, manifest)
+        found = self._ask(run.jobs(), "judge.jsonl", OtherEndpoint(judge).send if judge.url else self.live.send)
+        return run.report(found, scored, self.asked.primary)
+
+    def _ask(self, jobs: Sequence[Job], file: str, send: Send) -> Answers:
+        """On the endpoint, deployed where something is missing that only it can answer."""
+        path = self.folder / file
+        if send == self.live.send and count_missing(jobs, path):
+            self.live.open()
+        return asyncio.run(ask_jobs(jobs, send, path, self.spec.concurrency, self.on_progress)) if jobs else Answers()
 
 
 @dataclass(frozen=True)
@@ -118,7 +174,11 @@ class _Asked:
         names = [*spec.slices, *([spec.cluster] if spec.cluster else [])]
         fields = read_fields(spec.eval, names, limit=spec.limit) if names else {}
         passages = GoldPassages.read(probed_corpus(spec, rows) if spec.probes else None)
-        return cls(rows, schema, scorers, primary_metric(spec, scorers.metrics), fields, passages)
+        primary = primary_metric(spec, scorers.metrics)
+        if spec.probes and primary in {choice.name for choice in scorers.choices}:
+            raise ConfigError(f"probes with primary={primary!r}", "nothing is written for a choice",
+                              "probes read written answers", "leave out probes, or name another primary")  # fmt: skip
+        return cls(rows, schema, scorers, primary, fields, passages)
 
 
 def _pinned(arm: ArmSpec, manifest: artifact.AdapterManifest | None) -> ArmSpec:
@@ -133,7 +193,7 @@ async def _stats(endpoint: Endpoint) -> dict[str, Any]:
 def _record(store: Store, run: RunPaths, folder: Path, report: CompareReport) -> None:
     store.write_json(report.model_dump(mode="json"), *run.file("compare.json"))
     if not store.is_local:
-        for name in ("answers.jsonl", "probes.jsonl"):
+        for name in ("answers.jsonl", "options.jsonl", "probes.jsonl", "judge.jsonl"):
             if (folder / name).exists():
                 store.upload(folder / name, *run.file(name))
     store.write_json({"state": "finished", "n": report.n, "advice": report.advice.sentence}, *run.status())

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
+from graftwork.serving.experiment.judge_spec import JudgeSpec
 from graftwork.serving.experiment.probes.spec import ProbeSpec
 from graftwork.serving.experiment.scorers.spec import FieldsSpec, OwnSpec, ScorerSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec
@@ -60,6 +61,8 @@ class CompareSpec(Spec):
     probes: ProbeSpec | None = None
     """Ask why the failures fail, and advise by it: `true`, or how. Needs `doc_id` in the rows to tell what retrieval
     would do."""
+    judge: JudgeSpec | None = None
+    """An LLM that compares each arm's answers with the baseline's, in both orders. No part of the verdict."""
     concurrency: int = Field(default=128, ge=1)
     """Questions in flight at once, over all arms."""
     samples: int = Field(default=3, ge=0)

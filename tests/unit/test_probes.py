@@ -24,9 +24,9 @@ from graftwork.serving.experiment.probes.advice import Findings, ask_for, measur
 from graftwork.serving.experiment.probes.ask import Prober
 from graftwork.serving.experiment.probes.card import make_card, reference_arm
 from graftwork.serving.experiment.probes.classify import Evidence, classify
+from graftwork.serving.experiment.probes.given import probed_corpus
 from graftwork.serving.experiment.probes.gold import GoldPassages, distractors, right_answer, with_context
 from graftwork.serving.experiment.probes.right import Judge, repaired
-from graftwork.serving.experiment.probes.run import probed_corpus
 from graftwork.serving.experiment.probes.shares import n_to_settle, share, state
 from graftwork.serving.experiment.probes.spec import ProbeSpec
 from graftwork.serving.experiment.scorers.load import load_scorers

@@ -106,6 +106,8 @@ def sentence(
     said = f"{_SAYS[remedy]}: of {n} probed failures of {reference}, {why}"
     if remedy != asked and own is not None:
         said += f". The causes alone ask for {_SAYS[asked].lower()}, but {own.arm} mends only {_percent(own.share)}"
+    if own is None and remedy not in ("neither", "undecided"):
+        said += " (no other arm here does that)"
     if best is not None and best.share.count:
         said += f"; measured here, {best.arm} mends {_percent(best.share)} of them"
     elif best is not None:

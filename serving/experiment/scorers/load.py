@@ -1,11 +1,11 @@
 """`scorers:` of a spec -> what scores each answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from graftwork import metrics
 from graftwork.data import Row
 from graftwork.errors import ConfigError
 from graftwork.metrics import Metric
+from graftwork.serving.experiment.scorers.choice import Choice
 from graftwork.serving.experiment.scorers.exact import Exact, FieldF1, FollowsSchema, Matches
 from graftwork.serving.experiment.scorers.fields import Fields
 from graftwork.serving.experiment.scorers.measures import LATENCY, TOKENS, Cost
@@ -14,6 +14,7 @@ from graftwork.serving.experiment.scorers.own import Own
 from graftwork.serving.experiment.scorers.reply import Reply, Scorer
 from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.scorers.spec import (
+    ChoiceSpec,
     CostSpec,
     ExactSpec,
     FieldF1Spec,
@@ -41,6 +42,11 @@ class Scorers:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"scorers: {twice[0]!r}", "two scorers have this name", "a metric has one name",
                               "give one of them another `name`")  # fmt: skip
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """Those that need likelihoods of options from the endpoint."""
+        return tuple(scorer for scorer in self._scorers if isinstance(scorer, Choice))
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raises DataError for the first row that a scorer cannot hold an answer against."""
@@ -70,11 +76,6 @@ def load_scorers(specs: Sequence[ScorerSpec], schema: AnswerSchema | None = None
     return Scorers(made)
 
 
-def metric_table(found: Scorers) -> Mapping[str, Metric]:
-    """Name -> metric, those of every comparison among them."""
-    return {metric.name: metric for metric in (*metrics.SCORES, *found.metrics)}
-
-
 def _make(spec: ScorerSpec, schema: AnswerSchema | None) -> Scorer:
     match spec:
         case FieldsSpec():
@@ -92,6 +93,8 @@ def _make(spec: ScorerSpec, schema: AnswerSchema | None) -> Scorer:
             return Sql(spec)
         case OverlapSpec():
             return Rouge(spec) if spec.kind == "rouge" else Likeness(spec, spec.kind)
+        case ChoiceSpec():
+            return Choice(spec)
         case LatencySpec():
             return LATENCY
         case TokensSpec():

@@ -1,7 +1,7 @@
 """One answer and what it is held against, and what a scorer is."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from graftwork.data import Row
@@ -23,11 +23,14 @@ class Reply:
     completion_tokens: int | None = None
     ttft_ms: float | None = None
     latency_ms: float | None = None
+    row: Row | None = None
+    likelihoods: Mapping[str, Sequence[tuple[float, int]]] = field(default_factory=dict)
+    """By choice scorer: (log probability, tokens) of each option."""
 
     @classmethod
-    def to(cls, row: Row, text: str, **measured: Any) -> "Reply":
+    def to(cls, row: Row, text: str, **more: Any) -> "Reply":
         """An answer to an evaluation row."""
-        return cls(text, row.gold, row.asked, row.answer, **measured)
+        return cls(text, row.gold, row.asked, row.answer, row=row, **more)
 
 
 class Scorer(Protocol):

@@ -117,6 +117,31 @@ class OverlapSpec(Spec):
         return ("rouge_1", "rouge_2", "rouge_l") if self.kind == "rouge" else (self.kind,)
 
 
+class ChoiceSpec(Spec):
+    """The likeliest of given options is the right one. Costs a prefill an option, and no decoding."""
+
+    kind: Literal["choice"]
+    name: MetricName = "choice"
+    field: str = "answer"
+    """Field of gold with the right option's text."""
+    options: tuple[str, ...] = ()
+    """The options of every row."""
+    options_field: str | None = None
+    """Field of gold with the row's own options."""
+    per_token: bool = True
+    """Compare by log probability per token, so that a long option is not the worse for it."""
+
+    @model_validator(mode="after")
+    def _has_options(self) -> Self:
+        if bool(self.options) == (self.options_field is not None):
+            raise ValueError("choice needs options or options_field, one of the two")
+        return self
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+
 class LatencySpec(Spec):
     """Milliseconds to the first and to the last token."""
 
@@ -183,6 +208,7 @@ ScorerSpec = Annotated[
     | RegexSpec
     | SqlSpec
     | OverlapSpec
+    | ChoiceSpec
     | LatencySpec
     | TokensSpec
     | CostSpec

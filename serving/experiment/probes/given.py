@@ -1,41 +1,14 @@
-"""Asking the probes on the endpoint of the comparison, and what they need beside the answers."""
+"""What the probes need beside the answers."""
 
-import asyncio
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from graftwork.artifact import AdapterManifest
 from graftwork.chat import PromptSpec
 from graftwork.data import Row
 from graftwork.errors import ConfigError
-from graftwork.serving.experiment.answers import Answers
-from graftwork.serving.experiment.endpoints import Endpoints
-from graftwork.serving.experiment.offline import CompareProgress, Job, ask_jobs, count_missing
-from graftwork.serving.experiment.probes.ask import Prober
 from graftwork.serving.experiment.probes.card import AdapterFacts
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
-
-
-def probe(
-    prober: Prober, live: Endpoints, path: Path, on_progress: Callable[[CompareProgress], None] | None
-) -> Answers:
-    """Both rounds. A round whose answers are all on disk deploys nothing."""
-    first = prober.first_round()
-    found = _asked(prober, first, live, path, on_progress)
-    return _asked(prober, first + prober.second_round(found), live, path, on_progress)
-
-
-def _asked(
-    prober: Prober,
-    jobs: Sequence[Job],
-    live: Endpoints,
-    path: Path,
-    on_progress: Callable[[CompareProgress], None] | None,
-) -> Answers:
-    if count_missing(jobs, path):
-        live.open()
-    return asyncio.run(ask_jobs(jobs, live.send, path, prober.spec.concurrency, on_progress))
 
 
 def probed_corpus(spec: CompareSpec, rows: Sequence[Row]) -> str | None:
