@@ -122,7 +122,10 @@ def _parse(segment: Segment, data: bytes) -> pa.Table:
 
 def _whole(table: pa.Table) -> pa.Table:
     """Every column of SCHEMA, with the defaults that were left out, and the scores as float64."""
-    columns = {name: table[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names}
+    missing = sorted({"kind", "experiment", "at"} - set(table.column_names))
+    if missing:
+        raise ValueError(f"it has no column {missing[0]!r}")
+    columns = {name: _column(table, name) for name in SCHEMA.names}
     for name, default in _FILLED.items():
         columns[name] = columns[name].fill_null(default)
     if "scores" in table.column_names and table["scores"].type != pa.null():
@@ -130,6 +133,13 @@ def _whole(table: pa.Table) -> pa.Table:
         if names:
             columns["scores"] = table["scores"].cast(pa.struct([(name, pa.float64()) for name in names]))
     return pa.table(columns)
+
+
+def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
+    kind = SCHEMA.field(name).type
+    if name in table.column_names:
+        return table[name].cast(kind)
+    return pa.chunked_array([pa.nulls(len(table), kind)])
 
 
 def scores_of(batch: pa.RecordBatch, metric: str) -> pa.Array:
