@@ -156,6 +156,7 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
         for arm in found["arms"]
     ]
     print_table(title, ("arm", "adapter", "weight", "answers", "errors", "cut"), rows)
+    _show_verdict(found["primary"], found["judged"])
     log, shadow = found["log"], found["shadow"]
     say(f"  log {log['uri']}: {log['written']} rows, {log['waiting']} waiting, {log['dropped']} dropped"
         + (f"; NOT WRITTEN: {log['problem']}" if log["problem"] else ""))  # fmt: skip
@@ -163,3 +164,23 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
         say(f"  damaged segments, not counted: {'; '.join(log['damaged'])}")
     if found["mode"] == "shadow":
         say(f"  shadow: {shadow['waiting']} copies waiting, {shadow['dropped']} dropped")
+
+
+def _show_verdict(metric: str, judged: dict[str, Any]) -> None:
+    """What may be said now; it holds however often it is looked at."""
+    means = {arm["arm"]: "-" if arm["mean"] is None else f"{arm['mean']:.3f}" for arm in judged["arms"]}
+    for one in judged["contrasts"]:
+        estimate = "-" if one["estimate"] is None else f"{one['estimate']:+.3f}"
+        more = f", about {one['n_needed']} units decide" if one["n_needed"] else ""
+        say(f"  {metric}: {one['arm']} {means[one['arm']]} against {one['control']} {means[one['control']]}: {estimate}"
+            f" [{one['low']:+.3f}, {one['high']:+.3f}] at {one['level']:.0%}, n={one['n']}, "
+            f"e={one['e_value']:.3g}: {one['verdict']}{more}")  # fmt: skip
+    for one in judged["guardrails"]:
+        value = "-" if one["value"] is None else f"{one['value']:.3f}"
+        said = f"BROKEN at {one['broken_at']}" if one["broken_at"] is not None else "holds"
+        say(f"  guardrail {one['kind']} of {one['arm']}: {value} of {one['limit']:g} allowed, n={one['n']}, "
+            f"e={one['e_value']:.3g}: {said}")  # fmt: skip
+    if judged["blocked"]:
+        say(f"  NO CONCLUSION: {judged['blocked']}")
+    if judged["left_out"]:
+        say("  not counted: " + ", ".join(f"{count} {reason}" for reason, count in judged["left_out"].items()))

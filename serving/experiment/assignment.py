@@ -58,10 +58,11 @@ def reweigh(ranges: Sequence[Range], weights: Mapping[str, float]) -> tuple[Rang
     return _joined(moved)
 
 
-def without(weights: Mapping[str, float], arm: str) -> dict[str, float]:
-    """Weights with the arm at 0 and the others grown in proportion. The others must have some."""
+def without(weights: Mapping[str, float], arm: str, heir: str) -> dict[str, float]:
+    """Weights with the arm at 0 and the others grown in proportion; where none is left, `heir` has all."""
     rest = math.fsum(weight for name, weight in weights.items() if name != arm)
-    assert rest > 0, f"nobody is left beside {arm!r}"
+    if rest <= 0:
+        return {name: float(name == heir) for name in weights}
     return {name: 0.0 if name == arm else weight / rest for name, weight in weights.items()}
 
 

@@ -77,6 +77,8 @@ class GuardrailSpec(Spec):
     bound_ms: Annotated[float, Field(gt=0)] | None = None
     """latency: a p95 of 2 s is bound_ms 2000 and limit 0.05."""
     score: str = "json_schema"
+    arms: tuple[ArmName, ...] = ()
+    """Whom it watches; none named: all. The control is never cut."""
     groups: tuple[str, str] | None = None
     """fairness_gap: two scores that are 1 for their members."""
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.01
@@ -162,6 +164,9 @@ class ExperimentSpec(Spec):
         for unit, arm in self.overrides.items():
             if arm not in names:
                 raise ValueError(f"overrides: {unit!r} is sent to {arm!r}, which is none of the arms {names}")
+        for arm in {arm for guardrail in self.guardrails for arm in guardrail.arms}:
+            if arm not in names:
+                raise ValueError(f"guardrails: {arm!r} is none of the arms {names}")
         if not self.unit or len(set(self.unit)) != len(self.unit):
             raise ValueError(f"unit: each of user, session, request once at most, found {list(self.unit)}")
         return self

@@ -4,11 +4,14 @@ import asyncio
 import hashlib
 import json
 import logging
+import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pyarrow import RecordBatch
 
 from graftwork.config import canonical_json
 from graftwork.errors import StorageError
@@ -16,12 +19,15 @@ from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import Dump, Question
 from graftwork.serving.backend import Backend
 from graftwork.serving.experiment.assignment import Assigner, Drawn, key_of, reweigh, without
-from graftwork.serving.experiment.feedback import Answered, RecentAnswers
-from graftwork.serving.experiment.log_reader import ExperimentLog
+from graftwork.serving.experiment.feedback import REMEMBERED, Answered, RecentAnswers
+from graftwork.serving.experiment.log_columns import columns_of_batch, columns_of_rows
+from graftwork.serving.experiment.log_reader import ExperimentLog, row_of
 from graftwork.serving.experiment.log_row import LogRow, Role
+from graftwork.serving.experiment.monitor import Monitor
+from graftwork.serving.experiment.monitor_state import MonitorState
 from graftwork.serving.experiment.record import Cut, ExperimentRecord, Records
 from graftwork.serving.experiment.recorder import Recorder
-from graftwork.serving.experiment.scoring import scored, scorers_of
+from graftwork.serving.experiment.scoring import rules_of, scored, scorers_of
 from graftwork.serving.experiment.segments import Segments
 from graftwork.serving.experiment.shadow import Copy, ShadowQueue
 from graftwork.serving.spec import ArmSpec
@@ -56,7 +62,9 @@ class LiveExperiment:
         self.shadow = ShadowQueue(self._answer_copy, limit=spec.shadow_queue, concurrency=spec.shadow_concurrency)
         self.counts: Counter[tuple[str, str, str]] = Counter()
         """Answers by arm, role and outcome (`ok`, or the error's code), since this process began."""
-        self._scorers = scorers_of(spec)
+        self._scorers, self._monitor = scorers_of(spec), Monitor(rules_of(spec))
+        self.judged = self._monitor.state()
+        """What may be said of it now."""
         self._replayed = False
         self._changing = asyncio.Lock()
         self.damaged: list[str] = []
@@ -137,7 +145,7 @@ class LiveExperiment:
     async def ramp(self, weights: dict[str, float], **changes: Any) -> None:
         """New weights; an arm that was cut stays at 0 and its share goes to the others in proportion."""
         for arm in sorted(self.record.cut_arms):
-            weights = without(weights, arm)
+            weights = without(weights, arm, self.record.spec.control)
         ranges = reweigh(self.record.ranges, weights)
         await self.change("ramp", {"weights": weights}, weights=weights, ranges=ranges, **changes)
 
@@ -147,7 +155,7 @@ class LiveExperiment:
         cuts = (*record.cuts, Cut(arm=arm, at=time.time(), why=json.dumps(why)))
         weights, ranges = record.weights, record.ranges
         if record.spec.mode == "split":
-            weights = without(weights, arm)
+            weights = without(weights, arm, record.spec.control)
             ranges = reweigh(ranges, weights)
         log.warning("experiment %s: arm %s is cut: %s", record.id, arm, why)
         await self.change("cut", {"arm": arm, **why}, cuts=cuts, weights=weights, ranges=ranges)
@@ -168,22 +176,31 @@ class LiveExperiment:
             await self.ramp(dict(steps[0].weights), ramp_steps=record.ramp_steps + 1)
 
     async def _cut_when_broken(self) -> None:
-        pass
+        for arm in self.judged.cut:
+            if arm not in self.record.cut_arms and self.record.status == "running":
+                await self.cut(arm, _why(self.judged, arm))
 
     def _digest(self, rows: Sequence[LogRow]) -> list[LogRow]:
         found = [scored(row, self._scorers) for row in rows]
+        self._monitor.take(columns_of_rows(found, self._monitor.numbers))
+        self.judged = self._monitor.state()
         kept = self.record.spec.log_outputs
         return found if kept else [row.model_copy(update={"output": None}) for row in found]
 
     def _replay(self) -> None:
-        """What a restart has to know again: the answers that feedback may still come to."""
-        found = ExperimentLog(*self._folder)
-        for row in found.rows():
+        """What a restart has to know again: what the monitor saw, and the answers that feedback may still come to."""
+        found, latest = ExperimentLog(*self._folder), deque[RecordBatch]()
+        for batch in found.batches():
+            self._monitor.take(columns_of_batch(batch, self._monitor.numbers))
+            latest.append(batch)
+            while sum(map(len, latest)) - len(latest[0]) > REMEMBERED:
+                latest.popleft()
+        self.judged, self.damaged = self._monitor.state(), found.health.damaged
+        for row in (row_of(tree) for batch in latest for tree in batch.to_pylist()):
             if row.kind == "answer" and row.role != "shadow":
                 self._recent.add(row.request_id, Answered(self, row))
             elif row.kind == "score" and row.detail is not None:
                 self._recent.scored(row.request_id, row.detail, row.scores[row.detail])
-        self.damaged = found.health.damaged
 
     async def _answer_copy(self, copy: Copy) -> None:
         placed = Placed(self.record.arms[copy.arm], copy.unit, "shadow", None)
@@ -201,6 +218,21 @@ class LiveExperiment:
         return Assigner(
             key_of(record.id, record.spec.salt), record.ranges, control=record.spec.control, holdout=record.spec.holdout
         )
+
+
+def _why(judged: MonitorState, arm: str) -> Dump:
+    broken = [one for one in judged.guardrails if one.arm == arm and one.broken_at is not None]
+    return {
+        "guardrails": [
+            {"kind": one.kind, "value": one.value, "limit": one.limit, "n": one.n, "e_value": finite(one.e_value)}
+            for one in broken
+        ]
+    }
+
+
+def finite(value: float) -> float:
+    """JSON knows no infinity: the largest number stands for it."""
+    return max(-sys.float_info.max, min(sys.float_info.max, value))
 
 
 def answer_row(

@@ -34,7 +34,7 @@ def rules_of(spec: ExperimentSpec) -> OnlineRules:
     """The rules for the monitor. Raises ConfigError."""
     primary = spec.primary
     guardrails = tuple(
-        Guardrail(g.kind, g.limit, bound_ms=g.bound_ms, score=g.score, groups=g.groups, alpha=g.alpha)
+        Guardrail(g.kind, g.limit, bound_ms=g.bound_ms, score=g.score, groups=g.groups, arms=g.arms, alpha=g.alpha)
         for g in spec.guardrails
     )
     return OnlineRules(

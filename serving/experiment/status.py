@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from graftwork.serving.arms import Dump
-from graftwork.serving.experiment.live import LiveExperiment
+from graftwork.serving.experiment.live import LiveExperiment, finite
 from graftwork.serving.metrics_families import Family
 
 
@@ -27,8 +28,19 @@ def status(live: LiveExperiment) -> Dump:
         "primary": record.spec.primary.name, "base_digest": record.base_digest, "arms": arms,
         "log": {"uri": live.log_uri, "written": recorder.written, "waiting": recorder.waiting,
                 "dropped": recorder.dropped, "problem": recorder.problem, "damaged": live.damaged},
+        "judged": _judged(live),
         "shadow": {"waiting": live.shadow.waiting, "dropped": live.shadow.dropped},
     }  # fmt: skip
+
+
+def _judged(live: LiveExperiment) -> Dump:
+    """The monitor's state as JSON can hold it."""
+    tree = asdict(live.judged)
+    tree["srm_e_value"] = finite(tree["srm_e_value"])
+    for key in ("contrasts", "guardrails"):
+        for one in tree[key]:
+            one |= {name: finite(value) for name, value in one.items() if isinstance(value, float)}
+    return tree
 
 
 def experiment_families(lives: Sequence[LiveExperiment]) -> list[Family]:

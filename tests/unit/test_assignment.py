@@ -107,13 +107,14 @@ def test_weights_become_whole_places() -> None:
 
 
 def test_a_cut_arm_gives_its_units_to_the_others_in_proportion() -> None:
-    weights = without({"a": 0.5, "b": 0.3, "c": 0.2}, "b")
+    weights = without({"a": 0.5, "b": 0.3, "c": 0.2}, "b", "a")
     assert weights == {"a": pytest.approx(5 / 7), "b": 0.0, "c": pytest.approx(2 / 7)}
     assert math.fsum(weights.values()) == pytest.approx(1)
     before = first_ranges({"a": 0.5, "b": 0.3, "c": 0.2})
     first, second = drawn(assigner(before)), drawn(assigner(reweigh(before, weights)))
     assert {x for x, y in zip(first, second, strict=True) if x != y} == {"b"}
     assert "b" not in second
+    assert without({"a": 0.0, "b": 1.0}, "b", "a") == {"a": 1.0, "b": 0.0}
 
 
 def test_held_out_units_get_the_control_and_are_no_part_of_the_draw() -> None:
