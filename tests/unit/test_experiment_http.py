@@ -40,7 +40,8 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ServeSpec:
         folder = write_lora(base, tmp / alias, seed, r=4, target_modules=["q_proj"])
         artifact.publish(store, "card", folder, **facts(base_digest=digest, prompt={"system": None}), alias=alias)
     return ServeSpec.model_validate({
-        "base": str(base), "root": store.uri, "quant": {"kind": "none"}, "arms": [{"name": "plain"}],
+        "base": str(base), "root": store.uri, "quant": {"kind": "none"},
+        "arms": [{"name": "plain"}, {"name": "coded", "grammar": {"regex": "[A-Z]{2}"}}],
         "engine": {"max_seq_len": 128, "num_threads": 1},
     })  # fmt: skip
 
@@ -261,3 +262,40 @@ def test_an_answer_that_fails_is_written_as_a_failure(url: str) -> None:
     assert ask(url, "experiment/failing", "u", messages=long).status_code == 400
     (row,) = [row for row in rows_of(url, "failing", 2) if row.kind == "answer"]
     assert (row.error, row.output, row.scores) == ("context_length_exceeded", None, {})
+
+
+def test_an_arm_whose_guardrail_breaks_is_cut_by_itself_and_stays_out(url: str) -> None:
+    """The arm `coded` has its own grammar and so refuses every request that brings one."""
+    arms = [{"name": "plain", "weight": 0.5}, {"name": "coded", "weight": 0.5}]
+    began = start(url, SPLIT, name="guarded", arms=arms, guardrails=[{"kind": "errors", "limit": 0.05}])
+    assert {arm["name"]: arm["weight"] for arm in began["arms"]} == {"plain": 0.5, "coded": 0.5}
+    asked = 0
+    while (found := status(url, "guarded"))["arms"][1]["cut"] is None:
+        assert asked < 200, found["judged"]["guardrails"]
+        for number in range(10):
+            response = ask(url, "experiment/guarded", f"u{asked + number}", regex="[a-z]{2}")
+            assert response.status_code in (200, 400)
+        asked += 10
+        until(lambda: status(url, "guarded")["log"]["waiting"] == 0)
+    assert {arm["name"]: arm["weight"] for arm in found["arms"]} == {"plain": 1.0, "coded": 0.0}
+    assert {ask(url, "experiment/guarded", f"v{n}").headers["x-graftwork-arm"] for n in range(8)} == {"plain"}
+    back = admin(url, "ramp", name="guarded", weights={"plain": 0.5, "coded": 0.5})
+    assert (back.status_code, back.json()["error"]["code"]) == (409, "arm_was_cut")
+    events = [row for row in rows_of(url, "guarded", asked + 8 + 3) if row.kind == "event"]
+    assert [row.event for row in events] == ["start", "cut", "ramp"]
+    (why,) = json.loads(events[1].detail or "")["guardrails"]
+    assert (why["kind"], why["limit"]) == ("errors", 0.05)
+    assert why["e_value"] >= 100, "1 / alpha"
+
+
+def test_scores_of_the_spec_come_with_the_answer(url: str) -> None:
+    scorers = [{"kind": "regex", "name": "short", "pattern": "(?s).{0,400}"}]
+    start(url, SPLIT, name="scored", scorers=scorers, primary="short", log_outputs=False)
+    for number in range(8):
+        ask(url, "experiment/scored", f"u{number}")
+    rows = [row for row in rows_of(url, "scored", 9) if row.kind == "answer"]
+    assert [row.scores for row in rows] == [{"short": 1.0}] * 8
+    assert {row.output for row in rows} == {None}, "log_outputs is false"
+    judged = status(url, "scored")["judged"]
+    assert sum(arm["scored"] for arm in judged["arms"]) == 8
+    assert {arm["mean"] for arm in judged["arms"]} == {1.0}
