@@ -1,10 +1,11 @@
-"""`graftwork experiment start|status|ramp|stop|kill|resume`: a live split or a shadow on a running endpoint.
+"""`graftwork experiment start|status|ramp|stop|kill|resume|report`: a live split or a shadow on a running endpoint.
 
 A FILE names the endpoint, the experiment and the variable with the admin token; with a URL they are given as options.
 """
 
 import os
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,6 +86,32 @@ def kill(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_
 def resume(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
     """Take `kill` back."""
     _tell("resume", where, name, token_env, as_json)
+
+
+@app.command()
+def report(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The spec that it was started with.")],
+    log: Annotated[str, typer.Option("--log", metavar="URI", help="Folder of its log; `status` names it.")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where report.html and report.json go.")] = ".",
+    sets: Sets = [],  # noqa: B006
+    as_json: JsonFlag = False,
+) -> None:
+    """The verdict on its log so far, printed, and as a page that opens offline. Needs no endpoint."""
+    from graftwork.cli.onlines import show_online
+    from graftwork.report import ReportInput, build
+    from graftwork.serving.experiment.analyse import analyse_log
+    from graftwork.serving.experiment.log_reader import read_log
+    from graftwork.serving.experiment.scoring import rules_of
+    from graftwork.storage import Store
+
+    spec = _spec(file, sets)
+    found = analyse_log(spec.name, read_log(Store(log), ()), rules_of(spec))
+    if as_json:
+        return print_json(found.model_dump(mode="json"))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    page = ReportInput(title=f"Experiment {spec.name}", created_at=now, experiment=found)
+    show_online(found)
+    say(f"  page: {build(page, Store(out)).html_uri}")
 
 
 def _tell(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:

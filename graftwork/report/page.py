@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from graftwork import __version__
 from graftwork.metrics import QUANTILE_RULE
-from graftwork.report import figures, study, words
+from graftwork.report import figures, online, study, words
 from graftwork.report.records import ReportInput
 from graftwork.storage import Store
 
@@ -39,7 +39,7 @@ def render_json(report: ReportInput) -> str:
 
 def render_html(report: ReportInput) -> str:
     """The whole page. Text from records is escaped; sections without a record are left out."""
-    found = next((one.sentence for one in (report.quantize, report.study) if one), report.title)
+    found = next((one.sentence for one in (report.quantize, report.study, report.experiment) if one), report.title)
     verdict = report.verdict or (report.compare.advice.sentence if report.compare else found)
     return _environment().get_template("report.html.j2").render(report=report, verdict=verdict, version=__version__)
 
@@ -54,6 +54,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     env.filters["tojson_plain"] = lambda tree: json.dumps(tree, ensure_ascii=False)
-    env.globals.update(fig=figures, study=study, words=words, quantile_rule=QUANTILE_RULE)
+    env.globals.update(fig=figures, study=study, online=online, words=words, quantile_rule=QUANTILE_RULE)
     env.globals["style"] = Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8"))
     return env

@@ -5,7 +5,7 @@ return `Markup`: whatever comes from outside is escaped here.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -86,6 +86,23 @@ def line_chart(lines: Sequence[Line], x: Scale, y: Scale, label: str) -> Markup:
                     cy=_percent(100 - y(line.points[-1][1])), class_=f"dot c-{line.style}")
             for line in lines if line.points and not line.dots]  # fmt: skip
     return _svg(label, *grid, canvas, *dots, *ends, class_="canvas")
+
+
+def band_chart(
+    points: Sequence[tuple[float, float, float, float]], x: Scale, y: Scale, levels: Mapping[float, str], label: str
+) -> Markup:
+    """(x, low, value, high): the interval as a band, the value as a curve, and marked levels (value -> CSS class)."""
+    grid = [element("line", x1=0, x2="100%", y1=_percent(100 - y(t)), y2=_percent(100 - y(t)), class_="grid")
+            for t in ticks(y.low, y.high, 5)]  # fmt: skip
+    marked = [element("line", x1=0, x2="100%", y1=_percent(100 - y(t)), y2=_percent(100 - y(t)), class_=f"level {name}")
+              for t, name in levels.items() if y.low <= t <= y.high]  # fmt: skip
+    top = [f"{x(a):.2f},{100 - y(high):.2f}" for a, _, _, high in points]
+    bottom = [f"{x(a):.2f},{100 - y(low):.2f}" for a, low, _, _ in reversed(points)]
+    band = element("polygon", points=" ".join([*top, *bottom]), class_="band")
+    curve = element("polyline", class_="curve c-best", fill="none", vector_effect="non-scaling-stroke",
+                    points=" ".join(f"{x(a):.2f},{100 - y(value):.2f}" for a, _, value, _ in points))  # fmt: skip
+    canvas = element("svg", band, curve, viewBox="0 0 100 100", preserveAspectRatio="none", width="100%", height="100%")
+    return _svg(label, *grid, canvas, *marked, class_="canvas")
 
 
 def scatter(points: Iterable[tuple[Point, str, str, str]], x: Scale, y: Scale, label: str) -> Markup:

@@ -5,18 +5,12 @@ Times are in seconds (`_s`) or milliseconds (`_ms`), memory in bytes, losses in 
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from graftwork.metrics import Distribution
+from graftwork.report.online_records import ExperimentReport
+from graftwork.report.record import Record
 
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
 ArmKind = Literal["prompt", "rag", "finetune", "both"]
-
-
-class Record(BaseModel):
-    """Base of every record: frozen, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
 
 
 # The comparison.
@@ -624,5 +618,6 @@ class ReportInput(Record):
     serving: ServingRecord | None = None
     quantize: QuantizeReport | None = None
     study: StudyReport | None = None
+    experiment: ExperimentReport | None = None
     stages: tuple[StageTime, ...] = ()
     provenance: dict[str, Any] = {}

@@ -16,8 +16,11 @@ import numpy as np
 from graftwork.stats.paired import Floats
 from graftwork.stats.running import Products
 
-EFFECTS = (0.04, 0.1, 0.3)
-EFFECT_WEIGHTS = (0.6, 0.25, 0.15)
+EFFECTS = (0.0015, 0.005, 0.015, 0.045, 0.1, 0.3)
+EFFECT_WEIGHTS = (0.02, 0.03, 0.05, 0.55, 0.25, 0.1)
+"""Most weight where a few thousand units decide; the small ones are for logs of millions."""
+PLAIN_DEVIATION = 0.75
+"""Where values deviate less from their mean, effects are taken as smaller in proportion."""
 LARGEST_STAKE = 0.75
 """Share of the capital that a bet may lose."""
 
@@ -41,9 +44,11 @@ class MeanTest:
         """
         nulls = self.nulls if entries is None else self.nulls[entries]
         gain, most_above, most_below = values - nulls, LARGEST_STAKE / (nulls - low), LARGEST_STAKE / (high - nulls)
+        scale = np.minimum(np.sqrt(spread) / PLAIN_DEVIATION, 1.0)
         above, below = np.zeros(gain.shape), np.zeros(gain.shape)
         for k, (effect, weight) in enumerate(zip(EFFECTS, EFFECT_WEIGHTS, strict=True)):
-            bet = effect / (spread + effect * effect)
+            likely = effect * scale
+            bet = likely / (spread + likely * likely)
             above = above + weight * self._above[k].times(1 + np.minimum(bet, most_above) * gain, entries)
             below = below + weight * self._below[k].times(1 - np.minimum(bet, most_below) * gain, entries)
         return above, below

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from graftwork.stats.paired import Floats
 
-BLOCK = 256
+BLOCK = 1024
 """Rows taken at once."""
 _FAR = 2.0**900
 """A product within 1 / _FAR.._FAR has lost no bit to the range of a double."""

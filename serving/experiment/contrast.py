@@ -63,15 +63,9 @@ class Contrast:
             e_value=seen.e_value, verdict=verdict, n_needed=needed,
         )  # fmt: skip
 
-    def scaled(self, seen: Evidence) -> tuple[int, float, float, float, float]:
-        """(n, estimate, low, high, e-value) in the metric's unit."""
-        return (
-            seen.n,
-            (seen.estimate or 0.0) * self._scale,
-            seen.low * self._scale,
-            seen.high * self._scale,
-            seen.e_value,
-        )
+    def scaled(self, seen: Evidence) -> tuple[int, float, float, float]:
+        """(n, estimate, low, high) in the metric's unit."""
+        return seen.n, (seen.estimate or 0.0) * self._scale, seen.low * self._scale, seen.high * self._scale
 
     def _verdict(self, seen: Evidence) -> Verdict:
         if -self._margin <= seen.low and seen.high <= self._margin:

@@ -14,7 +14,7 @@ from graftwork.serving.experiment.guardrails import Watch, facts_of
 from graftwork.serving.experiment.log_columns import LogColumns, columns_of_rows, numbers_of
 from graftwork.serving.experiment.log_row import LogRow
 from graftwork.serving.experiment.monitor_state import ArmState, MonitorState
-from graftwork.serving.experiment.online_rules import OnlineRules
+from graftwork.serving.experiment.online_rules import Guardrail, OnlineRules
 from graftwork.serving.experiment.units import Entered, Units, shares
 from graftwork.stats import Floats
 from graftwork.stats.running import BLOCK, sums
@@ -49,6 +49,17 @@ class Monitor:
             mine = {name: values[arms == number] for name, values in facts.items()} if watches else {}
             for watch in watches:
                 watch.update(mine)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The plan that holds now, by arm; none in a shadow."""
+        plan = self._units.plan
+        return dict(zip(self.rules.arms, plan, strict=True)) if self.rules.mode == "split" else {}
+
+    @property
+    def watched(self) -> tuple[Guardrail, ...]:
+        """The rule of each of the state's guardrails."""
+        return tuple(watch.rule for watches in self._watches for watch in watches)
 
     def close(self) -> None:
         """The log ends here: units whose window is open enter as they are."""

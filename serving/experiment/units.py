@@ -19,6 +19,7 @@ later those of every second pair, and so on. Who is left out depends on the hash
 
 import math
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -31,6 +32,7 @@ GUARD_EVERY_S = 600.0
 _RECENT = 1 << 16
 """Units remembered for that, and units within their window, and prompts that wait for another arm's answer."""
 _SEEN, _SCORED = 1, 2
+_PRIME = (1 << 61) - 1
 
 
 @dataclass
@@ -67,14 +69,15 @@ class Units:
     def __init__(self, rules: OnlineRules) -> None:
         self._rules, self._number = rules, {arm: k for k, arm in enumerate(rules.arms)}
         self._control = self._number[rules.control]
-        self.plans: list[tuple[float, ...]] = [tuple(rules.weights.get(arm, 0.0) for arm in rules.arms)]
+        self.plan = tuple(rules.weights.get(arm, 0.0) for arm in rules.arms)
+        self.plans = [self.plan]
         self.left_out: dict[str, int] = {}
         self._known_plans: dict[tuple[int, float], int | None] = {}
         self._units: dict[int, int] = {}
         self._thinned = 0
-        self._open: dict[int, _Open] = {}
-        self._pairs: dict[str, dict[int, float]] = {}
-        self._guarded: dict[tuple[int, int], float] = {}
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._pairs: OrderedDict[str, dict[int, float]] = OrderedDict()
+        self._guarded: list[tuple[dict[int, float], dict[int, float]]] = [({}, {}) for _ in rules.arms]
         self._now = -math.inf
 
     def read(self, rows: LogColumns) -> Entered:
@@ -113,7 +116,8 @@ class Units:
         weights = weights_of(detail, self._rules.arms) if self._rules.mode == "split" else None
         if weights is not None:
             plan = tuple(weights[arm] for arm in self._rules.arms)
-            if plan != self.plans[-1]:
+            if plan != self.plan:
+                self.plan = plan
                 self.plans.append(plan)
                 self._known_plans.clear()
 
@@ -192,16 +196,18 @@ class Units:
         if len(waiting) == len(self._rules.arms):
             del self._pairs[request]
         elif len(self._pairs) > _RECENT:
-            self._pairs.pop(next(iter(self._pairs)))
+            self._pairs.popitem(last=False)
 
     def _guard(self, entered: Entered, row: int, arm: int, key: int, at: float) -> None:
-        last = self._guarded.get((arm, key))
-        if last is not None and at < last + GUARD_EVERY_S:
+        recent, older = self._guarded[arm]
+        last = recent.get(key)
+        if last is None:
+            last = older.get(key, -math.inf)
+        if at < last + GUARD_EVERY_S:
             return
-        self._guarded.pop((arm, key), None)
-        self._guarded[arm, key] = at
-        if len(self._guarded) > _RECENT:
-            self._guarded.pop(next(iter(self._guarded)))
+        if len(recent) >= _RECENT:
+            recent, older = self._guarded[arm] = {}, recent
+        recent[key] = at
         entered.guard_row.append(row)
         entered.guard_arm.append(arm)
 
@@ -226,9 +232,9 @@ class Units:
 
 
 def _key(unit: str) -> int:
-    """64 bits of the unit's own hash."""
+    """The unit's own hash, folded to 61 bits."""
     try:
-        return int(unit[:16], 16)
+        return int(unit, 16) % _PRIME
     except ValueError:
         return int.from_bytes(blake2b(unit.encode(), digest_size=8).digest(), "big")
 
