@@ -39,6 +39,9 @@ GOALS = (
     Goal("start", "ready", "start of the process to the first answer, s", "at most", 10.0),
     Goal("zipf", "worst_to_median", "worst adapter's p95 time to first token, to the median, Zipf(1)", "at most", 3.0),
     Goal("advice", "named", "planted causes of failures named by the probes, of 600", "at least", 0.90),
+    Goal("rag", "index_100k", "100,000 short passages indexed, CPU-s", "at most", 3.0),
+    Goal("rag", "query_p99", "a question over 100,000 short passages, p99, ms", "at most", 5.0),
+    Goal("rag", "recall_5_lexical", "R@5 on SQuAD's development paragraphs, lexical", "at least", 0.94),
 )  # fmt: skip
 
 

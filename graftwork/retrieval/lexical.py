@@ -8,6 +8,7 @@ like an index built anew, scores and order included.
 """
 
 import hashlib
+import itertools
 import shutil
 import sqlite3
 import threading
@@ -17,7 +18,6 @@ from pathlib import Path
 
 from graftwork.build_once import build_once
 from graftwork.chat import Passage
-from graftwork.config import canonical_json
 from graftwork.data import read_passages
 from graftwork.errors import DataError
 from graftwork.retrieval.diff import Changes, Numbered, changes, numbered
@@ -27,7 +27,8 @@ from graftwork.storage import cache_root
 
 COMMON_SHARE = 0.05
 """A word in a larger share of the passages is dropped from a query that has rarer ones: it costs most, says least."""
-_COMMON_AT_LEAST = 100
+_COMMON_AT_LEAST = 1000
+"""In fewer passages a word is never common: it says something there, and costs little."""
 SCORED_AT_MOST = 6000
 """Matches that a query may score, about 0.6 us each: beyond it the commonest words are dropped. One word alone that
 stands in more passages is looked for in the first so many."""
@@ -202,8 +203,8 @@ def lexical_of(passages: Sequence[Passage]) -> LexicalIndex:
 def corpus_digest(passages: Sequence[Passage]) -> str:
     """sha256 hex over ids and texts, in order."""
     digest = hashlib.sha256()
-    for passage in passages:
-        digest.update(canonical_json([passage.id, passage.text]).encode() + b"\n")
+    for p in passages:
+        digest.update(f"{len(p.id)} {len(p.text)} {p.id}{p.text}".encode())
     return digest.hexdigest()
 
 
@@ -231,7 +232,4 @@ def _settle(connection: sqlite3.Connection, passages: Sequence[Passage]) -> None
 
 
 def _word_counts(pairs: Sequence[Numbered]) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for _, passage in pairs:
-        counts.update(set(words_of(passage.text.lower())))
-    return counts
+    return Counter(itertools.chain.from_iterable(set(words_of(passage.text.lower())) for _, passage in pairs))

@@ -1,5 +1,6 @@
 """A retriever spec becomes a retriever; one over a published index follows it from version to version."""
 
+import logging
 import sqlite3
 import threading
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from graftwork.build_once import build_once
 from graftwork.chat import Passage
-from graftwork.errors import DataError
+from graftwork.errors import DataError, StorageError
 from graftwork.retrieval.chunks import ChunkSpec
 from graftwork.retrieval.dense import DenseIndex, shared_embedder, write_vectors
 from graftwork.retrieval.hit import Hit, Retriever
@@ -17,6 +18,8 @@ from graftwork.retrieval.sources import SourceSpec, read_corpus
 from graftwork.retrieval.spec import RetrieverSpec
 from graftwork.retrieval.versions import LEXICAL_FILE, IndexHome, IndexManifest, Kind
 from graftwork.storage import cache_root
+
+log = logging.getLogger("graftwork.retrieval")
 
 FRESH_S = 1.0
 """A published index is looked up again after so long."""
@@ -72,6 +75,10 @@ class LiveRetriever:
         if time.monotonic() - self._looked_at > FRESH_S and self._lock.acquire(blocking=False):
             try:
                 self._look()
+            except StorageError as error:  # what is open here still answers
+                self._looked_at = time.monotonic()
+                log.warning("index %s: could not be looked up, version %s goes on: %s", self._home.store.uri,
+                            self._manifest.version, error.found)  # fmt: skip
             finally:
                 self._lock.release()
         return self._retriever

@@ -75,6 +75,8 @@ def _document(uri: str, name: str, content: bytes, chunk: ChunkSpec) -> list[Pas
     try:
         return passages_of(name, blocks_of(name, content), chunk)
     except DataError as error:
+        if uri.endswith(name):
+            raise
         raise DataError(f"{uri}: {error.asked}", error.found, error.rule, error.next_move) from error
 
 

@@ -11,6 +11,8 @@ your
 STOP_WORDS = frozenset(_SILENT_WORDS.split())
 """Words that say nothing of the topic; dropped from queries unless written in capitals, as a code may be."""
 _WORD = re.compile(r"[^\W_]+")
+_NO_SMALL_LETTER = re.compile(r"(?<![^\W_])[^\W_a-z]{2,}(?![^\W_])")
+"""Words that may be codes: few, so that most of a text is passed over at the speed of the expression."""
 
 
 def words_of(text: str) -> list[str]:
@@ -20,7 +22,7 @@ def words_of(text: str) -> list[str]:
 
 def codes_of(text: str) -> str:
     """Codes of a text, as the index's own column of them holds them."""
-    return " ".join(code_token(word) for word in words_of(text) if is_code(word))
+    return " ".join(code_token(word) for word in _NO_SMALL_LETTER.findall(text) if is_code(word))
 
 
 def is_code(word: str) -> bool:

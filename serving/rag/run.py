@@ -1,28 +1,21 @@
 """`rag eval`: search for every question, judge, and let `auto` retrievers do what was found to be best."""
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from graftwork.errors import ConfigError
 from graftwork.retrieval import Hit, Retriever
 from graftwork.retrieval.chunks import document_of
 from graftwork.retrieval.lexical import LexicalIndex
 from graftwork.retrieval.versions import LEXICAL_FILE, Choice
-from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.rag.evaluate import RagReport, judge
 from graftwork.serving.rag.index import open_made
 from graftwork.serving.rag.questions import MRR_DEPTH, Question, read_questions, require_gold
-from graftwork.serving.rag.rerank import rerank
 from graftwork.serving.rag.spec import RagSpec
-from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 
 Progress = Callable[[int, int, str], None]
 RERANKED = "lexical+rerank"
-_TOGETHER = 4
-"""Questions reranked at a time: with 10 candidates each they fill a batch."""
 
 
 @dataclass
@@ -45,7 +38,10 @@ def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport
     for kind, retriever in retrievers.items():
         _search(measured, kind, retriever, questions, depth, on_progress)
     if spec.rerank is not None:
-        _rerank(spec, measured, questions, on_progress)
+        from graftwork.serving.rag.reranked import rerank_all  # Ray and torch, which the others do without
+
+        ranked, times = rerank_all(spec, measured.hits["lexical"], questions, on_progress)
+        measured.hits[RERANKED], measured.times_ms[RERANKED] = ranked, times
     manifest = spec.home.current()
     report = judge(
         measured.hits, questions, name=spec.name, version=manifest.version, passages=manifest.passages, k=spec.k,
@@ -82,40 +78,3 @@ def _search(
         times.append((time.perf_counter() - began) * 1000)
         if on_progress is not None:
             on_progress(number, len(questions), kind)
-
-
-def _rerank(spec: RagSpec, measured: _Measured, questions: Sequence[Question], on_progress: Progress | None) -> None:
-    assert spec.rerank is not None
-    serve = ServeSpec(
-        name=f"rag-{spec.name}"[:63], root=spec.root, base=spec.rerank.base, quant=spec.rerank.quant,
-        engine=EngineSpec(max_seq_len=2048),
-    )  # fmt: skip
-    with deploy(serve, http=False) as endpoint:
-        ranked, times = asyncio.run(_reranked(spec, endpoint, measured.hits["lexical"], questions, on_progress))
-    measured.hits[RERANKED], measured.times_ms[RERANKED] = ranked, times
-
-
-async def _reranked(
-    spec: RagSpec, endpoint: Endpoint, found: Sequence[Sequence[Hit]], questions: Sequence[Question],
-    on_progress: Progress | None,
-) -> tuple[list[Sequence[Hit]], list[float]]:  # fmt: skip
-    assert spec.rerank is not None
-    candidates, gate, done = spec.rerank.candidates, asyncio.Semaphore(_TOGETHER), 0
-
-    async def likelihood(arm: dict[str, Any], messages: Any, texts: Sequence[str], request_id: str) -> Any:
-        return await endpoint.likelihood(ArmSpec.model_validate(arm), messages, texts, request_id)
-
-    async def one(question: Question, hits: Sequence[Hit]) -> tuple[list[Hit], float]:
-        nonlocal done
-        async with gate:
-            began = time.perf_counter()
-            passages = [hit.passage for hit in hits[:candidates]]
-            order = await rerank(question.text, passages, likelihood, candidates)
-            took = (time.perf_counter() - began) * 1000
-        done += 1
-        if on_progress is not None:
-            on_progress(done, len(questions), RERANKED)
-        return [Hit(passage, -float(rank)) for rank, passage in enumerate(order)], took
-
-    pairs = await asyncio.gather(*(one(q, hits) for q, hits in zip(questions, found, strict=True)))
-    return [ranked for ranked, _ in pairs], [took for _, took in pairs]

@@ -29,11 +29,11 @@ class RagSpec(Spec):
     kind: Literal["rag"] = "rag"
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     root: str = DEFAULT_ROOT
-    sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)]
+    sources: tuple[SourceSpec, ...]
     """Tables (JSONL, CSV, Parquet), documents (Markdown, HTML, text, PDF) and folders of documents."""
     chunk: ChunkSpec = ChunkSpec()
     """How documents are cut into passages."""
-    retrievers: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("lexical",)
+    retrievers: tuple[Kind, ...] = ("lexical",)
     """Which kinds the index is made for and `eval` compares; lexical is always there."""
     k: int = Field(default=3, ge=1, le=32)
     """Passages that come to the model."""
@@ -51,6 +51,8 @@ class RagSpec(Spec):
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:
+        if not self.sources:
+            raise ValueError("sources is empty: an index is made of at least one")
         if not self.needs_vectors and self.embedder != type(self).model_fields["embedder"].default:
             raise ValueError("embedder cannot take effect without dense or hybrid in retrievers")
         if "hybrid" not in self.retrievers and "dense_weight" in self.model_fields_set:

@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 
 from graftwork.base_model import BaseSpec, resolve
+from graftwork.chat import Passage
 from graftwork.data import read_rows
 from graftwork.errors import BaseModelError, StorageError
-from graftwork.retrieval import open_lexical
+from graftwork.retrieval import RetrieverSpec, open_lexical, open_retriever
+from graftwork.retrieval.chunks import ChunkSpec
+from graftwork.retrieval.sources import SourceSpec, read_corpus
+from graftwork.retrieval.versions import IndexHome
 from graftwork.storage import Store
 from tests.tiny import write_tiny_base
 
@@ -40,5 +44,20 @@ def test_rows_and_corpus_are_read_from_s3(s3_store: Store) -> None:
     s3_store.write_bytes(json.dumps({"id": "p", "text": "Kunming (ZPPP)"}).encode(), "corpus.jsonl")
     assert read_rows(f"{s3_store.uri}/rows.jsonl", need="train")[0].answer == "a"
     assert [hit.passage.id for hit in open_lexical(f"{s3_store.uri}/corpus.jsonl").search("ZPPP", 1)] == ["p"]
+    s3_store.write_bytes(b"# Port\nOpens at six.", "docs", "port.md")
+    s3_store.write_bytes(b"<h1>Lake</h1><p>Swim at noon.", "docs", "sub", "lake.html")
+    read = read_corpus([SourceSpec(uri=f"{s3_store.uri}/docs")], ChunkSpec())
+    assert [passage.id for passage in read] == ["port.md#1", "sub/lake.html#1"]
     with pytest.raises(StorageError, match="absent.jsonl"):
         read_rows(f"{s3_store.uri}/absent.jsonl", need="train")
+
+
+def test_an_index_on_s3_is_searched_from_a_copy_and_followed(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftwork.retrieval.retriever.FRESH_S", 0.0)
+    home = IndexHome.of(s3_store.uri, "docs")
+    home.publish("docs", [Passage("1", "a port")], made_from="x", sources=["s"])
+    retriever = open_retriever(RetrieverSpec(corpus=f"{s3_store.uri}/indexes/docs"))
+    assert [hit.passage.id for hit in retriever.search("port", 3)] == ["1"]
+    done = home.publish("docs", [Passage("1", "a port"), Passage("2", "port at sea")], made_from="x", sources=["s"])
+    assert (done.kept, done.added) == (1, 1)
+    assert {hit.passage.id for hit in retriever.search("port", 3)} == {"1", "2"}

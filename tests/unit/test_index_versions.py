@@ -81,6 +81,18 @@ def test_a_retriever_that_knew_an_old_version_finds_the_new_one(
     assert retriever.get("4") is not None
 
 
+def test_an_unreadable_store_stops_no_search(
+    home: IndexHome, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(home, CORPUS)
+    retriever = follow(home, monkeypatch)
+    current = Path(home.store.path("current.json"))
+    current.unlink()
+    current.mkdir()  # reading it now fails
+    assert [hit.passage.id for hit in retriever.search("sea", 1)] == ["1"]
+    assert "could not be looked up" in caplog.text
+
+
 def test_auto_is_what_was_chosen_for_this_version(home: IndexHome, monkeypatch: pytest.MonkeyPatch) -> None:
     made = publish(home, CORPUS)
     assert [hit.passage.id for hit in follow(home, monkeypatch, "auto").search("sea", 1)] == ["1"]

@@ -17,6 +17,7 @@ from graftwork.chat import Message, Passage
 from graftwork.data import ContextSpec, Row, read_rows
 from graftwork.errors import DataError
 from graftwork.retrieval import STOP_WORDS, LexicalIndex, open_lexical, training_contexts
+from graftwork.retrieval.words import code_token, codes_of, is_code, words_of
 
 TEXTS = {
     "kunming": "Kunming Wujiaba International Airport (ZPPP/KMG) in Kunming, CN",
@@ -99,7 +100,7 @@ def test_a_long_query_is_searched_by_its_first_words(index: LexicalIndex) -> Non
 
 
 def test_common_words_count_only_where_nothing_rarer_is_found(tmp_path: Path) -> None:
-    crowd = [Passage(str(n), f"airport number {n} of many") for n in range(300)]
+    crowd = [Passage(str(n), f"airport number {n} of many") for n in range(1500)]
     index = LexicalIndex.build([*crowd, Passage("sea", "airport by the sea")], tmp_path / "i.sqlite")
     assert found(index, "an airport at the sea", k=9) == ["sea"]
     assert len(found(index, "which airport", k=9)) == 9
@@ -196,3 +197,8 @@ def test_airports_are_found_by_code_and_by_name() -> None:
         times.append(time.perf_counter() - start)
     assert sum(hits) / len(rows) >= 0.95  # measured .99
     assert median(times) < 0.005  # measured 0.2 ms
+
+
+@given(st.text() | st.text(alphabet="aBÉßǅ9_ -²"))
+def test_codes_are_the_words_that_are_codes(text: str) -> None:
+    assert codes_of(text) == " ".join(code_token(word) for word in words_of(text) if is_code(word))
