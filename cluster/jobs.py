@@ -132,7 +132,7 @@ def _exit_code(status: JobStatus) -> int:
 
 def _on_auto(argv: Sequence[str]) -> list[str]:
     """The command on the Ray that runs the job. Verbs without `--on` start no Ray, so they are left as they are."""
-    verbs = ("train", "tune", "serve", "compare", "chat", "demo")
+    verbs = ("train", "tune", "serve", "compare", "quantize", "chat", "demo", "study")
     return [*argv, "--on", "auto"] if argv and argv[0] in verbs else list(argv)
 
 

@@ -12,6 +12,7 @@ import scipy.stats
 
 from graftwork import config, stats
 from graftwork.chat import Message
+from graftwork.cli.studying import show_study
 from graftwork.data import Row
 from graftwork.errors import ConfigError, DataError, RunError, UserError
 from graftwork.report import ReportInput, render_html
@@ -243,6 +244,15 @@ def test_the_page_shows_each_arm_and_each_claim_escaped() -> None:
     assert "Of 2 published patterns: 1 reproduced, 1 not reproduced." in html
     assert "&lt;b&gt;lower&lt;/b&gt;" in html
     assert "size 5" in html
+
+
+def test_the_terminal_shows_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    show_study(report_of(["1"] * 50 + ["5"] * 50))
+    said = capsys.readouterr().out
+    assert "main: 100 questions" in said
+    assert "main, size 5 (n=50)" in said
+    assert "0.60 [0.50, 0.69]" in said, "Wilson's interval of 60 in 100"
+    assert "+0.40 [+0.30, +0.49]" in said
 
 
 def test_equal_scores_give_equal_bytes() -> None:
