@@ -56,6 +56,7 @@ def traffic_families(items: Sequence[tuple[Key, Series]]) -> list[Family]:
         of("histogram", "latency_seconds", "From arrival at the replica to the end of the answer.", "latency"),
         of("counter", "prompt_tokens", "Prompt tokens of answered requests.", "prompt_tokens"),
         of("counter", "prompt_tokens_cached", "Prompt tokens whose KV came from the prefix cache.", "cached_tokens"),
+        of("counter", "passages_left_out", "Retrieved passages that had no room in the prompt.", "passages_left_out"),
         of("counter", "completion_tokens", "Tokens generated.", "completion_tokens"),
     ]  # fmt: skip
 

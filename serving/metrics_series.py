@@ -64,13 +64,14 @@ class Series:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    passages_left_out: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "Series") -> None:
         """Take over everything that `other` has counted."""
         for name in ("ttft", "token_gap", "token_mean", "latency"):
             getattr(self, name).add(getattr(other, name))
-        for name in ("prompt_tokens", "cached_tokens", "completion_tokens"):
+        for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "passages_left_out"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.outcomes += other.outcomes
 

@@ -84,6 +84,7 @@ class Watch:
         series.latency.observe(latency)
         series.prompt_tokens += prompt
         series.cached_tokens += self._answer.cached_tokens if self._answer else 0
+        series.passages_left_out += len(self._answer.left_out_ids) if self._answer else 0
         if mean is not None:
             series.token_mean.observe(mean)
         label = self._traffic.table.label(self._key)

@@ -9,6 +9,7 @@ from graftwork import chat
 from graftwork.chat import Message, Passage, Prompt, PromptSpec, Template
 from graftwork.errors import DataError, StorageError
 from graftwork.retrieval import RetrieverSpec
+from graftwork.retrieval.versions import IndexHome
 from graftwork.serving.arms import PromptTooLong, build_prompt, messages_of, raw_prompt, warm
 from graftwork.serving.spec import ArmSpec
 from tests.tiny import write_tiny_tokenizer
@@ -164,3 +165,15 @@ def test_numbered_passages_are_cited_by_their_number(template: Template, corpus:
     trained = chat.render(row, template, prompt=Prompt(citations=True), context=context, generate=False)
     assert served.ids == trained.ids[: len(served.ids)]
     assert chat.cited_ids("See [2], [2] and [7], not (1) or [x].", served.retrieved_ids) == (second,)
+
+
+def test_an_arm_follows_its_index(template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("graftwork.retrieval.retriever.FRESH_S", 0.0)
+    home = IndexHome.of(str(tmp_path), "airports")
+    passages = [Passage(identity, text) for identity, text in CORPUS.items()]
+    home.publish("airports", passages[1:], made_from="x", sources=["s"])
+    arm = ArmSpec(name="rag", retriever=RetrieverSpec(corpus=home.store.uri, k=1))
+    assert build_prompt(arm, ASKED, template, max_seq_len=512).retrieved_ids != ("ZPPP",)
+    home.publish("airports", passages, made_from="x", sources=["s"])
+    assert build_prompt(arm, ASKED, template, max_seq_len=512).retrieved_ids == ("ZPPP",)

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from graftwork import cli
+from graftwork import cli, config
 from graftwork.chat import Passage
 from graftwork.errors import DataError
 from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
 from graftwork.retrieval.versions import LATEST_KEPT, Choice, IndexHome, Published
+from graftwork.serving.rag.index import make_index
+from graftwork.serving.rag.run import run_eval
+from graftwork.serving.rag.spec import RagSpec
+
+ROOT = Path(__file__).parents[2]
 
 CORPUS = [Passage("1", "the sea port"), Passage("2", "a runway by the lake"), Passage("3", "an island airport")]
 
@@ -160,3 +165,13 @@ def test_the_commands_from_documents_to_a_choice(
     assert (code, "'harbour.md'" in said, "1 of 1 questions" in said) == (2, True, True)
     code, said = graftwork("eval", "s.yaml", "--set", "questions=null")
     assert (code, "add `questions:`" in said) == (2, True)
+
+
+def test_the_example_finds_airports(tmp_path: Path) -> None:
+    spec = config.load(ROOT / "examples" / "rag.yaml", [f"root={tmp_path}", "limit=100"], expect="rag")
+    assert isinstance(spec, RagSpec)
+    assert make_index(spec).added > 28_000
+    report = run_eval(spec)
+    assert report.retrievers[0].scores["hit"].low > 0.9
+    assert report.retrievers[0].scores["in_context"].value > 0.9
+    assert spec.home.choice() is not None

@@ -176,6 +176,11 @@ def test_candidates_are_put_in_the_order_of_the_questions_likelihood(
             one, other = await asyncio.gather(*(replica.answer(arm(retriever=retriever), asked, f"r{n}") for n in "ab"))
             best = sorted(texts, key=by_hand, reverse=True)[:2]
             assert list(one["retrieved_ids"]) == list(other["retrieved_ids"]) == best
+            small = await replica.answer(arm(retriever={**retriever, "rerank": None, "context_tokens": 8}), asked, "s")
+            assert (small["retrieved_ids"], len(small["left_out_ids"])) == ((), 2)
+            (_, families) = await replica.metrics()
+            (left_out,) = [one for one in families if one.name == "passages_left_out"]
+            assert sum(value for _, value in left_out.values if isinstance(value, int)) == 2
             too_long = [{"role": "user", "content": "port " * 200}]
             with pytest.raises(ApiError, match="max_seq_len=128"):
                 await replica.answer(arm(retriever=retriever), too_long, "long")
