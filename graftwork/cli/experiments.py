@@ -91,12 +91,14 @@ def resume(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, a
 @app.command()
 def report(
     file: Annotated[str, typer.Argument(metavar="FILE", help="The spec that it was started with.")],
-    log: Annotated[str, typer.Option("--log", metavar="URI", help="Folder of its log; `status` names it.")],
+    log: Annotated[
+        str | None, typer.Option("--log", metavar="URI", help="Folder of its log; without it the endpoint is asked.")
+    ] = None,
     out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where report.html and report.json go.")] = ".",
     sets: Sets = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
-    """The verdict on its log so far, printed, and as a page that opens offline. Needs no endpoint."""
+    """The verdict on its log so far, printed, and as a page that opens offline. With --log it needs no endpoint."""
     from graftwork.cli.onlines import show_online
     from graftwork.report import ReportInput, build
     from graftwork.serving.experiment.analyse import analyse_log
@@ -105,13 +107,22 @@ def report(
     from graftwork.storage import Store
 
     spec = _spec(file, sets)
-    found = analyse_log(spec.name, read_log(Store(log), ()), rules_of(spec))
+    found = analyse_log(spec.name, read_log(Store(log or _log_of(spec)), ()), rules_of(spec))
     if as_json:
         return print_json(found.model_dump(mode="json"))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     page = ReportInput(title=f"Experiment {spec.name}", created_at=now, experiment=found)
     show_online(found)
     say(f"  page: {build(page, Store(out)).html_uri}")
+
+
+def _log_of(spec: "ExperimentSpec") -> str:
+    with _client(spec.endpoint, spec.admin_token_env) as client:
+        found = [one for one in client.experiments() if one["name"] == spec.name]
+    if not found:
+        raise ConfigError(f"experiment {spec.name}", f"{spec.endpoint} knows none of this name", "",
+                          "give the folder of its log: --log URI")  # fmt: skip
+    return str(found[0]["log"]["uri"])
 
 
 def _tell(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:

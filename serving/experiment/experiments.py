@@ -177,16 +177,12 @@ class Experiments:
         return live
 
     async def _pinned(self, name: str, model: str) -> ArmSpec:
-        """The model as this arm is asked: its adapter loaded on every replica, and pinned to the version there."""
+        """The model as this arm is asked: its adapter loaded, and pinned to the version that the alias means now."""
         arm = self._catalog.arm(model).with_({"name": name})
         if arm.adapter is None:
             return arm
-        loaded = await self._backend.each("registry", "load", arm.adapter)
-        versions = {one["version"] for one in loaded}
-        if len(versions) != 1:
-            raise ApiError(409, f"{model!r} means {len(versions)} versions on the replicas now. Try again.",
-                           code="adapter_moves")  # fmt: skip
-        return arm.with_({"adapter": f"{arm.adapter.partition('@')[0]}@{versions.pop()}"})
+        loaded = await self._backend.call("registry", "load", arm.adapter)
+        return arm.with_({"adapter": f"{arm.adapter.partition('@')[0]}@{loaded['version']}"})
 
     async def _running(self, name: str) -> LiveExperiment:
         live = await self._named(name, name)

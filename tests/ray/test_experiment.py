@@ -60,17 +60,15 @@ def homes(client: Client) -> dict[str, str]:
     return {task: replicas[0] for task, replicas in found.items() if len(set(replicas)) == 1}
 
 
-def apart(endpoint: Endpoint, client: Client) -> tuple[str, str]:
-    """Two tasks that are answered by different replicas. All are let go and asked for until there are such."""
-    while True:
-        for task in TASKS:
-            assert ask(endpoint, f"base:{task}").status_code == 200
-        found = homes(client)
-        pairs = [(a, b) for a in found for b in found if found[a] != found[b]]
-        if pairs:
-            return pairs[0]
-        for task in TASKS:
-            client.admin("unload", adapter=task)
+def apart(endpoint: Endpoint, client: Client, tasks: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Pairs of tasks that are answered by different replicas, each by one. All are let go and asked for first."""
+    versions = {entry["graftwork"]["adapter"]: entry["graftwork"]["adapter_version"]
+                for entry in client.models() if entry["graftwork"].get("adapter")}  # fmt: skip
+    for task in tasks:
+        client.admin("unload", adapter=f"{task}@{versions[task]}")
+        assert ask(endpoint, f"base:{task}@{versions[task]}").status_code == 200
+    found = homes(client)
+    return [(a, b) for a in tasks for b in tasks if a in found and b in found and found[a] != found[b]]
 
 
 def ask(endpoint: Endpoint, model: str, user: str = "u", tokens: int = 2) -> httpx.Response:
@@ -105,9 +103,10 @@ def test_both_survive_a_killed_replica(endpoint: Endpoint) -> None:
     """The replica of the second arm dies: callers of the shadow notice nothing, those of the split lose what was there
     alone, and afterwards everybody has the arm they had."""
     with endpoint.client() as client:
-        control, other = apart(endpoint, client)
+        control, other = apart(endpoint, client, TASKS)[0]
         begin(client, "split", control, other)
         begin(client, "unseen", control, other, mode="shadow", shadow_concurrency=2)
+        until(lambda: bool(apart(endpoint, client, (control, other))))
         replicas = {row["replica"]: row["pid"] for row in client.stats()["replicas"]}
         before = [ask(endpoint, "experiment/split", f"user{user}") for user in range(USERS)]
         arms = [response.headers["x-graftwork-arm"] for response in before]

@@ -64,6 +64,8 @@ def test_it_is_started_watched_ramped_and_stopped(url: str, file: Path) -> None:
     assert listed("kill", url)["status"] == "killed"
     assert listed("resume", url, "--name", "cards")["status"] == "running"
     assert "stopped" in run("stop", url)
+    assert "cards: thumbs, split" in run("report", str(file), "--out", str(file.parent))
+    assert (file.parent / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize(
