@@ -5,6 +5,9 @@ from typing import Any
 from graftwork import config
 from graftwork.cli.output import JsonFlag, On, Sets, SpecFile, print_json, print_table, progress_bar, say
 
+_ACROSS = 5
+"""Metrics that a line has room for; more stand below each other, the arms side by side."""
+
 
 def compare(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
     """Let all arms answer the held-out questions; print scores, tests and the verdict."""
@@ -21,6 +24,7 @@ def compare(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag
         print_json(outcome.report.model_dump(mode="json"))
     else:
         show_comparison(outcome.report, outcome.reused)
+        say(f"report: {outcome.files.html_uri}")
 
 
 def show_comparison(report: Any, reused: int) -> None:
@@ -28,11 +32,14 @@ def show_comparison(report: Any, reused: int) -> None:
     from graftwork.report import words
 
     names = [metric.name for metric in report.metrics]
-    print_table(
-        f"{report.name}: {report.n} questions" + (f", {reused} answers reused" if reused else ""),
-        ("arm", *names, "errors"),
-        [(arm.name, *[_interval(arm.scores.get(n)) for n in names], arm.errors) for arm in report.arms],
-    )
+    title = f"{report.name}: {report.n} questions" + (f", {reused} answers reused" if reused else "")
+    if len(names) <= _ACROSS:
+        rows = [(arm.name, *[_interval(arm.scores.get(n)) for n in names], arm.errors) for arm in report.arms]
+        print_table(title, ("arm", *names, "errors"), rows)
+    else:
+        down = [(name, *[_interval(arm.scores.get(name)) for arm in report.arms]) for name in names]
+        down.append(("errors", *[str(arm.errors) for arm in report.arms]))
+        print_table(title, ("metric", *[arm.name for arm in report.arms]), down)
     if tied := [(a.metric, words.tied(a.groups)) for a in report.advice.metrics if words.tied(a.groups)]:
         print_table("not told apart (Holm over all pairs)", ("metric", "arms"), tied)
     print_table(
@@ -66,9 +73,9 @@ def show_judge(judge: Any) -> None:
         ("arm", "won", "lost", "tied", "strength"),
         [(a.arm, a.wins, a.losses, a.ties, f"{a.strength:+.2f} [{a.low:+.2f}, {a.high:+.2f}]") for a in judge.arms],
     )
-    told = (("the same in both orders", judge.agreement), ("what stands first", judge.first))
-    said = [f"{words.percent(s.value)} {words.percents(s.low, s.high)} {text}" for text, s in told if s]
-    say(f"the judge prefers {', '.join(said)} (n={judge.asked} judgements)")
+    told = (("says the same in both orders", judge.agreement), ("takes what stands first", judge.first))
+    said = [f"{text} in {words.percent(s.value)} {words.percents(s.low, s.high)}" for text, s in told if s]
+    say(f"the judge {' and '.join(said)} (n={judge.asked} judgements)" if said else "the judge said no letter")
 
 
 def show_card(card: Any) -> None:

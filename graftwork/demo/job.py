@@ -190,9 +190,10 @@ def compare_stage(job: Job, endpoint: Endpoint) -> None:
             job.specs.compare, endpoint=endpoint, on_progress=lambda p: bar(p.done, p.total, f"{p.failed} failed")
         )
     job.compared = found.report
-    both = ", ".join(f"{arm.name} {arm.scores['both'].value:.2f}" for arm in found.report.arms)
+    primary = found.report.primary
+    each = ", ".join(f"{arm.name} {arm.scores[primary].value:.2f}" for arm in found.report.arms)
     size = f"{found.report.n} questions x {len(found.report.arms)} arms"
-    job.done("compare", started, f"{size}; facts and form together: {both}",
+    job.done("compare", started, f"{size}; {'facts and form together' if primary == 'both' else primary}: {each}",
              reused=found.asked == 0, peak_bytes=found.stats.get("peak_rss_bytes"))  # fmt: skip
 
 

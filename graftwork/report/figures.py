@@ -97,9 +97,15 @@ def difference_track(difference: Difference, kind: str, reach: float = 1.0) -> M
 def reach(differences: Sequence[Difference], report: CompareReport) -> float:
     """How far a track of these differences goes: 1 for scores, the farthest bound for a measure."""
     kinds = {metric.name: metric.kind for metric in report.metrics}
-    if not differences or any(kinds[one.metric] != "measure" for one in differences):
+    if not all(kinds[one.metric] == "measure" for one in differences) or not differences:
         return 1.0
     return max(max(abs(one.low), abs(one.high)) for one in differences) or 1.0
+
+
+def scores_only(differences: Sequence[Difference], report: CompareReport) -> bool:
+    """No measure is among them, so that all tracks go from -1 to +1."""
+    measures = {metric.name for metric in report.metrics if metric.kind == "measure"}
+    return not any(one.metric in measures for one in differences)
 
 
 def differences_by_metric(report: CompareReport) -> list[tuple[str, list[Difference]]]:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from graftwork import artifact, base_model
 from graftwork.data import Row, read_fields, read_rows
 from graftwork.errors import ConfigError
 from graftwork.provenance import collect
-from graftwork.report.records import CompareReport, DecisionCard, JudgeReport
+from graftwork.report import BuiltReport, build
+from graftwork.report.records import CompareReport, DecisionCard, JudgeReport, ReportInput
 from graftwork.serving.app import Endpoint
 from graftwork.serving.experiment.answers import Answers
 from graftwork.serving.experiment.compare import compare, primary_metric, score_arms
@@ -53,6 +55,8 @@ class CompareOutcome:
     """The engine's counters after the last answer; empty where nothing was asked."""
     scored: ScoredArms
     """Each answer's scores, in the order of the questions."""
+    files: BuiltReport
+    """report.json and report.html in the run's folder."""
 
 
 def run_compare(
@@ -99,8 +103,8 @@ def run_compare(
         spec, rows, answers, asked.schema, template_digest=template.digest, fields=asked.fields, options=options,
         card=card, judged=judged,
     )  # fmt: skip
-    _record(store, run, folder, report)
-    return CompareOutcome(run.run_id, report, new, seen[0].reused, stats, scored)
+    files = _record(spec, store, run, folder, report)
+    return CompareOutcome(run.run_id, report, new, seen[0].reused, stats, scored, files)
 
 
 @dataclass(frozen=True)
@@ -190,10 +194,17 @@ async def _stats(endpoint: Endpoint) -> dict[str, Any]:
     return stats
 
 
-def _record(store: Store, run: RunPaths, folder: Path, report: CompareReport) -> None:
+def _record(spec: CompareSpec, store: Store, run: RunPaths, folder: Path, report: CompareReport) -> BuiltReport:
+    """compare.json is the same bytes for the same answers and seed; the page beside it tells when and where."""
     store.write_json(report.model_dump(mode="json"), *run.file("compare.json"))
     if not store.is_local:
         for name in ("answers.jsonl", "options.jsonl", "probes.jsonl", "judge.jsonl"):
             if (folder / name).exists():
                 store.upload(folder / name, *run.file(name))
+    page = ReportInput(
+        title="Finetuned or RAG?", subtitle=spec.name, created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        compare=report, provenance=collect(spec.seed),
+    )  # fmt: skip
+    files = build(page, store, *run.file())
     store.write_json({"state": "finished", "n": report.n, "advice": report.advice.sentence}, *run.status())
+    return files

@@ -38,7 +38,7 @@ class CompareSpec(Spec):
     answer_schema: str | None = None
     """JSON schema of a valid answer: a path or `recipe://NAME/schema.json`. The scorers `fields` and `json_schema` and
     the form probe hold answers against it."""
-    scorers: Annotated[tuple[ScorerSpec, ...], Field(min_length=1)] = (FieldsSpec(kind="fields"),)
+    scorers: tuple[ScorerSpec, ...] = (FieldsSpec(kind="fields"),)
     """What answers are scored on."""
     primary: str | None = None
     """The metric that the verdict is about; null takes `both` where there is one, else the first score."""
@@ -107,6 +107,8 @@ class CompareSpec(Spec):
     @model_validator(mode="after")
     def _metrics_stand(self) -> Self:
         """Own scorers say their metric only when they are loaded: then `require_metrics` has the last word."""
+        if not self.scorers:
+            raise ValueError("scorers is empty: a comparison scores answers on something")
         measured = [name for scorer in self.scorers for name in scorer.metric_names]
         if not any(isinstance(scorer, OwnSpec) for scorer in self.scorers):
             self.require_metrics(measured)

@@ -137,6 +137,9 @@ class _Sample:
         return float(np.max(np.abs(self.values), initial=0.0)) or 1.0 if self.metric.kind == "measure" else 1.0
 
     def interval(self, alpha: float, seed: int) -> Interval:
+        """A measure that never varied is what it is; a score that never varied may have an unseen other value."""
+        if self.metric.kind == "measure" and not np.ptp(self.values):
+            return Interval(float(self.values[0]), float(self.values[0]))
         scaled = self.values / self.scale
         if self.clusters is not None:
             found = stats.cluster_bootstrap(scaled, self.clusters, alpha, lowest=self.lowest, seed=seed)

@@ -22,7 +22,7 @@ from graftwork.serving.experiment.compare import compare
 from graftwork.serving.experiment.offline import Job, ask_jobs, run_offline
 from graftwork.serving.experiment.probes.advice import Findings, ask_for, measured
 from graftwork.serving.experiment.probes.ask import Prober
-from graftwork.serving.experiment.probes.card import make_card, reference_arm
+from graftwork.serving.experiment.probes.card import AdapterFacts, make_card, reference_arm
 from graftwork.serving.experiment.probes.classify import Evidence, classify
 from graftwork.serving.experiment.probes.given import probed_corpus
 from graftwork.serving.experiment.probes.gold import GoldPassages, distractors, right_answer, with_context
@@ -265,6 +265,15 @@ def test_a_card_says_why_and_what_to_do(tmp_path: Path) -> None:
     assert {"base~oracle", "base~grammar", "base~closed", "raft-rag~oracle"} <= labels
     assert not {"finetuned~before", "base~before"} & labels, "base is what finetuned was before"
     assert all(found.find(label, row) for label, row in script.asked)
+
+
+def test_what_an_adapter_took_is_on_the_card(tmp_path: Path) -> None:
+    _, prober, _, found = probed(tmp_path, n=12)
+    card = make_card(prober, found, {"finetuned": AdapterFacts(2**29, 90.0), "raft-rag": AdapterFacts(2**20, None)})
+    costs = {cost.arm: (cost.training_min, cost.adapter_gib) for cost in card.costs}
+    assert costs == {"base": (None, None), "base-rag": (None, None), "finetuned": (1.5, 0.5),
+                     "raft-rag": (None, 2**-10)}  # fmt: skip
+    assert all(cost.latency_ms and cost.latency_ms > 100 for cost in card.costs)
 
 
 def test_probes_are_asked_once(tmp_path: Path) -> None:
