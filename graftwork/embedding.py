@@ -166,7 +166,9 @@ class Embedder:
     def __init__(self, folder: Path, *, device: str = "cpu") -> None:
         """Raises BaseModelError where transformers cannot load the folder."""
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         self.recipe = read_recipe(folder)
         self.digest = embedder_digest(folder)
         try:

@@ -101,6 +101,8 @@ def _values(hits: Sequence[Sequence[Hit]], questions: Sequence[Question], k: int
         metrics.HIT_1.name: [float(rank == 1) for rank in ranks],
         metrics.MRR.name: [1 / rank if rank else 0.0 for rank in ranks],
     }
+    if k == 1:
+        del columns[metrics.HIT_1.name]  # the same
     if all(question.answers or question.facts for question in questions):
         answered = [float(q.answered_by(one[:k])) for q, one in zip(questions, hits, strict=True)]
         columns[metrics.IN_CONTEXT.name] = answered

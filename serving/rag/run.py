@@ -47,8 +47,8 @@ def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport
         measured.hits, questions, name=spec.name, version=manifest.version, passages=manifest.passages, k=spec.k,
         times_ms=measured.times_ms, seed=spec.seed,
     )  # fmt: skip
-    if report.chosen in spec.kinds:
-        spec.home.choose(Choice(kind=report.chosen, version=manifest.version, sentence=report.sentence))
+    kind = next((kind for kind in spec.kinds if kind == report.chosen), "lexical")  # an arm asks for a rerank itself
+    spec.home.choose(Choice(kind=kind, version=manifest.version, sentence=report.sentence))
     return report
 
 
