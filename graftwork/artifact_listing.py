@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from graftwork import artifact_alias
@@ -13,6 +14,8 @@ from graftwork.errors import ArtifactError
 from graftwork.storage import Store
 
 T = TypeVar("T")
+READERS = 8
+"""Files that are opened at once: a store over the network answers each after some time. s3fs keeps 10 connections."""
 Key = tuple[str, str]
 """A task, and a version or an alias of it."""
 Stamps = dict[tuple[str, ...], str]
@@ -69,10 +72,11 @@ def list_adapters(store: Store) -> list[AdapterManifest]:
 
 
 def _opened(now: Mapping[Key, Stamps], before: Kept[T], read: Callable[[str, str], T | None]) -> Kept[T]:
-    found: Kept[T] = {}
-    for key, stamps in now.items():
-        kept = before.get(key)
-        found[key] = kept if kept is not None and kept[0] == stamps else (stamps, _readable(key, read))
+    found = {key: before[key] for key, stamps in now.items() if key in before and before[key][0] == stamps}
+    fresh = [key for key in now if key not in found]
+    with ThreadPoolExecutor(READERS, "listing") as readers:
+        for key, value in zip(fresh, readers.map(lambda key: _readable(key, read), fresh), strict=True):
+            found[key] = (now[key], value)
     return found
 
 

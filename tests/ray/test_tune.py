@@ -22,7 +22,7 @@ from graftwork.tuning.run import TuneProgress, TuneReport, tune
 from graftwork.tuning.spec import TuneSpec
 from tests.tiny import write_tiny_base
 
-FREED_WITHIN_S = 30.0
+FREED_WITHIN_S = 90.0
 FIRST_LOSS_WITHIN_S = 240.0
 GOOD = 0.03
 """The learning rate that wins wherever it is tried: four steps at a small one hardly move a random model."""

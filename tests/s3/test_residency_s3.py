@@ -107,7 +107,7 @@ def test_a_full_disk_here_leaves_nothing_and_is_told(parts: tuple[Engine, list[P
         "store = Store(sys.argv[1])\n"
         "artifact_local.bring(store, artifact.resolve(store, 'card@latest'))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, s3_store.uri], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, s3_store.uri], capture_output=True, text=True, timeout=200)
     assert "StorageError: download" in done.stderr
     assert "no space on this machine" in done.stderr
     folder = s3_store.local_dir("adapters", "card", manifest.version)
