@@ -2,19 +2,23 @@
 
     python -m benchmarks.engine_decode
 
-Every arm decodes the same number of rows from prompts of the same length on the same fp32 weights, in one process, in
-turns (`--rounds`). A step is the time between two tokens of a request while all rows decode; the first steps are left
-out. Arms: `engine_N` with N distinct adapters over the rows (0: loaded and none used), `plain` an engine without hooks
-and adapters, `static` and `peft_N` the peers. Neighbouring rows have adapters that are no neighbours.
+Every arm decodes the same number of rows from prompts of one length on the same fp32 weights, in turns (`--rounds`).
+The engine, the engine without hooks and each peer have a process of their own. A step is the time between two tokens of
+a request while all rows decode; the first steps are left out. Arms: `engine_N` with N distinct adapters over the rows
+(0: loaded and none used), `plain` an engine without hooks and adapters, `static` and `peft_N` the peers. Neighbouring
+rows have adapters that are no neighbours.
 """
 
 import argparse
+import contextlib
 import gc
+import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +129,13 @@ def summary(steps: Sequence[tuple[float, float]], rows: int) -> dict[str, float 
     }  # fmt: skip
 
 
-def measure(arms: dict[str, Arm], rows: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(arms: dict[str, "ArmProcess"], rows: int, args: argparse.Namespace) -> dict[str, Any]:
     """All arms at one number of rows, in turns; `turns_ms`: the median step of each turn."""
     steps: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     turns: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(args.rounds):
         for name, arm in arms.items():
-            gc.collect()
-            turn = arm(rows, args.prompt, args.steps).steps_ms()
+            turn = arm(name, rows).steps_ms()
             steps[name] += turn
             turns[name].append(statistics.median(wall for wall, _ in turn))
     result = {name: {**summary(measured, rows), "turns_ms": turns[name]} for name, measured in steps.items()}
@@ -166,23 +169,93 @@ def peft_model(model_folder: Path, adapters: Sequence[Path]) -> Any:
     return model.eval()
 
 
-def build(folder: Path, scratch: Path, args: argparse.Namespace) -> tuple[list[Engine], dict[str, Arm]]:
-    """Two engines, started, and all arms."""
-    model, most = base.load(folder), max(args.adapters)
-    adapters = base.write_adapters(base.linears(model), scratch, most)
-    spec = EngineSpec(max_batch=max(args.rows), max_seq_len=512, max_loaded=most, num_threads=args.threads)
-    engine, plain = Engine(model, spec, "cpu"), Engine(base.load(folder), spec, "cpu")
-    plain.runner.sites.unhook()
+def engine_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Arm], Engine]:
+    """The engine with every adapter loaded."""
+    engine = Engine(base.load(folder), _spec(args), "cpu")
     for number, adapter in enumerate(adapters):
         engine.load_adapter(f"v{number}", adapter)
-    arms: dict[str, Arm] = {f"engine_{count}": EngineArm(engine, count) for count in (0, *args.adapters)}
-    arms |= {"plain": EngineArm(plain, 0), "static": GenerateArm(base.load(folder), None)}
-    if not args.no_peft:
-        with_adapters = peft_model(folder, adapters)
-        arms |= {f"peft_{count}": GenerateArm(with_adapters, count) for count in args.adapters}
-    for one in (engine, plain):
-        one.start()
-    return [engine, plain], arms
+    return {f"engine_{count}": EngineArm(engine, count) for count in (0, *args.adapters)}, engine
+
+
+def plain_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Arm], Engine]:
+    """The engine without hooks."""
+    engine = Engine(base.load(folder), _spec(args), "cpu")
+    engine.runner.sites.unhook()
+    return {"plain": EngineArm(engine, 0)}, engine
+
+
+def static_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Arm], None]:
+    """transformers with a static cache."""
+    return {"static": GenerateArm(base.load(folder), None)}, None
+
+
+def peft_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Arm], None]:
+    """PEFT with one adapter name a row."""
+    model = peft_model(folder, adapters)
+    return {f"peft_{count}": GenerateArm(model, count) for count in args.adapters}, None
+
+
+def _spec(args: argparse.Namespace) -> EngineSpec:
+    most = max(args.adapters)
+    return EngineSpec(max_batch=max(args.rows), max_seq_len=512, max_loaded=most, num_threads=args.threads)
+
+
+Make = Callable[[Path, Sequence[Path], argparse.Namespace], tuple[dict[str, Arm], Engine | None]]
+
+
+class ArmProcess:
+    """Arms in a process of their own: two teams of threads in one process would wait asleep (docs/log.md)."""
+
+    def __init__(self, make: Make, folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=_answer, args=(there, make, folder, adapters, args))
+        self._process.start()
+        there.close()
+        self.names: list[str] = self._here.recv()
+
+    def __call__(self, name: str, rows: int) -> Stamps:
+        self._here.send((name, rows))
+        stamps: Stamps = self._here.recv()
+        return stamps
+
+    def close(self) -> None:
+        self._here.send(None)
+        self._process.join()
+
+
+def _answer(there: Connection, make: Make, folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> None:
+    """The life of such a process. An engine's thread alone has helpers, as in `open_engine`."""
+    torch.set_num_threads(1)
+    arms, engine = make(folder, adapters, args)
+    if engine is not None:
+        engine.start()
+    else:
+        torch.set_num_threads(args.threads)
+    there.send(list(arms))
+    while (asked := there.recv()) is not None:
+        name, rows = asked
+        gc.collect()
+        there.send(arms[name](rows, args.prompt, args.steps))
+    if engine is not None:
+        engine.stop()
+
+
+@contextlib.contextmanager
+def arms_of(args: argparse.Namespace) -> Iterator[dict[str, ArmProcess]]:
+    """Every arm by name, in the order of its turns."""
+    folder = base.resolve().folder
+    makes: list[Make] = [engine_arms, plain_arms, static_arms, *([] if args.no_peft else [peft_arms])]
+    with tempfile.TemporaryDirectory() as scratch:
+        adapters = base.write_adapters(base.linears(base.load(folder)), Path(scratch), max(args.adapters))
+        processes: list[ArmProcess] = []
+        try:
+            for make in makes:
+                processes.append(ArmProcess(make, folder, adapters, args))
+            yield {name: process for process in processes for name in process.names}
+        finally:
+            for process in processes:
+                process.close()
 
 
 def main() -> None:
@@ -196,16 +269,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT's arms out (32 distinct adapters are slow)")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    clock, folder = Clock(), base.resolve().folder
-    with tempfile.TemporaryDirectory() as scratch:
-        running, arms = build(folder, Path(scratch), args)
-    found = {}
-    for rows in args.rows:
-        kept = {name: arm for name, arm in arms.items() if int(name.partition("_")[2] or 0) <= rows}
-        found[str(rows)] = measure(kept, rows, args)
-    for engine in running:
-        engine.stop()
+    clock, found = Clock(), {}
+    with arms_of(args) as arms:
+        for rows in args.rows:
+            kept = {name: arm for name, arm in arms.items() if int(name.partition("_")[2] or 0) <= rows}
+            found[str(rows)] = measure(kept, rows, args)
     most = max(args.adapters)
     figures = figures_at(found[str(most)], most) if str(most) in found else {}
     meta = {"unit": "ms per decode step", "prompt": args.prompt, "steps": args.steps, "rounds": args.rounds,

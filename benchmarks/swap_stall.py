@@ -1,18 +1,20 @@
-"""Whether swaps are felt by others: inter-token times of running requests, quiet and during 10 swaps a second.
+"""Whether swaps are felt by others: inter-token times of running requests, in quiet and during 10 swaps a second.
 
     python -m benchmarks.swap_stall
 
-16 requests decode, half of them the base and half of four adapters. In one turn of three they are alone (`quiet`). In
-one an alias is moved ten times a second to the next of its versions and taken up as an endpoint does it: read from its
-file, into a slot, one request on it, the version before let go (`swapping`). In one the same requests come for a
-version that stays (`asked`): what the prompts of new requests cost others in any case.
+16 requests decode, half of them the base and half of four adapters, and ten times a second a request of one token comes
+for one more task: that traffic is the same all the time. Windows take turns. In `quiet` ones the task's alias stays. In
+`swapping` ones it is moved before each of its requests to the next version, as an endpoint does it: the version is read
+from its file, the reference flipped, the version put into a slot for the request, the one before let go. Everything is
+published beforehand.
 """
 
 import argparse
 import asyncio
-import contextlib
 import tempfile
 import time
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -29,91 +31,122 @@ from graftwork.serving.spec import EngineSpec
 from graftwork.storage import Store
 
 ROWS, OTHERS, VERSIONS = 16, 4, 10
-EVERY_S = 0.1
-TURNS = ("quiet", "asked", "swapping")
+EVERY_S, WINDOW_S = 0.1, 2.0
 TASK = "swapped"
+KINDS = ("quiet", "swapping")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of one kind of traffic; clock readings, and how often it was asked or swapped."""
+
+    kind: str
+    begin: float
+    end: float
+    ticks: int
 
 
 class Watched:
-    """The 16 requests of one turn: gaps between their tokens in ms, from the time all of them decode."""
+    """The 16 requests of one round; `decoding`: all of them have a token, `ended`: one of them has its last."""
 
     def __init__(self, engine: Engine, tokens: int, turn: int) -> None:
         self._stamps: dict[str, list[float]] = {f"w{turn}-{row}": [] for row in range(ROWS)}
-        self._left, self.done = ROWS, asyncio.Event()
+        self.decoding, self.ended, self.all_ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._left = ROWS
         loop = asyncio.get_running_loop()
 
         def note(event: TokenEvent) -> None:
             assert event.error is None, event.error
             self._stamps[event.request_id].append(time.perf_counter())
             if event.finish_reason is not None:
-                loop.call_soon_threadsafe(self._one_less)
+                loop.call_soon_threadsafe(self._end)
+            elif len(self._stamps[event.request_id]) == 1 and all(self._stamps.values()):
+                loop.call_soon_threadsafe(self.decoding.set)
 
         for row, name in enumerate(self._stamps):
             version = f"other{row % OTHERS}" if row % 2 else None
             prompt = tuple(range(100 + row, 164 + row))
             engine.submit(GenerateRequest(name, prompt, SamplingParams(tokens), adapter=version), note)
 
-    def _one_less(self) -> None:
+    def _end(self) -> None:
+        self.ended.set()
         self._left -= 1
         if not self._left:
-            self.done.set()
+            self.all_ended.set()
 
-    def gaps_ms(self) -> list[float]:
-        start = max(stamps[0] for stamps in self._stamps.values())
-        end = min(stamps[-1] for stamps in self._stamps.values())
+    def gaps_ms(self, window: Window) -> list[float]:
+        """Times between two tokens of a request, where both came in the window."""
         return [
             (after - before) * 1e3
             for stamps in self._stamps.values()
             for before, after in zip(stamps, stamps[1:], strict=False)
-            if start <= before and after <= end
+            if window.begin <= before and after <= window.end
         ]
 
 
-async def ask_on(
-    engine: Engine, residency: Residency, store: Store, versions: list[str], count: list[int], *, swap: bool
-) -> None:
-    """Asks until cancelled, each time of the next version or always of one; what takes longer than its tenth of a
-    second delays the next."""
-    ref = f"{TASK}@latest"
-    while True:
+class Updates:
+    """The task that is asked all the time, and updated in the windows of one kind."""
+
+    def __init__(self, engine: Engine, residency: Residency, store: Store, versions: list[str]) -> None:
+        self._engine, self._residency, self._store = engine, residency, store
+        self._next = cycle(versions)
+        self.swap_ms: list[float] = []
+
+    async def window(self, kind: str) -> Window:
+        """Asks ten times a second for the length of a window; a swap that takes longer delays the next."""
+        begin, ticks, asked = time.perf_counter(), 0, []
+        while (left := begin + WINDOW_S - time.perf_counter()) > 0:
+            if kind == "swapping":
+                await self._swap()
+            asked.append(asyncio.create_task(ask(self._engine, self._residency, f"{TASK}@latest", new=1, prompt=1)))
+            ticks += 1
+            await asyncio.sleep(min(left, max(0.0, begin + ticks * EVERY_S - time.perf_counter())))
+        end = time.perf_counter()
+        await asyncio.gather(*asked)
+        return Window(kind, begin, end, ticks)
+
+    async def _swap(self) -> None:
         began = time.perf_counter()
-        count[0] += 1
-        if swap:
-            await asyncio.to_thread(artifact.promote, store, TASK, "latest", versions[count[0] % len(versions)])
-            await residency.refresh(ref)
-        await ask(engine, residency, ref, new=1)
-        await asyncio.sleep(max(0.0, EVERY_S - (time.perf_counter() - began)))
+        await asyncio.to_thread(artifact.promote, self._store, TASK, "latest", next(self._next))
+        await self._residency.refresh(f"{TASK}@latest")
+        self.swap_ms.append((time.perf_counter() - began) * 1e3)
+
+
+async def round_of(engine: Engine, updates: Updates, tokens: int, turn: int) -> tuple[Watched, list[Window]]:
+    """One life of the watched requests, in windows that take turns until the first of them ends."""
+    watched = Watched(engine, tokens, turn)
+    await watched.decoding.wait()
+    windows: list[Window] = []
+    while not watched.ended.is_set():
+        windows.append(await updates.window(KINDS[(turn + len(windows)) % 2]))
+    await watched.all_ended.wait()
+    return watched, windows[:-1]  # the last one outlives the requests
 
 
 async def run(
     engine: Engine, store: Store, digest: str, versions: list[str], args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """p99 of each turn by its kind, and requests a second beside the watched ones."""
-    found: dict[str, list[float]] = {kind: [] for kind in (*TURNS, "asked_per_s", "swapping_per_s")}
+    """p99 and median of each round by kind of window, swaps a second, and what each swap took."""
+    found: dict[str, list[float]] = {f"{kind}_{name}": [] for kind in KINDS for name in ("p99_ms", "p50_ms", "per_s")}
     async with serving(engine, store, digest) as residency:
-        await ask(engine, residency, f"{TASK}@latest", new=1)
-        for turn, kind in enumerate(["quiet", *TURNS * args.rounds]):  # the first one warms up
-            began, count = time.perf_counter(), [0]
-            watched = Watched(engine, args.tokens, turn)
-            asking = ask_on(engine, residency, store, versions, count, swap=kind == "swapping")
-            task = asyncio.create_task(asking) if kind != "quiet" else asking.close()
-            await watched.done.wait()
-            seconds = time.perf_counter() - began
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-                found[f"{kind}_per_s"].append(count[0] / seconds)
-            if turn:
-                found[kind].append(quantile(watched.gaps_ms(), 0.99))
-    return found
+        updates = Updates(engine, residency, store, versions)
+        for turn in range(args.rounds + 1):  # the first one warms up
+            watched, windows = await round_of(engine, updates, args.tokens, turn)
+            for kind in KINDS if turn else ():
+                mine = [window for window in windows if window.kind == kind]
+                gaps = [gap for window in mine for gap in watched.gaps_ms(window)]
+                found[f"{kind}_p99_ms"].append(quantile(gaps, 0.99))
+                found[f"{kind}_p50_ms"].append(quantile(gaps, 0.5))
+                found[f"{kind}_per_s"].append(sum(w.ticks for w in mine) / sum(w.end - w.begin for w in mine))
+            print(f"round {turn}: " + "  ".join(f"{key} {values[-1]:.1f}" for key, values in found.items() if values))
+    return found | {"swap_ms": updates.swap_ms}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(1)  # as `open_engine`: the engine's thread alone has helpers
@@ -129,13 +162,14 @@ def main() -> None:
             engine.load_adapter(f"other{number}", folders[number])
         found = asyncio.run(run(engine, store, resolved.digest, versions, args))
     figures = {
-        "p99_to_quiet": figure(ratios(found["swapping"], found["quiet"]), "x"),
-        "p99_to_asked": figure(ratios(found["swapping"], found["asked"]), "x"),
-        "quiet_p99": figure(found["quiet"], "ms"),
+        "p99_to_quiet": figure(ratios(found["swapping_p99_ms"], found["quiet_p99_ms"]), "x"),
+        "p50_to_quiet": figure(ratios(found["swapping_p50_ms"], found["quiet_p50_ms"]), "x"),
+        "quiet_p99": figure(found["quiet_p99_ms"], "ms"),
         "swaps_per_s": figure(found["swapping_per_s"], "1/s"),
+        "swap": figure(found["swap_ms"], "ms"),
     }
-    meta = {"rows": ROWS, "tokens": args.tokens, "rounds": args.rounds, "rank": base.RANK, "dtype": "float32",
-            "threads": args.threads}  # fmt: skip
+    meta = {"rows": ROWS, "tokens": args.tokens, "rounds": args.rounds, "window_s": WINDOW_S, "rank": base.RANK,
+            "dtype": "float32", "threads": args.threads}  # fmt: skip
     write("swap_stall", args.out, figures, found, meta, clock)
 
 

@@ -42,13 +42,13 @@ async def serving(engine: Engine, store: Store, digest: str) -> AsyncIterator[Re
         residency.close()
 
 
-async def ask(engine: Engine, residency: Residency, ref: str | None, new: int = NEW) -> Asked:
+async def ask(engine: Engine, residency: Residency, ref: str | None, new: int = NEW, prompt: int = PROMPT) -> Asked:
     """One greedy request of `new` tokens, of `ref` (`task@alias`) or of the base. Fails where the engine does."""
     number, began = next(_numbers), time.perf_counter()
     pin = await residency.pin(ref) if ref else None
-    prompt = tuple((7 + number * 31 + place * 17) % 40_000 for place in range(PROMPT))
+    ids = tuple((7 + number * 31 + place * 17) % 40_000 for place in range(prompt))
     version = pin.manifest.version if pin else None
-    request = GenerateRequest(f"r{number}", prompt, SamplingParams(new), adapter=version, arrived=began)
+    request = GenerateRequest(f"r{number}", ids, SamplingParams(new), adapter=version, arrived=began)
     generation = Generation(engine, [request], on_end=lambda: residency.release(pin) if pin else None)
     first: float | None = None
     async for by_answer in generation.events():
