@@ -54,8 +54,8 @@ def attend(
             arena.index_copy_(0, lines, fresh_1KTD[0].transpose(0, 1).reshape(len(lines), -1).to(arena.dtype))
     query_THD = query_1HTD[0].transpose(0, 1)
     out_THD = torch.empty(query_THD.shape[:2] + value_1KTD.shape[-1:], dtype=query_1HTD.dtype, device=query_1HTD.device)
-    for index in range(len(batch.runs)):
-        _decode(call, batch, index, query_THD, out_THD)
+    if batch.runs:
+        _decode_all(call, batch, query_THD, out_THD)
     for index, segment in enumerate(batch.segments):
         stop = segment.first + segment.count
         fresh = (key_1KTD[:, :, segment.first : stop], value_1KTD[:, :, segment.first : stop])
@@ -89,6 +89,19 @@ def _batch_of(options: dict[str, Any]) -> StepBatch | OwnAttention:
     if unknown:
         raise BaseModelError("the model", f"attention option {unknown[0]}", "the engine's attention knows its options")
     return batch
+
+
+def _decode_all(call: Call, batch: StepBatch, query_THD: torch.Tensor, out_THD: torch.Tensor) -> None:
+    """The decoding tokens, by KV place and back."""
+    if batch.by_kv_N is None:
+        for index in range(len(batch.runs)):
+            _decode(call, batch, index, query_THD, out_THD)
+        return
+    query_NHD = query_THD.index_select(0, batch.by_kv_N)
+    out_NHD = torch.empty((len(query_NHD), *out_THD.shape[1:]), dtype=out_THD.dtype, device=out_THD.device)
+    for index in range(len(batch.runs)):
+        _decode(call, batch, index, query_NHD, out_NHD)
+    out_THD[: len(out_NHD)].index_copy_(0, batch.by_kv_N, out_NHD)
 
 
 def _decode(call: Call, batch: StepBatch, index: int, query_THD: torch.Tensor, out_THD: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """What one forward pass computes: the tokens of all running requests packed into one row, without padding.
 
-Order of the packed tokens: first one token of each decoding request, sorted by the place of its KV, then the prompt
-chunks. Legend: T packed tokens, S keys read.
+Order of the packed tokens: first one token of each decoding request, in the order that suits the adapters, then the
+prompt chunks. Attention takes the decoding ones in the order of their KV. Legend: T packed tokens, N decoding ones, S
+keys read.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Run:
-    """Decoding requests whose KV rows are neighbours: packed tokens `first` to `first + count`, KV from `row` on."""
+    """Decoding requests whose KV rows are neighbours: `first` to `first + count` by KV place, KV from `row` on."""
 
     first: int
     count: int
@@ -57,6 +58,8 @@ class StepBatch:
     segments: list[Segment]
     kv: KvStore | None
     chunks: Sequence[Chunk]
+    by_kv_N: torch.Tensor | None = None
+    """Where each decoding token is packed, by KV place; None: in that very order."""
     seen: dict[int, KvShape] = field(default_factory=dict)
     """Key-value shape per layer, noted where the batch has no KV."""
     _lines: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -111,9 +114,18 @@ class StepBatch:
         return self._biases[key]
 
 
-def pack(decoding: Sequence[Chunk], prompts: Sequence[Chunk], kv: KvStore | None, device: torch.device) -> StepBatch:
-    """One batch of single-token chunks (sorted by KV place, as `by_place` gives them) and prompt chunks."""
-    chunks = [*decoding, *prompts]
+def pack(
+    decoding: Sequence[Chunk],
+    prompts: Sequence[Chunk],
+    kv: KvStore | None,
+    device: torch.device,
+    order: Sequence[int] | None = None,
+) -> StepBatch:
+    """One batch of single-token chunks (sorted by KV place, as `by_place` gives them) and prompt chunks.
+
+    order: in which the single tokens are packed; None: as they come.
+    """
+    chunks = [*(decoding if order is None else [decoding[n] for n in order]), *prompts]
     ids = [token for chunk in chunks for token in chunk.ids]
     positions = [place for chunk in chunks for place in range(chunk.start, chunk.start + len(chunk.ids))]
     segments, first = [], len(decoding)
@@ -127,7 +139,16 @@ def pack(decoding: Sequence[Chunk], prompts: Sequence[Chunk], kv: KvStore | None
         segments=segments,
         kv=kv,
         chunks=chunks,
+        by_kv_N=None if order is None else torch.tensor(inverse(order), device=device),
     )
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The place of each number in `order`."""
+    places = [0] * len(order)
+    for place, number in enumerate(order):
+        places[number] = place
+    return places
 
 
 def by_place(row: KvRow) -> tuple[int, int]:

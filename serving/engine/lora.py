@@ -92,6 +92,19 @@ class DeltaPlanner:
         if held is not None:
             held[0].give_back(held[1])
 
+    def order(self, decoding: Sequence[AdapterWeights | None]) -> list[int] | None:
+        """The order of decoding tokens in which rows of one adapter, and of neighbouring places, stand together:
+        weights and rows are then read as they lie. None: as they come.
+        """
+        order = sorted(range(len(decoding)), key=lambda row: self._spot(decoding[row]))
+        return None if order == list(range(len(decoding))) else order
+
+    def _spot(self, weights: AdapterWeights | None) -> tuple[int, int, str]:
+        if weights is None or not weights.groups:
+            return (0, 0, "")
+        held = self._places.get(weights.version)
+        return (held[0].bucket, held[1], weights.version) if held is not None else (1, 0, weights.version)
+
     def plan(self, decoding: Sequence[AdapterWeights | None], segments: Sequence[LoraSegment]) -> StepDeltas | None:
         """decoding: the adapter of each decoding token; segments: of the prompt tokens. None: the base alone runs."""
         rows, parts = self._last
@@ -111,19 +124,18 @@ class DeltaPlanner:
             if weights.version in self._places and len(own) <= _MANY_ROWS:
                 buckets.setdefault(self._places[weights.version][0], []).append(weights)
             else:
-                parts.append(OwnMatmul(weights, pick(own, len(decoding), self._device)))
-        return parts + [self._tabled(tables, active, rows, len(decoding)) for tables, active in buckets.items()]
+                parts.append(OwnMatmul(weights, pick(own, self._device)))
+        return parts + [self._tabled(tables, active, rows) for tables, active in buckets.items()]
 
     def _tabled(
         self,
         tables: RankTables,
         active: Sequence[AdapterWeights],
         rows: Mapping[AdapterWeights, list[int]],
-        decoding: int,
     ) -> Part:
         """Batched where few of the places read and few of the rows computed would be for nothing."""
         places = [self._places[weights.version][1] for weights in active]
         pairs = sorted((row, self._places[weights.version][1]) for weights in active for row in rows[weights])
         reach, most = max(places) + 1 - min(places), max(len(rows[weights]) for weights in active)
         dense = reach * 4 <= len(places) * 5 and reach * most <= 4 * len(pairs)
-        return (Batched if dense else Bagged)(Live(tables, active), pairs, decoding, self._device)
+        return (Batched if dense else Bagged)(Live(tables, active), pairs, self._device)

@@ -16,6 +16,9 @@ from graftwork.serving.engine.sites import Site
 from graftwork.serving.engine.slots import AdapterWeights
 from graftwork.serving.engine.tables import RankTables
 
+Rows = slice | torch.Tensor
+"""Some of the decoding tokens."""
+
 
 class Part(Protocol):
     """Some adapters of one step. `shrink` is called once a group, `expand` with its result once a linear of it."""
@@ -28,16 +31,16 @@ class Part(Protocol):
 
 
 class OwnMatmul:
-    """One adapter on its rows; `rows_M` None: on every decoding token."""
+    """One adapter on its rows."""
 
-    def __init__(self, weights: AdapterWeights, rows_M: torch.Tensor | None) -> None:
-        self._weights, self._rows_M = weights, rows_M
+    def __init__(self, weights: AdapterWeights, rows: Rows) -> None:
+        self._weights, self._rows = weights, rows
 
     def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
         weights = self._weights.groups.get(group)
         if weights is None:
             return None
-        x_MI = x_NI if self._rows_M is None else x_NI.index_select(0, self._rows_M)
+        x_MI = x_NI[self._rows]
         return x_MI if weights.a_RI is None else linear(x_MI, weights.a_RI)
 
     def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
@@ -50,10 +53,10 @@ class OwnMatmul:
         else:
             start = group.starts[site.member]
             shrunk_MR = shrunk[:, start : start + weights.rank]
-        if self._rows_M is None:
-            out_NO.addmm_(shrunk_MR, weights.b_OR.t(), alpha=weights.scaling)
+        if isinstance(self._rows, slice):
+            out_NO[self._rows].addmm_(shrunk_MR, weights.b_OR.t(), alpha=weights.scaling)
         else:
-            out_NO.index_add_(0, self._rows_M, linear(shrunk_MR, weights.b_OR), alpha=weights.scaling)
+            out_NO.index_add_(0, self._rows, linear(shrunk_MR, weights.b_OR), alpha=weights.scaling)
 
 
 class Live:
@@ -82,11 +85,11 @@ class Live:
 class Batched:
     """Adapters in neighbouring places, all by two batched matmuls a linear: each weight is read once.
 
-    gather_PM: the token of each place's rows (any token where it has fewer); spots_N: where the delta of each adapted
-    token comes out; rows_N: these tokens, None: every decoding token, in order.
+    Where the rows stand as the places do, as many for each, both are read and the deltas added as they lie. Otherwise
+    rows are copied together (any row where a place has fewer) and the deltas that mean something are picked out.
     """
 
-    def __init__(self, live: Live, pairs: Sequence[tuple[int, int]], decoding: int, device: torch.device) -> None:
+    def __init__(self, live: Live, pairs: Sequence[tuple[int, int]], device: torch.device) -> None:
         self._live, self._first = live, min(place for _, place in pairs)
         self._count = max(place for _, place in pairs) + 1 - self._first
         held: list[list[int]] = [[] for _ in range(self._count)]
@@ -95,53 +98,58 @@ class Batched:
         self._most = max(map(len, held))
         gather = [row for rows in held for row in [*rows, *[0] * (self._most - len(rows))]]
         spots = {row: n * self._most + m for n, rows in enumerate(held) for m, row in enumerate(rows)}
-        rows = sorted(spots)
-        self._gather_PM = torch.tensor(gather, device=device)
-        self._spots_N = torch.tensor([spots[row] for row in rows], device=device)
-        self._rows_N = pick(rows, decoding, device)
-        self._straight = gather == list(range(decoding))
+        self._rows = pick(sorted(spots), device)
+        self._straight = isinstance(self._rows, slice) and gather == sorted(spots)
+        if not self._straight:
+            self._gather_PM = torch.tensor(gather, device=device)
+            self._spots_N = torch.tensor([spots[row] for row in sorted(spots)], device=device)
+        self._tables: dict[str, torch.Tensor] = {}
 
     def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
         if not self._live.touches(group):
             return None
-        x_PMI = x_NI if self._straight else x_NI.index_select(0, self._gather_PM)
-        return torch.bmm(x_PMI.view(self._count, self._most, -1), self._mine(self._live.tables.a(group)))
+        a_PIR = self._tables.get(group)
+        if a_PIR is None:
+            a_PIR = self._tables[group] = self._mine(self._live.tables.a(group))
+        x_PMI = x_NI[self._rows] if self._straight else x_NI.index_select(0, self._gather_PM)
+        return torch.bmm(x_PMI.view(self._count, self._most, -1), a_PIR)
 
     def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
         if not self._live.adapts(site):
             return
-        own_PMR, b_PRO = self._live.member(site, shrunk), self._mine(self._live.tables.b(site))
+        key = site.name + ".b"
+        b_PRO = self._tables.get(key)
+        if b_PRO is None:
+            b_PRO = self._tables[key] = self._mine(self._live.tables.b(site))
+        own_PMR = self._live.member(site, shrunk)
         if self._straight:
-            out_NO.view(self._count, self._most, -1).baddbmm_(own_PMR, b_PRO)
+            out_NO[self._rows].view(self._count, self._most, -1).baddbmm_(own_PMR, b_PRO)
             return
         delta_NO = torch.bmm(own_PMR, b_PRO).view(-1, out_NO.shape[-1]).index_select(0, self._spots_N)
-        _addpick(out_NO, self._rows_N, delta_NO)
+        _addpick(out_NO, self._rows, delta_NO)
 
     def _mine(self, table: torch.Tensor) -> torch.Tensor:
         return table[self._first : self._first + self._count]
 
 
 class Bagged:
-    """Adapters in scattered places: a token's delta is a sum of its adapter's lines, each times a number; a bag.
+    """Adapters in scattered places: a token's delta is a sum of its adapter's lines, each times a number; a bag."""
 
-    rows_N: the adapted decoding tokens, None: every one, in order; places_N: where the adapter of each lies.
-    """
-
-    def __init__(self, live: Live, pairs: Sequence[tuple[int, int]], decoding: int, device: torch.device) -> None:
+    def __init__(self, live: Live, pairs: Sequence[tuple[int, int]], device: torch.device) -> None:
         self._live = live
-        self._rows_N = pick([row for row, _ in pairs], decoding, device)
+        self._rows = pick([row for row, _ in pairs], device)
         self._places_N = torch.tensor([place for _, place in pairs], device=device)
         self._lines: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
         if not self._live.touches(group):
             return None
-        return self._bag(self._live.tables.a(group), x_NI if self._rows_N is None else x_NI[self._rows_N])
+        return self._bag(self._live.tables.a(group), x_NI[self._rows])
 
     def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
         if self._live.adapts(site):
             delta_NO = self._bag(self._live.tables.b(site), self._live.member(site, shrunk))
-            _addpick(out_NO, self._rows_N, delta_NO)
+            _addpick(out_NO, self._rows, delta_NO)
 
     def _bag(self, table: torch.Tensor, factors_NK: torch.Tensor) -> torch.Tensor:
         """Row n: the sum of its place's K lines of the table, each times its factor."""
@@ -157,13 +165,15 @@ class Bagged:
         return summed
 
 
-def pick(rows: Sequence[int], decoding: int, device: torch.device) -> torch.Tensor | None:
-    """Which decoding tokens a part takes; None: every one, in order."""
-    return None if len(rows) == decoding else torch.tensor(rows, device=device)
+def pick(rows: Sequence[int], device: torch.device) -> Rows:
+    """Which decoding tokens a part takes, in ascending order; a slice where they are neighbours."""
+    if list(rows) == list(range(rows[0], rows[-1] + 1)):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
 
 
-def _addpick(out_NO: torch.Tensor, rows_N: torch.Tensor | None, delta_NO: torch.Tensor) -> None:
-    if rows_N is None:
-        out_NO.add_(delta_NO)
+def _addpick(out_NO: torch.Tensor, rows: Rows, delta_NO: torch.Tensor) -> None:
+    if isinstance(rows, slice):
+        out_NO[rows].add_(delta_NO)
     else:
-        out_NO.index_add_(0, rows_N, delta_NO)
+        out_NO.index_add_(0, rows, delta_NO)

@@ -12,7 +12,7 @@ import torch
 from graftwork.errors import BaseModelError
 from graftwork.serving.engine import attention
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.batch import Chunk, StepBatch, pack
+from graftwork.serving.engine.batch import Chunk, StepBatch, inverse, pack
 from graftwork.serving.engine.decode_path import DecodeInputs, DecodePath
 from graftwork.serving.engine.host import PiecewiseOutput
 from graftwork.serving.engine.kinds import MixedKinds
@@ -71,7 +71,7 @@ class Runner:
         adapters: of each decoding chunk and of each prompt chunk.
         """
         if self.path is None:
-            return self.forward(pack(decoding, prompts, kv, self.device), *adapters, wanted)
+            return self._beside(kv, decoding, prompts, adapters, wanted)
         fast = [n for n, weights in enumerate(adapters[0]) if self.path.takes(weights)]
         slow = [n for n, weights in enumerate(adapters[0]) if not self.path.takes(weights)]
         parts = []
@@ -88,6 +88,22 @@ class Runner:
         if not slow:
             return logits_NV
         return torch.empty_like(logits_NV).index_copy_(0, torch.tensor(places, device=self.device), logits_NV)
+
+    def _beside(
+        self,
+        kv: KvStore,
+        decoding: Sequence[Chunk],
+        prompts: Sequence[Chunk],
+        adapters: tuple[Sequence[AdapterWeights | None], Sequence[AdapterWeights | None]],
+        wanted: Sequence[int],
+    ) -> torch.Tensor:
+        """Decoding tokens and prompts in one pass, the decoding ones packed as their adapters lie."""
+        order = self.planner.order(adapters[0])
+        if order is None:
+            return self.forward(pack(decoding, prompts, kv, self.device), *adapters, wanted)
+        packed = [*inverse(order), *range(len(order), max(wanted) + 1)]
+        batch = pack(decoding, prompts, kv, self.device, order)
+        return self.forward(batch, [adapters[0][n] for n in order], adapters[1], [packed[place] for place in wanted])
 
     @torch.inference_mode()
     def forward(

@@ -74,6 +74,23 @@ def test_neighbours_are_batched() -> None:
         check(planned, rows)
 
 
+def test_rows_are_ordered_as_their_adapters_lie_and_read_so_in_any_mix() -> None:
+    plan, adapters = planner(places=4), [adapter(n, rank=20 if n == 2 else 4) for n in range(6)]
+    for one in adapters:  # places: 4 of rank 8, of which the last has none left, and 1 of rank 32
+        plan.admit(one)
+    assert plan.order([]) is None
+    assert plan.order([None, *adapters[:2]]) is None
+    rows = [adapters[n] if n < 6 else None for n in (3, 2, 6, 0, 5, 4, 0, 1, 3, 2)]
+    order = plan.order(rows)
+    assert order is not None
+    ordered = [rows[n] for n in order]
+    assert [None if one is None else one.version for one in ordered] == [
+        None, "v5", "v0", "v0", "v1", "v3", "v3", "v4", "v2", "v2",
+    ]  # fmt: skip
+    for mix in (rows, ordered, ordered[2:8], [*adapters[:2] * 2, *adapters[3:5]], ordered[1:2] * 3):
+        check(plan.plan(mix, []), mix)
+
+
 def test_scattered_adapters_are_summed_in_bags() -> None:
     plan, adapters = planner(), [adapter(n, targets="qv" if n % 2 else "qkvo") for n in range(12)]
     for one in adapters:
