@@ -230,7 +230,7 @@ class DecisionCard(Record):
     n: int
     """Questions."""
     failures: int
-    """Of the reference."""
+    """Wrong answers of the reference; failed requests are not among them."""
     probed: int
     failure_rate: Share
     matters: float

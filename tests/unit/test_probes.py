@@ -340,6 +340,14 @@ def test_probes_that_make_no_sense_are_refused(changes: dict[str, Any], message:
         config.validate(CompareSpec, tree, "compare.yaml")
 
 
+def test_the_example_is_short_and_valid() -> None:
+    path = Path(__file__).parents[2] / "examples/compare-probes.yaml"
+    asked = config.load(path, expect="compare")
+    assert isinstance(asked, CompareSpec)
+    assert asked.probes == ProbeSpec()
+    assert len(path.read_text().splitlines()) < 60
+
+
 def test_gold_passages_need_a_corpus() -> None:
     asked = spec(arms=[{"name": "a"}, {"name": "b", "prompt": {"system": "s"}}], probes=True)
     assert asked.probes == ProbeSpec()

@@ -60,7 +60,7 @@ class _Card:
     def made(self, adapters: Mapping[str, AdapterFacts]) -> DecisionCard:
         causes, lifts = self._causes(), self._lifts()
         grammar, known = self._grammar(), self._known()
-        rate = self._share("failures", self.failed, len(self.prober.rows))
+        rate = self._share("failures", self.failed, len(self._answered(self.prober.reference)) or 1)
         asked = ask_for(
             Findings(
                 rare=state(rate, self.probes.matters) == "dismissed",
@@ -82,7 +82,11 @@ class _Card:
         return next(arm for arm in self.spec.arms if arm.name == self.prober.reference)
 
     def _failures(self, arm: str) -> int:
-        return sum(not right.whole for right in self.prober.rights[arm].values())
+        """Wrong answers; a failed request is none, for it says nothing of the model."""
+        return sum(not self.prober.rights[arm][row].whole for row in self._answered(arm))
+
+    def _answered(self, arm: str) -> list[str]:
+        return [row.id for row in self.prober.rows if self.prober.answers.find(arm, row.id)]
 
     def _share(self, name: str, count: int, n: int, **recipe: object) -> Share:
         return share(name, count, n, self.spec.alpha, {"arm": self.prober.reference, **recipe, "seed": self.spec.seed})
