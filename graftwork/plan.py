@@ -207,19 +207,23 @@ def plan_serving(
     num_cpus: float = 1.0,
     replicas: int = 1,
     embedder: MemoryPlan | None = None,
+    query_embedders: Sequence[MemoryPlan] = (),
 ) -> StagePlan:
     """Engine replicas: the memory of each when full, and the time of `answers` on one after its start.
 
     `adapters`: ranks of the versions loaded. `dequantised`: nf4 kept as plain values. `embedder`: of its own process.
+    `query_embedders`: those that arms with vectors load into each replica.
     """
     beside = embedder.peak_bytes if embedder else 0
 
     def memory_with(kv_tokens: int) -> MemoryPlan:
         fewer = engine.model_copy(update={"kv_tokens": kv_tokens})
-        return predict_serving(
+        plan = predict_serving(
             model, quant, fewer, adapters=adapters, dequantised=dequantised,
             value_bytes=machine.value_bytes, kv_value_bytes=FP32,
         )  # fmt: skip
+        beside = sum(one.peak_bytes - one.part("process") for one in query_embedders)
+        return replace(plan, parts=(*plan.parts, ("query embedders", beside))) if beside else plan
 
     memory = memory_with(engine.kv_tokens)
     halves = (engine.kv_tokens // 2**power for power in range(1, 6))

@@ -1,6 +1,6 @@
 """A spec -> a line per stage of what it will take. Rows are read and rendered: sizes are those of the real run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from graftwork.plan import (
 )
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
-from graftwork.serving.spec import EngineSpec, ServeSpec
+from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.study.run import adapter_spec
 from graftwork.study.spec import MeasureSpec, StudySpec
 from graftwork.training.data import TokenRows, prepare
@@ -61,11 +61,12 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
         yield plan_serving("serve", _shape(spec.base), spec.quant, spec.engine, _at(machine, spec.quant),
                            num_cpus=spec.num_cpus, replicas=spec.most_replicas,
                            embedder=_embedding(spec.embedder) if spec.embedder else None,
+                           query_embedders=_query_embedders(spec.arms),
                            adapters=[SERVED_RANK] * len(spec.adapters), dequantised=_unpacked(spec.quant))  # fmt: skip
     elif isinstance(spec, CompareSpec):
         adapters = {arm.adapter for arm in spec.arms if arm.adapter}
         yield plan_serving("compare", _shape(spec.base), spec.quant, spec.engine, _at(machine, spec.quant),
-                           num_cpus=spec.num_cpus,
+                           num_cpus=spec.num_cpus, query_embedders=_query_embedders(spec.arms),
                            adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(spec.quant),
                            answers=_answers(spec))  # fmt: skip
     elif isinstance(spec, QuantizeSpec):
@@ -80,6 +81,9 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
         for number in range(len(spec.adapters)):
             yield from _lines(adapter_spec(spec, number, folder), folder, machine)
         yield from (_measured(spec, measure, _at(machine, spec.quant)) for measure in spec.measures)
+    else:
+        raise ConfigError(f"plan of kind={getattr(spec, 'kind', '')!r}", "nothing is predicted for it",
+                          "train, tune, serve, compare, quantize, study and demo are planned")  # fmt: skip
 
 
 def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> StagePlan:
@@ -144,6 +148,12 @@ def _shape(base: BaseSpec) -> ModelShape:
 
 def _embedding(spec: EmbedderSpec) -> MemoryPlan:
     return predict_embedding(EmbedderShape.read(resolve_embedder(spec)))
+
+
+def _query_embedders(arms: Sequence[ArmSpec]) -> list[MemoryPlan]:
+    """Of the arms with vectors, each once; vectors are mapped from their file and not counted."""
+    used = {arm.retriever.embedder for arm in arms if arm.retriever and arm.retriever.kind != "lexical"}
+    return [_embedding(embedder) for embedder in sorted(used, key=lambda embedder: embedder.uri)]
 
 
 def _unpacked(quant: QuantSpec) -> bool:

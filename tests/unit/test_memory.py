@@ -166,6 +166,10 @@ def test_a_server_is_planned_with_all_its_processes(
     assert one.total_bytes == one.peak_bytes_per_process == many.peak_bytes_per_process
     beside = many.total_bytes - 3 * one.total_bytes
     assert f"the embedder takes {beside // MIB} MiB in a process of its own" in many.assumptions
+    retriever = {"kind": "hybrid", "corpus": "c.jsonl", "embedder": str(embedder)}
+    arms = [{"name": name, "retriever": retriever} for name in ("a", "b")]
+    [dense] = plan_spec(ServeSpec.model_validate({**usual, "arms": arms}), Path())
+    assert 0 < dense.total_bytes - one.total_bytes < beside  # once, and no process of its own
 
 
 def test_an_embedders_sizes_are_read_from_its_folder(tmp_path: Path) -> None:
