@@ -18,13 +18,17 @@ choice of questions, not that of the seed.
 Left out: that a small finetuned model beats a larger one (LoRA Land, arXiv 2405.00732) needs a larger base than a CPU
 answers with in minutes; full finetuning, because training here makes adapters alone.
 
+By `graftwork plan` all six take 38 minutes on two idle cores: 13 to train (adapters are shared), 25 to measure.
+
 This page is generated from the results; a test compares them.
 """
 
 
-def render_markdown(results: Sequence[StudyReport]) -> str:
-    """The whole page, one section a study."""
-    return "\n".join([_INTRODUCTION, *(_section(result) for result in results)])
+def render_markdown(results: Sequence[StudyReport], names: Sequence[str]) -> str:
+    """The whole page, one section a result. names: of all studies, so that those without a result are named."""
+    left = sorted(set(names) - {result.name for result in results})
+    waiting = [f"Written, and without a recorded result so far: {', '.join(f'`{name}`' for name in left)}.\n"]
+    return "\n".join([_INTRODUCTION, *(waiting if left else []), *(_section(result) for result in results)])
 
 
 def _section(result: StudyReport) -> str:
@@ -70,9 +74,14 @@ def _measure(measure: StudyMeasure) -> Iterator[str]:
 def main() -> None:
     """Write the page of this checkout."""
     root = Path(__file__).parents[2]
-    paths = sorted((root / "examples" / "studies" / "results").glob("*.json"))
-    results = [StudyReport.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
-    (root / "docs" / "studies.md").write_text(render_markdown(results), encoding="utf-8")
+    (root / "docs" / "studies.md").write_text(page_of(root / "examples" / "studies"), encoding="utf-8")
+
+
+def page_of(studies: Path) -> str:
+    """The page of a folder of studies and their `results/`."""
+    results = [StudyReport.model_validate_json(path.read_text(encoding="utf-8"))
+               for path in sorted((studies / "results").glob("*.json"))]  # fmt: skip
+    return render_markdown(results, [path.stem for path in studies.glob("*.yaml")])
 
 
 if __name__ == "__main__":
