@@ -42,6 +42,10 @@ GOALS = (
     Goal("rag", "index_100k", "100,000 short passages indexed, CPU-s", "at most", 3.0),
     Goal("rag", "query_p99", "a question over 100,000 short passages, p99, ms", "at most", 5.0),
     Goal("rag", "recall_5_lexical", "R@5 on SQuAD's development paragraphs, lexical", "at least", 0.94),
+    Goal("experiment", "assign_p99", "assignment of a live experiment, p99, us", "at most", 10.0),
+    Goal("experiment", "added_p99", "what an experiment adds to the p99 of a request, ms", "at most", 2.0),
+    Goal("experiment", "shadow_p99", "callers' p99 with every prompt shadowed, to without", "at most", 1.05),
+    Goal("experiment", "killed_answered", "callers answered while a shadow arm dies, share", "at least", 1.0),
 )  # fmt: skip
 
 

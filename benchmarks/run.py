@@ -18,7 +18,17 @@ from pathlib import Path
 from benchmarks.table import rows, shown
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = ("start", "engine_decode", "adapter_load", "swap_stall", "zipf", "memory_plan", "advice", "rag")
+BENCHMARKS = (
+    "start",
+    "engine_decode",
+    "adapter_load",
+    "swap_stall",
+    "zipf",
+    "memory_plan",
+    "advice",
+    "rag",
+    "experiment",
+)
 TIMEOUT_S = 900
 
 

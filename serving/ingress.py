@@ -244,8 +244,7 @@ class Surface:
     async def _cards(self) -> list[Json]:
         found = await self._backend.call("models")
         running = {
-            f"{EXPERIMENT}{live.record.spec.name}": int(live.record.started_at)
-            for live in await self._experiments.all()
+            f"{EXPERIMENT}{live.record.spec.name}": int(live.record.started_at) for live in self._experiments.now()
         }
         cards = [model_card(name, created, kind="experiment") for name, created in running.items()]
         return [*self._catalog.cards(found["adapters"], found["ready_at"]), *cards]

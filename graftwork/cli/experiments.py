@@ -208,7 +208,10 @@ def _show_verdict(metric: str, judged: dict[str, Any]) -> None:
     """What may be said now; it holds however often it is looked at."""
     means = {arm["arm"]: "-" if arm["mean"] is None else f"{arm['mean']:.3f}" for arm in judged["arms"]}
     for one in judged["contrasts"]:
-        estimate = "-" if one["estimate"] is None else f"{one['estimate']:+.3f}"
+        if one["estimate"] is None:
+            say(f"  {metric}: nothing is known of {one['arm']} against {one['control']} yet")
+            continue
+        estimate = f"{one['estimate']:+.3f}"
         more = f", about {one['n_needed']} units decide" if one["n_needed"] else ""
         say(f"  {metric}: {one['arm']} {means[one['arm']]} against {one['control']} {means[one['control']]}: {estimate}"
             f" [{one['low']:+.3f}, {one['high']:+.3f}] at {one['level']:.0%}, n={one['n']}, "

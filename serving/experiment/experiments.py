@@ -145,6 +145,9 @@ class Experiments:
         spec = answered.live.record.spec
         new = {metric: value for metric, value in body.scores.items() if metric not in answered.scores}
         for metric, value in body.scores.items():
+            if metric in answered.live.scored_here:
+                raise ApiError(409, f"{metric} is what this experiment scores itself.", code="already_scored",
+                               param="scores")  # fmt: skip
             if answered.scores.get(metric, value) != value:
                 raise ApiError(409, f"{metric} was given as {answered.scores[metric]:g} before, and counts once.",
                                code="already_scored", param="scores")  # fmt: skip
@@ -226,8 +229,8 @@ def _require_same(running: ExperimentRecord, spec: ExperimentSpec) -> None:
     was, now = identity_of(running.spec), identity_of(spec)
     changed = sorted(key for key in was if canonical_json(was[key]) != canonical_json(now[key]))
     if changed:
-        raise ApiError(409, f"{running.id} runs, and {', '.join(changed)} differ from what it was started with: what "
-                       "was seen so far belongs to the old one. Stop it, or start the changed one under a new name.",
+        raise ApiError(409, f"{running.id} runs, and this spec changes {', '.join(changed)}: what was seen so far "
+                       "belongs to the old one. Stop it, or start the changed one under a new name.",
                        code="experiment_changed", param=changed[0])  # fmt: skip
     if running.weights != spec.weights and not running.cuts and running.spec.weights != spec.weights:
         raise ApiError(409, f"{running.id} runs with other weights {running.weights}: weights change by `ramp` alone.",

@@ -21,7 +21,7 @@ class FeedbackRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
     request_id: Annotated[str, Field(min_length=1, max_length=128)]
-    """The answer's `id`, which its header `x-request-id` tells too."""
+    """The answer's `id`."""
     scores: Annotated[dict[Metric, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1, max_length=16)]
     """By metric, e.g. {"thumbs": 1}."""
 

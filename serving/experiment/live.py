@@ -34,7 +34,8 @@ from graftwork.serving.spec import ArmSpec
 
 log = logging.getLogger("ray.serve")
 TICK_S = 0.2
-IDLE = {"idle_only": True}
+COPIED = {"idle_only": True, "n": 1, "logprobs": None}
+"""How a copy differs from its request: only its first answer is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,11 @@ class LiveExperiment:
         self._other_base: str | None = None
 
     @property
+    def scored_here(self) -> frozenset[str]:
+        """Metrics that each answer is scored by as it comes."""
+        return frozenset(metric.name for metric in self._scorers.metrics)
+
+    @property
     def log_uri(self) -> str:
         """Where its rows lie."""
         store, folder = self._folder
@@ -102,7 +108,7 @@ class LiveExperiment:
         """Queue the request for the other arms of a shadow."""
         for name in self.record.arms:
             if name != placed.arm.name and name not in self.record.cut_arms and self.record.status == "running":
-                self.shadow.offer(Copy(name, asked, request_id, {**sampling, **IDLE}, placed.unit))
+                self.shadow.offer(Copy(name, asked, request_id, {**sampling, **COPIED}, placed.unit))
 
     async def run(self) -> None:
         """Until cancelled: replay the log, then keep rows, weights and guardrails moving."""

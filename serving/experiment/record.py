@@ -4,6 +4,7 @@ One process writes it: the ingress. A change is written before it takes effect.
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -12,12 +13,12 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from graftwork.config import canonical_json
-from graftwork.errors import StorageError
 from graftwork.serving.experiment.assignment import Range, first_ranges
 from graftwork.serving.experiment.experiment_spec import ExperimentSpec, identity_of
 from graftwork.serving.spec import ArmSpec
 from graftwork.storage import Store
 
+log = logging.getLogger("ray.serve")
 FOLDER, FILE = "experiments", "state.json"
 Status = Literal["running", "killed", "stopped", "stale"]
 
@@ -91,14 +92,15 @@ class Records:
         self.store.write_json(record.model_dump(mode="json"), FOLDER, record.id, FILE)
 
     def load_all(self) -> list[ExperimentRecord]:
-        """Every experiment, oldest first. Raises StorageError for a record that can't be read."""
-        found = [self._load(name) for name in self.store.list(FOLDER) if self.store.exists(FOLDER, name, FILE)]
-        return sorted(found, key=lambda record: record.started_at)
+        """Every experiment, oldest first. One that can't be read is left out, and said: the others go on."""
+        found = [self._load(name) for name in self.store.list(FOLDER)]
+        return sorted((record for record in found if record is not None), key=lambda record: record.started_at)
 
-    def _load(self, name: str) -> ExperimentRecord:
+    def _load(self, name: str) -> ExperimentRecord | None:
+        data = self.store.find_bytes(FOLDER, name, FILE)
         try:
-            return ExperimentRecord.model_validate(self.store.read_json(FOLDER, name, FILE))
+            return ExperimentRecord.model_validate_json(data) if data is not None else None
         except pydantic.ValidationError as error:
-            raise StorageError(f"experiment {name}", f"its record can't be read ({error.errors()[0]['msg']})",
-                               "a record is written by the endpoint alone",
-                               f"restore {self.store.path(FOLDER, name, FILE)}, or move it away") from None  # fmt: skip
+            log.warning("experiment %s is not gone on with: %s is damaged (%s)", name,
+                        self.store.path(FOLDER, name, FILE), error.errors()[0]["msg"])  # fmt: skip
+            return None

@@ -256,6 +256,18 @@ def test_a_restart_goes_on_with_the_same_arms_and_scores_what_came_before(spec: 
         assert Counter(row.kind for row in rows) == {"answer": 16, "event": 3, "score": 1}
 
 
+def test_a_damaged_record_takes_no_other_along(spec: ServeSpec, tmp_path: Path) -> None:
+    moved = spec.model_copy(update={"root": str(tmp_path / "root")})
+    tree = {**SPLIT, "arms": [{"name": "plain", "weight": 0.5}, {"name": "other", "model": "base", "weight": 0.5}]}
+    with local_endpoint(moved) as url:
+        lost, kept = start(url, tree, name="lost"), start(url, tree, name="kept")
+    state = tmp_path / "root" / "experiments" / lost["id"] / "state.json"
+    state.write_bytes(state.read_bytes()[:100])
+    with local_endpoint(moved) as url:
+        assert [one["id"] for one in httpx.get(f"{url}/v1/admin/experiments").json()["data"]] == [kept["id"]]
+        assert ask(url, "experiment/kept", "u").status_code == 200
+
+
 def test_an_answer_that_fails_is_written_as_a_failure(url: str) -> None:
     start(url, SPLIT, name="failing")
     long = [{"role": "user", "content": "which airport " * 200}]
@@ -296,6 +308,8 @@ def test_scores_of_the_spec_come_with_the_answer(url: str) -> None:
     rows = [row for row in rows_of(url, "scored", 9) if row.kind == "answer"]
     assert [row.scores for row in rows] == [{"short": 1.0}] * 8
     assert {row.output for row in rows} == {None}, "log_outputs is false"
+    late = {"request_id": rows[0].request_id, "scores": {"short": 0.0}}
+    assert httpx.post(f"{url}/v1/feedback", json=late).json()["error"]["code"] == "already_scored"
     judged = status(url, "scored")["judged"]
     assert sum(arm["scored"] for arm in judged["arms"]) == 8
     assert {arm["mean"] for arm in judged["arms"]} == {1.0}
