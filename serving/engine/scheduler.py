@@ -22,6 +22,8 @@ from graftwork.serving.engine.sequence import Arrival, RunningRequest
 
 _HEADROOM = 32
 """Tokens of answer a new row has room for at once, so that it does not move with its first tokens."""
+_IDLE_PREFILL = 16
+"""Prompt tokens of an idle step, so that a caller who comes in it waits about as long as for a decode step."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """The next step's work; empty when nothing is queued or running. Allocates and moves KV rows."""
         self._make_room_for_decoding()
-        budget = _Budget(self._prefill_tokens, SCORED_A_STEP)
+        tokens = self._prefill_tokens if self._busy() else min(self._prefill_tokens, _IDLE_PREFILL)
+        budget = _Budget(tokens, SCORED_A_STEP)
         prompts = [budget.work(request) for request in self._active() if request.remaining > 1 and budget.tokens > 0]
         prompts += self._admit(budget)
         if self._crowded_by_idle():
@@ -141,8 +144,12 @@ class Scheduler:
         return self._open_to(self.running)
 
     def _open_to(self, requests: list[RunningRequest]) -> list[RunningRequest]:
-        busy = any(not one.request.idle_only for one in (*self.running[:1], *self.waiting[:1]))  # these sort first
+        busy = self._busy()
         return [one for one in requests if not (busy and one.request.idle_only)]
+
+    def _busy(self) -> bool:
+        """Whether anybody is here who is not for idle steps: they sort first."""
+        return any(not one.request.idle_only for one in (*self.running[:1], *self.waiting[:1]))
 
     def _crowded_by_idle(self) -> bool:
         """Whether idle requests held what a waiting one needs; then they have stepped back."""

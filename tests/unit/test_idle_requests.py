@@ -17,7 +17,7 @@ from graftwork.serving.engine.types import GenerateRequest, SamplingParams
 from tests import engines
 from tests.tiny import write_tiny_base
 
-PROMPT = tuple(range(10, 42))
+PROMPT, LONG = tuple(range(10, 18)), tuple(range(10, 74))
 
 
 class Steps:
@@ -74,11 +74,19 @@ def test_a_caller_gets_the_row_memory_or_slot_that_idle_ones_hold(rows: int, kv_
     """Rows, memory and slots for two: both are taken by idle requests when a caller comes."""
     steps = Steps(rows=rows, kv_tokens=kv_tokens, slots=slots)
     for name in ("idle1", "idle2"):
-        steps.ask(name, 8, idle=True, version=name)
+        steps.ask(name, 40, idle=True, version=name)
     assert steps.step() == {"idle1", "idle2"}
     steps.ask("caller", 3, version="caller")
     assert [steps.step() for _ in range(3)] == [{"caller"}] * 3, "in the very next step"
-    assert [steps.step() for _ in range(7)] == [{"idle1", "idle2"}] * 7
+    assert [steps.step() for _ in range(30)] == [{"idle1", "idle2"}] * 30
+
+
+def test_a_step_for_idle_prompts_is_short() -> None:
+    """So that a caller who comes in the middle of it does not wait for a whole prompt."""
+    steps = Steps()
+    for number in range(3):
+        steps.ask(f"idle{number}", 1, idle=True)
+    assert [steps.step() for _ in range(2)] == [{"idle0", "idle1"}, {"idle2"}]
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +100,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 def test_answers_are_those_of_any_other_request(engine: Engine) -> None:
     """Four idle answers that callers interrupt, in two rows, against the same asked alone."""
-    idle = [engines.request(f"i{n}", list(PROMPT[n:]), max_new_tokens=24) for n in range(4)]
+    idle = [engines.request(f"i{n}", list(LONG[n:]), max_new_tokens=24) for n in range(4)]
     alone = [engines.ask(engine, replace(one, request_id=f"alone{one.request_id}"))[0].tokens for one in idle]
     seen = engines.Collector()
     for one in idle:
         engine.submit(replace(one, idle_only=True), seen)
     for number in range(6):
-        engines.ask(engine, engines.request(f"c{number}", list(PROMPT[number + 4 :]), max_new_tokens=3))
+        engines.ask(engine, engines.request(f"c{number}", list(LONG[number + 4 :]), max_new_tokens=3))
     assert [answer.tokens for answer in seen.wait("i0", "i1", "i2", "i3")] == alone
