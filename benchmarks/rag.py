@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.rag_beside import PEER_PACKAGES, PEERS, Peers, percentiles
 from benchmarks.rag_data import Corpus, places, squad, zipf_texts
 from benchmarks.record import Clock, figure, write
+from graftwork.chat import Passage
 from graftwork.embedding import EmbedderSpec
 from graftwork.retrieval import Hit, LexicalIndex, Retriever
 from graftwork.retrieval.dense import DenseIndex, shared_embedder, write_vectors
@@ -77,18 +78,17 @@ def speeds(corpora: Sequence[Corpus], peers: Peers, rounds: int) -> dict[str, An
     return told
 
 
-def quality(every: int, reranked: int, place: Path, peers: Peers) -> tuple[RagReport, RagReport | None, Any]:
-    """Retrievers over the same questions, the rerank over the first of them drawn at random, and the peers' recall."""
+def quality(
+    every: int, reranked: int, place: Path, peers: Peers, *, vectors: bool
+) -> tuple[RagReport, RagReport | None, Any]:
+    """Retrievers over the same questions, the rerank over some of them drawn at random, and the peers' recall."""
     passages, questions = squad(every)
     lexical = LexicalIndex.build(passages, place / "squad.sqlite")
-    embedder = shared_embedder(EmbedderSpec(uri=MINILM))
     began = time.process_time()
-    write_vectors(place, passages, embedder, on_progress=lambda at, of: print(f"embedded {at} of {of}", flush=True))
-    embed_cpu_s = time.process_time() - began
-    dense = DenseIndex(place, [p for _, p in lexical.numbered()], lexical.get, embedder)
-    retrievers: dict[str, Retriever] = {
-        "lexical": lexical, "dense": dense, "hybrid": HybridIndex(lexical, dense, 0.25),
-    }  # fmt: skip
+    retrievers: dict[str, Retriever] = {"lexical": lexical}
+    if vectors:
+        retrievers |= _with_vectors(lexical, passages, place)
+    embed_cpu_s = time.process_time() - began if vectors else None
     hits: dict[str, list[list[Hit]]] = {name: [] for name in retrievers}
     times: dict[str, list[float]] = {name: [] for name in retrievers}
     for name, retriever in retrievers.items():
@@ -100,19 +100,30 @@ def quality(every: int, reranked: int, place: Path, peers: Peers) -> tuple[RagRe
     report = _judged(hits, questions, times, len(passages))
     other = Corpus("squad", passages, [question.text for question in questions])
     recall = {name: _recall(peers.ask(name, other, 1), questions) for name in PEERS}
-    few = sorted(random.Random(0).sample(range(len(questions)), min(reranked, len(questions))))
+    few = sorted(random.Random(0).sample(range(len(questions)), min(reranked, len(questions)))) if vectors else []
     second = None
     if few:
         chosen, found = [questions[n] for n in few], [hits["lexical"][n] for n in few]
         ranked, took = asyncio.run(_reranked(chosen, found, place))
-        second = _judged({"lexical": found, "rerank": ranked}, chosen, {"rerank": took}, len(passages))
+        second = _judged({"lexical": found, "rerank": ranked}, chosen, {"rerank": took}, len(passages), k=1)
     return report, second, {"peers": recall, "embed_cpu_s": embed_cpu_s}
 
 
+def _with_vectors(lexical: LexicalIndex, passages: Sequence[Passage], place: Path) -> dict[str, Retriever]:
+    embedder = shared_embedder(EmbedderSpec(uri=MINILM))
+    write_vectors(place, passages, embedder, on_progress=lambda at, of: print(f"embedded {at} of {of}", flush=True))
+    dense = DenseIndex(place, passages, lexical.get, embedder)
+    return {"dense": dense, "hybrid": HybridIndex(lexical, dense, 0.25)}
+
+
 def _judged(
-    hits: dict[str, list[list[Hit]]], questions: Sequence[Question], times: dict[str, list[float]], passages: int
+    hits: dict[str, list[list[Hit]]],
+    questions: Sequence[Question],
+    times: dict[str, list[float]],
+    passages: int,
+    k: int = K,
 ) -> RagReport:
-    return judge(hits, questions, name="squad", version="1.1-dev", passages=passages, k=K, times_ms=times)
+    return judge(hits, questions, name="squad", version="1.1-dev", passages=passages, k=k, times_ms=times)
 
 
 async def _reranked(
@@ -156,12 +167,13 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--every", type=int, default=20, help="take every so-many-th SQuAD question")
     parser.add_argument("--rerank", type=int, default=60, help="questions that are reranked")
+    parser.add_argument("--lexical", action="store_true", help="leave out vectors and the rerank")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     clock, peers = Clock(), Peers()
     speed = speeds([places(args.queries), zipf_texts(args.queries)], peers, args.rounds)
     with TemporaryDirectory(prefix="graftwork-rag-") as folder:
-        report, reranked, beside = quality(args.every, args.rerank, Path(folder), peers)
+        report, reranked, beside = quality(args.every, args.rerank, Path(folder), peers, vectors=not args.lexical)
     ours = speed["places"]["graftwork"]
     figures = {
         "index_100k": figure(ours["index_cpu_s"], "CPU-s"),
