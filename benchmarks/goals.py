@@ -46,6 +46,20 @@ GOALS = (
     Goal("experiment", "added_p99", "what an experiment adds to the p99 of a request, ms", "at most", 2.0),
     Goal("experiment", "shadow_p99", "callers' p99 with every prompt shadowed, to without", "at most", 1.05),
     Goal("experiment", "killed_answered", "callers answered while a shadow arm dies, share", "at least", 1.0),
+    Goal("sequential", "aa_upper", "A/A looked at always: false positives, upper bound, worst of 15", "at most", 0.05),
+    Goal("sequential", "aa_covered", "confidence sequence covers at all n at once, worst of 15", "at least", 0.95),
+    Goal("sequential", "power", "live split, 5 points at 0.8: found by 4,000 requests", "at least", 0.88),
+    Goal("sequential", "power_median", "the same: requests, median", "at most", 2000.0),
+    Goal("sequential", "shadow_power", "shadow, 5 points at 20 % discordance: found by 2,000", "at least", 0.98),
+    Goal("sequential", "shadow_median", "the same: prompts, median", "at most", 650.0),
+    Goal("sequential", "offline_power_mcnemar_exact", "offline, 200 questions, 8 points: found", "at least", 0.42),
+    Goal("sequential", "offline_null_mcnemar_exact", "the same with no difference: found", "at most", 0.05),
+    Goal("sequential", "srm_52_median", "units that tell 52/48 from 50/50, median", "at most", 20_000.0),
+    Goal("sequential", "srm_51_median", "units that tell 51/49 from 50/50, median", "at most", 50_000.0),
+    Goal("sequential", "srm_false", "false alarms of the sample ratio by 50,000 units", "at most", 0.001),
+    Goal("sequential", "guard_median", "requests until an arm with 20 % errors is cut, median", "at most", 60.0),
+    Goal("sequential", "guard_false", "arms at the guardrail's limit that are cut by 4,000 requests", "at most", 0.01),
+    Goal("sequential", "log_cpu", "log of 1,000,000 rows to verdict and page, CPU-s", "at most", 10.0),
 )  # fmt: skip
 
 

@@ -27,8 +27,7 @@ BENCHMARKS = (
     "memory_plan",
     "advice",
     "rag",
-    "experiment",
-)
+    "experiment", "sequential")
 TIMEOUT_S = 900
 
 

@@ -17,8 +17,8 @@ from graftwork.stats.paired import Floats
 from graftwork.stats.running import Products
 
 EFFECTS = (0.0015, 0.005, 0.015, 0.045, 0.1, 0.3)
-EFFECT_WEIGHTS = (0.02, 0.03, 0.05, 0.55, 0.25, 0.1)
-"""Most weight where a few thousand units decide; the small ones are for logs of millions."""
+EFFECT_WEIGHTS = (0.05, 0.08, 0.15, 0.35, 0.31, 0.06)
+"""Most weight where a few thousand units decide; the small ones are for logs of millions (see docs/log.md)."""
 PLAIN_DEVIATION = 0.75
 """Where values deviate less from their mean, effects are taken as smaller in proportion."""
 LARGEST_STAKE = 0.75

@@ -48,6 +48,19 @@ def mcnemar_exact(wins: int, losses: int) -> float:
     return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
+def mcnemar_midp(wins: int, losses: int) -> float:
+    """As `mcnemar_exact` with half of the chance of what was seen: nearer to its level, so with more power.
+
+    Not guaranteed to hold its level, and not seen to leave it: Fagerland, Lydersen & Laake 2013, BMC Med Res Methodol
+    13:91, over 9,595 settings.
+    """
+    n, fewer = wins + losses, min(wins, losses)
+    if n == 0:
+        return 1.0
+    seen = float(bdtr(fewer, n, 0.5)) - (float(bdtr(fewer - 1, n, 0.5)) if fewer else 0.0)
+    return min(1.0, 2 * float(bdtr(fewer, n, 0.5)) - seen)
+
+
 def newcombe_paired(both: int, only_a: int, only_b: int, neither: int, alpha: float = 0.05) -> Interval:
     """Interval of share(a) - share(b) over the same questions: method 10 of Newcombe 1998, Stat Med 17:2635-2650."""
     n = both + only_a + only_b + neither

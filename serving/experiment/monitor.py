@@ -27,7 +27,7 @@ class Monitor:
     def __init__(self, rules: OnlineRules) -> None:
         self.rules, self.numbers = rules, numbers_of(rules)
         self._units = Units(rules)
-        self._ratio, self._ratio_most = SampleRatio(np.array(self._units.plans[0])), 1.0
+        self._drawn, self._scored = (_Ratio(np.array(self._units.plans[0])) for _ in range(2))
         self.contrasts = tuple(Contrast(rules, arm) for arm in rules.challengers)
         self._watches = [[Watch(rule, arm) for rule in rules.guardrails if not rule.arms or arm in rule.arms]
                          for arm in rules.arms]  # fmt: skip
@@ -72,29 +72,23 @@ class Monitor:
             arms=tuple(self._arm(number) for number in range(len(self.rules.arms))),
             contrasts=tuple(contrast.state(blocked is not None) for contrast in self.contrasts),
             guardrails=tuple(watch.state() for watches in self._watches for watch in watches),
-            srm_e_value=self._ratio_most, blocked=blocked, cut=self._cut(),
+            srm_e_value=max(self._drawn.most, self._scored.most), blocked=blocked, cut=self._cut(),
             left_out=dict(sorted(self._units.left_out.items())),
         )  # fmt: skip
 
     def _take(self, entered: Entered) -> None:
-        self._take_ratio(entered)
+        self._count("units", np.array(entered.ratio_arm, dtype=np.intp), np.ones(len(entered.ratio_arm)))
+        self._drawn.take(entered.ratio_arm, entered.ratio_plan, self._units.plans)
         if entered.arm:
             self._take_split(entered)
         if entered.pair_arm:
             self._take_pairs(entered)
 
-    def _take_ratio(self, entered: Entered) -> None:
-        arms, plans = np.array(entered.ratio_arm, dtype=np.intp), np.array(self._units.plans)
-        planned = plans[np.array(entered.ratio_plan, dtype=np.intp)]
-        self._count("units", arms, np.ones(len(arms)))
-        for start in range(0, len(arms), BLOCK):
-            capital = self._ratio.update(arms[start : start + BLOCK], planned[start : start + BLOCK])
-            self._ratio_most = max(self._ratio_most, float(np.max(capital)))
-
     def _take_split(self, entered: Entered) -> None:
         arms, plans, scores = np.array(entered.arm), np.array(entered.plan), np.array(entered.score)
         self._count("scored", arms, np.ones(len(arms)))
         self._count("total", arms, scores)
+        self._scored.take(entered.arm, entered.plan, self._units.plans)
         control = self.rules.arms.index(self.rules.control)
         for contrast in self.contrasts:
             number = self.rules.arms.index(contrast.arm)
@@ -134,12 +128,28 @@ class Monitor:
                         answers=int(counts["answers"]), errors=int(counts["errors"]))  # fmt: skip
 
     def _blocked(self) -> str | None:
-        if self._ratio_most < 1 / self.rules.srm_alpha:
-            return None
-        size = f"{self._ratio_most:.3g}" if math.isfinite(self._ratio_most) else "beyond all bounds"
-        return (f"units do not fall to the arms as planned (e-value {size}, bound {1 / self.rules.srm_alpha:g}): "
-                "find out why before any difference is believed")  # fmt: skip
+        bound = 1 / self.rules.srm_alpha
+        for ratio, what in ((self._drawn, "units"), (self._scored, "units with a score")):
+            if ratio.most >= bound:
+                size = f"{ratio.most:.3g}" if math.isfinite(ratio.most) else "beyond all bounds"
+                return (f"{what} do not fall to the arms as planned (e-value {size}, bound {bound:g}): "
+                        "find out why before any difference is believed")  # fmt: skip
+        return None
 
     def _cut(self) -> tuple[str, ...]:
         broken = {watch.arm for watches in self._watches for watch in watches if watch.broken}
         return tuple(arm for arm in self.rules.challengers if arm in broken)
+
+
+class _Ratio:
+    """A sample-ratio test of units as they enter."""
+
+    def __init__(self, planned: Floats) -> None:
+        self._test, self.most = SampleRatio(planned), 1.0
+
+    def take(self, arms: list[int], plans: list[int], known: list[tuple[float, ...]]) -> None:
+        """`plans` are numbers of `known` ones."""
+        numbers, planned = np.array(arms, dtype=np.intp), np.array(known)[np.array(plans, dtype=np.intp)]
+        for start in range(0, len(numbers), BLOCK):
+            capital = self._test.update(numbers[start : start + BLOCK], planned[start : start + BLOCK])
+            self.most = max(self.most, float(np.max(capital)))

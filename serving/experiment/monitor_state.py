@@ -65,7 +65,7 @@ class MonitorState:
     contrasts: tuple[ContrastState, ...]
     guardrails: tuple[GuardrailState, ...]
     srm_e_value: float
-    """Evidence that units do not fall to arms as planned; 1 / srm_alpha blocks."""
+    """Evidence that units, or those of them that got a score, do not fall to arms as planned; 1 / srm_alpha blocks."""
     blocked: str | None
     """Why no conclusion may be drawn; None when one may."""
     cut: tuple[str, ...]

@@ -146,6 +146,16 @@ def test_units_that_fall_otherwise_than_planned_block_every_conclusion() -> None
     assert read(split(4000, 0.5, 0.8)).blocked is None
 
 
+def test_scores_that_come_for_one_arm_rather_than_the_other_block_every_conclusion() -> None:
+    """Thumbs that mostly the pleased give: all units are there, the scored ones are not a fair draw."""
+    rows = [row if row.arm == "rag" or k % 3 else row.model_copy(update={"scores": {}})
+            for k, row in enumerate(split(4000, 0.5, 0.5))]  # fmt: skip
+    state = read(rows)
+    assert state.blocked is not None
+    assert state.blocked.startswith("units with a score do not fall")
+    assert [arm.units for arm in state.arms] == [arm.units for arm in read(split(4000, 0.5, 0.5)).arms]
+
+
 def test_override_and_holdout_are_no_part_of_it() -> None:
     rows = split(300, 0.5, 0.7)
     extra = [answer(10_000 + k, "rag", 0.0, role="override", probability=None) for k in range(50)]

@@ -40,6 +40,16 @@ def test_mcnemar_is_statsmodels_and_scipy(wins: int, losses: int) -> None:
         assert found == pytest.approx(scipy.stats.binomtest(wins, wins + losses).pvalue, rel=1e-9)
 
 
+def test_mid_p_is_the_published_example() -> None:
+    """Bentur et al. 2009 in Fagerland, Lydersen & Laake 2013, table 1 (1 against 7): exact 0.070, mid-p 0.039."""
+    assert stats.mcnemar_exact(1, 7) == pytest.approx(0.0703, abs=5e-5)
+    assert stats.mcnemar_midp(1, 7) == stats.mcnemar_midp(7, 1) == pytest.approx(0.0391, abs=5e-5)
+    assert stats.mcnemar_midp(0, 0) == 1.0
+    assert stats.mcnemar_midp(4, 4) == 1.0
+    exact, seen = stats.mcnemar_exact(30, 18), scipy.stats.binom.pmf(18, 48, 0.5)
+    assert stats.mcnemar_midp(30, 18) == pytest.approx(exact - seen)
+
+
 def test_newcombe_is_contingencytables() -> None:
     """Cavo et al. 2012 in R's contingencytables (Fagerland, Lydersen, Laake), tests/testthat/test-ch8.R."""
     found = stats.newcombe_paired(59, 6, 16, 80)
