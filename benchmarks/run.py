@@ -27,7 +27,9 @@ BENCHMARKS = (
     "memory_plan",
     "advice",
     "rag",
-    "experiment", "sequential")
+    "experiment",
+    "sequential",
+)
 TIMEOUT_S = 900
 
 
