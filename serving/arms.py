@@ -116,6 +116,8 @@ class ArmAnswer:
     """Which of the request's answers this is."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """Of the tokens that the text is made of; None: not asked for."""
+    cold: bool = False
+    """The adapter was loaded for this request, or while it came: its times say nothing of the arm."""
     left_out_ids: tuple[str, ...] = ()
     """Passages that were found and did not fit `retriever.context_tokens`."""
     cited_ids: tuple[str, ...] = ()

@@ -118,7 +118,9 @@ class GrowingAnswer:
             return text, []
         return text, self._logprobs.take(len(self._text.text), whole=self.ended and not self._text.stopped)
 
-    def answer(self, request_id: str, arm: str, task: str | None, version: str | None, base_digest: str) -> ArmAnswer:
+    def answer(
+        self, request_id: str, arm: str, task: str | None, version: str | None, base_digest: str, *, cold: bool = False
+    ) -> ArmAnswer:
         """The whole answer, once the last event was pushed."""
         return ArmAnswer(
             request_id=request_id, arm=arm, text=self._text.text, adapter=task, adapter_version=version,
@@ -126,7 +128,7 @@ class GrowingAnswer:
             cached_tokens=self._cached_tokens, completion_tokens=len(self._ids), ttft_ms=self._ttft_ms or 0.0,
             latency_ms=self._elapsed_ms(), finish_reason=self._finish_reason, token_ids=tuple(self._ids),
             index=self.index, logprobs=tuple(self._logprobs.told) if self._logprobs is not None else None,
-            left_out_ids=self._prompt.left_out_ids, cited_ids=self._cited(),
+            left_out_ids=self._prompt.left_out_ids, cited_ids=self._cited(), cold=cold,
         )  # fmt: skip
 
     def _push_one(self, event: TokenEvent) -> str:

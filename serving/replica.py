@@ -129,6 +129,7 @@ class EngineReplica:
                 admitted = await self._admit(arm, messages, wanted)
                 generation = self._submit(request_id, admitted, arrived)
             task = admitted.pin.manifest.task if admitted.pin else None
+            cold = admitted.pin is not None and admitted.pin.cold
             watch.admitted(admitted.arm.name, task, admitted.version)
             with closing(generation):
                 yield {"base_digest": self._base_digest, "version": admitted.version}
@@ -142,7 +143,7 @@ class EngineReplica:
                             yield {"index": index, "text": text, "logprobs": [asdict(one) for one in logprobs]}
                         if answer.ended:
                             whole = answer.answer(
-                                request_id, admitted.arm.name, task, admitted.version, self._base_digest
+                                request_id, admitted.arm.name, task, admitted.version, self._base_digest, cold=cold
                             )
                             watch.done(whole)
                             yield {"answer": whole.dump()}

@@ -71,6 +71,8 @@ class Pin:
 
     manifest: AdapterManifest
     held: Held
+    cold: bool = False
+    """It had to be loaded, or was being loaded, when the request came."""
 
 
 class Residency:
@@ -90,6 +92,7 @@ class Residency:
 
     async def pin(self, ref: str) -> Pin:
         """Hold the version that `ref` means now, loading it first where needed. Only this caller waits for that."""
+        cold = False
         while True:
             manifest = self._refs.get(ref)  # read again after every wait: the reference may have moved on
             if manifest is None:
@@ -99,7 +102,8 @@ class Residency:
             held = self._room.here(manifest.version)
             if held is not None:
                 self._room.pin(held)
-                return Pin(manifest, held)
+                return Pin(manifest, held, cold)
+            cold = True
             try:
                 await self._load(manifest)
             finally:

@@ -248,7 +248,7 @@ def answer_row(
     found: dict[str, Any] = {}
     if isinstance(answer, dict):
         same = ("base_digest", "adapter_version", "finish_reason", "prompt_tokens", "completion_tokens", "ttft_ms",
-                "latency_ms")  # fmt: skip
+                "latency_ms", "cold")  # fmt: skip
         found = {key: answer[key] for key in same}
         found |= {"retrieved_ids": tuple(answer["retrieved_ids"]), "output": answer["text"]}
     else:

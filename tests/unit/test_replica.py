@@ -91,6 +91,7 @@ def test_an_answer_takes_what_a_prefix_leaves_of_the_sequence(base: Path, tmp_pa
             known = facts(base_digest=plain["base_digest"], prompt={})
             artifact.publish(Store(str(tmp_path / "root")), "support", folder, **known, alias="latest")
             answer = await replica.answer(arm(adapter="support@latest", max_new_tokens=None), HELLO, "prefix")
+            assert (answer["cold"], plain["cold"]) == (True, False)
             for one, virtual in ((plain, 0), (answer, 10)):
                 used = one["prompt_tokens"] + one["completion_tokens"] + virtual
                 assert used == 128 if one["finish_reason"] == "length" else used < 128

@@ -99,6 +99,8 @@ def test_many_who_ask_at_once_cause_one_load(stage: Stage) -> None:
         assert {pin.manifest.version for pin in pins} == {version}
         assert stage.fetched == [version]
         assert residency.states()[0].running == 20
+        assert all(pin.cold for pin in pins)
+        assert not (await residency.pin("card@latest")).cold
 
     run(stage, 4, play)
 
