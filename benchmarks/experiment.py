@@ -32,7 +32,7 @@ from graftwork.cluster.session import session
 from graftwork.metrics import quantile
 from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.client import Client
-from graftwork.serving.experiment.assignment import Assigner, first_ranges, key_of
+from graftwork.serving.experiment.online.assignment import Assigner, first_ranges, key_of
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage import Store
 

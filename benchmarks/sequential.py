@@ -161,9 +161,9 @@ def log_time(rows: int) -> dict[str, Figure]:
 def read_log(folder: str) -> None:
     """Prints wall s, CPU s, peak MiB and what of it came with the log."""
     from graftwork.report import ReportInput, render_html, render_json
-    from graftwork.serving.experiment.analyse import analyse_log
-    from graftwork.serving.experiment.log_reader import ExperimentLog
-    from graftwork.serving.experiment.online_rules import Guardrail, OnlineRules
+    from graftwork.serving.experiment.online.analyse import analyse_log
+    from graftwork.serving.experiment.online.log_reader import ExperimentLog
+    from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules
 
     rules = OnlineRules(("base", "rag"), "base", "right", {"base": 0.5, "rag": 0.5}, guardrails=(
         Guardrail("errors", 0.05), Guardrail("latency", 0.05, bound_ms=2000.0)))  # fmt: skip
@@ -183,8 +183,8 @@ def write_log(folder: Path, rows: int, size: int = 50_000) -> None:
     """Parquet segments of a split with a 1 pp effect, answers of some 100 ms, 1 % failures."""
     import pyarrow as pa
 
-    from graftwork.serving.experiment.log_reader import SCHEMA
-    from graftwork.serving.experiment.segments import Segment, parquet_bytes
+    from graftwork.serving.experiment.online.log_reader import SCHEMA
+    from graftwork.serving.experiment.online.segments import Segment, parquet_bytes
 
     rng = np.random.default_rng(0)
     for number, start in enumerate(range(0, rows, size), 1):

@@ -24,7 +24,7 @@ SPEC_KINDS = {
     "tune": ("graftwork.tuning.spec", "TuneSpec"),
     "serve": ("graftwork.serving.spec", "ServeSpec"),
     "compare": ("graftwork.serving.experiment.spec", "CompareSpec"),
-    "experiment": ("graftwork.serving.experiment.experiment_spec", "ExperimentSpec"),
+    "experiment": ("graftwork.serving.experiment.online.spec", "ExperimentSpec"),
     "quantize": ("graftwork.serving.quantize.spec", "QuantizeSpec"),
     "rag": ("graftwork.serving.rag.spec", "RagSpec"),
     "demo": ("graftwork.demo_spec", "DemoSpec"),

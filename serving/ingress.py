@@ -24,11 +24,11 @@ from graftwork.serving.arms import ArmAnswer, Dump, Question
 from graftwork.serving.auth import Keys, admin_check, user_check
 from graftwork.serving.backend import Backend, ServeBackend
 from graftwork.serving.catalog import Catalog
-from graftwork.serving.experiment.experiments import PREFIX as EXPERIMENT
-from graftwork.serving.experiment.experiments import SESSION_HEADER, Experiments
-from graftwork.serving.experiment.live_request import LiveRequest
-from graftwork.serving.experiment.routes import EXPERIMENT_BODIES, EXPERIMENTS, ExperimentRoutes
-from graftwork.serving.experiment.status import experiment_families
+from graftwork.serving.experiment.online.experiments import PREFIX as EXPERIMENT
+from graftwork.serving.experiment.online.experiments import SESSION_HEADER, Experiments
+from graftwork.serving.experiment.online.live_request import LiveRequest
+from graftwork.serving.experiment.online.routes import EXPERIMENT_BODIES, EXPERIMENTS, ExperimentRoutes
+from graftwork.serving.experiment.online.status import experiment_families
 from graftwork.serving.limits import RateLimits, caller
 from graftwork.serving.live import snapshot, total
 from graftwork.serving.live_page import page

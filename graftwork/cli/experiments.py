@@ -16,7 +16,7 @@ from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
     from graftwork.serving.client import Client
-    from graftwork.serving.experiment.experiment_spec import ExperimentSpec
+    from graftwork.serving.experiment.online.spec import ExperimentSpec
 
 app = typer.Typer(help="Split live traffic between arms, or shadow it, on a running endpoint.", no_args_is_help=True)
 ADMIN_TOKEN = "GRAFTWORK_ADMIN_TOKEN"
@@ -101,9 +101,9 @@ def report(
     """The verdict on its log so far, printed, and as a page that opens offline. With --log it needs no endpoint."""
     from graftwork.cli.onlines import show_online
     from graftwork.report import ReportInput, build
-    from graftwork.serving.experiment.analyse import analyse_log
-    from graftwork.serving.experiment.log_reader import read_log
-    from graftwork.serving.experiment.scoring import rules_of
+    from graftwork.serving.experiment.online.analyse import analyse_log
+    from graftwork.serving.experiment.online.log_reader import read_log
+    from graftwork.serving.experiment.online.scoring import rules_of
     from graftwork.storage import Store
 
     spec = _spec(file, sets)
@@ -131,7 +131,7 @@ def _tell(verb: str, where: str, name: str | None, token_env: str, as_json: bool
 
 
 def _spec(file: str, sets: list[str]) -> "ExperimentSpec":
-    from graftwork.serving.experiment.experiment_spec import ExperimentSpec
+    from graftwork.serving.experiment.online.spec import ExperimentSpec
 
     spec = config.load(file, sets, expect="experiment")
     assert isinstance(spec, ExperimentSpec)

@@ -14,8 +14,8 @@ from graftwork.base_model import BaseSpec
 from graftwork.cluster.session import Session
 from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.client import Client
-from graftwork.serving.experiment.log_reader import ExperimentLog
-from graftwork.serving.experiment.log_row import LogRow
+from graftwork.serving.experiment.online.log_reader import ExperimentLog
+from graftwork.serving.experiment.online.log_row import LogRow
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage import Store
 from tests.adapters import facts

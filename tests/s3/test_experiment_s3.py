@@ -5,9 +5,9 @@ from pathlib import Path
 
 import httpx
 
-from graftwork.serving.experiment.log_reader import ExperimentLog
-from graftwork.serving.experiment.log_row import LogRow
-from graftwork.serving.experiment.segments import Segments, SegmentWriter
+from graftwork.serving.experiment.online.log_reader import ExperimentLog
+from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.segments import Segments, SegmentWriter
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage import Store
 from tests.local_endpoint import local_endpoint

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from graftwork.serving.experiment.assignment import (
+from graftwork.serving.experiment.online.assignment import (
     PARTS,
     Assigner,
     Range,

@@ -13,8 +13,8 @@ import pytest
 
 from graftwork import artifact, base_model
 from graftwork.base_model import BaseSpec
-from graftwork.serving.experiment.log_reader import ExperimentLog
-from graftwork.serving.experiment.log_row import LogRow
+from graftwork.serving.experiment.online.log_reader import ExperimentLog
+from graftwork.serving.experiment.online.log_row import LogRow
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage import Store
 from tests.adapters import facts

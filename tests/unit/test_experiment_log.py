@@ -12,10 +12,10 @@ import pytest
 from pyarrow import parquet
 
 from graftwork.errors import StorageError
-from graftwork.serving.experiment.log_reader import ExperimentLog, read_log, scores_of
-from graftwork.serving.experiment.log_row import LogRow
-from graftwork.serving.experiment.recorder import Recorder
-from graftwork.serving.experiment.segments import Segments, SegmentWriter, parse_name
+from graftwork.serving.experiment.online.log_reader import ExperimentLog, read_log, scores_of
+from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.recorder import Recorder
+from graftwork.serving.experiment.online.segments import Segments, SegmentWriter, parse_name
 from graftwork.storage import Store
 
 FOLDER = ("experiments", "x-1", "log")

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from graftwork.cli import app
 from graftwork.report import ReportInput, render_html
 from graftwork.report.online_records import ExperimentReport
-from graftwork.serving.experiment.analyse import analyse, analyse_log
-from graftwork.serving.experiment.log_reader import read_log
-from graftwork.serving.experiment.log_row import LogRow
-from graftwork.serving.experiment.online_rules import Guardrail, OnlineRules, weights_detail
-from graftwork.serving.experiment.segments import Segment, Segments, encode
+from graftwork.serving.experiment.online.analyse import analyse, analyse_log
+from graftwork.serving.experiment.online.log_reader import read_log
+from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules, weights_detail
+from graftwork.serving.experiment.online.segments import Segment, Segments, encode
 from graftwork.storage import Store
 
 RULES = OnlineRules(

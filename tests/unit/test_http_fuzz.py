@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from graftwork.serving.admin import ADMIN_PREFIX, ON_EACH
-from graftwork.serving.experiment.routes import EXPERIMENTS
+from graftwork.serving.experiment.online.routes import EXPERIMENTS
 from graftwork.serving.spec import ServeSpec
 from tests.local_endpoint import local_endpoint
 from tests.tiny import write_tiny_base

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftwork.serving.experiment.log_columns import LogColumns, columns_of_rows
-from graftwork.serving.experiment.log_row import LogRow
-from graftwork.serving.experiment.monitor import Monitor
-from graftwork.serving.experiment.monitor_state import MonitorState
-from graftwork.serving.experiment.online_rules import Guardrail, OnlineRules, weights_detail
+from graftwork.serving.experiment.online.log_columns import LogColumns, columns_of_rows
+from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.monitor import Monitor
+from graftwork.serving.experiment.online.monitor_state import MonitorState
+from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules, weights_detail
 
 
 def rules(**changes: Any) -> OnlineRules:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from graftwork.errors import ConfigError
-from graftwork.serving.experiment.online_rules import Guardrail, OnlineRules, weights_detail, weights_of
+from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules, weights_detail, weights_of
 
 ARMS = ("base", "rag", "both")
 EVEN = {"base": 0.5, "rag": 0.25, "both": 0.25}

@@ -20,9 +20,9 @@ from benchmarks.online_runs import (
     tenth,
 )
 from benchmarks.sequential import SHARES, offline, upper
-from graftwork.serving.experiment.log_row import LogRow
-from graftwork.serving.experiment.monitor import Monitor
-from graftwork.serving.experiment.online_rules import Guardrail, OnlineRules, weights_detail
+from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.monitor import Monitor
+from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules, weights_detail
 
 
 def monitor(**changes: Any) -> Monitor:

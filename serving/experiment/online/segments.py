@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork.serving.experiment.log_row import LogRow
+from graftwork.serving.experiment.online.log_row import LogRow
 from graftwork.storage import Store
 
 _NAME = re.compile(r"^(\d{6})-(\d{8})(?:-(\d{8}))?-(\d+)\.(jsonl|parquet)$")
@@ -106,7 +106,7 @@ class SegmentWriter:
 
     def merge(self) -> None:
         """Turn the JSON lines of each writer into one Parquet, once there are many."""
-        from graftwork.serving.experiment.log_reader import merged_parquet
+        from graftwork.serving.experiment.online.log_reader import merged_parquet
 
         for one in self._segments.leftovers():
             self._segments.remove(one)

@@ -13,12 +13,12 @@ from graftwork.report.online_records import (
     OnlineGuardrail,
     OnlinePoint,
 )
-from graftwork.serving.experiment.contrast import Contrast
-from graftwork.serving.experiment.log_columns import LogColumns, columns_of_batch
-from graftwork.serving.experiment.log_reader import ExperimentLog
-from graftwork.serving.experiment.monitor import Monitor
-from graftwork.serving.experiment.monitor_state import ContrastState, GuardrailState, MonitorState
-from graftwork.serving.experiment.online_rules import Guardrail, OnlineRules
+from graftwork.serving.experiment.online.contrast import Contrast
+from graftwork.serving.experiment.online.log_columns import LogColumns, columns_of_batch
+from graftwork.serving.experiment.online.log_reader import ExperimentLog
+from graftwork.serving.experiment.online.monitor import Monitor
+from graftwork.serving.experiment.online.monitor_state import ContrastState, GuardrailState, MonitorState
+from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules
 
 _EVENTS = 200
 """Events that a report holds at most."""

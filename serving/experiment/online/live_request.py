@@ -7,7 +7,7 @@ from contextlib import aclosing, contextmanager
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import Dump, Question
 from graftwork.serving.backend import Backend
-from graftwork.serving.experiment.live import LiveExperiment, Placed
+from graftwork.serving.experiment.online.live import LiveExperiment, Placed
 
 DISCONNECTED = "disconnected"
 """The caller left before the end: the arm's failure, as far as can be told."""

@@ -1,9 +1,9 @@
 """What the rows of a running experiment are scored and judged by, made from its spec."""
 
 from graftwork.errors import GraftworkError
-from graftwork.serving.experiment.experiment_spec import ExperimentSpec
-from graftwork.serving.experiment.log_row import LogRow
-from graftwork.serving.experiment.online_rules import Guardrail, OnlineRules
+from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules
+from graftwork.serving.experiment.online.spec import ExperimentSpec
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
 from graftwork.serving.experiment.scorers.reply import Reply
 from graftwork.serving.experiment.scorers.schema import AnswerSchema

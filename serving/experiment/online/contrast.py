@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from graftwork.serving.experiment.monitor_state import ContrastState
-from graftwork.serving.experiment.online_rules import OnlineRules
+from graftwork.serving.experiment.online.monitor_state import ContrastState
+from graftwork.serving.experiment.online.rules import OnlineRules
 from graftwork.stats import Floats, Verdict
 from graftwork.stats.aipw import PairScores, SplitScores, UnboundedSplitScores
 from graftwork.stats.confidence import AsymptoticSequence, BettingSequence, Evidence, units_to_show

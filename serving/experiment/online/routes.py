@@ -7,11 +7,11 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from graftwork.serving.admin import Route
-from graftwork.serving.experiment.experiment_spec import ArmName, Weight
-from graftwork.serving.experiment.experiments import Experiments
-from graftwork.serving.experiment.feedback import FeedbackRequest
-from graftwork.serving.experiment.live import LiveExperiment
-from graftwork.serving.experiment.status import status
+from graftwork.serving.experiment.online.experiments import Experiments
+from graftwork.serving.experiment.online.feedback import FeedbackRequest
+from graftwork.serving.experiment.online.live import LiveExperiment
+from graftwork.serving.experiment.online.spec import ArmName, Weight
+from graftwork.serving.experiment.online.status import status
 from graftwork.serving.openai_types import parse
 from graftwork.serving.request_body import read_body
 from graftwork.storage import NAME_PATTERN

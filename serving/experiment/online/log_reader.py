@@ -14,8 +14,8 @@ from pyarrow import json as arrow_json
 from pyarrow import parquet
 
 from graftwork.errors import StorageError
-from graftwork.serving.experiment.log_row import LogRow
-from graftwork.serving.experiment.segments import Segment, Segments, parquet_bytes
+from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.segments import Segment, Segments, parquet_bytes
 from graftwork.storage import Store
 
 SCHEMA = pa.schema([

@@ -18,18 +18,18 @@ from graftwork.errors import StorageError
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import Dump, Question
 from graftwork.serving.backend import Backend
-from graftwork.serving.experiment.assignment import Assigner, Drawn, key_of, reweigh, without
-from graftwork.serving.experiment.feedback import REMEMBERED, Answered, RecentAnswers
-from graftwork.serving.experiment.log_columns import columns_of_batch, columns_of_rows
-from graftwork.serving.experiment.log_reader import ExperimentLog, row_of
-from graftwork.serving.experiment.log_row import LogRow, Role
-from graftwork.serving.experiment.monitor import Monitor
-from graftwork.serving.experiment.monitor_state import MonitorState
-from graftwork.serving.experiment.record import Cut, ExperimentRecord, Records
-from graftwork.serving.experiment.recorder import Recorder
-from graftwork.serving.experiment.scoring import rules_of, scored, scorers_of
-from graftwork.serving.experiment.segments import Segments
-from graftwork.serving.experiment.shadow import Copy, ShadowQueue
+from graftwork.serving.experiment.online.assignment import Assigner, Drawn, key_of, reweigh, without
+from graftwork.serving.experiment.online.feedback import REMEMBERED, Answered, RecentAnswers
+from graftwork.serving.experiment.online.log_columns import columns_of_batch, columns_of_rows
+from graftwork.serving.experiment.online.log_reader import ExperimentLog, row_of
+from graftwork.serving.experiment.online.log_row import LogRow, Role
+from graftwork.serving.experiment.online.monitor import Monitor
+from graftwork.serving.experiment.online.monitor_state import MonitorState
+from graftwork.serving.experiment.online.record import Cut, ExperimentRecord, Records
+from graftwork.serving.experiment.online.recorder import Recorder
+from graftwork.serving.experiment.online.scoring import rules_of, scored, scorers_of
+from graftwork.serving.experiment.online.segments import Segments
+from graftwork.serving.experiment.online.shadow import Copy, ShadowQueue
 from graftwork.serving.spec import ArmSpec
 
 log = logging.getLogger("ray.serve")

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from graftwork.serving.experiment.log_columns import LogColumns
-from graftwork.serving.experiment.monitor_state import GuardrailState
-from graftwork.serving.experiment.online_rules import Guardrail
+from graftwork.serving.experiment.online.log_columns import LogColumns
+from graftwork.serving.experiment.online.monitor_state import GuardrailState
+from graftwork.serving.experiment.online.rules import Guardrail
 from graftwork.stats import Floats
 from graftwork.stats.betting import LimitTest
 from graftwork.stats.running import BLOCK

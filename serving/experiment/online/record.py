@@ -13,8 +13,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from graftwork.config import canonical_json
-from graftwork.serving.experiment.assignment import Range, first_ranges
-from graftwork.serving.experiment.experiment_spec import ExperimentSpec, identity_of
+from graftwork.serving.experiment.online.assignment import Range, first_ranges
+from graftwork.serving.experiment.online.spec import ExperimentSpec, identity_of
 from graftwork.serving.spec import ArmSpec
 from graftwork.storage import Store
 

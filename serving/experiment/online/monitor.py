@@ -9,13 +9,13 @@ import math
 
 import numpy as np
 
-from graftwork.serving.experiment.contrast import Contrast
-from graftwork.serving.experiment.guardrails import Watch, facts_of
-from graftwork.serving.experiment.log_columns import LogColumns, columns_of_rows, numbers_of
-from graftwork.serving.experiment.log_row import LogRow
-from graftwork.serving.experiment.monitor_state import ArmState, MonitorState
-from graftwork.serving.experiment.online_rules import Guardrail, OnlineRules
-from graftwork.serving.experiment.units import Entered, Units, shares
+from graftwork.serving.experiment.online.contrast import Contrast
+from graftwork.serving.experiment.online.guardrails import Watch, facts_of
+from graftwork.serving.experiment.online.log_columns import LogColumns, columns_of_rows, numbers_of
+from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.monitor_state import ArmState, MonitorState
+from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules
+from graftwork.serving.experiment.online.units import Entered, Units, shares
 from graftwork.stats import Floats
 from graftwork.stats.running import BLOCK, sums
 from graftwork.stats.sample_ratio import SampleRatio

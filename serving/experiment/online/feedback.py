@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from graftwork.serving.experiment.log_row import LogRow
+from graftwork.serving.experiment.online.log_row import LogRow
 
 if TYPE_CHECKING:
-    from graftwork.serving.experiment.live import LiveExperiment
+    from graftwork.serving.experiment.online.live import LiveExperiment
 
 REMEMBERED = 100_000
 """Answers that feedback can still come to, the latest of the endpoint."""

@@ -24,8 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from graftwork.serving.experiment.log_columns import LogColumns
-from graftwork.serving.experiment.online_rules import OnlineRules, weights_of
+from graftwork.serving.experiment.online.log_columns import LogColumns
+from graftwork.serving.experiment.online.rules import OnlineRules, weights_of
 
 GUARD_EVERY_S = 600.0
 """A unit enters an arm's guardrails once in this time: retries of one failing prompt are one observation."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from graftwork.serving.experiment.log_row import LogRow
-from graftwork.serving.experiment.online_rules import MEASURES, OnlineRules
+from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.rules import MEASURES, OnlineRules
 from graftwork.stats import Floats
 
 

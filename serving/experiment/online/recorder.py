@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from graftwork.errors import StorageError
-from graftwork.serving.experiment.log_row import LogRow
-from graftwork.serving.experiment.segments import Segments, SegmentWriter
+from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.segments import Segments, SegmentWriter
 
 log = logging.getLogger("ray.serve")
 MAX_BATCH = 2_000

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from graftwork.serving.arms import Dump
-from graftwork.serving.experiment.live import LiveExperiment, finite
+from graftwork.serving.experiment.online.live import LiveExperiment, finite
 from graftwork.serving.metrics_families import Family
 
 

@@ -13,12 +13,12 @@ from graftwork.serving.api_error import ApiError, as_api_errors, bad_request, un
 from graftwork.serving.arms import Dump
 from graftwork.serving.backend import Backend
 from graftwork.serving.catalog import Catalog
-from graftwork.serving.experiment.experiment_spec import ExperimentSpec, identity_of, require_weights
-from graftwork.serving.experiment.feedback import FeedbackRequest, RecentAnswers
-from graftwork.serving.experiment.live import LiveExperiment
-from graftwork.serving.experiment.live_request import LiveRequest
-from graftwork.serving.experiment.record import ExperimentRecord, Records, new_record
-from graftwork.serving.experiment.scoring import rules_of, scorers_of
+from graftwork.serving.experiment.online.feedback import FeedbackRequest, RecentAnswers
+from graftwork.serving.experiment.online.live import LiveExperiment
+from graftwork.serving.experiment.online.live_request import LiveRequest
+from graftwork.serving.experiment.online.record import ExperimentRecord, Records, new_record
+from graftwork.serving.experiment.online.scoring import rules_of, scorers_of
+from graftwork.serving.experiment.online.spec import ExperimentSpec, identity_of, require_weights
 from graftwork.serving.spec import ArmSpec
 from graftwork.storage import Store
 
