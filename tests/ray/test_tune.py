@@ -129,6 +129,7 @@ def test_ctrl_c_keeps_what_ended_and_a_rerun_continues(
     assert report.best == whole[1].best
 
 
+@pytest.mark.soak  # Ctrl-C, above, takes the same way back
 def test_kill_9_of_the_driver_repeats_no_finished_trial(
     whole: tuple[TuneSpec, TuneReport], local_ray: Session, inputs: Path, tmp_path: Path
 ) -> None:

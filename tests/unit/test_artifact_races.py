@@ -56,7 +56,7 @@ def test_racing_publishers_and_promoters_leave_one_valid_state(store: Store, tmp
 
 def test_a_promoter_and_a_remover_of_one_version_never_leave_a_dangling_alias(store: Store, folder: Path) -> None:
     ends = set()
-    for number in range(30):
+    for number in range(15):
         task = f"task{number}"
         version = artifact.publish(store, task, folder, **facts()).version
         promoted, removed = fork_race([partial(artifact.promote, store, task, "prod", version),
@@ -71,15 +71,16 @@ def test_a_promoter_and_a_remover_of_one_version_never_leave_a_dangling_alias(st
     assert ends <= {(True, False), (False, True), (False, False)}
 
 
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_publisher_killed_at_any_moment_leaves_nothing_visible_and_a_rerun_completes(
-    store: Store, folder: Path, tmp_path: Path
+    stride: int, store: Store, folder: Path, tmp_path: Path
 ) -> None:
     def publish(here: Store) -> artifact.AdapterManifest:
         return artifact.publish(here, "support", folder, **facts(), alias="latest")
 
     version = publish(store).version
     moments = {"nothing": 0, "version": 0, "version and alias": 0}
-    for moment in range(1, 200):
+    for moment in range(1, 200, stride):
         here = Store(str(tmp_path / f"root{moment}"))
         killed = die_at(moment, partial(publish, here))
         seen, pointed = artifact.list_adapters(here), artifact.aliases(here, "support")
@@ -97,7 +98,7 @@ def test_a_publisher_killed_at_any_moment_leaves_nothing_visible_and_a_rerun_com
         assert artifact.aliases(here, "support") == {"latest": made.version}
     assert not killed
     assert min(moments.values()) >= 1, moments
-    assert moments["nothing"] >= 8, moments
+    assert moments["nothing"] >= 8 // stride, moments
 
 
 def test_a_promoter_killed_at_any_moment_leaves_the_old_version_or_the_new(store: Store, tmp_path: Path) -> None:

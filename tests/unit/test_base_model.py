@@ -316,6 +316,16 @@ before = torch.compile
 import_bitsandbytes()
 assert torch.compile is before
 assert "torch._inductor" not in sys.modules, "bitsandbytes loaded the compiler"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.soak
+def test_what_bitsandbytes_meant_to_compile_is_compiled_when_it_is_called() -> None:
+    code = """
+import sys, torch
+from graftwork.base_model import import_bitsandbytes
+import_bitsandbytes()
 from bitsandbytes.backends.default import ops
 codes, scales, table = torch.arange(64, dtype=torch.uint8), torch.tensor([2.0]), torch.linspace(-1, 1, 256)
 args = codes, scales, table, 64, torch.float32

@@ -1,6 +1,7 @@
 """`graftwork experiment` against an endpoint over real HTTP: what a person types and reads, right and wrong."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,7 @@ def test_it_is_started_watched_ramped_and_stopped(url: str, file: Path) -> None:
         httpx.post(f"{url}/v1/feedback", json={"request_id": request_id, "scores": {"thumbs": number % 2}})
     (found,) = listed("status", str(file))
     assert sum(arm["answers"] for arm in found["arms"]) == 4
-    said = run("status", str(file))
-    assert "thumbs: b" in said
+    said = until_judged(file)
     assert "undecided" in said
     assert "0 dropped" in said
     assert "0.25" in run("ramp", str(file), "--weight", "a=0.75", "--weight", "b=0.25")
@@ -66,6 +66,15 @@ def test_it_is_started_watched_ramped_and_stopped(url: str, file: Path) -> None:
     assert "stopped" in run("stop", url)
     assert "cards: thumbs, split" in run("report", str(file), "--out", str(file.parent))
     assert (file.parent / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def until_judged(file: Path) -> str:
+    """What `status` says once the rows are written and judged, which is a moment after the answers."""
+    deadline = time.monotonic() + 60
+    while "thumbs: b" not in (said := run("status", str(file))):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.1)
+    return said
 
 
 @pytest.mark.parametrize(
