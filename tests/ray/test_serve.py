@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -422,16 +423,31 @@ def test_our_client_says_where_nothing_answers() -> None:
 
 
 def test_a_caller_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:
-    body = {"model": "base:card", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 900}
+    said = [{"role": "user", "content": "Hello"}]
+    body = {"model": "base:card", "messages": said, "max_tokens": 900, "ignore_eos": True}
     with endpoint.client() as client:
-        before = client.stats()["engine"]["finished"].get("cancelled", 0)
-        with httpx.stream(
-            "POST", f"{endpoint.url}/v1/chat/completions", json={**body, "stream": True}, headers=AUTH
-        ) as stream:
-            next(stream.iter_lines())
-        asyncio.run(go_away(endpoint, body, lambda: client.stats()["engine"]["running"] > 0))
-        until(lambda: client.stats()["engine"]["finished"].get("cancelled", 0) == before + 2)
-        assert client.stats()["engine"]["running"] == 0
+
+        def engine() -> dict[str, Any]:
+            found: dict[str, Any] = client.stats()["engine"]
+            return found
+
+        def of_stream() -> None:
+            whole = {**body, "stream": True}
+            with httpx.stream("POST", f"{endpoint.url}/v1/chat/completions", json=whole, headers=AUTH) as stream:
+                next(stream.iter_lines())
+
+        def of_whole() -> None:
+            asyncio.run(go_away(endpoint, body, lambda: engine()["running"] > 0))
+
+        def cancels(leave: Callable[[], None]) -> bool:
+            """False where the answer was whole before word of it came: so a busy machine needs another try."""
+            before = engine()["finished"].get("cancelled", 0)
+            leave()
+            until(lambda: engine()["running"] == 0)
+            return bool(engine()["finished"].get("cancelled", 0) == before + 1)
+
+        for leave in (of_stream, of_whole):
+            until(functools.partial(cancels, leave))
 
 
 async def go_away(endpoint: Endpoint, body: dict[str, Any], runs: Callable[[], bool]) -> None:
