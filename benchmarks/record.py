@@ -11,6 +11,8 @@ from graftwork.metrics import quantile
 from graftwork.provenance import collect
 
 RESULTS = Path(__file__).parent / "results"
+NEVER = 1e9
+"""Stands for what did not happen, where a figure is how long something took."""
 
 
 class Figure(TypedDict):

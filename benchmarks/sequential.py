@@ -34,7 +34,7 @@ from benchmarks.online_runs import (
     split_runs,
     tenth,
 )
-from benchmarks.record import Clock, Figure, figure, write
+from benchmarks.record import NEVER, Clock, Figure, figure, write
 from graftwork import stats
 from graftwork.stats import Floats
 
@@ -57,7 +57,7 @@ def rate(stops: Stops, within: int) -> Figure:
 
 def median(stops: Stops, unit: str) -> Figure:
     """Median stop over all runs; one that never stopped stands at the end."""
-    return figure([float(stop) for stop in np.minimum(stops, 10**9)], unit)
+    return figure([float(stop) for stop in np.minimum(stops, NEVER)], unit)
 
 
 def alike(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
@@ -206,7 +206,7 @@ def write_log(folder: Path, rows: int, size: int = 50_000) -> None:
 
 
 def _told(seen: Stopped, steps: int) -> dict[str, Any]:
-    return {"runs": len(seen.ours), "ours": share(seen.ours, steps), "median": float(np.median(seen.ours)),
+    return {"runs": len(seen.ours), "ours": share(seen.ours, steps), "median": min(float(np.median(seen.ours)), NEVER),
             "covered": 1 - float(np.mean(seen.missed)),
             "peers": {name: share(stops, steps) for name, stops in seen.peers.items()}}  # fmt: skip
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.goals import GOALS, Goal
-from benchmarks.record import RESULTS, Figure
+from benchmarks.record import NEVER, RESULTS, Figure
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks: python -m benchmarks.table --write -->", "<!-- /benchmarks -->"
@@ -58,7 +58,7 @@ def shown(table: Sequence[Row]) -> str:
     lines = ["| what | goal | measured | |", "|---|---|---|---|"]
     for row in table:
         sign = ">=" if row.goal.side == "at least" else "<="
-        lines.append(f"| {row.goal.text} | {sign} {row.goal.limit:g} | {_measured(row.found)} | {row.verdict} |")
+        lines.append(f"| {row.goal.text} | {sign} {_number(row.goal.limit)} | {_measured(row.found)} | {row.verdict} |")
     machines = dict.fromkeys(row.machine for row in table if row.machine)
     if machines:
         lines += ["", "Median (quartiles; n) on " + "; ".join(machines) + "."]
@@ -68,7 +68,14 @@ def shown(table: Sequence[Row]) -> str:
 def _measured(found: Figure | None) -> str:
     if found is None:
         return ""
-    return f"{found['value']:.3g} ({found['q1']:.3g} to {found['q3']:.3g}; {found['n']})"
+    value, q1, q3 = (_number(found[key]) for key in ("value", "q1", "q3"))
+    return f"{value} ({q1} to {q3}; {found['n']:,})"
+
+
+def _number(value: float) -> str:
+    if value >= NEVER:
+        return "never"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def inserted(text: str, table: str) -> str:
