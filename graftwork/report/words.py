@@ -17,7 +17,10 @@ def signed(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """A score, and what is within ±1, with two decimals; a larger measure with three digits, thousands separated."""
+    """What is within ±1 with two decimals, what would then be 0 (a price) with two digits; a larger measure with three,
+    thousands separated."""
+    if 0 < abs(value) < 0.001:
+        return f"{value:.2g}"
     if abs(value) <= 1:
         return score(value)
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -25,7 +28,9 @@ def number(value: float) -> str:
 
 def signed_number(value: float) -> str:
     """As `number`, with its sign."""
-    return signed(value) if abs(value) <= 1 else f"{'−' if value < 0 else '+'}{number(abs(value))}"
+    return (
+        signed(value) if 0.001 <= abs(value) <= 1 or value == 0 else f"{'−' if value < 0 else '+'}{number(abs(value))}"
+    )
 
 
 def numbers(low: float, high: float) -> str:
