@@ -122,7 +122,11 @@ def _log_of(spec: "ExperimentSpec") -> str:
     if not found:
         raise ConfigError(f"experiment {spec.name}", f"{spec.endpoint} knows none of this name", "",
                           "give the folder of its log: --log URI")  # fmt: skip
-    return str(found[0]["log"]["uri"])
+    runs, asked = found[0], {"mode": spec.mode, "control": spec.control, "primary": spec.primary.name}
+    if other := [f"{key}={runs[key]}" for key, value in asked.items() if runs[key] != value]:
+        raise ConfigError(f"experiment {spec.name}", f"it runs with {' and '.join(other)}, not as this file says", "",
+                          "report with the file that it was started with")  # fmt: skip
+    return str(runs["log"]["uri"])
 
 
 def _tell(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:

@@ -63,6 +63,8 @@ def test_it_is_started_watched_ramped_and_stopped(url: str, file: Path) -> None:
     assert "0.25" in run("ramp", str(file), "--weight", "a=0.75", "--weight", "b=0.25")
     assert listed("kill", url)["status"] == "killed"
     assert listed("resume", url, "--name", "cards")["status"] == "running"
+    with pytest.raises(ConfigError, match="it runs with control=a"):
+        run("report", str(file), "--set", "control=b")
     assert "stopped" in run("stop", url)
     assert "cards: thumbs, split" in run("report", str(file), "--out", str(file.parent))
     assert (file.parent / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")

@@ -166,9 +166,10 @@ def test_override_and_holdout_are_no_part_of_it() -> None:
 
 
 def test_rows_that_cannot_count_are_told() -> None:
-    rows = [answer(1, "rag", 1.5), answer(2, "other", 1.0), answer(3, "rag", 1.0, probability=None)]
+    rows = [answer(1, "rag", 1.5), answer(2, "other", 1.0), answer(3, "rag", 1.0, probability=None),
+            answer(4, "rag", 1.0, role="shadow", probability=None)]  # fmt: skip
     assert read(rows).left_out == {"chance of the arm not as planned": 1, "not of an arm": 1,
-                                   "score out of its range": 1}  # fmt: skip
+                                   "of a shadow, in a split": 1, "score out of its range": 1}  # fmt: skip
 
 
 def shadow(n: int, wins: float, losses: float, seed: int = 0) -> list[LogRow]:

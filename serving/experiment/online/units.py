@@ -103,6 +103,8 @@ class Units:
                 self._pair(entered, arm, key, rows.request_id[row], value)
             elif role == "primary":
                 self._drawn(entered, rows, row, arm, key, value)
+            else:
+                self._skip("of a shadow, in a split")
         return entered
 
     def close(self) -> Entered:
