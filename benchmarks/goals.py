@@ -61,8 +61,3 @@ GOALS = (
     Goal("sequential", "guard_false", "arms at the guardrail's limit that are cut by 4,000 requests", "at most", 0.01),
     Goal("sequential", "log_wall", "log of 1,000,000 rows to verdict and page, s", "at most", 10.0),
 )  # fmt: skip
-
-
-def of_benchmark(name: str) -> list[Goal]:
-    """The goals that one benchmark's figures are held against."""
-    return [goal for goal in GOALS if goal.benchmark == name]

@@ -59,6 +59,20 @@ ROUGE_1, ROUGE_2 = (
     for n, what in ((1, "words"), (2, "pairs of words"))
 )
 ROUGE_L = Metric("rouge_l", "F1", "higher", "graded", "F1 of the longest common subsequence of words, case ignored.")
+NATS = Metric(
+    "nats", "nats a token", "lower", "measure",
+    "Negative log-probability of a token of the right text as the answer, averaged over its tokens; e to this power is "
+    "the perplexity.",
+)  # fmt: skip
+CHOICE = Metric(
+    "choice", "share of questions", "higher", "binary",
+    "The right one of the choices has the highest mean log-probability a token. Nothing is generated.",
+)  # fmt: skip
+BIAS = Metric(
+    "bias", "-1 to 1", "lower", "graded",
+    "Share of answers that a stereotype has so, minus share of those against it; an unknown counts as neither. On "
+    "questions whose text does not tell, this is BBQ's ambiguous bias score.",
+)  # fmt: skip
 TTFT_MS = Metric("ttft_ms", "ms", "lower", "measure", "Time from the request to its first token.")
 LATENCY_MS = Metric("latency_ms", "ms", "lower", "measure", "Time from the request to its last token.")
 PROMPT_TOKENS = Metric("prompt_tokens", "tokens", "lower", "measure", "Tokens of the rendered prompt.")

@@ -6,7 +6,7 @@ from graftwork import config
 from graftwork.cli.output import JsonFlag, On, Sets, SpecFile, gib, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
-    from graftwork.report.records import PrecisionArm, QuantizeReport
+    from graftwork.report.quantize_records import PrecisionArm, QuantizeReport
 
 
 def quantize(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006

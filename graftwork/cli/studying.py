@@ -6,7 +6,7 @@ from graftwork import config
 from graftwork.cli.output import JsonFlag, On, Sets, SpecFile, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from graftwork.report.records import StudyClaim, StudyMeasure, StudyReport, StudyScore
+    from graftwork.report.study_records import StudyClaim, StudyMeasure, StudyReport, StudyScore
 
 
 def study(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006

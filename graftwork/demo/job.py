@@ -18,7 +18,8 @@ from graftwork.demo.specs import DemoSpecs, load_specs
 from graftwork.demo_spec import DemoSpec
 from graftwork.plan import StagePlan
 from graftwork.provenance import collect
-from graftwork.report.records import CompareReport, PlanRow, ReportInput, ServingRecord, StageTime, TrainRun, TuneRecord
+from graftwork.report.records import CompareReport, PlanRow, ServingRecord, StageTime, TrainRun, TuneRecord
+from graftwork.report.whole import ReportInput
 from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.experiment.run import CompareOutcome, run_compare
 from graftwork.storage import RunPaths, Store

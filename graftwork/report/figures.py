@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from graftwork.report import words
 from graftwork.report.plots import Line, Mark, Scale, interval_track, line_chart, pair_track, scatter, share_bar, ticks
+from graftwork.report.quantize_records import QuantizeReport
 from graftwork.report.records import (
     AdapterLatency,
     ArmCauses,
@@ -19,7 +20,6 @@ from graftwork.report.records import (
     Difference,
     Lift,
     PlanRow,
-    QuantizeReport,
     SampleAnswer,
     StageTime,
     SwapRecord,

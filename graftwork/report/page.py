@@ -11,7 +11,7 @@ from markupsafe import Markup
 from graftwork import __version__
 from graftwork.metrics import QUANTILE_RULE
 from graftwork.report import figures, online, study, words
-from graftwork.report.records import ReportInput
+from graftwork.report.whole import ReportInput
 from graftwork.storage import Store
 
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from graftwork.report import words
 from graftwork.report.figures import Tick
 from graftwork.report.plots import Mark, Scale, interval_track, ticks
-from graftwork.report.records import StudyClaim, StudyMeasure, StudyReport, StudyScore
+from graftwork.report.study_records import StudyClaim, StudyMeasure, StudyReport, StudyScore
 
 BADGES = {"reproduced": "better", "not reproduced": "worse", "undecided": "undecided"}
 """Outcome -> the page's colour for it."""

@@ -1,6 +1,6 @@
 """Intervals and tests of comparisons, on numpy and scipy.special alone; each is pinned in tests to another source."""
 
-from graftwork.stats.clusters import cluster_bootstrap, cluster_sign_flip
+from graftwork.stats.clusters import cluster_bootstrap, cluster_sign_flip, cluster_sums
 from graftwork.stats.families import benjamini_hochberg, holm, tied_sets
 from graftwork.stats.paired import (
     POWER,
@@ -19,6 +19,7 @@ from graftwork.stats.paired import (
     n_for_equivalence,
     n_for_graded,
     newcombe_paired,
+    newcombe_scores,
     sign_flip,
     wilson,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "bradley_terry",
     "cluster_bootstrap",
     "cluster_sign_flip",
+    "cluster_sums",
     "decide",
     "equivalent",
     "holm",
@@ -48,6 +50,7 @@ __all__ = [
     "n_for_equivalence",
     "n_for_graded",
     "newcombe_paired",
+    "newcombe_scores",
     "sign_flip",
     "tied_sets",
     "wilson",

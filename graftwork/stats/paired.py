@@ -72,6 +72,12 @@ def newcombe_paired(both: int, only_a: int, only_b: int, neither: int, alpha: fl
     return Interval(max(-1.0, a - b - down), min(1.0, a - b + up))
 
 
+def newcombe_scores(a: Floats, b: Floats, alpha: float = 0.05) -> Interval:
+    """As `newcombe_paired`, from the scores (0 or 1) of both on each question."""
+    both, only_a, only_b = (int(np.sum(mask)) for mask in ((a > 0) & (b > 0), a > b, a < b))
+    return newcombe_paired(both, only_a, only_b, len(a) - both - only_a - only_b, alpha)
+
+
 def bca_mean(values: Floats, alpha: float = 0.05, *, lowest: float, seed: int, resamples: int = RESAMPLES) -> Interval:
     """Interval of the mean of scores (`lowest=0`) or of differences (`lowest=-1`), at most 1.
 

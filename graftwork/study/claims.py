@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from graftwork import stats
-from graftwork.report.records import StudyClaim
+from graftwork.report.study_records import StudyClaim
 from graftwork.stats import Floats, Interval
 from graftwork.study.scores import Scores, mean_interval
 from graftwork.study.spec import ClaimSpec, StudySpec
@@ -57,9 +57,7 @@ class _Test:
         if self.name == "welch":
             return welch(self.a, self.b, alpha)[0]
         if self.name == "mcnemar-exact":
-            both, only_a, only_b = (int(np.sum(mask)) for mask in ((self.a > 0) & (self.b > 0), self.a > self.b,
-                                                                   self.a < self.b))  # fmt: skip
-            return stats.newcombe_paired(both, only_a, only_b, len(self.a) - both - only_a - only_b, alpha)
+            return stats.newcombe_scores(self.a, self.b, alpha)
         return mean_interval(self.a - self.b, alpha, lowest=-1.0, several=self.several, seed=self.seed)
 
     def detects(self, alpha: float) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from graftwork.report import words
-from graftwork.report.records import StudyClaim, StudyMeasure, StudyReport
+from graftwork.report.study_records import StudyClaim, StudyMeasure, StudyReport
 
 _INTRODUCTION = """# Studies
 

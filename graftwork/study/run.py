@@ -14,7 +14,9 @@ from graftwork.cluster.session import Session
 from graftwork.demo.records import base_name, train_run
 from graftwork.errors import ConfigError
 from graftwork.provenance import collect
-from graftwork.report.records import ReportInput, StageTime, StudyAdapter, StudyReport, TrainRun
+from graftwork.report.records import StageTime, TrainRun
+from graftwork.report.study_records import StudyAdapter, StudyReport
+from graftwork.report.whole import ReportInput
 from graftwork.storage import RunPaths, Store
 from graftwork.study.claims import judge
 from graftwork.study.measure import Measured, check_measure, run_measure

@@ -31,11 +31,8 @@ class Scores:
 
     def per_unit(self, arm: str, metric: str) -> Floats:
         """Mean score of each unit, in the order in which they first come."""
-        position = {unit: n for n, unit in enumerate(dict.fromkeys(self.units))}
-        at = np.array([position[unit] for unit in self.units])
-        sums = np.bincount(at, weights=self.values[arm][metric])
-        means: Floats = sums / np.bincount(at)
-        return means
+        sums, sizes = stats.cluster_sums(self.values[arm][metric], self.units)
+        return sums / sizes
 
     @property
     def several(self) -> bool:

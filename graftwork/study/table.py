@@ -6,28 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from graftwork import stats
-from graftwork.metrics import SCORES, Metric, signature
-from graftwork.report.records import MetricInfo, StudyClaim, StudyMeasure, StudyScore
+from graftwork.metrics import BIAS, CHOICE, NATS, SCORES, Metric, signature
+from graftwork.report.records import MetricInfo
+from graftwork.report.study_records import StudyClaim, StudyMeasure, StudyScore
 from graftwork.serving.experiment.compare import arm_kind
 from graftwork.serving.spec import ArmSpec
 from graftwork.study.measure import Measured
 from graftwork.study.scores import mean_interval
 from graftwork.study.spec import StudySpec
 
-NATS = Metric(
-    "nats", "nats a token", "lower", "measure",
-    "Negative log-probability of a token of the right text as the answer, averaged over its tokens; e to this power is "
-    "the perplexity.",
-)  # fmt: skip
-CHOICE = Metric(
-    "choice", "share of questions", "higher", "binary",
-    "The right one of the choices has the highest mean log-probability a token. Nothing is generated.",
-)  # fmt: skip
-BIAS = Metric(
-    "bias", "-1 to 1", "lower", "graded",
-    "Share of answers that a stereotype has so, minus share of those against it; an unknown counts as neither. On "
-    "questions whose text does not tell, this is BBQ's ambiguous bias score.",
-)  # fmt: skip
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (*SCORES, NATS, CHOICE, BIAS)}
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from graftwork.config import canonical_json
 from graftwork.data import Row
 from graftwork.errors import DataError, RunError
 from graftwork.serving.experiment.answers import question
+from graftwork.serving.experiment.lines import append_line, whole_lines
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import Floats
 
@@ -67,12 +67,8 @@ def read_weighed(path: Path) -> dict[str, Weighed]:
     """Recorded likelihoods by key. A line torn by a crash is cut off, and weighed again. Raises DataError."""
     if not path.exists():
         return {}
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
     try:
-        found = [Weighed.model_validate_json(line) for line in content[:whole].splitlines()]
+        found = [Weighed.model_validate_json(line) for line in whole_lines(path)]
     except ValidationError as error:
         raise DataError(f"{path}", error.errors()[0]["msg"], "a line is the likelihoods of one question as JSON",
                         "remove the file: its questions are weighed again") from None  # fmt: skip
@@ -94,8 +90,7 @@ async def weigh_all(
                                f"one for each of {len(choices.texts)} choices")  # fmt: skip
             record = Weighed(key=key, logprobs=tuple(float(one["logprob"]) for one in told),
                              tokens=tuple(int(one["tokens"]) for one in told))  # fmt: skip
-            with path.open("a", encoding="utf-8") as file:
-                file.write(record.model_dump_json() + "\n")
+            append_line(path, record)
             done += 1
             on_progress(done)
 

@@ -5,7 +5,6 @@ quantisation, limits, question). A changed arm or question has another key, so n
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 from graftwork.config import canonical_json
 from graftwork.data import Row
-from graftwork.errors import DataError, StorageError
+from graftwork.errors import DataError
+from graftwork.serving.experiment.lines import whole_lines
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
@@ -123,7 +123,7 @@ def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> Answers:
     if not path.exists():
         return Answers()
     found, stale = [], 0
-    for number, line in enumerate(_whole_lines(path), start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             answer = Answer.model_validate_json(line)
         except pydantic.ValidationError as error:
@@ -134,22 +134,3 @@ def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> Answers:
         else:
             stale += 1
     return Answers(found, stale)
-
-
-def append_answer(path: Path, answer: Answer) -> None:
-    """One line, written by one call, so that a reader and a second writer see it whole. Raises StorageError."""
-    line = answer.model_dump_json().encode() + b"\n"
-    try:
-        with path.open("ab", buffering=0) as file:
-            file.write(line)
-    except OSError as error:
-        raise StorageError(f"answers {path}", f"cannot be written ({error.strerror})", "",
-                           "free space or choose another root; the rerun continues") from error  # fmt: skip
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    return content[:whole].splitlines()

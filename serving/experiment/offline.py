@@ -8,7 +8,8 @@ from typing import Any
 
 from graftwork.data import Row
 from graftwork.errors import DataError, GraftworkError, RunError
-from graftwork.serving.experiment.answers import Answer, Answers, answer_key, append_answer, question, read_answers
+from graftwork.serving.experiment.answers import Answer, Answers, answer_key, question, read_answers
+from graftwork.serving.experiment.lines import append_line
 from graftwork.serving.experiment.scorers.choice import Choice
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
@@ -193,7 +194,7 @@ class _Run:
 
     def _record_held(self) -> None:
         for answer in self.held:
-            append_answer(self.path, answer)
+            append_line(self.path, answer)
             self.answers.add(answer)
         self.held.clear()
 

@@ -14,7 +14,8 @@ from graftwork.data import Row, read_fields, read_rows
 from graftwork.errors import ConfigError
 from graftwork.provenance import collect
 from graftwork.report import BuiltReport, build
-from graftwork.report.records import CompareReport, DecisionCard, JudgeReport, ReportInput
+from graftwork.report.records import CompareReport, DecisionCard, JudgeReport
+from graftwork.report.whole import ReportInput
 from graftwork.serving.app import Endpoint
 from graftwork.serving.experiment.answers import Answers
 from graftwork.serving.experiment.compare import compare, primary_metric, score_arms

@@ -213,8 +213,7 @@ def _p_value(sample: _Sample, seed: int) -> float:
 def _interval(sample: _Sample, a: Floats, b: Floats, alpha: float, seed: int) -> Interval:
     if sample.method != "newcombe-10":
         return sample.interval(alpha, seed)
-    both, only_a, only_b = (int(np.sum(mask)) for mask in ((a > 0) & (b > 0), a > b, a < b))
-    return stats.newcombe_paired(both, only_a, only_b, len(a) - both - only_a - only_b, alpha)
+    return stats.newcombe_scores(a, b, alpha)
 
 
 def _detectable(sample: _Sample, margin: float, alpha: float) -> tuple[float, int]:

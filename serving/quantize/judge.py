@@ -12,7 +12,8 @@ import numpy as np
 from graftwork import metrics
 from graftwork.data import Row, fingerprint
 from graftwork.metrics import Distribution, distribution
-from graftwork.report.records import Difference, PrecisionArm, PrecisionFacts, PrecisionRow, QuantizeReport
+from graftwork.report.quantize_records import PrecisionArm, PrecisionFacts, PrecisionRow, QuantizeReport
+from graftwork.report.records import Difference
 from graftwork.serving.experiment.scorers.fields import Key, Scores, score
 from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, arm_score, family

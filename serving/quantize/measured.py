@@ -1,7 +1,7 @@
 """What one process measures of one precision: the record that it leaves in the run's folder."""
 
+from graftwork.report.quantize_records import PrecisionFacts
 from graftwork.report.record import Record
-from graftwork.report.records import PrecisionFacts
 from graftwork.serving.quantize.spec import Precision
 
 

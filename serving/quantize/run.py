@@ -16,7 +16,7 @@ from graftwork.data import Row, read_rows, read_text
 from graftwork.errors import ConfigError, DataError, GraftworkError, RunError
 from graftwork.provenance import collect
 from graftwork.report import BuiltReport, ReportInput, build
-from graftwork.report.records import QuantizeReport
+from graftwork.report.quantize_records import QuantizeReport
 from graftwork.serving.app import require_resources
 from graftwork.serving.experiment.offline import check_ids
 from graftwork.serving.experiment.scorers.schema import AnswerSchema

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from graftwork import metrics
+from graftwork.report.record import Record
 from graftwork.report.records import Difference, Score
 from graftwork.retrieval import Hit
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, arm_score, family
@@ -19,10 +19,8 @@ DECIDES = metrics.HIT
 _SIMPLEST = "lexical"
 
 
-class RetrieverReport(BaseModel):
+class RetrieverReport(Record):
     """One retriever over all questions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     scores: dict[str, Score]
@@ -31,10 +29,8 @@ class RetrieverReport(BaseModel):
     ms_p99: float | None
 
 
-class RagReport(BaseModel):
+class RagReport(Record):
     """What `graftwork rag eval` found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     version: str

@@ -9,7 +9,7 @@ import yaml
 
 from graftwork.cluster.session import Session
 from graftwork.errors import ArtifactError
-from graftwork.report.records import StudyReport
+from graftwork.report.study_records import StudyReport
 from graftwork.storage import Store
 from graftwork.study.run import check_study, run_study
 from graftwork.study.spec import StudySpec

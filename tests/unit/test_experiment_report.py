@@ -1,5 +1,6 @@
 """A log on disk -> verdict, page and JSON: the same bytes however it is cut, and what is wrong with it is said."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,9 @@ guardrails: [{kind: errors, limit: 0.05}]
 def rows(n: int, gain: float = 0.15, failing: float = 0.01) -> list[LogRow]:
     """A start, and units with an answer each."""
     rng = np.random.default_rng(0)
-    found = [LogRow(kind="event", experiment="e", at=0.0, event="start", detail=weights_detail(RULES.weights))]
+    found = [
+        LogRow(kind="event", experiment="e", at=0.0, event="start", detail=json.dumps(weights_detail(RULES.weights)))
+    ]
     for k in range(n):
         arm = "rag" if rng.random() < 0.5 else "base"
         failed = arm == "rag" and rng.random() < failing

@@ -1,5 +1,6 @@
 """What an experiment's log says, row by row: verdicts, blocks, cuts, and the same bits however the log is cut."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_a_ramp_is_allowed_for() -> None:
         if k in (0, 2000):
             event = "start" if k == 0 else "ramp"
             share = 0.1 if early else 0.5
-            told = weights_detail({"base": 1 - share, "rag": share})
+            told = json.dumps(weights_detail({"base": 1 - share, "rag": share}))
             rows.append(LogRow(kind="event", experiment="e", at=float(k), event=event, detail=told))
         rows.append(answer(k, arm, float(rng.random() < (0.9 if early else 0.3)), probability=chance))
     state = read(rows, rules(weights={"base": 0.9, "rag": 0.1}))
@@ -247,7 +248,7 @@ def mixed(n: int, seed: int) -> list[LogRow]:
     rng, rows = np.random.default_rng(seed), []
     for k in range(n):
         if k == n // 2:
-            detail = weights_detail({"base": 0.3, "rag": 0.7})
+            detail = json.dumps(weights_detail({"base": 0.3, "rag": 0.7}))
             rows.append(LogRow(kind="event", experiment="e", at=float(k), event="ramp", detail=detail))
         unit = int(rng.integers(0, n // 2))
         arm, chance = ("rag", 0.5) if unit % 2 else ("base", 0.5)

@@ -1,5 +1,6 @@
 """Rules of an online experiment: what stands is taken, what does not is refused with the reason."""
 
+import json
 from typing import Any
 
 import pytest
@@ -50,8 +51,8 @@ def test_guardrails_that_cannot_be_are_refused(guardrail: dict[str, Any], said: 
 
 
 def test_weights_travel_in_an_event() -> None:
-    assert weights_of(weights_detail(EVEN), ARMS) == EVEN
+    assert weights_of(json.dumps(weights_detail(EVEN)), ARMS) == EVEN
     assert weights_of(None, ARMS) is None
     assert weights_of("by hand", ARMS) is None
     with pytest.raises(ConfigError, match="one weight"):
-        weights_of(weights_detail({"base": 1.0}), ARMS)
+        weights_of(json.dumps(weights_detail({"base": 1.0})), ARMS)

@@ -1,5 +1,6 @@
 """The simulations behind the goals: they are the monitor's own numbers, and hold what they promise."""
 
+import json
 import math
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_simulated_splits_stop_where_the_monitor_decides(plan: Any) -> None:
         for step in range(300):
             if chance[step] != now:
                 now = chance[step]
-                detail = weights_detail({"base": 1 - now, "rag": now})
+                detail = json.dumps(weights_detail({"base": 1 - now, "rag": now}))
                 watched.add(LogRow(kind="event", experiment="e", at=float(step), event="ramp", detail=detail))
             arm, likely = ("rag", now) if treated[step] else ("base", 1 - now)
             watched.add(answer(step, arm, outcome[step], probability=likely))

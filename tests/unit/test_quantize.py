@@ -13,7 +13,8 @@ from graftwork import config, stats
 from graftwork.data import Row
 from graftwork.errors import ConfigError
 from graftwork.report import ReportInput, render_html
-from graftwork.report.records import Difference, QuantizeReport
+from graftwork.report.quantize_records import QuantizeReport
+from graftwork.report.records import Difference
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, contrast
 from graftwork.serving.quantize.judge import judge
 from graftwork.serving.quantize.measured import Measured, MeasuredArm, Said

@@ -16,7 +16,7 @@ from graftwork.cli.studying import show_study
 from graftwork.data import Row
 from graftwork.errors import ConfigError, DataError, RunError, UserError
 from graftwork.report import ReportInput, render_html
-from graftwork.report.records import StudyReport
+from graftwork.report.study_records import StudyReport
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import Interval
 from graftwork.study.claims import judge, outcome_of, welch

@@ -1,6 +1,7 @@
 """The log of an experiment -> `ExperimentReport`, in one pass that holds one batch at a time. Runs in the driver."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from graftwork.metrics import signature
@@ -116,9 +117,7 @@ def _contrast(one: ContrastState, contrast: Contrast, rules: OnlineRules) -> Onl
     path = tuple(OnlinePoint(n=n, estimate=estimate, low=low, high=high)
                  for n, estimate, low, high in map(contrast.scaled, contrast.history))  # fmt: skip
     return OnlineContrast(
-        arm=one.arm, control=one.control, n=one.n, estimate=one.estimate, low=one.low, high=one.high, level=one.level,
-        e_value=one.e_value, verdict=one.verdict, n_needed=one.n_needed, sentence=_says(one, rules), path=path,
-        signature=signature(rules.metric, one.n, recipe),
+        **asdict(one), sentence=_says(one, rules), path=path, signature=signature(rules.metric, one.n, recipe),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from graftwork.serving.experiment.online.feedback import FeedbackRequest, Recent
 from graftwork.serving.experiment.online.live import LiveExperiment
 from graftwork.serving.experiment.online.live_request import LiveRequest
 from graftwork.serving.experiment.online.record import ExperimentRecord, Records, new_record
+from graftwork.serving.experiment.online.rules import weights_detail
 from graftwork.serving.experiment.online.scoring import rules_of, scorers_of
 from graftwork.serving.experiment.online.spec import ExperimentSpec, identity_of, require_weights
 from graftwork.serving.spec import ArmSpec
@@ -51,7 +52,7 @@ class Experiments:
             for record in found:  # oldest first: the latest of a name is the one that answers
                 self._take_up(record)
                 if record.status in ("running", "killed"):
-                    self._by_name[record.spec.name].tell("resume", {"weights": record.weights})
+                    self._by_name[record.spec.name].tell("resume", weights_detail(record.weights))
             self._opened = True
 
     async def close(self) -> None:
@@ -92,7 +93,7 @@ class Experiments:
         with as_api_errors():
             await asyncio.to_thread(self._records.save, record)
         live = self._take_up(record)
-        live.tell("start", {"weights": record.weights, "spec": spec.model_dump(mode="json")})
+        live.tell("start", {**weights_detail(record.weights), "spec": spec.model_dump(mode="json")})
         return live
 
     async def ramp(self, name: str, weights: dict[str, float]) -> LiveExperiment:

@@ -27,6 +27,7 @@ from graftwork.serving.experiment.online.monitor import Monitor
 from graftwork.serving.experiment.online.monitor_state import MonitorState
 from graftwork.serving.experiment.online.record import Cut, ExperimentRecord, Records
 from graftwork.serving.experiment.online.recorder import Recorder
+from graftwork.serving.experiment.online.rules import weights_detail
 from graftwork.serving.experiment.online.scoring import rules_of, scored, scorers_of
 from graftwork.serving.experiment.online.segments import Segments
 from graftwork.serving.experiment.online.shadow import Copy, ShadowQueue
@@ -153,7 +154,7 @@ class LiveExperiment:
         for arm in sorted(self.record.cut_arms):
             weights = without(weights, arm, self.record.spec.control)
         ranges = reweigh(self.record.ranges, weights)
-        await self.change("ramp", {"weights": weights}, weights=weights, ranges=ranges, **changes)
+        await self.change("ramp", weights_detail(weights), weights=weights, ranges=ranges, **changes)
 
     async def cut(self, arm: str, why: Dump) -> None:
         """Take an arm out."""
@@ -166,7 +167,7 @@ class LiveExperiment:
         log.warning("experiment %s: arm %s is cut: %s", record.id, arm, why)
         await self.change("cut", {"arm": arm, **why}, cuts=cuts, weights=weights, ranges=ranges)
         if weights != record.weights:
-            self.tell("ramp", {"weights": weights})
+            self.tell("ramp", weights_detail(weights))
 
     async def _end_when_stale(self) -> None:
         if self._other_base is None or self.record.status != "running":

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from graftwork.errors import ConfigError
 
@@ -115,9 +115,9 @@ def check_weights(weights: Mapping[str, float], arms: tuple[str, ...]) -> None:
                           "give every arm its weight; 0 switches it off")  # fmt: skip
 
 
-def weights_detail(weights: Mapping[str, float]) -> str:
-    """`detail` of a `start` or `ramp` event: the weights from then on."""
-    return json.dumps({"weights": dict(weights)}, sort_keys=True)
+def weights_detail(weights: Mapping[str, float]) -> dict[str, Any]:
+    """What the `detail` (JSON) of a `start` or `ramp` event holds: the weights from then on."""
+    return {"weights": dict(weights)}
 
 
 def weights_of(detail: str | None, arms: tuple[str, ...]) -> dict[str, float] | None:
