@@ -97,9 +97,7 @@ def measure(base: str, setting: Setting) -> dict[str, float]:
 
     rng = np.random.default_rng(0)
     rows = [(rng.integers(3, 400, n).tolist(), [False] * (n - n // 2) + [True] * (n // 2)) for n in lengths(setting)]
-    data = PreparedData(
-        train=TokenRows.of(rows), eval=None, dropped=0, dropped_eval=0, pad_id=2, fingerprint="", one_turn=False
-    )
+    data = PreparedData(train=TokenRows.of(rows), eval=None, dropped=0, dropped_eval=0, pad_id=2, fingerprint="")
     seconds: list[float] = []
 
     def report(step: StepReport) -> bool:

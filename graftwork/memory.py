@@ -11,7 +11,7 @@ from graftwork.base_model import QuantSpec
 from graftwork.embedding import EmbedderShape
 from graftwork.model_shape import ModelShape
 from graftwork.serving.spec import EngineSpec
-from graftwork.training.spec import LoraSpec, TrainSpec
+from graftwork.training.spec import LoraSpec, TrainSpec, as_lora
 
 MIB = 2**20
 GIB = 2**30
@@ -137,8 +137,9 @@ def predict_training(
     rows = rows or RowSizes.at_most(spec.max_length)
     passed = micro_batch(spec)
     tokens, scored = passed * rows.longest, passed * rows.longest_trained
-    adapter = model.adapter_params(spec.adapter.rank, spec.adapter.targets) * FP32
-    block = saved_bytes(model, spec.adapter, rows.longest, value_bytes=value_bytes)
+    lora = as_lora(spec.adapter, "memory of a training worker")
+    adapter = model.adapter_params(lora.rank, lora.targets) * FP32
+    block = saved_bytes(model, lora, rows.longest, value_bytes=value_bytes)
     activations = tokens * (block * model.layers + 2 * model.hidden * value_bytes)
     logits = LOGIT_COPIES * scored * model.vocab * FP32
     resident = {"process": PROCESS_BYTES, "base weights": weight_bytes(model, spec.quant, value_bytes)}

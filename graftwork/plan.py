@@ -15,7 +15,7 @@ from graftwork.machine import Speed, available_memory, cores, measure_speed
 from graftwork.memory import FP32, GIB, MIB, MemoryPlan, RowSizes, micro_batch, predict_serving, predict_training
 from graftwork.model_shape import ModelShape
 from graftwork.serving.spec import EngineSpec
-from graftwork.training.spec import TrainSpec
+from graftwork.training.spec import TrainSpec, as_lora
 
 TRAIN_EFFICIENCY = 0.70
 """Of the probe's rate, in a training step: smaller products, element-wise work, autograd."""
@@ -123,7 +123,8 @@ class Machine:
 
 def training_flops(spec: TrainSpec, model: ModelShape, tokens: float, scored: float, row: float) -> float:
     """Operations of a forward and a backward pass over `tokens` tokens in rows of `row`, `scored` of them scored."""
-    adapter = model.adapter_params(spec.adapter.rank, spec.adapter.targets)
+    lora = as_lora(spec.adapter, "seconds of a step")
+    adapter = model.adapter_params(lora.rank, lora.targets)
     attention = model.layers * 14 * row * model.q_size  # 4 forward; backward 10, as it computes the scores again
     return tokens * (4 * model.linear_params + 6 * adapter + attention) + scored * 4 * model.head_params
 
@@ -135,7 +136,8 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     flops = training_flops(spec, model, tokens, per_worker * rows.mean_trained, rows.mean)
     passes = per_worker / micro_batch(spec)
     unpack_s = 2 * passes * model.linear_params / UNPACK_PER_S if spec.quant.kind == "nf4" else 0.0
-    inputs = sum(linear.inputs for linear in model.targets(spec.adapter.targets)) if spec.adapter.dropout else 0
+    lora = as_lora(spec.adapter, "seconds of a step")
+    inputs = sum(linear.inputs for linear in model.targets(lora.targets)) if lora.dropout else 0
     dropout_s = tokens * model.layers * inputs / DROPPED_PER_S
     return (machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s) / machine.pace(
         processes, spec.cpus_per_worker

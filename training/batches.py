@@ -1,24 +1,16 @@
 """Which rows each step, worker and forward pass sees. Pure functions of lengths and seed, so any step can be redone.
 
 Legend: S steps, R rows a step (all workers), W workers, G forward passes a step on one worker, M rows a pass,
-N rows of the set, B rows of a batch, T tokens of its longest row.
+N rows of the set.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from graftwork.training.data import TokenRows
 from graftwork.training.spec import OptimSpec
-
-if TYPE_CHECKING:
-    import torch
-
-IGNORED = -100  # torch's cross-entropy leaves these targets out
 
 
 @dataclass(frozen=True)
@@ -61,19 +53,3 @@ def _dealt(rows_R: NDArray[np.int64], lengths_N: NDArray[np.int64], world: int, 
     passes_GWM = by_length.reshape(-1, world, micro)
     passes_GWM[1::2] = passes_GWM[1::2, ::-1].copy()
     return passes_GWM.reshape(-1)
-
-
-def collate(rows: TokenRows, indices: Sequence[int], pad_id: int) -> dict[str, "torch.Tensor"]:
-    """Input ids, attention mask and labels (B, T), padded on the right to the batch's longest row."""
-    import torch
-
-    width = int(max(rows.lengths_N[i] for i in indices))
-    ids_BT = torch.full((len(indices), width), pad_id, dtype=torch.long)
-    mask_BT = torch.zeros((len(indices), width), dtype=torch.long)
-    labels_BT = torch.full((len(indices), width), IGNORED, dtype=torch.long)
-    for place, index in enumerate(indices):
-        ids, trained = rows.row(int(index))
-        ids_BT[place, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-        mask_BT[place, : len(ids)] = 1
-        labels_BT[place, : len(ids)] = torch.from_numpy(np.where(trained, ids, IGNORED).astype(np.int64))
-    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from graftwork import base_model
 from graftwork.errors import StorageError
@@ -37,17 +38,17 @@ def run_steps(job: TrainJob, report: Report) -> LoopResult:
         import torch
 
         base_model.import_bitsandbytes()
-        from graftwork.training import sft  # the slow imports of a worker: 5 to 10 s
+        from graftwork.training.objectives import build  # the slow imports of a worker: 5 to 10 s
+        from graftwork.training.objectives.setting import Setting
         from graftwork.training.watch import Watch
 
         torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
         base = base_model.resolve(spec.base)
         loaded = base_model.load(base, spec.quant, device=_device(spec), purpose="train")
         watch = Watch(job, plan, log, report, before_s=start.elapsed_s if start else 0.0)
-        trainer = sft.build_trainer(spec, job.data, plan, base, loaded, folder, watch)
-        watch.trainer = trainer
-        if start is None and spec.init_from is not None:
-            sft.take_weights(trainer.model, adapter_folder(spec))
+        model = _with_adapter(spec, loaded, fresh=start is None)
+        training = build(Setting(job, plan, base, model, folder, watch))
+        watch.training, trainer = training, training.trainer
         notes = (loaded.reason, f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}")
         trainer.train(resume_from_checkpoint=str(Checkpoints(job.run).fetch(start.step)) if job.run and start else None)
     return _result(log, trainer.state.global_step, watch.elapsed_s(), stopped=watch.stopped, notes=notes)
@@ -56,6 +57,19 @@ def run_steps(job: TrainJob, report: Report) -> LoopResult:
 def plan_of(job: TrainJob, world: int) -> StepPlan:
     """The rows of every step of a job on `world` workers."""
     return step_plan(job.data.train.lengths_N, job.spec.optim, job.spec.seed, world, job.max_steps)
+
+
+def _with_adapter(spec: TrainSpec, loaded: base_model.LoadedBase, *, fresh: bool) -> Any:
+    """The base with the spec's adapter: random by the seed, or a published one's weights."""
+    from transformers import set_seed
+
+    from graftwork.training.adapters.attach import attach, take_weights
+
+    set_seed(spec.seed)
+    model = attach(loaded.model, spec.adapter)
+    if fresh and spec.init_from is not None:
+        take_weights(model, adapter_folder(spec))
+    return model
 
 
 def _agreed_start(job: TrainJob, rank: int, world: int) -> CheckpointMark | None:

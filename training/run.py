@@ -170,15 +170,8 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         eval_loss=result.eval_loss,
         peak_rss_bytes_per_worker=result.peak_rss_bytes_per_worker,
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
-        notes=(*result.notes, *_left_out(run)),
+        notes=(*result.notes, *run.data.notes),
     )
-
-
-def _left_out(run: Run) -> tuple[str, ...]:
-    if not run.data.left_out or run.spec.data.context is None:
-        return ()
-    room = run.spec.data.context.context_tokens
-    return (f"{run.data.left_out} passages left out (no room in data.context.context_tokens={room})",)
 
 
 def _publish(run: Run, result: LoopResult) -> artifact.AdapterManifest:

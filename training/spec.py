@@ -9,20 +9,11 @@ from graftwork.chat import PromptSpec
 from graftwork.config import Spec
 from graftwork.data import DataSpec
 from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
+from graftwork.training.adapter_spec import AdapterSpec, LoraSpec, as_lora, with_kind
+from graftwork.training.objective_spec import ObjectiveSpec, SftSpec
+from graftwork.training.strategy_spec import StrategySpec
 
-
-class LoraSpec(Spec):
-    """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685), attached and exported by PEFT."""
-
-    kind: Literal["lora"] = "lora"
-    rank: int = Field(default=16, ge=1, le=256)
-    """Inner dimension r of the update B·A."""
-    alpha: float = Field(default=32.0, gt=0)
-    """Scale: the update is multiplied by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input while training."""
-    targets: Literal["all-linear", "attention", "mlp"] = "all-linear"
-    """Which linear layers get an adapter; the head never does."""
+__all__ = ["AdapterSpec", "LoraSpec", "ObjectiveSpec", "OptimSpec", "StrategySpec", "TrainSpec", "as_lora"]
 
 
 class OptimSpec(Spec):
@@ -42,6 +33,8 @@ class OptimSpec(Spec):
     """Rows per optimizer step over all workers: constant when the number of workers changes."""
     micro_batch: int = Field(default=4, ge=1)
     """Most rows per forward pass on one worker: the largest divisor of its rows a step; the rest accumulates."""
+    gradient_checkpointing: bool = False
+    """Keep only each block's input and compute the block again in the backward pass: less memory, a third more time."""
 
 
 class TrainSpec(Spec):
@@ -60,8 +53,10 @@ class TrainSpec(Spec):
     """Longest row in tokens."""
     too_long: Literal["drop", "refuse"] = "drop"
     """A longer row is dropped and counted, or refused before anything starts. Never cut."""
-    adapter: LoraSpec = LoraSpec()
+    objective: ObjectiveSpec = SftSpec()
+    adapter: AdapterSpec = LoraSpec()
     optim: OptimSpec = OptimSpec()
+    strategy: StrategySpec = StrategySpec()
     num_workers: int = Field(default=2, ge=1)
     """Ray Train workers, data-parallel."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
@@ -82,10 +77,15 @@ class TrainSpec(Spec):
 
         The number of workers is left out: a step sees the same rows on any number, so a run can go on with fewer.
         """
-        kept = {"name", "quant", "prompt", "adapter", "optim", "eval_every", "seed"}
+        kept = {"name", "quant", "prompt", "objective", "adapter", "optim", "eval_every", "seed"}
         fields = self.model_dump(mode="json", include=kept)
-        del fields["optim"]["micro_batch"], fields["quant"]["resident"]
+        del fields["optim"]["micro_batch"], fields["optim"]["gradient_checkpointing"], fields["quant"]["resident"]
         return {**fields, "device": "cuda" if self.gpus_per_worker else "cpu"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_kinds(cls, tree: Any) -> Any:
+        return with_kind(with_kind(tree, "adapter", "lora"), "objective", "sft")
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:

@@ -27,6 +27,8 @@ class StepReport:
     """Seconds of this step: forward, backward and update, waiting for the slowest worker included."""
     eval_loss: float | None = None
     """Mean over the held-out rows' trained tokens, where this step was evaluated."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The kind's own figures (rewards, margins, accuracies); those of held-out rows begin with `eval_`."""
 
 
 @dataclass
@@ -65,7 +67,7 @@ def read_steps(run: RunPaths) -> list[StepReport]:
 
 
 def _line(report: StepReport) -> Mapping[str, object]:
-    return {key: value for key, value in asdict(report).items() if value is not None}
+    return {key: value for key, value in asdict(report).items() if value is not None and value != {}}
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

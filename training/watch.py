@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,16 @@ from graftwork.training.job import NonFiniteLoss, Report, TrainJob
 from graftwork.training.steplog import StepLog, StepReport
 
 if TYPE_CHECKING:
-    from graftwork.training.sft import MaskedSftTrainer
+    from graftwork.training.objectives.setting import Training
+
+SHARED = frozenset({"loss", "learning_rate", "grad_norm", "epoch", "num_tokens"})
+"""Figures of every trainer that a step's report has fields for, or that nobody asked."""
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Runs on every rank; rank 0 alone reports and writes. All ranks decide alike, as collectives need it."""
 
-    trainer: "MaskedSftTrainer"
+    training: "Training"
 
     def __init__(self, job: TrainJob, plan: StepPlan, log: StepLog, report: Report, before_s: float) -> None:
         self.job, self.plan, self.log, self.report = job, plan, log, report
@@ -47,6 +51,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         step_s, step = time.perf_counter() - self._step_started, int(state.global_step)
         if not math.isfinite(logs["loss"]):
             raise self._not_finite(step, logs["loss"])
+        evaluated = self._evaluated(step)
         figures = StepReport(
             step=step,
             total_steps=self.plan.steps,
@@ -54,9 +59,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             lr=logs["learning_rate"],
             grad_norm=logs["grad_norm"],
             tokens=int(self._tokens[step - 1]),
-            eval_loss=self._evaluated(step),
+            eval_loss=evaluated.get("loss"),
             elapsed_s=self.elapsed_s(),
             step_s=step_s,
+            metrics=_more(logs, evaluated),
         )
         if not self._goes_on(figures):
             self.stopped = step < self.plan.steps
@@ -75,17 +81,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             self.log.flush()
             self.checkpoints.commit(CheckpointMark(step, self.elapsed_s(), args.world_size))
 
-    def _evaluated(self, step: int) -> float | None:
-        from graftwork.training.sft import held_out_loss
-
+    def _evaluated(self, step: int) -> Mapping[str, float]:
+        """Figures of the held-out rows where they are due; without them none."""
         every = self.job.eval_every or self.job.spec.eval_every
         if self.job.data.eval is None or (step % every and step != self.plan.steps):
-            return None
-        return held_out_loss(self.trainer, self.job.data.eval, self.job.data.pad_id, self.job.spec.optim.micro_batch)
+            return {}
+        return self.training.evaluate()
 
     def _goes_on(self, figures: StepReport) -> bool:
         """What rank 0's `report` answers, known to all ranks."""
-        args = self.trainer.args
+        args = self.training.trainer.args
         due = (
             figures.step % self.job.report_every == 0
             or figures.eval_loss is not None
@@ -108,3 +113,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             "a loss must be finite",
             f"lower optim.lr (now {self.job.spec.optim.lr:g}) or optim.max_grad_norm; look at the rows of that step",
         )
+
+
+def _more(logs: Mapping[str, float], evaluated: Mapping[str, float]) -> dict[str, float]:
+    """The kind's own figures: of the step as they are named, of held-out rows with `eval_` before their names."""
+    own = {key: float(value) for key, value in logs.items() if key not in SHARED}
+    return own | {f"eval_{key}": value for key, value in evaluated.items() if key != "loss"}

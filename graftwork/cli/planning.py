@@ -28,7 +28,8 @@ from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.study.run import adapter_spec
 from graftwork.study.spec import MeasureSpec, StudySpec
-from graftwork.training.data import TokenRows, prepare
+from graftwork.training.data import prepare
+from graftwork.training.rows.token_rows import Rows
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.plan import plan_tuning
 from graftwork.tuning.spec import TuneSpec
@@ -137,9 +138,8 @@ def _answers(spec: CompareSpec | QuantizeSpec) -> Answers:
     return Answers(rows * len(spec.arms), QUESTION_TOKENS + PASSAGE_TOKENS * passages, ANSWER_TOKENS)
 
 
-def _sizes(rows: TokenRows) -> RowSizes:
-    found = [rows.row(index) for index in range(len(rows))]
-    return RowSizes.of([len(ids) for ids, _ in found], [int(mask.sum()) for _, mask in found])
+def _sizes(rows: Rows) -> RowSizes:
+    return RowSizes.of(rows.lengths_N.tolist(), rows.scored_N.tolist())
 
 
 def _shape(base: BaseSpec) -> ModelShape:

@@ -51,5 +51,5 @@ def train_run(found: TrainReport, spec: TrainSpec) -> TrainRun:
         name=spec.name, adapter=found.adapter, loss=found.train_loss, eval_loss=found.eval_loss, rows=found.rows,
         dropped_rows=found.dropped_rows, tokens=found.tokens, tokens_per_s=found.tokens_per_s, wall_s=found.wall_s,
         peak_memory_bytes=tuple(found.peak_rss_bytes_per_worker), workers=spec.num_workers, reused=found.reused,
-        method=f"LoRA r{spec.adapter.rank} on {spec.quant.kind}, lr {spec.optim.lr:g}{context}",
+        method=f"{spec.adapter.said()} on {spec.quant.kind}, lr {spec.optim.lr:g}{context}",
     )  # fmt: skip

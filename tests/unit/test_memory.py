@@ -255,7 +255,7 @@ def kept_bytes(folder: Path, layers: int, adapter: LoraSpec, padded: bool, dtype
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from graftwork.training.sft import lora_config
+    from graftwork.training.adapters.attach import lora_config
 
     rows, tokens = 2, TOKENS
     model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=layers, dtype=dtype).requires_grad_(False)

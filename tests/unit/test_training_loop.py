@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 from graftwork import base_model
 from graftwork.errors import ConfigError
 from graftwork.storage import RunPaths, Store
-from graftwork.training import sft
-from graftwork.training.batches import collate, step_plan
+from graftwork.training.adapters.attach import attach, lora_config
+from graftwork.training.batches import step_plan
 from graftwork.training.data import prepare
 from graftwork.training.job import LoopResult, NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
-from graftwork.training.spec import TrainSpec
+from graftwork.training.objectives import build, sft
+from graftwork.training.objectives.setting import Setting
+from graftwork.training.spec import LoraSpec, TrainSpec, as_lora
 from graftwork.training.steplog import StepReport, read_steps
 from tests.tiny import VOCAB_SIZE
 from tests.training import task
@@ -37,7 +39,10 @@ def trainer_of(spec: TrainSpec, folder: Path) -> Any:
     plan = step_plan(data.train.lengths_N, spec.optim, spec.seed, 1, None)
     base = base_model.resolve(spec.base)
     loaded = base_model.load(base, spec.quant, device="cpu", purpose="train")
-    return sft.build_trainer(spec, data, plan, base, loaded, folder / "out", TrainerCallback()), data
+    set_seed(spec.seed)
+    model = attach(loaded.model, spec.adapter)
+    setting = Setting(TrainJob(spec, data), plan, base, model, folder / "out", TrainerCallback())
+    return build(setting).trainer, data
 
 
 def gradients(trainer: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -53,7 +58,7 @@ def test_scoring_trained_positions_alone_equals_trl(folder: Path, kind: str) -> 
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:  # zero at first, which would leave no gradient on A
             torch.nn.init.normal_(parameter, std=0.02)
-    inputs = collate(data.train, [0, 1, 2, 3], data.pad_id)
+    inputs = data.train.collate([0, 1, 2, 3], data.pad_id)
     trained = (inputs["labels"][:, 1:] != -100).sum()
     ours = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=trained)
     plain = super(sft.MaskedSftTrainer, trainer).compute_loss(trainer.model, dict(inputs), num_items_in_batch=trained)
@@ -70,7 +75,7 @@ def test_an_evaluation_takes_no_gradient_away(folder: Path, kind: str) -> None:
 
     def gradients_of(*, evaluate: bool) -> dict[str, torch.Tensor]:
         trainer, data = trainer_of(task(folder, **{"quant.kind": kind}), folder)
-        inputs = collate(data.train, [0, 1, 2, 3], data.pad_id)
+        inputs = data.train.collate([0, 1, 2, 3], data.pad_id)
         if evaluate:
             trainer.model.eval()
             with torch.no_grad():
@@ -104,14 +109,14 @@ def plain_losses(job: TrainJob) -> list[float]:
     spec, rows = job.spec, job.data.train
     torch.manual_seed(spec.seed)
     base = AutoModelForCausalLM.from_pretrained(base_model.resolve(spec.base).folder, dtype=torch.float32)
-    model = get_peft_model(base, sft.lora_config(spec.adapter, base))
+    model = get_peft_model(base, lora_config(as_lora(spec.adapter, ""), base))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plan = step_plan(rows.lengths_N, spec.optim, spec.seed, 1, None)
     optimizer = torch.optim.AdamW(parameters, lr=spec.optim.lr, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(spec.optim.warmup_ratio * plan.steps), plan.steps)
     losses = []
     for step in plan.rows_SR:
-        batch = collate(rows, step.tolist(), job.data.pad_id)
+        batch = rows.collate(step.tolist(), job.data.pad_id)
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, spec.optim.max_grad_norm)
@@ -129,7 +134,7 @@ def test_held_out_loss_weighs_tokens_not_batches(folder: Path) -> None:
     total, tokens = 0.0, 0
     with torch.no_grad():
         for index in range(len(data.eval)):
-            batch = collate(data.eval, [index], data.pad_id)
+            batch = data.eval.collate([index], data.pad_id)
             count = int((batch["labels"][:, 1:] != -100).sum())
             total += trainer.model(**batch).loss.item() * count
             tokens += count
@@ -244,10 +249,10 @@ def test_another_architecture_trains(gpt2: TrainSpec, targets: str) -> None:
 
 def test_targets_name_blocks_of_the_model(gpt2: TrainSpec) -> None:
     model = AutoModelForCausalLM.from_pretrained(gpt2.base.uri)
-    found = sft.lora_config(gpt2.adapter.with_({"targets": "attention"}), model).target_modules
+    found = lora_config(LoraSpec(targets="attention"), model).target_modules
     assert found == {f"transformer.h.{block}.attn.{layer}" for block in (0, 1) for layer in ("c_attn", "c_proj")}
     with pytest.raises(ConfigError, match=r"adapter\.targets=mlp"):
-        sft.lora_config(gpt2.adapter.with_({"targets": "mlp"}), HeadOnly())
+        lora_config(LoraSpec(targets="mlp"), HeadOnly())
 
 
 class HeadOnly(torch.nn.Module):

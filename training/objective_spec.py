@@ -1,0 +1,56 @@
+"""What is learned: the kinds of finetuning; rows by `training.rows`, trainers by `training.objectives`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from graftwork.config import Spec
+
+
+class SftSpec(Spec):
+    """Supervised finetuning: the loss falls on the assistant's turns, by the mask of `chat.render`."""
+
+    kind: Literal["sft"] = "sft"
+
+
+class CptSpec(Spec):
+    """Continued pretraining on raw text: `text` rows, packed to `max_length`, no document sees another."""
+
+    kind: Literal["cpt"] = "cpt"
+
+
+class FimSpec(Spec):
+    """Infilling: a document becomes prefix, suffix and middle (Bavarian et al. 2022, arXiv 2207.14255)."""
+
+    kind: Literal["fim"] = "fim"
+
+
+class DpoSpec(Spec):
+    """Direct preference optimisation on `chosen` and `rejected` answers (arXiv 2305.18290)."""
+
+    kind: Literal["dpo"] = "dpo"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference: the adapter that training began from, or the base."""
+
+
+class RewardSpec(Spec):
+    """A reward model of `chosen` and `rejected` answers: Bradley-Terry."""
+
+    kind: Literal["reward"] = "reward"
+
+
+class RlSpec(Spec):
+    """Reinforcement learning from rewards on sampled answers: GRPO (arXiv 2402.03300) or RLOO (arXiv 2402.14740)."""
+
+    kind: Literal["grpo", "rloo"]
+
+
+class DistillSpec(Spec):
+    """Learning a teacher's next-token distributions (GKD, arXiv 2306.13649), or its filtered texts."""
+
+    kind: Literal["distill"] = "distill"
+
+
+ObjectiveSpec = Annotated[
+    SftSpec | CptSpec | FimSpec | DpoSpec | RewardSpec | RlSpec | DistillSpec, Field(discriminator="kind")
+]
