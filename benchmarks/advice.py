@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Clock, figure, write
+from graftwork.answers.schema import AnswerSchema
 from graftwork.chat import PromptSpec
 from graftwork.data import Row, read_rows
 from graftwork.report.records import DecisionCard
@@ -31,7 +32,6 @@ from graftwork.serving.experiment.probes.classify import Cause, classify
 from graftwork.serving.experiment.probes.gold import GoldPassages, right_answer
 from graftwork.serving.experiment.probes.right import Judge
 from graftwork.serving.experiment.scorers.load import load_scorers
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 

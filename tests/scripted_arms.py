@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graftwork.answers.schema import AnswerSchema
 from graftwork.chat import Message
 from graftwork.data import Row
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftwork import base_model
+from graftwork.answers.choices import Choices
 from graftwork.data import Row, fingerprint, read_fields, read_rows
 from graftwork.errors import ConfigError, DataError
 from graftwork.serving.app import deploy
@@ -15,7 +16,7 @@ from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import RunPaths, Store
 from graftwork.study.scores import Scores
 from graftwork.study.spec import MeasureSpec, StudySpec
-from graftwork.study.weigh import Choices, read_weighed, scores_of, weigh_all, weigh_key
+from graftwork.study.weigh import read_weighed, scores_of, weigh_all, weigh_key
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from graftwork import metrics, stats
+from graftwork.answers.schema import AnswerSchema
+from graftwork.answers.text import parse_object
 from graftwork.data import Row, fingerprint
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import Distribution, Metric, distribution
@@ -26,8 +28,6 @@ from graftwork.serving.experiment.answers import Answer, Answers, question
 from graftwork.serving.experiment.offline import check_ids
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
 from graftwork.serving.experiment.scorers.reply import Reply
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
-from graftwork.serving.experiment.scorers.text import parse_object
 from graftwork.serving.experiment.slices import slices
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, arm_score, family

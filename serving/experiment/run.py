@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from graftwork import artifact, base_model
+from graftwork.answers.schema import AnswerSchema
 from graftwork.data import Row, read_fields, read_rows
 from graftwork.errors import ConfigError
 from graftwork.provenance import collect
@@ -37,7 +38,6 @@ from graftwork.serving.experiment.probes.given import adapter_facts, probed_corp
 from graftwork.serving.experiment.probes.gold import GoldPassages
 from graftwork.serving.experiment.probes.right import Judge
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.experiment.verdict import ScoredArms
 from graftwork.serving.spec import ArmSpec

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from graftwork import metrics
+from graftwork.answers.fields import Key, Scores, score
+from graftwork.answers.schema import AnswerSchema
 from graftwork.data import Row, fingerprint
 from graftwork.metrics import Distribution, distribution
 from graftwork.report.quantize_records import PrecisionArm, PrecisionFacts, PrecisionRow, QuantizeReport
 from graftwork.report.records import Difference
-from graftwork.serving.experiment.scorers.fields import Key, Scores, score
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, arm_score, family
 from graftwork.serving.quantize.measured import Measured, MeasuredArm, Said
 from graftwork.serving.quantize.rule import Candidate, Finding, Rule, recommend

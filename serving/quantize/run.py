@@ -9,6 +9,7 @@ import yaml
 from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from graftwork import base_model, chat
+from graftwork.answers.schema import AnswerSchema
 from graftwork.base_model import ResolvedBase
 from graftwork.chat import Message, Template
 from graftwork.config import canonical_json
@@ -19,7 +20,6 @@ from graftwork.report import BuiltReport, ReportInput, build
 from graftwork.report.quantize_records import QuantizeReport
 from graftwork.serving.app import require_resources
 from graftwork.serving.experiment.offline import check_ids
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.quantize.judge import judge
 from graftwork.serving.quantize.measure import Material, measure
 from graftwork.serving.quantize.measured import Measured

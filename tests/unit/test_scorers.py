@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from graftwork.answers.fields import Key, score
+from graftwork.answers.schema import AnswerSchema
+from graftwork.answers.text import exactly, parse_object, tokens
 from graftwork.chat import Message
 from graftwork.data import Row
 from graftwork.errors import ConfigError, DataError
-from graftwork.serving.experiment.scorers.fields import Key, score
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
-from graftwork.serving.experiment.scorers.text import exactly, parse_object, tokens
 
 GOLD = {"icao": "KMIA", "iata": "MIA", "name": "Miami International Airport", "city": "São Paulo", "elevation_ft": 1026}
 SCHEMA = AnswerSchema(

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from pydantic import TypeAdapter
 
+from graftwork.answers.schema import AnswerSchema
 from graftwork.chat import Message
 from graftwork.data import Row
 from graftwork.errors import ConfigError, DataError, RunError
@@ -19,7 +20,6 @@ from graftwork.metrics import Metric
 from graftwork.serving.experiment.scorers import own
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
 from graftwork.serving.experiment.scorers.reply import Reply
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.scorers.spec import ScorerSpec
 
 SPECS: TypeAdapter[list[ScorerSpec]] = TypeAdapter(list[ScorerSpec])

@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 
 from graftwork import config, stats
+from graftwork.answers.choices import Choices
 from graftwork.chat import Message
 from graftwork.cli.studying import show_study
 from graftwork.data import Row
@@ -26,7 +27,7 @@ from graftwork.study.pages import page_of
 from graftwork.study.scores import Scores
 from graftwork.study.spec import ClaimSpec, StudySpec
 from graftwork.study.table import measure_record, sentence
-from graftwork.study.weigh import Choices, Weighed, read_weighed, scores_of, weigh_all
+from graftwork.study.weigh import Weighed, read_weighed, scores_of, weigh_all
 
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 FILES = sorted(STUDIES.glob("*.yaml"))

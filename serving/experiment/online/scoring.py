@@ -1,12 +1,12 @@
 """What the rows of a running experiment are scored and judged by, made from its spec."""
 
+from graftwork.answers.schema import AnswerSchema
 from graftwork.errors import GraftworkError
 from graftwork.serving.experiment.online.log_row import LogRow
 from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules
 from graftwork.serving.experiment.online.spec import ExperimentSpec
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
 from graftwork.serving.experiment.scorers.reply import Reply
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
 
 
 def scorers_of(spec: ExperimentSpec) -> Scorers:

@@ -5,11 +5,11 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
+from graftwork.answers.text import leaves, tokens
 from graftwork.chat import Message, Passage, PromptSpec, user_turn
 from graftwork.data import Row
 from graftwork.retrieval import RetrieverSpec, open_retriever
 from graftwork.serving.experiment.answers import question
-from graftwork.serving.experiment.scorers.text import leaves, tokens
 
 
 class GoldPassages:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import regex
 
+from graftwork.answers.schema import AnswerSchema
+from graftwork.answers.text import exactly, parse_object, tokens
 from graftwork.data import Row
 from graftwork.errors import DataError
 from graftwork.metrics import FIELD_F1, Metric
 from graftwork.serving.experiment.scorers.reply import GoldText, Reply
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.scorers.spec import ExactSpec, RegexSpec
-from graftwork.serving.experiment.scorers.text import exactly, parse_object, tokens
 
 REGEX_TIMEOUT_S = 0.2
 """A pattern that backtracks for longer does not match: an answer may not hold up the endpoint."""

@@ -1,93 +1,14 @@
-"""Answers against a gold object: `form`, `facts`, `both`, `field_accuracy`, each within 0..1. No judge, no network.
+"""form, facts, both and field_accuracy as a scorer."""
 
-Facts are looked for at their key when the answer is a JSON object, else anywhere in the text. Looking anywhere flatters
-arms that answer in prose: a number may stand there for another reason. So `facts` compares what arms know, and only
-`both` says whether an answer can be used.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
-
+from graftwork.answers.fields import Key, score
+from graftwork.answers.schema import AnswerSchema
 from graftwork.data import Row
-from graftwork.errors import DataError
 from graftwork.metrics import SCORES
 from graftwork.serving.experiment.scorers.reply import Reply
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
-from graftwork.serving.experiment.scorers.text import exactly, leaves, parse_object, tokens
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One answer, scored."""
-
-    form: float
-    facts: float
-    both: float
-    field_accuracy: float
-    is_json: bool
-    """The answer is one JSON object, valid against the schema or not."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """The gold answer of one question. `given` are the fields that the question itself gives away."""
-
-    gold: Mapping[str, Any]
-    given: frozenset[str]
-
-    @classmethod
-    def of(cls, row: Row) -> "Key":
-        """From an evaluation row. Raises DataError where there is nothing to be found."""
-        if not row.gold:
-            raise DataError(f"row {row.id!r}: gold", "missing or empty", "a compared row has a gold object of fields")
-        key = cls(row.gold, frozenset(row.asked))
-        if not key.wanted:
-            found = f"every field is null or given away by the question (asked: {sorted(key.given)})"
-            raise DataError(f"row {row.id!r}: gold", found, "facts need at least one field to be found")
-        return key
-
-    @cached_property
-    def wanted(self) -> tuple[str, ...]:
-        """Fields whose value is to be found: neither given away nor null or empty."""
-        return tuple(
-            name for name, value in self.gold.items() if name not in self.given and value not in (None, "", [], {})
-        )
-
-
-def score(text: str, key: Key, schema: AnswerSchema) -> Scores:
-    """The scores of one answer. An answer that is not one JSON object fails form, both and field_accuracy."""
-    answer = parse_object(text)
-    form = answer is not None and schema.holds(answer)
-    right = sum(name in answer and exactly(answer[name], value) for name, value in key.gold.items()) if answer else 0
-    accuracy = right / len(key.gold) if form else 0.0
-    return Scores(
-        float(form), _facts(text, answer, key), float(form and right == len(key.gold)), accuracy, answer is not None
-    )
-
-
-def _facts(text: str, answer: Mapping[str, Any] | None, key: Key) -> float:
-    if answer is not None:
-        found = sum(_same_tokens(answer.get(name), key.gold[name]) for name in key.wanted)
-    else:
-        words = tokens(text)
-        found = sum(all(_within(tokens(leaf), words) for leaf in leaves(key.gold[name])) for name in key.wanted)
-    return found / len(key.wanted)
-
-
-def _same_tokens(found: object, gold: object) -> bool:
-    return [tokens(leaf) for leaf in leaves(found)] == [tokens(leaf) for leaf in leaves(gold)]
-
-
-def _within(part: Sequence[str], whole: Sequence[str]) -> bool:
-    """Whether the tokens stand in the text, next to each other and in order."""
-    n = len(part)
-    return n > 0 and any(tuple(whole[i : i + n]) == tuple(part) for i in range(len(whole) - n + 1))
 
 
 class Fields:
-    """form, facts, both and field_accuracy as a scorer."""
+    """Holds an answer against its row's gold object."""
 
     needs_gold = True
     metrics = SCORES

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from graftwork.answers.schema import AnswerSchema
 from graftwork.data import Row
 from graftwork.errors import ConfigError
 from graftwork.metrics import Metric
@@ -12,7 +13,6 @@ from graftwork.serving.experiment.scorers.measures import LATENCY, TOKENS, Cost
 from graftwork.serving.experiment.scorers.overlap import Likeness, Rouge
 from graftwork.serving.experiment.scorers.own import Own
 from graftwork.serving.experiment.scorers.reply import Reply, Scorer
-from graftwork.serving.experiment.scorers.schema import AnswerSchema
 from graftwork.serving.experiment.scorers.spec import (
     ChoiceSpec,
     CostSpec,
