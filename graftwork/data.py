@@ -1,21 +1,20 @@
-"""Datasets: rows of conversations and passages of a corpus, read from JSONL and checked row by row."""
+"""Datasets: rows of conversations and passages of a corpus, checked row by row."""
 
 import difflib
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field
 
 from graftwork.chat import Message, Passage, Prompt, PromptSpec
 from graftwork.config import Spec, canonical_json
 from graftwork.errors import DataError
+from graftwork.records import kind_of, local_path, read_records
 from graftwork.storage import read_uri
-
-ItemT = TypeVar("ItemT")
 
 
 class ContextSpec(Spec):
@@ -37,7 +36,7 @@ class DataSpec(Spec):
     """What is learned from, and what is held out."""
 
     train: str
-    """JSONL of rows: a path, `file://`, `s3://` or `recipe://NAME/train.jsonl`."""
+    """Rows: a file or folder (`graftwork.records`: JSONL, CSV, Parquet), local or `s3://`, `recipe://` or `hf://`."""
     eval: str | None = None
     """Held-out rows of the same form."""
     train_rows: int | None = Field(default=None, ge=1)
@@ -68,22 +67,25 @@ class Row:
 
 
 def read_rows(uri: str, *, limit: int | None = None, need: Literal["train", "eval"]) -> list[Row]:
-    """Rows of a JSONL, in order: `{"messages": [...]}` or `{"prompt": "...", "completion": "..."}` a line.
+    """As `iter_rows`, all at once."""
+    return list(iter_rows(uri, limit=limit, need=need))
 
-    `id` (else the row number), `doc_id`, `gold` and `asked` are read where present; other fields are left alone.
-    `need="train"` wants a last assistant turn, `"eval"` a `gold` object. Raises DataError that names the 1-based row,
-    the field and the rule; StorageError.
+
+def iter_rows(uri: str, *, limit: int | None = None, need: Literal["train", "eval"]) -> Iterator[Row]:
+    """Rows in order, one after another: `{"messages": [...]}` or `{"prompt": "...", "completion": "..."}` a record.
+
+    The dataset is all that `graftwork.records` reads. `id` (else the row number), `doc_id`, `gold` and `asked` are read
+    where present; other fields are left alone. `need="train"` wants a last assistant turn, `"eval"` a `gold` object.
+    Raises DataError that names the 1-based row, the field and the rule; StorageError.
     """
-    rows: list[Row] = []
     seen: dict[str, int] = {}
-    for number, record in read_records(uri):
+    for number, record in itertools.islice(read_records(uri), limit):
         row = _row(record, f"{uri} row {number}", str(number))
         _check_need(row, need, f"{uri} row {number}")
         _check_new(row.id, number, seen, uri)
-        rows.append(row)
-        if limit is not None and len(rows) == limit:
-            break
-    return _not_empty(rows, uri)
+        yield row
+    if not seen:
+        raise _no_rows(uri)
 
 
 def read_fields(uri: str, names: Sequence[str], *, limit: int | None = None) -> dict[str, tuple[str, ...]]:
@@ -92,9 +94,7 @@ def read_fields(uri: str, names: Sequence[str], *, limit: int | None = None) -> 
     Raises DataError for a row that lacks one: a part of the questions can't be told without it.
     """
     values: dict[str, list[str]] = {name: [] for name in names}
-    for count, (number, record) in enumerate(read_records(uri)):
-        if count == limit:
-            break
+    for number, record in itertools.islice(read_records(uri), limit):
         gold: dict[str, Any] = record["gold"] if isinstance(record.get("gold"), dict) else {}
         for name in names:
             if name not in record and name not in gold:
@@ -114,10 +114,12 @@ def read_passages(uri: str) -> list[Passage]:
         passage = Passage(_identity(record, where, None), _string(record, "text", where))
         _check_new(passage.id, number, seen, uri)
         passages.append(passage)
-    return _not_empty(passages, uri)
+    if not passages:
+        raise _no_rows(uri)
+    return passages
 
 
-def fingerprint(rows: Sequence[Row]) -> str:
+def fingerprint(rows: Iterable[Row]) -> str:
     """sha256 hex over the canonical rows, in order: equal rows, equal fingerprint, however they were written."""
     digest = hashlib.sha256()
     for row in rows:
@@ -143,7 +145,7 @@ def resolve_prompt(spec: PromptSpec) -> Prompt:
 
 def read_text(uri: str) -> str:
     """Text behind a path, `file://`, `s3://` or `recipe://NAME/FILE`. Raises DataError, StorageError."""
-    content = _recipe_file(uri).read_bytes() if uri.startswith("recipe://") else read_uri(uri)
+    content = local_path(uri).read_bytes() if uri.startswith("recipe://") else read_uri(uri)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -151,46 +153,21 @@ def read_text(uri: str) -> str:
         raise DataError(f"{uri} row {row}", f"it is not UTF-8 ({error.reason})", "data files are UTF-8") from error
 
 
-def _recipe_file(uri: str) -> Path:
-    from graftwork import recipes
-
-    name, _, file = uri.removeprefix("recipe://").partition("/")
-    folder = recipes.build(name)
-    if not file or "/" in file or not (folder / file).is_file():
-        files = ", ".join(sorted(path.name for path in folder.iterdir()))
-        raise DataError(uri, f"recipe {name} has no file {file!r}", f"its files are {files}", "name one of them")
-    return folder / file
-
-
-def read_records(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(1-based line number, object) of each line that is not blank."""
-    for number, line in enumerate(read_text(uri).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{uri} row {number}", f"it is not JSON ({error})", "one JSON object a line") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{uri} row {number}", f"found {_kind(record)}", "one JSON object a line")
-        yield number, record
-
-
 def _row(record: dict[str, Any], where: str, default_id: str) -> Row:
     gold = record.get("gold")
     if gold is not None and not isinstance(gold, dict):
-        raise DataError(f"{where}: gold", f"found {_kind(gold)}", "gold is the right answer as a JSON object")
+        raise DataError(f"{where}: gold", f"found {kind_of(gold)}", "gold is the right answer as a JSON object")
     asked = record.get("asked") or []
     asked = [asked] if isinstance(asked, str) else asked
     if not isinstance(asked, list) or not all(isinstance(field, str) for field in asked):
         raise DataError(
-            f"{where}: asked", f"found {_kind(asked)}", "asked lists the fields of gold that the question gives"
+            f"{where}: asked", f"found {kind_of(asked)}", "asked lists the fields of gold that the question gives"
         )
     if unknown := [field for field in asked if field not in (gold or {})]:
         raise DataError(f"{where}: asked", f"gold has no {unknown[0]!r}", "asked names fields of gold")
     doc_id = record.get("doc_id")
     if doc_id is not None and not isinstance(doc_id, str | int):
-        raise DataError(f"{where}: doc_id", f"found {_kind(doc_id)}", "doc_id is the id of a passage")
+        raise DataError(f"{where}: doc_id", f"found {kind_of(doc_id)}", "doc_id is the id of a passage")
     return Row(
         id=_identity(record, where, default_id),
         messages=_messages(record, where),
@@ -211,7 +188,7 @@ def _messages(record: dict[str, Any], where: str) -> tuple[Message, ...]:
         return Message("user", asked), Message("assistant", answer)
     turns = record["messages"]
     if not isinstance(turns, list) or not turns:
-        found = "an empty list" if turns == [] else _kind(turns)
+        found = "an empty list" if turns == [] else kind_of(turns)
         raise DataError(f"{where}: messages", f"found {found}", "messages is a list of turns with role and content")
     messages = tuple(_message(turn, f"{where}: messages[{index}]") for index, turn in enumerate(turns))
     if not any(message.role == "user" for message in messages):
@@ -224,7 +201,7 @@ def _messages(record: dict[str, Any], where: str) -> tuple[Message, ...]:
 
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise DataError(where, f"found {_kind(turn)}", "a turn is an object with role and content")
+        raise DataError(where, f"found {kind_of(turn)}", "a turn is an object with role and content")
     role = turn.get("role")
     if role not in ("system", "user", "assistant"):
         found = "the field is missing" if "role" not in turn else f"found {role!r}"
@@ -253,7 +230,7 @@ def _string(record: dict[str, Any], field: str, where: str, may_be_empty: bool =
     value = record.get(field)
     at = where + field if where.endswith(".") else f"{where}: {field}"
     if not isinstance(value, str):
-        found = "the field is missing" if field not in record else f"found {_kind(value)}"
+        found = "the field is missing" if field not in record else f"found {kind_of(value)}"
         raise DataError(at, found, f"{field} is a string")
     if not value.strip() and not may_be_empty:
         raise DataError(at, "it is empty", f"{field} holds text")
@@ -269,19 +246,11 @@ def _check_new(identity: str, number: int, seen: dict[str, int], uri: str) -> No
     seen[identity] = number
 
 
-def _not_empty(items: list[ItemT], uri: str) -> list[ItemT]:
-    if not items:
-        raise DataError(uri, "it has no rows", "a dataset has at least one row", "check the path")
-    return items
+def _no_rows(uri: str) -> DataError:
+    return DataError(uri, "it has no rows", "a dataset has at least one row", "check the path")
 
 
 def _as_text(value: object) -> str:
     if isinstance(value, list):
         return "+".join(_as_text(item) for item in value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _kind(value: object) -> str:
-    """JSON's name of a value's type."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")

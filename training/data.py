@@ -2,11 +2,13 @@
 
 import hashlib
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from graftwork import base_model
 from graftwork.chat import Template
+from graftwork.storage import Store
+from graftwork.training.rows.kept import KeptRows
 from graftwork.training.rows.part import Part, ReadPart
 from graftwork.training.rows.token_rows import Rows, TokenRows
 from graftwork.training.spec import TrainSpec
@@ -46,6 +48,14 @@ class PreparedData:
         """sha256 hex over what the model sees: data, template, prompt and retrieved context at once."""
         seen = self.train.digest() + (self.eval.digest() if self.eval else "")
         return hashlib.sha256(seen.encode()).hexdigest()
+
+    def shared(self, store: Store) -> "PreparedData":
+        """The same, with large sets of rows copied to the store: workers of other machines take them from there."""
+
+        def copied(rows: Rows | None) -> Rows | None:
+            return rows.shared(store) if isinstance(rows, KeptRows) else rows
+
+        return replace(self, train=copied(self.train) or self.train, eval=copied(self.eval))
 
 
 def prepare(spec: TrainSpec) -> PreparedData:

@@ -99,7 +99,7 @@ def _fit_watched(run: Run, on_progress: OnProgress) -> LoopResult:
     """Fit in a thread, so that Ctrl-C reaches this one (Ray would exit 0 on it), and tell progress meanwhile."""
     pool = futures.ThreadPoolExecutor(1, thread_name_prefix="fit")
     try:
-        fitting = pool.submit(fit, TrainJob(run.spec, run.data, run.paths))
+        fitting = pool.submit(fit, TrainJob(run.spec, run.data.shared(run.paths.store), run.paths))
         shown = 0
         while not fitting.done():
             futures.wait([fitting], timeout=PROGRESS_S)

@@ -4,8 +4,8 @@ from graftwork.retrieval.hit import Hit, Retriever
 from graftwork.retrieval.lexical import LexicalIndex, corpus_digest, open_lexical
 from graftwork.retrieval.retriever import open_retriever
 from graftwork.retrieval.spec import RerankSpec, RetrieverSpec
-from graftwork.retrieval.training import training_contexts
+from graftwork.retrieval.training import training_context
 from graftwork.retrieval.words import STOP_WORDS
 
 __all__ = ["STOP_WORDS", "Hit", "LexicalIndex", "RerankSpec", "Retriever", "RetrieverSpec", "corpus_digest",
-           "open_lexical", "open_retriever", "training_contexts"]  # fmt: skip
+           "open_lexical", "open_retriever", "training_context"]  # fmt: skip

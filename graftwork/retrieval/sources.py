@@ -1,7 +1,5 @@
 """Where passages come from: rows of a table, documents, folders of documents, on disk or in S3."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +9,7 @@ from graftwork.chat import Passage
 from graftwork.config import Spec
 from graftwork.data import read_passages, read_text
 from graftwork.errors import DataError
+from graftwork.records import read_records
 from graftwork.retrieval.chunks import ChunkSpec, passages_of
 from graftwork.retrieval.documents import READERS, Block, blocks_of, suffix_of
 from graftwork.storage import Store, open_uri, read_uri
@@ -103,7 +102,7 @@ def _table(source: SourceSpec, suffix: str) -> list[Passage]:
         return read_passages(source.uri)
     passages: list[Passage] = []
     seen: dict[str, int] = {}
-    for number, record in _RECORDS[suffix](source.uri):
+    for number, record in read_records(source.uri):
         identity, text = _row(source, number, record)
         if identity in seen:
             raise DataError(f"{source.uri} row {number}: {source.id}={identity!r}",
@@ -131,38 +130,3 @@ def _row(source: SourceSpec, number: int, record: dict[str, Any]) -> tuple[str, 
         raise DataError(f"{source.uri} row {number}: {', '.join(source.text)}", "it is empty", "a passage holds text",
                         "fill it, or leave the row out")  # fmt: skip
     return str(identity), text
-
-
-def _jsonl(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    from graftwork.data import read_records
-
-    return read_records(uri)
-
-
-def _csv(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Row 1 is the first line below the header."""
-    reader = csv.DictReader(io.StringIO(read_text(uri), newline=""), strict=True)
-    try:
-        for number, record in enumerate(reader, start=1):
-            if None in record or None in record.values():
-                wanted = len(reader.fieldnames or ())
-                raise DataError(f"{uri} row {number}", f"it has not the {wanted} fields of the header",
-                                "a row of a CSV has them all", "quote fields that hold commas")  # fmt: skip
-            yield number, dict(record)
-    except csv.Error as error:
-        raise DataError(f"{uri} line {reader.line_num}", f"it is not CSV ({error})", "a CSV is comma-separated, quotes "
-                        "are doubled") from error  # fmt: skip
-
-
-def _parquet(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(pa.BufferReader(read_uri(uri)))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(uri, f"it is not Parquet ({error})"[:400], "", "write the file again") from error
-    yield from enumerate(table.to_pylist(), start=1)
-
-
-_RECORDS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

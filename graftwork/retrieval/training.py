@@ -1,7 +1,7 @@
 """What a training row is given to read: what the served retriever would have brought, its gold passage among it."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from graftwork.chat import Passage
 from graftwork.data import ContextSpec, Row
@@ -11,15 +11,15 @@ from graftwork.retrieval.retriever import open_retriever
 from graftwork.retrieval.spec import RetrieverSpec
 
 
-def training_contexts(rows: Sequence[Row], spec: ContextSpec, seed: int) -> list[tuple[Passage, ...]]:
-    """For each row the passages it is trained with: gold and distractors in the order the retriever ranks them.
+def training_context(spec: ContextSpec, seed: int) -> Callable[[Row], tuple[Passage, ...]]:
+    """Row -> the passages it is trained with: gold and distractors in the order the retriever ranks them.
 
     Distractors are what the retriever finds beside the gold passage, so they are of the kind that it will bring when
     served. A gold passage that it misses takes the last place. Depends on (seed, row id) only, not on other rows.
-    Raises DataError for a row whose doc_id is missing or not in the corpus.
+    The call raises DataError for a row whose doc_id is missing or not in the corpus.
     """
     index = open_retriever(RetrieverSpec(corpus=spec.corpus, k=spec.k))
-    return [_training_context(row, spec, seed, index) for row in rows]
+    return lambda row: _training_context(row, spec, seed, index)
 
 
 def _training_context(row: Row, spec: ContextSpec, seed: int, index: Retriever) -> tuple[Passage, ...]:

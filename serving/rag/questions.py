@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork.data import read_records
 from graftwork.errors import DataError
+from graftwork.records import read_records
 from graftwork.retrieval import Hit, Retriever
 from graftwork.retrieval.chunks import document_of
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from graftwork.chat import Message, Passage
 from graftwork.data import ContextSpec, Row, read_rows
 from graftwork.errors import DataError
-from graftwork.retrieval import STOP_WORDS, LexicalIndex, open_lexical, training_contexts
+from graftwork.retrieval import STOP_WORDS, LexicalIndex, open_lexical, training_context
 from graftwork.retrieval.words import code_token, codes_of, is_code, words_of
 
 TEXTS = {
@@ -154,20 +154,25 @@ def row(identity: str, question: str, doc_id: str | None) -> Row:
     return Row(identity, (Message("user", question), Message("assistant", "{}")), doc_id)
 
 
+def contexts_of(rows: list[Row], spec: ContextSpec) -> list[tuple[Passage, ...]]:
+    context = training_context(spec, seed=0)
+    return [context(row) for row in rows]
+
+
 def test_training_context_is_what_will_be_retrieved_with_the_gold_passage_in_it(corpus_uri: str) -> None:
     rows = [row("1", "Cat Island or CAT?", "cat"), row("2", "ZPPP", "kunming"), row("3", "CAT", "runs")]
-    contexts = training_contexts(rows, ContextSpec(corpus=corpus_uri, k=2), seed=0)
+    contexts = contexts_of(rows, ContextSpec(corpus=corpus_uri, k=2))
     retrieved = [tuple(hit.passage for hit in open_lexical(corpus_uri).search(r.question[-1].content, 2)) for r in rows]
     assert contexts[:2] == retrieved[:2]
     assert [passage.id for passage in contexts[2]] == ["catania", "runs"]  # missed by the retriever: in the last place
-    assert training_contexts(rows[1:], ContextSpec(corpus=corpus_uri, k=2), seed=0) == contexts[1:]
+    assert contexts_of(rows[1:], ContextSpec(corpus=corpus_uri, k=2)) == contexts[1:]
 
 
 def test_rates_say_how_many_rows_lack_the_gold_passage_or_any(corpus_uri: str) -> None:
     rows = [row(str(n), "Cat Island, CAT or Catania", "cat") for n in range(300)]
 
     def shares(**rates: float) -> tuple[float, float]:
-        contexts = training_contexts(rows, ContextSpec(corpus=corpus_uri, **rates), seed=0)  # type: ignore[arg-type]
+        contexts = contexts_of(rows, ContextSpec(corpus=corpus_uri, **rates))  # type: ignore[arg-type]
         with_any = [context for context in contexts if context]
         gold = sum("cat" in {passage.id for passage in context} for context in with_any)
         return len(with_any) / len(rows), gold / max(1, len(with_any))
@@ -183,7 +188,7 @@ def test_rates_say_how_many_rows_lack_the_gold_passage_or_any(corpus_uri: str) -
 @pytest.mark.parametrize("doc_id", [None, "nowhere"])
 def test_a_row_without_its_gold_passage_is_named(corpus_uri: str, doc_id: str | None) -> None:
     with pytest.raises(DataError, match="row 9: doc_id"):
-        training_contexts([row("9", "q", doc_id)], ContextSpec(corpus=corpus_uri), seed=0)
+        contexts_of([row("9", "q", doc_id)], ContextSpec(corpus=corpus_uri))
 
 
 def test_airports_are_found_by_code_and_by_name() -> None:

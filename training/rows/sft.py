@@ -1,43 +1,90 @@
 """Conversations: rendered by `chat.render`, retrieved passages among them where `data.context` asks for them."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
 
 from graftwork import chat, data, retrieval
+from graftwork.chat import Passage, Prompt, Template
+from graftwork.config import canonical_json
+from graftwork.data import Row
+from graftwork.training.rows.kept import RowWriter, kept_rows
 from graftwork.training.rows.part import Part, ReadPart, nothing_left, too_long
-from graftwork.training.rows.token_rows import TokenRows
 from graftwork.training.spec import TrainSpec
 
+FORM = 1
+"""Counted up when the same rows are rendered otherwise than before."""
 
-def read(spec: TrainSpec, template: chat.Template, part: Part) -> ReadPart:
-    """The rows that fit, as ids and loss masks. Raises DataError, StorageError."""
+Context = Callable[[Row], tuple[Passage, ...]]
+
+
+def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+    """The rows that fit, as ids and loss masks. Raises DataError, StorageError.
+
+    All rows are read and checked each time; they are rendered once, until something changes that decides the outcome.
+    """
     uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
     assert uri is not None, "asked for a part that the spec has"
-    raw = data.read_rows(uri, limit=limit, need="train")
-    prompt = data.resolve_prompt(spec.prompt)
-    contexts: list[tuple[chat.Passage, ...]] = [()] * len(raw)
-    room, left_out = None, 0
-    if spec.data.context is not None:
-        contexts = retrieval.training_contexts(raw, spec.data.context, spec.seed if part == "train" else spec.seed + 1)
-        room = spec.data.context.context_tokens
-    fitting: list[tuple[Sequence[int], Sequence[bool]]] = []
-    dropped = 0
-    for number, (row, context) in enumerate(zip(raw, contexts, strict=True), start=1):
-        context, without = chat.fitting(context, template, prompt, room)
+
+    def rows() -> Iterator[Row]:
+        return data.iter_rows(uri, limit=limit, need="train")
+
+    fingerprint, prompt = data.fingerprint(rows()), data.resolve_prompt(spec.prompt)
+    seed = spec.seed if part == "train" else spec.seed + 1
+
+    def render(writer: RowWriter) -> dict[str, Any]:
+        context = retrieval.training_context(spec.data.context, seed) if spec.data.context else _no_context
+        return _render(spec, template, prompt, rows(), context, writer)
+
+    found, about = kept_rows(_key(spec, template, prompt, fingerprint, seed), render)
+    if about["too_long"] and spec.too_long == "refuse":
+        raise too_long(spec, part, *about["too_long"][0])
+    if not len(found):
+        raise nothing_left(spec, part, about["dropped"])
+    return ReadPart(found, about["dropped"], fingerprint, _notes(about["left_out"], spec))
+
+
+def _render(
+    spec: TrainSpec, template: Template, prompt: Prompt, rows: Iterable[Row], context: Context, writer: RowWriter
+) -> dict[str, Any]:
+    """Every row that fits to the writer, and what was left out: `too_long` names the first as (number, id, tokens)."""
+    room = spec.data.context.context_tokens if spec.data.context else None
+    left_out, dropped = 0, 0
+    first: list[tuple[int, str, int]] = []
+    for number, row in enumerate(rows, start=1):
+        passages, without = chat.fitting(context(row), template, prompt, room)
         left_out += len(without)
         for messages in chat.training_rows(row.messages, template):
-            rendered = chat.render(messages, template, prompt=prompt, context=context, generate=False)
+            rendered = chat.render(messages, template, prompt=prompt, context=passages, generate=False)
             if len(rendered.ids) <= spec.max_length:
-                fitting.append((rendered.ids, rendered.loss_mask))
+                writer.add(rendered.ids, rendered.loss_mask)
                 continue
             dropped += 1
-            if spec.too_long == "refuse":
-                raise too_long(spec, part, number, row.id, len(rendered.ids))
-    if not fitting:
-        raise nothing_left(spec, part, dropped)
-    return ReadPart(TokenRows.of(fitting), dropped, data.fingerprint(raw), _notes(left_out, room))
+            first = first or [(number, row.id, len(rendered.ids))]
+    return {"dropped": dropped, "left_out": left_out, "too_long": first}
 
 
-def _notes(left_out: int, room: int | None) -> tuple[str, ...]:
-    if not left_out:
+def _key(spec: TrainSpec, template: Template, prompt: Prompt, fingerprint: str, seed: int) -> str:
+    """32 hex digits over everything that decides the rendered rows."""
+    context = None
+    if spec.data.context is not None:
+        passages = [asdict(passage) for passage in data.read_passages(spec.data.context.corpus)]
+        chosen = spec.data.context.model_dump(mode="json", exclude={"corpus"})
+        context = {**chosen, "seed": seed, "corpus": hashlib.sha256(canonical_json(passages).encode()).hexdigest()}
+    decides = {
+        "form": FORM, "rows": fingerprint, "template": template.digest, "tokenizer": template.tokenizer_digest,
+        "prompt": asdict(prompt), "max_length": spec.max_length, "context": context,
+    }  # fmt: skip
+    return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
+
+
+def _no_context(_: Row) -> tuple[Passage, ...]:
+    return ()
+
+
+def _notes(left_out: int, spec: TrainSpec) -> tuple[str, ...]:
+    if not left_out or spec.data.context is None:
         return ()
+    room = spec.data.context.context_tokens
     return (f"{left_out} passages left out (no room in data.context.context_tokens={room})",)

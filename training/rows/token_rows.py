@@ -58,7 +58,7 @@ class TokenRows:
     @property
     def scored_N(self) -> NDArray[np.int64]:
         """Trained tokens of each row."""
-        return np.diff(np.concatenate([[0], np.cumsum(self.trained_T)])[self.offsets_N1])
+        return np.add.reduceat(self.trained_T, self.offsets_N1[:-1], dtype=np.int64)
 
     def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Ids and mask of one row."""
@@ -68,7 +68,7 @@ class TokenRows:
     def digest(self) -> str:
         """sha256 hex over ids, masks and row borders."""
         parts = (self.ids_T, self.trained_T, self.offsets_N1)
-        return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
+        return hashlib.sha256(b"".join(hashlib.sha256(part.data).digest() for part in parts)).hexdigest()
 
     def collate(self, indices: Sequence[int], pad_id: int) -> "dict[str, torch.Tensor]":
         """Input ids, attention mask and labels (B, T), padded on the right to the batch's longest row."""
