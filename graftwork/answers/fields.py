@@ -61,7 +61,7 @@ def score(text: str, key: Key, schema: AnswerSchema | None) -> Scores:
     """
     answer = parse_object(text)
     form = answer is not None and (schema is None or schema.holds(answer))
-    right = sum(name in answer and exactly(answer[name], value) for name, value in key.gold.items()) if answer else 0
+    right = right_fields(answer or {}, key.gold)
     accuracy = right / len(key.gold) if form else 0.0
     return Scores(
         float(form), _facts(text, answer, key), float(form and right == len(key.gold)), accuracy, answer is not None
@@ -85,3 +85,13 @@ def _within(part: Sequence[str], whole: Sequence[str]) -> bool:
     """Whether the tokens stand in the text, next to each other and in order."""
     n = len(part)
     return n > 0 and any(tuple(whole[i : i + n]) == tuple(part) for i in range(len(whole) - n + 1))
+
+
+def right_fields(answer: Mapping[str, Any], gold: Mapping[str, Any]) -> int:
+    """How many fields of gold the answer has with exactly gold's value."""
+    return sum(name in answer and exactly(answer[name], value) for name, value in gold.items())
+
+
+def field_f1(answer: Mapping[str, Any], gold: Mapping[str, Any]) -> float:
+    """Harmonic mean of the share of the answer's fields that are right and the share of gold's that are found."""
+    return 2 * right_fields(answer, gold) / (len(answer) + len(gold))

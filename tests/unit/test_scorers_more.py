@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from pydantic import TypeAdapter
 
+from graftwork import plugins
 from graftwork.answers.schema import AnswerSchema
 from graftwork.chat import Message
 from graftwork.data import Row
@@ -202,7 +203,7 @@ def test_own_scorers_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = EntryPoints(
         EntryPoint(name, f"{__name__}:{name}", own.GROUP) for name in ("shouts", "not_a_scorer", "absent")
     )
-    monkeypatch.setattr(own, "entry_points", lambda group: installed.select(group=group))
+    monkeypatch.setattr(plugins, "entry_points", lambda group: installed.select(group=group))
     module = SimpleNamespace(shouts=shouts, not_a_scorer=not_a_scorer)
     monkeypatch.setitem(sys.modules, __name__, module)
     mine = scorers({"kind": "own", "name": "shouts"})
@@ -210,7 +211,7 @@ def test_own_scorers_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mine.score(Reply("LOUD")) == {"shouts": 1}
     with pytest.raises(RunError, match=r"it returned 3\.0"):
         mine.score(Reply("broken"))
-    for name, found in (("other", "0 entry points"), ("not_a_scorer", "is no scorer"), ("absent", "cannot be imp")):
+    for name, found in (("other", "0 entry points"), ("not_a_scorer", "is no function"), ("absent", "cannot be imp")):
         with pytest.raises(ConfigError, match=found):
             scorers({"kind": "own", "name": name})
 

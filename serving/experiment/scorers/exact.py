@@ -1,20 +1,16 @@
 """Exact match, field F1, and the two forms that need no gold: a JSON schema and a regular expression."""
 
-import unicodedata
 from dataclasses import dataclass
 
-import regex
-
+from graftwork.answers.exact import GoldText, matches, same_text
+from graftwork.answers.fields import field_f1
 from graftwork.answers.schema import AnswerSchema
-from graftwork.answers.text import exactly, parse_object, tokens
+from graftwork.answers.text import parse_object
 from graftwork.data import Row
 from graftwork.errors import DataError
 from graftwork.metrics import FIELD_F1, Metric
-from graftwork.serving.experiment.scorers.reply import GoldText, Reply
+from graftwork.serving.experiment.scorers.reply import Reply
 from graftwork.serving.experiment.scorers.spec import ExactSpec, RegexSpec
-
-REGEX_TIMEOUT_S = 0.2
-"""A pattern that backtracks for longer does not match: an answer may not hold up the endpoint."""
 
 
 class Exact:
@@ -34,10 +30,8 @@ class Exact:
 
     def score(self, reply: Reply) -> dict[str, float]:
         right = self._gold.of(reply.gold, reply.reference)
-        return {self.metrics[0].name: float(any(self._form(reply.text) == self._form(text) for text in right))}
-
-    def _form(self, text: str) -> object:
-        return tokens(text) if self._loose else unicodedata.normalize("NFC", text).strip()
+        found = any(same_text(reply.text, text, ignore_case=self._loose) for text in right)
+        return {self.metrics[0].name: float(found)}
 
 
 class FieldF1:
@@ -51,9 +45,7 @@ class FieldF1:
             raise DataError(f"row {row.id!r}: gold", "missing or empty", "field_f1 needs an object of fields")
 
     def score(self, reply: Reply) -> dict[str, float]:
-        answer, gold = parse_object(reply.text) or {}, reply.gold or {}
-        right = sum(name in answer and exactly(answer[name], value) for name, value in gold.items())
-        return {FIELD_F1.name: 2 * right / (len(answer) + len(gold))}
+        return {FIELD_F1.name: field_f1(parse_object(reply.text) or {}, reply.gold or {})}
 
 
 @dataclass(frozen=True)
@@ -83,8 +75,7 @@ class Matches:
     needs_gold = False
 
     def __init__(self, spec: RegexSpec) -> None:
-        self._pattern = regex.compile(spec.pattern)
-        self._match = self._pattern.fullmatch if spec.whole else self._pattern.search
+        self._spec = spec
         where = "The whole answer" if spec.whole else "A part of the answer"
         self.metrics = (
             Metric(spec.name, "share of answers", "higher", "binary", f"{where} matches `{spec.pattern}`."),
@@ -94,8 +85,4 @@ class Matches:
         """Any row will do."""
 
     def score(self, reply: Reply) -> dict[str, float]:
-        try:
-            found = self._match(reply.text, timeout=REGEX_TIMEOUT_S) is not None
-        except TimeoutError:
-            found = False
-        return {self.metrics[0].name: float(found)}
+        return {self.metrics[0].name: float(matches(reply.text, self._spec.pattern, whole=self._spec.whole))}

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from graftwork.answers.exact import GoldText
 from graftwork.data import Row
 from graftwork.errors import ConfigError
 from graftwork.metrics import BLEU, CHRF, ROUGE_1, ROUGE_2, ROUGE_L
-from graftwork.serving.experiment.scorers.reply import GoldText, Reply
+from graftwork.serving.experiment.scorers.reply import Reply
 from graftwork.serving.experiment.scorers.spec import OverlapSpec
 
 _WORD = re.compile(r"[^\W_]+")

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from typing import Any, Protocol, cast
 
+from graftwork import plugins
 from graftwork.data import Row
 from graftwork.errors import ConfigError, RunError
 from graftwork.metrics import Metric
@@ -46,19 +46,8 @@ class Own:
 
 
 def _load(name: str) -> OwnScore:
-    found = entry_points(group=GROUP)
-    named = [entry for entry in found if entry.name == name]
-    if len(named) != 1:
-        known = ", ".join(sorted({entry.name for entry in found})) or "none"
-        raise ConfigError(f"scorers: own {name!r}", f"{len(named)} entry points of this name; installed: {known}",
-                          f"an own scorer is one entry point of the group {GROUP}",
-                          "install its package on every machine")  # fmt: skip
-    try:
-        loaded = named[0].load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"scorers: own {name!r}", f"{named[0].value} cannot be imported ({error})", "",
-                          "mend the package") from error  # fmt: skip
-    if not callable(loaded) or not isinstance(getattr(loaded, "metric", None), Metric):
-        raise ConfigError(f"scorers: own {name!r}", f"{named[0].value} is no scorer",
-                          "a scorer is callable (text, gold) and has a `metric`")  # fmt: skip
+    asked = f"scorers: own {name!r}"
+    loaded = plugins.load(GROUP, name, asked)
+    if not isinstance(getattr(loaded, "metric", None), Metric):
+        raise ConfigError(asked, "it is no scorer", "a scorer is callable (text, gold) and has a `metric`")
     return cast(OwnScore, loaded)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from graftwork.data import Row
-from graftwork.errors import DataError
 from graftwork.metrics import Metric
 
 
@@ -47,27 +46,3 @@ class Scorer(Protocol):
 
     def score(self, reply: Reply) -> dict[str, float]:
         """A value for each metric; NaN where a measure was not taken."""
-
-
-@dataclass(frozen=True)
-class GoldText:
-    """Where the right text of a row is."""
-
-    field: str | None
-
-    def of(self, gold: Mapping[str, Any] | None, reference: str | None, row: str = "") -> tuple[str, ...]:
-        """The right texts: any of them will do. Raises DataError where there is none."""
-        if self.field is None and reference is not None:
-            return (reference,)
-        found = self._value(gold or {})
-        texts = found if isinstance(found, list) else [found]
-        if not texts or not all(isinstance(text, str | int | float) and str(text).strip() for text in texts):
-            raise DataError(f"row {row!r}: gold" + (f".{self.field}" if self.field else ""), f"found {found!r}",
-                            "the right text is a string, or a list of them",
-                            "name the scorer's `field`, or end the row with the right answer")  # fmt: skip
-        return tuple(str(text) for text in texts)
-
-    def _value(self, gold: Mapping[str, Any]) -> Any:
-        if self.field is not None:
-            return gold.get(self.field)
-        return next(iter(gold.values())) if len(gold) == 1 else None
