@@ -3,24 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from graftwork.errors import ConfigError
+from graftwork.training.adapter_spec import BottleneckSpec, FullSpec, Ia3Spec, PrefixSpec
+from graftwork.training.adapters import bottleneck, places
 from graftwork.training.spec import AdapterSpec, LoraSpec
-
-ATTENTION_WORDS = ("attn", "attention")
-MLP_WORDS = ("mlp", "feed_forward", "ffn", "fc")
 
 
 def attach(model: Any, adapter: AdapterSpec) -> Any:
     """The model with a fresh adapter in fp32; nothing else of it is trained. Draws from torch's global generator.
 
-    Raises ConfigError when the model has no layer of the asked kind.
+    With kind full it is the model itself, all of it trained, in fp32. Raises ConfigError when the model has no layer
+    of the asked kind.
     """
-    attached = get_peft_model(model, peft_config(adapter, model))
+    attached = model if isinstance(adapter, FullSpec) else get_peft_model(model, peft_config(adapter, model))
     for parameter in attached.parameters():
+        if isinstance(adapter, FullSpec):
+            parameter.requires_grad_(True)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return attached
@@ -29,46 +29,62 @@ def attach(model: Any, adapter: AdapterSpec) -> Any:
 def take_weights(model: Any, adapter: Path) -> None:
     """Set the adapter's weights to those of a published one. The folder was verified by `artifact.fetch`."""
     outcome = set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
-    unused = list(outcome.unexpected_keys) + [key for key in outcome.missing_keys if "lora_" in key]
+    own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if model.active_peft_config.is_prompt_learning:
+        own = set()  # laid into the encoder, its shape compared, after the state dict was gone through
+    unused = [key for key in outcome.unexpected_keys if key != "prompt_embeddings"] + sorted(
+        own & {*outcome.missing_keys}
+    )
     assert not unused, f"weights of another shape of adapter: {unused[:3]}"  # method and base were compared before
 
 
 def peft_config(adapter: AdapterSpec, model: Any) -> PeftConfig:
     """PEFT's form of the adapter. Raises ConfigError when the model has no layer of the asked kind."""
+    assert not isinstance(adapter, FullSpec), "full weights are no adapter"
     if isinstance(adapter, LoraSpec):
         return lora_config(adapter, model)
-    raise ConfigError(f"adapter.kind={adapter.kind}", "it can't be trained yet", "lora can", "set adapter.kind=lora")
+    if isinstance(adapter, Ia3Spec):
+        return ia3_config(model)
+    if isinstance(adapter, PrefixSpec):
+        return PrefixTuningConfig(num_virtual_tokens=adapter.tokens, task_type="CAUSAL_LM")
+    return bottleneck_config(adapter, model)
 
 
 def lora_config(adapter: LoraSpec, model: Any) -> LoraConfig:
     """PEFT's LoRA, rsLoRA or DoRA. Raises ConfigError when the model has no layer of the asked kind."""
+    words = places.ATTENTION_WORDS if adapter.targets == "attention" else places.MLP_WORDS
+    some = adapter.targets != "all-linear"
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules="all-linear" if adapter.targets == "all-linear" else _targets(adapter.targets, model),
+        target_modules=places.within(f"adapter.targets={adapter.targets}", words, model) if some else "all-linear",
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         task_type="CAUSAL_LM",
     )
 
 
-def _targets(kind: str, model: Any) -> list[str]:
-    """Full names of the linear layers of the attention or of the MLP blocks."""
-    words = ATTENTION_WORDS if kind == "attention" else MLP_WORDS
-    head = model.get_output_embeddings()
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if module is not head and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+def ia3_config(model: Any) -> IA3Config:
+    """Factors on keys, values and the MLP's inner activations, as in the paper. Raises ConfigError without such layers.
+
+    Not PEFT's own choice of targets, which for some families scales queries in place of keys.
+    """
+    inner = places.ends("adapter.kind=ia3", places.MLP_ENDS, model)
+    sides = [
+        *places.ends("adapter.kind=ia3", places.KEYS, model),
+        *places.ends("adapter.kind=ia3", places.VALUES, model),
     ]
-    found = [name for name in linear if any(word in name.lower() for word in words)]
-    if not found:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise ConfigError(
-            f"adapter.targets={kind}",
-            f"no linear layer of {type(model).__name__} lies in such a block",
-            f"its linear layers: {', '.join(known)}",
-            "set adapter.targets=all-linear",
-        )
-    return found
+    return IA3Config(target_modules=[*sides, *inner], feedforward_modules=inner, task_type="CAUSAL_LM")
+
+
+def bottleneck_config(adapter: BottleneckSpec, model: Any) -> bottleneck.BottleneckConfig:
+    """Behind the last linear of each MLP block, and with Houlsby of each attention. Raises ConfigError without them."""
+    bottleneck.register()
+    asked = f"adapter.kind=bottleneck, placement={adapter.placement}"
+    targets = places.ends(asked, places.MLP_ENDS, model)
+    if adapter.placement == "houlsby":
+        targets += places.ends(asked, places.ATTENTION_ENDS, model)
+    return bottleneck.BottleneckConfig(
+        bottleneck_size=adapter.size, activation=adapter.activation, target_modules=set(targets), task_type="CAUSAL_LM"
+    )

@@ -1,0 +1,179 @@
+"""Every kind of adapter: it learns, goes on after its death, is served as it was trained, and leaves the base whole."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from graftwork import artifact_check, base_model
+from graftwork.errors import ConfigError
+from graftwork.serving.engine.engine import Engine
+from graftwork.storage import RunPaths, Store
+from graftwork.training.adapters.attach import attach, take_weights
+from graftwork.training.adapters.off import adapter_off
+from graftwork.training.checkpoint import Checkpoints
+from graftwork.training.data import prepare
+from graftwork.training.job import LoopResult, TrainJob
+from graftwork.training.loop import run_steps
+from graftwork.training.spec import TrainSpec
+from graftwork.training.steplog import StepReport
+from tests import engines
+from tests.training import task
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": {"rank": 4}},
+    "rslora": {"adapter": {"rank": 4, "alpha": 8, "rslora": True}},
+    "dora": {"adapter": {"rank": 4, "dora": True}},
+    "ia3": {"adapter": {"kind": "ia3"}, "optim.lr": 0.05},
+    "prefix": {"adapter": {"kind": "prefix", "tokens": 8}, "optim.lr": 0.05},
+    "pfeiffer": {"adapter": {"kind": "bottleneck", "size": 8}, "optim.lr": 0.02},
+    "houlsby": {
+        "adapter": {"kind": "bottleneck", "placement": "houlsby", "size": 8, "activation": "silu"},
+        "optim.lr": 0.02,
+    },
+}
+PROMPTS = ([1, 40, 41, 42], [1, 300, 12, 13, 14, 15, 99])
+
+
+class Killed(Exception):
+    """Stands for the death of the process."""
+
+
+def spec_of(folder: Path, kind: str, **more: Any) -> TrainSpec:
+    return task(folder, **{"quant.kind": "none", "optim.epochs": 4, **KINDS[kind], **more})
+
+
+def run_of(spec: TrainSpec, name: str) -> RunPaths:
+    return RunPaths(Store(spec.root), name, "0" * 64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[str, tuple[TrainSpec, LoopResult, Path]]:
+    """Each kind after 24 steps: its spec, its curve, a folder with its published form."""
+    done = {}
+    for kind in KINDS:
+        spec = spec_of(folder, kind)
+        run = run_of(spec, kind)
+        result = run_steps(TrainJob(spec, prepare(spec), run), lambda _: True)
+        with Checkpoints(run).adapter(result.steps) as made:
+            files = artifact_check.read_folder(made)
+        published = folder / "published" / kind
+        published.mkdir(parents=True)
+        for name, data in files.items():
+            (published / name).write_bytes(data)
+        done[kind] = spec, result, published
+    return done
+
+
+def with_adapter(spec: TrainSpec, published: Path) -> Any:
+    """The base with the published weights, as training holds it."""
+    loaded = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
+    model = attach(loaded.model, spec.adapter)
+    take_weights(model, published)
+    return model.eval()
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: Sequence[int], new_tokens: int = 12) -> list[int]:
+    ids = torch.tensor([list(prompt)])
+    for _ in range(new_tokens):
+        logits_1TV = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        ids = torch.cat([ids, logits_1TV[:, -1:].argmax(-1)], dim=1)
+    answer: list[int] = ids[0, len(prompt) :].tolist()
+    return answer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns(trained: dict[str, tuple[TrainSpec, LoopResult, Path]], kind: str) -> None:
+    _, result, _ = trained[kind]
+    first, last = result.train_loss[0][1], result.train_loss[-1][1]
+    assert last < first - 1, f"{kind}: {first:.3f} -> {last:.3f} nats"
+    assert result.eval_loss[-1][1] < first - 1
+
+
+def test_the_endpoint_says_what_the_trained_model_says(
+    trained: dict[str, tuple[TrainSpec, LoopResult, Path]], folder: Path
+) -> None:
+    engine = Engine(engines.load_model(folder / "base"), engines.spec(), "cpu")
+    engine.start()
+    try:
+        for kind, (_, _, published) in trained.items():
+            engine.load_adapter(kind, published)
+        asked = [(kind, n) for kind in trained for n in range(len(PROMPTS))]
+        answers = engines.ask(
+            engine, *(engines.request(f"{kind}{n}", PROMPTS[n], kind, max_new_tokens=12) for kind, n in asked)
+        )
+    finally:
+        engine.stop()
+    said: dict[str, list[list[int]]] = {}
+    for (kind, _), answer in zip(asked, answers, strict=True):
+        said.setdefault(kind, []).append(answer.tokens)
+    unlike_base = [greedy(engines.load_model(folder / "base"), prompt) for prompt in PROMPTS]
+    for kind, (spec, _, published) in trained.items():
+        model = with_adapter(spec, published)
+        expected = [greedy(model, prompt) for prompt in PROMPTS]
+        assert said[kind] == expected, kind
+        assert expected != unlike_base, f"{kind} changes nothing"
+        with adapter_off(model):
+            assert [greedy(model, prompt) for prompt in PROMPTS] == unlike_base, f"{kind} off is the base"
+        assert [greedy(model, prompt) for prompt in PROMPTS] == expected, f"{kind} is on again"
+
+
+@pytest.mark.parametrize("kind", ["ia3", "prefix", "houlsby"])
+def test_killed_it_goes_on_to_the_same_curve(
+    folder: Path, trained: dict[str, tuple[TrainSpec, LoopResult, Path]], kind: str
+) -> None:
+    spec, whole, _ = trained[kind]
+    job = TrainJob(spec, prepare(spec), run_of(spec, f"killed-{kind}"))
+
+    def dies(step: StepReport) -> bool:
+        if step.step == 10:
+            raise Killed
+        return True
+
+    with pytest.raises(Killed):
+        run_steps(job, dies)
+    assert run_steps(job, lambda _: True).train_loss == whole.train_loss
+
+
+@pytest.mark.parametrize("kind", ["ia3", "prefix", "pfeiffer"])
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_it_learns_on_a_quantised_base(folder: Path, kind: str, quant: str) -> None:
+    spec = spec_of(folder, kind, **{"quant.kind": quant})
+    result = run_steps(TrainJob(spec, prepare(spec), max_steps=8), lambda _: True)
+    assert result.train_loss[-1][1] < result.train_loss[0][1]
+
+
+def test_a_bottleneck_begins_as_the_base(folder: Path) -> None:
+    spec = spec_of(folder, "houlsby")
+    loaded = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
+    ids = torch.tensor([PROMPTS[0]])
+    before = loaded.model(input_ids=ids).logits
+    model = attach(loaded.model, spec.adapter)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(names) == 2 * 2 * 4, "weights and biases of down and up, behind two linears of two blocks"
+
+
+def test_saved_names_are_those_of_the_serving_engine(trained: dict[str, tuple[TrainSpec, LoopResult, Path]]) -> None:
+    _, _, published = trained["pfeiffer"]
+    tensors = load_file(published / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.{}.mlp.down_proj.bottleneck_{}"
+    assert set(tensors) == {
+        stem.format(layer, part) for layer in (0, 1) for part in ("down.weight", "down.bias", "up.weight", "up.bias")
+    }
+
+
+def test_all_weights_leave_no_base_to_turn_back_to(folder: Path) -> None:
+    task(folder)
+    model = engines.load_model(folder / "base")
+    with pytest.raises(ConfigError, match="adapter.kind=full"), adapter_off(model):
+        pass
