@@ -105,6 +105,40 @@ def read_fields(uri: str, names: Sequence[str], *, limit: int | None = None) -> 
     return {name: tuple(found) for name, found in values.items()}
 
 
+def prompt_of(record: dict[str, Any], where: str) -> tuple[Message, ...]:
+    """The conversation that a record's answers answer: `messages`, or `prompt` (turns, or the user's one).
+
+    Raises DataError that names the row (`where`), the field and the rule.
+    """
+    field = "prompt" if "prompt" in record and "messages" not in record else "messages"
+    if field == "prompt" and not isinstance(record["prompt"], list):
+        return (Message("user", _string(record, "prompt", where)),)
+    if field not in record:
+        raise DataError(f"{where}: messages", f"the field is missing (found {', '.join(record) or 'no fields'})",
+                        "a row has `messages` or `prompt`, and its answers beside it", "add the field")  # fmt: skip
+    messages = _messages({"messages": record[field]}, where)
+    if messages[-1].role != "user":
+        raise DataError(f"{where}: {field}", f"the last turn is the {messages[-1].role}'s",
+                        "the answers stand in fields of their own, behind the user's last turn",
+                        f"take the last turn out of {field}")  # fmt: skip
+    return messages
+
+
+def answer_of(record: dict[str, Any], field: str, where: str) -> str:
+    """An answer of a record: text, the assistant's turn, or a list of that one turn. Raises DataError."""
+    value = record.get(field)
+    turns = value if isinstance(value, list) else [value]
+    if not isinstance(value, dict | list):
+        return _string(record, field, where)
+    if len(turns) != 1:
+        raise DataError(f"{where}: {field}", f"found {len(turns)} turns", f"{field} is one answer: text, or one turn "
+                        "of the assistant", "keep what comes before it in `messages`")  # fmt: skip
+    turn = _message(turns[0], f"{where}: {field}")
+    if turn.role != "assistant":
+        raise DataError(f"{where}: {field}.role", f"found {turn.role!r}", "an answer is the assistant's turn")
+    return turn.content
+
+
 def read_passages(uri: str) -> list[Passage]:
     """Passages of a JSONL, `{"id": "...", "text": "..."}` a line, in order. Raises DataError, StorageError."""
     passages = []

@@ -22,6 +22,32 @@ def write_rows(path: Path, count: int, first: int = 0, answer_repeats: int = 1) 
     return path
 
 
+def write_pairs(path: Path, count: int, first: int = 0) -> Path:
+    """JSONL of `count` preferences: the right colour over the next one, as text or as turns."""
+    lines = []
+    for number in range(first, first + count):
+        right, wrong = COLOURS[number % len(COLOURS)], COLOURS[(number + 1) % len(COLOURS)]
+        prompt = f"Name colour {number % 10}"
+        if number % 2:
+            row: dict[str, Any] = {"prompt": prompt, "chosen": right, "rejected": f"{wrong} {wrong}"}
+        else:
+            turns = [{"role": "user", "content": prompt}]
+            row = {"messages": turns, "chosen": {"role": "assistant", "content": right}, "rejected": wrong}
+        lines.append(json.dumps({"id": f"pair{number}", **row}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def pair_task(folder: Path, **changes: Any) -> TrainSpec:
+    """`task` on 40 pairs, 10 held out, of which half name their prompt as `messages`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = {f"data.{part}": str(folder / f"{part}-pairs.jsonl") for part in ("train", "eval")}
+    if not Path(pairs["data.train"]).exists():
+        write_pairs(Path(pairs["data.train"]), 40)
+        write_pairs(Path(pairs["data.eval"]), 10, first=1000)
+    return task(folder, **{"name": "pairs", "objective": {"kind": "dpo"}, **pairs, **changes})
+
+
 def task(folder: Path, **changes: Any) -> TrainSpec:
     """A spec on a tiny base with 48 training and 8 held-out rows, all files under `folder`; dotted keys change it.
 

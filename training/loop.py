@@ -46,10 +46,10 @@ def run_steps(job: TrainJob, report: Report) -> LoopResult:
         base = base_model.resolve(spec.base)
         loaded = base_model.load(base, spec.quant, device=_device(spec), purpose="train")
         watch = Watch(job, plan, log, report, before_s=start.elapsed_s if start else 0.0)
-        model = _with_adapter(spec, loaded, fresh=start is None)
+        model = _with_adapter(spec, loaded)
         training = build(Setting(job, plan, base, model, folder, watch))
         watch.training, trainer = training, training.trainer
-        notes = (loaded.reason, f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}")
+        notes = (loaded.reason, f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}", *training.notes)
         trainer.train(resume_from_checkpoint=str(Checkpoints(job.run).fetch(start.step)) if job.run and start else None)
     return _result(log, trainer.state.global_step, watch.elapsed_s(), stopped=watch.stopped, notes=notes)
 
@@ -59,15 +59,15 @@ def plan_of(job: TrainJob, world: int) -> StepPlan:
     return step_plan(job.data.train.lengths_N, job.spec.optim, job.spec.seed, world, job.max_steps)
 
 
-def _with_adapter(spec: TrainSpec, loaded: base_model.LoadedBase, *, fresh: bool) -> Any:
-    """The base with the spec's adapter: random by the seed, or a published one's weights."""
+def _with_adapter(spec: TrainSpec, loaded: base_model.LoadedBase) -> Any:
+    """The base with the spec's adapter: random by the seed, or a published one's weights. A checkpoint comes later."""
     from transformers import set_seed
 
     from graftwork.training.adapters.attach import attach, take_weights
 
     set_seed(spec.seed)
     model = attach(loaded.model, spec.adapter)
-    if fresh and spec.init_from is not None:
+    if spec.init_from is not None:
         take_weights(model, adapter_folder(spec))
     return model
 

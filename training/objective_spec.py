@@ -1,8 +1,8 @@
 """What is learned: the kinds of finetuning; rows by `training.rows`, trainers by `training.objectives`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graftwork.config import Spec
 
@@ -30,13 +30,28 @@ class DpoSpec(Spec):
 
     kind: Literal["dpo"] = "dpo"
     beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull towards the reference: the adapter that training began from, or the base."""
+    """Strength of the pull towards the reference: what training began from, the base or `init_from`."""
+    loss: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    """sigmoid: DPO; hinge: SLiC (arXiv 2305.10425); ipo: arXiv 2310.12036; robust: arXiv 2403.00409."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of pairs whose labels are taken to be swapped; of loss=robust alone."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> Self:
+        if (self.loss == "robust") != (self.label_smoothing > 0):
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing:g} with loss={self.loss}: it belongs to loss=robust, which "
+                "needs one above 0"
+            )
+        return self
 
 
 class RewardSpec(Spec):
     """A reward model of `chosen` and `rejected` answers: Bradley-Terry."""
 
     kind: Literal["reward"] = "reward"
+    centre: float = Field(default=0.0, ge=0)
+    """Pull of the rewards' mean towards 0: this times (chosen + rejected) squared (arXiv 2312.09244); 0.01 is usual."""
 
 
 class RlSpec(Spec):

@@ -49,6 +49,8 @@ class Training:
     trainer: Any
     evaluate: Callable[[], Mapping[str, float]]
     """Figures over all held-out rows, the same on every rank; `loss` is among them. Called on all ranks."""
+    notes: tuple[str, ...] = ()
+    """What was resolved or saved, for the run's report."""
 
 
 def arguments(setting: Setting) -> dict[str, Any]:
