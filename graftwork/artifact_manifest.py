@@ -47,7 +47,7 @@ class AdapterManifest(BaseModel):
 
     task: str = Field(pattern=NAME_PATTERN)
     method: dict[str, JsonValue]
-    """The adapter's spec (LoraSpec)."""
+    """The adapter's spec (LoraSpec, ...), and `objective`: the kind of finetuning."""
     data_fingerprint: str
     """Digest of the training rows."""
     metrics: dict[str, FiniteFloat]

@@ -18,6 +18,7 @@ __all__ = ["PreparedData", "TokenRows", "prepare"]
 READERS = {
     "sft": "graftwork.training.rows.sft",
     "dpo": "graftwork.training.rows.pairs",
+    "reward": "graftwork.training.rows.pairs",
 }
 """The module whose `read` renders the rows of each kind of finetuning."""
 

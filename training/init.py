@@ -45,6 +45,13 @@ def parent_of(spec: TrainSpec) -> str | None:
 
 
 def _require_equal_method(spec: TrainSpec, found: AdapterManifest) -> None:
+    if (found.method.get("objective") == "reward") != (spec.objective.kind == "reward"):
+        raise ConfigError(
+            f"objective.kind={spec.objective.kind} with init_from={spec.init_from}",
+            f"{found.ref} was trained with objective.kind={found.method.get('objective', 'sft')}",
+            "a reward model has a score head in place of the language head: it goes on as a reward model alone",
+            "start from another adapter, or leave init_from out",
+        )
     ours = spec.adapter.model_dump(mode="json")
     for key in EQUAL:
         if found.method.get(key) != ours[key]:

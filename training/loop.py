@@ -64,9 +64,11 @@ def _with_adapter(spec: TrainSpec, loaded: base_model.LoadedBase) -> Any:
     from transformers import set_seed
 
     from graftwork.training.adapters.attach import attach, take_weights
+    from graftwork.training.adapters.score_head import with_score_head
 
     set_seed(spec.seed)
-    model = attach(loaded.model, spec.adapter)
+    base = with_score_head(loaded.model) if spec.objective.kind == "reward" else loaded.model
+    model = attach(base, spec.adapter)
     if spec.init_from is not None:
         take_weights(model, adapter_folder(spec))
     return model

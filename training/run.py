@@ -189,7 +189,7 @@ def _publish(run: Run, result: LoopResult) -> artifact.AdapterManifest:
             quant=spec.quant.model_dump(mode="json"),
             template_digest=template.digest,
             tokenizer_digest=template.tokenizer_digest,
-            method=spec.adapter.model_dump(mode="json"),
+            method={**spec.adapter.model_dump(mode="json"), "objective": spec.objective.kind},
             prompt=spec.prompt.model_dump(mode="json"),
             data_fingerprint=run.data.fingerprint,
             metrics=metrics,

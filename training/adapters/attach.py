@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from graftwork.training.adapter_spec import BottleneckSpec, FullSpec, Ia3Spec, PrefixSpec
 from graftwork.training.adapters import bottleneck, places
+from graftwork.training.adapters.score_head import ScoreHead
 from graftwork.training.spec import AdapterSpec, LoraSpec
 
 
@@ -17,7 +18,7 @@ def attach(model: Any, adapter: AdapterSpec) -> Any:
     With kind full it is the model itself, all of it trained, in fp32. Raises ConfigError when the model has no layer
     of the asked kind.
     """
-    attached = model if isinstance(adapter, FullSpec) else get_peft_model(model, peft_config(adapter, model))
+    attached = model if isinstance(adapter, FullSpec) else get_peft_model(model, _fitted(adapter, model))
     for parameter in attached.parameters():
         if isinstance(adapter, FullSpec):
             parameter.requires_grad_(True)
@@ -36,6 +37,14 @@ def take_weights(model: Any, adapter: Path) -> None:
         own & {*outcome.missing_keys}
     )
     assert not unused, f"weights of another shape of adapter: {unused[:3]}"  # method and base were compared before
+
+
+def _fitted(adapter: AdapterSpec, model: Any) -> PeftConfig:
+    """The adapter's config for this model; a score head is trained and saved whole with it (PEFT's SEQ_CLS)."""
+    config = peft_config(adapter, model)
+    if isinstance(getattr(model, "score", None), ScoreHead):
+        config.task_type = "SEQ_CLS"
+    return config
 
 
 def peft_config(adapter: AdapterSpec, model: Any) -> PeftConfig:

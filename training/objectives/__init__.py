@@ -11,6 +11,7 @@ from graftwork.training.objectives.setting import Setting, Training
 BUILDERS = {
     "sft": "graftwork.training.objectives.sft",
     "dpo": "graftwork.training.objectives.dpo",
+    "reward": "graftwork.training.objectives.reward",
 }
 
 

@@ -18,6 +18,8 @@ from graftwork.serving.engine.adapters.rows import read_trained_tokens
 from graftwork.serving.engine.adapters.tensor_file import TensorFile
 
 SERVED = ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS", "BOTTLENECK")
+SCORING = ("SEQ_CLS", "TOKEN_CLS")
+"""Tasks of adapters whose head gives scores in place of tokens."""
 _DELTAS = frozenset(
     {
         "ADALORA",
@@ -62,6 +64,9 @@ def read_adapter(
     kind = config.values.get("peft_type")
     if not isinstance(kind, str) or kind not in SERVED:
         raise _refused_kind(config, kind)
+    if config.values.get("task_type") in SCORING:
+        raise config.refused("task_type", "it scores answers (a reward model, a classifier) and writes none",
+                             "serve what was trained with it; rewards are asked in training")  # fmt: skip
     tensors = TensorFile(folder, known.get(WEIGHTS_FILE))
     if kind == "LORA":
         return read_lora(config, tensors, base, max_rank=max_rank, dtype=dtype)
