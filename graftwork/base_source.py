@@ -87,20 +87,28 @@ def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
 def base_digest(folder: Path) -> str:
     """sha256 over config, weights and tokenizer. Kept by (path, size, mtime) of the files, so it is computed once."""
     stamps = Store(str(folder)).stamps()
-    named = ("config.json", "tokenizer.json", "chat_template.jinja")
-    stamps = {name: stamps[name] for name in sorted(stamps) if name in named or name.endswith(".safetensors")}
+    stamps = {name: stamps[name] for name in sorted(stamps) if _decides(name)}
     key = hashlib.sha256(canonical_json([str(folder), stamps]).encode()).hexdigest()
     kept = Store(str(cache_root()))
     if kept.exists("digests", key):
         return kept.read_text("digests", key)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    content = {
-        "config": {name: value for name, value in config.items() if name not in _VOLATILE},
-        "files": {name: file_sha256(folder / name) for name in stamps if name != "config.json"},
-    }
-    digest = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    digest = content_digest({name: folder / name for name in stamps})
     kept.write_bytes(digest.encode(), "digests", key)
     return digest
+
+
+def content_digest(files: Mapping[str, Path]) -> str:
+    """sha256 over those of the files that decide a base's answers; config.json is among them."""
+    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    content = {
+        "config": {name: value for name, value in config.items() if name not in _VOLATILE},
+        "files": {name: file_sha256(path) for name, path in files.items() if _decides(name) and name != "config.json"},
+    }
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _decides(name: str) -> bool:
+    return name in ("config.json", "tokenizer.json", "chat_template.jinja") or name.endswith(".safetensors")
 
 
 def _from_package(uri: str, sha256: str | None, on_progress: Progress | None) -> Path:

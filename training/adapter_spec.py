@@ -33,7 +33,7 @@ class LoraSpec(Spec):
 
 
 class FullSpec(Spec):
-    """All weights. The run ends in a new base rather than an adapter."""
+    """All weights, in fp32. The run ends in a new base, `<root>/bases/<name>/<version>`, rather than an adapter."""
 
     kind: Literal["full"] = "full"
 

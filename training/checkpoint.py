@@ -1,8 +1,8 @@
 """Checkpoints of a run: written by every rank, whole once their marker is there; the newest whole one is gone on from.
 
     runs/<run>/checkpoints/checkpoint-<step>/
-        adapter_config.json, adapter_model.safetensors, optimizer.pt, scheduler.pt, rng_state_<rank>.pth,
-        trainer_state.json, COMMITTED.json
+        adapter_config.json, adapter_model.safetensors (all weights: config.json, model*.safetensors),
+        optimizer.pt, scheduler.pt, rng_state_<rank>.pth, trainer_state.json, COMMITTED.json
 
 On a local root the trainer writes in place; on S3 it writes to a cache folder of its machine, and the ranks send them.
 The .pt files are read with `weights_only=True` (by transformers), so nothing in them is executed.
@@ -17,7 +17,6 @@ from pathlib import Path
 
 from graftwork.storage import RunPaths
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MARKER = "COMMITTED.json"
 PREFIX = "checkpoint-"
 KEEP = 2
@@ -61,10 +60,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def adapter(self, step: int) -> Iterator[Path]:
-        """A folder with the adapter of a whole checkpoint and nothing else."""
+        """A folder with the adapter of a whole checkpoint, or all weights with their config, and nothing else."""
         with tempfile.TemporaryDirectory(prefix="gw-adapter-") as name:
             folder = Path(name)
-            for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            for file in filter(is_of_model, self.run.store.list(*self._key(step))):
                 self.run.store.download(folder / file, *self._key(step), file)
             yield folder
 
@@ -107,6 +106,12 @@ class Checkpoints:
 
     def _key(self, step: int) -> tuple[str, ...]:
         return self.run.checkpoints(_name(step))
+
+
+def is_of_model(name: str) -> bool:
+    """Whether a checkpoint's file is what is published of it: the adapter, or all weights, and its config."""
+    configs = ("adapter_config.json", "config.json", "generation_config.json", "model.safetensors.index.json")
+    return name in configs or name.endswith(".safetensors")
 
 
 def _name(step: int) -> str:

@@ -25,9 +25,10 @@ class TrainReport:
     """A finished run, measured."""
 
     run_id: str
-    adapter: str
-    """`task@version`, as published."""
+    adapter: str | None
+    """`task@version`, as published; None where all weights were trained."""
     version: str
+    """Of the adapter, or of the base."""
     reused: bool
     """The run had finished before; nothing was trained now."""
     steps: int
@@ -48,6 +49,13 @@ class TrainReport:
     peak_cuda_bytes_per_worker: tuple[int, ...]
     notes: tuple[str, ...] = ()
     """What was resolved or left out, with the reason."""
+    base: str | None = None
+    """Where the new base lies, as `base:` takes it, where all weights were trained."""
+
+    @property
+    def published(self) -> str:
+        """In words."""
+        return self.adapter or f"base {self.base}"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -1,4 +1,4 @@
-"""A run in the driver: from a spec to a published adapter, once. The work is `training.loop` on Ray's workers."""
+"""A run in the driver: from a spec to what it publishes, once. The work is `training.loop` on Ray's workers."""
 
 import hashlib
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from graftwork import artifact, base_model, base_source, provenance
+from graftwork import base_model, base_source, provenance
 from graftwork.base_model import ResolvedBase
 from graftwork.config import canonical_json
 from graftwork.errors import GraftworkError, Interrupted
@@ -20,6 +20,7 @@ from graftwork.training.fit import fit
 from graftwork.training.init import parent_of, pin_init
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.lock import run_lock
+from graftwork.training.publish import publish, still_there
 from graftwork.training.records import Progress, TrainReport
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport, read_steps
@@ -69,9 +70,10 @@ def run_paths(spec: TrainSpec) -> RunPaths:
 
 
 def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainReport:
-    """Train and publish one adapter; needs an initialised Ray. The same spec again returns the recorded report.
+    """Train and publish one adapter or base; needs an initialised Ray. The same spec again returns the known report.
 
-    An unfinished run goes on from its last checkpoint. Writes runs/<name>-<digest8>/ and adapters/<name>/<version>/.
+    An unfinished run goes on from its last checkpoint. Writes runs/<name>-<digest8>/ and adapters/<name>/<version>/
+    (bases/<name>/<version>/ where all weights are trained).
     Raises UserErrors before anything starts; ClusterError when the workers do not fit; RunError when the work failed or
     another process runs it; Interrupted on Ctrl-C.
     """
@@ -134,7 +136,7 @@ def progress_of(steps: list[StepReport]) -> Progress:
 
 
 def _finished(run: Run) -> TrainReport | None:
-    """The recorded report of a run whose adapter is still there; its alias is set again if the spec asks for one."""
+    """The recorded report of a run whose adapter, or base, is still there; a lacking alias is set again."""
     store = run.paths.store
     if not store.exists(*run.paths.status()):
         return None
@@ -142,23 +144,20 @@ def _finished(run: Run) -> TrainReport | None:
     if status["state"] != "finished":
         return None
     report = TrainReport.from_dict(status["report"], reused=True)
-    try:
-        artifact.open_adapter(store, run.spec.name, report.version)
-    except artifact.UnknownAdapter:
+    if not still_there(run, report):
         return None  # removed since: the last checkpoint publishes it again
-    if run.spec.alias and artifact.aliases(store, run.spec.name).get(run.spec.alias) is None:
-        artifact.promote(store, run.spec.name, run.spec.alias, report.version)
     return report
 
 
 def _published(run: Run, result: LoopResult) -> TrainReport:
-    """Publish the last checkpoint's adapter and put the report together."""
+    """Publish what the last checkpoint holds and put the report together."""
     steps = read_steps(run.paths)
-    version = _publish(run, result).version
+    made = publish(run, result)
     return TrainReport(
         run_id=run.paths.run_id,
-        adapter=f"{run.spec.name}@{version}",
-        version=version,
+        adapter=made.adapter,
+        base=made.base,
+        version=made.version,
         reused=False,
         steps=result.steps,
         rows=len(run.data.train),
@@ -172,32 +171,6 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
         notes=(*result.notes, *run.data.notes),
     )
-
-
-def _publish(run: Run, result: LoopResult) -> artifact.AdapterManifest:
-    spec, template = run.spec, base_model.template(run.base)
-    metrics = {"train_loss": result.train_loss[-1][1], "steps": float(result.steps), "tokens": float(result.tokens),
-               "train_s": math.fsum(step.step_s for step in read_steps(run.paths))}  # fmt: skip
-    if result.eval_loss:
-        metrics["eval_loss"] = result.eval_loss[-1][1]
-    with Checkpoints(run.paths).adapter(result.steps) as folder:
-        return artifact.publish(
-            run.paths.store,
-            spec.name,
-            folder,
-            base_digest=run.base.digest,
-            quant=spec.quant.model_dump(mode="json"),
-            template_digest=template.digest,
-            tokenizer_digest=template.tokenizer_digest,
-            method={**spec.adapter.model_dump(mode="json"), "objective": spec.objective.kind},
-            prompt=spec.prompt.model_dump(mode="json"),
-            data_fingerprint=run.data.fingerprint,
-            metrics=metrics,
-            run=run.paths.run_id,
-            provenance=run.paths.store.read_json(*run.paths.provenance()),
-            parent=parent_of(spec),
-            alias=spec.alias,
-        )
 
 
 def _write_facts(run: Run) -> None:

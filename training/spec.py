@@ -9,6 +9,7 @@ from graftwork.chat import PromptSpec
 from graftwork.config import Spec
 from graftwork.data import DataSpec
 from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
+from graftwork.training.adapter_rules import check_adapter
 from graftwork.training.adapter_spec import AdapterSpec, LoraSpec, as_lora, with_kind
 from graftwork.training.objective_rules import taken_effect
 from graftwork.training.objective_spec import ObjectiveSpec, SftSpec
@@ -99,4 +100,5 @@ class TrainSpec(Spec):
         if self.data.eval is None and "eval_every" in self.model_fields_set:
             raise ValueError("eval_every is set but data.eval is not given, so it cannot take effect")
         taken_effect(self.objective, self.adapter, self.data)
+        check_adapter(self)
         return self

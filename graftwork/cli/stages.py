@@ -83,7 +83,9 @@ def train(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag =
         f"{report.tokens_per_s:.0f} tok/s, "
         f"loss {report.train_loss[-1][1]:.3f}{held_out}"
     )
-    say(f"published {report.adapter}" + (f", alias {spec.name}@{spec.alias}" if spec.alias else ""))
+    say(
+        f"published {report.published}" + (f", alias {spec.name}@{spec.alias}" if spec.alias and report.adapter else "")
+    )
 
 
 def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006

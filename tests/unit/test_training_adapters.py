@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from graftwork import artifact_check, base_model
+from graftwork import artifact_check, base_model, base_publish, config
 from graftwork.errors import ConfigError
 from graftwork.serving.engine.engine import Engine
 from graftwork.storage import RunPaths, Store
@@ -18,6 +18,8 @@ from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import prepare
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.loop import run_steps
+from graftwork.training.publish import Published, publish
+from graftwork.training.run import Run
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 from tests import engines
@@ -34,7 +36,9 @@ KINDS: dict[str, dict[str, Any]] = {
         "adapter": {"kind": "bottleneck", "placement": "houlsby", "size": 8, "activation": "silu"},
         "optim.lr": 0.02,
     },
+    "full": {"adapter": {"kind": "full"}, "optim.lr": 1e-3},
 }
+ADAPTERS = [kind for kind in KINDS if kind != "full"]
 PROMPTS = ([1, 40, 41, 42], [1, 300, 12, 13, 14, 15, 99])
 
 
@@ -59,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path) -> dict[str, tuple[TrainSpec, LoopResult, Path]]:
     """Each kind after 24 steps: its spec, its curve, a folder with its published form."""
     done = {}
-    for kind in KINDS:
+    for kind in ADAPTERS:
         spec = spec_of(folder, kind)
         run = run_of(spec, kind)
         result = run_steps(TrainJob(spec, prepare(spec), run), lambda _: True)
@@ -91,7 +95,7 @@ def greedy(model: Any, prompt: Sequence[int], new_tokens: int = 12) -> list[int]
     return answer
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_it_learns(trained: dict[str, tuple[TrainSpec, LoopResult, Path]], kind: str) -> None:
     _, result, _ = trained[kind]
     first, last = result.train_loss[0][1], result.train_loss[-1][1]
@@ -127,11 +131,14 @@ def test_the_endpoint_says_what_the_trained_model_says(
         assert [greedy(model, prompt) for prompt in PROMPTS] == expected, f"{kind} is on again"
 
 
-@pytest.mark.parametrize("kind", ["ia3", "prefix", "houlsby"])
+@pytest.mark.parametrize("kind", ["ia3", "prefix", "houlsby", "full"])
 def test_killed_it_goes_on_to_the_same_curve(
-    folder: Path, trained: dict[str, tuple[TrainSpec, LoopResult, Path]], kind: str
+    folder: Path,
+    trained: dict[str, tuple[TrainSpec, LoopResult, Path]],
+    full: tuple[Run, LoopResult, Published],
+    kind: str,
 ) -> None:
-    spec, whole, _ = trained[kind]
+    spec, whole = (full[0].spec, full[1]) if kind == "full" else trained[kind][:2]
     job = TrainJob(spec, prepare(spec), run_of(spec, f"killed-{kind}"))
 
     def dies(step: StepReport) -> bool:
@@ -170,6 +177,67 @@ def test_saved_names_are_those_of_the_serving_engine(trained: dict[str, tuple[Tr
     assert set(tensors) == {
         stem.format(layer, part) for layer in (0, 1) for part in ("down.weight", "down.bias", "up.weight", "up.bias")
     }
+
+
+@pytest.fixture(scope="module")
+def full(folder: Path) -> tuple[Run, LoopResult, Published]:
+    """All weights trained and published."""
+    spec = spec_of(folder, "full")
+    run = Run.of(spec)
+    result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
+    run.paths.store.write_json({"seed": 0}, *run.paths.provenance())
+    return run, result, publish(run, result)
+
+
+def test_all_weights_learn_and_become_a_base(full: tuple[Run, LoopResult, Published], folder: Path) -> None:
+    run, result, made = full
+    assert result.train_loss[-1][1] < result.train_loss[0][1] - 1
+    assert (made.adapter, made.base) == (None, str(folder / "root" / "bases" / "colours" / made.version))
+    found = base_publish.find(run.paths.store, "colours", made.version)
+    assert found is not None
+    assert found.parent_digest == run.base.digest
+    base = base_model.resolve(base_model.BaseSpec(uri=made.base or ""))
+    assert base.digest == found.digest
+    assert base_model.template(base).digest == base_model.template(run.base).digest
+    assert publish(run, result) == made, "again is the same"
+
+
+def test_a_published_base_is_served_and_trained_on(full: tuple[Run, LoopResult, Published], folder: Path) -> None:
+    run, result, made = full
+    spec = task(folder, **{"base": made.base, "quant.kind": "none"})
+    loaded = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="serve")
+    engine = Engine(loaded.model, engines.spec(), "cpu")
+    engine.start()
+    try:
+        said = engines.ask(engine, *(engines.request(str(n), p, max_new_tokens=12) for n, p in enumerate(PROMPTS)))
+    finally:
+        engine.stop()
+    trained = engines.load_model(folder / "base")
+    with Checkpoints(run.paths).adapter(result.steps) as weights:
+        trained.load_state_dict(load_file(weights / "model.safetensors"), strict=False)
+    assert [answer.tokens for answer in said] == [greedy(trained, prompt) for prompt in PROMPTS]
+    going_on = run_steps(TrainJob(spec, prepare(spec), max_steps=1), lambda _: True)
+    assert going_on.train_loss[0][1] < result.train_loss[0][1] - 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"adapter": {"kind": "full"}, "quant.kind": "nf4"}, r"quant.kind=nf4 can't go .*QLoRA"),
+        ({"adapter": {"kind": "full"}, "init_from": "colours@latest"}, "Set base to the base to go on from"),
+        ({"adapter": {"kind": "full"}, "alias": "prod"}, "alias=prod can't take effect"),
+        ({"adapter": {"kind": "prefix"}, "optim.gradient_checkpointing": True}, "smaller optim.micro_batch"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_with_what_can(folder: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        task(folder, **{"quant.kind": "none", **changes})
+
+
+def test_all_weights_need_a_learning_rate_of_their_own(folder: Path) -> None:
+    asked = {**task(folder).model_dump(mode="json", exclude_unset=True), "quant": {"kind": "none"}}
+    with pytest.raises(ConfigError, match="1e-5 to 5e-5"):
+        config.validate(TrainSpec, {**asked, "optim": {}, "adapter": {"kind": "full"}}, where="spec")
 
 
 def test_all_weights_leave_no_base_to_turn_back_to(folder: Path) -> None:
