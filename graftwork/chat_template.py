@@ -6,6 +6,7 @@ template itself writes is renamed along; what stands in a message is not, so to 
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 import secrets
@@ -55,8 +56,14 @@ class Template:
         self._special_start = re.compile(f"(?={self._special.pattern})(.)", re.DOTALL)
         self._sealed_special = _any_of(self._names)
         self._tokenizer = Tokenizer.from_str(json.dumps(_rename_specials(model, self._sealed)))
-        self.special_ids = frozenset(t["id"] for t in model["added_tokens"] if t["special"])
+        self.specials: Mapping[str, int] = {t["content"]: t["id"] for t in model["added_tokens"] if t["special"]}
+        """Control tokens by name."""
+        self.special_ids = frozenset(self.specials.values())
         """Control tokens: no text of people is ever one."""
+        self.opening_ids = _opening_ids(model.get("post_processor"), self.specials)
+        """What the tokenizer itself puts before every plain text: the beginning-of-text token, or nothing."""
+        self.eos_names = [self._named["eos_token"]] if "eos_token" in self._named else []
+        """The base's end token by name, where it has one."""
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         """Tokenizer ids lie in [0, vocab_size)."""
         end_id = self._end_of_turn()
@@ -219,6 +226,19 @@ def _environment() -> "jinja2.Environment":
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
+
+
+def _opening_ids(processor: Any, specials: Mapping[str, int]) -> tuple[int, ...]:
+    """From the `post_processor` of tokenizer.json: special tokens before the text of a single sequence."""
+    if not isinstance(processor, dict):
+        return ()
+    if processor.get("type") == "Sequence":
+        found = (_opening_ids(part, specials) for part in processor["processors"])
+        return next((ids for ids in found if ids), ())
+    if processor.get("type") != "TemplateProcessing":
+        return ()
+    before = itertools.takewhile(lambda part: "SpecialToken" in part, processor["single"])
+    return tuple(specials[part["SpecialToken"]["id"]] for part in before)
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:

@@ -9,6 +9,7 @@ from graftwork import base_model
 from graftwork.chat import Template
 from graftwork.storage import Store
 from graftwork.training.rows.kept import KeptRows
+from graftwork.training.rows.packed import PackedRows
 from graftwork.training.rows.part import Part, ReadPart
 from graftwork.training.rows.token_rows import Rows, TokenRows
 from graftwork.training.spec import TrainSpec
@@ -16,6 +17,7 @@ from graftwork.training.spec import TrainSpec
 __all__ = ["PreparedData", "TokenRows", "prepare"]
 
 READERS = {
+    "cpt": "graftwork.training.rows.cpt",
     "sft": "graftwork.training.rows.sft",
     "dpo": "graftwork.training.rows.pairs",
     "reward": "graftwork.training.rows.pairs",
@@ -55,7 +57,7 @@ class PreparedData:
         """The same, with large sets of rows copied to the store: workers of other machines take them from there."""
 
         def copied(rows: Rows | None) -> Rows | None:
-            return rows.shared(store) if isinstance(rows, KeptRows) else rows
+            return rows.shared(store) if isinstance(rows, KeptRows | PackedRows) else rows
 
         return replace(self, train=copied(self.train) or self.train, eval=copied(self.eval))
 

@@ -13,6 +13,7 @@ from graftwork import base_model
 from graftwork.errors import StorageError
 from graftwork.storage import cache_root
 from graftwork.training.batches import StepPlan, step_plan
+from graftwork.training.before_after import before_after
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints
 from graftwork.training.init import adapter_folder
 from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
@@ -142,5 +143,5 @@ def _result(log: StepLog, steps: int, wall_s: float, *, stopped: bool, notes: tu
         wall_s=wall_s,
         peak_rss_bytes_per_worker=tuple(rss for rss, _ in peaks),
         peak_cuda_bytes_per_worker=tuple(cuda for _, cuda in peaks),
-        notes=notes,
+        notes=(*notes, *before_after(log.steps)),
     )

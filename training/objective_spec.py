@@ -5,18 +5,15 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from graftwork.config import Spec
+from graftwork.training.text_spec import CptSpec, Packing
 
 
 class SftSpec(Spec):
     """Supervised finetuning: the loss falls on the assistant's turns, by the mask of `chat.render`."""
 
     kind: Literal["sft"] = "sft"
-
-
-class CptSpec(Spec):
-    """Continued pretraining on raw text: `text` rows, packed to `max_length`, no document sees another."""
-
-    kind: Literal["cpt"] = "cpt"
+    packing: Packing = "none"
+    """best_fit: several whole conversations a row, none sees another. No padding, so fewer tokens to compute."""
 
 
 class FimSpec(Spec):

@@ -14,6 +14,7 @@ from graftwork.training.adapter_spec import AdapterSpec, LoraSpec, as_lora, with
 from graftwork.training.objective_rules import taken_effect
 from graftwork.training.objective_spec import ObjectiveSpec, SftSpec
 from graftwork.training.strategy_spec import StrategySpec
+from graftwork.training.text_spec import check_text
 
 __all__ = ["AdapterSpec", "LoraSpec", "ObjectiveSpec", "OptimSpec", "StrategySpec", "TrainSpec", "as_lora"]
 
@@ -101,4 +102,5 @@ class TrainSpec(Spec):
             raise ValueError("eval_every is set but data.eval is not given, so it cannot take effect")
         taken_effect(self.objective, self.adapter, self.data)
         check_adapter(self)
+        check_text(self)
         return self

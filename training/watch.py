@@ -34,10 +34,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         self._before_s = before_s
         self._started: float | None = None
         self._step_started = 0.0
+        self._before: Mapping[str, float] = {}
 
     def elapsed_s(self) -> float:
         """Seconds of training so far, earlier attempts included."""
         return self._before_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure what training will be compared with."""
+        if self.training.evaluate_first and state.global_step == 0 and self.job.data.eval is not None:
+            self._before = self.training.evaluate()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clocks."""
@@ -62,7 +68,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             eval_loss=evaluated.get("loss"),
             elapsed_s=self.elapsed_s(),
             step_s=step_s,
-            metrics=_more(logs, evaluated),
+            metrics=_more(logs, evaluated, self._before if step == 1 else {}),
         )
         if not self._goes_on(figures):
             self.stopped = step < self.plan.steps
@@ -115,7 +121,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         )
 
 
-def _more(logs: Mapping[str, float], evaluated: Mapping[str, float]) -> dict[str, float]:
-    """The kind's own figures: of the step as they are named, of held-out rows with `eval_` before their names."""
+def _more(logs: Mapping[str, float], evaluated: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """The kind's own figures: of the step as they are named, of held-out rows with `eval_` or `before_` before that."""
     own = {key: float(value) for key, value in logs.items() if key not in SHARED}
+    own |= {f"before_{key}": value for key, value in before.items()}
     return own | {f"eval_{key}": value for key, value in evaluated.items() if key != "loss"}

@@ -9,6 +9,7 @@ from typing import Protocol
 from graftwork.training.objectives.setting import Setting, Training
 
 BUILDERS = {
+    "cpt": "graftwork.training.objectives.cpt",
     "sft": "graftwork.training.objectives.sft",
     "dpo": "graftwork.training.objectives.dpo",
     "reward": "graftwork.training.objectives.reward",

@@ -51,6 +51,8 @@ class Training:
     """Figures over all held-out rows, the same on every rank; `loss` is among them. Called on all ranks."""
     notes: tuple[str, ...] = ()
     """What was resolved or saved, for the run's report."""
+    evaluate_first: bool = False
+    """Held-out rows are measured before the first step as well; its report has the figures as `before_NAME`."""
 
 
 def arguments(setting: Setting) -> dict[str, Any]:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from trl import SFTConfig, SFTTrainer
 
+from graftwork.training.objectives.apart import require_apart
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
+from graftwork.training.rows.packed import PackedRows
 from graftwork.training.rows.token_rows import IGNORED, Rows
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ def trained_logits(
 
 def build(setting: Setting) -> Training:
     """Supervised finetuning on the setting's rows, and the mean loss of the held-out ones."""
+    if isinstance(setting.job.data.train, PackedRows):
+        require_apart(setting.model)
     trainer = MaskedSftTrainer(
         model=setting.model,
         args=SFTConfig(

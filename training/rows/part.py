@@ -1,5 +1,6 @@
 """One dataset of a run, rendered: what every kind's `read` gives."""
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,11 @@ class ReadPart:
     """Digest of the raw rows."""
     notes: tuple[str, ...] = ()
     """What was left out or decided, for the run's report."""
+
+
+def counted(items: Sized, name: str) -> str:
+    """`3 rows`, `1 row`."""
+    return f"{len(items)} {name}{'s' * (len(items) != 1)}"
 
 
 def too_long(spec: TrainSpec, part: Part, number: int, row_id: str, tokens: int) -> DataError:

@@ -9,7 +9,9 @@ from graftwork import chat, data, retrieval
 from graftwork.chat import Passage, Prompt, Template
 from graftwork.config import canonical_json
 from graftwork.data import Row
+from graftwork.training.objective_spec import SftSpec
 from graftwork.training.rows.kept import RowWriter, kept_rows
+from graftwork.training.rows.packed import packed
 from graftwork.training.rows.part import Part, ReadPart, nothing_left, too_long
 from graftwork.training.spec import TrainSpec
 
@@ -25,6 +27,7 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     All rows are read and checked each time; they are rendered once, until something changes that decides the outcome.
     """
     uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
+    assert isinstance(spec.objective, SftSpec)
     assert uri is not None, "asked for a part that the spec has"
 
     def rows() -> Iterator[Row]:
@@ -42,7 +45,8 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         raise too_long(spec, part, *about["too_long"][0])
     if not len(found):
         raise nothing_left(spec, part, about["dropped"])
-    return ReadPart(found, about["dropped"], fingerprint, _notes(about["left_out"], spec))
+    packs, packing = packed(found, spec.objective.packing, spec.max_length)
+    return ReadPart(packs, about["dropped"], fingerprint, (*_notes(about["left_out"], spec), *packing))
 
 
 def _render(

@@ -1,0 +1,90 @@
+"""Raw text for continued pretraining: documents with their end token, split where they are long, packed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from graftwork.chat import Template
+from graftwork.errors import ConfigError, DataError
+from graftwork.training.rows.documents import Document, fingerprint, read_documents
+from graftwork.training.rows.packed import packed
+from graftwork.training.rows.part import Part, ReadPart, counted
+from graftwork.training.rows.token_rows import TokenRows
+from graftwork.training.spec import TrainSpec
+from graftwork.training.text_spec import CptSpec, ReplaySpec
+
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")  # noqa: RUF001
+"""What pretraining puts behind a document, by family; an instruct model's `eos_token` ends a turn instead."""
+
+
+def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+    """All tokens of all documents. Raises DataError, ConfigError (no such end token), StorageError."""
+    objective = spec.objective
+    assert isinstance(objective, CptSpec)
+    uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
+    assert uri is not None, "asked for a part that the spec has"
+    end_name, end = end_token(template, objective.end_token)
+    documents, blank = read_documents(uri, limit=limit)
+    ids = [document_ids(document, template, end) for document in documents]
+    notes = [f"{counted(documents, 'document')}, {sum(map(len, ids))} tokens, each ended by {end_name}"]
+    notes += [f"{counted(range(blank), 'blank file')} left out"] if blank else []
+    if objective.replay is not None and part == "train":
+        again = _replayed(objective.replay, template, end, sum(map(len, ids)), spec.seed)
+        documents, ids = documents + [document for document, _ in again], ids + [tokens for _, tokens in again]
+        notes.append(f"replay: {counted(again, 'document')}, {sum(len(tokens) for _, tokens in again)} tokens")
+    pieces = [piece for tokens in ids for piece in split(tokens, spec.max_length)]
+    if len(pieces) > len(ids):
+        notes.append(
+            f"{counted(pieces[len(ids) :], 'cut')} in documents of more than {spec.max_length} tokens; none is lost"
+        )
+    rows, packing = packed(TokenRows.of(pieces), objective.packing, spec.max_length)
+    return ReadPart(rows, 0, fingerprint(documents), (*notes, *packing))
+
+
+def document_ids(document: Document, template: Template, end: int) -> list[int]:
+    """A document as pretraining sees it."""
+    return [*template.opening_ids, *template.encode(document.text), end]
+
+
+def split(ids: Sequence[int], longest: int) -> list[tuple[Sequence[int], Sequence[bool]]]:
+    """Pieces of up to `longest` tokens. A piece begins with the last token of the one before it, as its past.
+
+    So each token but the document's first is a target of the loss exactly once.
+    """
+    starts = range(0, max(len(ids) - 1, 1), longest - 1)
+    pieces = [ids[start : start + longest] for start in starts]
+    return [(piece, [False] + [True] * (len(piece) - 1)) for piece in pieces]
+
+
+def end_token(template: Template, asked: str | None) -> tuple[str, int]:
+    """Name and id of the token behind a document. Raises ConfigError."""
+    if asked is not None and asked not in template.specials:
+        raise ConfigError(f"objective.end_token={asked}", "the base has no such special token",
+                          f"its special tokens: {', '.join(template.specials)}", "name one of them")  # fmt: skip
+    names = [asked] if asked else [name for name in (*ENDS, *template.eos_names) if name in template.specials]
+    if not names:
+        raise ConfigError("objective.end_token", "the base's tokenizer names no token that ends a document",
+                          f"its special tokens: {', '.join(template.specials)}", "set objective.end_token")  # fmt: skip
+    return names[0], template.specials[names[0]]
+
+
+def _replayed(
+    replay: ReplaySpec, template: Template, end: int, new_tokens: int, seed: int
+) -> list[tuple[Document, list[int]]]:
+    """Documents drawn until their tokens are the asked share of all."""
+    documents, _ = read_documents(replay.data)
+    wanted = new_tokens * replay.fraction / (1 - replay.fraction)
+    drawn: list[tuple[Document, list[int]]] = []
+    for index in np.random.default_rng([seed, 1]).permutation(len(documents)):
+        if wanted <= 0:
+            return drawn
+        document = documents[index]
+        drawn.append((Document(f"replay/{document.id}", document.text), document_ids(document, template, end)))
+        wanted -= len(drawn[-1][1])
+    if wanted <= 0:
+        return drawn
+    have = sum(len(ids) for _, ids in drawn)
+    most = 1000 * have // (have + new_tokens) / 1000
+    raise DataError(f"objective.replay.fraction={replay.fraction:g}", f"{replay.data} has {have} tokens, too few "
+                    f"beside {new_tokens} new ones", "no text is replayed twice",
+                    f"set objective.replay.fraction={most} or give more text")  # fmt: skip

@@ -1,0 +1,113 @@
+"""Plain text as documents: records with `text` (JSONL, CSV, Parquet, the hub), a text file, a folder, a glob."""
+
+import glob
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftwork import data, records
+from graftwork.config import canonical_json
+from graftwork.errors import DataError
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `id` is the row's, or the path of its file."""
+
+    id: str
+    text: str
+
+
+def read_documents(uri: str, *, limit: int | None = None) -> tuple[list[Document], int]:
+    """(documents in order, blank files left out). Raises DataError (a bad row or file named), StorageError."""
+    path = Path(uri.removeprefix("file://"))
+    local = "://" not in uri.removeprefix("file://")
+    if _holds_records(uri, path):
+        return _from_records(uri, limit), 0
+    if local and (glob.has_magic(str(path)) or path.is_dir()):
+        return _from_files(uri, path, limit)
+    text = data.read_text(uri)
+    if not text.strip():
+        raise DataError(uri, "it is blank", "a document holds text", "check the path")
+    return [Document(path.name, text)], 0
+
+
+def fingerprint(documents: Sequence[Document]) -> str:
+    """sha256 hex over ids and texts, in order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(canonical_json([document.id, document.text]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _holds_records(uri: str, path: Path) -> bool:
+    """A document a row: by the name's ending, in a folder by that of all its files."""
+    if uri.startswith("hf://"):
+        return True
+    files = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
+    return bool(files) and all(name.lower().endswith(tuple(records.READERS)) for name in files)
+
+
+def _from_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document], int]:
+    """Files below a folder, or those that a glob names; hidden ones and byte code are nobody's text."""
+    root = path if path.is_dir() else Path(*_before_magic(path))
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    documents, blank = [], 0
+    for file in sorted(file for file in found if file.is_file()):
+        name = file.relative_to(root)
+        if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            continue
+        text = _text_of(file)
+        blank += not text.strip()
+        documents += [Document(name.as_posix(), text)] if text.strip() else []
+        if len(documents) == limit:
+            break
+    if not documents:
+        raise DataError(uri, "no file with text in it", "a folder or a glob names at least one text file",
+                        "check the path; ** in a glob goes into folders")  # fmt: skip
+    return documents, blank
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return data.read_text(str(file))
+    except DataError as error:
+        raise DataError(error.asked, error.found, "every file of a folder or glob is UTF-8 text",
+                        "name the files by a glob, such as FOLDER/**/*.txt") from error  # fmt: skip
+
+
+def _before_magic(path: Path) -> list[str]:
+    parts = list(path.parts)
+    magic = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return parts[:magic] or ["."]
+
+
+def _from_records(uri: str, limit: int | None) -> list[Document]:
+    documents: list[Document] = []
+    seen: dict[str, int] = {}
+    for number, record in records.read_records(uri):
+        document = Document(str(record.get("id", number)), _text(record, f"{uri} row {number}: text"))
+        if document.id in seen:
+            raise DataError(f"{uri} row {number}: id={document.id!r}", f"row {seen[document.id]} has the same id",
+                            "ids are unique in a file", "give each row its own id")  # fmt: skip
+        seen[document.id] = number
+        documents.append(document)
+        if len(documents) == limit:
+            break
+    if not documents:
+        raise DataError(uri, "it has no rows", "a dataset has at least one row", "check the path")
+    return documents
+
+
+def _text(record: dict[str, Any], where: str) -> str:
+    text = record.get("text")
+    if isinstance(text, str) and text.strip():
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise DataError(where, "it holds half of a surrogate pair", "text is Unicode", "write the character as one")
+        return text
+    fields = ", ".join(record) or "no fields"
+    found = f"the field is missing (found {fields})" if "text" not in record else f"found {text!r}"
+    raise DataError(where, found, "a row of plain text holds it in `text`",
+                    "conversations (`messages`) are for objective.kind=sft")  # fmt: skip
