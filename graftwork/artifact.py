@@ -8,7 +8,7 @@ A version is a digest of its content, so two publishers of the same content writ
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -74,6 +74,7 @@ def publish(
     run: str,
     provenance: Mapping[str, object],
     parent: str | None = None,
+    merged_from: Sequence[str] = (),
     alias: str | None = None,
 ) -> AdapterManifest:
     """Make a PEFT folder a version of `task`, then point `alias` at it. Returns what is published.
@@ -101,6 +102,7 @@ def publish(
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "provenance": provenance,
             "parent": parent,
+            "merged_from": list(merged_from),
         },
     )
     published = _make_visible(store, manifest, files)

@@ -59,7 +59,9 @@ class AdapterManifest(BaseModel):
     provenance: dict[str, JsonValue]
     """`provenance.collect` of the run."""
     parent: str | None = None
-    """The version that this one was trained from."""
+    """The version of this task that this one was trained from, or `task@version` of another."""
+    merged_from: tuple[str, ...] = ()
+    """`task@version` of each that this one was merged from."""
 
     @pydantic.field_validator("files")
     @classmethod

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from graftwork import artifact
+from graftwork import artifact, artifact_ancestry
 from graftwork.artifact import AdapterManifest
 from graftwork.base_model import ResolvedBase
 from graftwork.errors import ConfigError
 from graftwork.storage import Store
 from graftwork.training.spec import TrainSpec
 
-EQUAL = ("kind", "rank", "alpha", "targets")
-"""Keys of the adapter that must be those of the one gone on from: they decide shapes and scale of its weights."""
+FREE = ("dropout",)
+"""Keys of the adapter that may differ from those of the one gone on from: all others decide its weights' meaning."""
 
 
 def pin_init(spec: TrainSpec, base: ResolvedBase, run_id: Callable[[str], str]) -> TrainSpec:
@@ -25,7 +25,7 @@ def pin_init(spec: TrainSpec, base: ResolvedBase, run_id: Callable[[str], str]) 
     store = Store(spec.root)
     found = artifact.resolve(store, spec.init_from)
     while found.parent is not None and found.run == run_id(found.parent):
-        found = artifact.open_adapter(store, found.task, found.parent)
+        found = artifact.resolve(store, artifact_ancestry.parents(found)[0])
     artifact.require_base(found, base.digest)
     _require_equal_method(spec, found)
     return spec.with_({"init_from": found.ref})
@@ -40,8 +40,9 @@ def adapter_folder(spec: TrainSpec) -> Path:
 
 
 def parent_of(spec: TrainSpec) -> str | None:
-    """The version that a pinned spec goes on from."""
-    return spec.init_from.partition("@")[2] if spec.init_from else None
+    """The version that a pinned spec goes on from, `task@version` where it is another task's."""
+    task, _, version = (spec.init_from or "").partition("@")
+    return (version if task == spec.name else spec.init_from) or None
 
 
 def _require_equal_method(spec: TrainSpec, found: AdapterManifest) -> None:
@@ -53,11 +54,15 @@ def _require_equal_method(spec: TrainSpec, found: AdapterManifest) -> None:
             "start from another adapter, or leave init_from out",
         )
     ours = spec.adapter.model_dump(mode="json")
-    for key in EQUAL:
-        if found.method.get(key) != ours[key]:
+    theirs = {
+        **type(spec.adapter)().model_dump(mode="json"),
+        **found.method,
+    }  # what is younger than it stood at default
+    for key in (key for key in ours if key not in FREE):
+        if theirs[key] != ours[key]:
             raise ConfigError(
                 f"adapter.{key}={ours[key]} with init_from={spec.init_from}",
-                f"{found.ref} was trained with {key}={found.method.get(key)}",
+                f"{found.ref} was trained with {key}={theirs[key]}",
                 "an adapter goes on with its own shape and scale",
-                f"--set adapter.{key}={found.method.get(key)}",
+                f"--set adapter.{key}={theirs[key]}",
             )

@@ -1,4 +1,4 @@
-"""`graftwork adapters ls|show|verify|promote|rollback|rm` on a root, and the verbs of a running endpoint.
+"""`graftwork adapters ls|show|verify|promote|rollback|rm|merge` on a root, and the verbs of a running endpoint.
 
 With `--endpoint` a verb goes to the endpoint, which does it on every replica; its admin token is read from the
 environment variable that `--token-env` names.
@@ -9,13 +9,15 @@ from typing import Annotated
 
 import typer
 
-from graftwork import artifact
+from graftwork import artifact, artifact_ancestry
 from graftwork.artifact_listing import Listing
+from graftwork.cli import merging
 from graftwork.cli.output import JsonFlag, gib, print_json, print_table, say
 from graftwork.errors import ArtifactError
 from graftwork.storage import DEFAULT_ROOT, Store
 
 app = typer.Typer(help="List, verify, promote and remove adapters, here or on an endpoint.", no_args_is_help=True)
+app.command()(merging.merge)
 Root = Annotated[str, typer.Option("--root", help="The store: a folder, file:// or s3://.")]
 Endpoint = Annotated[str, typer.Option("--endpoint", metavar="URL", help="A running endpoint.")]
 MaybeEndpoint = Annotated[
@@ -63,8 +65,11 @@ def list_(
 
 @app.command()
 def show(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
-    """The manifest of one version."""
-    print_json(artifact.resolve(Store(root), ref).model_dump(mode="json"))
+    """The manifest of one version, and its ancestry: what it was trained on from or merged out of, and its base."""
+    store = Store(root)
+    found = artifact.resolve(store, ref)
+    family = {**artifact_ancestry.tree(store, found), "base": artifact_ancestry.base(store, found.base_digest)}
+    print_json({**found.model_dump(mode="json"), "ancestry": family})
 
 
 @app.command()

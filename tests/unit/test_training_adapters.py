@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from graftwork import artifact_check, base_model, base_publish, config
+from graftwork import artifact, artifact_check, base_model, base_publish, config
 from graftwork.errors import ConfigError
 from graftwork.serving.engine.engine import Engine
 from graftwork.storage import RunPaths, Store
@@ -16,13 +16,15 @@ from graftwork.training.adapters.attach import attach, take_weights
 from graftwork.training.adapters.off import adapter_off
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import prepare
+from graftwork.training.init import parent_of
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.publish import Published, publish
-from graftwork.training.run import Run
+from graftwork.training.run import Run, run_paths
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 from tests import engines
+from tests.adapters import facts
 from tests.training import task
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -157,6 +159,30 @@ def test_it_learns_on_a_quantised_base(folder: Path, kind: str, quant: str) -> N
     spec = spec_of(folder, kind, **{"quant.kind": quant})
     result = run_steps(TrainJob(spec, prepare(spec), max_steps=8), lambda _: True)
     assert result.train_loss[-1][1] < result.train_loss[0][1]
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3", "prefix", "houlsby"])
+def test_training_goes_on_from_a_published_one(
+    folder: Path, trained: dict[str, tuple[TrainSpec, LoopResult, Path]], kind: str
+) -> None:
+    spec, whole, published = trained[kind]
+    known = facts(base_digest=base_model.resolve(spec.base).digest, method=spec.adapter.model_dump(mode="json"))
+    artifact.publish(Store(spec.root), kind, published, **known, alias="latest")
+    run = Run.of(spec.with_({"init_from": f"{kind}@latest"}))
+    going_on = run_steps(TrainJob(run.spec, run.data, max_steps=1), lambda _: True)
+    assert going_on.train_loss[0][1] < whole.train_loss[0][1] - 0.8
+    assert run.spec.init_from is not None
+    assert parent_of(run.spec) == run.spec.init_from, "another task's version is named whole"
+
+
+def test_going_on_with_another_shape_is_refused(
+    folder: Path, trained: dict[str, tuple[TrainSpec, LoopResult, Path]]
+) -> None:
+    spec, _, published = trained["houlsby"]
+    known = facts(base_digest=base_model.resolve(spec.base).digest, method=spec.adapter.model_dump(mode="json"))
+    artifact.publish(Store(spec.root), "shape", published, **known, alias="latest")
+    with pytest.raises(ConfigError, match=r"adapter\.placement=pfeiffer"):
+        run_paths(spec.with_({"init_from": "shape@latest", "adapter.placement": "pfeiffer"}))
 
 
 def test_a_bottleneck_begins_as_the_base(folder: Path) -> None:

@@ -1,0 +1,54 @@
+"""`graftwork adapters merge`: published adapters of one base into a new one, offline."""
+
+from typing import Annotated
+
+import typer
+
+from graftwork.cli.output import JsonFlag, print_json, say
+from graftwork.errors import ConfigError
+from graftwork.storage import DEFAULT_ROOT, Store
+
+
+def merge(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Task that the merged adapter is published as.")],
+    refs: Annotated[list[str], typer.Argument(metavar="TASK@REF...", help="Two or more adapters of one base.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="cat (the exact sum), svd (its nearest of a lower rank), linear, ties, "
+            "dare_linear, dare_ties, magnitude_prune; the last four also with _svd.",
+        ),
+    ] = "cat",
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="W,W...", help="One an adapter; default: equal shares of 1.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="Share of entries kept by the pruning ones.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Of the result, for svd; default: the largest.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the entries that dare drops.")] = 0,
+    alias: Annotated[str, typer.Option("--alias", help="Alias to point at it.")] = "latest",
+    root: Annotated[str, typer.Option("--root", help="The store: a folder, file:// or s3://.")] = DEFAULT_ROOT,
+    as_json: JsonFlag = False,
+) -> None:
+    """Merge LoRA adapters into one and publish it; its manifest names what it was merged from."""
+    from graftwork.training.adapters.merge_spec import MergeSpec
+    from graftwork.training.merging import merge_published
+
+    spec = MergeSpec.of(method, len(refs), _numbers(weights), density, rank, seed)
+    done = merge_published(Store(root), out, refs, spec, alias=alias)
+    if as_json:
+        return print_json({**done.manifest.model_dump(mode="json"), "notes": done.notes})
+    parts = " + ".join(f"{weight:g} {ref}" for weight, ref in zip(spec.weights, done.manifest.merged_from, strict=True))
+    say(f"{done.manifest.ref} = {parts}")
+    say(f"  by {spec.method}, rank {done.rank}; {done.distance:.2%} away from the sum of the weighted deltas")
+    for note in done.notes:
+        say(f"  {note}")
+
+
+def _numbers(text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"--weights {text}", "it is no list of numbers", "write --weights 0.7,0.3") from None
