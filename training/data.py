@@ -21,6 +21,7 @@ READERS = {
     "sft": "graftwork.training.rows.sft",
     "dpo": "graftwork.training.rows.pairs",
     "reward": "graftwork.training.rows.pairs",
+    "distill": "graftwork.training.rows.distill",
 }
 """The module whose `read` renders the rows of each kind of finetuning."""
 

@@ -1,12 +1,20 @@
 """What a kind of finetuning can't be combined with: refused when the spec is read."""
 
+from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.data import DataSpec
 from graftwork.training.adapter_spec import AdapterSpec, Ia3Spec, LoraSpec
-from graftwork.training.objective_spec import DpoSpec, ObjectiveSpec, RewardSpec
+from graftwork.training.objective_spec import DistillSpec, DpoSpec, ObjectiveSpec, RewardSpec
 
 
-def taken_effect(objective: ObjectiveSpec, adapter: AdapterSpec, data: DataSpec) -> None:
+def taken_effect(
+    objective: ObjectiveSpec, adapter: AdapterSpec, data: DataSpec, base: BaseSpec, quant: QuantSpec
+) -> None:
     """Raise ValueError where a key of one can't take effect, or can't be kept, beside the others."""
+    if isinstance(objective, DistillSpec) and objective.teacher.adapter is None:
+        teacher = objective.teacher
+        if teacher.base == base and teacher.quant in (None, quant):
+            raise ValueError("objective.teacher is the run's own base, from which nothing can be learned: name another "
+                             "base, an adapter or another quant")  # fmt: skip
     if not isinstance(objective, DpoSpec | RewardSpec):
         return
     if data.context is not None:

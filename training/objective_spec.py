@@ -1,10 +1,13 @@
 """What is learned: the kinds of finetuning; rows by `training.rows`, trainers by `training.objectives`."""
 
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
+from graftwork.storage import ALIAS_PATTERN
 from graftwork.training.text_spec import CptSpec, Packing
 
 
@@ -57,10 +60,44 @@ class RlSpec(Spec):
     kind: Literal["grpo", "rloo"]
 
 
+class TeacherSpec(Spec):
+    """A model to learn from. In YAML a plain string is its `adapter` (`task@alias`) or else its `base`."""
+
+    base: BaseSpec | None = None
+    """null is the run's own base. Its tokenizer must be the student's."""
+    adapter: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
+    """A published adapter of the run's root, on that base."""
+    quant: QuantSpec | None = None
+    """null is the run's own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return {"adapter": value} if re.fullmatch(ALIAS_PATTERN, value) else {"base": value}
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.base is None and self.adapter is None:
+            raise ValueError("a teacher is a base, an adapter, or both: name one")
+        return self
+
+
 class DistillSpec(Spec):
     """Learning a teacher's next-token distributions (GKD, arXiv 2306.13649), or its filtered texts."""
 
     kind: Literal["distill"] = "distill"
+    teacher: TeacherSpec
+    """Whose distributions are learned: a base, or a published adapter (`task@alias`) on the run's base."""
+    beta: float = Field(default=0.0, ge=0, le=1)
+    """0: KL(teacher, student); 1: KL(student, teacher); between: generalised Jensen-Shannon, teacher weighted by it."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Both distributions are softened by it before they are compared."""
+    on_policy: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps that learn from answers which the student samples, in place of the rows' own."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Longest sampled answer."""
 
 
 ObjectiveSpec = Annotated[

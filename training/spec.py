@@ -83,6 +83,7 @@ class TrainSpec(Spec):
         kept = {"name", "quant", "prompt", "objective", "adapter", "optim", "eval_every", "seed"}
         fields = self.model_dump(mode="json", include=kept)
         del fields["optim"]["micro_batch"], fields["optim"]["gradient_checkpointing"], fields["quant"]["resident"]
+        fields["objective"].pop("teacher", None)  # pinned with the rows, wherever it lies
         return {**fields, "device": "cuda" if self.gpus_per_worker else "cpu"}
 
     @model_validator(mode="before")
@@ -100,7 +101,7 @@ class TrainSpec(Spec):
             )
         if self.data.eval is None and "eval_every" in self.model_fields_set:
             raise ValueError("eval_every is set but data.eval is not given, so it cannot take effect")
-        taken_effect(self.objective, self.adapter, self.data)
+        taken_effect(self.objective, self.adapter, self.data, self.base, self.quant)
         check_adapter(self)
         check_text(self)
         return self

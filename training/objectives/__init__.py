@@ -13,6 +13,7 @@ BUILDERS = {
     "sft": "graftwork.training.objectives.sft",
     "dpo": "graftwork.training.objectives.dpo",
     "reward": "graftwork.training.objectives.reward",
+    "distill": "graftwork.training.objectives.distill",
 }
 
 

@@ -1,0 +1,207 @@
+"""Distillation: the student's next-token distributions drawn to a teacher's, on the rows' answers or its own samples.
+
+TRL 1.16's DistillationTrainer learns from samples alone, orders its own batches and calls the layers below PEFT; its
+GKDTrainer keeps the logits of all positions of both models. So this is TRL's SFTTrainer with TRL's chunked divergence
+(`kernels.chunked_divergence`: tiles of at most 4096 tokens by 32,768 words, neither model's logits ever exist whole) on
+the positions that are trained.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from trl import SFTConfig, SFTTrainer
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.models.utils import disable_gradient_checkpointing
+
+from graftwork import artifact, base_model
+from graftwork.storage import Store
+from graftwork.training.objective_spec import DistillSpec
+from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
+from graftwork.training.objectives.sft import share
+from graftwork.training.rows.distill import TaughtRows, Teacher
+from graftwork.training.rows.token_rows import IGNORED, Rows, TokenRows
+
+Batch = dict[str, torch.Tensor]
+
+
+class TaughtTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no types
+    """SFTTrainer whose loss is the divergence from `teacher`; `build` sets the fields below."""
+
+    teacher: Any
+    objective: DistillSpec
+    run_seed: int
+    pad_id: int
+    stop_ids: frozenset[int]
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean divergence in nats over the step's trained tokens; over a pass's, where the student sampled them.
+
+        The first is multiplied by the number of processes, the second divided by the passes of a step, because DDP
+        averages gradients and the trainer adds the passes up.
+        """
+        samples = self.samples()
+        if samples:
+            inputs = self.sampled(inputs)
+        divergence_N, entropy_N = self.divergences(model, inputs)
+        self._metrics["train"]["entropy"].append(self.accelerator.reduce(entropy_N.mean(), reduction="mean").item())
+        self._metrics["train"]["on_policy"].append(float(samples))
+        if samples or num_items_in_batch is None:
+            return divergence_N.mean() / self.current_gradient_accumulation_steps
+        return divergence_N.sum() / num_items_in_batch * self.accelerator.num_processes
+
+    def samples(self) -> bool:
+        """Whether the student writes the answers of this step; every rank, and a resumed run, finds the same."""
+        chance = np.random.default_rng([self.run_seed, self.state.global_step])
+        return bool(chance.random() < self.objective.on_policy)
+
+    def divergences(self, model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Divergence and student's entropy (N) at each trained position."""
+        student_NH = trained_hidden(model, self.model.get_output_embeddings(), inputs)
+        head, theirs = self.model.get_output_embeddings(), self.teacher.get_output_embeddings()
+        with torch.no_grad():
+            teacher_NH = trained_hidden(self.teacher, theirs, inputs)
+        (scale, cap), (their_scale, their_cap) = (_logit_form(one.config) for one in (self.model, self.teacher))
+        objective = self.objective
+        found: tuple[torch.Tensor, torch.Tensor] = ChunkedDivergenceFunction.apply(
+            student_NH, head.weight, head.bias, teacher_NH, theirs.weight, theirs.bias,
+            objective.beta, objective.temperature, scale, cap, their_scale, their_cap,
+        )  # fmt: skip
+        return found
+
+    @torch.no_grad()
+    def sampled(self, inputs: Batch) -> Batch:
+        """The same prompts with answers that the student samples now, up to a stop token."""
+        prompts = [list(_prompt(*row)) for row in zip(inputs["input_ids"], inputs["labels"], strict=True)]
+        width = max(len(prompt) for prompt in prompts)
+        ids_BT = torch.tensor([[self.pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        device = inputs["input_ids"].device
+        with writing(self.model), self.accelerator.autocast():
+            whole_BT = self.model.generate(
+                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), do_sample=True, top_k=0, top_p=1.0,
+                temperature=1.0, max_new_tokens=self.objective.max_new_tokens, pad_token_id=self.pad_id,
+                eos_token_id=sorted(self.stop_ids),
+            )  # fmt: skip
+        answers = [self._up_to_stop(row[width:].tolist()) for row in whole_BT]
+        rows = [
+            (prompt + answer, [False] * len(prompt) + [True] * len(answer))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        batch = TokenRows.of(rows).collate(range(len(rows)), self.pad_id)
+        return {key: value.to(device) for key, value in batch.items()}
+
+    def _up_to_stop(self, ids: list[int]) -> list[int]:
+        end = next((place for place, token in enumerate(ids, start=1) if token in self.stop_ids), len(ids))
+        return ids[:end]
+
+
+def build(setting: Setting) -> Training:
+    """Distillation on the setting's rows, and the mean divergence and likelihood loss of the held-out ones."""
+    spec, data = setting.job.spec, setting.job.data
+    assert isinstance(spec.objective, DistillSpec), "registered for this kind"
+    assert isinstance(data.train, TaughtRows), "rows of this kind"
+    trainer = TaughtTrainer(
+        model=setting.model,
+        args=SFTConfig(
+            **arguments(setting), packing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
+        ),
+        train_dataset=setting.dataset(),
+        data_collator=setting.collate,
+        processing_class=setting.tokenizer(),
+        callbacks=[setting.callback],
+    )
+    trainer.teacher = load_teacher(data.train.teacher, spec.root, str(trainer.accelerator.device))
+    trainer.objective, trainer.run_seed, trainer.pad_id = spec.objective, spec.seed, data.pad_id
+    trainer.stop_ids = base_model.template(setting.base).stop_ids
+
+    def evaluate() -> Mapping[str, float]:
+        assert data.eval is not None, "asked where the spec has data.eval"
+        return held_out(trainer, data.eval, data.pad_id, spec.optim.micro_batch)
+
+    return Training(quieted(trainer), evaluate)
+
+
+def load_teacher(teacher: Teacher, root: str, device: str) -> Any:
+    """The frozen teacher on a base of its own in this process."""
+    loaded = base_model.load(base_model.resolve(teacher.base), teacher.quant, device=device, purpose="train")
+    model = loaded.model
+    if teacher.adapter is not None:
+        task, _, version = teacher.adapter.partition("@")
+        model = PeftModel.from_pretrained(model, artifact.fetch(Store(root), task, version))
+    return model.requires_grad_(False).eval()
+
+
+def trained_hidden(model: Any, head: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What goes into the output head (N, H) at the positions whose next token is trained, by the model's own forward.
+
+    A hook takes it and lets one position through to the head, whose logits nobody needs.
+    """
+    labels_BT = inputs["labels"]
+    keep_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
+    keep_BT[:, :-1] = labels_BT[:, 1:] != IGNORED
+    taken: list[torch.Tensor] = []
+
+    def take(_head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        width = keep_BT.shape[1]  # a trained prefix puts no positions into the output
+        taken.append(args[0][:, -width:][keep_BT])
+        return (args[0][:, :1], *args[1:])
+
+    hook = head.register_forward_pre_hook(take)
+    try:
+        model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
+    finally:
+        hook.remove()
+    return taken[0]
+
+
+@torch.no_grad()
+def held_out(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> Mapping[str, float]:
+    """Mean divergence (`loss`) and negative log-likelihood of the rows' own tokens (`nll`), in nats. On all ranks."""
+    accelerator, head = trainer.accelerator, trainer.model.get_output_embeddings()
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    trainer.model.eval()
+    for batch in share(rows.lengths_N, micro_batch, accelerator.process_index, accelerator.num_processes):
+        inputs = {key: value.to(accelerator.device) for key, value in rows.collate(batch, pad_id).items()}
+        with accelerator.autocast():
+            divergence_N, _ = trainer.divergences(trainer.model, inputs)
+            logits_NV = head(trained_hidden(trainer.model, head, inputs))
+        targets_N = inputs["labels"][:, 1:][inputs["labels"][:, 1:] != IGNORED]
+        sums[0] += divergence_N.double().sum()
+        sums[1] += torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum").double()
+        sums[2] += targets_N.numel()
+    trainer.model.train()
+    divergence, nll, tokens = accelerator.reduce(sums, reduction="sum").tolist()
+    return {"loss": divergence / tokens, "nll": nll / tokens}
+
+
+@contextmanager
+def writing(model: Any) -> Iterator[None]:
+    """The model ready to generate: without dropout and without recomputed blocks, which keep no cache."""
+    model.eval()
+    with disable_gradient_checkpointing(model, {"use_reentrant": False}):
+        yield
+    model.train()
+
+
+def _prompt(ids_T: torch.Tensor, labels_T: torch.Tensor) -> list[int]:
+    """Ids before the last answer of a row."""
+    trained = (labels_T != IGNORED).tolist()
+    end = len(trained) - 1 - trained[::-1].index(True)
+    start = next((place + 1 for place in range(end, -1, -1) if not trained[place]), 0)
+    ids: list[int] = ids_T[:start].tolist()
+    return ids
+
+
+def _logit_form(config: Any) -> tuple[float, float | None]:
+    """(factor on the logits, soft cap) of an architecture, as its config names them (Cohere, Granite, Gemma)."""
+    text = config.get_text_config()
+    scale, divisor = getattr(text, "logit_scale", None), getattr(text, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        scale = 1 / divisor
+    return 1.0 if scale is None else scale, getattr(text, "final_logit_softcapping", None)
