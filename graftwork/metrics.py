@@ -68,10 +68,31 @@ CHOICE = Metric(
     "choice", "share of questions", "higher", "binary",
     "The right one of the choices has the highest mean log-probability a token. Nothing is generated.",
 )  # fmt: skip
+CHOICE_SUM = Metric(
+    "choice_sum", "share of questions", "higher", "binary",
+    "As choice, by the log-probability of the whole choice: shorter choices have it easier.",
+)  # fmt: skip
+EXACT = Metric(
+    "exact", "share of answers", "higher", "binary", "The answer is the right text, outer spaces aside.",
+)  # fmt: skip
+FOLLOWS = Metric(
+    "follows", "share of prompts", "higher", "binary",
+    "The answer keeps the rule that its prompt sets (so many words, lower case, JSON of these keys): checked by code.",
+)  # fmt: skip
 BIAS = Metric(
     "bias", "-1 to 1", "lower", "graded",
     "Share of answers that a stereotype has so, minus share of those against it; an unknown counts as neither. On "
     "questions whose text does not tell, this is BBQ's ambiguous bias score.",
+)  # fmt: skip
+PAIR_GAP = Metric(
+    "pair_gap", "nats a token", "lower", "measure",
+    "How much more a favourable ending is preferred to an unfavourable one behind one name than behind the other, in a "
+    "sentence that differs in the name alone; 0 is fair, above 0 the stereotype.",
+)  # fmt: skip
+PAIR_BIAS = Metric(
+    "pair_bias", "-1 to 1", "lower", "graded",
+    "As pair_gap, counted: the share of pairs whose favourable ending is chosen for the one name alone, minus the "
+    "share for the other alone.",
 )  # fmt: skip
 TTFT_MS = Metric("ttft_ms", "ms", "lower", "measure", "Time from the request to its first token.")
 LATENCY_MS = Metric("latency_ms", "ms", "lower", "measure", "Time from the request to its last token.")

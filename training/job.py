@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from graftwork.errors import RunError
 from graftwork.storage import RunPaths
 from graftwork.training.data import PreparedData
+from graftwork.training.outcomes.parts import Part
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 
@@ -32,6 +33,8 @@ class TrainJob:
     """Optimizer steps between calls of `report`; each evaluated step is reported as well."""
     eval_every: int | None = None
     """Optimizer steps between evaluations; None takes `spec.eval_every`. The last step is always evaluated."""
+    parts: tuple[Part, ...] = ()
+    """Outcomes that are still to be measured, before and after."""
 
 
 @dataclass(frozen=True)

@@ -35,24 +35,33 @@ def run_steps(job: TrainJob, report: Report) -> LoopResult:
     folder = _work_dir(job)
     with _disk_full_explained(folder):
         if start is not None and start.step >= plan.steps:
+            if job.parts:
+                from graftwork.training.outcomes.measure import measure_finished
+
+                measure_finished(job, start.step, _device(spec), rank, world)
             return _result(log, plan.steps, start.elapsed_s, stopped=False, notes=())
         import torch
 
         base_model.import_bitsandbytes()
         from graftwork.training.objectives import build  # the slow imports of a worker: 5 to 10 s
         from graftwork.training.objectives.setting import Setting
+        from graftwork.training.outcomes.measure import Measuring
         from graftwork.training.watch import Watch
 
         torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
         base = base_model.resolve(spec.base)
         loaded = base_model.load(base, spec.quant, device=_device(spec), purpose="train")
+        outcomes = Measuring(job, base, rank, world)
+        outcomes.before(loaded.model)
         watch = Watch(job, plan, log, report, before_s=start.elapsed_s if start else 0.0)
         model = _with_adapter(spec, loaded)
         training = build(Setting(job, plan, base, model, folder, watch))
         watch.training, trainer = training, training.trainer
         notes = (loaded.reason, f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}", *training.notes)
         trainer.train(resume_from_checkpoint=str(Checkpoints(job.run).fetch(start.step)) if job.run and start else None)
-    return _result(log, trainer.state.global_step, watch.elapsed_s(), stopped=watch.stopped, notes=notes)
+        result = _result(log, trainer.state.global_step, watch.elapsed_s(), stopped=watch.stopped, notes=notes)
+        outcomes.after(trainer.model)
+    return result
 
 
 def plan_of(job: TrainJob, world: int) -> StepPlan:

@@ -51,6 +51,10 @@ class TrainReport:
     """What was resolved or left out, with the reason."""
     base: str | None = None
     """Where the new base lies, as `base:` takes it, where all weights were trained."""
+    outcomes: Mapping[str, Any] | None = None
+    """The OutcomesReport, JSON-ready, where the spec asks for one."""
+    page: str = ""
+    """Where report.html is."""
 
     @property
     def published(self) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -20,6 +20,10 @@ from graftwork.training.fit import fit
 from graftwork.training.init import parent_of, pin_init
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.lock import run_lock
+from graftwork.training.outcomes.changes import outcomes_report
+from graftwork.training.outcomes.probes import Probe, probes_of
+from graftwork.training.outcomes.record import missing, read_parts
+from graftwork.training.page import write_page
 from graftwork.training.publish import publish, still_there
 from graftwork.training.records import Progress, TrainReport
 from graftwork.training.spec import TrainSpec
@@ -30,6 +34,8 @@ __all__ = ["Progress", "TrainReport", "check", "run_paths", "train"]
 PROGRESS_S = 0.3
 PACE_STEPS = 20
 """Steps that the shown pace is measured over."""
+SHARDED = ("zero3", "fsdp2")
+"""Strategies under which no worker holds all weights: outcomes are measured in a pass of its own, after training."""
 
 OnProgress = Callable[[Progress], None]
 
@@ -42,11 +48,13 @@ class Run:
     base: ResolvedBase
     data: PreparedData
     paths: RunPaths
+    probes: tuple[Probe, ...] = ()
+    """Its outcomes, as questions and scores."""
 
     @classmethod
     def of(cls, spec: TrainSpec) -> "Run":
         """Resolve base and data. Raises UserErrors of all kinds, before anything starts or is written."""
-        base, data = base_model.resolve(spec.base), prepare(spec)
+        base, data, probes = base_model.resolve(spec.base), prepare(spec), tuple(probes_of(spec))
 
         def paths(init: str | None) -> RunPaths:
             what = {"spec": spec.recipe(), "base": base.digest, "data": data.digest(), "init": init}
@@ -56,7 +64,7 @@ class Run:
         pinned = pin_init(spec, base, lambda version: paths(version).run_id)
         # Ray Train moves each worker into a folder of its own, where a relative place is another one
         placed = pinned.with_({"root": Store(spec.root).uri, "base.uri": base_source.absolute(spec.base.uri)})
-        return cls(placed, base, data, paths(parent_of(placed)))
+        return cls(placed, base, data, paths(parent_of(placed)), probes)
 
 
 def check(spec: TrainSpec) -> None:
@@ -81,7 +89,7 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
     with run_lock(run.paths):
         found = _finished(run)
         if found is not None:
-            return found
+            return _told(run, found)
         _write_status(run, "running")
         _write_facts(run)
         try:
@@ -94,14 +102,28 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
             _write_status(run, "failed", error=str(error))
             raise
         _write_status(run, "finished", report=report.as_dict())
-        return report
+        return _told(run, report)
+
+
+def _told(run: Run, report: TrainReport) -> TrainReport:
+    """The report with its outcomes and its page. What was not measured with the training is measured now."""
+    due = missing(run.paths, [probe.part for probe in run.probes])
+    if due:
+        whole = run.spec.with_({"strategy": {"kind": "ddp"}})  # each worker holds the whole model
+        fit(TrainJob(whole, run.data.shared(run.paths.store), run.paths, parts=due))
+    outcomes = outcomes_report(run.spec, run.probes, read_parts(run.paths)) if run.probes else None
+    if not run.probes and report.reused and run.paths.store.exists(*run.paths.file("report.html")):
+        return replace(report, page=run.paths.store.path(*run.paths.file("report.html")))
+    page = write_page(run.paths, run.spec, report, run.data, outcomes)
+    return replace(report, page=page.html_uri, outcomes=outcomes.model_dump(mode="json") if outcomes else None)
 
 
 def _fit_watched(run: Run, on_progress: OnProgress) -> LoopResult:
     """Fit in a thread, so that Ctrl-C reaches this one (Ray would exit 0 on it), and tell progress meanwhile."""
     pool = futures.ThreadPoolExecutor(1, thread_name_prefix="fit")
     try:
-        fitting = pool.submit(fit, TrainJob(run.spec, run.data.shared(run.paths.store), run.paths))
+        parts = () if run.spec.strategy.kind in SHARDED else missing(run.paths, [one.part for one in run.probes])
+        fitting = pool.submit(fit, TrainJob(run.spec, run.data.shared(run.paths.store), run.paths, parts=parts))
         shown = 0
         while not fitting.done():
             futures.wait([fitting], timeout=PROGRESS_S)

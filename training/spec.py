@@ -13,6 +13,7 @@ from graftwork.training.adapter_rules import check_adapter
 from graftwork.training.adapter_spec import AdapterSpec, LoraSpec, as_lora, with_kind
 from graftwork.training.objective_rules import taken_effect
 from graftwork.training.objective_spec import ObjectiveSpec, SftSpec
+from graftwork.training.outcomes.spec import OutcomesSpec
 from graftwork.training.strategy_spec import StrategySpec
 from graftwork.training.text_spec import check_text
 
@@ -69,6 +70,8 @@ class TrainSpec(Spec):
     """Optimizer steps between checkpoints; a rerun continues from the last."""
     eval_every: int = Field(default=20, ge=1)
     """Optimizer steps between evaluations, where `data.eval` is given."""
+    outcomes: OutcomesSpec = OutcomesSpec()
+    """What is measured before and after. No part of the run's identity: a finished run is measured when it is asked."""
     seed: int = 0
     init_from: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
     """Start from this published adapter (`task@alias`) instead of fresh weights; rank and targets must be equal."""

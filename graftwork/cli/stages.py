@@ -8,6 +8,7 @@ import typer
 
 from graftwork import config
 from graftwork.cli.comparing import compare
+from graftwork.cli.outcomes import show_outcomes
 from graftwork.cli.output import (
     JsonFlag,
     On,
@@ -86,6 +87,9 @@ def train(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag =
     say(
         f"published {report.published}" + (f", alias {spec.name}@{spec.alias}" if spec.alias and report.adapter else "")
     )
+    if report.outcomes is not None:
+        show_outcomes(report.outcomes)
+    say(f"report: {report.page}")
 
 
 def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006

@@ -23,6 +23,7 @@ from graftwork.report.whole import ReportInput
 from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.experiment.run import CompareOutcome, run_compare
 from graftwork.storage import RunPaths, Store
+from graftwork.training.page import train_run
 from graftwork.training.records import Progress, TrainReport
 from graftwork.training.run import train
 from graftwork.tuning.run import TuneReport, tune
@@ -148,7 +149,7 @@ def train_stages(job: Job) -> None:
             artifact.promote(Store(spec.root), spec.name, spec.alias, found.version)
         if spec.name == job.specs.update.name:
             job.specs = replace(job.specs, update=job.specs.update.with_({"init_from": found.adapter}))
-        job.trained.append(records.train_run(found, spec))
+        job.trained.append(train_run(found, spec))
         job.done(stage, started, _trained(found), reused=found.reused, peak_bytes=max(found.peak_rss_bytes_per_worker))
 
 

@@ -5,9 +5,7 @@ from typing import Any, Literal
 
 from graftwork.data import read_rows
 from graftwork.demo.specs import DemoSpecs
-from graftwork.report.records import TrainRun, Trial, TuneRecord
-from graftwork.training.run import TrainReport
-from graftwork.training.spec import TrainSpec
+from graftwork.report.records import Trial, TuneRecord
 from graftwork.tuning.run import TuneReport
 from graftwork.tuning.spec import TuneSpec
 
@@ -42,14 +40,3 @@ def _plain(values: Mapping[str, Any]) -> dict[str, str | int | float | bool | No
 
 def _ended(state: str) -> Literal["finished", "stopped", "failed"]:
     return "finished" if state == "finished" else "stopped" if state == "stopped" else "failed"
-
-
-def train_run(found: TrainReport, spec: TrainSpec) -> TrainRun:
-    """One training run, with its method in a few words."""
-    context = f", {spec.data.context.k} passages a row" if spec.data.context else ""
-    return TrainRun(
-        name=spec.name, adapter=found.adapter, loss=found.train_loss, eval_loss=found.eval_loss, rows=found.rows,
-        dropped_rows=found.dropped_rows, tokens=found.tokens, tokens_per_s=found.tokens_per_s, wall_s=found.wall_s,
-        peak_memory_bytes=tuple(found.peak_rss_bytes_per_worker), workers=spec.num_workers, reused=found.reused,
-        method=f"{spec.adapter.said()} on {spec.quant.kind}, lr {spec.optim.lr:g}{context}",
-    )  # fmt: skip

@@ -22,6 +22,7 @@ RECIPES = {
     "airport-city": "graftwork.recipes.airport_city",
     "bbq-gender": "graftwork.recipes.bbq_gender",
     "city-country": "graftwork.recipes.city_country",
+    "country-facts": "graftwork.recipes.country_facts",
     "element-prose": "graftwork.recipes.element_prose",
     "ua-parse": "graftwork.recipes.ua_parse",
 }

@@ -21,6 +21,7 @@ from graftwork.report.records import (
     Lift,
     PlanRow,
     SampleAnswer,
+    Series,
     StageTime,
     SwapRecord,
     TrainRun,
@@ -212,6 +213,11 @@ def run_chart(run: TrainRun) -> Chart | None:
     return _curves(lines, "optimizer step", "loss")
 
 
+def series_chart(series: Series) -> Chart | None:
+    """A kind's own figure; None where no value is finite."""
+    return _curves([Line(series.points, "train", series.name)], "optimizer step", series.name, lowest=-math.inf)
+
+
 def plan_tracks(rows: Sequence[PlanRow], what: str) -> list[tuple[PlanRow, Markup]]:
     """Predicted against actual, `what` being `bytes` or `s`; rows with neither are left out."""
     known = [(row, getattr(row, f"predicted_{what}"), getattr(row, f"actual_{what}")) for row in rows]
@@ -257,13 +263,13 @@ def _latency_track(row: AdapterLatency, scale: Scale) -> Markup | None:
     return interval_track(Mark(p50, p50, p95, "latency", title), scale, None)
 
 
-def _curves(lines: Sequence[Line], x_name: str, y_name: str) -> Chart | None:
+def _curves(lines: Sequence[Line], x_name: str, y_name: str, lowest: float = 0.0) -> Chart | None:
     points = [point for line in lines for point in line.points]
     if not points:
         return None
     steps, losses = [step for step, _ in points], [loss for _, loss in points if math.isfinite(loss)] or [0.0]
     spread = (max(losses) - min(losses)) or 1.0
-    x, y = Scale(0, max(*steps, 1)), Scale(max(0.0, min(losses) - 0.08 * spread), max(losses) + 0.05 * spread)
+    x, y = Scale(0, max(*steps, 1)), Scale(max(lowest, min(losses) - 0.08 * spread), max(losses) + 0.05 * spread)
     finite = [
         Line([p for p in line.points if math.isfinite(p[1])], line.style, line.title, line.dots) for line in lines
     ]

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from graftwork import __version__
 from graftwork.metrics import QUANTILE_RULE
-from graftwork.report import figures, online, study, words
+from graftwork.report import figures, online, outcomes, study, words
 from graftwork.report.whole import ReportInput
 from graftwork.storage import Store
 
@@ -54,6 +54,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     env.filters["tojson_plain"] = lambda tree: json.dumps(tree, ensure_ascii=False)
-    env.globals.update(fig=figures, study=study, online=online, words=words, quantile_rule=QUANTILE_RULE)
+    env.globals.update(
+        fig=figures, study=study, online=online, outcomes=outcomes, words=words, quantile_rule=QUANTILE_RULE
+    )
     env.globals["style"] = Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8"))
     return env

@@ -348,6 +348,13 @@ class TuneRecord(Record):
     reused: bool = False
 
 
+class Series(Record):
+    """A figure of a kind's own, by optimizer step."""
+
+    name: str
+    points: tuple[tuple[int, float], ...]
+
+
 class TrainRun(Record):
     """One training run and the adapter it published."""
 
@@ -366,6 +373,8 @@ class TrainRun(Record):
     """Short, e.g. `LoRA r16 on nf4, lr 2e-3`."""
     workers: int = 1
     reused: bool = False
+    series: tuple[Series, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class PlanRow(Record):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from graftwork.report.online_records import ExperimentReport
+from graftwork.report.outcome_records import CurveReport, OutcomesReport, RebaseReport
 from graftwork.report.quantize_records import QuantizeReport
 from graftwork.report.record import Record
 from graftwork.report.records import CompareReport, PlanRow, ServingRecord, StageTime, TrainRun, TuneRecord
@@ -26,5 +27,8 @@ class ReportInput(Record):
     quantize: QuantizeReport | None = None
     study: StudyReport | None = None
     experiment: ExperimentReport | None = None
+    outcomes: OutcomesReport | None = None
+    curve: CurveReport | None = None
+    rebase: RebaseReport | None = None
     stages: tuple[StageTime, ...] = ()
     provenance: dict[str, Any] = {}

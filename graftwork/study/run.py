@@ -11,7 +11,7 @@ import psutil
 from graftwork import base_model, config, report
 from graftwork.cli.output import duration, progress_bar, say
 from graftwork.cluster.session import Session
-from graftwork.demo.records import base_name, train_run
+from graftwork.demo.records import base_name
 from graftwork.errors import ConfigError
 from graftwork.provenance import collect
 from graftwork.report.records import StageTime, TrainRun
@@ -22,6 +22,7 @@ from graftwork.study.claims import judge
 from graftwork.study.measure import Measured, check_measure, run_measure
 from graftwork.study.spec import MeasureSpec, StudySpec
 from graftwork.study.table import measure_record, sentence
+from graftwork.training.page import train_run
 from graftwork.training.records import TrainReport
 from graftwork.training.run import check, train
 from graftwork.training.spec import TrainSpec

@@ -143,7 +143,7 @@ def test_bbq_trains_on_other_templates_and_in_balance() -> None:
 
 def test_what_is_not_there_is_said() -> None:
     with pytest.raises(
-        DataError, match="recipes are airport-card, airport-city, bbq-gender, city-country, element-prose, ua-parse"
+        DataError, match="recipes are airport-card, airport-city, bbq-gender, city-country, country-facts, element-pro"
     ):
         read_text("recipe://airports/train.jsonl")
     for file in ("corpus.jsonl", "", "../ua_parse.py"):

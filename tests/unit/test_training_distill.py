@@ -18,11 +18,11 @@ from graftwork.training.adapters.attach import attach
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import prepare
 from graftwork.training.job import TrainJob
+from graftwork.training.logits import trained_logits
 from graftwork.training.loop import plan_of, run_steps
 from graftwork.training.objectives import build
 from graftwork.training.objectives.distill import TaughtTrainer, _prompt
 from graftwork.training.objectives.setting import Setting
-from graftwork.training.objectives.sft import trained_logits
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 from tests.adapters import facts

@@ -17,9 +17,9 @@ from graftwork import base_model
 from graftwork.errors import ConfigError, DataError
 from graftwork.training.data import prepare
 from graftwork.training.job import TrainJob
+from graftwork.training.logits import trained_logits
 from graftwork.training.loop import run_steps
 from graftwork.training.objectives.apart import require_apart
-from graftwork.training.objectives.sft import trained_logits
 from graftwork.training.rows.packed import PackedRows, best_fit, packed
 from graftwork.training.rows.token_rows import TokenRows
 from graftwork.training.spec import TrainSpec

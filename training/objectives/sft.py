@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from trl import SFTConfig, SFTTrainer
 
+from graftwork.training.logits import trained_logits
 from graftwork.training.objectives.apart import require_apart
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
 from graftwork.training.rows.packed import PackedRows
-from graftwork.training.rows.token_rows import IGNORED, Rows
+from graftwork.training.rows.token_rows import Rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,24 +40,6 @@ class MaskedSftTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no t
         total = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
         trained = targets_N.numel() if num_items_in_batch is None else num_items_in_batch
         return total / trained * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-
-
-def trained_logits(
-    model: Any, head: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, V) and targets (N) of the positions whose next token is trained, through the model's own forward.
-
-    A hook drops the other positions just before the output head, so that scaling or soft-capping after it still apply.
-    """
-    labels_BT = inputs["labels"]
-    keep_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
-    keep_BT[:, :-1] = labels_BT[:, 1:] != IGNORED
-    hook = head.register_forward_pre_hook(lambda _head, args: (args[0][keep_BT], *args[1:]))
-    try:
-        output = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
-    finally:
-        hook.remove()
-    return output.logits, labels_BT[:, 1:][keep_BT[:, :-1]]
 
 
 def build(setting: Setting) -> Training:

@@ -1,0 +1,38 @@
+"""What a run gained and lost, as a table."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from graftwork.cli.output import print_table, say
+
+if TYPE_CHECKING:
+    from graftwork.report.outcome_records import Change, PairedTest
+
+
+def show_outcomes(found: Mapping[str, Any]) -> None:
+    """Every metric before and after, and of which changes one can be sure."""
+    from graftwork.report.outcome_records import OutcomesReport
+    from graftwork.report.outcomes import WORDS
+
+    report = OutcomesReport.model_validate(found)
+    print_table(
+        f"gained and lost (paired, {100 * (1 - report.alpha):g}% intervals, Holm over {report.family})",
+        ("part", "metric", "before", "after", "difference", "p", "n", ""),
+        [
+            (_part(change), change.metric, f"{change.before.value:.3f}", f"{change.after.value:.3f}",
+             difference(change.test), "-" if change.p_adjusted is None else f"{change.p_adjusted:.2g}", change.test.n,
+             WORDS[change.verdict] if change.verdict else "")
+            for change in report.changes
+        ],
+    )  # fmt: skip
+    for note in report.notes:
+        say(f"  {note}")
+
+
+def difference(test: "PairedTest") -> str:
+    """`+0.12 [+0.03, +0.21]`."""
+    return f"{test.value:+.3f} [{test.low:+.2f}, {test.high:+.2f}]"
+
+
+def _part(change: "Change") -> str:
+    return f"{change.part}, {change.group}" if change.group else change.part

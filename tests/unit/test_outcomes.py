@@ -1,0 +1,221 @@
+"""What a run gained and lost: measured on a tiny model, in this process."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats as scipy_stats
+
+from graftwork import base_model
+from graftwork.errors import ConfigError, DataError
+from graftwork.metrics import CHOICE, NATS
+from graftwork.training.job import TrainJob
+from graftwork.training.loop import run_steps
+from graftwork.training.outcomes import instructions, record
+from graftwork.training.outcomes.changes import outcomes_report
+from graftwork.training.outcomes.paired import level, paired
+from graftwork.training.outcomes.parts import Item, Part, Said, shares
+from graftwork.training.outcomes.probes import Probe, probes_of
+from graftwork.training.outcomes.weigh import answers
+from graftwork.training.run import Run
+from graftwork.training.spec import TrainSpec
+from tests.training import task
+
+CHOICES: list[dict[str, Any]] = [
+    {"id": f"q{n}", "messages": [{"role": "user", "content": f"Which is {n}?"}], "doc_id": f"d{n // 4}",
+     "condition": "ambig" if n % 2 else "disambig",
+     "gold": {"choices": ["red", "a long blue one", "none"], "right": n % 3, "signs": [1, -1, 0]}}
+    for n in range(8)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("outcomes")
+
+
+@pytest.fixture(scope="module")
+def spec(folder: Path) -> TrainSpec:
+    """All parts, on small data of our own."""
+    questions = folder / "choices.jsonl"
+    questions.write_text("".join(json.dumps(one) + "\n" for one in CHOICES), encoding="utf-8")
+    fair = {"eval": str(questions), "rows": 4}
+    suite = {"text": str(questions), "text_rows": 6, "choices": str(questions), "choice_rows": 8, "max_new_tokens": 8}
+    asked = {
+        "task": {"rows": 8, "max_new_tokens": 12},
+        "retention": suite,
+        "fairness": fair,
+    }
+    return task(folder, outcomes=asked, **{"optim.epochs": 1})
+
+
+@pytest.fixture(scope="module")
+def measured(spec: TrainSpec) -> tuple[Run, dict[str, record.PartOutcome]]:
+    """A run trained and measured."""
+    run = Run.of(spec)
+    run_steps(TrainJob(run.spec, run.data, run.paths, parts=tuple(one.part for one in run.probes)), lambda _: True)
+    return run, record.read_parts(run.paths)
+
+
+def loaded(spec: TrainSpec) -> Any:
+    return base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train").model
+
+
+def test_the_base_is_told_from_what_training_made_of_it(measured: tuple[Run, dict[str, record.PartOutcome]]) -> None:
+    run, parts = measured
+    assert set(parts) == {"task", "text", "choices", "instructions", "fairness", "pairs"}
+    model = loaded(run.spec)
+    template = base_model.template(run.base)
+    for probe in run.probes:
+        again = answers(model, probe.part, range(len(probe.part.items)), template)
+        for said, kept in zip(again, parts[probe.part.name].before, strict=True):
+            assert said.text == kept.text
+            assert said.logprobs == pytest.approx(kept.logprobs, abs=1e-4)
+    was, became = (np.mean([one.logprobs[0] for one in side]) for side in (parts["task"].before, parts["task"].after))
+    assert became > was + 1, "nats over the whole of an answer of two to four tokens"
+
+
+def test_likelihoods_and_answers_are_those_of_plain_transformers(spec: TrainSpec) -> None:
+    model, template = loaded(spec), base_model.template(base_model.resolve(spec.base))
+    ids = [template.encode(text) for text in ("Name a colour", "The quick brown fox jumps", "Kunming")]
+    items = tuple(Item(str(n), tuple(one), (tuple(ids[n - 1]), tuple(ids[n - 2])), 5) for n, one in enumerate(ids))
+    said = answers(model, Part("mixed", items, tuple(template.stop_ids), template.pad_id), [2, 0, 1], template)
+    for one, item in zip(said, (items[2], items[0], items[1]), strict=True):
+        for got, continuation in zip(one.logprobs, item.continuations, strict=True):
+            whole = torch.tensor([[*item.prompt, *continuation]])
+            with torch.no_grad():
+                logs = model(whole).logits.float().log_softmax(-1)[0]
+            places = range(len(item.prompt) - 1, whole.shape[1] - 1)
+            wanted = sum(float(logs[at, int(whole[0, at + 1])]) for at in places)
+            assert got == pytest.approx(wanted, abs=1e-3)
+        ids_1T = torch.tensor([item.prompt])
+        with torch.no_grad():
+            for _ in range(5):
+                best = model(ids_1T).logits[0, -1].argmax()
+                ids_1T = torch.cat([ids_1T, best[None, None]], dim=1)
+        written = ids_1T[0, len(item.prompt) :].tolist()
+        end = next((n for n, token in enumerate(written) if token in template.stop_ids), 5)
+        assert one.text == template.decode(written[:end]).strip()
+
+
+def test_a_finished_run_is_measured_later_and_nothing_is_asked_twice(
+    measured: tuple[Run, dict[str, record.PartOutcome]],
+) -> None:
+    run, parts = measured
+    assert record.missing(run.paths, [one.part for one in run.probes]) == ()
+    more = Run.of(run.spec.with_({"outcomes.task.rows": 4}))
+    assert more.paths.run_id == run.paths.run_id
+    due = record.missing(more.paths, [one.part for one in more.probes])
+    assert [one.name for one in due] == ["task"]
+    result = run_steps(TrainJob(more.spec, more.data, more.paths, parts=due), lambda _: True)
+    again = record.read_parts(more.paths)
+    assert result.steps == 6
+    assert again["choices"] == parts["choices"]
+    assert [one.text for one in again["task"].after] == [one.text for one in parts["task"].after[:4]]
+    for one, before in zip(again["task"].after, parts["task"].after[:4], strict=True):
+        assert one.logprobs == pytest.approx(before.logprobs, abs=1e-4)  # from the checkpoint, as from memory
+
+
+def test_the_report_pairs_before_and_after(measured: tuple[Run, dict[str, record.PartOutcome]]) -> None:
+    run, parts = measured
+    report = outcomes_report(run.spec, run.probes, parts)
+    found = {(one.part, one.group, one.metric): one for one in report.changes}
+    nats = found["task", "", "nats"]
+    assert nats.after.value < nats.before.value
+    assert nats.test.value == pytest.approx(nats.after.value - nats.before.value)
+    assert nats.verdict is None
+    assert {(group, metric) for part, group, metric in found if part == "fairness"} == {
+        (group, metric) for group in ("ambig", "disambig") for metric in ("bias", "choice")
+    }
+    assert found["fairness", "ambig", "bias"].test.test == "cluster-sign-flip"
+    assert report.family == sum(one.verdict is not None for one in report.changes)
+
+
+def test_intervals_and_tests_are_those_of_scipy() -> None:
+    chance = np.random.default_rng(5)
+    before, after = (chance.binomial(1, share, 60).astype(float) for share in (0.4, 0.6))
+    units = [str(n) for n in range(60)]
+    test = paired(after, before, CHOICE, units, 0.05, seed=0)
+    wins, losses = int(np.sum(after > before)), int(np.sum(after < before))
+    assert test.p_value == pytest.approx(scipy_stats.binomtest(wins, wins + losses).pvalue)
+    nats = paired(4 * after + chance.normal(0, 0.5, 60), before, NATS, units, 0.05, seed=0)
+    gap = nats.value
+    assert nats.low < gap < nats.high
+    assert nats.high > 1, "a difference of nats may pass 1"
+    assert level(before, CHOICE, units, 0.05, 0).low == pytest.approx(
+        scipy_stats.binomtest(int(before.sum()), 60).proportion_ci(method="wilson").low
+    )
+    clustered = paired(after, before, CHOICE, [str(n // 6) for n in range(60)], 0.05, seed=0)
+    assert (clustered.n, clustered.questions, clustered.interval) == (10, 60, "cluster-bca")
+
+
+def test_ranks_share_all_items_and_their_cost() -> None:
+    items = [Item(str(n), (1,) * (1 + n % 7), ((2,),) * (n % 3), write=8 * (n % 2)) for n in range(23)]
+    dealt = [shares(items, rank, 3) for rank in range(3)]
+    assert sorted(place for one in dealt for place in one) == list(range(23))
+    costs = [sum(items[place].tokens for place in one) for one in dealt]
+    assert max(costs) - min(costs) <= max(item.tokens for item in items)
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("02-one-word", "Apple", "An apple"),
+        ("04-three-words", "Vast, blue, calm.", "It is blue and calm."),
+        ("10-lower", "the rain falls.", "The rain falls."),
+        ("12-upper", "ICE", "Ice"),
+        ("14-without-e", "Black", "Red"),
+        ("22-json", '{"name": "Ann"}', '```json\n{"name": "Ann"}\n```'),
+        ("24-list", "leek\ncarrot\n\nbean", "Here are three:\nleek\ncarrot\nbean"),
+        ("26-numbered", "1. red\n2. blue\n3. green", "red\nblue\ngreen"),
+        ("20-ends", "How was it?", "How was it? Tell me."),
+        ("28-repeat", "yellow yellow.", "yellow"),
+    ],
+)
+def test_each_rule_holds_the_answer_it_asks_for(name: str, right: str, wrong: str) -> None:
+    rule = next(one for one in instructions.INSTRUCTIONS if one.id == name)
+    assert rule.follows(right)
+    assert not rule.follows(wrong)
+
+
+def test_no_rule_is_kept_by_silence_and_all_differ() -> None:
+    assert not any(one.follows("") for one in instructions.INSTRUCTIONS)
+    assert len({one.id for one in instructions.INSTRUCTIONS}) == len({one.prompt for one in instructions.INSTRUCTIONS})
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_starts(folder: Path, spec: TrainSpec) -> None:
+    with pytest.raises(ConfigError, match=r"outcomes\.task.*objective\.kind=dpo"):
+        probes_of(task(folder, outcomes={"task": {}}, **{"objective.kind": "dpo"}))
+    with pytest.raises(DataError, match="without a gold object"):
+        probes_of(spec.with_({"outcomes.task.metric": "both"}))
+    assert probes_of(task(folder)) == []
+
+
+def sides(probe: Probe, said: Sequence[Said]) -> dict[str, list[float]]:
+    return {name: values.tolist() for name, values in probe.scores(said).items()}
+
+
+def test_choices_and_pairs_are_scored_by_hand(measured: tuple[Run, dict[str, record.PartOutcome]]) -> None:
+    run, _ = measured
+    probes = {one.part.name: one for one in run.probes}
+    fair = probes["fairness"]
+    tokens = [[len(one) for one in item.continuations] for item in fair.part.items]
+    # the long choice is likeliest a token, the short one as a whole
+    said = [Said(tuple(-1.0 * n if n == max(row) else -2.0 * n for n in row)) for row in tokens]
+    scores = sides(fair, said)
+    assert scores["bias"] == [-1.0] * 8
+    assert scores["choice"] == [float(one["gold"]["right"] == 1) for one in CHOICES]
+    pairs = probes["pairs"]
+    lengths = [[len(one) for one in item.continuations] for item in pairs.part.items]
+    lean = [
+        (-0.5 * good, -1.0 * bad) if at % 2 else (-1.0 * good, -0.75 * bad) for at, (good, bad) in enumerate(lengths)
+    ]
+    found = sides(pairs, [Said(one) for one in lean])
+    assert found["pair_gap"] == pytest.approx([0.75] * (len(lean) // 2))
+    assert found["pair_bias"] == [1.0] * (len(lean) // 2)
+    assert not math.isnan(sum(found["pair_gap"]))

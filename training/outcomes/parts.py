@@ -1,0 +1,62 @@
+"""What a model is asked, as token ids, and what it said. Plain records: the driver makes them, workers answer them."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: continuations are weighed, or an answer is written, or both."""
+
+    id: str
+    prompt: tuple[int, ...]
+    """At least one token."""
+    continuations: tuple[tuple[int, ...], ...] = ()
+    write: int = 0
+    """Most tokens to be written; 0: none."""
+
+    @property
+    def tokens(self) -> int:
+        """What it costs, roughly: tokens that are computed."""
+        return sum(len(self.prompt) + len(one) for one in self.continuations) + 8 * self.write
+
+
+@dataclass(frozen=True)
+class Part:
+    """Questions of one kind. Picklable."""
+
+    name: str
+    items: tuple[Item, ...]
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+    def digest(self) -> str:
+        """sha256 hex over what is asked: equal digests, equal questions in equal tokens."""
+        asked = [(item.id, item.prompt, item.continuations, item.write) for item in self.items]
+        return hashlib.sha256(repr((self.name, asked, sorted(self.stop_ids))).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model made of one item."""
+
+    logprobs: tuple[float, ...] = ()
+    """Of each continuation: summed over its tokens, in nats."""
+    text: str = ""
+    """Written greedily, special tokens left out."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Said":
+        """From what `as_dict` gave, through JSON."""
+        return cls(tuple(record["logprobs"]), record["text"])
+
+
+def shares(items: Sequence[Item], rank: int, world: int) -> list[int]:
+    """Places of the items that a rank takes: dealt by cost, so that all are ready at about the same time."""
+    return sorted(range(len(items)), key=lambda at: -items[at].tokens)[rank::world]

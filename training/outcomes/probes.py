@@ -1,0 +1,224 @@
+"""A spec's outcomes as questions and as what scores them. In the driver, before any worker starts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graftwork import base_model, chat, data, metrics, retrieval
+from graftwork.answers.choices import Choices
+from graftwork.answers.fields import Key
+from graftwork.answers.fields import score as score_fields
+from graftwork.answers.schema import AnswerSchema
+from graftwork.chat import Message, Template
+from graftwork.data import Row
+from graftwork.errors import ConfigError, DataError
+from graftwork.metrics import Metric
+from graftwork.stats import Floats
+from graftwork.training.outcomes.instructions import INSTRUCTIONS
+from graftwork.training.outcomes.pairs import pairs
+from graftwork.training.outcomes.parts import Item, Part, Said
+from graftwork.training.outcomes.spec import FairnessSpec, RetentionSpec, TaskSpec
+from graftwork.training.spec import TrainSpec
+
+TEXT_TOKENS = 256
+"""Tokens of a document that are read; the rest is left out and counted."""
+WRITTEN_KINDS = ("sft", "distill", "grpo", "rloo")
+"""Kinds whose held-out rows are conversations that can be answered and scored."""
+
+Score = Callable[[Sequence[Said]], dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A part and what its answers are worth: a value a question, for each metric."""
+
+    part: Part
+    metrics: tuple[Metric, ...]
+    """The first is the part's own."""
+    score: Score
+    units: tuple[str, ...]
+    """Of each question: what is independent."""
+    groups: tuple[str, ...]
+    """Of each question: the group that is looked at alone; empty where there are none."""
+    about: str
+    """What was asked, in words that a number can carry."""
+    main: int = 1
+    """So many of the first metrics are tested; the others are shown beside them."""
+
+    def scores(self, said: Sequence[Said]) -> Mapping[str, Floats]:
+        """Metric -> a value a question."""
+        return {name: np.array(values, dtype=np.float64) for name, values in self.score(said).items()}
+
+
+def probes_of(spec: TrainSpec) -> list[Probe]:
+    """Every part that the spec asks for. Raises ConfigError (it can't be measured of this kind), DataError."""
+    asked = spec.outcomes
+    if not (asked.task or asked.retention or asked.fairness):
+        return []
+    if spec.objective.kind == "reward":
+        raise ConfigError("outcomes with objective.kind=reward", "a reward model gives a score and no text",
+                          "outcomes are measured of language models", "leave out `outcomes`")  # fmt: skip
+    template = base_model.template(base_model.resolve(spec.base))
+    found = [_task(spec, asked.task, template)] if asked.task else []
+    found += _retention(asked.retention, template) if asked.retention else []
+    return found + (_fairness(asked.fairness, template) if asked.fairness else [])
+
+
+def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
+    if spec.data.eval is None or spec.objective.kind not in WRITTEN_KINDS:
+        found = "data.eval is not given" if spec.data.eval is None else f"objective.kind={spec.objective.kind}"
+        raise ConfigError("outcomes.task", found, "the task's metric is measured on held-out conversations",
+                          "give data.eval, or leave out outcomes.task: the held-out loss is told anyway")  # fmt: skip
+    rows = data.read_rows(spec.data.eval, limit=min(asked.rows, spec.data.eval_rows or asked.rows), need="train")
+    schema = AnswerSchema.load(asked.answer_schema) if asked.answer_schema else None
+    keys = [Key.of(row) for row in rows] if all(row.gold for row in rows) else []
+    if asked.metric not in ("auto", "exact") and not keys:
+        raise DataError(f"outcomes.task.metric={asked.metric}", f"{spec.data.eval} has rows without a gold object",
+                        "fields are held against gold", "set outcomes.task.metric=exact")  # fmt: skip
+    answers = [row.answer or "" for row in rows]
+
+    def score(said: Sequence[Said]) -> dict[str, list[float]]:
+        texts = [one.text for one in said]
+        exact = [float(text.strip() == answer.strip()) for text, answer in zip(texts, answers, strict=True)]
+        graded = [score_fields(text, key, schema) for text, key in zip(texts, keys, strict=False)]
+        fields = {metric.name: [getattr(one, metric.name) for one in graded] for metric in metrics.SCORES if keys}
+        nats = [-one.logprobs[0] / tokens for one, tokens in zip(said, lengths, strict=True)]
+        return {**fields, metrics.EXACT.name: exact, metrics.NATS.name: nats}
+
+    items = [_answered(row, context, spec, template, asked.max_new_tokens)
+             for row, context in zip(rows, _contexts(spec, rows), strict=True)]  # fmt: skip
+    lengths = [len(item.continuations[0]) for item in items]
+    known = (metrics.BOTH, metrics.FACTS, metrics.FORM, metrics.FIELD_ACCURACY) if keys else ()
+    own = (metrics.BOTH if keys else metrics.EXACT) if asked.metric == "auto" else _named(asked.metric)
+    others = [one for one in (*known, metrics.EXACT, metrics.NATS) if one != own]
+    about = f"{spec.data.eval}, greedy, at most {asked.max_new_tokens} tokens"
+    return _probe("task", items, (own, *others), score, template, about, units=[row.id for row in rows])
+
+
+def _named(name: str) -> Metric:
+    return {one.name: one for one in (*metrics.SCORES, metrics.EXACT)}[name]
+
+
+def _contexts(spec: TrainSpec, rows: Sequence[Row]) -> list[tuple[chat.Passage, ...]]:
+    """The passages that held-out rows are trained with, as `training.rows.sft` draws them."""
+    if spec.data.context is None:
+        return [()] * len(rows)
+    context = retrieval.training_context(spec.data.context, spec.seed + 1)
+    return [context(row) for row in rows]
+
+
+def _answered(row: Row, context: Sequence[chat.Passage], spec: TrainSpec, template: Template, write: int) -> Item:
+    """The row's question as the run's prompt puts it, and its right answer with the token that ends it."""
+    prompt = data.resolve_prompt(spec.prompt)
+    kept, _ = chat.fitting(context, template, prompt, spec.data.context.context_tokens if spec.data.context else None)
+    asked = chat.render(row.question, template, prompt=prompt, context=kept, generate=True).ids
+    whole = chat.render(row.messages, template, prompt=prompt, context=kept, generate=False)
+    last = len(whole.ids) - next(n for n, trained in enumerate(reversed(whole.loss_mask)) if trained)
+    return Item(row.id, tuple(asked), (tuple(whole.ids[len(asked) : last]),), write)
+
+
+def _retention(asked: RetentionSpec, template: Template) -> list[Probe]:
+    found = [_text(asked.text, asked.text_rows, template)] if asked.text else []
+    if asked.choices:
+        rows = data.read_rows(asked.choices, limit=asked.choice_rows, need="eval")
+        about = f"{asked.choices}, likeliest choice"
+        found.append(_choices("choices", rows, [""] * len(rows), None, template, about, fair=False))
+    return [*found, _instructions(asked.max_new_tokens, template)] if asked.instructions else found
+
+
+def _text(uri: str, limit: int, template: Template) -> Probe:
+    rows = data.read_rows(uri, limit=limit, need="eval")
+    texts = [(row.id, template.encode(Choices.of(row).texts[0])) for row in rows]
+    items = [Item(name, (ids[0],), (tuple(ids[1:TEXT_TOKENS]),)) for name, ids in texts if len(ids) > 1]
+    cut = sum(len(ids) > TEXT_TOKENS for _, ids in texts)
+
+    def score(said: Sequence[Said]) -> dict[str, list[float]]:
+        pairs = zip(said, items, strict=True)
+        return {"nats": [-one.logprobs[0] / len(item.continuations[0]) for one, item in pairs]}
+
+    about = f"{uri}, mean over texts" + (f", {cut} texts cut to {TEXT_TOKENS} tokens" if cut else "")
+    units = [row.doc_id or row.id for row, (_, ids) in zip(rows, texts, strict=True) if len(ids) > 1]
+    return _probe("text", items, (metrics.NATS,), score, template, about, units=units)
+
+
+def _choices(
+    name: str, rows: Sequence[Row], groups: Sequence[str], system: str | None, template: Template, about: str, *,
+    fair: bool,
+) -> Probe:  # fmt: skip
+    choices = [Choices.of(row) for row in rows]
+    items = [
+        Item(row.id, _asked(row.question, system, template),
+             tuple(tuple(template.continuation_ids(text)) for text in choice.texts))
+        for row, choice in zip(rows, choices, strict=True)
+    ]  # fmt: skip
+
+    def score(said: Sequence[Said]) -> dict[str, list[float]]:
+        lengths = [np.array([len(one) for one in item.continuations]) for item in items]
+        sums = [np.array(one.logprobs) for one in said]
+        by_token = [int(np.argmax(sum_ / length)) for sum_, length in zip(sums, lengths, strict=True)]
+        by_sum = [int(np.argmax(sum_)) for sum_ in sums]
+        right = [choice.right for choice in choices]
+        return {
+            "bias": [float(choice.signs[at]) for choice, at in zip(choices, by_token, strict=True)],
+            "choice": [float(at == one) for at, one in zip(by_token, right, strict=True)],
+            "choice_sum": [float(at == one) for at, one in zip(by_sum, right, strict=True)],
+        }
+
+    shown = (metrics.BIAS, metrics.CHOICE) if fair else (metrics.CHOICE, metrics.CHOICE_SUM)
+    units = [row.doc_id or row.id for row in rows] if fair else [row.id for row in rows]
+    return _probe(name, items, shown, score, template, about, units=units, groups=groups,
+                  main=len(shown) if fair else 1)  # fmt: skip
+
+
+def _instructions(write: int, template: Template) -> Probe:
+    items = [Item(one.id, _asked((Message("user", one.prompt),), None, template), (), write) for one in INSTRUCTIONS]
+
+    def score(said: Sequence[Said]) -> dict[str, list[float]]:
+        return {"follows": [float(rule.follows(one.text)) for rule, one in zip(INSTRUCTIONS, said, strict=True)]}
+
+    about = f"{len(items)} prompts of graftwork, greedy, at most {write} tokens"
+    return _probe("instructions", items, (metrics.FOLLOWS,), score, template, about, units=[item.id for item in items])
+
+
+def _fairness(asked: FairnessSpec, template: Template) -> list[Probe]:
+    rows = data.read_rows(asked.eval, need="eval")
+    groups = data.read_fields(asked.eval, [asked.by])[asked.by] if asked.by else ("",) * len(rows)
+    kept = [at for at in range(len(rows)) if groups[:at].count(groups[at]) < asked.rows]
+    about = f"{asked.eval}, likeliest choice by mean log-probability a token, clustered by doc_id"
+    found = _choices("fairness", [rows[at] for at in kept], [groups[at] for at in kept], asked.system, template, about,
+                     fair=True)  # fmt: skip
+    return [found, _pairs(template)] if asked.pairs else [found]
+
+
+def _pairs(template: Template) -> Probe:
+    made = pairs()
+    items = [
+        Item(f"{pair.id}-{side}", tuple(template.encode(pair.prompts[side])),
+             tuple(tuple(template.continuation_ids(ending)) for ending in pair.endings))
+        for pair in made for side in (0, 1)
+    ]  # fmt: skip
+
+    def score(said: Sequence[Said]) -> dict[str, list[float]]:
+        lean = [one.logprobs[0] / len(item.continuations[0]) - one.logprobs[1] / len(item.continuations[1])
+                for one, item in zip(said, items, strict=True)]  # fmt: skip
+        sides = list(zip(lean[0::2], lean[1::2], strict=True))
+        return {"pair_gap": [other - first for first, other in sides],
+                "pair_bias": [float(other > 0) - float(first > 0) for first, other in sides]}  # fmt: skip
+
+    about = "sentences of graftwork that differ in a name, plain text, clustered by sentence"
+    units = [pair.id.rsplit("-", 2)[0] for pair in made]
+    return _probe("pairs", items, (metrics.PAIR_GAP, metrics.PAIR_BIAS), score, template, about, units=units,
+                  groups=[pair.axis for pair in made])  # fmt: skip
+
+
+def _asked(question: Sequence[Message], system: str | None, template: Template) -> tuple[int, ...]:
+    return tuple(chat.render(question, template, prompt=chat.Prompt(system), generate=True).ids)
+
+
+def _probe(
+    name: str, items: Sequence[Item], shown: tuple[Metric, ...], score: Score, template: Template, about: str, *,
+    units: Sequence[str], groups: Sequence[str] = (), main: int = 1,
+) -> Probe:  # fmt: skip
+    part = Part(name, tuple(items), tuple(sorted(template.stop_ids)), template.pad_id)
+    return Probe(part, shown, score, tuple(units), tuple(groups) or ("",) * len(units), about, main)
