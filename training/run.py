@@ -26,6 +26,7 @@ from graftwork.training.outcomes.record import missing, read_parts
 from graftwork.training.page import write_page
 from graftwork.training.publish import publish, still_there
 from graftwork.training.records import Progress, TrainReport
+from graftwork.training.settled import settled
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport, read_steps
 
@@ -50,6 +51,8 @@ class Run:
     paths: RunPaths
     probes: tuple[Probe, ...] = ()
     """Its outcomes, as questions and scores."""
+    notes: tuple[str, ...] = ()
+    """What the plan decided, and why."""
 
     @classmethod
     def of(cls, spec: TrainSpec) -> "Run":
@@ -65,6 +68,11 @@ class Run:
         # Ray Train moves each worker into a folder of its own, where a relative place is another one
         placed = pinned.with_({"root": Store(spec.root).uri, "base.uri": base_source.absolute(spec.base.uri)})
         return cls(placed, base, data, paths(parent_of(placed)), probes)
+
+    def settled(self) -> "Run":
+        """Without `auto`, and why it is so. Raises ConfigError where nothing fits."""
+        spec, notes = settled(self.spec, self.base, self.data.train, self.paths)
+        return replace(self, spec=spec, notes=notes)
 
 
 def check(spec: TrainSpec) -> None:
@@ -90,6 +98,7 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
         found = _finished(run)
         if found is not None:
             return _told(run, found)
+        run = run.settled()
         _write_status(run, "running")
         _write_facts(run)
         try:
@@ -191,7 +200,7 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         eval_loss=result.eval_loss,
         peak_rss_bytes_per_worker=result.peak_rss_bytes_per_worker,
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
-        notes=(*result.notes, *run.data.notes),
+        notes=(*run.notes, *result.notes, *run.data.notes),
     )
 
 

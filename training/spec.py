@@ -35,10 +35,18 @@ class OptimSpec(Spec):
     """Passes over the training rows."""
     rows_per_step: int = Field(default=8, ge=1)
     """Rows per optimizer step over all workers: constant when the number of workers changes."""
-    micro_batch: int = Field(default=4, ge=1)
-    """Most rows per forward pass on one worker: the largest divisor of its rows a step; the rest accumulates."""
-    gradient_checkpointing: bool = False
-    """Keep only each block's input and compute the block again in the backward pass: less memory, a third more time."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
+    """Most rows per forward pass on one worker: the largest divisor of its rows a step; the rest accumulates.
+    auto: as many as the plan says will fit."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Keep only each block's input and compute the block again in the backward pass: less memory, a third more time.
+    auto: where the plan says that it would not fit without."""
+
+    @property
+    def rows_per_pass(self) -> int:
+        """`micro_batch` of a spec whose `auto` was settled (`graftwork.plan.settle`), as every worker's is."""
+        assert self.micro_batch != "auto", "the driver settles optim.micro_batch before any worker starts"
+        return self.micro_batch
 
 
 class TrainSpec(Spec):

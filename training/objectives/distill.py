@@ -122,7 +122,7 @@ def build(setting: Setting) -> Training:
 
     def evaluate() -> Mapping[str, float]:
         assert data.eval is not None, "asked where the spec has data.eval"
-        return held_out(trainer, data.eval, data.pad_id, spec.optim.micro_batch)
+        return held_out(trainer, data.eval, data.pad_id, spec.optim.rows_per_pass)
 
     return Training(quieted(trainer), evaluate)
 

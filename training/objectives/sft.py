@@ -56,7 +56,7 @@ def build(setting: Setting) -> Training:
         processing_class=setting.tokenizer(),
         callbacks=[setting.callback],
     )
-    data, micro_batch = setting.job.data, setting.job.spec.optim.micro_batch
+    data, micro_batch = setting.job.data, setting.plan.micro_batch
 
     def evaluate() -> Mapping[str, float]:
         assert data.eval is not None, "asked where the spec has data.eval"
