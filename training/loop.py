@@ -54,7 +54,7 @@ def run_steps(job: TrainJob, report: Report) -> LoopResult:
         outcomes = Measuring(job, base, rank, world)
         outcomes.before(loaded.model)
         watch = Watch(job, plan, log, report, before_s=start.elapsed_s if start else 0.0)
-        model = _with_adapter(spec, loaded)
+        model = _with_adapter(job, loaded)
         training = build(Setting(job, plan, base, model, folder, watch))
         watch.training, trainer = training, training.trainer
         notes = (loaded.reason, f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}", *training.notes)
@@ -69,16 +69,17 @@ def plan_of(job: TrainJob, world: int) -> StepPlan:
     return step_plan(job.data.train.lengths_N, job.spec.optim, job.spec.seed, world, job.max_steps)
 
 
-def _with_adapter(spec: TrainSpec, loaded: base_model.LoadedBase) -> Any:
+def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
     """The base with the spec's adapter: random by the seed, or a published one's weights. A checkpoint comes later."""
     from transformers import set_seed
 
     from graftwork.training.adapters.attach import attach, take_weights
     from graftwork.training.adapters.score_head import with_score_head
 
+    spec = job.spec
     set_seed(spec.seed)
     base = with_score_head(loaded.model) if spec.objective.kind == "reward" else loaded.model
-    model = attach(base, spec.adapter)
+    model = attach(base, spec.adapter, job.data.trained_tokens)
     if spec.init_from is not None:
         take_weights(model, adapter_folder(spec))
     return model

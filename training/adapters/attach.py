@@ -1,5 +1,6 @@
 """Put the asked adapter on a loaded base; weights of a published one into it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ from graftwork.training.adapters.score_head import ScoreHead
 from graftwork.training.spec import AdapterSpec, LoraSpec
 
 
-def attach(model: Any, adapter: AdapterSpec) -> Any:
+def attach(model: Any, adapter: AdapterSpec, trained_tokens: Sequence[int] = ()) -> Any:
     """The model with a fresh adapter in fp32; nothing else of it is trained. Draws from torch's global generator.
 
+    trained_tokens: ids whose embeddings are trained and saved with a LoRA; of a tied base their output rows too.
     With kind full it is the model itself, all of it trained, in fp32. Raises ConfigError when the model has no layer
     of the asked kind.
     """
-    attached = model if isinstance(adapter, FullSpec) else get_peft_model(model, _fitted(adapter, model))
+    full = isinstance(adapter, FullSpec)
+    attached = model if full else get_peft_model(model, _fitted(adapter, model, trained_tokens))
+    if trained_tokens and not full:
+        # PEFT 0.21 saves the whole embedding beside the rows where it has more than this folder's config.json says
+        attached.active_peft_config.base_model_name_or_path = ""
     for parameter in attached.parameters():
-        if isinstance(adapter, FullSpec):
+        if full:
             parameter.requires_grad_(True)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -39,9 +45,12 @@ def take_weights(model: Any, adapter: Path) -> None:
     assert not unused, f"weights of another shape of adapter: {unused[:3]}"  # method and base were compared before
 
 
-def _fitted(adapter: AdapterSpec, model: Any) -> PeftConfig:
+def _fitted(adapter: AdapterSpec, model: Any, trained_tokens: Sequence[int]) -> PeftConfig:
     """The adapter's config for this model; a score head is trained and saved whole with it (PEFT's SEQ_CLS)."""
     config = peft_config(adapter, model)
+    if trained_tokens:
+        assert isinstance(config, LoraConfig), "other adapters are refused where rows are to be trained"
+        config.trainable_token_indices = list(trained_tokens)
     if isinstance(getattr(model, "score", None), ScoreHead):
         config.task_type = "SEQ_CLS"
     return config

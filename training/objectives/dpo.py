@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from graftwork.storage import RunPaths
 from graftwork.training.objective_spec import DpoSpec
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
-from graftwork.training.objectives.sft import share
+from graftwork.training.objectives.share import share
 from graftwork.training.rows.token_rows import IGNORED, Rows
 
 REFERENCE_FILE = "reference.json"

@@ -14,7 +14,7 @@ from graftwork.storage import Store
 from graftwork.training.adapters.score_head import with_score_head
 from graftwork.training.objective_spec import RewardSpec
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
-from graftwork.training.objectives.sft import share
+from graftwork.training.objectives.share import share
 from graftwork.training.reward_model import scoring_adapter
 from graftwork.training.rows.token_rows import TokenRows
 
