@@ -21,7 +21,7 @@ from graftwork import artifact, base_model
 from graftwork.storage import Store
 from graftwork.training.objective_spec import DistillSpec
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
-from graftwork.training.objectives.sft import share
+from graftwork.training.objectives.share import share
 from graftwork.training.rows.distill import TaughtRows, Teacher
 from graftwork.training.rows.token_rows import IGNORED, Rows, TokenRows
 
