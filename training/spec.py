@@ -9,8 +9,10 @@ from graftwork.chat import PromptSpec
 from graftwork.config import Spec
 from graftwork.data import DataSpec
 from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
+from graftwork.training import checkpoint_spec
 from graftwork.training.adapter_rules import check_adapter
 from graftwork.training.adapter_spec import AdapterSpec, LoraSpec, as_lora, with_kind
+from graftwork.training.checkpoint_spec import CheckpointSpec, RecoverySpec
 from graftwork.training.objective_rules import taken_effect
 from graftwork.training.objective_spec import ObjectiveSpec, SftSpec
 from graftwork.training.outcomes.spec import OutcomesSpec
@@ -76,6 +78,8 @@ class TrainSpec(Spec):
     gpus_per_worker: float = Field(default=0.0, ge=0)
     checkpoint_every: int = Field(default=20, ge=1)
     """Optimizer steps between checkpoints; a rerun continues from the last."""
+    checkpoints: CheckpointSpec = CheckpointSpec()
+    recovery: RecoverySpec = RecoverySpec()
     eval_every: int = Field(default=20, ge=1)
     """Optimizer steps between evaluations, where `data.eval` is given."""
     outcomes: OutcomesSpec = OutcomesSpec()
@@ -115,4 +119,6 @@ class TrainSpec(Spec):
         taken_effect(self.objective, self.adapter, self.data, self.base, self.quant)
         check_adapter(self)
         check_text(self)
+        if reason := checkpoint_spec.refusal(self):
+            raise ValueError(reason)
         return self

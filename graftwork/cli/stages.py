@@ -46,7 +46,10 @@ def train(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag =
     from graftwork.cluster.session import session
     from graftwork.training.run import check, train
 
-    check(spec)
+    notes = check(spec)
+    if not as_json:
+        for note in notes:
+            say(f"note: {note}")
     with progress_bar(f"train {spec.name}", as_json) as bar, session(on) as here:
         report = here.run(
             train,
