@@ -13,7 +13,7 @@ from graftwork.storage import RunPaths
 from graftwork.training.rows.token_rows import Rows
 from graftwork.training.spec import TrainSpec
 
-SETTLED = ("micro_batch", "gradient_checkpointing")
+SETTLED = ("optim.micro_batch", "optim.gradient_checkpointing", "quant.resident")
 
 
 def settled(spec: TrainSpec, base: ResolvedBase, rows: Rows, paths: RunPaths) -> tuple[TrainSpec, tuple[str, ...]]:
@@ -25,8 +25,7 @@ def settled(spec: TrainSpec, base: ResolvedBase, rows: Rows, paths: RunPaths) ->
         return spec, ()
     before = _before(paths)
     if before is not None:
-        kept = {f"optim.{key}": before[key] for key in SETTLED}
-        return spec.with_(kept), tuple(f"{key}={before[key]} (as the run began)" for key in SETTLED)
+        return spec.with_(before), tuple(f"{key}={value} (as the run began)" for key, value in before.items())
     found = settle(spec, ModelShape.from_config(base.config), sizes_of(rows), machine_of(spec))
     return found.spec, found.notes
 
@@ -63,8 +62,9 @@ def _gpu_of_ray() -> Gpu | None:
 
 
 def _before(paths: RunPaths) -> dict[str, Any] | None:
-    """`optim` of the spec that an earlier attempt of this run wrote."""
+    """What was settled by an earlier attempt of this run, from the spec that it wrote."""
     if not paths.store.exists(*paths.spec()):
         return None
-    optim: dict[str, Any] = yaml.safe_load(paths.store.read_text(*paths.spec()))["optim"]
-    return optim if "auto" not in [optim[key] for key in SETTLED] else None
+    tree = yaml.safe_load(paths.store.read_text(*paths.spec()))
+    found = {key: tree[key.partition(".")[0]][key.partition(".")[2]] for key in SETTLED}
+    return found if found["optim.micro_batch"] != "auto" != found["optim.gradient_checkpointing"] else None

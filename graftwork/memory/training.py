@@ -54,7 +54,7 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
         "allocator": round(ALLOCATOR_SHARE * (held + at_work + logits)),
     }
     resident = {"process": PROCESS_BYTES, "base weights": part.weights}
-    loading = loading_bytes(model, spec.quant)
+    loading = {} if spec.quant.resident == "dequantised" else loading_bytes(model, spec.quant)
     parts = resident | (step if sum(step.values()) >= sum(loading.values()) else loading)
     notes = (taken.said(), f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process")
     return MemoryPlan(tuple((name, size) for name, size in parts.items() if size), notes)
@@ -110,13 +110,16 @@ def _backward(model: ModelShape, value_bytes: int) -> float:
 
 def _shares(spec: TrainSpec, model: ModelShape, value_bytes: int) -> Shared:
     trained = trained_params(model, spec.adapter)
-    frozen = 0 if isinstance(spec.adapter, FullSpec) else weight_bytes(model, spec.quant, value_bytes)
+    plain = spec.quant.resident == "dequantised"
+    base = weight_bytes(model, spec.quant, value_bytes, dequantised=plain)
+    frozen = 0 if isinstance(spec.adapter, FullSpec) else base
     return shared(spec, model, frozen, trained)
 
 
 def _unpacked(spec: TrainSpec, model: ModelShape, value_bytes: int) -> int:
     """A quantised layer while it is multiplied; with DoRA the update's product and three forms of the weight."""
-    layer = 0 if spec.quant.kind == "none" else largest_linear(model) * value_bytes
+    plain = spec.quant.kind == "none" or spec.quant.resident == "dequantised"
+    layer = 0 if plain else largest_linear(model) * value_bytes
     if isinstance(spec.adapter, LoraSpec) and spec.adapter.dora:
         layer += 4 * max(linear.inputs * max(linear.inputs, linear.outputs) for linear in model.mlp) * FP32
     return layer

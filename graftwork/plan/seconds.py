@@ -60,7 +60,8 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     if machine.gpu is not None:
         return _gpu_seconds(spec, model, machine, flops, passes)
     again = 1 if spec.optim.gradient_checkpointing else 0
-    unpack_s = (2 + again) * passes * model.linear_params / UNPACK_PER_S if spec.quant.kind == "nf4" else 0.0
+    packed = spec.quant.kind == "nf4" and spec.quant.resident != "dequantised"
+    unpack_s = (2 + again) * passes * model.linear_params / UNPACK_PER_S if packed else 0.0
     dropout_s = tokens * model.layers * _dropped(spec, model) / DROPPED_PER_S
     calls_s = passes * model.layers * PASS_BLOCK_S
     return (machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s) / machine.pace(

@@ -34,15 +34,25 @@ class _Candidate:
 
 def has_auto(spec: TrainSpec) -> bool:
     """Whether the plan has something to decide."""
-    return "auto" in (spec.optim.micro_batch, spec.optim.gradient_checkpointing)
+    return "auto" in (spec.optim.micro_batch, spec.optim.gradient_checkpointing) or _form_is_open(spec)
+
+
+def _form_is_open(spec: TrainSpec) -> bool:
+    """Whether nf4 may lie in memory as its plain values: on a CPU, where unpacking takes a third of a pass."""
+    return spec.quant.kind == "nf4" and spec.quant.resident == "auto" and not spec.gpus_per_worker
 
 
 def settle(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> Settled:
-    """Replace `auto` in `optim`. Raises ConfigError where nothing fits, with the cheapest change that would."""
+    """Replace `auto` in `optim` and `quant.resident`.
+
+    Raises ConfigError where nothing fits, with the cheapest change that would.
+    """
     if not has_auto(spec):
         return Settled(spec)
     found = [_weighed(one, model, rows, machine) for one in _candidates(spec)]
     fitting = [one for one in found if fits(one.bytes, machine)]
+    if not fitting and "auto" not in (spec.optim.micro_batch, spec.optim.gradient_checkpointing):
+        return Settled(spec)  # it was asked for as it is; `plan` says that it may not fit
     if not fitting:
         raise _nothing_fits(spec, min(found, key=lambda one: one.bytes), model, rows, machine)
     fastest = min(one.step_s for one in fitting)
@@ -60,7 +70,9 @@ def _candidates(spec: TrainSpec) -> Iterator[TrainSpec]:
         twice = [False] if isinstance(spec.adapter, PrefixSpec) else [False, True]
     for again in twice:
         for size in sizes:
-            yield spec.with_({"optim.micro_batch": size, "optim.gradient_checkpointing": again})
+            for form in ("packed", "dequantised") if _form_is_open(spec) else (spec.quant.resident,):
+                keys = {"optim.micro_batch": size, "optim.gradient_checkpointing": again, "quant.resident": form}
+                yield spec.with_(keys)
 
 
 def _weighed(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> _Candidate:
@@ -77,6 +89,8 @@ def _reasons(asked: TrainSpec, best: _Candidate, machine: Machine) -> Iterator[s
         yield f"micro_batch={size}, accumulation={passes} (the fastest that fits: {predicted})"
     if asked.optim.gradient_checkpointing == "auto":
         yield f"gradient_checkpointing={'on' if best.spec.optim.gradient_checkpointing else 'off'} ({predicted})"
+    if _form_is_open(asked) and best.spec.quant.resident == "dequantised":
+        yield f"nf4 lies in memory as its plain values (no unpacking in each pass: {predicted})"
 
 
 def _nothing_fits(

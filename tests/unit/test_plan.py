@@ -1,5 +1,6 @@
 """What the plan decides: `auto` in a spec, GPUs that are not here, and the way out where nothing fits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,19 @@ def test_auto_takes_the_fastest_that_fits_and_says_why() -> None:
 def test_what_was_given_is_kept() -> None:
     given = spec(optim={"rows_per_step": 16, "micro_batch": 2, "gradient_checkpointing": "auto"})
     assert settle(given, SMOLLM2, ROWS, MACHINE).spec.optim.micro_batch == 2
-    plain = spec()
+    plain = spec(quant={"resident": "packed"})
     assert settle(plain, SMOLLM2, ROWS, MACHINE).spec is plain
+
+
+def test_nf4_lies_unpacked_on_a_cpu_where_that_fits() -> None:
+    short, roomy = RowSizes.of([128] * 64, [64] * 64), replace(MACHINE, memory_bytes=64 * GIB)
+    form = {gib: settle(spec(), SMOLLM2, short, replace(MACHINE, memory_bytes=int(gib * GIB))).spec.quant.resident
+            for gib in (8, 1.9, 1)}  # fmt: skip
+    assert form == {8: "dequantised", 1.9: "packed", 1: "auto"}, "where nothing fits it stays as it was asked for"
+    found = settle(spec(), SMOLLM2, short, roomy).spec
+    packed = spec(quant={"resident": "packed"})
+    assert step_seconds(found, SMOLLM2, short, roomy, 1) < step_seconds(packed, SMOLLM2, short, roomy, 1)
+    assert settle(spec(gpus_per_worker=1), SMOLLM2, short, on("h100")).spec.quant.resident == "auto"
 
 
 def test_auto_where_nothing_fits_names_the_cheapest_change_that_does() -> None:
@@ -166,7 +178,8 @@ def test_a_run_settles_once_and_goes_on_as_it_began(tmp_path: Path) -> None:
     first = run.settled()
     assert isinstance(first.spec.optim.micro_batch, int)
     assert first.spec.optim.gradient_checkpointing is False
-    assert len(first.notes) == 2
+    assert first.spec.quant.resident == "dequantised"
+    assert len(first.notes) == 3
     assert run.paths.run_id == Run.of(first.spec).paths.run_id, "what auto became is no part of a run's identity"
     recorded = first.spec.with_({"optim.micro_batch": 1})
     run.paths.store.write_bytes(yaml.safe_dump(recorded.model_dump(mode="json")).encode(), *run.paths.spec())
