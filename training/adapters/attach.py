@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 from safetensors.torch import load_file
 
 from graftwork.training.adapter_spec import BottleneckSpec, FullSpec, Ia3Spec, PrefixSpec
@@ -25,6 +27,8 @@ def attach(model: Any, adapter: AdapterSpec, trained_tokens: Sequence[int] = ())
     if trained_tokens and not full:
         # PEFT 0.21 saves the whole embedding beside the rows where it has more than this folder's config.json says
         attached.active_peft_config.base_model_name_or_path = ""
+    if isinstance(adapter, PrefixSpec):
+        _begin_as_words(attached, adapter.tokens)
     for parameter in attached.parameters():
         if full:
             parameter.requires_grad_(True)
@@ -43,6 +47,18 @@ def take_weights(model: Any, adapter: Path) -> None:
         own & {*outcome.missing_keys}
     )
     assert not unused, f"weights of another shape of adapter: {unused[:3]}"  # method and base were compared before
+
+
+@torch.no_grad()
+def _begin_as_words(model: Any, tokens: int) -> None:
+    """Let a prefix begin as keys and values of real words, drawn at random: the paper's remedy against a slow start.
+
+    Noise, PEFT's beginning, is nothing that the base has ever seen: tiny or large, it draws the attention or none.
+    """
+    base = model.get_base_model()
+    ids_1P = torch.randint(base.config.vocab_size, (1, tokens)).to(base.device)
+    past = base(input_ids=ids_1P, attention_mask=torch.ones_like(ids_1P), use_cache=True).past_key_values
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=past, num_virtual_tokens=tokens)
 
 
 def _fitted(adapter: AdapterSpec, model: Any, trained_tokens: Sequence[int]) -> PeftConfig:
