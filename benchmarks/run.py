@@ -24,7 +24,6 @@ BENCHMARKS = (
     "adapter_load",
     "swap_stall",
     "zipf",
-    "adapter_kinds",
     "memory_plan",
     "advice",
     "rag",

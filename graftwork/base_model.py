@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork import base_quantised, base_source, chat, cpu, extra_tokens, rope
+from graftwork import base_quantised, base_source, chat, cpu, rope
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.package_files import Progress
@@ -28,9 +28,6 @@ class BaseSpec(Spec):
     """Expected digest of the fetched file (`pypi://`) or of the resolved base (others)."""
     rope_scaling: RopeSpec | None = None
     """Stretch the positions for longer sequences, in training and in serving alike; null leaves them as they are."""
-
-    extra_tokens: int = Field(default=0, ge=0, le=256)
-    """Rows added to the embedding for tokens that the tokenizer lacks (`objective.sentinels`); part of the base."""
 
     @model_validator(mode="before")
     @classmethod
@@ -71,8 +68,6 @@ class ResolvedBase:
     """The model's config.json: hidden_size, num_hidden_layers, ..."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Keys of `config` that differ from the file: RoPE scaling."""
-    extra_tokens: int = 0
-    """Rows of the embedding behind those of the file; `config` counts them."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +98,11 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
         ) from error
     if base.sha256 and not base.uri.endswith(".gguf"):
         base_source.expect(base.uri, base.sha256, digest)
-    stretch = rope.stretched(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
-    if base.rope_scaling:
-        digest = rope.marked(digest, base.rope_scaling, stretch)
-    if base.extra_tokens:
-        digest = extra_tokens.marked(digest, base.extra_tokens)
-        config = {**config, "vocab_size": int(config["vocab_size"]) + base.extra_tokens}
-    return ResolvedBase(base.uri, folder, digest, {**config, **stretch}, stretch, base.extra_tokens)
+    if base.rope_scaling is None:
+        return ResolvedBase(base.uri, folder, digest, config)
+    stretch = rope.stretched(base.uri, config, base.rope_scaling)
+    digest = rope.marked(digest, base.rope_scaling, stretch)
+    return ResolvedBase(base.uri, folder, digest, {**config, **stretch}, stretch)
 
 
 def load(
@@ -118,8 +111,12 @@ def load(
     *,
     device: str,
     purpose: Literal["train", "serve"],
+    shards: Literal["none", "zero3", "fsdp2"] = "none",
 ) -> LoadedBase:
     """The model with frozen parameters, in eval mode, with sdpa attention on `device` ("cpu", "cuda:0").
+
+    `shards`: zero3 reads each rank's part alone, as transformers' active DeepSpeed configuration says (a quantised base
+    is read whole all the same); fsdp2 lays nf4 into words of the compute dtype, which FSDP2 can cut.
 
     Raises BaseModelError: no such device, no bitsandbytes, an architecture that transformers does not know, no memory.
     """
@@ -129,7 +126,8 @@ def load(
     dtype, dtype_reason = compute_dtype(quant, device)
     dequantise, form_reason = _resident_form(quant, device, purpose)
     try:
-        model, kept = _from_folder(resolved, quant, device, dtype)
+        settings = _quantiser(quant, dtype, words=dtype if shards == "fsdp2" else None)
+        model, kept = _from_folder(resolved, quant, settings, None if shards == "zero3" else device, dtype)
     except torch.OutOfMemoryError as error:
         raise BaseModelError(
             f"base {resolved.uri} at {quant.kind}", f"no room on {device} ({error})", "", "see `graftwork plan`"
@@ -141,8 +139,6 @@ def load(
         ) from error  # fmt: skip
     if quant.kind != "none" and (dequantise or not kept):
         _release_file(model)
-    if resolved.extra_tokens:
-        extra_tokens.grow(model, resolved.extra_tokens)
     stored = weight_bytes(model)
     if dequantise:
         dequantise_linears(model)
@@ -268,9 +264,10 @@ def _resident_form(quant: QuantSpec, device: str, purpose: Literal["train", "ser
     return True, "weights=nf4 dequantised (exact values; on a CPU the packed form is slower from a few rows on)"
 
 
-def _from_folder(resolved: ResolvedBase, quant: QuantSpec, device: str, dtype: "torch.dtype") -> tuple[Any, bool]:
+def _from_folder(
+    resolved: ResolvedBase, quant: QuantSpec, settings: Any, device: str | None, dtype: "torch.dtype"
+) -> tuple[Any, bool]:
     """The model, and whether it came quantised out of the cache: then its file holds nothing but what it keeps."""
-    settings = _quantiser(quant, dtype)
     if quant.kind == "nf4" and device == "cpu" and base_quantised.worth_keeping(resolved.folder):
         folder = base_quantised.kept(
             resolved.folder, settings.to_dict(), lambda: _read(resolved.folder, {}, settings, device, dtype)
@@ -279,8 +276,8 @@ def _from_folder(resolved: ResolvedBase, quant: QuantSpec, device: str, dtype: "
     return _read(resolved.folder, resolved.overrides, settings, device, dtype), False
 
 
-def _quantiser(quant: QuantSpec, dtype: "torch.dtype") -> Any:
-    """What transformers is told of quantising; None for plain weights."""
+def _quantiser(quant: QuantSpec, dtype: "torch.dtype", words: "torch.dtype | None" = None) -> Any:
+    """What transformers is told of quantising; None for plain weights. nf4 lies in bytes, or in `words`."""
     import_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
@@ -290,6 +287,7 @@ def _quantiser(quant: QuantSpec, dtype: "torch.dtype") -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=quant.double_quant,
+            bnb_4bit_quant_storage=words,
         )
     if quant.kind == "int8":
         # bitsandbytes 0.50 logs a line a layer and forward when the input is not fp16; `reason` says it once
@@ -299,8 +297,11 @@ def _quantiser(quant: QuantSpec, dtype: "torch.dtype") -> Any:
     return None
 
 
-def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str, dtype: "torch.dtype") -> Any:
-    """The model in `folder`; a folder of quantised weights says itself how they are, and takes no `settings`."""
+def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str | None, dtype: "torch.dtype") -> Any:
+    """The model in `folder`; a folder of quantised weights says itself how they are, and takes no `settings`.
+
+    Without a device the weights go where DeepSpeed puts them.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -314,7 +315,7 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
         dtype=dtype,
         quantization_config=settings,
         attn_implementation="sdpa",
-        device_map={"": device},
+        device_map={"": device} if device else None,
         use_safetensors=True,
         local_files_only=True,
     )

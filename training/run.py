@@ -1,6 +1,5 @@
 """A run in the driver: from a spec to what it publishes, once. The work is `training.loop` on Ray's workers."""
 
-import contextlib
 import hashlib
 import math
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import yaml
 from graftwork import base_model, base_source, provenance
 from graftwork.base_model import ResolvedBase
 from graftwork.config import canonical_json
-from graftwork.errors import GraftworkError, Interrupted, StorageError, StoreUnreachable
+from graftwork.errors import GraftworkError, Interrupted
 from graftwork.storage import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import PreparedData, prepare
@@ -27,19 +26,15 @@ from graftwork.training.outcomes.record import missing, read_parts
 from graftwork.training.page import write_page
 from graftwork.training.publish import publish, still_there
 from graftwork.training.records import Progress, TrainReport
-from graftwork.training.relatives import notes_on_relatives
-from graftwork.training.settled import settled
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport, read_steps
+from graftwork.training.strategy_rules import WEIGHTS_SHARDED, check_here, check_rows
 
 __all__ = ["Progress", "TrainReport", "check", "run_paths", "train"]
 
 PROGRESS_S = 0.3
 PACE_STEPS = 20
 """Steps that the shown pace is measured over."""
-SHARDED = ("zero3", "fsdp2")
-"""Strategies under which no worker holds all weights: outcomes are measured in a pass of its own, after training."""
-
 OnProgress = Callable[[Progress], None]
 
 
@@ -53,13 +48,13 @@ class Run:
     paths: RunPaths
     probes: tuple[Probe, ...] = ()
     """Its outcomes, as questions and scores."""
-    notes: tuple[str, ...] = ()
-    """What the plan decided, and why."""
 
     @classmethod
     def of(cls, spec: TrainSpec) -> "Run":
         """Resolve base and data. Raises UserErrors of all kinds, before anything starts or is written."""
+        check_here(spec)
         base, data, probes = base_model.resolve(spec.base), prepare(spec), tuple(probes_of(spec))
+        check_rows(spec, len(data.eval) if data.eval is not None else 0)
 
         def paths(init: str | None) -> RunPaths:
             what = {"spec": spec.recipe(), "base": base.digest, "data": data.digest(), "init": init}
@@ -71,24 +66,10 @@ class Run:
         placed = pinned.with_({"root": Store(spec.root).uri, "base.uri": base_source.absolute(spec.base.uri)})
         return cls(placed, base, data, paths(parent_of(placed)), probes)
 
-    def settled(self) -> "Run":
-        """Without `auto`, and why it is so. Raises ConfigError where nothing fits."""
-        spec, notes = settled(self.spec, self.base, self.data.train, self.paths)
-        return replace(self, spec=spec, notes=notes)
 
-    def patient(self) -> "Run":
-        """The same run, which waits out an outage of its store."""
-        store = self.paths.store.patient(self.spec.checkpoints.outage_s)
-        return replace(self, paths=replace(self.paths, store=store))
-
-
-def check(spec: TrainSpec) -> list[str]:
-    """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds.
-
-    Returns what one should know before it starts: how the spec differs from an unfinished run of its name.
-    """
-    run = Run.of(spec)
-    return notes_on_relatives(run.spec, run.paths)
+def check(spec: TrainSpec) -> None:
+    """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds."""
+    Run.of(spec)
 
 
 def run_paths(spec: TrainSpec) -> RunPaths:
@@ -109,7 +90,6 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
         found = _finished(run)
         if found is not None:
             return _told(run, found)
-        run = run.settled().patient()
         _write_status(run, "running")
         _write_facts(run)
         try:
@@ -119,8 +99,7 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
             _write_status(run, "interrupted")
             raise _interrupted(run) from None
         except (GraftworkError, OSError) as error:
-            with contextlib.suppress(StorageError):  # it must not hide what happened
-                _write_status(run, "failed", patience_s=0, error=str(error))
+            _write_status(run, "failed", error=str(error))
             raise
         _write_status(run, "finished", report=report.as_dict())
         return _told(run, report)
@@ -143,7 +122,9 @@ def _fit_watched(run: Run, on_progress: OnProgress) -> LoopResult:
     """Fit in a thread, so that Ctrl-C reaches this one (Ray would exit 0 on it), and tell progress meanwhile."""
     pool = futures.ThreadPoolExecutor(1, thread_name_prefix="fit")
     try:
-        parts = () if run.spec.strategy.kind in SHARDED else missing(run.paths, [one.part for one in run.probes])
+        parts = (
+            () if run.spec.strategy.kind in WEIGHTS_SHARDED else missing(run.paths, [one.part for one in run.probes])
+        )
         fitting = pool.submit(fit, TrainJob(run.spec, run.data.shared(run.paths.store), run.paths, parts=parts))
         shown = 0
         while not fitting.done():
@@ -155,10 +136,7 @@ def _fit_watched(run: Run, on_progress: OnProgress) -> LoopResult:
 
 
 def _tell(run: Run, shown: int, on_progress: OnProgress) -> int:
-    try:
-        steps = read_steps(replace(run.paths, store=run.paths.store.patient(0)))
-    except StoreUnreachable:
-        return shown  # an outage: the workers wait it out
+    steps = read_steps(run.paths)
     if not steps or steps[-1].step == shown:
         return shown
     on_progress(progress_of(steps))
@@ -215,7 +193,7 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         eval_loss=result.eval_loss,
         peak_rss_bytes_per_worker=result.peak_rss_bytes_per_worker,
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
-        notes=(*run.notes, *result.notes, *run.data.notes),
+        notes=(*result.notes, *run.data.notes),
     )
 
 
@@ -229,9 +207,8 @@ def _write_facts(run: Run) -> None:
     store.write_json(provenance.collect(run.spec.seed), *run.paths.provenance())
 
 
-def _write_status(run: Run, state: str, *, patience_s: float | None = None, **more: Any) -> None:
-    store = run.paths.store if patience_s is None else run.paths.store.patient(patience_s)
-    store.write_json({"state": state, "run_id": run.paths.run_id, **more}, *run.paths.status())
+def _write_status(run: Run, state: str, **more: Any) -> None:
+    run.paths.store.write_json({"state": state, "run_id": run.paths.run_id, **more}, *run.paths.status())
 
 
 def _interrupted(run: Run) -> Interrupted:

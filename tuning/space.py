@@ -56,8 +56,9 @@ def digest(values: Values) -> str:
 
 
 def trial_spec(spec: TuneSpec, point: Values) -> TrainSpec:
-    """The training spec of a trial: one process, the sweep's held-out rows."""
-    return spec.train.with_({**point, "num_workers": 1, "data.eval_rows": spec.eval_rows})
+    """The training spec of a trial: one process, the sweep's held-out rows. A strategy would have nothing to share."""
+    alone = {"num_workers": 1, "strategy": {}}
+    return spec.train.with_({**point, **alone, "data.eval_rows": spec.eval_rows})
 
 
 def _grid(spec: TuneSpec) -> Iterator[Values]:

@@ -44,8 +44,8 @@ def test_equal_bytes_whatever_the_process(name: str, tmp_path: Path) -> None:
     assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in again.iterdir()} == digests
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     assert card["sha256"] == {file: digest for file, digest in digests.items() if file != "card.json"}
-    assert card["licence"] in ("MIT", "Apache-2.0", "CC BY 4.0", "MIT, data CC BY 4.0", "PSF-2.0")
-    assert card["source"].startswith(("pypi://", "python://"))
+    assert card["licence"] in ("MIT", "Apache-2.0", "CC BY 4.0", "MIT, data CC BY 4.0")
+    assert card["source"].startswith("pypi://")
 
 
 @pytest.mark.parametrize("name", JSON_ANSWERS)

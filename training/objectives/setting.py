@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from graftwork.base_model import ResolvedBase
 from graftwork.training.batches import StepPlan
 from graftwork.training.job import TrainJob
+from graftwork.training.strategies.arguments import strategy_arguments
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def arguments(setting: Setting) -> dict[str, Any]:
     """
     spec, plan = setting.job.spec, setting.plan
     optim, cuda = spec.optim, spec.gpus_per_worker > 0
-    return {
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    shared = {
         "output_dir": str(setting.folder),
         "max_steps": plan.steps,
         "per_device_train_batch_size": plan.micro_batch,
@@ -89,6 +91,7 @@ def arguments(setting: Setting) -> dict[str, Any]:
         "report_to": [],
         "disable_tqdm": True,
     }
+    return {**shared, **strategy_arguments(spec, plan, world, setting.base)}
 
 
 def plain(trainer_class: type[Any]) -> type[Any]:

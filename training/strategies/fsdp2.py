@@ -1,0 +1,37 @@
+"""FSDP2: torch's `fully_shard` on every block, through accelerate."""
+
+from typing import Any
+
+from graftwork.training.spec import TrainSpec
+
+
+def settings(spec: TrainSpec) -> dict[str, Any]:
+    """What TrainingArguments take for it."""
+    if not spec.gpus_per_worker:
+        _shard_on_cpu()
+    return {
+        "accelerator_config": {"use_configured_state": not spec.gpus_per_worker},
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "reshard_after_forward": True,
+            "cpu_offload": spec.strategy.offload_weights == "cpu",
+            "state_dict_type": "FULL_STATE_DICT",
+            "activation_checkpointing": spec.optim.gradient_checkpointing,
+        },
+        # FSDP's own, or each block's weights are gathered once more in the backward pass
+        "activation_checkpointing": False,
+    }
+
+
+def _shard_on_cpu() -> None:
+    """Make accelerate shard on a CPU: 1.15 does it on accelerators alone, and on a CPU trains whole copies, silently.
+
+    The list is in AcceleratorState.__init__ (accelerate/state.py); the device stays the CPU, the group gloo.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU

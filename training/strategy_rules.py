@@ -1,0 +1,96 @@
+"""What a strategy can't be combined with, told before anything starts; docs/guide-training.md has the whole table."""
+
+import ctypes.util
+import shutil
+from typing import TYPE_CHECKING
+
+from graftwork.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from graftwork.training.spec import TrainSpec
+
+ZERO = ("zero1", "zero2", "zero3")
+WEIGHTS_SHARDED = ("zero3", "fsdp2")
+"""No worker has all weights: every forward pass is one of all workers; outcomes are measured after training, apart."""
+
+
+def check_strategy(spec: "TrainSpec") -> None:
+    """Raises ValueError for keys that can't go with the spec's strategy, or can't take effect with it."""
+    _check_offload(spec)
+    _check_quantised(spec)
+
+
+def check_here(spec: "TrainSpec") -> None:
+    """Raises ConfigError for what the strategy needs of a machine and this one lacks."""
+    strategy = spec.strategy
+    key = next((key for key in ("offload_optimizer", "offload_weights") if getattr(strategy, key) == "nvme"), None)
+    if key is None:
+        return
+    missing = [name for name, there in (("libaio (apt-get install libaio-dev)", ctypes.util.find_library("aio")),
+                                        ("a C++ compiler", shutil.which("c++"))) if not there]  # fmt: skip
+    if missing:
+        raise ConfigError(
+            "strategy.offload_optimizer=nvme"
+            if strategy.offload_optimizer == "nvme"
+            else "strategy.offload_weights=nvme",
+            f"this machine has no {' and no '.join(missing)}",
+            "DeepSpeed builds its reader of disks (async_io) on each machine, once",
+            "install it on all machines of the cluster and on this one, or offload to cpu",
+        )
+
+
+def check_rows(spec: "TrainSpec", held_out: int) -> None:
+    """Raises DataError for fewer held-out rows than workers, where every forward pass is one of all workers."""
+    if spec.strategy.kind in WEIGHTS_SHARDED and 0 < held_out < spec.num_workers:
+        raise DataError(
+            f"data.eval with strategy.kind={spec.strategy.kind}",
+            f"{held_out} rows for num_workers={spec.num_workers}",
+            "each forward pass is one of all workers, so each needs a row",
+            f"give at least {spec.num_workers} held-out rows, or set strategy.kind=zero2",
+        )
+
+
+def _check_offload(spec: "TrainSpec") -> None:
+    strategy, kind = spec.strategy, spec.strategy.kind
+    if strategy.offload_optimizer != "none" and kind not in ZERO:
+        other = "strategy.offload_weights=cpu takes it along" if kind == "fsdp2" else "Set strategy.kind=zero2"
+        raise ValueError(
+            f"strategy.offload_optimizer={strategy.offload_optimizer} can't take effect with strategy.kind={kind}: "
+            f"DeepSpeed's stages can (zero1, zero2, zero3). {other}"
+        )
+    if strategy.offload_weights != "none" and kind not in WEIGHTS_SHARDED:
+        raise ValueError(
+            f"strategy.offload_weights={strategy.offload_weights} can't take effect with strategy.kind={kind}: every "
+            "worker computes with its own copy of the weights. Set strategy.kind=zero3"
+        )
+    if kind == "fsdp2" and strategy.offload_weights == "nvme":
+        raise ValueError("strategy.offload_weights=nvme can't go with strategy.kind=fsdp2: set strategy.kind=zero3")
+    if kind == "fsdp2" and strategy.offload_weights == "cpu" and not spec.gpus_per_worker:
+        raise ValueError(
+            "strategy.offload_weights=cpu can't take effect with strategy.kind=fsdp2 and gpus_per_worker=0: the "
+            "weights are in the host's memory already. Leave it out"
+        )
+    nvme = "nvme" in (strategy.offload_optimizer, strategy.offload_weights)
+    if nvme and strategy.offload_optimizer == "nvme" and kind != "zero3":
+        raise ValueError(
+            f"strategy.offload_optimizer=nvme can't go with strategy.kind={kind}: DeepSpeed moves state to disks in "
+            "stage 3 alone. Set strategy.kind=zero3, or strategy.offload_optimizer=cpu"
+        )
+    if nvme and not strategy.nvme_path:
+        raise ValueError("an offload to nvme needs strategy.nvme_path: a folder on a fast disk of each machine")
+    if strategy.nvme_path and not nvme:
+        raise ValueError(f"strategy.nvme_path={strategy.nvme_path} can't take effect: nothing is offloaded to nvme")
+
+
+def _check_quantised(spec: "TrainSpec") -> None:
+    kind, quant = spec.strategy.kind, spec.quant.kind
+    if kind == "fsdp2" and quant == "int8":
+        raise ValueError(
+            "quant.kind=int8 can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales off the weights "
+            "(0.50: 'Parameter' object has no attribute 'CB'). Set quant.kind=nf4, or strategy.kind=zero2"
+        )
+    if kind == "zero3" and quant != "none" and spec.gpus_per_worker:
+        raise ValueError(
+            f"quant.kind={quant} can't go with strategy.kind=zero3 on GPUs: each GPU would first hold the whole base "
+            "(transformers issue 26412, PEFT issue 2016). Set strategy.kind=fsdp2, which shards an nf4 base, or zero2"
+        )
