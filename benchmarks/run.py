@@ -24,6 +24,7 @@ BENCHMARKS = (
     "adapter_load",
     "swap_stall",
     "zipf",
+    "adapter_kinds",
     "memory_plan",
     "advice",
     "rag",

@@ -30,10 +30,12 @@ QUIET = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # default 2 s: the controller sees a finished or lost worker sooner
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody reclaims this machine's node; one process less to start
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less to start
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # default 600 s
     "TOKENIZERS_PARALLELISM": "false",
 }
+ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"}
+"""Of `QUIET`, what holds for a private Ray alone: nobody reclaims this machine's node, but a cluster drains nodes."""
 
 
 @contextlib.contextmanager

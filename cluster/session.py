@@ -20,7 +20,7 @@ from typing import ParamSpec, TypeVar
 from graftwork.cluster.address import FORMS
 from graftwork.cluster.client import client_of, run_there
 from graftwork.cluster.jobs import run_command
-from graftwork.cluster.local import QUIET, environment_of, private_ray
+from graftwork.cluster.local import ONE_MACHINE, QUIET, environment_of, private_ray
 from graftwork.errors import ClusterError, ConfigError
 
 P = ParamSpec("P")
@@ -96,7 +96,7 @@ def _surrounding_ray() -> Iterator[str]:
     if not os.environ.get("RAY_ADDRESS"):
         raise ClusterError("--on auto", "RAY_ADDRESS is not set", "auto joins the Ray whose job this process is",
                            "use --on local")  # fmt: skip
-    with environment_of({key: os.environ.get(key, value) for key, value in QUIET.items()}):
+    with environment_of({key: os.environ.get(key, value) for key, value in QUIET.items() if key not in ONE_MACHINE}):
         try:
             context = ray.init(address="auto", logging_level="error", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:

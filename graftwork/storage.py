@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from graftwork.errors import ConfigError, StorageError
 from graftwork.storage_local import TMP_PREFIX, LocalFiles, files_under
+from graftwork.storage_patient import Patient
 from graftwork.storage_s3 import S3Objects, endpoint
 
 DEFAULT_ROOT = ".graftwork"
@@ -54,16 +55,25 @@ class Store:
     empty, of another scheme, or that carries credentials; StorageError for a part that is no plain name.
     """
 
-    def __init__(self, root: str) -> None:
-        self.uri = _normalise(root)
+    def __init__(self, root: str, patience_s: float = 0.0) -> None:
+        self.uri, self._patience_s = _normalise(root), patience_s
         self.is_local = not self.uri.startswith("s3://")
         self._backend: Backend = LocalFiles() if self.is_local else S3Objects()
+        if patience_s and not self.is_local:
+            self._backend = Patient(self._backend, patience_s)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
-        return Store, (self.uri,)  # a client is never sent to another process, its environment opens its own
+    def __reduce__(self) -> tuple[type["Store"], tuple[str, float]]:
+        return Store, (
+            self.uri,
+            self._patience_s,
+        )  # a client is never sent to another process, its environment opens its own
+
+    def patient(self, patience_s: float) -> "Store":
+        """The same root, each call tried again for so long while its server cannot be reached."""
+        return Store(self.uri, patience_s)
 
     def path(self, *parts: str) -> str:
         """Full path (local) or `s3://` URI of a key."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from graftwork.errors import StorageError
+from graftwork.errors import StorageError, StoreUnreachable
 from graftwork.storage_local import FULL_DISK
 
 CONNECT_TIMEOUT_S = 3
@@ -208,7 +208,20 @@ def _explained(action: str, uri: str) -> Iterator[None]:
         yield
     except (OSError, BotoCoreError, ClientError, *S3_RETRYABLE_ERRORS) as error:
         found, next_move = _explain(error, uri)
-        raise StorageError(f"{action} {uri} at {endpoint()}", _scrub(found), "", next_move) from error
+        kind = StoreUnreachable if _may_pass(error) else StorageError
+        raise kind(f"{action} {uri} at {endpoint()}", _scrub(found), "", next_move) from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    """An outage: no answer, half an answer, or the server's word that it cannot serve now."""
+    from botocore import exceptions as boto
+    from s3fs.core import S3_RETRYABLE_ERRORS
+
+    answers = (boto.ConnectionError, boto.HTTPClientError, ConnectionError, TimeoutError, *S3_RETRYABLE_ERRORS)
+    return isinstance(error, answers) or _code(error) in _PASSING
+
+
+_PASSING = ("InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "500", "502", "503", "504")
 
 
 def _explain(error: BaseException, uri: str) -> tuple[str, str]:

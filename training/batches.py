@@ -38,7 +38,7 @@ def step_plan(lengths_N: NDArray[np.int64], optim: OptimSpec, seed: int, world: 
     pass need little padding, and dealt to the workers back and forth, so that their loads are near equal.
     """
     rows, per_worker = optim.rows_per_step, optim.rows_per_step // world
-    micro = max(d for d in range(1, min(optim.micro_batch, per_worker) + 1) if per_worker % d == 0)
+    micro = max(d for d in range(1, min(optim.rows_per_pass, per_worker) + 1) if per_worker % d == 0)
     steps = max_steps or max(1, math.ceil(optim.epochs * len(lengths_N) / rows - 1e-9))
     passes = math.ceil(steps * rows / len(lengths_N))
     order = np.concatenate([np.random.default_rng([seed, p]).permutation(len(lengths_N)) for p in range(passes)])

@@ -18,6 +18,7 @@ __all__ = ["PreparedData", "TokenRows", "prepare"]
 
 READERS = {
     "cpt": "graftwork.training.rows.cpt",
+    "fim": "graftwork.training.rows.fim",
     "sft": "graftwork.training.rows.sft",
     "dpo": "graftwork.training.rows.pairs",
     "reward": "graftwork.training.rows.pairs",
@@ -48,6 +49,8 @@ class PreparedData:
     """Digest of the raw training rows, as the adapter's manifest records it."""
     notes: tuple[str, ...] = ()
     """What was left out or decided of the training rows."""
+    trained_tokens: tuple[int, ...] = ()
+    """Rows of the embedding that are trained beside the adapter."""
 
     def digest(self) -> str:
         """sha256 hex over what the model sees: data, template, prompt and retrieved context at once."""
@@ -81,4 +84,5 @@ def prepare(spec: TrainSpec) -> PreparedData:
         pad_id=template.pad_id,
         fingerprint=train.fingerprint,
         notes=train.notes,
+        trained_tokens=train.trained_tokens,
     )

@@ -1,62 +1,114 @@
-"""The loop on Ray Train's workers: the only module that imports ray.train."""
+"""The loop on Ray Train's workers: the only module that imports ray.train, notice.py beside it.
+
+Ray Train replaces workers that are lost. When it gives up, because no room was found for them or too many were lost,
+this module looks at the cluster and starts it again, with fewer workers where the spec allows, while there is progress.
+"""
 
 import os
 import shutil
+import time
 from typing import Any
 
-from graftwork.errors import ClusterError, GraftworkError, RunError
+from graftwork.errors import ConfigError, GraftworkError, RunError, StoreUnreachable
+from graftwork.training.checkpoint import Checkpoints
+from graftwork.training.checkpoint_save import CheckpointLost
 from graftwork.training.job import LoopResult, NonFiniteLoss, TrainJob
+from graftwork.training.machines import resources_per_worker, workers_soon, workers_that_fit
 from graftwork.training.spec import TrainSpec
 
 MAX_FAILURES = 3
-"""Times that a lost worker is replaced; each time the loop goes on from the last checkpoint."""
+"""Times that a lost worker is replaced without a new checkpoint in between."""
 COLLECTIVE_TIMEOUT_S = 300
 """A worker that waits longer for another gives up (torch's default is 1800)."""
 START_TIMEOUT_S = 120
 """For all workers to be placed and alive; Ray's default of 60 s is short for a busy machine of two cores."""
+NOTICE_S = 2
+"""Between two looks of Ray Train for nodes that are about to be taken away (default 5)."""
+ON_ALL_RANKS = (NonFiniteLoss, CheckpointLost, ConfigError, StoreUnreachable)
+"""Errors that every worker meets at the same step: returned, since another try would meet them again."""
 
 
 def fit(job: TrainJob) -> LoopResult:
     """Run the job on `spec.num_workers` Ray Train workers and wait for its end.
 
-    Raises ClusterError when the workers don't fit the cluster, NonFiniteLoss, RunError naming what killed the workers.
+    Raises ClusterError when the workers don't fit the cluster, also later for `recovery.deadline_s`; NonFiniteLoss,
+    CheckpointLost, ConfigError as the loop does; RunError naming what killed the workers.
     """
+    from ray import train
+
+    workers, reached, since = workers_that_fit(job.spec), _reached(job), time.monotonic()
+    while True:
+        lost: Exception | None = None
+        try:
+            result = _attempt(job, workers)
+            if not result.left:
+                return result
+        except train.TrainingFailedError as error:
+            lost = error
+        progress = _reached(job) > reached
+        if lost is not None and not progress and not _found_no_room(lost):
+            raise _explained(job, lost) from lost
+        if progress:
+            reached, since = _reached(job), time.monotonic()
+        workers = workers_soon(job.spec, since + job.spec.recovery.deadline_s)
+
+
+def _attempt(job: TrainJob, workers: int) -> LoopResult:
+    """Ray Train once. Raises what `fit` raises, and Ray Train's errors for what it gave up."""
     import ray
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    require_resources(job.spec)
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
-    assert job.run is not None, "trials run without Ray Train"
-    notes = job.run.store.local_dir(*job.run.file("ray"))  # Ray's own, of no use afterwards
+    from graftwork.training.notice import TakesNotice
+
+    spec, run = job.spec, job.run
+    assert run is not None, "trials run without Ray Train"
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_start_timeout_s(spec))
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", str(NOTICE_S))
+    notes = run.store.local_dir(*run.file("ray"))  # Ray's own, of no use afterwards
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": ray.put(job)},
-        torch_config=TorchConfig(
-            backend="nccl" if job.spec.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
-        ),
+        torch_config=TorchConfig(backend="nccl" if spec.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=train.ScalingConfig(
-            num_workers=job.spec.num_workers,
-            use_gpu=job.spec.gpus_per_worker > 0,
-            resources_per_worker=resources_per_worker(job.spec),
+            num_workers=workers, use_gpu=spec.gpus_per_worker > 0, resources_per_worker=resources_per_worker(spec)
         ),
         run_config=train.RunConfig(
-            name=job.spec.name,
+            name=spec.name,
             storage_path=str(notes),
-            failure_config=train.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=1),
+            failure_config=train.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=0),
+            callbacks=[TakesNotice()],
         ),
     )
     _without_idle_helpers(trainer)
     try:
         outcome = trainer.fit().return_value
-    except train.TrainingFailedError as error:
-        raise _explained(job, error) from error
     finally:
         shutil.rmtree(notes, ignore_errors=True)
     if isinstance(outcome, GraftworkError):
         raise outcome
     assert isinstance(outcome, LoopResult), "rank 0 returns how the loop ended"
     return outcome
+
+
+def _start_timeout_s(spec: TrainSpec) -> float:
+    """How long Ray Train waits for room: until fewer workers may go on, or it makes no difference who waits."""
+    elastic = spec.recovery.min_workers is not None
+    return spec.recovery.wait_s if elastic else min(START_TIMEOUT_S, spec.recovery.deadline_s)
+
+
+def _reached(job: TrainJob) -> int:
+    assert job.run is not None, "trials run without Ray Train"
+    mark = Checkpoints(job.run).newest()
+    return mark.step if mark else 0
+
+
+def _found_no_room(error: Exception) -> bool:
+    """Ray Train gave up starting workers: a machine is gone, or went while they started."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+
+    cause = getattr(error, "controller_failure", None)
+    return isinstance(cause, WorkerGroupStartupFailedError | WorkerGroupStartupTimeoutError)
 
 
 def _without_idle_helpers(trainer: Any) -> None:
@@ -77,38 +129,17 @@ def _without_idle_helpers(trainer: Any) -> None:
 
 
 def _work(config: dict[str, object]) -> LoopResult | GraftworkError:
-    """One worker. A loss that is not finite ends all ranks at the same step: returned, since a retry would not help."""
+    """One worker."""
     import ray
 
     from graftwork.training.loop import run_steps
+    from graftwork.training.notice import leaving
 
     job: TrainJob = ray.get(config["job"])
     try:
-        return run_steps(job, lambda _: True)
-    except NonFiniteLoss as error:
+        return run_steps(job, lambda _: True, leaving)
+    except ON_ALL_RANKS as error:
         return error
-
-
-def resources_per_worker(spec: TrainSpec) -> dict[str, float]:
-    """What one worker reserves of the cluster."""
-    return {"CPU": spec.cpus_per_worker, **({"GPU": spec.gpus_per_worker} if spec.gpus_per_worker else {})}
-
-
-def require_resources(spec: TrainSpec) -> None:
-    """Raise ClusterError when the workers can never be placed: Ray itself would wait for ever."""
-    import ray
-
-    have = ray.cluster_resources()
-    for name, each in resources_per_worker(spec).items():
-        need = each * spec.num_workers
-        if need > have.get(name, 0.0):
-            key = f"{name.lower()}s_per_worker"
-            raise ClusterError(
-                f"num_workers={spec.num_workers}, {key}={each:g}",
-                f"the cluster has {have.get(name, 0.0):g} {name}, the run needs {need:g}",
-                "all workers run at the same time",
-                f"--set num_workers={max(1, int(have.get(name, 0.0) // each))} or a smaller {key}",
-            )
 
 
 def _explained(job: TrainJob, error: Exception) -> GraftworkError:
@@ -123,6 +154,6 @@ def _explained(job: TrainJob, error: Exception) -> GraftworkError:
     return RunError(
         f"training {job.spec.name}",
         f"{where} failed: {str(failure).strip()[-2000:]}",
-        f"a lost worker is replaced {MAX_FAILURES} times",
+        f"lost workers are replaced while checkpoints are made, {MAX_FAILURES} times without one",
         "run the same command: it continues from the last checkpoint",
     )

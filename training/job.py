@@ -53,5 +53,7 @@ class LoopResult:
     """Largest resident set of each rank's process."""
     peak_cuda_bytes_per_worker: tuple[int, ...]
     """Most memory that torch held on each rank's GPU; zeros on a CPU."""
+    left: bool = False
+    """A machine was about to be taken away: this is the checkpoint before it, not the end."""
     notes: tuple[str, ...] = ()
     """What the loop resolved, with the reason."""

@@ -1,7 +1,8 @@
 """One process a run: a lock that dies with its owner.
 
 On a disk it is an flock, which the kernel drops with the process. On S3 it is an object made by a conditional put and
-renewed every few seconds; one that was not renewed for a while belongs to a dead owner and is taken over.
+renewed every few seconds; one that was not renewed for a while belongs to a dead owner and is taken over, at once where
+the owner was a process of this machine.
 """
 
 import contextlib
@@ -9,11 +10,16 @@ import fcntl
 import json
 import os
 import secrets
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-from graftwork.errors import RunError
+import psutil
+
+from graftwork.errors import RunError, StoreUnreachable
 from graftwork.storage import RunPaths
 
 LOCK = "lock"
@@ -50,7 +56,7 @@ def _object_lock(run: RunPaths) -> Iterator[None]:
     key, owner, done = run.file(LOCK), secrets.token_hex(8), threading.Event()
     if not run.store.create_bytes(_lease(owner), *key):
         held = run.store.read_json(*key)
-        if time.time() - held["renewed_at"] < DEAD_AFTER_S:
+        if time.time() - held["renewed_at"] < DEAD_AFTER_S and not _died_here(held):
             raise _taken(run, f"renewed {time.time() - held['renewed_at']:.0f} s ago")
         run.store.delete(*key)
         if not run.store.create_bytes(_lease(owner), *key):
@@ -58,7 +64,9 @@ def _object_lock(run: RunPaths) -> Iterator[None]:
 
     def renew() -> None:
         while not done.wait(RENEW_S):
-            run.store.write_bytes(_lease(owner), *key)
+            with contextlib.suppress(StoreUnreachable):  # an outage: whoever else comes can't take it over either
+                if run.store.read_json(*key)["owner"] == owner:
+                    run.store.write_bytes(_lease(owner), *key)
 
     thread = threading.Thread(target=renew, name="run-lock", daemon=True)
     thread.start()
@@ -67,11 +75,29 @@ def _object_lock(run: RunPaths) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        run.store.delete(*key)
+        with contextlib.suppress(StoreUnreachable):  # it runs out by itself
+            run.store.delete(*key)
 
 
 def _lease(owner: str) -> bytes:
-    return json.dumps({"owner": owner, "renewed_at": time.time()}).encode()
+    process = {"machine": _machine(), "process": os.getpid(), "began": psutil.Process().create_time()}
+    return json.dumps({"owner": owner, "renewed_at": time.time(), **process}).encode()
+
+
+def _died_here(held: Mapping[str, Any]) -> bool:
+    """The owner was a process of this machine and is no more. A process id is used again, its start is another then."""
+    if held.get("machine") != _machine():
+        return False
+    try:
+        return bool(psutil.Process(held["process"]).create_time() != held["began"])
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _machine() -> str:
+    """This machine since its last boot, as far as its process ids reach: each container counts as one."""
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return " ".join([socket.gethostname(), *([boot.read_text().strip(), os.readlink(space)] if space.exists() else [])])
 
 
 def _taken(run: RunPaths, by: str) -> RunError:

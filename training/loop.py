@@ -4,42 +4,49 @@ import errno
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwork import base_model
 from graftwork.errors import StorageError
 from graftwork.storage import cache_root
 from graftwork.training.batches import StepPlan, step_plan
 from graftwork.training.before_after import before_after
-from graftwork.training.checkpoint import CheckpointMark, Checkpoints
+from graftwork.training.checkpoint import Checkpoints
+from graftwork.training.checkpoint_start import Start, agreed_start
 from graftwork.training.init import adapter_folder
 from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
+from graftwork.training.ranks import rank_and_world
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepLog, StepReport
+
+if TYPE_CHECKING:
+    from graftwork.training.checkpoint_save import Saver
 
 __all__ = ["LoopResult", "NonFiniteLoss", "Report", "StepReport", "TrainJob", "run_steps"]
 
 
-def run_steps(job: TrainJob, report: Report) -> LoopResult:
+def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambda: False) -> LoopResult:
     """Train on `job.data`, alone or as one of `torch.distributed`'s ranks if a process group is up.
 
-    Every rank of the group calls it with an equal job. Raises NonFiniteLoss, BaseModelError, StorageError (disk full).
+    Every rank of the group calls it with an equal job. `leaving` is asked at each step whether this machine is about to
+    be taken away: then all ranks save and return. Raises NonFiniteLoss, CheckpointLost, BaseModelError, ConfigError
+    (a checkpoint that the strategy can't load), StorageError (disk full).
     """
-    spec, (rank, world) = job.spec, _rank_and_world()
-    plan = plan_of(job, world)
-    start = _agreed_start(job, rank, world)
-    log = StepLog.resumed(job.run, start.step if start else 0) if rank == 0 else StepLog(None)
+    spec, (rank, world) = job.spec, rank_and_world()
+    plan, start = plan_of(job, world), agreed_start(job)
+    log = StepLog.resumed(job.run, start.step) if rank == 0 else StepLog(None)
     folder = _work_dir(job)
     with _disk_full_explained(folder):
-        if start is not None and start.step >= plan.steps:
+        if start.step >= plan.steps:
             if job.parts:
                 from graftwork.training.outcomes.measure import measure_finished
 
                 measure_finished(job, start.step, _device(spec), rank, world)
-            return _result(log, plan.steps, start.elapsed_s, stopped=False, notes=())
+            return _result(log, plan.steps, start.elapsed_s, stopped=False, notes=start.notes)
+        start.require_loadable(spec, world)
         import torch
 
         base_model.import_bitsandbytes()
@@ -57,17 +64,38 @@ def run_steps(job: TrainJob, report: Report) -> LoopResult:
         loaded = base_model.load(base, spec.quant, device=_device(spec), purpose="train", shards=layout(spec))
         outcomes = Measuring(job, base, rank, world)
         outcomes.before(loaded.model)
-        watch = Watch(job, plan, log, report, before_s=start.elapsed_s if start else 0.0)
-        model = _with_adapter(spec, loaded)
-        training = build(Setting(job, plan, base, model, folder, watch))
-        del holding  # the trainer has a configuration of its own now
-        watch.training, trainer = training, training.trainer
-        notes = (loaded.reason, f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}", *training.notes)
-        trainer.train(resume_from_checkpoint=str(Checkpoints(job.run).fetch(start.step)) if job.run and start else None)
-        notes += shards.notes(spec.strategy.kind, trainer.model, world)
-        result = _result(log, trainer.state.global_step, watch.elapsed_s(), stopped=watch.stopped, notes=notes)
-        outcomes.after(trainer.model)
+        model = _with_adapter(job, loaded)
+        with _saver(job, model, log, start) as saver:
+            watch = Watch(job, plan, log, report, leaving, start, saver)
+            training = build(Setting(job, plan, base, model, folder, watch))
+            del holding  # the trainer has a configuration of its own now
+            watch.training, trainer = training, training.trainer
+            trainer.train(resume_from_checkpoint=str(start.folder) if start.folder else None)
+        batches = f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}"
+        shared = shards.notes(spec.strategy.kind, trainer.model, world)
+        notes = (loaded.reason, batches, *training.notes, *shared, *start.notes)
+        done, wall_s = trainer.state.global_step, watch.elapsed_s()
+        result = _result(log, done, wall_s, stopped=watch.stopped, left=watch.left, notes=notes)
+        if not watch.left:
+            outcomes.after(trainer.model)
     return result
+
+
+@contextmanager
+def _saver(job: TrainJob, model: Any, log: StepLog, start: Start) -> "Iterator[Saver | None]":
+    """What makes checkpoints whole beside the training; at the block's end all of them are, or tried. Collective."""
+    from graftwork.training.checkpoint_files import shapes_of
+    from graftwork.training.checkpoint_save import Saver
+
+    if job.run is None:
+        yield None
+        return
+    saver = Saver(Checkpoints(job.run), job.spec.checkpoints, shapes_of(model), log, sends=start.sends)
+    try:
+        yield saver
+        saver.wait()
+    finally:
+        saver.close()
 
 
 def plan_of(job: TrainJob, world: int) -> StepPlan:
@@ -75,41 +103,20 @@ def plan_of(job: TrainJob, world: int) -> StepPlan:
     return step_plan(job.data.train.lengths_N, job.spec.optim, job.spec.seed, world, job.max_steps)
 
 
-def _with_adapter(spec: TrainSpec, loaded: base_model.LoadedBase) -> Any:
+def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
     """The base with the spec's adapter: random by the seed, or a published one's weights. A checkpoint comes later."""
     from transformers import set_seed
 
     from graftwork.training.adapters.attach import attach, take_weights
     from graftwork.training.adapters.score_head import with_score_head
 
+    spec = job.spec
     set_seed(spec.seed)
     base = with_score_head(loaded.model) if spec.objective.kind == "reward" else loaded.model
-    model = attach(base, spec.adapter)
+    model = attach(base, spec.adapter, job.data.trained_tokens)
     if spec.init_from is not None:
         take_weights(model, adapter_folder(spec))
     return model
-
-
-def _agreed_start(job: TrainJob, rank: int, world: int) -> CheckpointMark | None:
-    """The checkpoint that all ranks continue from: rank 0 looks, so that no rank sees another one."""
-    import torch.distributed as dist
-
-    if job.run is None:
-        return None
-    found: list[CheckpointMark | None] = [None]
-    if rank == 0:
-        checkpoints = Checkpoints(job.run)
-        checkpoints.clear_unfinished()
-        found[0] = checkpoints.newest()
-    if world > 1:
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
-
-
-def _rank_and_world() -> tuple[int, int]:
-    import torch.distributed as dist
-
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def _device(spec: TrainSpec) -> str:
@@ -138,7 +145,9 @@ def _disk_full_explained(folder: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _result(log: StepLog, steps: int, wall_s: float, *, stopped: bool, notes: tuple[str, ...]) -> LoopResult:
+def _result(
+    log: StepLog, steps: int, wall_s: float, *, stopped: bool, left: bool = False, notes: tuple[str, ...]
+) -> LoopResult:
     """Collective: every rank adds its memory peaks."""
     import torch
     import torch.distributed as dist
@@ -146,12 +155,13 @@ def _result(log: StepLog, steps: int, wall_s: float, *, stopped: bool, notes: tu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     peaks: list[tuple[int, int]] = [(peak, cuda)]
-    if _rank_and_world()[1] > 1:
+    if rank_and_world()[1] > 1:
         peaks = [(0, 0)] * dist.get_world_size()
         dist.all_gather_object(peaks, (peak, cuda))
     return LoopResult(
         steps=steps,
         stopped=stopped,
+        left=left,
         train_loss=tuple((known.step, known.loss) for known in log.steps),
         eval_loss=tuple((known.step, known.eval_loss) for known in log.steps if known.eval_loss is not None),
         tokens=log.steps[-1].tokens if log.steps else 0,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftwork import artifact, provenance
+from graftwork import artifact, base_model, provenance
 from graftwork.artifact import AdapterManifest
 from graftwork.chat import PromptSpec
 from graftwork.config import canonical_json
@@ -33,6 +33,7 @@ def merge_published(
 
     Raises ArtifactError: unknown or damaged ones, other bases, kinds or ranks that can't be added.
     """
+    base_model.import_bitsandbytes()
     from graftwork.training.adapters.merge import Lora, merge
 
     found = [artifact.resolve(store, ref) for ref in refs]

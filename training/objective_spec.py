@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.storage import ALIAS_PATTERN
-from graftwork.training.text_spec import CptSpec, Packing
+from graftwork.training.text_spec import CptSpec, FimSpec, Packing
 
 
 class SftSpec(Spec):
@@ -17,12 +17,6 @@ class SftSpec(Spec):
     kind: Literal["sft"] = "sft"
     packing: Packing = "none"
     """best_fit: several whole conversations a row, none sees another. No padding, so fewer tokens to compute."""
-
-
-class FimSpec(Spec):
-    """Infilling: a document becomes prefix, suffix and middle (Bavarian et al. 2022, arXiv 2207.14255)."""
-
-    kind: Literal["fim"] = "fim"
 
 
 class DpoSpec(Spec):

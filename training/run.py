@@ -1,5 +1,6 @@
 """A run in the driver: from a spec to what it publishes, once. The work is `training.loop` on Ray's workers."""
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import yaml
 from graftwork import base_model, base_source, provenance
 from graftwork.base_model import ResolvedBase
 from graftwork.config import canonical_json
-from graftwork.errors import GraftworkError, Interrupted
+from graftwork.errors import GraftworkError, Interrupted, StorageError, StoreUnreachable
 from graftwork.storage import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import PreparedData, prepare
@@ -26,6 +27,8 @@ from graftwork.training.outcomes.record import missing, read_parts
 from graftwork.training.page import write_page
 from graftwork.training.publish import publish, still_there
 from graftwork.training.records import Progress, TrainReport
+from graftwork.training.relatives import notes_on_relatives
+from graftwork.training.settled import settled
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport, read_steps
 from graftwork.training.strategy_rules import WEIGHTS_SHARDED, check_here, check_rows
@@ -48,6 +51,8 @@ class Run:
     paths: RunPaths
     probes: tuple[Probe, ...] = ()
     """Its outcomes, as questions and scores."""
+    notes: tuple[str, ...] = ()
+    """What the plan decided, and why."""
 
     @classmethod
     def of(cls, spec: TrainSpec) -> "Run":
@@ -66,10 +71,24 @@ class Run:
         placed = pinned.with_({"root": Store(spec.root).uri, "base.uri": base_source.absolute(spec.base.uri)})
         return cls(placed, base, data, paths(parent_of(placed)), probes)
 
+    def settled(self) -> "Run":
+        """Without `auto`, and why it is so. Raises ConfigError where nothing fits."""
+        spec, notes = settled(self.spec, self.base, self.data.train, self.paths)
+        return replace(self, spec=spec, notes=notes)
 
-def check(spec: TrainSpec) -> None:
-    """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds."""
-    Run.of(spec)
+    def patient(self) -> "Run":
+        """The same run, which waits out an outage of its store."""
+        store = self.paths.store.patient(self.spec.checkpoints.outage_s)
+        return replace(self, paths=replace(self.paths, store=store))
+
+
+def check(spec: TrainSpec) -> list[str]:
+    """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds.
+
+    Returns what one should know before it starts: how the spec differs from an unfinished run of its name.
+    """
+    run = Run.of(spec)
+    return notes_on_relatives(run.spec, run.paths)
 
 
 def run_paths(spec: TrainSpec) -> RunPaths:
@@ -90,6 +109,7 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
         found = _finished(run)
         if found is not None:
             return _told(run, found)
+        run = run.settled().patient()
         _write_status(run, "running")
         _write_facts(run)
         try:
@@ -99,7 +119,8 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
             _write_status(run, "interrupted")
             raise _interrupted(run) from None
         except (GraftworkError, OSError) as error:
-            _write_status(run, "failed", error=str(error))
+            with contextlib.suppress(StorageError):  # it must not hide what happened
+                _write_status(run, "failed", patience_s=0, error=str(error))
             raise
         _write_status(run, "finished", report=report.as_dict())
         return _told(run, report)
@@ -136,7 +157,10 @@ def _fit_watched(run: Run, on_progress: OnProgress) -> LoopResult:
 
 
 def _tell(run: Run, shown: int, on_progress: OnProgress) -> int:
-    steps = read_steps(run.paths)
+    try:
+        steps = read_steps(replace(run.paths, store=run.paths.store.patient(0)))
+    except StoreUnreachable:
+        return shown  # an outage: the workers wait it out
     if not steps or steps[-1].step == shown:
         return shown
     on_progress(progress_of(steps))
@@ -193,7 +217,7 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         eval_loss=result.eval_loss,
         peak_rss_bytes_per_worker=result.peak_rss_bytes_per_worker,
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
-        notes=(*result.notes, *run.data.notes),
+        notes=(*run.notes, *result.notes, *run.data.notes),
     )
 
 
@@ -207,8 +231,9 @@ def _write_facts(run: Run) -> None:
     store.write_json(provenance.collect(run.spec.seed), *run.paths.provenance())
 
 
-def _write_status(run: Run, state: str, **more: Any) -> None:
-    run.paths.store.write_json({"state": state, "run_id": run.paths.run_id, **more}, *run.paths.status())
+def _write_status(run: Run, state: str, *, patience_s: float | None = None, **more: Any) -> None:
+    store = run.paths.store if patience_s is None else run.paths.store.patient(patience_s)
+    store.write_json({"state": state, "run_id": run.paths.run_id, **more}, *run.paths.status())
 
 
 def _interrupted(run: Run) -> Interrupted:

@@ -9,8 +9,10 @@ from graftwork.chat import PromptSpec
 from graftwork.config import Spec
 from graftwork.data import DataSpec
 from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
+from graftwork.training import checkpoint_spec
 from graftwork.training.adapter_rules import check_adapter
 from graftwork.training.adapter_spec import AdapterSpec, LoraSpec, as_lora, with_kind
+from graftwork.training.checkpoint_spec import CheckpointSpec, RecoverySpec
 from graftwork.training.objective_rules import taken_effect
 from graftwork.training.objective_spec import ObjectiveSpec, SftSpec
 from graftwork.training.outcomes.spec import OutcomesSpec
@@ -36,10 +38,18 @@ class OptimSpec(Spec):
     """Passes over the training rows."""
     rows_per_step: int = Field(default=8, ge=1)
     """Rows per optimizer step over all workers: constant when the number of workers changes."""
-    micro_batch: int = Field(default=4, ge=1)
-    """Most rows per forward pass on one worker: the largest divisor of its rows a step; the rest accumulates."""
-    gradient_checkpointing: bool = False
-    """Keep only each block's input and compute the block again in the backward pass: less memory, a third more time."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
+    """Most rows per forward pass on one worker: the largest divisor of its rows a step; the rest accumulates.
+    auto: as many as the plan says will fit."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Keep only each block's input and compute the block again in the backward pass: less memory, a third more time.
+    auto: where the plan says that it would not fit without."""
+
+    @property
+    def rows_per_pass(self) -> int:
+        """`micro_batch` of a spec whose `auto` was settled (`graftwork.plan.settle`), as every worker's is."""
+        assert self.micro_batch != "auto", "the driver settles optim.micro_batch before any worker starts"
+        return self.micro_batch
 
 
 class TrainSpec(Spec):
@@ -69,6 +79,8 @@ class TrainSpec(Spec):
     gpus_per_worker: float = Field(default=0.0, ge=0)
     checkpoint_every: int = Field(default=20, ge=1)
     """Optimizer steps between checkpoints; a rerun continues from the last."""
+    checkpoints: CheckpointSpec = CheckpointSpec()
+    recovery: RecoverySpec = RecoverySpec()
     eval_every: int = Field(default=20, ge=1)
     """Optimizer steps between evaluations, where `data.eval` is given."""
     outcomes: OutcomesSpec = OutcomesSpec()
@@ -108,5 +120,7 @@ class TrainSpec(Spec):
         taken_effect(self.objective, self.adapter, self.data, self.base, self.quant)
         check_adapter(self)
         check_text(self)
+        if reason := checkpoint_spec.refusal(self):
+            raise ValueError(reason)
         check_strategy(self)
         return self

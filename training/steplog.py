@@ -44,7 +44,7 @@ class StepLog:
         if run is None or not run.store.exists(*run.metrics()):
             return cls(run)
         log = cls(run, [known for known in read_steps(run) if known.step <= step])
-        log.flush()
+        log.flush(step)
         return log
 
     def add(self, report: StepReport) -> None:
@@ -53,10 +53,10 @@ class StepLog:
         if self.run is not None and self.run.store.is_local:
             self.run.store.append_jsonl(_line(report), *self.run.metrics())
 
-    def flush(self) -> None:
-        """Write the whole file: objects on S3 cannot grow, so there it is done at each checkpoint."""
+    def flush(self, step: int) -> None:
+        """Write the whole file up to a step: objects on S3 cannot grow, so there it is done at each checkpoint."""
         if self.run is not None:
-            lines = "".join(json.dumps(_line(report)) + "\n" for report in self.steps)
+            lines = "".join(json.dumps(_line(report)) + "\n" for report in list(self.steps) if report.step <= step)
             self.run.store.write_bytes(lines.encode(), *self.run.metrics())
 
 

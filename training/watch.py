@@ -2,16 +2,20 @@
 
 import math
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from graftwork.training.batches import StepPlan
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints
+from graftwork.training.checkpoint_save import Saver
+from graftwork.training.checkpoint_start import Start
 from graftwork.training.job import NonFiniteLoss, Report, TrainJob
+from graftwork.training.ranks import of_all
 from graftwork.training.steplog import StepLog, StepReport
 
 if TYPE_CHECKING:
@@ -26,22 +30,34 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
 
     training: "Training"
 
-    def __init__(self, job: TrainJob, plan: StepPlan, log: StepLog, report: Report, before_s: float) -> None:
-        self.job, self.plan, self.log, self.report = job, plan, log, report
-        self.checkpoints = Checkpoints(job.run) if job.run else None
-        self.stopped = False
+    def __init__(
+        self,
+        job: TrainJob,
+        plan: StepPlan,
+        log: StepLog,
+        report: Report,
+        leaving: Callable[[], bool],
+        start: Start,
+        saver: Saver | None,
+    ) -> None:
+        self.job, self.plan, self.log, self.report, self.leaving = job, plan, log, report, leaving
+        self.start, self.saver = start, saver
+        self.stopped = self.left = False
         self._tokens = plan.tokens_S.cumsum()
-        self._before_s = before_s
+        self._figures: Mapping[str, float] = {}
         self._started: float | None = None
         self._step_started = 0.0
         self._before: Mapping[str, float] = {}
 
     def elapsed_s(self) -> float:
         """Seconds of training so far, earlier attempts included."""
-        return self._before_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
+        return self.start.elapsed_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure what training will be compared with."""
+        """Measure what training is compared with; draw anew where another number of workers left random states."""
+        mark = self.start.mark
+        if mark is not None and mark.world_size != args.world_size:
+            set_seed(zlib.crc32(repr((self.job.spec.seed, mark.step, args.process_index)).encode()))
         if self.training.evaluate_first and state.global_step == 0 and self.job.data.eval is not None:
             self._before = self.training.evaluate()
 
@@ -70,22 +86,30 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             step_s=step_s,
             metrics=_more(logs, evaluated, self._before if step == 1 else {}),
         )
-        if not self._goes_on(figures):
+        self._figures = {
+            "loss": figures.loss,
+            **{f"eval_{key}": value for key, value in evaluated.items()},
+            **figures.metrics,
+        }
+        goes_on, self.left = self._agreed(figures)
+        if not goes_on or self.left:
             self.stopped = step < self.plan.steps
             control.should_training_stop = True
-        if self.checkpoints and (step % self.job.spec.checkpoint_every == 0 or step == self.plan.steps or self.stopped):
-            control.should_save = True
+        due = step % self.job.spec.checkpoint_every == 0 or step == self.plan.steps or self.stopped
+        control.should_save = self.saver is not None and due
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer has written its files on every rank; make them one whole checkpoint."""
-        assert self.checkpoints is not None, "only runs save"
-        rank, step = args.process_index, int(state.global_step)
-        self.checkpoints.send(step, rank)
-        if args.world_size > 1:
-            dist.barrier()
-        if rank == 0:
-            self.log.flush()
-            self.checkpoints.commit(CheckpointMark(step, self.elapsed_s(), args.world_size))
+        assert self.saver is not None, "only runs save"
+        of_all(None)  # every rank has written
+        mark = CheckpointMark(
+            step=int(state.global_step),
+            elapsed_s=self.elapsed_s(),
+            world_size=args.world_size,
+            strategy=self.job.spec.strategy.kind,
+            metrics=self._figures,
+        )
+        self.saver.save(mark)
 
     def _evaluated(self, step: int) -> Mapping[str, float]:
         """Figures of the held-out rows where they are due; without them none."""
@@ -94,24 +118,29 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             return {}
         return self.training.evaluate()
 
-    def _goes_on(self, figures: StepReport) -> bool:
-        """What rank 0's `report` answers, known to all ranks."""
+    def _agreed(self, figures: StepReport) -> tuple[bool, bool]:
+        """What rank 0's `report` answers, and whether any machine is about to be taken away: known to all ranks."""
         args = self.training.trainer.args
         due = (
             figures.step % self.job.report_every == 0
             or figures.eval_loss is not None
             or figures.step == figures.total_steps
         )
-        answer = torch.ones(1, device=args.device)
+        stop = False
         if args.process_index == 0:
             self.log.add(figures)
-            answer[0] = float(self.report(figures)) if due else 1.0
+            stop = due and not self.report(figures)
+        said = torch.tensor([float(stop), float(self.leaving())], device=args.device)
         if args.world_size > 1 and due:
-            dist.broadcast(answer, src=0)
-        return bool(answer.item())
+            dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        elif args.world_size > 1:
+            said[1] = 0.0  # asked again when all meet
+        return not bool(said[0]), bool(said[1])
 
     def _not_finite(self, step: int, loss: float) -> NonFiniteLoss:
-        mark = self.checkpoints.newest() if self.checkpoints else None
+        if self.saver:
+            self.saver.wait()
+        mark = Checkpoints(self.job.run).newest() if self.job.run else None
         good = f"checkpoint of step {mark.step} is the last good one" if mark else "no checkpoint was made before it"
         return NonFiniteLoss(
             f"training {self.job.spec.name}, step {step} of {self.plan.steps}",

@@ -14,8 +14,8 @@ from ray import tune
 
 from graftwork.cluster.local import environment_of
 from graftwork.errors import ClusterError
-from graftwork.training.fit import resources_per_worker
 from graftwork.training.job import TrainJob
+from graftwork.training.machines import resources_per_worker
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.scheduler import scheduler

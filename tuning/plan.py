@@ -10,7 +10,9 @@ from graftwork.plan import (
     START_S,
     Machine,
     StagePlan,
+    charged,
     evaluation_seconds,
+    settle,
     step_seconds,
     training_ways_out,
     verdict_of,
@@ -26,21 +28,22 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     The largest trial is taken for the memory. Where a scheduler stops trials, one in `reduction` goes on at each rung.
     """
     held_out = replace(held_out, count=min(held_out.count, spec.eval_rows))
-    trials = [trial_spec(spec, point) for point in draw(spec).points]
+    trials = [settled_trial(spec, trial_spec(spec, point), model, rows, machine) for point in draw(spec).points]
     plans = [predict_training(trial, model, rows, value_bytes=machine.value_bytes) for trial in trials]
     largest, memory = max(zip(trials, plans, strict=True), key=lambda pair: pair[1].peak_bytes)
     at_once = max(1, min(spec.max_concurrent, len(trials), int(machine.cores // largest.cpus_per_worker)))
     each_s = [_trial_seconds(spec, trial, model, rows, held_out, machine, at_once) for trial in trials]
     start_s, share = START_S / machine.pace(at_once, 1), expected_share(spec, len(trials))
     all_s = sum(start_s + share * taken_s for taken_s in each_s) / at_once
-    ways_out = ((setting, size * at_once) for setting, size in training_ways_out(largest, model, rows, machine))
+    shared_by = 1 if machine.gpu is not None else at_once
+    ways_out = ((setting, size * shared_by) for setting, size in training_ways_out(largest, model, rows, machine))
     return StagePlan(
         stage="tune",
         processes=at_once,
         peak_bytes_per_process=memory.peak_bytes,
         total_bytes=memory.peak_bytes * at_once,
         seconds=RAY_TUNE_START_S + max(all_s, start_s + max(each_s)),  # someone runs to the end
-        verdict=verdict_of(memory.peak_bytes * at_once, machine, ways_out),
+        verdict=verdict_of(charged(memory.peak_bytes, at_once, machine), machine, ways_out),
         parts=memory.parts,
         assumptions=(
             f"{len(trials)} trials of {spec.steps} steps, {at_once} at once, {share:.0%} of the steps taken",
@@ -48,6 +51,12 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
             machine.said(),
         ),
     )
+
+
+def settled_trial(spec: TuneSpec, trial: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> TrainSpec:
+    """A trial without `auto`, for the share of the memory that it has. Raises ConfigError where nothing fits."""
+    share = machine.memory_bytes if machine.gpu is not None else machine.memory_bytes // spec.max_concurrent
+    return settle(trial, model, rows, replace(machine, memory_bytes=share)).spec
 
 
 def _trial_seconds(

@@ -17,12 +17,17 @@ import yaml
 from graftwork import base_model, provenance
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError, GraftworkError, Interrupted
+from graftwork.model_shape import ModelShape
+from graftwork.plan import has_auto
 from graftwork.storage import RunPaths, Store
 from graftwork.training.data import PreparedData, prepare
 from graftwork.training.job import TrainJob
 from graftwork.training.lock import run_lock
+from graftwork.training.settled import machine_of, sizes_of
+from graftwork.training.spec import TrainSpec
 from graftwork.tuning.fit import fit
 from graftwork.tuning.ledger import Ledger
+from graftwork.tuning.plan import settled_trial
 from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport, choose, rule
 from graftwork.tuning.space import Draw, Values, digest, draw, trial_spec
 from graftwork.tuning.spec import TuneSpec
@@ -174,10 +179,22 @@ def _jobs(spec: TuneSpec, points: Iterable[Values]) -> dict[str, TrainJob]:
         if key not in rows:
             rows[key] = prepare(train)
         jobs[digest(point)] = TrainJob(
-            train, rows[key], max_steps=spec.steps, report_every=spec.report_every, eval_every=spec.report_every
+            _settled(spec, train, rows[key]),
+            rows[key],
+            max_steps=spec.steps,
+            report_every=spec.report_every,
+            eval_every=spec.report_every,
         )
     _require_comparable(rows.values())
     return jobs
+
+
+def _settled(spec: TuneSpec, trial: TrainSpec, data: PreparedData) -> TrainSpec:
+    """The trial without `auto`."""
+    if not has_auto(trial):
+        return trial
+    shape = ModelShape.from_config(base_model.resolve(trial.base).config)
+    return settled_trial(spec, trial, shape, sizes_of(data.train), machine_of(trial))
 
 
 def _require_comparable(prepared: Iterable[PreparedData]) -> None:

@@ -12,10 +12,11 @@ from graftwork.demo.specs import DemoSpecs, load_specs
 from graftwork.demo_spec import DemoSpec
 from graftwork.embedding import EmbedderShape, EmbedderSpec, resolve_embedder
 from graftwork.errors import ConfigError
-from graftwork.memory import MemoryPlan, RowSizes, predict_embedding
+from graftwork.memory import MemoryPlan, predict_embedding
 from graftwork.model_shape import ModelShape
 from graftwork.plan import (
     Answers,
+    Gpu,
     Machine,
     StagePlan,
     answers_seconds,
@@ -29,7 +30,7 @@ from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.study.run import adapter_spec
 from graftwork.study.spec import MeasureSpec, StudySpec
 from graftwork.training.data import prepare
-from graftwork.training.rows.token_rows import Rows
+from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.plan import plan_tuning
 from graftwork.tuning.spec import TuneSpec
@@ -39,9 +40,25 @@ QUESTION_TOKENS, PASSAGE_TOKENS, ANSWER_TOKENS = 40, 30, 45
 SERVED_RANK = 16
 
 
-def plan_spec(spec: Spec, folder: Path) -> list[StagePlan]:
-    """A line a stage; `folder` is where a demo's spec files lie. Raises UserError as the stages themselves would."""
-    return list(_lines(spec, folder, Machine.here()))
+def plan_spec(spec: Spec, folder: Path, gpu: Gpu | None = None, gpus: int | None = None) -> list[StagePlan]:
+    """A line a stage; `folder` is where a demo's spec files lie. Raises UserError as the stages themselves would.
+
+    `gpu`: plan for machines with such GPUs, one a worker, `gpus` workers; None plans for what the spec asks for here.
+    """
+    if gpu is None:
+        return list(_lines(spec, folder, Machine.here()))
+    return list(_lines(_on_gpus(spec, gpus), folder, Machine.with_gpus(gpu)))
+
+
+def _on_gpus(spec: Spec, gpus: int | None) -> Spec:
+    """A training spec whose workers have a GPU each. Raises ConfigError for a stage that is not planned for GPUs."""
+    if not isinstance(spec, TrainSpec):
+        raise ConfigError(
+            f"--gpu with kind={getattr(spec, 'kind', '')!r}", "it is planned for this machine alone",
+            "--gpu plans for GPUs that need not be here", "plan a train spec, or leave --gpu out",
+        )  # fmt: skip
+    workers = {"num_workers": gpus} if gpus else {}
+    return spec.with_({"gpus_per_worker": 1, **workers})
 
 
 def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
@@ -51,22 +68,24 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
             "vLLM takes engine.gpu_memory_utilization of each GPU; engine.kind=graftwork can be planned",
         )  # fmt: skip
     if isinstance(spec, TrainSpec):
-        data, machine = prepare(spec), _at(machine, spec.quant)
-        held_out = _sizes(data.eval) if data.eval is not None else None
-        yield plan_training(spec, _shape(spec.base), _sizes(data.train), held_out, machine)
+        data = prepare(spec)
+        machine = machine.at(spec.quant) if machine.gpu or not spec.gpus_per_worker else machine_of(spec)
+        held_out = sizes_of(data.eval) if data.eval is not None else None
+        yield plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, machine)
     elif isinstance(spec, TuneSpec):
-        data, machine = prepare(spec.train), _at(machine, spec.train.quant)
+        data = prepare(spec.train)
+        machine = machine_of(spec.train) if spec.train.gpus_per_worker else machine.at(spec.train.quant)
         assert data.eval is not None, "a sweep's spec demands data.eval"
-        yield plan_tuning(spec, _shape(spec.train.base), _sizes(data.train), _sizes(data.eval), machine)
+        yield plan_tuning(spec, _shape(spec.train.base), sizes_of(data.train), sizes_of(data.eval), machine)
     elif isinstance(spec, ServeSpec):
-        yield plan_serving("serve", _shape(spec.base), spec.quant, spec.engine, _at(machine, spec.quant),
+        yield plan_serving("serve", _shape(spec.base), spec.quant, spec.engine, machine.at(spec.quant),
                            num_cpus=spec.num_cpus, replicas=spec.most_replicas,
                            embedder=_embedding(spec.embedder) if spec.embedder else None,
                            query_embedders=_query_embedders(spec.arms),
                            adapters=[SERVED_RANK] * len(spec.adapters), dequantised=_unpacked(spec.quant))  # fmt: skip
     elif isinstance(spec, CompareSpec):
         adapters = {arm.adapter for arm in spec.arms if arm.adapter}
-        yield plan_serving("compare", _shape(spec.base), spec.quant, spec.engine, _at(machine, spec.quant),
+        yield plan_serving("compare", _shape(spec.base), spec.quant, spec.engine, machine.at(spec.quant),
                            num_cpus=spec.num_cpus, query_embedders=_query_embedders(spec.arms),
                            adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(spec.quant),
                            answers=_answers(spec))  # fmt: skip
@@ -81,7 +100,7 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
     elif isinstance(spec, StudySpec):
         for number in range(len(spec.adapters)):
             yield from _lines(adapter_spec(spec, number, folder), folder, machine)
-        yield from (_measured(spec, measure, _at(machine, spec.quant)) for measure in spec.measures)
+        yield from (_measured(spec, measure, machine.at(spec.quant)) for measure in spec.measures)
     else:
         raise ConfigError(f"plan of kind={getattr(spec, 'kind', '')!r}", "nothing is predicted for it",
                           "train, tune, serve, compare, quantize, study and demo are planned")  # fmt: skip
@@ -90,7 +109,7 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
 def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> StagePlan:
     """The main job's endpoint, the update that is trained beside it, and the burst of requests."""
     [served], [update] = _lines(specs.serve, folder, machine), _lines(specs.update, folder, machine)
-    burst, at = specs.demo.burst, _at(machine, specs.serve.quant)
+    burst, at = specs.demo.burst, machine.at(specs.serve.quant)
     answers = Answers(burst.requests, QUESTION_TOKENS + PASSAGE_TOKENS, burst.max_new_tokens)
     together = specs.serve.engine.with_({"max_batch": burst.concurrency})
     answer_s = answers_seconds(answers, _shape(specs.serve.base), together, at, specs.serve.num_cpus)
@@ -118,16 +137,12 @@ def _measured(study: StudySpec, measure: MeasureSpec, machine: Machine) -> Stage
                         dequantised=_unpacked(study.quant), answers=answers)  # fmt: skip
 
 
-def _at(machine: Machine, quant: QuantSpec) -> Machine:
-    return replace(machine, value_bytes=base_model.compute_dtype(quant, "cpu")[0].itemsize)
-
-
 def _precisions(spec: QuantizeSpec, machine: Machine) -> Iterator[StagePlan]:
     """One process after the other; the time of its answers alone is predicted."""
     adapters = {arm.adapter for arm in spec.arms if arm.adapter}
     for precision in spec.precisions:
         quant = QUANT[precision]
-        yield plan_serving(f"quantize {precision}", _shape(spec.base), quant, spec.engine, _at(machine, quant),
+        yield plan_serving(f"quantize {precision}", _shape(spec.base), quant, spec.engine, machine.at(quant),
                            num_cpus=spec.num_cpus, adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(quant),
                            answers=_answers(spec))  # fmt: skip
 
@@ -136,10 +151,6 @@ def _answers(spec: CompareSpec | QuantizeSpec) -> Answers:
     rows = len(read_rows(spec.eval, limit=spec.limit, need="eval"))
     passages = sum(arm.retriever.k for arm in spec.arms if arm.retriever) / len(spec.arms)
     return Answers(rows * len(spec.arms), QUESTION_TOKENS + PASSAGE_TOKENS * passages, ANSWER_TOKENS)
-
-
-def _sizes(rows: Rows) -> RowSizes:
-    return RowSizes.of(rows.lengths_N.tolist(), rows.scored_N.tolist())
 
 
 def _shape(base: BaseSpec) -> ModelShape:

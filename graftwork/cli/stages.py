@@ -16,12 +16,12 @@ from graftwork.cli.output import (
     SpecFile,
     console,
     duration,
-    gib,
     print_json,
     print_table,
     progress_bar,
     say,
 )
+from graftwork.cli.plans import plan
 from graftwork.cli.quantizing import quantize
 from graftwork.cli.studying import study
 from graftwork.errors import ConfigError
@@ -37,27 +37,6 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def plan(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
-    """Predict memory and time of a stage (or of the whole job) from its spec, before anything starts."""
-    from graftwork.cli.planning import plan_spec
-
-    spec = config.load(file, sets)
-    rows = plan_spec(spec, file.parent)
-    if as_json:
-        print_json([row.as_dict() for row in rows])
-        return
-    print_table(
-        f"plan of {file}",
-        ("stage", "processes", "peak each", "peak in all", "time", "fits"),
-        [
-            (r.stage, r.processes, gib(r.peak_bytes_per_process), gib(r.total_bytes), duration(r.seconds), r.verdict)
-            for r in rows
-        ],
-    )
-    for note in dict.fromkeys(note for row in rows for note in row.assumptions):
-        say(f"  {note}")
-
-
 def train(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
     """Train one adapter and publish it. A finished run is reused; an unfinished one goes on."""
     from graftwork.training.spec import TrainSpec
@@ -67,7 +46,10 @@ def train(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag =
     from graftwork.cluster.session import session
     from graftwork.training.run import check, train
 
-    check(spec)
+    notes = check(spec)
+    if not as_json:
+        for note in notes:
+            say(f"note: {note}")
     with progress_bar(f"train {spec.name}", as_json) as bar, session(on) as here:
         report = here.run(
             train,

@@ -1,4 +1,4 @@
-"""Ready-made tasks on real data: each recipe turns a file of a Python package into rows, passages and a schema.
+"""Ready-made tasks on real data: each recipe turns a file of a Python package, or of Python, into rows and passages.
 
 `recipe://NAME/FILE` names their files: train.jsonl, valid.jsonl, eval.jsonl, corpus.jsonl (where facts can be looked
 up), schema.json (of the answer) and card.json (source, licence, counts, digests).
@@ -15,16 +15,19 @@ from typing import Any, Protocol
 from graftwork.build_once import build_once
 from graftwork.errors import DataError
 from graftwork.package_files import PackageFile, Progress, fetch
+from graftwork.python_source import PythonSource
 from graftwork.storage import cache_root, json_bytes
 
 RECIPES = {
     "airport-card": "graftwork.recipes.airport_card",
     "airport-city": "graftwork.recipes.airport_city",
-    "airport-pairs": "graftwork.recipes.airport_pairs",
     "bbq-gender": "graftwork.recipes.bbq_gender",
     "city-country": "graftwork.recipes.city_country",
     "country-facts": "graftwork.recipes.country_facts",
     "element-prose": "graftwork.recipes.element_prose",
+    "needle": "graftwork.recipes.needle",
+    "python-code": "graftwork.recipes.python_code",
+    "python-docs": "graftwork.recipes.python_docs",
     "ua-parse": "graftwork.recipes.ua_parse",
 }
 
@@ -40,7 +43,7 @@ class Built:
 class Recipe(Protocol):
     """A module of this folder. `make` is pure: equal source, equal bytes."""
 
-    SOURCE: PackageFile
+    SOURCE: PackageFile | PythonSource
     LICENCE: str
 
     def make(self, source: bytes) -> Built: ...
@@ -53,7 +56,7 @@ def build(name: str, on_progress: Progress | None = None) -> Path:
                         "write recipe://NAME/FILE")  # fmt: skip
     recipe: Recipe = importlib.import_module(RECIPES[name])
     folder = cache_root() / "recipes" / f"{name}-{_identity(recipe)}"
-    return build_once(folder, lambda empty: _write(recipe, name, fetch(recipe.SOURCE, on_progress), empty))
+    return build_once(folder, lambda empty: _write(recipe, name, _content(recipe, on_progress), empty))
 
 
 def _identity(recipe: Recipe) -> str:
@@ -63,8 +66,18 @@ def _identity(recipe: Recipe) -> str:
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
-def _write(recipe: Recipe, name: str, source: Path, folder: Path) -> None:
-    built = recipe.make(source.read_bytes())
+def _content(recipe: Recipe, on_progress: Progress | None) -> bytes:
+    source = recipe.SOURCE
+    return source.read() if isinstance(source, PythonSource) else fetch(source, on_progress).read_bytes()
+
+
+def split_of(name: str) -> str:
+    """The part that a named document belongs to: one in eight is for validation, one in eight held out."""
+    return {0: "eval", 1: "valid"}.get(hashlib.sha256(name.encode()).digest()[0] % 8, "train")
+
+
+def _write(recipe: Recipe, name: str, source: bytes, folder: Path) -> None:
+    built = recipe.make(source)
     card = {
         "recipe": name,
         "source": str(recipe.SOURCE),

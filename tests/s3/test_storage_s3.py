@@ -12,8 +12,8 @@ import pytest
 from graftwork import storage
 from graftwork.errors import StorageError
 from graftwork.storage import Store
-from tests.s3.conftest import S3Server
 from tests.store_contract import StoreContract
+from tests.weed import Weed
 
 ENDS_S = 60
 """A call that waits for what never comes takes longer, however slow the machine is."""
@@ -89,7 +89,7 @@ def test_the_local_mirror_of_a_key_differs_by_server_and_root(
     assert s3_store.local_dir("adapters", "support") != here
 
 
-def test_a_missing_bucket_is_named(s3_env: S3Server) -> None:
+def test_a_missing_bucket_is_named(s3_env: Weed) -> None:
     for error in refused(Store("s3://no-such-bucket/root")):
         assert "there is no bucket 'no-such-bucket'" in str(error)
         assert "create it" in error.next_move

@@ -1,7 +1,14 @@
 """A run whose folder lies on S3: checkpoints, metrics and the lock survive the machine."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +16,16 @@ import pytest
 from graftwork.errors import RunError
 from graftwork.storage import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
+from graftwork.training.checkpoint_save import CheckpointLost
 from graftwork.training.data import prepare
 from graftwork.training.job import TrainJob
 from graftwork.training.lock import DEAD_AFTER_S, LOCK, run_lock
 from graftwork.training.loop import run_steps
 from graftwork.training.steplog import StepReport, read_steps
+from tests.processes import ROOT
+from tests.s3.conftest import use
 from tests.training import task
+from tests.weed import Weed
 
 
 class Killed(Exception):
@@ -47,6 +58,59 @@ def test_a_killed_run_goes_on_from_s3_on_another_machine(
         assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+@pytest.fixture
+def mortal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weed]:
+    """A server of this test's own, which may be killed."""
+    server = Weed()
+    try:
+        server.start()
+        use(server, monkeypatch, tmp_path)
+        yield server
+    finally:
+        server.remove()
+
+
+def test_an_outage_only_delays_and_a_longer_one_names_the_last_checkpoint(mortal: Weed, tmp_path: Path) -> None:
+    """The server is killed after step 5, in the upload of step 4 or after it, and comes back once step 8 is uploaded.
+
+    Then it is killed for good.
+    """
+    spec = task(tmp_path, **{"root": f"s3://{mortal.bucket}/root", "checkpoints.outage_s": 60})
+    store = Store(spec.root).patient(60)
+    run = RunPaths(store, "colours", "0" * 64)
+    job = TrainJob(spec, prepare(spec), run)
+    back: list[threading.Thread] = []
+
+    def kill_at_five(report: StepReport) -> bool:
+        if report.step == 5:
+            mortal.kill()
+        if report.step == 8:
+            back.append(threading.Thread(target=mortal.start))
+            back[0].start()
+        return True
+
+    result = run_steps(job, kill_at_five)
+    back[0].join()
+    assert [step for step, _ in result.train_loss] == list(range(1, 13))
+    assert [mark.step for mark in Checkpoints(run).marks()] == [8, 12]
+
+    hurried = replace(job, spec=spec.with_({"checkpoints.outage_s": 1}), run=replace(run, store=store.patient(1)))
+    assert hurried.run is not None
+    for mark in Checkpoints(run).marks()[1:]:
+        Checkpoints(run).drop(mark.step)
+
+    def kill_at_nine(report: StepReport) -> bool:
+        if report.step == 9:
+            mortal.kill()
+        return True
+
+    with pytest.raises(CheckpointLost, match="the checkpoint of step 8 is the last whole one") as caught:
+        run_steps(hurried, kill_at_nine)
+    assert "checkpoints.outage_s=1 seconds" in caught.value.rule
+    assert "cannot be reached" in caught.value.found
+    assert "continues from step 8" in caught.value.next_move
+
+
 def test_the_lock_is_refused_while_its_owner_lives_and_taken_over_when_it_is_dead(s3_store: Store) -> None:
     run = RunPaths(s3_store, "colours", "1" * 64)
     with run_lock(run), pytest.raises(RunError, match="another process is running it"), run_lock(run):
@@ -56,3 +120,19 @@ def test_the_lock_is_refused_while_its_owner_lives_and_taken_over_when_it_is_dea
     with run_lock(run):
         assert s3_store.read_json(*run.file(LOCK))["owner"] != "gone"
     assert not s3_store.exists(*run.file(LOCK))
+
+
+def test_a_lock_whose_owner_died_on_this_machine_is_taken_over_at_once(s3_store: Store) -> None:
+    program = (
+        "import os, sys\n"
+        "from graftwork.storage import RunPaths, Store\n"
+        "from graftwork.training.lock import run_lock\n"
+        "with run_lock(RunPaths(Store(sys.argv[1]), 'colours', '2' * 64)):\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, s3_store.uri], cwd=ROOT, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    run = RunPaths(s3_store, "colours", "2" * 64)
+    assert s3_store.exists(*run.file(LOCK)), "left behind"
+    with run_lock(run):
+        assert s3_store.read_json(*run.file(LOCK))["process"] == os.getpid()

@@ -29,7 +29,8 @@ from graftwork.memory import (
 from graftwork.model_shape import ModelShape
 from graftwork.plan import Answers, Machine, StagePlan, answers_seconds, plan_serving, plan_training
 from graftwork.serving.spec import EngineSpec, ServeSpec
-from graftwork.training.spec import LoraSpec, TrainSpec
+from graftwork.training.adapter_spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
+from graftwork.training.spec import TrainSpec
 from tests.tiny import write_tiny_base
 from tests.tiny_embedder import write_tiny_embedder
 
@@ -37,7 +38,7 @@ GB = 10**9
 NONE, NF4 = QuantSpec(kind="none"), QuantSpec(kind="nf4")
 LLAMA_13B = ModelShape(5120, 40, 40, 40, 128, 13824, 32000, tied=False)
 TEN_B = ModelShape(4096, 48, 32, 8, 128, 14336, 32000, tied=False)  # 10.7 B as Solar's
-TOKENS = 16
+TOKENS = 15
 SMOLLM2 = ModelShape(576, 30, 9, 3, 64, 1536, 49152, tied=True)
 
 
@@ -85,11 +86,11 @@ def test_a_part_grows_with_what_it_is_made_of() -> None:
     rows = RowSizes.at_most(128)
     small = predict_training(spec(optim={"rows_per_step": 8, "micro_batch": 2}), SMOLLM2, rows)
     large = predict_training(spec(optim={"rows_per_step": 8, "micro_batch": 4}), SMOLLM2, rows)
-    assert large.part("activations") == 2 * small.part("activations")
+    assert large.part("activations") == pytest.approx(2 * small.part("activations"), abs=1)
     assert large.part("logits") == 2 * small.part("logits")
     assert large.part("base weights") == small.part("base weights")
     adapter = SMOLLM2.adapter_params(16) * FP32
-    assert (small.part("adapter"), small.part("optimizer")) == (adapter, 2 * adapter)
+    assert (small.part("trained weights"), small.part("optimizer")) == (adapter, 2 * adapter)
     assert small.peak_bytes == sum(size for _, size in small.parts)
 
 
@@ -130,7 +131,7 @@ def test_what_does_not_fit_names_a_change_that_does() -> None:
     assert plan.verdict.startswith(f"needs {plan.total_bytes / GIB:.1f} of 3.9 GiB; fits with ")
     setting = plan.verdict.rpartition("fits with ")[2]
     key, _, value = setting.partition("=")
-    assert key in ("optim.micro_batch", "num_workers")
+    assert key == "optim.micro_batch"
     assert plan_on(3.9, **nested(key, int(value))).fits
 
 
@@ -245,32 +246,76 @@ def test_saved_bytes_are_what_autograd_keeps(
 ) -> None:
     folder, shape = tiny
     adapter = LoraSpec(rank=3, targets=targets, dropout=dropout)
-    first, both = (kept_bytes(folder, layers, adapter, padded, dtype) for layers in (1, 2))
-    # Before the first adapter nothing needs a gradient, so the first block keeps less; each further one keeps all.
-    assert both - first == saved_bytes(shape, adapter, TOKENS if padded else None, value_bytes=dtype.itemsize)
+    found = kept_in_a_block(folder, adapter, padded, dtype)
+    assert found == saved_bytes(shape, adapter, TOKENS if padded else None, value_bytes=dtype.itemsize)
 
 
-def kept_bytes(folder: Path, layers: int, adapter: LoraSpec, padded: bool, dtype: torch.dtype) -> float:
-    """Bytes a token that `torch.autograd.graph.saved_tensors_hooks` sees in the body of a PEFT model."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
+OTHERS = [FullSpec(), Ia3Spec(), PrefixSpec(tokens=4), BottleneckSpec(size=5, placement="houlsby"), LoraSpec(rank=3)]
 
-    from graftwork.training.adapters.attach import lora_config
+
+@pytest.mark.parametrize("adapter", OTHERS, ids=lambda adapter: adapter.kind)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("padded", [True, False])
+def test_every_kind_of_adapter_keeps_what_is_counted(
+    tiny: tuple[Path, ModelShape], adapter: AdapterSpec, autocast: bool, padded: bool
+) -> None:
+    """With the base in bfloat16 under autocast, as on a GPU, and in fp32 without, as on a CPU."""
+    folder, shape = tiny
+    dtype = torch.bfloat16 if autocast else torch.float32
+    found = kept_in_a_block(folder, adapter, padded, dtype, autocast)
+    row = TOKENS if padded or isinstance(adapter, PrefixSpec) else None
+    expected = saved_bytes(shape, adapter, row, value_bytes=dtype.itemsize, autocast=autocast)
+    assert found == pytest.approx(expected, rel=0.03)
+
+
+def test_the_magnitudes_of_dora_keep_both_outputs(tiny: tuple[Path, ModelShape]) -> None:
+    """Beside the identity and the norms that PEFT makes in passing and autograd drops at once."""
+    folder, shape = tiny
+    with_dora, plain = LoraSpec(rank=3, dora=True), LoraSpec(rank=3)
+    more = saved_bytes(shape, with_dora, TOKENS) - saved_bytes(shape, plain, TOKENS)
+    seen = kept_in_a_block(folder, with_dora, True) - kept_in_a_block(folder, plain, True)
+    assert more == pytest.approx(seen, rel=0.01)
+
+
+def kept_in_a_block(
+    folder: Path,
+    adapter: AdapterSpec,
+    padded: bool,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+) -> float:
+    """Before the first adapter nothing needs a gradient, so the first block keeps less; each further one keeps all."""
+    first, both = (kept_bytes(folder, layers, adapter, padded, dtype, autocast) for layers in (1, 2))
+    return both - first
+
+
+def kept_bytes(
+    folder: Path, layers: int, adapter: AdapterSpec, padded: bool, dtype: torch.dtype, autocast: bool
+) -> float:
+    """Bytes a token that `torch.autograd.graph.saved_tensors_hooks` sees in the body of a model with an adapter."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from graftwork.training.adapters.attach import attach
 
     rows, tokens = 2, TOKENS
-    model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=layers, dtype=dtype).requires_grad_(False)
-    model = get_peft_model(model, lora_config(adapter, model)).train()
-    frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    config = AutoConfig.from_pretrained(folder, num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+    model = attach(model, adapter).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen and tensor.shape[0] in (rows, rows * tokens):  # not the rotary tables
+        if storage.data_ptr() not in weights and tensor.shape[0] in (rows, rows * tokens):  # not the rotary tables
             kept[storage.data_ptr()] = tensor
         return tensor
 
     mask = torch.ones(rows, tokens, dtype=torch.long)
     mask[0, -1] = 0 if padded else 1
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.get_base_model().model(input_ids=torch.full((rows, tokens), 7), attention_mask=mask, use_cache=False)
+    ids = torch.full((rows, tokens), 7)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / rows / tokens

@@ -13,11 +13,9 @@ import jsonschema
 import pytest
 
 from graftwork import recipes
-from graftwork.answers.text import parse_object
 from graftwork.data import Row, read_passages, read_rows, read_text
 from graftwork.errors import DataError
 from graftwork.recipes.airport_card import _WORDINGS
-from graftwork.records import read_records
 
 SPLITS = ("train", "valid", "eval")
 JSON_ANSWERS = ("airport-card", "airport-city", "city-country", "ua-parse")
@@ -46,8 +44,8 @@ def test_equal_bytes_whatever_the_process(name: str, tmp_path: Path) -> None:
     assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in again.iterdir()} == digests
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     assert card["sha256"] == {file: digest for file, digest in digests.items() if file != "card.json"}
-    assert card["licence"] in ("MIT", "Apache-2.0", "CC BY 4.0", "MIT, data CC BY 4.0")
-    assert card["source"].startswith("pypi://")
+    assert card["licence"] in ("MIT", "Apache-2.0", "CC BY 4.0", "MIT, data CC BY 4.0", "PSF-2.0")
+    assert card["source"].startswith(("pypi://", "python://"))
 
 
 @pytest.mark.parametrize("name", JSON_ANSWERS)
@@ -63,24 +61,6 @@ def test_each_answer_is_strict_compact_json_that_the_schema_accepts(name: str) -
             assert list(row.gold) == schema["required"] == list(schema["properties"])
             assert not validator.is_valid({**row.gold, "more": 1})
             assert not validator.is_valid(dict(list(row.gold.items())[1:]))
-
-
-def test_a_rejected_card_differs_and_is_wrong_for_its_reason() -> None:
-    validator = jsonschema.Draft202012Validator(json.loads(read_text("recipe://airport-card/schema.json")))
-    reasons: Counter[str] = Counter()
-    for split in SPLITS:
-        golds = {row.id: row for row in read_rows(f"recipe://airport-card/{split}.jsonl", need="eval")}
-        for _, pair in read_records(f"recipe://airport-pairs/{split}.jsonl"):
-            row = golds[pair["id"]]
-            reasons[pair["why"]] += 1
-            assert pair["chosen"] == row.answer != pair["rejected"]
-            found = parse_object(pair["rejected"])
-            sound = found is not None and validator.is_valid(found)
-            assert sound == (pair["why"] in ("contradicts", "other_airport"))
-            if sound and row.gold is not None and found is not None:
-                assert any(found[name] != row.gold[name] for name in row.asked)
-    assert len(reasons) == 8
-    assert min(reasons.values()) >= 94
 
 
 def test_no_airport_and_no_user_agent_stands_in_two_splits() -> None:
@@ -163,8 +143,7 @@ def test_bbq_trains_on_other_templates_and_in_balance() -> None:
 
 def test_what_is_not_there_is_said() -> None:
     with pytest.raises(
-        DataError,
-        match="recipes are airport-card, airport-city, airport-pairs, bbq-gender, city-country, country-facts",
+        DataError, match="recipes are airport-card, airport-city, bbq-gender, city-country, country-facts, element-pro"
     ):
         read_text("recipe://airports/train.jsonl")
     for file in ("corpus.jsonl", "", "../ua_parse.py"):

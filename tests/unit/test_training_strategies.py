@@ -14,7 +14,7 @@ from graftwork.storage import RunPaths, Store
 from graftwork.training.data import PreparedData, prepare
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.loop import run_steps
-from graftwork.training.objectives.sft import share
+from graftwork.training.objectives.share import share
 from graftwork.training.spec import TrainSpec
 from graftwork.training.strategies.shards import writer_of
 from tests.ranks import Ended, Task, train_on

@@ -1,9 +1,12 @@
 """Put the asked adapter on a loaded base; weights of a published one into it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 from safetensors.torch import load_file
 
 from graftwork.training.adapter_spec import BottleneckSpec, FullSpec, Ia3Spec, PrefixSpec
@@ -12,15 +15,22 @@ from graftwork.training.adapters.score_head import ScoreHead
 from graftwork.training.spec import AdapterSpec, LoraSpec
 
 
-def attach(model: Any, adapter: AdapterSpec) -> Any:
+def attach(model: Any, adapter: AdapterSpec, trained_tokens: Sequence[int] = ()) -> Any:
     """The model with a fresh adapter in fp32; nothing else of it is trained. Draws from torch's global generator.
 
+    trained_tokens: ids whose embeddings are trained and saved with a LoRA; of a tied base their output rows too.
     With kind full it is the model itself, all of it trained, in fp32. Raises ConfigError when the model has no layer
     of the asked kind.
     """
-    attached = model if isinstance(adapter, FullSpec) else get_peft_model(model, _fitted(adapter, model))
+    full = isinstance(adapter, FullSpec)
+    attached = model if full else get_peft_model(model, _fitted(adapter, model, trained_tokens))
+    if trained_tokens and not full:
+        # PEFT 0.21 saves the whole embedding beside the rows where it has more than this folder's config.json says
+        attached.active_peft_config.base_model_name_or_path = ""
+    if isinstance(adapter, PrefixSpec):
+        _begin_as_words(attached, adapter.tokens)
     for parameter in attached.parameters():
-        if isinstance(adapter, FullSpec):
+        if full:
             parameter.requires_grad_(True)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -39,9 +49,24 @@ def take_weights(model: Any, adapter: Path) -> None:
     assert not unused, f"weights of another shape of adapter: {unused[:3]}"  # method and base were compared before
 
 
-def _fitted(adapter: AdapterSpec, model: Any) -> PeftConfig:
+@torch.no_grad()
+def _begin_as_words(model: Any, tokens: int) -> None:
+    """Let a prefix begin as keys and values of real words, drawn at random: the paper's remedy against a slow start.
+
+    Noise, PEFT's beginning, is nothing that the base has ever seen: tiny or large, it draws the attention or none.
+    """
+    base = model.get_base_model()
+    ids_1P = torch.randint(base.config.vocab_size, (1, tokens)).to(base.device)
+    past = base(input_ids=ids_1P, attention_mask=torch.ones_like(ids_1P), use_cache=True).past_key_values
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=past, num_virtual_tokens=tokens)
+
+
+def _fitted(adapter: AdapterSpec, model: Any, trained_tokens: Sequence[int]) -> PeftConfig:
     """The adapter's config for this model; a score head is trained and saved whole with it (PEFT's SEQ_CLS)."""
     config = peft_config(adapter, model)
+    if trained_tokens:
+        assert isinstance(config, LoraConfig), "other adapters are refused where rows are to be trained"
+        config.trainable_token_indices = list(trained_tokens)
     if isinstance(getattr(model, "score", None), ScoreHead):
         config.task_type = "SEQ_CLS"
     return config

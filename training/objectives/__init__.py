@@ -10,6 +10,7 @@ from graftwork.training.objectives.setting import Setting, Training
 
 BUILDERS = {
     "cpt": "graftwork.training.objectives.cpt",
+    "fim": "graftwork.training.objectives.fim",
     "sft": "graftwork.training.objectives.sft",
     "dpo": "graftwork.training.objectives.dpo",
     "reward": "graftwork.training.objectives.reward",

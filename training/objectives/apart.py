@@ -21,8 +21,8 @@ def require_apart(model: Any) -> None:
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return
-    embedding = model.get_input_embeddings()
-    ids_T = torch.arange(2 * LENGTH, device=embedding.weight.device) * 7 % embedding.num_embeddings
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids_T = torch.arange(2 * LENGTH, device=next(model.parameters()).device) * 7 % vocabulary
     places_T = torch.arange(LENGTH, device=ids_T.device).repeat(2)
     training = model.training
     model.eval()

@@ -21,7 +21,7 @@ from graftwork import artifact, base_model
 from graftwork.storage import Store
 from graftwork.training.objective_spec import DistillSpec
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
-from graftwork.training.objectives.sft import share
+from graftwork.training.objectives.share import share
 from graftwork.training.rows.distill import TaughtRows, Teacher
 from graftwork.training.rows.token_rows import IGNORED, Rows, TokenRows
 
@@ -122,7 +122,7 @@ def build(setting: Setting) -> Training:
 
     def evaluate() -> Mapping[str, float]:
         assert data.eval is not None, "asked where the spec has data.eval"
-        return held_out(trainer, data.eval, data.pad_id, spec.optim.micro_batch)
+        return held_out(trainer, data.eval, data.pad_id, spec.optim.rows_per_pass)
 
     return Training(quieted(trainer), evaluate)
 

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from graftwork.storage import RunPaths
 from graftwork.training.objective_spec import DpoSpec
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
-from graftwork.training.objectives.sft import share
+from graftwork.training.objectives.share import share
 from graftwork.training.rows.token_rows import IGNORED, Rows
 
 REFERENCE_FILE = "reference.json"
@@ -38,7 +38,7 @@ class PairTrainer(plain(DPOTrainer)):  # type: ignore[misc]  # trl has no types
 def build(setting: Setting) -> Training:
     """Preference learning on the setting's pairs; the reference is the model as it is now."""
     spec, data, plan = setting.job.spec, setting.job.data, setting.plan
-    objective, micro_batch = spec.objective, spec.optim.micro_batch
+    objective, micro_batch = spec.objective, spec.optim.rows_per_pass
     assert isinstance(objective, DpoSpec), "registered for this kind"
     references: dict[str, NDArray[np.float32]] = {}
 
@@ -96,7 +96,7 @@ def _kept(
         return known
     off = trainer.model.disable_adapter() if base_alone and isinstance(trainer.model, PeftModel) else None
     with off or contextlib.nullcontext():
-        found = answer_logps(trainer, rows, used_U, setting.job.data.pad_id, setting.job.spec.optim.micro_batch)
+        found = answer_logps(trainer, rows, used_U, setting.job.data.pad_id, setting.job.spec.optim.rows_per_pass)
     if run is not None and trainer.accelerator.process_index == 0:
         run.store.write_json(found.tolist(), *run.file(key))
     return found

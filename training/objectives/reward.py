@@ -14,7 +14,7 @@ from graftwork.storage import Store
 from graftwork.training.adapters.score_head import with_score_head
 from graftwork.training.objective_spec import RewardSpec
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
-from graftwork.training.objectives.sft import share
+from graftwork.training.objectives.share import share
 from graftwork.training.reward_model import scoring_adapter
 from graftwork.training.rows.token_rows import TokenRows
 
@@ -34,7 +34,7 @@ class PairTrainer(plain(RewardTrainer)):  # type: ignore[misc]  # trl has no typ
 def build(setting: Setting) -> Training:
     """A scalar head and adapter learned from the setting's pairs."""
     spec, data = setting.job.spec, setting.job.data
-    objective, micro_batch = spec.objective, spec.optim.micro_batch
+    objective, micro_batch = spec.objective, spec.optim.rows_per_pass
     assert isinstance(objective, RewardSpec), "registered for this kind"
 
     def collate(batch: list[dict[str, int]]) -> dict[str, torch.Tensor]:

@@ -5,22 +5,18 @@ seconds a step): SFTTrainer as it comes 12.5; with adapters kept in fp32 7.2; sc
 4.9; a bare PyTorch loop doing the same 4.8.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from trl import SFTConfig, SFTTrainer
 
 from graftwork.training.logits import trained_logits
 from graftwork.training.objectives.apart import require_apart
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
+from graftwork.training.objectives.share import share
 from graftwork.training.rows.packed import PackedRows
 from graftwork.training.rows.token_rows import Rows
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class MaskedSftTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no types
@@ -35,9 +31,11 @@ class MaskedSftTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no t
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Summed loss over the step's trained tokens, times the number of processes because DDP averages gradients."""
-        if inputs["labels"].is_cuda or return_outputs:
+        head = self.model.get_output_embeddings()
+        fused = inputs["labels"].is_cuda and isinstance(head, torch.nn.Linear)  # not with trained rows in it
+        if fused or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logits_NV, targets_N = trained_logits(model, self.model.get_output_embeddings(), inputs)
+        logits_NV, targets_N = trained_logits(model, head, inputs)
         total = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
         trained = targets_N.numel() if num_items_in_batch is None else num_items_in_batch
         return total / trained * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
@@ -57,7 +55,7 @@ def build(setting: Setting) -> Training:
         processing_class=setting.tokenizer(),
         callbacks=[setting.callback],
     )
-    data, micro_batch = setting.job.data, setting.job.spec.optim.micro_batch
+    data, micro_batch = setting.job.data, setting.plan.micro_batch
 
     def evaluate() -> Mapping[str, float]:
         assert data.eval is not None, "asked where the spec has data.eval"
@@ -81,14 +79,3 @@ def held_out_loss(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> fl
     model.train()
     total, tokens = accelerator.reduce(sums, reduction="sum").tolist()
     return float(total / tokens)
-
-
-def share(lengths_N: "NDArray[np.int64]", micro: int, rank: int, world: int) -> list[Sequence[int]]:
-    """Batches of similar length that this rank scores: equally many on each, where there are rows enough.
-
-    Under ZeRO-3 and FSDP2 every forward pass is one of all ranks, so none may have a batch more than another.
-    """
-    order = np.argsort(lengths_N, kind="stable")
-    each = max(1, min(math.ceil(len(order) / (micro * world)), len(order) // world))
-    batches: list[Sequence[int]] = [part.tolist() for part in np.array_split(order, each * world) if len(part)]
-    return batches[rank::world]

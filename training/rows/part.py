@@ -22,6 +22,8 @@ class ReadPart:
     """Digest of the raw rows."""
     notes: tuple[str, ...] = ()
     """What was left out or decided, for the run's report."""
+    trained_tokens: tuple[int, ...] = ()
+    """Rows of the embedding that are to be trained beside the adapter."""
 
 
 def counted(items: Sized, name: str) -> str:

@@ -1,0 +1,117 @@
+"""What each kind of adapter costs and learns: equal rows, equal steps, its own learning rate, on SmolLM2-135M-Instruct.
+
+    python -m benchmarks.adapter_kinds                    all kinds of examples/train-adapters, and LoRA
+    python -m benchmarks.adapter_kinds --kinds ia3 full   these; others stay as they were recorded
+
+One process and one thread a kind, one seed: the losses say what to try first, not which kind is best for a task.
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import RESULTS, Clock, Figure, figure, write
+from graftwork import base_model, config
+from graftwork.storage import RunPaths, Store
+from graftwork.training.checkpoint import is_of_model
+from graftwork.training.data import prepare
+from graftwork.training.job import TrainJob
+from graftwork.training.loop import run_steps
+from graftwork.training.spec import TrainSpec
+from graftwork.training.steplog import StepReport, read_steps
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "train-adapters"
+LORA = ["name=airport-card-lora", "adapter={kind: lora, rank: 16, alpha: 32}", "optim.lr=4.0e-3"]
+KINDS = ("lora", "rslora", "dora", "ia3", "prefix", "houlsby", "pfeiffer", "full")
+LAST = 5
+"""Steps whose mean loss stands for the end."""
+
+
+def spec_of(kind: str, root: Path) -> TrainSpec:
+    """The example's spec in one process; nf4 as its exact values in fp32, which a CPU computes faster."""
+    sets = [f"root={root}", "num_workers=1", "eval_every=1000"]
+    sets += LORA if kind == "lora" else []
+    sets += [] if kind == "full" else ["quant={kind: nf4, resident: dequantised, dtype: float32}"]
+    spec = config.load(EXAMPLES / f"{'ia3' if kind == 'lora' else kind}.yaml", sets, expect="train")
+    assert isinstance(spec, TrainSpec)
+    return spec
+
+
+def trained_parameters(spec: TrainSpec) -> int:
+    """Numbers that the optimizer moves."""
+    from graftwork.training.adapters.attach import attach  # imports peft, after the loop has made bitsandbytes quiet
+
+    loaded = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
+    model = attach(loaded.model, spec.adapter)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def measure(kind: str, root: Path, steps: int) -> dict[str, Any]:
+    """One kind, trained and weighed."""
+    spec = spec_of(kind, root)
+    run = RunPaths(Store(spec.root), spec.name, "0" * 64)
+    job = TrainJob(spec, prepare(spec), run, max_steps=steps)
+    began = time.perf_counter()
+    result = run_steps(job, _told(kind))
+    wall_s = time.perf_counter() - began
+    losses = [loss for _, loss in result.train_loss]
+    folder = run.store.local_dir(*run.checkpoints(f"checkpoint-{steps}"))
+    gc.collect()
+    return {
+        "kind": kind,
+        "said": spec.adapter.said(),
+        "lr": spec.optim.lr,
+        "trained_parameters": trained_parameters(spec),
+        "file_bytes": sum(path.stat().st_size for path in folder.iterdir() if is_of_model(path.name)),
+        "first_loss": losses[0],
+        "last_loss": sum(losses[-LAST:]) / LAST,
+        "held_out_loss": result.eval_loss[-1][1],
+        "step_s": [step.step_s for step in read_steps(run)],
+        "wall_s": wall_s,
+        "steps": result.steps,
+        "seed": spec.seed,
+    }
+
+
+def _told(kind: str) -> Any:
+    def report(step: StepReport) -> bool:
+        if step.step % 10 == 0:
+            print(f"{kind} step {step.step}: loss {step.loss:.3f}, {step.step_s:.1f} s", flush=True)
+        return True
+
+    return report
+
+
+def recorded(path: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier run measured, by kind."""
+    if not path.exists():
+        return {}
+    return {row["kind"]: row for row in json.loads(path.read_text(encoding="utf-8"))["result"]["detail"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "adapter_kinds.json")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--steps", type=int, default=30)
+    args = parser.parse_args()
+    clock, rows = Clock(), recorded(args.out)
+    torch.set_num_threads(1)
+    for kind in args.kinds:
+        with tempfile.TemporaryDirectory() as root:
+            rows[kind] = measure(kind, Path(root), args.steps)
+    ordered = [rows[kind] for kind in KINDS if kind in rows]
+    figures: dict[str, Figure] = {f"{row['kind']}_step": figure(row["step_s"], "s") for row in ordered}
+    figures |= {f"{row['kind']}_held_out": figure([row["held_out_loss"]], "nats") for row in ordered}
+    meta = {"steps": args.steps, "rows_per_step": 4, "threads": 1, "base": "SmolLM2-135M-Instruct"}
+    write("adapter_kinds", args.out, figures, ordered, meta, clock)
+
+
+if __name__ == "__main__":
+    main()

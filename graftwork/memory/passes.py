@@ -1,0 +1,90 @@
+"""What one forward pass of each kind of finetuning computes: its tokens, its output head, what stands beside it."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graftwork import base_model
+from graftwork.base_model import BaseSpec
+from graftwork.memory.sizes import BF16, FP32, RowSizes
+from graftwork.memory.weights import kv_bytes, weight_bytes
+from graftwork.model_shape import ModelShape
+from graftwork.training.objective_spec import DistillSpec, DpoSpec, RewardSpec, RlSpec
+from graftwork.training.spec import TrainSpec
+
+LOGIT_COPIES = 2
+"""log-softmax and its gradient, alive together in the backward pass of cross-entropy."""
+TILE_TOKENS, TILE_VOCAB = 4096, 32_768
+"""Largest tile of logits in TRL's fused head (trl/kernels/chunked_logprob.py)."""
+TILES = 3
+"""Tiles alive at once where the fused head is made of torch's own operations, as on a CPU."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of one worker."""
+
+    rows: int
+    tokens: int
+    """Of the longest rows."""
+    row: int
+    """Tokens of one sequence."""
+    masked: bool
+    """Rows of one pass differ in length: a mask says where they end."""
+    scored: int
+    """Positions whose logits are computed."""
+    fused_head: bool
+    """The head works in tiles and never holds all logits."""
+
+    def said(self) -> str:
+        """In words."""
+        return f"{self.rows} rows of {self.tokens // self.rows} tokens a forward pass, {self.scored} of them scored"
+
+
+def pass_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> Pass:
+    """The largest forward pass of a spec. A pair of preferences is two sequences, its tokens those of both."""
+    tokens, scored = micro_batch * rows.longest, micro_batch * rows.longest_trained
+    sequences = 2 if isinstance(spec.objective, DpoSpec | RewardSpec) else 1
+    cuda = spec.gpus_per_worker > 0
+    fused = cuda or isinstance(spec.objective, DpoSpec | RlSpec | DistillSpec)
+    if isinstance(spec.objective, RewardSpec):
+        scored = 0
+    elif (
+        fused and not cuda and not isinstance(spec.objective, DistillSpec)
+    ):  # TRL 1.16 scores every position where there is no Triton
+        scored = tokens
+    packed = getattr(spec.objective, "packing", "none") != "none"
+    masked = packed or (rows.padded and micro_batch * sequences > 1)
+    return Pass(micro_batch, tokens, -(-rows.longest // sequences), masked, scored, fused)
+
+
+def logit_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> int:
+    """The output head at its peak, beside the activations."""
+    if taken.fused_head:
+        models = 2 if isinstance(spec.objective, DistillSpec) else 1
+        tile = min(taken.scored, TILE_TOKENS) * min(model.vocab, TILE_VOCAB) * value_bytes
+        gathered = taken.scored * model.hidden * (value_bytes + FP32)  # the scored positions, their gradient in fp32
+        return models * (gathered + tile * (1 if spec.gpus_per_worker else TILES))
+    copies = LOGIT_COPIES * FP32 + (value_bytes if value_bytes == BF16 else 0)
+    return taken.scored * model.vocab * copies
+
+
+def beside_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> dict[str, int]:
+    """What a kind keeps beside the trained model, by name: a teacher; the keys and values of answers being sampled."""
+    if isinstance(spec.objective, DistillSpec):
+        return _teacher(spec.objective, spec, value_bytes)
+    if isinstance(spec.objective, RlSpec):
+        return {"sampling": kv_bytes(model, taken.tokens, value_bytes) + taken.rows * model.vocab * FP32 * 2}
+    return {}
+
+
+def _teacher(objective: DistillSpec, spec: TrainSpec, value_bytes: int) -> dict[str, int]:
+    """The weights of the teacher, which stands on a base of its own in the worker's process."""
+    shape = ModelShape.from_config(_config(objective.teacher.base or spec.base))
+    return {"teacher": weight_bytes(shape, objective.teacher.quant or spec.quant, value_bytes)}
+
+
+@functools.cache
+def _config(base: BaseSpec) -> Mapping[str, Any]:
+    return base_model.resolve(base).config

@@ -1,0 +1,105 @@
+"""GPUs to plan for, so that a plan for one is made on a laptop."""
+
+import difflib
+from pathlib import Path
+
+import yaml
+from pydantic import Field
+
+from graftwork.config import Spec, validate
+from graftwork.errors import ConfigError
+
+
+class Gpu(Spec):
+    """One GPU. In a file of its own (`graftwork plan FILE --gpu my-card.yaml`) these are the keys."""
+
+    name: str
+    memory_gib: float = Field(gt=0)
+    """What CUDA can give out, a little less than what the vendor prints on the box."""
+    sm: float = Field(gt=0)
+    """Compute capability; bfloat16 needs 8.0 (Ampere)."""
+    tflops: float = Field(gt=0)
+    """10^12 operations a second in dense products of 16 bits with sums in fp32."""
+    fp32_tflops: float = Field(gt=0)
+    gbytes_per_s: float = Field(gt=0)
+    """10^9 bytes a second from its memory."""
+    source: str = "given"
+    """Where the figures come from."""
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gib * 2**30)
+
+    @property
+    def has_bf16(self) -> bool:
+        """As `base_model.default_dtype` decides."""
+        return self.sm >= 8.0
+
+
+def _gpu(name: str, memory: float, sm: float, tflops: float, fp32: float, gbytes: float, source: str) -> Gpu:
+    return Gpu(name=name, memory_gib=memory, sm=sm, tflops=tflops, fp32_tflops=fp32, gbytes_per_s=gbytes, source=source)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("b200", 178.4, 10.0, 2250, 75, 7700, "NVIDIA HGX B200 datasheet"),
+        _gpu("h200", 139.8, 9.0, 989, 67, 4800, "NVIDIA H200 datasheet, SXM"),
+        _gpu("h100", 79.2, 9.0, 989, 67, 3350, "NVIDIA H100 datasheet, SXM"),
+        _gpu("a100-80", 79.2, 8.0, 312, 19.5, 2039, "NVIDIA A100 datasheet, SXM 80 GB"),
+        _gpu("a100-40", 39.4, 8.0, 312, 19.5, 1555, "NVIDIA A100 datasheet, 40 GB"),
+        _gpu("l40s", 44.4, 8.9, 362, 91.6, 864, "NVIDIA L40S datasheet"),
+        _gpu("a10", 22.0, 8.6, 125, 31.2, 600, "NVIDIA A10 datasheet"),
+        _gpu("l4", 22.0, 8.9, 121, 30.3, 300, "NVIDIA L4 datasheet"),
+        _gpu("rtx4090", 23.5, 8.9, 165, 82.6, 1008, "NVIDIA Ada whitepaper, RTX 4090"),
+        _gpu("rtx3090", 23.6, 8.6, 71, 35.6, 936, "NVIDIA GA102 whitepaper, RTX 3090"),
+        _gpu("v100", 31.7, 7.0, 125, 15.7, 900, "NVIDIA V100 datasheet, SXM2 32 GB"),
+        _gpu("t4", 14.6, 7.5, 65, 8.1, 320, "NVIDIA T4 datasheet"),
+    )
+}
+"""What `--gpu` knows by name."""
+
+
+def named_gpu(asked: str) -> Gpu:
+    """A GPU of the table, or of a YAML file. Raises ConfigError naming the nearest known."""
+    if asked.endswith((".yaml", ".yml")):
+        return _from_file(Path(asked))
+    if asked.lower() in GPUS:
+        return GPUS[asked.lower()]
+    near = difflib.get_close_matches(asked.lower(), GPUS, n=1)
+    raise ConfigError(
+        f"--gpu {asked}", "no such GPU in the table", f"known: {', '.join(GPUS)}; or a YAML file with its figures",
+        f"--gpu {near[0]}" if near else "write a file with memory_gib, sm, tflops, fp32_tflops, gbytes_per_s",
+    )  # fmt: skip
+
+
+def gpu_here() -> Gpu | None:
+    """The first GPU of this machine: its memory as it is, its rates from the table. None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    found = gpu_called(properties.name, properties.total_memory / 2**30)
+    return found and found.model_copy(update={"memory_gib": properties.total_memory / 2**30})
+
+
+def gpu_called(name: str, memory_gib: float | None = None) -> Gpu | None:
+    """The GPU of the table that a driver or Ray calls so (`NVIDIA H100 80GB HBM3`, `A100-40G`); None for others.
+
+    Where two differ in memory alone, the one nearest to `memory_gib`, or the smaller one.
+    """
+    plain = name.lower().replace(" ", "").replace("-", "")
+    likely = [gpu for gpu in GPUS.values() if gpu.name.partition("-")[0] in plain]
+    exact = [gpu for gpu in likely if "-" in gpu.name and gpu.name.replace("-", "") in plain]
+    longest = max((len(gpu.name.partition("-")[0]) for gpu in likely), default=0)
+    likely = exact or [gpu for gpu in likely if len(gpu.name.partition("-")[0]) == longest]  # l40s is no l4
+    return min(likely, key=lambda gpu: abs(gpu.memory_gib - (memory_gib or 0.0)), default=None)
+
+
+def _from_file(path: Path) -> Gpu:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--gpu {path}", f"it cannot be read ({error})", "a YAML file describes one GPU") from error
+    return validate(Gpu, {"name": path.stem, **tree} if isinstance(tree, dict) else tree, where=str(path))

@@ -1,0 +1,104 @@
+"""Engine replicas: the memory of each when full, the seconds of its answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from graftwork.base_model import QuantSpec
+from graftwork.memory import FP32, MIB, MemoryPlan, predict_serving
+from graftwork.model_shape import ModelShape
+from graftwork.plan.hardware import Machine
+from graftwork.plan.seconds import START_S
+from graftwork.plan.stage import StagePlan, verdict_of
+from graftwork.serving.spec import EngineSpec
+
+PROMPT_EFFICIENCY = 0.80
+"""Of the probe's rate, in computing prompts."""
+DECODE_EFFICIENCY = 0.26
+"""Of the probe's rate, in products of few rows: 11.8 ms a row of SmolLM2-135M at 87 GFLOP/s."""
+LAYER_S = 1.7e-3
+"""One block of one decoding step beside its products: Python, attention, the engine (one row: 81 ms a step)."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Requests to one replica, on average."""
+
+    count: int
+    prompt_tokens: float
+    new_tokens: float
+
+    def said(self) -> str:
+        """In words."""
+        return f"{self.count} answers of {self.new_tokens:.0f} tokens to prompts of {self.prompt_tokens:.0f}"
+
+
+def plan_serving(
+    stage: str,
+    model: ModelShape,
+    quant: QuantSpec,
+    engine: EngineSpec,
+    machine: Machine,
+    *,
+    adapters: Sequence[int] = (),
+    dequantised: bool = False,
+    answers: Answers | None = None,
+    num_cpus: float = 1.0,
+    replicas: int = 1,
+    embedder: MemoryPlan | None = None,
+    query_embedders: Sequence[MemoryPlan] = (),
+) -> StagePlan:
+    """Engine replicas: the memory of each when full, and the time of `answers` on one after its start.
+
+    `adapters`: ranks of the versions loaded. `dequantised`: nf4 kept as plain values. `embedder`: of its own process.
+    `query_embedders`: those that arms with vectors load into each replica.
+    """
+    beside = embedder.peak_bytes if embedder else 0
+
+    def memory_with(kv_tokens: int) -> MemoryPlan:
+        fewer = engine.model_copy(update={"kv_tokens": kv_tokens})
+        plan = predict_serving(
+            model, quant, fewer, adapters=adapters, dequantised=dequantised,
+            value_bytes=machine.value_bytes, kv_value_bytes=FP32,
+        )  # fmt: skip
+        beside = sum(one.peak_bytes - one.part("process") for one in query_embedders)
+        return replace(plan, parts=(*plan.parts, ("query embedders", beside))) if beside else plan
+
+    memory = memory_with(engine.kv_tokens)
+    halves = (engine.kv_tokens // 2**power for power in range(1, 6))
+    ways_out = (
+        (f"engine.kv_tokens={n}", replicas * memory_with(n).peak_bytes + beside)
+        for n in halves
+        if n >= engine.max_seq_len
+    )
+    total_bytes = replicas * memory.peak_bytes + beside
+    answer_s = answers_seconds(answers, model, engine, machine, num_cpus) if answers else 0.0
+    return StagePlan(
+        stage=stage,
+        processes=replicas + (embedder is not None),
+        peak_bytes_per_process=memory.peak_bytes,
+        total_bytes=total_bytes,
+        seconds=START_S + answer_s,
+        verdict=verdict_of(total_bytes, machine, ways_out),
+        parts=memory.parts,
+        assumptions=(
+            *((answers.said(),) if answers else ()),
+            *((f"the embedder takes {beside // MIB} MiB in a process of its own",) if embedder else ()),
+            *memory.assumptions,
+            machine.said(),
+        ),
+    )
+
+
+def answers_seconds(
+    answers: Answers, model: ModelShape, engine: EngineSpec, machine: Machine, num_cpus: float
+) -> float:
+    """Prompts computed and answers decoded in full batches by one replica."""
+    pace = machine.pace(1, min(engine.num_threads or num_cpus, machine.cores))
+    prompt_flops = 2 * model.linear_params * answers.count * answers.prompt_tokens
+    batch = min(engine.max_batch, answers.count)
+    steps = answers.count * answers.new_tokens / batch
+    token_flops = 2 * (model.linear_params + model.head_params)
+    weights_s = (model.linear_params + model.head_params) * machine.value_bytes / (machine.speed.gbytes_per_s * 1e9)
+    rows_s = machine.core_s(batch * token_flops, DECODE_EFFICIENCY) / pace
+    step_s = model.layers * LAYER_S + weights_s + rows_s
+    return machine.core_s(prompt_flops, PROMPT_EFFICIENCY) / pace + steps * step_s

@@ -1,0 +1,188 @@
+"""What the plan decides: `auto` in a spec, GPUs that are not here, and the way out where nothing fits."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graftwork.base_model import QuantSpec
+from graftwork.cli.planning import plan_spec
+from graftwork.errors import BaseModelError, ConfigError
+from graftwork.machine import Speed
+from graftwork.memory import GIB, RowSizes, predict_training
+from graftwork.model_shape import ModelShape
+from graftwork.plan import GPUS, Machine, gpu_called, named_gpu, plan_training, settle, step_seconds
+from graftwork.training.run import Run
+from graftwork.training.spec import TrainSpec
+from tests.training import task
+
+SMOLLM2 = ModelShape(576, 30, 9, 3, 64, 1536, 49152, tied=True)
+LLAMA_8B = ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False)
+MACHINE = Machine(cores=2, memory_bytes=8 * GIB, speed=Speed(gflops=65.0, gbytes_per_s=20.0))
+AUTO = {"micro_batch": "auto", "gradient_checkpointing": "auto"}
+FULL = {"adapter": {"kind": "full"}, "quant": {"kind": "none"}}
+ROWS = RowSizes.of([2048] * 64, [1024] * 64)
+
+
+def spec(**keys: Any) -> TrainSpec:
+    return TrainSpec.model_validate(
+        {"name": "t", "base": "b", "data": {"train": "t.jsonl"}, "max_length": 2048, "num_workers": 1, **keys}
+    )
+
+
+def on(gpu: str) -> Machine:
+    return Machine.with_gpus(GPUS[gpu])
+
+
+def test_auto_takes_the_fastest_that_fits_and_says_why() -> None:
+    asked = spec(optim={"rows_per_step": 16, **AUTO}, gpus_per_worker=1, quant={"kind": "none"})
+    large = settle(asked, LLAMA_8B, ROWS, on("h200"))
+    small = settle(asked, LLAMA_8B, ROWS, on("rtx4090"))
+    assert large.spec.optim.gradient_checkpointing is False
+    assert small.spec.optim.gradient_checkpointing is True
+    assert any(note.startswith("gradient_checkpointing=on (predicted ") for note in small.notes)
+    assert any("accumulation=" in note and note.startswith("micro_batch=") for note in small.notes)
+    for machine, found in ((on("h200"), large.spec), (on("rtx4090"), small.spec)):
+        assert predict_training(found, LLAMA_8B, ROWS, value_bytes=2).peak_bytes < 0.95 * machine.memory_bytes
+        others = (asked.with_({"optim.micro_batch": n, "optim.gradient_checkpointing": c})
+                  for n in (1, 2, 4, 8, 16) for c in (False, True))  # fmt: skip
+        fitting = [
+            one
+            for one in others
+            if predict_training(one, LLAMA_8B, ROWS, value_bytes=2).peak_bytes < 0.95 * machine.memory_bytes
+        ]
+        fastest = min(step_seconds(one, LLAMA_8B, ROWS, machine, 1) for one in fitting)
+        assert step_seconds(found, LLAMA_8B, ROWS, machine, 1) <= 1.01 * fastest
+
+
+def test_what_was_given_is_kept() -> None:
+    given = spec(optim={"rows_per_step": 16, "micro_batch": 2, "gradient_checkpointing": "auto"})
+    assert settle(given, SMOLLM2, ROWS, MACHINE).spec.optim.micro_batch == 2
+    plain = spec(quant={"resident": "packed"})
+    assert settle(plain, SMOLLM2, ROWS, MACHINE).spec is plain
+
+
+def test_nf4_lies_unpacked_on_a_cpu_where_that_fits() -> None:
+    short, roomy = RowSizes.of([128] * 64, [64] * 64), replace(MACHINE, memory_bytes=64 * GIB)
+    form = {gib: settle(spec(), SMOLLM2, short, replace(MACHINE, memory_bytes=int(gib * GIB))).spec.quant.resident
+            for gib in (8, 1.9, 1)}  # fmt: skip
+    assert form == {8: "dequantised", 1.9: "packed", 1: "auto"}, "where nothing fits it stays as it was asked for"
+    found = settle(spec(), SMOLLM2, short, roomy).spec
+    packed = spec(quant={"resident": "packed"})
+    assert step_seconds(found, SMOLLM2, short, roomy, 1) < step_seconds(packed, SMOLLM2, short, roomy, 1)
+    assert settle(spec(gpus_per_worker=1), SMOLLM2, short, on("h100")).spec.quant.resident == "auto"
+
+
+def test_auto_where_nothing_fits_names_the_cheapest_change_that_does() -> None:
+    asked = spec(optim={"rows_per_step": 8, **AUTO}, gpus_per_worker=1, quant={"kind": "none"})
+    with pytest.raises(ConfigError) as error:
+        settle(asked, LLAMA_8B, ROWS, on("t4").at(QuantSpec(kind="none")))
+    assert "of 14.6 GiB a GPU" in error.value.found
+    assert error.value.next_move.startswith("--set ")
+    changes = dict(one.split("=") for one in error.value.next_move.removeprefix("--set ").split(" --set "))
+    changed = asked.with_({"optim.micro_batch": 1, "optim.gradient_checkpointing": True, **changes})
+    peak = predict_training(changed, LLAMA_8B, ROWS, value_bytes=4).peak_bytes
+    assert peak < 0.95 * GPUS["t4"].memory_bytes
+
+
+def test_all_weights_of_8b_do_not_fit_one_h100_and_the_plan_says_what_does() -> None:
+    full = spec(**FULL, optim={"rows_per_step": 8, "lr": 1e-5}, gpus_per_worker=1)
+    plan = plan_training(full, LLAMA_8B, ROWS, None, on("h100"))
+    assert not plan.fits
+    assert plan.verdict.startswith("needs ")
+    assert "strategy.kind=zero" in plan.verdict
+    least = {"optim.gradient_checkpointing": True, "optim.micro_batch": 1}
+    shared = {"num_workers": 8, "strategy": {"kind": "zero3"}, **least}
+    assert plan_training(full.with_(shared), LLAMA_8B, ROWS, None, on("h100")).fits
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+def test_each_stage_of_zero_shares_more(kind: str) -> None:
+    """ZeRO, arXiv 1910.02054, figure 1: states of all weights, over 8 workers."""
+    order = ["ddp", "zero1", "zero2", "zero3"]
+    full = spec(**FULL, optim={"lr": 1e-5}, num_workers=8, gpus_per_worker=1)
+
+    def states(strategy: str) -> int:
+        plan = predict_training(full.with_({"strategy.kind": strategy}), LLAMA_8B, ROWS, value_bytes=2)
+        return sum(plan.part(name) for name in ("trained weights", "gradients", "optimizer"))
+
+    assert states(kind) < states(order[order.index(kind) - 1])
+    if kind == "zero3":  # bf16 weights and gradients, fp32 weights and two moments: 16 bytes a weight over 8 workers
+        assert states(kind) == pytest.approx(16 * LLAMA_8B.params / 8, rel=1e-6)
+
+
+def test_offloading_moves_the_optimizer_to_the_host() -> None:
+    full = spec(**FULL, optim={"lr": 1e-5}, num_workers=8, gpus_per_worker=1)
+    stays = predict_training(full.with_({"strategy": {"kind": "zero2"}}), LLAMA_8B, ROWS, value_bytes=2)
+    moved = predict_training(
+        full.with_({"strategy": {"kind": "zero2", "offload_optimizer": "cpu"}}), LLAMA_8B, ROWS, value_bytes=2
+    )
+    assert moved.part("optimizer") == 0
+    assert dict(moved.host)["offloaded"] == stays.part("optimizer")
+
+
+def test_a_gpu_without_bfloat16_computes_in_float32_or_is_refused() -> None:
+    plan = plan_training(spec(gpus_per_worker=1), SMOLLM2, ROWS, None, on("t4").at(QuantSpec()))
+    assert any("no bfloat16" in warning for warning in plan.warnings)
+    with pytest.raises(BaseModelError, match="SM 7.0"):
+        on("v100").at(QuantSpec(dtype="bfloat16"))
+    assert on("a100-40").at(QuantSpec()).value_bytes == 2
+
+
+def test_int8_is_advised_against() -> None:
+    [warning] = plan_training(spec(quant={"kind": "int8"}), SMOLLM2, RowSizes.at_most(64), None, MACHINE).warnings
+    assert "int8" in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80"),
+        ("A100-80G", None, "a100-80"),
+        ("Tesla T4", 14.6, "t4"),
+        ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA GeForce RTX 4090", 23.5, "rtx4090"),
+        ("AMD Instinct MI300X", 192.0, None),
+    ],
+)
+def test_gpus_are_known_by_the_names_of_driver_and_ray(name: str, memory: float | None, expected: str | None) -> None:
+    found = gpu_called(name, memory)
+    assert (found.name if found else None) == expected
+
+
+def test_an_unknown_gpu_is_refused_and_a_file_of_its_figures_taken(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--gpu rtx4090"):
+        named_gpu("rtx49")
+    file = tmp_path / "card.yaml"
+    file.write_text("{memory_gib: 47.5, sm: 8.9, tflops: 181, fp32_tflops: 91, gbytes_per_s: 960}", encoding="utf-8")
+    assert named_gpu(str(file)).memory_bytes == int(47.5 * GIB)
+    file.write_text("{memory: 47.5}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="memory_gib"):
+        named_gpu(str(file))
+
+
+def test_a_spec_is_planned_for_gpus_from_a_laptop(tmp_path: Path) -> None:
+    [plan] = plan_spec(task(tmp_path / "task"), Path(), GPUS["h100"], 2)
+    assert (plan.processes, plan.fits) == (2, True)
+    assert plan.step_s is not None
+    assert plan.step_s > 0
+
+
+def test_a_run_settles_once_and_goes_on_as_it_began(tmp_path: Path) -> None:
+    asked = task(tmp_path / "task", **{"optim.micro_batch": "auto", "optim.gradient_checkpointing": "auto"})
+    run = Run.of(asked)
+    first = run.settled()
+    assert isinstance(first.spec.optim.micro_batch, int)
+    assert first.spec.optim.gradient_checkpointing is False
+    assert first.spec.quant.resident == "dequantised"
+    assert len(first.notes) == 3
+    assert run.paths.run_id == Run.of(first.spec).paths.run_id, "what auto became is no part of a run's identity"
+    recorded = first.spec.with_({"optim.micro_batch": 1})
+    run.paths.store.write_bytes(yaml.safe_dump(recorded.model_dump(mode="json")).encode(), *run.paths.spec())
+    again = run.settled()
+    assert again.spec.optim.micro_batch == 1
+    assert "as the run began" in again.notes[0]

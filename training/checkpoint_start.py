@@ -1,0 +1,133 @@
+"""Where a worker begins: the newest whole checkpoint whose every file is as it was recorded, the same on all ranks."""
+
+import functools
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftwork.errors import ConfigError, GraftworkError
+from graftwork.storage import RunPaths
+from graftwork.training.checkpoint import CheckpointMark, Checkpoints
+from graftwork.training.job import TrainJob
+from graftwork.training.ranks import attempt, from_rank_0, of_all, rank_and_world
+from graftwork.training.spec import TrainSpec
+
+STARTS = "starts.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a worker goes on from."""
+
+    mark: CheckpointMark | None = None
+    """None begins at the beginning."""
+    folder: Path | None = None
+    """The checkpoint's files on this machine."""
+    notes: tuple[str, ...] = ()
+    sends: bool = True
+    """This rank sends the checkpoints of its machine."""
+
+    @property
+    def step(self) -> int:
+        """Steps done before."""
+        return self.mark.step if self.mark else 0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training before."""
+        return self.mark.elapsed_s if self.mark else 0.0
+
+    def require_loadable(self, spec: TrainSpec, world: int) -> None:
+        """Raise ConfigError when the strategy can't go on from the checkpoint."""
+        asked, mark = spec.strategy.kind, self.mark
+        if mark is not None and mark.strategy != asked:
+            raise ConfigError(
+                f"strategy.kind={asked}", f"the checkpoint of step {mark.step} was written by strategy {mark.strategy}",
+                "optimizer states are kept in their strategy's form", f"--set strategy.kind={mark.strategy}",
+            )  # fmt: skip
+        if mark is not None and asked.startswith("zero") and mark.world_size != world:
+            raise ConfigError(
+                f"strategy.kind={asked} on {world} workers",
+                f"the checkpoint of step {mark.step} holds the shards of {mark.world_size} workers",
+                "DeepSpeed loads shards with as many workers as wrote them", f"--set num_workers={mark.world_size}",
+            )  # fmt: skip
+
+
+def agreed_start(job: TrainJob) -> Start:
+    """Collective; clears what killed runs left, brings the checkpoint to each machine, notes the start in starts.json.
+
+    Raises StorageError on all ranks alike.
+    """
+    if job.run is None:
+        return Start()
+    checkpoints, world = Checkpoints(job.run), rank_and_world()[1]
+    sends = _sends_its_folder(checkpoints)
+    if sends:
+        checkpoints.clear_cache()
+
+    def whole() -> list[CheckpointMark]:
+        checkpoints.clear_unfinished()
+        return checkpoints.marks()
+
+    notes: list[str] = []
+    for mark in reversed(from_rank_0(whole)):
+        folder, damage = checkpoints.folder(mark.step), _damage(checkpoints, mark, fetch=sends)
+        if not damage:
+            start = Start(mark, folder, (*notes, *_notes(mark, world)), sends)
+            break
+        notes.append(f"the checkpoint of step {mark.step} is damaged ({damage[0]}) and was left out")
+        from_rank_0(functools.partial(checkpoints.drop, mark.step))
+    else:
+        start = Start(notes=tuple(notes), sends=sends)
+    from_rank_0(functools.partial(_note_start, job.run, start, world))
+    return start
+
+
+def starts(run: RunPaths) -> list[dict[str, object]]:
+    """Every time that the run's workers began: when, after which step, how many, with which notes."""
+    key = run.file(STARTS)
+    found: list[dict[str, object]] = run.store.read_json(*key) if run.store.exists(*key) else []
+    return found
+
+
+def _damage(checkpoints: Checkpoints, mark: CheckpointMark, *, fetch: bool) -> list[str]:
+    """What is wrong with a checkpoint's files on any machine. Collective; those who `fetch` bring and check them."""
+    outcomes = of_all(attempt(lambda: checkpoints.fetch(mark) if fetch else []))
+    for outcome in outcomes:
+        if isinstance(outcome, GraftworkError):
+            raise outcome
+    return [found for outcome in outcomes if isinstance(outcome, list) for found in outcome]
+
+
+def _note_start(run: RunPaths, start: Start, world: int) -> None:
+    begun = {"at": round(time.time(), 3), "step": start.step, "workers": world, "notes": list(start.notes)}
+    run.store.write_json([*starts(run), begun], *run.file(STARTS))
+
+
+def _notes(mark: CheckpointMark, world: int) -> list[str]:
+    if mark.world_size == world:
+        return []
+    return [
+        f"step {mark.step} was reached by {mark.world_size} workers, {world} go on: the same rows a step; "
+        "random numbers (dropout) are drawn anew"
+    ]
+
+
+def _sends_its_folder(checkpoints: Checkpoints) -> bool:
+    """Whether this rank is the first of those that share its folder: each machine's files are sent once. Collective.
+
+    Every rank leaves a mark; who sees a smaller rank's mark beside its own leaves the sending to that one.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return True
+    token = from_rank_0(lambda: secrets.token_hex(4))
+    folder = checkpoints.work_dir()
+    own = folder / f".tmp-here-{token}-{rank}"
+    own.touch()
+    of_all(rank)
+    seen = [int(path.name.rpartition("-")[2]) for path in folder.glob(f".tmp-here-{token}-*")]
+    of_all(rank)
+    own.unlink()
+    return min(seen) == rank
