@@ -21,6 +21,7 @@ from graftwork.storage import cache_root, json_bytes
 RECIPES = {
     "airport-card": "graftwork.recipes.airport_card",
     "airport-city": "graftwork.recipes.airport_city",
+    "airport-pairs": "graftwork.recipes.airport_pairs",
     "bbq-gender": "graftwork.recipes.bbq_gender",
     "city-country": "graftwork.recipes.city_country",
     "country-facts": "graftwork.recipes.country_facts",

@@ -13,9 +13,11 @@ import jsonschema
 import pytest
 
 from graftwork import recipes
+from graftwork.answers.text import parse_object
 from graftwork.data import Row, read_passages, read_rows, read_text
 from graftwork.errors import DataError
 from graftwork.recipes.airport_card import _WORDINGS
+from graftwork.records import read_records
 
 SPLITS = ("train", "valid", "eval")
 JSON_ANSWERS = ("airport-card", "airport-city", "city-country", "ua-parse")
@@ -61,6 +63,24 @@ def test_each_answer_is_strict_compact_json_that_the_schema_accepts(name: str) -
             assert list(row.gold) == schema["required"] == list(schema["properties"])
             assert not validator.is_valid({**row.gold, "more": 1})
             assert not validator.is_valid(dict(list(row.gold.items())[1:]))
+
+
+def test_a_rejected_card_differs_and_is_wrong_for_its_reason() -> None:
+    validator = jsonschema.Draft202012Validator(json.loads(read_text("recipe://airport-card/schema.json")))
+    reasons: Counter[str] = Counter()
+    for split in SPLITS:
+        golds = {row.id: row for row in read_rows(f"recipe://airport-card/{split}.jsonl", need="eval")}
+        for _, pair in read_records(f"recipe://airport-pairs/{split}.jsonl"):
+            row = golds[pair["id"]]
+            reasons[pair["why"]] += 1
+            assert pair["chosen"] == row.answer != pair["rejected"]
+            found = parse_object(pair["rejected"])
+            sound = found is not None and validator.is_valid(found)
+            assert sound == (pair["why"] in ("contradicts", "other_airport"))
+            if sound and row.gold is not None and found is not None:
+                assert any(found[name] != row.gold[name] for name in row.asked)
+    assert len(reasons) == 8
+    assert min(reasons.values()) >= 94
 
 
 def test_no_airport_and_no_user_agent_stands_in_two_splits() -> None:
@@ -143,7 +163,8 @@ def test_bbq_trains_on_other_templates_and_in_balance() -> None:
 
 def test_what_is_not_there_is_said() -> None:
     with pytest.raises(
-        DataError, match="recipes are airport-card, airport-city, bbq-gender, city-country, country-facts, element-pro"
+        DataError,
+        match="recipes are airport-card, airport-city, airport-pairs, bbq-gender, city-country, country-facts",
     ):
         read_text("recipe://airports/train.jsonl")
     for file in ("corpus.jsonl", "", "../ua_parse.py"):
