@@ -10,7 +10,8 @@ from graftwork.memory import RowSizes
 from graftwork.model_shape import ModelShape
 from graftwork.plan import Machine, plan_training
 from graftwork.report import BuiltReport, build
-from graftwork.report.outcome_records import OutcomesReport
+from graftwork.report.outcome_records import Change, OutcomesReport
+from graftwork.report.outcomes import PARTS
 from graftwork.report.records import PlanRow, Series, TrainRun
 from graftwork.report.whole import ReportInput
 from graftwork.storage import RunPaths
@@ -59,12 +60,16 @@ def sentence(spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | No
         last = f"; held-out loss {report.eval_loss[-1][1]:.3f}" if report.eval_loss else ""
         return (f"{report.steps} steps on {report.rows} rows, loss {report.train_loss[-1][1]:.3f}{last}. What the base "
                 "forgot was not measured: --set outcomes.retention={}")  # fmt: skip
-    told = {"better": "gained", "worse": "lost", "undecided": "not told apart"}
-    found = [(told[change.verdict], f"{change.part}{f' {change.group}' if change.group else ''} {change.metric}")
-             for change in outcomes.changes if change.verdict in told]  # fmt: skip
-    parts = [f"{word}: {', '.join(name for said, name in found if said == word)}" for word in told.values()
-             if any(said == word for said, _ in found)]  # fmt: skip
+    told = {"better": "gained", "worse": "lost", "undecided": "no change shown"}
+    named = {verdict: [_named(change) for change in outcomes.changes if change.verdict == verdict] for verdict in told}
+    parts = [f"{word}: {', '.join(named[verdict])}" for verdict, word in told.items() if named[verdict]]
     return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
+
+
+def _named(change: Change) -> str:
+    """`General text (nats)`, as in the page's headings."""
+    group = f", {change.group}" if change.group else ""
+    return f"{PARTS[change.part].lower()}{group} ({change.metric.replace('_', ' ')})"
 
 
 def _series(steps: Sequence[StepReport]) -> tuple[Series, ...]:

@@ -23,6 +23,7 @@ from graftwork.cli.output import (
 )
 from graftwork.cli.plans import plan
 from graftwork.cli.quantizing import quantize
+from graftwork.cli.rebasing import rebase, run_curve
 from graftwork.cli.studying import study
 from graftwork.errors import ConfigError
 
@@ -33,16 +34,26 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the stage verbs to the command line."""
-    for command in (plan, tune, train, serve, compare, quantize, chat, demo, study):
+    for command in (plan, tune, train, serve, compare, quantize, chat, demo, study, rebase):
         app.command()(command)
 
 
-def train(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+def train(
+    file: SpecFile,
+    on: On = "local",
+    sets: Sets = [],  # noqa: B006
+    curve: Annotated[
+        str | None, typer.Option("--curve", metavar="N,N,...", help="Train on the first so many rows, a run a size.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Train one adapter and publish it. A finished run is reused; an unfinished one goes on."""
     from graftwork.training.spec import TrainSpec
 
     spec = config.load(file, sets, expect="train")
     assert isinstance(spec, TrainSpec)
+    if curve is not None:
+        return run_curve(spec, curve, on, as_json)
     from graftwork.cluster.session import session
     from graftwork.training.run import check, train
 

@@ -81,7 +81,7 @@ def _curve(points: Sequence[tuple[int, Level]], name: str, *, share: bool) -> Ch
     drawn = [(float(rows), level.low, level.value, level.high) for rows, level in points]
     plot = band_chart(drawn, x, y, {}, f"{name} by examples")
     x_ticks = tuple((x(rows), f"{rows:g}") for rows, _ in points)
-    return Chart(plot, "training examples", x_ticks, name, tuple((y(t), f"{t:.3g}") for t in ticks(y.low, y.high)))
+    return Chart(plot, "training examples", x_ticks, name, tuple((y(t), f"{t:.3g}") for t in ticks(y.low, y.high, 5)))
 
 
 def rebased_tracks(task: Rebased) -> tuple[Markup, Markup]:

@@ -14,17 +14,22 @@ from scipy import stats as scipy_stats
 from graftwork import base_model
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import CHOICE, NATS
+from graftwork.report import ReportInput, render_html
+from graftwork.stats import Floats
 from graftwork.training.job import TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.outcomes import instructions, record
 from graftwork.training.outcomes.changes import outcomes_report
+from graftwork.training.outcomes.curve import curve_report, curve_specs
 from graftwork.training.outcomes.paired import level, paired
 from graftwork.training.outcomes.parts import Item, Part, Said, shares
 from graftwork.training.outcomes.probes import Probe, probes_of
+from graftwork.training.outcomes.told import TaskScores
 from graftwork.training.outcomes.weigh import answers
+from graftwork.training.records import TrainReport
 from graftwork.training.run import Run
 from graftwork.training.spec import TrainSpec
-from tests.training import task
+from tests.training import pair_task, task
 
 CHOICES: list[dict[str, Any]] = [
     {"id": f"q{n}", "messages": [{"role": "user", "content": f"Which is {n}?"}], "doc_id": f"d{n // 4}",
@@ -194,6 +199,16 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(folder: Path,
     with pytest.raises(DataError, match="without a gold object"):
         probes_of(spec.with_({"outcomes.task.metric": "both"}))
     assert probes_of(task(folder)) == []
+    with pytest.raises(DataError, match=r"outcomes, .*eval\.jsonl, row row1000: gold\.choices"):
+        probes_of(task(folder, outcomes={"retention": {"choices": str(gold_rows(folder))}}))
+
+
+def gold_rows(folder: Path) -> Path:
+    """The held-out rows, each with a gold object that lists no choices."""
+    path = folder / "gold-eval.jsonl"
+    rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps({**row, "gold": {"colour": "red"}}) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def sides(probe: Probe, said: Sequence[Said]) -> dict[str, list[float]]:
@@ -219,3 +234,40 @@ def test_choices_and_pairs_are_scored_by_hand(measured: tuple[Run, dict[str, rec
     assert found["pair_gap"] == pytest.approx([0.75] * (len(lean) // 2))
     assert found["pair_bias"] == [1.0] * (len(lean) // 2)
     assert not math.isnan(sum(found["pair_gap"]))
+
+
+def curve_of(falls: Sequence[float], spec: TrainSpec, probe: Probe) -> Any:
+    """A curve whose held-out loss falls by so much from size to size, with some noise a question."""
+    chance, n = np.random.default_rng(3), len(probe.units)
+    losses = [3.0 - sum(falls[:size]) for size in range(len(falls) + 1)]
+    values: list[dict[str, Floats]] = [
+        {"nats": np.asarray(chance.normal(loss, 0.02, n)), "exact": np.zeros(n)} for loss in losses
+    ]
+    scores = [TaskScores(probe, one) for one in values]
+    reports = [TrainReport(f"run-{n}", "a@b", "b", False, 1, n, 0, 1, 1.0, 1.0, ((1, 1.0),), (), (1,), (0,))
+               for n in range(len(losses))]  # fmt: skip
+    return curve_report(spec, [50 * 2**n for n in range(len(losses))], reports, scores)
+
+
+def test_a_curve_tells_whether_more_examples_would_help(measured: tuple[Run, dict[str, record.PartOutcome]]) -> None:
+    run, _ = measured
+    probe = next(one for one in run.probes if one.part.name == "task")
+    still = curve_of([0.5, 0.4], run.spec, probe)
+    assert still.sentence.startswith("More examples would still help: from 100 to 200")
+    assert [step.verdict for step in still.steps] == ["better", "better"]
+    flat = curve_of([0.5, 0.0, 0.0], run.spec, probe)
+    assert flat.sentence.startswith("Flat from 100 examples on")
+    page = render_html(ReportInput(title="curve", created_at="2026-01-01", verdict=flat.sentence, curve=flat))
+    assert "not told apart" in page
+    assert "helped" in page
+
+
+def test_sizes_are_refused_before_anything_starts(folder: Path) -> None:
+    plain = task(folder)
+    for sizes, found in (([40], "one size alone"), ([40, 20], "do not rise"), ([20, 400], "has 48 rows")):
+        with pytest.raises(ConfigError, match=found):
+            curve_specs(plain, sizes)
+    assert [one.data.train_rows for one in curve_specs(plain, [10, 20])] == [10, 20]
+    assert {one.alias for one in curve_specs(plain, [10, 20])} == {None}
+    with pytest.raises(ConfigError, match=r"--curve 10,20: outcomes\.task: objective\.kind=dpo"):
+        curve_specs(pair_task(folder), [10, 20])

@@ -67,9 +67,10 @@ def probes_of(spec: TrainSpec) -> list[Probe]:
 
 def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
     if spec.data.eval is None or spec.objective.kind not in WRITTEN_KINDS:
-        found = "data.eval is not given" if spec.data.eval is None else f"objective.kind={spec.objective.kind}"
-        raise ConfigError("outcomes.task", found, "the task's metric is measured on held-out conversations",
-                          "give data.eval, or leave out outcomes.task: the held-out loss is told anyway")  # fmt: skip
+        missing, kind = "data.eval is not given", f"objective.kind={spec.objective.kind}"
+        raise ConfigError("outcomes.task", missing if spec.data.eval is None else kind,
+                          f"held-out conversations are answered (kinds {', '.join(WRITTEN_KINDS)})",
+                          "give data.eval" if spec.data.eval is None else "leave out outcomes.task")  # fmt: skip
     rows = data.read_rows(spec.data.eval, limit=min(asked.rows, spec.data.eval_rows or asked.rows), need="train")
     schema = AnswerSchema.load(asked.answer_schema) if asked.answer_schema else None
     keys = [Key.of(row) for row in rows] if all(row.gold for row in rows) else []
@@ -123,13 +124,14 @@ def _retention(asked: RetentionSpec, template: Template) -> list[Probe]:
     if asked.choices:
         rows = data.read_rows(asked.choices, limit=asked.choice_rows, need="eval")
         about = f"{asked.choices}, likeliest choice"
-        found.append(_choices("choices", rows, [""] * len(rows), None, template, about, fair=False))
+        chosen = [(row, _read(asked.choices, row)) for row in rows]
+        found.append(_choices("choices", chosen, [""] * len(rows), None, template, about, fair=False))
     return [*found, _instructions(asked.max_new_tokens, template)] if asked.instructions else found
 
 
 def _text(uri: str, limit: int, template: Template) -> Probe:
     rows = data.read_rows(uri, limit=limit, need="eval")
-    texts = [(row.id, template.encode(Choices.of(row).texts[0])) for row in rows]
+    texts = [(row.id, template.encode(_read(uri, row).texts[0])) for row in rows]
     items = [Item(name, (ids[0],), (tuple(ids[1:TEXT_TOKENS]),)) for name, ids in texts if len(ids) > 1]
     cut = sum(len(ids) > TEXT_TOKENS for _, ids in texts)
 
@@ -143,10 +145,10 @@ def _text(uri: str, limit: int, template: Template) -> Probe:
 
 
 def _choices(
-    name: str, rows: Sequence[Row], groups: Sequence[str], system: str | None, template: Template, about: str, *,
-    fair: bool,
+    name: str, asked: Sequence[tuple[Row, Choices]], groups: Sequence[str], system: str | None, template: Template,
+    about: str, *, fair: bool,
 ) -> Probe:  # fmt: skip
-    choices = [Choices.of(row) for row in rows]
+    rows, choices = [row for row, _ in asked], [choice for _, choice in asked]
     items = [
         Item(row.id, _asked(row.question, system, template),
              tuple(tuple(template.continuation_ids(text)) for text in choice.texts))
@@ -186,7 +188,8 @@ def _fairness(asked: FairnessSpec, template: Template) -> list[Probe]:
     groups = data.read_fields(asked.eval, [asked.by])[asked.by] if asked.by else ("",) * len(rows)
     kept = [at for at in range(len(rows)) if groups[:at].count(groups[at]) < asked.rows]
     about = f"{asked.eval}, likeliest choice by mean log-probability a token, clustered by doc_id"
-    found = _choices("fairness", [rows[at] for at in kept], [groups[at] for at in kept], asked.system, template, about,
+    chosen = [(rows[at], _read(asked.eval, rows[at])) for at in kept]
+    found = _choices("fairness", chosen, [groups[at] for at in kept], asked.system, template, about,
                      fair=True)  # fmt: skip
     return [found, _pairs(template)] if asked.pairs else [found]
 
@@ -210,6 +213,14 @@ def _pairs(template: Template) -> Probe:
     units = [pair.id.rsplit("-", 2)[0] for pair in made]
     return _probe("pairs", items, (metrics.PAIR_GAP, metrics.PAIR_BIAS), score, template, about, units=units,
                   groups=[pair.axis for pair in made])  # fmt: skip
+
+
+def _read(uri: str, row: Row) -> Choices:
+    """The row's choices; its file is named where it has none."""
+    try:
+        return Choices.of(row)
+    except DataError as error:
+        raise DataError(f"outcomes, {uri}, {error.asked}", error.found, error.rule, error.next_move) from None
 
 
 def _asked(question: Sequence[Message], system: str | None, template: Template) -> tuple[int, ...]:
