@@ -8,6 +8,7 @@ from graftwork import artifact, base_model
 from graftwork.cluster.session import Session
 from graftwork.errors import ArtifactError, ConfigError
 from graftwork.storage import Store
+from graftwork.training.outcomes.curve import curve, write_curve
 from graftwork.training.outcomes.rebase import RebaseAsk, pairs_of, rebase, write_rebase
 from graftwork.training.run import train
 from graftwork.training.spec import TrainSpec
@@ -62,3 +63,16 @@ def test_what_cannot_be_rebased_is_refused_before_a_start(trained: tuple[TrainSp
         pairs_of(RebaseAsk(spec.root, new_base, ("colours@latest", "colours@latest")))
     with pytest.raises(ArtifactError, match="prod"):
         pairs_of(RebaseAsk(spec.root, new_base, ("colours@prod",)))
+
+
+@pytest.mark.soak
+def test_a_curve_is_made_of_ordinary_runs(trained: tuple[TrainSpec, str]) -> None:
+    spec = trained[0].with_({"optim.lr": 5e-3, "optim.epochs": 4})
+    report = curve(spec, [8, 24])
+    assert [point.rows for point in report.points] == [8, 24]
+    assert report.points[1].loss.value < report.points[0].loss.value
+    assert report.steps[0].loss.value == pytest.approx(report.points[1].loss.value - report.points[0].loss.value)
+    assert [point.reused for point in curve(spec, [8, 24]).points] == [True, True]
+    plain = train(spec.with_({"data.train_rows": 24, "alias": None}))
+    assert (plain.reused, plain.run_id) == (True, report.points[1].run_id)
+    assert report.sentence in Path(write_curve(spec, report).html_uri).read_text(encoding="utf-8")
