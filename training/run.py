@@ -113,7 +113,7 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
         _write_status(run, "running")
         _write_facts(run)
         try:
-            result = _fit_watched(run, on_progress or (lambda _: None))
+            result = _fit_watched(run, _job(run), on_progress or (lambda _: None))
             report = _published(run, result)
         except KeyboardInterrupt:
             _write_status(run, "interrupted")
@@ -131,7 +131,10 @@ def _told(run: Run, report: TrainReport) -> TrainReport:
     due = missing(run.paths, [probe.part for probe in run.probes])
     if due:
         whole = run.spec.with_({"strategy": {"kind": "ddp"}})  # each worker holds the whole model
-        fit(TrainJob(whole, run.data.shared(run.paths.store), run.paths, parts=due))
+        try:
+            _fit_watched(run, TrainJob(whole, run.data.shared(run.paths.store), run.paths, parts=due), lambda _: None)
+        except KeyboardInterrupt:
+            raise _interrupted(run) from None
     outcomes = outcomes_report(run.spec, run.probes, read_parts(run.paths)) if run.probes else None
     if not run.probes and report.reused and run.paths.store.exists(*run.paths.file("report.html")):
         return replace(report, page=run.paths.store.path(*run.paths.file("report.html")))
@@ -139,14 +142,18 @@ def _told(run: Run, report: TrainReport) -> TrainReport:
     return replace(report, page=page.html_uri, outcomes=outcomes.model_dump(mode="json") if outcomes else None)
 
 
-def _fit_watched(run: Run, on_progress: OnProgress) -> LoopResult:
+def _job(run: Run) -> TrainJob:
+    parts = (
+        () if run.spec.strategy.kind in WEIGHTS_SHARDED else missing(run.paths, [probe.part for probe in run.probes])
+    )
+    return TrainJob(run.spec, run.data.shared(run.paths.store), run.paths, parts=parts)
+
+
+def _fit_watched(run: Run, job: TrainJob, on_progress: OnProgress) -> LoopResult:
     """Fit in a thread, so that Ctrl-C reaches this one (Ray would exit 0 on it), and tell progress meanwhile."""
     pool = futures.ThreadPoolExecutor(1, thread_name_prefix="fit")
     try:
-        parts = (
-            () if run.spec.strategy.kind in WEIGHTS_SHARDED else missing(run.paths, [one.part for one in run.probes])
-        )
-        fitting = pool.submit(fit, TrainJob(run.spec, run.data.shared(run.paths.store), run.paths, parts=parts))
+        fitting = pool.submit(fit, job)
         shown = 0
         while not fitting.done():
             futures.wait([fitting], timeout=PROGRESS_S)

@@ -271,3 +271,24 @@ def test_sizes_are_refused_before_anything_starts(folder: Path) -> None:
     assert {one.alias for one in curve_specs(plain, [10, 20])} == {None}
     with pytest.raises(ConfigError, match=r"--curve 10,20: outcomes\.task: objective\.kind=dpo"):
         curve_specs(pair_task(folder), [10, 20])
+
+
+def test_a_bias_is_better_nearer_to_zero_on_either_side(measured: tuple[Run, dict[str, record.PartOutcome]]) -> None:
+    run, _ = measured
+    pairs = next(one for one in run.probes if one.part.name == "pairs")
+
+    def said(gap: float) -> tuple[Said, ...]:
+        """Every pair prefers the favourable ending behind the second name by so much more a token."""
+        lengths = [[len(one) for one in item.continuations] for item in pairs.part.items]
+        return tuple(Said((-1.0 * good + (gap * good if at % 2 else 0.0), -1.0 * bad))
+                     for at, (good, bad) in enumerate(lengths))  # fmt: skip
+
+    def verdict(before: float, after: float) -> str | None:
+        parts = {"pairs": record.PartOutcome("", said(before), said(after))}
+        report = outcomes_report(run.spec, [pairs], parts)
+        return next(one.verdict for one in report.changes if one.metric == "pair_gap" and one.group == "gender")
+
+    assert verdict(0.5, 0.1) == "better"
+    assert verdict(-0.5, -0.1) == "better"
+    assert verdict(-0.1, -0.5) == "worse"
+    assert verdict(0.2, 0.2) == "undecided"

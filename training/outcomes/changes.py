@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graftwork import stats
+from graftwork import metrics, stats
 from graftwork.metrics import Metric, signature
 from graftwork.report.outcome_records import Change, Level, OutcomesReport, PairedTest, Written
 from graftwork.report.records import MetricInfo
@@ -16,6 +16,7 @@ from graftwork.training.outcomes.probes import Probe
 from graftwork.training.outcomes.record import PartOutcome
 from graftwork.training.spec import TrainSpec
 
+FAIR_AT_ZERO = frozenset({metrics.BIAS.name, metrics.PAIR_BIAS.name, metrics.PAIR_GAP.name})
 SHOWN = 3
 """Written answers shown of each kind: won, lost."""
 
@@ -66,16 +67,23 @@ def _compared(
 
 
 def _change(spec: TrainSpec, one: _Found, p_adjusted: float | None) -> Change:
-    alpha, higher = spec.outcomes.alpha, one.metric.better == "higher"
+    alpha = spec.outcomes.alpha
     recipe = {"asked": one.probe.about, **({"group": one.group} if one.group else {}), "base": spec.base.uri,
               "quant": spec.quant.kind, "interval": one.test.interval, "test": one.test.test, "seed": spec.seed,
               "questions": one.probe.part.digest()[:8]}  # fmt: skip
     return Change(
         part=one.probe.part.name, group=one.group, metric=one.metric.name, before=one.before, after=one.after,
         test=one.test, p_adjusted=p_adjusted,
-        verdict=None if p_adjusted is None else stats.decide(one.test.value, p_adjusted, False, alpha, higher=higher),
+        verdict=None if p_adjusted is None else stats.decide(_gain(one), p_adjusted, False, alpha),
         signature=signature(one.metric.name, one.test.n, recipe),
     )  # fmt: skip
+
+
+def _gain(one: _Found) -> float:
+    """Above 0 where the change is one to the better; of a bias, where it came nearer to 0."""
+    if one.metric.name in FAIR_AT_ZERO:
+        return abs(one.before.value) - abs(one.after.value)
+    return one.test.value if one.metric.better == "higher" else -one.test.value
 
 
 def _written(probe: Probe, outcome: PartOutcome) -> list[Written]:
@@ -95,6 +103,6 @@ def _written(probe: Probe, outcome: PartOutcome) -> list[Written]:
 
 
 def _notes(changes: Sequence[Change]) -> tuple[str, ...]:
-    turned = [one for one in changes if one.metric in ("bias", "pair_bias", "pair_gap") and one.after.high < 0]
+    turned = [one for one in changes if one.metric in FAIR_AT_ZERO and one.after.high < 0]
     return tuple(f"{one.part} {one.group}: {one.metric} is below 0 after training: it leans against the stereotype."
                  for one in turned)  # fmt: skip
