@@ -40,8 +40,11 @@ def part_rows(report: OutcomesReport) -> list[tuple[str, list[ChangeRow]]]:
 
 def _row(change: Change, report: OutcomesReport) -> ChangeRow:
     same = [one for one in report.changes if one.metric == change.metric and one.part == change.part]
-    kind = next(info.kind for info in report.metrics if info.name == change.metric)
-    scale = level_scale([level for one in same for level in (one.before, one.after)], share=kind == "binary")
+    info = next(info for info in report.metrics if info.name == change.metric)
+    scale = level_scale(
+        [level for one in same for level in (one.before, one.after)],
+        share=info.kind == "binary" or (info.kind == "graded" and info.better == "higher"),
+    )
     sides = [interval_track(Mark(level.value, level.low, level.high, style, title(level)), scale, None)
              for level, style in ((change.before, "prompt"), (change.after, "finetune"))]  # fmt: skip
     axis = tuple((scale(at), f"{at:g}".replace("-", "−")) for at in ticks(scale.low, scale.high, 3))

@@ -10,7 +10,6 @@ from graftwork.metrics import Metric, signature
 from graftwork.report.outcome_records import Change, Level, OutcomesReport, PairedTest, Written
 from graftwork.report.records import MetricInfo
 from graftwork.stats import Floats
-from graftwork.training.outcomes.instructions import INSTRUCTIONS
 from graftwork.training.outcomes.paired import level, paired
 from graftwork.training.outcomes.probes import Probe
 from graftwork.training.outcomes.record import PartOutcome
@@ -88,15 +87,14 @@ def _gain(one: _Found) -> float:
 
 def _written(probe: Probe, outcome: PartOutcome) -> list[Written]:
     """Some answers that were won and some that were lost, of parts that write."""
-    if not any(item.write for item in probe.part.items):
+    if not probe.prompts:
         return []
     own = probe.metrics[0].name
     before, after = probe.scores(outcome.before)[own], probe.scores(outcome.after)[own]
-    prompts = {one.id: one.prompt for one in INSTRUCTIONS}
     told = [
-        Written(part=probe.part.name, prompt=prompts.get(item.id, item.id), before=outcome.before[at].text,
+        Written(part=probe.part.name, prompt=probe.prompts[at], before=outcome.before[at].text,
                 after=outcome.after[at].text, held_before=before[at] == 1, held_after=after[at] == 1)
-        for at, item in enumerate(probe.part.items) if before[at] != after[at]
+        for at in range(len(before)) if before[at] != after[at]
     ]  # fmt: skip
     lost, won = ([one for one in told if one.held_before == side] for side in (True, False))
     return lost[:SHOWN] + won[:SHOWN]

@@ -4,13 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from graftwork import stats
+from graftwork import metrics, stats
 from graftwork.metrics import Metric
 from graftwork.report.outcome_records import Level, PairedTest
 from graftwork.stats import Floats, Interval
-
-LOWEST = {"binary": 0.0, "graded": -1.0, "measure": -1.0}
-"""Of a mean's interval; that of a difference is -1, in units of the largest value for measures."""
 
 
 def level(values: Floats, metric: Metric, units: Sequence[str], alpha: float, seed: int) -> Level:
@@ -19,7 +16,7 @@ def level(values: Floats, metric: Metric, units: Sequence[str], alpha: float, se
     if metric.kind == "binary" and not _clustered(units):
         found = stats.wilson(int(np.sum(values)), len(values), alpha)
     else:
-        found = _bootstrap(values, units, alpha, LOWEST[metric.kind], seed)
+        found = _bootstrap(values, units, alpha, _lowest(metric), seed)
     return Level(value=mean, low=found.low, high=found.high)
 
 
@@ -43,6 +40,11 @@ def paired(a: Floats, b: Floats, metric: Metric, units: Sequence[str], alpha: fl
         n=count, questions=len(gap), value=float(np.mean(gap)), low=interval.low, high=interval.high,
         interval=names[0], test=names[1], p_value=p_value, detects=stats.mde_graded(count, sd, alpha),
     )  # fmt: skip
+
+
+def _lowest(metric: Metric) -> float:
+    """Of its values; of a measure in units of the largest."""
+    return 0.0 if metric.kind == "binary" or (metric.kind == "graded" and metric.unit != metrics.BIAS.unit) else -1.0
 
 
 def _clustered(units: Sequence[str]) -> bool:

@@ -1,7 +1,7 @@
 """A spec's outcomes as questions and as what scores them. In the driver, before any worker starts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,6 +45,8 @@ class Probe:
     """What was asked, in words that a number can carry."""
     main: int = 1
     """So many of the first metrics are tested; the others are shown beside them."""
+    prompts: tuple[str, ...] = ()
+    """What is asked, for people; of parts that write."""
 
     def scores(self, said: Sequence[Said]) -> Mapping[str, Floats]:
         """Metric -> a value a question."""
@@ -94,7 +96,8 @@ def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
     own = (metrics.BOTH if keys else metrics.EXACT) if asked.metric == "auto" else _named(asked.metric)
     others = [one for one in (*known, metrics.EXACT, metrics.NATS) if one != own]
     about = f"{spec.data.eval}, greedy, at most {asked.max_new_tokens} tokens"
-    return _probe("task", items, (own, *others), score, template, about, units=[row.id for row in rows])
+    found = _probe("task", items, (own, *others), score, template, about, units=[row.id for row in rows])
+    return replace(found, prompts=tuple(row.question[-1].content for row in rows))
 
 
 def _named(name: str) -> Metric:
@@ -180,7 +183,8 @@ def _instructions(write: int, template: Template) -> Probe:
         return {"follows": [float(rule.follows(one.text)) for rule, one in zip(INSTRUCTIONS, said, strict=True)]}
 
     about = f"{len(items)} prompts of graftwork, greedy, at most {write} tokens"
-    return _probe("instructions", items, (metrics.FOLLOWS,), score, template, about, units=[item.id for item in items])
+    found = _probe("instructions", items, (metrics.FOLLOWS,), score, template, about, units=[one.id for one in items])
+    return replace(found, prompts=tuple(one.prompt for one in INSTRUCTIONS))
 
 
 def _fairness(asked: FairnessSpec, template: Template) -> list[Probe]:
