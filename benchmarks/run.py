@@ -30,6 +30,7 @@ BENCHMARKS = (
     "rag",
     "experiment",
     "sequential",
+    "strategies",
 )
 TIMEOUT_S = 900
 
