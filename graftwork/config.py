@@ -187,8 +187,8 @@ def _explain(cls: type[BaseModel], error: dict[str, Any], tree: Mapping[str, Any
         known = _keys_of(meant)
         move = _did_you_mean(keys[-1], known)
         if keys[-1] in _keys_of(models):
-            kind = min(_kinds(meant[0]))
-            move = f"it is of another kind; replace all of them: --set '{'.'.join(keys[:-1])}={{kind: {kind}}}'"
+            tag = f"{{{_tag(meant[0])}: {min(_kinds(meant[0]))}}}"
+            move = f"it is of another kind; replace all of them: --set '{'.'.join(keys[:-1])}={tag}'"
         return dotted, f"unknown key (value {error['input']!r})", f"known keys here: {', '.join(known)}", move
     if error["type"] == "missing":
         return dotted, "the key is missing", "it has no default", f"add '{keys[-1]}:'"
@@ -228,9 +228,14 @@ def _keys_of(models: Sequence[type[BaseModel]]) -> list[str]:
     return sorted({name for model in models for name in model.model_fields})
 
 
+def _tag(model: type[BaseModel]) -> str:
+    """The key by which one of several models is meant."""
+    return "kind" if "kind" in model.model_fields else "name"
+
+
 def _kinds(model: type[BaseModel]) -> set[str]:
-    """The values of `kind` that mean this model."""
-    field = model.model_fields.get("kind")
+    """The values of its tag that mean this model."""
+    field = model.model_fields.get(_tag(model))
     return {value for value in get_args(field.annotation) if isinstance(value, str)} if field else set()
 
 

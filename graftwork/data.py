@@ -16,6 +16,9 @@ from graftwork.errors import DataError
 from graftwork.records import kind_of, local_path, read_records
 from graftwork.storage import read_uri
 
+Need = Literal["train", "eval", "prompt"]
+"""What a row is read for: to learn its answer, to score answers, or to be answered."""
+
 
 class ContextSpec(Spec):
     """Retrieved passages in the training rows, distractors among them (RAFT, arXiv 2403.10131)."""
@@ -66,21 +69,22 @@ class Row:
         return self.messages[-1].content if self.messages[-1].role == "assistant" else None
 
 
-def read_rows(uri: str, *, limit: int | None = None, need: Literal["train", "eval"]) -> list[Row]:
+def read_rows(uri: str, *, limit: int | None = None, need: Need) -> list[Row]:
     """As `iter_rows`, all at once."""
     return list(iter_rows(uri, limit=limit, need=need))
 
 
-def iter_rows(uri: str, *, limit: int | None = None, need: Literal["train", "eval"]) -> Iterator[Row]:
+def iter_rows(uri: str, *, limit: int | None = None, need: Need) -> Iterator[Row]:
     """Rows in order, one after another: `{"messages": [...]}` or `{"prompt": "...", "completion": "..."}` a record.
 
     The dataset is all that `graftwork.records` reads. `id` (else the row number), `doc_id`, `gold` and `asked` are read
-    where present; other fields are left alone. `need="train"` wants a last assistant turn, `"eval"` a `gold` object.
+    where present; other fields are left alone. `need="train"` wants a last assistant turn, `"eval"` a `gold` object;
+    with `"prompt"` a record may be `{"prompt": "..."}` alone.
     Raises DataError that names the 1-based row, the field and the rule; StorageError.
     """
     seen: dict[str, int] = {}
     for number, record in itertools.islice(read_records(uri), limit):
-        row = _row(record, f"{uri} row {number}", str(number))
+        row = _row(record, f"{uri} row {number}", str(number), need)
         _check_need(row, need, f"{uri} row {number}")
         _check_new(row.id, number, seen, uri)
         yield row
@@ -116,7 +120,7 @@ def prompt_of(record: dict[str, Any], where: str) -> tuple[Message, ...]:
     if field not in record:
         raise DataError(f"{where}: messages", f"the field is missing (found {', '.join(record) or 'no fields'})",
                         "a row has `messages` or `prompt`, and its answers beside it", "add the field")  # fmt: skip
-    messages = _messages({"messages": record[field]}, where)
+    messages = _messages({"messages": record[field]}, where, "prompt")
     if messages[-1].role != "user":
         raise DataError(f"{where}: {field}", f"the last turn is the {messages[-1].role}'s",
                         "the answers stand in fields of their own, behind the user's last turn",
@@ -187,7 +191,7 @@ def read_text(uri: str) -> str:
         raise DataError(f"{uri} row {row}", f"it is not UTF-8 ({error.reason})", "data files are UTF-8") from error
 
 
-def _row(record: dict[str, Any], where: str, default_id: str) -> Row:
+def _row(record: dict[str, Any], where: str, default_id: str, need: Need) -> Row:
     gold = record.get("gold")
     if gold is not None and not isinstance(gold, dict):
         raise DataError(f"{where}: gold", f"found {kind_of(gold)}", "gold is the right answer as a JSON object")
@@ -204,22 +208,24 @@ def _row(record: dict[str, Any], where: str, default_id: str) -> Row:
         raise DataError(f"{where}: doc_id", f"found {kind_of(doc_id)}", "doc_id is the id of a passage")
     return Row(
         id=_identity(record, where, default_id),
-        messages=_messages(record, where),
+        messages=_messages(record, where, need),
         doc_id=None if doc_id is None else str(doc_id),
         gold=gold,
         asked=tuple(asked),
     )
 
 
-def _messages(record: dict[str, Any], where: str) -> tuple[Message, ...]:
+def _messages(record: dict[str, Any], where: str, need: Need) -> tuple[Message, ...]:
     if "messages" not in record:
         if "prompt" not in record and "completion" not in record:
             near = difflib.get_close_matches("messages", list(record), n=1, cutoff=0.6)
             raise DataError(f"{where}: messages", f"the field is missing (found {', '.join(record) or 'no fields'})",
                             "a row has `messages`, or `prompt` and `completion`",
                             f"rename {near[0]!r} to 'messages'" if near else "add the field")  # fmt: skip
-        asked, answer = _string(record, "prompt", where), _string(record, "completion", where)
-        return Message("user", asked), Message("assistant", answer)
+        asked = Message("user", _string(record, "prompt", where))
+        if need == "prompt" and "completion" not in record:
+            return (asked,)
+        return asked, Message("assistant", _string(record, "completion", where))
     turns = record["messages"]
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else kind_of(turns)
@@ -243,7 +249,7 @@ def _message(turn: Any, where: str) -> Message:
     return Message(role, _string(turn, "content", where + ".", may_be_empty=role == "system"))
 
 
-def _check_need(row: Row, need: Literal["train", "eval"], where: str) -> None:
+def _check_need(row: Row, need: Need, where: str) -> None:
     if need == "train" and row.answer is None:
         raise DataError(f"{where}: messages", "the last turn is the user's", "a row to learn from ends with the "
                         "assistant's turn", "add the answer as the last turn")  # fmt: skip

@@ -31,19 +31,23 @@ class StepPlan:
         return len(self.rows_SR)
 
 
-def step_plan(lengths_N: NDArray[np.int64], optim: OptimSpec, seed: int, world: int, max_steps: int | None) -> StepPlan:
+def step_plan(
+    lengths_N: NDArray[np.int64], optim: OptimSpec, seed: int, world: int, max_steps: int | None, repeats: int = 1
+) -> StepPlan:
     """Order of the rows: one seeded permutation a pass, laid end to end, cut into steps of `rows_per_step`.
 
     The last step is filled up from the next pass. Within a step rows are sorted by length, so that rows of one forward
     pass need little padding, and dealt to the workers back and forth, so that their loads are near equal.
+    repeats: steps in a row on the same rows (`objective.iterations`); a pass takes so many times the steps.
     """
     rows, per_worker = optim.rows_per_step, optim.rows_per_step // world
     micro = max(d for d in range(1, min(optim.rows_per_pass, per_worker) + 1) if per_worker % d == 0)
-    steps = max_steps or max(1, math.ceil(optim.epochs * len(lengths_N) / rows - 1e-9))
-    passes = math.ceil(steps * rows / len(lengths_N))
+    steps = max_steps or max(1, math.ceil(optim.epochs * len(lengths_N) / rows - 1e-9)) * repeats
+    fresh = math.ceil(steps / repeats)
+    passes = math.ceil(fresh * rows / len(lengths_N))
     order = np.concatenate([np.random.default_rng([seed, p]).permutation(len(lengths_N)) for p in range(passes)])
-    rows_SR = order[: steps * rows].reshape(steps, rows)
-    rows_SR = np.stack([_dealt(step, lengths_N, world, micro) for step in rows_SR])
+    rows_SR = order[: fresh * rows].reshape(fresh, rows)
+    rows_SR = np.stack([_dealt(step, lengths_N, world, micro) for step in rows_SR]).repeat(repeats, axis=0)[:steps]
     return StepPlan(rows_SR, lengths_N[rows_SR].sum(axis=1), micro, per_worker // micro)
 
 

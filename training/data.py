@@ -23,6 +23,8 @@ READERS = {
     "dpo": "graftwork.training.rows.pairs",
     "reward": "graftwork.training.rows.pairs",
     "distill": "graftwork.training.rows.distill",
+    "grpo": "graftwork.training.rows.rl",
+    "rloo": "graftwork.training.rows.rl",
 }
 """The module whose `read` renders the rows of each kind of finetuning."""
 

@@ -14,6 +14,7 @@ from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_save import CheckpointLost
 from graftwork.training.job import LoopResult, NonFiniteLoss, TrainJob
 from graftwork.training.machines import resources_per_worker, workers_soon, workers_that_fit
+from graftwork.training.rewards.reward import BadReward
 from graftwork.training.spec import TrainSpec
 
 MAX_FAILURES = 3
@@ -24,7 +25,7 @@ START_TIMEOUT_S = 120
 """For all workers to be placed and alive; Ray's default of 60 s is short for a busy machine of two cores."""
 NOTICE_S = 2
 """Between two looks of Ray Train for nodes that are about to be taken away (default 5)."""
-ON_ALL_RANKS = (NonFiniteLoss, CheckpointLost, ConfigError, StoreUnreachable)
+ON_ALL_RANKS = (NonFiniteLoss, BadReward, CheckpointLost, ConfigError, StoreUnreachable)
 """Errors that every worker meets at the same step: returned, since another try would meet them again."""
 
 

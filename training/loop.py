@@ -19,6 +19,7 @@ from graftwork.training.checkpoint_start import Start, agreed_start
 from graftwork.training.init import adapter_folder
 from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
 from graftwork.training.ranks import rank_and_world
+from graftwork.training.rl_spec import RlSpec
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepLog, StepReport
 
@@ -100,7 +101,8 @@ def _saver(job: TrainJob, model: Any, log: StepLog, start: Start) -> "Iterator[S
 
 def plan_of(job: TrainJob, world: int) -> StepPlan:
     """The rows of every step of a job on `world` workers."""
-    return step_plan(job.data.train.lengths_N, job.spec.optim, job.spec.seed, world, job.max_steps)
+    repeats = job.spec.objective.iterations if isinstance(job.spec.objective, RlSpec) else 1
+    return step_plan(job.data.train.lengths_N, job.spec.optim, job.spec.seed, world, job.max_steps, repeats)
 
 
 def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:

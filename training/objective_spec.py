@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.storage import ALIAS_PATTERN
+from graftwork.training.rl_spec import RlSpec as RlSpec
 from graftwork.training.text_spec import CptSpec, FimSpec, Packing
 
 
@@ -46,12 +47,6 @@ class RewardSpec(Spec):
     kind: Literal["reward"] = "reward"
     centre: float = Field(default=0.0, ge=0)
     """Pull of the rewards' mean towards 0: this times (chosen + rejected) squared (arXiv 2312.09244); 0.01 is usual."""
-
-
-class RlSpec(Spec):
-    """Reinforcement learning from rewards on sampled answers: GRPO (arXiv 2402.03300) or RLOO (arXiv 2402.14740)."""
-
-    kind: Literal["grpo", "rloo"]
 
 
 class TeacherSpec(Spec):

@@ -16,6 +16,7 @@ from graftwork.training.checkpoint_spec import CheckpointSpec, RecoverySpec
 from graftwork.training.objective_rules import taken_effect
 from graftwork.training.objective_spec import ObjectiveSpec, SftSpec
 from graftwork.training.outcomes.spec import OutcomesSpec
+from graftwork.training.rl_spec import check_rl
 from graftwork.training.strategy_rules import check_strategy
 from graftwork.training.strategy_spec import StrategySpec
 from graftwork.training.text_spec import check_text
@@ -123,4 +124,5 @@ class TrainSpec(Spec):
         if reason := checkpoint_spec.refusal(self):
             raise ValueError(reason)
         check_strategy(self)
+        check_rl(self)
         return self

@@ -21,7 +21,7 @@ from graftwork.training.steplog import StepLog, StepReport
 if TYPE_CHECKING:
     from graftwork.training.objectives.setting import Training
 
-SHARED = frozenset({"loss", "learning_rate", "grad_norm", "epoch", "num_tokens"})
+SHARED = frozenset({"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "tokens"})
 """Figures of every trainer that a step's report has fields for, or that nobody asked."""
 
 
@@ -80,7 +80,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             loss=logs["loss"],
             lr=logs["learning_rate"],
             grad_norm=logs["grad_norm"],
-            tokens=int(self._tokens[step - 1]),
+            tokens=int(logs.get("tokens", self._tokens[step - 1])),  # sampled answers are as long as they are
             eval_loss=evaluated.get("loss"),
             elapsed_s=self.elapsed_s(),
             step_s=step_s,

@@ -43,11 +43,13 @@ class Pass:
 
 
 def pass_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> Pass:
-    """The largest forward pass of a spec. A pair of preferences is two sequences, its tokens those of both."""
+    """The largest forward pass of a spec. A pair of preferences is two sequences, a prompt as many as its answers."""
     tokens, scored = micro_batch * rows.longest, micro_batch * rows.longest_trained
     sequences = 2 if isinstance(spec.objective, DpoSpec | RewardSpec) else 1
+    if isinstance(spec.objective, RlSpec):
+        sequences = spec.objective.generations
     cuda = spec.gpus_per_worker > 0
-    fused = cuda or isinstance(spec.objective, DpoSpec | RlSpec | DistillSpec)
+    fused = cuda or isinstance(spec.objective, DpoSpec | DistillSpec)
     if isinstance(spec.objective, RewardSpec):
         scored = 0
     elif (

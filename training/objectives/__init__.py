@@ -15,6 +15,8 @@ BUILDERS = {
     "dpo": "graftwork.training.objectives.dpo",
     "reward": "graftwork.training.objectives.reward",
     "distill": "graftwork.training.objectives.distill",
+    "grpo": "graftwork.training.objectives.rl",
+    "rloo": "graftwork.training.objectives.rl",
 }
 
 

@@ -1,0 +1,204 @@
+"""TRL's GRPOTrainer and RLOOTrainer on our rows: their advantages and losses, our prompts, answers and rewards.
+
+Not taken from TRL: tokenising (prompts come as ids from `chat.render`), generating (`rollout.py` says why), and, on a
+CPU, its fused head, which scores the prompts' positions too (see objectives/sft.py).
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from graftwork.training.batches import StepPlan
+from graftwork.training.init import adapter_folder
+from graftwork.training.logits import trained_logits
+from graftwork.training.objectives.rollout import Sampling, sample
+from graftwork.training.objectives.scoring import Scorer, evaluated, trl_reward
+from graftwork.training.objectives.setting import Setting, Training, arguments, plain
+from graftwork.training.rl_spec import RlSpec
+from graftwork.training.rows.rl import PromptRows
+from graftwork.training.rows.token_rows import IGNORED
+
+REFERENCE = "ref"
+"""TRL's name of the adapter that the reference answers with; without one the reference is the base."""
+FIGURES = frozenset({"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "completions/mean_length",
+                     "completions/clipped_ratio", "clip_ratio/region_mean"})  # fmt: skip
+"""TRL's figures of a step that are kept, those of each reward beside them."""
+
+
+def on_rows(trainer_class: type[Any]) -> type[Any]:
+    """TRL's trainer with our prompts, answers and figures."""
+
+    class OnRows(plain(trainer_class)):  # type: ignore[misc]  # trl has no types
+        rows: PromptRows
+        sampling: Sampling
+        asked: list[dict[str, int]]
+        """The row of each prompt of the batch, and which of the step's occurrences of that row it is."""
+
+        def _tokenize_prompts(self, prompts: list[dict[str, int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+            self.asked = prompts
+            return [self.rows.ids(prompt["row"]) for prompt in prompts], None, {}
+
+        def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, generations: Any = None) -> Any:
+            copies = self.num_generations
+            groups = self.asked[::copies]
+            step = int(self.state.global_step)
+            seeds = [(self.args.seed, step, one["row"], one["again"], copy) for one in groups for copy in range(copies)]
+            indices = [one["row"] for one in groups]
+            answers = sample(self.model, self.rows, indices, copies, seeds, self.sampling, self.accelerator.autocast())
+            return (answers, None) if isinstance(self, GRPOTrainer) else answers
+
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            if self._buffered_inputs is None:  # TRL counts from 0 after a resume
+                self._step = int(self.state.global_step) * self.args.gradient_accumulation_steps
+            return super()._prepare_inputs(generation_batch)
+
+        def _get_per_token_logps_and_entropies(
+            self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int,
+            batch_size: int | None = None, compute_entropy: bool = False, **more: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+            if input_ids.is_cuda:
+                return super()._get_per_token_logps_and_entropies(  # type: ignore[no-any-return]
+                    model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **more
+                )
+            head = self.model.get_output_embeddings()
+            size = batch_size or len(input_ids)
+            parts = [
+                answer_logps(model, head, ids, mask, logits_to_keep, self.temperature)
+                for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
+            ]
+            logps, entropies = (torch.cat(some) for some in zip(*parts, strict=True))
+            return logps, entropies if compute_entropy else None, None
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            """The adapter alone: neither the reference nor the tokenizer, which TRL decodes with while it trains."""
+            if self.args.should_save:
+                self.model.save_pretrained(output_dir, state_dict=state_dict, selected_adapters=["default"])
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            """As the plain trainer, with the figures that are told, and all tokens of prompts and answers."""
+            found = self._metrics["train"]
+            told = {key: values for key, values in found.items() if key in FIGURES or key.startswith("rewards/")}
+            found.clear()
+            found.update(told, tokens=[float(self.state.num_input_tokens_seen)])
+            super().log(logs, start_time)
+
+    OnRows.__name__ = f"OnRows{trainer_class.__name__}"
+    return OnRows
+
+
+def build(setting: Setting) -> Training:
+    """GRPO or RLOO on the setting's prompts, and what greedy answers to the held-out ones are worth."""
+    objective, rows = setting.job.spec.objective, setting.job.data.train
+    assert isinstance(objective, RlSpec)
+    assert isinstance(rows, PromptRows)
+    scorer = Scorer.of(rows.rewards, setting)
+    grpo = objective.kind == "grpo"
+    trainer = on_rows(GRPOTrainer if grpo else RLOOTrainer)(
+        model=setting.model,
+        args=_grpo_config(setting, objective) if grpo else _rloo_config(setting, objective),
+        reward_funcs=[trl_reward(scorer, place, rows) for place in range(len(rows.rewards))],
+        train_dataset=Dataset.from_list([{"prompt": one} for one in prompts_of(setting.plan, objective.iterations)]),
+        processing_class=setting.tokenizer(),
+        callbacks=[setting.callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.rows, trainer.eos_token_ids = rows, sorted(scorer.template.stop_ids)
+    trainer.sampling = Sampling(
+        objective.max_new_tokens,
+        scorer.template.stop_ids,
+        scorer.template.pad_id,
+        objective.temperature,
+        objective.top_p,
+    )
+    _set_reference(setting)
+    return Training(trainer, lambda: evaluated(trainer, scorer, setting))
+
+
+def answer_logps(
+    model: Any, head: torch.nn.Module, ids_BT: torch.Tensor, mask_BT: torch.Tensor, answer: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probabilities and entropies (B, answer) of the last `answer` tokens; 0 where the mask is."""
+    labels_BT = ids_BT.masked_fill(mask_BT == 0, IGNORED)
+    labels_BT[:, :-answer] = IGNORED
+    positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT, "labels": labels_BT}
+    logits_NV, targets_N = trained_logits(model, head, inputs)
+    all_NV = (logits_NV.float() / temperature).log_softmax(dim=-1)
+    told_BA = labels_BT[:, -answer:] != IGNORED
+    zeros_BA = all_NV.new_zeros(told_BA.shape)
+    logps_BA = zeros_BA.masked_scatter(told_BA, all_NV.gather(1, targets_N[:, None]).squeeze(1))
+    with torch.no_grad():
+        entropies_BA = zeros_BA.masked_scatter(told_BA, -(all_NV.exp() * all_NV).sum(dim=-1))
+    return logps_BA, entropies_BA
+
+
+def _shared_config(setting: Setting, objective: RlSpec) -> dict[str, Any]:
+    """What both configs have. A pass takes whole prompts: their answers stay together, on one worker."""
+    shared = arguments(setting)
+    shared["per_device_train_batch_size"] *= objective.generations
+    return {
+        **shared,
+        "num_generations": objective.generations,
+        "max_completion_length": objective.max_new_tokens,
+        "temperature": objective.temperature,
+        "top_p": objective.top_p,
+        "beta": objective.beta,
+        "epsilon": objective.epsilon,
+        "num_iterations": objective.iterations,
+        "reward_weights": [reward.weight for reward in objective.rewards],
+        "shuffle_dataset": False,  # the plan is the order
+    }
+
+
+def _grpo_config(setting: Setting, objective: RlSpec) -> GRPOConfig:
+    return GRPOConfig(
+        **_shared_config(setting, objective),
+        scale_rewards=objective.scale_rewards or "group",
+        loss_type=objective.loss_type or "dapo",
+    )
+
+
+def _rloo_config(setting: Setting, objective: RlSpec) -> RLOOConfig:
+    return RLOOConfig(**_shared_config(setting, objective), normalize_advantages=objective.scale_rewards == "batch")
+
+
+def prompts_of(plan: StepPlan, iterations: int) -> list[dict[str, int]]:
+    """The prompts of all steps, as TRL deals them: each worker takes a stretch of a step, and TRL repeats the step.
+
+    `again` counts up where a step asks a row more than once, so that it is answered anew.
+    """
+    prompts = []
+    for step in plan.rows_SR[::iterations]:
+        passes_GWM = step.reshape(plan.accumulation, -1, plan.micro_batch)
+        seen: Counter[int] = Counter()
+        for row in passes_GWM.swapaxes(0, 1).reshape(-1).tolist():
+            prompts.append({"row": row, "again": seen[row]})
+            seen[row] += 1
+    return prompts
+
+
+def _set_reference(setting: Setting) -> None:
+    """What beta pulls to: the base or, as a second and frozen adapter, the published one that training began from.
+
+    TRL copies the adapter as it is now, which after a resume is not what training began from.
+    """
+    model = setting.model
+    if REFERENCE in model.peft_config:
+        model.delete_adapter(REFERENCE)
+    if setting.job.spec.init_from is None:
+        return
+    model.add_adapter(REFERENCE, model.peft_config["default"])
+    set_peft_model_state_dict(
+        model, load_file(adapter_folder(setting.job.spec) / "adapter_model.safetensors"), adapter_name=REFERENCE
+    )
+    model.set_adapter("default")
+    for name, parameter in model.named_parameters():
+        if f".{REFERENCE}." in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(False)
