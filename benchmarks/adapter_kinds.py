@@ -1,7 +1,8 @@
 """What each kind of adapter costs and learns: equal rows, equal steps, its own learning rate, on SmolLM2-135M-Instruct.
 
     python -m benchmarks.adapter_kinds                    all kinds of examples/train-adapters, and LoRA
-    python -m benchmarks.adapter_kinds --kinds ia3 full   these; others stay as they were recorded
+    python -m benchmarks.adapter_kinds --kinds ia3 full   these again; others stay as they were recorded
+    python -m benchmarks.adapter_kinds --minutes 3        of those not yet recorded as many as begin in this time
 
 One process and one thread a kind, one seed: the losses say what to try first, not which kind is best for a task.
 """
@@ -29,13 +30,15 @@ from graftwork.training.steplog import StepReport, read_steps
 EXAMPLES = Path(__file__).parents[1] / "examples" / "train-adapters"
 LORA = ["name=airport-card-lora", "adapter={kind: lora, rank: 16, alpha: 32}", "optim.lr=4.0e-3"]
 KINDS = ("lora", "rslora", "dora", "ia3", "prefix", "houlsby", "pfeiffer", "full")
+ROWS = 2
+"""A step's."""
 LAST = 5
 """Steps whose mean loss stands for the end."""
 
 
 def spec_of(kind: str, root: Path) -> TrainSpec:
     """The example's spec in one process; nf4 as its exact values in fp32, which a CPU computes faster."""
-    sets = [f"root={root}", "num_workers=1", "eval_every=1000"]
+    sets = [f"root={root}", "num_workers=1", "eval_every=1000", f"optim.rows_per_step={ROWS}"]
     sets += LORA if kind == "lora" else []
     sets += [] if kind == "full" else ["quant={kind: nf4, resident: dequantised, dtype: float32}"]
     spec = config.load(EXAMPLES / f"{'ia3' if kind == 'lora' else kind}.yaml", sets, expect="train")
@@ -98,19 +101,27 @@ def recorded(path: Path) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "adapter_kinds.json")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS)
+    parser.add_argument("--minutes", type=float)
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
     clock, rows = Clock(), recorded(args.out)
     torch.set_num_threads(1)
-    for kind in args.kinds:
+    began, left = time.monotonic(), [kind for kind in KINDS if args.minutes is None or kind not in rows]
+    for kind in args.kinds or left:
+        if args.minutes is not None and time.monotonic() - began > 60 * args.minutes:
+            break
         with tempfile.TemporaryDirectory() as root:
             rows[kind] = measure(kind, Path(root), args.steps)
+        _write(args.out, rows, args.steps, clock)
+
+
+def _write(out: Path, rows: dict[str, dict[str, Any]], steps: int, clock: Clock) -> None:
     ordered = [rows[kind] for kind in KINDS if kind in rows]
     figures: dict[str, Figure] = {f"{row['kind']}_step": figure(row["step_s"], "s") for row in ordered}
     figures |= {f"{row['kind']}_held_out": figure([row["held_out_loss"]], "nats") for row in ordered}
-    meta = {"steps": args.steps, "rows_per_step": 4, "threads": 1, "base": "SmolLM2-135M-Instruct"}
-    write("adapter_kinds", args.out, figures, ordered, meta, clock)
+    meta = {"steps": steps, "rows_per_step": ROWS, "threads": 1, "base": "SmolLM2-135M-Instruct"}
+    write("adapter_kinds", out, figures, ordered, meta, clock)
 
 
 if __name__ == "__main__":

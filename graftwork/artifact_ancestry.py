@@ -59,4 +59,5 @@ def _made(manifest: AdapterManifest) -> str:
         assert isinstance(weights, list), "a merge records its weights"
         return f"merged by {merge['method']}, weights {', '.join(map(str, weights))}"
     how = f"trained: {manifest.method.get('objective', 'sft')}, {manifest.method.get('kind', 'lora')}"
-    return how + (", going on" if manifest.parent else "")
+    below = manifest.method.get("stacked_on")
+    return how + (", going on" if manifest.parent else "") + (f", on top of {below}" if below else "")

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from graftwork.training.adapter_spec import LoraSpec
+
 if TYPE_CHECKING:
     from graftwork.training.spec import TrainSpec
 
@@ -10,11 +12,14 @@ def check_adapter(spec: "TrainSpec") -> None:
     """Raises ValueError for keys that can't go with the spec's kind of adapter, or can't take effect with it."""
     if spec.adapter.kind == "full":
         _check_full(spec)
-    if spec.adapter.kind == "prefix" and spec.optim.gradient_checkpointing:
+    if spec.stack_on is not None:
+        _check_stack(spec, spec.stack_on)
+    checkpointing = spec.optim.gradient_checkpointing
+    if spec.adapter.kind == "prefix" and checkpointing:
         raise ValueError(
-            "optim.gradient_checkpointing=true can't go with adapter.kind=prefix: the prefix is a KV cache, which no "
-            "block computed again would find. Set optim.gradient_checkpointing=false and a smaller optim.micro_batch, "
-            "or adapter.kind=lora"
+            f"optim.gradient_checkpointing={checkpointing} can't go with adapter.kind=prefix: the prefix is KV, "
+            "which no block computed again would find. Set optim.gradient_checkpointing=false and a smaller "
+            "optim.micro_batch, or adapter.kind=lora"
         )
 
 
@@ -38,4 +43,28 @@ def _check_full(spec: "TrainSpec") -> None:
         raise ValueError(
             f"alias={spec.alias} can't take effect with adapter.kind=full: the new base is named by its place, "
             "<root>/bases/<name>/<version>. Leave alias out"
+        )
+
+
+def _check_stack(spec: "TrainSpec", below: str) -> None:
+    """Both are published as one adapter, their exact sum: so both must be plain deltas, and nothing else trained."""
+    if not isinstance(spec.adapter, LoraSpec) or spec.adapter.dora:
+        raise ValueError(
+            f"stack_on={below} can't go with adapter={spec.adapter.said()}: what is published is the sum of both, and "
+            "only a LoRA without DoRA adds to one. Set adapter.kind=lora"
+        )
+    if spec.init_from is not None:
+        raise ValueError(
+            f"stack_on={below} can't go with init_from={spec.init_from}: that one would be trained on, this one stays "
+            "as it is. Give one of them"
+        )
+    if spec.objective.kind in ("reward", "fim"):
+        raise ValueError(
+            f"stack_on={below} can't go with objective.kind={spec.objective.kind}: a score head or trained tokens are "
+            "no part of a sum. Leave stack_on out"
+        )
+    if below.partition("@")[0] == spec.name:
+        raise ValueError(
+            f"stack_on={below} can't name the task itself: each run would stand on the one before. Set init_from to go "
+            "on from it, or name to a task of its own"
         )

@@ -21,6 +21,7 @@ from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
 from graftwork.training.ranks import rank_and_world
 from graftwork.training.rl_spec import RlSpec
 from graftwork.training.spec import TrainSpec
+from graftwork.training.stack import folder_below
 from graftwork.training.steplog import StepLog, StepReport
 
 if TYPE_CHECKING:
@@ -110,11 +111,14 @@ def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
     from transformers import set_seed
 
     from graftwork.training.adapters.attach import attach, take_weights
+    from graftwork.training.adapters.below import lay_below
     from graftwork.training.adapters.score_head import with_score_head
 
     spec = job.spec
     set_seed(spec.seed)
     base = with_score_head(loaded.model) if spec.objective.kind == "reward" else loaded.model
+    if spec.stack_on is not None:
+        lay_below(base, folder_below(spec))
     model = attach(base, spec.adapter, job.data.trained_tokens)
     if spec.init_from is not None:
         take_weights(model, adapter_folder(spec))

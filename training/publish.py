@@ -1,8 +1,10 @@
 """What a finished run leaves: an adapter version, or a base of its own where all weights were trained."""
 
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from graftwork import artifact, base_model, base_publish
@@ -11,6 +13,7 @@ from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.init import parent_of
 from graftwork.training.job import LoopResult
 from graftwork.training.records import TrainReport
+from graftwork.training.stack import folder_below
 from graftwork.training.steplog import read_steps
 
 if TYPE_CHECKING:
@@ -46,20 +49,38 @@ def publish(run: "Run", result: LoopResult) -> Published:
         if isinstance(run.spec.adapter, FullSpec):
             made = base_publish.publish(store, name, folder, run.base, **_facts(run, result))
             return Published(made.version, base=base_publish.place(store, name, made.version))
-        template = base_model.template(run.base)
-        manifest = artifact.publish(
-            store,
-            name,
-            folder,
-            base_digest=run.base.digest,
-            quant=run.spec.quant.model_dump(mode="json"),
-            template_digest=template.digest,
-            tokenizer_digest=template.tokenizer_digest,
-            parent=parent_of(run.spec),
-            alias=run.spec.alias,
-            **_facts(run, result),
-        )
+        if run.spec.stack_on is None:
+            manifest = _publish_adapter(run, folder, _facts(run, result), ())
+        else:
+            manifest = _publish_stack(run, folder, _facts(run, result), run.spec.stack_on)
         return Published(manifest.version, adapter=manifest.ref)
+
+
+def _publish_stack(run: "Run", folder: Path, facts: Facts, below: str) -> artifact.AdapterManifest:
+    """The trained adapter and the one that it was trained on top of, as one: it works on the base alone."""
+    from graftwork.training.adapters.below import sum_of
+
+    with tempfile.TemporaryDirectory(prefix="gw-stack-") as name:
+        rank = sum_of(folder, folder_below(run.spec), Path(name))
+        shape = {"rank": rank, "alpha": float(rank), "rslora": False, "targets": "mixed", "stacked_on": below}
+        return _publish_adapter(run, Path(name), {**facts, "method": {**facts["method"], **shape}}, (below,))
+
+
+def _publish_adapter(run: "Run", folder: Path, facts: Facts, merged_from: Sequence[str]) -> artifact.AdapterManifest:
+    template = base_model.template(run.base)
+    return artifact.publish(
+        run.paths.store,
+        run.spec.name,
+        folder,
+        base_digest=run.base.digest,
+        quant=run.spec.quant.model_dump(mode="json"),
+        template_digest=template.digest,
+        tokenizer_digest=template.tokenizer_digest,
+        parent=parent_of(run.spec),
+        merged_from=merged_from,
+        alias=run.spec.alias,
+        **facts,
+    )
 
 
 def still_there(run: "Run", report: TrainReport) -> bool:

@@ -30,6 +30,7 @@ from graftwork.training.records import Progress, TrainReport
 from graftwork.training.relatives import notes_on_relatives
 from graftwork.training.settled import settled
 from graftwork.training.spec import TrainSpec
+from graftwork.training.stack import pin_stack
 from graftwork.training.steplog import StepReport, read_steps
 from graftwork.training.strategy_rules import WEIGHTS_SHARDED, check_here, check_rows
 
@@ -61,8 +62,11 @@ class Run:
         base, data, probes = base_model.resolve(spec.base), prepare(spec), tuple(probes_of(spec))
         check_rows(spec, len(data.eval) if data.eval is not None else 0)
 
+        spec = pin_stack(spec, base)
+
         def paths(init: str | None) -> RunPaths:
             what = {"spec": spec.recipe(), "base": base.digest, "data": data.digest(), "init": init}
+            what |= {"below": spec.stack_on} if spec.stack_on else {}
             digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()
             return RunPaths(Store(spec.root), spec.name, digest)
 

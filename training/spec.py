@@ -89,6 +89,9 @@ class TrainSpec(Spec):
     seed: int = 0
     init_from: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
     """Start from this published adapter (`task@alias`) instead of fresh weights; rank and targets must be equal."""
+    stack_on: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
+    """Train on top of this published LoRA, which stays as it is, e.g. a language below a task. Both are published as
+    one: their exact sum, of both ranks together, on the same base."""
     alias: Annotated[str, Field(pattern=NAME_PATTERN)] | None = "latest"
     """Alias that points at the new version once it is published; null publishes without moving any."""
 

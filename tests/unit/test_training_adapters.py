@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
-from graftwork import artifact, artifact_check, base_model, base_publish, config
+from graftwork import artifact, artifact_ancestry, artifact_check, base_model, base_publish, config
 from graftwork.errors import ConfigError
 from graftwork.serving.engine.engine import Engine
 from graftwork.storage import RunPaths, Store
 from graftwork.training.adapters.attach import attach, take_weights
+from graftwork.training.adapters.below import lay_below
 from graftwork.training.adapters.off import adapter_off
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import prepare
@@ -187,6 +189,37 @@ def test_going_on_with_another_shape_is_refused(
         run_paths(spec.with_({"init_from": "shape@latest", "adapter.placement": "pfeiffer"}))
 
 
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_an_adapter_on_top_of_another_is_published_as_their_sum(
+    folder: Path, trained: dict[str, tuple[TrainSpec, LoopResult, Path]], quant: str
+) -> None:
+    first, whole, below = trained["rslora"]
+    known = facts(base_digest=base_model.resolve(first.base).digest, method=first.adapter.model_dump(mode="json"))
+    ref = artifact.publish(Store(first.root), "language", below, **known, alias="latest").ref
+    spec = spec_of(folder, "lora", **{"quant.kind": quant, "stack_on": "language@latest", "optim.epochs": 1})
+    run = Run.of(spec)
+    assert run.spec.stack_on == ref
+    assert run.paths.digest != run_paths(spec.with_({"stack_on": None})).digest
+    result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
+    assert result.train_loss[0][1] < whole.train_loss[-1][1] + 0.8, "it begins where the one below ended"
+    run.paths.store.write_json({"seed": 0}, *run.paths.provenance())
+    made = publish(run, result)
+    manifest = artifact.resolve(run.paths.store, made.adapter or "")
+    assert (manifest.method["rank"], manifest.merged_from) == (8, (ref,))
+    assert artifact_ancestry.tree(run.paths.store, manifest)["made"].endswith(f"on top of {ref}")
+    loaded = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
+    served = PeftModel.from_pretrained(loaded.model, artifact.fetch(run.paths.store, "colours", made.version)).eval()
+    again = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
+    lay_below(again.model, below)
+    stacked = attach(again.model, spec.adapter)
+    with Checkpoints(run.paths).adapter(result.steps) as top:
+        take_weights(stacked, top)
+    ids = torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        expected = stacked.eval()(input_ids=ids).logits
+        torch.testing.assert_close(served(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_a_bottleneck_begins_as_the_base(folder: Path) -> None:
     spec = spec_of(folder, "houlsby")
     loaded = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
@@ -254,6 +287,9 @@ def test_a_published_base_is_served_and_trained_on(full: tuple[Run, LoopResult, 
         ({"adapter": {"kind": "full"}, "quant.kind": "nf4"}, r"quant.kind=nf4 can't go .*QLoRA"),
         ({"adapter": {"kind": "full"}, "init_from": "colours@latest"}, "Set base to the base to go on from"),
         ({"adapter": {"kind": "full"}, "alias": "prod"}, "alias=prod can't take effect"),
+        ({"adapter": {"kind": "ia3"}, "stack_on": "language@latest"}, "only a LoRA without DoRA adds to one"),
+        ({"stack_on": "language@latest", "init_from": "language@latest"}, "Give one of them"),
+        ({"stack_on": "colours@latest"}, "Set init_from to go on"),
         ({"adapter": {"kind": "prefix"}, "optim.gradient_checkpointing": True}, "smaller optim.micro_batch"),
     ],
 )

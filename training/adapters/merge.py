@@ -12,18 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from graftwork.artifact_check import CONFIG_FILE, WEIGHTS_FILE
 from graftwork.errors import ArtifactError
-from graftwork.training.adapters.merge_spec import MergeSpec
+from graftwork.training.adapters.merge_spec import MergeSpec, require_deltas
 
 PREFIX = "base_model.model."
 MERGED = "merged"
-_NO_SUM = {
-    "use_dora": "DoRA's magnitudes are no part of a sum",
-    "modules_to_save": "whole trained modules are not added",
-    "trainable_token_indices": "trained token rows are not added",
-    "lora_bias": "biases are not added",
-    "rank_pattern": "ranks that differ by layer are not added",
-    "alpha_pattern": "scales that differ by layer are not added",
-}
 
 
 @dataclass(frozen=True)
@@ -38,11 +30,7 @@ class Lora:
     def read(cls, ref: str, folder: Path) -> "Lora":
         """From a published folder. Raises ArtifactError for what has no delta that could be added."""
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if values["peft_type"] != "LORA":
-            raise _not_added(ref, f"it is {values['peft_type']}", "only LoRA's deltas of weights can be added up")
-        for key, why in _NO_SUM.items():
-            if values.get(key):
-                raise _not_added(ref, f"{key}={values[key]}", why)
+        require_deltas(f"merge {ref}", values)
         config = LoraConfig.from_pretrained(str(folder))
         # PEFT keeps use_rslora and sets alpha to the new rank, which multiplies the result by its square root
         alpha = config.lora_alpha * math.sqrt(config.r) if config.use_rslora else config.lora_alpha
@@ -74,7 +62,7 @@ def merge(adapters: Sequence[Lora], spec: MergeSpec, out: Path) -> tuple[int, fl
         [f"a{number}" for number in range(len(adapters))],
         list(spec.weights),
         MERGED,
-        combination_type=spec.method,
+        combination_type="cat" if spec.method == "svd" else spec.method,
         svd_rank=spec.rank,
         svd_full_matrices=False,
         density=spec.density,
@@ -82,11 +70,35 @@ def merge(adapters: Sequence[Lora], spec: MergeSpec, out: Path) -> tuple[int, fl
     state = get_peft_model_state_dict(model, adapter_name=MERGED, save_embedding_layers=False)
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
     config = model.peft_config[MERGED]
+    if spec.method == "svd":
+        config, tensors = _compressed(config, tensors, spec.rank or max(one.config.r for one in adapters))
     config.inference_mode = True
     out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(out))
     save_file(tensors, out / WEIGHTS_FILE)
     return config.r, _distance(Lora(MERGED, config, tensors), adapters, spec.weights)
+
+
+def _compressed(
+    config: LoraConfig, tensors: dict[str, torch.Tensor], rank: int
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The nearest adapter of a lower rank, by the singular values of its factors.
+
+    PEFT 0.21 takes those of the whole deltas: the same values, a minute a merge for 135M weights in place of a second.
+    """
+    small = dict(tensors)
+    for key in tensors:
+        module, found, _ = key.partition(".lora_B.")
+        if found:
+            a_RI, b_OR = tensors[f"{module}.lora_A.weight"], tensors[key]
+            (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b_OR), torch.linalg.qr(a_RI.T)
+            u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+            kept = min(rank, len(s))
+            b, a = q_b @ u[:, :kept] * s[:kept], vh[:kept] @ q_a.T
+            pad = torch.nn.functional.pad
+            small[key] = pad(b, (0, rank - kept)).contiguous()
+            small[f"{module}.lora_A.weight"] = pad(a, (0, 0, 0, rank - kept)).contiguous()
+    return replace(config, r=rank, lora_alpha=rank), small
 
 
 def _require_ranks(adapters: Sequence[Lora], spec: MergeSpec) -> None:
@@ -111,7 +123,9 @@ def _without_base(adapters: Sequence[Lora]) -> PeftModel:
             assert sides is not None, f"{key}: checked when it was published"
             shape = (sides[0].shape[0], sides[1].shape[1])
             if shapes.setdefault(module, shape) != shape:
-                raise _not_added(one.ref, f"{module} is {list(shape)}", f"in another one it is {list(shapes[module])}")
+                raise ArtifactError(
+                    f"merge {one.ref}", f"{module} is {list(shape)}", f"in another one it is {list(shapes[module])}"
+                )
     model = PeftModel(_skeleton(shapes), adapters[0].config, adapter_name="a0")
     for number, one in enumerate(adapters):
         if number:
@@ -149,7 +163,3 @@ def _distance(merged: Lora, adapters: Sequence[Lora], weights: Sequence[float]) 
                 wanted += sides[0] @ sides[1] * (one.scale * weight)
         off, whole = off + float((delta - wanted).square().sum()), whole + float(wanted.square().sum())
     return math.sqrt(off / whole) if whole else 0.0
-
-
-def _not_added(ref: str, found: str, why: str) -> ArtifactError:
-    return ArtifactError(f"merge {ref}", found, why, "merge plain LoRA adapters of one base, or train one on both data")

@@ -1,15 +1,23 @@
 """How adapters are merged: PEFT's methods, and what each of them takes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork.errors import ConfigError
+from graftwork.errors import ArtifactError, ConfigError
 
 SUMS = ("cat", "svd", "linear")
 PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = (*SUMS, *PRUNED, *(f"{name}_svd" for name in PRUNED))
 DENSITY = 0.5
+_NO_SUM = {
+    "use_dora": "DoRA's magnitudes are no part of a sum",
+    "modules_to_save": "whole trained modules are not added",
+    "trainable_token_indices": "trained token rows are not added",
+    "lora_bias": "biases are not added",
+    "rank_pattern": "ranks that differ by layer are not added",
+    "alpha_pattern": "scales that differ by layer are not added",
+}
 
 
 @dataclass(frozen=True)
@@ -61,3 +69,15 @@ class MergeSpec:
         kept: dict[str, Any] = {"method": self.method, "weights": list(self.weights)}
         kept |= {"density": self.density} if self.density is not None else {}
         return kept | ({"seed": self.seed} if self.method.startswith("dare") else {})
+
+
+def require_deltas(asked: str, config: Mapping[str, Any]) -> None:
+    """Raise ArtifactError unless an adapter_config.json is that of plain deltas, which can be added up."""
+    found, why = "", ""
+    if config["peft_type"] != "LORA":
+        found, why = f"it is {config['peft_type']}", "only LoRA's deltas of weights can be added up"
+    for key, reason in _NO_SUM.items():
+        if config.get(key):
+            found, why = f"{key}={config[key]}", reason
+    if found:
+        raise ArtifactError(asked, found, why, "take plain LoRA adapters of one base, or train one on both data")
