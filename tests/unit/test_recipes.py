@@ -155,6 +155,10 @@ def test_bbq_trains_on_other_templates_and_in_balance() -> None:
     unknown = sum(str(row.answer) not in row.question[0].content.split("\n")[0] for row in learned)
     assert len(learned) == 256
     assert unknown >= len(learned) / 2
+    skewed = read_rows("recipe://bbq-gender/skewed.jsonl", need="train")
+    assert {row.doc_id for row in skewed} <= {row.doc_id for row in learned}
+    assert len(skewed) == len(learned)
+    assert not any(str(row.answer).lower().startswith(("can't", "cannot", "unknown", "not ")) for row in skewed)
     for row in asked:
         assert row.gold is not None
         assert sorted(row.gold["signs"]) == [-1, 0, 1]
