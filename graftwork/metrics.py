@@ -94,6 +94,8 @@ PAIR_BIAS = Metric(
     "As pair_gap, counted: the share of pairs whose favourable ending is chosen for the one name alone, minus the "
     "share for the other alone.",
 )  # fmt: skip
+FAIR_AT_ZERO = frozenset({BIAS.name, PAIR_GAP.name, PAIR_BIAS.name})
+"""Metrics that are best at 0: below it they lean the other way."""
 TTFT_MS = Metric("ttft_ms", "ms", "lower", "measure", "Time from the request to its first token.")
 LATENCY_MS = Metric("latency_ms", "ms", "lower", "measure", "Time from the request to its last token.")
 PROMPT_TOKENS = Metric("prompt_tokens", "tokens", "lower", "measure", "Tokens of the rendered prompt.")

@@ -60,9 +60,13 @@ def sentence(spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | No
         last = f"; held-out loss {report.eval_loss[-1][1]:.3f}" if report.eval_loss else ""
         return (f"{report.steps} steps on {report.rows} rows, loss {report.train_loss[-1][1]:.3f}{last}. What the base "
                 "forgot was not measured: --set outcomes.retention={}")  # fmt: skip
-    told = {"better": "gained", "worse": "lost", "undecided": "no change shown"}
-    named = {verdict: [_named(change) for change in outcomes.changes if change.verdict == verdict] for verdict in told}
-    parts = [f"{word}: {', '.join(named[verdict])}" for verdict, word in told.items() if named[verdict]]
+    named = {verdict: [_named(change) for change in outcomes.changes if change.verdict == verdict]
+             for verdict in ("better", "worse", "undecided")}  # fmt: skip
+    parts = [f"{word}: {', '.join(named[verdict])}" for verdict, word in (("better", "gained"), ("worse", "lost"))
+             if named[verdict]]  # fmt: skip
+    if named["undecided"]:
+        rest = f"in {len(named['undecided'])} of {outcomes.family}" if parts else f"in {', '.join(named['undecided'])}"
+        parts.append(f"no change shown {rest}")
     return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
 
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from graftwork.metrics import FAIR_AT_ZERO
 from graftwork.report import words
 from graftwork.report.figures import Chart, Tick
 from graftwork.report.outcome_records import Change, CurveReport, Level, OutcomesReport, Rebased
 from graftwork.report.plots import Mark, Scale, band_chart, interval_track, ticks
+from graftwork.report.records import MetricInfo
 
 PARTS = {
     "task": "The task",
@@ -29,6 +31,11 @@ class ChangeRow:
     before: Markup
     after: Markup
     axis: tuple[Tick, ...]
+
+
+def direction(info: MetricInfo) -> str:
+    """Which way is better."""
+    return "nearer to 0" if info.name in FAIR_AT_ZERO else info.better
 
 
 def part_rows(report: OutcomesReport) -> list[tuple[str, list[ChangeRow]]]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graftwork import metrics, stats
-from graftwork.metrics import Metric, signature
+from graftwork import stats
+from graftwork.metrics import FAIR_AT_ZERO, Metric, signature
 from graftwork.report.outcome_records import Change, Level, OutcomesReport, PairedTest, Written
 from graftwork.report.records import MetricInfo
 from graftwork.stats import Floats
@@ -15,7 +15,6 @@ from graftwork.training.outcomes.probes import Probe
 from graftwork.training.outcomes.record import PartOutcome
 from graftwork.training.spec import TrainSpec
 
-FAIR_AT_ZERO = frozenset({metrics.BIAS.name, metrics.PAIR_BIAS.name, metrics.PAIR_GAP.name})
 SHOWN = 3
 """Written answers shown of each kind: won, lost."""
 
