@@ -12,8 +12,10 @@ from graftwork.errors import BaseModelError
 class RopeSpec(Spec):
     """Stretches the positions of a base `factor` times. Part of the base: an adapter works on one stretch only."""
 
-    kind: Literal["linear", "yarn"]
-    """linear: arXiv 2306.15595; yarn: arXiv 2309.00071."""
+    kind: Literal["linear", "yarn", "ntk"]
+    """linear: arXiv 2306.15595; yarn: arXiv 2309.00071; ntk: a higher theta, the frequencies of dynamic NTK at its
+    longest sequence. Held still: frequencies that follow the longest row would let rows of a batch change each other,
+    and keys in a prefix cache would have been rotated otherwise."""
     factor: float = Field(gt=1)
     """How many times longer than the base's own the longest sequence becomes."""
     original: int | None = Field(default=None, ge=1)
@@ -36,9 +38,18 @@ def stretched(asked: str, config: Mapping[str, Any], rope: RopeSpec) -> dict[str
     original = rope.original or longest
     theta = own.get("rope_theta", config.get("rope_theta", 10_000.0))
     parameters = {"rope_type": rope.kind, "rope_theta": theta, "factor": rope.factor}
+    if rope.kind == "ntk":
+        parameters = {"rope_type": "default", "rope_theta": _higher(theta, rope.factor, config)}
     if rope.kind == "yarn":
         parameters["original_max_position_embeddings"] = original
     return {"rope_parameters": parameters, "max_position_embeddings": int(original * rope.factor)}
+
+
+def _higher(theta: float, factor: float, config: Mapping[str, Any]) -> float:
+    """The theta with which the slowest rotation turns `factor` times slower and the fastest as before."""
+    heads = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    turning = int(heads * config.get("partial_rotary_factor", 1.0))
+    return float(theta * factor ** (turning / (turning - 2)))
 
 
 def marked(digest: str, rope: RopeSpec, overrides: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.storage import ALIAS_PATTERN
 from graftwork.training.rl_spec import RlSpec as RlSpec
-from graftwork.training.text_spec import CptSpec, FimSpec, Packing
+from graftwork.training.text_spec import AnswersSpec, CptSpec, FimSpec, Packing
 
 
 class SftSpec(Spec):
@@ -18,6 +18,8 @@ class SftSpec(Spec):
     kind: Literal["sft"] = "sft"
     packing: Packing = "none"
     """best_fit: several whole conversations a row, none sees another. No padding, so fewer tokens to compute."""
+    answers: AnswersSpec | None = None
+    """Generate the answers of held-out rows as well, before the first step and at each evaluation."""
 
 
 class DpoSpec(Spec):

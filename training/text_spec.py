@@ -13,6 +13,15 @@ Packing = Literal["none", "best_fit"]
 """none: a row a document. best_fit: several whole documents a row of up to `max_length`; none sees another."""
 
 
+class AnswersSpec(Spec):
+    """Held-out answers are generated too, greedily, and counted where they are the row's answer to the letter."""
+
+    by: tuple[str, ...] = ()
+    """Fields of the rows that part them into groups, each with a share of its own: `[length, depth]`."""
+    max_new_tokens: int = Field(default=32, ge=1)
+    """Most tokens generated for an answer."""
+
+
 class ReplaySpec(Spec):
     """Other text among the new, so that less of the old is forgotten."""
 
@@ -87,13 +96,18 @@ def check_text(spec: "TrainSpec") -> None:
             f"objective.packing={packing} can't go with adapter.kind=prefix: the prefix would stand before the first "
             "document of a row alone. Set objective.packing=none"
         )
+    answers = getattr(objective, "answers", None)
+    if answers is not None and spec.data.eval is None:
+        raise ValueError("objective.answers is set but data.eval is not given, so it cannot take effect")
+    generates = answers is not None or (objective.kind == "fim" and spec.data.eval is not None)
+    if generates and spec.strategy.kind in ("zero3", "fsdp2"):
+        what = "objective.answers" if answers is not None else "data.eval with objective.kind=fim"
+        raise ValueError(
+            f"{what} can't go with strategy.kind={spec.strategy.kind}: each worker generates answers by itself, which "
+            "needs all weights. Leave it out, or set strategy.kind=zero2"
+        )
     if objective.kind not in ("cpt", "fim"):
         return
-    if objective.kind == "fim" and spec.data.eval is not None and spec.strategy.kind in ("zero3", "fsdp2"):
-        raise ValueError(
-            f"data.eval can't go with strategy.kind={spec.strategy.kind} and objective.kind=fim: middles are generated "
-            "by each worker alone, which needs all weights. Leave data.eval out, or set strategy.kind=zero2"
-        )
     for key, given in (("prompt", "prompt" in spec.model_fields_set), ("data.context", spec.data.context is not None)):
         if given:
             raise ValueError(f"{key} can't take effect with objective.kind={objective.kind}: its rows are plain text")

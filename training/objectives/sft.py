@@ -12,9 +12,12 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from graftwork.training.logits import trained_logits
+from graftwork.training.objective_spec import SftSpec
+from graftwork.training.objectives.answers import held_out_answers
 from graftwork.training.objectives.apart import require_apart
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
 from graftwork.training.objectives.share import share
+from graftwork.training.rows.answered import AnsweredRows
 from graftwork.training.rows.packed import PackedRows
 from graftwork.training.rows.token_rows import Rows
 
@@ -43,6 +46,7 @@ class MaskedSftTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no t
 
 def build(setting: Setting) -> Training:
     """Supervised finetuning on the setting's rows, and the mean loss of the held-out ones."""
+    tokenizer = setting.tokenizer()
     if isinstance(setting.job.data.train, PackedRows):
         require_apart(setting.model)
     trainer = MaskedSftTrainer(
@@ -52,16 +56,21 @@ def build(setting: Setting) -> Training:
         ),
         train_dataset=setting.dataset(),
         data_collator=setting.collate,
-        processing_class=setting.tokenizer(),
+        processing_class=tokenizer,
         callbacks=[setting.callback],
     )
-    data, micro_batch = setting.job.data, setting.plan.micro_batch
+    data, micro_batch, objective = setting.job.data, setting.plan.micro_batch, setting.job.spec.objective
+    answers = objective.answers if isinstance(objective, SftSpec) else None
 
     def evaluate() -> Mapping[str, float]:
         assert data.eval is not None, "asked where the spec has data.eval"
-        return {"loss": held_out_loss(trainer, data.eval, data.pad_id, micro_batch)}
+        loss = {"loss": held_out_loss(trainer, data.eval, data.pad_id, micro_batch)}
+        if answers is None:
+            return loss
+        assert isinstance(data.eval, AnsweredRows), "what rows.sft gives where answers are asked for"
+        return {**loss, **held_out_answers(trainer, data.eval, tokenizer, data.pad_id, answers.max_new_tokens)}
 
-    return Training(quieted(trainer), evaluate)
+    return Training(quieted(trainer), evaluate, evaluate_first=answers is not None)
 
 
 @torch.no_grad()

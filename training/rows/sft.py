@@ -10,12 +10,13 @@ from graftwork.chat import Passage, Prompt, Template
 from graftwork.config import canonical_json
 from graftwork.data import Row
 from graftwork.training.objective_spec import SftSpec
+from graftwork.training.rows.answered import answered, groups_of
 from graftwork.training.rows.kept import RowWriter, kept_rows
 from graftwork.training.rows.packed import packed
 from graftwork.training.rows.part import Part, ReadPart, nothing_left, too_long
 from graftwork.training.spec import TrainSpec
 
-FORM = 1
+FORM = 2
 """Counted up when the same rows are rendered otherwise than before."""
 
 Context = Callable[[Row], tuple[Passage, ...]]
@@ -45,6 +46,10 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         raise too_long(spec, part, *about["too_long"][0])
     if not len(found):
         raise nothing_left(spec, part, about["dropped"])
+    if part == "eval" and spec.objective.answers is not None:
+        names = spec.objective.answers.by
+        groups = groups_of(data.read_fields(uri, names, limit=limit), about["numbers"]) if names else ()
+        return ReadPart(answered(found, groups), about["dropped"], fingerprint, _notes(about["left_out"], spec))
     packs, packing = packed(found, spec.objective.packing, spec.max_length)
     return ReadPart(packs, about["dropped"], fingerprint, (*_notes(about["left_out"], spec), *packing))
 
@@ -52,10 +57,14 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
 def _render(
     spec: TrainSpec, template: Template, prompt: Prompt, rows: Iterable[Row], context: Context, writer: RowWriter
 ) -> dict[str, Any]:
-    """Every row that fits to the writer, and what was left out: `too_long` names the first as (number, id, tokens)."""
+    """Every row that fits to the writer, and what was left out: `too_long` names the first as (number, id, tokens).
+
+    Where answers are generated, `numbers` says of which of the rows (from 1) each written one is.
+    """
     room = spec.data.context.context_tokens if spec.data.context else None
     left_out, dropped = 0, 0
     first: list[tuple[int, str, int]] = []
+    numbers: list[int] = []
     for number, row in enumerate(rows, start=1):
         passages, without = chat.fitting(context(row), template, prompt, room)
         left_out += len(without)
@@ -63,10 +72,15 @@ def _render(
             rendered = chat.render(messages, template, prompt=prompt, context=passages, generate=False)
             if len(rendered.ids) <= spec.max_length:
                 writer.add(rendered.ids, rendered.loss_mask)
+                numbers += [number] if _numbered(spec) else []
                 continue
             dropped += 1
             first = first or [(number, row.id, len(rendered.ids))]
-    return {"dropped": dropped, "left_out": left_out, "too_long": first}
+    return {"dropped": dropped, "left_out": left_out, "too_long": first, "numbers": numbers}
+
+
+def _numbered(spec: TrainSpec) -> bool:
+    return isinstance(spec.objective, SftSpec) and spec.objective.answers is not None
 
 
 def _key(spec: TrainSpec, template: Template, prompt: Prompt, fingerprint: str, seed: int) -> str:
@@ -78,7 +92,7 @@ def _key(spec: TrainSpec, template: Template, prompt: Prompt, fingerprint: str, 
         context = {**chosen, "seed": seed, "corpus": hashlib.sha256(canonical_json(passages).encode()).hexdigest()}
     decides = {
         "form": FORM, "rows": fingerprint, "template": template.digest, "tokenizer": template.tokenizer_digest,
-        "prompt": asdict(prompt), "max_length": spec.max_length, "context": context,
+        "prompt": asdict(prompt), "max_length": spec.max_length, "context": context, "numbered": _numbered(spec),
     }  # fmt: skip
     return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
 
