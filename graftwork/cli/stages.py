@@ -77,6 +77,8 @@ def train(
         f"{report.tokens_per_s:.0f} tok/s, "
         f"loss {report.train_loss[-1][1]:.3f}{held_out}"
     )
+    for note in report.notes:
+        say(f"  {note}")
     say(
         f"published {report.published}" + (f", alias {spec.name}@{spec.alias}" if spec.alias and report.adapter else "")
     )
