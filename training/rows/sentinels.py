@@ -43,7 +43,7 @@ def sentinels_of(spec: SentinelSpec, template: Template, rows: int) -> Sentinels
     if spec.tokens != "existing" and spare >= 3:
         first = template.vocab_size
         return Sentinels(first, first + 1, first + 2, train=True, names=f"rows {first} to {first + 2}")
-    reserved = ", ".join(template.specials)
+    reserved = ", ".join(name for name, number in template.specials.items() if number not in template.stop_ids)
     raise ConfigError(
         f"objective.sentinels.tokens={spec.tokens}",
         f"the tokenizer has no infilling tokens and the embedding {spare} rows beyond it",
