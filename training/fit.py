@@ -135,10 +135,11 @@ def _work(config: dict[str, object]) -> LoopResult | GraftworkError:
 
     from graftwork.training.loop import run_steps
     from graftwork.training.notice import leaving
+    from graftwork.training.refit import FirstSteps
 
     job: TrainJob = ray.get(config["job"])
     try:
-        return run_steps(job, lambda _: True, leaving)
+        return run_steps(job, FirstSteps(job), leaving)
     except ON_ALL_RANKS as error:
         return error
 

@@ -1,12 +1,14 @@
 """The page of a run: its curves, what it gained and lost, what was predicted of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from graftwork import base_model
 from graftwork.base_model import compute_dtype
 from graftwork.errors import ConfigError
 from graftwork.memory import RowSizes
+from graftwork.memory.measured import Correction
 from graftwork.model_shape import ModelShape
 from graftwork.plan import Machine, plan_training
 from graftwork.report import BuiltReport, build
@@ -90,12 +92,17 @@ def _planned(spec: TrainSpec, report: TrainReport, data: PreparedData) -> tuple[
     shape = ModelShape.from_config(base_model.resolve(spec.base).config)
     try:
         held_out = _sizes(data.eval) if data.eval is not None else None
-        plan = plan_training(spec, shape, _sizes(data.train), held_out, Machine.here(dtype.itemsize))
+        plan = plan_training(spec, shape, _sizes(data.train), held_out, _unlearned(dtype.itemsize))
     except ConfigError as error:
         return (), (f"nothing was predicted: {error.asked}, {error.found}",)
     row = PlanRow(stage=f"{spec.num_workers} workers, each", predicted_bytes=plan.peak_bytes_per_process,
                   actual_bytes=actual)  # fmt: skip
     return (row,), ()
+
+
+def _unlearned(value_bytes: int) -> Machine:
+    """This machine, without what this very run has taught the plan."""
+    return replace(Machine.here(value_bytes), peaks=Correction())
 
 
 def _sizes(rows: Rows) -> RowSizes:

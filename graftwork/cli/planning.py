@@ -6,6 +6,7 @@ from pathlib import Path
 
 from graftwork import base_model
 from graftwork.base_model import BaseSpec, QuantSpec
+from graftwork.cli.replaying import placed, replayed_line
 from graftwork.config import Spec
 from graftwork.data import read_rows
 from graftwork.demo.specs import DemoSpecs, load_specs
@@ -40,14 +41,22 @@ QUESTION_TOKENS, PASSAGE_TOKENS, ANSWER_TOKENS = 40, 30, 45
 SERVED_RANK = 16
 
 
-def plan_spec(spec: Spec, folder: Path, gpu: Gpu | None = None, gpus: int | None = None) -> list[StagePlan]:
+def plan_spec(
+    spec: Spec, folder: Path, gpu: Gpu | None = None, gpus: int | None = None, *, replay: bool = False
+) -> list[StagePlan]:
     """A line a stage; `folder` is where a demo's spec files lie. Raises UserError as the stages themselves would.
 
     `gpu`: plan for machines with such GPUs, one a worker, `gpus` workers; None plans for what the spec asks for here.
+    `replay`: of a training spec, the real step on tensors without memory as well.
     """
-    if gpu is None:
-        return list(_lines(spec, folder, Machine.here()))
-    return list(_lines(_on_gpus(spec, gpus), folder, Machine.with_gpus(gpu)))
+    machine = Machine.here() if gpu is None else Machine.with_gpus(gpu)
+    asked = spec if gpu is None else _on_gpus(spec, gpus)
+    if not replay:
+        return list(_lines(asked, folder, machine))
+    if not isinstance(asked, TrainSpec):
+        raise ConfigError(f"--replay with kind={getattr(spec, 'kind', '')!r}", "there is no training step in it",
+                          "the step of a train spec is replayed", "leave --replay out")  # fmt: skip
+    return [replayed_line(asked, machine)]
 
 
 def _on_gpus(spec: Spec, gpus: int | None) -> Spec:
@@ -69,9 +78,8 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
         )  # fmt: skip
     if isinstance(spec, TrainSpec):
         data = prepare(spec)
-        machine = machine.at(spec.quant) if machine.gpu or not spec.gpus_per_worker else machine_of(spec)
         held_out = sizes_of(data.eval) if data.eval is not None else None
-        yield plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, machine)
+        yield plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, placed(spec, machine))
     elif isinstance(spec, TuneSpec):
         data = prepare(spec.train)
         machine = machine_of(spec.train) if spec.train.gpus_per_worker else machine.at(spec.train.quant)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 GpuName = Annotated[
     str | None, typer.Option("--gpu", metavar="NAME", help="Plan for such GPUs: h100, t4, ..., or a YAML file.")
 ]
+Replay = Annotated[
+    bool, typer.Option("--replay", help="Take the real step on tensors without memory as well: some 10 s for 8B.")
+]
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Workers, each with a GPU of its own.")]
 
 
@@ -20,6 +23,7 @@ def plan(
     file: SpecFile,
     gpu: GpuName = None,
     gpus: Gpus = None,
+    replay: Replay = False,
     sets: Sets = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
@@ -31,7 +35,7 @@ def plan(
     from graftwork.plan.gpus import named_gpu
 
     spec = config.load(file, sets)
-    rows = plan_spec(spec, file.parent, named_gpu(gpu) if gpu else None, gpus)
+    rows = plan_spec(spec, file.parent, named_gpu(gpu) if gpu else None, gpus, replay=replay)
     if as_json:
         print_json([row.as_dict() for row in rows])
     else:

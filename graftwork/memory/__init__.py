@@ -7,11 +7,12 @@ measured peaks, `graftwork plan --replay` with the same step on tensors without 
 
 from graftwork.memory.activations import saved_bytes
 from graftwork.memory.serving import predict_embedding, predict_serving
-from graftwork.memory.sizes import FP32, GIB, MIB, MemoryPlan, RowSizes
+from graftwork.memory.sizes import BF16, FP32, GIB, MIB, MemoryPlan, RowSizes
 from graftwork.memory.training import micro_batch, predict_training
 from graftwork.memory.weights import full_training_bytes, kv_bytes, trained_params, weight_bytes
 
 __all__ = [
+    "BF16",
     "FP32",
     "GIB",
     "MIB",

@@ -6,6 +6,7 @@ from graftwork.base_model import QuantSpec
 from graftwork.errors import BaseModelError
 from graftwork.machine import Speed, available_memory, cores, measure_speed
 from graftwork.memory import FP32, GIB
+from graftwork.memory.measured import Correction, known
 from graftwork.memory.sizes import BF16
 from graftwork.plan.gpus import Gpu
 
@@ -30,16 +31,18 @@ class Machine:
     value_bytes: int = FP32
     gpu: Gpu | None = None
     """Each worker has one of these; None plans for the CPU."""
+    peaks: Correction = Correction()
+    """What runs on it have shown of predicted peaks of training."""
 
     @classmethod
     def here(cls, value_bytes: int = FP32) -> "Machine":
         """This machine as it is now. Probes its speed the first time."""
-        return cls(cores(), available_memory(), measure_speed(), value_bytes)
+        return cls(cores(), available_memory(), measure_speed(), value_bytes, peaks=known("cpu"))
 
     @classmethod
     def with_gpus(cls, gpu: Gpu) -> "Machine":
         """One that has such GPUs. Nothing is probed; its cores are taken to be slow ones."""
-        return cls(cores(), gpu.memory_bytes, ANY_CORE, BF16 if gpu.has_bf16 else FP32, gpu)
+        return cls(cores(), gpu.memory_bytes, ANY_CORE, BF16 if gpu.has_bf16 else FP32, gpu, known(gpu.name))
 
     def at(self, quant: QuantSpec) -> "Machine":
         """With the compute dtype that a stage gets here. Raises BaseModelError for one without units on the GPU."""

@@ -41,8 +41,12 @@ class StagePlan:
 
 
 def charged(peak_bytes: int, processes: int, machine: Machine) -> int:
-    """Bytes to hold against `machine.memory_bytes`: processes share a machine's memory, and have a GPU each."""
-    return peak_bytes if machine.gpu is not None else peak_bytes * processes
+    """Bytes to hold against `machine.memory_bytes`: processes share a machine's memory, and have a GPU each.
+
+    Corrected by what runs on this machine have shown.
+    """
+    corrected = round(peak_bytes * machine.peaks.ratio)
+    return corrected if machine.gpu is not None else corrected * processes
 
 
 def fits(charged_bytes: int, machine: Machine) -> bool:

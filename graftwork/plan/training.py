@@ -24,23 +24,26 @@ def plan_training(
     eval_s = evaluation_seconds(spec, model, held_out, machine, workers) if held_out else 0.0
     start_s = RAY_TRAIN_START_S + START_S / machine.pace(workers, 1)
     memory = predict_training(spec, model, rows, value_bytes=machine.value_bytes)
+    peak = round(memory.peak_bytes * machine.peaks.ratio)
+    learned = machine.peaks.runs > 0
     step_s = step_seconds(spec, model, rows, machine, workers)
     host = (f"{memory.host_bytes / GIB:.1f} GiB of the machine's own memory a worker",) if memory.host else ()
     return StagePlan(
         stage=f"train {spec.name}",
         processes=workers,
-        peak_bytes_per_process=memory.peak_bytes,
-        total_bytes=memory.peak_bytes * workers,
+        peak_bytes_per_process=peak,
+        total_bytes=peak * workers,
         seconds=start_s + steps * step_s + evals * eval_s,
         verdict=verdict_of(
             charged(memory.peak_bytes, workers, machine), machine, training_ways_out(spec, model, rows, machine)
         ),
-        parts=memory.parts,
+        parts=(*memory.parts, *((("as measured here", peak - memory.peak_bytes),) if learned else ())),
         assumptions=(
             f"{steps} steps of {spec.optim.rows_per_step} rows",
             *settled.notes,
             *memory.assumptions,
             *host,
+            *((machine.peaks.said(),) if learned else ()),
             machine.said(),
         ),
         step_s=step_s,

@@ -12,10 +12,15 @@ from graftwork.cli.planning import plan_spec
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.machine import Speed
 from graftwork.memory import GIB, RowSizes, predict_training
+from graftwork.memory.measured import Correction, known, learn
 from graftwork.model_shape import ModelShape
 from graftwork.plan import GPUS, Machine, gpu_called, named_gpu, plan_training, settle, step_seconds
+from graftwork.training.data import prepare
+from graftwork.training.job import TrainJob
+from graftwork.training.refit import FirstSteps
 from graftwork.training.run import Run
 from graftwork.training.spec import TrainSpec
+from graftwork.training.steplog import StepReport
 from tests.training import task
 
 SMOLLM2 = ModelShape(576, 30, 9, 3, 64, 1536, 49152, tied=True)
@@ -186,3 +191,36 @@ def test_a_run_settles_once_and_goes_on_as_it_began(tmp_path: Path) -> None:
     again = run.settled()
     assert again.spec.optim.micro_batch == 1
     assert "as the run began" in again.notes[0]
+
+
+def test_what_a_run_showed_corrects_later_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
+    assert known("cpu") == Correction()
+    learn("cpu", predicted_bytes=100, measured_bytes=110)
+    assert learn("cpu", predicted_bytes=100, measured_bytes=130) == known("cpu") == Correction(1.2, 2)
+    rows = RowSizes.at_most(64)
+    plain = plan_training(spec(), SMOLLM2, rows, None, MACHINE)
+    corrected = plan_training(spec(), SMOLLM2, rows, None, replace(MACHINE, peaks=known("cpu")))
+    assert corrected.peak_bytes_per_process == round(1.2 * plain.peak_bytes_per_process)
+    assert sum(size for _, size in corrected.parts) == corrected.peak_bytes_per_process
+    assert any("1.20 times the prediction" in line for line in corrected.assumptions)
+
+
+def test_a_correction_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
+    assert learn("h100", predicted_bytes=100, measured_bytes=1000).ratio == 1.5
+    assert learn("t4", predicted_bytes=100, measured_bytes=1).ratio == 0.7
+    assert Machine.with_gpus(GPUS["h100"]).peaks == Correction(1.5, 1)
+
+
+def test_the_second_step_of_a_run_is_what_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = task(tmp_path / "task")
+    job = TrainJob(asked, prepare(asked))
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    first_steps = FirstSteps(job)
+    step = StepReport(1, 9, loss=1.0, lr=1e-3, grad_norm=1.0, tokens=10, elapsed_s=1.0, step_s=1.0)
+    assert first_steps(step)
+    assert known("cpu").runs == 0
+    assert first_steps(replace(step, step=2))
+    assert first_steps(replace(step, step=3))
+    assert known("cpu").runs == 1
