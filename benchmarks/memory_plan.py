@@ -136,6 +136,7 @@ def measure(base: str, setting: Setting, rank: int, port: int) -> dict[str, floa
     spec = spec_of(base, setting)
     if spec.num_workers > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(spec.num_workers),
+                          LOCAL_WORLD_SIZE=str(spec.num_workers),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
         dist.init_process_group("gloo")
     seconds: list[float] = []

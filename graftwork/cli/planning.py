@@ -60,14 +60,17 @@ def plan_spec(
 
 
 def _on_gpus(spec: Spec, gpus: int | None) -> Spec:
-    """A training spec whose workers have a GPU each. Raises ConfigError for a stage that is not planned for GPUs."""
-    if not isinstance(spec, TrainSpec):
-        raise ConfigError(
-            f"--gpu with kind={getattr(spec, 'kind', '')!r}", "it is planned for this machine alone",
-            "--gpu plans for GPUs that need not be here", "plan a train spec, or leave --gpu out",
-        )  # fmt: skip
-    workers = {"num_workers": gpus} if gpus else {}
-    return spec.with_({"gpus_per_worker": 1, **workers})
+    """A spec whose workers or replicas have a GPU each. Raises ConfigError for a stage that is not planned for GPUs."""
+    if isinstance(spec, TrainSpec):
+        return spec.with_({"gpus_per_worker": 1, **({"num_workers": gpus} if gpus else {})})
+    if isinstance(spec, ServeSpec) and gpus is None:
+        return spec
+    raise ConfigError(
+        f"--gpu{' --gpus' if gpus else ''} with kind={getattr(spec, 'kind', '')!r}",
+        "it is planned for this machine alone",
+        "--gpu plans a train spec (--gpus workers), or a serve spec with a GPU for each of its replicas",
+        "plan the stages one by one, or leave --gpu out",
+    )
 
 
 def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
@@ -90,7 +93,8 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
                            num_cpus=spec.num_cpus, replicas=spec.most_replicas,
                            embedder=_embedding(spec.embedder) if spec.embedder else None,
                            query_embedders=_query_embedders(spec.arms),
-                           adapters=[SERVED_RANK] * len(spec.adapters), dequantised=_unpacked(spec.quant))  # fmt: skip
+                           adapters=[SERVED_RANK] * len(spec.adapters),
+                           dequantised=machine.gpu is None and _unpacked(spec.quant))  # fmt: skip
     elif isinstance(spec, CompareSpec):
         adapters = {arm.adapter for arm in spec.arms if arm.adapter}
         yield plan_serving("compare", _shape(spec.base), spec.quant, spec.engine, machine.at(spec.quant),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from graftwork.base_model import QuantSpec
 from graftwork.embedding import EmbedderShape
 from graftwork.memory.sizes import FP32, MIB, MemoryPlan
+from graftwork.memory.training import CUDA_BYTES, FRAGMENTS
 from graftwork.memory.weights import kv_bytes, loading_bytes, weight_bytes
 from graftwork.model_shape import ModelShape
 from graftwork.serving.spec import EngineSpec
@@ -23,26 +24,31 @@ def predict_serving(
     dequantised: bool = False,
     value_bytes: int = FP32,
     kv_value_bytes: int | None = None,
+    cuda: bool = False,
 ) -> MemoryPlan:
     """Peak of one engine replica with its key-value memory full.
 
     `adapters`: ranks of the loaded versions. `dequantised`: nf4 is kept as plain values (`quant.resident`).
-    `kv_value_bytes`: of a key or value, where it is not `value_bytes`: the engine keeps them in fp32 on a CPU.
+    `kv_value_bytes`: of a key or value, where it is not `value_bytes`: the engine keeps them in fp32 on a CPU. `cuda`:
+    what the replica takes of its GPU; the process and the adapters' copies are then in the machine's own memory.
     """
     slots = sum(model.adapter_params(rank) for rank in adapters) * value_bytes
     step_tokens = engine.prefill_tokens + engine.max_batch
     per_token = 2 * model.hidden + 2 * model.q_size + 2 * model.kv_size + 3 * model.intermediate
     resident = {
-        "process": SERVING_PROCESS_BYTES,
+        "CUDA" if cuda else "process": CUDA_BYTES if cuda else SERVING_PROCESS_BYTES,
         "base weights": weight_bytes(model, quant, value_bytes, dequantised=dequantised),
     }
     full = {
         "key-value memory": kv_bytes(model, engine.kv_tokens, kv_value_bytes or value_bytes),
-        "adapters": 2 * slots,  # each once in host memory, once in its slot
+        "adapters": (1 if cuda else 2) * slots,  # each once in host memory, once in its slot
         "step": step_tokens * per_token * value_bytes,
         "logits": engine.max_batch * model.vocab * FP32,
     }
-    loading = {} if dequantised else loading_bytes(model, quant)  # unpacked values take the place of the file's pages
+    if cuda:
+        full["fragments"] = round(FRAGMENTS * (sum(full.values()) + resident["base weights"]))
+    # unpacked values take the place of the file's pages; a GPU has none of them
+    loading = {} if dequantised or cuda else loading_bytes(model, quant)
     parts = resident | (full if sum(full.values()) >= sum(loading.values()) else loading)
     notes = (
         f"key-value memory full at engine.kv_tokens={engine.kv_tokens}",

@@ -14,7 +14,8 @@ from graftwork.machine import Speed
 from graftwork.memory import GIB, RowSizes, predict_training
 from graftwork.memory.measured import Correction, known, learn
 from graftwork.model_shape import ModelShape
-from graftwork.plan import GPUS, Machine, gpu_called, named_gpu, plan_training, settle, step_seconds
+from graftwork.plan import GPUS, Machine, gpu_called, named_gpu, plan_serving, plan_training, settle, step_seconds
+from graftwork.serving.spec import EngineSpec
 from graftwork.training.data import prepare
 from graftwork.training.job import TrainJob
 from graftwork.training.refit import FirstSteps
@@ -175,6 +176,19 @@ def test_a_spec_is_planned_for_gpus_from_a_laptop(tmp_path: Path) -> None:
     assert (plan.processes, plan.fits) == (2, True)
     assert plan.step_s is not None
     assert plan.step_s > 0
+
+
+def test_serving_is_planned_for_gpus() -> None:
+    """vLLM's rule of thumb for Llama-3-8B in bf16: 15 GiB of weights, 128 KiB a token of keys and values."""
+    engine = EngineSpec(kv_tokens=65_536, max_seq_len=4096)
+    plain = QuantSpec(kind="none")
+    plan = plan_serving("serve", LLAMA_8B, plain, engine, on("h100").at(plain))
+    parts = dict(plan.parts)
+    assert parts["base weights"] == pytest.approx(15.0 * GIB, rel=0.01)
+    assert parts["key-value memory"] == 65_536 * 128 * 1024
+    assert plan.fits
+    small = plan_serving("serve", LLAMA_8B, plain, engine, on("a10").at(plain), replicas=2)
+    assert "22.0 GiB a GPU; fits with engine.kv_tokens=" in small.verdict
 
 
 def test_a_run_settles_once_and_goes_on_as_it_began(tmp_path: Path) -> None:
