@@ -27,6 +27,8 @@ class Start:
     notes: tuple[str, ...] = ()
     sends: bool = True
     """This rank sends the checkpoints of its machine."""
+    universal: bool = False
+    """`folder` is in DeepSpeed's universal form (universal.py)."""
 
     @property
     def step(self) -> int:
@@ -38,19 +40,13 @@ class Start:
         """Seconds of training before."""
         return self.mark.elapsed_s if self.mark else 0.0
 
-    def require_loadable(self, spec: TrainSpec, world: int) -> None:
+    def require_loadable(self, spec: TrainSpec) -> None:
         """Raise ConfigError when the strategy can't go on from the checkpoint."""
         asked, mark = spec.strategy.kind, self.mark
         if mark is not None and mark.strategy != asked:
             raise ConfigError(
                 f"strategy.kind={asked}", f"the checkpoint of step {mark.step} was written by strategy {mark.strategy}",
                 "optimizer states are kept in their strategy's form", f"--set strategy.kind={mark.strategy}",
-            )  # fmt: skip
-        if mark is not None and asked.startswith("zero") and mark.world_size != world:
-            raise ConfigError(
-                f"strategy.kind={asked} on {world} workers",
-                f"the checkpoint of step {mark.step} holds the shards of {mark.world_size} workers",
-                "DeepSpeed loads shards with as many workers as wrote them", f"--set num_workers={mark.world_size}",
             )  # fmt: skip
 
 

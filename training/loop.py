@@ -48,7 +48,7 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
 
                 measure_finished(job, start.step, _device(spec), rank, world)
             return _result(log, plan.steps, start.elapsed_s, stopped=False, notes=start.notes)
-        start.require_loadable(spec, world)
+        start.require_loadable(spec)
         import torch
 
         base_model.import_bitsandbytes()
@@ -58,6 +58,7 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
         from graftwork.training.strategies import shards
         from graftwork.training.strategies.arguments import layout
         from graftwork.training.strategies.deepspeed import sharding
+        from graftwork.training.universal import reshaped
         from graftwork.training.watch import Watch
 
         torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
@@ -67,9 +68,10 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
         outcomes = Measuring(job, base, rank, world)
         outcomes.before(loaded.model)
         model = _with_adapter(job, loaded)
+        start = reshaped(start, spec, world)
         with _saver(job, model, log, start) as saver:
             watch = Watch(job, plan, log, report, leaving, start, saver)
-            training = build(Setting(job, plan, base, model, folder, watch))
+            training = build(Setting(job, plan, base, model, folder, watch, start.universal))
             del holding  # the trainer has a configuration of its own now
             watch.training, trainer = training, training.trainer
             trainer.train(resume_from_checkpoint=str(start.folder) if start.folder else None)

@@ -37,11 +37,11 @@ def workers_soon(spec: TrainSpec, deadline: float) -> int:
 
 
 def _placeable(spec: TrainSpec) -> int | None:
-    room = _room(spec, _nodes())
+    room = room_for(spec, _nodes())
     return next((size for size in world_sizes(spec) if size <= room), None)
 
 
-def _room(spec: TrainSpec, nodes: Iterable[Mapping[str, float]]) -> int:
+def room_for(spec: TrainSpec, nodes: Iterable[Mapping[str, float]]) -> int:
     """Workers that the nodes have resources for, each on one node, whoever uses them now."""
     need = resources_per_worker(spec)
     return int(sum(min(node.get(name, 0.0) // each for name, each in need.items()) for node in nodes))
@@ -58,7 +58,7 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _never_back(spec: TrainSpec) -> ClusterError:
-    least, room = world_sizes(spec)[-1], _room(spec, _nodes())
+    least, room = world_sizes(spec)[-1], room_for(spec, _nodes())
     fewer = "" if spec.recovery.min_workers else ", or --set recovery.min_workers=1 to go on with fewer"
     return ClusterError(
         f"num_workers={spec.num_workers}, recovery.deadline_s={spec.recovery.deadline_s:g}",

@@ -1,6 +1,7 @@
 """What happens around a step: report it, evaluate, checkpoint, stop. A callback of transformers' Trainer."""
 
 import math
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from graftwork.training.checkpoint_start import Start
 from graftwork.training.job import NonFiniteLoss, Report, TrainJob
 from graftwork.training.ranks import of_all
 from graftwork.training.steplog import StepLog, StepReport
+from graftwork.training.universal import mend
 
 if TYPE_CHECKING:
     from graftwork.training.objectives.setting import Training
@@ -58,6 +60,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         mark = self.start.mark
         if mark is not None and mark.world_size != args.world_size:
             set_seed(zlib.crc32(repr((self.job.spec.seed, mark.step, args.process_index)).encode()))
+        if self.start.universal and self.start.folder is not None:
+            mend(self.training.trainer.model_wrapped)
+            of_all(None)  # every rank has loaded it
+            if self.start.sends:
+                shutil.rmtree(self.start.folder, ignore_errors=True)
         if self.training.evaluate_first and state.global_step == 0 and self.job.data.eval is not None:
             self._before = self.training.evaluate()
 

@@ -28,6 +28,8 @@ class Setting:
     folder: Path
     """Where checkpoints are written."""
     callback: TrainerCallback
+    universal: bool = False
+    """The checkpoint that is gone on from is in DeepSpeed's universal form."""
 
     def tokenizer(self) -> Any:
         """The base's tokenizer, in transformers' form."""
@@ -91,7 +93,7 @@ def arguments(setting: Setting) -> dict[str, Any]:
         "report_to": [],
         "disable_tqdm": True,
     }
-    return {**shared, **strategy_arguments(spec, plan, world, setting.base)}
+    return {**shared, **strategy_arguments(spec, plan, world, setting.base, universal=setting.universal)}
 
 
 def plain(trainer_class: type[Any]) -> type[Any]:

@@ -8,11 +8,17 @@ from graftwork.training.spec import TrainSpec
 from graftwork.training.strategies import deepspeed, fsdp2
 
 
-def strategy_arguments(spec: TrainSpec, plan: StepPlan, world: int, base: ResolvedBase) -> dict[str, Any]:
-    """The arguments that a strategy adds or changes; ddp none. Called on all ranks."""
+def strategy_arguments(
+    spec: TrainSpec, plan: StepPlan, world: int, base: ResolvedBase, *, universal: bool = False
+) -> dict[str, Any]:
+    """The arguments that a strategy adds or changes; ddp none. Called on all ranks.
+
+    `universal`: DeepSpeed goes on from a checkpoint in its universal form, which any number of workers loads.
+    """
     if spec.strategy.kind in deepspeed.STAGES:
         deepspeed.prepare_process(spec)
-        return {"deepspeed": deepspeed.settings(spec, plan, world, deepspeed.width(base))}
+        settings = deepspeed.settings(spec, plan, world, deepspeed.width(base))
+        return {"deepspeed": {**settings, "checkpoint": {"load_universal": True}} if universal else settings}
     return fsdp2.settings(spec) if spec.strategy.kind == "fsdp2" else {}
 
 
