@@ -3,15 +3,18 @@
     python -m benchmarks.adapter_kinds                    all kinds of examples/train-adapters, and LoRA
     python -m benchmarks.adapter_kinds --kinds ia3 full   these again; others stay as they were recorded
     python -m benchmarks.adapter_kinds --minutes 3        of those not yet recorded as many as begin in this time
+    python -m benchmarks.adapter_kinds --table            nothing: the guide's table of what was recorded
 
 One process and one thread a kind, one seed: the losses say what to try first, not which kind is best for a task.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,10 @@ from graftwork import base_model, config
 from graftwork.storage import RunPaths, Store
 from graftwork.training.checkpoint import is_of_model
 from graftwork.training.data import prepare
-from graftwork.training.job import TrainJob
+from graftwork.training.job import Report, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.spec import TrainSpec
-from graftwork.training.steplog import StepReport, read_steps
+from graftwork.training.steplog import StepReport
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "train-adapters"
 LORA = ["name=airport-card-lora", "adapter={kind: lora, rank: 16, alpha: 32}", "optim.lr=4.0e-3"]
@@ -60,9 +63,8 @@ def measure(kind: str, root: Path, steps: int) -> dict[str, Any]:
     spec = spec_of(kind, root)
     run = RunPaths(Store(spec.root), spec.name, "0" * 64)
     job = TrainJob(spec, prepare(spec), run, max_steps=steps)
-    began = time.perf_counter()
-    result = run_steps(job, _told(kind))
-    wall_s = time.perf_counter() - began
+    clock: list[float] = []
+    result = run_steps(job, _told(kind, clock))
     losses = [loss for _, loss in result.train_loss]
     folder = run.store.local_dir(*run.checkpoints(f"checkpoint-{steps}"))
     gc.collect()
@@ -75,15 +77,17 @@ def measure(kind: str, root: Path, steps: int) -> dict[str, Any]:
         "first_loss": losses[0],
         "last_loss": sum(losses[-LAST:]) / LAST,
         "held_out_loss": result.eval_loss[-1][1],
-        "step_s": [step.step_s for step in read_steps(run)],
-        "wall_s": wall_s,
+        "step_cpu_s": [after - before for before, after in itertools.pairwise(clock[:-1])],
         "steps": result.steps,
         "seed": spec.seed,
     }
 
 
-def _told(kind: str) -> Any:
+def _told(kind: str, clock: list[float]) -> Report:
+    """Notes the CPU seconds of the process after each step; those of the last hold the evaluation."""
+
     def report(step: StepReport) -> bool:
+        clock.append(time.process_time())
         if step.step % 10 == 0:
             print(f"{kind} step {step.step}: loss {step.loss:.3f}, {step.step_s:.1f} s", flush=True)
         return True
@@ -98,13 +102,27 @@ def recorded(path: Path) -> dict[str, dict[str, Any]]:
     return {row["kind"]: row for row in json.loads(path.read_text(encoding="utf-8"))["result"]["detail"]}
 
 
+def shown(rows: Mapping[str, dict[str, Any]]) -> str:
+    """In Markdown, as docs/guide-training.md has it."""
+    lines = ["| trained | numbers trained | file | lr | held-out loss |", "|---|---|---|---|---|"]
+    for kind in KINDS:
+        if kind in rows:
+            row = rows[kind]
+            parts = (row["said"], f"{row['trained_parameters']:,}", f"{row['file_bytes'] / 2**20:.1f} MiB")
+            lines.append(f"| {' | '.join(parts)} | {row['lr']:g} | {row['held_out_loss']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "adapter_kinds.json")
     parser.add_argument("--kinds", nargs="+", choices=KINDS)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
+    if args.table:
+        return print(shown(recorded(args.out)))
     clock, rows = Clock(), recorded(args.out)
     torch.set_num_threads(1)
     began, left = time.monotonic(), [kind for kind in KINDS if args.minutes is None or kind not in rows]
@@ -118,7 +136,9 @@ def main() -> None:
 
 def _write(out: Path, rows: dict[str, dict[str, Any]], steps: int, clock: Clock) -> None:
     ordered = [rows[kind] for kind in KINDS if kind in rows]
-    figures: dict[str, Figure] = {f"{row['kind']}_step": figure(row["step_s"], "s") for row in ordered}
+    figures: dict[str, Figure] = {
+        f"{row['kind']}_step": figure(row["step_cpu_s"], "CPU s") for row in ordered if "step_cpu_s" in row
+    }
     figures |= {f"{row['kind']}_held_out": figure([row["held_out_loss"]], "nats") for row in ordered}
     meta = {"steps": steps, "rows_per_step": ROWS, "threads": 1, "base": "SmolLM2-135M-Instruct"}
     write("adapter_kinds", out, figures, ordered, meta, clock)

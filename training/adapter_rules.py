@@ -39,7 +39,7 @@ def _check_full(spec: "TrainSpec") -> None:
             f"init_from={spec.init_from} can't go with adapter.kind=full: an adapter is no start for all weights. Set "
             "base to the base to go on from"
         )
-    if spec.alias is not None and "alias" in spec.model_fields_set:
+    if spec.alias not in (None, type(spec).model_fields["alias"].default):
         raise ValueError(
             f"alias={spec.alias} can't take effect with adapter.kind=full: the new base is named by its place, "
             "<root>/bases/<name>/<version>. Leave alias out"

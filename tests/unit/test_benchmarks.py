@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import run, table
+from benchmarks import adapter_kinds, run, table
 from benchmarks.goals import GOALS, Goal
 from benchmarks.record import RESULTS, Clock, Figure, figure, ratios, write
 from benchmarks.table import README, Row
@@ -18,6 +18,11 @@ ROOT = Path(__file__).parents[2]
 def test_the_readmes_table_is_that_of_the_committed_results() -> None:
     text = README.read_text(encoding="utf-8")
     assert text == table.inserted(text, table.shown(table.rows())), "run: python -m benchmarks.table --write"
+
+
+def test_the_guides_table_of_adapters_is_that_of_the_committed_result() -> None:
+    rows = adapter_kinds.recorded(RESULTS / "adapter_kinds.json")
+    assert adapter_kinds.shown(rows) in (ROOT / "docs" / "guide-training.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
