@@ -121,7 +121,7 @@ class TrainSpec(Spec):
             )
         if self.data.eval is None and "eval_every" in self.model_fields_set:
             raise ValueError("eval_every is set but data.eval is not given, so it cannot take effect")
-        taken_effect(self.objective, self.adapter, self.data, self.base, self.quant)
+        taken_effect(self)
         check_adapter(self)
         check_text(self)
         if reason := checkpoint_spec.refusal(self):

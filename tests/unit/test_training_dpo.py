@@ -197,6 +197,7 @@ def test_a_bad_row_is_named_with_its_field(folder: Path, tmp_path: Path, row: di
     [
         ({"objective": {"kind": "dpo", "label_smoothing": 0.1}}, "it belongs to loss=robust"),
         ({"objective": {"kind": "dpo", "loss": "robust"}}, "needs one above 0"),
+        ({"strategy.kind": "zero3"}, "Set strategy.kind=fsdp2 or zero2"),
         ({"adapter.dropout": 0.1}, "TRL switches dropout off"),
         ({"data.context": {"corpus": "c.jsonl"}}, "data.context can't take effect with objective.kind=dpo"),
     ],

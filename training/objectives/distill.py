@@ -116,7 +116,7 @@ def build(setting: Setting) -> Training:
         processing_class=setting.tokenizer(),
         callbacks=[setting.callback],
     )
-    trainer.teacher = load_teacher(data.train.teacher, spec.root, str(trainer.accelerator.device))
+    trainer.teacher = load_teacher(data.train.teacher, spec.root, trainer.accelerator.device)
     trainer.objective, trainer.run_seed, trainer.pad_id = spec.objective, spec.seed, data.pad_id
     trainer.stop_ids = base_model.template(setting.base).stop_ids
 
@@ -127,9 +127,10 @@ def build(setting: Setting) -> Training:
     return Training(quieted(trainer), evaluate)
 
 
-def load_teacher(teacher: Teacher, root: str, device: str) -> Any:
+def load_teacher(teacher: Teacher, root: str, device: torch.device) -> Any:
     """The frozen teacher on a base of its own in this process."""
-    loaded = base_model.load(base_model.resolve(teacher.base), teacher.quant, device=device, purpose="train")
+    place = "cpu" if device.type == "cpu" else str(device)  # ranks of gloo call it cpu:0
+    loaded = base_model.load(base_model.resolve(teacher.base), teacher.quant, device=place, purpose="train")
     model = loaded.model
     if teacher.adapter is not None:
         task, _, version = teacher.adapter.partition("@")
