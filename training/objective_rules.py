@@ -15,7 +15,8 @@ def taken_effect(spec: "TrainSpec") -> None:
     if not isinstance(objective, DpoSpec | RewardSpec | DistillSpec):
         return
     where = f"objective.kind={objective.kind}"
-    if spec.strategy.kind == "zero3":
+    written = isinstance(objective, DistillSpec) and objective.generate is not None
+    if spec.strategy.kind == "zero3" and not written:
         raise ValueError(f"strategy.kind=zero3 can't go with {where}: a second model, a head or a reference is needed "
                          "while the weights are in pieces. Set strategy.kind=fsdp2 or zero2")  # fmt: skip
     if isinstance(objective, DistillSpec):
@@ -33,6 +34,9 @@ def taken_effect(spec: "TrainSpec") -> None:
 
 def _check_teacher(spec: "TrainSpec", objective: DistillSpec) -> None:
     teacher = objective.teacher
-    if teacher.adapter is None and teacher.base == spec.base and teacher.quant in (None, spec.quant):
+    if objective.generate is not None and spec.data.context is not None:
+        raise ValueError("data.context can't take effect with objective.generate: the teacher answers without it")
+    alike = teacher is not None and teacher.adapter is None and teacher.quant in (None, spec.quant)
+    if teacher is not None and alike and teacher.base == spec.base:
         raise ValueError("objective.teacher is the run's own base, from which nothing can be learned: name another "
                          "base, an adapter or another quant")  # fmt: skip

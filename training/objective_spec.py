@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.storage import ALIAS_PATTERN
+from graftwork.training.reward_spec import RewardFunctionSpec
 from graftwork.training.rl_spec import RlSpec as RlSpec
 from graftwork.training.text_spec import AnswersSpec, CptSpec, FimSpec, Packing
 
@@ -75,12 +76,48 @@ class TeacherSpec(Spec):
         return self
 
 
+class GenerateSpec(Spec):
+    """Answers to the training rows' questions: written once, filtered, kept under the root, learned as in sft."""
+
+    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    """An OpenAI-compatible endpoint (`http://HOST:8000/v1`); null lets `teacher` write, in the driver."""
+    model: str | None = None
+    """The model's name there."""
+    api_key_env: str | None = None
+    """Environment variable with the endpoint's key."""
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    max_new_tokens: int = Field(default=128, ge=1)
+    """An answer that has not ended by then is left out."""
+    samples: int = Field(default=1, ge=1, le=64)
+    """Answers to each question, of which the best is learned."""
+    keep: RewardFunctionSpec | None = None
+    """What an answer is held against, one of the rewards of `objective: grpo`; null keeps each one that has ended."""
+    at_least: float = 1.0
+    """Least value of `keep` that is learned."""
+    concurrency: int = Field(default=8, ge=1, le=256)
+    """Requests to the endpoint at a time, or rows that the teacher writes at once."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> Self:
+        if (self.url is None) != (self.model is None):
+            raise ValueError("url and model go together: an endpoint is asked for a model by name")
+        if self.api_key_env is not None and self.url is None:
+            raise ValueError("api_key_env can't take effect without url")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples={self.samples} with temperature=0 are all the same: raise temperature")
+        if "at_least" in self.model_fields_set and self.keep is None:
+            raise ValueError("at_least can't take effect without keep")
+        return self
+
+
 class DistillSpec(Spec):
     """Learning a teacher's next-token distributions (GKD, arXiv 2306.13649), or its filtered texts."""
 
     kind: Literal["distill"] = "distill"
-    teacher: TeacherSpec
+    teacher: TeacherSpec | None = None
     """Whose distributions are learned: a base, or a published adapter (`task@alias`) on the run's base."""
+    generate: GenerateSpec | None = None
+    """Learn texts that the teacher, or a model behind an endpoint, writes beforehand; null learns its distributions."""
     beta: float = Field(default=0.0, ge=0, le=1)
     """0: KL(teacher, student); 1: KL(student, teacher); between: generalised Jensen-Shannon, teacher weighted by it."""
     temperature: float = Field(default=1.0, gt=0)
@@ -89,6 +126,16 @@ class DistillSpec(Spec):
     """Share of the steps that learn from answers which the student samples, in place of the rows' own."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest sampled answer."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> Self:
+        asked = self.generate is not None and self.generate.url is not None
+        if (self.teacher is not None) == asked:
+            raise ValueError("name one teacher: `teacher` (a base or an adapter), or `generate.url` (an endpoint)")
+        for key in ("beta", "temperature", "on_policy", "max_new_tokens"):
+            if self.generate is not None and key in self.model_fields_set:
+                raise ValueError(f"{key} can't take effect with generate: its answers are learned as in sft")
+        return self
 
 
 ObjectiveSpec = Annotated[

@@ -10,7 +10,7 @@ from graftwork.base_model import BaseSpec
 from graftwork.memory.sizes import BF16, FP32, RowSizes
 from graftwork.memory.weights import kv_bytes, weight_bytes
 from graftwork.model_shape import ModelShape
-from graftwork.training.objective_spec import DistillSpec, DpoSpec, RewardSpec, RlSpec
+from graftwork.training.objective_spec import DistillSpec, DpoSpec, RewardSpec, RlSpec, TeacherSpec
 from graftwork.training.spec import TrainSpec
 
 LOGIT_COPIES = 2
@@ -49,12 +49,11 @@ def pass_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> Pass:
     if isinstance(spec.objective, RlSpec):
         sequences = spec.objective.generations
     cuda = spec.gpus_per_worker > 0
-    fused = cuda or isinstance(spec.objective, DpoSpec | DistillSpec)
+    taught = teacher_of(spec) is not None
+    fused = cuda or taught or isinstance(spec.objective, DpoSpec)
     if isinstance(spec.objective, RewardSpec):
         scored = 0
-    elif (
-        fused and not cuda and not isinstance(spec.objective, DistillSpec)
-    ):  # TRL 1.16 scores every position where there is no Triton
+    elif fused and not cuda and not taught:  # TRL 1.16 scores every position where there is no Triton
         scored = tokens
     packed = getattr(spec.objective, "packing", "none") != "none"
     masked = packed or (rows.padded and micro_batch * sequences > 1)
@@ -64,7 +63,7 @@ def pass_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> Pass:
 def logit_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> int:
     """The output head at its peak, beside the activations."""
     if taken.fused_head:
-        models = 2 if isinstance(spec.objective, DistillSpec) else 1
+        models = 2 if teacher_of(spec) else 1
         tile = min(taken.scored, TILE_TOKENS) * min(model.vocab, TILE_VOCAB) * value_bytes
         gathered = taken.scored * model.hidden * (value_bytes + FP32)  # the scored positions, their gradient in fp32
         return models * (gathered + tile * (1 if spec.gpus_per_worker else TILES))
@@ -74,17 +73,23 @@ def logit_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: in
 
 def beside_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> dict[str, int]:
     """What a kind keeps beside the trained model, by name: a teacher; the keys and values of answers being sampled."""
-    if isinstance(spec.objective, DistillSpec):
-        return _teacher(spec.objective, spec, value_bytes)
+    if (teacher := teacher_of(spec)) is not None:
+        return _teacher(teacher, spec, value_bytes)
     if isinstance(spec.objective, RlSpec):
         return {"sampling": kv_bytes(model, taken.tokens, value_bytes) + taken.rows * model.vocab * FP32 * 2}
     return {}
 
 
-def _teacher(objective: DistillSpec, spec: TrainSpec, value_bytes: int) -> dict[str, int]:
+def teacher_of(spec: TrainSpec) -> TeacherSpec | None:
+    """Who stands beside the student in each step; nobody where the teacher's texts are learned."""
+    objective = spec.objective
+    return objective.teacher if isinstance(objective, DistillSpec) and objective.generate is None else None
+
+
+def _teacher(teacher: TeacherSpec, spec: TrainSpec, value_bytes: int) -> dict[str, int]:
     """The weights of the teacher, which stands on a base of its own in the worker's process."""
-    shape = ModelShape.from_config(_config(objective.teacher.base or spec.base))
-    return {"teacher": weight_bytes(shape, objective.teacher.quant or spec.quant, value_bytes)}
+    shape = ModelShape.from_config(_config(teacher.base or spec.base))
+    return {"teacher": weight_bytes(shape, teacher.quant or spec.quant, value_bytes)}
 
 
 @functools.cache

@@ -5,40 +5,53 @@ import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 from transformers import TrainerCallback, set_seed
 
 from graftwork import artifact, base_model
-from graftwork.errors import ArtifactError, BaseModelError, ConfigError
+from graftwork.errors import ArtifactError, BaseModelError, ConfigError, DataError
+from graftwork.serving.spec import ServeSpec
 from graftwork.storage import RunPaths, Store
 from graftwork.training.adapters.attach import attach
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.data import prepare
+from graftwork.training.data import PreparedData, prepare
 from graftwork.training.job import TrainJob
 from graftwork.training.logits import trained_logits
 from graftwork.training.loop import plan_of, run_steps
 from graftwork.training.objectives import build
 from graftwork.training.objectives.distill import TaughtTrainer, _prompt
 from graftwork.training.objectives.setting import Setting
+from graftwork.training.rows.token_rows import TokenRows
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 from tests.adapters import facts
+from tests.local_endpoint import local_endpoint
 from tests.tiny import write_tiny_base
-from tests.training import task
+from tests.training import COLOURS, task
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a teacher that was trained on the rows, published as `colours@latest`."""
     folder = tmp_path_factory.mktemp("distill")
-    spec = task(folder, **{"optim.epochs": 3, "optim.micro_batch": 8, "quant.kind": "none"})
+    _let_it_end(write_tiny_base(folder / "base"))
+    lessons = [{"id": f"l{n}", "prompt": f"Name colour {n % 10}", "completion": COLOURS[n % 10]} for n in range(24)]
+    (folder / "lessons.jsonl").write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
+    spec = lesson_of(folder, **{"optim.epochs": 16, "optim.lr": 1e-2})
     run = RunPaths(Store(spec.root), spec.name, "2" * 64)
     result = run_steps(TrainJob(spec, prepare(spec), run), lambda _: True)
     method = {**spec.adapter.model_dump(mode="json"), "objective": "sft"}
-    known: dict[str, Any] = {**facts(), "base_digest": base_model.resolve(spec.base).digest, "method": method}
+    known: dict[str, Any] = {
+        **facts(),
+        "base_digest": base_model.resolve(spec.base).digest,
+        "method": method,
+        "prompt": {},
+    }
     with Checkpoints(run).adapter(result.steps) as adapter:
         artifact.publish(
             run.store,
@@ -50,9 +63,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _let_it_end(base: Path) -> None:
+    """Give the token that ends a turn an output row: as the padding token it has none (zeros), and is never likely."""
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][2] = weights["model.embed_tokens.weight"][3:9].mean(dim=0) * 2
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+
+
+def lesson_of(folder: Path, **changes: Any) -> TrainSpec:
+    files = {"data.train": str(folder / "lessons.jsonl"), "data.eval": str(folder / "lessons.jsonl")}
+    return task(folder, **files, **{"quant.kind": "none", "optim.micro_batch": 8, **changes})
+
+
 def student(folder: Path, **changes: Any) -> TrainSpec:
     objective = {"kind": "distill", "teacher": "colours@latest", **changes.pop("objective", {})}
-    return task(folder, **{"name": "student", "quant.kind": "none", "objective": objective, **changes})
+    return lesson_of(folder, **{"name": "student", "objective": objective, **changes})
 
 
 def trainer_of(spec: TrainSpec, folder: Path) -> TaughtTrainer:
@@ -116,7 +141,7 @@ def learned(spec: TrainSpec) -> list[StepReport]:
 
 
 def test_the_student_comes_near_its_teacher(folder: Path) -> None:
-    spec = student(folder, **{"optim.epochs": 3, "optim.lr": 1e-2, "optim.micro_batch": 8})
+    spec = student(folder, **{"optim.epochs": 10, "optim.lr": 1e-2})
     seen, teacher = learned(spec), artifact.resolve(Store(spec.root), "colours@latest").metrics["eval_loss"]
     assert seen[-1].loss < 0.2 * seen[0].loss
     assert seen[-1].eval_loss is not None
@@ -130,7 +155,7 @@ def test_the_student_learns_on_its_own_samples(folder: Path) -> None:
         student(
             folder,
             objective={"on_policy": 0.5, "beta": 1.0, "max_new_tokens": 6},
-            **{"optim.epochs": 2, "optim.gradient_checkpointing": True},
+            **{"optim.epochs": 8, "optim.gradient_checkpointing": True},
         )
     )
     shares = [step.metrics["on_policy"] for step in seen]
@@ -177,3 +202,74 @@ def test_another_base_teaches_and_decides_what_run_it_is(folder: Path, tmp_path:
     assert seen[-1].loss < seen[0].loss
     assert prepare(spec).digest() != prepare(student(folder)).digest()
     assert prepare(student(folder, objective={"teacher": {"base": str(other)}})).digest() == prepare(spec).digest()
+
+
+def offline(folder: Path, generate: dict[str, Any], **changes: Any) -> TrainSpec:
+    """The questions of the rows, without answers; `gold` holds the right one."""
+    path = folder / "questions.jsonl"
+    if not path.exists():
+        rows = [{"id": f"q{n}", "prompt": f"Name colour {n}", "gold": {"colour": COLOURS[n]}} for n in range(10)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    objective = {"kind": "distill", "generate": {"max_new_tokens": 16, **generate}}
+    files = {"data.train": str(path), "data.eval": str(folder / "lessons.jsonl")}
+    return task(folder, **{"name": "reader", "quant.kind": "none", **files, "objective": objective, **changes})
+
+
+def texts(data: PreparedData, spec: TrainSpec) -> list[str]:
+    """What is learned of each row, as text."""
+    template, rows = base_model.template(base_model.resolve(spec.base)), data.train
+    assert isinstance(rows, TokenRows)
+    return [template.decode(ids[trained].tolist()) for ids, trained in (rows.row(i) for i in range(len(rows)))]
+
+
+def test_a_teacher_writes_once_what_is_then_learned(folder: Path) -> None:
+    spec = offline(folder, {"keep": {"name": "regex", "pattern": "[a-z ]+"}}, **{"objective.teacher": "colours@latest"})
+    data = prepare(spec)
+    colours = [colour for colour in texts(data, spec) if colour in COLOURS]
+    kept = len(data.train)
+    assert 7 <= len(colours) <= kept <= 10
+    assert re.fullmatch(rf"{kept} of 10 answers of the teacher kept \(keep=regex, .*", data.notes[0])
+    assert all(re.fullmatch("[a-z ]+", text) for text in texts(data, spec))
+    (folder_of_texts,) = (folder / "root" / "teaching").iterdir()
+    before = (folder_of_texts / "answers.jsonl").stat().st_mtime_ns
+    assert prepare(spec).digest() == data.digest()
+    assert (folder_of_texts / "answers.jsonl").stat().st_mtime_ns == before
+    result = run_steps(TrainJob(spec, data), lambda _: True)
+    assert result.train_loss[-1][1] < result.train_loss[0][1]
+
+
+def test_an_endpoint_of_our_own_teaches(folder: Path) -> None:
+    """What it writes over HTTP is what the same adapter writes here, since both take the likeliest token."""
+    root = folder / "root"
+    serving = ServeSpec.model_validate(
+        {"base": str(folder / "base"), "root": str(root), "quant": {"kind": "none", "dtype": "float32"},
+         "engine": {"max_seq_len": 256, "num_threads": 1}}
+    )  # fmt: skip
+    here = offline(folder, {}, **{"objective.teacher": "colours@latest"})
+    with local_endpoint(serving) as url:
+        model = httpx.get(f"{url}/v1/models").json()["data"]
+        (name,) = [one["id"] for one in model if "colours@latest" in one["id"]]
+        spec = offline(folder, {"url": f"{url}/v1", "model": name})
+        assert texts(prepare(spec), spec) == texts(prepare(here), here)
+        with pytest.raises(DataError, match=r"HTTP 404"):
+            prepare(offline(folder, {"url": f"{url}/v1", "model": "nobody"}))
+    assert len(prepare(spec).train) > 0, "the answers are kept: the endpoint is gone"
+    with pytest.raises(DataError, match="nothing answers"):
+        prepare(offline(folder, {"url": f"{url}/v1", "model": name}, seed=1))
+    with pytest.raises(DataError, match="none of the answers to 10 questions is kept"):
+        prepare(offline(folder, {"keep": "json"}, **{"objective.teacher": "colours@latest"}))
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({}, "name one teacher"),
+        ({"teacher": "a@b", "generate": {"url": "http://x/v1", "model": "m"}}, "name one teacher"),
+        ({"teacher": "a@b", "generate": {}, "beta": 0.5}, "beta can't take effect with generate"),
+        ({"teacher": "a@b", "generate": {"samples": 3}}, "raise temperature"),
+        ({"generate": {"url": "http://x/v1"}}, "url and model go together"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(folder: Path, objective: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, ValidationError), match=message):
+        task(folder, objective={"kind": "distill", **objective})

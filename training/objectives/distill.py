@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models.utils import disable_gradient_checkpointing
 
-from graftwork import artifact, base_model
-from graftwork.storage import Store
+from graftwork import base_model
 from graftwork.training.objective_spec import DistillSpec
+from graftwork.training.objectives import sft
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
 from graftwork.training.objectives.share import share
-from graftwork.training.rows.distill import TaughtRows, Teacher
+from graftwork.training.rows.distill import TaughtRows
 from graftwork.training.rows.token_rows import IGNORED, Rows, TokenRows
+from graftwork.training.teaching.model import load_teacher
 
 Batch = dict[str, torch.Tensor]
 
@@ -102,9 +102,14 @@ class TaughtTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no type
 
 
 def build(setting: Setting) -> Training:
-    """Distillation on the setting's rows, and the mean divergence and likelihood loss of the held-out ones."""
+    """Distillation on the setting's rows, and the mean divergence and likelihood loss of the held-out ones.
+
+    What a teacher wrote beforehand is learned as any conversation is.
+    """
     spec, data = setting.job.spec, setting.job.data
     assert isinstance(spec.objective, DistillSpec), "registered for this kind"
+    if spec.objective.generate is not None:
+        return sft.build(setting)
     assert isinstance(data.train, TaughtRows), "rows of this kind"
     trainer = TaughtTrainer(
         model=setting.model,
@@ -124,18 +129,7 @@ def build(setting: Setting) -> Training:
         assert data.eval is not None, "asked where the spec has data.eval"
         return held_out(trainer, data.eval, data.pad_id, spec.optim.rows_per_pass)
 
-    return Training(quieted(trainer), evaluate)
-
-
-def load_teacher(teacher: Teacher, root: str, device: torch.device) -> Any:
-    """The frozen teacher on a base of its own in this process."""
-    place = "cpu" if device.type == "cpu" else str(device)  # ranks of gloo call it cpu:0
-    loaded = base_model.load(base_model.resolve(teacher.base), teacher.quant, device=place, purpose="train")
-    model = loaded.model
-    if teacher.adapter is not None:
-        task, _, version = teacher.adapter.partition("@")
-        model = PeftModel.from_pretrained(model, artifact.fetch(Store(root), task, version))
-    return model.requires_grad_(False).eval()
+    return Training(quieted(trainer), evaluate, evaluate_first=data.eval is not None)
 
 
 def trained_hidden(model: Any, head: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Teachers of distillation: found and pinned, loaded, and asked to write."""
