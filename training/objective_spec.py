@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.storage import ALIAS_PATTERN
-from graftwork.training.reward_spec import RewardFunctionSpec
+from graftwork.training.reward_spec import RewardFunctionSpec, RewardModelReward
 from graftwork.training.rl_spec import RlSpec as RlSpec
 from graftwork.training.text_spec import AnswersSpec, CptSpec, FimSpec, Packing
 
@@ -91,7 +91,7 @@ class GenerateSpec(Spec):
     samples: int = Field(default=1, ge=1, le=64)
     """Answers to each question, of which the best is learned."""
     keep: RewardFunctionSpec | None = None
-    """What an answer is held against, one of the rewards of `objective: grpo`; null keeps each one that has ended."""
+    """What an answer is held against, one of the reward functions of grpo; null keeps each one that has ended."""
     at_least: float = 1.0
     """Least value of `keep` that is learned."""
     concurrency: int = Field(default=8, ge=1, le=256)
@@ -105,6 +105,8 @@ class GenerateSpec(Spec):
             raise ValueError("api_key_env can't take effect without url")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"samples={self.samples} with temperature=0 are all the same: raise temperature")
+        if isinstance(self.keep, RewardModelReward):
+            raise ValueError("keep takes a function of the answer's text, no reward model")
         if "at_least" in self.model_fields_set and self.keep is None:
             raise ValueError("at_least can't take effect without keep")
         return self

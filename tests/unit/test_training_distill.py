@@ -267,6 +267,7 @@ def test_an_endpoint_of_our_own_teaches(folder: Path) -> None:
         ({"teacher": "a@b", "generate": {"url": "http://x/v1", "model": "m"}}, "name one teacher"),
         ({"teacher": "a@b", "generate": {}, "beta": 0.5}, "beta can't take effect with generate"),
         ({"teacher": "a@b", "generate": {"samples": 3}}, "raise temperature"),
+        ({"teacher": "a@b", "generate": {"keep": {"name": "reward_model", "model": "a@b"}}}, "no reward model"),
         ({"generate": {"url": "http://x/v1"}}, "url and model go together"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from peft import PeftModel
@@ -12,6 +13,7 @@ from graftwork.errors import ArtifactError, BaseModelError, ConfigError
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.read import read_adapter
 from graftwork.serving.engine.sites import Sites
+from graftwork.serving.spec import ServeSpec
 from graftwork.storage import RunPaths, Store
 from graftwork.training.adapters.attach import attach
 from graftwork.training.adapters.score_head import with_score_head
@@ -27,6 +29,7 @@ from graftwork.training.rows.pairs import PairRows
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 from tests import engines
+from tests.local_endpoint import local_endpoint
 from tests.training import pair_task
 
 REWARD = {"name": "judge", "objective": {"kind": "reward", "centre": 0.01}}
@@ -139,3 +142,17 @@ def test_an_architecture_without_a_classifier_is_refused() -> None:
     config = CodeGenConfig(vocab_size=64, n_embd=16, n_layer=1, n_head=4, rotary_dim=4, n_positions=32)
     with pytest.raises(BaseModelError, match="no sequence classifier of this architecture"):
         with_score_head(CodeGenForCausalLM(config))
+
+
+def test_an_endpoint_answers_that_it_cannot_be_asked(
+    spec: TrainSpec, trained: tuple[RunPaths, list[StepReport]]
+) -> None:
+    serving = ServeSpec.model_validate(
+        {"base": spec.base.uri, "root": spec.root, "quant": {"kind": "none"},
+         "engine": {"max_seq_len": 256, "num_threads": 1}}
+    )  # fmt: skip
+    with local_endpoint(serving) as url:
+        (name,) = [one["id"] for one in httpx.get(f"{url}/v1/models").json()["data"] if "judge@latest" in one["id"]]
+        asked = {"model": name, "messages": [{"role": "user", "content": "Name colour 1"}]}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60)
+    assert "it scores answers" in answer.json()["error"]["message"]

@@ -40,7 +40,8 @@ def written(spec: TrainSpec, generate: GenerateSpec) -> Written:
     """
     assert spec.data.train is not None
     rows = data.read_rows(spec.data.train, limit=spec.data.train_rows, need="prompt")
-    rewards = load_rewards([generate.keep] if generate.keep else [])
+    loaded = load_rewards([generate.keep] if generate.keep else [], spec)
+    rewards = [reward for reward in loaded if isinstance(reward, Reward)]
     store, key = Store(spec.root), _key(spec, generate, rows, rewards)
     if not store.exists(FOLDER, key, ABOUT):
         answers = _asked(spec, generate, rows)
