@@ -73,6 +73,8 @@ class FimSpec(Spec):
     """Infilling: a document becomes prefix, suffix and middle (Bavarian et al. 2022, arXiv 2207.14255)."""
 
     kind: Literal["fim"] = "fim"
+    cut: Literal["characters", "line"] = "characters"
+    """Where the middle begins and ends. characters: at two random ones, as in the paper. line: it is one whole line."""
     rate: float = Field(default=0.9, gt=0, le=1)
     """Share of the documents that are cut; the others stay whole, so that writing on is not forgotten."""
     spm_share: float = Field(default=0.5, ge=0, le=1)

@@ -87,6 +87,15 @@ def test_layouts_are_those_of_the_paper(folder: Path, spm: float, loss_on: str) 
             assert [token for token, label in zip(ids, labels, strict=True) if label == -100] == [pre, suf, mid]
 
 
+def test_a_middle_of_one_line_where_asked(folder: Path) -> None:
+    spec = fim_task(folder, **{"objective.cut": "line", "objective.rate": 1, "objective.loss_on": "middle"})
+    template, data = base_model.template(base_model.resolve(spec.base)), prepare(spec)
+    for index, text in enumerate(CODE):
+        labels = data.train.collate([index], data.pad_id)["labels"][0]
+        middle = template.decode([int(label) for label in labels if label != -100][:-1])
+        assert middle in [line.strip() for line in text.splitlines()[1:]]
+
+
 def add_special(folder: Path, target: Path, names: list[str]) -> Path:
     """The tiny base with some of its ordinary tokens turned into special ones of these names."""
     import shutil

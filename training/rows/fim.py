@@ -111,7 +111,8 @@ def _row(
         return layout.infill(cut_line(document.text, rng), spm=objective.spm_share == 1)
     if rng.random() >= objective.rate:
         return layout.plain(document.text)
-    return layout.infill(cut_anywhere(document.text, rng), spm=bool(rng.random() < objective.spm_share))
+    cut = cut_line if objective.cut == "line" else cut_anywhere
+    return layout.infill(cut(document.text, rng), spm=bool(rng.random() < objective.spm_share))
 
 
 def _require_trainable(spec: TrainSpec, sentinels: Sentinels) -> None:
