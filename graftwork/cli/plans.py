@@ -49,15 +49,24 @@ def _show(title: str, rows: "list[StagePlan]") -> None:
         title,
         ("stage", "processes", "peak each", "peak in all", "time", "fits"),
         [
-            (r.stage, r.processes, gib(r.peak_bytes_per_process), gib(r.total_bytes), duration(r.seconds), r.verdict)
+            (
+                r.stage,
+                r.processes,
+                gib(r.peak_bytes_per_process),
+                gib(r.total_bytes),
+                duration(r.seconds),
+                "yes" if r.fits else "no",
+            )
             for r in rows
         ],
     )
     for row in rows:
+        if not row.fits:
+            say(f"  {row.stage}: {row.verdict}")
         if row.step_s is not None:
             say(f"  {row.stage}: {row.step_s:.2f} s a step; one worker takes")
             for name, size in sorted(row.parts, key=lambda part: -part[1]):
-                say(f"    {name:24s}{gib(size):>10s}")
+                say(f"    {name:28s}{gib(size):>10s}")
     for note in dict.fromkeys(note for row in rows for note in row.assumptions):
         say(f"  {note}")
     for warning in dict.fromkeys(warning for row in rows for warning in row.warnings):

@@ -22,7 +22,8 @@ class Correction:
 
     def said(self) -> str:
         """In words."""
-        return f"peaks of {self.runs} runs here were {self.ratio:.2f} times the prediction, which is corrected by it"
+        seen = f"peaks measured here were {self.ratio:.2f} times the prediction (runs so far: {self.runs})"
+        return f"{seen}; corrected by it"
 
 
 def known(on: str) -> Correction:

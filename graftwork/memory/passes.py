@@ -13,12 +13,12 @@ from graftwork.model_shape import ModelShape
 from graftwork.training.objective_spec import DistillSpec, DpoSpec, RewardSpec, RlSpec, TeacherSpec
 from graftwork.training.spec import TrainSpec
 
-LOGIT_COPIES = 2
-"""log-softmax and its gradient, alive together in the backward pass of cross-entropy."""
+LOGIT_COPIES = 3
+"""In fp32: log-softmax, the gradients of it and of its input, alive together in the backward pass of cross-entropy."""
 TILE_TOKENS, TILE_VOCAB = 4096, 32_768
 """Largest tile of logits in TRL's fused head (trl/kernels/chunked_logprob.py)."""
-TILES = 3
-"""Tiles alive at once where the fused head is made of torch's own operations, as on a CPU."""
+TILE_COPIES = 7
+"""In fp32, of a tile where the fused head is made of torch's own operations, as on a CPU (`_backward_tile`)."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ def logit_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: in
     """The output head at its peak, beside the activations."""
     if taken.fused_head:
         models = 2 if teacher_of(spec) else 1
-        tile = min(taken.scored, TILE_TOKENS) * min(model.vocab, TILE_VOCAB) * value_bytes
+        copies = value_bytes if spec.gpus_per_worker else value_bytes + TILE_COPIES * FP32
+        tile = min(taken.scored, TILE_TOKENS) * min(model.vocab, TILE_VOCAB) * copies
         gathered = taken.scored * model.hidden * (value_bytes + FP32)  # the scored positions, their gradient in fp32
-        return models * (gathered + tile * (1 if spec.gpus_per_worker else TILES))
+        return models * (gathered + tile)
     copies = LOGIT_COPIES * FP32 + (value_bytes if value_bytes == BF16 else 0)
     return taken.scored * model.vocab * copies
 

@@ -9,11 +9,11 @@ from graftwork.model_shape import ModelShape
 from graftwork.training.adapter_spec import FullSpec, LoraSpec, PrefixSpec
 from graftwork.training.spec import TrainSpec
 
-PROCESS_BYTES = 625 * MIB
+PROCESS_BYTES = 660 * MIB
 """Peak of a worker that trains a base of 0.2 M parameters: Python 3.11, torch 2.13, transformers, PEFT, TRL,
 bitsandbytes and Ray 2.60 on Linux x86-64 (`benchmarks/memory_plan.py`). 160 MiB of it are library pages that processes
 share."""
-ALLOCATOR_SHARE = 0.2
+ALLOCATOR_SHARE = 0.15
 """Freed temporaries between live activations that glibc does not return, as a share of activations and logits."""
 CUDA_BYTES = 600 * MIB
 """CUDA's context, cuBLAS' workspaces and the kernels' code on one GPU, outside of torch's allocator."""
