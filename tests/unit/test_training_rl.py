@@ -29,8 +29,9 @@ from graftwork.training.rewards.load import GROUP
 from graftwork.training.rewards.reward import BadReward
 from graftwork.training.rows.rl import PromptRows
 from graftwork.training.spec import TrainSpec
-from graftwork.training.steplog import StepReport
+from graftwork.training.steplog import StepReport, read_steps
 from tests.adapters import facts
+from tests.ranks import Task, train_on
 from tests.training import pair_task, task
 
 VOWEL = {"name": "regex", "pattern": "[aeiou]", "whole": False}
@@ -332,6 +333,21 @@ def test_each_step_has_the_plans_prompts_on_any_number_of_workers(folder: Path) 
                 == sorted(plan.rows_SR[2 * step + 1])
             )
             assert len({(one["row"], one["again"]) for one in part}) == 8, "a prompt asked twice is answered anew"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_two_workers_take_the_steps_of_one(folder: Path, kind: str) -> None:
+    spec = rl_task(folder, kind)
+    one = run(spec, f"one-{kind}")
+    together = paths(spec, f"two-{kind}")
+    train_on(2, {"rl": Task(TrainJob(spec, prepare(spec), together))}, folder / f"ranks-{kind}")
+    two = read_steps(together)
+    assert len(two) == len(one) == 4
+    for alone, shared in zip(one, two, strict=True):
+        assert shared.tokens == alone.tokens
+        assert shared.loss == pytest.approx(alone.loss, rel=1e-4, abs=1e-5)
+        assert shared.metrics == pytest.approx(alone.metrics, rel=1e-3, abs=1e-5)
 
 
 def test_bad_rows_and_rewards_are_told(folder: Path) -> None:
