@@ -49,6 +49,7 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
         "gradients": part.gradients,
         "optimizer": part.optimizer,
         "buffers": part.buffers,
+        "loaded whole": _loaded_whole(spec, part),
         "unpacked layer": _unpacked(spec, model, value_bytes, autocast=False),
         "activations": held + at_work,
         "logits": logits,
@@ -92,6 +93,11 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
         (taken.said(),),
         tuple((name, size) for name, size in host.items() if size),
     )
+
+
+def _loaded_whole(spec: TrainSpec, part: Shared) -> int:
+    """The shares of the others, which FSDP2 loads first and gives back: on a CPU to glibc, which keeps them."""
+    return (spec.num_workers - 1) * (part.weights + part.trained) if spec.strategy.kind == "fsdp2" else 0
 
 
 def allocated(plan: MemoryPlan) -> int:
