@@ -4,7 +4,9 @@ import ctypes.util
 import shutil
 from typing import TYPE_CHECKING
 
+from graftwork.base_model import compute_dtype
 from graftwork.errors import ConfigError, DataError
+from graftwork.training.objective_spec import DistillSpec
 
 if TYPE_CHECKING:
     from graftwork.training.spec import TrainSpec
@@ -17,11 +19,26 @@ WEIGHTS_SHARDED = ("zero3", "fsdp2")
 def check_strategy(spec: "TrainSpec") -> None:
     """Raises ValueError for keys that can't go with the spec's strategy, or can't take effect with it."""
     _check_offload(spec)
-    _check_quantised(spec)
+    _check_precision(spec)
+    _check_kinds(spec)
 
 
 def check_here(spec: "TrainSpec") -> None:
-    """Raises ConfigError for what the strategy needs of a machine and this one lacks."""
+    """Raises ConfigError for what the strategy needs of a machine and this one lacks or has otherwise."""
+    _check_disks(spec)
+    if spec.strategy.kind != "zero3" or spec.gpus_per_worker:
+        return
+    dtype, reason = compute_dtype(spec.quant, "cpu")
+    if str(dtype) != "torch.float32":
+        raise ConfigError(
+            f"quant.dtype={spec.quant.dtype} with strategy.kind=zero3 and gpus_per_worker=0",
+            f"weights would be in bfloat16 ({reason})",
+            "on a CPU DeepSpeed 0.19 reads weights in parts in float32 alone",
+            "--set quant.dtype=float32, or --set strategy.kind=zero2",
+        )
+
+
+def _check_disks(spec: "TrainSpec") -> None:
     strategy = spec.strategy
     key = next((key for key in ("offload_optimizer", "offload_weights") if getattr(strategy, key) == "nvme"), None)
     if key is None:
@@ -82,8 +99,27 @@ def _check_offload(spec: "TrainSpec") -> None:
         raise ValueError(f"strategy.nvme_path={strategy.nvme_path} can't take effect: nothing is offloaded to nvme")
 
 
-def _check_quantised(spec: "TrainSpec") -> None:
+def _check_kinds(spec: "TrainSpec") -> None:
+    kind, objective = spec.strategy.kind, spec.objective
+    if spec.adapter.kind == "prefix" and kind in WEIGHTS_SHARDED:
+        raise ValueError(
+            f"adapter.kind=prefix can't go with strategy.kind={kind}: PEFT computes the prefix outside of the model, "
+            "where its weights are in parts. Set strategy.kind=zero2"
+        )
+    if kind == "fsdp2" and isinstance(objective, DistillSpec) and objective.on_policy > 0:
+        raise ValueError(
+            f"objective.on_policy={objective.on_policy:g} can't go with strategy.kind=fsdp2: the workers' samples end "
+            "after different numbers of passes. Set objective.on_policy=0, or strategy.kind=zero2"
+        )
+
+
+def _check_precision(spec: "TrainSpec") -> None:
     kind, quant = spec.strategy.kind, spec.quant.kind
+    if kind in ZERO and spec.gpus_per_worker and spec.quant.dtype == "float32":
+        raise ValueError(
+            f"quant.dtype=float32 can't take effect with strategy.kind={kind} on GPUs: DeepSpeed computes in bf16 and "
+            "steps fp32 copies. Set quant.dtype=auto, or strategy.kind=ddp"
+        )
     if kind == "fsdp2" and quant == "int8":
         raise ValueError(
             "quant.kind=int8 can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales off the weights "

@@ -1,5 +1,6 @@
 """Every strategy computes the same step: two ranks against one process, shards held, checkpoints gone on from."""
 
+import ctypes.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, DataError
 from graftwork.storage import RunPaths, Store
 from graftwork.training.data import PreparedData, prepare
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.objectives.share import share
+from graftwork.training.run import check
 from graftwork.training.spec import TrainSpec
 from graftwork.training.strategies.shards import writer_of
 from tests.ranks import Ended, Task, train_on
@@ -80,8 +82,13 @@ class Strategies:
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Strategies:
-    return Strategies(tmp_path_factory.mktemp("strategies"), SHORT)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("strategies")
+
+
+@pytest.fixture(scope="module")
+def short(folder: Path) -> Strategies:
+    return Strategies(folder, SHORT)
 
 
 @pytest.mark.timeout(300)
@@ -136,6 +143,17 @@ def test_a_sharded_checkpoint_holds_whole_adapters_and_each_ranks_state(short: S
     ]
 
 
+def test_what_this_machine_lacks_is_told_before_anything_starts(folder: Path) -> None:
+    disk = {"strategy.kind": "zero3", "strategy.offload_optimizer": "nvme", "strategy.nvme_path": "/disk"}
+    if ctypes.util.find_library("aio") is None:
+        with pytest.raises(ConfigError, match=r"no libaio.*\n.*async_io.*\n.*offload to cpu"):
+            check(task(folder, **disk))
+    with pytest.raises(ConfigError, match=r"float32 alone\n.*--set quant.dtype=float32"):
+        check(task(folder, **{"strategy.kind": "zero3", "quant.dtype": "bfloat16"}))
+    with pytest.raises(DataError, match="2 rows for num_workers=4"):
+        check(task(folder, **{"strategy.kind": "zero3", "data.eval_rows": 2, "num_workers": 4}))
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("count", [3, 7, 8, 10])
 @pytest.mark.parametrize("micro", [1, 4])
@@ -160,12 +178,15 @@ def test_held_out_rows_make_equally_many_passes_on_each_rank(world: int, count: 
         ),
         ({"strategy.kind": "fsdp2", "strategy.offload_weights": "cpu"}, "in the host's memory already"),
         ({"strategy.kind": "fsdp2", "quant.kind": "int8"}, "Set quant.kind=nf4"),
-        ({"strategy.kind": "zero3", "quant.kind": "nf4", "gpus_per_worker": 1}, "Set strategy.kind=fsdp2"),
+        ({"strategy.kind": "zero3", "quant": {"kind": "nf4"}, "gpus_per_worker": 1}, "Set strategy.kind=fsdp2"),
+        ({"strategy.kind": "zero2", "quant.kind": "none", "gpus_per_worker": 1}, "Set quant.dtype=auto"),
+        ({"strategy.kind": "zero3", "adapter.kind": "prefix"}, "Set strategy.kind=zero2"),
+        ({"strategy.kind": "zero3", "objective.kind": "dpo"}, "Set strategy.kind=fsdp2 or zero2"),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_the_alternative(
-    short: Strategies, changes: dict[str, Any], says: str
+    folder: Path, changes: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        task(short.folder, **changes)
+        task(folder, **changes)
     assert says in str(refused.value)
