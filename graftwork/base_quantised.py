@@ -39,7 +39,10 @@ def kept(base: Path, settings: dict[str, Any], quantise: Callable[[], Any]) -> P
     name = hashlib.sha256(canonical_json(what).encode()).hexdigest()
 
     def build(empty: Path) -> None:
-        quantise().save_pretrained(empty)
+        model = quantise()
+        # transformers 5.23 writes on rank 0 of a process group alone; whichever rank comes first builds this folder
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
+        model.save_pretrained(empty)
         (empty / _DIGEST).write_text(base_source.base_digest(empty), encoding="utf-8")
 
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from graftwork import base_quantised
 from graftwork.base_model import BaseSpec, LoadedBase, QuantSpec, ResolvedBase, load, resolve
@@ -53,6 +54,27 @@ def test_kept_weights_equal_those_quantised_at_load(
         }
         assert torch.equal(logits(kept), logits(fresh))
         assert (kept.stored_bytes, kept.reason) == (fresh.stored_bytes, fresh.reason)
+
+
+def test_any_rank_may_be_the_one_that_builds(base: ResolvedBase) -> None:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        made, read = (load(base, QuantSpec(), device="cpu", purpose="train") for _ in range(2))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(logits(made), logits(read))
+
+
+def test_a_form_that_fsdp_can_cut_is_kept_apart(base: ResolvedBase) -> None:
+    quant = QuantSpec(dtype="float32")
+    plain = load(base, quant, device="cpu", purpose="train")
+    for _ in range(2):
+        words = load(base, quant, device="cpu", purpose="train", shards="fsdp2")
+        assert {module.weight.dtype for module in words.model.modules() if isinstance(module, Linear4bit)} == {
+            torch.float32
+        }
+        assert torch.equal(logits(words), logits(plain))
+    assert len(kept_folders(base)) == 2
 
 
 def test_served_values_are_those_quantised_at_load(base: ResolvedBase, monkeypatch: pytest.MonkeyPatch) -> None:
