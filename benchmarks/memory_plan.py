@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import Figure, figure
 from graftwork import base_model
 from graftwork.base_model import BaseSpec
 from graftwork.machine import Speed
@@ -248,10 +249,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     peaks = [abs(row["peak_error"]) for row in rows]
     steps = [abs(row["step_error"]) for row in rows if "step_error" in row]
     timed = {"step_error_median": statistics.median(steps), "step_error_worst": max(steps)} if steps else {}
+    percent = [100 * peak for peak in peaks]
+    worst = max(percent)
     return {
-        "n": len(rows),
-        "peak_error_median": statistics.median(peaks),
-        "peak_error_worst": max(peaks),
+        "figures": {
+            "peak_error": figure(percent, "%"),
+            "peak_worst": Figure(value=worst, q1=worst, q3=worst, n=len(rows), unit="%"),
+        },
         **timed,
         "settings": rows,
     }

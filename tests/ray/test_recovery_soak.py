@@ -1,0 +1,215 @@
+"""Fifty kills at random moments of runs on two raylets whose root is on S3: `make soak`, in pieces of five."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from graftwork import artifact
+from graftwork.storage import RunPaths, Store
+from graftwork.training.checkpoint import Checkpoints
+from graftwork.training.checkpoint_start import starts
+from graftwork.training.run import run_paths
+from graftwork.training.spec import TrainSpec
+from tests.driving import last_words, start_driver
+from tests.ray.test_recovery import (
+    AHEAD,
+    PER_STEP,
+    ROWS,
+    noted_lines,
+    require_each_row_once_an_epoch,
+    rows_of_steps,
+    steps_taken_again,
+    until,
+)
+from tests.raylets import Raylet, Raylets
+from tests.s3.conftest import use
+from tests.training import task
+from tests.weed import Weed
+
+KILLS, PIECES = 50, 10
+KINDS = ("worker", "raylet", "driver", "s3", "told")
+STEPS, EVERY = 600, 20
+END_S = 240.0
+
+
+@dataclass
+class Disturbed:
+    """A run whose parts are killed at random."""
+
+    raylets: Raylets
+    weed: Weed
+    spec: TrainSpec
+    run: RunPaths
+    noted: Path
+    rng: random.Random
+    nodes: list[Raylet] = field(default_factory=list)
+    driver: "subprocess.Popen[str] | None" = None
+    done: list[str] = field(default_factory=list)
+    killed_at: list[float] = field(default_factory=list)
+
+    def start(self) -> None:
+        """(Re)start the driver."""
+        self.driver = start_driver(self.spec, self.raylets.address, self.noted, self.weed.environment())
+
+    def passes(self) -> int:
+        """Forward passes of the run's newest workers, counted without asking S3."""
+        return sum(len(lines) for lines in noted_lines(self.noted)) if self.noted.exists() else 0
+
+    def kill(self, kind: str) -> None:
+        """Kill one part, at a random moment while steps are taken. What was killed comes back."""
+        before = self.passes()
+        until(lambda: self.passes() > before + 8, f"steps are taken after {self.done}", self.driver)
+        time.sleep(self.rng.uniform(0.0, 2.0))
+        self.killed_at.append(time.time())
+        {
+            "worker": lambda: self.end_worker(signal.SIGKILL),
+            "told": lambda: self.end_worker(signal.SIGTERM),
+            "raylet": self.kill_raylet,
+            "driver": self.kill_driver,
+            "s3": self.kill_s3,
+        }[kind]()
+        self.done.append(kind)
+
+    def end_worker(self, number: signal.Signals) -> None:
+        self.rng.choice(workers_of(self.nodes)).send_signal(number)
+
+    def kill_raylet(self) -> None:
+        self.nodes.pop(self.rng.randrange(len(self.nodes))).kill()
+        self.nodes.append(self.raylets.add())
+
+    def kill_driver(self) -> None:
+        assert self.driver is not None, "started"
+        self.driver.kill()
+        self.driver.wait()
+        self.start()
+
+    def kill_s3(self) -> None:
+        """In an upload: a checkpoint lies in this machine's cache until it is sent."""
+        cache = Checkpoints(self.run)
+        here = set(os.listdir(cache.work_dir()))
+        until(lambda: bool(set(os.listdir(cache.work_dir())) - here), "a checkpoint is written", self.driver)
+        time.sleep(self.rng.uniform(0.0, 0.2))
+        self.weed.kill()
+        time.sleep(self.rng.uniform(0.0, 2.0))
+        self.weed.start()
+
+    def end(self) -> dict[str, Any]:
+        assert self.driver is not None, "started"
+        report = last_words(self.driver, END_S)
+        assert "error" not in report, f"after {self.done}: {report}"
+        return report
+
+
+def seconds_to_next_pass(disturbed: Disturbed) -> list[float]:
+    """From each kill to the first forward pass of new workers; S3's deaths need none."""
+    births = sorted(lines[0]["at"] for lines in noted_lines(disturbed.noted))
+    pairs = zip(disturbed.done, disturbed.killed_at, strict=True)
+    return [
+        round(min((born for born in births if born > at), default=at) - at, 1) for kind, at in pairs if kind != "s3"
+    ]
+
+
+def workers_of(nodes: list[Raylet]) -> list[psutil.Process]:
+    below = [child for node in nodes for child in psutil.Process(node.pid).children(recursive=True)]
+    return [process for process in below if "TrainWorker" in " ".join(process.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def weed() -> Iterator[Weed]:
+    server = Weed()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GRAFTWORK_CACHE of all processes of the soak."""
+    return tmp_path_factory.mktemp("soak") / "cache"
+
+
+@pytest.fixture(scope="module")
+def cluster(weed: Weed, cache: Path) -> Iterator[tuple[Raylets, list[Raylet]]]:
+    raylets = Raylets({**weed.environment(), "GRAFTWORK_CACHE": str(cache)})
+    try:
+        yield raylets, [raylets.add(), raylets.add()]
+    finally:
+        raylets.close()
+
+
+def spec_of(folder: Path, root: str) -> TrainSpec:
+    optim = {"lr": 5e-3, "epochs": STEPS * PER_STEP / ROWS, "micro_batch": 4}
+    return task(folder, **{"root": root, "optim": optim, "checkpoint_every": EVERY, "eval_every": 150})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    weed: Weed, cluster: tuple[Raylets, list[Raylet]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The same run on two workers, left alone; its root is a folder."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    spec = spec_of(folder, str(folder / "root"))
+    driver = start_driver(spec, cluster[0].address, folder / "noted")
+    report = last_words(driver, END_S)
+    return {**report, "weights": weights_of(spec, report)}
+
+
+def weights_of(spec: TrainSpec, report: dict[str, Any]) -> str:
+    """sha256 of the published weights."""
+    return (
+        artifact.open_adapter(Store(spec.root), spec.name, report["version"]).files["adapter_model.safetensors"].sha256
+    )
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("piece", range(PIECES))
+def test_killed_at_random_the_run_is_that_of_an_undisturbed_one(
+    piece: int,
+    weed: Weed,
+    cluster: tuple[Raylets, list[Raylet]],
+    undisturbed: dict[str, Any],
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Losses and the adapter's bytes are equal, every row is seen once an epoch, no start is behind a commit."""
+    use(weed, monkeypatch, cache.parent)
+    rng = random.Random(piece)
+    kinds = [KINDS[(piece * (KILLS // PIECES) + number) % len(KINDS)] for number in range(KILLS // PIECES)]
+    rng.shuffle(kinds)
+    spec = spec_of(tmp_path, f"s3://{weed.bucket}/piece{piece}-{rng.randrange(10**9)}")
+    run = run_paths(spec)
+    disturbed = Disturbed(cluster[0], weed, spec, run, tmp_path / "noted", rng, cluster[1])
+    print(f"piece {piece}: kills {kinds}")
+    disturbed.start()
+    try:
+        for kind in kinds:
+            disturbed.kill(kind)
+        report = disturbed.end()
+    finally:
+        assert disturbed.driver is not None
+        disturbed.driver.kill()
+    begun = starts(run)
+    print(f"piece {piece}: killed {disturbed.done}; went on from {[start['step'] for start in begun]}")
+    print(f"seconds from kill to the next forward pass: {seconds_to_next_pass(disturbed)}")
+    assert report["train_loss"] == undisturbed["train_loss"]
+    assert report["eval_loss"] == undisturbed["eval_loss"]
+    assert weights_of(spec, report) == undisturbed["weights"]
+    assert artifact.verify(Store(spec.root), spec.name, report["version"]) == []
+    again = steps_taken_again(disturbed.noted, begun)
+    print(f"steps taken again: {again}")
+    assert max(again, default=0) <= 2 * EVERY + AHEAD, "one interval, and what was being sent"
+    assert not [note for note in report["notes"] if "damaged" in note]
+    require_each_row_once_an_epoch(rows_of_steps(disturbed.noted, begun, STEPS), STEPS)
