@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK ?=
 
-.PHONY: demo test check format soak bench install clean
+.PHONY: demo test long check format soak bench install clean
 
 demo: install
 	$(BIN)/graftwork demo examples/$(if $(QUICK),demo-quick,demo).yaml
 
 test: install
-	$(BIN)/pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not soak and not long" -n 2 --dist loadfile --no-loadscope-reorder
+
+long: install
+	$(BIN)/pytest -m "long and not soak"
 
 check: install
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
@@ -192,6 +193,9 @@ def _explain(cls: type[BaseModel], error: dict[str, Any], tree: Mapping[str, Any
         return dotted, f"unknown key (value {error['input']!r})", f"known keys here: {', '.join(known)}", move
     if error["type"] == "missing":
         return dotted, "the key is missing", "it has no default", f"add '{keys[-1]}:'"
+    if error["type"] == "union_tag_invalid":
+        tag, known = str(error["ctx"]["tag"]), re.findall(r"'([^']+)'", error["ctx"]["expected_tags"])
+        return f"{dotted}.kind={tag!r}", "no such kind", f"kind is one of {', '.join(known)}", _did_you_mean(tag, known)
     return f"{dotted}={_short(error['input'])}", str(error["msg"]).removeprefix("Value error, "), "", ""
 
 

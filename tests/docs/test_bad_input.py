@@ -65,6 +65,11 @@ def test_set_reaches_nested_keys_and_is_checked(tmp_path: Path, spec: dict[str, 
     refused(run("config", "check", write(tmp_path, spec), "--set", "adapter.rank=0"), 2, "adapter.rank=0")
 
 
+def test_an_unknown_kind_names_the_nearest(tmp_path: Path, spec: dict[str, object]) -> None:
+    path = write(tmp_path, spec, objective={"kind": "dop"})
+    refused(run("train", path), 2, "objective.kind='dop'", "kind is one of sft, cpt", "did you mean 'dpo'?")
+
+
 def test_missing_file(tmp_path: Path) -> None:
     refused(run("train", str(tmp_path / "none.yaml")), 2, "none.yaml", "does not exist")
 

@@ -79,6 +79,7 @@ def test_the_report_fetches_nothing(demo: tuple[Path, str]) -> None:
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']+""", html)
 
 
+@pytest.mark.long
 @pytest.mark.model
 @pytest.mark.timeout(600)
 def test_a_second_run_reuses_what_is_done(demo: tuple[Path, str], settings: dict[str, object]) -> None:

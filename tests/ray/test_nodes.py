@@ -102,6 +102,7 @@ def same_curves(report: dict[str, Any], one: LoopResult) -> None:
     assert dict(map(tuple, report["eval_loss"])) == pytest.approx(dict(one.eval_loss), rel=TOLERANCE)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(WITHIN_S + 60)
 def test_zero_2_and_3_over_two_nodes_compute_what_one_process_does(
     nodes: tuple[str, list[Raylet]], tmp_path: Path

@@ -31,6 +31,7 @@ def new_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny_base(tmp_path_factory.mktemp("new-base"), seed=1))
 
 
+@pytest.mark.long
 def test_both_bases_answer_and_nothing_is_promoted(trained: tuple[TrainSpec, str], new_base: str) -> None:
     spec, old = trained
     ask = RebaseAsk(spec.root, new_base, ("colours@latest",))

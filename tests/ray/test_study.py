@@ -57,6 +57,7 @@ def spec(folder: Path, **changed: Any) -> StudySpec:
     return StudySpec.model_validate({**tree, **changed})
 
 
+@pytest.mark.long
 def test_a_study_runs_from_its_file_to_its_page_and_is_free_the_second_time(local_ray: Session, folder: Path) -> None:
     adapters = check_study(spec(folder), folder)
     assert [(one.name, one.root, one.base.uri) for one in adapters] == [

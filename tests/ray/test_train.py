@@ -196,6 +196,7 @@ def test_a_finished_run_is_reused_whatever_its_workers(spec: TrainSpec, disturbe
     assert run.store.read_json(*run.status())["state"] == "finished"
 
 
+@pytest.mark.long
 def test_relative_places_mean_the_drivers_folder(
     spec: TrainSpec, disturbed: Disturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

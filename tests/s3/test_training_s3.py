@@ -70,6 +70,7 @@ def mortal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weed]:
         server.remove()
 
 
+@pytest.mark.long
 def test_an_outage_only_delays_and_a_longer_one_names_the_last_checkpoint(mortal: Weed, tmp_path: Path) -> None:
     """The server is killed after step 5, in the upload of step 4 or after it, and comes back once step 8 is uploaded.
 
