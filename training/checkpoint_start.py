@@ -126,4 +126,5 @@ def _sends_its_folder(checkpoints: Checkpoints) -> bool:
     seen = [int(path.name.rpartition("-")[2]) for path in folder.glob(f".tmp-here-{token}-*")]
     of_all(rank)
     own.unlink()
+    of_all(rank)  # the folder may be cleared now
     return min(seen) == rank
