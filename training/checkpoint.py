@@ -6,7 +6,8 @@
         under DeepSpeed in place of optimizer.pt: latest, global_step<step>/ with the shards of each rank
 
 On a local root the trainer writes in place; on S3 it writes to a cache folder of its machine, which is sent
-(checkpoint_save.py). The .pt files are read with `weights_only=True` (by transformers), so nothing in them is executed.
+(checkpoint_save.py). The .pt files are read with `weights_only=True` (by transformers), so nothing in them is executed;
+DeepSpeed 0.19 unpickles its own shards, so a root with such runs belongs to people who may run code.
 """
 
 import contextlib

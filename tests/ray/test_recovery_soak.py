@@ -80,6 +80,7 @@ class Disturbed:
         self.done.append(kind)
 
     def end_worker(self, number: signal.Signals) -> None:
+        until(lambda: bool(workers_of(self.nodes)), f"a worker is at work after {self.done}", self.driver)
         self.rng.choice(workers_of(self.nodes)).send_signal(number)
 
     def kill_raylet(self) -> None:
