@@ -265,7 +265,7 @@ def _resident_form(quant: QuantSpec, device: str, purpose: Literal["train", "ser
     if quant.kind == "none":
         return False, "weights=plain"
     if quant.resident != "auto":
-        return quant.resident == "dequantised", f"weights=nf4 {quant.resident} (asked for)"
+        return quant.resident == "dequantised", f"weights=nf4 {quant.resident}"
     if device != "cpu":
         return False, "weights=nf4 packed (unpacked by the GPU's kernel)"
     if purpose == "train":

@@ -259,8 +259,8 @@ def test_the_dequantised_weight_is_the_one_of_bitsandbytes(resolved: ResolvedBas
         (QuantSpec(kind="none"), "serve", "Linear", "weights=plain"),
         (QuantSpec(kind="int8"), "serve", "Linear8bitLt", "weights=int8"),
         (QuantSpec(kind="nf4"), "train", "Linear4bit", "weights=nf4 packed (training"),
-        (QuantSpec(kind="nf4", resident="dequantised"), "train", "Linear", "weights=nf4 dequantised (asked for)"),
-        (QuantSpec(kind="nf4", resident="packed"), "serve", "Linear4bit", "weights=nf4 packed (asked for)"),
+        (QuantSpec(kind="nf4", resident="dequantised"), "train", "Linear", "weights=nf4 dequantised"),
+        (QuantSpec(kind="nf4", resident="packed"), "serve", "Linear4bit", "weights=nf4 packed"),
     ],
 )
 def test_a_loaded_base_is_frozen_and_says_its_form(
