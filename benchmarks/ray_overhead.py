@@ -44,7 +44,11 @@ def bare(root: Path, name: str, steps: int) -> None:
     port = str(free_port())
     command = [sys.executable, "-m", "benchmarks.ray_overhead", "--rank"]
     ranks = [
-        subprocess.Popen([*command, str(rank), port, str(root), name, str(steps)], stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            [*command, str(rank), port, str(root), name, str(steps)],
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # as Ray sets it for a worker of one CPU
+        )  # fmt: skip
         for rank in range(WORKERS)
     ]
     assert [rank.wait(timeout=600) for rank in ranks] == [0] * WORKERS
