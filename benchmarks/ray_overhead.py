@@ -67,6 +67,7 @@ def one_rank(rank: int, port: int, root: Path, name: str, steps: int) -> None:
     dist.init_process_group("gloo")
     spec = spec_of(root)
     run_steps(TrainJob(spec, prepare(spec), run_of(root, name), max_steps=steps), lambda _: True)
+    dist.barrier()  # gloo's threads of a rank that ends first take the other one down
     dist.destroy_process_group()
 
 

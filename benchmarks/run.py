@@ -1,6 +1,6 @@
 """Runs the benchmarks, each in a process of its own, and tells which goals are met.
 
-    python -m benchmarks.run                   all of them, about 50 minutes on two idle cores
+    python -m benchmarks.run                   all of them, about 65 minutes on two idle cores
     python -m benchmarks.run zipf start        these
     python -m benchmarks.run --table           nothing: only the table of what benchmarks/results holds
 
