@@ -13,7 +13,7 @@ from pydantic import Field
 from graftwork.chat import Message, Passage, Prompt, PromptSpec
 from graftwork.config import Spec, canonical_json
 from graftwork.errors import DataError
-from graftwork.records import kind_of, local_path, read_records
+from graftwork.records import kind_of, local_path, no_rows, read_records, require_new, require_whole
 from graftwork.storage import read_uri
 
 Need = Literal["train", "eval", "prompt"]
@@ -86,10 +86,10 @@ def iter_rows(uri: str, *, limit: int | None = None, need: Need) -> Iterator[Row
     for number, record in itertools.islice(read_records(uri), limit):
         row = _row(record, f"{uri} row {number}", str(number), need)
         _check_need(row, need, f"{uri} row {number}")
-        _check_new(row.id, number, seen, uri)
+        require_new(row.id, number, seen, uri)
         yield row
     if not seen:
-        raise _no_rows(uri)
+        raise no_rows(uri)
 
 
 def read_fields(uri: str, names: Sequence[str], *, limit: int | None = None) -> dict[str, tuple[str, ...]]:
@@ -150,10 +150,10 @@ def read_passages(uri: str) -> list[Passage]:
     for number, record in read_records(uri):
         where = f"{uri} row {number}"
         passage = Passage(_identity(record, where, None), _string(record, "text", where))
-        _check_new(passage.id, number, seen, uri)
+        require_new(passage.id, number, seen, uri)
         passages.append(passage)
     if not passages:
-        raise _no_rows(uri)
+        raise no_rows(uri)
     return passages
 
 
@@ -274,20 +274,8 @@ def _string(record: dict[str, Any], field: str, where: str, may_be_empty: bool =
         raise DataError(at, found, f"{field} is a string")
     if not value.strip() and not may_be_empty:
         raise DataError(at, "it is empty", f"{field} holds text")
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise DataError(at, "it holds half of a surrogate pair", "text is Unicode", "write the character as one")
+    require_whole(value, at)
     return value
-
-
-def _check_new(identity: str, number: int, seen: dict[str, int], uri: str) -> None:
-    if identity in seen:
-        raise DataError(f"{uri} row {number}: id={identity!r}", f"row {seen[identity]} has the same id",
-                        "ids are unique in a file", "give each row its own id")  # fmt: skip
-    seen[identity] = number
-
-
-def _no_rows(uri: str) -> DataError:
-    return DataError(uri, "it has no rows", "a dataset has at least one row", "check the path")
 
 
 def _as_text(value: object) -> str:

@@ -73,6 +73,33 @@ def shards(uri: str, folder: Path) -> list[Path]:
     return found
 
 
+def require_new(
+    identity: str,
+    number: int,
+    seen: dict[str, int],
+    uri: str,
+    *,
+    key: str = "id",
+    rule: str = "ids are unique in a file",
+) -> None:
+    """Note where an id was; raise DataError naming both rows where it came before."""
+    if identity in seen:
+        raise DataError(f"{uri} row {number}: {key}={identity!r}", f"row {seen[identity]} has the same id", rule,
+                        "give each row its own id")  # fmt: skip
+    seen[identity] = number
+
+
+def no_rows(uri: str, rule: str = "a dataset has at least one row") -> DataError:
+    """The error of a dataset without any."""
+    return DataError(uri, "it has no rows", rule, "check the path")
+
+
+def require_whole(text: str, where: str) -> None:
+    """Raise DataError for half of a surrogate pair, which JSON can spell and UTF-8 can't."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise DataError(where, "it holds half of a surrogate pair", "text is Unicode", "write the character as one")
+
+
 def _jsonl(uri: str, path: Path) -> Iterator[Record]:
     with _opened(uri, path) as lines:
         for number, line in enumerate(lines, start=1):

@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from graftwork.config import Spec
-from graftwork.errors import ConfigError
 
 Targets = Literal["all-linear", "attention", "mlp"]
 
@@ -80,13 +79,6 @@ class BottleneckSpec(Spec):
 
 
 AdapterSpec = Annotated[LoraSpec | FullSpec | Ia3Spec | PrefixSpec | BottleneckSpec, Field(discriminator="kind")]
-
-
-def as_lora(adapter: AdapterSpec, asked: str) -> LoraSpec:
-    """The adapter where it is a LoRA. Raises ConfigError: `asked` says what only a LoRA can do."""
-    if isinstance(adapter, LoraSpec):
-        return adapter
-    raise ConfigError(asked, f"adapter.kind={adapter.kind}", "this is for LoRA alone", "set adapter.kind=lora")
 
 
 def with_kind(tree: Any, key: str, default: str) -> Any:

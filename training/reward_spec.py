@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-import regex
-from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, model_validator
 
+from graftwork.answers.exact import Pattern
 from graftwork.config import Spec
 from graftwork.storage import ALIAS_PATTERN, NAME_PATTERN
 
@@ -74,19 +74,10 @@ class RegexReward(Weighed):
     """1 where the answer matches a regular expression, else 0."""
 
     name: Literal["regex"]
-    pattern: str
+    pattern: Pattern
     """Python's syntax."""
     whole: bool = True
     """It matches the whole answer, not only somewhere in it."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _is_one(cls, pattern: str) -> str:
-        try:
-            regex.compile(pattern)
-        except regex.error as error:
-            raise ValueError(f"it is no regular expression ({error})") from None
-        return pattern
 
 
 class LengthReward(Weighed):

@@ -11,7 +11,7 @@ from graftwork.data import DataSpec
 from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training import checkpoint_spec
 from graftwork.training.adapter_rules import check_adapter
-from graftwork.training.adapter_spec import AdapterSpec, LoraSpec, as_lora, with_kind
+from graftwork.training.adapter_spec import AdapterSpec, LoraSpec, with_kind
 from graftwork.training.checkpoint_spec import CheckpointSpec, RecoverySpec
 from graftwork.training.objective_rules import taken_effect
 from graftwork.training.objective_spec import ObjectiveSpec, SftSpec
@@ -21,7 +21,7 @@ from graftwork.training.strategy_rules import check_strategy
 from graftwork.training.strategy_spec import StrategySpec
 from graftwork.training.text_spec import check_text
 
-__all__ = ["AdapterSpec", "LoraSpec", "ObjectiveSpec", "OptimSpec", "StrategySpec", "TrainSpec", "as_lora"]
+__all__ = ["AdapterSpec", "LoraSpec", "ObjectiveSpec", "OptimSpec", "StrategySpec", "TrainSpec"]
 
 
 class OptimSpec(Spec):

@@ -3,13 +3,25 @@
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import regex
+from pydantic import AfterValidator
 
 from graftwork.answers.text import tokens
 from graftwork.errors import DataError
 
+
+def _compiles(pattern: str) -> str:
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"it is no regular expression ({error})") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+"""A regular expression in a spec, in Python's syntax; refused where it is none."""
 REGEX_TIMEOUT_S = 0.2
 """A pattern that backtracks for longer does not match: an answer may not hold up the endpoint."""
 

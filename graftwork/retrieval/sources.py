@@ -9,7 +9,7 @@ from graftwork.chat import Passage
 from graftwork.config import Spec
 from graftwork.data import read_passages, read_text
 from graftwork.errors import DataError
-from graftwork.records import read_records
+from graftwork.records import no_rows, read_records, require_new
 from graftwork.retrieval.chunks import ChunkSpec, passages_of
 from graftwork.retrieval.documents import READERS, Block, blocks_of, suffix_of
 from graftwork.storage import Store, open_uri, read_uri
@@ -104,14 +104,10 @@ def _table(source: SourceSpec, suffix: str) -> list[Passage]:
     seen: dict[str, int] = {}
     for number, record in read_records(source.uri):
         identity, text = _row(source, number, record)
-        if identity in seen:
-            raise DataError(f"{source.uri} row {number}: {source.id}={identity!r}",
-                            f"row {seen[identity]} has the same id", "ids are unique in a file",
-                            "give each row its own id")  # fmt: skip
-        seen[identity] = number
+        require_new(identity, number, seen, source.uri, key=source.id)
         passages.append(Passage(identity, text))
     if not passages:
-        raise DataError(source.uri, "it has no rows", "a corpus has at least one passage", "check the path")
+        raise no_rows(source.uri, "a corpus has at least one passage")
     return passages
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftwork.errors import DataError
-from graftwork.records import read_records
+from graftwork.records import no_rows, read_records, require_new
 from graftwork.retrieval import Hit, Retriever
 from graftwork.retrieval.chunks import document_of
 
@@ -45,15 +45,12 @@ def read_questions(uri: str, limit: int | None = None) -> list[Question]:
     seen: dict[str, int] = {}
     for number, record in read_records(uri):
         question = _question(record, f"{uri} row {number}", str(number))
-        if question.id in seen:
-            raise DataError(f"{uri} row {number}: id={question.id!r}", f"row {seen[question.id]} has the same id",
-                            "retrievers are compared question by question", "give each row its own id")  # fmt: skip
-        seen[question.id] = number
+        require_new(question.id, number, seen, uri, rule="retrievers are compared question by question")
         found.append(question)
         if len(found) == limit:
             break
     if not found:
-        raise DataError(uri, "it has no rows", "retrievers are measured on questions", "check the path")
+        raise no_rows(uri, "retrievers are measured on questions")
     return found
 
 

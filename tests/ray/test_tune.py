@@ -18,7 +18,7 @@ from ray.util import placement_group_table
 
 from graftwork.cluster.session import Session, session
 from graftwork.errors import ClusterError, Interrupted
-from graftwork.training.spec import as_lora
+from graftwork.training.spec import LoraSpec
 from graftwork.tuning.run import TuneProgress, TuneReport, tune
 from graftwork.tuning.spec import TuneSpec
 from tests.tiny import write_tiny_base
@@ -74,7 +74,8 @@ def test_the_lowest_held_out_loss_wins(whole: tuple[TuneSpec, TuneReport]) -> No
     assert [[step for step, _ in trial.losses] for trial in report.trials[:2]] == [[2, 4], [2]]
     assert report.trials[0].losses[0][1] < report.trials[1].losses[0][1]
     assert report.best == {"optim.lr": GOOD, "adapter.rank": 2}
-    assert (report.best_spec.optim.lr, as_lora(report.best_spec.adapter, "").rank) == tuple(report.best.values())
+    assert isinstance(report.best_spec.adapter, LoraSpec)
+    assert (report.best_spec.optim.lr, report.best_spec.adapter.rank) == tuple(report.best.values())
     assert report.best_spec.num_workers == spec.train.num_workers
     assert report.sampler.startswith("grid: all 3")
     assert report.peak_rss_bytes > 100 * 2**20

@@ -19,7 +19,7 @@ from graftwork.training.job import LoopResult, NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.objectives import build, sft
 from graftwork.training.objectives.setting import Setting
-from graftwork.training.spec import LoraSpec, TrainSpec, as_lora
+from graftwork.training.spec import LoraSpec, TrainSpec
 from graftwork.training.steplog import StepReport, read_steps
 from tests.tiny import VOCAB_SIZE
 from tests.training import task
@@ -109,7 +109,8 @@ def plain_losses(job: TrainJob) -> list[float]:
     spec, rows = job.spec, job.data.train
     torch.manual_seed(spec.seed)
     base = AutoModelForCausalLM.from_pretrained(base_model.resolve(spec.base).folder, dtype=torch.float32)
-    model = get_peft_model(base, lora_config(as_lora(spec.adapter, ""), base))
+    assert isinstance(spec.adapter, LoraSpec)
+    model = get_peft_model(base, lora_config(spec.adapter, base))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plan = step_plan(rows.lengths_N, spec.optim, spec.seed, 1, None)
     optimizer = torch.optim.AdamW(parameters, lr=spec.optim.lr, weight_decay=0.0)

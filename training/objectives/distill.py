@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models.utils import disable_gradient_checkpointing
 
 from graftwork import base_model
 from graftwork.training.objective_spec import DistillSpec
 from graftwork.training.objectives import sft
-from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
+from graftwork.training.objectives.setting import Setting, Training, plain, quieted
 from graftwork.training.objectives.share import share
 from graftwork.training.rows.distill import TaughtRows
 from graftwork.training.rows.token_rows import IGNORED, Rows, TokenRows
@@ -111,16 +111,7 @@ def build(setting: Setting) -> Training:
     if spec.objective.generate is not None:
         return sft.build(setting)
     assert isinstance(data.train, TaughtRows), "rows of this kind"
-    trainer = TaughtTrainer(
-        model=setting.model,
-        args=SFTConfig(
-            **arguments(setting), packing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-        ),
-        train_dataset=setting.dataset(),
-        data_collator=setting.collate,
-        processing_class=setting.tokenizer(),
-        callbacks=[setting.callback],
-    )
+    trainer = sft.trainer_on(setting, TaughtTrainer, setting.tokenizer())
     trainer.teacher = load_teacher(data.train.teacher, spec.root, trainer.accelerator.device)
     trainer.objective, trainer.run_seed, trainer.pad_id = spec.objective, spec.seed, data.pad_id
     trainer.stop_ids = base_model.template(setting.base).stop_ids

@@ -44,12 +44,9 @@ class MaskedSftTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no t
         return total / trained * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
 
 
-def build(setting: Setting) -> Training:
-    """Supervised finetuning on the setting's rows, and the mean loss of the held-out ones."""
-    tokenizer = setting.tokenizer()
-    if isinstance(setting.job.data.train, PackedRows):
-        require_apart(setting.model)
-    trainer = MaskedSftTrainer(
+def trainer_on(setting: Setting, kind: type[Any], tokenizer: Any) -> Any:
+    """A trainer of that class, of SFTTrainer's kind, that takes the setting's rows as they are."""
+    return kind(
         model=setting.model,
         args=SFTConfig(
             **arguments(setting), packing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
@@ -59,6 +56,14 @@ def build(setting: Setting) -> Training:
         processing_class=tokenizer,
         callbacks=[setting.callback],
     )
+
+
+def build(setting: Setting) -> Training:
+    """Supervised finetuning on the setting's rows, and the mean loss of the held-out ones."""
+    tokenizer = setting.tokenizer()
+    if isinstance(setting.job.data.train, PackedRows):
+        require_apart(setting.model)
+    trainer = trainer_on(setting, MaskedSftTrainer, tokenizer)
     data, micro_batch, objective = setting.job.data, setting.plan.micro_batch, setting.job.spec.objective
     answers = objective.answers if isinstance(objective, SftSpec) else None
 

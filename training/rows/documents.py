@@ -89,23 +89,19 @@ def _from_records(uri: str, limit: int | None) -> list[Document]:
     seen: dict[str, int] = {}
     for number, record in records.read_records(uri):
         document = Document(str(record.get("id", number)), _text(record, f"{uri} row {number}: text"))
-        if document.id in seen:
-            raise DataError(f"{uri} row {number}: id={document.id!r}", f"row {seen[document.id]} has the same id",
-                            "ids are unique in a file", "give each row its own id")  # fmt: skip
-        seen[document.id] = number
+        records.require_new(document.id, number, seen, uri)
         documents.append(document)
         if len(documents) == limit:
             break
     if not documents:
-        raise DataError(uri, "it has no rows", "a dataset has at least one row", "check the path")
+        raise records.no_rows(uri)
     return documents
 
 
 def _text(record: dict[str, Any], where: str) -> str:
     text = record.get("text")
     if isinstance(text, str) and text.strip():
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise DataError(where, "it holds half of a surrogate pair", "text is Unicode", "write the character as one")
+        records.require_whole(text, where)
         return text
     fields = ", ".join(record) or "no fields"
     found = f"the field is missing (found {fields})" if "text" not in record else f"found {text!r}"

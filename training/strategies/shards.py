@@ -1,7 +1,5 @@
-"""What a worker holds of the weights, and which files of a checkpoint are its own."""
+"""What a worker holds of the weights."""
 
-import re
-from pathlib import PurePosixPath
 from typing import Any
 
 from graftwork.training.strategy_rules import WEIGHTS_SHARDED
@@ -31,12 +29,3 @@ def notes(kind: str, model: Any, world: int) -> tuple[str, ...]:
     return (
         f"strategy={kind}: each of {world} workers holds {here / whole:.0%} of the weights' {whole / 2**20:.1f} MiB",
     )
-
-
-def writer_of(file: str) -> int:
-    """The rank that wrote a file of a checkpoint, by its path in it: under DeepSpeed every rank writes its shards.
-
-    global_step<N>/[bf16_]zero_pp_rank_<R>_mp_rank_00_{model,optim}_states.pt, rng_state_<R>.pth; all else is rank 0's.
-    """
-    found = re.search(r"zero_pp_rank_(\d+)_|^rng_state_(\d+)\.pth$", PurePosixPath(file).name)
-    return int(found[1] or found[2]) if found else 0

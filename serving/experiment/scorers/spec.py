@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-import regex
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from graftwork.answers.exact import Pattern
 from graftwork.config import Spec
 from graftwork.storage import NAME_PATTERN
 
@@ -65,19 +65,10 @@ class RegexSpec(Spec):
 
     kind: Literal["regex"]
     name: MetricName = "regex"
-    pattern: str
+    pattern: Pattern
     """Python's syntax."""
     whole: bool = True
     """It matches the whole answer, not only somewhere in it."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _is_one(cls, pattern: str) -> str:
-        try:
-            regex.compile(pattern)
-        except regex.error as error:
-            raise ValueError(f"it is no regular expression ({error})") from None
-        return pattern
 
     @property
     def metric_names(self) -> tuple[str, ...]:
