@@ -534,6 +534,8 @@ def test_a_killed_engine_is_said_in_openais_shape_and_comes_back(endpoint: Endpo
             async with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
                 lines = stream.aiter_lines()
                 seen = [await anext(lines)]
+                while (await http.get("/v1/stats")).json()["engine"]["running"] < 2:  # neither waits outside the engine
+                    assert not whole.done()
                 os.kill(pid, signal.SIGKILL)
                 seen += [line async for line in lines]
             return await whole, seen
