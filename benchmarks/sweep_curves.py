@@ -1,0 +1,91 @@
+"""Held-out losses of every point of a grid, recorded once: what searches and schedulers are compared on.
+
+    python -m benchmarks.sweep_curves TASK OUT.jsonl
+
+TASK is `airport-card`, `ua-parse` (LoRA: rank x learning rate x seed, 60 points each) or `full` (all weights on
+airport-card: learning rate x seed, 18 points). Every point is the loop of a sweep's trial, on SmolLM2-135M, in this
+process, one after the other; a point that OUT has already is not run again. The losses don't depend on the machine's
+load; the seconds do.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.base import URI
+from graftwork import config
+from graftwork.training.job import NonFiniteLoss
+from graftwork.training.loop import run_steps
+from graftwork.training.steplog import StepReport
+from graftwork.tuning.run import Sweep
+from graftwork.tuning.spec import TuneSpec
+
+SEEDS = [0, 1, 2]
+RANKS = [1, 4, 16, 64]
+LORA_LR = [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+FULL_LR = [5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]
+SYSTEMS = {"airport-card": "Answer with one airport card as JSON.", "ua-parse": "Parse the user agent into JSON."}
+
+
+def grid(task: str) -> TuneSpec:
+    """The sweep whose every trial is recorded."""
+    name = "airport-card" if task == "full" else task
+    train: dict[str, Any] = {
+        "name": name,
+        "base": URI,
+        "data": {"train": f"recipe://{name}/train.jsonl", "eval": f"recipe://{name}/valid.jsonl"},
+        "prompt": {"system": SYSTEMS[name]},
+        "optim": {"rows_per_step": 8, "micro_batch": 4, "warmup_ratio": 0, "schedule": "constant"},
+        "num_workers": 1,
+    }
+    space: dict[str, Any] = {"seed": SEEDS, "adapter.rank": RANKS, "optim.lr": LORA_LR}
+    if task == "full":
+        train |= {"adapter": {"kind": "full"}, "quant": {"kind": "none"}}
+        space = {"seed": SEEDS, "optim.lr": FULL_LR}
+    given = {
+        "name": f"grid-{task}",
+        "train": train,
+        "space": {key: {"kind": "choice", "values": values} for key, values in space.items()},
+        "num_trials": math.prod(len(values) for values in space.values()),
+        "steps": 16,
+        "report_every": 2,
+        "eval_rows": 16,
+        "scheduler": None,
+    }
+    return config.validate(TuneSpec, given, where=f"grid of {task}")
+
+
+def record(task: str, out: Path) -> None:
+    """Append a line for each point that is missing."""
+    done = {json.loads(line)["trial_id"] for line in out.read_text().splitlines()} if out.exists() else set()
+    sweep = Sweep.of(grid(task))
+    points = {name: job for name, job in sweep.jobs.items() if name not in done}
+    values = dict(zip(sweep.jobs, sweep.drawn.points, strict=True))
+    for trial_id, job in points.items():
+        losses: list[tuple[int, float]] = []
+
+        def report(step: StepReport, into: list[tuple[int, float]] = losses) -> bool:
+            if step.eval_loss is not None:
+                into.append((step.step, step.eval_loss))
+            return True
+
+        started = time.monotonic()
+        error = None
+        try:
+            run_steps(job, report)
+        except NonFiniteLoss as diverged:
+            error = str(diverged)
+        row = {"trial_id": trial_id, "values": values[trial_id], "losses": losses, "error": error}
+        with out.open("a") as file:
+            file.write(json.dumps({**row, "wall_s": round(time.monotonic() - started, 2)}) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("task", choices=("airport-card", "ua-parse", "full"))
+    parser.add_argument("out", type=Path)
+    asked = parser.parse_args()
+    record(asked.task, asked.out)
