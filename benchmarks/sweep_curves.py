@@ -21,6 +21,8 @@ from graftwork.training.job import NonFiniteLoss
 from graftwork.training.loop import run_steps
 from graftwork.training.steplog import StepReport
 from graftwork.tuning.run import Sweep
+from graftwork.tuning.search import Drawn
+from graftwork.tuning.space import digest
 from graftwork.tuning.spec import TuneSpec
 
 SEEDS = [0, 1, 2]
@@ -62,9 +64,11 @@ def record(task: str, out: Path) -> None:
     """Append a line for each point that is missing."""
     done = {json.loads(line)["trial_id"] for line in out.read_text().splitlines()} if out.exists() else set()
     sweep = Sweep.of(grid(task))
-    points = {name: job for name, job in sweep.jobs.items() if name not in done}
-    values = dict(zip(sweep.jobs, sweep.drawn.points, strict=True))
-    for trial_id, job in points.items():
+    assert isinstance(sweep.search, Drawn)
+    for values in sweep.search.points:
+        trial_id = digest(values)
+        if trial_id in done:
+            continue
         losses: list[tuple[int, float]] = []
 
         def report(step: StepReport, into: list[tuple[int, float]] = losses) -> bool:
@@ -75,10 +79,10 @@ def record(task: str, out: Path) -> None:
         started = time.monotonic()
         error = None
         try:
-            run_steps(job, report)
+            run_steps(sweep.job(values), report)
         except NonFiniteLoss as diverged:
             error = str(diverged)
-        row = {"trial_id": trial_id, "values": values[trial_id], "losses": losses, "error": error}
+        row = {"trial_id": trial_id, "values": values, "losses": losses, "error": error}
         with out.open("a") as file:
             file.write(json.dumps({**row, "wall_s": round(time.monotonic() - started, 2)}) + "\n")
 

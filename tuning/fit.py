@@ -1,26 +1,32 @@
 """The trials under Ray Tune: the only module that starts it.
 
-Trials are plain function trainables, one process each: a Ray Train run nested in a trial keeps its placement group when
-the scheduler stops it, and the sweep hangs (Ray 2.60).
+A process trains one trial. Tune gives it its place in the cluster and takes it back; which trials there are is the
+ledger's and the search's business, which go on the judge's.
 """
 
 import contextlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.search import Searcher
 
 from graftwork.cluster.local import environment_of
 from graftwork.errors import ClusterError
-from graftwork.training.job import TrainJob
+from graftwork.training.data import PreparedData
 from graftwork.training.machines import resources_per_worker
 from graftwork.training.spec import TrainSpec
+from graftwork.tuning.board import start_board
+from graftwork.tuning.judge import judge_of
 from graftwork.tuning.ledger import Ledger
-from graftwork.tuning.scheduler import scheduler
+from graftwork.tuning.search import Search, Wait
+from graftwork.tuning.space import Values, rows_key
 from graftwork.tuning.spec import TuneSpec
-from graftwork.tuning.trial import run_trial
+from graftwork.tuning.trial import Told, run_trial
 from graftwork.tuning.watch import Interrupt, Watch
 
 QUIET = {
@@ -33,21 +39,38 @@ QUIET = {
 }
 
 
-def fit(spec: TuneSpec, jobs: Mapping[str, TrainJob], ledger: Ledger, on_change: Callable[[], None]) -> None:
-    """Run the trials of `jobs` (by trial id); the ledger holds the outcome. Needs an initialised Ray.
+@dataclass(frozen=True)
+class Sweeping:
+    """What the running of a sweep's trials needs of it."""
+
+    spec: TuneSpec
+    ledger: Ledger
+    search: Search
+    rows: Mapping[str, PreparedData]
+    """By `space.rows_key`."""
+    settled: Callable[[Values], TrainSpec]
+    """The training spec of a point, without `auto`. Raises ConfigError when the values contradict each other."""
+    on_change: Callable[[], None]
+
+
+def fit(sweep: Sweeping) -> None:
+    """Run trials until the search has no more; the ledger holds the outcome. Needs an initialised Ray.
 
     Raises ClusterError when no node can hold a trial, KeyboardInterrupt on Ctrl-C and SIGTERM.
     """
+    spec, ledger = sweep.spec, sweep.ledger
     require_room(spec.train)
-    interrupt = Interrupt()
-    trainable = tune.with_resources(tune.with_parameters(run_trial, jobs=dict(jobs)), resources_per_worker(spec.train))
+    interrupt, board = Interrupt(), start_board()
+    judge = judge_of(spec, [trial for trial in ledger.trials if trial.ended])
+    told = {"rows": dict(sweep.rows), "steps": spec.steps, "report_every": spec.report_every, "board": board}
+    trainable = tune.with_resources(tune.with_parameters(run_trial, **told), resources_per_worker(spec.train))
     scratch = tempfile.TemporaryDirectory(prefix="gw-tune-")  # Tune's own notes; a rerun goes by the ledger
     with environment_of(QUIET), _quiet_log(), scratch as folder, interrupt.on_signals():
         tune.Tuner(
             trainable,
-            param_space={"trial_id": tune.grid_search(list(jobs))},
             tune_config=tune.TuneConfig(
-                scheduler=scheduler(spec, [trial for trial in ledger.trials if trial.ended]),
+                search_alg=FromLedger(sweep),
+                num_samples=-1,  # until the search has no more
                 max_concurrent_trials=spec.max_concurrent,
                 reuse_actors=False,  # one process a trial: its memory goes with it (peft issue 2221)
             ),
@@ -56,9 +79,38 @@ def fit(spec: TuneSpec, jobs: Mapping[str, TrainJob], ledger: Ledger, on_change:
                 storage_path=folder,
                 verbose=0,
                 stop=interrupt,
-                callbacks=[Watch(ledger, spec.steps, interrupt, on_change)],
+                callbacks=[Watch(ledger, judge, board, spec.steps, sweep.on_change)],
             ),
         ).fit()
+    ray.kill(board)
+
+
+class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
+    """Tune asks for the next process to start; the ledger says which trials it is to train."""
+
+    def __init__(self, sweep: Sweeping) -> None:
+        super().__init__()
+        self._sweep = sweep
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Tune's word for nothing yet is None, for no more FINISHED."""
+        chosen = self._sweep.ledger.next(self._sweep.search)
+        if chosen is None:
+            return str(Searcher.FINISHED)
+        if isinstance(chosen, Wait):
+            return None
+        self._sweep.ledger.update(chosen.trial_id, state="running")
+        spec = self._sweep.settled(chosen.values)
+        return Told({chosen.trial_id: spec.model_dump_json()}, rows_key(chosen.values)).config()
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The ledger knows."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune would restore from it; a rerun goes by the ledger."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Never called."""
 
 
 def require_room(train: TrainSpec) -> None:

@@ -18,7 +18,9 @@ from graftwork.plan import (
     verdict_of,
 )
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.space import draw, trial_spec
+from graftwork.tuning.search import Drawn, search_of
+from graftwork.tuning.search.drawn import random_search
+from graftwork.tuning.space import Values, trial_spec
 from graftwork.tuning.spec import TuneSpec
 
 
@@ -28,7 +30,7 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     The largest trial is taken for the memory. Where a scheduler stops trials, one in `reduction` goes on at each rung.
     """
     held_out = replace(held_out, count=min(held_out.count, spec.eval_rows))
-    trials = [settled_trial(spec, trial_spec(spec, point), model, rows, machine) for point in draw(spec).points]
+    trials = [settled_trial(spec, trial_spec(spec, point), model, rows, machine) for point in points_to_plan(spec)]
     plans = [predict_training(trial, model, rows, value_bytes=machine.value_bytes) for trial in trials]
     largest, memory = max(zip(trials, plans, strict=True), key=lambda pair: pair[1].peak_bytes)
     at_once = max(1, min(spec.max_concurrent, len(trials), int(machine.cores // largest.cpus_per_worker)))
@@ -83,3 +85,9 @@ def expected_share(spec: TuneSpec, trials: int) -> float:
         taken += alive * (rung - last)
         last, alive = rung, max(1.0, alive / spec.scheduler.reduction)
     return taken / (trials * spec.steps)
+
+
+def points_to_plan(spec: TuneSpec) -> tuple[Values, ...]:
+    """The points that will run where the search knows them; else as many drawn at random, the space's corners first."""
+    search = search_of(spec)
+    return search.points if isinstance(search, Drawn) else random_search(spec).points

@@ -1,12 +1,13 @@
 """What a sweep tells: a record per trial, progress while it goes on, the report when it is done."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
+
+from pydantic import JsonValue
 
 from graftwork.errors import RunError
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.space import Values
 
 State = Literal["pending", "running", "finished", "stopped", "failed"]
 """finished: reached its last step. stopped: by the scheduler. failed: an error, or a loss that is not finite."""
@@ -17,7 +18,7 @@ class TrialRecord:
     """One trial. `trial_id` is the digest of its values."""
 
     trial_id: str
-    values: Values
+    values: dict[str, JsonValue]
     losses: tuple[tuple[int, float], ...] = ()
     """(optimizer step, held-out loss in nats per trained token) at each report."""
     state: State = "pending"
@@ -28,6 +29,18 @@ class TrialRecord:
     peak_rss_bytes: int = 0
     """Largest resident set of its process, as of its last report."""
     error: str | None = None
+    started_s: float = 0.0
+    """When its process was asked for, in seconds of the sweep's `wall_s`."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What else its last report measured, by name (`trained_parameters`, `adapter_bytes`, `tokens`, `step_s`, ...)."""
+    attempts: int = 1
+    """Times that it was started."""
+    notes: tuple[str, ...] = ()
+    """What happened to it: a machine that was lost, a smaller setting after memory ran out, why it was stopped."""
+    repeat_of: str | None = None
+    """The trial of the search that this one repeats with another seed (finals)."""
+    parent: str | None = None
+    """The trial whose checkpoint this one began from (population based training)."""
 
     @property
     def ended(self) -> bool:
@@ -37,7 +50,8 @@ class TrialRecord:
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Self:
         """Back from JSON."""
-        return cls(**{**tree, "losses": tuple((int(step), float(loss)) for step, loss in tree["losses"])})
+        losses = tuple((int(step), float(loss)) for step, loss in tree["losses"])
+        return cls(**{**tree, "losses": losses, "notes": tuple(tree["notes"])})
 
 
 @dataclass(frozen=True)
@@ -45,12 +59,10 @@ class TuneProgress:
     """The sweep as it stands, after each change of a trial."""
 
     trials: tuple[TrialRecord, ...]
+    """Those that were chosen so far."""
+    total: int
+    """Trials in all, at most."""
     elapsed_s: float
-
-    @property
-    def total(self) -> int:
-        """Trials in all."""
-        return len(self.trials)
 
     @property
     def done(self) -> int:
@@ -76,7 +88,7 @@ class TuneReport:
     trials: tuple[TrialRecord, ...]
     """In draw order."""
     best_id: str
-    best: Values
+    best: dict[str, JsonValue]
     best_spec: TrainSpec
     """`spec.train` with the best values: what to train on the full budget."""
     sampler: str

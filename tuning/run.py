@@ -25,18 +25,17 @@ from graftwork.training.job import TrainJob
 from graftwork.training.lock import run_lock
 from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.fit import fit
+from graftwork.tuning.fit import Sweeping, fit
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.plan import settled_trial
 from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport, choose, rule
-from graftwork.tuning.space import Draw, Values, digest, draw, trial_spec
+from graftwork.tuning.search import Search, search_of
+from graftwork.tuning.space import Values, rows_key, rows_points, trial_spec
 from graftwork.tuning.spec import TuneSpec
 
 __all__ = ["TrialRecord", "TuneProgress", "TuneReport", "check", "tune"]
 
-DECIDES_ROWS = {"base", "data", "prompt", "max_length", "too_long", "seed"}
-"""Keys of a training spec that `training.data.prepare` reads."""
-NO_PART = {"root", "max_concurrent", "train"}
+NO_PART = {"root", "max_concurrent", "together", "retries", "train"}
 """Keys that do not change a sweep's result; of `train` its recipe does."""
 
 OnProgress = Callable[[TuneProgress], None]
@@ -44,28 +43,43 @@ OnProgress = Callable[[TuneProgress], None]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A spec with all that it names found: the trials, their jobs, and where they are kept."""
+    """A spec with all that it names found: the search, the rows of its trials, and where they are kept."""
 
     spec: TuneSpec
-    drawn: Draw
-    jobs: dict[str, TrainJob]
-    """By trial id. Trials whose rows are equal share one PreparedData."""
+    search: Search
+    rows: dict[str, PreparedData]
+    """By `space.rows_key`: trials whose rows are equal share one."""
     paths: RunPaths
 
     @classmethod
     def of(cls, spec: TuneSpec) -> "Sweep":
-        """Draw the trials, resolve base and data. Raises UserErrors of all kinds, before anything starts."""
-        drawn = draw(spec)
-        jobs = _jobs(spec, drawn.points)
+        """Resolve bases and data. Raises UserErrors of all kinds, before anything starts."""
+        search = search_of(spec)
+        prepared = {rows_key(point): (point, prepare(trial_spec(spec, point))) for point in rows_points(spec)}
+        _require_comparable(data for _, data in prepared.values())
+        bases = {key: base_model.resolve(trial_spec(spec, point).base).digest for key, (point, _) in prepared.items()}
         what = {
             "sweep": spec.model_dump(mode="json", exclude=NO_PART),
             "train": spec.train.recipe(),
-            "trials": {
-                name: [base_model.resolve(job.spec.base).digest, job.data.digest()] for name, job in jobs.items()
-            },
+            "rows": {key: [bases[key], data.digest()] for key, (_, data) in prepared.items()},
         }
         identity = hashlib.sha256(canonical_json(what).encode()).hexdigest()
-        return cls(spec, drawn, jobs, RunPaths(Store(spec.root), spec.name, identity))
+        rows = {key: data for key, (_, data) in prepared.items()}
+        return cls(spec, search, rows, RunPaths(Store(spec.root), spec.name, identity))
+
+    def settled(self, values: Values) -> TrainSpec:
+        """The training spec of a point, without `auto`. Raises ConfigError when the values contradict each other."""
+        trial = trial_spec(self.spec, values)
+        if not has_auto(trial):
+            return trial
+        shape = ModelShape.from_config(base_model.resolve(trial.base).config)
+        return settled_trial(self.spec, trial, shape, sizes_of(self.rows[rows_key(values)].train), machine_of(trial))
+
+    def job(self, values: Values) -> TrainJob:
+        """What the process of a point is to do."""
+        every = self.spec.report_every
+        data = self.rows[rows_key(values)]
+        return TrainJob(self.settled(values), data, max_steps=self.spec.steps, report_every=every, eval_every=every)
 
 
 def check(spec: TuneSpec) -> None:
@@ -90,7 +104,7 @@ class _Attempt:
 
     def __init__(self, sweep: Sweep, on_progress: OnProgress) -> None:
         self.sweep, self.spec, self.paths = sweep, sweep.spec, sweep.paths
-        self.ledger = Ledger(sweep.paths, sweep.drawn.points)
+        self.ledger = Ledger(sweep.paths)
         self.on_progress = on_progress
         self.status = self._read_status()
         self.earlier_s = float(self.status.get("wall_s", 0.0))
@@ -116,21 +130,20 @@ class _Attempt:
         return report
 
     def _fit(self) -> None:
-        left = {trial.trial_id: self.sweep.jobs[trial.trial_id] for trial in self.ledger.trials if not trial.ended}
         self._tell()
-        if left:
-            fit(self.spec, left, self.ledger, self._tell)
+        sweep = self.sweep
+        fit(Sweeping(sweep.spec, self.ledger, sweep.search, sweep.rows, sweep.settled, self._tell))
 
     def _report(self, *, reused: bool) -> TuneReport:
         best = choose(self.ledger.trials, self.spec.steps)
-        held_out = self.sweep.jobs[best.trial_id].data.eval
+        held_out = self.sweep.rows[rows_key(best.values)].eval
         return TuneReport(
             run_id=self.paths.run_id,
             trials=self.ledger.trials,
             best_id=best.trial_id,
             best=best.values,
             best_spec=self.spec.train.with_(best.values),
-            sampler=self.sweep.drawn.reason,
+            sampler=self.sweep.search.reason,
             rule=rule(self.spec.steps),
             eval_rows=len(held_out) if held_out is not None else 0,
             wall_s=self.earlier_s if reused else self._wall_s(),
@@ -141,7 +154,7 @@ class _Attempt:
         return round(self.earlier_s + time.monotonic() - self.started, 3)
 
     def _tell(self) -> None:
-        self.on_progress(TuneProgress(self.ledger.trials, self._wall_s()))
+        self.on_progress(TuneProgress(self.ledger.trials, self.sweep.search.total, self._wall_s()))
 
     def _read_status(self) -> dict[str, Any]:
         store = self.paths.store
@@ -168,33 +181,6 @@ class _Attempt:
             "a trial that ended is not repeated",
             "run the same command: it continues with the others",
         )
-
-
-def _jobs(spec: TuneSpec, points: Iterable[Values]) -> dict[str, TrainJob]:
-    rows: dict[str, PreparedData] = {}
-    jobs = {}
-    for point in points:
-        train = trial_spec(spec, point)
-        key = canonical_json(train.model_dump(mode="json", include=DECIDES_ROWS))
-        if key not in rows:
-            rows[key] = prepare(train)
-        jobs[digest(point)] = TrainJob(
-            _settled(spec, train, rows[key]),
-            rows[key],
-            max_steps=spec.steps,
-            report_every=spec.report_every,
-            eval_every=spec.report_every,
-        )
-    _require_comparable(rows.values())
-    return jobs
-
-
-def _settled(spec: TuneSpec, trial: TrainSpec, data: PreparedData) -> TrainSpec:
-    """The trial without `auto`."""
-    if not has_auto(trial):
-        return trial
-    shape = ModelShape.from_config(base_model.resolve(trial.base).config)
-    return settled_trial(spec, trial, shape, sizes_of(data.train), machine_of(trial))
 
 
 def _require_comparable(prepared: Iterable[PreparedData]) -> None:

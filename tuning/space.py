@@ -1,84 +1,35 @@
-"""The points of a sweep: drawn all at once, by the seed alone, and checked before anything starts."""
+"""Points of a sweep: what they are, how they are told apart, and the run that each asks for."""
 
 import hashlib
 import itertools
 import math
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
 
 from pydantic import JsonValue
 
 from graftwork.config import canonical_json
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.spec import Choice, Domain, LogUniform, TuneSpec
+from graftwork.tuning.space_spec import Choice, Domain, LogUniform
+from graftwork.tuning.spec import TuneSpec, decides_rows
 
 Values = dict[str, JsonValue]
 """Dotted keys of the training spec and the value that a trial takes for each."""
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The values of each trial, in the order in which trials start."""
-
-    sampler: Literal["grid", "random"]
-    points: tuple[Values, ...]
-    reason: str
-
-
-def draw(spec: TuneSpec) -> Draw:
-    """The trials of a sweep: equal specs draw equal points, and a larger `num_trials` keeps the first ones.
-
-    Raises ConfigError when two values that are allowed alone contradict each other.
-    """
-    size = grid_size(spec)
-    if size is not None and size <= spec.num_trials:
-        reason = f"grid: all {size} combinations of the listed values (num_trials={spec.num_trials} allows it)"
-        drawn = Draw("grid", tuple(_grid(spec)), reason)
-    else:
-        of = f" of {size} combinations" if size is not None else ""
-        drawn = Draw("random", tuple(_random(spec)), f"random: {spec.num_trials}{of} by seed {spec.seed}")
-    for point in drawn.points:
-        spec.train.with_(point)
-    return drawn
-
-
-def grid_size(spec: TuneSpec) -> int | None:
+def grid_size(space: Mapping[str, Domain]) -> int | None:
     """Number of combinations, None where a key is a range."""
-    sizes = [len(domain.values) for domain in spec.space.values() if isinstance(domain, Choice)]
-    return math.prod(sizes) if len(sizes) == len(spec.space) else None
+    sizes = [len(domain.values) for domain in space.values() if isinstance(domain, Choice)]
+    return math.prod(sizes) if len(sizes) == len(space) else None
 
 
-def digest(values: Values) -> str:
-    """Identity of a trial within its sweep: 8 hex digits over its values."""
-    return hashlib.sha256(canonical_json(values).encode()).hexdigest()[:8]
-
-
-def trial_spec(spec: TuneSpec, point: Values) -> TrainSpec:
-    """The training spec of a trial: one process, the sweep's held-out rows. A strategy would have nothing to share."""
-    alone = {"num_workers": 1, "strategy": {}}
-    return spec.train.with_({**point, **alone, "data.eval_rows": spec.eval_rows})
-
-
-def _grid(spec: TuneSpec) -> Iterator[Values]:
-    listed = [domain.values for domain in spec.space.values() if isinstance(domain, Choice)]
+def grid(space: Mapping[str, Domain]) -> Iterator[Values]:
+    """All combinations of a space of choices, the last key changing fastest."""
+    listed = [domain.values for domain in space.values() if isinstance(domain, Choice)]
     for combination in itertools.product(*listed):
-        yield dict(zip(spec.space, combination, strict=True))
+        yield dict(zip(space, combination, strict=True))
 
 
-def _random(spec: TuneSpec) -> Iterator[Values]:
-    # random() alone is used: Python promises its sequence for a seed over versions.
-    rng = random.Random(spec.seed)
-    seen: set[str] = set()
-    while len(seen) < spec.num_trials:
-        point = {key: _sample(domain, rng.random()) for key, domain in spec.space.items()}
-        if digest(point) not in seen:
-            seen.add(digest(point))
-            yield point
-
-
-def _sample(domain: Domain, u: float) -> JsonValue:
+def sample(domain: Domain, u: float) -> JsonValue:
     """The value at quantile `u` in [0, 1). Floats have four significant digits, so that they can be typed again."""
     if isinstance(domain, Choice):
         return domain.values[int(u * len(domain.values))]
@@ -87,3 +38,27 @@ def _sample(domain: Domain, u: float) -> JsonValue:
     else:
         value = domain.low + u * (domain.high - domain.low)
     return min(max(float(f"{value:.4g}"), domain.low), domain.high)
+
+
+def digest(values: Values) -> str:
+    """Identity of a trial within its sweep: 8 hex digits over its values."""
+    return hashlib.sha256(canonical_json(values).encode()).hexdigest()[:8]
+
+
+def trial_spec(spec: TuneSpec, point: Values) -> TrainSpec:
+    """The training spec of a trial: one process, the sweep's held-out rows. A strategy would have nothing to share.
+
+    Raises ConfigError when values that are allowed alone contradict each other.
+    """
+    alone = {"num_workers": 1, "strategy": {}}
+    return spec.train.with_({**point, **alone, "data.eval_rows": spec.eval_rows})
+
+
+def rows_points(spec: TuneSpec) -> Iterator[Values]:
+    """The combinations of those keys of the space that decide a trial's rows: few, and all known beforehand."""
+    return grid({key: domain for key, domain in spec.space.items() if decides_rows(key)})
+
+
+def rows_key(values: Values) -> str:
+    """Equal for trials that train on the same rows in the same order, when they are of one sweep."""
+    return canonical_json({key: value for key, value in values.items() if decides_rows(key)})

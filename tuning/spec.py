@@ -1,13 +1,20 @@
 """What a sweep is asked to do: a training spec, and for some of its keys the values to try."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
 from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
+from graftwork.training.adapter_spec import with_kind
 from graftwork.training.spec import TrainSpec
+from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec
+from graftwork.tuning.scheduler_spec import AshaSpec, MedianSpec, SchedulerSpec
+from graftwork.tuning.search_spec import SearchSpec
+from graftwork.tuning.space_spec import Choice, Domain, LogUniform, Uniform
+
+__all__ = ["AshaSpec", "Choice", "Domain", "LogUniform", "MedianSpec", "TuneSpec", "Uniform"]
 
 NOT_TUNABLE = {
     "kind": "it names the stage",
@@ -24,73 +31,13 @@ NOT_TUNABLE = {
     "data.eval_rows": "eval_rows of the sweep takes its place",
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""
+DECIDES_ROWS = ("base", "data", "prompt", "max_length", "too_long", "objective", "seed")
+"""Keys of `train` that decide the rows of a trial and their order."""
 
 
-class Choice(Spec):
-    """One of the listed values."""
-
-    kind: Literal["choice"] = "choice"
-    values: Annotated[tuple[JsonValue, ...], Field(min_length=1)]
-
-    def samples(self) -> tuple[JsonValue, ...]:
-        """Values that all must be allowed."""
-        return self.values
-
-    @model_validator(mode="after")
-    def _differ(self) -> Self:
-        if any(value in self.values[:index] for index, value in enumerate(self.values)):
-            raise ValueError(f"values must differ, found {list(self.values)}")
-        return self
-
-
-class _Range(Spec):
-    low: float = Field(allow_inf_nan=False)
-    high: float = Field(allow_inf_nan=False)
-
-    @model_validator(mode="after")
-    def _rises(self) -> Self:
-        if not self.low < self.high:
-            raise ValueError(f"low={self.low:g} must be less than high={self.high:g}")
-        return self
-
-    def samples(self) -> tuple[float, ...]:
-        """Both ends and a fraction between them, which an integer key refuses."""
-        return self.low, self.high, self.low + 0.381966 * (self.high - self.low)
-
-
-class Uniform(_Range):
-    """A float between `low` and `high`, evenly."""
-
-    kind: Literal["uniform"] = "uniform"
-
-
-class LogUniform(_Range):
-    """A float between `low` and `high`, evenly on the log scale."""
-
-    kind: Literal["loguniform"] = "loguniform"
-    low: float = Field(gt=0, allow_inf_nan=False)
-
-
-Domain = Annotated[Choice | Uniform | LogUniform, Field(discriminator="kind")]
-
-
-class AshaSpec(Spec):
-    """Asynchronous successive halving (Li et al. 2018, arXiv 1810.05934) by Ray Tune."""
-
-    kind: Literal["asha"] = "asha"
-    grace_steps: int = Field(default=4, ge=1)
-    """No trial is stopped before this many optimizer steps."""
-    reduction: int = Field(default=3, ge=2)
-    """One of this many trials goes on at each rung."""
-
-    def rungs(self, steps: int) -> tuple[int, ...]:
-        """Steps at which a trial may be stopped: grace, grace·reduction, ... below `steps`."""
-        found = []
-        rung = self.grace_steps
-        while rung < steps:
-            found.append(rung)
-            rung *= self.reduction
-        return tuple(found)
+def decides_rows(key: str) -> bool:
+    """Whether two trials that differ in this key have rows of their own."""
+    return any(key == other or key.startswith(f"{other}.") for other in DECIDES_ROWS)
 
 
 class TuneSpec(Spec):
@@ -104,20 +51,35 @@ class TuneSpec(Spec):
     """The run that is tuned. Trials publish nothing."""
     space: dict[str, Domain]
     """Dotted keys of `train` and the values to try, e.g. `adapter.rank: {kind: choice, values: [4, 16]}`."""
+    search: SearchSpec | None = None
+    """null: the whole grid where the space is all choices and no larger than `num_trials`, else points at random."""
     num_trials: int = Field(default=4, ge=1)
-    """Trials drawn at random; the whole grid where the space is all choices and the grid is no larger than this."""
+    """Trials that the search may draw."""
     max_concurrent: int = Field(default=2, ge=1)
-    """Trials at a time, each in its own process with `train.cpus_per_worker` CPUs."""
+    """Processes at a time, each with `train.cpus_per_worker` CPUs."""
+    together: int = Field(default=1, ge=1)
+    """LoRA trials that share base, rows and shape may train so many in one process, on one copy of the base."""
+    retries: int = Field(default=2, ge=0)
+    """Times that a trial is run again whose process or machine was lost, or that ran out of memory."""
     steps: int = Field(default=12, ge=1)
     """Optimizer steps of a trial that is not stopped."""
     eval_rows: int = Field(default=16, ge=1)
     """Held-out rows scored at each report."""
     report_every: int = Field(default=4, ge=1)
     """Optimizer steps between reports, where the scheduler may stop a trial."""
-    scheduler: AshaSpec | None = AshaSpec()
+    scheduler: SchedulerSpec | None = AshaSpec()
     """null runs every trial to its end."""
+    finals: FinalsSpec | None = None
+    """null takes the best trial as it is."""
+    winner: WinnerSpec | None = None
+    """null ends with the best spec; what it trains is up to `graftwork train`."""
     seed: int = 0
     """Of the values drawn; a trial's own seed is `train.seed`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asha_unless_said(cls, tree: Any) -> Any:
+        return with_kind(tree, "scheduler", "asha")
 
     @model_validator(mode="after")
     def _space_fits(self) -> Self:
@@ -127,6 +89,8 @@ class TuneSpec(Spec):
             raise ValueError("train.data.eval is not given: trials are compared by loss on held-out rows")
         for key, domain in self.space.items():
             self._check_key(key)
+            if decides_rows(key) and not isinstance(domain, Choice):
+                raise ValueError(f"space.{key} decides the rows, which are prepared first: list its values")
             for value in domain.samples():
                 self._check_value(key, value)
         return self

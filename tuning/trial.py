@@ -4,32 +4,63 @@ import math
 import resource
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import tune
 
 from graftwork.errors import RunError
+from graftwork.training.data import PreparedData
 from graftwork.training.job import TrainJob
 from graftwork.training.loop import run_steps
+from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 
 
-def run_trial(config: Mapping[str, Any], jobs: Mapping[str, TrainJob]) -> None:
-    """Tune's function trainable; `config["trial_id"]` picks the job. Runs in a Tune actor process.
+@dataclass(frozen=True)
+class Told:
+    """What Tune tells one process: its config, made of plain values."""
 
-    When the scheduler stops the trial, `tune.report` does not return: it ends this thread, and Tune the process.
-    Raises RunError when a loss is not finite.
+    trials: dict[str, str]
+    """The resolved training spec of each trial, as JSON, by trial id."""
+    rows: str
+    """Key of their rows."""
+
+    def config(self) -> dict[str, Any]:
+        """For Tune."""
+        return {"trials": self.trials, "rows": self.rows}
+
+
+def run_trial(
+    config: Mapping[str, Any], rows: Mapping[str, PreparedData], steps: int, report_every: int, board: Any
+) -> None:
+    """Tune's function trainable; `config` is that of `Told`. Runs in a Tune actor process.
+
+    A trial that is to stop reads it on the board after its report, and returns. Raises RunError when a loss is not
+    finite.
     """
+    told = Told(**config)
+    ((trial_id, spec),) = told.trials.items()
 
     def report(step: StepReport) -> bool:
         if step.eval_loss is None:
             return True
         if not math.isfinite(step.eval_loss):
-            raise RunError(f"trial {config['trial_id']}", f"held-out loss {step.eval_loss} at step {step.step}")
-        tune.report({"step": step.step, "eval_loss": step.eval_loss, "peak_rss_bytes": peak_rss_bytes()})
-        return True
+            raise RunError(f"trial {trial_id}", f"held-out loss {step.eval_loss} at step {step.step}")
+        tune.report({"peak_rss_bytes": peak_rss_bytes(), "trials": {trial_id: [step.step, step.eval_loss]}})
+        return all(ray.get(board.goes_on.remote([trial_id])))
 
-    run_steps(jobs[config["trial_id"]], report)
+    run_steps(
+        TrainJob(
+            TrainSpec.model_validate_json(spec),
+            rows[told.rows],
+            max_steps=steps,
+            report_every=report_every,
+            eval_every=report_every,
+        ),
+        report,
+    )
 
 
 def peak_rss_bytes() -> int:

@@ -9,11 +9,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import ray
 from ray import cloudpickle
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
 from graftwork.errors import GraftworkError
+from graftwork.tuning.judge import Judge
 from graftwork.tuning.ledger import Ledger
 
 
@@ -60,10 +62,12 @@ class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
 
 
 class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
-    """Tune calls these between its steps, one at a time. `on_change` is called after each."""
+    """Tune calls these between its steps, one at a time: each report goes into the ledger and before the judge, and the
+    verdict onto the board before Tune lets the trial go on. `on_change` is called after each."""
 
-    def __init__(self, ledger: Ledger, last_step: int, interrupt: Interrupt, on_change: Callable[[], None]) -> None:
-        self._ledger, self._last_step, self._interrupt, self._on_change = ledger, last_step, interrupt, on_change
+    def __init__(self, ledger: Ledger, judge: Judge, board: Any, last_step: int, on_change: Callable[[], None]) -> None:
+        self._ledger, self._judge, self._board = ledger, judge, board
+        self._last_step, self._on_change = last_step, on_change
         self._started: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,33 +75,35 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        self._started[_id(trial)] = time.monotonic()
-        self._change(trial, state="running")
+        for trial_id in trial.config["trials"]:
+            self._started[trial_id] = time.monotonic()
+            self._change(trial_id, state="running")
+        self._on_change()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
-        record = self._ledger.records[_id(trial)]
-        step, loss = int(result["step"]), float(result["eval_loss"])
-        losses = (*record.losses, (step, loss))
-        state = "finished" if step >= self._last_step else "running"
-        self._change(trial, losses=losses, steps=step, state=state, peak_rss_bytes=int(result["peak_rss_bytes"]))
-
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        if self._ledger.records[_id(trial)].state == "running" and not self._interrupt.asked:
-            self._change(trial, state="stopped")
-
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        self._change(trial, state="failed", error=_reason(trial))
-
-    def _change(self, trial: Trial, **changes: Any) -> None:
-        wall_s = round(time.monotonic() - self._started[_id(trial)], 3)
-        self._ledger.update(_id(trial), wall_s=wall_s, **changes)
+        stopped = []
+        for trial_id, (step, loss) in result["trials"].items():
+            losses = (*self._ledger.records[trial_id].losses, (step, loss))
+            goes_on = self._judge.goes_on(trial_id, step, loss)
+            state = "finished" if step >= self._last_step else "running" if goes_on else "stopped"
+            if state == "stopped":
+                stopped.append(trial_id)
+            self._change(trial_id, losses=losses, steps=step, state=state, peak_rss_bytes=result["peak_rss_bytes"])
+        if stopped:
+            ray.get(self._board.stop.remote(stopped))
         self._on_change()
 
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        for trial_id in trial.config["trials"]:
+            if not self._ledger.records[trial_id].ended:
+                self._change(trial_id, state="failed", error=_reason(trial))
+        self._on_change()
 
-def _id(trial: Trial) -> str:
-    return str(trial.config["trial_id"])
+    def _change(self, trial_id: str, **changes: Any) -> None:
+        wall_s = round(time.monotonic() - self._started[trial_id], 3)
+        self._ledger.update(trial_id, wall_s=wall_s, **changes)
 
 
 def _reason(trial: Trial) -> str:

@@ -118,7 +118,7 @@ def test_ctrl_c_keeps_what_ended_and_a_rerun_continues(
     spec = sweep(inputs, tmp_path, rates(0.001, GOOD), max_concurrent=1)
 
     def interrupt(progress: TuneProgress) -> None:
-        if progress.done == 1 and progress.trials[1].state == "running":
+        if progress.done == 1 and progress.trials[-1].state == "running":
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted, match="1 of 2 trials are kept"):
@@ -146,7 +146,7 @@ def test_kill_9_of_the_driver_repeats_no_finished_trial(
         assert victim.poll() is None, "the sweep ended before it was killed"
         found = list(tmp_path.glob("runs/*/trials.json"))
         records[:] = json.loads(found[0].read_text())["trials"] if found else []
-        return bool(records) and records[0]["state"] == "finished" and records[1]["state"] == "running"
+        return len(records) > 1 and records[0]["state"] == "finished" and records[1]["state"] == "running"
 
     try:
         wait_for(second_runs, "the second trial runs", FIRST_LOSS_WITHIN_S)

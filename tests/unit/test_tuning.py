@@ -1,20 +1,19 @@
 """What a sweep tries, what it refuses, and which trial it chooses."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.tune.schedulers import ASHAScheduler
 
 from graftwork import config
 from graftwork.errors import ConfigError, RunError
 from graftwork.storage import RunPaths, Store
+from graftwork.tuning.judge import judge_of
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.plan import expected_share
 from graftwork.tuning.records import State, TrialRecord, TuneProgress, choose
-from graftwork.tuning.scheduler import scheduler
-from graftwork.tuning.space import digest, draw, grid_size
+from graftwork.tuning.search import Drawn, search_of
+from graftwork.tuning.space import digest, grid_size
 from graftwork.tuning.spec import AshaSpec, TuneSpec
 
 LR = {"optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2}}
@@ -26,19 +25,25 @@ def sweep(space: dict[str, Any], **keys: Any) -> TuneSpec:
     return config.validate(TuneSpec, {"name": "s", "train": train, "space": space, **keys}, where="s.yaml")
 
 
+def draw(spec: TuneSpec) -> Drawn:
+    search = search_of(spec)
+    assert isinstance(search, Drawn)
+    return search
+
+
 # What is tried.
 
 
 def test_a_small_grid_is_taken_whole_in_order() -> None:
     drawn = draw(sweep(GRID, num_trials=6))
-    assert drawn.sampler == "grid"
+    assert drawn.name == "grid"
     assert [tuple(point.values()) for point in drawn.points] == [(4, 0), (4, 1), (4, 2), (8, 0), (8, 1), (8, 2)]
     assert "all 6 combinations" in drawn.reason
 
 
 def test_a_larger_grid_is_sampled_without_repeats() -> None:
     drawn = draw(sweep(GRID, num_trials=5))
-    assert drawn.sampler == "random"
+    assert drawn.name == "random"
     assert len({digest(point) for point in drawn.points}) == 5
     assert drawn.reason == "random: 5 of 6 combinations by seed 0"
 
@@ -58,8 +63,8 @@ def test_log_uniform_values_spread_evenly_over_the_decades() -> None:
 
 
 def test_a_range_has_no_grid() -> None:
-    assert grid_size(sweep(LR)) is None
-    assert grid_size(sweep(GRID)) == 6
+    assert grid_size(sweep(LR).space) is None
+    assert grid_size(sweep(GRID).space) == 6
 
 
 # What is refused.
@@ -138,7 +143,7 @@ def test_progress_names_the_best_at_the_furthest_step() -> None:
         trial("c", "failed", 0.1),
         trial("d", "pending"),
     )
-    progress = TuneProgress(trials, 1.0)
+    progress = TuneProgress(trials, 4, 1.0)
     assert (progress.done, progress.total) == (1, 4)
     assert progress.text == "best so far 2.000 at step 8 (seed=b)"
 
@@ -148,36 +153,42 @@ def test_progress_names_the_best_at_the_furthest_step() -> None:
 
 def test_a_ledger_forgets_only_what_must_run_again(tmp_path: Path) -> None:
     run = RunPaths(Store(str(tmp_path)), "s", "0" * 64)
-    points = draw(sweep(GRID, num_trials=6)).points
-    names = [digest(point) for point in points]
-    ledger = Ledger(run, points)
-    for name, state in zip(names, ("finished", "stopped", "running", "failed"), strict=False):
-        ledger.update(name, state=state, losses=((4, 2.5),), steps=4)
-    again = Ledger(run, points)
+    search = draw(sweep(GRID, num_trials=6))
+    ledger = Ledger(run)
+    for state in ("finished", "stopped", "running", "failed"):
+        chosen = ledger.next(search)
+        assert isinstance(chosen, TrialRecord)
+        ledger.update(chosen.trial_id, state=state, losses=((4, 2.5),), steps=4)
+    again = Ledger(run)
     again.resume()
-    assert [record.state for record in again.trials] == ["finished", "stopped"] + ["pending"] * 4
+    assert [record.state for record in again.trials] == ["finished", "stopped", "pending", "pending"]
     assert again.trials[0] == ledger.trials[0]
+    started = []
+    while isinstance(chosen := again.next(search), TrialRecord):
+        again.update(chosen.trial_id, state="running")
+        started.append(chosen.trial_id)
+    assert chosen is None
+    assert started == [digest(point) for point in search.points[2:]], "what did not end first, then what is new"
     again.resume(failed_too=True)
-    assert again.trials[3].state == "failed"
-    assert len(json.loads((tmp_path / "runs" / "s-00000000" / "trials.json").read_text())["trials"]) == 6
+    assert [record.state for record in again.trials] == ["finished", "stopped"] + ["pending"] * 4
 
 
-class Seen:
-    """What ASHA reads of a trial."""
-
-    def __init__(self, trial_id: str) -> None:
-        self.trial_id = trial_id
-
-
-def test_asha_remembers_the_trials_of_an_interrupted_sweep() -> None:
+def test_a_judge_remembers_the_trials_of_an_interrupted_sweep() -> None:
     """A new trial that two of three past ones beat at the first rung is stopped, as it would be without a break."""
     spec = sweep(GRID, scheduler={"grace_steps": 4, "reduction": 2})
     past = [trial("a", "finished", 2.0, 1.5, 1.0), trial("b", "stopped", 4.0), trial("c", "stopped", 5.0)]
-    asha = scheduler(spec, past)
-    assert isinstance(asha, ASHAScheduler)
-    for name, loss, decision in (("bad", 4.5, "STOP"), ("good", 1.9, "CONTINUE")):
-        asha.on_trial_add(None, Seen(name))
-        assert asha.on_trial_result(None, Seen(name), {"step": 4, "eval_loss": loss}) == decision
+    judge = judge_of(spec, past)
+    assert not judge.goes_on("bad", 4, 4.5)
+    assert judge.goes_on("good", 4, 1.9)
+
+
+def test_the_median_rule_stops_what_is_worse_than_most() -> None:
+    judge = judge_of(sweep(GRID, scheduler={"kind": "median", "grace_steps": 4, "min_trials": 2}), [])
+    for name, loss in (("a", 2.0), ("b", 2.1), ("c", 2.2)):
+        assert judge.goes_on(name, 4, loss)
+        assert judge.goes_on(name, 8, loss)
+    assert not judge.goes_on("bad", 8, 4.0)
+    assert judge.goes_on("good", 8, 1.0)
 
 
 def test_the_plan_counts_the_steps_that_early_stopping_leaves() -> None:
