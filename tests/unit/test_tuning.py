@@ -184,7 +184,7 @@ def test_a_judge_remembers_the_trials_of_an_interrupted_sweep() -> None:
 
 def test_the_median_rule_stops_what_is_worse_than_most() -> None:
     judge = judge_of(sweep(GRID, scheduler={"kind": "median", "grace_steps": 4, "min_trials": 2}), [])
-    for name, loss in (("a", 2.0), ("b", 2.1), ("c", 2.2)):
+    for name, loss in (("a", 2.2), ("b", 2.1), ("c", 2.0)):
         assert judge.goes_on(name, 4, loss)
         assert judge.goes_on(name, 8, loss)
     assert not judge.goes_on("bad", 8, 4.0)
