@@ -1,10 +1,11 @@
 """Held-out losses of every point of a grid, recorded once: what searches and schedulers are compared on.
 
-    python -m benchmarks.sweep_curves TASK OUT.jsonl
+    python -m benchmarks.sweep_curves TASK FOLDER       records, into FOLDER/TASK.jsonl
+    python -m benchmarks.sweep_curves join FOLDER       benchmarks/results/sweep_curves.json of what was recorded
 
 TASK is `airport-card`, `ua-parse` (LoRA: rank x learning rate x seed, 60 points each) or `full` (all weights on
 airport-card: learning rate x seed, 18 points). Every point is the loop of a sweep's trial, on SmolLM2-135M, in this
-process, one after the other; a point that OUT has already is not run again. The losses don't depend on the machine's
+process, one after the other; a point that is there already is not run again. The losses don't depend on the machine's
 load; the seconds do.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.base import URI
+from benchmarks.record import Clock, figure, write
 from graftwork import config
 from graftwork.training.job import NonFiniteLoss
 from graftwork.training.loop import run_steps
@@ -25,6 +27,7 @@ from graftwork.tuning.search import Drawn
 from graftwork.tuning.space import digest
 from graftwork.tuning.spec import TuneSpec
 
+TASKS = ("airport-card", "ua-parse", "full")
 SEEDS = [0, 1, 2]
 RANKS = [1, 4, 16, 64]
 LORA_LR = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
@@ -64,7 +67,7 @@ def grid(task: str) -> TuneSpec:
 
 def record(task: str, out: Path) -> None:
     """Append a line for each point that is missing."""
-    done = {json.loads(line)["trial_id"] for line in out.read_text().splitlines()} if out.exists() else set()
+    done = {row["trial_id"] for row in _lines(out)} if out.exists() else set()
     sweep = Sweep.of(grid(task))
     assert isinstance(sweep.search, Drawn)
     for values in sweep.search.points:
@@ -89,9 +92,23 @@ def record(task: str, out: Path) -> None:
             file.write(json.dumps({**row, "wall_s": round(time.monotonic() - started, 2)}) + "\n")
 
 
+def join(folder: Path) -> None:
+    """Write the document that `benchmarks.recorded` reads."""
+    rows = {task: _lines(folder / f"{task}.jsonl") for task in TASKS if (folder / f"{task}.jsonl").exists()}
+    counts = {f"points_{task}": figure([float(len(lines))], "points") for task, lines in rows.items()}
+    write("sweep_curves", None, counts, rows, {task: grid(task).model_dump(mode="json") for task in rows}, Clock())
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("task", choices=("airport-card", "ua-parse", "full"))
-    parser.add_argument("out", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=(*TASKS, "join"))
+    parser.add_argument("folder", type=Path)
     asked = parser.parse_args()
-    record(asked.task, asked.out)
+    if asked.task == "join":
+        join(asked.folder)
+    else:
+        record(asked.task, asked.folder / f"{asked.task}.jsonl")

@@ -1,0 +1,32 @@
+"""The recorded curves (benchmarks/sweep_curves.py), as trials of the grids they came from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS
+from graftwork.tuning.records import TrialRecord
+
+CURVES = RESULTS / "sweep_curves.json"
+STEPS = 16
+
+
+def curves(task: str, path: Path = CURVES) -> dict[int, tuple[TrialRecord, ...]]:
+    """The grid's trials by data seed, each run to its end or diverged; values without the seed."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["result"]["detail"][task]
+    seeds = sorted({row["values"]["seed"] for row in rows})
+    return {seed: tuple(_trial(row) for row in rows if row["values"]["seed"] == seed) for seed in seeds}
+
+
+def _trial(row: dict[str, Any]) -> TrialRecord:
+    values = {key: value for key, value in row["values"].items() if key != "seed"}
+    losses = tuple((int(step), float(loss)) for step, loss in row["losses"])
+    return TrialRecord(
+        row["trial_id"],
+        values,
+        losses,
+        state="failed" if row["error"] else "finished",
+        steps=losses[-1][0] if losses else 0,
+        wall_s=row["wall_s"],
+        error=row["error"],
+    )
