@@ -25,6 +25,7 @@ from graftwork.training.job import TrainJob
 from graftwork.training.lock import run_lock
 from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
+from graftwork.tuning.costs import size_of
 from graftwork.tuning.fit import Sweeping, fit
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.plan import settled_trial
@@ -55,6 +56,7 @@ class Sweep:
     def of(cls, spec: TuneSpec) -> "Sweep":
         """Resolve bases and data. Raises UserErrors of all kinds, before anything starts."""
         search = search_of(spec)
+        _require_sizes(spec)
         prepared = {rows_key(point): (point, prepare(trial_spec(spec, point))) for point in rows_points(spec)}
         _require_comparable(data for _, data in prepared.values())
         bases = {key: base_model.resolve(trial_spec(spec, point).base).digest for key, (point, _) in prepared.items()}
@@ -181,6 +183,13 @@ class _Attempt:
             "a trial that ended is not repeated",
             "run the same command: it continues with the others",
         )
+
+
+def _require_sizes(spec: TuneSpec) -> None:
+    """Raise BaseModelError when a size is a goal and the base is one whose layers are not known."""
+    if {"trained_parameters", "adapter_bytes"} & {goal.metric for goal in spec.goals}:
+        for point in rows_points(spec):
+            size_of(trial_spec(spec, point))
 
 
 def _require_comparable(prepared: Iterable[PreparedData]) -> None:

@@ -10,6 +10,7 @@ from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.adapter_spec import with_kind
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec
+from graftwork.tuning.goal_spec import Goal, Goals
 from graftwork.tuning.scheduler_spec import AshaSpec, MedianSpec, SchedulerSpec
 from graftwork.tuning.search_spec import SearchSpec
 from graftwork.tuning.space_spec import Choice, Domain, LogUniform, Uniform
@@ -51,6 +52,8 @@ class TuneSpec(Spec):
     """The run that is tuned. Trials publish nothing."""
     space: dict[str, Domain]
     """Dotted keys of `train` and the values to try, e.g. `adapter.rank: {kind: choice, values: [4, 16]}`."""
+    goals: Goals = (Goal(),)
+    """What is to be good, held-out loss first; with several, trials that no other beats in all of them are sought."""
     search: SearchSpec | None = None
     """null: the whole grid where the space is all choices and no larger than `num_trials`, else points at random."""
     num_trials: int = Field(default=4, ge=1)

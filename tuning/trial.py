@@ -16,6 +16,7 @@ from graftwork.training.job import TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
+from graftwork.tuning.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,25 @@ def run_trial(
     finite.
     """
     told = Told(**config)
-    ((trial_id, spec),) = told.trials.items()
+    ((trial_id, asked),) = told.trials.items()
+    spec = TrainSpec.model_validate_json(asked)
+    costs = Costs(spec)
 
     def report(step: StepReport) -> bool:
+        costs.add(step)
         if step.eval_loss is None:
             return True
         if not math.isfinite(step.eval_loss):
             raise RunError(f"trial {trial_id}", f"held-out loss {step.eval_loss} at step {step.step}")
-        tune.report({"peak_rss_bytes": peak_rss_bytes(), "trials": {trial_id: [step.step, step.eval_loss]}})
+        told_now = {"trials": {trial_id: [step.step, step.eval_loss]}, "metrics": {trial_id: costs.metrics()}}
+        tune.report({"peak_rss_bytes": peak_rss_bytes(), **told_now})
         return all(ray.get(board.goes_on.remote([trial_id])))
 
     run_steps(
         TrainJob(
-            TrainSpec.model_validate_json(spec),
+            spec,
             rows[told.rows],
             max_steps=steps,
-            report_every=report_every,
             eval_every=report_every,
         ),
         report,

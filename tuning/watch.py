@@ -90,7 +90,8 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
             state = "finished" if step >= self._last_step else "running" if goes_on else "stopped"
             if state == "stopped":
                 stopped.append(trial_id)
-            self._change(trial_id, losses=losses, steps=step, state=state, peak_rss_bytes=result["peak_rss_bytes"])
+            costs = {"peak_rss_bytes": result["peak_rss_bytes"], "metrics": result["metrics"][trial_id]}
+            self._change(trial_id, losses=losses, steps=step, state=state, **costs)
         if stopped:
             ray.get(self._board.stop.remote(stopped))
         self._on_change()

@@ -79,6 +79,10 @@ def test_the_lowest_held_out_loss_wins(whole: tuple[TuneSpec, TuneReport]) -> No
     assert report.best_spec.num_workers == spec.train.num_workers
     assert report.sampler.startswith("grid: all 3")
     assert report.peak_rss_bytes > 100 * 2**20
+    whole_run, stopped = (trial.metrics for trial in report.trials[:2])
+    assert whole_run["tokens"] > stopped["tokens"] > 0
+    assert whole_run["adapter_bytes"] == stopped["adapter_bytes"] > 0
+    assert whole_run["step_s"] * 4 < report.trials[0].wall_s
 
 
 def test_a_diverging_trial_is_marked_and_the_sweep_goes_on(whole: tuple[TuneSpec, TuneReport]) -> None:
