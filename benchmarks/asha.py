@@ -40,7 +40,7 @@ def replay(trials: Sequence[TrialRecord], judge: Judge, processes: int = PROCESS
         step, loss = trial.losses[index]
         taken[trial.trial_id] = step
         last = index + 1 == len(trial.losses)
-        if judge.goes_on(trial.trial_id, step, loss) and not last:
+        if judge.reason_to_stop(trial.trial_id, step, loss) is None and not last:
             heapq.heappush(at_work, (now + trial.losses[index + 1][0] - step, tie, trial, index + 1))
         else:
             _start(waiting, at_work, now, tie)

@@ -80,10 +80,12 @@ def expected_share(spec: TuneSpec, trials: int) -> float:
     """Share of all trials' steps that are taken when one trial in `reduction` goes on at each rung."""
     if spec.scheduler is None:
         return 1.0
-    taken, last, alive = 0.0, 0, float(trials)
-    for rung in (*spec.scheduler.rungs(spec.steps), spec.steps):
-        taken += alive * (rung - last)
-        last, alive = rung, max(1.0, alive / spec.scheduler.reduction)
+    taken = 0.0
+    for part, rungs in spec.scheduler.ladders(spec.steps):
+        last, alive = 0, part * trials
+        for rung in (*rungs, spec.steps):
+            taken += alive * (rung - last)
+            last, alive = rung, max(min(1.0, alive), alive / spec.scheduler.reduction)
     return taken / (trials * spec.steps)
 
 

@@ -11,11 +11,18 @@ from graftwork.training.adapter_spec import with_kind
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec
 from graftwork.tuning.goal_spec import Goal, Goals
-from graftwork.tuning.scheduler_spec import AshaSpec, MedianSpec, SchedulerSpec
+from graftwork.tuning.scheduler_spec import (
+    AshaSpec,
+    HyperbandSpec,
+    MedianSpec,
+    SchedulerSpec,
+    refusal,
+    with_grace,
+)
 from graftwork.tuning.search_spec import SearchSpec
 from graftwork.tuning.space_spec import Choice, Domain, LogUniform, Uniform
 
-__all__ = ["AshaSpec", "Choice", "Domain", "LogUniform", "MedianSpec", "TuneSpec", "Uniform"]
+__all__ = ["AshaSpec", "Choice", "Domain", "HyperbandSpec", "LogUniform", "MedianSpec", "TuneSpec", "Uniform"]
 
 NOT_TUNABLE = {
     "kind": "it names the stage",
@@ -82,7 +89,8 @@ class TuneSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _asha_unless_said(cls, tree: Any) -> Any:
-        return with_kind(tree, "scheduler", "asha")
+        fields = cls.model_fields
+        return with_grace(with_kind(tree, "scheduler", "asha"), fields["steps"].default, fields["report_every"].default)
 
     @model_validator(mode="after")
     def _space_fits(self) -> Self:
@@ -102,11 +110,8 @@ class TuneSpec(Spec):
     def _takes_effect(self) -> Self:
         if self.report_every > self.steps:
             raise ValueError(f"report_every={self.report_every} is more than steps={self.steps}: no report would come")
-        if self.scheduler is not None and self.scheduler.grace_steps >= self.steps:
-            raise ValueError(
-                f"scheduler.grace_steps={self.scheduler.grace_steps} must be less than steps={self.steps}, "
-                "or no trial could be stopped; `scheduler: null` runs every trial to its end"
-            )
+        if self.scheduler is not None and (reason := refusal(self.scheduler, self.steps, self.report_every)):
+            raise ValueError(reason)
         return self
 
     def _check_key(self, key: str) -> None:

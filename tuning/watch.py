@@ -86,12 +86,13 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
         stopped = []
         for trial_id, (step, loss) in result["trials"].items():
             losses = (*self._ledger.records[trial_id].losses, (step, loss))
-            goes_on = self._judge.goes_on(trial_id, step, loss)
-            state = "finished" if step >= self._last_step else "running" if goes_on else "stopped"
-            if state == "stopped":
+            why, notes = self._judge.reason_to_stop(trial_id, step, loss), self._ledger.records[trial_id].notes
+            state = "finished" if step >= self._last_step else "stopped" if why else "running"
+            if state == "stopped" and why:
                 stopped.append(trial_id)
+                notes = (*notes, why)
             costs = {"peak_rss_bytes": result["peak_rss_bytes"], "metrics": result["metrics"][trial_id]}
-            self._change(trial_id, losses=losses, steps=step, state=state, **costs)
+            self._change(trial_id, losses=losses, steps=step, state=state, notes=notes, **costs)
         if stopped:
             ray.get(self._board.stop.remote(stopped))
         self._on_change()

@@ -178,17 +178,17 @@ def test_a_judge_remembers_the_trials_of_an_interrupted_sweep() -> None:
     spec = sweep(GRID, scheduler={"grace_steps": 4, "reduction": 2})
     past = [trial("a", "finished", 2.0, 1.5, 1.0), trial("b", "stopped", 4.0), trial("c", "stopped", 5.0)]
     judge = judge_of(spec, past)
-    assert not judge.goes_on("bad", 4, 4.5)
-    assert judge.goes_on("good", 4, 1.9)
+    assert judge.reason_to_stop("bad", 4, 4.5)
+    assert judge.reason_to_stop("good", 4, 1.9) is None
 
 
 def test_the_median_rule_stops_what_is_worse_than_most() -> None:
     judge = judge_of(sweep(GRID, scheduler={"kind": "median", "grace_steps": 4, "min_trials": 2}), [])
     for name, loss in (("a", 2.2), ("b", 2.1), ("c", 2.0)):
-        assert judge.goes_on(name, 4, loss)
-        assert judge.goes_on(name, 8, loss)
-    assert not judge.goes_on("bad", 8, 4.0)
-    assert judge.goes_on("good", 8, 1.0)
+        assert judge.reason_to_stop(name, 4, loss) is None
+        assert judge.reason_to_stop(name, 8, loss) is None
+    assert judge.reason_to_stop("bad", 8, 4.0)
+    assert judge.reason_to_stop("good", 8, 1.0) is None
 
 
 def test_the_plan_counts_the_steps_that_early_stopping_leaves() -> None:
