@@ -19,7 +19,7 @@ def notes_on_relatives(spec: TrainSpec, run: RunPaths) -> list[str]:
     """How a run that has not begun differs from the newest unfinished one of its name; empty where there is none."""
     if run.store.exists(*run.spec()):
         return []
-    found = [(began, other) for other in _others(run) if (began := _unfinished_since(other)) is not None]
+    found = [(began, other) for other in namesakes(run) if (began := unfinished_since(other)) is not None]
     if not found:
         return []
     other = max(found, key=lambda pair: pair[0])[1]
@@ -31,13 +31,14 @@ def notes_on_relatives(spec: TrainSpec, run: RunPaths) -> list[str]:
     ]
 
 
-def _others(run: RunPaths) -> list[RunPaths]:
+def namesakes(run: RunPaths) -> list[RunPaths]:
+    """The other runs of its name."""
     pattern = re.compile(re.escape(run.name) + "-([0-9a-f]{8})")
     names = [found for name in run.store.list("runs") if (found := pattern.fullmatch(name))]
     return [RunPaths(run.store, run.name, found[1]) for found in names if found[0] != run.run_id]
 
 
-def _unfinished_since(run: RunPaths) -> str | None:
+def unfinished_since(run: RunPaths) -> str | None:
     """When a run began, as UTC text; None when it is finished, or no run."""
     if not all(run.store.exists(*key) for key in (run.status(), run.provenance(), run.spec())):
         return None
@@ -51,10 +52,14 @@ def _differences(spec: TrainSpec, other: RunPaths) -> str:
         before = TrainSpec.model_validate(yaml.safe_load(other.store.read_text(*other.spec())))
     except ValidationError:
         return "its form: another version of graftwork wrote it"
-    old, new = dict(_leaves(before.recipe())), dict(_leaves(spec.recipe()))
+    told = changed_keys(before.recipe(), spec.recipe())
+    return told or "the contents of its base or data, or in the adapter that it starts from"
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The keys of two trees that differ, with their values there (`before`) and here; empty when none does."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if not keys:
-        return "the contents of its base or data, or in the adapter that it starts from"
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in keys[:SHOWN]) + more
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class Board:
@@ -22,5 +23,7 @@ class Board:
 
 
 def start_board() -> Any:
-    """A handle of a new board. Needs an initialised Ray; `ray.kill` ends it."""
-    return ray.remote(num_cpus=0)(Board).remote()
+    """A handle of a new board, on the driver's machine: any other may be lost. Needs an initialised Ray; `ray.kill`
+    ends it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()

@@ -16,13 +16,15 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from graftwork.cluster.local import environment_of
-from graftwork.errors import ClusterError
+from graftwork.errors import ClusterError, GraftworkError
 from graftwork.training.data import PreparedData
 from graftwork.training.machines import resources_per_worker
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.board import start_board
+from graftwork.tuning.failures import Failure, after, shrunk
 from graftwork.tuning.judge import judge_of
 from graftwork.tuning.ledger import Ledger
+from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.search import Search, Wait
 from graftwork.tuning.space import Values, rows_key
 from graftwork.tuning.spec import TuneSpec
@@ -52,6 +54,16 @@ class Sweeping:
     """The training spec of a point, without `auto`. Raises ConfigError when the values contradict each other."""
     on_change: Callable[[], None]
 
+    def spec_of(self, record: TrialRecord) -> TrainSpec:
+        """What a trial is to train, in as little memory as it has been found to need."""
+        spec = shrunk(self.settled(record.values), record.smaller)
+        assert spec is not None, "a trial is asked for no more than there is"
+        return spec
+
+    def after_failure(self, record: TrialRecord, failure: Failure) -> dict[str, Any]:
+        """What changes in the record of a trial that failed."""
+        return after(record, failure, self.spec_of(record), self.spec.retries, smaller=self.spec.retry_smaller)
+
 
 def fit(sweep: Sweeping) -> None:
     """Run trials until the search has no more; the ledger holds the outcome. Needs an initialised Ray.
@@ -62,6 +74,7 @@ def fit(sweep: Sweeping) -> None:
     require_room(spec.train)
     interrupt, board = Interrupt(), start_board()
     judge = judge_of(spec, [trial for trial in ledger.trials if trial.ended])
+    watch = Watch(ledger, judge, board, spec.steps, sweep.on_change, sweep.after_failure, interrupt)
     told = {"rows": dict(sweep.rows), "steps": spec.steps, "report_every": spec.report_every, "board": board}
     trainable = tune.with_resources(tune.with_parameters(run_trial, **told), resources_per_worker(spec.train))
     scratch = tempfile.TemporaryDirectory(prefix="gw-tune-")  # Tune's own notes; a rerun goes by the ledger
@@ -69,7 +82,7 @@ def fit(sweep: Sweeping) -> None:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=FromLedger(sweep),
+                search_alg=FromLedger(sweep, interrupt),
                 num_samples=-1,  # until the search has no more
                 max_concurrent_trials=spec.max_concurrent,
                 reuse_actors=False,  # one process a trial: its memory goes with it (peft issue 2221)
@@ -79,7 +92,7 @@ def fit(sweep: Sweeping) -> None:
                 storage_path=folder,
                 verbose=0,
                 stop=interrupt,
-                callbacks=[Watch(ledger, judge, board, spec.steps, sweep.on_change)],
+                callbacks=[watch],
             ),
         ).fit()
     ray.kill(board)
@@ -88,19 +101,26 @@ def fit(sweep: Sweeping) -> None:
 class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
     """Tune asks for the next process to start; the ledger says which trials it is to train."""
 
-    def __init__(self, sweep: Sweeping) -> None:
+    def __init__(self, sweep: Sweeping, interrupt: Interrupt) -> None:
         super().__init__()
-        self._sweep = sweep
+        self._sweep, self._interrupt = sweep, interrupt
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Tune's word for nothing yet is None, for no more FINISHED."""
-        chosen = self._sweep.ledger.next(self._sweep.search)
-        if chosen is None:
+        try:
+            return self._next()
+        except GraftworkError as error:
+            self._interrupt.give_up(error)
             return str(Searcher.FINISHED)
-        if isinstance(chosen, Wait):
+
+    def _next(self) -> dict[str, Any] | str | None:
+        chosen = self._sweep.ledger.next(self._sweep.search)
+        if chosen is None and not any(trial.state == "running" for trial in self._sweep.ledger.trials):
+            return str(Searcher.FINISHED)  # not before: a trial that fails may be run again
+        if chosen is None or isinstance(chosen, Wait):
             return None
+        spec = self._sweep.spec_of(chosen)
         self._sweep.ledger.update(chosen.trial_id, state="running")
-        spec = self._sweep.settled(chosen.values)
         return Told({chosen.trial_id: spec.model_dump_json()}, rows_key(chosen.values)).config()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

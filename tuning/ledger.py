@@ -1,8 +1,13 @@
 """The trials of one sweep on disk: `trials.json`, replaced whole at each change. A killed driver forgets nothing."""
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from pydantic import ValidationError
+
+from graftwork.errors import StorageError, StoreUnreachable
 from graftwork.storage import RunPaths
 from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.search.protocol import Search, Suggestion, Wait
@@ -11,11 +16,18 @@ from graftwork.tuning.space import digest
 TRIALS = "trials.json"
 
 
-class Ledger:
-    """The trials in the order in which they were chosen. The driver alone writes it."""
+def _nothing(_: str) -> None:
+    """Nobody is told."""
 
-    def __init__(self, run: RunPaths) -> None:
-        self.run = run
+
+class Ledger:
+    """The trials in the order in which they were chosen. The driver alone writes it.
+
+    patience_s: seconds that storage may be out of reach. on_trouble is told when it is, and with "" when it is back.
+    """
+
+    def __init__(self, run: RunPaths, patience_s: float = 0.0, on_trouble: Callable[[str], None] = _nothing) -> None:
+        self.run, self._patience_s, self._on_trouble = run, patience_s, on_trouble
         self.records: dict[str, TrialRecord] = {}
 
     @property
@@ -25,13 +37,14 @@ class Ledger:
 
     def resume(self, *, failed_too: bool = False) -> None:
         """Take over the trials of earlier attempts; those that did not end (without `failed_too` the failed ones as
-        well) are pending again, with their values."""
-        if not self.run.store.exists(*self.run.file(TRIALS)):
-            return
-        for tree in self.run.store.read_json(*self.run.file(TRIALS))["trials"]:
-            record = TrialRecord.from_json(tree)
-            keep = record.ended or (failed_too and record.state == "failed")
-            self.records[record.trial_id] = record if keep else TrialRecord(record.trial_id, record.values)
+        well, but for those that would fail again) are pending again, with their values.
+
+        Raises StorageError when the file is not as it was written.
+        """
+        data = self.run.store.find_bytes(*self.run.file(TRIALS))
+        for record in self._parsed(data) if data is not None else ():
+            keep = record.ended or record.hopeless or (failed_too and record.state == "failed")
+            self.records[record.trial_id] = record if keep else _pending(record)
 
     def next(self, search: Search) -> TrialRecord | Wait | None:
         """The next trial to start: one that is pending, else what the search suggests; None when there is no more."""
@@ -47,12 +60,62 @@ class Ledger:
         self.write()
 
     def write(self) -> None:
-        """Replace the file."""
-        trials = [asdict(record) for record in self.records.values()]
-        self.run.store.write_json({"trials": trials}, *self.run.file(TRIALS))
+        """Replace the file. Waits out an outage of the store; raises StorageError for a longer one."""
+        content = {"trials": [asdict(record) for record in self.records.values()]}
+        try:
+            self.run.store.write_json(content, *self.run.file(TRIALS))
+        except StoreUnreachable:
+            self._on_trouble(f"storage is out of reach; trying for {self._patience_s:g} s")
+            self._write_patiently(content)
+            self._on_trouble("")
+
+    def _write_patiently(self, content: dict[str, Any]) -> None:
+        try:
+            self.run.store.patient(self._patience_s).write_json(content, *self.run.file(TRIALS))
+        except StoreUnreachable as error:
+            raise StoreUnreachable(
+                f"{TRIALS} of sweep {self.run.run_id}", f"not written for {self._patience_s:g} s: {error.found}",
+                "storage may be out of reach for train.checkpoints.outage_s seconds",
+                "run the same command when it is back: trials that had ended are kept, the others are run again",
+            ) from error  # fmt: skip
+
+    def _parsed(self, data: bytes) -> list[TrialRecord]:
+        try:
+            records = [TrialRecord.from_json(tree) for tree in json.loads(data)["trials"]]
+            known = [record.trial_id for record in records]
+            if len(set(known)) < len(known):
+                raise ValueError(f"trial {max(known, key=known.count)} is there twice")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            where = self.run.store.path(*self.run.file(TRIALS))
+            raise StorageError(
+                f"read {where}", f"it is not as a sweep writes it: {_in_one_line(error)}",
+                "the trials of a sweep are written whole, by its driver alone",
+                "put back the file as it was; or delete it, and the sweep begins anew",
+            ) from None  # fmt: skip
+        return records
 
     def _add(self, chosen: Suggestion) -> TrialRecord:
         record = TrialRecord(digest(chosen.values), chosen.values)
         assert record.trial_id not in self.records, "a search repeats no point"
         self.records[record.trial_id] = record
         return record
+
+
+def _pending(record: TrialRecord) -> TrialRecord:
+    """To be run again from its start: by a new driver, which has its own number of retries."""
+    if record.state == "pending":
+        return record
+    began, notes = TrialRecord(record.trial_id, record.values), record.notes
+    if record.state == "running":
+        notes = (*notes, f"the sweep ended while it was running, after step {record.steps}; run again")
+    return replace(
+        began, repeat_of=record.repeat_of, parent=record.parent, notes=notes, attempts=record.attempts + 1,
+        smaller=record.smaller if record.state == "running" else 0,
+    )  # fmt: skip
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {str(first['input'])[:60]!r}"
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

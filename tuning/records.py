@@ -1,16 +1,18 @@
 """What a sweep tells: a record per trial, progress while it goes on, the report when it is done."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
 from graftwork.errors import RunError
 from graftwork.training.spec import TrainSpec
 
 State = Literal["pending", "running", "finished", "stopped", "failed"]
 """finished: reached its last step. stopped: by the scheduler. failed: an error, or a loss that is not finite."""
+FailureKind = Literal["diverged", "memory", "lost", "error"]
+"""diverged: a loss is not finite. memory: it ran out. lost: process or machine. error: anything else."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,18 @@ class TrialRecord:
     peak_rss_bytes: int = 0
     """Largest resident set of its process, as of its last report."""
     error: str | None = None
+    failure: FailureKind | None = None
+    """What kind of error it failed with."""
     started_s: float = 0.0
     """When its process was asked for, in seconds of the sweep's `wall_s`."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What else its last report measured, by name (`trained_parameters`, `adapter_bytes`, `tokens`, `step_s`, ...)."""
     attempts: int = 1
     """Times that it was started."""
+    retried: int = 0
+    """Of these, times that it was started again because it had failed."""
+    smaller: int = 0
+    """Steps down in memory that it takes, after memory ran out (`failures.shrunk`)."""
     notes: tuple[str, ...] = ()
     """What happened to it: a machine that was lost, a smaller setting after memory ran out, why it was stopped."""
     repeat_of: str | None = None
@@ -47,11 +55,22 @@ class TrialRecord:
         """Finished or stopped: a rerun of the sweep does not repeat it."""
         return self.state in ("finished", "stopped")
 
+    @property
+    def hopeless(self) -> bool:
+        """It would fail again: its loss was not finite."""
+        return self.state == "failed" and self.failure == "diverged"
+
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Self:
-        """Back from JSON."""
-        losses = tuple((int(step), float(loss)) for step, loss in tree["losses"])
-        return cls(**{**tree, "losses": losses, "notes": tuple(tree["notes"])})
+        """Back from JSON. Raises ValueError naming the field that is not as it was written."""
+        unknown = sorted(tree.keys() - {known.name for known in fields(cls)})
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no field of a trial")
+        record: Self = TypeAdapter(cls).validate_python(dict(tree))
+        steps = [step for step, _ in record.losses]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"losses of trial {record.trial_id} must be in the order of their steps, found {steps}")
+        return record
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,8 @@ class TuneProgress:
     total: int
     """Trials in all, at most."""
     elapsed_s: float
+    trouble: str = ""
+    """What the sweep waits out, such as storage that is out of reach."""
 
     @property
     def done(self) -> int:
@@ -72,6 +93,8 @@ class TuneProgress:
     @property
     def text(self) -> str:
         """The lowest loss at the furthest step, in a few words."""
+        if self.trouble:
+            return self.trouble
         seen = [trial for trial in self.trials if trial.losses and trial.state != "failed"]
         if not seen:
             return f"{sum(trial.state == 'running' for trial in self.trials)} running"

@@ -6,6 +6,7 @@ A rerun goes by `trials.json`, not by Ray Tune's own state: that is saved every 
 would forget finished trials, and it is a pickle.
 """
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ import yaml
 
 from graftwork import base_model, provenance
 from graftwork.config import canonical_json
-from graftwork.errors import ConfigError, GraftworkError, Interrupted
+from graftwork.errors import ConfigError, GraftworkError, Interrupted, StorageError
 from graftwork.model_shape import ModelShape
 from graftwork.plan import has_auto
 from graftwork.storage import RunPaths, Store
@@ -30,14 +31,12 @@ from graftwork.tuning.fit import Sweeping, fit
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.plan import settled_trial
 from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport, choose, rule
+from graftwork.tuning.relatives import notes_on_relatives
 from graftwork.tuning.search import Search, search_of
 from graftwork.tuning.space import Values, rows_key, rows_points, trial_spec
 from graftwork.tuning.spec import TuneSpec
 
 __all__ = ["TrialRecord", "TuneProgress", "TuneReport", "check", "tune"]
-
-NO_PART = {"root", "max_concurrent", "together", "retries", "train"}
-"""Keys that do not change a sweep's result; of `train` its recipe does."""
 
 OnProgress = Callable[[TuneProgress], None]
 
@@ -61,7 +60,7 @@ class Sweep:
         _require_comparable(data for _, data in prepared.values())
         bases = {key: base_model.resolve(trial_spec(spec, point).base).digest for key, (point, _) in prepared.items()}
         what = {
-            "sweep": spec.model_dump(mode="json", exclude=NO_PART),
+            "sweep": spec.recipe(),
             "train": spec.train.recipe(),
             "rows": {key: [bases[key], data.digest()] for key, (_, data) in prepared.items()},
         }
@@ -84,9 +83,12 @@ class Sweep:
         return TrainJob(self.settled(values), data, max_steps=self.spec.steps, report_every=every, eval_every=every)
 
 
-def check(spec: TuneSpec) -> None:
-    """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds."""
-    Sweep.of(spec)
+def check(spec: TuneSpec) -> list[str]:
+    """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds.
+
+    Returns what one should know before it starts: how the spec differs from a sweep of its name.
+    """
+    return notes_on_relatives(spec, Sweep.of(spec).paths)
 
 
 def tune(spec: TuneSpec, *, on_progress: OnProgress | None = None) -> TuneReport:
@@ -106,8 +108,8 @@ class _Attempt:
 
     def __init__(self, sweep: Sweep, on_progress: OnProgress) -> None:
         self.sweep, self.spec, self.paths = sweep, sweep.spec, sweep.paths
-        self.ledger = Ledger(sweep.paths)
-        self.on_progress = on_progress
+        self.ledger = Ledger(sweep.paths, sweep.spec.train.checkpoints.outage_s, self._in_trouble)
+        self.on_progress, self.trouble = on_progress, ""
         self.status = self._read_status()
         self.earlier_s = float(self.status.get("wall_s", 0.0))
         self.started = time.monotonic()
@@ -126,7 +128,8 @@ class _Attempt:
             self._set_state("interrupted")
             raise self._interrupted() from None
         except (GraftworkError, OSError) as error:
-            self._set_state("failed", error=str(error))
+            with contextlib.suppress(StorageError):  # it must not hide what happened
+                self._set_state("failed", error=str(error))
             raise
         self._set_state("finished", best_id=report.best_id, best=report.best)
         return report
@@ -156,7 +159,11 @@ class _Attempt:
         return round(self.earlier_s + time.monotonic() - self.started, 3)
 
     def _tell(self) -> None:
-        self.on_progress(TuneProgress(self.ledger.trials, self.sweep.search.total, self._wall_s()))
+        self.on_progress(TuneProgress(self.ledger.trials, self.sweep.search.total, self._wall_s(), self.trouble))
+
+    def _in_trouble(self, trouble: str) -> None:
+        self.trouble = trouble
+        self._tell()
 
     def _read_status(self) -> dict[str, Any]:
         store = self.paths.store
@@ -164,7 +171,8 @@ class _Attempt:
 
     def _set_state(self, state: str, **more: Any) -> None:
         status = {"state": state, "run_id": self.paths.run_id, "wall_s": self._wall_s(), **more}
-        self.paths.store.write_json(status, *self.paths.status())
+        patience_s = 0.0 if state == "failed" else self.spec.train.checkpoints.outage_s
+        self.paths.store.patient(patience_s).write_json(status, *self.paths.status())
 
     def _write_facts(self) -> None:
         """The resolved spec and where the code runs, written once, when the sweep first starts."""

@@ -39,6 +39,8 @@ NOT_TUNABLE = {
     "data.eval_rows": "eval_rows of the sweep takes its place",
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""
+NO_PART = {"root", "max_concurrent", "together", "retries", "retry_smaller", "train"}
+"""Keys that do not change a sweep's result; of `train` its recipe does."""
 DECIDES_ROWS = ("base", "data", "prompt", "max_length", "too_long", "objective", "seed")
 """Keys of `train` that decide the rows of a trial and their order."""
 
@@ -71,6 +73,9 @@ class TuneSpec(Spec):
     """LoRA trials that share base, rows and shape may train so many in one process, on one copy of the base."""
     retries: int = Field(default=2, ge=0)
     """Times that a trial is run again whose process or machine was lost, or that ran out of memory."""
+    retry_smaller: bool = True
+    """A trial that ran out of memory is run again with half the rows a forward pass, then with gradient checkpointing:
+    the same steps, losses equal up to rounding. false: it has failed."""
     steps: int = Field(default=12, ge=1)
     """Optimizer steps of a trial that is not stopped."""
     eval_rows: int = Field(default=16, ge=1)
@@ -113,6 +118,10 @@ class TuneSpec(Spec):
         if self.scheduler is not None and (reason := refusal(self.scheduler, self.steps, self.report_every)):
             raise ValueError(reason)
         return self
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the result, `train` left out, whose own recipe does."""
+        return self.model_dump(mode="json", exclude=NO_PART)
 
     def _check_key(self, key: str) -> None:
         for other, reason in NOT_TUNABLE.items():

@@ -10,9 +10,8 @@ from typing import Any
 import ray
 from ray import tune
 
-from graftwork.errors import RunError
 from graftwork.training.data import PreparedData
-from graftwork.training.job import TrainJob
+from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
@@ -38,8 +37,7 @@ def run_trial(
 ) -> None:
     """Tune's function trainable; `config` is that of `Told`. Runs in a Tune actor process.
 
-    A trial that is to stop reads it on the board after its report, and returns. Raises RunError when a loss is not
-    finite.
+    A trial that is to stop reads it on the board after its report, and returns. Raises NonFiniteLoss.
     """
     told = Told(**config)
     ((trial_id, asked),) = told.trials.items()
@@ -51,7 +49,7 @@ def run_trial(
         if step.eval_loss is None:
             return True
         if not math.isfinite(step.eval_loss):
-            raise RunError(f"trial {trial_id}", f"held-out loss {step.eval_loss} at step {step.step}")
+            raise NonFiniteLoss(f"trial {trial_id}", f"the held-out loss is {step.eval_loss} at step {step.step}")
         told_now = {"trials": {trial_id: [step.step, step.eval_loss]}, "metrics": {trial_id: costs.metrics()}}
         tune.report({"peak_rss_bytes": peak_rss_bytes(), **told_now})
         return all(ray.get(board.goes_on.remote([trial_id])))

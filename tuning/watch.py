@@ -15,8 +15,10 @@ from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
 from graftwork.errors import GraftworkError
+from graftwork.tuning.failures import Failure, failure_of, hopeless, kernel_kills
 from graftwork.tuning.judge import Judge
 from graftwork.tuning.ledger import Ledger
+from graftwork.tuning.records import State, TrialRecord
 
 
 class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
@@ -27,6 +29,11 @@ class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
     """
 
     asked = False
+    error: GraftworkError | None = None
+
+    def give_up(self, error: GraftworkError) -> None:
+        """End the sweep with this error; an exception out of Tune's callbacks would leave its trials behind."""
+        self.error = self.error or error
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No trial is stopped for its result; that is the scheduler's."""
@@ -34,14 +41,16 @@ class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
 
     def stop_all(self) -> bool:
         """Tune asks after each of its steps."""
-        return self.asked
+        return self.asked or self.error is not None
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM for the block; raise KeyboardInterrupt at its end when one came. A second one raises
-        at once. Main thread only, elsewhere nothing is taken."""
+        """Take SIGINT and SIGTERM for the block; raise KeyboardInterrupt at its end when one came, or the error
+        that the sweep was given up with. A second signal raises at once. Main thread only, elsewhere none is taken."""
         if threading.current_thread() is not threading.main_thread():
             yield
+            if self.error is not None:
+                raise self.error
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -59,60 +68,111 @@ class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
                 signal.signal(number, handler)
         if self.asked:
             raise KeyboardInterrupt
+        if self.error is not None:
+            raise self.error
 
 
 class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
     """Tune calls these between its steps, one at a time: each report goes into the ledger and before the judge, and the
     verdict onto the board before Tune lets the trial go on. `on_change` is called after each."""
 
-    def __init__(self, ledger: Ledger, judge: Judge, board: Any, last_step: int, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        judge: Judge,
+        board: Any,
+        last_step: int,
+        on_change: Callable[[], None],
+        after_failure: Callable[[TrialRecord, Failure], dict[str, Any]],
+        interrupt: Interrupt,
+    ) -> None:
         self._ledger, self._judge, self._board = ledger, judge, board
         self._last_step, self._on_change = last_step, on_change
+        self._after_failure, self._interrupt = after_failure, interrupt
         self._started: dict[str, float] = {}
+        self._attempt: dict[str, str] = {}
+        """Tune's id of the newest attempt of each trial."""
+        self._kernel_kills: dict[str, int] = {}
+        self._judged: dict[str, int] = {}
+        """The last step of each trial that the judge has seen: once, however often the trial is run."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks for a restore that never comes: a rerun goes by the ledger."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        for trial_id in trial.config["trials"]:
-            self._started[trial_id] = time.monotonic()
-            self._change(trial_id, state="running")
-        self._on_change()
+        if self._interrupt.error is not None:
+            return
+        with self._giving_up():
+            for trial_id in trial.config["trials"]:
+                self._started[trial_id] = time.monotonic()
+                self._kernel_kills[trial_id] = kernel_kills()
+                self._attempt[trial_id] = trial.trial_id
+                self._change(trial_id, state="running")
+            self._on_change()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
-        stopped = []
-        for trial_id, (step, loss) in result["trials"].items():
-            losses = (*self._ledger.records[trial_id].losses, (step, loss))
-            why, notes = self._judge.reason_to_stop(trial_id, step, loss), self._ledger.records[trial_id].notes
-            state = "finished" if step >= self._last_step else "stopped" if why else "running"
-            if state == "stopped" and why:
-                stopped.append(trial_id)
-                notes = (*notes, why)
-            costs = {"peak_rss_bytes": result["peak_rss_bytes"], "metrics": result["metrics"][trial_id]}
-            self._change(trial_id, losses=losses, steps=step, state=state, notes=notes, **costs)
-        if stopped:
-            ray.get(self._board.stop.remote(stopped))
-        self._on_change()
+        if self._interrupt.error is not None:
+            return
+        with self._giving_up():
+            stopped = []
+            for trial_id, (step, loss) in result["trials"].items():
+                if self._is_news(trial, trial_id, step) and self._report(trial_id, step, loss, result) == "stopped":
+                    stopped.append(trial_id)
+            if stopped:
+                ray.get(self._board.stop.remote(stopped))
+            self._on_change()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        for trial_id in trial.config["trials"]:
-            if not self._ledger.records[trial_id].ended:
-                self._change(trial_id, state="failed", error=_reason(trial))
-        self._on_change()
+        if self._interrupt.error is not None:
+            return
+        with self._giving_up():
+            for trial_id in trial.config["trials"]:
+                record = self._ledger.records[trial_id]
+                if record.state == "running" and self._attempt.get(trial_id, trial.trial_id) == trial.trial_id:
+                    kills = kernel_kills() - self._kernel_kills.get(trial_id, kernel_kills())
+                    self._change(trial_id, **self._after_failure(record, failure_of(_error(trial), kills)))
+                    self._attempt.pop(trial_id, None)
+            if (error := hopeless(self._ledger.trials)) is not None:
+                raise error
+            self._on_change()
+
+    def _is_news(self, trial: Trial, trial_id: str, step: int) -> bool:
+        """Neither a report of an attempt that is over nor one that was there before."""
+        record = self._ledger.records[trial_id]
+        return self._attempt.get(trial_id) == trial.trial_id and record.state == "running" and step > record.steps
+
+    def _report(self, trial_id: str, step: int, loss: float, result: dict[str, Any]) -> State:
+        """Enter a report; returns the state that the trial is in now."""
+        record = self._ledger.records[trial_id]
+        losses, notes, why = (*record.losses, (step, loss)), record.notes, None
+        if step > self._judged.get(trial_id, 0):
+            self._judged[trial_id], why = step, self._judge.reason_to_stop(trial_id, step, loss)
+        state: State = "finished" if step >= self._last_step else "stopped" if why else "running"
+        if state == "stopped" and why:
+            notes = (*notes, why)
+        costs = {"peak_rss_bytes": result["peak_rss_bytes"], "metrics": result["metrics"][trial_id]}
+        self._change(trial_id, losses=losses, steps=step, state=state, notes=notes, **costs)
+        return state
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """An error of ours ends the sweep, cleanly; what Tune tells after that is told to nobody."""
+        try:
+            yield
+        except GraftworkError as error:
+            self._interrupt.give_up(error)
 
     def _change(self, trial_id: str, **changes: Any) -> None:
-        wall_s = round(time.monotonic() - self._started[trial_id], 3)
+        wall_s = round(time.monotonic() - self._started.get(trial_id, time.monotonic()), 3)
         self._ledger.update(trial_id, wall_s=wall_s, **changes)
 
 
-def _reason(trial: Trial) -> str:
-    """The error that ended a trial: ours in its first line, any other in its last."""
+def _error(trial: Trial) -> BaseException | str:
+    """What ended an attempt. Tune keeps the text alone of errors that are neither a task's nor an actor's."""
     if trial.pickled_error_file is None:
-        return Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
-    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-    error = getattr(error, "cause", None) or error
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return str(lines[0] if isinstance(error, GraftworkError) else lines[-1])
+        return Path(trial.error_file).read_text(encoding="utf-8").strip()
+    error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    return error

@@ -94,8 +94,12 @@ def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
     spec = config.load(file, sets, expect="tune")
     assert isinstance(spec, TuneSpec)
     from graftwork.cluster.session import session
-    from graftwork.tuning.run import tune
+    from graftwork.tuning.run import check, tune
 
+    notes = check(spec)
+    if not as_json:
+        for note in notes:
+            say(f"note: {note}")
     with progress_bar(f"tune {spec.name}", as_json) as bar, session(on) as here:
         report = here.run(tune, spec, on_progress=lambda p: bar(p.done, p.total, p.text))
     if as_json:
