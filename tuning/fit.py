@@ -73,7 +73,7 @@ def fit(sweep: Sweeping) -> None:
     spec, ledger = sweep.spec, sweep.ledger
     require_room(spec.train)
     interrupt, board = Interrupt(), start_board()
-    judge = judge_of(spec, [trial for trial in ledger.trials if trial.ended])
+    judge = judge_of(spec, [trial for trial in ledger.trials if trial.ended and trial.repeat_of is None])
     watch = Watch(ledger, judge, board, spec.steps, sweep.on_change, sweep.after_failure, interrupt)
     told = {"rows": dict(sweep.rows), "steps": spec.steps, "report_every": spec.report_every, "board": board}
     trainable = tune.with_resources(tune.with_parameters(run_trial, **told), resources_per_worker(spec.train))

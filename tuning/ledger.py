@@ -95,7 +95,7 @@ class Ledger:
         return records
 
     def _add(self, chosen: Suggestion) -> TrialRecord:
-        record = TrialRecord(digest(chosen.values), chosen.values)
+        record = TrialRecord(digest(chosen.values), chosen.values, repeat_of=chosen.repeat_of)
         assert record.trial_id not in self.records, "a search repeats no point"
         self.records[record.trial_id] = record
         return record

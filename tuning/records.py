@@ -6,7 +6,6 @@ from typing import Any, Literal, Self
 
 from pydantic import JsonValue, TypeAdapter
 
-from graftwork.errors import RunError
 from graftwork.training.spec import TrainSpec
 
 State = Literal["pending", "running", "finished", "stopped", "failed"]
@@ -99,8 +98,43 @@ class TuneProgress:
         if not seen:
             return f"{sum(trial.state == 'running' for trial in self.trials)} running"
         best = min(seen, key=lambda trial: (-trial.steps, trial.losses[-1][1]))
-        values = " ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in best.values.items())
-        return f"best so far {best.losses[-1][1]:.3f} at step {best.steps} ({values})"
+        return f"best so far {best.losses[-1][1]:.3f} at step {best.steps} ({named([best.values])[0]})"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The best of the finals against another finalist, paired by seed."""
+
+    other_id: str
+    difference: float
+    """Mean held-out loss of the other minus that of the best, in nats."""
+    low: float
+    high: float
+    """Interval of the difference at 1 - alpha (Student's t)."""
+    p_value: float
+    """Adjusted for all pairs of finalists (Holm)."""
+    seeds: int
+    beaten: bool
+    """The adjusted p is below alpha."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The trial that was taken, and how sure it is that it is the best."""
+
+    trial_id: str
+    best_id: str
+    """The one with the lowest loss, over all seeds in finals: another one may be tied with it, and cheaper."""
+    verdict: str
+    """In words, with figures."""
+    rule: str
+    """How it was chosen, in words."""
+    contrasts: tuple[Contrast, ...] = ()
+    """The closest first; none without finals."""
+    front: tuple[str, ...] = ()
+    """With several goals: the trials that no other beats in all of them."""
+    notes: tuple[str, ...] = ()
+    """Finalists that are missing, and why."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +150,8 @@ class TuneReport:
     """`spec.train` with the best values: what to train on the full budget."""
     sampler: str
     """How the trials were drawn, in words."""
-    rule: str
-    """How the best was chosen, in words."""
+    choice: Choice
+    """Why this one, and how sure that is."""
     eval_rows: int
     """Held-out rows behind each loss."""
     wall_s: float
@@ -135,26 +169,8 @@ class TuneReport:
         return {**asdict(self), "best_spec": self.best_spec.model_dump(mode="json")}
 
 
-def choose(trials: Sequence[TrialRecord], steps: int) -> TrialRecord:
-    """The trial with the lowest held-out loss at step `steps`, among those that ran to their end.
-
-    A stopped trial can't win: its last loss stands at an earlier step. Equal losses: the earlier trial.
-    Raises RunError when no trial ran to its end.
-    """
-    finished = [trial for trial in trials if trial.state == "finished"]
-    if not finished:
-        states = [trial.state for trial in trials]
-        found = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        errors = [trial.error for trial in trials if trial.error]
-        raise RunError(
-            f"a sweep of {len(trials)} trials",
-            f"none ran to step {steps}: {found}" + (f"; first error: {errors[0]}" if errors else ""),
-            "the best trial is one that ran to its end",
-            "lower the learning rates in `space`; with `scheduler: null` none is stopped early",
-        )
-    return min(finished, key=lambda trial: trial.losses[-1][1])
-
-
-def rule(steps: int) -> str:
-    """How the best was chosen, in words."""
-    return f"lowest held-out loss at step {steps} among the trials that ran to their end"
+def named(points: Sequence[Mapping[str, JsonValue]]) -> list[str]:
+    """Each point in a few words: the keys in which they differ, all where they don't."""
+    keys = list(dict.fromkeys(key for point in points for key in point))
+    differ = [key for key in keys if any(point.get(key) != points[0].get(key) for point in points)] or keys
+    return [" ".join(f"{key.rsplit('.', 1)[-1]}={point[key]}" for key in differ if key in point) for point in points]

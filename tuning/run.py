@@ -26,11 +26,13 @@ from graftwork.training.job import TrainJob
 from graftwork.training.lock import run_lock
 from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
+from graftwork.tuning.choice import choose
 from graftwork.tuning.costs import size_of
+from graftwork.tuning.finals import repeated_rows, with_finals
 from graftwork.tuning.fit import Sweeping, fit
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.plan import settled_trial
-from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport, choose, rule
+from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport
 from graftwork.tuning.relatives import notes_on_relatives
 from graftwork.tuning.search import Search, search_of
 from graftwork.tuning.space import Values, rows_key, rows_points, trial_spec
@@ -54,7 +56,7 @@ class Sweep:
     @classmethod
     def of(cls, spec: TuneSpec) -> "Sweep":
         """Resolve bases and data. Raises UserErrors of all kinds, before anything starts."""
-        search = search_of(spec)
+        search = with_finals(spec, search_of(spec))
         _require_sizes(spec)
         prepared = {rows_key(point): (point, prepare(trial_spec(spec, point))) for point in rows_points(spec)}
         _require_comparable(data for _, data in prepared.values())
@@ -66,6 +68,7 @@ class Sweep:
         }
         identity = hashlib.sha256(canonical_json(what).encode()).hexdigest()
         rows = {key: data for key, (_, data) in prepared.items()}
+        rows |= {rows_key(point): prepare(trial_spec(spec, point)) for point in repeated_rows(spec)}
         return cls(spec, search, rows, RunPaths(Store(spec.root), spec.name, identity))
 
     def settled(self, values: Values) -> TrainSpec:
@@ -115,10 +118,10 @@ class _Attempt:
         self.started = time.monotonic()
 
     def run(self) -> TuneReport:
-        if self.status.get("state") == "finished":
-            self.ledger.resume(failed_too=True)
+        finished = self.status.get("state") == "finished"
+        self.ledger.resume(failed_too=finished)
+        if finished and self.sweep.search.suggest(self.ledger.trials) is None:
             return self._report(reused=True)
-        self.ledger.resume()
         self._write_facts()
         self._set_state("running")
         try:
@@ -140,7 +143,8 @@ class _Attempt:
         fit(Sweeping(sweep.spec, self.ledger, sweep.search, sweep.rows, sweep.settled, self._tell))
 
     def _report(self, *, reused: bool) -> TuneReport:
-        best = choose(self.ledger.trials, self.spec.steps)
+        choice = choose(self.spec, self.ledger.trials)
+        best = self.ledger.records[choice.trial_id]
         held_out = self.sweep.rows[rows_key(best.values)].eval
         return TuneReport(
             run_id=self.paths.run_id,
@@ -149,7 +153,7 @@ class _Attempt:
             best=best.values,
             best_spec=self.spec.train.with_(best.values),
             sampler=self.sweep.search.reason,
-            rule=rule(self.spec.steps),
+            choice=choice,
             eval_rows=len(held_out) if held_out is not None else 0,
             wall_s=self.earlier_s if reused else self._wall_s(),
             reused=reused,

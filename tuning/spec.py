@@ -9,7 +9,7 @@ from graftwork.errors import ConfigError
 from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.adapter_spec import with_kind
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec
+from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec, finals_refusal
 from graftwork.tuning.goal_spec import Goal, Goals
 from graftwork.tuning.scheduler_spec import (
     AshaSpec,
@@ -39,7 +39,7 @@ NOT_TUNABLE = {
     "data.eval_rows": "eval_rows of the sweep takes its place",
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""
-NO_PART = {"root", "max_concurrent", "together", "retries", "retry_smaller", "train"}
+NO_PART = {"root", "max_concurrent", "together", "retries", "retry_smaller", "finals", "winner", "train"}
 """Keys that do not change a sweep's result; of `train` its recipe does."""
 DECIDES_ROWS = ("base", "data", "prompt", "max_length", "too_long", "objective", "seed")
 """Keys of `train` that decide the rows of a trial and their order."""
@@ -116,6 +116,8 @@ class TuneSpec(Spec):
         if self.report_every > self.steps:
             raise ValueError(f"report_every={self.report_every} is more than steps={self.steps}: no report would come")
         if self.scheduler is not None and (reason := refusal(self.scheduler, self.steps, self.report_every)):
+            raise ValueError(reason)
+        if reason := finals_refusal(self.finals, self.num_trials, self.space):
             raise ValueError(reason)
         return self
 

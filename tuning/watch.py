@@ -148,7 +148,7 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
         """Enter a report; returns the state that the trial is in now."""
         record = self._ledger.records[trial_id]
         losses, notes, why = (*record.losses, (step, loss)), record.notes, None
-        if step > self._judged.get(trial_id, 0):
+        if record.repeat_of is None and step > self._judged.get(trial_id, 0):  # all of the finals run to their end
             self._judged[trial_id], why = step, self._judge.reason_to_stop(trial_id, step, loss)
         state: State = "finished" if step >= self._last_step else "stopped" if why else "running"
         if state == "stopped" and why:

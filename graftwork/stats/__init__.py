@@ -24,6 +24,7 @@ from graftwork.stats.paired import (
     wilson,
 )
 from graftwork.stats.preference import Preference, Strength, bradley_terry
+from graftwork.stats.student import StudentMean, student_mean
 
 __all__ = [
     "POWER",
@@ -32,6 +33,7 @@ __all__ = [
     "Interval",
     "Preference",
     "Strength",
+    "StudentMean",
     "Verdict",
     "bca_mean",
     "benjamini_hochberg",
@@ -52,6 +54,7 @@ __all__ = [
     "newcombe_paired",
     "newcombe_scores",
     "sign_flip",
+    "student_mean",
     "tied_sets",
     "wilson",
 ]

@@ -13,6 +13,8 @@ class Suggestion:
     """The next trial."""
 
     values: Values
+    repeat_of: str | None = None
+    """The trial that this one repeats with another seed."""
 
 
 class Wait:
