@@ -38,12 +38,11 @@ def cheapest(goals: Sequence[Goal], tied: Mapping[str, Sequence[TrialRecord]]) -
         if len(costs) < len(pool):
             continue
         best = min if goal.direction == "min" else max
-        least = best(costs, key=lambda one, costs=costs: costs[one])
-        kept = [one for one in pool if _same(costs[one], costs[least], goal)]
-        if len(kept) < len(pool):
-            others = best(cost for one, cost in costs.items() if one not in kept)
-            found = Cheapest(kept[0], goal.metric, _against(goal.metric, costs[least], others))
-        pool = kept
+        least = best(costs.values())
+        pool = [one for one, cost in costs.items() if _same(cost, least, goal)]
+        if len(pool) < len(costs):
+            others = best(cost for one, cost in costs.items() if one not in pool)
+            found = Cheapest(pool[0], goal.metric, _against(goal.metric, least, others))
     return found
 
 

@@ -111,9 +111,7 @@ def contrasts_of(best: Finalist, whole: Sequence[Finalist], alpha: float) -> tup
     return tuple(sorted(contrasts, key=lambda one: one.difference))
 
 
-def _gathered(
-    spec: TuneSpec, taking_part: Sequence[TrialRecord], trials: Sequence[TrialRecord]
-) -> Iterator[Finalist]:
+def _gathered(spec: TuneSpec, taking_part: Sequence[TrialRecord], trials: Sequence[TrialRecord]) -> Iterator[Finalist]:
     names = named([trial.values for trial in taking_part])
     for trial, name in zip(taking_part, names, strict=True):
         repeats = {one.values["seed"]: one for one in trials if one.repeat_of == trial.trial_id}
@@ -152,9 +150,7 @@ def _beats(best: Finalist, contrasts: Sequence[Contrast], names: Mapping[str, st
             yield f"{best.name} beats {names[one.other_id]} by {by} over {one.seeds} seeds"
 
 
-def _tied(
-    best: Finalist, contrasts: Sequence[Contrast], names: Mapping[str, str], taken: Cheapest
-) -> Iterator[str]:
+def _tied(best: Finalist, contrasts: Sequence[Contrast], names: Mapping[str, str], taken: Cheapest) -> Iterator[str]:
     behind = [one for one in contrasts if not one.beaten]
     if not behind:
         return

@@ -122,6 +122,8 @@ def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
             for t in ordered
         ],
     )
+    for line in (report.choice.verdict, *report.choice.notes):
+        say(line)
     say("best: " + " ".join(f"--set {key}={value}" for key, value in report.best.items()))
 
 

@@ -8,10 +8,11 @@ import pytest
 from graftwork import config
 from graftwork.errors import ConfigError, RunError
 from graftwork.storage import RunPaths, Store
+from graftwork.tuning.choice import choose
 from graftwork.tuning.judge import judge_of
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.plan import expected_share
-from graftwork.tuning.records import State, TrialRecord, TuneProgress, choose
+from graftwork.tuning.records import State, TrialRecord, TuneProgress
 from graftwork.tuning.search import Drawn, search_of
 from graftwork.tuning.space import digest, grid_size
 from graftwork.tuning.spec import AshaSpec, TuneSpec
@@ -124,16 +125,16 @@ def trial(name: str, state: State, *losses: float, error: str | None = None) -> 
 
 def test_a_stopped_trial_cannot_win() -> None:
     trials = [trial("a", "finished", 3.0, 2.0), trial("b", "stopped", 1.0), trial("c", "finished", 3.5, 1.9)]
-    assert choose(trials, 8).trial_id == "c"
+    assert choose(sweep(GRID), trials).trial_id == "c"
 
 
 def test_equal_losses_take_the_earlier_trial() -> None:
-    assert choose([trial("a", "finished", 2.0), trial("b", "finished", 2.0)], 4).trial_id == "a"
+    assert choose(sweep(GRID), [trial("a", "finished", 2.0), trial("b", "finished", 2.0)]).trial_id == "a"
 
 
 def test_without_a_finished_trial_there_is_no_best() -> None:
-    with pytest.raises(RunError, match="none ran to step 8: 1 stopped, 1 failed; first error: out of memory"):
-        choose([trial("a", "stopped", 1.0), trial("b", "failed", error="out of memory")], 8)
+    with pytest.raises(RunError, match="none ran to step 12: 1 stopped, 1 failed; first error: out of memory"):
+        choose(sweep(GRID), [trial("a", "stopped", 1.0), trial("b", "failed", error="out of memory")])
 
 
 def test_progress_names_the_best_at_the_furthest_step() -> None:
