@@ -40,7 +40,7 @@ NOT_TUNABLE = {
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""
 NO_PART = {"root", "max_concurrent", "together", "retries", "retry_smaller", "finals", "winner", "train"}
-"""Keys that do not change a sweep's result; of `train` its recipe does."""
+"""Keys that do not change a trial of the search; of `train` its recipe does. A finished sweep can be given finals."""
 DECIDES_ROWS = ("base", "data", "prompt", "max_length", "too_long", "objective", "seed")
 """Keys of `train` that decide the rows of a trial and their order."""
 
