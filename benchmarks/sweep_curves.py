@@ -3,7 +3,7 @@
     python -m benchmarks.sweep_curves TASK FOLDER       records, into FOLDER/TASK.jsonl
     python -m benchmarks.sweep_curves join FOLDER       benchmarks/results/sweep_curves.json of what was recorded
 
-TASK is `airport-card`, `ua-parse` (LoRA: rank x learning rate x seed, 60 points each) or `full` (all weights on
+TASK is `airport-card`, `ua-parse` (LoRA: rank x learning rate x seed, 60 and 45 points) or `full` (all weights on
 airport-card: learning rate x seed, 18 points). Every point is the loop of a sweep's trial, on SmolLM2-135M, in this
 process, one after the other; a point that is there already is not run again. The losses don't depend on the machine's
 load; the seconds do.
@@ -29,7 +29,7 @@ from graftwork.tuning.spec import TuneSpec
 
 TASKS = ("airport-card", "ua-parse", "full")
 SEEDS = [0, 1, 2]
-RANKS = [1, 4, 16, 64]
+RANKS = {"airport-card": [1, 4, 16, 64], "ua-parse": [1, 4, 16]}
 LORA_LR = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 FULL_LR = [5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]
 ROWS, HELD_OUT = {"airport-card": 8, "ua-parse": 4}, {"airport-card": 16, "ua-parse": 12}
@@ -48,7 +48,7 @@ def grid(task: str) -> TuneSpec:
         "optim": {"rows_per_step": ROWS[name], "micro_batch": 4, "warmup_ratio": 0, "schedule": "constant"},
         "num_workers": 1,
     }
-    space: dict[str, Any] = {"seed": SEEDS, "adapter.rank": RANKS, "optim.lr": LORA_LR}
+    space: dict[str, Any] = {"seed": SEEDS, "adapter.rank": RANKS[name], "optim.lr": LORA_LR}
     if task == "full":
         train |= {"adapter": {"kind": "full"}, "quant": {"kind": "none"}}
         space = {"seed": SEEDS, "optim.lr": FULL_LR}
