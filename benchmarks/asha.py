@@ -2,11 +2,12 @@
 
     python -m benchmarks.asha
 
-The grid's trials (rank x learning rate, 20 and 15 points, SmolLM2-135M, 16 steps; two tasks, three seeds of data and start)
-were run to their ends once (benchmarks/sweep_curves.py). Here two processes take them in a shuffled order, a step of
-any trial taking one unit of time, and the sweep's own judge says after each report who goes on. Compute is steps
-taken. The winner is the one of lowest loss among those that ran to their end, as in a sweep. `noise` is the standard
-deviation of a point's last loss over the three seeds, pooled over the five best points. 20 orders a task and seed.
+The grid's trials (rank x learning rate, 20 and 15 points, SmolLM2-135M, 16 steps; two tasks, three seeds of data and
+start) were run to their ends once (benchmarks/sweep_curves.py). Here two processes take them in a shuffled order, a
+step of any trial taking one unit of time, and the sweep's own judge says after each report who goes on. Compute is
+steps taken. The winner is the one of lowest loss among those that ran to their end, as in a sweep. `noise` is the
+standard deviation of a point's last loss over the three seeds, pooled over the five best points. 20 orders a task and
+seed.
 """
 
 import argparse
