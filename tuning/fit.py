@@ -53,6 +53,8 @@ class Sweeping:
     settled: Callable[[Values], TrainSpec]
     """The training spec of a point, without `auto`. Raises ConfigError when the values contradict each other."""
     on_change: Callable[[], None]
+    clock: Callable[[], float]
+    """Seconds of the sweep so far."""
 
     def spec_of(self, record: TrialRecord) -> TrainSpec:
         """What a trial is to train, in as little memory as it has been found to need."""
@@ -120,7 +122,7 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
         if chosen is None or isinstance(chosen, Wait):
             return None
         spec = self._sweep.spec_of(chosen)
-        self._sweep.ledger.update(chosen.trial_id, state="running")
+        self._sweep.ledger.update(chosen.trial_id, state="running", started_s=self._sweep.clock())
         return Told({chosen.trial_id: spec.model_dump_json()}, rows_key(chosen.values)).config()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

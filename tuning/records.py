@@ -158,6 +158,8 @@ class TuneReport:
     """Of this attempt and of earlier ones that were not killed."""
     reused: bool
     """The sweep was done before; nothing ran."""
+    page: str = ""
+    """Where its `report.html` is."""
 
     @property
     def peak_rss_bytes(self) -> int:

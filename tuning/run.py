@@ -1,6 +1,6 @@
 """A sweep in the driver: trials drawn, run once each whatever happens, the best spec chosen.
 
-    runs/<name>-<hash8>/{spec.yaml, provenance.json, trials.json, status.json}
+    runs/<name>-<hash8>/{spec.yaml, provenance.json, trials.json, status.json, report.json, report.html}
 
 A rerun goes by `trials.json`, not by Ray Tune's own state: that is saved every ten seconds at most, so a killed driver
 would forget finished trials, and it is a pickle.
@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import yaml
 
@@ -31,6 +31,7 @@ from graftwork.tuning.costs import size_of
 from graftwork.tuning.finals import repeated_rows, with_finals
 from graftwork.tuning.fit import Sweeping, fit
 from graftwork.tuning.ledger import Ledger
+from graftwork.tuning.page import Ended, sweep_record, write_page
 from graftwork.tuning.plan import settled_trial
 from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport
 from graftwork.tuning.relatives import notes_on_relatives
@@ -121,7 +122,7 @@ class _Attempt:
         finished = self.status.get("state") == "finished"
         self.ledger.resume(failed_too=finished)
         if finished and self.sweep.search.suggest(self.ledger.trials) is None:
-            return self._report(reused=True)
+            return self._with_page(self._report(reused=True))
         self._write_facts()
         self._set_state("running")
         try:
@@ -129,23 +130,25 @@ class _Attempt:
             report = self._report(reused=False)
         except KeyboardInterrupt:
             self._set_state("interrupted")
+            with contextlib.suppress(StorageError):
+                self._show_unfinished("interrupted")
             raise self._interrupted() from None
         except (GraftworkError, OSError) as error:
             with contextlib.suppress(StorageError):  # it must not hide what happened
                 self._set_state("failed", error=str(error))
+                self._show_unfinished("failed", str(error))
             raise
         self._set_state("finished", best_id=report.best_id, best=report.best)
-        return report
+        return self._with_page(report)
 
     def _fit(self) -> None:
         self._tell()
         sweep = self.sweep
-        fit(Sweeping(sweep.spec, self.ledger, sweep.search, sweep.rows, sweep.settled, self._tell))
+        fit(Sweeping(sweep.spec, self.ledger, sweep.search, sweep.rows, sweep.settled, self._tell, self._wall_s))
 
     def _report(self, *, reused: bool) -> TuneReport:
         choice = choose(self.spec, self.ledger.trials)
         best = self.ledger.records[choice.trial_id]
-        held_out = self.sweep.rows[rows_key(best.values)].eval
         return TuneReport(
             run_id=self.paths.run_id,
             trials=self.ledger.trials,
@@ -154,10 +157,25 @@ class _Attempt:
             best_spec=self.spec.train.with_(best.values),
             sampler=self.sweep.search.reason,
             choice=choice,
-            eval_rows=len(held_out) if held_out is not None else 0,
+            eval_rows=self._held_out(),
             wall_s=self.earlier_s if reused else self._wall_s(),
             reused=reused,
         )
+
+    def _with_page(self, report: TuneReport) -> TuneReport:
+        ended = Ended("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
+        return replace(report, page=self._show(ended))
+
+    def _show_unfinished(self, state: Literal["interrupted", "failed"], error: str | None = None) -> None:
+        self._show(Ended(state, self._held_out(), self.sweep.search.reason, self._wall_s(), error=error))
+
+    def _show(self, ended: Ended) -> str:
+        return write_page(self.paths, self.spec, sweep_record(self.spec, self.ledger.trials, ended)).html_uri
+
+    def _held_out(self) -> int:
+        """Equal for all trials."""
+        held_out = next(iter(self.sweep.rows.values())).eval
+        return len(held_out) if held_out is not None else 0
 
     def _wall_s(self) -> float:
         return round(self.earlier_s + time.monotonic() - self.started, 3)

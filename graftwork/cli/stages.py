@@ -94,6 +94,7 @@ def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
     spec = config.load(file, sets, expect="tune")
     assert isinstance(spec, TuneSpec)
     from graftwork.cluster.session import session
+    from graftwork.tuning.page.values import settings
     from graftwork.tuning.run import check, tune
 
     notes = check(spec)
@@ -124,7 +125,8 @@ def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
     )
     for line in (report.choice.verdict, *report.choice.notes):
         say(line)
-    say("best: " + " ".join(f"--set {key}={value}" for key, value in report.best.items()))
+    say(f"best: {settings(report.best)}")
+    say(f"report: {report.page}")
 
 
 def serve(file: SpecFile, on: On = "local", sets: Sets = []) -> None:  # noqa: B006

@@ -18,7 +18,8 @@ from graftwork.demo.specs import DemoSpecs, load_specs
 from graftwork.demo_spec import DemoSpec
 from graftwork.plan import StagePlan
 from graftwork.provenance import collect
-from graftwork.report.records import CompareReport, PlanRow, ServingRecord, StageTime, TrainRun, TuneRecord
+from graftwork.report.records import CompareReport, PlanRow, ServingRecord, StageTime, TrainRun
+from graftwork.report.sweep_records import SweepRecord
 from graftwork.report.whole import ReportInput
 from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.experiment.run import CompareOutcome, run_compare
@@ -51,7 +52,7 @@ class Job:
     predicted: dict[str, StagePlan] = field(default_factory=dict)
     stages: list[StageTime] = field(default_factory=list)
     plan: list[PlanRow] = field(default_factory=list)
-    tuned: TuneRecord | None = None
+    tuned: SweepRecord | None = None
     trained: list[TrainRun] = field(default_factory=list)
     serving: ServingRecord | None = None
     compared: CompareReport | None = None

@@ -1,11 +1,9 @@
 """What the stages return, as the records that the report shows."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
-
 from graftwork.data import read_rows
 from graftwork.demo.specs import DemoSpecs
-from graftwork.report.records import Trial, TuneRecord
+from graftwork.report.sweep_records import SweepRecord
+from graftwork.tuning.page import Ended, sweep_record
 from graftwork.tuning.run import TuneReport
 from graftwork.tuning.spec import TuneSpec
 
@@ -21,22 +19,7 @@ def build_data(specs: DemoSpecs) -> str:
     return ", ".join(f"{len(read_rows(uri, need='train'))} rows in {uri.removeprefix('recipe://')}" for uri in uris)
 
 
-def tune_record(found: TuneReport, spec: TuneSpec) -> TuneRecord:
-    """The sweep; its best trial is the one whose values were chosen."""
-    best = next(trial for trial in found.trials if trial.trial_id == found.best_id)
-    trials = tuple(
-        Trial(id=t.trial_id, values=_plain(t.values), losses=t.losses, state=_ended(t.state), wall_s=t.wall_s)
-        for t in found.trials
-    )
-    return TuneRecord(
-        name=spec.name, trials=trials, best_id=best.trial_id, rows=found.eval_rows, seed=spec.seed, reused=found.reused
-    )
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, str | int | float | bool | None]:
-    """Lists and mappings as text: a report shows one value a key."""
-    return {key: value if isinstance(value, str | int | float | None) else str(value) for key, value in values.items()}
-
-
-def _ended(state: str) -> Literal["finished", "stopped", "failed"]:
-    return "finished" if state == "finished" else "stopped" if state == "stopped" else "failed"
+def tune_record(found: TuneReport, spec: TuneSpec) -> SweepRecord:
+    """The sweep as on its own page."""
+    ended = Ended("finished", found.eval_rows, found.sampler, found.wall_s, found.choice, found.reused)
+    return sweep_record(spec, found.trials, ended)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from graftwork.report import words
-from graftwork.report.plots import Line, Mark, Scale, interval_track, line_chart, pair_track, scatter, share_bar, ticks
+from graftwork.report.plots import Line, Mark, Scale, interval_track, line_chart, pair_track, share_bar, ticks
 from graftwork.report.quantize_records import QuantizeReport
 from graftwork.report.records import (
     AdapterLatency,
@@ -25,8 +25,6 @@ from graftwork.report.records import (
     StageTime,
     SwapRecord,
     TrainRun,
-    Trial,
-    TuneRecord,
 )
 
 Tick = tuple[float, str]
@@ -170,52 +168,16 @@ def arm_rows(card: DecisionCard) -> list[tuple[ArmCost, ArmCauses | None]]:
     return [(cost, causes.get(cost.arm)) for cost in card.costs]
 
 
-def trials_chart(tune: TuneRecord) -> Chart | None:
-    """Held-out loss by step of every trial; the stopped ones are drawn faintly, the best on top."""
-    shown = sorted((trial for trial in tune.trials if trial.losses), key=lambda trial: trial.id == tune.best_id)
-    lines = [
-        Line(trial.losses, "best" if trial.id == tune.best_id else trial.state, trial_title(trial)) for trial in shown
-    ]
-    return _curves(lines, "optimizer step", "held-out loss")
-
-
-def trial_title(trial: Trial) -> str:
-    """`rank 16, lr 0.002 (stopped)`: the tuned keys by their last part."""
-    values = ", ".join(f"{key.rpartition('.')[2]} {words.plain(value)}" for key, value in trial.values.items())
-    return f"{values} ({trial.state})"
-
-
-def final_loss(trial: Trial) -> float | None:
-    """The last held-out loss of a trial."""
-    return trial.losses[-1][1] if trial.losses else None
-
-
-def space_chart(tune: TuneRecord) -> Chart | None:
-    """Where the trials stood, for sweeps over two numeric keys: last loss beside each point."""
-    shown = [trial for trial in tune.trials if trial.losses]
-    keys = list(tune.trials[0].values) if tune.trials else []
-    if len(keys) != 2 or not shown or not all(_is_number(trial.values[key]) for trial in shown for key in keys):
-        return None
-    y_key, x_key = keys
-    x, y = ([_number(trial.values[key]) for trial in shown] for key in (x_key, y_key))
-    x_scale, y_scale = _padded(x), _padded(y)
-    points = [((a, b), f"{trial.losses[-1][1]:.3f}", "best" if trial.id == tune.best_id else trial.state,
-               trial_title(trial)) for a, b, trial in zip(x, y, shown, strict=True)]  # fmt: skip
-    plot = scatter(points, x_scale, y_scale, f"{y_key} by {x_key}")
-    names = [key.rpartition(".")[2] for key in (x_key, y_key)]
-    return Chart(plot, names[0], _value_ticks(x, x_scale), names[1], _value_ticks(y, y_scale))
-
-
 def run_chart(run: TrainRun) -> Chart | None:
     """Training loss as a line, held-out loss as points."""
     lines = [Line(run.loss, "train", "training loss")] if run.loss else []
     lines += [Line(run.eval_loss, "eval", "held-out loss", dots=True)] if run.eval_loss else []
-    return _curves(lines, "optimizer step", "loss")
+    return curves(lines, "optimizer step", "loss")
 
 
 def series_chart(series: Series) -> Chart | None:
     """A kind's own figure; None where no value is finite."""
-    return _curves([Line(series.points, "train", series.name)], "optimizer step", series.name, lowest=-math.inf)
+    return curves([Line(series.points, "train", series.name)], "optimizer step", series.name, lowest=-math.inf)
 
 
 def plan_tracks(rows: Sequence[PlanRow], what: str) -> list[tuple[PlanRow, Markup]]:
@@ -263,47 +225,19 @@ def _latency_track(row: AdapterLatency, scale: Scale) -> Markup | None:
     return interval_track(Mark(p50, p50, p95, "latency", title), scale, None)
 
 
-def _curves(lines: Sequence[Line], x_name: str, y_name: str, lowest: float = 0.0) -> Chart | None:
+def curves(
+    lines: Sequence[Line], x_name: str, y_name: str, lowest: float = 0.0, highest: float = math.inf
+) -> Chart | None:
+    """Finite points of some curves; what lies above `highest` is drawn on the upper edge."""
     points = [point for line in lines for point in line.points]
     if not points:
         return None
-    steps, losses = [step for step, _ in points], [loss for _, loss in points if math.isfinite(loss)] or [0.0]
+    steps = [step for step, _ in points]
+    losses = [min(loss, highest) for _, loss in points if math.isfinite(loss)] or [0.0]
     spread = (max(losses) - min(losses)) or 1.0
     x, y = Scale(0, max(*steps, 1)), Scale(max(lowest, min(losses) - 0.08 * spread), max(losses) + 0.05 * spread)
-    finite = [
-        Line([p for p in line.points if math.isfinite(p[1])], line.style, line.title, line.dots) for line in lines
-    ]
+    finite = [Line([(a, min(b, y.high)) for a, b in line.points if math.isfinite(b)], line.style, line.title, line.dots)
+              for line in lines]  # fmt: skip
     plot = line_chart([line for line in finite if line.points], x, y, f"{y_name} by {x_name}")
     return Chart(plot, x_name, tuple((x(t), f"{t:g}") for t in ticks(x.low, x.high)), y_name,
                  tuple((y(t), f"{t:.3g}") for t in ticks(y.low, y.high)))  # fmt: skip
-
-
-def _padded(values: Sequence[float]) -> Scale:
-    """A scale with room at both ends; logarithmic where the values span more than a factor of four."""
-    low, high = min(values), max(values)
-    if low > 0 and high / low >= 4:
-        room = (high / low) ** 0.12
-        return Scale(low / room, high * room, log=True)
-    room = 0.12 * (high - low) or 0.5 * abs(high) or 1.0
-    return Scale(low - room, high + room)
-
-
-def _value_ticks(values: Sequence[float], scale: Scale) -> tuple[Tick, ...]:
-    """The values themselves where they are few, else round numbers."""
-    distinct = sorted(set(values))
-    if len(distinct) <= 6:
-        return tuple((scale(value), f"{value:g}") for value in distinct)
-    if scale.log:
-        powers = range(math.ceil(math.log10(scale.low)), math.floor(math.log10(scale.high)) + 1)
-        shown = [10.0**p for p in powers] if len(powers) > 1 else [distinct[0], distinct[-1]]
-        return tuple((scale(value), f"{value:.2g}") for value in shown)
-    return tuple((scale(value), f"{value:g}") for value in ticks(scale.low, scale.high))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(value: object) -> float:
-    assert isinstance(value, int | float), f"{value!r} is no number"
-    return float(value)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from graftwork import __version__
 from graftwork.metrics import QUANTILE_RULE
-from graftwork.report import figures, online, outcomes, study, words
+from graftwork.report import figures, online, outcomes, study, sweep, words
 from graftwork.report.whole import ReportInput
 from graftwork.storage import Store
 
@@ -55,7 +55,13 @@ def _environment() -> Environment:
     )
     env.filters["tojson_plain"] = lambda tree: json.dumps(tree, ensure_ascii=False)
     env.globals.update(
-        fig=figures, study=study, online=online, outcomes=outcomes, words=words, quantile_rule=QUANTILE_RULE
+        fig=figures,
+        study=study,
+        sweep=sweep,
+        online=online,
+        outcomes=outcomes,
+        words=words,
+        quantile_rule=QUANTILE_RULE,
     )
     env.globals["style"] = Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8"))
     return env

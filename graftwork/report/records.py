@@ -321,31 +321,7 @@ class CompareReport(Record):
     notes: tuple[str, ...]
 
 
-# Tuning and training.
-
-
-class Trial(Record):
-    """One trial of a sweep."""
-
-    id: str
-    values: dict[str, str | int | float | bool | None]
-    losses: tuple[tuple[int, float], ...]
-    """(optimizer step, held-out loss) at each report."""
-    state: Literal["finished", "stopped", "failed"]
-    """stopped: by the scheduler, because others did better."""
-    wall_s: float | None = None
-
-
-class TuneRecord(Record):
-    """A sweep and its choice."""
-
-    name: str
-    trials: tuple[Trial, ...]
-    best_id: str
-    rows: int
-    """Held-out rows behind each loss."""
-    seed: int = 0
-    reused: bool = False
+# Training.
 
 
 class Series(Record):

@@ -6,8 +6,9 @@ from graftwork.report.online_records import ExperimentReport
 from graftwork.report.outcome_records import CurveReport, OutcomesReport, RebaseReport
 from graftwork.report.quantize_records import QuantizeReport
 from graftwork.report.record import Record
-from graftwork.report.records import CompareReport, PlanRow, ServingRecord, StageTime, TrainRun, TuneRecord
+from graftwork.report.records import CompareReport, PlanRow, ServingRecord, StageTime, TrainRun
 from graftwork.report.study_records import StudyReport
+from graftwork.report.sweep_records import SweepRecord
 
 
 class ReportInput(Record):
@@ -20,7 +21,7 @@ class ReportInput(Record):
     verdict: str | None = None
     """One sentence; None takes the comparison's advice."""
     compare: CompareReport | None = None
-    tune: TuneRecord | None = None
+    tune: SweepRecord | None = None
     train: tuple[TrainRun, ...] = ()
     plan: tuple[PlanRow, ...] = ()
     serving: ServingRecord | None = None

@@ -140,3 +140,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         else:
             lines.append((name, plain(value)))
     return lines
+
+
+def clock(value: float) -> str:
+    """A time on a clock that starts at 0: `0:40`, `12:05`, `2:03:00`."""
+    hours, rest = divmod(round(value), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

@@ -20,9 +20,8 @@ from graftwork.report.records import (
     StageTime,
     SwapRecord,
     TrainRun,
-    Trial,
-    TuneRecord,
 )
+from graftwork.report.sweep_records import SweepRecord, SweepTrial
 from graftwork.serving.experiment.compare import compare
 from graftwork.serving.experiment.offline import run_offline
 from graftwork.storage import Store
@@ -96,9 +95,13 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> CompareReport:
 def whole(comparison: CompareReport) -> ReportInput:
     milliseconds = distribution([120.0, 140.0, 180.0], "ms")
     trials = (
-        Trial(id="a", values={"adapter.rank": 4, "optim.lr": 5e-4}, losses=((4, 1.9), (8, 1.2345)), state="stopped"),
-        Trial(id="b", values={"adapter.rank": 16, "optim.lr": 2e-3}, losses=((4, 1.1), (12, 0.4321)), state="finished"),
-        Trial(id="c", values={"adapter.rank": 16, "optim.lr": 5e-3}, losses=(), state="failed"),
+        SweepTrial(
+            id="a", values={"adapter.rank": 4, "optim.lr": 5e-4}, losses=((4, 1.9), (8, 1.2345)), state="stopped"
+        ),
+        SweepTrial(
+            id="b", values={"adapter.rank": 16, "optim.lr": 2e-3}, losses=((4, 1.1), (12, 0.4321)), state="finished"
+        ),
+        SweepTrial(id="c", values={"adapter.rank": 16, "optim.lr": 5e-3}, losses=(), state="failed"),
     )
     loss = ((1, 2.5), (2, 1.5), (3, float("nan")))
     run = TrainRun(name="airport-card", adapter="airport-card@9f8e7d6c5b4a", loss=loss,
@@ -108,7 +111,7 @@ def whole(comparison: CompareReport) -> ReportInput:
                       failed=0, answers_by_version={"aaaaaaaaaaaa": 70, "bbbbbbbbbbbb": 51}, swap_ms=38.4)  # fmt: skip
     return ReportInput(
         title=f"Airports {EVIL}", created_at="2026-01-02T03:04:05Z", compare=comparison,
-        tune=TuneRecord(name="airport-card", trials=trials, best_id="b", rows=16), train=(run,),
+        tune=SweepRecord(name="airport-card", trials=trials, best_id="b", rows=16), train=(run,),
         plan=(PlanRow(stage="train", predicted_bytes=2**30, actual_bytes=int(1.1 * 2**30), predicted_s=90, actual_s=96),
               PlanRow(stage="serve", actual_s=41)),
         serving=ServingRecord(latency=(AdapterLatency(name="base", n=3, ttft_ms=milliseconds, latency_ms=milliseconds),
@@ -163,8 +166,8 @@ def test_the_numbers_are_those_of_the_input(whole: ReportInput, page: Page) -> N
         assert found.signature in page.text
     assert whole.compare.advice.sentence in page.text
     for number in (
-        "1.2345",
-        "0.4321",
+        "1.234",
+        "0.432",
         "641",
         "81,234",
         "1.20 GiB",

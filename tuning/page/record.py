@@ -1,0 +1,84 @@
+"""A sweep's trials as the record that its page shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from graftwork.report.sweep_records import FrontPoint, FrontRecord, SweepKey, SweepRecord, SweepTrial, in_space
+from graftwork.tuning.choice import rule
+from graftwork.tuning.goals import pareto, value_of
+from graftwork.tuning.page.finals import finals_record
+from graftwork.tuning.page.heat import heat
+from graftwork.tuning.page.importance import importance
+from graftwork.tuning.page.stops import stops
+from graftwork.tuning.page.values import plain, settings
+from graftwork.tuning.records import Choice, TrialRecord
+from graftwork.tuning.space_spec import Choice as Listed
+from graftwork.tuning.space_spec import Domain, LogUniform
+from graftwork.tuning.spec import TuneSpec
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt at a sweep ended, and what the trials do not tell."""
+
+    state: Literal["finished", "interrupted", "failed"]
+    rows: int
+    """Held-out rows behind each loss."""
+    sampler: str
+    """How the trials were drawn, in words."""
+    wall_s: float
+    choice: Choice | None = None
+    reused: bool = False
+    error: str | None = None
+
+
+def sweep_record(spec: TuneSpec, trials: Sequence[TrialRecord], ended: Ended) -> SweepRecord:
+    """What a sweep's trials say."""
+    keys = [key_of(name, domain) for name, domain in spec.space.items()]
+    shown = [trial_of(trial) for trial in trials]
+    searched = [trial for trial in shown if trial.repeat_of is None and in_space(keys, trial)]
+    choice = ended.choice
+    best_id = choice.trial_id if choice else None
+    best = next((trial.values for trial in trials if trial.trial_id == best_id), None)
+    found = importance(keys, searched, spec.seed)
+    return SweepRecord(
+        name=spec.name, trials=tuple(shown), best_id=best_id, rows=ended.rows, seed=spec.seed, reused=ended.reused,
+        state=ended.state, error=ended.error, steps=spec.steps, keys=tuple(keys),
+        verdict=choice.verdict if choice and choice.contrasts else "",
+        settings=settings(best) if best else "", sampler=ended.sampler, rule=rule(spec),
+        scheduler=spec.scheduler.kind if spec.scheduler else "", at_once=spec.max_concurrent,
+        cpus=spec.train.cpus_per_worker, gpus=spec.train.gpus_per_worker, wall_s=ended.wall_s, importance=found,
+        heat=heat(keys, searched, found), stops=stops(searched, best_id, spec.steps),
+        front=_front(spec, trials), finals=finals_record(spec, trials, choice) if choice else None,
+    )  # fmt: skip
+
+
+def _front(spec: TuneSpec, trials: Sequence[TrialRecord]) -> FrontRecord | None:
+    """None for one goal."""
+    if len(spec.goals) < 2:
+        return None
+    best = {trial.trial_id for trial in pareto(trials, spec.goals)}
+    points = []
+    for trial in trials:
+        values = [value for goal in spec.goals if (value := value_of(trial, goal)) is not None]
+        if trial.state == "finished" and trial.repeat_of is None and len(values) == len(spec.goals):
+            points.append(FrontPoint(id=trial.trial_id, values=tuple(values), on_front=trial.trial_id in best))
+    names = tuple(goal.metric for goal in spec.goals)
+    return FrontRecord(goals=names, points=tuple(points))
+
+
+def key_of(name: str, domain: Domain) -> SweepKey:
+    """A key of the space with its values as text or numbers."""
+    if isinstance(domain, Listed):
+        return SweepKey(name=name, values=tuple(plain(value) for value in domain.values))
+    return SweepKey(name=name, low=domain.low, high=domain.high, log=isinstance(domain, LogUniform))
+
+
+def trial_of(trial: TrialRecord) -> SweepTrial:
+    """A trial with its values as text or numbers."""
+    return SweepTrial(
+        id=trial.trial_id, values={key: plain(value) for key, value in trial.values.items()}, losses=trial.losses,
+        state=trial.state, wall_s=trial.wall_s or None, started_s=trial.started_s or None, error=trial.error,
+        notes=trial.notes, metrics=trial.metrics, repeat_of=trial.repeat_of,
+    )  # fmt: skip
