@@ -107,6 +107,10 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
         super().__init__()
         self._sweep, self._interrupt = sweep, interrupt
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher for a restore that never comes; a progress bar of the driver's can't be pickled."""
+        return {}
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Tune's word for nothing yet is None, for no more FINISHED."""
         try:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import JsonValue, TypeAdapter
 
+from graftwork.training.records import Progress, TrainReport
 from graftwork.training.spec import TrainSpec
 
 State = Literal["pending", "running", "finished", "stopped", "failed"]
@@ -83,6 +84,8 @@ class TuneProgress:
     elapsed_s: float
     trouble: str = ""
     """What the sweep waits out, such as storage that is out of reach."""
+    winner: Progress | None = None
+    """Of the winner's training, once that goes on."""
 
     @property
     def done(self) -> int:
@@ -94,6 +97,8 @@ class TuneProgress:
         """The lowest loss at the furthest step, in a few words."""
         if self.trouble:
             return self.trouble
+        if self.winner:
+            return f"winner: step {self.winner.step} of {self.winner.total_steps}, loss {self.winner.loss:.3f}"
         seen = [trial for trial in self.trials if trial.losses and trial.state != "failed"]
         if not seen:
             return f"{sum(trial.state == 'running' for trial in self.trials)} running"
@@ -138,6 +143,22 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Winner:
+    """What was trained of the choice, and where it is."""
+
+    train: TrainReport
+    alias: str | None
+    before: str | None
+    """Version that `alias` pointed at before; None: nothing."""
+    beside: str | None
+    """Version that the alias of `shadow.against` pointed at before: the control of the shadow."""
+    moved: bool
+    """`alias` points at the winner since."""
+    why: str
+    """Why it was moved, or was not."""
+
+
+@dataclass(frozen=True)
 class TuneReport:
     """What a sweep found."""
 
@@ -157,7 +178,9 @@ class TuneReport:
     wall_s: float
     """Of this attempt and of earlier ones that were not killed."""
     reused: bool
-    """The sweep was done before; nothing ran."""
+    """The sweep was done before; no trial ran."""
+    winner: Winner | None = None
+    """Where the spec asks for it."""
     page: str = ""
     """Where its `report.html` is."""
 

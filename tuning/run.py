@@ -24,6 +24,7 @@ from graftwork.storage import RunPaths, Store
 from graftwork.training.data import PreparedData, prepare
 from graftwork.training.job import TrainJob
 from graftwork.training.lock import run_lock
+from graftwork.training.records import Progress
 from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.choice import choose
@@ -38,6 +39,7 @@ from graftwork.tuning.relatives import notes_on_relatives
 from graftwork.tuning.search import Search, search_of
 from graftwork.tuning.space import Values, rows_key, rows_points, trial_spec
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.winner import crown, require_winner
 
 __all__ = ["TrialRecord", "TuneProgress", "TuneReport", "check", "tune"]
 
@@ -92,7 +94,9 @@ def check(spec: TuneSpec) -> list[str]:
 
     Returns what one should know before it starts: how the spec differs from a sweep of its name.
     """
-    return notes_on_relatives(spec, Sweep.of(spec).paths)
+    sweep = Sweep.of(spec)
+    require_winner(spec)
+    return notes_on_relatives(spec, sweep.paths)
 
 
 def tune(spec: TuneSpec, *, on_progress: OnProgress | None = None) -> TuneReport:
@@ -103,8 +107,10 @@ def tune(spec: TuneSpec, *, on_progress: OnProgress | None = None) -> TuneReport
     its end or another process runs the sweep; Interrupted on Ctrl-C.
     """
     sweep = Sweep.of(spec)
+    require_winner(spec)
     with run_lock(sweep.paths):
-        return _Attempt(sweep, on_progress or (lambda _: None)).run()
+        attempt = _Attempt(sweep, on_progress or (lambda _: None))
+        return attempt.crowned(attempt.run())
 
 
 class _Attempt:
@@ -140,6 +146,12 @@ class _Attempt:
             raise
         self._set_state("finished", best_id=report.best_id, best=report.best)
         return self._with_page(report)
+
+    def crowned(self, report: TuneReport) -> TuneReport:
+        """With its winner trained and published, where that is asked for."""
+        if self.spec.winner is None:
+            return report
+        return replace(report, winner=crown(self.spec, report.best_spec, self.paths, self._tell))
 
     def _fit(self) -> None:
         self._tell()
@@ -180,8 +192,9 @@ class _Attempt:
     def _wall_s(self) -> float:
         return round(self.earlier_s + time.monotonic() - self.started, 3)
 
-    def _tell(self) -> None:
-        self.on_progress(TuneProgress(self.ledger.trials, self.sweep.search.total, self._wall_s(), self.trouble))
+    def _tell(self, winner: Progress | None = None) -> None:
+        trials, total = self.ledger.trials, self.sweep.search.total
+        self.on_progress(TuneProgress(trials, total, self._wall_s(), self.trouble, winner))
 
     def _in_trouble(self, trouble: str) -> None:
         self.trouble = trouble

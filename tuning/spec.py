@@ -9,7 +9,7 @@ from graftwork.errors import ConfigError
 from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.adapter_spec import with_kind
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec, finals_refusal
+from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec, finals_refusal, winner_refusal
 from graftwork.tuning.goal_spec import Goal, Goals
 from graftwork.tuning.scheduler_spec import (
     AshaSpec,
@@ -87,7 +87,7 @@ class TuneSpec(Spec):
     finals: FinalsSpec | None = None
     """null takes the best trial as it is."""
     winner: WinnerSpec | None = None
-    """null ends with the best spec; what it trains is up to `graftwork train`."""
+    """null ends with the best spec, for `graftwork train`; {} trains and publishes it."""
     seed: int = 0
     """Of the values drawn; a trial's own seed is `train.seed`."""
 
@@ -118,6 +118,8 @@ class TuneSpec(Spec):
         if self.scheduler is not None and (reason := refusal(self.scheduler, self.steps, self.report_every)):
             raise ValueError(reason)
         if reason := finals_refusal(self.finals, self.num_trials, self.space):
+            raise ValueError(reason)
+        if reason := winner_refusal(self.winner, self.train):
             raise ValueError(reason)
         return self
 

@@ -33,7 +33,7 @@ def start(
 ) -> None:
     """Begin it. Once more: finds it running. A changed file is refused while it runs."""
     spec = _spec(file, sets)
-    with _client(spec.endpoint, spec.admin_token_env) as client:
+    with client_of(spec.endpoint, spec.admin_token_env) as client:
         found = client.experiment("start", spec=spec.model_dump(mode="json"))
     _show(found, as_json)
     if not as_json:
@@ -117,7 +117,7 @@ def report(
 
 
 def _log_of(spec: "ExperimentSpec") -> str:
-    with _client(spec.endpoint, spec.admin_token_env) as client:
+    with client_of(spec.endpoint, spec.admin_token_env) as client:
         found = [one for one in client.experiments() if one["name"] == spec.name]
     if not found:
         raise ConfigError(f"experiment {spec.name}", f"{spec.endpoint} knows none of this name", "",
@@ -142,7 +142,8 @@ def _spec(file: str, sets: list[str]) -> "ExperimentSpec":
     return spec
 
 
-def _client(url: str, token_env: str | None) -> "Client":
+def client_of(url: str, token_env: str | None) -> "Client":
+    """Of an endpoint; `token_env` names the variable with its admin token. Raises ConfigError when that is not set."""
     from graftwork.serving.auth import own_token
     from graftwork.serving.client import Client
 
@@ -154,11 +155,11 @@ class _at:
 
     def __init__(self, where: str, name: str | None, token_env: str) -> None:
         if where.startswith(("http://", "https://")):
-            self._client = _client(where, token_env if os.environ.get(token_env) else None)
+            self._client = client_of(where, token_env if os.environ.get(token_env) else None)
             self._name = name
         else:
             spec = _spec(where, [])
-            self._client, self._name = _client(spec.endpoint, spec.admin_token_env), name or spec.name
+            self._client, self._name = client_of(spec.endpoint, spec.admin_token_env), name or spec.name
 
     def __enter__(self) -> tuple["Client", str | None]:
         return self._client, self._name

@@ -17,7 +17,6 @@ from graftwork.cli.output import (
     console,
     duration,
     print_json,
-    print_table,
     progress_bar,
     say,
 )
@@ -25,6 +24,7 @@ from graftwork.cli.plans import plan
 from graftwork.cli.quantizing import quantize
 from graftwork.cli.rebasing import rebase, run_curve
 from graftwork.cli.studying import study
+from graftwork.cli.tuning import tune
 from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,48 +84,6 @@ def train(
     )
     if report.outcomes is not None:
         show_outcomes(report.outcomes)
-    say(f"report: {report.page}")
-
-
-def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
-    """Search the space of a spec; print the trials and the best spec."""
-    from graftwork.tuning.spec import TuneSpec
-
-    spec = config.load(file, sets, expect="tune")
-    assert isinstance(spec, TuneSpec)
-    from graftwork.cluster.session import session
-    from graftwork.tuning.page.values import settings
-    from graftwork.tuning.run import check, tune
-
-    notes = check(spec)
-    if not as_json:
-        for note in notes:
-            say(f"note: {note}")
-    with progress_bar(f"tune {spec.name}", as_json) as bar, session(on) as here:
-        report = here.run(tune, spec, on_progress=lambda p: bar(p.done, p.total, p.text))
-    if as_json:
-        print_json(report.as_dict())
-        return
-    keys = sorted({key for trial in report.trials for key in trial.values})
-    ordered = sorted(report.trials, key=lambda t: t.losses[-1][1] if t.losses else float("inf"))
-    print_table(
-        f"{report.run_id}{' (reused)' if report.reused else ''}",
-        ("trial", *keys, "held-out loss", "steps", "state", "time"),
-        [
-            (
-                t.trial_id,
-                *[t.values.get(k, "-") for k in keys],
-                f"{t.losses[-1][1]:.4f}" if t.losses else "-",
-                t.steps,
-                t.state,
-                duration(t.wall_s),
-            )
-            for t in ordered
-        ],
-    )
-    for line in (report.choice.verdict, *report.choice.notes):
-        say(line)
-    say(f"best: {settings(report.best)}")
     say(f"report: {report.page}")
 
 

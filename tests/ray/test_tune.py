@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +17,10 @@ import ray
 import yaml
 from ray.util import placement_group_table
 
+from graftwork import artifact
 from graftwork.cluster.session import Session, session
 from graftwork.errors import ClusterError, Interrupted
+from graftwork.storage import Store
 from graftwork.training.spec import LoraSpec
 from graftwork.tuning.run import TuneProgress, TuneReport, tune
 from graftwork.tuning.spec import TuneSpec
@@ -116,10 +119,12 @@ def test_a_run_folder_tells_what_was_done(whole: tuple[TuneSpec, TuneReport]) ->
     assert json.loads((folder / "status.json").read_text())["best"] == report.best
 
 
-def test_ctrl_c_keeps_what_ended_and_a_rerun_continues(
-    whole: tuple[TuneSpec, TuneReport], local_ray: Session, inputs: Path, tmp_path: Path
-) -> None:
-    spec = sweep(inputs, tmp_path, rates(0.001, GOOD), max_concurrent=1)
+@pytest.fixture(scope="module")
+def continued(
+    local_ray: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TuneSpec, TuneReport, set[str]]:
+    """A sweep of two, interrupted in the second and run again; and the trials that the rerun started."""
+    spec = sweep(inputs, tmp_path_factory.mktemp("continued"), rates(0.001, GOOD), max_concurrent=1)
 
     def interrupt(progress: TuneProgress) -> None:
         if progress.done == 1 and progress.trials[-1].state == "running":
@@ -130,9 +135,47 @@ def test_ctrl_c_keeps_what_ended_and_a_rerun_continues(
     wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "CPUs are free")
     started: set[str] = set()
     report = tune(spec, on_progress=lambda p: started.update(t.trial_id for t in p.trials if t.state == "running"))
+    return spec, report, started
+
+
+def test_ctrl_c_keeps_what_ended_and_a_rerun_continues(
+    whole: tuple[TuneSpec, TuneReport], continued: tuple[TuneSpec, TuneReport, set[str]]
+) -> None:
+    _, report, started = continued
     assert started == {trial.trial_id for trial in report.trials[1:]}
     assert losses(report, GOOD) == losses(whole[1], GOOD), "the same seed gives the same trial, interrupted or not"
     assert report.best == whole[1].best
+
+
+def test_a_finished_sweep_is_given_finals_and_its_winner_is_published(
+    continued: tuple[TuneSpec, TuneReport, set[str]],
+) -> None:
+    spec, before, _ = continued
+    lock, seen = threading.Lock(), list[TuneProgress]()
+
+    def watch(progress: TuneProgress) -> None:
+        with lock:  # a progress bar has one: the callback can't be pickled
+            seen.append(progress)
+
+    winner = {"alias": "champion", "retention": False}
+    asked = spec.with_({"finals": {"repeats": 2}, "winner": winner, "max_concurrent": 2, "train.num_workers": 1})
+    report = tune(asked, on_progress=watch)
+    assert report.trials[:2] == before.trials, "the search's own runs count"
+    assert [(t.values["seed"], t.repeat_of, t.state) for t in report.trials[2:]] == [
+        (1, trial.trial_id, "finished") for trial in reversed(before.trials)
+    ]
+    assert report.choice.verdict.startswith(f"lr={GOOD} ")
+    assert report.best == before.best
+    assert report.winner is not None
+    store = Store(spec.root)
+    assert artifact.aliases(store, "tiny") == {"champion": report.winner.train.version}
+    assert artifact.open_adapter(store, "tiny", "champion").method["rank"] == 2
+    assert (seen[-1].total, len(seen[-1].trials)) == (4, 4)
+    again = tune(asked)
+    assert again.reused
+    assert again.winner is not None
+    assert again.winner.train.reused
+    assert (again.winner.before, again.winner.moved) == (None, True)
 
 
 @pytest.mark.soak  # Ctrl-C, above, takes the same way back

@@ -11,18 +11,35 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from graftwork import artifact, base_model, config
+from graftwork.base_model import BaseSpec
 from graftwork.cli import app
+from graftwork.cli.shadowing import check_shadow, place_shadow, shadow_spec
 from graftwork.errors import ConfigError
 from graftwork.serving.api_error import ApiError
+from graftwork.serving.experiment.online.spec import ExperimentSpec
 from graftwork.serving.spec import ServeSpec
+from graftwork.storage import Store
+from graftwork.training.records import TrainReport
+from graftwork.tuning.records import Choice, TuneReport, Winner
+from graftwork.tuning.spec import TuneSpec
+from tests.adapters import facts
+from tests.engines import write_lora
 from tests.local_endpoint import local_endpoint
 from tests.tiny import write_tiny_base
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    tmp = tmp_path_factory.mktemp("cli")
-    spec = {"base": str(write_tiny_base(tmp / "base")), "root": str(tmp / "root"), "quant": {"kind": "none"},
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, and `root` of the endpoint."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_tiny_base(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(root: Path) -> Iterator[str]:
+    spec = {"base": str(root / "base"), "root": str(root / "root"), "quant": {"kind": "none"},
             "engine": {"max_seq_len": 128, "num_threads": 1}, "arms": [{"name": "a"}, {"name": "b"}]}  # fmt: skip
     with local_endpoint(ServeSpec.model_validate(spec)) as running:
         yield running
@@ -100,3 +117,71 @@ def test_what_is_wrong_is_said(url: str, file: Path, words: tuple[str, ...], sai
     with pytest.raises((ConfigError, ApiError)) as refused:
         run(*given)
     assert said in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def versions(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two published adapters of the endpoint's base; `latest` points at the first."""
+    store, digest = Store(str(root / "root")), base_model.resolve(BaseSpec(uri=str(root / "base"))).digest
+    found = []
+    for seed, alias in ((1, "latest"), (2, None)):
+        folder = write_lora(root / "base", tmp_path_factory.mktemp("lora"), seed, r=2, target_modules=["q_proj"])
+        known = facts(base_digest=digest, prompt={"system": None})
+        found.append(artifact.publish(store, "tiny", folder, **known, alias=alias).version)
+    return found
+
+
+def sweep(root: Path, experiment: Any, start: bool) -> TuneSpec:
+    train = {"name": "tiny", "base": str(root / "base"), "data": {"train": "t.jsonl", "eval": "e.jsonl"}}
+    shadow = {"against": "latest", "experiment": experiment, "start": start}
+    space = {"adapter.rank": {"kind": "choice", "values": [2]}}
+    given = {"name": "s", "root": str(root / "root"), "train": train, "space": space, "winner": {"shadow": shadow}}
+    return config.validate(TuneSpec, given, where="s.yaml")
+
+
+def swept(spec: TuneSpec, beside: str | None, version: str) -> TuneReport:
+    """What a sweep reports whose winner was published."""
+    trained = TrainReport("tiny-00000000", f"tiny@{version}", version, False, 1, 1, 0, 1, 1.0, 1.0, (), (), (1,), (0,))
+    winner = Winner(trained, None, None, beside, False, "no alias was asked for")
+    choice = Choice("a", "a", "said", "rule")
+    return TuneReport("s-00000000", (), "a", {}, spec.train, "grid", choice, 1, 1.0, False, winner)
+
+
+def test_a_sweeps_winner_is_put_into_shadow(url: str, root: Path, versions: list[str]) -> None:
+    spec = sweep(root, {"endpoint": url, "primary": "thumbs"}, start=True)
+    check_shadow(spec)
+    found = place_shadow(spec, swept(spec, *versions))
+    assert found["started"]["model"] == "experiment/tiny-shadow"
+    (running,) = [one for one in listed("status", url) if one["name"] == "tiny-shadow"]
+    assert (running["mode"], running["control"], running["status"]) == ("shadow", "current", "running")
+    assert {arm["name"]: arm["adapter"] for arm in running["arms"]} == {
+        "current": f"tiny@{versions[0]}",
+        "winner": f"tiny@{versions[1]}",
+    }
+    written = config.load(found["spec"], expect="experiment")
+    assert run("start", found["spec"]), "the file that was written starts the same one"
+    assert isinstance(written, ExperimentSpec)
+    assert written.endpoint == url
+
+
+def test_a_shadow_takes_the_other_keys_of_an_experiment_file(url: str, root: Path, file: Path) -> None:
+    spec = sweep(root, str(file), start=False)
+    asked = shadow_spec(spec, "a" * 12, "b" * 12)
+    assert (asked.name, asked.endpoint, asked.control, asked.mode) == ("cards", url, "current", "shadow")
+    assert [arm.weight for arm in asked.arms] == [None, None]
+    assert "nothing to put beside it" in place_shadow(spec, swept(spec, "a" * 12, "a" * 12))["why"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "said"),
+    [
+        ({"primary": "thumbs", "arms": []}, "winner.shadow.experiment.arms: the sweep sets it"),
+        ({"endpoint": "http://127.0.0.1:8000"}, "winner.shadow.experiment: primary: the key is missing"),
+        ({"primary": "thumbs", "endpont": "x"}, "did you mean 'endpoint'"),
+        ({"primary": "thumbs", "holdout": 0.5}, "the control answers all"),
+        ("nosuch.yaml", "it does not exist"),
+    ],
+)
+def test_a_shadow_that_could_not_start_is_refused_before_the_sweep(root: Path, experiment: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_shadow(sweep(root, experiment, start=False))

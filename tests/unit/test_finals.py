@@ -3,15 +3,17 @@
 import functools
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from graftwork import config, stats
+from graftwork import artifact, config, stats
 from graftwork.errors import ConfigError, RunError
 from graftwork.storage import RunPaths, Store
+from graftwork.training.outcomes.spec import RetentionSpec
 from graftwork.tuning.choice import choose
 from graftwork.tuning.finals import WithFinals, repeated, seeds_of, with_finals
 from graftwork.tuning.ledger import Ledger
@@ -19,6 +21,8 @@ from graftwork.tuning.records import Choice, State, TrialRecord
 from graftwork.tuning.search import Suggestion, Wait, search_of
 from graftwork.tuning.space import digest
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.winner import Placed, move, winner_spec
+from tests.adapters import facts, write_adapter
 
 RANKS = {"adapter.rank": {"kind": "choice", "values": [2, 4, 8, 16, 32]}}
 
@@ -261,3 +265,62 @@ def test_a_better_point_is_found() -> None:
 def test_seeds_follow_that_of_the_search() -> None:
     assert seeds_of(sweep(finals={"repeats": 4})) == (7, 8, 9, 10)
     assert seeds_of(sweep(finals=None)) == (7,)
+
+
+# What becomes of the winner.
+
+
+def published(root: Path, run: str, loss: float, seed: int, data: str = "e.jsonl") -> str:
+    """A version whose run scored `data`."""
+    store = Store(str(root))
+    store.write_bytes(f"data: {{eval: {data}}}\nprompt: {{system: Hello}}\n".encode(), "runs", run, "spec.yaml")
+    folder = write_adapter(root / f"folder-{run}", seed)
+    return artifact.publish(store, "card", folder, **facts(run=run, metrics={"eval_loss": loss})).version
+
+
+@pytest.mark.parametrize(
+    ("before", "moved", "why"),
+    [
+        ((1.5, "e.jsonl"), True, "held-out loss 1.2500 against 1.5000 of"),
+        ((1.25, "e.jsonl"), True, "held-out loss 1.2500 against 1.2500 of"),
+        ((1.1, "e.jsonl"), False, "has the lower held-out loss, 1.1000 against 1.2500, by one run each"),
+        ((1.1, "other.jsonl"), True, "was not scored on the same rows"),
+        (None, True, "it is new"),
+    ],
+)
+def test_an_alias_moves_unless_what_it_points_at_is_better(
+    tmp_path: Path, before: tuple[float, str] | None, moved: bool, why: str
+) -> None:
+    store, winner = Store(str(tmp_path)), published(tmp_path, "new-00000000", 1.25, seed=1)
+    old = published(tmp_path, "old-00000000", before[0], 2, before[1]) if before else None
+    if old:
+        artifact.promote(store, "card", "champion", old)
+    placed = move(store, "card", Placed(winner, "champion", old, None, None))
+    assert placed.moved is moved
+    assert why in placed.why
+    assert artifact.aliases(store, "card") == {"champion": winner if moved else old}
+    if moved and old:
+        assert artifact.roll_back(store, "card", "champion") == (winner, old)
+
+
+def test_the_winner_is_kept_with_the_sweep_and_measured_for_what_it_forgot() -> None:
+    spec = sweep(root="/sweeps", winner={})
+    wanted = winner_spec(spec, spec.train.with_({"adapter.rank": 4}))
+    assert (wanted.root, wanted.alias, wanted.outcomes.retention) == ("/sweeps", None, RetentionSpec())
+    assert winner_spec(sweep(winner={"retention": False}), spec.train).outcomes.retention is None
+    elsewhere = spec.with_({"train.root": "/adapters"})
+    assert winner_spec(elsewhere, elsewhere.train).root == "/adapters"
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"alias": "prod"}, "train.alias='prod' cannot take effect"),
+        ({"adapter": {"kind": "full"}, "optim": {"lr": 1e-5}}, "trains a base"),
+    ],
+)
+def test_a_winner_that_cannot_be_placed_is_refused(train: dict[str, Any], said: str) -> None:
+    space = {"optim.lr": {"kind": "choice", "values": [0.1, 0.2]}}
+    base = {"name": "t", "base": "b", "data": {"train": "t.jsonl", "eval": "e.jsonl"}, "quant": {"kind": "none"}}
+    with pytest.raises(ConfigError, match=said):
+        sweep(train={**base, **train}, space=space, num_trials=2, winner={"alias": "champion"})

@@ -1,0 +1,167 @@
+"""`graftwork tune FILE`: a sweep, what it found, how sure that is, and what became of its winner."""
+
+from typing import TYPE_CHECKING, Any
+
+from graftwork import config
+from graftwork.cli.outcomes import show_outcomes
+from graftwork.cli.output import (
+    JsonFlag,
+    On,
+    Sets,
+    SpecFile,
+    duration,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+)
+
+if TYPE_CHECKING:
+    from graftwork.report.sweep_records import SweepRecord
+    from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport, Winner
+    from graftwork.tuning.spec import TuneSpec
+
+
+def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Search the space of a spec; print the trials, the best of them and how sure that is; train the winner if asked.
+
+    `graftwork plan FILE` predicts it. A finished sweep is reused; an unfinished one goes on.
+    """
+    from graftwork.tuning.spec import TuneSpec
+
+    spec = config.load(file, sets, expect="tune")
+    assert isinstance(spec, TuneSpec)
+    from graftwork.cli.shadowing import check_shadow, place_shadow
+    from graftwork.cluster.session import session
+    from graftwork.tuning.page import Ended, sweep_record
+    from graftwork.tuning.run import check, tune
+
+    check_shadow(spec)
+    notes = check(spec)
+    if not as_json:
+        for note in notes:
+            say(f"note: {note}")
+    with progress_bar(f"tune {spec.name}", as_json) as bar, session(on) as here:
+        report = here.run(tune, spec, on_progress=lambda p: bar(*_bar(p)))
+    shadow = place_shadow(spec, report) if spec.winner and spec.winner.shadow else None
+    ended = Ended("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
+    sweep = sweep_record(spec, report.trials, ended)
+    if as_json:
+        said = sweep.model_dump(mode="json", include={"stops": True, "heat": {"rates"}})
+        print_json({**report.as_dict(), **said, "shadow": shadow})
+    else:
+        _show(spec, report, sweep, shadow)
+
+
+def _bar(progress: "TuneProgress") -> tuple[int, int, str]:
+    """Trials, and after them the steps of the winner."""
+    if progress.winner is not None:
+        return progress.winner.step, progress.winner.total_steps, progress.text
+    return progress.done, progress.total, progress.text
+
+
+def _show(spec: "TuneSpec", report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> None:
+    from graftwork.cli.shadowing import show_shadow
+    from graftwork.report.sweep import rates_words, stops_words
+    from graftwork.tuning.page.values import settings
+
+    _show_trials(report)
+    for line in (report.choice.verdict, *report.choice.notes):
+        say(line)
+    if report.choice.front:
+        goals = ", ".join(goal.metric for goal in spec.goals)
+        say(f"no trial beats these in all of {goals}: {', '.join(report.choice.front)}")
+    if sweep.heat is not None and sweep.heat.rates is not None:
+        say(rates_words(sweep.heat.rates))
+    if sweep.stops is not None:
+        say(stops_words(sweep.stops))
+    say(f"best: {settings(report.best)}")
+    if report.winner is not None:
+        _show_winner(spec, report.winner)
+    if shadow is not None:
+        show_shadow(shadow)
+    say(f"report: {report.page}")
+
+
+def _show_trials(report: "TuneReport") -> None:
+    """Lowest loss first, those that ran to their end before those that did not; then the finals."""
+    searched = [trial for trial in report.trials if trial.repeat_of is None]
+    keys = list(dict.fromkeys(key for trial in searched for key in trial.values))
+    order = {"finished": 0, "stopped": 1, "failed": 2}
+    ordered = sorted(searched, key=lambda t: (order.get(t.state, 3), t.losses[-1][1] if t.losses else 0.0))
+    print_table(
+        f"{report.run_id}{' (reused)' if report.reused else ''}",
+        ("trial", *_short(keys), "loss", "steps", "state", "trained", "s/step", "time"),
+        [
+            (
+                trial.trial_id,
+                *[trial.values.get(key, "-") for key in keys],
+                f"{trial.losses[-1][1]:.4f}" if trial.losses else "-",
+                trial.steps,
+                trial.state,
+                *_cost(trial),
+                duration(trial.wall_s),
+            )
+            for trial in ordered
+        ],
+    )
+    _show_finals(report, keys)
+
+
+def _show_finals(report: "TuneReport", keys: list[str]) -> None:
+    """A line a finalist: its loss with each seed, and their mean."""
+    repeats = {(one.repeat_of, one.values["seed"]): one for one in report.trials if one.repeat_of is not None}
+    if not repeats:
+        return
+    seeds = list(dict.fromkeys(seed for _, seed in repeats))
+    rows = []
+    for trial in report.trials:
+        runs = [trial, *(repeats.get((trial.trial_id, seed)) for seed in seeds)]
+        if any(runs[1:]):
+            told = [_loss(run) for run in runs]
+            mean = sum(map(float, told)) / len(told) if all(run and run.state == "finished" for run in runs) else None
+            mark = "taken" if trial.trial_id == report.best_id else ""
+            values = [trial.values[key] for key in keys]
+            rows.append((trial.trial_id, *values, *told, "-" if mean is None else f"{mean:.4f}", mark))
+    columns = ("trial", *_short(keys), "search", *[f"seed {seed}" for seed in seeds], "mean", "")
+    print_table("finals: held-out loss by seed", columns, sorted(rows, key=lambda row: str(row[-2])))
+
+
+def _loss(trial: "TrialRecord | None") -> str:
+    if trial is None:
+        return "-"
+    return f"{trial.losses[-1][1]:.4f}" if trial.state == "finished" else trial.state
+
+
+def _short(keys: list[str]) -> list[str]:
+    """The last part of each key, where that tells them apart."""
+    last = [key.rsplit(".", 1)[-1] for key in keys]
+    return [short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)]
+
+
+def _cost(trial: "TrialRecord") -> tuple[str, str]:
+    trained, step_s = trial.metrics.get("trained_parameters"), trial.metrics.get("step_s")
+    said = "-" if trained is None else f"{trained / 1e6:.2f} M" if trained >= 1e5 else f"{trained:.0f}"
+    return said, "-" if step_s is None else f"{step_s:.2f}"
+
+
+def _show_winner(spec: "TuneSpec", winner: "Winner") -> None:
+    from graftwork.tuning.winner import root_of
+
+    report, root = winner.train, f" --root {root_of(spec)}"
+    held_out = f", held-out loss {report.eval_loss[-1][1]:.3f}" if report.eval_loss else ""
+    took = "reused the finished run" if report.reused else f"{report.steps} steps in {duration(report.wall_s)}"
+    say(f"winner: {report.run_id}, {took}{held_out}; published {report.published}")
+    if report.outcomes is not None:
+        show_outcomes(report.outcomes)
+    if winner.alias is not None:
+        name = f"{spec.train.name}@{winner.alias}"
+        if winner.moved:
+            say(f"{name}: {winner.before or 'nothing'} -> {report.version} ({winner.why})")
+            if winner.before:
+                say(f"  back: graftwork adapters rollback {name}{root}")
+        else:
+            say(f"{name} was not moved: {winner.why}")
+            if winner.before != report.version:
+                say(f"  move it all the same: graftwork adapters promote {report.adapter} {winner.alias}{root}")
+    say(f"report of the winner: {report.page}")
