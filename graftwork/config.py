@@ -133,7 +133,8 @@ def validate(cls: type[SpecT], tree: Mapping[str, Any], where: str) -> SpecT:
     try:
         return cls.model_validate(tree)
     except pydantic.ValidationError as error:
-        first, *rest = [_explain(cls, dict(e), tree) for e in error.errors()]
+        own = (e for e in error.errors() if e["type"] != "default_factory_not_called")  # for want of another key
+        first, *rest = [_explain(cls, dict(e), tree) for e in own]
         more = "".join(f"\n  Also: {asked}: {found}" for asked, found, _, _ in rest)
         asked, found, rule, next_move = first
         raise ConfigError(f"{where}: {asked}", found, rule, next_move + more) from None

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from pydantic import JsonValue
 
 from graftwork.config import canonical_json
+from graftwork.errors import ConfigError
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.space_spec import Choice, Domain, LogUniform
+from graftwork.tuning.space_spec import Domain, IntRange, LogUniform, Uniform
 from graftwork.tuning.spec import TuneSpec, decides_rows
 
 Values = dict[str, JsonValue]
@@ -17,26 +18,33 @@ Values = dict[str, JsonValue]
 
 
 def grid_size(space: Mapping[str, Domain]) -> int | None:
-    """Number of combinations, None where a key is a range."""
-    sizes = [len(domain.values) for domain in space.values() if isinstance(domain, Choice)]
+    """Number of combinations, None where a key is a range of floats."""
+    sizes = [len(listed) for domain in space.values() if (listed := domain.listed()) is not None]
     return math.prod(sizes) if len(sizes) == len(space) else None
 
 
 def grid(space: Mapping[str, Domain]) -> Iterator[Values]:
-    """All combinations of a space of choices, the last key changing fastest."""
-    listed = [domain.values for domain in space.values() if isinstance(domain, Choice)]
+    """All combinations of a space without ranges of floats, the last key changing fastest."""
+    listed = [values for domain in space.values() if (values := domain.listed()) is not None]
     for combination in itertools.product(*listed):
         yield dict(zip(space, combination, strict=True))
 
 
 def sample(domain: Domain, u: float) -> JsonValue:
-    """The value at quantile `u` in [0, 1). Floats have four significant digits, so that they can be typed again."""
-    if isinstance(domain, Choice):
-        return domain.values[int(u * len(domain.values))]
+    """The value at quantile `u` in [0, 1)."""
     if isinstance(domain, LogUniform):
-        value = math.exp(math.log(domain.low) + u * (math.log(domain.high) - math.log(domain.low)))
-    else:
-        value = domain.low + u * (domain.high - domain.low)
+        return rounded(domain, math.exp(math.log(domain.low) + u * (math.log(domain.high) - math.log(domain.low))))
+    if isinstance(domain, IntRange) and domain.log:  # each whole number has its half on both sides
+        low, high = math.log(domain.low - 0.5), math.log(domain.high + 0.5)
+        return min(max(round(math.exp(low + u * (high - low))), domain.low), domain.high)
+    if isinstance(domain, Uniform):
+        return rounded(domain, domain.low + u * (domain.high - domain.low))
+    listed = domain.listed()
+    return listed[int(u * len(listed))]
+
+
+def rounded(domain: Uniform | LogUniform, value: float) -> float:
+    """Four significant digits, so that it can be typed again; never outside of the range."""
     return min(max(float(f"{value:.4g}"), domain.low), domain.high)
 
 
@@ -52,6 +60,15 @@ def trial_spec(spec: TuneSpec, point: Values) -> TrainSpec:
     """
     alone = {"num_workers": 1, "strategy": {}}
     return spec.train.with_({**point, **alone, "data.eval_rows": spec.eval_rows})
+
+
+def contradiction(spec: TuneSpec, point: Values) -> ConfigError | None:
+    """Why values that are allowed alone can't go together; None where they can."""
+    try:
+        spec.train.with_(point)
+    except ConfigError as error:
+        return error
+    return None
 
 
 def rows_points(spec: TuneSpec) -> Iterator[Values]:

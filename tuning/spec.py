@@ -1,5 +1,6 @@
 """What a sweep is asked to do: a training spec, and for some of its keys the values to try."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
@@ -9,6 +10,7 @@ from graftwork.errors import ConfigError
 from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.adapter_spec import with_kind
 from graftwork.training.spec import TrainSpec
+from graftwork.tuning.default_space import default_space
 from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec, finals_refusal, winner_refusal
 from graftwork.tuning.goal_spec import Goal, Goals
 from graftwork.tuning.scheduler_spec import (
@@ -20,9 +22,20 @@ from graftwork.tuning.scheduler_spec import (
     with_grace,
 )
 from graftwork.tuning.search_spec import SearchSpec
-from graftwork.tuning.space_spec import Choice, Domain, LogUniform, Uniform
+from graftwork.tuning.space_spec import Choice, Domain, IntRange, LogUniform, PowerOfTwo, Space, Uniform
 
-__all__ = ["AshaSpec", "Choice", "Domain", "HyperbandSpec", "LogUniform", "MedianSpec", "TuneSpec", "Uniform"]
+__all__ = [
+    "AshaSpec",
+    "Choice",
+    "Domain",
+    "HyperbandSpec",
+    "IntRange",
+    "LogUniform",
+    "MedianSpec",
+    "PowerOfTwo",
+    "TuneSpec",
+    "Uniform",
+]
 
 NOT_TUNABLE = {
     "kind": "it names the stage",
@@ -32,22 +45,33 @@ NOT_TUNABLE = {
     "num_workers": "a trial runs in one process; optim.rows_per_step is what changes the result",
     "cpus_per_worker": "it changes the time of a trial, not its result",
     "gpus_per_worker": "it changes the time of a trial, not its result",
+    "strategy": "a trial runs in one process",
     "checkpoint_every": "a trial writes no checkpoint",
+    "checkpoints": "a trial writes no checkpoint",
+    "recovery": "a trial writes no checkpoint",
+    "outcomes": "a trial measures the held-out loss alone",
     "eval_every": "report_every of the sweep takes its place",
     "optim.epochs": "steps of the sweep takes its place",
     "data.eval": "trials are compared on the same held-out rows",
     "data.eval_rows": "eval_rows of the sweep takes its place",
+    "objective.kind": "losses of different kinds can't be compared",
+    "objective.loss": "losses of different kinds can't be compared",
+    "objective.loss_type": "losses of different kinds can't be compared",
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""
 NO_PART = {"root", "max_concurrent", "together", "retries", "retry_smaller", "finals", "winner", "train"}
 """Keys that do not change a trial of the search; of `train` its recipe does. A finished sweep can be given finals."""
 DECIDES_ROWS = ("base", "data", "prompt", "max_length", "too_long", "objective", "seed")
 """Keys of `train` that decide the rows of a trial and their order."""
+SAME_ROWS = frozenset(
+    f"objective.{key}" for key in ("beta", "label_smoothing", "centre", "temperature", "on_policy", "epsilon")
+)
+"""Numbers of an objective that weigh the loss and leave the rows as they are."""
 
 
 def decides_rows(key: str) -> bool:
     """Whether two trials that differ in this key have rows of their own."""
-    return any(key == other or key.startswith(f"{other}.") for other in DECIDES_ROWS)
+    return key not in SAME_ROWS and any(key == other or key.startswith(f"{other}.") for other in DECIDES_ROWS)
 
 
 class TuneSpec(Spec):
@@ -59,8 +83,9 @@ class TuneSpec(Spec):
     """Where the sweep's records live. No part of its identity."""
     train: TrainSpec
     """The run that is tuned. Trials publish nothing."""
-    space: dict[str, Domain]
-    """Dotted keys of `train` and the values to try, e.g. `adapter.rank: {kind: choice, values: [4, 16]}`."""
+    space: Space = Field(default_factory=lambda given: default_space(given["train"].adapter))
+    """Dotted keys of `train` and the values to try, e.g. `adapter.rank: {kind: choice, values: [4, 16]}`. Left out: the
+    learning rate, and of a LoRA the rank (`tuning.default_space`)."""
     goals: Goals = (Goal(),)
     """What is to be good, held-out loss first; with several, trials that no other beats in all of them are sought."""
     search: SearchSpec | None = None
@@ -105,10 +130,12 @@ class TuneSpec(Spec):
             raise ValueError("train.data.eval is not given: trials are compared by loss on held-out rows")
         for key, domain in self.space.items():
             self._check_key(key)
-            if decides_rows(key) and not isinstance(domain, Choice):
+            if decides_rows(key) and not isinstance(domain, Choice | PowerOfTwo):
                 raise ValueError(f"space.{key} decides the rows, which are prepared first: list its values")
             for value in domain.samples():
                 self._check_value(key, value)
+            if key == "objective":
+                self._check_losses(domain.samples())
         return self
 
     @model_validator(mode="after")
@@ -140,4 +167,17 @@ class TuneSpec(Spec):
             self.train.with_({key: value})
         except ConfigError as error:
             found = f"{error.asked.removeprefix('override: ')}: {error.found}"
-            raise ConfigError(f"space.{key}", found, error.rule, error.next_move) from None
+            raise ConfigError(f"space.{key}", found, error.rule, next_move(key, error)) from None
+
+    def _check_losses(self, values: Sequence[JsonValue]) -> None:
+        kinds = {self.train.with_({"objective": value}).objective.kind for value in values}
+        if len(kinds) > 1:
+            raise ValueError(f"space.objective has kinds {', '.join(sorted(kinds))}: {NOT_TUNABLE['objective.kind']}")
+
+
+def next_move(key: str, error: ConfigError) -> str:
+    """What to do where a value of a space is refused: parts that belong together are given together."""
+    part = key.partition(".")[0]
+    if f"--set '{part}=" in error.next_move:
+        return f"give whole parts: {part}: {{kind: choice, values: [{{kind: ..., ...}}, {{kind: ...}}]}}"
+    return error.next_move

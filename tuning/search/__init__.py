@@ -1,6 +1,7 @@
 """Searches: each chooses the next point of a sweep from the trials there are."""
 
 from graftwork.tuning.search.drawn import Drawn, grid_search, random_search
+from graftwork.tuning.search.modelled import modelled_search
 from graftwork.tuning.search.protocol import Search, Suggestion, Wait
 from graftwork.tuning.search_spec import GridSpec, RandomSpec
 from graftwork.tuning.space import grid_size
@@ -14,5 +15,6 @@ def search_of(spec: TuneSpec) -> Search:
     size = grid_size(spec.space)
     if isinstance(spec.search, GridSpec) or (spec.search is None and size is not None and size <= spec.num_trials):
         return grid_search(spec)
-    assert spec.search is None or isinstance(spec.search, RandomSpec)
-    return random_search(spec)
+    if spec.search is None or isinstance(spec.search, RandomSpec):
+        return random_search(spec)
+    return modelled_search(spec, spec.search)

@@ -1,14 +1,20 @@
 """Grid and random search: all points are known before the first trial."""
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from graftwork.errors import ConfigError
 from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.search.protocol import Suggestion
-from graftwork.tuning.space import Values, digest, grid, grid_size, sample
-from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.search.protocol import Suggestion, own
+from graftwork.tuning.space import Values, contradiction, digest, grid, grid_size, sample
+from graftwork.tuning.spec import TuneSpec, next_move
+
+ENUMERATED = 512
+"""Combinations up to which all are checked beforehand (about a millisecond each)."""
+REDRAWS = 200
+"""Draws in a row that may be known already or contradict themselves before drawing is given up."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,12 @@ class Drawn:
 
     def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | None:
         """The points in their order."""
-        return Suggestion(self.points[len(trials)]) if len(trials) < len(self.points) else None
+        number = len(own(trials))
+        return Suggestion(self.points[number]) if number < len(self.points) else None
 
 
 def grid_search(spec: TuneSpec) -> Drawn:
-    """Raises ConfigError when a key is a range, or the grid is larger than `num_trials`."""
+    """Raises ConfigError when a key is a range, the grid is larger than `num_trials`, or a point contradicts itself."""
     size = grid_size(spec.space)
     if size is None or size > spec.num_trials:
         found = "the space has a range" if size is None else f"the grid has {size} points, num_trials={spec.num_trials}"
@@ -38,29 +45,64 @@ def grid_search(spec: TuneSpec) -> Drawn:
             "search.kind=grid", found, "a grid is run whole", "list the values of every key, and raise num_trials"
         )
     reason = f"grid: all {size} combinations of the listed values (num_trials={spec.num_trials} allows it)"
-    return _checked(spec, Drawn("grid", tuple(grid(spec.space)), reason))
+    points = tuple(grid(spec.space))
+    for point in points:
+        _refuse(spec, point)
+    return Drawn("grid", points, reason)
 
 
 def random_search(spec: TuneSpec) -> Drawn:
-    """Equal specs draw equal points, and a larger `num_trials` keeps the first ones."""
+    """Equal specs draw equal points, and a larger `num_trials` keeps the first ones. Raises ConfigError when values
+    contradict each other, or too many do to draw what is asked."""
+    count, of = most(spec), f" of {size} combinations" if (size := grid_size(spec.space)) is not None else ""
+    points = tuple(itertools.islice(fresh_points(spec, random.Random(spec.seed), ()), count))
+    return Drawn("random", points, f"random: {count}{of} by seed {spec.seed}")
+
+
+def most(spec: TuneSpec) -> int:
+    """Trials that a search can choose: `num_trials`, or all points of a smaller space. Raises ConfigError where all
+    combinations are few enough to be checked and one contradicts itself."""
     size = grid_size(spec.space)
-    count = spec.num_trials if size is None else min(size, spec.num_trials)
-    of = f" of {size} combinations" if size is not None else ""
-    return _checked(spec, Drawn("random", tuple(_random(spec, count)), f"random: {count}{of} by seed {spec.seed}"))
+    for point in grid(spec.space) if size is not None and size <= ENUMERATED else ():
+        _refuse(spec, point)
+    return spec.num_trials if size is None else min(size, spec.num_trials)
 
 
-def _checked(spec: TuneSpec, drawn: Drawn) -> Drawn:
-    for point in drawn.points:
-        spec.train.with_(point)
-    return drawn
+def fresh_points(spec: TuneSpec, rng: random.Random, known: Collection[str]) -> Iterator[Values]:
+    """Points without end, drawn by `rng`: none repeats another or one of the digests `known`, none contradicts itself.
 
-
-def _random(spec: TuneSpec, count: int) -> Iterator[Values]:
+    Ends when many draws in a row brought none; raises ConfigError where that was for their contradictions.
+    """
     # random() alone is used: Python promises its sequence for a seed over versions.
-    rng = random.Random(spec.seed)
-    seen: set[str] = set()
-    while len(seen) < count:
+    seen, refused, tries = set(known), None, 0
+    limit = max(REDRAWS, 20 * min(grid_size(spec.space) or 0, 4096))  # the last of so many is missed once in e**20
+    while tries < limit:
         point = {key: sample(domain, rng.random()) for key, domain in spec.space.items()}
-        if digest(point) not in seen:
-            seen.add(digest(point))
-            yield point
+        tries += 1
+        if digest(point) in seen:
+            continue
+        if (wrong := contradiction(spec, point)) is not None:
+            refused = wrong
+            continue
+        seen.add(digest(point))
+        tries, refused = 0, None
+        yield point
+    if refused is not None:
+        raise ConfigError("space", f"{tries} points drawn in a row contradict themselves, the last: {refused.asked}: "
+                          f"{refused.found}", refused.rule, next_move(_key_of(spec, refused), refused))  # fmt: skip
+
+
+def _refuse(spec: TuneSpec, point: Values) -> None:
+    wrong = contradiction(spec, point)
+    if wrong is not None:
+        values = ", ".join(f"{key}={value}" for key, value in point.items())
+        found = f"{wrong.asked.removeprefix('override: ')}: {wrong.found}"
+        raise ConfigError(f"space: {values}", found, wrong.rule or "every combination must be a spec that can be run",
+                          next_move(_key_of(spec, wrong), wrong) or _WHOLE)  # fmt: skip
+
+
+_WHOLE = "give whole parts, e.g. adapter: {kind: choice, values: [{kind: lora, rank: 8}, {kind: ia3}]}"
+
+
+def _key_of(spec: TuneSpec, wrong: ConfigError) -> str:
+    return next((key for key in spec.space if key.partition(".")[0] in wrong.asked), "")

@@ -46,3 +46,8 @@ class Search(Protocol):
         Raises ConfigError when the values contradict each other.
         """
         ...
+
+
+def own(trials: Sequence[TrialRecord]) -> tuple[TrialRecord, ...]:
+    """The trials that a search has chosen: repeats of finalists are not."""
+    return tuple(trial for trial in trials if trial.repeat_of is None)
