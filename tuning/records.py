@@ -82,6 +82,12 @@ class TuneProgress:
     total: int
     """Trials in all, at most."""
     elapsed_s: float
+    steps: int = 0
+    """Optimizer steps of a trial that is not stopped."""
+    at_once: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    """Of one trial."""
     trouble: str = ""
     """What the sweep waits out, such as storage that is out of reach."""
     winner: Progress | None = None

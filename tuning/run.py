@@ -1,6 +1,6 @@
 """A sweep in the driver: trials drawn, run once each whatever happens, the best spec chosen.
 
-    runs/<name>-<hash8>/{spec.yaml, provenance.json, trials.json, status.json, report.json, report.html}
+    runs/<name>-<hash8>/{spec.yaml, provenance.json, trials.json, status.json, report.json, report.html, tensorboard/}
 
 A rerun goes by `trials.json`, not by Ray Tune's own state: that is saved every ten seconds at most, so a killed driver
 would forget finished trials, and it is a pickle.
@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Literal
 
 import yaml
@@ -39,6 +40,7 @@ from graftwork.tuning.relatives import notes_on_relatives
 from graftwork.tuning.search import Search, search_of
 from graftwork.tuning.space import Values, rows_key, rows_points, trial_spec
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.tensorboard import EventLogs
 from graftwork.tuning.winner import crown, require_winner
 
 __all__ = ["TrialRecord", "TuneProgress", "TuneReport", "check", "tune"]
@@ -120,6 +122,7 @@ class _Attempt:
         self.sweep, self.spec, self.paths = sweep, sweep.spec, sweep.paths
         self.ledger = Ledger(sweep.paths, sweep.spec.train.checkpoints.outage_s, self._in_trouble)
         self.on_progress, self.trouble = on_progress, ""
+        self.logs: EventLogs | None = None
         self.status = self._read_status()
         self.earlier_s = float(self.status.get("wall_s", 0.0))
         self.started = time.monotonic()
@@ -132,7 +135,7 @@ class _Attempt:
         self._write_facts()
         self._set_state("running")
         try:
-            self._fit()
+            self._fit_logged()
             report = self._report(reused=False)
         except KeyboardInterrupt:
             self._set_state("interrupted")
@@ -152,6 +155,14 @@ class _Attempt:
         if self.spec.winner is None:
             return report
         return replace(report, winner=crown(self.spec, report.best_spec, self.paths, self._tell))
+
+    def _fit_logged(self) -> None:
+        began = datetime.fromisoformat(self.paths.store.read_json(*self.paths.provenance())["time"]).timestamp()
+        self.logs = EventLogs(self.paths, began, self.spec.train.checkpoints.outage_s)
+        try:
+            self._fit()
+        finally:
+            self.logs.close()
 
     def _fit(self) -> None:
         self._tell()
@@ -193,8 +204,22 @@ class _Attempt:
         return round(self.earlier_s + time.monotonic() - self.started, 3)
 
     def _tell(self, winner: Progress | None = None) -> None:
-        trials, total = self.ledger.trials, self.sweep.search.total
-        self.on_progress(TuneProgress(trials, total, self._wall_s(), self.trouble, winner))
+        if self.logs is not None:
+            self.logs.follow(self.ledger.trials)
+        train = self.spec.train
+        self.on_progress(
+            TuneProgress(
+                self.ledger.trials,
+                self.sweep.search.total,
+                self._wall_s(),
+                steps=self.spec.steps,
+                at_once=self.spec.max_concurrent,
+                cpus=train.cpus_per_worker,
+                gpus=train.gpus_per_worker,
+                trouble=self.trouble,
+                winner=winner,
+            )
+        )
 
     def _in_trouble(self, trouble: str) -> None:
         self.trouble = trouble

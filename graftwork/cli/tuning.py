@@ -12,13 +12,13 @@ from graftwork.cli.output import (
     duration,
     print_json,
     print_table,
-    progress_bar,
     say,
 )
+from graftwork.cli.sweeping import sweep_progress
 
 if TYPE_CHECKING:
     from graftwork.report.sweep_records import SweepRecord
-    from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport, Winner
+    from graftwork.tuning.records import TrialRecord, TuneReport, Winner
     from graftwork.tuning.spec import TuneSpec
 
 
@@ -41,8 +41,8 @@ def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
     if not as_json:
         for note in notes:
             say(f"note: {note}")
-    with progress_bar(f"tune {spec.name}", as_json) as bar, session(on) as here:
-        report = here.run(tune, spec, on_progress=lambda p: bar(*_bar(p)))
+    with sweep_progress(f"tune {spec.name}", as_json) as update, session(on) as here:
+        report = here.run(tune, spec, on_progress=update)
     shadow = place_shadow(spec, report) if spec.winner and spec.winner.shadow else None
     ended = Ended("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
     sweep = sweep_record(spec, report.trials, ended)
@@ -51,13 +51,6 @@ def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
         print_json({**report.as_dict(), **said, "shadow": shadow})
     else:
         _show(spec, report, sweep, shadow)
-
-
-def _bar(progress: "TuneProgress") -> tuple[int, int, str]:
-    """Trials, and after them the steps of the winner."""
-    if progress.winner is not None:
-        return progress.winner.step, progress.winner.total_steps, progress.text
-    return progress.done, progress.total, progress.text
 
 
 def _show(spec: "TuneSpec", report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> None:

@@ -1,0 +1,164 @@
+"""A sweep as TensorBoard logs, one folder a trial: `tensorboard --logdir runs/<sweep>/tensorboard`.
+
+    tensorboard/<trial_id>/events.out.tfevents.*    eval_loss by step, what the trial cost, its values (hparams)
+
+What a file holds follows from the trial's record alone. While a sweep runs, what is new is appended, because
+TensorBoard reads on where it was; when a driver begins, all files are written anew, so that a trial that is run again
+has no event twice. For a root in S3 the files are written on this machine, and uploaded when their trial has ended.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graftwork.errors import StorageError, StoreUnreachable
+from graftwork.storage import RunPaths
+from graftwork.tuning.page.values import plain
+from graftwork.tuning.records import TrialRecord
+
+FOLDER = "tensorboard"
+LOSS = "eval_loss"
+
+
+class EventLogs:
+    """The event files of one sweep. The driver alone writes them."""
+
+    def __init__(self, run: RunPaths, began: float, patience_s: float = 0.0) -> None:
+        """began: when the sweep first started, in seconds since 1970. patience_s: `close` waits so long for storage."""
+        self._run, self._began, self._patience_s = run, began, patience_s
+        self._folder = run.store.local_dir(*run.file(FOLDER))
+        self._files: dict[str, _EventFile] = {}
+        self._unsent: set[str] = set()
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+
+    def follow(self, trials: Sequence[TrialRecord]) -> None:
+        """Write what is new. Raises StorageError; storage that is out of reach is tried again at the next change."""
+        for trial in trials:
+            if trial.losses or trial.state in ("running", "failed"):
+                self._write(trial)
+        self._send(0.0)
+
+    def close(self) -> None:
+        """Write no more, upload what is left. Raises StorageError."""
+        for trial_id, file in self._files.items():
+            file.close()
+            self._unsent.add(trial_id)
+        self._send(self._patience_s)
+
+    def _write(self, trial: TrialRecord) -> None:
+        file = self._files.get(trial.trial_id)
+        try:
+            if file is not None and not file.goes_on(trial):
+                file.close()
+                file = None
+            if file is None:
+                self._files[trial.trial_id] = file = _EventFile(self._folder / trial.trial_id, self._began)
+            if file.add(trial):
+                self._unsent.add(trial.trial_id)
+        except OSError as error:
+            raise StorageError(f"write {self._folder}", str(error), "TensorBoard logs lie in the sweep's folder",
+                               "make room on that disk, or set another root") from error  # fmt: skip
+
+    def _send(self, patience_s: float) -> None:
+        """Nothing where the store's own folder was written."""
+        if self._run.store.is_local:
+            return self._unsent.clear()
+        store = self._run.store.patient(patience_s)
+        for trial_id in sorted(self._unsent):
+            try:
+                store.upload(self._folder / trial_id, *self._run.file(FOLDER, trial_id))
+            except StoreUnreachable:
+                if patience_s:
+                    raise
+                return
+            self._unsent.discard(trial_id)
+
+
+class _EventFile:
+    """The event file of one trial."""
+
+    def __init__(self, folder: Path, began: float) -> None:
+        from tensorboardX.record_writer import RecordWriter  # here: it imports torch, which takes seconds
+
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._writer = RecordWriter(str(folder / f"events.out.tfevents.{int(began)}.graftwork"))
+        self._began = began
+        self._losses: tuple[tuple[int, float], ...] = ()
+        self._ended = False
+        self._events = 0
+
+    def goes_on(self, trial: TrialRecord) -> bool:
+        """Whether the record only adds to what is here: not so for a trial that is run again."""
+        return trial.losses[: len(self._losses)] == self._losses and not (self._ended and not _ended(trial))
+
+    def add(self, trial: TrialRecord) -> bool:
+        """Append what is new; whether the trial has just ended."""
+        if self._ended:
+            return False
+        if not self._events:
+            self._event(self._clock(trial, 0), file_version="brain.Event:2")
+            for summary in _asked(trial):
+                self._event(self._clock(trial, 0), summary=summary)
+        for step, loss in trial.losses[len(self._losses) :]:
+            self._event(self._clock(trial, step), step=step, summary=_scalars({LOSS: loss}))
+        self._losses = trial.losses
+        just_ended = _ended(trial)
+        if just_ended:
+            for summary in _outcome(trial):
+                self._event(self._clock(trial, trial.steps), step=trial.steps, summary=summary)
+            self._writer.flush()
+            self.close()
+        else:
+            self._writer.flush()
+        return just_ended
+
+    def close(self) -> None:
+        """Close the file; nothing happens the second time."""
+        if not self._ended:
+            self._ended = True
+            self._writer.close()
+
+    def _clock(self, trial: TrialRecord, step: int) -> float:
+        """Seconds since 1970, its steps taken to be equally long: the ledger keeps no time of each report."""
+        return self._began + trial.started_s + (trial.wall_s * step / trial.steps if trial.steps else 0.0)
+
+    def _event(self, wall_time: float, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events += 1
+        self._writer.write(Event(wall_time=wall_time, **fields).SerializeToString())
+
+
+def _ended(trial: TrialRecord) -> bool:
+    return trial.ended or trial.state == "failed"
+
+
+def _scalars(figures: Mapping[str, float]) -> Any:
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in figures.items()])
+
+
+def _asked(trial: TrialRecord) -> Iterator[Any]:
+    """For the hparams plugin: which keys and figures there are, and this trial's values."""
+    from tensorboardX.summary import hparams
+
+    experiment, start, _ = hparams({key: plain(value) for key, value in trial.values.items()}, {LOSS: 0.0})
+    yield experiment
+    yield start
+
+
+def _outcome(trial: TrialRecord) -> Iterator[Any]:
+    """What it cost, and for the hparams plugin that it ended."""
+    from tensorboardX.proto.api_pb2 import Status
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionEndInfo
+    from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+
+    yield _scalars({**trial.metrics, "wall_s": trial.wall_s, "peak_rss_bytes": trial.peak_rss_bytes})
+    status = Status.Value("STATUS_FAILURE" if trial.state == "failed" else "STATUS_SUCCESS")
+    content = HParamsPluginData(session_end_info=SessionEndInfo(status=status), version=0).SerializeToString()
+    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="hparams", content=content))
+    yield Summary(value=[Summary.Value(tag="_hparams_/session_end_info", metadata=metadata)])
