@@ -1,11 +1,14 @@
 """What follows the search: the finalists run again with other seeds, and what becomes of the winner."""
 
+import re
 from collections.abc import Container
 from typing import Annotated
 
 from pydantic import Field, JsonValue
 
+from graftwork.artifact_manifest import VERSION_PATTERN
 from graftwork.config import Spec
+from graftwork.errors import ConfigError
 from graftwork.storage import NAME_PATTERN
 from graftwork.training.spec import TrainSpec
 
@@ -44,23 +47,35 @@ class WinnerSpec(Spec):
     """null starts no experiment."""
 
 
-def finals_refusal(finals: FinalsSpec | None, num_trials: int, keys: Container[str]) -> str | None:
-    """Why a sweep can't have these finals."""
-    if finals is None:
-        return None
-    if "seed" in keys:
-        return "finals give every finalist the same other seeds, so a seed in the space cannot take effect: take it out"
-    if finals.finalists > num_trials:
-        return f"finals.finalists={finals.finalists} is more than num_trials={num_trials}"
-    return None
+def require_finals(finals: FinalsSpec | None, num_trials: int, keys: Container[str]) -> None:
+    """Raise ConfigError where a sweep can't have these finals."""
+    if finals is not None and "seed" in keys:
+        raise ConfigError(
+            "finals with space.seed", "every finalist runs with the same seeds, train.seed and those that follow",
+            "a seed is what finals average over, and no choice: the best seed is luck", "take `seed` out of the space",
+        )  # fmt: skip
+    if finals is not None and finals.finalists > num_trials:
+        raise ConfigError(
+            f"finals.finalists={finals.finalists}", f"num_trials={num_trials}", "finalists are trials of the search",
+            f"--set finals.finalists={num_trials}" if num_trials > 1 else "--set num_trials=2",
+        )  # fmt: skip
 
 
-def winner_refusal(winner: WinnerSpec | None, train: TrainSpec) -> str | None:
-    """Why the winner of this training spec can't be treated so."""
+def require_placeable(winner: WinnerSpec | None, train: TrainSpec) -> None:
+    """Raise ConfigError where the winner of this training spec can't be treated so."""
     if winner is None:
-        return None
+        return
     if train.alias is not None and "alias" in train.model_fields_set:
-        return f"train.alias={train.alias!r} cannot take effect: the winner's alias is winner.alias"
+        raise ConfigError(
+            f"train.alias={train.alias!r} with `winner`", "it cannot take effect",
+            "the winner's alias is winner.alias, and trials publish nothing", "take train.alias out",
+        )  # fmt: skip
     if train.adapter.kind == "full" and (winner.alias or winner.shadow):
-        return "winner.alias and winner.shadow name an adapter, and adapter.kind=full trains a base"
-    return None
+        raise ConfigError(
+            "winner.alias or winner.shadow with train.adapter.kind=full", "all weights are trained",
+            "an alias names an adapter, and a base has none", "leave both out: `winner: {}` publishes the base",
+        )  # fmt: skip
+    if winner.alias and re.fullmatch(VERSION_PATTERN, winner.alias):
+        raise ConfigError(
+            f"winner.alias={winner.alias!r}", "it looks like a version", "12 hex digits name a version", "rename it"
+        )

@@ -11,7 +11,7 @@ from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.adapter_spec import with_kind
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.default_space import default_space
-from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec, finals_refusal, winner_refusal
+from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec, require_finals, require_placeable
 from graftwork.tuning.goal_spec import Goal, Goals
 from graftwork.tuning.scheduler_spec import (
     AshaSpec,
@@ -144,10 +144,8 @@ class TuneSpec(Spec):
             raise ValueError(f"report_every={self.report_every} is more than steps={self.steps}: no report would come")
         if self.scheduler is not None and (reason := refusal(self.scheduler, self.steps, self.report_every)):
             raise ValueError(reason)
-        if reason := finals_refusal(self.finals, self.num_trials, self.space):
-            raise ValueError(reason)
-        if reason := winner_refusal(self.winner, self.train):
-            raise ValueError(reason)
+        require_finals(self.finals, self.num_trials, self.space)
+        require_placeable(self.winner, self.train)
         return self
 
     def recipe(self) -> dict[str, Any]:

@@ -112,8 +112,8 @@ def test_a_repeat_stays_one_when_the_sweep_goes_on(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"space": {**RANKS, "seed": {"kind": "choice", "values": [0, 1]}}}, "a seed in the space cannot take effect"),
-        ({"finals": {"finalists": 6}}, "finals.finalists=6 is more than num_trials=5"),
+        ({"space": {**RANKS, "seed": {"kind": "choice", "values": [0, 1]}}}, "take `seed` out of the space"),
+        ({"finals": {"finalists": 6}}, "finals.finalists=6: num_trials=5"),
         ({"finals": {"repeats": 1}}, "greater than or equal to 2"),
     ],
 )
@@ -315,7 +315,7 @@ def test_the_winner_is_kept_with_the_sweep_and_measured_for_what_it_forgot() -> 
 @pytest.mark.parametrize(
     ("train", "said"),
     [
-        ({"alias": "prod"}, "train.alias='prod' cannot take effect"),
+        ({"alias": "prod"}, "train.alias='prod' with `winner`: it cannot take"),
         ({"adapter": {"kind": "full"}, "optim": {"lr": 1e-5}}, "trains a base"),
     ],
 )
