@@ -316,7 +316,7 @@ def test_the_winner_is_kept_with_the_sweep_and_measured_for_what_it_forgot() -> 
     ("train", "said"),
     [
         ({"alias": "prod"}, "train.alias='prod' with `winner`: it cannot take"),
-        ({"adapter": {"kind": "full"}, "optim": {"lr": 1e-5}}, "trains a base"),
+        ({"adapter": {"kind": "full"}, "optim": {"lr": 1e-5}}, "a base has none"),
     ],
 )
 def test_a_winner_that_cannot_be_placed_is_refused(train: dict[str, Any], said: str) -> None:
