@@ -197,3 +197,11 @@ def test_the_plan_counts_the_steps_that_early_stopping_leaves() -> None:
     spec = sweep(GRID, num_trials=8, steps=8, scheduler={"grace_steps": 2, "reduction": 2}, report_every=2)
     assert expected_share(spec, 8) == (8 * 2 + 4 * 2 + 2 * 4) / 64
     assert expected_share(sweep(GRID, scheduler=None), 8) == 1.0
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "examples").glob("tune*.yaml")), ids=lambda p: p.name
+)
+def test_an_example_is_a_short_valid_spec(path: Path) -> None:
+    assert isinstance(config.load(path, expect="tune"), TuneSpec)
+    assert len(path.read_text().splitlines()) < 60
