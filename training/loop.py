@@ -46,7 +46,7 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
             if job.parts:
                 from graftwork.training.outcomes.measure import measure_finished
 
-                measure_finished(job, start.step, _device(spec), rank, world)
+                measure_finished(job, start.step, device_of(spec), rank, world)
             return _result(log, plan.steps, start.elapsed_s, stopped=False, notes=start.notes)
         start.require_loadable(spec)
         import torch
@@ -64,7 +64,7 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
         torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
         base = base_model.resolve(spec.base)
         holding = sharding(spec, plan, world, base)
-        loaded = base_model.load(base, spec.quant, device=_device(spec), purpose="train", shards=layout(spec))
+        loaded = base_model.load(base, spec.quant, device=device_of(spec), purpose="train", shards=layout(spec))
         outcomes = Measuring(job, base, rank, world)
         outcomes.before(loaded.model)
         model = _with_adapter(job, loaded)
@@ -127,7 +127,8 @@ def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
     return model
 
 
-def _device(spec: TrainSpec) -> str:
+def device_of(spec: TrainSpec) -> str:
+    """Where this worker computes."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if spec.gpus_per_worker > 0 else "cpu"
 
 
