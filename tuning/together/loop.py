@@ -29,7 +29,7 @@ def run_together(jobs: Mapping[str, TrainJob], report: Reports) -> None:
     """Train the jobs' adapters on the rows that they share; `rule.can_share` holds for each two. A trial whose loss is
     no number leaves, and so does one that `report` stops; the others go on as they would have.
 
-    `report` is called where a step is evaluated, and when a trial is lost. Raises BaseModelError, ConfigError.
+    `report` is called every `report_every` steps, where one is evaluated, and when a trial is lost. Raises BaseModelError, ConfigError.
     """
     job = next(iter(jobs.values()))
     spec, plan = job.spec, plan_of(job, 1)
@@ -71,7 +71,7 @@ class _Run:
         if self._due() and self.adapters.trials and self.job.data.eval is not None:
             held_out = dict(zip(self._keys(), self._held_out(self.job.data.eval), strict=True))
             lost |= self._without(held_out, "the held-out loss")
-        if not (held_out or lost):
+        if not (lost or held_out or self.done % self.job.report_every == 0 or self.done == self.plan.steps):
             return
         reports = {key: self._report(taken[key], held_out.get(key), step_s) for key in self._keys()}
         goes_on = report(reports, lost)

@@ -1,0 +1,148 @@
+"""Four LoRA trials at once on one frozen base, against the same four one after the other: seconds and losses.
+
+    python -m benchmarks.together                      3 rounds of each size of forward pass, about 30 minutes on 2 cores
+
+Rows of airport-card, SmolLM2-135M at nf4, LoRA on all linears (ranks 4, 16, 16, 64, four learning rates), 8 rows a
+step, held-out loss of 16 rows every 4 steps, as in a sweep of `graftwork tune`. Arms, in turns, each a process of as
+many threads as cores: `serial` (the loop of `graftwork train`, four times in one process), `together`
+(`tuning.together`), `single` (the latter with one trial at a time: what its layers gain without any sharing). Steps
+are compared without the first, which four trials can share because their adapters are still equal; `run` is all steps
+and evaluations; `process` the whole process, imports and base included. Wall seconds, and CPU seconds, which a busy
+machine disturbs less.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.base import URI
+from benchmarks.record import Clock, Figure, figure, ratios, write
+from graftwork import config
+from graftwork.errors import RunError
+from graftwork.training.job import TrainJob
+from graftwork.training.steplog import StepReport
+from graftwork.tuning.run import Sweep
+from graftwork.tuning.space import Values
+from graftwork.tuning.spec import TuneSpec
+
+TRIALS: tuple[Values, ...] = tuple(
+    {"adapter.rank": rank, "optim.lr": lr} for rank, lr in ((16, 1e-3), (16, 4e-3), (4, 2e-3), (64, 2e-3))
+)
+ARMS = ("serial", "together", "single")
+SIZES = (4, 2, 1)
+REPORT_EVERY = 4
+
+
+def jobs(micro_batch: int, steps: int) -> dict[str, TrainJob]:
+    """The trials' jobs as a sweep would make them."""
+    space = {key: {"kind": "choice", "values": sorted({one[key] for one in TRIALS})} for key in TRIALS[0]}  # type: ignore[type-var]
+    train: dict[str, Any] = {
+        "name": "airport-card",
+        "base": URI,
+        "data": {"train": "recipe://airport-card/train.jsonl", "eval": "recipe://airport-card/valid.jsonl"},
+        "prompt": {"system": "Answer with one airport card as JSON."},
+        "optim": {"rows_per_step": 8, "micro_batch": micro_batch, "warmup_ratio": 0},
+        "num_workers": 1,
+        "cpus_per_worker": os.cpu_count() or 1,
+    }
+    given = {"name": "together", "train": train, "space": space, "num_trials": 16, "steps": steps,
+             "report_every": REPORT_EVERY, "eval_rows": 16, "scheduler": None, "max_concurrent": 1}  # fmt: skip
+    sweep = Sweep.of(config.validate(TuneSpec, given, where="benchmarks.together"))
+    return {json.dumps(values): sweep.job(values) for values in TRIALS}
+
+
+def child(arm: str, micro_batch: int, steps: int) -> dict[str, Any]:
+    """What one process measured."""
+    every = {key: replace(job, report_every=1) for key, job in jobs(micro_batch, steps).items()}
+    apart = arm != "together"
+    loops = [measured(arm, {key: job}) for key, job in every.items()] if apart else [measured(arm, every)]
+    sums = {name: sum(one[name] for one in loops) for name in ("run_s", "steps_s", "later_s", "later_cpu_s")}
+    return {**sums, "cpu_s": time.process_time(), "losses": {k: v for one in loops for k, v in one["losses"].items()}}
+
+
+def measured(arm: str, trials: Mapping[str, TrainJob]) -> dict[str, Any]:
+    """One loop: seconds from its first step on, those after the first step, and the held-out losses in the end."""
+    from graftwork.training.loop import run_steps
+    from graftwork.tuning.together.loop import run_together
+
+    seen: list[StepReport] = []
+    clocks: list[tuple[float, float]] = []
+    losses: dict[str, float] = {}
+
+    def note(steps: Mapping[str, StepReport], lost: Mapping[str, RunError]) -> dict[str, bool]:
+        assert not lost, f"a trial diverged: {lost}"
+        seen.append(next(iter(steps.values())))
+        clocks.append((time.perf_counter(), time.process_time()))
+        losses.update({key: step.eval_loss for key, step in steps.items() if step.eval_loss is not None})
+        return dict.fromkeys(steps, True)
+
+    if arm == "serial":
+        ((key, job),) = trials.items()
+        run_steps(job, lambda step: note({key: step}, {})[key])
+    else:
+        run_together(trials, note)
+    (first_s, first_cpu_s), (last_s, last_cpu_s) = clocks[0], clocks[-1]
+    steps_s = sum(step.step_s for step in seen[1:])
+    return {"run_s": seen[-1].elapsed_s, "steps_s": steps_s, "later_s": last_s - first_s,
+            "later_cpu_s": last_cpu_s - first_cpu_s, "losses": losses}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="rows of a forward pass of one trial")
+    parser.add_argument("--child", nargs=2, metavar=("ARM", "SIZE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(args.child[0], int(args.child[1]), args.steps)))
+        return
+    clock, detail = Clock(), []
+    for number in range(args.rounds):
+        for size in args.sizes:
+            for arm in ARMS:
+                began = time.perf_counter()
+                command = [sys.executable, "-m", "benchmarks.together", "--child", arm, str(size)]
+                done = subprocess.run(
+                    [*command, "--steps", str(args.steps)], check=True, stdout=subprocess.PIPE, text=True
+                )
+                found = json.loads(done.stdout.splitlines()[-1])
+                detail.append({"round": number, "micro_batch": size, "arm": arm, **found,
+                               "process_s": time.perf_counter() - began})  # fmt: skip
+                print({key: value for key, value in detail[-1].items() if key != "losses"}, flush=True)
+
+    def samples(size: int, arm: str, name: str) -> list[float]:
+        return [one[name] for one in detail if (one["micro_batch"], one["arm"]) == (size, arm)]
+
+    figures: dict[str, Figure] = {}
+    for size in args.sizes:
+        for name in ("steps_s", "later_s", "later_cpu_s", "run_s", "process_s", "cpu_s"):
+            over = samples(size, "serial", name)
+            for arm in ARMS[1:]:
+                figures[f"{arm}_{size}_{name}"] = figure(ratios(over, samples(size, arm, name)), "x")
+        for arm in ARMS:
+            figures[f"{arm}_{size}"] = figure(samples(size, arm, "later_s"), "s")
+    figures["loss_apart"] = figure(apart(detail), "share")
+    meta = {"rounds": args.rounds, "steps": args.steps, "threads": os.cpu_count(), "trials": TRIALS}
+    write("together", args.out, figures, detail, meta, clock)
+
+
+def apart(detail: list[dict[str, Any]]) -> list[float]:
+    """How far each trial's last held-out loss lies from the serial one of the same round and size, relative."""
+    serial = {(one["round"], one["micro_batch"]): one["losses"] for one in detail if one["arm"] == "serial"}
+    return [
+        abs(loss - serial[one["round"], one["micro_batch"]][key]) / serial[one["round"], one["micro_batch"]][key]
+        for one in detail if one["arm"] == "together" for key, loss in one["losses"].items()
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
