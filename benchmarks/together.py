@@ -1,6 +1,6 @@
 """Four LoRA trials at once on one frozen base, against the same four one after the other: seconds and losses.
 
-    python -m benchmarks.together                      3 rounds of each size of forward pass, about 30 minutes on 2 cores
+    python -m benchmarks.together                  3 rounds of each size of forward pass, about 30 minutes on 2 cores
 
 Rows of airport-card, SmolLM2-135M at nf4, LoRA on all linears (ranks 4, 16, 16, 64, four learning rates), 8 rows a
 step, held-out loss of 16 rows every 4 steps, as in a sweep of `graftwork tune`. Arms, in turns, each a process of as

@@ -1,7 +1,7 @@
 """The trials under Ray Tune: the only module that starts it.
 
-A process trains one trial. Tune gives it its place in the cluster and takes it back; which trials there are is the
-ledger's and the search's business, which go on the judge's.
+A process trains one trial, or with `together` several. Tune gives it its place in the cluster and takes it back; which
+trials there are is the ledger's and the search's business, which go on the judge's.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.search import Search, Wait
 from graftwork.tuning.space import Values, rows_key
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.together.group import group_of
 from graftwork.tuning.trial import Told, run_trial
 from graftwork.tuning.watch import Interrupt, Watch
 
@@ -125,9 +126,11 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
             return str(Searcher.FINISHED)  # not before: a trial that fails may be run again
         if chosen is None or isinstance(chosen, Wait):
             return None
-        spec = self._sweep.spec_of(chosen)
-        self._sweep.ledger.update(chosen.trial_id, state="running", started_s=self._sweep.clock())
-        return Told({chosen.trial_id: spec.model_dump_json()}, rows_key(chosen.values)).config()
+        sweep, rows = self._sweep, rows_key(chosen.values)
+        group = group_of(chosen, sweep.spec.together, sweep.ledger, sweep.search, sweep.spec_of, sweep.rows[rows])
+        for trial_id in group:
+            sweep.ledger.update(trial_id, started_s=sweep.clock())
+        return Told({trial_id: spec.model_dump_json() for trial_id, spec in group.items()}, rows).config()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The ledger knows."""

@@ -51,6 +51,10 @@ class Ledger:
         for record in self.trials:
             if record.state == "pending":
                 return record
+        return self.draw(search)
+
+    def draw(self, search: Search) -> TrialRecord | Wait | None:
+        """What the search suggests, pending from now on."""
         chosen = search.suggest(self.trials)
         return self._add(chosen) if isinstance(chosen, Suggestion) else chosen
 

@@ -1,21 +1,23 @@
-"""One trial, in its own process: the training loop of `train`, reporting held-out loss to Ray Tune."""
+"""The process of a trial, or of several together: the loop of `train`, which reports held-out losses to Ray Tune."""
 
 import math
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray import tune
 
+from graftwork.errors import RunError
 from graftwork.training.data import PreparedData
 from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 from graftwork.tuning.costs import Costs
+from graftwork.tuning.failures import message_of
 
 
 @dataclass(frozen=True)
@@ -37,32 +39,49 @@ def run_trial(
 ) -> None:
     """Tune's function trainable; `config` is that of `Told`. Runs in a Tune actor process.
 
-    A trial that is to stop reads it on the board after its report, and returns. Raises NonFiniteLoss.
+    A trial that is to stop reads it on the board after its report, and leaves. Raises NonFiniteLoss for one that is
+    trained alone; of several the one that diverges leaves.
     """
     told = Told(**config)
-    ((trial_id, asked),) = told.trials.items()
-    spec = TrainSpec.model_validate_json(asked)
-    costs = Costs(spec)
+    specs = {trial_id: TrainSpec.model_validate_json(asked) for trial_id, asked in told.trials.items()}
+    jobs = {
+        key: TrainJob(spec, rows[told.rows], max_steps=steps, eval_every=report_every) for key, spec in specs.items()
+    }
+    telling = _Telling(specs, board)
+    if len(jobs) > 1:
+        from graftwork.tuning.together.loop import run_together  # imports torch, which the driver need not have
+
+        run_together(jobs, telling.tell)
+        return
+    ((trial_id, job),) = jobs.items()
 
     def report(step: StepReport) -> bool:
-        costs.add(step)
-        if step.eval_loss is None:
-            return True
-        if not math.isfinite(step.eval_loss):
+        if step.eval_loss is not None and not math.isfinite(step.eval_loss):
             raise NonFiniteLoss(f"trial {trial_id}", f"the held-out loss is {step.eval_loss} at step {step.step}")
-        told_now = {"trials": {trial_id: [step.step, step.eval_loss]}, "metrics": {trial_id: costs.metrics()}}
-        tune.report({"peak_rss_bytes": peak_rss_bytes(), **told_now})
-        return all(ray.get(board.goes_on.remote([trial_id])))
+        return telling.tell({trial_id: step}, {})[trial_id]
 
-    run_steps(
-        TrainJob(
-            spec,
-            rows[told.rows],
-            max_steps=steps,
-            eval_every=report_every,
-        ),
-        report,
-    )
+    run_steps(job, report)
+
+
+class _Telling:
+    """Tells Tune of the trials of this process, and reads from the board which of them go on."""
+
+    def __init__(self, specs: Mapping[str, TrainSpec], board: Any) -> None:
+        self._costs = {trial_id: Costs(spec) for trial_id, spec in specs.items()}
+        self._board = board
+
+    def tell(self, steps: Mapping[str, StepReport], lost: Mapping[str, RunError]) -> dict[str, bool]:
+        """Of one step of each trial; `lost`: what ended others. Seconds are counted in equal shares."""
+        for trial_id, step in steps.items():
+            self._costs[trial_id].add(replace(step, step_s=step.step_s / len(steps)))
+        losses = {key: [step.step, step.eval_loss] for key, step in steps.items() if step.eval_loss is not None}
+        goes_on = dict.fromkeys(steps, True)
+        if not losses and not lost:
+            return goes_on
+        metrics = {trial_id: self._costs[trial_id].metrics() for trial_id in losses}
+        why = {trial_id: message_of(error) for trial_id, error in lost.items()}
+        tune.report({"peak_rss_bytes": peak_rss_bytes(), "trials": losses, "metrics": metrics, "lost": why})
+        return goes_on | dict(zip(losses, ray.get(self._board.goes_on.remote(list(losses))), strict=True))
 
 
 def peak_rss_bytes() -> int:

@@ -121,6 +121,8 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
             for trial_id, (step, loss) in result["trials"].items():
                 if self._is_news(trial, trial_id, step) and self._report(trial_id, step, loss, result) == "stopped":
                     stopped.append(trial_id)
+            for trial_id, message in result.get("lost", {}).items():
+                self._lost(trial, trial_id, Failure("diverged", message))
             if stopped:
                 ray.get(self._board.stop.remote(stopped))
             self._on_change()
@@ -130,14 +132,18 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
             return
         with self._giving_up():
             for trial_id in trial.config["trials"]:
-                record = self._ledger.records[trial_id]
-                if record.state == "running" and self._attempt.get(trial_id, trial.trial_id) == trial.trial_id:
-                    kills = kernel_kills() - self._kernel_kills.get(trial_id, kernel_kills())
-                    self._change(trial_id, **self._after_failure(record, failure_of(_error(trial), kills)))
-                    self._attempt.pop(trial_id, None)
+                kills = kernel_kills() - self._kernel_kills.get(trial_id, kernel_kills())
+                self._lost(trial, trial_id, failure_of(_error(trial), kills))
             if (error := hopeless(self._ledger.trials)) is not None:
                 raise error
             self._on_change()
+
+    def _lost(self, trial: Trial, trial_id: str, failure: Failure) -> None:
+        """Enter why this attempt of a trial ended, unless it is over already."""
+        record = self._ledger.records[trial_id]
+        if record.state == "running" and self._attempt.get(trial_id, trial.trial_id) == trial.trial_id:
+            self._change(trial_id, **self._after_failure(record, failure))
+            self._attempt.pop(trial_id, None)
 
     def _is_news(self, trial: Trial, trial_id: str, step: int) -> bool:
         """Neither a report of an attempt that is over nor one that was there before."""

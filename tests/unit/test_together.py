@@ -1,6 +1,7 @@
-"""Trials trained together in one process against the loop that trains one: the same numbers, whatever is beside them."""
+"""Trials trained together in one process against the loop that trains one: the same numbers, whoever is beside."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from graftwork.errors import RunError
 from graftwork.training.data import prepare
 from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
-from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 from graftwork.tuning.together.loop import run_together
 from graftwork.tuning.together.rule import can_share, why_alone
@@ -85,3 +85,74 @@ def test_each_trial_takes_the_steps_that_it_takes_alone(
     for key in keys:
         same(seen.steps[key], one_by_one[key])
     assert not seen.lost
+
+
+def test_a_trial_that_leaves_does_not_disturb_the_others(
+    folder: Path, one_by_one: dict[str, list[StepReport]]
+) -> None:
+    """One is stopped, one diverges in its third step, and both stood between those that stay."""
+    diverging = {"adapter.rank": 4, "optim.lr": 1e38, "optim.schedule": "constant"}
+    seen = Seen({"decayed": 2})
+    jobs = {key: job_of(folder, **changes) for key, changes in {**TRIALS, "diverging": diverging}.items()}
+    run_together(jobs, seen)
+    same(seen.steps["decayed"], one_by_one["decayed"][:2])
+    for key in ("first", "wide", "clipped"):
+        same(seen.steps[key], one_by_one[key])
+    assert [*seen.lost] == ["diverging"]
+    assert "step 2 of 5: the held-out loss is nan" in str(seen.lost["diverging"])
+
+
+def test_a_loss_that_is_no_number_is_noticed_at_its_step(folder: Path) -> None:
+    diverging = {"adapter.rank": 4, "optim.lr": 1e38, "optim.schedule": "constant"}
+    job = replace(job_of(folder, **diverging), eval_every=STEPS)
+    with pytest.raises(NonFiniteLoss) as error:
+        alone(job)
+    seen = Seen()
+    run_together({"diverging": job}, seen)
+    assert str(seen.lost["diverging"]).startswith(str(error.value).partition(";")[0])
+    assert [step.step for step in seen.steps["diverging"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quant.kind": "nf4", "quant.resident": "packed", "optim.gradient_checkpointing": True},
+        {"objective": {"kind": "sft", "packing": "best_fit"}, "max_length": 96, "adapter.targets": "mlp"},
+    ],
+    ids=["packed nf4, checkpointing", "packed rows, some targets"],
+)
+def test_other_bases_rows_and_targets(folder: Path, changes: dict[str, Any]) -> None:
+    trials = {key: {**TRIALS[key], **changes} for key in ("first", "wide")}
+    seen = Seen()
+    run_together({key: job_of(folder, **of) for key, of in trials.items()}, seen)
+    for key, of in trials.items():
+        same(seen.steps[key], alone(job_of(folder, **of)))
+
+
+def test_trials_that_differ_in_what_each_has_of_its_own_can_share(folder: Path) -> None:
+    specs = [job_of(folder, **changes).spec for changes in TRIALS.values()]
+    assert all(can_share(specs[0], other) for other in specs)
+    for key, value in {"adapter.targets": "mlp", "seed": 1, "optim.micro_batch": 1, "quant.kind": "nf4"}.items():
+        assert not can_share(specs[0], job_of(folder, **{key: value}).spec), key
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "reason"),
+    [
+        ({"adapter.dora": True}, {}, "adapter.dora"),
+        ({"adapter.dropout": 0.1}, {}, "adapter.dropout=0.1"),
+        ({"adapter": {"kind": "ia3"}}, {}, "adapter.kind=ia3"),
+        ({"objective": {"kind": "sft", "answers": {}}}, {}, "objective.answers"),
+        ({"num_workers": 2}, {}, "num_workers=2"),
+        ({}, {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({}, {"num_local_experts": 8}, "num_local_experts"),
+    ],
+    ids=str,
+)
+def test_what_goes_alone_says_why(folder: Path, changes: dict[str, Any], config: dict[str, Any], reason: str) -> None:
+    spec = task(folder, **{"quant.kind": "none", "num_workers": 1, **changes})
+    found = why_alone(spec, config)
+    assert found is not None
+    assert reason in found
+    assert bool(config) or not can_share(spec, spec)
+    assert why_alone(job_of(folder).spec, {"attention_dropout": 0.0, "hidden_size": 64}) is None

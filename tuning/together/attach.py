@@ -73,7 +73,9 @@ def _flat(layers: Mapping[str, LoraLayer], places: Sequence[Place], number: int)
     rank = layers[places[0].names[0]].r[adapter]
     size = rank * sum(len(place.names) * place.inputs + sum(place.outputs) for place in places)
     weights_1P = torch.zeros((1, size), device=layers[places[0].names[0]].lora_A[adapter].weight.device)
-    for place, a_1SI, bs_1OR in zip(places, cut_a(weights_1P, places, rank), cut_b(weights_1P, places, rank), strict=True):
+    for place, a_1SI, bs_1OR in zip(
+        places, cut_a(weights_1P, places, rank), cut_b(weights_1P, places, rank), strict=True
+    ):
         a_1SI[0] = torch.cat([layers[name].lora_A[adapter].weight for name in place.names])
         for name, b_1OR in zip(place.names, bs_1OR, strict=True):
             b_1OR[0] = layers[name].lora_B[adapter].weight

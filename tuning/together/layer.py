@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from graftwork.tuning.together.adapters import Adapters, Place, Stack
+from graftwork.tuning.together.adapters import Adapters, Stack
 
 
 class Siblings:
@@ -18,7 +18,9 @@ class Siblings:
 
     def __init__(self, adapters: Adapters, number: int, bases: list[torch.nn.Module]) -> None:
         self.adapters, self.number, self.bases = adapters, number, bases
-        self.plain = all(type(base) is torch.nn.Linear for base in bases)
+        plain = [base for base in bases if type(base) is torch.nn.Linear]
+        self.plain = plain if len(plain) == len(bases) else []
+        """All or none: gradients go through them here, through other kinds of linear by autograd."""
         self._anchor = torch.zeros((), device=next(bases[0].parameters()).device, requires_grad=True)
         self._input: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
@@ -27,7 +29,7 @@ class Siblings:
         """Of one of them; the others' wait until they are asked with the same input."""
         if x is not self._input or which not in self._waiting:
             given = () if self.plain else tuple(base(x) for base in self.bases)
-            outputs = _Added.apply(x, self._anchor, self, *given)
+            outputs = _Added.apply(x, self._anchor, self, *given)  # type: ignore[no-untyped-call]  # torch's own
             self._input, self._waiting = x, dict(enumerate(outputs))
         found = self._waiting.pop(which)
         if not self._waiting:
@@ -50,7 +52,7 @@ class Siblings:
         if not self.plain:
             return torch.zeros_like(x)
         dx = torch.zeros((x[..., 0].numel(), x.shape[-1]), dtype=x.dtype, device=x.device)
-        for gradient, base in zip(gradients, self.bases, strict=True):
+        for gradient, base in zip(gradients, self.plain, strict=True):
             dx.addmm_(gradient.reshape(-1, gradient.shape[-1]), base.weight)
         return dx.view_as(x)
 
@@ -78,7 +80,7 @@ class _Added(torch.autograd.Function):
         if given:
             outputs = [output.clone() for output in given]
         else:
-            outputs = [torch.nn.functional.linear(x, base.weight, base.bias) for base in here.bases]
+            outputs = [torch.nn.functional.linear(x, base.weight, base.bias) for base in here.plain]
         inner = []
         for stack, (x_MNI, *ys) in here.parts(x, *outputs):
             inner.append(x_MNI @ stack.a[here.number].mT)
@@ -108,4 +110,5 @@ class _Added(torch.autograd.Function):
 
 def _each(h: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, ...]:
     """(M, N, S * R) -> S times (M, N, R)."""
-    return h.split(stack.rank, dim=-1)
+    parts: tuple[torch.Tensor, ...] = h.split(stack.rank, dim=-1)
+    return parts

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from graftwork import base_model
-from graftwork.training.batches import StepPlan
 from graftwork.errors import RunError
+from graftwork.training.batches import StepPlan
 from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.logits import trained_logits
 from graftwork.training.loop import device_of, plan_of
@@ -29,7 +29,8 @@ def run_together(jobs: Mapping[str, TrainJob], report: Reports) -> None:
     """Train the jobs' adapters on the rows that they share; `rule.can_share` holds for each two. A trial whose loss is
     no number leaves, and so does one that `report` stops; the others go on as they would have.
 
-    `report` is called every `report_every` steps, where one is evaluated, and when a trial is lost. Raises BaseModelError, ConfigError.
+    `report` is called every `report_every` steps, where one is evaluated, and when a trial is lost. Raises
+    BaseModelError, ConfigError.
     """
     job = next(iter(jobs.values()))
     spec, plan = job.spec, plan_of(job, 1)

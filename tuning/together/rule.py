@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from graftwork.training.objective_spec import CptSpec, SftSpec
+from graftwork.training.objective_spec import SftSpec
 from graftwork.training.spec import LoraSpec, TrainSpec
+from graftwork.training.text_spec import CptSpec
 
 OWN = {
     "adapter": ("rank", "alpha", "rslora"),
@@ -21,6 +22,8 @@ def can_share(one: TrainSpec, other: TrainSpec) -> bool:
 def why_alone(spec: TrainSpec, base: Mapping[str, Any] | None = None) -> str | None:
     """What of a spec keeps a trial from sharing its process; None where it can. `base`: the model's config.json."""
     adapter, objective = spec.adapter, spec.objective
+    if spec.num_workers > 1:
+        return f"num_workers={spec.num_workers}: its workers share its rows"
     if not isinstance(adapter, LoraSpec):
         return f"adapter.kind={adapter.kind}: LoRA trials alone share a base"
     if adapter.dora:
@@ -35,6 +38,8 @@ def why_alone(spec: TrainSpec, base: Mapping[str, Any] | None = None) -> str | N
         return "init_from or stack_on: each trial begins from an adapter of its own"
     if dropped := _dropout_of(base or {}):
         return f"the base trains with {dropped}: what is dropped would depend on the trials beside it"
+    if experts := next((key for key in base or {} if "experts" in key), None):
+        return f"the base has {experts}: it deals the tokens of all rows to them"
     return None
 
 
