@@ -87,9 +87,7 @@ def test_each_trial_takes_the_steps_that_it_takes_alone(
     assert not seen.lost
 
 
-def test_a_trial_that_leaves_does_not_disturb_the_others(
-    folder: Path, one_by_one: dict[str, list[StepReport]]
-) -> None:
+def test_a_trial_that_leaves_does_not_disturb_the_others(folder: Path, one_by_one: dict[str, list[StepReport]]) -> None:
     """One is stopped, one diverges in its third step, and both stood between those that stay."""
     diverging = {"adapter.rank": 4, "optim.lr": 1e38, "optim.schedule": "constant"}
     seen = Seen({"decayed": 2})

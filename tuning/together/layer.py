@@ -51,9 +51,10 @@ class Siblings:
         """The gradient of the input by way of the frozen weights; zeros where autograd takes that way itself."""
         if not self.plain:
             return torch.zeros_like(x)
-        dx = torch.zeros((x[..., 0].numel(), x.shape[-1]), dtype=x.dtype, device=x.device)
-        for gradient, base in zip(gradients, self.plain, strict=True):
-            dx.addmm_(gradient.reshape(-1, gradient.shape[-1]), base.weight)
+        first, *others = (gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients)
+        dx = first @ self.plain[0].weight
+        for gradient, base in zip(others, self.plain[1:], strict=True):
+            dx.addmm_(gradient, base.weight)
         return dx.view_as(x)
 
 

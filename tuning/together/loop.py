@@ -20,6 +20,8 @@ from graftwork.training.rows.token_rows import IGNORED, Rows
 from graftwork.training.steplog import StepReport
 from graftwork.tuning.together.adapters import Adapters
 from graftwork.tuning.together.attach import attach_together
+from graftwork.tuning.together.attention import prefer_products
+from graftwork.tuning.together.losses import summed_losses
 
 Reports = Callable[[Mapping[str, StepReport], Mapping[str, RunError]], Mapping[str, bool]]
 """Called with the step of each trial, by its key, and with what ended others since the last call. False stops one."""
@@ -41,6 +43,7 @@ def run_together(jobs: Mapping[str, TrainJob], report: Reports) -> None:
         from graftwork.training.objectives.apart import require_apart
 
         require_apart(model)
+    prefer_products(model)
     adapters = attach_together(model, jobs, plan.steps)
     if spec.optim.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -143,7 +146,7 @@ class _Run:
         copies = self.adapters.copies
         inputs = {key: t.to(self.model.device).repeat(copies, 1) for key, t in batch.items() if key != "attention_mask"}
         logits_NV, targets_N = trained_logits(self.model, self.model.get_output_embeddings(), inputs)
-        return torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none").view(copies, -1).sum(1)
+        return summed_losses(logits_NV, targets_N, copies)
 
     def _of_each(self, of_copies: torch.Tensor) -> list[float]:
         """One value a trial; fresh ones have the same."""
