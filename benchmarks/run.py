@@ -34,6 +34,7 @@ BENCHMARKS = (
     "experiment",
     "sequential",
     "strategies",
+    "together",
 )
 TIMEOUT_S = 900
 

@@ -24,13 +24,18 @@ from typing import Any
 
 from benchmarks.base import URI
 from benchmarks.record import Clock, Figure, figure, ratios, write
-from graftwork import config
+from graftwork import base_model, config
 from graftwork.errors import RunError
+from graftwork.memory import predict_training
+from graftwork.model_shape import ModelShape
 from graftwork.training.job import TrainJob
+from graftwork.training.settled import sizes_of
 from graftwork.training.steplog import StepReport
 from graftwork.tuning.run import Sweep
 from graftwork.tuning.space import Values
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.together.memory import predict_together
+from graftwork.tuning.trial import peak_rss_bytes
 
 TRIALS: tuple[Values, ...] = tuple(
     {"adapter.rank": rank, "optim.lr": lr} for rank, lr in ((16, 1e-3), (16, 4e-3), (4, 2e-3), (64, 2e-3))
@@ -64,7 +69,19 @@ def child(arm: str, micro_batch: int, steps: int) -> dict[str, Any]:
     apart = arm != "together"
     loops = [measured(arm, {key: job}) for key, job in every.items()] if apart else [measured(arm, every)]
     sums = {name: sum(one[name] for one in loops) for name in ("run_s", "steps_s", "later_s", "later_cpu_s")}
-    return {**sums, "cpu_s": time.process_time(), "losses": {k: v for one in loops for k, v in one["losses"].items()}}
+    losses = {key: loss for one in loops for key, loss in one["losses"].items()}
+    peaks = {"peak_bytes": peak_rss_bytes(), "predicted_bytes": predicted(arm, every)}
+    return {**sums, "cpu_s": time.process_time(), **peaks, "losses": losses}
+
+
+def predicted(arm: str, trials: Mapping[str, TrainJob]) -> int:
+    """Peak of a process of that arm, as planned."""
+    specs, data = [job.spec for job in trials.values()], next(iter(trials.values())).data
+    shape = ModelShape.from_config(base_model.resolve(specs[0].base).config)
+    rows, width = sizes_of(data.train), base_model.compute_dtype(specs[0].quant, "cpu")[0].itemsize
+    if arm == "together":
+        return predict_together(specs, shape, rows, value_bytes=width).peak_bytes
+    return max(predict_training(spec, shape, rows, value_bytes=width).peak_bytes for spec in specs)
 
 
 def measured(arm: str, trials: Mapping[str, TrainJob]) -> dict[str, Any]:
@@ -130,18 +147,28 @@ def main() -> None:
                 figures[f"{arm}_{size}_{name}"] = figure(ratios(over, samples(size, arm, name)), "x")
         for arm in ARMS:
             figures[f"{arm}_{size}"] = figure(samples(size, arm, "later_s"), "s")
-    figures["loss_apart"] = figure(apart(detail), "share")
+    sizes = [one["predicted_bytes"] / one["peak_bytes"] for one in detail if one["arm"] == "together"]
+    figures["peak_predicted"] = figure(sizes, "x")
+    figures["loss_apart"] = figure(apart(detail, "together"), "share")
+    if len(args.sizes) > 1:
+        figures["rounding_apart"] = figure(apart(detail, "serial"), "share")
     meta = {"rounds": args.rounds, "steps": args.steps, "threads": os.cpu_count(), "trials": TRIALS}
     write("together", args.out, figures, detail, meta, clock)
 
 
-def apart(detail: list[dict[str, Any]]) -> list[float]:
-    """How far each trial's last held-out loss lies from the serial one of the same round and size, relative."""
+def apart(detail: list[dict[str, Any]], arm: str) -> list[float]:
+    """Of each process of an arm how far the worst trial's last held-out loss lies from the serial arm's, relative.
+
+    Those of the serial arm itself are held against its first size: they differ by rounding in bfloat16 alone.
+    """
     serial = {(one["round"], one["micro_batch"]): one["losses"] for one in detail if one["arm"] == "serial"}
+    first = detail[0]["micro_batch"]
     return [
-        abs(loss - serial[one["round"], one["micro_batch"]][key]) / serial[one["round"], one["micro_batch"]][key]
-        for one in detail if one["arm"] == "together" for key, loss in one["losses"].items()
-    ]  # fmt: skip
+        max(abs(loss / serial[one["round"], size][key] - 1) for key, loss in one["losses"].items())
+        for one in detail
+        if one["arm"] == arm and (arm != "serial" or one["micro_batch"] != first)
+        for size in [first if arm == "serial" else one["micro_batch"]]
+    ]
 
 
 if __name__ == "__main__":
