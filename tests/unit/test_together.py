@@ -6,13 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from graftwork import base_model
 from graftwork.errors import RunError
-from graftwork.training.data import prepare
+from graftwork.memory import predict_training
+from graftwork.model_shape import ModelShape
+from graftwork.storage import RunPaths, Store
+from graftwork.training.data import PreparedData, prepare
 from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.steplog import StepReport
+from graftwork.tuning.ledger import Ledger
+from graftwork.tuning.records import TrialRecord
+from graftwork.tuning.search import search_of
+from graftwork.tuning.space import rows_key, rows_points, trial_spec
+from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.together.attention import short_rows
+from graftwork.tuning.together.group import group_of
 from graftwork.tuning.together.loop import run_together
+from graftwork.tuning.together.losses import summed_losses
+from graftwork.tuning.together.memory import predict_together
 from graftwork.tuning.together.rule import can_share, why_alone
 from tests.training import task
 
@@ -30,18 +44,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("together")
 
 
-def job_of(folder: Path, **changes: Any) -> TrainJob:
+def job_of(folder: Path, steps: int = STEPS, **changes: Any) -> TrainJob:
     plain = {"quant.kind": "none", "num_workers": 1, "optim.rows_per_step": 4, "optim.micro_batch": 2}
     spec = task(folder, **{**plain, **changes})
-    return TrainJob(spec, prepare(spec), max_steps=STEPS, report_every=1, eval_every=1)
+    return TrainJob(spec, prepare(spec), max_steps=steps, report_every=1, eval_every=1)
 
 
-def alone(job: TrainJob, last: int = STEPS) -> list[StepReport]:
+def alone(job: TrainJob) -> list[StepReport]:
     found: list[StepReport] = []
 
     def report(step: StepReport) -> bool:
         found.append(step)
-        return step.step < last
+        return True
 
     run_steps(job, report)
     return found
@@ -120,11 +134,10 @@ def test_a_loss_that_is_no_number_is_noticed_at_its_step(folder: Path) -> None:
     ids=["packed nf4, checkpointing", "packed rows, some targets"],
 )
 def test_other_bases_rows_and_targets(folder: Path, changes: dict[str, Any]) -> None:
-    trials = {key: {**TRIALS[key], **changes} for key in ("first", "wide")}
+    jobs = {key: job_of(folder, 2, **TRIALS[key], **changes) for key in ("first", "clipped")}
     seen = Seen()
-    run_together({key: job_of(folder, **of) for key, of in trials.items()}, seen)
-    for key, of in trials.items():
-        same(seen.steps[key], alone(job_of(folder, **of)))
+    run_together(jobs, seen)
+    same(seen.steps["clipped"], alone(jobs["clipped"]))
 
 
 def test_trials_that_differ_in_what_each_has_of_its_own_can_share(folder: Path) -> None:
@@ -154,3 +167,84 @@ def test_what_goes_alone_says_why(folder: Path, changes: dict[str, Any], config:
     assert reason in found
     assert bool(config) or not can_share(spec, spec)
     assert why_alone(job_of(folder).spec, {"attention_dropout": 0.0, "hidden_size": 64}) is None
+
+
+def tune_spec(folder: Path, space: Mapping[str, list[Any]]) -> TuneSpec:
+    train = job_of(folder).spec.model_dump(mode="json")
+    listed = {key: {"kind": "choice", "values": values} for key, values in space.items()}
+    given = {"name": "sweep", "root": str(folder / "sweeps"), "train": train, "space": listed, "num_trials": 16}
+    return TuneSpec.model_validate({**given, "steps": 4, "report_every": 2, "scheduler": None, "together": 3})
+
+
+def groups(spec: TuneSpec, data: Mapping[str, PreparedData], smaller: int | None = None) -> list[list[str]]:
+    """The notes of each group's trials, in the order in which the groups start. `smaller`: number of one that ran out
+    of memory before."""
+    ledger, search = Ledger(RunPaths(Store(spec.root), spec.name, "0" * 64)), search_of(spec)
+    found = []
+    while isinstance(first := ledger.next(search), TrialRecord):
+        if smaller == len(ledger.trials) - 1:
+            ledger.update(first.trial_id, smaller=1)
+            first = ledger.records[first.trial_id]
+        group = group_of(
+            first, spec.together, ledger, search, lambda trial: trial_spec(spec, trial.values),
+            data[rows_key(first.values)],
+        )  # fmt: skip
+        found.append(
+            [ledger.records[trial_id].notes[-1] if ledger.records[trial_id].notes else "" for trial_id in group]
+        )
+        assert all(ledger.records[trial_id].state == "running" for trial_id in group)
+    return found
+
+
+def test_trials_go_together_as_they_are_chosen(folder: Path) -> None:
+    spec = tune_spec(folder, {"adapter.dropout": [0.0, 0.1], "adapter.rank": [2, 4], "optim.lr": [1e-3, 2e-3]})
+    data = {"{}": job_of(folder).data}
+    found = groups(spec, data)
+    assert [len(group) for group in found] == [3, 1, 1, 1, 1, 1], "nobody is left for the fourth without dropout"
+    assert all(note.startswith("trained in one process with ") for note in found[0])
+    assert found[1] == [""], "it could have shared, and there was nobody left to share with"
+    assert found[2][0].startswith("trained alone: adapter.dropout=0.1")
+    assert groups(spec, data, smaller=0)[0] == ["trained alone: it ran out of memory before"]
+
+
+def test_trials_with_other_rows_are_no_group(folder: Path) -> None:
+    spec = tune_spec(folder, {"optim.lr": [1e-3, 2e-3], "seed": [0, 1]})
+    data = {rows_key(point): job_of(folder).data for point in rows_points(spec)}
+    assert [len(group) for group in groups(spec, data)] == [2, 2], "each takes the next that has its rows"
+
+
+def test_losses_of_copies_and_their_gradients_are_torchs() -> None:
+    torch.manual_seed(0)
+    logits_NV, targets_N = torch.randn(12, 3 * 2**19 // 12, requires_grad=True), torch.randint(0, 100, (12,))
+    theirs = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").view(3, 4).sum(1)
+    ours = summed_losses(logits_NV, targets_N, 3)
+    torch.testing.assert_close(ours, theirs)
+    weights_C = torch.tensor([1.0, 2.0, 0.5])
+    torch.testing.assert_close(*(torch.autograd.grad(sums @ weights_C, logits_NV)[0] for sums in (ours, theirs)))
+
+
+def test_attention_of_short_rows_is_torchs() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 7, heads, 8).transpose(1, 2).requires_grad_() for heads in (6, 2, 2))
+    ours = short_rows(q, k, v, 0.3)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs)
+    by_name = [torch.autograd.grad(found.square().sum(), (q, k, v)) for found in (ours, theirs)]
+    torch.testing.assert_close(*by_name)
+
+
+def test_in_bfloat16_short_rows_take_their_own_way(folder: Path) -> None:
+    changes = {"quant.dtype": "bfloat16", "quant.kind": "none"}
+    jobs = {key: job_of(folder, 2, **TRIALS[key], **changes) for key in ("first", "clipped")}
+    seen = Seen()
+    run_together(jobs, seen)
+    same(seen.steps["clipped"], alone(jobs["clipped"]), rel=0.05)
+
+
+def test_a_process_of_several_takes_the_base_once(folder: Path) -> None:
+    specs = [job_of(folder, **{"adapter.rank": rank}).spec for rank in (2, 4, 8)]
+    shape = ModelShape.from_config(base_model.resolve(specs[0].base).config)
+    one, all_three = predict_training(specs[2], shape), predict_together(specs, shape)
+    assert all_three.part("base weights") == one.part("base weights")
+    assert all_three.part("optimizer") == sum(predict_training(spec, shape).part("optimizer") for spec in specs)
+    assert one.peak_bytes < all_three.peak_bytes < 3 * one.peak_bytes

@@ -7,7 +7,7 @@ from graftwork.training.data import PreparedData
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.search import Search
+from graftwork.tuning.search import Drawn, Search
 from graftwork.tuning.space import rows_key
 from graftwork.tuning.together.rule import can_share, why_alone
 
@@ -39,19 +39,21 @@ def group_of(
 def _next_beside(
     first: TrialRecord, spec: TrainSpec, ledger: Ledger, search: Search, spec_of: SpecOf
 ) -> TrialRecord | None:
-    """The next trial that can share a process with `first`; the search is asked where no pending one can."""
+    """The next trial that can share a process with `first`; where no pending one can, the search is asked: once, or
+    while it has more where its points don't depend on results."""
 
     def fits(other: TrialRecord) -> bool:
         same_rows = rows_key(other.values) == rows_key(first.values)
         return same_rows and not other.smaller and can_share(spec, spec_of(other))
 
-    pending = [record for record in ledger.trials if record.state == "pending"]
-    if any(map(fits, pending)):
-        return next(filter(fits, pending))
-    if pending:
-        return None
-    drawn = ledger.draw(search)
-    return drawn if isinstance(drawn, TrialRecord) and fits(drawn) else None
+    found = next((record for record in ledger.trials if record.state == "pending" and fits(record)), None)
+    waiting = any(record.state == "pending" for record in ledger.trials)
+    while found is None and (isinstance(search, Drawn) or not waiting):
+        drawn = ledger.draw(search)
+        if not isinstance(drawn, TrialRecord):
+            break
+        found, waiting = (drawn if fits(drawn) else None), True
+    return found
 
 
 def _alone(first: TrialRecord, spec: TrainSpec, rows: PreparedData) -> str | None:
