@@ -74,7 +74,8 @@ class _Telling:
         """Of one step of each trial; `lost`: what ended others. Seconds are counted in equal shares."""
         for trial_id, step in steps.items():
             self._costs[trial_id].add(replace(step, step_s=step.step_s / len(steps)))
-        losses = {key: [step.step, step.eval_loss] for key, step in steps.items() if step.eval_loss is not None}
+        in_order = [(trial_id, steps[trial_id]) for trial_id in self._costs if trial_id in steps]  # as they are judged
+        losses = {key: [step.step, step.eval_loss] for key, step in in_order if step.eval_loss is not None}
         goes_on = dict.fromkeys(steps, True)
         if not losses and not lost:
             return goes_on
