@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("together")
 
 
-def job_of(folder: Path, steps: int = STEPS, **changes: Any) -> TrainJob:
+def job_of(folder: Path, *, steps: int = STEPS, **changes: Any) -> TrainJob:
     plain = {"quant.kind": "none", "num_workers": 1, "optim.rows_per_step": 4, "optim.micro_batch": 2}
     spec = task(folder, **{**plain, **changes})
     return TrainJob(spec, prepare(spec), max_steps=steps, report_every=1, eval_every=1)
@@ -103,7 +103,7 @@ def test_each_trial_takes_the_steps_that_it_takes_alone(
 
 def test_a_trial_that_leaves_does_not_disturb_the_others(folder: Path, one_by_one: dict[str, list[StepReport]]) -> None:
     """One is stopped, one diverges in its third step, and both stood between those that stay."""
-    diverging = {"adapter.rank": 4, "optim.lr": 1e38, "optim.schedule": "constant"}
+    diverging: dict[str, Any] = {"adapter.rank": 4, "optim.lr": 1e38, "optim.schedule": "constant"}
     seen = Seen({"decayed": 2})
     jobs = {key: job_of(folder, **changes) for key, changes in {**TRIALS, "diverging": diverging}.items()}
     run_together(jobs, seen)
@@ -115,7 +115,7 @@ def test_a_trial_that_leaves_does_not_disturb_the_others(folder: Path, one_by_on
 
 
 def test_a_loss_that_is_no_number_is_noticed_at_its_step(folder: Path) -> None:
-    diverging = {"adapter.rank": 4, "optim.lr": 1e38, "optim.schedule": "constant"}
+    diverging: dict[str, Any] = {"adapter.rank": 4, "optim.lr": 1e38, "optim.schedule": "constant"}
     job = replace(job_of(folder, **diverging), eval_every=STEPS)
     with pytest.raises(NonFiniteLoss) as error:
         alone(job)
@@ -134,7 +134,7 @@ def test_a_loss_that_is_no_number_is_noticed_at_its_step(folder: Path) -> None:
     ids=["packed nf4, checkpointing", "packed rows, some targets"],
 )
 def test_other_bases_rows_and_targets(folder: Path, changes: dict[str, Any]) -> None:
-    jobs = {key: job_of(folder, 2, **TRIALS[key], **changes) for key in ("first", "clipped")}
+    jobs = {key: job_of(folder, steps=2, **TRIALS[key], **changes) for key in ("first", "clipped")}
     seen = Seen()
     run_together(jobs, seen)
     same(seen.steps["clipped"], alone(jobs["clipped"]))
@@ -143,7 +143,8 @@ def test_other_bases_rows_and_targets(folder: Path, changes: dict[str, Any]) -> 
 def test_trials_that_differ_in_what_each_has_of_its_own_can_share(folder: Path) -> None:
     specs = [job_of(folder, **changes).spec for changes in TRIALS.values()]
     assert all(can_share(specs[0], other) for other in specs)
-    for key, value in {"adapter.targets": "mlp", "seed": 1, "optim.micro_batch": 1, "quant.kind": "nf4"}.items():
+    others: dict[str, Any] = {"adapter.targets": "mlp", "seed": 1, "optim.micro_batch": 1, "quant.kind": "nf4"}
+    for key, value in others.items():
         assert not can_share(specs[0], job_of(folder, **{key: value}).spec), key
 
 
@@ -161,7 +162,8 @@ def test_trials_that_differ_in_what_each_has_of_its_own_can_share(folder: Path) 
     ids=str,
 )
 def test_what_goes_alone_says_why(folder: Path, changes: dict[str, Any], config: dict[str, Any], reason: str) -> None:
-    spec = task(folder, **{"quant.kind": "none", "num_workers": 1, **changes})
+    given: dict[str, Any] = {"quant.kind": "none", "num_workers": 1, **changes}
+    spec = task(folder, **given)
     found = why_alone(spec, config)
     assert found is not None
     assert reason in found
@@ -235,7 +237,7 @@ def test_attention_of_short_rows_is_torchs() -> None:
 
 def test_in_bfloat16_short_rows_take_their_own_way(folder: Path) -> None:
     changes = {"quant.dtype": "bfloat16", "quant.kind": "none"}
-    jobs = {key: job_of(folder, 2, **TRIALS[key], **changes) for key in ("first", "clipped")}
+    jobs = {key: job_of(folder, steps=2, **TRIALS[key], **changes) for key in ("first", "clipped")}
     seen = Seen()
     run_together(jobs, seen)
     same(seen.steps["clipped"], alone(jobs["clipped"]), rel=0.05)
