@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from graftwork import __version__
 from graftwork.metrics import QUANTILE_RULE
-from graftwork.report import figures, online, outcomes, study, sweep, words
+from graftwork.report import figures, online, outcomes, regret, study, sweep, words
 from graftwork.report.whole import ReportInput
 from graftwork.storage import Store
 
@@ -57,6 +57,7 @@ def _environment() -> Environment:
     env.globals.update(
         fig=figures,
         study=study,
+        regret=regret,
         sweep=sweep,
         online=online,
         outcomes=outcomes,

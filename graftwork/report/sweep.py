@@ -151,11 +151,10 @@ def rates_words(found: RatesRecord) -> str:
     }[found.verdict]
     best = ", ".join(f"{one.best:.2g}{'*' if one.edge else ''}" for one in found.rows)
     edge = " (* at an edge of what was tried: the best may lie beyond)" if any(one.edge for one in found.rows) else ""
-    shared = (
-        f" One {column} for all, {found.shared:.2g}, costs {loss(found.shared_costs)} of loss at most."
-        if found.shared is not None
-        else ""
-    )
+    shared = ""
+    if found.shared is not None and found.shared_costs is not None:
+        costs = f"costs {loss(found.shared_costs)} of loss at most" if found.shared_costs > 0 else "is best for each"
+        shared = f" One {column} for all, {found.shared:.2g}, {costs}."
     return (
         f"{said}: {best} for {row} {', '.join(one.row for one in found.rows)} at step {found.step}, a factor of "
         f"{found.moves_by:.3g} where the grid's step is {found.grid_step:.3g}{edge}.{shared}"

@@ -44,7 +44,7 @@ def grid_at(trials: Sequence[SweepTrial], rows: Cells, columns: Cells, step: int
 def of_grid(grid: Grid, rows: Cells, columns: Cells, step: int) -> RatesRecord:
     """What a grid says."""
     at = columns.centres
-    found = [_row(said(rows.centres[row]), cells, at) for row, cells in grid.items()]
+    found = [rate_row(said(rows.centres[row]), cells, at) for row, cells in grid.items()]
     used = sorted({column for cells in grid.values() for column in cells})
     grid_step = max(at[b] / at[a] for a, b in itertools.pairwise(used))
     moves_by = max(row.best for row in found) / min(row.best for row in found)
@@ -61,7 +61,7 @@ def of_grid(grid: Grid, rows: Cells, columns: Cells, step: int) -> RatesRecord:
                        shared_costs=costs[shared] if one_for_all else None)  # fmt: skip
 
 
-def _row(label: str, cells: Mapping[int, float], at: Sequence[float]) -> RateRow:
+def rate_row(label: str, cells: Mapping[int, float], at: Sequence[float]) -> RateRow:
     """The lowest of a row, half a step of its grid around it, and the parabola's lowest point."""
     tried = sorted(cells)
     here = min(range(len(tried)), key=lambda index: cells[tried[index]])
