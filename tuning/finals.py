@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from graftwork.tuning.goals import pareto
 from graftwork.tuning.records import TrialRecord
+from graftwork.tuning.search import Drawn
 from graftwork.tuning.search.protocol import Search, Suggestion, Wait
 from graftwork.tuning.space import Values, digest, rows_points
 from graftwork.tuning.spec import TuneSpec
@@ -29,8 +30,7 @@ class WithFinals:
     @property
     def total(self) -> int:
         """The search's trials and all repeats."""
-        finals = self.spec.finals
-        return self.search.total + (finals.finalists * (finals.repeats - 1) if finals else 0)
+        return self.search.total + most_repeats(self.spec)
 
     @property
     def reason(self) -> str:
@@ -52,6 +52,16 @@ class WithFinals:
 def with_finals(spec: TuneSpec, search: Search) -> Search:
     """The search itself where the spec asks for no finals."""
     return WithFinals(search, spec) if spec.finals else search
+
+
+def knows_all(search: Search) -> bool:
+    """No point of the search depends on a result, so that it may be asked ahead."""
+    return isinstance(search.search if isinstance(search, WithFinals) else search, Drawn)
+
+
+def most_repeats(spec: TuneSpec) -> int:
+    """Runs that the finals add, where enough trials run to their end."""
+    return spec.finals.finalists * (spec.finals.repeats - 1) if spec.finals else 0
 
 
 def seeds_of(spec: TuneSpec) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from graftwork.plan import (
     verdict_of,
 )
 from graftwork.training.spec import TrainSpec
+from graftwork.tuning.finals import most_repeats
 from graftwork.tuning.search import Drawn, search_of
 from graftwork.tuning.search.drawn import random_search
 from graftwork.tuning.space import Values, trial_spec
@@ -37,6 +38,7 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     each_s = [_trial_seconds(spec, trial, model, rows, held_out, machine, at_once) for trial in trials]
     start_s, share = START_S / machine.pace(at_once, 1), expected_share(spec, len(trials))
     all_s = sum(start_s + share * taken_s for taken_s in each_s) / at_once
+    finals_s = math.ceil(most_repeats(spec) / at_once) * (start_s + max(each_s))
     shared_by = 1 if machine.gpu is not None else at_once
     ways_out = ((setting, size * shared_by) for setting, size in training_ways_out(largest, model, rows, machine))
     return StagePlan(
@@ -44,11 +46,12 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
         processes=at_once,
         peak_bytes_per_process=memory.peak_bytes,
         total_bytes=memory.peak_bytes * at_once,
-        seconds=RAY_TUNE_START_S + max(all_s, start_s + max(each_s)),  # someone runs to the end
+        seconds=RAY_TUNE_START_S + max(all_s, start_s + max(each_s)) + finals_s,  # someone runs to the end
         verdict=verdict_of(charged(memory.peak_bytes, at_once, machine), machine, ways_out),
         parts=memory.parts,
         assumptions=(
             f"{len(trials)} trials of {spec.steps} steps, {at_once} at once, {share:.0%} of the steps taken",
+            *([f"{most_repeats(spec)} whole runs more for the finals"] if spec.finals else []),
             *memory.assumptions,
             machine.said(),
         ),

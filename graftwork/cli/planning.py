@@ -35,6 +35,7 @@ from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.plan import plan_tuning
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.winner import winner_spec
 
 QUESTION_TOKENS, PASSAGE_TOKENS, ANSWER_TOKENS = 40, 30, 45
 """A comparison's prompts and answers are not rendered for the plan: short questions, one-line passages, small JSON."""
@@ -88,6 +89,9 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
         machine = machine_of(spec.train) if spec.train.gpus_per_worker else machine.at(spec.train.quant)
         assert data.eval is not None, "a sweep's spec demands data.eval"
         yield plan_tuning(spec, _shape(spec.train.base), sizes_of(data.train), sizes_of(data.eval), machine)
+        if spec.winner is not None:
+            [winner] = _lines(winner_spec(spec, spec.train), folder, machine)
+            yield replace(winner, stage="winner")
     elif isinstance(spec, ServeSpec):
         yield plan_serving("serve", _shape(spec.base), spec.quant, spec.engine, machine.at(spec.quant),
                            num_cpus=spec.num_cpus, replicas=spec.most_replicas,

@@ -3,6 +3,7 @@
 Here and not in `tuning`, which knows nothing of serving.
 """
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -52,13 +53,21 @@ def place_shadow(spec: TuneSpec, report: TuneReport) -> dict[str, Any]:
         return {"why": f"{spec.train.name}@{spec.winner.shadow.against} is the winner itself: nothing to put beside it"}
     asked = shadow_spec(spec, current, winner)
     text = yaml.safe_dump(asked.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
-    store, key = Store(spec.root), ("runs", report.run_id, f"shadow-{winner}.yaml")
-    store.write_bytes(text.encode(), *key)
-    found: dict[str, Any] = {"spec": store.path(*key), "current": current, "winner": winner, "started": None}
+    found: dict[str, Any] = {"spec": _write(Store(spec.root), report.run_id, f"shadow-{winner}.yaml", text),
+                             "current": current, "winner": winner, "started": None}  # fmt: skip
     if spec.winner.shadow.start:
         with client_of(asked.endpoint, asked.admin_token_env) as client:
             found["started"] = client.experiment("start", spec=asked.model_dump(mode="json"))
     return found
+
+
+def _write(store: Store, run_id: str, name: str, text: str) -> str:
+    """Into the sweep's folder; returns the path that a command can read: of S3 a copy in this folder."""
+    store.write_bytes(text.encode(), "runs", run_id, name)
+    if store.is_local:
+        return store.path("runs", run_id, name)
+    Path(name).write_text(text, encoding="utf-8")
+    return name
 
 
 def show_shadow(found: dict[str, Any]) -> None:

@@ -215,6 +215,38 @@ def test_kill_9_of_the_driver_repeats_no_finished_trial(
     assert losses(report, GOOD) == losses(whole[1], GOOD)
 
 
+@pytest.mark.soak
+def test_kill_9_while_the_winner_trains_repeats_no_trial_and_goes_on_from_its_checkpoint(
+    local_ray: Session, inputs: Path, tmp_path: Path
+) -> None:
+    steps = {"train.optim.epochs": 100, "train.checkpoint_every": 10, "train.num_workers": 1}
+    spec = sweep(inputs, tmp_path, rates(GOOD), winner={"alias": "champion", "retention": False}).with_(steps)
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "tests.ray.test_tune", spec.model_dump_json(exclude_unset=True)],
+        cwd=Path(__file__).parents[2],
+    )
+
+    def half_trained() -> bool:
+        assert victim.poll() is None, "the sweep ended before it was killed"
+        found = list(tmp_path.glob("runs/tiny-*/metrics.jsonl"))
+        return bool(found) and len(found[0].read_text().splitlines()) >= 10
+
+    try:
+        wait_for(half_trained, "the winner trains", FIRST_LOSS_WITHIN_S)
+    finally:
+        victim.kill()
+        victim.wait()
+    seen: list[TuneProgress] = []
+    report = tune(spec, on_progress=seen.append)
+    assert report.reused
+    assert not [progress for progress in seen if any(trial.state == "running" for trial in progress.trials)]
+    assert report.winner is not None
+    assert report.winner.train.steps == 300
+    steps_told = [progress.winner.step for progress in seen if progress.winner]
+    assert min(steps_told) > 10, "it went on from a checkpoint"
+    assert artifact.aliases(Store(spec.root), "tiny") == {"champion": report.winner.train.version}
+
+
 def test_a_trial_that_no_node_can_hold_is_refused(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
     spec = sweep(inputs, tmp_path, rates(GOOD)).with_({"train.cpus_per_worker": 4096})
     with pytest.raises(ClusterError, match="train.cpus_per_worker=4096: the largest node has"):

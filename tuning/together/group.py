@@ -5,9 +5,10 @@ from collections.abc import Callable
 from graftwork import base_model
 from graftwork.training.data import PreparedData
 from graftwork.training.spec import TrainSpec
+from graftwork.tuning.finals import knows_all
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.search import Drawn, Search
+from graftwork.tuning.search import Search
 from graftwork.tuning.space import rows_key
 from graftwork.tuning.together.rule import can_share, why_alone
 
@@ -48,7 +49,7 @@ def _next_beside(
 
     found = next((record for record in ledger.trials if record.state == "pending" and fits(record)), None)
     waiting = any(record.state == "pending" for record in ledger.trials)
-    while found is None and (isinstance(search, Drawn) or not waiting):
+    while found is None and (knows_all(search) or not waiting):
         drawn = ledger.draw(search)
         if not isinstance(drawn, TrialRecord):
             break
