@@ -12,11 +12,16 @@ import scipy.stats
 
 from graftwork import artifact, config, stats
 from graftwork.errors import ConfigError, RunError
+from graftwork.machine import Speed
+from graftwork.memory import GIB, RowSizes
+from graftwork.model_shape import ModelShape
+from graftwork.plan import RAY_TUNE_START_S, Machine
 from graftwork.storage import RunPaths, Store
 from graftwork.training.outcomes.spec import RetentionSpec
 from graftwork.tuning.choice import choose
 from graftwork.tuning.finals import WithFinals, repeated, seeds_of, with_finals
 from graftwork.tuning.ledger import Ledger
+from graftwork.tuning.plan import plan_tuning
 from graftwork.tuning.records import Choice, State, TrialRecord
 from graftwork.tuning.search import Suggestion, Wait, search_of
 from graftwork.tuning.space import digest
@@ -324,3 +329,17 @@ def test_a_winner_that_cannot_be_placed_is_refused(train: dict[str, Any], said: 
     base = {"name": "t", "base": "b", "data": {"train": "t.jsonl", "eval": "e.jsonl"}, "quant": {"kind": "none"}}
     with pytest.raises(ConfigError, match=said):
         sweep(train={**base, **train}, space=space, num_trials=2, winner={"alias": "champion"})
+
+
+def test_finals_are_planned_as_whole_runs() -> None:
+    """Four repeats, two at a time: twice the time by which a sweep of one trial is longer than its start."""
+    model = ModelShape(576, 30, 9, 3, 64, 1536, 49152, tied=True)
+    machine = Machine(cores=2, memory_bytes=16 * GIB, speed=Speed(gflops=65.0, gbytes_per_s=20.0))
+    rows = RowSizes.of([100] * 64, [50] * 64)
+
+    def seconds(finals: dict[str, int] | None) -> float:
+        spec = sweep(finals=finals, space={"optim.lr": {"kind": "choice", "values": [0.1, 0.2]}}, num_trials=2)
+        return plan_tuning(spec, model, rows, rows, machine).seconds
+
+    alone = seconds(None) - RAY_TUNE_START_S
+    assert seconds({"finalists": 2, "repeats": 3}) - seconds(None) == pytest.approx(2 * alone)
