@@ -66,6 +66,6 @@ GOALS = (
     Goal("sequential", "guard_false", "arms at the guardrail's limit that are cut by 4,000 requests", "at most", 0.01),
     Goal("sequential", "log_wall", "log of 1,000,000 rows to verdict and page, s", "at most", 10.0),
     Goal("together", "together_4_steps_s", "4 LoRA trials on one base, against one by one: steps", "at least", 1.3),
-    Goal("together", "together_4_run_s", "the same: whole runs of 8 steps, evaluations included", "at least", 1.3),
+    Goal("together", "together_4_run_s", "the same: whole runs of 6 steps, evaluations included", "at least", 1.3),
     Goal("together", "loss_apart", "the same: held-out losses apart, relative, worst of all trials", "at most", 0.03),
 )  # fmt: skip

@@ -46,7 +46,7 @@ def run_together(jobs: Mapping[str, TrainJob], report: Reports) -> None:
     prefer_products(model)
     adapters = attach_together(model, jobs, plan.steps)
     if spec.optim.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     run = _Run(job, plan, model, adapters)
     while run.done < plan.steps and adapters.trials:
         run.step(report)
