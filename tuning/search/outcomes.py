@@ -12,6 +12,9 @@ from graftwork.tuning.space import Values
 Costs = tuple[float, ...]
 GROWING = ("wall_s", "tokens")
 """Metrics that go with the steps taken."""
+FAR = 3.0
+"""A loss that is so many times as far from the best as the median is is as bad as any. Learning rates that are too high
+end at ten times the loss of others; beside such a value a Gaussian process sees no difference among the good."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ def as_forecast(trials: Sequence[TrialRecord], goals: Sequence[Goal], steps: int
     """
     finished = [trial for trial in trials if trial.state == "finished"]
     known = {trial.trial_id: costs for trial in trials if (costs := _costs(trial, goals, steps, finished)) is not None}
+    known = _without_far(known)
     worst = tuple(max(column) for column in zip(*known.values(), strict=True))
     found = []
     for trial in trials:
@@ -76,6 +80,14 @@ def at_furthest_step(trials: Sequence[TrialRecord], enough: int) -> list[Outcome
                 if t.state in ("running", "pending") and t.trial_id not in at_step
             ]
     return None
+
+
+def _without_far(known: dict[str, Costs]) -> dict[str, Costs]:
+    losses = sorted(costs[0] for costs in known.values())
+    if len(losses) < 3:
+        return known
+    limit = losses[0] + FAR * (statistics.median(losses) - losses[0])
+    return {name: (min(costs[0], limit), *costs[1:]) for name, costs in known.items()}
 
 
 def _costs(trial: TrialRecord, goals: Sequence[Goal], steps: int, finished: Sequence[TrialRecord]) -> Costs | None:
