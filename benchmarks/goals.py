@@ -68,4 +68,7 @@ GOALS = (
     Goal("together", "together_4_steps_s", "4 LoRA trials on one base, against one by one: steps", "at least", 1.3),
     Goal("together", "together_4_run_s", "the same: whole runs of 6 steps, evaluations included", "at least", 1.3),
     Goal("together", "loss_apart", "the same: held-out losses apart, relative, worst of all trials", "at most", 0.03),
+    Goal("search", "tpe_upper", "TPE: best of 8 trials, above the best of all, to random's; upper end", "at most", 1.0),
+    Goal("search", "gp_upper", "the same of the Gaussian process", "at most", 1.0),
+    Goal("search", "bohb_upper", "the same of BOHB's search", "at most", 1.0),
 )  # fmt: skip

@@ -35,6 +35,7 @@ BENCHMARKS = (
     "sequential",
     "strategies",
     "together",
+    "search",
 )
 TIMEOUT_S = 900
 

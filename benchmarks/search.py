@@ -31,7 +31,6 @@ SEEDS, TRIALS, AT = 10, 12, 8
 SEARCHES: dict[str, dict[str, Any]] = {
     "random": {"kind": "random"},
     "tpe": {"kind": "tpe"},
-    "tpe_apart": {"kind": "tpe", "multivariate": False},
     "tpe_together": {"kind": "tpe", "multivariate": True},
     "gp": {"kind": "gp"},
     "bohb": {"kind": "bohb"},
