@@ -74,7 +74,7 @@ def compared(found: Found, name: str, at: int) -> dict[str, float]:
     return {"above": float(np.mean(ours)), "random_above": float(np.mean(drawn)), "less": float(np.mean(less)),
             "low": low, "high": high, "n": len(less), "won": int(np.sum(less > 0)), "lost": int(np.sum(less < 0)),
             "ratio": float(np.mean(ours) / np.mean(drawn)), "ratio_high": float(1 - low / np.mean(drawn)),
-            "ratio_low": float(1 - high / np.mean(drawn))}  # fmt: skip
+            "ratio_low": max(0.0, float(1 - high / np.mean(drawn)))}  # fmt: skip
 
 
 def play(path: Path, searches: Sequence[str]) -> dict[str, Found]:

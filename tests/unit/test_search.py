@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.search import above_best, compared
 from graftwork import config
 from graftwork.errors import ConfigError
 from graftwork.tuning.goals import pareto
@@ -202,6 +203,29 @@ def test_a_stopped_trial_is_taken_to_fall_on_as_the_finished_did() -> None:
     assert stopped.costs == (6.0 * 1.0 / 4.0, 44.0 * 3)
     assert failed.costs == (1.5, 132.0), "as bad as the worst"
     assert (running.costs, running.running) == (None, True)
+
+
+def test_a_loss_far_off_does_not_hide_the_differences_of_the_good() -> None:
+    trials = [ended({"a": number}, loss) for number, loss in enumerate((1.1, 1.2, 1.3, 1.5, 14.0))]
+    losses = [outcome.costs[0] for outcome in as_forecast(trials, sweep(SPACE).goals, 12) if outcome.costs]
+    assert losses == [1.1, 1.2, 1.3, 1.5, pytest.approx(1.1 + 3 * 0.2)]
+
+
+def test_the_benchmark_is_at_the_grids_best_once_all_points_are_tried() -> None:
+    points: list[Values] = [
+        {"adapter.rank": rank, "optim.lr": rate} for rank in (1, 4) for rate in (0.001, 0.002, 0.004)
+    ]
+    trials = [ended(values, bowl(values)) for values in points]
+    for search in (RANDOM, TPE):
+        found = above_best("ua-parse", trials, search, 0)
+        assert len(found) == 6
+        assert found == sorted(found, reverse=True)
+        assert found[-1] == 0 < found[0]
+    same = [[2.0, 1.0, 0.5], [1.0, 0.5, 0.0]]
+    told = compared({"random": same * 5, "tpe": [[one - 0.4 for one in run] for run in same] * 5}, "tpe", 1)
+    assert told["less"] == pytest.approx(0.4)
+    assert (told["won"], told["lost"]) == (10, 0)
+    assert 0 < told["low"] <= told["less"] <= told["high"]
 
 
 def test_bohb_learns_at_the_furthest_step_that_enough_trials_reported_at() -> None:
