@@ -80,7 +80,7 @@ def _judged(spec: TuneSpec, whole: Sequence[Finalist], front: tuple[str, ...], n
     best = min(whole, key=lambda one: one.loss)
     contrasts = contrasts_of(best, whole, spec.finals.alpha)
     by_id = {one.trial.trial_id: one for one in whole}
-    tied = [best, *(by_id[one.other_id] for one in contrasts if not one.beaten)]
+    tied = [best, *(by_id[one.other_id] for one in contrasts if one.tied)]
     taken = cheapest(spec.goals[1:], {one.trial.trial_id: one.runs for one in tied})
     names = {key: one.name for key, one in by_id.items()}
     said = [*_beats(best, contrasts, names), *_tied(best, contrasts, names, taken)]
@@ -148,10 +148,13 @@ def _beats(best: Finalist, contrasts: Sequence[Contrast], names: Mapping[str, st
         if one.beaten:
             by = f"{one.difference:.4f} nats [{one.low:.4f}, {one.high:.4f}]"
             yield f"{best.name} beats {names[one.other_id]} by {by} over {one.seeds} seeds"
+        elif not one.tied:
+            by = f"{one.difference:.4f} nats [{one.low:.4f}, {one.high:.4f}] ahead of {names[one.other_id]}"
+            yield f"{best.name} is {by}, which is not certain over all pairs (p={one.p_value:.2g})"
 
 
 def _tied(best: Finalist, contrasts: Sequence[Contrast], names: Mapping[str, str], taken: Cheapest) -> Iterator[str]:
-    behind = [one for one in contrasts if not one.beaten]
+    behind = [one for one in contrasts if one.tied]
     if not behind:
         return
     *first, last = [best.name, *(names[one.other_id] for one in behind)]

@@ -128,6 +128,11 @@ class Contrast:
     beaten: bool
     """The adjusted p is below alpha."""
 
+    @property
+    def tied(self) -> bool:
+        """The interval holds 0. One that is neither beaten nor tied is told apart by this pair alone."""
+        return self.low <= 0
+
 
 @dataclass(frozen=True)
 class Choice:

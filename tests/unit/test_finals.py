@@ -167,6 +167,19 @@ def test_of_tied_ones_the_cheaper_is_taken() -> None:
     )
 
 
+def test_one_that_other_pairs_leave_in_doubt_is_neither_beaten_nor_taken_for_its_price() -> None:
+    spec = sweep(finals={"finalists": 4})
+    losses = (1.144, 1.115, 1.124), (1.157, 1.119, 1.120), (1.173, 1.176, 1.174), (1.156, 1.123, 1.122)
+    rank, choice = taken(spec, *zip((8, 16, 2, 32), losses, strict=True))
+    (doubtful,) = [one for one in choice.contrasts if not one.tied]
+    assert doubtful.other_id == trial_id(2)
+    assert doubtful.low > 0
+    assert doubtful.p_value > 0.05
+    assert not doubtful.beaten
+    assert rank == 8, "of those tied the cheapest, and not the cheapest of all"
+    assert "ahead of rank=2, which is not certain over all pairs (p=" in choice.verdict
+
+
 def test_the_mean_over_seeds_decides_which_is_best_not_the_run_of_the_search() -> None:
     _, choice = taken(sweep(), (16, (1.00, 1.50, 1.40)), (2, (1.02, 1.31, 1.20)))
     assert choice.best_id == trial_id(2)
