@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-LONGEST = 160
+from graftwork.tuning.together.rule import LONGEST
+
 NAME = "graftwork_short_rows"
 HARMLESS = {"position_ids", "use_cache", "sliding_window"}
 """What models hand on beside; where a window would hide anything there is a mask."""

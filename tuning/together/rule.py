@@ -13,6 +13,9 @@ OWN = {
 }
 """Keys in which trials of one process may differ: each has its own adapter, and its own optimizer."""
 
+LONGEST = 160
+"""Most tokens of a row whose attention is computed as products, on a CPU in bfloat16: longer ones gain nothing."""
+
 
 def can_share(one: TrainSpec, other: TrainSpec) -> bool:
     """Whether both can be trained in one process, their rows being equal (`space.rows_key`)."""
