@@ -32,10 +32,11 @@ def pace(progress: TuneProgress) -> Pace:
     A trial that is to come takes as many steps as those that ended took on average, early stops included; before three
     have ended every step is counted, so that the time is one at most.
     """
-    taken = sum(trial.steps for trial in progress.trials)
+    own = _own_steps(progress)
+    taken = sum(own.values())
     each = progress.gpus or progress.cpus
     device_s = each * sum(trial.wall_s for trial in progress.trials)
-    ended = [trial.steps for trial in progress.trials if trial.ended]
+    ended = [own[trial.trial_id] for trial in progress.trials if trial.ended]
     if not taken or not progress.elapsed_s:
         return Pace(None, ended=len(ended), device_s=device_s)
     known = len(ended) >= LEAST_ENDED
@@ -51,9 +52,17 @@ def pace(progress: TuneProgress) -> Pace:
     return Pace(left, low if known else None, high if known else None, len(ended), device_s, total)
 
 
+def _own_steps(progress: TuneProgress) -> dict[str, int]:
+    """Steps that each trial took itself: one that began from another's checkpoint counts from there."""
+    steps = {trial.trial_id: trial.steps for trial in progress.trials}
+    begun = {trial.trial_id: steps.get(trial.parent, 0) if trial.parent else 0 for trial in progress.trials}
+    return {trial_id: max(reached - begun[trial_id], 0) for trial_id, reached in steps.items()}
+
+
 def _left(progress: TuneProgress, expected: float) -> float:
     """Steps that are still to be taken, when a trial takes so many; of the last ones with the others' places idle."""
-    running = [max(expected - trial.steps, 0.0) for trial in progress.trials if trial.state == "running"]
+    own = _own_steps(progress)
+    running = [max(expected - own[trial.trial_id], 0.0) for trial in progress.trials if trial.state == "running"]
     begun = sum(trial.state != "pending" for trial in progress.trials)
     to_come = max(progress.total - begun, 0)
     longest = expected if to_come else max(running, default=0.0)

@@ -50,15 +50,27 @@ def sentence(sweep: SweepRecord) -> str:
     if best is None:
         return _unfound(sweep)
     said = f"Best: {_values(best)}, held-out loss {loss(best.last_loss)} at step {best.last_step}"
-    if sweep.verdict:
-        return f"{said}. {sweep.verdict[:1].upper()}{sweep.verdict[1:]}."
-    ended = sorted(trial.losses[-1][1] for trial in sweep.trials if trial.state == "finished" and not trial.repeat_of)
+    if sweep.finals is not None:
+        return f"Best: {_values(best)}, {_of_finals(sweep.finals, best.id)}."
+    searched = [trial for trial in sweep.trials if trial.state == "finished" and trial.repeat_of is None]
+    ended = sorted(trial.losses[-1][1] for trial in searched if trial.last_step == best.last_step)
     if len(ended) < 2:
         return f"{said}; no other trial ran to its end."
     return (
         f"{said}, the next of {len(ended)} that ran to their end {loss(ended[1])}. One run each: that cannot tell a "
         "better point from a luckier seed."
     )
+
+
+def _of_finals(finals: FinalsRecord, chosen_id: str) -> str:
+    """What the finals say of the chosen one; all figures are in the verdict below."""
+    chosen = next(one for one in finals.finalists if one.id == chosen_id)
+    tied = sum(not one.beaten for one in finals.finalists if one is not chosen)
+    beaten = len(finals.finalists) - 1 - tied
+    mean = f"mean held-out loss {loss(chosen.mean)} over {len(chosen.losses)} seeds"
+    parts = [f"told apart from {beaten} of {len(finals.finalists) - 1} other finalists"] if beaten else []
+    parts += [f"tied with {tied}, and taken by what it costs"] if tied else []
+    return f"{mean}: {'; '.join(parts)}"
 
 
 def _unfound(sweep: SweepRecord) -> str:
@@ -195,14 +207,10 @@ def _lost(found: StopsRecord) -> str:
 
 
 def finals_words(found: FinalsRecord) -> str:
-    """How many of the finalists the best beats."""
-    others = [one for one in found.finalists if one.difference is not None]
+    """What they decided, and by which test."""
     seeds = max(len(one.losses) for one in found.finalists)
-    beaten = sum(one.beaten for one in others)
-    return (
-        f"{len(found.finalists)} finalists, {seeds} seeds each: the lowest mean is told apart from {beaten} of "
-        f"{len(others)} others (Student's t by seed, Holm, alpha={found.alpha:g})."
-    )
+    rule = f"{len(found.finalists)} finalists, {seeds} seeds each, Student's t by seed, Holm, alpha={found.alpha:g}"
+    return f"{found.verdict[:1].upper()}{found.verdict[1:]} ({rule})."
 
 
 def finals_tracks(found: FinalsRecord) -> list[tuple[FinalistRecord, Markup | None]]:

@@ -237,7 +237,7 @@ def front_chart(front: FrontRecord, sweep: SweepRecord) -> Chart | None:
                f"{title(by_id[point.id])}\n{front.goals[0]} {b:.4g}, {front.goals[1]} {a:.4g}")
               for a, b, point in zip(x, y, front.points, strict=True)]  # fmt: skip
     plot = scatter(points, *scales, f"{front.goals[0]} by {front.goals[1]}")
-    marks = [tuple((scale(t), f"{t:.3g}") for t in _ticks(scale)) for scale in scales]
+    marks = [tuple((scale(t), _short(t)) for t in _ticks(scale)) for scale in scales]
     return Chart(plot, front.goals[1], marks[0], front.goals[0], marks[1])
 
 
@@ -249,6 +249,14 @@ def _padded(values: Sequence[float]) -> Scale:
         return Scale(low / room, high * room, log=True)
     room = 0.12 * (high - low) or 0.5 * abs(high) or 1.0
     return Scale(low - room, high + room)
+
+
+def _short(value: float) -> str:
+    """`3.2 M`, `150 k`, `0.45`."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.3g}"
 
 
 def _ticks(scale: Scale) -> list[float]:

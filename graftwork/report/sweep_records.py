@@ -233,6 +233,8 @@ class FinalsRecord(Record):
     """The best trials of the search, run again with other seeds."""
 
     alpha: float
+    verdict: str
+    """What they decided, with figures."""
     finalists: tuple[FinalistRecord, ...]
     notes: tuple[str, ...] = ()
 
@@ -253,8 +255,6 @@ class SweepRecord(Record):
     steps: int = 0
     """Of a trial that is not stopped; 0: not told."""
     keys: tuple[SweepKey, ...] = ()
-    verdict: str = ""
-    """Why the best was taken, and how sure that is."""
     settings: str = ""
     """`--set key=value ...` of the best trial."""
     sampler: str = ""

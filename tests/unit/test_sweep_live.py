@@ -1,6 +1,7 @@
 """What a person sees of a sweep while it runs, and what it says of the time and the cost that are left."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,13 @@ def test_the_last_trial_alone_takes_its_time() -> None:
     """8 steps at the pace of one of two places: twice as long as 8 of 20 steps in 20 s."""
     found = pace(progress(*HALF[:2], trial("4", "running", 3.0), total=3))
     assert found.left_s == pytest.approx(2 * 6 * 20 / 14)
+
+
+def test_a_trial_that_goes_on_from_another_counts_its_own_steps() -> None:
+    """12 steps were taken, not 16; three of four segments are over, and the last takes 4 steps as they did."""
+    first, other = trial("1", "finished", 3.0, 2.0), trial("2", "finished", 3.0, 2.0)
+    second = replace(trial("3", "finished", 3.0, 2.0, 1.5, 1.0), parent="1")
+    assert pace(progress(first, other, second, total=4, at_once=1)).left_s == pytest.approx(4 * 20 / 12)
 
 
 def test_nothing_is_known_before_the_first_report() -> None:

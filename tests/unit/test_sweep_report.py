@@ -222,7 +222,8 @@ def test_finals_are_shown_by_seed() -> None:
     lowest, other = record.finals.finalists
     assert (lowest.losses, lowest.difference) == ((1.0, 1.01, 1.02), None)
     assert other.difference == pytest.approx(np.mean([0.2, 0.21, 0.21]))
-    assert "told apart from 1 of 1 others" in page.text
+    assert "told apart from 1 of 1 other finalists" in page.text
+    assert "beats" in page.text
     assert record.importance is not None
     assert record.importance.n == 2, "repeats are no trials of the search"
 

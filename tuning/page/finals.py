@@ -18,6 +18,8 @@ def finals_record(spec: TuneSpec, trials: Sequence[TrialRecord], choice: Choice)
     behind = {one.other_id: one for one in choice.contrasts}
     found = []
     for trial in taking_part:
+        if trial.trial_id not in behind and trial.trial_id != choice.best_id:
+            continue  # a run of it is missing: `choice.notes` names it
         runs = [trial, *(one for one in trials if one.repeat_of == trial.trial_id and one.state == "finished")]
         losses = tuple(run.losses[-1][1] for run in runs)
         against = behind.get(trial.trial_id)
@@ -29,4 +31,4 @@ def finals_record(spec: TuneSpec, trials: Sequence[TrialRecord], choice: Choice)
             beaten=against is not None and against.beaten,
         ))  # fmt: skip
     ordered = sorted(found, key=lambda one: one.mean)
-    return FinalsRecord(alpha=spec.finals.alpha, finalists=tuple(ordered), notes=choice.notes)
+    return FinalsRecord(alpha=spec.finals.alpha, verdict=choice.verdict, finalists=tuple(ordered), notes=choice.notes)

@@ -7,6 +7,7 @@ from typing import Literal
 from graftwork.report.sweep_records import FrontPoint, FrontRecord, SweepKey, SweepRecord, SweepTrial, in_space
 from graftwork.tuning.choice import rule
 from graftwork.tuning.goals import pareto, value_of
+from graftwork.tuning.page.axis import MOST_VALUES
 from graftwork.tuning.page.finals import finals_record
 from graftwork.tuning.page.heat import heat
 from graftwork.tuning.page.importance import importance
@@ -14,7 +15,7 @@ from graftwork.tuning.page.stops import stops
 from graftwork.tuning.page.values import plain, settings
 from graftwork.tuning.records import Choice, TrialRecord
 from graftwork.tuning.space_spec import Choice as Listed
-from graftwork.tuning.space_spec import Domain, LogUniform
+from graftwork.tuning.space_spec import Domain, IntRange, LogUniform, PowerOfTwo
 from graftwork.tuning.spec import TuneSpec
 
 
@@ -45,7 +46,6 @@ def sweep_record(spec: TuneSpec, trials: Sequence[TrialRecord], ended: Ended) ->
     return SweepRecord(
         name=spec.name, trials=tuple(shown), best_id=best_id, rows=ended.rows, seed=spec.seed, reused=ended.reused,
         state=ended.state, error=ended.error, steps=spec.steps, keys=tuple(keys),
-        verdict=choice.verdict if choice and choice.contrasts else "",
         settings=settings(best) if best else "", sampler=ended.sampler, rule=rule(spec),
         scheduler=spec.scheduler.kind if spec.scheduler else "", at_once=spec.max_concurrent,
         cpus=spec.train.cpus_per_worker, gpus=spec.train.gpus_per_worker, wall_s=ended.wall_s, importance=found,
@@ -72,7 +72,10 @@ def key_of(name: str, domain: Domain) -> SweepKey:
     """A key of the space with its values as text or numbers."""
     if isinstance(domain, Listed):
         return SweepKey(name=name, values=tuple(plain(value) for value in domain.values))
-    return SweepKey(name=name, low=domain.low, high=domain.high, log=isinstance(domain, LogUniform))
+    if isinstance(domain, PowerOfTwo) or (isinstance(domain, IntRange) and len(domain.listed()) <= MOST_VALUES):
+        return SweepKey(name=name, values=tuple(domain.listed()))
+    log = isinstance(domain, LogUniform) or (isinstance(domain, IntRange) and domain.log)
+    return SweepKey(name=name, low=domain.low, high=domain.high, log=log)
 
 
 def trial_of(trial: TrialRecord) -> SweepTrial:
