@@ -47,13 +47,19 @@ def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
     ended = Ended("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
     sweep = sweep_record(spec, report.trials, ended)
     if as_json:
-        said = sweep.model_dump(mode="json", include={"stops": True, "heat": {"rates"}})
-        print_json({**report.as_dict(), **said, "shadow": shadow})
+        print_json(told(report, sweep, shadow))
     else:
-        _show(spec, report, sweep, shadow)
+        show(spec, report, sweep, shadow)
 
 
-def _show(spec: "TuneSpec", report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> None:
+def told(report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> dict[str, Any]:
+    """For machines: `heat.rates` is the claim of one learning rate for all ranks, `stops` what stops saved."""
+    said = sweep.model_dump(mode="json", include={"stops": True, "heat": {"rates"}})
+    return {**report.as_dict(), **said, "shadow": shadow}
+
+
+def show(spec: "TuneSpec", report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> None:
+    """The trials and the finals, the verdict and what else the trials tell, and what became of the winner."""
     from graftwork.cli.shadowing import show_shadow
     from graftwork.report.sweep import rates_words, stops_words
     from graftwork.tuning.page.values import settings

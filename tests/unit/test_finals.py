@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import scipy.stats
 
 from graftwork import artifact, config, stats
+from graftwork.cli.tuning import show, told
 from graftwork.errors import ConfigError, RunError
 from graftwork.machine import Speed
 from graftwork.memory import GIB, RowSizes
@@ -21,10 +23,11 @@ from graftwork.training.outcomes.spec import RetentionSpec
 from graftwork.tuning.choice import choose
 from graftwork.tuning.finals import WithFinals, repeated, seeds_of, with_finals
 from graftwork.tuning.ledger import Ledger
+from graftwork.tuning.page import Ended, sweep_record
 from graftwork.tuning.plan import plan_tuning
-from graftwork.tuning.records import Choice, State, TrialRecord
+from graftwork.tuning.records import Choice, State, TrialRecord, TuneReport
 from graftwork.tuning.search import Suggestion, Wait, search_of
-from graftwork.tuning.space import digest
+from graftwork.tuning.space import digest, grid
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.winner import Placed, move, winner_spec
 from tests.adapters import facts, write_adapter
@@ -356,3 +359,41 @@ def test_finals_are_planned_as_whole_runs() -> None:
 
     alone = seconds(None) - RAY_TUNE_START_S
     assert seconds({"finalists": 2, "repeats": 3}) - seconds(None) == pytest.approx(2 * alone)
+
+
+# What one reads.
+
+
+def test_a_person_and_a_machine_are_told_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    choices = {"adapter.rank": [2, 4], "optim.lr": [0.001, 0.002, 0.004]}
+    space = {key: {"kind": "choice", "values": values} for key, values in choices.items()}
+    spec = sweep(space=space, num_trials=6, steps=8, scheduler={"grace_steps": 4, "reduction": 2}, report_every=4)
+    trials = []
+    for place, values in enumerate(grid(spec.space)):
+        state: State = "stopped" if place in (2, 5) else "finished"
+        losses = ((4, 1.5 + 0.1 * place),) if state == "stopped" else ((4, 1.5 + 0.1 * place), (8, 1.0 + 0.1 * place))
+        metrics = {"trained_parameters": 1e5, "step_s": 0.5}
+        trials.append(TrialRecord(digest(values), values, losses, state, losses[-1][0], 9.0, metrics=metrics))
+    for first in trials[:2]:
+        for seed in (8, 9):
+            values, losses = repeated(first.values, seed), (*first.losses[:1], (8, first.losses[1][1] + 0.01 * seed))
+            again = replace(first, trial_id=digest(values), values=values, losses=losses, repeat_of=first.trial_id)
+            trials.append(again)
+    choice = choose(spec, trials)
+    best = next(trial for trial in trials if trial.trial_id == choice.trial_id)
+    report = TuneReport(
+        "s-00000000", tuple(trials), best.trial_id, best.values, spec.train, "grid", choice, 4, 9.0, False
+    )
+    sweep_ = sweep_record(spec, trials, Ended("finished", 4, "grid", 9.0, choice))
+    show(spec, report, sweep_, None)
+    read = capsys.readouterr().out
+    assert "finals: held-out loss by seed" in read
+    assert "lr=0.001 beats lr=0.002 by 0.1000 nats" in read
+    assert "the best lr moves with rank" in read
+    assert "2 trials were stopped before 8 of" in read
+    assert "best: --set adapter.rank=2 --set optim.lr=0.001" in read
+    machine = json.loads(json.dumps(told(report, sweep_, None)))
+    assert machine["choice"]["contrasts"][0]["beaten"] is True
+    assert machine["stops"]["saved_steps"] == 8
+    assert machine["heat"]["rates"]["row_key"] == "adapter.rank"
+    assert machine["winner"] is None
