@@ -371,12 +371,13 @@ def test_a_person_and_a_machine_are_told_all_of_it(capsys: pytest.CaptureFixture
     trials = []
     for place, values in enumerate(grid(spec.space)):
         state: State = "stopped" if place in (2, 5) else "finished"
-        losses = ((4, 1.5 + 0.1 * place),) if state == "stopped" else ((4, 1.5 + 0.1 * place), (8, 1.0 + 0.1 * place))
+        ends = 4 if state == "stopped" else 8
+        losses = tuple((step, 1.0 + 0.1 * place + 0.5 * (step == 4)) for step in (4, 8) if step <= ends)
         metrics = {"trained_parameters": 1e5, "step_s": 0.5}
         trials.append(TrialRecord(digest(values), values, losses, state, losses[-1][0], 9.0, metrics=metrics))
     for first in trials[:2]:
         for seed in (8, 9):
-            values, losses = repeated(first.values, seed), (*first.losses[:1], (8, first.losses[1][1] + 0.01 * seed))
+            values, losses = repeated(first.values, seed), (first.losses[0], (8, first.losses[1][1] + 0.01 * seed))
             again = replace(first, trial_id=digest(values), values=values, losses=losses, repeat_of=first.trial_id)
             trials.append(again)
     choice = choose(spec, trials)
