@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from graftwork.tuning.records import TuneProgress
+from graftwork.tuning.records import TrialRecord, TuneProgress
 
 LEAST_ENDED = 3
 """Trials that must have ended before their steps say what the others will take."""
@@ -35,7 +35,7 @@ def pace(progress: TuneProgress) -> Pace:
     own = _own_steps(progress)
     taken = sum(own.values())
     each = progress.gpus or progress.cpus
-    device_s = each * sum(trial.wall_s for trial in progress.trials)
+    device_s = each * sum(took_s(trial, progress.elapsed_s) for trial in progress.trials)
     ended = [own[trial.trial_id] for trial in progress.trials if trial.ended]
     if not taken or not progress.elapsed_s:
         return Pace(None, ended=len(ended), device_s=device_s)
@@ -50,6 +50,11 @@ def pace(progress: TuneProgress) -> Pace:
     low, high = (left_s(max(expected - 2 * error, 0.0)), left_s(min(expected + 2 * error, progress.steps)))
     total = device_s * (1 + _left(progress, expected) / taken)
     return Pace(left, low if known else None, high if known else None, len(ended), device_s, total)
+
+
+def took_s(trial: TrialRecord, now_s: float) -> float:
+    """Seconds of a trial on the sweep's clock: `wall_s` of one that runs is that of its last report."""
+    return max(now_s - trial.started_s, 0.0) if trial.state == "running" and trial.started_s else trial.wall_s
 
 
 def _own_steps(progress: TuneProgress) -> dict[str, int]:

@@ -108,7 +108,7 @@ def board(label: str, progress: "TuneProgress", since_s: float, rows: int) -> Re
     ]
     shown, more = shown_trials(progress, rows)
     tail = [Text(f"and {more} more", style="dim")] if more else []
-    return Group(*heads, *([_table(progress, shown)] if shown else []), *tail)
+    return Group(*heads, *([_table(progress, shown, since_s)] if shown else []), *tail)
 
 
 def counts(progress: "TuneProgress") -> str:
@@ -150,7 +150,8 @@ def _place(trial: "TrialRecord") -> tuple[bool, int, float]:
     return trial.state == "failed", -trial.steps, trial.losses[-1][1] if trial.losses else math.inf
 
 
-def _table(progress: "TuneProgress", shown: Sequence["TrialRecord"]) -> Table:
+def _table(progress: "TuneProgress", shown: Sequence["TrialRecord"], since_s: float) -> Table:
+    from graftwork.tuning.pace import took_s
     from graftwork.tuning.records import named
 
     table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
@@ -162,7 +163,8 @@ def _table(progress: "TuneProgress", shown: Sequence["TrialRecord"]) -> Table:
         last = f"{trial.losses[-1][1]:.3f}" if trial.losses else "-"
         of = f"{trial.steps}/{progress.steps}" if progress.steps else str(trial.steps)
         curve = sparkline([loss for _, loss in trial.losses][-CURVE:], low, high)
-        table.add_row(name, of, last, curve, trial.state, clock(trial.wall_s), style=STYLES[trial.state])
+        took = clock(took_s(trial, progress.elapsed_s + since_s))
+        table.add_row(name, of, last, curve, trial.state, took, style=STYLES[trial.state])
     return table
 
 

@@ -94,7 +94,7 @@ def state_words(sweep: SweepRecord) -> str:
     """How many trials there were, how they ended, and what they took."""
     counts = Counter(trial.state for trial in sweep.trials)
     parts = [f"{counts[state]} {word}" for state, word in ENDS.items() if counts[state]]
-    taken = sum(trial.wall_s or 0.0 for trial in sweep.trials)
+    taken = sum(map(sweep.took_s, sweep.trials))
     each, device = (sweep.gpus, "GPU") if sweep.gpus else (sweep.cpus, "core")
     cost = f"{words.seconds(sweep.wall_s)} in all, " if sweep.wall_s else ""
     return (
@@ -108,7 +108,7 @@ def timeline_words(sweep: SweepRecord) -> str:
     found = timeline(sweep)
     if found is None:
         return ""
-    left = f" {found.left_out} trials have no known time." if found.left_out else ""
+    left = f" Not shown, as their time is not known: {found.left_out}." if found.left_out else ""
     return (
         f"{found.lanes} at a time at most; {words.percent(found.idle)} of that room went to the starts of processes, "
         f"to waiting and to the end, when fewer are left.{left}"

@@ -103,25 +103,25 @@ def above(sweep: SweepRecord) -> int:
 
 def timeline(sweep: SweepRecord) -> Timeline | None:
     """None where the start of no trial is known."""
-    timed = sorted((trial for trial in sweep.trials if trial.started_s is not None and trial.wall_s),
+    timed = sorted((trial for trial in sweep.trials if trial.started_s is not None and sweep.took_s(trial)),
                    key=lambda trial: trial.started_s or 0.0)  # fmt: skip
     if not timed:
         return None
-    end = max((trial.started_s or 0.0) + (trial.wall_s or 0.0) for trial in timed)
-    scale, lanes = Scale(0.0, end), _lanes(timed)
+    end = max((trial.started_s or 0.0) + sweep.took_s(trial) for trial in timed)
+    scale, lanes = Scale(0.0, end), _lanes(timed, sweep)
     count = max(lanes) + 1
     rails = [element("line", x1=0, x2="100%", y1=(lane + 0.5) * LANE_PX, y2=(lane + 0.5) * LANE_PX, class_="grid")
              for lane in range(count)]  # fmt: skip
-    bars = [_bar(trial, lane, scale, style(trial, sweep)) for trial, lane in zip(timed, lanes, strict=True)]
+    bars = [_bar(trial, lane, scale, sweep) for trial, lane in zip(timed, lanes, strict=True)]
     plot = element("svg", element("title", "trials on the clock"), *rails, *bars, class_="canvas", role="img")
-    busy = sum(trial.wall_s or 0.0 for trial in timed)
+    busy = sum(map(sweep.took_s, timed))
     step = next((nice for nice in NICE_S if end / nice <= 5), NICE_S[-1])
     marks = tuple((scale(at * step), words.clock(at * step)) for at in range(int(end / step) + 1))
     return Timeline(plot, count * LANE_PX, marks, count, max(0.0, 1 - busy / (count * end)),
                     len(sweep.trials) - len(timed))  # fmt: skip
 
 
-def _lanes(timed: Sequence[SweepTrial]) -> list[int]:
+def _lanes(timed: Sequence[SweepTrial], sweep: SweepRecord) -> list[int]:
     """For each trial, in the order of their starts, the lowest lane that is free then."""
     busy: list[tuple[float, int]] = []
     free: list[int] = []
@@ -131,17 +131,17 @@ def _lanes(timed: Sequence[SweepTrial]) -> list[int]:
         while busy and busy[0][0] <= started:
             heapq.heappush(free, heapq.heappop(busy)[1])
         lane = heapq.heappop(free) if free else len(busy)
-        heapq.heappush(busy, (started + (trial.wall_s or 0.0), lane))
+        heapq.heappush(busy, (started + sweep.took_s(trial), lane))
         lanes.append(lane)
     return lanes
 
 
-def _bar(trial: SweepTrial, lane: int, scale: Scale, kind: str) -> Markup:
-    started, took = trial.started_s or 0.0, trial.wall_s or 0.0
+def _bar(trial: SweepTrial, lane: int, scale: Scale, sweep: SweepRecord) -> Markup:
+    started, took = trial.started_s or 0.0, sweep.took_s(trial)
     said = f"{title(trial)}\n{words.clock(started)} + {words.seconds(took)}"
     return element("rect", element("title", said), x=f"{scale(started):.2f}%", y=lane * LANE_PX + 2, rx=2,
                    width=f"{max(scale(started + took) - scale(started), 0.25):.2f}%", height=LANE_PX - 4,
-                   class_=f"trial t-{kind}")  # fmt: skip
+                   class_=f"trial t-{style(trial, sweep)}")  # fmt: skip
 
 
 def parallel(sweep: SweepRecord) -> tuple[Markup, tuple[Axis, ...]] | None:

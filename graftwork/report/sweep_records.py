@@ -271,6 +271,12 @@ class SweepRecord(Record):
     front: FrontRecord | None = None
     finals: FinalsRecord | None = None
 
+    def took_s(self, trial: SweepTrial) -> float:
+        """Seconds of a trial; of one that was running when the sweep was interrupted, up to then."""
+        if trial.state == "running" and trial.started_s is not None and self.wall_s is not None:
+            return max(self.wall_s - trial.started_s, 0.0)
+        return trial.wall_s or 0.0
+
     @property
     def best(self) -> SweepTrial | None:
         """The chosen trial."""

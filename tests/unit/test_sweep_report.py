@@ -170,6 +170,15 @@ def test_bars_share_a_lane_only_when_they_do_not_overlap() -> None:
     assert found.idle == pytest.approx(1 - 28 / (2 * 17.5))
 
 
+def test_a_trial_that_was_running_is_drawn_up_to_the_interruption() -> None:
+    running = trial("a", {"optim.lr": 0.001}, [], "running", started_s=20.0, wall_s=0.01)
+    record, page = page_of(spec({"optim.lr": RATE}), [running], Ended("interrupted", 16, "grid", 60.0))
+    found = timeline(record)
+    assert found is not None
+    assert found.idle == pytest.approx(20 / 60)
+    assert "0.01 core hours" in page.text
+
+
 STATES: tuple[State, ...] = ("finished", "stopped", "failed", "running", "pending")
 
 
