@@ -19,10 +19,11 @@ from ray.util import placement_group_table
 
 from graftwork import artifact
 from graftwork.cluster.session import Session, session
-from graftwork.errors import ClusterError, Interrupted
+from graftwork.errors import ClusterError, Interrupted, RunError
 from graftwork.storage import Store
+from graftwork.training.lock import run_lock
 from graftwork.training.spec import LoraSpec
-from graftwork.tuning.run import TuneProgress, TuneReport, tune
+from graftwork.tuning.run import Sweep, TuneProgress, TuneReport, tune
 from graftwork.tuning.spec import TuneSpec
 from tests.tiny import write_tiny_base
 
@@ -34,8 +35,11 @@ GOOD = 0.03
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def write_inputs(folder: Path) -> Path:
     """A folder with a base, train.jsonl and eval.jsonl."""
-    folder = tmp_path_factory.mktemp("inputs")
     write_tiny_base(folder / "base")
     for part, first in (("train", 0), ("eval", 100)):
         rows = [
@@ -245,6 +249,12 @@ def test_kill_9_while_the_winner_trains_repeats_no_trial_and_goes_on_from_its_ch
     steps_told = [progress.winner.step for progress in seen if progress.winner]
     assert min(steps_told) > 5, "it went on from a checkpoint"
     assert artifact.aliases(Store(spec.root), "tiny") == {"champion": report.winner.train.version}
+
+
+def test_one_driver_a_sweep(inputs: Path, tmp_path: Path) -> None:
+    spec = sweep(inputs, tmp_path, rates(GOOD))
+    with run_lock(Sweep.of(spec).paths), pytest.raises(RunError, match="another process is running it"):
+        tune(spec)
 
 
 def test_a_trial_that_no_node_can_hold_is_refused(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
