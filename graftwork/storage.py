@@ -201,6 +201,8 @@ class RunPaths:
     store: Store
     name: str
     digest: str
+    inside: tuple[str, ...] = ()
+    """Folder in the run's, for a part of it that is a run itself."""
 
     @property
     def run_id(self) -> str:
@@ -209,7 +211,15 @@ class RunPaths:
 
     def file(self, *parts: str) -> tuple[str, ...]:
         """Key of any file of the run; without parts, of its folder."""
-        return ("runs", self.run_id, *parts)
+        return ("runs", self.run_id, *self.inside, *parts)
+
+    def part(self, *names: str) -> "RunPaths":
+        """A run in a folder of this one."""
+        return RunPaths(self.store, self.name, self.digest, (*self.inside, *names))
+
+    def patiently(self, patience_s: float) -> "RunPaths":
+        """The same run on a store that waits out an outage."""
+        return RunPaths(self.store.patient(patience_s), self.name, self.digest, self.inside)
 
     def spec(self) -> tuple[str, ...]:
         """The resolved spec."""

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftwork.errors import ConfigError, GraftworkError
+from graftwork.errors import ConfigError, GraftworkError, StorageError
 from graftwork.storage import RunPaths
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints
 from graftwork.training.job import TrainJob
@@ -67,14 +67,23 @@ def agreed_start(job: TrainJob) -> Start:
         return checkpoints.marks()
 
     notes: list[str] = []
-    for mark in reversed(from_rank_0(whole)):
-        folder, damage = checkpoints.folder(mark.step), _damage(checkpoints, mark, fetch=sends)
+    found = [(checkpoints, mark) for mark in reversed(from_rank_0(whole))]
+    if job.begin_from is not None:
+        before = Checkpoints(job.begin_from)
+        found += [(before, mark) for mark in reversed(from_rank_0(before.marks))]
+    for of, mark in found:
+        folder, damage = of.folder(mark.step), _damage(of, mark, fetch=sends)
         if not damage:
             start = Start(mark, folder, (*notes, *_notes(mark, world)), sends)
             break
         notes.append(f"the checkpoint of step {mark.step} is damaged ({damage[0]}) and was left out")
-        from_rank_0(functools.partial(checkpoints.drop, mark.step))
+        from_rank_0(functools.partial(of.drop, mark.step))
     else:
+        if job.begin_from is not None:
+            raise StorageError(
+                f"the checkpoint of {'/'.join(job.begin_from.file())}", "; ".join(notes) or "there is none",
+                "this run begins from a whole one",
+            )  # fmt: skip
         start = Start(notes=tuple(notes), sends=sends)
     from_rank_0(functools.partial(_note_start, job.run, start, world))
     return start

@@ -27,6 +27,8 @@ class TrainJob:
     """Tokenised rows from `training.data.prepare`; trials that share their data share this object."""
     run: RunPaths | None = None
     """Where checkpoints and metrics go and where the loop continues from; None (a trial) writes and resumes nothing."""
+    begin_from: RunPaths | None = None
+    """A run that this one begins from the newest checkpoint of, as long as it has none of its own."""
     max_steps: int | None = None
     """End, learning-rate schedule included, after so many optimizer steps; None takes `spec.optim.epochs`."""
     report_every: int = 1

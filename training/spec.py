@@ -16,6 +16,8 @@ from graftwork.training.checkpoint_spec import CheckpointSpec, RecoverySpec
 from graftwork.training.objective_rules import taken_effect
 from graftwork.training.objective_spec import ObjectiveSpec, SftSpec
 from graftwork.training.outcomes.spec import OutcomesSpec
+from graftwork.training.rates import Factors
+from graftwork.training.rates import refusal as refusal_of_factors
 from graftwork.training.rl_spec import check_rl
 from graftwork.training.strategy_rules import check_strategy
 from graftwork.training.strategy_spec import StrategySpec
@@ -31,6 +33,9 @@ class OptimSpec(Spec):
     """Peak learning rate, reached after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Decay from the peak to 0 over the run, after the warm-up."""
+    factors: Factors = ()
+    """Further factors of the learning rate, e.g. [[0.5, 0.8]]: after half of the steps it is 0.8 of the schedule's.
+    What population based training finds (`kind: tune`, `search: {kind: pbt}`)."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps that the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -45,6 +50,12 @@ class OptimSpec(Spec):
     gradient_checkpointing: bool | Literal["auto"] = False
     """Keep only each block's input and compute the block again in the backward pass: less memory, a third more time.
     auto: where the plan says that it would not fit without."""
+
+    @model_validator(mode="after")
+    def _factors_rise(self) -> Self:
+        if reason := refusal_of_factors(self.factors):
+            raise ValueError(reason)
+        return self
 
     @property
     def rows_per_pass(self) -> int:
@@ -103,6 +114,8 @@ class TrainSpec(Spec):
         kept = {"name", "quant", "prompt", "objective", "adapter", "optim", "eval_every", "seed"}
         fields = self.model_dump(mode="json", include=kept)
         del fields["optim"]["micro_batch"], fields["optim"]["gradient_checkpointing"], fields["quant"]["resident"]
+        if not self.optim.factors:
+            del fields["optim"]["factors"]
         fields["objective"].pop("teacher", None)  # pinned with the rows, wherever it lies
         return {**fields, "device": "cuda" if self.gpus_per_worker else "cpu"}
 

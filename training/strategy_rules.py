@@ -21,6 +21,11 @@ def check_strategy(spec: "TrainSpec") -> None:
     _check_offload(spec)
     _check_precision(spec)
     _check_kinds(spec)
+    if spec.optim.factors and spec.strategy.kind in ZERO:
+        raise ValueError(
+            f"optim.factors can't take effect with strategy.kind={spec.strategy.kind}: DeepSpeed's optimizer keeps the "
+            "rate to itself. Set strategy.kind=ddp or fsdp2"
+        )
 
 
 def check_here(spec: "TrainSpec") -> None:

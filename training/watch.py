@@ -17,6 +17,7 @@ from graftwork.training.checkpoint_save import Saver
 from graftwork.training.checkpoint_start import Start
 from graftwork.training.job import NonFiniteLoss, Report, TrainJob
 from graftwork.training.ranks import of_all
+from graftwork.training.rates import scale
 from graftwork.training.steplog import StepLog, StepReport
 from graftwork.training.universal import mend
 
@@ -65,6 +66,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             of_all(None)  # every rank has loaded it
             if self.start.sends:
                 shutil.rmtree(self.start.folder, ignore_errors=True)
+        if self.job.spec.optim.factors:
+            scale(kwargs["optimizer"], kwargs["lr_scheduler"], self.job.spec.optim.factors, self.plan.steps)
         if self.training.evaluate_first and state.global_step == 0 and self.job.data.eval is not None:
             self._before = self.training.evaluate()
 

@@ -77,7 +77,7 @@ def after(record: TrialRecord, failure: Failure, spec: TrainSpec, retries: int, 
     then = f" with {_changed(spec, shrunk(spec, 1))}" if failure.kind == "memory" else ""
     note = f"{what} after step {record.steps} ({failure.message[:200]}); run again{then}"
     again = {"retried": record.retried + 1, "attempts": record.attempts + 1, "smaller": times}
-    return {"state": "pending", "losses": (), "steps": 0, "notes": (*record.notes, note), **again}
+    return {"state": "pending", "notes": (*record.notes, note), **again}
 
 
 def shrunk(spec: TrainSpec, times: int) -> TrainSpec | None:

@@ -24,6 +24,7 @@ from graftwork.tuning.board import start_board
 from graftwork.tuning.failures import Failure, after, shrunk
 from graftwork.tuning.judge import judge_of
 from graftwork.tuning.ledger import Ledger
+from graftwork.tuning.places import Places
 from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.search import Search, Wait
 from graftwork.tuning.space import Values, rows_key
@@ -77,8 +78,15 @@ def fit(sweep: Sweeping) -> None:
     require_room(spec.train)
     interrupt, board = Interrupt(), start_board()
     judge = judge_of(spec, [trial for trial in ledger.trials if trial.ended and trial.repeat_of is None])
-    watch = Watch(ledger, judge, board, spec.steps, sweep.on_change, sweep.after_failure, interrupt)
-    told = {"rows": dict(sweep.rows), "steps": spec.steps, "report_every": spec.report_every, "board": board}
+    places = Places(ledger.run.patiently(spec.train.checkpoints.outage_s), spec.checkpoint_every)
+    watch = Watch(ledger, judge, board, spec.steps, sweep.on_change, sweep.after_failure, places, interrupt)
+    told: dict[str, Any] = {
+        "rows": dict(sweep.rows),
+        "steps": spec.steps,
+        "report_every": spec.report_every,
+        "board": board,
+        "places": places,
+    }
     trainable = tune.with_resources(tune.with_parameters(run_trial, **told), resources_per_worker(spec.train))
     scratch = tempfile.TemporaryDirectory(prefix="gw-tune-")  # Tune's own notes; a rerun goes by the ledger
     with environment_of(QUIET), _quiet_log(), scratch as folder, interrupt.on_signals():
@@ -99,6 +107,7 @@ def fit(sweep: Sweeping) -> None:
             ),
         ).fit()
     ray.kill(board)
+    places.clear()
 
 
 class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
@@ -130,7 +139,8 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
         group = group_of(chosen, sweep.spec.together, sweep.ledger, sweep.search, sweep.spec_of, sweep.rows[rows])
         for trial_id in group:
             sweep.ledger.update(trial_id, started_s=sweep.clock())
-        return Told({trial_id: spec.model_dump_json() for trial_id, spec in group.items()}, rows).config()
+        asked = {trial_id: spec.model_dump_json() for trial_id, spec in group.items()}
+        return Told(asked, rows, chosen.until, chosen.parent).config()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The ledger knows."""

@@ -99,7 +99,11 @@ class Ledger:
         return records
 
     def _add(self, chosen: Suggestion) -> TrialRecord:
-        record = TrialRecord(digest(chosen.values), chosen.values, repeat_of=chosen.repeat_of)
+        more = {key: value for key in ("parent", "until") if (value := getattr(chosen, key)) is not None}
+        record = TrialRecord(
+            digest({**chosen.values, **more}), chosen.values, repeat_of=chosen.repeat_of, parent=chosen.parent,
+            until=chosen.until,
+        )  # fmt: skip
         assert record.trial_id not in self.records, "a search repeats no point"
         self.records[record.trial_id] = record
         return record
@@ -109,13 +113,11 @@ def _pending(record: TrialRecord) -> TrialRecord:
     """To be run again from its start: by a new driver, which has its own number of retries."""
     if record.state == "pending":
         return record
-    began, notes = TrialRecord(record.trial_id, record.values), record.notes
+    again = replace(record, state="pending", attempts=record.attempts + 1, retried=0, error=None, failure=None)
     if record.state == "running":
-        notes = (*notes, f"the sweep ended while it was running, after step {record.steps}; run again")
-    return replace(
-        began, repeat_of=record.repeat_of, parent=record.parent, notes=notes, attempts=record.attempts + 1,
-        smaller=record.smaller if record.state == "running" else 0,
-    )  # fmt: skip
+        note = f"the sweep ended while it was running, after step {record.steps}; run again"
+        return replace(again, notes=(*record.notes, note))
+    return replace(again, losses=(), steps=0, smaller=0)
 
 
 def _in_one_line(error: Exception) -> str:

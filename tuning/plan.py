@@ -19,8 +19,9 @@ from graftwork.plan import (
 )
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.finals import most_repeats
-from graftwork.tuning.search import Drawn, search_of
+from graftwork.tuning.search import Drawn, Population, search_of
 from graftwork.tuning.search.drawn import random_search
+from graftwork.tuning.search_spec import PbtSpec
 from graftwork.tuning.space import Values, trial_spec
 from graftwork.tuning.spec import TuneSpec
 
@@ -37,6 +38,7 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     at_once = max(1, min(spec.max_concurrent, len(trials), int(machine.cores // largest.cpus_per_worker)))
     each_s = [_trial_seconds(spec, trial, model, rows, held_out, machine, at_once) for trial in trials]
     start_s, share = START_S / machine.pace(at_once, 1), expected_share(spec, len(trials))
+    start_s *= starts(spec)
     all_s = sum(start_s + share * taken_s for taken_s in each_s) / at_once
     finals_s = math.ceil(most_repeats(spec) / at_once) * (start_s + max(each_s))
     shared_by = 1 if machine.gpu is not None else at_once
@@ -92,7 +94,12 @@ def expected_share(spec: TuneSpec, trials: int) -> float:
     return taken / (trials * spec.steps)
 
 
+def starts(spec: TuneSpec) -> int:
+    """Processes that a trial takes, one after the other: a member of a population one a segment."""
+    return spec.steps // spec.search.every if isinstance(spec.search, PbtSpec) else 1
+
+
 def points_to_plan(spec: TuneSpec) -> tuple[Values, ...]:
     """The points that will run where the search knows them; else as many drawn at random, the space's corners first."""
     search = search_of(spec)
-    return search.points if isinstance(search, Drawn) else random_search(spec).points
+    return search.points if isinstance(search, Drawn | Population) else random_search(spec).points

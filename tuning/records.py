@@ -49,6 +49,8 @@ class TrialRecord:
     """The trial of the search that this one repeats with another seed (finals)."""
     parent: str | None = None
     """The trial whose checkpoint this one began from (population based training)."""
+    until: int | None = None
+    """Optimizer step that it ends at; null: the sweep's last."""
 
     @property
     def ended(self) -> bool:

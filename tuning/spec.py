@@ -21,7 +21,7 @@ from graftwork.tuning.scheduler_spec import (
     refusal,
     with_grace,
 )
-from graftwork.tuning.search_spec import SearchSpec
+from graftwork.tuning.search_spec import PbtSpec, SearchSpec
 from graftwork.tuning.space_spec import Choice, Domain, IntRange, LogUniform, PowerOfTwo, Space, Uniform
 
 __all__ = [
@@ -59,7 +59,17 @@ NOT_TUNABLE = {
     "objective.loss_type": "losses of different kinds can't be compared",
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""
-NO_PART = {"root", "max_concurrent", "together", "retries", "retry_smaller", "finals", "winner", "train"}
+NO_PART = {
+    "root",
+    "max_concurrent",
+    "together",
+    "retries",
+    "retry_smaller",
+    "checkpoint_every",
+    "finals",
+    "winner",
+    "train",
+}
 """Keys that do not change a trial of the search; of `train` its recipe does. A finished sweep can be given finals."""
 DECIDES_ROWS = ("base", "data", "prompt", "max_length", "too_long", "objective", "seed")
 """Keys of `train` that decide the rows of a trial and their order."""
@@ -107,6 +117,9 @@ class TuneSpec(Spec):
     """Held-out rows scored at each report."""
     report_every: int = Field(default=4, ge=1)
     """Optimizer steps between reports, where the scheduler may stop a trial."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between checkpoints of a trial, from which it goes on when its process or the sweep was lost;
+    null: it begins anew. They are removed when it has ended."""
     scheduler: SchedulerSpec | None = AshaSpec()
     """null runs every trial to its end."""
     finals: FinalsSpec | None = None
@@ -120,6 +133,8 @@ class TuneSpec(Spec):
     @classmethod
     def _asha_unless_said(cls, tree: Any) -> Any:
         fields = cls.model_fields
+        if isinstance(tree, dict) and isinstance(tree.get("search"), dict) and tree["search"].get("kind") == "pbt":
+            tree = {"scheduler": None, **tree}
         return with_grace(with_kind(tree, "scheduler", "asha"), fields["steps"].default, fields["report_every"].default)
 
     @model_validator(mode="after")
@@ -144,9 +159,23 @@ class TuneSpec(Spec):
             raise ValueError(f"report_every={self.report_every} is more than steps={self.steps}: no report would come")
         if self.scheduler is not None and (reason := refusal(self.scheduler, self.steps, self.report_every)):
             raise ValueError(reason)
+        if isinstance(self.search, PbtSpec):
+            self._segments_fit(self.search)
+        if self.checkpoint_every is not None and self.together > 1:
+            raise ValueError("checkpoint_every can't take effect with together > 1: trials of one process make none")
         require_finals(self.finals, self.num_trials, self.space)
         require_placeable(self.winner, self.train)
         return self
+
+    def _segments_fit(self, search: PbtSpec) -> None:
+        if reason := search.refusal(self.steps, self.report_every):
+            raise ValueError(reason)
+        if self.scheduler is not None:
+            raise ValueError(
+                f"scheduler.kind={self.scheduler.kind} can't go with search.kind=pbt, which ends no member"
+            )
+        if self.together > 1:
+            raise ValueError(f"together={self.together} can't go with search.kind=pbt, whose members change places")
 
     def recipe(self) -> dict[str, Any]:
         """What decides the result, `train` left out, whose own recipe does."""

@@ -11,13 +11,15 @@ import ray
 from ray import tune
 
 from graftwork.errors import RunError
+from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import PreparedData
 from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.spec import TrainSpec
-from graftwork.training.steplog import StepReport
+from graftwork.training.steplog import StepReport, read_steps
 from graftwork.tuning.costs import Costs
 from graftwork.tuning.failures import message_of
+from graftwork.tuning.places import Places
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,23 @@ class Told:
     """The resolved training spec of each trial, as JSON, by trial id."""
     rows: str
     """Key of their rows."""
+    until: int | None = None
+    """Step that a single trial ends at, before the sweep's last, with a checkpoint for others to begin from."""
+    parent: str | None = None
+    """The trial that it begins from."""
 
     def config(self) -> dict[str, Any]:
         """For Tune."""
-        return {"trials": self.trials, "rows": self.rows}
+        return dict(vars(self))
 
 
 def run_trial(
-    config: Mapping[str, Any], rows: Mapping[str, PreparedData], steps: int, report_every: int, board: Any
+    config: Mapping[str, Any],
+    rows: Mapping[str, PreparedData],
+    steps: int,
+    report_every: int,
+    board: Any,
+    places: Places,
 ) -> None:
     """Tune's function trainable; `config` is that of `Told`. Runs in a Tune actor process.
 
@@ -54,13 +65,29 @@ def run_trial(
         run_together(jobs, telling.tell)
         return
     ((trial_id, job),) = jobs.items()
+    _run_alone(places.job(job, trial_id, told.until, told.parent), trial_id, told.until or steps, telling)
+
+
+def _run_alone(job: TrainJob, trial_id: str, end: int, telling: "_Telling") -> None:
+    """Train one trial to step `end`. Where it keeps checkpoints, its last loss is told once the last one is whole: the
+    driver then takes it for ended, and others may begin from there."""
+    last: list[StepReport] = []
 
     def report(step: StepReport) -> bool:
         if step.eval_loss is not None and not math.isfinite(step.eval_loss):
             raise NonFiniteLoss(f"trial {trial_id}", f"the held-out loss is {step.eval_loss} at step {step.step}")
-        return telling.tell({trial_id: step}, {})[trial_id]
+        if job.run is None or step.step < end:
+            return telling.tell({trial_id: step}, {})[trial_id]
+        last.append(step)
+        return False
 
-    run_steps(job, report)
+    done = Checkpoints(job.run).newest() if job.run is not None else None
+    if job.run is not None and done is not None and done.step >= end:  # an earlier attempt was lost before it told
+        last += [step for step in read_steps(job.run) if step.step == done.step]
+    else:
+        run_steps(job, report)
+    for step in last:
+        telling.tell({trial_id: step}, {})
 
 
 class _Telling:

@@ -18,6 +18,7 @@ from graftwork.errors import GraftworkError
 from graftwork.tuning.failures import Failure, failure_of, hopeless, kernel_kills
 from graftwork.tuning.judge import Judge
 from graftwork.tuning.ledger import Ledger
+from graftwork.tuning.places import Places
 from graftwork.tuning.records import State, TrialRecord
 
 
@@ -84,14 +85,17 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
         last_step: int,
         on_change: Callable[[], None],
         after_failure: Callable[[TrialRecord, Failure], dict[str, Any]],
+        places: Places,
         interrupt: Interrupt,
     ) -> None:
         self._ledger, self._judge, self._board = ledger, judge, board
         self._last_step, self._on_change = last_step, on_change
-        self._after_failure, self._interrupt = after_failure, interrupt
+        self._after_failure, self._places, self._interrupt = after_failure, places, interrupt
         self._started: dict[str, float] = {}
         self._attempt: dict[str, str] = {}
         """Tune's id of the newest attempt of each trial."""
+        self._reported: dict[str, int] = {}
+        """The last step of the newest attempt."""
         self._kernel_kills: dict[str, int] = {}
         self._judged: dict[str, int] = {}
         """The last step of each trial that the judge has seen: once, however often the trial is run."""
@@ -107,7 +111,7 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
             for trial_id in trial.config["trials"]:
                 self._started[trial_id] = time.monotonic()
                 self._kernel_kills[trial_id] = kernel_kills()
-                self._attempt[trial_id] = trial.trial_id
+                self._attempt[trial_id], self._reported[trial_id] = trial.trial_id, 0
                 self._change(trial_id, state="running")
             self._on_change()
 
@@ -126,6 +130,16 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
             if stopped:
                 ray.get(self._board.stop.remote(stopped))
             self._on_change()
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        """Its process has left the loop, by itself or because all were told to."""
+        if self._interrupt.stop_all():
+            return
+        with self._giving_up():
+            for trial_id in trial.config["trials"]:
+                if self._ledger.records[trial_id].state == "running":
+                    self._change(trial_id, state="failed", failure="error", error="its process left before its end")
+            self._places.tidy(self._ledger.trials)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         if self._interrupt.error is not None:
@@ -148,14 +162,22 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
     def _is_news(self, trial: Trial, trial_id: str, step: int) -> bool:
         """Neither a report of an attempt that is over nor one that was there before."""
         record = self._ledger.records[trial_id]
-        return self._attempt.get(trial_id) == trial.trial_id and record.state == "running" and step > record.steps
+        return (
+            self._attempt.get(trial_id) == trial.trial_id
+            and record.state == "running"
+            and step > self._reported[trial_id]
+        )
 
     def _report(self, trial_id: str, step: int, loss: float, result: dict[str, Any]) -> State:
         """Enter a report; returns the state that the trial is in now."""
         record = self._ledger.records[trial_id]
-        losses, notes, why = (*record.losses, (step, loss)), record.notes, None
+        before = tuple(known for known in record.losses if known[0] < step)  # an earlier attempt may have come further
+        losses, notes, why = (*before, (step, loss)), record.notes, None
+        self._reported[trial_id] = step
         if record.repeat_of is None and step > self._judged.get(trial_id, 0):  # all of the finals run to their end
             self._judged[trial_id], why = step, self._judge.reason_to_stop(trial_id, step, loss)
+        if record.until is not None and step >= record.until:
+            why = why or f"its segment ends at step {step}"
         state: State = "finished" if step >= self._last_step else "stopped" if why else "running"
         if state == "stopped" and why:
             notes = (*notes, why)

@@ -265,3 +265,21 @@ class HeadOnly(torch.nn.Module):
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.head
+
+
+def test_a_schedule_in_one_go_is_its_chain_of_segments(folder: Path, tmp_path: Path) -> None:
+    """The second segment begins from the checkpoint of the first, as a member of a population does."""
+    spec = task(folder, **{"optim.lr": 2e-2, "optim.micro_batch": 8, "checkpoint_every": 100, "quant.kind": "none"})
+    found, data = spec.with_({"optim.factors": [[0.5, 2.0]]}), prepare(spec)
+    first, second = (RunPaths(Store(str(tmp_path)), "s", "0" * 64).part("trials", name) for name in "ab")
+    rates: list[float] = []
+
+    def note(step: StepReport) -> bool:
+        rates.append(step.lr)
+        return True
+
+    begun = run_steps(TrainJob(spec, data, first, max_steps=4, eval_every=2), lambda step: step.step < 2)
+    ended = run_steps(TrainJob(found, data, second, first, max_steps=4, eval_every=2), go_on)
+    whole = run_steps(TrainJob(found, data, max_steps=4, eval_every=2), note)
+    assert dict(begun.eval_loss) | dict(ended.eval_loss) == dict(whole.eval_loss)
+    assert rates == pytest.approx([0.0, 2e-2, 2 * 2e-2 * 2 / 3, 2 * 2e-2 / 3]), "one warm-up step, and twice the rest"

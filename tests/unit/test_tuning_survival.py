@@ -1,6 +1,7 @@
 """What a sweep makes of a trial that fails, and of a ledger that is not as it was."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.relatives import notes_on_relatives
 from graftwork.tuning.search import Drawn
 from graftwork.tuning.spec import TuneSpec
+from tests.processes import die_at
 
 LOST = Failure("lost", "the machine went")
 MEMORY = Failure("memory", "no room")
@@ -46,7 +48,6 @@ class OutOfMemoryError(RuntimeError):
         (as_task_error(NonFiniteLoss("training t, step 3 of 8", "the loss is nan")), "diverged"),
         (as_task_error(OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")), "memory"),
         (as_task_error(MemoryError()), "memory"),
-        (as_task_error(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")), "memory"),
         (exceptions.OutOfMemoryError("Task was killed due to the node running low on memory."), "memory"),
         ("Failure # 1\nTask was killed due to the node running low on memory.", "memory"),
         (exceptions.ActorDiedError(), "lost"),
@@ -57,6 +58,14 @@ class OutOfMemoryError(RuntimeError):
 )
 def test_failures_are_told_apart(error: Exception | str, kind: str) -> None:
     assert failure_of(error).kind == kind
+
+
+def test_memory_that_torch_cannot_have_is_told_as_such() -> None:
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert failure_of(as_task_error(caught.value)).kind == "memory"
 
 
 def test_a_worker_that_the_kernel_killed_for_memory_ran_out_of_it(tmp_path: Path) -> None:
@@ -90,7 +99,7 @@ def test_memory_is_halved_until_gradient_checkpointing_is_all_that_is_left() -> 
 def test_a_trial_out_of_memory_is_run_again_with_less_and_says_so() -> None:
     record = TrialRecord("a", {}, ((4, 2.0),), "running", 4)
     changes = after(record, MEMORY, train(micro_batch=4), 2, smaller=True)
-    assert (changes["state"], changes["smaller"], changes["retried"], changes["losses"]) == ("pending", 1, 1, ())
+    assert (changes["state"], changes["smaller"], changes["retried"]) == ("pending", 1, 1)
     assert changes["notes"] == ("ran out of memory after step 4 (no room); run again with micro_batch=2 instead of 4",)
     for refused in (
         after(record, MEMORY, train(micro_batch=4), 2, smaller=False),
@@ -158,13 +167,30 @@ def test_a_rerun_keeps_what_diverged_and_what_is_known_of_the_others(run: RunPat
     again.resume()
     assert again.trials[0] == diverged
     assert again.trials[1] == TrialRecord(
-        "b", {"seed": 2}, attempts=2, smaller=1,
+        "b", {"seed": 2}, ((4, 2.0),), "pending", 4, attempts=2, smaller=1,
         notes=("less", "the sweep ended while it was running, after step 4; run again"),
     )  # fmt: skip
     assert again.trials[2] == TrialRecord("c", {"seed": 3}, attempts=2)
     pending = again.next(Drawn("grid", (), ""))
     assert isinstance(pending, TrialRecord)
     assert pending.trial_id == "b"
+
+
+def test_a_driver_that_dies_in_a_write_leaves_the_old_ledger_or_the_new(run: RunPaths) -> None:
+    """A fork kills itself before each call that changes a file, from the first to the last."""
+    before = TrialRecord("a", {"seed": 1}, ((4, 2.5),), "stopped", 4)
+    found, moment, died = [], 0, True
+    while died:
+        moment += 1
+        ledger = written(run, before)
+        died = die_at(moment, lambda ledger=ledger: ledger.update("a", state="finished"))  # type: ignore[misc]
+        again = Ledger(run)
+        again.resume()
+        found.append(again.records["a"])
+    assert moment > 3
+    assert found[0] == before
+    assert found[-1] == replace(before, state="finished")
+    assert set(map(repr, found)) == {repr(found[0]), repr(found[-1])}
 
 
 @pytest.mark.parametrize(

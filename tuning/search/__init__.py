@@ -2,16 +2,19 @@
 
 from graftwork.tuning.search.drawn import Drawn, grid_search, random_search
 from graftwork.tuning.search.modelled import modelled_search
+from graftwork.tuning.search.pbt import Population, population
 from graftwork.tuning.search.protocol import Search, Suggestion, Wait
-from graftwork.tuning.search_spec import GridSpec, RandomSpec
+from graftwork.tuning.search_spec import GridSpec, PbtSpec, RandomSpec
 from graftwork.tuning.space import grid_size
 from graftwork.tuning.spec import TuneSpec
 
-__all__ = ["Drawn", "Search", "Suggestion", "Wait", "search_of"]
+__all__ = ["Drawn", "Population", "Search", "Suggestion", "Wait", "search_of"]
 
 
 def search_of(spec: TuneSpec) -> Search:
     """The search that a spec asks for. Raises ConfigError when it can't search this space."""
+    if isinstance(spec.search, PbtSpec):
+        return population(spec, spec.search)
     size = grid_size(spec.space)
     if isinstance(spec.search, GridSpec) or (spec.search is None and size is not None and size <= spec.num_trials):
         return grid_search(spec)

@@ -15,6 +15,10 @@ class Suggestion:
     values: Values
     repeat_of: str | None = None
     """The trial that this one repeats with another seed."""
+    parent: str | None = None
+    """The trial whose last checkpoint this one begins from."""
+    until: int | None = None
+    """Optimizer step that it ends at; None: the sweep's last."""
 
 
 class Wait:

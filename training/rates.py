@@ -1,0 +1,33 @@
+"""The learning rate over the steps of a run: the schedule of the spec times the factors that it gives for parts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Factors = tuple[tuple[float, float], ...]
+"""(share of the run's steps after which it holds, factor of the learning rate), shares rising."""
+
+
+def refusal(factors: Factors) -> str | None:
+    """Why these factors can't be followed."""
+    shares = [share for share, _ in factors]
+    if any(not 0 <= share < 1 for share in shares) or shares != sorted(set(shares)):
+        return f"optim.factors: shares must rise, from 0 to less than 1, found {shares}"
+    bad = [factor for _, factor in factors if factor <= 0]
+    return f"optim.factors: a factor must be greater than 0, found {bad[0]:g}" if bad else None
+
+
+def factor_at(factors: Sequence[tuple[float, float]], done: int, steps: int) -> float:
+    """The factor of the step after `done` of `steps`; 1 before the first share."""
+    return next((factor for share, factor in reversed(factors) if done >= round(share * steps)), 1.0)
+
+
+def scale(optimizer: Any, scheduler: Any, factors: Factors, steps: int) -> None:
+    """Multiply what a torch LambdaLR gives, from its present step on. A checkpoint's state holds the rate that its own
+    factors gave for the next step, so that rate is computed again. Before the first step of an attempt."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
+    given = scheduler.lr_lambdas
+    scheduler.lr_lambdas = [lambda done, one=one: one(done) * factor_at(factors, done, steps) for one in given]
+    now = scheduler.last_epoch
+    scheduler._last_lr = [base * one(now) for base, one in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
