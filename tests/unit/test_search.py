@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from benchmarks.search import above_best, compared
 from graftwork import config
 from graftwork.errors import ConfigError
+from graftwork.storage import RunPaths, Store
 from graftwork.tuning.goals import pareto
+from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.records import State, TrialRecord
 from graftwork.tuning.search import Suggestion, search_of
 from graftwork.tuning.search.modelled import enough
@@ -76,6 +78,24 @@ def test_a_sweep_that_goes_on_after_a_kill_chooses_as_it_would_have(search: dict
     for done in range(12):
         kept = [TrialRecord.from_json(json.loads(json.dumps(asdict(trial)))) for trial in whole[:done]]
         assert search_of(spec).suggest(kept) == Suggestion(whole[done].values)
+
+
+def test_what_a_ledger_has_on_disk_is_all_that_a_search_needs(tmp_path: Path) -> None:
+    """Killed while the sixth trial runs, the next driver runs that one again and goes on as if nothing had been."""
+    run, spec = RunPaths(Store(str(tmp_path)), "s", "0" * 64), sweep(SPACE, search=TPE, num_trials=10)
+    whole = [trial.values for trial in played(spec)]
+    seen = []
+    for ends in (5, 10):
+        ledger = Ledger(run)
+        ledger.resume()
+        while isinstance(chosen := ledger.next(search_of(spec)), TrialRecord):
+            seen.append(chosen.values)
+            ledger.update(chosen.trial_id, state="running")
+            if len(ledger.trials) > ends:
+                break
+            done = ended(chosen.values, bowl(chosen.values))
+            ledger.update(chosen.trial_id, state=done.state, losses=done.losses, steps=done.steps)
+    assert seen == whole[:6] + whole[5:]
 
 
 def test_it_begins_with_the_points_of_a_random_search() -> None:
