@@ -6,13 +6,16 @@ this module looks at the cluster and starts it again, with fewer workers where t
 
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from graftwork.errors import ConfigError, GraftworkError, RunError, StoreUnreachable
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_save import CheckpointLost
-from graftwork.training.job import LoopResult, NonFiniteLoss, TrainJob
+from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
 from graftwork.training.machines import resources_per_worker, workers_soon, workers_that_fit
 from graftwork.training.rewards.reward import BadReward
 from graftwork.training.spec import TrainSpec
@@ -54,38 +57,59 @@ def fit(job: TrainJob) -> LoopResult:
         workers = workers_soon(job.spec, since + job.spec.recovery.deadline_s)
 
 
+def fit_trial(job: TrainJob, report: Report, worker: Mapping[str, float]) -> LoopResult:
+    """A trial of a sweep on its workers, each with `worker` of the cluster's resources; `report` is called on rank 0.
+
+    Lost workers are not replaced: a trial has no checkpoint. Raises what `fit` raises.
+    """
+    from ray import train
+
+    with tempfile.TemporaryDirectory(prefix="gw-trial-") as notes:
+        try:
+            return _on_workers(job, job.spec.num_workers, dict(worker), Path(notes), failures=0, report=report)
+        except train.TrainingFailedError as error:
+            raise _explained(job, error) from error
+
+
 def _attempt(job: TrainJob, workers: int) -> LoopResult:
     """Ray Train once. Raises what `fit` raises, and Ray Train's errors for what it gave up."""
+    assert job.run is not None, "a trial is not gone on with"
+    notes = job.run.store.local_dir(*job.run.file("ray"))  # Ray's own, of no use afterwards
+    try:
+        return _on_workers(job, workers, resources_per_worker(job.spec), notes, failures=MAX_FAILURES, report=None)
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+def _on_workers(
+    job: TrainJob, workers: int, each: dict[str, float], notes: Path, *, failures: int, report: Report | None
+) -> LoopResult:
+    """`report` None: the run's own, which writes its records."""
     import ray
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from graftwork.training.notice import TakesNotice
 
-    spec, run = job.spec, job.run
-    assert run is not None, "trials run without Ray Train"
+    spec = job.spec
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_start_timeout_s(spec))
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", str(NOTICE_S))
-    notes = run.store.local_dir(*run.file("ray"))  # Ray's own, of no use afterwards
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"job": ray.put(job)},
+        train_loop_config={"job": ray.put(job), "report": report},
         torch_config=TorchConfig(backend="nccl" if spec.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=train.ScalingConfig(
-            num_workers=workers, use_gpu=spec.gpus_per_worker > 0, resources_per_worker=resources_per_worker(spec)
+            num_workers=workers, use_gpu=spec.gpus_per_worker > 0, resources_per_worker=each
         ),
         run_config=train.RunConfig(
             name=spec.name,
             storage_path=str(notes),
-            failure_config=train.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=0),
+            failure_config=train.FailureConfig(max_failures=failures, controller_failure_limit=0),
             callbacks=[TakesNotice()],
         ),
     )
     _without_idle_helpers(trainer)
-    try:
-        outcome = trainer.fit().return_value
-    finally:
-        shutil.rmtree(notes, ignore_errors=True)
+    outcome = trainer.fit().return_value
     if isinstance(outcome, GraftworkError):
         raise outcome
     assert isinstance(outcome, LoopResult), "rank 0 returns how the loop ended"
@@ -129,7 +153,7 @@ def _without_idle_helpers(trainer: Any) -> None:
     trainer._create_default_callbacks = lambda: [one for one in made() if not isinstance(one, idle)]
 
 
-def _work(config: dict[str, object]) -> LoopResult | GraftworkError:
+def _work(config: dict[str, Any]) -> LoopResult | GraftworkError:
     """One worker."""
     import ray
 
@@ -139,7 +163,7 @@ def _work(config: dict[str, object]) -> LoopResult | GraftworkError:
 
     job: TrainJob = ray.get(config["job"])
     try:
-        return run_steps(job, FirstSteps(job), leaving)
+        return run_steps(job, config["report"] or FirstSteps(job), leaving)
     except ON_ALL_RANKS as error:
         return error
 

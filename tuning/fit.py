@@ -16,16 +16,18 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from graftwork.cluster.local import environment_of
-from graftwork.errors import ClusterError, GraftworkError
+from graftwork.errors import GraftworkError
 from graftwork.training.data import PreparedData
-from graftwork.training.machines import resources_per_worker
 from graftwork.training.spec import TrainSpec
+from graftwork.tuning.asking import Asking, fits_one, is_gang
 from graftwork.tuning.board import start_board
 from graftwork.tuning.failures import Failure, after, shrunk
 from graftwork.tuning.judge import judge_of
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.places import Places
+from graftwork.tuning.plan import points_to_plan
 from graftwork.tuning.records import TrialRecord
+from graftwork.tuning.room import Request, holds, nodes_of_ray
 from graftwork.tuning.search import Search, Wait
 from graftwork.tuning.space import Values, rows_key
 from graftwork.tuning.spec import TuneSpec
@@ -57,6 +59,7 @@ class Sweeping:
     on_change: Callable[[], None]
     clock: Callable[[], float]
     """Seconds of the sweep so far."""
+    asking: Asking
 
     def spec_of(self, record: TrialRecord) -> TrainSpec:
         """What a trial is to train, in as little memory as it has been found to need."""
@@ -72,10 +75,11 @@ class Sweeping:
 def fit(sweep: Sweeping) -> None:
     """Run trials until the search has no more; the ledger holds the outcome. Needs an initialised Ray.
 
-    Raises ClusterError when no node can hold a trial, KeyboardInterrupt on Ctrl-C and SIGTERM.
+    Raises ClusterError when the cluster can't hold a trial, or not as many as are asked for; KeyboardInterrupt on
+    Ctrl-C and SIGTERM.
     """
     spec, ledger = sweep.spec, sweep.ledger
-    require_room(spec.train)
+    at_once = sweep.asking.require_room(points_to_plan(spec))
     interrupt, board = Interrupt(), start_board()
     judge = judge_of(spec, [trial for trial in ledger.trials if trial.ended and trial.repeat_of is None])
     places = Places(ledger.run.patiently(spec.train.checkpoints.outage_s), spec.checkpoint_every)
@@ -87,7 +91,9 @@ def fit(sweep: Sweeping) -> None:
         "board": board,
         "places": places,
     }
-    trainable = tune.with_resources(tune.with_parameters(run_trial, **told), resources_per_worker(spec.train))
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, **told), lambda config: tune.PlacementGroupFactory(config["asks"])
+    )
     scratch = tempfile.TemporaryDirectory(prefix="gw-tune-")  # Tune's own notes; a rerun goes by the ledger
     with environment_of(QUIET), _quiet_log(), scratch as folder, interrupt.on_signals():
         tune.Tuner(
@@ -95,7 +101,7 @@ def fit(sweep: Sweeping) -> None:
             tune_config=tune.TuneConfig(
                 search_alg=FromLedger(sweep, interrupt),
                 num_samples=-1,  # until the search has no more
-                max_concurrent_trials=spec.max_concurrent,
+                max_concurrent_trials=at_once,
                 reuse_actors=False,  # one process a trial: its memory goes with it (peft issue 2221)
             ),
             run_config=tune.RunConfig(
@@ -116,6 +122,7 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
     def __init__(self, sweep: Sweeping, interrupt: Interrupt) -> None:
         super().__init__()
         self._sweep, self._interrupt = sweep, interrupt
+        self._asked: dict[str, Request] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher for a restore that never comes; a progress bar of the driver's can't be pickled."""
@@ -135,12 +142,47 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
             return str(Searcher.FINISHED)  # not before: a trial that fails may be run again
         if chosen is None or isinstance(chosen, Wait):
             return None
-        sweep, rows = self._sweep, rows_key(chosen.values)
-        group = group_of(chosen, sweep.spec.together, sweep.ledger, sweep.search, sweep.spec_of, sweep.rows[rows])
+        return self._told(chosen, self._sweep.spec_of(chosen))
+
+    def _told(self, chosen: TrialRecord, spec: TrainSpec) -> dict[str, Any] | None:
+        """What the process is told; None while there is no room for it. One that will never have room has failed."""
+        sweep, asking, rows = self._sweep, self._sweep.asking, rows_key(chosen.values)
+        if not fits_one(asking.request([spec], chosen.values), asking.nodes):
+            sweep.ledger.update(chosen.trial_id, state="failed", error=str(asking.nowhere(spec, chosen.values)))
+            return None
+        most = self._most_together(spec, chosen.values)
+        if not most:
+            return None
+        group = group_of(chosen, most, sweep.ledger, sweep.search, sweep.spec_of, sweep.rows[rows])
+        request = asking.request(list(group.values()), chosen.values)
+        self._note_gang(chosen.trial_id, asking.said_of_gang(spec, chosen.values))
         for trial_id in group:
+            self._asked[trial_id] = request
             sweep.ledger.update(trial_id, started_s=sweep.clock())
-        asked = {trial_id: spec.model_dump_json() for trial_id, spec in group.items()}
-        return Told(asked, rows, chosen.until, chosen.parent).config()
+        specs = {trial_id: spec.model_dump_json() for trial_id, spec in group.items()}
+        return Told(specs, rows, request.bundles[:1], request.worker, chosen.until, chosen.parent).config()
+
+    def _most_together(self, spec: TrainSpec, values: Values) -> int:
+        """Trials that may share the process now: at most `together`, 0 where there is no room for one."""
+        most = 1 if is_gang(spec) else self._sweep.spec.together
+        asking = self._sweep.asking
+        for count in range(most, 0, -1):
+            request = asking.request([spec] * count, values)
+            if fits_one(request, asking.nodes) and self._has_room(request):
+                return count
+        return 0
+
+    def _note_gang(self, trial_id: str, why: str | None) -> None:
+        notes = self._sweep.ledger.records[trial_id].notes
+        if why is not None and why not in notes:
+            self._sweep.ledger.update(trial_id, notes=(*notes, why))
+
+    def _has_room(self, request: Request) -> bool:
+        """Beside the trials that run; where none does, Ray may wait for nodes. Tune knows nothing of a gang's workers:
+        Ray Train reserves them apart, and gives up when it waits for long."""
+        running = [trial.trial_id for trial in self._sweep.ledger.trials if trial.state == "running"]
+        asked = {id(self._asked[trial_id]): self._asked[trial_id] for trial_id in running}  # one for a whole group
+        return not running or holds(nodes_of_ray(), [*asked.values(), request])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The ledger knows."""
@@ -150,20 +192,6 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
 
     def restore(self, checkpoint_path: str) -> None:
         """Never called."""
-
-
-def require_room(train: TrainSpec) -> None:
-    """Raise ClusterError unless some node can hold a trial; Tune would wait for ever."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name, need in resources_per_worker(train).items():
-        largest = max((node.get(name, 0.0) for node in nodes), default=0.0)
-        if need > largest:
-            raise ClusterError(
-                f"train.{name.lower()}s_per_worker={need:g}",
-                f"the largest node has {largest:g} {name}",
-                "a trial runs on one node",
-                f"set it to {largest:g} or less",
-            )
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """Predicts a sweep: the trials that will run, at most as many at once as asked for."""
 
+import contextlib
 import math
 from dataclasses import replace
 
-from graftwork.memory import RowSizes, predict_training
+from graftwork.errors import ConfigError
+from graftwork.memory import MemoryPlan, RowSizes, predict_training
 from graftwork.model_shape import ModelShape
 from graftwork.plan import (
     RAY_TUNE_START_S,
@@ -17,6 +19,8 @@ from graftwork.plan import (
     training_ways_out,
     verdict_of,
 )
+from graftwork.plan.seconds import RAY_TRAIN_START_S
+from graftwork.plan.stage import HEADROOM
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.finals import most_repeats
 from graftwork.tuning.search import Drawn, Population, search_of
@@ -32,27 +36,36 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     The largest trial is taken for the memory. Where a scheduler stops trials, one in `reduction` goes on at each rung.
     """
     held_out = replace(held_out, count=min(held_out.count, spec.eval_rows))
-    trials = [settled_trial(spec, trial_spec(spec, point), model, rows, machine) for point in points_to_plan(spec)]
+    trials = [planned_trial(spec, point, model, rows, machine) for point in points_to_plan(spec)]
     plans = [predict_training(trial, model, rows, value_bytes=machine.value_bytes) for trial in trials]
     largest, memory = max(zip(trials, plans, strict=True), key=lambda pair: pair[1].peak_bytes)
-    at_once = max(1, min(spec.max_concurrent, len(trials), int(machine.cores // largest.cpus_per_worker)))
+    at_once, workers = _at_once(spec, largest, memory, machine, len(trials)), largest.num_workers
     each_s = [_trial_seconds(spec, trial, model, rows, held_out, machine, at_once) for trial in trials]
-    start_s, share = START_S / machine.pace(at_once, 1), expected_share(spec, len(trials))
+    start_s, share = START_S / machine.pace(at_once * workers, 1), expected_share(spec, len(trials))
+    start_s += RAY_TRAIN_START_S if workers > 1 else 0.0
+    work_s = sum(start_s + share * taken_s for taken_s in each_s)
     start_s *= starts(spec)
-    all_s = sum(start_s + share * taken_s for taken_s in each_s) / at_once
     finals_s = math.ceil(most_repeats(spec) / at_once) * (start_s + max(each_s))
     shared_by = 1 if machine.gpu is not None else at_once
     ways_out = ((setting, size * shared_by) for setting, size in training_ways_out(largest, model, rows, machine))
     return StagePlan(
         stage="tune",
-        processes=at_once,
+        processes=at_once * workers,
         peak_bytes_per_process=memory.peak_bytes,
-        total_bytes=memory.peak_bytes * at_once,
-        seconds=RAY_TUNE_START_S + max(all_s, start_s + max(each_s)) + finals_s,  # someone runs to the end
-        verdict=verdict_of(charged(memory.peak_bytes, at_once, machine), machine, ways_out),
+        total_bytes=memory.peak_bytes * at_once * workers,
+        seconds=RAY_TUNE_START_S + max(work_s / at_once, start_s + max(each_s)) + finals_s,  # someone runs to the end
+        verdict=verdict_of(charged(memory.peak_bytes, at_once * workers, machine), machine, ways_out),
         parts=memory.parts,
         assumptions=(
-            f"{len(trials)} trials of {spec.steps} steps, {at_once} at once, {share:.0%} of the steps taken",
+            f"{len(trials)} trials of {spec.steps} steps, {at_once} at once, {share:.0%} of the steps taken"
+            + (f"; each a gang of {workers} workers ({largest.strategy.kind})" if workers > 1 else ""),
+            cost(
+                spec,
+                largest,
+                work_s + most_repeats(spec) * (start_s + max(each_s)),
+                charged(memory.peak_bytes, 1, machine),
+                machine,
+            ),
             *([f"{most_repeats(spec)} whole runs more for the finals"] if spec.finals else []),
             *memory.assumptions,
             machine.said(),
@@ -60,10 +73,67 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     )
 
 
+def planned_trial(spec: TuneSpec, point: Values, model: ModelShape, rows: RowSizes, machine: Machine) -> TrainSpec:
+    """The trial of a point as it would run on this machine, or on such GPUs: alone where it fits, else as a gang."""
+    gang = trial_spec(spec, point, gang=True)
+    if spec.gang == "always":
+        return settled_trial(spec, gang, model, rows, machine)
+    try:
+        alone = settled_trial(spec, trial_spec(spec, point), model, rows, machine)
+    except ConfigError:
+        if spec.gang == "never" or not shards(gang):
+            raise
+        return settled_trial(spec, gang, model, rows, machine)
+    peak = predict_training(alone, model, rows, value_bytes=machine.value_bytes).peak_bytes
+    fits = spec.gang == "never" or not shards(gang) or charged(peak, 1, machine) <= HEADROOM * machine.memory_bytes
+    return alone if fits else settled_trial(spec, gang, model, rows, machine)
+
+
+def shards(trial: TrainSpec) -> bool:
+    """Whether a worker of a gang takes less memory than one process alone."""
+    offloads = trial.strategy.offload_optimizer != "none" or trial.strategy.offload_weights != "none"
+    return trial.strategy.kind in ("zero3", "fsdp2") or offloads
+
+
+def cost(spec: TuneSpec, trial: TrainSpec, work_s: float, peak_bytes: int, machine: Machine) -> str:
+    """In words, for trials that work so many seconds in all: hours of CPUs and GPUs, and the sum where prices are."""
+    cpu_h = work_s / 3600 * trial.cpus_per_worker * trial.num_workers
+    gpu_h = work_s / 3600 * _gpus(trial, peak_bytes, machine)
+    hours = f"{cpu_h:.2f} CPU-hours" + (f", {gpu_h:.2f} GPU-hours" if gpu_h else "")
+    if spec.prices is None:
+        return f"{hours} in all"
+    return f"{hours} in all: {cpu_h * spec.prices.cpu_hour + gpu_h * spec.prices.gpu_hour:.3g} at `prices`"
+
+
+def _gpus(trial: TrainSpec, peak_bytes: int, machine: Machine) -> float:
+    """GPUs of a trial: a share of one, or one for each worker of a gang."""
+    if machine.gpu is None:
+        return 0.0
+    return float(trial.num_workers) if trial.num_workers > 1 else peak_bytes / (HEADROOM * machine.memory_bytes)
+
+
 def settled_trial(spec: TuneSpec, trial: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> TrainSpec:
-    """A trial without `auto`, for the share of the memory that it has. Raises ConfigError where nothing fits."""
-    share = machine.memory_bytes if machine.gpu is not None else machine.memory_bytes // spec.max_concurrent
-    return settle(trial, model, rows, replace(machine, memory_bytes=share)).spec
+    """A trial without `auto`, for the share of the memory that it has. Raises ConfigError where nothing fits.
+
+    With `max_concurrent: auto` on CPUs that is the share of as many at a time as the cores allow, or of fewer that fit.
+    """
+    if machine.gpu is not None:
+        return settle(trial, model, rows, machine).spec
+    most = max(1, min(spec.num_trials, int(machine.cores // (trial.cpus_per_worker * trial.num_workers))))
+    for at_once in range(most, 1, -1) if spec.max_concurrent == "auto" else (spec.max_concurrent,):
+        with contextlib.suppress(ConfigError):
+            return settle(trial, model, rows, replace(machine, memory_bytes=machine.memory_bytes // at_once)).spec
+    last = 1 if spec.max_concurrent == "auto" else spec.max_concurrent
+    return settle(trial, model, rows, replace(machine, memory_bytes=machine.memory_bytes // last)).spec
+
+
+def _at_once(spec: TuneSpec, largest: TrainSpec, memory: MemoryPlan, machine: Machine, trials: int) -> int:
+    """Trials at a time on this machine, or on one GPU: as asked for, at most one a core; with auto as many as fit."""
+    cores = int(machine.cores // (largest.cpus_per_worker * largest.num_workers))
+    if spec.max_concurrent != "auto":
+        return max(1, min(spec.max_concurrent, trials, cores))
+    room = int(HEADROOM * machine.memory_bytes // charged(memory.peak_bytes, largest.num_workers, machine))
+    return max(1, min(trials, cores, room))
 
 
 def _trial_seconds(

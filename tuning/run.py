@@ -9,7 +9,7 @@ would forget finished trials, and it is a pickle.
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -19,24 +19,23 @@ import yaml
 from graftwork import base_model, provenance
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError, GraftworkError, Interrupted, StorageError
-from graftwork.model_shape import ModelShape
-from graftwork.plan import has_auto
 from graftwork.storage import RunPaths, Store
 from graftwork.training.data import PreparedData, prepare
 from graftwork.training.job import TrainJob
 from graftwork.training.lock import run_lock
 from graftwork.training.records import Progress
-from graftwork.training.settled import machine_of, sizes_of
+from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec
+from graftwork.tuning.asking import Asking
 from graftwork.tuning.choice import choose
 from graftwork.tuning.costs import size_of
 from graftwork.tuning.finals import repeated_rows, with_finals
 from graftwork.tuning.fit import Sweeping, fit
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.page import Ended, sweep_record, write_page
-from graftwork.tuning.plan import settled_trial
 from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport
 from graftwork.tuning.relatives import notes_on_relatives
+from graftwork.tuning.room import Node, nodes_of_ray
 from graftwork.tuning.search import Search, search_of
 from graftwork.tuning.space import Values, rows_key, rows_points, trial_spec
 from graftwork.tuning.spec import TuneSpec
@@ -78,11 +77,11 @@ class Sweep:
 
     def settled(self, values: Values) -> TrainSpec:
         """The training spec of a point, without `auto`. Raises ConfigError when the values contradict each other."""
-        trial = trial_spec(self.spec, values)
-        if not has_auto(trial):
-            return trial
-        shape = ModelShape.from_config(base_model.resolve(trial.base).config)
-        return settled_trial(self.spec, trial, shape, sizes_of(self.rows[rows_key(values)].train), machine_of(trial))
+        return self.asking(()).settled(values)
+
+    def asking(self, nodes: Sequence[Node]) -> Asking:
+        """What the trials ask of a cluster with these nodes."""
+        return Asking(self.spec, {key: sizes_of(data.train) for key, data in self.rows.items()}, nodes)
 
     def job(self, values: Values) -> TrainJob:
         """What the process of a point is to do."""
@@ -166,8 +165,9 @@ class _Attempt:
 
     def _fit(self) -> None:
         self._tell()
-        sweep = self.sweep
-        fit(Sweeping(sweep.spec, self.ledger, sweep.search, sweep.rows, sweep.settled, self._tell, self._wall_s))
+        sweep, asking = self.sweep, self.sweep.asking(nodes_of_ray())
+        told = (self._tell, self._wall_s, asking)
+        fit(Sweeping(sweep.spec, self.ledger, sweep.search, sweep.rows, asking.settled, *told))
 
     def _report(self, *, reused: bool) -> TuneReport:
         choice = choose(self.spec, self.ledger.trials)

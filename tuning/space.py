@@ -53,12 +53,13 @@ def digest(values: Values) -> str:
     return hashlib.sha256(canonical_json(values).encode()).hexdigest()[:8]
 
 
-def trial_spec(spec: TuneSpec, point: Values) -> TrainSpec:
-    """The training spec of a trial: one process, the sweep's held-out rows. A strategy would have nothing to share.
+def trial_spec(spec: TuneSpec, point: Values, *, gang: bool = False) -> TrainSpec:
+    """The training spec of a trial, with the sweep's held-out rows: for one process, where a strategy would have
+    nothing to share, or for the workers and the strategy of `train`.
 
     Raises ConfigError when values that are allowed alone contradict each other.
     """
-    alone = {"num_workers": 1, "strategy": {}}
+    alone = {} if gang else {"num_workers": 1, "strategy": {}}
     return spec.train.with_({**point, **alone, "data.eval_rows": spec.eval_rows})
 
 

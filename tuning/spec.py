@@ -42,7 +42,7 @@ NOT_TUNABLE = {
     "name": "a trial publishes nothing",
     "root": "a trial writes nothing",
     "alias": "a trial publishes nothing",
-    "num_workers": "a trial runs in one process; optim.rows_per_step is what changes the result",
+    "num_workers": "it changes the time of a trial, not its result; optim.rows_per_step does",
     "cpus_per_worker": "it changes the time of a trial, not its result",
     "gpus_per_worker": "it changes the time of a trial, not its result",
     "strategy": "a trial runs in one process",
@@ -60,16 +60,9 @@ NOT_TUNABLE = {
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""
 NO_PART = {
-    "root",
-    "max_concurrent",
-    "together",
-    "retries",
-    "retry_smaller",
-    "checkpoint_every",
-    "finals",
-    "winner",
-    "train",
-}
+    "root", "max_concurrent", "reserve_memory", "gang", "prices", "together", "retries", "retry_smaller",
+    "checkpoint_every", "finals", "winner", "train",
+}  # fmt: skip
 """Keys that do not change a trial of the search; of `train` its recipe does. A finished sweep can be given finals."""
 DECIDES_ROWS = ("base", "data", "prompt", "max_length", "too_long", "objective", "seed")
 """Keys of `train` that decide the rows of a trial and their order."""
@@ -82,6 +75,14 @@ SAME_ROWS = frozenset(
 def decides_rows(key: str) -> bool:
     """Whether two trials that differ in this key have rows of their own."""
     return key not in SAME_ROWS and any(key == other or key.startswith(f"{other}.") for other in DECIDES_ROWS)
+
+
+class PriceSpec(Spec):
+    """What the resources of trials cost, in any currency, so that a plan tells a sum."""
+
+    cpu_hour: float = Field(default=0.0, ge=0)
+    gpu_hour: float = Field(default=0.0, ge=0)
+    """Of a whole GPU; a trial pays its share."""
 
 
 class TuneSpec(Spec):
@@ -102,8 +103,13 @@ class TuneSpec(Spec):
     """null: the whole grid where the space is all choices and no larger than `num_trials`, else points at random."""
     num_trials: int = Field(default=4, ge=1)
     """Trials that the search may draw."""
-    max_concurrent: int = Field(default=2, ge=1)
-    """Processes at a time, each with `train.cpus_per_worker` CPUs."""
+    max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Trials at a time, at most. auto: as many as have room by their predicted memory, CPUs and shares of a GPU."""
+    reserve_memory: bool = True
+    """Each trial asks the cluster for its predicted memory. false: where nodes declare less than they have."""
+    gang: Literal["auto", "never", "always"] = "auto"
+    """A trial on `train.num_workers` workers of Ray Train with `train.strategy`. auto: where one process does not fit,
+    and the strategy shards (zero3, fsdp2) or offloads."""
     together: int = Field(default=1, ge=1)
     """LoRA trials that share base, rows and shape may train so many in one process, on one copy of the base."""
     retries: int = Field(default=2, ge=0)
@@ -126,6 +132,8 @@ class TuneSpec(Spec):
     """null takes the best trial as it is."""
     winner: WinnerSpec | None = None
     """null ends with the best spec, for `graftwork train`; {} trains and publishes it."""
+    prices: PriceSpec | None = None
+    """null: a plan counts hours of CPUs and GPUs alone."""
     seed: int = 0
     """Of the values drawn; a trial's own seed is `train.seed`."""
 

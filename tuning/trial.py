@@ -1,8 +1,6 @@
 """The process of a trial, or of several together: the loop of `train`, which reports held-out losses to Ray Tune."""
 
 import math
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,9 +15,12 @@ from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport, read_steps
+from graftwork.tuning.asking import is_gang
 from graftwork.tuning.costs import Costs
 from graftwork.tuning.failures import message_of
+from graftwork.tuning.gang import Heard, train_in_gang
 from graftwork.tuning.places import Places
+from graftwork.tuning.rss import peak_rss_bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Told:
     """The resolved training spec of each trial, as JSON, by trial id."""
     rows: str
     """Key of their rows."""
+    asks: list[dict[str, float]]
+    """What Tune reserves: one bundle, that of this process."""
+    worker: dict[str, float]
+    """What Ray Train reserves for each worker of a gang; of no use to another trial."""
     until: int | None = None
     """Step that a single trial ends at, before the sweep's last, with a checkpoint for others to begin from."""
     parent: str | None = None
@@ -62,32 +67,40 @@ def run_trial(
     if len(jobs) > 1:
         from graftwork.tuning.together.loop import run_together  # imports torch, which the driver need not have
 
-        run_together(jobs, telling.tell)
+        run_together(jobs, lambda steps, lost: telling.tell(steps, lost, peak_rss_bytes()))
         return
     ((trial_id, job),) = jobs.items()
-    _run_alone(places.job(job, trial_id, told.until, told.parent), trial_id, told.until or steps, telling)
+    _run_alone(places.job(job, trial_id, told.until, told.parent), told.worker, trial_id, told.until or steps, telling)
 
 
-def _run_alone(job: TrainJob, trial_id: str, end: int, telling: "_Telling") -> None:
+def _run_alone(job: TrainJob, worker: Mapping[str, float], trial_id: str, end: int, telling: "_Telling") -> None:
     """Train one trial to step `end`. Where it keeps checkpoints, its last loss is told once the last one is whole: the
     driver then takes it for ended, and others may begin from there."""
-    last: list[StepReport] = []
+    last: list[tuple[StepReport, int]] = []
 
-    def report(step: StepReport) -> bool:
+    def report(step: StepReport, peak: int) -> bool:
         if step.eval_loss is not None and not math.isfinite(step.eval_loss):
             raise NonFiniteLoss(f"trial {trial_id}", f"the held-out loss is {step.eval_loss} at step {step.step}")
         if job.run is None or step.step < end:
-            return telling.tell({trial_id: step}, {})[trial_id]
-        last.append(step)
+            return telling.tell({trial_id: step}, {}, peak)[trial_id]
+        last.append((step, peak))
         return False
 
     done = Checkpoints(job.run).newest() if job.run is not None else None
     if job.run is not None and done is not None and done.step >= end:  # an earlier attempt was lost before it told
-        last += [step for step in read_steps(job.run) if step.step == done.step]
+        last += [(step, peak_rss_bytes()) for step in read_steps(job.run) if step.step == done.step]
     else:
-        run_steps(job, report)
-    for step in last:
-        telling.tell({trial_id: step}, {})
+        _train(job, worker, report)
+    for step, peak in last:
+        telling.tell({trial_id: step}, {}, peak)
+
+
+def _train(job: TrainJob, worker: Mapping[str, float], report: Heard) -> None:
+    """By the workers of a gang, or in this process."""
+    if is_gang(job.spec):
+        train_in_gang(job, worker, report)
+    else:
+        run_steps(job, lambda step: report(step, peak_rss_bytes()))
 
 
 class _Telling:
@@ -97,7 +110,7 @@ class _Telling:
         self._costs = {trial_id: Costs(spec) for trial_id, spec in specs.items()}
         self._board = board
 
-    def tell(self, steps: Mapping[str, StepReport], lost: Mapping[str, RunError]) -> dict[str, bool]:
+    def tell(self, steps: Mapping[str, StepReport], lost: Mapping[str, RunError], peak: int) -> dict[str, bool]:
         """Of one step of each trial; `lost`: what ended others. Seconds are counted in equal shares."""
         for trial_id, step in steps.items():
             self._costs[trial_id].add(replace(step, step_s=step.step_s / len(steps)))
@@ -108,11 +121,5 @@ class _Telling:
             return goes_on
         metrics = {trial_id: self._costs[trial_id].metrics() for trial_id in losses}
         why = {trial_id: message_of(error) for trial_id, error in lost.items()}
-        tune.report({"peak_rss_bytes": peak_rss_bytes(), "trials": losses, "metrics": metrics, "lost": why})
+        tune.report({"peak_rss_bytes": peak, "trials": losses, "metrics": metrics, "lost": why})
         return goes_on | dict(zip(losses, ray.get(self._board.goes_on.remote(list(losses))), strict=True))
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

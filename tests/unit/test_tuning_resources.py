@@ -1,17 +1,28 @@
 """How trials share a machine: which of them are stopped and why, what each asks of the cluster, what is refused."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from graftwork import config
-from graftwork.errors import ConfigError
+from graftwork import base_model, config
+from graftwork.errors import ClusterError, ConfigError, DataError
+from graftwork.memory import GIB, RowSizes, predict_training
+from graftwork.model_shape import ModelShape
+from graftwork.plan import GPUS, Machine
+from graftwork.training.settled import machine_of
+from graftwork.tuning.asking import Asking, at_once, fits_one, predicted
 from graftwork.tuning.judge import Judge, judge_of
+from graftwork.tuning.page.record import most_at_once
 from graftwork.tuning.plan import expected_share
 from graftwork.tuning.records import TrialRecord
+from graftwork.tuning.room import Node, Request, holds, how_many
+from graftwork.tuning.space import Values
 from graftwork.tuning.spec import AshaSpec, HyperbandSpec, TuneSpec
+from tests.training import task
 
 LR = {"optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2}}
 
@@ -127,3 +138,136 @@ def test_the_plan_counts_the_steps_of_each_bracket() -> None:
     assert (rungs, none) == ((4,), ())
     assert first / last == pytest.approx(math.e)
     assert expected_share(spec, 30) == pytest.approx(first * (4 + 8 / 3) / 12 + last)
+
+
+# What has room.
+
+
+def gpu(share: float, **more: float) -> Request:
+    return Request({"CPU": 1.0, "GPU": share, **more})
+
+
+def test_small_trials_share_a_gpu_and_none_is_split_over_two() -> None:
+    node = {"CPU": 16.0, "GPU": 2.0, "memory": 64.0 * GIB}
+    assert how_many([node], gpu(0.3), 100) == 6, "three a GPU"
+    assert how_many([node], gpu(0.6), 100) == 2, "0.4 + 0.2 of two GPUs is no place"
+    assert holds([node], [gpu(0.4), gpu(0.6), gpu(0.4), gpu(0.6)])
+    assert not holds([node], [gpu(0.6), gpu(0.6), gpu(0.6)])
+    assert how_many([node], gpu(1.0), 100) == 2
+    assert how_many([node], gpu(2.0), 100) == 1
+
+
+def test_a_node_holds_no_more_than_it_has_of_anything() -> None:
+    small, large = {"CPU": 2.0, "memory": 2.0 * GIB}, {"CPU": 8.0, "memory": 8.0 * GIB}
+    one = Request({"CPU": 1.0, "memory": 1.5 * GIB})
+    assert how_many([small, large], one, 100) == 6
+    assert how_many([small, large], one, 4) == 4
+    assert not holds([small, small], [Request({"CPU": 1.0, "memory": 3.0 * GIB})]), "a process lies on one node"
+    assert holds([small, small], [Request({"CPU": 2.0, "memory": 1.5 * GIB}, 2, {"memory": 0.3 * GIB})])
+    assert not holds([small], [Request({"CPU": 2.0, "memory": 0.5 * GIB}, 2, {"memory": 0.3 * GIB})])
+
+
+def test_as_many_run_at_a_time_as_have_room() -> None:
+    node, one = {"CPU": 4.0, "memory": 3.0 * GIB}, Request({"CPU": 1.0, "memory": 1.0 * GIB})
+    assert at_once(sweep(), one, [node], 50) == 3
+    assert at_once(sweep(), one, [node], 2) == 2
+    assert at_once(sweep(max_concurrent=2), one, [node], 50) == 2
+    assert at_once(sweep(max_concurrent=9), one, [node], 3) == 9, "three trials never are nine at a time"
+    with pytest.raises(ClusterError) as refused:
+        at_once(sweep(max_concurrent=4), one, [node], 50)
+    assert str(refused.value).startswith(
+        "ClusterError: max_concurrent=4: there is room for 3 at a time: the one node has 4 CPU, 3.00 GiB of memory; "
+        "the smallest trial asks for 1 CPU, 1.00 GiB of memory"
+    )
+
+
+# What is asked for.
+
+
+POINT: Values = {"optim.lr": 1e-3}
+FSDP2: dict[str, Any] = {"num_workers": 2, "strategy": {"kind": "fsdp2"}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base and its rows."""
+    return tmp_path_factory.mktemp("asking")
+
+
+def asking(folder: Path, nodes: Sequence[Node], **keys: Any) -> Asking:
+    train = {**task(folder).model_dump(mode="json", exclude={"eval_every"}), **keys.pop("train", {})}
+    return Asking(sweep(**{**keys, "train": train}), {"{}": RowSizes.at_most(64, 48)}, nodes)
+
+
+def test_a_trial_asks_for_the_memory_that_is_predicted_for_it(folder: Path) -> None:
+    found = asking(folder, [{"CPU": 2.0, "memory": 4.0 * GIB}])
+    trial = found.settled(POINT)
+    shape = ModelShape.from_config(base_model.resolve(trial.base).config)
+    machine = machine_of(trial)
+    peak = predict_training(trial, shape, RowSizes.at_most(64, 48), value_bytes=machine.value_bytes).peak_bytes
+    memory = float(round(machine.peaks.ratio * peak))
+    assert found.request(trial, POINT) == Request({"CPU": 1.0, "memory": memory})
+    larger = found.settled({**POINT, "adapter.rank": 256})
+    assert found.request(larger, POINT).worker["memory"] > memory
+    plain = asking(folder, [{"CPU": 2.0}], reserve_memory=False)
+    assert plain.request(trial, POINT) == Request({"CPU": 1.0})
+
+
+def test_a_trial_on_a_gpu_asks_for_its_share_rounded_up(folder: Path) -> None:
+    at = Machine.with_gpus(GPUS["t4"].model_copy(update={"memory_gib": 4.0}))
+    trial = task(folder, num_workers=1, gpus_per_worker=1)
+    shape, rows = ModelShape.from_config(base_model.resolve(trial.base).config), RowSizes.at_most(64, 48)
+    found = predicted(trial, shape, at, rows)
+    peak = at.peaks.ratio * predict_training(trial, shape, rows, value_bytes=at.value_bytes).peak_bytes
+    assert 0 <= found["GPU"] - peak / (0.95 * 4 * GIB) <= 0.011
+    assert found["memory"] > 0.5 * GIB, "its process takes some of the machine's own"
+    whole = Machine.with_gpus(GPUS["t4"].model_copy(update={"memory_gib": 0.3}))
+    assert not fits_one(Request(predicted(trial, shape, whole, rows)), [{"CPU": 2.0, "GPU": 8.0, "memory": 99.0 * GIB}])
+    assert "GPU" not in predicted(trial.with_(FSDP2), shape, at, rows), "a worker of a gang has it whole"
+
+
+def test_a_gang_is_for_what_does_not_fit_one_process_and_shards(folder: Path) -> None:
+    roomy = asking(folder, [{"CPU": 2.0, "memory": 4.0 * GIB}], train=FSDP2)
+    assert roomy.settled(POINT).num_workers == 1
+    alone = roomy.request(roomy.settled(POINT), POINT).worker["memory"]
+    tight = asking(folder, [{"CPU": 2.0, "memory": alone - 1}] * 3, train=FSDP2)
+    gang = tight.settled(POINT)
+    assert (gang.num_workers, gang.strategy.kind) == (2, "fsdp2")
+    assert tight.request(gang, POINT).workers == 2
+    why = tight.said_of_gang(gang, POINT)
+    assert why is not None
+    assert why.startswith("a gang of 2 workers (fsdp2): one process would ask for 1 CPU, ")
+    never = asking(folder, tight.nodes, train=FSDP2, gang="never")
+    assert never.settled(POINT).num_workers == 1
+    assert asking(folder, roomy.nodes, train=FSDP2, gang="always").settled(POINT).num_workers == 2
+    ddp = asking(folder, tight.nodes, train={"num_workers": 2})
+    assert ddp.settled(POINT).num_workers == 1, "copies of the weights save no memory"
+
+
+def test_a_trial_that_fits_nowhere_is_refused_with_the_numbers(folder: Path) -> None:
+    tight = asking(folder, [{"CPU": 2.0, "memory": 0.5 * GIB}], train={"optim": {"micro_batch": 8, "rows_per_step": 8}})
+    with pytest.raises(ClusterError) as refused:
+        tight.require_room([POINT])
+    text = str(refused.value)
+    assert text.startswith("ClusterError: the trial optim.lr=0.001: its prediction asks for 1 CPU, 0.")
+    assert "the one node has 2 CPU, 0.50 GiB of memory" in text
+    assert "take a smaller base, or nodes that have (or declare) more memory" in text
+    with pytest.raises(ClusterError, match="train.gpus_per_worker=1: the largest node has 0 GPU"):
+        asking(folder, tight.nodes, train={"gpus_per_worker": 1}).require_room([POINT])
+    with pytest.raises(ClusterError, match="train.cpus_per_worker=3: the largest node has 2 CPU"):
+        asking(folder, tight.nodes, train={"cpus_per_worker": 3}).require_room([POINT])
+
+
+def test_a_gang_that_cannot_be_trained_is_refused_before_it_starts(folder: Path) -> None:
+    roomy = [{"CPU": 8.0, "memory": 32.0 * GIB}]
+    zero3 = {"num_workers": 4, "strategy": {"kind": "zero3"}}
+    few = asking(folder, roomy, train=zero3, gang="always", eval_rows=2)
+    with pytest.raises(DataError, match="2 rows for num_workers=4"):
+        few.require_room([POINT])
+
+
+def test_the_page_counts_what_ran_at_the_same_time() -> None:
+    spans = ((0.0, 5.0), (1.0, 4.0), (5.0, 3.0), (5.5, 1.0))
+    trials = [TrialRecord(str(n), {}, state="finished", started_s=a, wall_s=b) for n, (a, b) in enumerate(spans)]
+    assert most_at_once(trials) == 2
+    assert most_at_once([]) == 1

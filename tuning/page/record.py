@@ -47,11 +47,17 @@ def sweep_record(spec: TuneSpec, trials: Sequence[TrialRecord], ended: Ended) ->
         name=spec.name, trials=tuple(shown), best_id=best_id, rows=ended.rows, seed=spec.seed, reused=ended.reused,
         state=ended.state, error=ended.error, steps=spec.steps, keys=tuple(keys),
         settings=settings(best) if best else "", sampler=ended.sampler, rule=rule(spec),
-        scheduler=spec.scheduler.kind if spec.scheduler else "", at_once=spec.max_concurrent,
+        scheduler=spec.scheduler.kind if spec.scheduler else "", at_once=most_at_once(trials),
         cpus=spec.train.cpus_per_worker, gpus=spec.train.gpus_per_worker, wall_s=ended.wall_s, importance=found,
         heat=heat(keys, searched, found), stops=stops(searched, best_id, spec.steps) if spec.scheduler else None,
         front=_front(spec, trials), finals=finals_record(spec, trials, choice) if choice else None,
     )  # fmt: skip
+
+
+def most_at_once(trials: Sequence[TrialRecord]) -> int:
+    """Trials that ran at the same time, at most: of those that were started."""
+    spans = [(trial.started_s, trial.started_s + trial.wall_s) for trial in trials if trial.state != "pending"]
+    return max((sum(began <= start < end for began, end in spans) for start, _ in spans), default=1) or 1
 
 
 def _front(spec: TuneSpec, trials: Sequence[TrialRecord]) -> FrontRecord | None:

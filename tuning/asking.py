@@ -1,0 +1,214 @@
+"""What a trial asks of the cluster by the planner's prediction, and whether it runs in one process or as a gang."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from graftwork import base_model
+from graftwork.errors import BaseModelError, ClusterError, ConfigError, GraftworkError
+from graftwork.memory import GIB, RowSizes, predict_training
+from graftwork.memory.training import PROCESS_BYTES
+from graftwork.model_shape import ModelShape
+from graftwork.plan import Machine, charged, has_auto, training_ways_out
+from graftwork.plan.stage import HEADROOM
+from graftwork.training.machines import resources_per_worker
+from graftwork.training.settled import machine_of
+from graftwork.training.spec import TrainSpec
+from graftwork.training.strategy_rules import check_here, check_rows
+from graftwork.training.strategy_spec import StrategySpec
+from graftwork.tuning.plan import settled_trial, shards
+from graftwork.tuning.room import Node, Request, holds, how_many, largest
+from graftwork.tuning.space import Values, rows_key, trial_spec
+from graftwork.tuning.spec import TuneSpec
+
+DRIVER_BYTES = 400 * 2**20
+"""Peak of the process that starts a gang's workers and hands on their reports: Python, Ray, Tune (docs/log.md)."""
+SHARE_STEP = 100
+"""A GPU's share is rounded up to one of so many parts."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What the trials of one sweep ask of one cluster."""
+
+    spec: TuneSpec
+    rows: Mapping[str, RowSizes]
+    """By `space.rows_key`."""
+    nodes: Sequence[Node]
+    """None at all: every trial runs in one process (nothing is known of a cluster)."""
+
+    def settled(self, values: Values) -> TrainSpec:
+        """The training spec of a point, without `auto`, for one process or a gang.
+
+        Raises ConfigError when the values contradict each other, or where nothing fits.
+        """
+        alone, gang = trial_spec(self.spec, values), trial_spec(self.spec, values, gang=True)
+        if self.spec.gang == "always" or not self.nodes or not is_gang(gang):
+            return self._without_auto(gang if self.spec.gang == "always" else alone, values)
+        try:
+            settled = self._without_auto(alone, values)
+        except ConfigError:
+            if self.spec.gang == "never" or not shards(gang):
+                raise
+            return self._without_auto(gang, values)
+        fits = self.spec.gang == "never" or not shards(gang) or fits_one(self.request(settled, values), self.nodes)
+        return settled if fits else self._without_auto(gang, values)
+
+    def request(self, trial: TrainSpec, values: Values) -> Request:
+        """What a settled trial asks for: of a base whose layers are not known, or a GPU that is not, no memory."""
+        found = self._known(trial)
+        worker = resources_per_worker(trial)
+        if found is not None:
+            worker |= predicted(trial, *found, self.rows[rows_key(values)])
+        if not self.spec.reserve_memory:
+            worker.pop("memory", None)
+        if not is_gang(trial):
+            return Request(worker)
+        driver = {"memory": float(DRIVER_BYTES) if "memory" in worker else 1.0}  # Ray wants a bundle of something
+        return Request(worker, trial.num_workers, driver)
+
+    def said_of_gang(self, trial: TrainSpec, values: Values) -> str | None:
+        """Why a trial runs as a gang; None where it does not."""
+        if not is_gang(trial):
+            return None
+        gang = f"a gang of {trial.num_workers} workers ({trial.strategy.kind})"
+        if self.spec.gang == "always":
+            return f"{gang}: gang=always"
+        try:
+            alone = self.request(self._without_auto(trial_spec(self.spec, values), values), values)
+        except ConfigError as error:
+            return f"{gang}: one process does not fit ({error.found})"
+        return f"{gang}: one process would ask for {said(alone)}; {said_of(self.nodes)}"
+
+    def require_room(self, points: Sequence[Values]) -> int:
+        """Processes that run at a time. Raises ClusterError when a point fits nowhere even alone, or when the cluster
+        can never hold `max_concurrent` of the smallest; ConfigError, DataError for a gang that can't be trained."""
+        requests = []
+        for values in points:
+            trial = self.settled(values)
+            requests.append(self.request(trial, values))
+            if is_gang(trial):
+                check_here(trial)
+                check_rows(trial, self.spec.eval_rows)
+            if not fits_one(requests[-1], self.nodes):
+                raise self.nowhere(trial, values)
+        return at_once(self.spec, min(requests, key=_weight), self.nodes, len(points))
+
+    def nowhere(self, trial: TrainSpec, values: Values) -> GraftworkError:
+        """The error for a trial that the cluster can't hold even alone."""
+        request = self.request(trial, values)
+        lacking = _lacking(trial, request, self.nodes)
+        if lacking is not None:
+            return lacking
+        name = " ".join(f"{key}={value}" for key, value in values.items())
+        found, rule = (
+            f"its prediction asks for {said(request)}; {said_of(self.nodes)}",
+            "a trial starts where it has room",
+        )
+        if request.worker.get("GPU", 0.0) > 1 and not is_gang(trial):
+            found = f"it is predicted to take {request.worker['GPU']:.2f} times what it may"
+            rule = f"a trial may take {HEADROOM:.0%} of a GPU's memory"
+        way_out = self._way_out(trial, values) or "take a smaller base, or nodes that have (or declare) more memory"
+        return ClusterError(f"the trial {name}", found, rule, way_out)
+
+    def _without_auto(self, trial: TrainSpec, values: Values) -> TrainSpec:
+        if not has_auto(trial):
+            return trial
+        shape = ModelShape.from_config(base_model.resolve(trial.base).config)
+        return settled_trial(self.spec, trial, shape, self.rows[rows_key(values)], machine_of(trial))
+
+    def _known(self, trial: TrainSpec) -> tuple[ModelShape, Machine] | None:
+        try:
+            return ModelShape.from_config(base_model.resolve(trial.base).config), machine_of(trial)
+        except (BaseModelError, ConfigError):
+            return None
+
+    def _way_out(self, trial: TrainSpec, values: Values) -> str | None:
+        """The nearest change of the trial's spec that would fit."""
+        found = self._known(trial)
+        if found is None:
+            return None
+        shape, machine = found
+        room = HEADROOM * machine.memory_bytes if machine.gpu is not None else largest(self.nodes, "memory")
+        ways = training_ways_out(trial, shape, self.rows[rows_key(values)], machine)
+        way = next((way for way, size in ways if size <= room and "(" not in way and "num_workers" not in way), None)
+        return way and " ".join(f"--set train.{one}" for one in way.split())
+
+
+def is_gang(trial: TrainSpec) -> bool:
+    """Whether a trial is trained by several workers, or with a strategy: then by Ray Train."""
+    return trial.num_workers > 1 or trial.strategy != StrategySpec()
+
+
+def fits_one(request: Request, nodes: Sequence[Node]) -> bool:
+    """Whether a trial has room when nothing else runs. One process has one GPU."""
+    one_gpu = request.driver is not None or request.worker.get("GPU", 0.0) <= 1
+    return one_gpu and holds(nodes, [request])
+
+
+def at_once(spec: TuneSpec, smallest: Request, nodes: Sequence[Node], trials: int) -> int:
+    """Processes at a time: `max_concurrent`, or as many as there is room for.
+
+    Raises ClusterError when the nodes can never hold so many of the smallest trial.
+    """
+    if spec.max_concurrent == "auto":
+        return how_many(nodes, smallest, max(1, trials))
+    most = min(spec.max_concurrent, trials)
+    room = how_many(nodes, smallest, most)
+    if room >= most:
+        return spec.max_concurrent
+    raise ClusterError(
+        f"max_concurrent={spec.max_concurrent}",
+        f"there is room for {room} at a time: {said_of(nodes)}; the smallest trial asks for {said(smallest)}",
+        "trials never ask for more than there is, by the prediction of their memory",
+        f"--set max_concurrent={room}, or auto",
+    )
+
+
+def predicted(trial: TrainSpec, model: ModelShape, machine: Machine, rows: RowSizes) -> dict[str, float]:
+    """Bytes of one process; with a GPU its share too, which a gang's workers have whole."""
+    plan = predict_training(trial, model, rows, value_bytes=machine.value_bytes)
+    need = charged(plan.peak_bytes, 1, machine)
+    if machine.gpu is None:
+        return {"memory": float(need)}
+    host = {"memory": float(plan.host_bytes or PROCESS_BYTES)}
+    share = math.ceil(SHARE_STEP * need / (HEADROOM * machine.memory_bytes)) / SHARE_STEP
+    return host if is_gang(trial) else {**host, "GPU": share}
+
+
+def _lacking(trial: TrainSpec, request: Request, nodes: Sequence[Node]) -> ClusterError | None:
+    """CPUs, or GPUs where there is none."""
+    for name in ("CPU", "GPU"):
+        most, need = largest(nodes, name), request.worker.get(name, 0.0)
+        if need > most and (name == "CPU" or most == 0):
+            return ClusterError(
+                f"train.{name.lower()}s_per_worker={resources_per_worker(trial)[name]:g}",
+                f"the largest node has {most:g} {name}",
+                "a trial runs on one node" if request.driver is None else "a worker runs on one node",
+                f"set it to {most:g} or less",
+            )
+    return None
+
+
+def said(request: Request) -> str:
+    """In words."""
+    one = ", ".join(_amount(name, size) for name, size in request.worker.items())
+    return one if request.driver is None else f"{request.workers} workers of {one} each"
+
+
+def said_of(nodes: Sequence[Node]) -> str:
+    """In words: what the nodes have, and the largest of them where there are several."""
+    names = [name for name in ("CPU", "GPU", "memory") if largest(nodes, name)]
+    total = ", ".join(_amount(name, sum(node.get(name, 0.0) for node in nodes)) for name in names)
+    if len(nodes) == 1:
+        return f"the one node has {total}"
+    return f"{len(nodes)} nodes have {total}, the largest {', '.join(_amount(n, largest(nodes, n)) for n in names)}"
+
+
+def _amount(name: str, size: float) -> str:
+    return f"{size / GIB:.2f} GiB of memory" if name == "memory" else f"{size:g} {name}"
+
+
+def _weight(request: Request) -> tuple[float, float, float]:
+    total = [sum(bundle.get(name, 0.0) for bundle in request.bundles) for name in ("GPU", "CPU", "memory")]
+    return total[0], total[1], total[2]

@@ -1,0 +1,69 @@
+"""One trial as a gang: a Ray Train run inside the trial's process. Rank 0 hands each report to that process and waits
+for its answer, so that all ranks leave the loop at the same step and Ray Train gives their places back itself."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from graftwork.training.fit import fit_trial
+from graftwork.training.job import LoopResult, TrainJob
+from graftwork.training.steplog import StepReport
+from graftwork.tuning.rss import peak_rss_bytes
+
+LOOK_S = 0.5
+"""Between two looks whether the workers have ended without a report."""
+
+Heard = Callable[[StepReport, int], bool]
+"""A step's report and the largest resident set of rank 0's process; whether to go on."""
+
+
+def train_in_gang(job: TrainJob, worker: Mapping[str, float], report: Heard) -> LoopResult:
+    """`training.loop.run_steps` on `job.spec.num_workers` workers that have `worker` of the cluster each.
+
+    `report` is called here. Raises what it raised, after the workers have left their loop; else what `fit_trial` does.
+    """
+    from ray.util.queue import Queue
+
+    told, answers = Queue(actor_options={"num_cpus": 0}), Queue(actor_options={"num_cpus": 0})
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            run = pool.submit(fit_trial, job, Asks(told, answers), worker)
+            error = _answered(run, told, answers, report)
+        if error is not None:
+            raise error
+        return run.result()
+    finally:
+        told.shutdown(force=True)
+        answers.shutdown(force=True)
+
+
+@dataclass(frozen=True)
+class Asks:
+    """The loop's `report` on rank 0. Steps without a held-out loss are told and not waited for."""
+
+    told: Any
+    answers: Any
+
+    def __call__(self, step: StepReport) -> bool:
+        self.told.put((step, peak_rss_bytes()))
+        return step.eval_loss is None or bool(self.answers.get())
+
+
+def _answered(run: "Future[LoopResult]", told: Any, answers: Any, report: Heard) -> Exception | None:
+    """Answer until the workers have ended; the first error of `report` stops them and is returned."""
+    from ray.util.queue import Empty
+
+    error: Exception | None = None
+    while not (run.done() and told.empty()):
+        try:
+            step, peak = told.get(timeout=LOOK_S)
+        except Empty:
+            continue
+        try:
+            goes_on = error is None and report(step, peak)
+        except Exception as raised:  # Tune's own, or ours: told when nobody waits for an answer any more
+            error, goes_on = raised, False
+        if step.eval_loss is not None:
+            answers.put(goes_on)
+    return error
