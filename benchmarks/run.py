@@ -36,6 +36,7 @@ BENCHMARKS = (
     "strategies",
     "together",
     "search",
+    "tune_overhead",
 )
 TIMEOUT_S = 900
 

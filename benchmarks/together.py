@@ -30,11 +30,11 @@ from graftwork.model_shape import ModelShape
 from graftwork.training.job import TrainJob
 from graftwork.training.settled import sizes_of
 from graftwork.training.steplog import StepReport
+from graftwork.tuning.rss import peak_rss_bytes
 from graftwork.tuning.run import Sweep
 from graftwork.tuning.space import Values
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.together.memory import predict_together
-from graftwork.tuning.trial import peak_rss_bytes
 
 TRIALS: tuple[Values, ...] = tuple(
     {"adapter.rank": rank, "optim.lr": lr} for rank, lr in ((16, 1e-3), (16, 4e-3), (4, 2e-3), (64, 2e-3))

@@ -1,5 +1,6 @@
 """What a trial asks of the cluster by the planner's prediction, and whether it runs in one process or as a gang."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,14 @@ from graftwork.tuning.plan import settled_trial, shards
 from graftwork.tuning.room import Node, Request, holds, how_many, largest
 from graftwork.tuning.space import Values, rows_key, trial_spec
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.together.memory import predict_together
 
 DRIVER_BYTES = 400 * 2**20
 """Peak of the process that starts a gang's workers and hands on their reports: Python, Ray, Tune (docs/log.md)."""
+TRIAL_BYTES = 250 * 2**20
+"""The process that Tune starts, beside the fork that trains on CPUs (docs/log.md)."""
+MEMORY_STEP = 128 * 2**20
+"""Memory is rounded up to so many bytes: Tune keeps a process for a trial that asks for as much as the one before."""
 SHARE_STEP = 100
 """A GPU's share is rounded up to one of so many parts."""
 
@@ -51,15 +57,16 @@ class Asking:
             if self.spec.gang == "never" or not shards(gang):
                 raise
             return self._without_auto(gang, values)
-        fits = self.spec.gang == "never" or not shards(gang) or fits_one(self.request(settled, values), self.nodes)
+        fits = self.spec.gang == "never" or not shards(gang) or fits_one(self.request([settled], values), self.nodes)
         return settled if fits else self._without_auto(gang, values)
 
-    def request(self, trial: TrainSpec, values: Values) -> Request:
-        """What a settled trial asks for: of a base whose layers are not known, or a GPU that is not, no memory."""
-        found = self._known(trial)
+    def request(self, trials: Sequence[TrainSpec], values: Values) -> Request:
+        """What a settled trial asks for, or several that share a process and its rows (`values`: of any of them). Of a
+        base whose layers are not known, or a GPU that is not, no memory."""
+        trial, found = trials[0], self._known(trials[0])
         worker = resources_per_worker(trial)
         if found is not None:
-            worker |= predicted(trial, *found, self.rows[rows_key(values)])
+            worker |= predicted(trials, *found, self.rows[rows_key(values)])
         if not self.spec.reserve_memory:
             worker.pop("memory", None)
         if not is_gang(trial):
@@ -75,7 +82,7 @@ class Asking:
         if self.spec.gang == "always":
             return f"{gang}: gang=always"
         try:
-            alone = self.request(self._without_auto(trial_spec(self.spec, values), values), values)
+            alone = self.request([self._without_auto(trial_spec(self.spec, values), values)], values)
         except ConfigError as error:
             return f"{gang}: one process does not fit ({error.found})"
         return f"{gang}: one process would ask for {said(alone)}; {said_of(self.nodes)}"
@@ -86,7 +93,7 @@ class Asking:
         requests = []
         for values in points:
             trial = self.settled(values)
-            requests.append(self.request(trial, values))
+            requests.append(self.request([trial], values))
             if is_gang(trial):
                 check_here(trial)
                 check_rows(trial, self.spec.eval_rows)
@@ -96,7 +103,7 @@ class Asking:
 
     def nowhere(self, trial: TrainSpec, values: Values) -> GraftworkError:
         """The error for a trial that the cluster can't hold even alone."""
-        request = self.request(trial, values)
+        request = self.request([trial], values)
         lacking = _lacking(trial, request, self.nodes)
         if lacking is not None:
             return lacking
@@ -165,12 +172,15 @@ def at_once(spec: TuneSpec, smallest: Request, nodes: Sequence[Node], trials: in
     )
 
 
-def predicted(trial: TrainSpec, model: ModelShape, machine: Machine, rows: RowSizes) -> dict[str, float]:
+def predicted(trials: Sequence[TrainSpec], model: ModelShape, machine: Machine, rows: RowSizes) -> dict[str, float]:
     """Bytes of one process; with a GPU its share too, which a gang's workers have whole."""
-    plan = predict_training(trial, model, rows, value_bytes=machine.value_bytes)
+    trial, together = trials[0], len(trials) > 1
+    predict = functools.partial(predict_together, trials) if together else functools.partial(predict_training, trial)
+    plan = predict(model, rows, value_bytes=machine.value_bytes)
     need = charged(plan.peak_bytes, 1, machine)
     if machine.gpu is None:
-        return {"memory": float(need)}
+        beside = 0 if is_gang(trial) or together else TRIAL_BYTES
+        return {"memory": float(MEMORY_STEP * math.ceil((need + beside) / MEMORY_STEP))}
     host = {"memory": float(plan.host_bytes or PROCESS_BYTES)}
     share = math.ceil(SHARE_STEP * need / (HEADROOM * machine.memory_bytes)) / SHARE_STEP
     return host if is_gang(trial) else {**host, "GPU": share}

@@ -25,7 +25,6 @@ from graftwork.tuning.failures import Failure, after, shrunk
 from graftwork.tuning.judge import judge_of
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.places import Places
-from graftwork.tuning.plan import points_to_plan
 from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.room import Request, holds, nodes_of_ray
 from graftwork.tuning.search import Search, Wait
@@ -60,6 +59,8 @@ class Sweeping:
     clock: Callable[[], float]
     """Seconds of the sweep so far."""
     asking: Asking
+    at_once: int
+    """Trials at a time, at most."""
 
     def spec_of(self, record: TrialRecord) -> TrainSpec:
         """What a trial is to train, in as little memory as it has been found to need."""
@@ -75,11 +76,9 @@ class Sweeping:
 def fit(sweep: Sweeping) -> None:
     """Run trials until the search has no more; the ledger holds the outcome. Needs an initialised Ray.
 
-    Raises ClusterError when the cluster can't hold a trial, or not as many as are asked for; KeyboardInterrupt on
-    Ctrl-C and SIGTERM.
+    Raises KeyboardInterrupt on Ctrl-C and SIGTERM.
     """
     spec, ledger = sweep.spec, sweep.ledger
-    at_once = sweep.asking.require_room(points_to_plan(spec))
     interrupt, board = Interrupt(), start_board()
     judge = judge_of(spec, [trial for trial in ledger.trials if trial.ended and trial.repeat_of is None])
     places = Places(ledger.run.patiently(spec.train.checkpoints.outage_s), spec.checkpoint_every)
@@ -101,8 +100,9 @@ def fit(sweep: Sweeping) -> None:
             tune_config=tune.TuneConfig(
                 search_alg=FromLedger(sweep, interrupt),
                 num_samples=-1,  # until the search has no more
-                max_concurrent_trials=at_once,
-                reuse_actors=False,  # one process a trial: its memory goes with it (peft issue 2221)
+                max_concurrent_trials=sweep.at_once,
+                # where its fork trains (tuning.forked): a process that trains twice keeps adapters (peft issue 2221)
+                reuse_actors=spec.together == 1 and not spec.train.gpus_per_worker,
             ),
             run_config=tune.RunConfig(
                 name=spec.name,

@@ -29,6 +29,7 @@ class Ledger:
     def __init__(self, run: RunPaths, patience_s: float = 0.0, on_trouble: Callable[[str], None] = _nothing) -> None:
         self.run, self._patience_s, self._on_trouble = run, patience_s, on_trouble
         self.records: dict[str, TrialRecord] = {}
+        self._lines: dict[str, tuple[TrialRecord, str]] = {}
 
     @property
     def trials(self) -> tuple[TrialRecord, ...]:
@@ -65,17 +66,27 @@ class Ledger:
 
     def write(self) -> None:
         """Replace the file. Waits out an outage of the store; raises StorageError for a longer one."""
-        content = {"trials": [asdict(record) for record in self.records.values()]}
+        content = self._content()
         try:
-            self.run.store.write_json(content, *self.run.file(TRIALS))
+            self.run.store.write_bytes(content, *self.run.file(TRIALS))
         except StoreUnreachable:
             self._on_trouble(f"storage is out of reach; trying for {self._patience_s:g} s")
             self._write_patiently(content)
             self._on_trouble("")
 
-    def _write_patiently(self, content: dict[str, Any]) -> None:
+    def _content(self) -> bytes:
+        """A line a trial. A record never changes, so each is put into words once: 1,000 trials are written in 2 ms, and
+        81 when all are (docs/log.md)."""
+        for trial_id, record in self.records.items():
+            known = self._lines.get(trial_id)
+            if known is None or known[0] is not record:
+                self._lines[trial_id] = (record, json.dumps(asdict(record)))
+        lines = ",\n ".join(self._lines[trial_id][1] for trial_id in self.records)
+        return f'{{"trials": [\n {lines}\n]}}\n'.encode()
+
+    def _write_patiently(self, content: bytes) -> None:
         try:
-            self.run.store.patient(self._patience_s).write_json(content, *self.run.file(TRIALS))
+            self.run.store.patient(self._patience_s).write_bytes(content, *self.run.file(TRIALS))
         except StoreUnreachable as error:
             raise StoreUnreachable(
                 f"{TRIALS} of sweep {self.run.run_id}", f"not written for {self._patience_s:g} s: {error.found}",

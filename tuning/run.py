@@ -33,6 +33,7 @@ from graftwork.tuning.finals import repeated_rows, with_finals
 from graftwork.tuning.fit import Sweeping, fit
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.page import Ended, sweep_record, write_page
+from graftwork.tuning.plan import points_to_plan
 from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport
 from graftwork.tuning.relatives import notes_on_relatives
 from graftwork.tuning.room import Node, nodes_of_ray
@@ -125,6 +126,7 @@ class _Attempt:
         self.status = self._read_status()
         self.earlier_s = float(self.status.get("wall_s", 0.0))
         self.started = time.monotonic()
+        self.at_once = 1
 
     def run(self) -> TuneReport:
         finished = self.status.get("state") == "finished"
@@ -164,9 +166,10 @@ class _Attempt:
             self.logs.close()
 
     def _fit(self) -> None:
-        self._tell()
         sweep, asking = self.sweep, self.sweep.asking(nodes_of_ray())
-        told = (self._tell, self._wall_s, asking)
+        self.at_once = asking.require_room(points_to_plan(self.spec))
+        self._tell()
+        told = (self._tell, self._wall_s, asking, self.at_once)
         fit(Sweeping(sweep.spec, self.ledger, sweep.search, sweep.rows, asking.settled, *told))
 
     def _report(self, *, reused: bool) -> TuneReport:
@@ -213,7 +216,7 @@ class _Attempt:
                 self.sweep.search.total,
                 self._wall_s(),
                 steps=self.spec.steps,
-                at_once=self.spec.max_concurrent,
+                at_once=self.at_once,
                 cpus=train.cpus_per_worker,
                 gpus=train.gpus_per_worker,
                 trouble=self.trouble,

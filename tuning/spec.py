@@ -45,7 +45,7 @@ NOT_TUNABLE = {
     "num_workers": "it changes the time of a trial, not its result; optim.rows_per_step does",
     "cpus_per_worker": "it changes the time of a trial, not its result",
     "gpus_per_worker": "it changes the time of a trial, not its result",
-    "strategy": "a trial runs in one process",
+    "strategy": "a trial that fits runs in one process, and the others all share alike",
     "checkpoint_every": "a trial writes no checkpoint",
     "checkpoints": "a trial writes no checkpoint",
     "recovery": "a trial writes no checkpoint",

@@ -18,6 +18,7 @@ from graftwork.training.steplog import StepReport, read_steps
 from graftwork.tuning.asking import is_gang
 from graftwork.tuning.costs import Costs
 from graftwork.tuning.failures import message_of
+from graftwork.tuning.forked import forked
 from graftwork.tuning.gang import Heard, train_in_gang
 from graftwork.tuning.places import Places
 from graftwork.tuning.rss import peak_rss_bytes
@@ -96,11 +97,13 @@ def _run_alone(job: TrainJob, worker: Mapping[str, float], trial_id: str, end: i
 
 
 def _train(job: TrainJob, worker: Mapping[str, float], report: Heard) -> None:
-    """By the workers of a gang, or in this process."""
+    """By the workers of a gang, in this process on a GPU, else in a fork."""
     if is_gang(job.spec):
         train_in_gang(job, worker, report)
-    else:
+    elif job.spec.gpus_per_worker:
         run_steps(job, lambda step: report(step, peak_rss_bytes()))
+    else:
+        forked().train(job, report)
 
 
 class _Telling:

@@ -32,6 +32,7 @@ def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
     spec = config.load(file, sets, expect="tune")
     assert isinstance(spec, TuneSpec)
     from graftwork.cli.shadowing import check_shadow, place_shadow
+    from graftwork.cli.sweeps import say_plan
     from graftwork.cluster.session import session
     from graftwork.tuning.page import Ended, sweep_record
     from graftwork.tuning.run import check, tune
@@ -41,6 +42,7 @@ def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
     if not as_json:
         for note in notes:
             say(f"note: {note}")
+        say_plan(spec, file.parent, on)
     with sweep_progress(f"tune {spec.name}", as_json) as update, session(on) as here:
         report = here.run(tune, spec, on_progress=update)
     shadow = place_shadow(spec, report) if spec.winner and spec.winner.shadow else None
