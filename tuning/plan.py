@@ -43,9 +43,10 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     each_s = [_trial_seconds(spec, trial, model, rows, held_out, machine, at_once) for trial in trials]
     start_s, share = START_S / machine.pace(at_once * workers, 1), expected_share(spec, len(trials))
     start_s += RAY_TRAIN_START_S if workers > 1 else 0.0
-    work_s = sum(start_s + share * taken_s for taken_s in each_s)
     start_s *= starts(spec)
+    work_s = sum(start_s + share * taken_s for taken_s in each_s)
     finals_s = math.ceil(most_repeats(spec) / at_once) * (start_s + max(each_s))
+    repeats_s = most_repeats(spec) * (start_s + max(each_s))
     shared_by = 1 if machine.gpu is not None else at_once
     ways_out = ((setting, size * shared_by) for setting, size in training_ways_out(largest, model, rows, machine))
     return StagePlan(
@@ -59,13 +60,7 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
         assumptions=(
             f"{len(trials)} trials of {spec.steps} steps, {at_once} at once, {share:.0%} of the steps taken"
             + (f"; each a gang of {workers} workers ({largest.strategy.kind})" if workers > 1 else ""),
-            cost(
-                spec,
-                largest,
-                work_s + most_repeats(spec) * (start_s + max(each_s)),
-                charged(memory.peak_bytes, 1, machine),
-                machine,
-            ),
+            cost(spec, largest, work_s + repeats_s, charged(memory.peak_bytes, 1, machine), machine),
             *([f"{most_repeats(spec)} whole runs more for the finals"] if spec.finals else []),
             *memory.assumptions,
             machine.said(),
