@@ -41,7 +41,6 @@ GOALS = (
     Goal("training_speed", "qlora_to_trl", "QLoRA on a CPU, tokens a second, against TRL as it comes", "at least", 1.2),
     Goal("training_speed", "lora_to_trl", "LoRA on a CPU, tokens a second, against TRL as it comes", "at least", 1.2),
     Goal("ray_overhead", "ray_to_bare", "a training step on Ray Train, to bare processes", "at most", 1.01),
-    Goal("tune_overhead", "beyond_share", "what a trial costs beyond its training, of 60 s, %", "at most", 5.0),
     Goal("checkpoint_stall", "stall_share", "what a checkpoint on S3 stalls, of 100 steps, %", "at most", 1.0),
     Goal("memory_plan", "peak_worst", "memory of a training worker, predicted to measured, worst, %", "at most", 15.0),
     Goal("advice", "named", "planted causes of failures named by the probes, of 600", "at least", 0.90),

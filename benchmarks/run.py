@@ -36,7 +36,6 @@ BENCHMARKS = (
     "strategies",
     "together",
     "search",
-    "tune_overhead",
 )
 TIMEOUT_S = 900
 
