@@ -51,6 +51,7 @@ def grid(task: str) -> TuneSpec:
     space: dict[str, Any] = {"seed": SEEDS, "adapter.rank": RANKS[name], "optim.lr": LORA_LR}
     if task == "full":
         train |= {"adapter": {"kind": "full"}, "quant": {"kind": "none"}}
+        train["optim"] |= {"lr": FULL_LR[0]}  # all weights must name one
         space = {"seed": SEEDS, "optim.lr": FULL_LR}
     given = {
         "name": f"grid-{task}",
