@@ -3,11 +3,11 @@
     python -m benchmarks.asha
 
 The grid's trials (rank x learning rate, 20 and 15 points, SmolLM2-135M, 16 steps; two tasks, three seeds of data and
-start) were run to their ends once (benchmarks/sweep_curves.py). Here two processes take them in a shuffled order, a
-step of any trial taking one unit of time, and the sweep's own judge says after each report who goes on. Compute is
-steps taken. The winner is the one of lowest loss among those that ran to their end, as in a sweep. `noise` is the
-standard deviation of a point's last loss over the three seeds, pooled over the five best points. 20 orders a task and
-seed.
+start) were run to their ends once (benchmarks/sweep_curves.py). Here processes take them in the order of a sweep's grid
+(`grid`: the middle first; one to four processes) or in a shuffled one (`shuffled`: two processes, 20 orders), a step of
+any trial taking one unit of time, and the sweep's own judge says after each report who goes on. Compute is steps taken.
+The winner is the one of lowest loss among those that ran to their end, as in a sweep. `noise` is the standard deviation
+of a point's last loss over the three seeds, pooled over the five best points.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from benchmarks.recorded import STEPS, curves
 from benchmarks.sweep_curves import grid
 from graftwork.tuning.judge import Judge, judge_of
 from graftwork.tuning.records import TrialRecord
+from graftwork.tuning.search import Drawn, search_of
 from graftwork.tuning.spec import TuneSpec
 
 TASKS = ("airport-card", "ua-parse")
-ORDERS, PROCESSES = 20, 2
+ORDERS, PROCESSES, AT_ONCE = 20, 2, (1, 2, 3, 4)
 ASHA = {"kind": "asha", "grace_steps": 2, "reduction": 4}
 
 
@@ -64,15 +65,27 @@ def spread(by_seed: Mapping[int, Sequence[TrialRecord]]) -> float:
     return float(statistics.fmean([statistics.variance(losses) for losses in best]) ** 0.5)
 
 
-def one(trials: Sequence[TrialRecord], spec: TuneSpec, order: int) -> tuple[float, float, bool]:
+def one(trials: Sequence[TrialRecord], spec: TuneSpec, processes: int = PROCESSES) -> tuple[float, float, bool]:
     """Share of the grid's steps, loss given away against the grid's best, and whether the winner is the same."""
-    shuffled = random.Random(order).sample(list(trials), len(trials))
-    taken = replay(shuffled, judge_of(spec, []))
+    taken = replay(trials, judge_of(spec, []), processes)
     ended = [trial for trial in trials if taken[trial.trial_id] == STEPS]
     best = min(trials, key=lambda trial: trial.losses[-1][1])
     found = min(ended, key=lambda trial: trial.losses[-1][1])
     share = sum(taken.values()) / (STEPS * len(trials))
     return share, found.losses[-1][1] - best.losses[-1][1], found.trial_id == best.trial_id
+
+
+def orders(task: str, trials: Sequence[TrialRecord], spec: TuneSpec) -> dict[str, list[tuple[float, float, bool]]]:
+    """What came of each order."""
+    search = search_of(grid(task).with_({"space.seed": {"kind": "choice", "values": [0]}}))
+    assert isinstance(search, Drawn)
+    own = [{key: value for key, value in point.items() if key != "seed"} for point in search.points]
+    in_order = sorted(trials, key=lambda trial: own.index(trial.values))
+    shuffled = [random.Random(order).sample(list(trials), len(trials)) for order in range(ORDERS)]
+    return {
+        "grid": [one(in_order, spec, processes) for processes in AT_ONCE],
+        "shuffled": [one(some, spec) for some in shuffled],
+    }
 
 
 def main() -> None:
@@ -82,21 +95,22 @@ def main() -> None:
     clock = Clock()
     figures: dict[str, Figure] = {}
     detail: dict[str, Any] = {}
-    shares, within = [], []
+    runs: dict[str, list[tuple[float, bool]]] = {"grid": [], "shuffled": []}
     for task in TASKS:
         by_seed, spec = curves(task), grid(task).with_({"scheduler": ASHA})
         noise = spread(by_seed)
-        found = {seed: [one(trials, spec, order) for order in range(ORDERS)] for seed, trials in by_seed.items()}
-        runs = [run for seed in found.values() for run in seed]
-        shares += [share for share, _, _ in runs]
-        within += [given_away <= noise for _, given_away, _ in runs]
-        figures[f"{task}_share"] = figure([share for share, _, _ in runs], "of the grid's steps")
-        figures[f"{task}_given_away"] = figure([given_away for _, given_away, _ in runs], "nats")
-        same = sum(same for _, _, same in runs)
-        detail[task] = {"noise": noise, "same_winner": same, "runs": len(runs), "by_seed": found}
-        print(f"{task}: noise {noise:.4f} nats; the grid's own winner in {same} of {len(runs)}")
-    figures["share"] = figure(shares, "of the grid's steps")
-    figures["within_noise"] = figure([sum(within) / len(within)], "of all runs")
+        found = {seed: orders(task, trials, spec) for seed, trials in by_seed.items()}
+        for order in runs:
+            all_of = [run for seed in found.values() for run in seed[order]]
+            runs[order] += [(share, given_away <= noise) for share, given_away, _ in all_of]
+            figures[f"{task}_{order}_share"] = figure([share for share, _, _ in all_of], "of the grid's steps")
+            figures[f"{task}_{order}_given_away"] = figure([given_away for _, given_away, _ in all_of], "nats")
+            same = sum(same for _, _, same in all_of)
+            print(f"{task}, {order}: noise {noise:.4f} nats; the grid's own winner in {same} of {len(all_of)}")
+        detail[task] = {"noise": noise, "by_seed": found}
+    for order, ran in runs.items():
+        figures[f"{order}_share"] = figure([share for share, _ in ran], "of the grid's steps")
+        figures[f"{order}_within_noise"] = figure([sum(within for _, within in ran) / len(ran)], "of all runs")
     write("asha", args.out, figures, detail, {"asha": ASHA, "orders": ORDERS, "processes": PROCESSES}, clock)
 
 

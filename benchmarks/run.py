@@ -36,6 +36,9 @@ BENCHMARKS = (
     "strategies",
     "together",
     "search",
+    "asha",
+    "early_stops",
+    "tune_overhead",
 )
 TIMEOUT_S = 900
 

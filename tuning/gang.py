@@ -18,17 +18,18 @@ Heard = Callable[[StepReport, int], bool]
 """A step's report and the largest resident set of rank 0's process; whether to go on."""
 
 
-def train_in_gang(job: TrainJob, worker: Mapping[str, float], report: Heard) -> LoopResult:
+def train_in_gang(job: TrainJob, worker: Mapping[str, float], report: Heard, board: Any, trial_id: str) -> LoopResult:
     """`training.loop.run_steps` on `job.spec.num_workers` workers that have `worker` of the cluster each.
 
-    `report` is called here. Raises what it raised, after the workers have left their loop; else what `fit_trial` does.
+    From their first step the board knows what they hold. `report` is called here. Raises what it raised, after the
+    workers have left their loop; else what `fit_trial` does.
     """
     from ray.util.queue import Queue
 
     told, answers = Queue(actor_options={"num_cpus": 0}), Queue(actor_options={"num_cpus": 0})
     try:
         with ThreadPoolExecutor(1) as pool:
-            run = pool.submit(fit_trial, job, Asks(told, answers), worker)
+            run = pool.submit(fit_trial, job, Asks(told, answers, board, trial_id), worker)
             error = _answered(run, told, answers, report)
         if error is not None:
             raise error
@@ -44,10 +45,22 @@ class Asks:
 
     told: Any
     answers: Any
+    board: Any
+    trial_id: str
 
     def __call__(self, step: StepReport) -> bool:
+        if step.step == 1:
+            self._say_where()
         self.told.put((step, peak_rss_bytes()))
         return step.eval_loss is None or bool(self.answers.get())
+
+    def _say_where(self) -> None:
+        import ray
+        from ray.util import get_current_placement_group
+
+        group = get_current_placement_group()
+        assert group is not None, "Ray Train places its workers in one"
+        ray.get(self.board.hold.remote(self.trial_id, group.id.hex()))
 
 
 def _answered(run: "Future[LoopResult]", told: Any, answers: Any, report: Heard) -> Exception | None:

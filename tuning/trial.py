@@ -91,15 +91,15 @@ def _run_alone(job: TrainJob, worker: Mapping[str, float], trial_id: str, end: i
     if job.run is not None and done is not None and done.step >= end:  # an earlier attempt was lost before it told
         last += [(step, peak_rss_bytes()) for step in read_steps(job.run) if step.step == done.step]
     else:
-        _train(job, worker, report)
+        _train(job, worker, report, telling.board, trial_id)
     for step, peak in last:
         telling.tell({trial_id: step}, {}, peak)
 
 
-def _train(job: TrainJob, worker: Mapping[str, float], report: Heard) -> None:
+def _train(job: TrainJob, worker: Mapping[str, float], report: Heard, board: Any, trial_id: str) -> None:
     """By the workers of a gang, in this process on a GPU, else in a fork."""
     if is_gang(job.spec):
-        train_in_gang(job, worker, report)
+        train_in_gang(job, worker, report, board, trial_id)
     elif job.spec.gpus_per_worker:
         run_steps(job, lambda step: report(step, peak_rss_bytes()))
     else:
@@ -111,7 +111,7 @@ class _Telling:
 
     def __init__(self, specs: Mapping[str, TrainSpec], board: Any) -> None:
         self._costs = {trial_id: Costs(spec) for trial_id, spec in specs.items()}
-        self._board = board
+        self.board = board
 
     def tell(self, steps: Mapping[str, StepReport], lost: Mapping[str, RunError], peak: int) -> dict[str, bool]:
         """Of one step of each trial; `lost`: what ended others. Seconds are counted in equal shares."""
@@ -125,4 +125,4 @@ class _Telling:
         metrics = {trial_id: self._costs[trial_id].metrics() for trial_id in losses}
         why = {trial_id: message_of(error) for trial_id, error in lost.items()}
         tune.report({"peak_rss_bytes": peak, "trials": losses, "metrics": metrics, "lost": why})
-        return goes_on | dict(zip(losses, ray.get(self._board.goes_on.remote(list(losses))), strict=True))
+        return goes_on | dict(zip(losses, ray.get(self.board.goes_on.remote(list(losses))), strict=True))

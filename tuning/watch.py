@@ -15,6 +15,7 @@ from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
 from graftwork.errors import GraftworkError
+from graftwork.tuning.board import free
 from graftwork.tuning.failures import Failure, failure_of, hopeless, kernel_kills
 from graftwork.tuning.judge import Judge
 from graftwork.tuning.ledger import Ledger
@@ -148,6 +149,7 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
             for trial_id in trial.config["trials"]:
                 kills = kernel_kills() - self._kernel_kills.get(trial_id, kernel_kills())
                 self._lost(trial, trial_id, failure_of(_error(trial), kills))
+                free(self._board, trial_id)
             if (error := hopeless(self._ledger.trials)) is not None:
                 raise error
             self._on_change()

@@ -1,13 +1,17 @@
 """Trials share one machine on a private Ray: gangs on Ray Train, what they give back, and what they never keep."""
 
+import time
 from pathlib import Path
 
+import psutil
+import pytest
 import ray
 from ray.util import placement_group_table
 
 from graftwork.cluster.session import Session
+from graftwork.errors import RunError
 from graftwork.tuning.ledger import Ledger
-from graftwork.tuning.run import Sweep, TrialRecord, tune
+from graftwork.tuning.run import Sweep, TrialRecord, TuneProgress, tune
 from tests.ray.test_tune import GOOD, inputs, rates, sweep, wait_for
 
 __all__ = ["inputs"]
@@ -41,3 +45,34 @@ def test_a_gang_that_is_stopped_leaves_loop_and_places(local_ray: Session, input
     assert gang.peak_rss_bytes > 400 * 2**20, "of a worker, not of the process that started it"
     wait_for(cpus_are_free, "CPUs are free")
     assert not groups()
+
+
+@pytest.mark.soak
+def test_a_gang_whose_first_process_is_killed_leaves_nothing(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
+    spec = sweep(inputs, tmp_path, rates(GOOD), steps=40, report_every=2, retries=0).with_(GANG)
+    killed: list[float] = []
+
+    def kill(progress: TuneProgress) -> None:
+        if progress.trials and progress.trials[0].losses and not killed:
+            killed.append(time.monotonic())
+            for process in trial_processes():
+                process.kill()
+
+    with pytest.raises(RunError, match="none ran to step 40"):
+        tune(spec, on_progress=kill)
+    wait_for(cpus_are_free, "CPUs are free")
+    wait_for(lambda: not groups(), "placement groups are gone")
+    print(f"free {time.monotonic() - killed[0]:.1f} s after the kill")
+
+
+def trial_processes() -> list[psutil.Process]:
+    """Those that Tune started, on this process' Ray."""
+    return [process for process in psutil.Process().children(recursive=True) if "ImplicitFunc" in _title(process)]
+
+
+def _title(process: psutil.Process) -> str:
+    """Empty of one that has ended in the meantime."""
+    try:
+        return "".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie as well
+        return ""
