@@ -100,7 +100,8 @@ class TuneSpec(Spec):
     goals: Goals = (Goal(),)
     """What is to be good, held-out loss first; with several, trials that no other beats in all of them are sought."""
     search: SearchSpec | None = None
-    """null: the whole grid where the space is all choices and no larger than `num_trials`, else points at random."""
+    """null: the whole grid where the space is all choices and no larger than `num_trials`, else TPE from eight trials
+    on, and points at random for fewer."""
     num_trials: int = Field(default=4, ge=1)
     """Trials that the search may draw."""
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -70,7 +70,7 @@ def rates(*values: float) -> dict[str, Any]:
 def whole(local_ray: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneSpec, TuneReport]:
     """A sweep of three that nothing disturbed: one runs to its end, one is stopped early, one diverges."""
     asha = {"grace_steps": 2, "reduction": 2}
-    space = rates(GOOD, 1e-5, 1e38)
+    space = rates(1e-5, GOOD, 1e38)  # a grid begins in its middle
     spec = sweep(inputs, tmp_path_factory.mktemp("whole"), space, max_concurrent=1, scheduler=asha)
     return spec, tune(spec)
 

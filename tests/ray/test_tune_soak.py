@@ -39,8 +39,10 @@ class Watched:
 
 
 def many(count: int) -> list[float]:
-    """The first rate teaches, the others hardly."""
-    return [GOOD, *(1e-7 * (1 + number / 1000) for number in range(count - 1))]
+    """The first rate, of the grid's middle, teaches, the others hardly."""
+    rest = [1e-7 * (1 + number / 1000) for number in range(count - 1)]
+    middle = (count - 1) // 2
+    return [*rest[:middle], GOOD, *rest[middle:]]
 
 
 def longest_wait_s(trials: Sequence[TrialRecord]) -> float:

@@ -50,13 +50,15 @@ def test_a_larger_grid_is_sampled_without_repeats() -> None:
 
 
 def test_the_seed_decides_the_points_and_more_trials_keep_the_first() -> None:
-    few, many = (draw(sweep(LR, num_trials=count)).points for count in (3, 10))
+    few, many = (draw(sweep(LR, num_trials=count, search={"kind": "random"})).points for count in (3, 10))
     assert many[:3] == few
     assert draw(sweep(LR, num_trials=3, seed=1)).points != few
 
 
 def test_log_uniform_values_spread_evenly_over_the_decades() -> None:
-    values = [float(str(point["optim.lr"])) for point in draw(sweep(LR, num_trials=400)).points]
+    values = [
+        float(str(point["optim.lr"])) for point in draw(sweep(LR, num_trials=400, search={"kind": "random"})).points
+    ]
     assert all(1e-4 <= value <= 1e-2 for value in values)
     low = sum(value < 1e-3 for value in values)
     assert 160 < low < 240, "half of the points in the lower decade, within four standard deviations"

@@ -4,11 +4,14 @@ from graftwork.tuning.search.drawn import Drawn, grid_search, random_search
 from graftwork.tuning.search.modelled import modelled_search
 from graftwork.tuning.search.pbt import Population, population
 from graftwork.tuning.search.protocol import Search, Suggestion, Wait
-from graftwork.tuning.search_spec import GridSpec, PbtSpec, RandomSpec
+from graftwork.tuning.search_spec import GridSpec, PbtSpec, RandomSpec, TpeSpec
 from graftwork.tuning.space import grid_size
 from graftwork.tuning.spec import TuneSpec
 
 __all__ = ["Drawn", "Population", "Search", "Suggestion", "Wait", "search_of"]
+
+MODELLED_FROM = 8
+"""Trials from which a search that is not named is TPE: better than random after so many (benchmarks/search.py)."""
 
 
 def search_of(spec: TuneSpec) -> Search:
@@ -18,6 +21,5 @@ def search_of(spec: TuneSpec) -> Search:
     size = grid_size(spec.space)
     if isinstance(spec.search, GridSpec) or (spec.search is None and size is not None and size <= spec.num_trials):
         return grid_search(spec)
-    if spec.search is None or isinstance(spec.search, RandomSpec):
-        return random_search(spec)
-    return modelled_search(spec, spec.search)
+    asked = spec.search or (TpeSpec() if spec.num_trials >= MODELLED_FROM else RandomSpec())
+    return random_search(spec) if isinstance(asked, RandomSpec) else modelled_search(spec, asked)
