@@ -4,7 +4,7 @@
     python -m benchmarks.sweep_curves join FOLDER       benchmarks/results/sweep_curves.json of what was recorded
 
 TASK is `airport-card`, `ua-parse` (LoRA: rank x learning rate x seed, 60 and 45 points) or `full` (all weights on
-airport-card: learning rate x seed, 12 points). Every point is the loop of a sweep's trial, on SmolLM2-135M, in this
+airport-card: learning rate x seed, 14 points). Every point is the loop of a sweep's trial, on SmolLM2-135M, in this
 process, one after the other; a point that is there already is not run again. The losses don't depend on the machine's
 load; the seconds do.
 """
@@ -32,8 +32,8 @@ SEEDS = [0, 1, 2]
 RANKS = {"airport-card": [1, 4, 16, 64], "ua-parse": [1, 4, 16]}
 LORA_LR = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 FULL_LR = [5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]
-AROUND = [1e-4, 2e-4, 4e-4]
-"""Of all weights, the rates of the seeds after the first: a point takes two minutes."""
+AROUND = [5e-5, 1e-4, 2e-4, 4e-4]
+"""Of all weights, the rates that the seeds after the first are run at: a point takes two minutes."""
 ROWS, HELD_OUT = {"airport-card": 8, "ua-parse": 4}, {"airport-card": 16, "ua-parse": 12}
 """Rows a step and held-out rows; those of ua-parse are three times as long."""
 SYSTEMS = {"airport-card": "Answer with one airport card as JSON.", "ua-parse": "Parse the user agent into JSON."}
