@@ -27,6 +27,8 @@ WITHIN_S, END_S = 120.0, 240.0
 ASHA = {"grace_steps": 2, "reduction": 2}
 SPACE = rates(1e-3, GOOD, 1e-5, 1e38)
 """Two run to their end, one is stopped early, one diverges."""
+LONGER: dict[str, Any] = {"steps": 24, "report_every": 2}
+"""So that a second kill still finds trials at work."""
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
@@ -157,7 +159,7 @@ def cluster() -> Iterator[tuple[Raylets, list[Raylet]]]:
 
 @pytest.fixture(scope="module")
 def on_nodes(cluster: tuple[Raylets, list[Raylet]], inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
-    spec = sweep(inputs, tmp_path_factory.mktemp("on-nodes"), SPACE, num_trials=4)
+    spec = sweep(inputs, tmp_path_factory.mktemp("on-nodes"), SPACE, num_trials=4, **LONGER)
     report = last_words(start_sweep(spec, address=cluster[0].address), END_S)
     assert "error" not in report, report
     return report
@@ -169,7 +171,7 @@ def test_trials_of_machines_killed_at_random_points_run_again_elsewhere(
 ) -> None:
     """Two machines of one CPU, two trials at a time; a new machine comes for each that was killed."""
     rng, (raylets, nodes) = random.Random(100 + piece), cluster
-    spec = sweep(inputs, tmp_path, SPACE, num_trials=4, retries=KILLS)
+    spec = sweep(inputs, tmp_path, SPACE, num_trials=4, retries=KILLS, **LONGER)
     driver = start_sweep(spec, address=raylets.address)
     kept: dict[str, Record] = {}
     done: list[str] = []
@@ -178,7 +180,7 @@ def test_trials_of_machines_killed_at_random_points_run_again_elsewhere(
             before = sum(len(t["losses"]) for t in ledger_of(spec))
             running = lambda: any(t["state"] == "running" for t in ledger_of(spec))  # noqa: E731
             until(running, f"a trial runs after {done}", driver)
-            time.sleep(rng.uniform(0, 8))
+            time.sleep(rng.uniform(0, 3))
             assert driver.poll() is None, f"the sweep ended before the kill after {done}"
             nodes.pop(rng.randrange(len(nodes))).kill()
             nodes.append(raylets.add())
