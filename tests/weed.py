@@ -10,6 +10,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,3 +124,14 @@ class Weed:
             except ClientError:
                 time.sleep(0.2)
         raise AssertionError(f"weed took no object in {START_TIMEOUT_S} s: {self._said()}")
+
+
+@contextmanager
+def running() -> Iterator[Weed]:
+    """A started server, removed with its folder at the block's end."""
+    server = Weed()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()

@@ -60,7 +60,7 @@ def fit(job: TrainJob) -> LoopResult:
 def fit_trial(job: TrainJob, report: Report, worker: Mapping[str, float]) -> LoopResult:
     """A trial of a sweep on its workers, each with `worker` of the cluster's resources; `report` is called on rank 0.
 
-    Lost workers are not replaced: a trial has no checkpoint. Raises what `fit` raises.
+    Lost workers are not replaced here: the sweep runs the trial again. Raises what `fit` raises.
     """
     from ray import train
 

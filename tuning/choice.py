@@ -5,7 +5,7 @@ of single rows would give a narrower interval, for another question: which of tw
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
 
@@ -28,10 +28,11 @@ class Finalist:
     name: str
     runs: tuple[TrialRecord, ...]
     """Its own first, in the order of the seeds; fewer than seeds where one did not reach its end."""
-    losses: tuple[float, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "losses", tuple(run.losses[-1][1] for run in self.runs))
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """At the last step, by seed."""
+        return tuple(run.losses[-1][1] for run in self.runs)
 
     @property
     def loss(self) -> float:
@@ -50,7 +51,7 @@ def choose(spec: TuneSpec, trials: Sequence[TrialRecord]) -> Choice:
         return _unrepeated(spec, best, front)
     notes = list(_fewer(spec, taking_part))
     whole = []
-    for one in _gathered(spec, taking_part, trials):
+    for one in gathered(spec, taking_part, trials):
         if len(one.runs) == len(seeds_of(spec)):
             whole.append(one)
         else:
@@ -111,7 +112,7 @@ def contrasts_of(best: Finalist, whole: Sequence[Finalist], alpha: float) -> tup
     return tuple(sorted(contrasts, key=lambda one: one.difference))
 
 
-def _gathered(spec: TuneSpec, taking_part: Sequence[TrialRecord], trials: Sequence[TrialRecord]) -> Iterator[Finalist]:
+def gathered(spec: TuneSpec, taking_part: Sequence[TrialRecord], trials: Sequence[TrialRecord]) -> Iterator[Finalist]:
     names = named([trial.values for trial in taking_part])
     for trial, name in zip(taking_part, names, strict=True):
         repeats = {one.values["seed"]: one for one in trials if one.repeat_of == trial.trial_id}

@@ -47,17 +47,17 @@ class WinnerSpec(Spec):
     """null starts no experiment."""
 
 
-def require_finals(finals: FinalsSpec | None, num_trials: int, keys: Container[str]) -> None:
-    """Raise ConfigError where a sweep can't have these finals."""
-    if finals is not None and "seed" in keys:
+def require_finals(finals: FinalsSpec | None, key: str, most: int, space: Container[str]) -> None:
+    """Raise ConfigError where a sweep can't have these finals. `key` of the sweep says how many trials there are."""
+    if finals is not None and "seed" in space:
         raise ConfigError(
             "finals with space.seed", "every finalist runs with the same seeds, train.seed and those that follow",
             "a seed is what finals average over, and no choice: the best seed is luck", "take `seed` out of the space",
         )  # fmt: skip
-    if finals is not None and finals.finalists > num_trials:
+    if finals is not None and finals.finalists > most:
         raise ConfigError(
-            f"finals.finalists={finals.finalists}", f"num_trials={num_trials}", "finalists are trials of the search",
-            f"--set finals.finalists={num_trials}" if num_trials > 1 else "--set num_trials=2",
+            f"finals.finalists={finals.finalists}", f"{key}={most}", "finalists are trials of the search",
+            f"--set finals.finalists={most}" if most > 1 else f"--set {key}=2",
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from graftwork.tuning.goals import pareto
 from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.search import Drawn
-from graftwork.tuning.search.protocol import Search, Suggestion, Wait
+from graftwork.tuning.search.protocol import Search, Suggestion, Wait, own
 from graftwork.tuning.space import Values, digest, rows_points
 from graftwork.tuning.spec import TuneSpec
 
@@ -39,7 +39,7 @@ class WithFinals:
 
     def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | Wait | None:
         """The search's next point; after the last one has ended, the next repeat."""
-        searched = [trial for trial in trials if trial.repeat_of is None]
+        searched = own(trials)
         chosen = self.search.suggest(searched)
         if chosen is not None:
             return chosen

@@ -158,17 +158,18 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
         self._note_gang(chosen.trial_id, asking.said_of_gang(spec, chosen.values))
         for trial_id in group:
             self._asked[trial_id] = request
-            sweep.ledger.update(trial_id, started_s=sweep.clock())
+            sweep.ledger.update(trial_id, started_s=sweep.clock(), wall_s=0.0)
         specs = {trial_id: spec.model_dump_json() for trial_id, spec in group.items()}
         return Told(specs, rows, request.bundles[:1], request.worker, chosen.until, chosen.parent).config()
 
     def _most_together(self, spec: TrainSpec, values: Values) -> int:
         """Trials that may share the process now: at most `together`, 0 where there is no room for one."""
         most = 1 if is_gang(spec) else self._sweep.spec.together
-        asking = self._sweep.asking
+        asking, asked = self._sweep.asking, self._asked_now()
+        nodes = nodes_of_ray() if asked else []
         for count in range(most, 0, -1):
             request = asking.request([spec] * count, values)
-            if fits_one(request, asking.nodes) and self._has_room(request):
+            if fits_one(request, asking.nodes) and (not asked or holds(nodes, [*asked, request])):
                 return count
         return 0
 
@@ -177,12 +178,11 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
         if why is not None and why not in notes:
             self._sweep.ledger.update(trial_id, notes=(*notes, why))
 
-    def _has_room(self, request: Request) -> bool:
-        """Beside the trials that run; where none does, Ray may wait for nodes. Tune knows nothing of a gang's workers:
+    def _asked_now(self) -> list[Request]:
+        """Of the processes that run; where none does, Ray may wait for nodes. Tune knows nothing of a gang's workers:
         Ray Train reserves them apart, and gives up when it waits for long."""
         running = [trial.trial_id for trial in self._sweep.ledger.trials if trial.state == "running"]
-        asked = {id(self._asked[trial_id]): self._asked[trial_id] for trial_id in running}  # one for a whole group
-        return not running or holds(nodes_of_ray(), [*asked.values(), request])
+        return list({id(self._asked[one]): self._asked[one] for one in running}.values())  # one for a whole group
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The ledger knows."""

@@ -39,7 +39,7 @@ def train_in_gang(job: TrainJob, worker: Mapping[str, float], report: Heard, boa
         answers.shutdown(force=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asks:
     """The loop's `report` on rank 0. Steps without a held-out loss are told and not waited for."""
 
@@ -47,10 +47,13 @@ class Asks:
     answers: Any
     board: Any
     trial_id: str
+    placed: bool = False
+    """Whether the board knows the placement group."""
 
     def __call__(self, step: StepReport) -> bool:
-        if step.step == 1:
+        if not self.placed:  # not step 1: a gang may go on from a checkpoint
             self._say_where()
+            self.placed = True
         self.told.put((step, peak_rss_bytes()))
         return step.eval_loss is None or bool(self.answers.get())
 
@@ -63,11 +66,11 @@ class Asks:
         ray.get(self.board.hold.remote(self.trial_id, group.id.hex()))
 
 
-def _answered(run: "Future[LoopResult]", told: Any, answers: Any, report: Heard) -> Exception | None:
+def _answered(run: "Future[LoopResult]", told: Any, answers: Any, report: Heard) -> BaseException | None:
     """Answer until the workers have ended; the first error of `report` stops them and is returned."""
     from ray.util.queue import Empty
 
-    error: Exception | None = None
+    error: BaseException | None = None
     while not (run.done() and told.empty()):
         try:
             step, peak = told.get(timeout=LOOK_S)
@@ -75,7 +78,7 @@ def _answered(run: "Future[LoopResult]", told: Any, answers: Any, report: Heard)
             continue
         try:
             goes_on = error is None and report(step, peak)
-        except Exception as raised:  # Tune's own, or ours: told when nobody waits for an answer any more
+        except BaseException as raised:  # Tune ends a thread by SystemExit: raised when nobody waits for an answer
             error, goes_on = raised, False
         if step.eval_loss is not None:
             answers.put(goes_on)

@@ -121,9 +121,9 @@ class Ledger:
 
 
 def _pending(record: TrialRecord) -> TrialRecord:
-    """To be run again from its start: by a new driver, which has its own number of retries."""
+    """To be run again, from its newest checkpoint where it has one; a new driver has its own number of retries."""
     if record.state == "pending":
-        return record
+        return replace(record, retried=0)
     again = replace(record, state="pending", attempts=record.attempts + 1, retried=0, error=None, failure=None)
     if record.state == "running":
         note = f"the sweep ended while it was running, after step {record.steps}; run again"

@@ -1,6 +1,7 @@
 """How long a sweep will still take, and what it costs, by its own pace."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -44,11 +45,11 @@ def pace(progress: TuneProgress) -> Pace:
     error = stdev(ended) / math.sqrt(len(ended)) if known else 0.0
 
     def left_s(steps: float) -> float:
-        return _left(progress, steps) * progress.elapsed_s / taken
+        return _left(progress, own, steps) * progress.elapsed_s / taken
 
     left = left_s(expected)
     low, high = (left_s(max(expected - 2 * error, 0.0)), left_s(min(expected + 2 * error, progress.steps)))
-    total = device_s * (1 + _left(progress, expected) / taken)
+    total = device_s * (1 + _left(progress, own, expected) / taken)
     return Pace(left, low if known else None, high if known else None, len(ended), device_s, total)
 
 
@@ -64,9 +65,8 @@ def _own_steps(progress: TuneProgress) -> dict[str, int]:
     return {trial_id: max(reached - begun[trial_id], 0) for trial_id, reached in steps.items()}
 
 
-def _left(progress: TuneProgress, expected: float) -> float:
+def _left(progress: TuneProgress, own: Mapping[str, int], expected: float) -> float:
     """Steps that are still to be taken, when a trial takes so many; of the last ones with the others' places idle."""
-    own = _own_steps(progress)
     running = [max(expected - own[trial.trial_id], 0.0) for trial in progress.trials if trial.state == "running"]
     begun = sum(trial.state != "pending" for trial in progress.trials)
     to_come = max(progress.total - begun, 0)

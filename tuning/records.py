@@ -189,7 +189,7 @@ class TuneReport:
     eval_rows: int
     """Held-out rows behind each loss."""
     wall_s: float
-    """Of this attempt and of earlier ones that were not killed."""
+    """Of this attempt and of earlier ones; of a killed one up to its last report."""
     reused: bool
     """The sweep was done before; no trial ran."""
     winner: Winner | None = None

@@ -1,4 +1,4 @@
-"""A sweep in the driver: trials drawn, run once each whatever happens, the best spec chosen.
+"""A sweep in the driver: trials chosen, run again where they were lost, the best spec found.
 
     runs/<name>-<hash8>/{spec.yaml, provenance.json, trials.json, status.json, report.json, report.html, tensorboard/}
 
@@ -131,6 +131,8 @@ class _Attempt:
     def run(self) -> TuneReport:
         finished = self.status.get("state") == "finished"
         self.ledger.resume(failed_too=finished)
+        ends = [trial.started_s + trial.wall_s for trial in self.ledger.trials]
+        self.earlier_s = max([self.earlier_s, *ends])  # a killed attempt wrote no status
         if finished and self.sweep.search.suggest(self.ledger.trials) is None:
             return self._with_page(self._report(reused=True))
         self._write_facts()

@@ -10,6 +10,7 @@ from graftwork.errors import ConfigError
 from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.adapter_spec import with_kind
 from graftwork.training.spec import TrainSpec
+from graftwork.training.strategy_rules import ZERO
 from graftwork.tuning.default_space import default_space
 from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec, require_finals, require_placeable
 from graftwork.tuning.goal_spec import Goal, Goals
@@ -40,15 +41,15 @@ __all__ = [
 NOT_TUNABLE = {
     "kind": "it names the stage",
     "name": "a trial publishes nothing",
-    "root": "a trial writes nothing",
+    "root": "a trial's records lie with the sweep's",
     "alias": "a trial publishes nothing",
     "num_workers": "it changes the time of a trial, not its result; optim.rows_per_step does",
     "cpus_per_worker": "it changes the time of a trial, not its result",
     "gpus_per_worker": "it changes the time of a trial, not its result",
     "strategy": "a trial that fits runs in one process, and the others all share alike",
-    "checkpoint_every": "a trial writes no checkpoint",
-    "checkpoints": "a trial writes no checkpoint",
-    "recovery": "a trial writes no checkpoint",
+    "checkpoint_every": "checkpoint_every of the sweep takes its place",
+    "checkpoints": "they do not change a trial's result",
+    "recovery": "it does not change a trial's result",
     "outcomes": "a trial measures the held-out loss alone",
     "eval_every": "report_every of the sweep takes its place",
     "optim.epochs": "steps of the sweep takes its place",
@@ -172,7 +173,8 @@ class TuneSpec(Spec):
             self._segments_fit(self.search)
         if self.checkpoint_every is not None and self.together > 1:
             raise ValueError("checkpoint_every can't take effect with together > 1: trials of one process make none")
-        require_finals(self.finals, self.num_trials, self.space)
+        most = ("search.population", self.search.population) if isinstance(self.search, PbtSpec) else None
+        require_finals(self.finals, *(most or ("num_trials", self.num_trials)), self.space)
         require_placeable(self.winner, self.train)
         return self
 
@@ -185,6 +187,13 @@ class TuneSpec(Spec):
             )
         if self.together > 1:
             raise ValueError(f"together={self.together} can't go with search.kind=pbt, whose members change places")
+        if self.train.optim.factors or "optim.factors" in self.space:
+            raise ValueError("optim.factors can't go with search.kind=pbt, which finds them: take them out")
+        if self.train.strategy.kind in ZERO:
+            raise ValueError(
+                f"train.strategy.kind={self.train.strategy.kind} can't go with search.kind=pbt: DeepSpeed's optimizer "
+                "keeps the rate to itself. Set train.strategy.kind=ddp or fsdp2"
+            )
 
     def recipe(self) -> dict[str, Any]:
         """What decides the result, `train` left out, whose own recipe does."""

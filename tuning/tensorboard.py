@@ -14,11 +14,11 @@ from typing import Any
 
 from graftwork.errors import StorageError, StoreUnreachable
 from graftwork.storage import RunPaths
+from graftwork.tuning.goal_spec import EVAL_LOSS
 from graftwork.tuning.page.values import plain
 from graftwork.tuning.records import TrialRecord
 
 FOLDER = "tensorboard"
-LOSS = "eval_loss"
 
 
 class EventLogs:
@@ -43,8 +43,8 @@ class EventLogs:
     def close(self) -> None:
         """Write no more, upload what is left. Raises StorageError."""
         for trial_id, file in self._files.items():
-            file.close()
-            self._unsent.add(trial_id)
+            if file.close():
+                self._unsent.add(trial_id)
         self._send(self._patience_s)
 
     def _write(self, trial: TrialRecord) -> None:
@@ -103,23 +103,23 @@ class _EventFile:
             for summary in _asked(trial):
                 self._event(self._clock(trial, 0), summary=summary)
         for step, loss in trial.losses[len(self._losses) :]:
-            self._event(self._clock(trial, step), step=step, summary=_scalars({LOSS: loss}))
+            self._event(self._clock(trial, step), step=step, summary=_scalars({EVAL_LOSS: loss}))
         self._losses = trial.losses
         just_ended = _ended(trial)
         if just_ended:
             for summary in _outcome(trial):
                 self._event(self._clock(trial, trial.steps), step=trial.steps, summary=summary)
-            self._writer.flush()
+        self._writer.flush()
+        if just_ended:
             self.close()
-        else:
-            self._writer.flush()
         return just_ended
 
-    def close(self) -> None:
-        """Close the file; nothing happens the second time."""
-        if not self._ended:
-            self._ended = True
+    def close(self) -> bool:
+        """Close the file; whether it was open."""
+        was_open, self._ended = not self._ended, True
+        if was_open:
             self._writer.close()
+        return was_open
 
     def _clock(self, trial: TrialRecord, step: int) -> float:
         """Seconds since 1970, its steps taken to be equally long: the ledger keeps no time of each report."""
@@ -146,7 +146,7 @@ def _asked(trial: TrialRecord) -> Iterator[Any]:
     """For the hparams plugin: which keys and figures there are, and this trial's values."""
     from tensorboardX.summary import hparams
 
-    experiment, start, _ = hparams({key: plain(value) for key, value in trial.values.items()}, {LOSS: 0.0})
+    experiment, start, _ = hparams({key: plain(value) for key, value in trial.values.items()}, {EVAL_LOSS: 0.0})
     yield experiment
     yield start
 

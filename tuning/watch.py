@@ -141,6 +141,7 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
                 if self._ledger.records[trial_id].state == "running":
                     self._change(trial_id, state="failed", failure="error", error="its process left before its end")
             self._places.tidy(self._ledger.trials)
+            self._on_change()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         if self._interrupt.error is not None:

@@ -14,7 +14,7 @@ import yaml
 
 from graftwork import artifact
 from graftwork.artifact import AdapterManifest
-from graftwork.errors import StorageError
+from graftwork.errors import StorageError, StoreUnreachable
 from graftwork.storage import RunPaths, Store
 from graftwork.training.records import Progress, TrainReport
 from graftwork.training.run import check, train
@@ -128,6 +128,8 @@ def _scored_alike(store: Store, a: AdapterManifest, b: AdapterManifest) -> bool:
         return False
     try:
         specs = [yaml.safe_load(store.read_text("runs", one.run, "spec.yaml")) for one in (a, b)]
+    except StoreUnreachable:
+        raise
     except StorageError:  # its run is gone, or was another's
         return False
     return all(_at(specs[0], key) == _at(specs[1], key) for key in SCORED_BY)

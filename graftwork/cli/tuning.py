@@ -1,5 +1,7 @@
 """`graftwork tune FILE`: a sweep, what it found, how sure that is, and what became of its winner."""
 
+import math
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from graftwork import config
@@ -120,12 +122,14 @@ def _show_finals(report: "TuneReport", keys: list[str]) -> None:
         runs = [trial, *(repeats.get((trial.trial_id, seed)) for seed in seeds)]
         if any(runs[1:]):
             told = [_loss(run) for run in runs]
-            mean = sum(map(float, told)) / len(told) if all(run and run.state == "finished" for run in runs) else None
+            ended = [run.losses[-1][1] for run in runs if run is not None and run.state == "finished"]
+            mean = fmean(ended) if len(ended) == len(runs) else math.inf
             mark = "taken" if trial.trial_id == report.best_id else ""
-            values = [trial.values[key] for key in keys]
-            rows.append((trial.trial_id, *values, *told, "-" if mean is None else f"{mean:.4f}", mark))
+            values = [trial.values.get(key, "-") for key in keys]
+            row = (trial.trial_id, *values, *told, f"{mean:.4f}" if math.isfinite(mean) else "-", mark)
+            rows.append((mean, row))
     columns = ("trial", *_short(keys), "search", *[f"seed {seed}" for seed in seeds], "mean", "")
-    print_table("finals: held-out loss by seed", columns, sorted(rows, key=lambda row: str(row[-2])))
+    print_table("finals: held-out loss by seed", columns, [row for _, row in sorted(rows, key=lambda one: one[0])])
 
 
 def _loss(trial: "TrialRecord | None") -> str:

@@ -65,10 +65,13 @@ def sentence(sweep: SweepRecord) -> str:
 def _of_finals(finals: FinalsRecord, chosen_id: str) -> str:
     """What the finals say of the chosen one; all figures are in the verdict below."""
     chosen = next(one for one in finals.finalists if one.id == chosen_id)
-    tied = sum(not one.beaten for one in finals.finalists if one is not chosen)
-    beaten = len(finals.finalists) - 1 - tied
+    others = [one for one in finals.finalists if one is not chosen]
+    beaten = sum(one.beaten for one in others)
+    tied = sum(one.low is None or one.low <= 0 for one in others if not one.beaten)
+    ahead = len(others) - beaten - tied
     mean = f"mean held-out loss {loss(chosen.mean)} over {len(chosen.losses)} seeds"
-    parts = [f"told apart from {beaten} of {len(finals.finalists) - 1} other finalists"] if beaten else []
+    parts = [f"told apart from {beaten} of {len(others)} other finalists"] if beaten else []
+    parts += [f"not for certain from {ahead}"] if ahead else []
     parts += [f"tied with {tied}, and taken by what it costs"] if tied else []
     return f"{mean}: {'; '.join(parts)}"
 

@@ -33,7 +33,7 @@ from tests.ray.test_recovery import (
 from tests.raylets import Raylet, Raylets
 from tests.s3.conftest import use
 from tests.training import task
-from tests.weed import Weed
+from tests.weed import Weed, running
 
 KILLS, PIECES = 50, 10
 KINDS = ("worker", "raylet", "driver", "s3", "told")
@@ -126,12 +126,8 @@ def workers_of(nodes: list[Raylet]) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def weed() -> Iterator[Weed]:
-    server = Weed()
-    try:
-        server.start()
+    with running() as server:
         yield server
-    finally:
-        server.remove()
 
 
 @pytest.fixture(scope="module")

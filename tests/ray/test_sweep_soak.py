@@ -19,7 +19,7 @@ from tests.ray.test_tune import GOOD, rates, sweep, write_inputs
 from tests.raylets import Raylet, Raylets
 from tests.s3.conftest import use
 from tests.sweeping import Record, alive, folder_of, ledger_of, processes_of, start_sweep
-from tests.weed import Weed
+from tests.weed import Weed, running
 
 KILLS, PIECES = 20, 10
 KINDS = ("anywhere", "report", "write", "anywhere")
@@ -202,12 +202,8 @@ def test_trials_of_machines_killed_at_random_points_run_again_elsewhere(
 
 @pytest.fixture(scope="module")
 def weed() -> Iterator[Weed]:
-    server = Weed()
-    try:
-        server.start()
+    with running() as server:
         yield server
-    finally:
-        server.remove()
 
 
 def test_storage_that_comes_back_only_delays_and_one_that_does_not_ends_the_sweep(

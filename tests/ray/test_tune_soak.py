@@ -32,7 +32,6 @@ class Watched:
 
     rss: dict[int, int] = field(default_factory=dict)
     """By the number of trials that have ended."""
-    write_s: list[float] = field(default_factory=list)
 
     def see(self, progress: TuneProgress) -> None:
         self.rss[progress.done] = psutil.Process().memory_info().rss

@@ -8,18 +8,14 @@ from pathlib import Path
 import pytest
 
 from graftwork.storage import Store
-from tests.weed import Weed
+from tests.weed import Weed, running
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[Weed]:
     """One server for all tests of a session; each test takes its own prefix."""
-    server = Weed()
-    try:
-        server.start()
+    with running() as server:
         yield server
-    finally:
-        server.remove()
 
 
 @pytest.fixture

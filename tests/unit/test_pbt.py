@@ -117,6 +117,11 @@ def test_checkpoints_are_kept_as_long_as_someone_may_begin_from_them(tmp_path: P
         ({"scheduler": {"kind": "asha"}, "report_every": 4}, "scheduler.kind=asha can't go with search.kind=pbt"),
         ({"search": {"factors": [1.0, 2.0]}}, "factors must differ, from 1 too"),
         ({"together": 2}, "together=2 can't go with search.kind=pbt"),
+        (
+            {"space": {**LR, "optim.factors": {"kind": "choice", "values": [[[0.5, 0.8]], []]}}},
+            "optim.factors can't go with search.kind=pbt",
+        ),
+        ({"finals": {"finalists": 9}}, "finals.finalists=9: search.population="),
     ],
 )
 def test_a_population_that_cannot_work_is_refused(change: dict[str, Any], said: str) -> None:

@@ -35,7 +35,12 @@ TRIALS: dict[str, dict[str, Any]] = {
     "first": {"adapter.rank": 4, "optim.lr": 5e-3},
     "decayed": {"adapter.rank": 4, "adapter.alpha": 8, "optim.lr": 2e-3, "optim.weight_decay": 0.1},
     "wide": {"adapter.rank": 8, "adapter.rslora": True, "optim.schedule": "cosine", "optim.warmup_ratio": 0.3},
-    "clipped": {"adapter.rank": 2, "optim.max_grad_norm": 0.1, "optim.schedule": "constant"},
+    "clipped": {
+        "adapter.rank": 2,
+        "optim.max_grad_norm": 0.1,
+        "optim.schedule": "constant",
+        "optim.factors": [[0.5, 0.5]],
+    },
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from graftwork.report import words
 from graftwork.report.sweep_records import Plain, SweepKey
 
 Floats = npt.NDArray[np.float64]
@@ -51,7 +52,7 @@ class Cells:
         self.key = key
         if key.values:
             self._listed = sorted(key.values, key=number) if numeric(key) else list(key.values)
-            self.labels = tuple(said(value) for value in self._listed)
+            self.labels = tuple(words.plain(value) for value in self._listed)
             self.centres = tuple(number(value) for value in self._listed) if numeric(key) else ()
             return
         assert key.low is not None
@@ -67,11 +68,6 @@ class Cells:
         if self.key.values:
             return self._listed.index(value)
         return min(max(int(np.searchsorted(self._edges, number(value), side="right")) - 1, 0), BINS - 1)
-
-
-def said(value: Plain) -> str:
-    """A value as text."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def terms(key: SweepKey, values: Sequence[Plain]) -> Floats:

@@ -27,7 +27,7 @@ def stops(trials: Sequence[SweepTrial], best_id: str | None, steps: int) -> Stop
     saved = sum(steps - trial.last_step for trial in stopped)
     taken = sum(trial.last_step for trial in trials)
     lacked = sorted(_lacked(stopped, finished, best), key=lambda one: (-_share(one), one.gap)) if best else []
-    most = [_most_caught_up(finished, best, one.step) - one.gap for one in lacked if one.n] if best else []
+    most = [max(_caught_up(finished, best, one.step)) - one.gap for one in lacked if one.n] if best else []
     at_rungs = sorted(Counter(trial.last_step for trial in stopped).items())
     return StopsRecord(
         stopped=len(stopped), saved_steps=saved, all_steps=taken + saved, saved_s=_seconds(trials, saved),
@@ -71,10 +71,6 @@ def _caught_up(finished: Sequence[SweepTrial], best: SweepTrial, step: int) -> l
     assert there is not None
     return [(here - there) - (trial.losses[-1][1] - best.losses[-1][1]) for trial in finished
             if trial is not best and (here := trial.loss_at(step)) is not None]  # fmt: skip
-
-
-def _most_caught_up(finished: Sequence[SweepTrial], best: SweepTrial | None, step: int) -> float:
-    return max(_caught_up(finished, best, step), default=0.0) if best else 0.0
 
 
 def _share(one: StoppedTrial) -> float:

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from graftwork.errors import ConfigError
 from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.search.drawn import random_search
-from graftwork.tuning.search.protocol import Suggestion, Wait
+from graftwork.tuning.search.protocol import Suggestion, Wait, own
 from graftwork.tuning.search_spec import PbtSpec
 from graftwork.tuning.space import Values
 from graftwork.tuning.spec import TuneSpec
@@ -56,7 +56,7 @@ class Population:
 
     def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | Wait | None:
         """The next segment; none of a generation before all of the one before have ended."""
-        segments = [trial for trial in trials if trial.repeat_of is None]
+        segments = own(trials)
         generation, member = divmod(len(segments), self.asked.population)
         if generation == self.generations:
             return None

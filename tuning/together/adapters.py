@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from graftwork.training.rates import scale as scale_rate
 from graftwork.training.spec import LoraSpec, OptimSpec
 
 
@@ -44,6 +45,8 @@ class Trial:
         optimizer = torch.optim.AdamW([weights], lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
         name = {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule)
         schedule = get_scheduler(name, optimizer, math.ceil(optim.warmup_ratio * steps), steps)
+        if optim.factors:
+            scale_rate(optimizer, schedule, optim.factors, steps)
         scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)
         return cls(key, adapter.rank, scale, weights, optim.max_grad_norm, optimizer, schedule)
 

@@ -9,7 +9,7 @@ from graftwork.training.text_spec import CptSpec
 
 OWN = {
     "adapter": ("rank", "alpha", "rslora"),
-    "optim": ("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    "optim": ("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "factors"),
 }
 """Keys in which trials of one process may differ: each has its own adapter, and its own optimizer."""
 
