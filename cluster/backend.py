@@ -1,48 +1,171 @@
-"""What every place that runs whole commands can do: a Ray by its Jobs API now, KubeRay behind the same verbs."""
+"""What every place that runs jobs can do: plan, submit, status, logs, cancel, list, wait. One protocol, three places.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+A job is a stage's resolved spec, run by `graftwork.cluster.driver` where the work is. Its record lies in the run store
+(`cluster/run_store.py`) and outlives the cluster; a place is asked only for what it alone knows.
+"""
 
-JobState = Literal["pending", "running", "succeeded", "failed", "stopped"]
-ENDED: frozenset[JobState] = frozenset({"succeeded", "failed", "stopped"})
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from graftwork.cluster.spec import ClusterSpec
+
+JobState = Literal[
+    "submitted", "queued", "pending", "running", "suspended", "succeeded", "failed", "stopped", "cancelled", "lost"
+]
+"""submitted: recorded, and its place has not shown it yet. queued: a queue holds it back. pending: machines or driver
+come up. stopped: by a limit of its own. cancelled: by a person. lost: its driver was heard and is silent now, or its
+place no longer knows it."""
+ENDED: frozenset[JobState] = frozenset({"succeeded", "failed", "stopped", "cancelled", "lost"})
+Level = Literal["error", "warning"]
+DIGEST_CHARS = 10
 
 
 @dataclass(frozen=True)
-class JobRequest:
-    """A graftwork command to run elsewhere."""
+class Demand:
+    """What the workers of a job take, as Ray places them; from the stage's plan."""
 
-    argv: Sequence[str]
-    """Arguments after `graftwork`, without `--on`."""
-    files: Sequence[Path] = ()
-    """Local files that the arguments name: shipped to the same path relative to the job's folder."""
+    num_workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    memory_bytes_per_worker: int = 0
+    """Predicted peak; 0 where it was not predicted."""
+    seconds: float | None = None
+    """Predicted time; None where it was not predicted."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage to run elsewhere. `digest` is `Spec.identity()`: two stores, one job."""
+
+    name: str
+    kind: str
+    """The graftwork command that runs it: train, tune, compare, serve, quantize."""
+    digest: str
+    root: str
+    """Where its run store is: a folder that the place reaches too, or s3://."""
+    spec: Mapping[str, Any]
+    """The stage's whole spec, resolved, as JSON."""
+    cluster: ClusterSpec = field(default_factory=ClusterSpec)
+    demand: Demand = field(default_factory=Demand)
+
+    @property
+    def job_id(self) -> str:
+        """`<name>-<first 10 of the digest>`."""
+        return f"{self.name}-{self.digest[:DIGEST_CHARS]}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a job. `id` names it in its place too, so that starting it twice starts it once."""
+
+    job: Job
+    number: int
+
+    @property
+    def id(self) -> str:
+        """`<job_id>-a<number>`."""
+        return attempt_id(self.job.job_id, self.number)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that preflight or doctor has seen. An error refuses the job before anything is written."""
+
+    code: str
+    """E or W and a name, e.g. `E-TTL-NEEDS-SHUTDOWN`; stable, for scripts."""
+    level: Level
+    where: str
+    """Key of the spec, or path in an object."""
+    found: str
+    rule: str = ""
+    next_move: str = ""
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What a job will take in its place, before it is submitted."""
+
+    job_id: str
+    attempt: int
+    """That `submit` would start or find."""
+    exists: bool
+    """Whether that attempt is there already."""
+    cpus: float
+    gpus: float
+    memory_bytes: float
+    gpu_hours: float | None
+    """Predicted; None where the time is not predicted."""
+    usd: float | None
+    """Predicted, by the price table; None without one or without a predicted time."""
+    most_usd: float | None
+    """What it may cost at most: by deadline or budget."""
+    objects: tuple[Mapping[str, Any], ...]
+    """What would be made, KubeRay only."""
+    diff: str
+    """Unified diff of those objects against what is there; empty where nothing would change."""
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """Where a job is. `exit_code` is that of the command, once it has ended by itself."""
+    """Where a job is, as its latest attempt shows it."""
 
     job_id: str
+    attempt: int
     state: JobState
-    message: str = ""
+    why: str = ""
+    """For people: what the state was judged by."""
     exit_code: int | None = None
+    """Of the command, once it has ended by itself."""
+    kind: str = ""
+    on: str = ""
+    submitted_at: float | None = None
+    """Seconds since the epoch, as the other times."""
+    started_at: float | None = None
+    ended_at: float | None = None
+    heartbeat_at: float | None = None
+    progress: str = ""
+    """The last thing its driver said of itself, e.g. `step 40 of 120, loss 1.21`."""
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
 
 
 class Backend(Protocol):
-    """Runs commands on a cluster. Every verb raises ClusterError when the cluster is out of reach or refuses us."""
+    """Runs jobs in one place. Every verb raises ClusterError when the place is out of reach or refuses us."""
 
-    def submit(self, request: JobRequest) -> str:
-        """Start a job and return its id."""
+    on: str
+
+    def plan(self, job: Job) -> JobPlan:
+        """What `submit` would do. Writes nothing."""
+
+    def submit(self, job: Job) -> JobStatus:
+        """Start the job, or find it: the same job again, from anywhere and at any time, is one attempt.
+
+        Raises PreflightError with all findings before anything is written.
+        """
+
+    def resubmit(self, job_id: str) -> JobStatus:
+        """Start the next attempt of a job that has ended; it goes on from the last checkpoint. ConfigError else."""
 
     def status(self, job_id: str) -> JobStatus:
-        """Where a job is now."""
+        """Where it is now. Works when the cluster is gone. ConfigError for one that was never submitted."""
 
-    def logs(self, job_id: str) -> Iterator[str]:
-        """What a job prints, piece by piece, until it has ended."""
+    def logs(self, job_id: str, *, follow: bool = False, attempt: int | None = None) -> Iterator[str]:
+        """What it printed, piece by piece; with `follow` until it has ended. Works when the cluster is gone."""
 
-    def cancel(self, job_id: str) -> None:
-        """End a job; nothing happens when it has ended."""
+    def cancel(self, job_id: str) -> JobStatus:
+        """End it; at return nothing of it is left in its place, a pending one included. No-op when it has ended."""
 
-    def list(self) -> list[JobStatus]:
-        """The jobs that the cluster knows of."""
+    def list(self) -> Sequence[JobStatus]:
+        """All jobs of the store that this place runs or ran, newest first."""
+
+    def wait(self, job_id: str, timeout_s: float | None = None) -> JobStatus:
+        """Until it has ended, retrying as `cluster.retry` says. RunError at the timeout; the job goes on."""
+
+
+def attempt_id(job_id: str, number: int) -> str:
+    """Name of an attempt, in the run store and in its place."""
+    return f"{job_id}-a{number}"

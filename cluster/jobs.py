@@ -1,4 +1,4 @@
-"""An existing Ray by its Jobs API: the whole command runs there, its output is followed here."""
+"""An existing Ray by its Jobs API; and commands that are no jobs of ours (study, demo), run there and followed here."""
 
 import contextlib
 import logging
@@ -6,11 +6,11 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from graftwork.cluster.address import refused, require_reachable, user_token, without_on
-from graftwork.cluster.backend import ENDED, JobRequest, JobState, JobStatus
 from graftwork.cluster.shipping import relative, shipped
 from graftwork.errors import ClusterError, Interrupted, RunError
 
@@ -23,8 +23,22 @@ ENTRYPOINT = "python -c 'from graftwork.cli import main; main()'"
 T = TypeVar("T")
 
 
-class JobsBackend:
-    """`Backend` over http(s)://HOST:PORT of a Ray dashboard. Build it inside `user_token()`."""
+@dataclass(frozen=True)
+class RayJob:
+    """A job as the Jobs API shows it."""
+
+    submission_id: str
+    status: str
+    """PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED."""
+    message: str = ""
+    exit_code: int | None = None
+
+
+ENDED = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
+
+
+class JobsApi:
+    """The jobs of the Ray whose dashboard is at http(s)://HOST:PORT. Build it inside `user_token()`."""
 
     def __init__(self, on: str) -> None:
         """Raises ClusterError within some 10 s when the address does not answer or refuses the token."""
@@ -37,34 +51,38 @@ class JobsBackend:
             logging.getLogger(name).setLevel(logging.WARNING)  # two lines an upload
         self._client: Any = self._asked(lambda: JobSubmissionClient(self.on))
 
-    def submit(self, request: JobRequest) -> str:
-        """Ship the code and the files, start the command on `--on auto`."""
-        with shipped(request.files) as folder:
-            entrypoint = f"{ENTRYPOINT} {shlex.join(_on_auto(request.argv))}"
-            return self._asked(lambda: self._submitted(entrypoint, {"working_dir": str(folder)}))
+    def submit(self, entrypoint: str, working_dir: Path, submission_id: str | None = None) -> str:
+        """Start a job in that folder, or find the one of that id. Returns its id.
 
-    def _submitted(self, entrypoint: str, runtime_env: dict[str, Any]) -> str:
-        """A Ray that has just started has no agent for jobs yet: it refuses, takes nothing, and is asked again."""
+        A Ray that has just started has no agent for jobs yet: it refuses, takes nothing, and is asked again.
+        """
         end = time.monotonic() + AGENT_S
+        environment = {"working_dir": str(working_dir)}
         while True:
             try:
-                job_id: str = self._client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
-            except RuntimeError as error:
-                if "No available agent" not in str(error) or time.monotonic() > end:
+                job_id: str = self._asked(
+                    lambda: self._client.submit_job(
+                        entrypoint=entrypoint, runtime_env=environment, submission_id=submission_id
+                    )
+                )
+            except ClusterError as error:
+                if submission_id is not None and "already exists" in error.found:
+                    return submission_id
+                if "No available agent" not in error.found or time.monotonic() > end:
                     raise
                 time.sleep(POLL_S)
             else:
                 return job_id
 
-    def status(self, job_id: str) -> JobStatus:
+    def status(self, job_id: str) -> RayJob:
         """Where a job is now."""
-        return _status(job_id, self._asked(lambda: self._client.get_job_info(job_id)))
+        return _ray_job(job_id, self._asked(lambda: self._client.get_job_info(job_id)))
 
     def logs(self, job_id: str) -> Iterator[str]:
         """What the job prints, about a second behind, until it has ended."""
         shown = 0
         while True:
-            ended = self.status(job_id).state in ENDED
+            ended = self.status(job_id).status in ENDED
             text: str = self._asked(lambda: self._client.get_job_logs(job_id))
             if len(text) > shown:
                 yield text[shown:]
@@ -73,14 +91,14 @@ class JobsBackend:
                 return
             time.sleep(POLL_S)
 
-    def cancel(self, job_id: str) -> None:
+    def stop(self, job_id: str) -> None:
         """End a job; nothing happens when it has ended."""
         self._asked(lambda: self._client.stop_job(job_id))
 
-    def list(self) -> list[JobStatus]:
+    def list(self) -> list[RayJob]:
         """The jobs that were submitted to this Ray."""
         found = self._asked(self._client.list_jobs)
-        return [_status(info.submission_id, info) for info in found if info.submission_id]
+        return [_ray_job(info.submission_id, info) for info in found if info.submission_id]
 
     def _asked(self, ask: Callable[[], T]) -> T:
         """Ray's client raises RuntimeError for an HTTP error, ConnectionError and AuthenticationError."""
@@ -90,7 +108,7 @@ class JobsBackend:
             return ask()
         except AuthenticationError as error:
             raise refused(self.on, str(error)) from None
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"--on {self.on}", f"its Jobs API failed ({str(error).strip()[-500:]})",
                 "the dashboard of a Ray 2.60 with ray[default] answers there", "look at the cluster's dashboard log",
@@ -106,28 +124,29 @@ def run_command(on: str, argv: Sequence[str]) -> int:
     files = [Path(argument) for argument in argv if Path(argument).is_file()]
     named = [str(relative(Path(a))) if Path(a).is_file() else a for a in without_on(argv)]
     with user_token():
-        backend = JobsBackend(on)
-        job_id = backend.submit(JobRequest(named, files))
-        print(f"job {job_id} at {backend.on}", file=sys.stderr)
+        jobs = JobsApi(on)
+        with shipped(files) as folder:
+            job_id = jobs.submit(f"{ENTRYPOINT} {shlex.join(_on_auto(named))}", folder)
+        print(f"job {job_id} at {jobs.on}", file=sys.stderr)
         try:
-            for text in backend.logs(job_id):
+            for text in jobs.logs(job_id):
                 print(text, end="", flush=True)
         except KeyboardInterrupt:
             with contextlib.suppress(ClusterError):
-                backend.cancel(job_id)
+                jobs.stop(job_id)
             raise Interrupted(
                 f"job {job_id}", f"stopped at {on} by Ctrl-C", "what was committed stays valid",
                 "run the same command: it continues from there",
             ) from None  # fmt: skip
-        return _exit_code(backend.status(job_id))
+        return _exit_code(jobs.status(job_id))
 
 
-def _exit_code(status: JobStatus) -> int:
-    if status.exit_code is not None:
-        return status.exit_code
-    if status.state == "succeeded":
+def _exit_code(job: RayJob) -> int:
+    if job.exit_code is not None:
+        return job.exit_code
+    if job.status == "SUCCEEDED":
         return 0
-    raise RunError(f"job {status.job_id}", f"it {status.state} without an exit code ({status.message})")
+    raise RunError(f"job {job.submission_id}", f"it is {job.status} without an exit code ({job.message})")
 
 
 def _on_auto(argv: Sequence[str]) -> list[str]:
@@ -152,6 +171,5 @@ def _require_welcome(on: str) -> None:
         raise refused(on, f"{answer.status_code} {answer.text}")
 
 
-def _status(job_id: str, info: Any) -> JobStatus:
-    state: JobState = info.status.value.lower()
-    return JobStatus(job_id, state, info.message or "", info.driver_exit_code)
+def _ray_job(job_id: str, info: Any) -> RayJob:
+    return RayJob(job_id, info.status.value, info.message or "", info.driver_exit_code)

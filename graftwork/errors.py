@@ -3,6 +3,7 @@
     GraftworkError
     ├── UserError        exit 2: the input is wrong; nothing was started
     │   ├── ConfigError      a spec, a flag, a `--set`
+    │   │   └── PreflightError   a job that its place would not run, with every finding
     │   ├── DataError        a dataset, a row, a corpus
     │   ├── BaseModelError   a base model that cannot be resolved, verified or loaded
     │   ├── ArtifactError    an adapter that is missing, corrupt, unsafe, or made for another base
@@ -14,6 +15,8 @@
 
 A message has four parts: what was asked (key and value), what was found, the rule, and the next move.
 """
+
+from collections.abc import Mapping, Sequence
 
 
 class GraftworkError(Exception):
@@ -47,6 +50,20 @@ class UserError(GraftworkError):
 
 class ConfigError(UserError):
     """A spec, a flag or a `--set` that cannot take effect."""
+
+
+class PreflightError(ConfigError):
+    """A job that its place would not run. `findings` has them all, each with its code."""
+
+    def __init__(self, asked: str, findings: Sequence[Mapping[str, str]]) -> None:
+        self.findings = tuple(findings)
+        lines = [f"{f['code']} {f['where']}: {f['found']}" + (f" ({f['rule']})" if f["rule"] else "") for f in findings]
+        moves = dict.fromkeys(f["next_move"] for f in findings if f["next_move"])
+        super().__init__(asked, "\n    ".join([f"{len(lines)} findings", *lines]), "nothing was written or started",
+                         "; ".join(moves))  # fmt: skip
+
+    def __reduce__(self) -> tuple[type["PreflightError"], tuple[str, tuple[Mapping[str, str], ...]]]:  # type: ignore[override]
+        return type(self), (self.asked, self.findings)
 
 
 class DataError(UserError):

@@ -25,7 +25,15 @@ Sets = Annotated[
 SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML spec of the stage; see examples/.")]
 On = Annotated[
     str,
-    typer.Option("--on", metavar="WHERE", help="local (a private Ray), ray://HOST:PORT, or http://HOST:PORT of a Ray."),
+    typer.Option(
+        "--on",
+        metavar="WHERE",
+        help="local (a private Ray), ray://HOST:PORT, http://HOST:PORT of a Ray, or k8s:CONTEXT/NAMESPACE.",
+    ),
+]
+Detach = Annotated[bool, typer.Option("--detach", help="Leave it to run; follow it with `graftwork jobs`.")]
+Cluster = Annotated[
+    Path | None, typer.Option("--cluster", metavar="FILE", help="What the place is like; else cluster.yaml here.")
 ]
 
 

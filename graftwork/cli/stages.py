@@ -8,8 +8,11 @@ import typer
 
 from graftwork import config
 from graftwork.cli.comparing import compare
+from graftwork.cli.jobs import is_job, launch
 from graftwork.cli.outcomes import show_outcomes
 from graftwork.cli.output import (
+    Cluster,
+    Detach,
     JsonFlag,
     On,
     Sets,
@@ -45,6 +48,8 @@ def train(
     curve: Annotated[
         str | None, typer.Option("--curve", metavar="N,N,...", help="Train on the first so many rows, a run a size.")
     ] = None,
+    detach: Detach = False,
+    cluster: Cluster = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train one adapter and publish it. A finished run is reused; an unfinished one goes on."""
@@ -54,6 +59,8 @@ def train(
     assert isinstance(spec, TrainSpec)
     if curve is not None:
         return run_curve(spec, curve, on, as_json)
+    if is_job(on, detach=detach):
+        return launch(spec, on, cluster, detach=detach)
     from graftwork.cluster.session import session
     from graftwork.training.run import check, train
 

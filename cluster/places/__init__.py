@@ -1,0 +1,25 @@
+"""The places that run jobs, by what `--on` says."""
+
+from graftwork.cluster.backend import Backend
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.stored import StoredBackend
+from graftwork.errors import ConfigError
+
+FORMS = "local, http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE"
+
+
+def backend_of(on: str, root: str, cluster: ClusterSpec | None = None) -> Backend:
+    """The backend of a place. Reaches nothing. Raises ConfigError for what is no place of jobs."""
+    if on == "local":
+        from graftwork.cluster.places.local import LocalPlace
+
+        return StoredBackend(LocalPlace(root), root)
+    if on.startswith(("http://", "https://")):
+        from graftwork.cluster.places.address import AddressPlace
+
+        return StoredBackend(AddressPlace(on, root), root)
+    if on.startswith("k8s:"):
+        from graftwork.cluster.places.kuberay import KubeRayPlace
+
+        return StoredBackend(KubeRayPlace(on, root, cluster or ClusterSpec()), root)
+    raise ConfigError(f"--on {on}", "not a place that runs jobs", FORMS)

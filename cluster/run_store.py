@@ -1,0 +1,166 @@
+"""What is known of a job, in its store: who it is, its attempts, who runs it, whether it lives, what it printed.
+
+Everything here outlives the cluster. Written by clients (`job.json`, `attempts/`, `cancel.json`) and by the driver (the
+rest), each key whole, on a disk and on S3 alike:
+
+    jobs/<job_id>/job.json                      what was asked, created once
+    jobs/<job_id>/spec.yaml                     the stage's whole spec, as the driver runs it
+    jobs/<job_id>/attempts/<n>.json             created once: of all clients one starts attempt n
+    jobs/<job_id>/a<n>/starts/<k>.json          created once by the k-th driver of the attempt; the highest is valid
+    jobs/<job_id>/a<n>/heartbeat.json           every HEARTBEAT_S
+    jobs/<job_id>/a<n>/logs/<k>-<000001>.txt    what it printed, at most LOG_BEHIND_S behind
+    jobs/<job_id>/a<n>/events/<ms>-<what>.json
+    jobs/<job_id>/a<n>/cancel.json              it is asked to end, and why
+    jobs/<job_id>/a<n>/ended.json               it has ended, and how
+"""
+
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from graftwork.cluster.backend import Attempt, Demand, Job
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.errors import ConfigError
+from graftwork.storage import Store, json_bytes
+
+HEARTBEAT_S = 5.0
+SILENT_S = 20.0
+"""A driver that was heard and is silent for longer is taken for lost: four heartbeats."""
+LOG_BEHIND_S = 3.0
+
+StopReason = Literal["user", "deadline", "budget", "pending", "superseded"]
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """job.json: what was asked."""
+
+    job_id: str
+    name: str
+    kind: str
+    digest: str
+    on: str
+    created_at: float
+    cluster: Mapping[str, Any]
+    demand: Mapping[str, Any]
+
+    def job(self, root: str, spec: Mapping[str, Any]) -> Job:
+        """The job it is the record of."""
+        return Job(self.name, self.kind, self.digest, root, spec, ClusterSpec.model_validate(self.cluster),
+                   Demand(**self.demand))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """heartbeat.json. `at` is the clock of the machine where the driver runs."""
+
+    at: float
+    start: int
+    host: str
+    pid: int
+    progress: str = ""
+    usd: float | None = None
+    """What it has cost so far, by the price table."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """ended.json."""
+
+    at: float
+    exit_code: int
+    reason: StopReason | None = None
+    """Why it was stopped; None where it ended by itself."""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """What the store holds of one attempt, read together."""
+
+    number: int
+    submitted_at: float
+    started_at: float | None
+    """When the first driver started."""
+    heartbeat: Heartbeat | None
+    cancel: StopReason | None
+    ended: Ended | None
+
+
+class RunStore:
+    """The jobs of one root. Cheap to build. Raises StorageError, StoreUnreachable."""
+
+    def __init__(self, root: str, patience_s: float = 0.0) -> None:
+        self.store = Store(root, patience_s)
+
+    def record(self, job: Job, on: str) -> JobRecord:
+        """Write down what is asked, once; returns the record that stands."""
+        key = ("jobs", job.job_id)
+        dump = job.cluster.model_dump(mode="json")
+        new = JobRecord(job.job_id, job.name, job.kind, job.digest, on, time.time(), dump, asdict(job.demand))
+        self.store.create_bytes(json_bytes(dict(job.spec)), *key, "spec.yaml")  # JSON is YAML
+        if self.store.create_bytes(json_bytes(asdict(new)), *key, "job.json"):
+            return new
+        return self.job(job.job_id)
+
+    def job(self, job_id: str) -> JobRecord:
+        """Raises ConfigError where it was never submitted."""
+        found = self.store.find_bytes("jobs", job_id, "job.json")
+        if found is None:
+            raise ConfigError(
+                f"job {job_id}", f"the store {self.store.uri} has no such job",
+                "a job is named <name>-<hash>, as `jobs ls` lists it", f"graftwork jobs ls --root {self.store.uri}",
+            )  # fmt: skip
+        return JobRecord(**self.store.read_json("jobs", job_id, "job.json"))
+
+    def job_ids(self) -> list[str]:
+        """All jobs of the store."""
+        return self.store.list("jobs")
+
+    def spec(self, job_id: str) -> Mapping[str, Any]:
+        """The stage's spec."""
+        spec: Mapping[str, Any] = self.store.read_json("jobs", job_id, "spec.yaml")
+        return spec
+
+    def attempts(self, job_id: str) -> list[int]:
+        """Numbers of its attempts, ascending."""
+        names = self.store.list("jobs", job_id, "attempts")
+        return sorted(int(name.removesuffix(".json")) for name in names)
+
+    def open_attempt(self, job_id: str, number: int) -> bool:
+        """Of all who call it, one gets True. An attempt above another one fences that one off."""
+        record = json_bytes({"number": number, "submitted_at": time.time()})
+        return self.store.create_bytes(record, "jobs", job_id, "attempts", f"{number}.json")
+
+    def attempt(self, job_id: str, number: int) -> AttemptRecord:
+        """All that is known of an attempt."""
+        here = ("jobs", job_id, f"a{number}")
+        submitted = self.store.read_json("jobs", job_id, "attempts", f"{number}.json")["submitted_at"]
+        present = self.store.children(*here)
+        beat = Heartbeat(**self.store.read_json(*here, "heartbeat.json")) if "heartbeat.json" in present else None
+        cancel = self.store.read_json(*here, "cancel.json")["reason"] if "cancel.json" in present else None
+        ended = Ended(**self.store.read_json(*here, "ended.json")) if "ended.json" in present else None
+        started = self.store.read_json(*here, "starts", "1.json")["at"] if "starts" in present else None
+        return AttemptRecord(number, submitted, started, beat, cancel, ended)
+
+    def logs(self, job_id: str, number: int, skip: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+        """Pieces of what it printed, by name, in order, without those in `skip`."""
+        folder = ("jobs", job_id, f"a{number}", "logs")
+        for name in self.store.list(*folder):
+            if name not in skip:
+                yield name, self.store.read_bytes(*folder, name).decode(errors="replace")
+
+    def ask_to_end(self, job_id: str, number: int, reason: StopReason) -> None:
+        """The driver sees it within two seconds; the first reason stays."""
+        asked = json_bytes({"at": time.time(), "reason": reason})
+        self.store.create_bytes(asked, "jobs", job_id, f"a{number}", "cancel.json")
+
+    def end(self, job_id: str, number: int, ended: Ended) -> None:
+        """How it ended, written by whoever knows first; what stands stays."""
+        self.store.create_bytes(json_bytes(asdict(ended)), "jobs", job_id, f"a{number}", "ended.json")
+
+
+def attempt_of(store: RunStore, job_id: str, number: int) -> Attempt:
+    """The attempt with its job, as it was recorded."""
+    return Attempt(store.job(job_id).job(store.store.uri, store.spec(job_id)), number)

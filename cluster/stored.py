@@ -1,0 +1,190 @@
+"""A whole `Backend` out of a place and a run store: submission, fencing, status, logs, retries, once for all places."""
+
+import difflib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from graftwork.cluster.backend import Attempt, Finding, Job, JobPlan, JobStatus
+from graftwork.cluster.cost import most_usd, predicted_usd
+from graftwork.cluster.place import Place, Seen
+from graftwork.cluster.run_store import AttemptRecord, Ended, JobRecord, RunStore, StopReason, attempt_of
+from graftwork.cluster.spec import quantity
+from graftwork.cluster.state import judge
+from graftwork.errors import ConfigError, PreflightError, RunError
+
+POLL_S = 1.0
+CLEAN_END_S = 5.0
+"""How long a driver that is asked to end may take before its place removes it."""
+
+
+class StoredBackend:
+    """`Backend` of one place and one store. Cheap to build: nothing is reached before the first verb."""
+
+    def __init__(self, place: Place, root: str) -> None:
+        self.place, self.runs, self.on = place, RunStore(root), place.on
+
+    def plan(self, job: Job) -> JobPlan:
+        """What `submit` would do. Writes nothing."""
+        number = max(self.runs.attempts(job.job_id), default=0)
+        attempt = Attempt(job, number or 1)
+        objects, gpu_hours = tuple(self.place.objects(attempt)), None
+        if job.demand.seconds is not None:
+            gpu_hours = job.demand.seconds / 3600 * _gpus(job)
+        return JobPlan(
+            job.job_id, attempt.number, number > 0, _cpus(job), _gpus(job), _memory(job), gpu_hours,
+            predicted_usd(job), most_usd(job.cluster), objects, _diff(self.place.current(attempt), objects),
+            tuple(self.place.check(job)),
+        )  # fmt: skip
+
+    def submit(self, job: Job) -> JobStatus:
+        """Start the job, or find it. Raises PreflightError before anything is written; ConfigError in another place."""
+        started = self.runs.attempts(job.job_id)
+        if started:
+            found = self.status(job.job_id)
+            if found.state != "submitted":
+                return found
+        else:
+            refuse(job, self.place.check(job))
+            self.runs.record(job, self.on)
+            self.runs.open_attempt(job.job_id, 1)
+        return self._start(attempt_of(self.runs, job.job_id, max(started, default=1)))
+
+    def resubmit(self, job_id: str) -> JobStatus:
+        """Start the next attempt of a job that has ended."""
+        status = self.status(job_id)
+        if not status.ended:
+            raise ConfigError(
+                f"resubmit {job_id}", f"its attempt {status.attempt} is {status.state}", "one attempt at a time",
+                f"graftwork jobs cancel {job_id} first, or wait for its end",
+            )  # fmt: skip
+        attempt = attempt_of(self.runs, job_id, status.attempt + 1)
+        refuse(attempt.job, self.place.check(attempt.job))
+        self.place.stop(f"{job_id}-a{status.attempt}")  # what a lost one left
+        self.runs.open_attempt(job_id, attempt.number)
+        return self._start(attempt)
+
+    def _start(self, attempt: Attempt) -> JobStatus:
+        self.place.start(attempt)
+        status = self.status(attempt.job.job_id)
+        if status.attempt == attempt.number and status.ended:  # cancelled meanwhile
+            self.place.stop(attempt.id)
+        return status
+
+    def status(self, job_id: str) -> JobStatus:
+        """Where its latest attempt is now."""
+        return self._statuses([self.runs.job(job_id)])[0]
+
+    def list(self) -> Sequence[JobStatus]:
+        """All jobs of the store that this place runs or ran, newest first."""
+        records = [self.runs.job(job_id) for job_id in self.runs.job_ids()]
+        mine = [record for record in records if record.on == self.on]
+        return sorted(self._statuses(mine), key=lambda status: -(status.submitted_at or 0))
+
+    def _statuses(self, records: Sequence[JobRecord]) -> Sequence[JobStatus]:
+        attempts = {record.job_id: self._latest(record.job_id) for record in records}
+        alive = [f"{job_id}-a{attempt.number}" for job_id, attempt in attempts.items() if attempt.ended is None]
+        seen = self.place.observe(alive) if alive else {}
+        now = time.time()
+        return [_status(record, attempts[record.job_id], seen, now) for record in records]
+
+    def _latest(self, job_id: str) -> AttemptRecord:
+        numbers = self.runs.attempts(job_id)
+        if not numbers:
+            return AttemptRecord(0, time.time(), None, None, None, None)  # its client was killed before the first one
+        return self.runs.attempt(job_id, numbers[-1])
+
+    def logs(self, job_id: str, *, follow: bool = False, attempt: int | None = None) -> Iterator[str]:
+        """What it printed, from the store; with `follow` until it has ended."""
+        self.runs.job(job_id)
+        shown: set[str] = set()
+        while True:
+            ended = not follow or self.status(job_id).ended
+            numbers = [attempt] if attempt is not None else self.runs.attempts(job_id)[-1:]
+            for number in numbers:
+                for name, text in self.runs.logs(job_id, number, skip=shown):
+                    shown.add(name)
+                    yield text
+            if ended:
+                return
+            time.sleep(POLL_S)
+
+    def cancel(self, job_id: str) -> JobStatus:
+        """Ask the driver to end, give it `CLEAN_END_S`, then see to it that nothing is left."""
+        return self._end(job_id, "user")
+
+    def _end(self, job_id: str, reason: StopReason) -> JobStatus:
+        status = self.status(job_id)
+        if status.ended and status.state != "lost":
+            return status
+        self.runs.ask_to_end(job_id, status.attempt, reason)
+        if status.state == "running":
+            self._await_end(job_id, CLEAN_END_S)
+        self.place.stop(f"{job_id}-a{status.attempt}")
+        self.runs.end(job_id, status.attempt, Ended(time.time(), 1, reason))
+        return self.status(job_id)
+
+    def _await_end(self, job_id: str, timeout_s: float) -> None:
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end and not self.status(job_id).ended:
+            time.sleep(POLL_S / 4)
+
+    def wait(self, job_id: str, timeout_s: float | None = None) -> JobStatus:
+        """Until it has ended, retrying as `cluster.retry` says; a job that stays pending too long is stopped."""
+        began = time.monotonic()
+        cluster = self.runs.job(job_id).job(self.runs.store.uri, {}).cluster
+        while True:
+            status = self.status(job_id)
+            if status.ended:
+                if status.state not in cluster.retry.on or status.attempt >= cluster.retry.max_attempts:
+                    return status
+                status = self.resubmit(job_id)
+            waits = status.state in ("submitted", "pending") and status.submitted_at is not None
+            if waits and time.time() - (status.submitted_at or 0) > cluster.limits.pending:
+                return self._end(job_id, "pending")
+            if timeout_s is not None and time.monotonic() - began > timeout_s:
+                raise RunError(f"wait for {job_id}", f"it is {status.state} after {timeout_s:.0f} s",
+                               "the job goes on", f"graftwork jobs wait {job_id}")  # fmt: skip
+            time.sleep(POLL_S)
+
+
+def refuse(job: Job, findings: Sequence[Finding]) -> None:
+    """Raise PreflightError with all errors among the findings."""
+    errors = [asdict(finding) for finding in findings if finding.level == "error"]
+    if errors:
+        raise PreflightError(f"{job.kind} {job.name}", errors)
+
+
+def _status(record: JobRecord, attempt: AttemptRecord, seen: Mapping[str, Seen], now: float) -> JobStatus:
+    judged = judge(attempt, seen.get(f"{record.job_id}-a{attempt.number}"), now)
+    ended, beat = attempt.ended, attempt.heartbeat
+    return JobStatus(
+        record.job_id, attempt.number, judged.state, judged.why,
+        ended.exit_code if ended is not None and ended.reason is None else None, record.kind, record.on,
+        attempt.submitted_at, attempt.started_at, ended.at if ended else None, beat.at if beat else None,
+        beat.progress if beat else "",
+    )  # fmt: skip
+
+
+def _cpus(job: Job) -> float:
+    machines = sum(quantity(group.cpu) * group.count for group in job.cluster.workers)
+    return machines + quantity(job.cluster.head.cpu)
+
+
+def _gpus(job: Job) -> float:
+    return float(sum(group.gpu * group.count for group in job.cluster.workers))
+
+
+def _memory(job: Job) -> float:
+    machines = sum(quantity(group.memory) * group.count for group in job.cluster.workers)
+    return machines + quantity(job.cluster.head.memory)
+
+
+def _diff(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str:
+    old, new = (
+        yaml.safe_dump_all([dict(o) for o in objects], sort_keys=True).splitlines() for objects in (before, after)
+    )
+    return "\n".join(difflib.unified_diff(old, new, "there", "planned", lineterm=""))

@@ -1,0 +1,51 @@
+"""This code as a wheel whose name says its content: the same sources give the same bytes on every machine."""
+
+import base64
+import hashlib
+import io
+import tempfile
+import zipfile
+from pathlib import Path
+
+import graftwork
+from graftwork.cluster.shipping import copy_package
+
+DIST = "graftwork"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The earliest time that a zip can hold: the build's time is no content."""
+
+
+def build_wheel() -> tuple[str, bytes]:
+    """`graftwork-<version>+<12 of its sha256>-py3-none-any.whl` and its bytes. `pip install --no-deps` takes it."""
+    with tempfile.TemporaryDirectory(prefix="gw-wheel-") as name:
+        copy_package(Path(name) / DIST)
+        files = {str(path.relative_to(name)): path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
+    content = hashlib.sha256()
+    for path in sorted(files):
+        content.update(f"{path}\0{len(files[path])}\0".encode() + files[path])
+    version = f"{graftwork.__version__}+{content.hexdigest()[:12]}"
+    info = f"{DIST}-{version}.dist-info"
+    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {DIST}\nVersion: {version}\n".encode()
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: graftwork\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/entry_points.txt"] = b"[console_scripts]\ngraftwork = graftwork.cli:main\n"
+    files[f"{info}/RECORD"] = _record(files, info)
+    return f"{DIST}-{version}-py3-none-any.whl", _zipped(files)
+
+
+def _record(files: dict[str, bytes], info: str) -> bytes:
+    rows = [f"{path},sha256={_hash(files[path])},{len(files[path])}" for path in sorted(files)]
+    return "\n".join([*rows, f"{info}/RECORD,,", ""]).encode()
+
+
+def _hash(data: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
+def _zipped(files: dict[str, bytes]) -> bytes:
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(files):
+            entry = zipfile.ZipInfo(path, _EPOCH)
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            archive.writestr(entry, files[path])
+    return whole.getvalue()
