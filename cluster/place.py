@@ -46,3 +46,6 @@ class Place(Protocol):
 
     def stop(self, attempt_id: str) -> None:
         """Nothing of it is left at return; no-op where it is not there. The driver was asked to end before."""
+
+    def doctor(self) -> list[Finding]:
+        """What is wrong with the place itself, whatever the job; each finding says how to mend it. Writes nothing."""

@@ -30,6 +30,7 @@ SPEC_KINDS = {
     "rag": ("graftwork.serving.rag.spec", "RagSpec"),
     "demo": ("graftwork.demo_spec", "DemoSpec"),
     "study": ("graftwork.study.spec", "StudySpec"),
+    "command": ("graftwork.cluster.command_spec", "CommandSpec"),
     "cluster": ("graftwork.cluster.spec", "ClusterSpec"),
 }
 

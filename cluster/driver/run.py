@@ -42,12 +42,19 @@ def drive(root: str, job_id: str, number: int, on: str) -> int:
     with tempfile.TemporaryDirectory(prefix="gw-job-") as folder:
         file = Path(folder) / "spec.yaml"
         file.write_bytes(json_bytes(runs.spec(job_id)))
-        return _drive(runs, fence, runs.job(job_id).kind, file, on, told)
+        return _drive(runs, fence, _command(runs, job_id, file, on), told)
 
 
-def _drive(runs: RunStore, fence: Fence, verb: str, file: Path, on: str, told: threading.Event) -> int:
+def _command(runs: RunStore, job_id: str, file: Path, on: str) -> list[str]:
+    """What the attempt runs: a stage's command on the spec in `file`, or a program of the user's."""
+    kind = runs.job(job_id).kind
+    if kind == "command":
+        return [str(word) for word in runs.spec(job_id)["argv"]]
+    return [sys.executable, "-u", "-c", COMMAND, kind, str(file), "--on", on]
+
+
+def _drive(runs: RunStore, fence: Fence, command: list[str], told: threading.Event) -> int:
     job_id, number = fence.job_id, fence.attempt
-    command = [sys.executable, "-u", "-c", COMMAND, verb, str(file), "--on", on]
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
         env={**os.environ, ENVIRONMENT: fence.dump()},

@@ -39,6 +39,10 @@ class AddressPlace:
         """None."""
         return []
 
+    def doctor(self) -> list[Finding]:
+        """Nothing is looked at yet."""
+        return []
+
     def start(self, attempt: Attempt) -> None:
         """Send the wheel's content as the job's folder and start the driver."""
         entrypoint = f"python -m graftwork.cluster.driver {self._root} {attempt.job.job_id} {attempt.number} auto"

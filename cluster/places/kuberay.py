@@ -23,6 +23,10 @@ class KubeRayPlace:
     def current(self, attempt: Attempt) -> list[Mapping[str, Any]]:
         raise NotImplementedError
 
+    def doctor(self) -> list[Finding]:
+        """Nothing is looked at yet."""
+        return []
+
     def start(self, attempt: Attempt) -> None:
         raise NotImplementedError
 

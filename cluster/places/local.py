@@ -45,6 +45,10 @@ class LocalPlace:
         """None."""
         return []
 
+    def doctor(self) -> list[Finding]:
+        """Nothing is looked at yet."""
+        return []
+
     def start(self, attempt: Attempt) -> None:
         """Start the driver unless one runs; returns once it holds its lock."""
         self._folder.mkdir(parents=True, exist_ok=True)
