@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -49,3 +50,11 @@ def _zipped(files: dict[str, bytes]) -> bytes:
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(entry, files[path])
     return whole.getvalue()
+
+
+if __name__ == "__main__":  # python -m graftwork.cluster.wheel FOLDER
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    name, whole = build_wheel()
+    (folder / name).write_bytes(whole)
+    print(folder / name)

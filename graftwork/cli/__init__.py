@@ -10,7 +10,7 @@ from tempfile import gettempdir
 
 import typer
 
-from graftwork.cli import adapters, configs, experiments, jobs, rag, stages
+from graftwork.cli import adapters, configs, experiments, exporting, jobs, rag, stages
 from graftwork.cli.output import print_error
 from graftwork.errors import GraftworkError, Interrupted
 
@@ -27,6 +27,7 @@ app.command()(adapters.swap)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(configs.app, name="config")
 app.add_typer(experiments.app, name="experiment")
+jobs.app.command("export")(exporting.export)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(rag.app, name="rag")
 

@@ -1,0 +1,130 @@
+"""The manifests of k8s/: built by kustomize, valid for Kubernetes, closed to strangers."""
+
+import functools
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.processes import ROOT
+
+K8S = ROOT / "k8s"
+BUILT = ("base", *sorted(f"overlays/{path.name}" for path in (K8S / "overlays").iterdir()))
+LISTED_OPENINGS = {  # k8s/README.md lists them
+    "names", "ray-among-itself", "operator-to-ray", "clients-to-endpoints", "ray-to-stores", "autoscaler-to-api",
+    "ray-to-store-inside", "ray-to-redis", "heads-to-redis", "prometheus-to-metrics", "exporter-to-store",
+}  # fmt: skip
+CORE = ("v1", "apps/v1", "networking.k8s.io/v1", "rbac.authorization.k8s.io/v1", "policy/v1", "scheduling.k8s.io/v1")
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("kustomize") is None, reason="no kustomize here: apt-get install kustomize"
+)
+
+
+@functools.cache
+def built(folder: str) -> tuple[dict[str, Any], ...]:
+    done = subprocess.run(["kustomize", "build", str(K8S / folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return tuple(yaml.load_all(done.stdout, Loader=yaml.CSafeLoader))
+
+
+def of_kind(folder: str, *kinds: str) -> list[dict[str, Any]]:
+    return [found for found in built(folder) if found["kind"] in kinds]
+
+
+@pytest.mark.parametrize("folder", BUILT)
+def test_every_object_is_valid_for_kubernetes(folder: str) -> None:
+    import kubernetes_validate
+
+    checked = 0
+    for found in built(folder):
+        if found["apiVersion"] in CORE:
+            kubernetes_validate.validate(found, "1.34", strict=True)
+            checked += 1
+    assert checked >= 10
+
+
+@pytest.mark.parametrize("folder", BUILT)
+def test_nothing_passes_but_what_is_listed(folder: str) -> None:
+    policies = {found["metadata"]["name"]: found["spec"] for found in of_kind(folder, "NetworkPolicy")}
+    closed = policies.pop("nothing-by-default")
+    assert closed == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert set(policies) <= LISTED_OPENINGS
+    for name, spec in policies.items():
+        for rule in spec.get("ingress", []):
+            assert rule.get("from"), f"{name} lets everybody in"
+        for rule in spec.get("egress", []):
+            assert rule.get("to"), f"{name} lets everything out"
+            blocks = [peer["ipBlock"] for peer in rule["to"] if "ipBlock" in peer]
+            assert all("169.254.0.0/16" in block["except"] for block in blocks), f"{name} reaches cloud credentials"
+    assert not of_kind(folder, "Ingress", "Gateway", "HTTPRoute")
+    assert {found["spec"].get("type", "ClusterIP") for found in of_kind(folder, "Service")} <= {"ClusterIP"}
+
+
+@pytest.mark.parametrize("folder", BUILT)
+def test_pods_are_restricted(folder: str) -> None:
+    for found in of_kind(folder, "Deployment", "StatefulSet", "Job", "DaemonSet"):
+        pod = found["spec"]["template"]["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"] == {"drop": ["ALL"]}
+            assert "@sha256:" in container["image"]
+            assert set(container["resources"]["limits"]) == {"cpu", "memory"}
+            assert not [variable for variable in container.get("env", []) if "value" in variable]
+    [namespace] = of_kind(folder, "Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+@pytest.mark.parametrize("folder", BUILT)
+def test_nobody_may_more_than_they_must(folder: str) -> None:
+    assert not of_kind(folder, "ClusterRole", "ClusterRoleBinding", "Secret")
+    for role in of_kind(folder, "Role"):
+        for rule in role["rules"]:
+            assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+            assert not {"secrets", "pods/exec", "pods/attach", "pods/portforward", "roles", "rolebindings",
+                        "serviceaccounts/token"} & set(rule["resources"])  # fmt: skip
+            assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"])
+    for account in of_kind(folder, "ServiceAccount"):
+        assert account["automountServiceAccountToken"] is False
+
+
+def test_no_manifest_holds_a_secret() -> None:
+    for path in [*K8S.rglob("*.yaml"), *K8S.rglob("Dockerfile"), *K8S.rglob("*.json")]:
+        text = path.read_text(encoding="utf-8")
+        assert "BEGIN PRIVATE KEY" not in text, path
+        assert "AKIA" not in text, path
+
+
+def test_the_images_wheel_needs_nothing_but_python(tmp_path: Path) -> None:
+    """The Dockerfile builds it in a bare Python, before any dependence is there."""
+    code = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n" \
+           "import runpy; sys.argv = ['wheel', sys.argv[1]]\n" \
+           "runpy.run_module('graftwork.cluster.wheel', run_name='__main__')"  # fmt: skip
+    import sys
+
+    for folder in ("a", "b"):
+        done = subprocess.run([sys.executable, "-S", "-c", code, str(tmp_path / folder)], cwd=ROOT, check=False,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    [one], [other] = (list((tmp_path / folder).iterdir()) for folder in ("a", "b"))
+    assert one.name == other.name
+    assert one.read_bytes() == other.read_bytes(), "the same sources give the same bytes"
+
+
+def test_dashboards_are_those_of_their_source() -> None:
+    import runpy
+
+    source = runpy.run_path(str(K8S / "overlays/monitoring/build_dashboards.py"))
+    for name in source["DASHBOARDS"]:
+        text = (K8S / f"overlays/monitoring/dashboards/{name}.json").read_text(encoding="utf-8")
+        assert text == source["text_of"](name), "run k8s/overlays/monitoring/build_dashboards.py"
+        assert json.loads(text)["panels"]
