@@ -86,6 +86,8 @@ class StorageSpec(Spec):
     region: str = "us-east-1"
     secret: str | None = None
     """Kubernetes Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; null where the pods have an identity."""
+    claim: str | None = None
+    """PersistentVolumeClaim that head and workers mount at the store's path: for a store that is a shared folder."""
 
 
 class AuthSpec(Spec):

@@ -6,6 +6,7 @@ import io
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import graftwork
@@ -21,16 +22,21 @@ def build_wheel() -> tuple[str, bytes]:
     with tempfile.TemporaryDirectory(prefix="gw-wheel-") as name:
         copy_package(Path(name) / DIST)
         files = {str(path.relative_to(name)): path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
-    content = hashlib.sha256()
-    for path in sorted(files):
-        content.update(f"{path}\0{len(files[path])}\0".encode() + files[path])
-    version = f"{graftwork.__version__}+{content.hexdigest()[:12]}"
+    version = f"{graftwork.__version__}+{content_digest(files)}"
     info = f"{DIST}-{version}.dist-info"
     files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {DIST}\nVersion: {version}\n".encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: graftwork\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     files[f"{info}/entry_points.txt"] = b"[console_scripts]\ngraftwork = graftwork.cli:main\n"
     files[f"{info}/RECORD"] = _record(files, info)
     return f"{DIST}-{version}-py3-none-any.whl", _zipped(files)
+
+
+def content_digest(files: Mapping[str, bytes]) -> str:
+    """12 hex of the sha256 over the files and their paths, dist-info left out."""
+    content = hashlib.sha256()
+    for path in sorted(files):
+        content.update(f"{path}\0{len(files[path])}\0".encode() + files[path])
+    return content.hexdigest()[:12]
 
 
 def _record(files: dict[str, bytes], info: str) -> bytes:

@@ -1,0 +1,146 @@
+"""Pod templates of head and workers: closed, with all that Ray writes to on volumes of their own.
+
+They meet the Pod Security standard `restricted`. Credentials come by reference to Secrets; no value of one is in here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graftwork.cluster.spec import ClusterSpec, WorkerSpec, quantity
+
+UID = 1000
+"""User of the image."""
+GRACE_S = 120
+"""A pod that is told to end has so long for a checkpoint or for the requests it has taken."""
+DRAIN_S = GRACE_S - 10
+CODE_PATH, SCRATCH_PATH = "/code", "/scratch"
+GPU = "nvidia.com/gpu"
+WHEEL = "GRAFTWORK_WHEEL"
+SHM_PART = 0.5
+"""Of the memory; Ray's object store takes 0.3, torch's loaders the rest."""
+CLOSED: Mapping[str, Any] = {
+    "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True,
+    "runAsNonRoot": True, "runAsUser": UID, "runAsGroup": UID, "seccompProfile": {"type": "RuntimeDefault"},
+}  # fmt: skip
+"""securityContext of each container, the operator's own ones included: it copies this to its init container."""
+HEAD_PORTS = (("gcs-server", 6379), ("dashboard", 8265), ("metrics", 8080))
+"""Ray Client's 10001 is not among them: nothing of ours uses it."""
+SERVE_PORT = ("serve", 8000)
+
+
+@dataclass(frozen=True)
+class PodFacts:
+    """What all pods of an object share."""
+
+    cluster: ClusterSpec
+    labels: Mapping[str, str]
+    root: str
+    wheel_uri: str | None
+    serves: bool
+
+
+def head_template(facts: PodFacts, *, autoscales: bool) -> dict[str, Any]:
+    """The head. One that autoscales talks to Kubernetes: it has a token, of an account that the operator makes."""
+    head = facts.cluster.head
+    ports = (*HEAD_PORTS, SERVE_PORT) if facts.serves else HEAD_PORTS
+    container = {
+        "name": "ray-head", "ports": _ports(ports), "resources": _resources({"cpu": head.cpu, "memory": head.memory}),
+    }  # fmt: skip
+    template = _template(facts, container, head.memory)
+    template["spec"]["automountServiceAccountToken"] = autoscales
+    if autoscales:
+        del template["spec"]["serviceAccountName"]
+    return template
+
+
+def worker_template(facts: PodFacts, group: WorkerSpec) -> dict[str, Any]:
+    """A worker of a group: on spot nodes where it is told so, with a drain before its end."""
+    amounts = {"cpu": group.cpu, "memory": group.memory, **({GPU: str(group.gpu)} if group.gpu else {})}
+    ports = (HEAD_PORTS[2], SERVE_PORT) if facts.serves else (HEAD_PORTS[2],)
+    drain = ["python", "-m", "graftwork.cluster.drain", str(DRAIN_S)]
+    container = {
+        "name": "ray-worker", "ports": _ports(ports), "resources": _resources(amounts),
+        "lifecycle": {"preStop": {"exec": {"command": drain}}},
+    }  # fmt: skip
+    template = _template(facts, container, group.memory)
+    selector = {**group.node_selector, **({group.spot_key: "true"} if group.spot else {})}
+    tolerated = [*([GPU] if group.gpu else []), *([group.spot_key] if group.spot else [])]
+    if selector:
+        template["spec"]["nodeSelector"] = selector
+    if tolerated:
+        template["spec"]["tolerations"] = [{"key": key, "operator": "Exists"} for key in tolerated]
+    return template
+
+
+def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> dict[str, Any]:
+    cluster = facts.cluster
+    shm = f"{int(quantity(memory) * SHM_PART) >> 20}Mi"
+    volumes: list[dict[str, Any]] = [
+        {"name": "tmp", "emptyDir": {}}, {"name": "scratch", "emptyDir": {}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}},
+    ]  # fmt: skip
+    mounts = [_mount("tmp", "/tmp"), _mount("scratch", SCRATCH_PATH), _mount("shm", "/dev/shm")]
+    if cluster.storage.claim is not None:
+        volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": cluster.storage.claim}})
+        mounts.append(_mount("store", facts.root.removeprefix("file://")))
+    spec: dict[str, Any] = {
+        "serviceAccountName": cluster.service_account, "automountServiceAccountToken": False,
+        "securityContext": {"runAsNonRoot": True, "runAsUser": UID, "runAsGroup": UID, "fsGroup": UID,
+                            "seccompProfile": {"type": "RuntimeDefault"}},
+        "terminationGracePeriodSeconds": GRACE_S, "enableServiceLinks": False,
+    }  # fmt: skip
+    if facts.wheel_uri is not None:
+        volumes.append({"name": "code", "emptyDir": {}})
+        mounts.append(_mount("code", CODE_PATH))
+        spec["initContainers"] = [_unpacks(facts, facts.wheel_uri, mounts)]
+    whole = {"image": cluster.image or "", "securityContext": dict(CLOSED), **_environment(facts), **container}
+    spec["containers"] = [{**whole, "volumeMounts": mounts}]
+    spec["volumes"] = volumes
+    if cluster.image_pull_secret is not None:
+        spec["imagePullSecrets"] = [{"name": cluster.image_pull_secret}]
+    if cluster.priority is not None and cluster.queue is None:
+        spec["priorityClassName"] = cluster.priority
+    return {"metadata": {"labels": dict(facts.labels)}, "spec": spec}
+
+
+def _unpacks(facts: PodFacts, wheel_uri: str, mounts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fetches this code before Ray starts: no pip, and nothing of it is left to the job's environment."""
+    return {
+        "name": "code", "image": facts.cluster.image or "", "securityContext": dict(CLOSED),
+        "command": ["python", "-m", "graftwork.cluster.unpack", wheel_uri, CODE_PATH], "volumeMounts": list(mounts),
+        "resources": _resources({"cpu": "1", "memory": "1Gi"}), **_environment(facts),
+    }  # fmt: skip
+
+
+def _environment(facts: PodFacts) -> dict[str, Any]:
+    cluster, storage = facts.cluster, facts.cluster.storage
+    plain = {"HOME": SCRATCH_PATH, "AWS_DEFAULT_REGION": storage.region, **cluster.env}
+    if storage.endpoint is not None:
+        plain["AWS_ENDPOINT_URL"] = storage.endpoint
+    if storage.secret is not None:
+        plain["AWS_EC2_METADATA_DISABLED"] = "true"  # else each client asks a host that is not there for credentials
+    if facts.wheel_uri is not None:
+        plain |= {WHEEL: facts.wheel_uri, "PYTHONPATH": CODE_PATH}
+    env: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in sorted(plain.items())]
+    env += [_secret(name, reference) for name, reference in sorted(cluster.secret_env.items())]
+    source = [{"secretRef": {"name": storage.secret}}] if storage.secret is not None else []
+    return {"env": env, **({"envFrom": source} if source else {})}
+
+
+def _secret(name: str, reference: str) -> dict[str, Any]:
+    secret, _, key = reference.partition("/")
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
+
+
+def _mount(name: str, path: str) -> dict[str, Any]:
+    return {"name": name, "mountPath": path}
+
+
+def _ports(ports: tuple[tuple[str, int], ...]) -> list[dict[str, Any]]:
+    return [{"name": name, "containerPort": number} for name, number in ports]
+
+
+def _resources(amounts: Mapping[str, str]) -> dict[str, Any]:
+    """Requests are limits: nothing is taken from a neighbour, and the kubelet evicts these pods last."""
+    return {"requests": dict(amounts), "limits": dict(amounts)}
