@@ -4,16 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK ?=
 
-.PHONY: demo test long check format soak bench install clean
+.PHONY: demo test long test-k8s check format soak bench install clean
 
 demo: install
 	$(BIN)/graftwork demo examples/$(if $(QUICK),demo-quick,demo).yaml
 
 test: install
-	$(BIN)/pytest -m "not soak and not long" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not soak and not long and not k8s" -n 2 --dist loadfile --no-loadscope-reorder
 
 long: install
-	$(BIN)/pytest -m "long and not soak"
+	$(BIN)/pytest -m "long and not soak and not k8s"
+
+# The API server is built once from Debian's packages, as root, in some minutes; without it the tests say so and skip.
+APISERVER = $(or $(GRAFTWORK_CACHE),$(HOME)/.cache/graftwork)/k8s/apiserver
+test-k8s: install
+	@bash tests/k8s/build_apiserver.sh $(APISERVER) || echo "NOT TESTED ON KUBERNETES: no $(APISERVER)"
+	$(BIN)/pytest -m "k8s and not soak"
 
 check: install
 	$(BIN)/ruff format --check .

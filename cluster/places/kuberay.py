@@ -1,11 +1,21 @@
 """KubeRay as a place: an attempt is a RayJob object."""
 
+import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from graftwork.cluster.backend import Attempt, Finding, Job
+from graftwork.cluster.kuberay.api import KubeApi, namespaced
 from graftwork.cluster.place import Seen
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.errors import ClusterError
+
+OURS = {"app.kubernetes.io/managed-by": "graftwork"}
+SELECTOR = ",".join(f"{key}={value}" for key, value in OURS.items())
+GONE_S = 10.0
+LOOK_S = 0.1
+GROUP, VERSION = "ray.io", "v1"
+PLURALS = {"RayJob": "rayjobs", "RayService": "rayservices"}
 
 
 class KubeRayPlace:
@@ -13,25 +23,110 @@ class KubeRayPlace:
 
     def __init__(self, on: str, root: str, cluster: ClusterSpec) -> None:
         self.on, self._root, self._cluster = on, root, cluster
+        self._api = KubeApi(on)
 
     def check(self, job: Job) -> list[Finding]:
-        raise NotImplementedError
+        """What would keep the job from running here."""
+        return []
 
     def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
-        raise NotImplementedError
+        """The RayJob."""
+        return [_rayjob(attempt, self._api.place.namespace)]
 
     def current(self, attempt: Attempt) -> list[Mapping[str, Any]]:
-        raise NotImplementedError
+        """Those of them that are there, without what the server adds."""
+        found = [self._api.get(self._path_of(planned)) for planned in self.objects(attempt)]
+        return [without_server_fields(one) for one in found if one is not None]
 
     def doctor(self) -> list[Finding]:
         """Nothing is looked at yet."""
         return []
 
     def start(self, attempt: Attempt) -> None:
-        raise NotImplementedError
+        """Create what is not there yet: the server takes one object of a name, whoever comes first."""
+        for planned in self.objects(attempt):
+            path = self._path_of(planned)
+            answer = self._api.ask("POST", path.rpartition("/")[0], planned, {"fieldValidation": "Strict"})
+            if answer.code != 409:
+                self._api.required(answer, f"create {planned['kind']} {attempt.id}")
+                continue
+            found = self._api.get(path)
+            if found is not None and not is_ours(found):
+                raise ClusterError(
+                    f"create {planned['kind']} {attempt.id} in {self.on}", "somebody else's object has this name",
+                    f"ours bear the label {SELECTOR}", "give the job another name",
+                )  # fmt: skip
 
     def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
-        raise NotImplementedError
+        """One listing for all."""
+        path = namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs")
+        found = self._api.list(path, SELECTOR)
+        return {name: seen_of(job) for job in found if (name := job["metadata"]["name"]) in attempt_ids}
 
     def stop(self, attempt_id: str) -> None:
-        raise NotImplementedError
+        """Delete the object and wait until it is gone: then its cluster is, too."""
+        path = namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs", attempt_id)
+        answer = self._api.ask("DELETE", path, query={"propagationPolicy": "Foreground"})
+        if answer.absent:
+            return
+        self._api.required(answer, f"delete RayJob {attempt_id}")
+        end = time.monotonic() + GONE_S
+        while (left := self._api.get(path)) is not None:
+            if time.monotonic() > end:
+                holders = ", ".join(left["metadata"].get("finalizers", [])) or "nothing that it names"
+                raise ClusterError(
+                    f"delete RayJob {attempt_id} in {self.on}", f"it is still there after {GONE_S:.0f} s, held by "
+                    f"its finalizers: {holders}", "KubeRay's operator removes its finalizer once the cluster is gone",
+                    "see that the operator runs: graftwork doctor --on ...; the deletion goes on meanwhile",
+                )  # fmt: skip
+            time.sleep(LOOK_S)
+
+    def _path_of(self, planned: Mapping[str, Any]) -> str:
+        plural = PLURALS[planned["kind"]]
+        return namespaced(GROUP, VERSION, self._api.place.namespace, plural, planned["metadata"]["name"])
+
+
+def is_ours(found: Mapping[str, Any]) -> bool:
+    """Whether an object bears our label."""
+    labels = found["metadata"].get("labels", {})
+    return all(labels.get(key) == value for key, value in OURS.items())
+
+
+def seen_of(job: Mapping[str, Any]) -> Seen:
+    """A RayJob's status."""
+    status = job.get("status", {})
+    return Seen(
+        status.get("jobStatus", ""), status.get("jobDeploymentStatus", ""), status.get("reason", ""),
+        status.get("message", ""),
+    )  # fmt: skip
+
+
+SERVER_META = frozenset(
+    {"uid", "resourceVersion", "generation", "creationTimestamp", "managedFields", "finalizers", "selfLink",
+     "deletionTimestamp", "deletionGracePeriodSeconds"}
+)  # fmt: skip
+
+
+def without_server_fields(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An object as somebody would have written it."""
+    kept = {key: value for key, value in found.items() if key != "status"}
+    return {**kept, "metadata": {key: value for key, value in found["metadata"].items() if key not in SERVER_META}}
+
+
+def _rayjob(attempt: Attempt, namespace: str) -> Mapping[str, Any]:
+    job = attempt.job
+    pod = {"spec": {"containers": [{"name": "ray-head", "image": job.cluster.image or "graftwork"}]}}
+    return {
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": "RayJob",
+        "metadata": {"name": attempt.id, "namespace": namespace, "labels": OURS},
+        "spec": {
+            "entrypoint": f"python -m graftwork.cluster.driver {job.root} {job.job_id} {attempt.number} auto",
+            "jobId": attempt.id,
+            "submissionMode": "HTTPMode",
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": int(job.cluster.keep_s),
+            "preRunningDeadlineSeconds": int(job.cluster.limits.pending),
+            "rayClusterSpec": {"headGroupSpec": {"rayStartParams": {}, "template": pod}},
+        },
+    }

@@ -1,0 +1,69 @@
+"""A Kubernetes namespace with KubeRay, as far as a client of RayJobs sees: `with kube_cluster() as kube: ...`."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.k8s.head import Head
+from tests.k8s.server import CONTEXT, NAMESPACE, ApiServer, require_parts
+from tests.k8s.stand_in import StandIn
+
+JOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
+
+
+@dataclass(frozen=True)
+class KubeCluster:
+    """The real API server, the stand-in operator and the real Ray that it runs jobs on."""
+
+    server: ApiServer
+    head: Head
+    operator: StandIn
+    namespace: str = NAMESPACE
+
+    @property
+    def on(self) -> str:
+        """For `--on`, with KUBECONFIG set to `kubeconfig`."""
+        return f"k8s:{CONTEXT}/{self.namespace}"
+
+    @property
+    def kubeconfig(self) -> Path:
+        return self.server.kubeconfig
+
+    def job_names(self) -> list[str]:
+        """RayJob objects that are there."""
+        code, found = self.server.ask("GET", JOBS)
+        assert code == 200, found
+        return sorted(item["metadata"]["name"] for item in found["items"])
+
+    def clear(self) -> None:
+        """Delete all RayJobs."""
+        self.server.ask("DELETE", JOBS)
+
+
+@contextmanager
+def kube_cluster(
+    secrets: Mapping[tuple[str, str], str] | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[KubeCluster]:
+    """Started, with KUBECONFIG of this process set to it; about 20 s. Skips the test, loudly, where it can't be had.
+
+    `secrets`: values by (Secret, key) that jobs' pods see. `environment`: what the head's image has.
+    """
+    require_parts()
+    server, head = ApiServer(), Head()
+    operator, before = StandIn(server, head, secrets), os.environ.get("KUBECONFIG")
+    try:
+        server.start()
+        head.start(environment)
+        operator.start()
+        os.environ["KUBECONFIG"] = str(server.kubeconfig)
+        yield KubeCluster(server, head, operator)
+    finally:
+        operator.end()
+        head.remove()
+        server.remove()
+        if before is None:
+            os.environ.pop("KUBECONFIG", None)
+        else:
+            os.environ["KUBECONFIG"] = before

@@ -1,0 +1,24 @@
+"""Jobs that are programs of a line: quick ones, and ones that go on until they are told."""
+
+from pathlib import Path
+
+from graftwork.cluster.backend import Job
+from graftwork.cluster.command_spec import CommandSpec
+from graftwork.cluster.spec import ClusterSpec
+
+IMAGE = "registry.example/graftwork@sha256:" + "0" * 64
+
+
+def command(root: Path, name: str, program: str, cluster: ClusterSpec | None = None) -> Job:
+    """`python -u -c PROGRAM` as a job."""
+    spec = CommandSpec(name=name, root=str(root), argv=("python", "-u", "-c", program))
+    return Job(
+        name, "command", spec.identity(), str(root), spec.model_dump(mode="json"), cluster or ClusterSpec(image=IMAGE)
+    )
+
+
+def until(file: Path) -> str:
+    """A program that says `at work` and ends once the file is there."""
+    return (
+        f"import os, time; print('at work')\nwhile not os.path.exists({str(file)!r}): time.sleep(0.05)\nprint('done')"
+    )

@@ -1,0 +1,190 @@
+"""What KubeRay's operator does with a RayJob, for tests: each runs as a real Ray job on one shared Ray head.
+
+Its rules are those of KubeRay v1.7 (rayjob_controller.go) as far as a client sees them: status, suspend, deadlines,
+shutdown, deletion. It does the garbage collector's part too: a deleted RayJob is gone once its work has stopped.
+"""
+
+import threading
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from tests.k8s.head import Head
+from tests.k8s.server import NAMESPACE, ApiServer
+
+LOOK_S = 0.1
+FINALIZER = "ray.io/rayjob-finalizer"
+ENDED = {"STOPPED": "Complete", "SUCCEEDED": "Complete", "FAILED": "Failed"}
+OVER = frozenset({"Complete", "Failed", "ValidationFailed"})
+Object = Mapping[str, Any]
+
+
+class StandIn:
+    """A thread that looks at all RayJobs again and again. `secrets`: what pods would read, by (Secret, key)."""
+
+    def __init__(self, server: ApiServer, head: Head, secrets: Mapping[tuple[str, str], str] | None = None) -> None:
+        self._server, self._head, self.secrets = server, head, dict(secrets or {})
+        self._stop, self._paused = threading.Event(), threading.Event()
+        self._looking = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="stand-in", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def pause(self) -> None:
+        """It looks at nothing new from here on, as an operator that is down; deletions go through all the same."""
+        with self._looking:
+            self._paused.set()
+
+    def resume(self) -> None:
+        self._paused.clear()
+
+    def end(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(30)
+
+    def _run(self) -> None:
+        while not self._stop.wait(LOOK_S):
+            self._look()
+
+    def _look(self) -> None:
+        code, found = self._server.ask("GET", f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs")
+        if code != 200:
+            return
+        with self._looking:
+            for job in found["items"]:
+                if job["metadata"].get("deletionTimestamp"):
+                    self._finish(job)
+                elif not self._paused.is_set():
+                    self._reconcile(job)
+
+    def _reconcile(self, job: Object) -> None:
+        status, spec = job.get("status", {}), job["spec"]
+        phase = status.get("jobDeploymentStatus", "")
+        if phase in OVER:
+            self._shut_down(job)
+        elif spec.get("suspend"):
+            if phase != "Suspended":
+                self._end_work(job)
+                self._patch(job, jobDeploymentStatus="Suspended", jobStatus="", rayClusterName="")
+        elif phase in ("", "Suspended"):
+            self._patch_object(job, {"metadata": {"finalizers": [FINALIZER]}})
+            self._patch(job, jobDeploymentStatus="Initializing", jobStatus="", startTime=_now(),
+                        jobId=spec["jobId"], rayClusterName=f"{job['metadata']['name']}-c")  # fmt: skip
+        elif phase == "Initializing":
+            self._bring_up(job)
+        else:
+            self._follow(job)
+
+    def _bring_up(self, job: Object) -> None:
+        spec, since = job["spec"], _age_s(job["status"]["startTime"])
+        if since > spec.get("preRunningDeadlineSeconds", 10**9):
+            self._fail(job, "PreRunningDeadlineExceeded", "the cluster did not come up in time")
+            return
+        environment, lacking = self._environment(job)
+        if lacking:
+            self._patch(job, message=f"CreateContainerConfigError: {lacking}")
+            return
+        runtime = dict(yaml.safe_load(spec.get("runtimeEnvYAML") or "{}") or {})
+        runtime["env_vars"] = {**environment, **runtime.get("env_vars", {})}
+        code, answer = self._head.ask("POST", "/api/jobs/", {
+            "entrypoint": spec["entrypoint"], "submission_id": spec["jobId"], "runtime_env": runtime,
+            "metadata": spec.get("metadata") or {},
+        })  # fmt: skip
+        if code == 200 or "already exists" in str(answer):
+            self._patch(job, jobDeploymentStatus="Running", jobStatus="PENDING", dashboardURL=self._head.address)
+        elif code:
+            self._fail(job, "SubmissionFailed", str(answer)[-300:])
+
+    def _follow(self, job: Object) -> None:
+        spec, status = job["spec"], job["status"]
+        if _age_s(status["startTime"]) > spec.get("activeDeadlineSeconds", 10**9):
+            self._fail(job, "DeadlineExceeded", "the RayJob has passed its activeDeadlineSeconds")
+            return
+        code, found = self._head.ask("GET", f"/api/jobs/{spec['jobId']}")
+        if code != 200:
+            return  # KubeRay keeps the last status for JobStatusCheckTimeout, 300 s
+        now = found["status"]
+        if now in ENDED:
+            self._patch(job, jobStatus=now, jobDeploymentStatus=ENDED[now], message=str(found.get("message") or ""),
+                        endTime=_now(), reason="AppFailed" if now == "FAILED" else "")  # fmt: skip
+        elif now != status.get("jobStatus"):
+            self._patch(job, jobStatus=now)
+
+    def _fail(self, job: Object, reason: str, message: str) -> None:
+        self._end_work(job)
+        self._patch(job, jobDeploymentStatus="Failed", reason=reason, message=message, endTime=_now())
+
+    def _shut_down(self, job: Object) -> None:
+        """`deletionRules` that delete the object itself. A TTL alone ends the cluster and leaves the object."""
+        spec, status = job["spec"], job["status"]
+        for rule in (spec.get("deletionStrategy") or {}).get("deletionRules", []):
+            when = rule["condition"]
+            meets = when.get("jobStatus") == status.get("jobStatus") or (
+                when.get("jobDeploymentStatus") == status.get("jobDeploymentStatus")
+            )
+            if rule["policy"] == "DeleteSelf" and meets and _age_s(status["endTime"]) >= when.get("ttlSeconds", 0):
+                self._server.ask("DELETE", _path(job))
+
+    def _finish(self, job: Object) -> None:
+        """Gone only after its work has stopped; others' finalizers stay."""
+        mine = {FINALIZER, "foregroundDeletion"}
+        held = job["metadata"].get("finalizers", [])
+        if not mine & set(held):
+            return
+        self._end_work(job)
+        self._patch_object(job, {"metadata": {"finalizers": [name for name in held if name not in mine]}})
+
+    def _end_work(self, job: Object) -> None:
+        """The Ray job has ended and is forgotten at return, as if with its cluster; no-op where the head is gone."""
+        where = f"/api/jobs/{job['spec']['jobId']}"
+        while (found := self._head.ask("GET", where))[0] == 200:
+            if found[1]["status"] in ENDED:
+                self._head.ask("DELETE", where)
+                return
+            self._head.ask("POST", f"{where}/stop")
+            if self._stop.wait(LOOK_S):
+                return
+
+    def _environment(self, job: Object) -> tuple[dict[str, str], str]:
+        """What the head's container would have; and what of it is not there."""
+        pod = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        container, values = pod["containers"][0], {}
+        for source in container.get("envFrom", []):
+            name = source["secretRef"]["name"]
+            held = {key: value for (secret, key), value in self.secrets.items() if secret == name}
+            if not held:
+                return {}, f'secret "{name}" not found'
+            values.update(held)
+        for entry in container.get("env", []):
+            reference = entry.get("valueFrom", {}).get("secretKeyRef")
+            if reference is not None and (reference["name"], reference["key"]) not in self.secrets:
+                return {}, f'secret "{reference["name"]}" with key "{reference["key"]}" not found'
+            if reference is not None:
+                values[entry["name"]] = self.secrets[reference["name"], reference["key"]]
+            elif "value" in entry:
+                values[entry["name"]] = entry["value"]
+        return {key: value for key, value in values.items() if not key.startswith("RAY_")}, ""
+
+    def _patch(self, job: Object, **status: str) -> None:
+        merge = "application/merge-patch+json"
+        self._server.ask("PATCH", f"{_path(job)}/status", {"status": status}, merge)
+
+    def _patch_object(self, job: Object, change: Object) -> None:
+        self._server.ask("PATCH", _path(job), change, "application/merge-patch+json")
+
+
+def _path(job: Object) -> str:
+    return f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs/{job['metadata']['name']}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _age_s(stamp: str) -> float:
+    return time.time() - datetime.fromisoformat(stamp).timestamp()
