@@ -14,6 +14,7 @@ rest), each key whole, on a disk and on S3 alike:
     jobs/<job_id>/a<n>/ended.json               it has ended, and how
 """
 
+import json
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -141,8 +142,11 @@ class RunStore:
         beat = Heartbeat(**self.store.read_json(*here, "heartbeat.json")) if "heartbeat.json" in present else None
         cancel = self.store.read_json(*here, "cancel.json")["reason"] if "cancel.json" in present else None
         ended = Ended(**self.store.read_json(*here, "ended.json")) if "ended.json" in present else None
-        started = self.store.read_json(*here, "starts", "1.json")["at"] if "starts" in present else None
-        return AttemptRecord(number, submitted, started, beat, cancel, ended)
+        started = (
+            self.store.find_bytes(*here, "starts", "1.json") if "starts" in present else None
+        )  # a folder comes first
+        started_at = json.loads(started)["at"] if started else None
+        return AttemptRecord(number, submitted, started_at, beat, cancel, ended)
 
     def logs(self, job_id: str, number: int, skip: Collection[str] = ()) -> Iterator[tuple[str, str]]:
         """Pieces of what it printed, by name, in order, without those in `skip`."""

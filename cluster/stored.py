@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from graftwork.cluster.backend import Attempt, Finding, Job, JobPlan, JobStatus
+from graftwork.cluster.backend import Attempt, Finding, Job, JobPlan, JobStatus, attempt_id
 from graftwork.cluster.cost import most_usd, predicted_usd
 from graftwork.cluster.place import Place, Seen
 from graftwork.cluster.run_store import AttemptRecord, Ended, JobRecord, RunStore, StopReason, attempt_of
 from graftwork.cluster.spec import quantity
 from graftwork.cluster.state import judge
-from graftwork.errors import ConfigError, PreflightError, RunError
+from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError
 
 POLL_S = 1.0
 CLEAN_END_S = 5.0
@@ -86,10 +86,21 @@ class StoredBackend:
 
     def _statuses(self, records: Sequence[JobRecord]) -> Sequence[JobStatus]:
         attempts = {record.job_id: self._latest(record.job_id) for record in records}
-        alive = [f"{job_id}-a{attempt.number}" for job_id, attempt in attempts.items() if attempt.ended is None]
-        seen = self.place.observe(alive) if alive else {}
+        alive = {job_id: attempt_id(job_id, a.number) for job_id, a in attempts.items() if a.ended is None}
+        seen = self._observe(list(alive.values())) if alive else {}
+        for job_id, name in alive.items():
+            if name not in seen or seen[name].job_status != "RUNNING":
+                attempts[job_id] = self._latest(job_id)  # what it wrote before its place saw it end
         now = time.time()
         return [_status(record, attempts[record.job_id], seen, now) for record in records]
+
+    def _observe(self, attempt_ids: Sequence[str]) -> Mapping[str, Seen]:
+        """What the place shows; while it is out of reach, that it is: the heartbeat alone judges then."""
+        try:
+            return self.place.observe(attempt_ids)
+        except ClusterError as error:
+            away = Seen(message=f"its place does not answer: {error.found or error.asked}")
+            return dict.fromkeys(attempt_ids, away)
 
     def _latest(self, job_id: str) -> AttemptRecord:
         numbers = self.runs.attempts(job_id)

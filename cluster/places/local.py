@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -15,16 +16,25 @@ from typing import Any
 import psutil
 
 from graftwork.cluster.backend import Attempt, Finding, Job
+from graftwork.cluster.driver.guard import end_all
+from graftwork.cluster.fence import ENVIRONMENT
 from graftwork.cluster.place import Seen
-from graftwork.errors import ClusterError
+from graftwork.cluster.places.local_check import fit, health
+from graftwork.errors import ClusterError, StorageError
 from graftwork.storage import Store, cache_root
 
 UP_S = 30.0
 END_S = 5.0
+LOCK_S = 1.0
+TAIL_BYTES = 2000
 
 
 class LocalPlace:
-    """A driver holds the lock of its attempt for its life: whether one runs is whether the lock is held."""
+    """A driver holds the lock of its attempt for its life: whether one runs is whether the lock is held.
+
+    The locks are this machine's, whatever the root: of a job that another machine runs for itself on a shared root
+    this place knows nothing, and the heartbeat alone says how it is.
+    """
 
     on = "local"
 
@@ -34,8 +44,8 @@ class LocalPlace:
         self._folder = cache_root() / "jobs" / hashlib.sha256(store.uri.encode()).hexdigest()[:16]
 
     def check(self, job: Job) -> list[Finding]:
-        """Nothing keeps a job from this machine but what its plan says."""
-        return []
+        """Whether the machine has what the workers ask for, and its folders take files."""
+        return fit(job, self._root, self._folder)
 
     def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
         """None."""
@@ -46,46 +56,86 @@ class LocalPlace:
         return []
 
     def doctor(self) -> list[Finding]:
-        """Nothing is looked at yet."""
-        return []
+        """Room in memory and on the disks, and what killed jobs left behind."""
+        return health(self._root, self._folder, self._left_behind())
 
     def start(self, attempt: Attempt) -> None:
         """Start the driver unless one runs; returns once it holds its lock."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self._only_one(attempt.id):
-            if self._pid(attempt.id) is not None:
-                return
-            command = [sys.executable, "-m", "graftwork.cluster.places.local", str(self._lock(attempt.id)), self._root,
-                       attempt.job.job_id, str(attempt.number)]  # fmt: skip
-            with open(self._folder / f"{attempt.id}.log", "ab") as log:
-                driver = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-                )
-            end = time.monotonic() + UP_S
-            while self._pid(attempt.id) is None and driver.poll() is None:
-                if time.monotonic() > end:
-                    raise ClusterError("--on local", f"the driver did not start within {UP_S:.0f} s", "",
-                                       f"look at {log.name}")  # fmt: skip
-                time.sleep(0.02)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._only_one(attempt.id):
+                if self._pid(attempt.id) is None:
+                    self._launch(attempt)
+        except OSError as error:
+            raise StorageError(
+                f"start {attempt.id}", f"{error.filename or self._folder}: {error.strerror}",
+                "the cache folder holds locks and logs of this machine's jobs",
+                "free the disk, or set GRAFTWORK_CACHE to a folder that can be written",
+            ) from error  # fmt: skip
 
     def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
-        """RUNNING for those whose driver lives here."""
-        return {name: Seen("RUNNING") for name in attempt_ids if self._pid(name) is not None}
+        """RUNNING for those whose driver lives here, FAILED for those whose driver lived here."""
+        return {name: seen for name in attempt_ids if (seen := self._seen(name)) is not None}
 
     def stop(self, attempt_id: str) -> None:
-        """End the driver and everything below it."""
+        """End the driver and everything that it started, also what left its session or outlived it."""
         pid = self._pid(attempt_id)
-        if pid is None:
-            return
         with contextlib.suppress(psutil.NoSuchProcess):
-            driver = psutil.Process(pid)
-            below = driver.children(recursive=True)
-            driver.send_signal(signal.SIGTERM)
-            _, alive = psutil.wait_procs([driver, *below], timeout=END_S)
-            for process in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(alive, timeout=END_S)
+            if pid is not None:
+                driver = psutil.Process(pid)
+                below = driver.children(recursive=True)
+                driver.send_signal(signal.SIGTERM)
+                psutil.wait_procs([driver, *below], timeout=END_S)
+                end_all(lambda: [driver, *driver.children(recursive=True)])
+                end_all(lambda: below)
+        left = end_all(lambda: [process for process, name in self._marked() if name == attempt_id])
+        if left:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise ClusterError(f"cancel {attempt_id}", f"processes {pids} do not end",
+                               "what waits for a device cannot be ended", "look at them with ps")  # fmt: skip
+
+    def _launch(self, attempt: Attempt) -> None:
+        command = [sys.executable, "-m", "graftwork.cluster.places.local", str(self._lock(attempt.id)), self._root,
+                   attempt.job.job_id, str(attempt.number)]  # fmt: skip
+        log = self._folder / f"{attempt.id}.log"
+        self._lock(attempt.id).write_bytes(b"")  # the number of an earlier driver may be another process' by now
+        with open(log, "ab") as out:
+            driver = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+        end = time.monotonic() + UP_S
+        while self._pid(attempt.id) is None:
+            if driver.poll() is not None:
+                if self._written_pid(attempt.id) == driver.pid:  # it had its lock, and is through
+                    return
+                raise ClusterError(f"start {attempt.id}", f"its driver ended with {driver.returncode}: {_tail(log)}",
+                                   "the driver runs with this Python on this machine", f"look at {log}")  # fmt: skip
+            if time.monotonic() > end:
+                driver.kill()
+                raise ClusterError(f"start {attempt.id}", f"its driver did not start within {UP_S:.0f} s: {_tail(log)}",
+                                   "", f"look at the load of this machine and at {log}")  # fmt: skip
+            time.sleep(0.02)
+
+    def _seen(self, attempt_id: str) -> Seen | None:
+        if self._pid(attempt_id) is not None:
+            return Seen("RUNNING")
+        if self._written_pid(attempt_id) is None:
+            return None
+        return Seen("FAILED", message=_tail(self._folder / f"{attempt_id}.log"))
+
+    def _marked(self) -> Iterator[tuple[psutil.Process, str]]:
+        """Processes that work for an attempt of this root, by the mark in their environment."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, json.JSONDecodeError, KeyError, OSError):
+                mark = json.loads(process.environ()[ENVIRONMENT])
+                if mark["root"] == self._root and process.pid != os.getpid():
+                    yield process, f"{mark['job_id']}-a{mark['attempt']}"
+
+    def _left_behind(self) -> Mapping[str, list[int]]:
+        """Processes of attempts whose driver is gone."""
+        left: dict[str, list[int]] = {}
+        for process, attempt_id in self._marked():
+            if self._pid(attempt_id) is None and process.pid not in _above():
+                left.setdefault(attempt_id, []).append(process.pid)
+        return left
 
     def _lock(self, attempt_id: str) -> Path:
         return self._folder / f"{attempt_id}.lock"
@@ -99,11 +149,24 @@ class LocalPlace:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            written = os.pread(handle, 20, 0)
-            return int(written) if written else None
+            return self._holder(attempt_id)
         finally:
             os.close(handle)
         return None
+
+    def _holder(self, attempt_id: str) -> int | None:
+        """It writes its number just after it has the lock."""
+        end = time.monotonic() + LOCK_S
+        while (pid := self._written_pid(attempt_id)) is None and time.monotonic() < end:
+            time.sleep(0.01)
+        return pid
+
+    def _written_pid(self, attempt_id: str) -> int | None:
+        try:
+            written = self._lock(attempt_id).read_bytes()
+        except FileNotFoundError:
+            return None
+        return int(written) if written else None
 
     @contextlib.contextmanager
     def _only_one(self, attempt_id: str) -> Iterator[None]:
@@ -116,15 +179,40 @@ class LocalPlace:
             os.close(handle)
 
 
+def _above() -> set[int]:
+    return {process.pid for process in psutil.Process().parents()}
+
+
+def _tail(log: Path) -> str:
+    """The end of what a driver said of itself."""
+    try:
+        text = log.read_bytes()[-TAIL_BYTES:].decode(errors="replace")
+    except OSError:
+        return ""
+    return "; ".join(line.strip() for line in text.splitlines()[-4:] if line.strip())[-500:]
+
+
+def _take(handle: int) -> None:
+    """Lock for life. Who looks whether it is held holds it for a moment; who holds it for longer is another driver."""
+    end = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                sys.exit("another driver of this attempt runs on this machine")
+        time.sleep(0.01)
+
+
 def _main() -> int:
+    from graftwork.cluster.driver.guard import guarded
     from graftwork.cluster.driver.run import drive
 
     lock, root, job_id, number = sys.argv[1:]
     handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.ftruncate(handle, 0)
+    _take(handle)
     os.pwrite(handle, str(os.getpid()).encode(), 0)
-    return drive(root, job_id, int(number), "local")
+    return guarded(lambda: drive(root, job_id, int(number), "local"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""A parent for the driver that outlives it: what a job started is gone when its driver is, however the driver ends.
+
+kill -9 of a driver would leave its command at work, for which nobody speaks any more: it would write beside the next
+attempt. The guard only waits, so that little can end it; if it is killed, the kernel tells the driver to end.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import psutil
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+GONE_S = 5.0
+
+
+def guarded(drive: Callable[[], int]) -> int:
+    """Run the driver in a fork, then end everything below it. Its exit code, or 128 and the signal that ended it.
+
+    Call it before there is a thread. SIGTERM and SIGINT are passed on. Orphans become children of the guard (Linux), so
+    that one which left its session or its parents is found too.
+    """
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    guard = os.getpid()
+    driver = os.fork()
+    if driver == 0:
+        _prctl(PR_SET_CHILD_SUBREAPER, 0)
+        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != guard:  # it went before the kernel was told
+            os._exit(1)
+        sys.exit(drive())
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(driver, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    code = _awaited(driver)
+    end_all(lambda: psutil.Process().children(recursive=True))
+    return code
+
+
+def end_all(find: Callable[[], list[psutil.Process]], within_s: float = GONE_S) -> list[psutil.Process]:
+    """Kill what `find` finds until it finds nothing more; what is left after the time."""
+    end = time.monotonic() + within_s
+    while (left := [process for process in find() if _lives(process)]) and time.monotonic() < end:
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=0.2)
+    return left
+
+
+def _awaited(driver: int) -> int:
+    """Wait for the driver; orphans that end meanwhile are taken off the process table."""
+    while True:
+        pid, status = os.wait()
+        if pid == driver:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _prctl(option: int, value: int) -> None:
+    """No-op where the kernel is not Linux: there the command outlives a driver that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
