@@ -105,6 +105,10 @@ class RunStore:
             return new
         return self.job(job.job_id)
 
+    def amend(self, record: JobRecord) -> None:
+        """Another cluster for the attempts to come of a job that has ended: other limits, more machines."""
+        self.store.write_json(asdict(record), "jobs", record.job_id, "job.json")
+
     def job(self, job_id: str) -> JobRecord:
         """Raises ConfigError where it was never submitted."""
         found = self.store.find_bytes("jobs", job_id, "job.json")

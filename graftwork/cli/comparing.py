@@ -3,18 +3,43 @@
 from typing import Any
 
 from graftwork import config
-from graftwork.cli.output import JsonFlag, On, Sets, SpecFile, print_json, print_table, progress_bar, say
+from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch
+from graftwork.cli.output import (
+    Cluster,
+    Detach,
+    JsonFlag,
+    On,
+    Sets,
+    SpecFile,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+)
 
 _ACROSS = 5
 """Metrics that a line has room for; more stand below each other, the arms side by side."""
 
 
-def compare(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+def compare(
+    file: SpecFile,
+    on: On = "local",
+    sets: Sets = [],  # noqa: B006
+    detach: Detach = False,
+    cluster: Cluster = None,
+    deadline: Deadline = None,
+    budget: Budget = None,
+    pending: Pending = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Let all arms answer the held-out questions; print scores, tests and the verdict."""
     from graftwork.serving.experiment.spec import CompareSpec
 
     spec = config.load(file, sets, expect="compare")
     assert isinstance(spec, CompareSpec)
+    how = Launch(on, detach, cluster, deadline, budget, pending)
+    if how.elsewhere:
+        return launch(spec, how, as_json)
     from graftwork.cluster.session import session
     from graftwork.serving.experiment.run import run_compare
 

@@ -1,126 +1,213 @@
-"""`graftwork jobs ls|status|logs|wait|cancel|resubmit`, and how a stage's command becomes a job."""
+"""`graftwork jobs ls|status|logs|wait|cancel|resubmit`: what runs elsewhere, from anywhere that reaches its store."""
 
+import os
 import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
-from graftwork.cli.output import JsonFlag, print_json, print_table, say
-from graftwork.cluster.backend import Backend, Job, JobStatus
+from graftwork.cli.following import follow
+from graftwork.cli.job_names import job_called
+from graftwork.cli.job_views import details, show_details, show_list
+from graftwork.cli.job_words import line_of
+from graftwork.cli.launching import cluster_of, leave
+from graftwork.cli.output import JsonFlag, print_json, say, stderr
+from graftwork.cluster.backend import Backend, JobState, JobStatus
 from graftwork.cluster.run_store import RunStore
-from graftwork.cluster.spec import ClusterSpec
-from graftwork.config import Spec, load
-from graftwork.storage import DEFAULT_ROOT, Store
+from graftwork.cluster.spec import ClusterSpec, seconds_of
+from graftwork.errors import ClusterError, ConfigError
+from graftwork.storage import DEFAULT_ROOT
 
 app = typer.Typer(help="What runs elsewhere: see it, follow it, end it, start it again.", no_args_is_help=True)
-Root = Annotated[str, typer.Option("--root", help="The store of the jobs: a folder or s3://.", envvar="GRAFTWORK_ROOT")]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="<name>-<hash>, as `jobs ls` lists it.")]
+Root = Annotated[
+    str | None,
+    typer.Option(
+        "--root", metavar="ROOT", show_default=False,
+        help="Store of the jobs, a folder or s3://; else GRAFTWORK_ROOT, cluster.yaml's storage.uri, .graftwork.",
+    ),
+]  # fmt: skip
+JobId = Annotated[
+    str, typer.Argument(metavar="JOB", help="Id as `jobs ls` lists it, an attempt's, a beginning, or the bare name.")
+]
 
 
-def job_of(spec: Spec, cluster: ClusterSpec) -> Job:
-    """A stage's spec as a job."""
-    dump = spec.model_dump(mode="json")
-    root = cluster.storage.uri or str(dump["root"])
-    dump["root"] = Store(root).uri
-    return Job(str(dump["name"]), str(dump["kind"]), spec.identity(), dump["root"], dump, cluster)
-
-
-def is_job(on: str, *, detach: bool) -> bool:
-    """Whether a command is run by a driver elsewhere: on a cluster, or in the background."""
-    return detach or on.startswith(("http://", "https://", "k8s:"))
-
-
-def launch(spec: Spec, on: str, cluster_file: Path | None, *, detach: bool) -> None:
-    """Submit, and unless detached print what it prints to its end; leaves with its exit code."""
-    from graftwork.cluster.places import backend_of
-
-    cluster = cluster_of(cluster_file)
-    job = job_of(spec, cluster)
-    backend = backend_of(on, job.root, cluster)
-    status = backend.submit(job)
-    say(f"job {status.job_id} (attempt {status.attempt}) on {on}: {status.state}; {status.why}")
-    if detach:
-        return
-    for text in backend.logs(job.job_id, follow=True):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    _leave(backend.wait(job.job_id))
-
-
-def cluster_of(file: Path | None) -> ClusterSpec:
-    """From --cluster; else cluster.yaml of this folder; else the defaults."""
-    found = file or (Path("cluster.yaml") if Path("cluster.yaml").is_file() else None)
-    if found is None:
-        return ClusterSpec()
-    spec = load(found, expect="cluster")
-    assert isinstance(spec, ClusterSpec)
-    return spec
+def root_of(given: str | None) -> str:
+    """The store that is meant, where none is given."""
+    return given or os.environ.get("GRAFTWORK_ROOT") or cluster_of(None).storage.uri or DEFAULT_ROOT
 
 
 @app.command("ls")
-def ls(root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> None:
+def ls(
+    on: Annotated[str | None, typer.Option("--on", metavar="WHERE", help="Only those of this place.")] = None,
+    state: Annotated[
+        list[str], typer.Option("--state", help="Only those in this state; may be repeated, or comma-separated.")
+    ] = [],  # noqa: B006
+    limit: Annotated[int, typer.Option("--limit", min=1, help="The newest so many.")] = 50,
+    root: Root = None,
+    as_json: JsonFlag = False,
+) -> None:
     """All jobs of a store, newest first."""
-    runs = RunStore(root)
-    places = {runs.job(job_id).on for job_id in runs.job_ids()}
-    statuses = [status for on in sorted(places) for status in _backend(on, root).list()]
+    wanted = _states(state)
+    where = root_of(root)
+    runs = RunStore(where)
+    places = sorted({runs.job(job_id).on for job_id in runs.job_ids()})
+    if on is not None:
+        places = [place for place in places if place == on.rstrip("/")]
+    found, unheard = _statuses(places, where)
+    kept = [status for status in found if not wanted or status.state in wanted]
     if as_json:
-        return print_json([asdict(status) for status in statuses])
-    print_table("jobs", ("job", "attempt", "state", "where", "why"),
-                [(s.job_id, s.attempt, s.state, s.on, s.why) for s in statuses])  # fmt: skip
+        return print_json([asdict(status) for status in kept[:limit]])
+    show_list(kept[:limit], runs.store.uri, len(kept))
+    for error in unheard:
+        stderr.print(f"{error.asked}: {error.found}; its jobs are shown as the store knows them", style="yellow",
+                     markup=False, soft_wrap=True)  # fmt: skip
 
 
 @app.command()
-def status(job: JobId, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> None:
-    """Where a job is."""
-    found = _of(job, root).status(job)
-    print_json(asdict(found)) if as_json else say(f"{found.job_id} attempt {found.attempt}: {found.state}; {found.why}")
+def status(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
+    """One job in full: its times, its progress, what it cost, why it is so, and what one can do."""
+    where, job_id, _ = _named(job, root)
+    [found], unheard = _of(RunStore(where), where, job_id)
+    told = details(RunStore(where), found, where)
+    if as_json:
+        return print_json(told)
+    show_details(told, where, found)
+    for error in unheard:
+        stderr.print(f"{error.asked}: {error.found}; this is what the store knows", style="yellow", markup=False,
+                     soft_wrap=True)  # fmt: skip
 
 
 @app.command()
 def logs(
     job: JobId,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until it has ended.")] = False,
-    root: Root = DEFAULT_ROOT,
+    follow_it: Annotated[bool, typer.Option("-f", "--follow", help="Until it has ended.")] = False,
+    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="Of this attempt; else the latest.")] = None,
+    tail: Annotated[
+        int | None, typer.Option("--tail", min=0, metavar="N", help="Only the last N lines of now.")
+    ] = None,
+    root: Root = None,
 ) -> None:
-    """What a job printed."""
-    for text in _of(job, root).logs(job, follow=follow):
+    """What a job printed. Works when its cluster is gone."""
+    where, job_id, named = _named(job, root)
+    runs, number = RunStore(where), attempt or named
+    known = runs.attempts(job_id)
+    if number is not None and number not in known:
+        raise ConfigError(f"--attempt {number}", f"{job_id} has no such attempt",
+                          f"its attempts: {', '.join(map(str, known)) or 'none'}")  # fmt: skip
+    if tail is not None:
+        for number_ in [number or max(known)] if known else []:
+            text = "".join(piece for _, piece in runs.logs(job_id, number_))
+            lines = text.splitlines(keepends=True)
+            sys.stdout.write("".join(lines[len(lines) - min(tail, len(lines)) :]))
+        sys.stdout.flush()
+        if not follow_it:
+            return
+    for text in _backend(runs, where, job_id).logs(job_id, follow=follow_it, attempt=number):
         sys.stdout.write(text)
         sys.stdout.flush()
 
 
 @app.command()
-def wait(job: JobId, root: Root = DEFAULT_ROOT) -> None:
-    """Until a job has ended; leaves with its exit code."""
-    _leave(_of(job, root).wait(job))
+def wait(
+    job: JobId,
+    timeout: Annotated[
+        str | None, typer.Option("--timeout", metavar="TIME", help="Give up after, e.g. 30m; the job goes on.")
+    ] = None,
+    root: Root = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Until a job has ended; leaves with its exit code. Starts it again as its cluster's `retry` says."""
+    where, job_id, _ = _named(job, root)
+    leave(_backend(RunStore(where), where, job_id).wait(job_id, _seconds(timeout)), where, as_json)
 
 
 @app.command()
-def cancel(job: JobId, root: Root = DEFAULT_ROOT) -> None:
-    """End a job: nothing of it is left afterwards."""
-    say(f"{job}: {_of(job, root).cancel(job).state}")
+def cancel(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
+    """End a job: nothing of it is left in its place afterwards. What it committed stays."""
+    where, job_id, _ = _named(job, root)
+    found = _backend(RunStore(where), where, job_id).cancel(job_id)
+    print_json(asdict(found)) if as_json else say(line_of(found))
 
 
 @app.command()
-def resubmit(job: JobId, root: Root = DEFAULT_ROOT) -> None:
-    """Start the next attempt of a job that has ended."""
-    found = _of(job, root).resubmit(job)
-    say(f"{found.job_id} attempt {found.attempt}: {found.state}; {found.why}")
+def resubmit(
+    job: JobId,
+    follow_it: Annotated[bool, typer.Option("-f", "--follow", help="And print what it prints.")] = False,
+    root: Root = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Start the next attempt of a job that has ended: it goes on from the last checkpoint."""
+    where, job_id, _ = _named(job, root)
+    backend = _backend(RunStore(where), where, job_id)
+    found = backend.resubmit(job_id)
+    if follow_it:
+        stream = sys.stderr if as_json else sys.stdout
+        return leave(follow(backend, where, job_id, stream, cancels=True), where, as_json)
+    print_json(asdict(found)) if as_json else say(line_of(found))
 
 
-def _of(job: str, root: str) -> Backend:
-    return _backend(RunStore(root).job(job).on, root)
+def _named(job: str, root: str | None) -> tuple[str, str, int | None]:
+    where = root_of(root)
+    return where, *job_called(RunStore(where), job)
 
 
-def _backend(on: str, root: str) -> Backend:
+def _of(runs: RunStore, root: str, job_id: str) -> tuple[list[JobStatus], list[ClusterError]]:
+    """A job's status; as the store knows it where its place does not answer."""
+    try:
+        return [_backend(runs, root, job_id).status(job_id)], []
+    except ClusterError as error:
+        return [_unheard(runs.job(job_id).on, root, error).status(job_id)], [error]
+
+
+def _statuses(places: Sequence[str], root: str) -> tuple[list[JobStatus], list[ClusterError]]:
+    """Of all jobs, newest first; the places are asked at once."""
+
+    def ask(on: str) -> tuple[Sequence[JobStatus], ClusterError | None]:
+        try:
+            return _place(on, root).list(), None
+        except ClusterError as error:
+            return _unheard(on, root, error).list(), error
+
+    with ThreadPoolExecutor(max_workers=max(len(places), 1)) as pool:
+        answers = list(pool.map(ask, places))
+    found = [status for statuses, _ in answers for status in statuses]
+    found.sort(key=lambda status: -(status.submitted_at or time.time()))
+    return found, [error for _, error in answers if error is not None]
+
+
+def _backend(runs: RunStore, root: str, job_id: str) -> Backend:
+    record = runs.job(job_id)
+    return _place(record.on, root, ClusterSpec.model_validate(record.cluster))
+
+
+def _place(on: str, root: str, cluster: ClusterSpec | None = None) -> Backend:
     from graftwork.cluster.places import backend_of
 
-    return backend_of(on, root)
+    return backend_of(on, root, cluster)
 
 
-def _leave(status: JobStatus) -> None:
-    say(f"{status.job_id} attempt {status.attempt}: {status.state}; {status.why}")
-    code = status.exit_code if status.exit_code is not None else int(status.state != "succeeded")
-    if code:
-        raise typer.Exit(code)
+def _unheard(on: str, root: str, error: ClusterError) -> Backend:
+    from graftwork.cluster.places.unheard import UnheardPlace
+    from graftwork.cluster.stored import StoredBackend
+
+    return StoredBackend(UnheardPlace(on, error), root)
+
+
+def _states(said: Sequence[str]) -> set[str]:
+    wanted = {part for text in said for part in text.split(",") if part}
+    unknown = sorted(wanted - set(get_args(JobState)))
+    if unknown:
+        raise ConfigError(f"--state {', '.join(unknown)}", "no such state", f"one of {', '.join(get_args(JobState))}")
+    return wanted
+
+
+def _seconds(said: str | None) -> float | None:
+    try:
+        seconds: Any = seconds_of(said)
+    except ValueError as error:
+        raise ConfigError(f"--timeout {said}", str(error)) from None
+    return None if seconds is None else float(seconds)

@@ -3,18 +3,44 @@
 from typing import TYPE_CHECKING
 
 from graftwork import config
-from graftwork.cli.output import JsonFlag, On, Sets, SpecFile, gib, print_json, print_table, progress_bar, say
+from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch
+from graftwork.cli.output import (
+    Cluster,
+    Detach,
+    JsonFlag,
+    On,
+    Sets,
+    SpecFile,
+    gib,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+)
 
 if TYPE_CHECKING:
     from graftwork.report.quantize_records import PrecisionArm, QuantizeReport
 
 
-def quantize(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+def quantize(
+    file: SpecFile,
+    on: On = "local",
+    sets: Sets = [],  # noqa: B006
+    detach: Detach = False,
+    cluster: Cluster = None,
+    deadline: Deadline = None,
+    budget: Budget = None,
+    pending: Pending = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Measure the base at each precision: bytes, perplexity, score, speed. Recommends the smallest good enough."""
     from graftwork.serving.quantize.spec import QuantizeSpec
 
     spec = config.load(file, sets, expect="quantize")
     assert isinstance(spec, QuantizeSpec)
+    how = Launch(on, detach, cluster, deadline, budget, pending)
+    if how.elsewhere:
+        return launch(spec, how, as_json)
     from graftwork.cluster.session import session
     from graftwork.serving.quantize.run import run_quantize
 

@@ -1,14 +1,16 @@
 """`graftwork plan|tune|train|serve|compare|quantize|chat|demo|study FILE`: one verb a stage, the same flags on each."""
 
 import json
-import time
+import signal
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graftwork import config
+from graftwork.cli.commanding import command
 from graftwork.cli.comparing import compare
-from graftwork.cli.jobs import is_job, launch
+from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch
 from graftwork.cli.outcomes import show_outcomes
 from graftwork.cli.output import (
     Cluster,
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the stage verbs to the command line."""
-    for command in (plan, tune, train, serve, compare, quantize, chat, demo, study, rebase):
-        app.command()(command)
+    for verb in (plan, tune, train, serve, compare, quantize, command, chat, demo, study, rebase):
+        app.command()(verb)
 
 
 def train(
@@ -50,6 +52,9 @@ def train(
     ] = None,
     detach: Detach = False,
     cluster: Cluster = None,
+    deadline: Deadline = None,
+    budget: Budget = None,
+    pending: Pending = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train one adapter and publish it. A finished run is reused; an unfinished one goes on."""
@@ -59,8 +64,9 @@ def train(
     assert isinstance(spec, TrainSpec)
     if curve is not None:
         return run_curve(spec, curve, on, as_json)
-    if is_job(on, detach=detach):
-        return launch(spec, on, cluster, detach=detach)
+    how = Launch(on, detach, cluster, deadline, budget, pending)
+    if how.elsewhere:
+        return launch(spec, how, as_json)
     from graftwork.cluster.session import session
     from graftwork.training.run import check, train
 
@@ -94,26 +100,42 @@ def train(
     say(f"report: {report.page}")
 
 
-def serve(file: SpecFile, on: On = "local", sets: Sets = []) -> None:  # noqa: B006
+def serve(
+    file: SpecFile,
+    on: On = "local",
+    sets: Sets = [],  # noqa: B006
+    detach: Detach = False,
+    cluster: Cluster = None,
+    deadline: Deadline = None,
+    budget: Budget = None,
+    pending: Pending = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Serve the base and its adapters over an OpenAI-compatible endpoint until Ctrl-C."""
     from graftwork.serving.spec import ServeSpec
 
     spec = config.load(file, sets, expect="serve")
     assert isinstance(spec, ServeSpec)
+    how = Launch(on, detach, cluster, deadline, budget, pending)
+    if how.elsewhere:
+        return launch(spec, how, as_json)
     from graftwork.cluster.session import session
     from graftwork.serving.app import deploy
 
     with session(on) as here, here.here(deploy)(spec) as endpoint:
         with endpoint.client() as client:
             models = [model["id"] for model in client.models()]
+        if as_json:
+            print_json({"url": f"{endpoint.url}/v1", "models": models})
+            sys.stdout.flush()
+            signal.pause()
         say(f"serving at {endpoint.url}/v1  models: {', '.join(models)}")
         say(
             f"  curl {endpoint.url}/v1/chat/completions -H 'Content-Type: application/json' "
             f"-d '{json.dumps({'model': models[-1], 'messages': [{'role': 'user', 'content': 'Hello'}]})}'"
         )
         say("  Ctrl-C ends it")
-        while True:
-            time.sleep(3600)
+        signal.pause()
 
 
 def chat(

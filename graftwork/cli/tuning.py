@@ -5,8 +5,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from graftwork import config
+from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch
 from graftwork.cli.outcomes import show_outcomes
 from graftwork.cli.output import (
+    Cluster,
+    Detach,
     JsonFlag,
     On,
     Sets,
@@ -24,7 +27,17 @@ if TYPE_CHECKING:
     from graftwork.tuning.spec import TuneSpec
 
 
-def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+def tune(
+    file: SpecFile,
+    on: On = "local",
+    sets: Sets = [],  # noqa: B006
+    detach: Detach = False,
+    cluster: Cluster = None,
+    deadline: Deadline = None,
+    budget: Budget = None,
+    pending: Pending = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Search the space of a spec; print the trials, the best of them and how sure that is; train the winner if asked.
 
     `graftwork plan FILE` predicts it. A finished sweep is reused; an unfinished one goes on.
@@ -33,6 +46,9 @@ def tune(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = 
 
     spec = config.load(file, sets, expect="tune")
     assert isinstance(spec, TuneSpec)
+    how = Launch(on, detach, cluster, deadline, budget, pending)
+    if how.elsewhere:
+        return launch(spec, how, as_json)
     from graftwork.cli.shadowing import check_shadow, place_shadow
     from graftwork.cli.sweeps import say_plan
     from graftwork.cluster.session import session

@@ -1,0 +1,163 @@
+"""How a stage's command becomes a job: submitted or found, followed to its end, or left to run."""
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graftwork.cli.following import follow
+from graftwork.cli.job_words import left_behind, line_of, next_moves, root_flag
+from graftwork.cli.output import duration, print_json, say, stderr
+from graftwork.cluster.backend import Backend, Job, JobStatus
+from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.config import Spec, load
+from graftwork.errors import ConfigError
+from graftwork.storage import Store
+
+CLUSTER_FILE = "cluster.yaml"
+ELSEWHERE = ("http:", "https:", "k8s:")
+Deadline = Annotated[
+    str | None, typer.Option("--deadline", metavar="TIME", help="Longest run, e.g. 2h; then a checkpoint and the end.")
+]
+Budget = Annotated[
+    float | None, typer.Option("--budget", metavar="USD", help="Most that it may cost, by the cluster's prices.")
+]
+Pending = Annotated[
+    str | None, typer.Option("--pending", metavar="TIME", help="Longest wait for machines, e.g. 15m.")
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the command line says of where a stage runs, and of what stops it there."""
+
+    on: str
+    detach: bool = False
+    cluster: Path | None = None
+    deadline: str | None = None
+    budget: float | None = None
+    pending: str | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether a driver runs it: on a cluster, or in the background. Raises ConfigError for flags without effect."""
+        if self.on.startswith(ELSEWHERE):
+            return True
+        if self.detach and self.on != "local":
+            raise ConfigError(
+                f"--detach with --on {self.on}", "what runs there ends with this command",
+                "jobs run on local, http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE",
+                "use the dashboard's address, usually port 8265, or leave --detach out",
+            )  # fmt: skip
+        flags = {"--cluster": self.cluster, "--deadline": self.deadline, "--budget": self.budget,
+                 "--pending": self.pending}  # fmt: skip
+        idle = [flag for flag, value in flags.items() if value is not None]
+        if idle and not self.detach:
+            raise ConfigError(
+                f"{', '.join(idle)} with --on {self.on}", "it would have no effect",
+                "limits and prices are a job's, and this command runs the stage itself", "add --detach",
+            )  # fmt: skip
+        return self.detach
+
+    def cluster_spec(self) -> ClusterSpec:
+        """What the place is like, with the limits of the command line. Raises ConfigError."""
+        given = {"limits.deadline": self.deadline, "limits.budget_usd": self.budget, "limits.pending": self.pending}
+        spec = cluster_of(self.cluster)
+        if self.budget is not None and spec.prices is None:
+            raise ConfigError(f"--budget {self.budget:g}", "the cluster's file has no prices",
+                              "a budget is held by a price table", "add prices: {gpu_hour: {H100: ...}}")  # fmt: skip
+        return spec.with_({key: value for key, value in given.items() if value is not None})
+
+
+def cluster_of(file: Path | None) -> ClusterSpec:
+    """From --cluster; else cluster.yaml of this folder; else the defaults."""
+    found = file or (Path(CLUSTER_FILE) if Path(CLUSTER_FILE).is_file() else None)
+    if found is None:
+        return ClusterSpec()
+    spec = load(found, expect="cluster")
+    assert isinstance(spec, ClusterSpec)
+    return spec
+
+
+def job_of(spec: Spec, cluster: ClusterSpec) -> Job:
+    """A stage's spec as a job."""
+    dump = spec.model_dump(mode="json")
+    root = cluster.storage.uri or str(dump["root"])
+    dump["root"] = Store(root).uri
+    return Job(str(dump.get("name") or dump["kind"]), str(dump["kind"]), spec.identity(), dump["root"], dump, cluster)
+
+
+def launch(spec: Spec, how: Launch, as_json: bool = False) -> None:
+    """Submit, and unless detached print what it prints to its end; leaves with its exit code."""
+    from graftwork.cluster.places import backend_of
+
+    cluster = how.cluster_spec()
+    job = job_of(spec, cluster)
+    backend = backend_of(how.on, job.root, cluster)
+    ours, status = started(backend, job, how.on)
+    if how.detach:
+        if as_json:
+            return print_json({**asdict(status), "root": job.root})
+        flag = root_flag(job.root)
+        if not status.ended:
+            say(f"  follow it: graftwork jobs logs -f {job.job_id}{flag}")
+            say(f"  end it: graftwork jobs cancel {job.job_id}{flag}")
+        return
+    if not status.ended:
+        stream = sys.stderr if as_json else sys.stdout
+        status = follow(backend, job.root, job.job_id, stream, cancels=ours)
+    leave(status, job.root, as_json)
+
+
+def started(backend: Backend, job: Job, on: str) -> tuple[bool, JobStatus]:
+    """Submit it, find it at work, or start its next attempt where the last one ended without success.
+
+    First whether an attempt began here: Ctrl-C ends what this command began, and no more.
+    """
+    runs = RunStore(job.root)
+    before = runs.attempts(job.job_id)
+    status = backend.submit(job)
+    if not before:
+        stderr.print(f"job {line_of(status)}", markup=False, soft_wrap=True)
+        return True, status
+    if not status.ended:
+        _say_limits(runs, job)
+        stderr.print(f"job {line_of(status)} (found; started before)", markup=False, soft_wrap=True)
+        return False, status
+    if status.state == "succeeded":
+        stderr.print(f"job {line_of(status)}: nothing to start", markup=False, soft_wrap=True)
+        return False, status
+    runs.amend(replace(runs.job(job.job_id), cluster=job.cluster.model_dump(mode="json")))
+    again = backend.resubmit(job.job_id)
+    said = f"attempt {status.attempt} ended {status.state} ({status.why}); it goes on as attempt {again.attempt}"
+    stderr.print(f"job {job.job_id} on {on}: {said}", markup=False, soft_wrap=True)
+    return True, again
+
+
+def leave(status: JobStatus, root: str, as_json: bool = False) -> None:
+    """Say how a job ended and what it left; exits with the code of its command, 1 where it has none."""
+    left = left_behind(RunStore(root), status)
+    if as_json:
+        print_json({**asdict(status), "root": root, "left": left})
+    else:
+        took = duration(status.ended_at - status.started_at) if status.ended_at and status.started_at else None
+        say(f"job {line_of(status)}" + (f", after {took}" if took else ""))
+        if status.state == "succeeded":
+            for line in left:
+                say(f"  {line}")
+        elif status.ended:
+            for move in next_moves(status, root):
+                say(f"  next: {move}")
+    code = status.exit_code if status.exit_code is not None else int(status.state != "succeeded")
+    if code:
+        raise typer.Exit(code if code > 0 else 1)
+
+
+def _say_limits(runs: RunStore, job: Job) -> None:
+    kept = ClusterSpec.model_validate(runs.job(job.job_id).cluster)
+    if kept.limits != job.cluster.limits:
+        said = "it runs with the limits that it was submitted with; cancel it and run this again to change them"
+        stderr.print(f"note: {said}", markup=False, soft_wrap=True)

@@ -1,0 +1,103 @@
+"""A stage's command as a job: started once, found again, gone on with, ended by Ctrl-C; and what is said of it."""
+
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from graftwork.cli import app
+from graftwork.cli.following import follow
+from graftwork.cli.launching import Launch, job_of
+from graftwork.cluster.command_spec import CommandSpec
+from graftwork.cluster.places import backend_of
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.errors import ConfigError, Interrupted
+
+
+def cli(*argv: str) -> str:
+    done = CliRunner().invoke(app, list(argv))
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+def write(folder: Path, name: str, code: str) -> str:
+    spec = {"kind": "command", "name": name, "root": str(folder / "root"), "argv": [sys.executable, "-c", code]}
+    file = folder / f"{name}.yaml"
+    file.write_text(json.dumps(spec))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (Launch("ray://127.0.0.1:10001", detach=True), ["--detach with --on ray://", "8265"]),
+        (Launch("auto", detach=True), ["--detach with --on auto"]),
+        (Launch("local", deadline="2h", budget=3.0), ["--deadline, --budget with --on local", "add --detach"]),
+    ],
+)
+def test_flags_without_effect_are_refused(how: Launch, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        _ = how.elsewhere
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_limits_of_the_command_line_replace_the_clusters(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("kind: cluster\nlimits: {deadline: 12h, pending: 5m}\nprices: {cpu_hour: 0.04}\n")
+    limits = Launch("k8s:a/b", cluster=file, deadline="2h", budget=20).cluster_spec().limits
+    assert (limits.deadline, limits.pending, limits.budget_usd) == (7200, 300, 20)
+    with pytest.raises(ConfigError, match="2 hours"):
+        Launch("k8s:a/b", cluster=file, deadline="2 hours").cluster_spec()
+    with pytest.raises(ConfigError, match="no prices"):
+        Launch("k8s:a/b", budget=20).cluster_spec()
+
+
+@pytest.mark.long
+def test_the_same_command_finds_goes_on_and_tells_of_success(tmp_path: Path) -> None:
+    file = write(tmp_path, "twice", f"import os,sys; p={str(tmp_path / 'been')!r}; "
+                 "print('published x@1') if os.path.exists(p) else (open(p,'w').close(), sys.exit(3))")  # fmt: skip
+    root = ["--root", str(tmp_path / "root")]
+    cli("command", file, "--detach")
+    assert CliRunner().invoke(app, ["jobs", "wait", "twice", *root]).exit_code == 3
+    [failed] = json.loads(cli("jobs", "ls", "--json", *root))
+    assert (failed["state"], failed["attempt"]) == ("failed", 1)
+    cli("command", file, "--detach")  # the same command: it goes on
+    waited = json.loads(cli("jobs", "wait", "twice", "--json", *root))
+    assert (waited["state"], waited["attempt"], waited["left"]) == ("succeeded", 2, ["published x@1"])
+    again = json.loads(cli("command", file, "--detach", "--json"))
+    assert (again["state"], again["attempt"]) == ("succeeded", 2)
+    assert cli("jobs", "logs", "twice-a1", *root) == ""
+    assert cli("jobs", "logs", "twice", "--tail", "1", *root) == "published x@1\n"
+    assert "published x@1" in cli("jobs", "status", "twice", *root)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ours", [True, False])
+def test_ctrl_c_ends_what_the_command_began_and_no_more(tmp_path: Path, ours: bool) -> None:
+    spec = CommandSpec(
+        name="long", root=str(tmp_path), argv=(sys.executable, "-uc", "print(1); import time; time.sleep(99)")
+    )
+    job = job_of(spec, ClusterSpec())
+    backend = backend_of("local", job.root)
+    backend.submit(job)
+    printed = io.StringIO()
+
+    def press() -> None:
+        end = time.monotonic() + 20
+        while "1" not in printed.getvalue() and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    with pytest.raises(Interrupted, match="cancelled at local by Ctrl-C" if ours else "it goes on"):
+        follow(backend, job.root, job.job_id, printed, cancels=ours)
+    assert backend.status(job.job_id).state == ("cancelled" if ours else "running")
+    assert backend.cancel(job.job_id).state == "cancelled"
