@@ -49,7 +49,7 @@ def private_ray(num_cpus: int | None = None) -> Iterator[str]:
 
     if ray.is_initialized():
         raise ClusterError("--on local", "this process already has a Ray", "one Ray a process", "leave it first")
-    folder, lock = _own_folder()
+    folder, lock = own_folder()
     environment = {
         **{key: os.environ.get(key, value) for key, value in QUIET.items()},
         "RAY_AUTH_MODE": "token",
@@ -57,7 +57,7 @@ def private_ray(num_cpus: int | None = None) -> Iterator[str]:
         "PYTHONPATH": _python_path(),
     }
     try:
-        with environment_of(environment), _loopback_only(), _own_agent_port(), _few_helpers(), token_reloaded():
+        with environment_of(environment), loopback_only(), _own_agent_port(), _few_helpers(), token_reloaded():
             try:
                 yield _start(ray, folder, num_cpus)
             finally:
@@ -89,7 +89,7 @@ def _start(ray: Any, folder: Path, num_cpus: int | None) -> str:
     return str(context.address_info["gcs_address"])
 
 
-def _own_folder() -> tuple[Path, int]:
+def own_folder() -> tuple[Path, int]:
     """A fresh short temp dir and the lock that says its owner lives; folders of killed owners are removed first."""
     base = Path(tempfile.gettempdir())
     if len(str(base)) + len(DIR_PREFIX) + 9 + RAY_SOCKET_SUFFIX > SOCKET_PATH_LIMIT:
@@ -138,7 +138,7 @@ def environment_of(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loopback_only() -> Iterator[None]:
+def loopback_only() -> Iterator[None]:
     """Make every Ray process bind 127.0.0.1.
 
     `ray.init(_node_ip_address="127.0.0.1")` is resolved back to the machine's outer address and all ports bind 0.0.0.0

@@ -10,7 +10,7 @@ from tempfile import gettempdir
 
 import typer
 
-from graftwork.cli import adapters, configs, experiments, exporting, jobs, rag, stages
+from graftwork.cli import adapters, clusters, configs, experiments, exporting, jobs, rag, stages
 from graftwork.cli.output import print_error
 from graftwork.errors import GraftworkError, Interrupted
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 stages.register(app)
 app.command()(adapters.swap)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(clusters.app, name="cluster")
 app.add_typer(configs.app, name="config")
 app.add_typer(experiments.app, name="experiment")
 jobs.app.command("export")(exporting.export)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.cluster.address import host_and_port, require_reachable, without_on
-from graftwork.cluster.local import _own_folder, environment_of
+from graftwork.cluster.local import environment_of, own_folder
 from graftwork.cluster.session import Session, session
 from graftwork.cluster.shipping import LINKED, shipped
 from graftwork.errors import ClusterError, ConfigError
@@ -122,7 +122,7 @@ def test_private_rays_that_start_together_keep_their_folders(monkeypatch: pytest
 
     def start_and_stop() -> None:
         for _ in range(100):
-            folder, lock = _own_folder()
+            folder, lock = own_folder()
             assert folder.is_dir()
             shutil.rmtree(folder)
             os.close(lock)
