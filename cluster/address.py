@@ -1,9 +1,11 @@
 """Addresses of existing Rays: parsed, reached within seconds or refused with a reason."""
 
 import contextlib
+import ipaddress
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from graftwork.errors import ClusterError, ConfigError
@@ -36,6 +38,34 @@ def require_reachable(on: str) -> None:
             "a running Ray's client server (ray://, usually port 10001) or dashboard (http://, usually 8265) is needed",
             "start it, open a tunnel to it, or use --on local",
         ) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host is this machine by its name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def token() -> str | None:
+    """Of the environment, as Ray finds it; None where there is none. ConfigError for one that no header takes."""
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode == "disabled":
+        return None
+    found, where = os.environ.get("RAY_AUTH_TOKEN", ""), "RAY_AUTH_TOKEN"
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or ("~/.ray/auth_token" if mode == "token" else "")
+    if not found.strip() and file:
+        where = f"RAY_AUTH_TOKEN_PATH={file}"
+        try:
+            found = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(where, f"no token can be read there ({error})", "a file with the token alone") from None
+    if not (found := found.strip()):
+        return None
+    if not found.isascii() or not found.isprintable() or " " in found:
+        raise ConfigError(where, "it holds spaces, line breaks or letters beyond ASCII", "a token is one word of ASCII")
+    return found
 
 
 def refused(on: str, why: str) -> ClusterError:

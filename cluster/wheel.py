@@ -28,7 +28,7 @@ def build_wheel() -> tuple[str, bytes]:
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: graftwork\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     files[f"{info}/entry_points.txt"] = b"[console_scripts]\ngraftwork = graftwork.cli:main\n"
     files[f"{info}/RECORD"] = _record(files, info)
-    return f"{DIST}-{version}-py3-none-any.whl", _zipped(files)
+    return f"{DIST}-{version}-py3-none-any.whl", zipped(files)
 
 
 def content_digest(files: Mapping[str, bytes]) -> str:
@@ -48,7 +48,8 @@ def _hash(data: bytes) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
-def _zipped(files: dict[str, bytes]) -> bytes:
+def zipped(files: dict[str, bytes]) -> bytes:
+    """A zip whose bytes depend on the files alone."""
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(files):

@@ -1,23 +1,24 @@
 """An existing Ray as a place, by its Jobs API: the driver is the job, on the head."""
 
-import contextlib
-import io
-import tempfile
 import time
-import zipfile
-from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from graftwork.cluster.address import user_token
 from graftwork.cluster.backend import Attempt, Finding, Job
-from graftwork.cluster.jobs import ENDED, JobsApi
+from graftwork.cluster.jobs_api import ENDED, JobsApi
 from graftwork.cluster.place import Seen
+from graftwork.cluster.places.address_check import fit, health
 from graftwork.cluster.wheel import build_wheel
 from graftwork.errors import ClusterError
 from graftwork.storage import Store
 
 STOP_S = 8.0
+STARTS_S = 2.0
+"""A pending job that is asked to end may be about to start, and then ends by itself."""
+DROP_S = 20.0
+DROP = "-drop"
+"""Ends the id of the job that ends another one; such jobs are forgotten at once."""
+POLL_S = 0.2
 
 
 class AddressPlace:
@@ -27,9 +28,9 @@ class AddressPlace:
         self.on, self._root = on.rstrip("/"), Store(root).uri
 
     def check(self, job: Job) -> list[Finding]:
-        """That it answers and takes us."""
-        with self._jobs():
-            return []
+        """That it answers and takes us, has what the workers ask for, and reaches what the job names."""
+        with JobsApi(self.on) as jobs:
+            return fit(job, self._root, jobs)
 
     def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
         """None."""
@@ -40,18 +41,19 @@ class AddressPlace:
         return []
 
     def doctor(self) -> list[Finding]:
-        """Nothing is looked at yet."""
-        return []
+        """Who may use it, its clock, its version, its agents and nodes."""
+        with JobsApi(self.on) as jobs:
+            return health(self._root, jobs)
 
     def start(self, attempt: Attempt) -> None:
-        """Send the wheel's content as the job's folder and start the driver."""
+        """Send the wheel as the job's folder and start the driver. `check` saw to it that a shell changes nothing."""
         entrypoint = f"python -m graftwork.cluster.driver {self._root} {attempt.job.job_id} {attempt.number} auto"
-        with self._jobs() as jobs, _unpacked() as folder:
-            jobs.submit(entrypoint, folder, attempt.id)
+        with JobsApi(self.on) as jobs:
+            jobs.submit(entrypoint, build_wheel()[1], attempt.id)
 
     def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
         """One listing for all."""
-        with self._jobs() as jobs:
+        with JobsApi(self.on) as jobs:
             return {
                 job.submission_id: Seen(job.status, message=job.message)
                 for job in jobs.list()
@@ -59,28 +61,49 @@ class AddressPlace:
             }
 
     def stop(self, attempt_id: str) -> None:
-        """Stop the job and see that it has stopped: Ray answers True for a pending one and does nothing (ray#58353)."""
-        with self._jobs() as jobs:
-            if attempt_id not in {job.submission_id for job in jobs.list()}:
+        """Stop the job and see that it has stopped; one that never started is taken out of Ray, with its record."""
+        with JobsApi(self.on) as jobs:
+            seen = jobs.status(attempt_id)
+            if seen is None or seen.status in ENDED:
                 return
-            end = time.monotonic() + STOP_S
-            while jobs.status(attempt_id).status not in ENDED:
-                jobs.stop(attempt_id)
-                if time.monotonic() > end:
-                    raise ClusterError(f"cancel {attempt_id} at {self.on}", f"it did not stop within {STOP_S:.0f} s",
-                                       "", "look at the dashboard; stop the cluster if it hangs")  # fmt: skip
-                time.sleep(0.25)
+            jobs.stop(attempt_id)
+            if seen.status == "PENDING" and not _within(STARTS_S, lambda: _left(jobs, attempt_id, "PENDING")):
+                self._drop(jobs, attempt_id)
+            elif not _within(STOP_S, lambda: _ended(jobs, attempt_id)):
+                raise ClusterError(
+                    f"cancel {attempt_id} at {self.on}", f"Ray did not stop it within {STOP_S:.0f} s",
+                    "its driver is told to end, and killed after 3 s",
+                    "look at the dashboard; a head without memory answers and does nothing",
+                )  # fmt: skip
 
-    @contextlib.contextmanager
-    def _jobs(self) -> Iterator[JobsApi]:
-        with user_token():
-            yield JobsApi(self.on)
+    def _drop(self, jobs: JobsApi, attempt_id: str) -> None:
+        dropping = f"{attempt_id}{DROP}"
+        entrypoint = f"python -m graftwork.cluster.places.drop {attempt_id}"
+        jobs.submit(entrypoint, build_wheel()[1], dropping)
+        if not _within(DROP_S, lambda: _ended(jobs, attempt_id)):
+            raise ClusterError(
+                f"cancel {attempt_id} at {self.on}", f"it is pending, and did not go within {DROP_S:.0f} s",
+                "its driver ends at once should it ever start", "look at the dashboard: the head takes no jobs",
+            )  # fmt: skip
+        for name in (attempt_id, dropping):
+            if _within(STOP_S, lambda: _ended(jobs, name)):  # noqa: B023  # called at once
+                jobs.delete(name)
 
 
-@contextlib.contextmanager
-def _unpacked() -> Iterator[Path]:
-    """The wheel's content in a folder: Ray names what it sends by its content, and installs nothing."""
-    _, wheel = build_wheel()
-    with tempfile.TemporaryDirectory(prefix="gw-ship-") as name:
-        zipfile.ZipFile(io.BytesIO(wheel)).extractall(name)
-        yield Path(name)
+def _within(timeout_s: float, done: Callable[[], bool]) -> bool:
+    end = time.monotonic() + timeout_s
+    while not done():
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def _ended(jobs: JobsApi, name: str) -> bool:
+    job = jobs.status(name)
+    return job is None or job.status in ENDED
+
+
+def _left(jobs: JobsApi, name: str, status: str) -> bool:
+    job = jobs.status(name)
+    return job is None or job.status != status
