@@ -126,7 +126,9 @@ class JobStatus:
     ended_at: float | None = None
     heartbeat_at: float | None = None
     progress: str = ""
-    """The last thing its driver said of itself, e.g. `step 40 of 120, loss 1.21`."""
+    """The last thing its driver said of itself, e.g. `train mine: 40 of 120, loss 1.21`."""
+    cause: Literal["", "lost", "preempted", "oom", "failed"] = ""
+    """What a retry would be for, as `retry.on` names it."""
 
     @property
     def ended(self) -> bool:

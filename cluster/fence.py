@@ -1,19 +1,31 @@
-"""Whether an attempt still is the one: a later attempt, or a later start of the same one, takes its place for good."""
+"""Whether an attempt still is the one, and goes on: a later attempt, or a later start of the same one, takes its place
+for good; a limit, a person or its machine may ask it to end."""
 
+import contextlib
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Literal, Self
 
+from graftwork.errors import RunError, StorageError
 from graftwork.storage import Store
 
 ENVIRONMENT = "GRAFTWORK_ATTEMPT"
 """Tells the command that a driver runs whose attempt it is."""
+LOOK_S = 2.0
+"""Between two looks of `Lookout` into the store."""
+
+Word = Literal["overtaken", "cancel", "leave"]
+
+
+class Overtaken(RunError):
+    """Another attempt, or another driver of this one, has taken over: nothing may be committed here any more."""
 
 
 @dataclass(frozen=True)
 class Fence:
-    """Cheap to build, to pickle and to send to workers."""
+    """Cheap to build, to pickle and to send to workers. Its calls raise StorageError."""
 
     root: str
     job_id: str
@@ -39,4 +51,42 @@ class Fence:
         """Whether another one was started since: then nothing may be committed any more."""
         store = Store(self.root)
         later_attempt = ("jobs", self.job_id, "attempts", f"{self.attempt + 1}.json")
-        return store.exists(*later_attempt) or store.exists(*self.folder, "starts", f"{self.start + 1}.json")
+        later_start = (*self.folder, "starts", f"{self.start + 1}.json")
+        return any(store.find_bytes(*key) is not None for key in (later_attempt, later_start))
+
+    def require(self) -> None:
+        """Raise Overtaken where another one was started: asked before anything is committed."""
+        if self.overtaken():
+            raise Overtaken(
+                f"job {self.job_id}, attempt {self.attempt}, start {self.start}", "a later one has taken over",
+                "one attempt at a time commits", f"graftwork jobs status {self.job_id} --root {self.root}",
+            )  # fmt: skip
+
+    def word(self) -> Word | None:
+        """Why to end now; None while nothing says so."""
+        store = Store(self.root)
+        if self.overtaken():
+            return "overtaken"
+        if store.find_bytes(*self.folder, "cancel.json") is not None:
+            return "cancel"
+        leave = store.find_bytes(*self.folder, "leave", f"{self.start}.json")
+        return "leave" if leave is not None else None
+
+
+class Lookout:
+    """Looks into the store in a thread of its own, so that training never waits for it. Ends with its process."""
+
+    def __init__(self, fence: Fence) -> None:
+        self._fence, self._end = fence, threading.Event()
+        self.word: Word | None = None
+        threading.Thread(target=self._looking, name="lookout", daemon=True).start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._end.set()
+
+    def _looking(self) -> None:
+        while self.word is None and not self._end.is_set():
+            with contextlib.suppress(StorageError):  # an outage: nothing can be committed in it either
+                self.word = self._fence.word()
+            self._end.wait(LOOK_S)

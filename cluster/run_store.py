@@ -8,15 +8,16 @@ rest), each key whole, on a disk and on S3 alike:
     jobs/<job_id>/attempts/<n>.json             created once: of all clients one starts attempt n
     jobs/<job_id>/a<n>/starts/<k>.json          created once by the k-th driver of the attempt; the highest is valid
     jobs/<job_id>/a<n>/heartbeat.json           every HEARTBEAT_S
-    jobs/<job_id>/a<n>/logs/<k>-<000001>.txt    what it printed, at most LOG_BEHIND_S behind
-    jobs/<job_id>/a<n>/events/<ms>-<what>.json
+    jobs/<job_id>/a<n>/logs/<k>-<000001>.txt    what it printed, at most LOG_BEHIND_S behind; the last one grows
+    jobs/<job_id>/a<n>/events/<ms>-<what>.json  what happened to it, for people
     jobs/<job_id>/a<n>/cancel.json              it is asked to end, and why
+    jobs/<job_id>/a<n>/leave/<k>.json           the machine of its k-th driver is taken away: save and go
     jobs/<job_id>/a<n>/ended.json               it has ended, and how
 """
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -29,6 +30,9 @@ HEARTBEAT_S = 5.0
 SILENT_S = 20.0
 """A driver that was heard and is silent for longer is taken for lost: four heartbeats."""
 LOG_BEHIND_S = 3.0
+
+SAVES = frozenset({"train"})
+"""Kinds that make a checkpoint and go when the store tells them to (fence.py)."""
 
 StopReason = Literal["user", "deadline", "budget", "pending", "superseded"]
 
@@ -63,6 +67,8 @@ class Heartbeat:
     progress: str = ""
     usd: float | None = None
     """What it has cost so far, by the price table."""
+    leaving: bool = False
+    """Its machine is being taken away."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,17 @@ class Ended:
 
     at: float
     exit_code: int
+    """Of a command that a signal killed: 128 and its number, as a shell says it."""
     reason: StopReason | None = None
     """Why it was stopped; None where it ended by itself."""
     message: str = ""
+    """The last error that it printed."""
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
 class AttemptRecord:
-    """What the store holds of one attempt, read together."""
+    """What the store holds of one attempt, read together. The times are by the reader's clock."""
 
     number: int
     submitted_at: float
@@ -87,6 +96,20 @@ class AttemptRecord:
     heartbeat: Heartbeat | None
     cancel: StopReason | None
     ended: Ended | None
+    silent_s: float | None = None
+    """Since a driver was last heard, or started, by the store's clock alone. None before the first."""
+    clock_off_s: float = 0.0
+    """How far the clock of the driver's machine is ahead of the reader's, a slow write included."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """events/<ms>-<what>.json."""
+
+    at: float
+    what: str
+    """started, asked-to-end, machine-leaves, ended, retry."""
+    facts: Mapping[str, Any]
 
 
 class RunStore:
@@ -140,29 +163,63 @@ class RunStore:
 
     def attempt(self, job_id: str, number: int) -> AttemptRecord:
         """All that is known of an attempt."""
-        here = ("jobs", job_id, f"a{number}")
-        submitted = self.store.read_json("jobs", job_id, "attempts", f"{number}.json")["submitted_at"]
-        present = self.store.children(*here)
-        beat = Heartbeat(**self.store.read_json(*here, "heartbeat.json")) if "heartbeat.json" in present else None
-        cancel = self.store.read_json(*here, "cancel.json")["reason"] if "cancel.json" in present else None
-        ended = Ended(**self.store.read_json(*here, "ended.json")) if "ended.json" in present else None
-        started = (
-            self.store.find_bytes(*here, "starts", "1.json") if "starts" in present else None
-        )  # a folder comes first
-        started_at = json.loads(started)["at"] if started else None
-        return AttemptRecord(number, submitted, started_at, beat, cancel, ended)
+        return self._attempt(job_id, number, self.store.ages("jobs", job_id), time.time())
 
-    def logs(self, job_id: str, number: int, skip: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-        """Pieces of what it printed, by name, in order, without those in `skip`."""
+    def latest(self, job_id: str) -> AttemptRecord:
+        """All that is known of its latest attempt, in one listing and one or two reads. Number 0 before the first."""
+        ages, now = self.store.ages("jobs", job_id), time.time()
+        numbers = [int(key[1].removesuffix(".json")) for key in ages if key[0] == "attempts"]
+        if not numbers:  # its client was killed before it opened one
+            return AttemptRecord(0, now - ages.get(("job.json",), 0.0), None, None, None, None)
+        return self._attempt(job_id, max(numbers), ages, now)
+
+    def _attempt(self, job_id: str, number: int, ages: Mapping[tuple[str, ...], float], now: float) -> AttemptRecord:
+        here = f"a{number}"
+
+        def read(name: str) -> Any:
+            return self.store.read_json("jobs", job_id, here, name) if (here, name) in ages else None
+
+        starts = sorted(age for key, age in ages.items() if key[:2] == (here, "starts"))
+        cancel, ended = read("cancel.json"), read("ended.json")
+        told = read("heartbeat.json")
+        beat = Heartbeat(**told) if told is not None else None
+        heard = [age for age in (ages.get((here, "heartbeat.json")), *starts[:1]) if age is not None]
+        off = beat.at - (now - ages[here, "heartbeat.json"]) if beat is not None else 0.0
+        return AttemptRecord(
+            number, now - ages[("attempts", f"{number}.json")], now - starts[-1] if starts else None, beat,
+            cancel["reason"] if cancel else None, Ended(**ended) if ended else None, min(heard, default=None), off,
+        )  # fmt: skip
+
+    def logs(self, job_id: str, number: int, shown: dict[str, int]) -> Iterator[str]:
+        """What it printed and is not yet shown, in order. `shown` is how many bytes of each piece are, and is kept."""
         folder = ("jobs", job_id, f"a{number}", "logs")
-        for name in self.store.list(*folder):
-            if name not in skip:
-                yield name, self.store.read_bytes(*folder, name).decode(errors="replace")
+        for name, size in sorted(self.store.children(*folder).items()):
+            if (size or 0) > shown.get(name, 0):
+                data = self.store.read_bytes(*folder, name)
+                yield data[shown.get(name, 0) :].decode(errors="replace")
+                shown[name] = len(data)
+
+    def note(self, job_id: str, number: int, what: str, **facts: Any) -> None:
+        """Keep an event."""
+        at = time.time()
+        key = ("jobs", job_id, f"a{number}", "events", f"{round(at * 1000):015d}-{what}.json")
+        self.store.write_json({"at": at, "what": what, "facts": facts}, *key)
+
+    def events(self, job_id: str, number: int) -> list[Event]:
+        """What happened to an attempt, in order."""
+        folder = ("jobs", job_id, f"a{number}", "events")
+        return [Event(**self.store.read_json(*folder, name)) for name in self.store.list(*folder)]
 
     def ask_to_end(self, job_id: str, number: int, reason: StopReason) -> None:
         """The driver sees it within two seconds; the first reason stays."""
         asked = json_bytes({"at": time.time(), "reason": reason})
         self.store.create_bytes(asked, "jobs", job_id, f"a{number}", "cancel.json")
+
+    def cancel_reason(self, job_id: str, number: int) -> StopReason | None:
+        """Why it is asked to end; None where it is not."""
+        asked = self.store.find_bytes("jobs", job_id, f"a{number}", "cancel.json")
+        reason: StopReason | None = json.loads(asked)["reason"] if asked is not None else None
+        return reason
 
     def end(self, job_id: str, number: int, ended: Ended) -> None:
         """How it ended, written by whoever knows first; what stands stays."""

@@ -2,16 +2,17 @@
 
 import difflib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from graftwork.cluster.backend import Attempt, Finding, Job, JobPlan, JobStatus, attempt_id
 from graftwork.cluster.cost import most_usd, predicted_usd
 from graftwork.cluster.place import Place, Seen
-from graftwork.cluster.run_store import AttemptRecord, Ended, JobRecord, RunStore, StopReason, attempt_of
+from graftwork.cluster.run_store import SAVES, AttemptRecord, Ended, JobRecord, RunStore, StopReason, attempt_of
 from graftwork.cluster.spec import quantity
 from graftwork.cluster.state import judge
 from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError
@@ -19,6 +20,11 @@ from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError
 POLL_S = 1.0
 CLEAN_END_S = 5.0
 """How long a driver that is asked to end may take before its place removes it."""
+SAVED_END_S = 30.0
+"""The same, where it makes a checkpoint first."""
+AT_ONCE = 16
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class StoredBackend:
@@ -45,8 +51,8 @@ class StoredBackend:
         started = self.runs.attempts(job.job_id)
         if started:
             found = self.status(job.job_id)
-            if found.state != "submitted":
-                return found
+            if found.state != "submitted" and not (found.state == "lost" and found.started_at is None):
+                return found  # else its client was killed before the place had it
         else:
             refuse(job, self.place.check(job))
             self.runs.record(job, self.on)
@@ -64,7 +70,8 @@ class StoredBackend:
         attempt = attempt_of(self.runs, job_id, status.attempt + 1)
         refuse(attempt.job, self.place.check(attempt.job))
         self.place.stop(f"{job_id}-a{status.attempt}")  # what a lost one left
-        self.runs.open_attempt(job_id, attempt.number)
+        if self.runs.open_attempt(job_id, attempt.number):
+            self.runs.note(job_id, attempt.number, "retry", of=status.attempt, was=status.state, cause=status.cause)
         return self._start(attempt)
 
     def _start(self, attempt: Attempt) -> JobStatus:
@@ -80,17 +87,17 @@ class StoredBackend:
 
     def list(self) -> Sequence[JobStatus]:
         """All jobs of the store that this place runs or ran, newest first."""
-        records = [self.runs.job(job_id) for job_id in self.runs.job_ids()]
+        records = self._of_many(self.runs.job, self.runs.job_ids())
         mine = [record for record in records if record.on == self.on]
         return sorted(self._statuses(mine), key=lambda status: -(status.submitted_at or 0))
 
     def _statuses(self, records: Sequence[JobRecord]) -> Sequence[JobStatus]:
-        attempts = {record.job_id: self._latest(record.job_id) for record in records}
+        job_ids = [record.job_id for record in records]
+        attempts = dict(zip(job_ids, self._of_many(self.runs.latest, job_ids), strict=True))
         alive = {job_id: attempt_id(job_id, a.number) for job_id, a in attempts.items() if a.ended is None}
         seen = self._observe(list(alive.values())) if alive else {}
-        for job_id, name in alive.items():
-            if name not in seen or seen[name].job_status != "RUNNING":
-                attempts[job_id] = self._latest(job_id)  # what it wrote before its place saw it end
+        again = [job_id for job_id, name in alive.items() if name not in seen or seen[name].job_status != "RUNNING"]
+        attempts |= zip(again, self._of_many(self.runs.latest, again), strict=True)  # what it wrote before that
         now = time.time()
         return [_status(record, attempts[record.job_id], seen, now) for record in records]
 
@@ -102,23 +109,22 @@ class StoredBackend:
             away = Seen(message=f"its place does not answer: {error.found or error.asked}")
             return dict.fromkeys(attempt_ids, away)
 
-    def _latest(self, job_id: str) -> AttemptRecord:
-        numbers = self.runs.attempts(job_id)
-        if not numbers:
-            return AttemptRecord(0, time.time(), None, None, None, None)  # its client was killed before the first one
-        return self.runs.attempt(job_id, numbers[-1])
+    def _of_many(self, ask: Callable[[A], B], items: Sequence[A]) -> Sequence[B]:
+        """Each in turn on a disk; on S3, where a round trip is what it costs, many at once."""
+        if self.runs.store.is_local or len(items) < 2:
+            return [ask(item) for item in items]
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="jobs") as pool:
+            return list(pool.map(ask, items))
 
     def logs(self, job_id: str, *, follow: bool = False, attempt: int | None = None) -> Iterator[str]:
         """What it printed, from the store; with `follow` until it has ended."""
         self.runs.job(job_id)
-        shown: set[str] = set()
+        shown: dict[int, dict[str, int]] = {}
         while True:
             ended = not follow or self.status(job_id).ended
             numbers = [attempt] if attempt is not None else self.runs.attempts(job_id)[-1:]
             for number in numbers:
-                for name, text in self.runs.logs(job_id, number, skip=shown):
-                    shown.add(name)
-                    yield text
+                yield from self.runs.logs(job_id, number, shown.setdefault(number, {}))
             if ended:
                 return
             time.sleep(POLL_S)
@@ -131,11 +137,14 @@ class StoredBackend:
         status = self.status(job_id)
         if status.ended and status.state != "lost":
             return status
-        self.runs.ask_to_end(job_id, status.attempt, reason)
+        number = max(status.attempt, 1)
+        if status.attempt == 0:  # its client was killed before it opened one: nothing may start it any more
+            self.runs.open_attempt(job_id, number)
+        self.runs.ask_to_end(job_id, number, reason)
         if status.state == "running":
-            self._await_end(job_id, CLEAN_END_S)
-        self.place.stop(f"{job_id}-a{status.attempt}")
-        self.runs.end(job_id, status.attempt, Ended(time.time(), 1, reason))
+            self._await_end(job_id, CLEAN_END_S if status.kind not in SAVES else SAVED_END_S)
+        self.place.stop(f"{job_id}-a{number}")
+        self.runs.end(job_id, number, Ended(time.time(), 1, reason, "it was lost" if status.state == "lost" else ""))
         return self.status(job_id)
 
     def _await_end(self, job_id: str, timeout_s: float) -> None:
@@ -150,7 +159,7 @@ class StoredBackend:
         while True:
             status = self.status(job_id)
             if status.ended:
-                if status.state not in cluster.retry.on or status.attempt >= cluster.retry.max_attempts:
+                if status.cause not in cluster.retry.on or status.attempt >= cluster.retry.max_attempts:
                     return status
                 status = self.resubmit(job_id)
             waits = status.state in ("submitted", "pending") and status.submitted_at is not None
@@ -176,7 +185,7 @@ def _status(record: JobRecord, attempt: AttemptRecord, seen: Mapping[str, Seen],
         record.job_id, attempt.number, judged.state, judged.why,
         ended.exit_code if ended is not None and ended.reason is None else None, record.kind, record.on,
         attempt.submitted_at, attempt.started_at, ended.at if ended else None, beat.at if beat else None,
-        beat.progress if beat else "",
+        beat.progress if beat else "", judged.cause,
     )  # fmt: skip
 
 

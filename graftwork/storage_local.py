@@ -5,6 +5,8 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,6 +98,16 @@ class LocalFiles:
             _add_files(path, (), found)
         return found
 
+    def ages(self, path: str) -> dict[tuple[str, ...], float]:
+        """Its clock is the time that it gives to a new file: on a share that is the server's, not this machine's."""
+        found: dict[tuple[str, ...], float] = {}
+        with _explained("list", path):
+            if os.path.isdir(path):
+                _add_times(path, (), found)
+                now = _time_of_disk(path)
+                return {name: max(now - written, 0.0) for name, written in found.items()}
+        return found
+
     def delete(self, path: str) -> None:
         """Moved out of sight in one step, then removed: no reader meets half a folder."""
         with _explained("delete", path):
@@ -159,6 +171,26 @@ def _add_files(folder: str, above: tuple[str, ...], found: dict[tuple[str, ...],
                 else:
                     stat = entry.stat()
                     found[*above, entry.name] = f"{stat.st_ino} {_stamp(stat)}"
+
+
+def _add_times(folder: str, above: tuple[str, ...], found: dict[tuple[str, ...], float]) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(TMP_PREFIX):
+                continue
+            with suppress(FileNotFoundError):  # replaced or deleted since it was listed
+                if entry.is_dir():
+                    _add_times(entry.path, (*above, entry.name), found)
+                else:
+                    found[*above, entry.name] = entry.stat().st_mtime
+
+
+def _time_of_disk(folder: str) -> float:
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix=TMP_PREFIX) as new:
+            return os.fstat(new.fileno()).st_mtime
+    except OSError:  # it may be read only
+        return time.time()
 
 
 def _size(entry: os.DirEntry[str]) -> int | None:

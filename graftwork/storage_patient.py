@@ -54,6 +54,9 @@ class Patient:
     def tree(self, path: str) -> dict[tuple[str, ...], str]:
         return self._tried(lambda: self._backend.tree(path))
 
+    def ages(self, path: str) -> dict[tuple[str, ...], float]:
+        return self._tried(lambda: self._backend.ages(path))
+
     def delete(self, path: str) -> None:
         self._tried(lambda: self._backend.delete(path))
 

@@ -4,6 +4,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -103,6 +104,18 @@ class S3Objects:
         return {
             tuple(i["Key"][len(key) + 1 :].split("/")): i["ETag"] for page in pages for i in page.get("Contents", ())
         }
+
+    def ages(self, uri: str) -> dict[tuple[str, ...], float]:
+        """Its clock is the `Date` of its answer, in whole seconds, as `LastModified` is."""
+        bucket, key = _bucket_key(uri)
+        found: dict[tuple[str, ...], float] = {}
+        with _explained("list", uri):
+            for page in self._pages(Bucket=bucket, Prefix=key + "/"):
+                now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+                for item in page.get("Contents", ()):
+                    age = (now - item["LastModified"]).total_seconds()
+                    found[tuple(item["Key"][len(key) + 1 :].split("/"))] = max(age, 0.0)
+        return found
 
     def delete(self, uri: str) -> None:
         bucket, key = _bucket_key(uri)

@@ -1,14 +1,46 @@
 """Jobs for tests: a program of one's own, which needs no Ray inside."""
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from graftwork.cluster.backend import Job
 from graftwork.cluster.command_spec import CommandSpec
+from graftwork.cluster.places.local import LocalPlace
+from graftwork.cluster.run_store import RunStore
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.stored import StoredBackend
+
+TIMEOUT_S = 60.0
 
 
 def command_job(root: str, argv: Sequence[str], *, name: str = "task", **cluster: Any) -> Job:
     """`argv` as a job; `cluster` are keys of the cluster's spec, e.g. limits={"deadline": "2s"}."""
     spec = CommandSpec(name=name, root=root, argv=tuple(argv))
     return Job(name, "command", spec.identity(), root, spec.model_dump(mode="json"), ClusterSpec(**cluster))
+
+
+def python_job(root: str, program: str, *, name: str = "task", **cluster: Any) -> Job:
+    """A program in Python as a job."""
+    return command_job(root, (sys.executable, "-u", "-c", program), name=name, **cluster)
+
+
+def local_backend(root: str) -> StoredBackend:
+    """The local place of a root."""
+    return StoredBackend(LocalPlace(root), root)
+
+
+def printed(root: str, job_id: str) -> str:
+    """What the latest attempt printed, as far as it is stored."""
+    runs = RunStore(root)
+    return "".join(runs.logs(job_id, runs.attempts(job_id)[-1], {}))
+
+
+def until(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
+    """Its first true value."""
+    end = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not within {timeout_s:.0f} s"
+        time.sleep(0.02)
+    return found

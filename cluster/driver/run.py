@@ -2,8 +2,12 @@
 
 It runs on the machine that Ray drives the work from: the head, or this one. The command is a process of its own, so
 that what it does (hang, crash, run out of memory) leaves somebody to say so.
+
+A training run is told first through the store (fence.py) to make a checkpoint of the step it is at and go; then, as any
+other command is at once, by SIGTERM; then by SIGKILL.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -12,20 +16,28 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from graftwork.cluster.driver.output import Output
+from graftwork.cluster.driver.teller import Teller
 from graftwork.cluster.driver.watch import Watch
 from graftwork.cluster.fence import ENVIRONMENT, Fence
-from graftwork.cluster.run_store import HEARTBEAT_S, Ended, Heartbeat, RunStore, StopReason
+from graftwork.cluster.run_store import SAVES, Ended, RunStore, StopReason
 from graftwork.storage import json_bytes
 
-LOOK_S = 0.5
+LOOK_S = 0.1
 PATIENCE_S = 900.0
-GRACE_S = {"user": 3.0, "superseded": 3.0}
-"""How long the command may take to end once it was told; limits leave it the time for a checkpoint."""
-LIMIT_GRACE_S = 120.0
+SAVE_S: Mapping[StopReason | None, float] = {"user": 20.0, "superseded": 5.0}
+LIMIT_SAVE_S = 120.0
+"""How long that may take."""
+TERMINATE_S: Mapping[StopReason | None, float] = {"user": 3.0, "superseded": 3.0}
+LIMIT_TERMINATE_S = 30.0
+"""How long the command may take to end after SIGTERM."""
+CLOSE_S = 60.0
+"""How long the last words may take to reach the store, where another driver may go on."""
 COMMAND = "from graftwork.cli import main; main()"
+OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory", "Cannot allocate memory", "MemoryError")
 
 
 def drive(root: str, job_id: str, number: int, on: str) -> int:
@@ -35,14 +47,13 @@ def drive(root: str, job_id: str, number: int, on: str) -> int:
     if record.ended or record.cancel or runs.attempts(job_id)[-1] != number:
         print(f"{job_id}-a{number} is over: nothing to do", file=sys.stderr)
         return 0
-    start = _take_start(runs, job_id, number)
-    fence = Fence(root, job_id, number, start)
     told = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: told.set())
+    fence = Fence(root, job_id, number, _take_start(runs, job_id, number))
     with tempfile.TemporaryDirectory(prefix="gw-job-") as folder:
         file = Path(folder) / "spec.yaml"
         file.write_bytes(json_bytes(runs.spec(job_id)))
-        return _drive(runs, fence, _command(runs, job_id, file, on), told)
+        return _Drive(runs, fence, _command(runs, job_id, file, on), told).run()
 
 
 def _command(runs: RunStore, job_id: str, file: Path, on: str) -> list[str]:
@@ -53,32 +64,87 @@ def _command(runs: RunStore, job_id: str, file: Path, on: str) -> list[str]:
     return [sys.executable, "-u", "-c", COMMAND, kind, str(file), "--on", on]
 
 
-def _drive(runs: RunStore, fence: Fence, command: list[str], told: threading.Event) -> int:
-    job_id, number = fence.job_id, fence.attempt
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, ENVIRONMENT: fence.dump()},
-    )  # fmt: skip
-    output = Output(runs.store, (*fence.folder, "logs"), fence.start, child)
-    watch = Watch(runs, fence, runs.job(job_id).job(fence.root, {}).cluster)
-    reason: StopReason | None = None
-    ending_at, beat_at = 0.0, 0.0
-    while child.poll() is None:
-        now = time.monotonic()
-        if now >= beat_at:
-            _beat(runs, fence, watch, output)
-            beat_at = now + HEARTBEAT_S
-        if not ending_at and (told.is_set() or (reason := watch.reason()) is not None):
-            child.send_signal(signal.SIGTERM)
-            ending_at = now + GRACE_S.get(reason or "user", LIMIT_GRACE_S)
-        if ending_at and now > ending_at:
-            os.killpg(child.pid, signal.SIGKILL)
-        time.sleep(LOOK_S)
-    output.close()
-    if reason == "superseded" or (told.is_set() and reason is None):
-        return child.returncode  # another driver goes on, or the machine goes away: this is no end of the job
-    runs.end(job_id, number, Ended(time.time(), child.returncode, reason, output.last_error()))
-    return child.returncode
+class _Drive:
+    """One command from its start to its end."""
+
+    def __init__(self, runs: RunStore, fence: Fence, command: list[str], told: threading.Event) -> None:
+        self._runs, self._fence, self._told = runs, fence, told
+        record, quick = runs.job(fence.job_id), RunStore(fence.root)
+        environment = {**os.environ, ENVIRONMENT: fence.dump()}
+        self._child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        self._output = Output(runs.store, (*fence.folder, "logs"), fence.start, self._child)
+        self._watch = Watch(quick, fence, record.job(fence.root, {}).cluster)
+        self._teller = Teller(quick, fence, lambda: self._output.progress, self._watch.usd)
+        self._teller.note("started", host=socket.gethostname(), pid=os.getpid())
+        self._saves = record.kind in SAVES
+        self._reason: StopReason | None = None
+        self._killed = False
+
+    def run(self) -> int:
+        """To its end; its exit code."""
+        while self._child.poll() is None and not self._told.is_set() and self._reason is None:
+            self._reason = self._watch.reason()
+            time.sleep(LOOK_S)
+        if self._child.poll() is None:
+            self._end()
+        self._watch.close()
+        self._kill_group()  # what it left there; whoever left the group is the guard's
+        code = self._child.wait()
+        return self._tell(code if code >= 0 else 128 - code)
+
+    def _end(self) -> None:
+        """Have the command end: by a word in the store, by SIGTERM, by SIGKILL."""
+        if self._reason is None:
+            self._teller.leave()
+        else:
+            self._teller.note("asked-to-end", reason=self._reason)
+            self._pass_on(self._reason)
+        if self._saves and self._output.under_way:
+            self._await(SAVE_S.get(self._reason, LIMIT_SAVE_S))
+        if self._child.poll() is None:
+            self._child.send_signal(signal.SIGTERM)
+            self._await(TERMINATE_S.get(self._reason, LIMIT_TERMINATE_S))
+        if self._child.poll() is None:
+            self._killed = True
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+
+    def _pass_on(self, reason: StopReason) -> None:
+        """Tell the workers of a limit, in a thread: the store may be out of reach."""
+        ask = lambda: self._runs.ask_to_end(self._fence.job_id, self._fence.attempt, reason)  # noqa: E731
+        if reason in ("deadline", "budget"):
+            threading.Thread(target=ask, name="pass-on", daemon=True).start()
+
+    def _await(self, timeout_s: float) -> None:
+        """Until the command has ended, the time is over, or somebody more urgent asks."""
+        end, began_with = time.monotonic() + timeout_s, self._reason
+        while self._child.poll() is None and time.monotonic() < end:
+            self._reason = self._reason or self._watch.reason()
+            if self._reason is not None and (began_with is None or self._told.is_set()):
+                return
+            time.sleep(LOOK_S)
+
+    def _tell(self, code: int) -> int:
+        """How it ended, after everything it printed. Without a reason to stop it and with SIGTERM this is no end of the
+        job: another driver goes on with it."""
+        goes_on = self._reason == "superseded" or (self._told.is_set() and self._reason is None and code != 0)
+        patience_s = CLOSE_S if goes_on else PATIENCE_S
+        self._output.close(patience_s)
+        if not goes_on:
+            memory = code != 0 and not self._reason and (
+                (code == 137 and not self._killed) or self._output.mentions(*OUT_OF_MEMORY)
+            )  # fmt: skip
+            message = self._output.last_error() if code != 0 else ""
+            ended = Ended(time.time(), code, self._reason, message, memory)
+            self._runs.end(self._fence.job_id, self._fence.attempt, ended)
+        self._teller.note("left" if goes_on else "ended", exit_code=code, reason=self._reason)
+        self._teller.close(min(patience_s, CLOSE_S))
+        return code
 
 
 def _take_start(runs: RunStore, job_id: str, number: int) -> int:
@@ -89,8 +155,3 @@ def _take_start(runs: RunStore, job_id: str, number: int) -> int:
     while not runs.store.create_bytes(json_bytes(facts), *folder, f"{start}.json"):
         start += 1
     return start
-
-
-def _beat(runs: RunStore, fence: Fence, watch: Watch, output: Output) -> None:
-    beat = Heartbeat(time.time(), fence.start, socket.gethostname(), os.getpid(), output.progress(), watch.usd())
-    runs.store.write_json(beat.__dict__, *fence.folder, "heartbeat.json")

@@ -1,41 +1,58 @@
-"""Why a driver must end its command: it is asked to, a limit is reached, or another driver has taken its place."""
+"""Why a driver must end its command: a limit is reached, it is asked to, or another driver has taken its place."""
 
+import contextlib
+import threading
 import time
 
 from graftwork.cluster.cost import usd_per_hour
 from graftwork.cluster.fence import Fence
 from graftwork.cluster.run_store import RunStore, StopReason
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.errors import StorageError
 
 ASK_S = 1.0
 
 
 class Watch:
-    """Looks into the store at most once in ASK_S."""
+    """Looks into the store every ASK_S in a thread of its own: limits hold while the store is out of reach."""
 
     def __init__(self, runs: RunStore, fence: Fence, cluster: ClusterSpec) -> None:
         self._runs, self._fence, self._limits = runs, fence, cluster.limits
         self._usd_hour = usd_per_hour(cluster)
-        self._began, self._asked_at = time.monotonic(), 0.0
+        self._began, self._end = time.monotonic(), threading.Event()
+        self._asked: StopReason | None = None
+        threading.Thread(target=self._looking, name="watch", daemon=True).start()
 
     def usd(self) -> float | None:
-        """What the attempt has cost so far."""
-        return None if self._usd_hour is None else self._usd_hour * self._elapsed_s() / 3600
+        """What the attempt has cost since this start."""
+        return None if self._usd_hour is None else self._usd_hour * self.elapsed_s() / 3600
+
+    def elapsed_s(self) -> float:
+        """Since this start."""
+        return time.monotonic() - self._began
 
     def reason(self) -> StopReason | None:
-        """Why to end now; None where nothing says so."""
-        if self._limits.deadline is not None and self._elapsed_s() > self._limits.deadline:
+        """Why to end now; None where nothing says so. Never waits."""
+        if self._asked is not None:
+            return self._asked
+        if self._limits.deadline is not None and self.elapsed_s() > self._limits.deadline:
             return "deadline"
         spent = self.usd()
         if self._limits.budget_usd is not None and spent is not None and spent > self._limits.budget_usd:
             return "budget"
-        if time.monotonic() - self._asked_at < ASK_S:
-            return None
-        self._asked_at = time.monotonic()
+        return None
+
+    def close(self) -> None:
+        """Look no more."""
+        self._end.set()
+
+    def _looking(self) -> None:
+        while self._asked is None and not self._end.is_set():
+            with contextlib.suppress(StorageError):  # an outage: asked again
+                self._asked = self._found()
+            self._end.wait(ASK_S)
+
+    def _found(self) -> StopReason | None:
         if self._fence.overtaken():
             return "superseded"
-        found = self._runs.store.find_bytes(*self._fence.folder, "cancel.json")
-        return self._runs.store.read_json(*self._fence.folder, "cancel.json")["reason"] if found else None
-
-    def _elapsed_s(self) -> float:
-        return time.monotonic() - self._began
+        return self._runs.cancel_reason(self._fence.job_id, self._fence.attempt)

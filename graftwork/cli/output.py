@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from graftwork.cluster.fence import Fence
 from graftwork.errors import GraftworkError
 
 console = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
+
+LINE_S = 5.0
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Sets = Annotated[
@@ -89,7 +93,15 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(label: str, quiet: bool) -> Iterator[Any]:
-    """A bar with count, elapsed time, ETA and a free text; yields `update(done, total, text)`. Silent when `quiet`."""
+    """A bar with count, elapsed time, ETA and a free text; yields `update(done, total, text)`. Silent when `quiet`.
+
+    In a job, whose log nobody sees as a terminal, a line now and then: `jobs status` shows the last one.
+    """
+    if Fence.of_environment() is not None and not quiet:
+        lines = _Lines(label)
+        yield lines.update
+        lines.close()
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),
@@ -106,6 +118,25 @@ def progress_bar(label: str, quiet: bool) -> Iterator[Any]:
             bars.update(task, completed=done, total=total, text=text)
 
         yield update
+
+
+class _Lines:
+    """A line at most every LINE_S, and the last one."""
+
+    def __init__(self, label: str) -> None:
+        self._label, self._line, self._printed, self._next = label, "", "", 0.0
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        """Note how far it is; say so if it is time."""
+        self._line = f"{self._label}: {done} of {total}" + (f", {text}" if text else "")
+        if time.monotonic() >= self._next:
+            self.close()
+
+    def close(self) -> None:
+        """Say how far it came."""
+        if self._line != self._printed:
+            stderr.print(self._line, markup=False, soft_wrap=True)
+            self._printed, self._next = self._line, time.monotonic() + LINE_S
 
 
 def _numeric(text: str) -> bool:

@@ -1,0 +1,140 @@
+"""What the driver of a job does, seen in its store: real processes on the local place."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from graftwork.cluster.driver.output import last_error, whole_chars
+from graftwork.cluster.run_store import RunStore
+from graftwork.errors import ConfigError
+from tests.jobs import local_backend, printed, python_job, until
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    return str(tmp_path / "root")
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    """Leaves a child in a session of its own, writes both pids and waits."""
+    return f"""
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)
+print('step 3 of 9, loss 1.5')
+open({str(tmp_path / "new")!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')
+os.rename({str(tmp_path / "new")!r}, {str(tmp_path / "pids")!r})
+time.sleep(600)
+"""
+
+
+def pids(folder: Path) -> list[int]:
+    until((folder / "pids").exists)
+    return [int(word) for word in (folder / "pids").read_text().split()]
+
+
+def gone(numbers: list[int]) -> bool:
+    return not any(psutil.pid_exists(n) and psutil.Process(n).status() != "zombie" for n in numbers)
+
+
+def driver(root: str, job_id: str) -> int:
+    beat = until(lambda: RunStore(root).latest(job_id).heartbeat)
+    return int(beat.pid)
+
+
+@pytest.mark.parametrize(
+    "data", ["plain", "é", "a€", "😀", "x😀é"], ids=["ascii", "two", "three", "four", "several"]
+)  # fmt: skip
+def test_no_piece_of_a_log_ends_within_a_character(data: str) -> None:
+    whole = data.encode()
+    for cut in range(len(whole) + 1):
+        kept = whole_chars(whole[:cut])
+        assert data.startswith(whole[:kept].decode()), "what is kept is text"
+        assert cut - kept < 4
+    assert whole_chars(b"\xff\xff\xff\xff\xff") > 0, "what is no text is not held back for ever"
+
+
+def test_the_last_error_is_ours_as_a_whole_else_the_last_line() -> None:
+    ours = ConfigError("optim.lr=0", "it is 0\n    twice", "a rate is positive", "raise it")
+    assert last_error(f"noise\n{ours}\nmore noise\n") == str(ours)
+    assert last_error("Traceback (most recent call last):\n  File x\nValueError: no\n\n") == "ValueError: no"
+    assert last_error("") == ""
+
+
+def test_a_job_that_fails_says_why_and_what_it_printed(root: str) -> None:
+    job = python_job(root, "print('one'); print('€' * 10); raise SystemExit('ValueError: no such row')")
+    here = local_backend(root)
+    here.submit(job)
+    ended = here.wait(job.job_id, timeout_s=60)
+    assert (ended.state, ended.exit_code, ended.cause) == ("failed", 1, "failed")
+    assert ended.why == "ValueError: no such row"
+    assert printed(root, job.job_id) == "one\n" + "€" * 10 + "\nValueError: no such row\n"
+    assert [event.what for event in here.runs.events(job.job_id, 1)] == ["started", "ended"]
+
+
+@pytest.mark.long
+def test_killed_for_memory_is_told_from_failed(root: str) -> None:
+    job = python_job(root, "import os; os.kill(os.getpid(), 9)", retry={"max_attempts": 2, "on": ["oom"]})
+    here = local_backend(root)
+    here.submit(job)
+    ended = here.wait(job.job_id, timeout_s=60)
+    assert (ended.attempt, ended.state, ended.exit_code, ended.cause) == (2, "failed", 137, "oom")
+    [retry] = [event for event in here.runs.events(job.job_id, 2) if event.what == "retry"]
+    assert (retry.facts["of"], retry.facts["cause"]) == (1, "oom")
+
+
+@pytest.mark.long
+def test_nothing_of_a_killed_driver_runs_on(root: str, program: str, tmp_path: Path) -> None:
+    job = python_job(root, program)
+    here = local_backend(root)
+    here.submit(job)
+    below = pids(tmp_path)
+    until(lambda: here.status(job.job_id).progress == "step 3 of 9, loss 1.5")
+    os.kill(driver(root, job.job_id), signal.SIGKILL)
+    until(lambda: gone(below), timeout_s=10)
+
+
+def test_a_cancelled_job_leaves_nothing_not_even_what_left_its_group(root: str, program: str, tmp_path: Path) -> None:
+    job = python_job(root, program)
+    here = local_backend(root)
+    here.submit(job)
+    below = pids(tmp_path)
+    began = time.monotonic()
+    assert here.cancel(job.job_id).state == "cancelled"
+    assert gone([*below, driver(root, job.job_id)])
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.long
+def test_a_deadline_stops_a_job_that_does_not_listen(root: str) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf'); time.sleep(600)"
+    job = python_job(root, f"{deaf}", limits={"deadline": 1})
+    here = local_backend(root)
+    here.submit(job)
+    until(lambda: here.runs.cancel_reason(job.job_id, 1) == "deadline")
+    here.cancel(job.job_id)  # does not wait out the half minute that a limit leaves
+    ended = here.status(job.job_id)
+    assert ended.state == "stopped"
+    assert "deadline" in ended.why
+
+
+@pytest.mark.long
+def test_a_driver_whose_machine_goes_is_no_end_of_the_job(root: str, tmp_path: Path) -> None:
+    waits = "import time; print('here'); time.sleep(600)"
+    job = python_job(root, waits, retry={"max_attempts": 1})
+    here = local_backend(root)
+    here.submit(job)
+    until(lambda: here.status(job.job_id).state == "running")
+    os.kill(driver(root, job.job_id), signal.SIGTERM)
+    until(lambda: not here.place.observe([f"{job.job_id}-a1"]))
+    record = here.runs.latest(job.job_id)
+    assert record.ended is None
+    assert record.heartbeat is not None
+    assert record.heartbeat.leaving
+    assert [event.what for event in here.runs.events(job.job_id, 1)] == ["started", "machine-leaves", "left"]
+    assert here.submit(job).state == "running", "its last beat is fresh"
