@@ -190,8 +190,9 @@ class RunStore:
             cancel["reason"] if cancel else None, Ended(**ended) if ended else None, min(heard, default=None), off,
         )  # fmt: skip
 
-    def logs(self, job_id: str, number: int, shown: dict[str, int]) -> Iterator[str]:
+    def logs(self, job_id: str, number: int, shown: dict[str, int] | None = None) -> Iterator[str]:
         """What it printed and is not yet shown, in order. `shown` is how many bytes of each piece are, and is kept."""
+        shown = {} if shown is None else shown
         folder = ("jobs", job_id, f"a{number}", "logs")
         for name, size in sorted(self.store.children(*folder).items()):
             if (size or 0) > shown.get(name, 0):

@@ -34,7 +34,7 @@ def local_backend(root: str) -> StoredBackend:
 def printed(root: str, job_id: str) -> str:
     """What the latest attempt printed, as far as it is stored."""
     runs = RunStore(root)
-    return "".join(runs.logs(job_id, runs.attempts(job_id)[-1], {}))
+    return "".join(runs.logs(job_id, runs.attempts(job_id)[-1]))
 
 
 def until(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:

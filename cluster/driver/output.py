@@ -57,7 +57,7 @@ class Output:
         return any(word.encode() in self._tail for word in words)
 
     def close(self, timeout_s: float) -> None:
-        """Everything it printed is in the store at return, or the time is over. Who holds its pipe for longer is not heard."""
+        """Everything it printed is in the store at return, or the time is over. Who holds its pipe on is left."""
         self._read.join(timeout=READ_S)
         self._ended.set()
         self._write.join(timeout=timeout_s)

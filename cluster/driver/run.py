@@ -34,6 +34,8 @@ LIMIT_SAVE_S = 120.0
 TERMINATE_S: Mapping[StopReason | None, float] = {"user": 3.0, "superseded": 3.0}
 LIMIT_TERMINATE_S = 30.0
 """How long the command may take to end after SIGTERM."""
+LIMIT_GRACE_S = LIMIT_SAVE_S + LIMIT_TERMINATE_S
+"""Longest time from a limit to the end of the command."""
 CLOSE_S = 60.0
 """How long the last words may take to reach the store, where another driver may go on."""
 COMMAND = "from graftwork.cli import main; main()"

@@ -59,12 +59,11 @@ def follow(backend: Backend, root: str, job_id: str, stream: TextIO, *, cancels:
 
 def _follow(backend: Backend, runs: RunStore, job_id: str, stream: TextIO) -> JobStatus:
     waiting = _Waiting(backend, job_id)
-    first, shown = max(runs.attempts(job_id), default=1), set[tuple[int, str]]()
+    first, shown = max(runs.attempts(job_id), default=1), dict[int, dict[str, int]]()
     while True:
         done = waiting.done
         for number in [n for n in runs.attempts(job_id) if n >= first]:
-            for name, text in runs.logs(job_id, number, skip={name for n, name in shown if n == number}):
-                shown.add((number, name))
+            for text in runs.logs(job_id, number, shown.setdefault(number, {})):
                 stream.write(text)
                 stream.flush()
         status = waiting.status(LOOK_S)

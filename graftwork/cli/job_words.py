@@ -45,7 +45,7 @@ def left_behind(runs: RunStore, status: JobStatus) -> list[str]:
     """The lines of its log that name what it made: adapters, reports, the address it serves at."""
     if status.attempt == 0:
         return []
-    text = "".join(piece for _, piece in runs.logs(status.job_id, status.attempt))
+    text = "".join(runs.logs(status.job_id, status.attempt))
     return [line.rstrip() for line in text.splitlines() if LEFT.match(line)]
 
 

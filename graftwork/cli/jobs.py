@@ -100,7 +100,7 @@ def logs(
                           f"its attempts: {', '.join(map(str, known)) or 'none'}")  # fmt: skip
     if tail is not None:
         for number_ in [number or max(known)] if known else []:
-            text = "".join(piece for _, piece in runs.logs(job_id, number_))
+            text = "".join(runs.logs(job_id, number_))
             lines = text.splitlines(keepends=True)
             sys.stdout.write("".join(lines[len(lines) - min(tail, len(lines)) :]))
         sys.stdout.flush()
