@@ -193,11 +193,22 @@ def cpu_dtype(flags: frozenset[str], vendor: str) -> "tuple[torch.dtype, str]":
     """The faster dtype of a CPU with these instruction sets, measured (docs/log.md), and why."""
     import torch
 
+    name, reason = _cpu_dtype_name(flags, vendor)
+    return getattr(torch, name), reason
+
+
+def cpu_value_bytes(quant: QuantSpec) -> int:
+    """Bytes of a value in the dtype of compute on this CPU, as `compute_dtype` decides; without torch, for plans."""
+    name = _cpu_dtype_name(cpu.flags(), cpu.vendor())[0] if quant.dtype == "auto" else quant.dtype
+    return {"float32": 4, "bfloat16": 2, "float16": 2}[name]
+
+
+def _cpu_dtype_name(flags: frozenset[str], vendor: str) -> tuple[str, str]:
     if "amx_bf16" in flags:
-        return torch.bfloat16, "CPU with AMX-BF16"
+        return "bfloat16", "CPU with AMX-BF16"
     if "avx512_bf16" in flags and vendor == "AuthenticAMD":
-        return torch.bfloat16, "AMD CPU with AVX512-BF16"
-    return torch.float32, "a CPU without AMX-BF16 (or AMD's AVX512-BF16), where bfloat16 is 1.2 to 8 times slower"
+        return "bfloat16", "AMD CPU with AVX512-BF16"
+    return "float32", "a CPU without AMX-BF16 (or AMD's AVX512-BF16), where bfloat16 is 1.2 to 8 times slower"
 
 
 def import_bitsandbytes() -> None:

@@ -9,8 +9,6 @@ from typing import Annotated
 
 import typer
 
-from graftwork import artifact, artifact_ancestry
-from graftwork.artifact_listing import Listing
 from graftwork.cli import merging
 from graftwork.cli.output import JsonFlag, gib, print_json, print_table, say
 from graftwork.errors import ArtifactError
@@ -36,6 +34,8 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """Every published version, newest last, with the aliases that point at it."""
+    from graftwork.artifact_listing import Listing
+
     if endpoint is not None:
         return _show_registered(endpoint, token_env, as_json)
     store = Store(root)
@@ -66,6 +66,8 @@ def list_(
 @app.command()
 def show(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
     """The manifest of one version, and its ancestry: what it was trained on from or merged out of, and its base."""
+    from graftwork import artifact, artifact_ancestry
+
     store = Store(root)
     found = artifact.resolve(store, ref)
     family = {**artifact_ancestry.tree(store, found), "base": artifact_ancestry.base(store, found.base_digest)}
@@ -75,6 +77,8 @@ def show(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
 @app.command()
 def verify(ref: Ref, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> None:
     """Read every byte: sha256 of each file, safetensors headers, shapes. Exit 2 lists the problems."""
+    from graftwork import artifact
+
     store = Store(root)
     manifest = artifact.resolve(store, ref)
     problems = artifact.verify(store, manifest.task, manifest.version)
@@ -103,6 +107,8 @@ def promote(
 
     With --endpoint a running endpoint does it: it loads the version before the alias moves, and follows at once.
     """
+    from graftwork import artifact
+
     if endpoint is not None:
         task, _, version = ref.partition("@")
         return _tell(endpoint, token_env, "promote", adapter=f"{task}@{alias}", version=version or None)
@@ -118,6 +124,8 @@ def rollback(
     ref: Ref, root: Root = DEFAULT_ROOT, endpoint: MaybeEndpoint = None, token_env: TokenEnv = ADMIN_TOKEN
 ) -> None:
     """Point TASK@ALIAS at the version before. Again: one further back."""
+    from graftwork import artifact
+
     if endpoint is not None:
         return _tell(endpoint, token_env, "rollback", adapter=ref)
     task, _, alias = ref.partition("@")
@@ -193,6 +201,8 @@ def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
 @app.command("rm")
 def remove(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
     """Delete one version; refused while an alias points at it."""
+    from graftwork import artifact
+
     store = Store(root)
     task, version = artifact.locate(store, ref)  # not opened: a damaged version too can be removed
     artifact.remove(store, task, version)

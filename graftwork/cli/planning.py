@@ -1,4 +1,7 @@
-"""A spec -> a line per stage of what it will take. Rows are read and rendered: sizes are those of the real run."""
+"""A spec -> a line per stage of what it will take. Rows are read and rendered: sizes are those of the real run.
+
+What only some stages need is imported there: a plan is to answer at once.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,14 +31,10 @@ from graftwork.plan import (
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
-from graftwork.study.run import adapter_spec
 from graftwork.study.spec import MeasureSpec, StudySpec
-from graftwork.training.data import prepare
 from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.plan import plan_tuning
 from graftwork.tuning.spec import TuneSpec
-from graftwork.tuning.winner import winner_spec
 
 QUESTION_TOKENS, PASSAGE_TOKENS, ANSWER_TOKENS = 40, 30, 45
 """A comparison's prompts and answers are not rendered for the plan: short questions, one-line passages, small JSON."""
@@ -81,10 +80,16 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
             "vLLM takes engine.gpu_memory_utilization of each GPU; engine.kind=graftwork can be planned",
         )  # fmt: skip
     if isinstance(spec, TrainSpec):
+        from graftwork.training.data import prepare
+
         data = prepare(spec)
         held_out = sizes_of(data.eval) if data.eval is not None else None
         yield plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, placed(spec, machine))
     elif isinstance(spec, TuneSpec):
+        from graftwork.training.data import prepare
+        from graftwork.tuning.plan import plan_tuning
+        from graftwork.tuning.winner import winner_spec
+
         data = prepare(spec.train)
         machine = machine_of(spec.train) if spec.train.gpus_per_worker else machine.at(spec.train.quant)
         assert data.eval is not None, "a sweep's spec demands data.eval"
@@ -114,6 +119,8 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
         yield _serve_and_update(specs, folder, machine)
         yield from _lines(specs.compare, folder, machine)
     elif isinstance(spec, StudySpec):
+        from graftwork.study.run import adapter_spec
+
         for number in range(len(spec.adapters)):
             yield from _lines(adapter_spec(spec, number, folder), folder, machine)
         yield from (_measured(spec, measure, machine.at(spec.quant)) for measure in spec.measures)

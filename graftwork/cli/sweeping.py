@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from graftwork.cli.output import duration, stderr
-from graftwork.report.words import clock
 
 if TYPE_CHECKING:
     from graftwork.tuning.pace import Pace
@@ -96,6 +95,7 @@ class _Board:
 
 def board(label: str, progress: "TuneProgress", since_s: float, rows: int) -> RenderableType:
     """The whole board, at most `rows` trials; `since_s`: since the progress was told."""
+    from graftwork.report.words import clock
     from graftwork.tuning.pace import pace
 
     found = pace(progress)
@@ -121,6 +121,8 @@ def counts(progress: "TuneProgress") -> str:
 
 def left_words(found: "Pace", since_s: float = 0.0) -> str:
     """`about 3:10 left (2:40 to 3:50, n=12)`; n are the trials that it goes by."""
+    from graftwork.report.words import clock
+
     if found.left_s is None:
         return "time left not known yet"
     left = max(found.left_s - since_s, 0.0)
@@ -151,6 +153,7 @@ def _place(trial: "TrialRecord") -> tuple[bool, int, float]:
 
 
 def _table(progress: "TuneProgress", shown: Sequence["TrialRecord"], since_s: float) -> Table:
+    from graftwork.report.words import clock
     from graftwork.tuning.pace import took_s
     from graftwork.tuning.records import named
 

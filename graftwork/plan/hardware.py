@@ -49,7 +49,7 @@ class Machine:
         if self.gpu is None:
             from graftwork import base_model
 
-            return replace(self, value_bytes=base_model.compute_dtype(quant, "cpu")[0].itemsize)
+            return replace(self, value_bytes=base_model.cpu_value_bytes(quant))
         if quant.dtype == "bfloat16" and not self.gpu.has_bf16:
             raise BaseModelError(
                 "quant.dtype=bfloat16", f"{self.gpu.name} is SM {self.gpu.sm}", "bfloat16 needs SM 8.0 or newer",
