@@ -4,34 +4,35 @@ from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 from graftwork.cluster.backend import Attempt, Finding, Job
-from graftwork.cluster.place import Seen
+from graftwork.cluster.place import Place, Seen
 from graftwork.errors import ClusterError
 
 
 class UnheardPlace:
-    """Shows every attempt and nothing of it but that: heartbeat and ends in the store decide. All else raises."""
+    """Shows every attempt and nothing of it but that: heartbeat and ends in the store decide. Nothing can be done."""
 
-    def __init__(self, on: str, error: ClusterError) -> None:
-        self.on, self._error = on, error
+    def __init__(self, on: str, error: ClusterError, known: Place | None = None) -> None:
+        """`known` builds the objects, which needs no answer."""
+        self.on, self._error, self._known = on, error, known
 
     def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
         """All of them, with nothing said."""
         return {name: Seen(message=f"{self.on} does not answer") for name in attempt_ids}
 
     def check(self, job: Job) -> list[Finding]:
-        """Raises the ClusterError of the place, as all below."""
-        self._raise()
+        """Nothing can be checked."""
+        return []
 
     def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
-        """Raises."""
-        self._raise()
+        """As the place itself would make them."""
+        return self._known.objects(attempt) if self._known is not None else []
 
     def current(self, attempt: Attempt) -> list[Mapping[str, Any]]:
-        """Raises."""
-        self._raise()
+        """What is there is not known."""
+        return []
 
     def start(self, attempt: Attempt) -> None:
-        """Raises."""
+        """Raises the ClusterError of the place, as all below."""
         self._raise()
 
     def stop(self, attempt_id: str) -> None:

@@ -10,7 +10,7 @@ from tempfile import gettempdir
 
 import typer
 
-from graftwork.cli import adapters, clusters, configs, experiments, exporting, jobs, rag, stages
+from graftwork.cli import adapters, clusters, configs, experiments, exporting, jobs, k8s, rag, stages
 from graftwork.cli.output import print_error
 from graftwork.errors import GraftworkError, Interrupted
 
@@ -30,6 +30,7 @@ app.add_typer(configs.app, name="config")
 app.add_typer(experiments.app, name="experiment")
 jobs.app.command("export")(exporting.export)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(k8s.app, name="k8s")
 app.add_typer(rag.app, name="rag")
 
 

@@ -28,7 +28,7 @@ def command(
     assert isinstance(spec, CommandSpec)
     how = Launch(on, detach, cluster, deadline, budget, pending)
     if how.elsewhere:
-        return launch(spec, how, as_json)
+        return launch(spec, file, how, as_json)
     if on != "local":
         raise ConfigError(f"--on {on}", "a program is no stage that could run through Ray Client",
                           "local, http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE")  # fmt: skip

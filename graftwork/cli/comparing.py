@@ -39,7 +39,7 @@ def compare(
     assert isinstance(spec, CompareSpec)
     how = Launch(on, detach, cluster, deadline, budget, pending)
     if how.elsewhere:
-        return launch(spec, how, as_json)
+        return launch(spec, file, how, as_json)
     from graftwork.cluster.session import session
     from graftwork.serving.experiment.run import run_compare
 

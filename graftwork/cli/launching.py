@@ -90,13 +90,19 @@ def job_of(spec: Spec, cluster: ClusterSpec) -> Job:
     return Job(str(dump.get("name") or dump["kind"]), str(dump["kind"]), spec.identity(), dump["root"], dump, cluster)
 
 
-def launch(spec: Spec, how: Launch, as_json: bool = False) -> None:
+def launch(spec: Spec, file: Path, how: Launch, as_json: bool = False) -> None:
     """Submit, and unless detached print what it prints to its end; leaves with its exit code."""
     from graftwork.cluster.places import backend_of
 
     cluster = how.cluster_spec()
     job = job_of(spec, cluster)
     backend = backend_of(how.on, job.root, cluster)
+    if not RunStore(job.root).attempts(job.job_id):
+        from graftwork.cli.demands import with_demand
+
+        job, _, notes = with_demand(job, spec, file.parent)
+        for note in notes:
+            stderr.print(f"note: {note.code} {note.found}", markup=False, soft_wrap=True)
     ours, status = started(backend, job, how.on)
     if how.detach:
         if as_json:

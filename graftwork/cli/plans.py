@@ -1,14 +1,35 @@
 """`graftwork plan FILE`: what a stage will take, printed."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graftwork import config
-from graftwork.cli.output import JsonFlag, Sets, SpecFile, duration, gib, print_json, print_table, say
+from graftwork.cli.launching import Budget, Deadline, Launch, Pending
+from graftwork.cli.output import (
+    Cluster,
+    JsonFlag,
+    Sets,
+    SpecFile,
+    duration,
+    gib,
+    print_error,
+    print_json,
+    print_table,
+    say,
+)
+from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from graftwork.plan import StagePlan
+
+Where = Annotated[
+    str | None,
+    typer.Option("--on", metavar="WHERE", help="Plan it as a job there: objects, price and every finding as well."),
+]
 
 GpuName = Annotated[
     str | None, typer.Option("--gpu", metavar="NAME", help="Plan for such GPUs: h100, t4, ..., or a YAML file.")
@@ -25,12 +46,25 @@ def plan(
     gpus: Gpus = None,
     replay: Replay = False,
     sets: Sets = [],  # noqa: B006
+    on: Where = None,
+    cluster: Cluster = None,
+    deadline: Deadline = None,
+    budget: Budget = None,
+    pending: Pending = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Predict memory and time of a stage (or of the whole job) from its spec, before anything starts.
 
-    With --gpu for GPUs that need not be here. The exit code is 2 where a stage does not fit.
+    With --gpu for GPUs that need not be here; with --on as a job of a place, which is asked and left as it is. The exit
+    code is 2 where a stage does not fit or the place would refuse it, 3 where the place does not answer.
     """
+    if on is not None:
+        if gpu or gpus or replay:
+            raise ConfigError("--gpu, --gpus, --replay with --on", "a job is planned for its cluster's machines",
+                              "the cluster's file names them: workers[].gpu_type", "leave one of them out")  # fmt: skip
+        return _plan_job(file, sets, Launch(on, True, cluster, deadline, budget, pending), as_json)
+    if cluster or deadline or budget or pending:
+        raise ConfigError("--cluster, --deadline, --budget, --pending without --on", "they are a job's", "", "add --on")
     from graftwork.cli.planning import plan_spec
     from graftwork.plan.gpus import named_gpu
 
@@ -44,7 +78,25 @@ def plan(
         raise typer.Exit(2)
 
 
-def _show(title: str, rows: "list[StagePlan]") -> None:
+def _plan_job(file: Path, sets: list[str], how: Launch, as_json: bool) -> None:
+    from graftwork.cli.job_plans import plan_job, show_job_plan
+
+    assert how.elsewhere, "a plan with --on is a job's"
+    whole = plan_job(config.load(file, sets), file.parent, how)
+    if as_json:
+        print_json(whole.as_dict())
+    else:
+        if whole.lines:
+            _show(f"plan of {file}", whole.lines)
+        show_job_plan(whole)
+    if whole.unheard is not None:
+        print_error(whole.unheard, as_json)
+        raise typer.Exit(whole.unheard.exit_code)
+    if whole.refused or (how.on == "local" and not all(row.fits for row in whole.lines)):
+        raise typer.Exit(2)
+
+
+def _show(title: str, rows: "Sequence[StagePlan]") -> None:
     print_table(
         title,
         ("stage", "processes", "peak each", "peak in all", "time", "fits"),

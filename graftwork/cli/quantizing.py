@@ -40,7 +40,7 @@ def quantize(
     assert isinstance(spec, QuantizeSpec)
     how = Launch(on, detach, cluster, deadline, budget, pending)
     if how.elsewhere:
-        return launch(spec, how, as_json)
+        return launch(spec, file, how, as_json)
     from graftwork.cluster.session import session
     from graftwork.serving.quantize.run import run_quantize
 

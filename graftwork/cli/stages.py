@@ -66,7 +66,7 @@ def train(
         return run_curve(spec, curve, on, as_json)
     how = Launch(on, detach, cluster, deadline, budget, pending)
     if how.elsewhere:
-        return launch(spec, how, as_json)
+        return launch(spec, file, how, as_json)
     from graftwork.cluster.session import session
     from graftwork.training.run import check, train
 
@@ -118,7 +118,7 @@ def serve(
     assert isinstance(spec, ServeSpec)
     how = Launch(on, detach, cluster, deadline, budget, pending)
     if how.elsewhere:
-        return launch(spec, how, as_json)
+        return launch(spec, file, how, as_json)
     from graftwork.cluster.session import session
     from graftwork.serving.app import deploy
 

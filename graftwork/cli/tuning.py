@@ -48,7 +48,7 @@ def tune(
     assert isinstance(spec, TuneSpec)
     how = Launch(on, detach, cluster, deadline, budget, pending)
     if how.elsewhere:
-        return launch(spec, how, as_json)
+        return launch(spec, file, how, as_json)
     from graftwork.cli.shadowing import check_shadow, place_shadow
     from graftwork.cli.sweeps import say_plan
     from graftwork.cluster.session import session
