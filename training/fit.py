@@ -4,11 +4,12 @@ Ray Train replaces workers that are lost. When it gives up, because no room was 
 this module looks at the cluster and starts it again, with fewer workers where the spec allows, while there is progress.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,29 @@ def _on_workers(
         ),
     )
     _without_idle_helpers(trainer)
-    outcome = trainer.fit().return_value
+    with _left_on_ctrl_c(trainer):
+        outcome = trainer.fit().return_value
     if isinstance(outcome, GraftworkError):
         raise outcome
     assert isinstance(outcome, LoopResult), "rank 0 returns how the loop ended"
     return outcome
+
+
+@contextlib.contextmanager
+def _left_on_ctrl_c(trainer: Any) -> Iterator[None]:
+    """Let Ctrl-C raise, in the main thread; Ray Train's own handler would end the process with exit code 0 (Ray 2.60).
+
+    Its controller is told to give the workers up, for a Ray that outlives the run. It is not waited for: a private Ray
+    goes with all of them, and a job that is stopped has three seconds.
+    """
+    controllers: list[Any] = []
+    trainer._register_sigint_handler = controllers.append
+    try:
+        yield
+    except KeyboardInterrupt:
+        for controller in controllers:
+            controller.abort.remote()
+        raise
 
 
 def _start_timeout_s(spec: TrainSpec) -> float:

@@ -3,8 +3,6 @@
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable
-from concurrent import futures
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +11,7 @@ import yaml
 from graftwork import base_model, base_source, provenance
 from graftwork.base_model import ResolvedBase
 from graftwork.config import canonical_json
-from graftwork.errors import GraftworkError, Interrupted, StorageError, StoreUnreachable
+from graftwork.errors import GraftworkError, Interrupted, StorageError
 from graftwork.storage import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import PreparedData, prepare
@@ -25,21 +23,17 @@ from graftwork.training.outcomes.changes import outcomes_report
 from graftwork.training.outcomes.probes import Probe, probes_of
 from graftwork.training.outcomes.record import missing, read_parts
 from graftwork.training.page import write_page
+from graftwork.training.progress import OnProgress, progress_told
 from graftwork.training.publish import publish, still_there
 from graftwork.training.records import Progress, TrainReport
 from graftwork.training.relatives import notes_on_relatives
 from graftwork.training.settled import settled
 from graftwork.training.spec import TrainSpec
 from graftwork.training.stack import pin_stack
-from graftwork.training.steplog import StepReport, read_steps
+from graftwork.training.steplog import read_steps
 from graftwork.training.strategy_rules import WEIGHTS_SHARDED, check_here, check_rows
 
 __all__ = ["Progress", "TrainReport", "check", "run_paths", "train"]
-
-PROGRESS_S = 0.3
-PACE_STEPS = 20
-"""Steps that the shown pace is measured over."""
-OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,8 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
         _write_status(run, "running")
         _write_facts(run)
         try:
-            result = _fit_watched(run, _job(run), on_progress or (lambda _: None))
+            with progress_told(run.paths, on_progress or (lambda _: None)):
+                result = fit(_job(run))
             report = _published(run, result)
         except KeyboardInterrupt:
             _write_status(run, "interrupted")
@@ -136,7 +131,7 @@ def _told(run: Run, report: TrainReport) -> TrainReport:
     if due:
         whole = run.spec.with_({"strategy": {"kind": "ddp"}})  # each worker holds the whole model
         try:
-            _fit_watched(run, TrainJob(whole, run.data.shared(run.paths.store), run.paths, parts=due), lambda _: None)
+            fit(TrainJob(whole, run.data.shared(run.paths.store), run.paths, parts=due))
         except KeyboardInterrupt:
             raise _interrupted(run) from None
     outcomes = outcomes_report(run.spec, run.probes, read_parts(run.paths)) if run.probes else None
@@ -151,47 +146,6 @@ def _job(run: Run) -> TrainJob:
         () if run.spec.strategy.kind in WEIGHTS_SHARDED else missing(run.paths, [probe.part for probe in run.probes])
     )
     return TrainJob(run.spec, run.data.shared(run.paths.store), run.paths, parts=parts)
-
-
-def _fit_watched(run: Run, job: TrainJob, on_progress: OnProgress) -> LoopResult:
-    """Fit in a thread, so that Ctrl-C reaches this one (Ray would exit 0 on it), and tell progress meanwhile."""
-    pool = futures.ThreadPoolExecutor(1, thread_name_prefix="fit")
-    try:
-        fitting = pool.submit(fit, job)
-        shown = 0
-        while not fitting.done():
-            futures.wait([fitting], timeout=PROGRESS_S)
-            shown = _tell(run, shown, on_progress)
-        return fitting.result()
-    finally:
-        pool.shutdown(wait=False)
-
-
-def _tell(run: Run, shown: int, on_progress: OnProgress) -> int:
-    try:
-        steps = read_steps(replace(run.paths, store=run.paths.store.patient(0)))
-    except StoreUnreachable:
-        return shown  # an outage: the workers wait it out
-    if not steps or steps[-1].step == shown:
-        return shown
-    on_progress(progress_of(steps))
-    return steps[-1].step
-
-
-def progress_of(steps: list[StepReport]) -> Progress:
-    """Progress from the steps noted so far, at least one."""
-    last, recent = steps[-1], steps[-PACE_STEPS:]
-    before = steps[-len(recent) - 1] if len(steps) > len(recent) else None
-    tokens = last.tokens - (before.tokens if before else 0)
-    seconds = last.elapsed_s - (before.elapsed_s if before else 0.0)
-    return Progress(
-        step=last.step,
-        total_steps=last.total_steps,
-        loss=last.loss,
-        tokens_per_s=tokens / max(sum(step.step_s for step in recent), 1e-9),
-        eta_s=(last.total_steps - last.step) * seconds / len(recent),
-        eval_loss=next((step.eval_loss for step in reversed(steps) if step.eval_loss is not None), None),
-    )
 
 
 def _finished(run: Run) -> TrainReport | None:

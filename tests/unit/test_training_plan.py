@@ -10,7 +10,8 @@ from graftwork.storage import RunPaths, Store
 from graftwork.training.batches import step_plan
 from graftwork.training.data import TokenRows, prepare
 from graftwork.training.lock import run_lock
-from graftwork.training.run import progress_of, run_paths
+from graftwork.training.progress import progress_of
+from graftwork.training.run import run_paths
 from graftwork.training.spec import OptimSpec
 from graftwork.training.steplog import StepLog, StepReport, read_steps
 from tests.training import task, write_rows
