@@ -15,13 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from graftwork.serving.api_error import bad_request
 from graftwork.serving.arms import Dump
 from graftwork.serving.backend import Backend
-from graftwork.serving.catalog import Catalog
+from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.openai_types import parse
 from graftwork.serving.request_body import read_body
 from graftwork.storage import NAME_PATTERN
 
 ADMIN = "/v1/admin/"
 ADMIN_PREFIX = f"{ADMIN}adapters"
+ADMIN_CONFIG = f"{ADMIN}config"
 ON_EACH = ("load", "unload", "pin", "unpin", "refresh")
 """Verbs that each replica does for itself."""
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -60,8 +61,8 @@ ADMIN_BODIES: list[type[BaseModel]] = [RegisterRequest, AdapterRequest, PromoteR
 class Admin:
     """One method a route."""
 
-    def __init__(self, catalog: Catalog, backend: Backend) -> None:
-        self._catalog, self._backend = catalog, backend
+    def __init__(self, live: LiveConfig, backend: Backend) -> None:
+        self._live, self._catalog, self._backend = live, live.catalog, backend
 
     def routes(self) -> list[Route]:
         """(path, handler, body) of every POST route."""
@@ -102,6 +103,10 @@ class Admin:
             for adapter in adapters:
                 held[adapter["version"]].append(adapter)
         return _listed([_row(row, held[row["version"]]) for row in registered])
+
+    async def config(self) -> Response:
+        """GET /v1/admin/config: which live config is served, and which was refused, why."""
+        return JSONResponse(self._live.told())
 
     async def _move(self, ref: str, version: str, verb: str, *args: str) -> Response:
         task = ref.partition("@")[0]

@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from graftwork import base_model
 from graftwork.chat import Message
+from graftwork.cluster.kuberay.serve_config import INGRESS_PER_ENGINE
 from graftwork.embedding import EmbedderSpec, resolve_embedder
 from graftwork.errors import ConfigError, RunError
 from graftwork.serving.arms import Sampling, warm
@@ -28,6 +29,7 @@ from graftwork.serving.client import AsyncClient, ChatCall, Client
 from graftwork.serving.embedder import EmbedderReplica
 from graftwork.serving.grammar import check, read_grammar
 from graftwork.serving.ingress import Ingress
+from graftwork.serving.owner import claim, this_driver
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.serve_instance import attentive, quiet, serve_running, start_failure
 from graftwork.serving.source import AdapterSource
@@ -40,9 +42,10 @@ ROUTING_STATS_PERIOD_S = 1.0
 """How often each replica says which adapters it holds."""
 
 
-def build(spec: ServeSpec, *, http: bool = True) -> serve.Application:
+def build(spec: ServeSpec, *, http: bool = True, owner: str | None = None, follows: bool = False) -> serve.Application:
     """The Serve application of an endpoint; without `http`, the engine alone, for calls through its handle.
 
+    owner: the driver that it goes with. follows: what is live comes as `user_config`, and outlives replicas.
     Relative roots are resolved here, in the driver. Raises ConfigError where `token_env` names an empty variable.
     """
     roots = [Store(root).uri for root in spec.adapter_roots]
@@ -53,14 +56,14 @@ def build(spec: ServeSpec, *, http: bool = True) -> serve.Application:
         request_router_config=_routing(spec.engine), health_check_period_s=2, health_check_timeout_s=30,
         graceful_shutdown_timeout_s=spec.graceful_shutdown_timeout_s, graceful_shutdown_wait_loop_s=0.1,
         max_constructor_retry_count=1,
-    ).bind(dump)  # fmt: skip
+    ).bind(dump, owner, follows)  # fmt: skip
     if not http:
         return engine
     embedder = _embedder(spec.embedder) if spec.embedder else None
     return serve.deployment(
-        serve.ingress()(Ingress), name=INGRESS, num_replicas=1, max_ongoing_requests=4 * spec.max_ongoing_requests,
-        ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=spec.graceful_shutdown_timeout_s,
-        graceful_shutdown_wait_loop_s=0.1,
+        serve.ingress()(Ingress), name=INGRESS, num_replicas=1, max_constructor_retry_count=1,
+        max_ongoing_requests=INGRESS_PER_ENGINE * spec.max_ongoing_requests, ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=spec.graceful_shutdown_timeout_s, graceful_shutdown_wait_loop_s=0.1,
     ).bind(dump, engine, keys_of(spec), embedder)  # fmt: skip
 
 
@@ -132,12 +135,13 @@ def deploy(spec: ServeSpec, *, http: bool = True) -> Iterator[Endpoint]:
     start.
     """
     preflight(spec)
-    application = build(spec, http=http)
+    application = build(spec, http=http, owner=this_driver())
     with quiet(), attentive(), serve_running(spec, http=http):
         yield _start(spec, application, http=http)
 
 
 def _start(spec: ServeSpec, application: serve.Application, *, http: bool) -> Endpoint:
+    claim(spec.name)
     try:
         serve.run(application, name=spec.name, route_prefix="/" if http else None)
     except RuntimeError as error:

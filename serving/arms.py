@@ -52,6 +52,8 @@ class Sampling:
     grammar: GrammarText | None = None
     idle_only: bool = False
     """Shadow traffic: computed only while no other request is."""
+    max_prompt_tokens: int | None = None
+    """The endpoint's limit when the request was admitted; a longer prompt is refused."""
 
     def params(self, max_new_tokens: int, index: int) -> SamplingParams:
         """For one of the `n` answers."""

@@ -24,8 +24,12 @@ class Catalog:
 
     def __init__(self, spec: ServeSpec) -> None:
         self.base = base_name(spec.base.uri)
-        self._arms = {f"arm/{arm.name}": arm for arm in spec.arms}
         self._embedder = spec.embedder.model_name if spec.embedder else None
+        self.take(spec)
+
+    def take(self, spec: ServeSpec) -> None:
+        """Answer to these arms from now on."""
+        self._arms = {f"arm/{arm.name}": arm for arm in spec.arms}
 
     def arm(self, model: str) -> ArmSpec:
         """The arm behind a model name. Raises ApiError 404; whether its adapter exists is found out by the replica."""

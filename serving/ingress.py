@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -18,19 +19,19 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 import graftwork
-from graftwork.serving.admin import ADMIN, ADMIN_BODIES, ADMIN_PREFIX, Admin, Route
+from graftwork.serving.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Route
 from graftwork.serving.api_error import ApiError, bad_request, unknown_model
 from graftwork.serving.arms import ArmAnswer, Dump, Question
 from graftwork.serving.auth import Keys, admin_check, user_check
 from graftwork.serving.backend import Backend, ServeBackend
-from graftwork.serving.catalog import Catalog
 from graftwork.serving.experiment.online.experiments import PREFIX as EXPERIMENT
-from graftwork.serving.experiment.online.experiments import SESSION_HEADER, Experiments
+from graftwork.serving.experiment.online.experiments import SESSION_HEADER
 from graftwork.serving.experiment.online.live_request import LiveRequest
 from graftwork.serving.experiment.online.routes import EXPERIMENT_BODIES, EXPERIMENTS, ExperimentRoutes
 from graftwork.serving.experiment.online.status import experiment_families
-from graftwork.serving.limits import RateLimits, caller
+from graftwork.serving.limits import caller
 from graftwork.serving.live import snapshot, total
+from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.live_page import page
 from graftwork.serving.logprobs import TokenLogprob
 from graftwork.serving.metrics_families import CONTENT_TYPE, render
@@ -49,31 +50,34 @@ class Ingress:
     """The Serve deployment that runs the app, in one process: the callers' rates are counted there."""
 
     def __init__(self, spec: Dump, replica: DeploymentHandle, keys: Keys, embedder: DeploymentHandle | None) -> None:
-        self._spec, self._keys = ServeSpec.model_validate(spec), keys
-        self._backend = ServeBackend(replica, self._spec.request_timeout_s, embedder)
+        self._keys, endpoint = keys, ServeSpec.model_validate(spec)
+        self._backend = ServeBackend(replica, endpoint.request_timeout_s, embedder)
+        self._live, self._opened = LiveConfig(endpoint, self._backend), False
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve calls this once, in the replica's process."""
-        return make_app(self._spec, self._backend, self._keys)
+        return make_app(self._live, self._backend, self._keys)
+
+    async def reconfigure(self, user_config: Dump) -> None:
+        """Ray Serve calls this before the first request, and at each change of the Serve config."""
+        if self._opened:
+            return self._live.offer(user_config)
+        await self._live.open(user_config)
+        self._opened = True
 
 
-def make_app(spec: ServeSpec, backend: Backend, keys: Keys) -> FastAPI:
+def make_app(live: LiveConfig, backend: Backend, keys: Keys) -> FastAPI:
     """The app. `keys`: digests of the bearer tokens that /v1 wants; without any it is open (loopback only)."""
-    catalog = Catalog(spec)
     handlers: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
         ApiError: _on_api_error,
         HTTPException: _on_http_error,
         Exception: _on_bug,
     }
-    limits, admin, experiments = (
-        RateLimits(spec.limits),
-        Admin(catalog, backend),
-        Experiments(spec.root, catalog, backend),
-    )
-    surface, experimenting = Surface(catalog, backend, limits, experiments), ExperimentRoutes(experiments)
+    admin, limits, experiments = Admin(live, backend), live.limits, live.experiments
+    surface, experimenting = Surface(live, backend), ExperimentRoutes(experiments)
     app = FastAPI(
         title="graftwork", version=graftwork.__version__, docs_url=None, redoc_url=None, exception_handlers=handlers,
-        lifespan=_with(experiments),
+        lifespan=_with(live),
     )  # fmt: skip
     app.add_middleware(CountedHttp, counts=surface.responses)
     guarded, owned = [Depends(user_check(keys, limits))], [Depends(admin_check(keys))]
@@ -88,7 +92,11 @@ def make_app(spec: ServeSpec, backend: Backend, keys: Keys) -> FastAPI:
         guards = owned if path.startswith(ADMIN) else guarded
         app.add_api_route(path, post, methods=["POST"], dependencies=guards, response_model=None, responses=ERRORS,
                           openapi_extra=body_of(body))  # fmt: skip
-    for path, listing in ((ADMIN_PREFIX, admin.listing), (EXPERIMENTS, experimenting.listing)):
+    for path, listing in (
+        (ADMIN_PREFIX, admin.listing),
+        (ADMIN_CONFIG, admin.config),
+        (EXPERIMENTS, experimenting.listing),
+    ):
         app.add_api_route(path, listing, methods=["GET"], dependencies=owned, response_model=None, responses=ERRORS)
     for path, get in (
         ("/v1/models", surface.models),
@@ -105,15 +113,16 @@ def make_app(spec: ServeSpec, backend: Backend, keys: Keys) -> FastAPI:
     return app
 
 
-def _with(experiments: Experiments) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _with(live: LiveConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """The app's lifespan: experiments that run are gone on with, and their rows are written before the end."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         with suppress(ApiError):  # the store is out of reach: whoever asks an experiment is told, the others are served
-            await experiments.open()
+            await live.experiments.open()
+        live.begin()
         yield
-        await experiments.close()
+        await live.experiments.close()
 
     return lifespan
 
@@ -121,9 +130,9 @@ def _with(experiments: Experiments) -> Callable[[FastAPI], AbstractAsyncContextM
 class Surface:
     """One method a route."""
 
-    def __init__(self, catalog: Catalog, backend: Backend, limits: RateLimits, experiments: Experiments) -> None:
-        self._catalog, self._backend, self._limits = catalog, backend, limits
-        self._experiments = experiments
+    def __init__(self, live: LiveConfig, backend: Backend) -> None:
+        self._backend, self._live = backend, live
+        self._catalog, self._limits, self._experiments = live.catalog, live.limits, live.experiments
         self.responses: Counter[tuple[str, str, str]] = Counter()
         """HTTP responses by route, method and status."""
 
@@ -177,7 +186,7 @@ class Surface:
                 replicas = dict(await self._backend.each("metrics"))
         except (ApiError, TimeoutError):
             replicas = {}
-        own = [*http_families(self.responses), *experiment_families(self._experiments.now())]
+        own = [*http_families(self.responses), *experiment_families(self._experiments.now()), *self._live.families()]
         return Response(render(replicas, own), media_type=CONTENT_TYPE)
 
     async def models(self) -> Response:
@@ -219,7 +228,11 @@ class Surface:
         request_id: str,
         source: Backend | LiveRequest,
     ) -> Response:
-        call = arm.model_dump(mode="json"), asked, request_id, body.sampling().dump()
+        allowed = self._limits.spec
+        if body.n > allowed.max_n:
+            raise bad_request(f"n={body.n}: at most {allowed.max_n} answers are given.", param="n")
+        sampling = replace(body.sampling(), max_prompt_tokens=allowed.max_prompt_tokens)
+        call = arm.model_dump(mode="json"), asked, request_id, sampling.dump()
         headers = {"x-request-id": request_id}
         if isinstance(source, LiveRequest):
             headers["x-graftwork-experiment"] = source.experiment

@@ -35,6 +35,11 @@ class Bucket:
     def __post_init__(self) -> None:
         self.level, self.seen = float(self.per_min), self.clock()
 
+    def change(self, per_min: int) -> None:
+        """Another rate from now on; the same share of a minute's worth is left."""
+        self.wait_s(0)
+        self.level, self.per_min = self.level * per_min / self.per_min, per_min
+
     def wait_s(self, least: float) -> float:
         """Seconds until at least `least` units are there; 0 now."""
         now = self.clock()
@@ -51,6 +56,16 @@ class RateLimits:
     clock: Clock = time.monotonic
     _requests: dict[str, Bucket] = field(default_factory=dict)
     _tokens: dict[str, Bucket] = field(default_factory=dict)
+
+    def take(self, spec: LimitsSpec) -> None:
+        """Other limits from now on. What a caller has used up stays used up."""
+        self.spec = spec
+        for buckets, per_min in ((self._requests, spec.requests_per_min), (self._tokens, spec.tokens_per_min)):
+            if per_min is None:
+                buckets.clear()
+                continue
+            for bucket in buckets.values():
+                bucket.change(per_min)
 
     def admit(self, name: str) -> None:
         """Count one request. Raises ApiError 429 that says when to come again; then it isn't counted."""

@@ -1,6 +1,7 @@
 """One Ray Serve replica: one engine over one base, and the adapters its requests ask for."""
 
 import asyncio
+import logging
 import os
 import resource
 import time
@@ -17,8 +18,8 @@ from ray.serve.exceptions import RayServeException
 
 from graftwork import base_model
 from graftwork.chat import Passage
-from graftwork.errors import RunError
-from graftwork.serving.api_error import as_api_errors, bad_request
+from graftwork.errors import GraftworkError, RunError, StorageError
+from graftwork.serving.api_error import ApiError, as_api_errors, bad_request
 from graftwork.serving.arms import (
     ArmPrompt,
     Dump,
@@ -37,10 +38,12 @@ from graftwork.serving.engine.types import GenerateRequest
 from graftwork.serving.generation import Generation, GrowingAnswer
 from graftwork.serving.grammar import Grammars, read_grammar
 from graftwork.serving.likelihood import collect, continuation_ids
+from graftwork.serving.live_record import kept
 from graftwork.serving.logprobs import LogprobStream
 from graftwork.serving.metrics_families import Family
 from graftwork.serving.metrics_replica import ReplicaMetrics
 from graftwork.serving.open_engine import open_engine
+from graftwork.serving.owner import end_with
 from graftwork.serving.rag.rerank import rerank
 from graftwork.serving.registry import VERBS, Registry
 from graftwork.serving.residency import Pin, Residency
@@ -51,6 +54,7 @@ from graftwork.serving.vocabulary import Vocabulary
 from graftwork.storage import Store
 
 T = TypeVar("T")
+log = logging.getLogger("ray.serve")
 PROMPT_THREADS = 2
 
 
@@ -78,7 +82,10 @@ class _Admitted:
 class EngineReplica:
     """Answers arms. All methods run on the replica's event loop; decoding runs in the engine's own thread."""
 
-    async def __init__(self, spec: Dump) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, spec: Dump, owner: str | None = None, follows: bool = False
+    ) -> None:
+        """owner, follows: see `graftwork.serving.app.build`."""
         self._spec, self._name = ServeSpec.model_validate(spec), _replica_name()
         self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
         base = await self._in_thread(partial(base_model.resolve, self._spec.base))
@@ -98,7 +105,10 @@ class EngineReplica:
             self._metrics.tell_ray()
         self._registry = Registry(self._spec, self._source, self._residency, self._engine)
         self._engine.start()
-        await self._warm_up()
+        await self._warm_up(self._spec)
+        if follows:
+            await self._warm_up_kept()
+        self._owner = asyncio.create_task(end_with(owner, self._spec.name)) if owner else None
         self._ready_at = int(time.time())
 
     async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump | None = None) -> Dump:
@@ -184,6 +194,18 @@ class EngineReplica:
             old, new = await self._residency.refresh(ref)
         return {"adapter": ref, "old": old, "new": new, "swap_ms": (time.perf_counter() - began) * 1000}
 
+    async def prepare(self, arms: Sequence[Dump], adapters: Sequence[str]) -> None:
+        """Read, compile and load what these arms and adapters need, so that no request waits for it.
+
+        Raises ApiError that names what can't be served; what was loaded by then stays until its room is needed.
+        """
+        spec = self._spec.with_({"arms": arms, "adapters": adapters})
+        try:
+            await self._warm_up(spec)
+        except GraftworkError as error:
+            status = 503 if isinstance(error, StorageError) else 400
+            raise ApiError(status, error.text(), code="invalid_config") from error
+
     async def registry(self, verb: str, *args: Any) -> Any:
         """A method of `Registry` by name. Raises ApiError."""
         assert verb in VERBS, f"no verb {verb!r}"
@@ -251,8 +273,6 @@ class EngineReplica:
 
     async def _admit(self, arm: Dump, messages: Question, wanted: Sampling, *, grammar: bool = True) -> _Admitted:
         spec = ArmSpec.model_validate(arm)
-        if wanted.n > self._spec.limits.max_n:
-            raise bad_request(f"n={wanted.n}: at most {self._spec.limits.max_n} answers are given.", param="n")
         with ExitStack() as hold:
             pin = await self._residency.pin(spec.adapter) if spec.adapter else None
             if pin is not None:
@@ -325,15 +345,24 @@ class EngineReplica:
                 arm, messages_of(messages), self._template,
                 max_seq_len=limit, trained=trained, max_new_tokens=wanted.max_new_tokens, passages=passages,
             )  # fmt: skip
-        require_short(prompt, self._spec.limits.max_prompt_tokens)
+        require_short(prompt, wanted.max_prompt_tokens)
         return prompt
 
-    async def _warm_up(self) -> None:
-        for arm in self._spec.arms:
+    async def _warm_up(self, spec: ServeSpec) -> None:
+        for arm in spec.arms:
             await self._in_thread(partial(warm, arm.prompt, arm.retriever))
             await self._in_thread(partial(self._grammar, arm, Sampling()))
-        for ref in dict.fromkeys([*self._spec.adapters, *(arm.adapter for arm in self._spec.arms if arm.adapter)]):
+        for ref in dict.fromkeys([*spec.adapters, *(arm.adapter for arm in spec.arms if arm.adapter)]):
             self._residency.release(await self._residency.pin(ref))
+
+    async def _warm_up_kept(self) -> None:
+        """As the engines beside it are. What can't be loaded now is tried again by the first request for it."""
+        try:
+            spec = await self._in_thread(partial(kept, self._spec))
+            if spec is not None:
+                await self._warm_up(spec)
+        except GraftworkError as error:
+            log.warning("this engine starts without all that the others hold: %s", error)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)

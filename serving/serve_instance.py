@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from graftwork import errors
 from graftwork.errors import ConfigError, GraftworkError, RunError
+from graftwork.serving.owner import is_orphan
 from graftwork.serving.spec import ServeSpec
 
 SHUTDOWN_TIMEOUT_S = 30.0
@@ -99,6 +100,8 @@ def _existing_http(spec: ServeSpec, *, http: bool) -> bool:
         ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
         return False
+    if spec.name in serve.status().applications and is_orphan(spec.name):
+        serve.delete(spec.name)
     if spec.name in serve.status().applications:
         raise ConfigError(f"name={spec.name}", "an application of this name runs on this Ray already", "",
                           "stop it, or give this endpoint another name")  # fmt: skip

@@ -10,6 +10,7 @@ from graftwork.chat import PromptSpec
 from graftwork.config import Spec
 from graftwork.embedding import EmbedderSpec
 from graftwork.retrieval import RetrieverSpec
+from graftwork.serving.experiment.online.spec import ExperimentSpec
 from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 
 
@@ -146,6 +147,8 @@ class ServeSpec(Spec):
     """Loaded at start; others of the store load when first asked for."""
     arms: tuple[ArmSpec, ...] = ()
     """Answered under the model name `arm/NAME`."""
+    experiments: tuple[ExperimentSpec, ...] = ()
+    """Started with the endpoint; on a cluster, other weights in a changed file move them as `experiment ramp` does."""
     embedder: EmbedderSpec | None = None
     """Model behind /v1/embeddings, in a process of its own; null answers 404 there."""
     engine: EngineSpec = EngineSpec()
@@ -207,6 +210,9 @@ class ServeSpec(Spec):
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
             raise ValueError(f"arms: names must differ, found {names}")
+        running = [experiment.name for experiment in self.experiments]
+        if len(set(running)) != len(running):
+            raise ValueError(f"experiments: names must differ, found {running}")
         limit = self.engine.max_seq_len
         for arm in self.arms:
             if arm.max_new_tokens is not None and arm.max_new_tokens >= limit:

@@ -16,6 +16,7 @@ from graftwork.serving.arms import Dump, Question
 from graftwork.serving.auth import Keys
 from graftwork.serving.embedder import EmbedderReplica
 from graftwork.serving.ingress import make_app
+from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ServeSpec
 from tests.ports import free_port
@@ -61,7 +62,9 @@ async def local_backend(spec: ServeSpec) -> LocalBackend:
 async def local_client(spec: ServeSpec, keys: Keys | None = None) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the app itself, on the caller's own loop, without a socket."""
     backend = await local_backend(spec)
-    transport = httpx.ASGITransport(make_app(spec, backend, keys or Keys()), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(
+        make_app(LiveConfig(spec, backend), backend, keys or Keys()), raise_app_exceptions=False
+    )
     try:
         async with (
             asyncio.timeout(60),
@@ -82,7 +85,7 @@ def local_endpoint(spec: ServeSpec, token: str | None = None) -> Iterator[str]:
         nonlocal server
         backend = await local_backend(spec)
         keys = Keys({"someone": hashlib.sha256(token.encode()).hexdigest()}) if token else Keys()
-        app = make_app(spec, backend, keys)
+        app = make_app(LiveConfig(spec, backend), backend, keys)
         server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
         serving = asyncio.create_task(server.serve())
         while not server.started and not serving.done():

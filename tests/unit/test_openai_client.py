@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 from graftwork.chat import Message, Template, render
 from graftwork.serving.auth import Keys
 from graftwork.serving.ingress import make_app
+from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ServeSpec
 from tests import engines
@@ -38,7 +39,8 @@ class World:
         self._runner = asyncio.Runner()
         self._replica = EngineReplica.__new__(EngineReplica)
         self._runner.run(self._replica.__init__(spec.model_dump(mode="json")))  # type: ignore[misc]
-        self._app = make_app(spec, LocalBackend(self._replica), Keys())
+        backend = LocalBackend(self._replica)
+        self._app = make_app(LiveConfig(spec, backend), backend, Keys())
 
     def play(self, act: Callable[[AsyncOpenAI], Awaitable[Any]]) -> Any:
         """Runs `act` with a client."""

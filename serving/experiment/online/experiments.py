@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwork import config
@@ -95,6 +95,29 @@ class Experiments:
         live = self._take_up(record)
         live.tell("start", {**weights_detail(record.weights), "spec": spec.model_dump(mode="json")})
         return live
+
+    async def check(self, specs: Sequence[ExperimentSpec], catalog: Catalog) -> None:
+        """Whether `declare` could take them, with the arms that the catalog will have. Raises ApiError."""
+        await self.open()
+        for spec in specs:
+            _require_measurable(spec)
+            for arm in spec.arms:
+                catalog.arm(arm.asked_as)
+            old = self._by_name.get(spec.name)
+            if old is not None and old.record.status in ("running", "killed"):
+                _require_identity(old.record, spec)
+
+    async def declare(self, spec: ExperimentSpec, was: ExperimentSpec | None) -> None:
+        """Have it run, with its weights where they differ from what was declared before; else a ramp by hand stays.
+
+        One that was stopped stays so. Raises ApiError.
+        """
+        await self.open()
+        old = self._by_name.get(spec.name)
+        if old is None or (old.record.status not in ("running", "killed") and _changed(old.record, spec)):
+            await self.start(spec.model_dump(mode="json"))
+        elif old.record.status in ("running", "killed") and spec.weights != (was or old.record.spec).weights:
+            await self.ramp(spec.name, spec.weights)
 
     async def ramp(self, name: str, weights: dict[str, float]) -> LiveExperiment:
         """New weights from now on."""
@@ -225,14 +248,24 @@ def _require_measurable(spec: ExperimentSpec) -> None:
                               code="invalid_experiment")  # fmt: skip
 
 
-def _require_same(running: ExperimentRecord, spec: ExperimentSpec) -> None:
-    """Raises ApiError 409 where the spec is not what runs under its name."""
+def _changed(running: ExperimentRecord, spec: ExperimentSpec) -> list[str]:
+    """Keys of its identity that differ."""
     was, now = identity_of(running.spec), identity_of(spec)
-    changed = sorted(key for key in was if canonical_json(was[key]) != canonical_json(now[key]))
+    return sorted(key for key in was if canonical_json(was[key]) != canonical_json(now[key]))
+
+
+def _require_identity(running: ExperimentRecord, spec: ExperimentSpec) -> None:
+    """Raises ApiError 409 where the spec is another experiment than what runs under its name."""
+    changed = _changed(running, spec)
     if changed:
         raise ApiError(409, f"{running.id} runs, and this spec changes {', '.join(changed)}: what was seen so far "
                        "belongs to the old one. Stop it, or start the changed one under a new name.",
                        code="experiment_changed", param=changed[0])  # fmt: skip
+
+
+def _require_same(running: ExperimentRecord, spec: ExperimentSpec) -> None:
+    """As `_require_identity`, and with the weights that it runs with."""
+    _require_identity(running, spec)
     if running.weights != spec.weights and not running.cuts and running.spec.weights != spec.weights:
         raise ApiError(409, f"{running.id} runs with other weights {running.weights}: weights change by `ramp` alone.",
                        code="experiment_changed", param="arms")  # fmt: skip

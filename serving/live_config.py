@@ -1,0 +1,144 @@
+"""What an endpoint answers to, and how it changes while it serves: arms, adapters kept ready, limits, experiments.
+
+A new config is checked and made ready in every engine first; then the ingress takes it, in one step between two
+requests. A request keeps what it was admitted with. What is refused changes nothing, and is said by
+GET /v1/admin/config and the metric `live_config_refused`.
+
+Ray Serve ends a replica whose `reconfigure` raises, so a wrong config must never come back to it as an error (Ray 2.60,
+serve/_private/deployment_state.py).
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from graftwork.config import canonical_json
+from graftwork.errors import ConfigError
+from graftwork.serving.api_error import ApiError, as_api_errors
+from graftwork.serving.arms import Dump
+from graftwork.serving.backend import Backend
+from graftwork.serving.catalog import Catalog
+from graftwork.serving.experiment.online.experiments import Experiments
+from graftwork.serving.limits import RateLimits
+from graftwork.serving.live_record import keep, kept, live_of, with_live
+from graftwork.serving.metrics_families import Family
+from graftwork.serving.spec import ServeSpec
+
+log = logging.getLogger("ray.serve")
+RETRY_S = 1.0
+"""A store or an engine that can't answer now is asked again, until another config comes."""
+
+
+class LiveConfig:
+    """One for an endpoint, in its ingress. All methods run on the ingress' event loop."""
+
+    def __init__(self, spec: ServeSpec, backend: Backend) -> None:
+        self._spec, self._backend = spec, backend
+        self.catalog, self.limits = Catalog(spec), RateLimits(spec.limits)
+        self.experiments = Experiments(spec.root, self.catalog, backend)
+        self._wanted: Mapping[str, Any] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._taken_at: float | None = None
+        self._taken = 0
+        self._refused: Dump | None = None
+
+    async def open(self, tree: Mapping[str, Any]) -> None:
+        """The first config that Serve gives. An ingress in another one's place begins with what that one took last.
+
+        Raises ApiError where the config is wrong and there is none to fall back on.
+        """
+        with as_api_errors():
+            found = await asyncio.to_thread(kept, self._spec)
+        if found is None:
+            return await self._persist(tree)
+        self._flip(found)
+        if live_of(found) != tree:
+            self.offer(tree)
+
+    def offer(self, tree: Mapping[str, Any]) -> None:
+        """A changed config. Returns at once; of several that come meanwhile the last one counts."""
+        self._wanted = tree
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._follow())
+
+    def begin(self) -> None:
+        """Start the experiments of an endpoint whose spec never changes."""
+        if self._spec.experiments:
+            self.offer(live_of(self._spec))
+
+    def told(self) -> Dump:
+        """Plain data: which config is taken, and which was refused, why."""
+        changing = self._task is not None and not self._task.done()
+        return {"config": _digest(live_of(self._spec)), "taken_at": self._taken_at, "taken": self._taken,
+                "changing": changing, "refused": self._refused}  # fmt: skip
+
+    def families(self) -> list[Family]:
+        """For GET /metrics."""
+        refused = 1.0 if self._refused else 0.0
+        return [
+            Family("gauge", "live_config_refused", "1 while the newest live config is not the one that is served.",
+                   (), [((), refused)]),
+            Family("counter", "live_config_changes", "Live configs taken.", (), [((), float(self._taken))]),
+        ]  # fmt: skip
+
+    async def _follow(self) -> None:
+        while self._wanted is not None:
+            tree, self._wanted = self._wanted, None
+            try:
+                await self._persist(tree)
+            except ApiError as error:
+                log.warning("live config %s is refused, the one before stays: %s", _digest(tree), error)
+
+    async def _persist(self, tree: Mapping[str, Any]) -> None:
+        """Take it, however long the store or the engines can't answer; ends early where another one comes."""
+        while True:
+            try:
+                await self._take(tree)
+            except ApiError as error:
+                waits = error.status >= 500
+                self._refused = {"config": _digest(tree), "why": str(error), "code": error.code, "waits": waits}
+                if not waits:
+                    raise
+            else:
+                self._refused = None
+                return
+            await asyncio.sleep(RETRY_S)
+            if self._wanted is not None:
+                return
+
+    async def _take(self, tree: Mapping[str, Any]) -> None:
+        """Raises ApiError; then everything is as it was."""
+        before, spec = self._spec, self._checked(tree)
+        await self.experiments.check(spec.experiments, Catalog(spec))
+        arms = [arm.model_dump(mode="json") for arm in spec.arms]
+        await self._backend.each("prepare", arms, list(spec.adapters))
+        self._flip(spec)
+        try:
+            for experiment in spec.experiments:
+                was = next((one for one in before.experiments if one.name == experiment.name), None)
+                await self.experiments.declare(experiment, was)
+        except ApiError:
+            self._flip(before)
+            raise
+        with as_api_errors():
+            await asyncio.to_thread(keep, spec)
+        self._taken, self._taken_at = self._taken + 1, time.time()
+
+    def _flip(self, spec: ServeSpec) -> None:
+        """No `await` here: between two requests."""
+        self._spec = spec
+        self.catalog.take(spec)
+        self.limits.take(spec.limits)
+
+    def _checked(self, tree: Mapping[str, Any]) -> ServeSpec:
+        try:
+            return with_live(self._spec, tree)
+        except ConfigError as error:
+            raise ApiError(400, error.text(), code="invalid_config") from None
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(dict(tree)).encode()).hexdigest()[:10]
