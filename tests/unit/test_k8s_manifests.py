@@ -128,3 +128,23 @@ def test_dashboards_are_those_of_their_source() -> None:
         text = (K8S / f"overlays/monitoring/dashboards/{name}.json").read_text(encoding="utf-8")
         assert text == source["text_of"](name), "run k8s/overlays/monitoring/build_dashboards.py"
         assert json.loads(text)["panels"]
+
+
+def test_policies_and_scrapes_select_the_pods_that_are_built() -> None:
+    """Labels and port names of the manifests are those of `cluster/kuberay`."""
+    from graftwork.cluster.kuberay.labels import pod_labels
+    from graftwork.cluster.kuberay.pods import HEAD_PORTS, SERVE_PORT, PodFacts, head_template
+    from graftwork.cluster.spec import ClusterSpec
+
+    labels = pod_labels(ClusterSpec(), "name", "name-0123456789", "serve")
+    facts = PodFacts(ClusterSpec(), labels, "s3://bucket/prefix", None, serves=True)
+    operators = {"ray.io/node-type": "head", "ray.io/cluster": "made-by-the-operator"}
+    pod = {**head_template(facts, autoscales=True)["metadata"]["labels"], **operators}
+    [autoscaler] = [f for f in of_kind("base", "NetworkPolicy") if f["metadata"]["name"] == "autoscaler-to-api"]
+    assert autoscaler["spec"]["podSelector"]["matchLabels"].items() <= pod.items()
+    monitors = {found["metadata"]["name"]: found["spec"] for found in of_kind("overlays/monitoring", "PodMonitor")}
+    assert monitors["graftwork-endpoints"]["selector"]["matchLabels"].items() <= pod.items()
+    ports = {name for name, _ in (*HEAD_PORTS, SERVE_PORT)}
+    for name in ("graftwork-endpoints", "graftwork-ray"):
+        assert {end["port"] for end in monitors[name]["podMetricsEndpoints"]} <= ports
+    assert set(monitors["graftwork-ray"]["podTargetLabels"]) <= set(pod)
