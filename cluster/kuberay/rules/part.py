@@ -1,0 +1,74 @@
+"""The RayCluster within an object, as the rules read it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graftwork.cluster.kuberay.findings import dig, listed, mapping
+
+AUTOSCALER_V2_ENV = "RAY_enable_autoscaler_v2"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tolerates any shape: what a schema refuses is told by it, and not again here."""
+
+    kind: str
+    """Of the object that it lies in."""
+    where: str
+    spec: Mapping[str, Any]
+    annotations: Mapping[str, Any]
+    """Of the object."""
+
+    @property
+    def head(self) -> Mapping[str, Any]:
+        return mapping(self.spec.get("headGroupSpec"))
+
+    @property
+    def groups(self) -> list[Mapping[str, Any]]:
+        return listed(self.spec.get("workerGroupSpecs"))
+
+    @property
+    def autoscales(self) -> bool:
+        return self.spec.get("enableInTreeAutoscaling") is True
+
+    @property
+    def autoscaler_v2(self) -> bool:
+        return str(dig(self.spec, "autoscalerOptions", "version")) == "v2"
+
+    @property
+    def head_env(self) -> dict[str, Any]:
+        """Values of the head's variables, None for those taken from elsewhere."""
+        return env_of(first_container(self.head))
+
+    def named(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Head and groups, each with its path."""
+        yield f"{self.where}.headGroupSpec", self.head
+        for index, group in enumerate(self.groups):
+            yield f"{self.where}.workerGroupSpecs[{index}]", group
+
+    def pods(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Pod specs of head and groups, each with its path."""
+        for where, group in self.named():
+            yield f"{where}.template.spec", mapping(dig(group, "template", "spec"))
+
+
+def containers(pod: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The containers of a pod that run beside each other; KubeRay starts Ray in the first."""
+    return listed(pod.get("containers"))
+
+
+def first_container(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The one that Ray runs in; empty where there is none."""
+    return next(iter(containers(mapping(dig(group, "template", "spec")))), {})
+
+
+def env_of(container: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables by name; None for a value that comes from elsewhere."""
+    return {str(entry.get("name")): entry.get("value") for entry in listed(container.get("env"))}
+
+
+def version_of(text: Any) -> tuple[int, ...] | None:
+    """`2.60.0` as numbers; None for what is no version."""
+    words = str(text).removeprefix("v").split("+")[0].split("-")[0].split(".")
+    return tuple(int(word) for word in words) if len(words) >= 2 and all(word.isdigit() for word in words) else None

@@ -1,0 +1,93 @@
+"""The head's state outside of the head: Redis or RocksDB, told by gcsFaultToleranceOptions and nowhere else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from graftwork.cluster.kuberay.findings import Found, dig, listed, mapping, refuse, warn
+from graftwork.cluster.kuberay.rules.part import Part, first_container
+
+OPTIONS = "gcsFaultToleranceOptions"
+FT_ANNOTATION, NAMESPACE_ANNOTATION = "ray.io/ft-enabled", "ray.io/external-storage-namespace"
+ROCKSDB_VOLUME, ROCKSDB_PATH = "gcs-storage", "/data/gcs"
+ROCKSDB_ENV = ("RAY_gcs_storage", "RAY_gcs_storage_path")
+REDIS_FIELDS = ("redisAddress", "redisUsername", "redisPassword", "externalStorageNamespace")
+
+
+def said_in_one_place(part: Part) -> Found:
+    where, options = f"{part.where}.{OPTIONS}", part.spec.get(OPTIONS)
+    params, env = mapping(part.head.get("rayStartParams")), part.head_env
+    if options is None:
+        if "RAY_REDIS_ADDRESS" in env and str(part.annotations.get(FT_ANNOTATION)).lower() != "true":
+            yield refuse(
+                "REDIS-UNSAID",
+                f"{part.where}.headGroupSpec",
+                "RAY_REDIS_ADDRESS is set",
+                f"a head with a Redis is told by {OPTIONS}",
+                "gcs: {backend: redis, redis_address: ...}",
+            )
+        return
+    if part.annotations.get(FT_ANNOTATION):
+        yield refuse("REDIS-TWICE", where, f"the annotation {FT_ANNOTATION} is set too", "one of the two")
+    if part.annotations.get(NAMESPACE_ANNOTATION):
+        yield refuse("REDIS-TWICE", where, f"the annotation {NAMESPACE_ANNOTATION} is set too",
+                     "externalStorageNamespace says it")  # fmt: skip
+    if params.get("redis-password"):
+        yield refuse("REDIS-PASSWORD", f"{part.where}.headGroupSpec.rayStartParams.redis-password", "a password",
+                     "redisPassword says it, by a Secret", "gcs.redis_secret")  # fmt: skip
+    for name in ("REDIS_PASSWORD", "RAY_REDIS_ADDRESS"):
+        if name in env:
+            yield refuse("REDIS-TWICE", f"{part.where}.headGroupSpec", f"the head has {name}", f"{OPTIONS} says it")
+
+
+def no_user_name_by_the_way(part: Part) -> Found:
+    if mapping(part.head.get("rayStartParams")).get("redis-username") or "REDIS_USERNAME" in part.head_env:
+        yield refuse("REDIS-USERNAME", f"{part.where}.headGroupSpec", "a Redis user in parameters or environment",
+                     "redisUsername says it")  # fmt: skip
+
+
+def backend_has_its_own_fields(part: Part) -> Found:
+    options = part.spec.get(OPTIONS)
+    if not isinstance(options, Mapping):
+        return
+    where = f"{part.where}.{OPTIONS}"
+    if options.get("backend") != "rocksdb":
+        if options.get("storage") is not None:
+            yield refuse("REDIS-STORAGE", f"{where}.storage", "with backend redis", "storage is RocksDB's")
+        return
+    yield warn(
+        "GATE-ROCKSDB",
+        where,
+        "backend rocksdb",
+        "the operator's gate GCSFaultToleranceEmbeddedStorage is off by default",
+        "start the operator with --feature-gates=GCSFaultToleranceEmbeddedStorage=true",
+    )
+    for field in REDIS_FIELDS:
+        if options.get(field):
+            yield refuse("ROCKSDB-REDIS", f"{where}.{field}", "with backend rocksdb", "the field is Redis's")
+    storage = mapping(options.get("storage"))
+    beside = [field for field in ("size", "storageClassName", "accessModes") if storage.get(field)]
+    if storage.get("claimName") and beside:
+        yield refuse("ROCKSDB-CLAIM", f"{where}.storage", f"claimName with {', '.join(beside)}",
+                     "a claim that is there has its size and class already")  # fmt: skip
+    yield from _managed(part)
+
+
+def password_is_a_secrets(part: Part) -> Found:
+    if dig(part.spec, OPTIONS, "redisPassword", "value"):
+        yield refuse("REDIS-PASSWORD", f"{part.where}.{OPTIONS}.redisPassword.value", "a value",
+                     "a password comes from a Secret", "gcs.redis_secret")  # fmt: skip
+
+
+def _managed(part: Part) -> Found:
+    head: Mapping[str, Any] = first_container(part.head)
+    mounts = listed(head.get("volumeMounts"))
+    volumes = listed(dig(part.head, "template", "spec", "volumes"))
+    taken = [name for name in ROCKSDB_ENV if name in part.head_env]
+    taken += [ROCKSDB_PATH for mount in mounts if mount.get("mountPath") == ROCKSDB_PATH]
+    taken += [ROCKSDB_VOLUME for volume in [*mounts, *volumes] if volume.get("name") == ROCKSDB_VOLUME]
+    if taken:
+        yield refuse("ROCKSDB-MANAGED", f"{part.where}.headGroupSpec", ", ".join(dict.fromkeys(taken)),
+                     "the operator sets these itself")  # fmt: skip
+
+
+SURVIVAL_RULES = (said_in_one_place, no_user_name_by_the_way, backend_has_its_own_fields, password_is_a_secrets)

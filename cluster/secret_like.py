@@ -1,0 +1,66 @@
+"""What looks like a secret: by its name, or by itself. Says why, and never what."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_NAME = re.compile(
+    r"(^|[_.-])(secret|token|password|passwd|passphrase|credentials?|api[_-]?key|access[_-]?key([_-]?id)?"
+    r"|private[_-]?key|secret[_-]?key|auth[_-]?key)([_.-]|$)",
+    re.IGNORECASE,
+)
+_REFERENCE = re.compile(r"([_.-](file|path|env|name|secret|mode|url|id|ttl|limit|type)|_IN|_DIR)$", re.IGNORECASE)
+"""A name that ends so tells where a secret is, or something of it, and not what it is."""
+_PLAIN = re.compile(r"(|true|false|yes|no|on|off|none|null|[0-9.]+|disabled)", re.IGNORECASE)
+_VALUES = {
+    "an access key of AWS": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a token of Hugging Face": r"\bhf_[A-Za-z0-9]{20,}",
+    "a token of GitHub": r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})",
+    "an API key": r"\b(sk|pk|rk)-[A-Za-z0-9_-]{20,}",
+    "a key of Google": r"\bAIza[0-9A-Za-z_-]{35}",
+    "a token of Slack": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
+    "a signed token": r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a password in a URL": r"://[^\s/:@]+:[^\s/@]+@",
+    "a password among arguments": r"(?i)--?(password|passwd|token|secret|api[-_]key)[= ]\S+",
+    "a bearer token": r"(?i)\bbearer\s+[A-Za-z0-9._~+/-]{16,}",
+}
+_KNOWN = {what: re.compile(pattern) for what, pattern in _VALUES.items()}
+_AWS_SECRET = re.compile(r"(?<![A-Za-z0-9/+])(?=[A-Za-z0-9/+]*[A-Z])(?=[A-Za-z0-9/+]*[a-z])(?=[A-Za-z0-9/+]*[0-9])"
+                         r"[A-Za-z0-9+]{10}[A-Za-z0-9/+]{30}(?![A-Za-z0-9/+=])")  # fmt: skip
+"""40 characters of base64 with small and capital letters and digits: no digest and no path looks so."""
+ENVIRONMENTS = frozenset({"env", "env_vars", "environment"})
+
+
+def why_secret(name: str, value: str) -> str | None:
+    """Why a variable's value is taken for a secret; None where it is not."""
+    if _PLAIN.fullmatch(value):
+        return None
+    if _NAME.search(name) and not _REFERENCE.search(name):
+        return "its name is a secret's"
+    return why_secret_text(value)
+
+
+def why_secret_text(text: str) -> str | None:
+    """Why a text is taken to hold a secret; None where it is not."""
+    found = next((what for what, pattern in _KNOWN.items() if pattern.search(text)), None)
+    if found is None and _AWS_SECRET.search(text):
+        found = "a secret key of AWS"
+    return None if found is None else f"it looks like {found}"
+
+
+def secrets_in(tree: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Path and reason of all texts in a spec that look like secrets; names count among environments alone."""
+    if isinstance(tree, str):
+        why = why_secret_text(tree)
+        if why is not None:
+            yield where, why
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            path = f"{where}.{key}" if where else str(key)
+            named = where.rpartition(".")[2] in ENVIRONMENTS and isinstance(value, str)
+            why = why_secret(str(key), value) if named else None
+            yield from [(path, why)] if why is not None else secrets_in(value, path)
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from secrets_in(value, f"{where}[{index}]")
