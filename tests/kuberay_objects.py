@@ -1,8 +1,12 @@
 """Specs and jobs for the tests of KubeRay's objects."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from graftwork.cluster.backend import Attempt, Demand, Job
+from graftwork.cluster.kuberay.rayjob import build_rayjob
+from graftwork.cluster.kuberay.rayservice import build_rayservice
 from graftwork.cluster.spec import ClusterSpec
 
 IMAGE = "registry.example/graftwork@sha256:" + "0" * 63 + "1"
@@ -27,3 +31,34 @@ def job(spec: ClusterSpec, *, kind: str = "train", name: str = "airport", demand
 
 def attempt(spec: ClusterSpec, **parts: Any) -> Attempt:
     return Attempt(job(spec, **parts), 1)
+
+
+GONE: Any = object()
+"""As a value in `changed`: the field is taken out."""
+
+
+def rayjob(**changes: Any) -> dict[str, Any]:
+    return build_rayjob(attempt(cluster(**changes)), "team-a", f"{ROOT}/wheels/graftwork.whl")
+
+
+def rayservice(**changes: Any) -> dict[str, Any]:
+    config = {"applications": [{"name": "graftwork", "import_path": "graftwork.serving.app:build"}]}
+    return build_rayservice(job(cluster(**changes), kind="serve"), "team-a", config)
+
+
+def changed(made: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with values at dotted paths, list indices among them, replaced. `|` parts keys with dots."""
+    copy: dict[str, Any] = json.loads(json.dumps(made))
+    for path, given in changes.items():
+        value = given if given is GONE else json.loads(json.dumps(given))
+        *way, last = path.split("|" if "|" in path else ".")
+        inner: Any = copy
+        for step in way:
+            inner = inner[int(step)] if isinstance(inner, list) else inner.setdefault(step, {})
+        if value is GONE:
+            del inner[last]
+        elif isinstance(inner, list):
+            inner[int(last)] = value
+        else:
+            inner[last] = value
+    return copy

@@ -9,7 +9,7 @@ from graftwork.cluster.kuberay.rules.part import AUTOSCALER_V2_ENV, Part, contai
 
 RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
-PRIORITY_SINCE = (2, 56, 0)
+PRIORITY_SINCE = (2, 56)
 _LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 

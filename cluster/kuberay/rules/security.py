@@ -6,7 +6,7 @@ from typing import Any
 from graftwork.cluster.kuberay.findings import Found, dig, mapping, refuse, warn
 from graftwork.cluster.kuberay.rules.part import Part, containers, version_of
 
-TOKEN_SINCE, K8S_TOKEN_SINCE = (2, 52, 0), (2, 55, 0)
+TOKEN_SINCE, K8S_TOKEN_SINCE = (2, 52), (2, 55)
 
 
 def a_token_opens_it(part: Part) -> Found:
