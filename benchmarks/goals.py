@@ -73,5 +73,9 @@ GOALS = (
     Goal("asha", "grid_within_noise", "the same: winner within the deviation over seeds, of runs", "at least", 0.8),
     Goal("search", "tpe_upper", "TPE: best of 8 trials, above the best of all, to random's; upper end", "at most", 1.0),
     Goal("search", "gp_upper", "the same of the Gaussian process", "at most", 1.0),
+    Goal("plan_cold", "plan", "plan of a training spec, start of the process to its end, s", "at most", 2.0),
+    Goal("plan_cold", "import_cli", "import of the command line, s", "at most", 0.3),
+    Goal("plan_cold", "help", "graftwork --help, s", "at most", 0.5),
+    Goal("plan_cold", "jobs_1000", "state of 1,000 jobs of a store on a disk, s", "at most", 2.0),
     Goal("search", "bohb_upper", "the same of BOHB's search", "at most", 1.0),
 )  # fmt: skip

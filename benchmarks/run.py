@@ -20,6 +20,7 @@ from benchmarks.table import rows, shown
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = (
     "start",
+    "plan_cold",
     "engine_decode",
     "adapter_load",
     "swap_stall",

@@ -11,6 +11,7 @@ from tempfile import gettempdir
 import typer
 
 from graftwork.cli import adapters, clusters, configs, experiments, exporting, jobs, k8s, rag, stages
+from graftwork.cli.doctor import doctor
 from graftwork.cli.output import print_error
 from graftwork.errors import GraftworkError, Interrupted
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 stages.register(app)
+app.command()(doctor)
 app.command()(adapters.swap)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(clusters.app, name="cluster")

@@ -1,11 +1,16 @@
-"""`graftwork --help` and `config check` answer before a person wonders: they import neither torch nor ray."""
+"""What people wait for answers before they wonder: it imports neither torch nor ray, nor what one place alone needs."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from graftwork.cluster.backend import Job
+from graftwork.cluster.run_store import RunStore
+
 ROOT = Path(__file__).parents[2]
-NAMES = ("torch", "ray", "transformers", "peft", "trl", "datasets", "s3fs", "pandas", "scipy")
+NAMES = ("torch", "ray", "transformers", "peft", "trl", "datasets", "s3fs", "pandas", "scipy", "kubernetes")
 HEAVY = f"[m for m in {NAMES} if m in sys.modules]"
 
 
@@ -28,3 +33,16 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_config_check_imports_nothing_heavy() -> None:
     assert "HEAVY []" in heavy_after("config", "check", "examples/train-airport-card.yaml")
+
+
+@pytest.mark.parametrize("verb", [("ls",), ("status", "cards"), ("logs", "cards")], ids=lambda verb: verb[0])
+def test_jobs_of_a_disk_import_nothing_heavy(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    job = Job("cards", "command", "a" * 64, str(tmp_path), {"argv": ["true"]})
+    runs = RunStore(job.root)
+    runs.record(job, "local")
+    runs.open_attempt(job.job_id, 1)
+    assert "HEAVY []" in heavy_after("jobs", *verb, "--root", job.root)
+
+
+def test_a_plan_of_training_imports_nothing_heavy() -> None:
+    assert "HEAVY []" in heavy_after("plan", "examples/train-airport-card.yaml")

@@ -1,0 +1,105 @@
+"""What doctor and plan say of a place: exit codes, codes of findings, and the mend of each."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from graftwork.cli import app
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.surroundings import surroundings, tried
+from graftwork.errors import GraftworkError
+
+
+def cli(*argv: str) -> Result:
+    return CliRunner().invoke(app, list(argv))
+
+
+def code_of(done: Result) -> int:
+    return done.exception.exit_code if isinstance(done.exception, GraftworkError) else done.exit_code
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text('kind: command\nname: hello\nargv: ["true"]\n')
+    return str(file)
+
+
+def test_a_sound_machine_has_no_findings(spec: str) -> None:
+    done = cli("doctor", "--json")
+    told = json.loads(done.stdout)
+    assert done.exit_code == 0, told
+    assert told["unheard"] is None
+    assert set(told["versions"]) == {"graftwork", "python", "ray", "torch", "kubernetes"}
+
+
+def test_a_place_that_does_not_answer_is_3_and_the_rest_is_told(spec: str) -> None:
+    done = cli("doctor", "--on", "http://127.0.0.1:9", "--root", "file:///proc/nowhere", "--json")
+    assert done.exit_code == 3
+    told = json.loads(done.stdout)
+    assert [one["code"] for one in told["findings"]] == ["E-STORE"]
+    assert "127.0.0.1:9" in told["unheard"]
+
+
+@pytest.mark.parametrize(
+    "on", ["k8s:", "k8s:ctx", "k8s:ctx/", "http:/x", "http://h:99999", "htps://h:1", "nowhere", ""]
+)
+@pytest.mark.parametrize("verb", ["doctor", "plan"])
+def test_an_address_that_is_none_is_2_and_names_the_forms(spec: str, on: str, verb: str) -> None:
+    done = cli(verb, *([spec] if verb == "plan" else []), "--on", on)
+    assert code_of(done) == 2
+    assert isinstance(done.exception, GraftworkError)
+    said = str(done.exception)
+    assert f"--on {on}" in said
+    assert "k8s:CONTEXT/NAMESPACE" in said or "http(s)://HOST:PORT" in said
+
+
+def test_a_plan_without_its_place_tells_what_it_can(spec: str, tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("kind: cluster\nprices: {cpu_hour: 0.5}\nlimits: {deadline: 2h}\n")
+    done = cli("plan", spec, "--on", "http://127.0.0.1:9", "--json")
+    assert done.exit_code == 3
+    told = json.loads(done.stdout)
+    assert (told["cpus"], told["usd_per_hour"], told["most_usd"]) == (12.0, 6.0, 12.0)
+    assert told["findings"] == []
+
+
+def test_a_typo_and_a_wrong_kind_of_cluster_file_are_told(spec: str, tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("kind: cluster\nstorag: {uri: s3://b}\n")
+    done = cli("plan", spec, "--on", "local")
+    assert code_of(done) == 2
+    assert "did you mean 'storage'?" in str(done.exception)
+    done = cli("plan", spec, "--on", "local", "--cluster", spec)
+    assert code_of(done) == 2
+    assert "kind='command'" in str(done.exception)
+
+
+def test_what_is_lacking_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for key in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
+        monkeypatch.delenv(key, raising=False)
+
+    def codes(on: str, root: str, **cluster: object) -> list[str]:
+        found = list(surroundings(on, root, ClusterSpec.model_validate(cluster)))
+        assert all(one.next_move for one in found)
+        return [one.code for one in found]
+
+    assert codes("http://10.0.0.1:8265", "/r") == ["W-NO-TOKEN"]
+    assert codes("http://127.0.0.1:8265", "/r") == []
+    assert codes("http://127.0.0.1:8265", "/r", ray_version="2.1.0") == ["W-RAY-VERSION"]
+    assert codes("k8s:a/b", "/r") == ["E-ROOT-NOT-SHARED"]
+    assert codes("k8s:a/b", "s3://b/x") == ["W-NO-S3-CREDENTIALS"]
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    assert codes("http://10.0.0.1:8265", "/r") == ["E-TOKEN-FILE"]
+    token = tmp_path / "token"
+    token.write_text("x")
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    assert codes("http://10.0.0.1:8265", "/r") == ["W-TOKEN-FILE-OPEN"]
+
+
+def test_the_probe_leaves_nothing(tmp_path: Path) -> None:
+    assert list(tried(str(tmp_path))) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
