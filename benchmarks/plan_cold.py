@@ -80,10 +80,12 @@ def main() -> None:
         for command in commands.values():
             took(*command)  # compiles, converts the base, probes the machine's speed
         found = [{name: took(*command) for name, command in commands.items()} for _ in range(args.rounds)]
-    figures = {
-        name: figure([one[name] for one in found], "s") for name in commands if name not in ("bare", "import_cli")
-    }
-    figures["import_cli"] = figure([one["import_cli"] - one["bare"] for one in found], "s")
+    figures = {}
+    for column, prefix in enumerate(("", "cpu_")):
+        for name in ("import_cli", "help", "plan", "plan_on", "jobs_1000"):
+            less = [one["bare"][column] if name == "import_cli" else 0.0 for one in found]
+            own = [one[name][column] - bare for one, bare in zip(found, less, strict=True)]
+            figures[prefix + name] = figure(own, "s")
     write("plan_cold", args.out, figures, found, {"rounds": args.rounds, "jobs": JOBS, "spec": SPEC}, clock)
 
 
