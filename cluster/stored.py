@@ -50,17 +50,19 @@ class StoredBackend:
         """Start the job, or find it. Raises PreflightError before anything is written; ConfigError in another place."""
         started = self.runs.attempts(job.job_id)
         if started:
+            self._require_here(self.runs.job(job.job_id))
             found = self.status(job.job_id)
             if found.state != "submitted" and not (found.state == "lost" and found.started_at is None):
                 return found  # else its client was killed before the place had it
         else:
             refuse(job, self.place.check(job))
-            self.runs.record(job, self.on)
+            self._require_here(self.runs.record(job, self.on))
             self.runs.open_attempt(job.job_id, 1)
         return self._start(attempt_of(self.runs, job.job_id, max(started, default=1)))
 
     def resubmit(self, job_id: str) -> JobStatus:
         """Start the next attempt of a job that has ended."""
+        self._require_here(self.runs.job(job_id))
         status = self.status(job_id)
         if not status.ended:
             raise ConfigError(
@@ -73,6 +75,14 @@ class StoredBackend:
         if self.runs.open_attempt(job_id, attempt.number):
             self.runs.note(job_id, attempt.number, "retry", of=status.attempt, was=status.state, cause=status.cause)
         return self._start(attempt)
+
+    def _require_here(self, record: JobRecord) -> None:
+        """A job stays in its place: another one could not see whether it runs there."""
+        if record.on != self.on:
+            raise ConfigError(
+                f"job {record.job_id} --on {self.on}", f"it was submitted --on {record.on}",
+                "a job runs in one place", f"--on {record.on}, another name, or another root",
+            )  # fmt: skip
 
     def _start(self, attempt: Attempt) -> JobStatus:
         self.place.start(attempt)
