@@ -38,6 +38,8 @@ LIMIT_GRACE_S = LIMIT_SAVE_S + LIMIT_TERMINATE_S
 """Longest time from a limit to the end of the command."""
 CLOSE_S = 60.0
 """How long the last words may take to reach the store, where another driver may go on."""
+NOT_FOUND = 127
+"""What a shell says of a program that is not there."""
 COMMAND = "from graftwork.cli import main; main()"
 OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory", "Cannot allocate memory", "MemoryError")
 
@@ -55,7 +57,12 @@ def drive(root: str, job_id: str, number: int, on: str) -> int:
     with tempfile.TemporaryDirectory(prefix="gw-job-") as folder:
         file = Path(folder) / "spec.yaml"
         file.write_bytes(json_bytes(runs.spec(job_id)))
-        return _Drive(runs, fence, _command(runs, job_id, file, on), told).run()
+        command = _command(runs, job_id, file, on)
+        try:
+            return _Drive(runs, fence, command, told).run()
+        except _CannotStart as error:
+            runs.end(job_id, number, Ended(time.time(), NOT_FOUND, None, str(error)))
+            return NOT_FOUND
 
 
 def _command(runs: RunStore, job_id: str, file: Path, on: str) -> list[str]:
@@ -66,6 +73,10 @@ def _command(runs: RunStore, job_id: str, file: Path, on: str) -> list[str]:
     return [sys.executable, "-u", "-c", COMMAND, kind, str(file), "--on", on]
 
 
+class _CannotStart(Exception):
+    """There is no such program, or its arguments are too long."""
+
+
 class _Drive:
     """One command from its start to its end."""
 
@@ -73,10 +84,13 @@ class _Drive:
         self._runs, self._fence, self._told = runs, fence, told
         record, quick = runs.job(fence.job_id), RunStore(fence.root)
         environment = {**os.environ, ENVIRONMENT: fence.dump()}
-        self._child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
+        try:
+            self._child = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
+            raise _CannotStart(f"{command[0]} does not start: {error}") from error
         self._output = Output(runs.store, (*fence.folder, "logs"), fence.start, self._child)
         self._watch = Watch(quick, fence, record.job(fence.root, {}).cluster)
         self._teller = Teller(quick, fence, lambda: self._output.progress, self._watch.usd)

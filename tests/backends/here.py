@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ class Ground:
     back: Callable[[], None] = lambda: None
     secrets: Mapping[str, str] = field(default_factory=dict)
     """What clients know and nothing may show, by its name."""
+
+
+def timeless(status: JobStatus) -> JobStatus:
+    """Without the times that are told by the age of a file, which differ by milliseconds from one look to the next."""
+    return replace(status, submitted_at=None, started_at=None)
 
 
 @dataclass(frozen=True)

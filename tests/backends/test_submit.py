@@ -11,9 +11,11 @@ import pytest
 
 from graftwork.cluster.backend import JobStatus
 from graftwork.errors import ConfigError
-from tests.backends.here import Here
+from tests.backends.here import Here, timeless
 
 ORDER = ("submitted", "queued", "pending", "running", "succeeded")
+CLOCK_S = 0.1
+"""A store tells how old its files are: by its own clock, in its own grain."""
 WORDS = ("two words", "it's", '"quoted"', "Ünïcode ✓ 漢", "line\nbreak", "$HOME", "`id`", "$(id)", "a;b && c | d > e",
          "*", "~", "\\n", "", "--on", "-c", "%s {x}")  # fmt: skip
 
@@ -28,7 +30,8 @@ def test_a_job_runs_to_its_end(here: Here) -> None:
     assert status.submitted_at is not None
     assert status.started_at is not None
     assert status.ended_at is not None
-    assert before <= status.submitted_at <= status.started_at <= status.ended_at <= time.time()
+    times = [before - CLOCK_S, status.submitted_at, status.started_at, status.ended_at, time.time() + CLOCK_S]
+    assert times == sorted(times)
     assert here.log(job.job_id) == "hello\n"
     here.nothing_left(job.job_id)
 
@@ -37,7 +40,8 @@ def test_a_job_that_runs_is_found_by_who_submits_it_again(here: Here) -> None:
     job = here.waiting()
     first = here.start(job)
     again = here.backend.submit(job)
-    assert (again.attempt, again.state, again.started_at) == (1, "running", first.started_at)
+    assert (again.attempt, again.state) == (1, "running")
+    assert again.started_at == pytest.approx(first.started_at, abs=1)
     here.let_go()
     assert here.end(job.job_id).state == "succeeded"
     assert here.log(job.job_id).count("at work") == 1
@@ -46,7 +50,7 @@ def test_a_job_that_runs_is_found_by_who_submits_it_again(here: Here) -> None:
 def test_a_job_that_has_ended_is_found_by_who_submits_it_again(here: Here) -> None:
     job = here.python("print('once')")
     ended = here.run(job)
-    assert here.backend.submit(job) == ended
+    assert timeless(here.backend.submit(job)) == timeless(ended)
     assert here.runs.attempts(job.job_id) == [1]
     assert here.log(job.job_id) == "once\n"
 
@@ -142,8 +146,10 @@ def test_a_job_that_was_recorded_without_an_attempt_is_started_by_the_next(here:
 
 
 def test_an_unknown_job_is_named_with_where_to_look(here: Here) -> None:
-    verbs: list[Callable[[str], object]] = [here.backend.status, here.backend.cancel, here.backend.wait, here.backend.resubmit,
-             lambda name: list(here.backend.logs(name))]  # fmt: skip
+    backend = here.backend
+    verbs: list[Callable[[str], object]] = [
+        backend.status, backend.cancel, backend.wait, backend.resubmit, lambda name: list(backend.logs(name)),
+    ]  # fmt: skip
     for verb in verbs:
         with pytest.raises(ConfigError, match="no such job") as caught:
             verb("nobody-0123456789")
