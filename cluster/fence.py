@@ -47,25 +47,25 @@ class Fence:
         """As it travels in the environment."""
         return json.dumps(asdict(self))
 
-    def overtaken(self) -> bool:
+    def overtaken(self, patience_s: float = 0.0) -> bool:
         """Whether another one was started since: then nothing may be committed any more."""
-        store = Store(self.root)
+        store = Store(self.root, patience_s)
         later_attempt = ("jobs", self.job_id, "attempts", f"{self.attempt + 1}.json")
         later_start = (*self.folder, "starts", f"{self.start + 1}.json")
         return any(store.find_bytes(*key) is not None for key in (later_attempt, later_start))
 
-    def require(self) -> None:
+    def require(self, patience_s: float = 0.0) -> None:
         """Raise Overtaken where another one was started: asked before anything is committed."""
-        if self.overtaken():
+        if self.overtaken(patience_s):
             raise Overtaken(
                 f"job {self.job_id}, attempt {self.attempt}, start {self.start}", "a later one has taken over",
                 "one attempt at a time commits", f"graftwork jobs status {self.job_id} --root {self.root}",
             )  # fmt: skip
 
-    def word(self) -> Word | None:
+    def word(self, patience_s: float = 0.0) -> Word | None:
         """Why to end now; None while nothing says so."""
-        store = Store(self.root)
-        if self.overtaken():
+        store = Store(self.root, patience_s)
+        if self.overtaken(patience_s):
             return "overtaken"
         if store.find_bytes(*self.folder, "cancel.json") is not None:
             return "cancel"
@@ -77,7 +77,7 @@ class Lookout:
     """Looks into the store in a thread of its own, so that training never waits for it. Ends with its process."""
 
     def __init__(self, fence: Fence) -> None:
-        self._fence, self._end = fence, threading.Event()
+        self.fence, self._end = fence, threading.Event()
         self.word: Word | None = None
         threading.Thread(target=self._looking, name="lookout", daemon=True).start()
 
@@ -88,5 +88,5 @@ class Lookout:
     def _looking(self) -> None:
         while self.word is None and not self._end.is_set():
             with contextlib.suppress(StorageError):  # an outage: nothing can be committed in it either
-                self.word = self._fence.word()
+                self.word = self.fence.word()
             self._end.wait(LOOK_S)

@@ -12,6 +12,7 @@ import yaml
 from graftwork.cluster.backend import Attempt, Finding, Job, JobPlan, JobStatus, attempt_id
 from graftwork.cluster.cost import most_usd, predicted_usd
 from graftwork.cluster.place import Place, Seen
+from graftwork.cluster.probe import probe_store
 from graftwork.cluster.run_store import SAVES, AttemptRecord, Ended, JobRecord, RunStore, StopReason, attempt_of
 from graftwork.cluster.spec import quantity
 from graftwork.cluster.state import judge
@@ -34,8 +35,9 @@ class StoredBackend:
         self.place, self.runs, self.on = place, RunStore(root), place.on
 
     def plan(self, job: Job) -> JobPlan:
-        """What `submit` would do. Writes nothing."""
-        number = max(self.runs.attempts(job.job_id), default=0)
+        """What `submit` would do. Writes nothing that stays."""
+        store = probe_store(self.runs.store.uri)
+        number = 0 if store else max(self.runs.attempts(job.job_id), default=0)
         attempt = Attempt(job, number or 1)
         objects, gpu_hours = tuple(self.place.objects(attempt)), None
         if job.demand.seconds is not None:
@@ -43,7 +45,7 @@ class StoredBackend:
         return JobPlan(
             job.job_id, attempt.number, number > 0, _cpus(job), _gpus(job), _memory(job), gpu_hours,
             predicted_usd(job), most_usd(job.cluster), objects, _diff(self.place.current(attempt), objects),
-            tuple(self.place.check(job)),
+            (*store, *self.place.check(job)),
         )  # fmt: skip
 
     def submit(self, job: Job) -> JobStatus:
@@ -55,7 +57,7 @@ class StoredBackend:
             if found.state != "submitted" and not (found.state == "lost" and found.started_at is None):
                 return found  # else its client was killed before the place had it
         else:
-            refuse(job, self.place.check(job))
+            refuse(job, [*probe_store(self.runs.store.uri), *self.place.check(job)])
             self._require_here(self.runs.record(job, self.on))
             self.runs.open_attempt(job.job_id, 1)
         return self._start(attempt_of(self.runs, job.job_id, max(started, default=1)))

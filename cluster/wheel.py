@@ -1,6 +1,7 @@
 """This code as a wheel whose name says its content: the same sources give the same bytes on every machine."""
 
 import base64
+import functools
 import hashlib
 import io
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import graftwork
 from graftwork.cluster.shipping import copy_package
+from graftwork.storage import Store
 
 DIST = "graftwork"
+CODE = "code"
+"""Folder of the wheels in a run store."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The earliest time that a zip can hold: the build's time is no content."""
 
@@ -29,6 +33,23 @@ def build_wheel() -> tuple[str, bytes]:
     files[f"{info}/entry_points.txt"] = b"[console_scripts]\ngraftwork = graftwork.cli:main\n"
     files[f"{info}/RECORD"] = _record(files, info)
     return f"{DIST}-{version}-py3-none-any.whl", zipped(files)
+
+
+def wheel_uri(store: Store) -> str:
+    """Where the wheel of this code lies, or would: `<root>/code/<name>`."""
+    return store.path(CODE, _built()[0])
+
+
+def publish_wheel(store: Store) -> str:
+    """Put the wheel of this code there, once: its name says its content. Its URI. Raises StorageError."""
+    name, wheel = _built()
+    store.create_bytes(wheel, CODE, name)
+    return store.path(CODE, name)
+
+
+@functools.cache
+def _built() -> tuple[str, bytes]:
+    return build_wheel()
 
 
 def content_digest(files: Mapping[str, bytes]) -> str:

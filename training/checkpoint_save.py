@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TypeVar
 
+from graftwork.cluster.fence import Fence, Overtaken
 from graftwork.errors import GraftworkError, RunError, StorageError
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints, surplus
 from graftwork.training.checkpoint_files import FileSum, Shapes, faults_of_weights
@@ -32,13 +33,20 @@ class Saver:
     """Makes checkpoints whole in the background, one at a time. Every rank has one and calls it alike."""
 
     def __init__(
-        self, checkpoints: Checkpoints, keep: CheckpointSpec, trained: Shapes, log: StepLog, *, sends: bool
+        self,
+        checkpoints: Checkpoints,
+        keep: CheckpointSpec,
+        trained: Shapes,
+        log: StepLog,
+        fence: Fence | None = None,
+        *,
+        sends: bool,
     ) -> None:
         """Collective. `trained`: shapes that each checkpoint holds. `sends`: this rank sends its machine's files."""
         import torch.distributed as dist
 
         self._checkpoints, self._keep, self._trained, self._log = checkpoints, keep, trained, log
-        self._sends = sends
+        self._sends, self._fence = sends, fence
         self._rank, world = rank_and_world()
         patience = timedelta(seconds=keep.outage_s + SEND_S)
         self._group = dist.new_group(backend="gloo", timeout=patience) if world > 1 else None
@@ -47,7 +55,8 @@ class Saver:
         self._pending: Future[None] | None = None
 
     def save(self, mark: CheckpointMark) -> None:
-        """Take over files that every rank has written. Waits for the checkpoint before. Raises CheckpointLost."""
+        """Take over files that every rank has written. Waits for the checkpoint before. Raises CheckpointLost, and
+        Overtaken where another attempt of the job is at work."""
         self.wait()
         self._pending = self._pool.submit(self._bring, mark)
 
@@ -82,6 +91,8 @@ class Saver:
 
     def _commit(self, mark: CheckpointMark) -> None:
         if self._rank == 0:
+            if self._fence is not None:
+                self._fence.require(self._keep.outage_s)
             if not self._checkpoints.run.store.is_local:
                 self._log.flush(mark.step)
             self._checkpoints.commit(mark)
@@ -91,7 +102,9 @@ class Saver:
             if self._rank == 0:
                 self._checkpoints.drop(step)
 
-    def _lost(self, step: int, cause: GraftworkError) -> CheckpointLost:
+    def _lost(self, step: int, cause: GraftworkError) -> GraftworkError:
+        if isinstance(cause, Overtaken):
+            return cause
         last = max((known for known in self._marks if known < step), default=None)
         kept = f"the checkpoint of step {last} is the last whole one" if last else "there is no whole checkpoint"
         return CheckpointLost(

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from graftwork.errors import ConfigError, GraftworkError, RunError, StoreUnreachable
+from graftwork.cluster.fence import Lookout, Overtaken
+from graftwork.errors import ConfigError, GraftworkError, Interrupted, RunError, StoreUnreachable
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_save import CheckpointLost
 from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
@@ -29,7 +30,7 @@ START_TIMEOUT_S = 120
 """For all workers to be placed and alive; Ray's default of 60 s is short for a busy machine of two cores."""
 NOTICE_S = 2
 """Between two looks of Ray Train for nodes that are about to be taken away (default 5)."""
-ON_ALL_RANKS = (NonFiniteLoss, BadReward, CheckpointLost, ConfigError, StoreUnreachable)
+ON_ALL_RANKS = (NonFiniteLoss, BadReward, CheckpointLost, Overtaken, ConfigError, StoreUnreachable)
 """Errors that every worker meets at the same step: returned, since another try would meet them again."""
 
 
@@ -37,7 +38,8 @@ def fit(job: TrainJob) -> LoopResult:
     """Run the job on `spec.num_workers` Ray Train workers and wait for its end.
 
     Raises ClusterError when the workers don't fit the cluster, also later for `recovery.deadline_s`; NonFiniteLoss,
-    CheckpointLost, ConfigError as the loop does; RunError naming what killed the workers.
+    CheckpointLost, Overtaken, ConfigError as the loop does; Interrupted where the job that it is was asked to end;
+    RunError naming what killed the workers.
     """
     from ray import train
 
@@ -48,6 +50,7 @@ def fit(job: TrainJob) -> LoopResult:
             result = _attempt(job, workers)
             if not result.left:
                 return result
+            _require_wanted(job)
         except train.TrainingFailedError as error:
             lost = error
         progress = _reached(job) > reached
@@ -56,6 +59,13 @@ def fit(job: TrainJob) -> LoopResult:
         if progress:
             reached, since = _reached(job), time.monotonic()
         workers = workers_soon(job.spec, since + job.spec.recovery.deadline_s)
+
+
+def _require_wanted(job: TrainJob) -> None:
+    """Workers left with a checkpoint: because a machine goes, which others replace, or because the job is to end."""
+    word = job.fence.word(job.spec.checkpoints.outage_s) if job.fence is not None else None
+    if word is not None:
+        raise Interrupted(f"training {job.spec.name}", f"it was asked to end ({word})", "", "")
 
 
 def fit_trial(job: TrainJob, report: Report, worker: Mapping[str, float]) -> LoopResult:
@@ -178,13 +188,19 @@ def _work(config: dict[str, Any]) -> LoopResult | GraftworkError:
 
     from graftwork.training.loop import run_steps
     from graftwork.training.notice import leaving
+    from graftwork.training.ranks import rank_and_world
     from graftwork.training.refit import FirstSteps
 
     job: TrainJob = ray.get(config["job"])
+    lookout = Lookout(job.fence) if job.fence is not None and rank_and_world()[0] == 0 else None
     try:
-        return run_steps(job, config["report"] or FirstSteps(job), leaving)
+        asked = lambda: leaving() or (lookout is not None and lookout.word is not None)  # noqa: E731
+        return run_steps(job, config["report"] or FirstSteps(job), asked)
     except ON_ALL_RANKS as error:
         return error
+    finally:
+        if lookout is not None:
+            lookout.close()
 
 
 def _explained(job: TrainJob, error: Exception) -> GraftworkError:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from graftwork.cluster.fence import Fence
 from graftwork.errors import RunError
 from graftwork.storage import RunPaths
 from graftwork.training.data import PreparedData
@@ -37,6 +38,9 @@ class TrainJob:
     """Optimizer steps between evaluations; None takes `spec.eval_every`. The last step is always evaluated."""
     parts: tuple[Part, ...] = ()
     """Outcomes that are still to be measured, before and after."""
+    fence: Fence | None = None
+    """The attempt of a submitted job that this is, which may be overtaken or asked to end. Set by the command that
+    drives the workers: they do not inherit its environment."""
 
 
 @dataclass(frozen=True)

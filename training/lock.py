@@ -25,12 +25,23 @@ from graftwork.storage import RunPaths
 LOCK = "lock"
 RENEW_S = 5.0
 DEAD_AFTER_S = 30.0
+OVERTAKES_S = 60.0
+"""How long the next attempt of a job waits for the one before, which is fenced off, to let go of the run."""
 
 
 @contextlib.contextmanager
-def run_lock(run: RunPaths) -> Iterator[None]:
-    """Own the run for the block. Raises RunError when another living process owns it."""
-    with _disk_lock(run) if run.store.is_local else _object_lock(run):
+def run_lock(run: RunPaths, wait_s: float = 0.0) -> Iterator[None]:
+    """Own the run for the block. Raises RunError when another living process owns it, for longer than `wait_s`."""
+    with contextlib.ExitStack() as held:
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                held.enter_context(_disk_lock(run) if run.store.is_local else _object_lock(run))
+                break
+            except RunError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(1.0)
         yield
 
 

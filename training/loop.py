@@ -94,7 +94,7 @@ def _saver(job: TrainJob, model: Any, log: StepLog, start: Start) -> "Iterator[S
     if job.run is None:
         yield None
         return
-    saver = Saver(Checkpoints(job.run), job.spec.checkpoints, shapes_of(model), log, sends=start.sends)
+    saver = Saver(Checkpoints(job.run), job.spec.checkpoints, shapes_of(model), log, job.fence, sends=start.sends)
     try:
         yield saver
         saver.wait()

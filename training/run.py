@@ -10,6 +10,7 @@ import yaml
 
 from graftwork import base_model, base_source, provenance
 from graftwork.base_model import ResolvedBase
+from graftwork.cluster.fence import Fence, Overtaken
 from graftwork.config import canonical_json
 from graftwork.errors import GraftworkError, Interrupted, StorageError
 from graftwork.storage import RunPaths, Store
@@ -18,7 +19,7 @@ from graftwork.training.data import PreparedData, prepare
 from graftwork.training.fit import fit
 from graftwork.training.init import parent_of, pin_init
 from graftwork.training.job import LoopResult, TrainJob
-from graftwork.training.lock import run_lock
+from graftwork.training.lock import OVERTAKES_S, run_lock
 from graftwork.training.outcomes.changes import outcomes_report
 from graftwork.training.outcomes.probes import Probe, probes_of
 from graftwork.training.outcomes.record import missing, read_parts
@@ -103,7 +104,8 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
     another process runs it; Interrupted on Ctrl-C.
     """
     run = Run.of(spec)
-    with run_lock(run.paths):
+    fence = Fence.of_environment()
+    with run_lock(run.paths, wait_s=OVERTAKES_S if fence is not None else 0.0):
         found = _finished(run)
         if found is not None:
             return _told(run, found)
@@ -112,11 +114,15 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
         _write_facts(run)
         try:
             with progress_told(run.paths, on_progress or (lambda _: None)):
-                result = fit(_job(run))
+                result = fit(_job(run, fence))
+            if fence is not None:
+                fence.require(run.spec.checkpoints.outage_s)
             report = _published(run, result)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):
             _write_status(run, "interrupted")
             raise _interrupted(run) from None
+        except Overtaken:
+            raise  # the run is another attempt's now, and so is its status
         except (GraftworkError, OSError) as error:
             with contextlib.suppress(StorageError):  # it must not hide what happened
                 _write_status(run, "failed", patience_s=0, error=str(error))
@@ -141,11 +147,11 @@ def _told(run: Run, report: TrainReport) -> TrainReport:
     return replace(report, page=page.html_uri, outcomes=outcomes.model_dump(mode="json") if outcomes else None)
 
 
-def _job(run: Run) -> TrainJob:
+def _job(run: Run, fence: Fence | None) -> TrainJob:
     parts = (
         () if run.spec.strategy.kind in WEIGHTS_SHARDED else missing(run.paths, [probe.part for probe in run.probes])
     )
-    return TrainJob(run.spec, run.data.shared(run.paths.store), run.paths, parts=parts)
+    return TrainJob(run.spec, run.data.shared(run.paths.store), run.paths, parts=parts, fence=fence)
 
 
 def _finished(run: Run) -> TrainReport | None:
@@ -205,6 +211,6 @@ def _interrupted(run: Run) -> Interrupted:
     mark = Checkpoints(run.paths).newest()
     kept = f"the checkpoint of step {mark.step} is kept" if mark else "no checkpoint was made yet"
     return Interrupted(
-        f"run {run.paths.run_id}", f"stopped by Ctrl-C or SIGTERM; {kept}", "what was committed stays valid",
-        "run the same command: it continues from there",
+        f"run {run.paths.run_id}", f"stopped by Ctrl-C, SIGTERM or its job's end; {kept}",
+        "what was committed stays valid", "run the same command: it continues from there",
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from graftwork.cluster.fence import Fence, Lookout
 from graftwork.errors import StorageError, StoreUnreachable
 from graftwork.storage import RunPaths
 from graftwork.tuning.records import TrialRecord
@@ -28,6 +29,8 @@ class Ledger:
 
     def __init__(self, run: RunPaths, patience_s: float = 0.0, on_trouble: Callable[[str], None] = _nothing) -> None:
         self.run, self._patience_s, self._on_trouble = run, patience_s, on_trouble
+        fence = Fence.of_environment()
+        self._lookout = Lookout(fence) if fence is not None else None
         self.records: dict[str, TrialRecord] = {}
         self._lines: dict[str, tuple[TrialRecord, str]] = {}
 
@@ -65,7 +68,10 @@ class Ledger:
         self.write()
 
     def write(self) -> None:
-        """Replace the file. Waits out an outage of the store; raises StorageError for a longer one."""
+        """Replace the file. Waits out an outage of the store; raises StorageError for a longer one, and Overtaken where
+        another attempt of the job is at work."""
+        if self._lookout is not None and self._lookout.word == "overtaken":
+            self._lookout.fence.require(self._patience_s)
         content = self._content()
         try:
             self.run.store.write_bytes(content, *self.run.file(TRIALS))

@@ -17,12 +17,13 @@ from typing import Any, Literal
 import yaml
 
 from graftwork import base_model, provenance
+from graftwork.cluster.fence import Fence, Overtaken
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError, GraftworkError, Interrupted, StorageError
 from graftwork.storage import RunPaths, Store
 from graftwork.training.data import PreparedData, prepare
 from graftwork.training.job import TrainJob
-from graftwork.training.lock import run_lock
+from graftwork.training.lock import OVERTAKES_S, run_lock
 from graftwork.training.records import Progress
 from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec
@@ -110,7 +111,7 @@ def tune(spec: TuneSpec, *, on_progress: OnProgress | None = None) -> TuneReport
     """
     sweep = Sweep.of(spec)
     require_winner(spec)
-    with run_lock(sweep.paths):
+    with run_lock(sweep.paths, wait_s=OVERTAKES_S if Fence.of_environment() is not None else 0.0):
         attempt = _Attempt(sweep, on_progress or (lambda _: None))
         return attempt.crowned(attempt.run())
 
@@ -145,6 +146,8 @@ class _Attempt:
             with contextlib.suppress(StorageError):
                 self._show_unfinished("interrupted")
             raise self._interrupted() from None
+        except Overtaken:
+            raise  # the sweep is another attempt's now, and so is its status
         except (GraftworkError, OSError) as error:
             with contextlib.suppress(StorageError):  # it must not hide what happened
                 self._set_state("failed", error=str(error))

@@ -1,0 +1,58 @@
+"""Whether a store takes what a job does to it: write, read, put on a condition, delete. Before anything else is written."""
+
+import secrets
+
+from graftwork.cluster.backend import Finding
+from graftwork.errors import StorageError, StoreUnreachable
+from graftwork.storage import Store, json_bytes
+
+WHERE = "root"
+
+
+def probe_store(root: str) -> list[Finding]:
+    """What is wrong with a store on S3, by a small object that is removed again. Folders are the places' to look at."""
+    store = Store(root)
+    if store.is_local:
+        return []
+    key, first = f"probe-{secrets.token_hex(8)}.json", json_bytes({"probe": 1})
+    try:
+        if not store.create_bytes(first, key) or store.create_bytes(json_bytes({"probe": 2}), key):
+            return [_unconditional(store)]
+        read = store.find_bytes(key)
+        if read != first:
+            return [_finding("E-STORE-READS-ANOTHER", store, "what was written is not what is read",
+                             "a job's record is read as it was written", "look at what stands before the store")]  # fmt: skip
+        return []
+    except StorageError as error:
+        return [_failed(store, error)]
+    finally:
+        _remove(store, key)
+
+
+def _failed(store: Store, error: StorageError) -> Finding:
+    if isinstance(error, StoreUnreachable):
+        return _finding("E-STORE-UNREACHABLE", store, error.found, "client and cluster reach the store", error.next_move)
+    if isinstance(error.__cause__, PermissionError):
+        return _finding("E-STORE-DENIED", store, f"{error.asked}: {error.found}",
+                        "a job reads, writes, lists and deletes below its root", error.next_move)  # fmt: skip
+    if "NotImplemented" in error.found:
+        return _unconditional(store)
+    return _finding("E-STORE-FAILS", store, f"{error.asked}: {error.found}", error.rule, error.next_move)
+
+
+def _unconditional(store: Store) -> Finding:
+    return _finding(
+        "E-STORE-NO-CONDITIONAL-PUT", store, "a second put of one key with If-None-Match: * was taken",
+        "of all who start an attempt one must win", "use a server that knows conditional puts, as S3 does since 2024",
+    )  # fmt: skip
+
+
+def _finding(code: str, store: Store, found: str, rule: str, next_move: str) -> Finding:
+    return Finding(code, "error", f"{WHERE} {store.uri}", found, rule, next_move)
+
+
+def _remove(store: Store, key: str) -> None:
+    try:
+        store.delete(key)
+    except StorageError:
+        return  # what keeps it from being removed was found, or is found by whoever clears the store

@@ -1,0 +1,44 @@
+"""A training run as a job: what stops it leaves a checkpoint of its last step, and the next attempt goes on."""
+
+from pathlib import Path
+
+import pytest
+
+from graftwork.cli.launching import job_of
+from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.training.checkpoint import Checkpoints
+from graftwork.training.checkpoint_start import starts
+from graftwork.training.run import run_paths
+from graftwork.training.steplog import read_steps
+from tests.jobs import local_backend, printed, until
+from tests.training import task
+
+
+@pytest.mark.long
+def test_a_stopped_run_goes_on_from_the_step_it_stopped_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    spec = task(tmp_path, **{"optim.epochs": 2000, "checkpoint_every": 100_000, "eval_every": 100_000})
+    run, here = run_paths(spec), local_backend(spec.root)
+    job = job_of(spec, ClusterSpec())
+    here.submit(job)
+    until(lambda: read_steps(run) and read_steps(run)[-1].step > 5, timeout_s=200)
+    here.runs.ask_to_end(job.job_id, 1, "deadline")  # as the driver does when it is over
+    ended = here.wait(job.job_id, timeout_s=120)
+    assert (ended.state, ended.attempt) == ("stopped", 1), printed(spec.root, job.job_id)
+    assert "deadline" in ended.why
+    mark = Checkpoints(run).newest()
+    assert mark is not None, printed(spec.root, job.job_id)
+    assert mark.step == read_steps(run)[-1].step, "nothing was lost"
+    assert f"the checkpoint of step {mark.step} is kept" in ended.why
+    assert " of " in ended.progress
+    assert "loss" in ended.progress
+
+    assert here.resubmit(job.job_id).attempt == 2
+    until(lambda: read_steps(run)[-1].step > mark.step + 5, timeout_s=120)
+    assert here.cancel(job.job_id).state == "cancelled"
+    assert [start["step"] for start in starts(run)] == [0, mark.step]
+    second = Checkpoints(run).newest()
+    assert second is not None
+    assert second.step == read_steps(run)[-1].step > mark.step
+    assert not here.place.observe([f"{job.job_id}-a2"]) or RunStore(spec.root).latest(job.job_id).ended is not None
