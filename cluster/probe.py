@@ -1,4 +1,4 @@
-"""Whether a store takes what a job does to it: write, read, put on a condition, delete. Before anything else is written."""
+"""Whether a store takes what a job does to it: write, read, put on a condition, delete. Before all else is written."""
 
 import secrets
 
@@ -21,7 +21,7 @@ def probe_store(root: str) -> list[Finding]:
         read = store.find_bytes(key)
         if read != first:
             return [_finding("E-STORE-READS-ANOTHER", store, "what was written is not what is read",
-                             "a job's record is read as it was written", "look at what stands before the store")]  # fmt: skip
+                             "a job's record is read as it was written", "look at what caches it")]  # fmt: skip
         return []
     except StorageError as error:
         return [_failed(store, error)]
@@ -31,7 +31,7 @@ def probe_store(root: str) -> list[Finding]:
 
 def _failed(store: Store, error: StorageError) -> Finding:
     if isinstance(error, StoreUnreachable):
-        return _finding("E-STORE-UNREACHABLE", store, error.found, "client and cluster reach the store", error.next_move)
+        return _finding("E-STORE-UNREACHABLE", store, error.found, "all of a job reach its store", error.next_move)
     if isinstance(error.__cause__, PermissionError):
         return _finding("E-STORE-DENIED", store, f"{error.asked}: {error.found}",
                         "a job reads, writes, lists and deletes below its root", error.next_move)  # fmt: skip

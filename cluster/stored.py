@@ -16,7 +16,7 @@ from graftwork.cluster.probe import probe_store
 from graftwork.cluster.run_store import SAVES, AttemptRecord, Ended, JobRecord, RunStore, StopReason, attempt_of
 from graftwork.cluster.spec import quantity
 from graftwork.cluster.state import judge
-from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError
+from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError, StorageError
 
 POLL_S = 1.0
 CLEAN_END_S = 5.0
@@ -50,7 +50,7 @@ class StoredBackend:
 
     def submit(self, job: Job) -> JobStatus:
         """Start the job, or find it. Raises PreflightError before anything is written; ConfigError in another place."""
-        started = self.runs.attempts(job.job_id)
+        started = self._attempts(job)
         if started:
             self._require_here(self.runs.job(job.job_id))
             found = self.status(job.job_id)
@@ -61,6 +61,14 @@ class StoredBackend:
             self._require_here(self.runs.record(job, self.on))
             self.runs.open_attempt(job.job_id, 1)
         return self._start(attempt_of(self.runs, job.job_id, max(started, default=1)))
+
+    def _attempts(self, job: Job) -> list[int]:
+        """Those that were started. Raises PreflightError for a store that does not answer or refuses us."""
+        try:
+            return self.runs.attempts(job.job_id)
+        except StorageError:
+            refuse(job, probe_store(self.runs.store.uri))
+            raise
 
     def resubmit(self, job_id: str) -> JobStatus:
         """Start the next attempt of a job that has ended."""
