@@ -89,6 +89,7 @@ def node(spec: NodeSpec) -> Iterator[Node]:
         try:
             ray_node = _start(spec, folder)
             try:
+                _name_ourselves(ray_node.gcs_address, folder)
                 yield Node(ray_node.gcs_address, "" if spec.head else f"http://{spec.host}:{spec.ports.dashboard}",
                            _pids(), ray_node)  # fmt: skip
             finally:
@@ -167,6 +168,14 @@ def _start(spec: NodeSpec, folder: Path) -> Any:
             asked, f"its node did not start ({str(error).strip()[-500:]})",
             "a node needs about 1 GiB of memory and a writable temp dir", "look at free memory and at the temp dir",
         ) from error  # fmt: skip
+
+
+def _name_ourselves(address: str, folder: Path) -> None:
+    """Ray's Jobs API hands its jobs the address that `ray start` leaves there; without it, any other Ray's of the
+    machine (Ray 2.60, job_supervisor.py)."""
+    from ray._private.utils import write_ray_address
+
+    write_ray_address(address, str(folder))
 
 
 def _pids() -> dict[int, str]:
