@@ -6,6 +6,7 @@ Ray's own client has no time limits, and imports Ray: seconds, for one listing. 
 
 import hashlib
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -144,8 +145,8 @@ class JobsApi:
 
     def _unheard(self, error: httpx.HTTPError) -> ClusterError:
         host, port = host_and_port(self.on)
-        if isinstance(error, httpx.ProxyError):
-            return ClusterError(f"--on {self.on}", f"the proxy of the environment does not lead there ({error})",
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError) and (proxy := self._proxy()):
+            return ClusterError(f"--on {self.on}", f"the proxy {proxy} does not lead there ({error})",
                                 "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY count for all hosts that NO_PROXY does not name",
                                 f"NO_PROXY={host}")  # fmt: skip
         if "certificate" in str(error).lower():
@@ -164,6 +165,14 @@ class JobsApi:
         return ClusterError(f"--on {self.on}", f"something listens there but gives no answer ({error!r})",
                             "the address of a Ray dashboard is needed, usually port 8265; behind TLS it is https://",
                             "check scheme, host and port; a head that swaps or hangs answers late")  # fmt: skip
+
+    def _proxy(self) -> str:
+        """Through which requests go there, without its password; empty where they go directly."""
+        host, _ = host_and_port(self.on)
+        if is_loopback(host) or urllib.request.proxy_bypass(host):
+            return ""
+        proxies = urllib.request.getproxies()
+        return proxies.get(self.on.partition(":")[0], proxies.get("all", "")).rpartition("@")[2]
 
     def _no_ray(self, answer: httpx.Response) -> ClusterError:
         where = answer.headers.get("location")
