@@ -1,7 +1,7 @@
 """Each test of this folder runs in all places. Marks: which places, and which of them in CI.
 
-local: all cases are `long`. address: the `core` ones are `long`, the others `soak`: Ray takes some 4 s to start a
-driver. kuberay: `k8s`, with `make test-k8s`.
+local and address: the `core` cases are `long`, which CI runs; the others are `soak`. kuberay: all are `k8s`, as
+`make test-k8s` runs them.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == FOLDER and isinstance(item, pytest.Function):
             core = item.get_closest_marker("core") is not None
-            marks = {"local": "long", "address": "long" if core else "soak", "kuberay": "k8s"}
-            item.add_marker(marks[str(item.callspec.params["ground"])])
+            away = item.callspec.params["ground"] == "kuberay"
+            item.add_marker("k8s" if away else "long" if core else "soak")
 
 
 @pytest.fixture(scope="session", params=GROUNDS)

@@ -91,7 +91,6 @@ def test_who_waits_for_too_short_is_told_and_the_job_goes_on(here: Here) -> None
 WITHIN_S = 10.0
 
 
-@pytest.mark.core
 def test_who_waits_starts_it_again_as_its_rule_says(here: Here) -> None:
     job = here.python(TWICE, str(here.root.parent / "mark"), retry={"max_attempts": 3, "on": ["failed"]})
     here.backend.submit(job)

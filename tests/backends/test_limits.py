@@ -1,7 +1,5 @@
 """Deadline, budget and the time in the queue stop a job cleanly, and say which of them did."""
 
-import pytest
-
 from graftwork.cluster.backend import Attempt
 from tests.backends.here import Here
 
@@ -13,7 +11,6 @@ time.sleep(600)
 """
 
 
-@pytest.mark.core
 def test_a_deadline_stops_it(here: Here) -> None:
     job = here.python(TIDY, limits={"deadline": 2})
     ended = here.run(job)

@@ -3,15 +3,12 @@
 import threading
 import time
 
-import pytest
-
 from tests.backends.here import Here
 
 BEHIND_S = 5.0
 LINES = 20_000
 
 
-@pytest.mark.core
 def test_lines_are_read_while_it_runs_and_at_most_five_seconds_behind(here: Here) -> None:
     program = """
 import os, time
@@ -60,7 +57,6 @@ def test_a_job_that_prints_nothing_has_an_empty_log(here: Here) -> None:
     assert here.log(job.job_id) == ""
 
 
-@pytest.mark.core
 def test_a_megabyte_arrives_whole_and_in_order(here: Here) -> None:
     job = here.python(f"for n in range({LINES}): print(f'{{n:07d}} ' + 'x' * 45)")
     assert here.run(job).state == "succeeded"

@@ -55,7 +55,6 @@ def test_a_job_that_has_ended_is_found_by_who_submits_it_again(here: Here) -> No
     assert here.log(job.job_id) == "once\n"
 
 
-@pytest.mark.core
 def test_clients_that_submit_at_once_start_one_driver(here: Here) -> None:
     job, found = here.python("print('once')"), list[JobStatus]()
     gate = threading.Barrier(4)

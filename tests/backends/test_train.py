@@ -1,0 +1,34 @@
+"""A stage of ours as a job: it trains as it does in the foreground, and when it is cancelled its Ray goes too."""
+
+from pathlib import Path
+
+from graftwork.cli.launching import job_of
+from graftwork.cluster.backend import Job
+from tests.backends.here import Here
+from tests.training import task
+
+TRAINED_S = 240.0
+
+
+def training(here: Here, folder: Path, **changes: object) -> Job:
+    return job_of(task(folder, root=str(here.root), **changes), here.ground.cluster)
+
+
+def test_a_training_run_is_a_job(here: Here, tmp_path: Path) -> None:
+    job = training(here, tmp_path / "task")
+    here.backend.submit(job)
+    ended = here.until(job.job_id, lambda status: status.ended, TRAINED_S)
+    assert ended.state == "succeeded", here.log(job.job_id)
+    assert (ended.kind, ended.exit_code) == ("train", 0)
+    assert list(here.root.glob("adapters/*/*/manifest.json"))
+    here.nothing_left(job.job_id)
+
+
+def test_a_training_run_that_is_cancelled_leaves_no_ray(here: Here, tmp_path: Path) -> None:
+    job = training(here, tmp_path / "task", **{"optim.epochs": 500})
+    here.backend.submit(job)
+    status = here.until(job.job_id, lambda status: status.ended or " of " in status.progress, TRAINED_S)
+    assert status.state == "running", here.log(job.job_id)
+    assert here.backend.cancel(job.job_id).state == "cancelled"
+    assert here.processes(job.job_id) == []
+    assert not list(here.root.glob("adapters/*/*/manifest.json"))
