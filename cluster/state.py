@@ -71,15 +71,21 @@ def _by_its_end(record: AttemptRecord) -> Judged:
 def _unknown_to_its_place(record: AttemptRecord, now: float) -> Judged:
     heard = _heard(record)
     if heard is not None:
-        return Judged("running", f"{heard.why}, though its place does not show it")
+        return Judged("running", f"{heard.why}{_from(record)}, though its place does not show it")
     if record.cancel is not None:
         return _cancelled(record)
     if record.silent_s is not None:
-        return _lost(record, f"its driver was last heard {record.silent_s:.0f} s ago, and its place does not know it")
+        heard_at = f"its driver was last heard {record.silent_s:.0f} s ago{_from(record)}"
+        return _lost(record, f"{heard_at}, and its place does not know it")
     waited_s = now - record.submitted_at
     if waited_s <= ARRIVES_S:
         return Judged("submitted", "recorded; its place does not show it yet")
     return Judged("lost", f"submitted {waited_s:.0f} s ago, and its place does not know it", "lost")
+
+
+def _from(record: AttemptRecord) -> str:
+    """The machine of its driver: of a job that another machine runs `--on local`, this one sees the heartbeat alone."""
+    return f" on {record.heartbeat.host}" if record.heartbeat is not None else ""
 
 
 def _ended_there(record: AttemptRecord, seen: Seen) -> Judged:

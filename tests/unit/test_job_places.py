@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import pytest
 from graftwork.cluster.address import token
 from graftwork.cluster.backend import Attempt, Demand, Job
 from graftwork.cluster.jobs_api import JobsApi
-from graftwork.cluster.places import address_check, local_check
+from graftwork.cluster.places import address_check, backend_of, local_check
 from graftwork.cluster.places.address_check import RayNode
 from graftwork.cluster.places.local import LocalPlace
+from graftwork.cluster.run_store import Heartbeat, RunStore
 from graftwork.errors import ClusterError, ConfigError
 from tests.ports import free_port
 
@@ -245,3 +247,17 @@ def test_a_stale_lock_is_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lock.write_text(str(os.getpid()))
     assert place.observe([attempt.id])[attempt.id].job_status == "FAILED", "it had a driver, and has none"
     place.stop(attempt.id)
+
+
+def test_a_job_that_another_machine_runs_for_itself_is_judged_by_its_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    runs, theirs = RunStore(str(tmp_path)), job(tmp_path)
+    runs.record(theirs, "local")
+    runs.open_attempt(theirs.job_id, 1)
+    beat = Heartbeat(time.time(), 1, "another-machine", os.getpid())
+    runs.store.write_json(asdict(beat), "jobs", theirs.job_id, "a1", "heartbeat.json")
+    status = backend_of("local", str(tmp_path)).status(theirs.job_id)
+    assert status.state == "running"
+    assert "on another-machine, though its place does not show it" in status.why
