@@ -64,6 +64,21 @@ class Spec(BaseModel):
 SpecT = TypeVar("SpecT", bound=Spec)
 
 
+class _KeysAreText(yaml.SafeLoader):
+    """YAML 1.1 takes the key `on` for true; a spec's keys are names."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """A spec's YAML. Raises yaml.YAMLError."""
+    return yaml.load(text, _KeysAreText)  # a SafeLoader
+
+
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: the one form that is hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -90,7 +105,7 @@ def load(path: str | Path, sets: Sequence[str] = (), expect: str | None = None) 
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"spec file {path}",

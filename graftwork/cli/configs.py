@@ -29,7 +29,7 @@ def check(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  
 def show(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
     """The resolved spec: each key, its value, and whether it came from the file or is a default."""
     spec = config.load(file, sets)
-    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    tree = config.read_yaml(file.read_text(encoding="utf-8"))
     given = {**tree, **{item.partition("=")[0]: True for item in sets}}
     rows = [(key, value, came) for key, value, came in config.explain(spec, given)]
     if as_json:

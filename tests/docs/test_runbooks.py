@@ -1,0 +1,75 @@
+"""The runbooks say what the command line can do: each command in them exists, each finding is listed with its mend."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from graftwork.cli import app
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.config import load
+from tests.docs.finding_codes import table, told
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "docs" / name for name in ("clusters.md", "stuck.md")]
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`(graftwork [^`]+)`")
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every graftwork command, in blocks and in the text."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [line for block in BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+        said = [line.strip() for line in lines if line.strip().startswith("graftwork ")]
+        found += [(page.name, command) for command in [*said, *INLINE.findall(text)]]
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_every_command_and_its_flags_exist(page: str, command: str) -> None:
+    words = shlex.split(command)[1:]
+    here = typer.main.get_command(app)
+    while words and hasattr(here, "commands"):
+        assert words[0] in here.commands, f"{page}: {command}: no verb {words[0]}"
+        here = here.commands[words.pop(0)]
+    flags = {flag for parameter in here.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    for word in words:
+        if word.startswith("-"):
+            assert word.partition("=")[0] in flags, f"{page}: {command}: no flag {word}"
+
+
+def test_the_runbooks_files_exist() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(r"(?:-f|-k) (k8s/[\w./-]+)", text):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+        for link in re.findall(r"\]\(([\w./-]+)\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_runbooks_cluster_file_is_valid(tmp_path: Path) -> None:
+    [text] = re.findall(r"^```yaml\n(kind: cluster.*?)^```", PAGES[0].read_text(encoding="utf-8"), re.M | re.S)
+    assert yaml.safe_load(text)["kind"] == "cluster"
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text)
+    spec = load(file, expect="cluster")
+    assert isinstance(spec, ClusterSpec)
+    assert spec.retry.on == ("lost", "preempted"), "YAML 1.1 takes a bare `on` for true"
+
+
+def test_every_finding_is_listed_with_its_mend() -> None:
+    page = PAGES[1].read_text(encoding="utf-8")
+    codes = {one.code for one in told()}
+    assert codes
+    missing = sorted(code for code in codes if f"| `{code}` |" not in page)
+    assert not missing, f"python -m tests.docs.finding_codes --write: {missing}"
+
+
+def test_the_list_of_findings_has_no_codes_that_are_gone() -> None:
+    listed = set(re.findall(r"^\| `([EW]-[A-Z0-9-]+)` \|", PAGES[1].read_text(encoding="utf-8"), re.MULTILINE))
+    assert listed == set(re.findall(r"^\| `([EW]-[A-Z0-9-]+)` \|", table(), re.MULTILINE))
