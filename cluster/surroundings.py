@@ -40,9 +40,9 @@ def surroundings(on: str, root: str, cluster: ClusterSpec) -> Iterator[Finding]:
         yield from _token(on)
     if on.startswith("k8s:"):
         yield from _kubernetes()
-        if not root.startswith("s3://"):
-            yield Finding("E-ROOT-NOT-SHARED", "error", "storage.uri", root, "pods reach the store by s3://",
-                          "set storage.uri in the cluster's file, or --root s3://BUCKET/PREFIX")  # fmt: skip
+        if not root.startswith("s3://") and cluster.storage.claim is None:
+            yield Finding("E-ROOT-NOT-SHARED", "error", "storage.uri", root, "pods reach the store by s3://, or by a claim",
+                          "set storage.uri in cluster.yaml, or --root s3://BUCKET/PREFIX")  # fmt: skip
     if root.startswith("s3://"):
         yield from _credentials()
 

@@ -23,6 +23,11 @@ def root_flag(root: str) -> str:
     return "" if Store(root).uri == Store(DEFAULT_ROOT).uri else f" --root {root}"
 
 
+def is_away(status: JobStatus) -> bool:
+    """Whether its place was asked and did not answer, as `StoredBackend` says it."""
+    return "its place does not answer" in status.why
+
+
 def age(then: float | None, now: float | None = None) -> str:
     """Since `then`, in one unit: `8s`, `12m`, `3h`, `5d`; `-` for None."""
     if then is None:

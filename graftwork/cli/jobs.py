@@ -13,7 +13,7 @@ import typer
 from graftwork.cli.following import follow
 from graftwork.cli.job_names import job_called
 from graftwork.cli.job_views import details, show_details, show_list
-from graftwork.cli.job_words import line_of
+from graftwork.cli.job_words import is_away, line_of, root_flag
 from graftwork.cli.launching import cluster_of, leave
 from graftwork.cli.output import JsonFlag, print_json, say, stderr
 from graftwork.cluster.backend import Backend, JobState, JobStatus
@@ -30,6 +30,7 @@ Root = Annotated[
         help="Store of the jobs, a folder or s3://; else GRAFTWORK_ROOT, cluster.yaml's storage.uri, .graftwork.",
     ),
 ]  # fmt: skip
+AT_ONCE = 16
 JobId = Annotated[
     str, typer.Argument(metavar="JOB", help="Id as `jobs ls` lists it, an attempt's, a beginning, or the bare name.")
 ]
@@ -54,31 +55,26 @@ def ls(
     wanted = _states(state)
     where = root_of(root)
     runs = RunStore(where)
-    places = sorted({runs.job(job_id).on for job_id in runs.job_ids()})
-    if on is not None:
-        places = [place for place in places if place == on.rstrip("/")]
-    found, unheard = _statuses(places, where)
+    found = _statuses(_places(runs) if on is None else [on.rstrip("/")], where)
     kept = [status for status in found if not wanted or status.state in wanted]
     if as_json:
         return print_json([asdict(status) for status in kept[:limit]])
     show_list(kept[:limit], runs.store.uri, len(kept))
-    for error in unheard:
-        stderr.print(f"{error.asked}: {error.found}; its jobs are shown as the store knows them", style="yellow",
-                     markup=False, soft_wrap=True)  # fmt: skip
+    for away in sorted({status.on for status in found if is_away(status)}):
+        _say_away(away)
 
 
 @app.command()
 def status(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
     """One job in full: its times, its progress, what it cost, why it is so, and what one can do."""
     where, job_id, _ = _named(job, root)
-    [found], unheard = _of(RunStore(where), where, job_id)
+    found = _backend(RunStore(where), where, job_id).status(job_id)
     told = details(RunStore(where), found, where)
     if as_json:
         return print_json(told)
     show_details(told, where, found)
-    for error in unheard:
-        stderr.print(f"{error.asked}: {error.found}; this is what the store knows", style="yellow", markup=False,
-                     soft_wrap=True)  # fmt: skip
+    if is_away(found):
+        _say_away(found.on)
 
 
 @app.command()
@@ -129,7 +125,15 @@ def wait(
 def cancel(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
     """End a job: nothing of it is left in its place afterwards. What it committed stays."""
     where, job_id, _ = _named(job, root)
-    found = _backend(RunStore(where), where, job_id).cancel(job_id)
+    backend = _backend(RunStore(where), where, job_id)
+    try:
+        found = backend.cancel(job_id)
+    except ClusterError as error:
+        raise ClusterError(
+            f"cancel {job_id}", f"{error.asked}: {error.found}",
+            "its driver was asked to end by the store; whether it did, and what is left there, is not known",
+            f"when {backend.on} answers: graftwork jobs cancel {job_id}{root_flag(where)}",
+        ) from error  # fmt: skip
     print_json(asdict(found)) if as_json else say(line_of(found))
 
 
@@ -150,33 +154,26 @@ def resubmit(
     print_json(asdict(found)) if as_json else say(line_of(found))
 
 
+def _say_away(on: str) -> None:
+    stderr.print(f"{on} does not answer; its jobs are shown as the store knows them", style="yellow", markup=False,
+                 soft_wrap=True)  # fmt: skip
+
+
 def _named(job: str, root: str | None) -> tuple[str, str, int | None]:
     where = root_of(root)
     return where, *job_called(RunStore(where), job)
 
 
-def _of(runs: RunStore, root: str, job_id: str) -> tuple[list[JobStatus], list[ClusterError]]:
-    """A job's status; as the store knows it where its place does not answer."""
-    try:
-        return [_backend(runs, root, job_id).status(job_id)], []
-    except ClusterError as error:
-        return [_unheard(runs.job(job_id).on, root, error).status(job_id)], [error]
-
-
-def _statuses(places: Sequence[str], root: str) -> tuple[list[JobStatus], list[ClusterError]]:
+def _statuses(places: Sequence[str], root: str) -> list[JobStatus]:
     """Of all jobs, newest first; the places are asked at once."""
-
-    def ask(on: str) -> tuple[Sequence[JobStatus], ClusterError | None]:
-        try:
-            return _place(on, root).list(), None
-        except ClusterError as error:
-            return _unheard(on, root, error).list(), error
-
     with ThreadPoolExecutor(max_workers=max(len(places), 1)) as pool:
-        answers = list(pool.map(ask, places))
-    found = [status for statuses, _ in answers for status in statuses]
-    found.sort(key=lambda status: -(status.submitted_at or time.time()))
-    return found, [error for _, error in answers if error is not None]
+        found = [status for statuses in pool.map(lambda on: _place(on, root).list(), places) for status in statuses]
+    return sorted(found, key=lambda status: -(status.submitted_at or time.time()))
+
+
+def _places(runs: RunStore) -> list[str]:
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        return sorted({record.on for record in pool.map(runs.job, runs.job_ids())})
 
 
 def _backend(runs: RunStore, root: str, job_id: str) -> Backend:
@@ -188,13 +185,6 @@ def _place(on: str, root: str, cluster: ClusterSpec | None = None) -> Backend:
     from graftwork.cluster.places import backend_of
 
     return backend_of(on, root, cluster)
-
-
-def _unheard(on: str, root: str, error: ClusterError) -> Backend:
-    from graftwork.cluster.places.unheard import UnheardPlace
-    from graftwork.cluster.stored import StoredBackend
-
-    return StoredBackend(UnheardPlace(on, error), root)
 
 
 def _states(said: Sequence[str]) -> set[str]:
