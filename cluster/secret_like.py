@@ -11,7 +11,8 @@ _NAME = re.compile(
 )
 _REFERENCE = re.compile(r"([_.-](file|path|env|name|secret|mode|url|id|ttl|limit|type)|_IN|_DIR)$", re.IGNORECASE)
 """A name that ends so tells where a secret is, or something of it, and not what it is."""
-_PLAIN = re.compile(r"(|true|false|yes|no|on|off|none|null|[0-9.]+|disabled)", re.IGNORECASE)
+_KEY_ID = re.compile(r"access[_-]?key[_-]?id$", re.IGNORECASE)
+_PLAIN = re.compile(r"(|true|false|yes|no|on|off|none|null|[01]|disabled)", re.IGNORECASE)
 _VALUES = {
     "an access key of AWS": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
     "a token of Hugging Face": r"\bhf_[A-Za-z0-9]{20,}",
@@ -36,7 +37,7 @@ def why_secret(name: str, value: str) -> str | None:
     """Why a variable's value is taken for a secret; None where it is not."""
     if _PLAIN.fullmatch(value):
         return None
-    if _NAME.search(name) and not _REFERENCE.search(name):
+    if _NAME.search(name) and not (_REFERENCE.search(name) and not _KEY_ID.search(name)):
         return "its name is a secret's"
     return why_secret_text(value)
 

@@ -3,9 +3,11 @@
 import functools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from graftwork.cluster.backend import Finding
+from graftwork.cluster.kuberay.core_kinds import core_schema
 from graftwork.cluster.kuberay.findings import Found, dig, mapping, refuse, warn
 from graftwork.cluster.kuberay.reduce import CUT, FOLDER, KINDS, schema_of
 from graftwork.cluster.kuberay.structural import check
@@ -16,8 +18,6 @@ METADATA = frozenset({
     "managedFields", "selfLink",
 })  # fmt: skip
 TOP = frozenset({"apiVersion", "kind", "metadata", "spec", "status"})
-POD_VERSION = "1.34.0"
-"""Of Kubernetes, whose pods the templates are held against."""
 
 
 def check_schema(made: Mapping[str, Any], crd: Mapping[str, Any] | None = None) -> list[Finding]:
@@ -73,8 +73,7 @@ def _live(made: Mapping[str, Any], crd: Mapping[str, Any]) -> Found:
     fields = {name: inner for name, inner in schema["properties"].items() if name not in ("metadata", "status")}
     asked = {name: inner for name, inner in made.items() if name in fields}
     for finding in check(asked, {**schema, "properties": fields}, ""):
-        yield Finding(finding.code, finding.level, finding.where.removeprefix("."), finding.found, finding.rule,
-                      finding.next_move)  # fmt: skip
+        yield replace(finding, where=finding.where.removeprefix("."))
 
 
 def _template(where: str, cut: str, value: Mapping[str, Any]) -> Found:
@@ -86,23 +85,22 @@ def _template(where: str, cut: str, value: Mapping[str, Any]) -> Found:
     else:
         whole = {"apiVersion": "v1", "kind": cut, **value}
     for finding in _core(whole):
-        yield Finding(finding.code, finding.level, f"{where}.{finding.where}", finding.found, finding.rule,
-                      finding.next_move)  # fmt: skip
+        yield replace(finding, where=f"{where}.{finding.where}")
 
 
 def _core(made: Mapping[str, Any]) -> Found:
-    """Of Kubernetes' own kinds, the first finding alone: that is what the library tells."""
-    try:
-        import kubernetes_validate
-    except ImportError:
-        yield warn("POD-UNCHECKED", "spec", f"the schema of {made.get('kind')} was not held against it",
-                   "kubernetes-validate is not installed", "pip install 'graftwork[k8s]'")  # fmt: skip
+    schema = core_schema(str(made.get("kind")))
+    if schema is not None:
+        for finding in check(made, schema, ""):
+            yield replace(finding, where=finding.where.removeprefix("."))
         return
-    try:
-        kubernetes_validate.validate(made, POD_VERSION, strict=True)
-    except kubernetes_validate.ValidationError as error:
-        path = ".".join(str(part) for part in error.absolute_path)
-        yield refuse("SCHEMA-POD", path or "spec", str(error.message)[:200], f"Kubernetes {POD_VERSION}")
+    yield warn(
+        "POD-UNCHECKED",
+        "spec",
+        f"no schema of {made.get('kind')} was held against it",
+        "kubernetes-validate, which has it, is not installed",
+        "pip install 'graftwork[k8s]'",
+    )
 
 
 @functools.cache

@@ -90,6 +90,8 @@ def _queues(cluster: ClusterSpec) -> Found:
 def _store(job: Job) -> Found:
     claim = job.cluster.storage.claim
     local = not job.root.startswith("s3://")
+    if re.search(r"\s", job.root):
+        yield refuse("STORE-FORM", "storage.uri", repr(job.root), "a URI has no spaces: it is a word of an entrypoint")
     if local and claim is None:
         yield refuse("STORE-LOCAL", "storage.uri", job.root or "none", "pods reach the store: s3://, or a folder with "
                      "storage.claim", "storage: {uri: s3://bucket/team, secret: s3-credentials}")  # fmt: skip
