@@ -78,7 +78,7 @@ def _live(made: Mapping[str, Any], crd: Mapping[str, Any]) -> Found:
 
 def _template(where: str, cut: str, value: Mapping[str, Any]) -> Found:
     if cut == "PodTemplateSpec":
-        metadata = {**mapping(value.get("metadata")), "name": "pod"}
+        metadata = value.get("metadata", {})
         whole = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": value.get("spec", {})}
         for name in value.keys() - {"metadata", "spec"}:
             yield refuse("SCHEMA-UNKNOWN", f"{where}.{name}", "no such field", "metadata, spec")

@@ -11,7 +11,8 @@ from typing import Any
 from graftwork.cluster.kuberay.findings import Found, refuse
 
 Schema = Mapping[str, Any]
-INT_BOUNDS = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
+INT64 = (-(2**63), 2**63 - 1)
+INT_BOUNDS = {"int32": (-(2**31), 2**31 - 1), "int64": INT64}
 _TYPES: dict[str, tuple[type, ...]] = {
     "object": (Mapping,), "array": (list, tuple), "string": (str,), "integer": (int,), "number": (int, float),
     "boolean": (bool,),
@@ -31,7 +32,9 @@ def check(value: Any, schema: Schema, where: str) -> Found:
     elif not _is_a(value, schema.get("type")):
         yield refuse("SCHEMA-TYPE", where, _shown(value), f"{schema['type']}")
         return
-    if isinstance(value, Mapping):
+    if isinstance(value, int) and not INT64[0] <= value <= INT64[1] and schema.get("type") != "number":
+        yield refuse("SCHEMA-BOUNDS", where, f"{value}", "64 bits: the server reads it as a number with a fraction")
+    elif isinstance(value, Mapping):
         yield from _object(value, schema, where)
     elif isinstance(value, list | tuple):
         yield from _array(value, schema, where)
@@ -41,7 +44,7 @@ def check(value: Any, schema: Schema, where: str) -> Found:
 
 def _object(value: Mapping[str, Any], schema: Schema, where: str) -> Found:
     fields, rest = schema.get("properties", {}), schema.get("additionalProperties")
-    value = {name: inner for name, inner in value.items() if not _dropped(inner, fields.get(name))}
+    value = {name: inner for name, inner in value.items() if not _dropped(inner, fields.get(name, rest))}
     for name in schema.get("required", ()):
         if name not in value and "default" not in fields.get(name, {}):
             yield refuse("SCHEMA-REQUIRED", f"{where}.{name}", "nothing", "the field is required")
@@ -98,9 +101,9 @@ def _scalar(value: Any, schema: Schema, where: str) -> Found:
         yield refuse("SCHEMA-BOUNDS", where, f"{value}", f"{least} to {most}")
 
 
-def _dropped(value: Any, schema: Schema | None) -> bool:
+def _dropped(value: Any, schema: Any) -> bool:
     """Whether the server takes a field as not given: a null where none may be."""
-    return value is None and schema is not None and not schema.get("nullable")
+    return value is None and isinstance(schema, Mapping) and not schema.get("nullable")
 
 
 def _is_a(value: Any, kind: Any) -> bool:

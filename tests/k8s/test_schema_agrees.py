@@ -32,7 +32,7 @@ ODD: list[Any] = [
     {"a": 1},
     {"a": "b"},
 ]
-CHANGES = 1500
+CHANGES = 400
 SEED = 20260819
 
 
@@ -98,7 +98,7 @@ def test_changes_at_random_are_judged_alike(server: ApiServer, made: dict[str, A
             differ.append(
                 (path, value, code, message[:200], [one.where for one in ours], [one.where for one in shipped])
             )
-    assert differ == []
+    assert "\n".join(map(str, differ)) == ""
     assert refused > CHANGES / 4
 
 

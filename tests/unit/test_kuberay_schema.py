@@ -29,7 +29,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("E-SCHEMA-TYPE", "spec.backoffLimit", {"spec.backoffLimit": True}),
     ("E-SCHEMA-TYPE", "spec.entrypoint", {"spec.entrypoint": ["python", "a.py"]}),
     ("E-SCHEMA-TYPE", f"{PART}.headGroupSpec.rayStartParams.a", {f"{PART}.headGroupSpec.rayStartParams": {"a": 0}}),
-    ("E-SCHEMA-TYPE", f"{PART}.headGroupSpec.rayStartParams.a", {f"{PART}.headGroupSpec.rayStartParams": {"a": None}}),
+    ("E-SCHEMA-TYPE", f"{PART}.headGroupSpec.template.metadata", {f"{PART}.headGroupSpec.template.metadata": 1}),
     ("E-SCHEMA-TYPE", "metadata.labels.a", {"metadata.labels.a": 1}),
     ("E-SCHEMA-ENUM", f"{PART}.authOptions.mode", {f"{PART}.authOptions.mode": "tokens"}),
     ("E-SCHEMA-REQUIRED", f"{PART}.headGroupSpec", {f"{PART}.headGroupSpec": GONE}),
@@ -37,6 +37,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("E-SCHEMA-REQUIRED", f"{PART}.workerGroupSpecs[0].groupName", {f"{PART}.workerGroupSpecs.0.groupName": GONE}),
     ("E-SCHEMA-BOUNDS", "spec.preRunningDeadlineSeconds", {"spec.preRunningDeadlineSeconds": 0}),
     ("E-SCHEMA-BOUNDS", "spec.activeDeadlineSeconds", {"spec.activeDeadlineSeconds": 2**31}),
+    ("E-SCHEMA-BOUNDS", f"{POD}.volumes[2].emptyDir.sizeLimit", {f"{POD}.volumes.2.emptyDir.sizeLimit": 2**63}),
     ("E-SCHEMA-BOUNDS", "spec.deletionStrategy.deletionRules", {"spec.deletionStrategy": {"deletionRules": []}}),
     ("E-SCHEMA-PATTERN", f"{PART}.gcsFaultToleranceOptions.storage.size",
      {f"{PART}.gcsFaultToleranceOptions": {"storage": {"size": "1 Gi"}}}),
@@ -52,6 +53,7 @@ GOOD: list[dict[str, Any]] = [
     {},
     {"spec.suspend": None},  # the server takes a null for nothing
     {"spec.backoffLimit": None},
+    {f"{PART}.headGroupSpec.rayStartParams": {"a": None}},
     {f"{PART}.workerGroupSpecs.0.minReplicas": GONE},  # required, and has a default
     {f"{PART}.gcsFaultToleranceOptions": {"backend": "rocksdb", "storage": {"size": 1}}},
     {"spec.entrypointNumCpus": 1},

@@ -1,0 +1,70 @@
+"""Objects of KubeRay's as this package makes them: `python k8s/examples/render.py` writes *.yaml. A test compares.
+
+The spec of each cluster is examples/clusters/<name>.yaml; the job is a made-up one with a fixed digest, so that the
+files change with the builder alone.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from graftwork.cluster.backend import Attempt, Job
+from graftwork.cluster.kuberay.rayjob import build_rayjob
+from graftwork.cluster.kuberay.rayservice import build_disruption_budget, build_rayservice
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.config import load
+
+FOLDER = Path(__file__).parent
+CLUSTERS = FOLDER.parents[1] / "examples" / "clusters"
+NAMESPACE = "graftwork"
+DIGEST = "0123456789" + "0" * 54
+WHEEL = "wheels/graftwork-0.1.0+000000000000-py3-none-any.whl"
+SERVED = {"applications": [{"name": "graftwork", "route_prefix": "/", "import_path": "graftwork.serving.app:build"}]}
+
+
+def rendered() -> Iterator[tuple[str, str]]:
+    """File name and text of each example."""
+    for path in sorted(CLUSTERS.glob("*.yaml")):
+        yield f"train-{path.name}", text(path, [rayjob(path)])
+    gpus = CLUSTERS / "gpu.yaml"
+    yield "serve-gpu.yaml", text(gpus, service(gpus))
+
+
+def rayjob(path: Path) -> dict[str, Any]:
+    """The RayJob of a training on a cluster."""
+    job = a_job(path, "train")
+    return build_rayjob(Attempt(job, 1), NAMESPACE, f"{job.root}/{WHEEL}")
+
+
+def service(path: Path) -> list[dict[str, Any]]:
+    """The RayService of an endpoint that grows to as many machines as the cluster has, and what guards it."""
+    job = a_job(path, "serve", grows=True)
+    made = build_rayservice(job, NAMESPACE, SERVED, f"{job.root}/{WHEEL}")
+    return [made, build_disruption_budget(job, NAMESPACE)]
+
+
+def a_job(path: Path, kind: str, *, grows: bool = False) -> Job:
+    """A job on the cluster of a file."""
+    cluster = load(path, expect="cluster")
+    assert isinstance(cluster, ClusterSpec)
+    if grows:
+        groups = [group.model_copy(update={"count": 1, "max_count": group.count}) for group in cluster.workers]
+        cluster = cluster.model_copy(update={"workers": tuple(groups)})
+    return Job("airport-card", kind, DIGEST, cluster.storage.uri or "", {"request_timeout_s": 600}, cluster)
+
+
+def text(path: Path, objects: list[dict[str, Any]]) -> str:
+    """Objects as YAML, with a word on where they are from."""
+    said = f"# Made by k8s/examples/render.py from examples/clusters/{path.name}: change that, and run it again.\n"
+    return said + yaml.safe_dump_all([dict(made) for made in objects], sort_keys=False, width=120)
+
+
+def write(files: Mapping[str, str]) -> None:
+    for name, content in files.items():
+        (FOLDER / name).write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(dict(rendered()))
