@@ -1,8 +1,8 @@
 """The checked-in objects are the builder's, and Kubernetes' own schemas and our preflight take them."""
 
-import importlib.util
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import kubernetes_validate
@@ -16,16 +16,7 @@ FOLDER = Path(__file__).parents[2] / "k8s" / "examples"
 KUBERNETES = "1.34.0"
 
 
-def renderer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("render", FOLDER / "render.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-RENDER = renderer()
+RENDER = SimpleNamespace(**runpy.run_path(str(FOLDER / "render.py")))
 CLUSTERS = sorted(RENDER.CLUSTERS.glob("*.yaml"))
 
 
