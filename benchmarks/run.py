@@ -41,6 +41,7 @@ BENCHMARKS = (
     "early_stops",
     "lora_without_regret",
     "tune_overhead",
+    "live_changes",
 )
 RECORDINGS = ("sweep_curves",)
 """Taken by hand, in two hours: what others are computed from."""

@@ -9,13 +9,11 @@ serve/_private/deployment_state.py).
 """
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from graftwork.config import canonical_json
 from graftwork.errors import ConfigError
 from graftwork.serving.api_error import ApiError, as_api_errors
 from graftwork.serving.arms import Dump
@@ -23,7 +21,7 @@ from graftwork.serving.backend import Backend
 from graftwork.serving.catalog import Catalog
 from graftwork.serving.experiment.online.experiments import Experiments
 from graftwork.serving.limits import RateLimits
-from graftwork.serving.live_record import keep, kept, live_of, with_live
+from graftwork.serving.live_record import digest, keep, kept, live_of, with_live
 from graftwork.serving.metrics_families import Family
 from graftwork.serving.spec import ServeSpec
 
@@ -72,7 +70,7 @@ class LiveConfig:
     def told(self) -> Dump:
         """Plain data: which config is taken, and which was refused, why."""
         changing = self._task is not None and not self._task.done()
-        return {"config": _digest(live_of(self._spec)), "taken_at": self._taken_at, "taken": self._taken,
+        return {"config": digest(live_of(self._spec)), "taken_at": self._taken_at, "taken": self._taken,
                 "changing": changing, "refused": self._refused}  # fmt: skip
 
     def families(self) -> list[Family]:
@@ -90,7 +88,7 @@ class LiveConfig:
             try:
                 await self._persist(tree)
             except ApiError as error:
-                log.warning("live config %s is refused, the one before stays: %s", _digest(tree), error)
+                log.warning("live config %s is refused, the one before stays: %s", digest(tree), error)
 
     async def _persist(self, tree: Mapping[str, Any]) -> None:
         """Take it, however long the store or the engines can't answer; ends early where another one comes."""
@@ -99,7 +97,7 @@ class LiveConfig:
                 await self._take(tree)
             except ApiError as error:
                 waits = error.status >= 500
-                self._refused = {"config": _digest(tree), "why": str(error), "code": error.code, "waits": waits}
+                self._refused = {"config": digest(tree), "why": str(error), "code": error.code, "waits": waits}
                 if not waits:
                     raise
             else:
@@ -138,7 +136,3 @@ class LiveConfig:
             return with_live(self._spec, tree)
         except ConfigError as error:
             raise ApiError(400, error.text(), code="invalid_config") from None
-
-
-def _digest(tree: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(dict(tree)).encode()).hexdigest()[:10]

@@ -3,11 +3,12 @@
 Its ingress writes it; an ingress or an engine replica that takes another one's place begins with it.
 """
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from graftwork.cluster.kuberay.serve_config import LIVE
-from graftwork.config import validate
+from graftwork.config import canonical_json, validate
 from graftwork.errors import ConfigError
 from graftwork.serving.arms import Dump
 from graftwork.serving.spec import ServeSpec
@@ -29,6 +30,11 @@ def with_live(spec: ServeSpec, tree: Mapping[str, Any]) -> ServeSpec:
 def live_of(spec: ServeSpec) -> Dump:
     """Its live keys."""
     return {key: value for key, value in spec.model_dump(mode="json").items() if key in LIVE}
+
+
+def digest(tree: Mapping[str, Any]) -> str:
+    """What a live config is called where it is told of."""
+    return hashlib.sha256(canonical_json(dict(tree)).encode()).hexdigest()[:10]
 
 
 def kept(spec: ServeSpec) -> ServeSpec | None:

@@ -55,10 +55,10 @@ def serve_running(spec: ServeSpec, *, http: bool) -> Iterator[None]:
         )
         yield
     finally:
-        _shut_down(spec.name)
+        shut_down(spec.name)
 
 
-def _shut_down(name: str) -> None:
+def shut_down(name: str) -> None:
     """End the application `name`, then Serve. `serve.shutdown()` alone leaves "graceful_shutdown failed" on the
     terminal (Ray 2.60): it waits in a call that the controller's own end breaks off. Here the controller is told, and
     its end awaited."""

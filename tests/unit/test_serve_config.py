@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.schema import ServeDeploySchema
 
@@ -15,6 +16,7 @@ from graftwork.cluster.kuberay.serve_config import (
 )
 from graftwork.errors import ConfigError
 from graftwork.serving.live_record import with_live
+from graftwork.serving.service_app import app
 from graftwork.serving.spec import ServeSpec
 
 ARMS = [{"name": "plain"}, {"name": "tuned", "adapter": "card@latest"}]
@@ -90,6 +92,18 @@ def test_the_spec_comes_whole_out_of_its_two_parts() -> None:
     whole = with_live(ServeSpec.model_validate(application["args"]["spec"]), live)
     assert {key: whole.model_dump(mode="json")[key] for key in LIVE} == {key: dump[key] for key in LIVE}
     assert (whole.host, whole.port, whole.base, whole.token_env) == ("0.0.0.0", 8000, ServeSpec(**dump).base, "KEYS")
+
+
+def test_serve_builds_the_endpoint_from_the_configs_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    (application,) = serve_config(spec())["applications"]
+    with pytest.raises(ConfigError, match="token_env=KEYS"):
+        call_user_app_builder_with_args_if_necessary(app, application["args"])
+    monkeypatch.setenv("KEYS", "a key")
+    built = call_user_app_builder_with_args_if_necessary(app, application["args"])
+    assert built._bound_deployment.name == application["deployments"][1]["name"]
+    open_to_all = {**application["args"]["spec"], "token_env": None}
+    with pytest.raises(ConfigError, match="token_env is not set"):
+        app({"spec": open_to_all})
 
 
 def test_without_keys_nothing_is_served_on_a_cluster() -> None:

@@ -1,0 +1,114 @@
+"""An endpoint as a job on a Ray that exists: it serves from the head, and goes with its job, however that ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.heads import Head, running_head
+from tests.ports import free_port
+from tests.service import Made, publish
+
+COMMAND = "from graftwork.cli import main; main()"
+GONE_WITHIN_S = 10.0
+
+
+@dataclass
+class World:
+    head: Head
+    made: Made
+    tmp: Path
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def graftwork(self, *argv: str) -> str:
+        """What a command prints; it may not fail."""
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND, *argv], env=self.head.environment, cwd=self.tmp, text=True,
+            capture_output=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def submit(self, name: str) -> str:
+        """Start an endpoint as a job and wait until it answers; the job's id."""
+        spec = {"kind": "serve", "name": name, "base": str(self.made.base), "root": self.made.store.uri,
+                "quant": {"kind": "none"}, "num_cpus": 0.5, "port": self.port,
+                "engine": {"max_seq_len": 256, "num_threads": 1},
+                "arms": [{"name": "plain"}, {"name": "tuned", "adapter": "card@latest"}]}  # fmt: skip
+        (self.tmp / f"{name}.yaml").write_text(yaml.safe_dump(spec))
+        told = json.loads(self.graftwork("serve", f"{name}.yaml", "--on", self.head.dashboard, "--detach", "--json"))
+        until(self.answers, 120, lambda: self.graftwork("jobs", "logs", told["job_id"], "--root", self.made.store.uri))
+        return str(told["job_id"])
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def gone(self) -> bool:
+        """No application, no replica, nobody at the port."""
+        found = self.head.serve()["applications"]
+        return not found and not self.answers() and not any("ServeReplica" in p for p in self.head.processes().values())
+
+
+def until(holds: Callable[[], bool], within_s: float, why: Callable[[], object]) -> None:
+    end = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < end, why()
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    tmp = tmp_path_factory.mktemp("endpoint")
+    made = publish(tmp)
+    with running_head(4, {"GRAFTWORK_CACHE": str(tmp / "cache")}) as head:
+        yield World(head, made, tmp, free_port())
+
+
+def experiment(world: World) -> dict[str, Any]:
+    arms = [{"name": "plain", "weight": 0.5}, {"name": "tuned", "weight": 0.5}]
+    return {"kind": "experiment", "name": "ab", "endpoint": world.url, "control": "plain", "primary": "latency_ms",
+            "arms": arms}  # fmt: skip
+
+
+@pytest.mark.long
+def test_an_endpoint_serves_as_a_job_and_is_cancelled_without_a_rest(world: World) -> None:
+    job = world.submit("served")
+    body = {"model": "arm/tuned", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    assert httpx.post(f"{world.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    (world.tmp / "ab.yaml").write_text(yaml.safe_dump(experiment(world)))
+    world.graftwork("experiment", "start", "ab.yaml")
+    body |= {"model": "experiment/ab", "user": "somebody"}
+    assert httpx.post(f"{world.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    world.graftwork("jobs", "cancel", job, "--root", world.made.store.uri)
+    until(world.gone, GONE_WITHIN_S, world.head.serve)
+
+
+@pytest.mark.soak
+def test_an_endpoint_goes_when_its_driver_is_killed_and_the_next_attempt_serves(world: World) -> None:
+    job = world.submit("killed")
+    running = world.head.processes().items()
+    for pid in [pid for pid, words in running if f"{COMMAND} serve" in words or "graftwork.cluster.driver" in words]:
+        os.kill(pid, signal.SIGKILL)
+    until(world.gone, GONE_WITHIN_S, world.head.serve)
+    world.graftwork("jobs", "cancel", job, "--root", world.made.store.uri)
+    world.graftwork("jobs", "resubmit", job, "--root", world.made.store.uri)
+    until(world.answers, 120, lambda: world.graftwork("jobs", "logs", job, "--root", world.made.store.uri))
+    world.graftwork("jobs", "cancel", job, "--root", world.made.store.uri)
+    until(world.gone, GONE_WITHIN_S, world.head.serve)
