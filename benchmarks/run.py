@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = (
     "start",
     "plan_cold",
+    "job_status",
     "engine_decode",
     "adapter_load",
     "swap_stall",

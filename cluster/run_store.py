@@ -17,9 +17,10 @@ rest), each key whole, on a disk and on S3 alike:
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from graftwork.cluster.backend import Attempt, Demand, Job
 from graftwork.cluster.spec import ClusterSpec
@@ -30,6 +31,10 @@ HEARTBEAT_S = 5.0
 SILENT_S = 20.0
 """A driver that was heard and is silent for longer is taken for lost: four heartbeats."""
 LOG_BEHIND_S = 3.0
+AT_ONCE = 16
+"""Jobs that are read at a time from S3."""
+A = TypeVar("A")
+B = TypeVar("B")
 
 SAVES = frozenset({"train"})
 """Kinds that make a checkpoint and go when the store tells them to (fence.py)."""
@@ -140,7 +145,18 @@ class RunStore:
                 f"job {job_id}", f"the store {self.store.uri} has no such job",
                 "a job is named <name>-<hash>, as `jobs ls` lists it", f"graftwork jobs ls --root {self.store.uri}",
             )  # fmt: skip
-        return JobRecord(**self.store.read_json("jobs", job_id, "job.json"))
+        return JobRecord(**json.loads(found))
+
+    def jobs(self) -> list[JobRecord]:
+        """The records of all jobs of the store."""
+        return self.of_many(self.job, self.job_ids())
+
+    def of_many(self, ask: Callable[[A], B], items: Sequence[A]) -> list[B]:
+        """Each in turn on a disk; on S3, where a round trip is what it costs, many at once."""
+        if self.store.is_local or len(items) < 2:
+            return [ask(item) for item in items]
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="jobs") as pool:
+            return list(pool.map(ask, items))
 
     def job_ids(self) -> list[str]:
         """All jobs of the store."""

@@ -2,10 +2,9 @@
 
 import difflib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -23,9 +22,6 @@ CLEAN_END_S = 5.0
 """How long a driver that is asked to end may take before its place removes it."""
 SAVED_END_S = 30.0
 """The same, where it makes a checkpoint first."""
-AT_ONCE = 16
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 class StoredBackend:
@@ -107,17 +103,17 @@ class StoredBackend:
 
     def list(self) -> Sequence[JobStatus]:
         """All jobs of the store that this place runs or ran, newest first."""
-        records = self._of_many(self.runs.job, self.runs.job_ids())
+        records = self.runs.jobs()
         mine = [record for record in records if record.on == self.on]
         return sorted(self._statuses(mine), key=lambda status: -(status.submitted_at or 0))
 
     def _statuses(self, records: Sequence[JobRecord]) -> Sequence[JobStatus]:
         job_ids = [record.job_id for record in records]
-        attempts = dict(zip(job_ids, self._of_many(self.runs.latest, job_ids), strict=True))
+        attempts = dict(zip(job_ids, self.runs.of_many(self.runs.latest, job_ids), strict=True))
         alive = {job_id: attempt_id(job_id, a.number) for job_id, a in attempts.items() if a.ended is None}
         seen = self._observe(list(alive.values())) if alive else {}
         again = [job_id for job_id, name in alive.items() if name not in seen or seen[name].job_status != "RUNNING"]
-        attempts |= zip(again, self._of_many(self.runs.latest, again), strict=True)  # what it wrote before that
+        attempts |= zip(again, self.runs.of_many(self.runs.latest, again), strict=True)  # what it wrote before that
         now = time.time()
         return [_status(record, attempts[record.job_id], seen, now) for record in records]
 
@@ -128,13 +124,6 @@ class StoredBackend:
         except ClusterError as error:
             away = Seen(message=f"its place does not answer: {error.found or error.asked}")
             return dict.fromkeys(attempt_ids, away)
-
-    def _of_many(self, ask: Callable[[A], B], items: Sequence[A]) -> Sequence[B]:
-        """Each in turn on a disk; on S3, where a round trip is what it costs, many at once."""
-        if self.runs.store.is_local or len(items) < 2:
-            return [ask(item) for item in items]
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="jobs") as pool:
-            return list(pool.map(ask, items))
 
     def logs(self, job_id: str, *, follow: bool = False, attempt: int | None = None) -> Iterator[str]:
         """What it printed, from the store; with `follow` until it has ended."""
