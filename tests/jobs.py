@@ -44,3 +44,12 @@ def until(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
         assert time.monotonic() < end, f"not within {timeout_s:.0f} s"
         time.sleep(0.02)
     return found
+
+
+def end_all_jobs(root: str) -> None:
+    """Nothing of a test runs on after it, however it ended."""
+    here = local_backend(root)
+    for job_id in here.runs.job_ids():
+        here.cancel(job_id)
+        for number in here.runs.attempts(job_id):
+            here.place.stop(f"{job_id}-a{number}")

@@ -1,5 +1,6 @@
 """A training run as a job: what stops it leaves a checkpoint of its last step, and the next attempt goes on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,19 @@ from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_start import starts
 from graftwork.training.run import run_paths
 from graftwork.training.steplog import read_steps
-from tests.jobs import local_backend, printed, until
+from tests.jobs import end_all_jobs, local_backend, printed, until
 from tests.training import task
 
 
-@pytest.mark.long
-def test_a_stopped_run_goes_on_from_the_step_it_stopped_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    yield
+    end_all_jobs(str(tmp_path / "root"))
+
+
+@pytest.mark.long
+def test_a_stopped_run_goes_on_from_the_step_it_stopped_at(tmp_path: Path) -> None:
     spec = task(tmp_path, **{"optim.epochs": 2000, "checkpoint_every": 100_000, "eval_every": 100_000})
     run, here = run_paths(spec), local_backend(spec.root)
     job = job_of(spec, ClusterSpec())

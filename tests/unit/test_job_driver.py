@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -11,13 +12,14 @@ import pytest
 from graftwork.cluster.driver.output import last_error, whole_chars
 from graftwork.cluster.run_store import RunStore
 from graftwork.errors import ConfigError
-from tests.jobs import local_backend, printed, python_job, until
+from tests.jobs import end_all_jobs, local_backend, printed, python_job, until
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
-    return str(tmp_path / "root")
+    yield str(tmp_path / "root")
+    end_all_jobs(str(tmp_path / "root"))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """However often, from wherever and however rudely a job is submitted: one attempt, one driver."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -10,15 +10,18 @@ import pytest
 from graftwork.cluster.backend import Job
 from graftwork.cluster.fence import ENVIRONMENT
 from graftwork.cluster.stored import StoredBackend
-from tests.jobs import command_job, local_backend, until
+from tests.jobs import command_job, end_all_jobs, local_backend, until
 from tests.processes import die_at, fork_race
 
 SLEEPS = ("sleep", "600")
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    yield
+    for root in tmp_path.glob("root*"):
+        end_all_jobs(str(root))
 
 
 def commands(job: Job) -> list[int]:
