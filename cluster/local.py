@@ -32,6 +32,7 @@ QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # default 2 s: the controller sees a finished or lost worker sooner
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less to start
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # default 600 s
+    "RAY_get_check_signal_interval_milliseconds": "100",  # default 1000: how late Ctrl-C may break off a ray.get
     "TOKENIZERS_PARALLELISM": "false",
 }
 ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"}
