@@ -19,7 +19,6 @@ from typing import ParamSpec, TypeVar
 
 from graftwork.cluster.address import FORMS
 from graftwork.cluster.client import client_of, run_there
-from graftwork.cluster.jobs import run_command
 from graftwork.cluster.local import ONE_MACHINE, QUIET, environment_of, private_ray
 from graftwork.errors import ClusterError, ConfigError
 
@@ -62,6 +61,8 @@ def session(on: str = "local", num_cpus: int | None = None) -> Iterator[Session]
     Raises ConfigError for an address that is none of the forms, ClusterError when no Ray could be had.
     """
     if on.startswith(("http://", "https://")):
+        from graftwork.cluster.jobs import run_command  # httpx: 40 ms that other commands need not wait for
+
         raise SystemExit(run_command(on, _command_line(on)))
     # Twice: ray.init installs a SIGTERM handler of its own.
     with terminated_as_interrupt(), _ray_of(on, num_cpus) as address, terminated_as_interrupt():

@@ -13,7 +13,7 @@ from graftwork.errors import ClusterError
 from graftwork.storage import Store
 
 STOP_S = 8.0
-STARTS_S = 2.0
+STARTS_S = 1.0
 """A pending job that is asked to end may be about to start, and then ends by itself."""
 DROP_S = 20.0
 DROP = "-drop"
