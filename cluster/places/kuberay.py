@@ -1,19 +1,24 @@
 """KubeRay as a place: an attempt is a RayJob object."""
 
+import functools
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from graftwork.cluster.backend import Attempt, Finding, Job
 from graftwork.cluster.kuberay.api import KubeApi, namespaced
+from graftwork.cluster.kuberay.rayjob import build_rayjob
 from graftwork.cluster.place import Seen
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.wheel import build_wheel
 from graftwork.errors import ClusterError
+from graftwork.storage import Store
 
 OURS = {"app.kubernetes.io/managed-by": "graftwork"}
 SELECTOR = ",".join(f"{key}={value}" for key, value in OURS.items())
 GONE_S = 10.0
 LOOK_S = 0.1
+STORE_PATIENCE_S = 10.0
 GROUP, VERSION = "ray.io", "v1"
 PLURALS = {"RayJob": "rayjobs", "RayService": "rayservices"}
 
@@ -31,7 +36,7 @@ class KubeRayPlace:
 
     def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
         """The RayJob."""
-        return [_rayjob(attempt, self._api.place.namespace)]
+        return [build_rayjob(attempt, self._api.place.namespace, self._wheel_uri(attempt.job))]
 
     def current(self, attempt: Attempt) -> list[Mapping[str, Any]]:
         """Those of them that are there, without what the server adds."""
@@ -43,7 +48,13 @@ class KubeRayPlace:
         return []
 
     def start(self, attempt: Attempt) -> None:
-        """Create what is not there yet: the server takes one object of a name, whoever comes first."""
+        """Create what is not there yet: the server takes one object of a name, whoever comes first.
+
+        The code lies in the store before a pod can ask for it.
+        """
+        if attempt.job.cluster.code == "wheel":
+            name, wheel = _wheel()
+            Store(attempt.job.root, STORE_PATIENCE_S).create_bytes(wheel, "code", name)
         for planned in self.objects(attempt):
             path = self._path_of(planned)
             answer = self._api.ask("POST", path.rpartition("/")[0], planned, {"fieldValidation": "Strict"})
@@ -81,9 +92,18 @@ class KubeRayPlace:
                 )  # fmt: skip
             time.sleep(LOOK_S)
 
+    def _wheel_uri(self, job: Job) -> str | None:
+        return Store(job.root).path("code", _wheel()[0]) if job.cluster.code == "wheel" else None
+
     def _path_of(self, planned: Mapping[str, Any]) -> str:
         plural = PLURALS[planned["kind"]]
         return namespaced(GROUP, VERSION, self._api.place.namespace, plural, planned["metadata"]["name"])
+
+
+@functools.cache
+def _wheel() -> tuple[str, bytes]:
+    """Once a process: the code that runs does not change."""
+    return build_wheel()
 
 
 def is_ours(found: Mapping[str, Any]) -> bool:
@@ -111,22 +131,3 @@ def without_server_fields(found: Mapping[str, Any]) -> Mapping[str, Any]:
     """An object as somebody would have written it."""
     kept = {key: value for key, value in found.items() if key != "status"}
     return {**kept, "metadata": {key: value for key, value in found["metadata"].items() if key not in SERVER_META}}
-
-
-def _rayjob(attempt: Attempt, namespace: str) -> Mapping[str, Any]:
-    job = attempt.job
-    pod = {"spec": {"containers": [{"name": "ray-head", "image": job.cluster.image or "graftwork"}]}}
-    return {
-        "apiVersion": f"{GROUP}/{VERSION}",
-        "kind": "RayJob",
-        "metadata": {"name": attempt.id, "namespace": namespace, "labels": OURS},
-        "spec": {
-            "entrypoint": f"python -m graftwork.cluster.driver {job.root} {job.job_id} {attempt.number} auto",
-            "jobId": attempt.id,
-            "submissionMode": "HTTPMode",
-            "shutdownAfterJobFinishes": True,
-            "ttlSecondsAfterFinished": int(job.cluster.keep_s),
-            "preRunningDeadlineSeconds": int(job.cluster.limits.pending),
-            "rayClusterSpec": {"headGroupSpec": {"rayStartParams": {}, "template": pod}},
-        },
-    }

@@ -4,16 +4,23 @@ Its rules are those of KubeRay v1.7 (rayjob_controller.go) as far as a client se
 shutdown, deletion. It does the garbage collector's part too: a deleted RayJob is gone once its work has stopped.
 """
 
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tests.k8s.head import Head
 from tests.k8s.server import NAMESPACE, ApiServer
+from tests.processes import ROOT
 
 LOOK_S = 0.1
 FINALIZER = "ray.io/rayjob-finalizer"
@@ -27,6 +34,8 @@ class StandIn:
 
     def __init__(self, server: ApiServer, head: Head, secrets: Mapping[tuple[str, str], str] | None = None) -> None:
         self._server, self._head, self.secrets = server, head, dict(secrets or {})
+        self.folder = Path(tempfile.mkdtemp(prefix="gwpods-"))
+        self._laid_out: set[tuple[str, ...]] = set()
         self._stop, self._paused = threading.Event(), threading.Event()
         self._looking = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="stand-in", daemon=True)
@@ -46,6 +55,7 @@ class StandIn:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(30)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self) -> None:
         while not self._stop.wait(LOOK_S):
@@ -88,6 +98,10 @@ class StandIn:
         environment, lacking = self._environment(job)
         if lacking:
             self._patch(job, message=f"CreateContainerConfigError: {lacking}")
+            return
+        lacking = self._init(job, environment)
+        if lacking:
+            self._patch(job, message=lacking)
             return
         runtime = dict(yaml.safe_load(spec.get("runtimeEnvYAML") or "{}") or {})
         runtime["env_vars"] = {**environment, **runtime.get("env_vars", {})}
@@ -168,7 +182,24 @@ class StandIn:
                 values[entry["name"]] = self.secrets[reference["name"], reference["key"]]
             elif "value" in entry:
                 values[entry["name"]] = entry["value"]
-        return {key: value for key, value in values.items() if not key.startswith("RAY_")}, ""
+        here = {f"/{name}": str(self.folder / name) for name in ("code", "scratch")}  # the pod's own volumes
+        return {key: here.get(value, value) for key, value in values.items() if not key.startswith("RAY_")}, ""
+
+    def _init(self, job: Object, environment: Mapping[str, str]) -> str:
+        """Run the init container that lays out the code, once a wheel; what went wrong."""
+        pod = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        for container in pod.get("initContainers", []):
+            words = [str(self.folder / "code") if word == "/code" else word for word in container["command"]]
+            if tuple(words) in self._laid_out:
+                continue
+            shutil.rmtree(self.folder / "code", ignore_errors=True)
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            own = {**os.environ, **environment, "PATH": path, "PYTHONPATH": str(ROOT)}
+            done = subprocess.run(words, env=own, cwd=self.folder, capture_output=True, text=True)
+            if done.returncode:
+                return f"Init:Error: {done.stderr[-500:]}"
+            self._laid_out.add(tuple(words))
+        return ""
 
     def _patch(self, job: Object, **status: str) -> None:
         merge = "application/merge-patch+json"
