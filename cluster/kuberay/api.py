@@ -4,11 +4,14 @@ Every call that we make may be made twice: what is created has our name, what is
 """
 
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote
+
+import yaml
 
 from graftwork.cluster.kuberay import api_errors
 from graftwork.errors import ConfigError
@@ -165,22 +168,18 @@ def open_context(on: str, context: str) -> Any:
     except ImportError:
         raise api_errors.no_extra(on) from None
     settings = client.Configuration()
-    _told(lambda: config.list_kube_config_contexts(), ConfigException, lambda why: api_errors.no_kubeconfig(on, why))
-    contexts, _ = config.list_kube_config_contexts()
-    names = [str(found["name"]) for found in contexts or []]
+    file = os.environ.get("KUBECONFIG") or "~/.kube/config"  # `kubernetes` would keep that of its import
+    names: list[str] = []
+    try:
+        names += [str(found["name"]) for found in config.list_kube_config_contexts(file)[0] or []]
+        if context in names:
+            config.load_kube_config(file, context, settings)
+    except (ConfigException, OSError, yaml.YAMLError, TypeError, AttributeError) as error:  # of a file of another form
+        raise api_errors.no_kubeconfig(on, f"{file}: {error}") from None
     if context not in names:
         raise api_errors.no_context(on, context, names)
-    _told(lambda: config.load_kube_config(context=context, client_configuration=settings), ConfigException,
-          lambda why: api_errors.no_kubeconfig(on, why))  # fmt: skip
     settings.retries = False  # ours are in `ask`; urllib3's would triple the time limits
     return client.ApiClient(settings)
-
-
-def _told(act: Callable[[], object], failure: type[Exception], say: Callable[[str], Exception]) -> None:
-    try:
-        act()
-    except (failure, OSError) as error:
-        raise say(str(error)) from None
 
 
 def _answer(code: int, data: bytes | str) -> Answer:
