@@ -7,6 +7,10 @@ from typing import Any
 
 from graftwork.cluster.backend import Attempt, Finding, Job
 from graftwork.cluster.kuberay.api import KubeApi, namespaced
+from graftwork.cluster.kuberay.findings import dig
+from graftwork.cluster.kuberay.held import reasons
+from graftwork.cluster.kuberay.live import PLURALS, live_crd, live_findings, object_path
+from graftwork.cluster.kuberay.preflight import preflight
 from graftwork.cluster.kuberay.rayjob import build_rayjob
 from graftwork.cluster.place import Seen
 from graftwork.cluster.spec import ClusterSpec
@@ -20,7 +24,6 @@ GONE_S = 10.0
 LOOK_S = 0.1
 STORE_PATIENCE_S = 10.0
 GROUP, VERSION = "ray.io", "v1"
-PLURALS = {"RayJob": "rayjobs", "RayService": "rayservices"}
 
 
 class KubeRayPlace:
@@ -31,8 +34,14 @@ class KubeRayPlace:
         self._api = KubeApi(on)
 
     def check(self, job: Job) -> list[Finding]:
-        """What would keep the job from running here."""
-        return []
+        """The rules without the cluster, then what the cluster itself says: its CRD, rights, names, queue, room."""
+        attempt = Attempt(job, 1)
+        objects = self.objects(attempt)
+        crd, found = live_crd(self._api, PLURALS[objects[0]["kind"]])
+        if any(finding.level == "error" for finding in found):
+            return found
+        found += preflight(attempt, self._api.place.namespace, crd, objects)
+        return found + live_findings(self._api, job, objects)
 
     def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
         """The RayJob."""
@@ -71,8 +80,10 @@ class KubeRayPlace:
     def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
         """One listing for all."""
         path = namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs")
-        found = self._api.list(path, SELECTOR)
-        return {name: seen_of(job) for job in found if (name := job["metadata"]["name"]) in attempt_ids}
+        found = {str(job["metadata"]["name"]): job for job in self._api.list(path, SELECTOR)}
+        mine = {name: job for name, job in found.items() if name in attempt_ids}
+        held = reasons(self._api, list(mine.values()))
+        return {name: seen_of(job, held.get(name, "")) for name, job in mine.items()}
 
     def stop(self, attempt_id: str) -> None:
         """Delete the object and wait until it is gone: then its cluster is, too."""
@@ -96,8 +107,7 @@ class KubeRayPlace:
         return Store(job.root).path("code", _wheel()[0]) if job.cluster.code == "wheel" else None
 
     def _path_of(self, planned: Mapping[str, Any]) -> str:
-        plural = PLURALS[planned["kind"]]
-        return namespaced(GROUP, VERSION, self._api.place.namespace, plural, planned["metadata"]["name"])
+        return object_path(self._api.place.namespace, planned)
 
 
 @functools.cache
@@ -112,13 +122,12 @@ def is_ours(found: Mapping[str, Any]) -> bool:
     return all(labels.get(key) == value for key, value in OURS.items())
 
 
-def seen_of(job: Mapping[str, Any]) -> Seen:
-    """A RayJob's status."""
+def seen_of(job: Mapping[str, Any], held: str = "") -> Seen:
+    """A RayJob's status, with what holds it back. Suspended from its birth: the operator has said nothing of it yet."""
     status = job.get("status", {})
-    return Seen(
-        status.get("jobStatus", ""), status.get("jobDeploymentStatus", ""), status.get("reason", ""),
-        status.get("message", ""),
-    )  # fmt: skip
+    deployment = status.get("jobDeploymentStatus") or ("Suspended" if dig(job, "spec", "suspend") else "")
+    said = "; ".join(part for part in (held, status.get("message", "")) if part)
+    return Seen(status.get("jobStatus", ""), deployment, status.get("reason", ""), said)
 
 
 SERVER_META = frozenset(

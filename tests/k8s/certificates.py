@@ -5,6 +5,7 @@ from pathlib import Path
 
 CA_SUBJECT = "/CN=graftwork-tests"
 CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+OLD = ("-not_before", "20200101000000Z", "-not_after", "20210101000000Z")
 
 
 def authority(folder: Path) -> None:
@@ -12,12 +13,12 @@ def authority(folder: Path) -> None:
     _openssl(folder, "req", "-x509", *CURVE, "-keyout", "ca.key", "-out", "ca.crt", "-days", "2", "-subj", CA_SUBJECT)
 
 
-def certificate(folder: Path, name: str, subject: str, *, days: int = 2) -> None:
-    """NAME.crt and NAME.key, signed by the folder's authority, for 127.0.0.1. Less than 0 days: it has expired."""
+def certificate(folder: Path, name: str, subject: str, *, expired: bool = False) -> None:
+    """NAME.crt and NAME.key, signed by the folder's authority, for 127.0.0.1."""
     _openssl(folder, "req", *CURVE, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", subject)
     (folder / "loopback.ext").write_text("subjectAltName=IP:127.0.0.1\n")
     _openssl(folder, "x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial",
-             "-out", f"{name}.crt", "-days", str(days), "-extfile", "loopback.ext")  # fmt: skip
+             "-out", f"{name}.crt", "-extfile", "loopback.ext", *(OLD if expired else ("-days", "2")))  # fmt: skip
 
 
 def _openssl(folder: Path, *words: str) -> None:

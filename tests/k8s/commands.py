@@ -4,16 +4,17 @@ from pathlib import Path
 
 from graftwork.cluster.backend import Job
 from graftwork.cluster.command_spec import CommandSpec
-from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.spec import ClusterSpec, StorageSpec
 
 IMAGE = "registry.example/graftwork@sha256:" + "0" * 64
 
 
 def command(root: Path, name: str, program: str, cluster: ClusterSpec | None = None) -> Job:
     """`python -u -c PROGRAM` as a job."""
+    shared = StorageSpec(claim="shared")
     spec = CommandSpec(name=name, root=str(root), argv=("python", "-u", "-c", program))
     return Job(
-        name, "command", spec.identity(), str(root), spec.model_dump(mode="json"), cluster or ClusterSpec(image=IMAGE)
+        name, "command", spec.identity(), str(root), spec.model_dump(mode="json"), cluster or ClusterSpec(image=IMAGE, storage=shared)
     )
 
 

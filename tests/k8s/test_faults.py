@@ -114,8 +114,8 @@ def test_no_kubeconfig_a_wrong_context_and_no_server_are_told(
 def test_expired_certificates_are_told(kube: KubeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = command(tmp_path, "expired", "print('on')")
     keys = kube.server.folder
-    certificate(keys, "old-server", "/CN=127.0.0.1", days=-1)
-    certificate(keys, "old-client", "/O=system:masters/CN=tests", days=-1)
+    certificate(keys, "old-server", "/CN=127.0.0.1", expired=True)
+    certificate(keys, "old-client", "/O=system:masters/CN=tests", expired=True)
     with Faults(kube.server, "old-server") as proxy:
         monkeypatch.setenv("KUBECONFIG", str(proxy.kubeconfig))
         told = refusal(backend_of(kube.on, job.root), job)

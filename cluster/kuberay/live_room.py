@@ -1,0 +1,97 @@
+"""Whether there is room for a job: Kueue's queue, the quotas of the namespace."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from graftwork.cluster.backend import Job
+from graftwork.cluster.kuberay.api import KubeApi, namespaced, whole
+from graftwork.cluster.kuberay.findings import Found, dig, listed, refuse, warn
+from graftwork.cluster.kuberay.live_names import unchecked
+from graftwork.cluster.kuberay.pods import GPU
+from graftwork.cluster.spec import quantity
+
+KUEUE = "kueue.x-k8s.io"
+KUEUE_VERSIONS = ("v1beta2", "v1beta1")
+"""Served since Kueue 0.14, and before."""
+
+
+def queue_findings(api: KubeApi, job: Job) -> Found:
+    """The LocalQueue is there, is open, and its ClusterQueue takes jobs."""
+    name = job.cluster.queue
+    if name is None:
+        return
+    for version in KUEUE_VERSIONS:
+        answer = api.ask("GET", namespaced(KUEUE, version, api.place.namespace, "localqueues", name))
+        if not answer.unserved:
+            break
+    if answer.ok:
+        yield from _state(answer.body, name)
+    elif answer.absent:
+        listing = api.ask("GET", namespaced(KUEUE, version, api.place.namespace, "localqueues"))
+        names = sorted(item["metadata"]["name"] for item in listing.body.get("items", [])) if listing.ok else []
+        yield refuse("QUEUE-ABSENT", "queue", f"there is no LocalQueue {name!r} in {api.place.namespace}",
+                     f"there are: {', '.join(names) or 'none'}", "take one of these, or have it made")  # fmt: skip
+    elif answer.unserved:
+        yield refuse("QUEUE-NO-KUEUE", "queue", f"queue={name}, and Kueue is not installed in this cluster",
+                     "a job with a queue is made suspended, and Kueue lets it go", "install Kueue, or set queue: null")  # fmt: skip
+    else:
+        yield unchecked(api.on, f"the LocalQueue {name!r}", answer)
+
+
+def _state(queue: Mapping[str, Any], name: str) -> Found:
+    policy = dig(queue, "spec", "stopPolicy")
+    if policy not in (None, "None"):
+        yield warn("QUEUE-STOPPED", "queue", f"the LocalQueue {name!r} is stopped ({policy})",
+                   "it takes jobs and lets none go", "the job waits in it until somebody sets stopPolicy: None")  # fmt: skip
+    for condition in listed(dig(queue, "status", "conditions")):
+        if condition.get("type") == "Active" and condition.get("status") == "False" and policy in (None, "None"):
+            said = condition.get("message") or condition.get("reason", "")
+            yield warn("QUEUE-INACTIVE", "queue", f"the LocalQueue {name!r} lets no job go ({said})", "",
+                       "see its ClusterQueue: kubectl describe clusterqueue")  # fmt: skip
+
+
+def quota_findings(api: KubeApi, job: Job) -> Found:
+    """What all pods take together, against each ResourceQuota: more than its limit is refused, more than is free
+    is said."""
+    answer = api.ask("GET", namespaced("", "v1", api.place.namespace, "resourcequotas"))
+    if not answer.ok:
+        yield unchecked(api.on, "quotas of the namespace", answer)
+        return
+    takes = taken(job)
+    for quota in answer.body.get("items", []):
+        name = quota["metadata"]["name"]
+        hard, used = quota.get("status", {}).get("hard") or quota["spec"].get("hard", {}), dig(quota, "status", "used")
+        for resource, most in hard.items():
+            if resource not in takes:
+                continue
+            limit, held = amount(most), amount((used or {}).get(resource, "0"))
+            said = f"the job takes {takes[resource]:g} {resource}; the ResourceQuota {name!r} has {limit:g}"
+            if takes[resource] > limit:
+                yield refuse("QUOTA", "workers", said, "pods beyond a quota are not made, and the job waits for them",
+                             "take less, or have the quota raised")  # fmt: skip
+            elif takes[resource] > limit - held:
+                yield warn("QUOTA-IN-USE", "workers", f"{said}, of which {held:g} are in use", "",
+                           "the job waits until others end")  # fmt: skip
+
+
+def taken(job: Job) -> dict[str, float]:
+    """All pods of a job, by the resource names of a quota."""
+    cluster = job.cluster
+    machines = [(1, cluster.head.cpu, cluster.head.memory, 0)]
+    machines += [(group.count, group.cpu, group.memory, group.gpu) for group in cluster.workers]
+    cpus = sum(count * quantity(cpu) for count, cpu, _, _ in machines)
+    memory = sum(count * quantity(memory) for count, _, memory, _ in machines)
+    gpus = float(sum(count * gpu for count, _, _, gpu in machines))
+    whole_pods = float(sum(count for count, *_ in machines))
+    return {
+        "cpu": cpus, "requests.cpu": cpus, "limits.cpu": cpus, "memory": memory, "requests.memory": memory,
+        "limits.memory": memory, f"requests.{GPU}": gpus, "pods": whole_pods, "count/pods": whole_pods,
+    }  # fmt: skip
+
+
+def amount(text: str) -> float:
+    """A quantity of a server, which may bear an exponent or a suffix that specs do not take (`1e3`, `2Pi`)."""
+    for suffix, factor in (("Pi", 2.0**50), ("Ei", 2.0**60), ("P", 1e15), ("E", 1e18)):
+        if text.endswith(suffix) and text.removesuffix(suffix).replace(".", "").isdigit():
+            return float(text.removesuffix(suffix)) * factor
+    return float(text) if "e" in text or "E" in text else quantity(text)
