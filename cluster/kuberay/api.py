@@ -136,11 +136,14 @@ class KubeApi:
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        asked = list((query or {}).items())
+        client.update_params_for_auth(headers, asked, ["BearerToken"])  # a token is renewed here
         try:
-            got = client.call_api(
-                path, method, query_params=list((query or {}).items()), body=dict(body) if body else None,
-                header_params={"Accept": "application/json", "Content-Type": "application/json"},
-                auth_settings=["BearerToken"], _preload_content=False, _request_timeout=TIMEOUT_S,
+            # Below `call_api`, which fails on a connection without an answer (kubernetes 36, api_client.py)
+            got = client.rest_client.request(
+                method, f"{self._server()}{path}", query_params=asked, headers=headers,
+                body=dict(body) if body else None, _preload_content=False, _request_timeout=TIMEOUT_S,
             )  # fmt: skip
             return _answer(got.status, got.data), 0.0, ""
         except ApiException as error:

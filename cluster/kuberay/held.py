@@ -16,9 +16,7 @@ Objects = Sequence[Mapping[str, Any]]
 
 def reasons(api: KubeApi, jobs: Objects) -> dict[str, str]:
     """By RayJob's name, for those that wait; what we may not see, or what is no trouble, has none."""
-    coming = {
-        str(dig(job, "status", "rayClusterName")): str(job["metadata"]["name"]) for job in jobs if _comes_up(job)
-    }
+    coming = {str(dig(job, "status", "rayClusterName")): str(job["metadata"]["name"]) for job in jobs if _comes_up(job)}
     queued = [str(job["metadata"]["name"]) for job in jobs if dig(job, "spec", "suspend")]
     found: dict[str, str] = {}
     if coming:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwork.cluster.backend import Job
-from graftwork.cluster.kuberay.api import KubeApi, namespaced, whole
+from graftwork.cluster.kuberay.api import KubeApi, namespaced
 from graftwork.cluster.kuberay.findings import Found, dig, listed, refuse, warn
 from graftwork.cluster.kuberay.live_names import unchecked
 from graftwork.cluster.kuberay.pods import GPU
@@ -33,7 +33,8 @@ def queue_findings(api: KubeApi, job: Job) -> Found:
                      f"there are: {', '.join(names) or 'none'}", "take one of these, or have it made")  # fmt: skip
     elif answer.unserved:
         yield refuse("QUEUE-NO-KUEUE", "queue", f"queue={name}, and Kueue is not installed in this cluster",
-                     "a job with a queue is made suspended, and Kueue lets it go", "install Kueue, or set queue: null")  # fmt: skip
+                     "a job with a queue is made suspended, and Kueue lets it go",
+                     "install Kueue, or leave `queue` out")  # fmt: skip
     else:
         yield unchecked(api.on, f"the LocalQueue {name!r}", answer)
 
@@ -42,7 +43,7 @@ def _state(queue: Mapping[str, Any], name: str) -> Found:
     policy = dig(queue, "spec", "stopPolicy")
     if policy not in (None, "None"):
         yield warn("QUEUE-STOPPED", "queue", f"the LocalQueue {name!r} is stopped ({policy})",
-                   "it takes jobs and lets none go", "the job waits in it until somebody sets stopPolicy: None")  # fmt: skip
+                   "it takes jobs and lets none go", "the job waits until stopPolicy is None again")  # fmt: skip
     for condition in listed(dig(queue, "status", "conditions")):
         if condition.get("type") == "Active" and condition.get("status") == "False" and policy in (None, "None"):
             said = condition.get("message") or condition.get("reason", "")

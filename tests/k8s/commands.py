@@ -14,7 +14,12 @@ def command(root: Path, name: str, program: str, cluster: ClusterSpec | None = N
     shared = StorageSpec(claim="shared")
     spec = CommandSpec(name=name, root=str(root), argv=("python", "-u", "-c", program))
     return Job(
-        name, "command", spec.identity(), str(root), spec.model_dump(mode="json"), cluster or ClusterSpec(image=IMAGE, storage=shared)
+        name,
+        "command",
+        spec.identity(),
+        str(root),
+        spec.model_dump(mode="json"),
+        cluster or ClusterSpec(image=IMAGE, storage=shared),
     )
 
 

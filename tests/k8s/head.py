@@ -80,8 +80,8 @@ class Head:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _takes_jobs(self) -> bool:
-        """A first job that starts: the agent comes up after the dashboard."""
-        if self.ask("GET", "/api/version")[0] != 200:
-            return False
-        code, _ = self.ask("POST", "/api/jobs/", {"entrypoint": "true", "submission_id": f"first-{self.token[:8]}"})
-        return code == 200
+        """Whether a first job has ended: the agent comes up after the dashboard, and workers after the agent."""
+        code, found = self.ask("GET", "/api/jobs/first")
+        if code == 404:
+            self.ask("POST", "/api/jobs/", {"entrypoint": "true", "submission_id": "first"})
+        return code == 200 and found["status"] == "SUCCEEDED"

@@ -35,6 +35,7 @@ class StandIn:
     def __init__(self, server: ApiServer, head: Head, secrets: Mapping[tuple[str, str], str] | None = None) -> None:
         self._server, self._head, self.secrets = server, head, dict(secrets or {})
         self.folder = Path(tempfile.mkdtemp(prefix="gwpods-"))
+        self._doomed: set[str] = set()
         self._laid_out: set[tuple[str, ...]] = set()
         self._stop, self._paused = threading.Event(), threading.Event()
         self._looking = threading.Lock()
@@ -65,6 +66,7 @@ class StandIn:
         code, found = self._server.ask("GET", f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs")
         if code != 200:
             return
+        self._end_doomed()
         with self._looking:
             for job in found["items"]:
                 if job["metadata"].get("deletionTimestamp"):
@@ -150,7 +152,10 @@ class StandIn:
         held = job["metadata"].get("finalizers", [])
         if not mine & set(held):
             return
-        self._end_work(job)
+        if self._phase(job["spec"]["jobId"]) == "PENDING":
+            self._doomed.add(job["spec"]["jobId"])  # its cluster would be gone before it could start
+        else:
+            self._end_work(job)
         self._patch_object(job, {"metadata": {"finalizers": [name for name in held if name not in mine]}})
 
     def _end_work(self, job: Object) -> None:
@@ -163,6 +168,20 @@ class StandIn:
             self._head.ask("POST", f"{where}/stop")
             if self._stop.wait(LOOK_S):
                 return
+
+    def _end_doomed(self) -> None:
+        """Ray stops no pending job (ray#58353): here it waits for its start, and is stopped then."""
+        for name in [*self._doomed]:
+            phase = self._phase(name)
+            if phase in ENDED or not phase:
+                self._head.ask("DELETE", f"/api/jobs/{name}")
+                self._doomed.discard(name)
+            elif phase == "RUNNING":
+                self._head.ask("POST", f"/api/jobs/{name}/stop")
+
+    def _phase(self, name: str) -> str:
+        code, found = self._head.ask("GET", f"/api/jobs/{name}")
+        return str(found["status"]) if code == 200 else ""
 
     def _environment(self, job: Object) -> tuple[dict[str, str], str]:
         """What the head's container would have; and what of it is not there."""

@@ -82,7 +82,7 @@ def test_a_failing_server_is_told_after_some_seconds(kube: KubeCluster, faults: 
 
 def test_a_forbidden_verb_names_the_rule_that_is_missing(kube: KubeCluster, faults: Faults, tmp_path: Path) -> None:
     job = command(tmp_path, "closed", "print('on')")
-    faults.refuse(403, RBAC, method="POST", path=JOBS)
+    faults.refuse(403, RBAC, method="POST", path="fieldValidation=Strict$")
     told = refusal(backend_of(kube.on, job.root), job)
     assert "cannot create" in told
     assert '{apiGroups: ["ray.io"], resources: [rayjobs], verbs: [create]}' in told
