@@ -1,6 +1,5 @@
 """KubeRay as a place: an attempt is a RayJob object."""
 
-import functools
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from graftwork.cluster.kuberay.preflight import preflight
 from graftwork.cluster.kuberay.rayjob import build_rayjob
 from graftwork.cluster.place import Seen
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.cluster.wheel import build_wheel
+from graftwork.cluster.wheel import publish_wheel, wheel_uri
 from graftwork.errors import ClusterError
 from graftwork.storage import Store
 
@@ -62,8 +61,7 @@ class KubeRayPlace:
         The code lies in the store before a pod can ask for it.
         """
         if attempt.job.cluster.code == "wheel":
-            name, wheel = _wheel()
-            Store(attempt.job.root, STORE_PATIENCE_S).create_bytes(wheel, "code", name)
+            publish_wheel(Store(attempt.job.root, STORE_PATIENCE_S))
         for planned in self.objects(attempt):
             path = self._path_of(planned)
             answer = self._api.ask("POST", path.rpartition("/")[0], planned, {"fieldValidation": "Strict"})
@@ -104,16 +102,10 @@ class KubeRayPlace:
             time.sleep(LOOK_S)
 
     def _wheel_uri(self, job: Job) -> str | None:
-        return Store(job.root).path("code", _wheel()[0]) if job.cluster.code == "wheel" else None
+        return wheel_uri(Store(job.root)) if job.cluster.code == "wheel" else None
 
     def _path_of(self, planned: Mapping[str, Any]) -> str:
         return object_path(self._api.place.namespace, planned)
-
-
-@functools.cache
-def _wheel() -> tuple[str, bytes]:
-    """Once a process: the code that runs does not change."""
-    return build_wheel()
 
 
 def is_ours(found: Mapping[str, Any]) -> bool:

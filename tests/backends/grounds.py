@@ -51,7 +51,7 @@ def kuberay() -> Iterator[Ground]:
     """A real API server with a stand-in operator."""
     try:
         from tests.k8s.cluster import kube_cluster
-        from tests.k8s.commands import IMAGE
+        from tests.k8s.commands import CLUSTER
     except ImportError as error:
         pytest.skip(f"NOT TESTED ON KUBERNETES: {error}")
     with kube_cluster() as kube:
@@ -64,7 +64,7 @@ def kuberay() -> Iterator[Ground]:
             finally:
                 kube.operator.resume()
 
-        yield Ground(kube.on, ClusterSpec(image=IMAGE), hold, kube.server.kill, kube.server.back,
+        yield Ground(kube.on, CLUSTER, hold, kube.server.kill, kube.server.back,
                      {"token": kube.head.token})  # fmt: skip
 
 

@@ -31,6 +31,12 @@ class KubeCluster:
     def kubeconfig(self) -> Path:
         return self.server.kubeconfig
 
+    def with_ray(self) -> "KubeCluster":
+        """Once its Ray runs; without one a RayJob's cluster comes up for ever."""
+        if not self.head.address:
+            self.head.start()
+        return self
+
     def job_names(self) -> list[str]:
         """RayJob objects that are there."""
         code, found = self.server.ask("GET", JOBS)
@@ -43,22 +49,20 @@ class KubeCluster:
 
 
 @contextmanager
-def kube_cluster(
-    secrets: Mapping[tuple[str, str], str] | None = None, environment: Mapping[str, str] | None = None
-) -> Iterator[KubeCluster]:
+def kube_cluster(secrets: Mapping[tuple[str, str], str] | None = None, *, ray: bool = True) -> Iterator[KubeCluster]:
     """Started, with KUBECONFIG of this process set to it; about 20 s. Skips the test, loudly, where it can't be had.
 
-    `secrets`: values by (Secret, key) that jobs' pods see. `environment`: what the head's image has.
+    `secrets`: values by (Secret, key) that jobs' pods see. Without `ray` it takes 6 s.
     """
     require_parts()
     server, head = ApiServer(), Head()
     operator, before = StandIn(server, head, secrets), os.environ.get("KUBECONFIG")
     try:
         server.start()
-        head.start(environment)
         operator.start()
         os.environ["KUBECONFIG"] = str(server.kubeconfig)
-        yield KubeCluster(server, head, operator)
+        kube = KubeCluster(server, head, operator)
+        yield kube.with_ray() if ray else kube
     finally:
         operator.end()
         head.remove()

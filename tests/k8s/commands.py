@@ -8,10 +8,12 @@ from graftwork.cluster.spec import ClusterSpec, StorageSpec
 
 IMAGE = "registry.example/graftwork@sha256:" + "0" * 64
 
+CLUSTER = ClusterSpec(image=IMAGE, storage=StorageSpec(claim="shared"))
+"""Its store is a folder that head and workers share."""
+
 
 def command(root: Path, name: str, program: str, cluster: ClusterSpec | None = None) -> Job:
     """`python -u -c PROGRAM` as a job."""
-    shared = StorageSpec(claim="shared")
     spec = CommandSpec(name=name, root=str(root), argv=("python", "-u", "-c", program))
     return Job(
         name,
@@ -19,7 +21,7 @@ def command(root: Path, name: str, program: str, cluster: ClusterSpec | None = N
         spec.identity(),
         str(root),
         spec.model_dump(mode="json"),
-        cluster or ClusterSpec(image=IMAGE, storage=shared),
+        cluster or CLUSTER,
     )
 
 

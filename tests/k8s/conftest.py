@@ -9,5 +9,12 @@ from tests.k8s.cluster import KubeCluster, kube_cluster
 
 @pytest.fixture(scope="session")
 def kube() -> Iterator[KubeCluster]:
-    with kube_cluster() as cluster:
+    """Its jobs stay pending: their cluster comes up for ever."""
+    with kube_cluster(ray=False) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def kube_ray(kube: KubeCluster) -> KubeCluster:
+    """Its jobs run."""
+    return kube.with_ray()

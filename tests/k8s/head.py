@@ -71,7 +71,7 @@ class Head:
             process.kill()
         psutil.wait_procs(whole, timeout=20)
         self._process.wait()
-        self._process = None
+        self._process, self.address = None, ""
 
     def remove(self) -> None:
         """Kill it and delete its folder."""

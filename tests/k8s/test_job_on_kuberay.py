@@ -12,27 +12,27 @@ from tests.k8s.commands import command, until
 pytestmark = pytest.mark.k8s
 
 
-def test_a_job_runs_to_its_end_and_its_log_and_status_outlive_its_object(kube: KubeCluster, tmp_path: Path) -> None:
+def test_a_job_runs_to_its_end_and_its_log_and_status_outlive_its_object(kube_ray: KubeCluster, tmp_path: Path) -> None:
     job = command(tmp_path, "greet", "print('hello from afar')")
-    backend = backend_of(kube.on, job.root)
+    backend = backend_of(kube_ray.on, job.root)
     assert backend.submit(job).attempt == 1
     status = backend.wait(job.job_id, 60)
     assert (status.state, status.exit_code) == ("succeeded", 0)
     assert "hello from afar" in "".join(backend.logs(job.job_id))
-    kube.clear()
-    while kube.job_names():
+    kube_ray.clear()
+    while kube_ray.job_names():
         time.sleep(0.1)
     assert backend.status(job.job_id).state == "succeeded"
     assert "hello from afar" in "".join(backend.logs(job.job_id))
 
 
-def test_a_cancelled_job_leaves_no_object_and_no_process(kube: KubeCluster, tmp_path: Path) -> None:
+def test_a_cancelled_job_leaves_no_object_and_no_process(kube_ray: KubeCluster, tmp_path: Path) -> None:
     job = command(tmp_path, "long", until(tmp_path / "end"))
-    backend = backend_of(kube.on, job.root)
+    backend = backend_of(kube_ray.on, job.root)
     backend.submit(job)
     while backend.status(job.job_id).state != "running":
         time.sleep(0.1)
     began = time.monotonic()
     assert backend.cancel(job.job_id).state == "cancelled"
     assert time.monotonic() - began < 10
-    assert kube.job_names() == []
+    assert kube_ray.job_names() == []
