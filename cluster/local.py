@@ -21,6 +21,9 @@ SOCKET_PATH_LIMIT = 107  # bytes of a unix socket path on Linux (sun_path)
 RAY_SOCKET_SUFFIX = 66  # bytes that Ray adds: /session_<date>_<time>_<pid>/sockets/plasma_store
 OBJECT_STORE_BYTES = 256 * 2**20  # rows and adapters are small; Ray's default takes 30 % of the memory
 
+HEAD_GONE_S = 15
+"""How long processes of a private Ray go on without its head, which never comes back: Ray's default is 60."""
+
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "1",
@@ -56,6 +59,7 @@ def private_ray(num_cpus: int | None = None) -> Iterator[str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "PYTHONPATH": _python_path(),
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_GONE_S),
     }
     try:
         with environment_of(environment), loopback_only(), _own_agent_port(), _few_helpers(), token_reloaded():

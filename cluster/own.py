@@ -15,8 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from graftwork.cluster.local import OBJECT_STORE_BYTES, environment_of, loopback_only, own_folder, token_reloaded
-from graftwork.cluster.own_join import not_our_token, require_head
+from graftwork.cluster.own_join import not_our_token, require_head, tell_waiting
 from graftwork.cluster.own_ports import Ports, own_addresses, require_free
+from graftwork.cluster.own_redis import password_unseen
 from graftwork.errors import ClusterError, ConfigError
 
 ANY_ADDRESS = ("0.0.0.0", "::")
@@ -30,6 +31,7 @@ HEALTH = {
     "RAY_health_check_failure_threshold": "4",
 }
 """A node whose link is cut is dead after some 16 s; by Ray's defaults (10 s a check, five checks) after a minute."""
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 HEAD_GONE_S = 15
 HEAD_BACK_S = 600
 """How long a node waits for its head: one that keeps no state never comes back, one that does is started again."""
@@ -83,13 +85,15 @@ def node(spec: NodeSpec) -> Iterator[Node]:
         os.environ.pop(key, None)  # a token there would win over the file's
     closed = loopback_only() if spec.host == LOOPBACK else contextlib.nullcontext()
     with environment_of(_environment(spec)), token_reloaded(), closed:
-        if spec.head is not None:
-            require_head(spec.head)
+        waits_s = require_head(spec.head) if spec.head else HEAD_BACK_S if spec.gcs_storage else HEAD_GONE_S
+        os.environ[RECONNECT] = str(waits_s)
         folder, lock = own_folder()
         try:
             ray_node = _start(spec, folder)
             try:
                 _name_ourselves(ray_node.gcs_address, folder)
+                if spec.head is None:
+                    tell_waiting(ray_node.get_gcs_client(), waits_s)
                 yield Node(ray_node.gcs_address, "" if spec.head else f"http://{spec.host}:{spec.ports.dashboard}",
                            _pids(), ray_node)  # fmt: skip
             finally:
@@ -108,7 +112,6 @@ def _require_address(spec: NodeSpec) -> None:
 
 
 def _environment(spec: NodeSpec) -> dict[str, str]:
-    keeps = spec.gcs_storage is not None
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `python` of a job is this one
     return {
         "PATH": path,
@@ -117,7 +120,7 @@ def _environment(spec: NodeSpec) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "DASHBOARD_METRIC_PORT": str(spec.ports.first + 6),
-        "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_BACK_S if keeps else HEAD_GONE_S),
+        RECONNECT: "60",
         **HEALTH,
         **(storage_environment(spec.gcs_storage) if spec.gcs_storage and not spec.head else {}),
     }
@@ -145,11 +148,11 @@ def _start(spec: NodeSpec, folder: Path) -> Any:
     from ray._private.parameter import RayParams
     from ray.exceptions import RayError
 
-    ports = spec.ports
+    ports, password = spec.ports, os.environ.pop("RAY_REDIS_PASSWORD", "")
     head = {} if spec.head else {
         "gcs_server_port": ports.gcs, "dashboard_port": ports.dashboard, "include_dashboard": True,
         "dashboard_host": ANY_ADDRESS[0] if spec.all_addresses else spec.host,
-        "redis_password": os.environ.pop("RAY_REDIS_PASSWORD", ""),
+        "redis_password": password,
     }  # fmt: skip
     parameters = RayParams(
         temp_dir=str(folder), node_ip_address=spec.host, gcs_address=spec.head, num_cpus=spec.cpus, num_gpus=spec.gpus,
@@ -159,7 +162,8 @@ def _start(spec: NodeSpec, folder: Path) -> Any:
         object_store_memory=spec.object_store_bytes, no_monitor=True, include_log_monitor=False, **head,
     )  # fmt: skip
     try:
-        return RayNode(parameters, head=spec.head is None, shutdown_at_exit=False, spawn_reaper=True)
+        with password_unseen(password):
+            return RayNode(parameters, head=spec.head is None, shutdown_at_exit=False, spawn_reaper=True)
     except (RayError, RuntimeError, OSError, ValueError) as error:
         asked = f"join {spec.head}" if spec.head else f"cluster start at {spec.host}:{ports.gcs}"
         if "Authentication" in type(error).__name__:

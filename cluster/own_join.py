@@ -10,10 +10,14 @@ from graftwork.cluster.address import REACH_S
 from graftwork.errors import ClusterError, ConfigError
 
 ANSWER_S = 8.0
+WAITS, KV_NAMESPACE = "waits_s", b"graftwork"
 
 
-def require_head(head: str) -> None:
-    """Raise ClusterError unless the GCS at HOST:PORT takes this token and is like us. Takes at most some 13 s."""
+def require_head(head: str) -> int:
+    """How many seconds a worker waits for this head when it is gone, as `tell_waiting` said.
+
+    Raises ClusterError unless the GCS at HOST:PORT takes this token and is like us. Takes at most some 13 s.
+    """
     try:
         socket.create_connection(_host_and_port(head), timeout=REACH_S).close()
     except OSError as error:
@@ -28,6 +32,12 @@ def require_head(head: str) -> None:
                 "all nodes of a cluster run one Ray and one Python",
                 f"install {key.removesuffix('_version')} {found.get(key)} here",
             )  # fmt: skip
+    return int(found[WAITS])
+
+
+def tell_waiting(gcs_client: Any, waits_s: int) -> None:
+    """By the head, for those who join."""
+    gcs_client.internal_kv_put(WAITS.encode(), str(waits_s).encode(), True, KV_NAMESPACE)
 
 
 def _asked(head: str) -> dict[str, Any]:
@@ -41,7 +51,9 @@ def _asked(head: str) -> dict[str, Any]:
 
     def ask() -> None:
         try:
-            found.update(get_cluster_metadata(raylet.GcsClient(address=head)) or {})
+            client = raylet.GcsClient(address=head)
+            waits_s = client.internal_kv_get(WAITS.encode(), KV_NAMESPACE)
+            found.update({**(get_cluster_metadata(client) or {}), WAITS: waits_s or b"60"})
         except (RayError, RuntimeError, OSError, ValueError) as error:
             failed.append(error)
 

@@ -20,6 +20,8 @@ COMES_UP = frozenset({"New", "Initializing", "Waiting", "Retrying"})
 """Of KubeRay: the cluster is made, also again; `jobStatus` may still be the former one's."""
 HELD_BACK = frozenset({"Suspending", "Suspended"})
 OVER = frozenset({"Complete", "Failed", "ValidationFailed"})
+HEAD_GONE = "Failed to connect to GCS within"
+"""The last words of a process whose Ray lost its head (Ray 2.60, rpc_client.h)."""
 
 Cause = Literal["", "lost", "preempted", "oom", "failed"]
 """What a retry is for, in the words of `retry.on`; empty where nothing is to be retried."""
@@ -65,6 +67,8 @@ def _by_its_end(record: AttemptRecord) -> Judged:
         return Judged("succeeded", "exit code 0")
     if ended.out_of_memory:
         return Judged("failed", f"out of memory, exit code {ended.exit_code}{_more(ended.message)}", "oom")
+    if HEAD_GONE in ended.message:
+        return Judged("failed", f"the head of its Ray died under it{_more(ended.message)}", "lost")
     return Judged("failed", ended.message or f"exit code {ended.exit_code}", "failed")
 
 

@@ -10,6 +10,8 @@ from graftwork.cluster import own_token
 from graftwork.cluster.own import NodeSpec, node, storage_environment
 from graftwork.cluster.own_join import address_towards, require_head
 from graftwork.cluster.own_ports import Ports, require_free
+from graftwork.cluster.run_store import AttemptRecord, Ended
+from graftwork.cluster.state import judge
 from graftwork.errors import ClusterError, ConfigError
 from tests.ports import free_port
 
@@ -87,3 +89,10 @@ def test_a_head_that_is_not_there_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="not the address of a head"):
         require_head("http://127.0.0.1")
     assert address_towards("127.0.0.1:1") == "127.0.0.1"
+
+
+def test_a_job_whose_ray_lost_its_head_is_retried_as_lost() -> None:
+    said = "[2026-11-26 E 1 1] rpc_client.h:204: Failed to connect to GCS within 15 seconds. GCS may have been killed."
+    found = judge(AttemptRecord(1, 0.0, 1.0, None, None, Ended(2.0, 1, message=said)), None, 3.0)
+    assert (found.state, found.cause) == ("failed", "lost")
+    assert "the head of its Ray died under it" in found.why
