@@ -28,8 +28,9 @@ class Output:
 
     def __init__(self, store: Store, folder: tuple[str, ...], start: int, child: "subprocess.Popen[bytes]") -> None:
         self._store, self._folder, self._start, self._child = store, folder, start, child
-        self._spool, self._lock = tempfile.TemporaryFile(prefix="gw-log-"), threading.Lock()  # noqa: SIM115  # for life
-        self._spooled = self._stored = 0
+        self._spool = tempfile.TemporaryFile(prefix="gw-log-", buffering=0)  # noqa: SIM115  # as long as this
+        self._lock = threading.Lock()
+        self._spooled = self._stored = self._lost = 0
         self._piece, self._piece_number = b"", 1
         self._tail, self._said = b"", ""
         self._ended = threading.Event()
@@ -67,13 +68,24 @@ class Output:
         while data := self._child.stdout.read1(65536):  # type: ignore[attr-defined]
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
-            with self._lock:
-                self._spool.seek(self._spooled)
-                self._spool.write(data)
-                self._spooled += len(data)
+            self._spool_it(data)
             self._tail = (self._tail + data)[-TAIL_BYTES:]
             told = [line for line in data.decode(errors="replace").splitlines() if PROGRESS.search(line)]
             self._said = told[-1].strip()[:200] if told else self._said
+
+    def _spool_it(self, data: bytes) -> None:
+        """A full disk costs what did not fit, and it is said in the log; the command never waits for it."""
+        said = f"\n[{self._lost} bytes were not kept: no room in {tempfile.gettempdir()}]\n" if self._lost else ""
+        whole = said.encode() + data
+        with self._lock:
+            self._spool.seek(self._spooled)
+            try:
+                written = self._spool.write(whole) or 0
+            except OSError:
+                written = 0
+            self._spooled += written
+        left = len(data) - max(written - len(said.encode()), 0)
+        self._lost = self._lost + left if written < len(whole) else 0
 
     def _writing(self) -> None:
         while not self._ended.wait(LOG_BEHIND_S):

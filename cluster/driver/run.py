@@ -28,10 +28,10 @@ from graftwork.storage import json_bytes
 
 LOOK_S = 0.1
 PATIENCE_S = 900.0
-SAVE_S: Mapping[StopReason | None, float] = {"user": 20.0, "superseded": 5.0}
+SAVE_S: Mapping[StopReason | None, float] = {None: 75.0, "user": 20.0, "superseded": 5.0}
 LIMIT_SAVE_S = 120.0
-"""How long that may take."""
-TERMINATE_S: Mapping[StopReason | None, float] = {"user": 3.0, "superseded": 3.0}
+"""How long that may take. None: the machine goes away, as a pod does 120 s after its notice."""
+TERMINATE_S: Mapping[StopReason | None, float] = {None: 20.0, "user": 3.0, "superseded": 3.0}
 LIMIT_TERMINATE_S = 30.0
 """How long the command may take to end after SIGTERM."""
 LIMIT_GRACE_S = LIMIT_SAVE_S + LIMIT_TERMINATE_S

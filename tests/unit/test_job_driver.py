@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from graftwork.cluster.driver.output import last_error, whole_chars
+from graftwork.cluster.driver.output import MOST_PIECE_BYTES, last_error, whole_chars
 from graftwork.cluster.run_store import RunStore
 from graftwork.errors import ConfigError
 from tests.jobs import end_all_jobs, local_backend, printed, python_job, until
@@ -101,6 +101,7 @@ def test_nothing_of_a_killed_driver_runs_on(root: str, program: str, tmp_path: P
     until(lambda: gone(below), timeout_s=10)
 
 
+@pytest.mark.long
 def test_a_cancelled_job_leaves_nothing_not_even_what_left_its_group(root: str, program: str, tmp_path: Path) -> None:
     job = python_job(root, program)
     here = local_backend(root)
@@ -140,3 +141,17 @@ def test_a_driver_whose_machine_goes_is_no_end_of_the_job(root: str, tmp_path: P
     assert record.heartbeat is not None
     assert record.heartbeat.leaving
     assert [event.what for event in here.runs.events(job.job_id, 1)] == ["started", "machine-leaves", "left"]
+
+
+@pytest.mark.long
+def test_a_flood_of_output_is_kept_whole_in_pieces_of_bounded_size(root: str) -> None:
+    job = python_job(root, "for n in range(400_000): print(n, '€' * 20)")
+    here = local_backend(root)
+    here.submit(job)
+    assert here.wait(job.job_id, timeout_s=100).state == "succeeded"
+    assert printed(root, job.job_id) == "".join(f"{n} {'€' * 20}\n" for n in range(400_000))
+    sizes = here.runs.store.children("jobs", job.job_id, "a1", "logs").values()
+    assert max(size or 0 for size in sizes) <= MOST_PIECE_BYTES
+    assert len(sizes) > 1
+    for name in here.runs.store.list("jobs", job.job_id, "a1", "logs"):
+        here.runs.store.read_text("jobs", job.job_id, "a1", "logs", name)  # each is UTF-8 by itself

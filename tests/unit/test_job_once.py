@@ -82,7 +82,7 @@ def test_resubmits_at_once_make_one_attempt(tmp_path: Path, clients: int) -> Non
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "moments",
-    [pytest.param((2, 14, 30, 44), marks=pytest.mark.long), pytest.param(range(1, 200), marks=pytest.mark.soak)],
+    [pytest.param((14, 40), marks=pytest.mark.long), pytest.param(range(1, 200), marks=pytest.mark.soak)],
     ids=["few", "all"],
 )
 def test_a_client_killed_at_any_point_leaves_a_job_that_the_next_submit_finds(
