@@ -10,14 +10,14 @@ import time
 LOOK_S = 1.0
 
 
-def drain(seconds: float) -> bool:
-    """Whether this node is free of work; it has `seconds` for that. Ray must run on this machine."""
+def drain(seconds: float, node_id: str | None = None) -> bool:
+    """Whether a node of the Ray here, this one by default, is free of work; it has `seconds` for that."""
     import ray
     from ray.core.generated import autoscaler_pb2
 
     ray.init(address="auto", configure_logging=False, log_to_driver=False)
     context = ray.get_runtime_context()
-    node, until = context.get_node_id(), time.time() + seconds
+    node, until = node_id or context.get_node_id(), time.time() + seconds
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     accepted, why = ray._raylet.GcsClient(address=context.gcs_address).drain_node(
         node, reason, "the pod ends", int(until * 1000)
