@@ -13,7 +13,8 @@ UID = 1000
 """User of the image."""
 GRACE_S = 120
 """A pod that is told to end has so long for a checkpoint or for the requests it has taken."""
-DRAIN_S = GRACE_S - 10
+END_S = 10
+"""Of that, after the drain."""
 CODE_PATH, SCRATCH_PATH = "/code", "/scratch"
 GPU = "nvidia.com/gpu"
 WHEEL = "GRAFTWORK_WHEEL"
@@ -38,6 +39,8 @@ class PodFacts:
     root: str
     wheel_uri: str | None
     serves: bool
+    grace_s: int = GRACE_S
+    """Between a pod's notice and its end."""
 
 
 def head_template(facts: PodFacts, *, autoscales: bool) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def worker_template(facts: PodFacts, group: WorkerSpec) -> dict[str, Any]:
     """A worker of a group: on spot nodes where it is told so, with a drain before its end."""
     amounts = {"cpu": group.cpu, "memory": group.memory, **({GPU: str(group.gpu)} if group.gpu else {})}
     ports = (HEAD_PORTS[2], SERVE_PORT) if facts.serves else (HEAD_PORTS[2],)
-    drain = ["python", "-m", "graftwork.cluster.drain", str(DRAIN_S)]
+    drain = ["python", "-m", "graftwork.cluster.drain", str(facts.grace_s - END_S)]
     container = {
         "name": "ray-worker", "ports": _ports(ports), "resources": _resources(amounts),
         "lifecycle": {"preStop": {"exec": {"command": drain}}},
@@ -88,7 +91,7 @@ def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> dic
         "serviceAccountName": cluster.service_account, "automountServiceAccountToken": False,
         "securityContext": {"runAsNonRoot": True, "runAsUser": UID, "runAsGroup": UID, "fsGroup": UID,
                             "seccompProfile": {"type": "RuntimeDefault"}},
-        "terminationGracePeriodSeconds": GRACE_S, "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": facts.grace_s, "enableServiceLinks": False,
     }  # fmt: skip
     if facts.wheel_uri is not None:
         volumes.append({"name": "code", "emptyDir": {}})

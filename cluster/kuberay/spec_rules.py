@@ -28,6 +28,7 @@ def check_spec(job: Job, namespace: str) -> Found:
     yield from _store(job)
     yield from _survival(job.cluster)
     yield from _version(job.cluster)
+    yield from _tokens(job)
     for where, why in secrets_in(dict(job.spec)):
         yield refuse("SECRET-VALUE", where, why, "a spec is kept and shown", "name an environment variable or a Secret")
 
@@ -74,6 +75,20 @@ def _secret_env(cluster: ClusterSpec) -> Found:
     for name in [*cluster.env, *cluster.secret_env]:
         if not ENV_NAME.fullmatch(name):
             yield refuse("ENV-NAME", f"env.{name}", repr(name), "letters, digits and underscores, no digit first")
+
+
+def _tokens(job: Job) -> Found:
+    """Variables that a served endpoint reads its keys from."""
+    for key in ("token_env", "admin_token_env"):
+        name = job.spec.get(key)
+        if name and name not in job.cluster.secret_env:
+            yield refuse(
+                "TOKEN-MISSING",
+                key,
+                f"{name} is no variable of the pods",
+                "an endpoint's keys are a Secret's",
+                f"secret_env: {{{name}: SECRET/KEY}}",
+            )
 
 
 def _queues(cluster: ClusterSpec) -> Found:

@@ -12,7 +12,7 @@ import yaml
 
 from graftwork.cluster.backend import Attempt, Job
 from graftwork.cluster.kuberay.rayjob import build_rayjob
-from graftwork.cluster.kuberay.rayservice import build_disruption_budget, build_rayservice
+from graftwork.cluster.kuberay.rayservice import service_objects
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import load
 
@@ -21,7 +21,8 @@ CLUSTERS = FOLDER.parents[1] / "examples" / "clusters"
 NAMESPACE = "graftwork"
 DIGEST = "0123456789" + "0" * 54
 WHEEL = "wheels/graftwork-0.1.0+000000000000-py3-none-any.whl"
-SERVED = {"applications": [{"name": "graftwork", "route_prefix": "/", "import_path": "graftwork.serving.app:build"}]}
+SERVED = CLUSTERS.parent / "serve.yaml"
+TOKEN_ENV, TOKEN = "GRAFTWORK_TOKEN", "graftwork-endpoint/tokens"
 
 
 def rendered() -> Iterator[tuple[str, str]]:
@@ -41,18 +42,21 @@ def rayjob(path: Path) -> dict[str, Any]:
 def service(path: Path) -> list[dict[str, Any]]:
     """The RayService of an endpoint that grows to as many machines as the cluster has, and what guards it."""
     job = a_job(path, "serve", grows=True)
-    made = build_rayservice(job, NAMESPACE, SERVED, f"{job.root}/{WHEEL}")
-    return [made, build_disruption_budget(job, NAMESPACE)]
+    return service_objects(job, NAMESPACE, f"{job.root}/{WHEEL}")
 
 
 def a_job(path: Path, kind: str, *, grows: bool = False) -> Job:
     """A job on the cluster of a file."""
     cluster = load(path, expect="cluster")
     assert isinstance(cluster, ClusterSpec)
+    spec: dict[str, Any] = {}
     if grows:
         groups = [group.model_copy(update={"count": 1, "max_count": group.count}) for group in cluster.workers]
-        cluster = cluster.model_copy(update={"workers": tuple(groups)})
-    return Job("airport-card", kind, DIGEST, cluster.storage.uri or "", {"request_timeout_s": 600}, cluster)
+        secrets = {**cluster.secret_env, TOKEN_ENV: TOKEN}
+        cluster = cluster.model_copy(update={"workers": tuple(groups), "secret_env": secrets})
+        named = {"name": "airport-card", "token_env": TOKEN_ENV, "root": cluster.storage.uri}
+        spec = load(SERVED, expect="serve").with_(named).model_dump(mode="json")
+    return Job("airport-card", kind, DIGEST, cluster.storage.uri or "", spec, cluster)
 
 
 def text(path: Path, objects: list[dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """The objects that jobs become: who may do what in their pods, which machines they take, how they end."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,6 +174,14 @@ def test_an_old_cluster_stays_until_its_longest_request_has_ended() -> None:
     assert spec["rayClusterDeletionDelaySeconds"] > 600
     assert spec["excludeHeadPodFromServeSvc"] is True
     assert spec["upgradeStrategy"] == {"type": "NewCluster"}
+
+
+def test_pods_of_a_service_live_as_long_as_its_replicas_may_take_to_finish() -> None:
+    spec = {"name": "airport", "token_env": "T", "graceful_shutdown_timeout_s": 300.0, "request_timeout_s": 900.0}
+    asked = replace(job(cluster(), kind="serve"), spec=spec)
+    made = build_rayservice(asked, "team-a", {})
+    assert made["spec"]["rayClusterDeletionDelaySeconds"] > 900
+    assert {pod["terminationGracePeriodSeconds"] for pod in pods(made)} == {315}
 
 
 def test_the_disruption_budget_covers_the_services_pods() -> None:

@@ -82,6 +82,7 @@ BAD_SPECS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # code, changes
     ("E-SECRET-VALUE", NONE, {"spec": {"argv": ["curl", "-H", f"Authorization: Bearer {TOKEN}"]}}),
     ("E-SECRET-VALUE", NONE, {"spec": {"env": {"API_KEY": "abc"}}}),
     ("E-SECRET-VALUE", NONE, {"spec": {"argv": ["sync", "--password=hunter2"]}}),
+    ("E-TOKEN-MISSING", NONE, {"kind": "serve", "spec": {"token_env": "GRAFTWORK_TOKEN"}}),
     ("E-LABEL-FORM", {"labels": {"team": "a b"}}, NONE),
     ("E-LABEL-FORM", {"labels": {"-team": "a"}}, NONE),
     ("E-LABEL-FORM", {"labels": {"team": "a" * 64}}, NONE),
@@ -125,10 +126,19 @@ GOOD_SPECS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two groups": ({"workers": [GPUS, {"name": "cpu", "count": 3}]}, ON_GPUS),
     "a store of one's own": (store(endpoint="https://minio.storage:9000"), NONE),
     "secrets by name": ({"secret_env": {"HF_TOKEN": "hub/token"}, "env": {"MAX_TOKENS": "512"}}, NONE),
-    "a budget": ({**workers(), "limits": {"deadline": "8h", "budget_usd": 100},
-                  "prices": {"cpu_hour": 0.04, "gpu_hour": {"H100": 4.5}}}, ON_GPUS),
-    "hashes in the spec": (NONE, {"spec": {"base": "sha256:" + "0a" * 32, "token_env": "HF_TOKEN"}}),
-}  # fmt: skip
+    "a budget": (
+        {
+            **workers(),
+            "limits": {"deadline": "8h", "budget_usd": 100},
+            "prices": {"cpu_hour": 0.04, "gpu_hour": {"H100": 4.5}},
+        },
+        ON_GPUS,
+    ),
+    "hashes in the spec": (
+        {"secret_env": {"HF_TOKEN": "hub/token"}},
+        {"spec": {"base": "sha256:" + "0a" * 32, "token_env": "HF_TOKEN"}},
+    ),
+}
 
 
 def asked(changes: dict[str, Any], parts: dict[str, Any]) -> Attempt:
