@@ -1,6 +1,7 @@
 """What every kind of root promises, on a disk and on S3 alike. A test module gives the fixture `store`."""
 
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,13 @@ class StoreContract:
             "spec.yaml",
             "status.json",
         ]
+
+    def test_ages_are_by_the_storages_own_clock(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        store.write_bytes(b"old", "folder", "a", "one")
+        assert store.ages("elsewhere") == {}
+        first = store.ages("folder")
+        assert set(first) == {("a", "one")}
+        assert 0 <= first["a", "one"] < 30
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 3600)  # the reader's clock is an hour ahead
+        assert store.ages("folder")["a", "one"] < 60

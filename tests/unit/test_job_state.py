@@ -1,14 +1,17 @@
 """The state of a job over all that can be known of it at once."""
 
 import itertools
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from graftwork.cluster.backend import ENDED
 from graftwork.cluster.place import Seen
-from graftwork.cluster.run_store import SILENT_S, AttemptRecord, Ended, Heartbeat, StopReason
+from graftwork.cluster.run_store import SILENT_S, AttemptRecord, Ended, Heartbeat, RunStore, StopReason
 from graftwork.cluster.state import ARRIVES_S, COMES_UP, HELD_BACK, OVER, Judged, judge
+from tests.jobs import command_job
 
 NOW = 1_000_000.0
 JOB = ("", "PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED")
@@ -106,3 +109,17 @@ def test_a_clock_that_is_off_neither_kills_nor_revives_and_is_said(off_s: float)
     dead = judge(replace(fresh, silent_s=90.0), Seen("RUNNING"), NOW)
     assert (dead.state, dead.cause) == ("lost", "lost")
     assert "last heard 90 s ago" in dead.why
+
+
+@pytest.mark.parametrize("off_s", [-600.0, 600.0])
+def test_a_beat_is_as_old_as_the_store_says_whatever_its_machine_says(tmp_path: Path, off_s: float) -> None:
+    runs, job = RunStore(str(tmp_path)), command_job(str(tmp_path), ["true"])
+    runs.record(job, "local")
+    runs.open_attempt(job.job_id, 1)
+    beat = Heartbeat(time.time() + off_s, 1, "host", 7)
+    runs.store.write_json(asdict(beat), "jobs", job.job_id, "a1", "heartbeat.json")
+    found = runs.latest(job.job_id)
+    assert found.silent_s is not None
+    assert found.silent_s < SILENT_S
+    assert found.clock_off_s == pytest.approx(off_s, abs=10)
+    assert judge(found, Seen("RUNNING"), time.time()).state == "running"
