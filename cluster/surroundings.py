@@ -1,10 +1,9 @@
-"""This machine's way to a place and to its store: versions, tokens, kubeconfig, credentials, one try of the store."""
+"""This machine's way to a place and to its store: versions, tokens, the client of Kubernetes, credentials."""
 
 import importlib.metadata
 import importlib.util
 import os
 import platform
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,8 @@ from urllib.parse import urlsplit
 import graftwork
 from graftwork.cluster.backend import Finding
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.storage import Store
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PROBE = "probe"
 
 
 def versions() -> dict[str, str]:
@@ -45,21 +42,6 @@ def surroundings(on: str, root: str, cluster: ClusterSpec) -> Iterator[Finding]:
                           "set storage.uri in cluster.yaml, or --root s3://BUCKET/PREFIX")  # fmt: skip
     if root.startswith("s3://"):
         yield from _credentials()
-
-
-def tried(root: str) -> Iterator[Finding]:
-    """Write, write once, read, delete. Raises StorageError, StoreUnreachable."""
-    store, name = Store(root), secrets.token_hex(8)
-    if not store.create_bytes(b"1", PROBE, name):
-        yield Finding("E-STORE", "error", root, "a new key was taken for an old one", "probes have names of their own")
-    try:
-        if store.create_bytes(b"2", PROBE, name) or store.read_bytes(PROBE, name) != b"1":
-            yield Finding(
-                "E-STORE-CREATES-TWICE", "error", root, "the same key was created twice",
-                "attempts are fenced by conditional puts (If-None-Match)", "take an S3 server that knows them",
-            )  # fmt: skip
-    finally:
-        store.delete(PROBE, name)
 
 
 def _token(on: str) -> Iterator[Finding]:

@@ -1,6 +1,5 @@
 """`graftwork doctor --on WHERE`: what is wrong with a place, its store and this machine's way there, and the mend."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
 
 import typer
@@ -9,9 +8,7 @@ from graftwork.cli.findings import show_findings
 from graftwork.cli.jobs import Root, root_of
 from graftwork.cli.launching import cluster_of
 from graftwork.cli.output import Cluster, JsonFlag, On, print_error, print_json, say
-from graftwork.cluster.backend import Finding
-from graftwork.cluster.spec import ClusterSpec
-from graftwork.errors import ClusterError, StorageError
+from graftwork.errors import ClusterError
 
 
 def doctor(on: On = "local", root: Root = None, cluster: Cluster = None, as_json: JsonFlag = False) -> None:
@@ -20,6 +17,7 @@ def doctor(on: On = "local", root: Root = None, cluster: Cluster = None, as_json
     Exit code 0: nothing keeps jobs from running; 1: something does; 3: the place does not answer.
     """
     from graftwork.cluster.places import backend_of
+    from graftwork.cluster.probe import probe_store
     from graftwork.cluster.stored import StoredBackend
     from graftwork.cluster.surroundings import surroundings, versions
 
@@ -27,7 +25,7 @@ def doctor(on: On = "local", root: Root = None, cluster: Cluster = None, as_json
     where = root or spec.storage.uri or root_of(None)
     backend = backend_of(on, where, spec)
     assert isinstance(backend, StoredBackend)
-    findings, unheard = [*surroundings(on, where, spec), *_store(where, spec)], None
+    findings, unheard = [*surroundings(on, where, spec), *probe_store(where)], None
     try:
         findings += backend.place.doctor()
     except ClusterError as error:
@@ -45,15 +43,3 @@ def doctor(on: On = "local", root: Root = None, cluster: Cluster = None, as_json
         raise typer.Exit(unheard.exit_code)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
-
-
-def _store(root: str, cluster: ClusterSpec) -> Iterator[Finding]:
-    """That what jobs do to their store works from here: write, write once, read, delete."""
-    from graftwork.cluster.surroundings import tried
-
-    try:
-        yield from tried(root)
-    except StorageError as error:
-        pods = f"; pods have it from Secret {cluster.storage.secret}" if cluster.storage.secret else ""
-        mend = error.next_move or "see that the store exists and that its credentials are in the environment"
-        yield Finding("E-STORE", "error", error.asked, error.found, error.rule + pods, mend)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from graftwork.cli import app
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.cluster.surroundings import surroundings, tried
+from graftwork.cluster.surroundings import surroundings
 from graftwork.errors import GraftworkError
 
 
@@ -37,10 +37,10 @@ def test_a_sound_machine_has_no_findings(spec: str) -> None:
 
 
 def test_a_place_that_does_not_answer_is_3_and_the_rest_is_told(spec: str) -> None:
-    done = cli("doctor", "--on", "http://127.0.0.1:9", "--root", "file:///proc/nowhere", "--json")
+    done = cli("doctor", "--on", "http://127.0.0.1:9", "--json")
     assert done.exit_code == 3
     told = json.loads(done.stdout)
-    assert [one["code"] for one in told["findings"]] == ["E-STORE"]
+    assert told["findings"] == []
     assert "127.0.0.1:9" in told["unheard"]
 
 
@@ -98,8 +98,3 @@ def test_what_is_lacking_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mon
     token.chmod(0o644)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     assert codes("http://10.0.0.1:8265", "/r") == ["W-TOKEN-FILE-OPEN"]
-
-
-def test_the_probe_leaves_nothing(tmp_path: Path) -> None:
-    assert list(tried(str(tmp_path))) == []
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
