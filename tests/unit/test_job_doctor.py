@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from graftwork.cli import app
@@ -98,3 +99,17 @@ def test_what_is_lacking_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mon
     token.chmod(0o644)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     assert codes("http://10.0.0.1:8265", "/r") == ["W-TOKEN-FILE-OPEN"]
+
+
+def test_an_endpoint_is_rendered_with_no_cluster_in_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    cluster, file = tmp_path / "cluster.yaml", tmp_path / "s.yaml"
+    cluster.write_text("kind: cluster\ncode: image\nstorage: {uri: 's3://bucket/x'}\n")
+    file.write_text("kind: serve\nname: desk\nbase: nowhere\ntoken_env: KEYS\n")
+    done = cli("k8s", "render", str(file), "--cluster", str(cluster), "--namespace", "team")
+    assert done.exit_code == 0, done.exception
+    service, budget = yaml.safe_load_all(done.stdout)
+    assert (service["kind"], service["metadata"]["name"]) == ("RayService", "desk")
+    assert service["metadata"]["namespace"] == "team"
+    assert budget["kind"] == "PodDisruptionBudget"
+    assert code_of(cli("k8s", "render", str(file), "--cluster", str(cluster), "--set", "token_env=null")) == 2
