@@ -10,7 +10,7 @@ from graftwork.cluster.backend import Job
 from graftwork.cluster.run_store import RunStore
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("torch", "ray", "transformers", "peft", "trl", "datasets", "s3fs", "pandas", "scipy", "kubernetes")
+NAMES = ("torch", "ray", "transformers", "peft", "trl", "datasets", "s3fs", "pandas", "scipy", "kubernetes", "httpx")
 HEAVY = f"[m for m in {NAMES} if m in sys.modules]"
 
 
