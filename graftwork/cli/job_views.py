@@ -4,10 +4,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from graftwork.cli.job_words import age, left_behind, next_moves, when
 from graftwork.cli.output import console, say
@@ -21,28 +22,36 @@ STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "lost": "red
 WIDE, NARROW = 110, 76
 PIPED = 400
 """Width where nobody looks: nothing is cut."""
+GAP = 2
 
 
-def show_list(statuses: Sequence[JobStatus], root: str, of: int) -> None:
+def show_list(statuses: Sequence[JobStatus], root: str, of: int, out: Console | None = None) -> None:
     """A line a job. A narrow terminal gets fewer columns; an id is never cut, and in a pipe nothing is."""
-    out = console if console.is_terminal else Console(file=sys.stdout, width=PIPED, highlight=False)
+    out = out or (console if console.is_terminal else Console(file=sys.stdout, width=PIPED, highlight=False))
     if not statuses:
         return say(f"no jobs in {root}")
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("job", no_wrap=True, overflow="fold")
-    columns = ["kind", "state", "attempt", "where", "age", "progress"]
+    columns = ["job", "kind", "state", "attempt", "where", "age", "progress"]
     columns = [c for c in columns if out.width >= WIDE or c not in ("kind", "where")]
     columns = [c for c in columns if out.width >= NARROW or c not in ("attempt", "progress")]
-    for column in columns:
-        table.add_column(column, no_wrap=True, justify="right" if column in ("attempt", "age") else "left",
-                         overflow="ellipsis", ratio=1 if column == "progress" else None)  # fmt: skip
-    for status in statuses:
-        cells = {"kind": status.kind, "state": status.state, "attempt": str(status.attempt), "where": status.on,
-                 "age": age(status.submitted_at), "progress": status.progress or status.why}  # fmt: skip
-        table.add_row(status.job_id, *[_plain(cells[column]) for column in columns], style=STYLES.get(status.state, ""))
+    rows = [[_plain(_cell(status, column)) for column in columns] for status in statuses]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    if "progress" in columns:
+        widths[-1] = max(out.width - sum(widths[:-1]) - GAP * (len(widths) - 1), len("progress"))
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, GAP, 0, 0))
+    for column, width in zip(columns, widths, strict=True):
+        justify: Literal["left", "right"] = "right" if column in ("attempt", "age") else "left"
+        table.add_column(column, no_wrap=True, overflow="ellipsis", justify=justify, width=width)
+    for status, row in zip(statuses, rows, strict=True):
+        table.add_row(*[Text(cell) for cell in row], style=STYLES.get(status.state, ""))
     out.print(table)
     if of > len(statuses):
         say(f"the newest {len(statuses)} of {of}; --limit shows more")
+
+
+def _cell(status: JobStatus, column: str) -> str:
+    cells = {"job": status.job_id, "kind": status.kind, "state": status.state, "attempt": str(status.attempt),
+             "where": status.on, "age": age(status.submitted_at), "progress": status.progress or status.why}  # fmt: skip
+    return cells[column]
 
 
 def details(runs: RunStore, status: JobStatus, root: str) -> dict[str, Any]:
@@ -119,4 +128,4 @@ def _event(event: dict[str, Any]) -> str:
 
 def _plain(text: str) -> str:
     """Without what a log could do to a terminal."""
-    return "".join(char if char.isprintable() else " " for char in text).replace("[", "\\[")
+    return "".join(char if char.isprintable() else " " for char in text)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -10,15 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from graftwork.cli import app
 from graftwork.cli.following import follow
+from graftwork.cli.job_views import show_list
 from graftwork.cli.launching import Launch, job_of
+from graftwork.cluster.backend import Job, JobStatus
 from graftwork.cluster.command_spec import CommandSpec
 from graftwork.cluster.places import backend_of
+from graftwork.cluster.run_store import RunStore
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.errors import ConfigError, Interrupted
+from graftwork.errors import ClusterError, ConfigError, Interrupted
 
 
 def cli(*argv: str) -> str:
@@ -101,3 +106,36 @@ def test_ctrl_c_ends_what_the_command_began_and_no_more(tmp_path: Path, ours: bo
         follow(backend, job.root, job.job_id, printed, cancels=ours)
     assert backend.status(job.job_id).state == ("cancelled" if ours else "running")
     assert backend.cancel(job.job_id).state == "cancelled"
+
+
+def test_jobs_of_a_place_that_does_not_answer_are_told_from_the_store(tmp_path: Path) -> None:
+    job = Job("cards", "command", "a" * 64, str(tmp_path), {"argv": ["true"]})
+    runs = RunStore(job.root)
+    runs.record(job, "http://127.0.0.1:9")
+    runs.open_attempt(job.job_id, 1)
+    root = ["--root", job.root]
+    for verb in (["ls"], ["status", "cards"]):
+        done = CliRunner().invoke(app, ["jobs", *verb, *root])
+        assert done.exit_code == 0
+        assert job.job_id in done.stdout
+        assert "http://127.0.0.1:9 does not answer" in done.stderr
+    done = CliRunner().invoke(app, ["jobs", "cancel", "cards", *root])
+    assert isinstance(done.exception, ClusterError)
+    assert "asked to end by the store" in done.exception.rule
+    assert f"graftwork jobs cancel {job.job_id} --root {job.root}" in done.exception.next_move
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(60, ["job", "state", "age"]), (90, ["progress"]), (140, ["where"])])
+def test_a_narrow_terminal_keeps_the_id_whole(columns: int, shown: list[str]) -> None:
+    out = Console(file=io.StringIO(), width=columns, force_terminal=True, highlight=False)
+    name, progress = "a-rather-long-name-0123456789", "[bold]step 4 of 9, " * 20
+    job = JobStatus(name, 1, "running", on="k8s:a/b", kind="train", submitted_at=0, progress=progress)
+    show_list([job], "r", 1, out)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert name in text
+    assert all(word in text for word in shown)
+    assert max(map(len, strip_ansi(text).splitlines())) <= columns
+
+
+def strip_ansi(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
