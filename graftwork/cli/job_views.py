@@ -51,7 +51,7 @@ def show_list(statuses: Sequence[JobStatus], root: str, of: int, out: Console | 
 def _cell(status: JobStatus, column: str) -> str:
     cells = {
         "job": status.job_id, "kind": status.kind, "state": status.state, "attempt": str(status.attempt),
-             "where": status.on, "age": age(status.submitted_at), "progress": status.progress or status.why,
+        "where": status.on, "age": age(status.submitted_at), "progress": status.progress or status.why,
     }  # fmt: skip
     return cells[column]
 
