@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from graftwork.cluster.driver.guard import end_all
 from tests.backends.grounds import GROUNDS
 from tests.backends.here import Ground, Here
 
@@ -31,6 +32,12 @@ def ground(request: pytest.FixtureRequest) -> Iterator[Ground]:
 
 
 @pytest.fixture
-def here(ground: Ground, tmp_path: Path) -> Here:
+def here(ground: Ground, tmp_path: Path) -> Iterator[Here]:
+    """Nothing of a test that failed stays at work."""
     (tmp_path / "store").mkdir()
-    return Here(ground, tmp_path / "store")
+    here = Here(ground, tmp_path / "store")
+    try:
+        yield here
+    finally:
+        for job_id in here.runs.job_ids():
+            end_all(lambda: here.processes(job_id))  # noqa: B023  # called at once

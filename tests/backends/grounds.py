@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -22,7 +23,10 @@ CANARY = "canary-5f1d9c7b3e"
 @contextlib.contextmanager
 def local() -> Iterator[Ground]:
     """The attempt that waits is one whose client was killed before it started the driver."""
-    with _environment({"AWS_SECRET_ACCESS_KEY": CANARY}):
+    with (
+        tempfile.TemporaryDirectory(prefix="gwc-") as cache,
+        _environment({"AWS_SECRET_ACCESS_KEY": CANARY, "GRAFTWORK_CACHE": cache}),
+    ):
         yield Ground("local", ClusterSpec(), lambda _: contextlib.nullcontext(), secrets={"key": CANARY})
 
 

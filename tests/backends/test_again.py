@@ -31,7 +31,6 @@ def test_a_failed_job_is_started_again_as_the_next_attempt(here: Here) -> None:
     assert here.runs.attempts(job.job_id) == [1, 2]
 
 
-@pytest.mark.core
 def test_a_cancelled_job_is_started_again(here: Here) -> None:
     job = here.waiting()
     here.start(job)
