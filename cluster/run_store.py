@@ -71,7 +71,7 @@ class Heartbeat:
     pid: int
     progress: str = ""
     usd: float | None = None
-    """What it has cost so far, by the price table."""
+    """What the job has cost so far, by the price table, earlier attempts included."""
     leaving: bool = False
     """Its machine is being taken away."""
 

@@ -92,7 +92,7 @@ class _Drive:
         except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
             raise _CannotStart(f"{command[0]} does not start: {error}") from error
         self._output = Output(runs.store, (*fence.folder, "logs"), fence.start, self._child)
-        self._watch = Watch(quick, fence, record.job(fence.root, {}).cluster)
+        self._watch = Watch(quick, fence, record.job(fence.root, {}).cluster, *_spent(runs, fence))
         self._teller = Teller(quick, fence, lambda: self._output.progress, self._watch.usd)
         self._teller.note("started", host=socket.gethostname(), pid=os.getpid())
         self._saves = record.kind in SAVES
@@ -161,6 +161,14 @@ class _Drive:
         self._teller.note("left" if goes_on else "ended", exit_code=code, reason=self._reason)
         self._teller.close(min(patience_s, CLOSE_S))
         return code
+
+
+def _spent(runs: RunStore, fence: Fence) -> tuple[float, float]:
+    """Seconds since the attempt's first start, and dollars of the attempts before: the last one counted all."""
+    started_at = runs.attempt(fence.job_id, fence.attempt).started_at
+    before = runs.attempt(fence.job_id, fence.attempt - 1).heartbeat if fence.attempt > 1 else None
+    usd = before.usd if before is not None else None
+    return time.time() - started_at if started_at is not None else 0.0, usd or 0.0
 
 
 def _take_start(runs: RunStore, job_id: str, number: int) -> int:

@@ -16,19 +16,23 @@ ASK_S = 1.0
 class Watch:
     """Looks into the store every ASK_S in a thread of its own: limits hold while the store is out of reach."""
 
-    def __init__(self, runs: RunStore, fence: Fence, cluster: ClusterSpec) -> None:
+    def __init__(
+        self, runs: RunStore, fence: Fence, cluster: ClusterSpec, spent_s: float = 0.0, spent_usd: float = 0.0
+    ) -> None:
+        """`spent_s`: since the attempt's first driver started; `spent_usd`: by earlier attempts."""
         self._runs, self._fence, self._limits = runs, fence, cluster.limits
         self._usd_hour = usd_per_hour(cluster)
-        self._began, self._end = time.monotonic(), threading.Event()
+        self._began, self._end = time.monotonic() - spent_s, threading.Event()
+        self._spent_usd = spent_usd
         self._asked: StopReason | None = None
         threading.Thread(target=self._looking, name="watch", daemon=True).start()
 
     def usd(self) -> float | None:
-        """What the attempt has cost since this start."""
-        return None if self._usd_hour is None else self._usd_hour * self.elapsed_s() / 3600
+        """What the job has cost, all attempts together."""
+        return None if self._usd_hour is None else self._spent_usd + self._usd_hour * self.elapsed_s() / 3600
 
     def elapsed_s(self) -> float:
-        """Since this start."""
+        """Since the attempt's first start."""
         return time.monotonic() - self._began
 
     def reason(self) -> StopReason | None:

@@ -155,3 +155,15 @@ def test_a_flood_of_output_is_kept_whole_in_pieces_of_bounded_size(root: str) ->
     assert len(sizes) > 1
     for name in here.runs.store.list("jobs", job.job_id, "a1", "logs"):
         here.runs.store.read_text("jobs", job.job_id, "a1", "logs", name)  # each is UTF-8 by itself
+
+
+@pytest.mark.long
+def test_a_budget_is_the_jobs_not_the_attempts(root: str) -> None:
+    prices, limits = {"cpu_hour": 3600 / 12}, {"budget_usd": 4.0}  # 12 CPUs: 3,600 dollars an hour, one a second
+    job = python_job(root, "import time; time.sleep(2.5); raise SystemExit(1)", prices=prices, limits=limits,
+                     workers=({"cpu": "8"},), retry={"max_attempts": 9, "on": ["failed"]})  # fmt: skip
+    here = local_backend(root)
+    here.submit(job)
+    ended = here.wait(job.job_id, timeout_s=60)
+    assert (ended.state, ended.attempt) == ("stopped", 2), "2.5 dollars by the first, 1.5 by the second"
+    assert "budget" in ended.why
