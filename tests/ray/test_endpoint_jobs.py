@@ -1,8 +1,6 @@
 """An endpoint as a job on a Ray that exists: it serves from the head, and goes with its job, however that ends."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
-from tests.heads import Head, running_head
+from tests.k8s.head import Head
 from tests.ports import free_port
+from tests.raylets import environment
 from tests.service import Made, publish
 
 COMMAND = "from graftwork.cli import main; main()"
@@ -37,8 +37,8 @@ class World:
     def graftwork(self, *argv: str) -> str:
         """What a command prints; it may not fail."""
         done = subprocess.run(
-            [sys.executable, "-c", COMMAND, *argv], env=self.head.environment, cwd=self.tmp, text=True,
-            capture_output=True, timeout=120,
+            [sys.executable, "-c", COMMAND, *argv], cwd=self.tmp, text=True, capture_output=True, timeout=120,
+            env={**environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.head.token},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -50,7 +50,7 @@ class World:
                 "engine": {"max_seq_len": 256, "num_threads": 1},
                 "arms": [{"name": "plain"}, {"name": "tuned", "adapter": "card@latest"}]}  # fmt: skip
         (self.tmp / f"{name}.yaml").write_text(yaml.safe_dump(spec))
-        told = json.loads(self.graftwork("serve", f"{name}.yaml", "--on", self.head.dashboard, "--detach", "--json"))
+        told = json.loads(self.graftwork("serve", f"{name}.yaml", "--on", self.head.address, "--detach", "--json"))
         until(self.answers, 120, lambda: self.graftwork("jobs", "logs", told["job_id"], "--root", self.made.store.uri))
         return str(told["job_id"])
 
@@ -60,10 +60,23 @@ class World:
         except httpx.HTTPError:
             return False
 
-    def gone(self) -> bool:
-        """No application, no replica, nobody at the port."""
-        found = self.head.serve()["applications"]
-        return not found and not self.answers() and not any("ServeReplica" in p for p in self.head.processes().values())
+    def serve(self) -> dict[str, Any]:
+        """Applications of Serve, by name."""
+        found: dict[str, Any] = self.head.ask("GET", "/api/serve/applications/")[1]["applications"]
+        return found
+
+    def replicas(self) -> list[int]:
+        """Pids of the endpoint's processes."""
+        return [
+            replica["pid"]
+            for application in self.serve().values()
+            for deployment in application["deployments"].values()
+            for replica in deployment["replicas"]
+        ]
+
+    def gone(self, replicas: list[int]) -> bool:
+        """No application, none of these processes, nobody at the port."""
+        return not self.serve() and not any(map(psutil.pid_exists, replicas)) and not self.answers()
 
 
 def until(holds: Callable[[], bool], within_s: float, why: Callable[[], object]) -> None:
@@ -77,8 +90,12 @@ def until(holds: Callable[[], bool], within_s: float, why: Callable[[], object])
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     tmp = tmp_path_factory.mktemp("endpoint")
     made = publish(tmp)
-    with running_head(4, {"GRAFTWORK_CACHE": str(tmp / "cache")}) as head:
+    head = Head()
+    try:
+        head.start({"GRAFTWORK_CACHE": str(tmp / "cache")})
         yield World(head, made, tmp, free_port())
+    finally:
+        head.remove()
 
 
 def experiment(world: World) -> dict[str, Any]:
@@ -96,19 +113,24 @@ def test_an_endpoint_serves_as_a_job_and_is_cancelled_without_a_rest(world: Worl
     world.graftwork("experiment", "start", "ab.yaml")
     body |= {"model": "experiment/ab", "user": "somebody"}
     assert httpx.post(f"{world.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    replicas = world.replicas()
+    assert len(replicas) == 2, "ingress and engine"
     world.graftwork("jobs", "cancel", job, "--root", world.made.store.uri)
-    until(world.gone, GONE_WITHIN_S, world.head.serve)
+    until(lambda: world.gone(replicas), GONE_WITHIN_S, world.serve)
 
 
 @pytest.mark.soak
 def test_an_endpoint_goes_when_its_driver_is_killed_and_the_next_attempt_serves(world: World) -> None:
     job = world.submit("killed")
-    running = world.head.processes().items()
-    for pid in [pid for pid, words in running if f"{COMMAND} serve" in words or "graftwork.cluster.driver" in words]:
-        os.kill(pid, signal.SIGKILL)
-    until(world.gone, GONE_WITHIN_S, world.head.serve)
+    replicas = world.replicas()
+    drivers = [p for p in psutil.process_iter(["cmdline"]) if job in " ".join(p.info["cmdline"] or []).split()]
+    assert drivers
+    for process in {process for driver in drivers for process in [driver, *driver.children(recursive=True)]}:
+        process.kill()
+    until(lambda: world.gone(replicas), GONE_WITHIN_S, world.serve)
     world.graftwork("jobs", "cancel", job, "--root", world.made.store.uri)
     world.graftwork("jobs", "resubmit", job, "--root", world.made.store.uri)
     until(world.answers, 120, lambda: world.graftwork("jobs", "logs", job, "--root", world.made.store.uri))
+    replicas = world.replicas()
     world.graftwork("jobs", "cancel", job, "--root", world.made.store.uri)
-    until(world.gone, GONE_WITHIN_S, world.head.serve)
+    until(lambda: world.gone(replicas), GONE_WITHIN_S, world.serve)
