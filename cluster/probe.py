@@ -17,7 +17,7 @@ def probe_store(root: str) -> list[Finding]:
     key, first = f"probe-{secrets.token_hex(8)}.json", json_bytes({"probe": 1})
     try:
         if not store.create_bytes(first, key) or store.create_bytes(json_bytes({"probe": 2}), key):
-            return [_unconditional(store)]
+            return [_unconditional(store, "a second put of one key with If-None-Match: * was taken")]
         read = store.find_bytes(key)
         if read != first:
             return [_finding("E-STORE-READS-ANOTHER", store, "what was written is not what is read",
@@ -36,13 +36,13 @@ def _failed(store: Store, error: StorageError) -> Finding:
         return _finding("E-STORE-DENIED", store, f"{error.asked}: {error.found}",
                         "a job reads, writes, lists and deletes below its root", error.next_move)  # fmt: skip
     if "NotImplemented" in error.found:
-        return _unconditional(store)
+        return _unconditional(store, "it knows no put with If-None-Match: *")
     return _finding("E-STORE-FAILS", store, f"{error.asked}: {error.found}", error.rule, error.next_move)
 
 
-def _unconditional(store: Store) -> Finding:
+def _unconditional(store: Store, found: str) -> Finding:
     return _finding(
-        "E-STORE-NO-CONDITIONAL-PUT", store, "a second put of one key with If-None-Match: * was taken",
+        "E-STORE-NO-CONDITIONAL-PUT", store, found,
         "of all who start an attempt one must win", "use a server that knows conditional puts, as S3 does since 2024",
     )  # fmt: skip
 

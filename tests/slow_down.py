@@ -9,14 +9,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 BODY = b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>'
+NO_CONDITIONS = b'<?xml version="1.0"?><Error><Code>NotImplemented</Code><Message>unknown header</Message></Error>'
 HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "content-length"})
 
 
 class SlowDown:
-    """`endpoint` takes the place of the server's; `refused` of `asked` requests got a 503."""
+    """`endpoint` takes the place of the server's; `refused` of `asked` requests got a 503.
 
-    def __init__(self, server: str, share: float, seed: int = 0) -> None:
-        self.server, self.share = urlsplit(server), share
+    Without `conditions` it answers a conditional put as servers do that know none.
+    """
+
+    def __init__(self, server: str, share: float, seed: int = 0, *, conditions: bool = True) -> None:
+        self.server, self.share, self.conditions = urlsplit(server), share, conditions
         self.asked = self.refused = 0
         self._random, self._lock = random.Random(seed), threading.Lock()
         proxy = self
@@ -51,6 +55,8 @@ class SlowDown:
         with self._lock:
             refuse = self._random.random() < self.share
             self.asked, self.refused = self.asked + 1, self.refused + refuse
+        if not self.conditions and request.headers.get("If-None-Match"):
+            return _answer(request, 501, {"Content-Type": "application/xml"}, NO_CONDITIONS)
         if refuse:
             return _answer(request, 503, {"Content-Type": "application/xml"}, BODY)
         try:
@@ -83,9 +89,9 @@ def _answer(
 
 
 @contextlib.contextmanager
-def slow_down(server: str, share: float) -> Iterator[SlowDown]:
+def slow_down(server: str, share: float, *, conditions: bool = True) -> Iterator[SlowDown]:
     """A proxy for the block."""
-    proxy = SlowDown(server, share)
+    proxy = SlowDown(server, share, conditions=conditions)
     try:
         yield proxy
     finally:

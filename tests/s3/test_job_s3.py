@@ -67,6 +67,14 @@ def test_a_store_that_does_not_answer_is_told_from_a_bad_one(s3_store: Store, mo
     assert [found.code for found in probe_store(s3_store.uri)] == ["E-STORE-UNREACHABLE"]
 
 
+def test_a_server_without_conditional_puts_is_refused(
+    s3_store: Store, s3_env: Weed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with slow_down(s3_env.endpoint, 0.0, conditions=False) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        assert [found.code for found in probe_store(s3_store.uri)] == ["E-STORE-NO-CONDITIONAL-PUT"]
+
+
 def test_the_code_is_put_there_once_and_laid_out_where_it_runs(s3_store: Store, tmp_path: Path) -> None:
     uri = publish_wheel(s3_store)
     assert uri == publish_wheel(s3_store) == wheel_uri(s3_store)
