@@ -40,7 +40,7 @@ def live_crd(api: KubeApi, plural: str) -> tuple[Mapping[str, Any] | None, list[
 
 def live_findings(api: KubeApi, job: Job, objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """All but the CRD."""
-    rights = list(_rights(api))
+    rights = list(rights_findings(api))
     if any(finding.level == "error" for finding in rights):
         return rights
     found = [*rights, *_dry_run(api, objects)]
@@ -49,7 +49,7 @@ def live_findings(api: KubeApi, job: Job, objects: Sequence[Mapping[str, Any]]) 
     return found
 
 
-def _rights(api: KubeApi) -> Found:
+def rights_findings(api: KubeApi) -> Found:
     """By the server's own review, verb by verb."""
     lacking = []
     for verb in VERBS:

@@ -6,6 +6,7 @@ from typing import Any
 
 from graftwork.cluster.backend import Attempt, Finding, Job
 from graftwork.cluster.kuberay.api import KubeApi, namespaced
+from graftwork.cluster.kuberay.doctor import diagnose
 from graftwork.cluster.kuberay.findings import dig
 from graftwork.cluster.kuberay.held import reasons
 from graftwork.cluster.kuberay.live import PLURALS, live_crd, live_findings, object_path
@@ -52,8 +53,9 @@ class KubeRayPlace:
         return [without_server_fields(one) for one in found if one is not None]
 
     def doctor(self) -> list[Finding]:
-        """Nothing is looked at yet."""
-        return []
+        """KubeRay, our rights, what the cluster's spec names, room; jobs that hang, clusters that are left over."""
+        any_job = Job("doctor", "command", "", self._root, {}, self._cluster)
+        return diagnose(self._api, any_job, SELECTOR)
 
     def start(self, attempt: Attempt) -> None:
         """Create what is not there yet: the server takes one object of a name, whoever comes first.
