@@ -9,6 +9,7 @@ import pytest
 
 from graftwork.cluster.backend import Attempt
 from graftwork.cluster.kuberay.rayjob import build_rayjob
+from graftwork.cluster.kuberay.rules import check_rules
 from graftwork.cluster.kuberay.schema import check_schema
 from graftwork.cluster.spec import ClusterSpec
 from tests.k8s.cluster import JOBS, KubeCluster
@@ -59,5 +60,5 @@ def test_server_and_check_agree(kube: KubeCluster, tmp_path: Path, name: str) ->
     code, answer = kube.server.ask("POST", f"{JOBS}?dryRun=All&fieldValidation=Strict", made)
     assert (code == 201) == (name in GOOD), answer
     for known in (crd, None):
-        errors = [finding for finding in check_schema(made, known) if finding.level == "error"]
+        errors = [finding for finding in [*check_rules(made), *check_schema(made, known)] if finding.level == "error"]
         assert bool(errors) == (name in BAD), (answer, errors)
