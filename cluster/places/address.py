@@ -1,5 +1,6 @@
 """An existing Ray as a place, by its Jobs API: the driver is the job, on the head."""
 
+import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -49,43 +50,46 @@ class AddressPlace:
         """Send the wheel as the job's folder and start the driver. `check` saw to it that a shell changes nothing."""
         entrypoint = f"python -m graftwork.cluster.driver {self._root} {attempt.job.job_id} {attempt.number} auto"
         with JobsApi(self.on) as jobs:
-            jobs.submit(entrypoint, build_wheel()[1], attempt.id)
+            jobs.submit(entrypoint, build_wheel()[1], self.name(attempt.id))
 
     def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
         """One listing for all."""
         with JobsApi(self.on) as jobs:
-            return {
-                job.submission_id: Seen(job.status, message=job.message)
-                for job in jobs.list()
-                if job.submission_id in attempt_ids
-            }
+            found = {job.submission_id: job for job in jobs.list()}
+        names = {attempt_id: found.get(self.name(attempt_id)) for attempt_id in attempt_ids}
+        return {attempt_id: Seen(job.status, message=job.message) for attempt_id, job in names.items() if job}
 
     def stop(self, attempt_id: str) -> None:
         """Stop the job and see that it has stopped; one that never started is taken out of Ray, with its record."""
+        name = self.name(attempt_id)
         with JobsApi(self.on) as jobs:
-            seen = jobs.status(attempt_id)
+            seen = jobs.status(name)
             if seen is None or seen.status in ENDED:
                 return
-            jobs.stop(attempt_id)
-            if seen.status == "PENDING" and not _within(STARTS_S, lambda: _left(jobs, attempt_id, "PENDING")):
-                self._drop(jobs, attempt_id)
-            elif not _within(STOP_S, lambda: _ended(jobs, attempt_id)):
+            jobs.stop(name)
+            if seen.status == "PENDING" and not _within(STARTS_S, lambda: _left(jobs, name, "PENDING")):
+                self._drop(jobs, name)
+            elif not _within(STOP_S, lambda: _ended(jobs, name)):
                 raise ClusterError(
                     f"cancel {attempt_id} at {self.on}", f"Ray did not stop it within {STOP_S:.0f} s",
                     "its driver is told to end, and killed after 3 s",
                     "look at the dashboard; a head without memory answers and does nothing",
                 )  # fmt: skip
 
-    def _drop(self, jobs: JobsApi, attempt_id: str) -> None:
-        dropping = f"{attempt_id}{DROP}"
-        entrypoint = f"python -m graftwork.cluster.places.drop {attempt_id}"
+    def name(self, attempt_id: str) -> str:
+        """Of the attempt in Ray: the same job of another store is another one there."""
+        return f"{attempt_id}-{hashlib.sha256(self._root.encode()).hexdigest()[:8]}"
+
+    def _drop(self, jobs: JobsApi, pending: str) -> None:
+        dropping = f"{pending}{DROP}"
+        entrypoint = f"python -m graftwork.cluster.places.drop {pending}"
         jobs.submit(entrypoint, build_wheel()[1], dropping)
-        if not _within(DROP_S, lambda: _ended(jobs, attempt_id)):
+        if not _within(DROP_S, lambda: _ended(jobs, pending)):
             raise ClusterError(
-                f"cancel {attempt_id} at {self.on}", f"it is pending, and did not go within {DROP_S:.0f} s",
+                f"cancel {pending} at {self.on}", f"it is pending, and did not go within {DROP_S:.0f} s",
                 "its driver ends at once should it ever start", "look at the dashboard: the head takes no jobs",
             )  # fmt: skip
-        for name in (attempt_id, dropping):
+        for name in (pending, dropping):
             if _within(STOP_S, lambda: _ended(jobs, name)):  # noqa: B023  # called at once
                 jobs.delete(name)
 

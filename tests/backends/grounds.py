@@ -12,6 +12,7 @@ import pytest
 
 from graftwork.cluster.backend import Attempt
 from graftwork.cluster.jobs_api import JobsApi
+from graftwork.cluster.places.address import AddressPlace
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.wheel import build_wheel
 from tests.backends.here import Ground
@@ -80,7 +81,8 @@ def _without_room(on: str, attempt: Attempt) -> Iterator[None]:
     """The attempt's driver asks for more CPUs than there are, as on a head that has no room for it."""
     words = ("python -m graftwork.cluster.driver", attempt.job.root, attempt.job.job_id, str(attempt.number), "auto")
     with JobsApi(on) as jobs:
-        jobs.submit(" ".join(words), build_wheel()[1], attempt.id, entrypoint_num_cpus=1000)
+        name = AddressPlace(on, attempt.job.root).name(attempt.id)
+        jobs.submit(" ".join(words), build_wheel()[1], name, entrypoint_num_cpus=1000)
     yield
 
 

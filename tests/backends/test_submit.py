@@ -83,6 +83,9 @@ def test_the_same_job_in_another_store_is_another_job(here: Here, tmp_path: Path
     there.backend.submit(second)
     assert here.end(first.job_id).state == "succeeded"
     assert there.end(second.job_id).state == "succeeded"
+    assert here.log(first.job_id) == there.log(second.job_id) == "first\n"
+    for place in (here, there):
+        assert place.runs.store.list("jobs", first.job_id, "a1", "starts") == ["1.json"]
 
 
 def test_its_states_follow_in_order(here: Here) -> None:
