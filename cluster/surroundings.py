@@ -38,7 +38,7 @@ def surroundings(on: str, root: str, cluster: ClusterSpec) -> Iterator[Finding]:
     if on.startswith("k8s:"):
         yield from _kubernetes()
         if not root.startswith("s3://") and cluster.storage.claim is None:
-            yield Finding("E-ROOT-NOT-SHARED", "error", "storage.uri", root, "pods reach s3://, or a claim",
+            yield Finding("E-STORE-LOCAL", "error", "storage.uri", root, "pods reach s3://, or a claim",
                           "set storage.uri in cluster.yaml, or --root s3://BUCKET/PREFIX")  # fmt: skip
     if root.startswith("s3://"):
         yield from _credentials()

@@ -9,7 +9,7 @@ from graftwork.cli.demands import with_demand
 from graftwork.cli.findings import show_findings
 from graftwork.cli.launching import Launch, job_of
 from graftwork.cli.output import duration, gib, say
-from graftwork.cluster.backend import Backend, Job, JobPlan
+from graftwork.cluster.backend import Attempt, Backend, Job, JobPlan
 from graftwork.cluster.cost import usd_per_hour
 from graftwork.cluster.spec import quantity
 from graftwork.config import Spec
@@ -59,12 +59,19 @@ def plan_job(spec: Spec, folder: Path, how: Launch) -> WholePlan:
 
 
 def _offline(backend: Backend, job: Job, error: ClusterError) -> JobPlan:
-    """What is known without the place: sums, prices, the objects against nothing."""
+    """What is known without the place: sums, prices, the objects against nothing, the rules that need no cluster."""
     from graftwork.cluster.places.unheard import UnheardPlace
     from graftwork.cluster.stored import StoredBackend
 
     assert isinstance(backend, StoredBackend)
-    return StoredBackend(UnheardPlace(backend.on, error, backend.place), job.root).plan(job)
+    plan = StoredBackend(UnheardPlace(backend.on, error, backend.place), job.root).plan(job)
+    if not backend.on.startswith("k8s:"):
+        return plan
+    from graftwork.cluster.kuberay.api import Place
+    from graftwork.cluster.kuberay.preflight import preflight
+
+    found = preflight(Attempt(job, plan.attempt), Place.of(backend.on).namespace, None, plan.objects)
+    return replace(plan, findings=tuple(found))
 
 
 def show_job_plan(whole: WholePlan) -> None:

@@ -58,9 +58,8 @@ def _attempt(attempt: Attempt, namespace: str) -> Sequence[Mapping[str, Any]]:
 
 
 def _service(job: Job, namespace: str) -> Sequence[Mapping[str, Any]]:
-    from graftwork.cluster.kuberay.rayservice import build_disruption_budget, build_rayservice
-    from graftwork.cluster.kuberay.serve_config import serve_config
+    from graftwork.cluster.kuberay.rayservice import service_objects
     from graftwork.cluster.wheel import wheel_uri
 
     uri = wheel_uri(Store(job.root)) if job.cluster.code == "wheel" else None
-    return [build_rayservice(job, namespace, serve_config(job.spec), uri), build_disruption_budget(job, namespace)]
+    return service_objects(job, namespace, uri)

@@ -90,7 +90,7 @@ def test_what_is_lacking_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mon
     assert codes("http://10.0.0.1:8265", "/r") == ["W-NO-TOKEN"]
     assert codes("http://127.0.0.1:8265", "/r") == []
     assert codes("http://127.0.0.1:8265", "/r", ray_version="2.1.0") == ["W-RAY-VERSION"]
-    assert codes("k8s:a/b", "/r") == ["E-ROOT-NOT-SHARED"]
+    assert codes("k8s:a/b", "/r") == ["E-STORE-LOCAL"]
     assert codes("k8s:a/b", "s3://b/x") == ["W-NO-S3-CREDENTIALS"]
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     assert codes("http://10.0.0.1:8265", "/r") == ["E-TOKEN-FILE"]
@@ -113,3 +113,13 @@ def test_an_endpoint_is_rendered_with_no_cluster_in_reach(tmp_path: Path, monkey
     assert service["metadata"]["namespace"] == "team"
     assert budget["kind"] == "PodDisruptionBudget"
     assert code_of(cli("k8s", "render", str(file), "--cluster", str(cluster), "--set", "token_env=null")) == 2
+
+
+def test_the_rules_are_held_with_no_cluster_in_reach(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", "/nowhere")
+    done = cli("plan", spec, "--on", "k8s:ctx/team", "--set", "name=" + "n" * 60, "--json")
+    assert done.exit_code == 3
+    told = json.loads(done.stdout)
+    assert {"E-NAME-TOO-LONG", "E-STORE-LOCAL", "E-IMAGE-DIGEST"} <= {one["code"] for one in told["findings"]}
+    assert "kubeconfig" in told["unheard"]
+    assert [one["kind"] for one in told["objects"]] == ["RayJob"]
