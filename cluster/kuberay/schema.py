@@ -79,7 +79,8 @@ def _live(made: Mapping[str, Any], crd: Mapping[str, Any]) -> Found:
 def _template(where: str, cut: str, value: Mapping[str, Any]) -> Found:
     if cut == "PodTemplateSpec":
         metadata = value.get("metadata", {})
-        whole = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": value.get("spec", {})}
+        whole = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
+        whole |= {"spec": value["spec"]} if "spec" in value else {}
         for name in value.keys() - {"metadata", "spec"}:
             yield refuse("SCHEMA-UNKNOWN", f"{where}.{name}", "no such field", "metadata, spec")
     else:

@@ -57,6 +57,7 @@ GOOD: list[dict[str, Any]] = [
     {f"{PART}.workerGroupSpecs.0.minReplicas": GONE},  # required, and has a default
     {f"{PART}.gcsFaultToleranceOptions": {"backend": "rocksdb", "storage": {"size": 1}}},
     {"spec.entrypointNumCpus": 1},
+    {f"{PART}.headGroupSpec.template": {}},  # the operator refuses it: rules/groups.py
     {"metadata.ownerReferences": []},
     {"status": {"anything": 1}},
 ]
