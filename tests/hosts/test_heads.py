@@ -69,7 +69,7 @@ def state(cluster: OwnCluster, job_id: str) -> str:
     return str(json.loads(said.stdout)["state"])
 
 
-@pytest.mark.parametrize("store", ["rocksdb"])
+@pytest.mark.parametrize("store", ["rocksdb", "redis"])
 def test_a_killed_head_comes_back_with_its_jobs_and_its_workers(store: str) -> None:
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(own_cluster())
