@@ -16,9 +16,12 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.record import Clock, Figure, figure, write
+
+if TYPE_CHECKING:
+    from graftwork.cluster.run_store import RunStore
 
 STATES = ("succeeded", "failed", "cancelled", "running")
 
@@ -27,20 +30,24 @@ def fill(root: str, count: int) -> None:
     """Write the records of `count` jobs, those at work last: their heartbeats are to be fresh."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from graftwork.cluster.run_store import RunStore
+
+    runs = RunStore(root)  # one client for all
     with ThreadPoolExecutor(8) as pool:
         for at_work in (False, True):
             numbers = [n for n in range(count) if (n % 10 == 9) == at_work]
-            list(pool.map(lambda number: _job(root, number), numbers))
+            list(pool.map(lambda number: _job(runs, number), numbers))
 
 
-def _job(root: str, number: int) -> None:
+def _job(runs: "RunStore", number: int) -> None:
     from graftwork.cluster.backend import Job
     from graftwork.cluster.command_spec import CommandSpec
-    from graftwork.cluster.run_store import Ended, Heartbeat, RunStore
+    from graftwork.cluster.run_store import Ended, Heartbeat
 
+    root = runs.store.uri
     spec = CommandSpec(name=f"job-{number}", root=root, argv=("true",))
     job = Job(spec.name, "command", spec.identity(), root, spec.model_dump(mode="json"))
-    runs, here = RunStore(root), ("jobs", job.job_id, "a1")
+    here = ("jobs", job.job_id, "a1")
     runs.record(job, "local")
     runs.open_attempt(job.job_id, 1)
     runs.store.write_json({"at": time.time()}, *here, "starts", "1.json")
