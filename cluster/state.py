@@ -19,6 +19,8 @@ CLOCK_OFF_S = 15.0
 COMES_UP = frozenset({"New", "Initializing", "Waiting", "Retrying"})
 """Of KubeRay: the cluster is made, also again; `jobStatus` may still be the former one's."""
 HELD_BACK = frozenset({"Suspending", "Suspended"})
+SERVES = "Serving"
+"""Ours, of an endpoint: it has no driver that could be heard."""
 OVER = frozenset({"Complete", "Failed", "ValidationFailed"})
 HEAD_GONE = "Failed to connect to GCS within"
 """The last words of a process whose Ray lost its head (Ray 2.60, rpc_client.h)."""
@@ -47,6 +49,8 @@ def judge(record: AttemptRecord, seen: Seen | None, now: float) -> Judged:
         return Judged(state, f"its place holds it back{_asked(record)}{_said(seen)}")
     if seen.deployment_status in COMES_UP:
         return _heard(record) or Judged("pending", f"its cluster comes up{_again(record)}{_asked(record)}{_said(seen)}")
+    if seen.deployment_status == SERVES:
+        return Judged("running", f"it serves{_asked(record)}{_said(seen)}")
     if seen.job_status == "SUCCEEDED":
         return Judged("succeeded", "its place says so; the driver's own word is missing")
     if seen.deployment_status in OVER or seen.job_status in ("FAILED", "STOPPED"):

@@ -24,7 +24,7 @@ FIRST_PAUSE_S = 0.25
 BUSY = frozenset({429, 500, 502, 503, 504})
 PAGE = 500
 """Objects of one answer to a listing."""
-Method = Literal["GET", "POST", "DELETE"]
+Method = Literal["GET", "POST", "PUT", "DELETE"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ MARGIN_S = 60
 def service_objects(job: Job, namespace: str, wheel_uri: str | None) -> list[dict[str, Any]]:
     """All that a serve job is on Kubernetes. Raises ConfigError for an endpoint that would be open to anybody."""
     made = build_rayservice(job, namespace, serve_config(job.spec), wheel_uri)
-    return [made, build_disruption_budget(job, namespace)]
+    machines = sum(group.max_count or group.count for group in job.cluster.workers)
+    return [made, build_disruption_budget(job, namespace)] if machines > 1 else [made]  # one alone is not guarded by it
 
 
 def build_rayservice(

@@ -10,8 +10,10 @@ from graftwork.cluster.kuberay.doctor import diagnose
 from graftwork.cluster.kuberay.findings import dig
 from graftwork.cluster.kuberay.held import reasons
 from graftwork.cluster.kuberay.live import PLURALS, live_crd, live_findings, object_path
+from graftwork.cluster.kuberay.live_service import remove_service, renew, seen_services
 from graftwork.cluster.kuberay.preflight import preflight
 from graftwork.cluster.kuberay.rayjob import build_rayjob
+from graftwork.cluster.kuberay.rayservice import service_objects
 from graftwork.cluster.place import Seen
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.wheel import publish_wheel, wheel_uri
@@ -44,7 +46,9 @@ class KubeRayPlace:
         return found + live_findings(self._api, job, objects)
 
     def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
-        """The RayJob."""
+        """The RayJob; for an endpoint a RayService, and what guards its pods."""
+        if attempt.job.kind == "serve":
+            return [*service_objects(attempt.job, self._api.place.namespace, self._wheel_uri(attempt.job))]
         return [build_rayjob(attempt, self._api.place.namespace, self._wheel_uri(attempt.job))]
 
     def current(self, attempt: Attempt) -> list[Mapping[str, Any]]:
@@ -76,6 +80,8 @@ class KubeRayPlace:
                     f"create {planned['kind']} {attempt.id} in {self.on}", "somebody else's object has this name",
                     f"ours bear the label {SELECTOR}", "give the job another name",
                 )  # fmt: skip
+            if found is not None:
+                renew(self._api, planned, found)
 
     def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
         """One listing for all."""
@@ -83,14 +89,15 @@ class KubeRayPlace:
         found = {str(job["metadata"]["name"]): job for job in self._api.list(path, SELECTOR)}
         mine = {name: job for name, job in found.items() if name in attempt_ids}
         held = reasons(self._api, list(mine.values()))
-        return {name: seen_of(job, held.get(name, "")) for name, job in mine.items()}
+        seen = {name: seen_of(job, held.get(name, "")) for name, job in mine.items()}
+        return seen | seen_services(self._api, [name for name in attempt_ids if name not in seen], SELECTOR)
 
     def stop(self, attempt_id: str) -> None:
         """Delete the object and wait until it is gone: then its cluster is, too."""
         path = namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs", attempt_id)
         answer = self._api.ask("DELETE", path, query={"propagationPolicy": "Foreground"})
         if answer.absent:
-            return
+            return remove_service(self._api, attempt_id)
         self._api.required(answer, f"delete RayJob {attempt_id}")
         end = time.monotonic() + GONE_S
         while (left := self._api.get(path)) is not None:
