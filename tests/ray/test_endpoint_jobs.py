@@ -104,7 +104,7 @@ def experiment(world: World) -> dict[str, Any]:
             "arms": arms}  # fmt: skip
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_an_endpoint_serves_as_a_job_and_is_cancelled_without_a_rest(world: World) -> None:
     job = world.submit("served")
     body = {"model": "arm/tuned", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
