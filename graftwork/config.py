@@ -22,6 +22,7 @@ from graftwork.errors import ConfigError
 
 SPEC_KINDS = {
     "train": ("graftwork.training.spec", "TrainSpec"),
+    "trial": ("graftwork.tuning.trial_spec", "TrialSpec"),
     "tune": ("graftwork.tuning.spec", "TuneSpec"),
     "serve": ("graftwork.serving.spec", "ServeSpec"),
     "compare": ("graftwork.serving.experiment.spec", "CompareSpec"),

@@ -42,6 +42,8 @@ class Asking:
     """By `space.rows_key`."""
     nodes: Sequence[Node]
     """None at all: every trial runs in one process (nothing is known of a cluster)."""
+    elsewhere: str | None = None
+    """Where each trial is a job of its own (`tuning/elsewhere.py`): asked for here is the process that waits."""
 
     def settled(self, values: Values) -> TrainSpec:
         """The training spec of a point, without `auto`, for one process or a gang.
@@ -49,6 +51,8 @@ class Asking:
         Raises ConfigError when the values contradict each other, or where nothing fits.
         """
         alone, gang = trial_spec(self.spec, values), trial_spec(self.spec, values, gang=True)
+        if self.elsewhere is not None:
+            return gang  # `auto` is settled there
         if self.spec.gang == "always" or not self.nodes or not is_gang(gang):
             return self._without_auto(gang if self.spec.gang == "always" else alone, values)
         try:
@@ -63,6 +67,8 @@ class Asking:
     def request(self, trials: Sequence[TrainSpec], values: Values) -> Request:
         """What a settled trial asks for, or several that share a process and its rows (`values`: of any of them). Of a
         base whose layers are not known, or a GPU that is not, no memory."""
+        if self.elsewhere is not None:
+            return Request({"memory": float(DRIVER_BYTES)})
         trial, found = trials[0], self._known(trials[0])
         worker = resources_per_worker(trial)
         if found is not None:
@@ -75,7 +81,9 @@ class Asking:
         return Request(worker, trial.num_workers, driver)
 
     def said_of_gang(self, trial: TrainSpec, values: Values) -> str | None:
-        """Why a trial runs as a gang; None where it does not."""
+        """Why a trial runs as a gang, or as a job; None where it does neither."""
+        if self.elsewhere is not None:
+            return f"a job of its own: --trials-on {self.elsewhere}"
         if not is_gang(trial):
             return None
         gang = f"a gang of {trial.num_workers} workers ({trial.strategy.kind})"
@@ -94,7 +102,7 @@ class Asking:
         for values in points:
             trial = self.settled(values)
             requests.append(self.request([trial], values))
-            if is_gang(trial):
+            if is_gang(trial) and self.elsewhere is None:
                 check_here(trial)
                 check_rows(trial, self.spec.eval_rows)
             if not fits_one(requests[-1], self.nodes):

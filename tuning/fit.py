@@ -21,6 +21,7 @@ from graftwork.training.data import PreparedData
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.asking import Asking, fits_one, is_gang
 from graftwork.tuning.board import start_board
+from graftwork.tuning.elsewhere import Elsewhere
 from graftwork.tuning.failures import Failure, after, shrunk
 from graftwork.tuning.judge import judge_of
 from graftwork.tuning.ledger import Ledger
@@ -61,6 +62,8 @@ class Sweeping:
     asking: Asking
     at_once: int
     """Trials at a time, at most."""
+    elsewhere: Elsewhere | None = None
+    """Where each trial is a job; None: trials run on the Ray of the sweep."""
 
     def spec_of(self, record: TrialRecord) -> TrainSpec:
         """What a trial is to train, in as little memory as it has been found to need."""
@@ -89,6 +92,7 @@ def fit(sweep: Sweeping) -> None:
         "report_every": spec.report_every,
         "board": board,
         "places": places,
+        "elsewhere": sweep.elsewhere,
     }
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, **told), lambda config: tune.PlacementGroupFactory(config["asks"])
@@ -164,7 +168,7 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
 
     def _most_together(self, spec: TrainSpec, values: Values) -> int:
         """Trials that may share the process now: at most `together`, 0 where there is no room for one."""
-        most = 1 if is_gang(spec) else self._sweep.spec.together
+        most = 1 if is_gang(spec) or self._sweep.elsewhere else self._sweep.spec.together
         asking, asked = self._sweep.asking, self._asked_now()
         nodes = nodes_of_ray() if asked else []
         for count in range(most, 0, -1):

@@ -30,6 +30,7 @@ from graftwork.training.spec import TrainSpec
 from graftwork.tuning.asking import Asking
 from graftwork.tuning.choice import choose
 from graftwork.tuning.costs import size_of
+from graftwork.tuning.elsewhere import Elsewhere, check_elsewhere, end_trials
 from graftwork.tuning.finals import repeated_rows, with_finals
 from graftwork.tuning.fit import Sweeping, fit
 from graftwork.tuning.ledger import Ledger
@@ -102,24 +103,28 @@ def check(spec: TuneSpec) -> list[str]:
     return notes_on_relatives(spec, sweep.paths)
 
 
-def tune(spec: TuneSpec, *, on_progress: OnProgress | None = None) -> TuneReport:
-    """Run a sweep; needs an initialised Ray. The same spec again returns the recorded report.
+def tune(spec: TuneSpec, *, on_progress: OnProgress | None = None, elsewhere: Elsewhere | None = None) -> TuneReport:
+    """Run a sweep; needs an initialised Ray. The same spec again returns the recorded report. `elsewhere`: each trial
+    is a job there, and this Ray only waits for them.
 
     An interrupted sweep goes on: trials that finished or were stopped are not repeated. Writes runs/<name>-<digest8>/.
     Raises UserErrors before anything starts; ClusterError when no node can hold a trial; RunError when no trial ran to
     its end or another process runs the sweep; Interrupted on Ctrl-C.
     """
+    if elsewhere is not None:
+        check_elsewhere(spec)
     sweep = Sweep.of(spec)
     require_winner(spec)
     with run_lock(sweep.paths, wait_s=OVERTAKES_S if Fence.of_environment() is not None else 0.0):
-        attempt = _Attempt(sweep, on_progress or (lambda _: None))
+        attempt = _Attempt(sweep, on_progress or (lambda _: None), elsewhere)
         return attempt.crowned(attempt.run())
 
 
 class _Attempt:
     """One process at work on a sweep that it owns."""
 
-    def __init__(self, sweep: Sweep, on_progress: OnProgress) -> None:
+    def __init__(self, sweep: Sweep, on_progress: OnProgress, elsewhere: Elsewhere | None = None) -> None:
+        self.elsewhere = elsewhere
         self.sweep, self.spec, self.paths = sweep, sweep.spec, sweep.paths
         self.ledger = Ledger(sweep.paths, sweep.spec.train.checkpoints.outage_s, self._in_trouble)
         self.on_progress, self.trouble = on_progress, ""
@@ -171,11 +176,16 @@ class _Attempt:
             self.logs.close()
 
     def _fit(self) -> None:
-        sweep, asking = self.sweep, self.sweep.asking(nodes_of_ray())
+        where = self.elsewhere
+        sweep, asking = self.sweep, replace(self.sweep.asking(nodes_of_ray()), elsewhere=where.on if where else None)
         self.at_once = asking.require_room(points_to_plan(self.spec))
         self._tell()
         told = (self._tell, self._wall_s, asking, self.at_once)
-        fit(Sweeping(sweep.spec, self.ledger, sweep.search, sweep.rows, asking.settled, *told))
+        try:
+            fit(Sweeping(sweep.spec, self.ledger, sweep.search, sweep.rows, asking.settled, *told, where))
+        finally:
+            if where is not None:
+                end_trials(where, self.paths)
 
     def _report(self, *, reused: bool) -> TuneReport:
         choice = choose(self.spec, self.ledger.trials)

@@ -17,6 +17,7 @@ from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport, read_steps
 from graftwork.tuning.asking import is_gang
 from graftwork.tuning.costs import Costs
+from graftwork.tuning.elsewhere import Elsewhere, train_elsewhere
 from graftwork.tuning.failures import message_of
 from graftwork.tuning.forked import forked
 from graftwork.tuning.gang import Heard, train_in_gang
@@ -53,6 +54,7 @@ def run_trial(
     report_every: int,
     board: Any,
     places: Places,
+    elsewhere: Elsewhere | None = None,
 ) -> None:
     """Tune's function trainable; `config` is that of `Told`. Runs in a Tune actor process.
 
@@ -71,19 +73,32 @@ def run_trial(
         run_together(jobs, lambda steps, lost: telling.tell(steps, lost, peak_rss_bytes()))
         return
     ((trial_id, job),) = jobs.items()
+    if elsewhere is not None:
+        train_elsewhere(elsewhere, job, trial_id, places.sweep, _finite(trial_id, telling))
+        return
     _run_alone(places.job(job, trial_id, told.until, told.parent), told.worker, trial_id, told.until or steps, telling)
+
+
+def _finite(trial_id: str, telling: "_Telling") -> Heard:
+    """Tells Tune of a trial that is trained alone. Raises NonFiniteLoss."""
+
+    def report(step: StepReport, peak: int) -> bool:
+        if not _is_finite(step):
+            raise NonFiniteLoss(f"trial {trial_id}", f"the held-out loss is {step.eval_loss} at step {step.step}")
+        return telling.tell({trial_id: step}, {}, peak)[trial_id]
+
+    return report
 
 
 def _run_alone(job: TrainJob, worker: Mapping[str, float], trial_id: str, end: int, telling: "_Telling") -> None:
     """Train one trial to step `end`. Where it keeps checkpoints, its last loss is told once the last one is whole: the
     driver then takes it for ended, and others may begin from there."""
     last: list[tuple[StepReport, int]] = []
+    tell = _finite(trial_id, telling)
 
     def report(step: StepReport, peak: int) -> bool:
-        if step.eval_loss is not None and not math.isfinite(step.eval_loss):
-            raise NonFiniteLoss(f"trial {trial_id}", f"the held-out loss is {step.eval_loss} at step {step.step}")
-        if job.run is None or step.step < end:
-            return telling.tell({trial_id: step}, {}, peak)[trial_id]
+        if job.run is None or step.step < end or not _is_finite(step):
+            return tell(step, peak)
         last.append((step, peak))
         return False
 
@@ -94,6 +109,10 @@ def _run_alone(job: TrainJob, worker: Mapping[str, float], trial_id: str, end: i
         _train(job, worker, report, telling.board, trial_id)
     for step, peak in last:
         telling.tell({trial_id: step}, {}, peak)
+
+
+def _is_finite(step: StepReport) -> bool:
+    return step.eval_loss is None or math.isfinite(step.eval_loss)
 
 
 def _train(job: TrainJob, worker: Mapping[str, float], report: Heard, board: Any, trial_id: str) -> None:

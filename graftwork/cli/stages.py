@@ -29,6 +29,7 @@ from graftwork.cli.plans import plan
 from graftwork.cli.quantizing import quantize
 from graftwork.cli.rebasing import rebase, run_curve
 from graftwork.cli.studying import study
+from graftwork.cli.trials import trial
 from graftwork.cli.tuning import tune
 from graftwork.errors import ConfigError
 
@@ -41,6 +42,7 @@ def register(app: typer.Typer) -> None:
     """Add the stage verbs to the command line."""
     for verb in (plan, tune, train, serve, compare, quantize, command, chat, demo, study, rebase):
         app.command()(verb)
+    app.command(hidden=True)(trial)
 
 
 def train(

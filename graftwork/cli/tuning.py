@@ -2,7 +2,9 @@
 
 import math
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from graftwork import config
 from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch
@@ -20,9 +22,16 @@ from graftwork.cli.output import (
     say,
 )
 from graftwork.cli.sweeping import sweep_progress
+from graftwork.errors import ConfigError
+
+TrialsOn = Annotated[
+    str | None,
+    typer.Option("--trials-on", metavar="WHERE", help="Each trial is a job there: for trials that are gangs, queued."),
+]
 
 if TYPE_CHECKING:
     from graftwork.report.sweep_records import SweepRecord
+    from graftwork.tuning.elsewhere import Elsewhere
     from graftwork.tuning.records import TrialRecord, TuneReport, Winner
     from graftwork.tuning.spec import TuneSpec
 
@@ -36,6 +45,7 @@ def tune(
     deadline: Deadline = None,
     budget: Budget = None,
     pending: Pending = None,
+    trials_on: TrialsOn = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Search the space of a spec; print the trials, the best of them and how sure that is; train the winner if asked.
@@ -46,8 +56,9 @@ def tune(
 
     spec = config.load(file, sets, expect="tune")
     assert isinstance(spec, TuneSpec)
-    how = Launch(on, detach, cluster, deadline, budget, pending)
-    if how.elsewhere:
+    how = Launch(trials_on or on, detach, cluster, deadline, budget, pending)
+    elsewhere = _elsewhere(how, on) if trials_on is not None else None
+    if elsewhere is None and how.elsewhere:
         return launch(spec, file, how, as_json)
     from graftwork.cli.shadowing import check_shadow, place_shadow
     from graftwork.cli.sweeps import say_plan
@@ -62,7 +73,7 @@ def tune(
             say(f"note: {note}")
         say_plan(spec, file.parent, on)
     with sweep_progress(f"tune {spec.name}", as_json) as update, session(on) as here:
-        report = here.run(tune, spec, on_progress=update)
+        report = here.run(tune, spec, on_progress=update, elsewhere=elsewhere)
     shadow = place_shadow(spec, report) if spec.winner and spec.winner.shadow else None
     ended = Ended("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
     sweep = sweep_record(spec, report.trials, ended)
@@ -70,6 +81,18 @@ def tune(
         print_json(told(report, sweep, shadow))
     else:
         show(spec, report, sweep, shadow)
+
+
+def _elsewhere(how: Launch, on: str) -> "Elsewhere":
+    """Where each trial is a job. Raises ConfigError where the sweep's own driver is to be elsewhere too."""
+    from graftwork.tuning.elsewhere import Elsewhere
+
+    if on != "local" or how.detach:
+        raise ConfigError(
+            f"--trials-on {how.on} with {'--detach' if how.detach else f'--on {on}'}", "two places for one sweep",
+            "with --trials-on the sweep's driver stays here, in the foreground", "leave the other flag out",
+        )  # fmt: skip
+    return Elsewhere(how.on, how.cluster_spec().model_dump(mode="json"))
 
 
 def told(report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> dict[str, Any]:

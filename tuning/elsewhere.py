@@ -1,0 +1,118 @@
+"""Trials as jobs of a place, one a trial: a gang waits in the cluster's queue by itself, and holds nothing meanwhile.
+
+The sweep's driver stays here with a Ray of its own. The process that Tune gives a trial submits the job, reads its
+steps from the store, reports them, and cancels it when it is to stop. The job has a checkpoint at each report.
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from graftwork import base_source
+from graftwork.cluster.backend import Backend, Demand, Job, JobStatus
+from graftwork.cluster.places import backend_of
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.errors import ClusterError, ConfigError, RunError
+from graftwork.storage import RunPaths
+from graftwork.training.job import TrainJob
+from graftwork.training.spec import TrainSpec
+from graftwork.training.steplog import read_steps
+from graftwork.tuning.gang import Heard
+from graftwork.tuning.search_spec import PbtSpec
+from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.trial_spec import TrialSpec
+
+LOOK_S = 1.0
+KIND = "trial"
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Where trials run as jobs. `cluster` is a ClusterSpec's dump: it travels to the trials' processes."""
+
+    on: str
+    cluster: dict[str, Any]
+
+    def backend(self, root: str) -> Backend:
+        """Of the place."""
+        return backend_of(self.on, root, ClusterSpec.model_validate(self.cluster))
+
+
+def check_elsewhere(spec: TuneSpec) -> None:
+    """Raises ConfigError for a sweep whose trials can't be jobs."""
+    asked = {"together": spec.together > 1, "search.kind=pbt": isinstance(spec.search, PbtSpec)}
+    for key, given in asked.items():
+        if given:
+            raise ConfigError(
+                f"--trials-on with {key}", "such trials share a process or go on from each other's checkpoints",
+                "a trial that is a job of its own stands alone", f"leave {key} out, or run the sweep with --on",
+            )  # fmt: skip
+
+
+def trial_job(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPaths) -> Job:
+    """The job of a trial. Equal trials are one job: a sweep that goes on finds those that still run."""
+    assert job.max_steps is not None
+    assert job.eval_every is not None
+    placed = job.spec.with_({"root": sweep.store.uri, "base.uri": base_source.absolute(job.spec.base.uri)})
+    spec = TrialSpec(
+        name=_name(sweep, trial_id), root=sweep.store.uri, sweep=sweep.name, sweep_digest=sweep.digest,
+        trial_id=trial_id, train=placed, steps=job.max_steps, report_every=job.eval_every,
+    )  # fmt: skip
+    cluster = ClusterSpec.model_validate(where.cluster)
+    return Job(spec.name, KIND, spec.identity(), spec.root, spec.model_dump(mode="json"), cluster, _demand(placed))
+
+
+def train_elsewhere(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPaths, report: Heard) -> None:
+    """Have the trial run as a job and hand on its reports; returns when it has ended or was asked to stop.
+
+    Raises RunError for one that failed or was lost, what `report` raises, and the place's errors at submission.
+    """
+    asked = trial_job(where, job, trial_id, sweep)
+    backend, paths, shown = where.backend(asked.root), sweep.part("trials", trial_id), 0
+    status = backend.submit(asked)
+    try:
+        while True:
+            ended = status.ended  # asked before its steps are read: the last ones are not missed
+            for step in read_steps(paths):
+                if step.step > shown:
+                    shown = step.step
+                    if not report(step, 0):
+                        backend.cancel(asked.job_id)
+                        return
+            if ended:
+                break
+            time.sleep(LOOK_S)
+            with contextlib.suppress(ClusterError):  # the place is away: it goes on without us
+                status = backend.status(asked.job_id)
+    except BaseException:  # Tune ends this thread by SystemExit; whatever it is, nobody waits for the job any more
+        backend.cancel(asked.job_id)
+        raise
+    if status.state != "succeeded":
+        raise _failed(status)
+
+
+def end_trials(where: Elsewhere, sweep: RunPaths) -> int:
+    """Cancel the trials of a sweep that still run, whose processes here may have been killed. How many there were."""
+    backend = where.backend(sweep.store.uri)
+    left = [one for one in backend.list() if one.kind == KIND and not one.ended and _is_of(one, sweep)]
+    for one in left:
+        backend.cancel(one.job_id)
+    return len(left)
+
+
+def _failed(status: JobStatus) -> RunError:
+    return RunError(f"trial job {status.job_id}", f"{status.state}: {status.why}", "",
+                    f"graftwork jobs logs {status.job_id}")  # fmt: skip
+
+
+def _name(sweep: RunPaths, trial_id: str) -> str:
+    return f"{sweep.run_id}-{trial_id}".lower()
+
+
+def _is_of(status: JobStatus, sweep: RunPaths) -> bool:
+    return status.job_id.startswith(f"{sweep.run_id}-".lower())
+
+
+def _demand(spec: TrainSpec) -> Demand:
+    return Demand(spec.num_workers, spec.cpus_per_worker, spec.gpus_per_worker)
