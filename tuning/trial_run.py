@@ -1,10 +1,11 @@
 """A trial as a job, where the work is: trained like a run, with a checkpoint at each report, and nothing published."""
 
 from graftwork import base_model
+from graftwork.cluster.fence import Fence
 from graftwork.training.data import prepare
 from graftwork.training.fit import fit
 from graftwork.training.job import LoopResult, TrainJob
-from graftwork.training.lock import run_lock
+from graftwork.training.lock import OVERTAKES_S, run_lock
 from graftwork.training.settled import settled
 from graftwork.tuning.trial_spec import TrialSpec
 
@@ -16,7 +17,8 @@ def run_trial_job(spec: TrialSpec) -> LoopResult:
     """
     kept = {"checkpoint_every": spec.report_every, "checkpoints": {"keep_last": 1}}
     asked, paths = spec.train.with_(kept), spec.paths().patiently(spec.train.checkpoints.outage_s)
-    base, data = base_model.resolve(asked.base), prepare(asked)
-    with run_lock(paths):
+    base, data, fence = base_model.resolve(asked.base), prepare(asked), Fence.of_environment()
+    with run_lock(paths, wait_s=OVERTAKES_S if fence is not None else 0.0):
         train, _ = settled(asked, base, data.train, paths)
-        return fit(TrainJob(train, data, run=paths, max_steps=spec.steps, eval_every=spec.report_every))
+        job = TrainJob(train, data, run=paths, max_steps=spec.steps, eval_every=spec.report_every, fence=fence)
+        return fit(job)
