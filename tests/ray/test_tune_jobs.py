@@ -18,8 +18,8 @@ HERE = Elsewhere("local", {})
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> TuneSpec:
     folder = tmp_path_factory.mktemp("jobs")
-    asha = {"kind": "asha", "grace_steps": 4, "reduction_factor": 4}
-    return sweep(write_inputs(folder), folder / "root", {"optim.lr": rates(1e-2, 1e-5, 2e-5)}, max_concurrent=2,
+    asha = {"kind": "asha", "grace_steps": 4, "reduction": 4}
+    return sweep(write_inputs(folder), folder / "root", rates(1e-2, 1e-5, 2e-5), max_concurrent=2,
                  steps=16, report_every=4, scheduler=asha)  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def test_each_trial_is_a_job_that_is_cancelled_when_it_falls_behind(local_ray: S
     assert len(jobs) == 3
     assert {status.kind for status in jobs.values()} == {"trial"}
     assert all(status.ended for status in jobs.values())
-    assert report.best == {"optim.lr": 1e-2}
+    assert report.best["optim.lr"] == 1e-2
     ended = {trial.trial_id: trial for trial in report.trials}
     assert {trial.state for trial in ended.values()} <= {"finished", "stopped"}
     assert "stopped" in {trial.state for trial in ended.values()}, "the slow rates are far behind after four steps"
@@ -47,6 +47,6 @@ def test_each_trial_is_a_job_that_is_cancelled_when_it_falls_behind(local_ray: S
 
 @pytest.mark.parametrize("keys", [{"together": 2}])
 def test_trials_that_need_each_other_are_no_jobs(tmp_path: Path, keys: dict[str, int]) -> None:
-    asked = sweep(write_inputs(tmp_path), tmp_path / "root", {"optim.lr": rates(1e-2, 1e-5)}, **keys)
+    asked = sweep(write_inputs(tmp_path), tmp_path / "root", rates(1e-2, 1e-5), **keys)
     with pytest.raises(ConfigError, match="stands alone"):
         check_elsewhere(asked)
