@@ -173,8 +173,9 @@ class ClusterSpec(Spec):
     env: dict[str, str] = {}
     """Plain environment variables. One that looks like a secret is refused."""
     labels: dict[str, str] = {}
-    keep_s: float = Field(default=300.0, ge=0)
-    """How long a RayJob's object stays after it has ended."""
+    keep_s: float = Field(default=30.0, ge=0)
+    """How long the machines of a RayJob stay after its end, GPUs included, for who wants to look into them. Its record
+    and its log stay in the store."""
 
     @model_validator(mode="after")
     def _names(self) -> Self:
