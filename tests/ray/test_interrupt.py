@@ -26,6 +26,7 @@ def ctrl_c_raises() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_ctrl_c_leaves_no_thread_in_ray_and_gives_the_places_back(
     local_ray: Session, ctrl_c_raises: None, tmp_path_factory: pytest.TempPathFactory

@@ -25,6 +25,7 @@ from tests.tiny_embedder import write_tiny_embedder
 ROUTES = (
     "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings",
     *(f"POST {ADMIN_PREFIX}/{verb}" for verb in ("register", "promote", "rollback", *ON_EACH)), f"GET {ADMIN_PREFIX}",
+    "GET /v1/admin/config",
     *(f"POST {EXPERIMENTS}/{verb}" for verb in ("start", "ramp", "stop", "kill", "resume")), f"GET {EXPERIMENTS}",
     "POST /v1/feedback", "GET /v1/models",
     "GET /v1/models/{model}", "GET /v1/adapters", "GET /v1/stats", "GET /v1/live", "GET /metrics",

@@ -104,7 +104,7 @@ def test_what_is_lacking_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_endpoint_is_rendered_with_no_cluster_in_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     cluster, file = tmp_path / "cluster.yaml", tmp_path / "s.yaml"
-    cluster.write_text("kind: cluster\ncode: image\nstorage: {uri: 's3://bucket/x'}\n")
+    cluster.write_text("kind: cluster\ncode: image\nstorage: {uri: 's3://bucket/x'}\nworkers: [{count: 2}]\n")
     file.write_text("kind: serve\nname: desk\nbase: nowhere\ntoken_env: KEYS\n")
     done = cli("k8s", "render", str(file), "--cluster", str(cluster), "--namespace", "team")
     assert done.exit_code == 0, done.exception
