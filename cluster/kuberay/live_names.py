@@ -77,4 +77,4 @@ def unchecked(on: str, what: str, answer: Answer) -> Finding:
     rule = api_errors.missing_rule(answer.message) if answer.code == 403 else None
     why = "this API server has no such kind" if answer.unserved else f"{answer.code} {answer.message[:200]}"
     return warn("NOT-CHECKED", on, f"not checked: {what} ({why})", "",
-                f"the rule {rule} would let us look" if rule else "")  # fmt: skip
+                f"the rule {rule} would let us look" if rule else "look with kubectl")  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 from graftwork.cluster.backend import Attempt, Finding, Job
 from graftwork.cluster.kuberay.api import KubeApi, namespaced
 from graftwork.cluster.kuberay.doctor import diagnose
-from graftwork.cluster.kuberay.findings import dig
+from graftwork.cluster.kuberay.findings import dig, refuse
 from graftwork.cluster.kuberay.held import reasons
 from graftwork.cluster.kuberay.live import PLURALS, live_crd, live_findings, object_path
 from graftwork.cluster.kuberay.live_service import remove_service, renew, seen_services
@@ -43,7 +43,8 @@ class KubeRayPlace:
         if any(finding.level == "error" for finding in found):
             return found
         found += preflight(attempt, self._api.place.namespace, crd, objects)
-        return found + live_findings(self._api, job, objects)
+        found += live_findings(self._api, job, objects)
+        return found + [one for one in (self._taken(planned) for planned in objects) if one is not None]
 
     def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
         """The RayJob; for an endpoint a RayService, and what guards its pods."""
@@ -74,12 +75,11 @@ class KubeRayPlace:
             if answer.code != 409:
                 self._api.required(answer, f"create {planned['kind']} {attempt.id}")
                 continue
+            taken = self._taken(planned)
+            if taken is not None:
+                raise ClusterError(f"create {planned['kind']} {attempt.id} in {self.on}", taken.found, taken.rule,
+                                   taken.next_move)  # fmt: skip
             found = self._api.get(path)
-            if found is not None and not is_ours(found):
-                raise ClusterError(
-                    f"create {planned['kind']} {attempt.id} in {self.on}", "somebody else's object has this name",
-                    f"ours bear the label {SELECTOR}", "give the job another name",
-                )  # fmt: skip
             if found is not None:
                 renew(self._api, planned, found)
 
@@ -109,6 +109,19 @@ class KubeRayPlace:
                     "see that the operator runs: graftwork doctor --on ...; the deletion goes on meanwhile",
                 )  # fmt: skip
             time.sleep(LOOK_S)
+
+    def _taken(self, planned: Mapping[str, Any]) -> Finding | None:
+        """Whether somebody else's object, or that of the same job in another store, has the name already."""
+        found = self._api.get(self._path_of(planned))
+        if found is None:
+            return None
+        name, move = str(planned["metadata"]["name"]), "give the job another name, or this one a namespace of its own"
+        if not is_ours(found):
+            return refuse("NAME-TAKEN", name, "somebody else's object has this name",
+                          f"ours bear the label {SELECTOR}", move)  # fmt: skip
+        if planned["kind"] == "RayJob" and dig(found, "spec", "entrypoint") != planned["spec"]["entrypoint"]:
+            return refuse("NAME-TAKEN", name, "the same job of another store has this name", "one object a name", move)
+        return None
 
     def _wheel_uri(self, job: Job) -> str | None:
         return wheel_uri(Store(job.root)) if job.cluster.code == "wheel" else None
