@@ -59,7 +59,8 @@ def watch(lines: set[str], done: threading.Event) -> None:
 
 
 def all_answers(cluster: OwnCluster, token: str) -> dict[str, str]:
-    """What every route of the dashboard answers to GET with the token; those that profile or wait are left out."""
+    """What every route of the dashboard answers to GET with the token; those that profile or wait are left out, and
+    the one that follows a job's log: of a job that is not there, Ray (2.60) logs the request with its headers."""
     found = {}
     listed = f"{cluster.on}/api/jobs/"
     with httpx.Client(headers={"Authorization": f"Bearer {token}"}, timeout=10) as client:
@@ -67,7 +68,7 @@ def all_answers(cluster: OwnCluster, token: str) -> dict[str, str]:
         more = [path for job in ids for path in (f"/api/jobs/{job}", f"/api/jobs/{job}/logs")]
         details = [f"{path}?detail=1" for path in routes() if path.startswith("/api/v0/")]
         for path in [*routes(), *more, *details]:
-            if "profile" in path or "delay" in path or "traceback" in path:
+            if path.endswith("/logs/tail") or "profile" in path or "delay" in path or "traceback" in path:
                 continue
             with contextlib.suppress(httpx.HTTPError):
                 answer = client.get(f"{cluster.on}{path}")
