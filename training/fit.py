@@ -100,6 +100,7 @@ def _on_workers(
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from graftwork.training.interface import MeetsByNodeAddress
     from graftwork.training.notice import TakesNotice
 
     spec = job.spec
@@ -116,7 +117,7 @@ def _on_workers(
             name=spec.name,
             storage_path=str(notes),
             failure_config=train.FailureConfig(max_failures=failures, controller_failure_limit=0),
-            callbacks=[TakesNotice()],
+            callbacks=[TakesNotice(), MeetsByNodeAddress()],
         ),
     )
     _without_idle_helpers(trainer)
