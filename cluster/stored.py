@@ -12,7 +12,16 @@ from graftwork.cluster.backend import Attempt, Finding, Job, JobPlan, JobStatus,
 from graftwork.cluster.cost import most_usd, predicted_usd
 from graftwork.cluster.place import Place, Seen
 from graftwork.cluster.probe import probe_store
-from graftwork.cluster.run_store import SAVES, AttemptRecord, Ended, JobRecord, RunStore, StopReason, attempt_of
+from graftwork.cluster.run_store import (
+    HEARTBEAT_S,
+    SAVES,
+    AttemptRecord,
+    Ended,
+    JobRecord,
+    RunStore,
+    StopReason,
+    attempt_of,
+)
 from graftwork.cluster.spec import quantity
 from graftwork.cluster.state import judge
 from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError, StorageError
@@ -22,6 +31,8 @@ CLEAN_END_S = 5.0
 """How long a driver that is asked to end may take before its place removes it."""
 SAVED_END_S = 30.0
 """The same, where it makes a checkpoint first."""
+SURE_S = 3 * HEARTBEAT_S
+"""How long a job looks lost before those who wait for it or follow it go by that."""
 
 
 class StoredBackend:
@@ -125,12 +136,20 @@ class StoredBackend:
             away = Seen(message=f"its place does not answer: {error.found or error.asked}")
             return dict.fromkeys(attempt_ids, away)
 
+    def _confirmed(self, job_id: str) -> JobStatus:
+        """Its status; lost only where it stays so for `SURE_S`: a driver whose store was away beats again once it is
+        back, and until then looks silent."""
+        end = time.monotonic() + SURE_S
+        while (status := self.status(job_id)).state == "lost" and time.monotonic() < end:
+            time.sleep(POLL_S)
+        return status
+
     def logs(self, job_id: str, *, follow: bool = False, attempt: int | None = None) -> Iterator[str]:
         """What it printed, from the store; with `follow` until it has ended."""
         self.runs.job(job_id)
         shown: dict[int, dict[str, int]] = {}
         while True:
-            ended = not follow or self.status(job_id).ended
+            ended = not follow or self._confirmed(job_id).ended
             numbers = [attempt] if attempt is not None else self.runs.attempts(job_id)[-1:]
             for number in numbers:
                 yield from self.runs.logs(job_id, number, shown.setdefault(number, {}))
@@ -166,7 +185,7 @@ class StoredBackend:
         began = time.monotonic()
         cluster = self.runs.job(job_id).job(self.runs.store.uri, {}).cluster
         while True:
-            status = self.status(job_id)
+            status = self._confirmed(job_id)
             if status.ended:
                 if status.cause not in cluster.retry.on or status.attempt >= cluster.retry.max_attempts:
                     return status
