@@ -5,7 +5,7 @@
 A Serve config deploys a tiny base with two engine replicas on a private Ray, as KubeRay's operator does it. Eight
 callers ask without a pause: the base, arms, adapters, an experiment; every third answer is a stream. Meanwhile other
 configs are deployed one after the other: each has other adapters, arms, limits and weights; after each an alias moves
-and an adapter is loaded or unloaded. Then wrong configs: every one is to be refused. With `--rolling`, last, the engine:
+and an adapter is loaded or unloaded. Then wrong configs: each is to be refused. With `--rolling`, last, the engine:
 Serve makes its replicas anew one by one, while the callers go on.
 """
 
