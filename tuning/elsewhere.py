@@ -19,6 +19,7 @@ from graftwork.training.job import TrainJob
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import read_steps
 from graftwork.tuning.gang import Heard
+from graftwork.tuning.places import TRIALS
 from graftwork.tuning.search_spec import PbtSpec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trial_spec import TrialSpec
@@ -69,7 +70,7 @@ def train_elsewhere(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPa
     Raises RunError for one that failed or was lost, what `report` raises, and the place's errors at submission.
     """
     asked = trial_job(where, job, trial_id, sweep)
-    backend, paths, shown = where.backend(asked.root), sweep.part("trials", trial_id), 0
+    backend, paths, shown = where.backend(asked.root), sweep.part(TRIALS, trial_id), 0
     status = backend.submit(asked)
     try:
         while True:

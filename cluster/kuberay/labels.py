@@ -5,7 +5,6 @@ from graftwork.cluster.spec import ClusterSpec
 
 JOB, ATTEMPT, NAME, PLAN = (f"graftwork.dev/{word}" for word in ("job", "attempt", "name", "plan"))
 """Job id, attempt id and name are labels; the plan's hash is an annotation."""
-TRIAL, SWEEP = "graftwork.dev/trial", "graftwork.dev/sweep"
 KUEUE_QUEUE, KUEUE_PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 VOLCANO_QUEUE, VOLCANO_PRIORITY = "volcano.sh/queue-name", "ray.io/priority-class-name"
 KAI_QUEUE = "kai.scheduler/queue"

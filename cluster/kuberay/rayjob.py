@@ -68,8 +68,3 @@ def plan_hash(made: Mapping[str, Any]) -> str:
     metadata = {key: value for key, value in made["metadata"].items() if key in ("name", "namespace", "labels")}
     spec = {key: value for key, value in made["spec"].items() if key != "suspend"}
     return hashlib.sha256(canonical_json([made["kind"], metadata, spec]).encode()).hexdigest()[:16]
-
-
-def suspend_patch(suspended: bool) -> dict[str, Any]:
-    """Merge patch that takes the machines of a RayJob or RayService away, driver included, or gives them back."""
-    return {"spec": {"suspend": suspended}}

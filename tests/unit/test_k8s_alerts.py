@@ -49,11 +49,6 @@ def promtool(folder: Path, *argv: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def alert(name: str, labels: dict[str, str], severity: str) -> dict[str, Any]:
-    rule = next(r for g in groups()["groups"] for r in g["rules"] if r.get("alert") == name)
-    return {"alertname": name, "rule": rule, "labels": {**labels, "severity": severity}}
-
-
 JOB = {"job": "cards-0123456789", "kind": "train", "on": "k8s:prod/team"}
 LABELS = ",".join(f'{key}="{value}"' for key, value in JOB.items())
 CASES: list[tuple[str, dict[str, str], str, str, dict[str, str]]] = [
