@@ -27,11 +27,11 @@ def resolve(uri: str = URI) -> ResolvedBase:
     return base_model.resolve(BaseSpec(uri=uri))
 
 
-def load(folder: Path) -> Any:
-    """The base in fp32 on the CPU."""
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The base on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
 def linears(model: Any) -> dict[str, tuple[int, int]]:

@@ -2,11 +2,11 @@
 
     python -m benchmarks.engine_decode
 
-Every arm decodes the same number of rows from prompts of one length on the same fp32 weights, in turns (`--rounds`).
+Every arm decodes the same number of rows from prompts of one length on the same weights, in turns (`--rounds`).
 The engine, the engine without hooks and each peer have a process of their own. A step is the time between two tokens of
 a request while all rows decode; the first steps are left out. Arms: `engine_N` with N distinct adapters over the rows
-(0: loaded and none used), `plain` an engine without hooks and adapters, `static` and `peft_N` the peers. Neighbouring
-rows have adapters that are no neighbours.
+(0: loaded and none used), `saved16_N` the same with adapters that were saved in bf16, `plain` an engine without hooks
+and adapters, `static` and `peft_N` the peers. Neighbouring rows have adapters that are no neighbours.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from graftwork.serving.engine.types import GenerateRequest, SamplingParams, Toke
 from graftwork.serving.spec import EngineSpec
 
 SKIPPED_STEPS = 3
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WAIT_S = 300.0
 
 
@@ -60,10 +61,10 @@ Arm = Callable[[int, int, int], Stamps]
 
 
 class EngineArm:
-    """The engine with `adapters` distinct adapters over the rows; 0 is the base alone."""
+    """The engine with `adapters` distinct adapters over the rows; 0 is the base alone. kind: begins their names."""
 
-    def __init__(self, engine: Engine, adapters: int) -> None:
-        self._engine, self._adapters = engine, adapters
+    def __init__(self, engine: Engine, adapters: int, kind: str = "v") -> None:
+        self._engine, self._adapters, self._kind = engine, adapters, kind
 
     def __call__(self, rows: int, prompt: int, new: int) -> Stamps:
         times: dict[str, Stamps] = {f"r{row}": Stamps() for row in range(rows)}
@@ -77,7 +78,7 @@ class EngineArm:
 
         ids = tuple(range(1000, 1000 + prompt))
         for row in range(rows):  # rows that come in earlier answer longer, so that all end together
-            version = f"v{row * 5 % self._adapters}" if self._adapters else None
+            version = f"{self._kind}{row * 5 % self._adapters}" if self._adapters else None
             self._engine.submit(GenerateRequest(f"r{row}", ids, SamplingParams(new + 8), adapter=version), note)
         deadline = time.monotonic() + WAIT_S
         while len(ended) < rows and time.monotonic() < deadline:
@@ -150,54 +151,61 @@ def figures_at(found: dict[str, Any], distinct: int) -> dict[str, Figure]:
     def against(slow: str, fast: str) -> Figure:
         return figure(ratios(found[slow]["turns_ms"], found[fast]["turns_ms"]), "x")
 
-    many = f"engine_{distinct}"
+    many, saved16 = f"engine_{distinct}", f"saved16_{distinct}"
     figures = {
         f"distinct_{distinct}": against("engine_0", many),
+        f"saved16_{distinct}": against("engine_0", saved16),
         "none_used": against("plain", "engine_0"),
         "step_to_static": against("engine_0", "static"),
     }
-    return figures | ({"against_peft": against(f"peft_{distinct}", many)} if f"peft_{distinct}" in found else {})
+    peft = f"peft_{distinct}"
+    if peft not in found:
+        return figures
+    return figures | {"against_peft": against(peft, many), "saved16_against_peft": against(peft, saved16)}
 
 
-def peft_model(model_folder: Path, adapters: Sequence[Path]) -> Any:
-    """The base with the adapters, named v0, v1, ..."""
+def peft_model(model_folder: Path, adapters: Sequence[Path], dtype: torch.dtype) -> Any:
+    """The base with the adapters, named v0, v1, ..., all in one dtype."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(base.load(model_folder), adapters[0], adapter_name="v0")
+    same: dict[str, Any] = {"autocast_adapter_dtype": False}  # else those of a bf16 base would be widened: slower
+    model = PeftModel.from_pretrained(base.load(model_folder, dtype), adapters[0], adapter_name="v0", **same)
     for number, folder in enumerate(adapters[1:], 1):
-        model.load_adapter(folder, adapter_name=f"v{number}", low_cpu_mem_usage=True)
+        model.load_adapter(folder, adapter_name=f"v{number}", low_cpu_mem_usage=True, **same)
     return model.eval()
 
 
 def engine_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Arm], Engine]:
     """The engine with every adapter loaded."""
-    engine = Engine(base.load(folder), _spec(args), "cpu")
+    engine = Engine(base.load(folder, _DTYPES[args.dtype]), _spec(args), "cpu")
     for number, adapter in enumerate(adapters):
         engine.load_adapter(f"v{number}", adapter)
-    return {f"engine_{count}": EngineArm(engine, count) for count in (0, *args.adapters)}, engine
+        engine.load_adapter(f"n{number}", adapter.parent.parent / "saved16" / adapter.name)
+    arms: dict[str, Arm] = {f"engine_{count}": EngineArm(engine, count) for count in (0, *args.adapters)}
+    return arms | {f"saved16_{count}": EngineArm(engine, count, "n") for count in args.adapters}, engine
 
 
 def plain_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Arm], Engine]:
     """The engine without hooks."""
-    engine = Engine(base.load(folder), _spec(args), "cpu")
+    engine = Engine(base.load(folder, _DTYPES[args.dtype]), _spec(args), "cpu")
     engine.runner.sites.unhook()
     return {"plain": EngineArm(engine, 0)}, engine
 
 
 def static_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Arm], None]:
     """transformers with a static cache."""
-    return {"static": GenerateArm(base.load(folder), None)}, None
+    return {"static": GenerateArm(base.load(folder, _DTYPES[args.dtype]), None)}, None
 
 
 def peft_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Arm], None]:
     """PEFT with one adapter name a row."""
-    model = peft_model(folder, adapters)
+    model = peft_model(folder, adapters, _DTYPES[args.dtype])
     return {f"peft_{count}": GenerateArm(model, count) for count in args.adapters}, None
 
 
 def _spec(args: argparse.Namespace) -> EngineSpec:
     most = max(args.adapters)
-    return EngineSpec(max_batch=max(args.rows), max_seq_len=512, max_loaded=most, num_threads=args.threads)
+    return EngineSpec(max_batch=max(args.rows), max_seq_len=512, max_loaded=2 * most, num_threads=args.threads)
 
 
 Make = Callable[[Path, Sequence[Path], argparse.Namespace], tuple[dict[str, Arm], Engine | None]]
@@ -247,7 +255,9 @@ def arms_of(args: argparse.Namespace) -> Iterator[dict[str, ArmProcess]]:
     folder = base.resolve().folder
     makes: list[Make] = [engine_arms, plain_arms, static_arms, *([] if args.no_peft else [peft_arms])]
     with tempfile.TemporaryDirectory() as scratch:
-        adapters = base.write_adapters(base.linears(base.load(folder)), Path(scratch), max(args.adapters))
+        shapes, most = base.linears(base.load(folder)), max(args.adapters)
+        adapters = base.write_adapters(shapes, Path(scratch) / "engine", most, _DTYPES[args.dtype])
+        base.write_adapters(shapes, Path(scratch) / "saved16", most, torch.bfloat16)
         processes: list[ArmProcess] = []
         try:
             for make in makes:
@@ -261,6 +271,7 @@ def arms_of(args: argparse.Namespace) -> Iterator[dict[str, ArmProcess]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="of the base and the adapters")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32], help="distinct adapters in the batch")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
@@ -277,7 +288,7 @@ def main() -> None:
     most = max(args.adapters)
     figures = figures_at(found[str(most)], most) if str(most) in found else {}
     meta = {"unit": "ms per decode step", "prompt": args.prompt, "steps": args.steps, "rounds": args.rounds,
-            "threads": args.threads, "rank": base.RANK, "dtype": "float32"}  # fmt: skip
+            "threads": args.threads, "rank": base.RANK, "dtype": args.dtype}  # fmt: skip
     write("engine_decode", args.out, figures, found, meta, clock)
 
 

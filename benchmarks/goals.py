@@ -28,6 +28,7 @@ class Goal:
 
 GOALS = (
     Goal("engine_decode", "distinct_32", "32 distinct adapters in a batch of 32, against base only", "at least", 0.75),
+    Goal("engine_decode", "saved16_32", "the same, adapters saved in bf16", "at least", 0.75),
     Goal("engine_decode", "none_used", "adapters loaded and none used, against none loaded", "at least", 0.99),
     Goal("engine_decode", "against_peft", "32 distinct adapters, against PEFT's adapter_names", "at least", 8.0),
     Goal("engine_decode", "step_to_static", "decode step of 32 requests, to a static batch's", "at most", 1.10),

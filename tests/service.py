@@ -190,12 +190,13 @@ def details() -> dict[str, Any]:
 
 
 def replicas() -> dict[str, int]:
-    """Pid by replica, of all applications."""
+    """Pid by replica, of all applications; one that is being started has none yet and is left out."""
     return {
         replica["replica_id"]: replica["pid"]
         for application in details()["applications"].values()
         for deployment in application["deployments"].values()
         for replica in deployment["replicas"]
+        if replica.get("pid")
     }
 
 

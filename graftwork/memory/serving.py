@@ -41,7 +41,7 @@ def predict_serving(
     }
     full = {
         "key-value memory": kv_bytes(model, engine.kv_tokens, kv_value_bytes or value_bytes),
-        "adapters": (1 if cuda else 2) * slots,  # each once in host memory, once in its slot
+        "adapters": (1 if cuda else 2) * slots,  # once in host memory, once in its slot (not with `engine.cpu`)
         "step": step_tokens * per_token * value_bytes,
         "logits": engine.max_batch * model.vocab * FP32,
     }

@@ -77,6 +77,7 @@ class Engine:
             dtype=self.runner.dtype,
             device=self.runner.device,
             stacked=self._path is not None,
+            narrow=self.runner.planner.reads_in_place,
             on_freed=self._tell_freed,
         )
         self._seats = Seats(spec.max_loaded, self._bring, self.runner.forget)

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
+from graftwork.serving.engine.cpu.kernels import AddDeltas
+from graftwork.serving.engine.cpu.part import Addresses, Compiled
 from graftwork.serving.engine.parts import Bagged, Batched, Live, OwnMatmul, Part, pick
 from graftwork.serving.engine.sites import Site
 from graftwork.serving.engine.slots import AdapterWeights
 from graftwork.serving.engine.tables import RankTables, rank_bucket
 
-_MANY_ROWS = 8
-"""Above it an adapter's rows are worth a matmul of their own (below, reading the weights costs more than the rows)."""
+_MANY_ROWS, _MANY_READ = 8, 16
+"""Above it an adapter's rows are worth matmuls of their own, instead of tables, instead of the kernel."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,10 @@ class LoraSegment:
 
 
 class StepDeltas:
-    """What `Sites` adds during one forward pass. The first `decoding` packed tokens belong to `parts`."""
+    """What `Sites` adds during one forward pass: the decoding tokens' `parts`, the prompt tokens' segments."""
 
-    def __init__(self, decoding: int, parts: Sequence[Part], segments: Sequence[LoraSegment]) -> None:
-        self._decoding, self.parts, self._segments = decoding, parts, segments
+    def __init__(self, parts: Sequence[Part], segments: Sequence[LoraSegment]) -> None:
+        self.parts, self._segments = parts, segments
         self._group = ""
         self._input: torch.Tensor | None = None
         self._shrunk: list[torch.Tensor | None] = []
@@ -43,10 +45,10 @@ class StepDeltas:
         if self.parts:
             if site.group != self._group or x is not self._input:
                 self._group, self._input = site.group, x
-                self._shrunk = [part.shrink(site.group, x_TI[: self._decoding]) for part in self.parts]
+                self._shrunk = [part.shrink(site.group, x_TI) for part in self.parts]
             for part, shrunk in zip(self.parts, self._shrunk, strict=True):
                 if shrunk is not None:
-                    part.expand(site, shrunk, out_TO[: self._decoding])
+                    part.expand(site, shrunk, out_TO)
         for segment in self._segments:
             _add_segment(segment, site, x_TI, out_TO)
         return result
@@ -57,26 +59,42 @@ def _add_segment(segment: LoraSegment, site: Site, x_TI: torch.Tensor, out_TO: t
     weights = group.members[site.member] if group else None
     if weights is not None:
         x_SI = x_TI[segment.first : segment.stop]
-        out_TO[segment.first : segment.stop] += linear(linear(x_SI, weights.a_RI), weights.b_OR) * weights.scaling
+        a_RI, b_OR = weights.widened(x_SI.dtype)
+        out_TO[segment.first : segment.stop] += linear(linear(x_SI, a_RI), b_OR) * weights.scaling
 
 
 class DeltaPlanner:
     """Chooses how each step's adapters are computed. The engine's thread alone uses it.
 
-    places: how many adapters can be laid out for decoding at once.
+    places: how many adapters can be laid out for decoding at once. add: the kernel that needs no such places.
     """
 
     def __init__(
-        self, groups: Mapping[str, list[Site]], dtype: torch.dtype, device: torch.device, places: int = 0
+        self,
+        groups: Mapping[str, list[Site]],
+        dtype: torch.dtype,
+        device: torch.device,
+        places: int = 0,
+        add: AddDeltas | None = None,
     ) -> None:
         self._groups, self._dtype, self._device, self._count = groups, dtype, device, places
+        self._add = add
+        self._addresses = Addresses(groups, dtype)
         self._tables: dict[int, RankTables] = {}
         self._places: dict[str, tuple[RankTables, int]] = {}
         self._last: tuple[list[AdapterWeights | None], list[Part]] = ([], [])
 
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether decoding reads adapters where they lie, of 16 bits as well as of the engine's."""
+        return self._add is not None
+
     def admit(self, weights: AdapterWeights) -> None:
         """Lays an adapter out for decoding. One that finds every place taken decodes by matmuls of its own."""
         if not weights.groups:  # a kind of adapter that has no lora_A and lora_B
+            return
+        if self._add is not None:
+            self._addresses.admit(weights)
             return
         bucket = rank_bucket(weights.rank)
         if bucket not in self._tables:
@@ -88,14 +106,17 @@ class DeltaPlanner:
     def forget(self, version: str) -> None:
         """Gives the place of an adapter back; no running request uses it."""
         self._last = ([], [])
+        self._addresses.forget(version)
         held = self._places.pop(version, None)
         if held is not None:
             held[0].give_back(held[1])
 
     def order(self, decoding: Sequence[AdapterWeights | None]) -> list[int] | None:
         """The order of decoding tokens in which rows of one adapter, and of neighbouring places, stand together:
-        weights and rows are then read as they lie. None: as they come.
+        weights and rows are then read as they lie. None: as they come, which is all the same to the kernel.
         """
+        if self._add is not None:
+            return None
         order = sorted(range(len(decoding)), key=lambda row: self._spot(decoding[row]))
         return None if order == list(range(len(decoding))) else order
 
@@ -111,7 +132,7 @@ class DeltaPlanner:
         if rows != decoding:
             rows, parts = list(decoding), self._parts(decoding)
             self._last = (rows, parts)
-        return StepDeltas(len(decoding), parts, segments) if parts or segments else None
+        return StepDeltas(parts, segments) if parts or segments else None
 
     def _parts(self, decoding: Sequence[AdapterWeights | None]) -> list[Part]:
         rows: dict[AdapterWeights, list[int]] = {}
@@ -120,11 +141,17 @@ class DeltaPlanner:
                 rows.setdefault(weights, []).append(row)
         parts: list[Part] = []
         buckets: dict[RankTables, list[AdapterWeights]] = {}
+        read: list[AdapterWeights] = []
         for weights, own in rows.items():
-            if weights.version in self._places and len(own) <= _MANY_ROWS:
+            if self._addresses.holds(weights.version) and len(own) <= _MANY_READ:
+                read.append(weights)
+            elif weights.version in self._places and len(own) <= _MANY_ROWS:
                 buckets.setdefault(self._places[weights.version][0], []).append(weights)
             else:
                 parts.append(OwnMatmul(weights, pick(own, self._device)))
+        if read and self._add is not None:
+            pairs = [(row, number) for number, weights in enumerate(read) for row in rows[weights]]
+            parts.append(Compiled(self._add, self._addresses, read, pairs, self._dtype))
         return parts + [self._tabled(tables, active, rows) for tables, active in buckets.items()]
 
     def _tabled(

@@ -48,15 +48,16 @@ class OwnMatmul:
         weights = group.members[site.member]
         if weights is None:
             return
+        a_RI, b_OR = weights.widened(out_NO.dtype)
         if group.a_RI is None:
-            shrunk_MR = linear(shrunk, weights.a_RI)
+            shrunk_MR = linear(shrunk, a_RI)
         else:
             start = group.starts[site.member]
             shrunk_MR = shrunk[:, start : start + weights.rank]
         if isinstance(self._rows, slice):
-            out_NO[self._rows].addmm_(shrunk_MR, weights.b_OR.t(), alpha=weights.scaling)
+            out_NO[self._rows].addmm_(shrunk_MR, b_OR.t(), alpha=weights.scaling)
         else:
-            out_NO.index_add_(0, self._rows, linear(shrunk_MR, weights.b_OR), alpha=weights.scaling)
+            out_NO.index_add_(0, self._rows, linear(shrunk_MR, b_OR), alpha=weights.scaling)
 
 
 class Live:

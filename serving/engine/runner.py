@@ -13,6 +13,7 @@ from graftwork.errors import BaseModelError
 from graftwork.serving.engine import attention
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.batch import Chunk, StepBatch, inverse, pack
+from graftwork.serving.engine.cpu.kernels import add_deltas
 from graftwork.serving.engine.decode_path import DecodeInputs, DecodePath
 from graftwork.serving.engine.host import PiecewiseOutput
 from graftwork.serving.engine.kinds import MixedKinds
@@ -44,7 +45,8 @@ class Runner:
         self.path = path
         self.sites = Sites(model, own_forward if path is None else path.forward_of)
         self._output = PiecewiseOutput(model.get_output_embeddings())
-        self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places)
+        add = add_deltas(self.dtype) if self.device.type == "cpu" else None
+        self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places, add)
         self.kinds = MixedKinds(model, self.sites, self.planner, self.device)
         try:
             self.kv_shapes = self._probe()

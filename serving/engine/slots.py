@@ -80,7 +80,7 @@ class SlotPool:
     """Versions in host memory. Who loads decides what goes: nothing is dropped before it is retired.
 
     device: where the adapters will be computed with; for a GPU the memory is page-locked. stacked: each group's lora_A
-    are needed in one; otherwise plain LoRA stays as its file was read, not copied again.
+    are needed in one; otherwise plain LoRA stays as its file was read, not copied again. narrow: see `read_adapter`.
     on_freed: told each version whose memory went back (any thread, outside the lock).
     """
 
@@ -93,9 +93,10 @@ class SlotPool:
         dtype: torch.dtype,
         device: torch.device,
         stacked: bool,
+        narrow: bool,
         on_freed: Callable[[str], None],
     ) -> None:
-        self._groups, self._base, self._stacked = sites, base, stacked
+        self._groups, self._base, self._stacked, self._narrow = sites, base, stacked, narrow
         self._max_rank, self._dtype = max_rank, dtype
         self._pin = device.type == "cuda"
         self._on_freed = on_freed
@@ -182,7 +183,9 @@ class SlotPool:
         return False
 
     def _read(self, version: str, folder: Path, digests: Mapping[str, str] | None) -> _Slot:
-        read = read_adapter(folder, self._base, max_rank=self._max_rank, dtype=self._dtype, digests=digests)
+        read = read_adapter(
+            folder, self._base, max_rank=self._max_rank, dtype=self._dtype, digests=digests, narrow=self._narrow
+        )
         weights = self._pack(version, read)
         buffer = None if self._pin or not weights.only_lora else common_buffer(_halves(weights))
         if buffer is None:

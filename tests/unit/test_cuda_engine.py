@@ -119,8 +119,9 @@ def test_a_captured_step_stays_right_when_rows_move_and_adapters_change(base: Pa
 def loaded(runner: Runner, version: str, folder: Path) -> AdapterWeights:
     groups, device = runner.sites.groups(), runner.device
     pool = SlotPool(
-        groups, runner.base, max_rank=32, dtype=runner.dtype, device=device, stacked=True, on_freed=lambda _: None
-    )
+        groups, runner.base, max_rank=32, dtype=runner.dtype, device=device, stacked=True, narrow=False,
+        on_freed=lambda _: None,
+    )  # fmt: skip
     pool.load(version, folder)
     return pool.moved(version, runner.device)
 

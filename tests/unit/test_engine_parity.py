@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from graftwork import base_model
 from graftwork.serving.engine.engine import Engine
@@ -115,6 +116,37 @@ def test_many_adapters_of_mixed_ranks_decode_as_they_do_alone(base: Path, tmp_pa
     engine.stop()
     assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
     assert [answer.finish for answer in together] == ["length"] * len(asked)
+
+
+def test_adapters_saved_in_bf16_answer_as_pefts_do_in_half_the_memory(base: Path, tmp_path: Path) -> None:
+    """Plain LoRA stays as its file was saved where the C kernels read it; DoRA is widened when it is read."""
+    configs: dict[str, dict[str, Any]] = {
+        "half": {"r": 16, "target_modules": "all-linear"},
+        "few": {"r": 6, "target_modules": ["q_proj", "down_proj"]},
+        "dora": {"r": 8, "target_modules": "all-linear", "use_dora": True},
+    }
+    folders = {name: engines.write_lora(base, tmp_path / name, 7, **config) for name, config in configs.items()}
+    wide = engines.write_lora(base, tmp_path / "wide", 7, r=16, target_modules="all-linear")
+    for folder in folders.values():
+        narrow(folder / "adapter_model.safetensors")
+    engine = Engine(engines.load_model(base), engines.spec(), "cpu")
+    taken = {name: engine.load_adapter(name, folder) for name, folder in {**folders, "wide": wide}.items()}
+    in_place = engine.runner.planner.reads_in_place
+    assert taken["half"] == pytest.approx(taken["wide"] / (2 if in_place else 1), rel=0.01)
+    engine.start()
+    prompts = [[3 + (n * 7 + k * 11) % 400 for k in range(4 + n)] for n in range(9)]
+    names = [*folders] * 3
+    asked = [engines.request(f"b{n}", prompt, names[n], max_new_tokens=10) for n, prompt in enumerate(prompts)]
+    answers = engines.ask(engine, *asked)
+    engine.stop()
+    for answer, name, prompt in zip(answers, names, prompts, strict=True):
+        assert answer.tokens == engines.peft_greedy(base, folders[name], [prompt], 10)[0], name
+
+
+def narrow(path: Path) -> None:
+    """Rounds a file's LoRA halves to bf16."""
+    halves = {key: value.to(torch.bfloat16) if "lora_" in key else value for key, value in load_file(path).items()}
+    save_file({key: value.contiguous() for key, value in halves.items()}, path, metadata={"format": "pt"})
 
 
 def peft_logits(model: Any, adapters: dict[str, Path], names: Sequence[str], ids_BT: torch.Tensor) -> torch.Tensor:

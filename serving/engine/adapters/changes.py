@@ -19,7 +19,10 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class SiteWeights:
-    """LoRA of one linear. a_RI: [rank, in], b_OR: [out, rank]; delta(x) = (x @ a.T @ b.T) * scaling."""
+    """LoRA of one linear. a_RI: [rank, in], b_OR: [out, rank]; delta(x) = (x @ a.T @ b.T) * scaling.
+
+    Both in the engine's dtype, or both in the narrower one that they were saved in: see `read_adapter`.
+    """
 
     a_RI: torch.Tensor
     b_OR: torch.Tensor
@@ -28,6 +31,10 @@ class SiteWeights:
     @property
     def rank(self) -> int:
         return int(self.a_RI.shape[0])
+
+    def widened(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """a_RI and b_OR in the engine's dtype; the same tensors where they have it."""
+        return self.a_RI.to(dtype), self.b_OR.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,14 +84,18 @@ class LoraSettings:
 
 
 def read_lora(
-    config: ConfigFile, tensors: TensorFile, base: BaseView, *, max_rank: int, dtype: torch.dtype
+    config: ConfigFile, tensors: TensorFile, base: BaseView, *, max_rank: int, dtype: torch.dtype, narrow: bool = False
 ) -> AdapterChanges:
-    """A LoRA or DoRA adapter, with the embedding and output rows that were trained beside it."""
+    """A LoRA or DoRA adapter, with the embedding and output rows that were trained beside it.
+
+    narrow: see `read_adapter`.
+    """
     settings, targets = LoraSettings.of(config), Targets.of(config)
     inputs, outputs = replaced_rows(config, tensors, base, dtype)
     modules = _modules(tensors)
     targets.check(modules, base.linears, config, tensors.path)
-    sites = {module: _site(settings, module, tensors, base, max_rank, dtype) for module in modules}
+    keep = frozenset({torch.bfloat16}) if narrow and not settings.use_dora else frozenset()
+    sites = {module: _site(settings, module, tensors, base, max_rank, dtype, keep) for module in modules}
     scales: dict[str, SiteScale] = {}
     if settings.use_dora:
         for module, site in sites.items():
@@ -119,14 +123,20 @@ def _modules(tensors: TensorFile) -> list[str]:
 
 
 def _site(
-    settings: LoraSettings, module: str, tensors: TensorFile, base: BaseView, max_rank: int, dtype: torch.dtype
+    settings: LoraSettings,
+    module: str,
+    tensors: TensorFile,
+    base: BaseView,
+    max_rank: int,
+    dtype: torch.dtype,
+    keep: Collection[torch.dtype],
 ) -> SiteWeights:
     shape, rank = base.linears[module], settings.rank_of(module)
     if rank > max_rank:
         rule, move = f"ranks go up to engine.max_rank={max_rank}", f"raise engine.max_rank to {rank}"
         raise ArtifactError(f"{tensors.path}: {module}", f"r={rank}", rule, move)
-    a_RI = tensors.take(f"{MODULE_PREFIX}{module}.lora_A.weight", (rank, shape.in_features), dtype)
-    b_OR = tensors.take(f"{MODULE_PREFIX}{module}.lora_B.weight", (shape.out_features, rank), dtype)
+    a_RI = tensors.take(f"{MODULE_PREFIX}{module}.lora_A.weight", (rank, shape.in_features), dtype, keep)
+    b_OR = tensors.take(f"{MODULE_PREFIX}{module}.lora_B.weight", (shape.out_features, rank), dtype, keep)
     return SiteWeights(a_RI, b_OR, settings.scaling_of(module))
 
 

@@ -52,11 +52,18 @@ _WHY_REFUSED = {
 
 
 def read_adapter(
-    folder: Path, base: BaseView, *, max_rank: int, dtype: torch.dtype, digests: Mapping[str, str] | None = None
+    folder: Path,
+    base: BaseView,
+    *,
+    max_rank: int,
+    dtype: torch.dtype,
+    digests: Mapping[str, str] | None = None,
+    narrow: bool = False,
 ) -> AdapterChanges:
     """What the adapter changes, on the CPU, weights in `dtype`. A DoRA adapter reads the base's weights.
 
-    digests: sha256 by file name (the manifest's), taken over the very bytes that are used.
+    narrow: plain LoRA that was saved in bf16 stays so, in half the memory: widened where it is used, it has the same
+    values. digests: sha256 by file name (the manifest's), taken over the very bytes that are used.
     Raises ArtifactError that names the key, what was found and the rule, for anything that cannot be served exactly.
     """
     known = digests or {}
@@ -69,7 +76,7 @@ def read_adapter(
                              "serve what was trained with it; rewards are asked in training")  # fmt: skip
     tensors = TensorFile(folder, known.get(WEIGHTS_FILE))
     if kind == "LORA":
-        return read_lora(config, tensors, base, max_rank=max_rank, dtype=dtype)
+        return read_lora(config, tensors, base, max_rank=max_rank, dtype=dtype, narrow=narrow)
     if kind == "BOTTLENECK":
         return read_bottleneck(config, tensors, base, max_rank=max_rank, dtype=dtype)
     if kind == "IA3":

@@ -1,6 +1,6 @@
 """adapter_model.safetensors as data: named tensors that are taken out one by one; what is left over is refused."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -27,15 +27,17 @@ class TensorFile:
         """Whether the tensor is there and not taken yet."""
         return key in self._left
 
-    def take(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Takes a tensor of that shape out. Raises ArtifactError."""
+    def take(
+        self, key: str, shape: Sequence[int], dtype: torch.dtype, keep: Collection[torch.dtype] = ()
+    ) -> torch.Tensor:
+        """Takes a tensor of that shape out, in `dtype` unless it has one of `keep`. Raises ArtifactError."""
         if key not in self._left:
             raise self.refused(f"no tensor {key}", "the config asks for it")
         tensor = self._left.pop(key)
         if tuple(tensor.shape) != tuple(shape):
             rule, move = f"this base needs {list(shape)}", "serve the adapter on the base it was trained on"
             raise self.refused(f"{key} {list(tensor.shape)}", rule, move)
-        return tensor.to(dtype)
+        return tensor if tensor.dtype in keep else tensor.to(dtype)
 
     def require_empty(self, expected: str) -> None:
         """Refuses tensors that nobody took. expected: what the weights may hold."""
