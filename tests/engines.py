@@ -1,13 +1,16 @@
 """Tiny engines and adapters for tests: random models, adapters saved by PEFT itself, PEFT's generation as reference."""
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from graftwork.serving.engine import runner
 from graftwork.serving.engine.engine import Engine
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.spec import EngineSpec
@@ -22,6 +25,14 @@ def load_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Engines made within it compute as on a machine without a C compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "kernels_for", lambda dtype: None)
+        yield
 
 
 def load_quantized(folder: Path, kind: str, *, fused: bool = False) -> Any:

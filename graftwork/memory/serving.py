@@ -29,7 +29,7 @@ def predict_serving(
     """Peak of one engine replica with its key-value memory full.
 
     `adapters`: ranks of the loaded versions. `dequantised`: nf4 is kept as plain values (`quant.resident`).
-    `kv_value_bytes`: of a key or value, where it is not `value_bytes`: the engine keeps them in fp32 on a CPU. `cuda`:
+    `kv_value_bytes`: of a key or value, where it is not `value_bytes`: on a CPU up to fp32. `cuda`:
     what the replica takes of its GPU; the process and the adapters' copies are then in the machine's own memory.
     """
     slots = sum(model.adapter_params(rank) for rank in adapters) * value_bytes

@@ -46,15 +46,23 @@ def attend(
     call = Call(layer, scale, options.get("sliding_window"), options.get("softcap"))
     if not isinstance(batch, StepBatch):
         return batch.attend(call, query_1HTD, key_1KTD, value_1KTD)[None], None
-    if batch.kv is None:
-        batch.seen[layer] = KvShape(key_1KTD.shape[1], key_1KTD.shape[3])
-    else:
-        lines = batch.write_lines(layer)
-        for arena, fresh_1KTD in ((batch.kv.keys[layer], key_1KTD), (batch.kv.values[layer], value_1KTD)):
-            arena.index_copy_(0, lines, fresh_1KTD[0].transpose(0, 1).reshape(len(lines), -1).to(arena.dtype))
-    query_THD = query_1HTD[0].transpose(0, 1)
+    query_THD, key_TKD, value_TKD = (part[0].transpose(0, 1) for part in (query_1HTD, key_1KTD, value_1KTD))
     out_THD = torch.empty(query_THD.shape[:2] + value_1KTD.shape[-1:], dtype=query_1HTD.dtype, device=query_1HTD.device)
-    if batch.runs:
+    kv = batch.kv
+    own = batch.rows if kv is not None and batch.rows is not None else None
+    if kv is not None and own is not None and not own.takes(query_THD, kv.keys[layer]):
+        own = None
+    if kv is None:
+        batch.seen[layer] = KvShape(key_1KTD.shape[1], key_1KTD.shape[3])
+    elif own is None or batch.segments:
+        lines = batch.write_lines(layer)
+        for arena, fresh_TKD in ((kv.keys[layer], key_TKD), (kv.values[layer], value_TKD)):
+            arena.index_copy_(0, lines, fresh_TKD.reshape(len(lines), -1).to(arena.dtype))
+    if kv is not None and own is not None:
+        arenas = (kv.keys[layer], kv.values[layer])
+        own.attend(query_THD, (key_TKD, value_TKD), arenas, out_THD, writes=not batch.segments,
+                   scale=call.scale, window=call.window, softcap=call.softcap)  # fmt: skip
+    elif batch.runs:
         _decode_all(call, batch, query_THD, out_THD)
     for index, segment in enumerate(batch.segments):
         stop = segment.first + segment.count

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from graftwork.serving.engine.cpu.attention import DecodeRows
+from graftwork.serving.engine.cpu.kernels import Kernels
 from graftwork.serving.engine.kv import KvRow, KvShape, KvStore
 
 
@@ -60,6 +62,8 @@ class StepBatch:
     chunks: Sequence[Chunk]
     by_kv_N: torch.Tensor | None = None
     """Where each decoding token is packed, by KV place; None: in that very order."""
+    rows: DecodeRows | None = None
+    """The decoding tokens for the kernel that attends for them, where there is one."""
     seen: dict[int, KvShape] = field(default_factory=dict)
     """Key-value shape per layer, noted where the batch has no KV."""
     _lines: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -120,10 +124,11 @@ def pack(
     kv: KvStore | None,
     device: torch.device,
     order: Sequence[int] | None = None,
+    kernels: Kernels | None = None,
 ) -> StepBatch:
     """One batch of single-token chunks (sorted by KV place, as `by_place` gives them) and prompt chunks.
 
-    order: in which the single tokens are packed; None: as they come.
+    order: in which the single tokens are packed; None: as they come. kernels: a CPU's.
     """
     chunks = [*(decoding if order is None else [decoding[n] for n in order]), *prompts]
     ids = [token for chunk in chunks for token in chunk.ids]
@@ -132,6 +137,9 @@ def pack(
     for chunk in prompts:
         segments.append(Segment(first, len(chunk.ids), chunk.start, chunk.row))
         first += len(chunk.ids)
+    singles = chunks[: len(decoding)]
+    places = [chunk.row for chunk in singles if chunk.row is not None]
+    lengths = [chunk.start + 1 for chunk in singles]
     return StepBatch(
         ids_1T=torch.tensor([ids], device=device),
         positions_1T=torch.tensor([positions], device=device),
@@ -140,6 +148,7 @@ def pack(
         kv=kv,
         chunks=chunks,
         by_kv_N=None if order is None else torch.tensor(inverse(order), device=device),
+        rows=DecodeRows(kernels, kv, places, lengths) if kernels is not None and kv is not None and places else None,
     )
 
 

@@ -83,7 +83,7 @@ class PiecewiseOutput:
             out_NV = x.new_empty(len(x_NI), len(weight))
             for piece, out in zip(weight.split(_PIECE), out_NV.split(_PIECE, dim=1), strict=True):
                 torch.mm(x_NI, piece.t(), out=out)
-            return out_NV.view(*x.shape[:-1], -1)
+            return out_NV.view(*x.shape[:-1], len(weight))
 
         return forward
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
-from graftwork.serving.engine.cpu.kernels import AddDeltas
+from graftwork.serving.engine.cpu.kernels import Kernels
 from graftwork.serving.engine.cpu.part import Addresses, Compiled
 from graftwork.serving.engine.parts import Bagged, Batched, Live, OwnMatmul, Part, pick
 from graftwork.serving.engine.sites import Site
@@ -66,7 +66,7 @@ def _add_segment(segment: LoraSegment, site: Site, x_TI: torch.Tensor, out_TO: t
 class DeltaPlanner:
     """Chooses how each step's adapters are computed. The engine's thread alone uses it.
 
-    places: how many adapters can be laid out for decoding at once. add: the kernel that needs no such places.
+    places: how many adapters can be laid out for decoding at once. kernels: they need no such places.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class DeltaPlanner:
         dtype: torch.dtype,
         device: torch.device,
         places: int = 0,
-        add: AddDeltas | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self._groups, self._dtype, self._device, self._count = groups, dtype, device, places
-        self._add = add
+        self._kernels = kernels
         self._addresses = Addresses(groups, dtype)
         self._tables: dict[int, RankTables] = {}
         self._places: dict[str, tuple[RankTables, int]] = {}
@@ -87,13 +87,13 @@ class DeltaPlanner:
     @property
     def reads_in_place(self) -> bool:
         """Whether decoding reads adapters where they lie, of 16 bits as well as of the engine's."""
-        return self._add is not None
+        return self._kernels is not None
 
     def admit(self, weights: AdapterWeights) -> None:
         """Lays an adapter out for decoding. One that finds every place taken decodes by matmuls of its own."""
         if not weights.groups:  # a kind of adapter that has no lora_A and lora_B
             return
-        if self._add is not None:
+        if self._kernels is not None:
             self._addresses.admit(weights)
             return
         bucket = rank_bucket(weights.rank)
@@ -115,7 +115,7 @@ class DeltaPlanner:
         """The order of decoding tokens in which rows of one adapter, and of neighbouring places, stand together:
         weights and rows are then read as they lie. None: as they come, which is all the same to the kernel.
         """
-        if self._add is not None:
+        if self._kernels is not None:
             return None
         order = sorted(range(len(decoding)), key=lambda row: self._spot(decoding[row]))
         return None if order == list(range(len(decoding))) else order
@@ -149,9 +149,9 @@ class DeltaPlanner:
                 buckets.setdefault(self._places[weights.version][0], []).append(weights)
             else:
                 parts.append(OwnMatmul(weights, pick(own, self._device)))
-        if read and self._add is not None:
+        if read and self._kernels is not None:
             pairs = [(row, number) for number, weights in enumerate(read) for row in rows[weights]]
-            parts.append(Compiled(self._add, self._addresses, read, pairs, self._dtype))
+            parts.append(Compiled(self._kernels, self._addresses, read, pairs))
         return parts + [self._tabled(tables, active, rows) for tables, active in buckets.items()]
 
     def _tabled(

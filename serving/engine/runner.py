@@ -13,11 +13,13 @@ from graftwork.errors import BaseModelError
 from graftwork.serving.engine import attention
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.batch import Chunk, StepBatch, inverse, pack
-from graftwork.serving.engine.cpu.kernels import add_deltas
+from graftwork.serving.engine.cpu.attention import fits
+from graftwork.serving.engine.cpu.kernels import kernels_for
 from graftwork.serving.engine.decode_path import DecodeInputs, DecodePath
 from graftwork.serving.engine.host import PiecewiseOutput
 from graftwork.serving.engine.kinds import MixedKinds
 from graftwork.serving.engine.kv import KvShape, KvStore
+from graftwork.serving.engine.layers import DecodeLayers
 from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment
 from graftwork.serving.engine.positions import longest_sequence
 from graftwork.serving.engine.sites import Deltas, Sites, own_forward
@@ -45,8 +47,9 @@ class Runner:
         self.path = path
         self.sites = Sites(model, own_forward if path is None else path.forward_of)
         self._output = PiecewiseOutput(model.get_output_embeddings())
-        add = add_deltas(self.dtype) if self.device.type == "cpu" else None
-        self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places, add)
+        self._kernels = kernels_for(self.dtype) if self.device.type == "cpu" else None
+        self._layers = None if self._kernels is None else DecodeLayers(model, self.dtype, self._kernels)
+        self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places, self._kernels)
         self.kinds = MixedKinds(model, self.sites, self.planner, self.device)
         try:
             self.kv_shapes = self._probe()
@@ -57,8 +60,9 @@ class Runner:
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """float32 on a CPU, whose 16-bit attention is slower than its 32-bit one; else the model's."""
-        return torch.float32 if self.device.type == "cpu" else self.dtype
+        """The model's; float32 where PyTorch attends on a CPU, for which it is faster than 16 bits."""
+        own = self._kernels is not None and all(fits(shape.head_dim) for shape in self.kv_shapes)
+        return torch.float32 if self.device.type == "cpu" and not own else self.dtype
 
     def step(
         self,
@@ -102,7 +106,11 @@ class Runner:
         """Decoding tokens and prompts in one pass, the decoding ones packed as their adapters lie."""
         order = self.planner.order(adapters[0])
         if order is None:
-            return self.forward(pack(decoding, prompts, kv, self.device), *adapters, wanted)
+            batch = pack(decoding, prompts, kv, self.device, kernels=self._kernels)
+            if prompts or self._layers is None:  # prompts are computed as peft computes them, bit for bit
+                return self.forward(batch, *adapters, wanted)
+            with self._layers.decoding():
+                return self.forward(batch, *adapters, wanted)
         packed = [*inverse(order), *range(len(order), max(wanted) + 1)]
         batch = pack(decoding, prompts, kv, self.device, order)
         return self.forward(batch, [adapters[0][n] for n in order], adapters[1], [packed[place] for place in wanted])

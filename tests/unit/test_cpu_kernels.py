@@ -20,10 +20,10 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @wide
 def test_they_are_compiled_once_and_kept(empty_cache: Path) -> None:
     kernels.load()
-    (made,) = (empty_cache / "kernels").glob("*/lora.so")
+    (made,) = (empty_cache / "kernels").glob("*/kernels.so")
     written = made.stat().st_mtime_ns
     kernels.load()
-    assert [(path, path.stat().st_mtime_ns) for path in (empty_cache / "kernels").glob("*/lora.so")] == [
+    assert [(path, path.stat().st_mtime_ns) for path in (empty_cache / "kernels").glob("*/kernels.so")] == [
         (made, written)
     ]
 
@@ -36,7 +36,7 @@ def test_they_are_compiled_once_and_kept(empty_cache: Path) -> None:
 def test_a_compiler_that_fails_is_named_with_what_it_said(empty_cache: Path, compiler: str, said: str) -> None:
     with pytest.raises(kernels.NoKernels, match=said):
         kernels.load(compiler)
-    assert not list((empty_cache / "kernels").glob("*/lora.so")), "nothing half made is left"
+    assert not list((empty_cache / "kernels").glob("*/kernels.so")), "nothing half made is left"
 
 
 @wide
@@ -44,7 +44,7 @@ def test_a_library_that_cannot_be_loaded_is_no_end(empty_cache: Path) -> None:
     compiler = empty_cache / "cc"
     compiler.write_text('#!/bin/sh\nfor last; do :; done\necho nonsense > "$last"\n', encoding="utf-8")
     compiler.chmod(0o755)
-    with pytest.raises(kernels.NoKernels, match=r"lora\.so"):
+    with pytest.raises(kernels.NoKernels, match=r"kernels\.so"):
         kernels.load(str(compiler))
 
 
@@ -55,4 +55,4 @@ def test_a_cpu_without_wide_vectors_has_none(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_there_is_none_for_other_types() -> None:
-    assert kernels.add_deltas(torch.float16) is None
+    assert kernels.kernels_for(torch.float16) is None

@@ -9,7 +9,7 @@ from graftwork.serving.engine.host import PiecewiseOutput, keep_freed_memory
 
 
 @pytest.mark.parametrize("vocab", [8192, 10_000])
-@pytest.mark.parametrize("rows", [1, 7, 128, 129])
+@pytest.mark.parametrize("rows", [0, 1, 7, 128, 129])
 def test_a_tall_output_layer_in_pieces_is_the_same_layer(vocab: int, rows: int) -> None:
     layer = torch.nn.Linear(64, vocab, bias=False)
     x = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(rows))

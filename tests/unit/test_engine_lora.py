@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graftwork.serving.engine.adapters.changes import LinearShape, SiteWeights
-from graftwork.serving.engine.cpu.kernels import MOST_RANK, add_deltas
+from graftwork.serving.engine.cpu.kernels import MOST_RANK, kernels_for
 from graftwork.serving.engine.cpu.part import Compiled
 from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment, StepDeltas
 from graftwork.serving.engine.parts import Bagged, Batched, OwnMatmul
@@ -151,11 +151,11 @@ def test_the_same_rows_are_planned_once_and_others_anew() -> None:
     assert plan.plan([None, None], []) is None
 
 
-needs_kernels = pytest.mark.skipif(add_deltas(torch.float32) is None, reason="needs a C compiler and AVX-512")
+needs_kernels = pytest.mark.skipif(kernels_for(torch.float32) is None, reason="needs a C compiler and AVX-512")
 
 
 def compiled(dtype: torch.dtype = torch.float32) -> DeltaPlanner:
-    return DeltaPlanner(GROUPS, dtype, torch.device("cpu"), add=add_deltas(dtype))
+    return DeltaPlanner(GROUPS, dtype, torch.device("cpu"), kernels=kernels_for(dtype))
 
 
 @needs_kernels

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,10 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
 
 
-@pytest.fixture(scope="module")
-def engine(base: Path, adapters: dict[str, Path]) -> Iterator[Engine]:
-    engine = Engine(engines.load_model(base), engines.spec(prefill_tokens=48), "cpu")
+@pytest.fixture(scope="module", params=["kernels", "torch"])
+def engine(base: Path, adapters: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with engines.without_kernels() if request.param == "torch" else nullcontext():
+        engine = Engine(engines.load_model(base), engines.spec(prefill_tokens=48), "cpu")
     for version, folder in adapters.items():
         engine.load_adapter(version, folder)
     engine.start()

@@ -1,7 +1,8 @@
-"""The C kernels that a CPU decodes adapters with: compiled for this machine at first use, and kept in the cache.
+"""The C kernels that a CPU decodes with: compiled for this machine at first use, and kept in the cache.
 
-They are worth their compiler where vectors are wide. Where there is none, PyTorch's batched products do the same work
-(see `parts`): slower, and with every adapter copied once more.
+They do what is not a matrix product of the base: adapters, attention over keys and values, norms, gates. They are worth
+their compiler where vectors are wide. Where there is none, PyTorch does the same work: slower, and with every adapter
+copied once more (see `parts`).
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,30 +24,60 @@ from graftwork.storage import cache_root
 
 MOST_RANK = 512
 """As in lora.c."""
-_SOURCES = ("lora.c", "lora_rows.h")
+_SOURCES = ("lora.c", "decode.c")
+_HEADERS = ("vectors.h", "lora_rows.h", "lora_pairs.h", "decode_rows.h")
 _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-shared", "-fPIC", "-Wall")
+_LIBRARY = "kernels.so"
 _TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _BUILD_S = 60.0
 _log = logging.getLogger(__name__)
-
-AddDeltas = Callable[[int, int, int, int, int, int], None]
-"""(batch, places, inputs, outputs, x, out), all but the sizes addresses: see `add` in lora_rows.h."""
 
 
 class NoKernels(Exception):
     """Why they cannot be used here, in a few words."""
 
 
-def add_deltas(dtype: torch.dtype) -> AddDeltas | None:
-    """The kernel for values of a type; None where this machine has none, which is logged once with the reason."""
+class Kernels:
+    """Those for values of one type. `add` and `attend` take addresses: `part` and `attention` call them."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype, kind = dtype, _TYPES[dtype]
+        self.add = _function(library, f"add_{kind}", "ppiipp")
+        self.attend = _function(library, f"attend_{kind}", "p")
+        self._rms_norm = _function(library, f"rms_norm_{kind}", "pppiid")
+        self._gated = _function(library, f"gated_{kind}", "pppii")
+
+    def rms_norm(self, x_NH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        """`weight * (x / sqrt(mean(x * x) + eps))` of each row, the quotient rounded to x's dtype first."""
+        x_NH = self._checked(x_NH)
+        out_NH = torch.empty_like(x_NH)
+        self._rms_norm(x_NH.data_ptr(), weight_H.data_ptr(), out_NH.data_ptr(), *x_NH.shape, eps)
+        return out_NH
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """`silu(gate) * up`, of equal shapes, silu rounded to their dtype first."""
+        gate, up = self._checked(gate), self._checked(up)
+        out = torch.empty_like(gate)
+        self._gated(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), torch.get_num_threads())
+        return out
+
+    def _checked(self, values: torch.Tensor) -> torch.Tensor:
+        assert values.dtype == self.dtype, f"values in {values.dtype}, kernels for {self.dtype}"
+        return values.contiguous()
+
+
+def kernels_for(dtype: torch.dtype) -> Kernels | None:
+    """None where this machine or type has none; for a machine the reason is logged, once."""
     library = _library()
-    if library is None or dtype not in _TYPES:
-        return None
-    function = library[f"add_{_TYPES[dtype]}"]
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64) + (ctypes.c_void_p,) * 2
-    function.restype = None
-    call: AddDeltas = function
-    return call
+    return Kernels(library, dtype) if library is not None and dtype in _TYPES else None
+
+
+def _function(library: ctypes.CDLL, name: str, arguments: str) -> Callable[..., None]:
+    """arguments: p for an address, i for a whole number, d for a double."""
+    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+    function = library[name]
+    function.argtypes, function.restype = tuple(kinds[one] for one in arguments), None
+    return function
 
 
 @functools.cache
@@ -53,7 +85,7 @@ def _library() -> ctypes.CDLL | None:
     try:
         return load()
     except NoKernels as reason:
-        _log.warning("decoding tokens' adapters are computed by PyTorch, without the C kernels: %s", reason)
+        _log.warning("decoding by PyTorch alone, without the C kernels: %s", reason)
         return None
 
 
@@ -66,19 +98,20 @@ def load(compiler: str | None = None) -> ctypes.CDLL:
         raise NoKernels("this CPU has no AVX-512, and they are not faster without")
     command = compiler or os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if command is None:
-        raise NoKernels("no C compiler (cc, gcc or clang); with one, many adapters decode faster")
+        raise NoKernels("no C compiler (cc, gcc or clang); with one, this engine is faster")
     digest = hashlib.sha256("\n".join((command, *_FLAGS, *sorted(cpu.flags()))).encode())
-    for name in _SOURCES:
+    for name in (*_SOURCES, *_HEADERS):
         digest.update(_here(name).read_bytes())
     try:
         folder = build_once(cache_root() / "kernels" / digest.hexdigest()[:24], lambda into: _compile(command, into))
-        return ctypes.CDLL(str(folder / "lora.so"))
+        return ctypes.CDLL(str(folder / _LIBRARY))
     except OSError as error:
         raise NoKernels(str(error)) from error
 
 
 def _compile(command: str, into: Path) -> None:
-    arguments = [*command.split(), *_FLAGS, str(_here("lora.c")), "-o", str(into / "lora.so")]
+    sources = [str(_here(name)) for name in _SOURCES]
+    arguments = [*command.split(), *_FLAGS, *sources, "-o", str(into / _LIBRARY)]
     try:
         done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=_BUILD_S)
     except subprocess.TimeoutExpired:

@@ -5,21 +5,9 @@
  * lanes of 16 sums are added up together, so that a short rank costs no such addition of its own. Weights of 16 bits are
  * widened as they are read, so that a 32-bit engine reads half as much for an adapter that was published in bf16.
  */
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
-/* The process' own OpenMP (PyTorch's): a second one would bring threads of its own. */
-extern void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags);
-extern int omp_get_thread_num(void);
-extern int omp_get_num_threads(void);
-
-#define LANES 16
 #define MOST_RANK 512
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t half __attribute__((vector_size(2 * LANES), aligned(2)));
-typedef uint16_t bf16;
 
 /* One adapter's part of one linear; where `a` is null, it leaves the linear alone. */
 struct place {
@@ -44,41 +32,6 @@ struct call {
   void *out;
 };
 
-static inline vec load_f32(const float *at) { return *(const vec *)at; }
-static inline float get_f32(float v) { return v; }
-static inline float put_f32(float v) { return v; }
-
-static inline vec load_bf16(const bf16 *at) { return (vec)(__builtin_convertvector(*(const half *)at, bits) << 16); }
-
-static inline float get_bf16(bf16 v) {
-  uint32_t wide = (uint32_t)v << 16;
-  float f;
-  memcpy(&f, &wide, 4);
-  return f;
-}
-
-/* To the nearest, ties to even; a nan stays one. */
-static inline bf16 put_bf16(float f) {
-  uint32_t wide;
-  memcpy(&wide, &f, 4);
-  if ((wide & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-  return (bf16)((wide + 0x7fffu + ((wide >> 16) & 1)) >> 16);
-}
-
-/* Sums of neighbouring lanes: those of p in the first half, those of q in the second. */
-static inline vec fold(vec p, vec q) {
-  return __builtin_shufflevector(p, q, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(p, q, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-
-/* `count` vectors of 16 / count sums each become the 16 sums; count is a power of two, known when this is compiled. */
-static inline __attribute__((always_inline)) vec sums(vec *v, const int count) {
-  if (count >= 16) for (int i = 0; i < 8; i++) v[i] = fold(v[2 * i], v[2 * i + 1]);
-  if (count >= 8) for (int i = 0; i < 4; i++) v[i] = fold(v[2 * i], v[2 * i + 1]);
-  if (count >= 4) for (int i = 0; i < 2; i++) v[i] = fold(v[2 * i], v[2 * i + 1]);
-  return fold(v[0], v[1]);
-}
-
 /* (values of the engine, weights of the adapter): VALUES(name) and WEIGHTS(name) read and write them. */
 #define T float
 #define W float
@@ -102,6 +55,12 @@ static inline __attribute__((always_inline)) vec sums(vec *v, const int count) {
 #define VALUES(name) name##_bf16
 #define N(name) name##_bf16_bf16
 #include "lora_rows.h"
+
+#ifdef __AVX512BF16__
+#include "lora_pairs.h"
+#else
+#define row_pairs row_bf16_bf16
+#endif
 
 static void share(void *data) {
   const struct call *c = data;
@@ -128,5 +87,5 @@ void add_f32(const struct batch *batch, const struct place *places, int64_t inpu
 
 void add_bf16(const struct batch *batch, const struct place *places, int64_t inputs, int64_t outputs, const bf16 *x,
               bf16 *out) {
-  run((struct call){row_bf16_bf16, batch, places, inputs, outputs, x, out});
+  run((struct call){row_pairs, batch, places, inputs, outputs, x, out});
 }

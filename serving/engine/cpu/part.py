@@ -9,7 +9,7 @@ import numpy
 import torch
 
 from graftwork.serving.engine.adapters.changes import SiteWeights
-from graftwork.serving.engine.cpu.kernels import MOST_RANK, AddDeltas
+from graftwork.serving.engine.cpu.kernels import MOST_RANK, Kernels
 from graftwork.serving.engine.sites import Site
 from graftwork.serving.engine.slots import AdapterWeights
 
@@ -63,13 +63,12 @@ class Compiled:
 
     def __init__(
         self,
-        add: AddDeltas,
+        kernels: Kernels,
         addresses: Addresses,
         active: Sequence[AdapterWeights],
         pairs: Sequence[tuple[int, int]],
-        dtype: torch.dtype,
     ) -> None:
-        self._add, self._dtype, self._active = add, dtype, active
+        self._add, self._dtype, self._active = kernels.add, kernels.dtype, active
         self._places_SP = addresses.of([weights.version for weights in active])
         self._number, self._line = addresses.number, self._places_SP.strides[0]
         self._groups = {group for weights in active for group in weights.groups}

@@ -15,11 +15,12 @@ from graftwork.serving.engine.cuda.batch import DecodeBatch
 from graftwork.serving.engine.cuda.deltas import TableDeltas
 from graftwork.serving.engine.cuda.graphs import Capture, GraphCapture, Step, direct, reads_positions_on_host
 from graftwork.serving.engine.cuda.inputs import StepInputs
-from graftwork.serving.engine.cuda.layers import DecodeLayers
+from graftwork.serving.engine.cuda.kernels import rows as row_kernels
 from graftwork.serving.engine.cuda.nf4 import DecodeLinears, Forward
 from graftwork.serving.engine.cuda.table import SlotTable
 from graftwork.serving.engine.cuda.uploads import Uploads
 from graftwork.serving.engine.kv import KvStore
+from graftwork.serving.engine.layers import DecodeLayers
 from graftwork.serving.engine.runner import Runner
 from graftwork.serving.engine.slots import AdapterWeights
 
@@ -42,7 +43,7 @@ class GraphDecode:
     def attach(self, runner: Runner, kv: KvStore, *, max_batch: int, max_rank: int) -> None:
         """Sets up the device memory that steps read."""
         self._runner, self._kv = runner, kv
-        self._layers = DecodeLayers(runner.model, runner.dtype)
+        self._layers = DecodeLayers(runner.model, runner.dtype, row_kernels)
         self._buckets = row_buckets(max_batch)
         self._inputs = StepInputs(max_batch, kv.page_tokens, self._device)
         self._table = SlotTable(runner.sites.groups(), max_batch, max_rank, runner.dtype, self._device)

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from graftwork.serving.engine.cuda.layers import DecodeLayers
+from graftwork.serving.engine.cpu.kernels import kernels_for
+from graftwork.serving.engine.cuda.kernels import rows
+from graftwork.serving.engine.layers import DecodeLayers, RowKernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {"hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -25,10 +27,21 @@ def tiny(kind: str, dtype: torch.dtype) -> Any:
     return model.to(DEVICE)
 
 
+def kernels(of: str, dtype: torch.dtype) -> RowKernels:
+    """Triton's, or those in C; skips where this machine has none."""
+    if of == "triton":
+        return rows
+    found = kernels_for(dtype)
+    if found is None or DEVICE.type != "cpu":
+        pytest.skip("needs a C compiler and AVX-512")
+    return found
+
+
+@pytest.mark.parametrize("of", ["triton", "c"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_llamas_norms_and_mlps_give_the_same_results(dtype: torch.dtype) -> None:
+def test_llamas_norms_and_mlps_give_the_same_results(dtype: torch.dtype, of: str) -> None:
     model = tiny("llama", dtype)
-    layers = DecodeLayers(model, dtype)
+    layers = DecodeLayers(model, dtype, kernels(of, dtype))
     assert (len(layers.norms), len(layers.mlps)) == (5, 2)
     x = torch.randn(1, 3, 72, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     modules = [model.model.norm, model.model.layers[1].mlp]
@@ -47,13 +60,13 @@ def test_llamas_norms_and_mlps_give_the_same_results(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize(("kind", "norms", "mlps"), [("qwen3", 9, 2), ("gemma2", 0, 0), ("phi3", 5, 0)])
 def test_modules_that_compute_something_else_are_left_alone(kind: str, norms: int, mlps: int) -> None:
-    layers = DecodeLayers(tiny(kind, torch.float32), torch.float32)
+    layers = DecodeLayers(tiny(kind, torch.float32), torch.float32, rows)
     assert (len(layers.norms), len(layers.mlps)) == (norms, mlps)
 
 
 def test_a_step_that_fails_leaves_the_modules_as_they_were() -> None:
     model = tiny("llama", torch.float32)
-    layers = DecodeLayers(model, torch.float32)
+    layers = DecodeLayers(model, torch.float32, rows)
     with pytest.raises(ZeroDivisionError), layers.decoding():
         _ = 1 / 0
     assert all("forward" not in module.__dict__ for module in model.modules())

@@ -1,26 +1,35 @@
 """The base's norms and gated MLPs while decoding: one kernel each instead of many.
 
 They are known by what they compute, not by name: a module takes part if its own result on random rows equals the
-formula bit for bit. Outside of `decoding` every module is as it was.
+formula bit for bit. Outside of `decoding` every module is as it was. Legend: N rows, H hidden, I intermediate.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import silu
 
-from graftwork.serving.engine.cuda.kernels.rows import gated, rms_norm
-
 _PROBE_ROWS = 2
+
+
+class RowKernels(Protocol):
+    """The kernels of a device. Inputs are contiguous."""
+
+    def rms_norm(self, x_NH: torch.Tensor, weight_H: torch.Tensor, eps: float, /) -> torch.Tensor:
+        """`weight * (x / sqrt(mean(x * x) + eps))` of each row, the quotient rounded to x's dtype first."""
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, /) -> torch.Tensor:
+        """`silu(gate) * up`, of equal shapes [..., I]."""
 
 
 class DecodeLayers:
     """The modules of one model that take part. dtype: of its tokens."""
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, kernels: RowKernels) -> None:
+        self._kernels = kernels
         self.norms = [module for module in model.modules() if _is_rms_norm(module, dtype)]
         self.mlps = [module for module in model.modules() if _is_gated_mlp(module, dtype)]
 
@@ -29,21 +38,21 @@ class DecodeLayers:
         """Within it, the modules use the kernels."""
         try:
             for module in self.norms:
-                module.forward = partial(_norm, module)
+                module.forward = partial(_norm, self._kernels, module)
             for module in self.mlps:
-                module.forward = partial(_mlp, module)
+                module.forward = partial(_mlp, self._kernels, module)
             yield
         finally:
             for module in (*self.norms, *self.mlps):
                 module.__dict__.pop("forward", None)
 
 
-def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x.reshape(-1, x.shape[-1]), module.weight, module.variance_epsilon).view(x.shape)
+def _norm(kernels: RowKernels, module: Any, x: torch.Tensor) -> torch.Tensor:
+    return kernels.rms_norm(x.reshape(-1, x.shape[-1]), module.weight, module.variance_epsilon).view(x.shape)
 
 
-def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
+def _mlp(kernels: RowKernels, module: Any, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = module.down_proj(kernels.gated(module.gate_proj(x), module.up_proj(x)))
     return result
 
 

@@ -1,0 +1,78 @@
+"""Attention of decoding tokens by the C kernel: each row over its own keys and values, wherever they lie.
+
+Legend: N decoding tokens, H query heads, K key-value heads, D head size.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy
+import torch
+
+from graftwork.serving.engine.cpu.kernels import Kernels
+from graftwork.serving.engine.kv import KvRow, KvStore
+
+_LANES, _MOST_HEAD = 16, 256
+"""A head's values are whole vectors, at most so many: decode.c."""
+
+
+class _Attention(ctypes.Structure):
+    """struct attention of decode.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "q", "k", "v", "keys", "values", "out")),
+        *((name, ctypes.c_int64) for name in ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")),
+        *((name, ctypes.c_int64) for name in ("heads", "groups", "size", "window", "writes")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
+
+
+def fits(head_dim: int) -> bool:
+    """Whether heads of that size can be attended to."""
+    return head_dim % _LANES == 0 and head_dim <= _MOST_HEAD
+
+
+class DecodeRows:
+    """The decoding tokens of one step, in the order in which they are packed. lengths: keys each one looks at."""
+
+    def __init__(self, kernels: Kernels, kv: KvStore, rows: Sequence[KvRow], lengths: Sequence[int]) -> None:
+        self._attend, self._dtype = kernels.attend, kernels.dtype
+        places = [row.page * kv.page_tokens + row.index * row.cap for row in rows]
+        self._table = numpy.array([places, [row.cap for row in rows], lengths], numpy.int64)
+        first, step = self._table.ctypes.data, self._table.strides[0]
+        self._rows = numpy.array(
+            [len(rows), torch.get_num_threads(), first, first + step, first + 2 * step], numpy.int64
+        )
+        self._call = _Attention(rows=self._rows.ctypes.data)
+
+    def takes(self, query_NHD: torch.Tensor, keys: torch.Tensor) -> bool:
+        """Whether the kernel can do it; keys: the layer's arena."""
+        size = query_NHD.shape[-1]
+        return fits(size) and keys.shape[-1] == size and keys.dtype == query_NHD.dtype == self._dtype
+
+    def attend(
+        self,
+        query_NHD: torch.Tensor,
+        fresh: tuple[torch.Tensor, torch.Tensor],
+        arenas: tuple[torch.Tensor, torch.Tensor],
+        out_NHD: torch.Tensor,
+        *,
+        writes: bool,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        """Attends into `out_NHD`, contiguous. fresh: the new keys and values [N, K, D], which are put into the layer's
+        arenas first where `writes`."""
+        key_NKD, value_NKD = (part if part.stride(-1) == 1 else part.contiguous() for part in fresh)
+        query_NHD = query_NHD if query_NHD.stride(-1) == 1 else query_NHD.contiguous()
+        call, heads = self._call, key_NKD.shape[1]
+        call.q, call.k, call.v = query_NHD.data_ptr(), key_NKD.data_ptr(), value_NKD.data_ptr()
+        call.keys, call.values, call.out = arenas[0].data_ptr(), arenas[1].data_ptr(), out_NHD.data_ptr()
+        call.q_row, call.q_head = query_NHD.stride()[:2]
+        call.k_row, call.k_head = key_NKD.stride()[:2]
+        call.v_row, call.v_head = value_NKD.stride()[:2]
+        call.heads, call.groups, call.size = heads, query_NHD.shape[1] // heads, query_NHD.shape[2]
+        call.window, call.writes, call.scale, call.softcap = window or 0, writes, scale, softcap or 0.0
+        self._attend(ctypes.addressof(call))
