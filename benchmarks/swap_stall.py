@@ -6,7 +6,7 @@
 for one more task: that traffic is the same all the time. Windows take turns. In `quiet` ones the task's alias stays. In
 `swapping` ones it is moved before each of its requests to the next version, as an endpoint does it: the version is read
 from its file, the reference flipped, the version put into a slot for the request, the one before let go. Everything is
-published beforehand.
+published beforehand. All of it twice: with adapters saved in fp32, and in bf16 (figures `saved16_...`).
 """
 
 import argparse
@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import base
-from benchmarks.record import Clock, figure, ratios, write
+from benchmarks.record import Clock, Figure, figure, ratios, write
 from benchmarks.traffic import ask, serving
 from graftwork import artifact
+from graftwork.base_model import ResolvedBase
 from graftwork.metrics import quantile
 from graftwork.serving.engine.engine import Engine
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
@@ -34,6 +35,7 @@ ROWS, OTHERS, VERSIONS = 16, 4, 10
 EVERY_S, WINDOW_S = 0.1, 2.0
 TASK = "swapped"
 KINDS = ("quiet", "swapping")
+SAVED = {"": torch.float32, "saved16_": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ async def round_of(engine: Engine, updates: Updates, tokens: int, turn: int) -> 
 async def run(
     engine: Engine, store: Store, digest: str, versions: list[str], args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """p99 and median of each round by kind of window, swaps a second, and what each swap took."""
+    """p99 and median of each round by kind of window, swaps a second, and what each swap took. Ends the engine."""
     found: dict[str, list[float]] = {f"{kind}_{name}": [] for kind in KINDS for name in ("p99_ms", "p50_ms", "per_s")}
     async with serving(engine, store, digest) as residency:
         updates = Updates(engine, residency, store, versions)
@@ -142,6 +144,31 @@ async def run(
     return found | {"swap_ms": updates.swap_ms}
 
 
+def measured(resolved: ResolvedBase, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, list[float]]:
+    """The rounds with adapters saved in one dtype."""
+    model = base.load(resolved.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        folders = base.write_adapters(base.linears(model), root / "weights", OTHERS + VERSIONS, dtype)
+        store = Store(str(root / "store"))
+        versions = [base.publish(store, resolved.digest, one, TASK) for one in folders[OTHERS:]]
+        engine = Engine(model, EngineSpec(max_batch=32, max_seq_len=256, num_threads=args.threads), "cpu")
+        for number in range(OTHERS):
+            engine.load_adapter(f"other{number}", folders[number])
+        return asyncio.run(run(engine, store, resolved.digest, versions, args))
+
+
+def figures_of(found: dict[str, list[float]]) -> dict[str, Figure]:
+    """What the goals name, of one dtype."""
+    return {
+        "p99_to_quiet": figure(ratios(found["swapping_p99_ms"], found["quiet_p99_ms"]), "x"),
+        "p50_to_quiet": figure(ratios(found["swapping_p50_ms"], found["quiet_p50_ms"]), "x"),
+        "quiet_p99": figure(found["quiet_p99_ms"], "ms"),
+        "swaps_per_s": figure(found["swapping_per_s"], "1/s"),
+        "swap": figure(found["swap_ms"], "ms"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -151,23 +178,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # as `open_engine`: the engine's thread alone has helpers
     clock, resolved = Clock(), base.resolve()
-    model = base.load(resolved.folder)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        folders = base.write_adapters(base.linears(model), root / "weights", OTHERS + VERSIONS)
-        store = Store(str(root / "store"))
-        versions = [base.publish(store, resolved.digest, one, TASK) for one in folders[OTHERS:]]
-        engine = Engine(model, EngineSpec(max_batch=32, max_seq_len=256, num_threads=args.threads), "cpu")
-        for number in range(OTHERS):
-            engine.load_adapter(f"other{number}", folders[number])
-        found = asyncio.run(run(engine, store, resolved.digest, versions, args))
-    figures = {
-        "p99_to_quiet": figure(ratios(found["swapping_p99_ms"], found["quiet_p99_ms"]), "x"),
-        "p50_to_quiet": figure(ratios(found["swapping_p50_ms"], found["quiet_p50_ms"]), "x"),
-        "quiet_p99": figure(found["quiet_p99_ms"], "ms"),
-        "swaps_per_s": figure(found["swapping_per_s"], "1/s"),
-        "swap": figure(found["swap_ms"], "ms"),
-    }
+    found = {name: measured(resolved, dtype, args) for name, dtype in SAVED.items()}
+    figures = {f"{name}{key}": one for name, part in found.items() for key, one in figures_of(part).items()}
     meta = {"rows": ROWS, "tokens": args.tokens, "rounds": args.rounds, "window_s": WINDOW_S, "rank": base.RANK,
             "dtype": "float32", "threads": args.threads}  # fmt: skip
     write("swap_stall", args.out, figures, found, meta, clock)

@@ -50,7 +50,7 @@ def attend(
     out_THD = torch.empty(query_THD.shape[:2] + value_1KTD.shape[-1:], dtype=query_1HTD.dtype, device=query_1HTD.device)
     kv = batch.kv
     own = batch.rows if kv is not None and batch.rows is not None else None
-    if kv is not None and own is not None and not own.takes(query_THD, kv.keys[layer]):
+    if kv is not None and own is not None and not own.takes(query_THD, value_TKD, kv.keys[layer]):
         own = None
     if kv is None:
         batch.seen[layer] = KvShape(key_1KTD.shape[1], key_1KTD.shape[3])

@@ -7,6 +7,7 @@ formula bit for bit. Outside of `decoding` every module is as it was. Legend: N 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -63,21 +64,34 @@ def _is_rms_norm(module: Any, dtype: torch.dtype) -> bool:
         return False
     if weight.dim() != 1 or weight.dtype != dtype:
         return False
-    x_NH = _probe(len(weight), weight.device, dtype)
-    wide_NH = x_NH.float()
-    scaled_NH = wide_NH * torch.rsqrt(wide_NH.pow(2).mean(-1, keepdim=True) + eps)
-    return torch.equal(module(x_NH), weight * scaled_NH.to(dtype))
+    if not _takes_one(module):
+        return False
+    for x_NH in _probes(len(weight), weight.device, dtype):
+        wide_NH = x_NH.float()
+        scaled_NH = wide_NH * torch.rsqrt(wide_NH.pow(2).mean(-1, keepdim=True) + eps)
+        if not torch.equal(module(x_NH), weight * scaled_NH.to(dtype)):
+            return False
+    return True
 
 
 @torch.inference_mode()
 def _is_gated_mlp(module: Any, dtype: torch.dtype) -> bool:
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return False
-    if "forward" in module.__dict__ or not isinstance(module.gate_proj, torch.nn.Linear):
+    if "forward" in module.__dict__ or not isinstance(module.gate_proj, torch.nn.Linear) or not _takes_one(module):
         return False
-    x_NH = _probe(module.gate_proj.in_features, module.gate_proj.weight.device, dtype)
-    return torch.equal(module(x_NH), module.down_proj(silu(module.gate_proj(x_NH)) * module.up_proj(x_NH)))
+    return all(
+        torch.equal(module(x_NH), module.down_proj(silu(module.gate_proj(x_NH)) * module.up_proj(x_NH)))
+        for x_NH in _probes(module.gate_proj.in_features, module.gate_proj.weight.device, dtype)
+    )
 
 
-def _probe(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(_PROBE_ROWS, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+def _takes_one(module: Any) -> bool:
+    """Whether a module is called with its input alone: a gated norm has another argument."""
+    return len(signature(type(module).forward).parameters) == 2
+
+
+def _probes(size: int, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Usual values, and large ones, for which a module that clamps them differs from the formula."""
+    x_NH = torch.randn(_PROBE_ROWS, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return [x_NH, 1e3 * x_NH]

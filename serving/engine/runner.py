@@ -48,11 +48,11 @@ class Runner:
         self.sites = Sites(model, own_forward if path is None else path.forward_of)
         self._output = PiecewiseOutput(model.get_output_embeddings())
         self._kernels = kernels_for(self.dtype) if self.device.type == "cpu" else None
-        self._layers = None if self._kernels is None else DecodeLayers(model, self.dtype, self._kernels)
         self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places, self._kernels)
         self.kinds = MixedKinds(model, self.sites, self.planner, self.device)
         try:
             self.kv_shapes = self._probe()
+            self._layers = None if self._kernels is None else DecodeLayers(model, self.dtype, self._kernels)
         except BaseException:
             self.close()
             raise

@@ -62,7 +62,7 @@ def test_rows_attend_as_the_formula_says(
     query, key, value = (_fresh(len(rows), count, size, dtype) for count in (heads, kv_heads, kv_heads))
     out = torch.empty(len(rows), heads, size, dtype=dtype)
     step = DecodeRows(kernels(dtype), kv, placed, lengths)
-    assert step.takes(query, kv.keys[0])
+    assert step.takes(query, value, kv.keys[0])
     for writes in (False, True):
         step.attend(query, (key, value), (kv.keys[0], kv.values[0]), out, writes=writes, scale=0.2, window=window,
                     softcap=softcap)  # fmt: skip

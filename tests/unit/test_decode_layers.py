@@ -70,3 +70,32 @@ def test_a_step_that_fails_leaves_the_modules_as_they_were() -> None:
     with pytest.raises(ZeroDivisionError), layers.decoding():
         _ = 1 / 0
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+class GatedNorm(torch.nn.Module):
+    """A norm that has another argument, as Qwen3-Next's: called with its input alone, it raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(32)), 1e-6
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, (32,), self.weight, self.variance_epsilon) * gate
+
+
+class ClampedMlp(torch.nn.Module):
+    """A gated MLP that clamps, which usual values do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = torch.nn.Linear(32, 48, bias=False), torch.nn.Linear(32, 48, bias=False)
+        self.down_proj, self.act_fn = torch.nn.Linear(48, 32, bias=False), torch.nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-16, 16))
+        return result
+
+
+def test_gated_norms_and_clamped_mlps_are_left_alone() -> None:
+    layers = DecodeLayers(torch.nn.ModuleList([GatedNorm(), ClampedMlp()]).eval(), torch.float32, rows)
+    assert (layers.norms, layers.mlps) == ([], [])

@@ -137,6 +137,8 @@ def _site(
         raise ArtifactError(f"{tensors.path}: {module}", f"r={rank}", rule, move)
     a_RI = tensors.take(f"{MODULE_PREFIX}{module}.lora_A.weight", (rank, shape.in_features), dtype, keep)
     b_OR = tensors.take(f"{MODULE_PREFIX}{module}.lora_B.weight", (shape.out_features, rank), dtype, keep)
+    if a_RI.dtype != b_OR.dtype:
+        a_RI, b_OR = a_RI.to(dtype), b_OR.to(dtype)
     return SiteWeights(a_RI, b_OR, settings.scaling_of(module))
 
 

@@ -46,10 +46,10 @@ class DecodeRows:
         )
         self._call = _Attention(rows=self._rows.ctypes.data)
 
-    def takes(self, query_NHD: torch.Tensor, keys: torch.Tensor) -> bool:
-        """Whether the kernel can do it; keys: the layer's arena."""
-        size = query_NHD.shape[-1]
-        return fits(size) and keys.shape[-1] == size and keys.dtype == query_NHD.dtype == self._dtype
+    def takes(self, query_NHD: torch.Tensor, values_NKD: torch.Tensor, arena: torch.Tensor) -> bool:
+        """Whether the kernel can do it. values_NKD: the new ones; arena: of the layer's keys."""
+        size, together = query_NHD.shape[-1], (query_NHD, values_NKD, arena)
+        return fits(size) and all(part.shape[-1] == size and part.dtype == self._dtype for part in together)
 
     def attend(
         self,

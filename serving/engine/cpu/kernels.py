@@ -26,7 +26,7 @@ MOST_RANK = 512
 """As in lora.c."""
 _SOURCES = ("lora.c", "decode.c")
 _HEADERS = ("vectors.h", "lora_rows.h", "lora_pairs.h", "decode_rows.h")
-_FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-shared", "-fPIC", "-Wall")
+_FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-shared", "-fPIC", "-Wall")
 _LIBRARY = "kernels.so"
 _TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _BUILD_S = 60.0
@@ -105,7 +105,7 @@ def load(compiler: str | None = None) -> ctypes.CDLL:
     try:
         folder = build_once(cache_root() / "kernels" / digest.hexdigest()[:24], lambda into: _compile(command, into))
         return ctypes.CDLL(str(folder / _LIBRARY))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter where no home, and so no cache, can be told
         raise NoKernels(str(error)) from error
 
 

@@ -38,8 +38,13 @@ static inline bf16 put_bf16(float f) {
 
 /* Sums of neighbouring lanes: those of p in the first half, those of q in the second. */
 static inline vec fold(vec p, vec q) {
+#if defined(__clang__)
   return __builtin_shufflevector(p, q, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
          __builtin_shufflevector(p, q, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  const whole even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return __builtin_shuffle(p, q, even) + __builtin_shuffle(p, q, even + 1);
+#endif
 }
 
 /* `count` vectors of 16 / count sums each become the 16 sums; count is a power of two, known when this is compiled. */
