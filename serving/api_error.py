@@ -93,7 +93,8 @@ def _of(error: GraftworkError) -> ApiError:
         return bad_request(message, param="messages", code="context_length_exceeded")
     if isinstance(error, UnknownAdapter):  # its own text names the store's place and tasks: not for callers
         return unknown_model(error.asked.removeprefix("adapter "), "GET /v1/models lists them all.")
-    if isinstance(error, ArtifactError):
+    if isinstance(error, ArtifactError):  # version and file are enough; the folders above are the endpoint's own
+        message = re.sub(r"^(?:[a-z0-9]+:/)?/\S*/(?=[^/\s]+/[^/\s]+)", "", message)
         return bad_request(message, param="model", code="adapter_not_servable")
     if isinstance(error, SamplingError):
         return bad_request(message, param=_parameter(error), code="invalid_value")

@@ -170,6 +170,17 @@ def preflight(spec: ServeSpec) -> None:
     if spec.embedder:
         resolve_embedder(spec.embedder)
     require_resources(spec.num_cpus, spec.num_gpus, spec.first_replicas)
+    if spec.embedder:
+        _require_room_beside(spec, spec.embedder)
+
+
+def _require_room_beside(spec: ServeSpec, embedder: EmbedderSpec) -> None:
+    have, engines = ray.cluster_resources().get("CPU", 0.0), spec.first_replicas * spec.num_cpus
+    if engines + embedder.num_cpus > have:
+        raise ConfigError(f"embedder.num_cpus={embedder.num_cpus:g} beside {engines:g} of the engine",
+                          f"this Ray has {have:g} CPU", "the embedder is a process of its own, with its own share",
+                          f"set num_cpus to {max(have - embedder.num_cpus, 1) / spec.first_replicas:g} or less, "
+                          "or embedder.num_cpus lower")  # fmt: skip
 
 
 def require_resources(num_cpus: float, num_gpus: float, replicas: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import PurePosixPath
 
 from graftwork.serving.api_error import ApiError, unknown_model
@@ -73,8 +74,12 @@ class Catalog:
         return cards
 
     def _unknown(self, model: str) -> ApiError:
+        near = get_close_matches(model, [self.base, *self._arms], 1)
+        if not near and re.fullmatch(ALIAS_PATTERN, model if "@" in model else f"{model}@{DEFAULT_ALIAS}"):
+            near = [f"{self.base}:{model}"]
+        meant = f"Did you mean {near[0]}? " if near else ""
         names = ", ".join([self.base, f"{self.base}:TASK", f"{self.base}:TASK@ALIAS", *self._arms])
-        return unknown_model(model, f"Models here: {names}. GET /v1/models lists them all.")
+        return unknown_model(model, f"{meant}Models here: {names}. GET /v1/models lists them all.")
 
 
 def seconds(created_at: str) -> int:

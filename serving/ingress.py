@@ -293,9 +293,8 @@ async def _on_api_error(_request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     asked = f"{request.method} {request.url.path}: {error.detail}."
-    return JSONResponse(
-        ApiError(error.status_code, asked, code="unknown_url").body(), error.status_code, headers=error.headers
-    )
+    code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
+    return JSONResponse(ApiError(error.status_code, asked, code=code).body(), error.status_code, headers=error.headers)
 
 
 async def _on_bug(_request: Request, _error: Exception) -> Response:

@@ -5,10 +5,12 @@ score is measured greedily, and the live endpoint answers the same way unless th
 """
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from graftwork.chat import Message
 from graftwork.serving.api_error import ApiError, bad_request
@@ -34,6 +36,8 @@ NAMED_HERE = {
 }  # fmt: skip
 """What other servers call a parameter, and its one name here."""
 
+COMPLETION_TOKENS = 16
+"""Of an answer on /v1/completions whose length is not asked for, as in the OpenAI API."""
 MAX_CHOICES = 128
 """Of one request, as in the OpenAI API."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -205,7 +209,7 @@ class ChatRequest(_Common):
     @model_validator(mode="after")
     def _alternatives_are_told(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+            raise ValueError("top_logprobs needs logprobs=true, or leave it out")
         return self
 
     def told(self) -> int | None:
@@ -226,6 +230,7 @@ class ChatRequest(_Common):
 class CompletionRequest(_Common):
     """Body of POST /v1/completions: the prompt is continued as it stands, without a chat template."""
 
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = COMPLETION_TOKENS
     prompt: Annotated[str, Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
@@ -273,9 +278,13 @@ def _without_neutral(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: pydantic.ValidationError, cls: type[BaseModel]) -> ApiError:
-    first = error.errors()[0]
+    first = _meant(error.errors())
     where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "constrained")))
     param = where.removesuffix(".str") or None
+    if first["type"] == "literal_error" and where.endswith(".type") and where.startswith("messages."):
+        return bad_request(
+            f"{where}: only text is served, no images, sound or files.", param=param, code="invalid_value"
+        )
     if first["type"] == "extra_forbidden":
         here = f" Here it is called {NAMED_HERE[where]}." if where in NAMED_HERE else ""
         return bad_request(f"Unknown parameter: {where!r}.{here}", param=param, code="unknown_parameter")
@@ -283,7 +292,17 @@ def _explain(error: pydantic.ValidationError, cls: type[BaseModel]) -> ApiError:
         return bad_request(f"Missing required parameter: {where!r}.", param=param, code="missing_required_parameter")
     message = str(first["msg"]).removeprefix("Value error, ")
     found = "" if isinstance(first["input"], BaseModel | dict) else f" (found {_short(first['input'])})"
-    return bad_request(f"{param or cls.__name__}: {message}{found}", param=param, code="invalid_value")
+    if param is None:  # a rule over several parameters begins with the name of one
+        name = message.split(" ", 1)[0]
+        return bad_request(f"{message}.", param=name if name in cls.model_fields else None, code="invalid_value")
+    return bad_request(f"{param}: {message}{found}", param=param, code="invalid_value")
+
+
+def _meant(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """The first error; of a parameter that takes text or a list, what is wrong with the list that was found there."""
+    first = errors[0]
+    as_text = first["loc"][-1:] == ("str",) and isinstance(first["input"], list)
+    return errors[1] if as_text and len(errors) > 1 else first
 
 
 def _short(value: object) -> str:

@@ -15,7 +15,7 @@ from graftwork.artifact_alias import version_key
 from graftwork.serving.api_error import as_api_errors
 from graftwork.serving.arms import Dump
 from graftwork.serving.residency import Residency
-from graftwork.serving.source import AdapterSource
+from graftwork.serving.source import AdapterSource, as_served
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage import cache_root
 
@@ -91,16 +91,21 @@ class Registry:
         return {"adapter": ref, "old": old, "new": new}
 
     async def registered(self) -> list[Dump]:
-        """Every version in the store that was made for this base, with what is known of it without loading."""
+        """Every version in the store that was made for this base, with what is known of it without loading.
+
+        aliases: those that mean it here; in_store: those that mean it in the store, and will here after a swap.
+        """
         with as_api_errors():
             found = await asyncio.to_thread(self._source.published)
+        served = as_served(found, self._residency.followed())
         return [
             {
                 "task": manifest.task, "version": manifest.version, "aliases": aliases,
+                "in_store": sorted(set(there) - set(aliases)),
                 "file_bytes": sum(entry.size_bytes for entry in manifest.files.values()),
                 "created_at": manifest.created_at, "tier": "disk" if self._is_here(manifest) else "store",
             }
-            for manifest, aliases in found
+            for (manifest, there), (_, aliases) in zip(found, served, strict=True)
         ]  # fmt: skip
 
     def _take(self, uri: str) -> AdapterManifest:

@@ -48,7 +48,7 @@ from graftwork.serving.rag.rerank import rerank
 from graftwork.serving.registry import VERBS, Registry
 from graftwork.serving.residency import Pin, Residency
 from graftwork.serving.router import RESIDENTS
-from graftwork.serving.source import AdapterSource, trained_prompt
+from graftwork.serving.source import AdapterSource, as_served, trained_prompt
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.serving.vocabulary import Vocabulary
 from graftwork.storage import Store
@@ -192,7 +192,7 @@ class EngineReplica:
         began = time.perf_counter()
         with as_api_errors(), self._metrics.swap():
             old, new = await self._residency.refresh(ref)
-        return {"adapter": ref, "old": old, "new": new, "swap_ms": (time.perf_counter() - began) * 1000}
+        return {"adapter": ref, "old": old, "new": new, "swap_ms": round((time.perf_counter() - began) * 1000, 1)}
 
     async def prepare(self, arms: Sequence[Dump], adapters: Sequence[str]) -> None:
         """Read, compile and load what these arms and adapters need, so that no request waits for it.
@@ -214,7 +214,7 @@ class EngineReplica:
     async def models(self) -> Dump:
         """The store's adapters made for this base: names and age. When this replica became ready (s)."""
         with as_api_errors():
-            found = await self._in_thread(self._source.published)
+            found = as_served(await self._in_thread(self._source.published), self._residency.followed())
         adapters = [
             {"task": manifest.task, "version": manifest.version, "aliases": aliases, "created_at": manifest.created_at}
             for manifest, aliases in found

@@ -166,6 +166,10 @@ class Residency:
         self._retire_unnamed(manifest)
         return manifest.version
 
+    def followed(self) -> dict[str, str]:
+        """The version that each reference means for new requests, of those that somebody has asked for."""
+        return {ref: manifest.version for ref, manifest in self._refs.items()}
+
     def states(self) -> list[Residence]:
         """Every version in the engine or on its way there."""
         names: dict[str, list[str]] = {}

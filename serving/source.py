@@ -1,5 +1,6 @@
 """The published adapters that one base can serve: looked up, checked against the base, brought to this machine."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,21 @@ class AdapterSource:
     def published(self) -> list[tuple[AdapterManifest, list[str]]]:
         """Every version for this base with the aliases that point at it, as the store is now."""
         return [(m, aliases) for m, aliases in self._listing.read() if m.base_digest == self.base_digest]
+
+
+Published = list[tuple[AdapterManifest, list[str]]]
+
+
+def as_served(found: Published, followed: Mapping[str, str]) -> Published:
+    """`AdapterSource.published` with each alias at the version that requests get: one that was moved in the store is
+    followed only after a swap. followed: `Residency.followed`."""
+    names: dict[tuple[str, str], list[str]] = {(m.task, m.version): [] for m, _ in found}
+    for manifest, aliases in found:
+        for alias in aliases:
+            version = followed.get(f"{manifest.task}@{alias}", manifest.version)
+            here = (manifest.task, version if (manifest.task, version) in names else manifest.version)
+            names[here].append(alias)
+    return [(manifest, sorted(names[manifest.task, manifest.version])) for manifest, _ in found]
 
 
 def trained_prompt(manifest: AdapterManifest) -> PromptSpec:

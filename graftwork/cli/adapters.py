@@ -1,4 +1,4 @@
-"""`graftwork adapters ls|show|verify|promote|rollback|rm|merge` on a root, and the verbs of a running endpoint.
+"""`graftwork adapters ls|show|verify|promote|rollback|rm|merge|publish` on a root, and the verbs of a running endpoint.
 
 With `--endpoint` a verb goes to the endpoint, which does it on every replica; its admin token is read from the
 environment variable that `--token-env` names.
@@ -9,13 +9,14 @@ from typing import Annotated
 
 import typer
 
-from graftwork.cli import merging
+from graftwork.cli import adopting, merging
 from graftwork.cli.output import JsonFlag, gib, print_json, print_table, say
 from graftwork.errors import ArtifactError
 from graftwork.storage import DEFAULT_ROOT, Store
 
 app = typer.Typer(help="List, verify, promote and remove adapters, here or on an endpoint.", no_args_is_help=True)
 app.command()(merging.merge)
+app.command()(adopting.publish)
 Root = Annotated[str, typer.Option("--root", help="The store: a folder, file:// or s3://.")]
 Endpoint = Annotated[str, typer.Option("--endpoint", metavar="URL", help="A running endpoint.")]
 MaybeEndpoint = Annotated[
@@ -193,9 +194,16 @@ def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
         found = client.registered()
     if as_json:
         return print_json(found)
-    keys = ("task", "version", "aliases", "tier", "state", "pinned", "running", "replicas")
-    rows = [(*[",".join(r[k]) if k == "aliases" else r[k] for k in keys], gib(r["file_bytes"])) for r in found]
-    print_table(f"adapters of {endpoint}", (*keys, "size"), rows)
+    keys = ("tier", "state", "pinned", "running", "replicas")
+    rows = [
+        (r["task"], r["version"], ",".join(r["aliases"]) or "-", *[r[key] for key in keys], gib(r["file_bytes"]))
+        for r in found
+    ]
+    print_table(f"adapters of {endpoint}", ("task", "version", "aliases", *keys, "size"), rows)
+    for row in found:
+        for alias in row.get("in_store", ()):
+            ref, version = f"{row['task']}@{alias}", row["version"]
+            say(f"{ref} means {version} in the store: `graftwork swap {ref} {version} --endpoint {endpoint}`")
 
 
 @app.command("rm")

@@ -62,15 +62,21 @@ def print_error(error: GraftworkError, as_json: bool) -> None:
         stderr.print(error.text(), style="red", markup=False, soft_wrap=True)
 
 
+_COPIED = ("task", "version", "run", "job", "adapter")
+_WIDE = 1000
+"""Characters."""
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table; columns whose name ends in a unit or holds numbers are right-aligned."""
+    """A table; columns whose name ends in a unit or holds numbers are right-aligned. Off a terminal it is as wide as it
+    is, and names that are copied are in one piece in any case."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], int | float) or _numeric(str(row[index])) for row in rows) and rows
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=column in _COPIED)
     for row in rows:
         table.add_row(*[str(cell) for cell in row])
-    console.print(table)
+    console.print(table, width=None if console.is_terminal else _WIDE, crop=False)
 
 
 def say(line: str) -> None:

@@ -33,6 +33,9 @@ from graftwork.cli.trials import trial
 from graftwork.cli.tuning import tune
 from graftwork.errors import ConfigError
 
+MOST_NAMED = 12
+"""Models that are named when an endpoint has started."""
+
 if TYPE_CHECKING:
     from graftwork.serving.client import Client
     from graftwork.serving.spec import ServeSpec
@@ -131,9 +134,11 @@ def serve(
             print_json({"url": f"{endpoint.url}/v1", "models": models})
             sys.stdout.flush()
             signal.pause()
-        say(f"serving at {endpoint.url}/v1  models: {', '.join(models)}")
+        more = f" and {len(models) - MOST_NAMED} more (GET /v1/models)" if len(models) > MOST_NAMED else ""
+        say(f"serving at {endpoint.url}/v1  models: {', '.join(models[:MOST_NAMED])}{more}")
+        token = f'-H "Authorization: Bearer ${spec.token_env}" ' if spec.token_env else ""
         say(
-            f"  curl {endpoint.url}/v1/chat/completions -H 'Content-Type: application/json' "
+            f"  curl {endpoint.url}/v1/chat/completions {token}-H 'Content-Type: application/json' "
             f"-d '{json.dumps({'model': models[-1], 'messages': [{'role': 'user', 'content': 'Hello'}]})}'"
         )
         say("  Ctrl-C ends it")

@@ -32,6 +32,7 @@ from tests.adapters import facts
 from tests.engines import write_lora
 from tests.ports import free_port
 from tests.tiny import write_tiny_base
+from tests.tiny_embedder import write_tiny_embedder
 
 TASKS = tuple(f"task{number}" for number in range(16))  # all of one home: one time in 2^15
 HELLO = (Message("user", "Hello"),)
@@ -131,6 +132,17 @@ def test_more_replicas_than_fit_are_refused(local_ray: Session, base: Path, stor
     with (
         pytest.raises(ConfigError, match="num_cpus=3 for each of 2 replicas"),
         deploy(spec_of(base, store, name="many", num_cpus=3)),
+    ):
+        pytest.fail("it deployed")
+
+
+def test_an_embedder_that_finds_no_place_beside_the_engine_is_refused(
+    local_ray: Session, base: Path, store: Store, tmp_path: Path
+) -> None:
+    embedder = {"uri": str(write_tiny_embedder(tmp_path / "embedder")), "num_cpus": 64}
+    with (
+        pytest.raises(ConfigError, match=r"embedder\.num_cpus=64 beside"),
+        deploy(spec_of(base, store, name="both", embedder=embedder)),
     ):
         pytest.fail("it deployed")
 

@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from graftwork import artifact, base_model
 from graftwork.base_model import BaseSpec
+from graftwork.chat import Message
 from graftwork.cli import app
 from graftwork.serving.api_error import ApiError
+from graftwork.serving.client import ChatCall, Client
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage import Store
 from tests.adapters import facts
@@ -91,3 +93,39 @@ def test_a_chat_shows_the_first_of_several_tokens(tmp_path: Path, monkeypatch: p
             assert (done.exit_code, "starting one" in done.output) == (0, False), done.output
         with pytest.raises(ApiError, match="API key"):
             CliRunner().invoke(app, ["chat", url, "--message", "Hello"], catch_exceptions=False)
+
+
+def test_a_list_tells_what_is_served_and_what_the_store_has_moved_on_to(parts: tuple[str, Store, list[str]]) -> None:
+    url, store, (first, second) = parts
+    run(url, "swap", "card@prod", first)
+    artifact.promote(store, "card", "prod", second)  # behind the endpoint's back
+    assert (state(url, first)["aliases"], state(url, first)["in_store"]) == (["prod"], [])
+    assert (state(url, second)["aliases"], state(url, second)["in_store"]) == ([], ["prod"])
+    with Client(url) as client:
+        cards = {card["id"]: card["graftwork"].get("adapter_version") for card in client.models()}
+    assert cards["base:card@prod"] == first
+    listed = run(url, "adapters", "ls")
+    assert f"card@prod means {second} in the store: `graftwork swap card@prod {second} --endpoint {url}`" in listed
+    run(url, "swap", "card@prod", second)
+    assert (state(url, second)["aliases"], state(url, second)["in_store"]) == (["prod"], [])
+    run(url, "swap", "card@prod", first)
+
+
+def test_a_folder_of_pefts_is_published_and_answers(parts: tuple[str, Store, list[str]], tmp_path: Path) -> None:
+    url, store, _ = parts
+    base = Path(store.uri).parent / "base"
+    folder = write_lora(base, tmp_path / "peft", 5, r=4, target_modules=["q_proj"])
+    words = ["adapters", "publish", str(folder), "elsewhere", "--base", str(base), "--root", store.uri]
+    made = {}
+    for extra in ([], ["--bf16", "--alias", "half"]):
+        done = CliRunner().invoke(app, [*words, *extra, "--json"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        made[bool(extra)] = json.loads(done.output)
+    sizes = {half: one["files"]["adapter_model.safetensors"]["size_bytes"] for half, one in made.items()}
+    assert sizes[True] < 0.8 * sizes[False]
+    with Client(url) as client:
+        for half, alias in ((False, "latest"), (True, "half")):
+            call = ChatCall(f"base:elsewhere@{alias}", (Message("user", "Hello"),), max_tokens=3)
+            assert client.chat(call).adapter_version == made[half]["version"]
+    wrong = CliRunner().invoke(app, [words[0], words[1], str(tmp_path / "none"), *words[3:]])
+    assert "adapter_config.json" in str(wrong.output) + str(wrong.exception)

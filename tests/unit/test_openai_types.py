@@ -168,7 +168,26 @@ def test_wrong_values_name_their_parameter(extra: dict[str, object], param: str,
 
 def test_pictures_are_refused() -> None:
     picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
-    assert str(refusal(body(messages=picture)).param).startswith("messages.0.content")
+    error = refusal(body(messages=picture))
+    assert str(error.param).startswith("messages.0.content")
+    assert "only text is served" in error.message
+
+
+@pytest.mark.parametrize(
+    ("extra", "param", "said"),
+    [
+        ({"stop": list("abcde")}, "stop", "at most 4 items"),
+        ({"stop": ["a", 3]}, "stop.1", "valid string (found 3)"),
+        ({"stop": 3}, "stop", "valid string (found 3)"),
+        ({"top_logprobs": 3}, "top_logprobs", "top_logprobs needs logprobs=true"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream_options needs stream=true"),
+    ],
+)
+def test_errors_say_what_is_wrong_with_what_was_meant(extra: dict[str, object], param: str, said: str) -> None:
+    error = refusal(body(**extra))
+    assert error.param == param
+    assert said in error.message
+    assert "ChatRequest" not in error.message
 
 
 def test_stream_options_need_a_stream() -> None:
@@ -189,6 +208,12 @@ def test_two_different_limits_contradict() -> None:
 )  # fmt: skip
 def test_no_body_is_too_broken_for_a_proper_error(raw: bytes) -> None:
     assert refusal(raw).message
+
+
+def test_completions_are_short_unless_told_otherwise() -> None:
+    plain = {"model": "base", "prompt": "x"}
+    for extra, limit in (({}, 16), ({"max_tokens": None}, 16), ({"max_tokens": 40}, 40)):
+        assert parse(CompletionRequest, json.dumps({**plain, **extra}).encode()).sampling().max_new_tokens == limit
 
 
 def test_completions_take_one_text() -> None:

@@ -1,0 +1,73 @@
+"""`graftwork adapters publish`: an adapter that was trained elsewhere becomes a version of a task."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graftwork.cli.output import JsonFlag, print_json, say
+from graftwork.errors import ArtifactError
+from graftwork.storage import DEFAULT_ROOT, Store
+
+
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="adapter_config.json and adapter_model.safetensors.")
+    ],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The task that it is a version of.")],
+    base: Annotated[str, typer.Option("--base", metavar="URI", help="The base that it was trained on.")],
+    alias: Annotated[str, typer.Option("--alias", help="Alias to point at it.")] = "latest",
+    system: Annotated[str | None, typer.Option("--system", help="System prompt that it was trained with.")] = None,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Round its LoRA weights to 16 bits: half the bytes, another version.")
+    ] = False,
+    root: Annotated[str, typer.Option("--root", help="The store: a folder, file:// or s3://.")] = DEFAULT_ROOT,
+    as_json: JsonFlag = False,
+) -> None:
+    """Publish a folder that PEFT saved, so that endpoints of its base can serve it."""
+    from graftwork import artifact, base_model, provenance
+    from graftwork.artifact_check import CONFIG_FILE
+    from graftwork.base_model import BaseSpec
+    from graftwork.chat import PromptSpec
+
+    resolved = base_model.resolve(BaseSpec(uri=base))
+    template = base_model.template(resolved)
+    config = _config(folder / CONFIG_FILE)
+    with tempfile.TemporaryDirectory(prefix="gw-publish-") as name:
+        made = artifact.publish(
+            Store(root), task, _rounded(folder, Path(name)) if bf16 else folder, base_digest=resolved.digest,
+            quant={"kind": "none"}, template_digest=template.digest, tokenizer_digest=template.tokenizer_digest,
+            method={"kind": str(config.get("peft_type", "unknown")).lower(), "rank": config.get("r")},
+            prompt=PromptSpec(system=system).model_dump(mode="json"), data_fingerprint="unknown", metrics={},
+            run="published by hand", provenance=provenance.collect(0), alias=alias,
+        )  # fmt: skip
+    if as_json:
+        return print_json(made.model_dump(mode="json"))
+    say(f"published {made.ref}, alias {task}@{alias}")
+
+
+def _config(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        rule, move = "a PEFT folder has an adapter_config.json", "name the folder that save_pretrained wrote"
+        raise ArtifactError(str(path), str(error), rule, move) from None
+    return found if isinstance(found, dict) else {}
+
+
+def _rounded(folder: Path, into: Path) -> Path:
+    """The folder's files, LoRA halves in bf16."""
+    import torch
+    from safetensors.torch import save_file
+
+    from graftwork.artifact_check import CONFIG_FILE, WEIGHTS_FILE
+    from graftwork.serving.engine.adapter_bytes import read_tensors
+
+    halves = (".lora_A.weight", ".lora_B.weight")
+    found = read_tensors(folder / WEIGHTS_FILE)
+    rounded = {key: value.to(torch.bfloat16) if key.endswith(halves) else value for key, value in found.items()}
+    save_file({key: value.contiguous() for key, value in rounded.items()}, into / WEIGHTS_FILE, {"format": "pt"})
+    (into / CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes())
+    return into
