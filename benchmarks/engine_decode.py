@@ -268,11 +268,12 @@ def arms_of(args: argparse.Namespace) -> Iterator[dict[str, ArmProcess]]:
                 process.close()
 
 
-def main() -> None:
+def main(dtype: str = "float32", at: Sequence[int] = (1, 8, 32)) -> None:
+    """dtype, at (rows): what is measured unless the command line says otherwise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="of the base and the adapters")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--dtype", choices=list(_DTYPES), default=dtype, help="of the base and the adapters")
+    parser.add_argument("--rows", type=int, nargs="+", default=list(at))
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32], help="distinct adapters in the batch")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--steps", type=int, default=12, help="decode steps of one turn")
@@ -289,7 +290,8 @@ def main() -> None:
     figures = figures_at(found[str(most)], most) if str(most) in found else {}
     meta = {"unit": "ms per decode step", "prompt": args.prompt, "steps": args.steps, "rounds": args.rounds,
             "threads": args.threads, "rank": base.RANK, "dtype": args.dtype}  # fmt: skip
-    write("engine_decode", args.out, figures, found, meta, clock)
+    name = "engine_decode" if args.dtype == "float32" else "engine_decode_bf16"
+    write(name, args.out, figures, found, meta, clock)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ GOALS = (
     Goal("engine_decode", "saved16_32", "the same, adapters saved in bf16", "at least", 0.75),
     Goal("engine_decode", "none_used", "adapters loaded and none used, against none loaded", "at least", 0.99),
     Goal("engine_decode", "against_peft", "32 distinct adapters, against PEFT's adapter_names", "at least", 8.0),
+    Goal("engine_decode_bf16", "against_peft", "the same, base and adapters in bf16", "at least", 8.0),
     Goal("engine_decode", "step_to_static", "decode step of 32 requests, to a static batch's", "at most", 1.10),
     Goal("zipf", "registered_64", "64 registered adapters, Zipf(1) traffic, against base only", "at least", 0.85),
     Goal("zipf", "registered_1000", "1,000 registered adapters, Zipf(1) traffic, against base only", "at least", 0.80),

@@ -23,6 +23,7 @@ BENCHMARKS = (
     "plan_cold",
     "job_status",
     "engine_decode",
+    "engine_decode_bf16",
     "adapter_load",
     "swap_stall",
     "zipf",
