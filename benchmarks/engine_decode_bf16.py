@@ -3,7 +3,12 @@
 python -m benchmarks.engine_decode_bf16
 """
 
-from benchmarks.engine_decode import main
+from benchmarks import engine_decode
+
+
+def main() -> None:
+    engine_decode.main("bfloat16", at=(32,))
+
 
 if __name__ == "__main__":
-    main("bfloat16", at=(32,))
+    main()

@@ -359,7 +359,7 @@ def chat_body(model: str, *roles: str) -> bytes:
         ("POST", CHAT, b"x" * (5 * 2**20), 413, "request_too_large"),
         ("POST", "/v1/completions", b'{"model":"arm/plain","prompt":"x"}', 400, None),
         ("POST", REFRESH, b'{"adapter":"nosuch@latest"}', 404, NO_MODEL),
-        ("GET", CHAT, b"", 405, "unknown_url"),
+        ("GET", CHAT, b"", 405, "method_not_allowed"),
         ("GET", "/v1/nosuch", b"", 404, "unknown_url"),
         ("GET", "/v1/models/nosuch", b"", 404, NO_MODEL),
     ],
