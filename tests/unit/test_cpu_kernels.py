@@ -1,5 +1,6 @@
 """Compiling the CPU's kernels: once, for this machine; and what is said where that cannot be."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from graftwork import cpu
 from graftwork.serving.engine.cpu import kernels
 
-wide = pytest.mark.skipif("avx512f" not in cpu.flags(), reason="needs AVX-512")
+wide = pytest.mark.skipif("avx512f" not in cpu.flags() or shutil.which("cc") is None, reason="needs AVX-512 and cc")
 
 
 @pytest.fixture(autouse=True)
