@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftwork.serving.engine import runner
+from graftwork.serving.engine.cpu import kernels
 from graftwork.serving.engine.engine import Engine
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.spec import EngineSpec
@@ -31,8 +31,12 @@ def load_model(folder: Path) -> Any:
 def without_kernels() -> Iterator[None]:
     """Engines made within it compute as on a machine without a C compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "kernels_for", lambda dtype: None)
-        yield
+        patch.setenv("CC", "false")
+        kernels.library.cache_clear()
+        try:
+            yield
+        finally:
+            kernels.library.cache_clear()
 
 
 def load_quantized(folder: Path, kind: str, *, fused: bool = False) -> Any:

@@ -1,6 +1,5 @@
 """`graftwork adapters publish`: an adapter that was trained elsewhere becomes a version of a task."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,6 @@ from typing import Annotated
 import typer
 
 from graftwork.cli.output import JsonFlag, print_json, say
-from graftwork.errors import ArtifactError
 from graftwork.storage import DEFAULT_ROOT, Store
 
 
@@ -28,13 +26,13 @@ def publish(
 ) -> None:
     """Publish a folder that PEFT saved, so that endpoints of its base can serve it."""
     from graftwork import artifact, base_model, provenance
-    from graftwork.artifact_check import CONFIG_FILE
     from graftwork.base_model import BaseSpec
     from graftwork.chat import PromptSpec
+    from graftwork.serving.engine.adapters.config_file import ConfigFile
 
     resolved = base_model.resolve(BaseSpec(uri=base))
     template = base_model.template(resolved)
-    config = _config(folder / CONFIG_FILE)
+    config = ConfigFile.read(folder).values
     with tempfile.TemporaryDirectory(prefix="gw-publish-") as name:
         made = artifact.publish(
             Store(root), task, _rounded(folder, Path(name)) if bf16 else folder, base_digest=resolved.digest,
@@ -46,15 +44,6 @@ def publish(
     if as_json:
         return print_json(made.model_dump(mode="json"))
     say(f"published {made.ref}, alias {task}@{alias}")
-
-
-def _config(path: Path) -> dict[str, object]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        rule, move = "a PEFT folder has an adapter_config.json", "name the folder that save_pretrained wrote"
-        raise ArtifactError(str(path), str(error), rule, move) from None
-    return found if isinstance(found, dict) else {}
 
 
 def _rounded(folder: Path, into: Path) -> Path:

@@ -48,20 +48,16 @@ def attend(
         return batch.attend(call, query_1HTD, key_1KTD, value_1KTD)[None], None
     query_THD, key_TKD, value_TKD = (part[0].transpose(0, 1) for part in (query_1HTD, key_1KTD, value_1KTD))
     out_THD = torch.empty(query_THD.shape[:2] + value_1KTD.shape[-1:], dtype=query_1HTD.dtype, device=query_1HTD.device)
-    kv = batch.kv
-    own = batch.rows if kv is not None and batch.rows is not None else None
-    if kv is not None and own is not None and not own.takes(query_THD, value_TKD, kv.keys[layer]):
-        own = None
-    if kv is None:
+    rows = batch.rows if batch.rows is not None and batch.rows.takes(layer, query_THD, value_TKD) else None
+    if batch.kv is None:
         batch.seen[layer] = KvShape(key_1KTD.shape[1], key_1KTD.shape[3])
-    elif own is None or batch.segments:
+    elif rows is None or batch.segments:
         lines = batch.write_lines(layer)
-        for arena, fresh_TKD in ((kv.keys[layer], key_TKD), (kv.values[layer], value_TKD)):
+        for arena, fresh_TKD in ((batch.kv.keys[layer], key_TKD), (batch.kv.values[layer], value_TKD)):
             arena.index_copy_(0, lines, fresh_TKD.reshape(len(lines), -1).to(arena.dtype))
-    if kv is not None and own is not None:
-        arenas = (kv.keys[layer], kv.values[layer])
-        own.attend(query_THD, (key_TKD, value_TKD), arenas, out_THD, writes=not batch.segments,
-                   scale=call.scale, window=call.window, softcap=call.softcap)  # fmt: skip
+    if rows is not None:
+        rows.attend(layer, query_THD, (key_TKD, value_TKD), out_THD, writes=not batch.segments,
+                    scale=call.scale, window=call.window, softcap=call.softcap)  # fmt: skip
     elif batch.runs:
         _decode_all(call, batch, query_THD, out_THD)
     for index, segment in enumerate(batch.segments):

@@ -1,6 +1,10 @@
 """The admin verbs of the command line, against an endpoint over real HTTP."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,3 +133,43 @@ def test_a_folder_of_pefts_is_published_and_answers(parts: tuple[str, Store, lis
             assert client.chat(call).adapter_version == made[half]["version"]
     wrong = CliRunner().invoke(app, [words[0], words[1], str(tmp_path / "none"), *words[3:]])
     assert "adapter_config.json" in str(wrong.output) + str(wrong.exception)
+
+
+@pytest.mark.parametrize(
+    ("model", "meant"),
+    [("card", "Did you mean base:card?"), ("bass", "Did you mean base?"), ("no such!", "Models here: base")],
+)
+def test_a_wrong_model_name_is_answered_with_the_nearest(
+    parts: tuple[str, Store, list[str]], model: str, meant: str
+) -> None:
+    with Client(parts[0]) as client, pytest.raises(ApiError, match=re.escape(meant)) as caught:
+        client.chat(ChatCall(model, (Message("user", "Hello"),), max_tokens=1))
+    assert caught.value.status == 404
+
+
+def test_a_damaged_version_is_refused_without_the_places_of_its_files(
+    parts: tuple[str, Store, list[str]], tmp_path: Path
+) -> None:
+    url, store, _ = parts
+    base = Path(store.uri).parent / "base"
+    folder = write_lora(base, tmp_path / "peft", 9, r=2, target_modules=["q_proj"])
+    words = ["adapters", "publish", str(folder), "broken", "--base", str(base), "--root", store.uri, "--json"]
+    version = json.loads(CliRunner().invoke(app, words, catch_exceptions=False).output)["version"]
+    weights = Path(store.uri) / "adapters" / "broken" / version / "adapter_model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    with Client(url) as client, pytest.raises(ApiError, match="sha256 differs") as caught:
+        client.chat(ChatCall(f"base:broken@{version}", (Message("user", "Hello"),), max_tokens=1))
+    assert f"{version}/adapter_model.safetensors" in caught.value.message
+    assert store.uri not in caught.value.message
+    shutil.rmtree(weights.parents[1])
+
+
+def test_a_piped_table_breaks_no_name(parts: tuple[str, Store, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    command = [str(Path(sys.executable).with_name("graftwork")), "adapters", "ls", "--root", parts[1].uri]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(any(version in line and "card" in line for line in lines) for version in parts[2])

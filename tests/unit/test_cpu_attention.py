@@ -62,9 +62,9 @@ def test_rows_attend_as_the_formula_says(
     query, key, value = (_fresh(len(rows), count, size, dtype) for count in (heads, kv_heads, kv_heads))
     out = torch.empty(len(rows), heads, size, dtype=dtype)
     step = DecodeRows(kernels(dtype), kv, placed, lengths)
-    assert step.takes(query, value, kv.keys[0])
+    assert step.takes(0, query, value)
     for writes in (False, True):
-        step.attend(query, (key, value), (kv.keys[0], kv.values[0]), out, writes=writes, scale=0.2, window=window,
+        step.attend(0, query, (key, value), out, writes=writes, scale=0.2, window=window,
                     softcap=softcap)  # fmt: skip
         for number, (row, length) in enumerate(zip(placed, lengths, strict=True)):
             keys, values = kv.row_view(row, 0)
@@ -92,7 +92,7 @@ def test_scores_far_apart_and_far_off_are_no_nan() -> None:
     values[0, :100] = torch.arange(100.0)[:, None]
     query, out = torch.ones(1, 1, 16), torch.empty(1, 1, 16)
     DecodeRows(kernels(torch.float32), kv, [row], [100]).attend(
-        query, (query, query), (kv.keys[0], kv.values[0]), out, writes=False, scale=1.0, window=None, softcap=None
+        0, query, (query, query), out, writes=False, scale=1.0, window=None, softcap=None
     )
     torch.testing.assert_close(out, torch.full_like(out, 99.0))
 

@@ -37,7 +37,7 @@ class DecodeRows:
     """The decoding tokens of one step, in the order in which they are packed. lengths: keys each one looks at."""
 
     def __init__(self, kernels: Kernels, kv: KvStore, rows: Sequence[KvRow], lengths: Sequence[int]) -> None:
-        self._attend, self._dtype = kernels.attend, kernels.dtype
+        self._attend, self._dtype, self._kv = kernels.attend, kernels.dtype, kv
         places = [row.page * kv.page_tokens + row.index * row.cap for row in rows]
         self._table = numpy.array([places, [row.cap for row in rows], lengths], numpy.int64)
         first, step = self._table.ctypes.data, self._table.strides[0]
@@ -46,16 +46,16 @@ class DecodeRows:
         )
         self._call = _Attention(rows=self._rows.ctypes.data)
 
-    def takes(self, query_NHD: torch.Tensor, values_NKD: torch.Tensor, arena: torch.Tensor) -> bool:
-        """Whether the kernel can do it. values_NKD: the new ones; arena: of the layer's keys."""
-        size, together = query_NHD.shape[-1], (query_NHD, values_NKD, arena)
+    def takes(self, layer: int, query_NHD: torch.Tensor, values_NKD: torch.Tensor) -> bool:
+        """Whether the kernel can do it. values_NKD: the new ones."""
+        size, together = query_NHD.shape[-1], (query_NHD, values_NKD, self._kv.keys[layer])
         return fits(size) and all(part.shape[-1] == size and part.dtype == self._dtype for part in together)
 
     def attend(
         self,
+        layer: int,
         query_NHD: torch.Tensor,
         fresh: tuple[torch.Tensor, torch.Tensor],
-        arenas: tuple[torch.Tensor, torch.Tensor],
         out_NHD: torch.Tensor,
         *,
         writes: bool,
@@ -63,13 +63,14 @@ class DecodeRows:
         window: int | None,
         softcap: float | None,
     ) -> None:
-        """Attends into `out_NHD`, contiguous. fresh: the new keys and values [N, K, D], which are put into the layer's
-        arenas first where `writes`."""
+        """Attends into `out_NHD`, contiguous. fresh: the new keys and values [N, K, D], which are put into their places
+        first where `writes`."""
         key_NKD, value_NKD = (part if part.stride(-1) == 1 else part.contiguous() for part in fresh)
         query_NHD = query_NHD if query_NHD.stride(-1) == 1 else query_NHD.contiguous()
         call, heads = self._call, key_NKD.shape[1]
         call.q, call.k, call.v = query_NHD.data_ptr(), key_NKD.data_ptr(), value_NKD.data_ptr()
-        call.keys, call.values, call.out = arenas[0].data_ptr(), arenas[1].data_ptr(), out_NHD.data_ptr()
+        call.keys, call.values = self._kv.keys[layer].data_ptr(), self._kv.values[layer].data_ptr()
+        call.out = out_NHD.data_ptr()
         call.q_row, call.q_head = query_NHD.stride()[:2]
         call.k_row, call.k_head = key_NKD.stride()[:2]
         call.v_row, call.v_head = value_NKD.stride()[:2]

@@ -52,11 +52,10 @@ struct attending {
   int64_t next;
 };
 
-struct apply {
-  const void *x, *y;
+struct gate {
+  const void *gate, *up;
   void *out;
-  int64_t count, size;
-  float eps;
+  int64_t count;
 };
 
 #define T float

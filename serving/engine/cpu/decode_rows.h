@@ -104,11 +104,11 @@ void N(rms_norm)(const T *x, const T *weight, T *out, int64_t count, int64_t siz
 }
 
 static void N(gate_share)(void *data) {
-  struct apply *work = data;
+  const struct gate *work = data;
   int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
   int64_t first = work->count * me / all / LANES * LANES, stop = work->count * (me + 1) / all / LANES * LANES;
   if (me + 1 == all) stop = work->count;
-  const T *gate = work->x, *up = work->y;
+  const T *gate = work->gate, *up = work->up;
   T *out = work->out;
   for (int64_t i = first; i < stop; i += LANES) {
     T g[LANES], u[LANES], o[LANES];
@@ -124,6 +124,6 @@ static void N(gate_share)(void *data) {
 
 /* out = T(silu(gate)) * up, `count` values. */
 void N(gated)(const T *gate, const T *up, T *out, int64_t count, int64_t threads) {
-  struct apply work = {gate, up, out, count, 0, 0};
+  struct gate work = {gate, up, out, count};
   GOMP_parallel(N(gate_share), &work, (unsigned)threads, 0);
 }

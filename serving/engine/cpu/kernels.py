@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,8 @@ class Kernels:
 
 def kernels_for(dtype: torch.dtype) -> Kernels | None:
     """None where this machine or type has none; for a machine the reason is logged, once."""
-    library = _library()
-    return Kernels(library, dtype) if library is not None and dtype in _TYPES else None
+    found = library()
+    return Kernels(found, dtype) if found is not None and dtype in _TYPES else None
 
 
 def _function(library: ctypes.CDLL, name: str, arguments: str) -> Callable[..., None]:
@@ -81,7 +81,8 @@ def _function(library: ctypes.CDLL, name: str, arguments: str) -> Callable[..., 
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """Those of this machine, loaded once a process."""
     try:
         return load()
     except NoKernels as reason:
@@ -89,17 +90,18 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def load(compiler: str | None = None) -> ctypes.CDLL:
+def load(compiler: str | None = None, flags: Collection[str] | None = None) -> ctypes.CDLL:
     """Compiles them (0.5 s, once a machine and version) and loads them. Raises NoKernels.
 
-    compiler: its command; None takes $CC, cc, gcc or clang.
+    compiler: its command; None takes $CC, cc, gcc or clang. flags: instruction sets; None takes this machine's.
     """
-    if "avx512f" not in cpu.flags():
+    flags = cpu.flags() if flags is None else flags
+    if "avx512f" not in flags:
         raise NoKernels("this CPU has no AVX-512, and they are not faster without")
     command = compiler or os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if command is None:
         raise NoKernels("no C compiler (cc, gcc or clang); with one, this engine is faster")
-    digest = hashlib.sha256("\n".join((command, *_FLAGS, *sorted(cpu.flags()))).encode())
+    digest = hashlib.sha256("\n".join((command, *_FLAGS, *sorted(flags))).encode())
     for name in (*_SOURCES, *_HEADERS):
         digest.update(_here(name).read_bytes())
     try:
