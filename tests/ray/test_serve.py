@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import openai
 import psutil
 import pytest
+from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from graftwork import artifact, base_model, chat
 from graftwork.base_model import BaseSpec
@@ -182,6 +185,38 @@ def endpoint(local_ray: Session, world: World) -> Iterator[Endpoint]:
         settings = {"token_env": "GRAFTWORK_TEST_TOKEN", "admin_token_env": "GRAFTWORK_TEST_OWNER"}
         with deploy(world.spec(**settings)) as running:
             yield running
+
+
+@dataclass(frozen=True)
+class TouchOnLoad:
+    """A pickle that creates a file when it is loaded."""
+
+    path: Path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("token", [None, "wrong", "right"])
+def test_replica_grpc_servers_refuse_a_call_without_the_ray_token_before_unpickling(
+    endpoint: Endpoint, tmp_path: Path, token: str | None
+) -> None:
+    """Ray Serve opens this server on all addresses in each replica, and it unpickles its arguments (Ray 2.60)."""
+    replicas = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ServeReplica")]
+    ports = {c.laddr.port for p in replicas for c in connections(p) if c.status == "LISTEN" and c.laddr.ip == "::"}
+    assert ports
+    sent = {"wrong": "0" * 64, "right": os.environ["RAY_AUTH_TOKEN"]}
+    metadata = [("authorization", f"Bearer {sent[token]}")] if token else []
+    for port, streaming in itertools.product(ports, (False, True)):
+        loaded = tmp_path / f"{port}-{streaming}"
+        request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps(TouchOnLoad(loaded)))
+        with grpc.insecure_channel(f"[::1]:{port}") as channel:
+            stub = serve_pb2_grpc.ASGIServiceStub(channel)
+            call = stub.HandleRequestStreaming if streaming else stub.HandleRequest
+            with pytest.raises(grpc.RpcError) as failed:
+                list(call(request, timeout=30, metadata=metadata)) if streaming else call(request, metadata=metadata)
+        refused = failed.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert (refused, loaded.exists()) == (token != "right", token == "right")
 
 
 def openai_settings(endpoint: Endpoint) -> dict[str, Any]:
