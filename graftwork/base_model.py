@@ -39,7 +39,7 @@ class BaseSpec(Spec):
 
 
 class QuantSpec(Spec):
-    """Precision of the frozen base weights."""
+    """Precision of the frozen base weights. In YAML a plain string is its `kind`."""
 
     kind: Literal["none", "int8", "nf4"] = "nf4"
     """nf4: 4-bit NormalFloat of QLoRA (arXiv 2305.14314) by bitsandbytes."""
@@ -49,6 +49,11 @@ class QuantSpec(Spec):
     """How nf4 lies in memory: packed, or its exact values as plain weights (bit-equal output, faster on most CPUs)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of compute, and of weights that are not quantised; auto: bfloat16 where the hardware has instructions for it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:

@@ -5,20 +5,20 @@ spec lives beside its owner and subclasses `Spec`; `SPEC_KINDS` is the only plac
 so that this module imports neither torch nor ray.
 """
 
-import difflib
 import hashlib
 import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar
 
 import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from graftwork.errors import ConfigError
+from graftwork.spec_errors import did_you_mean, explain_error
 
 SPEC_KINDS = {
     "train": ("graftwork.training.spec", "TrainSpec"),
@@ -75,9 +75,38 @@ class _KeysAreText(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class DuplicateKeyError(yaml.YAMLError):
+    """A key that stands twice in one mapping; YAML would silently use the last one."""
+
+
 def read_yaml(text: str) -> Any:
-    """A spec's YAML. Raises yaml.YAMLError."""
-    return yaml.load(text, _KeysAreText)  # a SafeLoader
+    """Parse a spec's YAML. Raises yaml.YAMLError, DuplicateKeyError included."""
+    loader = _KeysAreText(text)  # a SafeLoader
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _refuse_duplicate_keys(node, set())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _refuse_duplicate_keys(node: yaml.Node, seen: set[int]) -> None:
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicate_keys(item, seen)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if isinstance(key, yaml.ScalarNode) and key.value != "<<" and lines.setdefault(key.value, line) != line:
+            raise DuplicateKeyError(f"the key {key.value!r} is given on line {lines[key.value]} and on line {line}")
+        _refuse_duplicate_keys(value, seen)
 
 
 def canonical_json(value: object) -> str:
@@ -92,7 +121,7 @@ def spec_class(kind: str, where: str = "kind") -> type[Spec]:
             f"{where}: kind={kind!r}",
             "no such stage",
             f"kind is one of {', '.join(SPEC_KINDS)}",
-            _did_you_mean(str(kind), SPEC_KINDS),
+            did_you_mean(str(kind), SPEC_KINDS),
         )
     module, name = SPEC_KINDS[kind]
     cls: type[Spec] = getattr(importlib.import_module(module), name)
@@ -116,16 +145,21 @@ def load(path: str | Path, sets: Sequence[str] = (), expect: str | None = None) 
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"spec file {path}", f"it cannot be read ({error})") from error
+    except DuplicateKeyError as error:
+        raise ConfigError(
+            f"spec file {path}", str(error), "a key is given once", "remove one of the two lines"
+        ) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"spec file {path}", f"it is not YAML ({error})", "a spec is one YAML mapping") from error
+        raise _not_yaml(path, error) from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"spec file {path}", f"found {type(tree).__name__}", "a spec is one YAML mapping of keys")
+        found = "it is empty" if tree is None else "it is not a mapping"
+        raise ConfigError(f"spec file {path}", found, "a spec is one YAML mapping of keys", "begin with 'kind: train'")
     for item in sets:
         key, sep, text = item.partition("=")
         if not sep or not key:
             raise ConfigError(f"--set {item}", "no '=' in it", "write --set key.sub=value")
         try:
-            _assign(tree, key, yaml.safe_load(text))
+            _assign(tree, key, read_yaml(text))
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item}", f"the value is not YAML ({error})") from error
     kind = tree.get("kind")
@@ -152,10 +186,19 @@ def validate(cls: type[SpecT], tree: Mapping[str, Any], where: str) -> SpecT:
         return cls.model_validate(tree)
     except pydantic.ValidationError as error:
         own = (e for e in error.errors() if e["type"] != "default_factory_not_called")  # for want of another key
-        first, *rest = [_explain(cls, dict(e), tree) for e in own]
-        more = "".join(f"\n  Also: {asked}: {found}" for asked, found, _, _ in rest)
+        first, *rest = [explain_error(cls, dict(e), tree) for e in own]
         asked, found, rule, next_move = first
-        raise ConfigError(f"{where}: {asked}", found, rule, next_move + more) from None
+        also = tuple(f"{asked}: {found}" + (f" ({hint})" if hint else "") for asked, found, _, hint in rest)
+        raise ConfigError(f"{where}: {asked}", found, rule, next_move, also) from None
+
+
+def _not_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "it cannot be parsed"
+    where = f"spec file {path}" + (f", line {mark.line + 1}, column {mark.column + 1}" if mark else "")
+    if "\\t" in problem:
+        return ConfigError(where, "a tab", "YAML is indented by spaces", "replace the tab by spaces")
+    hint = "quote a value that holds ': ' or begins with a special character: key: 'a: b'"
+    return ConfigError(where, f"it is not YAML: {problem}", "a spec is one YAML mapping", hint)
 
 
 def schema(kind: str) -> dict[str, Any]:
@@ -186,94 +229,33 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
+    """Set `dotted` in `tree`. A part in quotes, and a key that `tree` has already, may hold dots: `space.optim.lr`."""
+    parts = [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|([^.]+)', dotted)]
     node: Any = tree
-    for part in parents:
-        node = node[int(part)] if isinstance(node, list) and part.isdigit() else node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"--set {dotted}", f"{part!r} holds {node!r}, which has no keys")
-    if isinstance(node, list):
-        node[int(last)] = value
-    else:
-        node[last] = value
+    while parts:
+        part, parts = _first_key(node, parts)
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(
+                    f"--set {dotted}", f"{part!r} is no entry of a list of {len(node)}", "entries count from 0",
+                    f"use 0 to {len(node) - 1}, or replace the list: --set 'key=[...]'",
+                )  # fmt: skip
+            if not parts:
+                node[int(part)] = value
+            node = node[int(part)]
+        else:
+            if not parts:
+                node[part] = value
+                return
+            node = node.setdefault(part, {})
+        if parts and not isinstance(node, dict | list):
+            raise ConfigError(f"--set {dotted}", f"{part!r} holds {node!r}, which has no keys",
+                              "only a mapping has keys", f"replace it: --set '{part}={{...}}'")  # fmt: skip
 
 
-def _explain(cls: type[BaseModel], error: dict[str, Any], tree: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    keys = [str(part) for part in error["loc"] if _in_tree(tree, error["loc"], part) or error["type"] == "missing"]
-    dotted = ".".join(keys) or "(top level)"
-    if error["type"] == "extra_forbidden":
-        models = _models_at(cls, keys[:-1])
-        meant = [model for model in models if _kinds(model) & set(error["loc"])] or models
-        known = _keys_of(meant)
-        move = _did_you_mean(keys[-1], known)
-        if keys[-1] in _keys_of(models):
-            tag = f"{{{_tag(meant[0])}: {min(_kinds(meant[0]))}}}"
-            move = f"it is of another kind; replace all of them: --set '{'.'.join(keys[:-1])}={tag}'"
-        return dotted, f"unknown key (value {error['input']!r})", f"known keys here: {', '.join(known)}", move
-    if error["type"] == "missing":
-        return dotted, "the key is missing", "it has no default", f"add '{keys[-1]}:'"
-    if error["type"] == "union_tag_invalid":
-        tag, known = str(error["ctx"]["tag"]), re.findall(r"'([^']+)'", error["ctx"]["expected_tags"])
-        return f"{dotted}.kind={tag!r}", "no such kind", f"kind is one of {', '.join(known)}", _did_you_mean(tag, known)
-    return f"{dotted}={_short(error['input'])}", str(error["msg"]).removeprefix("Value error, "), "", ""
-
-
-def _in_tree(tree: Any, loc: Sequence[Any], part: Any) -> bool:
-    """Pydantic puts union tags into `loc`; keep only what the user wrote."""
-    for step in loc:
-        found = (isinstance(tree, Mapping) and step in tree) or (
-            isinstance(tree, list) and isinstance(step, int) and step < len(tree)
-        )
-        if step is part:
-            return found
-        if found:
-            tree = tree[step]
-    return False
-
-
-def _models_at(cls: type[BaseModel], path: Sequence[str]) -> list[type[BaseModel]]:
-    """What may stand at a dotted key: several where it is a union."""
-    models: list[type[BaseModel]] = [cls]
-    for part in path:
-        if part.isdigit():
-            continue
-        models = [
-            m
-            for model in models
-            for name, field in model.model_fields.items()
-            if name == part
-            for m in _models_in(field.annotation)
-        ]
-    return models
-
-
-def _keys_of(models: Sequence[type[BaseModel]]) -> list[str]:
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _tag(model: type[BaseModel]) -> str:
-    """The key by which one of several models is meant."""
-    return "kind" if "kind" in model.model_fields else "name"
-
-
-def _kinds(model: type[BaseModel]) -> set[str]:
-    """The values of its tag that mean this model."""
-    field = model.model_fields.get(_tag(model))
-    return {value for value in get_args(field.annotation) if isinstance(value, str)} if field else set()
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for arg in get_args(annotation):
-        yield from _models_in(arg)
-
-
-def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else ""
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _first_key(node: Any, parts: list[str]) -> tuple[str, list[str]]:
+    """Split off the longest run of `parts` that is a key of `node`, else the first part."""
+    for end in range(len(parts), 1, -1):
+        if isinstance(node, dict) and ".".join(parts[:end]) in node:
+            return ".".join(parts[:end]), parts[end:]
+    return parts[0], parts[1:]

@@ -24,8 +24,11 @@ class GraftworkError(Exception):
 
     exit_code = 1
 
-    def __init__(self, asked: str, found: str = "", rule: str = "", next_move: str = "") -> None:
-        self.asked, self.found, self.rule, self.next_move = asked, found, rule, next_move
+    def __init__(
+        self, asked: str, found: str = "", rule: str = "", next_move: str = "", also: Sequence[str] = ()
+    ) -> None:
+        """`also`: further problems of the same input, one line each."""
+        self.asked, self.found, self.rule, self.next_move, self.also = asked, found, rule, next_move, tuple(also)
         super().__init__(self.text())
 
     def text(self) -> str:
@@ -33,13 +36,14 @@ class GraftworkError(Exception):
         lines = [f"{type(self).__name__}: {self.asked}" + (f": {self.found}" if self.found else "")]
         lines += [f"  Rule: {self.rule}"] if self.rule else []
         lines += [f"  Next: {self.next_move}"] if self.next_move else []
+        lines += [f"  Also: {line}" for line in self.also]
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.text()
 
-    def __reduce__(self) -> tuple[type["GraftworkError"], tuple[str, str, str, str]]:
-        return type(self), (self.asked, self.found, self.rule, self.next_move)  # Ray carries it between processes
+    def __reduce__(self) -> tuple[type["GraftworkError"], tuple[str, str, str, str, tuple[str, ...]]]:
+        return type(self), (self.asked, self.found, self.rule, self.next_move, self.also)  # Ray pickles it
 
 
 class UserError(GraftworkError):

@@ -55,6 +55,7 @@ def print_error(error: GraftworkError, as_json: bool) -> None:
             "found": error.found,
             "rule": error.rule,
             "next": error.next_move,
+            "also": list(error.also),
             "exit_code": error.exit_code,
         }
         sys.stderr.write(json.dumps({"error": parts}, ensure_ascii=False) + "\n")

@@ -82,7 +82,7 @@ def adapter_spec(spec: StudySpec, number: int, folder: Path) -> TrainSpec:
         return found.with_({**shared, **wanted.set})
     except ConfigError as error:
         where = f"adapters.{number}.set: {error.asked.removeprefix('override: ')}"
-        raise ConfigError(where, error.found, error.rule, error.next_move) from None
+        raise ConfigError(where, error.found, error.rule, error.next_move, error.also) from None
 
 
 def study_report(spec: StudySpec, adapters: tuple[StudyAdapter, ...], measured: list[Measured]) -> StudyReport:

@@ -280,7 +280,7 @@ def test_bohb_draws_its_share_at_random() -> None:
         ({"optim.rows_per_step": {"kind": "int", "low": 0, "high": 8, "log": True}}, "no place on a log scale"),
         ({"optim.lr": {"kind": "logunifrom", "low": 1, "high": 2}}, "did you mean 'loguniform'"),
         ({"optm.lr": LR}, "did you mean 'optim'"),
-        ({"adapter.rank": {"kind": "choice", "values": ["eight"]}}, "valid integer"),
+        ({"adapter.rank": {"kind": "choice", "values": ["eight"]}}, "whole number"),
         ({"objective.kind": {"kind": "choice", "values": ["sft", "cpt"]}}, "losses of different kinds"),
         ({"objective": {"kind": "choice", "values": [{"kind": "sft"}, {"kind": "dpo"}]}}, "kinds dpo, sft: losses of"),
         ({"seed": {"kind": "int", "low": 0, "high": 3}}, "list its values"),

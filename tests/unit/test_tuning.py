@@ -79,7 +79,7 @@ def test_a_range_has_no_grid() -> None:
         ({"space": {}}, "space is empty"),
         ({"space": {"adapter.rnk": {"kind": "choice", "values": [4]}}}, "did you mean 'rank'"),
         ({"space": {"adapter.rank": {"kind": "choice", "values": [4, 0]}}}, "adapter.rank=0"),
-        ({"space": {"adapter.rank": {"kind": "uniform", "low": 4, "high": 16}}}, "valid integer"),
+        ({"space": {"adapter.rank": {"kind": "uniform", "low": 4, "high": 16}}}, "whole number"),
         ({"space": {"optim.lr": {"kind": "loguniform", "low": 0, "high": 1}}}, "greater than 0"),
         ({"space": {"optim.lr": {"kind": "uniform", "low": 2, "high": 1}}}, "low=2 must be less than high=1"),
         ({"space": {"optim.lr": {"kind": "uniform", "low": 1, "high": "inf"}}}, "finite"),

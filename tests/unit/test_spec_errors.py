@@ -1,0 +1,156 @@
+"""Spec files that cannot take effect: each error names subject, problem, rule and a hint, in the words of the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graftwork import config
+from graftwork.errors import ConfigError
+from graftwork.spec_errors import PEER_KEYS
+from graftwork.training.spec import TrainSpec
+from graftwork.tuning.spec import TuneSpec
+
+TRAIN: dict[str, Any] = {"kind": "train", "name": "cards", "base": "base", "data": {"train": "rows.jsonl"}}
+TUNE: dict[str, Any] = {
+    "kind": "tune", "name": "sweep", "space": {"optim.lr": {"kind": "choice", "values": [1e-3, 4e-3]}},
+    "train": {"name": "cards", "base": "base", "data": {"train": "a.jsonl", "eval": "b.jsonl"}},
+}  # fmt: skip
+OF_PYDANTIC = ("Input should", "valid dictionary", "instance of", "unable to parse", "String should")
+
+
+def refusal(tmp_path: Path, text: str, *sets: str) -> ConfigError:
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, sets)
+    assert not any(word in str(caught.value) for word in OF_PYDANTIC), str(caught.value)
+    return caught.value
+
+
+def changed(**keys: Any) -> str:
+    return yaml.safe_dump({**TRAIN, **keys})
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("kind: train\nname: a\nbase: b\nname: other\ndata: {train: x}\n", "name", (2, 4)),
+        ("kind: train\nname: a\nbase: b\ndata:\n  train: x\n  eval: y\n  train: z\n", "train", (5, 7)),
+        ("kind: serve\nbase: b\narms:\n- name: a\n  max_new_tokens: 3\n  name: b\n", "name", (4, 6)),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_both_lines(
+    tmp_path: Path, text: str, key: str, lines: tuple[int, int]
+) -> None:
+    error = refusal(tmp_path, text)
+    assert f"{key!r} is given on line {lines[0]} and on line {lines[1]}" in error.found
+
+
+def test_a_merge_key_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("kind: train\nname: a\nbase: b\ndata: &d {train: x, eval: y}\nprompt: &p {system: s}\n")
+    assert config.load(path) is not None
+    assert config.read_yaml("a: &x {k: 1}\nb: {<<: *x, k: 2}") == {"a": {"k": 1}, "b": {"k": 2}}
+
+
+@pytest.mark.parametrize(
+    ("peer", "own"),
+    [
+        ("epochs", "optim.epochs"),
+        ("learning_rate", "optim.lr"),
+        ("lora_r", "adapter.rank"),
+        ("target_modules", "adapter.targets"),
+        ("max_seq_length", "max_length"),
+        ("batch_size", "optim.rows_per_step"),
+    ],
+)
+def test_keys_of_other_trainers_lead_to_the_key_here(tmp_path: Path, peer: str, own: str) -> None:
+    assert refusal(tmp_path, changed(**{peer: 3})).next_move == f"use {own!r}"
+
+
+def test_every_suggested_key_exists_in_a_spec() -> None:
+    def keys(schema: dict[str, Any], node: dict[str, Any], prefix: str = "") -> set[str]:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node
+        below = [keys(schema, one, prefix) for form in ("anyOf", "oneOf", "allOf") for one in node.get(form, [])]
+        named = node.get("properties", {})
+        below += [{prefix + name} | keys(schema, one, f"{prefix}{name}.") for name, one in named.items()]
+        return set().union(*below)
+
+    schemas = [config.schema(kind) for kind in ("train", "serve")]
+    known = set().union(*[keys(schema, schema) for schema in schemas])
+    assert set(PEER_KEYS.values()) <= known
+
+
+def test_an_unknown_key_without_a_near_one_still_has_a_hint(tmp_path: Path) -> None:
+    assert refusal(tmp_path, changed(zzzqqq=1)).next_move == "remove 'zzzqqq'"
+
+
+def test_quant_takes_a_plain_string(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(changed(quant="int8"))
+    spec, nested = config.load(path), config.load(path, ["quant={kind: int8}"])
+    assert isinstance(spec, TrainSpec)
+    assert spec.quant.kind == "int8"
+    assert spec.digest() == nested.digest()
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"quant": "4bit"}, ("quant='4bit'", "it is one of none, int8, nf4", "use 'nf4'")),
+        ({"quant": [1]}, ("quant", "not a mapping of keys", "double_quant, dtype, kind, resident")),
+        ({"name": "My Tickets"}, ("name='My Tickets'", "lower-case letters", "write 'my-tickets'")),
+        ({"name": False}, ("name=False", "not text", "quote it: name: 'no'")),
+        ({"init_from": "cards"}, ("TASK@ALIAS", "write 'cards@latest'")),
+        ({"num_workers": "two"}, ("num_workers='two'", "whole number")),
+        ({"adapter": {"rank": 0}}, ("adapter.rank=0", "out of range", "greater than or equal to 1")),
+        ({"objective": {"beta": 0.1}}, ("objective.beta", "belongs to kind", "dpo", "add 'kind: ")),
+        ({"objective": {"kind": "sft", "beta": 0.1}}, ("of another kind", "--set 'objective={kind: sft}'")),
+    ],
+)
+def test_wrong_values_are_named_with_rule_and_hint(
+    tmp_path: Path, keys: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    error = refusal(tmp_path, changed(**keys))
+    for word in words:
+        assert word in str(error)
+
+
+def test_a_rule_about_the_whole_spec_prints_no_python_dict(tmp_path: Path) -> None:
+    tree = {**TUNE, "train": {**TUNE["train"], "data": {"train": "a.jsonl"}}}
+    error = refusal(tmp_path, yaml.safe_dump(tree))
+    assert "{'" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("kind: train\nprompt:\n\tsystem: x\n", ("line 3", "tab", "spaces")),
+        ("kind: train\nprompt: {system: a}\nname: Answer: x\n", ("line 3", "quote a value")),
+        ("", ("it is empty", "kind: train")),
+        ("- a\n", ("it is not a mapping",)),
+    ],
+)
+def test_yaml_that_cannot_be_read_names_line_and_way_out(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
+    error = refusal(tmp_path, text)
+    for word in words:
+        assert word in str(error)
+
+
+@pytest.mark.parametrize("key", ["space.optim.lr.values", 'space."optim.lr".values'])
+def test_set_reaches_keys_that_contain_dots(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(TUNE))
+    spec = config.load(path, [f"{key}=[0.5, 0.25]"])
+    assert isinstance(spec, TuneSpec)
+    assert json.loads(spec.model_dump_json())["space"]["optim.lr"]["values"] == [0.5, 0.25]
+
+
+def test_further_problems_are_a_list_of_their_own(tmp_path: Path) -> None:
+    error = refusal(tmp_path, changed(zzzqqq=1, num_workers="two"))
+    assert "\n" not in error.next_move
+    assert len(error.also) == 1
+    assert str(error).endswith(f"Also: {error.also[0]}")
