@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from graftwork.cluster.fence import Fence
 from graftwork.errors import GraftworkError
@@ -20,6 +20,9 @@ console = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
 LINE_S = 5.0
+"""Seconds between two lines of progress in the log of a job."""
+PLAIN_LINE_S = 60.0
+"""The same where there is no terminal: pipes, CI, notebooks."""
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Sets = Annotated[
@@ -63,26 +66,42 @@ def print_error(error: GraftworkError, as_json: bool) -> None:
         stderr.print(error.text(), style="red", markup=False, soft_wrap=True)
 
 
-_COPIED = ("task", "version", "run", "job", "adapter")
-_WIDE = 1000
-"""Characters."""
+_COPIED = ("task", "version", "run", "job", "adapter", "arm", "code")
+_LEAST_WIDTH = 12
+"""Characters that a column of free text keeps on a terminal."""
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table; columns whose name ends in a unit or holds numbers are right-aligned. Off a terminal it is as wide as it
-    is, and names that are copied are in one piece in any case."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        numeric = all(isinstance(row[index], int | float) or _numeric(str(row[index])) for row in rows) and rows
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=column in _COPIED)
-    for row in rows:
-        table.add_row(*[str(cell) for cell in row])
-    console.print(table, width=None if console.is_terminal else _WIDE, crop=False)
+    """Print a table with one line per row. Numbers are right-aligned.
+
+    A terminal that is too narrow shortens free text with an ellipsis, never a number or a name that is copied. Pipes
+    and files get every cell in full.
+    """
+    cells = [[" ".join(str(cell).split()) for cell in row] for row in rows]
+    numeric = [bool(rows) and all(_numeric(row[index]) for row in cells) for index in range(len(columns))]
+    widths = [max(cell_len(row[index]) for row in [list(columns), *cells]) for index in range(len(columns))]
+    if console.is_terminal:
+        free = [i for i, name in enumerate(columns) if not numeric[i] and name not in _COPIED]
+        excess = sum(widths) + 2 * (len(columns) - 1) - console.width
+        while excess > 0 and (index := max(free, key=widths.__getitem__, default=-1)) >= 0:
+            if widths[index] <= max(_LEAST_WIDTH, cell_len(columns[index])):
+                break
+            widths[index], excess = widths[index] - 1, excess - 1
+    say(title, "bold")
+    for number, row in enumerate([list(columns), *cells]):
+        fitted = [_fit(*cell) for cell in zip(row, widths, numeric, strict=True)]
+        say("  ".join(fitted).rstrip(), "" if number else "dim")
 
 
-def say(line: str) -> None:
-    """One line of finding, for people."""
-    console.print(line, markup=False, soft_wrap=True)
+def _fit(cell: str, width: int, right: bool) -> str:
+    if cell_len(cell) > width:
+        return set_cell_size(cell, width - 1) + "…"
+    return cell.rjust(width) if right else set_cell_size(cell, width)
+
+
+def say(line: str, style: str = "") -> None:
+    """Print one line for people, however long, without markup."""
+    console.print(line, style=style, markup=False, soft_wrap=True)
 
 
 def gib(size_bytes: float) -> str:
@@ -100,12 +119,13 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(label: str, quiet: bool) -> Iterator[Any]:
-    """A bar with count, elapsed time, ETA and a free text; yields `update(done, total, text)`. Silent when `quiet`.
+    """Show a bar with count, times and a free text; yields `update(done, total, text)`. Silent when `quiet`.
 
-    In a job, whose log nobody sees as a terminal, a line now and then: `jobs status` shows the last one.
+    Without a terminal it prints a line a minute; in a job a line every LINE_S, of which `jobs status` shows the last.
     """
-    if Fence.of_environment() is not None and not quiet:
-        lines = _Lines(label)
+    in_job = Fence.of_environment() is not None
+    if not quiet and (in_job or not stderr.is_terminal):
+        lines = _Lines(label, LINE_S if in_job else PLAIN_LINE_S)
         yield lines.update
         lines.close()
         return
@@ -128,10 +148,11 @@ def progress_bar(label: str, quiet: bool) -> Iterator[Any]:
 
 
 class _Lines:
-    """A line at most every LINE_S, and the last one."""
+    """A line at most every `every_s`, and the last one."""
 
-    def __init__(self, label: str) -> None:
-        self._label, self._line, self._printed, self._next = label, "", "", 0.0
+    def __init__(self, label: str, every_s: float) -> None:
+        self._label, self._every_s = label, every_s
+        self._line, self._printed, self._next = "", "", 0.0
 
     def update(self, done: int, total: int, text: str = "") -> None:
         """Note how far it is; say so if it is time."""
@@ -143,7 +164,7 @@ class _Lines:
         """Say how far it came."""
         if self._line != self._printed:
             stderr.print(self._line, markup=False, soft_wrap=True)
-            self._printed, self._next = self._line, time.monotonic() + LINE_S
+            self._printed, self._next = self._line, time.monotonic() + self._every_s
 
 
 def _numeric(text: str) -> bool:
