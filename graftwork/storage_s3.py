@@ -1,6 +1,7 @@
 """Objects on S3 or on a server that speaks its protocol, through s3fs. Credentials come from the environment alone."""
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ _CREDENTIAL_SOURCES = (
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_UNMISTAKABLE = 16
+"""Characters from which a secret is no part of another word; AWS's have 40."""
 _PAGE = 1000
 
 
@@ -278,7 +281,11 @@ def _code(error: BaseException | None) -> str:
 
 
 def _scrub(text: str) -> str:
+    """Mask credentials. A short one is masked as a whole word alone: the secret `minio` leaves `minio.example`."""
     for name in _SECRET_VARIABLES:
-        value = os.environ.get(name)
-        text = text.replace(value, "***") if value else text
+        value = os.environ.get(name, "")
+        if len(value) >= _UNMISTAKABLE:
+            text = text.replace(value, "***")
+        elif value:
+            text = re.sub(rf"(?<![\w./-]){re.escape(value)}(?![\w/-]|\.\w)", "***", text)
     return text

@@ -153,8 +153,8 @@ def _start(spec: ServeSpec, application: serve.Application, *, http: bool) -> En
     return endpoint
 
 
-def preflight(spec: ServeSpec) -> None:
-    """Find the user's mistakes here, as typed errors, before a replica would. Raises UserError."""
+def check_spec(spec: ServeSpec) -> None:
+    """Check base, adapters, arms and embedder as far as no Ray is needed. Raises UserError."""
     base = base_model.resolve(spec.base)
     longest = base.config.get("max_position_embeddings", spec.engine.max_seq_len)
     if spec.engine.max_seq_len > longest:
@@ -169,6 +169,11 @@ def preflight(spec: ServeSpec) -> None:
             check(read_grammar(arm.grammar))
     if spec.embedder:
         resolve_embedder(spec.embedder)
+
+
+def preflight(spec: ServeSpec) -> None:
+    """Check the spec, and that this Ray has room for it, before a replica starts. Raises UserError."""
+    check_spec(spec)
     require_resources(spec.num_cpus, spec.num_gpus, spec.first_replicas)
     if spec.embedder:
         _require_room_beside(spec, spec.embedder)

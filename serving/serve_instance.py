@@ -114,16 +114,24 @@ def _existing_http(spec: ServeSpec, *, http: bool) -> bool:
     return True
 
 
+def require_port_here(host: str, port: int) -> None:
+    """Bind the port on this machine and release it. Raises ConfigError when it is taken."""
+    _refuse_port(host, port, _bind_problem(host, port))
+
+
 def _require_free_port(host: str, port: int) -> None:
-    """Bind and let go of the port on the node that will serve it. Raises ConfigError when it is taken."""
+    """Bind the port on the head node, which serves it, and release it. Raises ConfigError when it is taken."""
     head = next(
         node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"] and node["Alive"]
     )
     if head == ray.get_runtime_context().get_node_id():
-        problem = _bind_problem(host, port)
-    else:
-        there = NodeAffinitySchedulingStrategy(head, soft=False)
-        problem = ray.get(ray.remote(_bind_problem).options(num_cpus=0, scheduling_strategy=there).remote(host, port))
+        return require_port_here(host, port)
+    there = NodeAffinitySchedulingStrategy(head, soft=False)
+    probe = ray.remote(_bind_problem).options(num_cpus=0, scheduling_strategy=there)
+    _refuse_port(host, port, ray.get(probe.remote(host, port)))
+
+
+def _refuse_port(host: str, port: int, problem: str) -> None:
     if problem:
         raise ConfigError(f"port={port} on {host}", problem, "an endpoint needs a port of its own",
                           "stop what listens there, or set another port: --set port=8001")  # fmt: skip

@@ -94,7 +94,10 @@ def report(
     log: Annotated[
         str | None, typer.Option("--log", metavar="URI", help="Folder of its log; without it the endpoint is asked.")
     ] = None,
-    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where report.html and report.json go.")] = ".",
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder of report.html and report.json; default: NAME-report."),
+    ] = None,
     sets: Sets = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
@@ -113,7 +116,7 @@ def report(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     page = ReportInput(title=f"Experiment {spec.name}", created_at=now, experiment=found)
     show_online(found)
-    say(f"  page: {build(page, Store(out)).html_uri}")
+    say(f"  page: {build(page, Store(out or f'{spec.name}-report')).html_uri}")
 
 
 def _log_of(spec: "ExperimentSpec") -> str:

@@ -127,6 +127,7 @@ def serve(
     from graftwork.cluster.session import session
     from graftwork.serving.app import deploy
 
+    _check_before_ray(spec, on)
     with session(on) as here, here.here(deploy)(spec) as endpoint:
         with endpoint.client() as client:
             models = [model["id"] for model in client.models()]
@@ -177,9 +178,20 @@ def chat(
     from graftwork.cluster.session import session
     from graftwork.serving.app import deploy
 
+    _check_before_ray(spec, on)
     say(f"no endpoint answers at {spec.host}:{spec.port}: starting one")
     with session(on) as here, here.here(deploy)(spec) as endpoint, endpoint.client() as client:
         _converse(client, model, message)
+
+
+def _check_before_ray(spec: "ServeSpec", on: str) -> None:
+    """Refuse a wrong serve spec before a Ray starts, where the endpoint runs on this machine."""
+    from graftwork.serving.app import check_spec
+    from graftwork.serving.serve_instance import require_port_here
+
+    if on == "local":
+        require_port_here(spec.host, spec.port)
+        check_spec(spec)
 
 
 def _running(spec: "ServeSpec") -> "Client | None":

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.ports import free_port
 from tests.tiny import write_tiny_base
 
 ROOT = Path(__file__).parents[2]
@@ -149,3 +150,47 @@ def test_port_in_use(tmp_path: Path, base: Path) -> None:
         path = tmp_path / "serve.yaml"
         path.write_text(yaml.safe_dump(spec))
         refused(run("serve", str(path)), 2, str(port), "Next:")
+
+
+STARTED = """
+import sys
+started = []
+sys.addaudithook(lambda event, args: started.append(str(args)) if event == "subprocess.Popen" else None)
+from graftwork.cli import main
+try:
+    main()
+finally:
+    print(*started)
+"""
+
+
+@pytest.mark.parametrize("wrong", ["adapter", "port"])
+def test_a_wrong_serve_spec_is_refused_before_a_ray_starts(tmp_path: Path, base: Path, wrong: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1] if wrong == "port" else free_port()
+        spec = {"kind": "serve", "base": str(base), "root": str(tmp_path / "root"), "port": port,
+                "adapters": ["tickts@latest"] if wrong == "adapter" else []}  # fmt: skip
+        argv = [sys.executable, "-c", STARTED, "serve", write(tmp_path, spec)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120, env=env)
+    refused(done, 2, "tickts" if wrong == "adapter" else f"port={port}")
+    assert "raylet" not in done.stdout
+    assert "gcs_server" not in done.stdout
+
+
+def test_a_short_secret_is_masked_as_a_whole_word_alone(tmp_path: Path) -> None:
+    port = free_port()
+    env = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    done = run("adapters", "ls", "--root", "s3://bucket/b-side", env=env)
+    refused(done, 2, "s3://bucket/b-side", "be reached")
+    assert "***" not in done.stderr
+
+
+def test_a_home_folder_is_expanded_in_data_paths(tmp_path: Path, spec: dict[str, object]) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("A text of a few words. " * 50)
+    changed = {"data": {"train": "~/texts"}, "objective": {"kind": "cpt"}, "max_length": 32}
+    done = run(
+        "plan", write(tmp_path, spec, **changed), env={"HOME": str(tmp_path), "GRAFTWORK_CACHE": str(tmp_path / "c")}
+    )
+    assert done.returncode == 0, done.stderr

@@ -65,7 +65,7 @@ def listed(*words: str) -> Any:
     return json.loads(CliRunner().invoke(app, ["experiment", *words, "--json"], catch_exceptions=False).output)
 
 
-def test_it_is_started_watched_ramped_and_stopped(url: str, file: Path) -> None:
+def test_it_is_started_watched_ramped_and_stopped(url: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no experiments" in run("status", url)
     assert '"model": "experiment/cards"' in run("start", str(file))
     for number in range(4):
@@ -83,8 +83,13 @@ def test_it_is_started_watched_ramped_and_stopped(url: str, file: Path) -> None:
     with pytest.raises(ConfigError, match="it runs with control=a"):
         run("report", str(file), "--set", "control=b")
     assert "stopped" in run("stop", url)
-    assert "cards: thumbs, split" in run("report", str(file), "--out", str(file.parent))
-    assert (file.parent / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    monkeypatch.chdir(file.parent)
+    assert "cards: thumbs, split" in run("report", str(file))
+    page = file.parent / "cards-report" / "report.html"
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert not (file.parent / "report.html").exists(), "a report overwrites no file of the working directory"
+    assert "cards: thumbs, split" in run("report", str(file), "--out", str(file.parent / "elsewhere"))
+    assert (file.parent / "elsewhere" / "report.json").is_file()
 
 
 def until_judged(file: Path) -> str:

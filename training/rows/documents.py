@@ -22,7 +22,7 @@ class Document:
 
 def read_documents(uri: str, *, limit: int | None = None) -> tuple[list[Document], int]:
     """(documents in order, blank files left out). Raises DataError (a bad row or file named), StorageError."""
-    path = Path(uri.removeprefix("file://"))
+    path = Path(uri.removeprefix("file://")).expanduser()
     local = "://" not in uri.removeprefix("file://")
     if _holds_records(uri, path):
         return _from_records(uri, limit), 0
