@@ -62,7 +62,7 @@ def _token(on: str) -> Iterator[Finding]:
 def _kubernetes() -> Iterator[Finding]:
     if importlib.util.find_spec("kubernetes") is None:
         yield Finding("E-NO-KUBERNETES-CLIENT", "error", "kubernetes", "the Python package is not installed",
-                      "k8s: needs it", "pip install 'graftwork[k8s]'")  # fmt: skip
+                      "k8s: needs it", "pip install 'kubernetes>=35,<37' 'kubernetes-validate>=1.34'")  # fmt: skip
 
 
 def _credentials() -> Iterator[Finding]:

@@ -25,7 +25,7 @@ def missing_rule(message: str) -> str | None:
 def no_extra(on: str) -> ClusterError:
     """The client's package is not installed."""
     return ClusterError(f"--on {on}", "the package `kubernetes` is not installed here", "it is the extra `k8s`",
-                        "pip install 'graftwork[k8s]'")  # fmt: skip
+                        "pip install 'kubernetes>=35,<37' 'kubernetes-validate>=1.34'")  # fmt: skip
 
 
 def no_kubeconfig(on: str, why: str) -> ClusterError:

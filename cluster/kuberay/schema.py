@@ -100,7 +100,7 @@ def _core(made: Mapping[str, Any]) -> Found:
         "spec",
         f"no schema of {made.get('kind')} was held against it",
         "kubernetes-validate, which has it, is not installed",
-        "pip install 'graftwork[k8s]'",
+        "pip install 'kubernetes-validate>=1.34'",
     )
 
 

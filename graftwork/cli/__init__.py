@@ -7,9 +7,11 @@ import sys
 import traceback
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Annotated
 
 import typer
 
+from graftwork import __version__
 from graftwork.cli import adapters, clusters, configs, experiments, exporting, jobs, k8s, rag, stages
 from graftwork.cli.doctor import doctor
 from graftwork.cli.output import print_error
@@ -19,10 +21,26 @@ app = typer.Typer(
     name="graftwork",
     help="Finetune, sweep, serve and honestly compare many task adapters on one quantized base model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"graftwork {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 stages.register(app)
 app.command()(doctor)
 app.command()(adapters.swap)

@@ -183,7 +183,7 @@ def _faiss() -> Any:
         import faiss
     except ImportError:
         raise DataError(f"more than {EXACT_UP_TO} vectors", "faiss is not installed", "so many are searched by faiss",
-                        "pip install 'graftwork[dense]'") from None  # fmt: skip
+                        "pip install 'faiss-cpu>=1.13'") from None  # fmt: skip
     return faiss
 
 

@@ -53,7 +53,7 @@ def _pdf(name: str, content: bytes) -> list[Block]:
         from pypdf.errors import PyPdfError
     except ImportError:
         raise DataError(name, "pypdf is not installed", "PDF files are read by pypdf",
-                        "pip install 'graftwork[pdf]'") from None  # fmt: skip
+                        "pip install 'pypdf>=6'") from None  # fmt: skip
     try:
         pages = [page.extract_text() for page in pypdf.PdfReader(io.BytesIO(content)).pages]
     except (PyPdfError, ValueError, KeyError, TypeError, OSError, RecursionError, NotImplementedError) as error:

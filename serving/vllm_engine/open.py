@@ -95,5 +95,5 @@ def _require(package: str) -> None:
     if find_spec(package) is None:
         raise ConfigError(
             "engine.kind=vllm", f"the package {package} is not installed where the engine runs",
-            "vLLM is the extra `vllm`, for Linux with CUDA", "pip install 'graftwork[vllm]'",
+            "vLLM is the extra `vllm`, for Linux with CUDA", "pip install 'vllm==0.29.0' 'vllm-bnb-plugin>=0.0.3,<0.1'",
         )  # fmt: skip

@@ -1,13 +1,18 @@
 """Wheel and sdist carry the whole package, the four linked folders included, and run."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import graftwork
 
 ROOT = Path(__file__).parents[2]
 CODE = (
@@ -65,7 +70,9 @@ def test_wheel_runs_outside_the_checkout(dist: Path, tmp_path: Path) -> None:
     assert "train" in done.stdout
 
 
-def test_a_checkout_without_links_still_imports(dist: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def unlinked(tmp_path: Path) -> Path:
+    """A checkout as a zip of the repository leaves it: each link is a file that holds its target."""
     tree = tmp_path / "tree"
     tree.mkdir()
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", "HEAD"], capture_output=True, check=False)
@@ -74,7 +81,67 @@ def test_a_checkout_without_links_still_imports(dist: Path, tmp_path: Path) -> N
     subprocess.run(["tar", "x", "-C", str(tree)], input=archive.stdout, check=True)
     for folder in ("cluster", "training", "serving", "tuning"):
         (tree / "graftwork" / folder).unlink()
-        (tree / "graftwork" / folder).write_text(f"../{folder}")  # what a zip makes of a link
+        (tree / "graftwork" / folder).write_text(f"../{folder}")
+    return tree
+
+
+def test_a_zip_of_the_repository_installs_with_its_four_folders(unlinked: Path, dist: Path, tmp_path: Path) -> None:
+    zipped = shutil.make_archive(str(tmp_path / "repository"), "zip", unlinked.parent, unlinked.name)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), zipped]
+    subprocess.run(pip, check=True, capture_output=True)
+    built, usual = (zipfile.ZipFile(next(folder.glob("*.whl"))).namelist() for folder in (tmp_path, dist))
+    assert sorted(built) == sorted(usual)
+    assert len(built) == len(set(built))
+
+
+def test_the_wheel_carries_the_licence(dist: Path) -> None:
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith("licenses/LICENSE"))
+        text = wheel.read(name).decode()
+        metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("/METADATA"))).decode()
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+    assert "License-Expression: Apache-2.0" in metadata
+
+
+def test_install_advice_names_the_requirements_of_the_extras() -> None:
+    """No index has this project's extras, so that messages name the packages themselves."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    known = {requirement for extra in extras.values() for requirement in extra}
+    advice = [
+        found
+        for folder in ("graftwork", "cluster", "training", "serving", "tuning")
+        for path in (ROOT / folder).rglob("*.py")
+        for found in re.findall(r"pip install ((?:'[^']+' ?)+)", path.read_text(encoding="utf-8"))
+    ]
+    named = {requirement for found in advice for requirement in re.findall(r"'([^']+)'", found)}
+    assert len(named) >= 6
+    assert named <= known
+
+
+def test_the_version_is_printed() -> None:
+    command = [str(Path(sys.executable).with_name("graftwork")), "--version"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout.strip() == f"graftwork {graftwork.__version__}"
+
+
+@pytest.mark.parametrize(("shell", "word"), [("bash", "complete "), ("zsh", "compdef"), ("fish", "complete --command")])
+def test_shells_get_a_completion(shell: str, word: str) -> None:
+    command = [str(Path(sys.executable).with_name("graftwork")), "--show-completion", shell]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert word in subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+    words = {**env, "_GRAFTWORK_COMPLETE": "complete_bash", "COMP_WORDS": "graftwork tr", "COMP_CWORD": "1"}
+    if shell == "bash":
+        assert (
+            "train"
+            in subprocess.run(command[:1], capture_output=True, text=True, check=False, env=words).stdout.split()
+        )
+
+
+def test_a_checkout_without_links_still_imports(unlinked: Path, tmp_path: Path) -> None:
+    tree = unlinked
     env = {**os.environ, "PYTHONPATH": str(tree)}
     done = subprocess.run(
         [sys.executable, "-c", CODE], cwd=tmp_path, capture_output=True, text=True, env=env, check=False

@@ -60,7 +60,7 @@ def _sacrebleu(kind: Literal["bleu", "chrf"]) -> Callable[[str, list[str]], Any]
         library = importlib.import_module("sacrebleu.metrics")
     except ModuleNotFoundError as error:
         raise ConfigError(f"scorers: kind={kind!r}", "sacrebleu is not installed", "BLEU and chrF are sacrebleu's",
-                          "pip install 'graftwork[scorers]'") from error  # fmt: skip
+                          "pip install 'sacrebleu>=2.6,<3'") from error  # fmt: skip
     score: Callable[[str, list[str]], Any] = (
         library.BLEU(effective_order=True).sentence_score if kind == "bleu" else library.CHRF().sentence_score
     )

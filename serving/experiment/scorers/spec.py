@@ -97,7 +97,7 @@ class SqlSpec(Spec):
 
 
 class OverlapSpec(Spec):
-    """Likeness to the gold text. bleu and chrf need `pip install 'graftwork[scorers]'`."""
+    """Likeness to the gold text. bleu and chrf need `pip install 'sacrebleu>=2.6,<3'`."""
 
     kind: Literal["bleu", "chrf", "rouge"]
     field: str | None = None
