@@ -116,7 +116,7 @@ def test_install_advice_names_the_requirements_of_the_extras() -> None:
     ]
     named = {requirement for found in advice for requirement in re.findall(r"'([^']+)'", found)}
     assert len(named) >= 6
-    assert named <= known
+    assert {requirement for requirement in named if "{" not in requirement} <= known  # one is of the cluster's Ray
 
 
 def test_the_version_is_printed() -> None:
@@ -127,17 +127,12 @@ def test_the_version_is_printed() -> None:
     assert done.stdout.strip() == f"graftwork {graftwork.__version__}"
 
 
-@pytest.mark.parametrize(("shell", "word"), [("bash", "complete "), ("zsh", "compdef"), ("fish", "complete --command")])
-def test_shells_get_a_completion(shell: str, word: str) -> None:
-    command = [str(Path(sys.executable).with_name("graftwork")), "--show-completion", shell]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert word in subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
-    words = {**env, "_GRAFTWORK_COMPLETE": "complete_bash", "COMP_WORDS": "graftwork tr", "COMP_CWORD": "1"}
-    if shell == "bash":
-        assert (
-            "train"
-            in subprocess.run(command[:1], capture_output=True, text=True, check=False, env=words).stdout.split()
-        )
+def test_the_shell_completes_commands() -> None:
+    command = [str(Path(sys.executable).with_name("graftwork"))]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COMP_WORDS": "graftwork tr", "COMP_CWORD": "1"}
+    env["_GRAFTWORK_COMPLETE"] = "complete_bash"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert "train" in done.stdout.split()
 
 
 def test_a_checkout_without_links_still_imports(unlinked: Path, tmp_path: Path) -> None:
