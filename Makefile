@@ -42,7 +42,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "graftwork needs Python 3.11 or newer; found $$($(PYTHON) --version). Run: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 2; }
-	@echo "Installing into $(VENV): about 2.5 GB, 3 to 5 minutes, once."
+	@echo "Installing into $(VENV): about 3.7 GB, 3 to 5 minutes, once."
 	@$(BIN)/python -m pip install -q -U pip
 	@$(BIN)/python -m pip install -q -e '.[dev]'
 	@touch $@

@@ -1,4 +1,8 @@
-"""A private Ray on this machine: own temp dir, own token, loopback only, gone with the command that started it."""
+"""A private Ray on this machine: own temp dir, own token, on loopback, gone with the command that started it.
+
+Ray Serve adds one exception (Ray 2.60): each replica opens a gRPC server on all addresses. It needs the token too, and
+refuses a call without it before it unpickles anything (tests/ray/test_serve.py).
+"""
 
 import contextlib
 import fcntl
