@@ -186,8 +186,9 @@ def stops_words(found: StopsRecord) -> str:
     """What early stops saved and what they may have lost."""
     share = words.percent(found.saved_steps / found.all_steps) if found.all_steps else words.NONE
     time = f", about {words.seconds(found.saved_s)} of training" if found.saved_s else ""
+    trials = "1 trial was" if found.stopped == 1 else f"{found.stopped} trials were"
     return (
-        f"{found.stopped} {'trial was' if found.stopped == 1 else 'trials were'} stopped before {words.count(found.saved_steps)} of "
+        f"{trials} stopped before {words.count(found.saved_steps)} of "
         f"{words.count(found.all_steps)} steps ({share}{time}). {_lost(found)}"
     )
 
