@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.ports import free_port
 from tests.processes import ROOT
 
@@ -56,6 +58,12 @@ class Raylets:
 
     def add(self, cpus: int = 1) -> Raylet:
         return Raylet(**self._ask(f"add {cpus}"))
+
+    def gcs(self) -> psutil.Process:
+        """The head's GCS server, to be killed or stopped."""
+        [found] = [one for one in psutil.Process(self._process.pid).children(recursive=True)
+                   if one.name() == "gcs_server"]  # fmt: skip
+        return found
 
     def drain(self, raylet: Raylet) -> None:
         """Tell Ray that the node will be taken away in a while, as a cloud's notice does."""

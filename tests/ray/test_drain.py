@@ -7,16 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from graftwork.cluster.drain import GCS_S
 from tests.processes import ROOT
 from tests.raylets import Raylets, environment
 
 pytestmark = pytest.mark.long
 WITHIN_S = 60
-PROGRAM = """
-import sys
-from graftwork.cluster.drain import drain
-sys.exit(not drain(float(sys.argv[1]), sys.argv[2]))
-"""
+DRAIN = ("-m", "graftwork.cluster.drain")
+GIVES_UP_S = GCS_S + 12
+"""From the start of a drain: three seconds without the GCS, and the start of Python and Ray on a loaded machine."""
 WORK = """
 import sys
 import ray
@@ -50,10 +49,21 @@ def raylets() -> Iterator[Raylets]:
         made.close()
 
 
-def python(raylets: Raylets, program: str, *words: str) -> "subprocess.Popen[str]":
+@pytest.fixture
+def mortal() -> Iterator[Raylets]:
+    """A Ray whose head does not survive the test."""
+    made = Raylets()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def python(raylets: Raylets, *words: str) -> "subprocess.Popen[str]":
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-c", program, *words], cwd=ROOT, env={**environment(), "RAY_ADDRESS": raylets.address},
-        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, *words], cwd=ROOT, env={**environment(), "RAY_ADDRESS": raylets.address},
+        text=True, stdin=pipe, stdout=pipe, stderr=pipe if DRAIN[1] in words else None,
     )  # fmt: skip
 
 
@@ -69,10 +79,10 @@ def said(work: "subprocess.Popen[str]", word: str = "") -> str:
 
 def test_a_node_at_work_is_told_and_waited_for(raylets: Raylets) -> None:
     node = raylets.add()
-    work = python(raylets, WORK, node.node_id)
+    work = python(raylets, "-c", WORK, node.node_id)
     try:
         assert said(work) == node.node_id
-        drain = python(raylets, PROGRAM, "120", node.node_id)
+        drain = python(raylets, *DRAIN, "120", node.node_id)
         end = time.monotonic() + WITHIN_S
         while said(work, "told") != "True":
             assert time.monotonic() < end, "Ray was not told"
@@ -85,15 +95,54 @@ def test_a_node_at_work_is_told_and_waited_for(raylets: Raylets) -> None:
 
 
 def test_a_node_without_work_is_not_waited_for(raylets: Raylets) -> None:
-    drain = python(raylets, PROGRAM, "600", raylets.add().node_id)
+    drain = python(raylets, *DRAIN, "600", raylets.add().node_id)
     assert drain.wait(WITHIN_S) == 0
 
 
 def test_work_that_does_not_end_is_left_to_its_fate(raylets: Raylets) -> None:
     node = raylets.add()
-    work = python(raylets, WORK, node.node_id)
+    work = python(raylets, "-c", WORK, node.node_id)
     try:
         assert said(work) == node.node_id
-        assert python(raylets, PROGRAM, "2", node.node_id).wait(WITHIN_S) == 1
+        assert python(raylets, *DRAIN, "2", node.node_id).wait(WITHIN_S) == 1
     finally:
         work.kill()
+
+
+def test_a_drain_whose_head_goes_away_gives_up(mortal: Raylets) -> None:
+    """The end of a RayJob: the head's pod and the workers' get their notice together, and the head is gone first."""
+    node = mortal.add()
+    work = python(mortal, "-c", WORK, node.node_id)
+    try:
+        assert said(work) == node.node_id
+        drain = python(mortal, *DRAIN, "110", node.node_id)
+        end = time.monotonic() + WITHIN_S
+        while said(work, "told") != "True":
+            assert time.monotonic() < end, "Ray was not told"
+            time.sleep(0.1)
+        assert drain.poll() is None
+        mortal.gcs().kill()
+        gives_up(drain, "has not answered for")
+        gives_up(python(mortal, *DRAIN, "110"), "has not answered for")  # the head was gone before the drain began
+    finally:
+        work.kill()
+
+
+def test_a_drain_ends_in_its_time_where_the_head_hangs(mortal: Raylets) -> None:
+    mortal.add()
+    mortal.gcs().suspend()
+    try:
+        gives_up(python(mortal, *DRAIN, "3"), "time is up")
+    finally:
+        mortal.gcs().resume()
+
+
+def gives_up(drain: "subprocess.Popen[str]", why: str) -> None:
+    began = time.monotonic()
+    try:
+        _, errors = drain.communicate(timeout=GIVES_UP_S)
+    finally:
+        drain.kill()
+    print(f"gave up after {time.monotonic() - began:.1f} s: {errors.strip()[-200:]}")
+    assert drain.returncode == 1
+    assert why in errors
