@@ -3,7 +3,6 @@
 The endpoint's own replicas say how it is, by the operator; there is no driver, so that its job has no heartbeat.
 """
 
-import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,14 +11,11 @@ from graftwork.cluster.kuberay.findings import dig, listed, mapping
 from graftwork.cluster.kuberay.labels import JOB, PLAN
 from graftwork.cluster.kuberay.live import object_path
 from graftwork.cluster.kuberay.names import label_value
+from graftwork.cluster.kuberay.removal import remove
 from graftwork.cluster.place import Seen
-from graftwork.errors import ClusterError
 
 RENEWED = ("RayService", "PodDisruptionBudget")
 KINDS = (("ray.io/v1", "RayService"), ("policy/v1", "PodDisruptionBudget"))
-MADE_BY = "ray.io/originated-from-cr-name"
-"""The operator's label on the clusters of an endpoint."""
-GONE_S, LOOK_S = 10.0, 0.1
 
 
 def renew(api: KubeApi, planned: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -67,24 +63,12 @@ def seen_service(service: Mapping[str, Any]) -> Seen:
 def remove_service(api: KubeApi, attempt_id: str) -> None:
     """Nothing of an attempt's endpoint is there at return. One that serves another spec by now stays."""
     selector = f"{JOB}={label_value(job_of(attempt_id))}"
-    namespace, end = api.place.namespace, time.monotonic() + GONE_S
     for version, kind in KINDS:
-        folder = object_path(namespace, {"apiVersion": version, "kind": kind, "metadata": {"name": "x"}})[:-2]
+        planned = {"apiVersion": version, "kind": kind, "metadata": {"name": "x"}}
+        folder = object_path(api.place.namespace, planned)[:-2]
         found = api.ask("GET", folder, query={"labelSelector": selector})
         for one in found.body.get("items", []) if found.ok else []:
-            path = f"{folder}/{one['metadata']['name']}"
-            answer = api.ask("DELETE", path, query={"propagationPolicy": "Background"})
-            if not answer.absent:
-                api.required(answer, f"delete {kind} {one['metadata']['name']}")
-            clusters = namespaced("ray.io", "v1", namespace, "rayclusters")
-            while api.get(path) is not None or api.list(clusters, f"{MADE_BY}={one['metadata']['name']}"):
-                if time.monotonic() > end:
-                    raise ClusterError(
-                        f"delete {kind} {one['metadata']['name']} in {api.on}", f"still there after {GONE_S:.0f} s",
-                        "KubeRay's operator removes the endpoint's machines first",
-                        "see that the operator runs: graftwork doctor --on ...; the deletion goes on meanwhile",
-                    )  # fmt: skip
-                time.sleep(LOOK_S)
+            remove(api, f"{folder}/{one['metadata']['name']}", kind)
 
 
 def job_of(attempt_id: str) -> str:

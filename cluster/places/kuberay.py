@@ -1,6 +1,5 @@
 """KubeRay as a place: an attempt is a RayJob object."""
 
-import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from graftwork.cluster.kuberay.live_service import remove_service, renew, seen_s
 from graftwork.cluster.kuberay.preflight import preflight
 from graftwork.cluster.kuberay.rayjob import build_rayjob
 from graftwork.cluster.kuberay.rayservice import service_objects
+from graftwork.cluster.kuberay.removal import remove
 from graftwork.cluster.place import Seen
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.wheel import publish_wheel, wheel_uri
@@ -22,8 +22,6 @@ from graftwork.storage import Store
 
 OURS = {"app.kubernetes.io/managed-by": "graftwork"}
 SELECTOR = ",".join(f"{key}={value}" for key, value in OURS.items())
-GONE_S = 10.0
-LOOK_S = 0.1
 STORE_PATIENCE_S = 10.0
 GROUP, VERSION = "ray.io", "v1"
 
@@ -93,22 +91,9 @@ class KubeRayPlace:
         return seen | seen_services(self._api, [name for name in attempt_ids if name not in seen], SELECTOR)
 
     def stop(self, attempt_id: str) -> None:
-        """Delete the object and wait until it is gone: then its cluster is, too."""
-        path = namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs", attempt_id)
-        answer = self._api.ask("DELETE", path, query={"propagationPolicy": "Foreground"})
-        if answer.absent:
-            return remove_service(self._api, attempt_id)
-        self._api.required(answer, f"delete RayJob {attempt_id}")
-        end = time.monotonic() + GONE_S
-        while (left := self._api.get(path)) is not None:
-            if time.monotonic() > end:
-                holders = ", ".join(left["metadata"].get("finalizers", [])) or "nothing that it names"
-                raise ClusterError(
-                    f"delete RayJob {attempt_id} in {self.on}", f"it is still there after {GONE_S:.0f} s, held by "
-                    f"its finalizers: {holders}", "KubeRay's operator removes its finalizer once the cluster is gone",
-                    "see that the operator runs: graftwork doctor --on ...; the deletion goes on meanwhile",
-                )  # fmt: skip
-            time.sleep(LOOK_S)
+        """Delete the object and wait until it is gone, with its cluster and pods (`removal_s` in kuberay/removal.py)."""
+        if not remove(self._api, namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs", attempt_id), "RayJob"):
+            remove_service(self._api, attempt_id)
 
     def _taken(self, planned: Mapping[str, Any]) -> Finding | None:
         """Whether somebody else's object, or that of the same job in another store, has the name already."""

@@ -1,7 +1,9 @@
 """What KubeRay's operator does with a RayJob, for tests: each runs as a real Ray job on one shared Ray head.
 
 Its rules are those of KubeRay v1.7 (rayjob_controller.go) as far as a client sees them: status, suspend, deadlines,
-shutdown, deletion. It does the garbage collector's part too: a deleted RayJob is gone once its work has stopped.
+shutdown, deletion. It does the garbage collector's part too: an object that is deleted in the foreground is gone once
+its work has stopped and its RayCluster, a real object, is gone. The pods of a cluster are not objects: `pods_end_s`
+and `cleanup_s` are the times that they and KubeRay's `redis-cleanup` take.
 """
 
 import os
@@ -24,6 +26,9 @@ from tests.processes import ROOT
 
 LOOK_S = 0.1
 FINALIZER = "ray.io/rayjob-finalizer"
+REDIS = "ray.io/gcs-ft-redis-cleanup-finalizer"
+FOREGROUND = "foregroundDeletion"
+FOLDER = f"/apis/ray.io/v1/namespaces/{NAMESPACE}"
 ENDED = {"STOPPED": "Complete", "SUCCEEDED": "Complete", "FAILED": "Failed"}
 OVER = frozenset({"Complete", "Failed", "ValidationFailed"})
 Object = Mapping[str, Any]
@@ -34,6 +39,7 @@ class StandIn:
 
     def __init__(self, server: ApiServer, head: Head, secrets: Mapping[tuple[str, str], str] | None = None) -> None:
         self._server, self._head, self.secrets = server, head, dict(secrets or {})
+        self.pods_end_s, self.cleanup_s = 0.0, 0.0
         self.folder = Path(tempfile.mkdtemp(prefix="gwpods-"))
         self._doomed: set[str] = set()
         self._laid_out: set[tuple[str, ...]] = set()
@@ -63,7 +69,7 @@ class StandIn:
             self._look()
 
     def _look(self) -> None:
-        code, found = self._server.ask("GET", f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs")
+        code, found = self._server.ask("GET", f"{FOLDER}/rayjobs")
         if code != 200:
             return
         self._end_doomed()
@@ -73,6 +79,17 @@ class StandIn:
                     self._finish(job)
                 elif not self._paused.is_set():
                     self._reconcile(job)
+        for kind in ("rayclusters", "rayservices"):
+            for one in self._server.ask("GET", f"{FOLDER}/{kind}")[1]["items"]:
+                if one["metadata"].get("deletionTimestamp"):
+                    self._end_machines(one, f"{FOLDER}/{kind}/{one['metadata']['name']}")
+
+    def _end_machines(self, one: Object, path: str) -> None:
+        """A RayCluster or RayService: its pods take `pods_end_s`, after them Redis is cleaned up in `cleanup_s`."""
+        age, held = _age_s(one["metadata"]["deletionTimestamp"]), one["metadata"].get("finalizers", [])
+        if age >= self.pods_end_s + (self.cleanup_s if REDIS in held else 0.0):
+            left = [name for name in held if name not in (REDIS, FOREGROUND)]
+            self._server.ask("PATCH", path, {"metadata": {"finalizers": left}}, "application/merge-patch+json")
 
     def _reconcile(self, job: Object) -> None:
         status, spec = job.get("status", {}), job["spec"]
@@ -85,6 +102,7 @@ class StandIn:
                 self._patch(job, jobDeploymentStatus="Suspended", jobStatus="", rayClusterName="")
         elif phase in ("", "Suspended"):
             self._patch_object(job, {"metadata": {"finalizers": [FINALIZER]}})
+            self._server.ask("POST", f"{FOLDER}/rayclusters", _cluster(job))
             self._patch(job, jobDeploymentStatus="Initializing", jobStatus="", startTime=_now(),
                         jobId=spec["jobId"], rayClusterName=f"{job['metadata']['name']}-c")  # fmt: skip
         elif phase == "Initializing":
@@ -147,16 +165,26 @@ class StandIn:
                 self._server.ask("DELETE", _path(job))
 
     def _finish(self, job: Object) -> None:
-        """Gone only after its work has stopped; others' finalizers stay."""
-        mine = {FINALIZER, "foregroundDeletion"}
+        """The operator's finalizer goes once its work has stopped, the collector's once its cluster is gone; others'
+        stay."""
         held = job["metadata"].get("finalizers", [])
-        if not mine & set(held):
-            return
-        if self._phase(job["spec"]["jobId"]) == "PENDING":
-            self._doomed.add(job["spec"]["jobId"])  # its cluster would be gone before it could start
-        else:
-            self._end_work(job)
-        self._patch_object(job, {"metadata": {"finalizers": [name for name in held if name not in mine]}})
+        if FINALIZER in held or FOREGROUND in held:
+            if self._phase(job["spec"]["jobId"]) == "PENDING":
+                self._doomed.add(job["spec"]["jobId"])  # its cluster would be gone before it could start
+            else:
+                self._end_work(job)
+            mine = {FINALIZER} if self._cluster_is_there(job) else {FINALIZER, FOREGROUND}
+            left = [name for name in held if name not in mine]
+            if left != held:
+                self._patch_object(job, {"metadata": {"finalizers": left}})
+
+    def _cluster_is_there(self, job: Object) -> bool:
+        """Whether it still is; its deletion, in the foreground too, is under way at return."""
+        path = f"{FOLDER}/rayclusters/{job['metadata']['name']}-c"
+        code, found = self._server.ask("GET", path)
+        if code == 200 and not found["metadata"].get("deletionTimestamp"):
+            self._server.ask("DELETE", path, {"propagationPolicy": "Foreground"})
+        return code == 200
 
     def _end_work(self, job: Object) -> None:
         """The Ray job has ended and is forgotten at return, as if with its cluster; no-op where the head is gone."""
@@ -228,8 +256,18 @@ class StandIn:
         self._server.ask("PATCH", _path(job), change, "application/merge-patch+json")
 
 
+def _cluster(job: Object) -> Object:
+    """The RayCluster that the operator makes of a RayJob, which owns it."""
+    owner = {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": job["metadata"]["name"],
+             "uid": job["metadata"]["uid"], "controller": True, "blockOwnerDeletion": True}  # fmt: skip
+    redis = (job["spec"]["rayClusterSpec"].get("gcsFaultToleranceOptions") or {}).get("backend") == "redis"
+    metadata = {"name": f"{job['metadata']['name']}-c", "ownerReferences": [owner],
+                "finalizers": [REDIS] if redis else []}  # fmt: skip
+    return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": job["spec"]["rayClusterSpec"]}
+
+
 def _path(job: Object) -> str:
-    return f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs/{job['metadata']['name']}"
+    return f"{FOLDER}/rayjobs/{job['metadata']['name']}"
 
 
 def _now() -> str:
