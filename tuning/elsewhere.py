@@ -6,6 +6,7 @@ steps from the store, reports them, and cancels it when it is to stop. The job h
 
 import contextlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from graftwork.tuning.trial_spec import TrialSpec
 
 LOOK_S = 1.0
 KIND = "trial"
+AT_ONCE = 16
+"""Cancellations."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ def end_trials(where: Elsewhere, sweep: RunPaths) -> int:
     """Cancel the trials of a sweep that still run, whose processes here may have been killed. How many there were."""
     backend = where.backend(sweep.store.uri)
     left = [one for one in backend.list() if one.kind == KIND and not one.ended and _is_of(one, sweep)]
-    for one in left:
-        backend.cancel(one.job_id)
+    with ThreadPoolExecutor(AT_ONCE) as pool:  # each cancellation waits for the grace of its trial's pods
+        list(pool.map(lambda one: backend.cancel(one.job_id), left))
     return len(left)
 
 

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from graftwork.cluster.kuberay.removal import MARGIN_S
 from graftwork.cluster.places import backend_of
 from graftwork.cluster.spec import ClusterSpec, GcsSpec
 from graftwork.errors import ClusterError
+from graftwork.storage import RunPaths, Store
+from graftwork.tuning.elsewhere import KIND, Elsewhere, end_trials
 from tests.k8s.cluster import JOBS, KubeCluster, kube_cluster
 from tests.k8s.commands import CLUSTER, command, until
 from tests.k8s.stand_in import FOLDER
@@ -54,6 +57,20 @@ def test_a_cancellation_waits_for_the_pods(
     assert re.search(rf"delete RayJob {job.job_id}-a1: \d+ s of at most {limit} s: finalizers: ", said), said
     assert backend.resubmit(job.job_id).attempt == 2
     slow.clear()
+
+
+def test_the_trials_of_a_sweep_end_together(slow: KubeCluster, tmp_path: Path) -> None:
+    sweep = RunPaths(Store(str(tmp_path)), "sweep", "ab" * 32)
+    backend = backend_of(slow.on, str(tmp_path))
+    for number in range(3):
+        job = command(tmp_path, f"{sweep.run_id}-{number}", until(tmp_path / "never"))
+        backend.submit(replace(job, kind=KIND))
+    while len(clusters(slow)) < 3:
+        time.sleep(0.1)
+    began = time.monotonic()
+    assert end_trials(Elsewhere(slow.on, CLUSTER.model_dump(mode="json")), sweep) == 3
+    assert PODS_END_S - 1 <= time.monotonic() - began < 2 * PODS_END_S
+    assert slow.job_names() == []
 
 
 def test_a_removal_that_does_not_end_names_what_holds_it(slow: KubeCluster, tmp_path: Path) -> None:
