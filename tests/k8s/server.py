@@ -1,6 +1,7 @@
 """A real API server of Kubernetes' custom resources on a real etcd, on loopback, with keys of its own.
 
 It knows KubeRay's CRDs and no core kinds: neither Secrets nor Pods nor Namespaces. It can be killed and come back.
+With `core`, it applies the ValidatingAdmissionPolicies that are there (tests/k8s/core_kinds.py).
 """
 
 import functools
@@ -25,11 +26,10 @@ from tests.processes import ROOT
 
 CONTEXT, NAMESPACE = "tests", "team-a"
 UP_S = 60.0
-ADMISSION = (
-    "NamespaceLifecycle,MutatingAdmissionWebhook,ValidatingAdmissionWebhook,ValidatingAdmissionPolicy,"
-    "MutatingAdmissionPolicy"
-)
-"""What waits for the core kinds that are not there."""
+WAITING_ADMISSION = "NamespaceLifecycle,MutatingAdmissionWebhook,ValidatingAdmissionWebhook,MutatingAdmissionPolicy"
+"""Plugins that wait for core kinds that are not there."""
+POLICIES = "ValidatingAdmissionPolicy"
+"""The plugin that waits for those of `tests/k8s/core_kinds.py`."""
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 QUEUES = {"localqueues": "LocalQueue", "clusterqueues": "ClusterQueue", "workloads": "Workload"}
 """Kueue's kinds that we read, as CRDs without a schema."""
@@ -66,6 +66,8 @@ class ApiServer:
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="gwk8s-")))
     port: int = field(default_factory=free_port)
     etcd_ports: tuple[int, int] = field(default_factory=lambda: (free_port(), free_port()))
+    core: str = "https://127.0.0.1:1"
+    """Where it reads core kinds; by default nothing answers there."""
     _etcd: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
     _server: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
 
@@ -78,13 +80,18 @@ class ApiServer:
         """With one context, CONTEXT."""
         return self.folder / "kubeconfig.yaml"
 
+    def make_keys(self) -> None:
+        """An authority, and certificates of the server and of a client, unless they are there."""
+        if not (self.folder / "client.crt").exists():
+            authority(self.folder)
+            certificate(self.folder, "server", "/CN=127.0.0.1")
+            certificate(self.folder, "client", "/O=system:masters/CN=tests")
+
     def start(self) -> None:
         """Serve KubeRay's CRDs, and Kueue's queues."""
-        authority(self.folder)
-        certificate(self.folder, "server", "/CN=127.0.0.1")
-        certificate(self.folder, "client", "/O=system:masters/CN=tests")
+        self.make_keys()
         write_kubeconfig(self.kubeconfig, self.url, self.folder)
-        write_kubeconfig(self.folder / "core.yaml", "https://127.0.0.1:1", self.folder)
+        write_kubeconfig(self.folder / "core.yaml", self.core, self.folder)
         self._start_etcd()
         self.back()
         for path in crd_files():
@@ -101,13 +108,14 @@ class ApiServer:
     def back(self) -> None:
         """Serve again, on the same port, with the same keys."""
         ca, core = self.folder / "ca.crt", self.folder / "core.yaml"
+        disabled = WAITING_ADMISSION if self.core != ApiServer.core else f"{WAITING_ADMISSION},{POLICIES}"
         self._server = self._run(
             str(binary()), f"--etcd-servers=http://127.0.0.1:{self.etcd_ports[0]}", f"--secure-port={self.port}",
             "--bind-address=127.0.0.1", f"--cert-dir={self.folder}", f"--tls-cert-file={self.folder / 'server.crt'}",
             f"--tls-private-key-file={self.folder / 'server.key'}", f"--client-ca-file={ca}", f"--kubeconfig={core}",
             f"--authentication-kubeconfig={core}", f"--authorization-kubeconfig={core}",
             "--authentication-skip-lookup", "--enable-priority-and-fairness=false",
-            f"--disable-admission-plugins={ADMISSION}", name="apiserver",
+            f"--disable-admission-plugins={disabled}", name="apiserver",
         )  # fmt: skip
         self._until(lambda: self.ask("GET", CRDS)[0] == 200, "the API server answers")
         for crd in self.ask("GET", CRDS)[1]["items"]:

@@ -18,7 +18,8 @@ LISTED_OPENINGS = {  # k8s/README.md lists them
     "names", "ray-among-itself", "operator-to-ray", "clients-to-endpoints", "ray-to-stores", "autoscaler-to-api",
     "ray-to-store-inside", "ray-to-redis", "heads-to-redis", "prometheus-to-metrics", "exporter-to-store",
 }  # fmt: skip
-CORE = ("v1", "apps/v1", "networking.k8s.io/v1", "rbac.authorization.k8s.io/v1", "policy/v1", "scheduling.k8s.io/v1")
+CORE = ("v1", "apps/v1", "networking.k8s.io/v1", "rbac.authorization.k8s.io/v1", "policy/v1", "scheduling.k8s.io/v1",
+        "admissionregistration.k8s.io/v1")
 
 pytestmark = pytest.mark.skipif(
     shutil.which("kustomize") is None, reason="no kustomize here: apt-get install kustomize"
