@@ -2,9 +2,12 @@
 
 import functools
 import json
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +122,39 @@ def test_the_images_wheel_needs_nothing_but_python(tmp_path: Path) -> None:
     [one], [other] = (list((tmp_path / folder).iterdir()) for folder in ("a", "b"))
     assert one.name == other.name
     assert one.read_bytes() == other.read_bytes(), "the same sources give the same bytes"
+
+
+@pytest.mark.parametrize("extras", ["", "vllm,dense,pdf"])
+def test_the_image_has_the_dependences_and_the_extras_that_are_asked_for(extras: str) -> None:
+    """The command of the Dockerfile, as a shell runs it."""
+    import sys
+    import tomllib
+
+    text = (K8S / "image" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
+    [command] = re.findall(r"^RUN python (-c .*?) > /tmp/requirements\.txt", text, re.MULTILINE)
+    command = command.replace("/tmp/pyproject.toml", str(ROOT / "pyproject.toml"))
+    done = subprocess.run(["sh", "-c", f"{sys.executable} {command}"], env={**os.environ, "EXTRAS": extras},
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *(p for e in extras.split(",") if e for p in project["optional-dependencies"][e])]
+    assert done.stdout.splitlines() == wanted
+
+
+def test_the_image_has_what_offloading_to_nvme_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training names the packages that it lacks; the Dockerfile installs them."""
+    from graftwork.errors import ConfigError
+    from graftwork.training import strategy_rules
+    from graftwork.training.spec import TrainSpec
+
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    spec = TrainSpec.model_construct(strategy=SimpleNamespace(offload_optimizer="nvme", offload_weights="none"))
+    with pytest.raises(ConfigError) as caught:
+        strategy_rules._check_disks(spec)
+    named = set(re.findall(r"apt-get install ([\w-]+)", str(caught.value)))
+    text = (K8S / "image" / "Dockerfile").read_text(encoding="utf-8")
+    [installed] = re.findall(r"apt-get install -y --no-install-recommends (.*?) \\", text)
+    assert named
+    assert named | {"g++"} <= set(installed.split())
 
 
 def test_dashboards_are_those_of_their_source() -> None:
