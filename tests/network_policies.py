@@ -1,7 +1,7 @@
 """Evaluation of NetworkPolicies as Kubernetes defines it: may this pod open a connection to that one, or to an address?
 
-A pod that a policy selects may do what one of its policies allows and nothing else; a connection needs the egress of its
-source and the ingress of its target (kubernetes.io, "Network Policies").
+A pod that a policy selects may do what one of its policies allows and nothing else; a connection needs the egress of
+its source and the ingress of its target (kubernetes.io, "Network Policies").
 """
 
 import ipaddress
@@ -28,9 +28,7 @@ class Address:
     ip: str
 
 
-def allowed(
-    policies: Sequence[Policy], source: Pod, target: Pod | Address, port: int, protocol: str = "TCP"
-) -> bool:
+def allowed(policies: Sequence[Policy], source: Pod, target: Pod | Address, port: int, protocol: str = "TCP") -> bool:
     """Return whether the connection passes. `policies` are the NetworkPolicy objects of all namespaces."""
     out = _side(policies, source, target, port, protocol, "Egress")
     return out and (isinstance(target, Address) or _side(policies, target, source, port, protocol, "Ingress"))

@@ -91,8 +91,9 @@ class KubeRayPlace:
         return seen | seen_services(self._api, [name for name in attempt_ids if name not in seen], SELECTOR)
 
     def stop(self, attempt_id: str) -> None:
-        """Delete the object and wait until it is gone, with its cluster and pods (`removal_s` in kuberay/removal.py)."""
-        if not remove(self._api, namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs", attempt_id), "RayJob"):
+        """Delete the object and wait until it is gone, with its cluster and pods: `removal_s` of kuberay/removal.py."""
+        path = namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs", attempt_id)
+        if not remove(self._api, path, "RayJob"):
             remove_service(self._api, attempt_id)
 
     def _taken(self, planned: Mapping[str, Any]) -> Finding | None:

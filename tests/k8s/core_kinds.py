@@ -27,7 +27,7 @@ VERSION = "7"
 
 
 class CoreKinds:
-    """`with CoreKinds(keys, objects) as core:`; `core.url` serves with the certificate `server` of the folder `keys`."""
+    """`with CoreKinds(keys, objects) as core:`; its certificate is `server` of the folder `keys`."""
 
     def __init__(self, keys: Path, objects: Sequence[Mapping[str, Any]]) -> None:
         self._keys, self.port, self.objects = keys, free_port(), [_stored(one) for one in objects]
@@ -109,7 +109,7 @@ def _handler(core: CoreKinds) -> type[BaseHTTPRequestHandler]:
             self._answer(200 if found else 404, found or missing)
 
         def _watch(self, path: str, initial: bool) -> None:
-            """All objects and the mark that these are all, where the client asks for them; then nothing ever changes."""
+            """All objects and the mark after the last one, where the client asks for them; nothing ever changes."""
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Transfer-Encoding", "chunked")

@@ -22,7 +22,6 @@ import yaml
 from graftwork.storage import cache_root
 from tests.k8s.certificates import authority, certificate
 from tests.ports import free_port
-from tests.processes import ROOT
 
 CONTEXT, NAMESPACE = "tests", "team-a"
 UP_S = 60.0

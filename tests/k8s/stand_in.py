@@ -260,10 +260,11 @@ def _cluster(job: Object) -> Object:
     """The RayCluster that the operator makes of a RayJob, which owns it."""
     owner = {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": job["metadata"]["name"],
              "uid": job["metadata"]["uid"], "controller": True, "blockOwnerDeletion": True}  # fmt: skip
-    redis = (job["spec"]["rayClusterSpec"].get("gcsFaultToleranceOptions") or {}).get("backend") == "redis"
+    part = job["spec"]["rayClusterSpec"]
+    redis = (part.get("gcsFaultToleranceOptions") or {}).get("backend") == "redis"
     metadata = {"name": f"{job['metadata']['name']}-c", "ownerReferences": [owner],
                 "finalizers": [REDIS] if redis else []}  # fmt: skip
-    return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": job["spec"]["rayClusterSpec"]}
+    return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": part}
 
 
 def _path(job: Object) -> str:

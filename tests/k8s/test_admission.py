@@ -1,17 +1,19 @@
-"""The admission policy of k8s/base, evaluated by a real API server: our own objects pass, each way to a Secret does not."""
+"""The admission policy of k8s/base on a real API server: our own objects pass, each way to other Secrets does not."""
 
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from graftwork.cluster.places import backend_of
 from tests.k8s.core_kinds import KINDS, CoreKinds
-from tests.k8s.server import ApiServer, require_parts
-from tests.kuberay_objects import GONE, GPUS, changed, rayjob, rayservice
+from tests.k8s.server import CONTEXT, ApiServer, require_parts
+from tests.kuberay_objects import GONE, GPUS, changed, cluster, job, rayjob, rayservice
 from tests.processes import ROOT
 
 pytestmark = [
@@ -51,7 +53,7 @@ def ask(server: ApiServer, made: dict[str, Any], namespace: str = NAMESPACE, que
     """Empty for an object that is taken, else the server's message."""
     path = f"/apis/{made['apiVersion']}/namespaces/{namespace}/{PLURALS[made['kind']]}{query}"
     code, answer = server.ask("POST", path, {**made, "metadata": {**made["metadata"], "namespace": namespace}})
-    assert code in (201, 422), answer
+    assert code in (201, 403), answer
     return "" if code == 201 else str(answer["message"])
 
 
@@ -174,12 +176,26 @@ def test_an_update_is_held_to_the_same_and_the_operators_changes_pass(server: Ap
     one = f"{path}/{made['metadata']['name']}"
     evil = changed(made, {f"{RAY}.envFrom": [SECRET]})["spec"]
     code, answer = server.ask("PATCH", one, {"spec": evil}, MERGE)
-    assert code == 422
+    assert code == 403
     assert "ValidatingAdmissionPolicy 'graftwork'" in answer["message"]
     for change in ({"metadata": {"finalizers": ["ray.io/rayjob-finalizer"]}}, {"metadata": {"finalizers": []}},
                    {"spec": {"suspend": True}}):  # fmt: skip
         assert server.ask("PATCH", one, change, MERGE)[0] == 200
     assert server.ask("DELETE", one)[0] == 200
+
+
+def test_preflight_says_which_secrets_there_are(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
+    for name, refused in (("payroll/key", True), ("endpoint-keys/admin", False)):
+        own = cluster(storage={"uri": f"file://{tmp_path}", "claim": "runs"}, secret_env={"KEY": name})
+        backend = backend_of(f"k8s:{CONTEXT}/{NAMESPACE}", f"file://{tmp_path}", own)
+        found = {one.code: one for one in backend.plan(job(own)).findings if one.level == "error"}
+        assert ("E-ADMISSION" in found) == refused, found
+        if refused:
+            assert "s3-credentials endpoint-keys" in found["E-ADMISSION"].found
+            assert "ConfigMap graftwork-admission" in found["E-ADMISSION"].next_move
 
 
 def test_the_secrets_of_the_docs_are_listed() -> None:

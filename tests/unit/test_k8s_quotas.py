@@ -104,14 +104,14 @@ def test_the_cluster_of_the_docs_fits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, path in CLUSTERS.items() if "queue:" in path.read_text()])
 def test_a_queued_example_is_admitted(name: str) -> None:
-    """As Kueue does it: all resources of the pods of one group in the first flavor that has room and suits their node
-    selector, of whose keys only those count that a flavor of the resource group has (kueue.sigs.k8s.io, ResourceFlavor).
+    """As Kueue does it (kueue.sigs.k8s.io, "ResourceFlavor"): the pods of one group take all their resources from the
+    first flavor that has room and suits their node selector. Of the selector, only keys count that some flavor has.
     """
     folder, made = OVERLAYS[name], RENDER.rayjob(CLUSTERS[name])
     local = of_kind(folder, "LocalQueue")[made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]]
     [group] = of_kind(folder, "ClusterQueue")[local["spec"]["clusterQueue"]]["spec"]["resourceGroups"]
-    flavors = {one["metadata"]["name"]: one["spec"] for one in of_kind(folder, "ResourceFlavor").values() if "spec" in one}
-    labels = {one["name"]: flavors.get(one["name"], {}).get("nodeLabels", {}) for one in group["flavors"]}
+    flavors = {flavor: one.get("spec", {}) for flavor, one in of_kind(folder, "ResourceFlavor").items()}
+    labels = {one["name"]: flavors[one["name"]].get("nodeLabels", {}) for one in group["flavors"]}
     room = {one["name"]: {r["name"]: float(parse_quantity(r["nominalQuota"])) for r in one["resources"]}
             for one in group["flavors"]}  # fmt: skip
     keys = {key for own in labels.values() for key in own}
