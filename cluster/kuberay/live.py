@@ -95,8 +95,8 @@ def _refused(api: KubeApi, planned: Mapping[str, Any], answer: Answer) -> Findin
                        f"have this rule added to a Role of the namespace: {rule}")  # fmt: skip
     if answer.code == 403:
         return Finding("E-ADMISSION", "error", where, said, "an admission rule of the cluster refuses it",
-                       "change the object as the message says, or ask the cluster's administrator; Secrets for jobs are listed in "
-                       "the ConfigMap graftwork-admission (k8s/base/admission.yaml)")  # fmt: skip
+                       "change the object as the message says, or ask the cluster's administrator; Secrets for jobs "
+                       "are listed in the ConfigMap graftwork-admission (k8s/base/admission.yaml)")  # fmt: skip
     return Finding("E-API-REFUSED", "error", where, said, "the API server checks objects strictly",
                    "an older KubeRay lacks fields: its CRDs are to be v1.7's")  # fmt: skip
 
