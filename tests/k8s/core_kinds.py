@@ -1,7 +1,7 @@
 """Core kinds for the API server under test, which has none: a server that lists and watches a fixed set of objects.
 
 The admission of `kube-apiserver` reads policies, bindings, namespaces and parameters from an API server by list and
-watch. The server under test evaluates the policies with Kubernetes' own code; here is only where it reads them.
+watch. The server under test evaluates the policies with Kubernetes' own code; this server only supplies the objects.
 """
 
 import json
@@ -73,7 +73,7 @@ def _stored(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _discovery(path: str) -> Mapping[str, Any] | None:
-    """What the kinds are called, for the client's REST mapper."""
+    """Return the names of the kinds, for the client's REST mapper."""
     group, version = ADMISSION.split("/")
     named = {"groupVersion": ADMISSION, "version": version}
     whole: dict[str, Mapping[str, Any]] = {

@@ -179,7 +179,7 @@ class StandIn:
                 self._patch_object(job, {"metadata": {"finalizers": left}})
 
     def _cluster_is_there(self, job: Object) -> bool:
-        """Whether it still is; its deletion, in the foreground too, is under way at return."""
+        """Return whether the job's cluster exists; its deletion, in the foreground too, is under way at return."""
         path = f"{FOLDER}/rayclusters/{job['metadata']['name']}-c"
         code, found = self._server.ask("GET", path)
         if code == 200 and not found["metadata"].get("deletionTimestamp"):

@@ -48,14 +48,14 @@ def amounts(given: Mapping[str, str]) -> Amounts:
 
 
 def pod_sets(part: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """How many pods of which spec a cluster has at its largest."""
+    """Yield the number of pods and their spec, for a cluster at its largest size."""
     yield 1, part["headGroupSpec"]["template"]["spec"]
     for group in part["workerGroupSpecs"]:
         yield group["maxReplicas"], group["template"]["spec"]
 
 
 def pod_takes(pod: Mapping[str, Any], side: str) -> Amounts:
-    """As Kubernetes counts it: the containers together, or the largest init container, whichever is more."""
+    """Return what a pod takes: the sum of its containers or its largest init container, whichever is more."""
     own = [amounts(container["resources"][side]) for container in pod["containers"]]
     before = [amounts(container["resources"][side]) for container in pod.get("initContainers", [])]
     names = {name for container in (*own, *before) for name in container}
@@ -65,7 +65,7 @@ def pod_takes(pod: Mapping[str, Any], side: str) -> Amounts:
 
 
 def cluster_takes(part: Mapping[str, Any]) -> Amounts:
-    """All pods, by the names of a ResourceQuota."""
+    """Return what all pods take, by the names of a ResourceQuota."""
     total: Amounts = {}
     for count, pod in pod_sets(part):
         for side in ("requests", "limits"):

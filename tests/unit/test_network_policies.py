@@ -1,4 +1,4 @@
-"""Who reaches whom in the namespace: pairs that the rendered manifests of k8s/ must allow, and pairs they must deny."""
+"""Connections that the rendered manifests of k8s/ must allow, and connections that they must deny."""
 
 import functools
 import re
@@ -80,7 +80,7 @@ OPENED: dict[str, list[Pair]] = {
                       (CLEANUP, NODE_CACHE, 53, "TCP")],
     "private-store": [(HEAD, DOCUMENTED, 9000, "TCP"), (WORKER, DOCUMENTED, 9000, "TCP")],
 }  # fmt: skip
-"""What one overlay or component opens. Every other tree must deny it."""
+"""Connections that one overlay or component opens. Every other tree must deny them."""
 CLOSED: list[Pair] = [
     (WORKER, PRIVATE, 443, "TCP"), (WORKER, PRIVATE, 9000, "TCP"), (WORKER, Address("192.0.3.7"), 9000, "TCP"),
     (WORKER, IMDS, 988, "TCP"), (WORKER, POD_IDENTITY, 443, "TCP"), (WORKER, NODE_CACHE, 443, "TCP"),
@@ -122,6 +122,16 @@ def test_each_tree_opens_its_own_pairs_and_no_others(parts: tuple[str, ...]) -> 
     others = [pair for name, pairs in OPENED.items() if name != parts[-1] for pair in pairs if pair not in own]
     for pair in [*NEVER, *CLOSED, *others]:
         assert not allowed(made, *pair), f"{named(pair)} is allowed"
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_component_is_valid_for_kubernetes(name: str) -> None:
+    import kubernetes_validate
+
+    added = [one for one in policies("base", name) if one not in policies("base")]
+    assert added
+    for one in added:
+        kubernetes_validate.validate(one, "1.34", strict=True)
 
 
 def test_every_tree_is_covered() -> None:
