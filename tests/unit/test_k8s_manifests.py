@@ -94,8 +94,8 @@ def test_nobody_may_more_than_they_must(folder: str) -> None:
     for role in of_kind(folder, "Role"):
         for rule in role["rules"]:
             assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
-            assert not {"secrets", "configmaps", "pods/exec", "pods/attach", "pods/portforward", "roles", "rolebindings",
-                        "serviceaccounts/token"} & set(rule["resources"])  # fmt: skip
+            assert not {"secrets", "configmaps", "pods/exec", "pods/attach", "pods/portforward", "roles",
+                        "rolebindings", "serviceaccounts/token"} & set(rule["resources"])  # fmt: skip
             assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"])
     for account in of_kind(folder, "ServiceAccount"):
         assert account["automountServiceAccountToken"] is False
