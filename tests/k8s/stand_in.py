@@ -80,7 +80,8 @@ class StandIn:
                 elif not self._paused.is_set():
                     self._reconcile(job)
         for kind in ("rayclusters", "rayservices"):
-            for one in self._server.ask("GET", f"{FOLDER}/{kind}")[1]["items"]:
+            code, found = self._server.ask("GET", f"{FOLDER}/{kind}")
+            for one in found["items"] if code == 200 else []:
                 if one["metadata"].get("deletionTimestamp"):
                     self._end_machines(one, f"{FOLDER}/{kind}/{one['metadata']['name']}")
 
@@ -184,7 +185,7 @@ class StandIn:
         code, found = self._server.ask("GET", path)
         if code == 200 and not found["metadata"].get("deletionTimestamp"):
             self._server.ask("DELETE", path, {"propagationPolicy": "Foreground"})
-        return code == 200
+        return code != 404
 
     def _end_work(self, job: Object) -> None:
         """The Ray job has ended and is forgotten at return, as if with its cluster; no-op where the head is gone."""
