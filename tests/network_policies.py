@@ -79,7 +79,8 @@ def _selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
 
 
 def _meets(expression: Mapping[str, Any], value: str | None) -> bool:
-    operator, values = expression["operator"], expression.get("values", [])
+    operator: str = expression["operator"]
+    values: Sequence[str] = expression.get("values", [])
     if operator in ("Exists", "DoesNotExist"):
         return (value is not None) == (operator == "Exists")
     assert operator in ("In", "NotIn"), operator

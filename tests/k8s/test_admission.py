@@ -178,8 +178,9 @@ def test_an_update_is_held_to_the_same_and_the_operators_changes_pass(server: Ap
     code, answer = server.ask("PATCH", one, {"spec": evil}, MERGE)
     assert code == 403
     assert "ValidatingAdmissionPolicy 'graftwork'" in answer["message"]
-    for change in ({"metadata": {"finalizers": ["ray.io/rayjob-finalizer"]}}, {"metadata": {"finalizers": []}},
-                   {"spec": {"suspend": True}}):  # fmt: skip
+    changes: list[dict[str, Any]] = [{"metadata": {"finalizers": ["ray.io/rayjob-finalizer"]}},
+                                     {"metadata": {"finalizers": []}}, {"spec": {"suspend": True}}]  # fmt: skip
+    for change in changes:
         assert server.ask("PATCH", one, change, MERGE)[0] == 200
     assert server.ask("DELETE", one)[0] == 200
 
