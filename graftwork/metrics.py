@@ -75,6 +75,22 @@ CHOICE_SUM = Metric(
 EXACT = Metric(
     "exact", "share of answers", "higher", "binary", "The answer is the right text, outer spaces aside.",
 )  # fmt: skip
+EM = Metric(
+    "em", "share of answers", "higher", "binary",
+    "Exact match: the answer equals a right text after SQuAD's normalisation (case, punctuation and English articles "
+    "are ignored). A longer answer that contains the right text fails it.",
+)  # fmt: skip
+F1 = Metric(
+    "f1", "F1 of words", "higher", "graded",
+    "F1 of the words that the answer shares with the best matching right text, after SQuAD's normalisation.",
+)  # fmt: skip
+CONTAINS = Metric(
+    "contains", "share of answers", "higher", "binary",
+    "The words of a right text are in the answer, next to each other, after SQuAD's normalisation, whatever else the "
+    "answer says. A longer answer has more chances.",
+)  # fmt: skip
+TEXT_SCORES = (CONTAINS, F1, EM)
+"""Scores of a free-text answer: what it contains, how much of it is right, and whether it is only that."""
 FOLLOWS = Metric(
     "follows", "share of prompts", "higher", "binary",
     "The answer keeps the rule that its prompt sets (so many words, lower case, JSON of these keys): checked by code.",

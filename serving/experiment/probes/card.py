@@ -75,7 +75,7 @@ class _Card:
             grammar_is_enough=grammar, known=known, lifts=lifts, arms=self._arms(),
             costs=tuple(self._cost(arm, adapters.get(arm.name)) for arm in self.spec.arms), remedy=remedy,
             asked_for=asked, sentence=sentence(self.prober.reference, remedy, asked, causes, best, of_kind),
-            open=tuple(self._open(cause) for cause in causes if cause.state == "open"),
+            open=(*self._no_split(), *(self._open(cause) for cause in causes if cause.state == "open")),
         )  # fmt: skip
 
     def _reference(self) -> ArmSpec:
@@ -92,7 +92,9 @@ class _Card:
         return share(name, count, n, self.spec.alpha, {"arm": self.prober.reference, **recipe, "seed": self.spec.seed})
 
     def _causes(self) -> tuple[CauseShare, ...]:
-        return tuple(self._cause(cause) for cause in CAUSES) if self.own else ()
+        """A share of each cause; without a form/facts split there is no share of `form` to speak of."""
+        causes = [cause for cause in CAUSES if cause != "form" or self.prober.judge.splits]
+        return tuple(self._cause(cause) for cause in causes) if self.own else ()
 
     def _cause(self, cause: Cause) -> CauseShare:
         found = self._share(cause, sum(cause in one.causes for one in self.own), len(self.own))
@@ -107,6 +109,13 @@ class _Card:
             return None
         n = len(self.prober.rows)
         return math.ceil(needed * n / self.failed) - n
+
+    def _no_split(self) -> tuple[str, ...]:
+        if self.prober.judge.splits:
+            return ()
+        return (f"{self.prober.judge.primary} does not tell a wrong form from wrong facts: answers that are right and "
+                "written otherwise than asked for count in the causes above. Add the scorer qa, or a json_schema or "
+                "regex for the form.",)  # fmt: skip
 
     def _open(self, cause: CauseShare) -> str:
         said = f"Whether {spoken(cause.cause)} matters is undecided"

@@ -7,7 +7,7 @@ from graftwork.data import Row
 from graftwork.errors import ConfigError
 from graftwork.metrics import Metric
 from graftwork.serving.experiment.scorers.choice import Choice
-from graftwork.serving.experiment.scorers.exact import Exact, FieldF1, FollowsSchema, Matches
+from graftwork.serving.experiment.scorers.exact import Exact, FieldF1, FollowsSchema, Matches, Qa
 from graftwork.serving.experiment.scorers.fields import Fields
 from graftwork.serving.experiment.scorers.measures import LATENCY, TOKENS, Cost
 from graftwork.serving.experiment.scorers.overlap import Likeness, Rouge
@@ -23,6 +23,7 @@ from graftwork.serving.experiment.scorers.spec import (
     LatencySpec,
     OverlapSpec,
     OwnSpec,
+    QaSpec,
     RegexSpec,
     ScorerSpec,
     SqlSpec,
@@ -85,6 +86,8 @@ def _make(spec: ScorerSpec, schema: AnswerSchema | None) -> Scorer:
             return FollowsSchema(spec.name, own)
         case ExactSpec():
             return Exact(spec)
+        case QaSpec():
+            return Qa(spec)
         case FieldF1Spec():
             return FieldF1()
         case RegexSpec():
