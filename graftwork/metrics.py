@@ -33,7 +33,7 @@ FORM = Metric(
 )  # fmt: skip
 FACTS = Metric(
     "facts", "share of fields", "higher", "graded",
-    "Share of the gold fields that the question does not give away and that the answer gets right: at their key when "
+    "Share of the gold fields that the question does not give away, that are not empty and that the answer gets right: at their key when "
     "the answer is a JSON object, else anywhere in the text. Looking anywhere flatters arms that answer in prose.",
 )  # fmt: skip
 BOTH = Metric(

@@ -16,6 +16,10 @@ from graftwork.data import Row
 from graftwork.errors import DataError
 
 
+EMPTY: tuple[object, ...] = (None, "", [], {})
+"""Gold values with nothing to be found: `facts` leaves them out, for a text that lacks a value says nothing of it."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """One answer, scored."""
@@ -50,7 +54,7 @@ class Key:
     def wanted(self) -> tuple[str, ...]:
         """Fields whose value is to be found: neither given away nor null or empty."""
         return tuple(
-            name for name, value in self.gold.items() if name not in self.given and value not in (None, "", [], {})
+            name for name, value in self.gold.items() if name not in self.given and value not in EMPTY
         )
 
 

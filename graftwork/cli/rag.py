@@ -103,6 +103,8 @@ def show_retrievers(report: "RagReport") -> None:
               f"{d.mde:.3f}") for d in report.differences],
         )  # fmt: skip
     say(report.sentence)
+    if report.questions_uri:
+        say(f"each question: {report.questions_uri}")
 
 
 def _spec(file: SpecFile, sets: Sets) -> "RagSpec":

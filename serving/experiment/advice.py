@@ -63,8 +63,8 @@ def _advise_metric(
         ), None
     open_rivals = [rival for rival in rivals if rival.verdict in ("equivalent", "undecided")]
     tied = (best, *(_other(rival, best) for rival in open_rivals))
-    winner = _winner([kinds[arm] for arm in tied], open_rivals)
     beaten = [rival for rival in rivals if rival not in open_rivals]
+    winner = _winner([kinds[arm] for arm in tied], open_rivals, beaten)
     blocking = [
         rival for rival in open_rivals if not _INGREDIENTS[kinds[best]] <= _INGREDIENTS[kinds[_other(rival, best)]]
     ]
@@ -91,12 +91,17 @@ def _other(pair: Difference, arm: str) -> str:
     return pair.b if pair.a == arm else pair.a
 
 
-def _winner(kinds: Sequence[ArmKind], rivals: Sequence[Difference]) -> Winner | None:
-    """What all tied arms share; the cheapest of them when they are shown to be equivalent; None when open."""
-    if len(set(kinds)) == 1:
-        return _WINNER[kinds[0]]
+def _winner(kinds: Sequence[ArmKind], rivals: Sequence[Difference], beaten: Sequence[Difference]) -> Winner | None:
+    """What all tied arms share; the cheapest of them when they are shown to be equivalent; None when open.
+
+    Arms of which none is shown to be worse show nothing of what they share.
+    """
     if rivals and all(rival.verdict == "equivalent" for rival in rivals):
         return _WINNER[min(kinds, key=_COST.index)]
+    if not beaten:
+        return None
+    if len(set(kinds)) == 1:
+        return _WINNER[kinds[0]]
     shared = frozenset.intersection(*(frozenset(_INGREDIENTS[kind]) for kind in kinds))
     return next((_WINNER[kind] for kind in _COST if shared and _INGREDIENTS[kind] == shared), None)
 

@@ -115,9 +115,11 @@ def test_a_comparison_asks_probes_judges_and_records(home: Path, endpoint: Any) 
     assert 0 < tuned.adapter_gib < 0.01
     assert report.judge is not None
     assert report.judge.failed == 0
-    assert set(report.arms[0].scores) == {"facts", "form", "both", "field_accuracy", "choice", "latency_ms", "ttft_ms"}
+    assert set(report.arms[0].scores) == {"facts", "form", "both", "field_accuracy", "choice"}
+    timed = [(arm.latency_ms.n, arm.latency_ms.p50 > 0) for arm in report.arms if arm.latency_ms]
+    assert timed == [(5, True)] * 3, "six questions, the first of which warms up"
     folder = Path(found.files.html_uri).parent
-    assert {"answers.jsonl", "options.jsonl", "probes.jsonl", "judge.jsonl", "compare.json", "report.json"} <= {
+    assert {"answers.jsonl", "alone.jsonl", "scores.jsonl", "options.jsonl", "probes.jsonl", "judge.jsonl", "compare.json", "report.json"} <= {
         path.name for path in folder.iterdir()
     }
     assert Path(found.files.html_uri).stat().st_size < 1_000_000

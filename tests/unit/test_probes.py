@@ -19,7 +19,7 @@ from graftwork.report import ReportInput, render_html, render_json
 from graftwork.report.records import CompareReport, Lift, Share
 from graftwork.serving.experiment.answers import Answers
 from graftwork.serving.experiment.compare import compare
-from graftwork.serving.experiment.offline import Job, ask_jobs, run_offline
+from graftwork.serving.experiment.offline import Job, alone_jobs, ask_jobs, run_offline
 from graftwork.serving.experiment.probes.advice import Findings, ask_for, measured
 from graftwork.serving.experiment.probes.ask import Prober
 from graftwork.serving.experiment.probes.card import AdapterFacts, make_card, reference_arm
@@ -33,7 +33,7 @@ from graftwork.serving.experiment.scorers.load import load_scorers
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.experiment.verdict import ScoredArms
 from graftwork.stats import wilson
-from tests.scripted_arms import SCHEMA, Script, airports, spec
+from tests.scripted_arms import SCHEMA, Script, airports, by_job, spec
 
 # The rule.
 
@@ -273,7 +273,11 @@ def test_what_an_adapter_took_is_on_the_card(tmp_path: Path) -> None:
     costs = {cost.arm: (cost.training_min, cost.adapter_gib) for cost in card.costs}
     assert costs == {"base": (None, None), "base-rag": (None, None), "finetuned": (1.5, 0.5),
                      "raft-rag": (None, 2**-10)}  # fmt: skip
-    assert all(cost.latency_ms and cost.latency_ms > 100 for cost in card.costs)
+    assert {cost.latency_ms for cost in card.costs} == {None}, "answers of many requests in flight say no time"
+    jobs = alone_jobs(prober.spec, prober.rows, {})
+    alone = asyncio.run(ask_jobs(jobs, by_job(Probed(prober.rows)), tmp_path / "alone.jsonl", 1))
+    timed_card = make_card(prober, found, {}, alone)
+    assert all(cost.latency_ms and cost.latency_ms > 100 for cost in timed_card.costs)
 
 
 def test_probes_are_asked_once(tmp_path: Path) -> None:

@@ -25,13 +25,22 @@ class Exact:
             Metric(spec.name, "share of answers", "higher", "binary", f"The answer is a right text, {how}."),
         )
 
+    @property
+    def name(self) -> str:
+        """Name of its metric."""
+        return self.metrics[0].name
+
+    def compared(self, text: str, row: Row) -> TextMatch:
+        """Compare a text with the row's right texts as the scorer qa does."""
+        return TextMatch.of(text, self._gold.of(row.gold, row.answer, row.id))
+
     def check(self, row: Row) -> None:
         self._gold.of(row.gold, row.answer, row.id)
 
     def score(self, reply: Reply) -> dict[str, float]:
         right = self._gold.of(reply.gold, reply.reference)
         found = any(same_text(reply.text, text, ignore_case=self._loose) for text in right)
-        return {self.metrics[0].name: float(found)}
+        return {self.name: float(found)}
 
 
 class Qa:

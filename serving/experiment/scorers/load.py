@@ -49,6 +49,21 @@ class Scorers:
         """Those that need likelihoods of options from the endpoint."""
         return tuple(scorer for scorer in self._scorers if isinstance(scorer, Choice))
 
+    @property
+    def tested(self) -> tuple[Metric, ...]:
+        """Metrics of which a comparison makes verdicts: a time is measured on a few questions and only reported."""
+        return tuple(metric for metric in self.metrics if metric not in LATENCY.metrics)
+
+    @property
+    def exact(self) -> tuple[Exact, ...]:
+        """Those that want the right text and nothing else."""
+        return tuple(scorer for scorer in self._scorers if isinstance(scorer, Exact))
+
+    @property
+    def needs_times(self) -> bool:
+        """A scorer needs the time of answers: `latency`, or `cost` by the hour."""
+        return any(scorer is LATENCY or (isinstance(scorer, Cost) and scorer.by_time) for scorer in self._scorers)
+
     def check(self, rows: Sequence[Row]) -> None:
         """Raises DataError for the first row that a scorer cannot hold an answer against."""
         for row in rows:
