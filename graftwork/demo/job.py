@@ -160,8 +160,8 @@ def _shown(bar: Bar) -> Callable[[Progress], None]:
 
 
 def _trained(found: TrainReport) -> str:
-    held_out = f", held-out {found.eval_loss[-1][1]:.3f}" if found.eval_loss else ""
-    return (f"{found.adapter}: {found.rows} rows, {found.steps} steps, loss {found.train_loss[0][1]:.3f} -> "
+    held_out = f"; {found.held_out}" if found.held_out else ""
+    return (f"{found.adapter}: {found.rows_text}, {found.steps} steps, loss {found.train_loss[0][1]:.3f} -> "
             f"{found.train_loss[-1][1]:.3f}{held_out}, {found.tokens_per_s:.0f} tok/s")  # fmt: skip
 
 

@@ -342,6 +342,10 @@ class TrainRun(Record):
     eval_loss: tuple[tuple[int, float], ...] = ()
     rows: int
     dropped_rows: int = 0
+    """Training rows longer than `max_length`."""
+    eval_rows: int = 0
+    dropped_eval_rows: int = 0
+    """Held-out rows longer than `max_length`."""
     tokens: int
     tokens_per_s: float
     wall_s: float
