@@ -12,15 +12,16 @@ if TYPE_CHECKING:
 def show_outcomes(found: Mapping[str, Any]) -> None:
     """Every metric before and after, and of which changes one can be sure."""
     from graftwork.report.outcome_records import OutcomesReport
-    from graftwork.report.outcomes import WORDS, counted
+    from graftwork.report.outcomes import WORDS
 
     report = OutcomesReport.model_validate(found)
     print_table(
         f"gained and lost (paired, {100 * (1 - report.alpha):g}% intervals, Holm over {report.family})",
-        ("part", "metric", "before", "after", "difference", "p", "questions", ""),
+        ("part", "metric", "before", "after", "difference", "p", "questions", "clusters", ""),
         [
             (_part(change), change.metric, f"{change.before.value:.3f}", f"{change.after.value:.3f}",
-             difference(change.test), "-" if change.p_adjusted is None else f"{change.p_adjusted:.2g}", counted(change.test),
+             difference(change.test), "-" if change.p_adjusted is None else f"{change.p_adjusted:.2g}", change.test.questions,
+             change.test.n if change.test.n < change.test.questions else "-",
              WORDS[change.verdict] if change.verdict else "")
             for change in report.changes
         ],
