@@ -49,7 +49,8 @@ def train_run(
     kind = "" if spec.objective.kind == "sft" else f"{spec.objective.kind}, "
     return TrainRun(
         name=spec.name, adapter=found.published, loss=found.train_loss, eval_loss=found.eval_loss, rows=found.rows,
-        dropped_rows=found.dropped_rows, eval_rows=found.eval_rows, dropped_eval_rows=found.dropped_eval_rows, tokens=found.tokens, tokens_per_s=found.tokens_per_s, wall_s=found.wall_s,
+        dropped_rows=found.dropped_rows, eval_rows=found.eval_rows, dropped_eval_rows=found.dropped_eval_rows,
+        tokens=found.tokens, tokens_per_s=found.tokens_per_s, wall_s=found.wall_s,
         peak_memory_bytes=tuple(found.peak_rss_bytes_per_worker), workers=spec.num_workers, reused=found.reused,
         method=f"{kind}{spec.adapter.said()} on {spec.quant.kind}, lr {spec.optim.lr:g}{context}",
         series=_series(steps), notes=(*found.notes, *notes),

@@ -202,9 +202,7 @@ def _eval_metrics(steps: Sequence[StepReport]) -> dict[str, float]:
     if not evaluated:
         return {}
     return {
-        name.removeprefix("eval_"): value
-        for name, value in evaluated[-1].metrics.items()
-        if name.startswith("eval_")
+        name.removeprefix("eval_"): value for name, value in evaluated[-1].metrics.items() if name.startswith("eval_")
     }
 
 

@@ -20,8 +20,8 @@ def show_outcomes(found: Mapping[str, Any]) -> None:
         ("part", "metric", "before", "after", "difference", "p", "questions", "clusters", ""),
         [
             (_part(change), change.metric, f"{change.before.value:.3f}", f"{change.after.value:.3f}",
-             difference(change.test), "-" if change.p_adjusted is None else f"{change.p_adjusted:.2g}", change.test.questions,
-             change.test.n if change.test.n < change.test.questions else "-",
+             difference(change.test), "-" if change.p_adjusted is None else f"{change.p_adjusted:.2g}",
+             change.test.questions, change.test.n if change.test.n < change.test.questions else "-",
              WORDS[change.verdict] if change.verdict else "")
             for change in report.changes
         ],

@@ -46,7 +46,9 @@ def number(value: float) -> str:
 def signed_number(value: float) -> str:
     """As `number`, with its sign."""
     return (
-        signed(value) if 0.001 <= abs(value) <= 1 or abs(value) <= DUST else f"{'−' if value < 0 else '+'}{number(abs(value))}"
+        signed(value)
+        if 0.001 <= abs(value) <= 1 or abs(value) <= DUST
+        else f"{'−' if value < 0 else '+'}{number(abs(value))}"
     )
 
 

@@ -33,7 +33,7 @@ class Interval:
 def wilson(successes: int, n: int, alpha: float = 0.05) -> Interval:
     """Score interval of a share (Wilson 1927; eq. 4 in Brown, Cai, DasGupta 2001).
 
-    The bounds at 0 and at n successes are exactly 0 and 1: the formula's difference of two equal numbers rounds to 1e-18.
+    At 0 and at n successes the outer bound is exactly 0 or 1, where the formula leaves a rounding error of 1e-18.
     """
     assert 0 <= successes <= n, f"{successes} successes of {n}"
     assert n > 0, "an interval needs at least one answer"

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from graftwork import metrics, stats
+from graftwork.answers.fields import EMPTY
 from graftwork.answers.schema import AnswerSchema
 from graftwork.answers.text import parse_object
 from graftwork.data import Row, fingerprint
 from graftwork.errors import ConfigError, DataError
-from graftwork.answers.fields import EMPTY
 from graftwork.metrics import LATENCY_MS, TTFT_MS, Distribution, Metric, distribution
 from graftwork.report import words
 from graftwork.report.records import (
@@ -248,9 +248,7 @@ def _with_cuts(advice: Advice, arms: Sequence[ArmReport]) -> Advice:
     cut = [f"{arm.name} {words.percent(arm.truncated / arm.n)}" for arm in arms if arm.truncated / arm.n > _CUT_NAMED]
     if not cut:
         return advice
-    return advice.model_copy(
-        update={"sentence": f"{advice.sentence} Answers cut at max_new_tokens: {', '.join(cut)}."}
-    )
+    return advice.model_copy(update={"sentence": f"{advice.sentence} Answers cut at max_new_tokens: {', '.join(cut)}."})
 
 
 def _notes(arms: Sequence[ArmReport], table: Table) -> tuple[str, ...]:

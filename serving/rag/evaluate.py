@@ -93,7 +93,12 @@ def per_question(found: Found, questions: Sequence[Question], k: int) -> bytes:
             }
             for name, hits in found.items()
         }
-        line = {"id": question.id, "question": question.text, "gold": sorted(question.gold_ids), "retrievers": retrievers}
+        line = {
+            "id": question.id,
+            "question": question.text,
+            "gold": sorted(question.gold_ids),
+            "retrievers": retrievers,
+        }
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
 

@@ -14,9 +14,9 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.proportion import proportion_confint
 
 from graftwork import base_model, provenance
+from graftwork.cli.outcomes import show_outcomes
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import CHOICE, NATS
-from graftwork.cli.outcomes import show_outcomes
 from graftwork.report import ReportInput, render_html
 from graftwork.report.outcome_records import Change, Level, OutcomesReport, PairedTest
 from graftwork.report.outcomes import counted

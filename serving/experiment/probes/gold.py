@@ -61,9 +61,7 @@ def right_answer(row: Row, references: GoldText | None = None) -> str:
     return row.answer or json.dumps(row.gold, ensure_ascii=False, separators=(",", ":"))
 
 
-def distractors(
-    row: Row, rows: Sequence[Row], most: int, seed: int, references: GoldText | None = None
-) -> list[str]:
+def distractors(row: Row, rows: Sequence[Row], most: int, seed: int, references: GoldText | None = None) -> list[str]:
     """Right answers of other rows, with the fields that this row's question gives away kept as they are here.
 
     references: where the right texts of rows are; a text that is right here too is no distractor.

@@ -1,4 +1,4 @@
-"""Exact match, SQuAD's text scores, field F1, and the two forms that need no gold: a JSON schema and a regular expression."""
+"""Exact match, SQuAD's text scores, field F1, and two forms that need no gold: a JSON schema, a regular expression."""
 
 from dataclasses import dataclass
 
