@@ -116,7 +116,9 @@ def _spec(file: SpecFile, sets: Sets) -> "RagSpec":
 
 
 def _interval(score: "Score") -> str:
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+    from graftwork.report.words import rounded
+
+    return f"{rounded(score.value, 3)} [{rounded(score.low, 3)}, {rounded(score.high, 3)}]"
 
 
 def _ms(value: float | None) -> str:

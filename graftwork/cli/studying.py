@@ -60,5 +60,7 @@ def _interval(score: "StudyScore | StudyClaim", signed: bool = False) -> str:
 
 
 def _outcome(claim: "StudyClaim") -> str:
-    detects = f" (detects {claim.detects:.2f})" if claim.outcome == "undecided" else ""
+    from graftwork.report.words import score
+
+    detects = f" (detects {score(claim.detects)})" if claim.outcome == "undecided" else ""
     return claim.outcome + detects
