@@ -114,9 +114,10 @@ class _Card:
         return math.ceil(needed * n / self.failed) - n
 
     def _no_split(self) -> tuple[str, ...]:
-        if self.prober.judge.splits:
+        judge = self.prober.judge
+        if judge.splits or judge.references is not None:  # containment asks for no form
             return ()
-        return (f"{self.prober.judge.primary} does not tell a wrong form from wrong facts: answers that are right and "
+        return (f"{judge.primary} does not tell a wrong form from wrong facts: answers that are right and "
                 "written otherwise than asked for count in the causes above. Add the scorer qa, or a json_schema or "
                 "regex for the form.",)  # fmt: skip
 
