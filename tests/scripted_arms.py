@@ -9,6 +9,7 @@ from typing import Any
 from graftwork.answers.schema import AnswerSchema
 from graftwork.chat import Message
 from graftwork.data import Row
+from graftwork.serving.experiment.offline import Job, Send
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
@@ -87,3 +88,12 @@ class Script:
             return json.dumps(gold)
         return f"{gold['icao']} is {gold['name']} ({gold['iata']}) in {gold['city']}, {gold['country']}, " \
                f"{gold['elevation_ft']} ft."  # fmt: skip
+
+
+def by_job(script: Script) -> Send:
+    """The script as what answers jobs."""
+
+    async def send(job: Job) -> Mapping[str, Any]:
+        return await script(job.arm, job.messages, job.request_id)
+
+    return send

@@ -59,6 +59,12 @@ class PreparedData:
         seen = self.train.digest() + (self.eval.digest() if self.eval else "")
         return hashlib.sha256(seen.encode()).hexdigest()
 
+    def left_out(self, max_length: int) -> str:
+        """The rows that are too long, counted: `3 of 48 training rows and 6 of 24 held-out rows ...`; empty: none."""
+        sets = (("training", self.dropped, len(self.train)), ("held-out", self.dropped_eval, len(self.eval or ())))
+        counts = [f"{dropped} of {dropped + kept} {name} rows" for name, dropped, kept in sets if dropped]
+        return f"{' and '.join(counts)} left out: longer than max_length={max_length}" if counts else ""
+
     def shared(self, store: Store) -> "PreparedData":
         """The same, with large sets of rows copied to the store: workers of other machines take them from there."""
 

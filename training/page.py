@@ -11,7 +11,7 @@ from graftwork.memory import RowSizes
 from graftwork.memory.measured import Correction
 from graftwork.model_shape import ModelShape
 from graftwork.plan import Machine, plan_training
-from graftwork.report import BuiltReport, build
+from graftwork.report import BuiltReport, build, words
 from graftwork.report.outcome_records import Change, OutcomesReport
 from graftwork.report.outcomes import PARTS
 from graftwork.report.records import PlanRow, Series, TrainRun
@@ -49,7 +49,8 @@ def train_run(
     kind = "" if spec.objective.kind == "sft" else f"{spec.objective.kind}, "
     return TrainRun(
         name=spec.name, adapter=found.published, loss=found.train_loss, eval_loss=found.eval_loss, rows=found.rows,
-        dropped_rows=found.dropped_rows, tokens=found.tokens, tokens_per_s=found.tokens_per_s, wall_s=found.wall_s,
+        dropped_rows=found.dropped_rows, eval_rows=found.eval_rows, dropped_eval_rows=found.dropped_eval_rows,
+        tokens=found.tokens, tokens_per_s=found.tokens_per_s, wall_s=found.wall_s,
         peak_memory_bytes=tuple(found.peak_rss_bytes_per_worker), workers=spec.num_workers, reused=found.reused,
         method=f"{kind}{spec.adapter.said()} on {spec.quant.kind}, lr {spec.optim.lr:g}{context}",
         series=_series(steps), notes=(*found.notes, *notes),
@@ -57,11 +58,15 @@ def train_run(
 
 
 def sentence(spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | None) -> str:
-    """What the run came to, in one sentence."""
+    """The run's result in one or two sentences: what the held-out rows say, and what changed in the outcomes.
+
+    Training loss is said only where there is nothing else: it falls whatever was learned.
+    """
+    held_out = f"{report.held_out[:1].upper()}{report.held_out[1:]}." if report.held_out else ""
     if outcomes is None:
-        last = f"; held-out loss {report.eval_loss[-1][1]:.3f}" if report.eval_loss else ""
-        return (f"{report.steps} steps on {report.rows} rows, loss {report.train_loss[-1][1]:.3f}{last}. What the base "
-                "forgot was not measured: --set outcomes.retention={}")  # fmt: skip
+        size = f"{report.steps} steps on {report.rows} rows"
+        done = f"{held_out} {size}." if held_out else f"{size}, training loss {report.train_loss[-1][1]:.3f}."
+        return f"{done} What the base forgot was not measured: --set outcomes.retention={{}}"
     named = {verdict: [_named(change) for change in outcomes.changes if change.verdict == verdict]
              for verdict in ("better", "worse", "undecided")}  # fmt: skip
     parts = [f"{word}: {', '.join(named[verdict])}" for verdict, word in (("better", "gained"), ("worse", "lost"))
@@ -69,7 +74,16 @@ def sentence(spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | No
     if named["undecided"]:
         rest = f"in {len(named['undecided'])} of {outcomes.family}" if parts else f"in {', '.join(named['undecided'])}"
         parts.append(f"no change shown {rest}")
-    return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
+    moved = [f"{_named(change)} {words.number(change.before.value)} -> {words.number(change.after.value)}"
+             for change in outcomes.changes if change.verdict is None and _moved(change)]  # fmt: skip
+    parts += [f"changed, not tested: {', '.join(moved)}"] if moved else []
+    said = "; ".join(parts)
+    return f"{said[:1].upper()}{said[1:]}. {held_out}".strip()
+
+
+def _moved(change: Change) -> bool:
+    """The interval of the difference excludes 0."""
+    return change.test.low > 0 or change.test.high < 0
 
 
 def _named(change: Change) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from graftwork.training.relatives import notes_on_relatives
 from graftwork.training.settled import settled
 from graftwork.training.spec import TrainSpec
 from graftwork.training.stack import pin_stack
-from graftwork.training.steplog import read_steps
+from graftwork.training.steplog import StepReport, read_steps
 from graftwork.training.strategy_rules import WEIGHTS_SHARDED, check_here, check_rows
 
 __all__ = ["Progress", "TrainReport", "check", "run_paths", "train"]
@@ -181,6 +182,9 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         steps=result.steps,
         rows=len(run.data.train),
         dropped_rows=run.data.dropped,
+        eval_rows=len(run.data.eval) if run.data.eval is not None else 0,
+        dropped_eval_rows=run.data.dropped_eval,
+        eval_metrics=_eval_metrics(steps),
         tokens=result.tokens,
         wall_s=result.wall_s,
         tokens_per_s=result.tokens / max(math.fsum(step.step_s for step in steps), 1e-9),
@@ -190,6 +194,16 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
         notes=(*run.notes, *result.notes, *run.data.notes),
     )
+
+
+def _eval_metrics(steps: Sequence[StepReport]) -> dict[str, float]:
+    """The kind's own figures of the held-out rows at the last step that was evaluated."""
+    evaluated = [step for step in steps if step.eval_loss is not None]
+    if not evaluated:
+        return {}
+    return {
+        name.removeprefix("eval_"): value for name, value in evaluated[-1].metrics.items() if name.startswith("eval_")
+    }
 
 
 def _write_facts(run: Run) -> None:

@@ -96,11 +96,14 @@ class Sweep:
 def check(spec: TuneSpec) -> list[str]:
     """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds.
 
-    Returns what one should know before it starts: how the spec differs from a sweep of its name.
+    Returns what one should know before it starts: rows that are too long, and how the spec differs from a sweep of its
+    name.
     """
     sweep = Sweep.of(spec)
     require_winner(spec)
-    return notes_on_relatives(spec, sweep.paths)
+    sets = [(trial_spec(spec, point).max_length, sweep.rows[rows_key(point)]) for point in rows_points(spec)]
+    left_out = dict.fromkeys(data.left_out(max_length) for max_length, data in sets if data.left_out(max_length))
+    return [*left_out, *notes_on_relatives(spec, sweep.paths)]
 
 
 def tune(spec: TuneSpec, *, on_progress: OnProgress | None = None, elsewhere: Elsewhere | None = None) -> TuneReport:

@@ -1,7 +1,10 @@
 """Right texts and patterns that an answer is held against."""
 
+import re
+import string
 import unicodedata
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -55,6 +58,54 @@ def same_text(answer: str, right: str, *, ignore_case: bool) -> bool:
     if ignore_case:
         return tokens(answer) == tokens(right)
     return unicodedata.normalize("NFC", answer).strip() == unicodedata.normalize("NFC", right).strip()
+
+
+@dataclass(frozen=True)
+class TextMatch:
+    """An answer compared with the right texts as SQuAD compares them; each figure is the best over the texts."""
+
+    em: bool
+    """The answer equals a right text after normalisation."""
+    f1: float
+    """F1 of the words that the answer shares with a right text, order ignored."""
+    contains: bool
+    """The words of a right text are in the answer, next to each other and in order; true wherever `em` is."""
+
+    @classmethod
+    def of(cls, answer: str, right: Sequence[str]) -> "TextMatch":
+        """Compare an answer with one or more right texts."""
+        words = squad_words(answer)
+        references = [squad_words(text) for text in right]
+        return cls(
+            em=words in references,
+            f1=max(_shared_f1(words, reference) for reference in references),
+            contains=any(_holds(words, reference) for reference in references),
+        )
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def squad_words(text: str) -> list[str]:
+    """Words of a text by SQuAD's normalisation: lower case, no ASCII punctuation, no English articles.
+
+    `normalize_answer` of the official script (Rajpurkar et al. 2016, evaluate-v2.0.py), split at white space.
+    """
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _shared_f1(a: Sequence[str], b: Sequence[str]) -> float:
+    """SQuAD 2.0's F1: where one side has no words, 1 if both have none, else 0."""
+    if not a or not b:
+        return float(a == b)
+    return 2 * (Counter(a) & Counter(b)).total() / (len(a) + len(b))
+
+
+def _holds(words: Sequence[str], part: Sequence[str]) -> bool:
+    if not part:
+        return not words
+    return any(words[start : start + len(part)] == part for start in range(len(words) - len(part) + 1))
 
 
 def matches(answer: str, pattern: str, *, whole: bool) -> bool:

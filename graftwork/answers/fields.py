@@ -15,6 +15,9 @@ from graftwork.answers.text import exactly, leaves, parse_object, tokens
 from graftwork.data import Row
 from graftwork.errors import DataError
 
+EMPTY: tuple[object, ...] = (None, "", [], {})
+"""Gold values with nothing to be found: `facts` leaves them out, for a text that lacks a value says nothing of it."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -49,9 +52,7 @@ class Key:
     @cached_property
     def wanted(self) -> tuple[str, ...]:
         """Fields whose value is to be found: neither given away nor null or empty."""
-        return tuple(
-            name for name, value in self.gold.items() if name not in self.given and value not in (None, "", [], {})
-        )
+        return tuple(name for name, value in self.gold.items() if name not in self.given and value not in EMPTY)
 
 
 def score(text: str, key: Key, schema: AnswerSchema | None) -> Scores:

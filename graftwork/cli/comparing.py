@@ -50,6 +50,7 @@ def compare(
     else:
         show_comparison(outcome.report, outcome.reused)
         say(f"report: {outcome.files.html_uri}")
+        say(f"each answer: {outcome.scores_uri}")
 
 
 def show_comparison(report: Any, reused: int) -> None:
@@ -59,10 +60,13 @@ def show_comparison(report: Any, reused: int) -> None:
     names = [metric.name for metric in report.metrics]
     title = f"{report.name}: {report.n} questions" + (f", {reused} answers reused" if reused else "")
     if len(names) <= _ACROSS:
-        rows = [(arm.name, *[_interval(arm.scores.get(n)) for n in names], arm.errors) for arm in report.arms]
-        print_table(title, ("arm", *names, "errors"), rows)
+        rows = [
+            (arm.name, *[_interval(arm.scores.get(n)) for n in names], _cut(arm), arm.errors) for arm in report.arms
+        ]
+        print_table(title, ("arm", *names, "cut", "errors"), rows)
     else:
         down = [(name, *[_interval(arm.scores.get(name)) for arm in report.arms]) for name in names]
+        down.append(("cut at max_new_tokens", *[_cut(arm) for arm in report.arms]))
         down.append(("errors", *[str(arm.errors) for arm in report.arms]))
         print_table(title, ("metric", *[arm.name for arm in report.arms]), down)
     if tied := [(a.metric, words.tied(a.groups)) for a in report.advice.metrics if words.tied(a.groups)]:
@@ -82,11 +86,20 @@ def show_comparison(report: Any, reused: int) -> None:
             [(f"{s.field}={s.value}", s.n, d.a, _interval(d), f"{d.p_adjusted:.2g}", d.verdict)
              for s in report.slices for d in s.differences],
         )  # fmt: skip
+    if timed := [arm for arm in report.arms if arm.latency_ms]:
+        print_table(
+            "each arm alone, one request in flight (not tested)",
+            ("arm", "first token p50", "answer p50", "slowest", "n"),
+            [(a.name, words.milliseconds(a.ttft_ms.p50 if a.ttft_ms else None), words.milliseconds(a.latency_ms.p50),
+              words.milliseconds(a.latency_ms.max), a.latency_ms.n) for a in timed],
+        )  # fmt: skip
     if report.judge:
         show_judge(report.judge)
     if report.card:
         show_card(report.card)
     say(report.advice.sentence)
+    for line in (*report.advice.caveats, *report.notes):
+        say(f"  {line}")
 
 
 def show_judge(judge: Any) -> None:
@@ -122,7 +135,7 @@ def show_card(card: Any) -> None:
     )  # fmt: skip
     print_table(
         "what each arm takes, and why it still fails",
-        ("arm", "p50", "tokens", "training", "adapter", "failures by cause"),
+        ("arm", "alone p50", "tokens", "training", "adapter", "failures by cause"),
         [(cost.arm, words.milliseconds(cost.latency_ms), words.count(cost.tokens),
           words.seconds(None if cost.training_min is None else 60 * cost.training_min),
           words.gibibytes(cost.adapter_gib),
@@ -131,6 +144,13 @@ def show_card(card: Any) -> None:
     )  # fmt: skip
     for line in (card.sentence, *card.open):
         say(line)
+
+
+def _cut(arm: Any) -> str:
+    """Share of an arm's answers that were cut."""
+    from graftwork.report import words
+
+    return words.percent(arm.truncated / arm.n) if arm.truncated else "0"
 
 
 def _interval(score: Any) -> str:

@@ -13,14 +13,16 @@ def show_outcomes(found: Mapping[str, Any]) -> None:
     """Every metric before and after, and of which changes one can be sure."""
     from graftwork.report.outcome_records import OutcomesReport
     from graftwork.report.outcomes import WORDS
+    from graftwork.report.words import rounded
 
     report = OutcomesReport.model_validate(found)
     print_table(
         f"gained and lost (paired, {100 * (1 - report.alpha):g}% intervals, Holm over {report.family})",
-        ("part", "metric", "before", "after", "difference", "p", "n", ""),
+        ("part", "metric", "before", "after", "difference", "p", "questions", "clusters", ""),
         [
-            (_part(change), change.metric, f"{change.before.value:.3f}", f"{change.after.value:.3f}",
-             difference(change.test), "-" if change.p_adjusted is None else f"{change.p_adjusted:.2g}", change.test.n,
+            (_part(change), change.metric, rounded(change.before.value, 3), rounded(change.after.value, 3),
+             difference(change.test), "-" if change.p_adjusted is None else f"{change.p_adjusted:.2g}",
+             change.test.questions, change.test.n if change.test.n < change.test.questions else "-",
              WORDS[change.verdict] if change.verdict else "")
             for change in report.changes
         ],

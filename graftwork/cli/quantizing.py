@@ -90,4 +90,6 @@ def show_precisions(report: "QuantizeReport", run_id: str, reused: int) -> None:
 
 def _score(arm: "PrecisionArm", metric: str) -> str:
     score = arm.scores[metric]
-    return f"{score.value:.2f} [{score.low:.2f}, {score.high:.2f}]"
+    from graftwork.report import words
+
+    return f"{words.score(score.value)} {words.interval(score.low, score.high)}"

@@ -103,6 +103,8 @@ def show_retrievers(report: "RagReport") -> None:
               f"{d.mde:.3f}") for d in report.differences],
         )  # fmt: skip
     say(report.sentence)
+    if report.questions_uri:
+        say(f"each question: {report.questions_uri}")
 
 
 def _spec(file: SpecFile, sets: Sets) -> "RagSpec":
@@ -114,7 +116,9 @@ def _spec(file: SpecFile, sets: Sets) -> "RagSpec":
 
 
 def _interval(score: "Score") -> str:
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+    from graftwork.report.words import rounded
+
+    return f"{rounded(score.value, 3)} [{rounded(score.low, 3)}, {rounded(score.high, 3)}]"
 
 
 def _ms(value: float | None) -> str:

@@ -80,13 +80,15 @@ def run_curve(spec: "TrainSpec", sizes: str, on: str, as_json: bool) -> None:
 
 def show_curve(report: "CurveReport") -> None:
     """A line a size, with what it brought against the size before."""
+    from graftwork.report.words import interval, rounded
+
     steps = (None, *report.steps)
     print_table(
         f"{report.name}: {report.n} held-out questions, {100 * (1 - report.alpha):g}% intervals",
         ("examples", "held-out loss", report.metric, "loss against the size before", "p", ""),
         [
-            (point.rows, f"{point.loss.value:.3f} [{point.loss.low:.2f}, {point.loss.high:.2f}]",
-             f"{point.score.value:.3f} [{point.score.low:.2f}, {point.score.high:.2f}]",
+            (point.rows, f"{rounded(point.loss.value, 3)} {interval(point.loss.low, point.loss.high)}",
+             f"{rounded(point.score.value, 3)} {interval(point.score.low, point.score.high)}",
              difference(step.loss) if step else "-", f"{step.p_adjusted:.2g}" if step else "-",
              "reused" if point.reused else "")
             for point, step in zip(report.points, steps, strict=True)

@@ -89,12 +89,12 @@ def train(
         print_json(report.as_dict())
         return
     done = "reused the finished run" if report.reused else f"{report.steps} steps in {duration(report.wall_s)}"
-    held_out = f", held-out loss {report.eval_loss[-1][1]:.3f}" if report.eval_loss else ""
     say(
-        f"{report.run_id}: {done}; {report.rows} rows ({report.dropped_rows} dropped), "
-        f"{report.tokens_per_s:.0f} tok/s, "
-        f"loss {report.train_loss[-1][1]:.3f}{held_out}"
+        f"{report.run_id}: {done}; {report.rows_text}, {report.tokens_per_s:.0f} tok/s, "
+        f"training loss {report.train_loss[-1][1]:.3f}"
     )
+    if report.held_out:
+        say(f"  {report.held_out}")
     for note in report.notes:
         say(f"  {note}")
     say(

@@ -52,10 +52,15 @@ def _show_measure(measure: "StudyMeasure") -> None:
 
 
 def _interval(score: "StudyScore | StudyClaim", signed: bool = False) -> str:
-    form = "+.2f" if signed else ".2f"
-    return f"{score.value:{form}} [{score.low:{form}}, {score.high:{form}}]"
+    from graftwork.report import words
+
+    if signed:
+        return f"{words.signed(score.value)} {words.signed_interval(score.low, score.high)}"
+    return f"{words.score(score.value)} {words.interval(score.low, score.high)}"
 
 
 def _outcome(claim: "StudyClaim") -> str:
-    detects = f" (detects {claim.detects:.2f})" if claim.outcome == "undecided" else ""
+    from graftwork.report.words import score
+
+    detects = f" (detects {score(claim.detects)})" if claim.outcome == "undecided" else ""
     return claim.outcome + detects

@@ -193,7 +193,7 @@ def _show_winner(spec: "TuneSpec", winner: "Winner") -> None:
     from graftwork.tuning.winner import root_of
 
     report, root = winner.train, f" --root {root_of(spec)}"
-    held_out = f", held-out loss {report.eval_loss[-1][1]:.3f}" if report.eval_loss else ""
+    held_out = f", {report.held_out}" if report.held_out else ""
     took = "reused the finished run" if report.reused else f"{report.steps} steps in {duration(report.wall_s)}"
     say(f"winner: {report.run_id}, {took}{held_out}; published {report.published}")
     if report.outcomes is not None:

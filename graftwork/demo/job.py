@@ -18,6 +18,7 @@ from graftwork.demo.specs import DemoSpecs, load_specs
 from graftwork.demo_spec import DemoSpec
 from graftwork.plan import StagePlan
 from graftwork.provenance import collect
+from graftwork.report import words
 from graftwork.report.records import CompareReport, PlanRow, ServingRecord, StageTime, TrainRun
 from graftwork.report.sweep_records import SweepRecord
 from graftwork.report.whole import ReportInput
@@ -159,8 +160,8 @@ def _shown(bar: Bar) -> Callable[[Progress], None]:
 
 
 def _trained(found: TrainReport) -> str:
-    held_out = f", held-out {found.eval_loss[-1][1]:.3f}" if found.eval_loss else ""
-    return (f"{found.adapter}: {found.rows} rows, {found.steps} steps, loss {found.train_loss[0][1]:.3f} -> "
+    held_out = f"; {found.held_out}" if found.held_out else ""
+    return (f"{found.adapter}: {found.rows_text}, {found.steps} steps, loss {found.train_loss[0][1]:.3f} -> "
             f"{found.train_loss[-1][1]:.3f}{held_out}, {found.tokens_per_s:.0f} tok/s")  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def compare_stage(job: Job, endpoint: Endpoint) -> None:
         )
     job.compared = found.report
     primary = found.report.primary
-    each = ", ".join(f"{arm.name} {arm.scores[primary].value:.2f}" for arm in found.report.arms)
+    each = ", ".join(f"{arm.name} {words.score(arm.scores[primary].value)}" for arm in found.report.arms)
     size = f"{found.report.n} questions x {len(found.report.arms)} arms"
     job.done("compare", started, f"{size}; {'facts and form together' if primary == 'both' else primary}: {each}",
              reused=found.asked == 0, peak_bytes=found.stats.get("peak_rss_bytes"))  # fmt: skip

@@ -124,9 +124,12 @@ def precision_kinds(report: QuantizeReport) -> dict[str, str]:
             for row in report.precisions for arm in row.arms}  # fmt: skip
 
 
-def headline(report: CompareReport) -> ArmReport:
-    """The arm that scores best on the primary metric."""
-    return max(report.arms, key=lambda arm: arm.scores[report.primary].value)
+def headline(report: CompareReport) -> tuple[ArmReport, tuple[str, ...]]:
+    """The arm that the verdict names as best on the primary metric, and the arms that no test tells from it."""
+    found = next(one for one in report.advice.metrics if one.metric == report.primary)
+    return next(arm for arm in report.arms if arm.name == found.best), tuple(
+        name for name in found.tied if name != found.best
+    )
 
 
 def marks(answer: SampleAnswer, report: CompareReport) -> list[tuple[str, str | bool]]:

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from graftwork.metrics import FAIR_AT_ZERO
 from graftwork.report import words
 from graftwork.report.figures import Chart, Tick
-from graftwork.report.outcome_records import Change, CurveReport, Level, OutcomesReport, Rebased
+from graftwork.report.outcome_records import Change, CurveReport, Level, OutcomesReport, PairedTest, Rebased
 from graftwork.report.plots import Mark, Scale, band_chart, interval_track, ticks
 from graftwork.report.records import MetricInfo
 
@@ -31,6 +31,11 @@ class ChangeRow:
     before: Markup
     after: Markup
     axis: tuple[Tick, ...]
+
+
+def counted(test: PairedTest) -> str:
+    """`24 in 9 clusters`: the questions, and what of them is independent where that is fewer."""
+    return f"{test.questions}" if test.n == test.questions else f"{test.questions} in {test.n} clusters"
 
 
 def direction(info: MetricInfo) -> str:

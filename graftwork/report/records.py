@@ -51,7 +51,9 @@ class ArmReport(Record):
     prompt_tokens: Distribution | None
     completion_tokens: Distribution | None
     ttft_ms: Distribution | None
+    """Of the arm alone with one request in flight, over the few questions of its `n`; None: no scorer needs times."""
     latency_ms: Distribution | None
+    """As `ttft_ms`."""
 
 
 class Difference(Record):
@@ -214,7 +216,7 @@ class ArmCost(Record):
     arm: str
     kind: ArmKind
     latency_ms: float | None
-    """Median."""
+    """Median of the arm alone, one request in flight; None: not measured."""
     tokens: float | None
     """Of prompt and answer, mean."""
     training_min: float | None
@@ -340,6 +342,10 @@ class TrainRun(Record):
     eval_loss: tuple[tuple[int, float], ...] = ()
     rows: int
     dropped_rows: int = 0
+    """Training rows longer than `max_length`."""
+    eval_rows: int = 0
+    dropped_eval_rows: int = 0
+    """Held-out rows longer than `max_length`."""
     tokens: int
     tokens_per_s: float
     wall_s: float

@@ -59,7 +59,7 @@ def _scale(scores: list[StudyScore], metric: str) -> Scale:
 
 
 def _row(score: StudyScore, scale: Scale) -> Row:
-    value, interval = f"{score.value:.2f}".replace("-", "−"), words.interval(score.low, score.high)
+    value, interval = words.score(score.value).replace("-", "−"), words.interval(score.low, score.high)
     title = f"{score.arm}: {value} {interval}\n{score.signature}"
     track = interval_track(Mark(score.value, score.low, score.high, score.kind, title), scale, None)
     return Row(score, track, value, interval)

@@ -31,14 +31,18 @@ class Interval:
 
 
 def wilson(successes: int, n: int, alpha: float = 0.05) -> Interval:
-    """Score interval of a share (Wilson 1927; eq. 4 in Brown, Cai, DasGupta 2001)."""
+    """Score interval of a share (Wilson 1927; eq. 4 in Brown, Cai, DasGupta 2001).
+
+    At 0 and at n successes the outer bound is exactly 0 or 1, where the formula leaves a rounding error of 1e-18.
+    """
     assert 0 <= successes <= n, f"{successes} successes of {n}"
     assert n > 0, "an interval needs at least one answer"
     z = normal_quantile(alpha)
     share, grow = successes / n, 1 + z * z / n
     center = (share + z * z / (2 * n)) / grow
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / grow
-    return Interval(max(0.0, center - half), min(1.0, center + half))
+    low, high = max(0.0, center - half), min(1.0, center + half)
+    return Interval(low if successes else 0.0, high if successes < n else 1.0)
 
 
 def mcnemar_exact(wins: int, losses: int) -> float:

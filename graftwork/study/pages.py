@@ -51,7 +51,7 @@ def _claim(result: StudyReport, claim: StudyClaim) -> str:
     part = f", {by} {claim.of}" if claim.of else ""
     part += f" against {claim.than_of}" if claim.than_of else ""
     n = str(claim.n) if claim.n_than_of is None else f"{claim.n} and {claim.n_than_of}"
-    detects = f" (detects {claim.detects:.2f})" if claim.outcome == "undecided" else ""
+    detects = f" (detects {words.score(claim.detects)})" if claim.outcome == "undecided" else ""
     value = f"{words.signed(claim.value)} {words.signed_interval(claim.low, claim.high)}"
     return (f"| {claim.says} | {claim.metric} of {claim.a} − {claim.b}{part} | {value} | "
             f"{words.p_value(claim.p_adjusted)} | {n} | {claim.outcome}{detects} |")  # fmt: skip

@@ -9,6 +9,8 @@ from itertools import combinations
 from typing import Literal
 
 from graftwork import stats
+from graftwork.metrics import TEXT_SCORES
+from graftwork.report import words
 from graftwork.report.records import Advice, ArmKind, Difference, MetricAdvice
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, family
 
@@ -17,6 +19,7 @@ Winner = Literal["prompting", "retrieval", "finetuning", "finetuning with retrie
 Found = tuple[MetricAdvice, Difference | None]
 """The advice on one metric, and the difference that it turns on."""
 
+TEXT = tuple(metric.name for metric in TEXT_SCORES)
 METRICS = ("facts", "form", "both")
 _COST: tuple[ArmKind, ...] = ("prompt", "rag", "finetune", "both")
 _WINNER: dict[ArmKind, Winner] = {
@@ -27,18 +30,29 @@ _WINNER: dict[ArmKind, Winner] = {
 }
 _INGREDIENTS = {"prompt": frozenset[str](), "rag": {"retrieval"}, "finetune": {"finetuning"},
                 "both": {"retrieval", "finetuning"}}  # fmt: skip
-_ON = {"both": "on both together"}
+_ON = {"both": "on both together", "em": "by exact match", "f1": "by F1", "contains": "by containment"}
 
 
-def advise(scored: ScoredArms, kinds: Mapping[str, ArmKind], rules: Rules, metrics: Sequence[str] = METRICS) -> Advice:
-    """The advice on each metric (facts, form and both together); the last of them is the primary one."""
-    found = tuple(_advise_metric(scored, kinds, metric, rules) for metric in metrics)
-    won, caveats = _won(found, scored, rules), _open(found, scored)
+def advise(
+    scored: ScoredArms,
+    kinds: Mapping[str, ArmKind],
+    rules: Rules,
+    metrics: Sequence[str] = METRICS,
+    baseline: str | None = None,
+) -> Advice:
+    """The advice on each metric (facts, form and both together); the last of them is the primary one.
+
+    baseline: the declared one, which the verdict names as such; of arms that score the same it is compared with.
+    """
+    found = tuple(_advise_metric(scored, kinds, metric, rules, baseline) for metric in metrics)
+    won, caveats = _won(found, scored, rules, baseline), _open(found, scored)
     sentence, caveats = (won, caveats) if won else (caveats[0], caveats[1:])
     return Advice(sentence=sentence, caveats=caveats, metrics=tuple(one for one, _ in found))
 
 
-def _advise_metric(scored: ScoredArms, kinds: Mapping[str, ArmKind], metric: str, rules: Rules) -> Found:
+def _advise_metric(
+    scored: ScoredArms, kinds: Mapping[str, ArmKind], metric: str, rules: Rules, baseline: str | None
+) -> Found:
     best = max(scored.names, key=lambda arm: (scored.mean(arm, metric), -_COST.index(kinds[arm])))
     pairs = family(scored, [(a, b, metric) for a, b in combinations(scored.names, 2)], rules)
     rivals, groups = _against(best, pairs), _groups(scored, metric, pairs)
@@ -49,12 +63,13 @@ def _advise_metric(scored: ScoredArms, kinds: Mapping[str, ArmKind], metric: str
         ), None
     open_rivals = [rival for rival in rivals if rival.verdict in ("equivalent", "undecided")]
     tied = (best, *(_other(rival, best) for rival in open_rivals))
-    winner = _winner([kinds[arm] for arm in tied], open_rivals)
     beaten = [rival for rival in rivals if rival not in open_rivals]
+    winner = _winner([kinds[arm] for arm in tied], open_rivals, beaten)
     blocking = [
         rival for rival in open_rivals if not _INGREDIENTS[kinds[best]] <= _INGREDIENTS[kinds[_other(rival, best)]]
     ]
-    turning = _closest((blocking or open_rivals) if winner is None else beaten, best, scored, metric)
+    pairs_left = (blocking or open_rivals) if winner is None else beaten
+    turning = _closest(pairs_left, best, scored, metric, baseline)
     sentence = _sentence(scored, metric, best, tied, winner, turning)
     return MetricAdvice(metric=metric, best=best, tied=tied, groups=groups, winner=winner, sentence=sentence), turning
 
@@ -76,30 +91,43 @@ def _other(pair: Difference, arm: str) -> str:
     return pair.b if pair.a == arm else pair.a
 
 
-def _winner(kinds: Sequence[ArmKind], rivals: Sequence[Difference]) -> Winner | None:
-    """What all tied arms share; the cheapest of them when they are shown to be equivalent; None when open."""
-    if len(set(kinds)) == 1:
-        return _WINNER[kinds[0]]
+def _winner(kinds: Sequence[ArmKind], rivals: Sequence[Difference], beaten: Sequence[Difference]) -> Winner | None:
+    """What all tied arms share; the cheapest of them when they are shown to be equivalent; None when open.
+
+    Arms of which none is shown to be worse show nothing of what they share.
+    """
     if rivals and all(rival.verdict == "equivalent" for rival in rivals):
         return _WINNER[min(kinds, key=_COST.index)]
+    if not beaten:
+        return None
+    if len(set(kinds)) == 1:
+        return _WINNER[kinds[0]]
     shared = frozenset.intersection(*(frozenset(_INGREDIENTS[kind]) for kind in kinds))
     return next((_WINNER[kind] for kind in _COST if shared and _INGREDIENTS[kind] == shared), None)
 
 
-def _closest(pairs: Sequence[Difference], best: str, scored: ScoredArms, metric: str) -> Difference | None:
-    return max(pairs, key=lambda pair: scored.mean(_other(pair, best), metric), default=None)
+def _closest(
+    pairs: Sequence[Difference], best: str, scored: ScoredArms, metric: str, baseline: str | None
+) -> Difference | None:
+    """The pair with the best other arm; of those that score the same, with the baseline."""
+
+    def closeness(pair: Difference) -> tuple[float, bool]:
+        other = _other(pair, best)
+        return scored.mean(other, metric), other == baseline
+
+    return max(pairs, key=closeness, default=None)
 
 
 def _sentence(
     scored: ScoredArms, metric: str, best: str, tied: Sequence[str], winner: Winner | None, turning: Difference | None
 ) -> str:
-    score = f"{best} {scored.mean(best, metric):.2f}"
+    score = f"{best} {_mean(scored, best, metric)}"
     if winner is None:
         assert turning is not None, "an open question has an open pair"
         rival = _other(turning, best)
         rest = [arm for arm in tied[1:] if arm != rival]
         also = f" (nor are {_join(rest)} told apart)" if rest else ""
-        return (f"{_on(metric).capitalize()}: undecided between {score} and {rival} {scored.mean(rival, metric):.2f}"
+        return (f"{_on(metric).capitalize()}: undecided between {score} and {rival} {_mean(scored, rival, metric)}"
                 f"{also}; {_missing(turning)}.")  # fmt: skip
     also = f", not told apart from {_join(tied[1:])}" if len(tied) > 1 else ""
     ahead = f"; {_lead(turning, best)}" if turning is not None else ""
@@ -108,21 +136,31 @@ def _sentence(
 
 def _lead(pair: Difference, best: str) -> str:
     value, low, high = _seen_from(best, pair)
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}] over {_other(pair, best)}, n={pair.n}"
+    return f"{words.signed(value)} {words.signed_interval(low, high)} over {_other(pair, best)}, n={pair.n}"
+
+
+def _mean(scored: ScoredArms, arm: str, metric: str) -> str:
+    return words.score(scored.mean(arm, metric))
 
 
 def _missing(pair: Difference) -> str:
     needed = f"; {pair.n_needed} questions would decide" if pair.n_needed is not None else ""
-    return f"minimum detectable effect {pair.mde:.2f} at n={pair.n}{needed}"
+    return f"minimum detectable effect {words.score(pair.mde)} at n={pair.n}{needed}"
 
 
-def _won(metrics: Sequence[Found], scored: ScoredArms, rules: Rules) -> str:
-    """What wins what, in one sentence; empty when nothing is decided."""
+def _won(metrics: Sequence[Found], scored: ScoredArms, rules: Rules, baseline: str | None) -> str:
+    """What wins what, in one sentence; empty when nothing is decided.
+
+    The three scores of a text belong together: one of them that is undecided is named, for exact match alone rewards
+    brevity and containment alone rewards length.
+    """
     parts: list[str] = []
     for winner in dict.fromkeys(found.winner for found, _ in metrics if found.winner is not None):
         where = _join([_on(found.metric) for found, _ in metrics if found.winner == winner])
         parts.append(f"{winner} {'' if parts else 'wins '}{where}")
-    return _as_sentence(_join(parts) + _usable(*metrics[-1], scored, rules)) if parts else ""
+    undecided = [_on(found.metric) for found, _ in metrics if found.winner is None and found.metric in TEXT]
+    also = f", undecided {_join(undecided)}" if undecided else ""
+    return _as_sentence(_join(parts) + also + _usable(*metrics[-1], scored, rules, baseline)) if parts else ""
 
 
 def _open(metrics: Sequence[Found], scored: ScoredArms) -> tuple[str, ...]:
@@ -141,20 +179,41 @@ def _as_sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _usable(both: MetricAdvice, turning: Difference | None, scored: ScoredArms, rules: Rules) -> str:
-    """How many answers the best arm gets wholly right, and by how much it leads."""
+def _usable(
+    both: MetricAdvice, turning: Difference | None, scored: ScoredArms, rules: Rules, baseline: str | None
+) -> str:
+    """How many answers the best arm gets wholly right, and by how much it leads which arm."""
     if both.winner is None or turning is None:
         return ""
     value, low, high = _seen_from(both.best, turning)
     also = f" (not told apart from {_join(both.tied[1:])})" if len(both.tied) > 1 else ""
+    rival = _rival(both, turning, scored, baseline)
     if both.metric != "both":
-        return f": {both.best}{also} {scored.mean(both.best, both.metric):.2f}, {_lead(turning, both.best)}"
-    share = 100 * scored.mean(both.best, "both")
+        lead = f"{words.signed(value)} {words.signed_interval(low, high)} over {rival}, n={turning.n}"
+        texts = _texts((both.best, _other(turning, both.best)), scored)
+        return f": {both.best}{also} {_mean(scored, both.best, both.metric)}, {lead}{texts}"
     return (
-        f": {both.best}{also} answers {share:.0f}% of {turning.n} questions wholly right, "
-        f"{100 * value:.0f} points more than {_other(turning, both.best)} "
-        f"({100 * (1 - rules.alpha):g}% interval {100 * low:.0f} to {100 * high:.0f})"
+        f": {both.best}{also} answers {words.percent(scored.mean(both.best, 'both'))} of {turning.n} questions wholly "
+        f"right, {words.points(value)} points more than {rival} "
+        f"({100 * (1 - rules.alpha):g}% interval {words.points(low)} to {words.points(high)})"
     )
+
+
+def _rival(both: MetricAdvice, turning: Difference, scored: ScoredArms, baseline: str | None) -> str:
+    """The arm that the best is compared with, and why that one."""
+    rival = _other(turning, both.best)
+    role = "the baseline" if rival == baseline else f"the best {'other arm' if len(both.tied) == 1 else 'arm it beats'}"
+    mean = scored.mean(rival, both.metric)
+    level = sum(scored.mean(arm, both.metric) == mean for arm in scored.names if arm not in (rival, *both.tied))
+    return f"{rival}, {role}" + (f" (level with {level} more arm{'s' * (level > 1)})" if level else "")
+
+
+def _texts(arms: Sequence[str], scored: ScoredArms) -> str:
+    """The three scores of a text side by side, where they are measured."""
+    if not set(TEXT) <= set(scored.by_name):
+        return ""
+    each = [f"{arm} {' / '.join(_mean(scored, arm, name) for name in ('em', 'f1', 'contains'))}" for arm in arms]
+    return f" (exact match / F1 / containment: {', '.join(each)})"
 
 
 def _seen_from(arm: str, pair: Difference) -> tuple[float, float, float]:

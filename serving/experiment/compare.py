@@ -2,17 +2,21 @@
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from graftwork import metrics, stats
+from graftwork.answers.fields import EMPTY
 from graftwork.answers.schema import AnswerSchema
 from graftwork.answers.text import parse_object
 from graftwork.data import Row, fingerprint
 from graftwork.errors import ConfigError, DataError
-from graftwork.metrics import Distribution, Metric, distribution
+from graftwork.metrics import LATENCY_MS, TTFT_MS, Distribution, Metric, distribution
+from graftwork.report import words
 from graftwork.report.records import (
+    Advice,
     ArmKind,
     ArmReport,
     CompareReport,
@@ -23,9 +27,9 @@ from graftwork.report.records import (
     Sample,
     SampleAnswer,
 )
-from graftwork.serving.experiment.advice import METRICS, advise
+from graftwork.serving.experiment.advice import METRICS, TEXT, advise
 from graftwork.serving.experiment.answers import Answer, Answers, question
-from graftwork.serving.experiment.offline import check_ids
+from graftwork.serving.experiment.offline import check_ids, timed
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
 from graftwork.serving.experiment.scorers.reply import Reply
 from graftwork.serving.experiment.slices import slices
@@ -34,7 +38,8 @@ from graftwork.serving.experiment.verdict import Rules, ScoredArms, arm_score, f
 from graftwork.serving.spec import ArmSpec
 
 _SAMPLE_CHARS = 2000
-_MEASURED = ("prompt_tokens", "completion_tokens", "ttft_ms", "latency_ms")
+_CUT_NAMED = 0.05
+"""Share of an arm's answers cut at max_new_tokens from which on the verdict says so."""
 
 
 def compare(
@@ -46,21 +51,25 @@ def compare(
     template_digest: str = "",
     fields: Mapping[str, Sequence[str]] | None = None,
     options: Answers | None = None,
+    alone: Answers | None = None,
     card: DecisionCard | None = None,
     judged: JudgeReport | None = None,
 ) -> CompareReport:
     """The comparison's result, the same bytes for the same answers and seed.
 
     template_digest: the chat template that rendered the prompts; goes into the signatures. fields: the values of
-    `spec.slices` and `spec.cluster` by row (`data.read_fields`). options: likelihoods of choices. card: what the probes
-    found. judged: what an LLM judge preferred. Raises DataError: row ids
+    `spec.slices` and `spec.cluster` by row (`data.read_fields`). options: likelihoods of choices. alone: answers that
+    were asked for one at a time (`offline.alone_jobs`), the only source of times. card: what the probes found. judged:
+    what an LLM judge preferred. Raises DataError: row ids
     missing or twice, a row without gold, an answer missing, an arm answered by two adapter versions or two bases.
     """
-    table = Table(spec, rows, answers, load_scorers(spec.scorers, schema), options)
+    table = Table(spec, rows, answers, load_scorers(spec.scorers, schema), options, alone)
     scored = table.scored(spec, template_digest, (fields or {}).get(spec.cluster) if spec.cluster else None)
-    rules, primary = Rules(spec.alpha, spec.equivalence_margin, spec.seed), primary_metric(spec, table.scorers.metrics)
+    rules, primary = Rules(spec.alpha, spec.equivalence_margin, spec.seed), primary_metric(spec, table.scorers.tested)
     arms = tuple(_arm_report(arm, table, scored, rules) for arm in spec.arms)
     parts = {name: (fields or {})[name] for name in spec.slices}
+    kinds = {arm.name: arm.kind for arm in arms}
+    advice = advise(scored, kinds, rules, _advised(scored.metrics, primary), spec.baseline)
     return CompareReport(
         name=spec.name, baseline=spec.baseline, n=len(rows), alpha=spec.alpha, seed=spec.seed,
         equivalence_margin=spec.equivalence_margin, base_digest=table.base, data_fingerprint=fingerprint(rows),
@@ -70,8 +79,7 @@ def compare(
         contrasts=family(scored, [(c.a, c.b, c.metric) for c in spec.contrasts], rules),
         slices=slices(scored, parts, primary, spec.baseline, rules, spec.slice_min),
         card=card, judge=judged,
-        advice=advise(scored, {arm.name: arm.kind for arm in arms}, rules, _advised(scored.metrics, primary)),
-        samples=_samples(spec, table), notes=_notes(arms),
+        advice=_with_cuts(advice, arms), samples=_samples(spec, table), notes=_notes(arms, table),
     )  # fmt: skip
 
 
@@ -81,9 +89,10 @@ def score_arms(
     answers: Answers,
     schema: AnswerSchema | None,
     options: Answers | None = None,
+    alone: Answers | None = None,
 ) -> ScoredArms:
     """What each answer scores, in the order of the rows. Raises DataError, as `compare` does."""
-    return Table(spec, rows, answers, load_scorers(spec.scorers, schema), options).scored(spec)
+    return Table(spec, rows, answers, load_scorers(spec.scorers, schema), options, alone).scored(spec)
 
 
 def primary_metric(spec: CompareSpec, measured: Sequence[Metric]) -> str:
@@ -105,7 +114,7 @@ def primary_metric(spec: CompareSpec, measured: Sequence[Metric]) -> str:
 def _advised(measured: Sequence[Metric], primary: str) -> tuple[str, ...]:
     """The metrics that the advice speaks of, the primary one last."""
     names = {metric.name for metric in measured}
-    return (*(name for name in METRICS if name in names and name != primary), primary)
+    return (*(name for name in (*METRICS, *TEXT) if name in names and name != primary), primary)
 
 
 def arm_kind(arm: ArmSpec) -> ArmKind:
@@ -125,11 +134,14 @@ class Table:
         answers: Answers,
         scorers: Scorers,
         options: Answers | None = None,
+        alone: Answers | None = None,
     ) -> None:
-        """options: likelihoods of choices, filed under `ARM~SCORER`."""
+        """options: likelihoods of choices, filed under `ARM~SCORER`; alone: timed answers, under `ARM~alone`."""
         check_ids(rows)
         scorers.check(rows)
         self.rows, self.scorers, self.options = rows, scorers, options or Answers()
+        self.alone = {arm.name: timed(alone or Answers(), arm.name) for arm in spec.arms}
+        self._times = {(name, one.row_id): one.latency_ms for name, some in self.alone.items() for one in some}
         self.answers = {arm.name: [answers.of(arm.name, row.id) for row in rows] for arm in spec.arms}
         self.scores = {name: [self._score(answer, row) for answer, row in zip(said, rows, strict=True)]
                        for name, said in self.answers.items()}  # fmt: skip
@@ -145,16 +157,17 @@ class Table:
         }  # fmt: skip
         if clusters is not None:
             recipe["cluster"] = spec.cluster
-        return ScoredArms({arm.name: self._values(arm) for arm in spec.arms}, recipe, self.scorers.metrics, clusters)
+        return ScoredArms({arm.name: self._values(arm) for arm in spec.arms}, recipe, self.scorers.tested, clusters)
 
     def _values(self, arm: ArmSpec) -> dict[str, stats.Floats]:
         return {metric.name: np.array([one[metric.name] for one in self.scores[arm.name]], dtype=np.float64)
-                for metric in self.scorers.metrics}  # fmt: skip
+                for metric in self.scorers.tested}  # fmt: skip
 
     def _score(self, answer: Answer, row: Row) -> dict[str, float]:
         if answer.error is not None:
             return self.scorers.failed()
-        measured = {name: getattr(answer, name) for name in _MEASURED}
+        measured = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens,
+                    "latency_ms": self._times.get((answer.arm, row.id))}  # fmt: skip
         told = {choice.name: found.logprobs for choice in self.scorers.choices
                 if (found := self.options.find(f"{answer.arm}~{choice.name}", row.id)) and found.logprobs}  # fmt: skip
         return self.scorers.score(Reply.to(row, answer.text, likelihoods=told, **measured))
@@ -169,7 +182,7 @@ def _single(what: str, values: Iterable[str | None]) -> str | None:
 
 
 def _arm_report(arm: ArmSpec, table: Table, scored: ScoredArms, rules: Rules) -> ArmReport:
-    said = table.answers[arm.name]
+    said, alone = table.answers[arm.name], table.alone[arm.name]
     scores = {metric.name: arm_score(arm.name, metric, scored, rules) for metric in scored.metrics}
     return ArmReport(
         name=arm.name, kind=arm_kind(arm), adapter=arm.adapter, adapter_version=table.versions[arm.name],
@@ -178,8 +191,9 @@ def _arm_report(arm: ArmSpec, table: Table, scored: ScoredArms, rules: Rules) ->
         not_json=_not_json(said) if "form" in scores else None,
         truncated=sum(a.finish_reason == "length" for a in said),
         scores={name: score for name, score in scores.items() if score},
-        prompt_tokens=_measured(said, metrics.PROMPT_TOKENS), ttft_ms=_measured(said, metrics.TTFT_MS),
-        completion_tokens=_measured(said, metrics.COMPLETION_TOKENS), latency_ms=_measured(said, metrics.LATENCY_MS),
+        prompt_tokens=_measured(said, metrics.PROMPT_TOKENS), ttft_ms=_measured(alone, TTFT_MS),
+        completion_tokens=_measured(said, metrics.COMPLETION_TOKENS),
+        latency_ms=_measured(alone, LATENCY_MS),
     )  # fmt: skip
 
 
@@ -229,7 +243,15 @@ def _info(metric: Metric) -> MetricInfo:
     )
 
 
-def _notes(arms: Sequence[ArmReport]) -> tuple[str, ...]:
+def _with_cuts(advice: Advice, arms: Sequence[ArmReport]) -> Advice:
+    """The verdict, and whose answers were cut: such an arm may have been about to say the right thing."""
+    cut = [f"{arm.name} {words.percent(arm.truncated / arm.n)}" for arm in arms if arm.truncated / arm.n > _CUT_NAMED]
+    if not cut:
+        return advice
+    return advice.model_copy(update={"sentence": f"{advice.sentence} Answers cut at max_new_tokens: {', '.join(cut)}."})
+
+
+def _notes(arms: Sequence[ArmReport], table: Table) -> tuple[str, ...]:
     """What a reader must know before believing the numbers."""
     prose = [arm.name for arm in arms if arm.not_json is not None and arm.not_json - arm.errors > arm.n / 2]
     notes = []
@@ -239,6 +261,51 @@ def _notes(arms: Sequence[ArmReport]) -> tuple[str, ...]:
     notes += [
         f"{arm.name}: {arm.errors} of {arm.n} requests failed; they count as wrong." for arm in arms if arm.errors
     ]
-    notes += [f"{arm.name}: {arm.truncated} of {arm.n} answers were cut at the token limit."
-              for arm in arms if arm.truncated > arm.n / 20]  # fmt: skip
-    return tuple(notes)
+    notes += [
+        f"{arm.name}: {arm.truncated} of {arm.n} answers ({words.percent(arm.truncated / arm.n)}) were cut at "
+        f"max_new_tokens."
+        for arm in arms
+        if arm.truncated / arm.n > _CUT_NAMED
+    ]
+    return (*notes, *_empty_gold(table), *_longer(table))
+
+
+def _empty_gold(table: Table) -> list[str]:
+    """Gold values that are empty have nothing to be found, so that facts leaves them out; what arms wrote there."""
+    if "facts" not in {metric.name for metric in table.scorers.tested}:
+        return []
+    empty = [(place, name) for place, row in enumerate(table.rows) for name, value in (row.gold or {}).items()
+             if name not in row.asked and value in EMPTY]  # fmt: skip
+    if not empty:
+        return []
+    fields = Counter(name for _, name in empty)
+    filled = {arm: sum(_answered(said[place]).get(name) not in EMPTY for place, name in empty)
+              for arm, said in table.answers.items()}  # fmt: skip
+    return [f"facts leaves out {len(empty)} empty gold values ({_listed(fields)}): a value invented there costs facts "
+            f"nothing, and both and field_accuracy count it as wrong. Invented: {_listed(filled)}."]  # fmt: skip
+
+
+def _answered(answer: Answer) -> Mapping[str, object]:
+    return (parse_object(answer.text) if answer.error is None else None) or {}
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _longer(table: Table) -> list[str]:
+    """Answers that `exact` counts as wrong although the right text is in them."""
+    notes = []
+    for scorer in table.scorers.exact:
+        longer = {
+            arm: sum(
+                answer.error is None and not score[scorer.name] and scorer.compared(answer.text, row).contains
+                for answer, score, row in zip(said, table.scores[arm], table.rows, strict=True)
+            )
+            for arm, said in table.answers.items()
+        }
+        if any(count > _CUT_NAMED * len(table.rows) for count in longer.values()):
+            notes.append(f"{scorer.name} counts answers as wrong that contain the right text and more: "
+                         f"{_listed(longer)} of {len(table.rows)}. It rewards brevity; the scorer qa reports exact "
+                         "match, F1 and containment together.")  # fmt: skip
+    return notes

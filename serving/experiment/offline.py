@@ -1,6 +1,7 @@
 """All arms answer all questions, through the same handle that serves them live."""
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ Ask = Callable[[ArmSpec, list[dict[str, str]], str], Awaitable[Mapping[str, Any]
 Messages = list[dict[str, str]]
 
 _MIN_OUTAGE = 32
+ALONE_QUESTIONS = 10
+"""Questions an arm is timed on."""
+ALONE = "~alone"
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,28 @@ def option_jobs(
                 key = answer_key(spec, label, arm, row, versions.get(arm.name), continuations=options)
                 jobs.append(Job(key, label, row.id, arm, question(row), options))
     return jobs
+
+
+def alone_jobs(spec: CompareSpec, rows: Sequence[Row], versions: Mapping[str, str]) -> list[Job]:
+    """A few questions to every arm, to be asked with one request in flight: what an answer takes without a queue.
+
+    They are asked before all others, so that no prompt is in the prefix cache. The first of each arm may load its
+    adapter, and is not timed. Filed under `ARM~alone`.
+    """
+    drawn = random.Random(spec.seed).sample(list(rows), min(ALONE_QUESTIONS + 1, len(rows)))
+    jobs = []
+    for row in drawn:
+        for arm in spec.arms:
+            label = f"{arm.name}{ALONE}"
+            key = answer_key(spec, label, arm, row, versions.get(arm.name))
+            jobs.append(Job(key, label, row.id, arm, question(row)))
+    return jobs
+
+
+def timed(alone: Answers, arm: str) -> list[Answer]:
+    """An arm's answers to `alone_jobs`, without failures and without the first, which may have loaded the adapter."""
+    found = [answer for answer in alone if answer.arm == f"{arm}{ALONE}"]
+    return [answer for answer in found[1:] if answer.error is None]
 
 
 def check_ids(rows: Sequence[Row]) -> None:

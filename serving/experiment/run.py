@@ -1,6 +1,8 @@
 """A comparison as a run: deploy (or take an endpoint), ask, judge, record."""
 
 import asyncio
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +28,7 @@ from graftwork.serving.experiment.offline import (
     CompareProgress,
     Job,
     Send,
+    alone_jobs,
     ask_jobs,
     count_missing,
     count_unanswered,
@@ -58,6 +61,8 @@ class CompareOutcome:
     """Each answer's scores, in the order of the questions."""
     files: BuiltReport
     """report.json and report.html in the run's folder."""
+    scores_uri: str
+    """scores.jsonl: what each answer scored."""
 
 
 def run_compare(
@@ -90,72 +95,85 @@ def run_compare(
 
     path = folder / "answers.jsonl"
     with Endpoints(spec, endpoint, pinned) as live:
+        more = _More(spec, asked, manifests, live, folder, on_progress)
+        alone = more.alone()
         if count_unanswered(spec, rows, path, versions):
             live.open()
         answers = asyncio.run(run_offline(spec, rows, live.ask, path, versions=versions, on_progress=progress))
-        more = _More(spec, asked, answers, manifests, live, folder, on_progress)
         options = more.options()
-        scored = score_arms(spec, rows, answers, asked.schema, options)
-        card, judged = more.card(scored), more.judged(scored)
+        scored = score_arms(spec, rows, answers, asked.schema, options, alone)
+        card, judged = more.card(answers, scored, alone), more.judged(answers, scored)
         new = len(answers) - seen[0].reused
         stats = asyncio.run(_stats(live.endpoint)) if live.endpoint is not None and new else {}
     template = base_model.template(base_model.resolve(spec.base))
     report = compare(
         spec, rows, answers, asked.schema, template_digest=template.digest, fields=asked.fields, options=options,
-        card=card, judged=judged,
+        alone=alone, card=card, judged=judged,
     )  # fmt: skip
+    store.write_bytes(_score_lines(rows, answers, scored), *run.file("scores.jsonl"))
     files = _record(spec, store, run, folder, report)
-    return CompareOutcome(run.run_id, report, new, seen[0].reused, stats, scored, files)
+    return CompareOutcome(run.run_id, report, new, seen[0].reused, stats, scored, files,
+                          store.path(*run.file("scores.jsonl")))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _More:
-    """What is asked once the arms have answered. Each kind has a file of its own beside the answers."""
+    """Requests beyond the questions themselves. Each kind has a file of its own next to the answers."""
 
     spec: CompareSpec
     asked: "_Asked"
-    answers: Answers
     manifests: Mapping[str, artifact.AdapterManifest]
     live: Endpoints
     folder: Path
     on_progress: Callable[[CompareProgress], None] | None
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the arms' adapters."""
+        return {name: manifest.version for name, manifest in self.manifests.items()}
+
+    def alone(self) -> Answers:
+        """Answers with one request in flight, where a scorer needs times: before all others."""
+        jobs = alone_jobs(self.spec, self.asked.rows, self.versions) if self.asked.scorers.needs_times else []
+        return self._ask(jobs, "alone.jsonl", self.live.send, concurrency=1)
+
     def options(self) -> Answers:
         """Likelihoods of the options of every choice scorer."""
-        versions = {name: manifest.version for name, manifest in self.manifests.items()}
-        jobs = option_jobs(self.spec, self.asked.rows, self.asked.scorers.choices, versions)
+        jobs = option_jobs(self.spec, self.asked.rows, self.asked.scorers.choices, self.versions)
         return self._ask(jobs, "options.jsonl", self.live.send)
 
-    def card(self, scored: ScoredArms) -> DecisionCard | None:
+    def card(self, answers: Answers, scored: ScoredArms, alone: Answers) -> DecisionCard | None:
         spec, asked = self.spec, self.asked
         if spec.probes is None:
             return None
         prober = Prober(
-            spec, spec.probes, asked.rows, self.answers, Judge(spec, asked.scorers, asked.primary), asked.passages,
+            spec, spec.probes, asked.rows, answers, Judge(spec, asked.scorers, asked.primary), asked.passages,
             prompts={arm.name: prompt_of(arm, self.manifests.get(arm.name)) for arm in spec.arms},
-            versions={name: manifest.version for name, manifest in self.manifests.items()},
+            versions=self.versions,
             reference=spec.probes.reference or reference_arm(spec, scored, asked.primary),
         )  # fmt: skip
         first = prober.first_round()
         found = self._ask(first, "probes.jsonl", self.live.send)
         found = self._ask(first + prober.second_round(found), "probes.jsonl", self.live.send)
-        return make_card(prober, found, {name: adapter_facts(m) for name, m in self.manifests.items()})
+        return make_card(prober, found, {name: adapter_facts(m) for name, m in self.manifests.items()}, alone)
 
-    def judged(self, scored: ScoredArms) -> JudgeReport | None:
+    def judged(self, answers: Answers, scored: ScoredArms) -> JudgeReport | None:
         judge = self.spec.judge
         if judge is None:
             return None
         manifest = artifact.resolve(Store(self.spec.root), judge.adapter) if judge.adapter else None
-        run = JudgeRun(self.spec, judge, self.asked.rows, self.answers, manifest)
+        run = JudgeRun(self.spec, judge, self.asked.rows, answers, manifest)
         found = self._ask(run.jobs(), "judge.jsonl", OtherEndpoint(judge).send if judge.url else self.live.send)
         return run.report(found, scored, self.asked.primary)
 
-    def _ask(self, jobs: Sequence[Job], file: str, send: Send) -> Answers:
+    def _ask(self, jobs: Sequence[Job], file: str, send: Send, concurrency: int | None = None) -> Answers:
         """On the endpoint, deployed where something is missing that only it can answer."""
         path = self.folder / file
         if send == self.live.send and count_missing(jobs, path):
             self.live.open()
-        return asyncio.run(ask_jobs(jobs, send, path, self.spec.concurrency, self.on_progress)) if jobs else Answers()
+        if not jobs:
+            return Answers()
+        return asyncio.run(ask_jobs(jobs, send, path, concurrency or self.spec.concurrency, self.on_progress))
 
 
 @dataclass(frozen=True)
@@ -179,7 +197,7 @@ class _Asked:
         names = [*spec.slices, *([spec.cluster] if spec.cluster else [])]
         fields = read_fields(spec.eval, names, limit=spec.limit) if names else {}
         passages = GoldPassages.read(probed_corpus(spec, rows) if spec.probes else None)
-        primary = primary_metric(spec, scorers.metrics)
+        primary = primary_metric(spec, scorers.tested)
         if spec.probes and primary in {choice.name for choice in scorers.choices}:
             raise ConfigError(f"probes with primary={primary!r}", "nothing is written for a choice",
                               "probes read written answers", "leave out probes, or name another primary")  # fmt: skip
@@ -195,11 +213,24 @@ async def _stats(endpoint: Endpoint) -> dict[str, Any]:
     return stats
 
 
+def _score_lines(rows: Sequence[Row], answers: Answers, scored: ScoredArms) -> bytes:
+    """What each answer scored, a JSON line an answer, question by question; a measure that was not taken is absent."""
+    lines = []
+    for place, row in enumerate(rows):
+        for arm, by_metric in scored.values.items():
+            answer = answers.of(arm, row.id)
+            scores = {name: float(values[place]) for name, values in by_metric.items() if not math.isnan(values[place])}
+            line = {"row_id": row.id, "arm": arm, "text": answer.text, "error": answer.error,
+                    "finish_reason": answer.finish_reason, "scores": scores}  # fmt: skip
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
 def _record(spec: CompareSpec, store: Store, run: RunPaths, folder: Path, report: CompareReport) -> BuiltReport:
     """compare.json is the same bytes for the same answers and seed; the page beside it tells when and where."""
     store.write_json(report.model_dump(mode="json"), *run.file("compare.json"))
     if not store.is_local:
-        for name in ("answers.jsonl", "options.jsonl", "probes.jsonl", "judge.jsonl"):
+        for name in ("answers.jsonl", "alone.jsonl", "options.jsonl", "probes.jsonl", "judge.jsonl"):
             if (folder / name).exists():
                 store.upload(folder / name, *run.file(name))
     page = ReportInput(

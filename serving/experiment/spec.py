@@ -109,7 +109,7 @@ class CompareSpec(Spec):
         """Own scorers say their metric only when they are loaded: then `require_metrics` has the last word."""
         if not self.scorers:
             raise ValueError("scorers is empty: a comparison scores answers on something")
-        measured = [name for scorer in self.scorers for name in scorer.metric_names]
+        measured = [name for scorer in self.scorers for name in scorer.metric_names if scorer.kind != "latency"]
         if not any(isinstance(scorer, OwnSpec) for scorer in self.scorers):
             self.require_metrics(measured)
         if any(isinstance(scorer, FieldsSpec) for scorer in self.scorers) and self.answer_schema is None:
@@ -117,9 +117,11 @@ class CompareSpec(Spec):
         return self
 
     def require_metrics(self, measured: Sequence[str]) -> None:
-        """Raises ValueError for a metric that no scorer measures."""
+        """Raises ValueError for a metric that no scorer measures. A time is measured and not tested."""
         asked = [("primary", self.primary)] if self.primary else []
         asked += [("contrasts", contrast.metric) for contrast in self.contrasts]
         for key, name in asked:
+            if name in ("latency_ms", "ttft_ms"):
+                raise ValueError(f"{key}: {name} is measured of each arm alone and not tested, name a score")
             if name not in measured:
                 raise ValueError(f"{key}: no scorer measures {name!r}, only {', '.join(measured)}")

@@ -1,5 +1,6 @@
 """Retrievers on the same questions: measured, compared in pairs, and one of them chosen."""
 
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -43,6 +44,8 @@ class RagReport(Record):
     """Against lexical, paired by question, Holm within a metric."""
     chosen: str
     sentence: str
+    questions_uri: str = ""
+    """Where the scores of each question are (`per_question`)."""
 
 
 def judge(
@@ -75,6 +78,29 @@ def judge(
         name=name, version=version, passages=passages, n=len(questions), k=k, retrievers=reports,
         differences=tuple(differences), chosen=chosen, sentence=sentence,
     )  # fmt: skip
+
+
+def per_question(found: Found, questions: Sequence[Question], k: int) -> bytes:
+    """A JSON line a question: its gold passages, and of each retriever the k passages, the gold rank and the scores."""
+    values = {name: _values(hits, questions, k) for name, hits in found.items()}
+    lines = []
+    for place, question in enumerate(questions):
+        retrievers = {
+            name: {
+                "passages": [hit.passage.id for hit in hits[place][:k]],
+                "rank": question.rank(hits[place][:MRR_DEPTH]),
+                "scores": {metric: float(column[place]) for metric, column in values[name].items()},
+            }
+            for name, hits in found.items()
+        }
+        line = {
+            "id": question.id,
+            "question": question.text,
+            "gold": sorted(question.gold_ids),
+            "retrievers": retrievers,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
 
 
 def _clusters(questions: Sequence[Question]) -> list[str] | None:

@@ -9,13 +9,14 @@ from graftwork.retrieval import Hit, Retriever
 from graftwork.retrieval.chunks import document_of
 from graftwork.retrieval.lexical import LexicalIndex
 from graftwork.retrieval.versions import LEXICAL_FILE, Choice
-from graftwork.serving.rag.evaluate import RagReport, judge
+from graftwork.serving.rag.evaluate import RagReport, judge, per_question
 from graftwork.serving.rag.index import open_made
 from graftwork.serving.rag.questions import MRR_DEPTH, Question, read_questions, require_gold
 from graftwork.serving.rag.spec import RagSpec
 
 Progress = Callable[[int, int, str], None]
 RERANKED = "lexical+rerank"
+QUESTIONS_FILE = "eval.jsonl"
 
 
 @dataclass
@@ -49,7 +50,8 @@ def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport
     )  # fmt: skip
     kind = next((kind for kind in spec.kinds if kind == report.chosen), "lexical")  # an arm asks for a rerank itself
     spec.home.choose(Choice(kind=kind, version=manifest.version, sentence=report.sentence))
-    return report
+    spec.home.store.write_bytes(per_question(measured.hits, questions, spec.k), QUESTIONS_FILE)
+    return report.model_copy(update={"questions_uri": spec.home.store.path(QUESTIONS_FILE)})
 
 
 def questions_of(spec: RagSpec) -> list[Question]:

@@ -204,8 +204,7 @@ def test_the_script_is_found_again(report: CompareReport) -> None:
     assert arms["raft-rag"].scores["both"].method == "wilson"
     assert arms["raft-rag"].scores["facts"].method == "bca"
     assert arms["raft-rag"].adapter_version == "9f8e7d6c5b4a"
-    assert arms["base"].latency_ms is not None
-    assert arms["base"].latency_ms.n == 200
+    assert {arm.latency_ms for arm in arms.values()} == {None}, "no scorer needs times, so that none were measured"
 
 
 def test_verdicts_against_the_baseline(report: CompareReport) -> None:

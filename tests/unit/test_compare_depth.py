@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,21 @@ import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from graftwork.data import read_fields
+from graftwork.chat import Message
+from graftwork.cli.comparing import show_comparison
+from graftwork.data import Row, read_fields
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import LATENCY_MS, Metric
 from graftwork.report import ReportInput, render_html
+from graftwork.report.figures import headline
 from graftwork.report.records import CompareReport
+from graftwork.serving.experiment.advice import advise
 from graftwork.serving.experiment.answers import Answers
 from graftwork.serving.experiment.compare import compare, primary_metric
-from graftwork.serving.experiment.offline import run_offline
+from graftwork.serving.experiment.offline import alone_jobs, ask_jobs, run_offline
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, family
 from graftwork.serving.spec import ArmSpec
-from tests.scripted_arms import ARMS, SCHEMA, Script, airports, spec
+from tests.scripted_arms import ARMS, SCHEMA, Script, airports, by_job, spec
 
 SCORERS = ["fields", "field_f1", {"kind": "regex", "name": "braces", "pattern": r"\{.*\}"}, "latency", "tokens",
            {"kind": "cost", "per_1k_prompt_tokens": 0.1, "per_1k_completion_tokens": 0.4}]  # fmt: skip
@@ -34,14 +39,16 @@ def answers(asked: Any, script: Any, rows: Any, folder: Path) -> Answers:
 def report(tmp_path_factory: pytest.TempPathFactory) -> CompareReport:
     rows = airports(120)
     asked = spec(scorers=SCORERS, slices=["country"], cluster="pair", primary="both")
-    said = answers(asked, Script(rows), rows, tmp_path_factory.mktemp("compare"))
+    folder = tmp_path_factory.mktemp("compare")
+    said = answers(asked, Script(rows), rows, folder)
+    alone = asyncio.run(ask_jobs(alone_jobs(asked, rows, {}), by_job(Script(rows)), folder / "alone.jsonl", 1))
     fields = {"country": tuple((row.gold or {})["country"] for row in rows),
               "pair": tuple(str(i // 2) for i in range(120))}  # fmt: skip
-    return compare(asked, rows, said, SCHEMA, fields=fields)
+    return compare(asked, rows, said, SCHEMA, fields=fields, alone=alone)
 
 
 def test_every_scorer_has_its_column_and_its_tests(report: CompareReport) -> None:
-    names = ["facts", "form", "both", "field_accuracy", "field_f1", "braces", "latency_ms", "ttft_ms", "prompt_tokens",
+    names = ["facts", "form", "both", "field_accuracy", "field_f1", "braces", "prompt_tokens",
              "completion_tokens", "cost"]  # fmt: skip
     assert [metric.name for metric in report.metrics] == names
     assert all(list(arm.scores) == names for arm in report.arms)
@@ -49,10 +56,48 @@ def test_every_scorer_has_its_column_and_its_tests(report: CompareReport) -> Non
     by = {(d.a, d.metric): d for d in report.differences}
     assert by["raft-rag", "braces"].verdict == "better"
     assert by["raft-rag", "field_f1"].verdict == "better"
-    assert by["raft-rag", "ttft_ms"].verdict == "equivalent", "the script takes as long for all"
-    assert by["raft-rag", "latency_ms"].value == pytest.approx(
-        report.arms[4].scores["latency_ms"].value - report.arms[1].scores["latency_ms"].value
+    assert by["raft-rag", "prompt_tokens"].verdict == "equivalent", "the script has as many for all"
+    assert by["raft-rag", "completion_tokens"].value == pytest.approx(
+        report.arms[4].scores["completion_tokens"].value - report.arms[1].scores["completion_tokens"].value
     )
+
+
+def test_a_time_is_of_each_arm_alone_and_no_verdict(report: CompareReport) -> None:
+    assert not {"latency_ms", "ttft_ms"} & {d.metric for d in report.differences}
+    for arm in report.arms:
+        assert arm.latency_ms is not None
+        assert arm.ttft_ms is not None
+        assert (arm.latency_ms.n, arm.ttft_ms.p50) == (10, 10.0)
+    html = render_html(ReportInput(title="t", created_at="now", compare=report))
+    assert "measured with one request in flight" in html
+    assert "Latencies are under" not in html
+
+
+@pytest.mark.parametrize("name", ["latency_ms", "ttft_ms"])
+def test_a_claim_about_a_time_is_refused(name: str) -> None:
+    claim = {"a": "base", "b": "base-rag", "metric": name}
+    with pytest.raises(ValueError, match=f"contrasts: {name} is measured of each arm alone and not tested"):
+        spec(scorers=["fields", "latency"], contrasts=[claim])
+
+
+def test_an_hours_price_counts_the_time_alone_and_not_the_queue(tmp_path: Path) -> None:
+    """A replica at 3.6 USD an hour costs a thousandth of a USD a second: 0.1 s are 0.1 USD per 1,000 answers."""
+    rows = airports(40)
+    asked = spec(scorers=["fields", {"kind": "cost", "per_replica_hour": 3.6}])
+
+    def took(ms: float) -> Script:
+        class Slow(Script):
+            async def __call__(self, arm: ArmSpec, messages: Any, request_id: str) -> dict[str, Any]:
+                return {**await super().__call__(arm, messages, request_id), "latency_ms": ms}
+
+        return Slow(rows)
+
+    queued = answers(asked, took(35_000.0), rows, tmp_path)
+    alone = asyncio.run(ask_jobs(alone_jobs(asked, rows, {}), by_job(took(100.0)), tmp_path / "alone.jsonl", 1))
+    cost = compare(asked, rows, queued, SCHEMA, alone=alone).arms[0].scores["cost"]
+    assert cost.value == pytest.approx(0.1)
+    assert cost.n == 10
+    assert "cost" not in compare(asked, rows, queued, SCHEMA).arms[0].scores
 
 
 def test_clusters_are_drawn_whole(report: CompareReport) -> None:
@@ -127,9 +172,9 @@ def test_another_task_without_fields_or_schema(tmp_path: Path) -> None:
     assert "not JSON" not in render_html(ReportInput(title="t", created_at="now", compare=found))
 
 
-def test_a_time_that_was_never_taken_is_left_out(tmp_path: Path) -> None:
+def test_a_measure_that_was_never_taken_is_left_out(tmp_path: Path) -> None:
     rows = airports(30)
-    asked = spec(scorers=["fields", "latency"])
+    asked = spec(scorers=["fields", "tokens"])
 
     async def fails(arm: ArmSpec, messages: list[dict[str, str]], request_id: str) -> dict[str, Any]:
         if arm.name == "base":
@@ -137,8 +182,8 @@ def test_a_time_that_was_never_taken_is_left_out(tmp_path: Path) -> None:
         return await Script(rows)(arm, messages, request_id)
 
     found = compare(asked, rows, answers(asked, fails, rows, tmp_path), SCHEMA)
-    assert "latency_ms" not in found.arms[0].scores
-    assert not [d for d in found.differences if (d.a, d.metric) == ("base", "latency_ms")]
+    assert "prompt_tokens" not in found.arms[0].scores
+    assert not [d for d in found.differences if (d.a, d.metric) == ("base", "prompt_tokens")]
     assert not any(math.isnan(d.value) for d in found.differences)
     assert "–" in render_html(ReportInput(title="t", created_at="now", compare=found))
 
@@ -165,3 +210,119 @@ def test_a_verdict_needs_a_score() -> None:
     lower = Metric("errors", "share", "lower", "binary", "")
     with pytest.raises(ConfigError, match="of which more is better"):
         primary_metric(spec(scorers=["latency"], answer_schema=None), [LATENCY_MS, lower])
+
+
+# Texts: exact match alone rewards brevity, containment alone length.
+
+PLACES = [Row(f"q{i}", (Message("user", f"Where is {i}?"),), doc_id=f"d{i}", gold={"answers": [f"Town {i}x", f"T{i}x"]})
+          for i in range(50)]  # fmt: skip
+TEXT_ARMS = ({"name": "base-rag", "retriever": {"corpus": "c.jsonl"}, "max_new_tokens": 24},
+             {"name": "raft-rag", "adapter": "a@b", "retriever": {"corpus": "c.jsonl"}},
+             {"name": "base"})  # fmt: skip
+
+
+class Texts:
+    """base-rag writes sentences, 11 of 50 with the right text in them, and 37 are cut; raft-rag 13 right texts, and 3
+    sentences that contain one; base nothing of it."""
+
+    async def __call__(self, arm: ArmSpec, messages: list[dict[str, str]], request_id: str) -> dict[str, Any]:
+        at = next(i for i, row in enumerate(PLACES) if row.messages[0].content == messages[-1]["content"])
+        wordy = f"As far as I can tell from this, the place in question is Town {at}x"
+        said = {"base-rag": wordy if at < 11 else "As far as I can tell from this, nothing",
+                "raft-rag": f"T{at}x" if 5 <= at < 18 else wordy if 18 <= at < 21 else "Nowhere",
+                "base": "No idea"}[arm.name]  # fmt: skip
+        cut = arm.name == "base-rag" and at >= 13
+        return {"request_id": request_id, "arm": arm.name, "text": said, "base_digest": "1f0c9a2b77aa",
+                "adapter_version": "9f8e7d6c5b4a" if arm.adapter else None,
+                "finish_reason": "length" if cut else "stop"}  # fmt: skip
+
+
+def places(folder: Path, scorer: str, arms: int = 2) -> CompareReport:
+    asked = spec(TEXT_ARMS[:arms], scorers=[scorer], answer_schema=None)
+    return compare(asked, PLACES, answers(asked, Texts(), PLACES, folder), None)
+
+
+def test_a_verdict_on_texts_tells_exact_match_from_containment(tmp_path: Path) -> None:
+    found = places(tmp_path, "qa")
+    assert found.primary == "em"
+    scores = {arm.name: {name: score.value for name, score in arm.scores.items()} for arm in found.arms}
+    assert (scores["raft-rag"]["em"], scores["raft-rag"]["contains"]) == (0.26, 0.32)
+    assert (scores["base-rag"]["em"], scores["base-rag"]["contains"]) == (0.0, 0.22)
+    sentence = found.advice.sentence
+    assert sentence.startswith("Finetuning with retrieval wins by F1 and by exact match, undecided by containment: ")
+    assert "raft-rag 0.26, +0.26 [+0.14, +0.40] over base-rag, the baseline, n=50" in sentence
+    assert "(exact match / F1 / containment: raft-rag 0.26 / 0.28 / 0.32, base-rag 0.00 / 0.06 / 0.22)" in sentence
+    assert sentence.endswith(" Answers cut at max_new_tokens: base-rag 74%.")
+    assert any(text.startswith("By containment, undecided between raft-rag and base-rag") for text in
+               found.advice.caveats)  # fmt: skip
+    html = render_html(ReportInput(title="t", created_at="now", compare=found))
+    assert "base-rag: 37 of 50 answers (74%) were cut at max_new_tokens." in html
+
+
+def test_arms_with_something_in_common_win_by_it_only_over_arms_without_it(tmp_path: Path) -> None:
+    contains = [found for found in places(tmp_path, "qa").advice.metrics if found.metric == "contains"]
+    assert (contains[0].winner, contains[0].tied) == (None, ("raft-rag", "base-rag"))
+    three = places(tmp_path / "three", "qa", arms=3).advice
+    assert three.sentence.startswith("Retrieval wins by containment and finetuning with retrieval by F1 and by exact ")
+    assert "over base-rag, the baseline (level with 1 more arm), n=50" in three.sentence
+
+
+def test_exact_alone_is_said_to_reward_brevity(tmp_path: Path) -> None:
+    [note] = [note for note in places(tmp_path, "exact").notes if note.startswith("exact counts")]
+    assert "contain the right text and more: base-rag 11, raft-rag 3 of 50" in note
+    assert "the scorer qa reports" in note
+    assert not [note for note in places(tmp_path, "qa").notes if note.startswith("exact counts")]
+
+
+def test_the_terminal_says_what_was_cut_and_what_is_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_comparison(places(tmp_path, "qa"), 0)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "cut" in said
+    assert "Answers cut at max_new_tokens: base-rag 74%." in said
+    assert "By containment, undecided between raft-rag and base-rag" in said
+
+
+# What the verdict compares with, and how it is rounded.
+
+
+def test_the_headline_compares_with_the_baseline_of_arms_that_score_the_same(tmp_path: Path) -> None:
+    """139 of 200 against five arms at 0: 70 points more than the declared baseline, and so it says."""
+    right, rows = np.zeros(200), np.zeros(200)
+    right[:139] = 1
+    values = {name: rows for name in ("base", "shots", "rag", "tuned", "naive")} | {"raft": right}
+    kinds: dict[str, Any] = {"base": "prompt", "shots": "prompt", "rag": "rag", "tuned": "finetune", "naive": "both",
+                             "raft": "both"}  # fmt: skip
+    scored = ScoredArms({name: {"facts": some, "form": some, "both": some} for name, some in values.items()})
+    sentence = advise(scored, kinds, Rules(), baseline="rag").sentence
+    assert "raft answers 70% of 200 questions wholly right, 70 points more than rag, the baseline" in sentence
+    assert "(level with 4 more arms) (95% interval 63 to 75)" in sentence
+    values["naive"] = right * (np.arange(200) < 10)
+    scored = ScoredArms({name: {"facts": some, "form": some, "both": some} for name, some in values.items()})
+    assert "points more than naive, the best other arm (95%" in advise(scored, kinds, Rules(), baseline="rag").sentence
+
+
+def test_the_tile_names_the_arm_of_the_verdict(report: CompareReport) -> None:
+    best, tied = headline(report)
+    both = next(found for found in report.advice.metrics if found.metric == "both")
+    assert (best.name, tied) == (both.best, both.tied[1:])
+
+
+# What facts leaves out.
+
+
+def test_empty_gold_is_counted_and_so_are_values_invented_there(tmp_path: Path) -> None:
+    rows = [replace(row, gold={**(row.gold or {}), "iata": ""}) for row in airports(30)]
+    asked = spec(scorers=["fields"])
+
+    async def says(arm: ArmSpec, messages: list[dict[str, str]], request_id: str) -> dict[str, Any]:
+        gold = next(dict(row.gold or {}) for row in rows if row.messages[0].content == messages[-1]["content"])
+        if arm.name == "finetuned":
+            gold["iata"] = "ABC"
+        return {**await Script(airports(30))(arm, messages, request_id), "text": json.dumps(gold)}
+
+    found = compare(asked, rows, answers(asked, says, rows, tmp_path), SCHEMA)
+    by = {arm.name: arm.scores for arm in found.arms}
+    assert (by["finetuned"]["facts"].value, by["finetuned"]["both"].value, by["base"]["both"].value) == (1, 0, 1)
+    [note] = [note for note in found.notes if note.startswith("facts leaves out")]
+    assert "30 empty gold values (iata 30)" in note
+    assert "Invented: base 0, base-rag 0, finetuned 30, naive-rag 0, raft-rag 0." in note

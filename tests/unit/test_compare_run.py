@@ -115,12 +115,30 @@ def test_a_comparison_asks_probes_judges_and_records(home: Path, endpoint: Any) 
     assert 0 < tuned.adapter_gib < 0.01
     assert report.judge is not None
     assert report.judge.failed == 0
-    assert set(report.arms[0].scores) == {"facts", "form", "both", "field_accuracy", "choice", "latency_ms", "ttft_ms"}
+    assert set(report.arms[0].scores) == {"facts", "form", "both", "field_accuracy", "choice"}
+    timed = [(arm.latency_ms.n, arm.latency_ms.p50 > 0) for arm in report.arms if arm.latency_ms]
+    assert timed == [(5, True)] * 3, "six questions, the first of which warms up"
     folder = Path(found.files.html_uri).parent
-    assert {"answers.jsonl", "options.jsonl", "probes.jsonl", "judge.jsonl", "compare.json", "report.json"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {
+        "answers.jsonl",
+        "alone.jsonl",
+        "scores.jsonl",
+        "options.jsonl",
+        "probes.jsonl",
+        "judge.jsonl",
+        "compare.json",
+        "report.json",
+    } <= {path.name for path in folder.iterdir()}
     assert Path(found.files.html_uri).stat().st_size < 1_000_000
+    lines = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert [(line["row_id"], line["arm"]) for line in lines] == [
+        (f"q{i}", arm) for i in range(6) for arm in ("base", "rag", "tuned")
+    ]
+    for arm in report.arms:
+        own = [line["scores"] for line in lines if line["arm"] == arm.name]
+        assert {name: sum(one[name] for one in own) / 6 for name in own[0]} == pytest.approx(
+            {name: score.value for name, score in arm.scores.items()}
+        )
     once = (folder / "compare.json").read_bytes()
     before = endpoint.asked
     again = run_compare(spec(home), endpoint=endpoint)

@@ -175,3 +175,12 @@ def test_the_example_finds_airports(tmp_path: Path) -> None:
     assert report.retrievers[0].scores["hit"].low > 0.9
     assert report.retrievers[0].scores["in_context"].value > 0.9
     assert spec.home.choice() is not None
+    lines = [json.loads(line) for line in Path(report.questions_uri).read_text().splitlines()]
+    assert len(lines) == report.n == 100
+    for name, score in report.retrievers[0].scores.items():
+        each = [line["retrievers"]["lexical"]["scores"][name] for line in lines]
+        assert sum(each) / len(each) == pytest.approx(score.value)
+    for line in lines:
+        found = line["retrievers"]["lexical"]
+        assert (found["rank"] is not None and found["rank"] <= report.k) == (found["scores"]["hit"] == 1)
+        assert len(found["passages"]) <= report.k

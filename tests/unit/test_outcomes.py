@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats as scipy_stats
+from statsmodels.stats.proportion import proportion_confint
 
-from graftwork import base_model
+from graftwork import base_model, provenance
+from graftwork.cli.outcomes import show_outcomes
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import CHOICE, NATS
 from graftwork.report import ReportInput, render_html
+from graftwork.report.outcome_records import Change, Level, OutcomesReport, PairedTest
+from graftwork.report.outcomes import counted
 from graftwork.stats import Floats
 from graftwork.training.job import TrainJob
 from graftwork.training.loop import run_steps
@@ -26,8 +31,9 @@ from graftwork.training.outcomes.parts import Item, Part, Said, shares
 from graftwork.training.outcomes.probes import Probe, probes_of
 from graftwork.training.outcomes.told import TaskScores
 from graftwork.training.outcomes.weigh import answers
+from graftwork.training.page import sentence, train_run
 from graftwork.training.records import TrainReport
-from graftwork.training.run import Run
+from graftwork.training.run import Run, _published
 from graftwork.training.spec import TrainSpec
 from tests.training import pair_task, task
 
@@ -292,3 +298,94 @@ def test_a_bias_is_better_nearer_to_zero_on_either_side(measured: tuple[Run, dic
     assert verdict(-0.5, -0.1) == "better"
     assert verdict(-0.1, -0.5) == "worse"
     assert verdict(0.2, 0.2) == "undecided"
+
+
+def test_an_outcome_says_its_questions_and_its_clusters(
+    measured: tuple[Run, dict[str, record.PartOutcome]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two questions a document: the table said 2, of what it did not say, where 4 were asked."""
+    run, parts = measured
+    report = outcomes_report(run.spec, run.probes, parts)
+    fair = next(change for change in report.changes if change.part == "fairness")
+    assert (fair.test.questions, fair.test.n) == (4, 2)
+    assert counted(fair.test) == "4 in 2 clusters"
+    task_change = next(change for change in report.changes if change.part == "task")
+    assert counted(task_change.test) == "8"
+    show_outcomes(report.model_dump(mode="json"))
+    lines = capsys.readouterr().out.splitlines()
+    first = next(line for line in lines if line.startswith("fairness"))
+    assert re.search(r"\s4\s+2\s", first), first
+    assert "4 in 2 clusters" in render_html(ReportInput(title="t", created_at="now", outcomes=report))
+
+
+# The sentence of a run.
+
+
+def changed(metric: str, before: float, after: float, verdict: Any = None, spread: float = 0.1) -> Change:
+    test = PairedTest(n=24, questions=24, value=after - before, low=after - before - spread, interval="bca",
+                      high=after - before + spread, test="sign-flip", p_value=0.5, detects=0.1)  # fmt: skip
+    levels = (Level(value=value, low=value, high=value) for value in (before, after))
+    return Change(part="task", group="", metric=metric, before=next(levels), after=next(levels), test=test,
+                  p_adjusted=None if verdict is None else 0.5, verdict=verdict, signature="")  # fmt: skip
+
+
+def run_report(**changes: Any) -> TrainReport:
+    tree = {"run_id": "run-1", "adapter": "a@b", "version": "b", "reused": False, "steps": 6, "rows": 48,
+            "dropped_rows": 0, "tokens": 1, "wall_s": 1.0, "tokens_per_s": 1.0, "train_loss": ((6, 0.412),),
+            "eval_loss": (), "peak_rss_bytes_per_worker": (1,), "peak_cuda_bytes_per_worker": (0,)}  # fmt: skip
+    return TrainReport(**{**tree, **changes})
+
+
+def test_a_runs_sentence_names_what_did_change(spec: TrainSpec) -> None:
+    """Form rose from 0 to 1 and the headline said that nothing had changed."""
+    changes = (changed("both", 0.0, 0.083, "undecided"), changed("form", 0.0, 1.0), changed("facts", 0.3, 0.35),
+               changed("field_accuracy", 0.0, 0.658), changed("nats", 1.9, 0.35))  # fmt: skip
+    outcomes = OutcomesReport(alpha=0.05, family=1, changes=changes, metrics=(), written=())
+    said = sentence(spec, run_report(eval_loss=((3, 0.9), (6, 0.35))), outcomes)
+    assert said == (
+        "No change shown in the task (both); changed, not tested: the task (form) 0.00 -> 1.00, the task (field "
+        "accuracy) 0.00 -> 0.66, the task (nats) 1.9 -> 0.35. Held-out loss 0.350 (0.900 at step 3)."
+    )
+
+
+def test_a_preference_run_is_headlined_by_its_held_out_accuracy(spec: TrainSpec) -> None:
+    """Accuracy .44 of 18 pairs learned nothing, and the headline said loss 0.412. Wilson of 8 of 18 by statsmodels."""
+    low, high = proportion_confint(8, 18, method="wilson")
+    assert (f"{low:.2f}", f"{high:.2f}") == ("0.25", "0.66")
+    report = run_report(eval_loss=((4, 0.693), (6, 0.690)), eval_rows=18, dropped_eval_rows=6,
+                        eval_metrics={"accuracy": 8 / 18, "margin": 0.1})  # fmt: skip
+    said = sentence(spec, report, None)
+    assert said.startswith("Held-out accuracy 0.44 [0.25, 0.66] of 18 pairs, where chance is 0.50; held-out loss 0.690 "
+                           "(0.693 at step 4). 6 steps on 48 rows.")  # fmt: skip
+    assert "0.412" not in said
+    assert report.rows_text == "48 rows (0 dropped), 18 held-out rows (6 dropped)"
+    assert sentence(spec, run_report(), None).startswith("6 steps on 48 rows, training loss 0.412.")
+    rewarded = run_report(eval_loss=((6, -0.75),), eval_rows=18, eval_metrics={"reward": 0.75})
+    assert rewarded.held_out == "held-out reward 0.75"
+
+
+def test_held_out_rows_that_are_too_long_are_counted(tmp_path: Path) -> None:
+    """From the rows to the run's report and page; the old report of a finished run, without the counts, is read."""
+    asked = pair_task(tmp_path, **{"optim.epochs": 1})
+    assert asked.data.eval is not None
+    rows = [json.loads(line) for line in Path(asked.data.eval).read_text().splitlines()]
+    for row in rows[:3]:
+        row["chosen"] = "red " * asked.max_length
+    Path(asked.data.eval).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Run.of(asked)
+    assert run.data.left_out(asked.max_length) == "3 of 10 held-out rows left out: longer than max_length=512"
+    result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
+    run.paths.store.write_json(provenance.collect(0), *run.paths.provenance())
+    report = _published(run, result)
+    assert (report.eval_rows, report.dropped_eval_rows, report.dropped_rows) == (7, 3, 0)
+    assert set(report.eval_metrics) == {"accuracy", "margin", "rewards/chosen", "rewards/rejected"}
+    assert "of 7 pairs, where chance is 0.50" in report.held_out
+    shown = train_run(report, asked)
+    assert (shown.eval_rows, shown.dropped_eval_rows) == (7, 3)
+    html = render_html(ReportInput(title="t", created_at="now", train=(shown,)))
+    assert "held-out rows" in html
+    assert "3 dropped" in html
+    kept = json.loads(json.dumps(report.as_dict()))
+    assert TrainReport.from_dict(kept, reused=True).held_out == report.held_out
+    old = {key: value for key, value in kept.items() if "eval_rows" not in key and key != "eval_metrics"}
+    assert TrainReport.from_dict(old, reused=True).rows_text == "40 rows (0 dropped)"

@@ -13,27 +13,29 @@ from statsmodels.stats.proportion import proportion_confint
 from benchmarks.advice import REMEDY, Told, run
 from graftwork import config
 from graftwork.chat import Message, Passage, PromptSpec
+from graftwork.cli.comparing import show_card
 from graftwork.data import Row
 from graftwork.errors import ConfigError
 from graftwork.report import ReportInput, render_html, render_json
-from graftwork.report.records import CompareReport, Lift, Share
+from graftwork.report.records import CompareReport, DecisionCard, Lift, Share
 from graftwork.serving.experiment.answers import Answers
-from graftwork.serving.experiment.compare import compare
-from graftwork.serving.experiment.offline import Job, ask_jobs, run_offline
+from graftwork.serving.experiment.compare import compare, primary_metric
+from graftwork.serving.experiment.offline import Job, alone_jobs, ask_jobs, run_offline
 from graftwork.serving.experiment.probes.advice import Findings, ask_for, measured
 from graftwork.serving.experiment.probes.ask import Prober
 from graftwork.serving.experiment.probes.card import AdapterFacts, make_card, reference_arm
 from graftwork.serving.experiment.probes.classify import Evidence, classify
 from graftwork.serving.experiment.probes.given import probed_corpus
 from graftwork.serving.experiment.probes.gold import GoldPassages, distractors, right_answer, with_context
-from graftwork.serving.experiment.probes.right import Judge, repaired
+from graftwork.serving.experiment.probes.right import Judge, Right, repaired
 from graftwork.serving.experiment.probes.shares import n_to_settle, share, state
 from graftwork.serving.experiment.probes.spec import ProbeSpec
 from graftwork.serving.experiment.scorers.load import load_scorers
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.experiment.verdict import ScoredArms
+from graftwork.serving.spec import ArmSpec
 from graftwork.stats import wilson
-from tests.scripted_arms import SCHEMA, Script, airports, spec
+from tests.scripted_arms import SCHEMA, Script, airports, by_job, spec
 
 # The rule.
 
@@ -273,7 +275,11 @@ def test_what_an_adapter_took_is_on_the_card(tmp_path: Path) -> None:
     costs = {cost.arm: (cost.training_min, cost.adapter_gib) for cost in card.costs}
     assert costs == {"base": (None, None), "base-rag": (None, None), "finetuned": (1.5, 0.5),
                      "raft-rag": (None, 2**-10)}  # fmt: skip
-    assert all(cost.latency_ms and cost.latency_ms > 100 for cost in card.costs)
+    assert {cost.latency_ms for cost in card.costs} == {None}, "answers of many requests in flight say no time"
+    jobs = alone_jobs(prober.spec, prober.rows, {})
+    alone = asyncio.run(ask_jobs(jobs, by_job(Probed(prober.rows)), tmp_path / "alone.jsonl", 1))
+    timed_card = make_card(prober, found, {}, alone)
+    assert all(cost.latency_ms and cost.latency_ms > 100 for cost in timed_card.costs)
 
 
 def test_probes_are_asked_once(tmp_path: Path) -> None:
@@ -355,3 +361,88 @@ def test_gold_passages_need_a_corpus() -> None:
     with pytest.raises(ConfigError, match="name the corpus"):
         probed_corpus(asked, airports(2))
     assert probed_corpus(asked, [Row("r", (Message("user", "?"),))]) is None
+
+
+# Answers that are texts: a right text among other words is a failure of form, and facts are what a probe looks for.
+
+
+def inventors(n: int) -> list[Row]:
+    return [Row(f"q{i}", (Message("user", f"Who invented engine {i}?"),), doc_id=f"d{i}",
+                gold={"answers": [f"Thomas {i}x Newcomen", f"Newcomen {i}x"]}) for i in range(n)]  # fmt: skip
+
+
+async def says(job: Job) -> dict[str, Any]:
+    """In turn: the right text; a sentence with it; wrong, but a sentence with it given the gold passage; wrong."""
+    at = int(job.row_id[1:])
+    if job.continuations:
+        return {"logprobs": [(-9.0, 1), *[(-1.0, 1)] * (len(job.continuations) - 1)]}
+    sentence = f"The inventor of it was Thomas {at}x Newcomen."
+    shown = "about" in job.messages[-1]["content"]
+    return {"text": [f"newcomen {at}x", sentence, sentence if shown else "James Watt", "James Watt"][at % 4]}
+
+
+def text_card(folder: Path, *scorers: Any) -> tuple[DecisionCard, dict[str, set[str]]]:
+    rows = inventors(40)
+    asked = spec(arms=[{"name": "base"}, {"name": "other"}], baseline="base", scorers=list(scorers),
+                 answer_schema=None, probes={"arms": ["base"], "distractors": 3})  # fmt: skip
+    assert asked.probes is not None
+    by_question = {row.messages[0].content: row.id for row in rows}
+
+    async def answer(arm: ArmSpec, messages: Any, request_id: str) -> dict[str, Any]:
+        return await says(Job("k", arm.name, by_question[messages[-1]["content"]], arm, messages))
+
+    answers = asyncio.run(run_offline(asked, rows, answer, folder / "answers.jsonl"))
+    passages = GoldPassages({row.doc_id: Passage(row.doc_id or "", f"about {row.id}") for row in rows}.get)
+    loaded = load_scorers(asked.scorers)
+    judge = Judge(asked, loaded, primary_metric(asked, loaded.tested))
+    prober = Prober(asked, asked.probes, rows, answers, judge, passages, reference="base", versions={},
+                    prompts={arm.name: PromptSpec() for arm in asked.arms})  # fmt: skip
+    first = prober.first_round()
+    found = asyncio.run(ask_jobs(first, says, folder / "probes.jsonl", 8))
+    second = prober.second_round(found)
+    found = asyncio.run(ask_jobs(first + second, says, folder / "probes.jsonl", 8))
+    return make_card(prober, found, {}), {job.row_id: set(job.continuations) for job in second}
+
+
+@pytest.mark.parametrize("scorer", ["qa", {"kind": "qa", "field": "answers"}, {"kind": "exact", "ignore_case": True}])
+def test_a_right_text_in_a_sentence_is_a_failure_of_form(tmp_path: Path, scorer: Any) -> None:
+    card, asked = text_card(tmp_path, scorer)
+    assert (card.failures, card.probed) == (30, 30)
+    counts = {cause.cause: cause.share.count for cause in card.causes}
+    assert counts == {"form": 10, "information": 10, "use_of_context": 10, "retrieval": 0, "distraction": 0,
+                      "forgetting": 0, "unknown": 0}  # fmt: skip
+    assert "does not tell a wrong form" not in " ".join(card.open)
+    for row_id, texts in asked.items():
+        own = {f"Thomas {row_id[1:]}x Newcomen", f"Newcomen {row_id[1:]}x"}
+        assert len(texts & own) == 1, "one right text against those of other rows"
+        assert all(text.endswith("Newcomen") for text in texts), "texts, and no JSON of gold"
+
+
+def test_without_a_split_no_share_of_form_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card, _ = text_card(tmp_path, "rouge")
+    assert "form" not in {cause.cause for cause in card.causes}
+    assert card.open[0].startswith("rouge_1 does not tell a wrong form from wrong facts")
+    show_card(card)
+    said = capsys.readouterr().out
+    assert "wrong form from wrong facts" in said
+    assert not [line for line in said.splitlines() if line.startswith("form")]
+
+
+def test_containment_as_the_metric_asks_for_facts_alone(tmp_path: Path) -> None:
+    asked = spec(scorers=["qa"], answer_schema=None, primary="contains")
+    judge = Judge(asked, load_scorers(asked.scorers), "contains")
+    row = inventors(1)[0]
+    assert judge.of(row, "It was Newcomen 0x.") == Right(form=True, value=True, whole=True)
+    assert judge.of(row, "It was Watt.") == Right(form=None, value=False, whole=False)
+    assert not judge.splits
+
+
+def test_a_pattern_is_part_of_a_texts_form(tmp_path: Path) -> None:
+    short = {"kind": "regex", "name": "short", "pattern": r".{1,16}"}
+    asked = spec(scorers=["qa", short], answer_schema=None)
+    judge = Judge(asked, load_scorers(asked.scorers), "em")
+    row = inventors(1)[0]
+    assert judge.of(row, "Newcomen 0x") == Right(form=True, value=True, whole=True)
+    assert judge.of(row, "It was Newcomen 0x") == Right(form=False, value=True, whole=False)
+    assert judge.of(row, "James Watt") == Right(form=True, value=False, whole=False)
+    assert judge.of(row, "Perhaps James Watt did") == Right(form=False, value=False, whole=False)

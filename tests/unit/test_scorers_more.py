@@ -234,3 +234,43 @@ def test_scorers_that_cannot_be_had_are_refused(trees: tuple[Any, ...], message:
 def test_specs_that_make_no_sense_are_refused(tree: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SPECS.validate_python([tree])
+
+
+# Text answers as SQuAD scores them. The figures are the official script's (evaluate-v2.0.py) by hand: words in lower
+# case without ASCII punctuation and English articles; F1 = 2 shared / (words of the answer + words of the right text).
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "em", "f1", "contains"),
+    [
+        ("Denver Broncos", ["Denver Broncos"], 1, 1, 1),
+        ("  the Denver broncos!\n", ["Denver Broncos"], 1, 1, 1),
+        ("The inventor was Thomas Newcomen.", ["Thomas Newcomen"], 0, 2 * 2 / (4 + 2), 1),
+        ("Newcomen", ["Thomas Newcomen"], 0, 2 * 1 / (1 + 2), 0),
+        ("Newcomen Thomas", ["Thomas Newcomen"], 0, 1, 0),
+        ("Romeo", ["Rome"], 0, 0, 0),
+        ("It was in 1976", ["1975", "In 1976", "1976"], 0, 2 * 2 / (4 + 2), 1),
+        ("1976", ["1975", "In 1976", "1976"], 1, 1, 1),
+        ("10%", ["10"], 1, 1, 1),
+        ("a cat, the cat", ["cat cat dog"], 0, 2 * 2 / (2 + 3), 0),
+        ("U.S.", ["US"], 1, 1, 1),
+        ("The", ["A"], 1, 1, 1),
+        ("", ["Rome"], 0, 0, 0),
+    ],
+)
+def test_texts_are_scored_as_squad_scores_them(
+    text: str, right: list[str], em: float, f1: float, contains: float
+) -> None:
+    found = scorers("qa").score(Reply.to(row({"answers": right}), text))
+    assert found == {"em": em, "f1": pytest.approx(f1), "contains": contains}
+
+
+def test_right_texts_are_found_in_a_field_or_in_the_last_turn() -> None:
+    gold = {"answers": ["Bergen", "the city of Bergen"], "country": "Norway"}
+    by_field = scorers({"kind": "qa", "field": "answers"})
+    assert by_field.score(Reply.to(row(gold, "It is Bergen."), "city of Bergen"))["em"] == 1
+    assert scorers("qa").score(Reply.to(row(gold, "Oslo"), "Oslo"))["em"] == 1
+    with pytest.raises(DataError, match="the right text is a string, or a list of them"):
+        scorers("qa").check([row(gold)])
+    with pytest.raises(ConfigError, match="it needs the right answer"):
+        scorers("qa", gold=False)

@@ -202,3 +202,13 @@ def test_questions_for_equivalence_show_it() -> None:
 )
 def test_verdict(difference: float, p_value: float, within: bool, higher: bool, verdict: str) -> None:
     assert stats.decide(difference, p_value, within, 0.05, higher=higher) == verdict
+
+
+def test_no_and_every_success_have_bounds_of_exactly_0_and_1() -> None:
+    """The formula's root leaves 1e-18 at most n; reports printed it."""
+    for n in (1, 7, 50, 200, 999):
+        assert stats.wilson(0, n).low == 0
+        assert stats.wilson(n, n).high == 1
+        for k in (0, n):
+            low, high = proportion_confint(k, n, method="wilson")
+            assert (stats.wilson(k, n).low, stats.wilson(k, n).high) == pytest.approx((low, high), abs=1e-12)

@@ -1,5 +1,6 @@
 """What a sweep tries, what it refuses, and which trial it chooses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from graftwork.tuning.judge import judge_of
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.plan import expected_share
 from graftwork.tuning.records import State, TrialRecord, TuneProgress
+from graftwork.tuning.run import check
 from graftwork.tuning.search import Drawn, search_of
 from graftwork.tuning.space import digest, grid_size
 from graftwork.tuning.spec import AshaSpec, TuneSpec
+from tests.training import task
 
 LR = {"optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2}}
 GRID = {"adapter.rank": {"kind": "choice", "values": [4, 8]}, "seed": {"kind": "choice", "values": [0, 1, 2]}}
@@ -207,3 +210,14 @@ def test_the_plan_counts_the_steps_that_early_stopping_leaves() -> None:
 def test_an_example_is_a_short_valid_spec(path: Path) -> None:
     assert isinstance(config.load(path, expect="tune"), TuneSpec)
     assert len(path.read_text().splitlines()) < 60
+
+
+def test_rows_that_are_too_long_are_said_before_a_sweep(tmp_path: Path) -> None:
+    train = task(tmp_path, max_length=512).model_dump(mode="json", exclude_unset=True)
+    held_out = tmp_path / "eval.jsonl"
+    lines = [json.loads(line) for line in held_out.read_text().splitlines()]
+    for line in lines[:3]:
+        line["messages"][-1]["content"] = "red " * 512
+    held_out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = config.validate(TuneSpec, {"name": "s", "train": {**train, "eval_every": 20}, "space": GRID}, "s.yaml")
+    assert check(asked) == ["3 of 8 held-out rows left out: longer than max_length=512"]

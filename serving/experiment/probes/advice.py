@@ -16,6 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from graftwork.report import words
 from graftwork.report.records import ArmKind, CauseShare, Lift, Remedy, Share
 
 Enough = Literal["yes", "no", "open"]
@@ -122,7 +123,7 @@ def spoken(cause: str) -> str:
 
 
 def _percent(found: Share) -> str:
-    return f"{100 * found.value:.0f}% [{100 * found.low:.0f}, {100 * found.high:.0f}]"
+    return f"{words.percent(found.value)} {words.percents(found.low, found.high)}"
 
 
 def _join(parts: Sequence[str]) -> str:

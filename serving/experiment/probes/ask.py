@@ -115,7 +115,7 @@ class Prober:
         alone = arm.with_({"retriever": None})
         if not right.value and (context := self._gold_context(failure)):
             yield self._job(f"{arm.name}~oracle", alone, row, context)
-        if not right.form and self.spec.answer_schema and arm.grammar is None and not self._repairs(failure):
+        if right.form is False and self.spec.answer_schema and arm.grammar is None and not self._repairs(failure):
             strict = GrammarSpec(json_schema=self.spec.answer_schema).model_dump(mode="json", exclude_none=True)
             context = None if right.value else self._gold_context(failure)
             base = alone if context else arm
@@ -129,9 +129,10 @@ class Prober:
 
     def _likelihoods(self, failure: Failure) -> Job:
         row = failure.row
-        others = distractors(row, self.rows, self.probes.distractors, self.spec.seed)
+        references = self.judge.references
+        others = distractors(row, self.rows, self.probes.distractors, self.spec.seed, references)
         alone = failure.arm.with_({"retriever": None, "grammar": None})
-        texts = (right_answer(row), *others)
+        texts = (right_answer(row, references), *others)
         return self._job(f"{failure.arm.name}~closed", alone, row, question(row), texts)
 
     def _job(self, label: str, arm: ArmSpec, row: Row, messages: Messages, continuations: tuple[str, ...] = ()) -> Job:
@@ -162,7 +163,7 @@ class Prober:
         return text is not None and self.judge.of(failure.row, text).whole
 
     def _under_grammar(self, failure: Failure, found: Answers) -> bool | None:
-        if failure.right.form:
+        if failure.right.form is not False:
             return None
         if self._repairs(failure):
             return True

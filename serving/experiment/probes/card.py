@@ -8,6 +8,7 @@ from graftwork.metrics import distribution
 from graftwork.report.records import ArmCauses, ArmCost, CauseShare, DecisionCard, Lift, Share
 from graftwork.serving.experiment.answers import Answers
 from graftwork.serving.experiment.compare import arm_kind
+from graftwork.serving.experiment.offline import timed
 from graftwork.serving.experiment.probes.advice import Findings, ask_for, enough, example_of, measured, sentence, spoken
 from graftwork.serving.experiment.probes.ask import Failure, Prober
 from graftwork.serving.experiment.probes.classify import CAUSES, Cause, Evidence, classify
@@ -32,14 +33,16 @@ class _Explained:
     causes: tuple[Cause, ...]
 
 
-def make_card(prober: Prober, found: Answers, adapters: Mapping[str, AdapterFacts]) -> DecisionCard:
-    """found: the probes' answers. adapters: by arm name."""
+def make_card(
+    prober: Prober, found: Answers, adapters: Mapping[str, AdapterFacts], alone: Answers | None = None
+) -> DecisionCard:
+    """found: the probes' answers. adapters: by arm name. alone: answers to `offline.alone_jobs`, what times are of."""
     explained = [
         _Explained(failure, evidence, classify(evidence))
         for failure in prober.failures
         for evidence in [prober.evidence(failure, found)]
     ]
-    return _Card(prober, explained).made(adapters)
+    return _Card(prober, explained, alone or Answers()).made(adapters)
 
 
 def reference_arm(spec: CompareSpec, scored: ScoredArms, primary: str) -> str:
@@ -51,8 +54,8 @@ def reference_arm(spec: CompareSpec, scored: ScoredArms, primary: str) -> str:
 
 
 class _Card:
-    def __init__(self, prober: Prober, explained: Sequence[_Explained]) -> None:
-        self.prober, self.explained = prober, explained
+    def __init__(self, prober: Prober, explained: Sequence[_Explained], alone: Answers) -> None:
+        self.prober, self.explained, self.alone = prober, explained, alone
         self.spec, self.probes = prober.spec, prober.probes
         self.own = [one for one in explained if one.failure.arm.name == prober.reference]
         self.failed = self._failures(prober.reference)
@@ -75,7 +78,7 @@ class _Card:
             grammar_is_enough=grammar, known=known, lifts=lifts, arms=self._arms(),
             costs=tuple(self._cost(arm, adapters.get(arm.name)) for arm in self.spec.arms), remedy=remedy,
             asked_for=asked, sentence=sentence(self.prober.reference, remedy, asked, causes, best, of_kind),
-            open=tuple(self._open(cause) for cause in causes if cause.state == "open"),
+            open=(*self._no_split(), *(self._open(cause) for cause in causes if cause.state == "open")),
         )  # fmt: skip
 
     def _reference(self) -> ArmSpec:
@@ -92,7 +95,9 @@ class _Card:
         return share(name, count, n, self.spec.alpha, {"arm": self.prober.reference, **recipe, "seed": self.spec.seed})
 
     def _causes(self) -> tuple[CauseShare, ...]:
-        return tuple(self._cause(cause) for cause in CAUSES) if self.own else ()
+        """A share of each cause; without a form/facts split there is no share of `form` to speak of."""
+        causes = [cause for cause in CAUSES if cause != "form" or self.prober.judge.splits]
+        return tuple(self._cause(cause) for cause in causes) if self.own else ()
 
     def _cause(self, cause: Cause) -> CauseShare:
         found = self._share(cause, sum(cause in one.causes for one in self.own), len(self.own))
@@ -107,6 +112,14 @@ class _Card:
             return None
         n = len(self.prober.rows)
         return math.ceil(needed * n / self.failed) - n
+
+    def _no_split(self) -> tuple[str, ...]:
+        judge = self.prober.judge
+        if judge.splits or judge.references is not None:  # containment asks for no form
+            return ()
+        return (f"{judge.primary} does not tell a wrong form from wrong facts: answers that are right and "
+                "written otherwise than asked for count in the causes above. Add the scorer qa, or a json_schema or "
+                "regex for the form.",)  # fmt: skip
 
     def _open(self, cause: CauseShare) -> str:
         said = f"Whether {spoken(cause.cause)} matters is undecided"
@@ -150,7 +163,8 @@ class _Card:
 
     def _cost(self, arm: ArmSpec, facts: AdapterFacts | None) -> ArmCost:
         said = [answer for row in self.prober.rows if (answer := self.prober.answers.find(arm.name, row.id))]
-        took = distribution((one.latency_ms for one in said if one.latency_ms is not None), "ms")
+        alone = timed(self.alone, arm.name)
+        took = distribution((one.latency_ms for one in alone if one.latency_ms is not None), "ms")
         tokens = distribution(((one.prompt_tokens or 0) + (one.completion_tokens or 0) for one in said), "tokens")
         return ArmCost(
             arm=arm.name, kind=arm_kind(arm), latency_ms=took.p50 if took else None,

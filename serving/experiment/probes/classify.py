@@ -26,7 +26,8 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 class Evidence:
     """Of one failed answer. None: not probed, or the probe failed."""
 
-    form_right: bool
+    form_right: bool | None
+    """None: no scorer tells it from the value."""
     value_right: bool
     """Every fact asked for is in the answer, whatever its form."""
     retrieves: bool
@@ -46,7 +47,7 @@ class Evidence:
 def classify(found: Evidence) -> tuple[Cause, ...]:
     """The value's cause, if it is wrong, and `form`, if it is what else is wrong."""
     value = () if found.value_right else (_why_wrong(found),)
-    return (*value, "form") if found.value_right or not found.form_right else value
+    return (*value, "form") if found.value_right or found.form_right is False else value
 
 
 def _why_wrong(found: Evidence) -> Cause:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
+from graftwork.answers.exact import GoldText
 from graftwork.answers.text import leaves, tokens
 from graftwork.chat import Message, Passage, PromptSpec, user_turn
 from graftwork.data import Row
@@ -51,18 +52,27 @@ def with_context(row: Row, passage: Passage, prompt: PromptSpec) -> list[dict[st
     return turns
 
 
-def right_answer(row: Row) -> str:
-    """The text that a row wants: its last turn, else its gold as compact JSON."""
+def right_answer(row: Row, references: GoldText | None = None) -> str:
+    """The text that a row wants: its first right text, where rows have right texts; else its last turn, else its gold
+    as compact JSON.
+    """
+    if references is not None:
+        return references.of(row.gold, row.answer, row.id)[0]
     return row.answer or json.dumps(row.gold, ensure_ascii=False, separators=(",", ":"))
 
 
-def distractors(row: Row, rows: Sequence[Row], most: int, seed: int) -> list[str]:
-    """Right answers of other rows, with the fields that this row's question gives away kept as they are here."""
+def distractors(row: Row, rows: Sequence[Row], most: int, seed: int, references: GoldText | None = None) -> list[str]:
+    """Right answers of other rows, with the fields that this row's question gives away kept as they are here.
+
+    references: where the right texts of rows are; a text that is right here too is no distractor.
+    """
     others = [other for other in rows if other.id != row.id]
     drawn = random.Random(f"{seed} {row.id}").sample(others, min(most, len(others)))
-    texts = [_as_if(row, other) for other in drawn]
-    right = right_answer(row)
-    return [text for text in dict.fromkeys(texts) if text != right]
+    if references is not None:
+        texts, right = [right_answer(other, references) for other in drawn], references.of(row.gold, row.answer, row.id)
+    else:
+        texts, right = [_as_if(row, other) for other in drawn], (right_answer(row),)
+    return [text for text in dict.fromkeys(texts) if text not in right]
 
 
 def _as_if(row: Row, other: Row) -> str:

@@ -1,13 +1,14 @@
 """When an answer's value, its form and the whole of it are right, whatever the scorers are."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+from graftwork.answers.exact import GoldText, TextMatch
 from graftwork.data import Row
+from graftwork.metrics import CONTAINS
 from graftwork.serving.experiment.scorers.load import Scorers
 from graftwork.serving.experiment.scorers.reply import Reply
-from graftwork.serving.experiment.scorers.spec import JsonSchemaSpec, RegexSpec
+from graftwork.serving.experiment.scorers.spec import ExactSpec, JsonSchemaSpec, QaSpec, RegexSpec
 from graftwork.serving.experiment.spec import CompareSpec
 
 _ALL = 1 - 1e-9
@@ -17,31 +18,55 @@ _ALL = 1 - 1e-9
 class Right:
     """What of an answer is right."""
 
-    form: bool
+    form: bool | None
+    """None: it cannot be told apart from the value."""
     value: bool
     whole: bool
 
 
 class Judge:
-    """With the scorer `fields`: form, all facts, both. Else: the schemas and patterns, and a full primary score."""
+    """Form and facts of an answer, by the scorers of the spec.
+
+    | scorer of the primary metric | facts (`value`) | form |
+    |---|---|---|
+    | fields | every wanted field | one JSON object that the schema allows |
+    | qa, exact | the answer contains a right text (`TextMatch`) | it has a full score; not known without the facts |
+    | another | a full score | not known |
+
+    The primary metric `contains` needs the facts alone. A scorer json_schema or regex adds its check to the form.
+    """
 
     def __init__(self, spec: CompareSpec, scorers: Scorers, primary: str) -> None:
-        self._scorers, self._primary = scorers, primary
+        self._scorers, self.primary = scorers, primary
         names = {metric.name for metric in scorers.metrics}
         self._fields = {"form", "facts", "both"} <= names and primary in ("form", "facts", "both", "field_accuracy")
-        self._forms = [one.name for one in spec.scorers if isinstance(one, JsonSchemaSpec | RegexSpec)]
+        self._forms = [
+            one.name for one in spec.scorers if isinstance(one, JsonSchemaSpec | RegexSpec) and one.name != primary
+        ]
+        texts = [one for one in spec.scorers if isinstance(one, QaSpec | ExactSpec) and primary in one.metric_names]
+        self.references = GoldText(texts[0].field) if texts else None
+        """Where the right texts of rows are; None where answers are not texts."""
+
+    @property
+    def splits(self) -> bool:
+        """The scorers tell a wrong form from wrong facts."""
+        return self._fields or bool(self._forms) or (self.references is not None and self.primary != CONTAINS.name)
 
     def of(self, row: Row, text: str) -> Right:
         """Scores a text as an answer to a row."""
-        return self.read(self._scorers.score(Reply.to(row, text)))
-
-    def read(self, scores: Mapping[str, float]) -> Right:
-        """From scores that are known."""
+        scores = self._scorers.score(Reply.to(row, text))
         if self._fields:
             return Right(scores["form"] == 1, scores["facts"] >= _ALL, scores["both"] == 1)
-        form = all(scores[name] == 1 for name in self._forms if name != self._primary)
-        value = scores[self._primary] >= _ALL
-        return Right(form, value, form and value)
+        full = scores[self.primary] >= _ALL
+        value = full or (
+            self.references is not None and TextMatch.of(text, self.references.of(row.gold, row.answer)).contains
+        )
+        form = True if full else None
+        if self._forms:
+            form = all(scores[name] == 1 for name in self._forms)
+        if value and not full:
+            form = False
+        return Right(form, value, full and bool(form))
 
 
 def repaired(text: str) -> str | None:

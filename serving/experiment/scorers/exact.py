@@ -1,16 +1,16 @@
-"""Exact match, field F1, and the two forms that need no gold: a JSON schema and a regular expression."""
+"""Exact match, SQuAD's text scores, field F1, and two forms that need no gold: a JSON schema, a regular expression."""
 
 from dataclasses import dataclass
 
-from graftwork.answers.exact import GoldText, matches, same_text
+from graftwork.answers.exact import GoldText, TextMatch, matches, same_text
 from graftwork.answers.fields import field_f1
 from graftwork.answers.schema import AnswerSchema
 from graftwork.answers.text import parse_object
 from graftwork.data import Row
 from graftwork.errors import DataError
-from graftwork.metrics import FIELD_F1, Metric
+from graftwork.metrics import CONTAINS, EM, F1, FIELD_F1, Metric
 from graftwork.serving.experiment.scorers.reply import Reply
-from graftwork.serving.experiment.scorers.spec import ExactSpec, RegexSpec
+from graftwork.serving.experiment.scorers.spec import ExactSpec, QaSpec, RegexSpec
 
 
 class Exact:
@@ -25,13 +25,39 @@ class Exact:
             Metric(spec.name, "share of answers", "higher", "binary", f"The answer is a right text, {how}."),
         )
 
+    @property
+    def name(self) -> str:
+        """Name of its metric."""
+        return self.metrics[0].name
+
+    def compared(self, text: str, row: Row) -> TextMatch:
+        """Compare a text with the row's right texts as the scorer qa does."""
+        return TextMatch.of(text, self._gold.of(row.gold, row.answer, row.id))
+
     def check(self, row: Row) -> None:
         self._gold.of(row.gold, row.answer, row.id)
 
     def score(self, reply: Reply) -> dict[str, float]:
         right = self._gold.of(reply.gold, reply.reference)
         found = any(same_text(reply.text, text, ignore_case=self._loose) for text in right)
-        return {self.metrics[0].name: float(found)}
+        return {self.name: float(found)}
+
+
+class Qa:
+    """SQuAD's exact match and F1, and containment; the best over the row's right texts."""
+
+    needs_gold = True
+    metrics = (EM, F1, CONTAINS)
+
+    def __init__(self, spec: QaSpec) -> None:
+        self._gold = GoldText(spec.field)
+
+    def check(self, row: Row) -> None:
+        self._gold.of(row.gold, row.answer, row.id)
+
+    def score(self, reply: Reply) -> dict[str, float]:
+        found = TextMatch.of(reply.text, self._gold.of(reply.gold, reply.reference))
+        return {EM.name: float(found.em), F1.name: found.f1, CONTAINS.name: float(found.contains)}
 
 
 class FieldF1:

@@ -7,7 +7,7 @@ from graftwork.data import Row
 from graftwork.errors import ConfigError
 from graftwork.metrics import Metric
 from graftwork.serving.experiment.scorers.choice import Choice
-from graftwork.serving.experiment.scorers.exact import Exact, FieldF1, FollowsSchema, Matches
+from graftwork.serving.experiment.scorers.exact import Exact, FieldF1, FollowsSchema, Matches, Qa
 from graftwork.serving.experiment.scorers.fields import Fields
 from graftwork.serving.experiment.scorers.measures import LATENCY, TOKENS, Cost
 from graftwork.serving.experiment.scorers.overlap import Likeness, Rouge
@@ -23,6 +23,7 @@ from graftwork.serving.experiment.scorers.spec import (
     LatencySpec,
     OverlapSpec,
     OwnSpec,
+    QaSpec,
     RegexSpec,
     ScorerSpec,
     SqlSpec,
@@ -47,6 +48,21 @@ class Scorers:
     def choices(self) -> tuple[Choice, ...]:
         """Those that need likelihoods of options from the endpoint."""
         return tuple(scorer for scorer in self._scorers if isinstance(scorer, Choice))
+
+    @property
+    def tested(self) -> tuple[Metric, ...]:
+        """Metrics of which a comparison makes verdicts: a time is measured on a few questions and only reported."""
+        return tuple(metric for metric in self.metrics if metric not in LATENCY.metrics)
+
+    @property
+    def exact(self) -> tuple[Exact, ...]:
+        """Those that want the right text and nothing else."""
+        return tuple(scorer for scorer in self._scorers if isinstance(scorer, Exact))
+
+    @property
+    def needs_times(self) -> bool:
+        """A scorer needs the time of answers: `latency`, or `cost` by the hour."""
+        return any(scorer is LATENCY or (isinstance(scorer, Cost) and scorer.by_time) for scorer in self._scorers)
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raises DataError for the first row that a scorer cannot hold an answer against."""
@@ -85,6 +101,8 @@ def _make(spec: ScorerSpec, schema: AnswerSchema | None) -> Scorer:
             return FollowsSchema(spec.name, own)
         case ExactSpec():
             return Exact(spec)
+        case QaSpec():
+            return Qa(spec)
         case FieldF1Spec():
             return FieldF1()
         case RegexSpec():

@@ -1,4 +1,8 @@
-"""What an answer takes: time, tokens, money. Smaller is better; a failed request has none of them."""
+"""What an answer takes: time, tokens, money. Smaller is better; a failed request has none of them.
+
+In a comparison times come from answers with one request in flight (`offline.alone_jobs`): with many in flight they are
+mostly the time in the queue, which depends on the other arms.
+"""
 
 from dataclasses import dataclass
 from math import nan
@@ -37,6 +41,7 @@ class Cost:
     def __init__(self, spec: CostSpec) -> None:
         self._spec = spec
         unit = f"{spec.currency} per 1,000 answers"
+        self.by_time = bool(spec.per_replica_hour)
         self.metrics = (Metric("cost", unit, "lower", "measure", f"{unit}: {_prices(spec)}."),)
 
     def check(self, row: Row) -> None:

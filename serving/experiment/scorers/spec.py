@@ -37,6 +37,18 @@ class ExactSpec(Spec):
         return (self.name,)
 
 
+class QaSpec(Spec):
+    """em, f1, contains: a short text answer against one or more right texts, as SQuAD does it."""
+
+    kind: Literal["qa"]
+    field: str | None = None
+    """As for exact: a list in gold gives several right texts, and the best match counts."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("em", "f1", "contains")
+
+
 class FieldF1Spec(Spec):
     """F1 over the fields of a JSON answer."""
 
@@ -134,7 +146,9 @@ class ChoiceSpec(Spec):
 
 
 class LatencySpec(Spec):
-    """Milliseconds to the first and to the last token."""
+    """Milliseconds to the first and to the last token. A comparison times each arm alone, one request in flight, on a
+    few questions, and tests no difference.
+    """
 
     kind: Literal["latency"]
 
@@ -194,6 +208,7 @@ def _short_form(value: Any) -> Any:
 ScorerSpec = Annotated[
     FieldsSpec
     | ExactSpec
+    | QaSpec
     | FieldF1Spec
     | JsonSchemaSpec
     | RegexSpec
