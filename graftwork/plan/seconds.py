@@ -4,6 +4,7 @@ from graftwork.memory import RowSizes, micro_batch
 from graftwork.memory.sizes import BF16, FP32
 from graftwork.memory.weights import trained_params
 from graftwork.model_shape import ModelShape
+from graftwork.plan.gpus import Gpu
 from graftwork.plan.hardware import Machine
 from graftwork.training.adapter_spec import FullSpec, LoraSpec, PrefixSpec
 from graftwork.training.spec import TrainSpec
@@ -34,8 +35,8 @@ LAUNCH_BLOCK_S = 4.5e-3
 """A block's forward and backward pass takes no less: Python starts its kernels one by one (1.5 ms forward)."""
 ADAM_BYTES = 28
 """Read and written of one trained value in a step: weight, gradient and two moments in fp32."""
-LINK_GBYTES_PER_S = 20.0
-"""10^9 bytes a second between two GPUs, where nothing better is known: PCIe 4."""
+LINK_EFFICIENCY = 0.63
+"""Of a link's rate in one direction, in collectives (20 GB/s over PCIe 4 x16); nothing overlaps with the computing."""
 
 
 def training_flops(spec: TrainSpec, model: ModelShape, tokens: float, scored: float, row: float) -> float:
@@ -88,16 +89,22 @@ def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: fl
     trained = trained_params(model, spec.adapter)
     unpack_s = unpacked / bandwidth if spec.quant.kind != "none" else 0.0
     step_s = trained * ADAM_BYTES / bandwidth / (spec.num_workers if spec.strategy.kind != "ddp" else 1)
-    return max(flops / rate, launch_s) + unpack_s + step_s + _exchange_seconds(spec, model, trained, passes)
+    return max(flops / rate, launch_s) + unpack_s + step_s + _exchange_seconds(spec, model, trained, passes, gpu)
 
 
-def _exchange_seconds(spec: TrainSpec, model: ModelShape, trained: int, passes: float) -> float:
-    """Gradients summed over the workers once a step; under ZeRO-3 and FSDP2 weights fetched in each pass, twice."""
-    share = (spec.num_workers - 1) / spec.num_workers
-    sent = 2 * share * trained * FP32
-    if spec.strategy.kind in ("zero3", "fsdp2"):
+def _exchange_seconds(spec: TrainSpec, model: ModelShape, trained: int, passes: float, gpu: Gpu) -> float:
+    """Gradients summed over the workers once a step; under ZeRO-3 and FSDP2 weights fetched in each pass, twice.
+
+    DDP sums gradients in fp32, DeepSpeed in the 16 bits that it trains in. Where each worker has a share of the
+    weights, gradients are sent once to the worker that has them; else the sum is sent back to all.
+    """
+    share, sharded = (spec.num_workers - 1) / spec.num_workers, spec.strategy.kind in ("zero3", "fsdp2")
+    value = BF16 if spec.strategy.kind.startswith("zero") else FP32
+    sent = (1 if sharded else 2) * share * trained * value
+    if sharded:
         sent += 2 * passes * share * model.params * BF16
-    return sent / (LINK_GBYTES_PER_S * 1e9)
+    rate = gpu.link_gbytes_per_s if spec.num_workers <= gpu.per_machine else gpu.network_gbytes_per_s
+    return sent / (min(rate, gpu.link_gbytes_per_s) * 1e9 * LINK_EFFICIENCY)
 
 
 def _magnitude_flops(spec: TrainSpec, model: ModelShape) -> float:

@@ -238,3 +238,28 @@ def test_the_second_step_of_a_run_is_what_is_learned_from(tmp_path: Path, monkey
     assert first_steps(replace(step, step=2))
     assert first_steps(replace(step, step=3))
     assert known("cpu").runs == 1
+
+
+def test_links_are_those_of_the_gpus(tmp_path: Path) -> None:
+    """All weights of Llama-3-8B, 8 x H100 SXM, 1 x 2,048 tokens: NVLink 4 sends 450 GB/s each way, PCIe 4 31.5."""
+    full = spec(
+        **FULL, num_workers=8, gpus_per_worker=1, strategy={"kind": "zero3"},
+        optim={"rows_per_step": 8, "micro_batch": 1, "lr": 1e-5},
+    )  # fmt: skip
+
+    def step_s(gpu: str, workers: int = 8) -> float:
+        asked = full.with_({"num_workers": workers, "optim.rows_per_step": workers})
+        return step_seconds(asked, LLAMA_8B, ROWS, Machine.with_gpus(named_gpu(gpu)), workers)
+
+    computed_s = step_s("h100,link_gbytes_per_s=1e9")
+    sent = 7 / 8 * LLAMA_8B.params * 2 * 3  # bf16: weights twice, gradients once
+    assert step_s("h100") - computed_s == pytest.approx(sent / (450e9 * 0.63), rel=1e-3)
+    assert step_s("h100,link_gbytes_per_s=31.5") - computed_s == pytest.approx(sent / (31.5e9 * 0.63), rel=1e-3)
+    assert step_s("h100") < 0.6
+    assert step_s("h100", 16) > 2 * step_s("h100"), "the exchange of two machines goes over their network"
+    assert step_s("h100,per_machine=16", 16) < 1.1 * step_s("h100")
+    assert GPUS["l4"].link_gbytes_per_s == 31.5
+    with pytest.raises(ConfigError, match="network_gbytes"):
+        named_gpu("h100,network_gbytes=12.5")
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        named_gpu("h100,nvlink")
