@@ -104,7 +104,7 @@ def sizes(spec: TrainSpec, setting: Setting) -> RowSizes:
     """Of the rows that a setting trains on."""
     sides = 2 if spec.objective.kind == "dpo" else 1
     tokens = lengths(setting, spec.num_workers)
-    return RowSizes.of([sides * n for n in tokens], [sides * (n // 2) for n in tokens])
+    return RowSizes.of([sides * n for n in tokens], [sides * (n // 2) for n in tokens], tokens)
 
 
 def prepared(spec: TrainSpec, setting: Setting) -> Any:

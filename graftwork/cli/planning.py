@@ -32,6 +32,8 @@ from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.study.spec import MeasureSpec, StudySpec
+from graftwork.training.outcomes.parts import Work, work_of
+from graftwork.training.outcomes.spec import OutcomesSpec
 from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec
@@ -84,7 +86,8 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
 
         data = prepare(spec)
         held_out = sizes_of(data.eval) if data.eval is not None else None
-        yield plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, placed(spec, machine))
+        yield plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, placed(spec, machine),
+                            _outcomes(spec))  # fmt: skip
     elif isinstance(spec, TuneSpec):
         from graftwork.training.data import prepare
         from graftwork.tuning.plan import plan_tuning
@@ -174,6 +177,15 @@ def _answers(spec: CompareSpec | QuantizeSpec) -> Answers:
     rows = len(read_rows(spec.eval, limit=spec.limit, need="eval"))
     passages = sum(arm.retriever.k for arm in spec.arms if arm.retriever) / len(spec.arms)
     return Answers(rows * len(spec.arms), QUESTION_TOKENS + PASSAGE_TOKENS * passages, ANSWER_TOKENS)
+
+
+def _outcomes(spec: TrainSpec) -> Work | None:
+    """What is measured before and after, rendered."""
+    if spec.outcomes == OutcomesSpec():
+        return None
+    from graftwork.training.outcomes.probes import probes_of
+
+    return work_of([probe.part for probe in probes_of(spec)])
 
 
 def _shape(base: BaseSpec) -> ModelShape:

@@ -1,5 +1,7 @@
 """A short roofline: seconds of a training step from its operations and bytes, on this machine's cores or on a GPU."""
 
+from dataclasses import replace
+
 from graftwork.memory import RowSizes, micro_batch
 from graftwork.memory.sizes import BF16, FP32
 from graftwork.memory.weights import trained_params
@@ -7,6 +9,7 @@ from graftwork.model_shape import ModelShape
 from graftwork.plan.gpus import Gpu
 from graftwork.plan.hardware import Machine
 from graftwork.training.adapter_spec import FullSpec, LoraSpec, PrefixSpec
+from graftwork.training.outcomes.parts import Work
 from graftwork.training.spec import TrainSpec
 
 TRAIN_EFFICIENCY = 0.70
@@ -35,6 +38,12 @@ LAUNCH_BLOCK_S = 4.5e-3
 """A block's forward and backward pass takes no less: Python starts its kernels one by one (1.5 ms forward)."""
 ADAM_BYTES = 28
 """Read and written of one trained value in a step: weight, gradient and two moments in fp32."""
+CPU_ADAM_BYTES = ADAM_BYTES + 12
+"""On a CPU, with the norm of the gradients and their clipping, which pass over them once and twice."""
+DECODE_BLOCK_S, GPU_DECODE_BLOCK_S = 4e-3, 5e-4
+"""One block of one step of transformers' generate beside its products, with an adapter: Python, the cache."""
+DECODE_EFFICIENCY = 0.26
+"""Of the probe's rate, in products of few rows."""
 LINK_EFFICIENCY = 0.63
 """Of a link's rate in one direction, in collectives (20 GB/s over PCIe 4 x16); nothing overlaps with the computing."""
 
@@ -60,14 +69,19 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     flops += passes * _magnitude_flops(spec, model)
     if machine.gpu is not None:
         return _gpu_seconds(spec, model, machine, flops, passes)
+    full = isinstance(spec.adapter, FullSpec)
+    if full:
+        machine = replace(machine, value_bytes=FP32)  # trained weights are in fp32, and there is no autocast on a CPU
     again = 1 if spec.optim.gradient_checkpointing else 0
     packed = spec.quant.kind == "nf4" and spec.quant.resident != "dequantised"
     unpack_s = (2 + again) * passes * model.linear_params / UNPACK_PER_S if packed else 0.0
     dropout_s = tokens * model.layers * _dropped(spec, model) / DROPPED_PER_S
     calls_s = passes * model.layers * PASS_BLOCK_S
-    return (machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s) / machine.pace(
-        processes, spec.cpus_per_worker
-    )
+    trained = trained_params(model, spec.adapter)
+    shared = 1 if spec.strategy.kind == "ddp" else spec.num_workers
+    adam_s = trained * CPU_ADAM_BYTES / shared / (machine.speed.gbytes_per_s * 1e9)
+    one_core_s = machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s + adam_s
+    return one_core_s / machine.pace(processes, spec.cpus_per_worker)
 
 
 def _dropped(spec: TrainSpec, model: ModelShape) -> int:
@@ -122,3 +136,16 @@ def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machi
     if machine.gpu is not None:
         return flops / spec.num_workers / (machine.gpu.tflops * 1e12 * GPU_LORA)
     return machine.core_s(flops / spec.num_workers, TRAIN_EFFICIENCY) / machine.pace(processes, spec.cpus_per_worker)
+
+
+def outcomes_seconds(spec: TrainSpec, model: ModelShape, work: Work, machine: Machine, processes: int) -> float:
+    """Measuring `work` once, shared among a run's workers: continuations weighed, answers written to their most."""
+    weighed = (work.read + work.prompts) * 2 * model.linear_params + work.weighed * 2 * model.head_params
+    written = work.written * 2 * (model.linear_params + model.head_params)
+    steps = work.decoding_steps * model.layers
+    if machine.gpu is not None:
+        read_s = work.decoding_steps * model.params * machine.value_bytes / (machine.gpu.gbytes_per_s * 1e9 * GPU_MEMORY)
+        one_s = weighed / (machine.gpu.tflops * 1e12 * GPU_LORA) + read_s + steps * GPU_DECODE_BLOCK_S
+        return one_s / spec.num_workers
+    one_s = machine.core_s(weighed, TRAIN_EFFICIENCY) + machine.core_s(written, DECODE_EFFICIENCY)
+    return (one_s + steps * DECODE_BLOCK_S) / spec.num_workers / machine.pace(processes, spec.cpus_per_worker)

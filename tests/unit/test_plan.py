@@ -7,19 +7,21 @@ from typing import Any
 import pytest
 import yaml
 
+from graftwork import base_model
 from graftwork.base_model import QuantSpec
 from graftwork.cli.planning import plan_spec
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.machine import Speed
 from graftwork.memory import GIB, RowSizes, predict_training
-from graftwork.memory.measured import Correction, known, learn
+from graftwork.memory.measured import RUNS, Correction, kind_of, known, learn
 from graftwork.model_shape import ModelShape
 from graftwork.plan import GPUS, Machine, gpu_called, named_gpu, plan_serving, plan_training, settle, step_seconds
 from graftwork.serving.spec import EngineSpec
 from graftwork.training.data import prepare
-from graftwork.training.job import TrainJob
-from graftwork.training.refit import FirstSteps
+from graftwork.training.job import LoopResult, TrainJob
+from graftwork.training.refit import FinalPeak
 from graftwork.training.run import Run
+from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 from tests.training import task
@@ -207,37 +209,53 @@ def test_a_run_settles_once_and_goes_on_as_it_began(tmp_path: Path) -> None:
     assert "as the run began" in again.notes[0]
 
 
-def test_what_a_run_showed_corrects_later_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_raise_later_plans_of_their_kind_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
-    assert known("cpu") == Correction()
-    learn("cpu", predicted_bytes=100, measured_bytes=110)
-    assert learn("cpu", predicted_bytes=100, measured_bytes=130) == known("cpu") == Correction(1.2, 2)
+    assert known("cpu") == {}
+    learn("cpu", kind_of(spec()), predicted_bytes=100, measured_bytes=120)
+    learn("cpu", kind_of(spec()), predicted_bytes=100, measured_bytes=105)
+    assert known("cpu") == {"sft lora nf4": Correction(1.2, 2)}, "the largest of the newest runs"
     rows = RowSizes.at_most(64)
-    plain = plan_training(spec(), SMOLLM2, rows, None, MACHINE)
-    corrected = plan_training(spec(), SMOLLM2, rows, None, replace(MACHINE, peaks=known("cpu")))
+    taught = replace(MACHINE, peaks=known("cpu"))
+    plain, corrected = (plan_training(spec(), SMOLLM2, rows, None, machine) for machine in (MACHINE, taught))
     assert corrected.peak_bytes_per_process == round(1.2 * plain.peak_bytes_per_process)
     assert sum(size for _, size in corrected.parts) == corrected.peak_bytes_per_process
-    assert any("1.20 times the prediction" in line for line in corrected.assumptions)
+    assert dict(corrected.parts)["correction from 2 earlier runs on this machine"] > 0
+    for other in ({"quant": {"kind": "none"}}, {"objective": {"kind": "dpo"}}, {"adapter": {"kind": "ia3"}}):
+        plans = [plan_training(spec(**other), SMOLLM2, rows, None, machine) for machine in (MACHINE, taught)]
+        assert plans[0].parts == plans[1].parts, other
+    assert settle(spec(optim=AUTO), SMOLLM2, rows, replace(taught, memory_bytes=64 * GIB)).notes, "auto sees it too"
 
 
-def test_a_correction_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_never_lowered_and_a_correction_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
-    assert learn("h100", predicted_bytes=100, measured_bytes=1000).ratio == 1.5
-    assert learn("t4", predicted_bytes=100, measured_bytes=1).ratio == 0.7
-    assert Machine.with_gpus(GPUS["h100"]).peaks == Correction(1.5, 1)
+    assert learn("h100", "sft lora none", predicted_bytes=100, measured_bytes=1000) == Correction(1.5, 1)
+    assert learn("t4", "sft lora none", predicted_bytes=100, measured_bytes=1) == Correction(1.0, 1)
+    asked = spec(quant={"kind": "none"}, gpus_per_worker=1)
+    found = plan_training(asked, SMOLLM2, ROWS, None, on("t4"))
+    assert found.parts == plan_training(asked, SMOLLM2, ROWS, None, replace(on("t4"), peaks={})).parts
+    for _ in range(RUNS):
+        learn("h100", "sft lora none", predicted_bytes=100, measured_bytes=104)
+    assert known("h100")["sft lora none"] == Correction(1.04, RUNS), "one odd run does not count for all time"
 
 
-def test_the_second_step_of_a_run_is_what_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runs_final_peak_is_what_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = task(tmp_path / "task")
     job = TrainJob(asked, prepare(asked))
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
-    first_steps = FirstSteps(job)
+    predicted = predict_training(
+        asked, ModelShape.from_config(base_model.resolve(asked.base).config), sizes_of(job.data.train)
+    ).peak_bytes
+    result = LoopResult(3, False, (), (), 10, 1.0, (predicted, round(1.25 * predicted)), (0, 0))
     step = StepReport(1, 9, loss=1.0, lr=1e-3, grad_norm=1.0, tokens=10, elapsed_s=1.0, step_s=1.0)
-    assert first_steps(step)
-    assert known("cpu").runs == 0
-    assert first_steps(replace(step, step=2))
-    assert first_steps(replace(step, step=3))
-    assert known("cpu").runs == 1
+    final_peak = FinalPeak(job)
+    assert final_peak(step)
+    final_peak.learn(result)
+    assert known("cpu") == {}, "a run that goes on for one step has not reached its peak"
+    assert final_peak(replace(step, step=2))
+    assert known("cpu") == {}, "the peak so far is below the final one where rows differ in length"
+    final_peak.learn(result)
+    assert known("cpu") == {kind_of(asked): Correction(1.25, 1)}
 
 
 def test_links_are_those_of_the_gpus(tmp_path: Path) -> None:
