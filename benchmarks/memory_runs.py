@@ -101,10 +101,11 @@ def predicted(spec: TrainSpec) -> dict[str, Any]:
 def measured(spec: TrainSpec, folder: Path) -> list[int]:
     """Peak of each worker of a whole run."""
     file = folder / "spec.yaml"
-    file.write_text(yaml.safe_dump({**spec.model_dump(mode="json", exclude_unset=True), "kind": "train"}), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump({**spec.model_dump(mode="json", exclude_unset=True), "kind": "train"}), encoding="utf-8"
+    )
     command = [sys.executable, "-c", "from graftwork.cli import main; main()", "train", str(file), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=600,
-                          cwd=Path(__file__).parents[1])  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1])
     if done.returncode:
         raise SystemExit(f"{spec.name}: {done.stderr[-1500:]}")
     peaks: list[int] = json.loads(done.stdout)["peak_rss_bytes_per_worker"]

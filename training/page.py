@@ -27,9 +27,7 @@ COMMON = frozenset({"mean_token_accuracy", "entropy"})
 """Figures of every trainer of TRL that say the same as the loss."""
 
 
-def write_page(
-    run: RunPaths, spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | None
-) -> BuiltReport:
+def write_page(run: RunPaths, spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | None) -> BuiltReport:
     """report.json and report.html in the run's folder. In the driver, once a run is finished. Raises StorageError."""
     planned, notes = _planned(run, report)
     shown = train_run(report, spec, read_steps(run), notes)

@@ -126,11 +126,12 @@ class _Sizes:
         key = arm.model_dump_json(exclude={"name", "max_new_tokens", "grammar"})
         if key not in self._known:
             prompt, room = self._prompt(arm), arm.retriever.context_tokens if arm.retriever else None
-            self._known[key] = _mean([
-                len(chat.render(row.question, self.template, prompt=prompt, generate=True,
-                                context=chat.fitting(self._found(arm, row.question), self.template, prompt, room)[0]).ids)
-                for row in self._sample()
-            ])  # fmt: skip
+            lengths = []
+            for row in self._sample():
+                context, _ = chat.fitting(self._found(arm, row.question), self.template, prompt, room)
+                whole = chat.render(row.question, self.template, prompt=prompt, context=context, generate=True)
+                lengths.append(len(whole.ids))
+            self._known[key] = _mean(lengths)
         return self._known[key]
 
     def _found(self, arm: ArmSpec, question: Sequence[Message]) -> Sequence[Passage]:
@@ -149,7 +150,9 @@ class _Sizes:
         if task in self.prompts:
             return resolve_prompt(self.prompts[task])
         try:
-            return resolve_prompt(PromptSpec.model_validate(artifact_read.resolve(Store(self.root), arm.adapter).prompt))
+            return resolve_prompt(
+                PromptSpec.model_validate(artifact_read.resolve(Store(self.root), arm.adapter).prompt)
+            )
         except UserError:
             return resolve_prompt(PromptSpec())  # not trained yet
 
@@ -158,7 +161,7 @@ class _Sizes:
         return min(most, self._right_tokens()) if arm.adapter else most
 
     def _right_tokens(self) -> float:
-        """Mean tokens of the right answers with the token that ends them; none where rows have neither gold nor turn."""
+        """Mean tokens of the right answers with the token that ends them; 0 where rows have neither gold nor turn."""
         return _mean([len(self.template.encode(right_answer(row))) + 1 for row in self._sample()
                       if row.answer or row.gold])  # fmt: skip
 

@@ -159,9 +159,7 @@ def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> Stage
     )
 
 
-def _measured(
-    study: StudySpec, measure: MeasureSpec, machine: Machine, prompts: Mapping[str, PromptSpec]
-) -> StagePlan:
+def _measured(study: StudySpec, measure: MeasureSpec, machine: Machine, prompts: Mapping[str, PromptSpec]) -> StagePlan:
     from graftwork.cli.answer_sizes import compare_answers, likelihood_answers
 
     if measure.kind == "answers":

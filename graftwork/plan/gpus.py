@@ -9,7 +9,6 @@ from pydantic import Field
 from graftwork.config import Spec, validate
 from graftwork.errors import ConfigError
 
-
 PCIE_3, PCIE_4 = 15.8, 31.5
 """10^9 bytes a second and direction of 16 lanes (8 and 16 GT/s, 128b/130b)."""
 ETHERNET_25 = 3.1
@@ -88,10 +87,13 @@ def named_gpu(asked: str) -> Gpu:
     if not changes:
         return gpu
     if odd := next((change for change in changes if "=" not in change), None):
-        raise ConfigError(f"--gpu {asked}", f"{odd!r} is not KEY=VALUE", "NAME[,KEY=VALUE]... names a GPU and its figures",
+        raise ConfigError(f"--gpu {asked}", f"{odd!r} is not KEY=VALUE",
+                          "NAME[,KEY=VALUE]... names a GPU and its figures",
                           f"--gpu {name},network_gbytes_per_s=12.5")  # fmt: skip
     figures = {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in changes)}
-    return validate(Gpu, {**gpu.model_dump(), "source": f"{gpu.source}; {', '.join(changes)}", **figures}, where="--gpu")
+    return validate(
+        Gpu, {**gpu.model_dump(), "source": f"{gpu.source}; {', '.join(changes)}", **figures}, where="--gpu"
+    )
 
 
 def _of_table(name: str) -> Gpu:

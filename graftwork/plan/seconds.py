@@ -144,7 +144,9 @@ def outcomes_seconds(spec: TrainSpec, model: ModelShape, work: Work, machine: Ma
     written = work.written * 2 * (model.linear_params + model.head_params)
     steps = work.decoding_steps * model.layers
     if machine.gpu is not None:
-        read_s = work.decoding_steps * model.params * machine.value_bytes / (machine.gpu.gbytes_per_s * 1e9 * GPU_MEMORY)
+        read_s = (
+            work.decoding_steps * model.params * machine.value_bytes / (machine.gpu.gbytes_per_s * 1e9 * GPU_MEMORY)
+        )
         one_s = weighed / (machine.gpu.tflops * 1e12 * GPU_LORA) + read_s + steps * GPU_DECODE_BLOCK_S
         return one_s / spec.num_workers
     one_s = machine.core_s(weighed, TRAIN_EFFICIENCY) + machine.core_s(written, DECODE_EFFICIENCY)
