@@ -68,6 +68,7 @@ SETTINGS = (
     Setting("prefix, 180 tokens", {**PLAIN, "adapter": {"kind": "prefix"}}, tokens=180),
     Setting("bottleneck, 180 tokens", {**PLAIN, "adapter": {"kind": "bottleneck"}}, tokens=180),
     Setting("all weights", FULL),
+    Setting("all weights, one row of 96", FULL, tokens=96, rows=1),
     Setting("all weights, 384 tokens, checkpointing", {**FULL, "optim.gradient_checkpointing": True}, tokens=384),
     Setting("DPO, LoRA", {**PLAIN, "objective": {"kind": "dpo"}}, tokens=120),
     Setting("QLoRA, 2 workers", {"num_workers": 2}, times=False),

@@ -70,13 +70,23 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
         "activations": held + at_work,
         "logits": logits,
         **beside_bytes(spec, model, taken, value_bytes),
-        "allocator": round(ALLOCATOR_SHARE * (held + at_work + logits)),
+        "allocator": _allocator(spec, model, held + at_work + logits),
     }
     resident = {"process": PROCESS_BYTES, "base weights": part.weights}
     loading = {} if spec.quant.resident == "dequantised" else loading_bytes(model, spec.quant)
     parts = resident | (step if sum(step.values()) >= sum(loading.values()) else loading)
     notes = (taken.said(), f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process")
     return MemoryPlan(tuple((name, size) for name, size in parts.items() if size), notes)
+
+
+def _allocator(spec: TrainSpec, model: ModelShape, passing: int) -> int:
+    """Freed memory that glibc does not give back, beside `passing` bytes of activations and logits.
+
+    Where all weights are trained, gradients are freed after each step and come again between the activations of the
+    next: whatever the rows, one fp32 copy of the weights is lost in pieces or filled with activations.
+    """
+    share = round(ALLOCATOR_SHARE * passing)
+    return max(share, model.params * FP32 - passing) if isinstance(spec.adapter, FullSpec) else share
 
 
 def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> MemoryPlan:
