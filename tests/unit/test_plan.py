@@ -1,5 +1,6 @@
 """What the plan decides: `auto` in a spec, GPUs that are not here, and the way out where nothing fits."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from graftwork.memory import GIB, RowSizes, predict_training
 from graftwork.memory.measured import RUNS, Correction, kind_of, known, learn
 from graftwork.model_shape import ModelShape
 from graftwork.plan import GPUS, Machine, gpu_called, named_gpu, plan_serving, plan_training, settle, step_seconds
+from graftwork.provenance import collect
 from graftwork.serving.spec import EngineSpec
 from graftwork.training.data import prepare
 from graftwork.training.job import LoopResult, TrainJob
+from graftwork.training.page import memory_notes, plan_of_run, write_page
+from graftwork.training.records import TrainReport
 from graftwork.training.refit import FinalPeak
 from graftwork.training.run import Run
 from graftwork.training.settled import sizes_of
@@ -281,3 +285,28 @@ def test_links_are_those_of_the_gpus(tmp_path: Path) -> None:
         named_gpu("h100,network_gbytes=12.5")
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         named_gpu("h100,nvlink")
+
+
+def test_plan_output_and_report_show_one_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `plan` prints is stored when the run starts; what other runs teach meanwhile changes no part of its story."""
+    asked = task(tmp_path / "task", **{"outcomes": {"task": {"rows": 4, "max_new_tokens": 5}}})
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    learn("cpu", kind_of(asked), predicted_bytes=100, measured_bytes=110)
+    [printed] = plan_spec(asked, Path())
+    assert any(name == "correction from 1 earlier run on this machine" for name, _ in printed.parts)
+    assert any(line.startswith("outcomes take ") for line in printed.assumptions)
+    run = Run.of(asked).settled()
+    run.paths.store.write_json(plan_of_run(run.spec, run.base, run.data, run.probes), *run.paths.plan())
+    run.paths.store.write_json(collect(0), *run.paths.provenance())
+    learn("cpu", kind_of(asked), predicted_bytes=100, measured_bytes=140)
+    predicted = printed.peak_bytes_per_process
+    [note] = memory_notes(run.paths, (predicted // 2, predicted + 2**28))
+    assert note == (
+        f"memory of a worker: {predicted / GIB:.2f} GiB predicted, {predicted / GIB + 0.25:.2f} GiB at the peak"
+    )
+    report = TrainReport(
+        "r", "t@v", "v", False, 1, 48, 0, 10, 1.0, 10.0, ((1, 1.0),), (), (predicted // 2, predicted + 2**28), (0, 0)
+    )
+    page = write_page(run.paths, run.spec, report, None)
+    shown = json.loads(Path(page.json_uri).read_text(encoding="utf-8"))["plan"]
+    assert [(row["predicted_bytes"], row["actual_bytes"]) for row in shown] == [(predicted, predicted + 2**28)]
