@@ -152,7 +152,8 @@ def main() -> None:
             folder = Path(name)
             write_docs(folder)
             spec, peaks = spec_of(setting, folder), known.get(setting.name, {}).get("peaks_bytes", [])
-            if not args.again and (args.only == setting.name or (args.only not in names and args.only in setting.name)):
+            wanted = args.only == setting.name if args.only in names else args.only in setting.name
+            if wanted and not args.again:
                 peaks = []
                 for number in range(args.rounds):
                     root = {"root": str(folder / f"root-{number}")}

@@ -288,7 +288,7 @@ def test_links_are_those_of_the_gpus(tmp_path: Path) -> None:
 
 
 def test_plan_output_and_report_show_one_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `plan` prints is stored when the run starts; what other runs teach meanwhile changes no part of its story."""
+    """What `plan` prints is stored when the run starts; what other runs teach meanwhile does not change it."""
     asked = task(tmp_path / "task", **{"outcomes": {"task": {"rows": 4, "max_new_tokens": 5}}})
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
     learn("cpu", kind_of(asked), predicted_bytes=100, measured_bytes=110)
