@@ -57,7 +57,7 @@ def plan_spec(
     if not isinstance(asked, TrainSpec):
         raise ConfigError(f"--replay with kind={getattr(spec, 'kind', '')!r}", "there is no training step in it",
                           "the step of a train spec is replayed", "leave --replay out")  # fmt: skip
-    return [replayed_line(asked, machine)]
+    return [replayed_line(asked, machine, _outcomes(asked))]
 
 
 def _on_gpus(spec: Spec, gpus: int | None) -> Spec:
