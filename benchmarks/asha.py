@@ -6,6 +6,7 @@ The grid's trials (rank x learning rate, 20 and 15 points, SmolLM2-135M, 16 step
 start) were run to their ends once (benchmarks/sweep_curves.py). Here processes take them in the order of a sweep's grid
 (`grid`: the middle first; one to four processes) or in a shuffled one (`shuffled`: two processes, 20 orders), a step of
 any trial taking one unit of time, and the sweep's own judge says after each report who goes on. Compute is steps taken.
+All of it with the reduction of the examples (4) and with what a spec takes by default (`default`).
 The winner is the one of lowest loss among those that ran to their end, as in a sweep. `noise` is the standard deviation
 of a point's last loss over the three seeds, pooled over the five best points.
 """
@@ -29,6 +30,8 @@ from graftwork.tuning.spec import TuneSpec
 TASKS = ("airport-card", "ua-parse")
 ORDERS, PROCESSES, AT_ONCE = 20, 2, (1, 2, 3, 4)
 ASHA = {"kind": "asha", "grace_steps": 2, "reduction": 4}
+SETTINGS: dict[str, dict[str, Any]] = {"": ASHA, "default_": {"kind": "asha"}}
+"""Prefix of the figures -> the spec's `scheduler`."""
 
 
 def replay(trials: Sequence[TrialRecord], judge: Judge, processes: int = PROCESSES) -> dict[str, int]:
@@ -95,23 +98,38 @@ def main() -> None:
     clock = Clock()
     figures: dict[str, Figure] = {}
     detail: dict[str, Any] = {}
-    runs: dict[str, list[tuple[float, bool]]] = {"grid": [], "shuffled": []}
+    for prefix, scheduler in SETTINGS.items():
+        found, runs = measured(scheduler)
+        detail |= {f"{prefix}{task}": one for task, one in found.items()}
+        for name, ran in runs.items():
+            figures[f"{prefix}{name}_share"] = figure([share for share, _, _ in ran], "of the grid's steps")
+            figures[f"{prefix}{name}_given_away"] = figure([given_away for _, given_away, _ in ran], "nats")
+            within = sum(within for _, _, within in ran) / len(ran)
+            share = Figure(value=within, q1=within, q3=within, n=len(ran), unit="of all runs")
+            figures[f"{prefix}{name}_within_noise"] = share
+    write("asha", args.out, figures, detail, {"settings": SETTINGS, "orders": ORDERS, "processes": PROCESSES}, clock)
+
+
+Ran = tuple[float, float, bool]
+"""Share of the grid's steps, loss given away, and whether that is within the deviation over the seeds."""
+
+
+def measured(scheduler: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[Ran]]]:
+    """(detail by task, replays by order: of both tasks and of each)."""
+    detail: dict[str, Any] = {}
+    runs: dict[str, list[Ran]] = {}
     for task in TASKS:
-        by_seed, spec = curves(task), grid(task).with_({"scheduler": ASHA})
+        by_seed, spec = curves(task), grid(task).with_({"scheduler": scheduler})
         noise = spread(by_seed)
         found = {seed: orders(task, trials, spec) for seed, trials in by_seed.items()}
-        for order in runs:
+        for order in ("grid", "shuffled"):
             all_of = [run for seed in found.values() for run in seed[order]]
-            runs[order] += [(share, given_away <= noise) for share, given_away, _ in all_of]
-            figures[f"{task}_{order}_share"] = figure([share for share, _, _ in all_of], "of the grid's steps")
-            figures[f"{task}_{order}_given_away"] = figure([given_away for _, given_away, _ in all_of], "nats")
-            same = sum(same for _, _, same in all_of)
-            print(f"{task}, {order}: noise {noise:.4f} nats; the grid's own winner in {same} of {len(all_of)}")
-        detail[task] = {"noise": noise, "by_seed": found}
-    for order, ran in runs.items():
-        figures[f"{order}_share"] = figure([share for share, _ in ran], "of the grid's steps")
-        figures[f"{order}_within_noise"] = figure([sum(within for _, within in ran) / len(ran)], "of all runs")
-    write("asha", args.out, figures, detail, {"asha": ASHA, "orders": ORDERS, "processes": PROCESSES}, clock)
+            judged = [(share, given_away, given_away <= noise) for share, given_away, _ in all_of]
+            runs.setdefault(order, []).extend(judged)
+            runs[f"{task}_{order}"] = judged
+        detail[task] = {"scheduler": spec.scheduler.model_dump() if spec.scheduler else None, "noise": noise,
+                        "by_seed": found}  # fmt: skip
+    return detail, runs
 
 
 if __name__ == "__main__":

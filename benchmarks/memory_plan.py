@@ -68,6 +68,7 @@ SETTINGS = (
     Setting("prefix, 180 tokens", {**PLAIN, "adapter": {"kind": "prefix"}}, tokens=180),
     Setting("bottleneck, 180 tokens", {**PLAIN, "adapter": {"kind": "bottleneck"}}, tokens=180),
     Setting("all weights", FULL),
+    Setting("all weights, one row of 96", FULL, tokens=96, rows=1),
     Setting("all weights, 384 tokens, checkpointing", {**FULL, "optim.gradient_checkpointing": True}, tokens=384),
     Setting("DPO, LoRA", {**PLAIN, "objective": {"kind": "dpo"}}, tokens=120),
     Setting("QLoRA, 2 workers", {"num_workers": 2}, times=False),
@@ -104,7 +105,7 @@ def sizes(spec: TrainSpec, setting: Setting) -> RowSizes:
     """Of the rows that a setting trains on."""
     sides = 2 if spec.objective.kind == "dpo" else 1
     tokens = lengths(setting, spec.num_workers)
-    return RowSizes.of([sides * n for n in tokens], [sides * (n // 2) for n in tokens])
+    return RowSizes.of([sides * n for n in tokens], [sides * (n // 2) for n in tokens], tokens)
 
 
 def prepared(spec: TrainSpec, setting: Setting) -> Any:

@@ -29,6 +29,7 @@ BENCHMARKS = (
     "zipf",
     "adapter_kinds",
     "memory_plan",
+    "memory_runs",
     "training_speed",
     "ray_overhead",
     "checkpoint_stall",

@@ -6,14 +6,18 @@ Rows: a question and the docstring of each function of the standard library that
 base's chat template. LoRA r16 on all linears of SmolLM2-135M, 8 rows a step in passes of 4, one process of as many
 threads as cores. Arms, each in processes of their own, in turns: `ours` (the loop of `graftwork train`), `trl`
 (SFTTrainer as it comes: it recomputes activations, casts adapters to bf16 on a quantised base, pads random rows
-together), `trl_best` (the same, without recomputing). A second counts tokens without padding; the first two steps
-are left out.
+together), `trl_best` (the same at its best settings: no recomputation, adapters in fp32, rows grouped by length).
+A second counts tokens without padding; the first two steps are left out.
+
+Grouping sorts 50 steps' rows at a time, longest first. `trl_best` takes steps evenly from one such group, in random
+order, so that a few steps have rows of all lengths as the other arms' have.
 """
 
 import argparse
 import ast
 import json
 import os
+import random
 import subprocess
 import sys
 import sysconfig
@@ -30,6 +34,8 @@ from benchmarks.record import Clock, Figure, figure, ratios, write
 
 ARMS = ("ours", "trl", "trl_best")
 MAX_LENGTH, ROWS_PER_STEP, MICRO_BATCH, WARM = 512, 8, 4, 2
+GROUP = 50
+"""Steps whose rows `group_by_length` sorts together."""
 
 
 def questions() -> Iterator[dict[str, Any]]:
@@ -114,24 +120,46 @@ def _trl(arm: str, quant: str, steps: int, data: Path) -> tuple[list[float], lis
             return super().training_step(model, inputs, *args, **kwargs)
 
     counts: list[int] = []
-    settings: dict[str, Any] = {"gradient_checkpointing": False} if arm == "trl_best" else {}
+    tokenizer = AutoTokenizer.from_pretrained(base.folder)
+    rows, best = [json.loads(line) for line in data.read_text().splitlines()], arm == "trl_best"
+    settings: dict[str, Any] = {"bf16": loaded.dtype == torch.bfloat16}
+    if best:
+        rows = _grouped(rows, tokenizer, steps)
+        settings = {"bf16": False, "gradient_checkpointing": False, "train_sampling_strategy": "sequential"}
     trainer = Counted(
         model=loaded.model,
         args=SFTConfig(
             output_dir=str(data.parent / "out"), max_steps=steps, per_device_train_batch_size=MICRO_BATCH,
             gradient_accumulation_steps=ROWS_PER_STEP // MICRO_BATCH, max_length=MAX_LENGTH, learning_rate=1e-4,
-            use_cpu=True, bf16=loaded.dtype == torch.bfloat16, report_to=[], save_strategy="no", logging_strategy="no",
+            use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no",
             disable_tqdm=True, **settings,
         ),
-        train_dataset=Dataset.from_list([json.loads(line) for line in data.read_text().splitlines()]),
-        processing_class=AutoTokenizer.from_pretrained(base.folder),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Clocked()],
     )  # fmt: skip
+    for parameter in trainer.model.parameters() if best else ():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     trainer.train()
     passes = ROWS_PER_STEP // MICRO_BATCH
     ends = [0, *counts[passes - 1 :: passes]]
     return step_s, [after - before for before, after in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def _grouped(rows: list[dict[str, Any]], tokenizer: Any, steps: int) -> list[dict[str, Any]]:
+    """Rows of `steps` steps out of one group of 50 as transformers' `group_by_length` makes it."""
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    chance = random.Random(0)
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    lengths = [min(len(ids), MAX_LENGTH) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    order = get_length_grouped_indices(lengths, ROWS_PER_STEP, generator=torch.Generator().manual_seed(0))
+    group = [order[at : at + ROWS_PER_STEP] for at in range(0, GROUP * ROWS_PER_STEP, ROWS_PER_STEP)]
+    chosen = chance.sample([group[round((step + 0.5) * GROUP / steps - 0.5)] for step in range(steps)], steps)
+    return [rows[index] for step in chosen for index in step]
 
 
 def main() -> None:

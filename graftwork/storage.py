@@ -231,6 +231,10 @@ class RunPaths:
         """The resolved spec."""
         return self.file("spec.yaml")
 
+    def plan(self) -> tuple[str, ...]:
+        """What was predicted at the start."""
+        return self.file("plan.json")
+
     def provenance(self) -> tuple[str, ...]:
         """What `provenance.collect` found at the start."""
         return self.file("provenance.json")

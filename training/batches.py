@@ -46,14 +46,14 @@ def step_plan(
     fresh = math.ceil(steps / repeats)
     passes = math.ceil(fresh * rows / len(lengths_N))
     order = np.concatenate([np.random.default_rng([seed, p]).permutation(len(lengths_N)) for p in range(passes)])
-    rows_SR = order[: fresh * rows].reshape(fresh, rows)
-    rows_SR = np.stack([_dealt(step, lengths_N, world, micro) for step in rows_SR]).repeat(repeats, axis=0)[:steps]
+    rows_SR = _dealt(order[: fresh * rows].reshape(fresh, rows), lengths_N, world, micro)
+    rows_SR = rows_SR.repeat(repeats, axis=0)[:steps]
     return StepPlan(rows_SR, lengths_N[rows_SR].sum(axis=1), micro, per_worker // micro)
 
 
-def _dealt(rows_R: NDArray[np.int64], lengths_N: NDArray[np.int64], world: int, micro: int) -> NDArray[np.int64]:
-    """Rows of a step in the order that the data loader deals them: pass 0 of worker 0, of worker 1, ..., pass 1 ..."""
-    by_length = rows_R[np.argsort(lengths_N[rows_R], kind="stable")]
-    passes_GWM = by_length.reshape(-1, world, micro)
-    passes_GWM[1::2] = passes_GWM[1::2, ::-1].copy()
-    return passes_GWM.reshape(-1)
+def _dealt(rows_SR: NDArray[np.int64], lengths_N: NDArray[np.int64], world: int, micro: int) -> NDArray[np.int64]:
+    """Rows of steps in the order that the data loader deals them: pass 0 of worker 0, of worker 1, ..., pass 1 ..."""
+    by_length = np.take_along_axis(rows_SR, np.argsort(lengths_N[rows_SR], axis=1, kind="stable"), axis=1)
+    passes_SGWM = by_length.reshape(len(rows_SR), -1, world, micro)
+    passes_SGWM[:, 1::2] = passes_SGWM[:, 1::2, ::-1].copy()
+    return passes_SGWM.reshape(rows_SR.shape)

@@ -190,13 +190,18 @@ def _work(config: dict[str, Any]) -> LoopResult | GraftworkError:
     from graftwork.training.loop import run_steps
     from graftwork.training.notice import leaving
     from graftwork.training.ranks import rank_and_world
-    from graftwork.training.refit import FirstSteps
+    from graftwork.training.refit import FinalPeak
 
     job: TrainJob = ray.get(config["job"])
     lookout = Lookout(job.fence) if job.fence is not None and rank_and_world()[0] == 0 else None
     try:
         asked = lambda: leaving() or (lookout is not None and lookout.word is not None)  # noqa: E731
-        return run_steps(job, config["report"] or FirstSteps(job), asked)
+        if config["report"] is not None:
+            return run_steps(job, config["report"], asked)
+        final_peak = FinalPeak(job)
+        result = run_steps(job, final_peak, asked)
+        final_peak.learn(result)  # steps are reported on rank 0 alone
+        return result
     except ON_ALL_RANKS as error:
         return error
     finally:

@@ -79,10 +79,9 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
         shared = shards.notes(spec.strategy.kind, trainer.model, world)
         notes = (loaded.reason, batches, *training.notes, *shared, *start.notes)
         done, wall_s = trainer.state.global_step, watch.elapsed_s()
-        result = _result(log, done, wall_s, stopped=watch.stopped, left=watch.left, notes=notes)
         if not watch.left:
             outcomes.after(trainer.model)
-    return result
+        return _result(log, done, wall_s, stopped=watch.stopped, left=watch.left, notes=notes)  # its peaks: of all that
 
 
 @contextmanager

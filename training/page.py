@@ -1,16 +1,14 @@
 """The page of a run: its curves, what it gained and lost, what was predicted of it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
-from graftwork import base_model
-from graftwork.base_model import compute_dtype
-from graftwork.errors import ConfigError
-from graftwork.memory import RowSizes
-from graftwork.memory.measured import Correction
+from graftwork.base_model import ResolvedBase
+from graftwork.errors import BaseModelError, ConfigError
+from graftwork.memory import GIB
 from graftwork.model_shape import ModelShape
-from graftwork.plan import Machine, plan_training
+from graftwork.plan import plan_training
 from graftwork.report import BuiltReport, build, words
 from graftwork.report.outcome_records import Change, OutcomesReport
 from graftwork.report.outcomes import PARTS
@@ -18,8 +16,10 @@ from graftwork.report.records import PlanRow, Series, TrainRun
 from graftwork.report.whole import ReportInput
 from graftwork.storage import RunPaths
 from graftwork.training.data import PreparedData
+from graftwork.training.outcomes.parts import work_of
+from graftwork.training.outcomes.probes import Probe
 from graftwork.training.records import TrainReport
-from graftwork.training.rows.token_rows import Rows
+from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport, read_steps
 
@@ -27,11 +27,9 @@ COMMON = frozenset({"mean_token_accuracy", "entropy"})
 """Figures of every trainer of TRL that say the same as the loss."""
 
 
-def write_page(
-    run: RunPaths, spec: TrainSpec, report: TrainReport, data: PreparedData, outcomes: OutcomesReport | None
-) -> BuiltReport:
+def write_page(run: RunPaths, spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | None) -> BuiltReport:
     """report.json and report.html in the run's folder. In the driver, once a run is finished. Raises StorageError."""
-    planned, notes = _planned(spec, report, data)
+    planned, notes = _planned(run, report)
     shown = train_run(report, spec, read_steps(run), notes)
     page = ReportInput(
         title=spec.name, subtitle=report.run_id, created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -99,25 +97,41 @@ def _series(steps: Sequence[StepReport]) -> tuple[Series, ...]:
     return tuple(Series(name=name, points=points) for name, points in found if len({y for _, y in points}) > 1)
 
 
-def _planned(spec: TrainSpec, report: TrainReport, data: PreparedData) -> tuple[tuple[PlanRow, ...], tuple[str, ...]]:
-    """Predicted and actual of the run. Time is left out: the plan's holds the start, the run's does not."""
-    actual = max(report.peak_cuda_bytes_per_worker) if spec.gpus_per_worker else max(report.peak_rss_bytes_per_worker)
-    dtype, _ = compute_dtype(spec.quant, "cuda" if spec.gpus_per_worker else "cpu")
-    shape = ModelShape.from_config(base_model.resolve(spec.base).config)
+def plan_of_run(spec: TrainSpec, base: ResolvedBase, data: PreparedData, probes: Sequence[Probe]) -> dict[str, Any]:
+    """What is predicted of a run before it starts, as `plan` shows it: {"plan": ...}, or {"reason": why not}."""
+    held_out = sizes_of(data.eval) if data.eval is not None else None
     try:
-        held_out = _sizes(data.eval) if data.eval is not None else None
-        plan = plan_training(spec, shape, _sizes(data.train), held_out, _unlearned(dtype.itemsize))
-    except ConfigError as error:
-        return (), (f"nothing was predicted: {error.asked}, {error.found}",)
-    row = PlanRow(stage=f"{spec.num_workers} workers, each", predicted_bytes=plan.peak_bytes_per_process,
+        shape, machine = ModelShape.from_config(base.config), machine_of(spec)
+        work = work_of([probe.part for probe in probes])
+        return {"plan": plan_training(spec, shape, sizes_of(data.train), held_out, machine, work).as_dict()}
+    except (BaseModelError, ConfigError) as error:
+        return {"reason": f"{error.asked}, {error.found}"}
+
+
+def memory_notes(run: RunPaths, peaks: Sequence[int]) -> tuple[str, ...]:
+    """Predicted and largest measured bytes of a worker, in words; nothing where nothing was predicted."""
+    known = _recorded(run)
+    if "plan" not in known or not any(peaks):
+        return ()
+    predicted, most = known["plan"]["peak_bytes_per_process"] / GIB, max(peaks) / GIB
+    return (f"memory of a worker: {predicted:.2f} GiB predicted, {most:.2f} GiB at the peak",)
+
+
+def _planned(run: RunPaths, report: TrainReport) -> tuple[tuple[PlanRow, ...], tuple[str, ...]]:
+    """Predicted and actual of the run. Time is left out: the plan's holds the start, the run's does not."""
+    known = _recorded(run)
+    if "plan" not in known:
+        return (), (f"nothing was predicted: {known['reason']}",)
+    plan = known["plan"]
+    actual = max(report.peak_cuda_bytes_per_worker) or max(report.peak_rss_bytes_per_worker)
+    row = PlanRow(stage=f"{plan['processes']} workers, each", predicted_bytes=plan["peak_bytes_per_process"],
                   actual_bytes=actual)  # fmt: skip
     return (row,), ()
 
 
-def _unlearned(value_bytes: int) -> Machine:
-    """This machine, without what this very run has taught the plan."""
-    return replace(Machine.here(value_bytes), peaks=Correction())
-
-
-def _sizes(rows: Rows) -> RowSizes:
-    return RowSizes.of(rows.lengths_N.tolist(), rows.scored_N.tolist())
+def _recorded(run: RunPaths) -> dict[str, Any]:
+    """What `plan_of_run` predicted when the run first started."""
+    if not run.store.exists(*run.plan()):
+        return {"reason": "the run was started by a version that recorded no plan"}
+    found: dict[str, Any] = run.store.read_json(*run.plan())
+    return found

@@ -1,25 +1,25 @@
-"""The first real steps of a run correct the plan's constants for this machine."""
-
-import resource
-import sys
+"""A run's final peak raises later plans of its kind on this machine."""
 
 from graftwork import base_model
 from graftwork.errors import BaseModelError
 from graftwork.memory import predict_training
-from graftwork.memory.measured import learn
+from graftwork.memory.measured import kind_of, learn
 from graftwork.memory.training import allocated
 from graftwork.model_shape import ModelShape
 from graftwork.plan import gpu_here
-from graftwork.training.job import TrainJob
+from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.settled import sizes_of
 from graftwork.training.steplog import StepReport
 
-AFTER_STEPS = 2
+LEAST_STEPS = 2
 """The first makes the optimizer's state; the second has all at once."""
 
 
-class FirstSteps:
-    """Called with each step of a worker that does nothing else; after the second it compares peak and prediction."""
+class FinalPeak:
+    """Counts the steps of a worker that reports to nobody, and compares the run's peak with the prediction at its end.
+
+    The peak grows over a run where rows differ in length: what was freed for one shape is not always reused for others.
+    """
 
     def __init__(self, job: TrainJob) -> None:
         self.job, self.steps = job, 0
@@ -27,28 +27,23 @@ class FirstSteps:
     def __call__(self, step: StepReport) -> bool:
         """Go on in any case."""
         self.steps += 1
-        if self.steps == AFTER_STEPS:
-            self._compare()
         return True
 
-    def _compare(self) -> None:
+    def learn(self, result: LoopResult) -> None:
+        """Take the largest peak of all workers into account; nothing where too few steps were taken here."""
         import torch
 
-        spec, cuda = self.job.spec, torch.cuda.is_available() and self.job.spec.gpus_per_worker > 0
-        device = "cuda" if cuda else "cpu"
+        spec = self.job.spec
+        if self.steps < LEAST_STEPS:
+            return
+        cuda = torch.cuda.is_available() and spec.gpus_per_worker > 0
         try:
             shape = ModelShape.from_config(base_model.resolve(spec.base).config)
         except BaseModelError:
             return  # a shape that the plan does not cover
-        value_bytes = base_model.compute_dtype(spec.quant, device)[0].itemsize
+        value_bytes = base_model.compute_dtype(spec.quant, "cuda" if cuda else "cpu")[0].itemsize
         plan = predict_training(spec, shape, sizes_of(self.job.data.train), value_bytes=value_bytes)
         if not cuda:
-            learn("cpu", plan.peak_bytes, peak_rss_bytes())
+            learn("cpu", kind_of(spec), plan.peak_bytes, max(result.peak_rss_bytes_per_worker))
         elif (gpu := gpu_here()) is not None:
-            learn(gpu.name, allocated(plan), torch.cuda.max_memory_allocated())
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+            learn(gpu.name, kind_of(spec), allocated(plan), max(result.peak_cuda_bytes_per_worker))

@@ -24,7 +24,7 @@ from graftwork.training.lock import OVERTAKES_S, run_lock
 from graftwork.training.outcomes.changes import outcomes_report
 from graftwork.training.outcomes.probes import Probe, probes_of
 from graftwork.training.outcomes.record import missing, read_parts
-from graftwork.training.page import write_page
+from graftwork.training.page import memory_notes, plan_of_run, write_page
 from graftwork.training.progress import OnProgress, progress_told
 from graftwork.training.publish import publish, still_there
 from graftwork.training.records import Progress, TrainReport
@@ -144,7 +144,7 @@ def _told(run: Run, report: TrainReport) -> TrainReport:
     outcomes = outcomes_report(run.spec, run.probes, read_parts(run.paths)) if run.probes else None
     if not run.probes and report.reused and run.paths.store.exists(*run.paths.file("report.html")):
         return replace(report, page=run.paths.store.path(*run.paths.file("report.html")))
-    page = write_page(run.paths, run.spec, report, run.data, outcomes)
+    page = write_page(run.paths, run.spec, report, outcomes)
     return replace(report, page=page.html_uri, outcomes=outcomes.model_dump(mode="json") if outcomes else None)
 
 
@@ -192,7 +192,7 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         eval_loss=result.eval_loss,
         peak_rss_bytes_per_worker=result.peak_rss_bytes_per_worker,
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
-        notes=(*run.notes, *result.notes, *run.data.notes),
+        notes=(*run.notes, *result.notes, *run.data.notes, *memory_notes(run.paths, _peaks(run.spec, result))),
     )
 
 
@@ -206,13 +206,18 @@ def _eval_metrics(steps: Sequence[StepReport]) -> dict[str, float]:
     }
 
 
+def _peaks(spec: TrainSpec, result: LoopResult) -> tuple[int, ...]:
+    return result.peak_cuda_bytes_per_worker if spec.gpus_per_worker else result.peak_rss_bytes_per_worker
+
+
 def _write_facts(run: Run) -> None:
-    """The resolved spec and where the code runs: written once, when the run first starts."""
+    """The resolved spec, what is predicted of it, and where the code runs: written once, when the run first starts."""
     store = run.paths.store
     if store.exists(*run.paths.provenance()):
         return
     text = yaml.safe_dump(run.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     store.write_bytes(text.encode(), *run.paths.spec())
+    store.write_json(plan_of_run(run.spec, run.base, run.data, run.probes), *run.paths.plan())
     store.write_json(provenance.collect(run.spec.seed), *run.paths.provenance())
 
 

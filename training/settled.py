@@ -32,7 +32,7 @@ def settled(spec: TrainSpec, base: ResolvedBase, rows: Rows, paths: RunPaths) ->
 
 def sizes_of(rows: Rows) -> RowSizes:
     """Sizes of rendered rows, as plans take them."""
-    return RowSizes.of(rows.lengths_N.tolist(), rows.scored_N.tolist())
+    return RowSizes.of(rows.lengths_N.tolist(), rows.scored_N.tolist(), rows.widths_N.tolist())
 
 
 def machine_of(spec: TrainSpec) -> Machine:

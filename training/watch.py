@@ -1,5 +1,6 @@
 """What happens around a step: report it, evaluate, checkpoint, stop. A callback of transformers' Trainer."""
 
+import ctypes
 import math
 import shutil
 import time
@@ -76,6 +77,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         self._step_started = time.perf_counter()
         self._started = self._started or self._step_started
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A forward and backward pass of several is done."""
+        self._return_freed()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last pass of a step is done, and the optimizer's."""
+        self._return_freed()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """A step is done on all ranks, `logs` holds its figures, and nothing is saved yet."""
         if "loss" not in logs:
@@ -120,6 +129,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             metrics=self._figures,
         )
         self.saver.save(mark)
+
+    def _return_freed(self) -> None:
+        """Give the activations' memory back to the system, where a pass computed on a CPU.
+
+        glibc would keep it in pieces that passes of other shapes do not always fit into: over 12 steps on rows of 117
+        to 173 tokens workers of SmolLM2-135M peaked at 2.05 to 2.66 GiB, and at 2.03 to 2.04 with this. It takes 0.16 s
+        of a step of 5 s.
+        """
+        if not self.job.spec.gpus_per_worker and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            trim(0)
 
     def _evaluated(self, step: int) -> Mapping[str, float]:
         """Figures of the held-out rows where they are due; without them none."""

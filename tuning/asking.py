@@ -1,16 +1,15 @@
 """What a trial asks of the cluster by the planner's prediction, and whether it runs in one process or as a gang."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graftwork import base_model
 from graftwork.errors import BaseModelError, ClusterError, ConfigError, GraftworkError
-from graftwork.memory import GIB, RowSizes, predict_training
+from graftwork.memory import GIB, RowSizes
 from graftwork.memory.training import PROCESS_BYTES
 from graftwork.model_shape import ModelShape
-from graftwork.plan import Machine, charged, has_auto, training_ways_out
+from graftwork.plan import Machine, charged, has_auto, training_ways_out, worker_memory
 from graftwork.plan.stage import HEADROOM
 from graftwork.training.machines import resources_per_worker
 from graftwork.training.settled import machine_of
@@ -183,8 +182,10 @@ def at_once(spec: TuneSpec, smallest: Request, nodes: Sequence[Node], trials: in
 def predicted(trials: Sequence[TrainSpec], model: ModelShape, machine: Machine, rows: RowSizes) -> dict[str, float]:
     """Bytes of one process; with a GPU its share too, which a gang's workers have whole."""
     trial, together = trials[0], len(trials) > 1
-    predict = functools.partial(predict_together, trials) if together else functools.partial(predict_training, trial)
-    plan = predict(model, rows, value_bytes=machine.value_bytes)
+    if together:
+        plan = predict_together(trials, model, rows, value_bytes=machine.value_bytes)
+    else:
+        plan = worker_memory(trial, model, rows, machine)
     need = charged(plan.peak_bytes, 1, machine)
     if machine.gpu is None:
         beside = 0 if is_gang(trial) or together else TRIAL_BYTES

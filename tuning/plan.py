@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 from graftwork.errors import ConfigError
-from graftwork.memory import MemoryPlan, RowSizes, predict_training
+from graftwork.memory import MemoryPlan, RowSizes
 from graftwork.model_shape import ModelShape
 from graftwork.plan import (
     RAY_TUNE_START_S,
@@ -18,6 +18,7 @@ from graftwork.plan import (
     step_seconds,
     training_ways_out,
     verdict_of,
+    worker_memory,
 )
 from graftwork.plan.seconds import RAY_TRAIN_START_S
 from graftwork.plan.stage import HEADROOM
@@ -37,7 +38,7 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     """
     held_out = replace(held_out, count=min(held_out.count, spec.eval_rows))
     trials = [planned_trial(spec, point, model, rows, machine) for point in points_to_plan(spec)]
-    plans = [predict_training(trial, model, rows, value_bytes=machine.value_bytes) for trial in trials]
+    plans = [worker_memory(trial, model, rows, machine) for trial in trials]
     largest, memory = max(zip(trials, plans, strict=True), key=lambda pair: pair[1].peak_bytes)
     at_once, workers = _at_once(spec, largest, memory, machine, len(trials)), largest.num_workers
     each_s = [_trial_seconds(spec, trial, model, rows, held_out, machine, at_once) for trial in trials]
@@ -79,7 +80,7 @@ def planned_trial(spec: TuneSpec, point: Values, model: ModelShape, rows: RowSiz
         if spec.gang == "never" or not shards(gang):
             raise
         return settled_trial(spec, gang, model, rows, machine)
-    peak = predict_training(alone, model, rows, value_bytes=machine.value_bytes).peak_bytes
+    peak = worker_memory(alone, model, rows, machine).peak_bytes
     fits = spec.gang == "never" or not shards(gang) or charged(peak, 1, machine) <= HEADROOM * machine.memory_bytes
     return alone if fits else settled_trial(spec, gang, model, rows, machine)
 

@@ -3,15 +3,15 @@
 What only some stages need is imported there: a plan is to answer at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from graftwork import base_model
 from graftwork.base_model import BaseSpec, QuantSpec
+from graftwork.chat import PromptSpec
 from graftwork.cli.replaying import placed, replayed_line
 from graftwork.config import Spec
-from graftwork.data import read_rows
 from graftwork.demo.specs import DemoSpecs, load_specs
 from graftwork.demo_spec import DemoSpec
 from graftwork.embedding import EmbedderShape, EmbedderSpec, resolve_embedder
@@ -32,13 +32,14 @@ from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.study.spec import MeasureSpec, StudySpec
+from graftwork.training.outcomes.parts import Work, work_of
+from graftwork.training.outcomes.spec import OutcomesSpec
 from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec
 
-QUESTION_TOKENS, PASSAGE_TOKENS, ANSWER_TOKENS = 40, 30, 45
-"""A comparison's prompts and answers are not rendered for the plan: short questions, one-line passages, small JSON."""
 SERVED_RANK = 16
+NO_PROMPTS: Mapping[str, PromptSpec] = {}
 
 
 def plan_spec(
@@ -56,7 +57,7 @@ def plan_spec(
     if not isinstance(asked, TrainSpec):
         raise ConfigError(f"--replay with kind={getattr(spec, 'kind', '')!r}", "there is no training step in it",
                           "the step of a train spec is replayed", "leave --replay out")  # fmt: skip
-    return [replayed_line(asked, machine)]
+    return [replayed_line(asked, machine, _outcomes(asked))]
 
 
 def _on_gpus(spec: Spec, gpus: int | None) -> Spec:
@@ -73,7 +74,10 @@ def _on_gpus(spec: Spec, gpus: int | None) -> Spec:
     )
 
 
-def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
+def _lines(
+    spec: Spec, folder: Path, machine: Machine, prompts: Mapping[str, PromptSpec] = NO_PROMPTS
+) -> Iterator[StagePlan]:
+    """`prompts`: of the adapters that the same plan trains, by task."""
     if isinstance(spec, ServeSpec | CompareSpec) and spec.engine.kind == "vllm":
         raise ConfigError(
             f"plan of kind={spec.kind!r}", "engine.kind='vllm'", "memory and time are predicted for our own engine",
@@ -84,7 +88,8 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
 
         data = prepare(spec)
         held_out = sizes_of(data.eval) if data.eval is not None else None
-        yield plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, placed(spec, machine))
+        yield plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, placed(spec, machine),
+                            _outcomes(spec))  # fmt: skip
     elif isinstance(spec, TuneSpec):
         from graftwork.training.data import prepare
         from graftwork.tuning.plan import plan_tuning
@@ -105,25 +110,30 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
                            adapters=[SERVED_RANK] * len(spec.adapters),
                            dequantised=machine.gpu is None and _unpacked(spec.quant))  # fmt: skip
     elif isinstance(spec, CompareSpec):
+        from graftwork.cli.answer_sizes import compare_answers
+
         adapters = {arm.adapter for arm in spec.arms if arm.adapter}
         yield plan_serving("compare", _shape(spec.base), spec.quant, spec.engine, machine.at(spec.quant),
                            num_cpus=spec.num_cpus, query_embedders=_query_embedders(spec.arms),
                            adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(spec.quant),
-                           answers=_answers(spec))  # fmt: skip
+                           answers=compare_answers(spec, prompts))  # fmt: skip
     elif isinstance(spec, QuantizeSpec):
-        yield from _precisions(spec, machine)
+        yield from _precisions(spec, machine, prompts)
     elif isinstance(spec, DemoSpec):
         specs = load_specs(spec, folder)
         for stage in (specs.tune, *specs.train):
             yield from _lines(stage, folder, machine)
+        prompts = {stage.name: stage.prompt for stage in specs.train}
         yield _serve_and_update(specs, folder, machine)
-        yield from _lines(specs.compare, folder, machine)
+        yield from _lines(specs.compare, folder, machine, prompts)
     elif isinstance(spec, StudySpec):
         from graftwork.study.run import adapter_spec
 
-        for number in range(len(spec.adapters)):
-            yield from _lines(adapter_spec(spec, number, folder), folder, machine)
-        yield from (_measured(spec, measure, machine.at(spec.quant)) for measure in spec.measures)
+        adapters = [adapter_spec(spec, number, folder) for number in range(len(spec.adapters))]
+        for adapter in adapters:
+            yield from _lines(adapter, folder, machine)
+        prompts = {adapter.name: adapter.prompt for adapter in adapters}
+        yield from (_measured(spec, measure, machine.at(spec.quant), prompts) for measure in spec.measures)
     else:
         raise ConfigError(f"plan of kind={getattr(spec, 'kind', '')!r}", "nothing is predicted for it",
                           "train, tune, serve, compare, quantize, study and demo are planned")  # fmt: skip
@@ -131,9 +141,12 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
 
 def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> StagePlan:
     """The main job's endpoint, the update that is trained beside it, and the burst of requests."""
+    from graftwork.cli.answer_sizes import compare_answers
+
     [served], [update] = _lines(specs.serve, folder, machine), _lines(specs.update, folder, machine)
     burst, at = specs.demo.burst, machine.at(specs.serve.quant)
-    answers = Answers(burst.requests, QUESTION_TOKENS + PASSAGE_TOKENS, burst.max_new_tokens)
+    asked = compare_answers(specs.compare.with_({"limit": burst.requests}), {})
+    answers = Answers(burst.requests, asked.prompt_tokens, burst.max_new_tokens)
     together = specs.serve.engine.with_({"max_batch": burst.concurrency})
     answer_s = answers_seconds(answers, _shape(specs.serve.base), together, at, specs.serve.num_cpus)
     total = served.total_bytes + update.total_bytes
@@ -146,34 +159,39 @@ def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> Stage
     )
 
 
-def _measured(study: StudySpec, measure: MeasureSpec, machine: Machine) -> StagePlan:
-    """A likelihood is a prompt that holds the answer, one for each choice."""
+def _measured(study: StudySpec, measure: MeasureSpec, machine: Machine, prompts: Mapping[str, PromptSpec]) -> StagePlan:
+    from graftwork.cli.answer_sizes import compare_answers, likelihood_answers
+
     if measure.kind == "answers":
-        answers = _answers(study.comparison(measure))
+        answers = compare_answers(study.comparison(measure), prompts)
     else:
-        rows = read_rows(measure.eval, limit=measure.limit, need="eval")
-        choices = sum(len((row.gold or {}).get("choices", ())) for row in rows)
-        answers = Answers(choices * len(measure.arms), QUESTION_TOKENS + ANSWER_TOKENS, 1)
+        answers = likelihood_answers(study, measure, prompts)
     adapters = {arm.adapter for arm in measure.arms if arm.adapter}
     return plan_serving(f"measure {measure.name}", _shape(study.base), study.quant, EngineSpec(), machine,
                         num_cpus=study.num_cpus, adapters=[SERVED_RANK] * len(adapters),
                         dequantised=_unpacked(study.quant), answers=answers)  # fmt: skip
 
 
-def _precisions(spec: QuantizeSpec, machine: Machine) -> Iterator[StagePlan]:
-    """One process after the other; the time of its answers alone is predicted."""
+def _precisions(spec: QuantizeSpec, machine: Machine, prompts: Mapping[str, PromptSpec]) -> Iterator[StagePlan]:
+    """One process after the other."""
+    from graftwork.cli.answer_sizes import quantize_answers
+
     adapters = {arm.adapter for arm in spec.arms if arm.adapter}
+    answers = quantize_answers(spec, prompts)
     for precision in spec.precisions:
         quant = QUANT[precision]
         yield plan_serving(f"quantize {precision}", _shape(spec.base), quant, spec.engine, machine.at(quant),
                            num_cpus=spec.num_cpus, adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(quant),
-                           answers=_answers(spec))  # fmt: skip
+                           answers=answers)  # fmt: skip
 
 
-def _answers(spec: CompareSpec | QuantizeSpec) -> Answers:
-    rows = len(read_rows(spec.eval, limit=spec.limit, need="eval"))
-    passages = sum(arm.retriever.k for arm in spec.arms if arm.retriever) / len(spec.arms)
-    return Answers(rows * len(spec.arms), QUESTION_TOKENS + PASSAGE_TOKENS * passages, ANSWER_TOKENS)
+def _outcomes(spec: TrainSpec) -> Work | None:
+    """What is measured before and after, rendered."""
+    if spec.outcomes == OutcomesSpec():
+        return None
+    from graftwork.training.outcomes.probes import probes_of
+
+    return work_of([probe.part for probe in probes_of(spec)])
 
 
 def _shape(base: BaseSpec) -> ModelShape:

@@ -117,8 +117,9 @@ def _show(title: str, rows: "Sequence[StagePlan]") -> None:
             say(f"  {row.stage}: {row.verdict}")
         if row.step_s is not None:
             say(f"  {row.stage}: {row.step_s:.2f} s a step; one worker takes")
+            width = max(26, *(len(name) for name, _ in row.parts)) + 2
             for name, size in sorted(row.parts, key=lambda part: -part[1]):
-                say(f"    {name:28s}{gib(size):>10s}")
+                say(f"    {name:{width}s}{gib(size):>10s}")
     for note in dict.fromkeys(note for row in rows for note in row.assumptions):
         say(f"  {note}")
     for warning in dict.fromkeys(warning for row in rows for warning in row.warnings):

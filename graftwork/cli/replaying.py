@@ -9,6 +9,7 @@ from graftwork.model_shape import ModelShape
 from graftwork.plan import Machine, StagePlan, charged, plan_training, settle, training_ways_out, verdict_of
 from graftwork.training.adapter_spec import FullSpec
 from graftwork.training.data import prepare
+from graftwork.training.outcomes.parts import Work
 from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
 
@@ -22,15 +23,15 @@ def placed(spec: TrainSpec, machine: Machine) -> Machine:
     return machine.at(spec.quant) if machine.gpu or not spec.gpus_per_worker else machine_of(spec)
 
 
-def replayed_line(spec: TrainSpec, machine: Machine) -> StagePlan:
-    """Raises ConfigError for what cannot be replayed."""
+def replayed_line(spec: TrainSpec, machine: Machine, outcomes: Work | None = None) -> StagePlan:
+    """`outcomes`: measured before and after. Raises ConfigError for what cannot be replayed."""
     base_model.import_bitsandbytes()
     from graftwork.training.replay import Replayed, replay
 
     base, data = base_model.resolve(spec.base), prepare(spec)
     shape, rows, machine = ModelShape.from_config(base.config), sizes_of(data.train), placed(spec, machine)
     held_out = sizes_of(data.eval) if data.eval is not None else None
-    line = plan_training(spec, shape, rows, held_out, machine)
+    line = plan_training(spec, shape, rows, held_out, machine, outcomes)
     spec = settle(spec, shape, rows, machine).spec
     whole = isinstance(spec.adapter, FullSpec) and machine.gpu is None
     found: Replayed = replay(spec, base.config, rows, value_bytes=FP32 if whole else machine.value_bytes)

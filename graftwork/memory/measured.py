@@ -1,50 +1,67 @@
-"""How peaks that were measured on this machine compare with their predictions: later plans are corrected by it."""
+"""Peaks that were measured on this machine, over their predictions: plans of the same kind of run are raised by them.
+
+A kind is objective, adapter and quantisation on one device. Runs of one kind differ by their rows alone, which the
+formulas count, and by what an allocator keeps of rows of changing lengths, which varies from run to run.
+"""
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from graftwork.storage import cache_root
+from graftwork.training.spec import TrainSpec
 
-LEAST, MOST = 0.7, 1.5
-"""A ratio beyond these says that something else is wrong than a constant, and is not followed further."""
-NEWEST = 0.5
-"""Weight of the newest run; those before it share the rest."""
+MOST = 1.5
+"""A larger ratio says that something else is wrong than a constant, and is not followed further."""
+RUNS = 5
+"""The newest runs of a kind that count."""
 
 
 @dataclass(frozen=True)
 class Correction:
-    """Measured over predicted peak, and of how many runs."""
+    """The largest of the measured over predicted peaks of a kind's newest runs. A plan is never lowered."""
 
     ratio: float = 1.0
     runs: int = 0
 
     def said(self) -> str:
-        """In words."""
-        seen = f"peaks measured here were {self.ratio:.2f} times the prediction (runs so far: {self.runs})"
-        return f"{seen}; corrected by it"
+        """Name of the part that it adds to a plan."""
+        return f"correction from {self.runs} earlier {'run' if self.runs == 1 else 'runs'} on this machine"
 
 
-def known(on: str) -> Correction:
-    """The correction for `cpu` or a GPU's name on this machine; none before the first run."""
-    path = _path(on)
-    return Correction(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Correction()
+def kind_of(spec: TrainSpec) -> str:
+    """The kind of a run: `sft lora nf4`."""
+    return f"{spec.objective.kind} {spec.adapter.kind} {spec.quant.kind}"
 
 
-def learn(on: str, predicted_bytes: int, measured_bytes: int) -> Correction:
-    """Take one more run into account. Writes `<cache>/machine/peaks-<on>.json`."""
-    before = known(on)
-    newest = min(max(measured_bytes / predicted_bytes, LEAST), MOST)
-    ratio = newest if before.runs == 0 else NEWEST * newest + (1 - NEWEST) * before.ratio
-    after = Correction(round(ratio, 4), before.runs + 1)
+def known(on: str) -> Mapping[str, Correction]:
+    """The correction of each kind of run seen so far on `cpu` or on GPUs of a name."""
+    return {kind: Correction(max(1.0, *ratios), len(ratios)) for kind, ratios in _read(on).items()}
+
+
+def learn(on: str, kind: str, predicted_bytes: int, measured_bytes: int) -> Correction:
+    """Take the final peak of one more run into account. Writes `<cache>/machine/memory-<on>.json`.
+
+    `predicted_bytes`: by the formulas alone.
+    """
+    ratio = round(min(measured_bytes / predicted_bytes, MOST), 4)
+    ratios = _read(on)
+    ratios[kind] = [*ratios.get(kind, []), ratio][-RUNS:]
     path = _path(on)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(after)), encoding="utf-8")
+    temporary.write_text(json.dumps(ratios), encoding="utf-8")
     temporary.replace(path)
-    return after
+    return known(on)[kind]
+
+
+def _read(on: str) -> dict[str, list[float]]:
+    path = _path(on)
+    found: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def _path(on: str) -> Path:
-    return cache_root() / "machine" / f"peaks-{on}.json"
+    return cache_root() / "machine" / f"memory-{on}.json"

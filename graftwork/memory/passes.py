@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from graftwork import base_model
 from graftwork.base_model import BaseSpec
-from graftwork.memory.sizes import BF16, FP32, RowSizes
+from graftwork.memory.sizes import BF16, FP32, EachRow, RowSizes
 from graftwork.memory.weights import kv_bytes, weight_bytes
 from graftwork.model_shape import ModelShape
+from graftwork.training.batches import step_plan
 from graftwork.training.objective_spec import DistillSpec, DpoSpec, RewardSpec, RlSpec, TeacherSpec
 from graftwork.training.spec import TrainSpec
 
@@ -36,6 +39,8 @@ class Pass:
     """Positions whose logits are computed."""
     fused_head: bool
     """The head works in tiles and never holds all logits."""
+    varied: bool = False
+    """Other passes have other shapes."""
 
     def said(self) -> str:
         """In words."""
@@ -43,21 +48,56 @@ class Pass:
 
 
 def pass_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> Pass:
-    """The largest forward pass of a spec. A pair of preferences is two sequences, a prompt as many as its answers."""
-    tokens, scored = micro_batch * rows.longest, micro_batch * rows.longest_trained
+    """The forward pass of a spec with the most tokens. A pair of preferences is two sequences, a prompt as many as its
+    answers."""
+    return passes_of(spec, rows, micro_batch)[0]
+
+
+def passes_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> tuple[Pass, ...]:
+    """The forward passes that can be the largest, most tokens first: each further one has more scored positions.
+
+    Where the rows are known they are those of the run, as `training.batches` deals the rows and as they are padded.
+    """
     sequences = 2 if isinstance(spec.objective, DpoSpec | RewardSpec) else 1
     if isinstance(spec.objective, RlSpec):
         sequences = spec.objective.generations
     cuda = spec.gpus_per_worker > 0
     taught = teacher_of(spec) is not None
     fused = cuda or taught or isinstance(spec.objective, DpoSpec)
-    if isinstance(spec.objective, RewardSpec):
-        scored = 0
-    elif fused and not cuda and not taught:  # TRL 1.16 scores every position where there is no Triton
-        scored = tokens
     packed = getattr(spec.objective, "packing", "none") != "none"
     masked = packed or (rows.padded and micro_batch * sequences > 1)
-    return Pass(micro_batch, tokens, -(-rows.longest // sequences), masked, scored, fused)
+
+    def taken(row: int, trained: int, varied: bool) -> Pass:
+        tokens, scored = micro_batch * sequences * row, trained
+        if isinstance(spec.objective, RewardSpec):
+            scored = 0
+        elif fused and not cuda and not taught:  # TRL 1.16 scores every position where there is no Triton
+            scored = tokens
+        return Pass(micro_batch, tokens, row, masked, scored, fused, varied)
+
+    if rows.each is None:
+        longest = -(-rows.longest // sequences)
+        return (taken(longest, micro_batch * rows.longest_trained, rows.padded),)
+    sizes = _largest(spec, rows.each, micro_batch)
+    return tuple(taken(row, trained, sizes.varied) for row, trained in sizes.passes)
+
+
+@dataclass(frozen=True)
+class _Largest:
+    passes: tuple[tuple[int, int], ...]
+    """(tokens of a row with its padding, trained tokens of all rows)."""
+    varied: bool
+
+
+def _largest(spec: TrainSpec, each: EachRow, micro_batch: int) -> _Largest:
+    steps = step_plan(each.lengths_N, spec.optim, spec.seed, spec.num_workers, None)
+    rows_PM = steps.rows_SR.reshape(-1, micro_batch)
+    widths_P, trained_P = each.widths_N[rows_PM].max(axis=1), each.trained_N[rows_PM].sum(axis=1)
+    found: list[tuple[int, int]] = []
+    for index in np.lexsort((-trained_P, -widths_P)):
+        if not found or trained_P[index] > found[-1][1]:
+            found.append((int(widths_P[index]), int(trained_P[index])))
+    return _Largest(tuple(found), bool(widths_P.min() != widths_P.max()))
 
 
 def logit_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> int:

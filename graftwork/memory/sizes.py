@@ -1,12 +1,26 @@
 """What a prediction is made of: sizes of rows, and named bytes of one process."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 MIB = 2**20
 GIB = 2**30
 FP32 = 4
 BF16 = 2
+
+
+@dataclass(frozen=True)
+class EachRow:
+    """Sizes of each of N rows, in tokens."""
+
+    lengths_N: NDArray[np.int64]
+    """What the model computes for a row: what steps are balanced by."""
+    trained_N: NDArray[np.int64]
+    widths_N: NDArray[np.int64]
+    """The longest sequence of a row, which the others of a forward pass are padded to."""
 
 
 @dataclass(frozen=True)
@@ -20,19 +34,38 @@ class RowSizes:
     """Most trained tokens in one row."""
     mean_trained: float
     shortest: int = 0
+    each: EachRow | None = field(default=None, compare=False, repr=False)
+    """The rows themselves; None where only their extremes are known."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], trained: Sequence[int]) -> "RowSizes":
-        """From each row's tokens and trained tokens."""
-        count = len(lengths)
-        return cls(
-            count, int(max(lengths)), sum(lengths) / count, int(max(trained)), sum(trained) / count, int(min(lengths))
-        )
+    def of(cls, lengths: Sequence[int], trained: Sequence[int], widths: Sequence[int] | None = None) -> "RowSizes":
+        """From each row's tokens, trained tokens and, where a row is several sequences, its longest sequence."""
+        lengths_N, trained_N = np.asarray(lengths, dtype=np.int64), np.asarray(trained, dtype=np.int64)
+        each = EachRow(lengths_N, trained_N, lengths_N if widths is None else np.asarray(widths, dtype=np.int64))
+        return cls._of(each)
+
+    @classmethod
+    def _of(cls, each: EachRow) -> "RowSizes":
+        lengths_N, trained_N = each.lengths_N, each.trained_N
+        return cls(len(lengths_N), int(lengths_N.max()), float(lengths_N.mean()), int(trained_N.max()),
+                   float(trained_N.mean()), int(lengths_N.min()), each)  # fmt: skip
 
     @classmethod
     def at_most(cls, max_length: int, count: int = 1) -> "RowSizes":
         """The largest rows that a spec admits, half of each trained."""
         return cls(count, max_length, max_length, max_length // 2, max_length / 2)
+
+    def without_longer(self, share: float) -> "tuple[int, RowSizes]":
+        """A `max_length` of that share of the longest sequence, and the rows that it leaves."""
+        if self.each is None:
+            length = int(self.longest * share)
+            shorter = replace(self, longest=length, longest_trained=min(length, self.longest_trained))
+            return length, shorter
+        widths_N = self.each.widths_N
+        length = max(int(widths_N.max() * share), int(widths_N.min()))
+        stays_N = widths_N <= length
+        kept = (self.each.lengths_N[stays_N], self.each.trained_N[stays_N], widths_N[stays_N])
+        return length, self._of(EachRow(*kept))
 
     @property
     def padded(self) -> bool:

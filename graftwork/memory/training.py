@@ -1,12 +1,13 @@
 """Peak of one training worker: on a CPU its process, on a GPU what the process takes of the GPU."""
 
 from graftwork.memory.activations import saved_bytes
-from graftwork.memory.passes import Pass, beside_bytes, logit_bytes, pass_of
+from graftwork.memory.passes import Pass, beside_bytes, logit_bytes, passes_of
 from graftwork.memory.sharing import Shared, shared
 from graftwork.memory.sizes import BF16, FP32, MIB, MemoryPlan, RowSizes
-from graftwork.memory.weights import largest_linear, loading_bytes, trained_params, weight_bytes
+from graftwork.memory.weights import kv_bytes, largest_linear, loading_bytes, trained_params, weight_bytes
 from graftwork.model_shape import ModelShape
 from graftwork.training.adapter_spec import FullSpec, LoraSpec, PrefixSpec
+from graftwork.training.outcomes.parts import BATCH_TOKENS
 from graftwork.training.spec import TrainSpec
 
 PROCESS_BYTES = 660 * MIB
@@ -19,6 +20,8 @@ CUDA_BYTES = 600 * MIB
 """CUDA's context, cuBLAS' workspaces and the kernels' code on one GPU, outside of torch's allocator."""
 FRAGMENTS = 0.03
 """Of a GPU's allocated memory: blocks that torch's allocator cannot put together again."""
+BETWEEN_STEPS = frozenset({"process", "base weights", "trained weights", "optimizer", "buffers", "loaded whole",
+                           "unpacked layer", "teacher", "fragments", "CUDA"})  # fmt: skip
 NEVER_AT_ONCE = "never at once"
 """Name of the part that is taken off again."""
 
@@ -32,9 +35,22 @@ def predict_training(
     `value_bytes` is of the compute dtype, as `base_model.compute_dtype` picks it.
     """
     rows = rows or RowSizes.at_most(spec.max_length)
-    taken = pass_of(spec, rows, micro_batch(spec))
     predict = _on_gpu if spec.gpus_per_worker else _on_cpu
-    return predict(spec, model, taken, value_bytes)
+    plans = [predict(spec, model, taken, value_bytes) for taken in passes_of(spec, rows, micro_batch(spec))]
+    step = max(plans, key=lambda plan: plan.peak_bytes)
+    return max(step, _measuring(spec, model, step, value_bytes), key=lambda plan: plan.peak_bytes)
+
+
+def _measuring(spec: TrainSpec, model: ModelShape, step: MemoryPlan, value_bytes: int) -> MemoryPlan:
+    """The peak while outcomes are measured: what stays between steps, and a forward pass of which all is scored."""
+    outcomes = spec.outcomes
+    if not (outcomes.task or outcomes.retention or outcomes.fairness):
+        return step
+    logits = BATCH_TOKENS * model.vocab * (value_bytes + 2 * FP32)  # then in fp32, and their log-softmax
+    block = BATCH_TOKENS * (4 * model.hidden + 2 * model.q_size + 2 * model.kv_size + 3 * model.intermediate) * FP32
+    past = kv_bytes(model, BATCH_TOKENS, value_bytes)
+    stays = tuple((name, size) for name, size in step.parts if name in BETWEEN_STEPS)
+    return MemoryPlan((*stays, ("outcomes", logits + max(block, past))), step.assumptions, step.host)
 
 
 def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> MemoryPlan:
@@ -54,13 +70,23 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
         "activations": held + at_work,
         "logits": logits,
         **beside_bytes(spec, model, taken, value_bytes),
-        "allocator": round(ALLOCATOR_SHARE * (held + at_work + logits)),
+        "allocator": _allocator(spec, model, held + at_work + logits),
     }
     resident = {"process": PROCESS_BYTES, "base weights": part.weights}
     loading = {} if spec.quant.resident == "dequantised" else loading_bytes(model, spec.quant)
     parts = resident | (step if sum(step.values()) >= sum(loading.values()) else loading)
     notes = (taken.said(), f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process")
     return MemoryPlan(tuple((name, size) for name, size in parts.items() if size), notes)
+
+
+def _allocator(spec: TrainSpec, model: ModelShape, passing: int) -> int:
+    """Freed memory that glibc does not give back, beside `passing` bytes of activations and logits.
+
+    Where all weights are trained, gradients are freed after each step and come again between the activations of the
+    next: whatever the rows, one fp32 copy of the weights is lost in pieces or filled with activations.
+    """
+    share = round(ALLOCATOR_SHARE * passing)
+    return max(share, model.params * FP32 - passing) if isinstance(spec.adapter, FullSpec) else share
 
 
 def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> MemoryPlan:

@@ -11,7 +11,7 @@ from graftwork.plan.hardware import Machine
 from graftwork.plan.seconds import RAY_TUNE_START_S, START_S, evaluation_seconds, step_seconds
 from graftwork.plan.serving import Answers, answers_seconds, plan_serving
 from graftwork.plan.settle import has_auto, settle
-from graftwork.plan.stage import StagePlan, charged, verdict_of
+from graftwork.plan.stage import StagePlan, charged, verdict_of, worker_memory
 from graftwork.plan.training import plan_training
 from graftwork.plan.ways_out import training_ways_out
 
@@ -36,4 +36,5 @@ __all__ = [
     "step_seconds",
     "training_ways_out",
     "verdict_of",
+    "worker_memory",
 ]

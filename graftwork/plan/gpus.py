@@ -9,6 +9,11 @@ from pydantic import Field
 from graftwork.config import Spec, validate
 from graftwork.errors import ConfigError
 
+PCIE_3, PCIE_4 = 15.8, 31.5
+"""10^9 bytes a second and direction of 16 lanes (8 and 16 GT/s, 128b/130b)."""
+ETHERNET_25 = 3.1
+"""10^9 bytes a second of 25 Gb/s Ethernet: taken for GPUs whose vendor names no network."""
+
 
 class Gpu(Spec):
     """One GPU. In a file of its own (`graftwork plan FILE --gpu my-card.yaml`) these are the keys."""
@@ -23,6 +28,12 @@ class Gpu(Spec):
     fp32_tflops: float = Field(gt=0)
     gbytes_per_s: float = Field(gt=0)
     """10^9 bytes a second from its memory."""
+    link_gbytes_per_s: float = Field(default=PCIE_4, gt=0)
+    """10^9 bytes a second and direction to the other GPUs of its machine: NVLink, or PCIe where there is none."""
+    network_gbytes_per_s: float = Field(default=ETHERNET_25, gt=0)
+    """10^9 bytes a second and direction to other machines, for each GPU."""
+    per_machine: int = Field(default=8, ge=1)
+    """GPUs of one machine: more workers exchange over the network."""
     source: str = "given"
     """Where the figures come from."""
 
@@ -36,39 +47,61 @@ class Gpu(Spec):
         return self.sm >= 8.0
 
 
-def _gpu(name: str, memory: float, sm: float, tflops: float, fp32: float, gbytes: float, source: str) -> Gpu:
-    return Gpu(name=name, memory_gib=memory, sm=sm, tflops=tflops, fp32_tflops=fp32, gbytes_per_s=gbytes, source=source)
+def _gpu(
+    name: str, memory: float, sm: float, tflops: float, fp32: float, gbytes: float, source: str,
+    link: float = PCIE_4, network: float = ETHERNET_25,
+) -> Gpu:  # fmt: skip
+    return Gpu(name=name, memory_gib=memory, sm=sm, tflops=tflops, fp32_tflops=fp32, gbytes_per_s=gbytes,
+               link_gbytes_per_s=link, network_gbytes_per_s=network, source=source)  # fmt: skip
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("b200", 178.4, 10.0, 2250, 75, 7700, "NVIDIA HGX B200 datasheet"),
-        _gpu("h200", 139.8, 9.0, 989, 67, 4800, "NVIDIA H200 datasheet, SXM"),
-        _gpu("h100", 79.2, 9.0, 989, 67, 3350, "NVIDIA H100 datasheet, SXM"),
-        _gpu("a100-80", 79.2, 8.0, 312, 19.5, 2039, "NVIDIA A100 datasheet, SXM 80 GB"),
-        _gpu("a100-40", 39.4, 8.0, 312, 19.5, 1555, "NVIDIA A100 datasheet, 40 GB"),
+        _gpu("b200", 178.4, 10.0, 2250, 75, 7700, "NVIDIA HGX B200 datasheet", 900, 50),
+        _gpu("h200", 139.8, 9.0, 989, 67, 4800, "NVIDIA H200 datasheet, SXM", 450, 50),
+        _gpu("h100", 79.2, 9.0, 989, 67, 3350, "NVIDIA H100 datasheet, SXM", 450, 50),
+        _gpu("a100-80", 79.2, 8.0, 312, 19.5, 2039, "NVIDIA A100 datasheet, SXM 80 GB", 300, 25),
+        _gpu("a100-40", 39.4, 8.0, 312, 19.5, 1555, "NVIDIA A100 datasheet, 40 GB", 300, 25),
         _gpu("l40s", 44.4, 8.9, 362, 91.6, 864, "NVIDIA L40S datasheet"),
         _gpu("a10", 22.0, 8.6, 125, 31.2, 600, "NVIDIA A10 datasheet"),
         _gpu("l4", 22.0, 8.9, 121, 30.3, 300, "NVIDIA L4 datasheet"),
         _gpu("rtx4090", 23.5, 8.9, 165, 82.6, 1008, "NVIDIA Ada whitepaper, RTX 4090"),
         _gpu("rtx3090", 23.6, 8.6, 71, 35.6, 936, "NVIDIA GA102 whitepaper, RTX 3090"),
-        _gpu("v100", 31.7, 7.0, 125, 15.7, 900, "NVIDIA V100 datasheet, SXM2 32 GB"),
-        _gpu("t4", 14.6, 7.5, 65, 8.1, 320, "NVIDIA T4 datasheet"),
+        _gpu("v100", 31.7, 7.0, 125, 15.7, 900, "NVIDIA V100 datasheet, SXM2 32 GB", 150, 6.25),
+        _gpu("t4", 14.6, 7.5, 65, 8.1, 320, "NVIDIA T4 datasheet", PCIE_3),
     )
 }
-"""What `--gpu` knows by name."""
+"""What `--gpu` knows by name. Links: NVLink 5, 4, 3 and 2 carry 1800, 900, 600 and 300 GB/s in both directions together
+(datasheets). Networks: DGX B200 and H100 have 400 Gb/s a GPU, DGX A100 200 Gb/s, DGX-1 four ports of 100 Gb/s for eight
+GPUs (their user guides)."""
 
 
 def named_gpu(asked: str) -> Gpu:
-    """A GPU of the table, or of a YAML file. Raises ConfigError naming the nearest known."""
-    if asked.endswith((".yaml", ".yml")):
-        return _from_file(Path(asked))
-    if asked.lower() in GPUS:
-        return GPUS[asked.lower()]
-    near = difflib.get_close_matches(asked.lower(), GPUS, n=1)
+    """A GPU of the table or of a YAML file, with the figures that follow it (`h100,network_gbytes_per_s=12.5`).
+
+    Raises ConfigError naming the nearest known GPU, or the figure that is not one.
+    """
+    name, *changes = asked.split(",")
+    gpu = _from_file(Path(name)) if name.endswith((".yaml", ".yml")) else _of_table(name)
+    if not changes:
+        return gpu
+    if odd := next((change for change in changes if "=" not in change), None):
+        raise ConfigError(f"--gpu {asked}", f"{odd!r} is not KEY=VALUE",
+                          "NAME[,KEY=VALUE]... names a GPU and its figures",
+                          f"--gpu {name},network_gbytes_per_s=12.5")  # fmt: skip
+    figures = {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in changes)}
+    return validate(
+        Gpu, {**gpu.model_dump(), "source": f"{gpu.source}; {', '.join(changes)}", **figures}, where="--gpu"
+    )
+
+
+def _of_table(name: str) -> Gpu:
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    near = difflib.get_close_matches(name.lower(), GPUS, n=1)
     raise ConfigError(
-        f"--gpu {asked}", "no such GPU in the table", f"known: {', '.join(GPUS)}; or a YAML file with its figures",
+        f"--gpu {name}", "no such GPU in the table", f"known: {', '.join(GPUS)}; or a YAML file with its figures",
         f"--gpu {near[0]}" if near else "write a file with memory_gib, sm, tflops, fp32_tflops, gbytes_per_s",
     )  # fmt: skip
 

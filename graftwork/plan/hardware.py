@@ -1,6 +1,7 @@
 """What a plan is made for: this machine, or GPUs that need not be here."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from graftwork.base_model import QuantSpec
 from graftwork.errors import BaseModelError
@@ -31,8 +32,8 @@ class Machine:
     value_bytes: int = FP32
     gpu: Gpu | None = None
     """Each worker has one of these; None plans for the CPU."""
-    peaks: Correction = Correction()
-    """What runs on it have shown of predicted peaks of training."""
+    peaks: Mapping[str, Correction] = field(default_factory=dict)
+    """What runs on it have shown of predicted peaks of training, by kind of run."""
 
     @classmethod
     def here(cls, value_bytes: int = FP32) -> "Machine":

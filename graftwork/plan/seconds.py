@@ -1,11 +1,15 @@
 """A short roofline: seconds of a training step from its operations and bytes, on this machine's cores or on a GPU."""
 
+from dataclasses import replace
+
 from graftwork.memory import RowSizes, micro_batch
 from graftwork.memory.sizes import BF16, FP32
 from graftwork.memory.weights import trained_params
 from graftwork.model_shape import ModelShape
+from graftwork.plan.gpus import Gpu
 from graftwork.plan.hardware import Machine
 from graftwork.training.adapter_spec import FullSpec, LoraSpec, PrefixSpec
+from graftwork.training.outcomes.parts import Work
 from graftwork.training.spec import TrainSpec
 
 TRAIN_EFFICIENCY = 0.70
@@ -34,8 +38,14 @@ LAUNCH_BLOCK_S = 4.5e-3
 """A block's forward and backward pass takes no less: Python starts its kernels one by one (1.5 ms forward)."""
 ADAM_BYTES = 28
 """Read and written of one trained value in a step: weight, gradient and two moments in fp32."""
-LINK_GBYTES_PER_S = 20.0
-"""10^9 bytes a second between two GPUs, where nothing better is known: PCIe 4."""
+CPU_ADAM_BYTES = ADAM_BYTES + 12
+"""On a CPU, with the norm of the gradients and their clipping, which pass over them once and twice."""
+DECODE_BLOCK_S, GPU_DECODE_BLOCK_S = 4e-3, 5e-4
+"""One block of one step of transformers' generate beside its products, with an adapter: Python, the cache."""
+DECODE_EFFICIENCY = 0.26
+"""Of the probe's rate, in products of few rows."""
+LINK_EFFICIENCY = 0.63
+"""Of a link's rate in one direction, in collectives (20 GB/s over PCIe 4 x16); nothing overlaps with the computing."""
 
 
 def training_flops(spec: TrainSpec, model: ModelShape, tokens: float, scored: float, row: float) -> float:
@@ -59,14 +69,19 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     flops += passes * _magnitude_flops(spec, model)
     if machine.gpu is not None:
         return _gpu_seconds(spec, model, machine, flops, passes)
+    full = isinstance(spec.adapter, FullSpec)
+    if full:
+        machine = replace(machine, value_bytes=FP32)  # trained weights are in fp32, and there is no autocast on a CPU
     again = 1 if spec.optim.gradient_checkpointing else 0
     packed = spec.quant.kind == "nf4" and spec.quant.resident != "dequantised"
     unpack_s = (2 + again) * passes * model.linear_params / UNPACK_PER_S if packed else 0.0
     dropout_s = tokens * model.layers * _dropped(spec, model) / DROPPED_PER_S
     calls_s = passes * model.layers * PASS_BLOCK_S
-    return (machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s) / machine.pace(
-        processes, spec.cpus_per_worker
-    )
+    trained = trained_params(model, spec.adapter)
+    shared = 1 if spec.strategy.kind == "ddp" else spec.num_workers
+    adam_s = trained * CPU_ADAM_BYTES / shared / (machine.speed.gbytes_per_s * 1e9)
+    one_core_s = machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s + adam_s
+    return one_core_s / machine.pace(processes, spec.cpus_per_worker)
 
 
 def _dropped(spec: TrainSpec, model: ModelShape) -> int:
@@ -88,16 +103,22 @@ def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: fl
     trained = trained_params(model, spec.adapter)
     unpack_s = unpacked / bandwidth if spec.quant.kind != "none" else 0.0
     step_s = trained * ADAM_BYTES / bandwidth / (spec.num_workers if spec.strategy.kind != "ddp" else 1)
-    return max(flops / rate, launch_s) + unpack_s + step_s + _exchange_seconds(spec, model, trained, passes)
+    return max(flops / rate, launch_s) + unpack_s + step_s + _exchange_seconds(spec, model, trained, passes, gpu)
 
 
-def _exchange_seconds(spec: TrainSpec, model: ModelShape, trained: int, passes: float) -> float:
-    """Gradients summed over the workers once a step; under ZeRO-3 and FSDP2 weights fetched in each pass, twice."""
-    share = (spec.num_workers - 1) / spec.num_workers
-    sent = 2 * share * trained * FP32
-    if spec.strategy.kind in ("zero3", "fsdp2"):
+def _exchange_seconds(spec: TrainSpec, model: ModelShape, trained: int, passes: float, gpu: Gpu) -> float:
+    """Gradients summed over the workers once a step; under ZeRO-3 and FSDP2 weights fetched in each pass, twice.
+
+    DDP sums gradients in fp32, DeepSpeed in the 16 bits that it trains in. Where each worker has a share of the
+    weights, gradients are sent once to the worker that has them; else the sum is sent back to all.
+    """
+    share, sharded = (spec.num_workers - 1) / spec.num_workers, spec.strategy.kind in ("zero3", "fsdp2")
+    value = BF16 if spec.strategy.kind.startswith("zero") else FP32
+    sent = (1 if sharded else 2) * share * trained * value
+    if sharded:
         sent += 2 * passes * share * model.params * BF16
-    return sent / (LINK_GBYTES_PER_S * 1e9)
+    rate = gpu.link_gbytes_per_s if spec.num_workers <= gpu.per_machine else gpu.network_gbytes_per_s
+    return sent / (min(rate, gpu.link_gbytes_per_s) * 1e9 * LINK_EFFICIENCY)
 
 
 def _magnitude_flops(spec: TrainSpec, model: ModelShape) -> float:
@@ -115,3 +136,18 @@ def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machi
     if machine.gpu is not None:
         return flops / spec.num_workers / (machine.gpu.tflops * 1e12 * GPU_LORA)
     return machine.core_s(flops / spec.num_workers, TRAIN_EFFICIENCY) / machine.pace(processes, spec.cpus_per_worker)
+
+
+def outcomes_seconds(spec: TrainSpec, model: ModelShape, work: Work, machine: Machine, processes: int) -> float:
+    """Measuring `work` once, shared among a run's workers: continuations weighed, answers written to their most."""
+    weighed = (work.read + work.prompts) * 2 * model.linear_params + work.weighed * 2 * model.head_params
+    written = work.written * 2 * (model.linear_params + model.head_params)
+    steps = work.decoding_steps * model.layers
+    if machine.gpu is not None:
+        read_s = (
+            work.decoding_steps * model.params * machine.value_bytes / (machine.gpu.gbytes_per_s * 1e9 * GPU_MEMORY)
+        )
+        one_s = weighed / (machine.gpu.tflops * 1e12 * GPU_LORA) + read_s + steps * GPU_DECODE_BLOCK_S
+        return one_s / spec.num_workers
+    one_s = machine.core_s(weighed, TRAIN_EFFICIENCY) + machine.core_s(written, DECODE_EFFICIENCY)
+    return (one_s + steps * DECODE_BLOCK_S) / spec.num_workers / machine.pace(processes, spec.cpus_per_worker)

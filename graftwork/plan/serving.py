@@ -33,10 +33,14 @@ class Answers:
     count: int
     prompt_tokens: float
     new_tokens: float
+    parts: tuple[str, ...] = ()
+    """What they are made of, in words."""
 
     def said(self) -> str:
         """In words."""
-        return f"{self.count} answers of {self.new_tokens:.0f} tokens to prompts of {self.prompt_tokens:.0f}"
+        parts = f": {', '.join(self.parts)}" if self.parts else ""
+        whole = f"{self.count} requests, prompts of {self.prompt_tokens:.0f} tokens, answers of {self.new_tokens:.0f}"
+        return f"{whole}{parts}"
 
 
 def plan_serving(

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from graftwork.errors import ConfigError
-from graftwork.memory import GIB, RowSizes, micro_batch, predict_training
+from graftwork.memory import GIB, RowSizes, micro_batch
 from graftwork.model_shape import ModelShape
 from graftwork.plan.hardware import Machine
 from graftwork.plan.seconds import step_seconds
-from graftwork.plan.stage import HEADROOM, charged, fits, of_room
+from graftwork.plan.stage import HEADROOM, charged, fits, of_room, worker_memory
 from graftwork.plan.ways_out import training_ways_out
 from graftwork.training.adapter_spec import PrefixSpec
 from graftwork.training.spec import TrainSpec
@@ -76,7 +76,7 @@ def _candidates(spec: TrainSpec) -> Iterator[TrainSpec]:
 
 
 def _weighed(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> _Candidate:
-    peak = predict_training(spec, model, rows, value_bytes=machine.value_bytes).peak_bytes
+    peak = worker_memory(spec, model, rows, machine).peak_bytes
     step_s = step_seconds(spec, model, rows, machine, spec.num_workers)
     return _Candidate(spec, charged(peak, spec.num_workers, machine), step_s)
 

@@ -1,11 +1,14 @@
 """What a stage will take, and whether it fits."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from graftwork.memory import GIB
+from graftwork.memory import GIB, MemoryPlan, RowSizes, predict_training
+from graftwork.memory.measured import Correction, kind_of
+from graftwork.model_shape import ModelShape
 from graftwork.plan.hardware import Machine
+from graftwork.training.spec import TrainSpec
 
 HEADROOM = 0.95
 """Share of the available memory that a plan may take."""
@@ -40,13 +43,20 @@ class StagePlan:
         return {**asdict(self), "parts": dict(self.parts)}
 
 
-def charged(peak_bytes: int, processes: int, machine: Machine) -> int:
-    """Bytes to hold against `machine.memory_bytes`: processes share a machine's memory, and have a GPU each.
+def worker_memory(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> MemoryPlan:
+    """Peak of one training worker, raised by what earlier runs of its kind have shown on this machine.
 
-    Corrected by what runs on this machine have shown.
+    The one prediction of a run: `plan`, `auto`, a run's output and its report all show it.
     """
-    corrected = round(peak_bytes * machine.peaks.ratio)
-    return corrected if machine.gpu is not None else corrected * processes
+    plan = predict_training(spec, model, rows, value_bytes=machine.value_bytes)
+    correction = machine.peaks.get(kind_of(spec), Correction())
+    added = round(plan.peak_bytes * (correction.ratio - 1))
+    return replace(plan, parts=(*plan.parts, (correction.said(), added))) if added > 0 else plan
+
+
+def charged(peak_bytes: int, processes: int, machine: Machine) -> int:
+    """Bytes to hold against `machine.memory_bytes`: processes share a machine's memory, and have a GPU each."""
+    return peak_bytes if machine.gpu is not None else peak_bytes * processes
 
 
 def fits(charged_bytes: int, machine: Machine) -> bool:

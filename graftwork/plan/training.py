@@ -3,47 +3,54 @@
 import math
 from collections.abc import Iterator
 
-from graftwork.memory import GIB, RowSizes, predict_training
+from graftwork.memory import GIB, RowSizes
 from graftwork.model_shape import ModelShape
 from graftwork.plan.hardware import Machine
-from graftwork.plan.seconds import RAY_TRAIN_START_S, START_S, evaluation_seconds, step_seconds
+from graftwork.plan.seconds import RAY_TRAIN_START_S, START_S, evaluation_seconds, outcomes_seconds, step_seconds
 from graftwork.plan.settle import settle
-from graftwork.plan.stage import StagePlan, charged, verdict_of
+from graftwork.plan.stage import StagePlan, charged, verdict_of, worker_memory
 from graftwork.plan.ways_out import training_ways_out
+from graftwork.training.outcomes.parts import Work
 from graftwork.training.spec import TrainSpec
 
 
 def plan_training(
-    spec: TrainSpec, model: ModelShape, rows: RowSizes, held_out: RowSizes | None, machine: Machine
+    spec: TrainSpec,
+    model: ModelShape,
+    rows: RowSizes,
+    held_out: RowSizes | None,
+    machine: Machine,
+    outcomes: Work | None = None,
 ) -> StagePlan:
-    """A run of `train`. `rows` and `held_out`: sizes of the rendered rows. Raises ConfigError as `settle` does."""
+    """A run of `train`. `rows` and `held_out`: sizes of the rendered rows. `outcomes`: measured before and after.
+
+    Raises ConfigError as `settle` does.
+    """
     settled = settle(spec, model, rows, machine)
     spec, workers = settled.spec, settled.spec.num_workers
     steps = max(1, math.ceil(spec.optim.epochs * rows.count / spec.optim.rows_per_step - 1e-9))
     evals = math.ceil(steps / spec.eval_every)
     eval_s = evaluation_seconds(spec, model, held_out, machine, workers) if held_out else 0.0
     start_s = RAY_TRAIN_START_S + START_S / machine.pace(workers, 1)
-    memory = predict_training(spec, model, rows, value_bytes=machine.value_bytes)
-    peak = round(memory.peak_bytes * machine.peaks.ratio)
-    learned = machine.peaks.runs > 0
+    memory = worker_memory(spec, model, rows, machine)
+    peak = memory.peak_bytes
     step_s = step_seconds(spec, model, rows, machine, workers)
+    outcomes_s = 2 * outcomes_seconds(spec, model, outcomes, machine, workers) if outcomes else 0.0
     host = (f"{memory.host_bytes / GIB:.1f} GiB of the machine's own memory a worker",) if memory.host else ()
     return StagePlan(
         stage=f"train {spec.name}",
         processes=workers,
         peak_bytes_per_process=peak,
         total_bytes=peak * workers,
-        seconds=start_s + steps * step_s + evals * eval_s,
-        verdict=verdict_of(
-            charged(memory.peak_bytes, workers, machine), machine, training_ways_out(spec, model, rows, machine)
-        ),
-        parts=(*memory.parts, *((("as measured here", peak - memory.peak_bytes),) if learned else ())),
+        seconds=start_s + steps * step_s + evals * eval_s + outcomes_s,
+        verdict=verdict_of(charged(peak, workers, machine), machine, training_ways_out(spec, model, rows, machine)),
+        parts=memory.parts,
         assumptions=(
             f"{steps} steps of {spec.optim.rows_per_step} rows",
             *settled.notes,
             *memory.assumptions,
+            *((f"outcomes take {outcomes_s:.0f} s: {outcomes.said()}, before and after",) if outcomes_s else ()),
             *host,
-            *((machine.peaks.said(),) if learned else ()),
             machine.said(),
         ),
         step_s=step_s,

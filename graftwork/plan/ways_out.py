@@ -1,14 +1,13 @@
 """Changes of a training spec that need less memory, the cheapest first."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from graftwork.errors import ConfigError
-from graftwork.memory import RowSizes, micro_batch, predict_training
+from graftwork.memory import RowSizes, micro_batch
 from graftwork.model_shape import ModelShape
 from graftwork.plan.hardware import Machine
-from graftwork.plan.stage import charged
+from graftwork.plan.stage import charged, worker_memory
 from graftwork.training.adapter_spec import FullSpec, PrefixSpec
 from graftwork.training.spec import TrainSpec
 
@@ -23,14 +22,13 @@ def training_ways_out(
     for change in _changes(spec, machine):
         try:
             changed = spec.with_(change)
-            peak = predict_training(changed, model, rows, value_bytes=machine.at(changed.quant).value_bytes).peak_bytes
+            peak = worker_memory(changed, model, rows, machine.at(changed.quant)).peak_bytes
         except ConfigError:
             continue
         yield _said(change), charged(peak, changed.num_workers, machine)
     for share in (0.75, 0.5, 0.25):
-        length = int(rows.longest * share)
-        shorter = replace(rows, longest=length, longest_trained=min(length, rows.longest_trained))
-        peak = predict_training(spec, model, shorter, value_bytes=machine.value_bytes).peak_bytes
+        length, shorter = rows.without_longer(share)
+        peak = worker_memory(spec, model, shorter, machine).peak_bytes
         yield f"max_length={length} (longer rows are dropped)", charged(peak, spec.num_workers, machine)
 
 

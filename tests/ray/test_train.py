@@ -158,6 +158,18 @@ def test_the_curve_is_that_of_an_undisturbed_run_on_one_worker(spec: TrainSpec, 
     assert len(report.peak_rss_bytes_per_worker) == 2
 
 
+def test_output_and_report_compare_the_peak_with_the_plan_that_was_stored(
+    spec: TrainSpec, disturbed: Disturbed
+) -> None:
+    run, report = run_paths(spec), disturbed.report
+    predicted = run.store.read_json(*run.plan())["plan"]["peak_bytes_per_process"]
+    [row] = run.store.read_json(*run.file("report.json"))["plan"]
+    most = max(report.peak_rss_bytes_per_worker)
+    assert (row["predicted_bytes"], row["actual_bytes"]) == (predicted, most)
+    [note] = [note for note in report.notes if note.startswith("memory of a worker")]
+    assert f"{predicted / 2**30:.2f} GiB predicted, {most / 2**30:.2f} GiB at the peak" in note
+
+
 def test_every_start_goes_on_from_a_checkpoint(disturbed: Disturbed) -> None:
     assert 45 <= disturbed.steps_when_killed < STEPS, "killed in the middle"
     assert disturbed.told[0].step > 40, "the third driver went on from the checkpoint of step 40"

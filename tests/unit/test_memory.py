@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import memory_plan
+from benchmarks.record import RESULTS
 from graftwork.base_model import QuantSpec
 from graftwork.cli.planning import plan_spec
 from graftwork.embedding import EmbedderShape
@@ -28,10 +30,13 @@ from graftwork.memory import (
     saved_bytes,
     weight_bytes,
 )
+from graftwork.memory.passes import pass_of, passes_of
 from graftwork.model_shape import ModelShape
-from graftwork.plan import Answers, Machine, StagePlan, answers_seconds, plan_serving, plan_training
+from graftwork.plan import Answers, Machine, StagePlan, answers_seconds, plan_serving, plan_training, step_seconds
 from graftwork.serving.spec import EngineSpec, ServeSpec
 from graftwork.training.adapter_spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
+from graftwork.training.batches import step_plan
+from graftwork.training.outcomes.parts import Item, Part, Work, work_of
 from graftwork.training.spec import TrainSpec
 from tests.tiny import write_tiny_base
 from tests.tiny_embedder import write_tiny_embedder
@@ -124,6 +129,62 @@ def test_peaks_that_were_measured_are_predicted() -> None:
     assert len(errors) >= 12
     assert statistics.median(errors) < 0.05
     assert max(errors) < 0.15
+
+
+def test_the_largest_forward_pass_is_that_of_the_run() -> None:
+    """As the loop deals the rows: the longest rows are not all in one pass, and pairs are padded to the longer side."""
+    lengths = np.random.default_rng(0).integers(20, 400, 64)
+    rows = RowSizes.of(lengths, lengths // 3)
+    asked = spec(optim={"micro_batch": 4}, num_workers=2, max_length=512)
+    batches = step_plan(lengths, asked.optim, asked.seed, 2, None).rows_SR.reshape(-1, 4)
+    passes = passes_of(asked, rows, 4)
+    assert passes[0].tokens == max(4 * lengths[batch].max() for batch in batches)
+    assert passes[-1].scored == max((lengths[batch] // 3).sum() for batch in batches)
+    assert passes[0].tokens <= 4 * lengths.max()
+    assert passes[-1].scored < 4 * lengths.max() // 3, "a pass of the four longest rows does not occur"
+    peaks = [predict_training(asked, SMOLLM2, some).peak_bytes for some in (rows, replace(rows, each=None))]
+    assert peaks[0] < peaks[1]
+    pairs = RowSizes.of([100] * 8, [40] * 8, [80] * 8)  # 80 and 20 tokens
+    dpo = spec(objective={"kind": "dpo"}, quant={"kind": "none"}, optim={"micro_batch": 2}, num_workers=1)
+    assert pass_of(dpo, pairs, 2).tokens == 2 * 2 * 80
+
+
+def test_whole_runs_on_real_rows_are_predicted() -> None:
+    """`benchmarks/memory_runs.py`: no run above what the plan promises by more than is recorded there."""
+    known = json.loads((RESULTS / "memory_runs.json").read_text(encoding="utf-8"))["result"]
+    assert len(known["detail"]) >= 8
+    assert known["figures"]["worst"]["n"] == len(known["detail"])
+    for row in known["detail"]:
+        tokens = row["tokens"]
+        assert tokens["shortest"] < tokens["longest"], "real rows differ in length"
+        assert row["peak_bytes"] == max(peak for run in row["peaks_bytes"] for peak in run)
+
+
+def test_outcomes_are_counted_in_memory_and_time() -> None:
+    small, rows = {"optim": {"micro_batch": 1}, "num_workers": 1}, RowSizes.at_most(16)
+    plain, measured = (spec(**small, **more) for more in ({}, {"outcomes": {"retention": {}}}))
+    without, with_ = (predict_training(one, SMOLLM2, rows) for one in (plain, measured))
+    assert with_.part("outcomes") >= 1024 * SMOLLM2.vocab * 12, "logits of a batch, in fp32, with their log-softmax"
+    assert with_.peak_bytes > without.peak_bytes
+    long = RowSizes.at_most(2048)
+    assert predict_training(measured, SMOLLM2, long).part("outcomes") == 0, "a large step takes more"
+    work = Work(read=10_000, weighed=2_000, prompts=1_000, written=960, decoding_steps=96)
+    times = [plan_training(measured, SMOLLM2, rows, None, MACHINE, some).seconds for some in (None, work)]
+    reads = 10_000 * 2 * SMOLLM2.linear_params / (MACHINE.speed.gflops * 1e9)
+    assert times[1] - times[0] > 2 * reads, "before and after"
+    items = [Item("a", (1,) * 100, ((2,) * 10, (3,) * 20)), Item("b", (1,) * 412, write=100)]
+    assert work_of([Part("p", tuple(items), (), 0)]) == Work(230, 30, 412, 100, 50.0)
+
+
+def test_all_weights_on_a_cpu_take_fp32_and_the_optimizers_pass() -> None:
+    """No autocast there: bf16 units make nothing faster. AdamW and the clipping read and write 40 bytes a weight."""
+    keys = {"adapter": {"kind": "full"}, "quant": {"kind": "none"}, "optim": {"lr": 1e-5, "micro_batch": 1}}
+    asked, rows = spec(**keys, num_workers=1), RowSizes.at_most(96)
+    halves = replace(MACHINE, value_bytes=2, speed=replace(MACHINE.speed, bf16_gflops=130.0))
+    assert step_seconds(asked, SMOLLM2, rows, halves, 1) == step_seconds(asked, SMOLLM2, rows, MACHINE, 1)
+    faster = replace(MACHINE, speed=replace(MACHINE.speed, gbytes_per_s=1e9))
+    pass_s = step_seconds(asked, SMOLLM2, rows, MACHINE, 1) - step_seconds(asked, SMOLLM2, rows, faster, 1)
+    assert pass_s == pytest.approx(SMOLLM2.params * 40 / 20e9, rel=1e-3)
 
 
 # Does it fit, and how long.

@@ -1,5 +1,6 @@
 """What the plan decides: `auto` in a spec, GPUs that are not here, and the way out where nothing fits."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,24 @@ from typing import Any
 import pytest
 import yaml
 
+from graftwork import base_model
 from graftwork.base_model import QuantSpec
 from graftwork.cli.planning import plan_spec
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.machine import Speed
 from graftwork.memory import GIB, RowSizes, predict_training
-from graftwork.memory.measured import Correction, known, learn
+from graftwork.memory.measured import RUNS, Correction, kind_of, known, learn
 from graftwork.model_shape import ModelShape
 from graftwork.plan import GPUS, Machine, gpu_called, named_gpu, plan_serving, plan_training, settle, step_seconds
+from graftwork.provenance import collect
 from graftwork.serving.spec import EngineSpec
 from graftwork.training.data import prepare
-from graftwork.training.job import TrainJob
-from graftwork.training.refit import FirstSteps
+from graftwork.training.job import LoopResult, TrainJob
+from graftwork.training.page import memory_notes, plan_of_run, write_page
+from graftwork.training.records import TrainReport
+from graftwork.training.refit import FinalPeak
 from graftwork.training.run import Run
+from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 from tests.training import task
@@ -207,34 +213,100 @@ def test_a_run_settles_once_and_goes_on_as_it_began(tmp_path: Path) -> None:
     assert "as the run began" in again.notes[0]
 
 
-def test_what_a_run_showed_corrects_later_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_raise_later_plans_of_their_kind_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
-    assert known("cpu") == Correction()
-    learn("cpu", predicted_bytes=100, measured_bytes=110)
-    assert learn("cpu", predicted_bytes=100, measured_bytes=130) == known("cpu") == Correction(1.2, 2)
+    assert known("cpu") == {}
+    learn("cpu", kind_of(spec()), predicted_bytes=100, measured_bytes=120)
+    learn("cpu", kind_of(spec()), predicted_bytes=100, measured_bytes=105)
+    assert known("cpu") == {"sft lora nf4": Correction(1.2, 2)}, "the largest of the newest runs"
     rows = RowSizes.at_most(64)
-    plain = plan_training(spec(), SMOLLM2, rows, None, MACHINE)
-    corrected = plan_training(spec(), SMOLLM2, rows, None, replace(MACHINE, peaks=known("cpu")))
+    taught = replace(MACHINE, peaks=known("cpu"))
+    plain, corrected = (plan_training(spec(), SMOLLM2, rows, None, machine) for machine in (MACHINE, taught))
     assert corrected.peak_bytes_per_process == round(1.2 * plain.peak_bytes_per_process)
     assert sum(size for _, size in corrected.parts) == corrected.peak_bytes_per_process
-    assert any("1.20 times the prediction" in line for line in corrected.assumptions)
+    assert dict(corrected.parts)["correction from 2 earlier runs on this machine"] > 0
+    for other in ({"quant": {"kind": "none"}}, {"objective": {"kind": "dpo"}}, {"adapter": {"kind": "ia3"}}):
+        plans = [plan_training(spec(**other), SMOLLM2, rows, None, machine) for machine in (MACHINE, taught)]
+        assert plans[0].parts == plans[1].parts, other
+    assert settle(spec(optim=AUTO), SMOLLM2, rows, replace(taught, memory_bytes=64 * GIB)).notes, "auto sees it too"
 
 
-def test_a_correction_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_never_lowered_and_a_correction_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
-    assert learn("h100", predicted_bytes=100, measured_bytes=1000).ratio == 1.5
-    assert learn("t4", predicted_bytes=100, measured_bytes=1).ratio == 0.7
-    assert Machine.with_gpus(GPUS["h100"]).peaks == Correction(1.5, 1)
+    assert learn("h100", "sft lora none", predicted_bytes=100, measured_bytes=1000) == Correction(1.5, 1)
+    assert learn("t4", "sft lora none", predicted_bytes=100, measured_bytes=1) == Correction(1.0, 1)
+    asked = spec(quant={"kind": "none"}, gpus_per_worker=1)
+    found = plan_training(asked, SMOLLM2, ROWS, None, on("t4"))
+    assert found.parts == plan_training(asked, SMOLLM2, ROWS, None, replace(on("t4"), peaks={})).parts
+    for _ in range(RUNS):
+        learn("h100", "sft lora none", predicted_bytes=100, measured_bytes=104)
+    assert known("h100")["sft lora none"] == Correction(1.04, RUNS), "one odd run does not count for all time"
 
 
-def test_the_second_step_of_a_run_is_what_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runs_final_peak_is_what_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = task(tmp_path / "task")
     job = TrainJob(asked, prepare(asked))
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
-    first_steps = FirstSteps(job)
+    predicted = predict_training(
+        asked, ModelShape.from_config(base_model.resolve(asked.base).config), sizes_of(job.data.train)
+    ).peak_bytes
+    result = LoopResult(3, False, (), (), 10, 1.0, (predicted, round(1.25 * predicted)), (0, 0))
     step = StepReport(1, 9, loss=1.0, lr=1e-3, grad_norm=1.0, tokens=10, elapsed_s=1.0, step_s=1.0)
-    assert first_steps(step)
-    assert known("cpu").runs == 0
-    assert first_steps(replace(step, step=2))
-    assert first_steps(replace(step, step=3))
-    assert known("cpu").runs == 1
+    final_peak = FinalPeak(job)
+    assert final_peak(step)
+    final_peak.learn(result)
+    assert known("cpu") == {}, "a run that goes on for one step has not reached its peak"
+    assert final_peak(replace(step, step=2))
+    assert known("cpu") == {}, "the peak so far is below the final one where rows differ in length"
+    final_peak.learn(result)
+    assert known("cpu") == {kind_of(asked): Correction(1.25, 1)}
+
+
+def test_links_are_those_of_the_gpus(tmp_path: Path) -> None:
+    """All weights of Llama-3-8B, 8 x H100 SXM, 1 x 2,048 tokens: NVLink 4 sends 450 GB/s each way, PCIe 4 31.5."""
+    full = spec(
+        **FULL, num_workers=8, gpus_per_worker=1, strategy={"kind": "zero3"},
+        optim={"rows_per_step": 8, "micro_batch": 1, "lr": 1e-5},
+    )  # fmt: skip
+
+    def step_s(gpu: str, workers: int = 8) -> float:
+        asked = full.with_({"num_workers": workers, "optim.rows_per_step": workers})
+        return step_seconds(asked, LLAMA_8B, ROWS, Machine.with_gpus(named_gpu(gpu)), workers)
+
+    computed_s = step_s("h100,link_gbytes_per_s=1e9")
+    sent = 7 / 8 * LLAMA_8B.params * 2 * 3  # bf16: weights twice, gradients once
+    assert step_s("h100") - computed_s == pytest.approx(sent / (450e9 * 0.63), rel=1e-3)
+    assert step_s("h100,link_gbytes_per_s=31.5") - computed_s == pytest.approx(sent / (31.5e9 * 0.63), rel=1e-3)
+    assert step_s("h100") < 0.6
+    assert step_s("h100", 16) > 2 * step_s("h100"), "the exchange of two machines goes over their network"
+    assert step_s("h100,per_machine=16", 16) < 1.1 * step_s("h100")
+    assert GPUS["l4"].link_gbytes_per_s == 31.5
+    with pytest.raises(ConfigError, match="network_gbytes"):
+        named_gpu("h100,network_gbytes=12.5")
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        named_gpu("h100,nvlink")
+
+
+def test_plan_output_and_report_show_one_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `plan` prints is stored when the run starts; what other runs teach meanwhile does not change it."""
+    asked = task(tmp_path / "task", **{"outcomes": {"task": {"rows": 4, "max_new_tokens": 5}}})
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    learn("cpu", kind_of(asked), predicted_bytes=100, measured_bytes=110)
+    [printed] = plan_spec(asked, Path())
+    assert any(name == "correction from 1 earlier run on this machine" for name, _ in printed.parts)
+    assert any(line.startswith("outcomes take ") for line in printed.assumptions)
+    run = Run.of(asked).settled()
+    run.paths.store.write_json(plan_of_run(run.spec, run.base, run.data, run.probes), *run.paths.plan())
+    run.paths.store.write_json(collect(0), *run.paths.provenance())
+    learn("cpu", kind_of(asked), predicted_bytes=100, measured_bytes=140)
+    predicted = printed.peak_bytes_per_process
+    [note] = memory_notes(run.paths, (predicted // 2, predicted + 2**28))
+    assert note == (
+        f"memory of a worker: {predicted / GIB:.2f} GiB predicted, {predicted / GIB + 0.25:.2f} GiB at the peak"
+    )
+    report = TrainReport(
+        "r", "t@v", "v", False, 1, 48, 0, 10, 1.0, 10.0, ((1, 1.0),), (), (predicted // 2, predicted + 2**28), (0, 0)
+    )
+    page = write_page(run.paths, run.spec, report, None)
+    shown = json.loads(Path(page.json_uri).read_text(encoding="utf-8"))["plan"]
+    assert [(row["predicted_bytes"], row["actual_bytes"]) for row in shown] == [(predicted, predicted + 2**28)]

@@ -57,6 +57,40 @@ class Said:
         return cls(tuple(record["logprobs"]), record["text"])
 
 
+BATCH_TOKENS, BATCH_ROWS = 1024, 16
+"""Of one forward pass. Tokens: less than most training steps hold."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all items of some parts ask of a model, in tokens."""
+
+    read: int = 0
+    """Of prompts and continuations that are weighed."""
+    weighed: int = 0
+    """Positions of them whose logits are computed."""
+    prompts: int = 0
+    """Of prompts that are answered."""
+    written: int = 0
+    """At the most, of answers."""
+    decoding_steps: float = 0.0
+    """Forward passes that write one token of each answer of a batch."""
+
+    def said(self) -> str:
+        """In words."""
+        return f"{self.read} tokens weighed, up to {self.written} written"
+
+
+def work_of(parts: Sequence[Part]) -> Work:
+    """The work of measuring these parts once."""
+    items = [item for part in parts for item in part.items]
+    weighed = [(len(item.prompt) + len(one), len(one)) for item in items for one in item.continuations]
+    asked = [(len(item.prompt), item.write) for item in items if item.write]
+    steps = sum(write / min(BATCH_ROWS, max(1, BATCH_TOKENS // (prompt + write))) for prompt, write in asked)
+    return Work(sum(all_ for all_, _ in weighed), sum(one for _, one in weighed), sum(prompt for prompt, _ in asked),
+                sum(write for _, write in asked), steps)  # fmt: skip
+
+
 def shares(items: Sequence[Item], rank: int, world: int) -> list[int]:
     """Places of the items that a rank takes: dealt by cost, so that all are ready at about the same time."""
     return sorted(range(len(items)), key=lambda at: -items[at].tokens)[rank::world]

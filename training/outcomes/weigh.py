@@ -10,12 +10,8 @@ import torch
 
 from graftwork.chat import Template
 from graftwork.training.logits import trained_logits
-from graftwork.training.outcomes.parts import Item, Part, Said
+from graftwork.training.outcomes.parts import BATCH_ROWS, BATCH_TOKENS, Item, Part, Said
 from graftwork.training.rows.token_rows import IGNORED
-
-BATCH_TOKENS = 1024
-"""Tokens of a forward pass: less than a training step holds, so that measuring never sets the memory's peak."""
-BATCH_ROWS = 16
 
 
 @torch.no_grad()

@@ -41,6 +41,11 @@ class TaughtRows:
         """Trained tokens of each row."""
         return self.rows.scored_N
 
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        """A row is one sequence."""
+        return self.rows.widths_N
+
     def digest(self) -> str:
         """sha256 hex over rows and teacher."""
         return hashlib.sha256((self.rows.digest() + self.teacher.digest()).encode()).hexdigest()

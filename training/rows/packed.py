@@ -44,6 +44,11 @@ class PackedRows:
         """Trained tokens of each pack."""
         return self._sums(self.documents.scored_N)
 
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        """A pack is one sequence."""
+        return self.lengths_N
+
     def pack(self, index: int) -> NDArray[np.int64]:
         """The documents of a pack."""
         return self.order_D[self.offsets_P1[index] : self.offsets_P1[index + 1]]

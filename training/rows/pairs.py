@@ -43,6 +43,11 @@ class PairRows:
         """Tokens of both answers."""
         return self.chosen.scored_N + self.rejected.scored_N
 
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        """Tokens of the longer conversation."""
+        return np.maximum(self.chosen.lengths_N, self.rejected.lengths_N)
+
     def digest(self) -> str:
         """sha256 hex over both sides."""
         return hashlib.sha256((self.chosen.digest() + self.rejected.digest()).encode()).hexdigest()

@@ -47,6 +47,11 @@ class PromptRows:
         """Most tokens of the answers to each prompt."""
         return np.full(len(self), self.generations * self.max_new_tokens, dtype=np.int64)
 
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        """Most tokens of a prompt with one answer."""
+        return self.prompts.lengths_N + self.max_new_tokens
+
     def ids(self, index: int) -> list[int]:
         """Ids of one prompt."""
         ids: list[int] = self.prompts.row(index)[0].tolist()

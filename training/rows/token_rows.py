@@ -29,6 +29,11 @@ class Rows(Protocol):
         """Positions of each row whose logits are computed."""
         ...
 
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        """Tokens of each row's longest sequence, which the others of a batch are padded to."""
+        ...
+
     def digest(self) -> str:
         """sha256 hex over what the model sees."""
         ...
@@ -59,6 +64,11 @@ class TokenRows:
     def scored_N(self) -> NDArray[np.int64]:
         """Trained tokens of each row."""
         return np.add.reduceat(self.trained_T, self.offsets_N1[:-1], dtype=np.int64)
+
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        """A row is one sequence."""
+        return self.lengths_N
 
     def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Ids and mask of one row."""

@@ -23,7 +23,7 @@ def predict_together(
     It is that of one trial with all their ranks in one adapter and all their rows in one forward pass; on a CPU with
     the activations that these layers keep, on a GPU an upper bound.
     """
-    whole = _as_one(specs)
+    whole, rows = _as_one(specs), rows and replace(rows, each=None)  # every trial takes the same rows: the longest
     plan = predict_training(whole, model, rows, value_bytes=value_bytes)
     taken = pass_of(whole, rows or RowSizes.at_most(whole.max_length), micro_batch(whole))
     changed = {} if whole.gpus_per_worker else _on_cpu(whole, model, taken, plan, value_bytes)

@@ -1,0 +1,182 @@
+"""Sizes of the requests of a comparison for its plan: rows are read and rendered as each arm puts them to the model.
+
+Passages are those that lexical search finds: other retrievers bring as many of the same corpus. What depends on the
+answers (probes of failures, a judge's pairs) is counted as if every answer failed and differed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from graftwork import artifact_read, base_model, chat
+from graftwork.chat import Message, Passage, Prompt, PromptSpec, Template
+from graftwork.data import Row, read_rows, resolve_prompt
+from graftwork.errors import UserError
+from graftwork.plan import Answers
+from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
+from graftwork.serving.experiment.probes.gold import right_answer
+from graftwork.serving.experiment.probes.spec import ProbeSpec
+from graftwork.serving.experiment.scorers.spec import ChoiceSpec
+from graftwork.serving.experiment.spec import CompareSpec
+from graftwork.serving.quantize.spec import QuantizeSpec
+from graftwork.serving.spec import ArmSpec
+from graftwork.storage import Store
+from graftwork.study.spec import MeasureSpec, StudySpec
+
+SAMPLED = 100
+"""Rows that are rendered for each arm; the others are taken to be like them."""
+LETTER_TOKENS = 1
+"""What a request for likelihoods costs beyond its prompt."""
+
+Prompts = Mapping[str, PromptSpec]
+"""Task -> the prompt that its adapter is trained with, where the plan trains it too."""
+
+
+def compare_answers(spec: CompareSpec, prompts: Prompts) -> Answers:
+    """All requests of a comparison: every arm's answers, likelihoods of choices, probes, the judge."""
+    sizes = _Sizes.read(spec, spec.root, prompts)
+    requests = [sizes.answered(arm) for arm in spec.arms]
+    requests += [sizes.weighed(arm, scorer) for scorer in spec.scorers if isinstance(scorer, ChoiceSpec)
+                 for arm in spec.arms]  # fmt: skip
+    if spec.probes is not None:
+        requests += [one for arm in spec.arms if not spec.probes.arms or arm.name in spec.probes.arms
+                     for one in sizes.probed(arm, spec, spec.probes)]  # fmt: skip
+    if spec.judge is not None and spec.judge.url is None:
+        requests += sizes.judged(spec, spec.judge.criteria, spec.judge.limit)
+    return _summed(requests)
+
+
+def quantize_answers(spec: QuantizeSpec, prompts: Prompts) -> Answers:
+    """The requests to one precision: its arms' answers, windows of text, timed decoding."""
+    sizes, text, speed = _Sizes.read(spec, spec.root, prompts), spec.text, spec.speed
+    windows = math.ceil(text.max_tokens / text.stride)
+    timed = Answers(speed.rounds * sum(speed.batches), speed.prompt_tokens, speed.new_tokens, ("speed",))
+    return _summed([*(sizes.answered(arm) for arm in spec.arms),
+                    Answers(windows, text.window, LETTER_TOKENS, ("windows of text",)), timed])  # fmt: skip
+
+
+def likelihood_answers(study: StudySpec, measure: MeasureSpec, prompts: Prompts) -> Answers:
+    """A study's likelihoods: a prompt that holds the answer, one for each choice of each row."""
+    sizes = _Sizes(study.root, base_model.template(base_model.resolve(study.base)),
+                   read_rows(measure.eval, limit=measure.limit, need="eval"), prompts, 0)  # fmt: skip
+    choices = [[str(one) for one in (row.gold or {}).get("choices", ())] for row in sizes.rows]
+    most = max(1, round(sum(map(len, choices)) / len(choices)))
+    length = _mean([len(sizes.template.encode(text)) for texts in choices for text in texts[:most]])
+    return _summed([
+        Answers(sum(map(len, choices)), sizes.prompt_tokens(arm) + length, LETTER_TOKENS, (arm.name,))
+        for arm in measure.arms
+    ])  # fmt: skip
+
+
+@dataclass
+class _Sizes:
+    root: str
+    template: Template
+    rows: Sequence[Row]
+    prompts: Prompts
+    max_seq_len: int
+    _indices: dict[tuple[str, int], Retriever] = field(default_factory=dict)
+    _known: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, spec: CompareSpec | QuantizeSpec, root: str, prompts: Prompts) -> "_Sizes":
+        template = base_model.template(base_model.resolve(spec.base))
+        rows = read_rows(spec.eval, limit=spec.limit, need="eval")
+        return cls(root, template, rows, prompts, spec.engine.max_seq_len)
+
+    def answered(self, arm: ArmSpec) -> Answers:
+        """Adapters write answers like the rows'; others until they stop, which a base seldom does."""
+        return Answers(len(self.rows), self.prompt_tokens(arm), self._new_tokens(arm), (arm.name,))
+
+    def weighed(self, arm: ArmSpec, scorer: ChoiceSpec) -> Answers:
+        options = [(row.gold or {}).get(scorer.options_field) if scorer.options_field else scorer.options
+                   for row in self._sample()]  # fmt: skip
+        length = _mean([sum(len(self.template.encode(str(one))) for one in some or ()) for some in options])
+        return Answers(len(self.rows), self.prompt_tokens(arm) + length, LETTER_TOKENS, (f"{arm.name} {scorer.name}",))
+
+    def probed(self, arm: ArmSpec, spec: CompareSpec, probes: ProbeSpec) -> list[Answers]:
+        """As `probes.ask` asks: with the gold passage, under the grammar, before the adapter, without context."""
+        count = min(len(self.rows), probes.max_failures)
+        plain, new = self.prompt_tokens(arm.with_({"retriever": None})), self._new_tokens(arm)
+        corpus = probes.corpus or next((one.retriever.corpus for one in spec.arms if one.retriever), None)
+        gold = self.prompt_tokens(arm.with_({"retriever": {"corpus": corpus, "k": 1}})) if corpus else plain
+        found = [("gold passage", gold, new)] if corpus else []
+        if spec.answer_schema and arm.grammar is None:
+            found.append(("grammar", gold, min(new, self._right_tokens())))
+        twins = [other for other in spec.arms if other.adapter is None and other.retriever == arm.retriever]
+        if arm.adapter and arm.retriever is None and not twins:
+            found.append(("before", plain, self._new_tokens(arm.with_({"adapter": None}))))
+        if arm.retriever or arm.name == (probes.reference or spec.baseline):
+            found.append(("closed book", plain + (1 + probes.distractors) * self._right_tokens(), LETTER_TOKENS))
+        return [Answers(count, prompt, written, (f"{arm.name} {name}",)) for name, prompt, written in found]
+
+    def judged(self, spec: CompareSpec, criteria: str, limit: int | None) -> list[Answers]:
+        """Two orders of each arm's answers with the baseline's."""
+        asked = ArmSpec(name="judge", max_new_tokens=LETTER_TOKENS)
+        rows, own = min(len(self.rows), limit or len(self.rows)), len(self.template.encode(criteria))
+        base = next(arm for arm in spec.arms if arm.name == spec.baseline)
+        return [
+            Answers(2 * rows, self.prompt_tokens(asked) + own + self._new_tokens(arm) + self._new_tokens(base),
+                    LETTER_TOKENS, (f"{arm.name} judged",))
+            for arm in spec.arms if arm.name != spec.baseline
+        ]  # fmt: skip
+
+    def prompt_tokens(self, arm: ArmSpec) -> float:
+        """Mean tokens of the arm's prompts: system turn, worked examples, passages, question."""
+        key = arm.model_dump_json(exclude={"name", "max_new_tokens", "grammar"})
+        if key not in self._known:
+            prompt, room = self._prompt(arm), arm.retriever.context_tokens if arm.retriever else None
+            lengths = []
+            for row in self._sample():
+                context, _ = chat.fitting(self._found(arm, row.question), self.template, prompt, room)
+                whole = chat.render(row.question, self.template, prompt=prompt, context=context, generate=True)
+                lengths.append(len(whole.ids))
+            self._known[key] = _mean(lengths)
+        return self._known[key]
+
+    def _found(self, arm: ArmSpec, question: Sequence[Message]) -> Sequence[Passage]:
+        if arm.retriever is None:
+            return ()
+        key = (arm.retriever.corpus, arm.retriever.k)
+        if key not in self._indices:
+            self._indices[key] = open_retriever(RetrieverSpec(corpus=arm.retriever.corpus, k=arm.retriever.k))
+        return tuple(hit.passage for hit in self._indices[key].search(question[-1].content, arm.retriever.k))
+
+    def _prompt(self, arm: ArmSpec) -> Prompt:
+        """The arm's own, else the one that its adapter is trained with: in this plan, or as it was published."""
+        if arm.prompt is not None or arm.adapter is None:
+            return resolve_prompt(arm.prompt or PromptSpec())
+        task = arm.adapter.partition("@")[0]
+        if task in self.prompts:
+            return resolve_prompt(self.prompts[task])
+        try:
+            return resolve_prompt(
+                PromptSpec.model_validate(artifact_read.resolve(Store(self.root), arm.adapter).prompt)
+            )
+        except UserError:
+            return resolve_prompt(PromptSpec())  # not trained yet
+
+    def _new_tokens(self, arm: ArmSpec) -> float:
+        most = arm.max_new_tokens or max(1, self.max_seq_len - self.prompt_tokens(arm))
+        return min(most, self._right_tokens()) if arm.adapter else most
+
+    def _right_tokens(self) -> float:
+        """Mean tokens of the right answers with the token that ends them; 0 where rows have neither gold nor turn."""
+        return _mean([len(self.template.encode(right_answer(row))) + 1 for row in self._sample()
+                      if row.answer or row.gold])  # fmt: skip
+
+    def _sample(self) -> Sequence[Row]:
+        return self.rows[:: math.ceil(len(self.rows) / SAMPLED)]
+
+
+def _summed(requests: Sequence[Answers]) -> Answers:
+    """All of them, on average."""
+    count = sum(one.count for one in requests)
+    prompts = sum(one.count * one.prompt_tokens for one in requests) / max(count, 1)
+    new = sum(one.count * one.new_tokens for one in requests) / max(count, 1)
+    parts = [f"{one.parts[0]} {one.count} x ({one.prompt_tokens:.0f} + {one.new_tokens:.0f})" for one in requests]
+    return Answers(count, prompts, new, tuple(parts))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)
