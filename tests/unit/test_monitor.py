@@ -37,10 +37,26 @@ def split(n: int, base: float, rag: float, seed: int = 0, **changes: Any) -> lis
             for k, arm in enumerate(arms)]  # fmt: skip
 
 
+def assignment(answered: LogRow, at: float | None = None) -> LogRow:
+    """The row that the ingress writes when it sends the request to its arm."""
+    return LogRow(
+        kind="assignment", experiment="e", at=answered.at if at is None else at, request_id=answered.request_id,
+        unit=answered.unit, arm=answered.arm, role=answered.role, probability=answered.probability,
+    )  # fmt: skip
+
+
+def assigned(rows: Sequence[LogRow]) -> list[LogRow]:
+    """The rows, each answer with its assignment right before it, as if no two requests were ever in flight at once."""
+    return [one for row in rows for one in ([assignment(row), row] if row.kind == "answer" else [row])]
+
+
 def read(rows: Sequence[LogRow], told: OnlineRules | None = None) -> MonitorState:
+    return judged(assigned(rows), told)
+
+
+def judged(rows: Sequence[LogRow], told: OnlineRules | None = None) -> MonitorState:
     monitor = Monitor(told or rules())
     monitor.take(columns_of_rows(rows, monitor.numbers))
-    monitor.close()
     return monitor.state()
 
 
@@ -89,11 +105,13 @@ def test_a_unit_counts_once_with_its_first_answer() -> None:
 
 
 def test_a_unit_counts_with_its_mean_over_the_window() -> None:
-    asked = [("a", 0, 1.0), ("b", 1, 0.0), ("a", 4, 0.0), ("a", 4, 0.0), ("b", 9, 1.0), ("a", 11, 0.0), ("c", 30, 1.0)]
+    asked = [("a", 0, 1.0), ("b", 1, 0.0), ("a", 4, 0.0), ("a", 4, 0.0), ("b", 9, 1.0), ("a", 11, 0.0), ("c", 30, 1.0),
+             ("d", 45, 0.0)]  # fmt: skip
     rows = [answer(k, "rag" if unit == "a" else "base", score, unit=unit * 16, at=float(at), request_id=f"{unit}{at}")
             for k, (unit, at, score) in enumerate(asked)]  # fmt: skip
     state = read(rows, rules(window_s=10.0))
     assert [arm.scored for arm in state.arms] == [2, 1]
+    assert state.waiting == 1, "d's window is open at the end of the log"
     assert state.arms[1].mean == 0.5  # r0 and a4 once; a11 is past the window
     assert state.arms[0].mean == 0.75
 
@@ -170,7 +188,7 @@ def test_rows_that_cannot_count_are_told() -> None:
     rows = [answer(1, "rag", 1.5), answer(2, "other", 1.0), answer(3, "rag", 1.0, probability=None),
             answer(4, "rag", 1.0, role="shadow", probability=None)]  # fmt: skip
     assert read(rows).left_out == {"chance of the arm not as planned": 1, "not of an arm": 1,
-                                   "of a shadow, in a split": 1, "score out of its range": 1}  # fmt: skip
+                                   "of a shadow, in a split": 1, "score out of its range, counted as the end of it": 1}  # fmt: skip
 
 
 def shadow(n: int, wins: float, losses: float, seed: int = 0) -> list[LogRow]:
@@ -277,7 +295,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_single_rows_leave_the_very_bits_of_blocks(variant: str) -> None:
     guardrails = (Guardrail("errors", 0.04), Guardrail("latency", 0.1, bound_ms=500.0))
     told = rules(guardrails=guardrails, **VARIANTS[variant])
-    rows = shadow(700, 0.2, 0.1) if variant == "shadow" else mixed(1500, 4)
+    rows = assigned(shadow(700, 0.2, 0.1) if variant == "shadow" else mixed(1500, 4))
     whole, single, pieces = Monitor(told), Monitor(told), Monitor(told)
     whole.take(columns_of_rows(rows, whole.numbers))
     for row in rows:
@@ -287,8 +305,6 @@ def test_single_rows_leave_the_very_bits_of_blocks(variant: str) -> None:
         stop = start + int(rng.integers(1, 400))
         pieces.take(columns_of_rows(rows[start:stop], pieces.numbers))
         start = stop
-    for monitor in (whole, single, pieces):
-        monitor.close()
     assert whole.state() == single.state() == pieces.state()
     assert whole.contrasts[0].history == single.contrasts[0].history == pieces.contrasts[0].history
     assert len(whole.contrasts[0].history) > 20

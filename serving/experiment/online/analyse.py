@@ -46,7 +46,6 @@ def analyse(name: str, batches: Iterable[Any], rules: OnlineRules) -> Experiment
         columns = columns_of_batch(batch, monitor.numbers)
         log.see(columns)
         monitor.take(columns)
-    monitor.close()
     return report_of(name, monitor, log)
 
 

@@ -166,6 +166,9 @@ class Experiments:
         if answered is None:
             raise ApiError(404, f"No answer of an experiment has the id {body.request_id!r}: unknown, not ended yet, "
                            "or older than those remembered.", code="unknown_request", param="request_id")  # fmt: skip
+        if answered.live.recorder.full:
+            raise ApiError(503, "The experiment's log can't be written now and its buffer is full. Send the score "
+                           "again later.", code="log_full")  # fmt: skip
         spec = answered.live.record.spec
         new = {metric: value for metric, value in body.scores.items() if metric not in answered.scores}
         for metric, value in body.scores.items():

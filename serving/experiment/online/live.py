@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 from pyarrow import RecordBatch
 
 from graftwork.config import canonical_json
@@ -95,8 +96,18 @@ class LiveExperiment:
         role: Role = "primary" if drawn.probability is not None else "holdout"
         return Placed(self.record.arms[drawn.arm], unit, role, drawn.probability)
 
+    def assign(self, placed: Placed, request_id: str) -> bool:
+        """Queue the row that says which arm the request is sent to, before there is an answer; see `Recorder.admit`."""
+        assert placed.role is not None, "it takes no part"
+        return self.recorder.admit(
+            LogRow(
+                kind="assignment", experiment=self.record.id, at=time.time(), request_id=request_id, unit=placed.unit,
+                arm=placed.arm.name, role=placed.role, probability=placed.probability,
+            )
+        )  # fmt: skip
+
     def write(self, placed: Placed, request_id: str, asked: Question, answer: Dump | ApiError | str) -> None:
-        """One row of what an arm said (`ArmAnswer.dump`), or why it failed. Only queues it."""
+        """Queue the row of an arm's answer (`ArmAnswer.dump`), or of its failure, to a request that `assign` took."""
         row = answer_row(self.record.id, placed, request_id, asked, answer)
         self.counts[row.arm, row.role, row.error or "ok"] += 1
         self.recorder.add(row)
@@ -199,7 +210,7 @@ class LiveExperiment:
         found, latest = ExperimentLog(*self._folder), deque[RecordBatch]()
         for batch in found.batches():
             self._monitor.take(columns_of_batch(batch, self._monitor.numbers))
-            latest.append(batch)
+            latest.append(batch.filter(pc.not_equal(batch.column("kind"), "assignment")))
             while sum(map(len, latest)) - len(latest[0]) > REMEMBERED:
                 latest.popleft()
         self.judged, self.damaged = self._monitor.state(), found.health.damaged
@@ -211,6 +222,8 @@ class LiveExperiment:
 
     async def _answer_copy(self, copy: Copy) -> None:
         placed = Placed(self.record.arms[copy.arm], copy.unit, "shadow", None)
+        if not self.assign(placed, copy.request_id):
+            return
         try:
             answers = await self._backend.choices(
                 self._dumps[copy.arm], copy.messages, f"{copy.request_id}-{copy.arm}", copy.sampling
