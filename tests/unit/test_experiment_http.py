@@ -81,12 +81,23 @@ def until(holds: Callable[[], bool], timeout_s: float = 30) -> None:
 
 
 def rows_of(url: str, name: str, count: int) -> list[LogRow]:
-    """All rows, once so many are written."""
-    until(lambda: status(url, name)["log"]["waiting"] == 0 and status(url, name)["log"]["written"] >= count)
-    log = ExperimentLog.at(status(url, name)["log"]["uri"])
-    found = list(log.rows())
-    assert (log.health.damaged, log.health.duplicates) == ([], 0)
-    return found
+    """All rows but assignments, once there are that many; every answer has its assignment before it."""
+    found: list[LogRow] = []
+
+    def written() -> bool:
+        log = ExperimentLog.at(status(url, name)["log"]["uri"])
+        found[:] = log.rows()
+        assert (log.health.damaged, log.health.duplicates) == ([], 0)
+        return sum(row.kind != "assignment" for row in found) >= count and not status(url, name)["log"]["waiting"]
+
+    until(written)
+    drawn: dict[tuple[str, str], tuple[str, str, float | None]] = {}
+    for row in found:
+        if row.kind == "assignment":
+            drawn[row.request_id, row.arm] = row.unit, row.role, row.probability
+        elif row.kind == "answer":
+            assert drawn[row.request_id, row.arm] == (row.unit, row.role, row.probability)
+    return [row for row in found if row.kind != "assignment"]
 
 
 def test_the_openai_client_gets_a_sticky_arm_and_every_answer_is_written_once(url: str, spec: ServeSpec) -> None:

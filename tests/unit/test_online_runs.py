@@ -38,6 +38,12 @@ def answer(step: int, arm: str, score: float | None, **changes: Any) -> LogRow:
     return LogRow(**{**plain, **changes})
 
 
+def take(watched: Monitor, step: int, arm: str, score: float | None, **changes: Any) -> None:
+    """A request that is answered at once."""
+    watched.add(answer(step, arm, score, **changes, kind="assignment", scores={}, error=None))
+    watched.add(answer(step, arm, score, **changes))
+
+
 @pytest.mark.parametrize("plan", [even, ramping])
 def test_simulated_splits_stop_where_the_monitor_decides(plan: Any) -> None:
     """Row by row, with a row for each change of the weights: the same step to the request, for each of 5 runs."""
@@ -53,7 +59,7 @@ def test_simulated_splits_stop_where_the_monitor_decides(plan: Any) -> None:
                 detail = json.dumps(weights_detail({"base": 1 - now, "rag": now}))
                 watched.add(LogRow(kind="event", experiment="e", at=float(step), event="ramp", detail=detail))
             arm, likely = ("rag", now) if treated[step] else ("base", 1 - now)
-            watched.add(answer(step, arm, outcome[step], probability=likely))
+            take(watched, step, arm, outcome[step], probability=likely)
             if found == NEVER and watched.state().contrasts[0].e_value >= 20:
                 found = step + 1
         assert found == stops[run]
@@ -67,8 +73,8 @@ def test_simulated_shadows_and_guardrails_stop_where_the_monitor_does() -> None:
         watched, found = monitor(mode="shadow", weights={}), NEVER
         for step, value in enumerate(drawn[:, run]):
             base, rag = (0.0, 1.0) if value < 0.3 else (1.0, 0.0) if value < 0.35 else (1.0, 1.0)
-            watched.add(answer(step, "base", base))
-            watched.add(answer(step, "rag", rag, role="shadow"))
+            take(watched, step, "base", base)
+            take(watched, step, "rag", rag, role="shadow")
             if found == NEVER and watched.state().contrasts[0].e_value >= 20:
                 found = step + 1
         assert found == stops[run]
@@ -77,7 +83,7 @@ def test_simulated_shadows_and_guardrails_stop_where_the_monitor_does() -> None:
     for run in range(3):
         watched = monitor(guardrails=(Guardrail("errors", 0.05),))
         for step in range(50):
-            watched.add(answer(step, "rag", None if failed[step, run] else 1.0, probability=0.5))
+            take(watched, step, "rag", None if failed[step, run] else 1.0, probability=0.5)
         broken = [guard.broken_at for guard in watched.state().guardrails if guard.arm == "rag"][0]
         assert broken == (cuts[run] if cuts[run] <= 50 else None)
 

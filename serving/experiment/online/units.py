@@ -133,7 +133,7 @@ class Units:
                 self._now = rows.at[row]
             if kind == "event":
                 self._event(rows.event[row], rows.detail[row])
-                self._release(entered)
+                self._release(entered, *range(len(self._guards)))
                 continue
             arm = self._number.get(rows.arm[row])
             key = self._counted(rows, row, kind, arm)
@@ -150,10 +150,7 @@ class Units:
                 self._assign(entered, arm, self._plan(arm, rows.probability[row]), key, request)
             else:
                 self._outcome(arm, key, request, values[row], kind == "answer", bool(rows.failed[row]))
-            self._release(entered)
-            for done in self._guards[arm].ready(self._now):
-                entered.guard_arm.append(arm)
-                entered.guard_rows.append(done)
+            self._release(entered, arm)
         return entered
 
     def _counted(self, rows: LogColumns, row: int, kind: str, arm: int | None) -> int | None:
@@ -217,10 +214,11 @@ class Units:
             self._remember(key)
             entered.ratio_arm.append(arm)
             entered.ratio_plan.append(plan)
-        elif unit is not None and unit.arm == arm and request not in unit.requests:
-            if self._now < unit.first_at + self._rules.window_s:
-                unit.requests[request] = _ASKED
-                unit.pending += 1
+        elif unit is None or unit.arm != arm or self._now >= unit.first_at + self._rules.window_s:
+            return
+        elif request not in unit.requests:
+            unit.requests[request] = _ASKED
+            unit.pending += 1
 
     def _outcome(self, arm: int, key: int, request: str, score: float, answered: bool, failed: bool) -> None:
         """An answer, or a later score."""
@@ -254,8 +252,12 @@ class Units:
     def _due(self, unit: _Unit) -> float:
         return unit.first_at + self._rules.window_s + self._rules.deadline_s
 
-    def _release(self, entered: Entered) -> None:
-        """Enter what is fixed and has nothing open before it."""
+    def _release(self, entered: Entered, *arms: int) -> None:
+        """Enter what is fixed and has nothing open before it; into the guardrails, of these arms."""
+        for arm in arms:
+            for done in self._guards[arm].ready(self._now):
+                entered.guard_arm.append(arm)
+                entered.guard_rows.append(done)
         while self._open:
             unit = next(iter(self._open.values()))
             if self._now < self._due(unit) and (unit.pending or self._now < unit.first_at + self._rules.window_s):
