@@ -141,6 +141,9 @@ def test_the_command_prints_the_verdict_and_writes_the_page(tmp_path: Path) -> N
     ]
     said = CliRunner().invoke(app, asked)
     assert said.exit_code == 0, said.output
-    assert "rag is better than base" in " ".join(said.output.split())
+    printed = " ".join(said.output.split())
+    assert "rag is better than base" in printed
+    assert "arm units plain mean answers failed" in printed
+    assert "arm weighted difference units e-value" in printed
     assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert '"verdict":"better"' in (tmp_path / "report.json").read_text(encoding="utf-8").replace(": ", ":")

@@ -43,7 +43,10 @@ class Experiments:
         self._opened = False
 
     async def open(self) -> None:
-        """Go on with what the store has. Calls after the first do nothing."""
+        """Go on with what the store has. Calls after the first do nothing.
+
+        The `resume` row with weights ends the requests that were in flight in the process before (see `units`).
+        """
         async with self._opening:
             if self._opened:
                 return
