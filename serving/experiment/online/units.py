@@ -126,8 +126,8 @@ class Units:
     def read(self, rows: LogColumns) -> Entered:
         """Return the observations that these rows complete."""
         entered, shadow = Entered(), self._rules.mode == "shadow"
-        facts = (rows.failed, rows.cold, rows.empty, *(values.tolist() for values in rows.numbers.values()))
-        values = facts[3]
+        numbers = [values.tolist() for values in rows.numbers.values()]
+        facts, scores = list(zip(rows.failed, rows.cold, rows.empty, *numbers, strict=True)), numbers[0]
         for row, kind in enumerate(rows.kind):
             if rows.at[row] > self._now:
                 self._now = rows.at[row]
@@ -143,13 +143,13 @@ class Units:
             if kind == "assignment":
                 self._guards[arm].assign(key, request, self._now)
             elif kind == "answer":
-                self._guards[arm].answer(request, tuple(float(column[row]) for column in facts))
+                self._guards[arm].answer(request, facts[row])
             if shadow:
-                self._shadow(kind, arm, key, request, values[row], bool(rows.failed[row]), rows.role[row])
+                self._shadow(kind, arm, key, request, scores[row], rows.failed[row])
             elif kind == "assignment":
                 self._assign(entered, arm, self._plan(arm, rows.probability[row]), key, request)
             else:
-                self._outcome(arm, key, request, values[row], kind == "answer", bool(rows.failed[row]))
+                self._outcome(arm, key, request, scores[row], kind == "answer", rows.failed[row])
             self._release(entered, arm)
         return entered
 
@@ -290,7 +290,7 @@ class Units:
         entered.score.append(unit.total / unit.count if unit.count else _MIDDLE)
         entered.scored.append(unit.count > 0)
 
-    def _shadow(self, kind: str, arm: int, key: int, request: str, score: float, failed: bool, role: str) -> None:
+    def _shadow(self, kind: str, arm: int, key: int, request: str, score: float, failed: bool) -> None:
         """The control's answer, the assignment of a copy, or the copy's answer."""
         if arm == self._control:
             value = math.nan if kind == "assignment" else self._value(score, failed)
