@@ -49,7 +49,10 @@ LATE = (
     Slow(10, 80, chance=0.1), Slow(10, 80, treated=0.5, control=0.5), Slow(10, 80, failed=0.05, lost=0.02),
     Slow(30, 40, failed=0.05, lost=0.02),
 )  # fmt: skip
-RATED = (Slow(1, 10, rated=0.3), Slow(10, 80, rated=0.3), Slow(30, 40, rated=0.3), Slow(30, 80, rated=0.3, lost=0.02))
+RATED = (
+    *(Slow(ratio, in_flight, rated=0.3, units=2000) for ratio, in_flight in ((1, 10), (10, 80), (30, 40))),
+    Slow(30, 80, rated=0.3, lost=0.02, units=2000),
+)
 OFFLINE_N, OFFLINE_GAIN = 200, 0.08
 
 
