@@ -81,23 +81,23 @@ class Alarms:
 def latency_runs(case: Slow, runs: int, seed: int) -> Alarms:
     """Follow some runs of one case."""
     rng = np.random.default_rng(seed)
-    drawn: list[_Observed] = []
-    counted: list[_Observed] = []
-    as_scored: list[_Observed] = []
+    drawn: list[Observed] = []
+    counted: list[Observed] = []
+    as_scored: list[Observed] = []
     for _ in range(runs):
-        one, rows = _run(case, rng)
+        one, rows = log_of(case, rng)
         entered = Units(case.rules).read(rows)
-        drawn.append(_Observed(np.array(entered.ratio_arm) == 1, np.zeros(0)))
+        drawn.append(Observed(np.array(entered.ratio_arm) == 1, np.zeros(0)))
         scored = np.array(entered.scored, dtype=np.bool_)
-        counted.append(_Observed(np.array(entered.arm) == 1, np.array(entered.score), scored))
+        counted.append(Observed(np.array(entered.arm) == 1, np.array(entered.score), scored))
         as_scored.append(one)
     whole = min(len(one.treated) for one in counted)
-    with_score = [_Observed(one.treated[one.scored], one.outcomes[one.scored]) for one in counted]
+    with_score = [Observed(one.treated[one.scored], one.outcomes[one.scored]) for one in counted]
     split = np.minimum(_ratio(case, drawn), _ratio(case, with_score))
     return Alarms(_found(case, counted), split, _found(case, as_scored), _ratio(case, as_scored), whole)
 
 
-class _Observed:
+class Observed:
     """Units of one run in the order in which they enter."""
 
     def __init__(self, treated: NDArray[np.bool_], outcomes: Floats, scored: NDArray[np.bool_] | None = None) -> None:
@@ -105,8 +105,8 @@ class _Observed:
         self.scored = np.ones(len(treated), dtype=np.bool_) if scored is None else scored
 
 
-def _run(case: Slow, rng: np.random.Generator) -> tuple[_Observed, LogColumns]:
-    """(units as their scores come, the log) of one run."""
+def log_of(case: Slow, rng: np.random.Generator) -> tuple[Observed, LogColumns]:
+    """Draw one run: its units in the order in which their scores come, and its log."""
     n, at = case.units, np.arange(case.units, dtype=np.float64)
     treated = rng.random(n) < case.chance
     latency = rng.gamma(20, 1 / 20, n) * np.where(treated, case.latencies_s[1], case.latencies_s[0])
@@ -129,7 +129,7 @@ def _run(case: Slow, rng: np.random.Generator) -> tuple[_Observed, LogColumns]:
     log = _log(case, parts, treated, failed)
     come = np.nonzero(rated & (scored_at <= at[-1]))[0]
     come = come[np.argsort(scored_at[come], kind="stable")]
-    return _Observed(treated[come], right[come]), log
+    return Observed(treated[come], right[come]), log
 
 
 def _log(
@@ -158,7 +158,7 @@ def _log(
     )  # fmt: skip
 
 
-def _found(case: Slow, runs: list[_Observed]) -> Stops:
+def _found(case: Slow, runs: list[Observed]) -> Stops:
     treated, outcomes, lengths = _side_by_side(runs)
     scores, followed = SplitScores((len(runs),)), Followed(len(runs), 0.0)
     for start in range(0, len(treated), _STEP):
@@ -167,7 +167,7 @@ def _found(case: Slow, runs: list[_Observed]) -> Stops:
     return np.where(followed.stops <= lengths, followed.stops, NEVER)
 
 
-def _ratio(case: Slow, runs: list[_Observed]) -> Stops:
+def _ratio(case: Slow, runs: list[Observed]) -> Stops:
     treated, _, lengths = _side_by_side(runs)
     plan = np.array([case.chance, 1 - case.chance])
     test, stops = SampleRatio(plan, (len(runs),)), np.full(len(runs), NEVER)
@@ -178,7 +178,7 @@ def _ratio(case: Slow, runs: list[_Observed]) -> Stops:
     return np.where(stops <= lengths, stops, NEVER)
 
 
-def _side_by_side(runs: list[_Observed]) -> tuple[NDArray[np.bool_], Floats, NDArray[np.int64]]:
+def _side_by_side(runs: list[Observed]) -> tuple[NDArray[np.bool_], Floats, NDArray[np.int64]]:
     """(treated, outcomes, lengths), runs along the second axis; what fills up shorter ones lies past their length."""
     lengths = np.array([len(one.treated) for one in runs], dtype=np.int64)
     shape = int(np.max(lengths, initial=0)), len(runs)

@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.latency_runs import Slow, latency_runs, log_of
 from benchmarks.online_runs import (
     NEVER,
     Split,
@@ -86,6 +88,31 @@ def test_simulated_shadows_and_guardrails_stop_where_the_monitor_does() -> None:
             take(watched, step, "rag", None if failed[step, run] else 1.0, probability=0.5)
         broken = [guard.broken_at for guard in watched.state().guardrails if guard.arm == "rag"][0]
         assert broken == (cuts[run] if cuts[run] <= 50 else None)
+
+
+@pytest.mark.parametrize("case", [Slow(10, 40, units=300), Slow(5, 20, failed=0.1, lost=0.1, rated=0.5, units=700)],
+                         ids=lambda case: case.name)  # fmt: skip
+def test_simulated_latency_stops_where_the_monitor_does(case: Slow) -> None:
+    """A difference that is found, from the same rows: the first unit whose e-value decides, and the units counted."""
+    case = replace(case, treated=0.95, control=0.5)
+    seen, rng = latency_runs(case, 3, seed=8), np.random.default_rng(8)
+    for run in range(3):
+        watched = Monitor(case.rules)
+        watched.take(log_of(case, rng)[1])
+        state = watched.state()
+        assert seen.steps <= state.contrasts[0].n < case.units
+        assert (state.contrasts[0].e_value >= 20) == (seen.found[run] <= state.contrasts[0].n)
+        assert state.blocked is None
+        assert seen.split[run] == NEVER
+    assert np.any(seen.found < NEVER)
+
+
+def test_a_slower_arm_raises_alarms_where_units_enter_as_their_scores_come() -> None:
+    seen = latency_runs(Slow(10, 80), 60, seed=9)
+    assert share(seen.found, 1000) <= at_most(0.05, 60)
+    assert share(seen.split, 1000) == 0
+    assert share(seen.found_as_scored, 1000) > 0.3
+    assert share(seen.split_as_scored, 1000) > 0.8
 
 
 def at_most(level: float, runs: int) -> float:
