@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from graftwork.errors import StorageError
 from graftwork.serving.experiment.online.log_reader import ExperimentLog, read_log, scores_of
-from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.log_row import Assignment, LogRow
 from graftwork.serving.experiment.online.recorder import Recorder
 from graftwork.serving.experiment.online.segments import Segments, SegmentWriter, parse_name
 from graftwork.storage import Store
@@ -183,8 +183,8 @@ def recorder(store: Store, **changed: Any) -> Recorder:
     return Recorder(Segments(store, FOLDER), list, **{**usual, **changed})
 
 
-def assignment(number: int) -> LogRow:
-    return LogRow(kind="assignment", experiment="x-1", at=1.0, request_id=f"r{number}", unit=f"u{number}", arm="a")
+def assignment(number: int) -> Assignment:
+    return Assignment("x-1", 1.0, f"r{number}", f"u{number}", "a", "primary", 0.5)
 
 
 def test_requests_beyond_the_buffer_take_no_part_and_admitted_ones_keep_their_answer(store: Store) -> None:

@@ -23,7 +23,7 @@ from graftwork.serving.experiment.online.assignment import Assigner, Drawn, key_
 from graftwork.serving.experiment.online.feedback import REMEMBERED, Answered, RecentAnswers
 from graftwork.serving.experiment.online.log_columns import columns_of_batch, columns_of_rows
 from graftwork.serving.experiment.online.log_reader import ExperimentLog, row_of
-from graftwork.serving.experiment.online.log_row import LogRow, Role
+from graftwork.serving.experiment.online.log_row import Assignment, LogRow, Role
 from graftwork.serving.experiment.online.monitor import Monitor
 from graftwork.serving.experiment.online.monitor_state import MonitorState
 from graftwork.serving.experiment.online.record import Cut, ExperimentRecord, Records
@@ -98,13 +98,11 @@ class LiveExperiment:
 
     def assign(self, placed: Placed, request_id: str) -> bool:
         """Queue the row that says which arm the request is sent to, before there is an answer; see `Recorder.admit`."""
-        assert placed.role is not None, "it takes no part"
+        arm, role = placed.arm.name, placed.role
+        assert role is not None, "it takes no part"
         return self.recorder.admit(
-            LogRow(
-                kind="assignment", experiment=self.record.id, at=time.time(), request_id=request_id, unit=placed.unit,
-                arm=placed.arm.name, role=placed.role, probability=placed.probability,
-            )
-        )  # fmt: skip
+            Assignment(self.record.id, time.time(), request_id, placed.unit, arm, role, placed.probability)
+        )
 
     def write(self, placed: Placed, request_id: str, asked: Question, answer: Dump | ApiError | str) -> None:
         """Queue the row of an arm's answer (`ArmAnswer.dump`), or of its failure, to a request that `assign` took."""

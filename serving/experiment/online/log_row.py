@@ -7,7 +7,7 @@ its own for each metric: it names the request id of its answer, with that answer
 the metric as `detail`.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -51,3 +51,19 @@ class LogRow(BaseModel):
     """start, resume, ramp, cut, kill, stop, stale. A `resume` with weights: the ingress was started again."""
     detail: str | None = None
     """Of an event its particulars as JSON; of a score the metric's name."""
+
+
+class Assignment(NamedTuple):
+    """The row of an assignment before it is a `LogRow`: made on the response path, where a draw takes 4 us in all."""
+
+    experiment: str
+    at: float
+    request_id: str
+    unit: str
+    arm: str
+    role: Role
+    probability: float | None
+
+    def row(self) -> LogRow:
+        """Return it as a row."""
+        return LogRow(kind="assignment", **self._asdict())

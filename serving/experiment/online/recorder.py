@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from graftwork.errors import StorageError
-from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.log_row import Assignment, LogRow
 from graftwork.serving.experiment.online.segments import Segments, SegmentWriter
 
 log = logging.getLogger("ray.serve")
@@ -36,7 +36,7 @@ class Recorder:
     ) -> None:
         self._segments, self._digest = segments, digest
         self._buffer, self._every_s = buffer, every_s
-        self._inbox: deque[LogRow] = deque()
+        self._inbox: deque[LogRow | Assignment] = deque()
         self._unwritten: list[LogRow] = []
         self._writer: SegmentWriter | None = None
         self._due = time.monotonic() + every_s
@@ -49,7 +49,7 @@ class Recorder:
         self.problem: str | None = None
         """Why the log can't be written now."""
 
-    def admit(self, assignment: LogRow) -> bool:
+    def admit(self, assignment: Assignment) -> bool:
         """Queue the assignment of a request and reserve room for its answer; False where there is none. Never waits."""
         if self.full:
             if self.dropped == 0:
@@ -80,10 +80,13 @@ class Recorder:
         """Digest what has come; publish it when it is time, or at once where it is the last step."""
         async with self._busy:
             while self._inbox:
-                rows = [self._inbox.popleft() for _ in range(min(len(self._inbox), MAX_BATCH))]
-                self._unwritten += await asyncio.to_thread(self._digest, rows)
+                queued = [self._inbox.popleft() for _ in range(min(len(self._inbox), MAX_BATCH))]
+                self._unwritten += await asyncio.to_thread(self._rows, queued)
             if self._unwritten and (last or time.monotonic() >= self._due or len(self._unwritten) >= MAX_BATCH):
                 await self._publish()
+
+    def _rows(self, queued: Sequence[LogRow | Assignment]) -> list[LogRow]:
+        return self._digest([one.row() if isinstance(one, Assignment) else one for one in queued])
 
     async def _publish(self) -> None:
         rows = self._unwritten
