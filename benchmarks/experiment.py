@@ -2,15 +2,16 @@
 
     python -m benchmarks.experiment
 
-assign_p99: one draw, in microseconds, by batches of 40,000. added_p99: the same arm asked directly and as an
-experiment, request by request in turns, over HTTP on a base of two thin layers, so that the engine's time hides
-nothing; the difference of the two p99s of a round. shadow_p99: on the real base, callers one at a time with a pause as
-long as their answer takes; p99 with every prompt copied to a second arm, to p99 of the same arm without.
-killed_answered: share of callers with an answer while the replica of the shadow arm is killed: two replicas, every
-prompt copied.
+assign_p99: one draw and its row in the queue of the log, in microseconds, by batches of 40,000. added_p99: the same arm
+asked directly and as an experiment, request by request in turns, over HTTP on a base of two thin layers, so that the
+engine's time hides nothing; the difference of the two p99s of a round. shadow_p99: on the real base, callers one at a
+time with a pause as long as their answer takes; p99 with every prompt copied to a second arm, to p99 of the same arm
+without. killed_answered: share of callers with an answer while the replica of the shadow arm is killed: two replicas,
+every prompt copied.
 """
 
 import argparse
+import gc
 import os
 import shutil
 import signal
@@ -32,8 +33,11 @@ from graftwork.cluster.session import session
 from graftwork.metrics import quantile
 from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.client import Client
-from graftwork.serving.experiment.online.assignment import Assigner, first_ranges, key_of
-from graftwork.serving.spec import ServeSpec
+from graftwork.serving.experiment.online.feedback import RecentAnswers
+from graftwork.serving.experiment.online.live import LiveExperiment
+from graftwork.serving.experiment.online.record import Records, new_record
+from graftwork.serving.experiment.online.spec import ExperimentSpec
+from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import Store
 
 DRAWS = 40_000
@@ -42,15 +46,22 @@ HELLO = [{"role": "user", "content": "Which airport has the ICAO code ENBR?"}]
 
 def assign_p99_us(rounds: int) -> list[float]:
     """One p99 a round."""
-    one = Assigner(key_of("cards-1a2b3c4d", ""), first_ranges({"a": 0.5, "b": 0.3, "c": 0.2}), control="a", holdout=0.1)
+    arms = [{"name": name, "weight": weight} for name, weight in (("a", 0.5), ("b", 0.3), ("c", 0.2))]
+    spec = ExperimentSpec.model_validate({"name": "cards", "control": "a", "arms": arms, "holdout": 0.1,
+                                          "primary": "thumbs", "log_buffer": 3 * DRAWS})  # fmt: skip
+    record = new_record(spec, {name: ArmSpec(name=name) for name in "abc"}, "0" * 64)
     found = []
-    for number in range(rounds):
-        times = []
-        for unit in [f"user:{number}-{n}" for n in range(DRAWS)]:
-            began = time.perf_counter_ns()
-            one.draw(unit)
-            times.append((time.perf_counter_ns() - began) / 1000)
-        found.append(quantile(times, 0.99))
+    with tempfile.TemporaryDirectory() as root:
+        for number in range(rounds):
+            gc.collect()
+            one = LiveExperiment(record, Records(Store(root)), None, RecentAnswers())  # type: ignore[arg-type]  # no answer
+            times = []
+            for name in [f"{number}-{n}" for n in range(DRAWS)]:
+                began = time.perf_counter_ns()
+                admitted = one.assign(one.place("user", name), name)
+                times.append((time.perf_counter_ns() - began) / 1000)
+                assert admitted, "the buffer has room for all"
+            found.append(quantile(times, 0.99))
     return found
 
 

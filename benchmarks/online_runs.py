@@ -76,7 +76,7 @@ def split_runs(one: Split, runs: int, seed: int) -> Stopped:
     """Our sequence, and on the same draws a z-test looked at always, the same test once at the end, and mSPRT."""
     scores, effect = SplitScores((runs,)), one.treated - one.control
     peers = _Peers(runs)
-    found = _Followed(runs, effect)
+    found = Followed(runs, effect)
     for treated, outcome, chance in draws(one, runs, seed):
         found.take(scores.update(treated, outcome, chance))
         peers.take(treated, outcome)
@@ -85,7 +85,7 @@ def split_runs(one: Split, runs: int, seed: int) -> Stopped:
 
 def shadow_runs(wins: float, losses: float, steps: int, runs: int, seed: int) -> Stopped:
     """Pairs on the same prompts; the peer is McNemar's z looked at always."""
-    rng, scores, found = np.random.default_rng(seed), PairScores((runs,)), _Followed(runs, wins - losses)
+    rng, scores, found = np.random.default_rng(seed), PairScores((runs,)), Followed(runs, wins - losses)
     naive, moments, n = np.full(runs, NEVER), np.zeros((2, runs)), 0
     for start in range(0, steps, _STEP):
         drawn = rng.random((min(_STEP, steps - start), runs))
@@ -95,7 +95,7 @@ def shadow_runs(wins: float, losses: float, steps: int, runs: int, seed: int) ->
         moments = path[-1]
         hit = np.abs(path[:, 0]) >= 1.959964 * np.sqrt(np.maximum(path[:, 1], 1e-9))
         hit[: max(0, PEEK_FROM - n)] = False
-        naive = np.minimum(naive, _first(hit, n))
+        naive = np.minimum(naive, first(hit, n))
         n += len(drawn)
     return Stopped(found.stops, found.missed, {"McNemar, always looked at": naive})
 
@@ -107,12 +107,12 @@ def ratio_runs(planned: float, actual: float, steps: int, runs: int, seed: int) 
     for start in range(0, steps, _STEP):
         arms = (rng.random((min(_STEP, steps - start), runs)) >= actual).astype(np.intp)
         plan = np.broadcast_to([planned, 1 - planned], (*arms.shape, 2))
-        ours = np.minimum(ours, _first(ratio.update(arms, plan) >= 1000, n))
+        ours = np.minimum(ours, first(ratio.update(arms, plan) >= 1000, n))
         _, path = sums(seen, (arms == 0).astype(np.float64))
         seen, count = path[-1], n + np.arange(1, len(arms) + 1)[:, None]
         hit = np.abs(path - planned * count) >= 3.290527 * np.sqrt(count * planned * (1 - planned))
         hit[: max(0, PEEK_FROM - n)] = False
-        naive = np.minimum(naive, _first(hit, n))
+        naive = np.minimum(naive, first(hit, n))
         n += len(arms)
     return ours, naive
 
@@ -122,7 +122,7 @@ def guard_runs(limit: float, actual: float, steps: int, runs: int, seed: int, al
     rng, test, stops = np.random.default_rng(seed), LimitTest(limit, (runs,)), np.full(runs, NEVER)
     for start in range(0, steps, _STEP):
         failed = (rng.random((min(_STEP, steps - start), runs)) < actual).astype(np.float64)
-        stops = np.minimum(stops, _first(test.update(failed) >= 1 / alpha, start))
+        stops = np.minimum(stops, first(test.update(failed) >= 1 / alpha, start))
     return stops
 
 
@@ -131,7 +131,7 @@ def share(stops: Stops, within: int) -> float:
     return float(np.mean(stops <= within))
 
 
-class _Followed:
+class Followed:
     """The betting sequence at two means: none, and the truth."""
 
     def __init__(self, runs: int, effect: float) -> None:
@@ -142,7 +142,7 @@ class _Followed:
         parts = [part[..., None] for part in (scored.values, scored.low, scored.high, scored.spread)]
         above, below = self._test.update(*parts)  # type: ignore[arg-type]
         crossed = (above >= BOUND) | (below >= BOUND)
-        self.stops = np.minimum(self.stops, _first(crossed[..., 0], self._n))
+        self.stops = np.minimum(self.stops, first(crossed[..., 0], self._n))
         self.missed |= np.any(crossed[..., 1], axis=0)
         self._n += len(crossed)
 
@@ -170,8 +170,8 @@ class _Peers:
         naive = np.abs(gap) >= 1.959964 * np.sqrt(variance)
         early = max(0, PEEK_FROM - self._n)
         naive[:early], mixed[:early] = False, False
-        self._naive = np.minimum(self._naive, _first(naive, self._n))
-        self._mixed = np.minimum(self._mixed, _first(mixed, self._n))
+        self._naive = np.minimum(self._naive, first(naive, self._n))
+        self._mixed = np.minimum(self._mixed, first(mixed, self._n))
         self._last = np.abs(gap[-1]) / np.sqrt(variance[-1])
         self._n += len(treated)
 
@@ -180,7 +180,7 @@ class _Peers:
         return {"z, always looked at": self._naive, "z, once at the end": once, "mSPRT": self._mixed}
 
 
-def _first(hit: NDArray[np.bool_], before: int) -> Stops:
+def first(hit: NDArray[np.bool_], before: int) -> Stops:
     """Step of the first hit of each run, counted from 1; `before` steps came earlier."""
     found: Stops = np.where(np.any(hit, axis=0), before + np.argmax(hit, axis=0) + 1, NEVER)
     return found

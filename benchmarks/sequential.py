@@ -6,7 +6,9 @@
 Runs are simulated side by side through the classes that the monitor uses (tests/unit/test_online_runs.py holds both
 against each other) and, on the same draws, peers: the z-test looked at after every request and the same once at the
 end, mSPRT with plug-in variance, McNemar's z looked at always, chi-square looked at always, and lm-eval's unpaired z
-offline. Upper bounds are one-sided 95 % ones (Wilson). The log has two arms and a row a unit, as Parquet segments.
+offline. Arms of equal quality that differ in latency, failures, lost answers and delay of feedback are simulated as log
+rows that the monitor's `Units` reads (benchmarks/latency_runs.py), with half as many runs a case. Upper bounds are
+one-sided 95 % ones (Wilson). The log has two arms, an assignment and an answer a unit, as Parquet segments.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.latency_runs import Slow, alarm_share, latency_runs
 from benchmarks.online_runs import (
     Split,
     Stopped,
@@ -40,6 +43,16 @@ from graftwork.stats import Floats
 
 SHARES = (0.01, 0.1, 0.5, 0.9, 0.99)
 PLANS = {"50/50": even, "90/10": tenth, "ramping": ramping}
+LATE = (
+    *(Slow(ratio, in_flight, units=2500 if in_flight == 500 else 1000) for ratio in (1, 3, 10, 30)
+      for in_flight in (10, 80, 500)),
+    Slow(10, 80, chance=0.1), Slow(10, 80, treated=0.5, control=0.5), Slow(10, 80, failed=0.05, lost=0.02),
+    Slow(30, 40, failed=0.05, lost=0.02),
+)  # fmt: skip
+RATED = (
+    *(Slow(ratio, in_flight, rated=0.3, units=2000) for ratio, in_flight in ((1, 10), (10, 80), (30, 40))),
+    Slow(30, 80, rated=0.3, lost=0.02, units=2000),
+)
 OFFLINE_N, OFFLINE_GAIN = 200, 0.08
 
 
@@ -100,6 +113,31 @@ def shadowed(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
     figures = {"shadow_power": rate(first.ours, 2000), "shadow_median": median(first.ours, "prompts"),
                "shadow_aa": rate(seen["none at 20 %"].ours, 2000)}  # fmt: skip
     return figures, [{"case": name, **_told(one, 2000)} for name, one in seen.items()]
+
+
+def late(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
+    """A/A of arms that differ in latency, and the goal's effect between such arms."""
+    found: list[dict[str, Any]] = []
+    for number, case in enumerate((*LATE, *RATED)):
+        seen = latency_runs(case, runs // 2, seed=600 + number)
+        alarms = {name: alarm_share(getattr(seen, name)) for name in ("found", "split", "found_as_scored",
+                                                                      "split_as_scored")}  # fmt: skip
+        found.append({"case": case.name, "p": case.control, "runs": runs // 2, "units": seen.steps, **alarms,
+                      "upper": upper(alarms["found"], runs // 2)})  # fmt: skip
+        print(found[-1], flush=True)
+    all_runs = len(found) * (runs // 2)
+    split = sum(one["split"] for one in found) / len(found)
+    worst = {"latency_aa_upper": max(one["upper"] for one in found[: len(LATE)]),
+             "feedback_aa_upper": max(one["upper"] for one in found[len(LATE) :]),
+             "latency_aa_as_scored": max(one["found_as_scored"] for one in found),
+             "latency_srm_as_scored": max(one["split_as_scored"] for one in found)}  # fmt: skip
+    figures = {name: _single(value, runs // 2, "share of runs") for name, value in worst.items()}
+    figures["latency_srm_upper"] = _single(upper(split, all_runs), all_runs, "share of runs")
+    effect = latency_runs(Slow(10, 100, treated=0.85, control=0.8, units=4500), runs // 4, seed=650)
+    assert effect.steps >= 4000, f"{effect.steps} units counted"
+    figures["latency_power"] = rate(effect.found, 4000)
+    figures["latency_power_median"] = median(effect.found, "requests")
+    return figures, found
 
 
 def ratios(runs: int) -> dict[str, Figure]:
@@ -180,7 +218,8 @@ def read_log(folder: str) -> None:
 
 
 def write_log(folder: Path, rows: int, size: int = 50_000) -> None:
-    """Parquet segments of a split with a 1 pp effect, answers of some 100 ms, 1 % failures."""
+    """Parquet segments of a split with a 1 pp effect, answers of some 100 ms, 1 % failures: as many answers as rows
+    are asked for, and an assignment for each."""
     import pyarrow as pa
 
     from graftwork.serving.experiment.online.log_reader import SCHEMA
@@ -192,17 +231,22 @@ def write_log(folder: Path, rows: int, size: int = 50_000) -> None:
         ids = [f"{value:032x}" for value in (start + np.arange(count)).tolist()]
         treated, failed = rng.random(count) < 0.5, rng.random(count) < 0.01
         right = (rng.random(count) < np.where(treated, 0.81, 0.8)).astype(float)
+        drawn, latency_ms = (start + np.arange(count)) / 50, rng.lognormal(4.6, 0.8, count)
+        order = np.argsort(np.concatenate([drawn, drawn + latency_ms / 1000]), kind="stable")
+        unit, answer = order % count, order >= count
         columns = {
-            "kind": ["answer"] * count, "experiment": ["bench"] * count, "role": ["primary"] * count, "unit": ids,
-            "request_id": ids, "arm": np.where(treated, "rag", "base"), "probability": np.full(count, 0.5),
-            "at": (start + np.arange(count)) / 50, "latency_ms": rng.lognormal(4.6, 0.8, count),
-            "cold": np.zeros(count, dtype=bool), "error": ["timeout" if one else None for one in failed],
+            "kind": np.where(answer, "answer", "assignment"), "experiment": ["bench"] * (2 * count),
+            "role": ["primary"] * (2 * count), "unit": [ids[k] for k in unit], "request_id": [ids[k] for k in unit],
+            "arm": np.where(treated, "rag", "base")[unit], "probability": np.full(2 * count, 0.5),
+            "at": np.where(answer, drawn[unit] + latency_ms[unit] / 1000, drawn[unit]),
+            "latency_ms": pa.array(latency_ms[unit], mask=~answer), "cold": np.zeros(2 * count, dtype=bool),
+            "error": ["timeout" if one else None for one in failed[unit] & answer],
         }  # fmt: skip
         table = pa.table({field.name: pa.array(columns[field.name], field.type) if field.name in columns
-                          else pa.nulls(count, field.type) for field in SCHEMA})  # fmt: skip
-        scores = pa.StructArray.from_arrays([pa.array(right, mask=failed)], ["right"])
+                          else pa.nulls(2 * count, field.type) for field in SCHEMA})  # fmt: skip
+        scores = pa.StructArray.from_arrays([pa.array(right[unit], mask=failed[unit] | ~answer)], ["right"])
         data = parquet_bytes(table.append_column("scores", scores))
-        (folder / Segment(1, number, number, count, "parquet").name).write_bytes(data)
+        (folder / Segment(1, number, number, 2 * count, "parquet").name).write_bytes(data)
 
 
 def _told(seen: Stopped, steps: int) -> dict[str, Any]:
@@ -227,7 +271,7 @@ def main() -> None:
         return read_log(args.read)
     clock, figures, detail = Clock(), {}, {}
     parts: dict[str, Callable[[int], tuple[dict[str, Figure], list[dict[str, Any]]]]] = {
-        "alike": alike, "unlike": unlike, "shadow": shadowed}  # fmt: skip
+        "alike": alike, "unlike": unlike, "shadow": shadowed, "late": late}  # fmt: skip
     for name, part in parts.items():
         found, detail[name] = part(args.runs)
         figures.update(found)

@@ -202,7 +202,7 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
         for arm in found["arms"]
     ]
     print_table(title, ("arm", "adapter", "weight", "answers", "errors", "cut"), rows)
-    _show_verdict(found["primary"], found["judged"])
+    _show_verdict(found["primary"], found["mode"], found["judged"])
     log, shadow = found["log"], found["shadow"]
     say(f"  log {log['uri']}: {log['written']} rows, {log['waiting']} waiting, {log['dropped']} dropped"
         + (f"; NOT WRITTEN: {log['problem']}" if log["problem"] else ""))  # fmt: skip
@@ -212,16 +212,22 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
         say(f"  shadow: {shadow['waiting']} copies waiting, {shadow['dropped']} dropped")
 
 
-def _show_verdict(metric: str, judged: dict[str, Any]) -> None:
-    """What may be said now; it holds however often it is looked at."""
-    means = {arm["arm"]: "-" if arm["mean"] is None else f"{arm['mean']:.3f}" for arm in judged["arms"]}
+def _show_verdict(metric: str, mode: str, judged: dict[str, Any]) -> None:
+    """Print the verdict, which holds at every look. The difference is not that of the plain means: see `estimator`."""
+    from graftwork.report.online import estimator
+
+    means = [
+        f"{arm['arm']} {arm['mean']:.3f} (n={arm['counted']})" for arm in judged["arms"] if arm["mean"] is not None
+    ]
+    if means:
+        say(f"  {metric}, plain means: {', '.join(means)}")
     for one in judged["contrasts"]:
         if one["estimate"] is None:
             say(f"  {metric}: nothing is known of {one['arm']} against {one['control']} yet")
             continue
         estimate = f"{one['estimate']:+.3f}"
         more = f", about {one['n_needed']} units decide" if one["n_needed"] else ""
-        say(f"  {metric}: {one['arm']} {means[one['arm']]} against {one['control']} {means[one['control']]}: {estimate}"
+        say(f"  {metric}, {estimator(mode)} of {one['arm']} against {one['control']}: {estimate}"
             f" [{one['low']:+.3f}, {one['high']:+.3f}] at {one['level']:.0%}, n={one['n']}, "
             f"e={one['e_value']:.3g}: {one['verdict']}{more}")  # fmt: skip
     for one in judged["guardrails"]:
@@ -231,5 +237,10 @@ def _show_verdict(metric: str, judged: dict[str, Any]) -> None:
             f"e={one['e_value']:.3g}: {said}")  # fmt: skip
     if judged["blocked"]:
         say(f"  NO CONCLUSION: {judged['blocked']}")
+    if judged["waiting"]:
+        unit = "copies" if mode == "shadow" else "units"
+        say(f"  {judged['waiting']} {unit} are not counted yet: an answer or score is open, or one assigned before it")
+    if silent := sum(arm["counted"] - arm["scored"] for arm in judged["arms"]):
+        say(f"  {silent} units got no score in time and count with the middle of the metric's range")
     if judged["left_out"]:
         say("  not counted: " + ", ".join(f"{count} {reason}" for reason, count in judged["left_out"].items()))

@@ -15,13 +15,13 @@ def show_online(report: "ExperimentReport") -> None:
     unit = "prompts" if report.mode == "shadow" else "units"
     print_table(
         f"{report.name}: {report.metric}, {report.mode}, {words.count(report.rows)} rows",
-        ("arm", unit, "mean", "answers", "failed"),
+        ("arm", unit, "plain mean", "answers", "failed"),
         [(arm.name, arm.units, words.NONE if arm.mean is None else f"{arm.mean:.3f}", arm.answers, arm.errors)
          for arm in report.arms],
     )  # fmt: skip
     print_table(
         f"against {report.control} (holds at every look)",
-        ("arm", "difference", unit, "e-value", "verdict", "would decide"),
+        ("arm", online.estimator(report.mode), unit, "e-value", "verdict", "would decide"),
         [(one.arm, f"{online.signed(one.estimate)} {online.effect_interval(one)}", one.n, online.evidence(one.e_value),
           one.verdict, words.NONE if one.n_needed is None else words.count(one.n_needed)) for one in report.contrasts],
     )  # fmt: skip

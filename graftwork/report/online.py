@@ -35,6 +35,14 @@ def effect_track(report: ExperimentReport, contrast: OnlineContrast) -> Markup:
     return interval_track(Mark(contrast.estimate or 0.0, low, high, "rag", title), Scale(-reach, reach), reference=0.0)
 
 
+def estimator(mode: str) -> str:
+    """Name what a contrast's estimate is: the mean of scores weighted by each unit's chance of its arm, or of pairs.
+
+    A split's estimate is not the difference of the arms' plain means, which mislead where weights move.
+    """
+    return "paired difference" if mode == "shadow" else "weighted difference"
+
+
 def evidence(value: float) -> str:
     """An e-value: how many to one."""
     if not math.isfinite(value) or value >= 1e6:

@@ -9,15 +9,19 @@ from graftwork.report.record import Record
 
 
 class OnlineArm(Record):
-    """One arm. A unit (user, session or request) counts once, with the arm of its first answer."""
+    """One arm. A unit (user, session or request) counts once, with the arm of its first assignment."""
 
     name: str
     weight: float | None
     """Planned at the end; None in a shadow, where every arm answers every request."""
     units: int
+    """Units assigned to it."""
+    counted: int
+    """Units whose outcome is fixed, and that of all units assigned before them."""
     scored: int
-    """Units whose score has come."""
+    """Counted units with a score of their own."""
     mean: float | None
+    """Plain mean over counted units. Contrasts are weighted by chances and are not differences of these means."""
     answers: int
     """Answers, those of one unit within ten minutes once."""
     errors: int
@@ -91,6 +95,7 @@ class ExperimentReport(Record):
     alpha: float
     margin: float
     window_s: float
+    deadline_s: float
     rows: int
     first_at: float | None
     last_at: float | None

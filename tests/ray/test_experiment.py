@@ -1,5 +1,6 @@
 """A live split and a shadow on an endpoint of two replicas on a real Ray, one of which is killed under traffic."""
 
+import asyncio
 import os
 import signal
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from graftwork import artifact, base_model
@@ -14,8 +16,11 @@ from graftwork.base_model import BaseSpec
 from graftwork.cluster.session import Session
 from graftwork.serving.app import Endpoint, deploy
 from graftwork.serving.client import Client
+from graftwork.serving.experiment.online.analyse import analyse_log
 from graftwork.serving.experiment.online.log_reader import ExperimentLog
 from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.scoring import rules_of
+from graftwork.serving.experiment.online.spec import ExperimentSpec
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage import Store
 from tests.adapters import facts
@@ -39,6 +44,7 @@ def endpoint(local_ray: Session, tmp_path_factory: pytest.TempPathFactory) -> It
     spec = ServeSpec.model_validate({
         "base": str(base), "root": store.uri, "quant": {"kind": "none"}, "port": free_port(), "num_replicas": 2,
         "num_cpus": 0.5, "name": "experimented", "engine": {"max_seq_len": 512, "num_threads": 1, "max_batch": 16},
+        "arms": [{"name": name, "grammar": {"regex": f"[a-z]{{{n}}}"}} for name, n in (("quick", 2), ("slow", 200))],
     })  # fmt: skip
     with deploy(spec) as running:
         yield running
@@ -149,3 +155,77 @@ def shadow_is_whole(client: Client, seen: set[str]) -> None:
     assert {row.request_id for row in rows if row.role == "shadow"} == seen
     assert len(rows) == 2 * len(seen)
     assert all(row.error is None for row in rows if row.role == "primary")
+
+
+UNITS, PER_S = 600, 20.0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rated", [1.0, 0.3])
+def test_an_arm_that_is_slower_and_no_worse_raises_no_alarm_at_any_look(endpoint: Endpoint, rated: float) -> None:
+    """600 callers come at random times, with equal thumbs for both arms; `slow` writes 200 letters, `quick` two. Of the
+    callers all, or 3 of 10, send their thumb, on the slow arm seconds later."""
+    arms = [{"name": name, "model": f"arm/{name}", "weight": 0.5} for name in ("quick", "slow")]
+    spec: dict[str, Any] = {
+        "kind": "experiment", "name": f"latency{rated:g}".replace(".", "-"), "arms": arms, "control": "quick",
+        "primary": {"name": "thumbs", "deadline_s": 20.0}, "log_every_s": 0.2,
+    }  # fmt: skip
+    with endpoint.client() as client:
+        client.experiment("start", spec=spec)
+        looks = asyncio.run(callers(endpoint, client, spec["name"], rated))
+        until(lambda: moved(endpoint, client, spec["name"]), timeout_s=120)
+        client.experiment("stop", name=spec["name"])
+        until(lambda: status(client, spec["name"])["log"]["waiting"] == 0)
+        last = status(client, spec["name"])
+    assert len(looks) > 20
+    for judged in (*looks, last["judged"]):
+        assert judged["blocked"] is None
+        assert judged["contrasts"][0]["verdict"] in ("undecided", "equivalent")
+    read = analyse_log(
+        spec["name"], ExperimentLog.at(last["log"]["uri"]), rules_of(ExperimentSpec.model_validate(spec))
+    )
+    (contrast,) = read.contrasts
+    assert (contrast.n, contrast.estimate, contrast.e_value) == tuple(
+        last["judged"]["contrasts"][0][key] for key in ("n", "estimate", "e_value")
+    ), "the log that is read again says what the endpoint said"
+    assert sum(arm.counted for arm in read.arms) >= UNITS
+    assert sum(arm.scored for arm in read.arms) == pytest.approx(rated * UNITS, rel=0.25)
+    rows = list(ExperimentLog.at(last["log"]["uri"]).rows())
+    times = {arm: [row.latency_ms for row in rows if row.arm == arm and row.latency_ms] for arm in ("quick", "slow")}
+    assert np.median(times["slow"]) > 5 * np.median(times["quick"])
+    order = [row.request_id for row in rows if row.kind == "assignment"]
+    assert [row.request_id for row in rows if row.kind == "answer"] != order, "answers overtook one another"
+
+
+async def callers(endpoint: Endpoint, client: Client, name: str, rated: float) -> list[dict[str, Any]]:
+    """Ask and rate; returns the state at every look on the way."""
+    rng, looks = np.random.default_rng(3), list[dict[str, Any]]()
+    limits = httpx.Limits(max_connections=400, max_keepalive_connections=400)
+    async with (
+        httpx.AsyncClient(base_url=str(endpoint.url), timeout=120, limits=limits) as http,
+        asyncio.TaskGroup() as group,
+    ):
+        for number, gap in enumerate(rng.exponential(1 / PER_S, UNITS)):
+            thumb = float(rng.random() < 0.8) if rng.random() < rated else None
+            group.create_task(one_caller(http, f"experiment/{name}", f"user{number}", thumb, float(rng.random())))
+            await asyncio.sleep(gap)
+            if number % 20 == 0:
+                looks.append((await asyncio.to_thread(status, client, name))["judged"])
+    return looks
+
+
+async def one_caller(http: httpx.AsyncClient, model: str, user: str, thumb: float | None, pause_s: float) -> None:
+    body = {"model": model, "messages": HELLO, "max_tokens": 256, "user": user}
+    answered = await http.post("/v1/chat/completions", json=body)
+    assert answered.status_code == 200, answered.text
+    if thumb is not None:
+        await asyncio.sleep(pause_s * (4 if answered.headers["x-graftwork-arm"] == "slow" else 1))
+        late = {"request_id": answered.json()["id"], "scores": {"thumbs": thumb}}
+        rated = await http.post("/v1/feedback", json=late)
+        assert rated.status_code == 200, rated.text
+
+
+def moved(endpoint: Endpoint, client: Client, name: str) -> bool:
+    """Another request moves the log's clock; true once all units of the run are counted."""
+    ask(endpoint, f"experiment/{name}", f"clock{time.monotonic_ns()}")
+    return bool(sum(arm["counted"] for arm in status(client, name)["judged"]["arms"]) >= UNITS)

@@ -1,6 +1,7 @@
 """`graftwork experiment` against an endpoint over real HTTP: what a person types and reads, right and wrong."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,8 @@ def test_it_is_started_watched_ramped_and_stopped(url: str, file: Path, monkeypa
     assert sum(arm["answers"] for arm in found["arms"]) == 4
     said = until_judged(file)
     assert "undecided" in said
+    assert "thumbs, plain means: " in said, "named apart from the difference, which is weighted"
+    assert not re.search(r"b [01]\.\d+ against a [01]\.\d+: [+-]", said)
     assert "0 dropped" in said
     assert "0.25" in run("ramp", str(file), "--weight", "a=0.75", "--weight", "b=0.25")
     assert listed("kill", url)["status"] == "killed"
@@ -95,7 +98,7 @@ def test_it_is_started_watched_ramped_and_stopped(url: str, file: Path, monkeypa
 def until_judged(file: Path) -> str:
     """What `status` says once the rows are written and judged, which is a moment after the answers."""
     deadline = time.monotonic() + 60
-    while "thumbs: b" not in (said := run("status", str(file))):
+    while "thumbs, weighted difference of b against a" not in (said := run("status", str(file))):
         assert time.monotonic() < deadline, said
         time.sleep(0.1)
     return said

@@ -81,12 +81,23 @@ def until(holds: Callable[[], bool], timeout_s: float = 30) -> None:
 
 
 def rows_of(url: str, name: str, count: int) -> list[LogRow]:
-    """All rows, once so many are written."""
-    until(lambda: status(url, name)["log"]["waiting"] == 0 and status(url, name)["log"]["written"] >= count)
-    log = ExperimentLog.at(status(url, name)["log"]["uri"])
-    found = list(log.rows())
-    assert (log.health.damaged, log.health.duplicates) == ([], 0)
-    return found
+    """All rows but assignments, once there are that many; every answer has its assignment before it."""
+    found: list[LogRow] = []
+
+    def written() -> bool:
+        log = ExperimentLog.at(status(url, name)["log"]["uri"])
+        found[:] = log.rows()
+        assert (log.health.damaged, log.health.duplicates) == ([], 0)
+        return sum(row.kind != "assignment" for row in found) >= count and not status(url, name)["log"]["waiting"]
+
+    until(written)
+    drawn: dict[tuple[str, str], tuple[str, str, float | None]] = {}
+    for row in found:
+        if row.kind == "assignment":
+            drawn[row.request_id, row.arm] = row.unit, row.role, row.probability
+        elif row.kind == "answer":
+            assert drawn[row.request_id, row.arm] == (row.unit, row.role, row.probability)
+    return [row for row in found if row.kind != "assignment"]
 
 
 def test_the_openai_client_gets_a_sticky_arm_and_every_answer_is_written_once(url: str, spec: ServeSpec) -> None:
@@ -173,6 +184,8 @@ def test_an_experiment_that_runs_is_not_changed(url: str, changed: dict[str, Any
         ({"overrides": {"me": "nobody"}}, "none of the arms"),
         ({"mode": "shadow"}, "can't act"),
         ({"scorers": ["exact"]}, "no gold"),
+        ({"primary": {"name": "stars", "kind": "unbounded"}}, "stars comes by feedback"),
+        ({"primary": {"name": "thumbs", "deadline_s": 0}}, "greater than 0"),
         ({"guardrails": [{"kind": "schema_invalid", "limit": 0.1}]}, "none of the scorers"),
         ({"salted": 1}, "unknown key"),
         ({"log": "ftp://x/y"}, "names no place"),
@@ -266,6 +279,26 @@ def test_a_damaged_record_takes_no_other_along(spec: ServeSpec, tmp_path: Path) 
     with local_endpoint(moved) as url:
         assert [one["id"] for one in httpx.get(f"{url}/v1/admin/experiments").json()["data"]] == [kept["id"]]
         assert ask(url, "experiment/kept", "u").status_code == 200
+
+
+def test_with_a_full_buffer_requests_take_no_part_and_feedback_is_refused_until_there_is_room(
+    url: str, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "log"
+    blocked.write_text("")  # a file where the log's folder would be
+    start(url, SPLIT, name="blocked", log=str(blocked), log_buffer=3)
+    first, second = ask(url, "experiment/blocked", "u1"), ask(url, "experiment/blocked", "u2")
+    assert (first.status_code, second.status_code) == (200, 200)
+    assert status(url, "blocked")["log"]["dropped"] == 1
+    late = {"request_id": first.json()["id"], "scores": {"thumbs": 1}}
+    refused = httpx.post(f"{url}/v1/feedback", json=late, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "log_full")
+    blocked.unlink()
+    until(lambda: httpx.post(f"{url}/v1/feedback", json=late, timeout=60).status_code == 200)
+    rows = rows_of(url, "blocked", 3)
+    assert [(row.kind, row.request_id) for row in rows if row.kind != "event"] == [
+        ("answer", first.json()["id"]), ("score", first.json()["id"]),
+    ]  # fmt: skip
 
 
 def test_an_answer_that_fails_is_written_as_a_failure(url: str) -> None:

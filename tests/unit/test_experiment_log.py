@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from graftwork.errors import StorageError
 from graftwork.serving.experiment.online.log_reader import ExperimentLog, read_log, scores_of
-from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.log_row import Assignment, LogRow
 from graftwork.serving.experiment.online.recorder import Recorder
 from graftwork.serving.experiment.online.segments import Segments, SegmentWriter, parse_name
 from graftwork.storage import Store
@@ -183,14 +183,23 @@ def recorder(store: Store, **changed: Any) -> Recorder:
     return Recorder(Segments(store, FOLDER), list, **{**usual, **changed})
 
 
-def test_rows_beyond_the_buffer_are_dropped_and_counted(store: Store) -> None:
+def assignment(number: int) -> Assignment:
+    return Assignment("x-1", 1.0, f"r{number}", f"u{number}", "a", "primary", 0.5)
+
+
+def test_requests_beyond_the_buffer_take_no_part_and_admitted_ones_keep_their_answer(store: Store) -> None:
     one = recorder(store, buffer=5)
-    for number in range(8):
+    admitted = [number for number in range(8) if one.admit(assignment(number))]
+    assert (admitted, one.waiting, one.dropped, one.full) == ([0, 1, 2], 3, 5, True)
+    for number in reversed(admitted):
         one.add(answer(number))
-    assert (one.waiting, one.dropped) == (5, 3)
     asyncio.run(one.step(last=True))
-    assert (one.waiting, one.written) == (0, 5)
-    assert [row.request_id for row in read(store)[0]] == ["r0", "r1", "r2", "r3", "r4"]
+    assert (one.waiting, one.written, one.full) == (0, 6, False)
+    assert [(row.kind, row.request_id) for row in read(store)[0]] == [
+        ("assignment", "r0"), ("assignment", "r1"), ("assignment", "r2"), ("answer", "r2"), ("answer", "r1"),
+        ("answer", "r0"),
+    ]  # fmt: skip
+    assert one.admit(assignment(9)), "room again"
 
 
 def test_a_log_that_cannot_be_written_keeps_its_rows_until_it_can(store: Store) -> None:

@@ -41,10 +41,10 @@ def rows(n: int, gain: float = 0.15, failing: float = 0.01) -> list[LogRow]:
         arm = "rag" if rng.random() < 0.5 else "base"
         failed = arm == "rag" and rng.random() < failing
         scores = {} if failed else {"right": float(rng.random() < (0.5 + gain if arm == "rag" else 0.5))}
-        found.append(LogRow(
-            kind="answer", experiment="e", at=k / 10, request_id=f"r{k}", unit=f"{k:032x}", arm=arm, probability=0.5,
-            latency_ms=float(rng.lognormal(5, 1)), scores=scores, error="timeout" if failed else None,
-        ))  # fmt: skip
+        drawn = LogRow(kind="assignment", experiment="e", at=k / 10, request_id=f"r{k}", unit=f"{k:032x}", arm=arm,
+                       probability=0.5)  # fmt: skip
+        answered = {"kind": "answer", "latency_ms": float(rng.lognormal(5, 1)), "scores": scores}
+        found += [drawn, drawn.model_copy(update={**answered, "error": "timeout" if failed else None})]
     return found
 
 
@@ -99,7 +99,7 @@ def test_an_arm_that_broke_a_guardrail_and_a_blocked_verdict_lead_the_page(tmp_p
     failing = read(written(tmp_path / "a", rows(600, failing=0.3), 500))
     assert failing.cut == ("rag",)
     assert failing.sentence.startswith("rag broke a guardrail and is to be cut.")
-    lost = [row for k, row in enumerate(rows(4000)) if row.arm != "rag" or k % 4]
+    lost = [row for row in rows(4000) if row.arm != "rag" or int(row.request_id[1:]) % 4]
     blocked = read(written(tmp_path / "b", lost, 2000))
     assert blocked.contrasts[0].verdict == "undecided"
     assert "No conclusion: units do not fall to the arms as planned" in page_of(blocked)
@@ -116,10 +116,11 @@ def test_batches_that_hold_other_metrics_or_none_are_read_alike() -> None:
     """Scores are a struct of what a segment has; here one batch has ours beside another, one has none."""
     told = rows(3)[1:]
     base = {name: [getattr(row, name) for row in told] for name in ("kind", "role", "arm", "unit", "request_id", "at")}
-    shared = {**base, "probability": [0.5] * 3, "error": pa.nulls(3, pa.string()), "cold": [False] * 3,
-              "retrieved_ids": pa.nulls(3, pa.list_(pa.string())), "event": pa.nulls(3, pa.string()),
-              "detail": pa.nulls(3, pa.string()), "latency_ms": [5.0] * 3}  # fmt: skip
-    scores = pa.StructArray.from_arrays([pa.array([1.0, None, 0.0]), pa.array([0.5] * 3)], ["right", "form"])
+    shared = {**base, "probability": [0.5] * 6, "error": pa.nulls(6, pa.string()), "cold": [False] * 6,
+              "retrieved_ids": pa.nulls(6, pa.list_(pa.string())), "event": pa.nulls(6, pa.string()),
+              "detail": pa.nulls(6, pa.string()), "latency_ms": [5.0] * 6}  # fmt: skip
+    right = pa.array([None, 1.0, None, 0.0, None, None], pa.float64())  # an assignment, its answer, and so on
+    scores = pa.StructArray.from_arrays([right, pa.array([0.5] * 6)], ["right", "form"])
     some = analyse("cards", [pa.record_batch({**shared, "scores": scores})], RULES)
     none = analyse("cards", [pa.record_batch(shared)], RULES)
     assert (some.contrasts[0].n, none.contrasts[0].n) == (2, 0)
@@ -140,6 +141,9 @@ def test_the_command_prints_the_verdict_and_writes_the_page(tmp_path: Path) -> N
     ]
     said = CliRunner().invoke(app, asked)
     assert said.exit_code == 0, said.output
-    assert "rag is better than base" in " ".join(said.output.split())
+    printed = " ".join(said.output.split())
+    assert "rag is better than base" in printed
+    assert "arm units plain mean answers failed" in printed
+    assert "arm weighted difference units e-value" in printed
     assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert '"verdict":"better"' in (tmp_path / "report.json").read_text(encoding="utf-8").replace(": ", ":")

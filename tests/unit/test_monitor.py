@@ -37,10 +37,26 @@ def split(n: int, base: float, rag: float, seed: int = 0, **changes: Any) -> lis
             for k, arm in enumerate(arms)]  # fmt: skip
 
 
+def assignment(answered: LogRow, at: float | None = None) -> LogRow:
+    """The row that the ingress writes when it sends the request to its arm."""
+    return LogRow(
+        kind="assignment", experiment="e", at=answered.at if at is None else at, request_id=answered.request_id,
+        unit=answered.unit, arm=answered.arm, role=answered.role, probability=answered.probability,
+    )  # fmt: skip
+
+
+def assigned(rows: Sequence[LogRow]) -> list[LogRow]:
+    """The rows, each answer with its assignment right before it, as if no two requests were ever in flight at once."""
+    return [one for row in rows for one in ([assignment(row), row] if row.kind == "answer" else [row])]
+
+
 def read(rows: Sequence[LogRow], told: OnlineRules | None = None) -> MonitorState:
+    return judged(assigned(rows), told)
+
+
+def judged(rows: Sequence[LogRow], told: OnlineRules | None = None) -> MonitorState:
     monitor = Monitor(told or rules())
     monitor.take(columns_of_rows(rows, monitor.numbers))
-    monitor.close()
     return monitor.state()
 
 
@@ -89,11 +105,13 @@ def test_a_unit_counts_once_with_its_first_answer() -> None:
 
 
 def test_a_unit_counts_with_its_mean_over_the_window() -> None:
-    asked = [("a", 0, 1.0), ("b", 1, 0.0), ("a", 4, 0.0), ("a", 4, 0.0), ("b", 9, 1.0), ("a", 11, 0.0), ("c", 30, 1.0)]
+    asked = [("a", 0, 1.0), ("b", 1, 0.0), ("a", 4, 0.0), ("a", 4, 0.0), ("b", 9, 1.0), ("a", 11, 0.0), ("c", 30, 1.0),
+             ("d", 45, 0.0)]  # fmt: skip
     rows = [answer(k, "rag" if unit == "a" else "base", score, unit=unit * 16, at=float(at), request_id=f"{unit}{at}")
             for k, (unit, at, score) in enumerate(asked)]  # fmt: skip
     state = read(rows, rules(window_s=10.0))
     assert [arm.scored for arm in state.arms] == [2, 1]
+    assert state.waiting == 1, "d's window is open at the end of the log"
     assert state.arms[1].mean == 0.5  # r0 and a4 once; a11 is past the window
     assert state.arms[0].mean == 0.75
 
@@ -169,8 +187,10 @@ def test_override_and_holdout_are_no_part_of_it() -> None:
 def test_rows_that_cannot_count_are_told() -> None:
     rows = [answer(1, "rag", 1.5), answer(2, "other", 1.0), answer(3, "rag", 1.0, probability=None),
             answer(4, "rag", 1.0, role="shadow", probability=None)]  # fmt: skip
-    assert read(rows).left_out == {"chance of the arm not as planned": 1, "not of an arm": 1,
-                                   "of a shadow, in a split": 1, "score out of its range": 1}  # fmt: skip
+    state = read(rows)
+    assert state.left_out == {"chance of the arm not as planned": 1, "not of an arm": 1, "of a shadow, in a split": 1,
+                              "score out of its range, counted as the end of it": 1}  # fmt: skip
+    assert (state.contrasts[0].n, state.arms[1].mean) == (1, 1.0)
 
 
 def shadow(n: int, wins: float, losses: float, seed: int = 0) -> list[LogRow]:
@@ -277,7 +297,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_single_rows_leave_the_very_bits_of_blocks(variant: str) -> None:
     guardrails = (Guardrail("errors", 0.04), Guardrail("latency", 0.1, bound_ms=500.0))
     told = rules(guardrails=guardrails, **VARIANTS[variant])
-    rows = shadow(700, 0.2, 0.1) if variant == "shadow" else mixed(1500, 4)
+    rows = assigned(shadow(700, 0.2, 0.1) if variant == "shadow" else mixed(1500, 4))
     whole, single, pieces = Monitor(told), Monitor(told), Monitor(told)
     whole.take(columns_of_rows(rows, whole.numbers))
     for row in rows:
@@ -287,8 +307,6 @@ def test_single_rows_leave_the_very_bits_of_blocks(variant: str) -> None:
         stop = start + int(rng.integers(1, 400))
         pieces.take(columns_of_rows(rows[start:stop], pieces.numbers))
         start = stop
-    for monitor in (whole, single, pieces):
-        monitor.close()
     assert whole.state() == single.state() == pieces.state()
     assert whole.contrasts[0].history == single.contrasts[0].history == pieces.contrasts[0].history
     assert len(whole.contrasts[0].history) > 20
@@ -302,6 +320,154 @@ def test_with_more_units_than_remembered_a_part_by_hash_goes_on() -> None:
     assert state.contrasts[0].n < 2500
     assert state.blocked is None
     assert read([*rows, *rows], rules(max_units=500)).contrasts[0].n == state.contrasts[0].n
+
+
+def in_flight(
+    n: int, per_s: float, fast_s: float, slow_s: float, seed: int, share: float = 0.9, cut: bool = True
+) -> list[LogRow]:
+    """A log of equal arms, `rag` answers slower: rows by the time of writing; with `cut`, up to the last draw."""
+    rng = np.random.default_rng(seed)
+    slow = rng.random(n) < 0.5
+    drawn = np.cumsum(rng.exponential(1 / per_s, n))
+    took = np.where(slow, rng.gamma(20, slow_s / 20, n), rng.gamma(20, fast_s / 20, n))
+    answered = [answer(k, "rag" if slow[k] else "base", float(rng.random() < share), at=float(drawn[k] + took[k]),
+                       latency_ms=float(took[k] * 1000)) for k in range(n)]  # fmt: skip
+    rows = [row for k, one in enumerate(answered) for row in (assignment(one, float(drawn[k])), one)]
+    rows.sort(key=lambda row: (row.at, row.kind != "assignment"))
+    return [row for row in rows if row.at <= drawn[-1] or not cut]
+
+
+@pytest.mark.parametrize(("per_s", "fast_s", "slow_s"), [(50, 0.3, 2.0), (20, 1.0, 5.0), (8, 1.0, 10.0)])
+def test_a_slower_arm_of_equal_quality_raises_no_alarm(per_s: float, fast_s: float, slow_s: float) -> None:
+    """Entered as the answers come, 7 of these 12 logs are blocked, and the others come near it."""
+    for seed in range(4):
+        state = judged(in_flight(900, per_s, fast_s, slow_s, seed))
+        assert (state.blocked, state.contrasts[0].verdict) == (None, "undecided")
+        assert state.srm_e_value < 100
+
+
+@pytest.mark.parametrize("window_s", [0.0, 30.0])
+def test_the_order_of_answers_changes_nothing(window_s: float) -> None:
+    rows = in_flight(600, 10, 0.5, 15.0, seed=5, cut=False)
+    told = rules(window_s=window_s)
+    end = answer(9999, "base", 1.0, at=5000.0)
+    after_window = [assignment(end), end]
+    drawn = [row for row in rows if row.kind == "assignment"]
+    answers = {row.request_id: row for row in rows if row.kind == "answer"}
+    at_once = [one for row in drawn for one in (row, answers[row.request_id].model_copy(update={"at": row.at}))]
+    late, soon = judged([*rows, *after_window], told), judged([*at_once, *after_window], told)
+    assert late.contrasts == soon.contrasts
+    assert late.contrasts[0].n >= 600
+    assert late.srm_e_value == soon.srm_e_value
+
+
+def test_an_outcome_waits_for_those_that_were_assigned_before_it() -> None:
+    rows = [answer(k, "rag" if k % 2 else "base", 1.0, at=10.0 + k) for k in range(4)]
+    drawn = [assignment(row, float(k)) for k, row in enumerate(rows)]
+    held = judged([*drawn, *rows[1:]])
+    assert (held.contrasts[0].n, held.waiting) == (0, 4)
+    assert [arm.units for arm in held.arms] == [2, 2], "the test of the split takes them as they are assigned"
+    assert judged([*drawn, *rows[1:], rows[0]]).contrasts[0].n == 4
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_an_answer_that_never_comes_is_a_failure_at_its_deadline(better: str) -> None:
+    rows = [answer(k, "rag" if k % 2 else "base", 1.0, at=float(k)) for k in range(4)]
+    told = rules(deadline_s=60.0, better=better, guardrails=(Guardrail("errors", 0.05),))
+    lost = [assignment(rows[0]), *assigned(rows[1:])]
+    soon = answer(10, "base", 0.5, at=59.0)
+    assert judged([*lost, *assigned([soon])], told).contrasts[0].n == 0
+    late = [*lost, *assigned([answer(11, "base", 0.5, at=61.0)])]
+    state = judged(late, told)
+    worst = 0.0 if better == "higher" else 1.0
+    assert (state.contrasts[0].n, state.waiting, state.arms[0].errors) == (5, 0, 1)
+    assert state.arms[0].mean == pytest.approx((worst + 1.0 + 0.5) / 3)
+    after = judged([*late, rows[0].model_copy(update={"at": 62.0})], told)
+    assert after.contrasts == state.contrasts
+    assert after.left_out == {"after the deadline of its unit": 1}
+
+
+def test_requests_in_flight_at_a_restart_failed() -> None:
+    rows = [answer(k, "rag" if k % 2 else "base", 1.0, at=float(k)) for k in range(6)]
+    lost = [assignment(rows[0]), assignment(rows[1]), *assigned(rows[2:])]
+    detail = json.dumps(weights_detail({"base": 0.5, "rag": 0.5}))
+    restart = LogRow(kind="event", experiment="e", at=6.0, event="resume", detail=detail)
+    switched_on = restart.model_copy(update={"detail": "{}"})
+    assert judged([*lost, switched_on]).contrasts[0].n == 0
+    state = judged([*lost, restart])
+    assert (state.contrasts[0].n, [arm.errors for arm in state.arms]) == (6, [1, 1])
+    assert [arm.mean for arm in state.arms] == [pytest.approx(2 / 3), pytest.approx(2 / 3)]
+
+
+def test_a_unit_without_feedback_counts_with_the_middle_at_its_deadline() -> None:
+    rows = [answer(k, "rag" if k % 2 else "base", at=float(k)) for k in range(4)]
+    thumb = rows[1].model_copy(update={"kind": "score", "detail": "facts", "scores": {"facts": 1.0}, "at": 50.0})
+    told = rules(deadline_s=60.0)
+    end = assigned([answer(10, "base", 1.0, at=64.0)])
+    state = judged([*assigned(rows), thumb, *end], told)
+    assert [(arm.units, arm.counted, arm.scored) for arm in state.arms] == [(3, 3, 1), (2, 2, 1)]
+    assert [arm.mean for arm in state.arms] == [pytest.approx((0.5 + 0.5 + 1) / 3), pytest.approx((1 + 0.5) / 2)]
+    late = thumb.model_copy(update={"at": 65.0})
+    silent = judged([*assigned(rows), *end, late], told)
+    assert silent.arms[1].mean == 0.5
+    assert silent.left_out == {"after the deadline of its unit": 1}
+
+
+def test_late_feedback_never_decides_which_units_count() -> None:
+    """Equal thumbs of 3 units in 10; on one arm they come after seconds, on the other after minutes."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        rows = []
+        for k in range(900):
+            arm = "rag" if rng.random() < 0.5 else "base"
+            bare = answer(k, arm, at=k / 5)
+            rows += assigned([bare])
+            if rng.random() < 0.3:
+                at = bare.at + float(rng.uniform(0, 5) if arm == "base" else rng.uniform(100, 280))
+                scores = {"facts": float(rng.random() < 0.8)}
+                rows.append(bare.model_copy(update={"kind": "score", "detail": "facts", "scores": scores, "at": at}))
+        rows = sorted(rows, key=lambda row: row.at)
+        state = judged(rows, rules(deadline_s=300.0))
+        assert (state.blocked, state.contrasts[0].verdict) == (None, "undecided")
+        assert state.contrasts[0].n > 300
+
+
+def test_an_answer_without_an_assignment_counts_for_nothing() -> None:
+    state = judged(split(50, 0.5, 0.5))
+    assert (state.contrasts[0].n, state.left_out) == (0, {"without an assignment before it": 50})
+
+
+def test_copies_of_a_shadow_count_in_the_order_in_which_they_were_sent() -> None:
+    told = rules(mode="shadow", weights={}, deadline_s=60.0)
+    rows = shadow(300, 0.15, 0.05)
+    control, copies = rows[::2], rows[1::2]
+    plain = judged([*assigned(control), *assigned(copies)], told)
+    sent = [assignment(copy) for copy in copies]
+    turned = [*assigned(control), *sent, *sorted(copies, key=lambda copy: copy.scores["facts"])]
+    assert judged(turned, told).contrasts == plain.contrasts
+    silent = [one for k in range(300) for one in (*assigned([control[k]]), sent[k], copies[k])]
+    silent.remove(copies[0])
+    held, late = judged([row for row in silent if row.at < 60], told), judged(silent, told)
+    assert (held.contrasts[0].n, held.waiting) == (0, 60)
+    assert (late.contrasts[0].n, late.waiting) == (300, 0), "60 s after it was sent, the copy has failed"
+    detail = json.dumps(weights_detail({"base": 1.0, "rag": 0.0}))
+    restart = LogRow(kind="event", experiment="e", at=300.0, event="resume", detail=detail)
+    lost = judged([*assigned(control[-9:]), *sent[-9:], *copies[-8:], restart], told)
+    assert (lost.contrasts[0].n, lost.left_out) == (8, {"copy lost with the ingress": 1})
+
+
+def test_quick_failures_do_not_cut_an_arm_while_its_slow_successes_are_on_the_way() -> None:
+    """1 of 25 fails at once, the others take a minute: entered as they end, the first 60 s hold failures alone."""
+    rng, rows = np.random.default_rng(6), []
+    for k in range(2000):
+        arm, failed = "rag" if rng.random() < 0.5 else "base", bool(rng.random() < 0.04)
+        one = answer(k, arm, None if failed else 1.0, at=k / 20 + (0.0 if failed else 60.0),
+                     error="context_length_exceeded" if failed else None)  # fmt: skip
+        rows += [assignment(one, k / 20), one]
+    rows.sort(key=lambda row: (row.at, row.kind != "assignment"))
+    told = rules(guardrails=(Guardrail("errors", 0.05),))
+    assert judged(rows, told).cut == ()
+    assert judged([row for row in rows if row.at < 60], told).cut == ()
 
 
 def test_no_rows_say_nothing() -> None:

@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.latency_runs import Slow, latency_runs, log_of
 from benchmarks.online_runs import (
     NEVER,
     Split,
@@ -38,6 +40,12 @@ def answer(step: int, arm: str, score: float | None, **changes: Any) -> LogRow:
     return LogRow(**{**plain, **changes})
 
 
+def take(watched: Monitor, step: int, arm: str, score: float | None, **changes: Any) -> None:
+    """A request that is answered at once."""
+    watched.add(answer(step, arm, score, **changes, kind="assignment", scores={}, error=None))
+    watched.add(answer(step, arm, score, **changes))
+
+
 @pytest.mark.parametrize("plan", [even, ramping])
 def test_simulated_splits_stop_where_the_monitor_decides(plan: Any) -> None:
     """Row by row, with a row for each change of the weights: the same step to the request, for each of 5 runs."""
@@ -53,7 +61,7 @@ def test_simulated_splits_stop_where_the_monitor_decides(plan: Any) -> None:
                 detail = json.dumps(weights_detail({"base": 1 - now, "rag": now}))
                 watched.add(LogRow(kind="event", experiment="e", at=float(step), event="ramp", detail=detail))
             arm, likely = ("rag", now) if treated[step] else ("base", 1 - now)
-            watched.add(answer(step, arm, outcome[step], probability=likely))
+            take(watched, step, arm, outcome[step], probability=likely)
             if found == NEVER and watched.state().contrasts[0].e_value >= 20:
                 found = step + 1
         assert found == stops[run]
@@ -67,8 +75,8 @@ def test_simulated_shadows_and_guardrails_stop_where_the_monitor_does() -> None:
         watched, found = monitor(mode="shadow", weights={}), NEVER
         for step, value in enumerate(drawn[:, run]):
             base, rag = (0.0, 1.0) if value < 0.3 else (1.0, 0.0) if value < 0.35 else (1.0, 1.0)
-            watched.add(answer(step, "base", base))
-            watched.add(answer(step, "rag", rag, role="shadow"))
+            take(watched, step, "base", base)
+            take(watched, step, "rag", rag, role="shadow")
             if found == NEVER and watched.state().contrasts[0].e_value >= 20:
                 found = step + 1
         assert found == stops[run]
@@ -77,9 +85,34 @@ def test_simulated_shadows_and_guardrails_stop_where_the_monitor_does() -> None:
     for run in range(3):
         watched = monitor(guardrails=(Guardrail("errors", 0.05),))
         for step in range(50):
-            watched.add(answer(step, "rag", None if failed[step, run] else 1.0, probability=0.5))
+            take(watched, step, "rag", None if failed[step, run] else 1.0, probability=0.5)
         broken = [guard.broken_at for guard in watched.state().guardrails if guard.arm == "rag"][0]
         assert broken == (cuts[run] if cuts[run] <= 50 else None)
+
+
+@pytest.mark.parametrize("case", [Slow(10, 40, units=300), Slow(5, 20, failed=0.1, lost=0.1, rated=0.5, units=700)],
+                         ids=lambda case: case.name)  # fmt: skip
+def test_simulated_latency_stops_where_the_monitor_does(case: Slow) -> None:
+    """A difference that is found, from the same rows: the first unit whose e-value decides, and the units counted."""
+    case = replace(case, treated=0.95, control=0.5)
+    seen, rng = latency_runs(case, 3, seed=8), np.random.default_rng(8)
+    for run in range(3):
+        watched = Monitor(case.rules)
+        watched.take(log_of(case, rng)[1])
+        state = watched.state()
+        assert seen.steps <= state.contrasts[0].n < case.units
+        assert (state.contrasts[0].e_value >= 20) == (seen.found[run] <= state.contrasts[0].n)
+        assert state.blocked is None
+        assert seen.split[run] == NEVER
+    assert np.any(seen.found < NEVER)
+
+
+def test_a_slower_arm_raises_alarms_where_units_enter_as_their_scores_come() -> None:
+    seen = latency_runs(Slow(10, 80), 60, seed=9)
+    assert share(seen.found, 1000) <= at_most(0.05, 60)
+    assert share(seen.split, 1000) == 0
+    assert share(seen.found_as_scored, 1000) > 0.3
+    assert share(seen.split_as_scored, 1000) > 0.8
 
 
 def at_most(level: float, runs: int) -> float:

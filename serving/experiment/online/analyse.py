@@ -33,7 +33,7 @@ def analyse_log(name: str, log: ExperimentLog, rules: OnlineRules) -> Experiment
         health.duplicates > 0
     )
     notes += [f"Damaged, so no row of it counts: {segment}." for segment in health.damaged]
-    return report.model_copy(update={"notes": tuple(notes)})
+    return report.model_copy(update={"notes": (*notes, *report.notes)})
 
 
 def analyse(name: str, batches: Iterable[Any], rules: OnlineRules) -> ExperimentReport:
@@ -46,7 +46,6 @@ def analyse(name: str, batches: Iterable[Any], rules: OnlineRules) -> Experiment
         columns = columns_of_batch(batch, monitor.numbers)
         log.see(columns)
         monitor.take(columns)
-    monitor.close()
     return report_of(name, monitor, log)
 
 
@@ -78,13 +77,23 @@ def report_of(name: str, monitor: Monitor, log: "_Log") -> ExperimentReport:
                       for one, contrast in zip(state.contrasts, monitor.contrasts, strict=True))  # fmt: skip
     return ExperimentReport(
         name=name, mode=rules.mode, metric=rules.metric, kind=rules.kind, better=rules.better, control=rules.control,
-        alpha=rules.alpha, margin=rules.margin, window_s=rules.window_s, rows=log.rows, first_at=log.first_at,
+        alpha=rules.alpha, margin=rules.margin, window_s=rules.window_s,
+        deadline_s=rules.deadline_s, rows=log.rows, first_at=log.first_at,
         last_at=log.last_at, arms=_arms(state, monitor), contrasts=contrasts,
         guardrails=tuple(_guardrail(one, watch) for one, watch in zip(state.guardrails, monitor.watched, strict=True)),
         srm_e_value=state.srm_e_value, srm_bound=1 / rules.srm_alpha, blocked=state.blocked, cut=state.cut,
-        left_out=state.left_out, events=tuple(log.events[:_EVENTS]), notes=(),
+        left_out=state.left_out, events=tuple(log.events[:_EVENTS]), notes=_waiting(state, rules),
         sentence=_sentence(state, contrasts),
     )  # fmt: skip
+
+
+def _waiting(state: MonitorState, rules: OnlineRules) -> tuple[str, ...]:
+    """Say how many units the log ends too early for."""
+    if not state.waiting:
+        return ()
+    unit = "Copies" if rules.mode == "shadow" else "Units"
+    return (f"{unit} that are not counted yet, since an answer or score is open or was when the log ended, theirs or "
+            f"one assigned before them: {words.count(state.waiting)}.",)  # fmt: skip
 
 
 def _sentence(state: MonitorState, contrasts: Sequence[OnlineContrast]) -> str:
@@ -98,9 +107,9 @@ def _arms(state: MonitorState, monitor: Monitor) -> tuple[OnlineArm, ...]:
     rules, weights = monitor.rules, monitor.weights
     return tuple(
         OnlineArm(
-            name=one.arm, weight=weights.get(one.arm), units=one.units, scored=one.scored, mean=one.mean,
-            answers=one.answers, errors=one.errors, cut=one.arm in state.cut,
-            signature=signature(rules.metric, one.scored, {"arm": one.arm, "mean": "plain", **_recipe(rules)}),
+            name=one.arm, weight=weights.get(one.arm), units=one.units, counted=one.counted, scored=one.scored,
+            mean=one.mean, answers=one.answers, errors=one.errors, cut=one.arm in state.cut,
+            signature=signature(rules.metric, one.counted, {"arm": one.arm, "mean": "plain", **_recipe(rules)}),
         )
         for one in state.arms
     )  # fmt: skip

@@ -43,7 +43,10 @@ class Experiments:
         self._opened = False
 
     async def open(self) -> None:
-        """Go on with what the store has. Calls after the first do nothing."""
+        """Go on with what the store has. Calls after the first do nothing.
+
+        The `resume` row with weights ends the requests that were in flight in the process before (see `units`).
+        """
         async with self._opening:
             if self._opened:
                 return
@@ -166,6 +169,9 @@ class Experiments:
         if answered is None:
             raise ApiError(404, f"No answer of an experiment has the id {body.request_id!r}: unknown, not ended yet, "
                            "or older than those remembered.", code="unknown_request", param="request_id")  # fmt: skip
+        if answered.live.recorder.full:
+            raise ApiError(503, "The experiment's log can't be written now and its buffer is full. Send the score "
+                           "again later.", code="log_full")  # fmt: skip
         spec = answered.live.record.spec
         new = {metric: value for metric, value in body.scores.items() if metric not in answered.scores}
         for metric, value in body.scores.items():

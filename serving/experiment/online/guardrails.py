@@ -1,10 +1,11 @@
 """Guardrails of one arm: each a one-sided test of its own, from a log that is still growing."""
 
-from collections.abc import Mapping
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from graftwork.serving.experiment.online.log_columns import LogColumns
 from graftwork.serving.experiment.online.monitor_state import GuardrailState
 from graftwork.serving.experiment.online.rules import Guardrail
 from graftwork.stats import Floats
@@ -15,13 +16,69 @@ Facts = Mapping[str, Floats]
 """Columns of the rows in question as numbers: failed, cold, empty (0 or 1), and those of `LogColumns.numbers`."""
 
 
-def facts_of(rows: LogColumns, taken: list[int]) -> dict[str, Floats]:
-    """The rows that enter guardrails, in their order."""
-    found = {name: values[taken] for name, values in rows.numbers.items()}
-    for name in ("failed", "cold", "empty"):
-        column = getattr(rows, name)
-        found[name] = np.array([column[row] for row in taken], dtype=np.float64)
-    return found
+GuardRow = tuple[float, ...]
+"""One request: failed, cold, empty (0 or 1), then the numbers in the order of `numbers_of(rules)`."""
+GUARD_EVERY_S = 600.0
+"""A unit enters an arm's guardrails once in this time: retries of one failing prompt are one observation."""
+_RECENT = 1 << 16
+"""Units remembered for that."""
+
+
+def facts_of(requests: Sequence[GuardRow], numbers: Sequence[str]) -> dict[str, Floats]:
+    """Return the requests as columns."""
+    names = ("failed", "cold", "empty", *numbers)
+    table = np.array(requests, dtype=np.float64).reshape(len(requests), len(names))
+    return {name: table[:, column].copy() for column, name in enumerate(names)}
+
+
+class GuardQueue:
+    """Requests of one arm on the way to its guardrails, in the order of assignment.
+
+    In the order of answers, quick failures would enter before slow successes that were asked earlier, and an arm
+    within its limit would be cut at the start of an experiment.
+    """
+
+    def __init__(self, deadline_s: float, numbers: int) -> None:
+        self._deadline_s, self._lost = deadline_s, (1.0, 0.0, 0.0, *[math.nan] * numbers)
+        self._recent: dict[int, float] = {}
+        self._older: dict[int, float] = {}
+        self._waiting: OrderedDict[str, tuple[float, GuardRow | None]] = OrderedDict()
+        """Deadline and, once it is there, outcome by request."""
+
+    def assign(self, unit: int, request: str, at: float) -> None:
+        """Take a request, unless the unit had one in the last `GUARD_EVERY_S`."""
+        last = self._recent.get(unit)
+        if last is None:
+            last = self._older.get(unit, -math.inf)
+        if at < last + GUARD_EVERY_S:
+            return
+        if len(self._recent) >= _RECENT:
+            self._recent, self._older = {}, self._recent
+        self._recent[unit] = at
+        self._waiting[request] = at + self._deadline_s, None
+
+    def answer(self, request: str, outcome: GuardRow) -> None:
+        """Note the first outcome of a request."""
+        due, known = self._waiting.get(request, (0.0, outcome))
+        if known is None:
+            self._waiting[request] = due, outcome
+
+    def lose(self, *, failed: bool) -> None:
+        """End what has no answer: as failed, or as never asked."""
+        for request in [request for request, (_, known) in self._waiting.items() if known is None]:
+            if failed:
+                self._waiting[request] = -math.inf, self._lost
+            else:
+                del self._waiting[request]
+
+    def ready(self, now: float) -> Iterator[GuardRow]:
+        """Release the requests that have an outcome, or have passed their deadline, and nothing open before them."""
+        while self._waiting:
+            due, known = next(iter(self._waiting.values()))
+            if known is None and now < due:
+                return
+            self._waiting.popitem(last=False)
+            yield known or self._lost
 
 
 class Watch:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 from pyarrow import RecordBatch
 
 from graftwork.config import canonical_json
@@ -22,7 +23,7 @@ from graftwork.serving.experiment.online.assignment import Assigner, Drawn, key_
 from graftwork.serving.experiment.online.feedback import REMEMBERED, Answered, RecentAnswers
 from graftwork.serving.experiment.online.log_columns import columns_of_batch, columns_of_rows
 from graftwork.serving.experiment.online.log_reader import ExperimentLog, row_of
-from graftwork.serving.experiment.online.log_row import LogRow, Role
+from graftwork.serving.experiment.online.log_row import Assignment, LogRow, Role
 from graftwork.serving.experiment.online.monitor import Monitor
 from graftwork.serving.experiment.online.monitor_state import MonitorState
 from graftwork.serving.experiment.online.record import Cut, ExperimentRecord, Records
@@ -95,8 +96,16 @@ class LiveExperiment:
         role: Role = "primary" if drawn.probability is not None else "holdout"
         return Placed(self.record.arms[drawn.arm], unit, role, drawn.probability)
 
+    def assign(self, placed: Placed, request_id: str) -> bool:
+        """Queue the row that says which arm the request is sent to, before there is an answer; see `Recorder.admit`."""
+        arm, role = placed.arm.name, placed.role
+        assert role is not None, "it takes no part"
+        return self.recorder.admit(
+            Assignment(self.record.id, time.time(), request_id, placed.unit, arm, role, placed.probability)
+        )
+
     def write(self, placed: Placed, request_id: str, asked: Question, answer: Dump | ApiError | str) -> None:
-        """One row of what an arm said (`ArmAnswer.dump`), or why it failed. Only queues it."""
+        """Queue the row of an arm's answer (`ArmAnswer.dump`), or of its failure, to a request that `assign` took."""
         row = answer_row(self.record.id, placed, request_id, asked, answer)
         self.counts[row.arm, row.role, row.error or "ok"] += 1
         self.recorder.add(row)
@@ -199,7 +208,7 @@ class LiveExperiment:
         found, latest = ExperimentLog(*self._folder), deque[RecordBatch]()
         for batch in found.batches():
             self._monitor.take(columns_of_batch(batch, self._monitor.numbers))
-            latest.append(batch)
+            latest.append(batch.filter(pc.not_equal(batch.column("kind"), "assignment")))
             while sum(map(len, latest)) - len(latest[0]) > REMEMBERED:
                 latest.popleft()
         self.judged, self.damaged = self._monitor.state(), found.health.damaged
@@ -211,6 +220,8 @@ class LiveExperiment:
 
     async def _answer_copy(self, copy: Copy) -> None:
         placed = Placed(self.record.arms[copy.arm], copy.unit, "shadow", None)
+        if not self.assign(placed, copy.request_id):
+            return
         try:
             answers = await self._backend.choices(
                 self._dumps[copy.arm], copy.messages, f"{copy.request_id}-{copy.arm}", copy.sampling

@@ -39,7 +39,7 @@ class LiveRequest:
     @contextmanager
     def _observed(self, messages: Question, request_id: str, sampling: Dump) -> Iterator[list[Dump]]:
         answers: list[Dump] = []
-        if self._placed.role is None:
+        if self._placed.role is None or not self._live.assign(self._placed, request_id):
             yield answers
             return
         outcome: Dump | ApiError | None = None

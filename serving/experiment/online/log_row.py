@@ -1,11 +1,13 @@
-"""What an experiment writes down: one `LogRow` for each answer, score that came later, and event.
+"""Rows of an experiment's log: one `LogRow` for each assignment, answer, score that came later, and event.
 
-Rows are only ever appended. An answer is known by (experiment, request id, arm), of several choices the first is meant:
-a row that stands twice counts once. A later score is a row of its own for each metric: it names the request id of its
-answer, with that answer's unit, arm, role and probability, and the metric as `detail`.
+Rows are only ever appended. An assignment is written when a request is sent to its arm, before there is an answer: the
+order of these rows is the order in which units count (see `units`). An assignment or answer is known by (experiment,
+request id, arm), of several choices the first is meant: a row that stands twice counts once. A later score is a row of
+its own for each metric: it names the request id of its answer, with that answer's unit, arm, role and probability, and
+the metric as `detail`.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,7 +19,7 @@ class LogRow(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    kind: Literal["answer", "score", "event"]
+    kind: Literal["assignment", "answer", "score", "event"]
     experiment: str
     """Name and digest of the experiment that the row belongs to."""
     at: float
@@ -46,6 +48,22 @@ class LogRow(BaseModel):
     scores: dict[str, float] = {}
     """By metric name. A failed answer has none: it counts as 0 on each."""
     event: str | None = None
-    """start, resume, ramp, cut, kill, stop, stale: what happened to the experiment."""
+    """start, resume, ramp, cut, kill, stop, stale. A `resume` with weights: the ingress was started again."""
     detail: str | None = None
     """Of an event its particulars as JSON; of a score the metric's name."""
+
+
+class Assignment(NamedTuple):
+    """The row of an assignment before it is a `LogRow`: made on the response path, where a draw takes 4 us in all."""
+
+    experiment: str
+    at: float
+    request_id: str
+    unit: str
+    arm: str
+    role: Role
+    probability: float | None
+
+    def row(self) -> LogRow:
+        """Return it as a row."""
+        return LogRow(kind="assignment", **self._asdict())

@@ -20,6 +20,9 @@ from graftwork.stats import Floats
 from graftwork.stats.running import BLOCK, sums
 from graftwork.stats.sample_ratio import SampleRatio
 
+_COUNTS = ("units", "counted", "scored", "total", "answers", "errors")
+_PAIRED = ("units", "counted", "scored")
+
 
 class Monitor:
     """One experiment. `add` is O(1) and O(number of arms); so is the memory but for a number a unit (see `units`)."""
@@ -31,7 +34,7 @@ class Monitor:
         self.contrasts = tuple(Contrast(rules, arm) for arm in rules.challengers)
         self._watches = [[Watch(rule, arm) for rule in rules.guardrails if not rule.arms or arm in rule.arms]
                          for arm in rules.arms]  # fmt: skip
-        self._counts = {name: np.zeros(len(rules.arms)) for name in ("units", "scored", "total", "answers", "errors")}
+        self._counts = {name: np.zeros(len(rules.arms)) for name in _COUNTS}
 
     def add(self, row: LogRow) -> None:
         """Take one row."""
@@ -41,7 +44,7 @@ class Monitor:
         """Take the next rows of the log, with `numbers` among their columns."""
         entered = self._units.read(rows)
         self._take(entered)
-        facts = facts_of(rows, entered.guard_row)
+        facts = facts_of(entered.guard_rows, self.numbers)
         arms = np.array(entered.guard_arm, dtype=np.intp)
         self._count("answers", arms, np.ones(len(arms)))
         self._count("errors", arms, facts["failed"])
@@ -61,10 +64,6 @@ class Monitor:
         """The rule of each of the state's guardrails."""
         return tuple(watch.rule for watches in self._watches for watch in watches)
 
-    def close(self) -> None:
-        """The log ends here: units whose window is open enter as they are."""
-        self._take(self._units.close())
-
     def state(self) -> MonitorState:
         """What may be said now."""
         blocked = self._blocked()
@@ -73,7 +72,7 @@ class Monitor:
             contrasts=tuple(contrast.state(blocked is not None) for contrast in self.contrasts),
             guardrails=tuple(watch.state() for watches in self._watches for watch in watches),
             srm_e_value=max(self._drawn.most, self._scored.most), blocked=blocked, cut=self._cut(),
-            left_out=dict(sorted(self._units.left_out.items())),
+            waiting=self._units.waiting, left_out=dict(sorted(self._units.left_out.items())),
         )  # fmt: skip
 
     def _take(self, entered: Entered) -> None:
@@ -86,9 +85,11 @@ class Monitor:
 
     def _take_split(self, entered: Entered) -> None:
         arms, plans, scores = np.array(entered.arm), np.array(entered.plan), np.array(entered.score)
-        self._count("scored", arms, np.ones(len(arms)))
+        scored = np.array(entered.scored)
+        self._count("counted", arms, np.ones(len(arms)))
+        self._count("scored", arms, scored.astype(np.float64))
         self._count("total", arms, scores)
-        self._scored.take(entered.arm, entered.plan, self._units.plans)
+        self._scored.take(arms[scored].tolist(), plans[scored].tolist(), self._units.plans)
         control = self.rules.arms.index(self.rules.control)
         for contrast in self.contrasts:
             number = self.rules.arms.index(contrast.arm)
@@ -105,12 +106,11 @@ class Monitor:
         for contrast in self.contrasts:
             here = arms == self.rules.arms.index(contrast.arm)
             contrast.pairs(scores[here], control[here])
-        self._count("units", arms, np.ones(len(arms)))
-        self._count("scored", arms, np.ones(len(arms)))
-        self._count("total", arms, scores)
+        for name, values in (*((name, np.ones(len(arms))) for name in _PAIRED), ("total", scores)):
+            self._count(name, arms, values)
         first = arms == self.rules.arms.index(self.contrasts[0].arm)
         base = np.full(int(np.sum(first)), self.rules.arms.index(self.rules.control))
-        for name, values in (("units", np.ones(len(base))), ("scored", np.ones(len(base))), ("total", control[first])):
+        for name, values in (*((name, np.ones(len(base))) for name in _PAIRED), ("total", control[first])):
             self._count(name, base, values)
 
     def _count(self, name: str, arms: np.ndarray[tuple[int], np.dtype[np.intp]], values: Floats) -> None:
@@ -120,12 +120,12 @@ class Monitor:
 
     def _arm(self, number: int) -> ArmState:
         counts = {name: float(values[number]) for name, values in self._counts.items()}
-        scored, rules = counts["scored"], self.rules
-        mean = counts["total"] / scored if scored else None
+        counted, rules = counts["counted"], self.rules
+        mean = counts["total"] / counted if counted else None
         if mean is not None and rules.kind == "bounded":
             mean = rules.low + mean * (rules.high - rules.low)
-        return ArmState(arm=rules.arms[number], units=int(counts["units"]), scored=int(scored), mean=mean,
-                        answers=int(counts["answers"]), errors=int(counts["errors"]))  # fmt: skip
+        whole = {name: int(counts[name]) for name in _COUNTS if name != "total"}
+        return ArmState(arm=rules.arms[number], mean=mean, **whole)
 
     def _blocked(self) -> str | None:
         bound = 1 / self.rules.srm_alpha

@@ -7,14 +7,17 @@ from graftwork.stats import Verdict
 
 @dataclass(frozen=True)
 class ArmState:
-    """One arm. A unit is of the arm of its first answer."""
+    """One arm. A unit is of the arm of its first assignment."""
 
     arm: str
     units: int
+    """Units assigned to it."""
+    counted: int
+    """Units whose outcome is fixed, and that of all units assigned before them."""
     scored: int
-    """Units that have entered with a score."""
+    """Counted units with a score of their own (a failed answer has the worst); the others count with the middle."""
     mean: float | None
-    """Of the primary metric over scored units."""
+    """Plain mean of the primary metric over counted units."""
     answers: int
     errors: int
     """Failed answers; each counts with the lowest score."""
@@ -70,5 +73,7 @@ class MonitorState:
     """Why no conclusion may be drawn; None when one may."""
     cut: tuple[str, ...]
     """Arms to be taken out: a guardrail of theirs broke."""
+    waiting: int
+    """Units (pairs, in a shadow) that are assigned and not counted yet: an outcome is open."""
     left_out: dict[str, int]
     """Rows that count for nothing, by reason."""

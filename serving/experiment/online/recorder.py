@@ -1,7 +1,9 @@
 """Rows of one experiment on their way from the response path to scores, monitor and log, in batches and bounded.
 
 The response path only appends to a queue. `step` does the rest, most of it in a thread. When the log can't be written
-the rows wait and it is tried again; beyond `buffer` rows the newest are dropped, counted, and said in the process' log.
+the rows wait and it is tried again. With `buffer` rows waiting or promised, a new request is refused by `admit`: it is
+counted, named in the process' log, and takes no part. The answer of an admitted request is never dropped, since a
+quicker arm would lose fewer of those.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from graftwork.errors import StorageError
-from graftwork.serving.experiment.online.log_row import LogRow
+from graftwork.serving.experiment.online.log_row import Assignment, LogRow
 from graftwork.serving.experiment.online.segments import Segments, SegmentWriter
 
 log = logging.getLogger("ray.serve")
@@ -34,27 +36,40 @@ class Recorder:
     ) -> None:
         self._segments, self._digest = segments, digest
         self._buffer, self._every_s = buffer, every_s
-        self._inbox: deque[LogRow] = deque()
+        self._inbox: deque[LogRow | Assignment] = deque()
         self._unwritten: list[LogRow] = []
         self._writer: SegmentWriter | None = None
         self._due = time.monotonic() + every_s
         self._busy = asyncio.Lock()
         self._published = 0
+        self._promised = 0
         self.dropped = 0
-        """Rows that were lost because the buffer was full."""
+        """Requests that take no part because the buffer was full."""
         self.written = 0
         self.problem: str | None = None
         """Why the log can't be written now."""
 
-    def add(self, row: LogRow) -> None:
-        """Queue one row; never waits."""
-        if len(self._inbox) + len(self._unwritten) >= self._buffer:
+    def admit(self, assignment: Assignment) -> bool:
+        """Queue the assignment of a request and reserve room for its answer; False where there is none. Never waits."""
+        if self.full:
             if self.dropped == 0:
-                log.warning("experiment %s: the log's buffer of %d rows is full, rows are dropped from now on",
-                            row.experiment, self._buffer)  # fmt: skip
+                log.warning("experiment %s: the log's buffer of %d rows is full, requests take no part from now on",
+                            assignment.experiment, self._buffer)  # fmt: skip
             self.dropped += 1
-        else:
-            self._inbox.append(row)
+            return False
+        self._promised += 1
+        self._inbox.append(assignment)
+        return True
+
+    def add(self, row: LogRow) -> None:
+        """Queue the answer of an admitted request, a score or an event; never waits."""
+        self._promised -= row.kind == "answer"
+        self._inbox.append(row)
+
+    @property
+    def full(self) -> bool:
+        """Rows that wait, and answers that are promised, fill the buffer."""
+        return self.waiting + self._promised >= self._buffer
 
     @property
     def waiting(self) -> int:
@@ -65,10 +80,13 @@ class Recorder:
         """Digest what has come; publish it when it is time, or at once where it is the last step."""
         async with self._busy:
             while self._inbox:
-                rows = [self._inbox.popleft() for _ in range(min(len(self._inbox), MAX_BATCH))]
-                self._unwritten += await asyncio.to_thread(self._digest, rows)
+                queued = [self._inbox.popleft() for _ in range(min(len(self._inbox), MAX_BATCH))]
+                self._unwritten += await asyncio.to_thread(self._rows, queued)
             if self._unwritten and (last or time.monotonic() >= self._due or len(self._unwritten) >= MAX_BATCH):
                 await self._publish()
+
+    def _rows(self, queued: Sequence[LogRow | Assignment]) -> list[LogRow]:
+        return self._digest([one.row() if isinstance(one, Assignment) else one for one in queued])
 
     async def _publish(self) -> None:
         rows = self._unwritten

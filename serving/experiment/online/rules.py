@@ -73,7 +73,9 @@ class OnlineRules:
     """Differences within it count as none, in the metric's own unit (of its logarithm: 0.03 is 3 %)."""
     mode: Literal["split", "shadow"] = "split"
     window_s: float = 0.0
-    """A unit counts with the mean of its answers in this time from its first; 0: with its first answer."""
+    """A unit counts with the mean over its requests in this time from its first; 0: with its first request."""
+    deadline_s: float = 600.0
+    """Seconds, after a unit's window, at which its outcome is fixed (see `units`)."""
     guardrails: tuple[Guardrail, ...] = ()
     srm_alpha: float = 0.001
     max_units: int = field(default=1 << 20)
@@ -88,6 +90,9 @@ class OnlineRules:
         elif self.window_s:
             raise ConfigError(f"window_s={self.window_s:g}", "mode=shadow", "in a shadow a unit's first pair counts",
                               "leave window_s out")  # fmt: skip
+        if self.deadline_s <= 0:
+            raise ConfigError(f"deadline_s={self.deadline_s:g}", rule="a time above 0",
+                              next_move="give the longest time that an answer or score may take")  # fmt: skip
         if not self.low < self.high:
             raise ConfigError(f"metric {self.metric}: low={self.low}, high={self.high}", rule="low is below high",
                               next_move="give the metric's range")  # fmt: skip

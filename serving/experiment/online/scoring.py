@@ -1,9 +1,9 @@
 """What the rows of a running experiment are scored and judged by, made from its spec."""
 
 from graftwork.answers.schema import AnswerSchema
-from graftwork.errors import GraftworkError
+from graftwork.errors import ConfigError, GraftworkError
 from graftwork.serving.experiment.online.log_row import LogRow
-from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules
+from graftwork.serving.experiment.online.rules import MEASURES, Guardrail, OnlineRules
 from graftwork.serving.experiment.online.spec import ExperimentSpec
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
 from graftwork.serving.experiment.scorers.reply import Reply
@@ -33,6 +33,11 @@ def scored(row: LogRow, scorers: Scorers) -> LogRow:
 def rules_of(spec: ExperimentSpec) -> OnlineRules:
     """The rules for the monitor. Raises ConfigError."""
     primary = spec.primary
+    if primary.kind != "bounded" and primary.name not in (*MEASURES, *(one.name for one in scorers_of(spec).metrics)):
+        raise ConfigError(
+            f"primary.kind={primary.kind}", f"{primary.name} comes by feedback",
+            "a unit without feedback counts with the middle of low..high", "set kind: bounded, low and high",
+        )  # fmt: skip
     guardrails = tuple(
         Guardrail(g.kind, g.limit, bound_ms=g.bound_ms, score=g.score, groups=g.groups, arms=g.arms, alpha=g.alpha)
         for g in spec.guardrails
@@ -40,5 +45,6 @@ def rules_of(spec: ExperimentSpec) -> OnlineRules:
     return OnlineRules(
         arms=tuple(arm.name for arm in spec.arms), control=spec.control, metric=primary.name, weights=spec.weights,
         kind=primary.kind, low=primary.low, high=primary.high, better=primary.better, alpha=spec.alpha,
-        margin=spec.margin, mode=spec.mode, window_s=primary.window_s, guardrails=guardrails,
+        margin=spec.margin, mode=spec.mode, window_s=primary.window_s, deadline_s=primary.deadline_s,
+        guardrails=guardrails,
     )  # fmt: skip

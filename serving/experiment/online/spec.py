@@ -52,7 +52,10 @@ class MetricSpec(Spec):
     high: float = 1.0
     better: Literal["higher", "lower"] = "higher"
     window_s: float = Field(default=0.0, ge=0)
-    """A unit counts with the mean of its answers in this time from its first; 0: with its first answer."""
+    """A unit counts with the mean over its requests in this time from its first; 0: with its first request."""
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """Seconds, after the window, at which a unit's outcome is fixed: an answer that is missing then counts with the
+    worst score, feedback that is missing with the middle of low..high. Give the longest time that feedback takes."""
 
     @model_validator(mode="before")
     @classmethod
@@ -137,7 +140,7 @@ class ExperimentSpec(Spec):
     log_outputs: bool = True
     """Keep the answers' texts in the log."""
     log_buffer: int = Field(default=20_000, ge=1)
-    """Rows that wait to be written; more are dropped, and counted."""
+    """Rows that wait to be written; requests beyond it take no part, and are counted."""
     log_every_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
     """A segment of the log is published at least this often while there are rows: what a killed ingress loses."""
 

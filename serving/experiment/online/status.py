@@ -56,6 +56,6 @@ def experiment_families(lives: Sequence[LiveExperiment]) -> list[Family]:
         Family("gauge", "experiment_split_evidence", "E-value against the split that was asked for: over 1 / srm_alpha "
                "no verdict may be drawn.", ("experiment",),
                [((one.record.id,), one.judged.srm_e_value) for one in lives]),
-        Family("counter", "experiment_dropped", "Rows that the log's buffer, copies that the shadow's queue had no "
+        Family("counter", "experiment_dropped", "Requests that the log's buffer, copies that the shadow's queue had no "
                "room for.", ("experiment", "what"), list(dropped)),
     ]  # fmt: skip
