@@ -63,7 +63,7 @@ GOALS = (
     Goal("experiment", "killed_answered", "callers answered while a shadow arm dies, share", "at least", 1.0),
     Goal("sequential", "aa_upper", "A/A looked at always: false positives, upper bound, worst of 15", "at most", 0.05),
     Goal("latency_runs", "aa_upper", "the same, one arm 1 to 30 times slower, worst of 16", "at most", 0.05),
-    Goal("latency_runs", "feedback_aa_upper", "the same, feedback of 30 %, later in one arm, worst of 4", "at most", 0.05),
+    Goal("latency_runs", "feedback_aa_upper", "the same, feedback of 30 %, later in one arm, of 4", "at most", 0.05),
     Goal("latency_runs", "srm_upper", "these 20: alarms of the sample ratio, upper bound", "at most", 0.001),
     Goal("sequential", "aa_covered", "confidence sequence covers at all n at once, worst of 15", "at least", 0.95),
     Goal("sequential", "power", "live split, 5 points at 0.8: found by 4,000 requests", "at least", 0.88),
