@@ -1,16 +1,26 @@
-"""Simulate splits whose arms differ in latency, from log rows through the monitor's own `Units` and sequential tests.
+"""False alarms and power of live splits whose arms differ in latency, failures, lost answers and delay of feedback.
 
-One unit is drawn each second. Rows are in the order of writing and end with the last draw, as in the log of a running
-experiment, so units in flight at the end have no outcome. `Units` turns each run's rows into observations; the tests
-then take all runs at once, as in `online_runs`. The peer takes the same units in the order in which their scores come.
+    python -m benchmarks.latency_runs                    500 runs a case, three minutes on one core
+
+One unit is drawn each second. Each run is a log: rows in the order of writing, up to the last draw, so units in flight
+at the end have no outcome. The monitor's own `Units` turns the rows into observations, and the sequential tests that
+the monitor uses then take all runs at once, as in benchmarks/online_runs.py (tests/unit/test_online_runs.py holds both
+against the whole monitor). `as_scored` is the peer: the same units in the order in which their scores come, those
+without a score left out. Upper bounds are one-sided 95 % ones (Wilson); that of the sample ratio is of all cases, and
+counts a run where either of its two tests, of all units or of those with a score, ever crosses.
 """
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.online_runs import NEVER, Followed, Stops, first, share
+from benchmarks.record import Clock, Figure, write
+from benchmarks.sequential import median, rate, single, upper
 from graftwork.serving.experiment.online.log_columns import LogColumns
 from graftwork.serving.experiment.online.rules import OnlineRules
 from graftwork.serving.experiment.online.units import Units
@@ -192,3 +202,59 @@ def _side_by_side(runs: list[Observed]) -> tuple[NDArray[np.bool_], Floats, NDAr
 def alarm_share(stops: Stops) -> float:
     """Share of runs with an alarm."""
     return share(stops, _LAST - 1)
+
+
+CASES = (
+    *(Slow(ratio, in_flight, units=2500 if in_flight == 500 else 1000) for ratio in (1, 3, 10, 30)
+      for in_flight in (10, 80, 500)),
+    Slow(10, 80, chance=0.1), Slow(10, 80, treated=0.5, control=0.5), Slow(10, 80, failed=0.05, lost=0.02),
+    Slow(30, 40, failed=0.05, lost=0.02),
+)  # fmt: skip
+RATED = (
+    *(Slow(ratio, in_flight, rated=0.3, units=2000) for ratio, in_flight in ((1, 10), (10, 80), (30, 40))),
+    Slow(30, 80, rated=0.3, lost=0.02, units=2000),
+)
+EFFECT = Slow(10, 100, treated=0.85, control=0.8, units=4500)
+"""The goal's effect; more than 4,000 of its units are counted."""
+
+
+def alike(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
+    """A/A of every case."""
+    found: list[dict[str, Any]] = []
+    for number, case in enumerate((*CASES, *RATED)):
+        seen = latency_runs(case, runs, seed=600 + number)
+        names = ("found", "split", "found_as_scored", "split_as_scored")
+        alarms = {name: alarm_share(getattr(seen, name)) for name in names}
+        found.append({"case": case.name, "p": case.control, "runs": runs, "units": seen.steps, **alarms,
+                      "upper": upper(alarms["found"], runs)})  # fmt: skip
+        print(found[-1], flush=True)
+    split = sum(one["split"] for one in found) / len(found)
+    worst = {"aa_upper": max(one["upper"] for one in found[: len(CASES)]),
+             "feedback_aa_upper": max(one["upper"] for one in found[len(CASES) :]),
+             "aa_as_scored": max(one["found_as_scored"] for one in found),
+             "srm_as_scored": max(one["split_as_scored"] for one in found)}  # fmt: skip
+    figures = {name: single(value, runs, "share of runs") for name, value in worst.items()}
+    all_runs = runs * len(found)
+    return {**figures, "srm_upper": single(upper(split, all_runs), all_runs, "share of runs")}, found
+
+
+def unlike(runs: int) -> dict[str, Figure]:
+    """The goal's effect, between arms one of which is ten times slower."""
+    seen = latency_runs(EFFECT, runs, seed=650)
+    assert seen.steps >= 4000, f"{seen.steps} units counted"
+    return {"power": rate(seen.found, 4000), "power_median": median(seen.found, "requests")}
+
+
+def main() -> None:
+    """Measures and writes the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--runs", type=int, default=500)
+    args = parser.parse_args()
+    clock = Clock()
+    figures, detail = alike(args.runs)
+    write("latency_runs", args.out, {**figures, **unlike(args.runs)}, detail, {"runs": args.runs}, clock)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Runs the benchmarks, each in a process of its own, and tells which goals are met.
 
-    python -m benchmarks.run                   all of them, about 65 minutes on two idle cores
+    python -m benchmarks.run                   all of them, about 70 minutes on two idle cores
     python -m benchmarks.run zipf start        these
     python -m benchmarks.run --table           nothing: only the table of what benchmarks/results holds
 
@@ -37,6 +37,7 @@ BENCHMARKS = (
     "rag",
     "experiment",
     "sequential",
+    "latency_runs",
     "strategies",
     "together",
     "search",

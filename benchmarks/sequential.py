@@ -6,9 +6,8 @@
 Runs are simulated side by side through the classes that the monitor uses (tests/unit/test_online_runs.py holds both
 against each other) and, on the same draws, peers: the z-test looked at after every request and the same once at the
 end, mSPRT with plug-in variance, McNemar's z looked at always, chi-square looked at always, and lm-eval's unpaired z
-offline. Arms of equal quality that differ in latency, failures, lost answers and delay of feedback are simulated as log
-rows that the monitor's `Units` reads (benchmarks/latency_runs.py), with half as many runs a case. Upper bounds are
-one-sided 95 % ones (Wilson). The log has two arms, an assignment and an answer a unit, as Parquet segments.
+offline. Units enter as they are drawn here; benchmarks/latency_runs.py lets their answers overtake one another. Upper
+bounds are one-sided 95 % ones (Wilson). The log has two arms, an assignment and an answer a unit, as Parquet segments.
 """
 
 import argparse
@@ -23,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.latency_runs import Slow, alarm_share, latency_runs
 from benchmarks.online_runs import (
     Split,
     Stopped,
@@ -43,16 +41,6 @@ from graftwork.stats import Floats
 
 SHARES = (0.01, 0.1, 0.5, 0.9, 0.99)
 PLANS = {"50/50": even, "90/10": tenth, "ramping": ramping}
-LATE = (
-    *(Slow(ratio, in_flight, units=2500 if in_flight == 500 else 1000) for ratio in (1, 3, 10, 30)
-      for in_flight in (10, 80, 500)),
-    Slow(10, 80, chance=0.1), Slow(10, 80, treated=0.5, control=0.5), Slow(10, 80, failed=0.05, lost=0.02),
-    Slow(30, 40, failed=0.05, lost=0.02),
-)  # fmt: skip
-RATED = (
-    *(Slow(ratio, in_flight, rated=0.3, units=2000) for ratio, in_flight in ((1, 10), (10, 80), (30, 40))),
-    Slow(30, 80, rated=0.3, lost=0.02, units=2000),
-)
 OFFLINE_N, OFFLINE_GAIN = 200, 0.08
 
 
@@ -84,7 +72,7 @@ def alike(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
         print(found[-1], flush=True)
     bounds, peeked = [one["upper"] for one in found], [one["peers"]["z, always looked at"] for one in found]
     worst = {"aa_upper": max(bounds), "aa_covered": min(one["covered"] for one in found), "aa_peeked_z": max(peeked)}
-    return {name: _single(value, runs, "share of runs") for name, value in worst.items()}, found
+    return {name: single(value, runs, "share of runs") for name, value in worst.items()}, found
 
 
 def unlike(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
@@ -100,7 +88,7 @@ def unlike(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
         print(found[-1], flush=True)
     assert first is not None
     figures = {"power": rate(first.ours, 4000), "power_median": median(first.ours, "requests"),
-               "power_covered": _single(1 - float(np.mean(first.missed)), runs, "share of runs"),
+               "power_covered": single(1 - float(np.mean(first.missed)), runs, "share of runs"),
                "power_msprt": rate(first.peers["mSPRT"], 4000)}  # fmt: skip
     return figures, found
 
@@ -113,31 +101,6 @@ def shadowed(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
     figures = {"shadow_power": rate(first.ours, 2000), "shadow_median": median(first.ours, "prompts"),
                "shadow_aa": rate(seen["none at 20 %"].ours, 2000)}  # fmt: skip
     return figures, [{"case": name, **_told(one, 2000)} for name, one in seen.items()]
-
-
-def late(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
-    """A/A of arms that differ in latency, and the goal's effect between such arms."""
-    found: list[dict[str, Any]] = []
-    for number, case in enumerate((*LATE, *RATED)):
-        seen = latency_runs(case, runs // 2, seed=600 + number)
-        alarms = {name: alarm_share(getattr(seen, name)) for name in ("found", "split", "found_as_scored",
-                                                                      "split_as_scored")}  # fmt: skip
-        found.append({"case": case.name, "p": case.control, "runs": runs // 2, "units": seen.steps, **alarms,
-                      "upper": upper(alarms["found"], runs // 2)})  # fmt: skip
-        print(found[-1], flush=True)
-    all_runs = len(found) * (runs // 2)
-    split = sum(one["split"] for one in found) / len(found)
-    worst = {"latency_aa_upper": max(one["upper"] for one in found[: len(LATE)]),
-             "feedback_aa_upper": max(one["upper"] for one in found[len(LATE) :]),
-             "latency_aa_as_scored": max(one["found_as_scored"] for one in found),
-             "latency_srm_as_scored": max(one["split_as_scored"] for one in found)}  # fmt: skip
-    figures = {name: _single(value, runs // 2, "share of runs") for name, value in worst.items()}
-    figures["latency_srm_upper"] = _single(upper(split, all_runs), all_runs, "share of runs")
-    effect = latency_runs(Slow(10, 100, treated=0.85, control=0.8, units=4500), runs // 4, seed=650)
-    assert effect.steps >= 4000, f"{effect.steps} units counted"
-    figures["latency_power"] = rate(effect.found, 4000)
-    figures["latency_power_median"] = median(effect.found, "requests")
-    return figures, found
 
 
 def ratios(runs: int) -> dict[str, Figure]:
@@ -218,16 +181,16 @@ def read_log(folder: str) -> None:
 
 
 def write_log(folder: Path, rows: int, size: int = 50_000) -> None:
-    """Parquet segments of a split with a 1 pp effect, answers of some 100 ms, 1 % failures: as many answers as rows
-    are asked for, and an assignment for each."""
+    """Parquet segments of a split with a 1 pp effect, answers of some 100 ms, 1 % failures."""
     import pyarrow as pa
 
     from graftwork.serving.experiment.online.log_reader import SCHEMA
     from graftwork.serving.experiment.online.segments import Segment, parquet_bytes
 
     rng = np.random.default_rng(0)
-    for number, start in enumerate(range(0, rows, size), 1):
-        count = min(size, rows - start)
+    units = rows // 2
+    for number, start in enumerate(range(0, units, size // 2), 1):
+        count = min(size // 2, units - start)
         ids = [f"{value:032x}" for value in (start + np.arange(count)).tolist()]
         treated, failed = rng.random(count) < 0.5, rng.random(count) < 0.01
         right = (rng.random(count) < np.where(treated, 0.81, 0.8)).astype(float)
@@ -255,7 +218,8 @@ def _told(seen: Stopped, steps: int) -> dict[str, Any]:
             "peers": {name: share(stops, steps) for name, stops in seen.peers.items()}}  # fmt: skip
 
 
-def _single(value: float, n: int, unit: str) -> Figure:
+def single(value: float, n: int, unit: str) -> Figure:
+    """A value that is one number over all runs."""
     return Figure(value=value, q1=value, q3=value, n=n, unit=unit)
 
 
@@ -271,7 +235,7 @@ def main() -> None:
         return read_log(args.read)
     clock, figures, detail = Clock(), {}, {}
     parts: dict[str, Callable[[int], tuple[dict[str, Figure], list[dict[str, Any]]]]] = {
-        "alike": alike, "unlike": unlike, "shadow": shadowed, "late": late}  # fmt: skip
+        "alike": alike, "unlike": unlike, "shadow": shadowed}  # fmt: skip
     for name, part in parts.items():
         found, detail[name] = part(args.runs)
         figures.update(found)

@@ -254,19 +254,21 @@ class Units:
 
     def _release(self, entered: Entered, *arms: int) -> None:
         """Enter what is fixed and has nothing open before it; into the guardrails, of these arms."""
+        now, window_s, deadline_s = self._now, self._rules.window_s, self._rules.deadline_s
         for arm in arms:
-            for done in self._guards[arm].ready(self._now):
+            for done in self._guards[arm].ready(now):
                 entered.guard_arm.append(arm)
                 entered.guard_rows.append(done)
         while self._open:
             unit = next(iter(self._open.values()))
-            if self._now < self._due(unit) and (unit.pending or self._now < unit.first_at + self._rules.window_s):
+            closed = unit.first_at + window_s
+            if now < closed or (unit.pending and now < closed + deadline_s):
                 break
             self._open.popitem(last=False)
             self._enter(entered, unit)
         while self._pairs:
             (_, arm), pair = next(iter(self._pairs.items()))
-            if pair.value is None and self._now < pair.due:
+            if pair.value is None and now < pair.due:
                 break
             self._pairs.popitem(last=False)
             value = self._worst if pair.value is None else pair.value
