@@ -87,8 +87,8 @@ def _series(steps: Sequence[StepReport]) -> tuple[Series, ...]:
 
 def _planned(spec: TrainSpec, report: TrainReport, data: PreparedData) -> tuple[tuple[PlanRow, ...], tuple[str, ...]]:
     """Predicted and actual of the run. Time is left out: the plan's holds the start, the run's does not."""
-    actual = max(report.peak_cuda_bytes_per_worker) if spec.gpus_per_worker else max(report.peak_rss_bytes_per_worker)
-    dtype, _ = compute_dtype(spec.quant, "cuda" if spec.gpus_per_worker else "cpu")
+    actual = max(report.peak_cuda_bytes_per_worker) if spec.gpus else max(report.peak_rss_bytes_per_worker)
+    dtype, _ = compute_dtype(spec.quant, "cuda" if spec.gpus else "cpu")
     shape = ModelShape.from_config(base_model.resolve(spec.base).config)
     try:
         held_out = _sizes(data.eval) if data.eval is not None else None

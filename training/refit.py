@@ -34,7 +34,7 @@ class FirstSteps:
     def _compare(self) -> None:
         import torch
 
-        spec, cuda = self.job.spec, torch.cuda.is_available() and self.job.spec.gpus_per_worker > 0
+        spec, cuda = self.job.spec, torch.cuda.is_available() and self.job.spec.gpus > 0
         device = "cuda" if cuda else "cpu"
         try:
             shape = ModelShape.from_config(base_model.resolve(spec.base).config)

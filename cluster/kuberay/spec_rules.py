@@ -3,10 +3,11 @@
 import re
 
 from graftwork.cluster.backend import Job
+from graftwork.cluster.inputs import path_findings
 from graftwork.cluster.kuberay.findings import Found, refuse, warn
 from graftwork.cluster.kuberay.rules.groups import is_label
 from graftwork.cluster.kuberay.rules.part import version_of
-from graftwork.cluster.secret_like import secrets_in, why_secret
+from graftwork.cluster.secret_like import secret_findings, why_secret, why_secret_text
 from graftwork.cluster.spec import LABEL_PATTERN, ClusterSpec
 
 RAY = (2, 60)
@@ -29,8 +30,8 @@ def check_spec(job: Job, namespace: str) -> Found:
     yield from _survival(job.cluster)
     yield from _version(job.cluster)
     yield from _tokens(job)
-    for where, why in secrets_in(dict(job.spec)):
-        yield refuse("SECRET-VALUE", where, why, "a spec is kept and shown", "name an environment variable or a Secret")
+    yield from path_findings(job.spec, shared=False)
+    yield from secret_findings(job)
 
 
 def _references(cluster: ClusterSpec) -> Found:
@@ -50,13 +51,15 @@ def _references(cluster: ClusterSpec) -> Found:
 
 def _labels(cluster: ClusterSpec) -> Found:
     for key, value in cluster.labels.items():
+        if why_secret_text(f"{key} {value}") is not None:
+            continue  # told by `secret_findings`, which shows neither
         if not is_label(key, value):
             yield refuse("LABEL-FORM", f"labels.{key}", repr(value), "labels have the form of Kubernetes")
         if key.startswith(RESERVED_LABELS):
             yield refuse("LABEL-RESERVED", f"labels.{key}", "set by hand", f"not under {', '.join(RESERVED_LABELS)}")
     for index, group in enumerate(cluster.workers):
         for key, value in {**group.node_selector, group.spot_key: "true"}.items():
-            if not is_label(key, value):
+            if not is_label(key, value) and why_secret_text(f"{key} {value}") is None:
                 yield refuse("LABEL-FORM", f"workers[{index}].node_selector.{key}", repr(value), "a node's label")
 
 

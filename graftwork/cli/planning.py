@@ -24,6 +24,7 @@ from graftwork.plan import (
     Machine,
     StagePlan,
     answers_seconds,
+    gpu_here,
     plan_serving,
     plan_training,
     verdict_of,
@@ -32,7 +33,7 @@ from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.study.spec import MeasureSpec, StudySpec
-from graftwork.training.settled import machine_of, sizes_of
+from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec
 
@@ -57,6 +58,11 @@ def plan_spec(
         raise ConfigError(f"--replay with kind={getattr(spec, 'kind', '')!r}", "there is no training step in it",
                           "the step of a train spec is replayed", "leave --replay out")  # fmt: skip
     return [replayed_line(asked, machine)]
+
+
+def plan_on(spec: Spec, folder: Path, machine: Machine) -> list[StagePlan]:
+    """A line a stage on the machine of a job's target, for a spec whose `auto` GPUs are resolved. Raises UserError."""
+    return list(_lines(spec, folder, machine))
 
 
 def _on_gpus(spec: Spec, gpus: int | None) -> Spec:
@@ -91,13 +97,14 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
         from graftwork.tuning.winner import winner_spec
 
         data = prepare(spec.train)
-        machine = machine_of(spec.train) if spec.train.gpus_per_worker else machine.at(spec.train.quant)
+        machine = placed(spec.train, machine)
         assert data.eval is not None, "a sweep's spec demands data.eval"
         yield plan_tuning(spec, _shape(spec.train.base), sizes_of(data.train), sizes_of(data.eval), machine)
         if spec.winner is not None:
             [winner] = _lines(winner_spec(spec, spec.train), folder, machine)
             yield replace(winner, stage="winner")
     elif isinstance(spec, ServeSpec):
+        machine = _with_gpu_here(spec, machine)
         yield plan_serving("serve", _shape(spec.base), spec.quant, spec.engine, machine.at(spec.quant),
                            num_cpus=spec.num_cpus, replicas=spec.most_replicas,
                            embedder=_embedding(spec.embedder) if spec.embedder else None,
@@ -106,12 +113,14 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
                            dequantised=machine.gpu is None and _unpacked(spec.quant))  # fmt: skip
     elif isinstance(spec, CompareSpec):
         adapters = {arm.adapter for arm in spec.arms if arm.adapter}
+        machine = _with_gpu_here(spec, machine)
         yield plan_serving("compare", _shape(spec.base), spec.quant, spec.engine, machine.at(spec.quant),
                            num_cpus=spec.num_cpus, query_embedders=_query_embedders(spec.arms),
-                           adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(spec.quant),
+                           adapters=[SERVED_RANK] * len(adapters),
+                           dequantised=machine.gpu is None and _unpacked(spec.quant),
                            answers=_answers(spec))  # fmt: skip
     elif isinstance(spec, QuantizeSpec):
-        yield from _precisions(spec, machine)
+        yield from _precisions(spec, _with_gpu_here(spec, machine))
     elif isinstance(spec, DemoSpec):
         specs = load_specs(spec, folder)
         for stage in (specs.tune, *specs.train):
@@ -127,6 +136,17 @@ def _lines(spec: Spec, folder: Path, machine: Machine) -> Iterator[StagePlan]:
     else:
         raise ConfigError(f"plan of kind={getattr(spec, 'kind', '')!r}", "nothing is predicted for it",
                           "train, tune, serve, compare, quantize, study and demo are planned")  # fmt: skip
+
+
+def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machine) -> Machine:
+    """The machine with the GPU of this one, where the spec asks for GPUs and the plan names none."""
+    if machine.gpu is not None or not spec.gpus:
+        return machine
+    gpu = gpu_here()
+    if gpu is None:
+        raise ConfigError(f"num_gpus={spec.gpus:g}", "no GPU is seen from here that the table of the plan has",
+                          "a plan is made for a GPU that is known", "graftwork plan FILE --gpu NAME")  # fmt: skip
+    return Machine.with_gpus(gpu)
 
 
 def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> StagePlan:
@@ -166,8 +186,8 @@ def _precisions(spec: QuantizeSpec, machine: Machine) -> Iterator[StagePlan]:
     for precision in spec.precisions:
         quant = QUANT[precision]
         yield plan_serving(f"quantize {precision}", _shape(spec.base), quant, spec.engine, machine.at(quant),
-                           num_cpus=spec.num_cpus, adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(quant),
-                           answers=_answers(spec))  # fmt: skip
+                           num_cpus=spec.num_cpus, adapters=[SERVED_RANK] * len(adapters),
+                           dequantised=machine.gpu is None and _unpacked(quant), answers=_answers(spec))  # fmt: skip
 
 
 def _answers(spec: CompareSpec | QuantizeSpec) -> Answers:

@@ -33,7 +33,7 @@ def predict_training(
     """
     rows = rows or RowSizes.at_most(spec.max_length)
     taken = pass_of(spec, rows, micro_batch(spec))
-    predict = _on_gpu if spec.gpus_per_worker else _on_cpu
+    predict = _on_gpu if spec.gpus else _on_cpu
     return predict(spec, model, taken, value_bytes)
 
 

@@ -148,7 +148,9 @@ def test_a_token_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 HEAD = RayNode("head", True, {"CPU": 4, "memory": 16 * GIB}, {"CPU": 0})
-GPUS = RayNode("gpus", False, {"CPU": 8, "GPU": 4, "memory": 64 * GIB}, {"CPU": 1, "GPU": 3})
+GPUS = RayNode(
+    "gpus", False, {"CPU": 8, "GPU": 4, "memory": 64 * GIB, "accelerator_type:T4": 1}, {"CPU": 1, "GPU": 3}
+)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,11 @@ GPUS = RayNode("gpus", False, {"CPU": 8, "GPU": 4, "memory": 64 * GIB}, {"CPU": 
         (Demand(gpus_per_worker=1), []),
         (Demand(num_workers=4, gpus_per_worker=1), ["W-CLUSTER-BUSY"]),
         (Demand(num_workers=5, gpus_per_worker=1), ["E-CLUSTER-TOO-SMALL"]),
+        (Demand(gpus_per_worker=1, gpu_memory_bytes_per_worker=int(13 * GIB)), []),
+        (Demand(gpus_per_worker=1, gpu_memory_bytes_per_worker=int(14 * GIB)), ["E-FIT-GPU-MEMORY"]),  # of 14.6
+        (Demand(gpus_per_worker=1, memory_bytes_per_worker=int(61 * GIB)), ["E-CLUSTER-TOO-SMALL"]),  # of 64
+        (Demand(gpus_per_worker=0.5, gpu_memory_bytes_per_worker=int(7 * GIB)), ["E-FIT-GPU-MEMORY"]),
+        (Demand(gpus_per_worker=1.5), ["E-GPU-SHARE"]),
         (Demand(memory_bytes_per_worker=int(65 * GIB)), ["E-CLUSTER-TOO-SMALL"]),
         (Demand(num_workers=2, cpus_per_worker=0, memory_bytes_per_worker=int(40 * GIB)), ["E-CLUSTER-TOO-SMALL"]),
     ],
