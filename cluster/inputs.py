@@ -34,6 +34,7 @@ PLACE_KEYS = frozenset({"root", "log", "adapter_roots", "nvme_path", "argv"})
 """Keys that name a place of the machines where the job runs, or words that no spec explains."""
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
 GIB = 2**30
+MOST_RULE = f"at most {MOST_BYTES / GIB:.0f} GiB of local files go with a job"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def with_inputs(spec: SpecT, root: str) -> SentSpec:
         path = _local(where, value)
         if path is None or value in found or not _exists(path) or _is_weights(path):
             continue
-        size = sum(one.stat().st_size for one in _files(path))
+        size = _size(path)
         if size <= room:
             found[value], room = _input(path, size), room - size
     if not found:
@@ -101,14 +102,12 @@ def path_findings(spec: Mapping[str, Any], *, shared: bool, here: bool = False) 
                 yield Finding("E-PATH-ABSENT", "error", where, f"{value} does not exist in this folder",
                               "a plain path is a file of this machine, which is sent with the job",
                               "correct the path, or name s3://BUCKET/KEY")  # fmt: skip
-        elif key in INPUT_KEYS and not _is_weights(path):
-            size = sum(one.stat().st_size for one in _files(path))
-            yield Finding("E-PATH-TOO-LARGE", "error", where, f"{value} has {size / GIB:.2f} GiB",
-                          f"at most {MOST_BYTES / GIB:.0f} GiB of local files are sent with a job",
+        elif not here and not shared and key in INPUT_KEYS and not _is_weights(path) and _size(path) > MOST_BYTES:
+            yield Finding("E-PATH-TOO-LARGE", "error", where, f"{value} has {_size(path) / GIB:.2f} GiB", MOST_RULE,
                           "copy it to s3:// once and name that")  # fmt: skip
         elif not here and not shared:
-            yield Finding("E-PATH-LOCAL", "error", where, f"{value} is on this machine",
-                          "pods see the store and their image; weights are not sent with a job",
+            yield Finding("E-PATH-LOCAL", "error", where, f"{value} is on this machine, and does not go along",
+                          f"pods see the store and their image; {MOST_RULE}, and no weights",
                           "copy it to s3://, or file:///PATH where the image or the claim has it")  # fmt: skip
         elif relative:
             yield Finding("E-PATH-RELATIVE", "error", where, f"{value} is relative to this folder",
@@ -176,6 +175,10 @@ def _is_weights(path: Path) -> bool:
     """Whether it is a base or an adapter: those are published to a store, not sent with each job."""
     names = [path.name] if path.is_file() else [one.name for one in path.iterdir()]
     return any(name.endswith(WEIGHTS) or name == "config.json" for name in names)
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files(path))
 
 
 def _files(path: Path) -> list[Path]:

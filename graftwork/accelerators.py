@@ -56,10 +56,16 @@ def gpus_of(spec: Spec) -> float:
     return 0.0 if key is None else counted(_value(spec, key))
 
 
+def is_auto(spec: Spec) -> bool:
+    """Whether the GPUs of the stage's workers are still to be resolved."""
+    key = gpu_key(spec)
+    return key is not None and _value(spec, key) == AUTO
+
+
 def with_gpus(spec: SpecT, found: Accelerators) -> tuple[SpecT, str | None]:
     """The spec with a number in place of `auto`, and a line with the number and its reason; None for nothing to do."""
     key = gpu_key(spec)
-    if key is None or _value(spec, key) != AUTO:
+    if key is None or not is_auto(spec):
         return spec, None
     number, reason = (1.0 if found.count else 0.0), found.reason
     engine: Any = getattr(spec, "engine", None)

@@ -7,7 +7,7 @@ from graftwork.cluster.inputs import path_findings
 from graftwork.cluster.kuberay.findings import Found, refuse, warn
 from graftwork.cluster.kuberay.rules.groups import is_label
 from graftwork.cluster.kuberay.rules.part import version_of
-from graftwork.cluster.secret_like import secret_findings, why_secret, why_secret_text
+from graftwork.cluster.secret_like import secret_findings, why_secret
 from graftwork.cluster.spec import LABEL_PATTERN, ClusterSpec
 
 RAY = (2, 60)
@@ -51,15 +51,13 @@ def _references(cluster: ClusterSpec) -> Found:
 
 def _labels(cluster: ClusterSpec) -> Found:
     for key, value in cluster.labels.items():
-        if why_secret_text(f"{key} {value}") is not None:
-            continue  # told by `secret_findings`, which shows neither
         if not is_label(key, value):
             yield refuse("LABEL-FORM", f"labels.{key}", repr(value), "labels have the form of Kubernetes")
         if key.startswith(RESERVED_LABELS):
             yield refuse("LABEL-RESERVED", f"labels.{key}", "set by hand", f"not under {', '.join(RESERVED_LABELS)}")
     for index, group in enumerate(cluster.workers):
         for key, value in {**group.node_selector, group.spot_key: "true"}.items():
-            if not is_label(key, value) and why_secret_text(f"{key} {value}") is None:
+            if not is_label(key, value):
                 yield refuse("LABEL-FORM", f"workers[{index}].node_selector.{key}", repr(value), "a node's label")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graftwork.accelerators import accelerators_here, with_gpus
+from graftwork.accelerators import accelerators_here, is_auto, with_gpus
 from graftwork.cli.following import follow
 from graftwork.cli.job_words import left_behind, line_of, next_moves, root_flag
 from graftwork.cli.output import duration, gib, print_json, say, stderr
@@ -117,9 +117,8 @@ def launch(spec: Spec, file: Path, how: Launch, as_json: bool = False) -> None:
 
     cluster = how.cluster_spec()
     backend = backend_of(how.on, root_of_job(spec, cluster), cluster)
-    machines = backend.machines(cluster)
-    spec, chosen = with_gpus(spec, machines.accelerators)
-    if chosen is not None:
+    if is_auto(spec):
+        spec, chosen = with_gpus(spec, backend.machines(cluster).accelerators)
         stderr.print(f"note: {chosen}", markup=False, soft_wrap=True)
     job = job_of(spec, cluster, how.on)
     if not RunStore(job.root).attempts(job.job_id):
@@ -128,7 +127,7 @@ def launch(spec: Spec, file: Path, how: Launch, as_json: bool = False) -> None:
         for one in job.inputs:
             stderr.print(f"note: {one.path} ({gib(one.bytes)}) goes along as {'/'.join(one.key)}", markup=False,
                          soft_wrap=True)  # fmt: skip
-        job, _, notes = with_demand(job, spec, file.parent, machines)
+        job, _, notes = with_demand(job, spec, file.parent, backend.machines(cluster))
         for note in notes:
             stderr.print(f"note: {note.code} {note.found}", markup=False, soft_wrap=True)
     ours, status = started(backend, job, how.on)

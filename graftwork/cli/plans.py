@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftwork import config
-from graftwork.accelerators import Accelerators, gpu_key, gpus_of, with_gpus
+from graftwork.accelerators import gpu_key, gpus_of, is_auto
 from graftwork.cli.launching import Budget, Deadline, Launch, Pending, resolve_here
 from graftwork.cli.output import (
     Cluster,
@@ -89,7 +89,7 @@ def _say_gpus(spec: Spec, gpu: str) -> None:
     key = gpu_key(spec)
     if key is None:
         return
-    if gpus_of(spec) == 0 and with_gpus(spec, Accelerators(1.0))[1] is None:
+    if gpus_of(spec) == 0 and not is_auto(spec):
         say(f"note: planned with {key}=1; the file has {key}=0, which computes on the CPU: set {key}=1, or auto")
     else:
         say(f"note: {key}={gpus_of(spec) or 1:g} (--gpu {gpu})")
