@@ -34,7 +34,6 @@ PLACE_KEYS = frozenset({"root", "log", "adapter_roots", "nvme_path", "argv"})
 """Keys that name a place of the machines where the job runs, or words that no spec explains."""
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
 GIB = 2**30
-MOST_RULE = f"at most {MOST_BYTES / GIB:.0f} GiB of local files go with a job"
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,12 @@ def path_findings(spec: Mapping[str, Any], *, shared: bool, here: bool = False) 
                               "a plain path is a file of this machine, which is sent with the job",
                               "correct the path, or name s3://BUCKET/KEY")  # fmt: skip
         elif not here and not shared and key in INPUT_KEYS and not _is_weights(path) and _size(path) > MOST_BYTES:
-            yield Finding("E-PATH-TOO-LARGE", "error", where, f"{value} has {_size(path) / GIB:.2f} GiB", MOST_RULE,
+            yield Finding("E-PATH-TOO-LARGE", "error", where, f"{value} has {_size(path) / GIB:.2f} GiB",
+                          "at most 1 GiB of local files goes with a job",
                           "copy it to s3:// once and name that")  # fmt: skip
         elif not here and not shared:
             yield Finding("E-PATH-LOCAL", "error", where, f"{value} is on this machine, and does not go along",
-                          f"pods see the store and their image; {MOST_RULE}, and no weights",
+                          "pods see the store and their image; at most 1 GiB of rows goes with a job, and no weights",
                           "copy it to s3://, or file:///PATH where the image or the claim has it")  # fmt: skip
         elif relative:
             yield Finding("E-PATH-RELATIVE", "error", where, f"{value} is relative to this folder",

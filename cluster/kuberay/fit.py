@@ -108,11 +108,9 @@ def _unused(job: Job) -> Found:
     if not reserved or job.kind in OWN_PROGRAMS or (job.kind != "train" and used):
         return  # sweeps and endpoints grow into what is there
     if used < reserved:
-        key = "gpus_per_worker" if job.kind in ("train", "tune") else "num_gpus"
-        more = f"{key}: auto" if not used else f"more workers, or count and gpu for {math.ceil(used)} GPUs"
         yield warn("GPU-UNUSED", "workers", f"{reserved} GPUs are reserved, and the workers use {used:g}",
-                   "a GPU costs its price as long as the job holds it",
-                   f"{more}{'' if used else ', or a group without GPUs'}")  # fmt: skip
+                   "a GPU costs its price as long as the job holds it, used or not",
+                   "gpus_per_worker (num_gpus of an endpoint): auto; more workers; or fewer GPUs")  # fmt: skip
 
 
 def _limits(job: Job) -> Found:

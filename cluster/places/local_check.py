@@ -72,11 +72,12 @@ def _memory(wanted: int) -> list[Finding]:
     if wanted <= HEADROOM * free:
         return []
     found = f"{wanted / GIB:.1f} GiB predicted; {total / GIB:.1f} GiB are here, {free / GIB:.1f} GiB free now"
-    move = "a smaller batch or base, quantisation, or --on a cluster"
-    rule = f"a run may take {HEADROOM:.0%} of the free memory"
-    if wanted <= HEADROOM * total:
-        move = f"end what uses the memory, or {move}"
-    return [Finding("E-MEMORY-FIT", "error", "demand.memory", found, rule, move)]
+    return [
+        Finding(
+            "E-MEMORY-FIT", "error", "demand.memory", found, f"a run may take {HEADROOM:.0%} of the free memory",
+            "a smaller batch or base, quantisation, or --on a cluster; or end what uses the memory",
+        )
+    ]  # fmt: skip
 
 
 def _folders(root: str, folder: Path) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""Local files of a spec: which keys name them, what travels, what is refused, and that the identity is the content's."""
+"""Local files of a spec: which keys name them, what travels, what is refused, and whose identity it is."""
 
 import json
 from pathlib import Path
@@ -135,8 +135,10 @@ def test_every_key_that_is_documented_as_a_path_is_known() -> None:
         for name, field in model.model_fields.items():
             said, text = field.description or "", "str" in str(field.annotation)
             names_file = text and any(word in said for word in ("a path", "`file://`", "JSONL", "A folder"))
-            if names_file and name not in inputs.INPUT_KEYS | inputs.PLACE_KEYS and (
-                name != "uri" or parent not in {*inputs.INPUT_PARENTS, "base", "embedder"}
+            if (
+                names_file
+                and name not in inputs.INPUT_KEYS | inputs.PLACE_KEYS
+                and (name != "uri" or parent not in {*inputs.INPUT_PARENTS, "base", "embedder"})
             ):
                 unknown.add(f"{model.__name__}.{name}")
             for inner in _models_in(field.annotation):

@@ -152,9 +152,7 @@ def test_a_token_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 HEAD = RayNode("head", True, {"CPU": 4, "memory": 16 * GIB}, {"CPU": 0})
-GPUS = RayNode(
-    "gpus", False, {"CPU": 8, "GPU": 4, "memory": 64 * GIB, "accelerator_type:T4": 1}, {"CPU": 1, "GPU": 3}
-)
+GPUS = RayNode("gpus", False, {"CPU": 8, "GPU": 4, "memory": 64 * GIB, "accelerator_type:T4": 1}, {"CPU": 1, "GPU": 3})
 
 
 @pytest.mark.parametrize(

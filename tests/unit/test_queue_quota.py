@@ -10,7 +10,8 @@ from graftwork.cluster.spec import ClusterSpec
 GPU = "nvidia.com/gpu"
 
 
-def flavor(name: str, cpu: str, memory: str, gpus: str, **borrows: str) -> dict[str, Any]:
+def flavor(name: str, cpu: str, memory: str, gpus: str, borrows: dict[str, str] | None = None) -> dict[str, Any]:
+    borrows = borrows or {}
     quotas = {"cpu": cpu, "memory": memory, GPU: gpus}
     return {"name": name, "resources": [{"name": key, "nominalQuota": value, **({"borrowingLimit": borrows[key]}
             if key in borrows else {})} for key, value in quotas.items()]}  # fmt: skip
@@ -66,9 +67,9 @@ def test_the_finding_has_the_figures() -> None:
         ({}, CARDS, False),
         ({"cohort": "all"}, CARDS, True),  # borrows without a limit
         ({"cohortName": "all"}, CARDS, True),  # of v1beta2
-        ({"cohort": "all"}, flavor("gpu", "64", "512Gi", "8", cpu="64", memory="1Ti", **{GPU: "0"}), True),
-        ({"cohort": "all"}, flavor("gpu", "64", "512Gi", "8", cpu="32", memory="1Ti", **{GPU: "0"}), False),
-        ({}, flavor("gpu", "64", "512Gi", "8", cpu="64", memory="1Ti"), False),  # a limit without a cohort
+        ({"cohort": "all"}, flavor("gpu", "64", "512Gi", "8", {"cpu": "64", "memory": "1Ti", GPU: "0"}), True),
+        ({"cohort": "all"}, flavor("gpu", "64", "512Gi", "8", {"cpu": "32", "memory": "1Ti", GPU: "0"}), False),
+        ({}, flavor("gpu", "64", "512Gi", "8", {"cpu": "64", "memory": "1Ti"}), False),  # a limit without a cohort
     ],
 )
 def test_a_queue_of_a_cohort_may_borrow(spec: dict[str, Any], flavors: dict[str, Any], fits: bool) -> None:
@@ -81,6 +82,8 @@ def test_a_resource_without_a_quota_is_never_admitted() -> None:
     assert found.found == "the ClusterQueue 'team' has no memory, nvidia.com/gpu"
 
 
-@pytest.mark.parametrize(("text", "value"), [("8", 8), ("500m", 0.5), ("1e3", 1000), ("2Pi", 2 * 2**50), ("1Ti", 2**40)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("8", 8), ("500m", 0.5), ("1e3", 1000), ("2Pi", 2 * 2**50), ("1Ti", 2**40)]
+)
 def test_quantities_of_a_server_have_more_forms_than_those_of_a_spec(text: str, value: float) -> None:
     assert amount(text) == value

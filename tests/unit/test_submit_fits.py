@@ -87,7 +87,9 @@ def asked(folder: Path, tree: dict[str, Any]) -> TrainSpec:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=SPECS, machine=MACHINES)
-def test_what_does_not_fit_pods_or_nodes_is_refused(folder: Path, tree: dict[str, Any], machine: dict[str, Any]) -> None:
+def test_what_does_not_fit_pods_or_nodes_is_refused(
+    folder: Path, tree: dict[str, Any], machine: dict[str, Any]
+) -> None:
     """The same machines as a cluster's file describes them and as a Ray shows them."""
     group = {**machine, "name": "g", "cpu": "64", "memory": f"{machine['memory']}Gi", "node_selector": {"a/b": "c"}}
     cluster = ClusterSpec.model_validate({**BASE, "workers": [group]})
