@@ -1,8 +1,9 @@
 """Local files of a spec: which keys name them, what travels, what is refused, and whose identity it is."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -15,7 +16,7 @@ from graftwork.cluster.backend import Attempt, Job
 from graftwork.cluster.inputs import path_findings, send, with_inputs
 from graftwork.cluster.kuberay.preflight import preflight
 from graftwork.cluster.run_store import RunStore
-from graftwork.config import SPEC_KINDS, Spec, _models_in, spec_class, validate
+from graftwork.config import SPEC_KINDS, Spec, spec_class, validate
 from graftwork.data import read_rows
 from graftwork.errors import ConfigError
 from graftwork.retrieval.chunks import ChunkSpec
@@ -126,6 +127,14 @@ def test_every_key_of_a_stage_that_names_a_file_travels(here: Path) -> None:
         assert list(path_findings(sent.model_dump(mode="json"), shared=False)) == []
 
 
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that an annotation names, at any depth."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from models_in(part)
+
+
 def test_every_key_that_is_documented_as_a_path_is_known() -> None:
     """A new key that names a file is sent or named as a place, and not forgotten."""
     unknown: set[str] = set()
@@ -141,7 +150,7 @@ def test_every_key_that_is_documented_as_a_path_is_known() -> None:
                 and (name != "uri" or parent not in {*inputs.INPUT_PARENTS, "base", "embedder"})
             ):
                 unknown.add(f"{model.__name__}.{name}")
-            for inner in _models_in(field.annotation):
+            for inner in models_in(field.annotation):
                 if inner not in seen:
                     seen.add(inner)
                     walk(inner, name)
