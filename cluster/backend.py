@@ -6,9 +6,11 @@ A job is a stage's resolved spec, run by `graftwork.cluster.driver` where the wo
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.target_machines import TargetMachines
 
 JobState = Literal[
     "submitted", "queued", "pending", "running", "suspended", "succeeded", "failed", "stopped", "cancelled", "lost"
@@ -29,9 +31,22 @@ class Demand:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     memory_bytes_per_worker: int = 0
-    """Predicted peak; 0 where it was not predicted."""
+    """Predicted peak in the machine's own memory; 0 where it was not predicted."""
     seconds: float | None = None
     """Predicted time; None where it was not predicted."""
+    gpu_memory_bytes_per_worker: int = 0
+    """Predicted peak in a GPU's memory; 0 where no GPU is used or it was not predicted."""
+
+
+@dataclass(frozen=True)
+class JobInput:
+    """A file or folder of this machine that goes to the job's store before the job starts (cluster/inputs.py)."""
+
+    path: Path
+    key: tuple[str, ...]
+    """In the store, named by the content."""
+    sha256: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,16 @@ class Job:
     """The stage's whole spec, resolved, as JSON."""
     cluster: ClusterSpec = field(default_factory=ClusterSpec)
     demand: Demand = field(default_factory=Demand)
+    """Of the stage with the most memory in all."""
+    other_demands: tuple[Demand, ...] = ()
+    """Of stages that run before or after it: a sweep's winner, another precision."""
+    inputs: tuple[JobInput, ...] = ()
+    """Local files that `spec` names by their copies in the store; sent by `submit`, once preflight has passed."""
+
+    @property
+    def demands(self) -> tuple[Demand, ...]:
+        """Of all stages. Each has to fit by itself."""
+        return (self.demand, *self.other_demands)
 
     @property
     def job_id(self) -> str:
@@ -139,6 +164,9 @@ class Backend(Protocol):
     """Runs jobs in one place. Every verb raises ClusterError when the place is out of reach or refuses us."""
 
     on: str
+
+    def machines(self, cluster: ClusterSpec) -> TargetMachines:
+        """The machines that workers of a job may get here."""
 
     def plan(self, job: Job) -> JobPlan:
         """What `submit` would do. Writes nothing."""

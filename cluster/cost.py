@@ -5,11 +5,18 @@ from graftwork.cluster.spec import ClusterSpec, PriceTable, WorkerSpec, quantity
 
 
 def usd_per_hour(cluster: ClusterSpec) -> float | None:
-    """Of head and workers; None without prices."""
+    """Of head and workers; None without prices, or where a GPU has none: its share would count as free."""
     prices = cluster.prices
-    if prices is None:
+    if prices is None or unpriced(cluster):
         return None
     return quantity(cluster.head.cpu) * prices.cpu_hour + sum(_group(group, prices) for group in cluster.workers)
+
+
+def unpriced(cluster: ClusterSpec) -> list[int]:
+    """Numbers of the worker groups whose GPUs the price table does not have."""
+    known = cluster.prices.gpu_hour if cluster.prices is not None else {}
+    return [number for number, group in enumerate(cluster.workers)
+            if group.gpu and (group.gpu_type or "") not in known and "default" not in known]  # fmt: skip
 
 
 def predicted_usd(job: Job) -> float | None:

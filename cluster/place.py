@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from graftwork.cluster.backend import Attempt, Finding, Job
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.target_machines import TargetMachines
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Place(Protocol):
     """Each call raises ClusterError when the place is out of reach or refuses us, within some 10 s."""
 
     on: str
+
+    def machines(self, cluster: ClusterSpec) -> TargetMachines:
+        """The machines that workers of a job may get here; `cluster` describes those that are made for a job."""
 
     def check(self, job: Job) -> list[Finding]:
         """What would keep the job from running here. Writes nothing that stays."""

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from graftwork.cluster.backend import Finding, Job
+
 _NAME = re.compile(
     r"(^|[_.-])(secret|token|password|passwd|passphrase|credentials?|api[_-]?key|access[_-]?key([_-]?id)?"
     r"|private[_-]?key|secret[_-]?key|auth[_-]?key)([_.-]|$)",
@@ -22,7 +24,8 @@ _VALUES = {
     "a token of Slack": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
     "a signed token": r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in a URL": r"://[^\s/:@]+:[^\s/@]+@",
+    "a password in a URL": r"://[^\s/:@]*:[^\s/@]+@",
+    "a password in a URL's query": r"(?i)[?&](password|passwd|token|secret|api[-_]?key|x-amz-signature|sig)=[^\s&]+",
     "a password among arguments": r"(?i)--?(password|passwd|token|secret|api[-_]key)[= ]\S+",
     "a bearer token": r"(?i)\bbearer\s+[A-Za-z0-9._~+/-]{16,}",
 }
@@ -50,14 +53,24 @@ def why_secret_text(text: str) -> str | None:
     return None if found is None else f"it looks like {found}"
 
 
+def secret_findings(job: Job) -> Iterator[Finding]:
+    """Every text of the job's spec and of its cluster's file that looks like a secret: all places refuse them alike."""
+    for where, why in [*secrets_in(dict(job.spec)), *secrets_in(job.cluster.model_dump(mode="json"))]:
+        yield Finding("E-SECRET-VALUE", "error", where, why, "specs and cluster files are stored, shown and sent",
+                      "name an environment variable or a Secret")  # fmt: skip
+
+
 def secrets_in(tree: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Path and reason of all texts in a spec that look like secrets; names count among environments alone."""
+    """Path and reason of all texts and keys that look like secrets; names count among environments alone."""
     if isinstance(tree, str):
         why = why_secret_text(tree)
         if why is not None:
             yield where, why
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
+            if (why := why_secret_text(str(key))) is not None:
+                yield where or "a key", f"one of its keys: {why}"
+                continue
             path = f"{where}.{key}" if where else str(key)
             named = where.rpartition(".")[2] in ENVIRONMENTS and isinstance(value, str)
             why = why_secret(str(key), value) if named else None

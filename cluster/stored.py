@@ -10,6 +10,7 @@ import yaml
 
 from graftwork.cluster.backend import Attempt, Finding, Job, JobPlan, JobStatus, attempt_id
 from graftwork.cluster.cost import most_usd, predicted_usd
+from graftwork.cluster.inputs import send
 from graftwork.cluster.place import Place, Seen
 from graftwork.cluster.probe import probe_store
 from graftwork.cluster.run_store import (
@@ -22,8 +23,9 @@ from graftwork.cluster.run_store import (
     StopReason,
     attempt_of,
 )
-from graftwork.cluster.spec import quantity
+from graftwork.cluster.spec import ClusterSpec, quantity
 from graftwork.cluster.state import judge
+from graftwork.cluster.target_machines import TargetMachines
 from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError, StorageError
 
 POLL_S = 1.0
@@ -40,6 +42,10 @@ class StoredBackend:
 
     def __init__(self, place: Place, root: str) -> None:
         self.place, self.runs, self.on = place, RunStore(root), place.on
+
+    def machines(self, cluster: ClusterSpec) -> TargetMachines:
+        """The machines that workers of a job may get in its place."""
+        return self.place.machines(cluster)
 
     def plan(self, job: Job) -> JobPlan:
         """What `submit` would do. Writes nothing that stays."""
@@ -65,6 +71,8 @@ class StoredBackend:
                 return found  # else its client was killed before the place had it
         else:
             refuse(job, [*probe_store(self.runs.store.uri), *self.place.check(job)])
+            for one in job.inputs:
+                send(self.runs.store, one)
             self._require_here(self.runs.record(job, self.on))
             self.runs.open_attempt(job.job_id, 1)
         return self._start(attempt_of(self.runs, job.job_id, max(started, default=1)))

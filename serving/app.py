@@ -17,6 +17,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from graftwork import base_model
+from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.chat import Message
 from graftwork.cluster.kuberay.serve_config import INGRESS_PER_ENGINE
 from graftwork.embedding import EmbedderSpec, resolve_embedder
@@ -52,7 +53,7 @@ def build(spec: ServeSpec, *, http: bool = True, owner: str | None = None, follo
     dump = {**spec.model_dump(mode="json"), "root": Store(spec.root).uri, "adapter_roots": roots}
     engine = serve.deployment(
         EngineReplica, name=ENGINE, **_replicas(spec), max_ongoing_requests=spec.max_ongoing_requests,
-        ray_actor_options={"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus},
+        ray_actor_options={"num_cpus": spec.num_cpus, "num_gpus": spec.gpus},
         request_router_config=_routing(spec.engine), health_check_period_s=2, health_check_timeout_s=30,
         graceful_shutdown_timeout_s=spec.graceful_shutdown_timeout_s, graceful_shutdown_wait_loop_s=0.1,
         max_constructor_retry_count=1,
@@ -134,6 +135,7 @@ def deploy(spec: ServeSpec, *, http: bool = True) -> Iterator[Endpoint]:
     Raises UserError before anything is deployed (base, adapters, arms, token, port in use), RunError when it does not
     start.
     """
+    spec, _ = with_gpus(spec, accelerators_here())
     preflight(spec)
     application = build(spec, http=http, owner=this_driver())
     with quiet(), attentive(), serve_running(spec, http=http):
@@ -174,7 +176,7 @@ def check_spec(spec: ServeSpec) -> None:
 def preflight(spec: ServeSpec) -> None:
     """Check the spec, and that this Ray has room for it, before a replica starts. Raises UserError."""
     check_spec(spec)
-    require_resources(spec.num_cpus, spec.num_gpus, spec.first_replicas)
+    require_resources(spec.num_cpus, spec.gpus, spec.first_replicas)
     if spec.embedder:
         _require_room_beside(spec, spec.embedder)
 

@@ -15,7 +15,7 @@ def open_engine(spec: ServeSpec, base: ResolvedBase, template: Template) -> tupl
         held = "nf4 by bitsandbytes" if spec.quant.kind == "nf4" else "plain"
         reason = f"engine=vllm (asked for), tensor_parallel_size={spec.engine.tensor_parallel_size}; weights={held}"
         return open_vllm(base, spec.quant, spec.engine), reason
-    device = "cuda:0" if spec.num_gpus else "cpu"
+    device = "cuda:0" if spec.gpus else "cpu"
     if device == "cpu":
         _compute_alone()
     loaded = base_model.load(base, spec.quant, device=device, purpose="serve")

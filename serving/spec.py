@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from graftwork.accelerators import AUTO, Gpus, counted
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.chat import PromptSpec
 from graftwork.config import Spec
@@ -57,12 +58,12 @@ class EngineSpec(Spec):
                 raise ValueError(f"engine.{key} cannot take effect with engine.kind={self.kind!r}")
         return self
 
-    def require_gpus(self, num_gpus: float) -> None:
+    def require_gpus(self, num_gpus: Gpus) -> None:
         """Raises ValueError where a replica with so many GPUs cannot hold this engine."""
-        if self.kind == "vllm" and num_gpus != self.tensor_parallel_size:
+        if self.kind == "vllm" and num_gpus not in (AUTO, self.tensor_parallel_size):
             raise ValueError(
                 f"engine.kind='vllm' with tensor_parallel_size={self.tensor_parallel_size} "
-                f"needs num_gpus={self.tensor_parallel_size}, found {num_gpus:g}"
+                f"needs num_gpus={self.tensor_parallel_size}, found {num_gpus}"
             )
 
 
@@ -173,7 +174,14 @@ class ServeSpec(Spec):
     """Requests that one replica holds, running and queued in its engine; the rest wait before it."""
     num_cpus: float = Field(default=1.0, gt=0)
     """CPUs of the engine replica."""
-    num_gpus: float = Field(default=0.0, ge=0)
+    num_gpus: Gpus = AUTO
+    """GPUs of the engine replica; 0 computes on the CPU. auto: 1 where the target has GPUs, else 0; with engine.kind
+    vllm as many as engine.tensor_parallel_size."""
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a replica."""
+        return counted(self.num_gpus)
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Self:

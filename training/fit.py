@@ -109,10 +109,8 @@ def _on_workers(
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": ray.put(job), "report": report},
-        torch_config=TorchConfig(backend="nccl" if spec.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=train.ScalingConfig(
-            num_workers=workers, use_gpu=spec.gpus_per_worker > 0, resources_per_worker=each
-        ),
+        torch_config=TorchConfig(backend="nccl" if spec.gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=spec.gpus > 0, resources_per_worker=each),
         run_config=train.RunConfig(
             name=spec.name,
             storage_path=str(notes),

@@ -128,7 +128,7 @@ def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
 
 def device_of(spec: TrainSpec) -> str:
     """Where this worker computes."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if spec.gpus_per_worker > 0 else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if spec.gpus > 0 else "cpu"
 
 
 def _work_dir(job: TrainJob) -> Path:

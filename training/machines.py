@@ -14,7 +14,7 @@ LOOK_S = 1.0
 
 def resources_per_worker(spec: TrainSpec) -> dict[str, float]:
     """What one worker reserves of the cluster."""
-    return {"CPU": spec.cpus_per_worker, **({"GPU": spec.gpus_per_worker} if spec.gpus_per_worker else {})}
+    return {"CPU": spec.cpus_per_worker, **({"GPU": spec.gpus} if spec.gpus else {})}
 
 
 def workers_that_fit(spec: TrainSpec) -> int:

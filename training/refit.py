@@ -36,7 +36,7 @@ class FinalPeak:
         spec = self.job.spec
         if self.steps < LEAST_STEPS:
             return
-        cuda = torch.cuda.is_available() and spec.gpus_per_worker > 0
+        cuda = torch.cuda.is_available() and spec.gpus > 0
         try:
             shape = ModelShape.from_config(base_model.resolve(spec.base).config)
         except BaseModelError:

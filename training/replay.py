@@ -101,7 +101,7 @@ def replay(
     """
     _require_covered(spec)
     started = time.perf_counter()
-    cuda = spec.gpus_per_worker > 0
+    cuda = spec.gpus > 0
     taken = pass_of(spec, rows, micro_batch(spec))
     live = Live(CUDA_ROUNDS if cuda else 1)
     with _quiet():
@@ -170,7 +170,7 @@ def _built(spec: TrainSpec, config: Mapping[str, Any], dtype: torch.dtype, adapt
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype)
-    if spec.gpus_per_worker:
+    if spec.gpus:
         _drop_as_a_gpu_does(model)
     if spec.optim.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from graftwork import base_model, base_source, provenance
+from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.base_model import ResolvedBase
 from graftwork.cluster.fence import Fence, Overtaken
 from graftwork.config import canonical_json
@@ -49,11 +50,12 @@ class Run:
     probes: tuple[Probe, ...] = ()
     """Its outcomes, as questions and scores."""
     notes: tuple[str, ...] = ()
-    """What the plan decided, and why."""
+    """What `auto` was resolved to, and why."""
 
     @classmethod
     def of(cls, spec: TrainSpec) -> "Run":
         """Resolve base and data. Raises UserErrors of all kinds, before anything starts or is written."""
+        spec, chosen = with_gpus(spec, accelerators_here())
         check_here(spec)
         base, data, probes = base_model.resolve(spec.base), prepare(spec), tuple(probes_of(spec))
         check_rows(spec, len(data.eval) if data.eval is not None else 0)
@@ -69,12 +71,12 @@ class Run:
         pinned = pin_init(spec, base, lambda version: paths(version).run_id)
         # Ray Train moves each worker into a folder of its own, where a relative place is another one
         placed = pinned.with_({"root": Store(spec.root).uri, "base.uri": base_source.absolute(spec.base.uri)})
-        return cls(placed, base, data, paths(parent_of(placed)), probes)
+        return cls(placed, base, data, paths(parent_of(placed)), probes, (chosen,) if chosen and spec.gpus else ())
 
     def settled(self) -> "Run":
         """Without `auto`, and why it is so. Raises ConfigError where nothing fits."""
         spec, notes = settled(self.spec, self.base, self.data.train, self.paths)
-        return replace(self, spec=spec, notes=notes)
+        return replace(self, spec=spec, notes=(*self.notes, *notes))
 
     def patient(self) -> "Run":
         """The same run, which waits out an outage of its store."""
@@ -207,7 +209,7 @@ def _eval_metrics(steps: Sequence[StepReport]) -> dict[str, float]:
 
 
 def _peaks(spec: TrainSpec, result: LoopResult) -> tuple[int, ...]:
-    return result.peak_cuda_bytes_per_worker if spec.gpus_per_worker else result.peak_rss_bytes_per_worker
+    return result.peak_cuda_bytes_per_worker if spec.gpus else result.peak_rss_bytes_per_worker
 
 
 def _write_facts(run: Run) -> None:

@@ -37,12 +37,12 @@ def sizes_of(rows: Rows) -> RowSizes:
 
 def machine_of(spec: TrainSpec) -> Machine:
     """What the workers of a run get: the cluster's GPUs, or this machine's CPUs. Raises ConfigError for an unknown."""
-    if not spec.gpus_per_worker:
+    if not spec.gpus:
         return Machine.here().at(spec.quant)
     gpu = gpu_here() or _gpu_of_ray()
     if gpu is None:
         raise ConfigError(
-            f"gpus_per_worker={spec.gpus_per_worker:g}",
+            f"gpus_per_worker={spec.gpus:g}",
             "no GPU is seen from here, and Ray names none that the table of the plan has",
             "a plan is made, and auto in optim is settled, for a GPU that is known",
             "graftwork plan FILE --gpu NAME; it says what to set optim.micro_batch and gradient_checkpointing to",

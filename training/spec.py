@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from graftwork.accelerators import AUTO, Gpus, counted
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.chat import PromptSpec
 from graftwork.config import Spec
@@ -88,7 +89,9 @@ class TrainSpec(Spec):
     """Ray Train workers, data-parallel."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs reserved for, and threads used by, one worker."""
-    gpus_per_worker: float = Field(default=0.0, ge=0)
+    gpus_per_worker: Gpus = AUTO
+    """GPUs reserved for one worker, which computes on one; 0 trains on the CPU. auto: 1 where the target has GPUs, else
+    0, resolved before the run is named: run and job identities hold the number."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Optimizer steps between checkpoints; a rerun continues from the last."""
     checkpoints: CheckpointSpec = CheckpointSpec()
@@ -106,6 +109,11 @@ class TrainSpec(Spec):
     alias: Annotated[str, Field(pattern=NAME_PATTERN)] | None = "latest"
     """Alias that points at the new version once it is published; null publishes without moving any."""
 
+    @property
+    def gpus(self) -> float:
+        """GPUs of a worker."""
+        return counted(self.gpus_per_worker)
+
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the run's result, besides the contents of base and data: not where it lies or runs.
 
@@ -117,7 +125,7 @@ class TrainSpec(Spec):
         if not self.optim.factors:
             del fields["optim"]["factors"]
         fields["objective"].pop("teacher", None)  # pinned with the rows, wherever it lies
-        return {**fields, "device": "cuda" if self.gpus_per_worker else "cpu"}
+        return {**fields, "device": "cuda" if self.gpus else "cpu"}
 
     @model_validator(mode="before")
     @classmethod

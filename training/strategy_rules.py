@@ -31,7 +31,7 @@ def check_strategy(spec: "TrainSpec") -> None:
 def check_here(spec: "TrainSpec") -> None:
     """Raises ConfigError for what the strategy needs of a machine and this one lacks or has otherwise."""
     _check_disks(spec)
-    if spec.strategy.kind != "zero3" or spec.gpus_per_worker:
+    if spec.strategy.kind != "zero3" or spec.gpus:
         return
     dtype, reason = compute_dtype(spec.quant, "cpu")
     if str(dtype) != "torch.float32":
@@ -87,7 +87,7 @@ def _check_offload(spec: "TrainSpec") -> None:
         )
     if kind == "fsdp2" and strategy.offload_weights == "nvme":
         raise ValueError("strategy.offload_weights=nvme can't go with strategy.kind=fsdp2: set strategy.kind=zero3")
-    if kind == "fsdp2" and strategy.offload_weights == "cpu" and not spec.gpus_per_worker:
+    if kind == "fsdp2" and strategy.offload_weights == "cpu" and spec.gpus_per_worker == 0:
         raise ValueError(
             "strategy.offload_weights=cpu can't take effect with strategy.kind=fsdp2 and gpus_per_worker=0: the "
             "weights are in the host's memory already. Leave it out"
@@ -120,7 +120,7 @@ def _check_kinds(spec: "TrainSpec") -> None:
 
 def _check_precision(spec: "TrainSpec") -> None:
     kind, quant = spec.strategy.kind, spec.quant.kind
-    if kind in ZERO and spec.gpus_per_worker and spec.quant.dtype == "float32":
+    if kind in ZERO and spec.gpus and spec.quant.dtype == "float32":
         raise ValueError(
             f"quant.dtype=float32 can't take effect with strategy.kind={kind} on GPUs: DeepSpeed computes in bf16 and "
             "steps fp32 copies. Set quant.dtype=auto, or strategy.kind=ddp"
@@ -130,7 +130,7 @@ def _check_precision(spec: "TrainSpec") -> None:
             "quant.kind=int8 can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales off the weights "
             "(0.50: 'Parameter' object has no attribute 'CB'). Set quant.kind=nf4, or strategy.kind=zero2"
         )
-    if kind == "zero3" and quant != "none" and spec.gpus_per_worker:
+    if kind == "zero3" and quant != "none" and spec.gpus:
         raise ValueError(
             f"quant.kind={quant} can't go with strategy.kind=zero3 on GPUs: each GPU would first hold the whole base "
             "(transformers issue 26412, PEFT issue 2016). Set strategy.kind=fsdp2, which shards an nf4 base, or zero2"

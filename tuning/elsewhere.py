@@ -10,13 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork import base_source
+from graftwork import base_model, base_source
+from graftwork.accelerators import Accelerators
 from graftwork.cluster.backend import Backend, Demand, Job, JobStatus
 from graftwork.cluster.places import backend_of
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.target_machines import TargetMachines
 from graftwork.errors import ClusterError, ConfigError, RunError
+from graftwork.model_shape import ModelShape
+from graftwork.plan import plan_training
 from graftwork.storage import RunPaths
 from graftwork.training.job import TrainJob
+from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import read_steps
 from graftwork.tuning.gang import Heard
@@ -42,6 +47,14 @@ class Elsewhere:
         """Of the place."""
         return backend_of(self.on, root, ClusterSpec.model_validate(self.cluster))
 
+    def machines(self, root: str) -> TargetMachines:
+        """Of the place. Raises ClusterError where it does not answer."""
+        return self.backend(root).machines(ClusterSpec.model_validate(self.cluster))
+
+    def accelerators(self, root: str) -> Accelerators:
+        """Its GPUs."""
+        return self.machines(root).accelerators
+
 
 def check_elsewhere(spec: TuneSpec) -> None:
     """Raises ConfigError for a sweep whose trials can't be jobs."""
@@ -64,7 +77,8 @@ def trial_job(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPaths) -
         trial_id=trial_id, train=placed, steps=job.max_steps, report_every=job.eval_every,
     )  # fmt: skip
     cluster = ClusterSpec.model_validate(where.cluster)
-    return Job(spec.name, KIND, spec.identity(), spec.root, spec.model_dump(mode="json"), cluster, _demand(placed))
+    demand = _demand(job, placed, where.machines(spec.root))
+    return Job(spec.name, KIND, spec.identity(), spec.root, spec.model_dump(mode="json"), cluster, demand)
 
 
 def train_elsewhere(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPaths, report: Heard) -> None:
@@ -118,5 +132,13 @@ def _is_of(status: JobStatus, sweep: RunPaths) -> bool:
     return status.job_id.startswith(f"{sweep.run_id}-".lower())
 
 
-def _demand(spec: TrainSpec) -> Demand:
-    return Demand(spec.num_workers, spec.cpus_per_worker, spec.gpus_per_worker)
+def _demand(job: TrainJob, spec: TrainSpec, machines: TargetMachines) -> Demand:
+    """What the trial's workers take, as its plan on the place's machines says."""
+    machine = machines.planned_for(spec.gpus)
+    if machine is None:
+        return Demand(spec.num_workers, spec.cpus_per_worker, spec.gpus)
+    shape = ModelShape.from_config(base_model.resolve(spec.base).config)
+    line = plan_training(spec, shape, sizes_of(job.data.train), None, machine.at(spec.quant))
+    peak, host = line.peak_bytes_per_process, line.host_bytes_per_process
+    memory = (host, peak) if spec.gpus else (peak, 0)
+    return Demand(spec.num_workers, spec.cpus_per_worker, spec.gpus, memory[0], None, memory[1])

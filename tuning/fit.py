@@ -106,7 +106,7 @@ def fit(sweep: Sweeping) -> None:
                 num_samples=-1,  # until the search has no more
                 max_concurrent_trials=sweep.at_once,
                 # where its fork trains (tuning.forked): a process that trains twice keeps adapters (peft issue 2221)
-                reuse_actors=spec.together == 1 and not spec.train.gpus_per_worker,
+                reuse_actors=spec.together == 1 and not spec.train.gpus,
             ),
             run_config=tune.RunConfig(
                 name=spec.name,

@@ -66,6 +66,7 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
             *memory.assumptions,
             machine.said(),
         ),
+        host_bytes_per_process=memory.host_bytes,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from graftwork import base_model, provenance
+from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.cluster.fence import Fence, Overtaken
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError, GraftworkError, Interrupted, StorageError
@@ -63,6 +64,7 @@ class Sweep:
     @classmethod
     def of(cls, spec: TuneSpec) -> "Sweep":
         """Resolve bases and data. Raises UserErrors of all kinds, before anything starts."""
+        spec, _ = with_gpus(spec, accelerators_here())
         search = with_finals(spec, search_of(spec))
         _require_sizes(spec)
         prepared = {rows_key(point): (point, prepare(trial_spec(spec, point))) for point in rows_points(spec)}
@@ -100,6 +102,7 @@ def check(spec: TuneSpec) -> list[str]:
     name.
     """
     sweep = Sweep.of(spec)
+    spec = sweep.spec
     require_winner(spec)
     sets = [(trial_spec(spec, point).max_length, sweep.rows[rows_key(point)]) for point in rows_points(spec)]
     left_out = dict.fromkeys(data.left_out(max_length) for max_length, data in sets if data.left_out(max_length))
@@ -116,8 +119,9 @@ def tune(spec: TuneSpec, *, on_progress: OnProgress | None = None, elsewhere: El
     """
     if elsewhere is not None:
         check_elsewhere(spec)
+        spec, _ = with_gpus(spec, elsewhere.accelerators(spec.root))
     sweep = Sweep.of(spec)
-    require_winner(spec)
+    require_winner(sweep.spec)
     with run_lock(sweep.paths, wait_s=OVERTAKES_S if Fence.of_environment() is not None else 0.0):
         attempt = _Attempt(sweep, on_progress or (lambda _: None), elsewhere)
         return attempt.crowned(attempt.run())
@@ -236,7 +240,7 @@ class _Attempt:
                 steps=self.spec.steps,
                 at_once=self.at_once,
                 cpus=train.cpus_per_worker,
-                gpus=train.gpus_per_worker,
+                gpus=train.gpus,
                 trouble=self.trouble,
                 winner=winner,
             )

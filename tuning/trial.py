@@ -119,7 +119,7 @@ def _train(job: TrainJob, worker: Mapping[str, float], report: Heard, board: Any
     """By the workers of a gang, in this process on a GPU, else in a fork."""
     if is_gang(job.spec):
         train_in_gang(job, worker, report, board, trial_id)
-    elif job.spec.gpus_per_worker:
+    elif job.spec.gpus:
         run_steps(job, lambda step: report(step, peak_rss_bytes()))
     else:
         forked().train(job, report)

@@ -3,32 +3,57 @@
 import math
 
 from graftwork.cluster.backend import Demand, Job
-from graftwork.cluster.cost import predicted_usd, usd_per_hour
+from graftwork.cluster.cost import predicted_usd, unpriced, usd_per_hour
 from graftwork.cluster.kuberay.findings import Found, refuse, warn
+from graftwork.cluster.kuberay.pods import SCRATCH_PATH
 from graftwork.cluster.spec import ClusterSpec, WorkerSpec, quantity
+from graftwork.cluster.stage_check import gpu_memory_findings, gpu_share_findings, nvme_findings
+from graftwork.cluster.target_machines import TargetMachines
 from graftwork.plan.gpus import gpu_called
+from graftwork.plan.stage import HEADROOM
 
 GIB = 2**30
+OWN_PROGRAMS = frozenset({"command", "experiment", "rag", "cluster"})
+"""Kinds without a plan: a program of the user's may use GPUs that no key of its spec names."""
 
 
 def check_fit(job: Job) -> Found:
     """All findings on demand against machines, and on the limits."""
-    yield from _machines(job)
+    for demand in job.demands:
+        yield from _machines(job, demand)
+    yield from _fixed(job)
     yield from _gpus(job)
+    yield from gpu_share_findings(job)
+    yield from nvme_findings(job, _writable(job))
+    yield from _unused(job)
     yield from _limits(job)
+
+
+def machines_of(cluster: ClusterSpec) -> TargetMachines:
+    """The worker groups at their largest."""
+    groups = [(group, group.max_count or group.count) for group in cluster.workers]
+    with_gpus = [(group, count) for group, count in groups if group.gpu and count]
+    names = ", ".join(group.name for group, _ in with_gpus)
+    return TargetMachines(
+        owner=f"cluster group {names}" if names else "the cluster's file",
+        cpus=sum(count * quantity(group.cpu) for group, count in groups),
+        memory_bytes=int(sum(count * quantity(group.memory) for group, count in groups)),
+        gpus=float(sum(count * group.gpu for group, count in with_gpus)),
+        gpu_types=tuple(dict.fromkeys(group.gpu_type or "" for group, _ in with_gpus)),
+    )
 
 
 def workers_in(group: WorkerSpec, demand: Demand, count: int) -> int:
     """How many workers of the demand `count` machines of a group hold, each on one machine."""
     rooms = [math.ceil(quantity(group.cpu)) / demand.cpus_per_worker] if demand.cpus_per_worker else []
     rooms += [group.gpu / demand.gpus_per_worker] if demand.gpus_per_worker else []
-    if demand.memory_bytes_per_worker and not demand.gpus_per_worker:  # on a GPU the peak is the GPU's
-        rooms.append(quantity(group.memory) / demand.memory_bytes_per_worker)
+    if demand.memory_bytes_per_worker:
+        rooms.append(HEADROOM * quantity(group.memory) / demand.memory_bytes_per_worker)
     return int(min(rooms, default=demand.num_workers) + 1e-9) * count
 
 
-def _machines(job: Job) -> Found:
-    demand, cluster, serves = job.demand, job.cluster, job.kind == "serve"
+def _machines(job: Job, demand: Demand) -> Found:
+    cluster, serves = job.cluster, job.kind == "serve"
     counts = [(group.max_count or group.count) if serves else group.count for group in cluster.workers]
     room = sum(workers_in(group, demand, count) for group, count in zip(cluster.workers, counts, strict=True))
     if demand.gpus_per_worker and not any(group.gpu for group in cluster.workers):
@@ -46,40 +71,57 @@ def _machines(job: Job) -> Found:
         yield refuse("FIT-WORKERS", "workers", f"room for {room} workers: {_machines_said(cluster)}",
                      f"{demand.num_workers} workers run at the same time, {_worker_said(demand)} each",
                      f"more machines, or num_workers={room}" if room else "set `count`")  # fmt: skip
-    for index, group in enumerate(cluster.workers):
-        if group.max_count is not None and group.max_count > group.count and not serves:
+
+
+def _fixed(job: Job) -> Found:
+    for index, group in enumerate(job.cluster.workers):
+        if group.max_count is not None and group.max_count > group.count and job.kind != "serve":
             yield warn("FIT-FIXED", f"workers[{index}].max_count", f"{group.max_count} over count={group.count}",
                        "training and sweeps take fixed gangs: `count` machines are started",
                        f"count: {group.max_count}, or drop max_count")  # fmt: skip
 
 
 def _gpus(job: Job) -> Found:
-    demand = job.demand
     for index, group in enumerate(job.cluster.workers):
-        where = f"workers[{index}].gpu_type"
-        if group.gpu_type is None:
-            continue
-        if not group.gpu:
+        where, known = f"workers[{index}].gpu_type", gpu_called(group.gpu_type or "")
+        if group.gpu_type is not None and not group.gpu:
             yield refuse("GPU-NONE", where, f"{group.gpu_type} with gpu: 0", "a type needs a number", "gpu: 1")
             continue
-        if not group.node_selector:
+        if group.gpu_type is not None and not group.node_selector:
             yield warn("GPU-ANY", where, f"{group.gpu_type}, and no node_selector",
                        "Kubernetes may take any node with GPUs", "node_selector: the label of such nodes")  # fmt: skip
-        known = gpu_called(group.gpu_type)
-        if known is None:
-            yield warn(
-                "GPU-UNKNOWN", where, repr(group.gpu_type), "its memory is not known: nothing was held against it"
-            )
-        elif demand.gpus_per_worker and demand.memory_bytes_per_worker > known.memory_bytes * demand.gpus_per_worker:
-            yield refuse("FIT-GPU-MEMORY", where, f"{known.name} has {known.memory_gib:.1f} GiB",
-                         f"a worker's predicted peak is {demand.memory_bytes_per_worker / GIB:.1f} GiB",
-                         "a larger GPU, or what `graftwork plan` suggests")  # fmt: skip
+        if group.gpu and (group.gpu_type is not None or job.demand.gpus_per_worker):
+            name = group.gpu_type or ""
+            yield from gpu_memory_findings(job, where, name, None if known is None else known.memory_bytes)
+
+
+def _writable(job: Job) -> tuple[str, ...]:
+    """Folders of a pod that take files, its file system being read-only."""
+    claim = job.root.removeprefix("file://") if job.cluster.storage.claim is not None else None
+    return (SCRATCH_PATH, "/tmp", *([claim] if claim else []))
+
+
+def _unused(job: Job) -> Found:
+    """GPUs that the job's machines have and its workers do not use."""
+    reserved = sum(group.gpu * group.count for group in job.cluster.workers)
+    used = job.demand.num_workers * job.demand.gpus_per_worker
+    if not reserved or job.kind in OWN_PROGRAMS or (job.kind != "train" and used):
+        return  # sweeps and endpoints grow into what is there
+    if used < reserved:
+        yield warn("GPU-UNUSED", "workers", f"{reserved} GPUs are reserved, and the workers use {used:g}",
+                   "a GPU costs its price as long as the job holds it, used or not",
+                   "gpus_per_worker (num_gpus of an endpoint): auto; more workers; or fewer GPUs")  # fmt: skip
 
 
 def _limits(job: Job) -> Found:
     limits, seconds = job.cluster.limits, job.demand.seconds
     if limits.budget_usd is not None:
         yield from _budget(job, limits.budget_usd)
+    elif job.cluster.prices is not None:
+        for index in unpriced(job.cluster):
+            kind = job.cluster.workers[index].gpu_type
+            yield warn("GPU-NO-PRICE", f"workers[{index}].gpu_type", f"{kind or 'a GPU without a type'} has no price",
+                       "the job's price is not known without it", f"prices.gpu_hour.{kind or 'default'}")  # fmt: skip
     if limits.deadline is not None and seconds is not None and seconds > limits.deadline:
         yield warn(
             "FIT-DEADLINE",
@@ -92,7 +134,7 @@ def _limits(job: Job) -> Found:
 
 def _budget(job: Job, budget: float) -> Found:
     prices, predicted = job.cluster.prices, predicted_usd(job)
-    if prices is None or not usd_per_hour(job.cluster):
+    if prices is None or usd_per_hour(job.cluster) == 0:
         yield refuse(
             "BUDGET-NO-PRICES",
             "limits.budget_usd",
@@ -101,15 +143,15 @@ def _budget(job: Job, budget: float) -> Found:
             "prices: {cpu_hour: 0.04, gpu_hour: {H100: 4.5}}",
         )
         return
-    for index, group in enumerate(job.cluster.workers):
-        if group.gpu and (group.gpu_type or "") not in prices.gpu_hour and "default" not in prices.gpu_hour:
-            yield refuse(
-                "BUDGET-NO-PRICE",
-                f"workers[{index}].gpu_type",
-                f"{group.gpu_type} has no price",
-                "a budget needs each GPU's price",
-                f"prices.gpu_hour.{group.gpu_type or 'default'}",
-            )
+    for index in unpriced(job.cluster):
+        group = job.cluster.workers[index]
+        yield refuse(
+            "BUDGET-NO-PRICE",
+            f"workers[{index}].gpu_type",
+            f"{group.gpu_type} has no price",
+            "a budget needs each GPU's price",
+            f"prices.gpu_hour.{group.gpu_type or 'default'}",
+        )
     if predicted is not None and predicted > budget:
         yield warn("FIT-BUDGET", "limits.budget_usd", f"{budget:.2f}, predicted {predicted:.2f}",
                    "at the budget it stops with a checkpoint", "a larger budget, or resubmit afterwards")  # fmt: skip

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwork.cluster.backend import Job
-from graftwork.cluster.kuberay.api import KubeApi, namespaced
+from graftwork.cluster.kuberay.api import KubeApi, namespaced, whole
 from graftwork.cluster.kuberay.findings import Found, dig, listed, refuse, warn
 from graftwork.cluster.kuberay.live_names import unchecked
 from graftwork.cluster.kuberay.pods import GPU
+from graftwork.cluster.kuberay.queue_quota import amount, nominal_findings
 from graftwork.cluster.spec import quantity
 
 KUEUE = "kueue.x-k8s.io"
@@ -26,6 +27,7 @@ def queue_findings(api: KubeApi, job: Job) -> Found:
             break
     if answer.ok:
         yield from _state(answer.body, name)
+        yield from _nominal(api, version, answer.body, job)
     elif answer.absent:
         listing = api.ask("GET", namespaced(KUEUE, version, api.place.namespace, "localqueues"))
         names = sorted(item["metadata"]["name"] for item in listing.body.get("items", [])) if listing.ok else []
@@ -49,6 +51,18 @@ def _state(queue: Mapping[str, Any], name: str) -> Found:
             said = condition.get("message") or condition.get("reason", "")
             yield warn("QUEUE-INACTIVE", "queue", f"the LocalQueue {name!r} lets no job go ({said})", "",
                        "see its ClusterQueue: kubectl describe clusterqueue")  # fmt: skip
+
+
+def _nominal(api: KubeApi, version: str, queue: Mapping[str, Any], job: Job) -> Found:
+    """Whether the LocalQueue's ClusterQueue could ever admit the job."""
+    name = dig(queue, "spec", "clusterQueue")
+    if not name:
+        return
+    answer = api.ask("GET", whole(KUEUE, version, "clusterqueues", str(name)))
+    if answer.ok:
+        yield from nominal_findings(answer.body, job.cluster)
+    elif not answer.absent:  # a queue without a ClusterQueue is inactive, and said to be
+        yield unchecked(api.on, f"the quota of the ClusterQueue {name!r}", answer)
 
 
 def quota_findings(api: KubeApi, job: Job) -> Found:
@@ -88,11 +102,3 @@ def taken(job: Job) -> dict[str, float]:
         "cpu": cpus, "requests.cpu": cpus, "limits.cpu": cpus, "memory": memory, "requests.memory": memory,
         "limits.memory": memory, f"requests.{GPU}": gpus, "pods": whole_pods, "count/pods": whole_pods,
     }  # fmt: skip
-
-
-def amount(text: str) -> float:
-    """A quantity of a server, which may bear an exponent or a suffix that specs do not take (`1e3`, `2Pi`)."""
-    for suffix, factor in (("Pi", 2.0**50), ("Ei", 2.0**60), ("P", 1e15), ("E", 1e18)):
-        if text.endswith(suffix) and text.removesuffix(suffix).replace(".", "").isdigit():
-            return float(text.removesuffix(suffix)) * factor
-    return float(text) if "e" in text or "E" in text else quantity(text)

@@ -1,6 +1,7 @@
 """All that can be said of a job for KubeRay without asking its cluster: the spec, the fit, the rules, the schema."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from graftwork.cluster.backend import Attempt, Finding
@@ -10,6 +11,7 @@ from graftwork.cluster.kuberay.rayjob import build_rayjob
 from graftwork.cluster.kuberay.rules import check_rules
 from graftwork.cluster.kuberay.schema import check_schema
 from graftwork.cluster.kuberay.spec_rules import check_spec
+from graftwork.cluster.secret_like import why_secret_text
 
 ANY_WHEEL = "wheels/graftwork-0+000000000000-py3-none-any.whl"
 """Stands for the wheel, which is built and written after preflight."""
@@ -38,9 +40,16 @@ def preflight(
 def once(found: Iterable[Finding]) -> list[Finding]:
     """Errors first; what two pods have in common is said of the first."""
     first: dict[tuple[str, str], Finding] = {}
-    for finding in found:
+    for finding in map(_masked, found):
         first.setdefault((finding.code, finding.found), finding)
     return sorted(first.values(), key=lambda finding: finding.level)
+
+
+def _masked(finding: Finding) -> Finding:
+    """Without a value that looks like a secret, whichever rule quotes it."""
+    hidden = {name: "(hidden)" for name in ("where", "found", "rule", "next_move")
+              if why_secret_text(getattr(finding, name)) is not None}  # fmt: skip
+    return replace(finding, **hidden) if hidden else finding
 
 
 def _is_of(made: Mapping[str, Any], crd: Mapping[str, Any] | None) -> bool:

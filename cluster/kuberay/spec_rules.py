@@ -3,10 +3,11 @@
 import re
 
 from graftwork.cluster.backend import Job
+from graftwork.cluster.inputs import path_findings
 from graftwork.cluster.kuberay.findings import Found, refuse, warn
 from graftwork.cluster.kuberay.rules.groups import is_label
 from graftwork.cluster.kuberay.rules.part import version_of
-from graftwork.cluster.secret_like import secrets_in, why_secret
+from graftwork.cluster.secret_like import secret_findings, why_secret
 from graftwork.cluster.spec import LABEL_PATTERN, ClusterSpec
 
 RAY = (2, 60)
@@ -29,8 +30,8 @@ def check_spec(job: Job, namespace: str) -> Found:
     yield from _survival(job.cluster)
     yield from _version(job.cluster)
     yield from _tokens(job)
-    for where, why in secrets_in(dict(job.spec)):
-        yield refuse("SECRET-VALUE", where, why, "a spec is kept and shown", "name an environment variable or a Secret")
+    yield from path_findings(job.spec, shared=False)
+    yield from secret_findings(job)
 
 
 def _references(cluster: ClusterSpec) -> Found:

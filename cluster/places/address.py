@@ -8,7 +8,9 @@ from typing import Any
 from graftwork.cluster.backend import Attempt, Finding, Job
 from graftwork.cluster.jobs_api import ENDED, JobsApi
 from graftwork.cluster.place import Seen
-from graftwork.cluster.places.address_check import fit, health
+from graftwork.cluster.places.address_check import fit, health, machines_of, nodes_of
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.target_machines import TargetMachines
 from graftwork.cluster.wheel import build_wheel
 from graftwork.errors import ClusterError
 from graftwork.storage import Store
@@ -27,6 +29,11 @@ class AddressPlace:
 
     def __init__(self, on: str, root: str) -> None:
         self.on, self._root = on.rstrip("/"), Store(root).uri
+
+    def machines(self, cluster: ClusterSpec) -> TargetMachines:
+        """The nodes that are alive now."""
+        with JobsApi(self.on) as jobs:
+            return machines_of(self.on, nodes_of(jobs))
 
     def check(self, job: Job) -> list[Finding]:
         """That it answers and takes us, has what the workers ask for, and reaches what the job names."""

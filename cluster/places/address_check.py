@@ -14,11 +14,18 @@ import httpx
 import psutil
 
 from graftwork.cluster.address import host_and_port, is_loopback, token
-from graftwork.cluster.backend import Finding, Job, Level
+from graftwork.cluster.backend import Demand, Finding, Job, Level
+from graftwork.cluster.inputs import path_findings
 from graftwork.cluster.jobs_api import JobsApi
+from graftwork.cluster.secret_like import secret_findings
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.stage_check import gpu_memory_findings, gpu_share_findings, nvme_findings
+from graftwork.cluster.target_machines import TargetMachines
+from graftwork.plan.gpus import gpu_called
+from graftwork.plan.stage import HEADROOM
 from graftwork.storage import Store
 
+GIB = 2**30
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 """What a shell takes as it is: Ray gives an entrypoint to one."""
 NETWORK_DISKS = ("nfs", "cifs", "smb", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "fuse", "9p", "virtiofs", "afs")
@@ -39,6 +46,12 @@ class RayNode:
     """CPU, GPU, memory (bytes) that Ray hands out there."""
     used: Mapping[str, float]
 
+    @property
+    def gpu_type(self) -> str:
+        """As Ray detected it (`accelerator_type:H100`); empty where it detected none."""
+        names = (name.partition(":")[2] for name in self.total if name.startswith("accelerator_type:"))
+        return next(names, "")
+
     def free(self, name: str) -> float:
         return self.total.get(name, 0.0) - self.used.get(name, 0.0)
 
@@ -47,7 +60,24 @@ def fit(job: Job, root: str, jobs: JobsApi) -> list[Finding]:
     """Findings of a job. Raises ClusterError where the Ray does not answer or take us."""
     nodes = nodes_of(jobs)
     here = is_here(jobs.on, nodes)
-    return [*versions(jobs, job.cluster.ray_version), *workers(job, nodes), *roots(root, here), *paths(job.spec, here)]
+    return [
+        *secret_findings(job),
+        *versions(jobs, job.cluster.ray_version),
+        *workers(job, nodes),
+        *roots(root, here),
+        *path_findings(job.spec, shared=True, here=here),
+    ]
+
+
+def machines_of(on: str, nodes: Sequence[RayNode]) -> TargetMachines:
+    """What Ray hands out on the nodes."""
+    return TargetMachines(
+        owner=on,
+        cpus=sum(node.total.get("CPU", 0.0) for node in nodes),
+        memory_bytes=int(sum(node.total.get("memory", 0.0) for node in nodes)),
+        gpus=sum(node.total.get("GPU", 0.0) for node in nodes),
+        gpu_types=tuple(dict.fromkeys(node.gpu_type for node in nodes if node.total.get("GPU"))),
+    )
 
 
 def health(root: str, jobs: JobsApi) -> list[Finding]:
@@ -89,22 +119,41 @@ def versions(jobs: JobsApi, wanted: str) -> list[Finding]:
 
 def workers(job: Job, nodes: Sequence[RayNode]) -> list[Finding]:
     """Whether the workers ever fit (error) and fit now (warning). A cluster that can grow may fit them later."""
-    demand = job.demand
+    found = [finding for demand in job.demands for finding in _room(demand, nodes)]
+    return [*found, *_gpu_memory(job, nodes), *gpu_share_findings(job), *nvme_findings(job, None)]
+
+
+def _room(demand: Demand, nodes: Sequence[RayNode]) -> list[Finding]:
     each = {
         "CPU": demand.cpus_per_worker,
         "GPU": demand.gpus_per_worker,
-        "memory": float(demand.memory_bytes_per_worker),
+        "memory": demand.memory_bytes_per_worker / HEADROOM,
     }
-    asked = f"{demand.num_workers} x " + ", ".join(f"{value:g} {name}" for name, value in each.items() if value)
+    parts = [f"{each[name]:g} {name}" for name in ("CPU", "GPU") if each[name]]
+    parts += [f"{demand.memory_bytes_per_worker / GIB:.1f} GiB"] if demand.memory_bytes_per_worker else []
+    asked = f"{demand.num_workers} x {', '.join(parts)}"
     if (ever := sum(_places(node.total, each) for node in nodes)) < demand.num_workers:
-        had = "; ".join(", ".join(f"{node.total.get(name, 0):g} {name}" for name in each) for node in nodes)
-        return [Finding("E-CLUSTER-TOO-SMALL", "error", "demand", f"{asked} asked; {ever} fit its nodes ({had})",
-                        "all workers run at once", "fewer or smaller workers, or a larger cluster")]  # fmt: skip
+        return [Finding("E-CLUSTER-TOO-SMALL", "error", "demand", f"{asked} asked; {ever} fit its nodes "
+                        f"({'; '.join(map(_has, nodes))})", "all workers run at once",
+                        "fewer or smaller workers, or a larger cluster")]  # fmt: skip
     free = [{name: node.free(name) for name in each} for node in nodes]
     if (now := sum(_places(left, each) for left in free)) < demand.num_workers:
         return [Finding("W-CLUSTER-BUSY", "warning", "demand", f"{asked} asked; {now} fit what is free now",
                         "workers wait for others to end", "wait, or limits.pending")]  # fmt: skip
     return []
+
+
+def _has(node: RayNode) -> str:
+    memory = node.total.get("memory", 0) / GIB
+    return f"{node.total.get('CPU', 0):g} CPU, {node.total.get('GPU', 0):g} GPU, {memory:.1f} GiB"
+
+
+def _gpu_memory(job: Job, nodes: Sequence[RayNode]) -> Iterator[Finding]:
+    """Ray may place a worker on any node with a GPU, so each type has to hold it."""
+    taken = job.demand.gpus_per_worker > 0
+    for name in dict.fromkeys(node.gpu_type for node in nodes if taken and node.total.get("GPU")):
+        gpu = gpu_called(name)
+        yield from gpu_memory_findings(job, "nodes", name, None if gpu is None else gpu.memory_bytes)
 
 
 def _places(has: Mapping[str, float], each: Mapping[str, float]) -> int:
@@ -123,38 +172,6 @@ def roots(root: str, here: bool) -> Iterator[Finding]:
         yield Finding("E-ROOT-NOT-SHARED", "error", "root", f"{root} is a folder of this machine (disk: {_disk(root)})",
                       "the head is another machine, and both keep the job's record there",
                       "--set root=s3://BUCKET/PREFIX, or a folder on a network disk that both mount")  # fmt: skip
-
-
-def paths(spec: Mapping[str, Any], here: bool) -> Iterator[Finding]:
-    """Files that the spec names, and the driver would look for where it runs."""
-    for where, value in _texts(spec, ""):
-        path = Path(value)
-        if where.startswith("argv") or "://" in value or not ("/" in value or path.suffix) or not _exists(path):
-            continue
-        if not path.is_absolute():
-            yield Finding("E-PATH-RELATIVE", "error", where, f"{value} is relative to this folder",
-                          "the driver runs in a folder of its own", f"{path.resolve()}, or s3://")  # fmt: skip
-        elif not here and where != "root":
-            yield Finding("W-PATH-LOCAL", "warning", where, f"{value} is on this machine",
-                          "the cluster sees it only where it mounts the same disk", "put it on s3://")  # fmt: skip
-
-
-def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield where, value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _texts(inner, f"{where}.{key}" if where else str(key))
-    elif isinstance(value, list | tuple):
-        for number, inner in enumerate(value):
-            yield from _texts(inner, f"{where}[{number}]")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, or with a NUL
-        return False
 
 
 def _disk(root: str) -> str:

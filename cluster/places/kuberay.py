@@ -7,6 +7,7 @@ from graftwork.cluster.backend import Attempt, Finding, Job
 from graftwork.cluster.kuberay.api import KubeApi, namespaced
 from graftwork.cluster.kuberay.doctor import diagnose
 from graftwork.cluster.kuberay.findings import dig, refuse
+from graftwork.cluster.kuberay.fit import machines_of
 from graftwork.cluster.kuberay.held import reasons
 from graftwork.cluster.kuberay.live import PLURALS, live_crd, live_findings, object_path
 from graftwork.cluster.kuberay.live_service import remove_service, renew, seen_services
@@ -16,6 +17,7 @@ from graftwork.cluster.kuberay.rayservice import service_objects
 from graftwork.cluster.kuberay.removal import remove
 from graftwork.cluster.place import Seen
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.target_machines import TargetMachines
 from graftwork.cluster.wheel import publish_wheel, wheel_uri
 from graftwork.errors import ClusterError
 from graftwork.storage import Store
@@ -32,6 +34,10 @@ class KubeRayPlace:
     def __init__(self, on: str, root: str, cluster: ClusterSpec) -> None:
         self.on, self._root, self._cluster = on, root, cluster
         self._api = KubeApi(on)
+
+    def machines(self, cluster: ClusterSpec) -> TargetMachines:
+        """The worker groups that the cluster's file describes; the cluster is not asked."""
+        return machines_of(cluster)
 
     def check(self, job: Job) -> list[Finding]:
         """The rules without the cluster, then what the cluster itself says: its CRD, rights, names, queue, room."""

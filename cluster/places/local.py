@@ -19,7 +19,9 @@ from graftwork.cluster.backend import Attempt, Finding, Job
 from graftwork.cluster.driver.guard import end_all
 from graftwork.cluster.fence import ENVIRONMENT
 from graftwork.cluster.place import Seen
-from graftwork.cluster.places.local_check import fit, health
+from graftwork.cluster.places.local_check import fit, health, machines_here
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.target_machines import TargetMachines
 from graftwork.errors import ClusterError, StorageError
 from graftwork.storage import Store, cache_root
 
@@ -42,6 +44,10 @@ class LocalPlace:
         store = Store(root)
         self._root = store.uri
         self._folder = cache_root() / "jobs" / hashlib.sha256(store.uri.encode()).hexdigest()[:16]
+
+    def machines(self, cluster: ClusterSpec) -> TargetMachines:
+        """This machine, with the memory that is free now."""
+        return machines_here()
 
     def check(self, job: Job) -> list[Finding]:
         """Whether the machine has what the workers ask for, and its folders take files."""

@@ -3,16 +3,20 @@
 import fcntl
 import os
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
+from graftwork.accelerators import gpus_here
 from graftwork.cluster.backend import Demand, Finding, Job
 from graftwork.cluster.local import DIR_PREFIX, OBJECT_STORE_BYTES
+from graftwork.cluster.secret_like import secret_findings
+from graftwork.cluster.stage_check import gpu_memory_findings, gpu_share_findings
+from graftwork.cluster.target_machines import TargetMachines
 from graftwork.machine import available_memory, cores
+from graftwork.plan.stage import HEADROOM
 from graftwork.storage import Store
 
 GIB = 2**30
@@ -24,12 +28,21 @@ TIGHT_BYTES = GIB
 
 def fit(job: Job, root: str, folder: Path) -> list[Finding]:
     """Findings of a job; nothing stays on disk but the folder of locks."""
-    return [*_workers(job.demand), *_folders(root, folder)]
+    found = [finding for demand in job.demands for finding in _workers(demand)]
+    return [*secret_findings(job), *found, *_gpu_memory(job), *gpu_share_findings(job), *_folders(root, folder)]
 
 
 def health(root: str, folder: Path, left: Mapping[str, Sequence[int]]) -> list[Finding]:
     """Findings of the machine. `left`: processes of attempts whose driver is gone."""
     return [*_folders(root, folder), *_memory_now(), *_shared_memory(), *_temp(), *_left(left), *_dead_rays()]
+
+
+def machines_here() -> TargetMachines:
+    """This machine, with the memory that is free now."""
+    cards = gpus_here()
+    sizes = [size for _, size in cards]
+    return TargetMachines("this machine", max(cores(), 2), available_memory(), len(cards),
+                          tuple(dict.fromkeys(name for name, _ in cards)), min(sizes, default=0))  # fmt: skip
 
 
 def _workers(demand: Demand) -> list[Finding]:
@@ -40,36 +53,31 @@ def _workers(demand: Demand) -> list[Finding]:
             "E-CPU-FIT", "error", "demand.cpus", f"{demand.num_workers} workers ask for {cpus:g} CPUs of {cores()}",
             "all workers run at once", "fewer workers, or CPUs a worker; or --on a cluster",
         ))  # fmt: skip
-    gpus = demand.num_workers * demand.gpus_per_worker
-    if gpus and gpus > (here := gpu_count()):
+    gpus, cards = demand.num_workers * demand.gpus_per_worker, gpus_here() if demand.gpus_per_worker else []
+    if gpus > len(cards):
         found.append(Finding(
-            "E-GPU-FIT", "error", "demand.gpus", f"{demand.num_workers} workers ask for {gpus:g} GPUs of {here}",
+            "E-GPU-FIT", "error", "demand.gpus", f"{demand.num_workers} workers ask for {gpus:g} GPUs of {len(cards)}",
             "nvidia-smi lists them, less what CUDA_VISIBLE_DEVICES hides", "fewer workers, or --on a cluster with GPUs",
         ))  # fmt: skip
     return [*found, *_memory(demand.num_workers * demand.memory_bytes_per_worker)]
 
 
+def _gpu_memory(job: Job) -> Iterator[Finding]:
+    for name, size in dict(gpus_here() if job.demand.gpus_per_worker else []).items():
+        yield from gpu_memory_findings(job, "demand.memory", name, size or None)
+
+
 def _memory(wanted: int) -> list[Finding]:
     total, free = psutil.virtual_memory().total, available_memory()
-    if wanted <= free:
+    if wanted <= HEADROOM * free:
         return []
     found = f"{wanted / GIB:.1f} GiB predicted; {total / GIB:.1f} GiB are here, {free / GIB:.1f} GiB free now"
-    move = "a smaller batch or base, quantisation, or --on a cluster"
-    if wanted > total:
-        return [Finding("E-MEMORY-FIT", "error", "demand.memory", found, "it would be killed", move)]
     return [
-        Finding("W-MEMORY-BUSY", "warning", "demand.memory", found, "it may be killed", f"end what runs, or {move}")
-    ]
-
-
-def gpu_count() -> int:
-    """GPUs that a process here may use."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=10).stdout
-    physical = sum(line.startswith("GPU ") for line in listed.splitlines())
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return physical if visible is None else min(physical, len([name for name in visible.split(",") if name.strip()]))
+        Finding(
+            "E-MEMORY-FIT", "error", "demand.memory", found, f"a run may take {HEADROOM:.0%} of the free memory",
+            "a smaller batch or base, quantisation, or --on a cluster; or end what uses the memory",
+        )
+    ]  # fmt: skip
 
 
 def _folders(root: str, folder: Path) -> list[Finding]:

@@ -5,6 +5,8 @@ from typing import Any, NoReturn
 
 from graftwork.cluster.backend import Attempt, Finding, Job
 from graftwork.cluster.place import Place, Seen
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.target_machines import TargetMachines
 from graftwork.errors import ClusterError
 
 
@@ -18,6 +20,10 @@ class UnheardPlace:
     def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
         """All of them, with nothing said."""
         return {name: Seen(message=f"{self.on} does not answer") for name in attempt_ids}
+
+    def machines(self, cluster: ClusterSpec) -> TargetMachines:
+        """Raises the ClusterError of the place."""
+        self._raise()
 
     def check(self, job: Job) -> list[Finding]:
         """Nothing can be checked."""

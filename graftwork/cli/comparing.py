@@ -3,7 +3,7 @@
 from typing import Any
 
 from graftwork import config
-from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch
+from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch, resolve_here
 from graftwork.cli.output import (
     Cluster,
     Detach,
@@ -43,6 +43,7 @@ def compare(
     from graftwork.cluster.session import session
     from graftwork.serving.experiment.run import run_compare
 
+    spec = resolve_here(spec, on, as_json)
     with progress_bar(f"compare {spec.name}", as_json) as bar, session(on) as here:
         outcome = here.run(run_compare, spec, on_progress=lambda p: bar(p.done, p.total, f"{p.failed} failed"))
     if as_json:

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftwork.accelerators import with_gpus
 from graftwork.cli.demands import with_demand
 from graftwork.cli.findings import show_findings
-from graftwork.cli.launching import Launch, job_of
+from graftwork.cli.launching import Launch, job_of, root_of_job
 from graftwork.cli.output import duration, gib, say
 from graftwork.cluster.backend import Attempt, Backend, Job, JobPlan
 from graftwork.cluster.cost import usd_per_hour
@@ -28,6 +29,8 @@ class WholePlan:
     lines: "Sequence[StagePlan]"
     plan: JobPlan
     unheard: ClusterError | None
+    resolved: str | None = None
+    """What `auto` GPUs became there, and why."""
 
     @property
     def refused(self) -> bool:
@@ -37,6 +40,7 @@ class WholePlan:
         """JSON-ready."""
         return {
             **asdict(self.plan), "on": self.on, "root": self.job.root, "demand": asdict(self.job.demand),
+            "resolved": self.resolved, "inputs": [{**asdict(one), "path": str(one.path)} for one in self.job.inputs],
             "usd_per_hour": usd_per_hour(self.job.cluster), "stages": [line.as_dict() for line in self.lines],
             "unheard": None if self.unheard is None else self.unheard.text(),
         }  # fmt: skip
@@ -47,15 +51,20 @@ def plan_job(spec: Spec, folder: Path, how: Launch) -> WholePlan:
     from graftwork.cluster.places import backend_of
 
     cluster = how.cluster_spec()
-    job, lines, notes = with_demand(job_of(spec, cluster), spec, folder)
-    backend = backend_of(how.on, job.root, cluster)
-    unheard = None
+    backend = backend_of(how.on, root_of_job(spec, cluster), cluster)
+    machines, chosen, unheard = None, None, None
     try:
-        plan = backend.plan(job)
+        machines = backend.machines(cluster)
+        spec, chosen = with_gpus(spec, machines.accelerators)
+    except ClusterError as error:
+        unheard = error
+    job, lines, notes = with_demand(job_of(spec, cluster, how.on), spec, folder, machines)
+    try:
+        plan = backend.plan(job) if unheard is None else _offline(backend, job, unheard)
     except ClusterError as error:
         unheard = error
         plan = _offline(backend, job, error)
-    return WholePlan(job, how.on, lines, replace(plan, findings=(*plan.findings, *notes)), unheard)
+    return WholePlan(job, how.on, lines, replace(plan, findings=(*plan.findings, *notes)), unheard, chosen)
 
 
 def _offline(backend: Backend, job: Job, error: ClusterError) -> JobPlan:
@@ -82,6 +91,8 @@ def show_job_plan(whole: WholePlan) -> None:
         "job": f"{plan.job_id} attempt {plan.attempt} on {whole.on} ({there})",
         "store": job.root,
         "workers": _workers(job),
+        "resolved": whole.resolved,
+        "sends": ", ".join(f"{one.path.name} ({gib(one.bytes)})" for one in job.inputs) or None,
         "machines": _machines(job) if whole.on.startswith("k8s:") else None,
         "time": None if job.demand.seconds is None else f"{duration(job.demand.seconds)} predicted" + (
             f", {plan.gpu_hours:.2f} GPU-hours" if plan.gpu_hours else ""),
@@ -101,7 +112,8 @@ def show_job_plan(whole: WholePlan) -> None:
 def _workers(job: Job) -> str:
     demand = job.demand
     each = [f"{demand.cpus_per_worker:g} CPU"]
-    each += [f"{demand.gpus_per_worker:g} GPU"] if demand.gpus_per_worker else []
+    of_gpu = f" ({gib(demand.gpu_memory_bytes_per_worker)} of it)" if demand.gpu_memory_bytes_per_worker else ""
+    each += [f"{demand.gpus_per_worker:g} GPU{of_gpu}"] if demand.gpus_per_worker else []
     each += [gib(demand.memory_bytes_per_worker)] if demand.memory_bytes_per_worker else []
     return f"{demand.num_workers} x ({', '.join(each)})"
 
@@ -123,7 +135,8 @@ def _price(whole: WholePlan) -> str:
     plan, cluster = whole.plan, whole.job.cluster
     hour = usd_per_hour(cluster)
     if hour is None:
-        return "not known: the cluster's file has no prices"
+        lacks = "no prices" if cluster.prices is None else "no price of a GPU type"
+        return f"not known: the cluster's file has {lacks}"
     predicted = "not predicted" if plan.usd is None else f"${plan.usd:.2f} predicted"
     most = "no limit of it" if plan.most_usd is None else f"at most ${plan.most_usd:.2f}"
     by = ""

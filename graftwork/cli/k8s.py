@@ -2,17 +2,18 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 import yaml
 
 from graftwork import config
-from graftwork.cli.demands import demand_of, planned
+from graftwork.accelerators import with_gpus
+from graftwork.cli.demands import with_demand
 from graftwork.cli.launching import cluster_of, job_of
-from graftwork.cli.output import Cluster, Sets, SpecFile
+from graftwork.cli.output import Cluster, Sets, SpecFile, stderr
 from graftwork.cluster.backend import Attempt, Job
+from graftwork.cluster.kuberay.fit import machines_of
 from graftwork.storage import Store
 
 app = typer.Typer(help="What a Kubernetes cluster would be given.", no_args_is_help=True)
@@ -32,7 +33,7 @@ def render(
     namespace: Annotated[str, typer.Option("--namespace", help="Of the objects.")] = "default",
     attempt: Annotated[int, typer.Option("--attempt", min=1, help="Number of the attempt, part of a job's name.")] = 1,
     publish: Annotated[
-        bool, typer.Option("--publish", help="Lay this code into the store too, where `code: wheel` looks for it.")
+        bool, typer.Option("--publish", help="Put this code (`code: wheel`) and local rows into the store too.")
     ] = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
@@ -41,14 +42,27 @@ def render(
     The next version of a serve spec is the same RayService: `kubectl apply` changes it in place.
     """
     spec, place = config.load(file, sets), cluster_of(cluster)
-    lines, _ = planned(spec, file.parent, place)
-    job = replace(job_of(spec, place), demand=demand_of(spec, lines))
-    if publish and place.code == "wheel":
-        from graftwork.cluster.wheel import publish_wheel
-
-        publish_wheel(Store(job.root))
+    machines = machines_of(place)
+    spec, chosen = with_gpus(spec, machines.accelerators)
+    job, _, _ = with_demand(job_of(spec, place, f"k8s:{NOWHERE}/{namespace}"), spec, file.parent, machines)
+    if chosen is not None:
+        stderr.print(f"note: {chosen}", markup=False, soft_wrap=True)
+    if publish:
+        _publish(job)
     objects = _service(job, namespace) if job.kind == "serve" else _attempt(Attempt(job, attempt), namespace)
     sys.stdout.write(yaml.safe_dump_all([dict(one) for one in objects], sort_keys=False, width=120))
+
+
+def _publish(job: Job) -> None:
+    """Put the code and the job's local rows into the store, where the objects look for them."""
+    from graftwork.cluster.inputs import send
+    from graftwork.cluster.wheel import publish_wheel
+
+    store = Store(job.root)
+    if job.cluster.code == "wheel":
+        publish_wheel(store)
+    for one in job.inputs:
+        send(store, one)
 
 
 def _attempt(attempt: Attempt, namespace: str) -> Sequence[Mapping[str, Any]]:

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
+from graftwork.accelerators import accelerators_here, is_auto, with_gpus
 from graftwork.cli.following import follow
 from graftwork.cli.job_words import left_behind, line_of, next_moves, root_flag
-from graftwork.cli.output import duration, print_json, say, stderr
+from graftwork.cli.output import duration, gib, print_json, say, stderr
 from graftwork.cluster.backend import Backend, Job, JobStatus
+from graftwork.cluster.inputs import SentSpec, with_inputs
 from graftwork.cluster.run_store import RunStore
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.config import Spec, load
+from graftwork.config import Spec, SpecT, load
 from graftwork.errors import ConfigError
 from graftwork.storage import Store
 
@@ -82,12 +84,31 @@ def cluster_of(file: Path | None) -> ClusterSpec:
     return spec
 
 
-def job_of(spec: Spec, cluster: ClusterSpec) -> Job:
-    """A stage's spec as a job."""
-    dump = spec.model_dump(mode="json")
-    root = cluster.storage.uri or str(dump["root"])
-    dump["root"] = Store(root).uri
-    return Job(str(dump.get("name") or dump["kind"]), str(dump["kind"]), spec.identity(), dump["root"], dump, cluster)
+def root_of_job(spec: Spec, cluster: ClusterSpec) -> str:
+    """The store of a stage's job: the cluster's, else the spec's own."""
+    return Store(cluster.storage.uri or str(spec.model_dump(mode="json", include={"root"})["root"])).uri
+
+
+def job_of(spec: Spec, cluster: ClusterSpec, on: str = "local") -> Job:
+    """A stage's spec as a job. For another place than this machine its local rows go along (cluster/inputs.py)."""
+    root = root_of_job(spec, cluster)
+    sent = SentSpec(spec, spec.identity(), ()) if on == "local" else with_inputs(spec, root)
+    dump = {**sent.spec.model_dump(mode="json"), "root": root}
+    return Job(str(dump.get("name") or dump["kind"]), str(dump["kind"]), sent.identity, root, dump, cluster,
+               inputs=sent.inputs)  # fmt: skip
+
+
+def resolve_here(spec: SpecT, on: str, quiet: bool) -> SpecT:
+    """Resolve `auto` GPUs for a stage that this command runs on this machine, and print the number with its reason.
+
+    On a Ray that is joined (`auto`, ray://) the stage resolves it there.
+    """
+    if on != "local":
+        return spec
+    resolved, note = with_gpus(spec, accelerators_here())
+    if note is not None and not quiet:
+        say(f"note: {note}")
+    return resolved
 
 
 def launch(spec: Spec, file: Path, how: Launch, as_json: bool = False) -> None:
@@ -95,12 +116,18 @@ def launch(spec: Spec, file: Path, how: Launch, as_json: bool = False) -> None:
     from graftwork.cluster.places import backend_of
 
     cluster = how.cluster_spec()
-    job = job_of(spec, cluster)
-    backend = backend_of(how.on, job.root, cluster)
+    backend = backend_of(how.on, root_of_job(spec, cluster), cluster)
+    if is_auto(spec):
+        spec, chosen = with_gpus(spec, backend.machines(cluster).accelerators)
+        stderr.print(f"note: {chosen}", markup=False, soft_wrap=True)
+    job = job_of(spec, cluster, how.on)
     if not RunStore(job.root).attempts(job.job_id):
         from graftwork.cli.demands import with_demand
 
-        job, _, notes = with_demand(job, spec, file.parent)
+        for one in job.inputs:
+            stderr.print(f"note: {one.path} ({gib(one.bytes)}) goes along as {'/'.join(one.key)}", markup=False,
+                         soft_wrap=True)  # fmt: skip
+        job, _, notes = with_demand(job, spec, file.parent, backend.machines(cluster))
         for note in notes:
             stderr.print(f"note: {note.code} {note.found}", markup=False, soft_wrap=True)
     ours, status = started(backend, job, how.on)

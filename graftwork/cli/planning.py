@@ -24,6 +24,7 @@ from graftwork.plan import (
     Machine,
     StagePlan,
     answers_seconds,
+    gpu_here,
     plan_serving,
     plan_training,
     verdict_of,
@@ -34,7 +35,7 @@ from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.study.spec import MeasureSpec, StudySpec
 from graftwork.training.outcomes.parts import Work, work_of
 from graftwork.training.outcomes.spec import OutcomesSpec
-from graftwork.training.settled import machine_of, sizes_of
+from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec
 
@@ -58,6 +59,11 @@ def plan_spec(
         raise ConfigError(f"--replay with kind={getattr(spec, 'kind', '')!r}", "there is no training step in it",
                           "the step of a train spec is replayed", "leave --replay out")  # fmt: skip
     return [replayed_line(asked, machine, _outcomes(asked))]
+
+
+def plan_on(spec: Spec, folder: Path, machine: Machine) -> list[StagePlan]:
+    """A line a stage on the machine of a job's target, for a spec whose `auto` GPUs are resolved. Raises UserError."""
+    return list(_lines(spec, folder, machine))
 
 
 def _on_gpus(spec: Spec, gpus: int | None) -> Spec:
@@ -96,13 +102,14 @@ def _lines(
         from graftwork.tuning.winner import winner_spec
 
         data = prepare(spec.train)
-        machine = machine_of(spec.train) if spec.train.gpus_per_worker else machine.at(spec.train.quant)
+        machine = placed(spec.train, machine)
         assert data.eval is not None, "a sweep's spec demands data.eval"
         yield plan_tuning(spec, _shape(spec.train.base), sizes_of(data.train), sizes_of(data.eval), machine)
         if spec.winner is not None:
             [winner] = _lines(winner_spec(spec, spec.train), folder, machine)
             yield replace(winner, stage="winner")
     elif isinstance(spec, ServeSpec):
+        machine = _with_gpu_here(spec, machine)
         yield plan_serving("serve", _shape(spec.base), spec.quant, spec.engine, machine.at(spec.quant),
                            num_cpus=spec.num_cpus, replicas=spec.most_replicas,
                            embedder=_embedding(spec.embedder) if spec.embedder else None,
@@ -113,12 +120,14 @@ def _lines(
         from graftwork.cli.answer_sizes import compare_answers
 
         adapters = {arm.adapter for arm in spec.arms if arm.adapter}
+        machine = _with_gpu_here(spec, machine)
         yield plan_serving("compare", _shape(spec.base), spec.quant, spec.engine, machine.at(spec.quant),
                            num_cpus=spec.num_cpus, query_embedders=_query_embedders(spec.arms),
-                           adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(spec.quant),
+                           adapters=[SERVED_RANK] * len(adapters),
+                           dequantised=machine.gpu is None and _unpacked(spec.quant),
                            answers=compare_answers(spec, prompts))  # fmt: skip
     elif isinstance(spec, QuantizeSpec):
-        yield from _precisions(spec, machine, prompts)
+        yield from _precisions(spec, _with_gpu_here(spec, machine), prompts)
     elif isinstance(spec, DemoSpec):
         specs = load_specs(spec, folder)
         for stage in (specs.tune, *specs.train):
@@ -137,6 +146,17 @@ def _lines(
     else:
         raise ConfigError(f"plan of kind={getattr(spec, 'kind', '')!r}", "nothing is predicted for it",
                           "train, tune, serve, compare, quantize, study and demo are planned")  # fmt: skip
+
+
+def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machine) -> Machine:
+    """The machine with the GPU of this one, where the spec asks for GPUs and the plan names none."""
+    if machine.gpu is not None or not spec.gpus:
+        return machine
+    gpu = gpu_here()
+    if gpu is None:
+        raise ConfigError(f"num_gpus={spec.gpus:g}", "no GPU is seen from here that the table of the plan has",
+                          "a plan is made for a GPU that is known", "graftwork plan FILE --gpu NAME")  # fmt: skip
+    return Machine.with_gpus(gpu)
 
 
 def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> StagePlan:
@@ -181,8 +201,8 @@ def _precisions(spec: QuantizeSpec, machine: Machine, prompts: Mapping[str, Prom
     for precision in spec.precisions:
         quant = QUANT[precision]
         yield plan_serving(f"quantize {precision}", _shape(spec.base), quant, spec.engine, machine.at(quant),
-                           num_cpus=spec.num_cpus, adapters=[SERVED_RANK] * len(adapters), dequantised=_unpacked(quant),
-                           answers=answers)  # fmt: skip
+                           num_cpus=spec.num_cpus, adapters=[SERVED_RANK] * len(adapters),
+                           dequantised=machine.gpu is None and _unpacked(quant), answers=answers)  # fmt: skip
 
 
 def _outcomes(spec: TrainSpec) -> Work | None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftwork import config
-from graftwork.cli.launching import Budget, Deadline, Launch, Pending
+from graftwork.accelerators import gpu_key, gpus_of, is_auto
+from graftwork.cli.launching import Budget, Deadline, Launch, Pending, resolve_here
 from graftwork.cli.output import (
     Cluster,
     JsonFlag,
@@ -19,6 +20,7 @@ from graftwork.cli.output import (
     print_table,
     say,
 )
+from graftwork.config import Spec
 from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,6 +71,10 @@ def plan(
     from graftwork.plan.gpus import named_gpu
 
     spec = config.load(file, sets)
+    if gpu is None:
+        spec = resolve_here(spec, "local", as_json)
+    elif not as_json:
+        _say_gpus(spec, gpu)
     rows = plan_spec(spec, file.parent, named_gpu(gpu) if gpu else None, gpus, replay=replay)
     if as_json:
         print_json([row.as_dict() for row in rows])
@@ -76,6 +82,17 @@ def plan(
         _show(f"plan of {file}", rows)
     if not all(row.fits for row in rows):
         raise typer.Exit(2)
+
+
+def _say_gpus(spec: Spec, gpu: str) -> None:
+    """What the spec needs to run as it is planned here."""
+    key = gpu_key(spec)
+    if key is None:
+        return
+    if gpus_of(spec) == 0 and not is_auto(spec):
+        say(f"note: planned with {key}=1; the file has {key}=0, which computes on the CPU: set {key}=1, or auto")
+    else:
+        say(f"note: {key}={gpus_of(spec) or 1:g} (--gpu {gpu})")
 
 
 def _plan_job(file: Path, sets: list[str], how: Launch, as_json: bool) -> None:

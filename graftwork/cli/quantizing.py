@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from graftwork import config
-from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch
+from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch, resolve_here
 from graftwork.cli.output import (
     Cluster,
     Detach,
@@ -44,6 +44,7 @@ def quantize(
     from graftwork.cluster.session import session
     from graftwork.serving.quantize.run import run_quantize
 
+    spec = resolve_here(spec, on, as_json)
     with progress_bar(f"quantize {spec.name}", as_json) as bar, session(on) as here:
         outcome = here.run(run_quantize, spec, on_progress=lambda p: bar(p.done, p.total, p.text))
     if as_json:

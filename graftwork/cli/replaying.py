@@ -20,7 +20,7 @@ SHOWN = ("process", "base weights", "trained weights", "optimizer", "buffers", "
 
 def placed(spec: TrainSpec, machine: Machine) -> Machine:
     """The machine in the dtype that the spec computes in there; where it asks for GPUs, the ones that there are."""
-    return machine.at(spec.quant) if machine.gpu or not spec.gpus_per_worker else machine_of(spec)
+    return machine.at(spec.quant) if machine.gpu or not spec.gpus else machine_of(spec)
 
 
 def replayed_line(spec: TrainSpec, machine: Machine, outcomes: Work | None = None) -> StagePlan:

@@ -10,7 +10,7 @@ import typer
 from graftwork import config
 from graftwork.cli.commanding import command
 from graftwork.cli.comparing import compare
-from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch
+from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch, resolve_here
 from graftwork.cli.outcomes import show_outcomes
 from graftwork.cli.output import (
     Cluster,
@@ -75,6 +75,7 @@ def train(
     from graftwork.cluster.session import session
     from graftwork.training.run import check, train
 
+    spec = resolve_here(spec, on, as_json)
     notes = check(spec)
     if not as_json:
         for note in notes:
@@ -127,6 +128,7 @@ def serve(
     from graftwork.cluster.session import session
     from graftwork.serving.app import deploy
 
+    spec = resolve_here(spec, on, as_json)
     _check_before_ray(spec, on)
     with session(on) as here, here.here(deploy)(spec) as endpoint:
         with endpoint.client() as client:

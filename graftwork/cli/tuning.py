@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftwork import config
-from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch
+from graftwork.accelerators import with_gpus
+from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch, resolve_here
 from graftwork.cli.outcomes import show_outcomes
 from graftwork.cli.output import (
     Cluster,
@@ -66,6 +67,10 @@ def tune(
     from graftwork.tuning.page import Ended, sweep_record
     from graftwork.tuning.run import check, tune
 
+    if elsewhere is None:
+        spec = resolve_here(spec, on, as_json)
+    else:
+        spec, _ = with_gpus(spec, elsewhere.accelerators(spec.root))
     check_shadow(spec)
     notes = check(spec)
     if not as_json:

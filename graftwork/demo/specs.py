@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from graftwork import config
+from graftwork.accelerators import Accelerators, with_gpus
 from graftwork.config import Spec
 from graftwork.demo_spec import DemoSpec
 from graftwork.serving.experiment.spec import CompareSpec
@@ -15,6 +16,8 @@ from graftwork.tuning.spec import TuneSpec
 
 SpecT = TypeVar("SpecT", bound=Spec)
 Stage = Literal["tune", "train", "serve", "compare"]
+ON_CPUS = Accelerators(0, owner="the demo")
+"""Its stages share one machine, and an update is trained while the endpoint serves: `auto` is no GPU."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def load_specs(demo: DemoSpec, folder: Path) -> DemoSpecs:
         overrides = dict(demo.overrides.get("update" if file == demo.update else stage) or {}, root=demo.root)
         if isinstance(spec, TuneSpec):
             overrides["train.root"] = demo.root
-        return spec.with_(overrides)
+        return with_gpus(spec.with_(overrides), ON_CPUS)[0]
 
     return DemoSpecs(
         demo,

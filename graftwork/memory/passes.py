@@ -61,7 +61,7 @@ def passes_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> tuple[Pass, 
     sequences = 2 if isinstance(spec.objective, DpoSpec | RewardSpec) else 1
     if isinstance(spec.objective, RlSpec):
         sequences = spec.objective.generations
-    cuda = spec.gpus_per_worker > 0
+    cuda = spec.gpus > 0
     taught = teacher_of(spec) is not None
     fused = cuda or taught or isinstance(spec.objective, DpoSpec)
     packed = getattr(spec.objective, "packing", "none") != "none"
@@ -104,7 +104,7 @@ def logit_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: in
     """The output head at its peak, beside the activations."""
     if taken.fused_head:
         models = 2 if teacher_of(spec) else 1
-        copies = value_bytes if spec.gpus_per_worker else value_bytes + TILE_COPIES * FP32
+        copies = value_bytes if spec.gpus else value_bytes + TILE_COPIES * FP32
         tile = min(taken.scored, TILE_TOKENS) * min(model.vocab, TILE_VOCAB) * copies
         gathered = taken.scored * model.hidden * (value_bytes + FP32)  # the scored positions, their gradient in fp32
         return models * (gathered + tile)

@@ -54,7 +54,8 @@ def predict_serving(
         f"key-value memory full at engine.kv_tokens={engine.kv_tokens}",
         f"adapters beyond those named take up to engine.host_cache_bytes={engine.host_cache_bytes // MIB} MiB more",
     )
-    return MemoryPlan(tuple(parts.items()), notes)
+    host = {"process": SERVING_PROCESS_BYTES, "adapters": slots} if cuda else {}
+    return MemoryPlan(tuple(parts.items()), notes, tuple((name, size) for name, size in host.items() if size))
 
 
 def predict_embedding(shape: EmbedderShape) -> MemoryPlan:

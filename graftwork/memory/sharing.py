@@ -38,7 +38,7 @@ def shared(spec: TrainSpec, model: ModelShape, frozen_bytes: int, trained: int) 
 
     Under DeepSpeed on a GPU weights that are trained are in bf16, and their fp32 form is part of the optimizer's state.
     """
-    kind, workers, cuda = spec.strategy.kind, spec.num_workers, spec.gpus_per_worker > 0
+    kind, workers, cuda = spec.strategy.kind, spec.num_workers, spec.gpus > 0
     if kind == "ddp":
         buckets = trained * FP32 if workers > 1 else 0
         return Shared(frozen_bytes, trained * FP32, trained * FP32, 2 * trained * FP32, buckets)
@@ -59,7 +59,7 @@ def shared(spec: TrainSpec, model: ModelShape, frozen_bytes: int, trained: int) 
 
 def _offloaded(spec: TrainSpec, shared: Shared) -> Shared:
     """What a strategy moves off a GPU: to the host's memory, or to its disk. On a CPU nothing moves but to the disk."""
-    cuda, strategy = spec.gpus_per_worker > 0, spec.strategy
+    cuda, strategy = spec.gpus > 0, spec.strategy
     optimizer, weights, trained, host = shared.optimizer, shared.weights, shared.trained, 0
     if strategy.offload_optimizer == "nvme" or (strategy.offload_optimizer == "cpu" and cuda):
         host += optimizer * (strategy.offload_optimizer == "cpu")

@@ -35,7 +35,7 @@ def predict_training(
     `value_bytes` is of the compute dtype, as `base_model.compute_dtype` picks it.
     """
     rows = rows or RowSizes.at_most(spec.max_length)
-    predict = _on_gpu if spec.gpus_per_worker else _on_cpu
+    predict = _on_gpu if spec.gpus else _on_cpu
     plans = [predict(spec, model, taken, value_bytes) for taken in passes_of(spec, rows, micro_batch(spec))]
     step = max(plans, key=lambda plan: plan.peak_bytes)
     return max(step, _measuring(spec, model, step, value_bytes), key=lambda plan: plan.peak_bytes)

@@ -123,6 +123,8 @@ def gpu_called(name: str, memory_gib: float | None = None) -> Gpu | None:
     Where two differ in memory alone, the one nearest to `memory_gib`, or the smaller one.
     """
     plain = name.lower().replace(" ", "").replace("-", "")
+    if "mig" in plain:
+        return None  # a slice has a share of the GPU's memory, which its name gives in several forms
     likely = [gpu for gpu in GPUS.values() if gpu.name.partition("-")[0] in plain]
     exact = [gpu for gpu in likely if "-" in gpu.name and gpu.name.replace("-", "") in plain]
     longest = max((len(gpu.name.partition("-")[0]) for gpu in likely), default=0)

@@ -95,6 +95,7 @@ def plan_serving(
             *memory.assumptions,
             machine.said(),
         ),
+        host_bytes_per_process=memory.host_bytes,
     )
 
 

@@ -39,7 +39,7 @@ def has_auto(spec: TrainSpec) -> bool:
 
 def _form_is_open(spec: TrainSpec) -> bool:
     """Whether nf4 may lie in memory as its plain values: on a CPU, where unpacking takes a third of a pass."""
-    return spec.quant.kind == "nf4" and spec.quant.resident == "auto" and not spec.gpus_per_worker
+    return spec.quant.kind == "nf4" and spec.quant.resident == "auto" and not spec.gpus
 
 
 def settle(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> Settled:

@@ -33,6 +33,8 @@ class StagePlan:
     """Seconds of one optimizer step, where the stage trains."""
     warnings: tuple[str, ...] = ()
     """What works, and is better done otherwise."""
+    host_bytes_per_process: int = 0
+    """Of the machine's own memory, where the peak is a GPU's."""
 
     @property
     def fits(self) -> bool:

@@ -55,6 +55,7 @@ def plan_training(
         ),
         step_s=step_s,
         warnings=tuple(_warnings(spec, machine)),
+        host_bytes_per_process=memory.host_bytes,
     )
 
 

@@ -120,7 +120,8 @@ def _likelihoods(study: StudySpec, measure: MeasureSpec, rows: Sequence[Row], on
     jobs = {keys[arm.name, row.id]: (arm, row, choices[row.id]) for row in rows for arm in measure.arms
             if keys[arm.name, row.id] not in kept}  # fmt: skip
     if jobs:
-        serve = ServeSpec(name=run.name, root=study.root, base=study.base, quant=study.quant, num_cpus=study.num_cpus)
+        serve = ServeSpec(name=run.name, root=study.root, base=study.base, quant=study.quant, num_cpus=study.num_cpus,
+                          num_gpus=0)  # fmt: skip
         with deploy(serve, http=False) as endpoint:
             done, total = len(keys) - len(jobs), len(keys)
             asyncio.run(

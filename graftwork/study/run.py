@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from graftwork import base_model, config, report
+from graftwork.accelerators import Accelerators, with_gpus
 from graftwork.cli.output import duration, progress_bar, say
 from graftwork.cluster.session import Session
 from graftwork.demo.records import base_name
@@ -26,6 +27,9 @@ from graftwork.training.page import train_run
 from graftwork.training.records import TrainReport
 from graftwork.training.run import check, train
 from graftwork.training.spec import TrainSpec
+
+ON_CPUS = Accelerators(0, owner="a study")
+"""Its measures compare adapters on CPUs (`num_cpus`): `auto` of an adapter's spec is no GPU."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def adapter_spec(spec: StudySpec, number: int, folder: Path) -> TrainSpec:
     assert isinstance(found, TrainSpec), "kind train is a TrainSpec"
     shared = {"root": spec.root, "base": spec.base.model_dump(mode="json"), "quant": spec.quant.model_dump(mode="json")}
     try:
-        return found.with_({**shared, **wanted.set})
+        return with_gpus(found.with_({**shared, **wanted.set}), ON_CPUS)[0]
     except ConfigError as error:
         where = f"adapters.{number}.set: {error.asked.removeprefix('override: ')}"
         raise ConfigError(where, error.found, error.rule, error.next_move, error.also) from None

@@ -141,7 +141,7 @@ class StudySpec(Spec):
         return CompareSpec(
             name=f"{self.name}-{measure.name}"[:63], root=self.root, base=self.base, quant=self.quant,
             eval=measure.eval, limit=measure.limit, answer_schema=measure.answer_schema, arms=measure.arms,
-            baseline=measure.arms[0].name, alpha=self.alpha, num_cpus=self.num_cpus, seed=self.seed,
+            baseline=measure.arms[0].name, alpha=self.alpha, num_cpus=self.num_cpus, num_gpus=0, seed=self.seed,
         )  # fmt: skip
 
     def measure_of(self, claim: ClaimSpec) -> MeasureSpec:

@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
-from graftwork.cluster.backend import Attempt, Job
+from graftwork.accelerators import with_gpus
+from graftwork.cluster.backend import Attempt, Demand, Job
+from graftwork.cluster.kuberay.fit import machines_of
 from graftwork.cluster.kuberay.rayjob import build_rayjob
 from graftwork.cluster.kuberay.rayservice import service_objects
 from graftwork.cluster.spec import ClusterSpec
@@ -55,8 +57,11 @@ def a_job(path: Path, kind: str, *, grows: bool = False) -> Job:
         secrets = {**cluster.secret_env, TOKEN_ENV: TOKEN}
         cluster = cluster.model_copy(update={"workers": tuple(groups), "secret_env": secrets})
         named = {"name": "airport-card", "token_env": TOKEN_ENV, "root": cluster.storage.uri}
-        spec = load(SERVED, expect="serve").with_(named).model_dump(mode="json")
-    return Job("airport-card", kind, DIGEST, cluster.storage.uri or "", spec, cluster)
+        served, _ = with_gpus(load(SERVED, expect="serve").with_(named), machines_of(cluster).accelerators)
+        spec = served.model_dump(mode="json")
+    gpus = 1.0 if machines_of(cluster).gpus else 0.0
+    demand = Demand(sum(group.count for group in cluster.workers), 1.0, gpus)
+    return Job("airport-card", kind, DIGEST, cluster.storage.uri or "", spec, cluster, demand)
 
 
 def text(path: Path, objects: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from graftwork import artifact, base_model
+from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.answers.schema import AnswerSchema
 from graftwork.data import Row, read_fields, read_rows
 from graftwork.errors import ConfigError
@@ -76,6 +77,7 @@ def run_compare(
     Each alias is resolved once, here; the run is named by the spec and those versions, so a rerun after an update asks
     the updated arms anew and reuses the others. Raises UserError before anything is deployed.
     """
+    spec, _ = with_gpus(spec, accelerators_here())
     asked = _Asked.read(spec)
     rows, store = asked.rows, Store(spec.root)
     manifests = {arm.name: artifact.resolve(store, arm.adapter) for arm in spec.arms if arm.adapter}

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from graftwork.accelerators import AUTO, Gpus, counted
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.serving.experiment.judge_spec import JudgeSpec
@@ -69,8 +70,15 @@ class CompareSpec(Spec):
     """Questions that the report shows with every arm's answer, drawn by the seed."""
     engine: EngineSpec = EngineSpec()
     num_cpus: float = Field(default=2.0, gt=0)
-    num_gpus: float = Field(default=0.0, ge=0)
+    num_gpus: Gpus = AUTO
+    """GPUs of the engine; 0 computes on the CPU. auto: 1 where the target has GPUs, else 0; with engine.kind vllm
+    engine.tensor_parallel_size."""
     seed: int = 0
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of the engine."""
+        return counted(self.num_gpus)
 
     @model_validator(mode="after")
     def _arms_stand(self) -> Self:

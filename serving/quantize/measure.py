@@ -59,7 +59,7 @@ def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> Mea
 
     threads = spec.engine.num_threads or max(1, int(spec.num_cpus))
     torch.set_num_threads(threads)
-    device = "cuda:0" if spec.num_gpus else "cpu"
+    device = "cuda:0" if spec.gpus else "cpu"
     base = base_model.resolve(spec.base)
     began = time.perf_counter()
     loaded = base_model.load(base, QUANT[precision], device=device, purpose="serve")

@@ -9,6 +9,7 @@ import yaml
 from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from graftwork import base_model, chat
+from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.answers.schema import AnswerSchema
 from graftwork.base_model import ResolvedBase
 from graftwork.chat import Message, Template
@@ -57,7 +58,8 @@ def run_quantize(
     UserError before anything is started; RunError where a process dies, e.g. for want of memory: what was measured
     before is kept.
     """
-    require_resources(spec.num_cpus, spec.num_gpus)
+    spec, _ = with_gpus(spec, accelerators_here())
+    require_resources(spec.num_cpus, spec.gpus)
     spec = spec.with_({"root": Store(spec.root).uri})  # resolved in the driver
     base = base_model.resolve(spec.base)
     template = base_model.template(base)
@@ -145,7 +147,7 @@ def _kept(run: RunPaths, precision: Precision, base: ResolvedBase, material: Mat
 
 def _measure(run: RunPaths, spec: QuantizeSpec, precision: Precision, material: Material) -> Measured:
     """In a worker that does nothing else before or after, so that its peak memory is this precision's."""
-    task = ray.remote(max_calls=1, max_retries=0, num_cpus=spec.num_cpus, num_gpus=spec.num_gpus)(measure)
+    task = ray.remote(max_calls=1, max_retries=0, num_cpus=spec.num_cpus, num_gpus=spec.gpus)(measure)
     try:
         measured: Measured = ray.get(task.remote(spec, precision, material))
     except RayTaskError as error:

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from graftwork.accelerators import AUTO, Gpus, counted
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.serving.spec import ArmSpec, EngineSpec
@@ -84,8 +85,14 @@ class QuantizeSpec(Spec):
     speed: SpeedSpec = SpeedSpec()
     engine: EngineSpec = EngineSpec()
     num_cpus: float = Field(default=2.0, gt=0)
-    num_gpus: float = Field(default=0.0, ge=0)
+    num_gpus: Gpus = AUTO
+    """GPUs of the process that measures; 0 computes on the CPU. auto: 1 where the target has GPUs, else 0."""
     seed: int = 0
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of the process that measures."""
+        return counted(self.num_gpus)
 
     @model_validator(mode="after")
     def _can_be_measured(self) -> Self:

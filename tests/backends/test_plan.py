@@ -29,13 +29,14 @@ def test_a_plan_of_a_job_that_is_there_says_so(here: Here) -> None:
 
 
 @pytest.mark.core
-def test_a_job_that_cannot_fit_is_refused_before_anything_is_written(here: Here) -> None:
-    job = here.python("pass", demand=TOO_MUCH)
+@pytest.mark.parametrize(("demand", "word"), [(TOO_MUCH, "GPU"), (Demand(memory_bytes_per_worker=2**50), "GiB")])
+def test_a_job_that_cannot_fit_is_refused_before_anything_is_written(here: Here, demand: Demand, word: str) -> None:
+    job = here.python("pass", demand=demand)
     with pytest.raises(PreflightError) as caught:
         here.backend.submit(job)
     assert caught.value.exit_code == 2
     assert all(finding["code"].startswith("E-") for finding in caught.value.findings)
-    assert "GPU" in str(caught.value)
+    assert word in str(caught.value)
     assert here.everything() == b""
     assert here.processes(job.job_id) == []
 

@@ -23,6 +23,7 @@ from tests.k8s.server import NAMESPACE
 pytestmark = pytest.mark.k8s
 HERE = f"/api/v1/namespaces/{NAMESPACE}"
 QUEUES = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{NAMESPACE}/localqueues"
+CLUSTER_QUEUES = "/apis/kueue.x-k8s.io/v1beta1/clusterqueues"
 
 
 @pytest.fixture
@@ -84,6 +85,26 @@ def test_a_queue_must_be_there_and_one_that_is_paused_is_said(kube: KubeCluster,
     absent = found(kube, tmp_path, queue="gpus")["E-QUEUE-ABSENT"]
     assert (absent.found, absent.rule) == (f"there is no LocalQueue 'gpus' in {NAMESPACE}", "there are: gpu, held")
     assert "is stopped (Hold)" in found(kube, tmp_path, queue="held")["W-QUEUE-STOPPED"].found
+
+
+def test_a_queue_that_can_never_admit_the_job_is_refused(kube: KubeCluster, faults: Faults, tmp_path: Path) -> None:
+    def quotas(cpu: str) -> dict[str, Any]:
+        resources = [{"name": "cpu", "nominalQuota": cpu}, {"name": "memory", "nominalQuota": "256Gi"}]
+        groups = [{"coveredResources": ["cpu", "memory"], "flavors": [{"name": "cpus", "resources": resources}]}]
+        return {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "ClusterQueue", "spec": {"resourceGroups": groups}}
+
+    for name, cpu in (("small", "11"), ("large", "12")):
+        kube.server.ask("POST", CLUSTER_QUEUES, {**quotas(cpu), "metadata": {"name": name}})
+        local = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "LocalQueue", "metadata": {"name": name}}
+        kube.server.ask("POST", QUEUES, {**local, "spec": {"clusterQueue": name}})
+    refused = found(kube, tmp_path, queue="small")["E-QUEUE-QUOTA"]
+    assert refused.found.startswith("the ClusterQueue 'small' can never admit it: the job takes head 4 cpu")
+    assert not [code for code in found(kube, tmp_path, queue="large") if "QUEUE" in code]
+    faults.refuse(403, "clusterqueues is forbidden", path="clusterqueues")
+    cluster = ClusterSpec.model_validate({**CLUSTER.model_dump(mode="json"), "queue": "small"})
+    told = KubeRayPlace(kube.on, str(tmp_path), cluster).check(command(tmp_path, "probe", "print(1)", cluster))
+    assert "E-QUEUE-QUOTA" not in {one.code for one in told}
+    assert any("the quota of the ClusterQueue 'small'" in one.found for one in told if one.code == "W-NOT-CHECKED")
 
 
 def test_quotas_of_pods_and_of_objects(kube: KubeCluster, faults: Faults, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
-from graftwork.cli.demands import demand_of, planned, with_demand
+from graftwork.cli.demands import demands_of, planned, with_demand
 from graftwork.cli.launching import job_of
 from graftwork.cluster.command_spec import CommandSpec
+from graftwork.cluster.kuberay.fit import machines_of
+from graftwork.cluster.places.local_check import machines_here
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.training.spec import TrainSpec
 from tests.tiny import write_tiny_base
@@ -20,31 +22,34 @@ def spec_of(folder: Path, **changed: object) -> TrainSpec:
 
 
 def test_workers_memory_and_time_are_those_of_the_stages_plan(tmp_path: Path) -> None:
-    spec = spec_of(tmp_path)
-    job, [line], notes = with_demand(job_of(spec, ClusterSpec()), spec, tmp_path)
+    spec = spec_of(tmp_path, gpus_per_worker=0)
+    job, [line], notes = with_demand(job_of(spec, ClusterSpec()), spec, tmp_path, machines_here())
     assert notes == ()
     assert (job.demand.num_workers, job.demand.cpus_per_worker, job.demand.gpus_per_worker) == (2, 1.0, 0.0)
     assert (job.demand.memory_bytes_per_worker, job.demand.seconds) == (line.peak_bytes_per_process, line.seconds)
+    assert job.demand.gpu_memory_bytes_per_worker == 0
 
 
-def test_a_gpu_that_the_cluster_names_is_planned_for_and_its_memory_is_no_machines(tmp_path: Path) -> None:
+def test_a_gpu_that_the_cluster_names_is_planned_for_with_its_memory_and_the_machines(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, gpus_per_worker=1)
     cluster = ClusterSpec.model_validate({"workers": [{"gpu": 1, "gpu_type": "H100", "count": 2}]})
-    lines, notes = planned(spec, tmp_path, cluster)
+    lines, notes = planned(spec, tmp_path, machines_of(cluster))
     assert notes == ()
-    assert any("H100" in note for note in lines[0].assumptions)
-    assert demand_of(spec, lines).memory_bytes_per_worker == 0
+    assert any("h100" in note for note in lines[0].assumptions)
+    [demand] = demands_of(spec, lines)
+    assert demand.gpu_memory_bytes_per_worker == lines[0].peak_bytes_per_process > 0
+    assert demand.memory_bytes_per_worker == lines[0].host_bytes_per_process > 0
 
 
 def test_data_that_only_the_cluster_sees_is_said_and_keeps_nothing_from_running(tmp_path: Path) -> None:
-    spec = spec_of(tmp_path, data={"train": "/only/there/rows.jsonl"})
-    lines, [note] = planned(spec, tmp_path, ClusterSpec())
+    spec = spec_of(tmp_path, data={"train": "/only/there/rows.jsonl"}, gpus_per_worker=0)
+    lines, [note] = planned(spec, tmp_path, machines_here())
     assert (lines, note.code, note.level) == ((), "W-NOT-PREDICTED", "warning")
     assert "/only/there/rows.jsonl" in note.found
-    assert demand_of(spec, lines).num_workers == 2
+    assert demands_of(spec, lines)[0].num_workers == 2
 
 
 def test_a_program_is_one_worker(tmp_path: Path) -> None:
     spec = CommandSpec(name="hello", argv=("true",))
-    assert planned(spec, tmp_path, ClusterSpec()) == ((), ())
-    assert demand_of(spec, ()).num_workers == 1
+    assert planned(spec, tmp_path, machines_here()) == ((), ())
+    assert demands_of(spec, ())[0].num_workers == 1

@@ -8,20 +8,24 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from graftwork.cluster.address import token
 from graftwork.cluster.backend import Attempt, Demand, Job
+from graftwork.cluster.inputs import path_findings
 from graftwork.cluster.jobs_api import JobsApi
 from graftwork.cluster.places import address_check, backend_of, local_check
 from graftwork.cluster.places.address_check import RayNode
 from graftwork.cluster.places.local import LocalPlace
 from graftwork.cluster.run_store import Heartbeat, RunStore
+from graftwork.cluster.spec import ClusterSpec
 from graftwork.errors import ClusterError, ConfigError
+from graftwork.machine import available_memory
 from tests.ports import free_port
 
 GIB = 2.0**30
@@ -148,7 +152,7 @@ def test_a_token_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 HEAD = RayNode("head", True, {"CPU": 4, "memory": 16 * GIB}, {"CPU": 0})
-GPUS = RayNode("gpus", False, {"CPU": 8, "GPU": 4, "memory": 64 * GIB}, {"CPU": 1, "GPU": 3})
+GPUS = RayNode("gpus", False, {"CPU": 8, "GPU": 4, "memory": 64 * GIB, "accelerator_type:T4": 1}, {"CPU": 1, "GPU": 3})
 
 
 @pytest.mark.parametrize(
@@ -161,6 +165,11 @@ GPUS = RayNode("gpus", False, {"CPU": 8, "GPU": 4, "memory": 64 * GIB}, {"CPU": 
         (Demand(gpus_per_worker=1), []),
         (Demand(num_workers=4, gpus_per_worker=1), ["W-CLUSTER-BUSY"]),
         (Demand(num_workers=5, gpus_per_worker=1), ["E-CLUSTER-TOO-SMALL"]),
+        (Demand(gpus_per_worker=1, gpu_memory_bytes_per_worker=int(13 * GIB)), []),
+        (Demand(gpus_per_worker=1, gpu_memory_bytes_per_worker=int(14 * GIB)), ["E-FIT-GPU-MEMORY"]),  # of 14.6
+        (Demand(gpus_per_worker=1, memory_bytes_per_worker=int(61 * GIB)), ["E-CLUSTER-TOO-SMALL"]),  # of 64
+        (Demand(gpus_per_worker=0.5, gpu_memory_bytes_per_worker=int(7 * GIB)), ["E-FIT-GPU-MEMORY"]),
+        (Demand(gpus_per_worker=1.5), ["W-CLUSTER-BUSY", "E-GPU-SHARE"]),
         (Demand(memory_bytes_per_worker=int(65 * GIB)), ["E-CLUSTER-TOO-SMALL"]),
         (Demand(num_workers=2, cpus_per_worker=0, memory_bytes_per_worker=int(40 * GIB)), ["E-CLUSTER-TOO-SMALL"]),
     ],
@@ -183,14 +192,15 @@ def test_a_folder_of_this_machine_is_no_root_of_another(tmp_path: Path) -> None:
 
 
 def test_files_that_the_driver_would_not_find_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a job that was made without its inputs: `job_of` sends what can be sent (test_job_inputs.py)."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").touch()
     (tmp_path / "try").mkdir()
     spec = {"name": "try", "data": {"train": "rows.jsonl", "eval": str(tmp_path / "rows.jsonl")}, "base": "hf/none",
             "argv": ["./rows.jsonl"], "far": "s3://bucket/rows.jsonl", "long": "x/" * 5000}  # fmt: skip
-    there = [(finding.code, finding.where) for finding in address_check.paths(spec, here=False)]
+    there = [(finding.code, finding.where) for finding in path_findings(spec, shared=True)]
     assert there == [("E-PATH-RELATIVE", "data.train"), ("W-PATH-LOCAL", "data.eval")]
-    assert [finding.code for finding in address_check.paths(spec, here=True)] == ["E-PATH-RELATIVE"]
+    assert [finding.code for finding in path_findings(spec, shared=True, here=True)] == ["E-PATH-RELATIVE"]
 
 
 def test_a_loopback_address_is_another_machine_where_its_head_says_so() -> None:
@@ -210,6 +220,20 @@ def test_workers_fit_this_machine(tmp_path: Path) -> None:
     assert codes(Demand(num_workers=10**4)) == ["E-CPU-FIT"]
     assert codes(Demand(gpus_per_worker=10**3)) == ["E-GPU-FIT"]
     assert codes(Demand(memory_bytes_per_worker=2**60)) == ["E-MEMORY-FIT"]
+    busy = (psutil.virtual_memory().total + available_memory()) // 2
+    assert codes(Demand(memory_bytes_per_worker=busy)) == ["E-MEMORY-FIT"], "more than is free now"
+    assert codes(Demand(memory_bytes_per_worker=available_memory() // 2)) == []
+
+
+def test_secrets_of_a_spec_and_of_its_cluster_are_refused_here(tmp_path: Path) -> None:
+    """As on Kubernetes: the record of a job is read by everybody who reads its store."""
+    redis = {"gcs": {"backend": "redis", "redis_address": "redis://:hunter2@redis:6379"}}
+    spec = {"argv": ["curl", "-H", "Authorization: Bearer hf_abcdefghijklmnopqrstuvwx"]}
+    bad = replace(job(tmp_path), spec=spec, cluster=ClusterSpec.model_validate(redis))
+    found = local_check.fit(bad, str(tmp_path), tmp_path)
+    assert [(finding.code, finding.where) for finding in found] == [
+        ("E-SECRET-VALUE", "argv[2]"), ("E-SECRET-VALUE", "gcs.redis_address")]  # fmt: skip
+    assert "hunter2" not in str(found)
 
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:

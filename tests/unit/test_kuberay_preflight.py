@@ -12,11 +12,13 @@ from graftwork.cluster.kuberay.preflight import preflight
 from graftwork.cluster.kuberay.rayjob import build_rayjob
 from graftwork.cluster.kuberay.rules import check_rules
 from graftwork.cluster.kuberay.schema import check_schema
+from graftwork.cluster.secret_like import secret_findings
 from graftwork.cluster.spec import ClusterSpec
 from tests.kuberay_objects import BASE, GPUS, ROOT, attempt, changed, cluster, job, rayjob, rayservice
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwx"
 AWS = "AKIAIOSFODNN7EXAMPLE"
+GITHUB = "ghp_" + "a1B2" * 9
 NONE: dict[str, Any] = {}
 
 
@@ -106,7 +108,24 @@ BAD_SPECS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # code, changes
     ("E-FIT-WORKER", workers(count=8), {"demand": Demand(gpus_per_worker=2.0)}),
     ("E-FIT-WORKER", workers(cpu="2"), {"demand": Demand(cpus_per_worker=4.0)}),
     ("E-FIT-WORKER", workers(memory="8Gi"), {"demand": Demand(memory_bytes_per_worker=9 * 2**30)}),
-    ("E-FIT-GPU-MEMORY", workers(), {"demand": Demand(gpus_per_worker=1.0, memory_bytes_per_worker=100 * 2**30)}),
+    ("E-FIT-WORKER", workers(memory="8Gi"), {"demand": Demand(2, 1.0, 1.0, 9 * 2**30)}),  # of a GPU's machine
+    ("E-GPU-SHARE", workers(), {"demand": Demand(num_workers=2, gpus_per_worker=0.5)}),
+    ("E-GPU-SHARE", workers(gpu=4), {"demand": Demand(gpus_per_worker=1.5)}),
+    ("E-NVME-PATH", workers(), {**ON_GPUS, "spec": {"strategy": {"offload_optimizer": "nvme", "nvme_path": "/nvme"}}}),
+    ("E-NVME-PATH", workers(), {**ON_GPUS, "kind": "tune", "spec": {
+        "train": {"strategy": {"offload_weights": "nvme", "nvme_path": "/scratchy"}}}}),
+    ("E-SECRET-VALUE", {"gcs": {"backend": "redis", "redis_address": "redis://:hunter2@redis:6379"}}, NONE),
+    ("E-SECRET-VALUE", {"gcs": {"backend": "redis", "redis_address": "redis://r:6379?password=hunter2"}}, NONE),
+    ("E-SECRET-VALUE", {"labels": {"team": GITHUB}}, NONE),
+    ("E-SECRET-VALUE", {"labels": {GITHUB: "team"}}, NONE),
+    ("E-SECRET-VALUE", {"labels": {"team": f"{TOKEN} "}}, NONE),
+    ("E-SECRET-VALUE", workers(node_selector={"team": AWS}), NONE),
+    ("E-SECRET-VALUE", workers(spot=True, spot_key=GITHUB), NONE),
+    ("E-SECRET-VALUE", {"gang": "kai", "gang_queue": f"a/{GITHUB}"}, NONE),
+    ("E-SECRET-VALUE", {"image": "https://me:hunter2@registry/app"}, NONE),
+    ("E-SECRET-VALUE", {"env": {"PROXY": "http://:hunter2@proxy:3128"}}, NONE),
+    ("E-SECRET-VALUE", NONE, {"spec": {"arms": [{"prompt": {"system": f"use {TOKEN}"}}]}}),
+    ("E-SECRET-VALUE", NONE, {"spec": {"space": {TOKEN: {"kind": "choice"}}}}),
     ("E-BUDGET-NO-PRICES", {"limits": {"deadline": "1h", "budget_usd": 10}}, NONE),
     ("E-BUDGET-NO-PRICE", {"limits": {"deadline": "1h", "budget_usd": 10}, **workers(),
                            "prices": {"cpu_hour": 0.04, "gpu_hour": {"L4": 1.0}}}, NONE),
@@ -134,6 +153,11 @@ GOOD_SPECS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         ON_GPUS,
     ),
+    "a share of a GPU for one worker": (workers(count=1), {"demand": Demand(1, 1.0, 0.5), "kind": "tune"}),
+    "a program of one's own on GPUs": (workers(), {"kind": "command"}),
+    "an endpoint that grows": (workers(count=1, max_count=4), {"kind": "serve", "demand": Demand(1, 1.0, 1.0)}),
+    "prices for every GPU": ({**workers(), "prices": {"gpu_hour": {"default": 1.0}}}, ON_GPUS),
+    "names near to secrets": ({"labels": {"token-team": "a", "api-key": "b"}}, NONE),
     "hashes in the spec": (
         {"secret_env": {"HF_TOKEN": "hub/token"}},
         {"spec": {"base": "sha256:" + "0a" * 32, "token_env": "HF_TOKEN"}},
@@ -183,7 +207,8 @@ def test_a_namespace_is_a_name() -> None:
 
 def test_a_fact_is_said_once() -> None:
     """Head, workers and their init containers share one image: one finding."""
-    found = preflight(attempt(cluster(image="app:1", workers=[GPUS, {"name": "cpu"}])), "team-a")
+    both = cluster(image="app:1", workers=[GPUS, {"name": "cpu"}])
+    found = preflight(attempt(both, demand=ON_GPUS["demand"]), "team-a")
     assert [finding.code for finding in found] == ["E-IMAGE-DIGEST"]
 
 
@@ -196,9 +221,28 @@ def test_numbers_say_what_to_change() -> None:
 
 
 def test_no_finding_shows_a_secret() -> None:
-    changes = {"env": {"A": TOKEN, "B": AWS, "DB_PASSWORD": "hunter2"}, "secret_env": {"C": TOKEN}, **store(secret=AWS)}
-    said = str(preflight(asked(changes, {"spec": {"argv": [TOKEN]}}), "team-a"))
-    assert [text for text in (TOKEN, AWS, "hunter2") if text in said] == []
+    changes = {"env": {"A": TOKEN, "B": AWS, "DB_PASSWORD": "hunter2"}, "secret_env": {"C": TOKEN}, **store(secret=AWS),
+               "labels": {"team": f"{GITHUB} ", GITHUB: "!"}, **workers(node_selector={"a b": AWS, f"{TOKEN}!": "c"}),
+               "gcs": {"backend": "redis", "redis_address": "redis://:hunter2@redis:6379"},
+               "gang": "kai", "gang_queue": f"a/{GITHUB}", "image": "https://me:hunter2@registry/app"}  # fmt: skip
+    said = str(preflight(asked(changes, {"spec": {"argv": [TOKEN], "space": {TOKEN: 1}}}), "team-a"))
+    assert [text for text in (TOKEN, AWS, GITHUB, "hunter2") if text in said] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"gcs": {"backend": "redis", "redis_address": "redis://:hunter2@redis:6379"}}, "gcs.redis_address"),
+        ({"labels": {"team": GITHUB}}, "labels.team"),
+        ({"labels": {GITHUB: "team"}}, "labels"),
+        (workers(node_selector={"team": AWS}), "workers[0].node_selector.team"),
+    ],
+)
+def test_a_secret_is_refused_in_every_place_with_its_key(changes: dict[str, Any], where: str) -> None:
+    """The scan is one for all places: test_job_places.py has the other two."""
+    made = asked(changes, NONE)
+    assert [one.where for one in secret_findings(made.job)] == [where]
+    assert where in {one.where for one in preflight(made, "team-a") if one.code == "E-SECRET-VALUE"}
 
 
 @pytest.mark.parametrize(
@@ -211,6 +255,14 @@ def test_no_finding_shows_a_secret() -> None:
         ("W-FIT-FIXED", workers(max_count=4), NONE),
         ("W-GPU-ANY", workers(node_selector={}), NONE),
         ("W-GPU-UNKNOWN", workers(gpu_type="TPU"), NONE),
+        ("W-GPU-UNKNOWN", workers(gpu_type="H100-MIG-1g.5gb"), ON_GPUS),
+        ("W-GPU-UNKNOWN", workers(gpu_type=None), ON_GPUS),
+        ("W-GPU-UNUSED", workers(), NONE),  # the laptop's spec with an explicit 0
+        ("W-GPU-UNUSED", workers(count=4), ON_GPUS),
+        ("W-GPU-UNUSED", workers(), {"kind": "serve", "demand": Demand()}),
+        ("W-GPU-NO-PRICE", {**workers(), "prices": {"cpu_hour": 0.04, "gpu_hour": {"L4": 1.0}}}, ON_GPUS),
+        ("W-NVME-IMAGE", workers(), {**ON_GPUS, "spec": {
+            "strategy": {"offload_optimizer": "nvme", "nvme_path": "/scratch/offload"}}}),
         ("W-FIT-DEADLINE", NONE, {"demand": Demand(seconds=2 * 86400)}),
         ("W-FIT-BUDGET", {"limits": {"deadline": "9h", "budget_usd": 1}, "prices": {"cpu_hour": 1}},
          {"demand": Demand(seconds=36000)}),

@@ -77,6 +77,13 @@ CASES: list[Case] = [
     ("E-SECRET-VALUE", "job", {"spec.runtimeEnvYAML": "env_vars: {API_KEY: abcdefgh}"},
      {"spec.runtimeEnvYAML": "env_vars: {MAX_TOKENS: '12'}"}),
     ("E-SECRET-VALUE", "job", {"spec.entrypoint": "python a.py --token=abc"}, {"spec.entrypoint": "python a.py --n=3"}),
+    ("E-GROUP-HOSTS", "job", {f"{WORKER}.numOfHosts": 0}, {f"{WORKER}.numOfHosts": 1}),
+    ("E-GROUP-HOSTS", "service", {f"{WORKER}.numOfHosts": -1}, {f"{WORKER}.numOfHosts": 4}),
+    ("E-GROUP-LABEL-RESERVED", "job", {f"{WORKER}.labels": {"ray.io/node-id": "x"}},
+     {f"{WORKER}.labels": {"ray.io/market-type": "spot", "example.com/rack": "a"}}),
+    ("E-GROUP-LABEL-RESERVED", "cluster", {f"{HEAD}.labels": {"ray.io/node-group": "x"}},
+     {f"{HEAD}.labels": {"ray.io/region": "eu"}}),
+    ("E-GROUP-SUSPENDED", "job", {f"{WORKER}.suspend": True}, {f"{WORKER}.suspend": False}),
     ("E-MANAGED-BY", "job", {"spec.managedBy": "me"}, {"spec.managedBy": "kueue.x-k8s.io/multikueue"}),
     # deletion
     ("E-DELETION-SHUTDOWN", "job", {f"{STRATEGY}.deletionRules": [RULES["workers"]]},

@@ -175,7 +175,10 @@ def test_held_out_rows_make_equally_many_passes_on_each_rank(world: int, count: 
             {"strategy.kind": "fsdp2", "strategy.offload_optimizer": "cpu"},
             "offload_weights=cpu takes it along",
         ),
-        ({"strategy.kind": "fsdp2", "strategy.offload_weights": "cpu"}, "in the host's memory already"),
+        (
+            {"strategy.kind": "fsdp2", "strategy.offload_weights": "cpu", "gpus_per_worker": 0},
+            "in the host's memory already",
+        ),
         ({"strategy.kind": "fsdp2", "quant.kind": "int8"}, "Set quant.kind=nf4"),
         ({"strategy.kind": "zero3", "quant": {"kind": "nf4"}, "gpus_per_worker": 1}, "Set strategy.kind=fsdp2"),
         ({"strategy.kind": "zero2", "quant.kind": "none", "gpus_per_worker": 1}, "Set quant.dtype=auto"),

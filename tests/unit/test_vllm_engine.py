@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from graftwork import base_model, config
+from graftwork.accelerators import Accelerators, with_gpus
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.cli.planning import plan_spec
 from graftwork.errors import ArtifactError, ConfigError
@@ -61,7 +62,9 @@ def test_engine_vllm_is_one_word_and_needs_its_gpus() -> None:
             config.validate(ServeSpec, {"base": "b", "engine": engine, "num_gpus": gpus}, "test")
     tree = {"name": "c", "base": "b", "eval": "e", "answer_schema": "s", "arms": [{"name": "a"}, {"name": "b"}]}
     with pytest.raises(ConfigError, match="needs num_gpus=1"):
-        config.validate(CompareSpec, {**tree, "baseline": "a", "engine": "vllm"}, "test")
+        config.validate(CompareSpec, {**tree, "baseline": "a", "engine": "vllm", "num_gpus": 0}, "test")
+    compare = config.validate(CompareSpec, {**tree, "baseline": "a", "engine": "vllm"}, "test")
+    assert with_gpus(compare, Accelerators(0))[0].num_gpus == 1, "auto"
     with pytest.raises(ConfigError, match="measured on engine.kind='graftwork'"):
         config.validate(QuantizeSpec, {**tree, "engine": "vllm"}, "test")
 

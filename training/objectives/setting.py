@@ -64,7 +64,7 @@ def arguments(setting: Setting) -> dict[str, Any]:
     For TRL's config classes, which are TrainingArguments.
     """
     spec, plan = setting.job.spec, setting.plan
-    optim, cuda = spec.optim, spec.gpus_per_worker > 0
+    optim, cuda = spec.optim, spec.gpus > 0
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     shared = {
         "output_dir": str(setting.folder),

@@ -57,7 +57,7 @@ class Measuring:
         return self.job.run.store
 
     def _key(self, part: Part) -> str:
-        device = "cuda" if self.job.spec.gpus_per_worker else "cpu"
+        device = "cuda" if self.job.spec.gpus else "cpu"
         quant = self.job.spec.quant.model_dump(mode="json", exclude={"resident"})
         what = {"base": self.base.digest, "quant": quant, "part": part.digest(), "device": device}
         return hashlib.sha256(canonical_json(what).encode()).hexdigest()[:32]

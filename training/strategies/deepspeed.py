@@ -26,7 +26,7 @@ def settings(spec: TrainSpec, plan: StepPlan, world: int, hidden_size: int) -> d
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": spec.optim.max_grad_norm,
-        "bf16": {"enabled": spec.gpus_per_worker > 0},
+        "bf16": {"enabled": spec.gpus > 0},
         "zero_optimization": _zero(spec, hidden_size),
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
@@ -38,7 +38,7 @@ def _zero(spec: TrainSpec, hidden_size: int) -> dict[str, Any]:
     strategy, bucket = spec.strategy, max(hidden_size**2, LEAST_BUCKET_VALUES)
     zero: dict[str, Any] = {
         "stage": STAGES[strategy.kind],
-        "overlap_comm": spec.gpus_per_worker > 0,
+        "overlap_comm": spec.gpus > 0,
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
@@ -58,7 +58,7 @@ def _zero(spec: TrainSpec, hidden_size: int) -> dict[str, Any]:
 
 def _offload(spec: TrainSpec, device: str) -> dict[str, Any]:
     where = {"nvme_path": spec.strategy.nvme_path} if device == "nvme" else {}
-    return {"device": device, "pin_memory": spec.gpus_per_worker > 0, **where}
+    return {"device": device, "pin_memory": spec.gpus > 0, **where}
 
 
 def prepare_process(spec: TrainSpec) -> None:
@@ -67,7 +67,7 @@ def prepare_process(spec: TrainSpec) -> None:
     On a CPU DeepSpeed 0.19 compiles a shared-memory operator (150 s, a C++ compiler needed), which it uses in inference
     alone (`inference_all_reduce` in deepspeed/comm/torch.py): its own table of usable operators is told no.
     """
-    if not spec.gpus_per_worker:
+    if not spec.gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
         from deepspeed import ops
         from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder

@@ -7,10 +7,10 @@ from graftwork.training.spec import TrainSpec
 
 def settings(spec: TrainSpec) -> dict[str, Any]:
     """What TrainingArguments take for it."""
-    if not spec.gpus_per_worker:
+    if not spec.gpus:
         _shard_on_cpu()
     return {
-        "accelerator_config": {"use_configured_state": not spec.gpus_per_worker},
+        "accelerator_config": {"use_configured_state": not spec.gpus},
         "fsdp": True,
         "fsdp_config": {
             "version": 2,

@@ -21,7 +21,7 @@ def write(
     template = base_model.template(base_model.resolve(teacher.base))
     prompt = data.resolve_prompt(spec.prompt)
     asked = [list(chat.render(q, template, prompt=prompt, generate=True).ids) for q in questions]
-    device = torch.device("cuda:0" if spec.gpus_per_worker and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if spec.gpus and torch.cuda.is_available() else "cpu")
     model = load_teacher(teacher, spec.root, device)
     torch.manual_seed(spec.seed)
     order = sorted(range(len(asked)), key=lambda place: len(asked[place]))

@@ -48,7 +48,7 @@ def sweep_record(spec: TuneSpec, trials: Sequence[TrialRecord], ended: Ended) ->
         state=ended.state, error=ended.error, steps=spec.steps, keys=tuple(keys),
         settings=settings(best) if best else "", sampler=ended.sampler, rule=rule(spec),
         scheduler=spec.scheduler.kind if spec.scheduler else "", at_once=most_at_once(trials),
-        cpus=spec.train.cpus_per_worker, gpus=spec.train.gpus_per_worker, wall_s=ended.wall_s, importance=found,
+        cpus=spec.train.cpus_per_worker, gpus=spec.train.gpus, wall_s=ended.wall_s, importance=found,
         heat=heat(keys, searched, found), stops=stops(searched, best_id, spec.steps) if spec.scheduler else None,
         front=_front(spec, trials), finals=finals_record(spec, trials, choice) if choice else None,
     )  # fmt: skip

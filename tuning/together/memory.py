@@ -26,7 +26,7 @@ def predict_together(
     whole, rows = _as_one(specs), rows and replace(rows, each=None)  # every trial takes the same rows: the longest
     plan = predict_training(whole, model, rows, value_bytes=value_bytes)
     taken = pass_of(whole, rows or RowSizes.at_most(whole.max_length), micro_batch(whole))
-    changed = {} if whole.gpus_per_worker else _on_cpu(whole, model, taken, plan, value_bytes)
+    changed = {} if whole.gpus else _on_cpu(whole, model, taken, plan, value_bytes)
     parts = tuple((name, changed.get(name, size)) for name, size in plan.parts)
     copies = ("adapters as multiplied", trained_params(model, whole.adapter) * value_bytes)
     return replace(plan, parts=(*parts, copies), assumptions=(f"{len(specs)} trials on one base", *plan.assumptions))

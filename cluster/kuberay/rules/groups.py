@@ -10,6 +10,9 @@ from graftwork.cluster.kuberay.rules.part import AUTOSCALER_V2_ENV, Part, contai
 RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
 PRIORITY_SINCE = (2, 56)
+RESERVED = "ray.io/"
+SETTABLE = ("ray.io/accelerator-type", "ray.io/availability-zone", "ray.io/market-type", "ray.io/region")
+"""Of Ray's own labels, those that its guide on labels has a group set."""
 _LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 
@@ -40,6 +43,16 @@ def labels_are_labels(part: Part) -> Found:
         for key, value in mapping(group.get("labels")).items():
             if not is_label(key, value):
                 yield refuse("LABEL-FORM", f"{where}.labels.{key}", repr(value), "labels have the form of Kubernetes")
+
+
+def reserved_labels_are_rays(part: Part) -> Found:
+    """Ray gives a group's `labels` to its nodes, and sets those of `ray.io/` itself."""
+    for where, group in part.named():
+        for key in mapping(group.get("labels")):
+            if key.startswith(RESERVED) and key not in SETTABLE:
+                yield refuse("GROUP-LABEL-RESERVED", f"{where}.labels.{key}", f"a label under {RESERVED}",
+                             f"Ray sets these itself, except {', '.join(SETTABLE)}",
+                             "a label with a prefix of your own")  # fmt: skip
 
 
 def is_label(key: str, value: Any) -> bool:
@@ -102,6 +115,24 @@ def priority_needs_v2(part: Part) -> Found:
                          "a group's priority is autoscaler v2's", "autoscalerOptions.version: v2")  # fmt: skip
 
 
+def hosts_are_pods(part: Part) -> Found:
+    """Not the operator's rule: it makes `replicas` times `numOfHosts` pods, so 0 makes none and reports ready."""
+    for where, group in list(part.named())[1:]:
+        hosts = number(group.get("numOfHosts"))
+        if hosts is not None and hosts < 1:
+            yield refuse("GROUP-HOSTS", f"{where}.numOfHosts", f"{hosts:g}",
+                         "a replica of a group has 1 host or more: with 0 no machine is started",
+                         "numOfHosts: 1, or leave it out")  # fmt: skip
+
+
+def suspended_groups_start_nothing(part: Part) -> Found:
+    for where, group in list(part.named())[1:]:
+        if not part.autoscales and group.get("suspend") is True:
+            yield refuse("GROUP-SUSPENDED", f"{where}.suspend", "true",
+                         "a suspended group has no machines, and the job's workers wait for them",
+                         "leave suspend out, or the group")  # fmt: skip
+
+
 def suspended_groups_do_not_scale(part: Part) -> Found:
     for where, group in list(part.named())[1:]:
         if part.autoscales and group.get("suspend") is True:
@@ -130,5 +161,6 @@ def _v2(part: Part) -> bool:
 GROUP_RULES = (
     has_containers, resources_said_once, labels_have_their_place, labels_are_labels, bounds, replicas_lie_within,
     names_differ, idle_needs_v2, priority_needs_v2, suspended_groups_do_not_scale,
+    reserved_labels_are_rays, hosts_are_pods, suspended_groups_start_nothing,
     upgrades_are_their_makers, managers_are_known,
 )  # fmt: skip
