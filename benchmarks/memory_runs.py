@@ -33,8 +33,8 @@ from graftwork.training.spec import TrainSpec
 
 DOCS = "docs.jsonl"
 """Made of the running Python's standard library."""
-PLAIN = {"quant": {"kind": "none"}}
-CARD = {"prompt": {"system": "Answer with one airport card as JSON."}}
+PLAIN: dict[str, Any] = {"quant": {"kind": "none"}}
+CARD: dict[str, Any] = {"prompt": {"system": "Answer with one airport card as JSON."}}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _recipe(name: str, rows: int, held_out: int = 8, **more: Any) -> dict[str, A
     return {"data": {**files, "train_rows": rows, "eval_rows": held_out, **more.pop("data", {})}, **more}
 
 
-RAFT = {"context": {"corpus": "recipe://airport-card/corpus.jsonl", "k": 3}}
+RAFT: dict[str, Any] = {"context": {"corpus": "recipe://airport-card/corpus.jsonl", "k": 3}}
 SETTINGS = (
     Setting("user agents, QLoRA", _recipe("ua-parse", 96)),
     Setting("airport cards, QLoRA", _recipe("airport-card", 96, **CARD)),

@@ -10,13 +10,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
 from graftwork.config import Spec, SpecT
 
-AUTO = "auto"
+AUTO: Final = "auto"
 Gpus = Annotated[float, Field(ge=0)] | Literal["auto"]
 """GPUs of a worker or replica. `auto`: one where the target has GPUs, else none."""
 NVIDIA_SMI_S = 10.0

@@ -45,6 +45,10 @@ class CountedRows:
     def scored_N(self) -> NDArray[np.int64]:
         return self.rows.scored_N
 
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        return self.rows.widths_N
+
     def digest(self) -> str:
         return self.rows.digest()
 

@@ -138,10 +138,10 @@ def _lines(
     elif isinstance(spec, StudySpec):
         from graftwork.study.run import adapter_spec
 
-        adapters = [adapter_spec(spec, number, folder) for number in range(len(spec.adapters))]
-        for adapter in adapters:
-            yield from _lines(adapter, folder, machine)
-        prompts = {adapter.name: adapter.prompt for adapter in adapters}
+        trained = [adapter_spec(spec, number, folder) for number in range(len(spec.adapters))]
+        for one in trained:
+            yield from _lines(one, folder, machine)
+        prompts = {one.name: one.prompt for one in trained}
         yield from (_measured(spec, measure, machine.at(spec.quant), prompts) for measure in spec.measures)
     else:
         raise ConfigError(f"plan of kind={getattr(spec, 'kind', '')!r}", "nothing is predicted for it",

@@ -71,6 +71,7 @@ def tune(
         spec = resolve_here(spec, on, as_json)
     else:
         spec, _ = with_gpus(spec, elsewhere.accelerators(spec.root))
+    assert isinstance(spec, TuneSpec)
     check_shadow(spec)
     notes = check(spec)
     if not as_json:

@@ -49,7 +49,11 @@ def plan_training(
             f"{steps} steps of {spec.optim.rows_per_step} rows",
             *settled.notes,
             *memory.assumptions,
-            *((f"outcomes take {outcomes_s:.0f} s: {outcomes.said()}, before and after",) if outcomes_s else ()),
+            *(
+                (f"outcomes take {outcomes_s:.0f} s: {outcomes.said()}, before and after",)
+                if outcomes and outcomes_s
+                else ()
+            ),
             *host,
             machine.said(),
         ),

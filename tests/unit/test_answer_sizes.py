@@ -8,6 +8,7 @@ import pytest
 
 from graftwork import base_model
 from graftwork.base_model import BaseSpec
+from graftwork.chat import PromptSpec
 from graftwork.cli.answer_sizes import compare_answers, likelihood_answers, quantize_answers
 from graftwork.cli.planning import plan_spec
 from graftwork.data import read_rows
@@ -77,7 +78,7 @@ def test_prompts_are_those_that_are_served(folder: Path) -> None:
     right = [json.dumps(row.gold, separators=(",", ":")) for row in read_rows(spec.eval, need="eval")]
     own = sum(len(template.encode(text)) + 1 for text in right) / len(right)
     assert found.new_tokens == pytest.approx((3 * 24 + min(60, own)) / 4), "an adapter writes answers like the rows'"
-    prompts = {"task": spec.arms[1].prompt}
+    prompts = {"task": spec.arms[1].prompt or PromptSpec()}
     assert compare_answers(spec, prompts).prompt_tokens > found.prompt_tokens, "as the adapter will be trained"
 
 

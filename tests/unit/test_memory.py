@@ -133,7 +133,7 @@ def test_peaks_that_were_measured_are_predicted() -> None:
 def test_the_largest_forward_pass_is_that_of_the_run() -> None:
     """As the loop deals the rows: the longest rows are not all in one pass, and pairs are padded to the longer side."""
     lengths = np.random.default_rng(0).integers(20, 400, 64)
-    rows = RowSizes.of(lengths, lengths // 3)
+    rows = RowSizes.of(lengths.tolist(), (lengths // 3).tolist())
     asked = spec(optim={"micro_batch": 4}, num_workers=2, max_length=512)
     batches = step_plan(lengths, asked.optim, asked.seed, 2, None).rows_SR.reshape(-1, 4)
     passes = passes_of(asked, rows, 4)
@@ -150,7 +150,7 @@ def test_the_largest_forward_pass_is_that_of_the_run() -> None:
 
 def test_outcomes_are_counted_in_memory_and_time() -> None:
     small, rows = {"optim": {"micro_batch": 1}, "num_workers": 1}, RowSizes.at_most(16)
-    plain, measured = (spec(**small, **more) for more in ({}, {"outcomes": {"retention": {}}}))
+    plain, measured = spec(**small), spec(**small, outcomes={"retention": {}})
     without, with_ = (predict_training(one, SMOLLM2, rows) for one in (plain, measured))
     assert with_.part("outcomes") >= 1024 * SMOLLM2.vocab * 12, "logits of a batch, in fp32, with their log-softmax"
     assert with_.peak_bytes > without.peak_bytes

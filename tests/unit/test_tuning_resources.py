@@ -14,6 +14,7 @@ from ray.exceptions import WorkerCrashedError
 from graftwork import base_model, config
 from graftwork.errors import ClusterError, ConfigError, DataError
 from graftwork.memory import GIB, RowSizes, predict_training
+from graftwork.memory.measured import Correction, kind_of
 from graftwork.model_shape import ModelShape
 from graftwork.plan import GPUS, Machine
 from graftwork.training.data import prepare
@@ -215,7 +216,9 @@ def test_a_trial_asks_for_the_memory_that_is_predicted_for_it(folder: Path) -> N
     peak = predict_training(trial, shape, RowSizes.at_most(64, 48), value_bytes=machine.value_bytes).peak_bytes
     memory = found.request([trial], POINT).worker["memory"]
     assert set(found.request([trial], POINT).worker) == {"CPU", "memory"}
-    assert 0 <= memory - (machine.peaks.ratio * peak + 250 * 2**20) <= 128 * 2**20, "beside it lies Tune's own process"
+    assert 0 <= memory - (machine.peaks.get(kind_of(trial), Correction()).ratio * peak + 250 * 2**20) <= 128 * 2**20, (
+        "beside it lies Tune's own process"
+    )
     longer = replace(found, rows={"{}": RowSizes.at_most(4096, 48)})
     assert longer.request([trial], POINT).worker["memory"] > memory
     assert found.request([trial, trial], POINT).worker["memory"] < 2 * memory, "one base for both"
@@ -228,7 +231,7 @@ def test_a_trial_on_a_gpu_asks_for_its_share_rounded_up(folder: Path) -> None:
     trial = task(folder, num_workers=1, gpus_per_worker=1)
     shape, rows = ModelShape.from_config(base_model.resolve(trial.base).config), RowSizes.at_most(64, 48)
     found = predicted([trial], shape, at, rows)
-    peak = at.peaks.ratio * predict_training(trial, shape, rows, value_bytes=at.value_bytes).peak_bytes
+    peak = predict_training(trial, shape, rows, value_bytes=at.value_bytes).peak_bytes
     assert 0 <= found["GPU"] - peak / (0.95 * 4 * GIB) <= 0.011
     assert found["memory"] > 0.5 * GIB, "its process takes some of the machine's own"
     whole = Machine.with_gpus(GPUS["t4"].model_copy(update={"memory_gib": 0.3}))
