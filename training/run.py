@@ -85,10 +85,11 @@ class Run:
 def check(spec: TrainSpec) -> list[str]:
     """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds.
 
-    Returns what one should know before it starts: how the spec differs from an unfinished run of its name.
+    Returns what one should know before it starts: ignored keys of the rows, held-out rows that are trained on, how the
+    spec differs from an unfinished run of its name.
     """
     run = Run.of(spec)
-    return notes_on_relatives(run.spec, run.paths)
+    return [*run.data.warnings, *notes_on_relatives(run.spec, run.paths)]
 
 
 def run_paths(spec: TrainSpec) -> RunPaths:
@@ -192,7 +193,7 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         eval_loss=result.eval_loss,
         peak_rss_bytes_per_worker=result.peak_rss_bytes_per_worker,
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
-        notes=(*run.notes, *result.notes, *run.data.notes, *memory_notes(run.paths, _peaks(run.spec, result))),
+        notes=(*run.notes, *result.notes, *run.data.notes, *run.data.warnings, *memory_notes(run.paths, _peaks(run.spec, result))),
     )
 
 

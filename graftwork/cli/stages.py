@@ -96,7 +96,8 @@ def train(
     if report.held_out:
         say(f"  {report.held_out}")
     for note in report.notes:
-        say(f"  {note}")
+        if note not in notes:  # it was said before the start
+            say(f"  {note}")
     say(
         f"published {report.published}" + (f", alias {spec.name}@{spec.alias}" if spec.alias and report.adapter else "")
     )

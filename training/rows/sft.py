@@ -1,6 +1,7 @@
 """Conversations: rendered by `chat.render`, retrieved passages among them where `data.context` asks for them."""
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,7 @@ from graftwork.training.objective_spec import SftSpec
 from graftwork.training.rows.answered import answered, groups_of
 from graftwork.training.rows.kept import RowWriter, kept_rows
 from graftwork.training.rows.packed import packed
-from graftwork.training.rows.part import Part, ReadPart, nothing_left, too_long
+from graftwork.training.rows.part import Part, ReadPart, noted, nothing_left, read_prompt, too_long
 from graftwork.training.spec import TrainSpec
 
 FORM = 2
@@ -34,7 +35,12 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     def rows() -> Iterator[Row]:
         return data.iter_rows(uri, limit=limit, need="train")
 
-    fingerprint, prompt = data.fingerprint(rows()), data.resolve_prompt(spec.prompt)
+    answers = spec.objective.answers if part == "eval" else None
+    keys, contents = data.key_check("train", answers.by if answers is not None else ()), array("q")
+    checked = data.iter_rows(uri, limit=limit, need="train", keys=keys)
+    fingerprint = data.fingerprint(noted(checked, contents))
+    prompt, shots = read_prompt(spec, part)
+    warnings = (*keys.note(f"data.{part}"), *shots)
     seed = spec.seed if part == "train" else spec.seed + 1
 
     def render(writer: RowWriter) -> dict[str, Any]:
@@ -46,12 +52,13 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         raise too_long(spec, part, *about["too_long"][0])
     if not len(found):
         raise nothing_left(spec, part, about["dropped"])
-    if part == "eval" and spec.objective.answers is not None:
-        names = spec.objective.answers.by
+    notes = _notes(about["left_out"], spec)
+    if answers is not None:
+        names = answers.by
         groups = groups_of(data.read_fields(uri, names, limit=limit), about["numbers"]) if names else ()
-        return ReadPart(answered(found, groups), about["dropped"], fingerprint, _notes(about["left_out"], spec))
+        return ReadPart(answered(found, groups), about["dropped"], fingerprint, notes, (), warnings, contents)
     packs, packing = packed(found, spec.objective.packing, spec.max_length)
-    return ReadPart(packs, about["dropped"], fingerprint, (*_notes(about["left_out"], spec), *packing))
+    return ReadPart(packs, about["dropped"], fingerprint, (*notes, *packing), (), warnings, contents)
 
 
 def _render(
