@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ from graftwork.training.steplog import StepReport, read_steps
 from graftwork.training.strategy_rules import WEIGHTS_SHARDED, check_here, check_rows
 
 __all__ = ["Progress", "TrainReport", "check", "run_paths", "train"]
+
+log = logging.getLogger("graftwork.training")
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,23 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
 
 
 def _told(run: Run, report: TrainReport) -> TrainReport:
+    """The report with its outcomes and its page, or with a note on what is missing.
+
+    The run has published by now, so that nothing here can fail it. A rerun makes what is missing.
+    """
+    try:
+        return _with_page(run, report)
+    except (Interrupted, Overtaken):
+        raise
+    except Exception as error:
+        log.warning("run %s is published, its outcomes or page are missing", run.paths.run_id, exc_info=error)
+        missing_part = "report.html" if not run.probes else "outcomes and report.html"
+        why = f"{error.asked}: {error.found}" if isinstance(error, GraftworkError) else f"{type(error).__name__}: {error}"
+        note = f"warning: {missing_part} could not be made ({why}); the run is published, and a rerun makes them"
+        return replace(report, notes=(*report.notes, note))
+
+
+def _with_page(run: Run, report: TrainReport) -> TrainReport:
     """The report with its outcomes and its page. What was not measured with the training is measured now."""
     due = missing(run.paths, [probe.part for probe in run.probes])
     if due:
@@ -145,8 +165,9 @@ def _told(run: Run, report: TrainReport) -> TrainReport:
     outcomes = outcomes_report(run.spec, run.probes, read_parts(run.paths)) if run.probes else None
     if not run.probes and report.reused and run.paths.store.exists(*run.paths.file("report.html")):
         return replace(report, page=run.paths.store.path(*run.paths.file("report.html")))
-    page = write_page(run.paths, run.spec, report, outcomes)
-    return replace(report, page=page.html_uri, outcomes=outcomes.model_dump(mode="json") if outcomes else None)
+    page, lacks = write_page(run.paths, run.spec, report, outcomes)
+    told = outcomes.model_dump(mode="json") if outcomes else None
+    return replace(report, page=page.html_uri, outcomes=told, notes=(*report.notes, *lacks))
 
 
 def _job(run: Run, fence: Fence | None) -> TrainJob:

@@ -103,7 +103,8 @@ def train(
     )
     if report.outcomes is not None:
         show_outcomes(report.outcomes)
-    say(f"report: {report.page}")
+    if report.page:
+        say(f"report: {report.page}")
 
 
 def serve(
