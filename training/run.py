@@ -148,7 +148,9 @@ def _told(run: Run, report: TrainReport) -> TrainReport:
     except Exception as error:
         log.warning("run %s is published, its outcomes or page are missing", run.paths.run_id, exc_info=error)
         missing_part = "report.html" if not run.probes else "outcomes and report.html"
-        why = f"{error.asked}: {error.found}" if isinstance(error, GraftworkError) else f"{type(error).__name__}: {error}"
+        why = (
+            f"{error.asked}: {error.found}" if isinstance(error, GraftworkError) else f"{type(error).__name__}: {error}"
+        )
         note = f"warning: {missing_part} could not be made ({why}); the run is published, and a rerun makes them"
         return replace(report, notes=(*report.notes, note))
 

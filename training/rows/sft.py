@@ -99,6 +99,7 @@ def _key(spec: TrainSpec, template: Template, prompt: Prompt, fingerprint: str, 
         context = {**chosen, "seed": seed, "corpus": hashlib.sha256(canonical_json(passages).encode()).hexdigest()}
     decides = {
         "form": FORM, "rows": fingerprint, "template": template.digest, "tokenizer": template.tokenizer_digest,
+        "date": str(template.date),
         "prompt": asdict(prompt), "max_length": spec.max_length, "context": context, "numbered": _numbered(spec),
     }  # fmt: skip
     return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
