@@ -74,6 +74,11 @@ class Run:
         placed = pinned.with_({"root": Store(spec.root).uri, "base.uri": base_source.absolute(spec.base.uri)})
         return cls(placed, base, data, paths(parent_of(placed)), probes)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should look at before the run starts."""
+        return (*self.data.warnings, *(warning for probe in self.probes for warning in probe.warnings))
+
     def settled(self) -> "Run":
         """Without `auto`, and why it is so. Raises ConfigError where nothing fits."""
         spec, notes = settled(self.spec, self.base, self.data.train, self.paths)
@@ -92,7 +97,7 @@ def check(spec: TrainSpec) -> list[str]:
     spec differs from an unfinished run of its name.
     """
     run = Run.of(spec)
-    return [*run.data.warnings, *notes_on_relatives(run.spec, run.paths)]
+    return [*run.warnings, *notes_on_relatives(run.spec, run.paths)]
 
 
 def run_paths(spec: TrainSpec) -> RunPaths:
@@ -216,7 +221,7 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         eval_loss=result.eval_loss,
         peak_rss_bytes_per_worker=result.peak_rss_bytes_per_worker,
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
-        notes=(*run.notes, *result.notes, *run.data.notes, *run.data.warnings, *memory_notes(run.paths, _peaks(run.spec, result))),
+        notes=(*run.notes, *result.notes, *run.data.notes, *run.warnings, *memory_notes(run.paths, _peaks(run.spec, result))),
     )
 
 

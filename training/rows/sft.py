@@ -10,6 +10,7 @@ from graftwork import chat, data, retrieval
 from graftwork.chat import Passage, Prompt, Template
 from graftwork.config import canonical_json
 from graftwork.data import Row
+from graftwork.row_keys import KeyCheck
 from graftwork.training.objective_spec import SftSpec
 from graftwork.training.rows.answered import answered, groups_of
 from graftwork.training.rows.kept import RowWriter, kept_rows
@@ -47,7 +48,9 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         context = retrieval.training_context(spec.data.context, seed) if spec.data.context else _no_context
         return _render(spec, template, prompt, rows(), context, writer)
 
-    found, about = kept_rows(_key(spec, template, prompt, fingerprint, seed), render)
+    passages = data.passage_keys()
+    found, about = kept_rows(_key(spec, template, prompt, fingerprint, seed, passages), render)
+    warnings += passages.note("data.context.corpus") if part == "train" else ()
     if about["too_long"] and spec.too_long == "refuse":
         raise too_long(spec, part, *about["too_long"][0])
     if not len(found):
@@ -90,11 +93,11 @@ def _numbered(spec: TrainSpec) -> bool:
     return isinstance(spec.objective, SftSpec) and spec.objective.answers is not None
 
 
-def _key(spec: TrainSpec, template: Template, prompt: Prompt, fingerprint: str, seed: int) -> str:
-    """32 hex digits over everything that decides the rendered rows."""
+def _key(spec: TrainSpec, template: Template, prompt: Prompt, fingerprint: str, seed: int, keys: KeyCheck) -> str:
+    """32 hex digits over everything that decides the rendered rows. keys: counts ignored keys of the corpus."""
     context = None
     if spec.data.context is not None:
-        passages = [asdict(passage) for passage in data.read_passages(spec.data.context.corpus)]
+        passages = [asdict(passage) for passage in data.read_passages(spec.data.context.corpus, keys)]
         chosen = spec.data.context.model_dump(mode="json", exclude={"corpus"})
         context = {**chosen, "seed": seed, "corpus": hashlib.sha256(canonical_json(passages).encode()).hexdigest()}
     decides = {
