@@ -39,6 +39,10 @@ class ReadPart:
         """The number of raw rows of this dataset whose content is in the other one too."""
         return int(np.isin(np.array(self.contents), np.array(other.contents)).sum())
 
+    def is_same(self, other: "ReadPart") -> bool:
+        """True where both datasets hold the same raw rows, in any order."""
+        return sorted(self.contents) == sorted(other.contents)
+
 
 def noted(rows: Iterable[Row], contents: "array[int]") -> Iterator[Row]:
     """Pass the rows on, and append the hash of each conversation to `contents`."""
