@@ -151,11 +151,11 @@ def _told(run: Run, report: TrainReport) -> TrainReport:
     except (Interrupted, Overtaken):
         raise
     except Exception as error:
-        log.warning("run %s is published, its outcomes or page are missing", run.paths.run_id, exc_info=error)
+        log.debug("run %s: what follows publishing", run.paths.run_id, exc_info=error)
         missing_part = "report.html" if not run.probes else "outcomes and report.html"
-        why = (
-            f"{error.asked}: {error.found}" if isinstance(error, GraftworkError) else f"{type(error).__name__}: {error}"
-        )
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, GraftworkError):
+            why = f"{error.asked}: {error.found}"
         note = f"warning: {missing_part} could not be made ({why}); the run is published, and a rerun makes them"
         return replace(report, notes=(*report.notes, note))
 
@@ -221,7 +221,13 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         eval_loss=result.eval_loss,
         peak_rss_bytes_per_worker=result.peak_rss_bytes_per_worker,
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
-        notes=(*run.notes, *result.notes, *run.data.notes, *run.warnings, *memory_notes(run.paths, _peaks(run.spec, result))),
+        notes=(
+            *run.notes,
+            *result.notes,
+            *run.data.notes,
+            *run.warnings,
+            *memory_notes(run.paths, _peaks(run.spec, result)),
+        ),
     )
 
 

@@ -97,8 +97,6 @@ def show_comparison(report: Any, reused: int) -> None:
         show_judge(report.judge)
     if report.card:
         show_card(report.card)
-    for note in report.notes:
-        say(f"note: {note}")
     say(report.advice.sentence)
     for line in (*report.advice.caveats, *report.notes):
         say(f"  {line}")
