@@ -201,6 +201,7 @@ def _finished(run: Run) -> TrainReport | None:
 def _published(run: Run, result: LoopResult) -> TrainReport:
     """Publish what the last checkpoint holds and put the report together."""
     steps = read_steps(run.paths)
+    memory = memory_notes(run.paths, _peaks(run.spec, result))
     made = publish(run, result)
     return TrainReport(
         run_id=run.paths.run_id,
@@ -221,13 +222,7 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         eval_loss=result.eval_loss,
         peak_rss_bytes_per_worker=result.peak_rss_bytes_per_worker,
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
-        notes=(
-            *run.notes,
-            *result.notes,
-            *run.data.notes,
-            *run.warnings,
-            *memory_notes(run.paths, _peaks(run.spec, result)),
-        ),
+        notes=(*run.notes, *result.notes, *run.data.notes, *run.warnings, *memory),
     )
 
 
