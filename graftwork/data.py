@@ -4,9 +4,9 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -61,8 +61,7 @@ def is_same_place(a: str, b: str) -> bool:
     """True where two URIs of data name one file or folder, or one object."""
     if "://" in a.removeprefix("file://") or "://" in b.removeprefix("file://"):
         return a.rstrip("/") == b.rstrip("/")
-    paths = (Path(uri.removeprefix("file://")).expanduser() for uri in (a, b))
-    return len({path.resolve() for path in paths}) == 1
+    return len({os.path.realpath(os.path.expanduser(uri.removeprefix("file://"))) for uri in (a, b)}) == 1
 
 
 @dataclass(frozen=True, slots=True)
