@@ -9,7 +9,7 @@ A version is a digest of its content, so two publishers of the same content writ
 
 import logging
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 from graftwork import artifact_alias, artifact_check, artifact_manifest, extra_tokens
@@ -76,6 +76,7 @@ def publish(
     parent: str | None = None,
     merged_from: Sequence[str] = (),
     alias: str | None = None,
+    template_date: date | None = None,
 ) -> AdapterManifest:
     """Make a PEFT folder a version of `task`, then point `alias` at it. Returns what is published.
 
@@ -95,6 +96,7 @@ def publish(
             "tokenizer_digest": tokenizer_digest,
             "method": method,
             "prompt": prompt,
+            "template_date": template_date.isoformat() if template_date else None,
             "files": entries,
             "data_fingerprint": data_fingerprint,
             "metrics": {name: float(value) for name, value in metrics.items()},

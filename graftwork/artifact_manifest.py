@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import date
 from typing import Literal
 
 import pydantic
@@ -43,6 +44,8 @@ class AdapterManifest(BaseModel):
     tokenizer_digest: str = Field(pattern=_DIGEST_PATTERN)
     prompt: dict[str, JsonValue]
     """The prompt that it was trained with (PromptSpec)."""
+    template_date: date | None = None
+    """The day that the chat template wrote as today's in training, and writes in serving; null: it writes no date."""
     files: dict[str, FileEntry]
 
     task: str = Field(pattern=NAME_PATTERN)
@@ -82,8 +85,12 @@ class AdapterManifest(BaseModel):
 
 
 def content_version(fields: Mapping[str, object]) -> str:
-    """First 12 hex digits of a sha256 over what decides the answers: file digests, base, quant, tokenizer, prompt."""
-    return hashlib.sha256(canonical_json({key: fields[key] for key in _CONTENT}).encode()).hexdigest()[:12]
+    """First 12 hex digits of a sha256 over what decides the answers: file digests, base, quant, tokenizer, prompt, and
+    the template's date where it writes one."""
+    content = {key: fields[key] for key in _CONTENT}
+    if fields.get("template_date") is not None:
+        content["template_date"] = fields["template_date"]
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:12]
 
 
 def build(task: str, fields: Mapping[str, object]) -> AdapterManifest:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from graftwork import base_quantised, base_source, chat, cpu, extra_tokens, rope
+from graftwork.chat_template import DEFAULT_DATE
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.package_files import Progress
@@ -31,6 +33,9 @@ class BaseSpec(Spec):
 
     extra_tokens: int = Field(default=0, ge=0, le=256)
     """Rows added to the embedding for tokens that the tokenizer lacks (`objective.sentinels`); part of the base."""
+    template_date: date | None = None
+    """The day that a chat template with `strftime_now` (Llama 3, gpt-oss, Granite) writes as today's. null: the day of
+    the manifest, where the base is one that a full run published; else 2024-07-26, and never the clock's day."""
 
     @model_validator(mode="before")
     @classmethod
@@ -78,6 +83,8 @@ class ResolvedBase:
     """Keys of `config` that differ from the file: RoPE scaling."""
     extra_tokens: int = 0
     """Rows of the embedding behind those of the file; `config` counts them."""
+    template_date: date = DEFAULT_DATE
+    """The day that the chat template writes as today's, where it writes one."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,8 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
     if base.extra_tokens:
         digest = extra_tokens.marked(digest, base.extra_tokens)
         config = {**config, "vocab_size": int(config["vocab_size"]) + base.extra_tokens}
-    return ResolvedBase(base.uri, folder, digest, {**config, **stretch}, stretch, base.extra_tokens)
+    day = base.template_date or base_source.template_date(folder) or DEFAULT_DATE
+    return ResolvedBase(base.uri, folder, digest, {**config, **stretch}, stretch, base.extra_tokens, day)
 
 
 def load(
@@ -166,7 +174,7 @@ def load(
 
 def template(resolved: ResolvedBase) -> chat.Template:
     """Chat template and tokenizer of the base. Raises BaseModelError."""
-    return chat.Template.load(resolved.folder)
+    return chat.Template.load(resolved.folder, resolved.template_date)
 
 
 def compute_dtype(quant: QuantSpec, device: str) -> "tuple[torch.dtype, str]":

@@ -7,7 +7,7 @@ which the version is the beginning, is the one that `base_model.resolve` finds.
 """
 
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +48,8 @@ class BaseManifest(BaseModel):
     created_at: str
     """UTC, ISO 8601."""
     provenance: dict[str, JsonValue]
+    template_date: date | None = None
+    """The day that the chat template wrote as today's in training; null: it writes no date."""
 
 
 def publish(
@@ -62,6 +64,7 @@ def publish(
     metrics: Mapping[str, float],
     run: str,
     provenance: Mapping[str, object],
+    template_date: date | None = None,
 ) -> BaseManifest:
     """Make the model in folder `weights` a base: its config and safetensors, with the parent's tokenizer and template.
 
@@ -95,6 +98,7 @@ def publish(
             "run": run,
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "provenance": provenance,
+            "template_date": template_date,
         }
     )
     found = find(store, name, version)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,15 @@ def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
         raise BaseModelError(f"base {uri}", f"{folder} has {found}", "weights are read from safetensors only: a pickle "
                              "can run code", "convert it with transformers: save_pretrained(FOLDER)")  # fmt: skip
     return config
+
+
+def template_date(folder: Path) -> date | None:
+    """The day that a base published by a full run was trained with; None for a base that names none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return date.fromisoformat(manifest["template_date"])
+    except (OSError, ValueError, KeyError, TypeError):  # no manifest, or one of another tool
+        return None
 
 
 def base_digest(folder: Path) -> str:

@@ -4,6 +4,7 @@ How that is kept: every special token of `tokenizer.json` gets a random name in 
 template itself writes is renamed along; what stands in a message is not, so to the tokenizer it is plain text.
 """
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -11,8 +12,9 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from graftwork.errors import BaseModelError, DataError
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 Turn = tuple[str, str]
 """(role, content)."""
+DEFAULT_DATE = date(2024, 7, 26)
+"""What a template writes as today's date unless a spec or a manifest names another: the fallback of Llama 3's own."""
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Turns on which the prefix property is checked. Reasoning tags, because templates like to cut them from earlier turns.
@@ -37,9 +41,14 @@ _PROBE: tuple[Turn, ...] = (
 class Template:
     """Chat template and tokenizer of one base. Thread-safe; loads in about half a second."""
 
-    def __init__(self, source: str, tokenizer_json: str, named: Mapping[str, str], eos_ids: Iterable[int]) -> None:
+    def __init__(
+        self, source: str, tokenizer_json: str, named: Mapping[str, str], eos_ids: Iterable[int],
+        day: date = DEFAULT_DATE,
+    ) -> None:  # fmt: skip
         from tokenizers import Tokenizer
 
+        self.date = day if "strftime_now" in source else None
+        """The day that the template writes as today's; None: it writes none."""
         self.digest = hashlib.sha256(source.encode()).hexdigest()
         """sha256 of the template text."""
         self.tokenizer_digest = hashlib.sha256(tokenizer_json.encode()).hexdigest()
@@ -75,15 +84,15 @@ class Template:
         """Each prompt is a text prefix of the conversation that it grows into. If not, train one turn a row."""
 
     @classmethod
-    def load(cls, folder: Path) -> "Template":
-        """From a folder with tokenizer.json and a chat template. Raises BaseModelError."""
+    def load(cls, folder: Path, day: date = DEFAULT_DATE) -> "Template":
+        """From a folder with tokenizer.json and a chat template, on the given day. Raises BaseModelError."""
         try:
             tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
             named, eos_names = _named_tokens(folder)
             source = _template_source(folder)
             added = {t["content"]: t["id"] for t in json.loads(tokenizer_json)["added_tokens"]}
             eos_ids = {added[name] for name in eos_names if name in added} | _generation_eos(folder)
-            return cls(source, tokenizer_json, named, eos_ids)
+            return cls(source, tokenizer_json, named, eos_ids, day)
         except FileNotFoundError as error:
             raise BaseModelError(
                 f"tokenizer of {folder}",
@@ -98,6 +107,14 @@ class Template:
                 f"chat template of {folder}", error.found, "question and answer must be allowed"
             ) from error
 
+    def on(self, day: date | None) -> Self:
+        """Return this template with another day; itself where it writes no date, or where `day` is None or its own."""
+        if self.date is None or day is None or day == self.date:
+            return self
+        dated = copy.copy(self)
+        dated.date = day
+        return dated
+
     def sealed_text(self, turns: Sequence[Turn], *, generate: bool) -> str:
         """The template's text with special tokens sealed. Raises DataError where the template refuses the turns."""
         import jinja2
@@ -105,8 +122,9 @@ class Template:
         messages = [{"role": role, "content": self._shield(content)} for role, content in turns]
         try:
             text = self._jinja.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=generate, **self._named
-            )
+                messages=messages, tools=None, documents=None, add_generation_prompt=generate,
+                strftime_now=(self.date or DEFAULT_DATE).strftime, **self._named,
+            )  # fmt: skip
         except jinja2.TemplateError as error:
             roles = ", ".join(role for role, _ in turns)
             raise DataError(
@@ -196,8 +214,6 @@ def compile_template(source: str) -> "jinja2.Template":
 
 @functools.cache
 def _environment() -> "jinja2.Environment":
-    from datetime import datetime
-
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -224,7 +240,6 @@ def _environment() -> "jinja2.Environment":
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
 
 

@@ -4,16 +4,18 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from graftwork.chat import Message, Passage, Prompt, PromptSpec
 from graftwork.config import Spec, canonical_json
 from graftwork.errors import DataError
 from graftwork.records import kind_of, local_path, no_rows, read_records, require_new, require_whole
+from graftwork.row_keys import CONVERSATION, DOCUMENT, SHAREGPT, KeyCheck, other_format
 from graftwork.storage import read_uri
 
 Need = Literal["train", "eval", "prompt"]
@@ -41,11 +43,25 @@ class DataSpec(Spec):
     train: str
     """Rows: a file or folder (`graftwork.records`: JSONL, CSV, Parquet), local or `s3://`, `recipe://` or `hf://`."""
     eval: str | None = None
-    """Held-out rows of the same form."""
+    """Held-out rows of the same form; other ones than `train`."""
     train_rows: int | None = Field(default=None, ge=1)
     """Take the first so many rows; null takes all."""
     eval_rows: int | None = Field(default=None, ge=1)
     context: ContextSpec | None = None
+
+    @field_validator("eval")
+    @classmethod
+    def _held_out(cls, uri: str | None, info: ValidationInfo) -> str | None:
+        if uri is not None and "train" in info.data and is_same_place(uri, info.data["train"]):
+            raise ValueError("it is data.train; held-out rows are not trained on, so name other rows or leave it out")
+        return uri
+
+
+def is_same_place(a: str, b: str) -> bool:
+    """True where two URIs of data name one file or folder, or one object."""
+    if "://" in a.removeprefix("file://") or "://" in b.removeprefix("file://"):
+        return a.rstrip("/") == b.rstrip("/")
+    return len({os.path.realpath(os.path.expanduser(uri.removeprefix("file://"))) for uri in (a, b)}) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +85,28 @@ class Row:
         return self.messages[-1].content if self.messages[-1].role == "assistant" else None
 
 
-def read_rows(uri: str, *, limit: int | None = None, need: Need) -> list[Row]:
+def key_check(need: Need, also: Iterable[str] = ()) -> KeyCheck:
+    """The check of the keys of conversations that are read for `need`. also: fields that the caller reads itself."""
+    return KeyCheck(CONVERSATION.union(also), loss=need == "train")
+
+
+def read_rows(uri: str, *, limit: int | None = None, need: Need, keys: KeyCheck | None = None) -> list[Row]:
     """As `iter_rows`, all at once."""
-    return list(iter_rows(uri, limit=limit, need=need))
+    return list(iter_rows(uri, limit=limit, need=need, keys=keys))
 
 
-def iter_rows(uri: str, *, limit: int | None = None, need: Need) -> Iterator[Row]:
+def iter_rows(uri: str, *, limit: int | None = None, need: Need, keys: KeyCheck | None = None) -> Iterator[Row]:
     """Rows in order, one after another: `{"messages": [...]}` or `{"prompt": "...", "completion": "..."}` a record.
 
     The dataset is all that `graftwork.records` reads. `id` (else the row number), `doc_id`, `gold` and `asked` are read
-    where present; other fields are left alone. `need="train"` wants a last assistant turn, `"eval"` a `gold` object;
-    with `"prompt"` a record may be `{"prompt": "..."}` alone.
+    where present; `keys` (default: `key_check(need)`) rejects or counts every other key. `need="train"` wants a last
+    assistant turn, `"eval"` a `gold` object; with `"prompt"` a record may be `{"prompt": "..."}` alone.
     Raises DataError that names the 1-based row, the field and the rule; StorageError.
     """
     seen: dict[str, int] = {}
+    keys = keys or key_check(need)
     for number, record in itertools.islice(read_records(uri), limit):
+        keys.check(record, f"{uri} row {number}")
         row = _row(record, f"{uri} row {number}", str(number), need)
         _check_need(row, need, f"{uri} row {number}")
         require_new(row.id, number, seen, uri)
@@ -143,18 +166,28 @@ def answer_of(record: dict[str, Any], field: str, where: str) -> str:
     return turn.content
 
 
-def read_passages(uri: str) -> list[Passage]:
-    """Passages of a JSONL, `{"id": "...", "text": "..."}` a line, in order. Raises DataError, StorageError."""
+def read_passages(uri: str, keys: KeyCheck | None = None) -> list[Passage]:
+    """Passages of a JSONL, `{"id": "...", "text": "..."}` a line, in order. Raises DataError, StorageError.
+
+    keys: counts the keys that are not read (default: `passage_keys()`).
+    """
     passages = []
     seen: dict[str, int] = {}
+    keys = keys or passage_keys()
     for number, record in read_records(uri):
         where = f"{uri} row {number}"
+        keys.check(record, where)
         passage = Passage(_identity(record, where, None), _string(record, "text", where))
         require_new(passage.id, number, seen, uri)
         passages.append(passage)
     if not passages:
         raise no_rows(uri)
     return passages
+
+
+def passage_keys(known: Iterable[str] = DOCUMENT) -> KeyCheck:
+    """The count of the keys of passages: none is learned from, so none is rejected."""
+    return KeyCheck(known, prompt=False, loss=False)
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
@@ -165,11 +198,14 @@ def fingerprint(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def resolve_prompt(spec: PromptSpec) -> Prompt:
-    """Read the worked examples of a prompt. Raises DataError where there are too few, StorageError."""
+def resolve_prompt(spec: PromptSpec, keys: KeyCheck | None = None) -> Prompt:
+    """Read the worked examples of a prompt. keys: as in `iter_rows`.
+
+    Raises DataError where there are too few, StorageError.
+    """
     if not spec.shots or spec.shots_from is None:
         return Prompt(spec.system, (), spec.context_header, spec.citations)
-    rows = read_rows(spec.shots_from, limit=spec.shots, need="train")
+    rows = read_rows(spec.shots_from, limit=spec.shots, need="train", keys=keys)
     if len(rows) < spec.shots:
         raise DataError(f"prompt.shots={spec.shots}", f"{spec.shots_from} has {len(rows)} rows", "a shot is a row",
                         "ask for fewer shots")  # fmt: skip
@@ -218,10 +254,15 @@ def _row(record: dict[str, Any], where: str, default_id: str, need: Need) -> Row
 def _messages(record: dict[str, Any], where: str, need: Need) -> tuple[Message, ...]:
     if "messages" not in record:
         if "prompt" not in record and "completion" not in record:
+            if (error := other_format(record, where)) is not None:
+                raise error
             near = difflib.get_close_matches("messages", list(record), n=1, cutoff=0.6)
             raise DataError(f"{where}: messages", f"the field is missing (found {', '.join(record) or 'no fields'})",
                             "a row has `messages`, or `prompt` and `completion`",
                             f"rename {near[0]!r} to 'messages'" if near else "add the field")  # fmt: skip
+        if isinstance(record.get("prompt"), list):
+            raise DataError(f"{where}: prompt", "found a list (TRL's conversational form)", "prompt and completion are "
+                            "text", "write the turns of both as one list, `messages`")  # fmt: skip
         asked = Message("user", _string(record, "prompt", where))
         if need == "prompt" and "completion" not in record:
             return (asked,)
@@ -239,13 +280,26 @@ def _messages(record: dict[str, Any], where: str, need: Need) -> tuple[Message, 
     return messages
 
 
+_TOOL_TURN = "leave rows with tool turns out: calls of tools and their results are not supported"
+_ROLES = {
+    "developer": "rename the role to 'system': it is OpenAI's newer name of the first turn",
+    "tool": _TOOL_TURN, "function": _TOOL_TURN, "ipython": _TOOL_TURN,
+    "human": "rename the role to 'user'", "gpt": "rename the role to 'assistant'",
+    "model": "rename the role to 'assistant'", "bot": "rename the role to 'assistant'",
+}  # fmt: skip
+
+
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise DataError(where, f"found {kind_of(turn)}", "a turn is an object with role and content")
     role = turn.get("role")
     if role not in ("system", "user", "assistant"):
         found = "the field is missing" if "role" not in turn else f"found {role!r}"
-        raise DataError(f"{where}.role", found, "role is one of system, user, assistant")
+        move = SHAREGPT if "from" in turn else _ROLES.get(role, "") if isinstance(role, str) else ""
+        raise DataError(f"{where}.role", found, "role is one of system, user, assistant", move)
+    if isinstance(turn.get("content"), list):
+        raise DataError(f"{where}.content", "found a list (OpenAI's content parts)", "content is one string; images "
+                        "and audio are not supported", "join the text parts to one string")  # fmt: skip
     return Message(role, _string(turn, "content", where + ".", may_be_empty=role == "system"))
 
 

@@ -341,8 +341,9 @@ class EngineReplica:
             prompt = raw_prompt(messages, self._template, max_seq_len=limit, max_new_tokens=wanted.max_new_tokens)
         else:
             trained = trained_prompt(pin.manifest) if pin else None
+            template = self._template.on(pin.manifest.template_date) if pin else self._template
             prompt = build_prompt(
-                arm, messages_of(messages), self._template,
+                arm, messages_of(messages), template,
                 max_seq_len=limit, trained=trained, max_new_tokens=wanted.max_new_tokens, passages=passages,
             )  # fmt: skip
         require_short(prompt, wanted.max_prompt_tokens)

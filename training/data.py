@@ -7,10 +7,11 @@ from typing import Protocol
 
 from graftwork import base_model
 from graftwork.chat import Template
+from graftwork.errors import DataError
 from graftwork.storage import Store
 from graftwork.training.rows.kept import KeptRows
 from graftwork.training.rows.packed import PackedRows
-from graftwork.training.rows.part import Part, ReadPart
+from graftwork.training.rows.part import Part, ReadPart, counted
 from graftwork.training.rows.token_rows import Rows, TokenRows
 from graftwork.training.spec import TrainSpec
 
@@ -51,6 +52,8 @@ class PreparedData:
     """Digest of the raw training rows, as the adapter's manifest records it."""
     notes: tuple[str, ...] = ()
     """What was left out or decided of the training rows."""
+    warnings: tuple[str, ...] = ()
+    """What a user should look at before a run: ignored keys, held-out rows that are trained on, too few rows."""
     trained_tokens: tuple[int, ...] = ()
     """Rows of the embedding that are trained beside the adapter."""
 
@@ -77,13 +80,14 @@ class PreparedData:
 def prepare(spec: TrainSpec) -> PreparedData:
     """Read, render and check the rows of a spec. Runs in the driver, before any worker starts.
 
-    Raises DataError (a bad row, an empty set, a row too long under `too_long: refuse`, nothing left to train on),
-    BaseModelError, StorageError.
+    Raises DataError (a bad row, an empty set, a row too long under `too_long: refuse`, nothing left to train on,
+    held-out rows that are the training rows), BaseModelError, StorageError.
     """
     template = base_model.template(base_model.resolve(spec.base))
     reader: Reader = importlib.import_module(READERS[spec.objective.kind])
     train = reader.read(spec, template, "train")
     held_out = reader.read(spec, template, "eval") if spec.data.eval is not None else None
+    warnings = (*train.warnings, *_few(train), *(_held_out_warnings(spec, train, held_out) if held_out else ()))
     return PreparedData(
         train=train.rows,
         eval=held_out.rows if held_out else None,
@@ -92,5 +96,23 @@ def prepare(spec: TrainSpec) -> PreparedData:
         pad_id=template.pad_id,
         fingerprint=train.fingerprint,
         notes=train.notes,
+        warnings=tuple(dict.fromkeys(warnings)),
         trained_tokens=train.trained_tokens,
     )
+
+
+def _few(train: ReadPart) -> tuple[str, ...]:
+    if len(train.contents) != 1:
+        return ()
+    return ("data.train: 1 row: every step repeats it, so its loss says nothing about other rows",)
+
+
+def _held_out_warnings(spec: TrainSpec, train: ReadPart, held_out: ReadPart) -> tuple[str, ...]:
+    """Ignored keys, and held-out rows that are trained on. Raises DataError where both datasets are the same rows."""
+    if held_out.is_same(train):
+        raise DataError(f"data.eval={spec.data.eval}", f"its {counted(held_out.contents, 'row')} are the rows of "
+                        f"data.train={spec.data.train}", "held-out rows are not trained on",
+                        "name other rows, or leave data.eval out")  # fmt: skip
+    shared = held_out.rows_in(train)
+    seen = f"data.eval: {shared} of {counted(held_out.contents, 'row')} also in data.train, so its loss is too low"
+    return (*held_out.warnings, *([seen] if shared else []))

@@ -4,6 +4,7 @@ import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from graftwork import artifact, base_model, provenance
@@ -45,6 +46,7 @@ def merge_published(
         adapters = [Lora.read(one.ref, artifact.fetch(store, one.task, one.version)) for one in found]
         rank, distance = merge(adapters, spec, folder)
         prompt, notes = _prompt(found)
+        day, notes_on_day = _template_date(found)
         manifest = artifact.publish(
             store,
             task,
@@ -52,6 +54,7 @@ def merge_published(
             base_digest=first.base_digest,
             quant=first.quant,
             template_digest=first.template_digest,
+            template_date=day,
             tokenizer_digest=first.tokenizer_digest,
             method={**_method(found, rank), "merge": spec.record()},
             prompt=prompt,
@@ -62,7 +65,7 @@ def merge_published(
             merged_from=[one.ref for one in found],
             alias=alias,
         )
-    return Merged(manifest, rank, distance, notes)
+    return Merged(manifest, rank, distance, (*notes, *notes_on_day))
 
 
 def _require_same_base(first: AdapterManifest, other: AdapterManifest) -> None:
@@ -96,6 +99,13 @@ def _prompt(found: Sequence[AdapterManifest]) -> tuple[dict[str, object], tuple[
         return dict(found[0].prompt), ()
     none = PromptSpec().model_dump(mode="json")
     return none, ("the prompts differ, so the merged one is recorded without: an arm sets its own",)
+
+
+def _template_date(found: Sequence[AdapterManifest]) -> tuple[date | None, tuple[str, ...]]:
+    days = {one.template_date for one in found}
+    if len(days) == 1:
+        return days.pop(), ()
+    return None, ("the template dates differ, so the merged one is served on that of the base",)
 
 
 def _digest(value: object) -> str:

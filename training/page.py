@@ -27,8 +27,13 @@ COMMON = frozenset({"mean_token_accuracy", "entropy"})
 """Figures of every trainer of TRL that say the same as the loss."""
 
 
-def write_page(run: RunPaths, spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | None) -> BuiltReport:
-    """report.json and report.html in the run's folder. In the driver, once a run is finished. Raises StorageError."""
+def write_page(
+    run: RunPaths, spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | None
+) -> tuple[BuiltReport, tuple[str, ...]]:
+    """Write report.json and report.html into the run's folder; return them, and notes on what the page lacks.
+
+    In the driver, once a run is finished. Raises StorageError.
+    """
     planned, notes = _planned(run, report)
     shown = train_run(report, spec, read_steps(run), notes)
     page = ReportInput(
@@ -36,7 +41,7 @@ def write_page(run: RunPaths, spec: TrainSpec, report: TrainReport, outcomes: Ou
         verdict=sentence(spec, report, outcomes), train=(shown,), outcomes=outcomes, plan=planned,
         provenance={**run.store.read_json(*run.provenance()), "spec": spec.model_dump(mode="json")},
     )  # fmt: skip
-    return build(page, run.store, *run.file())
+    return build(page, run.store, *run.file()), notes
 
 
 def train_run(
@@ -121,7 +126,7 @@ def _planned(run: RunPaths, report: TrainReport) -> tuple[tuple[PlanRow, ...], t
     """Predicted and actual of the run. Time is left out: the plan's holds the start, the run's does not."""
     known = _recorded(run)
     if "plan" not in known:
-        return (), (f"nothing was predicted: {known['reason']}",)
+        return (), (f"no prediction of memory to compare with: {known['reason']}",)
     plan = known["plan"]
     actual = max(report.peak_cuda_bytes_per_worker) or max(report.peak_rss_bytes_per_worker)
     row = PlanRow(stage=f"{plan['processes']} workers, each", predicted_bytes=plan["peak_bytes_per_process"],

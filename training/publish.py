@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from graftwork import artifact, base_model, base_publish
+from graftwork.chat import Template
 from graftwork.training.adapter_spec import FullSpec
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.init import parent_of
@@ -45,29 +46,32 @@ class Published:
 def publish(run: "Run", result: LoopResult) -> Published:
     """Publish what the last checkpoint holds. Raises ArtifactError, StorageError."""
     store, name = run.paths.store, run.spec.name
+    template = base_model.template(run.base)
     with Checkpoints(run.paths).adapter(result.steps) as folder:
         if isinstance(run.spec.adapter, FullSpec):
-            made = base_publish.publish(store, name, folder, run.base, **_facts(run, result))
+            facts = _facts(run, result)
+            made = base_publish.publish(store, name, folder, run.base, template_date=template.date, **facts)
             return Published(made.version, base=base_publish.place(store, name, made.version))
         if run.spec.stack_on is None:
-            manifest = _publish_adapter(run, folder, _facts(run, result), ())
+            manifest = _publish_adapter(run, template, folder, _facts(run, result), ())
         else:
-            manifest = _publish_stack(run, folder, _facts(run, result), run.spec.stack_on)
+            manifest = _publish_stack(run, template, folder, _facts(run, result), run.spec.stack_on)
         return Published(manifest.version, adapter=manifest.ref)
 
 
-def _publish_stack(run: "Run", folder: Path, facts: Facts, below: str) -> artifact.AdapterManifest:
+def _publish_stack(run: "Run", template: Template, folder: Path, facts: Facts, below: str) -> artifact.AdapterManifest:
     """The trained adapter and the one that it was trained on top of, as one: it works on the base alone."""
     from graftwork.training.adapters.below import sum_of
 
     with tempfile.TemporaryDirectory(prefix="gw-stack-") as name:
         rank = sum_of(folder, folder_below(run.spec), Path(name))
         shape = {"rank": rank, "alpha": float(rank), "rslora": False, "targets": "mixed", "stacked_on": below}
-        return _publish_adapter(run, Path(name), {**facts, "method": {**facts["method"], **shape}}, (below,))
+        return _publish_adapter(run, template, Path(name), {**facts, "method": {**facts["method"], **shape}}, (below,))
 
 
-def _publish_adapter(run: "Run", folder: Path, facts: Facts, merged_from: Sequence[str]) -> artifact.AdapterManifest:
-    template = base_model.template(run.base)
+def _publish_adapter(
+    run: "Run", template: Template, folder: Path, facts: Facts, merged_from: Sequence[str]
+) -> artifact.AdapterManifest:
     return artifact.publish(
         run.paths.store,
         run.spec.name,
@@ -75,6 +79,7 @@ def _publish_adapter(run: "Run", folder: Path, facts: Facts, merged_from: Sequen
         base_digest=run.base.digest,
         quant=run.spec.quant.model_dump(mode="json"),
         template_digest=template.digest,
+        template_date=template.date,
         tokenizer_digest=template.tokenizer_digest,
         parent=parent_of(run.spec),
         merged_from=merged_from,

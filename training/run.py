@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ from graftwork.training.strategy_rules import WEIGHTS_SHARDED, check_here, check
 
 __all__ = ["Progress", "TrainReport", "check", "run_paths", "train"]
 
+log = logging.getLogger("graftwork.training")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -73,6 +76,11 @@ class Run:
         placed = pinned.with_({"root": Store(spec.root).uri, "base.uri": base_source.absolute(spec.base.uri)})
         return cls(placed, base, data, paths(parent_of(placed)), probes, (chosen,) if chosen and spec.gpus else ())
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should look at before the run starts."""
+        return (*self.data.warnings, *(warning for probe in self.probes for warning in probe.warnings))
+
     def settled(self) -> "Run":
         """Without `auto`, and why it is so. Raises ConfigError where nothing fits."""
         spec, notes = settled(self.spec, self.base, self.data.train, self.paths)
@@ -87,10 +95,11 @@ class Run:
 def check(spec: TrainSpec) -> list[str]:
     """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds.
 
-    Returns what one should know before it starts: how the spec differs from an unfinished run of its name.
+    Returns what one should know before it starts: ignored keys of the rows, held-out rows that are trained on, how the
+    spec differs from an unfinished run of its name.
     """
     run = Run.of(spec)
-    return notes_on_relatives(run.spec, run.paths)
+    return [*run.warnings, *notes_on_relatives(run.spec, run.paths)]
 
 
 def run_paths(spec: TrainSpec) -> RunPaths:
@@ -135,6 +144,25 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
 
 
 def _told(run: Run, report: TrainReport) -> TrainReport:
+    """The report with its outcomes and its page, or with a note on what is missing.
+
+    The run has published by now, so that nothing here can fail it. A rerun makes what is missing.
+    """
+    try:
+        return _with_page(run, report)
+    except (Interrupted, Overtaken):
+        raise
+    except Exception as error:
+        log.debug("run %s: what follows publishing", run.paths.run_id, exc_info=error)
+        missing_part = "report.html" if not run.probes else "outcomes and report.html"
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, GraftworkError):
+            why = f"{error.asked}: {error.found}"
+        note = f"warning: {missing_part} could not be made ({why}); the run is published, and a rerun makes them"
+        return replace(report, notes=(*report.notes, note))
+
+
+def _with_page(run: Run, report: TrainReport) -> TrainReport:
     """The report with its outcomes and its page. What was not measured with the training is measured now."""
     due = missing(run.paths, [probe.part for probe in run.probes])
     if due:
@@ -146,8 +174,9 @@ def _told(run: Run, report: TrainReport) -> TrainReport:
     outcomes = outcomes_report(run.spec, run.probes, read_parts(run.paths)) if run.probes else None
     if not run.probes and report.reused and run.paths.store.exists(*run.paths.file("report.html")):
         return replace(report, page=run.paths.store.path(*run.paths.file("report.html")))
-    page = write_page(run.paths, run.spec, report, outcomes)
-    return replace(report, page=page.html_uri, outcomes=outcomes.model_dump(mode="json") if outcomes else None)
+    page, lacks = write_page(run.paths, run.spec, report, outcomes)
+    told = outcomes.model_dump(mode="json") if outcomes else None
+    return replace(report, page=page.html_uri, outcomes=told, notes=(*report.notes, *lacks))
 
 
 def _job(run: Run, fence: Fence | None) -> TrainJob:
@@ -174,6 +203,7 @@ def _finished(run: Run) -> TrainReport | None:
 def _published(run: Run, result: LoopResult) -> TrainReport:
     """Publish what the last checkpoint holds and put the report together."""
     steps = read_steps(run.paths)
+    memory = memory_notes(run.paths, _peaks(run.spec, result))
     made = publish(run, result)
     return TrainReport(
         run_id=run.paths.run_id,
@@ -194,7 +224,7 @@ def _published(run: Run, result: LoopResult) -> TrainReport:
         eval_loss=result.eval_loss,
         peak_rss_bytes_per_worker=result.peak_rss_bytes_per_worker,
         peak_cuda_bytes_per_worker=result.peak_cuda_bytes_per_worker,
-        notes=(*run.notes, *result.notes, *run.data.notes, *memory_notes(run.paths, _peaks(run.spec, result))),
+        notes=(*run.notes, *result.notes, *run.data.notes, *run.warnings, *memory),
     )
 
 

@@ -98,15 +98,16 @@ class Sweep:
 def check(spec: TuneSpec) -> list[str]:
     """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds.
 
-    Returns what one should know before it starts: rows that are too long, and how the spec differs from a sweep of its
-    name.
+    Returns what one should know before it starts: rows that are too long, ignored keys, held-out rows that are trained
+    on, and how the spec differs from a sweep of its name.
     """
     sweep = Sweep.of(spec)
     spec = sweep.spec
     require_winner(spec)
     sets = [(trial_spec(spec, point).max_length, sweep.rows[rows_key(point)]) for point in rows_points(spec)]
     left_out = dict.fromkeys(data.left_out(max_length) for max_length, data in sets if data.left_out(max_length))
-    return [*left_out, *notes_on_relatives(spec, sweep.paths)]
+    warnings = dict.fromkeys(warning for data in sweep.rows.values() for warning in data.warnings)
+    return [*left_out, *warnings, *notes_on_relatives(spec, sweep.paths)]
 
 
 def tune(spec: TuneSpec, *, on_progress: OnProgress | None = None, elsewhere: Elsewhere | None = None) -> TuneReport:

@@ -37,6 +37,7 @@ def publish(
         made = artifact.publish(
             Store(root), task, _rounded(folder, Path(name)) if bf16 else folder, base_digest=resolved.digest,
             quant={"kind": "none"}, template_digest=template.digest, tokenizer_digest=template.tokenizer_digest,
+            template_date=template.date,
             method={"kind": str(config.get("peft_type", "unknown")).lower(), "rank": config.get("r")},
             prompt=PromptSpec(system=system).model_dump(mode="json"), data_fingerprint="unknown", metrics={},
             run="published by hand", provenance=provenance.collect(0), alias=alias,

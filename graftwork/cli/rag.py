@@ -29,12 +29,15 @@ def index(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  
         done = make_index(spec, on_progress=lambda at, total: bar(at, total, "passages embedded"))
     if as_json:
         print_json({**done.manifest.model_dump(), "uri": done.uri, "added": done.added, "removed": done.removed,
-                    "kept": done.kept, "embedded": done.embedded, "reused": done.reused})  # fmt: skip
+                    "kept": done.kept, "embedded": done.embedded, "reused": done.reused,
+                    "notes": done.notes})  # fmt: skip
         return
     changed = "nothing changed" if done.reused else f"{done.added} added, {done.removed} removed, {done.kept} kept"
     vectors = f", {done.embedded} embedded" if spec.needs_vectors else ""
     say(f"{spec.name} {done.manifest.version}: {done.manifest.passages} passages ({changed}{vectors}) in "
         f"{duration(time.perf_counter() - began)}")  # fmt: skip
+    for note in done.notes:
+        say(f"note: {note}")
     say(f"in an arm: retriever: {{corpus: {done.uri}}}")
 
 
@@ -102,6 +105,8 @@ def show_retrievers(report: "RagReport") -> None:
             [(d.a, titles[d.metric], f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", f"{d.p_adjusted:.2g}", d.verdict,
               f"{d.mde:.3f}") for d in report.differences],
         )  # fmt: skip
+    for note in report.notes:
+        say(f"note: {note}")
     say(report.sentence)
     if report.questions_uri:
         say(f"each question: {report.questions_uri}")

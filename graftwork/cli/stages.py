@@ -97,13 +97,15 @@ def train(
     if report.held_out:
         say(f"  {report.held_out}")
     for note in report.notes:
-        say(f"  {note}")
+        if note not in notes:  # it was said before the start
+            say(f"  {note}")
     say(
         f"published {report.published}" + (f", alias {spec.name}@{spec.alias}" if spec.alias and report.adapter else "")
     )
     if report.outcomes is not None:
         show_outcomes(report.outcomes)
-    say(f"report: {report.page}")
+    if report.page:
+        say(f"report: {report.page}")
 
 
 def serve(

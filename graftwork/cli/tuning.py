@@ -214,4 +214,7 @@ def _show_winner(spec: "TuneSpec", winner: "Winner") -> None:
             say(f"{name} was not moved: {winner.why}")
             if winner.before != report.version:
                 say(f"  move it all the same: graftwork adapters promote {report.adapter} {winner.alias}{root}")
-    say(f"report of the winner: {report.page}")
+    for note in report.notes:
+        say(f"  {note}")
+    if report.page:
+        say(f"report of the winner: {report.page}")

@@ -7,11 +7,12 @@ from pydantic import Field, model_validator
 
 from graftwork.chat import Passage
 from graftwork.config import Spec
-from graftwork.data import read_passages, read_text
+from graftwork.data import passage_keys, read_passages, read_text
 from graftwork.errors import DataError
 from graftwork.records import no_rows, read_records, require_new
 from graftwork.retrieval.chunks import ChunkSpec, passages_of
 from graftwork.retrieval.documents import READERS, Block, blocks_of, suffix_of
+from graftwork.row_keys import KeyCheck
 from graftwork.storage import Store, open_uri, read_uri
 
 TABLES = (".jsonl", ".csv", ".parquet")
@@ -41,25 +42,34 @@ class SourceSpec(Spec):
         return value
 
 
-def read_corpus(sources: Sequence[SourceSpec], chunk: ChunkSpec) -> list[Passage]:
-    """Passages of all sources in their order. Raises DataError (also where two have one id), StorageError."""
+def read_corpus(sources: Sequence[SourceSpec], chunk: ChunkSpec, ignored: list[str] | None = None) -> list[Passage]:
+    """Passages of all sources in their order. ignored: takes a note on each table with columns that are not read.
+
+    Raises DataError (also where two passages have one id), StorageError.
+    """
     passages: list[Passage] = []
     seen: dict[str, str] = {}
     for source in sources:
-        for passage in read_source(source, chunk):
+        keys = passage_keys((source.id, *source.text))
+        for passage in read_source(source, chunk, keys):
             if passage.id in seen:
                 raise DataError(f"{source.uri}: passage id {passage.id!r}", f"it came before, from {seen[passage.id]}",
                                 "ids are unique in an index", "rename one, or leave one out")  # fmt: skip
             seen[passage.id] = source.uri
             passages.append(passage)
+        if ignored is not None:
+            ignored += keys.note(source.uri)
     return passages
 
 
-def read_source(source: SourceSpec, chunk: ChunkSpec) -> list[Passage]:
-    """Passages of one source: at least one, each with text. Raises DataError, StorageError."""
+def read_source(source: SourceSpec, chunk: ChunkSpec, keys: KeyCheck | None = None) -> list[Passage]:
+    """Passages of one source: at least one, each with text. keys: counts the columns that are not read.
+
+    Raises DataError, StorageError.
+    """
     suffix = suffix_of(source.uri)
     if suffix in TABLES:
-        passages = _table(source, suffix)
+        passages = _table(source, suffix, keys or passage_keys((source.id, *source.text)))
         if not source.chunk:
             return passages
         cut = (passages_of(row.id, [Block(0, part) for part in row.text.split("\n\n")], chunk) for row in passages)
@@ -97,12 +107,13 @@ def _files(uri: str) -> Iterator[tuple[str, bytes]]:
         yield "/".join(parts), Store(store.path(key)).read_bytes(*parts)
 
 
-def _table(source: SourceSpec, suffix: str) -> list[Passage]:
+def _table(source: SourceSpec, suffix: str, keys: KeyCheck) -> list[Passage]:
     if suffix == ".jsonl" and (source.id, source.text) == ("id", ("text",)):
-        return read_passages(source.uri)
+        return read_passages(source.uri, keys)
     passages: list[Passage] = []
     seen: dict[str, int] = {}
     for number, record in read_records(source.uri):
+        keys.check(record, f"{source.uri} row {number}")
         identity, text = _row(source, number, record)
         require_new(identity, number, seen, source.uri, key=source.id)
         passages.append(Passage(identity, text))

@@ -73,6 +73,8 @@ class Published:
     embedded: int
     reused: bool
     """The current version was this one already."""
+    notes: tuple[str, ...] = ()
+    """Columns of the sources that are not part of a passage."""
 
 
 class IndexHome:

@@ -54,13 +54,14 @@ def compare(
     alone: Answers | None = None,
     card: DecisionCard | None = None,
     judged: JudgeReport | None = None,
+    notes: Sequence[str] = (),
 ) -> CompareReport:
     """The comparison's result, the same bytes for the same answers and seed.
 
     template_digest: the chat template that rendered the prompts; goes into the signatures. fields: the values of
     `spec.slices` and `spec.cluster` by row (`data.read_fields`). options: likelihoods of choices. alone: answers that
     were asked for one at a time (`offline.alone_jobs`), the only source of times. card: what the probes found. judged:
-    what an LLM judge preferred. Raises DataError: row ids
+    what an LLM judge preferred. notes: on the questions, shown with those on the answers. Raises DataError: row ids
     missing or twice, a row without gold, an answer missing, an arm answered by two adapter versions or two bases.
     """
     table = Table(spec, rows, answers, load_scorers(spec.scorers, schema), options, alone)
@@ -79,7 +80,7 @@ def compare(
         contrasts=family(scored, [(c.a, c.b, c.metric) for c in spec.contrasts], rules),
         slices=slices(scored, parts, primary, spec.baseline, rules, spec.slice_min),
         card=card, judge=judged,
-        advice=_with_cuts(advice, arms), samples=_samples(spec, table), notes=_notes(arms, table),
+        advice=_with_cuts(advice, arms), samples=_samples(spec, table), notes=(*notes, *_notes(arms, table)),
     )  # fmt: skip
 
 

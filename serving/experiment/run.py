@@ -14,7 +14,7 @@ import yaml
 from graftwork import artifact, base_model
 from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.answers.schema import AnswerSchema
-from graftwork.data import Row, read_fields, read_rows
+from graftwork.data import Row, fingerprint, key_check, read_fields, read_rows, resolve_prompt
 from graftwork.errors import ConfigError
 from graftwork.provenance import collect
 from graftwork.report import BuiltReport, build
@@ -110,7 +110,7 @@ def run_compare(
     template = base_model.template(base_model.resolve(spec.base))
     report = compare(
         spec, rows, answers, asked.schema, template_digest=template.digest, fields=asked.fields, options=options,
-        alone=alone, card=card, judged=judged,
+        alone=alone, card=card, judged=judged, notes=(*asked.notes, *_trained_on(rows, manifests)),
     )  # fmt: skip
     store.write_bytes(_score_lines(rows, answers, scored), *run.file("scores.jsonl"))
     files = _record(spec, store, run, folder, report)
@@ -188,22 +188,36 @@ class _Asked:
     primary: str
     fields: Mapping[str, Sequence[str]]
     passages: GoldPassages
+    notes: tuple[str, ...]
+    """Keys of the questions, and of the prompts' worked examples, that are ignored."""
 
     @classmethod
     def read(cls, spec: CompareSpec) -> "_Asked":
         """Raises UserError."""
-        rows = read_rows(spec.eval, limit=spec.limit, need="eval")
+        names = [*spec.slices, *([spec.cluster] if spec.cluster else [])]
+        keys, shots = key_check("eval", names), key_check("train")
+        rows = read_rows(spec.eval, limit=spec.limit, need="eval", keys=keys)
+        for arm in spec.arms:
+            if arm.prompt is not None:
+                resolve_prompt(arm.prompt, shots)
         schema = AnswerSchema.load(spec.answer_schema) if spec.answer_schema else None
         scorers = load_scorers(spec.scorers, schema)
         scorers.check(rows)
-        names = [*spec.slices, *([spec.cluster] if spec.cluster else [])]
         fields = read_fields(spec.eval, names, limit=spec.limit) if names else {}
         passages = GoldPassages.read(probed_corpus(spec, rows) if spec.probes else None)
         primary = primary_metric(spec, scorers.tested)
         if spec.probes and primary in {choice.name for choice in scorers.choices}:
             raise ConfigError(f"probes with primary={primary!r}", "nothing is written for a choice",
                               "probes read written answers", "leave out probes, or name another primary")  # fmt: skip
-        return cls(rows, schema, scorers, primary, fields, passages)
+        notes = (*keys.note("eval"), *shots.note("prompt.shots_from"))
+        return cls(rows, schema, scorers, primary, fields, passages, notes)
+
+
+def _trained_on(rows: Sequence[Row], manifests: Mapping[str, artifact.AdapterManifest]) -> list[str]:
+    """A note on each arm whose adapter was trained on exactly these rows, by its manifest's digest of them."""
+    asked = fingerprint(rows)
+    return [f"{arm}: its adapter {manifest.ref} was trained on these very questions, so its scores say nothing about "
+            "others." for arm, manifest in manifests.items() if manifest.data_fingerprint == asked]  # fmt: skip
 
 
 def _pinned(arm: ArmSpec, manifest: artifact.AdapterManifest | None) -> ArmSpec:

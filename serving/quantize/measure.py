@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,6 +100,7 @@ class _Adapter:
     version: str
     folder: Path
     trained: PromptSpec
+    template_date: date | None
 
 
 class _Bench:
@@ -142,7 +144,8 @@ class _Bench:
 
         spec, adapter = self._spec, self._adapters.get(arm.name)
         version, trained = (adapter.version, adapter.trained) if adapter else (None, None)
-        asker = Asker(self._engine, self._template, spec.engine.max_seq_len)
+        template = self._template.on(adapter.template_date) if adapter else self._template
+        asker = Asker(self._engine, template, spec.engine.max_seq_len)
         answers = asker.ask_all(arm, self._material.rows, version=version, trained=trained)
         vocab = self._template.vocab_size
         speed = {
@@ -157,7 +160,7 @@ def _fetch(spec: QuantizeSpec, base: ResolvedBase, arm: ArmSpec) -> _Adapter:
     source = AdapterSource(Store(spec.root), base.digest)
     assert arm.adapter is not None, "only arms with an adapter have one to fetch"
     manifest = source.resolve(arm.adapter)
-    return _Adapter(manifest.version, source.fetch(manifest), trained_prompt(manifest))
+    return _Adapter(manifest.version, source.fetch(manifest), trained_prompt(manifest), manifest.template_date)
 
 
 def _merge_losses(model: "torch.nn.Module", precision: Precision, adapters: Mapping[str, _Adapter]) -> dict[str, float]:

@@ -14,11 +14,12 @@ from graftwork.answers.schema import AnswerSchema
 from graftwork.base_model import ResolvedBase
 from graftwork.chat import Message, Template
 from graftwork.config import canonical_json
-from graftwork.data import Row, read_rows, read_text
+from graftwork.data import Row, key_check, read_rows, read_text
 from graftwork.errors import ConfigError, DataError, GraftworkError, RunError
 from graftwork.provenance import collect
 from graftwork.report import BuiltReport, ReportInput, build
 from graftwork.report.quantize_records import QuantizeReport
+from graftwork.row_keys import KeyCheck
 from graftwork.serving.app import require_resources
 from graftwork.serving.experiment.offline import check_ids
 from graftwork.serving.quantize.judge import judge
@@ -63,7 +64,8 @@ def run_quantize(
     spec = spec.with_({"root": Store(spec.root).uri})  # resolved in the driver
     base = base_model.resolve(spec.base)
     template = base_model.template(base)
-    material, said = _material(spec, base, template)
+    keys = key_check("eval")
+    material, said = _material(spec, base, template, keys)
     schema = AnswerSchema.load(spec.answer_schema)
     run = RunPaths(Store(spec.root), spec.name, spec.identity())
     run.store.write_bytes(yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False).encode(), *run.spec())
@@ -77,6 +79,7 @@ def run_quantize(
         reused += kept is not None
         measured.append(kept or _measure(run, spec, precision, material))
     report = judge(spec, measured, material.rows, schema, text=said, template_digest=template.digest)
+    report = report.model_copy(update={"notes": (*keys.note("eval"), *report.notes)})
     page = ReportInput(title=f"Precisions of {spec.base.uri}", created_at=provenance["time"], quantize=report,
                        provenance=provenance)  # fmt: skip
     files = build(page, run.store, *run.file())
@@ -84,13 +87,13 @@ def run_quantize(
     return QuantizeOutcome(run.run_id, report, files, reused)
 
 
-def _material(spec: QuantizeSpec, base: ResolvedBase, template: Template) -> tuple[Material, str]:
+def _material(spec: QuantizeSpec, base: ResolvedBase, template: Template, keys: KeyCheck) -> tuple[Material, str]:
     """What is measured on, and what the text is in words. Raises UserError."""
     longest = base.config.get("max_position_embeddings", spec.engine.max_seq_len)
     for key, length in (("engine.max_seq_len", spec.engine.max_seq_len), ("text.window", spec.text.window)):
         if length > longest:
             raise ConfigError(f"{key}={length}", f"the base takes {longest} tokens", "", f"--set {key}={longest}")
-    rows = tuple(read_rows(spec.eval, limit=spec.limit, need="eval"))
+    rows = tuple(read_rows(spec.eval, limit=spec.limit, need="eval", keys=keys))
     check_ids(rows)
     source = AdapterSource(Store(spec.root), base.digest)
     arms = tuple(_pin(source, arm) for arm in spec.arms)

@@ -46,6 +46,8 @@ class RagReport(Record):
     sentence: str
     questions_uri: str = ""
     """Where the scores of each question are (`per_question`)."""
+    notes: tuple[str, ...] = ()
+    """Keys of the questions that are ignored."""
 
 
 def judge(
@@ -58,6 +60,7 @@ def judge(
     k: int,
     times_ms: Mapping[str, Sequence[float]],
     seed: int = 0,
+    notes: tuple[str, ...] = (),
 ) -> RagReport:
     """Scores, differences against lexical, and the choice: lexical, unless another is shown to be better."""
     values = {arm: _values(hits, questions, k) for arm, hits in found.items()}
@@ -76,7 +79,7 @@ def judge(
     )  # fmt: skip
     return RagReport(
         name=name, version=version, passages=passages, n=len(questions), k=k, retrievers=reports,
-        differences=tuple(differences), chosen=chosen, sentence=sentence,
+        differences=tuple(differences), chosen=chosen, sentence=sentence, notes=notes,
     )  # fmt: skip
 
 

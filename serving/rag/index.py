@@ -1,6 +1,7 @@
 """A spec becomes an index, and an index is searched by what its spec says."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from graftwork.errors import DataError
 from graftwork.retrieval import Retriever, open_retriever
@@ -15,12 +16,14 @@ def make_index(spec: RagSpec, *, on_progress: Callable[[int, int], None] | None 
 
     on_progress: called with (passages embedded, of how many). Raises DataError, StorageError, BaseModelError.
     """
-    passages = read_corpus(spec.sources, spec.chunk)
+    ignored: list[str] = []
+    passages = read_corpus(spec.sources, spec.chunk, ignored)
     embedder = (spec.embedder.uri, shared_embedder(spec.embedder)) if spec.needs_vectors else None
-    return spec.home.publish(
+    done = spec.home.publish(
         spec.name, passages, made_from=spec.made_from(), sources=[source.uri for source in spec.sources],
         embedder=embedder, on_progress=on_progress,
     )  # fmt: skip
+    return replace(done, notes=tuple(ignored))
 
 
 def open_made(spec: RagSpec, kind: str) -> Retriever:

@@ -8,6 +8,7 @@ from graftwork.errors import DataError
 from graftwork.records import no_rows, read_records, require_new
 from graftwork.retrieval import Hit, Retriever
 from graftwork.retrieval.chunks import document_of
+from graftwork.row_keys import QUESTION, KeyCheck
 
 MRR_DEPTH = 10
 
@@ -39,11 +40,21 @@ class Question:
         )  # fmt: skip
 
 
-def read_questions(uri: str, limit: int | None = None) -> list[Question]:
-    """Raises DataError that names the 1-based row and the field."""
+def question_keys() -> KeyCheck:
+    """The count of the keys of questions: only the last user turn is searched for, so none is rejected."""
+    return KeyCheck(QUESTION, prompt=False, loss=False)
+
+
+def read_questions(uri: str, limit: int | None = None, keys: KeyCheck | None = None) -> list[Question]:
+    """Read questions in order. keys: counts the keys that are not read (default: `question_keys()`).
+
+    Raises DataError that names the 1-based row and the field.
+    """
+    keys = keys or question_keys()
     found: list[Question] = []
     seen: dict[str, int] = {}
     for number, record in read_records(uri):
+        keys.check(record, f"{uri} row {number}")
         question = _question(record, f"{uri} row {number}", str(number))
         require_new(question.id, number, seen, uri, rule="retrievers are compared question by question")
         found.append(question)

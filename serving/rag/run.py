@@ -9,9 +9,10 @@ from graftwork.retrieval import Hit, Retriever
 from graftwork.retrieval.chunks import document_of
 from graftwork.retrieval.lexical import LexicalIndex
 from graftwork.retrieval.versions import LEXICAL_FILE, Choice
+from graftwork.row_keys import KeyCheck
 from graftwork.serving.rag.evaluate import RagReport, judge, per_question
 from graftwork.serving.rag.index import open_made
-from graftwork.serving.rag.questions import MRR_DEPTH, Question, read_questions, require_gold
+from graftwork.serving.rag.questions import MRR_DEPTH, Question, question_keys, read_questions, require_gold
 from graftwork.serving.rag.spec import RagSpec
 
 Progress = Callable[[int, int, str], None]
@@ -31,7 +32,8 @@ def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport
     Needs an initialised Ray only where the spec asks for a rerank. Raises ConfigError without questions, DataError
     for questions of another corpus.
     """
-    questions = questions_of(spec)
+    keys = question_keys()
+    questions = questions_of(spec, keys)
     retrievers = {kind: open_made(spec, kind) for kind in spec.kinds}
     _require_corpus(spec, questions, retrievers["lexical"])
     depth = max(spec.k, MRR_DEPTH, spec.rerank.candidates if spec.rerank else 0)
@@ -46,7 +48,7 @@ def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport
     manifest = spec.home.current()
     report = judge(
         measured.hits, questions, name=spec.name, version=manifest.version, passages=manifest.passages, k=spec.k,
-        times_ms=measured.times_ms, seed=spec.seed,
+        times_ms=measured.times_ms, seed=spec.seed, notes=keys.note("questions"),
     )  # fmt: skip
     kind = next((kind for kind in spec.kinds if kind == report.chosen), "lexical")  # an arm asks for a rerank itself
     spec.home.choose(Choice(kind=kind, version=manifest.version, sentence=report.sentence))
@@ -54,12 +56,15 @@ def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport
     return report.model_copy(update={"questions_uri": spec.home.store.path(QUESTIONS_FILE)})
 
 
-def questions_of(spec: RagSpec) -> list[Question]:
-    """Raises ConfigError where the spec has none, DataError for a bad row."""
+def questions_of(spec: RagSpec, keys: KeyCheck | None = None) -> list[Question]:
+    """Read the questions of the spec; keys: as in `read_questions`.
+
+    Raises ConfigError where the spec has none, DataError for a bad row.
+    """
     if spec.questions is None:
         raise ConfigError("questions", "the key is missing", "retrievers are measured on questions whose passage is "
                           "known", "add `questions:`, a JSONL with question, doc_id and answers")  # fmt: skip
-    return read_questions(spec.questions, spec.limit)
+    return read_questions(spec.questions, spec.limit, keys)
 
 
 def _require_corpus(spec: RagSpec, questions: Sequence[Question], lexical: Retriever) -> None:

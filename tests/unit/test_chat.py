@@ -1,5 +1,6 @@
 """The prompt builder: equal to transformers, prefix property at token level, text from people stays text."""
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def learned(template: Template, messages: tuple[Message, ...]) -> list[str]:
 @pytest.mark.parametrize("opening", [0, 1], ids=["system", "no-system"])
 @pytest.mark.parametrize("turns", [2, 3, 4, 5])
 def test_text_and_ids_equal_transformers(folders: dict[str, Path], name: str, opening: int, turns: int) -> None:
-    """Source: transformers' apply_chat_template on the same folder."""
+    """Source: transformers' apply_chat_template on the same folder, which takes the clock's day."""
     from transformers import AutoTokenizer
 
     messages = CONVERSATION[opening:turns]
@@ -107,7 +108,7 @@ def test_text_and_ids_equal_transformers(folders: dict[str, Path], name: str, op
         pytest.skip("nothing to answer")
     theirs = AutoTokenizer.from_pretrained(folders[name])
     as_dicts = [{"role": m.role, "content": m.content} for m in messages]
-    ours = render(messages, Template.load(folders[name]), generate=generate)
+    ours = render(messages, Template.load(folders[name], date.today()), generate=generate)
     assert ours.text == theirs.apply_chat_template(as_dicts, tokenize=False, add_generation_prompt=generate)
     ids = theirs.apply_chat_template(as_dicts, add_generation_prompt=generate, return_dict=True)["input_ids"]
     assert list(ours.ids) == ids

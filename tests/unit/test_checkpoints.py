@@ -23,7 +23,7 @@ from graftwork.training.machines import room_for
 from graftwork.training.run import Run, _write_facts, _write_status, check
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepLog, StepReport
-from tests.training import task
+from tests.training import task, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,8 @@ def test_differences_are_named(tmp_path: Path) -> None:
 
 def test_a_changed_spec_is_told_apart_from_the_unfinished_run(spec: TrainSpec, folder: Path) -> None:
     """The notes that `graftwork train` prints before it starts."""
-    begun = spec.with_({"root": str(folder / "relatives")})
+    held_out = write_rows(folder / "longer.jsonl", 8, answer_repeats=5)  # other answers than the training rows have
+    begun = spec.with_({"root": str(folder / "relatives"), "data.eval": str(held_out)})
     assert check(begun) == []
     run = Run.of(begun)
     _write_facts(run)

@@ -12,6 +12,8 @@ import pytest
 
 from graftwork import artifact, base_model
 from graftwork.base_model import BaseSpec
+from graftwork.cli.comparing import show_comparison
+from graftwork.data import fingerprint, read_rows
 from graftwork.errors import ConfigError, DataError
 from graftwork.serving.arms import Sampling
 from graftwork.serving.experiment.run import run_compare
@@ -164,3 +166,37 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_asked(
     with pytest.raises(ConfigError, match="probes read written answers"):
         run_compare(spec(home, scorers=[choice]), endpoint=endpoint)
     assert endpoint.asked == before
+
+
+def test_ignored_keys_and_questions_that_were_trained_on_are_noted_once(
+    home: Path, endpoint: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [json.loads(line) for line in (home / "eval.jsonl").read_text().splitlines()]
+    own = home / "own.jsonl"
+    own.write_text("".join(json.dumps({**record, "lang": "en"}) + "\n" for record in records))
+    known = facts(base_digest=base_model.resolve(BaseSpec(uri=str(home / "base"))).digest, prompt={},
+                  data_fingerprint=fingerprint(read_rows(str(own), need="eval")))  # fmt: skip
+    adapter = engines.write_lora(home / "base", home / "lora2", seed=2)
+    made = artifact.publish(Store(str(home / "root")), "seen", adapter, **known, alias="latest")
+    shots = home / "shots.jsonl"
+    shots.write_text(json.dumps({"prompt": "q", "completion": "a", "topic": "x"}) + "\n")
+    few: dict[str, Any] = {"name": "few", "max_new_tokens": 2, "prompt": {"shots": 1, "shots_from": str(shots)}}
+    arms = [
+        {"name": "base", "max_new_tokens": 2},
+        few,
+        {"name": "tuned", "max_new_tokens": 2, "adapter": "seen@latest"},
+    ]
+    plain: dict[str, Any] = {"name": "noted", "scorers": ["fields"], "slices": [], "cluster": None, "probes": None}
+    found = run_compare(spec(home, **plain, judge=None, eval=str(own), limit=None, arms=arms), endpoint=endpoint)
+    notes = (
+        "eval: ignored keys: half (in 8 rows), lang (in 8 rows)",
+        "prompt.shots_from: ignored keys: topic (in 1 row)",
+        f"tuned: its adapter {made.ref} was trained on these very questions, so its scores say nothing about others.",
+    )
+    assert found.report.notes[:3] == notes
+    page = Path(found.files.html_uri).read_text(encoding="utf-8")
+    show_comparison(found.report, found.reused)
+    said = " ".join(capsys.readouterr().out.split())
+    for note in notes:
+        assert said.count(note) == 1, "on the terminal"
+        assert note in page, "and on the page"

@@ -275,8 +275,8 @@ def test_sizes_are_refused_before_anything_starts(folder: Path) -> None:
             curve_specs(plain, sizes)
     assert [one.data.train_rows for one in curve_specs(plain, [10, 20])] == [10, 20]
     assert {one.alias for one in curve_specs(plain, [10, 20])} == {None}
-    with pytest.raises(ConfigError, match=r"--curve 10,20: outcomes\.task: objective\.kind=dpo"):
-        curve_specs(pair_task(folder), [10, 20])
+    with pytest.raises(ConfigError, match=r"--curve 20,30: outcomes\.task: objective\.kind=dpo"):
+        curve_specs(pair_task(folder), [20, 30])
 
 
 def test_a_bias_is_better_nearer_to_zero_on_either_side(measured: tuple[Run, dict[str, record.PartOutcome]]) -> None:

@@ -1,10 +1,7 @@
 """One engine replica in this process, without Ray."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,11 +9,10 @@ from graftwork import artifact, base_model, chat
 from graftwork.base_model import BaseSpec
 from graftwork.errors import RunError
 from graftwork.serving.api_error import ApiError
-from graftwork.serving.replica import EngineReplica
-from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import Store
 from tests import engines
 from tests.adapters import facts
+from tests.replicas import arm, replica_of
 from tests.tiny import write_tiny_base
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -25,30 +21,6 @@ HELLO = [{"role": "user", "content": "Hello"}]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@asynccontextmanager
-async def replica_of(base: Path, root: Path) -> AsyncIterator[EngineReplica]:
-    """As Ray Serve makes one."""
-    spec = ServeSpec.model_validate(
-        {
-            "base": str(base),
-            "root": str(root),
-            "quant": {"kind": "none", "dtype": "float32"},
-            "engine": {"max_seq_len": 128},
-        }
-    )
-    replica = EngineReplica.__new__(EngineReplica)
-    await replica.__init__(spec.model_dump(mode="json"))  # type: ignore[misc]
-    try:
-        async with asyncio.timeout(30):
-            yield replica
-    finally:
-        await asyncio.to_thread(replica.stop)
-
-
-def arm(**changed: Any) -> dict[str, Any]:
-    return ArmSpec(**{"name": "base", "max_new_tokens": 6, **changed}).model_dump(mode="json")
 
 
 def test_a_stream_adds_up_to_the_answer(base: Path, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distill")
     _let_it_end(write_tiny_base(folder / "base"))
     lessons = [{"id": f"l{n}", "prompt": f"Name colour {n % 10}", "completion": COLOURS[n % 10]} for n in range(24)]
-    (folder / "lessons.jsonl").write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
+    for name, some in (("lessons", lessons), ("held", lessons[1:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(lesson) + "\n" for lesson in some))
     spec = lesson_of(folder, **{"optim.epochs": 16, "optim.lr": 1e-2})
     run = RunPaths(Store(spec.root), spec.name, "2" * 64)
     result = run_steps(TrainJob(spec, prepare(spec), run), lambda _: True)
@@ -71,7 +72,7 @@ def _let_it_end(base: Path) -> None:
 
 
 def lesson_of(folder: Path, **changes: Any) -> TrainSpec:
-    files = {"data.train": str(folder / "lessons.jsonl"), "data.eval": str(folder / "lessons.jsonl")}
+    files = {"data.train": str(folder / "lessons.jsonl"), "data.eval": str(folder / "held.jsonl")}
     return task(folder, **files, **{"quant.kind": "none", "optim.micro_batch": 8, **changes})
 
 

@@ -47,7 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = [f"It is {colour}. "] * (depth == 0) + [filler] * (length // 6) + [f"It is {colour}. "] * (depth == 100)
         turns = [{"role": "user", "content": "".join(text)}, {"role": "assistant", "content": colour}]
         rows.append({"id": f"r{len(rows)}", "messages": turns, "length": length, "depth": depth})
-    (folder / "needle.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, some in (("needle", rows), ("held", rows[1:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     return folder
 
 
@@ -55,7 +56,7 @@ def long_task(folder: Path, **changes: Any) -> TrainSpec:
     usual = {
         "base": {"uri": str(folder / "short"), "rope_scaling": YARN},
         "data.train": str(folder / "needle.jsonl"),
-        "data.eval": str(folder / "needle.jsonl"),
+        "data.eval": str(folder / "held.jsonl"),
         "objective": {"kind": "sft", "answers": {"by": ["length", "depth"], "max_new_tokens": 8}},
         "quant.kind": "none",
         "num_workers": 1,

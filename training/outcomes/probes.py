@@ -47,6 +47,8 @@ class Probe:
     """So many of the first metrics are tested; the others are shown beside them."""
     prompts: tuple[str, ...] = ()
     """What is asked, for people; of parts that write."""
+    warnings: tuple[str, ...] = ()
+    """Keys of the part's own rows that are ignored."""
 
     def scores(self, said: Sequence[Said]) -> Mapping[str, Floats]:
         """Metric -> a value a question."""
@@ -125,15 +127,18 @@ def _answered(row: Row, context: Sequence[chat.Passage], spec: TrainSpec, templa
 def _retention(asked: RetentionSpec, template: Template) -> list[Probe]:
     found = [_text(asked.text, asked.text_rows, template)] if asked.text else []
     if asked.choices:
-        rows = data.read_rows(asked.choices, limit=asked.choice_rows, need="eval")
+        keys = data.key_check("eval")
+        rows = data.read_rows(asked.choices, limit=asked.choice_rows, need="eval", keys=keys)
         about = f"{asked.choices}, likeliest choice"
         chosen = [(row, _read(asked.choices, row)) for row in rows]
-        found.append(_choices("choices", chosen, [""] * len(rows), None, template, about, fair=False))
+        made = _choices("choices", chosen, [""] * len(rows), None, template, about, fair=False)
+        found.append(replace(made, warnings=keys.note("outcomes.retention.choices")))
     return [*found, _instructions(asked.max_new_tokens, template)] if asked.instructions else found
 
 
 def _text(uri: str, limit: int, template: Template) -> Probe:
-    rows = data.read_rows(uri, limit=limit, need="eval")
+    keys = data.key_check("eval")
+    rows = data.read_rows(uri, limit=limit, need="eval", keys=keys)
     texts = [(row.id, template.encode(_read(uri, row).texts[0])) for row in rows]
     items = [Item(name, (ids[0],), (tuple(ids[1:TEXT_TOKENS]),)) for name, ids in texts if len(ids) > 1]
     cut = sum(len(ids) > TEXT_TOKENS for _, ids in texts)
@@ -144,7 +149,8 @@ def _text(uri: str, limit: int, template: Template) -> Probe:
 
     about = f"{uri}, mean over texts" + (f", {cut} texts cut to {TEXT_TOKENS} tokens" if cut else "")
     units = [row.doc_id or row.id for row, (_, ids) in zip(rows, texts, strict=True) if len(ids) > 1]
-    return _probe("text", items, (metrics.NATS,), score, template, about, units=units)
+    found = _probe("text", items, (metrics.NATS,), score, template, about, units=units)
+    return replace(found, warnings=keys.note("outcomes.retention.text"))
 
 
 def _choices(
@@ -188,13 +194,15 @@ def _instructions(write: int, template: Template) -> Probe:
 
 
 def _fairness(asked: FairnessSpec, template: Template) -> list[Probe]:
-    rows = data.read_rows(asked.eval, need="eval")
+    keys = data.key_check("eval", [asked.by] if asked.by else ())
+    rows = data.read_rows(asked.eval, need="eval", keys=keys)
     groups = data.read_fields(asked.eval, [asked.by])[asked.by] if asked.by else ("",) * len(rows)
     kept = [at for at in range(len(rows)) if groups[:at].count(groups[at]) < asked.rows]
     about = f"{asked.eval}, likeliest choice by mean log-probability a token, clustered by doc_id"
     chosen = [(rows[at], _read(asked.eval, rows[at])) for at in kept]
     found = _choices("fairness", chosen, [groups[at] for at in kept], asked.system, template, about,
                      fair=True)  # fmt: skip
+    found = replace(found, warnings=keys.note("outcomes.fairness.eval"))
     return [found, _pairs(template)] if asked.pairs else [found]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from graftwork.errors import RunError
 from graftwork.metrics import Metric
 from graftwork.stats import Floats
 from graftwork.training.outcomes.probes import Probe
@@ -35,7 +36,12 @@ def with_task(spec: TrainSpec, rows: int | None = None) -> TrainSpec:
 
 
 def task_scores(spec: TrainSpec) -> TaskScores:
-    """Of a spec by `with_task` that `train` has finished. Reads what was said; computes nothing."""
+    """Of a spec by `with_task` that `train` has finished. Reads what was said; computes nothing. Raises RunError."""
     run = Run.of(spec)
     [probe] = run.probes
-    return TaskScores(probe, probe.scores(read_parts(run.paths)["task"].after))
+    found = read_parts(run.paths).get("task")
+    if found is None:
+        raise RunError(f"outcomes.task of run {run.paths.run_id}", "it was not measured", "a run that is published is "
+                       "not failed by its outcomes", "run the same command again; the run's warning names the cause"
+                       )  # fmt: skip
+    return TaskScores(probe, probe.scores(found.after))

@@ -1,12 +1,14 @@
 """Raw text for continued pretraining: documents with their end token, split where they are long, packed."""
 
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
 
 from graftwork.chat import Template
 from graftwork.errors import ConfigError, DataError
-from graftwork.training.rows.documents import Document, fingerprint, read_documents
+from graftwork.row_keys import KeyCheck
+from graftwork.training.rows.documents import Document, document_keys, fingerprint, read_documents
 from graftwork.training.rows.packed import packed
 from graftwork.training.rows.part import Part, ReadPart, counted
 from graftwork.training.rows.token_rows import TokenRows
@@ -24,12 +26,16 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
     assert uri is not None, "asked for a part that the spec has"
     end_name, end = end_token(template, objective.end_token)
-    documents, blank = read_documents(uri, limit=limit)
+    keys = document_keys()
+    documents, blank = read_documents(uri, limit=limit, keys=keys)
+    warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
     ids = [document_ids(document, template, end) for document in documents]
     notes = [f"{counted(documents, 'document')}, {sum(map(len, ids))} tokens, each ended by {end_name}"]
     notes += [f"{counted(range(blank), 'blank file')} left out"] if blank else []
     if objective.replay is not None and part == "train":
-        again = _replayed(objective.replay, template, end, sum(map(len, ids)), spec.seed)
+        replayed = document_keys()
+        again = _replayed(objective.replay, template, end, sum(map(len, ids)), spec.seed, replayed)
+        warnings += replayed.note("objective.replay.data")
         documents, ids = documents + [document for document, _ in again], ids + [tokens for _, tokens in again]
         notes.append(f"replay: {counted(again, 'document')}, {sum(len(tokens) for _, tokens in again)} tokens")
     pieces = [piece for tokens in ids for piece in split(tokens, spec.max_length)]
@@ -38,7 +44,7 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
             f"{counted(pieces[len(ids) :], 'cut')} in documents of more than {spec.max_length} tokens; none is lost"
         )
     rows, packing = packed(TokenRows.of(pieces), objective.packing, spec.max_length)
-    return ReadPart(rows, 0, fingerprint(documents), (*notes, *packing))
+    return ReadPart(rows, 0, fingerprint(documents), (*notes, *packing), (), warnings, contents)
 
 
 def document_ids(document: Document, template: Template, end: int) -> list[int]:
@@ -69,10 +75,10 @@ def end_token(template: Template, asked: str | None) -> tuple[str, int]:
 
 
 def _replayed(
-    replay: ReplaySpec, template: Template, end: int, new_tokens: int, seed: int
+    replay: ReplaySpec, template: Template, end: int, new_tokens: int, seed: int, keys: KeyCheck
 ) -> list[tuple[Document, list[int]]]:
     """Documents drawn until their tokens are the asked share of all."""
-    documents, _ = read_documents(replay.data)
+    documents, _ = read_documents(replay.data, keys=keys)
     wanted = new_tokens * replay.fraction / (1 - replay.fraction)
     drawn: list[tuple[Document, list[int]]] = []
     for index in np.random.default_rng([seed, 1]).permutation(len(documents)):

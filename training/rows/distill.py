@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,9 +68,10 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
             return sft.read(as_sft, template, part)
         texts = written(spec, objective.generate)
         found = sft.read(as_sft.with_({"data.train": texts.uri, "data.train_rows": None}), template, part)
-        return ReadPart(found.rows, found.dropped, found.fingerprint, (*texts.notes, *found.notes))
+        notes, warnings = (*texts.notes, *found.notes), (*texts.warnings, *found.warnings)
+        return replace(found, notes=notes, warnings=warnings, contents=texts.contents)
     assert objective.teacher is not None, "one of the two is given"
     teacher = pinned(spec, objective.teacher)
     require_vocabulary(spec, teacher, template)
     found = sft.read(as_sft, template, part)
-    return ReadPart(TaughtRows(found.rows, teacher), found.dropped, found.fingerprint, found.notes)
+    return replace(found, rows=TaughtRows(found.rows, teacher))

@@ -10,6 +10,7 @@ from typing import Any
 from graftwork import data, records
 from graftwork.config import canonical_json
 from graftwork.errors import DataError
+from graftwork.row_keys import DOCUMENT, KeyCheck
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,20 @@ class Document:
     text: str
 
 
-def read_documents(uri: str, *, limit: int | None = None) -> tuple[list[Document], int]:
-    """(documents in order, blank files left out). Raises DataError (a bad row or file named), StorageError."""
+def document_keys() -> KeyCheck:
+    """The check of the keys of rows of plain text: no prompt is rendered, all of the text is learned."""
+    return KeyCheck(DOCUMENT, prompt=False)
+
+
+def read_documents(uri: str, *, limit: int | None = None, keys: KeyCheck | None = None) -> tuple[list[Document], int]:
+    """(documents in order, blank files left out). keys (default: `document_keys()`) counts or rejects other keys.
+
+    Raises DataError (a bad row or file named), StorageError.
+    """
     path = Path(uri.removeprefix("file://")).expanduser()
     local = "://" not in uri.removeprefix("file://")
     if _holds_records(uri, path):
-        return _from_records(uri, limit), 0
+        return _from_records(uri, limit, keys or document_keys()), 0
     if local and (glob.has_magic(str(path)) or path.is_dir()):
         return _from_files(uri, path, limit)
     text = data.read_text(uri)
@@ -84,10 +93,11 @@ def _before_magic(path: Path) -> list[str]:
     return parts[:magic] or ["."]
 
 
-def _from_records(uri: str, limit: int | None) -> list[Document]:
+def _from_records(uri: str, limit: int | None, keys: KeyCheck) -> list[Document]:
     documents: list[Document] = []
     seen: dict[str, int] = {}
     for number, record in records.read_records(uri):
+        keys.check(record, f"{uri} row {number}")
         document = Document(str(record.get("id", number)), _text(record, f"{uri} row {number}: text"))
         records.require_new(document.id, number, seen, uri)
         documents.append(document)

@@ -1,6 +1,7 @@
 """Infilling: documents cut into prefix, middle and suffix, the middle moved behind both (arXiv 2207.14255)."""
 
 import hashlib
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from graftwork.chat import Template
 from graftwork.errors import ConfigError
 from graftwork.training.rows.answered import AnsweredRows
 from graftwork.training.rows.cpt import end_token
-from graftwork.training.rows.documents import Document, fingerprint, read_documents
+from graftwork.training.rows.documents import Document, document_keys, fingerprint, read_documents
 from graftwork.training.rows.packed import packed
 from graftwork.training.rows.part import Part, ReadPart, counted, nothing_left, too_long
 from graftwork.training.rows.sentinels import Sentinels, sentinels_of
@@ -58,7 +59,9 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     if sentinels.train:
         _require_trainable(spec, sentinels)
     layout = Layout(template, sentinels, end_token(template, objective.end_token)[1], objective.loss_on == "all")
-    documents, _ = read_documents(uri, limit=limit)
+    keys = document_keys()
+    documents, _ = read_documents(uri, limit=limit, keys=keys)
+    warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
     made, dropped = [], 0
     for number, document in enumerate(documents, start=1):
         ids, trained, start = _row(document, layout, objective, spec.seed, part)
@@ -77,9 +80,9 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     if part == "eval":
         starts = np.array([start for _, _, start in made], dtype=np.int64)
         held = AnsweredRows(token_rows.ids_T, token_rows.trained_T, token_rows.offsets_N1, starts)
-        return ReadPart(held, dropped, fingerprint(documents), (about,), train_ids)
+        return ReadPart(held, dropped, fingerprint(documents), (about,), train_ids, warnings, contents)
     found, packing = packed(token_rows, objective.packing, spec.max_length)
-    return ReadPart(found, dropped, fingerprint(documents), (about, *packing), train_ids)
+    return ReadPart(found, dropped, fingerprint(documents), (about, *packing), train_ids, warnings, contents)
 
 
 def cut_anywhere(text: str, rng: np.random.Generator) -> tuple[str, str, str]:

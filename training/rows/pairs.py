@@ -1,6 +1,7 @@
 """Preferences: two answers to one conversation, the better one named, rendered by `chat.render`."""
 
 import hashlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from graftwork import chat, data, records
 from graftwork.chat import Message, Prompt, Template
 from graftwork.config import canonical_json
 from graftwork.errors import DataError
-from graftwork.training.rows.part import Part, ReadPart, nothing_left, too_long
+from graftwork.row_keys import PAIR, PREFERENCE_LOSS, KeyCheck
+from graftwork.training.rows.part import Part, ReadPart, nothing_left, read_prompt, too_long
 from graftwork.training.rows.token_rows import IGNORED, TokenRows
 from graftwork.training.spec import TrainSpec
 
@@ -73,11 +75,13 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     """The pairs of which both conversations fit. Raises DataError, StorageError."""
     uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
     assert uri is not None, "asked for a part that the spec has"
-    prompt = data.resolve_prompt(spec.prompt)
+    prompt, shots = read_prompt(spec, part)
+    keys, contents = KeyCheck(PAIR, more=PREFERENCE_LOSS), array("q")
     chosen: list[Scored] = []
     rejected: list[Scored] = []
     dropped, raw = 0, hashlib.sha256()
-    for number, row_id, messages, answers in _pairs(uri, limit):
+    for number, row_id, messages, answers in _pairs(uri, limit, keys):
+        contents.append(hash((messages, answers)))
         raw.update(canonical_json([row_id, [[m.role, m.content] for m in messages], answers]).encode() + b"\n")
         better, worse = (answered(messages, answer, template, prompt) for answer in answers)
         longest = max(len(better[0]), len(worse[0]))
@@ -90,7 +94,9 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
             raise too_long(spec, part, number, row_id, longest)
     if not chosen:
         raise nothing_left(spec, part, dropped)
-    return ReadPart(PairRows(TokenRows.of(chosen), TokenRows.of(rejected)), dropped, raw.hexdigest())
+    rows = PairRows(TokenRows.of(chosen), TokenRows.of(rejected))
+    warnings = (*keys.note(f"data.{part}"), *shots)
+    return ReadPart(rows, dropped, raw.hexdigest(), warnings=warnings, contents=contents)
 
 
 def answered(messages: Sequence[Message], answer: str, template: Template, prompt: Prompt) -> Scored:
@@ -103,13 +109,16 @@ def answered(messages: Sequence[Message], answer: str, template: Template, promp
     return whole.ids[:end], (False,) * start + (True,) * (end - start)
 
 
-def _pairs(uri: str, limit: int | None) -> Iterator[tuple[int, str, tuple[Message, ...], tuple[str, str]]]:
+def _pairs(
+    uri: str, limit: int | None, keys: KeyCheck
+) -> Iterator[tuple[int, str, tuple[Message, ...], tuple[str, str]]]:
     """(row number, id, conversation, (chosen, rejected)), each checked."""
     count = 0
     for number, record in records.read_records(uri):
         if count == limit:
             return
         where = f"{uri} row {number}"
+        keys.check(record, where)
         answers = data.answer_of(record, "chosen", where), data.answer_of(record, "rejected", where)
         if answers[0] == answers[1]:
             raise DataError(f"{where}: chosen", f"it is the same text as rejected ({_short(answers[0])})",

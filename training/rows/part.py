@@ -1,9 +1,15 @@
 """One dataset of a run, rendered: what every kind's `read` gives."""
 
-from collections.abc import Sized
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
+from graftwork import data
+from graftwork.chat import Prompt
+from graftwork.data import Row
 from graftwork.errors import DataError
 from graftwork.training.rows.token_rows import Rows
 from graftwork.training.spec import TrainSpec
@@ -24,6 +30,32 @@ class ReadPart:
     """What was left out or decided, for the run's report."""
     trained_tokens: tuple[int, ...] = ()
     """Rows of the embedding that are to be trained beside the adapter."""
+    warnings: tuple[str, ...] = ()
+    """Ignored keys of the dataset, and of the rows of the prompt's worked examples."""
+    contents: "array[int]" = field(default_factory=lambda: array("q"))
+    """A hash of each raw row without its id, comparable in this process alone."""
+
+    def rows_in(self, other: "ReadPart") -> int:
+        """The number of raw rows of this dataset whose content is in the other one too."""
+        return int(np.isin(np.array(self.contents), np.array(other.contents)).sum())
+
+    def is_same(self, other: "ReadPart") -> bool:
+        """True where both datasets hold the same raw rows, in any order."""
+        return sorted(self.contents) == sorted(other.contents)
+
+
+def noted(rows: Iterable[Row], contents: "array[int]") -> Iterator[Row]:
+    """Pass the rows on, and append the hash of each conversation to `contents`."""
+    for row in rows:
+        contents.append(hash(row.messages))
+        yield row
+
+
+def read_prompt(spec: TrainSpec, part: Part) -> tuple[Prompt, tuple[str, ...]]:
+    """The prompt with its worked examples, and the note on keys that were ignored in them, once for the run."""
+    keys = data.key_check("train")
+    prompt = data.resolve_prompt(spec.prompt, keys)
+    return prompt, keys.note("prompt.shots_from") if part == "train" else ()
 
 
 def counted(items: Sized, name: str) -> str:

@@ -1,6 +1,7 @@
 """Prompts to be answered: rendered by `chat.render`, retrieved passages among them, each with what it is scored by."""
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from graftwork.data import Row
 from graftwork.training.rewards.load import check_rows, load_rewards
 from graftwork.training.rewards.reward import AnyReward
 from graftwork.training.rl_spec import RlSpec
-from graftwork.training.rows.part import Part, ReadPart, nothing_left, too_long
+from graftwork.training.rows.part import Part, ReadPart, nothing_left, read_prompt, too_long
 from graftwork.training.rows.token_rows import TokenRows
 from graftwork.training.spec import TrainSpec
 
@@ -83,9 +84,11 @@ def read(spec: TrainSpec, template: chat.Template, part: Part) -> ReadPart:
     uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
     assert uri is not None, "asked for a part that the spec has"
     rewards = load_rewards(objective.rewards, spec)
-    raw = data.read_rows(uri, limit=limit, need="prompt")
+    keys = data.key_check("prompt")
+    raw = data.read_rows(uri, limit=limit, need="prompt", keys=keys)
+    contents, (prompt, shots) = array("q", [hash(row.question) for row in raw]), read_prompt(spec, part)
     check_rows(rewards, objective.rewards, raw)
-    rendered, left_out = _rendered(spec, template, raw, spec.seed if part == "train" else spec.seed + 1)
+    rendered, left_out = _rendered(spec, template, prompt, raw, spec.seed if part == "train" else spec.seed + 1)
     room = spec.max_length - objective.max_new_tokens
     fitting = [place for place, ids in enumerate(rendered) if len(ids) <= room]
     for place, ids in enumerate(rendered):
@@ -103,14 +106,16 @@ def read(spec: TrainSpec, template: chat.Template, part: Part) -> ReadPart:
         len(raw) - len(fitting),
         data.fingerprint(raw),
         _notes(spec, left_out),
+        warnings=(*keys.note(f"data.{part}"), *shots),
+        contents=contents,
     )  # fmt: skip
 
 
 def _rendered(
-    spec: TrainSpec, template: chat.Template, rows: Sequence[Row], seed: int
+    spec: TrainSpec, template: chat.Template, prompt: chat.Prompt, rows: Sequence[Row], seed: int
 ) -> tuple[list[tuple[int, ...]], int]:
     """Ids of each prompt, and how many passages had no room."""
-    prompt, context, left_out = data.resolve_prompt(spec.prompt), spec.data.context, 0
+    context, left_out = spec.data.context, 0
     passages = retrieval.training_context(context, seed) if context else None
     rendered = []
     for row in rows:

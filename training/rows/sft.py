@@ -1,6 +1,7 @@
 """Conversations: rendered by `chat.render`, retrieved passages among them where `data.context` asks for them."""
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -9,11 +10,12 @@ from graftwork import chat, data, retrieval
 from graftwork.chat import Passage, Prompt, Template
 from graftwork.config import canonical_json
 from graftwork.data import Row
+from graftwork.row_keys import KeyCheck
 from graftwork.training.objective_spec import SftSpec
 from graftwork.training.rows.answered import answered, groups_of
 from graftwork.training.rows.kept import RowWriter, kept_rows
 from graftwork.training.rows.packed import packed
-from graftwork.training.rows.part import Part, ReadPart, nothing_left, too_long
+from graftwork.training.rows.part import Part, ReadPart, noted, nothing_left, read_prompt, too_long
 from graftwork.training.spec import TrainSpec
 
 FORM = 2
@@ -34,24 +36,32 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     def rows() -> Iterator[Row]:
         return data.iter_rows(uri, limit=limit, need="train")
 
-    fingerprint, prompt = data.fingerprint(rows()), data.resolve_prompt(spec.prompt)
+    answers = spec.objective.answers if part == "eval" else None
+    keys, contents = data.key_check("train", answers.by if answers is not None else ()), array("q")
+    checked = data.iter_rows(uri, limit=limit, need="train", keys=keys)
+    fingerprint = data.fingerprint(noted(checked, contents))
+    prompt, shots = read_prompt(spec, part)
+    warnings = (*keys.note(f"data.{part}"), *shots)
     seed = spec.seed if part == "train" else spec.seed + 1
 
     def render(writer: RowWriter) -> dict[str, Any]:
         context = retrieval.training_context(spec.data.context, seed) if spec.data.context else _no_context
         return _render(spec, template, prompt, rows(), context, writer)
 
-    found, about = kept_rows(_key(spec, template, prompt, fingerprint, seed), render)
+    passages = data.passage_keys()
+    found, about = kept_rows(_key(spec, template, prompt, fingerprint, seed, passages), render)
+    warnings += passages.note("data.context.corpus") if part == "train" else ()
     if about["too_long"] and spec.too_long == "refuse":
         raise too_long(spec, part, *about["too_long"][0])
     if not len(found):
         raise nothing_left(spec, part, about["dropped"])
-    if part == "eval" and spec.objective.answers is not None:
-        names = spec.objective.answers.by
+    notes = _notes(about["left_out"], spec)
+    if answers is not None:
+        names = answers.by
         groups = groups_of(data.read_fields(uri, names, limit=limit), about["numbers"]) if names else ()
-        return ReadPart(answered(found, groups), about["dropped"], fingerprint, _notes(about["left_out"], spec))
+        return ReadPart(answered(found, groups), about["dropped"], fingerprint, notes, (), warnings, contents)
     packs, packing = packed(found, spec.objective.packing, spec.max_length)
-    return ReadPart(packs, about["dropped"], fingerprint, (*_notes(about["left_out"], spec), *packing))
+    return ReadPart(packs, about["dropped"], fingerprint, (*notes, *packing), (), warnings, contents)
 
 
 def _render(
@@ -83,15 +93,16 @@ def _numbered(spec: TrainSpec) -> bool:
     return isinstance(spec.objective, SftSpec) and spec.objective.answers is not None
 
 
-def _key(spec: TrainSpec, template: Template, prompt: Prompt, fingerprint: str, seed: int) -> str:
-    """32 hex digits over everything that decides the rendered rows."""
+def _key(spec: TrainSpec, template: Template, prompt: Prompt, fingerprint: str, seed: int, keys: KeyCheck) -> str:
+    """32 hex digits over everything that decides the rendered rows. keys: counts ignored keys of the corpus."""
     context = None
     if spec.data.context is not None:
-        passages = [asdict(passage) for passage in data.read_passages(spec.data.context.corpus)]
+        passages = [asdict(passage) for passage in data.read_passages(spec.data.context.corpus, keys)]
         chosen = spec.data.context.model_dump(mode="json", exclude={"corpus"})
         context = {**chosen, "seed": seed, "corpus": hashlib.sha256(canonical_json(passages).encode()).hexdigest()}
     decides = {
         "form": FORM, "rows": fingerprint, "template": template.digest, "tokenizer": template.tokenizer_digest,
+        "date": str(template.date),
         "prompt": asdict(prompt), "max_length": spec.max_length, "context": context, "numbered": _numbered(spec),
     }  # fmt: skip
     return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]

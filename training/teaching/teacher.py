@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from datetime import date
 
 from graftwork import artifact, base_model, base_source
 from graftwork.base_model import BaseSpec, QuantSpec
@@ -22,10 +23,13 @@ class Teacher:
     quant: QuantSpec
     adapter: str | None
     """`task@version`."""
+    template_date: date | None = None
+    """The day that its chat template writes as today's, where it writes one."""
 
     def digest(self) -> str:
         """sha256 hex over what decides its distributions."""
         what = [self.base_digest, self.quant.model_dump(mode="json", exclude={"resident"}), self.adapter]
+        what += [self.template_date.isoformat()] if self.template_date else []
         return hashlib.sha256(canonical_json(what).encode()).hexdigest()
 
 
@@ -33,7 +37,7 @@ def pinned(spec: TrainSpec, asked: TeacherSpec) -> Teacher:
     """The teacher by digest and version. Raises ArtifactError, BaseModelError: missing, or no teacher."""
     base = asked.base or spec.base
     resolved = base_model.resolve(base)
-    adapter = None
+    adapter, changes = None, {"uri": base_source.absolute(base.uri)}
     if asked.adapter is not None:
         manifest = artifact.resolve(Store(spec.root), asked.adapter)
         artifact.require_base(manifest, resolved.digest)
@@ -41,8 +45,11 @@ def pinned(spec: TrainSpec, asked: TeacherSpec) -> Teacher:
             raise ArtifactError(f"objective.teacher.adapter={asked.adapter}", "it is a reward model",
                                 "a teacher writes tokens", "name another adapter")  # fmt: skip
         adapter = manifest.ref
-    placed = base.with_({"uri": base_source.absolute(base.uri)})
-    return Teacher(placed, resolved.digest, asked.quant or spec.quant, adapter)
+        if manifest.template_date is not None:
+            changes["template_date"] = manifest.template_date.isoformat()
+    placed = base.with_(changes)
+    day = base_model.template(base_model.resolve(placed)).date
+    return Teacher(placed, resolved.digest, asked.quant or spec.quant, adapter, day)
 
 
 def require_vocabulary(spec: TrainSpec, teacher: Teacher, template: Template) -> None:

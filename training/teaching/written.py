@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,6 +32,10 @@ class Written:
 
     uri: str
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    """Ignored keys of the rows that the questions come from."""
+    contents: "array[int]"
+    """A hash of each of those rows, as `ReadPart.contents`."""
 
 
 def written(spec: TrainSpec, generate: GenerateSpec) -> Written:
@@ -39,7 +44,8 @@ def written(spec: TrainSpec, generate: GenerateSpec) -> Written:
     Raises DataError (no endpoint, no answer kept), ArtifactError, BaseModelError, ConfigError (an unknown reward).
     """
     assert spec.data.train is not None
-    rows = data.read_rows(spec.data.train, limit=spec.data.train_rows, need="prompt")
+    keys = data.key_check("prompt")
+    rows = data.read_rows(spec.data.train, limit=spec.data.train_rows, need="prompt", keys=keys)
     loaded = load_rewards([generate.keep] if generate.keep else [], spec)
     rewards = [reward for reward in loaded if isinstance(reward, Reward)]
     store, key = Store(spec.root), _key(spec, generate, rows, rewards)
@@ -61,7 +67,8 @@ def written(spec: TrainSpec, generate: GenerateSpec) -> Written:
     about = store.read_json(FOLDER, key, ABOUT)
     rule = f"keep={generate.keep.name}, at_least={generate.at_least:g}" if generate.keep else "ended"
     note = f"{about['kept']} of {about['asked']} answers of the teacher kept ({rule}; {about['unended']} had not ended)"
-    return Written(store.path(FOLDER, key, ANSWERS), (note,))
+    contents = array("q", [hash(row.messages) for row in rows])
+    return Written(store.path(FOLDER, key, ANSWERS), (note,), keys.note("data.train"), contents)
 
 
 def _asked(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[Row]) -> list[list[Answer]]:
