@@ -30,6 +30,7 @@ from graftwork.serving.arms import (
     messages_of,
     query_of,
     raw_prompt,
+    require_bytes,
     require_short,
     warm,
 )
@@ -273,6 +274,7 @@ class EngineReplica:
 
     async def _admit(self, arm: Dump, messages: Question, wanted: Sampling, *, grammar: bool = True) -> _Admitted:
         spec = ArmSpec.model_validate(arm)
+        require_bytes(messages, self._template, self._engine.room(None))
         with ExitStack() as hold:
             pin = await self._residency.pin(spec.adapter) if spec.adapter else None
             if pin is not None:
