@@ -48,6 +48,8 @@ class ApiError(GraftworkError):
     def headers(self) -> dict[str, str]:
         """What goes into the response's head beside the status."""
         found = {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        if self.status in (408, 413):  # the rest of the body is not waited for
+            found["connection"] = "close"
         return found | ({"retry-after": str(self.retry_after_s)} if self.retry_after_s is not None else {})
 
     def body(self) -> dict[str, dict[str, str | None]]:

@@ -58,6 +58,8 @@ class Sampling:
     """Shadow traffic: computed only while no other request is."""
     max_prompt_tokens: int | None = None
     """The endpoint's limit when the request was admitted; a longer prompt is refused."""
+    cache_salt: str = ""
+    """The API key's name: prompts of another are no hit in the prefix cache."""
 
     def params(self, max_new_tokens: int, index: int) -> SamplingParams:
         """For one of the `n` answers."""

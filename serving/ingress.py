@@ -17,6 +17,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import graftwork
 from graftwork.serving.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Route
@@ -29,7 +30,8 @@ from graftwork.serving.experiment.online.experiments import SESSION_HEADER
 from graftwork.serving.experiment.online.live_request import LiveRequest
 from graftwork.serving.experiment.online.routes import EXPERIMENT_BODIES, EXPERIMENTS, ExperimentRoutes
 from graftwork.serving.experiment.online.status import experiment_families
-from graftwork.serving.limits import caller
+from graftwork.serving.http_guard import HostAndOrigin, require_json
+from graftwork.serving.limits import ANYBODY, RequestSize, caller
 from graftwork.serving.live import snapshot, total
 from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.live_page import page
@@ -44,6 +46,9 @@ from graftwork.serving.request_body import read_body
 from graftwork.serving.spec import ArmSpec, ServeSpec
 
 READY_TIMEOUT_S = 5.0
+Source = Backend | LiveRequest
+Call = tuple[Dump, Question, str, Dump]
+"""Arguments of `Backend.choices` and `stream`."""
 
 
 class Ingress:
@@ -76,11 +81,17 @@ def make_app(live: LiveConfig, backend: Backend, keys: Keys) -> FastAPI:
     admin, limits, experiments = Admin(live, backend), live.limits, live.experiments
     surface, experimenting = Surface(live, backend), ExperimentRoutes(experiments)
     app = FastAPI(
-        title="graftwork", version=graftwork.__version__, docs_url=None, redoc_url=None, exception_handlers=handlers,
-        lifespan=_with(live),
+        title="graftwork", version=graftwork.__version__, docs_url=None, redoc_url=None, openapi_url=None,
+        exception_handlers=handlers, lifespan=_with(live),
     )  # fmt: skip
+    if origins := live.spec.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=["*"],
+        )  # fmt: skip
+    app.add_middleware(HostAndOrigin, spec=live.spec)
     app.add_middleware(CountedHttp, counts=surface.responses)
-    guarded, owned = [Depends(user_check(keys, limits))], [Depends(admin_check(keys))]
+    guarded, owned = [Depends(user_check(keys, limits))], [Depends(admin_check(keys, limits))]
     posts: list[Route] = [
         ("/v1/chat/completions", surface.chat, ChatRequest),
         ("/v1/completions", surface.completions, CompletionRequest),
@@ -89,7 +100,7 @@ def make_app(live: LiveConfig, backend: Backend, keys: Keys) -> FastAPI:
         *experimenting.routes(),
     ]
     for path, post, body in posts:
-        guards = owned if path.startswith(ADMIN) else guarded
+        guards = [*(owned if path.startswith(ADMIN) else guarded), Depends(require_json)]
         app.add_api_route(path, post, methods=["POST"], dependencies=guards, response_model=None, responses=ERRORS,
                           openapi_extra=body_of(body))  # fmt: skip
     for path, listing in (
@@ -109,8 +120,14 @@ def make_app(live: LiveConfig, backend: Backend, keys: Keys) -> FastAPI:
         app.add_api_route(path, get, methods=["GET"], dependencies=guarded, response_model=None, responses=ERRORS)
     for path, probe in (("/", surface.page), ("/health", surface.health), ("/ready", surface.ready)):
         app.add_api_route(path, probe, methods=["GET"], response_model=None, responses=ERRORS)
+    app.add_api_route("/openapi.json", _description, methods=["GET"], dependencies=guarded, include_in_schema=False)
     describe(app, [ChatRequest, CompletionRequest, EmbeddingRequest, *ADMIN_BODIES, *EXPERIMENT_BODIES])
     return app
+
+
+async def _description(request: Request) -> Response:
+    """GET /openapi.json: behind the token, for it names the admin routes."""
+    return JSONResponse(request.app.openapi())
 
 
 def _with(live: LiveConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
@@ -161,8 +178,13 @@ class Surface:
         """POST /v1/embeddings: vectors of the endpoint's embedder."""
         body = parse(EmbeddingRequest, await read_body(request))
         self._catalog.require_embedder(body.model)
-        embedded = await self._backend.embed(body.texts())
-        self._limits.spend(caller.get(), sum(embedded.tokens))
+        reserved = self._limits.reserve(caller.get(), sum(len(text.encode()) + 2 for text in body.texts()))
+        try:
+            embedded = await self._backend.embed(body.texts())
+        except ApiError:
+            reserved.resize(0)
+            raise
+        reserved.resize(sum(embedded.tokens))
         return JSONResponse(embedding_response(body, embedded))
 
     async def adapters(self) -> Response:
@@ -226,25 +248,28 @@ class Surface:
         arm: ArmSpec,
         asked: Question,
         request_id: str,
-        source: Backend | LiveRequest,
+        source: Source,
     ) -> Response:
         allowed = self._limits.spec
         if body.n > allowed.max_n:
             raise bad_request(f"n={body.n}: at most {allowed.max_n} answers are given.", param="n")
-        sampling = replace(body.sampling(), max_prompt_tokens=allowed.max_prompt_tokens)
+        salt = "" if caller.get() == ANYBODY else caller.get()
+        sampling = replace(body.sampling(), max_prompt_tokens=allowed.max_prompt_tokens, cache_salt=salt)
         call = arm.model_dump(mode="json"), asked, request_id, sampling.dump()
         headers = {"x-request-id": request_id}
         if isinstance(source, LiveRequest):
             headers["x-graftwork-experiment"] = source.experiment
+        room = self._live.spec.engine.max_seq_len
+        text = [asked] if isinstance(asked, str) else [turn["content"] for turn in asked]
+        size = RequestSize(body.model, sum(len(part.encode()) for part in text), body.n,
+                           body.limit() or arm.max_new_tokens or room, room)  # fmt: skip
         if not body.stream:
-            dumps = await source.choices(*call)
-            for dump in dumps:
-                self._limits.charge(caller.get(), dump)
+            dumps = await self._choices(source, call, size)
             answers = [ArmAnswer.load(dump) for dump in dumps]
             envelope = Envelope.open(kind, request_id, body.model, answers[0].base_digest)
             headers |= identity(arm.name, answers[0].base_digest, answers[0].adapter_version)
             return JSONResponse(envelope.whole(answers), headers=headers)
-        chunks = self._limits.metered(source.stream(*call))
+        chunks = self._limits.metered(caller.get(), source.stream(*call), size)
         admitted = await anext(aiter(chunks))  # raises what refuses the request, while the status can still be set
         envelope = Envelope.open(kind, request_id, body.model, admitted["base_digest"])
         headers |= identity(arm.name, admitted["base_digest"], admitted["version"])
@@ -253,6 +278,14 @@ class Surface:
         return StreamingResponse(
             events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
         )
+
+    async def _choices(self, source: Source, call: Call, size: RequestSize) -> list[Dump]:
+        """The whole answers. A stream costs more CPU, but of one that the caller leaves the tokens are known."""
+        if self._limits.spec.tokens_per_min is None:
+            return await source.choices(*call)
+        async with aclosing(self._limits.metered(caller.get(), source.stream(*call), size)) as chunks:
+            answers = [chunk["answer"] async for chunk in chunks if "answer" in chunk]
+        return sorted(answers, key=lambda answer: int(answer["index"]))
 
     async def _cards(self) -> list[Json]:
         found = await self._backend.call("models")
@@ -275,7 +308,7 @@ async def _events(
                 if "answer" in chunk:
                     answers.append(ArmAnswer.load(chunk["answer"]))
                     yield sse(envelope.last(answers[-1]))
-                else:
+                elif chunk["text"] or chunk["logprobs"]:
                     told = [TokenLogprob.load(one) for one in chunk["logprobs"]]
                     yield sse(envelope.delta(chunk["text"], index=chunk["index"], first=False, logprobs=told))
             if with_usage:

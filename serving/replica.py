@@ -128,8 +128,9 @@ class EngineReplica:
     async def stream(
         self, arm: Dump, messages: Question, request_id: str, sampling: Dump | None = None
     ) -> AsyncGenerator[Dump]:
-        """The answers as they grow: `{"base_digest", "version"}` once admitted, then pieces `{"index", "text"}`, with
-        `"logprobs"` where asked for, and at the end of each answer `{"answer"}`.
+        """The answers as they grow: `{"base_digest", "version", "prompt_tokens"}` once admitted, then pieces `{"index",
+        "text", "tokens", "logprobs"}` (tokens of this answer so far; logprobs where asked for), at the end of each
+        answer `{"answer"}`. A piece has no text where its tokens have none yet.
 
         Raises ApiError; where the request can't be served, before the first chunk.
         """
@@ -143,15 +144,17 @@ class EngineReplica:
             cold = admitted.pin is not None and admitted.pin.cold
             watch.admitted(admitted.arm.name, task, admitted.version)
             with closing(generation):
-                yield {"base_digest": self._base_digest, "version": admitted.version}
+                prompt_tokens = len(admitted.prompt.ids)
+                yield {"base_digest": self._base_digest, "version": admitted.version, "prompt_tokens": prompt_tokens}
                 growing = [self._growing(index, admitted, arrived) for index in range(admitted.sampling.n)]
                 async for events in generation.events():
                     for index, arrivals in events.items():
                         answer = growing[index]
                         watch.burst(sum(event.token_id >= 0 for event in arrivals), index)
                         text, logprobs = answer.push(arrivals)
-                        if text or logprobs:
-                            yield {"index": index, "text": text, "logprobs": [asdict(one) for one in logprobs]}
+                        if text or logprobs or not answer.ended:
+                            told = [asdict(one) for one in logprobs]
+                            yield {"index": index, "text": text, "tokens": answer.tokens, "logprobs": told}
                         if answer.ended:
                             whole = answer.answer(
                                 request_id, admitted.arm.name, task, admitted.version, self._base_digest, cold=cold
@@ -286,11 +289,12 @@ class EngineReplica:
 
     def _submit(self, request_id: str, admitted: _Admitted, arrived: float) -> Generation:
         wanted, prompt = admitted.sampling, admitted.prompt
+        salt = "" if self._spec.engine.share_prefix_cache else wanted.cache_salt
         requests = [
             GenerateRequest(
                 request_id if wanted.n == 1 else f"{request_id}/{index}", prompt.ids,
                 wanted.params(prompt.max_new_tokens, index), admitted.stop_ids, admitted.version,
-                grammar=admitted.grammar, idle_only=wanted.idle_only, arrived=arrived,
+                grammar=admitted.grammar, idle_only=wanted.idle_only, cache_salt=salt, arrived=arrived,
             )
             for index in range(wanted.n)
         ]  # fmt: skip
