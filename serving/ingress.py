@@ -20,8 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import graftwork
-from graftwork.serving.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Route
-from graftwork.serving.api_error import ApiError, bad_request, unknown_model
+from graftwork.serving.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Handler, Route
+from graftwork.serving.api_error import ApiError, bad_request
 from graftwork.serving.arms import ArmAnswer, Dump, Question
 from graftwork.serving.auth import Keys, admin_check, user_check
 from graftwork.serving.backend import Backend, ServeBackend
@@ -38,6 +38,7 @@ from graftwork.serving.live_page import page
 from graftwork.serving.logprobs import TokenLogprob
 from graftwork.serving.metrics_families import CONTENT_TYPE, render
 from graftwork.serving.metrics_http import CountedHttp, http_families
+from graftwork.serving.model_list import ModelList
 from graftwork.serving.openai_embeddings import EmbeddingRequest, embedding_response
 from graftwork.serving.openai_responses import DONE, Envelope, Json, Kind, identity, model_card, sse
 from graftwork.serving.openai_types import ChatRequest, CompletionRequest, parse
@@ -100,6 +101,8 @@ def make_app(live: LiveConfig, backend: Backend, keys: Keys) -> FastAPI:
         *experimenting.routes(),
     ]
     for path, post, body in posts:
+        if path.startswith(ADMIN):
+            post = surface.changing(post)
         guards = [*(owned if path.startswith(ADMIN) else guarded), Depends(require_json)]
         app.add_api_route(path, post, methods=["POST"], dependencies=guards, response_model=None, responses=ERRORS,
                           openapi_extra=body_of(body))  # fmt: skip
@@ -150,6 +153,7 @@ class Surface:
     def __init__(self, live: LiveConfig, backend: Backend) -> None:
         self._backend, self._live = backend, live
         self._catalog, self._limits, self._experiments = live.catalog, live.limits, live.experiments
+        self._models = ModelList(live.catalog, backend)
         self.responses: Counter[tuple[str, str, str]] = Counter()
         """HTTP responses by route, method and status."""
 
@@ -159,16 +163,15 @@ class Surface:
         messages = [{"role": turn.role, "content": turn.content} for turn in (m.message() for m in body.messages)]
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
         if not body.model.startswith(EXPERIMENT):
-            return await self._complete(
-                "chat", body, self._catalog.arm(body.model), messages, request_id, self._backend
-            )
+            arm = await self._arm(body.model)
+            return await self._complete("chat", body, arm, messages, request_id, self._backend)
         live = await self._experiments.request(body.model, body.user, request.headers.get(SESSION_HEADER), request_id)
         return await self._complete("chat", body, live.arm, messages, request_id, live)
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions: the text is continued as it stands."""
         body = parse(CompletionRequest, await read_body(request))
-        arm = self._catalog.arm(body.model)
+        arm = await self._arm(body.model)
         if arm.prompt is not None or arm.retriever is not None:
             raise bad_request("An arm has its own prompt: ask it at /v1/chat/completions.", param="model")
         request_id = f"cmpl-{uuid.uuid4().hex}"
@@ -213,14 +216,26 @@ class Surface:
 
     async def models(self) -> Response:
         """GET /v1/models: base, arms, and every adapter of the store, loaded or not."""
-        return JSONResponse({"object": "list", "data": await self._cards()})
+        cards = [*await self._models.cards(), *self._experiment_cards()]
+        return JSONResponse({"object": "list", "data": cards})
 
     async def model(self, model: str) -> Response:
         """GET /v1/models/{model}."""
-        for card in await self._cards():
-            if card["id"] == model:
-                return JSONResponse(card)
-        raise unknown_model(model, "GET /v1/models lists them all.")
+        found = [card for card in self._experiment_cards() if card["id"] == model] or [await self._models.card(model)]
+        if found[0] is None:
+            raise await self._models.unknown(model)
+        return JSONResponse(found[0])
+
+    def changing(self, post: Handler) -> Handler:
+        """A handler that changes adapters: the next listing of the models reads the store."""
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await post(request)
+            finally:
+                self._models.forget()
+
+        return handle
 
     async def page(self) -> Response:
         """GET /: the live page. It needs no token, for it holds nothing: it asks for one and calls /v1 with it."""
@@ -287,13 +302,17 @@ class Surface:
             answers = [chunk["answer"] async for chunk in chunks if "answer" in chunk]
         return sorted(answers, key=lambda answer: int(answer["index"]))
 
-    async def _cards(self) -> list[Json]:
-        found = await self._backend.call("models")
+    async def _arm(self, model: str) -> ArmSpec:
+        try:
+            return self._catalog.arm(model)
+        except ApiError:
+            raise await self._models.unknown(model, [card["id"] for card in self._experiment_cards()]) from None
+
+    def _experiment_cards(self) -> list[Json]:
         running = {
             f"{EXPERIMENT}{live.record.spec.name}": int(live.record.started_at) for live in self._experiments.now()
         }
-        cards = [model_card(name, created, kind="experiment") for name, created in running.items()]
-        return [*self._catalog.cards(found["adapters"], found["ready_at"]), *cards]
+        return [model_card(name, created, kind="experiment") for name, created in running.items()]
 
 
 async def _events(

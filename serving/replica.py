@@ -215,10 +215,17 @@ class EngineReplica:
         assert verb in VERBS, f"no verb {verb!r}"
         return await getattr(self._registry, verb)(*args)
 
-    async def models(self) -> Dump:
-        """The store's adapters made for this base: names and age. When this replica became ready (s)."""
+    async def models(self, ref: str | None = None) -> Dump:
+        """The store's adapters made for this base: names and age. When this replica became ready (s).
+
+        ref: `task@alias-or-version` for that one alone, "" for none.
+        """
         with as_api_errors():
-            found = as_served(await self._in_thread(self._source.published), self._residency.followed())
+            followed = self._residency.followed()
+            if ref is None:
+                found = as_served(await self._in_thread(self._source.published), followed)
+            else:
+                found = await self._in_thread(partial(self._source.one, ref, followed.get(ref))) if ref else []
         adapters = [
             {"task": manifest.task, "version": manifest.version, "aliases": aliases, "created_at": manifest.created_at}
             for manifest, aliases in found
