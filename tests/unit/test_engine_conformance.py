@@ -5,6 +5,7 @@
 
 import shutil
 import threading
+from dataclasses import replace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
