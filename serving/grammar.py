@@ -203,8 +203,8 @@ def _closure(start: list[Any], root: dict[str, Any]) -> tuple[list[dict[str, Any
 
 def _leaky(joined: list[dict[str, Any]]) -> str | None:
     """The bounds that these schemas give a number together, where the library does not hold them."""
-    types = [node["type"] for node in joined if "type" in node]
-    if any("number" not in ([kind] if isinstance(kind, str) else kind) for kind in types if isinstance(kind, str | list)):
+    types = [node["type"] for node in joined if isinstance(node.get("type"), str | list)]
+    if any("number" not in ([kind] if isinstance(kind, str) else kind) for kind in types):
         return None
     if any(key in node for node in joined for key in ("multipleOf", "enum", "const")):
         return None

@@ -1,4 +1,4 @@
-"""The models of an endpoint as GET /v1/models lists them: read from the store at most once a second, one without all."""
+"""Models of an endpoint for GET /v1/models: the store is listed at most once a second, and for one model not at all."""
 
 import asyncio
 import time

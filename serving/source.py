@@ -49,7 +49,6 @@ class AdapterSource:
         """Every version for this base with the aliases that point at it, as the store is now."""
         return [(m, aliases) for m, aliases in self._listing.read() if m.base_digest == self.base_digest]
 
-
     def one(self, ref: str, followed: str | None) -> "Published":
         """As `as_served` gives it for one `task@alias-or-version`; nothing where there is no such version.
 

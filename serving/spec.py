@@ -13,7 +13,6 @@ from graftwork.retrieval import RetrieverSpec
 from graftwork.serving.experiment.online.spec import ExperimentSpec
 from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 
-
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -45,7 +44,7 @@ class EngineSpec(Spec):
     prefix_cache: bool = True
     """Share the KV of equal prompt beginnings, keyed by (API key, adapter version digest, tokens)."""
     share_prefix_cache: bool = False
-    """Share it between API keys too. `cached_tokens` then tells a caller which prompts others have sent."""
+    """Share it between API keys too. `cached_tokens` then reveals which prompts other keys have sent."""
     num_threads: int | None = None
     """Torch threads; null takes the replica's CPUs."""
 
@@ -162,8 +161,8 @@ class ServeSpec(Spec):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     allowed_hosts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]+$")], ...] = ()
-    """Names in a request's Host header, without port, that are answered beside loopback's and `host`. None named where
-    `host` is a wildcard address: all, for a token is needed there."""
+    """Names in a request's Host header, without port, that are answered in addition to loopback's and `host`. None
+    named where `host` is a wildcard address: all, for a token is needed there."""
     allowed_origins: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s]+$")], ...] = ()
     """Other sites whose pages may call the endpoint from a browser, e.g. `https://app.example.com`."""
     token_env: str | None = None

@@ -188,16 +188,19 @@ def responses(url: str, route: str) -> dict[str, int]:
 ATTACK = """(async (url) => {
   const tried = {};
   const attempt = async (name, make) => {
-    try { const answer = await make(); tried[name] = answer.type + " " + answer.status + " " + (await answer.text()).slice(0, 40); }
-    catch (error) { tried[name] = "failed"; }
+    try {
+      const answer = await make();
+      tried[name] = answer.type + " " + answer.status + " " + (await answer.text()).slice(0, 40);
+    } catch (error) { tried[name] = "failed"; }
   };
   const body = JSON.stringify({adapter: "card@latest", version: "latest"});
   for (const type of ["text/plain", "application/x-www-form-urlencoded", "application/json"])
     for (const mode of ["no-cors", "cors"])
       await attempt(`${mode} ${type}`, () => fetch(url + "/v1/admin/adapters/promote",
         {method: "POST", mode, headers: {"content-type": type}, body}));
-  await attempt("blob", () => fetch(url + "/v1/admin/adapters/unload", {method: "POST", mode: "no-cors", body: new Blob([body])}));
-  await attempt("beacon", async () => new Response(String(navigator.sendBeacon(url + "/v1/admin/adapters/unload", body))));
+  const unload = url + "/v1/admin/adapters/unload";
+  await attempt("blob", () => fetch(unload, {method: "POST", mode: "no-cors", body: new Blob([body])}));
+  await attempt("beacon", async () => new Response(String(navigator.sendBeacon(unload, body))));
   await attempt("models", () => fetch(url + "/v1/models"));
   await attempt("models opaque", () => fetch(url + "/v1/models", {mode: "no-cors"}));
   return tried;
@@ -226,8 +229,10 @@ def test_a_page_of_another_origin_neither_acts_nor_reads(tab: Page, open_url: st
     tab.complaints.clear()
 
 
-def test_a_name_that_is_bound_to_this_address_reads_nothing(open_url: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """DNS rebinding: the page's own site has become the endpoint, so the browser takes its answers for the site's own."""
+def test_a_name_that_is_bound_to_this_address_reads_nothing(
+    open_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """DNS rebinding: the name of the page's own site leads to the endpoint, so the browser lets the page read it."""
     rules = f"--host-resolver-rules=MAP evil.example {open_url.removeprefix('http://')}"
     with browser(tmp_path_factory.mktemp("rebound"), rules) as tab:
         tab.open("http://evil.example/", width=1440)
