@@ -39,6 +39,7 @@ GOALS = (
     Goal("adapter_load", "file_to_token", "file to first token, beyond a loaded adapter's, ms", "at most", 50.0),
     Goal("swap_stall", "p99_to_quiet", "others' inter-token p99 during 10 swaps a second to quiet", "at most", 1.10),
     Goal("swap_stall", "saved16_p99_to_quiet", "the same, adapters saved in bf16", "at most", 1.10),
+    Goal("prompt_flood", "p99_to_quiet", "others' inter-token p99, flood of 4 MB prompts to quiet", "at most", 1.2),
     Goal("start", "ready", "start of the process to the first answer, s", "at most", 10.0),
     Goal("zipf", "worst_to_median", "worst adapter's p95 time to first token, to the median, Zipf(1)", "at most", 3.0),
     Goal("live_changes", "answered", "10,000 requests while adapters, arms, weights change: answered", "at least", 1.0),

@@ -26,6 +26,7 @@ BENCHMARKS = (
     "engine_decode_bf16",
     "adapter_load",
     "swap_stall",
+    "prompt_flood",
     "zipf",
     "adapter_kinds",
     "memory_plan",

@@ -63,6 +63,7 @@ def private_ray(num_cpus: int | None = None) -> Iterator[str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "PYTHONPATH": _python_path(),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "graftwork.serving.http_protocol:install",
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_GONE_S),
     }
     try:

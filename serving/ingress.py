@@ -17,10 +17,11 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import graftwork
-from graftwork.serving.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Route
-from graftwork.serving.api_error import ApiError, bad_request, unknown_model
+from graftwork.serving.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Handler, Route
+from graftwork.serving.api_error import ApiError, bad_request
 from graftwork.serving.arms import ArmAnswer, Dump, Question
 from graftwork.serving.auth import Keys, admin_check, user_check
 from graftwork.serving.backend import Backend, ServeBackend
@@ -29,13 +30,15 @@ from graftwork.serving.experiment.online.experiments import SESSION_HEADER
 from graftwork.serving.experiment.online.live_request import LiveRequest
 from graftwork.serving.experiment.online.routes import EXPERIMENT_BODIES, EXPERIMENTS, ExperimentRoutes
 from graftwork.serving.experiment.online.status import experiment_families
-from graftwork.serving.limits import caller
+from graftwork.serving.http_guard import HostAndOrigin, require_json
+from graftwork.serving.limits import ANYBODY, RequestSize, caller
 from graftwork.serving.live import snapshot, total
 from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.live_page import page
 from graftwork.serving.logprobs import TokenLogprob
 from graftwork.serving.metrics_families import CONTENT_TYPE, render
 from graftwork.serving.metrics_http import CountedHttp, http_families
+from graftwork.serving.model_list import ModelList
 from graftwork.serving.openai_embeddings import EmbeddingRequest, embedding_response
 from graftwork.serving.openai_responses import DONE, Envelope, Json, Kind, identity, model_card, sse
 from graftwork.serving.openai_types import ChatRequest, CompletionRequest, parse
@@ -44,6 +47,9 @@ from graftwork.serving.request_body import read_body
 from graftwork.serving.spec import ArmSpec, ServeSpec
 
 READY_TIMEOUT_S = 5.0
+Source = Backend | LiveRequest
+Call = tuple[Dump, Question, str, Dump]
+"""Arguments of `Backend.choices` and `stream`."""
 
 
 class Ingress:
@@ -76,11 +82,17 @@ def make_app(live: LiveConfig, backend: Backend, keys: Keys) -> FastAPI:
     admin, limits, experiments = Admin(live, backend), live.limits, live.experiments
     surface, experimenting = Surface(live, backend), ExperimentRoutes(experiments)
     app = FastAPI(
-        title="graftwork", version=graftwork.__version__, docs_url=None, redoc_url=None, exception_handlers=handlers,
-        lifespan=_with(live),
+        title="graftwork", version=graftwork.__version__, docs_url=None, redoc_url=None, openapi_url=None,
+        exception_handlers=handlers, lifespan=_with(live),
     )  # fmt: skip
+    if origins := live.spec.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=["*"],
+        )  # fmt: skip
+    app.add_middleware(HostAndOrigin, spec=live.spec)
     app.add_middleware(CountedHttp, counts=surface.responses)
-    guarded, owned = [Depends(user_check(keys, limits))], [Depends(admin_check(keys))]
+    guarded, owned = [Depends(user_check(keys, limits))], [Depends(admin_check(keys, limits))]
     posts: list[Route] = [
         ("/v1/chat/completions", surface.chat, ChatRequest),
         ("/v1/completions", surface.completions, CompletionRequest),
@@ -89,7 +101,9 @@ def make_app(live: LiveConfig, backend: Backend, keys: Keys) -> FastAPI:
         *experimenting.routes(),
     ]
     for path, post, body in posts:
-        guards = owned if path.startswith(ADMIN) else guarded
+        if path.startswith(ADMIN):
+            post = surface.changing(post)
+        guards = [*(owned if path.startswith(ADMIN) else guarded), Depends(require_json)]
         app.add_api_route(path, post, methods=["POST"], dependencies=guards, response_model=None, responses=ERRORS,
                           openapi_extra=body_of(body))  # fmt: skip
     for path, listing in (
@@ -109,8 +123,14 @@ def make_app(live: LiveConfig, backend: Backend, keys: Keys) -> FastAPI:
         app.add_api_route(path, get, methods=["GET"], dependencies=guarded, response_model=None, responses=ERRORS)
     for path, probe in (("/", surface.page), ("/health", surface.health), ("/ready", surface.ready)):
         app.add_api_route(path, probe, methods=["GET"], response_model=None, responses=ERRORS)
+    app.add_api_route("/openapi.json", _description, methods=["GET"], dependencies=guarded, include_in_schema=False)
     describe(app, [ChatRequest, CompletionRequest, EmbeddingRequest, *ADMIN_BODIES, *EXPERIMENT_BODIES])
     return app
+
+
+async def _description(request: Request) -> Response:
+    """GET /openapi.json: behind the token, for it names the admin routes."""
+    return JSONResponse(request.app.openapi())
 
 
 def _with(live: LiveConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
@@ -133,6 +153,7 @@ class Surface:
     def __init__(self, live: LiveConfig, backend: Backend) -> None:
         self._backend, self._live = backend, live
         self._catalog, self._limits, self._experiments = live.catalog, live.limits, live.experiments
+        self._models = ModelList(live.catalog, backend)
         self.responses: Counter[tuple[str, str, str]] = Counter()
         """HTTP responses by route, method and status."""
 
@@ -142,16 +163,15 @@ class Surface:
         messages = [{"role": turn.role, "content": turn.content} for turn in (m.message() for m in body.messages)]
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
         if not body.model.startswith(EXPERIMENT):
-            return await self._complete(
-                "chat", body, self._catalog.arm(body.model), messages, request_id, self._backend
-            )
+            arm = await self._arm(body.model)
+            return await self._complete("chat", body, arm, messages, request_id, self._backend)
         live = await self._experiments.request(body.model, body.user, request.headers.get(SESSION_HEADER), request_id)
         return await self._complete("chat", body, live.arm, messages, request_id, live)
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions: the text is continued as it stands."""
         body = parse(CompletionRequest, await read_body(request))
-        arm = self._catalog.arm(body.model)
+        arm = await self._arm(body.model)
         if arm.prompt is not None or arm.retriever is not None:
             raise bad_request("An arm has its own prompt: ask it at /v1/chat/completions.", param="model")
         request_id = f"cmpl-{uuid.uuid4().hex}"
@@ -161,8 +181,13 @@ class Surface:
         """POST /v1/embeddings: vectors of the endpoint's embedder."""
         body = parse(EmbeddingRequest, await read_body(request))
         self._catalog.require_embedder(body.model)
-        embedded = await self._backend.embed(body.texts())
-        self._limits.spend(caller.get(), sum(embedded.tokens))
+        reserved = self._limits.reserve(caller.get(), sum(len(text.encode()) + 2 for text in body.texts()))
+        try:
+            embedded = await self._backend.embed(body.texts())
+        except ApiError:
+            reserved.resize(0)
+            raise
+        reserved.resize(sum(embedded.tokens))
         return JSONResponse(embedding_response(body, embedded))
 
     async def adapters(self) -> Response:
@@ -191,14 +216,26 @@ class Surface:
 
     async def models(self) -> Response:
         """GET /v1/models: base, arms, and every adapter of the store, loaded or not."""
-        return JSONResponse({"object": "list", "data": await self._cards()})
+        cards = [*await self._models.cards(), *self._experiment_cards()]
+        return JSONResponse({"object": "list", "data": cards})
 
     async def model(self, model: str) -> Response:
         """GET /v1/models/{model}."""
-        for card in await self._cards():
-            if card["id"] == model:
-                return JSONResponse(card)
-        raise unknown_model(model, "GET /v1/models lists them all.")
+        found = [card for card in self._experiment_cards() if card["id"] == model] or [await self._models.card(model)]
+        if found[0] is None:
+            raise await self._models.unknown(model)
+        return JSONResponse(found[0])
+
+    def changing(self, post: Handler) -> Handler:
+        """A handler that changes adapters: the next listing of the models reads the store."""
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await post(request)
+            finally:
+                self._models.forget()
+
+        return handle
 
     async def page(self) -> Response:
         """GET /: the live page. It needs no token, for it holds nothing: it asks for one and calls /v1 with it."""
@@ -226,25 +263,28 @@ class Surface:
         arm: ArmSpec,
         asked: Question,
         request_id: str,
-        source: Backend | LiveRequest,
+        source: Source,
     ) -> Response:
         allowed = self._limits.spec
         if body.n > allowed.max_n:
             raise bad_request(f"n={body.n}: at most {allowed.max_n} answers are given.", param="n")
-        sampling = replace(body.sampling(), max_prompt_tokens=allowed.max_prompt_tokens)
+        salt = "" if caller.get() == ANYBODY else caller.get()
+        sampling = replace(body.sampling(), max_prompt_tokens=allowed.max_prompt_tokens, cache_salt=salt)
         call = arm.model_dump(mode="json"), asked, request_id, sampling.dump()
         headers = {"x-request-id": request_id}
         if isinstance(source, LiveRequest):
             headers["x-graftwork-experiment"] = source.experiment
+        room = self._live.spec.engine.max_seq_len
+        text = [asked] if isinstance(asked, str) else [turn["content"] for turn in asked]
+        size = RequestSize(body.model, sum(len(part.encode()) for part in text), body.n,
+                           body.limit() or arm.max_new_tokens or room, room)  # fmt: skip
         if not body.stream:
-            dumps = await source.choices(*call)
-            for dump in dumps:
-                self._limits.charge(caller.get(), dump)
+            dumps = await self._choices(source, call, size)
             answers = [ArmAnswer.load(dump) for dump in dumps]
             envelope = Envelope.open(kind, request_id, body.model, answers[0].base_digest)
             headers |= identity(arm.name, answers[0].base_digest, answers[0].adapter_version)
             return JSONResponse(envelope.whole(answers), headers=headers)
-        chunks = self._limits.metered(source.stream(*call))
+        chunks = self._limits.metered(caller.get(), source.stream(*call), size)
         admitted = await anext(aiter(chunks))  # raises what refuses the request, while the status can still be set
         envelope = Envelope.open(kind, request_id, body.model, admitted["base_digest"])
         headers |= identity(arm.name, admitted["base_digest"], admitted["version"])
@@ -254,13 +294,25 @@ class Surface:
             events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
         )
 
-    async def _cards(self) -> list[Json]:
-        found = await self._backend.call("models")
+    async def _choices(self, source: Source, call: Call, size: RequestSize) -> list[Dump]:
+        """The whole answers. A stream costs more CPU, but of one that the caller leaves the tokens are known."""
+        if self._limits.spec.tokens_per_min is None:
+            return await source.choices(*call)
+        async with aclosing(self._limits.metered(caller.get(), source.stream(*call), size)) as chunks:
+            answers = [chunk["answer"] async for chunk in chunks if "answer" in chunk]
+        return sorted(answers, key=lambda answer: int(answer["index"]))
+
+    async def _arm(self, model: str) -> ArmSpec:
+        try:
+            return self._catalog.arm(model)
+        except ApiError:
+            raise await self._models.unknown(model, [card["id"] for card in self._experiment_cards()]) from None
+
+    def _experiment_cards(self) -> list[Json]:
         running = {
             f"{EXPERIMENT}{live.record.spec.name}": int(live.record.started_at) for live in self._experiments.now()
         }
-        cards = [model_card(name, created, kind="experiment") for name, created in running.items()]
-        return [*self._catalog.cards(found["adapters"], found["ready_at"]), *cards]
+        return [model_card(name, created, kind="experiment") for name, created in running.items()]
 
 
 async def _events(
@@ -275,7 +327,7 @@ async def _events(
                 if "answer" in chunk:
                     answers.append(ArmAnswer.load(chunk["answer"]))
                     yield sse(envelope.last(answers[-1]))
-                else:
+                elif chunk["text"] or chunk["logprobs"]:
                     told = [TokenLogprob.load(one) for one in chunk["logprobs"]]
                     yield sse(envelope.delta(chunk["text"], index=chunk["index"], first=False, logprobs=told))
             if with_usage:

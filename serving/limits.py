@@ -1,11 +1,13 @@
 """How much one key may ask for: requests and tokens a minute, as token buckets in the one ingress process.
 
 A bucket holds one minute's worth and refills evenly, so a burst of a minute's allowance passes and then the rate holds.
-Tokens are known only afterwards: they are charged when an answer ends, and a bucket in debt refuses until it is paid.
+Tokens are reserved when a request is admitted, as many as it can take at most, and settled when it ends, however it
+ends. A request that can take more than a minute's worth needs a full bucket; one in debt refuses until it is paid.
 """
 
 import math
 import time
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -15,6 +17,8 @@ from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import Dump
 from graftwork.serving.spec import LimitsSpec
 
+ADDRESSES = 4096
+"""Addresses whose wrong tokens are counted; beyond it the one seen longest ago is forgotten."""
 Clock = Callable[[], float]
 ADMIN = "admin"
 ANYBODY = "anybody"
@@ -49,6 +53,41 @@ class Bucket:
 
 
 @dataclass(slots=True)
+class Reservation:
+    """Tokens that a bucket holds back for one request. None: the caller has no limit."""
+
+    bucket: Bucket | None
+    tokens: int = 0
+
+    def resize(self, tokens: int) -> None:
+        """Hold so many from now on; the last call is the charge."""
+        if self.bucket is not None:
+            self.bucket.level += self.tokens - tokens
+        self.tokens = tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSize:
+    """Bounds of the tokens of one request, before its prompt is tokenised.
+
+    A token holds at least one byte of text. What template, arm and passages add to the text is learned from the model's
+    earlier prompts; before the first the whole sequence counts.
+    """
+
+    model: str
+    text_bytes: int
+    answers: int
+    max_new_tokens: int
+    """Of one answer."""
+    room: int
+    """engine.max_seq_len."""
+
+    def at_most(self, prompt: int) -> int:
+        """Tokens of the request with so many in its prompt."""
+        return min(prompt + self.answers * self.max_new_tokens, self.answers * self.room)
+
+
+@dataclass(slots=True)
 class RateLimits:
     """The buckets of each caller. Names come from the endpoint's own keys, so there are only so many."""
 
@@ -56,10 +95,15 @@ class RateLimits:
     clock: Clock = time.monotonic
     _requests: dict[str, Bucket] = field(default_factory=dict)
     _tokens: dict[str, Bucket] = field(default_factory=dict)
+    _added: dict[str, int] = field(default_factory=dict)
+    """Most tokens of a prompt beyond its text's bytes, by model."""
+    _wrong: OrderedDict[str, Bucket] = field(default_factory=OrderedDict)
 
     def take(self, spec: LimitsSpec) -> None:
         """Other limits from now on. What a caller has used up stays used up."""
         self.spec = spec
+        for bucket in self._wrong.values():
+            bucket.change(spec.wrong_tokens_per_min)
         for buckets, per_min in ((self._requests, spec.requests_per_min), (self._tokens, spec.tokens_per_min)):
             if per_min is None:
                 buckets.clear()
@@ -80,24 +124,53 @@ class RateLimits:
         if self.spec.requests_per_min is not None:
             self._requests[name].level -= 1
 
-    def charge(self, name: str, answer: Dump) -> None:
-        """Count the tokens of an answer (`ArmAnswer.dump`), and the prompt with the first."""
-        self.spend(name, answer["completion_tokens"] + (0 if answer["index"] else answer["prompt_tokens"]))
+    def reserve(self, name: str, tokens: int) -> Reservation:
+        """Hold tokens back. Raises ApiError 429 where they are not there. The owner's are free."""
+        if self.spec.tokens_per_min is None or name == ADMIN:
+            return Reservation(None)
+        bucket = self._bucket(self._tokens, name, self.spec.tokens_per_min)
+        if (wait_s := bucket.wait_s(min(tokens, self.spec.tokens_per_min))) > 0:
+            raise _too_many(name, "tokens", wait_s)
+        reservation = Reservation(bucket)
+        reservation.resize(tokens)
+        return reservation
 
-    def spend(self, name: str, tokens: int) -> None:
-        """Count tokens. The owner's own are free."""
-        if self.spec.tokens_per_min is not None and name != ADMIN:
-            bucket = self._bucket(self._tokens, name, self.spec.tokens_per_min)
-            bucket.wait_s(0)
-            bucket.level -= tokens
+    async def metered(self, name: str, chunks: AsyncGenerator[Dump], size: RequestSize) -> AsyncGenerator[Dump]:
+        """The same stream (`EngineReplica.stream`): reserved before it begins, charged what it gave however it ends.
 
-    async def metered(self, chunks: AsyncGenerator[Dump]) -> AsyncGenerator[Dump]:
-        """The same stream; the answers that it ends with are charged to the caller."""
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                if "answer" in chunk:
-                    self.charge(caller.get(), chunk["answer"])
-                yield chunk
+        Raises ApiError 429.
+        """
+        reservation = self.reserve(name, size.at_most(min(size.room, size.text_bytes + self._added_to(size))))
+        prompt, given = 0, Counter[int]()
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    if "prompt_tokens" in chunk:
+                        prompt = chunk["prompt_tokens"]
+                        self._added[size.model] = max(prompt - size.text_bytes, self._added.get(size.model, 0))
+                        reservation.resize(size.at_most(prompt))
+                    elif "answer" in chunk:
+                        given[chunk["answer"]["index"]] = chunk["answer"]["completion_tokens"]
+                    else:
+                        given[chunk["index"]] = chunk["tokens"]
+                    yield chunk
+        finally:
+            reservation.resize(prompt + given.total())
+
+    def _added_to(self, size: RequestSize) -> int:
+        return self._added.get(size.model, size.room)
+
+    def count_wrong_token(self, address: str) -> None:
+        """Raises ApiError 429 for more from this address than a minute allows."""
+        bucket = self._bucket(self._wrong, address, self.spec.wrong_tokens_per_min)
+        self._wrong.move_to_end(address)
+        if len(self._wrong) > ADDRESSES:
+            self._wrong.popitem(last=False)
+        if (wait_s := bucket.wait_s(1)) > 0:
+            seconds = math.ceil(wait_s)
+            message = f"Too many wrong API keys from {address}. Try again in {seconds} s."
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=seconds)
+        bucket.level -= 1
 
     def _bucket(self, buckets: dict[str, Bucket], name: str, per_min: int) -> Bucket:
         if name not in buckets:

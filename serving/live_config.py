@@ -43,6 +43,11 @@ class LiveConfig:
         self._taken = 0
         self._refused: Dump | None = None
 
+    @property
+    def spec(self) -> ServeSpec:
+        """The spec as it is served now."""
+        return self._spec
+
     async def open(self, tree: Mapping[str, Any]) -> None:
         """The first config that Serve gives. An ingress in another one's place begins with what that one took last.
 

@@ -5,6 +5,7 @@ score is measured greedily, and the live endpoint answers the same way unless th
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -40,6 +41,8 @@ COMPLETION_TOKENS = 16
 """Of an answer on /v1/completions whose length is not asked for, as in the OpenAI API."""
 MAX_CHOICES = 128
 """Of one request, as in the OpenAI API."""
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Only such an escape can bring a lone surrogate; encoding each body again to find one costs 15 ms for 4 MB."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -245,12 +248,12 @@ BodyT = TypeVar("BodyT", bound=BaseModel)
 def parse(cls: type[BodyT], body: bytes) -> BodyT:
     """A request body as `cls`. Raises ApiError (400) that names the parameter."""
     try:
-        tree = json.loads(body)
+        tree = json.loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(tree, dict):
         raise bad_request(f"The body must be a JSON object, not {type(tree).__name__}.", code="invalid_type")
-    if not _is_utf8(tree):
+    if _ESCAPED_SURROGATE.search(body) and not _is_utf8(tree):
         raise bad_request("The body holds a lone surrogate, which is no Unicode text.", code="invalid_json")
     try:
         return cls.model_validate(_without_neutral(tree))

@@ -30,6 +30,7 @@ from graftwork.serving.arms import (
     messages_of,
     query_of,
     raw_prompt,
+    require_bytes,
     require_short,
     warm,
 )
@@ -127,8 +128,9 @@ class EngineReplica:
     async def stream(
         self, arm: Dump, messages: Question, request_id: str, sampling: Dump | None = None
     ) -> AsyncGenerator[Dump]:
-        """The answers as they grow: `{"base_digest", "version"}` once admitted, then pieces `{"index", "text"}`, with
-        `"logprobs"` where asked for, and at the end of each answer `{"answer"}`.
+        """The answers as they grow: `{"base_digest", "version", "prompt_tokens"}` once admitted, then pieces `{"index",
+        "text", "tokens", "logprobs"}` (tokens of this answer so far; logprobs where asked for), at the end of each
+        answer `{"answer"}`. A piece has no text where its tokens have none yet.
 
         Raises ApiError; where the request can't be served, before the first chunk.
         """
@@ -142,15 +144,17 @@ class EngineReplica:
             cold = admitted.pin is not None and admitted.pin.cold
             watch.admitted(admitted.arm.name, task, admitted.version)
             with closing(generation):
-                yield {"base_digest": self._base_digest, "version": admitted.version}
+                prompt_tokens = len(admitted.prompt.ids)
+                yield {"base_digest": self._base_digest, "version": admitted.version, "prompt_tokens": prompt_tokens}
                 growing = [self._growing(index, admitted, arrived) for index in range(admitted.sampling.n)]
                 async for events in generation.events():
                     for index, arrivals in events.items():
                         answer = growing[index]
                         watch.burst(sum(event.token_id >= 0 for event in arrivals), index)
                         text, logprobs = answer.push(arrivals)
-                        if text or logprobs:
-                            yield {"index": index, "text": text, "logprobs": [asdict(one) for one in logprobs]}
+                        if text or logprobs or not answer.ended:
+                            told = [asdict(one) for one in logprobs]
+                            yield {"index": index, "text": text, "tokens": answer.tokens, "logprobs": told}
                         if answer.ended:
                             whole = answer.answer(
                                 request_id, admitted.arm.name, task, admitted.version, self._base_digest, cold=cold
@@ -211,10 +215,17 @@ class EngineReplica:
         assert verb in VERBS, f"no verb {verb!r}"
         return await getattr(self._registry, verb)(*args)
 
-    async def models(self) -> Dump:
-        """The store's adapters made for this base: names and age. When this replica became ready (s)."""
+    async def models(self, ref: str | None = None) -> Dump:
+        """The store's adapters made for this base: names and age. When this replica became ready (s).
+
+        ref: `task@alias-or-version` for that one alone, "" for none.
+        """
         with as_api_errors():
-            found = as_served(await self._in_thread(self._source.published), self._residency.followed())
+            followed = self._residency.followed()
+            if ref is None:
+                found = as_served(await self._in_thread(self._source.published), followed)
+            else:
+                found = await self._in_thread(partial(self._source.one, ref, followed.get(ref))) if ref else []
         adapters = [
             {"task": manifest.task, "version": manifest.version, "aliases": aliases, "created_at": manifest.created_at}
             for manifest, aliases in found
@@ -273,6 +284,7 @@ class EngineReplica:
 
     async def _admit(self, arm: Dump, messages: Question, wanted: Sampling, *, grammar: bool = True) -> _Admitted:
         spec = ArmSpec.model_validate(arm)
+        require_bytes(messages, self._template, self._engine.room(None))
         with ExitStack() as hold:
             pin = await self._residency.pin(spec.adapter) if spec.adapter else None
             if pin is not None:
@@ -284,11 +296,12 @@ class EngineReplica:
 
     def _submit(self, request_id: str, admitted: _Admitted, arrived: float) -> Generation:
         wanted, prompt = admitted.sampling, admitted.prompt
+        salt = "" if self._spec.engine.share_prefix_cache else wanted.cache_salt
         requests = [
             GenerateRequest(
                 request_id if wanted.n == 1 else f"{request_id}/{index}", prompt.ids,
                 wanted.params(prompt.max_new_tokens, index), admitted.stop_ids, admitted.version,
-                grammar=admitted.grammar, idle_only=wanted.idle_only, arrived=arrived,
+                grammar=admitted.grammar, idle_only=wanted.idle_only, cache_salt=salt, arrived=arrived,
             )
             for index in range(wanted.n)
         ]  # fmt: skip

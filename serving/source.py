@@ -49,6 +49,20 @@ class AdapterSource:
         """Every version for this base with the aliases that point at it, as the store is now."""
         return [(m, aliases) for m, aliases in self._listing.read() if m.base_digest == self.base_digest]
 
+    def one(self, ref: str, followed: str | None) -> "Published":
+        """As `as_served` gives it for one `task@alias-or-version`; nothing where there is no such version.
+
+        followed: the version that requests for it get, where one is followed.
+        """
+        task, _, name = ref.partition("@")
+        for wanted in (f"{task}@{followed}", ref) if followed else (ref,):
+            try:
+                manifest = self.resolve(wanted)
+            except ArtifactError:  # unknown, damaged or of another base: no listing has it
+                continue
+            return [(manifest, [] if name == manifest.version else [name])]
+        return []
+
 
 Published = list[tuple[AdapterManifest, list[str]]]
 

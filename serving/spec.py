@@ -14,6 +14,8 @@ from graftwork.retrieval import RetrieverSpec
 from graftwork.serving.experiment.online.spec import ExperimentSpec
 from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 class EngineSpec(Spec):
     """Which engine, and its limits in one replica. In YAML a plain string is its `kind`."""
@@ -41,7 +43,9 @@ class EngineSpec(Spec):
     fetch_timeout_s: float = Field(default=60.0, gt=0)
     """A store that takes longer for one answer fails the requests that wait for it, and no others."""
     prefix_cache: bool = True
-    """Share the KV of equal prompt beginnings, keyed by (adapter version digest, tokens)."""
+    """Share the KV of equal prompt beginnings, keyed by (API key, adapter version digest, tokens)."""
+    share_prefix_cache: bool = False
+    """Share it between API keys too. `cached_tokens` then reveals which prompts other keys have sent."""
     num_threads: int | None = None
     """Torch threads; null takes the replica's CPUs."""
 
@@ -127,6 +131,8 @@ class AutoscalingSpec(Spec):
 class LimitsSpec(Spec):
     """What a caller may ask for. Rates are per key over the whole endpoint; the admin's own requests are free."""
 
+    wrong_tokens_per_min: int = Field(default=60, ge=1)
+    """Requests with a wrong token from one address; more get 429. Right tokens from there are still answered."""
     requests_per_min: int | None = Field(default=None, ge=1)
     tokens_per_min: int | None = Field(default=None, ge=1)
     """Tokens of prompts, answers and embedded texts."""
@@ -155,6 +161,11 @@ class ServeSpec(Spec):
     engine: EngineSpec = EngineSpec()
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
+    allowed_hosts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]+$")], ...] = ()
+    """Names in a request's Host header, without port, that are answered in addition to loopback's and `host`. None
+    named where `host` is a wildcard address: all, for a token is needed there."""
+    allowed_origins: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s]+$")], ...] = ()
+    """Other sites whose pages may call the endpoint from a browser, e.g. `https://app.example.com`."""
     token_env: str | None = None
     """Environment variable with the API token, or a line `name:token` per caller; needed to bind more than loopback."""
     admin_token_env: str | None = None
@@ -185,7 +196,7 @@ class ServeSpec(Spec):
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Self:
-        if self.host not in ("127.0.0.1", "localhost", "::1") and self.token_env is None:
+        if self.host not in LOOPBACK and self.token_env is None:
             raise ValueError(f"host={self.host!r} is open to the network but token_env is not set")
         return self
 

@@ -57,8 +57,8 @@ class RequestOutput:
 class PlainWords:
     """vLLM's objects as plain data."""
 
-    def prompt(self, ids: tuple[int, ...]) -> dict[str, list[int]]:
-        return {"prompt_token_ids": list(ids)}
+    def prompt(self, ids: tuple[int, ...], cache_salt: str) -> dict[str, Any]:
+        return {"prompt_token_ids": list(ids), "cache_salt": cache_salt}
 
     def sampling(self, arguments: dict[str, Any], grammar: dict[str, str] | None) -> dict[str, Any]:
         return {**arguments, "structured_outputs": grammar}
@@ -80,7 +80,7 @@ class StandIn:
 
         self._loras: dict[int, Any] = {}
         self._plain = load_model(self.base)
-        self._kept: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._kept: dict[tuple[str, str, tuple[int, ...]], torch.Tensor] = {}
         self._tokenizer = Tokenizer.from_file(str(self.base / "tokenizer.json"))
 
     async def add_lora(self, lora_request: LoraRequest) -> bool:
@@ -109,7 +109,7 @@ class StandIn:
         ids, done = list(prompt["prompt_token_ids"]), False
         start, name = len(ids), lora_request.lora_name if lora_request else ""
         model = self._loras[lora_request.lora_int_id] if lora_request else self._plain
-        key = (name, tuple(ids))
+        key = (prompt["cache_salt"], name, tuple(ids))
         cached = (start - 1) // BLOCK * BLOCK if key in self._kept else 0
         try:
             while not done:

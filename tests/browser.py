@@ -82,13 +82,13 @@ class Page:
 
 
 @contextmanager
-def browser(folder: Path) -> Iterator[Page]:
-    """A new browser with an empty profile in `folder`, for the time of the block."""
+def browser(folder: Path, *flags: str) -> Iterator[Page]:
+    """A new browser with an empty profile in `folder`, for the time of the block. flags: further ones."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     assert program, "no chromium: apt-get install chromium"
     folder.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
-        [program, *FLAGS, f"--user-data-dir={folder}", "about:blank"],
+        [program, *FLAGS, *flags, f"--user-data-dir={folder}", "about:blank"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -1,6 +1,7 @@
-"""Shares the KV of equal prompt beginnings. The key of a block is (adapter version digest, all tokens up to its end).
+"""Shares the KV of equal prompt beginnings. The key of a block is (salt, adapter version digest, all tokens up to its
+end).
 
-Two adapters, or two versions of one, never share: the version is the root of the hash chain.
+Two adapters, two versions of one, or two salts never share: version and salt are the root of the hash chain.
 """
 
 from collections import OrderedDict
@@ -15,9 +16,10 @@ BLOCK = 16
 """Tokens that are shared or not, together."""
 
 
-def block_keys(version: str | None, tokens: Sequence[int]) -> list[bytes]:
-    """Keys of the whole blocks of `tokens`, each over the version and every token before it (128-bit BLAKE2b)."""
-    key = blake2b(b"base" if version is None else b"v:" + version.encode(), digest_size=16).digest()
+def block_keys(version: str | None, tokens: Sequence[int], salt: str = "") -> list[bytes]:
+    """Keys of the whole blocks of `tokens`, each over salt, version and every token before it (128-bit BLAKE2b)."""
+    root = b"base" if version is None else b"v:" + version.encode()
+    key = blake2b(root, digest_size=16, key=salt.encode()).digest()
     keys = []
     for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
         text = b",".join(str(token).encode() for token in tokens[start : start + BLOCK])

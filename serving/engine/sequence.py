@@ -89,7 +89,7 @@ class RunningRequest:
         """Keys of the whole blocks of lead and prompt, without the last token's (one token is always computed)."""
         if self._keys is None:
             version = self.adapter.version if self.adapter else None
-            self._keys = block_keys(version, (0,) * self.lead + self.request.prompt_ids[:-1])
+            self._keys = block_keys(version, (0,) * self.lead + self.request.prompt_ids[:-1], self.request.cache_salt)
         return self._keys
 
     def append(self, token_id: int, decode: Decode | None) -> FinishReason | None:

@@ -108,6 +108,8 @@ class GenerateRequest:
     these tokens, each given the prompt and the ones before it."""
     idle_only: bool = False
     """Computed in steps that have nothing else to do: it holds no row, slot or memory that another one could use."""
+    cache_salt: str = ""
+    """Requests share cached prefixes with those of the same salt alone; at most 64 bytes."""
     arrived: float | None = None
     """`time.perf_counter` when it reached the endpoint, loads and retrieval before it; its place in the queue."""
 

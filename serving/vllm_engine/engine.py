@@ -47,7 +47,7 @@ class AsyncLlm(Protocol):
 class Words(Protocol):
     """Makes vLLM's own objects of our plain data."""
 
-    def prompt(self, ids: tuple[int, ...]) -> Any:
+    def prompt(self, ids: tuple[int, ...], cache_salt: str) -> Any:
         """`vllm.TokensPrompt`"""
 
     def sampling(self, arguments: dict[str, Any], grammar: dict[str, str] | None) -> Any:
@@ -206,7 +206,7 @@ class VllmEngine:
         await self._started.wait()
         request = running.request
         lora = self._words.lora(running.lora) if running.lora is not None else None
-        prompt = self._words.prompt(request.prompt_ids + request.continuation)
+        prompt = self._words.prompt(request.prompt_ids + request.continuation, request.cache_salt)
         outputs = self._llm.generate(prompt, running.sampling, request.request_id, lora_request=lora)
         last = TokenEvent(request.request_id, -1, None, "error", "vLLM ended it without a reason")
         async with aclosing(outputs):

@@ -53,11 +53,12 @@ def open_vllm(base: ResolvedBase, quant: QuantSpec, spec: EngineSpec) -> VllmEng
 class VllmWords:
     """vLLM's own classes."""
 
-    def prompt(self, ids: tuple[int, ...]) -> Any:
-        """Token ids in."""
+    def prompt(self, ids: tuple[int, ...], cache_salt: str) -> Any:
+        """Token ids in; vLLM takes no empty salt."""
         from vllm import TokensPrompt
 
-        return TokensPrompt(prompt_token_ids=list(ids))
+        salted = {"cache_salt": cache_salt} if cache_salt else {}
+        return TokensPrompt(prompt_token_ids=list(ids), **salted)
 
     def sampling(self, arguments: dict[str, Any], grammar: dict[str, str] | None) -> Any:
         """Deltas out."""

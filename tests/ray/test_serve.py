@@ -21,6 +21,7 @@ import httpx
 import openai
 import psutil
 import pytest
+import ray
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from graftwork import artifact, base_model, chat
@@ -34,6 +35,8 @@ from graftwork.serving.arms import Sampling
 from graftwork.serving.backend import ServeBackend
 from graftwork.serving.burst import Sent, burst, swap_under_load
 from graftwork.serving.client import ChatCall, Client, Reply
+from graftwork.serving.http_protocol import HEAD_TIMEOUT_S
+from graftwork.serving.request_body import BODY_TIMEOUT_S
 from graftwork.serving.spec import ArmSpec, GrammarSpec, ServeSpec
 from graftwork.storage import Store
 from tests.adapters import facts
@@ -50,6 +53,7 @@ CHAT, NO_MODEL = "/v1/chat/completions", "model_not_found"
 REFRESH = "/v1/admin/adapters/refresh"
 TOKEN, ADMIN_TOKEN = "correct horse battery staple", "battery staple of the owner"
 AUTH = {"authorization": f"Bearer {TOKEN}"}
+JSON = {"content-type": "application/json"}
 OWNER = {"authorization": f"Bearer {ADMIN_TOKEN}"}
 
 
@@ -310,12 +314,75 @@ def test_without_the_token_there_is_only_health(endpoint: Endpoint, given: str |
     assert httpx.get(f"{endpoint.url}/health", headers=headers, timeout=30).json() == {"status": "ok"}
 
 
+HALF = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+
+
+def half_sent(endpoint: Endpoint, text: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", endpoint.spec.port), timeout=60)
+    connection.sendall(text)
+    return connection
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that comes until the endpoint closes the connection."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(4096):
+            found += part
+    return found
+
+
+@pytest.mark.long
+def test_half_sent_requests_are_closed_by_serves_proxy(endpoint: Endpoint) -> None:
+    """60 half-sent heads for HEAD_TIMEOUT_S, 20 bodies until the app's own limit answers, their neighbour all along."""
+    body = HALF + f"Authorization: Bearer {TOKEN}\r\nContent-Length: 99\r\n\r\n{{".encode()
+    with contextlib.ExitStack() as open_ones:
+        heads = [open_ones.enter_context(half_sent(endpoint, HALF)) for _ in range(60)]
+        bodies = [open_ones.enter_context(half_sent(endpoint, body)) for _ in range(20)]
+        began = time.monotonic()
+        with endpoint.client() as client:
+            reply = client.chat(ChatCall("base", (Message("user", "Hello"),), max_tokens=NEW_TOKENS))
+        assert reply.text
+        assert {received(connection) for connection in heads} == {b""}
+        assert HEAD_TIMEOUT_S - 1 < time.monotonic() - began < HEAD_TIMEOUT_S + 5
+        answers = [received(connection) for connection in bodies]
+        assert all(b" 408 " in answer and b"request_timeout" in answer for answer in answers), answers
+        assert BODY_TIMEOUT_S - 1 < time.monotonic() - began < BODY_TIMEOUT_S + 5
+
+
+def test_clients_that_leave_write_no_stack_traces(local_ray: Session, endpoint: Endpoint) -> None:
+    """Serve's own logs of proxy and replicas, read when they show that three clients have left within their body."""
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    before = {path: path.stat().st_size for path in logs.rglob("*") if path.is_file()}
+
+    def written() -> str:
+        files = [path for path in logs.rglob("*") if path.is_file()]
+        return "".join(path.read_bytes()[before.get(path, 0) :].decode(errors="replace") for path in files)
+
+    body = HALF + f"Authorization: Bearer {TOKEN}\r\nContent-Length: 99\r\n\r\n{{".encode()
+    for _ in range(3):
+        half_sent(endpoint, body).close()
+    until(lambda: len(re.findall(rf"POST {CHAT} 499", written())) >= 3)
+    assert "Traceback" not in written()
+
+
 def test_the_openai_client_knows_a_wrong_key(endpoint: Endpoint) -> None:
     with (
         openai.OpenAI(**{**openai_settings(endpoint), "api_key": "wrong"}) as client,
         pytest.raises(openai.AuthenticationError),
     ):
         client.models.list()
+
+
+def test_wrong_keys_are_counted_by_the_callers_address(endpoint: Endpoint) -> None:
+    """The last test with wrong keys: they get 429 from here on."""
+    wrong = {"authorization": "Bearer wrong"}
+    allowed = endpoint.spec.limits.wrong_tokens_per_min
+    answers = [httpx.get(f"{endpoint.url}/v1/models", headers=wrong) for _ in range(allowed + 10)]
+    assert {answer.status_code for answer in answers[allowed:]} <= {401, 429}
+    assert answers[-1].status_code == 429
+    assert "from 127.0.0.1." in answers[-1].json()["error"]["message"]
+    assert httpx.get(f"{endpoint.url}/v1/models", headers=AUTH).status_code == 200
 
 
 def test_a_token_that_is_not_set_is_named(local_ray: Session, world: World) -> None:
@@ -402,7 +469,7 @@ def chat_body(model: str, *roles: str) -> bytes:
 def test_every_refusal_has_openais_shape(
     endpoint: Endpoint, method: str, path: str, body: bytes, status: int, code: str | None
 ) -> None:
-    response = httpx.request(method, f"{endpoint.url}{path}", content=body, headers=OWNER, timeout=30)
+    response = httpx.request(method, f"{endpoint.url}{path}", content=body, headers={**OWNER, **JSON}, timeout=30)
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

@@ -10,7 +10,8 @@ from graftwork.chat import Message, Passage, Prompt, PromptSpec, Template
 from graftwork.errors import DataError, StorageError
 from graftwork.retrieval import RetrieverSpec
 from graftwork.retrieval.versions import IndexHome
-from graftwork.serving.arms import PromptTooLong, build_prompt, messages_of, raw_prompt, warm
+from graftwork.serving.api_error import ApiError, as_api_errors
+from graftwork.serving.arms import PromptTooLong, build_prompt, messages_of, raw_prompt, require_bytes, warm
 from graftwork.serving.spec import ArmSpec
 from tests.tiny import write_tiny_tokenizer
 
@@ -177,3 +178,26 @@ def test_an_arm_follows_its_index(template: Template, tmp_path: Path, monkeypatc
     assert build_prompt(arm, ASKED, template, max_seq_len=512).retrieved_ids != ("ZPPP",)
     home.publish("airports", passages, made_from="x", sources=["s"])
     assert build_prompt(arm, ASKED, template, max_seq_len=512).retrieved_ids == ("ZPPP",)
+
+
+def test_a_prompt_of_too_many_bytes_is_refused_before_it_is_tokenised(template: Template) -> None:
+    room = 64 * template.longest_token_bytes
+    pieces = [piece for piece in json.loads(template.sealed_tokenizer())["model"]["vocab"]]
+    assert template.longest_token_bytes >= max(len(template.decode([n]).encode()) for n in range(len(pieces)))
+    require_bytes("a" * room, template, 64)
+    require_bytes([{"role": "user", "content": "ä" * (room // 2)}], template, 64)
+    for question in ("a" * (room + 1), [{"role": "user", "content": "ä" * (room // 2 + 1)}]):
+        with pytest.raises(PromptTooLong, match=rf"(?s)64 tokens hold at most {room} bytes.*max_seq_len=64"):
+            require_bytes(question, template, 64)
+
+
+def test_too_many_new_tokens_are_the_fault_of_max_tokens(template: Template) -> None:
+    arm = ArmSpec(name="base")
+    size = len(build_prompt(arm, ASKED, template, max_seq_len=512).ids)
+    with pytest.raises(ApiError) as refused, as_api_errors():
+        build_prompt(arm, ASKED, template, max_seq_len=512, max_new_tokens=513 - size)
+    assert (refused.value.param, refused.value.code) == ("max_tokens", "context_length_exceeded")
+    assert f"ask for at most {512 - size} new tokens" in refused.value.message
+    with pytest.raises(ApiError) as refused, as_api_errors():
+        build_prompt(arm, ASKED, template, max_seq_len=size, max_new_tokens=1)
+    assert refused.value.param == "messages"

@@ -1,5 +1,7 @@
 """The prompt builder: equal to transformers, prefix property at token level, text from people stays text."""
 
+import threading
+import time
 from datetime import date
 from pathlib import Path
 
@@ -291,3 +293,37 @@ def test_shots_need_their_source() -> None:
         PromptSpec(shots=3)
     with pytest.raises(ValueError, match="cannot take effect"):
         PromptSpec(shots_from="rows.jsonl")
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised(templates: dict[str, Template]) -> None:
+    """One call holds no other thread up: the engine's thread decodes for everybody else meanwhile."""
+    template, text = next(iter(templates.values())), "Which airport has the code ZPPP? " * 30_000
+    gaps, ended, ticking = [0.0], threading.Event(), threading.Event()
+
+    def tick() -> None:
+        last = time.perf_counter()
+        while not ended.wait(0.001):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+            ticking.set()
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    ticking.wait(10)
+    began = time.perf_counter()
+    ids = template.encode(text)
+    took = time.perf_counter() - began
+    ended.set()
+    thread.join()
+    assert len(ids) > 100_000
+    assert max(gaps) < took / 3, f"another thread stood still for {max(gaps):.2f} of {took:.2f} s"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(max_size=60))
+def test_ids_equal_those_of_a_single_encode(templates: dict[str, Template], text: str) -> None:
+    for template in templates.values():
+        for sealed in (text, template.sealed_text([("user", text)], generate=True)):
+            one = template._tokenizer.encode(sealed, add_special_tokens=False).ids
+            assert template.sealed_ids(sealed) == one

@@ -137,7 +137,12 @@ def test_a_folder_of_pefts_is_published_and_answers(parts: tuple[str, Store, lis
 
 @pytest.mark.parametrize(
     ("model", "meant"),
-    [("card", "Did you mean base:card?"), ("bass", "Did you mean base?"), ("no such!", "Models here: base")],
+    [
+        ("card", "Did you mean base:card@prod?"),
+        ("nothing", "exist. Models here: base"),
+        ("bass", "Did you mean base?"),
+        ("no such!", "Models here: base"),
+    ],
 )
 def test_a_wrong_model_name_is_answered_with_the_nearest(
     parts: tuple[str, Store, list[str]], model: str, meant: str

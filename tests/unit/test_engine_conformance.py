@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,16 @@ def test_a_repeated_prompt_is_answered_from_the_prefix_cache(engine: EngineLike,
     assert (base_again.tokens, tuned_again.tokens) == (base.tokens, tuned.tokens)
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.prompt_tokens_from_cache, stats.generated_tokens) == (160, 64, 20)
+
+
+def test_a_prompt_of_another_salt_is_no_hit(engine: EngineLike) -> None:
+    asked = [("ann", "a1"), ("bob", "b1"), ("", "c1"), ("bob", "b2"), ("ann", "a2")]
+    answers = [
+        ask(engine, replace(engines.request(name, PROMPT, max_new_tokens=5), cache_salt=salt))[0]
+        for salt, name in asked
+    ]
+    assert [answer.cached_tokens for answer in answers] == [0, 0, 0, 32, 32]
+    assert len({tuple(answer.tokens) for answer in answers}) == 1
 
 
 def test_an_update_flips_new_requests_alone(engine: EngineLike, adapters: tuple[Path, Path]) -> None:

@@ -121,6 +121,8 @@ def test_block_keys_tell_adapters_tokens_and_positions_apart() -> None:
     assert not set(keys) & set(block_keys("v2", tokens))
     assert not set(keys) & set(block_keys(None, tokens))
     assert not set(keys[1:]) & set(block_keys("v1", [1, *tokens[1:]]))
+    assert block_keys("v1", tokens, "ann") == block_keys("v1", tokens, "ann")
+    assert not set(block_keys("v1", tokens, "ann")) & {*keys, *block_keys("v1", tokens, "bob")}
     assert block_keys(None, [1, 23] * 8) != block_keys(None, [12, 3] * 8)
 
 

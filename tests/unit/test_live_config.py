@@ -63,7 +63,7 @@ class World:
             try:
                 async with (
                     asyncio.timeout(60),
-                    httpx.AsyncClient(transport=transport, base_url="http://here", headers=headers) as client,
+                    httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client,
                 ):
                     await live.open(FIRST)
                     await act(client, live)

@@ -48,7 +48,7 @@ class World:
         async def run() -> Any:
             transport = httpx.ASGITransport(self._app)
             async with httpx.AsyncClient(transport=transport) as http:
-                client = AsyncOpenAI(api_key="x", base_url="http://test/v1", http_client=http, max_retries=0)
+                client = AsyncOpenAI(api_key="x", base_url="http://127.0.0.1/v1", http_client=http, max_retries=0)
                 return await act(client)
 
         return self._runner.run(run())

@@ -1,7 +1,12 @@
 """The live page in a real Chromium, on a real endpoint with a tiny model: what a person sees and does."""
 
+import functools
+import http.server
 import json
 import re
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 
 import httpx
@@ -144,3 +149,104 @@ def test_the_page_asks_nobody_else_and_allows_only_itself() -> None:
     policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
     assert "unsafe" not in response.headers["content-security-policy"]
+
+
+@pytest.fixture(scope="module")
+def open_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An endpoint as a laptop has it: no token, so that the admin's routes are open to whoever reaches them."""
+    tmp = tmp_path_factory.mktemp("open")
+    spec = {"base": str(write_tiny_base(tmp / "base")), "root": str(tmp / "root"), "quant": {"kind": "none"},
+            "engine": {"max_seq_len": 256, "num_threads": 1}}  # fmt: skip
+    with local_endpoint(ServeSpec.model_validate(spec)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A page of another site on this machine."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "index.html").write_text("<!doctype html><title>foreign</title>")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}/index.html"
+        server.shutdown()
+
+
+def responses(url: str, route: str) -> dict[str, int]:
+    """How often a route has answered with each status."""
+    httpx.get(f"{url}/health")
+    metrics = httpx.get(f"{url}/metrics").text
+    found = re.findall(r'http_responses_total{method="\w+",route="([^"]+)",status="(\d+)"} (\d+)', metrics)
+    assert "/health" in {path for path, _, _ in found}
+    counts: Counter[str] = Counter()
+    for path, status, count in found:
+        counts[status] += int(count) if path == route else 0
+    return {status: count for status, count in counts.items() if count}
+
+
+ATTACK = """(async (url) => {
+  const tried = {};
+  const attempt = async (name, make) => {
+    try {
+      const answer = await make();
+      tried[name] = answer.type + " " + answer.status + " " + (await answer.text()).slice(0, 40);
+    } catch (error) { tried[name] = "failed"; }
+  };
+  const body = JSON.stringify({adapter: "card@latest", version: "latest"});
+  for (const type of ["text/plain", "application/x-www-form-urlencoded", "application/json"])
+    for (const mode of ["no-cors", "cors"])
+      await attempt(`${mode} ${type}`, () => fetch(url + "/v1/admin/adapters/promote",
+        {method: "POST", mode, headers: {"content-type": type}, body}));
+  const unload = url + "/v1/admin/adapters/unload";
+  await attempt("blob", () => fetch(unload, {method: "POST", mode: "no-cors", body: new Blob([body])}));
+  await attempt("beacon", async () => new Response(String(navigator.sendBeacon(unload, body))));
+  await attempt("models", () => fetch(url + "/v1/models"));
+  await attempt("models opaque", () => fetch(url + "/v1/models", {mode: "no-cors"}));
+  return tried;
+})(%s)"""
+
+
+def test_a_page_of_another_origin_neither_acts_nor_reads(tab: Page, open_url: str, foreign: str) -> None:
+    tab.open(foreign, width=1440)
+    tab.until("document.title === 'foreign'")
+    tried = tab.run(ATTACK % json.dumps(open_url))
+    assert len(tried) == 10
+    for name, seen in tried.items():
+        assert "base" not in seen, f"{name}: {seen}"
+        assert seen == "failed" or seen.startswith("opaque 0") or name == "beacon", f"{name}: {seen}"
+    assert responses(open_url, "/v1/admin/adapters/promote") == {}, "no request has come to the route"
+    assert responses(open_url, "/v1/admin/adapters/unload") == {}
+    assert responses(open_url, "unmatched")["403"] >= 5, "and they did come to the endpoint"
+    tab.run(f"document.body.innerHTML = '<iframe name=f></iframe><form method=post target=f enctype=text/plain "
+            f"action=\"{open_url}/v1/admin/adapters/unload\"><input name=a value=b></form>'")  # fmt: skip
+    before = responses(open_url, "unmatched")["403"]
+    tab.run("document.forms[0].submit()")
+    deadline = time.monotonic() + 20
+    while responses(open_url, "unmatched")["403"] == before:
+        assert time.monotonic() < deadline, "the form was never sent"
+    assert responses(open_url, "/v1/admin/adapters/unload") == {}
+    tab.complaints.clear()
+
+
+def test_a_name_that_is_bound_to_this_address_reads_nothing(
+    open_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """DNS rebinding: the name of the page's own site leads to the endpoint, so the browser lets the page read it."""
+    rules = f"--host-resolver-rules=MAP evil.example {open_url.removeprefix('http://')}"
+    with browser(tmp_path_factory.mktemp("rebound"), rules) as tab:
+        tab.open("http://evil.example/", width=1440)
+        tab.until("location.host === 'evil.example' && document.readyState === 'complete'")
+        assert "host_not_allowed" in tab.run("document.body.textContent")
+        seen = tab.run("fetch('/v1/models').then(async (answer) => answer.status + await answer.text())")
+        assert seen.startswith("403")
+        assert "host_not_allowed" in seen
+
+
+def test_the_endpoints_own_page_works_without_a_token(tab: Page, open_url: str) -> None:
+    tab.open(open_url.replace("127.0.0.1", "localhost"), width=1440)
+    tab.until("location.host.startsWith('localhost') && document.querySelectorAll('#model-0 option').length > 0")
+    tab.type("#message", "Hello")
+    tab.run("document.querySelector('#ask').requestSubmit()")
+    tab.until("document.querySelectorAll('.turn .meta').length >= 1")
+    assert tab.complaints == []

@@ -28,7 +28,10 @@ def test_a_stream_adds_up_to_the_answer(base: Path, tmp_path: Path) -> None:
         async with replica_of(base, tmp_path) as replica:
             chunks = [chunk async for chunk in replica.stream(arm(), HELLO, "s")]
             answer = await replica.answer(arm(), HELLO, "a")
-            assert chunks[0] == {"base_digest": answer["base_digest"], "version": None}
+            begun = {"base_digest": answer["base_digest"], "version": None, "prompt_tokens": answer["prompt_tokens"]}
+            assert chunks[0] == begun
+            assert sorted(chunk["tokens"] for chunk in chunks[1:-1]) == [chunk["tokens"] for chunk in chunks[1:-1]]
+            assert chunks[-2]["tokens"] == 6
             assert "".join(chunk["text"] for chunk in chunks[1:-1]) == answer["text"] == chunks[-1]["answer"]["text"]
             assert chunks[-1]["answer"]["token_ids"] == answer["token_ids"]
             assert answer["completion_tokens"] == 6
