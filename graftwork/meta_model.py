@@ -1,0 +1,219 @@
+"""The real model class of a base on PyTorch's meta device: shapes without weights, in a second and a few MiB.
+
+`count` reads sizes and traits from it, `training/replay.py` takes a training step on it.
+"""
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal
+
+from graftwork import base_model
+from graftwork.errors import BaseModelError, GraftworkError
+from graftwork.model_shape import BaseFacts, Linear, ModelShape, Targets
+from graftwork.training.adapter_spec import LoraSpec
+from graftwork.training.adapters import places
+from graftwork.training.adapters.places import MLP_ENDS
+
+if TYPE_CHECKING:
+    from graftwork.serving.engine.kv import KvShape
+
+TARGETS: tuple[Targets, ...] = ("all-linear", "attention", "mlp")
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+def build(config: Mapping[str, Any], dtype: Any = None) -> Any:
+    """Return the model of this config.json on the meta device, in eval mode. Raises BaseModelError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dropped = ("model_type", "dtype", "torch_dtype", "quantization_config")
+    given = {key: value for key, value in config.items() if key not in dropped}
+    try:
+        known = AutoConfig.for_model(str(config.get("model_type")), **given)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                known, dtype=dtype or torch.float32, attn_implementation=base_model.attention_of(known)
+            )
+    except Exception as error:  # code of any architecture, given a config of any content
+        raise BaseModelError(
+            f"base of model_type={config.get('model_type')!r}",
+            f"transformers {version('transformers')} cannot build it ({_first_line(error)})",
+            "a base is a causal language model that the installed transformers knows",
+            "take a base with a text-only config.json, or install a transformers that knows it",
+        ) from error
+    return model.eval()
+
+
+def count(config: Mapping[str, Any]) -> BaseFacts:
+    """Count sizes and traits of the base with this config.json. Raises BaseModelError."""
+    base_model.import_bitsandbytes()
+    model = build(config)
+    adapted: dict[Targets, tuple[Linear, ...]] = {}
+    routed: dict[Targets, tuple[str, ...]] = {}
+    unattached: dict[Targets, str] = {}
+    for which in TARGETS:
+        try:
+            adapted[which], routed[which] = _adapted(build(config), which)
+        except Exception as error:  # PEFT on a model of any architecture
+            adapted[which], routed[which], unattached[which] = (), (), _first_line(error)
+    linears = _grouped((name, *_sizes(model.get_submodule(name))) for name in places.linears(model))
+    shape = _shape(model, config, linears, adapted)
+    unserved, kv = _served(build(config))
+    shape = _with_kv(shape, kv)
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    outside = [name for name in places.linears(model) if id(model.get_submodule(name)) not in decoder]
+    return BaseFacts(
+        shape=shape,
+        model_type=str(config["model_type"]),
+        model_class=type(model).__name__,
+        attention=base_model.attention_of(model.config),
+        expert_params=sum(weight.numel() for _, weight in _expert_weights(model)),
+        routed=routed,
+        recurrent=_is_recurrent(model.config),
+        outside=tuple(dict.fromkeys(_pattern(name) for name in outside)),
+        transposed=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+        uniform=not _expert_weights(model) and _is_uniform(shape),
+        unattached=unattached,
+        unserved=unserved,
+    )
+
+
+def _shape(
+    model: Any, config: Mapping[str, Any], linears: tuple[Linear, ...], adapted: Mapping[Targets, tuple[Linear, ...]]
+) -> ModelShape:
+    text = model.config.get_text_config()
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    heads = int(getattr(text, "num_attention_heads", None) or 1)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(text, "head_dim", None) or hidden // heads)
+    inner = [x.inputs for x in linears if x.part == "mlp" and x.name.endswith(tuple(f".{end}" for end in MLP_ENDS))]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return ModelShape(
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=max(inner, default=0),
+        vocab=int(text.vocab_size),
+        tied=head is not None and head.weight is embedding.weight,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        linears=linears,
+        adapted=adapted,
+        kv_values=2 * layers * kv_heads * head_dim,
+        file_bytes=4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2,
+    )
+
+
+def _adapted(model: Any, which: Targets) -> tuple[tuple[Linear, ...], tuple[str, ...]]:
+    """The linears on which PEFT puts a LoRA, and the names of experts and routers on which it puts one."""
+    from graftwork.training.adapters.attach import attach
+
+    experts = {name.rpartition(".")[0] for name, _ in _expert_weights(model)}
+    with warnings.catch_warnings(action="ignore"):  # about patterns of fused experts that the targets leave out
+        attached = attach(model, LoraSpec(rank=1, targets=which)).get_base_model()
+    found, routed = [], []
+    for name, module in attached.named_modules():
+        if "default" not in getattr(module, "lora_A", ()):
+            continue
+        plain = name.replace(".base_layer", "")
+        if _is_routed(plain, experts):
+            routed.append(_pattern(plain))
+        down, up = module.lora_A["default"], module.lora_B["default"]
+        found += [(plain, down.in_features, up.out_features)] * down.out_features  # PEFT stacks the ranks of experts
+    return _grouped(found), tuple(dict.fromkeys(routed))
+
+
+def _is_routed(name: str, experts: set[str]) -> bool:
+    """Whether a layer is one of the experts, or is in their block and chooses among them."""
+    blocks = {expert.rpartition(".")[0] for expert in experts}
+    inside = any(name.startswith(f"{block}.") for block in blocks)
+    return inside and not re.search(r"shared_(expert|mlp)s?\.", name) if experts else ".experts." in name
+
+
+def _expert_weights(model: Any) -> list[tuple[str, Any]]:
+    """Parameters of the decoder with three dimensions, one matrix an expert; kernels of convolutions are none."""
+    import torch
+
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    return [
+        (f"{name}.{key}", weight)
+        for name, module in model.named_modules()
+        if id(module) in decoder and not isinstance(module, torch.nn.Conv1d)
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3
+    ]
+
+
+def _served(model: Any) -> "tuple[str, list[KvShape]]":
+    """(the reason for which the engine cannot run the model, or the sizes of its keys and values by layer)."""
+    from graftwork.serving.engine.runner import Runner
+
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # the others read the router's choice, which has no values here
+    model.config.pad_token_id = None  # GPT-2 looks for padding among the tokens, which have no values here
+    try:
+        return "", Runner(model, "meta").kv_shapes
+    except Exception as error:  # code of any architecture
+        return _first_line(error), []
+
+
+def _with_kv(shape: ModelShape, kv: "list[KvShape]") -> ModelShape:
+    """With keys and values as the attention is called with them; a config need not name them."""
+    if not kv:
+        return shape
+    values = sum(2 * layer.heads * layer.head_dim for layer in kv)
+    if len(set(kv)) > 1:
+        return replace(shape, kv_values=values)
+    return replace(shape, kv_values=values, kv_heads=kv[0].heads, head_dim=kv[0].head_dim)
+
+
+def _is_recurrent(config: Any) -> bool:
+    """Whether the model's cache holds states of convolutions or of linear attention in some layer."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
+
+
+def _is_uniform(shape: ModelShape) -> bool:
+    """Whether every block is q, k, v, o and a plain or gated MLP, fused or not, of the sizes in the config."""
+    attention = shape.hidden * (2 * shape.q_size + 2 * shape.kv_size)
+    mlp = (3 if shape.gated else 2) * shape.hidden * shape.intermediate
+    every = all(x.part != "other" and x.count == shape.layers for x in shape.linears)
+    return every and shape.linear_params == shape.layers * (attention + mlp)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """(inputs, outputs)."""
+    if type(module).__name__ == "Conv1D":  # of GPT-2, which stores [in, out]
+        inputs, outputs = module.weight.shape
+        return int(inputs), int(outputs)
+    return module.in_features, module.out_features
+
+
+def _grouped(found: Iterable[tuple[str, int, int]]) -> tuple[Linear, ...]:
+    """Equal layers of different blocks as one entry, in the model's order."""
+    counts = Counter((_pattern(name), inputs, outputs) for name, inputs, outputs in found)
+    return tuple(Linear(*key, count, _part(key[0])) for key, count in counts.items())
+
+
+def _part(name: str) -> Literal["attention", "mlp", "other"]:
+    if any(word in name.lower() for word in places.ATTENTION_WORDS):
+        return "attention"
+    return "mlp" if any(word in name.lower() for word in places.MLP_WORDS) else "other"
+
+
+def _pattern(name: str) -> str:
+    return _NUMBER.sub(".*", name)
+
+
+def _first_line(error: Exception) -> str:
+    """The problem that an error names, without its rule and hint; of a foreign one its kind too."""
+    if isinstance(error, GraftworkError):
+        return error.found
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
