@@ -6,7 +6,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,6 +66,7 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
     shape = _with_kv(shape, kv)
     decoder = {id(module) for module in model.get_decoder().modules()}
     outside = [name for name in places.linears(model) if id(model.get_submodule(name)) not in decoder]
+    shape = replace(shape, unplanned=_unplanned(model, shape, outside))
     return BaseFacts(
         shape=shape,
         model_type=str(config["model_type"]),
@@ -76,7 +77,7 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
         recurrent=_is_recurrent(model.config),
         outside=tuple(dict.fromkeys(_pattern(name) for name in outside)),
         transposed=any(type(module).__name__ == "Conv1D" for module in model.modules()),
-        uniform=not _expert_weights(model) and _is_uniform(shape),
+        router_loss=_has_router_loss(model.config.get_text_config()),
         unattached=unattached,
         unserved=unserved,
     )
@@ -178,6 +179,27 @@ def _is_recurrent(config: Any) -> bool:
     from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
+
+
+def _has_router_loss(text: Any) -> bool:
+    """Whether TRL 1.16 adds a router's loss to the objective's (`aux_loss_enabled` of its trainers)."""
+    return hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
+
+
+def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
+    """What keeps the closed forms of `graftwork.memory` from predicting a training step's activations."""
+    found = ""
+    if _expert_weights(model) or any(".experts." in name for name in places.linears(model)):
+        found = "experts"
+    elif _is_recurrent(model.config):
+        found = "recurrent layers"
+    elif outside:
+        found = "layers outside of the text decoder"
+    elif base_model.attention_of(model.config) == "eager":
+        found = "attention without sdpa, which keeps a matrix of scores"
+    elif not _is_uniform(shape):
+        found = "blocks that are not one attention and one MLP of equal sizes"
+    return found and f"activations are not predicted for {found}"
 
 
 def _is_uniform(shape: ModelShape) -> bool:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from graftwork.config import canonical_json
+from graftwork.errors import BaseModelError
 from graftwork.storage import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 1
+FORMAT = 3
 """Of a cached entry; raise it when the fields below or the way of counting change."""
 
 
@@ -66,6 +67,8 @@ class ModelShape:
     """Values that one token leaves as keys and values in all layers."""
     file_bytes: int = 2
     """Bytes of a weight in the checkpoint's file."""
+    unplanned: str = ""
+    """The reason for which no formula predicts the activations of a training step; empty where one does."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -74,6 +77,12 @@ class ModelShape:
         Raises BaseModelError where transformers has no causal language model for it.
         """
         return facts_of(config).shape
+
+    def require_planned(self, asked: str) -> None:
+        """Raise BaseModelError where no formula predicts the activations of a training step."""
+        if self.unplanned:
+            raise BaseModelError(asked, self.unplanned, "memory of training is predicted for decoders whose blocks are "
+                                 "one attention and one MLP", HOW_UNPLANNED)  # fmt: skip
 
     @property
     def q_size(self) -> int:
@@ -127,6 +136,9 @@ class ModelShape:
         return sum(x.count * rank * (x.inputs + x.outputs) for x in self.targets(which))
 
 
+HOW_UNPLANNED = (
+    "set optim.micro_batch and optim.gradient_checkpointing to values; the run's report shows the peak that they take"
+)
 ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 """Names of the attention's last linear, whose input is the attention's own output."""
 
@@ -150,8 +162,8 @@ class BaseFacts:
     """Linear layers outside of the text decoder: towers for images and sound."""
     transposed: bool
     """The linears store [in, out], as GPT-2's do."""
-    uniform: bool
-    """Every block is one attention and one MLP, of equal sizes in all blocks."""
+    router_loss: bool
+    """TRL adds the load-balancing loss of a router, as the model's configuration asks."""
     unattached: Mapping[Targets, str]
     """The reason for which PEFT cannot attach a LoRA, by `adapter.targets`."""
     unserved: str

@@ -13,6 +13,7 @@ import yaml
 
 from graftwork import artifact, base_model
 from graftwork.answers.schema import AnswerSchema
+from graftwork.base_support import check_serving
 from graftwork.data import Row, read_fields, read_rows
 from graftwork.errors import ConfigError
 from graftwork.provenance import collect
@@ -76,6 +77,8 @@ def run_compare(
     Each alias is resolved once, here; the run is named by the spec and those versions, so a rerun after an update asks
     the updated arms anew and reuses the others. Raises UserError before anything is deployed.
     """
+    if endpoint is None:
+        check_serving(spec)
     asked = _Asked.read(spec)
     rows, store = asked.rows, Store(spec.root)
     manifests = {arm.name: artifact.resolve(store, arm.adapter) for arm in spec.arms if arm.adapter}

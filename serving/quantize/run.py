@@ -11,6 +11,7 @@ from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 from graftwork import base_model, chat
 from graftwork.answers.schema import AnswerSchema
 from graftwork.base_model import ResolvedBase
+from graftwork.base_support import check_serving
 from graftwork.chat import Message, Template
 from graftwork.config import canonical_json
 from graftwork.data import Row, read_rows, read_text
@@ -57,6 +58,7 @@ def run_quantize(
     UserError before anything is started; RunError where a process dies, e.g. for want of memory: what was measured
     before is kept.
     """
+    check_serving(spec)
     require_resources(spec.num_cpus, spec.num_gpus)
     spec = spec.with_({"root": Store(spec.root).uri})  # resolved in the driver
     base = base_model.resolve(spec.base)
