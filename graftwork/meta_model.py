@@ -3,12 +3,15 @@
 `count` reads sizes and traits from it, `training/replay.py` takes a training step on it.
 """
 
+import json
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from graftwork import base_model
@@ -30,10 +33,11 @@ def build(config: Mapping[str, Any], dtype: Any = None) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dropped = ("model_type", "dtype", "torch_dtype", "quantization_config")
-    given = {key: value for key, value in config.items() if key not in dropped}
+    given = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
     try:
-        known = AutoConfig.for_model(str(config.get("model_type")), **given)
+        with TemporaryDirectory() as folder:  # read as a base's own file is, special values of JSON included
+            (Path(folder) / "config.json").write_text(json.dumps(given), encoding="utf-8")
+            known = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 known, dtype=dtype or torch.float32, attn_implementation=base_model.attention_of(known)
@@ -74,7 +78,7 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
         attention=base_model.attention_of(model.config),
         expert_params=sum(weight.numel() for _, weight in _expert_weights(model)),
         routed=routed,
-        recurrent=_is_recurrent(model.config),
+        recurrent=is_recurrent(model.config),
         outside=tuple(dict.fromkeys(_pattern(name) for name in outside)),
         transposed=any(type(module).__name__ == "Conv1D" for module in model.modules()),
         router_loss=_has_router_loss(model.config.get_text_config()),
@@ -173,7 +177,7 @@ def _with_kv(shape: ModelShape, kv: "list[KvShape]") -> ModelShape:
     return replace(shape, kv_values=values, kv_heads=kv[0].heads, head_dim=kv[0].head_dim)
 
 
-def _is_recurrent(config: Any) -> bool:
+def is_recurrent(config: Any) -> bool:
     """Whether the model's cache holds states of convolutions or of linear attention in some layer."""
     from transformers import DynamicCache
     from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -191,7 +195,7 @@ def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
     found = ""
     if _expert_weights(model) or any(".experts." in name for name in places.linears(model)):
         found = "experts"
-    elif _is_recurrent(model.config):
+    elif is_recurrent(model.config):
         found = "recurrent layers"
     elif outside:
         found = "layers outside of the text decoder"

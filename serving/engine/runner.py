@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from graftwork.base_support import MOST_MIXED, PROBE_LENGTH, mixed_share, probe_ids
+from graftwork.base_support import PROBE_LENGTH, mixed_share, most_mixed, probe_ids
 from graftwork.errors import BaseModelError
+from graftwork.meta_model import is_recurrent
 from graftwork.serving.engine import attention
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.batch import Chunk, StepBatch, inverse, pack
@@ -205,6 +206,9 @@ class Runner:
         return [seen[layer] for layer in range(layers)]
 
     def _require_known_layers(self) -> None:
+        if is_recurrent(self.config):
+            found, rule = "recurrent layers", "the engine keeps keys and values, and no other state from token to token"
+            raise BaseModelError(type(self.model).__name__, found, rule)
         kinds = set(getattr(self.config, "layer_types", None) or ())
         if unknown := sorted(kinds - KNOWN_LAYERS):
             rule = f"the engine attends in layers of types {' and '.join(sorted(KNOWN_LAYERS))}"
@@ -223,7 +227,7 @@ class Runner:
             return self.run(batch, None, last)[0].float()
 
         mixed = mixed_share(alone=logits_of(second), one=logits_of(ids), two=logits_of(first, second))
-        if mixed > MOST_MIXED:
+        if mixed > most_mixed(self.model):
             found = f"a request's logits depend on the request before it ({mixed:.0%} as much as one text would)"
             raise BaseModelError(type(self.model).__name__, found, "requests of one pass are computed apart")
 

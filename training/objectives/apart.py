@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from graftwork.base_support import MOST_MIXED, PROBE_LENGTH, mixed_share, probe_ids
+from graftwork.base_support import PROBE_LENGTH, mixed_share, most_mixed, probe_ids
 from graftwork.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def require_apart(model: Any) -> None:
     two = model(input_ids=ids_T[None], position_ids=places_T[None], use_cache=False).logits[0, PROBE_LENGTH:]
     model.train(training)
     mixed = mixed_share(alone=alone, one=one, two=two)
-    if mixed <= MOST_MIXED:
+    if mixed <= most_mixed(model):
         return
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     raise ConfigError(
