@@ -40,6 +40,7 @@ class Support:
 
 
 YES = Support()
+UNPACKED = "--set quant.kind=none"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class BaseSupport:
     """Training a LoRA, by `adapter.targets`."""
     outside: tuple[str, ...] = ()
     """Linear layers outside of the text decoder."""
+    train_packed: Support = YES
+    """Training with int8 and nf4."""
 
     def said(self) -> str:
         """As a line of a plan: the stages that support the base, and the reason of each that does not."""
@@ -98,6 +101,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         },
         lora,
         facts.outside,
+        _trained_packed(facts),
     )
 
 
@@ -105,6 +109,8 @@ def check_training(spec: "TrainSpec", config: Mapping[str, Any]) -> BaseSupport:
     """Check a training spec against its base with this config.json. Raises BaseModelError."""
     support = base_support(config)
     support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
+    if spec.quant.kind != "none":
+        support.refuse(support.train_packed, f"quant.kind={spec.quant.kind}")
     kind = spec.adapter.kind
     support.require("train", f"adapter.kind={kind}")
     if spec.adapter.kind == "lora":
@@ -180,7 +186,7 @@ def _quantised(facts: BaseFacts) -> Support:
     return Support(
         f"{share:.0%} of its weights would be packed: bitsandbytes packs linear layers, and the experts are "
         f"3-D parameters ({facts.expert_params / 1e9:.3g} billion weights)",
-        "--set quant.kind=none",
+        UNPACKED,
     )
 
 
@@ -200,17 +206,25 @@ def _trained(facts: BaseFacts, lora: Mapping[Targets, Support]) -> Support:
     if facts.router_loss and not facts.expert_params:
         return Support("its configuration asks for the loss of a router, and it has no experts",
                        "take a dense base, or one with experts")  # fmt: skip
+    if not facts.bodied:
+        return Support("TRL's losses find no decoder below its output head (base_model_prefix)", "take another base")
     if any(support.supported for support in lora.values()):
         return YES
     return Support(lora["all-linear"].reason, "take another base")
 
 
+def _trained_packed(facts: BaseFacts) -> Support:
+    if not facts.reads_weights:
+        return YES
+    return Support(f"its code uses the weights of linear layers by itself ({facts.reads_weights})", UNPACKED)
+
+
 def _packed(facts: BaseFacts) -> Support:
-    if not facts.recurrent:
-        return YES  # the trainer tries it on the weights: `objectives.apart`
-    return Support(
-        "recurrent layers carry a state from one document of a row to the next", "set objective.packing=none"
-    )
+    """By structure; the trainer tries it on the weights as well (`objectives.apart`)."""
+    hint = "--set objective.packing=none"
+    if facts.recurrent:
+        return Support("recurrent layers carry a state from one document to the next", hint)
+    return YES if facts.packs else Support("its masks do not follow the positions of packed documents", hint)
 
 
 def _served(facts: BaseFacts) -> Support:

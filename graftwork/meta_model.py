@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,6 +82,9 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
         recurrent=is_recurrent(model.config),
         outside=tuple(dict.fromkeys(_pattern(name) for name in outside)),
         transposed=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+        packs=_packs(build(config)),
+        reads_weights="" if _expert_weights(model) else _reads_weights(build(config)),
+        bodied=model.base_model is not model,
         router_loss=_has_router_loss(model.config.get_text_config()),
         unattached=unattached,
         unserved=unserved,
@@ -158,13 +162,65 @@ def _served(model: Any) -> "tuple[str, list[KvShape]]":
     """(the reason for which the engine cannot run the model, or the sizes of its keys and values by layer)."""
     from graftwork.serving.engine.runner import Runner
 
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("batched_mm")  # the others read the router's choice, which has no values here
-    model.config.pad_token_id = None  # GPT-2 looks for padding among the tokens, which have no values here
+    _choose_nothing(model)
     try:
         return "", Runner(model, "meta").kv_shapes
     except Exception as error:  # code of any architecture
         return _first_line(error), []
+
+
+def _step(model: Any, **positions: Any) -> None:
+    """A forward pass in training mode over 8 tokens that have no values."""
+    import torch
+
+    _choose_nothing(model)
+    model.train()(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"), use_cache=False, **positions)
+
+
+def _choose_nothing(model: Any) -> None:
+    """Take the paths of a model's code that do not read values, which a meta tensor lacks."""
+    model.config.pad_token_id = None  # GPT-2 looks for padding among the tokens
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # the others read the router's choice
+
+
+def _packs(model: Any) -> bool:
+    """Whether transformers looks for packed documents when it makes the model's masks (5.24: `masking_utils`)."""
+    import torch
+    from transformers import masking_utils
+
+    seen: list[Any] = []
+
+    def found(position_ids: Any) -> Any:
+        seen.append(position_ids)
+        return torch.zeros_like(position_ids)
+
+    own, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, found
+    try:
+        _step(model, position_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"))
+    finally:
+        masking_utils.find_packed_sequence_indices = own
+    return bool(seen)
+
+
+def _reads_weights(model: Any) -> str:
+    """The error of a step whose linears have bytes for weights, as packed ones do; empty where none is read."""
+    import torch
+    from transformers import DynamicCache
+
+    def product(outputs: int, inputs: Any) -> Any:
+        return inputs.new_empty(*inputs.shape[:-1], outputs)
+
+    for name in places.linears(model):
+        linear = model.get_submodule(name)
+        packed = torch.empty(linear.weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
+        linear.forward = partial(product, _sizes(linear)[1])
+        linear.weight = torch.nn.Parameter(packed, requires_grad=False)
+    try:  # with an empty cache transformers does not look for packed documents, which takes values
+        _step(model, past_key_values=DynamicCache(config=model.config))
+    except RuntimeError as error:
+        return _first_line(error)
+    return ""
 
 
 def _with_kv(shape: ModelShape, kv: "list[KvShape]") -> ModelShape:

@@ -17,7 +17,7 @@ from graftwork.errors import BaseModelError
 from graftwork.storage import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 3
+FORMAT = 4
 """Of a cached entry; raise it when the fields below or the way of counting change."""
 
 
@@ -162,6 +162,12 @@ class BaseFacts:
     """Linear layers outside of the text decoder: towers for images and sound."""
     transposed: bool
     """The linears store [in, out], as GPT-2's do."""
+    packs: bool
+    """The masks of its attention follow the positions of documents that are packed into one row."""
+    reads_weights: str
+    """The error of a training step that uses the weights of linears by itself while they are packed; mostly empty."""
+    bodied: bool
+    """transformers finds the decoder below the output head (`base_model`), as TRL's losses need it."""
     router_loss: bool
     """TRL adds the load-balancing loss of a router, as the model's configuration asks."""
     unattached: Mapping[Targets, str]

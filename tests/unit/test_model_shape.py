@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from graftwork.base_model import BaseSpec, QuantSpec, load, resolve
 from graftwork.errors import BaseModelError
 from graftwork.memory import trained_params, weight_bytes
-from graftwork.base_model import BaseSpec, QuantSpec, load, resolve
 from graftwork.model_shape import ModelShape, facts_of
 from graftwork.training.adapter_spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
 from tests.families import FAMILIES, config_of, write_family
