@@ -6,12 +6,14 @@ families; docs/bases.md shows the result for the families that tests build.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from graftwork.errors import BaseModelError
 from graftwork.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 
 if TYPE_CHECKING:
+    from graftwork.config import Spec
     from graftwork.serving.experiment.spec import CompareSpec
     from graftwork.serving.quantize.spec import QuantizeSpec
     from graftwork.serving.spec import ServeSpec
@@ -143,6 +145,19 @@ def check_serving(spec: "ServeSpec | CompareSpec | QuantizeSpec | StudySpec") ->
     support.require("serve", f"serving of {spec.base.uri}")
     if any(_arms_with_adapters(spec)):
         support.require("serve adapters", f"serving of adapters on {spec.base.uri}")
+
+
+def check_local(spec: "Spec") -> None:
+    """Check the base of a spec where it is a folder of this machine, so that nothing is fetched. Raises UserError."""
+    from graftwork import base_model
+
+    kind, base = getattr(spec, "kind", ""), getattr(spec, "base", None)
+    if base is None or not Path(base.uri).is_dir():
+        return
+    if kind == "train":
+        check_training(cast("TrainSpec", spec), base_model.resolve(base).config)
+    elif kind in ("serve", "compare", "quantize"):
+        check_serving(cast("ServeSpec", spec))
 
 
 def _arms_with_adapters(spec: "ServeSpec | CompareSpec | QuantizeSpec | StudySpec") -> Iterator[bool]:

@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from graftwork.base_support import STAGES, base_support, check_serving, check_training
+from graftwork.cli.configs import check as config_check
 from graftwork.cli.planning import plan_spec
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
@@ -83,6 +84,17 @@ def test_training_takes_what_can_be_published_and_loaded(folders: dict[str, str]
     assert check(train_spec(folders["mixtral"], rows, adapter={"targets": "attention"})) == []
     assert check(train_spec(folders["gemma3"], rows)) == []
     assert check(train_spec(folders["gemma3"], rows, num_workers=2, adapter={"kind": "prefix"})) == []
+
+
+def test_config_check_names_what_a_local_base_does_not_support(
+    folders: dict[str, str], rows: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(f"kind: train\nname: t\nbase: {folders['mixtral']}\ndata: {{train: {rows}}}\n", encoding="utf-8")
+    with pytest.raises(BaseModelError) as error:
+        config_check(file, ["num_workers=1"])
+    refused(error, "would be packed", "--set quant.kind=none")
+    config_check(file, ["quant.kind=none", "adapter.targets=attention"])
 
 
 def test_a_sweep_refuses_a_base_for_any_of_its_trials(folders: dict[str, str], rows: str) -> None:
