@@ -4,7 +4,7 @@ Everything is computed from the real model class on the meta device (`model_shap
 families; docs/bases.md shows the result for the families that tests build.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -131,14 +131,15 @@ def check_training(spec: "TrainSpec", config: Mapping[str, Any]) -> BaseSupport:
 def check_serving(spec: "ServeSpec | CompareSpec | QuantizeSpec | StudySpec") -> None:
     """Check that our engine serves the spec's base as the spec asks. Resolves the base. Raises BaseModelError."""
     from graftwork import base_model
+    from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
+    from graftwork.study.spec import StudySpec
 
-    if getattr(spec, "engine", None) is not None and spec.engine.kind != "graftwork":
+    if not isinstance(spec, StudySpec) and spec.engine.kind != "graftwork":
         return  # vLLM knows other families; it refuses by itself
     support = base_support(base_model.resolve(spec.base).config)
-    if "precisions" in type(spec).model_fields:
+    if isinstance(spec, QuantizeSpec):
         for precision in spec.precisions:
-            kind: Stage = next((one for one in ("int8", "nf4") if precision.startswith(one)), "none")
-            found = support.stages[kind]
+            found = support.stages[QUANT[precision].kind]
             support.refuse(replace(found, hint="--set 'precisions=[fp32, bf16]'"), f"precisions: {precision}")
     else:
         support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
@@ -172,7 +173,7 @@ MOST_MIXED = {"float32": 0.05, "bfloat16": 0.5, "int8": 0.5}
 int8. Models that do not keep texts apart: 1 with recurrent layers alone, 0.18 where attention is next to them."""
 
 
-def probe_ids(vocabulary: int) -> Sequence[int]:
+def probe_ids(vocabulary: int) -> list[int]:
     """Return two texts, one behind the other, on which loaded weights are tried: packing, requests of one pass."""
     return [token * 7 % vocabulary for token in range(2 * PROBE_LENGTH)]
 
