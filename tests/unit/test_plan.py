@@ -15,6 +15,7 @@ from graftwork.errors import BaseModelError, ConfigError
 from graftwork.machine import Speed
 from graftwork.memory import GIB, RowSizes, predict_training
 from graftwork.memory.measured import RUNS, Correction, kind_of, known, learn
+from graftwork.model_shape import ModelShape
 from graftwork.plan import GPUS, Machine, gpu_called, named_gpu, plan_serving, plan_training, settle, step_seconds
 from graftwork.provenance import collect
 from graftwork.serving.spec import EngineSpec
