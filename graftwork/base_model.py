@@ -133,7 +133,7 @@ def load(
     purpose: Literal["train", "serve"],
     shards: Literal["none", "zero3", "fsdp2"] = "none",
 ) -> LoadedBase:
-    """The model with frozen parameters, in eval mode, with sdpa attention on `device` ("cpu", "cuda:0").
+    """The model with frozen parameters, in eval mode, on `device` ("cpu", "cuda:0"), with sdpa where its class has it.
 
     `shards`: zero3 reads each rank's part alone, as transformers' active DeepSpeed configuration says (a quantised base
     is read whole all the same); fsdp2 lays nf4 into words of the compute dtype, which FSDP2 can cut.
@@ -347,11 +347,19 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
         config=config,
         dtype=dtype,
         quantization_config=settings,
-        attn_implementation="sdpa",
+        attn_implementation=attention_of(config),
         device_map={"": device} if device else None,
         use_safetensors=True,
         local_files_only=True,
     )
+
+
+def attention_of(config: Any) -> Literal["sdpa", "eager"]:
+    """The attention of transformers for a model of this configuration: eager where its class has no sdpa (Gemma-2)."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "eager" if kind is not None and not kind._supports_sdpa else "sdpa"
 
 
 def _release_file(model: "torch.nn.Module") -> None:

@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from graftwork import base_model
 from graftwork.accelerators import accelerators_here, with_gpus
+from graftwork.base_support import check_serving
 from graftwork.chat import Message
 from graftwork.cluster.kuberay.serve_config import INGRESS_PER_ENGINE
 from graftwork.embedding import EmbedderSpec, resolve_embedder
@@ -158,6 +159,7 @@ def _start(spec: ServeSpec, application: serve.Application, *, http: bool) -> En
 def check_spec(spec: ServeSpec) -> None:
     """Check base, adapters, arms and embedder as far as no Ray is needed. Raises UserError."""
     base = base_model.resolve(spec.base)
+    check_serving(spec)
     longest = base.config.get("max_position_embeddings", spec.engine.max_seq_len)
     if spec.engine.max_seq_len > longest:
         raise ConfigError(f"engine.max_seq_len={spec.engine.max_seq_len}", f"the base takes {longest} tokens", "",

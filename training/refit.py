@@ -1,7 +1,6 @@
 """A run's final peak raises later plans of its kind on this machine."""
 
 from graftwork import base_model
-from graftwork.errors import BaseModelError
 from graftwork.memory import predict_training
 from graftwork.memory.measured import kind_of, learn
 from graftwork.memory.training import allocated
@@ -37,10 +36,9 @@ class FinalPeak:
         if self.steps < LEAST_STEPS:
             return
         cuda = torch.cuda.is_available() and spec.gpus > 0
-        try:
-            shape = ModelShape.from_config(base_model.resolve(spec.base).config)
-        except BaseModelError:
-            return  # a shape that the plan does not cover
+        shape = ModelShape.from_config(base_model.resolve(spec.base).config)
+        if shape.unplanned:
+            return
         value_bytes = base_model.compute_dtype(spec.quant, "cuda" if cuda else "cpu")[0].itemsize
         plan = predict_training(spec, shape, sizes_of(self.job.data.train), value_bytes=value_bytes)
         if not cuda:

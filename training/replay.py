@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 from transformers import DynamicCache
 from transformers.utils import logging
 
+from graftwork import meta_model
 from graftwork.errors import ConfigError
 from graftwork.memory import BF16, RowSizes, micro_batch
 from graftwork.memory.passes import TILE_TOKENS, TILE_VOCAB, Pass, pass_of
@@ -153,14 +154,8 @@ def _require_covered(spec: TrainSpec) -> None:
 
 def _built(spec: TrainSpec, config: Mapping[str, Any], dtype: torch.dtype, adapter_dtype: torch.dtype) -> Any:
     """The base with its adapter, as `training.loop` makes it, on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    given = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
+    base = meta_model.build(config, dtype).requires_grad_(False)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config["model_type"], **given), dtype=dtype, attn_implementation="sdpa"
-        )
-        base.requires_grad_(False)
         if spec.quant.kind == "nf4":
             _pack(base, dtype, double=spec.quant.double_quant)
         if isinstance(spec.adapter, PrefixSpec):  # without the words it begins as, which real tensors make

@@ -13,6 +13,7 @@ import yaml
 from graftwork import base_model, base_source, provenance
 from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.base_model import ResolvedBase
+from graftwork.base_support import check_training
 from graftwork.cluster.fence import Fence, Overtaken
 from graftwork.config import canonical_json
 from graftwork.errors import GraftworkError, Interrupted, StorageError
@@ -60,7 +61,9 @@ class Run:
         """Resolve base and data. Raises UserErrors of all kinds, before anything starts or is written."""
         spec, chosen = with_gpus(spec, accelerators_here())
         check_here(spec)
-        base, data, probes = base_model.resolve(spec.base), prepare(spec), tuple(probes_of(spec))
+        base = base_model.resolve(spec.base)
+        check_training(spec, base.config)
+        data, probes = prepare(spec), tuple(probes_of(spec))
         check_rows(spec, len(data.eval) if data.eval is not None else 0)
 
         spec = pin_stack(spec, base)

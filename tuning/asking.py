@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graftwork import base_model
-from graftwork.errors import BaseModelError, ClusterError, ConfigError, GraftworkError
+from graftwork.errors import ClusterError, ConfigError, GraftworkError
 from graftwork.memory import GIB, RowSizes
 from graftwork.memory.training import PROCESS_BYTES
 from graftwork.model_shape import ModelShape
@@ -132,9 +132,10 @@ class Asking:
         return settled_trial(self.spec, trial, shape, self.rows[rows_key(values)], machine_of(trial))
 
     def _known(self, trial: TrainSpec) -> tuple[ModelShape, Machine] | None:
+        shape = ModelShape.from_config(base_model.resolve(trial.base).config)
         try:
-            return ModelShape.from_config(base_model.resolve(trial.base).config), machine_of(trial)
-        except (BaseModelError, ConfigError):
+            return None if shape.unplanned else (shape, machine_of(trial))
+        except ConfigError:
             return None
 
     def _way_out(self, trial: TrainSpec, values: Values) -> str | None:

@@ -18,6 +18,7 @@ import yaml
 
 from graftwork import base_model, provenance
 from graftwork.accelerators import accelerators_here, with_gpus
+from graftwork.base_support import check_training
 from graftwork.cluster.fence import Fence, Overtaken
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError, GraftworkError, Interrupted, StorageError
@@ -41,7 +42,7 @@ from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport
 from graftwork.tuning.relatives import notes_on_relatives
 from graftwork.tuning.room import Node, nodes_of_ray
 from graftwork.tuning.search import Search, search_of
-from graftwork.tuning.space import Values, rows_key, rows_points, trial_spec
+from graftwork.tuning.space import Values, contradiction, rows_key, rows_points, trial_spec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.tensorboard import EventLogs
 from graftwork.tuning.winner import crown, require_winner
@@ -67,6 +68,7 @@ class Sweep:
         spec, _ = with_gpus(spec, accelerators_here())
         search = with_finals(spec, search_of(spec))
         _require_sizes(spec)
+        _require_supported(spec)
         prepared = {rows_key(point): (point, prepare(trial_spec(spec, point))) for point in rows_points(spec)}
         _require_comparable(data for _, data in prepared.values())
         bases = {key: base_model.resolve(trial_spec(spec, point).base).digest for key, (point, _) in prepared.items()}
@@ -93,6 +95,15 @@ class Sweep:
         every = self.spec.report_every
         data = self.rows[rows_key(values)]
         return TrainJob(self.settled(values), data, max_steps=self.spec.steps, report_every=every, eval_every=every)
+
+
+def _require_supported(spec: TuneSpec) -> None:
+    """Raises BaseModelError where the base of a trial does not support its adapter or its precision."""
+    trials = (trial_spec(spec, point) for point in points_to_plan(spec) if contradiction(spec, point) is None)
+    asked = {canonical_json([trial.base.model_dump(mode="json"), trial.quant.kind, trial.adapter.kind,
+                             getattr(trial.adapter, "targets", None)]): trial for trial in trials}  # fmt: skip
+    for trial in asked.values():
+        check_training(trial, base_model.resolve(trial.base).config)
 
 
 def check(spec: TuneSpec) -> list[str]:

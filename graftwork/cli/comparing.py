@@ -40,10 +40,13 @@ def compare(
     how = Launch(on, detach, cluster, deadline, budget, pending)
     if how.elsewhere:
         return launch(spec, file, how, as_json)
+    from graftwork.base_support import check_serving
     from graftwork.cluster.session import session
     from graftwork.serving.experiment.run import run_compare
 
     spec = resolve_here(spec, on, as_json)
+    if on == "local":
+        check_serving(spec)
     with progress_bar(f"compare {spec.name}", as_json) as bar, session(on) as here:
         outcome = here.run(run_compare, spec, on_progress=lambda p: bar(p.done, p.total, f"{p.failed} failed"))
     if as_json:

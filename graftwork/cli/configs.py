@@ -7,6 +7,7 @@ import typer
 import yaml
 
 from graftwork import config
+from graftwork.base_support import check_local
 from graftwork.cli.output import JsonFlag, Sets, print_json, print_table, say
 from graftwork.errors import ConfigError
 
@@ -16,8 +17,12 @@ SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML spec; its `
 
 @app.command()
 def check(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006 (typer copies it)
-    """Validate a spec. Exit 2 names every wrong key, its value, the rule and the nearest known key."""
+    """Validate a spec. Exit 2 names every wrong key, its value, the rule and the nearest known key.
+
+    Where the base is a folder of this machine, also check that it supports the stage.
+    """
     spec = config.load(file, sets)
+    check_local(spec)
     kind = spec.model_dump()["kind"]
     if as_json:
         print_json({"file": str(file), "kind": kind, "digest": spec.digest(), "ok": True})

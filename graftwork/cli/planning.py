@@ -9,6 +9,7 @@ from pathlib import Path
 
 from graftwork import base_model
 from graftwork.base_model import BaseSpec, QuantSpec
+from graftwork.base_support import base_support, check_serving, check_training
 from graftwork.chat import PromptSpec
 from graftwork.cli.replaying import placed, replayed_line
 from graftwork.config import Spec
@@ -54,11 +55,19 @@ def plan_spec(
     machine = Machine.here() if gpu is None else Machine.with_gpus(gpu)
     asked = spec if gpu is None else _on_gpus(spec, gpus)
     if not replay:
-        return list(_lines(asked, folder, machine))
+        return [_with_support(line, asked) for line in _lines(asked, folder, machine)]
     if not isinstance(asked, TrainSpec):
         raise ConfigError(f"--replay with kind={getattr(spec, 'kind', '')!r}", "there is no training step in it",
                           "the step of a train spec is replayed", "leave --replay out")  # fmt: skip
-    return [replayed_line(asked, machine, _outcomes(asked))]
+    return [_with_support(replayed_line(asked, machine, _outcomes(asked)), asked)]
+
+
+def _with_support(line: StagePlan, spec: Spec) -> StagePlan:
+    """With the stages that support the spec's base."""
+    base = spec.train.base if isinstance(spec, TuneSpec) else getattr(spec, "base", None)
+    if base is None:
+        return line
+    return replace(line, assumptions=(*line.assumptions, base_support(base_model.resolve(base).config).said()))
 
 
 def plan_on(spec: Spec, folder: Path, machine: Machine) -> list[StagePlan]:
@@ -89,9 +98,12 @@ def _lines(
             f"plan of kind={spec.kind!r}", "engine.kind='vllm'", "memory and time are predicted for our own engine",
             "vLLM takes engine.gpu_memory_utilization of each GPU; engine.kind=graftwork can be planned",
         )  # fmt: skip
+    if isinstance(spec, ServeSpec | CompareSpec | QuantizeSpec | StudySpec):
+        check_serving(spec)
     if isinstance(spec, TrainSpec):
         from graftwork.training.data import prepare
 
+        check_training(spec, base_model.resolve(spec.base).config)
         data = prepare(spec)
         held_out = sizes_of(data.eval) if data.eval is not None else None
         yield plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, placed(spec, machine),

@@ -41,10 +41,13 @@ def quantize(
     how = Launch(on, detach, cluster, deadline, budget, pending)
     if how.elsewhere:
         return launch(spec, file, how, as_json)
+    from graftwork.base_support import check_serving
     from graftwork.cluster.session import session
     from graftwork.serving.quantize.run import run_quantize
 
     spec = resolve_here(spec, on, as_json)
+    if on == "local":
+        check_serving(spec)
     with progress_bar(f"quantize {spec.name}", as_json) as bar, session(on) as here:
         outcome = here.run(run_quantize, spec, on_progress=lambda p: bar(p.done, p.total, p.text))
     if as_json:

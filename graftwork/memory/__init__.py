@@ -1,8 +1,10 @@
 """Predicts bytes for training and for serving from a spec and the model's config, in closed form, in milliseconds.
 
-The formulas are of dense decoders with gated MLP (Llama, Mistral, Qwen2/3, SmolLM2) as transformers 5.23, PEFT 0.21,
-TRL 1.16 and DeepSpeed 0.19 run them: each term names what it counts. `benchmarks/memory_plan.py` compares them with
-measured peaks, `graftwork plan --replay` with the same step on tensors without memory.
+Weights, linear layers and adapters are counted on the real class (`graftwork.model_shape`). Activations are formulas of
+decoders whose blocks are one attention and one MLP, as transformers 5.23, PEFT 0.21, TRL 1.16 and DeepSpeed 0.19 run
+them; each term names what it counts, and other bases are refused by name (`ModelShape.unplanned`).
+`benchmarks/memory_plan.py` compares them with measured peaks, `graftwork plan --replay` with the same step on tensors
+without memory.
 """
 
 from graftwork.memory.activations import saved_bytes

@@ -30,7 +30,7 @@ def saved_bytes(
     if isinstance(adapter, PrefixSpec) and padded_to:  # it always brings a mask; keys and values are longer by it
         row = padded_to + adapter.tokens
         stretch = row / padded_to
-    mlp = 3 * model.intermediate  # gate, silu(gate), up
+    mlp = (3 if model.gated else 1) * model.intermediate  # gate, silu(gate), up; or the activation's input
     computed = 2 * model.q_size + 2 * kv * stretch + row + mlp  # q, k, v, the attention's output, the mask
     norms = 2 * (model.hidden + 1)  # the input of each RMSNorm and its 1/rms, in fp32
     frame = computed * value_bytes + (norms + model.heads) * FP32
@@ -57,15 +57,14 @@ def _of_adapter(model: ModelShape, adapter: AdapterSpec, computed: int, value_by
 
 def _of_lora(model: ModelShape, adapter: LoraSpec, computed: int, value_bytes: int, mask_bytes: int) -> float:
     targets = model.targets(adapter.targets)
-    names, inputs = {linear.name for linear in targets}, sum(linear.inputs for linear in targets)
-    kept = len(names) * adapter.rank * computed
+    inputs = sum(linear.count * linear.inputs for linear in targets) / model.layers
+    kept = sum(linear.count for linear in targets) / model.layers * adapter.rank * computed
     if adapter.dropout > 0 or value_bytes != FP32:  # each target keeps its own input
         kept += inputs * computed
     else:  # inputs of A: q, k and v share one, gate and up share one; o's is the attention output, counted in the frame
-        h, i = model.hidden, model.intermediate
-        kept += (h * ("q_proj" in names) + h * ("gate_proj" in names) + i * ("down_proj" in names)) * FP32
+        kept += model.read(adapter.targets) * FP32
     if adapter.dropout > 0:
         kept += inputs * mask_bytes
     if adapter.dora:  # the base's output and the update's, to train the magnitude by
-        kept += sum(linear.outputs for linear in targets) * (value_bytes + computed)
+        kept += sum(linear.count * linear.outputs for linear in targets) / model.layers * (value_bytes + computed)
     return kept

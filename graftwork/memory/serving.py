@@ -34,7 +34,8 @@ def predict_serving(
     """
     slots = sum(model.adapter_params(rank) for rank in adapters) * value_bytes
     step_tokens = engine.prefill_tokens + engine.max_batch
-    per_token = 2 * model.hidden + 2 * model.q_size + 2 * model.kv_size + 3 * model.intermediate
+    mlp = (3 if model.gated else 1) * model.intermediate
+    per_token = 2 * model.hidden + 2 * model.q_size + 2 * model.kv_size + mlp
     resident = {
         "CUDA" if cuda else "process": CUDA_BYTES if cuda else SERVING_PROCESS_BYTES,
         "base weights": weight_bytes(model, quant, value_bytes, dequantised=dequantised),

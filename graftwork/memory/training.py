@@ -32,8 +32,10 @@ def predict_training(
     """Peak of one training worker: the end of the forward pass over the longest rows, or the loading if that is more.
 
     `rows`: sizes of the rendered rows; without them every row is taken as `spec.max_length` long and half trained.
-    `value_bytes` is of the compute dtype, as `base_model.compute_dtype` picks it.
+    `value_bytes` is of the compute dtype, as `base_model.compute_dtype` picks it. Raises BaseModelError for a base
+    whose activations no formula predicts (`ModelShape.unplanned`).
     """
+    model.require_planned(f"memory of {spec.name}")
     rows = rows or RowSizes.at_most(spec.max_length)
     predict = _on_gpu if spec.gpus else _on_cpu
     plans = [predict(spec, model, taken, value_bytes) for taken in passes_of(spec, rows, micro_batch(spec))]

@@ -4,6 +4,7 @@ from graftwork.base_model import QuantSpec
 from graftwork.memory.sizes import FP32
 from graftwork.model_shape import ModelShape
 from graftwork.training.adapter_spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
+from graftwork.training.adapters.places import ATTENTION_ENDS, KEYS, MLP_ENDS, VALUES
 
 NF4_BLOCK = 64
 """Weights that share one scale in bitsandbytes' nf4."""
@@ -22,8 +23,7 @@ def weight_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32, *
     if quant.kind == "none" or dequantised:
         return plain + model.linear_params * value_bytes
     if quant.kind == "int8":
-        rows = model.layers * sum(linear.outputs for linear in model.attention + model.mlp)
-        return plain + model.linear_params + rows * FP32
+        return plain + model.linear_params + model.linear_outputs * FP32
     scale = (1 + FP32 / NF4_SCALE_BLOCK) if quant.double_quant else FP32
     return plain + round(model.linear_params * (0.5 + scale / NF4_BLOCK))
 
@@ -35,12 +35,12 @@ def loading_bytes(model: ModelShape, quant: QuantSpec) -> dict[str, int]:
 
 def largest_linear(model: ModelShape) -> int:
     """Weights of the largest linear: what is unpacked at once of a quantised base."""
-    return max(linear.params for linear in model.attention + model.mlp)
+    return max(linear.params for linear in model.linears)
 
 
 def kv_bytes(model: ModelShape, tokens: int, value_bytes: int = FP32) -> int:
     """Keys and values of `tokens` positions in all blocks."""
-    return 2 * model.layers * model.kv_size * tokens * value_bytes
+    return model.kv_values * tokens * value_bytes
 
 
 def full_training_bytes(model: ModelShape, value_bytes: int = 2) -> int:
@@ -52,16 +52,19 @@ def trained_params(model: ModelShape, adapter: AdapterSpec) -> int:
     """How many values are trained: what gradients and the optimizer are kept for."""
     match adapter:
         case LoraSpec():
-            magnitudes = model.layers * sum(linear.outputs for linear in model.targets(adapter.targets))
+            magnitudes = sum(linear.count * linear.outputs for linear in model.targets(adapter.targets))
             return model.adapter_params(adapter.rank, adapter.targets) + magnitudes * adapter.dora
         case FullSpec():
             return model.params
         case Ia3Spec():  # scales of keys and values, and of the input of the MLP's last linear
-            return model.layers * (2 * model.kv_size + model.intermediate)
+            sides = sum(linear.count * linear.outputs for linear in model.named((*KEYS, *VALUES)))
+            return sides + sum(linear.count * linear.inputs for linear in model.named(MLP_ENDS))
         case PrefixSpec():
             return model.layers * 2 * model.kv_size * adapter.tokens
         case BottleneckSpec():  # down and up with their biases
-            return model.layers * places(adapter) * (2 * model.hidden * adapter.size + adapter.size + model.hidden)
+            ends = MLP_ENDS if adapter.placement == "pfeiffer" else (*MLP_ENDS, *ATTENTION_ENDS)
+            widths = ((linear.count, linear.outputs) for linear in model.named(ends))
+            return sum(count * (2 * width * adapter.size + adapter.size + width) for count, width in widths)
 
 
 def places(adapter: BottleneckSpec) -> int:

@@ -75,7 +75,7 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     again = 1 if spec.optim.gradient_checkpointing else 0
     packed = spec.quant.kind == "nf4" and spec.quant.resident != "dequantised"
     unpack_s = (2 + again) * passes * model.linear_params / UNPACK_PER_S if packed else 0.0
-    dropout_s = tokens * model.layers * _dropped(spec, model) / DROPPED_PER_S
+    dropout_s = tokens * _dropped(spec, model) / DROPPED_PER_S
     calls_s = passes * model.layers * PASS_BLOCK_S
     trained = trained_params(model, spec.adapter)
     shared = 1 if spec.strategy.kind == "ddp" else spec.num_workers
@@ -85,10 +85,10 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
 
 
 def _dropped(spec: TrainSpec, model: ModelShape) -> int:
-    """Values of one token and block that pass the adapters' dropout."""
+    """Values of one token that pass the adapters' dropout, in all blocks."""
     if not (isinstance(spec.adapter, LoraSpec) and spec.adapter.dropout):
         return 0
-    return sum(linear.inputs for linear in model.targets(spec.adapter.targets))
+    return sum(linear.count * linear.inputs for linear in model.targets(spec.adapter.targets))
 
 
 def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: float, passes: float) -> float:
@@ -127,7 +127,7 @@ def _magnitude_flops(spec: TrainSpec, model: ModelShape) -> float:
         return 0.0
     times = 2 if spec.optim.gradient_checkpointing else 1
     targets = model.targets(spec.adapter.targets)
-    return times * model.layers * sum(2 * spec.adapter.rank * x.inputs * (x.inputs + x.outputs) for x in targets)
+    return times * sum(x.count * 2 * spec.adapter.rank * x.inputs * (x.inputs + x.outputs) for x in targets)
 
 
 def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:

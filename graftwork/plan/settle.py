@@ -49,6 +49,8 @@ def settle(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine)
     """
     if not has_auto(spec):
         return Settled(spec)
+    if model.unplanned and "auto" not in (spec.optim.micro_batch, spec.optim.gradient_checkpointing):
+        return Settled(spec.with_({"quant.resident": "packed"}), (f"nf4 stays packed: {model.unplanned}",))
     found = [_weighed(one, model, rows, machine) for one in _candidates(spec)]
     fitting = [one for one in found if fits(one.bytes, machine)]
     if not fitting and "auto" not in (spec.optim.micro_batch, spec.optim.gradient_checkpointing):

@@ -10,6 +10,7 @@ import psutil
 
 from graftwork import base_model, config, report
 from graftwork.accelerators import Accelerators, with_gpus
+from graftwork.base_support import check_serving
 from graftwork.cli.output import duration, progress_bar, say
 from graftwork.cluster.session import Session
 from graftwork.demo.records import base_name
@@ -46,6 +47,7 @@ def check_study(spec: StudySpec, folder: Path) -> list[TrainSpec]:
 
     folder: where the study's file lies.
     """
+    check_serving(spec)
     adapters = [adapter_spec(spec, number, folder) for number in range(len(spec.adapters))]
     for adapter in adapters:
         check(adapter)

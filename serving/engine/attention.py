@@ -50,6 +50,7 @@ def attend(
     out_THD = torch.empty(query_THD.shape[:2] + value_1KTD.shape[-1:], dtype=query_1HTD.dtype, device=query_1HTD.device)
     rows = batch.rows if batch.rows is not None and batch.rows.takes(layer, query_THD, value_TKD) else None
     if batch.kv is None:
+        _require_equal_heads(key_1KTD, value_1KTD)
         batch.seen[layer] = KvShape(key_1KTD.shape[1], key_1KTD.shape[3])
     elif rows is None or batch.segments:
         lines = batch.write_lines(layer)
@@ -93,6 +94,15 @@ def _batch_of(options: dict[str, Any]) -> StepBatch | OwnAttention:
     if unknown:
         raise BaseModelError("the model", f"attention option {unknown[0]}", "the engine's attention knows its options")
     return batch
+
+
+def _require_equal_heads(key_1KTD: torch.Tensor, value_1KTD: torch.Tensor) -> None:
+    if key_1KTD.shape != value_1KTD.shape:
+        raise BaseModelError(
+            "the model",
+            f"a head's key has {key_1KTD.shape[-1]} values and its value {value_1KTD.shape[-1]}",
+            "the engine keeps keys and values in rows of one size",
+        )
 
 
 def _decode_all(call: Call, batch: StepBatch, query_THD: torch.Tensor, out_THD: torch.Tensor) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from graftwork.base_support import PROBE_LENGTH, mixed_share, most_mixed, probe_ids
 from graftwork.errors import BaseModelError
+from graftwork.meta_model import is_recurrent
 from graftwork.serving.engine import attention
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.batch import Chunk, StepBatch, inverse, pack
@@ -24,6 +26,9 @@ from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment
 from graftwork.serving.engine.positions import longest_sequence
 from graftwork.serving.engine.sites import Deltas, Sites, own_forward
 from graftwork.serving.engine.slots import AdapterWeights
+
+KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Of `layer_types` in a configuration. Others attend to other positions, or keep a state of another kind."""
 
 
 class Runner:
@@ -51,7 +56,10 @@ class Runner:
         self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places, self._kernels)
         self.kinds = MixedKinds(model, self.sites, self.planner, self.device)
         try:
+            self._require_known_layers()
             self.kv_shapes = self._probe()
+            if self.device.type != "meta":  # shapes alone, without values to compare
+                self._require_apart()
             self._layers = None if self._kernels is None else DecodeLayers(model, self.dtype, self._kernels)
         except BaseException:
             self.close()
@@ -196,6 +204,32 @@ class Runner:
             found = f"{len(seen)} of {layers} layers attend through transformers' attention interface"
             raise BaseModelError(type(self.model).__name__, found, "every layer of a served decoder does")
         return [seen[layer] for layer in range(layers)]
+
+    def _require_known_layers(self) -> None:
+        if is_recurrent(self.config):
+            found, rule = "recurrent layers", "the engine keeps keys and values, and no other state from token to token"
+            raise BaseModelError(type(self.model).__name__, found, rule)
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        if unknown := sorted(kinds - KNOWN_LAYERS):
+            rule = f"the engine attends in layers of types {' and '.join(sorted(KNOWN_LAYERS))}"
+            raise BaseModelError(type(self.model).__name__, f"layers of type {', '.join(unknown)}", rule)
+
+    @torch.inference_mode()
+    def _require_apart(self) -> None:
+        """Try two requests in one pass: state that goes from token to token beside keys and values would mix them."""
+        ids = probe_ids(self.vocab_size)
+        first, second = ids[:PROBE_LENGTH], ids[PROBE_LENGTH:]
+
+        def logits_of(*rows: list[int]) -> torch.Tensor:
+            batch = pack([], [Chunk(row, 0, None) for row in rows], None, self.device)
+            tokens = batch.ids_1T.shape[1]
+            last = torch.arange(tokens - PROBE_LENGTH, tokens, device=self.device)
+            return self.run(batch, None, last)[0].float()
+
+        mixed = mixed_share(alone=logits_of(second), one=logits_of(ids), two=logits_of(first, second))
+        if mixed > most_mixed(self.model):
+            found = f"a request's logits depend on the request before it ({mixed:.0%} as much as one text would)"
+            raise BaseModelError(type(self.model).__name__, found, "requests of one pass are computed apart")
 
 
 def _lora_segments(batch: StepBatch, adapters: Sequence[AdapterWeights | None]) -> list[LoraSegment]:

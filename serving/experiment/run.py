@@ -14,6 +14,7 @@ import yaml
 from graftwork import artifact, base_model
 from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.answers.schema import AnswerSchema
+from graftwork.base_support import check_serving
 from graftwork.data import Row, fingerprint, key_check, read_fields, read_rows, resolve_prompt
 from graftwork.errors import ConfigError
 from graftwork.provenance import collect
@@ -78,6 +79,8 @@ def run_compare(
     the updated arms anew and reuses the others. Raises UserError before anything is deployed.
     """
     spec, _ = with_gpus(spec, accelerators_here())
+    if endpoint is None:
+        check_serving(spec)
     asked = _Asked.read(spec)
     rows, store = asked.rows, Store(spec.root)
     manifests = {arm.name: artifact.resolve(store, arm.adapter) for arm in spec.arms if arm.adapter}

@@ -12,6 +12,7 @@ from graftwork import base_model, chat
 from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.answers.schema import AnswerSchema
 from graftwork.base_model import ResolvedBase
+from graftwork.base_support import check_serving
 from graftwork.chat import Message, Template
 from graftwork.config import canonical_json
 from graftwork.data import Row, key_check, read_rows, read_text
@@ -60,6 +61,7 @@ def run_quantize(
     before is kept.
     """
     spec, _ = with_gpus(spec, accelerators_here())
+    check_serving(spec)
     require_resources(spec.num_cpus, spec.gpus)
     spec = spec.with_({"root": Store(spec.root).uri})  # resolved in the driver
     base = base_model.resolve(spec.base)

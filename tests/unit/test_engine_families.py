@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from graftwork import base_model
+from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.serving.engine.engine import Engine
 from tests import engines
@@ -60,7 +62,10 @@ def test_a_family_decodes_as_generate_does(kind: str, tmp_path: Path) -> None:
     rng = random.Random(2)
     prompts = [[rng.randrange(3, 300) for _ in range(length)] for length in (3, 20, 41, 60)]
     prompts += [prompts[-1][:50] + [7, 8, 9]]
-    engine = Engine(engines.load_model(base), engines.spec(prefill_tokens=16), "cpu")
+    resolved = base_model.resolve(BaseSpec(uri=str(base)))
+    plain = QuantSpec(kind="none", dtype="float32")
+    model = base_model.load(resolved, plain, device="cpu", purpose="serve").model
+    engine = Engine(model, engines.spec(prefill_tokens=16), "cpu")
     engine.load_adapter("v1", adapter)
     engine.start()
     for name in (None, "v1"):

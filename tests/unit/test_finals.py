@@ -16,7 +16,6 @@ from graftwork.cli.tuning import show, told
 from graftwork.errors import ConfigError, RunError
 from graftwork.machine import Speed
 from graftwork.memory import GIB, RowSizes
-from graftwork.model_shape import ModelShape
 from graftwork.plan import RAY_TUNE_START_S, Machine
 from graftwork.storage import RunPaths, Store
 from graftwork.training.outcomes.spec import RetentionSpec
@@ -31,6 +30,7 @@ from graftwork.tuning.space import digest, grid
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.winner import Placed, move, winner_spec
 from tests.adapters import facts, write_adapter
+from tests.shapes import SMOLLM2
 
 RANKS = {"adapter.rank": {"kind": "choice", "values": [2, 4, 8, 16, 32]}}
 
@@ -351,7 +351,7 @@ def test_a_winner_that_cannot_be_placed_is_refused(train: dict[str, Any], said: 
 
 def test_finals_are_planned_as_whole_runs() -> None:
     """Four repeats, two at a time: twice the time by which a sweep of one trial is longer than its start."""
-    model = ModelShape(576, 30, 9, 3, 64, 1536, 49152, tied=True)
+    model = SMOLLM2
     machine = Machine(cores=2, memory_bytes=16 * GIB, speed=Speed(gflops=65.0, gbytes_per_s=20.0))
     rows = RowSizes.of([100] * 64, [50] * 64)
 

@@ -28,10 +28,9 @@ from graftwork.training.run import Run
 from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
+from tests.shapes import LLAMA_8B, SMOLLM2
 from tests.training import task
 
-SMOLLM2 = ModelShape(576, 30, 9, 3, 64, 1536, 49152, tied=True)
-LLAMA_8B = ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False)
 MACHINE = Machine(cores=2, memory_bytes=8 * GIB, speed=Speed(gflops=65.0, gbytes_per_s=20.0))
 AUTO = {"micro_batch": "auto", "gradient_checkpointing": "auto"}
 FULL = {"adapter": {"kind": "full"}, "quant": {"kind": "none"}}

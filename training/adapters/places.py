@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from graftwork.errors import ConfigError
 
 ATTENTION_WORDS = ("attn", "attention")
@@ -16,6 +14,8 @@ KEYS, VALUES = ("k_proj",), ("v_proj",)
 
 def linears(model: Any) -> list[str]:
     """Full names of the linear layers, the head left out."""
+    import torch  # not above: plans read the names alone
+
     head = model.get_output_embeddings()
     return [
         name

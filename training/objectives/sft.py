@@ -36,7 +36,7 @@ class MaskedSftTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no t
         """Summed loss over the step's trained tokens, times the number of processes because DDP averages gradients."""
         head = self.model.get_output_embeddings()
         fused = inputs["labels"].is_cuda and isinstance(head, torch.nn.Linear)  # not with trained rows in it
-        if fused or return_outputs:
+        if fused or return_outputs or self.aux_loss_enabled:  # TRL adds the router's loss of a base with experts
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits_NV, targets_N = trained_logits(model, head, inputs)
         total = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")

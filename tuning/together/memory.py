@@ -55,9 +55,6 @@ def _block(whole: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     """Bytes that a token leaves in one block: of the frozen block, of the inputs of its targets, once for siblings, and
     the chances of short rows, in fp32 and in the compute dtype."""
     frozen = saved_bytes(model, PrefixSpec(), value_bytes=value_bytes)  # a prefix keeps nothing in a block
-    names = (
-        {linear.name for linear in model.targets(whole.adapter.targets)} if isinstance(whole.adapter, LoraSpec) else {}
-    )
-    read = model.hidden * (("q_proj" in names) + ("gate_proj" in names)) + model.intermediate * ("down_proj" in names)
+    read = model.read(whole.adapter.targets) if isinstance(whole.adapter, LoraSpec) else 0
     products = taken.row <= LONGEST and value_bytes < FP32
     return round(frozen) + read * value_bytes + products * model.heads * taken.row * (FP32 + value_bytes)
