@@ -25,10 +25,12 @@ class Catalog:
     def __init__(self, spec: ServeSpec) -> None:
         self.base = base_name(spec.base.uri)
         self._embedder = spec.embedder.model_name if spec.embedder else None
+        self.changes = 0
         self.take(spec)
 
     def take(self, spec: ServeSpec) -> None:
         """Answer to these arms from now on."""
+        self.changes += 1
         self._arms = {f"arm/{arm.name}": arm for arm in spec.arms}
 
     def arm(self, model: str) -> ArmSpec:

@@ -216,8 +216,7 @@ class Surface:
 
     async def models(self) -> Response:
         """GET /v1/models: base, arms, and every adapter of the store, loaded or not."""
-        cards = [*await self._models.cards(), *self._experiment_cards()]
-        return JSONResponse({"object": "list", "data": cards})
+        return Response(await self._models.listing(self._experiment_cards()), media_type="application/json")
 
     async def model(self, model: str) -> Response:
         """GET /v1/models/{model}."""

@@ -15,6 +15,7 @@ from graftwork.embedding import Embedded
 from graftwork.serving.arms import Dump, Question
 from graftwork.serving.auth import Keys
 from graftwork.serving.embedder import EmbedderReplica
+from graftwork.serving.http_protocol import BoundedHttpProtocol
 from graftwork.serving.ingress import make_app
 from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.replica import EngineReplica
@@ -86,7 +87,9 @@ def local_endpoint(spec: ServeSpec, token: str | None = None) -> Iterator[str]:
         backend = await local_backend(spec)
         keys = Keys({"someone": hashlib.sha256(token.encode()).hexdigest()}) if token else Keys()
         app = make_app(LiveConfig(spec, backend), backend, keys)
-        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+        server = uvicorn.Server(
+            uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", http=BoundedHttpProtocol)
+        )
         serving = asyncio.create_task(server.serve())
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
