@@ -148,9 +148,8 @@ def _is_empty(value: object) -> bool:
 def _is_number(value: object, number: int) -> bool:
     """Equal as a number, a boolean, or the text of one, which is all that a CSV has."""
     if isinstance(value, str):
-        value = {"true": 1, "false": 0}.get(value.lower(), value)
         try:
-            return float(value) == number
+            return float({"true": "1", "false": "0"}.get(value.lower(), value)) == number
         except ValueError:
             return False
     return isinstance(value, int | float) and value == number

@@ -220,10 +220,11 @@ class Surface:
 
     async def model(self, model: str) -> Response:
         """GET /v1/models/{model}."""
-        found = [card for card in self._experiment_cards() if card["id"] == model] or [await self._models.card(model)]
-        if found[0] is None:
+        running = [card for card in self._experiment_cards() if card["id"] == model]
+        card = running[0] if running else await self._models.card(model)
+        if card is None:
             raise await self._models.unknown(model)
-        return JSONResponse(found[0])
+        return JSONResponse(card)
 
     def changing(self, post: Handler) -> Handler:
         """A handler that changes adapters: the next listing of the models reads the store."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from graftwork import data
+from graftwork.chat import PromptSpec
 from graftwork.data import is_same_place, read_rows, resolve_prompt
 from graftwork.errors import ConfigError, DataError
 from graftwork.retrieval.chunks import ChunkSpec
@@ -222,7 +223,7 @@ def test_passages_and_questions_count_other_keys(tmp_path: Path) -> None:
 def test_shots_are_checked_as_rows_to_learn_from(tmp_path: Path) -> None:
     uri = write(tmp_path / "shots.jsonl", row(USER, {**ANSWER, "weight": 0}))
     with pytest.raises(DataError, match=r"row 1: messages\[1\].weight"):
-        resolve_prompt(data.PromptSpec(shots=1, shots_from=uri))
+        resolve_prompt(PromptSpec(shots=1, shots_from=uri))
 
 
 def test_held_out_rows_are_other_rows_by_name(spec: TrainSpec, folder: Path) -> None:

@@ -27,6 +27,7 @@ from graftwork.training.merging import merge_published
 from graftwork.training.publish import publish
 from graftwork.training.run import Run, _job, _write_facts, run_paths
 from graftwork.training.spec import TrainSpec
+from graftwork.training.steplog import StepReport
 from tests import engines
 from tests.adapters import facts
 from tests.replicas import arm, replica_of
@@ -111,7 +112,12 @@ def test_a_killed_run_goes_on_the_next_day(spec: TrainSpec, tmp_path: Path, monk
         monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "another machine"))
         again = Run.of(spec)
         steps: list[int] = []
-        run_steps(_job(again, None), lambda step: steps.append(step.step) or True)
+
+        def note(step: StepReport) -> bool:
+            steps.append(step.step)
+            return True
+
+        run_steps(_job(again, None), note)
     assert again.paths.run_id == run.paths.run_id
     assert steps[0] > 4, "it began behind the checkpoint"
 

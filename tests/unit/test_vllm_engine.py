@@ -188,7 +188,7 @@ def test_vllm_takes_what_we_give_it(adapter: Path) -> None:
     )  # fmt: skip
     lora = words.lora(Loras().new("v1", adapter, 8, 100))
     assert (lora.lora_name, lora.lora_int_id, lora.lora_path, lora.load_inplace) == ("v1#1", 1, str(adapter), False)
-    assert words.prompt((1, 2))["prompt_token_ids"] == [1, 2]
+    assert words.prompt((1, 2), "")["prompt_token_ids"] == [1, 2]
 
 
 # Outputs.
