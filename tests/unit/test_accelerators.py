@@ -129,11 +129,12 @@ def test_a_slice_of_a_gpu_is_no_whole_gpu() -> None:
 
 
 def rows(folder: Path) -> dict[str, Any]:
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps({"id": str(i), "prompt": f"card {i}", "completion": "{}"}) + "\n"
-                            for i in range(8)))  # fmt: skip
-    return {**TRAIN, "root": str(folder / "root"), "base": str(write_tiny_base(folder / "base")),
-            "quant": {"kind": "none"}, "data": {"train": str(file), "eval": str(file)}}  # fmt: skip
+    for name in ("rows", "held-out"):
+        lines = (json.dumps({"id": str(i), "prompt": f"{name} {i}", "completion": "{}"}) for i in range(8))
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    data = {"train": str(folder / "rows.jsonl"), "eval": str(folder / "held-out.jsonl")}
+    base = str(write_tiny_base(folder / "base"))
+    return {**TRAIN, "root": str(folder / "root"), "base": base, "quant": {"kind": "none"}, "data": data}
 
 
 def test_runs_and_sweeps_resolve_it_before_they_are_named(tmp_path: Path, smi: Path) -> None:

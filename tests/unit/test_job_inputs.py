@@ -41,6 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "docs" / "more").mkdir(parents=True)
     (folder / "rows.jsonl").write_text(ROW)
     (folder / "held-out.jsonl").write_text(ROW * 2)
+    (folder / "more.jsonl").write_text(ROW * 3)
     (folder / "schema.json").write_text('{"type": "object"}')
     (folder / "setup.sql").write_text("create table t (a int);")
     (folder / "docs" / "a.md").write_text("# Runways\n\nThe runway is 3 km long.")
@@ -109,7 +110,7 @@ def test_every_key_of_a_stage_that_names_a_file_travels(here: Path) -> None:
         train(prompt={"shots": 1, "shots_from": "rows.jsonl"}, data={"train": "rows.jsonl", "eval": "held-out.jsonl",
               "context": {"corpus": "docs/a.md"}}),
         validate(TuneSpec, {"name": "sweep", "train": train().model_dump(mode="json", exclude_unset=True),
-                 "space": {"data.train": {"kind": "choice", "values": ["rows.jsonl", "held-out.jsonl"]}}}, "test"),
+                 "space": {"data.train": {"kind": "choice", "values": ["rows.jsonl", "more.jsonl"]}}}, "test"),
         validate(ServeSpec, {"name": "s", "base": "b", "arms": [{"name": "a", "grammar": {"json_schema": "schema.json"},
                  "retriever": {"corpus": "docs"}, "prompt": {"shots": 1, "shots_from": "rows.jsonl"}}]}, "test"),
         validate(CompareSpec, {"name": "c", "base": "b", "eval": "rows.jsonl", "answer_schema": "schema.json",
