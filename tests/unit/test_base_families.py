@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from graftwork import base_model
+from graftwork.artifact_check import problems, read_folder
 from graftwork.base_model import BaseSpec, LoadedBase, QuantSpec, ResolvedBase
 from graftwork.base_support import base_support, check_serving, check_training
 from graftwork.errors import BaseModelError
@@ -44,6 +45,8 @@ def test_a_family_trains_as_far_as_its_support_says(kind: str, tmp_path: Path) -
         else:
             with pytest.raises(BaseModelError):
                 check_training(spec, base.config)
+    if support.stages["train"].supported:  # and publishing takes the adapter
+        assert list(problems(read_folder(write_adapter(base, tmp_path / "adapter", targets)))) == []
     for which, found in support.lora.items():
         if not found.supported:
             spec = train_spec(base, tmp_path, quant={"kind": "none"}, adapter={"targets": which})
