@@ -9,15 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 
 if TYPE_CHECKING:
-    from graftwork.config import Spec
-    from graftwork.serving.experiment.spec import CompareSpec
-    from graftwork.serving.quantize.spec import QuantizeSpec
-    from graftwork.serving.spec import ServeSpec
-    from graftwork.study.spec import StudySpec
     from graftwork.training.spec import TrainSpec
 
 Stage = Literal["plan", "none", "int8", "nf4", "train", "pack", "serve", "serve adapters"]
@@ -128,18 +124,20 @@ def check_training(spec: "TrainSpec", config: Mapping[str, Any]) -> BaseSupport:
     return support
 
 
-def check_serving(spec: "ServeSpec | CompareSpec | QuantizeSpec | StudySpec") -> None:
-    """Check that our engine serves the spec's base as the spec asks. Resolves the base. Raises BaseModelError."""
-    from graftwork import base_model
-    from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
-    from graftwork.study.spec import StudySpec
+def check_serving(spec: Any) -> None:
+    """Check that our engine serves the base of a serve, compare, quantize or study spec as the spec asks.
 
-    if not isinstance(spec, StudySpec) and spec.engine.kind != "graftwork":
+    Resolves the base. Raises BaseModelError.
+    """
+    from graftwork import base_model
+
+    engine = getattr(spec, "engine", None)
+    if engine is not None and engine.kind != "graftwork":
         return  # vLLM knows other families; it refuses by itself
     support = base_support(base_model.resolve(spec.base).config)
-    if isinstance(spec, QuantizeSpec):
+    if spec.kind == "quantize":
         for precision in spec.precisions:
-            found = support.stages[QUANT[precision].kind]
+            found = support.stages[precision if precision in ("int8", "nf4") else "none"]
             support.refuse(replace(found, hint="--set 'precisions=[fp32, bf16]'"), f"precisions: {precision}")
     else:
         support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
@@ -148,7 +146,7 @@ def check_serving(spec: "ServeSpec | CompareSpec | QuantizeSpec | StudySpec") ->
         support.require("serve adapters", f"serving of adapters on {spec.base.uri}")
 
 
-def check_local(spec: "Spec") -> None:
+def check_local(spec: Spec) -> None:
     """Check the base of a spec where it is a folder of this machine, so that nothing is fetched. Raises UserError."""
     from graftwork import base_model
 
@@ -158,10 +156,10 @@ def check_local(spec: "Spec") -> None:
     if kind == "train":
         check_training(cast("TrainSpec", spec), base_model.resolve(base).config)
     elif kind in ("serve", "compare", "quantize"):
-        check_serving(cast("ServeSpec", spec))
+        check_serving(spec)
 
 
-def _arms_with_adapters(spec: "ServeSpec | CompareSpec | QuantizeSpec | StudySpec") -> Iterator[bool]:
+def _arms_with_adapters(spec: Spec) -> Iterator[bool]:
     yield bool(getattr(spec, "adapters", ()))
     yield from (arm.adapter is not None for arm in getattr(spec, "arms", ()))
 

@@ -3,6 +3,7 @@
 `count` reads sizes and traits from it, `training/replay.py` takes a training step on it.
 """
 
+import importlib
 import json
 import re
 import warnings
@@ -13,18 +14,18 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from graftwork import base_model
+from graftwork import adapter_places, base_model
+from graftwork.adapter_places import MLP_ENDS
 from graftwork.errors import BaseModelError, GraftworkError
 from graftwork.model_shape import BaseFacts, Linear, ModelShape, Targets
 from graftwork.training.adapter_spec import LoraSpec
-from graftwork.training.adapters import places
-from graftwork.training.adapters.places import MLP_ENDS
 
-if TYPE_CHECKING:
-    from graftwork.serving.engine.kv import KvShape
-
+ATTACH = ("graftwork.training.adapters.attach", "attach")
+RUNNER = ("graftwork.serving.engine.runner", "Runner")
+"""Code that trains and serves a base, tried on its meta model. By dotted name, as in `config.SPEC_KINDS`: this module is
+part of the core, which imports neither package."""
 TARGETS: tuple[Targets, ...] = ("all-linear", "attention", "mlp")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -65,12 +66,12 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
             adapted[which], routed[which] = _adapted(build(config), which)
         except Exception as error:  # PEFT on a model of any architecture
             adapted[which], routed[which], unattached[which] = (), (), _first_line(error)
-    linears = _grouped((name, *_sizes(model.get_submodule(name))) for name in places.linears(model))
+    linears = _grouped((name, *_sizes(model.get_submodule(name))) for name in adapter_places.linears(model))
     shape = _shape(model, config, linears, adapted)
     unserved, kv = _served(build(config))
     shape = _with_kv(shape, kv)
     decoder = {id(module) for module in model.get_decoder().modules()}
-    outside = [name for name in places.linears(model) if id(model.get_submodule(name)) not in decoder]
+    outside = [name for name in adapter_places.linears(model) if id(model.get_submodule(name)) not in decoder]
     shape = replace(shape, unplanned=_unplanned(model, shape, outside))
     return BaseFacts(
         shape=shape,
@@ -120,8 +121,7 @@ def _shape(
 
 def _adapted(model: Any, which: Targets) -> tuple[tuple[Linear, ...], tuple[str, ...]]:
     """The linears on which PEFT puts a LoRA, and the names of experts and routers on which it puts one."""
-    from graftwork.training.adapters.attach import attach
-
+    attach = _named(ATTACH)
     experts = {name.rpartition(".")[0] for name, _ in _expert_weights(model)}
     with warnings.catch_warnings(action="ignore"):  # about patterns of fused experts that the targets leave out
         attached = attach(model, LoraSpec(rank=1, targets=which)).get_base_model()
@@ -158,13 +158,15 @@ def _expert_weights(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _served(model: Any) -> "tuple[str, list[KvShape]]":
-    """(the reason for which the engine cannot run the model, or the sizes of its keys and values by layer)."""
-    from graftwork.serving.engine.runner import Runner
+def _named(place: tuple[str, str]) -> Any:
+    return getattr(importlib.import_module(place[0]), place[1])
 
+
+def _served(model: Any) -> tuple[str, list[Any]]:
+    """Return (why the engine cannot run the model, or "", and the `KvShape` of each layer)."""
     _choose_nothing(model)
     try:
-        return "", Runner(model, "meta").kv_shapes
+        return "", _named(RUNNER)(model, "meta").kv_shapes
     except Exception as error:  # code of any architecture
         return _first_line(error), []
 
@@ -211,7 +213,7 @@ def _reads_weights(model: Any) -> str:
     def product(outputs: int, inputs: Any) -> Any:
         return inputs.new_empty(*inputs.shape[:-1], outputs)
 
-    for name in places.linears(model):
+    for name in adapter_places.linears(model):
         linear = model.get_submodule(name)
         packed = torch.empty(linear.weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
         linear.forward = partial(product, _sizes(linear)[1])
@@ -223,7 +225,7 @@ def _reads_weights(model: Any) -> str:
     return ""
 
 
-def _with_kv(shape: ModelShape, kv: "list[KvShape]") -> ModelShape:
+def _with_kv(shape: ModelShape, kv: list[Any]) -> ModelShape:
     """With keys and values as the attention is called with them; a config need not name them."""
     if not kv:
         return shape
@@ -249,7 +251,7 @@ def _has_router_loss(text: Any) -> bool:
 def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
     """What keeps the closed forms of `graftwork.memory` from predicting a training step's activations."""
     found = ""
-    if _expert_weights(model) or any(".experts." in name for name in places.linears(model)):
+    if _expert_weights(model) or any(".experts." in name for name in adapter_places.linears(model)):
         found = "experts"
     elif is_recurrent(model.config):
         found = "recurrent layers"
@@ -285,9 +287,9 @@ def _grouped(found: Iterable[tuple[str, int, int]]) -> tuple[Linear, ...]:
 
 
 def _part(name: str) -> Literal["attention", "mlp", "other"]:
-    if any(word in name.lower() for word in places.ATTENTION_WORDS):
+    if any(word in name.lower() for word in adapter_places.ATTENTION_WORDS):
         return "attention"
-    return "mlp" if any(word in name.lower() for word in places.MLP_WORDS) else "other"
+    return "mlp" if any(word in name.lower() for word in adapter_places.MLP_WORDS) else "other"
 
 
 def _pattern(name: str) -> str:

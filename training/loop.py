@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from graftwork import base_model
 from graftwork.errors import StorageError
+from graftwork.step_plan import StepPlan, step_plan
 from graftwork.storage import cache_root
-from graftwork.training.batches import StepPlan, step_plan
 from graftwork.training.before_after import before_after
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_start import Start, agreed_start

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, set_seed
 
-from graftwork.training.batches import StepPlan
+from graftwork.step_plan import StepPlan
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints
 from graftwork.training.checkpoint_save import Saver
 from graftwork.training.checkpoint_start import Start

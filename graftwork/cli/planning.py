@@ -18,6 +18,7 @@ from graftwork.demo_spec import DemoSpec
 from graftwork.embedding import EmbedderShape, EmbedderSpec, resolve_embedder
 from graftwork.errors import ConfigError
 from graftwork.memory import MemoryPlan, predict_embedding
+from graftwork.memory.sizes import Work
 from graftwork.model_shape import ModelShape
 from graftwork.plan import (
     Answers,
@@ -34,7 +35,7 @@ from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.study.spec import MeasureSpec, StudySpec
-from graftwork.training.outcomes.parts import Work, work_of
+from graftwork.training.outcomes.parts import work_of
 from graftwork.training.outcomes.spec import OutcomesSpec
 from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec

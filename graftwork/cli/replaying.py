@@ -4,12 +4,12 @@ from dataclasses import replace
 
 from graftwork import base_model
 from graftwork.memory import FP32, MemoryPlan, predict_training
+from graftwork.memory.sizes import Work
 from graftwork.memory.training import ALLOCATOR_SHARE, FRAGMENTS
 from graftwork.model_shape import ModelShape
 from graftwork.plan import Machine, StagePlan, charged, plan_training, settle, training_ways_out, verdict_of
 from graftwork.training.adapter_spec import FullSpec
 from graftwork.training.data import prepare
-from graftwork.training.outcomes.parts import Work
 from graftwork.training.settled import machine_of, sizes_of
 from graftwork.training.spec import TrainSpec
 

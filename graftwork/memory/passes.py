@@ -12,7 +12,7 @@ from graftwork.base_model import BaseSpec
 from graftwork.memory.sizes import BF16, FP32, EachRow, RowSizes
 from graftwork.memory.weights import kv_bytes, weight_bytes
 from graftwork.model_shape import ModelShape
-from graftwork.training.batches import step_plan
+from graftwork.step_plan import step_plan
 from graftwork.training.objective_spec import DistillSpec, DpoSpec, RewardSpec, RlSpec, TeacherSpec
 from graftwork.training.spec import TrainSpec
 
@@ -56,7 +56,7 @@ def pass_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> Pass:
 def passes_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> tuple[Pass, ...]:
     """The forward passes that can be the largest, most tokens first: each further one has more scored positions.
 
-    Where the rows are known they are those of the run, as `training.batches` deals the rows and as they are padded.
+    Where the rows are known they are those of the run, as `step_plan` deals the rows and as they are padded.
     """
     sequences = 2 if isinstance(spec.objective, DpoSpec | RewardSpec) else 1
     if isinstance(spec.objective, RlSpec):

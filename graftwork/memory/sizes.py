@@ -93,3 +93,27 @@ class MemoryPlan:
     def part(self, name: str) -> int:
         """Bytes of one part, 0 where the plan has none."""
         return dict(self.parts).get(name, 0)
+
+
+BATCH_TOKENS, BATCH_ROWS = 1024, 16
+"""Of a forward pass that measures outcomes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all items of some parts ask of a model, in tokens."""
+
+    read: int = 0
+    """Of prompts and continuations that are weighed."""
+    weighed: int = 0
+    """Positions of them whose logits are computed."""
+    prompts: int = 0
+    """Of prompts that are answered."""
+    written: int = 0
+    """At the most, of answers."""
+    decoding_steps: float = 0.0
+    """Forward passes that write one token of each answer of a batch."""
+
+    def said(self) -> str:
+        """In words."""
+        return f"{self.read} tokens weighed, up to {self.written} written"

@@ -3,11 +3,10 @@
 from graftwork.memory.activations import saved_bytes
 from graftwork.memory.passes import Pass, beside_bytes, logit_bytes, passes_of
 from graftwork.memory.sharing import Shared, shared
-from graftwork.memory.sizes import BF16, FP32, MIB, MemoryPlan, RowSizes
+from graftwork.memory.sizes import BATCH_TOKENS, BF16, FP32, MIB, MemoryPlan, RowSizes
 from graftwork.memory.weights import kv_bytes, largest_linear, loading_bytes, trained_params, weight_bytes
 from graftwork.model_shape import ModelShape
 from graftwork.training.adapter_spec import FullSpec, LoraSpec, PrefixSpec
-from graftwork.training.outcomes.parts import BATCH_TOKENS
 from graftwork.training.spec import TrainSpec
 
 PROCESS_BYTES = 660 * MIB

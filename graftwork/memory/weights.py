@@ -1,10 +1,10 @@
 """Bytes of weights, of what is trained of them, and of keys and values."""
 
+from graftwork.adapter_places import ATTENTION_ENDS, KEYS, MLP_ENDS, VALUES
 from graftwork.base_model import QuantSpec
 from graftwork.memory.sizes import FP32
 from graftwork.model_shape import ModelShape
 from graftwork.training.adapter_spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
-from graftwork.training.adapters.places import ATTENTION_ENDS, KEYS, MLP_ENDS, VALUES
 
 NF4_BLOCK = 64
 """Weights that share one scale in bitsandbytes' nf4."""

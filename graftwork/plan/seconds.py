@@ -3,13 +3,12 @@
 from dataclasses import replace
 
 from graftwork.memory import RowSizes, micro_batch
-from graftwork.memory.sizes import BF16, FP32
+from graftwork.memory.sizes import BF16, FP32, Work
 from graftwork.memory.weights import trained_params
 from graftwork.model_shape import ModelShape
 from graftwork.plan.gpus import Gpu
 from graftwork.plan.hardware import Machine
 from graftwork.training.adapter_spec import FullSpec, LoraSpec, PrefixSpec
-from graftwork.training.outcomes.parts import Work
 from graftwork.training.spec import TrainSpec
 
 TRAIN_EFFICIENCY = 0.70

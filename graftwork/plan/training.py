@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator
 
 from graftwork.memory import GIB, RowSizes
+from graftwork.memory.sizes import Work
 from graftwork.model_shape import ModelShape
 from graftwork.plan.hardware import Machine
 from graftwork.plan.seconds import RAY_TRAIN_START_S, START_S, evaluation_seconds, outcomes_seconds, step_seconds
 from graftwork.plan.settle import settle
 from graftwork.plan.stage import StagePlan, charged, verdict_of, worker_memory
 from graftwork.plan.ways_out import training_ways_out
-from graftwork.training.outcomes.parts import Work
 from graftwork.training.spec import TrainSpec
 
 

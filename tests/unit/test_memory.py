@@ -30,12 +30,13 @@ from graftwork.memory import (
     weight_bytes,
 )
 from graftwork.memory.passes import pass_of, passes_of
+from graftwork.memory.sizes import Work
 from graftwork.model_shape import ModelShape
 from graftwork.plan import Answers, Machine, StagePlan, answers_seconds, plan_serving, plan_training, step_seconds
 from graftwork.serving.spec import EngineSpec, ServeSpec
+from graftwork.step_plan import step_plan
 from graftwork.training.adapter_spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
-from graftwork.training.batches import step_plan
-from graftwork.training.outcomes.parts import Item, Part, Work, work_of
+from graftwork.training.outcomes.parts import Item, Part, work_of
 from graftwork.training.spec import TrainSpec
 from tests.shapes import LLAMA_8B, LLAMA_13B, SMOLLM2, TEN_B
 from tests.tiny import write_tiny_base

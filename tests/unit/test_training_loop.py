@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 
 from graftwork import base_model
 from graftwork.errors import ConfigError
+from graftwork.step_plan import step_plan
 from graftwork.storage import RunPaths, Store
 from graftwork.training.adapters.attach import attach, lora_config
-from graftwork.training.batches import step_plan
 from graftwork.training.data import prepare
 from graftwork.training.job import LoopResult, NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps

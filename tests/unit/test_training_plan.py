@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from graftwork.errors import ConfigError, DataError, RunError
+from graftwork.step_plan import step_plan
 from graftwork.storage import RunPaths, Store
-from graftwork.training.batches import step_plan
 from graftwork.training.data import TokenRows, prepare
 from graftwork.training.lock import run_lock
 from graftwork.training.progress import progress_of

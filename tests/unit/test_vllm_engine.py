@@ -121,7 +121,7 @@ def test_a_plan_says_that_it_does_not_know_vllm() -> None:
 
 @pytest.mark.skipif(HERE, reason="vLLM is installed")
 def test_without_vllm_its_extra_is_named(base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)package vllm is not installed.*graftwork\[vllm\]"):
+    with pytest.raises(ConfigError, match=r"(?s)package vllm is not installed.*pip install 'vllm==0\.29\.0'"):
         open_vllm(base_model.resolve(BaseSpec(uri=str(base))), NONE, VLLM)
 
 

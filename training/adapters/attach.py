@@ -9,8 +9,9 @@ from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 from safetensors.torch import load_file
 
+from graftwork import adapter_places
 from graftwork.training.adapter_spec import BottleneckSpec, FullSpec, Ia3Spec, PrefixSpec
-from graftwork.training.adapters import bottleneck, places
+from graftwork.training.adapters import bottleneck
 from graftwork.training.adapters.score_head import ScoreHead
 from graftwork.training.spec import AdapterSpec, LoraSpec
 
@@ -86,13 +87,15 @@ def peft_config(adapter: AdapterSpec, model: Any) -> PeftConfig:
 
 def lora_config(adapter: LoraSpec, model: Any) -> LoraConfig:
     """PEFT's LoRA, rsLoRA or DoRA. Raises ConfigError when the model has no layer of the asked kind."""
-    words = places.ATTENTION_WORDS if adapter.targets == "attention" else places.MLP_WORDS
+    words = adapter_places.ATTENTION_WORDS if adapter.targets == "attention" else adapter_places.MLP_WORDS
     some = adapter.targets != "all-linear"
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=places.within(f"adapter.targets={adapter.targets}", words, model) if some else "all-linear",
+        target_modules=adapter_places.within(f"adapter.targets={adapter.targets}", words, model)
+        if some
+        else "all-linear",
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         task_type="CAUSAL_LM",
@@ -104,10 +107,10 @@ def ia3_config(model: Any) -> IA3Config:
 
     Not PEFT's own choice of targets, which for some families scales queries in place of keys.
     """
-    inner = places.ends("adapter.kind=ia3", places.MLP_ENDS, model)
+    inner = adapter_places.ends("adapter.kind=ia3", adapter_places.MLP_ENDS, model)
     sides = [
-        *places.ends("adapter.kind=ia3", places.KEYS, model),
-        *places.ends("adapter.kind=ia3", places.VALUES, model),
+        *adapter_places.ends("adapter.kind=ia3", adapter_places.KEYS, model),
+        *adapter_places.ends("adapter.kind=ia3", adapter_places.VALUES, model),
     ]
     return IA3Config(target_modules=[*sides, *inner], feedforward_modules=inner, task_type="CAUSAL_LM")
 
@@ -116,9 +119,9 @@ def bottleneck_config(adapter: BottleneckSpec, model: Any) -> bottleneck.Bottlen
     """Behind the last linear of each MLP block, and with Houlsby of each attention. Raises ConfigError without them."""
     bottleneck.register()
     asked = f"adapter.kind=bottleneck, placement={adapter.placement}"
-    targets = places.ends(asked, places.MLP_ENDS, model)
+    targets = adapter_places.ends(asked, adapter_places.MLP_ENDS, model)
     if adapter.placement == "houlsby":
-        targets += places.ends(asked, places.ATTENTION_ENDS, model)
+        targets += adapter_places.ends(asked, adapter_places.ATTENTION_ENDS, model)
     return bottleneck.BottleneckConfig(
         bottleneck_size=adapter.size, activation=adapter.activation, target_modules=set(targets), task_type="CAUSAL_LM"
     )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from graftwork.training.batches import StepPlan
+from graftwork.step_plan import StepPlan
 from graftwork.training.init import adapter_folder
 from graftwork.training.logits import trained_logits
 from graftwork.training.objectives.rollout import Sampling, sample

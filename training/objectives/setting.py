@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from graftwork.base_model import ResolvedBase
-from graftwork.training.batches import StepPlan
+from graftwork.step_plan import StepPlan
 from graftwork.training.job import TrainJob
 from graftwork.training.strategies.arguments import strategy_arguments
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from graftwork.memory.sizes import BATCH_ROWS, BATCH_TOKENS, Work
+
 
 @dataclass(frozen=True)
 class Item:
@@ -57,28 +59,7 @@ class Said:
         return cls(tuple(record["logprobs"]), record["text"])
 
 
-BATCH_TOKENS, BATCH_ROWS = 1024, 16
 """Of one forward pass. Tokens: less than most training steps hold."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What all items of some parts ask of a model, in tokens."""
-
-    read: int = 0
-    """Of prompts and continuations that are weighed."""
-    weighed: int = 0
-    """Positions of them whose logits are computed."""
-    prompts: int = 0
-    """Of prompts that are answered."""
-    written: int = 0
-    """At the most, of answers."""
-    decoding_steps: float = 0.0
-    """Forward passes that write one token of each answer of a batch."""
-
-    def said(self) -> str:
-        """In words."""
-        return f"{self.read} tokens weighed, up to {self.written} written"
 
 
 def work_of(parts: Sequence[Part]) -> Work:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from graftwork.chat import Template
+from graftwork.memory.sizes import BATCH_ROWS, BATCH_TOKENS
 from graftwork.training.logits import trained_logits
-from graftwork.training.outcomes.parts import BATCH_ROWS, BATCH_TOKENS, Item, Part, Said
+from graftwork.training.outcomes.parts import Item, Part, Said
 from graftwork.training.rows.token_rows import IGNORED
 
 

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from graftwork.base_model import ResolvedBase
-from graftwork.training.batches import StepPlan
+from graftwork.step_plan import StepPlan
 from graftwork.training.spec import TrainSpec
 from graftwork.training.strategies import deepspeed, fsdp2
 

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from graftwork.base_model import ResolvedBase
-from graftwork.training.batches import StepPlan
+from graftwork.step_plan import StepPlan
 from graftwork.training.spec import TrainSpec
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}

@@ -10,7 +10,7 @@ import torch
 
 from graftwork import base_model
 from graftwork.errors import RunError
-from graftwork.training.batches import StepPlan
+from graftwork.step_plan import StepPlan
 from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.logits import trained_logits
 from graftwork.training.loop import device_of, plan_of
