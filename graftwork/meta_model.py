@@ -24,8 +24,8 @@ from graftwork.training.adapter_spec import LoraSpec
 
 ATTACH = ("graftwork.training.adapters.attach", "attach")
 RUNNER = ("graftwork.serving.engine.runner", "Runner")
-"""Code that trains and serves a base, tried on its meta model. By dotted name, as in `config.SPEC_KINDS`: this module is
-part of the core, which imports neither package."""
+"""Code that trains and serves a base, tried on its meta model. By dotted name, as in `config.SPEC_KINDS`: this module
+is part of the core, which imports neither package."""
 TARGETS: tuple[Targets, ...] = ("all-linear", "attention", "mlp")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 

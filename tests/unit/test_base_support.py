@@ -98,7 +98,10 @@ def test_config_check_names_what_a_local_base_does_not_support(
 
 
 def test_a_sweep_refuses_a_base_for_any_of_its_trials(folders: dict[str, str], rows: str) -> None:
-    train = train_spec(folders["mixtral"], rows, adapter={"targets": "attention"}, data={"train": rows, "eval": rows})
+    held_out = Path(rows).with_name("held-out.jsonl")
+    held_out.write_text(json.dumps({**ROW, "prompt": "another question"}) + "\n", encoding="utf-8")
+    data = {"train": rows, "eval": str(held_out)}
+    train = train_spec(folders["mixtral"], rows, adapter={"targets": "attention"}, data=data)
     space = {"adapter.targets": {"kind": "choice", "values": ["attention", "all-linear"]}}
     spec = TuneSpec.model_validate({"name": "s", "train": train.model_dump(), "space": space, "num_trials": 2})
     with pytest.raises(BaseModelError) as error:
