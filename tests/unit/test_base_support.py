@@ -97,10 +97,9 @@ def test_config_check_names_what_a_local_base_does_not_support(
     config_check(file, ["quant.kind=none", "adapter.targets=attention"])
 
 
-def test_a_sweep_refuses_a_base_for_any_of_its_trials(folders: dict[str, str], rows: str) -> None:
-    held_out = Path(rows).with_name("held-out.jsonl")
-    held_out.write_text(json.dumps({**ROW, "prompt": "another question"}) + "\n", encoding="utf-8")
-    data = {"train": rows, "eval": str(held_out)}
+def test_a_sweep_refuses_a_base_for_any_of_its_trials(folders: dict[str, str], rows: str, tmp_path: Path) -> None:
+    data = {"train": rows, "eval": str(tmp_path / "eval.jsonl")}
+    Path(data["eval"]).write_text(json.dumps({**ROW, "id": "9", "prompt": "And KJFK?"}) + "\n", encoding="utf-8")
     train = train_spec(folders["mixtral"], rows, adapter={"targets": "attention"}, data=data)
     space = {"adapter.targets": {"kind": "choice", "values": ["attention", "all-linear"]}}
     spec = TuneSpec.model_validate({"name": "s", "train": train.model_dump(), "space": space, "num_trials": 2})

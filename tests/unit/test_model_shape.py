@@ -21,7 +21,12 @@ ADAPTERS: list[AdapterSpec] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+QUICK = ("llama", "phi3", "gpt2", "gpt_neox", "starcoder2", "gemma4_text", "glm4_moe", "lfm2")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.long) for kind in FAMILIES]
+)
 def test_parameters_are_those_of_the_real_class_and_adapters_those_of_peft(kind: str) -> None:
     shape = ModelShape.from_config(config_of(kind))
     assert shape.params == sum(parameter.numel() for parameter in meta(kind).parameters())
@@ -86,8 +91,8 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-LARGE = ("mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/DeepSeek-V3")
-"""Several seconds each: PEFT attaches an adapter to every expert."""
+LARGE = ("google/gemma-2-9b", "Qwen/Qwen2.5-7B", "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/DeepSeek-V3")
+"""A second to several: PEFT attaches an adapter to every layer and expert."""
 
 
 @pytest.mark.parametrize(
