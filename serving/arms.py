@@ -197,13 +197,18 @@ def require_short(prompt: ArmPrompt, max_prompt_tokens: int | None) -> None:
                             "shorten the conversation")  # fmt: skip
 
 
-def require_bytes(question: Question, template: Template, max_seq_len: int) -> None:
+def size_of(question: Question) -> int:
+    """UTF-8 bytes of its texts."""
+    texts = [question] if isinstance(question, str) else [str(turn.get("content", "")) for turn in question]
+    return sum(len(text.encode()) for text in texts)
+
+
+def require_bytes(size: int, longest_token_bytes: int, max_seq_len: int) -> None:
     """Raise PromptTooLong for more bytes than `max_seq_len` of the longest token hold.
 
     Takes a millisecond for 4 MB; searching, rendering and tokenising such a text takes seconds of CPU.
     """
-    texts = [question] if isinstance(question, str) else [str(turn.get("content", "")) for turn in question]
-    size, room = sum(len(text.encode()) for text in texts), max_seq_len * template.longest_token_bytes
+    room = max_seq_len * longest_token_bytes
     if size > room:
         raise PromptTooLong(f"a prompt of {size} bytes", f"{max_seq_len} tokens hold at most {room} bytes",
                             f"engine.max_seq_len={max_seq_len}; a prompt is never cut",

@@ -21,8 +21,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 import graftwork
 from graftwork.serving.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Handler, Route
-from graftwork.serving.api_error import ApiError, bad_request
-from graftwork.serving.arms import ArmAnswer, Dump, Question
+from graftwork.serving.api_error import ApiError, as_api_errors, bad_request
+from graftwork.serving.arms import ArmAnswer, Dump, Question, require_bytes, size_of
 from graftwork.serving.auth import Keys, admin_check, user_check
 from graftwork.serving.backend import Backend, ServeBackend
 from graftwork.serving.experiment.online.experiments import PREFIX as EXPERIMENT
@@ -47,6 +47,8 @@ from graftwork.serving.request_body import read_body
 from graftwork.serving.spec import ArmSpec, ServeSpec
 
 READY_TIMEOUT_S = 5.0
+LARGE_PROMPT_BYTES = 65_536
+"""Of a longer prompt the ingress looks whether it can fit, before a replica gets it."""
 Source = Backend | LiveRequest
 Call = tuple[Dump, Question, str, Dump]
 """Arguments of `Backend.choices` and `stream`."""
@@ -153,6 +155,7 @@ class Surface:
     def __init__(self, live: LiveConfig, backend: Backend) -> None:
         self._backend, self._live = backend, live
         self._catalog, self._limits, self._experiments = live.catalog, live.limits, live.experiments
+        self._longest_token_bytes: int | None = None
         self._models = ModelList(live.catalog, backend)
         self.responses: Counter[tuple[str, str, str]] = Counter()
         """HTTP responses by route, method and status."""
@@ -275,9 +278,10 @@ class Surface:
         if isinstance(source, LiveRequest):
             headers["x-graftwork-experiment"] = source.experiment
         room = self._live.spec.engine.max_seq_len
-        text = [asked] if isinstance(asked, str) else [turn["content"] for turn in asked]
-        size = RequestSize(body.model, sum(len(part.encode()) for part in text), body.n,
-                           body.limit() or arm.max_new_tokens or room, room)  # fmt: skip
+        longest = body.limit() or arm.max_new_tokens or room
+        size = RequestSize(body.model, size_of(asked), body.n, longest, room)
+        if size.text_bytes > LARGE_PROMPT_BYTES and source is self._backend:
+            await self._require_bytes(size.text_bytes, room)
         if not body.stream:
             dumps = await self._choices(source, call, size)
             answers = [ArmAnswer.load(dump) for dump in dumps]
@@ -293,6 +297,13 @@ class Surface:
         return StreamingResponse(
             events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
         )
+
+    async def _require_bytes(self, size: int, room: int) -> None:
+        """Refuse here what the replica would: it need not be sent there, where it takes time from the engine."""
+        if self._longest_token_bytes is None:
+            self._longest_token_bytes = int(await self._backend.call("longest_token_bytes"))
+        with as_api_errors():
+            require_bytes(size, self._longest_token_bytes, room)
 
     async def _choices(self, source: Source, call: Call, size: RequestSize) -> list[Dump]:
         """The whole answers. A stream costs more CPU, but of one that the caller leaves the tokens are known."""

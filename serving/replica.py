@@ -32,6 +32,7 @@ from graftwork.serving.arms import (
     raw_prompt,
     require_bytes,
     require_short,
+    size_of,
     warm,
 )
 from graftwork.serving.engine.grammar import Grammar
@@ -232,6 +233,10 @@ class EngineReplica:
         ]
         return {"adapters": adapters, "ready_at": self._ready_at}
 
+    async def longest_token_bytes(self) -> int:
+        """UTF-8 bytes of text that one token of the base holds at most."""
+        return self._template.longest_token_bytes
+
     async def adapters(self) -> list[Dump]:
         """Every version in the engine or on its way there."""
         return self._adapters()
@@ -284,7 +289,7 @@ class EngineReplica:
 
     async def _admit(self, arm: Dump, messages: Question, wanted: Sampling, *, grammar: bool = True) -> _Admitted:
         spec = ArmSpec.model_validate(arm)
-        require_bytes(messages, self._template, self._engine.room(None))
+        require_bytes(size_of(messages), self._template.longest_token_bytes, self._engine.room(None))
         with ExitStack() as hold:
             pin = await self._residency.pin(spec.adapter) if spec.adapter else None
             if pin is not None:

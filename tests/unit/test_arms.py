@@ -11,7 +11,7 @@ from graftwork.errors import DataError, StorageError
 from graftwork.retrieval import RetrieverSpec
 from graftwork.retrieval.versions import IndexHome
 from graftwork.serving.api_error import ApiError, as_api_errors
-from graftwork.serving.arms import PromptTooLong, build_prompt, messages_of, raw_prompt, require_bytes, warm
+from graftwork.serving.arms import PromptTooLong, build_prompt, messages_of, raw_prompt, require_bytes, size_of, warm
 from graftwork.serving.spec import ArmSpec
 from tests.tiny import write_tiny_tokenizer
 
@@ -181,14 +181,15 @@ def test_an_arm_follows_its_index(template: Template, tmp_path: Path, monkeypatc
 
 
 def test_a_prompt_of_too_many_bytes_is_refused_before_it_is_tokenised(template: Template) -> None:
-    room = 64 * template.longest_token_bytes
-    pieces = [piece for piece in json.loads(template.sealed_tokenizer())["model"]["vocab"]]
-    assert template.longest_token_bytes >= max(len(template.decode([n]).encode()) for n in range(len(pieces)))
-    require_bytes("a" * room, template, 64)
-    require_bytes([{"role": "user", "content": "ä" * (room // 2)}], template, 64)
+    longest = template.longest_token_bytes
+    pieces = json.loads(template.sealed_tokenizer())["model"]["vocab"]
+    assert longest >= max(len(template.decode([n]).encode()) for n in range(len(pieces)))
+    room = 64 * longest
+    require_bytes(size_of("a" * room), longest, 64)
+    require_bytes(size_of([{"role": "user", "content": "ä" * (room // 2)}]), longest, 64)
     for question in ("a" * (room + 1), [{"role": "user", "content": "ä" * (room // 2 + 1)}]):
         with pytest.raises(PromptTooLong, match=rf"(?s)64 tokens hold at most {room} bytes.*max_seq_len=64"):
-            require_bytes(question, template, 64)
+            require_bytes(size_of(question), longest, 64)
 
 
 def test_too_many_new_tokens_are_the_fault_of_max_tokens(template: Template) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 import socket
 import statistics
 import threading
@@ -395,3 +396,16 @@ def test_a_model_is_found_without_the_list_as_with_it(many: tuple[str, Store, Ca
         assert httpx.get(f"{url}/v1/models/{name}").status_code == 404
     meant = httpx.get(f"{url}/v1/models/tusk500").json()["error"]["message"]
     assert "Did you mean base:task500?" in meant
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize(("repeated", "counted"), [(150, "tokens"), (1_000, "bytes"), (100_000, "bytes")])
+def test_a_prompt_is_refused_by_its_bytes_before_its_tokens_are_counted(
+    url: str, path: str, repeated: int, counted: str
+) -> None:
+    """The message has the bytes where nothing was tokenised: in the replica, and from 64 KiB on in the ingress."""
+    text = "How high does it lie above the sea? " * repeated
+    asked = {"prompt": text} if path == "completions" else {"messages": [{"role": "user", "content": text}]}
+    answer = httpx.post(f"{url}/v1/{path}", json={"model": "base", "max_tokens": 1, **asked}, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert re.match(rf"a prompt of \d+ {counted}", answer.json()["error"]["message"])
