@@ -3,7 +3,7 @@
     <root>/inputs/<24 of its sha256>/<name>    a file, or a folder file by file
 
 A plain path means this machine; `file://`, `s3://`, `hf://`, `recipe://` and `pypi://` mean the same on every machine.
-The spec that travels names the copy, and the job's identity holds the sha256: the same rows under another path are the
+The spec that is sent names the copy, and the job's identity holds the sha256: the same rows under another path are the
 same job, other rows under the same path are another one.
 """
 
@@ -24,21 +24,21 @@ from graftwork.storage_local import files_under
 INPUTS = "inputs"
 """Folder of a run store."""
 MOST_BYTES = 2**30
-"""Of all local files of a job together. Larger rows are put on S3 once, by their owner."""
+"""Limit for all local files of a job together. Larger data is copied to S3 once, by the user."""
 INPUT_KEYS = frozenset(
     {"train", "eval", "corpus", "questions", "shots_from", "answer_schema", "json_schema", "setup"}
 )  # fmt: skip
 """Keys that name a file or folder to read, whatever the stage; `uri` too, where `INPUT_PARENTS` has it."""
 INPUT_PARENTS = frozenset({"sources", "text"})
 PLACE_KEYS = frozenset({"root", "log", "adapter_roots", "nvme_path", "argv"})
-"""Keys that name a place of the machines where the job runs, or words that no spec explains."""
+"""Keys that name a place on the machines where the job runs, or arguments of a program."""
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class SentSpec:
-    """A spec as it travels, its identity, and the files that go with it."""
+    """The spec that is sent to the job, its identity, and the files that are copied to the store."""
 
     spec: Spec
     identity: str
@@ -99,15 +99,15 @@ def path_findings(spec: Mapping[str, Any], *, shared: bool, here: bool = False) 
         if not _exists(path):
             if relative:
                 yield Finding("E-PATH-ABSENT", "error", where, f"{value} does not exist in this folder",
-                              "a plain path is a file of this machine, which is sent with the job",
+                              "a plain path is a file of this machine, which is copied to the job's store",
                               "correct the path, or name s3://BUCKET/KEY")  # fmt: skip
         elif not here and not shared and key in INPUT_KEYS and not _is_weights(path) and _size(path) > MOST_BYTES:
             yield Finding("E-PATH-TOO-LARGE", "error", where, f"{value} has {_size(path) / GIB:.2f} GiB",
-                          "at most 1 GiB of local files goes with a job",
-                          "copy it to s3:// once and name that")  # fmt: skip
+                          "a job copies at most 1 GiB of local files to its store",
+                          "copy the file to S3 once and name s3://BUCKET/KEY")  # fmt: skip
         elif not here and not shared:
-            yield Finding("E-PATH-LOCAL", "error", where, f"{value} is on this machine, and does not go along",
-                          "pods see the store and their image; at most 1 GiB of rows goes with a job, and no weights",
+            yield Finding("E-PATH-LOCAL", "error", where, f"{value} is on this machine and is not copied to the store",
+                          "pods read the store and their image; a job copies at most 1 GiB of rows and no weights",
                           "copy it to s3://, or file:///PATH where the image or the claim has it")  # fmt: skip
         elif relative:
             yield Finding("E-PATH-RELATIVE", "error", where, f"{value} is relative to this folder",
@@ -158,7 +158,7 @@ def _local(where: str, value: str) -> Path | None:
 
 
 def _is_path(where: str, value: str, path: Path) -> bool:
-    """Whether a value is meant as a path: by its key, or since there is a file of that name."""
+    """Return whether a value is a path: by its key, or because a file of that name exists."""
     if _local(where, value) is not None:
         return True
     return bool("/" in value or path.suffix) and _exists(path)
@@ -172,7 +172,7 @@ def _exists(path: Path) -> bool:
 
 
 def _is_weights(path: Path) -> bool:
-    """Whether it is a base or an adapter: those are published to a store, not sent with each job."""
+    """Return whether the path is a base or an adapter: those are published to a store, not copied with each job."""
     names = [path.name] if path.is_file() else [one.name for one in path.iterdir()]
     return any(name.endswith(WEIGHTS) or name == "config.json" for name in names)
 
@@ -192,7 +192,7 @@ def _input(path: Path, size: int) -> JobInput:
 
 
 def _sha256(path: Path) -> str:
-    """Of the content; of a folder over each file's path and content."""
+    """Return the sha256 of a file's content; of a folder, over each file's path and content."""
     if path.is_file():
         return _digest(path)
     parts = [[file.relative_to(path).as_posix(), _digest(file)] for file in _files(path)]

@@ -24,7 +24,7 @@ def gpu_memory_findings(job: Job, where: str, name: str, memory_bytes: int | Non
     elif wanted > HEADROOM * memory_bytes * share:
         part = "" if share == 1.0 else f", of which a worker gets {share:g}"
         yield Finding("E-FIT-GPU-MEMORY", "error", where, f"{name} has {memory_bytes / GIB:.1f} GiB{part}",
-                      f"a worker's predicted peak is {wanted / GIB:.1f} GiB, and a run may take {HEADROOM:.0%}",
+                      f"a worker's predicted peak is {wanted / GIB:.1f} GiB; a run may use {HEADROOM:.0%} of a GPU",
                       "a larger GPU, or what `graftwork plan` suggests")  # fmt: skip
 
 
@@ -33,11 +33,11 @@ def gpu_share_findings(job: Job) -> Iterator[Finding]:
     each, workers = job.demand.gpus_per_worker, job.demand.num_workers
     if each > 1 and each != int(each):
         yield Finding("E-GPU-SHARE", "error", "gpus_per_worker", f"{each:g}", "Ray gives out whole GPUs above 1",
-                      f"gpus_per_worker={int(each)}")  # fmt: skip
+                      f"set gpus_per_worker={int(each)}")  # fmt: skip
     elif 0 < each < 1 and workers > 1 and job.kind in GANGS:
         yield Finding("E-GPU-SHARE", "error", "gpus_per_worker", f"{workers} workers with {each:g} GPU each",
-                      "NCCL takes one rank a GPU: two ranks on one end with `Duplicate GPU detected`",
-                      "gpus_per_worker=1, or num_workers=1")  # fmt: skip
+                      "NCCL takes one rank per GPU: two ranks on one GPU fail with `Duplicate GPU detected`",
+                      "set gpus_per_worker=1, or num_workers=1")  # fmt: skip
 
 
 def nvme_findings(job: Job, writable: tuple[str, ...] | None) -> Iterator[Finding]:
@@ -50,10 +50,10 @@ def nvme_findings(job: Job, writable: tuple[str, ...] | None) -> Iterator[Findin
     if writable is not None and not any(path == folder or path.startswith(f"{folder}/") for folder in writable):
         yield Finding("E-NVME-PATH", "error", "strategy.nvme_path", f"{path} can't be written in a pod",
                       f"a pod writes to {', '.join(writable)}; cluster.yaml mounts no disk of the node",
-                      f"strategy.nvme_path={writable[0]}/offload, or strategy.{key}=cpu")  # fmt: skip
+                      f"set strategy.nvme_path={writable[0]}/offload, or strategy.{key}=cpu")  # fmt: skip
     yield Finding("W-NVME-IMAGE", "warning", f"strategy.{key}", "nvme: DeepSpeed builds async_io where the workers run",
                   "each machine or image needs libaio (libaio-dev), a C++ compiler and a local NVMe disk at nvme_path",
-                  f"add them, or strategy.{key}=cpu")  # fmt: skip
+                  f"add them, or set strategy.{key}=cpu")  # fmt: skip
 
 
 def _training(spec: Mapping[str, Any]) -> Mapping[str, Any]:

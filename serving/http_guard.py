@@ -1,8 +1,8 @@
 """Protection of an endpoint against web pages: which Host and Origin are answered, and JSON bodies only.
 
-A page of any website can send requests to a loopback address. Without a token nothing else tells it from the user:
-`Host` names the page's own site where its DNS name was bound to this address, `Origin` the site that a request comes
-from, and a browser sends a body as application/json to another origin only where that origin allows it.
+A page of any website can send requests to a loopback address. Without a token nothing else distinguishes it from the
+user: `Host` names the page's own site where its DNS name was bound to this address, `Origin` the site that a request
+comes from, and a browser sends a body as application/json to another origin only where that origin allows it.
 """
 
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ _ANY_ADDRESS = ("0.0.0.0", "::")
 
 
 class HostAndOrigin:
-    """ASGI middleware: 403 for a Host or an Origin that the spec does not allow."""
+    """ASGI middleware that answers 403 for a Host or an Origin that the spec does not allow."""
 
     def __init__(self, app: ASGIApp, spec: ServeSpec) -> None:
         self._app, self._origins = app, {origin.lower() for origin in spec.allowed_origins}
@@ -27,7 +27,7 @@ class HostAndOrigin:
         self._any_host = spec.host in _ANY_ADDRESS and not spec.allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Answer 403, or pass the request on."""
         problem = self._problem(Headers(scope=scope)) if scope["type"] == "http" else None
         if problem is None:
             await self._app(scope, receive, send)
@@ -37,12 +37,12 @@ class HostAndOrigin:
     def _problem(self, headers: Headers) -> ApiError | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._any_host and _hostname(host) not in self._hosts:
-            return ApiError(403, f"The Host {host[:80]!r} is not answered here: the spec's allowed_hosts names others.",
+            return ApiError(403, f"The Host {host[:80]!r} is not allowed: add it to allowed_hosts of the serve spec.",
                             code="host_not_allowed")  # fmt: skip
         if origin is None or origin.lower() in self._origins or origin.lower().partition("://")[2] == host.lower():
             return None
-        return ApiError(403, f"Web pages of {origin[:80]!r} may not call this endpoint: the spec's allowed_origins "
-                        "names those that may.", code="origin_not_allowed")  # fmt: skip
+        return ApiError(403, f"Web pages of {origin[:80]!r} may not call this endpoint: add the origin to "
+                        "allowed_origins of the serve spec.", code="origin_not_allowed")  # fmt: skip
 
 
 async def require_json(request: Request) -> None:

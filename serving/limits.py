@@ -2,7 +2,8 @@
 
 A bucket holds one minute's worth and refills evenly, so a burst of a minute's allowance passes and then the rate holds.
 Tokens are reserved when a request is admitted, as many as it can take at most, and settled when it ends, however it
-ends. A request that can take more than a minute's worth needs a full bucket; one in debt refuses until it is paid.
+ends. A request that can take more than a minute's worth is admitted by a full bucket alone; the level then falls below
+zero, and the bucket refuses requests until it has refilled.
 """
 
 import math
@@ -18,7 +19,7 @@ from graftwork.serving.arms import Dump
 from graftwork.serving.spec import LimitsSpec
 
 ADDRESSES = 4096
-"""Addresses whose wrong tokens are counted; beyond it the one seen longest ago is forgotten."""
+"""Addresses whose wrong tokens are counted; with more, the least recently seen one is dropped."""
 Clock = Callable[[], float]
 ADMIN = "admin"
 ANYBODY = "anybody"
@@ -60,7 +61,7 @@ class Reservation:
     tokens: int = 0
 
     def resize(self, tokens: int) -> None:
-        """Hold so many from now on; the last call is the charge."""
+        """Hold this many tokens from now on; the last call is the charge."""
         if self.bucket is not None:
             self.bucket.level += self.tokens - tokens
         self.tokens = tokens
@@ -125,7 +126,7 @@ class RateLimits:
             self._requests[name].level -= 1
 
     def reserve(self, name: str, tokens: int) -> Reservation:
-        """Hold tokens back. Raises ApiError 429 where they are not there. The owner's are free."""
+        """Hold tokens back. Raises ApiError 429 where the bucket has too few. The admin's requests are free."""
         if self.spec.tokens_per_min is None or name == ADMIN:
             return Reservation(None)
         bucket = self._bucket(self._tokens, name, self.spec.tokens_per_min)
@@ -136,7 +137,7 @@ class RateLimits:
         return reservation
 
     async def metered(self, name: str, chunks: AsyncGenerator[Dump], size: RequestSize) -> AsyncGenerator[Dump]:
-        """The same stream (`EngineReplica.stream`): reserved before it begins, charged what it gave however it ends.
+        """Pass on the stream of `EngineReplica.stream`: reserve its tokens first, charge the computed ones at its end.
 
         Raises ApiError 429.
         """
@@ -168,7 +169,7 @@ class RateLimits:
             self._wrong.popitem(last=False)
         if (wait_s := bucket.wait_s(1)) > 0:
             seconds = math.ceil(wait_s)
-            message = f"Too many wrong API keys from {address}. Try again in {seconds} s."
+            message = f"Too many wrong API keys from {address}. Try again in {seconds} s with a valid key."
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=seconds)
         bucket.level -= 1
 

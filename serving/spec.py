@@ -45,7 +45,7 @@ class EngineSpec(Spec):
     prefix_cache: bool = True
     """Share the KV of equal prompt beginnings, keyed by (API key, adapter version digest, tokens)."""
     share_prefix_cache: bool = False
-    """Share it between API keys too. `cached_tokens` then reveals which prompts other keys have sent."""
+    """Share cached prefixes between API keys too. `cached_tokens` then reveals which prompts other keys have sent."""
     num_threads: int | None = None
     """Torch threads; null takes the replica's CPUs."""
 
@@ -132,7 +132,7 @@ class LimitsSpec(Spec):
     """What a caller may ask for. Rates are per key over the whole endpoint; the admin's own requests are free."""
 
     wrong_tokens_per_min: int = Field(default=60, ge=1)
-    """Requests with a wrong token from one address; more get 429. Right tokens from there are still answered."""
+    """Requests with a wrong token from one address; more get 429. Requests with a valid token are still answered."""
     requests_per_min: int | None = Field(default=None, ge=1)
     tokens_per_min: int | None = Field(default=None, ge=1)
     """Tokens of prompts, answers and embedded texts."""
@@ -162,8 +162,8 @@ class ServeSpec(Spec):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     allowed_hosts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]+$")], ...] = ()
-    """Names in a request's Host header, without port, that are answered in addition to loopback's and `host`. None
-    named where `host` is a wildcard address: all, for a token is needed there."""
+    """Values of the Host header, without port, that are accepted in addition to loopback names and `host`. Empty with a
+    wildcard `host` (0.0.0.0, ::): all are accepted, because a token is required there."""
     allowed_origins: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s]+$")], ...] = ()
     """Other sites whose pages may call the endpoint from a browser, e.g. `https://app.example.com`."""
     token_env: str | None = None

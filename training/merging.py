@@ -105,7 +105,7 @@ def _template_date(found: Sequence[AdapterManifest]) -> tuple[date | None, tuple
     days = {one.template_date for one in found}
     if len(days) == 1:
         return days.pop(), ()
-    return None, ("the template dates differ, so the merged one is served on that of the base",)
+    return None, ("the adapters' template dates differ, so the merged adapter records none and uses the base's",)
 
 
 def _digest(value: object) -> str:

@@ -161,7 +161,8 @@ def _told(run: Run, report: TrainReport) -> TrainReport:
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, GraftworkError):
             why = f"{error.asked}: {error.found}"
-        note = f"warning: {missing_part} could not be made ({why}); the run is published, and a rerun makes them"
+        again = "the run is published; run the same command again to make what is missing"
+        note = f"warning: {missing_part} could not be made ({why}); {again}"
         return replace(report, notes=(*report.notes, note))
 
 

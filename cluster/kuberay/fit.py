@@ -14,7 +14,7 @@ from graftwork.plan.stage import HEADROOM
 
 GIB = 2**30
 OWN_PROGRAMS = frozenset({"command", "experiment", "rag", "cluster"})
-"""Kinds without a plan: a program of the user's may use GPUs that no key of its spec names."""
+"""Kinds without a plan: a user's own program may use GPUs that no key of its spec names."""
 
 
 def check_fit(job: Job) -> Found:
@@ -108,9 +108,10 @@ def _unused(job: Job) -> Found:
     if not reserved or job.kind in OWN_PROGRAMS or (job.kind != "train" and used):
         return  # sweeps and endpoints grow into what is there
     if used < reserved:
-        yield warn("GPU-UNUSED", "workers", f"{reserved} GPUs are reserved, and the workers use {used:g}",
+        yield warn("GPU-UNUSED", "workers", f"the job reserves {reserved} GPUs, and its workers use {used:g}",
                    "a GPU costs its price as long as the job holds it, used or not",
-                   "gpus_per_worker (num_gpus of an endpoint): auto; more workers; or fewer GPUs")  # fmt: skip
+                   "set gpus_per_worker (num_gpus of an endpoint) to auto, raise num_workers, or reserve "
+                   "fewer GPUs")  # fmt: skip
 
 
 def _limits(job: Job) -> Found:
@@ -121,7 +122,8 @@ def _limits(job: Job) -> Found:
         for index in unpriced(job.cluster):
             kind = job.cluster.workers[index].gpu_type
             yield warn("GPU-NO-PRICE", f"workers[{index}].gpu_type", f"{kind or 'a GPU without a type'} has no price",
-                       "the job's price is not known without it", f"prices.gpu_hour.{kind or 'default'}")  # fmt: skip
+                       "the job's price is not known without it",
+                       f"add prices.gpu_hour.{kind or 'default'}: PRICE_PER_HOUR")  # fmt: skip
     if limits.deadline is not None and seconds is not None and seconds > limits.deadline:
         yield warn(
             "FIT-DEADLINE",
@@ -150,7 +152,7 @@ def _budget(job: Job, budget: float) -> Found:
             f"workers[{index}].gpu_type",
             f"{group.gpu_type} has no price",
             "a budget needs each GPU's price",
-            f"prices.gpu_hour.{group.gpu_type or 'default'}",
+            f"add prices.gpu_hour.{group.gpu_type or 'default'}: PRICE_PER_HOUR",
         )
     if predicted is not None and predicted > budget:
         yield warn("FIT-BUDGET", "limits.budget_usd", f"{budget:.2f}, predicted {predicted:.2f}",

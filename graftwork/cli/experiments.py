@@ -239,7 +239,8 @@ def _show_verdict(metric: str, mode: str, judged: dict[str, Any]) -> None:
         say(f"  NO CONCLUSION: {judged['blocked']}")
     if judged["waiting"]:
         unit = "copies" if mode == "shadow" else "units"
-        say(f"  {judged['waiting']} {unit} are not counted yet: an answer or score is open, or one assigned before it")
+        say(f"  {judged['waiting']} {unit} are not counted yet: an answer or score is pending, "
+            "theirs or that of one assigned earlier")  # fmt: skip
     if silent := sum(arm["counted"] - arm["scored"] for arm in judged["arms"]):
         say(f"  {silent} units got no score in time and count with the middle of the metric's range")
     if judged["left_out"]:

@@ -167,8 +167,8 @@ def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machin
         return machine
     gpu = gpu_here()
     if gpu is None:
-        raise ConfigError(f"num_gpus={spec.gpus:g}", "no GPU is seen from here that the table of the plan has",
-                          "a plan is made for a GPU that is known", "graftwork plan FILE --gpu NAME")  # fmt: skip
+        raise ConfigError(f"num_gpus={spec.gpus:g}", "this machine has no GPU of the plan's table",
+                          "a plan needs a GPU with known figures", "graftwork plan FILE --gpu NAME")  # fmt: skip
     return Machine.with_gpus(gpu)
 
 

@@ -130,6 +130,6 @@ class CompareSpec(Spec):
         asked += [("contrasts", contrast.metric) for contrast in self.contrasts]
         for key, name in asked:
             if name in ("latency_ms", "ttft_ms"):
-                raise ValueError(f"{key}: {name} is measured of each arm alone and not tested, name a score")
+                raise ValueError(f"{key}: {name} is measured with each arm alone and not tested; name another metric")
             if name not in measured:
                 raise ValueError(f"{key}: no scorer measures {name!r}, only {', '.join(measured)}")

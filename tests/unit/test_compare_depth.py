@@ -76,7 +76,7 @@ def test_a_time_is_of_each_arm_alone_and_no_verdict(report: CompareReport) -> No
 @pytest.mark.parametrize("name", ["latency_ms", "ttft_ms"])
 def test_a_claim_about_a_time_is_refused(name: str) -> None:
     claim = {"a": "base", "b": "base-rag", "metric": name}
-    with pytest.raises(ValueError, match=f"contrasts: {name} is measured of each arm alone and not tested"):
+    with pytest.raises(ValueError, match=f"contrasts: {name} is measured with each arm alone and not tested"):
         spec(scorers=["fields", "latency"], contrasts=[claim])
 
 

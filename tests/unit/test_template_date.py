@@ -193,7 +193,9 @@ def test_adapters_of_several_days_merge_to_one_of_none(base: Path, tmp_path: Pat
     assert (same.manifest.template_date, same.notes) == (OTHER, ())
     mixed = merge_published(store, "mixed", ["task0@latest", "task2@latest"], MergeSpec("linear", (1.0, 1.0)))
     assert mixed.manifest.template_date is None
-    assert mixed.notes == ("the template dates differ, so the merged one is served on that of the base",)
+    assert mixed.notes == (
+        "the adapters' template dates differ, so the merged adapter records none and uses the base's",
+    )
 
 
 def test_a_day_that_is_none_is_refused(base: Path) -> None:

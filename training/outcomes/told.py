@@ -41,7 +41,7 @@ def task_scores(spec: TrainSpec) -> TaskScores:
     [probe] = run.probes
     found = read_parts(run.paths).get("task")
     if found is None:
-        raise RunError(f"outcomes.task of run {run.paths.run_id}", "it was not measured", "a run that is published is "
-                       "not failed by its outcomes", "run the same command again; the run's warning names the cause"
-                       )  # fmt: skip
+        raise RunError(f"outcomes.task of run {run.paths.run_id}", "it was not measured",
+                       "a published run stays finished when its outcomes fail",
+                       "run the same command again; the run's warning names the cause")  # fmt: skip
     return TaskScores(probe, probe.scores(found.after))

@@ -88,12 +88,12 @@ def report_of(name: str, monitor: Monitor, log: "_Log") -> ExperimentReport:
 
 
 def _waiting(state: MonitorState, rules: OnlineRules) -> tuple[str, ...]:
-    """Say how many units the log ends too early for."""
+    """Return a note on the units whose outcome the log does not hold yet."""
     if not state.waiting:
         return ()
     unit = "Copies" if rules.mode == "shadow" else "Units"
-    return (f"{unit} that are not counted yet, since an answer or score is open or was when the log ended, theirs or "
-            f"one assigned before them: {words.count(state.waiting)}.",)  # fmt: skip
+    return (f"{unit} that are not counted yet: {words.count(state.waiting)}. An answer or score, theirs or that of one "
+            "assigned earlier, is pending or was when the log ended.",)  # fmt: skip
 
 
 def _sentence(state: MonitorState, contrasts: Sequence[OnlineContrast]) -> str:

@@ -63,7 +63,8 @@ class OnlineRules:
     """A score's name, or one of `MEASURES`."""
     weights: Mapping[str, float]
     kind: MetricKind = "bounded"
-    """bounded: within low..high, tested without any approximation; unbounded: asymptotic; log: its logarithm, so."""
+    """bounded: within low..high, tested without any approximation; unbounded: tested asymptotically; log: the same for
+    its logarithm."""
     low: float = 0.0
     high: float = 1.0
     better: Literal["higher", "lower"] = "higher"

@@ -47,7 +47,8 @@ class MetricSpec(Spec):
     """A scorer's metric, one that POST /v1/feedback brings later, or latency_ms, ttft_ms, prompt_tokens,
     completion_tokens."""
     kind: Literal["bounded", "unbounded", "log"] = "bounded"
-    """bounded: within low..high, tested without any approximation; unbounded: asymptotic; log: its logarithm, so."""
+    """bounded: within low..high, tested without any approximation; unbounded: tested asymptotically; log: the same for
+    its logarithm."""
     low: float = 0.0
     high: float = 1.0
     better: Literal["higher", "lower"] = "higher"

@@ -56,6 +56,6 @@ def experiment_families(lives: Sequence[LiveExperiment]) -> list[Family]:
         Family("gauge", "experiment_split_evidence", "E-value against the split that was asked for: over 1 / srm_alpha "
                "no verdict may be drawn.", ("experiment",),
                [((one.record.id,), one.judged.srm_e_value) for one in lives]),
-        Family("counter", "experiment_dropped", "Requests that the log's buffer, copies that the shadow's queue had no "
-               "room for.", ("experiment", "what"), list(dropped)),
+        Family("counter", "experiment_dropped", "Requests for which the log's buffer had no room, and copies for "
+               "which the shadow's queue had none.", ("experiment", "what"), list(dropped)),
     ]  # fmt: skip
