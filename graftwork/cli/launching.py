@@ -125,8 +125,8 @@ def launch(spec: Spec, file: Path, how: Launch, as_json: bool = False) -> None:
         from graftwork.cli.demands import with_demand
 
         for one in job.inputs:
-            note = f"note: {one.path} ({gib(one.bytes)}) is copied to the store as {'/'.join(one.key)}"
-            stderr.print(note, markup=False, soft_wrap=True)
+            copied = f"note: {one.path} ({gib(one.bytes)}) is copied to the store as {'/'.join(one.key)}"
+            stderr.print(copied, markup=False, soft_wrap=True)
         job, _, notes = with_demand(job, spec, file.parent, backend.machines(cluster))
         for note in notes:
             stderr.print(f"note: {note.code} {note.found}", markup=False, soft_wrap=True)
