@@ -259,6 +259,8 @@ def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
         found = "layers outside of the text decoder"
     elif base_model.attention_of(model.config) == "eager":
         found = "attention without sdpa, which keeps a matrix of scores"
+    elif any(type(module).__name__ == "NewGELUActivation" for module in model.modules()):
+        found = "an activation function of several operations (gelu_new), each of which keeps its input"
     elif not _is_uniform(shape):
         found = "blocks that are not one attention and one MLP of equal sizes"
     return found and f"activations are not predicted for {found}"
