@@ -63,9 +63,9 @@ class Job:
     """The stage's whole spec, resolved, as JSON."""
     cluster: ClusterSpec = field(default_factory=ClusterSpec)
     demand: Demand = field(default_factory=Demand)
-    """Of the stage with the most memory in all."""
+    """The stage with the most memory in all."""
     other_demands: tuple[Demand, ...] = ()
-    """Of stages that run before or after it: a sweep's winner, another precision."""
+    """Stages that run before or after `demand`'s: a sweep's winner, another precision."""
     inputs: tuple[JobInput, ...] = ()
     """Local files that `spec` names by their copies in the store; sent by `submit`, once preflight has passed."""
 

@@ -5,7 +5,7 @@ from graftwork.cluster.spec import ClusterSpec, PriceTable, WorkerSpec, quantity
 
 
 def usd_per_hour(cluster: ClusterSpec) -> float | None:
-    """Of head and workers; None without prices, or where a GPU has none: its share would count as free."""
+    """Price of head and workers; None without prices, or where a GPU has none: its share would count as free."""
     prices = cluster.prices
     if prices is None or unpriced(cluster):
         return None

@@ -17,9 +17,9 @@ class TargetMachines:
     memory_bytes: int
     gpus: float = 0.0
     gpu_types: tuple[str, ...] = ()
-    """As the place names them; one that is empty has no name there."""
+    """GPU types as the place names them; empty for one without a name there."""
     gpu_memory_bytes: int = 0
-    """Of the smallest GPU, where the driver says so; else the table's figure of its type counts."""
+    """Memory of the smallest GPU, where the driver reports it; else the table's figure of its type counts."""
 
     @property
     def accelerators(self) -> Accelerators:

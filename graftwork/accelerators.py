@@ -57,7 +57,7 @@ def gpus_of(spec: Spec) -> float:
 
 
 def is_auto(spec: Spec) -> bool:
-    """Whether the GPUs of the stage's workers are still to be resolved."""
+    """Return whether the GPUs of the stage's workers are still to be resolved."""
     key = gpu_key(spec)
     return key is not None and _value(spec, key) == AUTO
 

@@ -43,7 +43,7 @@ UNPACKED = "--set quant.kind=none"
 
 @dataclass(frozen=True)
 class BaseSupport:
-    """What each stage does with a base."""
+    """Support of a base by each stage."""
 
     model_type: str
     model_class: str
@@ -205,7 +205,7 @@ def _quantised(facts: BaseFacts) -> Support:
 
 
 def _lora(facts: BaseFacts, which: Targets) -> Support:
-    """Whether a LoRA on these targets can be trained, published and loaded."""
+    """Return whether a LoRA on these targets can be trained, published and loaded."""
     others = (one for one in facts.shape.adapted if not (facts.unattached.get(one) or facts.routed[one]))
     hint = next((f"--set adapter.targets={one}" for one in others), "--set adapter.kind=full --set quant.kind=none")
     if reason := facts.unattached.get(which):

@@ -138,7 +138,7 @@ def _adapted(model: Any, which: Targets) -> tuple[tuple[Linear, ...], tuple[str,
 
 
 def _is_routed(name: str, experts: set[str]) -> bool:
-    """Whether a layer is one of the experts, or is in their block and chooses among them."""
+    """Return whether a layer is one of the experts, or is in their block and chooses among them."""
     blocks = {expert.rpartition(".")[0] for expert in experts}
     inside = any(name.startswith(f"{block}.") for block in blocks)
     return inside and not re.search(r"shared_(expert|mlp)s?\.", name) if experts else ".experts." in name
@@ -236,7 +236,7 @@ def _with_kv(shape: ModelShape, kv: list[Any]) -> ModelShape:
 
 
 def is_recurrent(config: Any) -> bool:
-    """Whether the model's cache holds states of convolutions or of linear attention in some layer."""
+    """Return whether the model's cache holds states of convolutions or of linear attention in some layer."""
     from transformers import DynamicCache
     from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -244,7 +244,7 @@ def is_recurrent(config: Any) -> bool:
 
 
 def _has_router_loss(text: Any) -> bool:
-    """Whether TRL 1.16 adds a router's loss to the objective's (`aux_loss_enabled` of its trainers)."""
+    """Return whether TRL 1.16 adds a router's loss to the objective's (`aux_loss_enabled` of its trainers)."""
     return hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
 
 
@@ -267,7 +267,7 @@ def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
 
 
 def _is_uniform(shape: ModelShape) -> bool:
-    """Whether every block is q, k, v, o and a plain or gated MLP, fused or not, of the sizes in the config."""
+    """Return whether every block is q, k, v, o and a plain or gated MLP, fused or not, of the sizes in the config."""
     attention = shape.hidden * (2 * shape.q_size + 2 * shape.kv_size)
     mlp = (3 if shape.gated else 2) * shape.hidden * shape.intermediate
     every = all(x.part != "other" and x.count == shape.layers for x in shape.linears)

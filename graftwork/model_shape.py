@@ -94,7 +94,7 @@ class ModelShape:
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP multiplies two projections of its input, as SwiGLU does."""
+        """Return whether the MLP multiplies two projections of its input, as SwiGLU does."""
         wide = sum(x.outputs * x.count for x in self.linears if x.part == "mlp" and x.inputs == self.hidden)
         return wide > self.layers * self.intermediate
 

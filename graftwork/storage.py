@@ -232,7 +232,7 @@ class RunPaths:
         return self.file("spec.yaml")
 
     def plan(self) -> tuple[str, ...]:
-        """What was predicted at the start."""
+        """Path of the prediction that was made at the start."""
         return self.file("plan.json")
 
     def provenance(self) -> tuple[str, ...]:

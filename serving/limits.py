@@ -79,7 +79,7 @@ class RequestSize:
     text_bytes: int
     answers: int
     max_new_tokens: int
-    """Of one answer."""
+    """Most tokens of one answer."""
     room: int
     """engine.max_seq_len."""
 

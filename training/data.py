@@ -53,7 +53,7 @@ class PreparedData:
     notes: tuple[str, ...] = ()
     """What was left out or decided of the training rows."""
     warnings: tuple[str, ...] = ()
-    """What a user should look at before a run: ignored keys, held-out rows that are trained on, too few rows."""
+    """Warnings before a run: ignored keys, held-out rows that are trained on, too few rows."""
     trained_tokens: tuple[int, ...] = ()
     """Rows of the embedding that are trained beside the adapter."""
 

@@ -135,7 +135,7 @@ def _planned(run: RunPaths, report: TrainReport) -> tuple[tuple[PlanRow, ...], t
 
 
 def _recorded(run: RunPaths) -> dict[str, Any]:
-    """What `plan_of_run` predicted when the run first started."""
+    """Return the prediction that `plan_of_run` made when the run first started."""
     if not run.store.exists(*run.plan()):
         return {"reason": "the run was started by a version that recorded no plan"}
     found: dict[str, Any] = run.store.read_json(*run.plan())

@@ -54,7 +54,7 @@ class Run:
     probes: tuple[Probe, ...] = ()
     """Its outcomes, as questions and scores."""
     notes: tuple[str, ...] = ()
-    """What `auto` was resolved to, and why."""
+    """The numbers that `auto` was resolved to, with the reasons."""
 
     @classmethod
     def of(cls, spec: TrainSpec) -> "Run":
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a user should look at before the run starts."""
+        """Warnings that are printed before the run starts."""
         return (*self.data.warnings, *(warning for probe in self.probes for warning in probe.warnings))
 
     def settled(self) -> "Run":

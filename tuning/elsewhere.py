@@ -48,11 +48,11 @@ class Elsewhere:
         return backend_of(self.on, root, ClusterSpec.model_validate(self.cluster))
 
     def machines(self, root: str) -> TargetMachines:
-        """Of the place. Raises ClusterError where it does not answer."""
+        """Machines of the place. Raises ClusterError where it does not answer."""
         return self.backend(root).machines(ClusterSpec.model_validate(self.cluster))
 
     def accelerators(self, root: str) -> Accelerators:
-        """Its GPUs."""
+        """GPUs of the place."""
         return self.machines(root).accelerators
 
 

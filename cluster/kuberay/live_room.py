@@ -54,7 +54,7 @@ def _state(queue: Mapping[str, Any], name: str) -> Found:
 
 
 def _nominal(api: KubeApi, version: str, queue: Mapping[str, Any], job: Job) -> Found:
-    """Whether the LocalQueue's ClusterQueue could ever admit the job."""
+    """Return whether the LocalQueue's ClusterQueue could ever admit the job."""
     name = dig(queue, "spec", "clusterQueue")
     if not name:
         return

@@ -42,7 +42,7 @@ def nominal_findings(queue: Mapping[str, Any], cluster: ClusterSpec) -> Found:
 
 
 def pod_sets_of(cluster: ClusterSpec) -> dict[str, Amounts]:
-    """What the head and each worker group take, all pods of a group together."""
+    """Return the resources of the head and of each worker group, all pods of a group together."""
     found: dict[str, Amounts] = {"head": {"cpu": quantity(cluster.head.cpu), "memory": quantity(cluster.head.memory)}}
     for group in cluster.workers:
         if group.count:
@@ -66,7 +66,7 @@ def _limits(queue: Mapping[str, Any], flavor: Mapping[str, Any]) -> Amounts:
 
 
 def _fits(wanted: Sequence[Amounts], flavors: Sequence[Amounts]) -> bool:
-    """Whether every pod set can get one flavor. Tries all ways: a RayJob has at most 8 pod sets."""
+    """Return whether every pod set can get one flavor. Tries all ways: a RayJob has at most 8 pod sets."""
     if not wanted:
         return True
     takes, rest = wanted[0], wanted[1:]

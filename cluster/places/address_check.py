@@ -70,7 +70,7 @@ def fit(job: Job, root: str, jobs: JobsApi) -> list[Finding]:
 
 
 def machines_of(on: str, nodes: Sequence[RayNode]) -> TargetMachines:
-    """What Ray hands out on the nodes."""
+    """Resources that Ray hands out on the nodes."""
     return TargetMachines(
         owner=on,
         cpus=sum(node.total.get("CPU", 0.0) for node in nodes),

@@ -26,7 +26,7 @@ from graftwork.study.spec import MeasureSpec, StudySpec
 SAMPLED = 100
 """Rows that are rendered for each arm; the others are taken to be like them."""
 LETTER_TOKENS = 1
-"""What a request for likelihoods costs beyond its prompt."""
+"""Tokens of a request for likelihoods beyond its prompt."""
 
 Prompts = Mapping[str, PromptSpec]
 """Task -> the prompt that its adapter is trained with, where the plan trains it too."""

@@ -1,4 +1,4 @@
-"""What a job's workers take: from its spec, and from the plan of its stage on the machines of its target."""
+"""Demand of a job's workers: from its spec, and from the plan of its stage on the machines of its target."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -30,7 +30,7 @@ class WholePlan:
     plan: JobPlan
     unheard: ClusterError | None
     resolved: str | None = None
-    """What `auto` GPUs became there, and why."""
+    """The number of GPUs that `auto` resolved to there, with the reason."""
 
     @property
     def refused(self) -> bool:

@@ -85,7 +85,7 @@ def plan(
 
 
 def _say_gpus(spec: Spec, gpu: str) -> None:
-    """What the spec needs to run as it is planned here."""
+    """Print the keys that the spec needs to run as it is planned here."""
     key = gpu_key(spec)
     if key is None:
         return

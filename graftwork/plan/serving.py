@@ -34,7 +34,7 @@ class Answers:
     prompt_tokens: float
     new_tokens: float
     parts: tuple[str, ...] = ()
-    """What they are made of, in words."""
+    """Kinds of requests that are counted, in words."""
 
     def said(self) -> str:
         """In words."""

@@ -34,7 +34,7 @@ class StagePlan:
     warnings: tuple[str, ...] = ()
     """What works, and is better done otherwise."""
     host_bytes_per_process: int = 0
-    """Of the machine's own memory, where the peak is a GPU's."""
+    """Peak in the machine's own memory, where the peak per process is a GPU's."""
 
     @property
     def fits(self) -> bool:

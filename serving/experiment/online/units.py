@@ -54,10 +54,10 @@ class Entered:
     """Observations of some rows, in order. Arms and plans are numbers: of `rules.arms`, of `Units.plans`."""
 
     ratio_arm: list[int] = field(default_factory=list)
-    """Of units as they are assigned."""
+    """Arms of units as they are assigned, for the sample-ratio test."""
     ratio_plan: list[int] = field(default_factory=list)
     arm: list[int] = field(default_factory=list)
-    """Of units whose outcome is fixed."""
+    """Arms of units whose outcome is fixed."""
     plan: list[int] = field(default_factory=list)
     score: list[float] = field(default_factory=list)
     scored: list[bool] = field(default_factory=list)
