@@ -67,6 +67,9 @@ NEVER: list[Pair] = [
     (HEAD, API, 443, "TCP"), (WORKER, API, 443, "TCP"), (REPLICA, API, 443, "TCP"), (STRANGER, REDIS, 6379, "TCP"),
     (WORKER, REDIS, 6379, "TCP"), (REDIS, S3, 443, "TCP"), (REDIS, IMDS, 80, "TCP"), (STRAY, IMDS, 80, "TCP"),
     (WORKER, IMDS, 443, "TCP"), (SERVING, IMDS, 443, "TCP"), (STRAY, POD_IDENTITY, 80, "TCP"),
+    # the gRPC server that Ray Serve opens in each replica, on a port of its choice
+    (STRANGER, SERVING, 39871, "TCP"), (CLIENT, SERVING, 39871, "TCP"), (STRANGER, REPLICA, 39871, "TCP"),
+    (CLIENT, REPLICA, 39871, "TCP"), (OPERATOR, REPLICA, 39871, "TCP"),
 ]  # fmt: skip
 OPENED: dict[str, list[Pair]] = {
     "overlays/gcs-redis": [(HEAD, REDIS, 6379, "TCP"), (CLEANUP, REDIS, 6379, "TCP"), (SERVING, REDIS, 6379, "TCP")],
