@@ -103,9 +103,13 @@ def _refuse_duplicate_keys(node: yaml.Node, seen: set[int]) -> None:
         return
     lines: dict[str, int] = {}
     for key, value in node.value:
-        line = key.start_mark.line + 1
-        if isinstance(key, yaml.ScalarNode) and key.value != "<<" and lines.setdefault(key.value, line) != line:
-            raise DuplicateKeyError(f"the key {key.value!r} is given on line {lines[key.value]} and on line {line}")
+        if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                first = lines[key.value]
+                where = f"twice on line {line}" if first == line else f"on line {first} and on line {line}"
+                raise DuplicateKeyError(f"the key {key.value!r} is given {where}")
+            lines[key.value] = line
         _refuse_duplicate_keys(value, seen)
 
 
@@ -146,9 +150,7 @@ def load(path: str | Path, sets: Sequence[str] = (), expect: str | None = None) 
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"spec file {path}", f"it cannot be read ({error})") from error
     except DuplicateKeyError as error:
-        raise ConfigError(
-            f"spec file {path}", str(error), "a key is given once", "remove one of the two lines"
-        ) from None
+        raise ConfigError(f"spec file {path}", str(error), "a key is given once", "remove one of the two") from None
     except yaml.YAMLError as error:
         raise _not_yaml(path, error) from None
     if not isinstance(tree, dict):
@@ -210,8 +212,22 @@ def explain(spec: Spec, given: Mapping[str, Any]) -> Iterator[tuple[str, Any, st
     """Each leaf of the resolved spec as (dotted key, value, where it came from: 'file' or 'default')."""
     leaves_given = {key for key, _ in _leaves(dict(given))}
     for key, value in _leaves(spec.model_dump(mode="json")):
-        came = key in leaves_given or any(key.startswith(g + ".") or g.startswith(key + ".") for g in leaves_given)
+        short = any(key.startswith(g + ".") for g in leaves_given)  # `base: URI` gives base.uri alone
+        came = (
+            key in leaves_given or any(g.startswith(key + ".") for g in leaves_given) or (short and _is_set(spec, key))
+        )
         yield key, value, "file" if came else "default"
+
+
+def _is_set(spec: Spec, dotted: str) -> bool:
+    node: Any = spec
+    for part in dotted.split("."):
+        if not isinstance(node, BaseModel):
+            return True
+        if part not in node.model_fields_set:
+            return False
+        node = getattr(node, part)
+    return True
 
 
 def _without(tree: Any, keys: frozenset[str]) -> Any:

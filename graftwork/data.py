@@ -100,7 +100,7 @@ def iter_rows(uri: str, *, limit: int | None = None, need: Need, keys: KeyCheck 
 
     The dataset is all that `graftwork.records` reads. `id` (else the row number), `doc_id`, `gold` and `asked` are read
     where present; `keys` (default: `key_check(need)`) rejects or counts every other key. `need="train"` wants a last
-    assistant turn, `"eval"` a `gold` object; with `"prompt"` a record may be `{"prompt": "..."}` alone.
+    assistant turn, `"eval"` a `gold` object; with `"prompt"` and `"eval"` a record needs no `completion`.
     Raises DataError that names the 1-based row, the field and the rule; StorageError.
     """
     seen: dict[str, int] = {}
@@ -264,7 +264,7 @@ def _messages(record: dict[str, Any], where: str, need: Need) -> tuple[Message, 
             raise DataError(f"{where}: prompt", "found a list (TRL's conversational form)", "prompt and completion are "
                             "text", "write the turns of both as one list, `messages`")  # fmt: skip
         asked = Message("user", _string(record, "prompt", where))
-        if need == "prompt" and "completion" not in record:
+        if need != "train" and "completion" not in record:
             return (asked,)
         return asked, Message("assistant", _string(record, "completion", where))
     turns = record["messages"]

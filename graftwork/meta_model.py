@@ -219,7 +219,9 @@ def _reads_weights(model: Any) -> str:
         linear.forward = partial(product, _sizes(linear)[1])
         linear.weight = torch.nn.Parameter(packed, requires_grad=False)
     try:  # with an empty cache transformers does not look for packed documents, which takes values
-        _step(model, past_key_values=DynamicCache(config=model.config))
+        with warnings.catch_warnings():  # transformers 5.24 renames the argument to `cache` in some families only
+            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+            _step(model, past_key_values=DynamicCache(config=model.config))
     except RuntimeError as error:
         return _first_line(error)
     return ""

@@ -121,4 +121,5 @@ def _parameter(error: SamplingError) -> str:
 
 def _sentences(error: GraftworkError) -> str:
     first = f"{error.asked}: {error.found}" if error.found else error.asked
-    return ". ".join(part.rstrip(".") for part in (first, error.rule, error.next_move) if part) + "."
+    move = error.next_move[:1].upper() + error.next_move[1:]
+    return ". ".join(part.rstrip(".") for part in (first, error.rule, move) if part) + "."

@@ -4,6 +4,7 @@ Shapes: https://platform.openai.com/docs/api-reference/chat. `temperature` defau
 score is measured greedily, and the live endpoint answers the same way unless the caller asks otherwise.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -289,11 +290,13 @@ def _explain(error: pydantic.ValidationError, cls: type[BaseModel]) -> ApiError:
             f"{where}: only text is served, no images, sound or files.", param=param, code="invalid_value"
         )
     if first["type"] == "extra_forbidden":
-        here = f" Here it is called {NAMED_HERE[where]}." if where in NAMED_HERE else ""
+        here = f" Here it is called {NAMED_HERE[where]}." if where in NAMED_HERE else _nearest(where, cls)
         return bad_request(f"Unknown parameter: {where!r}.{here}", param=param, code="unknown_parameter")
     if first["type"] == "missing":
         return bad_request(f"Missing required parameter: {where!r}.", param=param, code="missing_required_parameter")
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "it must be")
+    if first["type"] == "too_short":
+        message = f"it needs at least {first['ctx']['min_length']} of them"
     found = "" if isinstance(first["input"], BaseModel | dict) else f" (found {_short(first['input'])})"
     if param is None:  # a rule over several parameters begins with the name of one
         name = message.split(" ", 1)[0]
@@ -306,6 +309,11 @@ def _meant(errors: Sequence[ErrorDetails]) -> ErrorDetails:
     first = errors[0]
     as_text = first["loc"][-1:] == ("str",) and isinstance(first["input"], list)
     return errors[1] if as_text and len(errors) > 1 else first
+
+
+def _nearest(name: str, cls: type[BaseModel]) -> str:
+    near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.7)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _short(value: object) -> str:

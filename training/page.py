@@ -50,12 +50,13 @@ def train_run(
     """One training run, with its method in a few words."""
     context = f", {spec.data.context.k} passages a row" if spec.data.context else ""
     kind = "" if spec.objective.kind == "sft" else f"{spec.objective.kind}, "
+    base = "an unquantised base" if spec.quant.kind == "none" else spec.quant.kind
     return TrainRun(
         name=spec.name, adapter=found.published, loss=found.train_loss, eval_loss=found.eval_loss, rows=found.rows,
         dropped_rows=found.dropped_rows, eval_rows=found.eval_rows, dropped_eval_rows=found.dropped_eval_rows,
         tokens=found.tokens, tokens_per_s=found.tokens_per_s, wall_s=found.wall_s,
         peak_memory_bytes=tuple(found.peak_rss_bytes_per_worker), workers=spec.num_workers, reused=found.reused,
-        method=f"{kind}{spec.adapter.said()} on {spec.quant.kind}, lr {spec.optim.lr:g}{context}",
+        method=f"{kind}{spec.adapter.said()} on {base}, lr {spec.optim.lr:g}{context}",
         series=_series(steps), notes=(*found.notes, *notes),
     )  # fmt: skip
 
@@ -129,8 +130,9 @@ def _planned(run: RunPaths, report: TrainReport) -> tuple[tuple[PlanRow, ...], t
         return (), (f"no prediction of memory to compare with: {known['reason']}",)
     plan = known["plan"]
     actual = max(report.peak_cuda_bytes_per_worker) or max(report.peak_rss_bytes_per_worker)
-    row = PlanRow(stage=f"{plan['processes']} workers, each", predicted_bytes=plan["peak_bytes_per_process"],
-                  actual_bytes=actual)  # fmt: skip
+    workers = plan["processes"]
+    stage = "1 worker" if workers == 1 else f"{workers} workers, each"
+    row = PlanRow(stage=stage, predicted_bytes=plan["peak_bytes_per_process"], actual_bytes=actual)
     return (row,), ()
 
 

@@ -5,7 +5,7 @@ environment variable that `--token-env` names.
 """
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -196,7 +196,13 @@ def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
         return print_json(found)
     keys = ("tier", "state", "pinned", "running", "replicas")
     rows = [
-        (r["task"], r["version"], ",".join(r["aliases"]) or "-", *[r[key] for key in keys], gib(r["file_bytes"]))
+        (
+            r["task"],
+            r["version"],
+            ",".join(r["aliases"]) or "-",
+            *[_plain(r[key]) for key in keys],
+            gib(r["file_bytes"]),
+        )
         for r in found
     ]
     print_table(f"adapters of {endpoint}", ("task", "version", "aliases", *keys, "size"), rows)
@@ -204,6 +210,10 @@ def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
         for alias in row.get("in_store", ()):
             ref, version = f"{row['task']}@{alias}", row["version"]
             say(f"{ref} means {version} in the store: `graftwork swap {ref} {version} --endpoint {endpoint}`")
+
+
+def _plain(value: Any) -> Any:
+    return ("no", "yes")[value] if isinstance(value, bool) else value
 
 
 @app.command("rm")

@@ -154,7 +154,7 @@ def _cut(arm: Any) -> str:
     """Share of an arm's answers that were cut."""
     from graftwork.report import words
 
-    return words.percent(arm.truncated / arm.n) if arm.truncated else "0"
+    return words.percent(arm.truncated / arm.n)
 
 
 def _interval(score: Any) -> str:

@@ -105,8 +105,10 @@ def say(line: str, style: str = "") -> None:
 
 
 def gib(size_bytes: float) -> str:
-    """Bytes as GiB with two digits, or MiB below a tenth."""
-    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 0.1 * 2**30 else f"{size_bytes / 2**20:.1f} MiB"
+    """Return bytes as GiB with two digits, as MiB below a tenth of a GiB, as KiB below a tenth of a MiB."""
+    if size_bytes >= 0.1 * 2**30:
+        return f"{size_bytes / 2**30:.2f} GiB"
+    return f"{size_bytes / 2**20:.1f} MiB" if size_bytes >= 0.1 * 2**20 else f"{size_bytes / 2**10:.1f} KiB"
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ import typer
 
 from graftwork import config
 from graftwork.accelerators import gpu_key, gpus_of, is_auto
-from graftwork.cli.launching import Budget, Deadline, Launch, Pending, resolve_here
+from graftwork.cli.launching import ELSEWHERE, Budget, Deadline, Launch, Pending, resolve_here
 from graftwork.cli.output import (
     Cluster,
     JsonFlag,
@@ -64,9 +64,15 @@ def plan(
         if gpu or gpus or replay:
             raise ConfigError("--gpu, --gpus, --replay with --on", "a job is planned for its cluster's machines",
                               "the cluster's file names them: workers[].gpu_type", "leave one of them out")  # fmt: skip
+        if on != "local" and not on.startswith(ELSEWHERE):
+            raise ConfigError(f"--on {on}", "no jobs run there", "a plan with --on is of a job: local, "
+                              "http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE",
+                              "use --on k8s:CONTEXT/NAMESPACE, or leave --on out")  # fmt: skip
         return _plan_job(file, sets, Launch(on, True, cluster, deadline, budget, pending), as_json)
-    if cluster or deadline or budget or pending:
-        raise ConfigError("--cluster, --deadline, --budget, --pending without --on", "they are a job's", "", "add --on")
+    flags = {"--cluster": cluster, "--deadline": deadline, "--budget": budget, "--pending": pending}
+    if given := [flag for flag, value in flags.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)} without --on", "it would have no effect", "a cluster's file and limits "
+                          "are a job's", "add --on k8s:CONTEXT/NAMESPACE, or --on http://HEAD:8265")  # fmt: skip
     from graftwork.cli.planning import plan_spec
     from graftwork.plan.gpus import named_gpu
 

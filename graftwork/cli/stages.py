@@ -32,6 +32,7 @@ from graftwork.cli.studying import study
 from graftwork.cli.trials import trial
 from graftwork.cli.tuning import tune
 from graftwork.errors import ConfigError
+from graftwork.spec_errors import did_you_mean
 
 MOST_NAMED = 12
 """Models that are named when an endpoint has started."""
@@ -215,12 +216,13 @@ def _converse(client: "Client", model: str | None, message: str | None) -> None:
 
     names = [entry["id"] for entry in client.models()]
     if model is not None and model not in names and ":" not in model:
-        raise ConfigError(f"--model {model}", "no such model", f"served: {', '.join(names)}")
+        raise ConfigError(f"--model {model}", "no such model", f"served: {', '.join(names)}",
+                          did_you_mean(model, names) or f"--model {names[0]}")  # fmt: skip
     chosen = model or next((name for name in names if name.startswith("arm/")), names[0])
     messages: list[Message] = []
     if message is None:
         say(f"talking to {chosen}; an empty line ends it. Also served: {', '.join(n for n in names if n != chosen)}")
-    while text := message if message is not None else console.input("> ").strip():
+    while text := message if message is not None else _typed():
         messages.append(Message("user", text))
         said = ""
         for part in client.stream(ChatCall(model=chosen, messages=tuple(messages))):
@@ -232,6 +234,15 @@ def _converse(client: "Client", model: str | None, message: str | None) -> None:
         messages.append(Message("assistant", said))
         if message is not None:
             return
+
+
+def _typed() -> str:
+    """Return a line from the terminal, stripped; empty at the end of the input."""
+    try:
+        return console.input("> ").strip()
+    except EOFError:
+        console.print()
+        return ""
 
 
 def demo(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006

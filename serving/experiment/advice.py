@@ -78,6 +78,11 @@ def _on(metric: str) -> str:
     return _ON.get(metric, f"on {metric.replace('_', ' ')}")
 
 
+def _sentence_start(text: str) -> str:
+    """Return `text` with its first letter upper case; `capitalize` would also turn F1 into f1."""
+    return text[:1].upper() + text[1:]
+
+
 def _groups(scored: ScoredArms, metric: str, pairs: Sequence[Difference]) -> tuple[tuple[str, ...], ...]:
     apart = [(pair.a, pair.b) for pair in pairs if pair.verdict in ("better", "worse")]
     return tuple(stats.tied_sets({arm: scored.mean(arm, metric) for arm in scored.names}, apart))
@@ -127,11 +132,11 @@ def _sentence(
         rival = _other(turning, best)
         rest = [arm for arm in tied[1:] if arm != rival]
         also = f" (nor are {_join(rest)} told apart)" if rest else ""
-        return (f"{_on(metric).capitalize()}: undecided between {score} and {rival} {_mean(scored, rival, metric)}"
+        return (f"{_sentence_start(_on(metric))}: undecided between {score} and {rival} {_mean(scored, rival, metric)}"
                 f"{also}; {_missing(turning)}.")  # fmt: skip
     also = f", not told apart from {_join(tied[1:])}" if len(tied) > 1 else ""
     ahead = f"; {_lead(turning, best)}" if turning is not None else ""
-    return f"{_on(metric).capitalize()}: {winner} wins ({score}{also}{ahead})."
+    return f"{_sentence_start(_on(metric))}: {winner} wins ({score}{also}{ahead})."
 
 
 def _lead(pair: Difference, best: str) -> str:

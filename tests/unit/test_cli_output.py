@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from graftwork.cli.output import gib
 from tests.processes import ROOT
 
 TABLE = """
@@ -70,3 +71,10 @@ def test_without_a_terminal_progress_is_lines_at_intervals() -> None:
     ]
     assert len(run(PROGRESS.format(every=0, quiet=False), 80, terminal=False).splitlines()) == 5
     assert run(PROGRESS.format(every=0, quiet=True), 80, terminal=False) == ""
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"), [(3 * 2**30, "3.00 GiB"), (2**20, "1.0 MiB"), (12292, "12.0 KiB"), (0, "0.0 KiB")]
+)
+def test_bytes_are_never_rounded_to_nothing(size_bytes: int, text: str) -> None:
+    assert gib(size_bytes) == text

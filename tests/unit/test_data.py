@@ -90,6 +90,15 @@ def test_a_row_to_be_scored_needs_its_gold(tmp_path: Path) -> None:
         read_rows(uri, need="eval")
 
 
+def test_a_row_to_be_scored_may_be_a_prompt_and_its_gold(tmp_path: Path) -> None:
+    uri = write(tmp_path / "rows.jsonl", {"prompt": "Which airport?", "gold": {"icao": "ZPPP"}})
+    row = read_rows(uri, need="eval")[0]
+    assert [(turn.role, turn.content) for turn in row.messages] == [("user", "Which airport?")]
+    assert (row.answer, row.gold) == (None, {"icao": "ZPPP"})
+    with pytest.raises(DataError, match="row 1: completion: the field is missing"):
+        read_rows(uri, need="train")
+
+
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_an_empty_dataset_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "rows.jsonl"

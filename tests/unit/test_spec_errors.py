@@ -49,6 +49,11 @@ def test_a_key_given_twice_is_refused_with_both_lines(
     assert f"{key!r} is given on line {lines[0]} and on line {lines[1]}" in error.found
 
 
+def test_a_key_given_twice_on_one_line_is_refused(tmp_path: Path) -> None:
+    error = refusal(tmp_path, "kind: train\nname: a\nbase: b\ndata: {train: x}\noptim: {lr: 0.1, lr: 0.2}\n")
+    assert "'lr' is given twice on line 5" in error.found
+
+
 def test_a_merge_key_may_be_overridden(tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
     path.write_text("kind: train\nname: a\nbase: b\ndata: &d {train: x, eval: y}\nprompt: &p {system: s}\n")
