@@ -17,7 +17,7 @@ from typing import Any
 
 from graftwork.cluster.backend import Finding, JobInput
 from graftwork.config import Spec, SpecT, validate
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, StorageError
 from graftwork.storage import Store
 from graftwork.storage_local import files_under
 
@@ -54,11 +54,16 @@ def with_inputs(spec: SpecT, root: str) -> SentSpec:
     room = MOST_BYTES
     for where, value in texts_in(tree):
         path = _local(where, value)
-        if path is None or value in found or not _exists(path) or _is_weights(path):
+        if path is None or value in found or not _exists(path):
             continue
-        size = _size(path)
-        if size <= room:
-            found[value], room = _input(path, size), room - size
+        try:
+            size = room + 1 if _is_weights(path) else _size(path)
+            if size <= room:
+                found[value], room = _input(path, size), room - size
+        except OSError as error:
+            raise StorageError(f"{where}={value}", f"{error.filename} cannot be read ({error.strerror})",
+                               "a job copies its local files to its store", "correct the path or its rights",
+                               ) from error  # fmt: skip
     if not found:
         return SentSpec(spec, spec.identity(), ())
 
@@ -74,12 +79,15 @@ def with_inputs(spec: SpecT, root: str) -> SentSpec:
 
 def send(store: Store, one: JobInput) -> None:
     """Copy it to the store, file by file; copies that are there already stay. Raises ConfigError for a changed file."""
+    sent: list[tuple[str, ...]] = []
     for file in _files(one.path):
         below = file.relative_to(one.path).parts if one.path.is_dir() else ()
         if not store.exists(*one.key, *below):
             store.upload(file, *one.key, *below)
+            sent.append((*one.key, *below))
     if _sha256(one.path) != one.sha256:
-        store.delete(*one.key)
+        for key in sent:  # what was there before is another job's
+            store.delete(*key)
         raise ConfigError(
             str(one.path), "it changed while it was sent", "a job's rows have one content", "submit the job again"
         )

@@ -27,6 +27,9 @@ RUNNER = ("graftwork.serving.engine.runner", "Runner")
 """Code that trains and serves a base, tried on its meta model. By dotted name, as in `config.SPEC_KINDS`: this module
 is part of the core, which imports neither package."""
 TARGETS: tuple[Targets, ...] = ("all-linear", "attention", "mlp")
+LEFT_OUT = ("dtype", "torch_dtype", "quantization_config", "auto_map")
+"""Keys of config.json that play no part. `auto_map` names code of the repository's own, which transformers would ask on
+the terminal to run for a class that it lacks."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -35,7 +38,7 @@ def build(config: Mapping[str, Any], dtype: Any = None) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    given = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
+    given = {key: value for key, value in config.items() if key not in LEFT_OUT}
     try:
         with TemporaryDirectory() as folder:  # read as a base's own file is, special values of JSON included
             (Path(folder) / "config.json").write_text(json.dumps(given), encoding="utf-8")

@@ -133,11 +133,11 @@ def _is_of(status: JobStatus, sweep: RunPaths) -> bool:
 
 
 def _demand(job: TrainJob, spec: TrainSpec, machines: TargetMachines) -> Demand:
-    """What the trial's workers take, as its plan on the place's machines says."""
+    """What the trial's workers take, as its plan on the place's machines says; without memory where none is predicted."""
     machine = machines.planned_for(spec.gpus)
-    if machine is None:
-        return Demand(spec.num_workers, spec.cpus_per_worker, spec.gpus)
     shape = ModelShape.from_config(base_model.resolve(spec.base).config)
+    if machine is None or shape.unplanned:
+        return Demand(spec.num_workers, spec.cpus_per_worker, spec.gpus)
     line = plan_training(spec, shape, sizes_of(job.data.train), None, machine.at(spec.quant))
     peak, host = line.peak_bytes_per_process, line.host_bytes_per_process
     memory = (host, peak) if spec.gpus else (peak, 0)

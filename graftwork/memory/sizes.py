@@ -96,7 +96,7 @@ class MemoryPlan:
 
 
 BATCH_TOKENS, BATCH_ROWS = 1024, 16
-"""Of a forward pass that measures outcomes."""
+"""Of a forward pass that measures outcomes. Tokens: less than most training steps hold."""
 
 
 @dataclass(frozen=True)

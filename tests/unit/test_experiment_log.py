@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -233,3 +235,25 @@ def test_rows_are_published_in_time_and_not_one_by_one(store: Store) -> None:
 
     assert asyncio.run(run(3600.0)) == 0
     assert asyncio.run(run(1e-9)) == 20
+
+
+def test_rows_in_digestion_when_the_endpoint_stops_are_in_the_log(store: Store) -> None:
+    begun = threading.Event()
+
+    def slow(rows: Sequence[LogRow]) -> list[LogRow]:
+        begun.set()
+        time.sleep(0.2)
+        return list(rows)
+
+    async def play() -> None:
+        kept = Recorder(Segments(store, FOLDER), slow, buffer=1000, every_s=3600.0)
+        for number in range(3):
+            kept.add(answer(number))
+        running = asyncio.create_task(kept.step())
+        assert await asyncio.to_thread(begun.wait, 10)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await kept.step(last=True)
+
+    asyncio.run(play())
+    assert [row.request_id for row in read(store)[0]] == ["r0", "r1", "r2"]

@@ -18,7 +18,7 @@ from graftwork.cluster.kuberay.preflight import preflight
 from graftwork.cluster.run_store import RunStore
 from graftwork.config import SPEC_KINDS, Spec, spec_class, validate
 from graftwork.data import read_rows
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, StorageError
 from graftwork.retrieval.chunks import ChunkSpec
 from graftwork.retrieval.sources import SourceSpec, read_corpus
 from graftwork.serving.experiment.spec import CompareSpec
@@ -229,3 +229,24 @@ def test_a_plan_elsewhere_names_what_it_would_send(here: Path, on: str, tmp_path
     assert sorted(Path(one["path"]).name for one in plan["inputs"]) == ["held-out.jsonl", "rows.jsonl"]
     assert RunStore(str(tmp_path / "root")).job_ids() == []
     assert not (tmp_path / "root" / "inputs").exists()
+
+
+def test_rows_that_change_while_they_are_sent_leave_the_copy_of_another_job(here: Path, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "root"))
+    (rows,) = with_inputs(train(data={"train": "rows.jsonl"}), store.uri).inputs
+    send(store, rows)
+    (here / "rows.jsonl").write_text(ROW * 9)
+    with pytest.raises(ConfigError, match="changed while it was sent"):
+        send(store, rows)
+    assert store.read_text(*rows.key) == ROW, "a job that was submitted before reads it"
+    store.delete(*rows.key)
+    with pytest.raises(ConfigError, match="changed while it was sent"):
+        send(store, rows)
+    assert not store.exists(*rows.key)
+
+
+def test_files_that_cannot_be_read_are_named(here: Path) -> None:
+    (here / "docs" / "gone.md").symlink_to(here / "nowhere.md")
+    context = {"train": "rows.jsonl", "context": {"corpus": "docs"}}
+    with pytest.raises(StorageError, match=r"gone\.md"):
+        with_inputs(train(data=context), "s3://bucket/a")

@@ -163,3 +163,16 @@ def test_activations_that_no_formula_covers_are_not_guessed(kind: str, reason: s
     spec = TrainSpec.model_validate({"name": "t", "base": "b", "data": {"train": "t.jsonl"}})
     with pytest.raises(BaseModelError, match=f"activations are not predicted for .*{reason}"):
         predict_training(spec, ModelShape.from_config(config_of(kind)))
+
+
+def test_a_base_with_code_of_its_own_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *said: asked.append("") or "n")
+    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    with pytest.raises(BaseModelError, match="model_type='own'"):
+        facts_of({"model_type": "own", "auto_map": code})
+    known = facts_of({**config_of("llama"), "auto_map": code})
+    assert (asked, known.model_class) == ([], "LlamaForCausalLM")

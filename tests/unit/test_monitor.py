@@ -454,6 +454,11 @@ def test_copies_of_a_shadow_count_in_the_order_in_which_they_were_sent() -> None
     restart = LogRow(kind="event", experiment="e", at=300.0, event="resume", detail=detail)
     lost = judged([*assigned(control[-9:]), *sent[-9:], *copies[-8:], restart], told)
     assert (lost.contrasts[0].n, lost.left_out) == (8, {"copy lost with the ingress": 1})
+    stop = LogRow(kind="event", experiment="e", at=300.0, event="stop", detail="{}")
+    late_score = answer(299, "base", 1.0, kind="score", at=400.0)
+    stopped = judged([*assigned(control[-9:]), *sent[-9:], *copies[-8:], stop, late_score], told)
+    assert (stopped.contrasts[0].n, stopped.left_out) == (8, {"copy cancelled by the stop": 1})
+    assert (stopped.arms[1].answers, stopped.arms[1].errors) == (8, 0)
 
 
 def test_quick_failures_do_not_cut_an_arm_while_its_slow_successes_are_on_the_way() -> None:

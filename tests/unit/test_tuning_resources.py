@@ -12,17 +12,21 @@ import pytest
 from ray.exceptions import WorkerCrashedError
 
 from graftwork import base_model, config
+from graftwork.cluster.backend import Demand
 from graftwork.errors import ClusterError, ConfigError, DataError
 from graftwork.memory import GIB, RowSizes, predict_training
 from graftwork.memory.measured import Correction, kind_of
 from graftwork.model_shape import ModelShape
 from graftwork.plan import GPUS, Machine
+from graftwork.storage import Store
 from graftwork.training.data import prepare
 from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
+from graftwork.storage import RunPaths
 from graftwork.training.settled import machine_of
 from graftwork.training.steplog import StepReport
 from graftwork.tuning.asking import Asking, at_once, fits_one, predicted
+from graftwork.tuning.elsewhere import Elsewhere, trial_job
 from graftwork.tuning.forked import forked
 from graftwork.tuning.judge import Judge, judge_of
 from graftwork.tuning.page.record import most_at_once
@@ -31,6 +35,7 @@ from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.room import Node, Request, holds, how_many
 from graftwork.tuning.space import Values
 from graftwork.tuning.spec import AshaSpec, HyperbandSpec, TuneSpec
+from tests.families import write_family
 from tests.training import task
 
 LR = {"optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2}}
@@ -336,3 +341,12 @@ def test_a_fork_ends_with_the_process_that_asked_for_it(folder: Path) -> None:
         forked().train(job, leave)
     assert len(forks) == 1
     assert not psutil.pid_exists(forks[0].pid)
+
+
+def test_a_trial_elsewhere_whose_memory_no_formula_predicts_is_a_job_without_it(tmp_path: Path) -> None:
+    spec = task(tmp_path).with_({"gpus_per_worker": 0})
+    write_family(tmp_path / "gemma2", "gemma2")
+    spec = spec.with_({"base.uri": str(tmp_path / "gemma2")})
+    job = TrainJob(spec, prepare(spec), max_steps=2, eval_every=1)
+    paths = RunPaths(Store(str(tmp_path / "root")), "sweep", "0" * 64)
+    assert trial_job(Elsewhere("local", {}), job, "a", paths).demand == Demand(spec.num_workers, spec.cpus_per_worker, 0.0)

@@ -59,9 +59,6 @@ class Said:
         return cls(tuple(record["logprobs"]), record["text"])
 
 
-"""Of one forward pass. Tokens: less than most training steps hold."""
-
-
 def work_of(parts: Sequence[Part]) -> Work:
     """The work of measuring these parts once."""
     items = [item for part in parts for item in part.items]

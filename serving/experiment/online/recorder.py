@@ -81,7 +81,11 @@ class Recorder:
         async with self._busy:
             while self._inbox:
                 queued = [self._inbox.popleft() for _ in range(min(len(self._inbox), MAX_BATCH))]
-                self._unwritten += await asyncio.to_thread(self._rows, queued)
+                digest = asyncio.create_task(asyncio.to_thread(self._rows, queued))
+                try:
+                    await asyncio.shield(digest)
+                finally:  # cancelled, the thread goes on: its rows are kept, for the last step
+                    self._unwritten += await digest
             if self._unwritten and (last or time.monotonic() >= self._due or len(self._unwritten) >= MAX_BATCH):
                 await self._publish()
 

@@ -22,8 +22,8 @@ entered before, the next unit's arm was drawn with its logged chance and its out
 the unit, so each score of `aipw` has the effect as its mean. Units are assumed not to act on each other. A log that is
 read again gives the same order. At its end, units behind an open outcome are not counted yet (`waiting`).
 
-Copies of a shadow that were lost with the ingress are left out: nobody waited for them, so the loss is no outcome of
-the arm. Copies that the queue dropped were never assigned.
+Copies of a shadow that were lost with the ingress, or cancelled by a stop, are left out: nobody waited for them, so the
+loss is no outcome of the arm. Copies that the queue dropped were never assigned.
 
 Memory: one number a unit, up to `max_units`; then all units of an odd hash are forgotten and left out from there on,
 later those of every second pair, and so on. Who is left out depends on the hash alone, so nothing is biased by it.
@@ -177,6 +177,8 @@ class Units:
         weights = weights_of(detail, self._rules.arms)
         if event == "resume" and weights is not None:
             self._lose()
+        elif event == "stop" and self._rules.mode == "shadow":
+            self._lose_copies("copy cancelled by the stop")
         if weights is not None and self._rules.mode == "split":
             plan = tuple(weights[arm] for arm in self._rules.arms)
             if plan != self.plan:
@@ -188,11 +190,19 @@ class Units:
         """Give the requests that were in flight when the ingress restarted their outcome."""
         for unit in self._open.values():
             self._end(unit, _ASKED, self._worst)
+        self._lose_copies("copy lost with the ingress")
+        for arm, guard in enumerate(self._guards):
+            if self._rules.mode == "split" or arm == self._control:
+                guard.lose(failed=True)
+
+    def _lose_copies(self, reason: str) -> None:
+        """Leave out the copies that have no answer and get none."""
         for copy in [copy for copy, pair in self._pairs.items() if pair.value is None]:
             del self._pairs[copy]
-            self._skip("copy lost with the ingress")
+            self._skip(reason)
         for arm, guard in enumerate(self._guards):
-            guard.lose(failed=self._rules.mode == "split" or arm == self._control)
+            if self._rules.mode == "shadow" and arm != self._control:
+                guard.lose(failed=False)
 
     def _value(self, value: float, failed: bool) -> float:
         """The score on the scale 0..1 where the metric is bounded; a failed answer has the worst. NaN: none."""
