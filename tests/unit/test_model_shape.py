@@ -170,7 +170,12 @@ def test_a_base_with_code_of_its_own_is_refused_without_a_question(
 ) -> None:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
     asked: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda *said: asked.append("") or "n")
+
+    def ask(*_: object) -> str:
+        asked.append("")
+        return "n"
+
+    monkeypatch.setattr("builtins.input", ask)
     code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     with pytest.raises(BaseModelError, match="model_type='own'"):
         facts_of({"model_type": "own", "auto_map": code})
