@@ -133,7 +133,7 @@ def _is_of(status: JobStatus, sweep: RunPaths) -> bool:
 
 
 def _demand(job: TrainJob, spec: TrainSpec, machines: TargetMachines) -> Demand:
-    """What the trial's workers take, as its plan on the place's machines says; without memory where none is predicted."""
+    """Return what the trial takes by its plan on the place's machines; without memory where none is predicted."""
     machine = machines.planned_for(spec.gpus)
     shape = ModelShape.from_config(base_model.resolve(spec.base).config)
     if machine is None or shape.unplanned:

@@ -18,11 +18,10 @@ from graftwork.memory import GIB, RowSizes, predict_training
 from graftwork.memory.measured import Correction, kind_of
 from graftwork.model_shape import ModelShape
 from graftwork.plan import GPUS, Machine
-from graftwork.storage import Store
+from graftwork.storage import RunPaths, Store
 from graftwork.training.data import prepare
 from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
-from graftwork.storage import RunPaths
 from graftwork.training.settled import machine_of
 from graftwork.training.steplog import StepReport
 from graftwork.tuning.asking import Asking, at_once, fits_one, predicted
@@ -349,4 +348,6 @@ def test_a_trial_elsewhere_whose_memory_no_formula_predicts_is_a_job_without_it(
     spec = spec.with_({"base.uri": str(tmp_path / "gemma2")})
     job = TrainJob(spec, prepare(spec), max_steps=2, eval_every=1)
     paths = RunPaths(Store(str(tmp_path / "root")), "sweep", "0" * 64)
-    assert trial_job(Elsewhere("local", {}), job, "a", paths).demand == Demand(spec.num_workers, spec.cpus_per_worker, 0.0)
+    assert trial_job(Elsewhere("local", {}), job, "a", paths).demand == Demand(
+        spec.num_workers, spec.cpus_per_worker, 0.0
+    )
