@@ -1,6 +1,7 @@
 """Every stage refuses a base that it does not support before a Ray starts; docs/bases.md shows the table."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,19 @@ def train_spec(base: str, rows: str, **keys: Any) -> TrainSpec:
     return TrainSpec.model_validate({**given, **keys})
 
 
+@pytest.fixture(autouse=True)
+def no_ray_starts() -> Iterator[None]:
+    """Another test of this process may have a Ray; no test of this file starts one."""
+    before = ray.is_initialized()
+    yield
+    assert ray.is_initialized() == before
+
+
 def refused(error: pytest.ExceptionInfo[BaseModelError], reason: str, hint: str) -> None:
     assert reason in error.value.found
     assert hint in error.value.next_move
     assert error.value.rule
     assert error.value.asked
-    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize(

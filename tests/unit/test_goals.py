@@ -1,5 +1,6 @@
 """What a sweep is to make good: which goals there are, what a trial is worth by them, which trials nothing beats."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,9 @@ def test_goals_are_named_by_their_metric_alone() -> None:
 
 def test_a_size_for_a_goal_is_refused_on_a_base_whose_layers_are_not_known(tmp_path: Path) -> None:
     train = task(tmp_path).model_dump(mode="json", exclude_unset=True)
-    experts = tmp_path / "base" / "config.json"
-    experts.write_text(experts.read_text().replace('"hidden_size"', '"num_experts": 4, "hidden_size"'))
-    with pytest.raises(BaseModelError, match="experts"):
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "unknown_layers"}))
+    with pytest.raises(BaseModelError, match="unknown_layers"):
         check(sweep({**train, "eval_every": 20}, goals=["eval_loss", "adapter_bytes"]))
 
 

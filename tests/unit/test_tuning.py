@@ -220,4 +220,4 @@ def test_rows_that_are_too_long_are_said_before_a_sweep(tmp_path: Path) -> None:
         line["messages"][-1]["content"] = "red " * 512
     held_out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = config.validate(TuneSpec, {"name": "s", "train": {**train, "eval_every": 20}, "space": GRID}, "s.yaml")
-    assert check(asked) == ["3 of 8 held-out rows left out: longer than max_length=512"]
+    assert "3 of 8 held-out rows left out: longer than max_length=512" in check(asked)
