@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from graftwork.config import Spec, SpecT
+from graftwork.errors import ConfigError
 
 AUTO: Final = "auto"
 Gpus = Annotated[float, Field(ge=0)] | Literal["auto"]
@@ -88,13 +89,20 @@ def accelerators_here() -> Accelerators:
 def gpus_here() -> list[tuple[str, int]]:
     """Name and memory of each GPU that a process of this machine may use, in bytes, 0 where the driver names none.
 
-    Asks `nvidia-smi`: torch takes seconds to import.
+    Asks `nvidia-smi`: torch takes seconds to import. Raises ConfigError where it does not answer.
     """
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    listed = subprocess.run(query, capture_output=True, text=True, check=False, timeout=NVIDIA_SMI_S).stdout
-    parted = (line.rpartition(",") for line in listed.splitlines() if "," in line)
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=False, timeout=NVIDIA_SMI_S)
+    except subprocess.TimeoutExpired:
+        raise ConfigError("GPUs of this machine", f"nvidia-smi has not answered within {NVIDIA_SMI_S:g} s",
+                          "it lists the GPUs that a stage may use", "run nvidia-smi; to do without GPUs, take it "
+                          "off the PATH") from None  # fmt: skip
+    if told.returncode:  # no driver: what it prints is no list
+        return []
+    parted = (line.rpartition(",") for line in told.stdout.splitlines() if "," in line)
     cards = [(name.strip(), int(size) << 20 if size.strip().isdigit() else 0) for name, _, size in parted]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

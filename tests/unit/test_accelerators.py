@@ -166,3 +166,12 @@ def test_a_plan_for_a_gpu_says_what_the_file_needs(tmp_path: Path) -> None:
         file.write_text(json.dumps({"kind": "train", **rows(tmp_path), "gpus_per_worker": gpus}))
         done = CliRunner().invoke(app, ["plan", str(file), "--gpu", "h100"])
         assert (done.exit_code, said in done.stdout) == (0, True), done.output
+
+
+def test_a_driver_that_fails_has_no_gpu_and_one_that_hangs_is_named(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed, error 9'\nexit 9\n")
+    assert gpus_here() == []
+    smi.write_text("#!/bin/sh\nexec sleep 30\n")
+    monkeypatch.setattr("graftwork.accelerators.NVIDIA_SMI_S", 0.2)
+    with pytest.raises(ConfigError, match=r"nvidia-smi has not answered within 0\.2 s"):
+        gpus_here()

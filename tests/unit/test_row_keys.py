@@ -257,3 +257,12 @@ def test_held_out_rows_are_other_rows_by_content(make: Any, folder: Path, tmp_pa
 def test_one_row_to_train_on_is_warned_of(spec: TrainSpec) -> None:
     [warning] = prepare(spec.with_({"data.train_rows": 1})).warnings
     assert warning.startswith("data.train: 1 row: every step repeats it")
+
+
+def test_a_key_that_groups_held_out_answers_is_read_whatever_its_name(spec: TrainSpec, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "completion": f"a{n}", "label": n % 2} for n in range(4)]
+    held_out = write(tmp_path / "grouped.jsonl", *rows)
+    grouped = spec.with_({"data.eval": held_out, "objective": {"kind": "sft", "answers": {"by": ["label"]}}})
+    found = prepare(grouped)
+    assert found.eval is not None
+    assert len(found.eval) == 4

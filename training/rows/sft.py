@@ -33,11 +33,13 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     assert isinstance(spec.objective, SftSpec)
     assert uri is not None, "asked for a part that the spec has"
 
-    def rows() -> Iterator[Row]:
-        return data.iter_rows(uri, limit=limit, need="train")
-
     answers = spec.objective.answers if part == "eval" else None
-    keys, contents = data.key_check("train", answers.by if answers is not None else ()), array("q")
+    by = answers.by if answers is not None else ()
+
+    def rows() -> Iterator[Row]:
+        return data.iter_rows(uri, limit=limit, need="train", keys=data.key_check("train", by))
+
+    keys, contents = data.key_check("train", by), array("q")
     checked = data.iter_rows(uri, limit=limit, need="train", keys=keys)
     fingerprint = data.fingerprint(noted(checked, contents))
     prompt, shots = read_prompt(spec, part)
