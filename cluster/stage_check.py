@@ -31,13 +31,14 @@ def gpu_memory_findings(job: Job, where: str, name: str, memory_bytes: int | Non
 def gpu_share_findings(job: Job) -> Iterator[Finding]:
     """Shares of a GPU that Ray gives out and the workers can't compute on."""
     each, workers = job.demand.gpus_per_worker, job.demand.num_workers
+    key = {"train": "gpus_per_worker", "tune": "train.gpus_per_worker"}.get(job.kind, "num_gpus")
     if each > 1 and each != int(each):
-        yield Finding("E-GPU-SHARE", "error", "gpus_per_worker", f"{each:g}", "Ray gives out whole GPUs above 1",
-                      f"set gpus_per_worker={int(each)}")  # fmt: skip
+        yield Finding("E-GPU-SHARE", "error", key, f"{each:g}", "Ray gives out whole GPUs above 1",
+                      f"set {key}={int(each)}")  # fmt: skip
     elif 0 < each < 1 and workers > 1 and job.kind in GANGS:
-        yield Finding("E-GPU-SHARE", "error", "gpus_per_worker", f"{workers} workers with {each:g} GPU each",
+        yield Finding("E-GPU-SHARE", "error", key, f"{workers} workers with {each:g} GPU each",
                       "NCCL takes one rank per GPU: two ranks on one GPU fail with `Duplicate GPU detected`",
-                      "set gpus_per_worker=1, or num_workers=1")  # fmt: skip
+                      f"set {key}=1, or num_workers=1")  # fmt: skip
 
 
 def nvme_findings(job: Job, writable: tuple[str, ...] | None) -> Iterator[Finding]:

@@ -16,6 +16,8 @@ from graftwork.serving.api_error import ApiError
 from graftwork.serving.spec import LOOPBACK, ServeSpec
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
+_PROBES = ("/health", "/ready")
+"""Routes that a load balancer or a kubelet calls by a pod's address; they show nothing of the endpoint."""
 
 
 class HostAndOrigin:
@@ -28,7 +30,8 @@ class HostAndOrigin:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 403, or pass the request on."""
-        problem = self._problem(Headers(scope=scope)) if scope["type"] == "http" else None
+        checked = scope["type"] == "http" and scope["path"] not in _PROBES
+        problem = self._problem(Headers(scope=scope)) if checked else None
         if problem is None:
             await self._app(scope, receive, send)
         else:

@@ -23,7 +23,7 @@ from tests.families import FAMILIES, write_family
 
 QUICK = ("gemma2", "mixtral", "falcon_h1")
 """One of each kind of limit; the rest takes two minutes."""
-CASES = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.long) for kind in FAMILIES]
+CASES = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.soak) for kind in FAMILIES]
 ROWS = [
     {"messages": [{"role": "user", "content": f"Which airport has the code {code}{'?' * number}"},
                   {"role": "assistant", "content": f"Number {number}." + " It is large." * number}]}

@@ -76,7 +76,7 @@ def url(base: Path) -> Iterator[str]:
         ("[", 403), ("localhost@evil.example", 403), ("evil.example#localhost", 403),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("path", ["/v1/models", "/", "/health", "/openapi.json", "/nothing"])
+@pytest.mark.parametrize("path", ["/v1/models", "/", "/metrics", "/openapi.json", "/nothing"])
 def test_only_the_names_of_the_endpoint_are_answered(url: str, host: str, status: int, path: str) -> None:
     """A site whose DNS name points at this address sends its own name."""
     answer = httpx.get(f"{url}{path}", headers={"host": host.format(port=url.rpartition(":")[2])})
@@ -84,6 +84,12 @@ def test_only_the_names_of_the_endpoint_are_answered(url: str, host: str, status
     assert answer.status_code == expected
     if status == 403:
         assert answer.json()["error"]["code"] == "host_not_allowed"
+
+
+def test_probes_are_answered_by_any_name(url: str) -> None:
+    """A kubelet and a load balancer call them by a pod's address."""
+    for path in ("/health", "/ready"):
+        assert httpx.get(f"{url}{path}", headers={"host": "10.1.2.3:8000"}).status_code == 200
 
 
 @pytest.mark.parametrize(
