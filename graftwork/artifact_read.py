@@ -1,5 +1,6 @@
 """Reading adapters: by alias or version, the manifest first, no byte trusted that the manifest does not cover."""
 
+import difflib
 import hashlib
 import re
 from collections.abc import Mapping
@@ -113,12 +114,17 @@ def unknown(store: Store, task: str, ref: str) -> UnknownAdapter:
     tasks = store.list("adapters")
     if task not in tasks:
         found = f"no adapter of task {task!r} in {store.uri}; tasks: {', '.join(tasks) or 'none'}"
+        near = [f"{name}@{ref}" for name in difflib.get_close_matches(task, tasks, n=1)]
     else:
-        named = [f"{alias} ({target})" for alias, target in aliases(store, task).items()]
+        known = aliases(store, task)
+        named = [f"{alias} ({target})" for alias, target in known.items()]
         found = f"no such version; aliases: {', '.join(named) or 'none'}"
+        near = [f"{task}@{alias}" for alias in difflib.get_close_matches(ref, [*known], n=1)]
+    hint = f"did you mean {near[0]!r}? " if near else ""
     return UnknownAdapter(
-        f"adapter {task}@{ref}", found, "", "see `graftwork adapters ls`, or train it: graftwork train"
-    )
+        f"adapter {task}@{ref}", found, "an adapter is published before it is used",
+        f"{hint}List adapters: graftwork adapters ls; train one: graftwork train",
+    )  # fmt: skip
 
 
 def sha256(data: bytes) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from graftwork import base_model
+from graftwork import artifact, base_model
+from graftwork.artifact import UnknownAdapter
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.base_support import base_support, check_serving, check_training
 from graftwork.chat import PromptSpec
@@ -34,6 +35,7 @@ from graftwork.plan import (
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
+from graftwork.storage import Store
 from graftwork.study.spec import MeasureSpec, StudySpec
 from graftwork.training.outcomes.parts import work_of
 from graftwork.training.outcomes.spec import OutcomesSpec
@@ -56,11 +58,25 @@ def plan_spec(
     machine = Machine.here() if gpu is None else Machine.with_gpus(gpu)
     asked = spec if gpu is None else _on_gpus(spec, gpus)
     if not replay:
-        return [_with_support(line, asked) for line in _lines(asked, folder, machine)]
+        missing = tuple(_missing_adapters(asked))
+        lines = (_with_support(line, asked) for line in _lines(asked, folder, machine))
+        return [replace(line, warnings=(*line.warnings, *missing)) for line in lines]
     if not isinstance(asked, TrainSpec):
         raise ConfigError(f"--replay with kind={getattr(spec, 'kind', '')!r}", "there is no training step in it",
                           "the step of a train spec is replayed", "leave --replay out")  # fmt: skip
     return [_with_support(replayed_line(asked, machine, _outcomes(asked)), asked)]
+
+
+def _missing_adapters(spec: Spec) -> Iterator[str]:
+    """Yield a line for each adapter of an endpoint or a comparison that is not published yet."""
+    if not isinstance(spec, ServeSpec | CompareSpec):
+        return
+    named = [*getattr(spec, "adapters", ()), *(arm.adapter for arm in spec.arms if arm.adapter)]
+    for ref in dict.fromkeys(named):
+        try:
+            artifact.resolve(Store(spec.root), ref)
+        except UnknownAdapter as error:
+            yield f"{error.asked}: {error.found}"
 
 
 def _with_support(line: StagePlan, spec: Spec) -> StagePlan:
@@ -107,8 +123,9 @@ def _lines(
         check_training(spec, base_model.resolve(spec.base).config)
         data = prepare(spec)
         held_out = sizes_of(data.eval) if data.eval is not None else None
-        yield plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, placed(spec, machine),
-                            _outcomes(spec))  # fmt: skip
+        line = plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, placed(spec, machine),
+                             _outcomes(spec))  # fmt: skip
+        yield replace(line, warnings=(*line.warnings, *data.warnings))
     elif isinstance(spec, TuneSpec):
         from graftwork.training.data import prepare
         from graftwork.tuning.plan import plan_tuning
@@ -117,7 +134,8 @@ def _lines(
         data = prepare(spec.train)
         machine = placed(spec.train, machine)
         assert data.eval is not None, "a sweep's spec demands data.eval"
-        yield plan_tuning(spec, _shape(spec.train.base), sizes_of(data.train), sizes_of(data.eval), machine)
+        line = plan_tuning(spec, _shape(spec.train.base), sizes_of(data.train), sizes_of(data.eval), machine)
+        yield replace(line, warnings=(*line.warnings, *data.warnings))
         if spec.winner is not None:
             [winner] = _lines(winner_spec(spec, spec.train), folder, machine)
             yield replace(winner, stage="winner")

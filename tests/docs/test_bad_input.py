@@ -194,3 +194,15 @@ def test_a_home_folder_is_expanded_in_data_paths(tmp_path: Path, spec: dict[str,
         "plan", write(tmp_path, spec, **changed), env={"HOME": str(tmp_path), "GRAFTWORK_CACHE": str(tmp_path / "c")}
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_plan_names_ignored_keys_and_adapters_that_are_not_published(
+    tmp_path: Path, base: Path, spec: dict[str, object]
+) -> None:
+    rows = [{"id": str(i), "prompt": f"card {i}", "completion": "a card", "source": "x"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("plan", write(tmp_path, spec))
+    assert "warning: data.train: ignored keys: source (in 4 rows)" in done.stdout
+    served = {"kind": "serve", "base": str(base), "root": str(tmp_path), "adapters": ["tickts@latest"]}
+    done = run("plan", write(tmp_path, served))
+    assert "warning: adapter tickts@latest: no adapter of task 'tickts'" in done.stdout
