@@ -189,7 +189,7 @@ def test_a_short_secret_is_masked_as_a_whole_word_alone(tmp_path: Path) -> None:
 def test_a_home_folder_is_expanded_in_data_paths(tmp_path: Path, spec: dict[str, object]) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "one.txt").write_text("A text of a few words. " * 50)
-    changed = {"data": {"train": "~/texts"}, "objective": {"kind": "cpt"}, "max_length": 32}
+    changed: dict[str, object] = {"data": {"train": "~/texts"}, "objective": {"kind": "cpt"}, "max_length": 32}
     done = run(
         "plan", write(tmp_path, spec, **changed), env={"HOME": str(tmp_path), "GRAFTWORK_CACHE": str(tmp_path / "c")}
     )
@@ -203,6 +203,11 @@ def test_plan_names_ignored_keys_and_adapters_that_are_not_published(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run("plan", write(tmp_path, spec))
     assert "warning: data.train: ignored keys: source (in 4 rows)" in done.stdout
-    served = {"kind": "serve", "base": str(base), "root": str(tmp_path), "adapters": ["tickts@latest"]}
+    served: dict[str, object] = {
+        "kind": "serve",
+        "base": str(base),
+        "root": str(tmp_path),
+        "adapters": ["tickts@latest"],
+    }
     done = run("plan", write(tmp_path, served))
     assert "warning: adapter tickts@latest: no adapter of task 'tickts'" in done.stdout
