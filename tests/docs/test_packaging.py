@@ -94,6 +94,11 @@ def test_a_zip_of_the_repository_installs_with_its_four_folders(unlinked: Path, 
     assert len(built) == len(set(built))
 
 
+def test_the_sdist_carries_licence_and_rules(dist: Path) -> None:
+    for name in ("LICENSE", "CONTRIBUTING.md", "SECURITY.md"):
+        assert (dist / "unpacked" / name).read_text(encoding="utf-8").strip()
+
+
 def test_the_wheel_carries_the_licence(dist: Path) -> None:
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith("licenses/LICENSE"))
