@@ -11,7 +11,10 @@ TRAINED_S = 240.0
 
 
 def training(here: Here, folder: Path, **changes: object) -> Job:
-    return job_of(task(folder, root=str(here.root), **changes), here.ground.cluster)
+    """With base and rows as the place's own files: pods read no folder of the machine that submits."""
+    spec = task(folder, root=str(here.root), **changes)
+    own = {"base.uri": spec.base.uri, "data.train": spec.data.train, "data.eval": spec.data.eval}
+    return job_of(spec.with_({key: f"file://{path}" for key, path in own.items()}), here.ground.cluster)
 
 
 def test_a_training_run_is_a_job(here: Here, tmp_path: Path) -> None:
