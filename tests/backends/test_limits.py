@@ -47,6 +47,6 @@ def test_a_job_that_waits_in_its_place_for_too_long_is_stopped_by_who_waits_for_
 
 
 def test_a_running_job_is_not_stopped_by_the_limit_of_its_wait(here: Here) -> None:
-    job = here.python("import time; at_work(); time.sleep(3)", limits={"pending": 1})
+    job = here.python("import time; at_work(); time.sleep(13)", limits={"pending": 10})
     here.start(job)
     assert here.backend.wait(job.job_id, 60).state == "succeeded"
