@@ -47,6 +47,8 @@ GOALS = (
     Goal("live_changes", "wrong_refused", "wrong live configs refused, the old one served on, share", "at least", 1.0),
     Goal("training_speed", "qlora_to_trl_best", "QLoRA on a CPU, tokens/s, against TRL at its best", "at least", 1.2),
     Goal("training_speed", "lora_to_trl_best", "LoRA on a CPU, tokens/s, against TRL at its best", "at least", 1.2),
+    Goal("training_speed", "qlora_to_trl_no_recompute", "QLoRA, against TRL that does not recompute", "at least", 1.2),
+    Goal("training_speed", "lora_to_trl_no_recompute", "LoRA, against TRL that does not recompute", "at least", 1.2),
     Goal("training_speed", "qlora_to_trl", "QLoRA on a CPU, tokens/s, against TRL's default settings", "at least", 1.2),
     Goal("training_speed", "lora_to_trl", "LoRA on a CPU, tokens/s, against TRL's default settings", "at least", 1.2),
     Goal("ray_overhead", "ray_to_bare", "a training step on Ray Train, to bare processes", "at most", 1.01),

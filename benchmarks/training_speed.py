@@ -6,7 +6,8 @@ Rows: a question and the docstring of each function of the standard library that
 base's chat template. LoRA r16 on all linears of SmolLM2-135M, 8 rows a step in passes of 4, one process of as many
 threads as cores. Arms, each in processes of their own, in turns: `ours` (the loop of `graftwork train`), `trl`
 (SFTTrainer as it comes: it recomputes activations, casts adapters to bf16 on a quantised base, pads random rows
-together), `trl_best` (the same at its best settings: no recomputation, adapters in fp32, rows grouped by length).
+together), `trl_no_recompute` (the same without recomputation) and `trl_best` (its best settings: no recomputation,
+adapters in fp32 without autocast, rows grouped by length).
 A second counts tokens without padding; the first two steps are left out.
 
 Grouping sorts 50 steps' rows at a time, longest first. `trl_best` takes steps evenly from one such group, in random
@@ -32,7 +33,7 @@ import numpy as np
 from benchmarks.base import URI
 from benchmarks.record import Clock, Figure, figure, ratios, write
 
-ARMS = ("ours", "trl", "trl_best")
+ARMS = ("ours", "trl", "trl_no_recompute", "trl_best")
 MAX_LENGTH, ROWS_PER_STEP, MICRO_BATCH, WARM = 512, 8, 4, 2
 GROUP = 50
 """Steps whose rows `group_by_length` sorts together."""
@@ -123,6 +124,8 @@ def _trl(arm: str, quant: str, steps: int, data: Path) -> tuple[list[float], lis
     tokenizer = AutoTokenizer.from_pretrained(base.folder)
     rows, best = [json.loads(line) for line in data.read_text().splitlines()], arm == "trl_best"
     settings: dict[str, Any] = {"bf16": loaded.dtype == torch.bfloat16}
+    if arm == "trl_no_recompute":
+        settings["gradient_checkpointing"] = False
     if best:
         rows = _grouped(rows, tokenizer, steps)
         settings = {"bf16": False, "gradient_checkpointing": False, "train_sampling_strategy": "sequential"}
