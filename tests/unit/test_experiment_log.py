@@ -17,7 +17,7 @@ from graftwork.errors import StorageError
 from graftwork.serving.experiment.online.log_reader import ExperimentLog, read_log, scores_of
 from graftwork.serving.experiment.online.log_row import Assignment, LogRow
 from graftwork.serving.experiment.online.recorder import Recorder
-from graftwork.serving.experiment.online.segments import Segments, SegmentWriter, parse_name
+from graftwork.serving.experiment.online.segments import Segment, Segments, SegmentWriter, parse_name
 from graftwork.storage import Store
 
 FOLDER = ("experiments", "x-1", "log")
@@ -257,3 +257,30 @@ def test_rows_in_digestion_when_the_endpoint_stops_are_in_the_log(store: Store) 
 
     asyncio.run(play())
     assert [row.request_id for row in read(store)[0]] == ["r0", "r1", "r2"]
+
+
+def test_rows_being_written_when_the_endpoint_stops_are_in_the_log_once(store: Store) -> None:
+    begun = threading.Event()
+
+    class SlowSegments(Segments):
+        """A store that takes a while for each segment."""
+
+        def create(self, segment: Segment, data: bytes) -> bool:
+            begun.set()
+            time.sleep(0.2)
+            return super().create(segment, data)
+
+    async def play() -> None:
+        kept = Recorder(SlowSegments(store, FOLDER), list, buffer=1000, every_s=0.0)
+        for number in range(3):
+            kept.add(answer(number))
+        running = asyncio.create_task(kept.step())
+        assert await asyncio.to_thread(begun.wait, 10)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await kept.step(last=True)
+
+    asyncio.run(play())
+    found, log = read(store)
+    assert [row.request_id for row in found] == ["r0", "r1", "r2"]
+    assert log.health.duplicates == 0

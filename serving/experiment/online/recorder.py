@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 
 from graftwork.errors import StorageError
 from graftwork.serving.experiment.online.log_row import Assignment, LogRow
@@ -81,13 +81,12 @@ class Recorder:
         async with self._busy:
             while self._inbox:
                 queued = [self._inbox.popleft() for _ in range(min(len(self._inbox), MAX_BATCH))]
-                digest = asyncio.create_task(asyncio.to_thread(self._rows, queued))
-                try:
-                    await asyncio.shield(digest)
-                finally:  # cancelled, the thread goes on: its rows are kept, for the last step
-                    self._unwritten += await digest
+                await _to_its_end(self._digested(queued))
             if self._unwritten and (last or time.monotonic() >= self._due or len(self._unwritten) >= MAX_BATCH):
-                await self._publish()
+                await _to_its_end(self._publish())
+
+    async def _digested(self, queued: Sequence[LogRow | Assignment]) -> None:
+        self._unwritten += await asyncio.to_thread(self._rows, queued)
 
     def _rows(self, queued: Sequence[LogRow | Assignment]) -> list[LogRow]:
         return self._digest([one.row() if isinstance(one, Assignment) else one for one in queued])
@@ -112,3 +111,12 @@ class Recorder:
         self._published += 1
         if self._published % MERGE_EVERY == 1:
             self._writer.merge()
+
+
+async def _to_its_end(work: Coroutine[None, None, None]) -> None:
+    """Await work in a thread, to its end where the caller is cancelled: no row is lost or written twice."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    finally:
+        await task
