@@ -63,7 +63,7 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     part = _shares(spec, model, value_bytes)
     step = {
         "trained weights": part.trained,
-        "gradients": part.gradients,
+        "gradients": part.gradients + _added_gradients(spec, model, taken),
         "optimizer": part.optimizer,
         "buffers": part.buffers,
         "loaded whole": _loaded_whole(spec, part),
@@ -78,6 +78,15 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     parts = resident | (step if sum(step.values()) >= sum(loading.values()) else loading)
     notes = (taken.said(), f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process")
     return MemoryPlan(tuple((name, size) for name, size in parts.items() if size), notes)
+
+
+def _added_gradients(spec: TrainSpec, model: ModelShape, taken: Pass) -> int:
+    """Gradients of embedding and head that a pass adds to those of earlier passes, where all weights are trained.
+
+    A tied weight gets two of them, one as the head and one as the embedding; those of other layers are small.
+    """
+    passes = spec.optim.rows_per_step // spec.num_workers // taken.rows
+    return 2 * model.head_params * FP32 if passes > 1 and isinstance(spec.adapter, FullSpec) else 0
 
 
 def _allocator(spec: TrainSpec, model: ModelShape, passing: int) -> int:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import memory_plan
+from benchmarks import memory_plan, memory_runs
+from benchmarks.record import RESULTS
 from graftwork.base_model import QuantSpec
 from graftwork.cli.planning import plan_spec
 from graftwork.embedding import EmbedderShape
@@ -142,6 +143,29 @@ def test_the_largest_forward_pass_is_that_of_the_run() -> None:
     pairs = RowSizes.of([100] * 8, [40] * 8, [80] * 8)  # 80 and 20 tokens
     dpo = spec(objective={"kind": "dpo"}, quant={"kind": "none"}, optim={"micro_batch": 2}, num_workers=1)
     assert pass_of(dpo, pairs, 2).tokens == 2 * 2 * 80
+
+
+def test_whole_runs_on_real_rows_are_predicted() -> None:
+    """`benchmarks/memory_runs.py`: whole runs of `graftwork train` on uneven rows. 15 % is the goal; docs/log.md."""
+    known = json.loads((RESULTS / "memory_runs.json").read_text(encoding="utf-8"))["result"]
+    settings = {setting.name for setting in memory_runs.SETTINGS}
+    assert len(known["detail"]) >= 8
+    for row in known["detail"]:
+        assert row["name"] in settings
+        assert row["tokens"]["shortest"] < row["tokens"]["longest"], "real rows differ in length"
+        assert row["peak_bytes"] == max(peak for run in row["peaks_bytes"] for peak in run)
+        assert sum(row["parts"].values()) == row["peak_bytes_predicted"]
+        assert abs(row["peak_bytes_predicted"] / row["peak_bytes"] - 1) < 0.15, row["name"]
+
+
+def test_later_passes_add_the_embeddings_gradients() -> None:
+    """With all weights trained, beside those of earlier passes: one as the head, one as the embedding."""
+    keys = {"adapter": {"kind": "full"}, "quant": {"kind": "none"}, "num_workers": 1}
+    once, more = (
+        predict_training(spec(**keys, optim={"lr": 1e-5, "rows_per_step": rows, "micro_batch": 1}), SMOLLM2)
+        for rows in (1, 4)
+    )
+    assert more.part("gradients") - once.part("gradients") == 2 * SMOLLM2.head_params * FP32
 
 
 def test_outcomes_are_counted_in_memory_and_time() -> None:
