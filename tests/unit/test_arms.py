@@ -198,7 +198,7 @@ def test_too_many_new_tokens_are_the_fault_of_max_tokens(template: Template) -> 
     with pytest.raises(ApiError) as refused, as_api_errors():
         build_prompt(arm, ASKED, template, max_seq_len=512, max_new_tokens=513 - size)
     assert (refused.value.param, refused.value.code) == ("max_tokens", "context_length_exceeded")
-    assert f"ask for at most {512 - size} new tokens" in refused.value.message
+    assert f"Ask for at most {512 - size} new tokens" in refused.value.message
     with pytest.raises(ApiError) as refused, as_api_errors():
         build_prompt(arm, ASKED, template, max_seq_len=size, max_new_tokens=1)
     assert refused.value.param == "messages"
