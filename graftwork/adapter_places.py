@@ -1,4 +1,4 @@
-"""Where adapters sit in a base: its linear layers by what they do, told by the names that its family gives them."""
+"""Linear layers of a base by their function (attention, MLP, keys, values), found by the names of its family."""
 
 from typing import Any
 

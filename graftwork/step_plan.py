@@ -1,4 +1,4 @@
-"""Which rows each step, worker and forward pass sees. Pure functions of lengths and seed, so any step can be redone.
+"""Rows of each step, worker and forward pass. Pure functions of lengths and seed, so any step can be redone.
 
 Legend: S steps, R rows a step (all workers), W workers, G forward passes a step on one worker, M rows a pass,
 N rows of the set.

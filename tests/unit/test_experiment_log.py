@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,22 @@ def test_rows_are_published_in_time_and_not_one_by_one(store: Store) -> None:
     assert asyncio.run(run(1e-9)) == 20
 
 
+def stop_in_a_step(make: Callable[[], Recorder], begun: threading.Event) -> None:
+    """Cancel a step of three rows once `begun` is set, then take the last step, as an endpoint does that stops."""
+
+    async def play() -> None:
+        recorder = make()
+        for number in range(3):
+            recorder.add(answer(number))
+        running = asyncio.create_task(recorder.step())
+        assert await asyncio.to_thread(begun.wait, 10)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await recorder.step(last=True)
+
+    asyncio.run(play())
+
+
 def test_rows_in_digestion_when_the_endpoint_stops_are_in_the_log(store: Store) -> None:
     begun = threading.Event()
 
@@ -245,17 +261,7 @@ def test_rows_in_digestion_when_the_endpoint_stops_are_in_the_log(store: Store) 
         time.sleep(0.2)
         return list(rows)
 
-    async def play() -> None:
-        kept = Recorder(Segments(store, FOLDER), slow, buffer=1000, every_s=3600.0)
-        for number in range(3):
-            kept.add(answer(number))
-        running = asyncio.create_task(kept.step())
-        assert await asyncio.to_thread(begun.wait, 10)
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        await kept.step(last=True)
-
-    asyncio.run(play())
+    stop_in_a_step(lambda: Recorder(Segments(store, FOLDER), slow, buffer=1000, every_s=3600.0), begun)
     assert [row.request_id for row in read(store)[0]] == ["r0", "r1", "r2"]
 
 
@@ -270,17 +276,7 @@ def test_rows_being_written_when_the_endpoint_stops_are_in_the_log_once(store: S
             time.sleep(0.2)
             return super().create(segment, data)
 
-    async def play() -> None:
-        kept = Recorder(SlowSegments(store, FOLDER), list, buffer=1000, every_s=0.0)
-        for number in range(3):
-            kept.add(answer(number))
-        running = asyncio.create_task(kept.step())
-        assert await asyncio.to_thread(begun.wait, 10)
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        await kept.step(last=True)
-
-    asyncio.run(play())
+    stop_in_a_step(lambda: Recorder(SlowSegments(store, FOLDER), list, buffer=1000, every_s=0.0), begun)
     found, log = read(store)
     assert [row.request_id for row in found] == ["r0", "r1", "r2"]
     assert log.health.duplicates == 0
