@@ -19,9 +19,11 @@ NOT_TESTED = re.compile(
 
 @pytest.mark.parametrize("crds", ["", "/nowhere"])
 def test_make_fails_without_crds_before_it_builds_anything(tmp_path: Path, crds: str) -> None:
-    own = {**os.environ, "GRAFTWORK_CRDS": crds, "GRAFTWORK_CACHE": str(tmp_path)}
-    done = subprocess.run(["make", "test-k8s", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, env=own, capture_output=True,
-                          text=True)  # fmt: skip
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # under `make test` the inner make would print its folder last
+    own = {key: value for key, value in os.environ.items() if key not in outer}
+    own |= {"GRAFTWORK_CRDS": crds, "GRAFTWORK_CACHE": str(tmp_path)}
+    command = ["make", "test-k8s", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
     assert done.returncode == 2
     assert NOT_TESTED.fullmatch(done.stdout.splitlines()[-1])
     assert list(tmp_path.iterdir()) == []
