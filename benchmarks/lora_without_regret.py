@@ -20,11 +20,11 @@ import numpy as np
 
 from benchmarks.record import RESULTS, Clock, figure, write
 from benchmarks.recorded import CURVES, curves
+from benchmarks.regret_schema import Gap, RateCurve, RatePoint, RegretClaim, RegretReport, RegretTask
+from benchmarks.regret_views import RegretPage, gap_words, section, sentence
 from benchmarks.sweep_curves import grid
 from graftwork import stats
-from graftwork.report import ReportInput, build
-from graftwork.report.regret import gap_words, sentence
-from graftwork.report.regret_records import Gap, RateCurve, RatePoint, RegretClaim, RegretReport, RegretTask
+from graftwork.report import build
 from graftwork.report.sweep import loss, rate_words, rates_words
 from graftwork.report.sweep_records import SweepKey
 from graftwork.storage import Store
@@ -210,9 +210,10 @@ def main() -> None:
     figures |= {f"{task.name}_ratio": figure([task.ratio], "times") for task in report.tasks if task.ratio}
     write("lora_without_regret", asked.out, figures, report.model_dump(mode="json"), {"margin": MARGIN}, clock)
     if asked.page is not None:
-        page = ReportInput(title="LoRA Without Regret", subtitle=report.base, created_at="", verdict=sentence(report),
+        page = RegretPage(title="LoRA Without Regret", subtitle=report.base, created_at="", verdict=sentence(report),
                            regret=report)  # fmt: skip
-        print(build(page, Store(str(asked.page)), "lora-without-regret").html_uri)
+        store = Store(str(asked.page))
+        print(build(page, store, "lora-without-regret", section=section(report)).html_uri)
     if asked.guide:
         into_guide(report)
 

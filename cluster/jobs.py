@@ -1,4 +1,4 @@
-"""Commands that are no jobs of ours (study, demo): run at an existing Ray by its Jobs API, and followed here."""
+"""Commands that are no jobs of ours (demo): run at an existing Ray by its Jobs API, and followed here."""
 
 import contextlib
 import secrets
@@ -47,5 +47,5 @@ def run_command(on: str, argv: Sequence[str]) -> int:
 
 def _on_auto(argv: Sequence[str]) -> list[str]:
     """The command on the Ray that runs the job. Verbs without `--on` start no Ray, so they are left as they are."""
-    verbs = ("train", "tune", "serve", "compare", "quantize", "chat", "demo", "study")
+    verbs = ("train", "tune", "serve", "compare", "quantize", "chat", "demo")
     return [*argv, "--on", "auto"] if argv and argv[0] in verbs else list(argv)

@@ -125,7 +125,7 @@ def check_training(spec: "TrainSpec", config: Mapping[str, Any]) -> BaseSupport:
 
 
 def check_serving(spec: Any) -> None:
-    """Check that our engine serves the base of a serve, compare, quantize or study spec as the spec asks.
+    """Check that our engine serves the base of a serve, compare or quantize spec, or a study's, as the spec asks.
 
     Resolves the base. Raises BaseModelError.
     """

@@ -30,7 +30,6 @@ SPEC_KINDS = {
     "quantize": ("graftwork.serving.quantize.spec", "QuantizeSpec"),
     "rag": ("graftwork.serving.rag.spec", "RagSpec"),
     "demo": ("graftwork.demo_spec", "DemoSpec"),
-    "study": ("graftwork.study.spec", "StudySpec"),
     "command": ("graftwork.cluster.command_spec", "CommandSpec"),
     "cluster": ("graftwork.cluster.spec", "ClusterSpec"),
 }
@@ -137,7 +136,40 @@ def load(path: str | Path, sets: Sequence[str] = (), expect: str | None = None) 
 
     Raises ConfigError: missing file, bad YAML, unknown or mistyped key (with the nearest known key), wrong kind.
     """
-    path = Path(path)
+    tree = _read(Path(path), sets)
+    kind = tree.get("kind")
+    if kind is None:
+        raise ConfigError(
+            f"{path}: kind",
+            "the key is missing",
+            f"kind is one of {', '.join(SPEC_KINDS)}",
+            "add a line such as 'kind: train'",
+        )
+    if expect is not None and kind != expect:
+        raise _wrong_kind(path, kind, expect)
+    return validate(spec_class(kind, str(path)), tree, where=str(path))
+
+
+def load_as(cls: type[SpecT], path: str | Path, sets: Sequence[str] = ()) -> SpecT:
+    """As `load`, for a spec class outside `SPEC_KINDS`; the default of its key `kind` is the kind of the file."""
+    tree = _read(Path(path), sets)
+    expect = cls.model_fields["kind"].default
+    if tree.get("kind") != expect:
+        raise _wrong_kind(path, tree.get("kind"), expect)
+    return validate(cls, tree, where=str(path))
+
+
+def _wrong_kind(path: str | Path, kind: object, expect: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: kind={kind!r}",
+        f"this command takes kind={expect!r}",
+        "one stage, one command",
+        f"run `graftwork {kind} {path}`" if kind in SPEC_KINDS else "",
+    )
+
+
+def _read(path: Path, sets: Sequence[str]) -> dict[str, Any]:
+    """Return the mapping of a spec file with `sets` applied."""
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -164,22 +196,7 @@ def load(path: str | Path, sets: Sequence[str] = (), expect: str | None = None) 
             _assign(tree, key, read_yaml(text))
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item}", f"the value is not YAML ({error})") from error
-    kind = tree.get("kind")
-    if kind is None:
-        raise ConfigError(
-            f"{path}: kind",
-            "the key is missing",
-            f"kind is one of {', '.join(SPEC_KINDS)}",
-            "add a line such as 'kind: train'",
-        )
-    if expect is not None and kind != expect:
-        raise ConfigError(
-            f"{path}: kind={kind!r}",
-            f"this command takes kind={expect!r}",
-            "one stage, one command",
-            f"run `graftwork {kind} {path}`" if kind in SPEC_KINDS else "",
-        )
-    return validate(spec_class(kind, str(path)), tree, where=str(path))
+    return tree
 
 
 def validate(cls: type[SpecT], tree: Mapping[str, Any], where: str) -> SpecT:

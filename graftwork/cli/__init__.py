@@ -55,7 +55,12 @@ app.add_typer(rag.app, name="rag")
 
 
 def main() -> None:
-    """Run the command line; every error leaves as a message and an exit code, never as a bare traceback."""
+    """Run the command line `graftwork`."""
+    run(app)
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command line; every error leaves as a message and an exit code, never as a bare traceback."""
     as_json = "--json" in sys.argv
     try:
         app(standalone_mode=True)

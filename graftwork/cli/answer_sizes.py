@@ -21,7 +21,6 @@ from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ArmSpec
 from graftwork.storage import Store
-from graftwork.study.spec import MeasureSpec, StudySpec
 
 SAMPLED = 100
 """Rows that are rendered for each arm; the others are taken to be like them."""
@@ -34,7 +33,7 @@ Prompts = Mapping[str, PromptSpec]
 
 def compare_answers(spec: CompareSpec, prompts: Prompts) -> Answers:
     """All requests of a comparison: every arm's answers, likelihoods of choices, probes, the judge."""
-    sizes = _Sizes.read(spec, spec.root, prompts)
+    sizes = Sizes.read(spec, spec.root, prompts)
     requests = [sizes.answered(arm) for arm in spec.arms]
     requests += [sizes.weighed(arm, scorer) for scorer in spec.scorers if isinstance(scorer, ChoiceSpec)
                  for arm in spec.arms]  # fmt: skip
@@ -43,33 +42,22 @@ def compare_answers(spec: CompareSpec, prompts: Prompts) -> Answers:
                      for one in sizes.probed(arm, spec, spec.probes)]  # fmt: skip
     if spec.judge is not None and spec.judge.url is None:
         requests += sizes.judged(spec, spec.judge.criteria, spec.judge.limit)
-    return _summed(requests)
+    return summed(requests)
 
 
 def quantize_answers(spec: QuantizeSpec, prompts: Prompts) -> Answers:
     """The requests to one precision: its arms' answers, windows of text, timed decoding."""
-    sizes, text, speed = _Sizes.read(spec, spec.root, prompts), spec.text, spec.speed
+    sizes, text, speed = Sizes.read(spec, spec.root, prompts), spec.text, spec.speed
     windows = math.ceil(text.max_tokens / text.stride)
     timed = Answers(speed.rounds * sum(speed.batches), speed.prompt_tokens, speed.new_tokens, ("speed",))
-    return _summed([*(sizes.answered(arm) for arm in spec.arms),
+    return summed([*(sizes.answered(arm) for arm in spec.arms),
                     Answers(windows, text.window, LETTER_TOKENS, ("windows of text",)), timed])  # fmt: skip
 
 
-def likelihood_answers(study: StudySpec, measure: MeasureSpec, prompts: Prompts) -> Answers:
-    """A study's likelihoods: a prompt that holds the answer, one for each choice of each row."""
-    sizes = _Sizes(study.root, base_model.template(base_model.resolve(study.base)),
-                   read_rows(measure.eval, limit=measure.limit, need="eval"), prompts, 0)  # fmt: skip
-    choices = [[str(one) for one in (row.gold or {}).get("choices", ())] for row in sizes.rows]
-    most = max(1, round(sum(map(len, choices)) / len(choices)))
-    length = _mean([len(sizes.template.encode(text)) for texts in choices for text in texts[:most]])
-    return _summed([
-        Answers(sum(map(len, choices)), sizes.prompt_tokens(arm) + length, LETTER_TOKENS, (arm.name,))
-        for arm in measure.arms
-    ])  # fmt: skip
-
-
 @dataclass
-class _Sizes:
+class Sizes:
+    """Rendered sizes of the requests of a set of arms over the same rows."""
+
     root: str
     template: Template
     rows: Sequence[Row]
@@ -79,7 +67,7 @@ class _Sizes:
     _known: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, spec: CompareSpec | QuantizeSpec, root: str, prompts: Prompts) -> "_Sizes":
+    def read(cls, spec: CompareSpec | QuantizeSpec, root: str, prompts: Prompts) -> "Sizes":
         template = base_model.template(base_model.resolve(spec.base))
         rows = read_rows(spec.eval, limit=spec.limit, need="eval")
         return cls(root, template, rows, prompts, spec.engine.max_seq_len)
@@ -91,7 +79,7 @@ class _Sizes:
     def weighed(self, arm: ArmSpec, scorer: ChoiceSpec) -> Answers:
         options = [(row.gold or {}).get(scorer.options_field) if scorer.options_field else scorer.options
                    for row in self._sample()]  # fmt: skip
-        length = _mean([sum(len(self.template.encode(str(one))) for one in some or ()) for some in options])
+        length = mean([sum(len(self.template.encode(str(one))) for one in some or ()) for some in options])
         return Answers(len(self.rows), self.prompt_tokens(arm) + length, LETTER_TOKENS, (f"{arm.name} {scorer.name}",))
 
     def probed(self, arm: ArmSpec, spec: CompareSpec, probes: ProbeSpec) -> list[Answers]:
@@ -131,7 +119,7 @@ class _Sizes:
                 context, _ = chat.fitting(self._found(arm, row.question), self.template, prompt, room)
                 whole = chat.render(row.question, self.template, prompt=prompt, context=context, generate=True)
                 lengths.append(len(whole.ids))
-            self._known[key] = _mean(lengths)
+            self._known[key] = mean(lengths)
         return self._known[key]
 
     def _found(self, arm: ArmSpec, question: Sequence[Message]) -> Sequence[Passage]:
@@ -162,15 +150,15 @@ class _Sizes:
 
     def _right_tokens(self) -> float:
         """Mean tokens of the right answers with the token that ends them; 0 where rows have neither gold nor turn."""
-        return _mean([len(self.template.encode(right_answer(row))) + 1 for row in self._sample()
+        return mean([len(self.template.encode(right_answer(row))) + 1 for row in self._sample()
                       if row.answer or row.gold])  # fmt: skip
 
     def _sample(self) -> Sequence[Row]:
         return self.rows[:: math.ceil(len(self.rows) / SAMPLED)]
 
 
-def _summed(requests: Sequence[Answers]) -> Answers:
-    """All of them, on average."""
+def summed(requests: Sequence[Answers]) -> Answers:
+    """Return the requests as one, with mean sizes and a part for each."""
     count = sum(one.count for one in requests)
     prompts = sum(one.count * one.prompt_tokens for one in requests) / max(count, 1)
     new = sum(one.count * one.new_tokens for one in requests) / max(count, 1)
@@ -178,5 +166,6 @@ def _summed(requests: Sequence[Answers]) -> Answers:
     return Answers(count, prompts, new, tuple(parts))
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Return the mean, 0 of no values."""
     return sum(values) / max(len(values), 1)

@@ -34,9 +34,8 @@ from graftwork.plan import (
 )
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
-from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
+from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import Store
-from graftwork.study.spec import MeasureSpec, StudySpec
 from graftwork.training.outcomes.parts import work_of
 from graftwork.training.outcomes.spec import OutcomesSpec
 from graftwork.training.settled import sizes_of
@@ -115,7 +114,7 @@ def _lines(
             f"plan of kind={spec.kind!r}", "engine.kind='vllm'", "memory and time are predicted for our own engine",
             "vLLM takes engine.gpu_memory_utilization of each GPU; engine.kind=graftwork can be planned",
         )  # fmt: skip
-    if isinstance(spec, ServeSpec | CompareSpec | QuantizeSpec | StudySpec):
+    if isinstance(spec, ServeSpec | CompareSpec | QuantizeSpec):
         check_serving(spec)
     if isinstance(spec, TrainSpec):
         from graftwork.training.data import prepare
@@ -166,17 +165,9 @@ def _lines(
         prompts = {stage.name: stage.prompt for stage in specs.train}
         yield _serve_and_update(specs, folder, machine)
         yield from _lines(specs.compare, folder, machine, prompts)
-    elif isinstance(spec, StudySpec):
-        from graftwork.study.run import adapter_spec
-
-        trained = [adapter_spec(spec, number, folder) for number in range(len(spec.adapters))]
-        for one in trained:
-            yield from _lines(one, folder, machine)
-        prompts = {one.name: one.prompt for one in trained}
-        yield from (_measured(spec, measure, machine.at(spec.quant), prompts) for measure in spec.measures)
     else:
         raise ConfigError(f"plan of kind={getattr(spec, 'kind', '')!r}", "nothing is predicted for it",
-                          "train, tune, serve, compare, quantize, study and demo are planned")  # fmt: skip
+                          "train, tune, serve, compare, quantize and demo are planned")  # fmt: skip
 
 
 def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machine) -> Machine:
@@ -208,19 +199,6 @@ def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> Stage
         verdict=verdict_of(total, machine, ()),
         assumptions=(answers.said(), "an update trains beside the endpoint", *served.assumptions),
     )
-
-
-def _measured(study: StudySpec, measure: MeasureSpec, machine: Machine, prompts: Mapping[str, PromptSpec]) -> StagePlan:
-    from graftwork.cli.answer_sizes import compare_answers, likelihood_answers
-
-    if measure.kind == "answers":
-        answers = compare_answers(study.comparison(measure), prompts)
-    else:
-        answers = likelihood_answers(study, measure, prompts)
-    adapters = {arm.adapter for arm in measure.arms if arm.adapter}
-    return plan_serving(f"measure {measure.name}", _shape(study.base), study.quant, EngineSpec(), machine,
-                        num_cpus=study.num_cpus, adapters=[SERVED_RANK] * len(adapters),
-                        dequantised=_unpacked(study.quant), answers=answers)  # fmt: skip
 
 
 def _precisions(spec: QuantizeSpec, machine: Machine, prompts: Mapping[str, PromptSpec]) -> Iterator[StagePlan]:

@@ -82,10 +82,15 @@ def plan(
     elif not as_json:
         _say_gpus(spec, gpu)
     rows = plan_spec(spec, file.parent, named_gpu(gpu) if gpu else None, gpus, replay=replay)
+    show_plan(f"plan of {file}", rows, as_json)
+
+
+def show_plan(title: str, rows: "Sequence[StagePlan]", as_json: bool) -> None:
+    """Print a plan; exits with 2 where a stage does not fit."""
     if as_json:
         print_json([row.as_dict() for row in rows])
     else:
-        _show(f"plan of {file}", rows)
+        _show(title, rows)
     if not all(row.fits for row in rows):
         raise typer.Exit(2)
 

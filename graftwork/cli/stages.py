@@ -1,4 +1,4 @@
-"""`graftwork plan|tune|train|serve|compare|quantize|chat|demo|study FILE`: one verb a stage, the same flags on each."""
+"""`graftwork plan|tune|train|serve|compare|quantize|chat|demo FILE`: one verb a stage, the same flags on each."""
 
 import json
 import signal
@@ -28,7 +28,6 @@ from graftwork.cli.output import (
 from graftwork.cli.plans import plan
 from graftwork.cli.quantizing import quantize
 from graftwork.cli.rebasing import rebase, run_curve
-from graftwork.cli.studying import study
 from graftwork.cli.trials import trial
 from graftwork.cli.tuning import tune
 from graftwork.errors import ConfigError
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the stage verbs to the command line."""
-    for verb in (plan, tune, train, serve, compare, quantize, command, chat, demo, study, rebase):
+    for verb in (plan, tune, train, serve, compare, quantize, command, chat, demo, rebase):
         app.command()(verb)
     app.command(hidden=True)(trial)
 

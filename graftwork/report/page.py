@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from graftwork import __version__
 from graftwork.metrics import QUANTILE_RULE
-from graftwork.report import figures, online, outcomes, regret, study, sweep, words
+from graftwork.report import figures, online, outcomes, sweep, words
 from graftwork.report.whole import ReportInput
 from graftwork.storage import Store
 
@@ -25,10 +25,23 @@ class BuiltReport:
     html_uri: str
 
 
-def build(report: ReportInput, store: Store, *parts: str) -> BuiltReport:
+@dataclass(frozen=True)
+class Section:
+    """Part of a page that is rendered outside this package, from templates of `environment(folder)`."""
+
+    html: Markup
+    links: tuple[tuple[str, str], ...]
+    """(anchor, text) of its entries in the contents."""
+    glossary: Markup = Markup("")
+    """`dt` and `dd` elements; a page with them leaves out the terms of serving."""
+    style: Markup = Markup("")
+    """CSS after the page's own."""
+
+
+def build(report: ReportInput, store: Store, *parts: str, section: Section | None = None) -> BuiltReport:
     """Write `report.json` and `report.html` under a key. Runs in the driver. Raises StorageError."""
     store.write_bytes(render_json(report).encode(), *parts, "report.json")
-    store.write_bytes(render_html(report).encode(), *parts, "report.html")
+    store.write_bytes(render_html(report, section).encode(), *parts, "report.html")
     return BuiltReport(store.path(*parts, "report.json"), store.path(*parts, "report.html"))
 
 
@@ -37,17 +50,19 @@ def render_json(report: ReportInput) -> str:
     return report.model_dump_json(indent=1) + "\n"
 
 
-def render_html(report: ReportInput) -> str:
-    """The whole page. Text from records is escaped; sections without a record are left out."""
-    found = next((one.sentence for one in (report.quantize, report.study, report.experiment) if one), report.title)
+def render_html(report: ReportInput, section: Section | None = None) -> str:
+    """Return the whole page. Text from records is escaped; sections without a record are left out."""
+    found = next((one.sentence for one in (report.quantize, report.experiment) if one), report.title)
     verdict = report.verdict or (report.compare.advice.sentence if report.compare else found)
-    return _environment().get_template("report.html.j2").render(report=report, verdict=verdict, version=__version__)
+    page = environment().get_template("report.html.j2")
+    return page.render(report=report, verdict=verdict, version=__version__, section=section)
 
 
 @cache
-def _environment() -> Environment:
+def environment(*folders: Path) -> Environment:
+    """Return the page's templates, filters and globals, with the templates of further folders."""
     env = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
+        loader=FileSystemLoader([_TEMPLATES, *folders]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -56,8 +71,6 @@ def _environment() -> Environment:
     env.filters["tojson_plain"] = lambda tree: json.dumps(tree, ensure_ascii=False)
     env.globals.update(
         fig=figures,
-        study=study,
-        regret=regret,
         sweep=sweep,
         online=online,
         outcomes=outcomes,

@@ -7,8 +7,6 @@ from graftwork.report.outcome_records import CurveReport, OutcomesReport, Rebase
 from graftwork.report.quantize_records import QuantizeReport
 from graftwork.report.record import Record
 from graftwork.report.records import CompareReport, PlanRow, ServingRecord, StageTime, TrainRun
-from graftwork.report.regret_records import RegretReport
-from graftwork.report.study_records import StudyReport
 from graftwork.report.sweep_records import SweepRecord
 
 
@@ -27,8 +25,6 @@ class ReportInput(Record):
     plan: tuple[PlanRow, ...] = ()
     serving: ServingRecord | None = None
     quantize: QuantizeReport | None = None
-    study: StudyReport | None = None
-    regret: RegretReport | None = None
     experiment: ExperimentReport | None = None
     outcomes: OutcomesReport | None = None
     curve: CurveReport | None = None

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
+from examples.studies.run import check_study, run_study
+from examples.studies.schema import StudyReport
+from examples.studies.spec import StudySpec
 from graftwork.cluster.session import Session
 from graftwork.errors import ArtifactError
-from graftwork.report.study_records import StudyReport
 from graftwork.storage import Store
-from graftwork.study.run import check_study, run_study
-from graftwork.study.spec import StudySpec
 from tests.tiny import write_tiny_base
 
 QUESTIONS = 6

@@ -1,22 +1,27 @@
 """Plans of comparisons count the prompts that the arms will really put to the model."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from examples.studies.plan import likelihood_answers
+from examples.studies.spec import StudySpec
 from graftwork import base_model
 from graftwork.base_model import BaseSpec
 from graftwork.chat import PromptSpec
-from graftwork.cli.answer_sizes import compare_answers, likelihood_answers, quantize_answers
+from graftwork.cli.answer_sizes import compare_answers, quantize_answers
 from graftwork.cli.planning import plan_spec
 from graftwork.data import read_rows
 from graftwork.serving.arms import build_prompt
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ArmSpec
-from graftwork.study.spec import StudySpec
+from tests.processes import ROOT
 from tests.tiny import write_tiny_base
 
 WORDS = "lorem ipsum dolor sit amet consectetur adipiscing elit sed do eiusmod tempor"
@@ -122,3 +127,37 @@ def test_precisions_and_likelihoods_are_counted(folder: Path) -> None:
     found = likelihood_answers(study, study.measures[0], {})
     assert found.count == 12 * 2 * 2, "a prompt for each choice of each arm"
     assert found.prompt_tokens > (base + served(folder, study.measures[0].arms[1])) / 2
+
+
+def test_the_command_line_of_the_studies_plans_a_file(folder: Path, tmp_path: Path) -> None:
+    shared = {"root": str(tmp_path / "root"), "base": str(folder / "base"), "quant": {"kind": "none"}}
+    measures = [
+        {"name": kind, "kind": kind, "eval": str(folder / "eval.jsonl"), "metrics": [metric],
+         "arms": [{"name": "left", "max_new_tokens": 24}, {"name": "right", "max_new_tokens": 48}],
+         **({"answer_schema": str(folder / "schema.json")} if kind == "answers" else {})}
+        for kind, metric in (("answers", "facts"), ("likelihood", "choice"))
+    ]  # fmt: skip
+    train = {"kind": "train", "name": "other", "base": "elsewhere", "data": {"train": str(folder / "turns.jsonl")},
+             "optim": {"epochs": 2}, "num_workers": 1}  # fmt: skip
+    turns = [{"role": "user", "content": WORDS}, {"role": "assistant", "content": "a town"}]
+    (folder / "turns.jsonl").write_text(json.dumps({"id": "t", "messages": turns}) + "\n", encoding="utf-8")
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(train), encoding="utf-8")
+    study = {"kind": "study", "name": "s", "title": "t", "published": "p", **shared, "measures": measures,
+             "adapters": [{"file": "train.yaml", "set": {"name": "towns"}}],
+             "claims": [{"says": "s", "a": "left", "b": "right", "metric": "facts", "expect": "higher"}]}  # fmt: skip
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+
+    def ran(*argv: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "examples.studies", *argv]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    planned = ran(str(tmp_path / "study.yaml"), "--plan", "--json")
+    assert planned.returncode == 0, planned.stderr
+    lines = json.loads(planned.stdout)
+    assert [line["stage"] for line in lines] == ["train towns", "measure answers", "measure likelihood"]
+    assert all(line["seconds"] > 0 and line["total_bytes"] > 0 for line in lines)
+    refused = ran(str(tmp_path / "train.yaml"))
+    assert refused.returncode == 2
+    assert "this command takes kind='study'" in refused.stderr
+    assert f"graftwork train {tmp_path / 'train.yaml'}" in refused.stderr
+    assert not (tmp_path / "root").exists()

@@ -11,10 +11,10 @@ import pytest
 from scipy.stats import t
 
 from benchmarks.lora_without_regret import BEGIN, END, GUIDE, RESULT, into_guide, markdown, read, study
+from benchmarks.regret_schema import RegretReport
+from benchmarks.regret_views import RegretPage, section, sentence
 from benchmarks.sweep_curves import FULL_LR, LORA_LR
-from graftwork.report import ReportInput, render_html
-from graftwork.report.regret import sentence
-from graftwork.report.regret_records import RegretReport
+from graftwork.report import render_html
 from tests.unit.test_report import Page
 
 LUCK = {0: 0.0, 1: 0.02, 2: -0.01}
@@ -77,8 +77,15 @@ def test_each_pattern_has_its_outcome(found: RegretReport, tmp_path: Path) -> No
     assert moving.claims[0].outcome == "not reproduced"
 
 
+def page_of(found: RegretReport) -> Page:
+    whole = RegretPage(title="r", created_at="now", verdict=sentence(found), regret=found)
+    return Page(render_html(whole, section(found)))
+
+
 def test_the_page_and_the_table_show_it(found: RegretReport) -> None:
-    page = Page(render_html(ReportInput(title="r", created_at="now", verdict=sentence(found), regret=found)))
+    page = Page(
+        render_html(RegretPage(title="r", created_at="now", verdict=sentence(found), regret=found), section(found))
+    )
     for text in ("0.002 [0.0014, 0.0028]", "rank 16", "all weights", "hardly moves with rank", "10 times [5, 20]"):
         assert text in page.text, text
         assert text in markdown(found), text
@@ -88,7 +95,7 @@ def test_without_a_full_grid_lora_stands_alone(tmp_path: Path) -> None:
     found = study(recorded(tmp_path, lambda _: 0.002, full=False))
     assert len(found.claims) == 1
     assert found.tasks[0].ratio is None
-    Page(render_html(ReportInput(title="r", created_at="now", verdict=sentence(found), regret=found)))
+    page_of(found)
 
 
 def test_the_guide_takes_the_table(found: RegretReport, tmp_path: Path) -> None:

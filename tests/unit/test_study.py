@@ -10,24 +10,25 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from examples.studies.claims import judge, outcome_of, welch
+from examples.studies.cli import show_study
+from examples.studies.for_each import expand
+from examples.studies.likelihood import Weighed, read_weighed, scores_of, weigh_all
+from examples.studies.measure import Measured, check_measure
+from examples.studies.pages import page_of
+from examples.studies.report import StudyPage, section
+from examples.studies.results import measure_record, sentence
+from examples.studies.schema import StudyReport
+from examples.studies.scores import Scores
+from examples.studies.spec import ClaimSpec, StudySpec
 from graftwork import config, stats
 from graftwork.answers.choices import Choices
 from graftwork.chat import Message
-from graftwork.cli.studying import show_study
 from graftwork.data import Row
 from graftwork.errors import ConfigError, DataError, RunError, UserError
-from graftwork.report import ReportInput, render_html
-from graftwork.report.study_records import StudyReport
+from graftwork.report import render_html, render_json
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import Interval
-from graftwork.study.claims import judge, outcome_of, welch
-from graftwork.study.expand import expand
-from graftwork.study.measure import Measured, check_measure
-from graftwork.study.pages import page_of
-from graftwork.study.scores import Scores
-from graftwork.study.spec import ClaimSpec, StudySpec
-from graftwork.study.table import measure_record, sentence
-from graftwork.study.weigh import Weighed, read_weighed, scores_of, weigh_all
 
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 FILES = sorted(STUDIES.glob("*.yaml"))
@@ -58,8 +59,7 @@ def scores(left: Sequence[float], right: Sequence[float], *, units: int = 0, gro
 def test_each_study_of_the_examples_is_short_and_valid(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 60
-    spec = config.load(path, expect="study")
-    assert isinstance(spec, StudySpec)
+    spec = config.load_as(StudySpec, path)
     assert spec.name == path.stem
     for adapter in spec.adapters:
         assert (path.parent / adapter.file).is_file()
@@ -95,7 +95,7 @@ def test_a_wrong_key_of_a_study_is_named(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text((STUDIES / "raft-trap.yaml").read_text(encoding="utf-8").replace("limit:", "limits:"))
     with pytest.raises(ConfigError, match="did you mean 'limit'"):
-        config.load(file)
+        config.load_as(StudySpec, file)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,13 @@ def report_of(groups: Sequence[str] = ()) -> StudyReport:
 
 
 def test_the_page_shows_each_arm_and_each_claim_escaped() -> None:
-    html = render_html(ReportInput(title="A study", created_at="now", study=report_of(["1"] * 50 + ["5"] * 50)))
+    found = report_of(["1"] * 50 + ["5"] * 50)
+    page = StudyPage(title="A study", created_at="now", verdict=found.sentence, study=found)
+    html = render_html(page, section(found))
+    assert json.loads(render_json(page))["study"] == json.loads(found.model_dump_json())
+    for anchor in ("patterns", "measure-main"):
+        assert f'href="#{anchor}"' in html
+        assert f'id="{anchor}"' in html
     assert html.count('data-metric="facts"') == 3, "all questions, and the two groups"
     assert "Of 2 published patterns: 1 reproduced, 1 not reproduced." in html
     assert "&lt;b&gt;lower&lt;/b&gt;" in html
@@ -264,8 +270,7 @@ def test_equal_scores_give_equal_bytes() -> None:
 def test_a_recorded_result_is_of_the_study_as_it_stands(path: Path) -> None:
     """Arms, claims and predictions in the file are those that the spec declares now."""
     result = StudyReport.model_validate_json(path.read_text(encoding="utf-8"))
-    spec = config.load(STUDIES / f"{path.stem}.yaml", expect="study")
-    assert isinstance(spec, StudySpec)
+    spec = config.load_as(StudySpec, STUDIES / f"{path.stem}.yaml")
     assert [(c.says, c.a, c.b, c.metric, c.expect) for c in result.claims] == [
         (c.says, c.a, c.b, c.metric, c.expect) for c in spec.claims
     ]
@@ -278,4 +283,4 @@ def test_a_recorded_result_is_of_the_study_as_it_stands(path: Path) -> None:
 
 def test_the_documents_page_is_made_of_the_results() -> None:
     page = STUDIES.parents[1] / "docs" / "studies.md"
-    assert page.read_text(encoding="utf-8") == page_of(STUDIES), "run `python -m graftwork.study.pages`"
+    assert page.read_text(encoding="utf-8") == page_of(STUDIES), "run `python -m examples.studies.pages`"

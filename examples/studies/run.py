@@ -8,6 +8,12 @@ from pathlib import Path
 
 import psutil
 
+from examples.studies.claims import judge
+from examples.studies.measure import Measured, check_measure, run_measure
+from examples.studies.report import StudyPage, section
+from examples.studies.results import measure_record, sentence
+from examples.studies.schema import StudyAdapter, StudyReport
+from examples.studies.spec import MeasureSpec, StudySpec
 from graftwork import base_model, config, report
 from graftwork.accelerators import Accelerators, with_gpus
 from graftwork.base_support import check_serving
@@ -17,13 +23,7 @@ from graftwork.demo.records import base_name
 from graftwork.errors import ConfigError
 from graftwork.provenance import collect
 from graftwork.report.records import StageTime, TrainRun
-from graftwork.report.study_records import StudyAdapter, StudyReport
-from graftwork.report.whole import ReportInput
 from graftwork.storage import RunPaths, Store
-from graftwork.study.claims import judge
-from graftwork.study.measure import Measured, check_measure, run_measure
-from graftwork.study.spec import MeasureSpec, StudySpec
-from graftwork.study.table import measure_record, sentence
 from graftwork.training.page import train_run
 from graftwork.training.records import TrainReport
 from graftwork.training.run import check, train
@@ -147,9 +147,9 @@ def _written(spec: StudySpec, made: StudyReport, runs: tuple[TrainRun, ...], sta
     """study.json, report.json and report.html in the study's run folder."""
     run = RunPaths(Store(spec.root), spec.name, spec.identity())
     run.store.write_json(made.model_dump(mode="json"), *run.file("study.json"))
-    page = ReportInput(
+    page = StudyPage(
         title=made.title, subtitle=made.base, created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         verdict=made.sentence, study=made, train=runs, stages=tuple(stages.times), provenance=collect(spec.seed),
     )  # fmt: skip
-    written = report.build(page, run.store, *run.file())
+    written = report.build(page, run.store, *run.file(), section=section(made))
     return StudyOutcome(made, written.json_uri, written.html_uri)

@@ -1,4 +1,4 @@
-"""Each claim against the numbers: the paired difference, its interval, its test, and whether the pattern shows.
+"""Test of each claim: the paired difference, its interval, its p, and the outcome for the published pattern.
 
 The pattern is reproduced where the test, after Holm over all claims, finds a difference in the direction that was
 published; not reproduced where it finds the other direction, or shows the difference to be within the margin; else
@@ -13,11 +13,11 @@ from typing import Literal
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
+from examples.studies.schema import StudyClaim
+from examples.studies.scores import Scores, mean_interval
+from examples.studies.spec import ClaimSpec, StudySpec
 from graftwork import stats
-from graftwork.report.study_records import StudyClaim
 from graftwork.stats import Floats, Interval
-from graftwork.study.scores import Scores, mean_interval
-from graftwork.study.spec import ClaimSpec, StudySpec
 
 Outcome = Literal["reproduced", "not reproduced", "undecided"]
 

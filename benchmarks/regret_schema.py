@@ -1,4 +1,4 @@
-"""What "LoRA Without Regret" (Schulman et al. 2025) found, held against recorded grids of learning rates."""
+"""Record of "LoRA Without Regret" (Schulman et al. 2025) compared with recorded grids of learning rates."""
 
 from typing import Literal
 

@@ -1,10 +1,13 @@
-"""A measure run: all arms on the same questions, answers and likelihoods kept in the study's run, scores given back."""
+"""A measure run: all arms on the same questions, answers and likelihoods stored in the study's run, scores returned."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from examples.studies.likelihood import read_weighed, scores_of, weigh_all, weigh_key
+from examples.studies.scores import Scores
+from examples.studies.spec import MeasureSpec, StudySpec
 from graftwork import base_model
 from graftwork.answers.choices import Choices
 from graftwork.data import Row, fingerprint, read_fields, read_rows
@@ -14,9 +17,6 @@ from graftwork.serving.experiment.offline import check_ids
 from graftwork.serving.experiment.run import run_compare
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage import RunPaths, Store
-from graftwork.study.scores import Scores
-from graftwork.study.spec import MeasureSpec, StudySpec
-from graftwork.study.weigh import read_weighed, scores_of, weigh_all, weigh_key
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,24 @@
-"""`docs/studies.md` from the recorded results: `python -m graftwork.study.pages` writes it again."""
+"""`docs/studies.md` from the recorded results: `python -m examples.studies.pages` writes it again."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from examples.studies.schema import StudyClaim, StudyMeasure, StudyReport
 from graftwork.report import words
-from graftwork.report.study_records import StudyClaim, StudyMeasure, StudyReport
 
 _INTRODUCTION = """# Studies
 
-Published results in miniature: SmolLM2-135M-Instruct, 4-bit, LoRA, on two CPU cores. Each study is one YAML in
-`examples/studies/`, run by `graftwork study FILE`; its table lies in `examples/studies/results/`. The claims were
-written into the specs before the numbers, are paired by question, and are tested together (Holm). A pattern is
-*reproduced* where the test finds the published direction, *not reproduced* where it finds the other or shows the
-difference to be within the margin, else *undecided*. Intervals are at 95% and of one training seed: they cover the
-choice of questions, not that of the seed.
+Published results scaled down: SmolLM2-135M-Instruct, 4-bit, LoRA, on two CPU cores. Each study is one YAML in
+`examples/studies/`, run by `python -m examples.studies FILE` from the root of the repository; its result is stored in
+`examples/studies/results/`. The claims were written into the specs before the numbers, are paired by question, and are
+tested together (Holm). A pattern is *reproduced* where the test finds the published direction, *not reproduced* where
+it finds the other or shows the difference to be within the margin, else *undecided*. Intervals are at 95% and of one
+training seed: they cover the choice of questions, not that of the seed.
 
 Left out: that a small finetuned model beats a larger one (LoRA Land, arXiv 2405.00732) needs a larger base than a CPU
 answers with in minutes; full finetuning, because training here makes adapters alone.
 
-By `graftwork plan` all six take 38 minutes on two idle cores: 13 to train (adapters are shared), 25 to measure.
+By the plans (`--plan`) all six take 38 minutes on two idle cores: 13 to train (adapters are shared), 25 to measure.
 
 This page is generated from the results; a test compares them.
 """

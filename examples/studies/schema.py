@@ -1,4 +1,4 @@
-"""What a study found: a published result in small."""
+"""Record of a study's result."""
 
 from typing import Literal
 

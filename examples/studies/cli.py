@@ -1,25 +1,33 @@
-"""`graftwork study FILE`: a published result in small, and whether it shows."""
+"""`python -m examples.studies FILE`: a published result scaled down, and the claims of it that show."""
 
-from typing import TYPE_CHECKING
+from typing import Annotated
 
+import typer
+
+from examples.studies.plan import plan_study
+from examples.studies.run import check_study, cpus_of, run_study
+from examples.studies.schema import StudyClaim, StudyMeasure, StudyReport, StudyScore
+from examples.studies.spec import StudySpec
 from graftwork import config
-from graftwork.cli.output import JsonFlag, On, Sets, SpecFile, print_json, print_table, say
+from graftwork.cli.output import JsonFlag, Sets, SpecFile, print_json, print_table, say
+from graftwork.cli.plans import show_plan
+from graftwork.cluster.session import session
+from graftwork.report import words
 
-if TYPE_CHECKING:
-    from graftwork.report.study_records import StudyClaim, StudyMeasure, StudyReport, StudyScore
 
-
-def study(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
-    """Train, measure and hold each published claim against the numbers; finished runs are reused."""
-    from graftwork.study.spec import StudySpec
-
-    spec = config.load(file, sets, expect="study")
-    assert isinstance(spec, StudySpec)
-    from graftwork.cluster.session import session
-    from graftwork.study.run import check_study, cpus_of, run_study
-
+def study(
+    file: SpecFile,
+    sets: Sets = [],  # noqa: B006
+    plan: Annotated[bool, typer.Option("--plan", help="Predict memory and time of every stage, and run none.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train, measure and test each published claim against the numbers; finished runs are reused."""
+    spec = config.load_as(StudySpec, file, sets)
+    if plan:
+        show_plan(f"plan of {file}", plan_study(spec, file.parent), as_json)
+        return
     adapters = check_study(spec, file.parent)
-    with session(on, num_cpus=cpus_of(spec, adapters)) as here:
+    with session("local", num_cpus=cpus_of(spec, adapters)) as here:
         found = run_study(spec, adapters, here, quiet=as_json)
     if as_json:
         print_json(found.report.model_dump(mode="json"))
@@ -28,7 +36,7 @@ def study(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag =
     say(f"\n{found.report.sentence}\n\nreport: {found.html_uri}")
 
 
-def show_study(report: "StudyReport") -> None:
+def show_study(report: StudyReport) -> None:
     """Every measure's arms with intervals, then the claims."""
     for measure in report.measures:
         _show_measure(measure)
@@ -39,7 +47,7 @@ def show_study(report: "StudyReport") -> None:
     )
 
 
-def _show_measure(measure: "StudyMeasure") -> None:
+def _show_measure(measure: StudyMeasure) -> None:
     groups = list(dict.fromkeys(score.group for score in measure.scores))
     units = "" if measure.units == measure.questions else f" about {measure.units} {measure.unit}s"
     for group in groups:
@@ -51,16 +59,12 @@ def _show_measure(measure: "StudyMeasure") -> None:
                     [(arm, *[cells[arm, metric] for metric in metrics]) for arm in arms])  # fmt: skip
 
 
-def _interval(score: "StudyScore | StudyClaim", signed: bool = False) -> str:
-    from graftwork.report import words
-
+def _interval(score: StudyScore | StudyClaim, signed: bool = False) -> str:
     if signed:
         return f"{words.signed(score.value)} {words.signed_interval(score.low, score.high)}"
     return f"{words.score(score.value)} {words.interval(score.low, score.high)}"
 
 
-def _outcome(claim: "StudyClaim") -> str:
-    from graftwork.report.words import score
-
-    detects = f" (detects {score(claim.detects)})" if claim.outcome == "undecided" else ""
+def _outcome(claim: StudyClaim) -> str:
+    detects = f" (detects {words.score(claim.detects)})" if claim.outcome == "undecided" else ""
     return claim.outcome + detects

@@ -1,4 +1,4 @@
-"""What every arm scored on every question of a measure, and the means of independent units made of it."""
+"""Scores of every arm on every question of a measure, and their means over independent units."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,15 +1,15 @@
-"""What a study is asked to do: what was published, the adapters it needs, what is measured, what is claimed."""
+"""Spec of a study: the published result, the adapters that it needs, the measures and the claims."""
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from examples.studies.for_each import expand
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
-from graftwork.study.expand import expand
 
 SCORES = {"answers": ("facts", "form", "both", "field_accuracy"), "likelihood": ("nats", "choice", "bias")}
 
@@ -85,7 +85,7 @@ class ClaimSpec(Spec):
 
 
 class StudySpec(Spec):
-    """One published result in small: train, measure, and say of each claim whether it shows."""
+    """One published result scaled down: train, measure, and test each claim."""
 
     kind: Literal["study"] = "study"
     name: Annotated[str, Field(pattern=NAME_PATTERN)]

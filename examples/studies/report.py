@@ -1,16 +1,32 @@
-"""A study's record -> what the page shows: a panel for each metric and group, and a line for each claim."""
+"""Page of a study: a panel for each metric and group, and a line for each claim."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from markupsafe import Markup
 
-from graftwork.report import words
+from examples.studies.schema import StudyClaim, StudyMeasure, StudyReport, StudyScore
+from graftwork.report import ReportInput, Section, environment, words
 from graftwork.report.figures import Tick
 from graftwork.report.plots import Mark, Scale, interval_track, ticks
-from graftwork.report.study_records import StudyClaim, StudyMeasure, StudyReport, StudyScore
 
 BADGES = {"reproduced": "better", "not reproduced": "worse", "undecided": "undecided"}
 """Outcome -> the page's colour for it."""
+
+
+class StudyPage(ReportInput):
+    """Everything that a study's page shows."""
+
+    study: StudyReport
+
+
+def section(report: StudyReport) -> Section:
+    """Return the part of the page between its head and the training runs."""
+    template = environment(Path(__file__).parent).get_template("study.html.j2")
+    html = Markup(template.render(st=report, study=sys.modules[__name__]))
+    measures = [(f"measure-{one.name}", one.name.replace("-", " ").capitalize()) for one in report.measures]
+    return Section(html, (("patterns", "Published patterns"), *measures))
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from examples.studies.measure import Measured
+from examples.studies.schema import StudyClaim, StudyMeasure, StudyScore
+from examples.studies.scores import mean_interval
+from examples.studies.spec import StudySpec
 from graftwork import stats
 from graftwork.metrics import BIAS, CHOICE, NATS, SCORES, Metric, signature
 from graftwork.report.records import MetricInfo
-from graftwork.report.study_records import StudyClaim, StudyMeasure, StudyScore
 from graftwork.serving.experiment.compare import arm_kind
 from graftwork.serving.spec import ArmSpec
-from graftwork.study.measure import Measured
-from graftwork.study.scores import mean_interval
-from graftwork.study.spec import StudySpec
 
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (*SCORES, NATS, CHOICE, BIAS)}
 

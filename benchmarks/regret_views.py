@@ -1,19 +1,39 @@
 """The loss at the end against the learning rate, a curve a rank: the chart and the words of its table."""
 
 import math
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from markupsafe import Markup
 
+from benchmarks.regret_schema import Gap, RateCurve, RatePoint, RegretReport, RegretTask
+from graftwork.report import ReportInput, Section, environment
 from graftwork.report.figures import Chart
 from graftwork.report.plots import Line, Scale, element, line_chart, ticks
-from graftwork.report.regret_records import Gap, RateCurve, RatePoint, RegretReport, RegretTask
 from graftwork.report.sweep import rate_words, rates_words, signed_loss
 from graftwork.report.sweep_plots import loss
 
-__all__ = ["gap_words", "loss", "rate_chart", "rate_words", "rates_words", "sentence", "style"]
+__all__ = ["gap_words", "loss", "rate_chart", "rate_words", "rates_words", "section", "sentence", "style"]
 BADGES = {"reproduced": "better", "not reproduced": "worse", "undecided": "undecided"}
 SHADES = 5
+FOLDER = Path(__file__).parent
+
+
+class RegretPage(ReportInput):
+    """Everything that the page of the grids shows."""
+
+    regret: RegretReport
+
+
+def section(report: RegretReport) -> Section:
+    """Return the part of the page that shows the grids, with its terms and colours."""
+    html = environment(FOLDER).get_template("regret.html.j2").render(r=report, regret=sys.modules[__name__])
+    links = (("patterns", "Published patterns"), *((f"rates-{task.name}", task.name) for task in report.tasks))
+    glossary, style = (
+        Markup((FOLDER / name).read_text(encoding="utf-8")) for name in ("regret_terms.html", "regret.css")
+    )
+    return Section(Markup(html), links, glossary, style)
 
 
 def sentence(report: RegretReport) -> str:

@@ -1,1 +1,0 @@
-"""A published result in small: adapters trained, arms measured, each claim of the paper held against the numbers."""
