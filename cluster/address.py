@@ -1,28 +1,43 @@
 """Addresses of existing Rays: parsed, reached within seconds or refused with a reason."""
 
-import contextlib
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from graftwork.errors import ClusterError, ConfigError
 
 REACH_S = 5.0
-FORMS = "local, auto, ray://HOST:PORT or http(s)://HOST:PORT"
+FORMS = "local, http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE"
+HTTP_FORM = "http(s)://HOST:PORT of a Ray's dashboard"
+JOB = "job"
+"""`--on` of the command of a job: the Ray whose job the process is. Drivers pass it; people have no use for it."""
+
+
+def unknown_place(on: str, forms: str = FORMS) -> ConfigError:
+    """Return the error of a value of `--on` that is none of the forms."""
+    if on == "auto" or on.startswith("ray://"):
+        return ConfigError(
+            f"--on {on}",
+            "commands do not join a Ray as its driver or client",
+            "a Ray runs commands as jobs, submitted to its dashboard: http://HOST:8265",
+            f"--on http://{urlsplit(on).hostname or 'HOST'}:8265",
+        )
+    return ConfigError(f"--on {on}", "not a place to run", forms, "--on local, or --on http://HOST:8265")
 
 
 def host_and_port(on: str) -> tuple[str, int]:
     """Raises ConfigError unless `on` is SCHEME://HOST:PORT (http and https have their usual ports)."""
     parts = urlsplit(on)
     try:
-        port = parts.port or {"http": 80, "https": 443, "ray": 10001}[parts.scheme]
+        usual = {"http": 80, "https": 443}[parts.scheme]
+        port = parts.port or usual
     except (ValueError, KeyError):
         port = 0
     if not parts.hostname or not port or parts.username or parts.path not in ("", "/"):
-        raise ConfigError(f"--on {on}", "not an address of a Ray", FORMS, "write for example http://127.0.0.1:8265")
+        raise ConfigError(f"--on {on}", "not an address of a Ray", HTTP_FORM, "write for example http://127.0.0.1:8265")
     return parts.hostname, port
 
 
@@ -35,7 +50,7 @@ def require_reachable(on: str) -> None:
         raise ClusterError(
             f"--on {on}",
             f"nothing answers at {host}:{port} ({error})",
-            "a running Ray's client server (ray://, usually port 10001) or dashboard (http://, usually 8265) is needed",
+            "the dashboard of a running Ray is needed, usually port 8265",
             "start it, open a tunnel to it, or use --on local",
         ) from None
 
@@ -77,17 +92,6 @@ def refused(on: str, why: str) -> ClusterError:
         f"a Ray with RAY_AUTH_MODE=token takes only its own token ({token})",
         "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's",
     )
-
-
-@contextlib.contextmanager
-def user_token() -> Iterator[None]:
-    """Let Ray use the token in the environment, also where only the token and not the mode is set."""
-    from graftwork.cluster.local import environment_of, token_reloaded
-
-    given = any(os.environ.get(key) for key in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    mode = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")} if given else {}
-    with environment_of(mode), token_reloaded():
-        yield
 
 
 def without_on(argv: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from graftwork.cluster.address import without_on
+from graftwork.cluster.address import JOB, without_on
 from graftwork.cluster.jobs_api import JobsApi, exit_code
 from graftwork.cluster.shipping import relative, shipped
 from graftwork.cluster.wheel import zipped
@@ -30,7 +30,7 @@ def run_command(on: str, argv: Sequence[str]) -> int:
             package = zipped(
                 {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
             )
-        jobs.submit(f"{ENTRYPOINT} {shlex.join(_on_auto(named))}", package, job_id)
+        jobs.submit(f"{ENTRYPOINT} {shlex.join(_inside(named))}", package, job_id)
         print(f"job {job_id} at {jobs.on}", file=sys.stderr)
         try:
             for text in jobs.logs(job_id):
@@ -45,7 +45,7 @@ def run_command(on: str, argv: Sequence[str]) -> int:
         return exit_code(jobs.status(job_id), job_id)
 
 
-def _on_auto(argv: Sequence[str]) -> list[str]:
+def _inside(argv: Sequence[str]) -> list[str]:
     """The command on the Ray that runs the job. Verbs without `--on` start no Ray, so they are left as they are."""
     verbs = ("train", "tune", "serve", "compare", "quantize", "chat", "demo")
-    return [*argv, "--on", "auto"] if argv and argv[0] in verbs else list(argv)
+    return [*argv, "--on", JOB] if argv and argv[0] in verbs else list(argv)

@@ -1,8 +1,7 @@
 """Where a command runs its work: `with session(on) as here: here.run(stage, ...)`. Ray is started or joined here alone.
 
 local                a private Ray, started and stopped by this command (cluster/local.py)
-auto                 the Ray whose job this process is; the driver of a submitted job uses it
-ray://HOST:PORT      a Ray cluster through Ray Client: the stage runs there as one task
+job                  the Ray whose job this process is; the driver of a submitted job passes it
 http(s)://HOST:PORT  a Ray cluster through its Jobs API: the whole command runs there (cluster/jobs.py)
 """
 
@@ -17,8 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import ParamSpec, TypeVar
 
-from graftwork.cluster.address import FORMS
-from graftwork.cluster.client import client_of, run_there
+from graftwork.cluster.address import HTTP_FORM, JOB, unknown_place
 from graftwork.cluster.local import ONE_MACHINE, QUIET, environment_of, private_ray
 from graftwork.errors import ClusterError, ConfigError
 
@@ -28,28 +26,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Session:
-    """A Ray that can be used now. `address` is host:port of its GCS, or of its Ray Client server."""
+    """A Ray that this process drives. `address` is host:port of its GCS."""
 
     on: str
     address: str
-    remote: bool = False
-    """This process only reaches Ray through Ray Client, so stages run there as tasks."""
 
     def run(self, stage: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a stage where Ray is: in this process, or as a task there. Callbacks (`on_progress`) are called here."""
+        """Run a stage in this process. Raises ConfigError for a root that a cluster would lose."""
         if self.on != "local":
             for argument in args:
                 _require_lasting(self.on, getattr(argument, "root", None))
-        return run_there(stage, args, kwargs) if self.remote else stage(*args, **kwargs)
-
-    def here(self, function: Callable[P, T]) -> Callable[P, T]:
-        """A function that must drive Ray from this process. Raises ClusterError behind ray://."""
-        if self.remote:
-            raise ClusterError(
-                f"--on {self.on}", "this command must stay connected to what it starts, and Ray Client cannot",
-                "ray:// runs stages that end", f"use the dashboard's address: --on http://{self.address.split(':')[0]}:8265",
-            )  # fmt: skip
-        return function
+        return stage(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -66,7 +53,7 @@ def session(on: str = "local", num_cpus: int | None = None) -> Iterator[Session]
         raise SystemExit(run_command(on, _command_line(on)))
     # Twice: ray.init installs a SIGTERM handler of its own.
     with terminated_as_interrupt(), _ray_of(on, num_cpus) as address, terminated_as_interrupt():
-        yield Session(on, address, remote=on.startswith("ray://"))
+        yield Session(on, address)
 
 
 def _require_lasting(on: str, root: object) -> None:
@@ -82,11 +69,9 @@ def _require_lasting(on: str, root: object) -> None:
 def _ray_of(on: str, num_cpus: int | None) -> contextlib.AbstractContextManager[str]:
     if on == "local":
         return private_ray(num_cpus)
-    if on == "auto":
+    if on == JOB:
         return _surrounding_ray()
-    if on.startswith("ray://"):
-        return client_of(on)
-    raise ConfigError(f"--on {on}", "not a place to run", FORMS)
+    raise unknown_place(on, f"local, or {HTTP_FORM}")
 
 
 @contextlib.contextmanager
@@ -95,13 +80,13 @@ def _surrounding_ray() -> Iterator[str]:
     import ray
 
     if not os.environ.get("RAY_ADDRESS"):
-        raise ClusterError("--on auto", "RAY_ADDRESS is not set", "auto joins the Ray whose job this process is",
+        raise ClusterError(f"--on {JOB}", "RAY_ADDRESS is not set", "a driver passes it inside a job of Ray",
                            "use --on local")  # fmt: skip
     with environment_of({key: os.environ.get(key, value) for key, value in QUIET.items() if key not in ONE_MACHINE}):
         try:
             context = ray.init(address="auto", logging_level="error", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError("--on auto", f"no Ray at RAY_ADDRESS ({error})") from error
+            raise ClusterError(f"--on {JOB}", f"no Ray at RAY_ADDRESS ({error})") from error
         try:
             yield str(context.address_info["gcs_address"])
         finally:
@@ -114,7 +99,7 @@ def _command_line(on: str) -> list[str]:
         raise ConfigError(
             f"on={on}", f"this process is {Path(sys.argv[0]).name}, not the graftwork command",
             "an HTTP address runs whole graftwork commands on its cluster",
-            "call graftwork.cluster.jobs.run_command(on, argv), or use ray://HOST:PORT",
+            "call graftwork.cluster.jobs.run_command(on, argv)",
         )  # fmt: skip
     return sys.argv[1:]
 

@@ -103,7 +103,7 @@ def main(spec_json: str, noted: str) -> None:
 
     setattr(run, "prepare", counted)  # noqa: B010  # mypy holds the module's names for fixed
     try:
-        with session("auto"):
+        with session("job"):
             print(json.dumps(run.train(TrainSpec.model_validate_json(spec_json)).as_dict()))
     except GraftworkError as error:
         print(json.dumps({"error": type(error).__name__, "text": str(error)}))

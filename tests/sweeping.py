@@ -67,7 +67,7 @@ def main(spec_json: str) -> None:
     from graftwork.tuning.run import tune
 
     try:
-        with session("auto" if os.environ.get("RAY_ADDRESS") else "local", num_cpus=2):
+        with session("job" if os.environ.get("RAY_ADDRESS") else "local", num_cpus=2):
             report = tune(TuneSpec.model_validate_json(spec_json), on_progress=lambda p: _tell(p.trouble))
             print(json.dumps({"best_id": report.best_id, "trials": report.as_dict()["trials"]}))
     except GraftworkError as error:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from graftwork.cluster.address import JOB
 from graftwork.cluster.backend import Attempt
 from graftwork.cluster.driver.run import LIMIT_GRACE_S
 from graftwork.cluster.kuberay.labels import PLAN, object_labels, pod_labels
@@ -15,8 +16,6 @@ from graftwork.cluster.kuberay.raycluster import API, cluster_part
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import canonical_json
 
-ON = "auto"
-"""Where the driver's command finds its Ray: the one it was started by."""
 BACKSTOP_S = 60
 """The operator ends a job so long after its driver should have."""
 
@@ -27,7 +26,7 @@ def build_rayjob(attempt: Attempt, namespace: str, wheel_uri: str | None) -> dic
     facts = PodFacts(cluster, pod_labels(cluster, job.name, job.job_id, job.kind), job.root, wheel_uri, serves=False)
     spec: dict[str, Any] = {
         "submissionMode": "HTTPMode",
-        "entrypoint": f"python -m graftwork.cluster.driver {job.root} {job.job_id} {attempt.number} {ON}",
+        "entrypoint": f"python -m graftwork.cluster.driver {job.root} {job.job_id} {attempt.number} {JOB}",
         "jobId": attempt.id,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": math.ceil(cluster.keep_s),

@@ -1,11 +1,9 @@
 """The places that run jobs, by what `--on` says."""
 
+from graftwork.cluster.address import unknown_place
 from graftwork.cluster.backend import Backend
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.stored import StoredBackend
-from graftwork.errors import ConfigError
-
-FORMS = "local, http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE"
 
 
 def backend_of(on: str, root: str, cluster: ClusterSpec | None = None) -> Backend:
@@ -22,4 +20,4 @@ def backend_of(on: str, root: str, cluster: ClusterSpec | None = None) -> Backen
         from graftwork.cluster.places.kuberay import KubeRayPlace
 
         return StoredBackend(KubeRayPlace(on, root, cluster or ClusterSpec()), root)
-    raise ConfigError(f"--on {on}", "not a place that runs jobs", FORMS)
+    raise unknown_place(on)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from graftwork.cluster.address import JOB
 from graftwork.cluster.backend import Attempt, Finding, Job
 from graftwork.cluster.jobs_api import ENDED, JobsApi
 from graftwork.cluster.place import Seen
@@ -55,7 +56,7 @@ class AddressPlace:
 
     def start(self, attempt: Attempt) -> None:
         """Send the wheel as the job's folder and start the driver. `check` saw to it that a shell changes nothing."""
-        entrypoint = f"python -m graftwork.cluster.driver {self._root} {attempt.job.job_id} {attempt.number} auto"
+        entrypoint = f"python -m graftwork.cluster.driver {self._root} {attempt.job.job_id} {attempt.number} {JOB}"
         with JobsApi(self.on) as jobs:
             jobs.submit(entrypoint, build_wheel()[1], self.name(attempt.id))
 

@@ -11,6 +11,7 @@ from graftwork.accelerators import accelerators_here, is_auto, with_gpus
 from graftwork.cli.following import follow
 from graftwork.cli.job_words import left_behind, line_of, next_moves, root_flag
 from graftwork.cli.output import duration, gib, print_json, say, stderr
+from graftwork.cluster.address import JOB, unknown_place
 from graftwork.cluster.backend import Backend, Job, JobStatus
 from graftwork.cluster.inputs import SentSpec, with_inputs
 from graftwork.cluster.run_store import RunStore
@@ -48,12 +49,8 @@ class Launch:
         """Whether a driver runs it: on a cluster, or in the background. Raises ConfigError for flags without effect."""
         if self.on.startswith(ELSEWHERE):
             return True
-        if self.detach and self.on != "local":
-            raise ConfigError(
-                f"--detach with --on {self.on}", "what runs there ends with this command",
-                "jobs run on local, http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE",
-                "use the dashboard's address, usually port 8265, or leave --detach out",
-            )  # fmt: skip
+        if self.on not in ("local", JOB):
+            raise unknown_place(self.on)
         flags = {"--cluster": self.cluster, "--deadline": self.deadline, "--budget": self.budget,
                  "--pending": self.pending}  # fmt: skip
         idle = [flag for flag, value in flags.items() if value is not None]
@@ -101,7 +98,7 @@ def job_of(spec: Spec, cluster: ClusterSpec, on: str = "local") -> Job:
 def resolve_here(spec: SpecT, on: str, quiet: bool) -> SpecT:
     """Resolve `auto` GPUs for a stage that this command runs on this machine, and print the number with its reason.
 
-    On a Ray that is joined (`auto`, ray://) the stage resolves it there.
+    In a job, `auto` is resolved before the job is named.
     """
     if on != "local":
         return spec

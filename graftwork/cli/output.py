@@ -35,7 +35,7 @@ On = Annotated[
     typer.Option(
         "--on",
         metavar="WHERE",
-        help="local (a private Ray), ray://HOST:PORT, http://HOST:PORT of a Ray, or k8s:CONTEXT/NAMESPACE.",
+        help="local (a private Ray), http://HOST:8265 of a Ray, or k8s:CONTEXT/NAMESPACE.",
     ),
 ]
 Detach = Annotated[bool, typer.Option("--detach", help="Leave it to run; follow it with `graftwork jobs`.")]

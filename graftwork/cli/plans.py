@@ -20,6 +20,7 @@ from graftwork.cli.output import (
     print_table,
     say,
 )
+from graftwork.cluster.address import FORMS, unknown_place
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
 
@@ -65,9 +66,7 @@ def plan(
             raise ConfigError("--gpu, --gpus, --replay with --on", "a job is planned for its cluster's machines",
                               "the cluster's file names them: workers[].gpu_type", "leave one of them out")  # fmt: skip
         if on != "local" and not on.startswith(ELSEWHERE):
-            raise ConfigError(f"--on {on}", "no jobs run there", "a plan with --on is of a job: local, "
-                              "http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE",
-                              "use --on k8s:CONTEXT/NAMESPACE, or leave --on out")  # fmt: skip
+            raise unknown_place(on, f"a plan with --on is of a job: {FORMS}")
         return _plan_job(file, sets, Launch(on, True, cluster, deadline, budget, pending), as_json)
     flags = {"--cluster": cluster, "--deadline": deadline, "--budget": budget, "--pending": pending}
     if given := [flag for flag, value in flags.items() if value is not None]:

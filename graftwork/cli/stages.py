@@ -132,7 +132,7 @@ def serve(
 
     spec = resolve_here(spec, on, as_json)
     _check_before_ray(spec, on)
-    with session(on) as here, here.here(deploy)(spec) as endpoint:
+    with session(on), deploy(spec) as endpoint:
         with endpoint.client() as client:
             models = [model["id"] for model in client.models()]
         if as_json:
@@ -184,7 +184,7 @@ def chat(
 
     _check_before_ray(spec, on)
     say(f"no endpoint answers at {spec.host}:{spec.port}: starting one")
-    with session(on) as here, here.here(deploy)(spec) as endpoint, endpoint.client() as client:
+    with session(on), deploy(spec) as endpoint, endpoint.client() as client:
         _converse(client, model, message)
 
 

@@ -2,9 +2,10 @@
 
 from graftwork import config
 from graftwork.cli.output import On, SpecFile, say
+from graftwork.cluster.address import JOB
 
 
-def trial(file: SpecFile, on: On = "auto") -> None:
+def trial(file: SpecFile, on: On = JOB) -> None:
     """Train one trial of a sweep; the sweep reads its steps from the store."""
     from graftwork.cluster.session import session
     from graftwork.tuning.trial_spec import TrialSpec

@@ -79,7 +79,7 @@ GROUNDS = {"local": local, "address": address, "kuberay": kuberay}
 @contextlib.contextmanager
 def _without_room(on: str, attempt: Attempt) -> Iterator[None]:
     """The attempt's driver asks for more CPUs than there are, as on a head that has no room for it."""
-    words = ("python -m graftwork.cluster.driver", attempt.job.root, attempt.job.job_id, str(attempt.number), "auto")
+    words = ("python -m graftwork.cluster.driver", attempt.job.root, attempt.job.job_id, str(attempt.number), "job")
     with JobsApi(on) as jobs:
         name = AddressPlace(on, attempt.job.root).name(attempt.id)
         jobs.submit(" ".join(words), build_wheel()[1], name, entrypoint_num_cpus=1000)

@@ -29,7 +29,7 @@ from graftwork.cluster.session import session
 from graftwork.training.run import train
 from graftwork.training.spec import TrainSpec
 
-with session("auto"):
+with session("job"):
     for text in sys.argv[1:]:
         report = train(TrainSpec.model_validate_json(text)).as_dict()
         print(json.dumps({key: report[key] for key in ("train_loss", "eval_loss", "notes")}), flush=True)

@@ -1,4 +1,4 @@
-"""A private Ray leaves no open door and nothing behind; an existing Ray is joined, or refused with a reason."""
+"""A private Ray leaves no open door and nothing behind; an existing Ray runs a command, or refuses it with a reason."""
 
 import contextlib
 import json
@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -39,25 +38,13 @@ with session("local") as here:
 print(json.dumps([os.environ.get("RAY_AUTH_TOKEN"), ray.is_initialized()]))
 """
 
-JOIN = """
+SUBMIT = """
 import sys
 from graftwork.cluster.jobs import run_command
-from graftwork.cluster.session import session
 from graftwork.errors import GraftworkError
 
-def stage(count, on_progress):
-    import ray
-    for number in range(count):
-        on_progress(number)
-    return ray.cluster_resources()["CPU"], __import__("graftwork").__file__
-
 try:
-    if sys.argv[1].startswith("ray://"):
-        with session(sys.argv[1]) as here:
-            told = []
-            print(here.run(stage, 3, on_progress=told.append), told)
-    else:
-        sys.exit(run_command(sys.argv[1], sys.argv[2:]))
+    sys.exit(run_command(sys.argv[1], sys.argv[2:]))
 except GraftworkError as error:
     print(error)
     sys.exit(error.exit_code)
@@ -131,17 +118,10 @@ def listening(process: psutil.Process) -> set[tuple[str, int]]:
     return set()
 
 
-@dataclass(frozen=True)
-class Existing:
-    """A Ray that somebody else runs, with a token."""
-
-    client: str
-    dashboard: str
-
-
 @pytest.fixture(scope="module")
-def existing() -> Iterator[Existing]:
-    ports = [free_port() for _ in range(4)]
+def dashboard() -> Iterator[str]:
+    """Address of a Ray that somebody else runs, with a token."""
+    ports = [free_port() for _ in range(3)]
     with tempfile.TemporaryDirectory(prefix="gwr-", dir="/tmp") as folder:
         environment = {
             **without_ray(),
@@ -152,16 +132,15 @@ def existing() -> Iterator[Existing]:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         }
         command = ["ray", "start", "--head", "--block", "--num-cpus=3", f"--temp-dir={folder}", "--disable-usage-stats"]
-        command += [f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}", f"--dashboard-port={ports[2]}"]
+        command += [f"--port={ports[0]}", f"--dashboard-port={ports[1]}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=true"]
         # the default, 52365, belongs to the first Ray of a machine; without a port an agent lives and takes no jobs
-        command.append(f"--dashboard-agent-listen-port={ports[3]}")
+        command.append(f"--dashboard-agent-listen-port={ports[2]}")
         with open(Path(folder) / "head.log", "w", encoding="utf-8") as log:
             head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             wait_for(ports[1], head)
-            wait_for(ports[2], head)
-            yield Existing(f"ray://127.0.0.1:{ports[1]}", f"http://127.0.0.1:{ports[2]}")
+            yield f"http://127.0.0.1:{ports[1]}"
         finally:
             below = psutil.Process(head.pid).children(recursive=True)
             head.terminate()
@@ -180,28 +159,19 @@ def wait_for(port: int, head: subprocess.Popen[bytes]) -> None:
     pytest.fail(f"the existing Ray does not listen on {port}")
 
 
-def test_an_existing_ray_is_joined_with_its_token_and_refused_without(existing: Existing, tmp_path: Path) -> None:
-    """Four processes at once: ray:// and http:// with the cluster's token, and both with a wrong one."""
+def test_an_existing_ray_runs_a_command_with_its_token_and_refuses_without(dashboard: str, tmp_path: Path) -> None:
+    """Two processes at once: with the cluster's token, and with a wrong one."""
     (tmp_path / "bad.yaml").write_text("kind: train\nnam: x\n")
-    right = {**without_ray(), "RAY_AUTH_TOKEN": TOKEN}
-    wrong = {**without_ray(), "RAY_AUTH_TOKEN": "f" * 48}
-    there = start(JOIN, existing.client, env=right)
-    command = start(JOIN, existing.dashboard, "config", "check", str(tmp_path / "bad.yaml"), env=right)
-    wrong_client = start(JOIN, existing.client, env=wrong)
-    wrong_command = start(JOIN, existing.dashboard, "config", "check", "x.yaml", env=wrong)
+    argv = (dashboard, "config", "check")
+    right = start(SUBMIT, *argv, str(tmp_path / "bad.yaml"), env={**without_ray(), "RAY_AUTH_TOKEN": TOKEN})
+    wrong = start(SUBMIT, *argv, "x.yaml", env={**without_ray(), "RAY_AUTH_TOKEN": "f" * 48})
 
-    said, errors = there.communicate(timeout=200)
-    assert there.returncode == 0, said + errors
-    assert "(3.0, '" in said, "the stage ran on the cluster's CPUs"
-    assert "[0, 1, 2]" in said, "its progress was told here"
+    said, errors = right.communicate(timeout=200)
+    assert right.returncode == 2, said + errors
+    assert "nam: unknown key (value 'x')" in said, "the command's own message and exit code come back"
     assert str(ROOT) not in said, "it ran on the code that was shipped"
 
-    said, errors = command.communicate(timeout=200)
-    assert command.returncode == 2, said + errors
-    assert "nam: unknown key (value 'x')" in said, "the command's own message and exit code come back"
-
-    for refused in (wrong_client, wrong_command):
-        said, errors = refused.communicate(timeout=200)
-        assert refused.returncode == 3, said + errors
-        assert "refused the connection" in said
-        assert "RAY_AUTH_TOKEN" in said
+    said, errors = wrong.communicate(timeout=200)
+    assert wrong.returncode == 3, said + errors
+    assert "refused the connection" in said
+    assert "RAY_AUTH_TOKEN" in said

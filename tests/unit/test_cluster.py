@@ -9,21 +9,23 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from graftwork.cli import app
 from graftwork.cluster.address import host_and_port, require_reachable, without_on
+from graftwork.cluster.jobs import run_command
 from graftwork.cluster.local import environment_of, own_folder
 from graftwork.cluster.session import Session, session
 from graftwork.cluster.shipping import LINKED, shipped
 from graftwork.errors import ClusterError, ConfigError
-from tests.processes import fork_race
+from tests.processes import ROOT, fork_race
 from tests.training import task
 
 
 @pytest.mark.parametrize(
     ("on", "found"),
     [
-        ("ray://10.0.0.7:10001", ("10.0.0.7", 10001)),
-        ("ray://head", ("head", 10001)),
+        ("http://head", ("head", 80)),
         ("http://127.0.0.1:8265/", ("127.0.0.1", 8265)),
         ("https://ray.example.org", ("ray.example.org", 443)),
         ("http://[::1]:8265", ("::1", 8265)),
@@ -33,7 +35,9 @@ def test_addresses(on: str, found: tuple[str, int]) -> None:
     assert host_and_port(on) == found
 
 
-@pytest.mark.parametrize("on", ["ray://", "http://host:port", "http://me:secret@host:8265", "http://host:8265/jobs"])
+@pytest.mark.parametrize(
+    "on", ["ray://head:10001", "http://", "http://host:port", "http://me:secret@host:8265", "http://host:8265/jobs"]
+)
 def test_what_is_no_address_is_refused(on: str) -> None:
     with pytest.raises(ConfigError, match="not an address of a Ray"):
         host_and_port(on)
@@ -43,15 +47,38 @@ def test_what_is_no_address_is_refused(on: str) -> None:
 def test_an_unknown_place_is_refused_with_the_known_ones(on: str) -> None:
     with pytest.raises(ConfigError, match="not a place to run") as caught, session(on):
         pass
-    assert "ray://HOST:PORT" in caught.value.rule
+    assert "http(s)://HOST:PORT" in caught.value.rule
+    assert "http://HOST:8265" in caught.value.next_move
+
+
+@pytest.mark.parametrize(
+    ("on", "use"),
+    [
+        ("auto", "--on http://HOST:8265"),
+        ("ray://10.0.0.7:10001", "--on http://10.0.0.7:8265"),
+        ("ray://", "--on http://HOST:8265"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "train --detach", "serve", "demo", "doctor", "plan"])
+def test_an_address_that_a_driver_would_join_is_refused_with_the_dashboards(on: str, use: str, verb: str) -> None:
+    name, *flags = verb.split()
+    file = {"train": "train-airport-card", "plan": "train-airport-card", "serve": "serve", "demo": "demo"}.get(name)
+    argv = [name, *([str(ROOT / "examples" / f"{file}.yaml")] if file else []), *flags, "--on", on]
+    done = CliRunner().invoke(app, argv)
+    error = done.exception
+    assert isinstance(error, ConfigError), (done.output, error)
+    assert error.asked == f"--on {on}"
+    assert error.found == "commands do not join a Ray as its driver or client"
+    assert "http://HOST:8265" in error.rule
+    assert error.next_move == use
 
 
 def test_nobody_listening_is_said_with_what_to_do() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        on = f"ray://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(ClusterError, match="nothing answers at 127.0.0.1") as caught, session(on):
-            pass
+        on = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ClusterError, match="nothing answers at 127.0.0.1") as caught:
+            run_command(on, ["demo", "demo.yaml"])
     assert caught.value.exit_code == 3
     assert "--on local" in caught.value.next_move
 
@@ -61,9 +88,9 @@ def test_something_else_listening_is_reached_but_not_taken_for_a_ray() -> None:
         require_reachable(f"http://127.0.0.1:{server.getsockname()[1]}")
 
 
-def test_auto_needs_a_surrounding_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jobs_command_needs_a_surrounding_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ClusterError, match="RAY_ADDRESS is not set"), session("auto"):
+    with pytest.raises(ClusterError, match="RAY_ADDRESS is not set"), session("job"):
         pass
 
 
@@ -76,18 +103,13 @@ def test_a_relative_root_is_refused_on_a_cluster(tmp_path: Path) -> None:
     def stage(spec: object) -> None:
         raise AssertionError("it must not start")
 
-    here = Session("auto", "127.0.0.1:6379")
-    with pytest.raises(ConfigError, match=r"root=\.graftwork with --on auto"):
+    here = Session("job", "127.0.0.1:6379")
+    with pytest.raises(ConfigError, match=r"root=\.graftwork with --on job"):
         here.run(stage, task(tmp_path, root=".graftwork"))
 
 
-def test_a_command_behind_ray_client_that_must_stay_is_refused() -> None:
-    with pytest.raises(ClusterError, match="must stay connected"):
-        Session("ray://head:10001", "head:10001", remote=True).here(print)
-
-
 def test_the_on_option_is_left_out_of_what_is_sent() -> None:
-    argv = ["train", "a.yaml", "--on", "http://h:1", "--set", "seed=1", "--on=ray://x:1", "--json"]
+    argv = ["train", "a.yaml", "--on", "http://h:1", "--set", "seed=1", "--on=http://x:1", "--json"]
     assert without_on(argv) == ["train", "a.yaml", "--set", "seed=1", "--json"]
 
 

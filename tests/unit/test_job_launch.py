@@ -42,8 +42,8 @@ def write(folder: Path, name: str, code: str) -> str:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        (Launch("ray://127.0.0.1:10001", detach=True), ["--detach with --on ray://", "8265"]),
-        (Launch("auto", detach=True), ["--detach with --on auto"]),
+        (Launch("ray://127.0.0.1:10001", detach=True), ["--on ray://127.0.0.1:10001", "--on http://127.0.0.1:8265"]),
+        (Launch("auto", detach=True), ["--on auto", "--on http://HOST:8265"]),
         (Launch("local", deadline="2h", budget=3.0), ["--deadline, --budget with --on local", "add --detach"]),
     ],
 )
