@@ -2,7 +2,7 @@
 
     python -m benchmarks.head_kill [--rounds 10] [--trained 3]
 
-An own cluster of one head on loopback that keeps its state in RocksDB; without that, Ray forgets its jobs with it.
+A cluster of one head on loopback, by docs/ray-cluster.md, that stores its state in RocksDB; else Ray loses its jobs.
 In each round every process of the head gets kill -9 at a random moment while a job runs, and the head is started again
 at once. `ours` is the time until `status` no longer says that the job runs, `ray` that of Ray's Jobs API for the same
 attempt of the same job, from the kill on; both are asked twice a second, and the restart (`head_back`) is within both.
@@ -44,12 +44,8 @@ class Rounds:
         })  # fmt: skip
         self.train = {"kind": "train", **spec.model_dump(mode="json", exclude_unset=True)}
         self.wait = {"kind": "command", "name": "wait", "root": self.train["root"], "argv": ["sleep", "3600"]}
-        self.head = cluster.start(None, *self.keeping)
+        self.head = cluster.start(None, "--num-cpus", "2")
         self.found: list[dict[str, float]] = []
-
-    @property
-    def keeping(self) -> tuple[str, ...]:
-        return ("--cpus", "2", "--gcs-storage", f"rocksdb {self.cluster.folder / 'gcs'}")
 
     @property
     def root(self) -> Path:
@@ -92,7 +88,7 @@ class Rounds:
         ]
         for thread in watching:
             thread.start()
-        self.head = self.cluster.start(None, *self.keeping)
+        self.head = self.cluster.start(None, "--num-cpus", "2")
         one["head_back"] = time.time() - killed_at
         for thread in watching:
             thread.join()
@@ -139,7 +135,7 @@ class Rounds:
             time.sleep(LOOK_S)
 
     def _client(self, *argv: str) -> None:
-        from tests.hosts.own import graftwork
+        from tests.hosts.nodes import graftwork
 
         done: subprocess.CompletedProcess[str] = graftwork(self.cluster, *argv, timeout_s=PATIENCE_S)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -163,10 +159,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--trained", type=int, default=3)
     args = parser.parse_args()
-    from tests.hosts.own import own_cluster
+    from tests.hosts.nodes import ray_cluster
 
     clock = Clock()
-    with own_cluster() as cluster:
+    with ray_cluster(keeps=True) as cluster:
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster.token_file)})
         rounds = Rounds(cluster, random.Random(0))
         for number, spec in ((args.trained, rounds.train), (args.rounds - args.trained, rounds.wait)):

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from graftwork import __version__
-from graftwork.cli import adapters, clusters, configs, experiments, exporting, jobs, k8s, rag, stages
+from graftwork.cli import adapters, configs, experiments, exporting, jobs, k8s, rag, stages
 from graftwork.cli.doctor import doctor
 from graftwork.cli.output import print_error
 from graftwork.errors import GraftworkError, Interrupted
@@ -45,7 +45,6 @@ stages.register(app)
 app.command()(doctor)
 app.command()(adapters.swap)
 app.add_typer(adapters.app, name="adapters")
-app.add_typer(clusters.app, name="cluster")
 app.add_typer(configs.app, name="config")
 app.add_typer(experiments.app, name="experiment")
 jobs.app.command("export")(exporting.export)

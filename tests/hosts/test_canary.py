@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.hosts.doors import routes
-from tests.hosts.own import OwnCluster, graftwork, own_cluster
+from tests.hosts.nodes import RayCluster, graftwork, ray_cluster
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 CANARY = "canary0f1e2d3c4b5a69788796a5b4c3d2e1f0"
@@ -19,8 +19,8 @@ USES_THEM = "import os; assert os.environ['AWS_SECRET_ACCESS_KEY'].endswith('aws
 
 
 def test_a_secret_of_the_environment_is_found_in_no_log_answer_argument_or_record() -> None:
-    with own_cluster(SECRETS) as cluster:
-        head = cluster.start(None, "--cpus", "1")
+    with ray_cluster(SECRETS) as cluster:
+        head = cluster.start(None, "--num-cpus", "1")
         token = cluster.token_file.read_text()
         lines: set[str] = set()
         done = threading.Event()
@@ -58,7 +58,7 @@ def watch(lines: set[str], done: threading.Event) -> None:
                 lines.add(" ".join(process.cmdline()))
 
 
-def all_answers(cluster: OwnCluster, token: str) -> dict[str, str]:
+def all_answers(cluster: RayCluster, token: str) -> dict[str, str]:
     """What every route of the dashboard answers to GET with the token; those that profile or wait are left out, and
     the one that follows a job's log: of a job that is not there, Ray (2.60) logs the request with its headers."""
     found = {}

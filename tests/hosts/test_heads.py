@@ -1,53 +1,27 @@
-"""A head that is killed and comes back with what it knew: its workers rejoin, its jobs are told of truly."""
+"""Heads of docs/ray-cluster.md: jobs and strangers, a kill, the return with jobs and workers."""
 
 import contextlib
 import json
-import os
-import secrets
-import shutil
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from tests.hosts.own import OwnCluster, graftwork, own_cluster, until
-from tests.ports import free_port
+from tests.hosts.doors import calls
+from tests.hosts.nodes import GRPC, RayCluster, graftwork, port_table, ray_cluster, until
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 TRUE_WITHIN_S = 30.0
 
 
-@contextmanager
-def redis(folder: Path) -> Iterator[tuple[str, str]]:
-    """(address, password) of a Redis of the test's own, on loopback."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("REDIS IS NOT TESTED HERE: there is no redis-server (apt-get install redis-server)")
-    port, password = free_port(), secrets.token_hex(16)
-    config = folder / "redis.conf"
-    config.touch(mode=0o600)
-    config.write_text(f"port {port}\nbind 127.0.0.1\nrequirepass {password}\nsave ''\ndir {folder}\n")
-    with open(folder / "redis.log", "wb") as log:
-        server = subprocess.Popen(["redis-server", str(config)], stdout=log, stderr=log)
-    try:
-        yield f"redis://127.0.0.1:{port}", password
-    finally:
-        server.kill()
-        server.wait()
-
-
-def asked(cluster: OwnCluster, path: str) -> Any:
+def asked(cluster: RayCluster, path: str) -> Any:
     """What the dashboard answers to who has the token."""
     token = cluster.token_file.read_text()
     return httpx.get(f"{cluster.on}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=20).json()
 
 
-def alive(cluster: OwnCluster) -> int:
+def alive(cluster: RayCluster) -> int:
     """Nodes that the head knows to live."""
     with contextlib.suppress(httpx.HTTPError, ValueError):
         nodes = asked(cluster, "/api/v0/nodes")["data"]["result"]["result"]
@@ -55,7 +29,7 @@ def alive(cluster: OwnCluster) -> int:
     return 0
 
 
-def submitted(cluster: OwnCluster, name: str, *argv: str) -> str:
+def submitted(cluster: RayCluster, name: str, *argv: str) -> str:
     """Start a program as a job; its id."""
     spec = cluster.folder / f"{name}.yaml"
     spec.write_text(json.dumps({"kind": "command", "name": name, "root": str(cluster.folder), "argv": argv}))
@@ -64,23 +38,17 @@ def submitted(cluster: OwnCluster, name: str, *argv: str) -> str:
     return next(path.name for path in (cluster.folder / "jobs").iterdir() if path.name.startswith(f"{name}-"))
 
 
-def state(cluster: OwnCluster, job_id: str) -> str:
+def state(cluster: RayCluster, job_id: str) -> str:
     said = graftwork(cluster, "jobs", "status", job_id, "--root", str(cluster.folder), "--json")
     return str(json.loads(said.stdout)["state"])
 
 
-@pytest.mark.parametrize("store", ["rocksdb", "redis"])
-def test_a_killed_head_comes_back_with_its_jobs_and_its_workers(store: str) -> None:
-    with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(own_cluster())
-        argument, password = f"rocksdb {cluster.folder / 'gcs'}", ""
-        if store == "redis":
-            argument, password = stack.enter_context(redis(cluster.folder))
-            cluster.more = {"RAY_REDIS_PASSWORD": password}
-        keeping = ("--gcs-storage", argument, "--cpus", "1")
-        head = cluster.start(None, *keeping)
-        assert not password or password not in all_command_lines(), "a password is no argument"
-        worker = cluster.join(None, "--cpus", "1")
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_killed_head_comes_back_with_its_jobs_and_its_workers() -> None:
+    with ray_cluster(keeps=True) as cluster:
+        head = cluster.start(None, "--num-cpus", "1")
+        worker = cluster.join(None, "--num-cpus", "1")
         worker.wait_up()
         until(lambda: alive(cluster) == 2, 60)
         quick, long = submitted(cluster, "quick", "true"), submitted(cluster, "long", "sleep", "900")
@@ -89,7 +57,7 @@ def test_a_killed_head_comes_back_with_its_jobs_and_its_workers(store: str) -> N
         killed_at = head.kill()
         took = until(lambda: state(cluster, long) == "lost", 60)
         assert time.time() - killed_at < TRUE_WITHIN_S, took
-        head = cluster.start(None, *keeping)
+        head = cluster.start(None, "--num-cpus", "1")
         until(lambda: alive(cluster) == 2, 120, head.said)
         assert worker.process.poll() is None, worker.said()
         jobs = {job["submission_id"]: job["status"] for job in asked(cluster, "/api/jobs/")}
@@ -103,25 +71,35 @@ def test_a_killed_head_comes_back_with_its_jobs_and_its_workers(store: str) -> N
         assert ended.returncode == 0, ended.stderr
 
 
-def all_command_lines() -> str:
-    """What `ps` shows to everyone."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            found.append(" ".join(process.cmdline()))
-    return "\n".join(found)
+@pytest.mark.long
+def test_the_pages_commands_run_a_job_with_the_token_and_refuse_one_without() -> None:
+    """On loopback, without namespaces: no port of the node answers a caller that has no token with data."""
+    with ray_cluster() as cluster:
+        head = cluster.start(None, "--num-cpus", "1")
+        assert cluster.token_file.stat().st_mode & 0o777 == 0o600
+        job = submitted(cluster, "quick", "true")
+        strange = {**cluster.environment(), "RAY_AUTH_MODE": "disabled"}
+        spec = cluster.folder / "quick.yaml"
+        refused = graftwork(cluster, "command", str(spec), "--on", cluster.on, "--set", "name=other", env=strange)
+        assert refused.returncode == 3, refused.stdout + refused.stderr
+        assert "401" in refused.stderr
+        grpc = {name for name, (what, _) in port_table().items() if what in GRPC}
+        for port in grpc:
+            said = dict(calls("127.0.0.1", cluster.real(port)))
+            assert set(said.values()) <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}, (port, said)
+            assert "UNAUTHENTICATED" in said.values(), (port, said)
+        until(lambda: state(cluster, job) == "succeeded", 60)
+        below = head.below()
+        head.end()
+        assert psutil.wait_procs(below, timeout=20)[1] == [], "Ctrl-C leaves no process"
 
 
-def test_ctrl_c_and_kill_leave_no_process_and_no_folder() -> None:
-    with own_cluster() as cluster:
-        for way in ("end", "kill"):
-            head = cluster.start(None, "--cpus", "1")
-            below = head.below()
-            folders = {part for process in below for part in process.cmdline() if "gw-ray-" in part}
-            assert folders
-            getattr(head, way)()
-            assert psutil.wait_procs(below, timeout=20)[1] == []
-        assert os.listdir(cluster.folder / "cache" / "own-clusters") != [], "the killed one's record"
-        empty = graftwork(cluster, "cluster", "stop")
-        assert empty.returncode == 2, empty.stderr
-        assert os.listdir(cluster.folder / "cache" / "own-clusters") == []
+@pytest.mark.soak
+def test_a_killed_command_leaves_no_process() -> None:
+    """SIGKILL of `ray start` alone: its processes notice and end."""
+    with ray_cluster() as cluster:
+        head = cluster.start(None, "--num-cpus", "1")
+        below = head.below()
+        head.process.kill()
+        head.process.wait()
+        assert psutil.wait_procs(below, timeout=60)[1] == []

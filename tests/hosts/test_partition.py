@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.hosts.network import Host, Network, network
-from tests.hosts.own import OwnCluster, graftwork, own_cluster, until
+from tests.hosts.nodes import RayCluster, graftwork, ray_cluster, until
 from tests.training import task
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
@@ -20,7 +20,7 @@ class Hosts:
     """A head without CPUs, two workers of one each, a client."""
 
     made: Network
-    cluster: OwnCluster
+    cluster: RayCluster
     workers: list[Host]
     client: Host
 
@@ -39,10 +39,10 @@ class Hosts:
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    with network() as made, own_cluster() as cluster:
+    with network() as made, ray_cluster() as cluster:
         head, *workers, client = [made.add() for _ in range(4)]
-        cluster.start(head, "--cpus", "0")
-        for node in [cluster.join(host, "--cpus", "1") for host in workers]:
+        cluster.start(head, "--num-cpus", "0")
+        for node in [cluster.join(host, "--num-cpus", "1") for host in workers]:
             node.wait_up()
         yield Hosts(made, cluster, workers, client)
 

@@ -123,3 +123,10 @@ def test_a_beat_is_as_old_as_the_store_says_whatever_its_machine_says(tmp_path: 
     assert found.silent_s < SILENT_S
     assert found.clock_off_s == pytest.approx(off_s, abs=10)
     assert judge(found, Seen("RUNNING"), time.time()).state == "running"
+
+
+def test_a_job_whose_ray_lost_its_head_is_retried_as_lost() -> None:
+    said = "[2026-11-26 E 1 1] rpc_client.h:204: Failed to connect to GCS within 15 seconds. GCS may have been killed."
+    found = judge(AttemptRecord(1, 0.0, 1.0, None, None, Ended(2.0, 1, message=said)), None, 3.0)
+    assert (found.state, found.cause) == ("failed", "lost")
+    assert "the head of its Ray died under it" in found.why
