@@ -7,6 +7,7 @@ their names, `recipe://NAME/FILE`, or a Hugging Face dataset `hf://OWNER/NAME[@R
 import csv
 import gzip
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from graftwork.storage import cache_root, open_uri
 
 Record = tuple[int, dict[str, Any]]
 """(1-based row number, the row as an object)."""
+
+RECIPES = "graftwork.recipes"
+"""Module whose `build(name)` makes the files of `recipe://NAME/FILE`; by name, since recipes import the core."""
 
 PARQUET_BATCH = 1024
 """Rows of a Parquet file that are in memory at once."""
@@ -184,10 +188,9 @@ def _hub_parts(uri: str) -> tuple[str, str | None, str, str | None]:
 
 
 def _recipe_file(uri: str) -> Path:
-    from graftwork import recipes
-
+    build: Callable[[str], Path] = importlib.import_module(RECIPES).build
     name, _, file = uri.removeprefix("recipe://").partition("/")
-    folder = recipes.build(name)
+    folder = build(name)
     if not file or "/" in file or not (folder / file).is_file():
         files = ", ".join(sorted(path.name for path in folder.iterdir()))
         raise DataError(uri, f"recipe {name} has no file {file!r}", f"its files are {files}", "name one of them")

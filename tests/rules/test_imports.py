@@ -86,6 +86,12 @@ def test_spine_imports_neither_torch_nor_ray_at_module_level(path: Path) -> None
     assert not heavy & {"torch", "ray", "transformers", "peft", "trl", "datasets", "s3fs", "fsspec"}
 
 
+def test_the_spine_finds_recipes_by_name_and_imports_none() -> None:
+    found = [p for p in sources() if room(p) != "cli" and "recipes" not in p.parts]
+    names = {p: imported(ast.parse(p.read_text(encoding="utf-8"))) for p in found}
+    assert [p for p, used in names.items() if any(name.startswith("graftwork.recipes") for name in used)] == []
+
+
 def test_ray_is_started_in_one_room() -> None:
     starts = {room(p) for p in sources() if "ray.init(" in p.read_text(encoding="utf-8")}
     assert starts == {"cluster"}, f"ray.init outside cluster/: {starts}"

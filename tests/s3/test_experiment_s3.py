@@ -5,7 +5,7 @@ from pathlib import Path
 
 import httpx
 
-from graftwork.serving.experiment.online.log_reader import ExperimentLog
+from graftwork.serving.experiment.online.log_reader import ExperimentLog, merged_parquet
 from graftwork.serving.experiment.online.log_row import LogRow
 from graftwork.serving.experiment.online.segments import Segments, SegmentWriter
 from graftwork.serving.spec import ServeSpec
@@ -22,7 +22,7 @@ def test_segments_merge_and_a_cut_object_is_told(s3_store: Store) -> None:
     writer = SegmentWriter(Segments(s3_store, ("x-1",)), merge_at=4)
     for number in range(4):
         writer.publish([row(number)])
-    writer.merge()
+    writer.merge(merged_parquet)
     writer.publish([row(4)])
     writer.publish([row(5), row(1)])
     assert len(s3_store.list("x-1")) == 3

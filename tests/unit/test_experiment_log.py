@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from graftwork.errors import StorageError
-from graftwork.serving.experiment.online.log_reader import ExperimentLog, read_log, scores_of
+from graftwork.serving.experiment.online.log_reader import ExperimentLog, merged_parquet, read_log, scores_of
 from graftwork.serving.experiment.online.log_row import Assignment, LogRow
 from graftwork.serving.experiment.online.recorder import Recorder
 from graftwork.serving.experiment.online.segments import Segment, Segments, SegmentWriter, parse_name
@@ -106,7 +106,7 @@ def test_small_segments_become_one_parquet_with_the_same_rows(store: Store) -> N
     batches = [[answer(n), given(n, "thumbs", 1.0)] for n in range(3)] + [[answer(5, scores={"other": 0.25})]]
     writer = write(store, *batches)
     before, _ = read(store)
-    writer.merge()
+    writer.merge(merged_parquet)
     names = store.list(*FOLDER)
     assert [parse_name(name).kind for name in names if parse_name(name)] == ["parquet"]  # type: ignore[union-attr]
     after, log = read(store)
@@ -119,20 +119,20 @@ def test_small_segments_become_one_parquet_with_the_same_rows(store: Store) -> N
 def test_a_parquet_whose_parts_were_not_removed_yet_counts_once(store: Store) -> None:
     writer = write(store, *[[answer(n)] for n in range(4)])
     parts = {name: store.read_bytes(*FOLDER, name) for name in store.list(*FOLDER)}
-    writer.merge()
+    writer.merge(merged_parquet)
     for name, data in parts.items():  # killed between the Parquet and the removal
         store.write_bytes(data, *FOLDER, name)
     found, log = read(store)
     assert [row.request_id for row in found] == ["r0", "r1", "r2", "r3"]
     assert (log.health.duplicates, log.health.segments) == (0, 1)
-    write(store).merge()
+    write(store).merge(merged_parquet)
     assert len(store.list(*FOLDER)) == 1
 
 
 @pytest.mark.parametrize("keep", [0, 4, 300, -4])
 def test_a_half_written_parquet_counts_for_nothing_and_takes_no_other_along(store: Store, keep: int) -> None:
     writer = write(store, *[[answer(n)] for n in range(4)])
-    writer.merge()
+    writer.merge(merged_parquet)
     writer.publish([answer(7)])
     merged = Segments(store, FOLDER).listed()[0]
     path = Path(store.path(*FOLDER, merged.name))

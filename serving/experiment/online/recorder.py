@@ -110,7 +110,9 @@ class Recorder:
         self._writer.publish(rows)
         self._published += 1
         if self._published % MERGE_EVERY == 1:
-            self._writer.merge()
+            from graftwork.serving.experiment.online.log_reader import merged_parquet  # loads pyarrow
+
+            self._writer.merge(merged_parquet)
 
 
 async def _to_its_end(work: Coroutine[None, None, None]) -> None:

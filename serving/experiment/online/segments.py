@@ -8,7 +8,7 @@ of its rows counts, and the others' all do. The order is that of the names, neve
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,10 @@ def encode(rows: Sequence[LogRow]) -> bytes:
     return b"".join(row.model_dump_json(exclude_defaults=True).encode() + b"\n" for row in rows)
 
 
+Merged = Callable[[Segments, Sequence[Segment]], tuple[bytes, int] | None]
+"""`log_reader.merged_parquet`: the rows of segments as one Parquet, and their number."""
+
+
 class SegmentWriter:
     """Numbers the segments of one process and merges them. All methods block."""
 
@@ -104,17 +108,15 @@ class SegmentWriter:
             if self._segments.create(Segment(self._writer, self._number, self._number, len(rows), "jsonl"), data):
                 return
 
-    def merge(self) -> None:
+    def merge(self, merged: Merged) -> None:
         """Turn the JSON lines of each writer into one Parquet, once there are many."""
-        from graftwork.serving.experiment.online.log_reader import merged_parquet
-
         for one in self._segments.leftovers():
             self._segments.remove(one)
         small = [s for s in self._segments.listed() if s.kind == "jsonl"]
         for run in _runs(small):
             if len(run) < self._merge_at and run[0].writer == self._writer:
                 continue
-            whole = merged_parquet(self._segments, run)
+            whole = merged(self._segments, run)
             if whole is None or len(run) < 2:
                 continue  # a damaged one stays as it is, for whoever looks into it
             self._segments.create(Segment(run[0].writer, run[0].first, run[-1].last, whole[1], "parquet"), whole[0])
