@@ -173,8 +173,8 @@ class ClusterSpec(Spec):
     env: dict[str, str] = {}
     """Plain environment variables. One that looks like a secret is refused."""
     labels: dict[str, str] = {}
-    keep_s: float = Field(default=30.0, ge=0)
-    """How long the machines of a RayJob stay after its end, GPUs included, for who wants to look into them. Its record
+    ttl_s: float = Field(default=30.0, ge=0)
+    """Seconds that the pods of a RayJob stay after the job ends, GPUs included (`ttlSecondsAfterFinished`). Its record
     and its log stay in the store."""
 
     @model_validator(mode="after")

@@ -58,7 +58,7 @@ class Elsewhere:
 
 def check_elsewhere(spec: TuneSpec) -> None:
     """Raises ConfigError for a sweep whose trials can't be jobs."""
-    asked = {"together": spec.together > 1, "search.kind=pbt": isinstance(spec.search, PbtSpec)}
+    asked = {"share_base": spec.share_base > 1, "search.kind=pbt": isinstance(spec.search, PbtSpec)}
     for key, given in asked.items():
         if given:
             raise ConfigError(

@@ -35,7 +35,10 @@ def show_study(report: "StudyReport") -> None:
     print_table(
         f"published patterns (paired, Holm over {len(report.claims)}, {100 * (1 - report.alpha):g}% intervals)",
         ("claim", "on", "difference", "p", "n", "here"),
-        [(c.says, c.metric, _interval(c, signed=True), f"{c.p_adjusted:.2g}", c.n, _outcome(c)) for c in report.claims],
+        [
+            (c.statement, c.metric, _interval(c, signed=True), f"{c.p_adjusted:.2g}", c.n, _outcome(c))
+            for c in report.claims
+        ],
     )
 
 

@@ -117,8 +117,8 @@ def show(spec: "TuneSpec", report: "TuneReport", sweep: "SweepRecord", shadow: d
     for line in (report.choice.verdict, *report.choice.notes):
         say(line)
     if report.choice.front:
-        goals = ", ".join(goal.metric for goal in spec.goals)
-        say(f"no trial beats these in all of {goals}: {', '.join(report.choice.front)}")
+        objectives = ", ".join(goal.metric for goal in spec.objectives)
+        say(f"no trial beats these in all of {objectives}: {', '.join(report.choice.front)}")
     if sweep.heat is not None and sweep.heat.rates is not None:
         say(rates_words(sweep.heat.rates))
     if sweep.stops is not None:

@@ -100,7 +100,7 @@ def test_empty_dataset(tmp_path: Path, spec: dict[str, object]) -> None:
 def test_rows_too_long_are_refused_by_setting(tmp_path: Path, spec: dict[str, object]) -> None:
     rows = tmp_path / "long.jsonl"
     rows.write_text(json.dumps({"id": "1", "prompt": "word " * 400, "completion": "x"}) + "\n")
-    path = write(tmp_path, spec, data={"train": str(rows)}, max_length=64, too_long="refuse")
+    path = write(tmp_path, spec, data={"train": str(rows)}, max_length=64, on_overlong="refuse")
     refused(run("train", path), 2, "row 1", "64")
 
 

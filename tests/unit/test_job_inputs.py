@@ -107,12 +107,12 @@ def test_the_identity_is_the_contents(here: Path) -> None:
 
 def test_every_key_of_a_stage_that_names_a_file_travels(here: Path) -> None:
     specs: list[Spec] = [
-        train(prompt={"shots": 1, "shots_from": "rows.jsonl"}, data={"train": "rows.jsonl", "eval": "held-out.jsonl",
+        train(prompt={"shots": 1, "few_shot_file": "rows.jsonl"}, data={"train": "rows.jsonl", "eval": "held-out.jsonl",
               "context": {"corpus": "docs/a.md"}}),
         validate(TuneSpec, {"name": "sweep", "train": train().model_dump(mode="json", exclude_unset=True),
                  "space": {"data.train": {"kind": "choice", "values": ["rows.jsonl", "more.jsonl"]}}}, "test"),
         validate(ServeSpec, {"name": "s", "base": "b", "arms": [{"name": "a", "grammar": {"json_schema": "schema.json"},
-                 "retriever": {"corpus": "docs"}, "prompt": {"shots": 1, "shots_from": "rows.jsonl"}}]}, "test"),
+                 "retriever": {"corpus": "docs"}, "prompt": {"shots": 1, "few_shot_file": "rows.jsonl"}}]}, "test"),
         validate(CompareSpec, {"name": "c", "base": "b", "eval": "rows.jsonl", "answer_schema": "schema.json",
                  "arms": [{"name": "a"}, {"name": "b"}], "baseline": "a", "probes": {"corpus": "docs/a.md"},
                  "scorers": [{"kind": "sql", "setup": "setup.sql"},

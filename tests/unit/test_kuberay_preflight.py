@@ -99,7 +99,7 @@ BAD_SPECS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # code, changes
     ("E-ENTRYPOINT-SHELL", store(uri="s3://bucket/$(id)"), NONE),
     ("E-ENTRYPOINT-SHELL", store(uri="s3://bucket/a;ls"), NONE),
     ("E-SCHEMA-BOUNDS", {"limits": {"deadline": "30000d"}}, NONE),
-    ("E-SCHEMA-BOUNDS", {"keep_s": 2.0**40}, NONE),
+    ("E-SCHEMA-BOUNDS", {"ttl_s": 2.0**40}, NONE),
     ("E-GPU-NONE", workers(gpu=0), NONE),
     ("E-FIT-NO-GPU", {"workers": [{"name": "cpu"}]}, ON_GPUS),
     ("E-FIT-WORKERS", workers(count=1), ON_GPUS),
@@ -297,7 +297,7 @@ SPECS = st.fixed_dictionaries(
         "auth": st.fixed_dictionaries({"mode": st.sampled_from(["token", "disabled"])}, optional={"secret": TEXTS}),
         "head": st.fixed_dictionaries({"cpu": SIZES, "memory": SIZES}),
         "limits": st.fixed_dictionaries({}, optional={"deadline": TIMES, "pending": TIMES}),
-        "service_account": TEXTS, "env": st.dictionaries(TEXTS, TEXTS, max_size=2), "keep_s": st.floats(0, 1e10),
+        "service_account": TEXTS, "env": st.dictionaries(TEXTS, TEXTS, max_size=2), "ttl_s": st.floats(0, 1e10),
         "secret_env": st.dictionaries(TEXTS, TEXTS, max_size=2), "labels": st.dictionaries(TEXTS, TEXTS, max_size=2),
     },
 )  # fmt: skip
