@@ -22,7 +22,7 @@ def host_and_port(on: str) -> tuple[str, int]:
     except (ValueError, KeyError):
         port = 0
     if not parts.hostname or not port or parts.username or parts.path not in ("", "/"):
-        raise ConfigError(f"--on {on}", "not an address of a Ray", FORMS, "write for example http://127.0.0.1:8265")
+        raise ConfigError(f"--target {on}", "not an address of a Ray", FORMS, "write for example http://127.0.0.1:8265")
     return parts.hostname, port
 
 
@@ -33,10 +33,10 @@ def require_reachable(on: str) -> None:
         socket.create_connection((host, port), timeout=REACH_S).close()
     except OSError as error:
         raise ClusterError(
-            f"--on {on}",
+            f"--target {on}",
             f"nothing answers at {host}:{port} ({error})",
             "a running Ray's client server (ray://, usually port 10001) or dashboard (http://, usually 8265) is needed",
-            "start it, open a tunnel to it, or use --on local",
+            "start it, open a tunnel to it, or use --target local",
         ) from None
 
 
@@ -72,7 +72,7 @@ def refused(on: str, why: str) -> ClusterError:
     """The cluster is there but does not take us."""
     token = "a token is set" if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") else "none is"
     return ClusterError(
-        f"--on {on}",
+        f"--target {on}",
         f"it refused the connection ({why.strip()[-300:]})",
         f"a Ray with RAY_AUTH_MODE=token takes only its own token ({token})",
         "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's",
@@ -90,14 +90,14 @@ def user_token() -> Iterator[None]:
         yield
 
 
-def without_on(argv: Sequence[str]) -> list[str]:
-    """Arguments of a command without its `--on` option."""
+def without_target(argv: Sequence[str]) -> list[str]:
+    """Arguments of a command without its `--target` option."""
     kept: list[str] = []
     skip = False
     for argument in argv:
-        if skip or argument.startswith("--on="):
+        if skip or argument.startswith("--target="):
             skip = False
-        elif argument == "--on":
+        elif argument == "--target":
             skip = True
         else:
             kept.append(argument)

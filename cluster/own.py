@@ -62,7 +62,7 @@ class Node:
     address: str
     """HOST:PORT of the head's GCS."""
     on: str
-    """For `--on`; empty for a worker."""
+    """For `--target`; empty for a worker."""
     pids: Mapping[int, str]
     _ray: Any
 

@@ -46,8 +46,8 @@ class Session:
         """A function that must drive Ray from this process. Raises ClusterError behind ray://."""
         if self.remote:
             raise ClusterError(
-                f"--on {self.on}", "this command must stay connected to what it starts, and Ray Client cannot",
-                "ray:// runs stages that end", f"use the dashboard's address: --on http://{self.address.split(':')[0]}:8265",
+                f"--target {self.on}", "this command must stay connected to what it starts, and Ray Client cannot",
+                "ray:// runs stages that end", f"use the dashboard's address: --target http://{self.address.split(':')[0]}:8265",
             )  # fmt: skip
         return function
 
@@ -73,7 +73,7 @@ def _require_lasting(on: str, root: object) -> None:
     """A stage on a cluster runs in a folder that is gone afterwards, maybe on another machine."""
     if isinstance(root, str) and "://" not in root and not Path(root).is_absolute():
         raise ConfigError(
-            f"root={root} with --on {on}", "a relative folder is lost on a cluster",
+            f"root={root} with --target {on}", "a relative folder is lost on a cluster",
             "root is s3://BUCKET/PREFIX, or the absolute path of a folder that all machines share",
             "--set root=s3://BUCKET/PREFIX",
         )  # fmt: skip
@@ -86,7 +86,7 @@ def _ray_of(on: str, num_cpus: int | None) -> contextlib.AbstractContextManager[
         return _surrounding_ray()
     if on.startswith("ray://"):
         return client_of(on)
-    raise ConfigError(f"--on {on}", "not a place to run", FORMS)
+    raise ConfigError(f"--target {on}", "not a place to run", FORMS)
 
 
 @contextlib.contextmanager
@@ -95,13 +95,13 @@ def _surrounding_ray() -> Iterator[str]:
     import ray
 
     if not os.environ.get("RAY_ADDRESS"):
-        raise ClusterError("--on auto", "RAY_ADDRESS is not set", "auto joins the Ray whose job this process is",
-                           "use --on local")  # fmt: skip
+        raise ClusterError("--target auto", "RAY_ADDRESS is not set", "auto joins the Ray whose job this process is",
+                           "use --target local")  # fmt: skip
     with environment_of({key: os.environ.get(key, value) for key, value in QUIET.items() if key not in ONE_MACHINE}):
         try:
             context = ray.init(address="auto", logging_level="error", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError("--on auto", f"no Ray at RAY_ADDRESS ({error})") from error
+            raise ClusterError("--target auto", f"no Ray at RAY_ADDRESS ({error})") from error
         try:
             yield str(context.address_info["gcs_address"])
         finally:

@@ -142,7 +142,7 @@ class GcsSpec(Spec):
 
 
 class ClusterSpec(Spec):
-    """A place for jobs: its machines, its store, its limits. `--cluster FILE`; else cluster.yaml of this folder."""
+    """Machines, object store, limits and prices of a target: `--cluster-config FILE`, or ./cluster.yaml if present."""
 
     kind: Literal["cluster"] = "cluster"
     image: str | None = None

@@ -31,7 +31,7 @@ SPEC_KINDS = {
     "rag": ("graftwork.serving.rag.spec", "RagSpec"),
     "demo": ("graftwork.demo_spec", "DemoSpec"),
     "study": ("graftwork.study.spec", "StudySpec"),
-    "command": ("graftwork.cluster.command_spec", "CommandSpec"),
+    "exec": ("graftwork.cluster.command_spec", "ExecSpec"),
     "cluster": ("graftwork.cluster.spec", "ClusterSpec"),
 }
 

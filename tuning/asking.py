@@ -86,7 +86,7 @@ class Asking:
     def said_of_gang(self, trial: TrainSpec, values: Values) -> str | None:
         """Why a trial runs as a gang, or as a job; None where it does neither."""
         if self.elsewhere is not None:
-            return f"a job of its own: --trials-on {self.elsewhere}"
+            return f"a job of its own: --trial-target {self.elsewhere}"
         if not is_gang(trial):
             return None
         gang = f"distributed over {trial.num_workers} workers ({trial.strategy.kind})"

@@ -62,8 +62,8 @@ def check_elsewhere(spec: TuneSpec) -> None:
     for key, given in asked.items():
         if given:
             raise ConfigError(
-                f"--trials-on with {key}", "such trials share a process or go on from each other's checkpoints",
-                "a trial that is a job of its own stands alone", f"leave {key} out, or run the sweep with --on",
+                f"--trial-target with {key}", "such trials share a process or go on from each other's checkpoints",
+                "a trial that is a job of its own stands alone", f"leave {key} out, or run the sweep with --target",
             )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The places that run jobs, by what `--on` says."""
+"""The places that run jobs, by what `--target` says."""
 
 from graftwork.cluster.backend import Backend
 from graftwork.cluster.spec import ClusterSpec
@@ -22,4 +22,4 @@ def backend_of(on: str, root: str, cluster: ClusterSpec | None = None) -> Backen
         from graftwork.cluster.places.kuberay import KubeRayPlace
 
         return StoredBackend(KubeRayPlace(on, root, cluster or ClusterSpec()), root)
-    raise ConfigError(f"--on {on}", "not a place that runs jobs", FORMS)
+    raise ConfigError(f"--target {on}", "not a place that runs jobs", FORMS)

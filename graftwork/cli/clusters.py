@@ -30,7 +30,7 @@ LOOK_S = 0.5
 def start(
     host: Host = LOOPBACK,
     port: Annotated[int, typer.Option(help="Of the GCS, where workers join.")] = GCS_PORT,
-    dashboard_port: Annotated[int, typer.Option(help="Of the dashboard, for --on.")] = DASHBOARD_PORT,
+    dashboard_port: Annotated[int, typer.Option(help="Of the dashboard, for --target.")] = DASHBOARD_PORT,
     first_port: FirstPort = FIRST_PORT,
     gcs_storage: Annotated[
         str | None, typer.Option(metavar="STORE", help="'rocksdb DIR' or redis://HOST:PORT: a killed head comes back.")
@@ -117,5 +117,5 @@ def _tell(spec: NodeSpec, here: Node) -> None:
     if not here.on:
         return say(f"a worker of {here.address}; Ctrl-C ends it")
     say(f"join    graftwork cluster join {here.address} --token-file FILE")
-    say(f"submit  RAY_AUTH_TOKEN_PATH={spec.token_file} graftwork train FILE --on {here.on}")
+    say(f"submit  RAY_AUTH_TOKEN_PATH={spec.token_file} graftwork train FILE --target {here.on}")
     say("Ctrl-C ends it and all that runs on it")

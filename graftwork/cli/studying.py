@@ -3,14 +3,15 @@
 from typing import TYPE_CHECKING
 
 from graftwork import config
-from graftwork.cli.output import JsonFlag, On, Sets, SpecFile, print_json, print_table, say
+from graftwork.cli.options import JsonFlag, Sets, SpecFile, Target
+from graftwork.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
     from graftwork.report.study_records import StudyClaim, StudyMeasure, StudyReport, StudyScore
 
 
-def study(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
-    """Train, measure and hold each published claim against the numbers; finished runs are reused."""
+def study(file: SpecFile, target: Target = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Reproduce a published result at small scale and test each claim. Finished runs are reused."""
     from graftwork.study.spec import StudySpec
 
     spec = config.load(file, sets, expect="study")
@@ -19,7 +20,7 @@ def study(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag =
     from graftwork.study.run import check_study, cpus_of, run_study
 
     adapters = check_study(spec, file.parent)
-    with session(on, num_cpus=cpus_of(spec, adapters)) as here:
+    with session(target, num_cpus=cpus_of(spec, adapters)) as here:
         found = run_study(spec, adapters, here, quiet=as_json)
     if as_json:
         print_json(found.report.model_dump(mode="json"))

@@ -112,11 +112,11 @@ def test_no_cluster_is_exit_3(tmp_path: Path, spec: dict[str, object]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: nobody answers there
         port = taken.getsockname()[1]
-        refused(run("train", write(tmp_path, spec), "--on", f"http://127.0.0.1:{port}"), 3, str(port), "Next:")
+        refused(run("train", write(tmp_path, spec), "--target", f"http://127.0.0.1:{port}"), 3, str(port), "Next:")
 
 
 def test_a_place_that_is_none(tmp_path: Path, spec: dict[str, object]) -> None:
-    refused(run("train", write(tmp_path, spec), "--on", "moon"), 2, "moon", "local")
+    refused(run("train", write(tmp_path, spec), "--target", "moon"), 2, "moon", "local")
 
 
 def test_s3_without_credentials(tmp_path: Path, spec: dict[str, object]) -> None:

@@ -58,8 +58,8 @@ def alive(cluster: OwnCluster) -> int:
 def submitted(cluster: OwnCluster, name: str, *argv: str) -> str:
     """Start a program as a job; its id."""
     spec = cluster.folder / f"{name}.yaml"
-    spec.write_text(json.dumps({"kind": "command", "name": name, "root": str(cluster.folder), "argv": argv}))
-    sent = graftwork(cluster, "command", str(spec), "--on", cluster.on, "--detach", "--json")
+    spec.write_text(json.dumps({"kind": "exec", "name": name, "root": str(cluster.folder), "argv": argv}))
+    sent = graftwork(cluster, "exec", str(spec), "--target", cluster.on, "--detach", "--json")
     assert sent.returncode == 0, sent.stdout + sent.stderr
     return next(path.name for path in (cluster.folder / "jobs").iterdir() if path.name.startswith(f"{name}-"))
 

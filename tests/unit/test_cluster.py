@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cluster.address import host_and_port, require_reachable, without_on
+from graftwork.cluster.address import host_and_port, require_reachable, without_target
 from graftwork.cluster.local import environment_of, own_folder
 from graftwork.cluster.session import Session, session
 from graftwork.cluster.shipping import LINKED, shipped
@@ -53,7 +53,7 @@ def test_nobody_listening_is_said_with_what_to_do() -> None:
         with pytest.raises(ClusterError, match="nothing answers at 127.0.0.1") as caught, session(on):
             pass
     assert caught.value.exit_code == 3
-    assert "--on local" in caught.value.next_move
+    assert "--target local" in caught.value.next_move
 
 
 def test_something_else_listening_is_reached_but_not_taken_for_a_ray() -> None:
@@ -77,7 +77,7 @@ def test_a_relative_root_is_refused_on_a_cluster(tmp_path: Path) -> None:
         raise AssertionError("it must not start")
 
     here = Session("auto", "127.0.0.1:6379")
-    with pytest.raises(ConfigError, match=r"root=\.graftwork with --on auto"):
+    with pytest.raises(ConfigError, match=r"root=\.graftwork with --target auto"):
         here.run(stage, task(tmp_path, root=".graftwork"))
 
 
@@ -87,8 +87,8 @@ def test_a_command_behind_ray_client_that_must_stay_is_refused() -> None:
 
 
 def test_the_on_option_is_left_out_of_what_is_sent() -> None:
-    argv = ["train", "a.yaml", "--on", "http://h:1", "--set", "seed=1", "--on=ray://x:1", "--json"]
-    assert without_on(argv) == ["train", "a.yaml", "--set", "seed=1", "--json"]
+    argv = ["train", "a.yaml", "--target", "http://h:1", "--set", "seed=1", "--target=ray://x:1", "--json"]
+    assert without_target(argv) == ["train", "a.yaml", "--set", "seed=1", "--json"]
 
 
 def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,7 +224,7 @@ def test_a_plan_elsewhere_names_what_it_would_send(here: Path, on: str, tmp_path
     file = here / "train.yaml"
     file.write_text(json.dumps({"kind": "train", "root": str(tmp_path / "root"), **train(gpus_per_worker=0).model_dump(
         mode="json", exclude_unset=True)}))  # fmt: skip
-    done = CliRunner().invoke(app, ["plan", str(file), "--on", on, "--json"])
+    done = CliRunner().invoke(app, ["plan", str(file), "--target", on, "--json"])
     plan = json.loads(done.stdout[: done.stdout.rindex("}") + 1].split("\n{\n", 1)[0])
     assert sorted(Path(one["path"]).name for one in plan["inputs"]) == ["held-out.jsonl", "rows.jsonl"]
     assert RunStore(str(tmp_path / "root")).job_ids() == []

@@ -154,7 +154,7 @@ GOOD_SPECS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         ON_GPUS,
     ),
     "a share of a GPU for one worker": (workers(count=1), {"demand": Demand(1, 1.0, 0.5), "kind": "tune"}),
-    "a program of one's own on GPUs": (workers(), {"kind": "command"}),
+    "a program of one's own on GPUs": (workers(), {"kind": "exec"}),
     "an endpoint that grows": (workers(count=1, max_count=4), {"kind": "serve", "demand": Demand(1, 1.0, 1.0)}),
     "prices for every GPU": ({**workers(), "prices": {"gpu_hour": {"default": 1.0}}}, ON_GPUS),
     "names near to secrets": ({"labels": {"token-team": "a", "api-key": "b"}}, NONE),

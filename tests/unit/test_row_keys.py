@@ -227,10 +227,10 @@ def test_a_renamed_key_of_a_row_is_refused_with_its_new_name(tmp_path: Path, old
     with pytest.raises(DataError, match=f"row 2: {old}: unknown key") as caught:
         read_rows(uri, need="train")
     assert caught.value.next_move == f"{old} was renamed to {new}"
-    other = write(tmp_path / "pairs.jsonl", {"text": "t", old: ["x"]})
+    passages = write(tmp_path / "corpus.jsonl", {"id": "a", "text": "one", old: ["x"]})
     ignored: list[str] = []
-    read_corpus([SourceSpec(uri=other, text=("text",))], ChunkSpec(), ignored)
-    assert ignored, "a reader without the new key counts the old one as it counts any other"
+    read_corpus([SourceSpec(uri=passages)], ChunkSpec(), ignored)
+    assert ignored == [f"{passages}: ignored keys: {old} (in 1 row)"], "passages never had the key"
 
 
 def test_shots_are_checked_as_rows_to_learn_from(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_row_without_gold_is_refused() -> None:
 
 def test_a_row_with_nothing_to_find_is_refused() -> None:
     with pytest.raises(DataError, match="every field is null or given away"):
-        Key.of(row({"icao": "KMIA", "iata": None}, given_fields=("icao",)))
+        Key.of(row({"icao": "KMIA", "iata": None}, asked=("icao",)))
 
 
 @pytest.mark.parametrize(

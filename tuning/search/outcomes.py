@@ -50,8 +50,8 @@ def as_forecast(trials: Sequence[TrialRecord], objectives: Sequence[Goal], steps
     pace of its own steps; a failed one for as bad as the worst in every objective.
     """
     finished = [trial for trial in trials if trial.state == "finished"]
-    found = {trial.trial_id: _costs(trial, objectives, steps, finished) for trial in trials}
-    known = {trial_id: costs for trial_id, costs in found.items() if costs is not None}
+    costs_of = {trial.trial_id: _costs(trial, objectives, steps, finished) for trial in trials}
+    known = {trial_id: costs for trial_id, costs in costs_of.items() if costs is not None}
     known = _without_far(known)
     worst = tuple(max(column) for column in zip(*known.values(), strict=True))
     found = []
