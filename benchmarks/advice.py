@@ -121,7 +121,7 @@ class Simulated:
         if not right:
             place = self.order.index(row.id)
             other = dict(self.rows[self.order[(place + 1) % len(self.order)]].gold or {})
-            gold = {name: gold[name] if name in row.asked else value for name, value in other.items()}
+            gold = {name: gold[name] if name in row.given_fields else value for name, value in other.items()}
         text = json.dumps(gold, ensure_ascii=False)
         if form == "fence":
             return f"```json\n{text}\n```"

@@ -43,7 +43,7 @@ class Rounds:
             "eval_every": STEPS, "optim.epochs": STEPS // STEPS_AN_EPOCH,
         })  # fmt: skip
         self.train = {"kind": "train", **spec.model_dump(mode="json", exclude_unset=True)}
-        self.wait = {"kind": "command", "name": "wait", "root": self.train["root"], "argv": ["sleep", "3600"]}
+        self.wait = {"kind": "exec", "name": "wait", "root": self.train["root"], "argv": ["sleep", "3600"]}
         self.head = cluster.start(None, "--num-cpus", "2")
         self.found: list[dict[str, float]] = []
 
@@ -55,7 +55,7 @@ class Rounds:
         """Start a job; its id."""
         file = self.cluster.folder / "spec.json"
         file.write_text(json.dumps(spec), encoding="utf-8")
-        self._client(spec["kind"], str(file), "--on", self.cluster.on, "--detach")
+        self._client(spec["kind"], str(file), "--target", self.cluster.on, "--detach")
         return next(path.name for path in (self.root / "jobs").iterdir() if path.name.startswith(f"{spec['name']}-"))
 
     def steps(self) -> list[int]:

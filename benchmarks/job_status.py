@@ -41,12 +41,12 @@ def fill(root: str, count: int) -> None:
 
 def _job(runs: "RunStore", number: int) -> None:
     from graftwork.cluster.backend import Job
-    from graftwork.cluster.command_spec import CommandSpec
+    from graftwork.cluster.command_spec import ExecSpec
     from graftwork.cluster.run_store import Ended, Heartbeat
 
     root = runs.store.uri
-    spec = CommandSpec(name=f"job-{number}", root=root, argv=("true",))
-    job = Job(spec.name, "command", spec.identity(), root, spec.model_dump(mode="json"))
+    spec = ExecSpec(name=f"job-{number}", root=root, argv=("true",))
+    job = Job(spec.name, "exec", spec.identity(), root, spec.model_dump(mode="json"))
     here = ("jobs", job.job_id, "a1")
     runs.record(job, "local")
     runs.open_attempt(job.job_id, 1)

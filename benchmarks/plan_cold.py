@@ -4,8 +4,8 @@
 
 Each round is a fresh process of each command, in turns: `import graftwork.cli` (less the bare interpreter), `graftwork
 --help`, `graftwork plan` of a training spec on SmolLM2-135M whose base is in the cache (128 rows read and rendered),
-the same with --on local, and `graftwork jobs ls` of a store on a disk with 1,000 jobs: 900 ended, 50 silent, 50 alive.
-`cpu_*`: CPU seconds of the same processes, which a busy machine disturbs less.
+the same with --target local, and `graftwork jobs ls` of a store on a disk with 1,000 jobs: 900 ended, 50 silent, 50
+alive. `cpu_*`: CPU seconds of the same processes, which a busy machine disturbs less.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def fill(root: str) -> None:
     """1,000 jobs as their drivers would have left them."""
     runs, now = RunStore(root), time.time()
     for number in range(JOBS):
-        job = Job(f"job{number}", "command", f"{number:064x}"[::-1], root, {"argv": ["true"]})
+        job = Job(f"job{number}", "exec", f"{number:064x}"[::-1], root, {"argv": ["true"]})
         runs.record(job, "local")
         runs.open_attempt(job.job_id, 1)
         folder = ("jobs", job.job_id, "a1")
@@ -74,7 +74,7 @@ def main() -> None:
             "import_cli": [sys.executable, "-c", "import graftwork.cli"],
             "help": [sys.executable, "-c", MAIN, "--help"],
             "plan": [sys.executable, "-c", MAIN, "plan", SPEC],
-            "plan_on": [sys.executable, "-c", MAIN, "plan", SPEC, "--on", "local"],
+            "plan_on": [sys.executable, "-c", MAIN, "plan", SPEC, "--target", "local"],
             "jobs_1000": [sys.executable, "-c", MAIN, "jobs", "ls", "--limit", "1000", "--root", root],
         }
         for command in commands.values():

@@ -20,12 +20,12 @@ def unknown_place(on: str, forms: str = FORMS) -> ConfigError:
     """Return the error of a value of `--on` that is none of the forms."""
     if on == "auto" or on.startswith("ray://"):
         return ConfigError(
-            f"--on {on}",
+            f"--target {on}",
             "commands do not join a Ray as its driver or client",
             "a Ray runs commands as jobs, submitted to its dashboard: http://HOST:8265",
-            f"--on http://{urlsplit(on).hostname or 'HOST'}:8265",
+            f"--target http://{urlsplit(on).hostname or 'HOST'}:8265",
         )
-    return ConfigError(f"--on {on}", "not a place to run", forms, "--on local, or --on http://HOST:8265")
+    return ConfigError(f"--target {on}", "not a place to run", forms, "--target local, or --target http://HOST:8265")
 
 
 def host_and_port(on: str) -> tuple[str, int]:
@@ -37,7 +37,9 @@ def host_and_port(on: str) -> tuple[str, int]:
     except (ValueError, KeyError):
         port = 0
     if not parts.hostname or not port or parts.username or parts.path not in ("", "/"):
-        raise ConfigError(f"--on {on}", "not an address of a Ray", HTTP_FORM, "write for example http://127.0.0.1:8265")
+        raise ConfigError(
+            f"--target {on}", "not an address of a Ray", HTTP_FORM, "write for example http://127.0.0.1:8265"
+        )
     return parts.hostname, port
 
 
@@ -48,10 +50,10 @@ def require_reachable(on: str) -> None:
         socket.create_connection((host, port), timeout=REACH_S).close()
     except OSError as error:
         raise ClusterError(
-            f"--on {on}",
+            f"--target {on}",
             f"nothing answers at {host}:{port} ({error})",
             "the dashboard of a running Ray is needed, usually port 8265",
-            "start it, open a tunnel to it, or use --on local",
+            "start it, open a tunnel to it, or use --target local",
         ) from None
 
 
@@ -87,21 +89,21 @@ def refused(on: str, why: str) -> ClusterError:
     """The cluster is there but does not take us."""
     token = "a token is set" if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") else "none is"
     return ClusterError(
-        f"--on {on}",
+        f"--target {on}",
         f"it refused the connection ({why.strip()[-300:]})",
         f"a Ray with RAY_AUTH_MODE=token takes only its own token ({token})",
         "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's",
     )
 
 
-def without_on(argv: Sequence[str]) -> list[str]:
-    """Arguments of a command without its `--on` option."""
+def without_target(argv: Sequence[str]) -> list[str]:
+    """Arguments of a command without its `--target` option."""
     kept: list[str] = []
     skip = False
     for argument in argv:
-        if skip or argument.startswith("--on="):
+        if skip or argument.startswith("--target="):
             skip = False
-        elif argument == "--on":
+        elif argument == "--target":
             skip = True
         else:
             kept.append(argument)

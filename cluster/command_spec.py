@@ -8,10 +8,10 @@ from graftwork.config import Spec
 from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
 
 
-class CommandSpec(Spec):
+class ExecSpec(Spec):
     """Runs `argv` where the work is, with a job's log, limits and fence. Its environment names the job (fence.py)."""
 
-    kind: Literal["command"] = "command"
+    kind: Literal["exec"] = "exec"
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     root: str = DEFAULT_ROOT
     argv: tuple[str, ...] = Field(min_length=1)

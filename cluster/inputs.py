@@ -26,7 +26,7 @@ INPUTS = "inputs"
 MOST_BYTES = 2**30
 """Limit for all local files of a job together. Larger data is copied to S3 once, by the user."""
 INPUT_KEYS = frozenset(
-    {"train", "eval", "corpus", "questions", "shots_from", "answer_schema", "json_schema", "setup"}
+    {"train", "eval", "corpus", "questions", "few_shot_file", "answer_schema", "json_schema", "setup"}
 )  # fmt: skip
 """Keys that name a file or folder to read, whatever the stage; `uri` too, where `INPUT_PARENTS` has it."""
 INPUT_PARENTS = frozenset({"sources", "text"})

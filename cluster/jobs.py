@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from graftwork.cluster.address import JOB, without_on
+from graftwork.cluster.address import JOB, without_target
 from graftwork.cluster.jobs_api import JobsApi, exit_code
 from graftwork.cluster.shipping import relative, shipped
 from graftwork.cluster.wheel import zipped
@@ -23,7 +23,7 @@ def run_command(on: str, argv: Sequence[str]) -> int:
     folder). Ctrl-C ends the job there, and what it committed stays valid. Raises ClusterError, Interrupted, RunError.
     """
     files = [Path(argument) for argument in argv if Path(argument).is_file()]
-    named = [str(relative(Path(a))) if Path(a).is_file() else a for a in without_on(argv)]
+    named = [str(relative(Path(a))) if Path(a).is_file() else a for a in without_target(argv)]
     job_id = f"graftwork-{secrets.token_hex(6)}"
     with JobsApi(on) as jobs:
         with shipped(files) as folder:
@@ -46,6 +46,6 @@ def run_command(on: str, argv: Sequence[str]) -> int:
 
 
 def _inside(argv: Sequence[str]) -> list[str]:
-    """The command on the Ray that runs the job. Verbs without `--on` start no Ray, so they are left as they are."""
+    """The command on the Ray that runs the job. Verbs without `--target` start no Ray, so they are left as they are."""
     verbs = ("train", "tune", "serve", "compare", "quantize", "chat", "demo")
-    return [*argv, "--on", JOB] if argv and argv[0] in verbs else list(argv)
+    return [*argv, "--target", JOB] if argv and argv[0] in verbs else list(argv)

@@ -132,7 +132,7 @@ class JobsApi:
         if answer.status_code < 500 and not (answer.status_code == 400 and path.startswith("/api/jobs")):
             raise self._no_ray(answer)
         raise ClusterError(
-            f"--on {self.on}", f"its Jobs API failed ({answer.status_code} {answer.text.strip()[-500:]})",
+            f"--target {self.on}", f"its Jobs API failed ({answer.status_code} {answer.text.strip()[-500:]})",
             "the dashboard of a Ray 2.60 with ray[default] answers there", "look at the cluster's dashboard log",
         )  # fmt: skip
 
@@ -146,23 +146,23 @@ class JobsApi:
     def _unheard(self, error: httpx.HTTPError) -> ClusterError:
         host, port = host_and_port(self.on)
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError) and (proxy := self._proxy()):
-            return ClusterError(f"--on {self.on}", f"the proxy {proxy} does not lead there ({error})",
+            return ClusterError(f"--target {self.on}", f"the proxy {proxy} does not lead there ({error})",
                                 "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY count for all hosts that NO_PROXY does not name",
                                 f"NO_PROXY={host}")  # fmt: skip
         if "certificate" in str(error).lower():
-            return ClusterError(f"--on {self.on}", f"its certificate is not trusted ({error})",
+            return ClusterError(f"--target {self.on}", f"its certificate is not trusted ({error})",
                                 "https:// is answered by one whose authority this machine knows",
                                 "SSL_CERT_FILE=FILE with the authority's certificate")  # fmt: skip
         if "SSL" in str(error):
-            return ClusterError(f"--on {self.on}", f"{host}:{port} does not speak TLS ({error})",
+            return ClusterError(f"--target {self.on}", f"{host}:{port} does not speak TLS ({error})",
                                 "a Ray dashboard speaks http, unless a proxy before it speaks https",
-                                f"--on http://{host}:{port}")  # fmt: skip
+                                f"--target http://{host}:{port}")  # fmt: skip
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             why = str(error) or type(error).__name__
-            return ClusterError(f"--on {self.on}", f"nothing answers at {host}:{port} ({why})",
+            return ClusterError(f"--target {self.on}", f"nothing answers at {host}:{port} ({why})",
                                 "a running Ray's dashboard is needed, usually port 8265",
-                                "start it, open a tunnel to it, or use --on local")  # fmt: skip
-        return ClusterError(f"--on {self.on}", f"something listens there but gives no answer ({error!r})",
+                                "start it, open a tunnel to it, or use --target local")  # fmt: skip
+        return ClusterError(f"--target {self.on}", f"something listens there but gives no answer ({error!r})",
                             "the address of a Ray dashboard is needed, usually port 8265; behind TLS it is https://",
                             "check scheme, host and port; a head that swaps or hangs answers late")  # fmt: skip
 
@@ -177,7 +177,7 @@ class JobsApi:
     def _no_ray(self, answer: httpx.Response) -> ClusterError:
         where = answer.headers.get("location")
         found = f"it sends us on to {where}" if where else f"{answer.status_code} {answer.text.strip()[:200]!r}"
-        return ClusterError(f"--on {self.on}", f"what answers there is no Ray dashboard ({found})",
+        return ClusterError(f"--target {self.on}", f"what answers there is no Ray dashboard ({found})",
                             "the HTTP address of a Ray dashboard is needed; a login page before it keeps programs out",
                             "check the address, or open a tunnel to the head's port 8265")  # fmt: skip
 

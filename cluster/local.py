@@ -56,7 +56,7 @@ def private_ray(num_cpus: int | None = None) -> Iterator[str]:
     import ray
 
     if ray.is_initialized():
-        raise ClusterError("--on local", "this process already has a Ray", "one Ray a process", "leave it first")
+        raise ClusterError("--target local", "this process already has a Ray", "one Ray a process", "leave it first")
     folder, lock = own_folder()
     environment = {
         **{key: os.environ.get(key, value) for key, value in QUIET.items()},
@@ -91,7 +91,7 @@ def _start(ray: Any, folder: Path, num_cpus: int | None) -> str:
         )
     except (RuntimeError, OSError, ValueError) as error:
         raise ClusterError(
-            "--on local",
+            "--target local",
             f"a private Ray did not start ({error})",
             "it needs about 1 GiB of memory and a writable temp dir",
             f"look at free memory and at {tempfile.gettempdir()}",

@@ -60,7 +60,7 @@ def _require_lasting(on: str, root: object) -> None:
     """A stage on a cluster runs in a folder that is gone afterwards, maybe on another machine."""
     if isinstance(root, str) and "://" not in root and not Path(root).is_absolute():
         raise ConfigError(
-            f"root={root} with --on {on}", "a relative folder is lost on a cluster",
+            f"root={root} with --target {on}", "a relative folder is lost on a cluster",
             "root is s3://BUCKET/PREFIX, or the absolute path of a folder that all machines share",
             "--set root=s3://BUCKET/PREFIX",
         )  # fmt: skip
@@ -80,13 +80,13 @@ def _surrounding_ray() -> Iterator[str]:
     import ray
 
     if not os.environ.get("RAY_ADDRESS"):
-        raise ClusterError(f"--on {JOB}", "RAY_ADDRESS is not set", "a driver passes it inside a job of Ray",
-                           "use --on local")  # fmt: skip
+        raise ClusterError(f"--target {JOB}", "RAY_ADDRESS is not set", "a driver passes it inside a job of Ray",
+                           "use --target local")  # fmt: skip
     with environment_of({key: os.environ.get(key, value) for key, value in QUIET.items() if key not in ONE_MACHINE}):
         try:
             context = ray.init(address="auto", logging_level="error", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"--on {JOB}", f"no Ray at RAY_ADDRESS ({error})") from error
+            raise ClusterError(f"--target {JOB}", f"no Ray at RAY_ADDRESS ({error})") from error
         try:
             yield str(context.address_info["gcs_address"])
         finally:

@@ -142,7 +142,7 @@ class GcsSpec(Spec):
 
 
 class ClusterSpec(Spec):
-    """A place for jobs: its machines, its store, its limits. `--cluster FILE`; else cluster.yaml of this folder."""
+    """Machines, object store, limits and prices of a target: `--cluster-config FILE`, or ./cluster.yaml if present."""
 
     kind: Literal["cluster"] = "cluster"
     image: str | None = None
@@ -173,8 +173,8 @@ class ClusterSpec(Spec):
     env: dict[str, str] = {}
     """Plain environment variables. One that looks like a secret is refused."""
     labels: dict[str, str] = {}
-    keep_s: float = Field(default=30.0, ge=0)
-    """How long the machines of a RayJob stay after its end, GPUs included, for who wants to look into them. Its record
+    ttl_s: float = Field(default=30.0, ge=0)
+    """Seconds that the pods of a RayJob stay after the job ends, GPUs included (`ttlSecondsAfterFinished`). Its record
     and its log stay in the store."""
 
     @model_validator(mode="after")

@@ -92,7 +92,7 @@ def _unknown_to_its_place(record: AttemptRecord, now: float) -> Judged:
 
 
 def _from(record: AttemptRecord) -> str:
-    """The machine of its driver: of a job that another machine runs `--on local`, this one sees the heartbeat alone."""
+    """Machine of the driver. Other machines see only the heartbeat of a job that runs with `--target local`."""
     return f" on {record.heartbeat.host}" if record.heartbeat is not None else ""
 
 

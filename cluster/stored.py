@@ -105,8 +105,8 @@ class StoredBackend:
         """A job stays in its place: another one could not see whether it runs there."""
         if record.on != self.on:
             raise ConfigError(
-                f"job {record.job_id} --on {self.on}", f"it was submitted --on {record.on}",
-                "a job runs in one place", f"--on {record.on}, another name, or another root",
+                f"job {record.job_id} --target {self.on}", f"it was submitted --target {record.on}",
+                "a job runs in one place", f"--target {record.on}, another name, or another root",
             )  # fmt: skip
 
     def _start(self, attempt: Attempt) -> JobStatus:

@@ -29,8 +29,8 @@ class PromptSpec(Spec):
     system: str | None = None
     """System turn; null leaves what the base's template does without one (SmolLM2 adds its own)."""
     shots: int = Field(default=0, ge=0, le=64)
-    """Worked examples shown before the question: the first rows of `shots_from`."""
-    shots_from: str | None = None
+    """Few-shot examples shown before the question: the first rows of `few_shot_file`."""
+    few_shot_file: str | None = None
     """JSONL of training rows: a path, `file://`, `s3://` or `recipe://NAME/train.jsonl`."""
     context_header: str = "Context:"
     """Line above the retrieved passages in the last user turn."""
@@ -39,10 +39,10 @@ class PromptSpec(Spec):
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:
-        if self.shots and self.shots_from is None:
-            raise ValueError(f"shots={self.shots} needs shots_from, the rows that they are taken from")
-        if self.shots_from is not None and not self.shots:
-            raise ValueError("shots_from is set but shots is 0, so it cannot take effect")
+        if self.shots and self.few_shot_file is None:
+            raise ValueError(f"shots={self.shots} needs few_shot_file, the rows that they are taken from")
+        if self.few_shot_file is not None and not self.shots:
+            raise ValueError("few_shot_file is set but shots is 0, so it cannot take effect")
         return self
 
 

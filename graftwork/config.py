@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from graftwork.errors import ConfigError
-from graftwork.spec_errors import did_you_mean, explain_error
+from graftwork.spec_errors import RENAMED_KINDS, did_you_mean, explain_error
 
 SPEC_KINDS = {
     "train": ("graftwork.training.spec", "TrainSpec"),
@@ -30,7 +30,7 @@ SPEC_KINDS = {
     "quantize": ("graftwork.serving.quantize.spec", "QuantizeSpec"),
     "rag": ("graftwork.serving.rag.spec", "RagSpec"),
     "demo": ("graftwork.demo_spec", "DemoSpec"),
-    "command": ("graftwork.cluster.command_spec", "CommandSpec"),
+    "exec": ("graftwork.cluster.command_spec", "ExecSpec"),
     "cluster": ("graftwork.cluster.spec", "ClusterSpec"),
 }
 
@@ -124,7 +124,7 @@ def spec_class(kind: str, where: str = "kind") -> type[Spec]:
             f"{where}: kind={kind!r}",
             "no such stage",
             f"kind is one of {', '.join(SPEC_KINDS)}",
-            did_you_mean(str(kind), SPEC_KINDS),
+            _renamed_kind(kind) or did_you_mean(str(kind), SPEC_KINDS),
         )
     module, name = SPEC_KINDS[kind]
     cls: type[Spec] = getattr(importlib.import_module(module), name)
@@ -164,7 +164,7 @@ def _wrong_kind(path: str | Path, kind: object, expect: str) -> ConfigError:
         f"{path}: kind={kind!r}",
         f"this command takes kind={expect!r}",
         "one stage, one command",
-        f"run `graftwork {kind} {path}`" if kind in SPEC_KINDS else "",
+        f"run `graftwork {kind} {path}`" if kind in SPEC_KINDS else _renamed_kind(kind),
     )
 
 
@@ -197,6 +197,10 @@ def _read(path: Path, sets: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item}", f"the value is not YAML ({error})") from error
     return tree
+
+
+def _renamed_kind(kind: object) -> str:
+    return f"{kind} was renamed to {RENAMED_KINDS[str(kind)]}" if str(kind) in RENAMED_KINDS else ""
 
 
 def validate(cls: type[SpecT], tree: Mapping[str, Any], where: str) -> SpecT:

@@ -66,13 +66,16 @@ def is_same_place(a: str, b: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation. `doc_id` is its gold passage, `gold` the answer as an object, `asked` the fields given away."""
+    """One conversation. `doc_id` is its gold passage, `gold` the right answer as an object.
+
+    `given_fields` names the fields of `gold` that the question states.
+    """
 
     id: str
     messages: tuple[Message, ...]
     doc_id: str | None = None
     gold: Mapping[str, Any] | None = None
-    asked: tuple[str, ...] = ()
+    given_fields: tuple[str, ...] = ()
 
     @property
     def question(self) -> tuple[Message, ...]:
@@ -98,9 +101,9 @@ def read_rows(uri: str, *, limit: int | None = None, need: Need, keys: KeyCheck 
 def iter_rows(uri: str, *, limit: int | None = None, need: Need, keys: KeyCheck | None = None) -> Iterator[Row]:
     """Rows in order, one after another: `{"messages": [...]}` or `{"prompt": "...", "completion": "..."}` a record.
 
-    The dataset is all that `graftwork.records` reads. `id` (else the row number), `doc_id`, `gold` and `asked` are read
-    where present; `keys` (default: `key_check(need)`) rejects or counts every other key. `need="train"` wants a last
-    assistant turn, `"eval"` a `gold` object; with `"prompt"` and `"eval"` a record needs no `completion`.
+    The dataset is all that `graftwork.records` reads. `id` (else the row number), `doc_id`, `gold` and `given_fields`
+    are read where present; `keys` (default: `key_check(need)`) rejects or counts every other key. `need="train"` wants
+    a last assistant turn, `"eval"` a `gold` object; with `"prompt"` and `"eval"` a record needs no `completion`.
     Raises DataError that names the 1-based row, the field and the rule; StorageError.
     """
     seen: dict[str, int] = {}
@@ -203,15 +206,15 @@ def resolve_prompt(spec: PromptSpec, keys: KeyCheck | None = None) -> Prompt:
 
     Raises DataError where there are too few, StorageError.
     """
-    if not spec.shots or spec.shots_from is None:
+    if not spec.shots or spec.few_shot_file is None:
         return Prompt(spec.system, (), spec.context_header, spec.citations)
-    rows = read_rows(spec.shots_from, limit=spec.shots, need="train", keys=keys)
+    rows = read_rows(spec.few_shot_file, limit=spec.shots, need="train", keys=keys)
     if len(rows) < spec.shots:
-        raise DataError(f"prompt.shots={spec.shots}", f"{spec.shots_from} has {len(rows)} rows", "a shot is a row",
+        raise DataError(f"prompt.shots={spec.shots}", f"{spec.few_shot_file} has {len(rows)} rows", "a shot is a row",
                         "ask for fewer shots")  # fmt: skip
     for row in rows:
         if [m.role for m in row.messages] != ["user", "assistant"]:
-            raise DataError(f"prompt.shots_from={spec.shots_from}", f"row {row.id} is not one of each",
+            raise DataError(f"prompt.few_shot_file={spec.few_shot_file}", f"row {row.id} is not one of each",
                             "a shot is a user turn and an assistant turn", "take other rows")  # fmt: skip
     shots = tuple((row.messages[0], row.messages[1]) for row in rows)
     return Prompt(spec.system, shots, spec.context_header, spec.citations)
@@ -231,14 +234,16 @@ def _row(record: dict[str, Any], where: str, default_id: str, need: Need) -> Row
     gold = record.get("gold")
     if gold is not None and not isinstance(gold, dict):
         raise DataError(f"{where}: gold", f"found {kind_of(gold)}", "gold is the right answer as a JSON object")
-    asked = record.get("asked") or []
-    asked = [asked] if isinstance(asked, str) else asked
-    if not isinstance(asked, list) or not all(isinstance(field, str) for field in asked):
+    given_fields = record.get("given_fields") or []
+    given_fields = [given_fields] if isinstance(given_fields, str) else given_fields
+    if not isinstance(given_fields, list) or not all(isinstance(field, str) for field in given_fields):
         raise DataError(
-            f"{where}: asked", f"found {kind_of(asked)}", "asked lists the fields of gold that the question gives"
+            f"{where}: given_fields",
+            f"found {kind_of(given_fields)}",
+            "given_fields lists the fields of gold that the question states",
         )
-    if unknown := [field for field in asked if field not in (gold or {})]:
-        raise DataError(f"{where}: asked", f"gold has no {unknown[0]!r}", "asked names fields of gold")
+    if unknown := [field for field in given_fields if field not in (gold or {})]:
+        raise DataError(f"{where}: given_fields", f"gold has no {unknown[0]!r}", "given_fields names fields of gold")
     doc_id = record.get("doc_id")
     if doc_id is not None and not isinstance(doc_id, str | int):
         raise DataError(f"{where}: doc_id", f"found {kind_of(doc_id)}", "doc_id is the id of a passage")
@@ -247,7 +252,7 @@ def _row(record: dict[str, Any], where: str, default_id: str, need: Need) -> Row
         messages=_messages(record, where, need),
         doc_id=None if doc_id is None else str(doc_id),
         gold=gold,
-        asked=tuple(asked),
+        given_fields=tuple(given_fields),
     )
 
 

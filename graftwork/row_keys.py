@@ -11,14 +11,17 @@ from typing import Any
 from graftwork.errors import DataError
 from graftwork.records import kind_of
 
-CONVERSATION = frozenset({"id", "messages", "prompt", "completion", "doc_id", "gold", "asked"})
+CONVERSATION = frozenset({"id", "messages", "prompt", "completion", "doc_id", "gold", "given_fields"})
 PAIR = frozenset({"id", "messages", "prompt", "chosen", "rejected"})
 DOCUMENT = frozenset({"id", "text"})
 """Also the keys of a passage."""
-QUESTION = frozenset({"id", "question", "prompt", "messages", "doc_id", "answers", "gold", "asked"})
+QUESTION = frozenset({"id", "question", "prompt", "messages", "doc_id", "answers", "gold", "given_fields"})
 """Of `rag eval`: only the text of the last user turn is read."""
 PREFERENCE_LOSS = frozenset({"margin", "ref_chosen_logps", "ref_rejected_logps"})
 """Keys of a pair that change the loss of other trainers."""
+
+RENAMED_ROW_KEYS = {"asked": "given_fields"}
+"""Old key of a row -> new key. An old key is rejected where the reader uses the new one."""
 
 _TURN = frozenset({"role", "content"})
 _TURN_FIELDS = ("messages", "prompt", "completion", "chosen", "rejected")
@@ -63,6 +66,8 @@ class KeyCheck:
             value = record[key]
             if _is_empty(value):
                 continue
+            if (new := RENAMED_ROW_KEYS.get(key)) in self.known:
+                raise DataError(f"{where}: {key}", "unknown key", f"the key is {new}", f"{key} was renamed to {new}")
             if key in self._of_row:
                 raise _rejected(f"{where}: {key}", value)
             if self.loss and key in _WEIGHT:

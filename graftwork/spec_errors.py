@@ -31,6 +31,16 @@ PEER_KEYS = {
 }  # fmt: skip
 """Keys of axolotl, LLaMA-Factory, TRL, PEFT, Unsloth and vLLM -> the key here. Named only where a spec has that key."""
 
+RENAMED_KEYS = {
+    "too_long": "on_overlong", "shots_from": "few_shot_file", "stack_on": "base_adapter", "gang": "distributed",
+    "together": "share_base", "goals": "objectives", "keep_s": "ttl_s", "matters": "min_share", "published": "paper",
+    "differs": "deviations", "says": "statement",
+}  # fmt: skip
+"""Old key -> new key. An old key is rejected with the new name, where the spec has the new one."""
+
+RENAMED_KINDS = {"command": "exec"}
+"""Old `kind` of a spec file -> new one."""
+
 _TYPES = {
     "int_type": "a whole number", "int_parsing": "a whole number (integer)", "int_from_float": "a whole number",
     "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number",
@@ -125,6 +135,7 @@ def _unknown_key(
     else:
         elsewhere = _peer_key(cls, name) or next((path for path in _paths_to(cls, name) if path != dotted), "")
         hint = f"use {elsewhere!r}" if elsewhere else did_you_mean(name, known) or f"remove {name!r}"
+        hint = _renamed(cls, name, known) or hint
     return (
         dotted,
         "unknown key" + ("" if isinstance(error["input"], Mapping | list) else f" (value {_short(error['input'])})"),
@@ -144,6 +155,16 @@ def _key_of_another_kind(
         return f"it is of another kind; replace all of them: --set '{'.'.join(keys[:-1])}={tag}'"
     having = sorted(kind for model in models if keys[-1] in model.model_fields for kind in _kinds(model))
     return f"{keys[-1]!r} belongs to {_tag(meant)} {' or '.join(having)}: add '{_tag(meant)}: {having[0]}'"
+
+
+def _renamed(cls: type[BaseModel], name: str, known: Sequence[str]) -> str:
+    new = RENAMED_KEYS.get(name)
+    if new is None:
+        return ""
+    if new in known:
+        return f"{name} was renamed to {new}"
+    path = next(_paths_to(cls, new), "")
+    return f"{name} was renamed to {new}: use {path!r}" if path else ""
 
 
 def _peer_key(cls: type[BaseModel], name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from graftwork.cluster.backend import Job
-from graftwork.cluster.command_spec import CommandSpec
+from graftwork.cluster.command_spec import ExecSpec
 from graftwork.cluster.places.local import LocalPlace
 from graftwork.cluster.run_store import RunStore
 from graftwork.cluster.spec import ClusterSpec
@@ -17,8 +17,8 @@ TIMEOUT_S = 60.0
 
 def command_job(root: str, argv: Sequence[str], *, name: str = "task", **cluster: Any) -> Job:
     """`argv` as a job; `cluster` are keys of the cluster's spec, e.g. limits={"deadline": "2s"}."""
-    spec = CommandSpec(name=name, root=root, argv=tuple(argv))
-    return Job(name, "command", spec.identity(), root, spec.model_dump(mode="json"), ClusterSpec(**cluster))
+    spec = ExecSpec(name=name, root=root, argv=tuple(argv))
+    return Job(name, "exec", spec.identity(), root, spec.model_dump(mode="json"), ClusterSpec(**cluster))
 
 
 def python_job(root: str, program: str, *, name: str = "task", **cluster: Any) -> Job:

@@ -45,7 +45,9 @@ def _airport(i: int, rng: random.Random) -> Row:
     icao = f"K{i:03d}"
     gold = {"icao": icao, "iata": f"{i:03d}", "name": f"Field {i * 7} Airport", "city": f"Town{rng.randrange(10**6)}",
             "country": rng.choice(["US", "BR", "GL"]), "elevation_ft": 5000 + rng.randrange(10**4)}  # fmt: skip
-    return Row(f"apt-{i}", (Message("user", f"Which airport is {icao}?"),), doc_id=icao, gold=gold, asked=("icao",))
+    return Row(
+        f"apt-{i}", (Message("user", f"Which airport is {icao}?"),), doc_id=icao, gold=gold, given_fields=("icao",)
+    )
 
 
 def spec(arms: Sequence[Mapping[str, Any]] = ARMS, **changes: Any) -> CompareSpec:

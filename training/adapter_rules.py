@@ -12,8 +12,8 @@ def check_adapter(spec: "TrainSpec") -> None:
     """Raises ValueError for keys that can't go with the spec's kind of adapter, or can't take effect with it."""
     if spec.adapter.kind == "full":
         _check_full(spec)
-    if spec.stack_on is not None:
-        _check_stack(spec, spec.stack_on)
+    if spec.base_adapter is not None:
+        _check_stack(spec, spec.base_adapter)
     checkpointing = spec.optim.gradient_checkpointing
     if spec.adapter.kind == "prefix" and checkpointing:
         raise ValueError(
@@ -50,21 +50,21 @@ def _check_stack(spec: "TrainSpec", below: str) -> None:
     """Both are published as one adapter, their exact sum: so both must be plain deltas, and nothing else trained."""
     if not isinstance(spec.adapter, LoraSpec) or spec.adapter.dora:
         raise ValueError(
-            f"stack_on={below} can't go with adapter={spec.adapter.said()}: what is published is the sum of both, and "
-            "only a LoRA without DoRA adds to one. Set adapter.kind=lora"
+            f"base_adapter={below} can't go with adapter={spec.adapter.said()}: the sum of both is published, and only "
+            "a LoRA without DoRA adds to one. Set adapter.kind=lora"
         )
     if spec.init_from is not None:
         raise ValueError(
-            f"stack_on={below} can't go with init_from={spec.init_from}: that one would be trained on, this one stays "
-            "as it is. Give one of them"
+            f"base_adapter={below} can't go with init_from={spec.init_from}: init_from is trained on, base_adapter "
+            "stays frozen. Give one of them"
         )
     if spec.objective.kind in ("reward", "fim"):
         raise ValueError(
-            f"stack_on={below} can't go with objective.kind={spec.objective.kind}: a score head or trained tokens are "
-            "no part of a sum. Leave stack_on out"
+            f"base_adapter={below} can't go with objective.kind={spec.objective.kind}: a score head or trained "
+            "tokens are no part of a sum. Leave base_adapter out"
         )
     if below.partition("@")[0] == spec.name:
         raise ValueError(
-            f"stack_on={below} can't name the task itself: each run would stand on the one before. Set init_from to go "
-            "on from it, or name to a task of its own"
+            f"base_adapter={below} can't name the task itself: each run would build on the one before. Set "
+            "init_from to continue it, or set name to another task"
         )

@@ -80,7 +80,7 @@ class PreparedData:
 def prepare(spec: TrainSpec) -> PreparedData:
     """Read, render and check the rows of a spec. Runs in the driver, before any worker starts.
 
-    Raises DataError (a bad row, an empty set, a row too long under `too_long: refuse`, nothing left to train on,
+    Raises DataError (a bad row, an empty set, a row too long under `on_overlong: refuse`, nothing left to train on,
     held-out rows that are the training rows), BaseModelError, StorageError.
     """
     template = base_model.template(base_model.resolve(spec.base))

@@ -118,7 +118,7 @@ def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
     spec = job.spec
     set_seed(spec.seed)
     base = with_score_head(loaded.model) if spec.objective.kind == "reward" else loaded.model
-    if spec.stack_on is not None:
+    if spec.base_adapter is not None:
         lay_below(base, folder_below(spec))
     model = attach(base, spec.adapter, job.data.trained_tokens)
     if spec.init_from is not None:

@@ -52,10 +52,10 @@ def publish(run: "Run", result: LoopResult) -> Published:
             facts = _facts(run, result)
             made = base_publish.publish(store, name, folder, run.base, template_date=template.date, **facts)
             return Published(made.version, base=base_publish.place(store, name, made.version))
-        if run.spec.stack_on is None:
+        if run.spec.base_adapter is None:
             manifest = _publish_adapter(run, template, folder, _facts(run, result), ())
         else:
-            manifest = _publish_stack(run, template, folder, _facts(run, result), run.spec.stack_on)
+            manifest = _publish_stack(run, template, folder, _facts(run, result), run.spec.base_adapter)
         return Published(manifest.version, adapter=manifest.ref)
 
 

@@ -70,7 +70,7 @@ class Run:
 
         def paths(init: str | None) -> RunPaths:
             what = {"spec": spec.recipe(), "base": base.digest, "data": data.digest(), "init": init}
-            what |= {"below": spec.stack_on} if spec.stack_on else {}
+            what |= {"below": spec.base_adapter} if spec.base_adapter else {}
             digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()
             return RunPaths(Store(spec.root), spec.name, digest)
 

@@ -79,7 +79,7 @@ class TrainSpec(Spec):
     prompt: PromptSpec = PromptSpec()
     max_length: int = Field(default=512, ge=8)
     """Longest row in tokens."""
-    too_long: Literal["drop", "refuse"] = "drop"
+    on_overlong: Literal["drop", "refuse"] = "drop"
     """A longer row is dropped and counted, or refused before anything starts. Never cut."""
     objective: ObjectiveSpec = SftSpec()
     adapter: AdapterSpec = LoraSpec()
@@ -103,7 +103,7 @@ class TrainSpec(Spec):
     seed: int = 0
     init_from: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
     """Start from this published adapter (`task@alias`) instead of fresh weights; rank and targets must be equal."""
-    stack_on: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
+    base_adapter: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
     """Train on top of this published LoRA, which stays as it is, e.g. a language below a task. Both are published as
     one: their exact sum, of both ranks together, on the same base."""
     alias: Annotated[str, Field(pattern=NAME_PATTERN)] | None = "latest"

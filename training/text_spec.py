@@ -113,5 +113,7 @@ def check_text(spec: "TrainSpec") -> None:
     for key, given in (("prompt", "prompt" in spec.model_fields_set), ("data.context", spec.data.context is not None)):
         if given:
             raise ValueError(f"{key} can't take effect with objective.kind={objective.kind}: its rows are plain text")
-    if objective.kind == "cpt" and "too_long" in spec.model_fields_set:
-        raise ValueError("too_long can't take effect with objective.kind=cpt: a longer document is split, not dropped")
+    if objective.kind == "cpt" and "on_overlong" in spec.model_fields_set:
+        raise ValueError(
+            "on_overlong can't take effect with objective.kind=cpt: a longer document is split, not dropped"
+        )

@@ -52,15 +52,19 @@ class Asking:
         alone, gang = trial_spec(self.spec, values), trial_spec(self.spec, values, gang=True)
         if self.elsewhere is not None:
             return gang  # `auto` is settled there
-        if self.spec.gang == "always" or not self.nodes or not is_gang(gang):
-            return self._without_auto(gang if self.spec.gang == "always" else alone, values)
+        if self.spec.distributed == "always" or not self.nodes or not is_gang(gang):
+            return self._without_auto(gang if self.spec.distributed == "always" else alone, values)
         try:
             settled = self._without_auto(alone, values)
         except ConfigError:
-            if self.spec.gang == "never" or not shards(gang):
+            if self.spec.distributed == "never" or not shards(gang):
                 raise
             return self._without_auto(gang, values)
-        fits = self.spec.gang == "never" or not shards(gang) or fits_one(self.request([settled], values), self.nodes)
+        fits = (
+            self.spec.distributed == "never"
+            or not shards(gang)
+            or fits_one(self.request([settled], values), self.nodes)
+        )
         return settled if fits else self._without_auto(gang, values)
 
     def request(self, trials: Sequence[TrainSpec], values: Values) -> Request:
@@ -82,12 +86,12 @@ class Asking:
     def said_of_gang(self, trial: TrainSpec, values: Values) -> str | None:
         """Why a trial runs as a gang, or as a job; None where it does neither."""
         if self.elsewhere is not None:
-            return f"a job of its own: --trials-on {self.elsewhere}"
+            return f"a job of its own: --trial-target {self.elsewhere}"
         if not is_gang(trial):
             return None
-        gang = f"a gang of {trial.num_workers} workers ({trial.strategy.kind})"
-        if self.spec.gang == "always":
-            return f"{gang}: gang=always"
+        gang = f"distributed over {trial.num_workers} workers ({trial.strategy.kind})"
+        if self.spec.distributed == "always":
+            return f"{gang}: distributed=always"
         try:
             alone = self.request([self._without_auto(trial_spec(self.spec, values), values)], values)
         except ConfigError as error:

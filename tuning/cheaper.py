@@ -9,7 +9,7 @@ from graftwork.tuning.goals import value_of
 from graftwork.tuning.records import TrialRecord
 
 COSTS = (Goal(metric="trained_parameters"), Goal(metric="step_s"))
-"""What counts after the sweep's own goals."""
+"""What counts after the sweep's own objectives."""
 MEASURED = ("step_s", "wall_s", "peak_rss_bytes")
 SAME = 0.05
 """Measured costs that are no further apart than this share count as equal: seconds vary with the machine's load."""
@@ -26,14 +26,14 @@ class Cheapest:
     """Its cost against the least of the others, e.g. `0.9 M against 3.7 M trained parameters`."""
 
 
-def cheapest(goals: Sequence[Goal], tied: Mapping[str, Sequence[TrialRecord]]) -> Cheapest:
-    """By the first of `goals`, trained parameters and seconds a step in which they differ; else the first of `tied`.
+def cheapest(objectives: Sequence[Goal], tied: Mapping[str, Sequence[TrialRecord]]) -> Cheapest:
+    """Compare by the `objectives`, then trained parameters, then seconds a step; else return the first of `tied`.
 
     `tied`: the runs of each trial by its id; the mean over them counts.
     """
     found = Cheapest(next(iter(tied)), None)
     pool = list(tied)
-    for goal in (*goals, *COSTS):
+    for goal in (*objectives, *COSTS):
         costs = {one: value for one in pool if (value := _mean(tied[one], goal)) is not None}
         if len(costs) < len(pool):
             continue

@@ -45,7 +45,7 @@ def choose(spec: TuneSpec, trials: Sequence[TrialRecord]) -> Choice:
     best = ranked(spec, trials)
     if not best:
         raise _none_finished(spec, trials)
-    front = tuple(trial.trial_id for trial in pareto(trials, spec.goals)) if len(spec.goals) > 1 else ()
+    front = tuple(trial.trial_id for trial in pareto(trials, spec.objectives)) if len(spec.objectives) > 1 else ()
     taking_part = finalists(spec, trials)
     if not taking_part:
         return _unrepeated(spec, best, front)
@@ -64,11 +64,11 @@ def choose(spec: TuneSpec, trials: Sequence[TrialRecord]) -> Choice:
 def rule(spec: TuneSpec) -> str:
     """How the best was chosen, in words."""
     first = f"lowest held-out loss at step {spec.steps} among the trials that ran to their end"
-    if len(spec.goals) > 1:
-        first += " and that no other beats in all goals"
+    if len(spec.objectives) > 1:
+        first += " and that no other beats in all objectives"
     if spec.finals is None:
         return first
-    costs = ", ".join([*(goal.metric for goal in spec.goals[1:]), "trained parameters", "seconds a step"])
+    costs = ", ".join([*(goal.metric for goal in spec.objectives[1:]), "trained parameters", "seconds a step"])
     return (
         f"the {spec.finals.finalists} with the {first}, each run with {spec.finals.repeats} seeds: the lowest mean; "
         f"of those tied with it (Student's t by seed, Holm, alpha={spec.finals.alpha:g}) the best in {costs}"
@@ -82,7 +82,7 @@ def _judged(spec: TuneSpec, whole: Sequence[Finalist], front: tuple[str, ...], n
     contrasts = contrasts_of(best, whole, spec.finals.alpha)
     by_id = {one.trial.trial_id: one for one in whole}
     tied = [best, *(by_id[one.other_id] for one in contrasts if one.tied)]
-    taken = cheapest(spec.goals[1:], {one.trial.trial_id: one.runs for one in tied})
+    taken = cheapest(spec.objectives[1:], {one.trial.trial_id: one.runs for one in tied})
     names = {key: one.name for key, one in by_id.items()}
     said = [*_beats(best, contrasts, names), *_tied(best, contrasts, names, taken)]
     if len(whole) == 1:
@@ -131,7 +131,7 @@ def _unrepeated(
     """By one run a point."""
     lowest = best[0].losses[-1][1]
     equal = {trial.trial_id: (trial,) for trial in best if trial.losses[-1][1] == lowest}
-    taken = cheapest(spec.goals[1:], equal).trial_id
+    taken = cheapest(spec.objectives[1:], equal).trial_id
     name = dict(zip((trial.trial_id for trial in best), named([trial.values for trial in best]), strict=True))[taken]
     if len(best) == 1:
         said = f"{name} is the only trial that ran to its end: it was compared with nothing"

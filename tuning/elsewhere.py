@@ -58,12 +58,12 @@ class Elsewhere:
 
 def check_elsewhere(spec: TuneSpec) -> None:
     """Raises ConfigError for a sweep whose trials can't be jobs."""
-    asked = {"together": spec.together > 1, "search.kind=pbt": isinstance(spec.search, PbtSpec)}
+    asked = {"share_base": spec.share_base > 1, "search.kind=pbt": isinstance(spec.search, PbtSpec)}
     for key, given in asked.items():
         if given:
             raise ConfigError(
-                f"--trials-on with {key}", "such trials share a process or go on from each other's checkpoints",
-                "a trial that is a job of its own stands alone", f"leave {key} out, or run the sweep with --on",
+                f"--trial-target with {key}", "such trials share a process or go on from each other's checkpoints",
+                "a trial that is a job of its own stands alone", f"leave {key} out, or run the sweep with --target",
             )  # fmt: skip
 
 

@@ -81,12 +81,12 @@ def repeated_rows(spec: TuneSpec) -> Iterator[Values]:
 
 
 def ranked(spec: TuneSpec, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The search's trials that ran to their end, lowest loss first; with several goals the Pareto front leads.
+    """The search's trials that ran to their end, lowest loss first; with several objectives the Pareto front leads.
 
     A stopped trial is none of them: its last loss stands at an earlier step. Equal losses: the earlier trial.
     """
     finished = [trial for trial in trials if trial.state == "finished" and trial.repeat_of is None]
-    front = {trial.trial_id for trial in pareto(trials, spec.goals)} if len(spec.goals) > 1 else set()
+    front = {trial.trial_id for trial in pareto(trials, spec.objectives)} if len(spec.objectives) > 1 else set()
     return sorted(finished, key=lambda trial: (trial.trial_id not in front, trial.losses[-1][1]))
 
 

@@ -1,7 +1,7 @@
 """The trials under Ray Tune: the only module that starts it.
 
-A process trains one trial, or with `together` several. Tune gives it its place in the cluster and takes it back; which
-trials there are is the ledger's and the search's business, which go on the judge's.
+A process trains one trial, or with `share_base` several. Tune gives it its place in the cluster and takes it back;
+which trials there are is the ledger's and the search's business, which go on the judge's.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def fit(sweep: Sweeping) -> None:
                 num_samples=-1,  # until the search has no more
                 max_concurrent_trials=sweep.at_once,
                 # where its fork trains (tuning.forked): a process that trains twice keeps adapters (peft issue 2221)
-                reuse_actors=spec.together == 1 and not spec.train.gpus,
+                reuse_actors=spec.share_base == 1 and not spec.train.gpus,
             ),
             run_config=tune.RunConfig(
                 name=spec.name,
@@ -167,8 +167,8 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
         return Told(specs, rows, request.bundles[:1], request.worker, chosen.until, chosen.parent).config()
 
     def _most_together(self, spec: TrainSpec, values: Values) -> int:
-        """Trials that may share the process now: at most `together`, 0 where there is no room for one."""
-        most = 1 if is_gang(spec) or self._sweep.elsewhere else self._sweep.spec.together
+        """Trials that may share the process now: at most `share_base`, 0 where there is no room for one."""
+        most = 1 if is_gang(spec) or self._sweep.elsewhere else self._sweep.spec.share_base
         asking, asked = self._sweep.asking, self._asked_now()
         nodes = nodes_of_ray() if asked else []
         for count in range(most, 0, -1):

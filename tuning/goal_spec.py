@@ -25,7 +25,7 @@ def _known(metric: str) -> str:
     if metric not in METRICS:
         near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.5)
         raise ConfigError(
-            f"goals: metric={metric!r}",
+            f"objectives: metric={metric!r}",
             "no trial reports it",
             f"a trial reports {', '.join(METRICS)}",
             f"did you mean {near[0]!r}?" if near else "",
@@ -44,18 +44,18 @@ def _from_name(value: Any) -> Any:
     return {"metric": value} if isinstance(value, str) else value
 
 
-def _loss_first(goals: tuple[Goal, ...]) -> tuple[Goal, ...]:
-    names = [goal.metric for goal in goals]
-    if goals[0] != Goal():
+def _loss_first(objectives: tuple[Goal, ...]) -> tuple[Goal, ...]:
+    names = [goal.metric for goal in objectives]
+    if objectives[0] != Goal():
         raise ConfigError(
-            f"goals={names}",
-            f"the first is {goals[0].metric} ({goals[0].direction})",
-            "trials are stopped early, and told of, by held-out loss: it is the first goal",
-            f"write goals: [{', '.join([EVAL_LOSS, *(name for name in names if name != EVAL_LOSS)])}]",
+            f"objectives={names}",
+            f"the first is {objectives[0].metric} ({objectives[0].direction})",
+            "early stopping and reports use the held-out loss, so it is the first objective",
+            f"write objectives: [{', '.join([EVAL_LOSS, *(name for name in names if name != EVAL_LOSS)])}]",
         )
     if len(set(names)) < len(names):
-        raise ValueError(f"goals must differ, found {names}")
-    return goals
+        raise ValueError(f"objectives must differ, found {names}")
+    return objectives
 
 
 NamedGoal = Annotated[Goal, BeforeValidator(_from_name)]

@@ -1,4 +1,4 @@
-"""Trials by a sweep's goals: the value of each, and those that no other trial beats in all of them."""
+"""Trials by a sweep's objectives: the value of each, and those that no other trial beats in all of them."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from graftwork.tuning.records import TrialRecord
 
 
 def value_of(record: TrialRecord, goal: Goal) -> float | None:
-    """What a trial's last report says of a goal, in the metric's own unit; None where it has not reported it."""
+    """Return the last reported value of an objective, in the metric's own unit; None where none was reported."""
     if not record.losses:
         return None
     if goal.metric == EVAL_LOSS:
@@ -17,16 +17,16 @@ def value_of(record: TrialRecord, goal: Goal) -> float | None:
     return record.metrics.get(goal.metric)
 
 
-def pareto(records: Sequence[TrialRecord], goals: Sequence[Goal]) -> tuple[TrialRecord, ...]:
-    """Of the trials that ran to their end, those that no other is at least as good as in all goals and better in one.
+def pareto(records: Sequence[TrialRecord], objectives: Sequence[Goal]) -> tuple[TrialRecord, ...]:
+    """Return the Pareto front: trials that ran to their end and that no other trial dominates.
 
     In the order of `records`. Repeats of finalists, and trials that lack a value, take no part.
     """
     rated = [
-        (record, tuple(_cost(value, goal) for value, goal in zip(values, goals, strict=True)))
+        (record, tuple(_cost(value, goal) for value, goal in zip(values, objectives, strict=True)))
         for record in records
         if record.state == "finished" and record.repeat_of is None
-        for values in [[value_of(record, goal) for goal in goals]]
+        for values in [[value_of(record, goal) for goal in objectives]]
         if None not in values
     ]
     return tuple(record for record, mine in rated if not any(_dominates(other, mine) for _, other in rated))

@@ -60,7 +60,7 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
         parts=memory.parts,
         assumptions=(
             f"{len(trials)} trials of {spec.steps} steps, {at_once} at once, {share:.0%} of the steps taken"
-            + (f"; each a gang of {workers} workers ({largest.strategy.kind})" if workers > 1 else ""),
+            + (f"; each distributed over {workers} workers ({largest.strategy.kind})" if workers > 1 else ""),
             cost(spec, largest, work_s + repeats_s, charged(memory.peak_bytes, 1, machine), machine),
             *([f"{most_repeats(spec)} whole runs more for the finals"] if spec.finals else []),
             *memory.assumptions,
@@ -73,16 +73,17 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
 def planned_trial(spec: TuneSpec, point: Values, model: ModelShape, rows: RowSizes, machine: Machine) -> TrainSpec:
     """The trial of a point as it would run on this machine, or on such GPUs: alone where it fits, else as a gang."""
     gang = trial_spec(spec, point, gang=True)
-    if spec.gang == "always":
+    if spec.distributed == "always":
         return settled_trial(spec, gang, model, rows, machine)
     try:
         alone = settled_trial(spec, trial_spec(spec, point), model, rows, machine)
     except ConfigError:
-        if spec.gang == "never" or not shards(gang):
+        if spec.distributed == "never" or not shards(gang):
             raise
         return settled_trial(spec, gang, model, rows, machine)
     peak = worker_memory(alone, model, rows, machine).peak_bytes
-    fits = spec.gang == "never" or not shards(gang) or charged(peak, 1, machine) <= HEADROOM * machine.memory_bytes
+    alone_only = spec.distributed == "never" or not shards(gang)
+    fits = alone_only or charged(peak, 1, machine) <= HEADROOM * machine.memory_bytes
     return alone if fits else settled_trial(spec, gang, model, rows, machine)
 
 

@@ -150,7 +150,7 @@ class Choice:
     contrasts: tuple[Contrast, ...] = ()
     """The closest first; none without finals."""
     front: tuple[str, ...] = ()
-    """With several goals: the trials that no other beats in all of them."""
+    """With several objectives: the trials that no other beats in all of them."""
     notes: tuple[str, ...] = ()
     """Finalists that are missing, and why."""
 

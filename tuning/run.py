@@ -292,7 +292,7 @@ class _Attempt:
 
 def _require_sizes(spec: TuneSpec) -> None:
     """Raise BaseModelError when a size is a goal and the base is one whose layers are not known."""
-    if {"trained_parameters", "adapter_bytes"} & {goal.metric for goal in spec.goals}:
+    if {"trained_parameters", "adapter_bytes"} & {goal.metric for goal in spec.objectives}:
         for point in rows_points(spec):
             size_of(trial_spec(spec, point))
 

@@ -61,11 +61,11 @@ NOT_TUNABLE = {
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""
 NO_PART = {
-    "root", "max_concurrent", "reserve_memory", "gang", "prices", "together", "retries", "retry_smaller",
+    "root", "max_concurrent", "reserve_memory", "distributed", "prices", "share_base", "retries", "retry_smaller",
     "checkpoint_every", "finals", "winner", "train",
 }  # fmt: skip
 """Keys that do not change a trial of the search; of `train` its recipe does. A finished sweep can be given finals."""
-DECIDES_ROWS = ("base", "data", "prompt", "max_length", "too_long", "objective", "seed")
+DECIDES_ROWS = ("base", "data", "prompt", "max_length", "on_overlong", "objective", "seed")
 """Keys of `train` that decide the rows of a trial and their order."""
 SAME_ROWS = frozenset(
     f"objective.{key}" for key in ("beta", "label_smoothing", "centre", "temperature", "on_policy", "epsilon")
@@ -98,8 +98,8 @@ class TuneSpec(Spec):
     space: Space = Field(default_factory=lambda given: default_space(given["train"].adapter))
     """Dotted keys of `train` and the values to try, e.g. `adapter.rank: {kind: choice, values: [4, 16]}`. Left out: the
     learning rate, and of a LoRA the rank (`tuning.default_space`)."""
-    goals: Goals = (Goal(),)
-    """What is to be good, held-out loss first; with several, trials that no other beats in all of them are sought."""
+    objectives: Goals = (Goal(),)
+    """Metrics to optimize, held-out loss first. With several, the search looks for the Pareto front."""
     search: SearchSpec | None = None
     """null: the whole grid where the space is all choices and no larger than `num_trials`, else TPE from eight trials
     on, and points at random for fewer."""
@@ -109,11 +109,11 @@ class TuneSpec(Spec):
     """Trials at a time, at most. auto: as many as have room by their predicted memory, CPUs and shares of a GPU."""
     reserve_memory: bool = True
     """Each trial asks the cluster for its predicted memory. false: where nodes declare less than they have."""
-    gang: Literal["auto", "never", "always"] = "auto"
-    """A trial on `train.num_workers` workers of Ray Train with `train.strategy`. auto: where one process does not fit,
-    and the strategy shards (zero3, fsdp2) or offloads."""
-    together: int = Field(default=1, ge=1)
-    """LoRA trials that share base, rows and shape may train so many in one process, on one copy of the base."""
+    distributed: Literal["auto", "never", "always"] = "auto"
+    """Train each trial on `train.num_workers` Ray Train workers with `train.strategy`. auto: only a trial that does not
+    fit one process, if the strategy shards (zero3, fsdp2) or offloads."""
+    share_base: int = Field(default=1, ge=1)
+    """Most LoRA trials that train in one process, on one copy of the base; they need the same rows and shape."""
     retries: int = Field(default=2, ge=0)
     """Times that a trial is run again whose process or machine was lost, or that ran out of memory."""
     retry_smaller: bool = True
@@ -171,8 +171,8 @@ class TuneSpec(Spec):
             raise ValueError(reason)
         if isinstance(self.search, PbtSpec):
             self._segments_fit(self.search)
-        if self.checkpoint_every is not None and self.together > 1:
-            raise ValueError("checkpoint_every can't take effect with together > 1: trials of one process make none")
+        if self.checkpoint_every is not None and self.share_base > 1:
+            raise ValueError("checkpoint_every can't take effect with share_base > 1: trials of one process make none")
         most = ("search.population", self.search.population) if isinstance(self.search, PbtSpec) else None
         require_finals(self.finals, *(most or ("num_trials", self.num_trials)), self.space)
         require_placeable(self.winner, self.train)
@@ -185,8 +185,8 @@ class TuneSpec(Spec):
             raise ValueError(
                 f"scheduler.kind={self.scheduler.kind} can't go with search.kind=pbt, which ends no member"
             )
-        if self.together > 1:
-            raise ValueError(f"together={self.together} can't go with search.kind=pbt, whose members change places")
+        if self.share_base > 1:
+            raise ValueError(f"share_base={self.share_base} can't go with search.kind=pbt, whose members change places")
         if self.train.optim.factors or "optim.factors" in self.space:
             raise ValueError("optim.factors can't go with search.kind=pbt, which finds them: take them out")
         if self.train.strategy.kind in ZERO:

@@ -11,7 +11,7 @@ from graftwork.tuning.places import TRIALS
 
 
 class TrialSpec(Spec):
-    """Written by `graftwork tune --trials-on`, run by `graftwork trial`. It publishes nothing."""
+    """Written by `graftwork tune --trial-target`, run by `graftwork trial`. It publishes nothing."""
 
     kind: Literal["trial"] = "trial"
     name: Annotated[str, Field(pattern=NAME_PATTERN)]

@@ -68,9 +68,9 @@ def drive(root: str, job_id: str, number: int, on: str) -> int:
 def _command(runs: RunStore, job_id: str, file: Path, on: str) -> list[str]:
     """What the attempt runs: a stage's command on the spec in `file`, or a program of the user's."""
     kind = runs.job(job_id).kind
-    if kind == "command":
+    if kind == "exec":
         return [str(word) for word in runs.spec(job_id)["argv"]]
-    return [sys.executable, "-u", "-c", COMMAND, kind, str(file), "--on", on]
+    return [sys.executable, "-u", "-c", COMMAND, kind, str(file), "--target", on]
 
 
 class _CannotStart(Exception):

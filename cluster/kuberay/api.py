@@ -29,7 +29,7 @@ Method = Literal["GET", "POST", "PUT", "DELETE"]
 
 @dataclass(frozen=True)
 class Place:
-    """A namespace of a context, as `--on k8s:CONTEXT/NAMESPACE` names it. A context may hold slashes."""
+    """A namespace of a context, as `--target k8s:CONTEXT/NAMESPACE` names it. A context may hold slashes."""
 
     context: str
     namespace: str
@@ -39,7 +39,7 @@ class Place:
         """Raises ConfigError unless both are named."""
         context, slash, namespace = on.removeprefix("k8s:").rpartition("/")
         if not slash or not context or not namespace:
-            raise ConfigError(f"--on {on}", "it does not name a context and a namespace", "k8s:CONTEXT/NAMESPACE",
+            raise ConfigError(f"--target {on}", "it does not name a context and a namespace", "k8s:CONTEXT/NAMESPACE",
                               "kubectl config get-contexts lists the contexts")  # fmt: skip
         return cls(context, namespace)
 

@@ -13,7 +13,7 @@ from graftwork.plan.gpus import gpu_called
 from graftwork.plan.stage import HEADROOM
 
 GIB = 2**30
-OWN_PROGRAMS = frozenset({"command", "experiment", "rag", "cluster"})
+OWN_PROGRAMS = frozenset({"exec", "experiment", "rag", "cluster"})
 """Kinds without a plan: a user's own program may use GPUs that no key of its spec names."""
 
 

@@ -29,7 +29,7 @@ def build_rayjob(attempt: Attempt, namespace: str, wheel_uri: str | None) -> dic
         "entrypoint": f"python -m graftwork.cluster.driver {job.root} {job.job_id} {attempt.number} {JOB}",
         "jobId": attempt.id,
         "shutdownAfterJobFinishes": True,
-        "ttlSecondsAfterFinished": math.ceil(cluster.keep_s),
+        "ttlSecondsAfterFinished": math.ceil(cluster.ttl_s),
         "preRunningDeadlineSeconds": math.ceil(cluster.limits.pending),
         "submitterConfig": {"backoffLimit": 0},
         "backoffLimit": int(cluster.retry.max_attempts > 1 and any(group.spot for group in cluster.workers)),

@@ -73,7 +73,7 @@ def _until_gone(api: KubeApi, path: str, name: str, found: Mapping[str, Any]) ->
                 f"delete {kind} {name} in {api.on}", f"still there after {limit_s} s: {_holders(api, left)}",
                 "its pods' grace, the cleanup of Redis and a margin for the operator have passed; the operator removes "
                 "its finalizers once the cluster is gone",
-                "see that the operator runs: graftwork doctor --on ...; the deletion goes on meanwhile",
+                "see that the operator runs: graftwork doctor --target ...; the deletion goes on meanwhile",
             )  # fmt: skip
         if took - said >= REPORT_S:
             said = took

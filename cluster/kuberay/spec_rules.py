@@ -21,7 +21,7 @@ RESERVED_LABELS = ("graftwork.dev/", "app.kubernetes.io/", "ray.io/", "kueue.x-k
 def check_spec(job: Job, namespace: str) -> Found:
     """All findings on the cluster's spec and on the job's own."""
     if not re.fullmatch(LABEL_PATTERN, namespace) or len(namespace) > 63:
-        yield refuse("NAMESPACE-FORM", "--on", repr(namespace), "small letters, digits and hyphens, at most 63")
+        yield refuse("NAMESPACE-FORM", "--target", repr(namespace), "small letters, digits and hyphens, at most 63")
     yield from _references(job.cluster)
     yield from _labels(job.cluster)
     yield from _secret_env(job.cluster)

@@ -1,4 +1,4 @@
-"""The places that run jobs, by what `--on` says."""
+"""The places that run jobs, by what `--target` says."""
 
 from graftwork.cluster.address import unknown_place
 from graftwork.cluster.backend import Backend

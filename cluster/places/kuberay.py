@@ -63,7 +63,7 @@ class KubeRayPlace:
 
     def doctor(self) -> list[Finding]:
         """KubeRay, our rights, what the cluster's spec names, room; jobs that hang, clusters that are left over."""
-        any_job = Job("doctor", "command", "", self._root, {}, self._cluster)
+        any_job = Job("doctor", "exec", "", self._root, {}, self._cluster)
         return diagnose(self._api, any_job, SELECTOR)
 
     def start(self, attempt: Attempt) -> None:

@@ -51,13 +51,13 @@ def _workers(demand: Demand) -> list[Finding]:
     if cpus > max(cores(), 2):
         found.append(Finding(
             "E-CPU-FIT", "error", "demand.cpus", f"{demand.num_workers} workers ask for {cpus:g} CPUs of {cores()}",
-            "all workers run at once", "fewer workers, or CPUs a worker; or --on a cluster",
+            "all workers run at once", "fewer workers, or fewer CPUs per worker, or another --target",
         ))  # fmt: skip
     gpus, cards = demand.num_workers * demand.gpus_per_worker, gpus_here() if demand.gpus_per_worker else []
     if gpus > len(cards):
         found.append(Finding(
             "E-GPU-FIT", "error", "demand.gpus", f"{demand.num_workers} workers ask for {gpus:g} GPUs of {len(cards)}",
-            "nvidia-smi lists them, less what CUDA_VISIBLE_DEVICES hides", "fewer workers, or --on a cluster with GPUs",
+            "nvidia-smi lists them, less what CUDA_VISIBLE_DEVICES hides", "fewer workers, or a --target with GPUs",
         ))  # fmt: skip
     return [*found, *_memory(demand.num_workers * demand.memory_bytes_per_worker)]
 
@@ -75,7 +75,7 @@ def _memory(wanted: int) -> list[Finding]:
     return [
         Finding(
             "E-MEMORY-FIT", "error", "demand.memory", found, f"a run may take {HEADROOM:.0%} of the free memory",
-            "a smaller batch or base, quantisation, or --on a cluster; or end what uses the memory",
+            "a smaller batch or base, quantisation, another --target, or end what uses the memory",
         )
     ]  # fmt: skip
 

@@ -85,7 +85,7 @@ def _judged(claim: ClaimSpec, test: _Test, p_adjusted: float, spec: StudySpec) -
     shown, each = test.interval(spec.alpha), spec.alpha / len(spec.claims)
     outcome = outcome_of(claim, test.value, p_adjusted, test.interval(2 * each), spec.alpha, spec.equivalence_margin)
     return StudyClaim(
-        says=claim.says, a=claim.a, b=claim.b, metric=claim.metric, measure=spec.measure_of(claim).name,
+        statement=claim.statement, a=claim.a, b=claim.b, metric=claim.metric, measure=spec.measure_of(claim).name,
         of=None if claim.of is None else str(claim.of), than_of=None if claim.than_of is None else str(claim.than_of),
         expect=claim.expect, value=test.value, low=shown.low, high=shown.high, level=1 - spec.alpha,
         n=len(test.a), n_than_of=len(test.b) if test.name == "welch" else None, test=test.name,

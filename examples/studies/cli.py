@@ -9,7 +9,8 @@ from examples.studies.run import check_study, cpus_of, run_study
 from examples.studies.schema import StudyClaim, StudyMeasure, StudyReport, StudyScore
 from examples.studies.spec import StudySpec
 from graftwork import config
-from graftwork.cli.output import JsonFlag, Sets, SpecFile, print_json, print_table, say
+from graftwork.cli.options import JsonFlag, Sets, SpecFile
+from graftwork.cli.output import print_json, print_table, say
 from graftwork.cli.plans import show_plan
 from graftwork.cluster.session import session
 from graftwork.report import words
@@ -43,7 +44,10 @@ def show_study(report: StudyReport) -> None:
     print_table(
         f"published patterns (paired, Holm over {len(report.claims)}, {100 * (1 - report.alpha):g}% intervals)",
         ("claim", "on", "difference", "p", "n", "here"),
-        [(c.says, c.metric, _interval(c, signed=True), f"{c.p_adjusted:.2g}", c.n, _outcome(c)) for c in report.claims],
+        [
+            (c.statement, c.metric, _interval(c, signed=True), f"{c.p_adjusted:.2g}", c.n, _outcome(c))
+            for c in report.claims
+        ],
     )
 
 

@@ -33,7 +33,7 @@ def render_markdown(results: Sequence[StudyReport], names: Sequence[str]) -> str
 
 def _section(result: StudyReport) -> str:
     lines = [f"## {result.title}", "", f"`examples/studies/{result.name}.yaml` · base {result.base} "
-             f"(`{result.base_digest[:12]}`) · seed {result.seed}", "", f"**Published.** {result.published}", "",
+             f"(`{result.base_digest[:12]}`) · seed {result.seed}", "", f"**Published.** {result.paper}", "",
              f"**Here.** {result.sentence}", ""]  # fmt: skip
     lines += ["| pattern | on | difference | p (Holm) | n | here |", "|---|---|---|---|---|---|"]
     lines += [_claim(result, claim) for claim in result.claims] + [""]
@@ -42,7 +42,7 @@ def _section(result: StudyReport) -> str:
     trained = [f"{adapter.name} ({adapter.method}; {adapter.rows} rows, {adapter.steps} steps)"
                for adapter in result.adapters]  # fmt: skip
     lines += [f"Trained: {'; '.join(trained)}.", ""] if trained else []
-    lines += [f"- {line}" for line in result.differs]
+    lines += [f"- {line}" for line in result.deviations]
     return "\n".join([*lines, ""])
 
 
@@ -53,7 +53,7 @@ def _claim(result: StudyReport, claim: StudyClaim) -> str:
     n = str(claim.n) if claim.n_than_of is None else f"{claim.n} and {claim.n_than_of}"
     detects = f" (detects {words.score(claim.detects)})" if claim.outcome == "undecided" else ""
     value = f"{words.signed(claim.value)} {words.signed_interval(claim.low, claim.high)}"
-    return (f"| {claim.says} | {claim.metric} of {claim.a} − {claim.b}{part} | {value} | "
+    return (f"| {claim.statement} | {claim.metric} of {claim.a} − {claim.b}{part} | {value} | "
             f"{words.p_value(claim.p_adjusted)} | {n} | {claim.outcome}{detects} |")  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def study_report(spec: StudySpec, adapters: tuple[StudyAdapter, ...], measured: 
     digest = base_model.resolve(spec.base).digest
     claims = judge(spec, {found.spec.name: found.scores for found in measured})
     return StudyReport(
-        name=spec.name, title=spec.title, published=spec.published, differs=spec.differs,
+        name=spec.name, title=spec.title, paper=spec.paper, deviations=spec.deviations,
         base=base_name(spec.base.uri), base_digest=digest, alpha=spec.alpha,
         equivalence_margin=spec.equivalence_margin, seed=spec.seed, adapters=adapters,
         measures=tuple(measure_record(spec, found, digest) for found in measured), claims=claims,

@@ -44,7 +44,7 @@ class StudyMeasure(Record):
 class StudyClaim(Record):
     """A published pattern, and arm `a` minus arm `b` here, paired by unit."""
 
-    says: str
+    statement: str
     a: str
     b: str
     metric: str
@@ -88,8 +88,8 @@ class StudyReport(Record):
 
     name: str
     title: str
-    published: str
-    differs: tuple[str, ...]
+    paper: str
+    deviations: tuple[str, ...]
     base: str
     base_digest: str
     alpha: float

@@ -59,8 +59,8 @@ class MeasureSpec(Spec):
 class ClaimSpec(Spec):
     """What the paper found, as a prediction: arm `a` against arm `b` on one metric, declared before the numbers."""
 
-    says: str
-    """The published pattern in words."""
+    statement: str
+    """The claim as a sentence."""
     a: str
     b: str
     metric: str
@@ -90,10 +90,10 @@ class StudySpec(Spec):
     kind: Literal["study"] = "study"
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     title: str
-    published: str
-    """The paper, and what it reports."""
-    differs: tuple[str, ...] = ()
-    """In what this study differs from the paper."""
+    paper: str
+    """Citation of the paper, and the result that it reports."""
+    deviations: tuple[str, ...] = ()
+    """Differences between this study and the paper."""
     root: str = DEFAULT_ROOT
     """Replaces the root of every adapter."""
     base: BaseSpec

@@ -43,9 +43,9 @@ class Key:
         """From an evaluation row. Raises DataError where there is nothing to be found."""
         if not row.gold:
             raise DataError(f"row {row.id!r}: gold", "missing or empty", "a compared row has a gold object of fields")
-        key = cls(row.gold, frozenset(row.asked))
+        key = cls(row.gold, frozenset(row.given_fields))
         if not key.wanted:
-            found = f"every field is null or given away by the question (asked: {sorted(key.given)})"
+            found = f"every field is null or given away by the question (given_fields: {sorted(key.given)})"
             raise DataError(f"row {row.id!r}: gold", found, "facts need at least one field to be found")
         return key
 

@@ -3,23 +3,44 @@
 Exit codes: 0 done; 1 the run failed; 2 the input is wrong; 3 no cluster could be had.
 """
 
+import itertools
 import sys
 import traceback
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from graftwork import __version__
 from graftwork.cli import adapters, configs, experiments, exporting, jobs, k8s, rag, stages
 from graftwork.cli.doctor import doctor
+from graftwork.cli.options import RENAMED_FLAGS, RENAMED_VERBS
 from graftwork.cli.output import print_error
-from graftwork.errors import GraftworkError, Interrupted
+from graftwork.errors import ConfigError, GraftworkError, Interrupted
+
+
+class _Commands(TyperGroup):
+    """Command group that rejects a renamed verb or flag with its new name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # typer has no public name for the type of `ctx`
+        if args and args[0] in RENAMED_VERBS:
+            raise _renamed(f"graftwork {args[0]}", f"graftwork {RENAMED_VERBS[args[0]]}", "no such command")
+        for flag in (word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", args)):
+            if flag in RENAMED_FLAGS:
+                raise _renamed(flag, RENAMED_FLAGS[flag], "no such option")
+        return super().parse_args(ctx, args)
+
+
+def _renamed(old: str, new: str, problem: str) -> ConfigError:
+    return ConfigError(old, problem, f"{old} was renamed to {new}", f"use {new}")
+
 
 app = typer.Typer(
     name="graftwork",
-    help="Finetune, sweep, serve and honestly compare many task adapters on one quantized base model.",
+    cls=_Commands,
+    help="Finetune, tune, serve and compare many task adapters on one quantized base model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -10,17 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from graftwork.cli import adopting, merging
-from graftwork.cli.output import JsonFlag, gib, print_json, print_table, say
+from graftwork.cli.options import JsonFlag, Root
+from graftwork.cli.output import gib, print_json, print_table, say
 from graftwork.errors import ArtifactError
 from graftwork.storage import DEFAULT_ROOT, Store
 
 app = typer.Typer(help="List, verify, promote and remove adapters, here or on an endpoint.", no_args_is_help=True)
 app.command()(merging.merge)
 app.command()(adopting.publish)
-Root = Annotated[str, typer.Option("--root", help="The store: a folder, file:// or s3://.")]
-Endpoint = Annotated[str, typer.Option("--endpoint", metavar="URL", help="A running endpoint.")]
+Endpoint = Annotated[str, typer.Option("--endpoint", metavar="URL", help="URL of a running endpoint.")]
 MaybeEndpoint = Annotated[
-    str | None, typer.Option("--endpoint", metavar="URL", help="A running endpoint, in place of a root.")
+    str | None, typer.Option("--endpoint", metavar="URL", help="URL of a running endpoint, to use instead of --root.")
 ]
 TokenEnv = Annotated[str, typer.Option("--token-env", help="Environment variable that holds the admin token.")]
 ADMIN_TOKEN = "GRAFTWORK_ADMIN_TOKEN"
@@ -34,7 +34,7 @@ def list_(
     token_env: TokenEnv = ADMIN_TOKEN,
     as_json: JsonFlag = False,
 ) -> None:
-    """Every published version, newest last, with the aliases that point at it."""
+    """List published versions, newest last, with the aliases that point at them."""
     from graftwork.artifact_listing import Listing
 
     if endpoint is not None:
@@ -66,7 +66,7 @@ def list_(
 
 @app.command()
 def show(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
-    """The manifest of one version, and its ancestry: what it was trained on from or merged out of, and its base."""
+    """Print the manifest and lineage of one version: the adapters it was trained from or merged from, and its base."""
     from graftwork import artifact, artifact_ancestry
 
     store = Store(root)
@@ -77,7 +77,7 @@ def show(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
 
 @app.command()
 def verify(ref: Ref, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> None:
-    """Read every byte: sha256 of each file, safetensors headers, shapes. Exit 2 lists the problems."""
+    """Verify the sha256 of each file, the safetensors headers and the tensor shapes. Exits with 2 if one is wrong."""
     from graftwork import artifact
 
     store = Store(root)
@@ -104,7 +104,7 @@ def promote(
     endpoint: MaybeEndpoint = None,
     token_env: TokenEnv = ADMIN_TOKEN,
 ) -> None:
-    """Point an alias at a version, atomically. Running requests finish on the version they began with.
+    """Point an alias at a version, atomically. Running requests finish on the version they started with.
 
     With --endpoint a running endpoint does it: it loads the version before the alias moves, and follows at once.
     """
@@ -124,7 +124,7 @@ def promote(
 def rollback(
     ref: Ref, root: Root = DEFAULT_ROOT, endpoint: MaybeEndpoint = None, token_env: TokenEnv = ADMIN_TOKEN
 ) -> None:
-    """Point TASK@ALIAS at the version before. Again: one further back."""
+    """Point TASK@ALIAS at its previous version. Each repetition goes one version further back."""
     from graftwork import artifact
 
     if endpoint is not None:
@@ -136,46 +136,51 @@ def rollback(
 
 @app.command()
 def register(
-    uri: Annotated[str, typer.Argument(metavar="URI", help="Folder of a published version, under an allowed root.")],
+    uri: Annotated[
+        str, typer.Argument(metavar="URI", help="Folder of a published version, under an allowed root of the endpoint.")
+    ],
     endpoint: Endpoint,
-    alias: Annotated[str | None, typer.Option("--alias", help="Alias to point at it.")] = None,
+    alias: Annotated[str | None, typer.Option("--alias", help="Alias that will point at the new version.")] = None,
     token_env: TokenEnv = ADMIN_TOKEN,
 ) -> None:
-    """Take a version from another place into the endpoint's store; checked before a byte of it is used."""
+    """Copy a version from another store into the store of the endpoint. The files are verified first."""
     _tell(endpoint, token_env, "register", uri=uri, alias=alias)
 
 
 @app.command()
 def load(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
-    """Bring a version into the endpoint's memory before somebody asks for it."""
+    """Load a version into the memory of the endpoint before the first request for it."""
     _tell(endpoint, token_env, "load", adapter=ref)
 
 
 @app.command()
 def pin(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
-    """Load a version and keep it in memory, whatever else is asked for."""
+    """Load a version and protect it from eviction."""
     _tell(endpoint, token_env, "pin", adapter=ref)
 
 
 @app.command()
 def unpin(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
-    """Let a pinned version go when its room is needed."""
+    """Allow a pinned version to be evicted."""
     _tell(endpoint, token_env, "unpin", adapter=ref)
 
 
 @app.command()
 def unload(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
-    """Take a version out of the endpoint's memory with its last request. It stays registered."""
+    """Unload a version once its last request has ended. It stays registered."""
     _tell(endpoint, token_env, "unload", adapter=ref)
 
 
 def swap(
-    ref: Annotated[str, typer.Argument(metavar="TASK@ALIAS", help="The alias to move, e.g. support@prod.")],
-    version: Annotated[str, typer.Argument(help="The version, or another alias, that it shall mean.")],
+    ref: Annotated[str, typer.Argument(metavar="TASK@ALIAS", help="Alias to move, e.g. support@prod.")],
+    version: Annotated[str, typer.Argument(help="Version or alias that it will point at.")],
     endpoint: Endpoint,
     token_env: TokenEnv = ADMIN_TOKEN,
 ) -> None:
-    """Move an alias on a running endpoint: the version is loaded first, no request waits or changes its version."""
+    """Point an alias at another version on a running endpoint, without downtime.
+
+    The version is loaded before the alias moves, so no request waits. Running requests finish on their version.
+    """
     _tell(endpoint, token_env, "promote", adapter=ref, version=version)
 
 
@@ -218,7 +223,7 @@ def _plain(value: Any) -> Any:
 
 @app.command("rm")
 def remove(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
-    """Delete one version; refused while an alias points at it."""
+    """Delete one version. Refused while an alias points at it."""
     from graftwork import artifact
 
     store = Store(root)

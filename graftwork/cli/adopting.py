@@ -6,25 +6,29 @@ from typing import Annotated
 
 import typer
 
-from graftwork.cli.output import JsonFlag, print_json, say
+from graftwork.cli.options import Alias, JsonFlag, Root
+from graftwork.cli.output import print_json, say
 from graftwork.storage import DEFAULT_ROOT, Store
 
 
 def publish(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="adapter_config.json and adapter_model.safetensors.")
+        Path, typer.Argument(metavar="FOLDER", help="Folder with adapter_config.json and adapter_model.safetensors.")
     ],
-    task: Annotated[str, typer.Argument(metavar="TASK", help="The task that it is a version of.")],
-    base: Annotated[str, typer.Option("--base", metavar="URI", help="The base that it was trained on.")],
-    alias: Annotated[str, typer.Option("--alias", help="Alias to point at it.")] = "latest",
-    system: Annotated[str | None, typer.Option("--system", help="System prompt that it was trained with.")] = None,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Task to publish it under.")],
+    base: Annotated[str, typer.Option("--base", metavar="URI", help="Base that the adapter was trained on.")],
+    alias: Alias = "latest",
+    system: Annotated[
+        str | None, typer.Option("--system", help="System prompt that the adapter was trained with.")
+    ] = None,
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="Round its LoRA weights to 16 bits: half the bytes, another version.")
+        bool,
+        typer.Option("--bf16", help="Round the LoRA weights to bfloat16. Halves the size; makes a different version."),
     ] = False,
-    root: Annotated[str, typer.Option("--root", help="The store: a folder, file:// or s3://.")] = DEFAULT_ROOT,
+    root: Root = DEFAULT_ROOT,
     as_json: JsonFlag = False,
 ) -> None:
-    """Publish a folder that PEFT saved, so that endpoints of its base can serve it."""
+    """Publish a PEFT adapter folder, so that endpoints on the same base can serve it."""
     from graftwork import artifact, base_model, provenance
     from graftwork.base_model import BaseSpec
     from graftwork.chat import PromptSpec

@@ -1,36 +1,29 @@
-"""`graftwork command FILE`: a program of the user's, here or as a job."""
+"""`graftwork exec FILE`: run a program of the user, here or as a job."""
 
 import subprocess
 
 import typer
 
 from graftwork import config
-from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch
-from graftwork.cli.output import Cluster, Detach, JsonFlag, On, Sets, SpecFile
+from graftwork.cli.launching import LaunchOptions, launch
+from graftwork.cli.options import SpecFile, with_options
 from graftwork.errors import ConfigError
 
 
-def command(
+@with_options
+def exec_program(
     file: SpecFile,
-    on: On = "local",
-    sets: Sets = [],  # noqa: B006
-    detach: Detach = False,
-    cluster: Cluster = None,
-    deadline: Deadline = None,
-    budget: Budget = None,
-    pending: Pending = None,
-    as_json: JsonFlag = False,
+    options: LaunchOptions,
 ) -> None:
-    """Run a program of one's own (kind: command) where the work is; on local without --detach, here and now."""
-    from graftwork.cluster.command_spec import CommandSpec
+    """Run a program of your own (kind: exec), here or as a job."""
+    from graftwork.cluster.command_spec import ExecSpec
 
-    spec = config.load(file, sets, expect="command")
-    assert isinstance(spec, CommandSpec)
-    how = Launch(on, detach, cluster, deadline, budget, pending)
-    if how.elsewhere:
-        return launch(spec, file, how, as_json)
-    if on != "local":
-        raise ConfigError(f"--on {on}", "a program is no stage that could run through Ray Client",
+    spec = config.load(file, options.sets, expect="exec")
+    assert isinstance(spec, ExecSpec)
+    if options.elsewhere:
+        return launch(spec, file, options)
+    if options.target != "local":
+        raise ConfigError(f"--target {options.target}", "a program is no stage that could run through Ray Client",
                           "local, http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE")  # fmt: skip
     try:
         code = subprocess.run(spec.argv, check=False).returncode

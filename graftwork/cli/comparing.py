@@ -3,53 +3,36 @@
 from typing import Any
 
 from graftwork import config
-from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch, resolve_here
-from graftwork.cli.output import (
-    Cluster,
-    Detach,
-    JsonFlag,
-    On,
-    Sets,
-    SpecFile,
-    print_json,
-    print_table,
-    progress_bar,
-    say,
-)
+from graftwork.cli.launching import LaunchOptions, launch, resolve_here
+from graftwork.cli.options import SpecFile, with_options
+from graftwork.cli.output import print_json, print_table, progress_bar, say
 
 _ACROSS = 5
 """Metrics that a line has room for; more stand below each other, the arms side by side."""
 
 
+@with_options
 def compare(
     file: SpecFile,
-    on: On = "local",
-    sets: Sets = [],  # noqa: B006
-    detach: Detach = False,
-    cluster: Cluster = None,
-    deadline: Deadline = None,
-    budget: Budget = None,
-    pending: Pending = None,
-    as_json: JsonFlag = False,
+    options: LaunchOptions,
 ) -> None:
-    """Let all arms answer the held-out questions; print scores, tests and the verdict."""
+    """Evaluate all arms on held-out questions; print scores, significance tests and the verdict."""
     from graftwork.serving.experiment.spec import CompareSpec
 
-    spec = config.load(file, sets, expect="compare")
+    spec = config.load(file, options.sets, expect="compare")
     assert isinstance(spec, CompareSpec)
-    how = Launch(on, detach, cluster, deadline, budget, pending)
-    if how.elsewhere:
-        return launch(spec, file, how, as_json)
+    if options.elsewhere:
+        return launch(spec, file, options)
     from graftwork.base_support import check_serving
     from graftwork.cluster.session import session
     from graftwork.serving.experiment.run import run_compare
 
-    spec = resolve_here(spec, on, as_json)
-    if on == "local":
+    spec = resolve_here(spec, options.target, options.as_json)
+    if options.target == "local":
         check_serving(spec)
-    with progress_bar(f"compare {spec.name}", as_json) as bar, session(on) as here:
+    with progress_bar(f"compare {spec.name}", options.as_json) as bar, session(options.target) as here:
         outcome = here.run(run_compare, spec, on_progress=lambda p: bar(p.done, p.total, f"{p.failed} failed"))
-    if as_json:
+    if options.as_json:
         print_json(outcome.report.model_dump(mode="json"))
     else:
         show_comparison(outcome.report, outcome.reused)

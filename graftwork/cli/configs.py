@@ -8,16 +8,17 @@ import yaml
 
 from graftwork import config
 from graftwork.base_support import check_local
-from graftwork.cli.output import JsonFlag, Sets, print_json, print_table, say
+from graftwork.cli.options import JsonFlag, Sets
+from graftwork.cli.output import print_json, print_table, say
 from graftwork.errors import ConfigError
 
-app = typer.Typer(help="Check, show and describe spec files.", no_args_is_help=True)
+app = typer.Typer(help="Validate, resolve and describe spec files.", no_args_is_help=True)
 SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML spec; its `kind` names the stage.")]
 
 
 @app.command()
 def check(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006 (typer copies it)
-    """Validate a spec. Exit 2 names every wrong key, its value, the rule and the nearest known key.
+    """Validate a spec. Exits with 2 and lists each wrong key with its value, the rule and the nearest known key.
 
     Where the base is a folder of this machine, also check that it supports the stage.
     """
@@ -32,7 +33,7 @@ def check(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  
 
 @app.command()
 def show(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
-    """The resolved spec: each key, its value, and whether it came from the file or is a default."""
+    """Print the resolved spec: each key with its value and its source (file or default)."""
     spec = config.load(file, sets)
     tree = config.read_yaml(file.read_text(encoding="utf-8"))
     given = {**tree, **{item.partition("=")[0]: True for item in sets}}
@@ -44,8 +45,8 @@ def show(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  #
 
 
 @app.command()
-def schema(kind: Annotated[str, typer.Argument(metavar="KIND|FILE", help="A stage, or a spec file of it.")]) -> None:
-    """JSON schema of a stage's spec, for editors."""
+def schema(kind: Annotated[str, typer.Argument(metavar="KIND|FILE", help="Kind of a spec, or a spec file.")]) -> None:
+    """Print the JSON schema of a spec, for editors."""
     if kind not in config.SPEC_KINDS and Path(kind).suffix in (".yaml", ".yml"):
         tree = yaml.safe_load(Path(kind).read_text(encoding="utf-8")) if Path(kind).is_file() else None
         if not isinstance(tree, dict):

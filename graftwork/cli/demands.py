@@ -14,7 +14,7 @@ from graftwork.errors import UserError
 if TYPE_CHECKING:
     from graftwork.plan import StagePlan
 
-UNPLANNED = frozenset({"command", "experiment", "rag", "cluster"})
+UNPLANNED = frozenset({"exec", "experiment", "rag", "cluster"})
 
 
 def planned(

@@ -1,4 +1,4 @@
-"""`graftwork doctor --on WHERE`: what is wrong with a place, its store and this machine's way there, and the mend."""
+"""`graftwork doctor --target TARGET`: problems of a target, its store and the connection to it, each with a fix."""
 
 from dataclasses import asdict
 
@@ -7,35 +7,38 @@ import typer
 from graftwork.cli.findings import show_findings
 from graftwork.cli.jobs import Root, root_of
 from graftwork.cli.launching import cluster_of
-from graftwork.cli.output import Cluster, JsonFlag, On, print_error, print_json, say
+from graftwork.cli.options import ClusterConfig, JsonFlag, Target
+from graftwork.cli.output import print_error, print_json, say
 from graftwork.errors import ClusterError
 
 
-def doctor(on: On = "local", root: Root = None, cluster: Cluster = None, as_json: JsonFlag = False) -> None:
-    """Look at a place, its store and the way there; say what is wrong and how to mend it. Starts no job.
+def doctor(
+    target: Target = "local", root: Root = None, cluster_config: ClusterConfig = None, as_json: JsonFlag = False
+) -> None:
+    """Diagnose a target, its object store and the connection to it, and suggest fixes. Starts no job.
 
-    Exit code 0: nothing keeps jobs from running; 1: something does; 3: the place does not answer.
+    Exit codes: 0 jobs can run; 1 a problem prevents jobs from running; 3 the target does not answer.
     """
     from graftwork.cluster.places import backend_of
     from graftwork.cluster.probe import probe_store
     from graftwork.cluster.stored import StoredBackend
     from graftwork.cluster.surroundings import surroundings, versions
 
-    spec = cluster_of(cluster)
+    spec = cluster_of(cluster_config)
     where = root or spec.storage.uri or root_of(None)
-    backend = backend_of(on, where, spec)
+    backend = backend_of(target, where, spec)
     assert isinstance(backend, StoredBackend)
-    findings, unheard = [*surroundings(on, where, spec), *probe_store(where)], None
+    findings, unheard = [*surroundings(target, where, spec), *probe_store(where)], None
     try:
         findings += backend.place.doctor()
     except ClusterError as error:
         unheard = error
     here = versions()
     if as_json:
-        print_json({"on": on, "root": where, "versions": here, "findings": [asdict(one) for one in findings],
+        print_json({"on": target, "root": where, "versions": here, "findings": [asdict(one) for one in findings],
                     "unheard": None if unheard is None else unheard.text()})  # fmt: skip
     else:
-        say(f"{on}, jobs in {where}")
+        say(f"{target}, jobs in {where}")
         say("  here: " + ", ".join(f"{name} {version}" for name, version in here.items()))
         show_findings(findings, "nothing is wrong" if unheard is None else "nothing else is wrong")
     if unheard is not None:

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftwork import config
-from graftwork.cli.output import JsonFlag, Sets, print_json, print_table, say
+from graftwork.cli.options import JsonFlag, Sets
+from graftwork.cli.output import print_json, print_table, say
 from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
     from graftwork.serving.client import Client
     from graftwork.serving.experiment.online.spec import ExperimentSpec
 
-app = typer.Typer(help="Split live traffic between arms, or shadow it, on a running endpoint.", no_args_is_help=True)
+app = typer.Typer(help="Run A/B tests and shadow tests on a running endpoint.", no_args_is_help=True)
 ADMIN_TOKEN = "GRAFTWORK_ADMIN_TOKEN"
-Where = Annotated[str, typer.Argument(metavar="FILE|URL", help="Experiment spec, or the address of its endpoint.")]
-Name = Annotated[str | None, typer.Option("--name", help="Which one, where a URL is given and it runs several.")]
-TokenEnv = Annotated[str, typer.Option("--token-env", help="Environment variable with the admin token, for a URL.")]
+Where = Annotated[str, typer.Argument(metavar="FILE|URL", help="Experiment spec, or the URL of its endpoint.")]
+Name = Annotated[str | None, typer.Option("--name", help="Experiment name, if URL runs several.")]
+TokenEnv = Annotated[str, typer.Option("--token-env", help="Environment variable that holds the admin token of URL.")]
 
 
 @app.command()
@@ -31,7 +32,7 @@ def start(
     sets: Sets = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
-    """Begin it. Once more: finds it running. A changed file is refused while it runs."""
+    """Start an experiment. Starting it again has no effect; a changed file is rejected while it runs."""
     spec = _spec(file, sets)
     with client_of(spec.endpoint, spec.admin_token_env) as client:
         found = client.experiment("start", spec=spec.model_dump(mode="json"))
@@ -42,7 +43,7 @@ def start(
 
 @app.command()
 def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
-    """Arms, estimates that hold at every look, guardrails, and what was dropped."""
+    """Show the arms, sequential (always-valid) estimates, guardrails and dropped records."""
     with _at(where, name, token_env) as (client, chosen):
         found = [one for one in client.experiments() if chosen in (None, one["name"])]
     if chosen is not None and not found:
@@ -59,12 +60,17 @@ def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, a
 @app.command()
 def ramp(
     where: Where,
-    weights: Annotated[list[str], typer.Option("--weight", metavar="ARM=SHARE", help="Of each arm; they sum to 1.")],
+    weights: Annotated[
+        list[str],
+        typer.Option(
+            "--weight", metavar="ARM=SHARE", help="Weight of an arm; repeat for each arm. The weights sum to 1."
+        ),
+    ],
     name: Name = None,
     token_env: TokenEnv = ADMIN_TOKEN,
     as_json: JsonFlag = False,
 ) -> None:
-    """Other weights from now on. Units stay where they are but for the share that moves."""
+    """Change the traffic weights. A unit keeps its arm unless the new weights move it."""
     given = _weights(weights)
     with _at(where, name, token_env) as (client, chosen):
         _show(client.experiment("ramp", name=_one(client, chosen), weights=given), as_json)
@@ -72,27 +78,28 @@ def ramp(
 
 @app.command()
 def stop(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
-    """End it for good. Callers are answered by its control from then on."""
+    """Stop an experiment permanently. The control arm then answers all requests."""
     _tell("stop", where, name, token_env, as_json)
 
 
 @app.command()
 def kill(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
-    """Send everybody to the control at once, until `resume`."""
+    """Route all traffic to the control arm immediately, until `resume`."""
     _tell("kill", where, name, token_env, as_json)
 
 
 @app.command()
 def resume(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
-    """Take `kill` back."""
+    """Undo `kill`: restore the traffic weights."""
     _tell("resume", where, name, token_env, as_json)
 
 
 @app.command()
 def report(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The spec that it was started with.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Experiment spec that it was started with.")],
     log: Annotated[
-        str | None, typer.Option("--log", metavar="URI", help="Folder of its log; without it the endpoint is asked.")
+        str | None,
+        typer.Option("--log", metavar="URI", help="Folder of the experiment log. Default: ask the endpoint."),
     ] = None,
     out: Annotated[
         str | None,
@@ -101,7 +108,7 @@ def report(
     sets: Sets = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
-    """The verdict on its log so far, printed, and as a page that opens offline. With --log it needs no endpoint."""
+    """Print the verdict on the log so far, and write it as a self-contained page. --log needs no endpoint."""
     from graftwork.cli.onlines import show_online
     from graftwork.report import ReportInput, build
     from graftwork.serving.experiment.online.analyse import analyse_log

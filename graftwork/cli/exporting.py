@@ -10,11 +10,13 @@ from graftwork.storage import DEFAULT_ROOT
 
 
 def export(
-    root: Annotated[str, typer.Option("--root", envvar="GRAFTWORK_ROOT", help="Store of the jobs.")] = DEFAULT_ROOT,
+    root: Annotated[
+        str, typer.Option("--root", envvar="GRAFTWORK_ROOT", help="Object store of the jobs.")
+    ] = DEFAULT_ROOT,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 9464,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 9464,
 ) -> None:
-    """Answer GET /metrics with the state of every job of a store, until Ctrl-C."""
+    """Serve Prometheus metrics of all jobs of an object store at /metrics, until Ctrl-C."""
     from graftwork.cluster.exporter import export as answer
 
     say(f"jobs of {root} at http://{host}:{port}/metrics  (Ctrl-C ends it)")

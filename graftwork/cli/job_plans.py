@@ -1,4 +1,4 @@
-"""`graftwork plan FILE --on WHERE`: what a job takes in its place, what it costs, what would be made, what is wrong."""
+"""`graftwork plan FILE --target TARGET`: resources, price, objects and preflight findings of a job."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from graftwork.accelerators import with_gpus
 from graftwork.cli.demands import with_demand
 from graftwork.cli.findings import show_findings
-from graftwork.cli.launching import Launch, job_of, root_of_job
+from graftwork.cli.launching import LaunchOptions, job_of, root_of_job
 from graftwork.cli.output import duration, gib, say
 from graftwork.cluster.backend import Attempt, Backend, Job, JobPlan
 from graftwork.cluster.cost import usd_per_hour
@@ -46,25 +46,25 @@ class WholePlan:
         }  # fmt: skip
 
 
-def plan_job(spec: Spec, folder: Path, how: Launch) -> WholePlan:
+def plan_job(spec: Spec, folder: Path, options: LaunchOptions) -> WholePlan:
     """Writes nothing. Raises ConfigError, StorageError; never ClusterError."""
     from graftwork.cluster.places import backend_of
 
-    cluster = how.cluster_spec()
-    backend = backend_of(how.on, root_of_job(spec, cluster), cluster)
+    cluster = options.cluster_spec()
+    backend = backend_of(options.target, root_of_job(spec, cluster), cluster)
     machines, chosen, unheard = None, None, None
     try:
         machines = backend.machines(cluster)
         spec, chosen = with_gpus(spec, machines.accelerators)
     except ClusterError as error:
         unheard = error
-    job, lines, notes = with_demand(job_of(spec, cluster, how.on), spec, folder, machines)
+    job, lines, notes = with_demand(job_of(spec, cluster, options.target), spec, folder, machines)
     try:
         plan = backend.plan(job) if unheard is None else _offline(backend, job, unheard)
     except ClusterError as error:
         unheard = error
         plan = _offline(backend, job, error)
-    return WholePlan(job, how.on, lines, replace(plan, findings=(*plan.findings, *notes)), unheard, chosen)
+    return WholePlan(job, options.target, lines, replace(plan, findings=(*plan.findings, *notes)), unheard, chosen)
 
 
 def _offline(backend: Backend, job: Job, error: ClusterError) -> JobPlan:

@@ -60,7 +60,7 @@ def next_moves(status: JobStatus, root: str) -> Iterator[str]:
     if status.state in ("submitted", "queued", "pending"):
         yield f"graftwork jobs logs -f {job}{flag}"
         if not status.on.startswith("local"):
-            yield f"graftwork doctor --on {status.on}, where it stays so"
+            yield f"graftwork doctor --target {status.on}, where it stays so"
         yield f"graftwork jobs cancel {job}{flag}"
     elif status.state in ("running", "suspended"):
         yield f"graftwork jobs logs -f {job}{flag}"

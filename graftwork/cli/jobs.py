@@ -15,24 +15,25 @@ from graftwork.cli.job_names import job_called
 from graftwork.cli.job_views import details, show_details, show_list
 from graftwork.cli.job_words import is_away, line_of, root_flag
 from graftwork.cli.launching import cluster_of, leave
-from graftwork.cli.output import JsonFlag, print_json, say, stderr
+from graftwork.cli.options import JsonFlag
+from graftwork.cli.output import print_json, say, stderr
 from graftwork.cluster.backend import Backend, JobState, JobStatus
 from graftwork.cluster.run_store import RunStore
 from graftwork.cluster.spec import ClusterSpec, seconds_of
 from graftwork.errors import ClusterError, ConfigError
 from graftwork.storage import DEFAULT_ROOT
 
-app = typer.Typer(help="What runs elsewhere: see it, follow it, end it, start it again.", no_args_is_help=True)
+app = typer.Typer(help="Manage background and remote jobs.", no_args_is_help=True)
 Root = Annotated[
     str | None,
     typer.Option(
         "--root", metavar="ROOT", show_default=False,
-        help="Store of the jobs, a folder or s3://; else GRAFTWORK_ROOT, cluster.yaml's storage.uri, .graftwork.",
+        help="Object store of the jobs. Default: GRAFTWORK_ROOT, `storage.uri` of cluster.yaml, or .graftwork.",
     ),
 ]  # fmt: skip
 AT_ONCE = 16
 JobId = Annotated[
-    str, typer.Argument(metavar="JOB", help="Id as `jobs ls` lists it, an attempt's, a beginning, or the bare name.")
+    str, typer.Argument(metavar="JOB", help="Job id, attempt id, a unique prefix of one, or the job name.")
 ]
 
 
@@ -43,19 +44,21 @@ def root_of(given: str | None) -> str:
 
 @app.command("ls")
 def ls(
-    on: Annotated[str | None, typer.Option("--on", metavar="WHERE", help="Only those of this place.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="TARGET", help="List only jobs of this target.")
+    ] = None,
     state: Annotated[
-        list[str], typer.Option("--state", help="Only those in this state; may be repeated, or comma-separated.")
+        list[str], typer.Option("--state", help="List only jobs in this state. Repeatable, or comma-separated.")
     ] = [],  # noqa: B006
-    limit: Annotated[int, typer.Option("--limit", min=1, help="The newest so many.")] = 50,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most jobs to list.")] = 50,
     root: Root = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """All jobs of a store, newest first."""
+    """List the jobs of an object store, newest first."""
     wanted = _states(state)
     where = root_of(root)
     runs = RunStore(where)
-    found = _statuses(_places(runs) if on is None else [on.rstrip("/")], where)
+    found = _statuses(_places(runs) if target is None else [target.rstrip("/")], where)
     kept = [status for status in found if not wanted or status.state in wanted]
     if as_json:
         return print_json([asdict(status) for status in kept[:limit]])
@@ -66,7 +69,7 @@ def ls(
 
 @app.command()
 def status(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
-    """One job in full: its times, its progress, what it cost, why it is so, and what one can do."""
+    """Show one job: state and its reason, times, progress, cost and next steps."""
     where, job_id, _ = _named(job, root)
     found = _backend(RunStore(where), where, job_id).status(job_id)
     told = details(RunStore(where), found, where)
@@ -80,14 +83,14 @@ def status(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
 @app.command()
 def logs(
     job: JobId,
-    follow_it: Annotated[bool, typer.Option("-f", "--follow", help="Until it has ended.")] = False,
-    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="Of this attempt; else the latest.")] = None,
-    tail: Annotated[
-        int | None, typer.Option("--tail", min=0, metavar="N", help="Only the last N lines of now.")
+    follow_it: Annotated[bool, typer.Option("-f", "--follow", help="Stream the log until the job ends.")] = False,
+    attempt: Annotated[
+        int | None, typer.Option("--attempt", min=1, help="Attempt number. Default: the latest.")
     ] = None,
+    tail: Annotated[int | None, typer.Option("--tail", min=0, metavar="N", help="Print only the last N lines.")] = None,
     root: Root = None,
 ) -> None:
-    """What a job printed. Works when its cluster is gone."""
+    """Print the log of a job, even after its cluster is gone."""
     where, job_id, named = _named(job, root)
     runs, number = RunStore(where), attempt or named
     known = runs.attempts(job_id)
@@ -111,19 +114,20 @@ def logs(
 def wait(
     job: JobId,
     timeout: Annotated[
-        str | None, typer.Option("--timeout", metavar="TIME", help="Give up after, e.g. 30m; the job goes on.")
+        str | None,
+        typer.Option("--timeout", metavar="TIME", help="Stop waiting after this time, e.g. 30m. The job continues."),
     ] = None,
     root: Root = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Until a job has ended; leaves with its exit code. Starts it again as its cluster's `retry` says."""
+    """Wait until a job ends, and exit with its exit code. Retries it as `retry` of its cluster config says."""
     where, job_id, _ = _named(job, root)
     leave(_backend(RunStore(where), where, job_id).wait(job_id, _seconds(timeout)), where, as_json)
 
 
 @app.command()
 def cancel(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
-    """End a job: nothing of it is left in its place afterwards. What it committed stays."""
+    """Cancel a job and remove its processes or Kubernetes objects. Committed results stay."""
     where, job_id, _ = _named(job, root)
     backend = _backend(RunStore(where), where, job_id)
     try:
@@ -140,11 +144,11 @@ def cancel(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
 @app.command()
 def resubmit(
     job: JobId,
-    follow_it: Annotated[bool, typer.Option("-f", "--follow", help="And print what it prints.")] = False,
+    follow_it: Annotated[bool, typer.Option("-f", "--follow", help="Stream the log until the job ends.")] = False,
     root: Root = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Start the next attempt of a job that has ended: it goes on from the last checkpoint."""
+    """Start another attempt of an ended job. It resumes from the last checkpoint."""
     where, job_id, _ = _named(job, root)
     backend = _backend(RunStore(where), where, job_id)
     found = backend.resubmit(job_id)

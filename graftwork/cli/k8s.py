@@ -11,37 +11,42 @@ from graftwork import config
 from graftwork.accelerators import with_gpus
 from graftwork.cli.demands import with_demand
 from graftwork.cli.launching import cluster_of, job_of
-from graftwork.cli.output import Cluster, Sets, SpecFile, stderr
+from graftwork.cli.options import ClusterConfig, Sets, SpecFile
+from graftwork.cli.output import stderr
 from graftwork.cluster.backend import Attempt, Job
 from graftwork.cluster.kuberay.fit import machines_of
 from graftwork.storage import Store
 
-app = typer.Typer(help="What a Kubernetes cluster would be given.", no_args_is_help=True)
+app = typer.Typer(help="Render the Kubernetes objects of a job or endpoint.", no_args_is_help=True)
 NOWHERE = "render"
 """Stands for the context: none is opened."""
 
 
 @app.callback()
 def k8s() -> None:
-    """What a Kubernetes cluster would be given."""
+    """Render the Kubernetes objects of a job or endpoint."""
 
 
 @app.command()
 def render(
     file: SpecFile,
-    cluster: Cluster = None,
-    namespace: Annotated[str, typer.Option("--namespace", help="Of the objects.")] = "default",
-    attempt: Annotated[int, typer.Option("--attempt", min=1, help="Number of the attempt, part of a job's name.")] = 1,
+    cluster_config: ClusterConfig = None,
+    namespace: Annotated[str, typer.Option("--namespace", help="Namespace of the objects.")] = "default",
+    attempt: Annotated[int, typer.Option("--attempt", min=1, help="Attempt number; part of the RayJob name.")] = 1,
     publish: Annotated[
-        bool, typer.Option("--publish", help="Put this code (`code: wheel`) and local rows into the store too.")
+        bool,
+        typer.Option(
+            "--publish", help="Also upload this code (`code: wheel`) and local data files to the object store."
+        ),
     ] = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Print the objects of FILE as YAML: a RayJob, for an endpoint a RayService. Reaches no cluster.
+    """Print the Kubernetes objects of FILE as YAML, without access to a cluster.
 
-    The next version of a serve spec is the same RayService: `kubectl apply` changes it in place.
+    A serve spec becomes a RayService, any other stage a RayJob. A changed serve spec keeps the name of its RayService,
+    so `kubectl apply` updates the running service in place.
     """
-    spec, place = config.load(file, sets), cluster_of(cluster)
+    spec, place = config.load(file, sets), cluster_of(cluster_config)
     machines = machines_of(place)
     spec, chosen = with_gpus(spec, machines.accelerators)
     job, _, _ = with_demand(job_of(spec, place, f"k8s:{NOWHERE}/{namespace}"), spec, file.parent, machines)

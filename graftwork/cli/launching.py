@@ -1,15 +1,15 @@
 """How a stage's command becomes a job: submitted or found, followed to its end, or left to run."""
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from graftwork.accelerators import accelerators_here, is_auto, with_gpus
 from graftwork.cli.following import follow
 from graftwork.cli.job_words import left_behind, line_of, next_moves, root_flag
+from graftwork.cli.options import Budget, ClusterConfig, Deadline, Detach, JsonFlag, QueueTimeout, Sets, Target
 from graftwork.cli.output import duration, gib, print_json, say, stderr
 from graftwork.cluster.address import JOB, unknown_place
 from graftwork.cluster.backend import Backend, Job, JobStatus
@@ -22,49 +22,53 @@ from graftwork.storage import Store
 
 CLUSTER_FILE = "cluster.yaml"
 ELSEWHERE = ("http:", "https:", "k8s:")
-Deadline = Annotated[
-    str | None, typer.Option("--deadline", metavar="TIME", help="Longest run, e.g. 2h; then a checkpoint and the end.")
-]
-Budget = Annotated[
-    float | None, typer.Option("--budget", metavar="USD", help="Most that it may cost, by the cluster's prices.")
-]
-Pending = Annotated[
-    str | None, typer.Option("--pending", metavar="TIME", help="Longest wait for machines, e.g. 15m.")
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Launch:
-    """What the command line says of where a stage runs, and of what stops it there."""
+class StageOptions:
+    """Options of `plan` and of every stage command."""
 
-    on: str
-    detach: bool = False
-    cluster: Path | None = None
-    deadline: str | None = None
-    budget: float | None = None
-    pending: str | None = None
+    sets: Sets = field(default_factory=list)
+    cluster_config: ClusterConfig = None
+    deadline: Deadline = None
+    budget: Budget = None
+    queue_timeout: QueueTimeout = None
+    as_json: JsonFlag = False
+
+    def job_flags(self) -> list[str]:
+        """Return the given flags that apply to jobs only."""
+        flags = {"--cluster-config": self.cluster_config, "--deadline": self.deadline, "--budget": self.budget,
+                 "--queue-timeout": self.queue_timeout}  # fmt: skip
+        return [flag for flag, value in flags.items() if value is not None]
+
+
+@dataclass(frozen=True)
+class LaunchOptions(StageOptions):
+    """Options of every stage command: a field added here or to StageOptions is an option of all of them."""
+
+    target: Target = "local"
+    detach: Detach = False
 
     @property
     def elsewhere(self) -> bool:
         """Whether a driver runs it: on a cluster, or in the background. Raises ConfigError for flags without effect."""
-        if self.on.startswith(ELSEWHERE):
+        if self.target.startswith(ELSEWHERE):
             return True
-        if self.on not in ("local", JOB):
-            raise unknown_place(self.on)
-        flags = {"--cluster": self.cluster, "--deadline": self.deadline, "--budget": self.budget,
-                 "--pending": self.pending}  # fmt: skip
-        idle = [flag for flag, value in flags.items() if value is not None]
-        if idle and not self.detach:
+        if self.target not in ("local", JOB):
+            raise unknown_place(self.target)
+        if (flags := self.job_flags()) and not self.detach:
             raise ConfigError(
-                f"{', '.join(idle)} with --on {self.on}", "it would have no effect",
+                f"{', '.join(flags)} with --target {self.target}", "it would have no effect",
                 "limits and prices are a job's, and this command runs the stage itself", "add --detach",
             )  # fmt: skip
         return self.detach
 
     def cluster_spec(self) -> ClusterSpec:
         """What the place is like, with the limits of the command line. Raises ConfigError."""
-        given = {"limits.deadline": self.deadline, "limits.budget_usd": self.budget, "limits.pending": self.pending}
-        spec = cluster_of(self.cluster)
+        given = {
+            "limits.deadline": self.deadline, "limits.budget_usd": self.budget, "limits.pending": self.queue_timeout,
+        }  # fmt: skip
+        spec = cluster_of(self.cluster_config)
         if self.budget is not None and spec.prices is None:
             raise ConfigError(f"--budget {self.budget:g}", "the cluster's file has no prices",
                               "a budget is held by a price table", "add prices: {gpu_hour: {H100: ...}}")  # fmt: skip
@@ -72,7 +76,7 @@ class Launch:
 
 
 def cluster_of(file: Path | None) -> ClusterSpec:
-    """From --cluster; else cluster.yaml of this folder; else the defaults."""
+    """From --cluster-config; else cluster.yaml of this folder; else the defaults."""
     found = file or (Path(CLUSTER_FILE) if Path(CLUSTER_FILE).is_file() else None)
     if found is None:
         return ClusterSpec()
@@ -108,16 +112,16 @@ def resolve_here(spec: SpecT, on: str, quiet: bool) -> SpecT:
     return resolved
 
 
-def launch(spec: Spec, file: Path, how: Launch, as_json: bool = False) -> None:
+def launch(spec: Spec, file: Path, options: LaunchOptions) -> None:
     """Submit, and unless detached print what it prints to its end; leaves with its exit code."""
     from graftwork.cluster.places import backend_of
 
-    cluster = how.cluster_spec()
-    backend = backend_of(how.on, root_of_job(spec, cluster), cluster)
+    cluster = options.cluster_spec()
+    backend = backend_of(options.target, root_of_job(spec, cluster), cluster)
     if is_auto(spec):
         spec, chosen = with_gpus(spec, backend.machines(cluster).accelerators)
         stderr.print(f"note: {chosen}", markup=False, soft_wrap=True)
-    job = job_of(spec, cluster, how.on)
+    job = job_of(spec, cluster, options.target)
     if not RunStore(job.root).attempts(job.job_id):
         from graftwork.cli.demands import with_demand
 
@@ -127,9 +131,9 @@ def launch(spec: Spec, file: Path, how: Launch, as_json: bool = False) -> None:
         job, _, notes = with_demand(job, spec, file.parent, backend.machines(cluster))
         for note in notes:
             stderr.print(f"note: {note.code} {note.found}", markup=False, soft_wrap=True)
-    ours, status = started(backend, job, how.on)
-    if how.detach:
-        if as_json:
+    ours, status = started(backend, job, options.target)
+    if options.detach:
+        if options.as_json:
             return print_json({**asdict(status), "root": job.root})
         flag = root_flag(job.root)
         if not status.ended:
@@ -137,9 +141,9 @@ def launch(spec: Spec, file: Path, how: Launch, as_json: bool = False) -> None:
             say(f"  end it: graftwork jobs cancel {job.job_id}{flag}")
         return
     if not status.ended:
-        stream = sys.stderr if as_json else sys.stdout
+        stream = sys.stderr if options.as_json else sys.stdout
         status = follow(backend, job.root, job.job_id, stream, cancels=ours)
-    leave(status, job.root, as_json)
+    leave(status, job.root, options.as_json)
 
 
 def started(backend: Backend, job: Job, on: str) -> tuple[bool, JobStatus]:

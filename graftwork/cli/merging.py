@@ -4,14 +4,15 @@ from typing import Annotated
 
 import typer
 
-from graftwork.cli.output import JsonFlag, print_json, say
+from graftwork.cli.options import Alias, JsonFlag, Root
+from graftwork.cli.output import print_json, say
 from graftwork.errors import ConfigError
 from graftwork.storage import DEFAULT_ROOT, Store
 
 
 def merge(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Task that the merged adapter is published as.")],
-    refs: Annotated[list[str], typer.Argument(metavar="TASK@REF...", help="Two or more adapters of one base.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Task to publish the merged adapter under.")],
+    refs: Annotated[list[str], typer.Argument(metavar="TASK@REF...", help="Two or more adapters of the same base.")],
     method: Annotated[
         str,
         typer.Option(
@@ -21,18 +22,24 @@ def merge(
         ),
     ] = "cat",
     weights: Annotated[
-        str | None, typer.Option("--weights", metavar="W,W...", help="One an adapter; default: equal shares of 1.")
+        str | None,
+        typer.Option(
+            "--weights", metavar="W,W...", help="One weight per adapter. Default: equal weights that sum to 1."
+        ),
     ] = None,
     density: Annotated[
-        float | None, typer.Option("--density", help="Share of entries kept by the pruning ones.")
+        float | None, typer.Option("--density", help="Fraction of entries that ties, dare and magnitude_prune keep.")
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="Of the result, for svd; default: the largest.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the entries that dare drops.")] = 0,
-    alias: Annotated[str, typer.Option("--alias", help="Alias to point at it.")] = "latest",
-    root: Annotated[str, typer.Option("--root", help="The store: a folder, file:// or s3://.")] = DEFAULT_ROOT,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", help="Rank of the result, for the svd methods. Default: the largest input rank."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed for the entries that dare drops.")] = 0,
+    alias: Alias = "latest",
+    root: Root = DEFAULT_ROOT,
     as_json: JsonFlag = False,
 ) -> None:
-    """Merge LoRA adapters into one and publish it; its manifest names what it was merged from."""
+    """Merge LoRA adapters into one and publish it. The manifest lists the merged versions."""
     from graftwork.training.adapters.merge_spec import MergeSpec
     from graftwork.training.merging import merge_published
 

@@ -5,10 +5,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,25 +21,6 @@ LINE_S = 5.0
 """Seconds between two lines of progress in the log of a job."""
 PLAIN_LINE_S = 60.0
 """The same where there is no terminal: pipes, CI, notebooks."""
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Sets = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the spec, e.g. optim.lr=1e-3.")
-]
-
-SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML spec of the stage; see examples/.")]
-On = Annotated[
-    str,
-    typer.Option(
-        "--on",
-        metavar="WHERE",
-        help="local (a private Ray), http://HOST:8265 of a Ray, or k8s:CONTEXT/NAMESPACE.",
-    ),
-]
-Detach = Annotated[bool, typer.Option("--detach", help="Leave it to run; follow it with `graftwork jobs`.")]
-Cluster = Annotated[
-    Path | None, typer.Option("--cluster", metavar="FILE", help="What the place is like; else cluster.yaml here.")
-]
 
 
 def print_json(value: object) -> None:

@@ -7,19 +7,9 @@ import typer
 
 from graftwork import config
 from graftwork.accelerators import gpu_key, gpus_of, is_auto
-from graftwork.cli.launching import ELSEWHERE, Budget, Deadline, Launch, Pending, resolve_here
-from graftwork.cli.output import (
-    Cluster,
-    JsonFlag,
-    Sets,
-    SpecFile,
-    duration,
-    gib,
-    print_error,
-    print_json,
-    print_table,
-    say,
-)
+from graftwork.cli.launching import ELSEWHERE, LaunchOptions, StageOptions, resolve_here
+from graftwork.cli.options import SpecFile, with_options
+from graftwork.cli.output import duration, gib, print_error, print_json, print_table, say
 from graftwork.cluster.address import FORMS, unknown_place
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
@@ -29,59 +19,67 @@ if TYPE_CHECKING:
 
     from graftwork.plan import StagePlan
 
-Where = Annotated[
+PlanTarget = Annotated[
     str | None,
-    typer.Option("--on", metavar="WHERE", help="Plan it as a job there: objects, price and every finding as well."),
+    typer.Option(
+        "--target", metavar="TARGET", help="Plan a job on this target, with its objects, price and preflight findings."
+    ),
 ]
 
 GpuName = Annotated[
-    str | None, typer.Option("--gpu", metavar="NAME", help="Plan for such GPUs: h100, t4, ..., or a YAML file.")
+    str | None,
+    typer.Option(
+        "--gpu", metavar="NAME", help="Plan for this GPU type: h100, t4, ..., or a YAML file that describes one."
+    ),
 ]
 Replay = Annotated[
-    bool, typer.Option("--replay", help="Take the real step on tensors without memory as well: some 10 s for 8B.")
+    bool,
+    typer.Option(
+        "--replay", help="Also trace one training step on fake tensors to predict memory (about 10 s for an 8B base)."
+    ),
 ]
-Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Workers, each with a GPU of its own.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Number of workers, each with its own GPU.")]
 
 
+@with_options
 def plan(
     file: SpecFile,
+    options: StageOptions,
     gpu: GpuName = None,
     gpus: Gpus = None,
     replay: Replay = False,
-    sets: Sets = [],  # noqa: B006
-    on: Where = None,
-    cluster: Cluster = None,
-    deadline: Deadline = None,
-    budget: Budget = None,
-    pending: Pending = None,
-    as_json: JsonFlag = False,
+    target: PlanTarget = None,
 ) -> None:
-    """Predict memory and time of a stage (or of the whole job) from its spec, before anything starts.
+    """Predict memory and time of a stage, or of all stages of a demo, from its spec. Starts nothing.
 
-    With --gpu for GPUs that need not be here; with --on as a job of a place, which is asked and left as it is. The exit
-    code is 2 where a stage does not fit or the place would refuse it, 3 where the place does not answer.
+    --gpu plans for a GPU type that this machine need not have. --target plans a job on a cluster, which is read but not
+    changed. Exit codes: 2 a stage does not fit or the target would reject the job; 3 the target does not answer.
     """
-    if on is not None:
+    if target is not None:
         if gpu or gpus or replay:
-            raise ConfigError("--gpu, --gpus, --replay with --on", "a job is planned for its cluster's machines",
-                              "the cluster's file names them: workers[].gpu_type", "leave one of them out")  # fmt: skip
-        if on != "local" and not on.startswith(ELSEWHERE):
-            raise unknown_place(on, f"a plan with --on is of a job: {FORMS}")
-        return _plan_job(file, sets, Launch(on, True, cluster, deadline, budget, pending), as_json)
-    flags = {"--cluster": cluster, "--deadline": deadline, "--budget": budget, "--pending": pending}
-    if given := [flag for flag, value in flags.items() if value is not None]:
-        raise ConfigError(f"{', '.join(given)} without --on", "it would have no effect", "a cluster's file and limits "
-                          "are a job's", "add --on k8s:CONTEXT/NAMESPACE, or --on http://HEAD:8265")  # fmt: skip
+            raise ConfigError(
+                "--gpu, --gpus, --replay with --target", "a job is planned for the machines of its cluster",
+                "the cluster config names them: workers[].gpu_type", "remove --target, or the other flags",
+            )  # fmt: skip
+        if target != "local" and not target.startswith(ELSEWHERE):
+            raise unknown_place(target, f"a plan with --target is of a job: {FORMS}")
+        return _plan_job(file, LaunchOptions(**vars(options), target=target, detach=True))
+    if given := options.job_flags():
+        raise ConfigError(
+            f"{', '.join(given)} without --target", "it would have no effect",
+            "a cluster config and limits apply to a job",
+            "add --target k8s:CONTEXT/NAMESPACE, or --target http://HEAD:8265",
+        )  # fmt: skip
     from graftwork.cli.planning import plan_spec
     from graftwork.plan.gpus import named_gpu
 
-    spec = config.load(file, sets)
+    spec = config.load(file, options.sets)
     if gpu is None:
-        spec = resolve_here(spec, "local", as_json)
-    elif not as_json:
+        spec = resolve_here(spec, "local", options.as_json)
+    elif not options.as_json:
         _say_gpus(spec, gpu)
     rows = plan_spec(spec, file.parent, named_gpu(gpu) if gpu else None, gpus, replay=replay)
-    show_plan(f"plan of {file}", rows, as_json)
+    show_plan(f"plan of {file}", rows, options.as_json)
 
 
 def show_plan(title: str, rows: "Sequence[StagePlan]", as_json: bool) -> None:
@@ -105,21 +103,21 @@ def _say_gpus(spec: Spec, gpu: str) -> None:
         say(f"note: {key}={gpus_of(spec) or 1:g} (--gpu {gpu})")
 
 
-def _plan_job(file: Path, sets: list[str], how: Launch, as_json: bool) -> None:
+def _plan_job(file: Path, options: LaunchOptions) -> None:
     from graftwork.cli.job_plans import plan_job, show_job_plan
 
-    assert how.elsewhere, "a plan with --on is a job's"
-    whole = plan_job(config.load(file, sets), file.parent, how)
-    if as_json:
+    assert options.elsewhere, "a plan with --target is of a job"
+    whole = plan_job(config.load(file, options.sets), file.parent, options)
+    if options.as_json:
         print_json(whole.as_dict())
     else:
         if whole.lines:
             _show(f"plan of {file}", whole.lines)
         show_job_plan(whole)
     if whole.unheard is not None:
-        print_error(whole.unheard, as_json)
+        print_error(whole.unheard, options.as_json)
         raise typer.Exit(whole.unheard.exit_code)
-    if whole.refused or (how.on == "local" and not all(row.fits for row in whole.lines)):
+    if whole.refused or (options.target == "local" and not all(row.fits for row in whole.lines)):
         raise typer.Exit(2)
 
 

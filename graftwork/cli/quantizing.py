@@ -3,54 +3,39 @@
 from typing import TYPE_CHECKING
 
 from graftwork import config
-from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch, resolve_here
-from graftwork.cli.output import (
-    Cluster,
-    Detach,
-    JsonFlag,
-    On,
-    Sets,
-    SpecFile,
-    gib,
-    print_json,
-    print_table,
-    progress_bar,
-    say,
-)
+from graftwork.cli.launching import LaunchOptions, launch, resolve_here
+from graftwork.cli.options import SpecFile, with_options
+from graftwork.cli.output import gib, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
     from graftwork.report.quantize_records import PrecisionArm, QuantizeReport
 
 
+@with_options
 def quantize(
     file: SpecFile,
-    on: On = "local",
-    sets: Sets = [],  # noqa: B006
-    detach: Detach = False,
-    cluster: Cluster = None,
-    deadline: Deadline = None,
-    budget: Budget = None,
-    pending: Pending = None,
-    as_json: JsonFlag = False,
+    options: LaunchOptions,
 ) -> None:
-    """Measure the base at each precision: bytes, perplexity, score, speed. Recommends the smallest good enough."""
+    """Measure size, perplexity, score and speed of the base at each precision, and recommend one.
+
+    Recommends the smallest precision that keeps the score within `margin` and the speed above `min_speed` of the spec.
+    """
     from graftwork.serving.quantize.spec import QuantizeSpec
 
-    spec = config.load(file, sets, expect="quantize")
+    spec = config.load(file, options.sets, expect="quantize")
     assert isinstance(spec, QuantizeSpec)
-    how = Launch(on, detach, cluster, deadline, budget, pending)
-    if how.elsewhere:
-        return launch(spec, file, how, as_json)
+    if options.elsewhere:
+        return launch(spec, file, options)
     from graftwork.base_support import check_serving
     from graftwork.cluster.session import session
     from graftwork.serving.quantize.run import run_quantize
 
-    spec = resolve_here(spec, on, as_json)
-    if on == "local":
+    spec = resolve_here(spec, options.target, options.as_json)
+    if options.target == "local":
         check_serving(spec)
-    with progress_bar(f"quantize {spec.name}", as_json) as bar, session(on) as here:
+    with progress_bar(f"quantize {spec.name}", options.as_json) as bar, session(options.target) as here:
         outcome = here.run(run_quantize, spec, on_progress=lambda p: bar(p.done, p.total, p.text))
-    if as_json:
+    if options.as_json:
         print_json(outcome.report.model_dump(mode="json"))
         return
     show_precisions(outcome.report, outcome.run_id, outcome.reused)

@@ -6,20 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftwork import config
-from graftwork.cli.output import JsonFlag, On, Sets, SpecFile, duration, print_json, print_table, progress_bar, say
+from graftwork.cli.options import JsonFlag, Sets, SpecFile, Target
+from graftwork.cli.output import duration, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
     from graftwork.report.records import Score
     from graftwork.serving.rag.evaluate import RagReport
     from graftwork.serving.rag.spec import RagSpec
 
-app = typer.Typer(help="Retrieval: index documents, search them, measure the retrievers.", no_args_is_help=True)
+app = typer.Typer(help="Index documents, search them, and evaluate retrievers.", no_args_is_help=True)
 _SHOWN_CHARS = 160
 
 
 @app.command()
 def index(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
-    """Make the index of a spec's sources current; only what changed is worked on. Endpoints follow within a second."""
+    """Build or update the index. Only changed documents are indexed, and endpoints reload it within a second."""
     import time
 
     from graftwork.serving.rag.index import make_index
@@ -44,14 +45,14 @@ def index(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  
 @app.command()
 def search(
     file: SpecFile,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="Any text; no syntax.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="Query as plain text.")],
     kind: Annotated[
-        str, typer.Option("--kind", help="lexical, dense, hybrid, or auto: what `rag eval` chose.")
+        str, typer.Option("--kind", help="lexical, dense, hybrid, or auto (the choice of `rag eval`).")
     ] = "auto",
     sets: Sets = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
-    """Print the passages that a question finds, best first."""
+    """Search the index and print the passages, best first."""
     from graftwork.errors import ConfigError
     from graftwork.serving.rag.index import open_made
 
@@ -73,14 +74,17 @@ def search(
 
 
 @app.command(name="eval")
-def evaluate(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
-    """Ask the spec's questions of each retriever; print scores, tests against lexical, and which one to use."""
+def evaluate(file: SpecFile, target: Target = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Evaluate each retriever on the questions of the spec, test it against lexical, and recommend one."""
     spec = _spec(file, sets)
     from graftwork.cluster.session import session
     from graftwork.serving.rag.run import questions_of, run_eval
 
     questions_of(spec)
-    with progress_bar(f"rag eval {spec.name}", as_json) as bar, session(on) if spec.rerank else nullcontext() as here:
+    with (
+        progress_bar(f"rag eval {spec.name}", as_json) as bar,
+        session(target) if spec.rerank else nullcontext() as here,
+    ):
         report = here.run(run_eval, spec, on_progress=bar) if here else run_eval(spec, on_progress=bar)
     if as_json:
         print_json(report.model_dump(mode="json"))

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graftwork.cli.options import JsonFlag, Root, Target
 from graftwork.cli.outcomes import difference
-from graftwork.cli.output import JsonFlag, On, print_json, print_table, progress_bar, say
+from graftwork.cli.output import print_json, print_table, progress_bar, say
 from graftwork.errors import ConfigError
 from graftwork.storage import DEFAULT_ROOT
 
@@ -15,22 +16,24 @@ if TYPE_CHECKING:
 
 
 def rebase(
-    aliases: Annotated[list[str], typer.Argument(metavar="TASK@ALIAS...", help="Published adapters.")],
-    base: Annotated[str, typer.Option("--base", help="The new base, as `base:` of a spec takes it.")],
-    root: Annotated[str, typer.Option("--root", help="The store: a folder, file:// or s3://.")] = DEFAULT_ROOT,
-    rows: Annotated[int, typer.Option("--rows", min=2, help="Held-out rows answered, where a spec names none.")] = 200,
-    alpha: Annotated[float, typer.Option("--alpha", help="False discovery rate over the tasks.")] = 0.05,
-    on: On = "local",
+    aliases: Annotated[list[str], typer.Argument(metavar="TASK@ALIAS...", help="Published adapters to retrain.")],
+    base: Annotated[str, typer.Option("--base", help="New base, in any form that `base:` of a spec accepts.")],
+    root: Root = DEFAULT_ROOT,
+    rows: Annotated[
+        int, typer.Option("--rows", min=2, help="Held-out rows to evaluate, if the spec sets no number.")
+    ] = 200,
+    alpha: Annotated[float, typer.Option("--alpha", help="False discovery rate across the tasks.")] = 0.05,
+    target: Target = "local",
     as_json: JsonFlag = False,
 ) -> None:
-    """Train each task's recorded spec on a newer base and tell which gain or lose. Promotes nothing."""
+    """Retrain published adapters on a new base and test which tasks improve or regress. Moves no alias."""
     from graftwork.cluster.session import session
     from graftwork.training.outcomes.rebase import RebaseAsk, pairs_of, write_rebase
     from graftwork.training.outcomes.rebase import rebase as run_rebase
 
     ask = RebaseAsk(root, base, tuple(aliases), rows, alpha)
     pairs_of(ask)
-    with progress_bar("rebase", as_json) as bar, session(on) as here:
+    with progress_bar("rebase", as_json) as bar, session(target) as here:
         report = here.run(
             run_rebase, ask, on_progress=lambda alias, p: bar(p.step, p.total_steps, f"{alias}  loss {p.loss:.3f}")
         )
@@ -59,14 +62,14 @@ def show_rebase(report: "RebaseReport") -> None:
         say(f"  {task.promote}" + ("" if task.outcome == "gains" else f"  # {task.outcome}"))
 
 
-def run_curve(spec: "TrainSpec", sizes: str, on: str, as_json: bool) -> None:
+def run_curve(spec: "TrainSpec", sizes: str, target: str, as_json: bool) -> None:
     """Train on each size, print and write what more examples bring."""
     from graftwork.cluster.session import session
     from graftwork.training.outcomes.curve import curve, curve_specs, write_curve
 
     asked = _sizes(sizes)
     curve_specs(spec, asked)
-    with progress_bar(f"curve {spec.name}", as_json) as bar, session(on) as here:
+    with progress_bar(f"curve {spec.name}", as_json) as bar, session(target) as here:
         report = here.run(
             curve, spec, asked, on_progress=lambda p: bar(p.step, p.total_steps, f"loss {p.loss:.3f}")
         )  # fmt: skip

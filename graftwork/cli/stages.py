@@ -8,23 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftwork import config
-from graftwork.cli.commanding import command
+from graftwork.cli.commanding import exec_program
 from graftwork.cli.comparing import compare
-from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch, resolve_here
+from graftwork.cli.launching import LaunchOptions, launch, resolve_here
+from graftwork.cli.options import JsonFlag, Sets, SpecFile, Target, with_options
 from graftwork.cli.outcomes import show_outcomes
-from graftwork.cli.output import (
-    Cluster,
-    Detach,
-    JsonFlag,
-    On,
-    Sets,
-    SpecFile,
-    console,
-    duration,
-    print_json,
-    progress_bar,
-    say,
-)
+from graftwork.cli.output import console, duration, print_json, progress_bar, say
 from graftwork.cli.plans import plan
 from graftwork.cli.quantizing import quantize
 from graftwork.cli.rebasing import rebase, run_curve
@@ -43,50 +32,44 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the stage verbs to the command line."""
-    for verb in (plan, tune, train, serve, compare, quantize, command, chat, demo, rebase):
+    for verb in (plan, tune, train, serve, compare, quantize, chat, demo, rebase):
         app.command()(verb)
+    app.command("exec")(exec_program)
     app.command(hidden=True)(trial)
 
 
+@with_options
 def train(
     file: SpecFile,
-    on: On = "local",
-    sets: Sets = [],  # noqa: B006
+    options: LaunchOptions,
     curve: Annotated[
-        str | None, typer.Option("--curve", metavar="N,N,...", help="Train on the first so many rows, a run a size.")
+        str | None, typer.Option("--curve", metavar="N,N,...", help="Train once per row count (learning curve).")
     ] = None,
-    detach: Detach = False,
-    cluster: Cluster = None,
-    deadline: Deadline = None,
-    budget: Budget = None,
-    pending: Pending = None,
-    as_json: JsonFlag = False,
 ) -> None:
-    """Train one adapter and publish it. A finished run is reused; an unfinished one goes on."""
+    """Train one adapter and publish it. A finished run is reused; an unfinished one resumes."""
     from graftwork.training.spec import TrainSpec
 
-    spec = config.load(file, sets, expect="train")
+    spec = config.load(file, options.sets, expect="train")
     assert isinstance(spec, TrainSpec)
     if curve is not None:
-        return run_curve(spec, curve, on, as_json)
-    how = Launch(on, detach, cluster, deadline, budget, pending)
-    if how.elsewhere:
-        return launch(spec, file, how, as_json)
+        return run_curve(spec, curve, options.target, options.as_json)
+    if options.elsewhere:
+        return launch(spec, file, options)
     from graftwork.cluster.session import session
     from graftwork.training.run import check, train
 
-    spec = resolve_here(spec, on, as_json)
+    spec = resolve_here(spec, options.target, options.as_json)
     notes = check(spec)
-    if not as_json:
+    if not options.as_json:
         for note in notes:
             say(f"note: {note}")
-    with progress_bar(f"train {spec.name}", as_json) as bar, session(on) as here:
+    with progress_bar(f"train {spec.name}", options.as_json) as bar, session(options.target) as here:
         report = here.run(
             train,
             spec,
             on_progress=lambda p: bar(p.step, p.total_steps, f"loss {p.loss:.3f}  {p.tokens_per_s:.0f} tok/s"),
         )
-    if as_json:
+    if options.as_json:
         print_json(report.as_dict())
         return
     done = "reused the finished run" if report.reused else f"{report.steps} steps in {duration(report.wall_s)}"
@@ -108,34 +91,27 @@ def train(
         say(f"report: {report.page}")
 
 
+@with_options
 def serve(
     file: SpecFile,
-    on: On = "local",
-    sets: Sets = [],  # noqa: B006
-    detach: Detach = False,
-    cluster: Cluster = None,
-    deadline: Deadline = None,
-    budget: Budget = None,
-    pending: Pending = None,
-    as_json: JsonFlag = False,
+    options: LaunchOptions,
 ) -> None:
     """Serve the base and its adapters over an OpenAI-compatible endpoint until Ctrl-C."""
     from graftwork.serving.spec import ServeSpec
 
-    spec = config.load(file, sets, expect="serve")
+    spec = config.load(file, options.sets, expect="serve")
     assert isinstance(spec, ServeSpec)
-    how = Launch(on, detach, cluster, deadline, budget, pending)
-    if how.elsewhere:
-        return launch(spec, file, how, as_json)
+    if options.elsewhere:
+        return launch(spec, file, options)
     from graftwork.cluster.session import session
     from graftwork.serving.app import deploy
 
-    spec = resolve_here(spec, on, as_json)
-    _check_before_ray(spec, on)
-    with session(on), deploy(spec) as endpoint:
+    spec = resolve_here(spec, options.target, options.as_json)
+    _check_before_ray(spec, options.target)
+    with session(options.target), deploy(spec) as endpoint:
         with endpoint.client() as client:
             models = [model["id"] for model in client.models()]
-        if as_json:
+        if options.as_json:
             print_json({"url": f"{endpoint.url}/v1", "models": models})
             sys.stdout.flush()
             signal.pause()
@@ -151,18 +127,24 @@ def serve(
 
 
 def chat(
-    file: Annotated[str, typer.Argument(metavar="FILE|URL", help="Serve spec, or the address of a running endpoint.")],
+    file: Annotated[str, typer.Argument(metavar="FILE|URL", help="Serve spec, or the URL of a running endpoint.")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A name from /v1/models; default: the first arm, else the base.")
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Model name as in /v1/models. Default: the first arm, or the base if there is none."
+        ),
     ] = None,
-    message: Annotated[str | None, typer.Option("--message", help="Ask once and end.")] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", help="Send one message, print the answer and exit.")
+    ] = None,
     token_env: Annotated[
-        str | None, typer.Option("--token-env", help="Environment variable with URL's token; a FILE names its own.")
+        str | None,
+        typer.Option("--token-env", help="Environment variable that holds the API token of URL; a FILE names its own."),
     ] = None,
-    on: On = "local",
+    target: Target = "local",
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Talk to an endpoint: the one at FILE's address if it runs, else one started for this chat."""
+    """Chat with a model. Uses the endpoint at the address in FILE, or starts one for this chat if none runs."""
     from graftwork.serving.auth import own_token
     from graftwork.serving.client import Client
 
@@ -182,9 +164,9 @@ def chat(
     from graftwork.cluster.session import session
     from graftwork.serving.app import deploy
 
-    _check_before_ray(spec, on)
+    _check_before_ray(spec, target)
     say(f"no endpoint answers at {spec.host}:{spec.port}: starting one")
-    with session(on), deploy(spec) as endpoint, endpoint.client() as client:
+    with session(target), deploy(spec) as endpoint, endpoint.client() as client:
         _converse(client, model, message)
 
 
@@ -244,14 +226,14 @@ def _typed() -> str:
         return ""
 
 
-def demo(file: SpecFile, on: On = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
-    """The main job: plan, tune, train, serve with a swap under load, compare, report."""
+def demo(file: SpecFile, target: Target = "local", sets: Sets = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Run the demo: plan, tune, train, serve with an adapter swap under load, compare, report."""
     from graftwork.demo_spec import DemoSpec
 
     spec = config.load(file, sets, expect="demo")
     assert isinstance(spec, DemoSpec)
     from graftwork.demo.job import run_demo
 
-    report = run_demo(spec, file.parent, on, quiet=as_json)
+    report = run_demo(spec, file.parent, target, quiet=as_json)
     if as_json:
         print_json({"report_json": report.json_uri, "report_html": report.html_uri, "verdict": report.verdict})

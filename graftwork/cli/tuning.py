@@ -8,26 +8,20 @@ import typer
 
 from graftwork import config
 from graftwork.accelerators import with_gpus
-from graftwork.cli.launching import Budget, Deadline, Launch, Pending, launch, resolve_here
+from graftwork.cli.launching import LaunchOptions, launch, resolve_here
+from graftwork.cli.options import SpecFile, with_options
 from graftwork.cli.outcomes import show_outcomes
-from graftwork.cli.output import (
-    Cluster,
-    Detach,
-    JsonFlag,
-    On,
-    Sets,
-    SpecFile,
-    duration,
-    print_json,
-    print_table,
-    say,
-)
+from graftwork.cli.output import duration, print_json, print_table, say
 from graftwork.cli.sweeping import sweep_progress
 from graftwork.errors import ConfigError
 
-TrialsOn = Annotated[
+TrialTarget = Annotated[
     str | None,
-    typer.Option("--trials-on", metavar="WHERE", help="Each trial is a job there: for trials that are gangs, queued."),
+    typer.Option(
+        "--trial-target",
+        metavar="TARGET",
+        help="Run each trial as its own job on this target, e.g. to queue distributed trials one by one.",
+    ),
 ]
 
 if TYPE_CHECKING:
@@ -37,30 +31,23 @@ if TYPE_CHECKING:
     from graftwork.tuning.spec import TuneSpec
 
 
+@with_options
 def tune(
     file: SpecFile,
-    on: On = "local",
-    sets: Sets = [],  # noqa: B006
-    detach: Detach = False,
-    cluster: Cluster = None,
-    deadline: Deadline = None,
-    budget: Budget = None,
-    pending: Pending = None,
-    trials_on: TrialsOn = None,
-    as_json: JsonFlag = False,
+    options: LaunchOptions,
+    trial_target: TrialTarget = None,
 ) -> None:
-    """Search the space of a spec; print the trials, the best of them and how sure that is; train the winner if asked.
+    """Search hyperparameters; print the trials and the best one with its confidence. Trains the winner if requested.
 
-    `graftwork plan FILE` predicts it. A finished sweep is reused; an unfinished one goes on.
+    `graftwork plan FILE` predicts time and memory. A finished sweep is reused; an unfinished one resumes.
     """
     from graftwork.tuning.spec import TuneSpec
 
-    spec = config.load(file, sets, expect="tune")
+    spec = config.load(file, options.sets, expect="tune")
     assert isinstance(spec, TuneSpec)
-    how = Launch(trials_on or on, detach, cluster, deadline, budget, pending)
-    elsewhere = _elsewhere(how, on) if trials_on is not None else None
-    if elsewhere is None and how.elsewhere:
-        return launch(spec, file, how, as_json)
+    elsewhere = _elsewhere(options, trial_target) if trial_target is not None else None
+    if elsewhere is None and options.elsewhere:
+        return launch(spec, file, options)
     from graftwork.cli.shadowing import check_shadow, place_shadow
     from graftwork.cli.sweeps import say_plan
     from graftwork.cluster.session import session
@@ -68,37 +55,40 @@ def tune(
     from graftwork.tuning.run import check, tune
 
     if elsewhere is None:
-        spec = resolve_here(spec, on, as_json)
+        spec = resolve_here(spec, options.target, options.as_json)
     else:
         spec, _ = with_gpus(spec, elsewhere.accelerators(spec.root))
     assert isinstance(spec, TuneSpec)
     check_shadow(spec)
     notes = check(spec)
-    if not as_json:
+    if not options.as_json:
         for note in notes:
             say(f"note: {note}")
-        say_plan(spec, file.parent, on)
-    with sweep_progress(f"tune {spec.name}", as_json) as update, session(on) as here:
+        say_plan(spec, file.parent, options.target)
+    with sweep_progress(f"tune {spec.name}", options.as_json) as update, session(options.target) as here:
         report = here.run(tune, spec, on_progress=update, elsewhere=elsewhere)
     shadow = place_shadow(spec, report) if spec.winner and spec.winner.shadow else None
     ended = Ended("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
     sweep = sweep_record(spec, report.trials, ended)
-    if as_json:
+    if options.as_json:
         print_json(told(report, sweep, shadow))
     else:
         show(spec, report, sweep, shadow)
 
 
-def _elsewhere(how: Launch, on: str) -> "Elsewhere":
-    """Where each trial is a job. Raises ConfigError where the sweep's own driver is to be elsewhere too."""
+def _elsewhere(options: LaunchOptions, trial_target: str) -> "Elsewhere":
+    """Return the target of the trial jobs. Raises ConfigError if the driver of the sweep would not run here."""
     from graftwork.tuning.elsewhere import Elsewhere
 
-    if on != "local" or how.detach:
+    if options.target != "local" or options.detach:
+        other = "--detach" if options.detach else f"--target {options.target}"
         raise ConfigError(
-            f"--trials-on {how.on} with {'--detach' if how.detach else f'--on {on}'}", "two places for one sweep",
-            "with --trials-on the sweep's driver stays here, in the foreground", "leave the other flag out",
-        )  # fmt: skip
-    return Elsewhere(how.on, how.cluster_spec().model_dump(mode="json"))
+            f"--trial-target {trial_target} with {other}",
+            "two targets for one sweep",
+            "with --trial-target the driver of the sweep runs here, in the foreground",
+            f"remove {other}",
+        )
+    return Elsewhere(trial_target, options.cluster_spec().model_dump(mode="json"))
 
 
 def told(report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> dict[str, Any]:
@@ -117,8 +107,8 @@ def show(spec: "TuneSpec", report: "TuneReport", sweep: "SweepRecord", shadow: d
     for line in (report.choice.verdict, *report.choice.notes):
         say(line)
     if report.choice.front:
-        goals = ", ".join(goal.metric for goal in spec.goals)
-        say(f"no trial beats these in all of {goals}: {', '.join(report.choice.front)}")
+        objectives = ", ".join(goal.metric for goal in spec.objectives)
+        say(f"no trial beats these in all of {objectives}: {', '.join(report.choice.front)}")
     if sweep.heat is not None and sweep.heat.rates is not None:
         say(rates_words(sweep.heat.rates))
     if sweep.stops is not None:

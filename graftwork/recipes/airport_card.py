@@ -108,7 +108,7 @@ def _row(card: dict[str, Any], namesakes: Counter[tuple[str, str]], chance: rand
     ways = [asked for asked in _WORDINGS if asked != ("name", "city") or namesakes[card["name"], card["city"]] == 1]
     asked = chance.choice(ways)
     question = chance.choice(_WORDINGS[asked]).format(**card)
-    return row(f"airport-{card['icao']}", question, card, doc_id=card["icao"], asked=list(asked))
+    return row(f"airport-{card['icao']}", question, card, doc_id=card["icao"], given_fields=list(asked))
 
 
 def _passage(card: dict[str, Any]) -> str:

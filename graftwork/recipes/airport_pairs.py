@@ -37,7 +37,7 @@ def _pairs(rows: list[Card], chance: random.Random) -> list[Card]:
         why = list(_WORSE)[number % len(_WORSE)]
         other = rows[(number + 1 + chance.randrange(len(rows) - 1)) % len(rows)]["gold"]
         question, answer = row["messages"]
-        rejected = _WORSE[why](row["gold"], other, row["asked"], chance)
+        rejected = _WORSE[why](row["gold"], other, row["given_fields"], chance)
         found.append({"id": row["id"], "messages": [question], "chosen": answer["content"], "rejected": rejected,
                       "why": why})  # fmt: skip
     return found

@@ -149,7 +149,7 @@ def cause_tracks(card: DecisionCard) -> list[tuple[CauseShare, Markup]]:
     """Each cause's share with its interval and the line from which on it matters; those never seen are left out."""
     return [(cause, interval_track(Mark(cause.share.value, cause.share.low, cause.share.high, "latency",
                                         f"{cause.share.count} of {cause.share.n}\n{cause.share.signature}"),
-                                   Scale(0, 1), card.matters))
+                                   Scale(0, 1), card.min_share))
             for cause in sorted(card.causes, key=lambda one: -one.share.value)
             if cause.share.count or cause.state == "open"]  # fmt: skip
 

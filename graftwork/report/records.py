@@ -182,7 +182,7 @@ class CauseShare(Record):
     cause: str
     share: Share
     state: Literal["matters", "dismissed", "open"]
-    """Shown to be above `matters`, shown to be below it, or neither."""
+    """Shown to be above `min_share`, shown to be below it, or neither."""
     more_questions: int | None
     """Further questions that would settle an open one at the share seen; None where it is settled, or where more
     failures of these questions only have to be probed."""
@@ -234,7 +234,7 @@ class DecisionCard(Record):
     """Wrong answers of the reference; failed requests are not among them."""
     probed: int
     failure_rate: Share
-    matters: float
+    min_share: float
     """The share of the failures from which on a cause counts."""
     alpha: float
     causes: tuple[CauseShare, ...]

@@ -237,11 +237,11 @@ def signed_loss(value: float) -> str:
 
 
 def front_words(front: FrontRecord) -> str:
-    """How many trials are worse than no other in every goal."""
+    """How many trials are worse than no other in every objective."""
     best = sum(point.on_front for point in front.points)
     return (
         f"{best} of {len(front.points)} trials are on the front: for each of the others some trial is at least as good "
-        f"in {', '.join(front.goals)} and better in one."
+        f"in {', '.join(front.objectives)} and better in one."
     )
 
 

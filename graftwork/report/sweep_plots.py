@@ -227,18 +227,18 @@ def heat_rows(heat: HeatRecord) -> list[tuple[str, list[tuple[HeatCell | None, i
 
 
 def front_chart(front: FrontRecord, sweep: SweepRecord) -> Chart | None:
-    """The first two goals against each other."""
-    if len(front.goals) < 2 or not front.points:
+    """The first two objectives against each other."""
+    if len(front.objectives) < 2 or not front.points:
         return None
     x, y = ([point.values[goal] for point in front.points] for goal in (1, 0))
     scales = _padded(x), _padded(y)
     by_id = {trial.id: trial for trial in sweep.trials}
     points = [((a, b), "", "best" if point.id == sweep.best_id else "finished" if point.on_front else "stopped",
-               f"{title(by_id[point.id])}\n{front.goals[0]} {b:.4g}, {front.goals[1]} {a:.4g}")
+               f"{title(by_id[point.id])}\n{front.objectives[0]} {b:.4g}, {front.objectives[1]} {a:.4g}")
               for a, b, point in zip(x, y, front.points, strict=True)]  # fmt: skip
-    plot = scatter(points, *scales, f"{front.goals[0]} by {front.goals[1]}")
+    plot = scatter(points, *scales, f"{front.objectives[0]} by {front.objectives[1]}")
     marks = [tuple((scale(t), _short(t)) for t in _ticks(scale)) for scale in scales]
-    return Chart(plot, front.goals[1], marks[0], front.goals[0], marks[1])
+    return Chart(plot, front.objectives[1], marks[0], front.objectives[0], marks[1])
 
 
 def _padded(values: Sequence[float]) -> Scale:

@@ -200,7 +200,7 @@ class StopsRecord(Record):
 
 
 class FrontPoint(Record):
-    """A trial by several goals."""
+    """A trial by several objectives."""
 
     id: str
     values: tuple[float, ...]
@@ -208,9 +208,9 @@ class FrontPoint(Record):
 
 
 class FrontRecord(Record):
-    """Trials by several goals; those on the front are worse than no other in all of them."""
+    """Trials by several objectives; those on the front are worse than no other in all of them."""
 
-    goals: tuple[str, ...]
+    objectives: tuple[str, ...]
     points: tuple[FrontPoint, ...]
 
 

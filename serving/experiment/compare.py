@@ -276,7 +276,7 @@ def _empty_gold(table: Table) -> list[str]:
     if "facts" not in {metric.name for metric in table.scorers.tested}:
         return []
     empty = [(place, name) for place, row in enumerate(table.rows) for name, value in (row.gold or {}).items()
-             if name not in row.asked and value in EMPTY]  # fmt: skip
+             if name not in row.given_fields and value in EMPTY]  # fmt: skip
     if not empty:
         return []
     fields = Counter(name for _, name in empty)

@@ -212,7 +212,7 @@ class _Asked:
         if spec.probes and primary in {choice.name for choice in scorers.choices}:
             raise ConfigError(f"probes with primary={primary!r}", "nothing is written for a choice",
                               "probes read written answers", "leave out probes, or name another primary")  # fmt: skip
-        notes = (*keys.note("eval"), *shots.note("prompt.shots_from"))
+        notes = (*keys.note("eval"), *shots.note("prompt.few_shot_file"))
         return cls(rows, schema, scorers, primary, fields, passages, notes)
 
 

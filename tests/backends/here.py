@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from graftwork.cluster.backend import Attempt, Demand, Job, JobStatus
-from graftwork.cluster.command_spec import CommandSpec
+from graftwork.cluster.command_spec import ExecSpec
 from graftwork.cluster.fence import ENVIRONMENT
 from graftwork.cluster.places import backend_of
 from graftwork.cluster.run_store import RunStore
@@ -71,10 +71,10 @@ class Here:
     def job(self, *argv: str, name: str = "try", root: Path | None = None, demand: Demand | None = None,
             **cluster: Any) -> Job:  # fmt: skip
         """A program as a job. `cluster`: changed fields of the place's."""
-        spec = CommandSpec(name=name, root=str(root or self.root), argv=argv)
+        spec = ExecSpec(name=name, root=str(root or self.root), argv=argv)
         there = ClusterSpec.model_validate({**self.ground.cluster.model_dump(), **cluster})
         dump = spec.model_dump(mode="json")
-        return Job(name, "command", spec.identity(), spec.root, dump, there, demand or Demand())
+        return Job(name, "exec", spec.identity(), spec.root, dump, there, demand or Demand())
 
     def python(self, program: str, *argv: str, **more: Any) -> Job:
         """`python -u -c PROGRAM ARGV` as a job. The program may call `at_work()`, which prints so and marks it."""

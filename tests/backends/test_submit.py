@@ -17,7 +17,7 @@ ORDER = ("submitted", "queued", "pending", "running", "succeeded")
 CLOCK_S = 0.1
 """A store tells how old its files are: by its own clock, in its own grain."""
 WORDS = ("two words", "it's", '"quoted"', "Ünïcode ✓ 漢", "line\nbreak", "$HOME", "`id`", "$(id)", "a;b && c | d > e",
-         "*", "~", "\\n", "", "--on", "-c", "%s {x}")  # fmt: skip
+         "*", "~", "\\n", "", "--target", "-c", "%s {x}")  # fmt: skip
 
 
 @pytest.mark.core
@@ -26,7 +26,7 @@ def test_a_job_runs_to_its_end(here: Here) -> None:
     before = time.time()
     status = here.run(job)
     assert (status.job_id, status.attempt, status.state, status.exit_code) == (job.job_id, 1, "succeeded", 0)
-    assert (status.kind, status.on) == ("command", here.ground.on)
+    assert (status.kind, status.on) == ("exec", here.ground.on)
     assert status.submitted_at is not None
     assert status.started_at is not None
     assert status.ended_at is not None

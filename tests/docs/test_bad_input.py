@@ -100,7 +100,7 @@ def test_empty_dataset(tmp_path: Path, spec: dict[str, object]) -> None:
 def test_rows_too_long_are_refused_by_setting(tmp_path: Path, spec: dict[str, object]) -> None:
     rows = tmp_path / "long.jsonl"
     rows.write_text(json.dumps({"id": "1", "prompt": "word " * 400, "completion": "x"}) + "\n")
-    path = write(tmp_path, spec, data={"train": str(rows)}, max_length=64, too_long="refuse")
+    path = write(tmp_path, spec, data={"train": str(rows)}, max_length=64, on_overlong="refuse")
     refused(run("train", path), 2, "row 1", "64")
 
 
@@ -112,11 +112,11 @@ def test_no_cluster_is_exit_3(tmp_path: Path, spec: dict[str, object]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: nobody answers there
         port = taken.getsockname()[1]
-        refused(run("train", write(tmp_path, spec), "--on", f"http://127.0.0.1:{port}"), 3, str(port), "Next:")
+        refused(run("train", write(tmp_path, spec), "--target", f"http://127.0.0.1:{port}"), 3, str(port), "Next:")
 
 
 def test_a_place_that_is_none(tmp_path: Path, spec: dict[str, object]) -> None:
-    refused(run("train", write(tmp_path, spec), "--on", "moon"), 2, "moon", "local")
+    refused(run("train", write(tmp_path, spec), "--target", "moon"), 2, "moon", "local")
 
 
 def test_s3_without_credentials(tmp_path: Path, spec: dict[str, object]) -> None:

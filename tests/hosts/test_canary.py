@@ -28,9 +28,9 @@ def test_a_secret_of_the_environment_is_found_in_no_log_answer_argument_or_recor
         watching.start()
         spec = cluster.folder / "job.yaml"
         argv = ["python", "-c", USES_THEM]
-        spec.write_text(json.dumps({"kind": "command", "name": "keys", "root": str(cluster.folder), "argv": argv}))
+        spec.write_text(json.dumps({"kind": "exec", "name": "keys", "root": str(cluster.folder), "argv": argv}))
         env = {**cluster.client_environment(), **SECRETS}
-        sent = graftwork(cluster, "command", str(spec), "--on", cluster.on, env=env, timeout_s=200)
+        sent = graftwork(cluster, "exec", str(spec), "--target", cluster.on, env=env, timeout_s=200)
         answers = all_answers(cluster, token)
         done.set()
         watching.join()

@@ -52,9 +52,9 @@ def hosts() -> Iterator[Hosts]:
         for node in [cluster.join(host, "--num-cpus", "1") for host in nodes[1:]]:
             node.wait_up()
         spec = cluster.folder / "sleep.yaml"
-        program = {"kind": "command", "name": "sleep", "root": str(cluster.folder), "argv": ["sleep", "600"]}
+        program = {"kind": "exec", "name": "sleep", "root": str(cluster.folder), "argv": ["sleep", "600"]}
         spec.write_text(json.dumps(program))
-        sent = graftwork(cluster, "command", str(spec), "--on", cluster.on, "--detach", host=stranger)
+        sent = graftwork(cluster, "exec", str(spec), "--target", cluster.on, "--detach", host=stranger)
         assert sent.returncode == 0, sent.stdout + sent.stderr
         yield Hosts(cluster, nodes, stranger)
 
@@ -102,13 +102,13 @@ def test_a_wrong_token_neither_submits_nor_joins(hosts: Hosts) -> None:
     wrong.touch(mode=0o600)
     wrong.write_text("f" * 64)
     spec = hosts.cluster.folder / "job.yaml"
-    spec.write_text(json.dumps({"kind": "command", "name": "x", "root": str(hosts.cluster.folder), "argv": ["true"]}))
+    spec.write_text(json.dumps({"kind": "exec", "name": "x", "root": str(hosts.cluster.folder), "argv": ["true"]}))
     env = {**hosts.cluster.environment(), "RAY_AUTH_TOKEN_PATH": str(wrong)}
-    sent = graftwork(hosts.cluster, "command", str(spec), "--on", hosts.cluster.on, host=hosts.stranger, env=env)
+    sent = graftwork(hosts.cluster, "exec", str(spec), "--target", hosts.cluster.on, host=hosts.stranger, env=env)
     assert sent.returncode == 3, sent.stdout + sent.stderr
     assert "403" in sent.stderr
     env.pop("RAY_AUTH_TOKEN_PATH")
-    sent = graftwork(hosts.cluster, "command", str(spec), "--on", hosts.cluster.on, host=hosts.stranger, env=env)
+    sent = graftwork(hosts.cluster, "exec", str(spec), "--target", hosts.cluster.on, host=hosts.stranger, env=env)
     assert sent.returncode == 3, sent.stdout + sent.stderr
     assert "401" in sent.stderr
     joined = hosts.cluster.join(hosts.stranger, home=home)

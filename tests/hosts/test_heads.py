@@ -32,8 +32,8 @@ def alive(cluster: RayCluster) -> int:
 def submitted(cluster: RayCluster, name: str, *argv: str) -> str:
     """Start a program as a job; its id."""
     spec = cluster.folder / f"{name}.yaml"
-    spec.write_text(json.dumps({"kind": "command", "name": name, "root": str(cluster.folder), "argv": argv}))
-    sent = graftwork(cluster, "command", str(spec), "--on", cluster.on, "--detach", "--json")
+    spec.write_text(json.dumps({"kind": "exec", "name": name, "root": str(cluster.folder), "argv": argv}))
+    sent = graftwork(cluster, "exec", str(spec), "--target", cluster.on, "--detach", "--json")
     assert sent.returncode == 0, sent.stdout + sent.stderr
     return next(path.name for path in (cluster.folder / "jobs").iterdir() if path.name.startswith(f"{name}-"))
 
@@ -80,7 +80,7 @@ def test_the_pages_commands_run_a_job_with_the_token_and_refuse_one_without() ->
         job = submitted(cluster, "quick", "true")
         strange = {**cluster.environment(), "RAY_AUTH_MODE": "disabled"}
         spec = cluster.folder / "quick.yaml"
-        refused = graftwork(cluster, "command", str(spec), "--on", cluster.on, "--set", "name=other", env=strange)
+        refused = graftwork(cluster, "exec", str(spec), "--target", cluster.on, "--set", "name=other", env=strange)
         assert refused.returncode == 3, refused.stdout + refused.stderr
         assert "401" in refused.stderr
         grpc = {name for name, (what, _) in port_table().items() if what in GRPC}

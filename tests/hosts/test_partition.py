@@ -54,7 +54,7 @@ def test_a_run_goes_on_without_a_worker_that_is_cut_off_and_without_its_client(h
     })  # fmt: skip
     file = hosts.cluster.folder / "spec.json"
     file.write_text(json.dumps({"kind": "train", **spec.model_dump(mode="json", exclude_unset=True)}))
-    sent = graftwork(hosts.cluster, "train", str(file), "--on", hosts.cluster.on, "--detach", host=hosts.client)
+    sent = graftwork(hosts.cluster, "train", str(file), "--target", hosts.cluster.on, "--detach", host=hosts.client)
     assert sent.returncode == 0, sent.stdout + sent.stderr
     job_id = next(path.name for path in (hosts.cluster.folder / "root" / "jobs").iterdir())
     until(lambda: hosts.steps() > 15, 200, lambda: str(hosts.status(job_id)))

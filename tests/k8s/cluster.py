@@ -24,7 +24,7 @@ class KubeCluster:
 
     @property
     def on(self) -> str:
-        """For `--on`, with KUBECONFIG set to `kubeconfig`."""
+        """For `--target`, with KUBECONFIG set to `kubeconfig`."""
         return f"k8s:{CONTEXT}/{self.namespace}"
 
     @property

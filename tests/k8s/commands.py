@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from graftwork.cluster.backend import Job
-from graftwork.cluster.command_spec import CommandSpec
+from graftwork.cluster.command_spec import ExecSpec
 from graftwork.cluster.spec import ClusterSpec, StorageSpec
 
 IMAGE = "registry.example/graftwork@sha256:" + "0" * 64
@@ -14,10 +14,10 @@ CLUSTER = ClusterSpec(image=IMAGE, storage=StorageSpec(claim="shared"))
 
 def command(root: Path, name: str, program: str, cluster: ClusterSpec | None = None) -> Job:
     """`python -u -c PROGRAM` as a job."""
-    spec = CommandSpec(name=name, root=str(root), argv=("python", "-u", "-c", program))
+    spec = ExecSpec(name=name, root=str(root), argv=("python", "-u", "-c", program))
     return Job(
         name,
-        "command",
+        "exec",
         spec.identity(),
         str(root),
         spec.model_dump(mode="json"),

@@ -50,7 +50,7 @@ class World:
                 "engine": {"max_seq_len": 256, "num_threads": 1},
                 "arms": [{"name": "plain"}, {"name": "tuned", "adapter": "card@latest"}]}  # fmt: skip
         (self.tmp / f"{name}.yaml").write_text(yaml.safe_dump(spec))
-        told = json.loads(self.graftwork("serve", f"{name}.yaml", "--on", self.head.address, "--detach", "--json"))
+        told = json.loads(self.graftwork("serve", f"{name}.yaml", "--target", self.head.address, "--detach", "--json"))
         until(self.answers, 120, lambda: self.graftwork("jobs", "logs", told["job_id"], "--root", self.made.store.uri))
         return str(told["job_id"])
 

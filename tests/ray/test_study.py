@@ -42,7 +42,7 @@ def spec(folder: Path, **changed: Any) -> StudySpec:
     arms = [{"name": "base", "max_new_tokens": 8}, {"name": "tuned", "adapter": "colours@latest", "max_new_tokens": 8}]
     sides = {"a": "tuned", "b": "base"}
     tree = {
-        "name": "tiny", "title": "Tiny", "published": "Nothing", "root": str(folder / "root"),
+        "name": "tiny", "title": "Tiny", "paper": "Nothing", "root": str(folder / "root"),
         "base": str(folder / "base"), "quant": {"kind": "none", "dtype": "float32"}, "num_cpus": 1,
         "adapters": [{"file": "train.yaml", "set": {"name": "colours"}}],
         "measures": [
@@ -51,8 +51,8 @@ def spec(folder: Path, **changed: Any) -> StudySpec:
             {"name": "weighed", "kind": "likelihood", "eval": str(folder / "weighed.jsonl"), "unit": "doc_id",
              "metrics": ["nats", "choice"], "arms": arms},
         ],
-        "claims": [{**sides, "says": "it is likelier", "metric": "nats", "measure": "weighed", "expect": "lower"},
-                   {**sides, "says": "it knows more", "metric": "facts", "expect": "higher", "of": 1}],
+        "claims": [{**sides, "statement": "it is likelier", "metric": "nats", "measure": "weighed", "expect": "lower"},
+                   {**sides, "statement": "it knows more", "metric": "facts", "expect": "higher", "of": 1}],
     }  # fmt: skip
     return StudySpec.model_validate({**tree, **changed})
 

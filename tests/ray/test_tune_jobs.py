@@ -45,7 +45,7 @@ def test_each_trial_is_a_job_that_is_cancelled_when_it_falls_behind(local_ray: S
     assert tune(spec, elsewhere=HERE).reused
 
 
-@pytest.mark.parametrize("keys", [{"together": 2}])
+@pytest.mark.parametrize("keys", [{"share_base": 2}])
 def test_trials_that_need_each_other_are_no_jobs(tmp_path: Path, keys: dict[str, int]) -> None:
     asked = sweep(write_inputs(tmp_path), tmp_path / "root", rates(1e-2, 1e-5), **keys)
     with pytest.raises(ConfigError, match="stands alone"):

@@ -16,7 +16,7 @@ from tests.ray.test_tune import GOOD, inputs, rates, sweep, wait_for
 
 __all__ = ["inputs"]
 
-GANG = {"train.num_workers": 2, "train.strategy.kind": "fsdp2", "train.quant.dtype": "float32", "gang": "always"}
+GANG = {"train.num_workers": 2, "train.strategy.kind": "fsdp2", "train.quant.dtype": "float32", "distributed": "always"}
 
 
 def groups() -> list[str]:
@@ -40,7 +40,7 @@ def test_a_gang_that_is_stopped_leaves_loop_and_places(local_ray: Session, input
     report = tune(spec)
     gang = report.trials[1]
     assert (gang.state, gang.steps, len(gang.losses)) == ("stopped", 2, 1)
-    assert gang.notes[0] == "a gang of 2 workers (fsdp2): gang=always"
+    assert gang.notes[0] == "distributed over 2 workers (fsdp2): distributed=always"
     assert gang.notes[1].startswith("stopped at step 2: loss ")
     assert gang.peak_rss_bytes > 400 * 2**20, "of a worker, not of the process that started it"
     wait_for(cpus_are_free, "CPUs are free")

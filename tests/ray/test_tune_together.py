@@ -27,7 +27,7 @@ def test_a_sweep_of_six_gives_the_same_with_three_in_a_process(
     keys: dict[str, Any] = {"max_concurrent": 1, "num_trials": 6, "scheduler": {"grace_steps": 2, "reduction": 2}}
     plain = {"train.quant.dtype": "float32"}
     single = tune(sweep(inputs, tmp_path / "single", SPACE, **keys).with_(plain))
-    grouped = tune(sweep(inputs, tmp_path / "grouped", SPACE, **keys, together=3).with_(plain))
+    grouped = tune(sweep(inputs, tmp_path / "grouped", SPACE, **keys, share_base=3).with_(plain))
     assert grouped.best == single.best
     assert processes(grouped) == [3, 3]
     for ours, theirs in zip(grouped.trials, single.trials, strict=True):

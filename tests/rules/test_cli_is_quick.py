@@ -37,7 +37,7 @@ def test_config_check_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("verb", [("ls",), ("status", "cards"), ("logs", "cards")], ids=lambda verb: verb[0])
 def test_jobs_of_a_disk_import_nothing_heavy(tmp_path: Path, verb: tuple[str, ...]) -> None:
-    job = Job("cards", "command", "a" * 64, str(tmp_path), {"argv": ["true"]})
+    job = Job("cards", "exec", "a" * 64, str(tmp_path), {"argv": ["true"]})
     runs = RunStore(job.root)
     runs.record(job, "local")
     runs.open_attempt(job.job_id, 1)

@@ -120,9 +120,9 @@ def test_precisions_and_likelihoods_are_counted(folder: Path) -> None:
     del shared["eval"]
     measure = {"name": "m", "kind": "likelihood", "eval": str(folder / "eval.jsonl"), "metrics": ["choice"],
                "arms": arms(folder)[:2]}  # fmt: skip
-    claim = {"says": "s", "a": "base", "b": "rag", "metric": "choice", "expect": "higher"}
+    claim = {"statement": "s", "a": "base", "b": "rag", "metric": "choice", "expect": "higher"}
     study = StudySpec.model_validate({
-        "name": "s", "title": "t", "published": "p", **shared, "measures": [measure], "claims": [claim],
+        "name": "s", "title": "t", "paper": "p", **shared, "measures": [measure], "claims": [claim],
     })  # fmt: skip
     found = likelihood_answers(study, study.measures[0], {})
     assert found.count == 12 * 2 * 2, "a prompt for each choice of each arm"

@@ -64,7 +64,7 @@ def test_the_question_finds_its_passage(template: Template, corpus: str) -> None
 
 
 def test_worked_examples_come_first(template: Template, tmp_path: Path) -> None:
-    arm = ArmSpec(name="shots", prompt=PromptSpec(shots=2, shots_from=shots_file(tmp_path)))
+    arm = ArmSpec(name="shots", prompt=PromptSpec(shots=2, few_shot_file=shots_file(tmp_path)))
     text = template.decode(build_prompt(arm, ASKED, template, max_seq_len=512).ids)
     assert text.index("q0") < text.index("a0") < text.index("q1") < text.index("a1") < text.index("Which")
     assert "q2" not in text
@@ -129,7 +129,7 @@ def test_missing_arm_data_shows_when_it_is_warmed_up(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"nosuch\.jsonl"):
         warm(None, RetrieverSpec(corpus=str(tmp_path / "nosuch.jsonl")))
     with pytest.raises(StorageError, match=r"nosuch\.jsonl"):
-        warm(PromptSpec(shots=1, shots_from=str(tmp_path / "nosuch.jsonl")), None)
+        warm(PromptSpec(shots=1, few_shot_file=str(tmp_path / "nosuch.jsonl")), None)
 
 
 def test_passages_without_room_are_left_out_whole_and_told(template: Template, corpus: str) -> None:

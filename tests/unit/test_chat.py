@@ -289,10 +289,10 @@ def test_digests_tell_templates_and_tokenizers_apart(templates: dict[str, Templa
 
 
 def test_shots_need_their_source() -> None:
-    with pytest.raises(ValueError, match="needs shots_from"):
+    with pytest.raises(ValueError, match="needs few_shot_file"):
         PromptSpec(shots=3)
     with pytest.raises(ValueError, match="cannot take effect"):
-        PromptSpec(shots_from="rows.jsonl")
+        PromptSpec(few_shot_file="rows.jsonl")
 
 
 def test_other_threads_run_while_a_long_text_is_tokenised(templates: dict[str, Template]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from graftwork.cli import app
-from graftwork.cluster.address import host_and_port, require_reachable, without_on
+from graftwork.cluster.address import host_and_port, require_reachable, without_target
 from graftwork.cluster.jobs import run_command
 from graftwork.cluster.local import environment_of, own_folder
 from graftwork.cluster.session import Session, session
@@ -54,20 +54,20 @@ def test_an_unknown_place_is_refused_with_the_known_ones(on: str) -> None:
 @pytest.mark.parametrize(
     ("on", "use"),
     [
-        ("auto", "--on http://HOST:8265"),
-        ("ray://10.0.0.7:10001", "--on http://10.0.0.7:8265"),
-        ("ray://", "--on http://HOST:8265"),
+        ("auto", "--target http://HOST:8265"),
+        ("ray://10.0.0.7:10001", "--target http://10.0.0.7:8265"),
+        ("ray://", "--target http://HOST:8265"),
     ],
 )
 @pytest.mark.parametrize("verb", ["train", "train --detach", "serve", "demo", "doctor", "plan"])
 def test_an_address_that_a_driver_would_join_is_refused_with_the_dashboards(on: str, use: str, verb: str) -> None:
     name, *flags = verb.split()
     file = {"train": "train-airport-card", "plan": "train-airport-card", "serve": "serve", "demo": "demo"}.get(name)
-    argv = [name, *([str(ROOT / "examples" / f"{file}.yaml")] if file else []), *flags, "--on", on]
+    argv = [name, *([str(ROOT / "examples" / f"{file}.yaml")] if file else []), *flags, "--target", on]
     done = CliRunner().invoke(app, argv)
     error = done.exception
     assert isinstance(error, ConfigError), (done.output, error)
-    assert error.asked == f"--on {on}"
+    assert error.asked == f"--target {on}"
     assert error.found == "commands do not join a Ray as its driver or client"
     assert "http://HOST:8265" in error.rule
     assert error.next_move == use
@@ -80,7 +80,7 @@ def test_nobody_listening_is_said_with_what_to_do() -> None:
         with pytest.raises(ClusterError, match="nothing answers at 127.0.0.1") as caught:
             run_command(on, ["demo", "demo.yaml"])
     assert caught.value.exit_code == 3
-    assert "--on local" in caught.value.next_move
+    assert "--target local" in caught.value.next_move
 
 
 def test_something_else_listening_is_reached_but_not_taken_for_a_ray() -> None:
@@ -104,13 +104,13 @@ def test_a_relative_root_is_refused_on_a_cluster(tmp_path: Path) -> None:
         raise AssertionError("it must not start")
 
     here = Session("job", "127.0.0.1:6379")
-    with pytest.raises(ConfigError, match=r"root=\.graftwork with --on job"):
+    with pytest.raises(ConfigError, match=r"root=\.graftwork with --target job"):
         here.run(stage, task(tmp_path, root=".graftwork"))
 
 
 def test_the_on_option_is_left_out_of_what_is_sent() -> None:
-    argv = ["train", "a.yaml", "--on", "http://h:1", "--set", "seed=1", "--on=http://x:1", "--json"]
-    assert without_on(argv) == ["train", "a.yaml", "--set", "seed=1", "--json"]
+    argv = ["train", "a.yaml", "--target", "http://h:1", "--set", "seed=1", "--target=http://x:1", "--json"]
+    assert without_target(argv) == ["train", "a.yaml", "--set", "seed=1", "--json"]
 
 
 def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

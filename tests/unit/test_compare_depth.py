@@ -197,10 +197,12 @@ def test_the_margin_of_a_measure_is_a_share_of_it() -> None:
 
 def test_fields_are_read_from_rows_and_their_gold(tmp_path: Path) -> None:
     path = tmp_path / "eval.jsonl"
-    lines = [{"prompt": "?", "completion": "!", "gold": {"country": "US"}, "asked": ["country", "a"], "level": 3}] * 3
+    lines = [
+        {"prompt": "?", "completion": "!", "gold": {"country": "US"}, "given_fields": ["country", "a"], "level": 3}
+    ] * 3
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    names = ["country", "asked", "level"]
-    assert read_fields(str(path), names, limit=2) == {"country": ("US",) * 2, "asked": ("country+a",) * 2,
+    names = ["country", "given_fields", "level"]
+    assert read_fields(str(path), names, limit=2) == {"country": ("US",) * 2, "given_fields": ("country+a",) * 2,
                                                       "level": ("3",) * 2}  # fmt: skip
     with pytest.raises(DataError, match=r"row 1: contry: the field is missing"):
         read_fields(str(path), ["contry"])

@@ -180,7 +180,7 @@ def test_ignored_keys_and_questions_that_were_trained_on_are_noted_once(
     made = artifact.publish(Store(str(home / "root")), "seen", adapter, **known, alias="latest")
     shots = home / "shots.jsonl"
     shots.write_text(json.dumps({"prompt": "q", "completion": "a", "topic": "x"}) + "\n")
-    few: dict[str, Any] = {"name": "few", "max_new_tokens": 2, "prompt": {"shots": 1, "shots_from": str(shots)}}
+    few: dict[str, Any] = {"name": "few", "max_new_tokens": 2, "prompt": {"shots": 1, "few_shot_file": str(shots)}}
     arms = [
         {"name": "base", "max_new_tokens": 2},
         few,
@@ -190,7 +190,7 @@ def test_ignored_keys_and_questions_that_were_trained_on_are_noted_once(
     found = run_compare(spec(home, **plain, judge=None, eval=str(own), limit=None, arms=arms), endpoint=endpoint)
     notes = (
         "eval: ignored keys: half (in 8 rows), lang (in 8 rows)",
-        "prompt.shots_from: ignored keys: topic (in 1 row)",
+        "prompt.few_shot_file: ignored keys: topic (in 1 row)",
         f"tuned: its adapter {made.ref} was trained on these very questions, so its scores say nothing about others.",
     )
     assert found.report.notes[:3] == notes

@@ -23,12 +23,12 @@ def test_both_forms_of_a_row_are_read(tmp_path: Path) -> None:
     uri = write(
         tmp_path / "rows.jsonl",
         {"messages": [{"role": "system", "content": ""}, QUESTION, ANSWER], "id": "a", "source": "kept out"},
-        {"prompt": "q", "completion": "a", "doc_id": 7, "gold": {"x": 1, "y": None}, "asked": "x"},
+        {"prompt": "q", "completion": "a", "doc_id": 7, "gold": {"x": 1, "y": None}, "given_fields": "x"},
     )
     first, second = read_rows(uri, need="train")
     assert first.messages == (Message("system", ""), Message(**QUESTION), Message(**ANSWER))  # type: ignore[arg-type]
-    assert (first.id, first.doc_id, first.gold, first.asked) == ("a", None, None, ())
-    assert (second.id, second.doc_id, second.gold, second.asked) == ("2", "7", {"x": 1, "y": None}, ("x",))
+    assert (first.id, first.doc_id, first.gold, first.given_fields) == ("a", None, None, ())
+    assert (second.id, second.doc_id, second.gold, second.given_fields) == ("2", "7", {"x": 1, "y": None}, ("x",))
     assert second.question == (Message("user", "q"),)
     assert second.answer == "a"
 
@@ -62,8 +62,12 @@ def test_limit_blank_lines_windows_lines_and_a_bom(tmp_path: Path) -> None:
         ({"messages": [QUESTION, {"role": "system", "content": "x"}]}, r"row 2: messages\[1\].role", "'system'"),
         ({"messages": [QUESTION]}, "row 2: messages", "the last turn is the user's"),
         ({"messages": [QUESTION, ANSWER], "gold": 3}, "row 2: gold", "found a number"),
-        ({"messages": [QUESTION, ANSWER], "gold": {"a": 1}, "asked": ["b"]}, "row 2: asked", "gold has no 'b'"),
-        ({"messages": [QUESTION, ANSWER], "asked": [1]}, "row 2: asked", "found a list"),
+        (
+            {"messages": [QUESTION, ANSWER], "gold": {"a": 1}, "given_fields": ["b"]},
+            "row 2: given_fields",
+            "gold has no 'b'",
+        ),
+        ({"messages": [QUESTION, ANSWER], "given_fields": [1]}, "row 2: given_fields", "found a list"),
         ({"messages": [QUESTION, ANSWER], "id": True}, "row 2: id", "found True"),
         ({"messages": [QUESTION, ANSWER], "id": "one"}, "row 2: id='one'", "row 1 has the same id"),
         ({"messages": [QUESTION, ANSWER], "doc_id": []}, "row 2: doc_id", "found a list"),
@@ -140,15 +144,15 @@ def test_fingerprint_is_of_the_content_and_its_order(tmp_path: Path) -> None:
 
 def test_shots_are_read_from_their_rows(tmp_path: Path) -> None:
     uri = write(tmp_path / "rows.jsonl", *({"prompt": f"q{n}", "completion": f"a{n}"} for n in range(3)))
-    prompt = resolve_prompt(PromptSpec(system="s", shots=2, shots_from=uri, context_header="Facts:"))
+    prompt = resolve_prompt(PromptSpec(system="s", shots=2, few_shot_file=uri, context_header="Facts:"))
     assert prompt.shots == tuple((Message("user", f"q{n}"), Message("assistant", f"a{n}")) for n in range(2))
     assert (prompt.system, prompt.context_header) == ("s", "Facts:")
     assert resolve_prompt(PromptSpec()).shots == ()
     with pytest.raises(DataError, match="prompt.shots=4.*has 3 rows"):
-        resolve_prompt(PromptSpec(shots=4, shots_from=uri))
+        resolve_prompt(PromptSpec(shots=4, few_shot_file=uri))
 
 
 def test_a_shot_is_one_question_and_one_answer(tmp_path: Path) -> None:
     uri = write(tmp_path / "rows.jsonl", {"messages": [QUESTION, ANSWER, QUESTION, ANSWER]})
     with pytest.raises(DataError, match="row 1 is not one of each"):
-        resolve_prompt(PromptSpec(shots=1, shots_from=uri))
+        resolve_prompt(PromptSpec(shots=1, few_shot_file=uri))

@@ -229,18 +229,18 @@ def test_one_run_a_point_tells_no_noise() -> None:
     assert "`finals: {}` runs the best again" in found.verdict
 
 
-# Several goals.
+# Several objectives.
 
 
 def test_among_those_tied_in_the_first_goal_the_second_decides() -> None:
-    spec = sweep(goals=["eval_loss", "step_s"])
+    spec = sweep(objectives=["eval_loss", "step_s"])
     a, b = trial(2, 1.0), trial(16, 1.02)
     a, b = replace(a, metrics={**a.metrics, "step_s": 2.0}), replace(b, metrics={**b.metrics, "step_s": 1.0})
     dominated = replace(trial(8, 1.01), metrics={"step_s": 2.5})
     trials = [a, dominated, b, *repeats(a, 1.1, 1.05), *repeats(b, 1.08, 1.10)]
     found = choose(spec, trials)
     assert set(found.front) == {a.trial_id, b.trial_id}
-    assert found.trial_id == b.trial_id, "faster, and its rank, though larger, comes after the goals"
+    assert found.trial_id == b.trial_id, "faster, and its rank, though larger, comes after the objectives"
     chosen = with_finals(spec, search_of(spec))
     assert isinstance(chosen, WithFinals)
     suggested = chosen.suggest([a, dominated, b, trial(4, 3.0), trial(32, 4.0)])

@@ -1,4 +1,4 @@
-"""What a sweep is to make good: which goals there are, what a trial is worth by them, which trials nothing beats."""
+"""Objectives of a sweep: the known metrics, a trial's values, the Pareto front."""
 
 import json
 from pathlib import Path
@@ -30,25 +30,25 @@ def trial(name: str, loss: float, size: float, state: State = "finished", **more
 
 
 @pytest.mark.parametrize(
-    ("goals", "said"),
+    ("objectives", "said"),
     [
         (["eval_loss", "adapter_byte"], "no trial reports it(.|\n)*a trial reports eval_loss,(.|\n)*'adapter_bytes'"),
-        (["adapter_bytes"], r"write goals: \[eval_loss, adapter_bytes\]"),
+        (["adapter_bytes"], r"write objectives: \[eval_loss, adapter_bytes\]"),
         ([{"metric": "eval_loss", "direction": "max"}], r"the first is eval_loss \(max\)"),
-        (["eval_loss", "wall_s", "wall_s"], "goals must differ"),
+        (["eval_loss", "wall_s", "wall_s"], "objectives must differ"),
         ([], "at least 1 item"),
     ],
 )
-def test_a_goal_that_nobody_can_reach_is_refused(goals: list[Any], said: str) -> None:
+def test_a_goal_that_nobody_can_reach_is_refused(objectives: list[Any], said: str) -> None:
     train = {"name": "t", "base": "b", "data": {"train": "t.jsonl", "eval": "e.jsonl"}}
     with pytest.raises(ConfigError, match=said):
-        sweep(train, goals=goals)
+        sweep(train, objectives=objectives)
 
 
 def test_goals_are_named_by_their_metric_alone() -> None:
     train = {"name": "t", "base": "b", "data": {"train": "t.jsonl", "eval": "e.jsonl"}}
-    assert sweep(train).goals == (LOSS,)
-    assert sweep(train, goals=["eval_loss", "adapter_bytes"]).goals == (LOSS, BYTES)
+    assert sweep(train).objectives == (LOSS,)
+    assert sweep(train, objectives=["eval_loss", "adapter_bytes"]).objectives == (LOSS, BYTES)
 
 
 def test_a_size_for_a_goal_is_refused_on_a_base_whose_layers_are_not_known(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_size_for_a_goal_is_refused_on_a_base_whose_layers_are_not_known(tmp_p
     config = tmp_path / "base" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "unknown_layers"}))
     with pytest.raises(BaseModelError, match="unknown_layers"):
-        check(sweep({**train, "eval_every": 20}, goals=["eval_loss", "adapter_bytes"]))
+        check(sweep({**train, "eval_every": 20}, objectives=["eval_loss", "adapter_bytes"]))
 
 
 def test_the_front_is_what_no_other_trial_beats_in_every_goal() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from graftwork.cli.demands import demands_of, planned, with_demand
 from graftwork.cli.launching import job_of
-from graftwork.cluster.command_spec import CommandSpec
+from graftwork.cluster.command_spec import ExecSpec
 from graftwork.cluster.kuberay.fit import machines_of
 from graftwork.cluster.places.local_check import machines_here
 from graftwork.cluster.spec import ClusterSpec
@@ -50,6 +50,6 @@ def test_data_that_only_the_cluster_sees_is_said_and_keeps_nothing_from_running(
 
 
 def test_a_program_is_one_worker(tmp_path: Path) -> None:
-    spec = CommandSpec(name="hello", argv=("true",))
+    spec = ExecSpec(name="hello", argv=("true",))
     assert planned(spec, tmp_path, machines_here()) == ((), ())
     assert demands_of(spec, ())[0].num_workers == 1

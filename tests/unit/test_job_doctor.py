@@ -25,7 +25,7 @@ def code_of(done: Result) -> int:
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "c.yaml"
-    file.write_text('kind: command\nname: hello\nargv: ["true"]\n')
+    file.write_text('kind: exec\nname: hello\nargv: ["true"]\n')
     return str(file)
 
 
@@ -38,7 +38,7 @@ def test_a_sound_machine_has_no_findings(spec: str) -> None:
 
 
 def test_a_place_that_does_not_answer_is_3_and_the_rest_is_told(spec: str) -> None:
-    done = cli("doctor", "--on", "http://127.0.0.1:9", "--json")
+    done = cli("doctor", "--target", "http://127.0.0.1:9", "--json")
     assert done.exit_code == 3
     told = json.loads(done.stdout)
     assert told["findings"] == []
@@ -50,17 +50,17 @@ def test_a_place_that_does_not_answer_is_3_and_the_rest_is_told(spec: str) -> No
 )
 @pytest.mark.parametrize("verb", ["doctor", "plan"])
 def test_an_address_that_is_none_is_2_and_names_the_forms(spec: str, on: str, verb: str) -> None:
-    done = cli(verb, *([spec] if verb == "plan" else []), "--on", on)
+    done = cli(verb, *([spec] if verb == "plan" else []), "--target", on)
     assert code_of(done) == 2
     assert isinstance(done.exception, GraftworkError)
     said = str(done.exception)
-    assert f"--on {on}" in said
+    assert f"--target {on}" in said
     assert "k8s:CONTEXT/NAMESPACE" in said or "http(s)://HOST:PORT" in said
 
 
 def test_a_plan_without_its_place_tells_what_it_can(spec: str, tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("kind: cluster\nprices: {cpu_hour: 0.5}\nlimits: {deadline: 2h}\n")
-    done = cli("plan", spec, "--on", "http://127.0.0.1:9", "--json")
+    done = cli("plan", spec, "--target", "http://127.0.0.1:9", "--json")
     assert done.exit_code == 3
     told = json.loads(done.stdout)
     assert (told["cpus"], told["usd_per_hour"], told["most_usd"]) == (12.0, 6.0, 12.0)
@@ -69,12 +69,12 @@ def test_a_plan_without_its_place_tells_what_it_can(spec: str, tmp_path: Path) -
 
 def test_a_typo_and_a_wrong_kind_of_cluster_file_are_told(spec: str, tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("kind: cluster\nstorag: {uri: s3://b}\n")
-    done = cli("plan", spec, "--on", "local")
+    done = cli("plan", spec, "--target", "local")
     assert code_of(done) == 2
     assert "did you mean 'storage'?" in str(done.exception)
-    done = cli("plan", spec, "--on", "local", "--cluster", spec)
+    done = cli("plan", spec, "--target", "local", "--cluster-config", spec)
     assert code_of(done) == 2
-    assert "kind='command'" in str(done.exception)
+    assert "kind='exec'" in str(done.exception)
 
 
 def test_what_is_lacking_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,18 +106,18 @@ def test_an_endpoint_is_rendered_with_no_cluster_in_reach(tmp_path: Path, monkey
     cluster, file = tmp_path / "cluster.yaml", tmp_path / "s.yaml"
     cluster.write_text("kind: cluster\ncode: image\nstorage: {uri: 's3://bucket/x'}\nworkers: [{count: 2}]\n")
     file.write_text("kind: serve\nname: desk\nbase: nowhere\ntoken_env: KEYS\n")
-    done = cli("k8s", "render", str(file), "--cluster", str(cluster), "--namespace", "team")
+    done = cli("k8s", "render", str(file), "--cluster-config", str(cluster), "--namespace", "team")
     assert done.exit_code == 0, done.exception
     service, budget = yaml.safe_load_all(done.stdout)
     assert (service["kind"], service["metadata"]["name"]) == ("RayService", "desk")
     assert service["metadata"]["namespace"] == "team"
     assert budget["kind"] == "PodDisruptionBudget"
-    assert code_of(cli("k8s", "render", str(file), "--cluster", str(cluster), "--set", "token_env=null")) == 2
+    assert code_of(cli("k8s", "render", str(file), "--cluster-config", str(cluster), "--set", "token_env=null")) == 2
 
 
 def test_the_rules_are_held_with_no_cluster_in_reach(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", "/nowhere")
-    done = cli("plan", spec, "--on", "k8s:ctx/team", "--set", "name=" + "n" * 60, "--json")
+    done = cli("plan", spec, "--target", "k8s:ctx/team", "--set", "name=" + "n" * 60, "--json")
     assert done.exit_code == 3
     told = json.loads(done.stdout)
     assert {"E-NAME-TOO-LONG", "E-STORE-LOCAL", "E-IMAGE-DIGEST"} <= {one["code"] for one in told["findings"]}

@@ -107,12 +107,12 @@ def test_the_identity_is_the_contents(here: Path) -> None:
 
 def test_every_key_of_a_stage_that_names_a_file_travels(here: Path) -> None:
     specs: list[Spec] = [
-        train(prompt={"shots": 1, "shots_from": "rows.jsonl"}, data={"train": "rows.jsonl", "eval": "held-out.jsonl",
+        train(prompt={"shots": 1, "few_shot_file": "rows.jsonl"}, data={"train": "rows.jsonl", "eval": "held-out.jsonl",
               "context": {"corpus": "docs/a.md"}}),
         validate(TuneSpec, {"name": "sweep", "train": train().model_dump(mode="json", exclude_unset=True),
                  "space": {"data.train": {"kind": "choice", "values": ["rows.jsonl", "more.jsonl"]}}}, "test"),
         validate(ServeSpec, {"name": "s", "base": "b", "arms": [{"name": "a", "grammar": {"json_schema": "schema.json"},
-                 "retriever": {"corpus": "docs"}, "prompt": {"shots": 1, "shots_from": "rows.jsonl"}}]}, "test"),
+                 "retriever": {"corpus": "docs"}, "prompt": {"shots": 1, "few_shot_file": "rows.jsonl"}}]}, "test"),
         validate(CompareSpec, {"name": "c", "base": "b", "eval": "rows.jsonl", "answer_schema": "schema.json",
                  "arms": [{"name": "a"}, {"name": "b"}], "baseline": "a", "probes": {"corpus": "docs/a.md"},
                  "scorers": [{"kind": "sql", "setup": "setup.sql"},
@@ -224,7 +224,7 @@ def test_a_plan_elsewhere_names_what_it_would_send(here: Path, on: str, tmp_path
     file = here / "train.yaml"
     file.write_text(json.dumps({"kind": "train", "root": str(tmp_path / "root"), **train(gpus_per_worker=0).model_dump(
         mode="json", exclude_unset=True)}))  # fmt: skip
-    done = CliRunner().invoke(app, ["plan", str(file), "--on", on, "--json"])
+    done = CliRunner().invoke(app, ["plan", str(file), "--target", on, "--json"])
     plan = json.loads(done.stdout[: done.stdout.rindex("}") + 1].split("\n{\n", 1)[0])
     assert sorted(Path(one["path"]).name for one in plan["inputs"]) == ["held-out.jsonl", "rows.jsonl"]
     assert RunStore(str(tmp_path / "root")).job_ids() == []

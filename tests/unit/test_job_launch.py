@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from graftwork.cli import app
 from graftwork.cli.following import follow
 from graftwork.cli.job_views import show_list
-from graftwork.cli.launching import Launch, job_of
+from graftwork.cli.launching import LaunchOptions, job_of
 from graftwork.cluster.backend import Job, JobStatus
-from graftwork.cluster.command_spec import CommandSpec
+from graftwork.cluster.command_spec import ExecSpec
 from graftwork.cluster.places import backend_of
 from graftwork.cluster.run_store import RunStore
 from graftwork.cluster.spec import ClusterSpec
@@ -33,23 +33,26 @@ def cli(*argv: str) -> str:
 
 
 def write(folder: Path, name: str, code: str) -> str:
-    spec = {"kind": "command", "name": name, "root": str(folder / "root"), "argv": [sys.executable, "-c", code]}
+    spec = {"kind": "exec", "name": name, "root": str(folder / "root"), "argv": [sys.executable, "-c", code]}
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps(spec))
     return str(file)
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("options", "words"),
     [
-        (Launch("ray://127.0.0.1:10001", detach=True), ["--on ray://127.0.0.1:10001", "--on http://127.0.0.1:8265"]),
-        (Launch("auto", detach=True), ["--on auto", "--on http://HOST:8265"]),
-        (Launch("local", deadline="2h", budget=3.0), ["--deadline, --budget with --on local", "add --detach"]),
+        (
+            LaunchOptions(target="ray://127.0.0.1:10001", detach=True),
+            ["--target ray://127.0.0.1:10001", "--target http://127.0.0.1:8265"],
+        ),
+        (LaunchOptions(target="auto", detach=True), ["--target auto", "--target http://HOST:8265"]),
+        (LaunchOptions(deadline="2h", budget=3.0), ["--deadline, --budget with --target local", "add --detach"]),
     ],
 )
-def test_flags_without_effect_are_refused(how: Launch, words: list[str]) -> None:
+def test_flags_without_effect_are_refused(options: LaunchOptions, words: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
-        _ = how.elsewhere
+        _ = options.elsewhere
     for word in words:
         assert word in str(refused.value)
 
@@ -57,12 +60,12 @@ def test_flags_without_effect_are_refused(how: Launch, words: list[str]) -> None
 def test_limits_of_the_command_line_replace_the_clusters(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("kind: cluster\nlimits: {deadline: 12h, pending: 5m}\nprices: {cpu_hour: 0.04}\n")
-    limits = Launch("k8s:a/b", cluster=file, deadline="2h", budget=20).cluster_spec().limits
+    limits = LaunchOptions(target="k8s:a/b", cluster_config=file, deadline="2h", budget=20).cluster_spec().limits
     assert (limits.deadline, limits.pending, limits.budget_usd) == (7200, 300, 20)
     with pytest.raises(ConfigError, match="2 hours"):
-        Launch("k8s:a/b", cluster=file, deadline="2 hours").cluster_spec()
+        LaunchOptions(target="k8s:a/b", cluster_config=file, deadline="2 hours").cluster_spec()
     with pytest.raises(ConfigError, match="no prices"):
-        Launch("k8s:a/b", budget=20).cluster_spec()
+        LaunchOptions(target="k8s:a/b", budget=20).cluster_spec()
 
 
 @pytest.mark.long
@@ -70,14 +73,14 @@ def test_the_same_command_finds_goes_on_and_tells_of_success(tmp_path: Path) -> 
     file = write(tmp_path, "twice", f"import os,sys; p={str(tmp_path / 'been')!r}; "
                  "print('published x@1') if os.path.exists(p) else (open(p,'w').close(), sys.exit(3))")  # fmt: skip
     root = ["--root", str(tmp_path / "root")]
-    cli("command", file, "--detach")
+    cli("exec", file, "--detach")
     assert CliRunner().invoke(app, ["jobs", "wait", "twice", *root]).exit_code == 3
     [failed] = json.loads(cli("jobs", "ls", "--json", *root))
     assert (failed["state"], failed["attempt"]) == ("failed", 1)
-    cli("command", file, "--detach")  # the same command: it goes on
+    cli("exec", file, "--detach")  # the same command: it goes on
     waited = json.loads(cli("jobs", "wait", "twice", "--json", *root))
     assert (waited["state"], waited["attempt"], waited["left"]) == ("succeeded", 2, ["published x@1"])
-    again = json.loads(cli("command", file, "--detach", "--json"))
+    again = json.loads(cli("exec", file, "--detach", "--json"))
     assert (again["state"], again["attempt"]) == ("succeeded", 2)
     assert cli("jobs", "logs", "twice-a1", *root) == ""
     assert cli("jobs", "logs", "twice", "--tail", "1", *root) == "published x@1\n"
@@ -87,7 +90,7 @@ def test_the_same_command_finds_goes_on_and_tells_of_success(tmp_path: Path) -> 
 @pytest.mark.long
 @pytest.mark.parametrize("ours", [True, False])
 def test_ctrl_c_ends_what_the_command_began_and_no_more(tmp_path: Path, ours: bool) -> None:
-    spec = CommandSpec(
+    spec = ExecSpec(
         name="long", root=str(tmp_path), argv=(sys.executable, "-uc", "print(1); import time; time.sleep(99)")
     )
     job = job_of(spec, ClusterSpec())
@@ -109,7 +112,7 @@ def test_ctrl_c_ends_what_the_command_began_and_no_more(tmp_path: Path, ours: bo
 
 
 def test_jobs_of_a_place_that_does_not_answer_are_told_from_the_store(tmp_path: Path) -> None:
-    job = Job("cards", "command", "a" * 64, str(tmp_path), {"argv": ["true"]})
+    job = Job("cards", "exec", "a" * 64, str(tmp_path), {"argv": ["true"]})
     runs = RunStore(job.root)
     runs.record(job, "http://127.0.0.1:9")
     runs.open_attempt(job.job_id, 1)

@@ -16,7 +16,7 @@ def runs(tmp_path: Path) -> RunStore:
     """cards twice, the second one later and with two attempts; cars-b once."""
     runs = RunStore(str(tmp_path))
     for name, digest in (("cards", "a" * 64), ("cards", "ab" * 32), ("cars-b", "c" * 64)):
-        runs.record(Job(name, "command", digest, str(tmp_path), {"argv": ["true"]}), "local")
+        runs.record(Job(name, "exec", digest, str(tmp_path), {"argv": ["true"]}), "local")
         runs.open_attempt(f"{name}-{digest[:10]}", 1)
         time.sleep(0.002)
     runs.open_attempt("cards-ababababab", 2)

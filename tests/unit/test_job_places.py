@@ -32,7 +32,7 @@ GIB = 2.0**30
 
 
 def job(root: Path, demand: Demand | None = None) -> Job:
-    return Job("try", "command", "0" * 64, str(root), {"argv": ["true"]}, demand=demand or Demand())
+    return Job("try", "exec", "0" * 64, str(root), {"argv": ["true"]}, demand=demand or Demand())
 
 
 @contextlib.contextmanager

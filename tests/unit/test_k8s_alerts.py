@@ -176,7 +176,7 @@ def test_a_store_is_told_as_it_is(tmp_path: Path) -> None:
             runs.end(job.job_id, 1, ended)
     text = scraped(tmp_path)
     states = dict(
-        re.findall(r'graftwork_job_state\{job="([a-z]+)-[0-9a-f]+",kind="command",on="local",state="(\w+)"', text)
+        re.findall(r'graftwork_job_state\{job="([a-z]+)-[0-9a-f]+",kind="exec",on="local",state="(\w+)"', text)
     )
     assert states == {"waits": "waiting", "runs": "running", "silent": "silent", "done": "succeeded",
                       "failed": "failed", "cancelled": "cancelled", "over": "stopped"}  # fmt: skip

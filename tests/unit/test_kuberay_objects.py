@@ -34,7 +34,7 @@ def ray(pod: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_job_is_submitted_once_under_its_attempts_name_and_goes_away_by_itself() -> None:
-    made = rayjob(keep_s=120)
+    made = rayjob(ttl_s=120)
     spec = made["spec"]
     assert (made["kind"], made["metadata"]["name"], spec["jobId"]) == ("RayJob", *["airport-ababababab-a1"] * 2)
     assert spec["submissionMode"] == "HTTPMode"
@@ -192,5 +192,5 @@ def test_the_disruption_budget_covers_the_services_pods() -> None:
 
 
 def test_equal_plans_have_equal_hashes() -> None:
-    hashes = [made["metadata"]["annotations"]["graftwork.dev/plan"] for made in (rayjob(), rayjob(), rayjob(keep_s=1))]
+    hashes = [made["metadata"]["annotations"]["graftwork.dev/plan"] for made in (rayjob(), rayjob(), rayjob(ttl_s=1))]
     assert hashes[0] == hashes[1] != hashes[2]

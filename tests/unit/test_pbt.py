@@ -116,7 +116,7 @@ def test_checkpoints_are_kept_as_long_as_someone_may_begin_from_them(tmp_path: P
         ({"report_every": 3}, "search.every=4 must be a multiple of report_every=3"),
         ({"scheduler": {"kind": "asha"}, "report_every": 4}, "scheduler.kind=asha can't go with search.kind=pbt"),
         ({"search": {"factors": [1.0, 2.0]}}, "factors must differ, from 1 too"),
-        ({"together": 2}, "together=2 can't go with search.kind=pbt"),
+        ({"share_base": 2}, "share_base=2 can't go with search.kind=pbt"),
         (
             {"space": {**LR, "optim.factors": {"kind": "choice", "values": [[[0.5, 0.8]], []]}}},
             "optim.factors can't go with search.kind=pbt",

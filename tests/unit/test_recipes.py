@@ -78,7 +78,7 @@ def test_a_rejected_card_differs_and_is_wrong_for_its_reason() -> None:
             sound = found is not None and validator.is_valid(found)
             assert sound == (pair["why"] in ("contradicts", "other_airport"))
             if sound and row.gold is not None and found is not None:
-                assert any(found[name] != row.gold[name] for name in row.asked)
+                assert any(found[name] != row.gold[name] for name in row.given_fields)
     assert len(reasons) == 8
     assert min(reasons.values()) >= 94
 
@@ -107,15 +107,15 @@ def test_each_airport_of_the_rows_has_its_passage_with_all_facts() -> None:
 def test_a_question_gives_away_what_it_says_and_means_one_airport() -> None:
     texts = [passage.text for passage in read_passages("recipe://airport-card/corpus.jsonl")]
     for rows in rows_of("airport-card").values():
-        assert {row.asked for row in rows} == set(_WORDINGS)
+        assert {row.given_fields for row in rows} == set(_WORDINGS)
         for row in rows:
             assert row.gold is not None
             question = row.question[0].content
-            assert all(str(row.gold[field]) in question for field in row.asked)
+            assert all(str(row.gold[field]) in question for field in row.given_fields)
             assert not [
-                code for code in ("icao", "iata") if code not in row.asked and row.gold[code] in question.split()
+                code for code in ("icao", "iata") if code not in row.given_fields and row.gold[code] in question.split()
             ]
-            if row.asked == ("name", "city"):
+            if row.given_fields == ("name", "city"):
                 start, place = f"{row.gold['name']} (", f" in {row.gold['city']}, "
                 assert sum(text.startswith(start) and place in text for text in texts) == 1
     assert sum(map(len, _WORDINGS.values())) >= 8

@@ -12,7 +12,7 @@ from graftwork.data import is_same_place, read_rows, resolve_prompt
 from graftwork.errors import ConfigError, DataError
 from graftwork.retrieval.chunks import ChunkSpec
 from graftwork.retrieval.sources import SourceSpec, read_corpus
-from graftwork.row_keys import KeyCheck
+from graftwork.row_keys import RENAMED_ROW_KEYS, KeyCheck
 from graftwork.serving.rag.questions import question_keys, read_questions
 from graftwork.training.data import prepare
 from graftwork.training.run import check, run_paths
@@ -160,10 +160,10 @@ def test_a_run_reports_ignored_keys_once_and_not_in_its_identity(spec: TrainSpec
     shots = write(tmp_path / "shots.jsonl", row(topic="x"))
     same = spec.with_({"data.train": train, "data.eval": held_out})
     assert run_paths(same).run_id == run_paths(spec).run_id
-    asked = same.with_({"prompt": {"shots": 1, "shots_from": shots}})
+    asked = same.with_({"prompt": {"shots": 1, "few_shot_file": shots}})
     assert prepare(asked).warnings == (
         "data.train: ignored keys: source (in 48 rows)",
-        "prompt.shots_from: ignored keys: topic (in 1 row)",
+        "prompt.few_shot_file: ignored keys: topic (in 1 row)",
         "data.eval: ignored keys: source (in 8 rows)",
     )
     assert check(asked) == list(prepare(asked).warnings), "said before the start"
@@ -220,10 +220,23 @@ def test_passages_and_questions_count_other_keys(tmp_path: Path) -> None:
     assert keys.note("questions") == ("questions: ignored keys: level (in 1 row)",)
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED_ROW_KEYS.items())
+def test_a_renamed_key_of_a_row_is_refused_with_its_new_name(tmp_path: Path, old: str, new: str) -> None:
+    uri = write(tmp_path / "rows.jsonl", row(gold={"x": 1}, **{new: ["x"]}), row(gold={"x": 1}, **{old: ["x"]}))
+    assert read_rows(uri, limit=1, need="train")[0].given_fields == ("x",)
+    with pytest.raises(DataError, match=f"row 2: {old}: unknown key") as caught:
+        read_rows(uri, need="train")
+    assert caught.value.next_move == f"{old} was renamed to {new}"
+    passages = write(tmp_path / "corpus.jsonl", {"id": "a", "text": "one", old: ["x"]})
+    ignored: list[str] = []
+    read_corpus([SourceSpec(uri=passages)], ChunkSpec(), ignored)
+    assert ignored == [f"{passages}: ignored keys: {old} (in 1 row)"], "passages never had the key"
+
+
 def test_shots_are_checked_as_rows_to_learn_from(tmp_path: Path) -> None:
     uri = write(tmp_path / "shots.jsonl", row(USER, {**ANSWER, "weight": 0}))
     with pytest.raises(DataError, match=r"row 1: messages\[1\].weight"):
-        resolve_prompt(PromptSpec(shots=1, shots_from=uri))
+        resolve_prompt(PromptSpec(shots=1, few_shot_file=uri))
 
 
 def test_held_out_rows_are_other_rows_by_name(spec: TrainSpec, folder: Path) -> None:

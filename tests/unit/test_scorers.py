@@ -136,7 +136,7 @@ def test_nested_gold_is_found_leaf_by_leaf() -> None:
 
 
 def row(gold: dict[str, Any] | None, asked: tuple[str, ...] = ()) -> Row:
-    return Row("r1", (Message("user", "?"),), gold=gold, asked=asked)
+    return Row("r1", (Message("user", "?"),), gold=gold, given_fields=asked)
 
 
 def test_a_row_without_gold_is_refused() -> None:

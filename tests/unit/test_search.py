@@ -155,8 +155,8 @@ def test_gp_finds_the_bowls_ground_in_a_dozen_trials_and_seeks_the_front_of_two_
     """Optuna's GP imports torch, so both are one test."""
     trials = played(sweep(SPACE, search={"kind": "gp", "n_startup": 4}, num_trials=10, seed=1))
     assert best(trials) < 1.01 < best(played(sweep(SPACE, search=RANDOM, num_trials=10, seed=1)))
-    two = sweep(SPACE, search={"kind": "gp"}, goals=["eval_loss", "adapter_bytes"], num_trials=6)
-    front = pareto(played(two, sizes=True), two.goals)
+    two = sweep(SPACE, search={"kind": "gp"}, objectives=["eval_loss", "adapter_bytes"], num_trials=6)
+    front = pareto(played(two, sizes=True), two.objectives)
     assert len(front) > 1
 
 
@@ -164,9 +164,9 @@ def test_with_two_goals_small_and_good_are_both_sought() -> None:
     """Of what a rank can reach, TPE reaches more than random: the loss above the bowl's, summed over the ranks."""
 
     def above(kind: str, seed: int) -> float:
-        spec = sweep(SPACE, search={"kind": kind}, goals=["eval_loss", "adapter_bytes"], num_trials=24, seed=seed)
+        spec = sweep(SPACE, search={"kind": kind}, objectives=["eval_loss", "adapter_bytes"], num_trials=24, seed=seed)
         front = {int(str(trial.values["adapter.rank"])): trial.losses[-1][1] for trial in pareto(
-            played(spec, sizes=True), spec.goals)}  # fmt: skip
+            played(spec, sizes=True), spec.objectives)}  # fmt: skip
         reached = [min((loss for rank, loss in front.items() if rank <= limit), default=2.0) for limit in (2, 4, 8, 16)]
         return sum(reached) - sum(bowl({"optim.lr": 10**-2.6, "adapter.rank": limit}) for limit in (2, 4, 8, 16))
 
@@ -211,14 +211,14 @@ def test_what_was_stopped_ranks_behind_what_finished() -> None:
 
 
 def test_a_stopped_trial_is_taken_to_fall_on_as_the_finished_did() -> None:
-    spec = sweep(SPACE, goals=["eval_loss", "tokens"])
+    spec = sweep(SPACE, objectives=["eval_loss", "tokens"])
     trials = [
         TrialRecord("a", {}, ((4, 4.0), (8, 3.0), (12, 1.0)), "finished", 12, metrics={"tokens": 120.0}),
         TrialRecord("b", {}, ((4, 6.0),), "stopped", 4, metrics={"tokens": 44.0}),
         TrialRecord("c", {}, (), "failed"),
         TrialRecord("d", {}, ((4, 1.0),), "running", 4),
     ]
-    whole, stopped, failed, running = as_forecast(trials, spec.goals, 12)
+    whole, stopped, failed, running = as_forecast(trials, spec.objectives, 12)
     assert whole.costs == (1.0, 120.0)
     assert stopped.costs == (6.0 * 1.0 / 4.0, 44.0 * 3)
     assert failed.costs == (1.5, 132.0), "as bad as the worst"
@@ -227,7 +227,7 @@ def test_a_stopped_trial_is_taken_to_fall_on_as_the_finished_did() -> None:
 
 def test_a_loss_far_off_does_not_hide_the_differences_of_the_good() -> None:
     trials = [ended({"a": number}, loss) for number, loss in enumerate((1.1, 1.2, 1.3, 1.5, 14.0))]
-    losses = [outcome.costs[0] for outcome in as_forecast(trials, sweep(SPACE).goals, 12) if outcome.costs]
+    losses = [outcome.costs[0] for outcome in as_forecast(trials, sweep(SPACE).objectives, 12) if outcome.costs]
     assert losses == [1.1, 1.2, 1.3, 1.5, pytest.approx(1.1 + 3 * 0.2)]
 
 
@@ -351,8 +351,8 @@ def test_points_that_contradict_themselves_are_refused_where_all_are_known_and_d
 
 
 def test_bohb_seeks_one_goal() -> None:
-    with pytest.raises(ConfigError, match=r"bohb seeks one goal, held-out loss(.|\n)*take search"):
-        search_of(sweep(SPACE, search=BOHB, goals=["eval_loss", "wall_s"]))
+    with pytest.raises(ConfigError, match=r"bohb optimizes one objective, the held-out loss(.|\n)*take search"):
+        search_of(sweep(SPACE, search=BOHB, objectives=["eval_loss", "wall_s"]))
 
 
 NUMBERS = st.floats(1e-6, 0.4)

@@ -9,7 +9,7 @@ import yaml
 
 from graftwork import config
 from graftwork.errors import ConfigError
-from graftwork.spec_errors import PEER_KEYS
+from graftwork.spec_errors import PEER_KEYS, RENAMED_KEYS, RENAMED_KINDS
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec
 
@@ -87,6 +87,73 @@ def test_every_suggested_key_exists_in_a_spec() -> None:
     schemas = [config.schema(kind) for kind in ("train", "serve")]
     known = set().union(*[keys(schema, schema) for schema in schemas])
     assert set(PEER_KEYS.values()) <= known
+
+
+STUDY: dict[str, Any] = {
+    "kind": "study", "name": "s", "title": "t", "paper": "p", "base": "b",
+    "claims": [{"statement": "s", "a": "x", "b": "y", "metric": "facts", "expect": "higher"}],
+    "measures": [{"name": "m", "eval": "e.jsonl", "answer_schema": "s.json", "metrics": ["facts"],
+                  "arms": [{"name": "x"}, {"name": "y"}]}],
+}  # fmt: skip
+COMPARE: dict[str, Any] = {
+    "kind": "compare", "name": "c", "base": "b", "eval": "e.jsonl", "answer_schema": "s.json", "baseline": "x",
+    "arms": [{"name": "x"}, {"name": "y"}],
+}  # fmt: skip
+RENAMED: dict[str, tuple[dict[str, Any], str, Any]] = {
+    "too_long": (TRAIN, "too_long", "refuse"),
+    "shots_from": (TRAIN, "prompt.shots_from", "rows.jsonl"),
+    "stack_on": (TRAIN, "stack_on", "language@latest"),
+    "gang": (TUNE, "gang", "always"),
+    "together": (TUNE, "together", 2),
+    "goals": (TUNE, "goals", ["eval_loss"]),
+    "keep_s": ({"kind": "cluster"}, "keep_s", 60),
+    "matters": (COMPARE, "probes.matters", 0.2),
+    "published": (STUDY, "published", "p"),
+    "differs": (STUDY, "differs", ["d"]),
+    "says": (STUDY, "claims.0.says", "s"),
+}
+"""Where each renamed key was: a valid spec, the dotted key, a value that it took."""
+
+
+def test_every_renamed_key_has_a_case() -> None:
+    assert RENAMED.keys() == RENAMED_KEYS.keys()
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_key_is_refused_with_its_new_name_which_works(tmp_path: Path, old: str) -> None:
+    spec, dotted, value = RENAMED[old]
+    new = RENAMED_KEYS[old]
+    text = json.dumps(spec)
+    where = dotted.removesuffix(old)
+    (tmp_path / "ok.yaml").write_text(text)
+    whole = {} if old != "shots_from" else {"prompt.shots": 1}
+    sets = [f"{key}={json.dumps(given)}" for key, given in {f"{where}{new}": value, **whole}.items()]
+    found: Any = config.load(tmp_path / "ok.yaml", sets).model_dump(mode="json")
+    for part in f"{where}{new}".split("."):
+        found = found[int(part) if part.isdigit() else part]
+    assert found == value or new == "objectives"
+    error = refusal(tmp_path, text, f"{dotted}={json.dumps(value)}")
+    assert (error.found.startswith("unknown key"), error.next_move) == (True, f"{old} was renamed to {new}")
+
+
+def test_a_renamed_key_in_the_wrong_place_is_refused_with_its_place(tmp_path: Path) -> None:
+    error = refusal(tmp_path, changed(**{"shots_from": "rows.jsonl"}))
+    assert error.next_move == "shots_from was renamed to few_shot_file: use 'prompt.few_shot_file'"
+
+
+def test_the_gang_scheduler_of_a_cluster_keeps_its_key(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("kind: cluster\ngang: volcano\n")
+    assert config.load(tmp_path / "cluster.yaml").model_dump()["gang"] == "volcano"
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KINDS.items())
+@pytest.mark.parametrize("expect", [True, False])
+def test_a_renamed_kind_is_refused_with_its_new_name(tmp_path: Path, old: str, new: str, expect: bool) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(f"kind: {old}\nname: hello\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, expect=new if expect else None)
+    assert caught.value.next_move == f"{old} was renamed to {new}"
 
 
 def test_an_unknown_key_without_a_near_one_still_has_a_hint(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ MAIN = {"name": "main", "eval": "eval.jsonl", "answer_schema": "schema.json", "m
 
 def study(claims: Sequence[dict[str, Any]], **changes: Any) -> StudySpec:
     """Two arms and their claims on answers of a file that is not read."""
-    claim = {"says": "left is better", "a": "left", "b": "right", "metric": "facts", "expect": "higher"}
-    tree = {"name": "small", "title": "A study", "published": "A paper", "base": "tiny",
+    claim = {"statement": "left is better", "a": "left", "b": "right", "metric": "facts", "expect": "higher"}
+    tree = {"name": "small", "title": "A study", "paper": "A paper", "base": "tiny",
             "measures": [{**MAIN, "by": "size"}], "claims": [{**claim, **one} for one in claims]}  # fmt: skip
     return StudySpec.model_validate({**tree, **changes})
 
@@ -134,13 +134,13 @@ def test_rows_that_cannot_be_measured_are_refused_before_anything_runs(
     ],
 )
 def test_what_is_said_of_a_claim(expect: str, value: float, p: float, inside: Interval, outcome: str) -> None:
-    claim = ClaimSpec.model_validate({"says": "it", "a": "x", "b": "y", "metric": "facts", "expect": expect})
+    claim = ClaimSpec.model_validate({"statement": "it", "a": "x", "b": "y", "metric": "facts", "expect": expect})
     assert outcome_of(claim, value, p, inside, alpha=0.05, margin=0.03) == outcome
 
 
 def test_claims_are_tested_together_and_pinned_to_the_tests_they_name() -> None:
     left, right = [1.0] * 60 + [0.0] * 40, [1.0] * 20 + [0.0] * 60 + [1.0] * 20
-    found = judge(study([{}, {"expect": "lower", "says": "the other way"}]), {"main": scores(left, right)})
+    found = judge(study([{}, {"expect": "lower", "statement": "the other way"}]), {"main": scores(left, right)})
     assert [claim.outcome for claim in found] == ["reproduced", "not reproduced"]
     first = found[0]
     assert (first.n, first.test, first.family) == (100, "mcnemar-exact", 2)
@@ -228,12 +228,12 @@ def test_likelihoods_are_kept_as_they_come_and_a_torn_line_is_weighed_again(tmp_
 
 def report_of(groups: Sequence[str] = ()) -> StudyReport:
     """A study's record from scores, with no model behind it."""
-    spec = study([{}, {"says": "<b>lower</b>", "expect": "lower"}])
+    spec = study([{}, {"statement": "<b>lower</b>", "expect": "lower"}])
     found = scores([1.0] * 60 + [0.0] * 40, [1.0] * 20 + [0.0] * 80, groups=groups)
     claims = judge(spec, {"main": found})
     measured = Measured(spec.measures[0], found, 0, False, "f" * 64)
     return StudyReport(
-        name="small", title="A study", published="A paper", differs=("Smaller.",), base="tiny", base_digest="b" * 64,
+        name="small", title="A study", paper="A paper", deviations=("Smaller.",), base="tiny", base_digest="b" * 64,
         alpha=0.05, equivalence_margin=0.03, seed=0, adapters=(), claims=claims, sentence=sentence(claims),
         measures=(measure_record(spec, measured, "b" * 64),),
     )  # fmt: skip
@@ -271,10 +271,10 @@ def test_a_recorded_result_is_of_the_study_as_it_stands(path: Path) -> None:
     """Arms, claims and predictions in the file are those that the spec declares now."""
     result = StudyReport.model_validate_json(path.read_text(encoding="utf-8"))
     spec = config.load_as(StudySpec, STUDIES / f"{path.stem}.yaml")
-    assert [(c.says, c.a, c.b, c.metric, c.expect) for c in result.claims] == [
-        (c.says, c.a, c.b, c.metric, c.expect) for c in spec.claims
+    assert [(c.statement, c.a, c.b, c.metric, c.expect) for c in result.claims] == [
+        (c.statement, c.a, c.b, c.metric, c.expect) for c in spec.claims
     ]
-    assert (result.title, result.published, result.differs) == (spec.title, spec.published, spec.differs)
+    assert (result.title, result.paper, result.deviations) == (spec.title, spec.paper, spec.deviations)
     for measure, found in zip(spec.measures, result.measures, strict=True):
         assert [arm.name for arm in measure.arms] == list(dict.fromkeys(score.arm for score in found.scores))
         assert found.questions >= 100

@@ -152,7 +152,7 @@ def test_the_command_line_refuses_before_it_writes(folder: Path, tmp_path: Path,
     spec = spec_of(folder, "70b", gpus_per_worker=0, num_workers=1, optim=optim)
     tree = spec.model_dump(mode="json", exclude_unset=True)
     file.write_text(json.dumps({"kind": "train", **tree, "root": str(root)}))
-    where = ["--on", "local"] if command == ["plan"] else ["--detach"]
+    where = ["--target", "local"] if command == ["plan"] else ["--detach"]
     done = CliRunner().invoke(app, [*command, str(file), *where])
     assert "E-MEMORY-FIT" in done.output or "E-MEMORY-FIT" in str(done.exception), done.output
     assert done.exit_code in (1, 2)

@@ -239,7 +239,7 @@ def test_finals_are_shown_by_seed() -> None:
 
 
 def test_several_goals_have_a_front() -> None:
-    asked = spec({"optim.lr": RATE}, goals=["eval_loss", "step_s"], steps=2)
+    asked = spec({"optim.lr": RATE}, objectives=["eval_loss", "step_s"], steps=2)
     figures = [(1.0, 3.0), (1.2, 2.0), (1.3, 2.5)]
     trials = [trial(f"{loss}", {"optim.lr": 0.001}, [loss], metrics={"step_s": took}) for loss, took in figures]
     record, page = page_of(asked, trials)

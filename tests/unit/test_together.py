@@ -180,7 +180,7 @@ def tune_spec(folder: Path, space: Mapping[str, list[Any]]) -> TuneSpec:
     train = job_of(folder).spec.model_dump(mode="json")
     listed = {key: {"kind": "choice", "values": values} for key, values in space.items()}
     given = {"name": "sweep", "root": str(folder / "sweeps"), "train": train, "space": listed, "num_trials": 16}
-    return TuneSpec.model_validate({**given, "steps": 4, "report_every": 2, "scheduler": None, "together": 3})
+    return TuneSpec.model_validate({**given, "steps": 4, "report_every": 2, "scheduler": None, "share_base": 3})
 
 
 def groups(spec: TuneSpec, data: Mapping[str, PreparedData], smaller: int | None = None) -> list[list[str]]:
@@ -193,7 +193,7 @@ def groups(spec: TuneSpec, data: Mapping[str, PreparedData], smaller: int | None
             ledger.update(first.trial_id, smaller=1)
             first = ledger.records[first.trial_id]
         group = group_of(
-            first, spec.together, ledger, search, lambda trial: trial_spec(spec, trial.values),
+            first, spec.share_base, ledger, search, lambda trial: trial_spec(spec, trial.values),
             data[rows_key(first.values)],
         )  # fmt: skip
         found.append(

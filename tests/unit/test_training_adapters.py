@@ -196,10 +196,10 @@ def test_an_adapter_on_top_of_another_is_published_as_their_sum(
     first, whole, below = trained["rslora"]
     known = facts(base_digest=base_model.resolve(first.base).digest, method=first.adapter.model_dump(mode="json"))
     ref = artifact.publish(Store(first.root), "language", below, **known, alias="latest").ref
-    spec = spec_of(folder, "lora", **{"quant.kind": quant, "stack_on": "language@latest", "optim.epochs": 1})
+    spec = spec_of(folder, "lora", **{"quant.kind": quant, "base_adapter": "language@latest", "optim.epochs": 1})
     run = Run.of(spec)
-    assert run.spec.stack_on == ref
-    assert run.paths.digest != run_paths(spec.with_({"stack_on": None})).digest
+    assert run.spec.base_adapter == ref
+    assert run.paths.digest != run_paths(spec.with_({"base_adapter": None})).digest
     result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
     assert result.train_loss[0][1] < whole.train_loss[-1][1] + 0.8, "it begins where the one below ended"
     run.paths.store.write_json({"seed": 0}, *run.paths.provenance())
@@ -287,9 +287,9 @@ def test_a_published_base_is_served_and_trained_on(full: tuple[Run, LoopResult, 
         ({"adapter": {"kind": "full"}, "quant.kind": "nf4"}, r"quant.kind=nf4 can't go .*QLoRA"),
         ({"adapter": {"kind": "full"}, "init_from": "colours@latest"}, "Set base to the base to go on from"),
         ({"adapter": {"kind": "full"}, "alias": "prod"}, "alias=prod can't take effect"),
-        ({"adapter": {"kind": "ia3"}, "stack_on": "language@latest"}, "only a LoRA without DoRA adds to one"),
-        ({"stack_on": "language@latest", "init_from": "language@latest"}, "Give one of them"),
-        ({"stack_on": "colours@latest"}, "Set init_from to go on"),
+        ({"adapter": {"kind": "ia3"}, "base_adapter": "language@latest"}, "only a LoRA without DoRA adds to one"),
+        ({"base_adapter": "language@latest", "init_from": "language@latest"}, "Give one of them"),
+        ({"base_adapter": "colours@latest"}, "Set init_from to go on"),
         ({"adapter": {"kind": "prefix"}, "optim.gradient_checkpointing": True}, "smaller optim.micro_batch"),
     ],
 )

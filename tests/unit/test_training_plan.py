@@ -83,7 +83,7 @@ def test_long_rows_are_dropped_and_counted(tmp_path: Path) -> None:
 
 def test_a_long_row_is_refused_by_number_where_asked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row \d+ \(id row\d+\): \d+ tokens") as caught:
-        prepare(task(tmp_path, max_length=26, too_long="refuse"))
+        prepare(task(tmp_path, max_length=26, on_overlong="refuse"))
     assert "max_length=26" in caught.value.rule
 
 

@@ -355,6 +355,6 @@ def test_bad_rows_and_rewards_are_told(folder: Path) -> None:
         prepare(rl_task(folder, **{"objective.rewards": ["json", "field_accuracy"]}))
     with pytest.raises(DataError, match="longer than max_length=20"):
         prepare(rl_task(folder, **{"max_length": 20, "objective.max_new_tokens": 12}))
-    spec = rl_task(folder, **{"max_length": 40, "objective.max_new_tokens": 30, "too_long": "refuse"})
-    with pytest.raises(DataError, match=r"row \d+ \(id row\d+\)[\s\S]*too_long=refuse allows at most max_length=40"):
+    spec = rl_task(folder, **{"max_length": 40, "objective.max_new_tokens": 30, "on_overlong": "refuse"})
+    with pytest.raises(DataError, match=r"row \d+ \(id row\d+\)[\s\S]*on_overlong=refuse allows at most max_length=40"):
         prepare(spec)

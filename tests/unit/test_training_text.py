@@ -213,7 +213,7 @@ def test_a_row_without_text_is_named(folder: Path, tmp_path: Path, row: object, 
     [
         ({"adapter": {"kind": "prefix"}}, "can't go with adapter.kind=prefix"),
         ({"prompt": {"system": "x"}}, "prompt can't take effect"),
-        ({"too_long": "refuse"}, "too_long can't take effect"),
+        ({"on_overlong": "refuse"}, "on_overlong can't take effect"),
     ],
 )
 def test_what_can_not_go_together_is_refused(folder: Path, changes: dict[str, Any], said: str) -> None:

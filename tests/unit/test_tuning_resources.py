@@ -255,10 +255,10 @@ def test_a_gang_is_for_what_does_not_fit_one_process_and_shards(folder: Path) ->
     assert tight.request([gang], POINT).workers == 2
     why = tight.said_of_gang(gang, POINT)
     assert why is not None
-    assert why.startswith("a gang of 2 workers (fsdp2): one process would ask for 1 CPU, ")
-    never = asking(folder, tight.nodes, train=FSDP2, gang="never")
+    assert why.startswith("distributed over 2 workers (fsdp2): one process would ask for 1 CPU, ")
+    never = asking(folder, tight.nodes, train=FSDP2, distributed="never")
     assert never.settled(POINT).num_workers == 1
-    assert asking(folder, roomy.nodes, train=FSDP2, gang="always").settled(POINT).num_workers == 2
+    assert asking(folder, roomy.nodes, train=FSDP2, distributed="always").settled(POINT).num_workers == 2
     ddp = asking(folder, tight.nodes, train={"num_workers": 2})
     assert ddp.settled(POINT).num_workers == 1, "copies of the weights save no memory"
 
@@ -280,7 +280,7 @@ def test_a_trial_that_fits_nowhere_is_refused_with_the_numbers(folder: Path) -> 
 def test_a_gang_that_cannot_be_trained_is_refused_before_it_starts(folder: Path) -> None:
     roomy = [{"CPU": 8.0, "memory": 32.0 * GIB}]
     zero3 = {"num_workers": 4, "strategy": {"kind": "zero3"}}
-    few = asking(folder, roomy, train=zero3, gang="always", eval_rows=2)
+    few = asking(folder, roomy, train=zero3, distributed="always", eval_rows=2)
     with pytest.raises(DataError, match="2 rows for num_workers=4"):
         few.require_room([POINT])
 

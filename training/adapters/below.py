@@ -15,7 +15,7 @@ def lay_below(model: Any, folder: Path) -> None:
     By hooks: the weights are in no state dict, so no checkpoint copies them, and a quantised base stays as it is.
     `adapter_off` leaves it on: what training began from is the base with it.
     """
-    lora = Lora.read("stack_on", folder)
+    lora = Lora.read("base_adapter", folder)
     for name, module in model.named_modules():
         sides = lora.sides(name)
         if sides is not None:
@@ -25,7 +25,7 @@ def lay_below(model: Any, folder: Path) -> None:
 
 def sum_of(trained: Path, below: Path, out: Path) -> int:
     """Write the trained adapter and the one below as one to folder `out`; its rank. The deltas are added exactly."""
-    both = [Lora.read("the trained adapter", trained), Lora.read("stack_on", below)]
+    both = [Lora.read("the trained adapter", trained), Lora.read("base_adapter", below)]
     rank, _ = merge(both, MergeSpec("cat", (1.0, 1.0)), out)
     return rank
 

@@ -67,7 +67,7 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         ids, trained, start = _row(document, layout, objective, spec.seed, part)
         if len(ids) > spec.max_length:
             dropped += 1
-            if spec.too_long == "refuse":
+            if spec.on_overlong == "refuse":
                 raise too_long(spec, part, number, document.id, len(ids))
             continue
         made.append((ids, trained, start))

@@ -90,7 +90,7 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
             rejected.append(worse)
             continue
         dropped += 1
-        if spec.too_long == "refuse":
+        if spec.on_overlong == "refuse":
             raise too_long(spec, part, number, row_id, longest)
     if not chosen:
         raise nothing_left(spec, part, dropped)

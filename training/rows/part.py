@@ -55,7 +55,7 @@ def read_prompt(spec: TrainSpec, part: Part) -> tuple[Prompt, tuple[str, ...]]:
     """The prompt with its worked examples, and the note on keys that were ignored in them, once for the run."""
     keys = data.key_check("train")
     prompt = data.resolve_prompt(spec.prompt, keys)
-    return prompt, keys.note("prompt.shots_from") if part == "train" else ()
+    return prompt, keys.note("prompt.few_shot_file") if part == "train" else ()
 
 
 def counted(items: Sized, name: str) -> str:
@@ -64,12 +64,12 @@ def counted(items: Sized, name: str) -> str:
 
 
 def too_long(spec: TrainSpec, part: Part, number: int, row_id: str, tokens: int) -> DataError:
-    """The error of a row that `too_long: refuse` does not let in."""
+    """The error of a row that `on_overlong: refuse` does not let in."""
     return DataError(
         f"data.{part}={getattr(spec.data, part)}, row {number} (id {row_id})",
         f"{tokens} tokens",
-        f"too_long=refuse allows at most max_length={spec.max_length}",
-        f"set max_length={tokens}, shorten the row, or set too_long=drop",
+        f"on_overlong=refuse allows at most max_length={spec.max_length}",
+        f"set max_length={tokens}, shorten the row, or set on_overlong=drop",
     )
 
 

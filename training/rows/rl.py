@@ -92,7 +92,7 @@ def read(spec: TrainSpec, template: chat.Template, part: Part) -> ReadPart:
     room = spec.max_length - objective.max_new_tokens
     fitting = [place for place, ids in enumerate(rendered) if len(ids) <= room]
     for place, ids in enumerate(rendered):
-        if len(ids) > room and spec.too_long == "refuse":
+        if len(ids) > room and spec.on_overlong == "refuse":
             tokens = len(ids) + objective.max_new_tokens
             raise too_long(spec, part, place + 1, raw[place].id, tokens)
     if not fitting:

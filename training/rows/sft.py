@@ -53,7 +53,7 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     passages = data.passage_keys()
     found, about = kept_rows(_key(spec, template, prompt, fingerprint, seed, passages), render)
     warnings += passages.note("data.context.corpus") if part == "train" else ()
-    if about["too_long"] and spec.too_long == "refuse":
+    if about["too_long"] and spec.on_overlong == "refuse":
         raise too_long(spec, part, *about["too_long"][0])
     if not len(found):
         raise nothing_left(spec, part, about["dropped"])

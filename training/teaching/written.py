@@ -107,7 +107,7 @@ def _record(row: Row, answer: str) -> dict[str, Any]:
     turns = [{"role": m.role, "content": m.content} for m in row.question]
     found: dict[str, Any] = {"id": row.id, "messages": [*turns, {"role": "assistant", "content": answer}]}
     if row.gold is not None:
-        found |= {"gold": row.gold, "asked": list(row.asked)}
+        found |= {"gold": row.gold, "given_fields": list(row.given_fields)}
     return found
 
 

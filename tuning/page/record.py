@@ -62,16 +62,16 @@ def most_at_once(trials: Sequence[TrialRecord]) -> int:
 
 def _front(spec: TuneSpec, trials: Sequence[TrialRecord]) -> FrontRecord | None:
     """None for one goal."""
-    if len(spec.goals) < 2:
+    if len(spec.objectives) < 2:
         return None
-    best = {trial.trial_id for trial in pareto(trials, spec.goals)}
+    best = {trial.trial_id for trial in pareto(trials, spec.objectives)}
     points = []
     for trial in trials:
-        values = [value for goal in spec.goals if (value := value_of(trial, goal)) is not None]
-        if trial.state == "finished" and trial.repeat_of is None and len(values) == len(spec.goals):
+        values = [value for goal in spec.objectives if (value := value_of(trial, goal)) is not None]
+        if trial.state == "finished" and trial.repeat_of is None and len(values) == len(spec.objectives):
             points.append(FrontPoint(id=trial.trial_id, values=tuple(values), on_front=trial.trial_id in best))
-    names = tuple(goal.metric for goal in spec.goals)
-    return FrontRecord(goals=names, points=tuple(points))
+    names = tuple(goal.metric for goal in spec.objectives)
+    return FrontRecord(objectives=names, points=tuple(points))
 
 
 def key_of(name: str, domain: Domain) -> SweepKey:

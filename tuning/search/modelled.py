@@ -32,12 +32,12 @@ class Modelled:
     @property
     def reason(self) -> str:
         """In words."""
-        seed, goals = self.spec.seed, len(self.spec.goals)
+        seed, objectives = self.spec.seed, len(self.spec.objectives)
         if isinstance(self.asked, BohbSpec):
             how = f"{self.asked.random_share:.0%} at random by seed {seed}, the others by TPE on all keys together, at "
             return f"bohb: {how}the furthest step that {enough(self.spec)} trials reported at; {self.total} in all"
         first = f"{min(self.asked.n_startup, self.total)} points at random by seed {seed}, then by a model of "
-        model = "the losses" if goals == 1 else f"{goals} goals"
+        model = "the losses" if objectives == 1 else f"{objectives} objectives"
         apart = ""
         if isinstance(self.asked, TpeSpec) and len(self.spec.space) > 1:
             apart = ", all keys together" if self.asked.multivariate else ", each key by itself"
@@ -56,15 +56,15 @@ class Modelled:
 
     def _outcomes(self, chosen: Sequence[TrialRecord]) -> list[Outcome] | None:
         """What the model is to learn from; None: the next point is drawn at random."""
-        goals, number = self.spec.goals, len(chosen)
+        objectives, number = self.spec.objectives, len(chosen)
         if isinstance(self.asked, BohbSpec):
             at_random = random.Random(_seed(self.spec, number, "share")).random() < self.asked.random_share
             return None if at_random else at_furthest_step(chosen, enough(self.spec))
         if number < self.asked.n_startup:
             return None
-        if isinstance(self.asked, TpeSpec) and len(goals) == 1:
+        if isinstance(self.asked, TpeSpec) and len(objectives) == 1:
             return as_reported(chosen)
-        return as_forecast(chosen, goals, self.spec.steps)
+        return as_forecast(chosen, objectives, self.spec.steps)
 
     def _by_model(self, outcomes: list[Outcome], number: int, known: set[str]) -> Values | None:
         """The model's first point that is new and can be run; None where it brings none within its tries."""
@@ -84,13 +84,13 @@ class Modelled:
 
 
 def modelled_search(spec: TuneSpec, asked: TpeSpec | GpSpec | BohbSpec) -> Modelled:
-    """Raises ConfigError when values contradict each other, or the kind can't seek several goals."""
-    if isinstance(asked, BohbSpec) and len(spec.goals) > 1:
+    """Raises ConfigError when values contradict each other, or the kind can't seek several objectives."""
+    if isinstance(asked, BohbSpec) and len(spec.objectives) > 1:
         raise ConfigError(
-            f"search.kind=bohb with goals={[goal.metric for goal in spec.goals]}",
-            "it learns from losses at an early step, where other goals mean little",
-            "bohb seeks one goal, held-out loss",
-            "take search: {kind: tpe} or {kind: gp}, or one goal",
+            f"search.kind=bohb with objectives={[goal.metric for goal in spec.objectives]}",
+            "bohb learns from losses at early steps, where other objectives mean little",
+            "bohb optimizes one objective, the held-out loss",
+            "take search: {kind: tpe} or {kind: gp}, or leave the other objectives out",
         )
     search = Modelled(spec, asked, most(spec))
     search._at_random(0, set())

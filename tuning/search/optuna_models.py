@@ -27,7 +27,7 @@ def points(
     """Up to `TRIES` points, best first."""
     distributions = {key: _distribution(key, domain) for key, domain in spec.space.items()}
     with _quiet():
-        study = optuna.create_study(sampler=_sampler(asked, seed), directions=["minimize"] * len(spec.goals))
+        study = optuna.create_study(sampler=_sampler(asked, seed), directions=["minimize"] * len(spec.objectives))
         study.add_trials([_told(outcome, spec.space, distributions) for outcome in outcomes])
     for _ in range(TRIES):
         with _quiet():

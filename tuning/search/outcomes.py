@@ -43,14 +43,15 @@ def as_reported(trials: Sequence[TrialRecord]) -> list[Outcome]:
     return found
 
 
-def as_forecast(trials: Sequence[TrialRecord], goals: Sequence[Goal], steps: int) -> list[Outcome]:
-    """By all goals, for a model that takes whole trials only.
+def as_forecast(trials: Sequence[TrialRecord], objectives: Sequence[Goal], steps: int) -> list[Outcome]:
+    """By all objectives, for a model that takes whole trials only.
 
     A stopped trial is taken for one that would have fallen on as the median of the finished did from that step, at the
-    pace of its own steps; a failed one for as bad as the worst in every goal.
+    pace of its own steps; a failed one for as bad as the worst in every objective.
     """
     finished = [trial for trial in trials if trial.state == "finished"]
-    known = {trial.trial_id: costs for trial in trials if (costs := _costs(trial, goals, steps, finished)) is not None}
+    costs_of = {trial.trial_id: _costs(trial, objectives, steps, finished) for trial in trials}
+    known = {trial_id: costs for trial_id, costs in costs_of.items() if costs is not None}
     known = _without_far(known)
     worst = tuple(max(column) for column in zip(*known.values(), strict=True))
     found = []
@@ -90,16 +91,16 @@ def _without_far(known: dict[str, Costs]) -> dict[str, Costs]:
     return {name: (min(costs[0], limit), *costs[1:]) for name, costs in known.items()}
 
 
-def _costs(trial: TrialRecord, goals: Sequence[Goal], steps: int, finished: Sequence[TrialRecord]) -> Costs | None:
+def _costs(trial: TrialRecord, objectives: Sequence[Goal], steps: int, finished: Sequence[TrialRecord]) -> Costs | None:
     if trial.state not in ("finished", "stopped"):
         return None
-    values = [value_of(trial, goal) for goal in goals]
+    values = [value_of(trial, goal) for goal in objectives]
     if None in values:
         return None
     whole = [value for value in values if value is not None]
     if trial.state == "stopped":
-        whole = [_forecast(trial, goal, value, steps, finished) for goal, value in zip(goals, whole, strict=True)]
-    return tuple(value if goal.direction == "min" else -value for goal, value in zip(goals, whole, strict=True))
+        whole = [_forecast(trial, goal, value, steps, finished) for goal, value in zip(objectives, whole, strict=True)]
+    return tuple(value if goal.direction == "min" else -value for goal, value in zip(objectives, whole, strict=True))
 
 
 def _forecast(trial: TrialRecord, goal: Goal, value: float, steps: int, finished: Sequence[TrialRecord]) -> float:

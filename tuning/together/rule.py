@@ -37,8 +37,8 @@ def why_alone(spec: TrainSpec, base: Mapping[str, Any] | None = None) -> str | N
         return f"objective.kind={objective.kind}: trials of sft and cpt alone share a process"
     if isinstance(objective, SftSpec) and objective.answers is not None:
         return "objective.answers: held-out answers are generated with one adapter at a time"
-    if spec.init_from is not None or spec.stack_on is not None:
-        return "init_from or stack_on: each trial begins from an adapter of its own"
+    if spec.init_from is not None or spec.base_adapter is not None:
+        return "init_from or base_adapter: each trial begins from an adapter of its own"
     if dropped := _dropout_of(base or {}):
         return f"the base trains with {dropped}: what is dropped would depend on the trials beside it"
     if experts := next((key for key in base or {} if "experts" in key), None):

@@ -66,7 +66,7 @@ class _Card:
         rate = self._share("failures", self.failed, len(self._answered(self.prober.reference)) or 1)
         asked = ask_for(
             Findings(
-                rare=state(rate, self.probes.matters) == "dismissed",
+                rare=state(rate, self.probes.min_share) == "dismissed",
                 causes=[cause.cause for cause in causes if cause.state == "matters"],
                 grammar=enough(grammar), known=enough(known), retrieves=self._reference().retriever is not None,
             )
@@ -74,7 +74,7 @@ class _Card:
         remedy, best, of_kind = measured(asked, lifts)
         return DecisionCard(
             reference=self.prober.reference, n=len(self.prober.rows), failures=self.failed, probed=len(self.own),
-            failure_rate=rate, matters=self.probes.matters, alpha=self.spec.alpha, causes=causes,
+            failure_rate=rate, min_share=self.probes.min_share, alpha=self.spec.alpha, causes=causes,
             grammar_is_enough=grammar, known=known, lifts=lifts, arms=self._arms(),
             costs=tuple(self._cost(arm, adapters.get(arm.name)) for arm in self.spec.arms), remedy=remedy,
             asked_for=asked, sentence=sentence(self.prober.reference, remedy, asked, causes, best, of_kind),
@@ -101,13 +101,13 @@ class _Card:
 
     def _cause(self, cause: Cause) -> CauseShare:
         found = self._share(cause, sum(cause in one.causes for one in self.own), len(self.own))
-        settled = state(found, self.probes.matters)
+        settled = state(found, self.probes.min_share)
         more = self._more_questions(found) if settled == "open" else None
         return CauseShare(cause=cause, share=found, state=settled, more_questions=more)
 
     def _more_questions(self, found: Share) -> int | None:
         """None where these questions have as many failures, and they only need to be probed."""
-        needed = n_to_settle(found.value, self.probes.matters, self.spec.alpha)
+        needed = n_to_settle(found.value, self.probes.min_share, self.spec.alpha)
         if needed is None or needed <= self.failed:
             return None
         n = len(self.prober.rows)
@@ -127,7 +127,7 @@ class _Card:
             return f"{said}: {cause.more_questions} more questions would tell."
         if self.failed > len(self.own):
             return f"{said}: probe more than {len(self.own)} of the {self.failed} failures (probes.max_failures)."
-        return f"{said}: its share is too near to {self.probes.matters:g}."
+        return f"{said}: its share is too near to {self.probes.min_share:g}."
 
     def _grammar(self) -> Share | None:
         known = [one.evidence.grammar_right for one in self.own if one.evidence.grammar_right is not None]

@@ -76,9 +76,9 @@ def distractors(row: Row, rows: Sequence[Row], most: int, seed: int, references:
 
 
 def _as_if(row: Row, other: Row) -> str:
-    if not row.asked or set(row.gold or {}) != set(other.gold or {}):
+    if not row.given_fields or set(row.gold or {}) != set(other.gold or {}):
         return right_answer(other)
-    kept = {name: (row.gold or {})[name] for name in row.asked}
+    kept = {name: (row.gold or {})[name] for name in row.given_fields}
     tree = {name: kept.get(name, value) for name, value in (other.gold or {}).items()}
     return right_answer(Row(other.id, (Message("user", "?"),), gold=tree))
 

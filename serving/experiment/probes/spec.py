@@ -20,6 +20,6 @@ class ProbeSpec(Spec):
     distractors: int = Field(default=19, ge=1, le=64)
     """Other rows' right answers that the gold answer is held against: a model that knows nothing prefers the gold
     answer to 19 others once in 20."""
-    matters: float = Field(default=0.1, gt=0, lt=1)
-    """A cause counts when it is shown to have at least this share of the failures, and is dismissed when shown not
-    to."""
+    min_share: float = Field(default=0.1, gt=0, lt=1)
+    """Smallest share of the failures that counts. A cause matters if its share is shown to be above this, and is
+    dismissed if shown to be below."""

@@ -20,5 +20,5 @@ class Fields:
         Key.of(row)
 
     def score(self, reply: Reply) -> dict[str, float]:
-        found = score(reply.text, Key(reply.gold or {}, frozenset(reply.asked)), self._schema)
+        found = score(reply.text, Key(reply.gold or {}, frozenset(reply.given_fields)), self._schema)
         return {metric.name: getattr(found, metric.name) for metric in SCORES}

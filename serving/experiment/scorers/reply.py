@@ -14,7 +14,7 @@ class Reply:
 
     text: str
     gold: Mapping[str, Any] | None = None
-    asked: tuple[str, ...] = ()
+    given_fields: tuple[str, ...] = ()
     """Fields of gold that the question gives away."""
     reference: str | None = None
     """The right answer as a text, where the row ends with one."""
@@ -29,7 +29,7 @@ class Reply:
     @classmethod
     def to(cls, row: Row, text: str, **more: Any) -> "Reply":
         """An answer to an evaluation row."""
-        return cls(text, row.gold, row.asked, row.answer, row=row, **more)
+        return cls(text, row.gold, row.given_fields, row.answer, row=row, **more)
 
 
 class Scorer(Protocol):
