@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from graftwork import base_quantised, base_source, chat, cpu, extra_tokens, rope
 from graftwork.chat_template import DEFAULT_DATE
+from graftwork.compat.hf import has_sdpa
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.package_files import Progress
@@ -359,7 +360,7 @@ def attention_of(config: Any) -> Literal["sdpa", "eager"]:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return "eager" if kind is not None and not kind._supports_sdpa else "sdpa"
+    return "eager" if kind is not None and not has_sdpa(kind) else "sdpa"
 
 
 def _release_file(model: "torch.nn.Module") -> None:
