@@ -15,10 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from graftwork.cluster.local import OBJECT_STORE_BYTES, environment_of, own_folder, token_reloaded
-from graftwork.compat.ray import loopback_only
 from graftwork.cluster.own_join import not_our_token, require_head, tell_waiting
 from graftwork.cluster.own_ports import Ports, own_addresses, require_free
 from graftwork.cluster.own_redis import password_unseen
+from graftwork.compat.ray import loopback_only
 from graftwork.errors import ClusterError, ConfigError
 
 ANY_ADDRESS = ("0.0.0.0", "::")

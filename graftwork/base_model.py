@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -12,7 +11,7 @@ from pydantic import Field, model_validator
 
 from graftwork import base_quantised, base_source, chat, cpu, extra_tokens, rope
 from graftwork.chat_template import DEFAULT_DATE
-from graftwork.compat.hf import has_sdpa
+from graftwork.compat.hf import has_sdpa, quiet_int8_casts
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.package_files import Progress
@@ -324,8 +323,7 @@ def _quantiser(quant: QuantSpec, dtype: "torch.dtype", words: "torch.dtype | Non
             bnb_4bit_quant_storage=words,
         )
     if quant.kind == "int8":
-        # bitsandbytes 0.50 logs a line a layer and forward when the input is not fp16; `reason` says it once
-        getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)
+        quiet_int8_casts()
         # threshold 0: no outlier columns, so a row's result does not depend on the rows beside it (6.0: 8e-3 apart)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return None

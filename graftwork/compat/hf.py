@@ -4,6 +4,7 @@ Checked with transformers 5.23 and 5.24, TRL 1.16, PEFT 0.21, accelerate 1.15 an
 imports them at module level: the core imports this module. TRL's trainers come in as arguments.
 """
 
+from logging import ERROR, getLogger
 from typing import Any
 
 
@@ -165,6 +166,14 @@ def shard_on_cpu() -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU
+
+
+def quiet_int8_casts() -> None:
+    """Drop bitsandbytes' warning of each int8 layer and forward pass whose input is not fp16; the run's notes have it.
+
+    Upstream: the logger of `bitsandbytes.autograd._functions`.
+    """
+    getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)
 
 
 def unpack_cpu_layout(packed: Any, state: Any) -> tuple[Any, Any]:
