@@ -1,4 +1,4 @@
-"""No module outside graftwork/compat imports or reaches a private name of another library; read from the code itself."""
+"""No module outside graftwork/compat imports or reaches a private name of another library; read from the code."""
 
 import ast
 import importlib
@@ -14,6 +14,7 @@ from tests.rules.test_imports import ROOT, sources
 
 COMPAT = ROOT / "graftwork" / "compat"
 PRIVATE = re.compile(r"_(?!_)\w+")
+METHODS = (ast.FunctionDef, ast.AsyncFunctionDef)
 OWN_OBJECTS = {"self", "cls"}
 ALLOWED = {
     "os._exit",  # the standard library documents these two under their names
@@ -151,9 +152,7 @@ def overriding() -> list[tuple[Path, str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ClassDef)
         and node.bases
-        and any(
-            isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef) and PRIVATE.fullmatch(one.name) for one in node.body
-        )
+        and any(isinstance(one, METHODS) and PRIVATE.fullmatch(one.name) for one in node.body)
     ]
 
 

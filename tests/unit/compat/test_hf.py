@@ -158,7 +158,7 @@ def test_rollouts_are_those_of_the_subclass(kind: type[Any], config: type[Any], 
 
     trainer = Given(
         model=model_of(base),
-        args=config(**usual(tmp_path / kind.__name__), per_device_train_batch_size=2, num_generations=2, logging_steps=1,
+        args=config(**usual(tmp_path), per_device_train_batch_size=2, num_generations=2, logging_steps=1,
                     max_completion_length=4, beta=0.1, gradient_accumulation_steps=1),
         reward_funcs=[reward],
         train_dataset=Dataset.from_list([{"prompt": {"row": 0}}, {"prompt": {"row": 1}}]),
@@ -254,12 +254,13 @@ def test_int8_layers_do_not_log_their_casts(caplog: pytest.LogCaptureFixture) ->
 
     import bitsandbytes
 
-    layer = bitsandbytes.nn.Linear8bitLt(32, 32, has_fp16_weights=False, threshold=0.0).to("cpu")
+    layer = bitsandbytes.nn.Linear8bitLt(32, 32, has_fp16_weights=False, threshold=0.0).to("cpu").eval()
     logger = logging.getLogger("bitsandbytes.autograd._functions")
 
     def warned() -> int:
         caplog.clear()
-        layer(torch.ones(1, 32, dtype=torch.bfloat16))
+        with torch.no_grad():
+            layer(torch.ones(1, 32, dtype=torch.bfloat16))
         return sum(record.name == logger.name for record in caplog.records)
 
     logger.setLevel(logging.WARNING)

@@ -186,6 +186,9 @@ def test_a_drained_node_is_listed_and_alive(address: str) -> None:
 
 
 def test_importing_the_hooks_imports_no_library() -> None:
-    code = "import sys, graftwork.compat.ray, graftwork.compat.hf\nprint([m for m in ('ray', 'torch', 'trl', 'transformers', 'peft') if m in sys.modules])"
+    code = (
+        "import sys, graftwork.compat.ray, graftwork.compat.hf\n"
+        "print([name for name in ('ray', 'torch', 'trl', 'transformers', 'peft') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
