@@ -19,7 +19,8 @@ HELPERS = ("start_api_server", "start_monitor", "start_log_monitor")
 def init_in(folder: Path) -> dict[str, str]:
     """Return the keyword of `ray.init` for the folder of sockets and logs.
 
-    Upstream: `ray.init(_temp_dir=...)`. The public way, RAY_TMPDIR, is read once per process at import.
+    Upstream: `ray.init(_temp_dir=...)`. The public way, RAY_TMPDIR, adds a folder level to
+    the paths of sockets, which have 107 bytes, and every child process inherits it.
     """
     return {"_temp_dir": str(folder)}
 

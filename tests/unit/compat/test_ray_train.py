@@ -9,6 +9,8 @@ import ray
 from ray import train
 from ray.train import ControllerError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from graftwork.cluster.local import private_ray
@@ -58,7 +60,7 @@ def test_a_training_with_all_hooks(private: str, tmp_path: Path) -> None:
     hooks.on_controller(trainer, controllers.append)
     hooks.without_idle_helpers(trainer)
     left_out = usual - {type(one) for one in trainer._create_default_callbacks()}
-    assert left_out == {hooks.DatasetsCallback, hooks.PlacementGroupCleanerCallback}
+    assert left_out == {DatasetsCallback, PlacementGroupCleanerCallback}
     found = trainer.fit().return_value
     assert found == {"started": "main=True group=None", "main": False, "draining": [False, True], "public": True}
     [controller] = controllers
