@@ -54,7 +54,7 @@ def ray_halving(reduction: int, grace: int, brackets: int, spec_seed: int) -> An
             known.add(name)
             np.random.seed(zlib.crc32(f"{spec_seed} {name}".encode()))
             rule.on_trial_add(None, Named(name))
-        return rule.on_trial_result(None, Named(name), {"step": step, "loss": loss}) == TrialScheduler.STOP
+        return bool(rule.on_trial_result(None, Named(name), {"step": step, "loss": loss}) == TrialScheduler.STOP)
 
     return stops
 
@@ -64,7 +64,7 @@ def ray_median(grace: int, least: int) -> Any:
     rule = MedianStoppingRule("step", "loss", "min", grace, least, min_time_slice=math.inf)
 
     def stops(name: str, step: int, loss: float) -> bool:
-        return rule.on_trial_result(None, Named(name), {"step": step, "loss": loss}) == TrialScheduler.STOP
+        return bool(rule.on_trial_result(None, Named(name), {"step": step, "loss": loss}) == TrialScheduler.STOP)
 
     return stops
 
