@@ -1,6 +1,6 @@
 """Hooks into transformers, TRL, PEFT, accelerate and bitsandbytes.
 
-Checked with transformers 5.23 and 5.24, TRL 1.16, PEFT 0.21, accelerate 1.15 and bitsandbytes 0.50. Nothing here
+Checked with transformers 5.24, TRL 1.16, PEFT 0.21, accelerate 1.15 and bitsandbytes 0.50. Nothing here
 imports them at module level: the core imports this module. TRL's trainers come in as arguments.
 """
 

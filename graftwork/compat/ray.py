@@ -114,7 +114,7 @@ def drain_node(gcs_address: str, node_id: str, message: str, deadline_ms: int) -
     """Announce to Ray that a node goes away at `deadline_ms` (since the epoch; 0: no deadline) as by preemption.
 
     Returns (accepted, reason of a refusal). Ray Train takes the notice for a checkpoint, Serve moves its replicas.
-    `ray drain-node`, the public way, is a hidden command that starts a Python process. Upstream:
+    Upstream:
     `ray._raylet.GcsClient(address).drain_node(node, reason, message, deadline)` and
     `ray.core.generated.autoscaler_pb2.DrainNodeReason`.
     """

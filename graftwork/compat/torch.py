@@ -1,6 +1,6 @@
 """Hooks into PyTorch: tensors without memory, every operation's results, a schedule's present rates.
 
-Checked with torch 2.11 to 2.13. Imports torch: the core imports this module inside functions alone.
+Checked with torch 2.13. Imports torch: the core imports this module inside functions alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_iter
 def fake_tensors() -> AbstractContextManager[Any]:
     """Return a block in which new tensors have shapes, dtypes and storages of a size, but no memory and no values.
 
-    The meta device, the public form, gives no storages of the real device and lets in-place and factory calls differ.
-    Tensors from outside may take part. Upstream: `torch._subclasses.fake_tensor.FakeTensorMode`.
+    Tensors of the meta device, the public form, do not act as those of the CPU. Tensors from outside may take part. Upstream: `torch._subclasses.fake_tensor.FakeTensorMode`.
     """
     return FakeTensorMode(allow_non_fake_inputs=True)
 

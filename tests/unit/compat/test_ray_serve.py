@@ -56,6 +56,10 @@ def test_serve_is_found_asked_and_ended(port: int) -> None:
     assert not gone()
     assert hooks.http_address() == ("127.0.0.1", port)
     assert httpx.get(f"http://127.0.0.1:{port}/one").text == "hello"
+    handle = serve.get_deployment_handle("Echo", app_name="two")
+    direct = hooks.calls_by_value(handle)
+    assert (handle.handle_options._by_reference, direct.handle_options._by_reference) == (True, False)
+    assert direct.remote(None).result() == "hello"
     began = time.monotonic()
     hooks.delete_application("one")
     assert time.monotonic() - began < 1, "does not wait; Ray's own wait looks once a second"
