@@ -62,7 +62,7 @@ class TwinSafeRouter(RequestRouter):  # type: ignore[misc]  # Ray carries no typ
     """Request router that gives a chosen replica to the call that it was chosen for.
 
     Ray finds that call by `internal_request_id`, which two calls of one HTTP request share: the index has the later
-    call alone, and the earlier one would wait permanently (tests/unit/compat/test_ray_serve.py). Upstream: the override of
+    call alone, and the earlier one would wait permanently (tests/unit/compat/test_ray_serve.py). Upstream: override of
     `RequestRouter._fulfill_next_pending_request`, with `_get_pending_request_matching_internal_request_id`,
     `_pending_requests_to_fulfill` and `_pending_requests_by_id`.
     """

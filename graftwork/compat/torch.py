@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_iter
 def fake_tensors() -> AbstractContextManager[Any]:
     """Return a block in which new tensors have shapes, dtypes and storages of a size, but no memory and no values.
 
-    Tensors of the meta device, the public form, do not act as those of the CPU. Tensors from outside may take part. Upstream: `torch._subclasses.fake_tensor.FakeTensorMode`.
+    Tensors of the meta device, the public form, do not act as those of the CPU. Tensors from outside may take part.
+    Upstream: `torch._subclasses.fake_tensor.FakeTensorMode`.
     """
     return FakeTensorMode(allow_non_fake_inputs=True)
 

@@ -28,6 +28,9 @@ class Echo:
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     port = free_port()
+    if ray.is_initialized():  # tests/ray ran before in this process
+        yield port
+        return
     with private_ray(num_cpus=3):
         yield port
 

@@ -19,6 +19,9 @@ from graftwork.compat import ray_train as hooks
 
 @pytest.fixture(scope="module")
 def private() -> Iterator[str]:
+    if ray.is_initialized():  # tests/ray ran before in this process
+        yield ""
+        return
     with private_ray(num_cpus=3) as address:
         yield address
 
