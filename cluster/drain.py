@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 
+from graftwork.compat.ray import drain_node, gcs_address_here, node_resources
+
 LOOK_S = 1.0
 GCS_S = 3.0
 """How long a drain goes on without the GCS."""
@@ -25,10 +27,9 @@ def drain(seconds: float, node_id: str | None = None) -> bool:
     """
     until = time.time() + seconds
     import ray
-    from ray.core.generated import autoscaler_pb2
 
     try:
-        address = ray._private.services.canonicalize_bootstrap_address_or_die("auto")
+        address = gcs_address_here()
     except ConnectionError as error:
         print(f"not drained: {error}", file=sys.stderr)
         return False
@@ -36,10 +37,7 @@ def drain(seconds: float, node_id: str | None = None) -> bool:
     ray.init(address=address, configure_logging=False, log_to_driver=False)
     context = ray.get_runtime_context()
     node = node_id or context.get_node_id()
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, why = ray._raylet.GcsClient(address=context.gcs_address).drain_node(
-        node, reason, "the pod ends", int(until * 1000)
-    )
+    accepted, why = drain_node(context.gcs_address, node, "the pod ends", int(until * 1000))
     if not accepted:
         print(f"not drained: {why}", file=sys.stderr)
         return False
@@ -80,9 +78,7 @@ class Watchdog:
 
 def _used(node: str) -> bool:
     """Return whether any CPU or GPU of the node is taken."""
-    from ray._private.state import available_resources_per_node, total_resources_per_node
-
-    have, free = total_resources_per_node().get(node, {}), available_resources_per_node().get(node, {})
+    have, free = node_resources(node)
     return any(free.get(name, 0.0) < have.get(name, 0.0) for name in ("CPU", "GPU"))
 
 

@@ -6,8 +6,6 @@ refuses a call without it before it unpickles anything (tests/ray/test_serve.py)
 
 import contextlib
 import fcntl
-import functools
-import importlib
 import os
 import secrets
 import shutil
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import graftwork
+from graftwork.compat.ray import free_agent_port, init_in, loopback_only, reload_token, without_helpers
 from graftwork.errors import ClusterError
 
 DIR_PREFIX = "gw-ray-"
@@ -67,7 +66,7 @@ def private_ray(num_cpus: int | None = None) -> Iterator[str]:
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_GONE_S),
     }
     try:
-        with environment_of(environment), loopback_only(), _own_agent_port(), _few_helpers(), token_reloaded():
+        with environment_of(environment), loopback_only(), free_agent_port(), without_helpers(), token_reloaded():
             try:
                 yield _start(ray, folder, num_cpus)
             finally:
@@ -87,7 +86,7 @@ def _start(ray: Any, folder: Path, num_cpus: int | None) -> str:
             include_dashboard=False,
             logging_level="error",
             log_to_driver=False,
-            _temp_dir=str(folder),
+            **init_in(folder),
         )
     except (RuntimeError, OSError, ValueError) as error:
         raise ClusterError(
@@ -148,60 +147,6 @@ def environment_of(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loopback_only() -> Iterator[None]:
-    """Make every Ray process bind 127.0.0.1.
-
-    `ray.init(_node_ip_address="127.0.0.1")` is resolved back to the machine's outer address and all ports bind 0.0.0.0
-    (Ray 2.60, services.resolve_ip_for_localhost). The switch that Ray has for macOS and Windows laptops keeps loopback;
-    Ray reads it at import, so the constant is set as well as the variable for the children.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        with environment_of({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextlib.contextmanager
-def _own_agent_port() -> Iterator[None]:
-    """Give the dashboard agent a free port, as Ray's other processes choose theirs: its default, 52365, belongs to the
-    machine's first Ray, and a second one's agent then takes no jobs. `ray.init` has no argument for it (Ray 2.60)."""
-    from ray._private import parameter
-
-    before = parameter.RayParams
-    parameter.RayParams = functools.partial(before, dashboard_agent_listen_port=0)
-    try:
-        yield
-    finally:
-        parameter.RayParams = before
-
-
-@contextlib.contextmanager
-def _few_helpers() -> Iterator[None]:
-    """Start Ray without the API server, the autoscaler's monitor and the log monitor.
-
-    Each is a Python process that `ray.init` starts and of which a private Ray has no use: no dashboard is asked for, no
-    node can be added, no log is sent to the driver. Its switches for them leave the first two running (Ray 2.60), and
-    `ray.init` waits for the first (docs/log.md).
-    """
-    from ray._private.node import Node
-
-    names = ("start_api_server", "start_monitor", "start_log_monitor")
-    before = {name: getattr(Node, name) for name in names}
-    for name in names:
-        setattr(Node, name, lambda *_args, **_kwargs: None)
-    try:
-        yield
-    finally:
-        for name, start in before.items():
-            setattr(Node, name, start)
-
-
-@contextlib.contextmanager
 def token_reloaded() -> Iterator[None]:
     """Ray caches mode and token in C++ when first asked; make it read the environment again, before and after."""
     reload_token()
@@ -209,10 +154,3 @@ def token_reloaded() -> Iterator[None]:
         yield
     finally:
         reload_token()
-
-
-def reload_token() -> None:
-    """Make Ray in this process read RAY_AUTH_MODE and RAY_AUTH_TOKEN from the environment again."""
-    raylet: Any = importlib.import_module("ray._raylet")  # has no types
-    raylet.Config.initialize("")
-    raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from graftwork import base_quantised, base_source, chat, cpu, extra_tokens, rope
 from graftwork.chat_template import DEFAULT_DATE
+from graftwork.compat.hf import has_sdpa, quiet_int8_casts
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.package_files import Progress
@@ -323,8 +324,7 @@ def _quantiser(quant: QuantSpec, dtype: "torch.dtype", words: "torch.dtype | Non
             bnb_4bit_quant_storage=words,
         )
     if quant.kind == "int8":
-        # bitsandbytes 0.50 logs a line a layer and forward when the input is not fp16; `reason` says it once
-        getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)
+        quiet_int8_casts()
         # threshold 0: no outlier columns, so a row's result does not depend on the rows beside it (6.0: 8e-3 apart)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return None
@@ -359,7 +359,7 @@ def attention_of(config: Any) -> Literal["sdpa", "eager"]:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return "eager" if kind is not None and not kind._supports_sdpa else "sdpa"
+    return "eager" if kind is not None and not has_sdpa(kind) else "sdpa"
 
 
 def _release_file(model: "torch.nn.Module") -> None:

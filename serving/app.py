@@ -33,7 +33,7 @@ from graftwork.serving.grammar import check, read_grammar
 from graftwork.serving.ingress import Ingress
 from graftwork.serving.owner import claim, this_driver
 from graftwork.serving.replica import EngineReplica
-from graftwork.serving.serve_instance import attentive, quiet, serve_running, start_failure
+from graftwork.serving.serve_instance import quiet, serve_running, start_failure
 from graftwork.serving.source import AdapterSource
 from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.storage import Store
@@ -139,7 +139,7 @@ def deploy(spec: ServeSpec, *, http: bool = True) -> Iterator[Endpoint]:
     spec, _ = with_gpus(spec, accelerators_here())
     preflight(spec)
     application = build(spec, http=http, owner=this_driver())
-    with quiet(), attentive(), serve_running(spec, http=http):
+    with quiet(), serve_running(spec, http=http):
         yield _start(spec, application, http=http)
 
 

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote
 
 import numpy
@@ -19,9 +19,6 @@ from graftwork.serving.engine.grammar import GrammarError, GrammarText, MaskWord
 from graftwork.serving.spec import GrammarSpec
 from graftwork.serving.tall_stack import on_tall_stack
 from graftwork.serving.vocabulary import Vocabulary
-
-if TYPE_CHECKING:  # the type stands in the stub alone
-    from llguidance._lib import JsonCompileOptions
 
 _KEPT = 64
 _TRIED = 4
@@ -124,9 +121,10 @@ def _definition(text: GrammarText) -> str:
     if (levels := _levels(tree)) > _DEEPEST:
         raise _refused(text, f"up to {levels} levels deep, {_DEEPEST} at most")
     _require_enforced_bounds(text, tree)
-    fixed: JsonCompileOptions = {"whitespace_pattern": _SPACE, "lenient": False, "coerce_one_of": False}
     try:
-        schema: str = LLMatcher.grammar_from_json_schema(text.text, overrides=fixed)
+        schema: str = LLMatcher.grammar_from_json_schema(
+            text.text, overrides={"whitespace_pattern": _SPACE, "lenient": False, "coerce_one_of": False}
+        )
     except ValueError as error:  # nested deeper than its reader goes, 128 levels
         raise _refused(text, str(error)) from None
     return schema

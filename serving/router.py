@@ -11,7 +11,9 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
+
+from graftwork.compat.ray_serve import TwinSafeRouter
 
 RESIDENTS = "residents"
 """Key of the routing stats: the references (`task@alias`, `task@version`) a replica answers without loading."""
@@ -20,7 +22,7 @@ BALANCE = 1.25
 Mirrokni, Thorup and Zadimoghaddam, arXiv 1608.01350: a factor of 1.25 keeps most of the affinity)."""
 
 
-class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray carries no types
+class AdapterRouter(TwinSafeRouter):
     """Prefers replicas that hold the adapter, the emptier of two of them; others when those are overloaded.
 
     A cold adapter's home is the first of its rendezvous order (Thaler and Ravishankar 1998), so that all callers send
@@ -53,15 +55,6 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray carries no type
     def _load(self, replica: ReplicaID) -> int:
         """Requests that the replica holds; 0 where nothing was heard of it for a while, which means it is idle."""
         return self.replica_queue_len_cache.get(replica) or 0
-
-    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
-        """Gives the replica to the call it was chosen for. Ray 2.60 finds that call by an id which two calls of one
-        HTTP request share; it would then leave the second one waiting for ever."""
-        if self._get_pending_request_matching_internal_request_id(request_metadata) is None:
-            twin = next((p for p in self._pending_requests_to_fulfill if _waits_as(p, request_metadata)), None)
-            if twin is not None:
-                self._pending_requests_by_id[request_metadata.internal_request_id] = twin
-        super()._fulfill_next_pending_request(replica, request_metadata)
 
 
 def rank(
@@ -97,8 +90,3 @@ def rendezvous(key: str, names: Iterable[str]) -> list[str]:
 def _residents(stats: Mapping[str, Any]) -> Sequence[str]:
     found: Sequence[str] = stats.get(RESIDENTS, ())
     return found
-
-
-def _waits_as(request: PendingRequest, metadata: Any) -> bool:
-    same = request.metadata.internal_request_id == metadata.internal_request_id
-    return same and not request.future.done()

@@ -10,20 +10,15 @@ from collections.abc import Iterator
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve._private import client as serve_client
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve._private.router import SharedRouterLongPollClient, SingletonThreadRouter
-from ray.serve.context import _get_global_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from graftwork import errors
+from graftwork.compat.ray_serve import controller, end_serve, http_address
 from graftwork.errors import ConfigError, GraftworkError, RunError
 from graftwork.serving.owner import is_orphan
 from graftwork.serving.spec import ServeSpec
 
 SHUTDOWN_TIMEOUT_S = 30.0
-LAST_NEWS_TIMEOUT_S = 5.0
-POLL_S = 0.1
 PROXY_SLACK_S = 30.0
 """Serve's own timeout comes this much after ours, so that ours answers in OpenAI's shape."""
 _RAISED = re.compile(r"graftwork\.errors\.(\w+): \1: (.*?)(?:\n  Rule: (.*?))?(?:\n  Next: (.*?))?\s*\Z", re.DOTALL)
@@ -55,49 +50,27 @@ def serve_running(spec: ServeSpec, *, http: bool) -> Iterator[None]:
         )
         yield
     finally:
-        shut_down(spec.name)
+        shut_down()
 
 
-def shut_down(name: str) -> None:
-    """End the application `name`, then Serve. `serve.shutdown()` alone leaves "graceful_shutdown failed" on the
-    terminal (Ray 2.60): it waits in a call that the controller's own end breaks off. Here the controller is told, and
-    its end awaited."""
+def shut_down() -> None:
+    """End Serve with its applications: ask the controller, and wait up to SHUTDOWN_TIMEOUT_S for its end.
+
+    `serve.shutdown()` alone waits in a call that the controller's end breaks off, and that Ray then repeats (2.60).
+    """
     with contextlib.suppress(ValueError, RayActorError):
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-        open_questions = _stop_listening()
-        serve.delete(name)
-        if open_questions:
-            ray.wait(open_questions, num_returns=len(open_questions), timeout=LAST_NEWS_TIMEOUT_S)
-        # it may go before its answer is here: told once, for Ray says on the terminal that it asks again
-        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(wait=False))
+        end_serve()
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
         while time.monotonic() < deadline:
-            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            controller()
             time.sleep(0.05)
     serve.shutdown()
-
-
-def _stop_listening() -> list[ray.ObjectRef[object]]:
-    """Let this process ask the controller for news no more; returns the questions that are still open.
-
-    They end with the news that the application goes. One that is open when the controller itself goes leaves "Task
-    ServeController.listen_for_change failed" on the terminal (Ray 2.60).
-    """
-    loop = SingletonThreadRouter._asyncio_loop
-    if loop is None:
-        return []
-    shared = SharedRouterLongPollClient.get_or_create(_get_global_client()._controller, loop)
-    routers = [router for routers in list(shared.routers.values()) for router in list(routers)]
-    clients = [shared.long_poll_client, *(router.long_poll_client for router in routers)]
-    for client in clients:
-        client.stop()
-    return [client._current_ref for client in clients if hasattr(client, "_current_ref")]
 
 
 def _existing_http(spec: ServeSpec, *, http: bool) -> bool:
     """Whether Serve runs on this Ray already. Raises ConfigError where it listens elsewhere than the spec says."""
     try:
-        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        controller()
     except ValueError:
         return False
     if spec.name in serve.status().applications and is_orphan(spec.name):
@@ -105,12 +78,12 @@ def _existing_http(spec: ServeSpec, *, http: bool) -> bool:
     if spec.name in serve.status().applications:
         raise ConfigError(f"name={spec.name}", "an application of this name runs on this Ray already", "",
                           "stop it, or give this endpoint another name")  # fmt: skip
-    found = _get_global_client().http_config
-    if http and (found.host, found.port) != (spec.host, spec.port):
+    host, port = http_address()
+    if http and (host, port) != (spec.host, spec.port):
         raise ConfigError(f"host={spec.host}, port={spec.port}",
-                          f"Ray Serve on this Ray listens at {found.host}:{found.port}",
+                          f"Ray Serve on this Ray listens at {host}:{port}",
                           "one Ray has one Serve with one address",
-                          f"set host: {found.host} and port: {found.port}")  # fmt: skip
+                          f"set host: {host} and port: {port}")  # fmt: skip
     return True
 
 
@@ -160,17 +133,6 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-@contextlib.contextmanager
-def attentive() -> Iterator[None]:
-    """Look each tenth of a second whether an application runs or is gone: Serve's own client looks once a second."""
-    before = serve_client.CLIENT_POLLING_INTERVAL_S
-    serve_client.CLIENT_POLLING_INTERVAL_S = POLL_S
-    try:
-        yield
-    finally:
-        serve_client.CLIENT_POLLING_INTERVAL_S = before
 
 
 def start_failure(name: str, error: RuntimeError) -> GraftworkError:

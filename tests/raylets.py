@@ -103,10 +103,10 @@ def environment() -> dict[str, str]:
 
 
 def _serve(folder: str) -> None:
-    from graftwork.cluster.local import _few_helpers, _own_agent_port
+    from graftwork.compat.ray import free_agent_port, without_helpers
 
     with contextlib.ExitStack() as stack:
-        for setting in (_own_agent_port(), _few_helpers()):
+        for setting in (free_agent_port(), without_helpers()):
             stack.enter_context(setting)
         head = _node(folder, gcs_server_port=free_port(), num_cpus=0, _system_config=DETECTION)
         stack.callback(head.kill_all_processes, check_alive=False, allow_graceful=False)

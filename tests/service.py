@@ -174,7 +174,7 @@ def running_service(tmp: Path, **changed: Any) -> Iterator[Service]:
         _until_running(service)
         yield service
     finally:
-        shut_down(spec.name)
+        shut_down()
 
 
 def deploy(config: dict[str, Any]) -> None:

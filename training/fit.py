@@ -43,6 +43,8 @@ def fit(job: TrainJob) -> LoopResult:
     """
     from ray import train
 
+    from graftwork.compat.ray_train import workers_did_not_start
+
     workers, reached, since = workers_that_fit(job.spec), _reached(job), time.monotonic()
     while True:
         lost: Exception | None = None
@@ -54,7 +56,7 @@ def fit(job: TrainJob) -> LoopResult:
         except train.TrainingFailedError as error:
             lost = error
         progress = _reached(job) > reached
-        if lost is not None and not progress and not _found_no_room(lost):
+        if lost is not None and not progress and not workers_did_not_start(lost):
             raise _explained(job, lost) from lost
         if progress:
             reached, since = _reached(job), time.monotonic()
@@ -100,8 +102,9 @@ def _on_workers(
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from graftwork.training.interface import MeetsByNodeAddress
-    from graftwork.training.notice import TakesNotice
+    from graftwork.compat.ray_train import AtWorkerStart, without_idle_helpers
+    from graftwork.training.interface import meet_by_node_address
+    from graftwork.training.notice import take_notice
 
     spec = job.spec
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_start_timeout_s(spec))
@@ -115,10 +118,10 @@ def _on_workers(
             name=spec.name,
             storage_path=str(notes),
             failure_config=train.FailureConfig(max_failures=failures, controller_failure_limit=0),
-            callbacks=[TakesNotice(), MeetsByNodeAddress()],
+            callbacks=[AtWorkerStart(take_notice), AtWorkerStart(meet_by_node_address)],
         ),
     )
-    _without_idle_helpers(trainer)
+    without_idle_helpers(trainer)
     with _left_on_ctrl_c(trainer):
         outcome = trainer.fit().return_value
     if isinstance(outcome, GraftworkError):
@@ -134,8 +137,10 @@ def _left_on_ctrl_c(trainer: Any) -> Iterator[None]:
     Its controller is told to give the workers up, for a Ray that outlives the run. It is not waited for: a private Ray
     goes with all of them, and a job that is stopped has three seconds.
     """
+    from graftwork.compat.ray_train import on_controller
+
     controllers: list[Any] = []
-    trainer._register_sigint_handler = controllers.append
+    on_controller(trainer, controllers.append)
     try:
         yield
     except KeyboardInterrupt:
@@ -154,31 +159,6 @@ def _reached(job: TrainJob) -> int:
     assert job.run is not None, "trials run without Ray Train"
     mark = Checkpoints(job.run).newest()
     return mark.step if mark else 0
-
-
-def _found_no_room(error: Exception) -> bool:
-    """Ray Train gave up starting workers: a machine is gone, or went while they started."""
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
-
-    cause = getattr(error, "controller_failure", None)
-    return isinstance(cause, WorkerGroupStartupFailedError | WorkerGroupStartupTimeoutError)
-
-
-def _without_idle_helpers(trainer: Any) -> None:
-    """Leave out the helper processes of Ray Train that have nothing to do; each takes about 2 CPU s (Ray 2.60).
-
-    The dataset manager: rows come with the job, not through Ray Data. The placement group's cleaner, where this Ray
-    has no dashboard: the cleaner asks it whether the controller lives, and holds up the run's end.
-    """
-    from ray._private.services import get_webui_url_from_internal_kv
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-    idle: tuple[type, ...] = (DatasetsCallback,)
-    if not get_webui_url_from_internal_kv():
-        idle += (PlacementGroupCleanerCallback,)
-    made = trainer._create_default_callbacks
-    trainer._create_default_callbacks = lambda: [one for one in made() if not isinstance(one, idle)]
 
 
 def _work(config: dict[str, Any]) -> LoopResult | GraftworkError:

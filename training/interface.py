@@ -7,22 +7,21 @@ Gloo meets over the address that the machine's own name resolves to. Debian and 
 import os
 
 import psutil
-from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.util import get_node_ip_address
 
 VARIABLES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}
 """How each names an interface; NCCL takes a plain word for the beginning of a name."""
 
 
-class MeetsByNodeAddress(WorkerCallback):  # type: ignore[misc]  # Ray's internals have no types
-    """Runs in each worker before its process group is made. What the environment says already is left as it is."""
+def meet_by_node_address() -> None:
+    """Name the interface of the node's address to gloo and NCCL, before this worker's process group is made.
 
-    def after_init_train_context(self) -> None:
-        """Name the interface of the node's address; a node on loopback has no other machine to meet."""
-        name = interface_of(get_node_ip_address())
-        if name is not None:
-            for variable, form in VARIABLES.items():
-                os.environ.setdefault(variable, form.format(name))
+    Variables that are set stay as they are; a node on loopback has no other machine to meet.
+    """
+    name = interface_of(get_node_ip_address())
+    if name is not None:
+        for variable, form in VARIABLES.items():
+            os.environ.setdefault(variable, form.format(name))
 
 
 def interface_of(address: str) -> str | None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from graftwork.compat.ray import draining_nodes
 from graftwork.errors import ClusterError
 from graftwork.training.checkpoint_spec import world_sizes
 from graftwork.training.spec import TrainSpec
@@ -50,10 +51,9 @@ def room_for(spec: TrainSpec, nodes: Iterable[Mapping[str, float]]) -> int:
 def _nodes() -> list[dict[str, float]]:
     """Resources of every node that is alive and stays."""
     import ray
-    from ray._private.state import state
 
     nodes: list[dict[str, Any]] = ray.nodes()
-    going = state.get_draining_nodes()
+    going = draining_nodes()
     return [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in going]
 
 

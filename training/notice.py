@@ -1,33 +1,31 @@
 """Word that a worker's machine is about to be taken away: its node is drained, or the worker gets SIGTERM.
 
-Imported by `fit` on workers and in the driver when a run starts, since it imports ray.train (Ray 2.60: the hook is
-internal, and `get_preemption_info`, which is public, costs a round trip of all workers a call).
+Imported by `fit` on workers and in the driver when a run starts, since it imports ray.train.
 """
 
 import signal
 import threading
 from types import FrameType
 
-from ray.train.v2._internal.execution.callback import WorkerCallback
-from ray.train.v2._internal.execution.context import get_train_context
+from graftwork.compat.ray_train import node_is_draining
 
 _told = threading.Event()
 
 
-class TakesNotice(WorkerCallback):  # type: ignore[misc]  # Ray's internals have no types
-    """Makes a worker's first SIGTERM a notice; the second one ends it, as without this."""
+def take_notice() -> None:
+    """Make this worker's first SIGTERM a notice; the second one ends the worker, as without this.
 
-    def after_init_train_context(self) -> None:
-        """On the worker's main thread, the only one that may set handlers; the training runs in another."""
-        before = signal.getsignal(signal.SIGTERM)
+    Called on the worker's main thread, the only one that may set handlers; the training runs in another.
+    """
+    before = signal.getsignal(signal.SIGTERM)
 
-        def note(_number: int, _frame: FrameType | None) -> None:
-            signal.signal(signal.SIGTERM, before)
-            _told.set()
+    def note(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        _told.set()
 
-        signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGTERM, note)
 
 
 def leaving() -> bool:
     """Whether this worker has been told. Called in the training thread."""
-    return _told.is_set() or get_train_context().preemption_context.preemption_info is not None
+    return _told.is_set() or node_is_draining()

@@ -24,10 +24,13 @@ def factor_at(factors: Sequence[tuple[float, float]], done: int, steps: int) -> 
 def scale(optimizer: Any, scheduler: Any, factors: Factors, steps: int) -> None:
     """Multiply what a torch LambdaLR gives, from its present step on. A checkpoint's state holds the rate that its own
     factors gave for the next step, so that rate is computed again. Before the first step of an attempt."""
+    from graftwork.compat.torch import set_last_rates
+
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     given = scheduler.lr_lambdas
     scheduler.lr_lambdas = [lambda done, one=one: one(done) * factor_at(factors, done, steps) for one in given]
     now = scheduler.last_epoch
-    scheduler._last_lr = [base * one(now) for base, one in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+    rates = [base * one(now) for base, one in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    set_last_rates(scheduler, rates)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

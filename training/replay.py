@@ -16,13 +16,11 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import get_peft_model
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import DynamicCache
 from transformers.utils import logging
 
 from graftwork import meta_model
+from graftwork.compat.torch import EachResult, fake_tensors, storage_key
 from graftwork.errors import ConfigError
 from graftwork.memory import BF16, RowSizes, micro_batch
 from graftwork.memory.passes import TILE_TOKENS, TILE_VOCAB, Pass, pass_of
@@ -56,24 +54,17 @@ class Replayed:
         return self.peak_bytes - self.weights - self.trained - self.optimizer
 
 
-class Live(TorchDispatchMode):
+class Live(EachResult):
     """Adds up the storages that are alive."""
 
     def __init__(self, rounds: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(self._add)
         self.rounds, self.now, self.peak = rounds, 0, 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, then count what it made."""
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage: Any) -> None:
-        key = storage._cdata
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage_key(storage)
         if key in self._known:
             return
         size = -(-storage.nbytes() // self.rounds) * self.rounds
@@ -111,7 +102,7 @@ def replay(
 
 
 def _steps(spec: TrainSpec, model: Any, taken: Pass, live: Live, started: float, *, autocast: bool) -> Replayed:
-    with FakeTensorMode(allow_non_fake_inputs=True), live:
+    with fake_tensors(), live:
         _materialise(model)
         moments: list[torch.Tensor] = []
         live.peak = live.now
@@ -236,17 +227,14 @@ def _materialise(model: Any) -> None:
     """Each tensor of the meta device anew, so that it counts; tied ones stay tied."""
     made: dict[int, Any] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in made:
                 packed = isinstance(module, PackedLinear) and name == "weight"
                 data = module.packed() if packed else torch.empty(parameter.shape, dtype=parameter.dtype)
                 made[id(parameter)] = parameter, torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
-            module._parameters[name] = made[id(parameter)][1]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            setattr(module, name, made[id(parameter)][1])
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _pass(model: Any, taken: Pass, *, autocast: bool) -> None:

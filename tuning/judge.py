@@ -1,4 +1,4 @@
-"""Which trials go on: Ray Tune's schedulers, asked for each report, and told what an interrupted sweep had seen.
+"""Early stopping of trials: the rules are asked at each report, also for what an interrupted sweep had seen.
 
 Tune's own STOP is not used: a Ray Train run nested in a trial that Tune stops keeps its workers (Ray 2.60), and a
 process that trains several trials at once can't be stopped for one of them. The verdict goes back to the trial, which
@@ -7,13 +7,10 @@ leaves its loop.
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
-from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
 from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.scheduler_spec import AshaSpec, HyperbandSpec, MedianSpec
@@ -48,100 +45,87 @@ class _Lenient:
         return _not_finite(step, loss)
 
 
-@dataclass(frozen=True)
-class _StandIn:
-    """What Ray's schedulers (2.60) read of a trial."""
-
-    trial_id: str
-
-
 class _Halving:
+    """Asynchronous successive halving (Li et al., arXiv 1810.05934), in several brackets for Hyperband.
+
+    Decides as Ray Tune's AsyncHyperBandScheduler does (tests/unit/test_judge.py compares the two); owned because that
+    one neither shows its cut-offs nor can be asked outside of a Tune run except through private fields.
+    """
+
     def __init__(self, spec: TuneSpec, asked: AshaSpec | HyperbandSpec) -> None:
         self._steps, self._seed, self._reduction = spec.steps, spec.seed, asked.reduction
-        self._scheduler = AsyncHyperBandScheduler(
-            time_attr="step",
-            metric="eval_loss",
-            mode="min",
-            max_t=spec.steps,
-            grace_period=asked.grace_steps,
-            reduction_factor=asked.reduction,
-            brackets=asked.brackets if isinstance(asked, HyperbandSpec) else 1,
-        )
-        self._known: set[str] = set()
+        count = asked.brackets if isinstance(asked, HyperbandSpec) else 1
+        self._brackets = [_rungs(spec.steps, asked.grace_steps, asked.reduction, skipped) for skipped in range(count)]
+        self._bracket_of: dict[str, int] = {}
 
     def reason_to_stop(self, trial_id: str, step: int, loss: float) -> str | None:
         """A loss that is not finite is no part of a rung's cut-off; at the last step there is nothing to stop."""
         if not math.isfinite(loss) or step >= self._steps:
             return _not_finite(step, loss)
-        if trial_id not in self._known:
-            self._known.add(trial_id)
-            with _drawn_by(f"{self._seed} {trial_id}"):
-                self._scheduler.on_trial_add(None, _StandIn(trial_id))
-        cut_off = self._cut_off(trial_id, step)
-        verdict = self._scheduler.on_trial_result(None, _StandIn(trial_id), {"step": step, "eval_loss": loss})
-        if verdict == TrialScheduler.CONTINUE:
-            return None
-        assert cut_off is not None, "Ray stops at a rung alone"
-        return f"stopped at step {step}: loss {loss:.4f} is above {cut_off}"
-
-    def _cut_off(self, trial_id: str, step: int) -> str | None:
-        """What Ray is about to compare with, in words. Ray keeps rewards: losses with the sign turned."""
-        bracket = self._scheduler._trial_info[trial_id]
-        for rung, rewards in bracket._rungs:
-            if step >= rung and trial_id not in rewards:
-                if not rewards:
-                    return None
-                of = f"bracket {self._scheduler._brackets.index(bracket) + 1}, " if self._brackets > 1 else ""
-                trials = f"{len(rewards)} earlier trial{'s' if len(rewards) > 1 else ''}"
-                share = f"the best 1 of {self._reduction} go on"
-                return f"the cut-off {-bracket.cutoff(rewards):.4f} of {of}rung {rung} ({trials}; {share})"
+        if trial_id not in self._bracket_of:
+            self._bracket_of[trial_id] = self._drawn(trial_id)
+        number = self._bracket_of[trial_id]
+        for rung, losses in self._brackets[number]:
+            if step >= rung and trial_id not in losses:
+                earlier = [-other for other in losses.values()]
+                losses[trial_id] = loss
+                cut_off = -np.percentile(earlier, (1 - 1 / self._reduction) * 100) if earlier else math.inf
+                return None if loss <= cut_off else self._words(step, loss, cut_off, number, rung, len(earlier))
         return None
 
-    @property
-    def _brackets(self) -> int:
-        return len(self._scheduler._brackets)
+    def _drawn(self, trial_id: str) -> int:
+        """The bracket of a trial: one with a rung more is e times as likely. It follows from seed and id alone, so
+        that a sweep that goes on draws the same."""
+        rungs = np.array([len(bracket) for bracket in self._brackets])
+        weights = np.e ** (rungs - rungs.max())
+        chance = np.random.RandomState(zlib.crc32(f"{self._seed} {trial_id}".encode()))
+        return int(chance.choice(len(rungs), p=weights / weights.sum()))
+
+    def _words(self, step: int, loss: float, cut_off: float, number: int, rung: int, earlier: int) -> str:
+        of = f"bracket {number + 1}, " if len(self._brackets) > 1 else ""
+        trials = f"{earlier} earlier trial{'s' if earlier > 1 else ''}"
+        share = f"the best 1 of {self._reduction} go on"
+        at = f"the cut-off {cut_off:.4f} of {of}rung {rung} ({trials}; {share})"
+        return f"stopped at step {step}: loss {loss:.4f} is above {at}"
+
+
+def _rungs(steps: int, grace_steps: int, reduction: int, skipped: int) -> list[tuple[int, dict[str, float]]]:
+    """(optimizer step, loss of each trial there) of a bracket, the last rung first. `skipped`: rungs left out early."""
+    count = int(np.log(steps / grace_steps) / np.log(reduction) - skipped + 1)
+    return [(grace_steps * reduction ** (place + skipped), {}) for place in reversed(range(count))]
 
 
 class _Median:
+    """Median stopping (Golovin et al., Google Vizier, 2017): a trial stops whose best loss is above the median of the
+    running averages of the others. Decides as Ray Tune's MedianStoppingRule does, and is owned for the same reason."""
+
     def __init__(self, asked: MedianSpec) -> None:
-        self._asked = asked
-        self._rule = MedianStoppingRule(
-            time_attr="step",
-            metric="eval_loss",
-            mode="min",
-            grace_period=asked.grace_steps,
-            min_samples_required=asked.min_trials,
-            min_time_slice=math.inf,  # it would pause trials for others, through Tune's controller
-            hard_stop=True,
-        )
+        self._grace_steps, self._min_trials = asked.grace_steps, asked.min_trials
+        self._seen: dict[str, list[tuple[int, float]]] = {}
 
     def reason_to_stop(self, trial_id: str, step: int, loss: float) -> str | None:
         if not math.isfinite(loss):
             return _not_finite(step, loss)
-        trial = _StandIn(trial_id)
-        if self._rule.on_trial_result(None, trial, {"step": step, "eval_loss": loss}) == TrialScheduler.CONTINUE:
+        self._seen.setdefault(trial_id, []).append((step, loss))
+        if step < self._grace_steps:
             return None
-        self._rule._stopped_trials.discard(trial)  # told again of a past trial, in another order, Ray would assert
-        others = [self._rule._running_mean(other, step) for other in self._rule._trials_beyond_time(step)
-                  if other != trial]  # fmt: skip
-        best = self._rule._best_result(trial)
+        others = [seen for other, seen in self._seen.items() if other != trial_id and seen[-1][0] >= step]
+        averages = [average for seen in others if (average := self._average(seen, step)) is not None]
+        if len(averages) < self._min_trials:
+            return None
+        best, median = min(loss for _, loss in self._seen[trial_id]), float(np.median(averages))
+        if best <= median:
+            return None
         return (
-            f"stopped at step {step}: best loss {best:.4f} is above {np.median(others):.4f}, the median of the running "
-            f"averages of {len(others)} trials"
+            f"stopped at step {step}: best loss {best:.4f} is above {median:.4f}, the median of the running "
+            f"averages of {len(averages)} trials"
         )
+
+    def _average(self, seen: list[tuple[int, float]], until: int) -> float | None:
+        """Mean of the losses from grace_steps to `until`; None without one."""
+        losses = [loss for step, loss in seen if self._grace_steps <= step <= until]
+        return float(np.mean(losses)) if losses else None
 
 
 def _not_finite(step: int, loss: float) -> str | None:
     return None if math.isfinite(loss) else f"stopped at step {step}: its held-out loss is {loss}"
-
-
-@contextmanager
-def _drawn_by(what: str) -> Iterator[None]:
-    """Ray draws a trial's bracket from numpy's global generator: for the block it follows from `what` alone, so that a
-    sweep that goes on draws the same."""
-    before = np.random.get_state()
-    np.random.seed(zlib.crc32(what.encode()))
-    try:
-        yield
-    finally:
-        np.random.set_state(before)

@@ -13,7 +13,7 @@ Ladder = tuple[float, tuple[int, ...]]
 
 
 class AshaSpec(Spec):
-    """Asynchronous successive halving (Li et al. 2018, arXiv 1810.05934) by Ray Tune."""
+    """Asynchronous successive halving (Li et al. 2018, arXiv 1810.05934), with Ray Tune's decisions."""
 
     kind: Literal["asha"] = "asha"
     grace_steps: int = Field(default=4, ge=1)
@@ -33,7 +33,8 @@ class AshaSpec(Spec):
 
 class HyperbandSpec(Spec):
     """Asynchronous Hyperband: several brackets of successive halving, each with a later first rung than the one before,
-    for spaces where an early loss says little of the last (Li et al. 2018, arXiv 1603.06560) by Ray Tune."""
+    for spaces where an early loss says little of the last (Li et al. 2018, arXiv 1603.06560), with Ray Tune's
+    decisions."""
 
     kind: Literal["hyperband"] = "hyperband"
     grace_steps: int = Field(default=4, ge=1)
@@ -41,8 +42,8 @@ class HyperbandSpec(Spec):
     reduction: int = Field(default=3, ge=2)
     """One of this many trials goes on at each rung."""
     brackets: int = Field(default=2, ge=2)
-    """The first rung of bracket n is grace·reduction^(n-1). A trial's bracket is drawn by `seed` and the trial: Ray
-    gives a bracket with one rung more e times the trials."""
+    """The first rung of bracket n is grace·reduction^(n-1). A trial's bracket is drawn by `seed` and the trial:
+    a bracket with one rung more has e times the trials."""
 
     def rungs(self, steps: int) -> tuple[int, ...]:
         """Those of the first bracket, which has all."""

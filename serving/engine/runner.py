@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from graftwork.base_support import PROBE_LENGTH, mixed_share, most_mixed, probe_ids
+from graftwork.compat.hf import attention_name, set_attention
 from graftwork.errors import BaseModelError
 from graftwork.meta_model import is_recurrent
 from graftwork.serving.engine import attention
@@ -45,9 +46,9 @@ class Runner:
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         self.max_positions, self.position_rule = longest_sequence(self.config)
         attention.register()
-        self._own_attention = self.config._attn_implementation
+        self._own_attention = attention_name(self.config)
         self._was_training = model.training
-        self.config._attn_implementation = attention.NAME
+        set_attention(self.config, attention.NAME)
         model.eval()
         self.path = path
         self.sites = Sites(model, own_forward if path is None else path.forward_of)
@@ -171,7 +172,7 @@ class Runner:
         self.sites.unhook()
         self.kinds.unhook()
         self._output.unhook()
-        self.config._attn_implementation = self._own_attention
+        set_attention(self.config, self._own_attention)
         self.model.train(self._was_training)
 
     def run(self, batch: StepBatch | DecodeInputs, deltas: Deltas | None, wanted_N: torch.Tensor | int) -> torch.Tensor:

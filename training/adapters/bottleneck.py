@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from graftwork.compat.hf import layer_tuner
 
 KIND = "BOTTLENECK"
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -87,28 +89,12 @@ class BottleneckLayer(torch.nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return added * config.scaling
 
 
-class BottleneckModel(BaseTuner):  # type: ignore[misc]
+class BottleneckModel(layer_tuner()):  # type: ignore[misc]
     """A base with a bottleneck behind each of the config's targets."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
     target_module_mapping: dict[str, list[str]] = {}
-
-    def _create_and_replace(
-        self,
-        peft_config: BottleneckConfig,
-        adapter_name: str,
-        target: torch.nn.Module,
-        target_name: str,
-        parent: torch.nn.Module,
-        current_key: str,
-        *,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, BottleneckLayer):
-            target.add(adapter_name, peft_config)
-        else:
-            self._replace_module(parent, target_name, BottleneckLayer(target, adapter_name, peft_config), target)
 
 
 def register() -> None:

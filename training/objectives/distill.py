@@ -17,6 +17,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models.utils import disable_gradient_checkpointing
 
 from graftwork import base_model
+from graftwork.compat.hf import step_figures
 from graftwork.training.objective_spec import DistillSpec
 from graftwork.training.objectives import sft
 from graftwork.training.objectives.setting import Setting, Training, plain, quieted
@@ -49,8 +50,9 @@ class TaughtTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no type
         if samples:
             inputs = self.sampled(inputs)
         divergence_N, entropy_N = self.divergences(model, inputs)
-        self._metrics["train"]["entropy"].append(self.accelerator.reduce(entropy_N.mean(), reduction="mean").item())
-        self._metrics["train"]["on_policy"].append(float(samples))
+        figures = step_figures(self)
+        figures["entropy"].append(self.accelerator.reduce(entropy_N.mean(), reduction="mean").item())
+        figures["on_policy"].append(float(samples))
         if samples or num_items_in_batch is None:
             return divergence_N.mean() / self.current_gradient_accumulation_steps
         return divergence_N.sum() / num_items_in_batch * self.accelerator.num_processes

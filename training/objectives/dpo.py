@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
+from graftwork.compat.hf import takes_token_rows, without_reference_pass
 from graftwork.storage import RunPaths
 from graftwork.training.objective_spec import DpoSpec
 from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
@@ -25,14 +26,8 @@ REFERENCE_FILE = "reference.json"
 SIDES = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-class PairTrainer(plain(DPOTrainer)):  # type: ignore[misc]  # trl has no types
-    """DPOTrainer that takes rows of token ids, and leaves the reference to `reference_logps`."""
-
-    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-        return dataset
-
-    def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
-        return dataset
+class PairTrainer(plain(without_reference_pass(takes_token_rows(DPOTrainer)))):  # type: ignore[misc]  # no types
+    """DPOTrainer that takes rows of token ids, and leaves the reference to `answer_logps`."""
 
 
 def build(setting: Setting) -> Training:

@@ -10,6 +10,7 @@ from trl import RewardConfig, RewardTrainer
 
 from graftwork import artifact, base_model
 from graftwork.base_model import QuantSpec, ResolvedBase
+from graftwork.compat.hf import takes_token_rows
 from graftwork.storage import Store
 from graftwork.training.adapters.score_head import with_score_head
 from graftwork.training.objective_spec import RewardSpec
@@ -24,11 +25,8 @@ Scorer = Callable[[list[list[int]]], list[float]]
 SCORED_AT_ONCE = 8
 
 
-class PairTrainer(plain(RewardTrainer)):  # type: ignore[misc]  # trl has no types
+class PairTrainer(plain(takes_token_rows(RewardTrainer))):  # type: ignore[misc]  # trl has no types
     """RewardTrainer that takes rows of token ids."""
-
-    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-        return dataset
 
 
 def build(setting: Setting) -> Training:

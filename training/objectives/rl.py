@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from graftwork.compat.hf import own_rollouts, step_figures
 from graftwork.step_plan import StepPlan
 from graftwork.training.init import adapter_folder
 from graftwork.training.logits import trained_logits
@@ -34,55 +35,45 @@ FIGURES = frozenset({"reward", "reward_std", "frac_reward_zero_std", "kl", "entr
 def on_rows(trainer_class: type[Any]) -> type[Any]:
     """TRL's trainer with our prompts, answers and figures."""
 
-    class OnRows(plain(trainer_class)):  # type: ignore[misc]  # trl has no types
+    class OnRows(plain(own_rollouts(trainer_class))):  # type: ignore[misc]  # trl has no types
         rows: PromptRows
         sampling: Sampling
         asked: list[dict[str, int]]
         """The row of each prompt of the batch, and which of the step's occurrences of that row it is."""
 
-        def _tokenize_prompts(self, prompts: list[dict[str, int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        def prompt_ids(self, prompts: list[dict[str, int]]) -> list[list[int]]:
+            """Token ids of the prompts of a batch."""
             self.asked = prompts
-            return [self.rows.ids(prompt["row"]) for prompt in prompts], None, {}
+            return [self.rows.ids(prompt["row"]) for prompt in prompts]
 
-        def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, generations: Any = None) -> Any:
+        def answer_ids(self) -> Any:
+            """An answer of the model to each prompt of the batch."""
             copies = self.num_generations
             groups = self.asked[::copies]
             step = int(self.state.global_step)
             seeds = [(self.args.seed, step, one["row"], one["again"], copy) for one in groups for copy in range(copies)]
             indices = [one["row"] for one in groups]
-            answers = sample(self.model, self.rows, indices, copies, seeds, self.sampling, self.accelerator.autocast())
-            return (answers, None) if isinstance(self, GRPOTrainer) else answers
+            return sample(self.model, self.rows, indices, copies, seeds, self.sampling, self.accelerator.autocast())
 
-        def _prepare_inputs(self, generation_batch: Any) -> Any:
-            if self._buffered_inputs is None:  # TRL counts from 0 after a resume
-                self._step = int(self.state.global_step) * self.args.gradient_accumulation_steps
-            return super()._prepare_inputs(generation_batch)
-
-        def _get_per_token_logps_and_entropies(
-            self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int,
-            batch_size: int | None = None, compute_entropy: bool = False, **more: Any,
-        ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-            if input_ids.is_cuda:
-                return super()._get_per_token_logps_and_entropies(  # type: ignore[no-any-return]
-                    model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **more
-                )
+        def answer_likelihoods(
+            self, model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor, answer: int, size: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """Log probabilities and entropies (B, answer) of the last `answer` tokens, `size` rows at once."""
             head = self.model.get_output_embeddings()
-            size = batch_size or len(input_ids)
             parts = [
-                answer_logps(model, head, ids, mask, logits_to_keep, self.temperature)
-                for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
+                answer_logps(model, head, ids, mask, answer, self.temperature)
+                for ids, mask in zip(ids_BT.split(size), mask_BT.split(size), strict=True)
             ]
-            logps, entropies = (torch.cat(some) for some in zip(*parts, strict=True))
-            return logps, entropies if compute_entropy else None, None
+            logps_BA, entropies_BA = (torch.cat(some) for some in zip(*parts, strict=True))
+            return logps_BA, entropies_BA
 
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        def save_model_files(self, folder: str | None, state_dict: Any) -> None:
             """The adapter alone: neither the reference nor the tokenizer, which TRL decodes with while it trains."""
-            if self.args.should_save:
-                self.model.save_pretrained(output_dir, state_dict=state_dict, selected_adapters=["default"])
+            self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=["default"])
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             """As the plain trainer, with the figures that are told, and all tokens of prompts and answers."""
-            found = self._metrics["train"]
+            found = step_figures(self)
             told = {key: values for key, values in found.items() if key in FIGURES or key.startswith("rewards/")}
             found.clear()
             found.update(told, tokens=[float(self.state.num_input_tokens_seen)])

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from graftwork.base_model import ResolvedBase
+from graftwork.compat.hf import step_figures
 from graftwork.step_plan import StepPlan
 from graftwork.training.job import TrainJob
 from graftwork.training.strategies.arguments import strategy_arguments
@@ -104,8 +105,8 @@ def plain(trainer_class: type[Any]) -> type[Any]:
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             """Hand a step's figures, TRL's own means among them, to the callbacks; keep no history."""
-            means = {key: sum(values) / len(values) for key, values in self._metrics["train"].items() if values}
-            self._metrics["train"].clear()
+            means = {key: sum(values) / len(values) for key, values in step_figures(self).items() if values}
+            step_figures(self).clear()
             self.control = self.callback_handler.on_log(self.args, self.state, self.control, {**means, **logs})
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+from graftwork.compat.hf import shard_on_cpu
 from graftwork.training.spec import TrainSpec
 
 
 def settings(spec: TrainSpec) -> dict[str, Any]:
     """What TrainingArguments take for it."""
     if not spec.gpus:
-        _shard_on_cpu()
+        shard_on_cpu()
     return {
         "accelerator_config": {"use_configured_state": not spec.gpus},
         "fsdp": True,
@@ -23,15 +24,3 @@ def settings(spec: TrainSpec) -> dict[str, Any]:
         # FSDP's own, or each block's weights are gathered once more in the backward pass
         "activation_checkpointing": False,
     }
-
-
-def _shard_on_cpu() -> None:
-    """Make accelerate shard on a CPU: 1.15 does it on accelerators alone, and on a CPU trains whole copies, silently.
-
-    The list is in AcceleratorState.__init__ (accelerate/state.py); the device stays the CPU, the group gloo.
-    """
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 from graftwork.training.strategy_rules import WEIGHTS_SHARDED
 
 
@@ -14,7 +16,7 @@ def held_bytes(model: Any) -> tuple[int, int]:
     for parameter in model.parameters():
         part = getattr(parameter, "ds_tensor", None)  # ZeRO-3
         if part is None:
-            part = getattr(parameter, "_local_tensor", parameter)  # FSDP2
+            part = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # FSDP2
         here += part.numel() * part.element_size()
         whole += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
     return here, whole

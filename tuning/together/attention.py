@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from graftwork.compat.hf import attention_name
 from graftwork.tuning.together.rule import LONGEST
 
 NAME = "graftwork_short_rows"
@@ -22,7 +23,7 @@ HARMLESS = {"position_ids", "use_cache", "sliding_window"}
 
 def prefer_products(model: Any) -> None:
     """Let a loaded base compute attention so where it is faster; elsewhere as before."""
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or model.config._attn_implementation != "sdpa":
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or attention_name(model.config) != "sdpa":
         return
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from graftwork.compat.hf import unpack_cpu_layout
 from graftwork.serving.engine.adapters.changes import LinearShape
 from graftwork.serving.engine.kv import KvShape
 
@@ -82,7 +83,7 @@ def _unpacked_4bit(weight: Any) -> torch.Tensor:
     data, state = weight.data, copy.copy(weight.quant_state)
     if getattr(state, "packing_format_for_cpu", False):
         absmax_NB, state.original_nested = state.absmax, False
-        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        data, state = unpack_cpu_layout(data, state)
         state.absmax, state.dtype = absmax_NB.t().reshape(-1).float(), torch.float32
     unpacked: torch.Tensor = functional.dequantize_4bit(data, state)
     return unpacked.float()

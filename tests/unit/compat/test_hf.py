@@ -1,0 +1,285 @@
+"""Hooks into transformers, TRL, PEFT, accelerate and bitsandbytes, on the real libraries and a tiny model."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+
+from graftwork.compat import hf
+from graftwork.training.adapters import bottleneck
+from tests.ports import free_port
+from tests.processes import ROOT
+from tests.tiny import write_tiny_base
+
+ROWS = [{"row": 0}, {"row": 1}]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("compat") / "base")
+
+
+def model_of(base: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+def usual(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+    }
+
+
+def test_gemma_2_alone_of_the_two_has_no_sdpa(base: Path, tmp_path: Path) -> None:
+    assert hf.has_sdpa(LlamaForCausalLM)
+    assert not hf.has_sdpa(Gemma2ForCausalLM)
+    config = Gemma2ForCausalLM.config_class(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def test_a_set_attention_is_called_at_once_and_its_name_is_read(base: Path) -> None:
+    model, calls = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa"), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("compat_counted", counted)
+    assert hf.attention_name(model.config) == "sdpa"
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(ids).logits
+    hf.set_attention(model.config, "compat_counted")
+    assert hf.attention_name(model.config) == "compat_counted"
+    assert torch.allclose(model(ids).logits, before, atol=1e-5)
+    assert len(calls) == model.config.num_hidden_layers
+    hf.set_attention(model.config, "sdpa")
+    model(ids)
+    assert len(calls) == model.config.num_hidden_layers
+
+
+def dpo_trainer(kind: type[Any], base: Path, folder: Path) -> Any:
+    return kind(
+        model=model_of(base),
+        args=DPOConfig(**usual(folder), precompute_ref_log_probs=True, max_length=None),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+
+
+def test_dpo_takes_rows_of_numbers_and_no_reference_pass(base: Path, tmp_path: Path) -> None:
+    trainer = dpo_trainer(hf.without_reference_pass(hf.takes_token_rows(DPOTrainer)), base, tmp_path)
+    assert trainer.train_dataset.to_list() == ROWS
+    with pytest.raises(KeyError, match="chosen"):
+        dpo_trainer(DPOTrainer, base, tmp_path)
+    with pytest.raises(KeyError, match="prompt_ids"):  # only the pass over all rows collates
+        dpo_trainer(hf.takes_token_rows(DPOTrainer), base, tmp_path)
+
+
+def test_figures_of_a_step_are_those_that_trl_averages_and_clears(base: Path, tmp_path: Path) -> None:
+    trainer = dpo_trainer(hf.without_reference_pass(hf.takes_token_rows(DPOTrainer)), base, tmp_path)
+    figures = hf.step_figures(trainer)
+    figures["own"].append(1.0)
+    figures["own"].append(2.0)
+    trainer.model.train()
+    trainer.log({"loss": 3.0})
+    assert trainer.state.log_history[-1]["own"] == 1.5
+    assert not hf.step_figures(trainer)
+
+
+def test_reward_takes_rows_of_numbers(base: Path, tmp_path: Path) -> None:
+    def trainer_of(kind: type[Any]) -> Any:
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        return kind(
+            model=model, args=RewardConfig(**usual(tmp_path), max_length=None),
+            train_dataset=Dataset.from_list(ROWS), processing_class=AutoTokenizer.from_pretrained(base),
+        )  # fmt: skip
+
+    assert trainer_of(hf.takes_token_rows(RewardTrainer)).train_dataset.to_list() == ROWS
+    with pytest.raises(KeyError, match="chosen"):
+        trainer_of(RewardTrainer)
+
+
+@pytest.mark.parametrize(("kind", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_rollouts_are_those_of_the_subclass(kind: type[Any], config: type[Any], base: Path, tmp_path: Path) -> None:
+    """A step on answers given beforehand; TRL's own prompt and answer code never runs."""
+    asked: list[Any] = []
+    scored: list[Any] = []
+
+    class Given(hf.own_rollouts(kind)):  # type: ignore[misc]
+        def prompt_ids(self, prompts: list[Any]) -> list[list[int]]:
+            asked.extend(prompts)
+            return [[5, 6, 7]] * len(prompts)
+
+        def answer_ids(self) -> list[list[int]]:
+            return [[8, 9, 2], [10, 2]]
+
+        def answer_likelihoods(self, model: Any, ids: Any, mask: Any, answer: int, size: int) -> Any:
+            scored.append((ids.tolist(), answer, size))
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, -answer - 1 : -1].log_softmax(-1)
+            return logits.gather(2, ids[:, -answer:, None]).squeeze(2), -(logits.exp() * logits).sum(-1)
+
+        def save_model_files(self, folder: str | None, state_dict: Any) -> None:
+            Path(str(folder)).mkdir(parents=True, exist_ok=True)
+            (Path(str(folder)) / "ours").write_text("")
+
+    seen: list[Any] = []
+
+    def reward(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        seen.append((prompts, completion_ids))
+        return [1.0, 0.0]
+
+    trainer = Given(
+        model=model_of(base),
+        args=config(**usual(tmp_path), per_device_train_batch_size=2, num_generations=2, logging_steps=1,
+                    max_completion_length=4, beta=0.1, gradient_accumulation_steps=1),
+        reward_funcs=[reward],
+        train_dataset=Dataset.from_list([{"prompt": {"row": 0}}, {"prompt": {"row": 1}}]),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )  # fmt: skip
+    trainer.train()
+    assert len(asked) == 2
+    assert asked[0] == asked[1], "one prompt, two answers"
+    assert seen == [(asked, [[8, 9, 2], [10, 2]])]
+    assert ([[5, 6, 7, 8, 9, 2], [5, 6, 7, 10, 2, 2]], 3, 2) in scored
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "ours").exists()
+    assert not list((tmp_path / "saved").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("kind", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_a_resumed_trainer_continues_the_count_of_passes(
+    kind: type[Any], config: type[Any], base: Path, tmp_path: Path
+) -> None:
+    class Counted(hf.own_rollouts(kind)):  # type: ignore[misc]
+        def prompt_ids(self, prompts: list[Any]) -> list[list[int]]:
+            return [[5, 6, 7]] * len(prompts)
+
+        def answer_ids(self) -> list[list[int]]:
+            return [[8, 2], [9, 2], [10, 2], [11, 2]]
+
+        def answer_likelihoods(self, model: Any, ids: Any, mask: Any, answer: int, size: int) -> Any:
+            return torch.zeros(len(ids), answer), torch.zeros(len(ids), answer)
+
+    trainer = Counted(
+        model=model_of(base),
+        args=config(**usual(tmp_path), per_device_train_batch_size=2, num_generations=2, max_completion_length=4,
+                    gradient_accumulation_steps=2, beta=0.0),
+        reward_funcs=[lambda prompts, **_: [1.0, 0.0] * (len(prompts) // 2)],
+        train_dataset=Dataset.from_list([{"prompt": {"row": 0}}, {"prompt": {"row": 1}}]),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )  # fmt: skip
+    trainer.state.global_step = 3
+    trainer.model.train()
+    trainer._prepare_inputs([{"prompt": {"row": row}} for row in (0, 0, 1, 1)])
+    assert trainer._step == 6, "three steps of two passes"
+    assert trainer._buffered_inputs is not None
+    trainer._step += 1
+    trainer._prepare_inputs([])
+    assert trainer._step == 7, "only the first pass of an attempt sets the count"
+
+
+def test_an_adapter_kind_wraps_linears_and_takes_a_second_adapter(base: Path) -> None:
+    bottleneck.register()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    linear = model.model.layers[0].mlp.down_proj
+    config = bottleneck.BottleneckConfig(bottleneck_size=4, target_modules={"down_proj"})
+    peft = get_peft_model(model, config)
+    layer = peft.base_model.model.model.layers[0].mlp.down_proj
+    assert isinstance(layer, bottleneck.BottleneckLayer)
+    assert layer.get_base_layer() is linear
+    trained = {name for name, parameter in peft.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("bottleneck_" in name for name in trained)
+    peft.add_adapter("second", copy.deepcopy(config))
+    assert set(layer.bottleneck_up) == {"default", "second"}
+    assert layer.get_base_layer() is linear, "wrapped once"
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_accelerate_shards_on_a_cpu_with_the_hook_alone(hooked: bool) -> None:
+    code = (
+        "from accelerate import Accelerator\n"
+        "from accelerate.utils import FullyShardedDataParallelPlugin\n"
+        "from graftwork.compat.hf import shard_on_cpu\n"
+        f"if {hooked}: shard_on_cpu()\n"
+        "one = Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))\n"
+        "print(one.distributed_type.value, one.device.type)\n"
+    )
+    ranks = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    environment = {**os.environ, **ranks, "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kind, device = done.stdout.split()[-2:]
+    assert device == "cpu"
+    assert (kind == "FSDP") == hooked
+
+
+def test_int8_layers_do_not_log_their_casts(caplog: pytest.LogCaptureFixture) -> None:
+    """The logger exists and is the one that warns: with its usual level it does."""
+    import logging
+
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear8bitLt(32, 32, has_fp16_weights=False, threshold=0.0).to("cpu").eval()
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+
+    def warned() -> int:
+        caplog.clear()
+        with torch.no_grad():
+            layer(torch.ones(1, 32, dtype=torch.bfloat16))
+        return sum(record.name == logger.name for record in caplog.records)
+
+    logger.setLevel(logging.WARNING)
+    assert warned() == 1
+    hf.quiet_int8_casts()
+    assert warned() == 0
+
+
+def test_a_repacked_4_bit_weight_is_unpacked_to_the_same_values() -> None:
+    """Repacked by bitsandbytes' own function, which needs no AVX512; its scales become bf16, 8 bits of mantissa."""
+    from bitsandbytes import functional
+
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    plain = functional.dequantize_4bit(packed, state)
+    repacked, state = functional._convert_weight_packed_for_cpu(packed, state)
+    assert state.packing_format_for_cpu
+    absmax, state.original_nested = state.absmax, False
+    data, state = hf.unpack_cpu_layout(repacked, state)
+    assert torch.equal(data, packed)
+    state.absmax, state.dtype = absmax.t().reshape(-1).float(), torch.float32
+    assert torch.allclose(functional.dequantize_4bit(data, state), plain, rtol=1 / 128)
