@@ -81,7 +81,8 @@ def train(
     if not as_json:
         for note in notes:
             say(f"note: {note}")
-    with progress_bar(f"train {spec.name}", as_json) as bar, session(on) as here:
+    many = spec.num_workers > 1
+    with progress_bar(f"train {spec.name}", as_json) as bar, session(on, needs_ray=many) as here:
         report = here.run(
             train,
             spec,
