@@ -240,7 +240,7 @@ def _form_group_of_one(spec: TrainSpec) -> None:
         torch.cuda.set_device(0)
     dist.init_process_group(
         "nccl" if spec.gpus else "gloo",
-        store=dist.HashStore(),
+        store=dist.HashStore(),  # type: ignore[attr-defined]  # torch 2.x does not list it in __all__
         rank=0,
         world_size=1,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
