@@ -24,6 +24,7 @@ from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_start import starts
 from graftwork.training.fit import fit
 from graftwork.training.job import LoopResult, TrainJob
+from graftwork.training.local_worker import needs_ray_train
 from graftwork.training.run import Run, run_paths
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import read_steps
@@ -37,6 +38,7 @@ PROGRAM = """
 import json, sys
 from graftwork.cluster.session import session
 from graftwork.errors import GraftworkError
+from graftwork.training.local_worker import needs_ray_train
 from graftwork.training.run import train
 from graftwork.training.spec import TrainSpec
 try:
@@ -255,6 +257,15 @@ def test_a_worker_has_the_threads_and_the_reservation_of_its_spec(local_ray: Ses
             os.environ["OMP_NUM_THREADS"] = before
     assert seen == [("2", 2.0, ray.get(ray.remote(num_cpus=0)(os.nice).remote(0)))]
     until(lambda: ray.available_resources().get("CPU") == 4.0, "the reservation is given back")
+
+
+def test_one_worker_is_ray_trains_where_the_process_works_on_a_ray_of_others(
+    local_ray: Session, tmp_path: Path
+) -> None:
+    """A task of the Ray stands for the driver of a job: it has joined a Ray that it has not started."""
+    spec = one_worker(tmp_path)
+    assert not needs_ray_train(spec), "this process has started its Ray"
+    assert ray.get(ray.remote(num_cpus=0)(needs_ray_train).remote(spec))
 
 
 def test_a_worker_larger_than_the_machine_is_refused_at_once(tmp_path: Path) -> None:
