@@ -255,7 +255,7 @@ def test_a_worker_has_the_threads_and_the_reservation_of_its_spec(local_ray: Ses
     finally:
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
-    assert seen == [("2", 2.0, ray.get(ray.remote(num_cpus=0)(os.nice).remote(0)))]
+    assert seen == [("2", 2.0, ray.get(ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()))]
     until(lambda: ray.available_resources().get("CPU") == 4.0, "the reservation is given back")
 
 
