@@ -56,7 +56,7 @@ class Session:
 def session(on: str = "local", num_cpus: int | None = None, *, needs_ray: bool = True) -> Iterator[Session]:
     """Have a Ray for the time of the block. SIGTERM ends the block as Ctrl-C does.
 
-    `needs_ray` False: a stage of one process, for which no private Ray is started (2.5 s, and 1 s to stop it);
+    `needs_ray` False: a stage of one process, for which no private Ray is started (5 s, and 0.5 s to stop it);
     the session's address is empty then. `num_cpus`: logical CPUs of a private Ray (default: the machine's, at least
     2). With http(s):// the block never starts: the graftwork command of this process runs over there, and SystemExit
     carries its exit code.
