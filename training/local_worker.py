@@ -1,8 +1,8 @@
 """One worker on this machine as a child process: the loop of Ray Train's workers, without Ray's processes.
 
-Ray and Ray Train take 14 s more to start and stop, on two cores. A single worker of this machine needs
-none of what they do: no rendezvous, no placement on other nodes. The child has what a Ray Train worker has: a process
-group (of one), the same threads and GPUs, a replacement when it dies, a notice on SIGTERM.
+Ray and Ray Train take 14 s more to start and stop, on two cores. A single worker of this machine needs none of what
+they do: no rendezvous, no placement on other nodes. The child has what a Ray Train worker has: a process group (of
+one), the same threads and GPUs, a replacement when it dies, a notice on SIGTERM.
 """
 
 import contextlib

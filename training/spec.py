@@ -86,7 +86,7 @@ class TrainSpec(Spec):
     optim: OptimSpec = OptimSpec()
     strategy: StrategySpec = StrategySpec()
     num_workers: int = Field(default=2, ge=1)
-    """Data-parallel workers: Ray Train's; a single one on this machine is a child process, which starts 14 s sooner (2 cores)."""
+    """Data-parallel workers of Ray Train. A single one on this machine is a child process, without Ray."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs reserved for, and threads used by, one worker."""
     gpus_per_worker: Gpus = AUTO
