@@ -92,9 +92,9 @@ sys.exit(1)
     job = python_job(root, program)
     here = local_backend(root)
     here.submit(job)
-    until(lambda: here.runs.attempt(job.job_id, 1).ended)
-    ended = here.status(job.job_id)
-    assert (ended.state, ended.exit_code) == ("cancelled", 1)
+    ended = until(lambda: here.runs.attempt(job.job_id, 1).ended)
+    assert (ended.reason, ended.exit_code) == ("user", 1)
+    assert here.status(job.job_id).state == "cancelled"
 
 
 @pytest.mark.long
