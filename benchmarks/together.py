@@ -25,12 +25,12 @@ from benchmarks.base import URI
 from benchmarks.record import Clock, Figure, figure, ratios, write
 from graftwork import base_model, config
 from graftwork.errors import RunError
+from graftwork.machine import peak_rss_bytes
 from graftwork.memory import predict_training
 from graftwork.model_shape import ModelShape
 from graftwork.training.job import TrainJob
 from graftwork.training.settled import sizes_of
 from graftwork.training.steplog import StepReport
-from graftwork.tuning.rss import peak_rss_bytes
 from graftwork.tuning.run import Sweep
 from graftwork.tuning.space import Values
 from graftwork.tuning.spec import TuneSpec

@@ -10,7 +10,9 @@ import os
 import secrets
 import shutil
 import site
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,9 @@ QUIET = {
 ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"}
 """Of `QUIET`, what holds for a private Ray alone: nobody reclaims this machine's node, but a cluster drains nodes."""
 
+_private = threading.Event()
+"""Set while this process has a Ray that `private_ray` started."""
+
 
 @contextlib.contextmanager
 def private_ray(num_cpus: int | None = None) -> Iterator[str]:
@@ -61,27 +66,46 @@ def private_ray(num_cpus: int | None = None) -> Iterator[str]:
         **{key: os.environ.get(key, value) for key, value in QUIET.items()},
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "PYTHONPATH": _python_path(),
+        "PYTHONPATH": python_path(),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "graftwork.serving.http_protocol:install",
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_GONE_S),
     }
     try:
         with environment_of(environment), loopback_only(), free_agent_port(), without_helpers(), token_reloaded():
             try:
-                yield _start(ray, folder, num_cpus)
+                address = _start(ray, folder, num_cpus)
+                _private.set()
+                yield address
             finally:
+                _private.clear()
                 ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
-def _start(ray: Any, folder: Path, num_cpus: int | None) -> str:
+def logical_cpus(asked: int | None = None) -> int:
+    """CPUs that a private Ray hands out, and that a run without Ray may reserve: `asked`, or this machine's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(asked or cores, 2)
+
+
+def ray_is_up() -> bool:
+    """Return whether this process has a Ray. Imports nothing."""
+    ray: Any = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def ray_is_private() -> bool:
+    """Return whether the Ray of this process is one that `private_ray` started: all its nodes are this machine."""
+    return _private.is_set() and ray_is_up()
+
+
+def _start(ray: Any, folder: Path, num_cpus: int | None) -> str:
     try:
         context = ray.init(
             address="local",
-            num_cpus=max(num_cpus or cores, 2),
+            num_cpus=logical_cpus(num_cpus),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             logging_level="error",
@@ -124,7 +148,7 @@ def _lock(folder: Path) -> int:
     return handle
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """PYTHONPATH with the folder of `graftwork` first, so that workers import this very code."""
     here = str(Path(graftwork.__file__).parent.parent)
     parts = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]

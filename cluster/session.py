@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Session:
-    """A Ray that this process drives. `address` is host:port of its GCS."""
+    """A Ray that this process drives. `address` is host:port of its GCS; empty without a Ray."""
 
     on: str
     address: str
@@ -40,17 +40,23 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(on: str = "local", num_cpus: int | None = None) -> Iterator[Session]:
+def session(on: str = "local", num_cpus: int | None = None, *, needs_ray: bool = True) -> Iterator[Session]:
     """Have a Ray for the time of the block. SIGTERM ends the block as Ctrl-C does.
 
-    `num_cpus`: logical CPUs of a private Ray (default: the machine's, at least 2). With http(s):// the block never
-    starts: the graftwork command of this process runs over there, and SystemExit carries its exit code.
+    `needs_ray` False: a stage of one process, for which no private Ray is started (5 s, and 0.5 s to stop it);
+    the session's address is empty then. `num_cpus`: logical CPUs of a private Ray (default: the machine's, at least
+    2). With http(s):// the block never starts: the graftwork command of this process runs over there, and SystemExit
+    carries its exit code.
     Raises ConfigError for an address that is none of the forms, ClusterError when no Ray could be had.
     """
     if on.startswith(("http://", "https://")):
         from graftwork.cluster.jobs import run_command  # httpx: 40 ms that other commands need not wait for
 
         raise SystemExit(run_command(on, _command_line(on)))
+    if on == "local" and not needs_ray:
+        with terminated_as_interrupt():
+            yield Session(on, "")
+        return
     # Twice: ray.init installs a SIGTERM handler of its own.
     with terminated_as_interrupt(), _ray_of(on, num_cpus) as address, terminated_as_interrupt():
         yield Session(on, address)

@@ -114,6 +114,13 @@ def gpus_here() -> list[tuple[str, int]]:
     return cards[: len(chosen)]  # named by UUID
 
 
+def visible_gpus() -> list[str]:
+    """Names of this process' GPUs as CUDA_VISIBLE_DEVICES takes them: numbers, or UUIDs where it holds UUIDs."""
+    count, visible = len(gpus_here()), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in visible.split(",")] if visible is not None else [str(n) for n in range(count)]
+    return names[:count]
+
+
 def _value(spec: Spec, key: str) -> Any:
     found: Any = spec
     for part in key.split("."):

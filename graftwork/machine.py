@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -52,6 +54,21 @@ def measure_speed() -> Speed:
     temporary.write_text(json.dumps(asdict(speed)), encoding="utf-8")
     temporary.replace(path)
     return speed
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far.
+
+    Linux adds the parent's peak to `ru_maxrss` of a process that was started by vfork (`subprocess`), so the kernel's
+    figure of this address space is read there.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def cores() -> int:

@@ -1,4 +1,4 @@
-"""The loop on Ray Train's workers: the only module that imports ray.train, notice.py beside it.
+"""The loop on Ray Train's workers: with notice.py and interface.py the only module that imports ray.train.
 
 Ray Train replaces workers that are lost. When it gives up, because no room was found for them or too many were lost,
 this module looks at the cluster and starts it again, with fewer workers where the spec allows, while there is progress.
@@ -13,61 +13,57 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from graftwork.cluster.fence import Lookout, Overtaken
-from graftwork.errors import ConfigError, GraftworkError, Interrupted, RunError, StoreUnreachable
-from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_save import CheckpointLost
-from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
+from graftwork.errors import GraftworkError
+from graftwork.training.job import LoopResult, Report, TrainJob
+from graftwork.training.local_worker import fit_in_process, needs_ray_train
 from graftwork.training.machines import resources_per_worker, workers_soon, workers_that_fit
-from graftwork.training.rewards.reward import BadReward
 from graftwork.training.spec import TrainSpec
+from graftwork.training.worker import (
+    COLLECTIVE_TIMEOUT_S,
+    MAX_FAILURES,
+    START_TIMEOUT_S,
+    lost_worker,
+    newest_step,
+    require_wanted,
+    train_as_worker,
+)
 
-MAX_FAILURES = 3
-"""Times that a lost worker is replaced without a new checkpoint in between."""
-COLLECTIVE_TIMEOUT_S = 300
-"""A worker that waits longer for another gives up (torch's default is 1800)."""
-START_TIMEOUT_S = 120
-"""For all workers to be placed and alive; Ray's default of 60 s is short for a busy machine of two cores."""
 NOTICE_S = 2
 """Between two looks of Ray Train for nodes that are about to be taken away (default 5)."""
-ON_ALL_RANKS = (NonFiniteLoss, BadReward, CheckpointLost, Overtaken, ConfigError, StoreUnreachable)
-"""Errors that every worker meets at the same step: returned, since another try would meet them again."""
 
 
-def fit(job: TrainJob) -> LoopResult:
-    """Run the job on `spec.num_workers` Ray Train workers and wait for its end.
+def fit(job: TrainJob, *, ray_train: bool | None = None) -> LoopResult:
+    """Run the job on `spec.num_workers` workers and wait for its end.
+
+    A single worker of this machine is a child process (local_worker.py); all others are Ray Train's. `ray_train`
+    overrides that choice.
 
     Raises ClusterError when the workers don't fit the cluster, also later for `recovery.deadline_s`; NonFiniteLoss,
     CheckpointLost, Overtaken, ConfigError as the loop does; Interrupted where the job that it is was asked to end;
     RunError naming what killed the workers.
     """
+    if not (needs_ray_train(job.spec) if ray_train is None else ray_train):
+        return fit_in_process(job)
     from ray import train
 
     from graftwork.compat.ray_train import workers_did_not_start
 
-    workers, reached, since = workers_that_fit(job.spec), _reached(job), time.monotonic()
+    workers, reached, since = workers_that_fit(job.spec), newest_step(job), time.monotonic()
     while True:
         lost: Exception | None = None
         try:
             result = _attempt(job, workers)
             if not result.left:
                 return result
-            _require_wanted(job)
+            require_wanted(job)
         except train.TrainingFailedError as error:
             lost = error
-        progress = _reached(job) > reached
+        progress = newest_step(job) > reached
         if lost is not None and not progress and not workers_did_not_start(lost):
             raise _explained(job, lost) from lost
         if progress:
-            reached, since = _reached(job), time.monotonic()
+            reached, since = newest_step(job), time.monotonic()
         workers = workers_soon(job.spec, since + job.spec.recovery.deadline_s)
-
-
-def _require_wanted(job: TrainJob) -> None:
-    """Workers left with a checkpoint: because a machine goes, which others replace, or because the job is to end."""
-    word = job.fence.word(job.spec.checkpoints.outage_s) if job.fence is not None else None
-    if word is not None:
-        raise Interrupted(f"training {job.spec.name}", f"it was asked to end ({word})", "", "")
 
 
 def fit_trial(job: TrainJob, report: Report, worker: Mapping[str, float]) -> LoopResult:
@@ -155,36 +151,14 @@ def _start_timeout_s(spec: TrainSpec) -> float:
     return spec.recovery.wait_s if elastic else min(START_TIMEOUT_S, spec.recovery.deadline_s)
 
 
-def _reached(job: TrainJob) -> int:
-    assert job.run is not None, "trials run without Ray Train"
-    mark = Checkpoints(job.run).newest()
-    return mark.step if mark else 0
-
-
 def _work(config: dict[str, Any]) -> LoopResult | GraftworkError:
     """One worker."""
     import ray
 
-    from graftwork.training.loop import run_steps
     from graftwork.training.notice import leaving
-    from graftwork.training.ranks import rank_and_world
-    from graftwork.training.refit import FinalPeak
 
     job: TrainJob = ray.get(config["job"])
-    lookout = Lookout(job.fence) if job.fence is not None and rank_and_world()[0] == 0 else None
-    try:
-        asked = lambda: leaving() or (lookout is not None and lookout.word is not None)  # noqa: E731
-        if config["report"] is not None:
-            return run_steps(job, config["report"], asked)
-        final_peak = FinalPeak(job)
-        result = run_steps(job, final_peak, asked)
-        final_peak.learn(result)  # steps are reported on rank 0 alone
-        return result
-    except ON_ALL_RANKS as error:
-        return error
-    finally:
-        if lookout is not None:
-            lookout.close()
+    return train_as_worker(job, config["report"], leaving)
 
 
 def _explained(job: TrainJob, error: Exception) -> GraftworkError:
@@ -196,9 +170,4 @@ def _explained(job: TrainJob, error: Exception) -> GraftworkError:
             return cause
     rank, failure = next(iter(failures.items()), (None, error))
     where = f"worker {rank}" if rank is not None else "Ray Train's controller"
-    return RunError(
-        f"training {job.spec.name}",
-        f"{where} failed: {str(failure).strip()[-2000:]}",
-        f"lost workers are replaced while checkpoints are made, {MAX_FAILURES} times without one",
-        "run the same command: it continues from the last checkpoint",
-    )
+    return lost_worker(job, where, str(failure).strip()[-2000:])

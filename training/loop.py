@@ -2,8 +2,6 @@
 
 import errno
 import os
-import resource
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftwork import base_model
 from graftwork.errors import StorageError
+from graftwork.machine import peak_rss_bytes
 from graftwork.step_plan import StepPlan, step_plan
 from graftwork.storage import cache_root
 from graftwork.training.before_after import before_after
@@ -160,7 +159,7 @@ def _result(
     import torch
     import torch.distributed as dist
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_rss_bytes()
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     peaks: list[tuple[int, int]] = [(peak, cuda)]
     if rank_and_world()[1] > 1:

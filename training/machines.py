@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from graftwork.accelerators import gpus_here
+from graftwork.cluster.local import logical_cpus, ray_is_up
 from graftwork.compat.ray import draining_nodes
 from graftwork.errors import ClusterError
 from graftwork.training.checkpoint_spec import world_sizes
@@ -31,7 +33,7 @@ def workers_soon(spec: TrainSpec, deadline: float) -> int:
     while True:
         found = _placeable(spec)
         if time.monotonic() > deadline:
-            raise _never_back(spec)
+            raise never_back(spec)
         if found is not None:
             return found
         time.sleep(LOOK_S)
@@ -49,7 +51,9 @@ def room_for(spec: TrainSpec, nodes: Iterable[Mapping[str, float]]) -> int:
 
 
 def _nodes() -> list[dict[str, float]]:
-    """Resources of every node that is alive and stays."""
+    """Resources of every node that is alive and stays; without a Ray in this process those of this machine."""
+    if not ray_is_up():
+        return [{"CPU": float(logical_cpus()), "GPU": float(len(gpus_here()))}]
     import ray
 
     nodes: list[dict[str, Any]] = ray.nodes()
@@ -57,7 +61,7 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in going]
 
 
-def _never_back(spec: TrainSpec) -> ClusterError:
+def never_back(spec: TrainSpec) -> ClusterError:
     least, room = world_sizes(spec)[-1], room_for(spec, _nodes())
     fewer = "" if spec.recovery.min_workers else ", or --set recovery.min_workers=1 to go on with fewer"
     return ClusterError(
@@ -71,16 +75,14 @@ def _never_back(spec: TrainSpec) -> ClusterError:
 
 
 def _too_small(spec: TrainSpec) -> ClusterError:
-    import ray
-
-    have = ray.cluster_resources()
+    nodes, owner = _nodes(), "the cluster" if ray_is_up() else "this machine"
     for name, each in resources_per_worker(spec).items():
-        need, there = each * spec.num_workers, have.get(name, 0.0)
+        need, there = each * spec.num_workers, sum(node.get(name, 0.0) for node in nodes)
         if need > there:
             key = f"{name.lower()}s_per_worker"
             return ClusterError(
                 f"num_workers={spec.num_workers}, {key}={each:g}",
-                f"the cluster has {there:g} {name}, the run needs {need:g}",
+                f"{owner} has {there:g} {name}, the run needs {need:g}",
                 "all workers run at the same time",
                 f"--set num_workers={max(1, int(there // each))} or a smaller {key}",
             )

@@ -86,7 +86,7 @@ class TrainSpec(Spec):
     optim: OptimSpec = OptimSpec()
     strategy: StrategySpec = StrategySpec()
     num_workers: int = Field(default=2, ge=1)
-    """Ray Train workers, data-parallel."""
+    """Data-parallel workers of Ray Train. A single one on this machine is a child process, without Ray."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs reserved for, and threads used by, one worker."""
     gpus_per_worker: Gpus = AUTO

@@ -17,10 +17,10 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
+from graftwork.machine import peak_rss_bytes
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.steplog import StepReport
 from graftwork.tuning.gang import Heard
-from graftwork.tuning.rss import peak_rss_bytes
 
 PRELOADED = (
     "graftwork.training.loop",

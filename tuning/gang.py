@@ -6,10 +6,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from graftwork.machine import peak_rss_bytes
 from graftwork.training.fit import fit_trial
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.steplog import StepReport
-from graftwork.tuning.rss import peak_rss_bytes
 
 LOOK_S = 0.5
 """Between two looks whether the workers have ended without a report."""

@@ -9,6 +9,7 @@ import ray
 from ray import tune
 
 from graftwork.errors import RunError
+from graftwork.machine import peak_rss_bytes
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import PreparedData
 from graftwork.training.job import NonFiniteLoss, TrainJob
@@ -22,7 +23,6 @@ from graftwork.tuning.failures import message_of
 from graftwork.tuning.forked import forked
 from graftwork.tuning.gang import Heard, train_in_gang
 from graftwork.tuning.places import Places
-from graftwork.tuning.rss import peak_rss_bytes
 
 
 @dataclass(frozen=True)

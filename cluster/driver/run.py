@@ -106,6 +106,8 @@ class _Drive:
             time.sleep(LOOK_S)
         if self._child.poll() is None:
             self._end()
+        elif self._child.returncode and self._reason is None:
+            self._reason = self._watch.look()
         self._watch.close()
         self._kill_group()  # what it left there; whoever left the group is the guard's
         code = self._child.wait()

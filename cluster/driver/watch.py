@@ -46,6 +46,13 @@ class Watch:
             return "budget"
         return None
 
+    def look(self) -> StopReason | None:
+        """As `reason`, after a look into the store now. For a command that has ended: its workers look too, and may
+        have seen a request first."""
+        with contextlib.suppress(StorageError):  # an outage: the command's own exit code stands
+            self._asked = self._asked or self._found()
+        return self.reason()
+
     def close(self) -> None:
         """Look no more."""
         self._end.set()

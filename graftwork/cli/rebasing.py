@@ -69,7 +69,8 @@ def run_curve(spec: "TrainSpec", sizes: str, target: str, as_json: bool) -> None
 
     asked = _sizes(sizes)
     curve_specs(spec, asked)
-    with progress_bar(f"curve {spec.name}", as_json) as bar, session(target) as here:
+    many = spec.num_workers > 1
+    with progress_bar(f"curve {spec.name}", as_json) as bar, session(target, needs_ray=many) as here:
         report = here.run(
             curve, spec, asked, on_progress=lambda p: bar(p.step, p.total_steps, f"loss {p.loss:.3f}")
         )  # fmt: skip

@@ -63,7 +63,8 @@ def train(
     if not options.as_json:
         for note in notes:
             say(f"note: {note}")
-    with progress_bar(f"train {spec.name}", options.as_json) as bar, session(options.target) as here:
+    many = spec.num_workers > 1
+    with progress_bar(f"train {spec.name}", options.as_json) as bar, session(options.target, needs_ray=many) as here:
         report = here.run(
             train,
             spec,

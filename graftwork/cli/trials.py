@@ -15,7 +15,7 @@ def trial(file: SpecFile, target: Target = JOB) -> None:
     assert isinstance(spec, TrialSpec)
     from graftwork.tuning.trial_run import run_trial_job
 
-    with session(target) as here:
+    with session(target, needs_ray=spec.train.num_workers > 1) as here:
         result = here.run(run_trial_job, spec)
     losses = f"held-out loss {result.eval_loss[-1][1]:.4f}" if result.eval_loss else "no held-out loss"
     say(f"trial {spec.trial_id} of {spec.sweep}: {result.steps} steps, {losses}")

@@ -24,8 +24,10 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.long
-def test_a_stopped_run_goes_on_from_the_step_it_stopped_at(tmp_path: Path) -> None:
-    spec = task(tmp_path, **{"optim.epochs": 2000, "checkpoint_every": 100_000, "eval_every": 100_000})
+@pytest.mark.parametrize("workers", [1, 2], ids=["in one process", "Ray Train"])
+def test_a_stopped_run_goes_on_from_the_step_it_stopped_at(tmp_path: Path, workers: int) -> None:
+    every = {"checkpoint_every": 100_000, "eval_every": 100_000}
+    spec = task(tmp_path, num_workers=workers, **{"optim.epochs": 2000, **every})
     run, here = run_paths(spec), local_backend(spec.root)
     job = job_of(spec, ClusterSpec())
     here.submit(job)

@@ -26,9 +26,8 @@ REACHED_BY_NAME = {"getattr", "setattr", "hasattr", "delattr"}
 
 
 def outside() -> list[Path]:
-    """Sources but compat, and but the bare-metal cluster, whose removal is under way (cluster/own*.py)."""
-    bare_metal = set((ROOT / "cluster").glob("own*.py"))
-    return [path for path in sources() if COMPAT not in path.parents and path not in bare_metal]
+    """Sources but compat."""
+    return [path for path in sources() if COMPAT not in path.parents]
 
 
 def is_private(name: str) -> bool:

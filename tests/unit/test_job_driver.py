@@ -79,6 +79,24 @@ def test_a_job_that_fails_says_why_and_what_it_printed(root: str) -> None:
     assert [event.what for event in here.runs.events(job.job_id, 1)] == ["started", "ended"]
 
 
+def test_a_command_that_sees_the_cancellation_before_its_driver_is_cancelled_not_failed(root: str) -> None:
+    """Workers look for the request themselves and leave; a run without Ray ends within milliseconds of that."""
+    program = """
+import sys
+from graftwork.cluster.fence import Fence
+from graftwork.cluster.run_store import RunStore
+fence = Fence.of_environment()
+RunStore(fence.root).ask_to_end(fence.job_id, fence.attempt, "user")
+sys.exit(1)
+"""
+    job = python_job(root, program)
+    here = local_backend(root)
+    here.submit(job)
+    ended = until(lambda: here.runs.attempt(job.job_id, 1).ended)
+    assert (ended.reason, ended.exit_code) == ("user", 1)
+    assert here.status(job.job_id).state == "cancelled"
+
+
 @pytest.mark.long
 def test_killed_for_memory_is_told_from_failed(root: str) -> None:
     job = python_job(root, "import os; os.kill(os.getpid(), 9)", retry={"max_attempts": 2, "on": ["oom"]})
