@@ -70,7 +70,7 @@ def measure(kind: str, root: Path, steps: int) -> dict[str, Any]:
     gc.collect()
     return {
         "kind": kind,
-        "said": spec.adapter.said(),
+        "said": spec.adapter.describe(),
         "lr": spec.optim.lr,
         "trained_parameters": trained_parameters(spec),
         "file_bytes": sum(path.stat().st_size for path in folder.iterdir() if is_of_model(path.name)),

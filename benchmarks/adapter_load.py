@@ -18,12 +18,12 @@ import torch
 from benchmarks import base
 from benchmarks.record import Clock, figure, write
 from benchmarks.traffic import ask, serving
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.spec import EngineSpec
 from graftwork.storage import Store
 
 
-def to_slots(engine: Engine, folders: list[Path], rounds: int) -> list[float]:
+def to_slots(engine: NativeEngine, folders: list[Path], rounds: int) -> list[float]:
     """Milliseconds of each taking of a place, with the engine's thread not yet started. Leaves no adapter behind."""
     times = []
     for number, folder in enumerate(folders):
@@ -31,7 +31,7 @@ def to_slots(engine: Engine, folders: list[Path], rounds: int) -> list[float]:
     for turn in range(rounds + 1):
         for number in range(len(folders)):
             began = time.perf_counter()
-            engine.runner.planner.admit(engine.slots.moved(f"v{number}", engine.runner.device))
+            engine.runner.planner.admit(engine.pool.copy_to_device(f"v{number}", engine.runner.device))
             if turn:  # the first turn makes the tables
                 times.append((time.perf_counter() - began) * 1e3)
         for number in range(len(folders)):
@@ -41,7 +41,7 @@ def to_slots(engine: Engine, folders: list[Path], rounds: int) -> list[float]:
     return times
 
 
-async def to_tokens(engine: Engine, store: Store, digest: str, tasks: list[str]) -> list[tuple[float, float]]:
+async def to_tokens(engine: NativeEngine, store: Store, digest: str, tasks: list[str]) -> list[tuple[float, float]]:
     """Time to first token (ms) of each adapter: from its file, and again."""
     pairs = []
     async with serving(engine, store, digest) as residency:
@@ -68,7 +68,7 @@ def main() -> None:
         store = Store(str(root / "store"))
         tasks = base.publish_many(store, resolved.digest, folders, args.adapters, root / "scratch")
         spec = EngineSpec(max_seq_len=256, max_loaded=args.adapters, num_threads=args.threads)
-        engine = Engine(model, spec, "cpu")
+        engine = NativeEngine(model, spec, "cpu")
         slot_ms = to_slots(engine, folders, args.rounds)
         pairs = asyncio.run(to_tokens(engine, store, resolved.digest, tasks))
     figures = {

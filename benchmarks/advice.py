@@ -22,15 +22,15 @@ from typing import Any
 from benchmarks.record import Clock, figure, write
 from graftwork.answers.schema import AnswerSchema
 from graftwork.chat import PromptSpec
-from graftwork.data import Row, read_rows
+from graftwork.data import DatasetRow, read_rows
 from graftwork.report.records import DecisionCard
 from graftwork.retrieval import RetrieverSpec
-from graftwork.serving.experiment.offline import Job, ask_jobs, run_offline
+from graftwork.serving.experiment.offline import EvalRequest, ask_jobs, run_offline
 from graftwork.serving.experiment.probes.ask import Prober
 from graftwork.serving.experiment.probes.card import make_card
 from graftwork.serving.experiment.probes.classify import Cause, classify
 from graftwork.serving.experiment.probes.gold import GoldPassages, right_answer
-from graftwork.serving.experiment.probes.right import Judge
+from graftwork.serving.experiment.probes.right import CorrectnessCheck
 from graftwork.serving.experiment.scorers.load import load_scorers
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
@@ -79,7 +79,9 @@ def mind(cause: Cause, rng: random.Random) -> Mind:
 class Simulated:
     """Answers as an endpoint would, the same for the same job."""
 
-    def __init__(self, rows: Sequence[Row], minds: Mapping[str, Mind], passages: GoldPassages, seed: int) -> None:
+    def __init__(
+        self, rows: Sequence[DatasetRow], minds: Mapping[str, Mind], passages: GoldPassages, seed: int
+    ) -> None:
         self.rows, self.minds, self.passages, self.seed = {row.id: row for row in rows}, minds, passages, seed
         self.order = [row.id for row in rows]
         self.by_question = {row.question[-1].content: row.id for row in rows}
@@ -87,9 +89,9 @@ class Simulated:
     async def answer(self, arm: ArmSpec, messages: list[dict[str, str]], request_id: str) -> Mapping[str, Any]:
         """To the comparison itself: no noise, the failure is planted."""
         row = self.rows[self.by_question[messages[-1]["content"]]]
-        own, gold = self.minds[row.id], self.passages.of(row)
+        own, gold = self.minds[row.id], self.passages.find(row)
         assert gold is not None, "every airport has its passage"
-        others = [passage.id for other in self.order[:2] if (passage := self.passages.of(self.rows[other]))]
+        others = [passage.id for other in self.order[:2] if (passage := self.passages.find(self.rows[other]))]
         retrieved = ([gold.id, *others] if own.found else others) if arm.retriever else []
         if arm.retriever:
             right = own.found and own.reads and not own.misled
@@ -99,10 +101,10 @@ class Simulated:
         return {"text": text, "retrieved_ids": retrieved, "finish_reason": "stop", "base_digest": "1f0c9a2b77aa",
                 "latency_ms": 100.0, "prompt_tokens": 50, "completion_tokens": 40}  # fmt: skip
 
-    async def probe(self, job: Job) -> Mapping[str, Any]:
+    async def probe(self, job: EvalRequest) -> Mapping[str, Any]:
         """To a probe: now and then the other way round."""
         row, rng = self.rows[job.row_id], random.Random(f"{self.seed} {job.label} {job.row_id}")
-        own, gold = self.minds[row.id], self.passages.of(row)
+        own, gold = self.minds[row.id], self.passages.find(row)
         if job.continuations:
             return {"logprobs": [self._likelihood(text, row, own, rng) for text in job.continuations]}
         shown = gold is not None and " ".join(gold.text.split()) in job.messages[-1]["content"]
@@ -111,12 +113,12 @@ class Simulated:
             right = not right
         return {"text": self._text(row, right, "card" if job.arm.grammar else own.writes), "finish_reason": "stop"}
 
-    def _likelihood(self, text: str, row: Row, own: Mind, rng: random.Random) -> tuple[float, int]:
+    def _likelihood(self, text: str, row: DatasetRow, own: Mind, rng: random.Random) -> tuple[float, int]:
         tokens = max(1, len(text) // 3)
         known = own.knows and text == right_answer(row)
         return tokens * (-1.5 + rng.gauss(0, SPREAD) + (LIFT if known else 0)), tokens
 
-    def _text(self, row: Row, right: bool, form: str) -> str:
+    def _text(self, row: DatasetRow, right: bool, form: str) -> str:
         gold = dict(row.gold or {})
         if not right:
             place = self.order.index(row.id)
@@ -159,7 +161,7 @@ class Told:
         return sum(given == (self.cause,) for given in self.causes)
 
 
-def told(cause: Cause, rows: Sequence[Row], schema: AnswerSchema, passages: GoldPassages, seed: int = 0) -> Told:
+def told(cause: Cause, rows: Sequence[DatasetRow], schema: AnswerSchema, passages: GoldPassages, seed: int = 0) -> Told:
     """Plant one cause in all rows of one arm, and ask the product."""
     asked, rng = spec(), random.Random(f"{seed} {cause}")
     assert asked.probes is not None
@@ -169,17 +171,17 @@ def told(cause: Cause, rows: Sequence[Row], schema: AnswerSchema, passages: Gold
     with tempfile.TemporaryDirectory() as folder:
         answers = asyncio.run(run_offline(asked, rows, model.answer, Path(folder) / "answers.jsonl"))
         prompts = {arm.name: PromptSpec() for arm in asked.arms}
-        prober = Prober(asked, probes, rows, answers, Judge(asked, scorers, "both"), passages, prompts=prompts,
+        prober = Prober(asked, probes, rows, answers, CorrectnessCheck(asked, scorers, "both"), passages, prompts=prompts,
                         versions={}, reference=ARM[cause])  # fmt: skip
-        path, first = Path(folder) / "probes.jsonl", prober.first_round()
+        path, first = Path(folder) / "probes.jsonl", prober.first_requests()
         found = asyncio.run(ask_jobs(first, model.probe, path, 64))
-        found = asyncio.run(ask_jobs(first + prober.second_round(found), model.probe, path, 64))
+        found = asyncio.run(ask_jobs(first + prober.followup_requests(found), model.probe, path, 64))
     causes = tuple(classify(prober.evidence(failure, found)) for failure in prober.failures)
     assert len(causes) == len(rows), f"{len(causes)} of {len(rows)} planted failures failed"
     return Told(cause, causes, make_card(prober, found, {}))
 
 
-def shared_rows(each: int) -> list[list[Row]]:
+def shared_rows(each: int) -> list[list[DatasetRow]]:
     """Rows of the recipe in six parts, none in two, each with an id of its own."""
     rows = [row for file in ("eval", "train") for row in read_rows(f"{RECIPE}/{file}.jsonl", need="eval")]
     rows = [replace(row, id=f"{row.id}-{number}") for number, row in enumerate(rows)]

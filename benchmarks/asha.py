@@ -22,9 +22,9 @@ from typing import Any
 from benchmarks.record import Clock, Figure, figure, write
 from benchmarks.recorded import STEPS, curves
 from benchmarks.sweep_curves import grid
-from graftwork.tuning.judge import Judge, judge_of
+from graftwork.tuning.judge import StoppingRule, judge_of
 from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.search import Drawn, search_of
+from graftwork.tuning.search import FixedPoints, search_of
 from graftwork.tuning.spec import TuneSpec
 
 TASKS = ("airport-card", "ua-parse")
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"": ASHA, "default_": {"kind": "asha"}}
 """Prefix of the figures -> the spec's `scheduler`."""
 
 
-def replay(trials: Sequence[TrialRecord], judge: Judge, processes: int = PROCESSES) -> dict[str, int]:
+def replay(trials: Sequence[TrialRecord], judge: StoppingRule, processes: int = PROCESSES) -> dict[str, int]:
     """Steps that each trial takes when processes take trials in this order and the judge stops some."""
     waiting, taken = iter(trials), dict.fromkeys((trial.trial_id for trial in trials), 0)
     at_work: list[tuple[int, int, TrialRecord, int]] = []  # (when, tie, trial, index of the report)
@@ -81,7 +81,7 @@ def one(trials: Sequence[TrialRecord], spec: TuneSpec, processes: int = PROCESSE
 def orders(task: str, trials: Sequence[TrialRecord], spec: TuneSpec) -> dict[str, list[tuple[float, float, bool]]]:
     """What came of each order."""
     search = search_of(grid(task).with_({"space.seed": {"kind": "choice", "values": [0]}}))
-    assert isinstance(search, Drawn)
+    assert isinstance(search, FixedPoints)
     own = [{key: value for key, value in point.items() if key != "seed"} for point in search.points]
     in_order = sorted(trials, key=lambda trial: own.index(trial.values))
     shuffled = [random.Random(order).sample(list(trials), len(trials)) for order in range(ORDERS)]

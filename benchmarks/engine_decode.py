@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import base
 from benchmarks.record import Clock, Figure, figure, ratios, write
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.spec import EngineSpec
 
@@ -63,7 +63,7 @@ Arm = Callable[[int, int, int], Stamps]
 class EngineArm:
     """The engine with `adapters` distinct adapters over the rows; 0 is the base alone. kind: begins their names."""
 
-    def __init__(self, engine: Engine, adapters: int, kind: str = "v") -> None:
+    def __init__(self, engine: NativeEngine, adapters: int, kind: str = "v") -> None:
         self._engine, self._adapters, self._kind = engine, adapters, kind
 
     def __call__(self, rows: int, prompt: int, new: int) -> Stamps:
@@ -175,9 +175,11 @@ def peft_model(model_folder: Path, adapters: Sequence[Path], dtype: torch.dtype)
     return model.eval()
 
 
-def engine_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Arm], Engine]:
+def engine_arms(
+    folder: Path, adapters: Sequence[Path], args: argparse.Namespace
+) -> tuple[dict[str, Arm], NativeEngine]:
     """The engine with every adapter loaded."""
-    engine = Engine(base.load(folder, _DTYPES[args.dtype]), _spec(args), "cpu")
+    engine = NativeEngine(base.load(folder, _DTYPES[args.dtype]), _spec(args), "cpu")
     for number, adapter in enumerate(adapters):
         engine.load_adapter(f"v{number}", adapter)
         engine.load_adapter(f"n{number}", adapter.parent.parent / "saved16" / adapter.name)
@@ -185,9 +187,9 @@ def engine_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace
     return arms | {f"saved16_{count}": EngineArm(engine, count, "n") for count in args.adapters}, engine
 
 
-def plain_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Arm], Engine]:
+def plain_arms(folder: Path, adapters: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Arm], NativeEngine]:
     """The engine without hooks."""
-    engine = Engine(base.load(folder, _DTYPES[args.dtype]), _spec(args), "cpu")
+    engine = NativeEngine(base.load(folder, _DTYPES[args.dtype]), _spec(args), "cpu")
     engine.runner.sites.unhook()
     return {"plain": EngineArm(engine, 0)}, engine
 
@@ -208,7 +210,7 @@ def _spec(args: argparse.Namespace) -> EngineSpec:
     return EngineSpec(max_batch=max(args.rows), max_seq_len=512, max_loaded=2 * most, num_threads=args.threads)
 
 
-Make = Callable[[Path, Sequence[Path], argparse.Namespace], tuple[dict[str, Arm], Engine | None]]
+Make = Callable[[Path, Sequence[Path], argparse.Namespace], tuple[dict[str, Arm], NativeEngine | None]]
 
 
 class ArmProcess:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from graftwork.provenance import collect
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.spec import EngineSpec
 
@@ -90,7 +90,7 @@ def write_adapter(model: Any, folder: Path) -> Path:
 class Run:
     """All requests of one round; `wait` returns when the last has ended."""
 
-    def __init__(self, engine: Engine, count: int) -> None:
+    def __init__(self, engine: NativeEngine, count: int) -> None:
         self._engine, self._left = engine, count
         self._ended = threading.Event()
         self.times: dict[str, list[float]] = {}
@@ -115,7 +115,7 @@ class Run:
                 self._ended.set()
 
 
-def one_round(engine: Engine, rows: int, adapters: int, args: argparse.Namespace) -> dict[str, float]:
+def one_round(engine: NativeEngine, rows: int, adapters: int, args: argparse.Namespace) -> dict[str, float]:
     """Tokens per second, and the milliseconds of a step while every row decodes."""
     run = Run(engine, rows)
     vocab = SHAPES[args.shape]["vocab_size"]
@@ -140,19 +140,19 @@ def summary(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
     return {"n": len(rounds), **medians, "tokens_per_s_all": [one["tokens_per_s"] for one in rounds]}
 
 
-def host_to_slot_ms(engine: Engine, adapters: int, synchronise: Callable[[], None]) -> list[float]:
+def host_to_slot_ms(engine: NativeEngine, adapters: int, synchronise: Callable[[], None]) -> list[float]:
     """Milliseconds from host memory to a slot, for each adapter once; the engine's thread does not run yet."""
     taken = []
     for number in range(adapters):
-        engine.slots.acquire(f"v{number}")
-        move = partial(engine.slots.moved, f"v{number}", engine.runner.device)
+        engine.pool.acquire(f"v{number}")
+        move = partial(engine.pool.copy_to_device, f"v{number}", engine.runner.device)
         synchronise()
         started = time.perf_counter()
         weights = move() if engine.runner.path is None else engine.runner.path.bring(move)
         synchronise()
         taken.append((time.perf_counter() - started) * 1e3)
         engine.runner.forget(weights.version)
-        engine.slots.release(f"v{number}")
+        engine.pool.release(f"v{number}")
     return taken
 
 
@@ -185,7 +185,7 @@ def measure(weights: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         adapter = write_adapter(model, Path(folder))
         started = time.perf_counter()
-        engine = Engine(model, spec, args.device)
+        engine = NativeEngine(model, spec, args.device)
         built = time.perf_counter()
         for number in range(most):
             engine.load_adapter(f"v{number}", adapter)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.record import Clock, Figure, figure, write
 
 if TYPE_CHECKING:
-    from graftwork.cluster.run_store import RunStore
+    from graftwork.cluster.run_store import JobStore
 
 STATES = ("succeeded", "failed", "cancelled", "running")
 
@@ -30,19 +30,19 @@ def fill(root: str, count: int) -> None:
     """Write the records of `count` jobs, those at work last: their heartbeats are to be fresh."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from graftwork.cluster.run_store import RunStore
+    from graftwork.cluster.run_store import JobStore
 
-    runs = RunStore(root)  # one client for all
+    runs = JobStore(root)  # one client for all
     with ThreadPoolExecutor(8) as pool:
         for at_work in (False, True):
             numbers = [n for n in range(count) if (n % 10 == 9) == at_work]
             list(pool.map(lambda number: _job(runs, number), numbers))
 
 
-def _job(runs: "RunStore", number: int) -> None:
+def _job(runs: "JobStore", number: int) -> None:
     from graftwork.cluster.backend import Job
     from graftwork.cluster.command_spec import ExecSpec
-    from graftwork.cluster.run_store import Ended, Heartbeat
+    from graftwork.cluster.run_store import AttemptEnd, Heartbeat
 
     root = runs.store.uri
     spec = ExecSpec(name=f"job-{number}", root=root, argv=("true",))
@@ -58,7 +58,7 @@ def _job(runs: "RunStore", number: int) -> None:
     beat = Heartbeat(time.time(), 1, "host", 7, f"train job-{number}: 40 of 120, loss 1.21")
     runs.store.write_json(asdict(beat), *here, "heartbeat.json")
     if number % 10 != 9:
-        runs.end(job.job_id, 1, Ended(time.time(), int(number % 10 > 5), "user" if number % 10 == 8 else None))
+        runs.end(job.job_id, 1, AttemptEnd(time.time(), int(number % 10 > 5), "user" if number % 10 == 8 else None))
 
 
 def child(root: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python -m benchmarks.latency_runs                    500 runs a case, three minutes on one core
 
 One unit is drawn each second. Each run is a log: rows in the order of writing, up to the last draw, so units in flight
-at the end have no outcome. The monitor's own `Units` turns the rows into observations, and the sequential tests that
+at the end have no outcome. The monitor's own `Attribution` turns the rows into observations, and the sequential tests that
 the monitor uses then take all runs at once, as in benchmarks/online_runs.py (tests/unit/test_online_runs.py holds both
 against the whole monitor). `as_scored` is the peer: the same units in the order in which their scores come, those
 without a score left out. Upper bounds are one-sided 95 % ones (Wilson); that of the sample ratio is of all cases, and
@@ -23,7 +23,7 @@ from benchmarks.record import Clock, Figure, write
 from benchmarks.sequential import median, rate, single, upper
 from graftwork.serving.experiment.online.log_columns import LogColumns
 from graftwork.serving.experiment.online.rules import OnlineRules
-from graftwork.serving.experiment.online.units import Units
+from graftwork.serving.experiment.online.units import Attribution
 from graftwork.stats import Floats
 from graftwork.stats.aipw import SplitScores
 from graftwork.stats.sample_ratio import SampleRatio
@@ -96,7 +96,7 @@ def latency_runs(case: Slow, runs: int, seed: int) -> Alarms:
     as_scored: list[Observed] = []
     for _ in range(runs):
         one, rows = log_of(case, rng)
-        entered = Units(case.rules).read(rows)
+        entered = Attribution(case.rules).attribute(rows)
         drawn.append(Observed(np.array(entered.ratio_arm) == 1, np.zeros(0)))
         scored = np.array(entered.scored, dtype=np.bool_)
         counted.append(Observed(np.array(entered.arm) == 1, np.array(entered.score), scored))

@@ -105,7 +105,7 @@ def sizes(spec: TrainSpec, setting: Setting) -> RowSizes:
     """Of the rows that a setting trains on."""
     sides = 2 if spec.objective.kind == "dpo" else 1
     tokens = lengths(setting, spec.num_workers)
-    return RowSizes.of([sides * n for n in tokens], [sides * (n // 2) for n in tokens], tokens)
+    return RowSizes.from_lengths([sides * n for n in tokens], [sides * (n // 2) for n in tokens], tokens)
 
 
 def prepared(spec: TrainSpec, setting: Setting) -> Any:
@@ -119,7 +119,7 @@ def prepared(spec: TrainSpec, setting: Setting) -> Any:
 
     def rows() -> TokenRows:
         given = lengths(setting, spec.num_workers)
-        return TokenRows.of(
+        return TokenRows.from_pairs(
             [(rng.integers(3, 400, n).tolist(), [False] * (n - n // 2) + [True] * (n // 2)) for n in given]
         )
 
@@ -220,7 +220,7 @@ def main() -> None:
     if args.again:
         document = _again(args.again, args.base, model)
     else:
-        machine = Machine.here()
+        machine = Machine.detect()
         rows = []
         for setting in (one for one in SETTINGS if args.only in one.name):
             rows.append(compare(args.base, setting, model, machine, measured_apart(args.base, setting), args.times))

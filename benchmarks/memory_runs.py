@@ -28,7 +28,7 @@ from benchmarks.training_speed import questions
 from graftwork import base_model
 from graftwork.memory import RowSizes, predict_training
 from graftwork.model_shape import ModelShape
-from graftwork.plan import Machine, settle
+from graftwork.plan import Machine, resolve_auto
 from graftwork.training.spec import TrainSpec
 
 DOCS = "docs.jsonl"
@@ -89,9 +89,9 @@ def predicted(spec: TrainSpec) -> dict[str, Any]:
     from graftwork.training.data import prepare
     from graftwork.training.settled import sizes_of
 
-    shape, machine = ModelShape.from_config(base_model.resolve(spec.base).config), Machine.here().at(spec.quant)
+    shape, machine = ModelShape.from_config(base_model.resolve(spec.base).config), Machine.detect().at(spec.quant)
     rows: RowSizes = sizes_of(prepare(spec).train)
-    spec = settle(spec, shape, rows, machine).spec
+    spec = resolve_auto(spec, shape, rows, machine).spec
     plan = predict_training(spec, shape, rows, value_bytes=machine.value_bytes)
     tokens = {"rows": rows.count, "shortest": rows.shortest, "mean": round(rows.mean, 1), "longest": rows.longest}
     return {"peak_bytes_predicted": plan.peak_bytes, "parts": dict(plan.parts), "tokens": tokens,

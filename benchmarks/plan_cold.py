@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.record import Clock, figure, write
 from graftwork.cluster.backend import Job
-from graftwork.cluster.run_store import Ended, RunStore
+from graftwork.cluster.run_store import AttemptEnd, JobStore
 from graftwork.storage import json_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ MAIN = "from graftwork.cli import main; main()"
 
 def fill(root: str) -> None:
     """1,000 jobs as their drivers would have left them."""
-    runs, now = RunStore(root), time.time()
+    runs, now = JobStore(root), time.time()
     for number in range(JOBS):
         job = Job(f"job{number}", "exec", f"{number:064x}"[::-1], root, {"argv": ["true"]})
         runs.record(job, "local")
@@ -46,7 +46,7 @@ def fill(root: str) -> None:
         }
         runs.store.write_json(beat, *folder, "heartbeat.json")
         if number >= ALIVE + SILENT:
-            runs.end(job.job_id, 1, Ended(now, 0))
+            runs.end(job.job_id, 1, AttemptEnd(now, 0))
 
 
 def took(*command: str) -> tuple[float, float]:

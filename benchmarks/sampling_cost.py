@@ -22,7 +22,7 @@ from graftwork import base_model
 from graftwork.base_model import BaseSpec
 from graftwork.provenance import collect
 from graftwork.serving.engine.grammar import Grammar, GrammarText
-from graftwork.serving.engine.row import Row
+from graftwork.serving.engine.row import SamplerState
 from graftwork.serving.engine.sampler import choose
 from graftwork.serving.engine.types import SamplingParams
 from graftwork.serving.grammar import Grammars
@@ -61,12 +61,12 @@ def made_up_logits(rows: int, vocab: int) -> torch.Tensor:
     return -1.5 * torch.log1p(ranks_BV.float())
 
 
-def rows_of(kind: str, count: int, grammar: Grammar) -> list[Row]:
+def rows_of(kind: str, count: int, grammar: Grammar) -> list[SamplerState]:
     """Fresh rows behind their answers so far; rows with a grammar stand at its beginning."""
     rows = []
     for seed in range(count):
         params = SamplingParams(seed=seed, **KINDS[kind])
-        rows.append(Row(params, PROMPT, grammar=grammar if kind.endswith("grammar") else None))
+        rows.append(SamplerState(params, PROMPT, grammar=grammar if kind.endswith("grammar") else None))
         for token in ANSWER if rows[-1].matcher is None else ():
             rows[-1].take(token)
     return rows

@@ -185,7 +185,7 @@ def write_log(folder: Path, rows: int, size: int = 50_000) -> None:
     import pyarrow as pa
 
     from graftwork.serving.experiment.online.log_reader import SCHEMA
-    from graftwork.serving.experiment.online.segments import Segment, parquet_bytes
+    from graftwork.serving.experiment.online.segments import LogSegment, parquet_bytes
 
     rng = np.random.default_rng(0)
     units = rows // 2
@@ -209,7 +209,7 @@ def write_log(folder: Path, rows: int, size: int = 50_000) -> None:
                           else pa.nulls(2 * count, field.type) for field in SCHEMA})  # fmt: skip
         scores = pa.StructArray.from_arrays([pa.array(right[unit], mask=failed[unit] | ~answer)], ["right"])
         data = parquet_bytes(table.append_column("scores", scores))
-        (folder / Segment(1, number, number, 2 * count, "parquet").name).write_bytes(data)
+        (folder / LogSegment(1, number, number, 2 * count, "parquet").name).write_bytes(data)
 
 
 def _told(seen: Stopped, steps: int) -> dict[str, Any]:

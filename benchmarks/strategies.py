@@ -97,7 +97,9 @@ def one_rank(base: str, setting: Setting, rank: int, port: int) -> None:
     dist.init_process_group("gloo")
     rng = np.random.default_rng(0)
     rows = [(rng.integers(3, 8000, TOKENS).tolist(), [False] * 32 + [True] * 32) for _ in range(ROWS)]
-    data = PreparedData(train=TokenRows.of(rows), eval=None, dropped=0, dropped_eval=0, pad_id=2, fingerprint="")
+    data = PreparedData(
+        train=TokenRows.from_pairs(rows), eval=None, dropped=0, dropped_eval=0, pad_id=2, fingerprint=""
+    )
     seconds: list[float] = []
 
     def report(step: StepReport) -> bool:

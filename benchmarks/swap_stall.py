@@ -25,9 +25,9 @@ from benchmarks.traffic import ask, serving
 from graftwork import artifact
 from graftwork.base_model import ResolvedBase
 from graftwork.metrics import quantile
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
-from graftwork.serving.residency import Residency
+from graftwork.serving.residency import AdapterCache
 from graftwork.serving.spec import EngineSpec
 from graftwork.storage import Store
 
@@ -51,7 +51,7 @@ class Window:
 class Watched:
     """The 16 requests of one round; `decoding`: all of them have a token, `ended`: one of them has its last."""
 
-    def __init__(self, engine: Engine, tokens: int, turn: int) -> None:
+    def __init__(self, engine: NativeEngine, tokens: int, turn: int) -> None:
         self._stamps: dict[str, list[float]] = {f"w{turn}-{row}": [] for row in range(ROWS)}
         self.decoding, self.ended, self.all_ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._left = ROWS
@@ -89,7 +89,7 @@ class Watched:
 class Updates:
     """The task that is asked all the time, and updated in the windows of one kind."""
 
-    def __init__(self, engine: Engine, residency: Residency, store: Store, versions: list[str]) -> None:
+    def __init__(self, engine: NativeEngine, residency: AdapterCache, store: Store, versions: list[str]) -> None:
         self._engine, self._residency, self._store = engine, residency, store
         self._next = cycle(versions)
         self.swap_ms: list[float] = []
@@ -114,7 +114,7 @@ class Updates:
         self.swap_ms.append((time.perf_counter() - began) * 1e3)
 
 
-async def round_of(engine: Engine, updates: Updates, tokens: int, turn: int) -> tuple[Watched, list[Window]]:
+async def round_of(engine: NativeEngine, updates: Updates, tokens: int, turn: int) -> tuple[Watched, list[Window]]:
     """One life of the watched requests, in windows that take turns until the first of them ends."""
     watched = Watched(engine, tokens, turn)
     await watched.decoding.wait()
@@ -126,7 +126,7 @@ async def round_of(engine: Engine, updates: Updates, tokens: int, turn: int) -> 
 
 
 async def run(
-    engine: Engine, store: Store, digest: str, versions: list[str], args: argparse.Namespace
+    engine: NativeEngine, store: Store, digest: str, versions: list[str], args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """p99 and median of each round by kind of window, swaps a second, and what each swap took. Ends the engine."""
     found: dict[str, list[float]] = {f"{kind}_{name}": [] for kind in KINDS for name in ("p99_ms", "p50_ms", "per_s")}
@@ -152,7 +152,7 @@ def measured(resolved: ResolvedBase, dtype: torch.dtype, args: argparse.Namespac
         folders = base.write_adapters(base.linears(model), root / "weights", OTHERS + VERSIONS, dtype)
         store = Store(str(root / "store"))
         versions = [base.publish(store, resolved.digest, one, TASK) for one in folders[OTHERS:]]
-        engine = Engine(model, EngineSpec(max_batch=32, max_seq_len=256, num_threads=args.threads), "cpu")
+        engine = NativeEngine(model, EngineSpec(max_batch=32, max_seq_len=256, num_threads=args.threads), "cpu")
         for number in range(OTHERS):
             engine.load_adapter(f"other{number}", folders[number])
         return asyncio.run(run(engine, store, resolved.digest, versions, args))

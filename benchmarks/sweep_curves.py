@@ -23,7 +23,7 @@ from graftwork.training.job import NonFiniteLoss
 from graftwork.training.loop import run_steps
 from graftwork.training.steplog import StepReport
 from graftwork.tuning.run import Sweep
-from graftwork.tuning.search import Drawn
+from graftwork.tuning.search import FixedPoints
 from graftwork.tuning.space import digest
 from graftwork.tuning.spec import TuneSpec
 
@@ -71,8 +71,8 @@ def grid(task: str) -> TuneSpec:
 def record(task: str, out: Path) -> None:
     """Append a line for each point that is missing."""
     done = {row["trial_id"] for row in _lines(out)} if out.exists() else set()
-    sweep = Sweep.of(grid(task))
-    assert isinstance(sweep.search, Drawn)
+    sweep = Sweep.resolve(grid(task))
+    assert isinstance(sweep.search, FixedPoints)
     for values in sweep.search.points:
         trial_id = digest(values)
         if trial_id in done or (task == "full" and values["seed"] != SEEDS[0] and values["optim.lr"] not in AROUND):

@@ -57,7 +57,7 @@ def jobs(micro_batch: int, steps: int) -> dict[str, TrainJob]:
     }
     given = {"name": "together", "train": train, "space": space, "num_trials": 16, "steps": steps,
              "report_every": REPORT_EVERY, "eval_rows": 16, "scheduler": None, "max_concurrent": 1}  # fmt: skip
-    sweep = Sweep.of(config.validate(TuneSpec, given, where="benchmarks.together"))
+    sweep = Sweep.resolve(config.validate(TuneSpec, given, where="benchmarks.together"))
     return {json.dumps(values): sweep.job(values) for values in TRIALS}
 
 

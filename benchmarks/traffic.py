@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams
 from graftwork.serving.generation import Generation
-from graftwork.serving.residency import Residency
+from graftwork.serving.residency import AdapterCache
 from graftwork.serving.source import AdapterSource
 from graftwork.storage import Store
 
@@ -31,9 +31,9 @@ class Asked:
 
 
 @asynccontextmanager
-async def serving(engine: Engine, store: Store, digest: str) -> AsyncIterator[Residency]:
+async def serving(engine: NativeEngine, store: Store, digest: str) -> AsyncIterator[AdapterCache]:
     """The engine at work, with the adapters that the store has for this base, for the time of the block."""
-    residency = Residency(engine, AdapterSource(store, digest), max_bytes=engine.spec.host_cache_bytes)
+    residency = AdapterCache(engine, AdapterSource(store, digest), max_bytes=engine.spec.host_cache_bytes)
     engine.start()
     try:
         yield residency
@@ -42,7 +42,9 @@ async def serving(engine: Engine, store: Store, digest: str) -> AsyncIterator[Re
         residency.close()
 
 
-async def ask(engine: Engine, residency: Residency, ref: str | None, new: int = NEW, prompt: int = PROMPT) -> Asked:
+async def ask(
+    engine: NativeEngine, residency: AdapterCache, ref: str | None, new: int = NEW, prompt: int = PROMPT
+) -> Asked:
     """One greedy request of `new` tokens, of `ref` (`task@alias`) or of the base. Fails where the engine does."""
     number, began = next(_numbers), time.perf_counter()
     pin = await residency.pin(ref) if ref else None
@@ -59,7 +61,7 @@ async def ask(engine: Engine, residency: Residency, ref: str | None, new: int = 
 
 
 async def closed_loop(
-    engine: Engine, residency: Residency, refs: Sequence[str | None], concurrency: int
+    engine: NativeEngine, residency: AdapterCache, refs: Sequence[str | None], concurrency: int
 ) -> list[Asked]:
     """Asks all of `refs` in order, `concurrency` at a time."""
     queue: Iterator[str | None] = iter(refs)

@@ -40,10 +40,10 @@ def looped(spec: Any, times: int) -> list[dict[str, float]]:
     """Seconds of the loop in this process; the first call imports."""
     from graftwork.training.loop import run_steps
     from graftwork.tuning.run import Sweep
-    from graftwork.tuning.search import Drawn
+    from graftwork.tuning.search import FixedPoints
 
-    sweep, found = Sweep.of(spec), []
-    assert isinstance(sweep.search, Drawn)
+    sweep, found = Sweep.resolve(spec), []
+    assert isinstance(sweep.search, FixedPoints)
     for values in sweep.search.points[: times + 1]:
         began = time.perf_counter()
         result = run_steps(sweep.job(values), lambda _: True)

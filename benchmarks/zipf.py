@@ -22,8 +22,8 @@ from benchmarks import base
 from benchmarks.record import Clock, figure, ratios, write
 from benchmarks.traffic import NEW, PROMPT, Asked, closed_loop, serving, zipf
 from graftwork.metrics import quantile
-from graftwork.serving.engine.engine import Engine
-from graftwork.serving.residency import Residency
+from graftwork.serving.engine.engine import NativeEngine
+from graftwork.serving.residency import AdapterCache
 from graftwork.serving.spec import EngineSpec
 from graftwork.storage import Store
 
@@ -34,7 +34,7 @@ CONTENTS = 16
 
 
 async def measure(
-    engine: Engine, residency: Residency, tasks: Sequence[str], args: argparse.Namespace
+    engine: NativeEngine, residency: AdapterCache, tasks: Sequence[str], args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Tokens a second of each turn, by arm."""
     speeds: dict[str, list[float]] = defaultdict(list)
@@ -65,7 +65,7 @@ async def run(store: Store, digest: str, tasks: Sequence[str], model_folder: Pat
     spec = EngineSpec(
         max_batch=ROWS, max_seq_len=256, kv_tokens=16_384, host_cache_bytes=HOST_BYTES, num_threads=args.threads
     )
-    engine = Engine(base.load(model_folder), spec, "cpu")
+    engine = NativeEngine(base.load(model_folder), spec, "cpu")
     async with serving(engine, store, digest) as residency:
         speeds = await measure(engine, residency, tasks, args)
         waits = [

@@ -85,7 +85,7 @@ def token() -> str | None:
     return found
 
 
-def refused(on: str, why: str) -> ClusterError:
+def refusal_error(on: str, why: str) -> ClusterError:
     """The cluster is there but does not take us."""
     token = "a token is set" if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") else "none is"
     return ClusterError(

@@ -102,9 +102,9 @@ class Finding:
     level: Level
     where: str
     """Key of the spec, or path in an object."""
-    found: str
+    problem: str
     rule: str = ""
-    next_move: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class JobStatus:
         return self.state in ENDED
 
 
-class Backend(Protocol):
+class JobBackend(Protocol):
     """Runs jobs in one place. Every verb raises ClusterError when the place is out of reach or refuses us."""
 
     on: str

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from graftwork.cluster.run_store import SILENT_S, AttemptRecord, JobRecord, RunStore
+from graftwork.cluster.run_store import SILENT_S, AttemptRecord, JobRecord, JobStore
 from graftwork.errors import StorageError
 
 JOB = ("job", "kind", "on")
@@ -45,7 +45,7 @@ class JobMetrics(Collector):
     """What each scrape reads from the store. Ended attempts do not change, so each is read once."""
 
     def __init__(self, root: str) -> None:
-        self._runs = RunStore(root)
+        self._runs = JobStore(root)
         self._records: dict[str, JobRecord] = {}
         self._ended: dict[tuple[str, int], AttemptRecord] = {}
 

@@ -14,12 +14,12 @@ from graftwork.storage import Store
 ENVIRONMENT = "GRAFTWORK_ATTEMPT"
 """Tells the command that a driver runs whose attempt it is."""
 LOOK_S = 2.0
-"""Between two looks of `Lookout` into the store."""
+"""Between two looks of `FenceMonitor` into the store."""
 
 Word = Literal["overtaken", "cancel", "leave"]
 
 
-class Overtaken(RunError):
+class SupersededError(RunError):
     """Another attempt, or another driver of this one, has taken over: nothing may be committed here any more."""
 
 
@@ -33,7 +33,7 @@ class Fence:
     start: int
 
     @classmethod
-    def of_environment(cls) -> Self | None:
+    def from_environment(cls) -> Self | None:
         """The attempt that this process works for; None outside of a job."""
         told = os.environ.get(ENVIRONMENT)
         return cls(**json.loads(told)) if told else None
@@ -47,7 +47,7 @@ class Fence:
         """As it travels in the environment."""
         return json.dumps(asdict(self))
 
-    def overtaken(self, patience_s: float = 0.0) -> bool:
+    def superseded(self, patience_s: float = 0.0) -> bool:
         """Whether another one was started since: then nothing may be committed any more."""
         store = Store(self.root, patience_s)
         later_attempt = ("jobs", self.job_id, "attempts", f"{self.attempt + 1}.json")
@@ -56,16 +56,16 @@ class Fence:
 
     def require(self, patience_s: float = 0.0) -> None:
         """Raise Overtaken where another one was started: asked before anything is committed."""
-        if self.overtaken(patience_s):
-            raise Overtaken(
+        if self.superseded(patience_s):
+            raise SupersededError(
                 f"job {self.job_id}, attempt {self.attempt}, start {self.start}", "a later one has taken over",
                 "one attempt at a time commits", f"graftwork jobs status {self.job_id} --root {self.root}",
             )  # fmt: skip
 
-    def word(self, patience_s: float = 0.0) -> Word | None:
+    def stop_reason(self, patience_s: float = 0.0) -> FenceStopReason | None:
         """Why to end now; None while nothing says so."""
         store = Store(self.root, patience_s)
-        if self.overtaken(patience_s):
+        if self.superseded(patience_s):
             return "overtaken"
         if store.find_bytes(*self.folder, "cancel.json") is not None:
             return "cancel"
@@ -73,20 +73,20 @@ class Fence:
         return "leave" if leave is not None else None
 
 
-class Lookout:
+class FenceMonitor:
     """Looks into the store in a thread of its own, so that training never waits for it. Ends with its process."""
 
     def __init__(self, fence: Fence) -> None:
         self.fence, self._end = fence, threading.Event()
-        self.word: Word | None = None
-        threading.Thread(target=self._looking, name="lookout", daemon=True).start()
+        self.stop_reason: FenceStopReason | None = None
+        threading.Thread(target=self._poll, name="lookout", daemon=True).start()
 
     def close(self) -> None:
         """Look no more."""
         self._end.set()
 
-    def _looking(self) -> None:
-        while self.word is None and not self._end.is_set():
+    def _poll(self) -> None:
+        while self.stop_reason is None and not self._end.is_set():
             with contextlib.suppress(StorageError):  # an outage: nothing can be committed in it either
-                self.word = self.fence.word()
+                self.stop_reason = self.fence.stop_reason()
             self._end.wait(LOOK_S)

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import httpx
 
-from graftwork.cluster.address import REACH_S, host_and_port, is_loopback, refused, token
+from graftwork.cluster.address import REACH_S, host_and_port, is_loopback, refusal_error, token
 from graftwork.errors import ClusterError, RunError
 
 ANSWER_S = 10.0
@@ -72,9 +72,9 @@ class JobsApi:
             try:
                 self.ask("POST", "/api/jobs/", json=request, timeout=SUBMIT_S)
             except ClusterError as error:
-                if "already exists" in error.found:
+                if "already exists" in error.problem:
                     return
-                if "No available agent" not in error.found or time.monotonic() > end:
+                if "No available agent" not in error.problem or time.monotonic() > end:
                     raise
                 time.sleep(POLL_S)
             else:
@@ -126,7 +126,7 @@ class JobsApi:
         if missing and answer.status_code == 404:
             return None
         if answer.status_code in (401, 403):
-            raise refused(self.on, f"{answer.status_code} {answer.text}")
+            raise refusal_error(self.on, f"{answer.status_code} {answer.text}")
         if answer.is_success and _is_json(answer):
             return answer
         if answer.status_code < 500 and not (answer.status_code == 400 and path.startswith("/api/jobs")):

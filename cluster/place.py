@@ -13,7 +13,7 @@ from graftwork.cluster.target_machines import TargetMachines
 
 
 @dataclass(frozen=True)
-class Seen:
+class ObservedState:
     """An attempt as its place shows it, in KubeRay's words (RayJob's status); other places use `job_status` alone."""
 
     job_status: str = ""
@@ -26,7 +26,7 @@ class Seen:
     message: str = ""
 
 
-class Place(Protocol):
+class JobTarget(Protocol):
     """Each call raises ClusterError when the place is out of reach or refuses us, within some 10 s."""
 
     on: str
@@ -46,7 +46,7 @@ class Place(Protocol):
     def start(self, attempt: Attempt) -> None:
         """Have the attempt's driver run here: get-or-create by `attempt.id`, at any number of callers at once."""
 
-    def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
+    def observe(self, attempt_ids: Collection[str]) -> dict[str, ObservedState]:
         """What it shows of them, those it does not know left out. One round trip for all, however many."""
 
     def stop(self, attempt_id: str) -> None:

@@ -31,13 +31,13 @@ def probe_store(root: str) -> list[Finding]:
 
 def _failed(store: Store, error: StorageError) -> Finding:
     if isinstance(error, StoreUnreachable):
-        return _finding("E-STORE-UNREACHABLE", store, error.found, "all of a job reach its store", error.next_move)
+        return _finding("E-STORE-UNREACHABLE", store, error.problem, "all of a job reach its store", error.hint)
     if isinstance(error.__cause__, PermissionError):
-        return _finding("E-STORE-DENIED", store, f"{error.asked}: {error.found}",
-                        "a job reads, writes, lists and deletes below its root", error.next_move)  # fmt: skip
-    if "NotImplemented" in error.found:
+        return _finding("E-STORE-DENIED", store, f"{error.subject}: {error.problem}",
+                        "a job reads, writes, lists and deletes below its root", error.hint)  # fmt: skip
+    if "NotImplemented" in error.problem:
         return _unconditional(store, "it knows no put with If-None-Match: *")
-    return _finding("E-STORE-FAILS", store, f"{error.asked}: {error.found}", error.rule, error.next_move)
+    return _finding("E-STORE-FAILS", store, f"{error.subject}: {error.problem}", error.rule, error.hint)
 
 
 def _unconditional(store: Store, found: str) -> Finding:

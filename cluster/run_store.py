@@ -77,7 +77,7 @@ class Heartbeat:
 
 
 @dataclass(frozen=True)
-class Ended:
+class AttemptEnd:
     """ended.json."""
 
     at: float
@@ -100,7 +100,7 @@ class AttemptRecord:
     """When the first driver started."""
     heartbeat: Heartbeat | None
     cancel: StopReason | None
-    ended: Ended | None
+    ended: AttemptEnd | None
     silent_s: float | None = None
     """Since a driver was last heard, or started, by the store's clock alone. None before the first."""
     clock_off_s: float = 0.0
@@ -117,7 +117,7 @@ class Event:
     facts: Mapping[str, Any]
 
 
-class RunStore:
+class JobStore:
     """The jobs of one root. Cheap to build. Raises StorageError, StoreUnreachable."""
 
     def __init__(self, root: str, patience_s: float = 0.0) -> None:
@@ -203,7 +203,7 @@ class RunStore:
         off = beat.at - (now - ages[here, "heartbeat.json"]) if beat is not None else 0.0
         return AttemptRecord(
             number, now - ages[("attempts", f"{number}.json")], now - starts[-1] if starts else None, beat,
-            cancel["reason"] if cancel else None, Ended(**ended) if ended else None, min(heard, default=None), off,
+            cancel["reason"] if cancel else None, AttemptEnd(**ended) if ended else None, min(heard, default=None), off,
         )  # fmt: skip
 
     def logs(self, job_id: str, number: int, shown: dict[str, int] | None = None) -> Iterator[str]:
@@ -238,11 +238,11 @@ class RunStore:
         reason: StopReason | None = json.loads(asked)["reason"] if asked is not None else None
         return reason
 
-    def end(self, job_id: str, number: int, ended: Ended) -> None:
+    def end(self, job_id: str, number: int, ended: AttemptEnd) -> None:
         """How it ended, written by whoever knows first; what stands stays."""
         self.store.create_bytes(json_bytes(asdict(ended)), "jobs", job_id, f"a{number}", "ended.json")
 
 
-def attempt_of(store: RunStore, job_id: str, number: int) -> Attempt:
+def attempt_of(store: JobStore, job_id: str, number: int) -> Attempt:
     """The attempt with its job, as it was recorded."""
     return Attempt(store.job(job_id).job(store.store.uri, store.spec(job_id)), number)

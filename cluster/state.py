@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graftwork.cluster.backend import JobState
-from graftwork.cluster.place import Seen
+from graftwork.cluster.place import ObservedState
 from graftwork.cluster.run_store import SILENT_S, AttemptRecord
 
 ARRIVES_S = 120.0
@@ -30,7 +30,7 @@ Cause = Literal["", "lost", "preempted", "oom", "failed"]
 
 
 @dataclass(frozen=True)
-class Judged:
+class DerivedState:
     """A state and what it was judged by, for people."""
 
     state: JobState
@@ -38,7 +38,7 @@ class Judged:
     cause: Cause = ""
 
 
-def judge(record: AttemptRecord, seen: Seen | None, now: float) -> Judged:
+def derive_state(record: AttemptRecord, seen: ObservedState | None, now: float) -> DerivedState:
     """The state of an attempt. `seen` is None where its place does not know it; `now` by the reader's clock."""
     if record.ended is not None:
         return _by_its_end(record)
@@ -46,49 +46,53 @@ def judge(record: AttemptRecord, seen: Seen | None, now: float) -> Judged:
         return _unknown_to_its_place(record, now)
     if seen.deployment_status in HELD_BACK:
         state: JobState = "suspended" if record.started_at is not None else "queued"
-        return Judged(state, f"its place holds it back{_asked(record)}{_said(seen)}")
+        return DerivedState(state, f"its place holds it back{_stop_note(record)}{_reason_note(seen)}")
     if seen.deployment_status in COMES_UP:
-        return _heard(record) or Judged("pending", f"its cluster comes up{_again(record)}{_asked(record)}{_said(seen)}")
+        return _from_heartbeat(record) or DerivedState(
+            "pending", f"its cluster comes up{_again_note(record)}{_stop_note(record)}{_reason_note(seen)}"
+        )
     if seen.deployment_status == SERVES:
-        return Judged("running", f"it serves{_asked(record)}{_said(seen)}")
+        return DerivedState("running", f"it serves{_stop_note(record)}{_reason_note(seen)}")
     if seen.job_status == "SUCCEEDED":
-        return Judged("succeeded", "its place says so; the driver's own word is missing")
+        return DerivedState("succeeded", "its place says so; the driver's own word is missing")
     if seen.deployment_status in OVER or seen.job_status in ("FAILED", "STOPPED"):
         return _ended_there(record, seen)
     if record.silent_s is None:
-        return Judged("pending", f"it waits for its driver{_asked(record)}{_said(seen)}")
-    return _heard(record) or _lost(record, f"its driver was last heard {record.silent_s:.0f} s ago{_said(seen)}")
+        return DerivedState("pending", f"it waits for its driver{_stop_note(record)}{_reason_note(seen)}")
+    return _from_heartbeat(record) or _lost_state(
+        record, f"its driver was last heard {record.silent_s:.0f} s ago{_reason_note(seen)}"
+    )
 
 
-def _by_its_end(record: AttemptRecord) -> Judged:
+def _by_its_end(record: AttemptRecord) -> DerivedState:
     ended = record.ended
     assert ended is not None
     if ended.reason == "user":
-        return Judged("cancelled", f"cancelled by a person{_more(ended.message)}")
+        return DerivedState("cancelled", f"cancelled by a person{_more(ended.message)}")
     if ended.reason is not None:
-        return Judged("stopped", f"stopped by its limit: {ended.reason}{_more(ended.message)}")
+        return DerivedState("stopped", f"stopped by its limit: {ended.reason}{_more(ended.message)}")
     if ended.exit_code == 0:
-        return Judged("succeeded", "exit code 0")
+        return DerivedState("succeeded", "exit code 0")
     if ended.out_of_memory:
-        return Judged("failed", f"out of memory, exit code {ended.exit_code}{_more(ended.message)}", "oom")
+        return DerivedState("failed", f"out of memory, exit code {ended.exit_code}{_more(ended.message)}", "oom")
     if HEAD_GONE in ended.message:
-        return Judged("failed", f"the head of its Ray died under it{_more(ended.message)}", "lost")
-    return Judged("failed", ended.message or f"exit code {ended.exit_code}", "failed")
+        return DerivedState("failed", f"the head of its Ray died under it{_more(ended.message)}", "lost")
+    return DerivedState("failed", ended.message or f"exit code {ended.exit_code}", "failed")
 
 
-def _unknown_to_its_place(record: AttemptRecord, now: float) -> Judged:
-    heard = _heard(record)
+def _unknown_to_its_place(record: AttemptRecord, now: float) -> DerivedState:
+    heard = _from_heartbeat(record)
     if heard is not None:
-        return Judged("running", f"{heard.why}{_from(record)}, though its place does not show it")
+        return DerivedState("running", f"{heard.why}{_from(record)}, though its place does not show it")
     if record.cancel is not None:
         return _cancelled(record)
     if record.silent_s is not None:
         heard_at = f"its driver was last heard {record.silent_s:.0f} s ago{_from(record)}"
-        return _lost(record, f"{heard_at}, and its place does not know it")
+        return _lost_state(record, f"{heard_at}, and its place does not know it")
     waited_s = now - record.submitted_at
     if waited_s <= ARRIVES_S:
-        return Judged("submitted", "recorded; its place does not show it yet")
-    return Judged("lost", f"submitted {waited_s:.0f} s ago, and its place does not know it", "lost")
+        return DerivedState("submitted", "recorded; its place does not show it yet")
+    return DerivedState("lost", f"submitted {waited_s:.0f} s ago, and its place does not know it", "lost")
 
 
 def _from(record: AttemptRecord) -> str:
@@ -96,45 +100,49 @@ def _from(record: AttemptRecord) -> str:
     return f" on {record.heartbeat.host}" if record.heartbeat is not None else ""
 
 
-def _ended_there(record: AttemptRecord, seen: Seen) -> Judged:
+def _ended_there(record: AttemptRecord, seen: ObservedState) -> DerivedState:
     """The driver writes its own end before its place can know of one: without it, it died."""
     if record.cancel is not None:
         return _cancelled(record)
     if seen.job_status == "STOPPED":
-        return Judged("cancelled", f"stopped by hand in its place{_said(seen)}")
+        return DerivedState("cancelled", f"stopped by hand in its place{_reason_note(seen)}")
     if seen.reason.endswith("DeadlineExceeded"):
-        return Judged("stopped", f"stopped by its place{_said(seen)}")
+        return DerivedState("stopped", f"stopped by its place{_reason_note(seen)}")
     if record.silent_s is not None:
-        return _lost(record, f"its driver died without a word{_said(seen)}")
-    return Judged("failed", f"its place says {seen.deployment_status or seen.job_status}{_said(seen)}", "failed")
+        return _lost_state(record, f"its driver died without a word{_reason_note(seen)}")
+    return DerivedState(
+        "failed", f"its place says {seen.deployment_status or seen.job_status}{_reason_note(seen)}", "failed"
+    )
 
 
-def _heard(record: AttemptRecord) -> Judged | None:
+def _from_heartbeat(record: AttemptRecord) -> DerivedState | None:
     """Running, where its driver was heard of late."""
     if record.silent_s is None or record.silent_s > SILENT_S:
         return None
     what = "was heard" if record.heartbeat is not None else "started"
     leaving = "; its machine is being taken away" if record.heartbeat and record.heartbeat.leaving else ""
-    return Judged("running", f"its driver {what} {record.silent_s:.0f} s ago{leaving}{_asked(record)}{_clock(record)}")
+    return DerivedState(
+        "running", f"its driver {what} {record.silent_s:.0f} s ago{leaving}{_stop_note(record)}{_clock(record)}"
+    )
 
 
-def _lost(record: AttemptRecord, why: str) -> Judged:
+def _lost_state(record: AttemptRecord, why: str) -> DerivedState:
     if record.heartbeat is not None and record.heartbeat.leaving:
-        return Judged("lost", f"{why}; its machine was taken away", "preempted")
-    return Judged("lost", f"{why}{_clock(record)}", "lost")
+        return DerivedState("lost", f"{why}; its machine was taken away", "preempted")
+    return DerivedState("lost", f"{why}{_clock(record)}", "lost")
 
 
-def _cancelled(record: AttemptRecord) -> Judged:
+def _cancelled(record: AttemptRecord) -> DerivedState:
     if record.cancel == "user":
-        return Judged("cancelled", "cancelled by a person")
-    return Judged("stopped", f"stopped by its limit: {record.cancel}")
+        return DerivedState("cancelled", "cancelled by a person")
+    return DerivedState("stopped", f"stopped by its limit: {record.cancel}")
 
 
-def _asked(record: AttemptRecord) -> str:
+def _stop_note(record: AttemptRecord) -> str:
     return f"; asked to end: {record.cancel}" if record.cancel else ""
 
 
-def _again(record: AttemptRecord) -> str:
+def _again_note(record: AttemptRecord) -> str:
     return " again" if record.started_at is not None else ""
 
 
@@ -149,6 +157,6 @@ def _more(message: str) -> str:
     return f": {message}" if message else ""
 
 
-def _said(seen: Seen) -> str:
+def _reason_note(seen: ObservedState) -> str:
     said = ": ".join(part for part in (seen.reason, seen.message.strip()) if part)
     return f" ({said})" if said else ""

@@ -11,20 +11,20 @@ import yaml
 from graftwork.cluster.backend import Attempt, Finding, Job, JobPlan, JobStatus, attempt_id
 from graftwork.cluster.cost import most_usd, predicted_usd
 from graftwork.cluster.inputs import send
-from graftwork.cluster.place import Place, Seen
+from graftwork.cluster.place import JobTarget, ObservedState
 from graftwork.cluster.probe import probe_store
 from graftwork.cluster.run_store import (
     HEARTBEAT_S,
     SAVES,
+    AttemptEnd,
     AttemptRecord,
-    Ended,
     JobRecord,
-    RunStore,
+    JobStore,
     StopReason,
     attempt_of,
 )
 from graftwork.cluster.spec import ClusterSpec, quantity
-from graftwork.cluster.state import judge
+from graftwork.cluster.state import derive_state
 from graftwork.cluster.target_machines import TargetMachines
 from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError, StorageError
 
@@ -40,8 +40,8 @@ SURE_S = 3 * HEARTBEAT_S
 class StoredBackend:
     """`Backend` of one place and one store. Cheap to build: nothing is reached before the first verb."""
 
-    def __init__(self, place: Place, root: str) -> None:
-        self.place, self.runs, self.on = place, RunStore(root), place.on
+    def __init__(self, place: JobTarget, root: str) -> None:
+        self.place, self.runs, self.on = place, JobStore(root), place.on
 
     def machines(self, cluster: ClusterSpec) -> TargetMachines:
         """The machines that workers of a job may get in its place."""
@@ -136,12 +136,12 @@ class StoredBackend:
         now = time.time()
         return [_status(record, attempts[record.job_id], seen, now) for record in records]
 
-    def _observe(self, attempt_ids: Sequence[str]) -> Mapping[str, Seen]:
+    def _observe(self, attempt_ids: Sequence[str]) -> Mapping[str, ObservedState]:
         """What the place shows; while it is out of reach, that it is: the heartbeat alone judges then."""
         try:
             return self.place.observe(attempt_ids)
         except ClusterError as error:
-            away = Seen(message=f"its place does not answer: {error.found or error.asked}")
+            away = ObservedState(message=f"its place does not answer: {error.problem or error.subject}")
             return dict.fromkeys(attempt_ids, away)
 
     def _confirmed(self, job_id: str) -> JobStatus:
@@ -180,7 +180,9 @@ class StoredBackend:
         if status.state == "running":
             self._await_end(job_id, CLEAN_END_S if status.kind not in SAVES else SAVED_END_S)
         self.place.stop(f"{job_id}-a{number}")
-        self.runs.end(job_id, number, Ended(time.time(), 1, reason, "it was lost" if status.state == "lost" else ""))
+        self.runs.end(
+            job_id, number, AttemptEnd(time.time(), 1, reason, "it was lost" if status.state == "lost" else "")
+        )
         return self.status(job_id)
 
     def _await_end(self, job_id: str, timeout_s: float) -> None:
@@ -214,8 +216,8 @@ def refuse(job: Job, findings: Sequence[Finding]) -> None:
         raise PreflightError(f"{job.kind} {job.name}", errors)
 
 
-def _status(record: JobRecord, attempt: AttemptRecord, seen: Mapping[str, Seen], now: float) -> JobStatus:
-    judged = judge(attempt, seen.get(f"{record.job_id}-a{attempt.number}"), now)
+def _status(record: JobRecord, attempt: AttemptRecord, seen: Mapping[str, ObservedState], now: float) -> JobStatus:
+    judged = derive_state(attempt, seen.get(f"{record.job_id}-a{attempt.number}"), now)
     ended, beat = attempt.ended, attempt.heartbeat
     return JobStatus(
         record.job_id, attempt.number, judged.state, judged.why,

@@ -43,4 +43,4 @@ class TargetMachines:
         if gpus_per_worker:
             gpu = self.smallest_gpu
             return None if gpu is None else Machine.with_gpus(gpu)
-        return replace(Machine.here(), cores=max(int(self.cpus), 1), memory_bytes=self.memory_bytes)
+        return replace(Machine.detect(), cores=max(int(self.cpus), 1), memory_bytes=self.memory_bytes)

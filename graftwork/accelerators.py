@@ -39,7 +39,7 @@ class Accelerators:
         return f"{self.owner} has {'GPUs' if self.count else 'no GPU'}"
 
 
-def counted(gpus: Gpus) -> float:
+def resolved_count(gpus: Gpus) -> float:
     """The number of a resolved key. `auto` that nothing has resolved counts as none."""
     return 0.0 if gpus == AUTO else float(gpus)
 
@@ -54,7 +54,7 @@ def gpu_key(spec: Spec) -> str | None:
 def gpus_of(spec: Spec) -> float:
     """GPUs of a worker of the stage; 0 for a stage without such a key."""
     key = gpu_key(spec)
-    return 0.0 if key is None else counted(_value(spec, key))
+    return 0.0 if key is None else resolved_count(_value(spec, key))
 
 
 def is_auto(spec: Spec) -> bool:

@@ -50,7 +50,7 @@ def open_adapter(store: Store, task: str, ref: str) -> AdapterManifest:
         )
     expected = {name: entry.size_bytes for name, entry in manifest.files.items()}
     wrong = [
-        f"{name}: {_said(sizes, name)}, the manifest says {_said(expected, name)}"
+        f"{name}: {_format(sizes, name)}, the manifest says {_format(expected, name)}"
         for name in sorted(expected.keys() | sizes.keys())
         if sizes.get(name, -1) != expected.get(name, -1)
     ]
@@ -79,7 +79,7 @@ def verify(store: Store, task: str, ref: str) -> list[str]:
         manifest = open_adapter(store, task, version)
         return _content_problems(manifest, read_files(store, manifest))
     except ArtifactError as error:
-        return [error.found]
+        return [error.problem]
 
 
 def open_sound(store: Store, task: str, version: str) -> AdapterManifest:
@@ -163,7 +163,7 @@ def _split(name: str) -> tuple[str, str]:
     return task, ref
 
 
-def _said(sizes: Mapping[str, int | None], name: str) -> str:
+def _format(sizes: Mapping[str, int | None], name: str) -> str:
     if name not in sizes:
         return "no such file"
     return "a folder" if sizes[name] is None else f"{sizes[name]} bytes"

@@ -303,7 +303,7 @@ def _from_folder(
 ) -> tuple[Any, bool]:
     """The model, and whether it came quantised out of the cache: then its file holds nothing but what it keeps."""
     if quant.kind == "nf4" and device == "cpu" and base_quantised.worth_keeping(resolved.folder):
-        folder = base_quantised.kept(
+        folder = base_quantised.cache_quantised(
             resolved.folder, settings.to_dict(), lambda: _read(resolved.folder, {}, settings, device, dtype)
         )
         return _read(folder, resolved.overrides, None, device, dtype), True

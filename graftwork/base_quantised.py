@@ -26,7 +26,7 @@ def worth_keeping(base: Path) -> bool:
     return sum(path.stat().st_size for path in base.glob("*.safetensors")) >= WORTH_BYTES
 
 
-def kept(base: Path, settings: dict[str, Any], quantise: Callable[[], Any]) -> Path:
+def cache_quantised(base: Path, settings: dict[str, Any], quantise: Callable[[], Any]) -> Path:
     """Folder in Hugging Face form of the base in folder `base`, quantised with `settings` by `quantise()`: a model.
 
     Raises BaseModelError where the folder's digest is no longer the one it was made with, or the disk is full.

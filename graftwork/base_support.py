@@ -32,7 +32,7 @@ class Support:
     def supported(self) -> bool:
         return not self.reason
 
-    def said(self) -> str:
+    def format_cell(self) -> str:
         """As a cell of a table."""
         return "yes" if self.supported else f"no: {self.reason}"
 
@@ -55,7 +55,7 @@ class BaseSupport:
     train_packed: Support = YES
     """Training with int8 and nf4."""
 
-    def said(self) -> str:
+    def format_line(self) -> str:
         """As a line of a plan: the stages that support the base, and the reason of each that does not."""
         known = ", ".join(stage for stage in STAGES if self.stages[stage].supported)
         reasons = "".join(

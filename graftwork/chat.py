@@ -15,8 +15,21 @@ from graftwork.chat_template import Template, Turn
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError, DataError
 
-__all__ = ["Message", "Passage", "Prompt", "PromptSpec", "Rendered", "Role", "Template", "cited_ids", "fitting",
-           "one_turn_rows", "question_of", "render", "training_rows"]  # fmt: skip
+__all__ = [
+    "Message",
+    "Passage",
+    "Prompt",
+    "PromptSpec",
+    "Rendered",
+    "Role",
+    "Template",
+    "cited_passage_ids",
+    "fit_passages",
+    "one_turn_rows",
+    "render",
+    "rerank_prompt",
+    "training_rows",
+]  # fmt: skip
 
 _CITATION = re.compile(r"\[(\d{1,4})\]")
 
@@ -132,14 +145,14 @@ def one_turn_rows(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
     return [tuple(messages[: end + 1]) for end, message in enumerate(messages) if message.role == "assistant"]
 
 
-def user_turn(question: str, context: Sequence[Passage], header: str, citations: bool = False) -> str:
+def format_user_turn(question: str, context: Sequence[Passage], header: str, citations: bool = False) -> str:
     """The last user turn: passages one a line, an empty line, the question. The one form, for training and serving."""
     if not context:
         return question
     return _context_block(context, header, citations) + "\n\n" + question
 
 
-def fitting(
+def fit_passages(
     context: Sequence[Passage], template: Template, prompt: Prompt, max_tokens: int | None
 ) -> tuple[tuple[Passage, ...], tuple[Passage, ...]]:
     """(passages that come to the model, passages left out): the best first as far as the room goes, each one whole.
@@ -157,13 +170,13 @@ def fitting(
     return tuple(kept), tuple(passage for passage in context if passage not in kept)
 
 
-def cited_ids(text: str, context_ids: Sequence[str]) -> tuple[str, ...]:
+def cited_passage_ids(text: str, context_ids: Sequence[str]) -> tuple[str, ...]:
     """Ids of the passages that an answer cites as `[1]`, in the order of the passages; other numbers cite nothing."""
     numbers = {int(number) for number in _CITATION.findall(text)}
     return tuple(identity for number, identity in enumerate(context_ids, start=1) if number in numbers)
 
 
-def question_of(passage: Passage) -> tuple[Message, ...]:
+def rerank_prompt(passage: Passage) -> tuple[Message, ...]:
     """The prompt behind which the likelihood of a question says how well the passage answers it."""
     return (Message("user", f"{' '.join(passage.text.split())}\n\nWrite a question that this text answers."),)
 
@@ -185,7 +198,7 @@ def _assemble(messages: Sequence[Message], prompt: Prompt, context: Sequence[Pas
     asked = max((i for i, m in enumerate(own) if m.role == "user"), default=None)
     if asked is None:
         raise DataError("conversation", "it has no user turn", "a conversation has at least one user turn")
-    own[asked] = Message("user", user_turn(own[asked].content, context, prompt.context_header, prompt.citations))
+    own[asked] = Message("user", format_user_turn(own[asked].content, context, prompt.context_header, prompt.citations))
     opening: list[Turn] = [] if system is None else [("system", system)]
     opening += [(m.role, m.content) for shot in prompt.shots for m in shot]
     return opening + [(m.role, m.content) for m in own], len(opening)

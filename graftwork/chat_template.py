@@ -106,7 +106,7 @@ class Template:
             raise BaseModelError(f"tokenizer of {folder}", f"it cannot be read ({error})") from error
         except DataError as error:
             raise BaseModelError(
-                f"chat template of {folder}", error.found, "question and answer must be allowed"
+                f"chat template of {folder}", error.problem, "question and answer must be allowed"
             ) from error
 
     def on(self, day: date | None) -> Self:

@@ -65,7 +65,7 @@ def is_same_place(a: str, b: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DatasetRow:
     """One conversation. `doc_id` is its gold passage, `gold` the right answer as an object.
 
     `given_fields` names the fields of `gold` that the question states.
@@ -93,12 +93,12 @@ def key_check(need: Need, also: Iterable[str] = ()) -> KeyCheck:
     return KeyCheck(CONVERSATION.union(also), loss=need == "train")
 
 
-def read_rows(uri: str, *, limit: int | None = None, need: Need, keys: KeyCheck | None = None) -> list[Row]:
+def read_rows(uri: str, *, limit: int | None = None, need: Need, keys: KeyCheck | None = None) -> list[DatasetRow]:
     """As `iter_rows`, all at once."""
     return list(iter_rows(uri, limit=limit, need=need, keys=keys))
 
 
-def iter_rows(uri: str, *, limit: int | None = None, need: Need, keys: KeyCheck | None = None) -> Iterator[Row]:
+def iter_rows(uri: str, *, limit: int | None = None, need: Need, keys: KeyCheck | None = None) -> Iterator[DatasetRow]:
     """Rows in order, one after another: `{"messages": [...]}` or `{"prompt": "...", "completion": "..."}` a record.
 
     The dataset is all that `graftwork.records` reads. `id` (else the row number), `doc_id`, `gold` and `given_fields`
@@ -193,7 +193,7 @@ def passage_keys(known: Iterable[str] = DOCUMENT) -> KeyCheck:
     return KeyCheck(known, prompt=False, loss=False)
 
 
-def fingerprint(rows: Iterable[Row]) -> str:
+def fingerprint(rows: Iterable[DatasetRow]) -> str:
     """sha256 hex over the canonical rows, in order: equal rows, equal fingerprint, however they were written."""
     digest = hashlib.sha256()
     for row in rows:
@@ -230,7 +230,7 @@ def read_text(uri: str) -> str:
         raise DataError(f"{uri} row {row}", f"it is not UTF-8 ({error.reason})", "data files are UTF-8") from error
 
 
-def _row(record: dict[str, Any], where: str, default_id: str, need: Need) -> Row:
+def _row(record: dict[str, Any], where: str, default_id: str, need: Need) -> DatasetRow:
     gold = record.get("gold")
     if gold is not None and not isinstance(gold, dict):
         raise DataError(f"{where}: gold", f"found {kind_of(gold)}", "gold is the right answer as a JSON object")
@@ -247,7 +247,7 @@ def _row(record: dict[str, Any], where: str, default_id: str, need: Need) -> Row
     doc_id = record.get("doc_id")
     if doc_id is not None and not isinstance(doc_id, str | int):
         raise DataError(f"{where}: doc_id", f"found {kind_of(doc_id)}", "doc_id is the id of a passage")
-    return Row(
+    return DatasetRow(
         id=_identity(record, where, default_id),
         messages=_messages(record, where, need),
         doc_id=None if doc_id is None else str(doc_id),
@@ -308,7 +308,7 @@ def _message(turn: Any, where: str) -> Message:
     return Message(role, _string(turn, "content", where + ".", may_be_empty=role == "system"))
 
 
-def _check_need(row: Row, need: Need, where: str) -> None:
+def _check_need(row: DatasetRow, need: Need, where: str) -> None:
     if need == "train" and row.answer is None:
         raise DataError(f"{where}: messages", "the last turn is the user's", "a row to learn from ends with the "
                         "assistant's turn", "add the answer as the last turn")  # fmt: skip

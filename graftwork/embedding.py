@@ -69,7 +69,7 @@ class EmbedderSpec(Spec):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EmbeddingRecipe:
     """How hidden states become one vector."""
 
     pooling: Literal["mean", "cls"]
@@ -143,7 +143,7 @@ def _local_or_hub(uri: str) -> Path:
     return place if place.exists() else from_hub(uri) or place
 
 
-def read_recipe(folder: Path) -> Recipe:
+def read_recipe(folder: Path) -> EmbeddingRecipe:
     """What the folder says of pooling, length and normalising. Raises BaseModelError where it asks for more."""
     kinds = [str(module["type"]).rpartition(".")[2] for module in _json(folder / "modules.json", [])]
     kinds = kinds or ["Transformer", "Pooling", "Normalize"]
@@ -159,7 +159,7 @@ def read_recipe(folder: Path) -> Recipe:
     longest = _json(folder / "config.json", {}).get("max_position_embeddings", 512)
     longest = _json(folder / "sentence_bert_config.json", {}).get("max_seq_length") or longest
     mode: Literal["mean", "cls"] = "mean" if _POOLINGS[modes[0]] == "mean" else "cls"
-    return Recipe(mode, "Normalize" in kinds, int(longest))
+    return EmbeddingRecipe(mode, "Normalize" in kinds, int(longest))
 
 
 class Embedder:

@@ -28,14 +28,14 @@ class GraftworkError(Exception):
         self, asked: str, found: str = "", rule: str = "", next_move: str = "", also: Sequence[str] = ()
     ) -> None:
         """`also`: further problems of the same input, one line each."""
-        self.asked, self.found, self.rule, self.next_move, self.also = asked, found, rule, next_move, tuple(also)
+        self.subject, self.problem, self.rule, self.hint, self.also = asked, found, rule, next_move, tuple(also)
         super().__init__(self.text())
 
     def text(self) -> str:
         """The message as shown: first what was asked and found, then the rule, then the next move."""
-        lines = [f"{type(self).__name__}: {self.asked}" + (f": {self.found}" if self.found else "")]
+        lines = [f"{type(self).__name__}: {self.subject}" + (f": {self.problem}" if self.problem else "")]
         lines += [f"  Rule: {self.rule}"] if self.rule else []
-        lines += [f"  Next: {self.next_move}"] if self.next_move else []
+        lines += [f"  Next: {self.hint}"] if self.hint else []
         lines += [f"  Also: {line}" for line in self.also]
         return "\n".join(lines)
 
@@ -43,7 +43,7 @@ class GraftworkError(Exception):
         return self.text()
 
     def __reduce__(self) -> tuple[type["GraftworkError"], tuple[str, str, str, str, tuple[str, ...]]]:
-        return type(self), (self.asked, self.found, self.rule, self.next_move, self.also)  # Ray pickles it
+        return type(self), (self.subject, self.problem, self.rule, self.hint, self.also)  # Ray pickles it
 
 
 class UserError(GraftworkError):
@@ -67,7 +67,7 @@ class PreflightError(ConfigError):
                          "; ".join(moves))  # fmt: skip
 
     def __reduce__(self) -> tuple[type["PreflightError"], tuple[str, tuple[Mapping[str, str], ...]]]:  # type: ignore[override]
-        return type(self), (self.asked, self.findings)
+        return type(self), (self.subject, self.findings)
 
 
 class DataError(UserError):

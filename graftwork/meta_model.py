@@ -306,5 +306,5 @@ def _pattern(name: str) -> str:
 def _first_line(error: Exception) -> str:
     """The problem that an error names, without its rule and hint; of a foreign one its kind too."""
     if isinstance(error, GraftworkError):
-        return error.found
+        return error.problem
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

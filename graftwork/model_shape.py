@@ -102,7 +102,7 @@ class ModelShape:
         """The linear layers of the whole model that get a LoRA."""
         return self.adapted[which]
 
-    def named(self, ends: tuple[str, ...]) -> tuple[Linear, ...]:
+    def match_layers(self, ends: tuple[str, ...]) -> tuple[Linear, ...]:
         """The linear layers whose path ends in one of the names, as PEFT matches them."""
         return tuple(x for x in self.linears if any(x.name.endswith(f".{end}") for end in ends))
 

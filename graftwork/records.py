@@ -105,7 +105,7 @@ def require_whole(text: str, where: str) -> None:
 
 
 def _jsonl(uri: str, path: Path) -> Iterator[Record]:
-    with _opened(uri, path) as lines:
+    with _open_file(uri, path) as lines:
         for number, line in enumerate(lines, start=1):
             text = _text(uri, number, line)
             if not text.strip():
@@ -120,7 +120,7 @@ def _jsonl(uri: str, path: Path) -> Iterator[Record]:
 
 
 def _csv(uri: str, path: Path) -> Iterator[Record]:
-    with _opened(uri, path) as raw:
+    with _open_file(uri, path) as raw:
         texts = (_text(uri, number, line) for number, line in enumerate(raw, start=0))  # row 1 is below the header
         reader = csv.DictReader(texts, strict=True)
         try:
@@ -141,7 +141,7 @@ def _parquet(uri: str, path: Path) -> Iterator[Record]:
 
     number = 0
     try:
-        with _opened(uri, path) as handle:
+        with _open_file(uri, path) as handle:
             for batch in pq.ParquetFile(handle).iter_batches(PARQUET_BATCH):
                 for record in batch.to_pylist():
                     number += 1
@@ -197,7 +197,7 @@ def _recipe_file(uri: str) -> Path:
     return folder / file
 
 
-def _opened(uri: str, path: Path) -> IO[bytes]:
+def _open_file(uri: str, path: Path) -> IO[bytes]:
     try:
         return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
     except OSError as error:

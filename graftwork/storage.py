@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from graftwork.errors import ConfigError, StorageError
 from graftwork.storage_local import TMP_PREFIX, LocalFiles, files_under
-from graftwork.storage_patient import Patient
+from graftwork.storage_patient import RetryingBackend
 from graftwork.storage_s3 import S3Objects, endpoint
 
 DEFAULT_ROOT = ".graftwork"
@@ -32,7 +32,7 @@ _FORMS = "write a path, file:///PATH or s3://BUCKET/PREFIX"
 _MAX_PART_BYTES = 255
 
 
-class Backend(Protocol):
+class StorageBackend(Protocol):
     """What a kind of storage does with whole paths or URIs. Each call raises StorageError and nothing else."""
 
     def read(self, path: str, /) -> bytes | None: ...
@@ -59,9 +59,9 @@ class Store:
     def __init__(self, root: str, patience_s: float = 0.0) -> None:
         self.uri, self._patience_s = _normalise(root), patience_s
         self.is_local = not self.uri.startswith("s3://")
-        self._backend: Backend = LocalFiles() if self.is_local else S3Objects()
+        self._backend: StorageBackend = LocalFiles() if self.is_local else S3Objects()
         if patience_s and not self.is_local:
-            self._backend = Patient(self._backend, patience_s)
+            self._backend = RetryingBackend(self._backend, patience_s)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -72,7 +72,7 @@ class Store:
             self._patience_s,
         )  # a client is never sent to another process, its environment opens its own
 
-    def patient(self, patience_s: float) -> "Store":
+    def with_retries(self, patience_s: float) -> "Store":
         """The same root, each call tried again for so long while its server cannot be reached."""
         return Store(self.uri, patience_s)
 
@@ -225,7 +225,7 @@ class RunPaths:
 
     def patiently(self, patience_s: float) -> "RunPaths":
         """The same run on a store that waits out an outage."""
-        return RunPaths(self.store.patient(patience_s), self.name, self.digest, self.inside)
+        return RunPaths(self.store.with_retries(patience_s), self.name, self.digest, self.inside)
 
     def spec(self) -> tuple[str, ...]:
         """The resolved spec."""

@@ -24,21 +24,21 @@ class LocalFiles:
     """A disk. Paths are absolute; every failure is a StorageError."""
 
     def read(self, path: str) -> bytes | None:
-        with _explained("read", path):
+        with _as_storage_errors("read", path):
             try:
                 return Path(path).read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def write(self, path: str, data: bytes) -> None:
-        with _explained("write", path), _staged(path) as tmp:
+        with _as_storage_errors("write", path), _staged(path) as tmp:
             _write_synced(tmp, data)
             os.replace(tmp, path)
             _sync_folder(path)
 
     def create(self, path: str, data: bytes) -> bool:
         """A hard link is the one call that both fails on an existing name and shows only whole content."""
-        with _explained("create", path), _staged(path) as tmp:
+        with _as_storage_errors("create", path), _staged(path) as tmp:
             _write_synced(tmp, data)
             try:
                 os.link(tmp, path)
@@ -57,7 +57,7 @@ class LocalFiles:
         return True
 
     def append(self, path: str, line: bytes) -> None:
-        with _explained("append to", path):
+        with _as_storage_errors("append to", path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             try:
@@ -71,7 +71,7 @@ class LocalFiles:
                 os.close(fd)
 
     def exists(self, path: str) -> bool:
-        with _explained("look for", path):
+        with _as_storage_errors("look for", path):
             try:
                 os.stat(path)
             except (FileNotFoundError, NotADirectoryError):
@@ -79,7 +79,7 @@ class LocalFiles:
         return True
 
     def children(self, path: str) -> dict[str, int | None]:
-        with _explained("list", path):
+        with _as_storage_errors("list", path):
             try:
                 with os.scandir(path) as entries:
                     found = [entry for entry in entries if not entry.name.startswith(TMP_PREFIX)]
@@ -88,20 +88,20 @@ class LocalFiles:
             return {entry.name: size for entry in found if (size := _size(entry)) != -1}
 
     def stamps(self, path: str) -> dict[str, str]:
-        with _explained("list", path):
+        with _as_storage_errors("list", path):
             found = {name: os.stat(f"{path}/{name}") for name, size in self.children(path).items() if size is not None}
         return {name: _stamp(stat) for name, stat in found.items()}
 
     def tree(self, path: str) -> dict[tuple[str, ...], str]:
         found: dict[tuple[str, ...], str] = {}
-        with _explained("list", path):
+        with _as_storage_errors("list", path):
             _add_files(path, (), found)
         return found
 
     def ages(self, path: str) -> dict[tuple[str, ...], float]:
         """Its clock is the time that it gives to a new file: on a share that is the server's, not this machine's."""
         found: dict[tuple[str, ...], float] = {}
-        with _explained("list", path):
+        with _as_storage_errors("list", path):
             if os.path.isdir(path):
                 _add_times(path, (), found)
                 now = _time_of_disk(path)
@@ -110,7 +110,7 @@ class LocalFiles:
 
     def delete(self, path: str) -> None:
         """Moved out of sight in one step, then removed: no reader meets half a folder."""
-        with _explained("delete", path):
+        with _as_storage_errors("delete", path):
             gone = _tmp_beside(path)
             try:
                 os.rename(path, gone)
@@ -130,7 +130,7 @@ class LocalFiles:
 
 def copy_file(source: Path, target: str) -> None:
     """Copy one file so that `target` is absent, old, or whole at every moment. StorageError otherwise."""
-    with _explained("copy to", target), _staged(target) as tmp:
+    with _as_storage_errors("copy to", target), _staged(target) as tmp:
         shutil.copyfile(source, tmp)
         with open(tmp, "rb+") as file:
             os.fsync(file.fileno())
@@ -232,7 +232,7 @@ def _sync_folder(path: str) -> None:
 
 
 @contextmanager
-def _explained(action: str, path: str) -> Iterator[None]:
+def _as_storage_errors(action: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -38,7 +38,7 @@ class S3Objects:
         self._fs: Any = None
 
     def read(self, uri: str) -> bytes | None:
-        with _explained("read", uri):
+        with _as_storage_errors("read", uri):
             try:
                 data: bytes = self._client().cat_file(uri)
             except FileNotFoundError as error:
@@ -49,12 +49,12 @@ class S3Objects:
 
     def write(self, uri: str, data: bytes) -> None:
         """One PUT; from 100 MiB on a multipart upload, which too is invisible until it is complete."""
-        with _explained("write", uri):
+        with _as_storage_errors("write", uri):
             self._client().pipe_file(uri, data)
 
     def create(self, uri: str, data: bytes) -> bool:
         """PUT with `If-None-Match: *`, which one writer wins."""
-        with _explained("create", uri):
+        with _as_storage_errors("create", uri):
             try:
                 self._client().pipe_file(uri, data, mode="create")
             except OSError as error:
@@ -73,7 +73,7 @@ class S3Objects:
 
     def exists(self, uri: str) -> bool:
         bucket, key = _bucket_key(uri)
-        with _explained("look for", uri):
+        with _as_storage_errors("look for", uri):
             try:
                 self._client().call_s3("head_object", Bucket=bucket, Key=key)
             except FileNotFoundError:
@@ -85,7 +85,7 @@ class S3Objects:
         bucket, key = _bucket_key(uri)
         prefix = key + "/" if key else ""
         found: dict[str, int | None] = {}
-        with _explained("list", uri):
+        with _as_storage_errors("list", uri):
             for page in self._pages(Bucket=bucket, Prefix=prefix, Delimiter="/"):
                 for folder in page.get("CommonPrefixes", ()):
                     found[folder["Prefix"][len(prefix) :].rstrip("/")] = None
@@ -96,13 +96,13 @@ class S3Objects:
 
     def stamps(self, uri: str) -> dict[str, str]:
         bucket, key = _bucket_key(uri)
-        with _explained("list", uri):
+        with _as_storage_errors("list", uri):
             pages = list(self._pages(Bucket=bucket, Prefix=key + "/", Delimiter="/"))
         return {i["Key"][len(key) + 1 :]: i["ETag"] for page in pages for i in page.get("Contents", ())}
 
     def tree(self, uri: str) -> dict[tuple[str, ...], str]:
         bucket, key = _bucket_key(uri)
-        with _explained("list", uri):
+        with _as_storage_errors("list", uri):
             pages = list(self._pages(Bucket=bucket, Prefix=key + "/"))
         return {
             tuple(i["Key"][len(key) + 1 :].split("/")): i["ETag"] for page in pages for i in page.get("Contents", ())
@@ -112,7 +112,7 @@ class S3Objects:
         """Its clock is the `Date` of its answer, in whole seconds, as `LastModified` is."""
         bucket, key = _bucket_key(uri)
         found: dict[tuple[str, ...], float] = {}
-        with _explained("list", uri):
+        with _as_storage_errors("list", uri):
             for page in self._pages(Bucket=bucket, Prefix=key + "/"):
                 now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
                 for item in page.get("Contents", ()):
@@ -122,7 +122,7 @@ class S3Objects:
 
     def delete(self, uri: str) -> None:
         bucket, key = _bucket_key(uri)
-        with _explained("delete", uri):
+        with _as_storage_errors("delete", uri):
             self._client().call_s3("delete_object", Bucket=bucket, Key=key)
             keys = [
                 item["Key"]
@@ -136,12 +136,12 @@ class S3Objects:
                     raise OSError(f"{failed[0].get('Code')} for {failed[0].get('Key')}, {len(failed)} objects in all")
 
     def put_file(self, local: Path, uri: str) -> None:
-        with _explained("upload to", uri):
+        with _as_storage_errors("upload to", uri):
             self._client().put_file(str(local), uri)
 
     def get_file(self, uri: str, local: Path) -> None:
         tmp = local.parent / f".tmp-{os.getpid()}-{secrets.token_hex(6)}"
-        with _explained("download", uri):
+        with _as_storage_errors("download", uri):
             local.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._client().get_file(uri, str(tmp))
@@ -216,7 +216,7 @@ def _require_credentials() -> None:
 
 
 @contextmanager
-def _explained(action: str, uri: str) -> Iterator[None]:
+def _as_storage_errors(action: str, uri: str) -> Iterator[None]:
     from botocore.exceptions import BotoCoreError, ClientError
     from s3fs.core import S3_RETRYABLE_ERRORS
 

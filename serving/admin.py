@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graftwork.serving.api_error import bad_request
 from graftwork.serving.arms import Dump
-from graftwork.serving.backend import Backend
+from graftwork.serving.backend import EngineBackend
 from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.openai_types import parse
 from graftwork.serving.request_body import read_body
@@ -61,7 +61,7 @@ ADMIN_BODIES: list[type[BaseModel]] = [RegisterRequest, AdapterRequest, PromoteR
 class Admin:
     """One method a route."""
 
-    def __init__(self, live: LiveConfig, backend: Backend) -> None:
+    def __init__(self, live: LiveConfig, backend: EngineBackend) -> None:
         self._live, self._catalog, self._backend = live, live.catalog, backend
 
     def routes(self) -> list[Route]:
@@ -106,7 +106,7 @@ class Admin:
 
     async def config(self) -> Response:
         """GET /v1/admin/config: which live config is served, and which was refused, why."""
-        return JSONResponse(self._live.told())
+        return JSONResponse(self._live.status())
 
     async def _move(self, ref: str, version: str, verb: str, *args: str) -> Response:
         task = ref.partition("@")[0]

@@ -36,7 +36,7 @@ class ApiError(GraftworkError):
 
     def text(self) -> str:
         """The message with its status and code, for logs and tables."""
-        return f"{self.asked} (HTTP {self.status}, {self.code})" if hasattr(self, "status") else self.asked
+        return f"{self.subject} (HTTP {self.status}, {self.code})" if hasattr(self, "status") else self.subject
 
     @property
     def kind(self) -> str:
@@ -95,14 +95,14 @@ def _of(error: GraftworkError) -> ApiError:
         param = "max_tokens" if isinstance(error, AnswerTooLong) else "messages"
         return bad_request(message, param=param, code="context_length_exceeded")
     if isinstance(error, UnknownAdapter):  # its own text names the store's place and tasks: not for callers
-        return unknown_model(error.asked.removeprefix("adapter "), "GET /v1/models lists them all.")
+        return unknown_model(error.subject.removeprefix("adapter "), "GET /v1/models lists them all.")
     if isinstance(error, ArtifactError):  # version and file are enough; the folders above are the endpoint's own
         message = re.sub(r"^(?:[a-z0-9]+:/)?/\S*/(?=[^/\s]+/[^/\s]+)", "", message)
         return bad_request(message, param="model", code="adapter_not_servable")
     if isinstance(error, SamplingError):
         return bad_request(message, param=_parameter(error), code="invalid_value")
     if isinstance(error, GrammarError):
-        param = "regex" if error.asked == "regex" else "response_format"
+        param = "regex" if error.subject == "regex" else "response_format"
         return bad_request(message, param=param, code="invalid_grammar")
     if isinstance(error, DataError):
         return bad_request(message, param="messages", code="invalid_value")
@@ -114,12 +114,12 @@ def _of(error: GraftworkError) -> ApiError:
 
 def _parameter(error: SamplingError) -> str:
     """The engine's name of a parameter as the API has it."""
-    name = re.split("[=:]", error.asked)[0]
+    name = re.split("[=:]", error.subject)[0]
     renamed = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_ids": "stop_token_ids"}
     return renamed.get(name, name)
 
 
 def _sentences(error: GraftworkError) -> str:
-    first = f"{error.asked}: {error.found}" if error.found else error.asked
-    move = error.next_move[:1].upper() + error.next_move[1:]
+    first = f"{error.subject}: {error.problem}" if error.problem else error.subject
+    move = error.hint[:1].upper() + error.hint[1:]
     return ". ".join(part.rstrip(".") for part in (first, error.rule, move) if part) + "."

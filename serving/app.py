@@ -23,7 +23,7 @@ from graftwork.chat import Message
 from graftwork.cluster.kuberay.serve_config import INGRESS_PER_ENGINE
 from graftwork.embedding import EmbedderSpec, resolve_embedder
 from graftwork.errors import ConfigError, RunError
-from graftwork.serving.arms import Sampling, warm
+from graftwork.serving.arms import SamplingOptions, warm
 from graftwork.serving.auth import keys_of, own_token
 from graftwork.serving.backend import ServeBackend
 from graftwork.serving.catalog import base_name
@@ -33,7 +33,7 @@ from graftwork.serving.grammar import check, read_grammar
 from graftwork.serving.ingress import Ingress
 from graftwork.serving.owner import claim, this_driver
 from graftwork.serving.replica import EngineReplica
-from graftwork.serving.serve_instance import quiet, serve_running, start_failure
+from graftwork.serving.serve_instance import serve_running, silence_serve_logs, start_failure
 from graftwork.serving.source import AdapterSource
 from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.storage import Store
@@ -104,7 +104,9 @@ class Endpoint:
 
     async def ask(self, arm: ArmSpec, messages: Sequence[Mapping[str, str]], request_id: str) -> dict[str, Any]:
         """An arm's answer (`ArmAnswer.dump`) without HTTP; call it hundreds of times at once. Raises ApiError."""
-        return await self._backend.answer(arm.model_dump(mode="json"), list(messages), request_id, Sampling().dump())
+        return await self._backend.answer(
+            arm.model_dump(mode="json"), list(messages), request_id, SamplingOptions().dump()
+        )
 
     async def likelihood(
         self, arm: ArmSpec, messages: Sequence[Mapping[str, str]], continuations: Sequence[str], request_id: str
@@ -139,7 +141,7 @@ def deploy(spec: ServeSpec, *, http: bool = True) -> Iterator[Endpoint]:
     spec, _ = with_gpus(spec, accelerators_here())
     preflight(spec)
     application = build(spec, http=http, owner=this_driver())
-    with quiet(), serve_running(spec, http=http):
+    with silence_serve_logs(), serve_running(spec, http=http):
         yield _start(spec, application, http=http)
 
 

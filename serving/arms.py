@@ -31,7 +31,7 @@ class AnswerTooLong(PromptTooLong):
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingOptions:
     """What a caller may choose per request, as `SamplingParams` names it; None for `max_new_tokens`: the arm's."""
 
     max_new_tokens: int | None = None
@@ -76,7 +76,7 @@ class Sampling:
         return asdict(self)
 
     @classmethod
-    def load(cls, tree: Mapping[str, Any]) -> "Sampling":
+    def load(cls, tree: Mapping[str, Any]) -> "SamplingOptions":
         """From `dump`."""
         lists = {key: tuple(tree.get(key, ())) for key in ("stop", "stop_ids")}
         bias = tuple((token, value) for token, value in tree.get("logit_bias", ()))
@@ -174,7 +174,7 @@ def build_prompt(
     prompt = _prompt_of(arm, messages, trained)
     found = find(arm, messages) if passages is None else passages
     room = arm.retriever.context_tokens if arm.retriever else None
-    context, left_out = chat.fitting(found, template, prompt, room)
+    context, left_out = chat.fit_passages(found, template, prompt, room)
     rendered = chat.render(messages, template, prompt=prompt, context=context, generate=True)
     limit = max_new_tokens or arm.max_new_tokens or max_seq_len - len(rendered.ids)
     _check_length(len(rendered.ids), limit, max_seq_len)

@@ -18,7 +18,7 @@ from graftwork.serving.arms import Dump, Question
 log = logging.getLogger("ray.serve")
 
 
-class Backend(Protocol):
+class EngineBackend(Protocol):
     """What the ingress needs from the engine side. All raise ApiError."""
 
     async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> list[Dump]:

@@ -10,7 +10,7 @@ from graftwork import artifact
 from graftwork.errors import GraftworkError
 from graftwork.metrics import Distribution, distribution
 from graftwork.serving.app import Endpoint
-from graftwork.serving.client import AsyncClient, ChatCall, Reply
+from graftwork.serving.client import AsyncClient, ChatCall, ClientReply
 from graftwork.storage import Store
 
 BASE = "base"
@@ -23,7 +23,7 @@ class Sent:
     call: ChatCall
     began_s: float
     ended_s: float
-    reply: Reply | None
+    reply: ClientReply | None
     error: str | None
 
     @property
@@ -78,7 +78,7 @@ async def burst(
     async def worker() -> None:
         for number, call in queue:
             start = time.perf_counter() - began
-            reply, error = await _one(client, call, stream=number % 2 == 1)
+            reply, error = await _send_one(client, call, stream=number % 2 == 1)
             sent.append(Sent(call, start, time.perf_counter() - began, reply, error))
             on_answer(len(sent))
 
@@ -122,7 +122,7 @@ async def swap_under_load(
     return _report(ref, old, new_version, sent, names, swapped - began, (swapped - start) * 1000, wall_s)
 
 
-async def _one(client: AsyncClient, call: ChatCall, *, stream: bool) -> tuple[Reply | None, str | None]:
+async def _send_one(client: AsyncClient, call: ChatCall, *, stream: bool) -> tuple[ClientReply | None, str | None]:
     try:
         return await client.chat(call, stream=stream), None
     except GraftworkError as error:

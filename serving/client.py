@@ -40,7 +40,7 @@ class ChatCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ClientReply:
     """A whole answer and where it came from. `adapter_version` None: the base answered."""
 
     text: str
@@ -66,13 +66,13 @@ class Client:
         self._url = url
         self._http = httpx.Client(**_settings(url, token, timeout_s))
 
-    def chat(self, call: ChatCall) -> Reply:
+    def chat(self, call: ChatCall) -> ClientReply:
         """The whole answer."""
         tree = self._json("POST", "/v1/chat/completions", call.body(stream=False))
         return _reply(tree["choices"][0]["message"]["content"], tree["choices"][0]["finish_reason"], tree)
 
-    def stream(self, call: ChatCall) -> Iterator[str | Reply]:
-        """Pieces of text as they come; the last item is the whole `Reply`."""
+    def stream(self, call: ChatCall) -> Iterator[str | ClientReply]:
+        """Pieces of text as they come; the last item is the whole `ClientReply`."""
         with (
             _reachable(self._url),
             self._http.stream("POST", "/v1/chat/completions", json=call.body(stream=True)) as response,
@@ -168,7 +168,7 @@ class AsyncClient:
     def __init__(self, url: str, token: str | None = None, timeout_s: float = 600.0) -> None:
         self._url, self._http = url, httpx.AsyncClient(**_settings(url, token, timeout_s))
 
-    async def chat(self, call: ChatCall, *, stream: bool = False) -> Reply:
+    async def chat(self, call: ChatCall, *, stream: bool = False) -> ClientReply:
         """The whole answer, by one response or read off a stream."""
         if not stream:
             with _reachable(self._url):
@@ -230,16 +230,16 @@ class _GrowingReply:
         self._text += piece
         return piece
 
-    def reply(self) -> Reply:
+    def reply(self) -> ClientReply:
         """The whole. Raises ApiError where the stream broke off."""
         if not self._done:
             raise ApiError(502, "The stream broke off before its end.", code="stream_broken")
         return _reply(self._text, self._finish_reason, self._tree)
 
 
-def _reply(text: str, finish_reason: str, tree: dict[str, Any]) -> Reply:
+def _reply(text: str, finish_reason: str, tree: dict[str, Any]) -> ClientReply:
     came, usage = tree["graftwork"], tree["usage"]
-    return Reply(
+    return ClientReply(
         text, finish_reason, usage["prompt_tokens"], usage["completion_tokens"], came["arm"], came["adapter_version"],
         came["base_digest"], tuple(came["retrieved_ids"]), came["ttft_ms"], came["latency_ms"],
         tuple(came["left_out_ids"]), tuple(came["cited_ids"]),

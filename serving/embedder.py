@@ -27,7 +27,7 @@ class EmbedderReplica:
         try:
             return await self._run(partial(self._embedder.embed, texts))
         except TextTooLong as error:
-            message = f"input: {error.asked} has {error.found}; {error.rule}. {error.next_move.capitalize()}."
+            message = f"input: {error.subject} has {error.problem}; {error.rule}. {error.hint.capitalize()}."
             raise bad_request(message, param="input", code="context_length_exceeded") from None
 
     def _load(self) -> Embedder:

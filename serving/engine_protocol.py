@@ -7,7 +7,7 @@ from typing import Protocol
 from graftwork.serving.engine.types import EngineStats, GenerateRequest, SlotState, TokenEvent
 
 
-class EngineLike(Protocol):
+class Engine(Protocol):
     """Decodes requests for one base and its loaded adapters, beside its caller. All methods from any thread.
 
     A request is pinned to its adapter version at `submit`: retiring it later never changes a running answer.

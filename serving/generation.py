@@ -4,12 +4,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from graftwork.chat import cited_ids
+from graftwork.chat import cited_passage_ids
 from graftwork.errors import GraftworkError
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import ArmAnswer, ArmPrompt
 from graftwork.serving.engine.types import GenerateRequest, TokenEvent
-from graftwork.serving.engine_protocol import EngineLike
+from graftwork.serving.engine_protocol import Engine
 from graftwork.serving.logprobs import LogprobStream, TokenLogprob
 from graftwork.serving.text_stream import TextStream
 
@@ -17,11 +17,11 @@ from graftwork.serving.text_stream import TextStream
 class Generation:
     """The submitted requests of one call: one, or one for each of its answers, in order.
 
-    `on_end` is called once on the event loop, when the engine has let go of them all. Raises what `EngineLike.submit`
+    `on_end` is called once on the event loop, when the engine has let go of them all. Raises what `Engine.submit`
     raises; then nothing stays queued and `on_end` is never called.
     """
 
-    def __init__(self, engine: EngineLike, requests: Sequence[GenerateRequest], on_end: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[GenerateRequest], on_end: Callable[[], None]) -> None:
         self._engine, self._on_end = engine, on_end
         self._index = {request.request_id: index for index, request in enumerate(requests)}
         self._running: set[str] = set()
@@ -29,7 +29,7 @@ class Generation:
         loop = asyncio.get_running_loop()
         try:
             for request in requests:
-                engine.submit(request, lambda event: _hand_over(loop, self._arrive, event))
+                engine.submit(request, lambda event: _post_to_loop(loop, self._on_event, event))
                 self._running.add(request.request_id)
         except GraftworkError:
             self._on_end = _nothing
@@ -54,7 +54,7 @@ class Generation:
         for request_id in self._running:
             self._engine.cancel(request_id)
 
-    def _arrive(self, event: TokenEvent) -> None:
+    def _on_event(self, event: TokenEvent) -> None:
         self._events.put_nowait(event)
         if event.finish_reason is not None:
             self._running.discard(event.request_id)
@@ -74,12 +74,12 @@ def _nothing() -> None:
     pass
 
 
-def _hand_over(loop: asyncio.AbstractEventLoop, call: Callable[[TokenEvent], None], event: TokenEvent) -> None:
+def _post_to_loop(loop: asyncio.AbstractEventLoop, call: Callable[[TokenEvent], None], event: TokenEvent) -> None:
     if not loop.is_closed():  # closed: the replica is going down and nobody reads any more
         loop.call_soon_threadsafe(call, event)
 
 
-class GrowingAnswer:
+class StreamedAnswer:
     """Tokens become an `ArmAnswer`. `arrived` is the `time.perf_counter` of the call.
 
     stop_ids: tokens that end the answer and are no part of its text. logprobs: collects them where they are asked for.
@@ -113,7 +113,7 @@ class GrowingAnswer:
         """The last event was pushed."""
         return bool(self._finish_reason)
 
-    def push(self, events: Sequence[TokenEvent]) -> tuple[str, list[TokenLogprob]]:
+    def add(self, events: Sequence[TokenEvent]) -> tuple[str, list[TokenLogprob]]:
         """The new certain text, and its tokens' log probabilities. Raises ApiError where the engine failed."""
         if self._ttft_ms is None:
             self._ttft_ms, self._cached_tokens = self._elapsed_ms(), events[0].cached_tokens
@@ -149,7 +149,7 @@ class GrowingAnswer:
         return self._text.push(event.token_id)
 
     def _cited(self) -> tuple[str, ...]:
-        return cited_ids(self._text.text, self._prompt.retrieved_ids) if self._prompt.citations else ()
+        return cited_passage_ids(self._text.text, self._prompt.retrieved_ids) if self._prompt.citations else ()
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._arrived) * 1000

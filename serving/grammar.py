@@ -43,7 +43,7 @@ class Grammars:
     def _build(self, text: GrammarText) -> "CompiledGrammar":
         matcher = LLMatcher(self._vocabulary.open(), _definition(text), log_level=0, limits=_limits())
         words = -(-self._vocabulary.size // 32)
-        _try_out(text, Answer(matcher, words), words)
+        _try_out(text, GrammarState(matcher, words), words)
         matcher.reset()
         return CompiledGrammar(text, matcher, words)
 
@@ -54,12 +54,12 @@ class CompiledGrammar:
     def __init__(self, text: GrammarText, matcher: LLMatcher, words: int) -> None:
         self.text, self._matcher, self._words = text, matcher, words
 
-    def matcher(self) -> "Answer":
+    def matcher(self) -> "GrammarState":
         """A new answer's state."""
-        return Answer(self._matcher.deep_copy(), self._words)
+        return GrammarState(self._matcher.deep_copy(), self._words)
 
 
-class Answer:
+class GrammarState:
     """One growing answer, a `Matcher` of the engine. A step costs microseconds where the lexer knows the state.
 
     words: 32-bit words that the library writes; more than the model's where the tokenizer has ids that the model lacks.
@@ -241,7 +241,7 @@ def _referred(ref: object, root: dict[str, Any]) -> object:
     return node
 
 
-def _try_out(text: GrammarText, answer: "Answer", words: int) -> None:
+def _try_out(text: GrammarText, answer: "GrammarState", words: int) -> None:
     """The first steps of an answer, here and not in the engine: what has no answer shows at once, and so does what
     would hold everybody up. The library's own limits do not see `a{100000}`, 0.1 s a step."""
     mask = numpy.zeros(words, numpy.int32)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True, eq=False)
-class Held:
+class CachedAdapter:
     """One version in the engine. `pins` are requests that hold it; draining takes no more of them."""
 
     version: str
@@ -20,7 +20,7 @@ class Held:
     last_used: float = field(default_factory=time.monotonic)
 
 
-class HostRoom:
+class ByteBudget:
     """Versions within `max_bytes`. `on_dropped` is told each one that goes.
 
     Room goes to those that wait in the order in which they came. It is made by dropping the version that was used
@@ -31,7 +31,7 @@ class HostRoom:
 
     def __init__(self, max_bytes: int, bypass: int, on_dropped: Callable[[str], None]) -> None:
         self.max_bytes, self._bypass, self._on_dropped = max_bytes, bypass, on_dropped
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, CachedAdapter] = {}
         self.expected: Counter[str] = Counter()
         """Who waits for a version and pins it once it is there."""
         self._reserved = 0
@@ -39,7 +39,7 @@ class HostRoom:
         self._passed = 0  # requests that went by since the first of the line waits
         self._changed = asyncio.Event()
 
-    def here(self, version: str) -> Held | None:
+    def get(self, version: str) -> CachedAdapter | None:
         """The version where it takes requests. One that drains takes them again when nobody waits for its room."""
         held = self.held.get(version)
         if held is None or (held.draining and self._line):
@@ -47,7 +47,7 @@ class HostRoom:
         held.draining = False
         return held
 
-    def pin(self, held: Held) -> None:
+    def pin(self, held: CachedAdapter) -> None:
         """One request more."""
         held.pins += 1
         if self._line:
@@ -55,7 +55,7 @@ class HostRoom:
             if self._passed >= self._bypass:
                 self._changed.set()
 
-    def unpin(self, held: Held) -> None:
+    def unpin(self, held: CachedAdapter) -> None:
         """One request less; the last one of a draining version frees it."""
         held.pins -= 1
         held.last_used = time.monotonic()
@@ -64,14 +64,14 @@ class HostRoom:
                 self._drop(held)
             self._changed.set()
 
-    def retire(self, held: Held) -> None:
+    def retire(self, held: CachedAdapter) -> None:
         """The version goes, now or with its last request."""
         held.draining, held.kept = True, False
         if held.pins == 0:
             self._drop(held)
             self._changed.set()
 
-    def kept_bytes(self, without: Held) -> int:
+    def kept_bytes(self, without: CachedAdapter) -> int:
         """Bytes of the other versions that are never dropped."""
         return sum(held.size_bytes for held in self.held.values() if held.kept and held is not without)
 
@@ -93,11 +93,11 @@ class HostRoom:
             self._line.remove(version)
             self._changed.set()
 
-    def fill(self, version: str, reserved: int, size: int | None) -> None:
+    def insert(self, version: str, reserved: int, size: int | None) -> None:
         """The load that `reserve` made room for has ended; `size` None: it failed."""
         self._reserved -= reserved
         if size is not None:
-            self.held[version] = Held(version, size)
+            self.held[version] = CachedAdapter(version, size)
         self._changed.set()
 
     def notify(self) -> None:
@@ -123,6 +123,6 @@ class HostRoom:
                 held.draining = True
                 lacking -= held.size_bytes
 
-    def _drop(self, held: Held) -> None:
+    def _drop(self, held: CachedAdapter) -> None:
         del self.held[held.version]
         self._on_dropped(held.version)

@@ -24,7 +24,7 @@ from graftwork.serving.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PRE
 from graftwork.serving.api_error import ApiError, as_api_errors, bad_request
 from graftwork.serving.arms import ArmAnswer, Dump, Question, require_bytes, size_of
 from graftwork.serving.auth import Keys, admin_check, user_check
-from graftwork.serving.backend import Backend, ServeBackend
+from graftwork.serving.backend import EngineBackend, ServeBackend
 from graftwork.serving.experiment.online.experiments import PREFIX as EXPERIMENT
 from graftwork.serving.experiment.online.experiments import SESSION_HEADER
 from graftwork.serving.experiment.online.live_request import LiveRequest
@@ -49,9 +49,9 @@ from graftwork.serving.spec import ArmSpec, ServeSpec
 READY_TIMEOUT_S = 5.0
 LARGE_PROMPT_BYTES = 65_536
 """Of a longer prompt the ingress looks whether it can fit, before a replica gets it."""
-Source = Backend | LiveRequest
+Source = EngineBackend | LiveRequest
 Call = tuple[Dump, Question, str, Dump]
-"""Arguments of `Backend.choices` and `stream`."""
+"""Arguments of `EngineBackend.choices` and `stream`."""
 
 
 class Ingress:
@@ -69,12 +69,12 @@ class Ingress:
     async def reconfigure(self, user_config: Dump) -> None:
         """Ray Serve calls this before the first request, and at each change of the Serve config."""
         if self._opened:
-            return self._live.offer(user_config)
+            return self._live.update(user_config)
         await self._live.open(user_config)
         self._opened = True
 
 
-def make_app(live: LiveConfig, backend: Backend, keys: Keys) -> FastAPI:
+def make_app(live: LiveConfig, backend: EngineBackend, keys: Keys) -> FastAPI:
     """The app. `keys`: digests of the bearer tokens that /v1 wants; without any it is open (loopback only)."""
     handlers: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
         ApiError: _on_api_error,
@@ -82,7 +82,7 @@ def make_app(live: LiveConfig, backend: Backend, keys: Keys) -> FastAPI:
         Exception: _on_bug,
     }
     admin, limits, experiments = Admin(live, backend), live.limits, live.experiments
-    surface, experimenting = Surface(live, backend), ExperimentRoutes(experiments)
+    surface, experimenting = Routes(live, backend), ExperimentRoutes(experiments)
     app = FastAPI(
         title="graftwork", version=graftwork.__version__, docs_url=None, redoc_url=None, openapi_url=None,
         exception_handlers=handlers, lifespan=_with(live),
@@ -142,17 +142,17 @@ def _with(live: LiveConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[N
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         with suppress(ApiError):  # the store is out of reach: whoever asks an experiment is told, the others are served
             await live.experiments.open()
-        live.begin()
+        live.start()
         yield
         await live.experiments.close()
 
     return lifespan
 
 
-class Surface:
+class Routes:
     """One method a route."""
 
-    def __init__(self, live: LiveConfig, backend: Backend) -> None:
+    def __init__(self, live: LiveConfig, backend: EngineBackend) -> None:
         self._backend, self._live = backend, live
         self._catalog, self._limits, self._experiments = live.catalog, live.limits, live.experiments
         self._longest_token_bytes: int | None = None
@@ -287,7 +287,7 @@ class Surface:
             answers = [ArmAnswer.load(dump) for dump in dumps]
             envelope = Envelope.open(kind, request_id, body.model, answers[0].base_digest)
             headers |= identity(arm.name, answers[0].base_digest, answers[0].adapter_version)
-            return JSONResponse(envelope.whole(answers), headers=headers)
+            return JSONResponse(envelope.build_response(answers), headers=headers)
         chunks = self._limits.metered(caller.get(), source.stream(*call), size)
         admitted = await anext(aiter(chunks))  # raises what refuses the request, while the status can still be set
         envelope = Envelope.open(kind, request_id, body.model, admitted["base_digest"])

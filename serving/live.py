@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from graftwork.metrics import quantile
-from graftwork.serving.metrics_series import Key
+from graftwork.serving.metrics_series import SeriesKey
 
 Dump = dict[str, Any]
 _LARGEST = {"most_adapters_in_step"}
@@ -26,13 +26,13 @@ def snapshot(replicas: Sequence[Mapping[str, Any]], clock_s: float) -> Dump:
 
     replicas: what `EngineReplica.live` told. clock_s: any steady clock, so that differences have their time.
     """
-    counts: defaultdict[Key, Counter[str]] = defaultdict(Counter)
-    first_ms: defaultdict[Key, list[float]] = defaultdict(list)
+    counts: defaultdict[SeriesKey, Counter[str]] = defaultdict(Counter)
+    first_ms: defaultdict[SeriesKey, list[float]] = defaultdict(list)
     for replica in replicas:
         for *key, requests, tokens in replica["series"]:
-            counts[Key(*key)].update(requests=requests, tokens=tokens)
+            counts[SeriesKey(*key)].update(requests=requests, tokens=tokens)
         for *key, ttft_ms in replica["first_tokens_ms"]:
-            first_ms[Key(*key)].append(ttft_ms)
+            first_ms[SeriesKey(*key)].append(ttft_ms)
     shown = [
         {key: r[key] for key in ("replica", "engine", "peak_rss_bytes", "base_digest", "reason")} for r in replicas
     ]

@@ -17,11 +17,11 @@ from typing import Any
 from graftwork.errors import ConfigError
 from graftwork.serving.api_error import ApiError, as_api_errors
 from graftwork.serving.arms import Dump
-from graftwork.serving.backend import Backend
+from graftwork.serving.backend import EngineBackend
 from graftwork.serving.catalog import Catalog
 from graftwork.serving.experiment.online.experiments import Experiments
 from graftwork.serving.limits import RateLimits
-from graftwork.serving.live_record import digest, keep, kept, live_of, with_live
+from graftwork.serving.live_record import digest, live_of, read_live_record, with_live, write_live_record
 from graftwork.serving.metrics_families import Family
 from graftwork.serving.spec import ServeSpec
 
@@ -33,7 +33,7 @@ RETRY_S = 1.0
 class LiveConfig:
     """One for an endpoint, in its ingress. All methods run on the ingress' event loop."""
 
-    def __init__(self, spec: ServeSpec, backend: Backend) -> None:
+    def __init__(self, spec: ServeSpec, backend: EngineBackend) -> None:
         self._spec, self._backend = spec, backend
         self.catalog, self.limits = Catalog(spec), RateLimits(spec.limits)
         self.experiments = Experiments(spec.root, self.catalog, backend)
@@ -54,25 +54,25 @@ class LiveConfig:
         Raises ApiError where the config is wrong and there is none to fall back on.
         """
         with as_api_errors():
-            found = await asyncio.to_thread(kept, self._spec)
+            found = await asyncio.to_thread(read_live_record, self._spec)
         if found is None:
             return await self._persist(tree)
-        self._flip(found)
+        self._apply(found)
         if live_of(found) != tree:
-            self.offer(tree)
+            self.update(tree)
 
-    def offer(self, tree: Mapping[str, Any]) -> None:
+    def update(self, tree: Mapping[str, Any]) -> None:
         """A changed config. Returns at once; of several that come meanwhile the last one counts."""
         self._wanted = tree
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._follow())
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Start the experiments of an endpoint whose spec never changes."""
         if self._spec.experiments:
-            self.offer(live_of(self._spec))
+            self.update(live_of(self._spec))
 
-    def told(self) -> Dump:
+    def status(self) -> Dump:
         """Plain data: which config is taken, and which was refused, why."""
         changing = self._task is not None and not self._task.done()
         return {"config": digest(live_of(self._spec)), "taken_at": self._taken_at, "taken": self._taken,
@@ -118,19 +118,19 @@ class LiveConfig:
         await self.experiments.check(spec.experiments, Catalog(spec))
         arms = [arm.model_dump(mode="json") for arm in spec.arms]
         await self._backend.each("prepare", arms, list(spec.adapters))
-        self._flip(spec)
+        self._apply(spec)
         try:
             for experiment in spec.experiments:
                 was = next((one for one in before.experiments if one.name == experiment.name), None)
                 await self.experiments.declare(experiment, was)
         except ApiError:
-            self._flip(before)
+            self._apply(before)
             raise
         with as_api_errors():
-            await asyncio.to_thread(keep, spec)
+            await asyncio.to_thread(write_live_record, spec)
         self._taken, self._taken_at = self._taken + 1, time.time()
 
-    def _flip(self, spec: ServeSpec) -> None:
+    def _apply(self, spec: ServeSpec) -> None:
         """No `await` here: between two requests."""
         self._spec = spec
         self.catalog.take(spec)

@@ -37,7 +37,7 @@ def digest(tree: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(dict(tree)).encode()).hexdigest()[:10]
 
 
-def kept(spec: ServeSpec) -> ServeSpec | None:
+def read_live_record(spec: ServeSpec) -> ServeSpec | None:
     """The spec with what was last taken; None where nothing was, or nothing that this version understands.
 
     Raises StorageError.
@@ -51,6 +51,6 @@ def kept(spec: ServeSpec) -> ServeSpec | None:
         return None
 
 
-def keep(spec: ServeSpec) -> None:
+def write_live_record(spec: ServeSpec) -> None:
     """Write it down. Raises StorageError."""
     Store(spec.root).write_json(live_of(spec), FOLDER, spec.name, FILE)

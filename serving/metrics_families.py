@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from graftwork.serving.engine.types import EngineStats
-from graftwork.serving.metrics_series import Histogram, Key, Series
+from graftwork.serving.metrics_series import Histogram, RequestSeries, SeriesKey
 
 PREFIX = "graftwork_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -35,7 +35,7 @@ class Family:
 KEY_LABELS = ("arm", "adapter", "version")
 
 
-def traffic_families(items: Sequence[tuple[Key, Series]]) -> list[Family]:
+def traffic_families(items: Sequence[tuple[SeriesKey, RequestSeries]]) -> list[Family]:
     """What requests took, per arm and adapter version."""
 
     def of(kind: Literal["counter", "histogram"], name: str, text: str, attribute: str) -> Family:

@@ -12,7 +12,7 @@ from ray.util import metrics
 
 from graftwork.serving.metrics_families import KEY_LABELS, PREFIX, Family
 from graftwork.serving.metrics_series import LATENCY_S, TOKEN_S, TTFT_S
-from graftwork.serving.metrics_traffic import Ended, Traffic
+from graftwork.serving.metrics_traffic import FinishedRequest, TrafficMetrics
 
 PERIOD_S = 1.0
 
@@ -33,7 +33,7 @@ class RayExport:
         self._others: dict[str, metrics.Gauge | metrics.Counter] = {}
         self._told: defaultdict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
 
-    def ended(self, requests: Iterable[Ended]) -> None:
+    def export_finished(self, requests: Iterable[FinishedRequest]) -> None:
         """Tell requests that have ended."""
         for one in requests:
             tags = dict(zip(KEY_LABELS, one.key, strict=True))
@@ -68,11 +68,11 @@ class RayExport:
         return self._others[one.name]
 
 
-async def keep_telling(traffic: Traffic, state: Callable[[], Iterable[Family]]) -> None:
+async def keep_telling(traffic: TrafficMetrics, state: Callable[[], Iterable[Family]]) -> None:
     """Tell Ray once a second, for ever."""
     export = RayExport()
     while True:
         await asyncio.sleep(PERIOD_S)
         ended = [traffic.ended.popleft() for _ in range(len(traffic.ended))]
-        export.ended(ended)
+        export.export_finished(ended)
         export.state(state())

@@ -13,7 +13,7 @@ from graftwork.serving.engine.types import STEP_S, EngineStats
 from graftwork.serving.metrics_families import Family, engine_families, traffic_families
 from graftwork.serving.metrics_ray import keep_telling
 from graftwork.serving.metrics_series import Histogram
-from graftwork.serving.metrics_traffic import Traffic
+from graftwork.serving.metrics_traffic import TrafficMetrics
 
 SWAP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 Dump = dict[str, Any]
@@ -26,7 +26,7 @@ class ReplicaMetrics:
         self._stats, self._adapters = stats, adapters
         self._swaps = Histogram(SWAP_S)
         self._process = psutil.Process()
-        self.traffic = Traffic()
+        self.traffic = TrafficMetrics()
         self._telling: asyncio.Task[None] | None = None
 
     def tell_ray(self) -> None:

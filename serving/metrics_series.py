@@ -19,7 +19,7 @@ _WINDOW = 2048
 """After this many requests every heat is halved, so that yesterday's traffic gives way."""
 
 
-class Key(NamedTuple):
+class SeriesKey(NamedTuple):
     """What a series is about. `adapter` and `version` are empty for the base."""
 
     arm: str
@@ -28,8 +28,8 @@ class Key(NamedTuple):
     """The first 12 hex digits of the adapter version."""
 
 
-OTHER = Key("other", "other", "other")
-NOT_ADMITTED = Key("none", "none", "none")
+OTHER = SeriesKey("other", "other", "other")
+NOT_ADMITTED = SeriesKey("none", "none", "none")
 """Requests refused before their adapter was known to exist: a caller's invented names must not become labels."""
 
 
@@ -54,7 +54,7 @@ class Histogram:
 
 
 @dataclass(slots=True)
-class Series:
+class RequestSeries:
     """The numbers of one key."""
 
     ttft: Histogram = field(default_factory=lambda: Histogram(TTFT_S))
@@ -67,7 +67,7 @@ class Series:
     passages_left_out: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: "Series") -> None:
+    def add(self, other: "RequestSeries") -> None:
         """Take over everything that `other` has counted."""
         for name in ("ttft", "token_gap", "token_mean", "latency"):
             getattr(self, name).add(getattr(other, name))
@@ -81,11 +81,11 @@ class SeriesTable:
 
     def __init__(self, limit: int = MAX_SERIES) -> None:
         self._limit, self._began = limit, 0
-        self._own: dict[Key, Series] = {}
-        self._shared = {OTHER: Series(), NOT_ADMITTED: Series()}
-        self._heat: Counter[Key] = Counter()
+        self._own: dict[SeriesKey, RequestSeries] = {}
+        self._shared = {OTHER: RequestSeries(), NOT_ADMITTED: RequestSeries()}
+        self._heat: Counter[SeriesKey] = Counter()
 
-    def begin(self, key: Key) -> None:
+    def begin(self, key: SeriesKey) -> None:
         """A request for `key`: it may earn the key a series of its own, in place of the one asked for least."""
         self._heat[key] += 1
         self._began += 1
@@ -98,16 +98,16 @@ class SeriesTable:
             if self._heat[key] < 2 * self._heat[coldest] + 2:  # twice as hot, so that two don't take turns
                 return
             self._shared[OTHER].add(self._own.pop(coldest))
-        self._own[key] = Series()
+        self._own[key] = RequestSeries()
 
-    def label(self, key: Key) -> Key:
+    def label(self, key: SeriesKey) -> SeriesKey:
         """The key under which it is counted now."""
         return key if key in self._own or key in self._shared else OTHER
 
-    def at(self, key: Key) -> Series:
+    def at(self, key: SeriesKey) -> RequestSeries:
         """Where to count for `key` now; don't keep it."""
         return self._own.get(key) or self._shared.get(key) or self._shared[OTHER]
 
-    def items(self) -> list[tuple[Key, Series]]:
+    def items(self) -> list[tuple[SeriesKey, RequestSeries]]:
         """Every series; the shared ones only where they have counted something."""
         return [*self._own.items(), *((key, shared) for key, shared in self._shared.items() if shared.outcomes)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import ArmAnswer
-from graftwork.serving.metrics_series import NOT_ADMITTED, Key, SeriesTable
+from graftwork.serving.metrics_series import NOT_ADMITTED, SeriesKey, SeriesTable
 
 RECENT = 1024
 """First tokens remembered one by one, for quantiles of the last minute."""
@@ -20,10 +20,10 @@ RECENT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class FinishedRequest:
     """A request that has ended, for those who keep their own books of it."""
 
-    key: Key
+    key: SeriesKey
     outcome: str
     """OpenAI's finish reason; `cancelled` where the caller left; the error's code where it failed."""
     ttft_s: float | None
@@ -33,10 +33,10 @@ class Ended:
     completion_tokens: int
 
 
-class Watch:
+class RequestMetrics:
     """One request under way: one answer, or several to one prompt."""
 
-    def __init__(self, traffic: "Traffic") -> None:
+    def __init__(self, traffic: "TrafficMetrics") -> None:
         self._traffic, self._began = traffic, time.perf_counter()
         self._key = NOT_ADMITTED
         self._ttft_s: float | None = None
@@ -46,7 +46,7 @@ class Watch:
 
     def admitted(self, arm: str, task: str | None, version: str | None) -> None:
         """Its arm and adapter version are known and exist."""
-        self._key = Key(arm, task or "", (version or "")[:12])
+        self._key = SeriesKey(arm, task or "", (version or "")[:12])
         self._traffic.table.begin(self._key)
 
     def burst(self, tokens: int, answer: int = 0) -> None:
@@ -74,7 +74,7 @@ class Watch:
         """An answer is whole."""
         self._answer = answer
 
-    def end(self, outcome: str) -> Ended:
+    def end(self, outcome: str) -> FinishedRequest:
         """Count it."""
         series = self._traffic.table.at(self._key)
         latency = time.perf_counter() - self._began
@@ -88,7 +88,7 @@ class Watch:
         if mean is not None:
             series.token_mean.observe(mean)
         label = self._traffic.table.label(self._key)
-        return Ended(label, outcome, self._ttft_s, latency, mean, prompt, self._tokens)
+        return FinishedRequest(label, outcome, self._ttft_s, latency, mean, prompt, self._tokens)
 
     @property
     def reason(self) -> str:
@@ -96,20 +96,20 @@ class Watch:
         return self._answer.finish_reason if self._answer else "cancelled"
 
 
-class Traffic:
+class TrafficMetrics:
     """Every request of one replica."""
 
     def __init__(self) -> None:
         self.table = SeriesTable()
-        self.recent: deque[tuple[float, Key, float]] = deque(maxlen=RECENT)
+        self.recent: deque[tuple[float, SeriesKey, float]] = deque(maxlen=RECENT)
         """(when, key, TTFT in s) of the latest first tokens."""
-        self.ended: deque[Ended] = deque(maxlen=16 * RECENT)
+        self.ended: deque[FinishedRequest] = deque(maxlen=16 * RECENT)
         """Requests that have ended since somebody took them out."""
 
     @contextmanager
-    def request(self) -> Iterator[Watch]:
+    def request(self) -> Iterator[RequestMetrics]:
         """Watch one request; how the block is left is how it ended."""
-        watch = Watch(self)
+        watch = RequestMetrics(self)
         try:
             yield watch
         except ApiError as error:
@@ -123,7 +123,7 @@ class Traffic:
             raise
         self.ended.append(watch.end(watch.reason))
 
-    def first_tokens(self) -> list[tuple[Key, float]]:
+    def first_tokens(self) -> list[tuple[SeriesKey, float]]:
         """(key, TTFT in s) of the last minute, at most RECENT of them."""
         oldest = time.perf_counter() - RECENT_S
         return [(key, ttft_s) for when, key, ttft_s in self.recent if when >= oldest]

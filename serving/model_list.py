@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from graftwork.serving.api_error import ApiError, unknown_model
-from graftwork.serving.backend import Backend
+from graftwork.serving.backend import EngineBackend
 from graftwork.serving.catalog import Catalog
 from graftwork.serving.openai_responses import Json
 
@@ -24,7 +24,7 @@ COMPARED = 1000
 class ModelList:
     """One for an endpoint, in its ingress."""
 
-    def __init__(self, catalog: Catalog, backend: Backend) -> None:
+    def __init__(self, catalog: Catalog, backend: EngineBackend) -> None:
         self._catalog, self._backend = catalog, backend
         self._found: dict[str, Any] = {"adapters": [], "ready_at": 0}
         self._fresh_until, self._changes, self._reads = 0.0, 0, 0

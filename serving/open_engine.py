@@ -3,26 +3,26 @@
 from graftwork import base_model
 from graftwork.base_model import ResolvedBase
 from graftwork.chat import Template
-from graftwork.serving.engine_protocol import EngineLike
+from graftwork.serving.engine_protocol import Engine
 from graftwork.serving.spec import ServeSpec
 
 
-def open_engine(spec: ServeSpec, base: ResolvedBase, template: Template) -> tuple[EngineLike, str]:
+def open_engine(spec: ServeSpec, base: ResolvedBase, template: Template) -> tuple[Engine, str]:
     """The engine, not started, and how it holds the base and why. Blocks. Raises UserError."""
     if spec.engine.kind == "vllm":
-        from graftwork.serving.vllm_engine.open import open_vllm
+        from graftwork.serving.vllm_engine.open import create_vllm
 
         held = "nf4 by bitsandbytes" if spec.quant.kind == "nf4" else "plain"
         reason = f"engine=vllm (asked for), tensor_parallel_size={spec.engine.tensor_parallel_size}; weights={held}"
-        return open_vllm(base, spec.quant, spec.engine), reason
+        return create_vllm(base, spec.quant, spec.engine), reason
     device = "cuda:0" if spec.gpus else "cpu"
     if device == "cpu":
         _compute_alone()
     loaded = base_model.load(base, spec.quant, device=device, purpose="serve")
     limits = spec.engine.with_({"num_threads": spec.engine.num_threads or max(1, int(spec.num_cpus))})
-    from graftwork.serving.engine.engine import Engine  # torch: only here, so that driver and ingress go without
+    from graftwork.serving.engine.engine import NativeEngine  # torch: only here, so that driver and ingress go without
 
-    return Engine(loaded.model, limits, device, template.decode), loaded.reason
+    return NativeEngine(loaded.model, limits, device, template.decode), loaded.reason
 
 
 def _compute_alone() -> None:

@@ -34,7 +34,7 @@ class Envelope:
         """An envelope stamped with the time now."""
         return cls(kind, request_id, model, base_digest, int(time.time()))
 
-    def whole(self, answers: Sequence[ArmAnswer]) -> Json:
+    def build_response(self, answers: Sequence[ArmAnswer]) -> Json:
         """The request's answers as one object."""
         return {
             **self._head(stream=False),

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from graftwork.chat import Message
 from graftwork.serving.api_error import ApiError, bad_request
-from graftwork.serving.arms import Sampling
+from graftwork.serving.arms import SamplingOptions
 from graftwork.serving.engine.grammar import GrammarText
 from graftwork.serving.engine.types import MAX_TOP_LOGPROBS, MIN_REPETITION_PENALTY
 
@@ -179,20 +179,20 @@ class _Common(BaseModel):
             raise ValueError("ignore_eos and min_tokens contradict a grammar, which alone says when an answer is whole")
         return self
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingOptions:
         """How the answer's tokens are chosen."""
         shaped = self.response_format.grammar() if self.response_format else None
-        return Sampling(
+        return SamplingOptions(
             max_new_tokens=self.limit(), temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
             seed=self.seed, stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             min_p=self.min_p, repetition_penalty=self.repetition_penalty, frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty, n=self.n, min_new_tokens=self.min_tokens,
             logit_bias=tuple((int(key), value) for key, value in self.logit_bias.items()),
-            logprobs=self.told(), stop_ids=tuple(self.stop_token_ids), ignore_eos=self.ignore_eos,
+            logprobs=self.top_logprob_count(), stop_ids=tuple(self.stop_token_ids), ignore_eos=self.ignore_eos,
             grammar=shaped or (GrammarText("regex", self.regex) if self.regex is not None else None),
         )  # fmt: skip
 
-    def told(self) -> int | None:
+    def top_logprob_count(self) -> int | None:
         """Alternatives whose log probability is told beside the chosen token's; None tells nothing."""
         return None
 
@@ -216,7 +216,7 @@ class ChatRequest(_Common):
             raise ValueError("top_logprobs needs logprobs=true, or leave it out")
         return self
 
-    def told(self) -> int | None:
+    def top_logprob_count(self) -> int | None:
         """`top_logprobs`, where `logprobs` asks for any."""
         return self.top_logprobs if self.logprobs else None
 
@@ -238,7 +238,7 @@ class CompletionRequest(_Common):
     prompt: Annotated[str, Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
-    def told(self) -> int | None:
+    def top_logprob_count(self) -> int | None:
         """`logprobs` itself: this older API counts the alternatives there."""
         return self.logprobs
 

@@ -14,7 +14,7 @@ from graftwork.artifact import AdapterManifest
 from graftwork.artifact_alias import version_key
 from graftwork.serving.api_error import as_api_errors
 from graftwork.serving.arms import Dump
-from graftwork.serving.residency import Residency
+from graftwork.serving.residency import AdapterCache
 from graftwork.serving.source import AdapterSource, as_served
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage import cache_root
@@ -33,8 +33,8 @@ class Checks(Protocol):
 class Registry:
     """Adapters of one store in one replica."""
 
-    def __init__(self, spec: ServeSpec, source: AdapterSource, residency: Residency, engine: Checks) -> None:
-        self._source, self._residency, self._engine = source, residency, engine
+    def __init__(self, spec: ServeSpec, source: AdapterSource, residency: AdapterCache, engine: Checks) -> None:
+        self._source, self._adapter_cache, self._engine = source, residency, engine
         self._roots = spec.adapter_roots or (source.store.uri,)
         self._max_bytes = spec.engine.host_cache_bytes
 
@@ -49,24 +49,24 @@ class Registry:
     async def load(self, ref: str) -> Dump:
         """Bring the version into host memory."""
         with as_api_errors():
-            pin = await self._residency.pin(ref)
-            self._residency.release(pin)
+            pin = await self._adapter_cache.pin(ref)
+            self._adapter_cache.release(pin)
         return {"adapter": ref, "version": pin.manifest.version}
 
     async def pin(self, ref: str) -> Dump:
         """Load it and keep it there."""
         with as_api_errors():
-            return {"adapter": ref, "version": await self._residency.keep(ref)}
+            return {"adapter": ref, "version": await self._adapter_cache.keep(ref)}
 
     async def unpin(self, ref: str) -> Dump:
         """It may go again when its room is needed."""
         with as_api_errors():
-            return {"adapter": ref, "version": await self._residency.let_go(ref)}
+            return {"adapter": ref, "version": await self._adapter_cache.unkeep(ref)}
 
     async def unload(self, ref: str) -> Dump:
         """It leaves the engine, now or with its last request; it stays registered, and loads again when asked for."""
         with as_api_errors():
-            return {"adapter": ref, "version": await self._residency.unload(ref)}
+            return {"adapter": ref, "version": await self._adapter_cache.unload(ref)}
 
     async def promote(self, ref: str, version: str) -> Dump:
         """Let the alias `ref` point at a version (or at where another alias points), in the store."""
@@ -96,8 +96,8 @@ class Registry:
         aliases: those that mean it here; in_store: those that mean it in the store, and will here after a swap.
         """
         with as_api_errors():
-            found = await asyncio.to_thread(self._source.published)
-        served = as_served(found, self._residency.followed())
+            found = await asyncio.to_thread(self._source.list_published)
+        served = as_served(found, self._adapter_cache.resolved_refs())
         return [
             {
                 "task": manifest.task, "version": manifest.version, "aliases": aliases,

@@ -24,7 +24,7 @@ from graftwork.serving.arms import (
     ArmPrompt,
     Dump,
     Question,
-    Sampling,
+    SamplingOptions,
     build_prompt,
     find,
     messages_of,
@@ -37,10 +37,10 @@ from graftwork.serving.arms import (
 )
 from graftwork.serving.engine.grammar import Grammar
 from graftwork.serving.engine.types import GenerateRequest
-from graftwork.serving.generation import Generation, GrowingAnswer
+from graftwork.serving.generation import Generation, StreamedAnswer
 from graftwork.serving.grammar import Grammars, read_grammar
 from graftwork.serving.likelihood import collect, continuation_ids
-from graftwork.serving.live_record import kept
+from graftwork.serving.live_record import read_live_record
 from graftwork.serving.logprobs import LogprobStream
 from graftwork.serving.metrics_families import Family
 from graftwork.serving.metrics_replica import ReplicaMetrics
@@ -48,7 +48,7 @@ from graftwork.serving.open_engine import open_engine
 from graftwork.serving.owner import end_with
 from graftwork.serving.rag.rerank import rerank
 from graftwork.serving.registry import VERBS, Registry
-from graftwork.serving.residency import Pin, Residency
+from graftwork.serving.residency import AdapterCache, Pin
 from graftwork.serving.router import RESIDENTS
 from graftwork.serving.source import AdapterSource, as_served, trained_prompt
 from graftwork.serving.spec import ArmSpec, ServeSpec
@@ -65,7 +65,7 @@ class _Admitted:
     """A request whose version is pinned and whose prompt is built. Closing `hold` releases the pin."""
 
     arm: ArmSpec
-    sampling: Sampling
+    sampling: SamplingOptions
     prompt: ArmPrompt
     grammar: Grammar | None
     pin: Pin | None
@@ -99,7 +99,7 @@ class EngineReplica:
         self._vocabulary = Vocabulary(self._template, int(base.config.get("vocab_size", 0)))
         self._grammars = Grammars(self._vocabulary)
         limits = self._spec.engine
-        self._residency = Residency(
+        self._residency = AdapterCache(
             self._engine, self._source, max_bytes=limits.host_cache_bytes, fetch_timeout_s=limits.fetch_timeout_s
         )
         self._metrics = ReplicaMetrics(self._engine.stats, self._adapters)
@@ -121,7 +121,7 @@ class EngineReplica:
         return (await self.choices(arm, messages, request_id, sampling))[0]
 
     async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump | None = None) -> list[Dump]:
-        """As `answer`: all of the `Sampling.n` answers, in order."""
+        """As `answer`: all of the `SamplingOptions.n` answers, in order."""
         async with aclosing(self.stream(arm, messages, request_id, sampling)) as chunks:
             answers = [chunk["answer"] async for chunk in chunks if "answer" in chunk]
         return sorted(answers, key=lambda answer: int(answer["index"]))
@@ -138,7 +138,7 @@ class EngineReplica:
         arrived = time.perf_counter()
         with self._metrics.traffic.request() as watch:
             with as_api_errors():
-                wanted = Sampling.load(sampling) if sampling else Sampling()
+                wanted = SamplingOptions.load(sampling) if sampling else SamplingOptions()
                 admitted = await self._admit(arm, messages, wanted)
                 generation = self._submit(request_id, admitted, arrived)
             task = admitted.pin.manifest.task if admitted.pin else None
@@ -152,7 +152,7 @@ class EngineReplica:
                     for index, arrivals in events.items():
                         answer = growing[index]
                         watch.burst(sum(event.token_id >= 0 for event in arrivals), index)
-                        text, logprobs = answer.push(arrivals)
+                        text, logprobs = answer.add(arrivals)
                         if text or logprobs or not answer.ended:
                             told = [asdict(one) for one in logprobs]
                             yield {"index": index, "text": text, "tokens": answer.tokens, "logprobs": told}
@@ -174,7 +174,7 @@ class EngineReplica:
         arrived = time.perf_counter()
         with as_api_errors():
             scored = await self._in_thread(partial(continuation_ids, continuations, self._template))
-            wanted = Sampling(max_new_tokens=max(map(len, scored)))
+            wanted = SamplingOptions(max_new_tokens=max(map(len, scored)))
             admitted = await self._admit(arm, messages, wanted, grammar=False)
             generation = self._generation(
                 admitted.hold,
@@ -222,11 +222,13 @@ class EngineReplica:
         ref: `task@alias-or-version` for that one alone, "" for none.
         """
         with as_api_errors():
-            followed = self._residency.followed()
+            followed = self._residency.resolved_refs()
             if ref is None:
-                found = as_served(await self._in_thread(self._source.published), followed)
+                found = as_served(await self._in_thread(self._source.list_published), followed)
             else:
-                found = await self._in_thread(partial(self._source.one, ref, followed.get(ref))) if ref else []
+                found = (
+                    await self._in_thread(partial(self._source.describe_version, ref, followed.get(ref))) if ref else []
+                )
         adapters = [
             {"task": manifest.task, "version": manifest.version, "aliases": aliases, "created_at": manifest.created_at}
             for manifest, aliases in found
@@ -287,7 +289,9 @@ class EngineReplica:
         self._engine.stop()
         self._residency.close()
 
-    async def _admit(self, arm: Dump, messages: Question, wanted: Sampling, *, grammar: bool = True) -> _Admitted:
+    async def _admit(
+        self, arm: Dump, messages: Question, wanted: SamplingOptions, *, grammar: bool = True
+    ) -> _Admitted:
         spec = ArmSpec.model_validate(arm)
         require_bytes(size_of(messages), self._template.longest_token_bytes, self._engine.room(None))
         with ExitStack() as hold:
@@ -320,16 +324,16 @@ class EngineReplica:
             on_failure.pop_all()
         return generation
 
-    def _growing(self, index: int, admitted: _Admitted, arrived: float) -> GrowingAnswer:
+    def _growing(self, index: int, admitted: _Admitted, arrived: float) -> StreamedAnswer:
         wanted = admitted.sampling
         told = (
             LogprobStream(self._vocabulary.spell, self._template.special_ids) if wanted.logprobs is not None else None
         )
-        return GrowingAnswer(
+        return StreamedAnswer(
             index, self._template.decode, wanted.stop, admitted.stop_ids, admitted.prompt, arrived, told
         )
 
-    def _grammar(self, arm: ArmSpec, wanted: Sampling) -> Grammar | None:
+    def _grammar(self, arm: ArmSpec, wanted: SamplingOptions) -> Grammar | None:
         """What the request asks for or its arm has; builds the vocabulary's table where it will be needed."""
         if wanted.logprobs is not None:
             self._vocabulary.open()
@@ -352,7 +356,7 @@ class EngineReplica:
         return await rerank(query_of(arm, asked), found, self.likelihood, arm.retriever.k)
 
     def _prompt(
-        self, arm: ArmSpec, messages: Question, wanted: Sampling, pin: Pin | None, passages: Sequence[Passage]
+        self, arm: ArmSpec, messages: Question, wanted: SamplingOptions, pin: Pin | None, passages: Sequence[Passage]
     ) -> ArmPrompt:
         limit = self._engine.room(pin.manifest.version if pin else None)
         if isinstance(messages, str):
@@ -370,14 +374,14 @@ class EngineReplica:
     async def _warm_up(self, spec: ServeSpec) -> None:
         for arm in spec.arms:
             await self._in_thread(partial(warm, arm.prompt, arm.retriever))
-            await self._in_thread(partial(self._grammar, arm, Sampling()))
+            await self._in_thread(partial(self._grammar, arm, SamplingOptions()))
         for ref in dict.fromkeys([*spec.adapters, *(arm.adapter for arm in spec.arms if arm.adapter)]):
             self._residency.release(await self._residency.pin(ref))
 
     async def _warm_up_kept(self) -> None:
         """As the engines beside it are. What can't be loaded now is tried again by the first request for it."""
         try:
-            spec = await self._in_thread(partial(kept, self._spec))
+            spec = await self._in_thread(partial(read_live_record, self._spec))
             if spec is not None:
                 await self._warm_up(spec)
         except GraftworkError as error:

@@ -21,7 +21,7 @@ from typing import Literal, Protocol, TypeVar
 from graftwork.artifact import AdapterManifest
 from graftwork.artifact_check import WEIGHTS_FILE
 from graftwork.errors import ArtifactError, StorageError
-from graftwork.serving.host_room import Held, HostRoom
+from graftwork.serving.host_room import ByteBudget, CachedAdapter
 
 State = Literal["ready", "draining", "loading"]
 ArgT = TypeVar("ArgT")
@@ -55,7 +55,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Residence:
-    """One line of `Residency.states`."""
+    """One line of `AdapterCache.states`."""
 
     version: str
     state: State
@@ -70,19 +70,19 @@ class Pin:
     """A request's hold on one version. Release it once."""
 
     manifest: AdapterManifest
-    held: Held
+    held: CachedAdapter
     cold: bool = False
     """It had to be loaded, or was being loaded, when the request came."""
 
 
-class Residency:
-    """Loads on demand, one load a version however many wait for it, within `max_bytes` of memory: see `HostRoom`."""
+class AdapterCache:
+    """Loads on demand, one load a version however many wait for it, within `max_bytes` of memory: see `ByteBudget`."""
 
     def __init__(
         self, slots: Slots, source: Source, *, max_bytes: int, fetch_timeout_s: float = 60.0, bypass: int = 64
     ) -> None:
         self._slots, self._source, self._fetch_timeout_s = slots, source, fetch_timeout_s
-        self._room = HostRoom(max_bytes, bypass, slots.retire_adapter)
+        self._budget = ByteBudget(max_bytes, bypass, slots.retire_adapter)
         self._refs: dict[str, AdapterManifest] = {}
         self._resolving: dict[str, asyncio.Task[AdapterManifest]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -96,23 +96,23 @@ class Residency:
         while True:
             manifest = self._refs.get(ref)  # read again after every wait: the reference may have moved on
             if manifest is None:
-                found = await self._resolved(ref)
+                found = await self._resolve_once(ref)
                 self._refs.setdefault(ref, found)  # a refresh may have been quicker: its answer is newer
                 continue
-            held = self._room.here(manifest.version)
+            held = self._budget.get(manifest.version)
             if held is not None:
-                self._room.pin(held)
+                self._budget.pin(held)
                 return Pin(manifest, held, cold)
             cold = True
             try:
                 await self._load(manifest)
             finally:
-                if manifest.version not in self._room.held and self._refs.get(ref) is manifest:
+                if manifest.version not in self._budget.held and self._refs.get(ref) is manifest:
                     del self._refs[ref]  # the load failed: the next request reads the alias again
 
     def release(self, pin: Pin) -> None:
         """The request has ended in the engine. The last one of a draining version frees it."""
-        self._room.unpin(pin.held)
+        self._budget.unpin(pin.held)
 
     async def refresh(self, ref: str) -> tuple[str | None, str]:
         """Read the alias again and move new requests to the version it points at. Returns (old, new) versions.
@@ -124,10 +124,10 @@ class Residency:
         async with lock:
             manifest = await self._from_store(self._source.resolve, ref)
             old = self._refs.get(ref)
-            if old is not None and old.version == manifest.version and manifest.version in self._room.held:
+            if old is not None and old.version == manifest.version and manifest.version in self._budget.held:
                 return old.version, manifest.version
             held = await self._ready(manifest)
-            self._room.pin(held)  # between load and flip nothing may push it out
+            self._budget.pin(held)  # between load and flip nothing may push it out
             self._refs[ref] = manifest
             self._retire_unnamed(old)
             self.release(Pin(manifest, held))
@@ -140,7 +140,7 @@ class Residency:
         """
         pin = await self.pin(ref)
         try:
-            kept, most = self._room.kept_bytes(without=pin.held), self._room.max_bytes
+            kept, most = self._budget.kept_bytes(without=pin.held), self._budget.max_bytes
             if kept + pin.held.size_bytes > most // 2:
                 found = f"{kept} bytes are pinned already, this one takes {pin.held.size_bytes}"
                 rule = f"pinned adapters take at most half of engine.host_cache_bytes={most}"
@@ -150,13 +150,13 @@ class Residency:
         finally:
             self.release(pin)
 
-    async def let_go(self, ref: str) -> str:
+    async def unkeep(self, ref: str) -> str:
         """End `keep`; the version stays until its room is needed. Returns it."""
         manifest = await self._manifest(ref)
-        held = self._room.held.get(manifest.version)
+        held = self._budget.held.get(manifest.version)
         if held is not None:
             held.kept = False
-            self._room.notify()
+            self._budget.notify()
         return manifest.version
 
     async def unload(self, ref: str) -> str:
@@ -166,7 +166,7 @@ class Residency:
         self._retire_unnamed(manifest)
         return manifest.version
 
-    def followed(self) -> dict[str, str]:
+    def resolved_refs(self) -> dict[str, str]:
         """The version that each reference means for new requests, of those that somebody has asked for."""
         return {ref: manifest.version for ref, manifest in self._refs.items()}
 
@@ -177,9 +177,9 @@ class Residency:
             names.setdefault(manifest.version, []).append(ref)
         held = [
             Residence(h.version, "draining" if h.draining else "ready", h.pins, tuple(names.get(h.version, ())), h.kept)
-            for h in self._room.held.values()
+            for h in self._budget.held.values()
         ]
-        waiting = [v for v in self._loading if v not in self._room.held]
+        waiting = [v for v in self._loading if v not in self._budget.held]
         return held + [Residence(version, "loading", 0, tuple(names.get(version, ()))) for version in waiting]
 
     def close(self) -> None:
@@ -189,19 +189,19 @@ class Residency:
 
     async def _manifest(self, ref: str) -> AdapterManifest:
         known = self._refs.get(ref)
-        return known if known is not None else await self._resolved(ref)
+        return known if known is not None else await self._resolve_once(ref)
 
-    async def _resolved(self, ref: str) -> AdapterManifest:
+    async def _resolve_once(self, ref: str) -> AdapterManifest:
         """What the store says of a reference, asked once however many wait: a stalled one takes one thread, not all."""
         task = self._resolving.get(ref)
         if task is None:
             task = asyncio.create_task(self._from_store(self._source.resolve, ref))
             self._resolving[ref] = task
-            task.add_done_callback(lambda done: _seen(self._resolving, ref, done))
+            task.add_done_callback(lambda done: _consume_result(self._resolving, ref, done))
         return await asyncio.shield(task)
 
-    async def _ready(self, manifest: AdapterManifest) -> Held:
-        while (held := self._room.here(manifest.version)) is None:
+    async def _ready(self, manifest: AdapterManifest) -> CachedAdapter:
+        while (held := self._budget.get(manifest.version)) is None:
             await self._load(manifest)
         return held
 
@@ -210,22 +210,22 @@ class Residency:
         if task is None:
             task = asyncio.create_task(self._load_now(manifest))
             self._loading[manifest.version] = task
-            task.add_done_callback(lambda done: _seen(self._loading, manifest.version, done))
-        self._room.expected[manifest.version] += 1
+            task.add_done_callback(lambda done: _consume_result(self._loading, manifest.version, done))
+        self._budget.expected[manifest.version] += 1
         try:
             await asyncio.shield(task)  # a caller that gives up must not take the load from the others
         finally:
-            self._room.expected[manifest.version] -= 1
-            self._room.expected += Counter()  # drops what has fallen to zero
-            self._room.notify()
+            self._budget.expected[manifest.version] -= 1
+            self._budget.expected += Counter()  # drops what has fallen to zero
+            self._budget.notify()
 
     async def _load_now(self, manifest: AdapterManifest) -> None:
         folder = await self._from_store(self._source.fetch, manifest)
         size = manifest.files[WEIGHTS_FILE].size_bytes
-        if size > self._room.max_bytes:
-            rule = f"an adapter fits into engine.host_cache_bytes={self._room.max_bytes}"
+        if size > self._budget.max_bytes:
+            rule = f"an adapter fits into engine.host_cache_bytes={self._budget.max_bytes}"
             raise ArtifactError(f"adapter {manifest.ref}", f"{size} bytes", rule, "raise engine.host_cache_bytes")
-        if not await self._room.reserve(manifest.version, size):
+        if not await self._budget.reserve(manifest.version, size):
             return
         read = None
         try:
@@ -234,7 +234,7 @@ class Residency:
             await self._from_store(self._source.discard_damaged, manifest)
             raise
         finally:
-            self._room.fill(manifest.version, size, read)
+            self._budget.insert(manifest.version, size, read)
 
     def _read(self, manifest: AdapterManifest, folder: Path) -> int:
         digests = {name: entry.sha256 for name, entry in manifest.files.items()}
@@ -242,10 +242,10 @@ class Residency:
 
     def _retire_unnamed(self, manifest: AdapterManifest | None) -> None:
         """After a flip: the old version goes, unless another reference still leads to it."""
-        held = self._room.held.get(manifest.version) if manifest is not None else None
+        held = self._budget.held.get(manifest.version) if manifest is not None else None
         if held is None or any(named.version == held.version for named in self._refs.values()):
             return
-        self._room.retire(held)
+        self._budget.retire(held)
 
     async def _from_store(self, call: Callable[[ArgT], ResultT], arg: ArgT) -> ResultT:
         """A call that may wait for the store, for so long. The thread itself ends with its sockets' time limits."""
@@ -260,7 +260,7 @@ class Residency:
         return await asyncio.get_running_loop().run_in_executor(threads, call, arg)
 
 
-def _seen(tasks: dict[str, asyncio.Task[ResultT]], key: str, task: asyncio.Task[ResultT]) -> None:
+def _consume_result(tasks: dict[str, asyncio.Task[ResultT]], key: str, task: asyncio.Task[ResultT]) -> None:
     """A shared task has ended; its error is read, so that one nobody waits for any more doesn't warn."""
     del tasks[key]
     if not task.cancelled():

@@ -124,7 +124,7 @@ def _bind_problem(host: str, port: int) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_serve_logs() -> Iterator[None]:
     """Serve tells each of its steps at INFO in the driver; warnings still come through."""
     logger = logging.getLogger("ray.serve")
     before = logger.level

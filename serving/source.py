@@ -45,11 +45,11 @@ class AdapterSource:
         """Forget a copy that isn't as published, so that the next request brings it again."""
         artifact_local.discard_damaged(self.store, manifest)
 
-    def published(self) -> list[tuple[AdapterManifest, list[str]]]:
+    def list_published(self) -> list[tuple[AdapterManifest, list[str]]]:
         """Every version for this base with the aliases that point at it, as the store is now."""
         return [(m, aliases) for m, aliases in self._listing.read() if m.base_digest == self.base_digest]
 
-    def one(self, ref: str, followed: str | None) -> "Published":
+    def describe_version(self, ref: str, followed: str | None) -> "Published":
         """As `as_served` gives it for one `task@alias-or-version`; nothing where there is no such version.
 
         followed: the version that requests for it get, where one is followed.
@@ -68,7 +68,7 @@ Published = list[tuple[AdapterManifest, list[str]]]
 
 
 def as_served(found: Published, followed: Mapping[str, str]) -> Published:
-    """`AdapterSource.published` with each alias at the version that requests get: one that was moved in the store is
+    """`AdapterSource.list_published` with each alias at the version that requests get: one that was moved in the store is
     followed only after a swap. followed: `Residency.followed`."""
     names: dict[tuple[str, str], list[str]] = {(m.task, m.version): [] for m, _ in found}
     for manifest, aliases in found:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from graftwork.accelerators import AUTO, Gpus, counted
+from graftwork.accelerators import AUTO, Gpus, resolved_count
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.chat import PromptSpec
 from graftwork.config import Spec
@@ -192,7 +192,7 @@ class ServeSpec(Spec):
     @property
     def gpus(self) -> float:
         """GPUs of a replica."""
-        return counted(self.num_gpus)
+        return resolved_count(self.num_gpus)
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Self:

@@ -47,7 +47,7 @@ class TextStream:
         if cut >= 0:
             self.stopped, ready, self._pending = True, self._pending[:cut], ""
         else:
-            held = 0 if final else self._held()
+            held = 0 if final else self._held_length()
             ready, self._pending = (
                 self._pending[: len(self._pending) - held],
                 self._pending[len(self._pending) - held :],
@@ -55,7 +55,7 @@ class TextStream:
         self.text += ready
         return ready
 
-    def _held(self) -> int:
+    def _held_length(self) -> int:
         """Length of the longest end of the pending text that may grow into a stop string."""
         longest = max((len(stop) - 1 for stop in self._stop), default=0)
         for size in range(min(longest, len(self._pending)), 0, -1):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graftwork.serving.vllm_engine.loras import Lora
+from graftwork.serving.vllm_engine.loras import LoadedLora
 from tests.engines import load_model
 
 BLOCK = 16
@@ -63,7 +63,7 @@ class PlainWords:
     def sampling(self, arguments: dict[str, Any], grammar: dict[str, str] | None) -> dict[str, Any]:
         return {**arguments, "structured_outputs": grammar}
 
-    def lora(self, lora: Lora) -> LoraRequest:
+    def lora(self, lora: LoadedLora) -> LoraRequest:
         return LoraRequest(lora.name, lora.number, str(lora.folder))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from graftwork.serving.engine.cpu import kernels
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.spec import EngineSpec
 
@@ -178,7 +178,7 @@ def request(
     return GenerateRequest(name, tuple(prompt), SamplingParams(**{"max_new_tokens": 16, **sampling}), stop_ids, adapter)
 
 
-def ask(engine: Engine, *requests: GenerateRequest) -> list[Answer]:
+def ask(engine: NativeEngine, *requests: GenerateRequest) -> list[Answer]:
     """Submits all at once and waits for all."""
     collector = Collector()
     for one in requests:

@@ -8,7 +8,7 @@ from typing import Any
 from graftwork.cluster.backend import Job
 from graftwork.cluster.command_spec import ExecSpec
 from graftwork.cluster.places.local import LocalPlace
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.stored import StoredBackend
 
@@ -33,7 +33,7 @@ def local_backend(root: str) -> StoredBackend:
 
 def printed(root: str, job_id: str) -> str:
     """What the latest attempt printed, as far as it is stored."""
-    runs = RunStore(root)
+    runs = JobStore(root)
     return "".join(runs.logs(job_id, runs.attempts(job_id)[-1]))
 
 

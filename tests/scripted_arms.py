@@ -8,8 +8,8 @@ from typing import Any
 
 from graftwork.answers.schema import AnswerSchema
 from graftwork.chat import Message
-from graftwork.data import Row
-from graftwork.serving.experiment.offline import Job, Send
+from graftwork.data import DatasetRow
+from graftwork.serving.experiment.offline import EvalRequest, Send
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
@@ -35,17 +35,17 @@ CHANCES = {"base": (0.0, 0.05), "base-rag": (0.02, 0.75), "finetuned": (1.0, 0.1
 """Arm -> (chance of form, chance of knowing the airport)."""
 
 
-def airports(n: int, seed: int = 0) -> list[Row]:
+def airports(n: int, seed: int = 0) -> list[DatasetRow]:
     """Evaluation rows with gold, each asked by its ICAO code."""
     rng = random.Random(seed)
     return [_airport(i, rng) for i in range(n)]
 
 
-def _airport(i: int, rng: random.Random) -> Row:
+def _airport(i: int, rng: random.Random) -> DatasetRow:
     icao = f"K{i:03d}"
     gold = {"icao": icao, "iata": f"{i:03d}", "name": f"Field {i * 7} Airport", "city": f"Town{rng.randrange(10**6)}",
             "country": rng.choice(["US", "BR", "GL"]), "elevation_ft": 5000 + rng.randrange(10**4)}  # fmt: skip
-    return Row(
+    return DatasetRow(
         f"apt-{i}", (Message("user", f"Which airport is {icao}?"),), doc_id=icao, gold=gold, given_fields=("icao",)
     )
 
@@ -64,7 +64,7 @@ def spec(arms: Sequence[Mapping[str, Any]] = ARMS, **changes: Any) -> CompareSpe
 class Script:
     """Answers as an endpoint would: deterministic per arm and question. `asked` keeps the order of requests."""
 
-    rows: Sequence[Row]
+    rows: Sequence[DatasetRow]
     chances: Mapping[str, tuple[float, float]] = field(default_factory=lambda: CHANCES)
     versions: Mapping[str, str] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Script:
             "ttft_ms": 10.0, "latency_ms": 100.0 + len(text), "finish_reason": "stop",
         }  # fmt: skip
 
-    def text(self, arm: str, row: Row) -> str:
+    def text(self, arm: str, row: DatasetRow) -> str:
         """What the arm says to the question."""
         rng, gold = random.Random(f"{arm} {row.id}"), dict(row.gold or {})
         form, knows = self.chances[arm]
@@ -95,7 +95,7 @@ class Script:
 def by_job(script: Script) -> Send:
     """The script as what answers jobs."""
 
-    async def send(job: Job) -> Mapping[str, Any]:
+    async def send(job: EvalRequest) -> Mapping[str, Any]:
         return await script(job.arm, job.messages, job.request_id)
 
     return send

@@ -50,7 +50,7 @@ def _check_stack(spec: "TrainSpec", below: str) -> None:
     """Both are published as one adapter, their exact sum: so both must be plain deltas, and nothing else trained."""
     if not isinstance(spec.adapter, LoraSpec) or spec.adapter.dora:
         raise ValueError(
-            f"base_adapter={below} can't go with adapter={spec.adapter.said()}: the sum of both is published, and only "
+            f"base_adapter={below} can't go with adapter={spec.adapter.describe()}: the sum of both is published, and only "
             "a LoRA without DoRA adds to one. Set adapter.kind=lora"
         )
     if spec.init_from is not None:

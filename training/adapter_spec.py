@@ -26,7 +26,7 @@ class LoraSpec(Spec):
     dora: bool = False
     """Train the magnitude of each output beside its direction (DoRA, arXiv 2402.09353)."""
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """In words."""
         return f"{'rs' * self.rslora}LoRA{' with DoRA' * self.dora} r{self.rank}"
 
@@ -36,7 +36,7 @@ class FullSpec(Spec):
 
     kind: Literal["full"] = "full"
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """In words."""
         return "all weights"
 
@@ -46,7 +46,7 @@ class Ia3Spec(Spec):
 
     kind: Literal["ia3"] = "ia3"
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """In words."""
         return "IA3"
 
@@ -58,7 +58,7 @@ class PrefixSpec(Spec):
     tokens: int = Field(default=16, ge=1, le=1024)
     """Virtual tokens."""
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """In words."""
         return f"prefix of {self.tokens}"
 
@@ -73,7 +73,7 @@ class BottleneckSpec(Spec):
     """Width of the hidden layer."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """In words."""
         return f"{self.placement.capitalize()} bottleneck of {self.size}"
 

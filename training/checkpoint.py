@@ -61,12 +61,12 @@ class Checkpoints:
 
     def newest(self) -> CheckpointMark | None:
         """The last whole checkpoint; None before the first."""
-        steps = self._whole()
+        steps = self._complete_steps()
         return self._mark(steps[-1]) if steps else None
 
     def marks(self) -> list[CheckpointMark]:
         """All whole checkpoints, by step."""
-        return [self._mark(step) for step in self._whole()]
+        return [self._mark(step) for step in self._complete_steps()]
 
     def fetch(self, mark: CheckpointMark) -> list[str]:
         """Bring a whole checkpoint's files to its folder of this machine. Returns what is not as the marker says."""
@@ -98,7 +98,7 @@ class Checkpoints:
 
     def clear_unfinished(self) -> None:
         """Remove what a killed run left without a marker. Rank 0, before training."""
-        whole = {_name(step) for step in self._whole()}
+        whole = {_name(step) for step in self._complete_steps()}
         for name in set(self.run.store.list(*self.run.checkpoints())) - whole:
             self.run.store.delete(*self.run.checkpoints(name))
 
@@ -130,7 +130,7 @@ class Checkpoints:
         self.run.store.delete(*self._key(step), MARKER)
         self.run.store.delete(*self._key(step))
 
-    def _whole(self) -> list[int]:
+    def _complete_steps(self) -> list[int]:
         names = self.run.store.list(*self.run.checkpoints())
         steps = [int(name.removeprefix(PREFIX)) for name in names if name.removeprefix(PREFIX).isdigit()]
         return sorted(step for step in steps if self.run.store.exists(*self._key(step), MARKER))

@@ -11,12 +11,12 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TypeVar
 
-from graftwork.cluster.fence import Fence, Overtaken
+from graftwork.cluster.fence import Fence, SupersededError
 from graftwork.errors import GraftworkError, RunError, StorageError
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints, surplus
 from graftwork.training.checkpoint_files import FileSum, Shapes, faults_of_weights
 from graftwork.training.checkpoint_spec import CheckpointSpec
-from graftwork.training.ranks import of_all, rank_and_world
+from graftwork.training.ranks import all_gather_object, rank_and_world
 from graftwork.training.steplog import StepLog
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Saver:
         self._rank, world = rank_and_world()
         patience = timedelta(seconds=keep.outage_s + SEND_S)
         self._group = dist.new_group(backend="gloo", timeout=patience) if world > 1 else None
-        self._marks = {mark.step: mark for mark in of_all(checkpoints.marks() if self._rank == 0 else [])[0]}
+        self._marks = {mark.step: mark for mark in all_gather_object(checkpoints.marks() if self._rank == 0 else [])[0]}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -75,13 +75,13 @@ class Saver:
             self._checkpoints.clear_cache()
 
     def _bring(self, mark: CheckpointMark) -> None:
-        sent = _agreed(of_all(_tried(lambda: self._send(mark.step)), self._group))
+        sent = _all_or_first_error(all_gather_object(_attempt(lambda: self._send(mark.step)), self._group))
         if isinstance(sent, GraftworkError):
-            raise self._lost(mark.step, sent)
+            raise self._lost_error(mark.step, sent)
         whole = replace(mark, files={name: kept for part in sent for name, kept in part.items()})
-        done = _agreed(of_all(_tried(lambda: self._commit(whole)), self._group))
+        done = _all_or_first_error(all_gather_object(_attempt(lambda: self._commit(whole)), self._group))
         if isinstance(done, GraftworkError):
-            raise self._lost(mark.step, done)
+            raise self._lost_error(mark.step, done)
 
     def _send(self, step: int) -> dict[str, FileSum]:
         faults = faults_of_weights(self._checkpoints.folder(step), self._trained) if self._rank == 0 else []
@@ -102,28 +102,28 @@ class Saver:
             if self._rank == 0:
                 self._checkpoints.drop(step)
 
-    def _lost(self, step: int, cause: GraftworkError) -> GraftworkError:
-        if isinstance(cause, Overtaken):
+    def _lost_error(self, step: int, cause: GraftworkError) -> GraftworkError:
+        if isinstance(cause, SupersededError):
             return cause
         last = max((known for known in self._marks if known < step), default=None)
         kept = f"the checkpoint of step {last} is the last whole one" if last else "there is no whole checkpoint"
         return CheckpointLost(
             f"checkpoint of step {step} of run {self._checkpoints.run.run_id}",
-            f"{cause.asked}: {cause.found}; {kept}",
+            f"{cause.subject}: {cause.problem}; {kept}",
             f"storage may be out of reach for checkpoints.outage_s={self._keep.outage_s:g} seconds, and a checkpoint "
             "holds every trained tensor, finite and not all zero",
-            f"{cause.next_move + '; then ' if cause.next_move else ''}run the same command: it continues from "
+            f"{cause.hint + '; then ' if cause.hint else ''}run the same command: it continues from "
             + (f"step {last}" if last else "the start"),
         )
 
 
-def _agreed(found: "list[T | GraftworkError]") -> "list[T] | GraftworkError":
+def _all_or_first_error(found: "list[T | GraftworkError]") -> "list[T] | GraftworkError":
     """What all ranks got, or the first error of any."""
     errors = [one for one in found if isinstance(one, GraftworkError)]
     return errors[0] if errors else [one for one in found if not isinstance(one, GraftworkError)]
 
 
-def _tried(call: Callable[[], T]) -> T | GraftworkError:
+def _attempt(call: Callable[[], T]) -> T | GraftworkError:
     try:
         return call()
     except GraftworkError as error:

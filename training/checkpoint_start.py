@@ -10,14 +10,14 @@ from graftwork.errors import ConfigError, GraftworkError, StorageError
 from graftwork.storage import RunPaths
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints
 from graftwork.training.job import TrainJob
-from graftwork.training.ranks import attempt, from_rank_0, of_all, rank_and_world
+from graftwork.training.ranks import all_gather_object, attempt, from_rank_0, rank_and_world
 from graftwork.training.spec import TrainSpec
 
 STARTS = "starts.json"
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """What a worker goes on from."""
 
     mark: CheckpointMark | None = None
@@ -50,13 +50,13 @@ class Start:
             )  # fmt: skip
 
 
-def agreed_start(job: TrainJob) -> Start:
+def agree_resume_point(job: TrainJob) -> ResumePoint:
     """Collective; clears what killed runs left, brings the checkpoint to each machine, notes the start in starts.json.
 
     Raises StorageError on all ranks alike.
     """
     if job.run is None:
-        return Start()
+        return ResumePoint()
     checkpoints, world = Checkpoints(job.run), rank_and_world()[1]
     sends = _sends_its_folder(checkpoints)
     if sends:
@@ -74,7 +74,7 @@ def agreed_start(job: TrainJob) -> Start:
     for of, mark in found:
         folder, damage = of.folder(mark.step), _damage(of, mark, fetch=sends)
         if not damage:
-            start = Start(mark, folder, (*notes, *_notes(mark, world)), sends)
+            start = ResumePoint(mark, folder, (*notes, *_notes(mark, world)), sends)
             break
         notes.append(f"the checkpoint of step {mark.step} is damaged ({damage[0]}) and was left out")
         from_rank_0(functools.partial(of.drop, mark.step))
@@ -84,12 +84,12 @@ def agreed_start(job: TrainJob) -> Start:
                 f"the checkpoint of {'/'.join(job.begin_from.file())}", "; ".join(notes) or "there is none",
                 "this run begins from a whole one",
             )  # fmt: skip
-        start = Start(notes=tuple(notes), sends=sends)
+        start = ResumePoint(notes=tuple(notes), sends=sends)
     from_rank_0(functools.partial(_note_start, job.run, start, world))
     return start
 
 
-def starts(run: RunPaths) -> list[dict[str, object]]:
+def read_starts(run: RunPaths) -> list[dict[str, object]]:
     """Every time that the run's workers began: when, after which step, how many, with which notes."""
     key = run.file(STARTS)
     found: list[dict[str, object]] = run.store.read_json(*key) if run.store.exists(*key) else []
@@ -98,16 +98,16 @@ def starts(run: RunPaths) -> list[dict[str, object]]:
 
 def _damage(checkpoints: Checkpoints, mark: CheckpointMark, *, fetch: bool) -> list[str]:
     """What is wrong with a checkpoint's files on any machine. Collective; those who `fetch` bring and check them."""
-    outcomes = of_all(attempt(lambda: checkpoints.fetch(mark) if fetch else []))
+    outcomes = all_gather_object(attempt(lambda: checkpoints.fetch(mark) if fetch else []))
     for outcome in outcomes:
         if isinstance(outcome, GraftworkError):
             raise outcome
     return [found for outcome in outcomes if isinstance(outcome, list) for found in outcome]
 
 
-def _note_start(run: RunPaths, start: Start, world: int) -> None:
+def _note_start(run: RunPaths, start: ResumePoint, world: int) -> None:
     begun = {"at": round(time.time(), 3), "step": start.step, "workers": world, "notes": list(start.notes)}
-    run.store.write_json([*starts(run), begun], *run.file(STARTS))
+    run.store.write_json([*read_starts(run), begun], *run.file(STARTS))
 
 
 def _notes(mark: CheckpointMark, world: int) -> list[str]:
@@ -131,9 +131,9 @@ def _sends_its_folder(checkpoints: Checkpoints) -> bool:
     folder = checkpoints.work_dir()
     own = folder / f".tmp-here-{token}-{rank}"
     own.touch()
-    of_all(rank)
+    all_gather_object(rank)
     seen = [int(path.name.rpartition("-")[2]) for path in folder.glob(f".tmp-here-{token}-*")]
-    of_all(rank)
+    all_gather_object(rank)
     own.unlink()
-    of_all(rank)  # the folder may be cleared now
+    all_gather_object(rank)  # the folder may be cleared now
     return min(seen) == rank

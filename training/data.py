@@ -11,7 +11,7 @@ from graftwork.errors import DataError
 from graftwork.storage import Store
 from graftwork.training.rows.kept import KeptRows
 from graftwork.training.rows.packed import PackedRows
-from graftwork.training.rows.part import Part, ReadPart, counted
+from graftwork.training.rows.part import Part, ReadPart, format_row_count
 from graftwork.training.rows.token_rows import Rows, TokenRows
 from graftwork.training.spec import TrainSpec
 
@@ -110,9 +110,9 @@ def _few(train: ReadPart) -> tuple[str, ...]:
 def _held_out_warnings(spec: TrainSpec, train: ReadPart, held_out: ReadPart) -> tuple[str, ...]:
     """Ignored keys, and held-out rows that are trained on. Raises DataError where both datasets are the same rows."""
     if held_out.is_same(train):
-        raise DataError(f"data.eval={spec.data.eval}", f"its {counted(held_out.contents, 'row')} are the rows of "
+        raise DataError(f"data.eval={spec.data.eval}", f"its {format_row_count(held_out.contents, 'row')} are the rows of "
                         f"data.train={spec.data.train}", "held-out rows are not trained on",
                         "name other rows, or leave data.eval out")  # fmt: skip
     shared = held_out.rows_in(train)
-    seen = f"data.eval: {shared} of {counted(held_out.contents, 'row')} also in data.train, so its loss is too low"
+    seen = f"data.eval: {shared} of {format_row_count(held_out.contents, 'row')} also in data.train, so its loss is too low"
     return (*held_out.warnings, *([seen] if shared else []))

@@ -60,7 +60,7 @@ def fit(job: TrainJob, *, ray_train: bool | None = None) -> LoopResult:
             lost = error
         progress = newest_step(job) > reached
         if lost is not None and not progress and not workers_did_not_start(lost):
-            raise _explained(job, lost) from lost
+            raise _worker_error(job, lost) from lost
         if progress:
             reached, since = newest_step(job), time.monotonic()
         workers = workers_soon(job.spec, since + job.spec.recovery.deadline_s)
@@ -77,7 +77,7 @@ def fit_trial(job: TrainJob, report: Report, worker: Mapping[str, float]) -> Loo
         try:
             return _on_workers(job, job.spec.num_workers, dict(worker), Path(notes), failures=0, report=report)
         except train.TrainingFailedError as error:
-            raise _explained(job, error) from error
+            raise _worker_error(job, error) from error
 
 
 def _attempt(job: TrainJob, workers: int) -> LoopResult:
@@ -155,13 +155,13 @@ def _work(config: dict[str, Any]) -> LoopResult | GraftworkError:
     """One worker."""
     import ray
 
-    from graftwork.training.notice import leaving
+    from graftwork.training.notice import preemption_requested
 
     job: TrainJob = ray.get(config["job"])
-    return train_as_worker(job, config["report"], leaving)
+    return train_as_worker(job, config["report"], preemption_requested)
 
 
-def _explained(job: TrainJob, error: Exception) -> GraftworkError:
+def _worker_error(job: TrainJob, error: Exception) -> GraftworkError:
     """The error of a worker if it was one of ours, else a RunError with the first line that tells why."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():

@@ -7,7 +7,7 @@ from graftwork.cluster.fence import Fence
 from graftwork.errors import RunError
 from graftwork.storage import RunPaths
 from graftwork.training.data import PreparedData
-from graftwork.training.outcomes.parts import Part
+from graftwork.training.outcomes.parts import ItemGroup
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 
@@ -36,7 +36,7 @@ class TrainJob:
     """Optimizer steps between calls of `report`; each evaluated step is reported as well."""
     eval_every: int | None = None
     """Optimizer steps between evaluations; None takes `spec.eval_every`. The last step is always evaluated."""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ItemGroup, ...] = ()
     """Outcomes that are still to be measured, before and after."""
     fence: Fence | None = None
     """The attempt of a submitted job that this is, which may be overtaken or asked to end. Set by the command that

@@ -54,7 +54,7 @@ def _disk_lock(run: RunPaths) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _taken(run, os.pread(handle, 100, 0).decode().strip()) from None
+            raise _lock_error(run, os.pread(handle, 100, 0).decode().strip()) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()}".encode(), 0)
         yield
@@ -68,10 +68,10 @@ def _object_lock(run: RunPaths) -> Iterator[None]:
     if not run.store.create_bytes(_lease(owner), *key):
         held = run.store.read_json(*key)
         if time.time() - held["renewed_at"] < DEAD_AFTER_S and not _died_here(held):
-            raise _taken(run, f"renewed {time.time() - held['renewed_at']:.0f} s ago")
+            raise _lock_error(run, f"renewed {time.time() - held['renewed_at']:.0f} s ago")
         run.store.delete(*key)
         if not run.store.create_bytes(_lease(owner), *key):
-            raise _taken(run, "just taken over")
+            raise _lock_error(run, "just taken over")
 
     def renew() -> None:
         while not done.wait(RENEW_S):
@@ -111,7 +111,7 @@ def _machine() -> str:
     return " ".join([socket.gethostname(), *([boot.read_text().strip(), os.readlink(space)] if space.exists() else [])])
 
 
-def _taken(run: RunPaths, by: str) -> RunError:
+def _lock_error(run: RunPaths, by: str) -> RunError:
     return RunError(
         f"run {run.run_id}",
         f"another process is running it ({by})",

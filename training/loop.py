@@ -14,7 +14,7 @@ from graftwork.step_plan import StepPlan, step_plan
 from graftwork.storage import cache_root
 from graftwork.training.before_after import before_after
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_start import Start, agreed_start
+from graftwork.training.checkpoint_start import ResumePoint, agree_resume_point
 from graftwork.training.init import adapter_folder
 from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
 from graftwork.training.ranks import rank_and_world
@@ -37,7 +37,7 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
     (a checkpoint that the strategy can't load), StorageError (disk full).
     """
     spec, (rank, world) = job.spec, rank_and_world()
-    plan, start = plan_of(job, world), agreed_start(job)
+    plan, start = plan_of(job, world), agree_resume_point(job)
     log = StepLog.resumed(job.run, start.step) if rank == 0 else StepLog(None)
     folder = _work_dir(job)
     with _disk_full_explained(folder):
@@ -52,13 +52,13 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
 
         base_model.import_bitsandbytes()
         from graftwork.training.objectives import build  # the slow imports of a worker: 5 to 10 s
-        from graftwork.training.objectives.setting import Setting
+        from graftwork.training.objectives.setting import TrainerContext
         from graftwork.training.outcomes.measure import Measuring
         from graftwork.training.strategies import shards
         from graftwork.training.strategies.arguments import layout
         from graftwork.training.strategies.deepspeed import sharding
         from graftwork.training.universal import reshaped
-        from graftwork.training.watch import Watch
+        from graftwork.training.watch import StepCallback
 
         torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
         base = base_model.resolve(spec.base)
@@ -69,8 +69,8 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
         model = _with_adapter(job, loaded)
         start = reshaped(start, spec, world)
         with _saver(job, model, log, start) as saver:
-            watch = Watch(job, plan, log, report, leaving, start, saver)
-            training = build(Setting(job, plan, base, model, folder, watch, start.universal))
+            watch = StepCallback(job, plan, log, report, leaving, start, saver)
+            training = build(TrainerContext(job, plan, base, model, folder, watch, start.universal))
             del holding  # the trainer has a configuration of its own now
             watch.training, trainer = training, training.trainer
             trainer.train(resume_from_checkpoint=str(start.folder) if start.folder else None)
@@ -84,7 +84,7 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
 
 
 @contextmanager
-def _saver(job: TrainJob, model: Any, log: StepLog, start: Start) -> "Iterator[Saver | None]":
+def _saver(job: TrainJob, model: Any, log: StepLog, start: ResumePoint) -> "Iterator[Saver | None]":
     """What makes checkpoints whole beside the training; at the block's end all of them are, or tried. Collective."""
     from graftwork.training.checkpoint_files import shapes_of
     from graftwork.training.checkpoint_save import Saver
@@ -110,18 +110,18 @@ def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
     """The base with the spec's adapter: random by the seed, or a published one's weights. A checkpoint comes later."""
     from transformers import set_seed
 
-    from graftwork.training.adapters.attach import attach, take_weights
-    from graftwork.training.adapters.below import lay_below
-    from graftwork.training.adapters.score_head import with_score_head
+    from graftwork.training.adapters.attach import attach, load_adapter_weights
+    from graftwork.training.adapters.below import attach_frozen_adapter
+    from graftwork.training.adapters.score_head import add_reward_head
 
     spec = job.spec
     set_seed(spec.seed)
-    base = with_score_head(loaded.model) if spec.objective.kind == "reward" else loaded.model
+    base = add_reward_head(loaded.model) if spec.objective.kind == "reward" else loaded.model
     if spec.base_adapter is not None:
-        lay_below(base, folder_below(spec))
+        attach_frozen_adapter(base, folder_below(spec))
     model = attach(base, spec.adapter, job.data.trained_tokens)
     if spec.init_from is not None:
-        take_weights(model, adapter_folder(spec))
+        load_adapter_weights(model, adapter_folder(spec))
     return model
 
 

@@ -35,7 +35,7 @@ def merge_published(
     Raises ArtifactError: unknown or damaged ones, other bases, kinds or ranks that can't be added.
     """
     base_model.import_bitsandbytes()
-    from graftwork.training.adapters.merge import Lora, merge
+    from graftwork.training.adapters.merge import MergeSource, merge
 
     found = [artifact.resolve(store, ref) for ref in refs]
     first = found[0]
@@ -43,7 +43,7 @@ def merge_published(
         _require_same_base(first, other)
     with tempfile.TemporaryDirectory(prefix="gw-merge-") as name:
         folder = Path(name)
-        adapters = [Lora.read(one.ref, artifact.fetch(store, one.task, one.version)) for one in found]
+        adapters = [MergeSource.read(one.ref, artifact.fetch(store, one.task, one.version)) for one in found]
         rank, distance = merge(adapters, spec, folder)
         prompt, notes = _prompt(found)
         day, notes_on_day = _template_date(found)

@@ -26,6 +26,6 @@ def take_notice() -> None:
     signal.signal(signal.SIGTERM, note)
 
 
-def leaving() -> bool:
+def preemption_requested() -> bool:
     """Whether this worker has been told. Called in the training thread."""
     return _told.is_set() or node_is_draining()

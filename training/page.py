@@ -12,7 +12,7 @@ from graftwork.plan import plan_training
 from graftwork.report import BuiltReport, build, words
 from graftwork.report.outcome_records import Change, OutcomesReport
 from graftwork.report.outcomes import PARTS
-from graftwork.report.records import PlanRow, Series, TrainRun
+from graftwork.report.records import PlanRow, StepSeries, TrainRun
 from graftwork.report.whole import ReportInput
 from graftwork.storage import RunPaths
 from graftwork.training.data import PreparedData
@@ -52,11 +52,11 @@ def train_run(
     kind = "" if spec.objective.kind == "sft" else f"{spec.objective.kind}, "
     base = "an unquantised base" if spec.quant.kind == "none" else spec.quant.kind
     return TrainRun(
-        name=spec.name, adapter=found.published, loss=found.train_loss, eval_loss=found.eval_loss, rows=found.rows,
+        name=spec.name, adapter=found.published_name, loss=found.train_loss, eval_loss=found.eval_loss, rows=found.rows,
         dropped_rows=found.dropped_rows, eval_rows=found.eval_rows, dropped_eval_rows=found.dropped_eval_rows,
         tokens=found.tokens, tokens_per_s=found.tokens_per_s, wall_s=found.wall_s,
         peak_memory_bytes=tuple(found.peak_rss_bytes_per_worker), workers=spec.num_workers, reused=found.reused,
-        method=f"{kind}{spec.adapter.said()} on {base}, lr {spec.optim.lr:g}{context}",
+        method=f"{kind}{spec.adapter.describe()} on {base}, lr {spec.optim.lr:g}{context}",
         series=_series(steps), notes=(*found.notes, *notes),
     )  # fmt: skip
 
@@ -96,11 +96,11 @@ def _named(change: Change) -> str:
     return f"{PARTS[change.part].lower()}{group} ({change.metric.replace('_', ' ')})"
 
 
-def _series(steps: Sequence[StepReport]) -> tuple[Series, ...]:
+def _series(steps: Sequence[StepReport]) -> tuple[StepSeries, ...]:
     """The kind's own figures, those that changed over the run."""
     names = sorted({name for step in steps for name in step.metrics} - COMMON)
     found = [(name, tuple((step.step, step.metrics[name]) for step in steps if name in step.metrics)) for name in names]
-    return tuple(Series(name=name, points=points) for name, points in found if len({y for _, y in points}) > 1)
+    return tuple(StepSeries(name=name, points=points) for name, points in found if len({y for _, y in points}) > 1)
 
 
 def plan_of_run(spec: TrainSpec, base: ResolvedBase, data: PreparedData, probes: Sequence[Probe]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def plan_of_run(spec: TrainSpec, base: ResolvedBase, data: PreparedData, probes:
         work = work_of([probe.part for probe in probes])
         return {"plan": plan_training(spec, shape, sizes_of(data.train), held_out, machine, work).as_dict()}
     except (BaseModelError, ConfigError) as error:
-        return {"reason": f"{error.asked}, {error.found}"}
+        return {"reason": f"{error.subject}, {error.problem}"}
 
 
 def memory_notes(run: RunPaths, peaks: Sequence[int]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from graftwork.training.stack import folder_below
 from graftwork.training.steplog import read_steps
 
 if TYPE_CHECKING:
-    from graftwork.training.run import Run
+    from graftwork.training.run import ResolvedRun
 
 
 class Facts(TypedDict):
@@ -33,7 +33,7 @@ class Facts(TypedDict):
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedModel:
     """What can be named from now on."""
 
     version: str
@@ -43,7 +43,7 @@ class Published:
     """A place, as `base:` takes it."""
 
 
-def publish(run: "Run", result: LoopResult) -> Published:
+def publish(run: "ResolvedRun", result: LoopResult) -> PublishedModel:
     """Publish what the last checkpoint holds. Raises ArtifactError, StorageError."""
     store, name = run.paths.store, run.spec.name
     template = base_model.template(run.base)
@@ -51,15 +51,17 @@ def publish(run: "Run", result: LoopResult) -> Published:
         if isinstance(run.spec.adapter, FullSpec):
             facts = _facts(run, result)
             made = base_publish.publish(store, name, folder, run.base, template_date=template.date, **facts)
-            return Published(made.version, base=base_publish.place(store, name, made.version))
+            return PublishedModel(made.version, base=base_publish.place(store, name, made.version))
         if run.spec.base_adapter is None:
             manifest = _publish_adapter(run, template, folder, _facts(run, result), ())
         else:
             manifest = _publish_stack(run, template, folder, _facts(run, result), run.spec.base_adapter)
-        return Published(manifest.version, adapter=manifest.ref)
+        return PublishedModel(manifest.version, adapter=manifest.ref)
 
 
-def _publish_stack(run: "Run", template: Template, folder: Path, facts: Facts, below: str) -> artifact.AdapterManifest:
+def _publish_stack(
+    run: "ResolvedRun", template: Template, folder: Path, facts: Facts, below: str
+) -> artifact.AdapterManifest:
     """The trained adapter and the one that it was trained on top of, as one: it works on the base alone."""
     from graftwork.training.adapters.below import sum_of
 
@@ -70,7 +72,7 @@ def _publish_stack(run: "Run", template: Template, folder: Path, facts: Facts, b
 
 
 def _publish_adapter(
-    run: "Run", template: Template, folder: Path, facts: Facts, merged_from: Sequence[str]
+    run: "ResolvedRun", template: Template, folder: Path, facts: Facts, merged_from: Sequence[str]
 ) -> artifact.AdapterManifest:
     return artifact.publish(
         run.paths.store,
@@ -88,7 +90,7 @@ def _publish_adapter(
     )
 
 
-def still_there(run: "Run", report: TrainReport) -> bool:
+def still_there(run: "ResolvedRun", report: TrainReport) -> bool:
     """Whether what a finished run published can be had; an adapter's alias that is gone is set again."""
     store, name = run.paths.store, run.spec.name
     if report.base is not None:
@@ -102,7 +104,7 @@ def still_there(run: "Run", report: TrainReport) -> bool:
     return True
 
 
-def _facts(run: "Run", result: LoopResult) -> Facts:
+def _facts(run: "ResolvedRun", result: LoopResult) -> Facts:
     spec, steps = run.spec, read_steps(run.paths)
     metrics = {"train_loss": result.train_loss[-1][1], "steps": float(result.steps), "tokens": float(result.tokens),
                "train_s": math.fsum(step.step_s for step in steps)}  # fmt: skip

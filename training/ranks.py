@@ -15,7 +15,7 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def of_all(value: T, group: Any = None) -> list[T]:
+def all_gather_object(value: T, group: Any = None) -> list[T]:
     """The value of every rank, in order. Collective."""
     import torch.distributed as dist
 

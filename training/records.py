@@ -69,7 +69,7 @@ class TrainReport:
     """Where report.html is."""
 
     @property
-    def published(self) -> str:
+    def published_name(self) -> str:
         """In words."""
         return self.adapter or f"base {self.base}"
 

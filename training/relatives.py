@@ -15,7 +15,7 @@ SHOWN = 6
 """Most keys that are named."""
 
 
-def notes_on_relatives(spec: TrainSpec, run: RunPaths) -> list[str]:
+def warn_about_similar_runs(spec: TrainSpec, run: RunPaths) -> list[str]:
     """How a run that has not begun differs from the newest unfinished one of its name; empty where there is none."""
     if run.store.exists(*run.spec()):
         return []

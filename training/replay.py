@@ -54,7 +54,7 @@ class Replayed:
         return self.peak_bytes - self.weights - self.trained - self.optimizer
 
 
-class Live(EachResult):
+class LiveStorageCounter(EachResult):
     """Adds up the storages that are alive."""
 
     def __init__(self, rounds: int) -> None:
@@ -95,13 +95,15 @@ def replay(
     started = time.perf_counter()
     cuda = spec.gpus > 0
     taken = pass_of(spec, rows, micro_batch(spec))
-    live = Live(CUDA_ROUNDS if cuda else 1)
+    live = LiveStorageCounter(CUDA_ROUNDS if cuda else 1)
     with _quiet():
         model = _built(spec, config, torch.bfloat16 if value_bytes == BF16 else torch.float32, adapter_dtype)
         return _steps(spec, model, taken, live, started, autocast=cuda and value_bytes == BF16)
 
 
-def _steps(spec: TrainSpec, model: Any, taken: Pass, live: Live, started: float, *, autocast: bool) -> Replayed:
+def _steps(
+    spec: TrainSpec, model: Any, taken: Pass, live: LiveStorageCounter, started: float, *, autocast: bool
+) -> Replayed:
     with fake_tensors(), live:
         _materialise(model)
         moments: list[torch.Tensor] = []

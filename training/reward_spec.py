@@ -9,7 +9,7 @@ from graftwork.config import Spec
 from graftwork.storage import ALIAS_PATTERN, NAME_PATTERN
 
 
-class Weighed(Spec):
+class WeightedReward(Spec):
     """How much one reward counts."""
 
     weight: float = 1.0
@@ -26,13 +26,13 @@ class Weighed(Spec):
         return self
 
 
-class JsonReward(Weighed):
+class JsonReward(WeightedReward):
     """1 where the answer is exactly one JSON object, else 0."""
 
     name: Literal["json"]
 
 
-class JsonSchemaReward(Weighed):
+class JsonSchemaReward(WeightedReward):
     """1 where the answer is one JSON object that validates, else 0."""
 
     name: Literal["json_schema"]
@@ -40,13 +40,13 @@ class JsonSchemaReward(Weighed):
     """A path, `file://`, `s3://` or `recipe://NAME/FILE`."""
 
 
-class FormatReward(Weighed):
+class FormatReward(WeightedReward):
     """Share of gold's fields that the answer has with a value of gold's JSON type; 0 where it has other fields."""
 
     name: Literal["format"]
 
 
-class FieldAccuracyReward(Weighed):
+class FieldAccuracyReward(WeightedReward):
     """Share of gold's fields that the answer has with exactly gold's value."""
 
     name: Literal["field_accuracy"]
@@ -54,13 +54,13 @@ class FieldAccuracyReward(Weighed):
     """An answer that does not validate gets 0; null asks for one JSON object alone."""
 
 
-class FieldF1Reward(Weighed):
+class FieldF1Reward(WeightedReward):
     """F1 of the answer's fields against gold's: a field too many costs as one that is missing."""
 
     name: Literal["field_f1"]
 
 
-class ExactReward(Weighed):
+class ExactReward(WeightedReward):
     """1 where the answer is one of the right texts, else 0."""
 
     name: Literal["exact"]
@@ -70,7 +70,7 @@ class ExactReward(Weighed):
     """Compare words alone: case, accents and punctuation do not count."""
 
 
-class RegexReward(Weighed):
+class RegexReward(WeightedReward):
     """1 where the answer matches a regular expression, else 0."""
 
     name: Literal["regex"]
@@ -80,14 +80,14 @@ class RegexReward(Weighed):
     """It matches the whole answer, not only somewhere in it."""
 
 
-class LengthReward(Weighed):
+class LengthReward(WeightedReward):
     """0 up to `max_chars`, then falling evenly to -1 at twice as many."""
 
     name: Literal["length"]
     max_chars: int = Field(ge=1)
 
 
-class RewardModelReward(Weighed):
+class RewardModelReward(WeightedReward):
     """What a reward model, published by a run with objective.kind=reward on the same base, says of the conversation."""
 
     name: Literal["reward_model"]
@@ -95,7 +95,7 @@ class RewardModelReward(Weighed):
     """`task@alias` or `task@version`; the version is looked up when the run starts."""
 
 
-class OwnReward(Weighed):
+class OwnReward(WeightedReward):
     """A function `f(answer, row, **params) -> float` of an installed package, entry point group `graftwork.rewards`."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -103,7 +103,7 @@ class OwnReward(Weighed):
     """Passed on by name."""
 
 
-_BUILT_IN: tuple[type[Weighed], ...] = (
+_BUILT_IN: tuple[type[WeightedReward], ...] = (
     JsonReward, JsonSchemaReward, FormatReward, FieldAccuracyReward, FieldF1Reward, ExactReward, RegexReward,
     LengthReward, RewardModelReward,
 )  # fmt: skip

@@ -14,7 +14,7 @@ from graftwork import base_model, base_source, provenance
 from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.base_model import ResolvedBase
 from graftwork.base_support import check_training
-from graftwork.cluster.fence import Fence, Overtaken
+from graftwork.cluster.fence import Fence, SupersededError
 from graftwork.config import canonical_json
 from graftwork.errors import GraftworkError, Interrupted, StorageError
 from graftwork.storage import RunPaths, Store
@@ -31,8 +31,8 @@ from graftwork.training.page import memory_notes, plan_of_run, write_page
 from graftwork.training.progress import OnProgress, progress_told
 from graftwork.training.publish import publish, still_there
 from graftwork.training.records import Progress, TrainReport
-from graftwork.training.relatives import notes_on_relatives
-from graftwork.training.settled import settled
+from graftwork.training.relatives import warn_about_similar_runs
+from graftwork.training.settled import resolve_auto_for_run
 from graftwork.training.spec import TrainSpec
 from graftwork.training.stack import pin_stack
 from graftwork.training.steplog import StepReport, read_steps
@@ -44,7 +44,7 @@ log = logging.getLogger("graftwork.training")
 
 
 @dataclass(frozen=True)
-class Run:
+class ResolvedRun:
     """A spec with all that it names found: what it trains, and where it is kept."""
 
     spec: TrainSpec
@@ -57,7 +57,7 @@ class Run:
     """The numbers that `auto` was resolved to, with the reasons."""
 
     @classmethod
-    def of(cls, spec: TrainSpec) -> "Run":
+    def resolve(cls, spec: TrainSpec) -> "ResolvedRun":
         """Resolve base and data. Raises UserErrors of all kinds, before anything starts or is written."""
         spec, chosen = with_gpus(spec, accelerators_here())
         check_here(spec)
@@ -84,14 +84,14 @@ class Run:
         """Warnings that are printed before the run starts."""
         return (*self.data.warnings, *(warning for probe in self.probes for warning in probe.warnings))
 
-    def settled(self) -> "Run":
+    def with_auto_resolved(self) -> "ResolvedRun":
         """Without `auto`, and why it is so. Raises ConfigError where nothing fits."""
-        spec, notes = settled(self.spec, self.base, self.data.train, self.paths)
+        spec, notes = resolve_auto_for_run(self.spec, self.base, self.data.train, self.paths)
         return replace(self, spec=spec, notes=(*self.notes, *notes))
 
-    def patient(self) -> "Run":
+    def with_retries(self) -> "ResolvedRun":
         """The same run, which waits out an outage of its store."""
-        store = self.paths.store.patient(self.spec.checkpoints.outage_s)
+        store = self.paths.store.with_retries(self.spec.checkpoints.outage_s)
         return replace(self, paths=replace(self.paths, store=store))
 
 
@@ -101,13 +101,13 @@ def check(spec: TrainSpec) -> list[str]:
     Returns what one should know before it starts: ignored keys of the rows, held-out rows that are trained on, how the
     spec differs from an unfinished run of its name.
     """
-    run = Run.of(spec)
-    return [*run.warnings, *notes_on_relatives(run.spec, run.paths)]
+    run = ResolvedRun.resolve(spec)
+    return [*run.warnings, *warn_about_similar_runs(run.spec, run.paths)]
 
 
 def run_paths(spec: TrainSpec) -> RunPaths:
     """Where a spec's run is kept. Its digest covers the contents of base and data, not where they lie."""
-    return Run.of(spec).paths
+    return ResolvedRun.resolve(spec).paths
 
 
 def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainReport:
@@ -118,13 +118,13 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
     Raises UserErrors before anything starts; ClusterError when the workers do not fit; RunError when the work failed or
     another process runs it; Interrupted on Ctrl-C.
     """
-    run = Run.of(spec)
-    fence = Fence.of_environment()
+    run = ResolvedRun.resolve(spec)
+    fence = Fence.from_environment()
     with run_lock(run.paths, wait_s=OVERTAKES_S if fence is not None else 0.0):
-        found = _finished(run)
+        found = _find_report(run)
         if found is not None:
-            return _told(run, found)
-        run = run.settled().patient()
+            return _finalize_report(run, found)
+        run = run.with_auto_resolved().with_retries()
         _write_status(run, "running")
         _write_facts(run)
         try:
@@ -132,41 +132,41 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
                 result = fit(_job(run, fence))
             if fence is not None:
                 fence.require(run.spec.checkpoints.outage_s)
-            report = _published(run, result)
+            report = _publish_result(run, result)
         except (KeyboardInterrupt, Interrupted):
             _write_status(run, "interrupted")
             raise _interrupted(run) from None
-        except Overtaken:
+        except SupersededError:
             raise  # the run is another attempt's now, and so is its status
         except (GraftworkError, OSError) as error:
             with contextlib.suppress(StorageError):  # it must not hide what happened
                 _write_status(run, "failed", patience_s=0, error=str(error))
             raise
         _write_status(run, "finished", report=report.as_dict())
-        return _told(run, report)
+        return _finalize_report(run, report)
 
 
-def _told(run: Run, report: TrainReport) -> TrainReport:
+def _finalize_report(run: ResolvedRun, report: TrainReport) -> TrainReport:
     """The report with its outcomes and its page, or with a note on what is missing.
 
     The run has published by now, so that nothing here can fail it. A rerun makes what is missing.
     """
     try:
         return _with_page(run, report)
-    except (Interrupted, Overtaken):
+    except (Interrupted, SupersededError):
         raise
     except Exception as error:
         log.debug("run %s: what follows publishing", run.paths.run_id, exc_info=error)
         missing_part = "report.html" if not run.probes else "outcomes and report.html"
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, GraftworkError):
-            why = f"{error.asked}: {error.found}"
+            why = f"{error.subject}: {error.problem}"
         again = "the run is published; run the same command again to make what is missing"
         note = f"warning: {missing_part} could not be made ({why}); {again}"
         return replace(report, notes=(*report.notes, note))
 
 
-def _with_page(run: Run, report: TrainReport) -> TrainReport:
+def _with_page(run: ResolvedRun, report: TrainReport) -> TrainReport:
     """The report with its outcomes and its page. What was not measured with the training is measured now."""
     due = missing(run.paths, [probe.part for probe in run.probes])
     if due:
@@ -183,14 +183,14 @@ def _with_page(run: Run, report: TrainReport) -> TrainReport:
     return replace(report, page=page.html_uri, outcomes=told, notes=(*report.notes, *lacks))
 
 
-def _job(run: Run, fence: Fence | None) -> TrainJob:
+def _job(run: ResolvedRun, fence: Fence | None) -> TrainJob:
     parts = (
         () if run.spec.strategy.kind in WEIGHTS_SHARDED else missing(run.paths, [probe.part for probe in run.probes])
     )
     return TrainJob(run.spec, run.data.shared(run.paths.store), run.paths, parts=parts, fence=fence)
 
 
-def _finished(run: Run) -> TrainReport | None:
+def _find_report(run: ResolvedRun) -> TrainReport | None:
     """The recorded report of a run whose adapter, or base, is still there; a lacking alias is set again."""
     store = run.paths.store
     if not store.exists(*run.paths.status()):
@@ -204,7 +204,7 @@ def _finished(run: Run) -> TrainReport | None:
     return report
 
 
-def _published(run: Run, result: LoopResult) -> TrainReport:
+def _publish_result(run: ResolvedRun, result: LoopResult) -> TrainReport:
     """Publish what the last checkpoint holds and put the report together."""
     steps = read_steps(run.paths)
     memory = memory_notes(run.paths, _peaks(run.spec, result))
@@ -246,7 +246,7 @@ def _peaks(spec: TrainSpec, result: LoopResult) -> tuple[int, ...]:
     return result.peak_cuda_bytes_per_worker if spec.gpus else result.peak_rss_bytes_per_worker
 
 
-def _write_facts(run: Run) -> None:
+def _write_facts(run: ResolvedRun) -> None:
     """The resolved spec, what is predicted of it, and where the code runs: written once, when the run first starts."""
     store = run.paths.store
     if store.exists(*run.paths.provenance()):
@@ -257,12 +257,12 @@ def _write_facts(run: Run) -> None:
     store.write_json(provenance.collect(run.spec.seed), *run.paths.provenance())
 
 
-def _write_status(run: Run, state: str, *, patience_s: float | None = None, **more: Any) -> None:
-    store = run.paths.store if patience_s is None else run.paths.store.patient(patience_s)
+def _write_status(run: ResolvedRun, state: str, *, patience_s: float | None = None, **more: Any) -> None:
+    store = run.paths.store if patience_s is None else run.paths.store.with_retries(patience_s)
     store.write_json({"state": state, "run_id": run.paths.run_id, **more}, *run.paths.status())
 
 
-def _interrupted(run: Run) -> Interrupted:
+def _interrupted(run: ResolvedRun) -> Interrupted:
     mark = Checkpoints(run.paths).newest()
     kept = f"the checkpoint of step {mark.step} is kept" if mark else "no checkpoint was made yet"
     return Interrupted(

@@ -8,7 +8,7 @@ from graftwork.base_model import ResolvedBase
 from graftwork.errors import ConfigError
 from graftwork.memory import RowSizes
 from graftwork.model_shape import ModelShape
-from graftwork.plan import Gpu, Machine, gpu_called, gpu_here, has_auto, settle
+from graftwork.plan import Gpu, Machine, gpu_called, gpu_here, has_auto, resolve_auto
 from graftwork.storage import RunPaths
 from graftwork.training.rows.token_rows import Rows
 from graftwork.training.spec import TrainSpec
@@ -16,7 +16,9 @@ from graftwork.training.spec import TrainSpec
 SETTLED = ("optim.micro_batch", "optim.gradient_checkpointing", "quant.resident")
 
 
-def settled(spec: TrainSpec, base: ResolvedBase, rows: Rows, paths: RunPaths) -> tuple[TrainSpec, tuple[str, ...]]:
+def resolve_auto_for_run(
+    spec: TrainSpec, base: ResolvedBase, rows: Rows, paths: RunPaths
+) -> tuple[TrainSpec, tuple[str, ...]]:
     """The spec without `auto`, and why it is so. Raises ConfigError where nothing fits, or no GPU is known to fit in.
 
     A run that goes on keeps the setting that it began with, or its steps would round otherwise.
@@ -26,19 +28,19 @@ def settled(spec: TrainSpec, base: ResolvedBase, rows: Rows, paths: RunPaths) ->
     before = _before(paths)
     if before is not None:
         return spec.with_(before), tuple(f"{key}={value} (as the run began)" for key, value in before.items())
-    found = settle(spec, ModelShape.from_config(base.config), sizes_of(rows), machine_of(spec))
+    found = resolve_auto(spec, ModelShape.from_config(base.config), sizes_of(rows), machine_of(spec))
     return found.spec, found.notes
 
 
 def sizes_of(rows: Rows) -> RowSizes:
     """Sizes of rendered rows, as plans take them."""
-    return RowSizes.of(rows.lengths_N.tolist(), rows.scored_N.tolist(), rows.widths_N.tolist())
+    return RowSizes.from_lengths(rows.lengths_N.tolist(), rows.scored_N.tolist(), rows.widths_N.tolist())
 
 
 def machine_of(spec: TrainSpec) -> Machine:
     """What the workers of a run get: the cluster's GPUs, or this machine's CPUs. Raises ConfigError for an unknown."""
     if not spec.gpus:
-        return Machine.here().at(spec.quant)
+        return Machine.detect().at(spec.quant)
     gpu = gpu_here() or _gpu_of_ray()
     if gpu is None:
         raise ConfigError(

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.accelerators import AUTO, Gpus, counted
+from graftwork.accelerators import AUTO, Gpus, resolved_count
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.chat import PromptSpec
 from graftwork.config import Spec
@@ -112,7 +112,7 @@ class TrainSpec(Spec):
     @property
     def gpus(self) -> float:
         """GPUs of a worker."""
-        return counted(self.gpus_per_worker)
+        return resolved_count(self.gpus_per_worker)
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the run's result, besides the contents of base and data: not where it lies or runs.

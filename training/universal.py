@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.errors import GraftworkError, RunError
-from graftwork.training.checkpoint_start import Start
-from graftwork.training.ranks import attempt, of_all
+from graftwork.training.checkpoint_start import ResumePoint
+from graftwork.training.ranks import all_gather_object, attempt
 from graftwork.training.spec import TrainSpec
 
 
-def reshaped(start: Start, spec: TrainSpec, world: int) -> Start:
+def reshaped(start: ResumePoint, spec: TrainSpec, world: int) -> ResumePoint:
     """The start, its shards in a form that `world` workers load where other numbers wrote them. Collective."""
     mark = start.mark
     if mark is None or start.folder is None or not spec.strategy.kind.startswith("zero") or mark.world_size == world:
         return start
     shards, whole = start.folder, universal_of(start.folder)
     stage = int(spec.strategy.kind[-1])
-    for outcome in of_all(attempt(lambda: _convert(shards, mark.step, stage) if start.sends else None)):
+    for outcome in all_gather_object(attempt(lambda: _convert(shards, mark.step, stage) if start.sends else None)):
         if isinstance(outcome, GraftworkError):
             raise outcome
     return replace(start, folder=whole, universal=True)

@@ -15,24 +15,24 @@ from transformers import TrainerCallback, set_seed
 from graftwork.step_plan import StepPlan
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints
 from graftwork.training.checkpoint_save import Saver
-from graftwork.training.checkpoint_start import Start
+from graftwork.training.checkpoint_start import ResumePoint
 from graftwork.training.job import NonFiniteLoss, Report, TrainJob
-from graftwork.training.ranks import of_all
+from graftwork.training.ranks import all_gather_object
 from graftwork.training.rates import scale
 from graftwork.training.steplog import StepLog, StepReport
 from graftwork.training.universal import mend
 
 if TYPE_CHECKING:
-    from graftwork.training.objectives.setting import Training
+    from graftwork.training.objectives.setting import BuiltTrainer
 
 SHARED = frozenset({"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "tokens"})
 """Figures of every trainer that a step's report has fields for, or that nobody asked."""
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Runs on every rank; rank 0 alone reports and writes. All ranks decide alike, as collectives need it."""
 
-    training: "Training"
+    training: "BuiltTrainer"
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         log: StepLog,
         report: Report,
         leaving: Callable[[], bool],
-        start: Start,
+        start: ResumePoint,
         saver: Saver | None,
     ) -> None:
         self.job, self.plan, self.log, self.report, self.leaving = job, plan, log, report, leaving
@@ -64,7 +64,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             set_seed(zlib.crc32(repr((self.job.spec.seed, mark.step, args.process_index)).encode()))
         if self.start.universal and self.start.folder is not None:
             mend(self.training.trainer.model_wrapped)
-            of_all(None)  # every rank has loaded it
+            all_gather_object(None)  # every rank has loaded it
             if self.start.sends:
                 shutil.rmtree(self.start.folder, ignore_errors=True)
         if self.job.spec.optim.factors:
@@ -110,7 +110,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             **{f"eval_{key}": value for key, value in evaluated.items()},
             **figures.metrics,
         }
-        goes_on, self.left = self._agreed(figures)
+        goes_on, self.left = self._broadcast_answer(figures)
         if not goes_on or self.left:
             self.stopped = step < self.plan.steps
             control.should_training_stop = True
@@ -120,7 +120,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer has written its files on every rank; make them one whole checkpoint."""
         assert self.saver is not None, "only runs save"
-        of_all(None)  # every rank has written
+        all_gather_object(None)  # every rank has written
         mark = CheckpointMark(
             step=int(state.global_step),
             elapsed_s=self.elapsed_s(),
@@ -147,7 +147,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             return {}
         return self.training.evaluate()
 
-    def _agreed(self, figures: StepReport) -> tuple[bool, bool]:
+    def _broadcast_answer(self, figures: StepReport) -> tuple[bool, bool]:
         """What rank 0's `report` answers, and whether any machine is about to be taken away: known to all ranks."""
         args = self.training.trainer.args
         due = (

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable
 from typing import Final
 
-from graftwork.cluster.fence import Lookout, Overtaken
+from graftwork.cluster.fence import FenceMonitor, SupersededError
 from graftwork.errors import ConfigError, GraftworkError, Interrupted, RunError, StoreUnreachable
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_save import CheckpointLost
@@ -17,7 +17,7 @@ COLLECTIVE_TIMEOUT_S: Final = 300
 """A worker that waits longer for another gives up (torch's default is 1800)."""
 START_TIMEOUT_S: Final = 120
 """For all workers to be placed and alive; Ray's default of 60 s is short for a busy machine of two cores."""
-ON_ALL_RANKS = (NonFiniteLoss, BadReward, CheckpointLost, Overtaken, ConfigError, StoreUnreachable)
+ON_ALL_RANKS = (NonFiniteLoss, BadReward, CheckpointLost, SupersededError, ConfigError, StoreUnreachable)
 """Errors that every worker meets at the same step: returned, since another try would meet them again."""
 
 
@@ -31,9 +31,9 @@ def train_as_worker(job: TrainJob, report: Report | None, leaving: Callable[[], 
     from graftwork.training.ranks import rank_and_world
     from graftwork.training.refit import FinalPeak
 
-    lookout = Lookout(job.fence) if job.fence is not None and rank_and_world()[0] == 0 else None
+    lookout = FenceMonitor(job.fence) if job.fence is not None and rank_and_world()[0] == 0 else None
     try:
-        asked = lambda: leaving() or (lookout is not None and lookout.word is not None)  # noqa: E731
+        asked = lambda: leaving() or (lookout is not None and lookout.stop_reason is not None)  # noqa: E731
         if report is not None:
             return run_steps(job, report, asked)
         final_peak = FinalPeak(job)
@@ -59,7 +59,7 @@ def require_wanted(job: TrainJob) -> None:
 
     They also leave because a machine goes away; then others replace them.
     """
-    word = job.fence.word(job.spec.checkpoints.outage_s) if job.fence is not None else None
+    word = job.fence.stop_reason(job.spec.checkpoints.outage_s) if job.fence is not None else None
     if word is not None:
         raise Interrupted(f"training {job.spec.name}", f"it was asked to end ({word})", "", "")
 

@@ -9,15 +9,15 @@ from graftwork.errors import ClusterError, ConfigError, GraftworkError
 from graftwork.memory import GIB, RowSizes
 from graftwork.memory.training import PROCESS_BYTES
 from graftwork.model_shape import ModelShape
-from graftwork.plan import Machine, charged, has_auto, training_ways_out, worker_memory
+from graftwork.plan import Machine, charge_bytes, has_auto, suggest_training_changes, worker_memory
 from graftwork.plan.stage import HEADROOM
 from graftwork.training.machines import resources_per_worker
 from graftwork.training.settled import machine_of
 from graftwork.training.spec import TrainSpec
 from graftwork.training.strategy_rules import check_here, check_rows
 from graftwork.training.strategy_spec import StrategySpec
-from graftwork.tuning.plan import settled_trial, shards
-from graftwork.tuning.room import Node, Request, holds, how_many, largest
+from graftwork.tuning.plan import resolve_auto_trial, shards
+from graftwork.tuning.room import Node, Request, fits, largest, max_concurrent
 from graftwork.tuning.space import Values, rows_key, trial_spec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.together.memory import predict_together
@@ -33,7 +33,7 @@ SHARE_STEP = 100
 
 
 @dataclass(frozen=True)
-class Asking:
+class TrialResources:
     """What the trials of one sweep ask of one cluster."""
 
     spec: TuneSpec
@@ -44,7 +44,7 @@ class Asking:
     elsewhere: str | None = None
     """Where each trial is a job of its own (`tuning/elsewhere.py`): asked for here is the process that waits."""
 
-    def settled(self, values: Values) -> TrainSpec:
+    def resolve_trial(self, values: Values) -> TrainSpec:
         """The training spec of a point, without `auto`, for one process or a gang.
 
         Raises ConfigError when the values contradict each other, or where nothing fits.
@@ -52,7 +52,7 @@ class Asking:
         alone, gang = trial_spec(self.spec, values), trial_spec(self.spec, values, gang=True)
         if self.elsewhere is not None:
             return gang  # `auto` is settled there
-        if self.spec.distributed == "always" or not self.nodes or not is_gang(gang):
+        if self.spec.distributed == "always" or not self.nodes or not is_distributed(gang):
             return self._without_auto(gang if self.spec.distributed == "always" else alone, values)
         try:
             settled = self._without_auto(alone, values)
@@ -78,16 +78,16 @@ class Asking:
             worker |= predicted(trials, *found, self.rows[rows_key(values)])
         if not self.spec.reserve_memory:
             worker.pop("memory", None)
-        if not is_gang(trial):
+        if not is_distributed(trial):
             return Request(worker)
         driver = {"memory": float(DRIVER_BYTES) if "memory" in worker else 1.0}  # Ray wants a bundle of something
         return Request(worker, trial.num_workers, driver)
 
-    def said_of_gang(self, trial: TrainSpec, values: Values) -> str | None:
+    def explain_placement(self, trial: TrainSpec, values: Values) -> str | None:
         """Why a trial runs as a gang, or as a job; None where it does neither."""
         if self.elsewhere is not None:
             return f"a job of its own: --trial-target {self.elsewhere}"
-        if not is_gang(trial):
+        if not is_distributed(trial):
             return None
         gang = f"distributed over {trial.num_workers} workers ({trial.strategy.kind})"
         if self.spec.distributed == "always":
@@ -95,24 +95,24 @@ class Asking:
         try:
             alone = self.request([self._without_auto(trial_spec(self.spec, values), values)], values)
         except ConfigError as error:
-            return f"{gang}: one process does not fit ({error.found})"
-        return f"{gang}: one process would ask for {said(alone)}; {said_of(self.nodes)}"
+            return f"{gang}: one process does not fit ({error.problem})"
+        return f"{gang}: one process would ask for {format_request(alone)}; {format_nodes(self.nodes)}"
 
-    def require_room(self, points: Sequence[Values]) -> int:
+    def check_capacity(self, points: Sequence[Values]) -> int:
         """Processes that run at a time. Raises ClusterError when a point fits nowhere even alone, or when the cluster
         can never hold `max_concurrent` of the smallest; ConfigError, DataError for a gang that can't be trained."""
         requests = []
         for values in points:
-            trial = self.settled(values)
+            trial = self.resolve_trial(values)
             requests.append(self.request([trial], values))
-            if is_gang(trial) and self.elsewhere is None:
+            if is_distributed(trial) and self.elsewhere is None:
                 check_here(trial)
                 check_rows(trial, self.spec.eval_rows)
             if not fits_one(requests[-1], self.nodes):
-                raise self.nowhere(trial, values)
+                raise self.unschedulable_error(trial, values)
         return at_once(self.spec, min(requests, key=_weight), self.nodes, len(points))
 
-    def nowhere(self, trial: TrainSpec, values: Values) -> GraftworkError:
+    def unschedulable_error(self, trial: TrainSpec, values: Values) -> GraftworkError:
         """The error for a trial that the cluster can't hold even alone."""
         request = self.request([trial], values)
         lacking = _lacking(trial, request, self.nodes)
@@ -120,10 +120,10 @@ class Asking:
             return lacking
         name = " ".join(f"{key}={value}" for key, value in values.items())
         found, rule = (
-            f"its prediction asks for {said(request)}; {said_of(self.nodes)}",
+            f"its prediction asks for {format_request(request)}; {format_nodes(self.nodes)}",
             "a trial starts where it has room",
         )
-        if request.worker.get("GPU", 0.0) > 1 and not is_gang(trial):
+        if request.worker.get("GPU", 0.0) > 1 and not is_distributed(trial):
             found = f"it is predicted to take {request.worker['GPU']:.2f} times what it may"
             rule = f"a trial may take {HEADROOM:.0%} of a GPU's memory"
         way_out = self._way_out(trial, values) or "take a smaller base, or nodes that have (or declare) more memory"
@@ -133,7 +133,7 @@ class Asking:
         if not has_auto(trial):
             return trial
         shape = ModelShape.from_config(base_model.resolve(trial.base).config)
-        return settled_trial(self.spec, trial, shape, self.rows[rows_key(values)], machine_of(trial))
+        return resolve_auto_trial(self.spec, trial, shape, self.rows[rows_key(values)], machine_of(trial))
 
     def _known(self, trial: TrainSpec) -> tuple[ModelShape, Machine] | None:
         shape = ModelShape.from_config(base_model.resolve(trial.base).config)
@@ -149,12 +149,12 @@ class Asking:
             return None
         shape, machine = found
         room = HEADROOM * machine.memory_bytes if machine.gpu is not None else largest(self.nodes, "memory")
-        ways = training_ways_out(trial, shape, self.rows[rows_key(values)], machine)
+        ways = suggest_training_changes(trial, shape, self.rows[rows_key(values)], machine)
         way = next((way for way, size in ways if size <= room and "(" not in way and "num_workers" not in way), None)
         return way and " ".join(f"--set train.{one}" for one in way.split())
 
 
-def is_gang(trial: TrainSpec) -> bool:
+def is_distributed(trial: TrainSpec) -> bool:
     """Whether a trial is trained by several workers, or with a strategy: then by Ray Train."""
     return trial.num_workers > 1 or trial.strategy != StrategySpec()
 
@@ -162,7 +162,7 @@ def is_gang(trial: TrainSpec) -> bool:
 def fits_one(request: Request, nodes: Sequence[Node]) -> bool:
     """Whether a trial has room when nothing else runs. One process has one GPU."""
     one_gpu = request.driver is not None or request.worker.get("GPU", 0.0) <= 1
-    return one_gpu and holds(nodes, [request])
+    return one_gpu and fits(nodes, [request])
 
 
 def at_once(spec: TuneSpec, smallest: Request, nodes: Sequence[Node], trials: int) -> int:
@@ -171,14 +171,14 @@ def at_once(spec: TuneSpec, smallest: Request, nodes: Sequence[Node], trials: in
     Raises ClusterError when the nodes can never hold so many of the smallest trial.
     """
     if spec.max_concurrent == "auto":
-        return how_many(nodes, smallest, max(1, trials))
+        return max_concurrent(nodes, smallest, max(1, trials))
     most = min(spec.max_concurrent, trials)
-    room = how_many(nodes, smallest, most)
+    room = max_concurrent(nodes, smallest, most)
     if room >= most:
         return spec.max_concurrent
     raise ClusterError(
         f"max_concurrent={spec.max_concurrent}",
-        f"there is room for {room} at a time: {said_of(nodes)}; the smallest trial asks for {said(smallest)}",
+        f"there is room for {room} at a time: {format_nodes(nodes)}; the smallest trial asks for {format_request(smallest)}",
         "trials never ask for more than there is, by the prediction of their memory",
         f"--set max_concurrent={room}, or auto",
     )
@@ -191,13 +191,13 @@ def predicted(trials: Sequence[TrainSpec], model: ModelShape, machine: Machine, 
         plan = predict_together(trials, model, rows, value_bytes=machine.value_bytes)
     else:
         plan = worker_memory(trial, model, rows, machine)
-    need = charged(plan.peak_bytes, 1, machine)
+    need = charge_bytes(plan.peak_bytes, 1, machine)
     if machine.gpu is None:
-        beside = 0 if is_gang(trial) or together else TRIAL_BYTES
+        beside = 0 if is_distributed(trial) or together else TRIAL_BYTES
         return {"memory": float(MEMORY_STEP * math.ceil((need + beside) / MEMORY_STEP))}
     host = {"memory": float(plan.host_bytes or PROCESS_BYTES)}
     share = math.ceil(SHARE_STEP * need / (HEADROOM * machine.memory_bytes)) / SHARE_STEP
-    return host if is_gang(trial) else {**host, "GPU": share}
+    return host if is_distributed(trial) else {**host, "GPU": share}
 
 
 def _lacking(trial: TrainSpec, request: Request, nodes: Sequence[Node]) -> ClusterError | None:
@@ -214,13 +214,13 @@ def _lacking(trial: TrainSpec, request: Request, nodes: Sequence[Node]) -> Clust
     return None
 
 
-def said(request: Request) -> str:
+def format_request(request: Request) -> str:
     """In words."""
     one = ", ".join(_amount(name, size) for name, size in request.worker.items())
     return one if request.driver is None else f"{request.workers} workers of {one} each"
 
 
-def said_of(nodes: Sequence[Node]) -> str:
+def format_nodes(nodes: Sequence[Node]) -> str:
     """In words: what the nodes have, and the largest of them where there are several."""
     names = [name for name in ("CPU", "GPU", "memory") if largest(nodes, name)]
     total = ", ".join(_amount(name, sum(node.get(name, 0.0) for node in nodes)) for name in names)

@@ -9,7 +9,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
-class Board:
+class TrialControlActor:
     """The trials that are to stop. The driver writes it before a trial's report returns, the trial reads it after."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Board:
         started them is killed, and Ray Train's own cleaner needs a dashboard to see that."""
         self._held[trial_id] = group
 
-    def let_go(self, trial_id: str) -> str | None:
+    def release(self, trial_id: str) -> str | None:
         """The group that a trial held, told once; the driver frees it when the trial's process was lost."""
         return self._held.pop(trial_id, None)
 
@@ -41,8 +41,8 @@ def free(board: Any, trial_id: str) -> None:
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
-def start_board() -> Any:
+def start_trial_control() -> Any:
     """A handle of a new board, on the driver's machine: any other may be lost. Needs an initialised Ray; `ray.kill`
     ends it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(TrialControlActor).remote()

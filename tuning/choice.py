@@ -16,7 +16,7 @@ from graftwork.errors import RunError
 from graftwork.tuning.cheaper import Cheapest, cheapest
 from graftwork.tuning.finals import finalists, ranked, seeds_of
 from graftwork.tuning.goals import pareto
-from graftwork.tuning.records import Choice, Contrast, TrialRecord, named
+from graftwork.tuning.records import FinalistComparison, SearchDecision, TrialRecord, label_points
 from graftwork.tuning.spec import TuneSpec
 
 
@@ -40,7 +40,7 @@ class Finalist:
         return fmean(self.losses)
 
 
-def choose(spec: TuneSpec, trials: Sequence[TrialRecord]) -> Choice:
+def choose(spec: TuneSpec, trials: Sequence[TrialRecord]) -> SearchDecision:
     """The trial to take, of those of the search that ran to their end. Raises RunError when none did."""
     best = ranked(spec, trials)
     if not best:
@@ -58,7 +58,7 @@ def choose(spec: TuneSpec, trials: Sequence[TrialRecord]) -> Choice:
             notes.append(f"{one.name} is out: of its {len(seeds_of(spec))} runs {len(one.runs)} reached their end")
     if not whole:
         return _unrepeated(spec, best, front, tuple(notes))
-    return _judged(spec, whole, front, tuple(notes))
+    return _decide(spec, whole, front, tuple(notes))
 
 
 def rule(spec: TuneSpec) -> str:
@@ -75,7 +75,9 @@ def rule(spec: TuneSpec) -> str:
     )
 
 
-def _judged(spec: TuneSpec, whole: Sequence[Finalist], front: tuple[str, ...], notes: tuple[str, ...]) -> Choice:
+def _decide(
+    spec: TuneSpec, whole: Sequence[Finalist], front: tuple[str, ...], notes: tuple[str, ...]
+) -> SearchDecision:
     """By the mean over seeds, and of those that are tied with it by their cost."""
     assert spec.finals is not None
     best = min(whole, key=lambda one: one.loss)
@@ -87,10 +89,10 @@ def _judged(spec: TuneSpec, whole: Sequence[Finalist], front: tuple[str, ...], n
     said = [*_beats(best, contrasts, names), *_tied(best, contrasts, names, taken)]
     if len(whole) == 1:
         said = [f"{best.name} is the only finalist all of whose runs reached their end"]
-    return Choice(taken.trial_id, best.trial.trial_id, "; ".join(said), rule(spec), contrasts, front, notes)
+    return SearchDecision(taken.trial_id, best.trial.trial_id, "; ".join(said), rule(spec), contrasts, front, notes)
 
 
-def contrasts_of(best: Finalist, whole: Sequence[Finalist], alpha: float) -> tuple[Contrast, ...]:
+def contrasts_of(best: Finalist, whole: Sequence[Finalist], alpha: float) -> tuple[FinalistComparison, ...]:
     """The best against each other finalist, the closest first.
 
     Which is best is known after the runs alone, so any pair may be asked about: Holm's family are all pairs. Over the
@@ -108,12 +110,14 @@ def contrasts_of(best: Finalist, whole: Sequence[Finalist], alpha: float) -> tup
         low, high = sorted((sign * one.interval.low, sign * one.interval.high))
         other = second if sign == 1 else first
         p_value = adjusted[first, second]
-        contrasts.append(Contrast(other, sign * one.mean, low, high, p_value, len(best.losses), p_value < alpha))
+        contrasts.append(
+            FinalistComparison(other, sign * one.mean, low, high, p_value, len(best.losses), p_value < alpha)
+        )
     return tuple(sorted(contrasts, key=lambda one: one.difference))
 
 
 def gathered(spec: TuneSpec, taking_part: Sequence[TrialRecord], trials: Sequence[TrialRecord]) -> Iterator[Finalist]:
-    names = named([trial.values for trial in taking_part])
+    names = label_points([trial.values for trial in taking_part])
     for trial, name in zip(taking_part, names, strict=True):
         repeats = {one.values["seed"]: one for one in trials if one.repeat_of == trial.trial_id}
         runs = [repeats[seed] for seed in seeds_of(spec)[1:] if seed in repeats]
@@ -127,12 +131,14 @@ def _fewer(spec: TuneSpec, taking_part: Sequence[TrialRecord]) -> Iterator[str]:
 
 def _unrepeated(
     spec: TuneSpec, best: Sequence[TrialRecord], front: tuple[str, ...], notes: tuple[str, ...] = ()
-) -> Choice:
+) -> SearchDecision:
     """By one run a point."""
     lowest = best[0].losses[-1][1]
     equal = {trial.trial_id: (trial,) for trial in best if trial.losses[-1][1] == lowest}
     taken = cheapest(spec.objectives[1:], equal).trial_id
-    name = dict(zip((trial.trial_id for trial in best), named([trial.values for trial in best]), strict=True))[taken]
+    name = dict(zip((trial.trial_id for trial in best), label_points([trial.values for trial in best]), strict=True))[
+        taken
+    ]
     if len(best) == 1:
         said = f"{name} is the only trial that ran to its end: it was compared with nothing"
     else:
@@ -141,10 +147,10 @@ def _unrepeated(
             "which cannot tell a better point from a luckier seed"
         )
     more = "" if spec.finals else " (`finals: {}` runs the best again with other seeds)"
-    return Choice(taken, best[0].trial_id, said + more, rule(spec), (), front, notes)
+    return SearchDecision(taken, best[0].trial_id, said + more, rule(spec), (), front, notes)
 
 
-def _beats(best: Finalist, contrasts: Sequence[Contrast], names: Mapping[str, str]) -> Iterator[str]:
+def _beats(best: Finalist, contrasts: Sequence[FinalistComparison], names: Mapping[str, str]) -> Iterator[str]:
     for one in contrasts:
         if one.beaten:
             by = f"{one.difference:.4f} nats [{one.low:.4f}, {one.high:.4f}]"
@@ -154,7 +160,9 @@ def _beats(best: Finalist, contrasts: Sequence[Contrast], names: Mapping[str, st
             yield f"{best.name} is {by}, which is not certain over all pairs (p={one.p_value:.2g})"
 
 
-def _tied(best: Finalist, contrasts: Sequence[Contrast], names: Mapping[str, str], taken: Cheapest) -> Iterator[str]:
+def _tied(
+    best: Finalist, contrasts: Sequence[FinalistComparison], names: Mapping[str, str], taken: Cheapest
+) -> Iterator[str]:
     behind = [one for one in contrasts if one.tied]
     if not behind:
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 from graftwork import base_model, base_source
 from graftwork.accelerators import Accelerators
-from graftwork.cluster.backend import Backend, Demand, Job, JobStatus
+from graftwork.cluster.backend import Demand, Job, JobBackend, JobStatus
 from graftwork.cluster.places import backend_of
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.target_machines import TargetMachines
@@ -24,7 +24,7 @@ from graftwork.training.job import TrainJob
 from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import read_steps
-from graftwork.tuning.gang import Heard
+from graftwork.tuning.gang import ReportFn
 from graftwork.tuning.places import TRIALS
 from graftwork.tuning.search_spec import PbtSpec
 from graftwork.tuning.spec import TuneSpec
@@ -43,7 +43,7 @@ class Elsewhere:
     on: str
     cluster: dict[str, Any]
 
-    def backend(self, root: str) -> Backend:
+    def backend(self, root: str) -> JobBackend:
         """Of the place."""
         return backend_of(self.on, root, ClusterSpec.model_validate(self.cluster))
 
@@ -81,7 +81,7 @@ def trial_job(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPaths) -
     return Job(spec.name, KIND, spec.identity(), spec.root, spec.model_dump(mode="json"), cluster, demand)
 
 
-def train_elsewhere(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPaths, report: Heard) -> None:
+def train_elsewhere(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPaths, report: ReportFn) -> None:
     """Have the trial run as a job and hand on its reports; returns when it has ended or was asked to stop.
 
     Raises RunError for one that failed or was lost, what `report` raises, and the place's errors at submission.

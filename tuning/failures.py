@@ -26,14 +26,14 @@ _LOST_WORDS = ("NodeDied", "ActorDied", "The actor died", "node which was hostin
 
 
 @dataclass(frozen=True)
-class Failure:
+class TrialFailure:
     """What ended a trial."""
 
     kind: FailureKind
     message: str
 
 
-def failure_of(error: BaseException | str, kernel_kills: int = 0) -> Failure:
+def failure_of(error: BaseException | str, kernel_kills: int = 0) -> TrialFailure:
     """Sort an error, or the text that is left of one.
 
     kernel_kills: processes that this machine's kernel killed for memory since the trial began; a worker that such a
@@ -42,13 +42,13 @@ def failure_of(error: BaseException | str, kernel_kills: int = 0) -> Failure:
     cause = getattr(error, "cause", None) or error
     text = f"{type(cause).__name__}: {cause}"
     if isinstance(cause, NonFiniteLoss):
-        return Failure("diverged", message_of(error))
+        return TrialFailure("diverged", message_of(error))
     if isinstance(cause, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
-        return Failure("memory", message_of(error))
+        return TrialFailure("memory", message_of(error))
     lost = isinstance(cause, _LOST) or (isinstance(cause, str) and any(words in cause for words in _LOST_WORDS))
     if lost and kernel_kills:
-        return Failure("memory", "its process was killed by the kernel, which had run out of memory")
-    return Failure("lost" if lost else "error", message_of(error))
+        return TrialFailure("memory", "its process was killed by the kernel, which had run out of memory")
+    return TrialFailure("lost" if lost else "error", message_of(error))
 
 
 def message_of(error: BaseException | str) -> str:
@@ -62,7 +62,9 @@ def message_of(error: BaseException | str) -> str:
     return lines[-1]
 
 
-def after(record: TrialRecord, failure: Failure, spec: TrainSpec, retries: int, *, smaller: bool) -> dict[str, Any]:
+def after(
+    record: TrialRecord, failure: TrialFailure, spec: TrainSpec, retries: int, *, smaller: bool
+) -> dict[str, Any]:
     """What changes in the record of a trial that failed: it is pending again, or failed for good.
 
     spec: what it was to train, without `auto`. smaller: whether one that ran out of memory may be run with less.

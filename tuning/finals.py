@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from graftwork.tuning.goals import pareto
 from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.search import Drawn
-from graftwork.tuning.search.protocol import Search, Suggestion, Wait, own
+from graftwork.tuning.search import FixedPoints
+from graftwork.tuning.search.protocol import Search, Suggestion, Wait, select_searched
 from graftwork.tuning.space import Values, digest, rows_points
 from graftwork.tuning.spec import TuneSpec
 
@@ -39,7 +39,7 @@ class WithFinals:
 
     def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | Wait | None:
         """The search's next point; after the last one has ended, the next repeat."""
-        searched = own(trials)
+        searched = select_searched(trials)
         chosen = self.search.suggest(searched)
         if chosen is not None:
             return chosen
@@ -56,7 +56,7 @@ def with_finals(spec: TuneSpec, search: Search) -> Search:
 
 def knows_all(search: Search) -> bool:
     """No point of the search depends on a result, so that it may be asked ahead."""
-    return isinstance(search.search if isinstance(search, WithFinals) else search, Drawn)
+    return isinstance(search.search if isinstance(search, WithFinals) else search, FixedPoints)
 
 
 def most_repeats(spec: TuneSpec) -> int:

@@ -19,21 +19,21 @@ from graftwork.cluster.local import environment_of
 from graftwork.errors import GraftworkError
 from graftwork.training.data import PreparedData
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.asking import Asking, fits_one, is_gang
-from graftwork.tuning.board import start_board
+from graftwork.tuning.asking import TrialResources, fits_one, is_distributed
+from graftwork.tuning.board import start_trial_control
 from graftwork.tuning.elsewhere import Elsewhere
-from graftwork.tuning.failures import Failure, after, shrunk
+from graftwork.tuning.failures import TrialFailure, after, shrunk
 from graftwork.tuning.judge import judge_of
 from graftwork.tuning.ledger import Ledger
-from graftwork.tuning.places import Places
+from graftwork.tuning.places import TrialPaths
 from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.room import Request, holds, nodes_of_ray
+from graftwork.tuning.room import Request, fits, nodes_of_ray
 from graftwork.tuning.search import Search, Wait
 from graftwork.tuning.space import Values, rows_key
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.together.group import group_of
 from graftwork.tuning.trial import Told, run_trial
-from graftwork.tuning.watch import Interrupt, Watch
+from graftwork.tuning.watch import Interrupt, TuneCallback
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -46,7 +46,7 @@ QUIET = {
 
 
 @dataclass(frozen=True)
-class Sweeping:
+class TunePlan:
     """What the running of a sweep's trials needs of it."""
 
     spec: TuneSpec
@@ -59,7 +59,7 @@ class Sweeping:
     on_change: Callable[[], None]
     clock: Callable[[], float]
     """Seconds of the sweep so far."""
-    asking: Asking
+    resources: TrialResources
     at_once: int
     """Trials at a time, at most."""
     elsewhere: Elsewhere | None = None
@@ -71,21 +71,21 @@ class Sweeping:
         assert spec is not None, "a trial is asked for no more than there is"
         return spec
 
-    def after_failure(self, record: TrialRecord, failure: Failure) -> dict[str, Any]:
+    def after_failure(self, record: TrialRecord, failure: TrialFailure) -> dict[str, Any]:
         """What changes in the record of a trial that failed."""
         return after(record, failure, self.spec_of(record), self.spec.retries, smaller=self.spec.retry_smaller)
 
 
-def fit(sweep: Sweeping) -> None:
+def fit(sweep: TunePlan) -> None:
     """Run trials until the search has no more; the ledger holds the outcome. Needs an initialised Ray.
 
     Raises KeyboardInterrupt on Ctrl-C and SIGTERM.
     """
     spec, ledger = sweep.spec, sweep.ledger
-    interrupt, board = Interrupt(), start_board()
+    interrupt, board = Interrupt(), start_trial_control()
     judge = judge_of(spec, [trial for trial in ledger.trials if trial.ended and trial.repeat_of is None])
-    places = Places(ledger.run.patiently(spec.train.checkpoints.outage_s), spec.checkpoint_every)
-    watch = Watch(ledger, judge, board, spec.steps, sweep.on_change, sweep.after_failure, places, interrupt)
+    places = TrialPaths(ledger.run.patiently(spec.train.checkpoints.outage_s), spec.checkpoint_every)
+    watch = TuneCallback(ledger, judge, board, spec.steps, sweep.on_change, sweep.after_failure, places, interrupt)
     told: dict[str, Any] = {
         "rows": dict(sweep.rows),
         "steps": spec.steps,
@@ -123,7 +123,7 @@ def fit(sweep: Sweeping) -> None:
 class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
     """Tune asks for the next process to start; the ledger says which trials it is to train."""
 
-    def __init__(self, sweep: Sweeping, interrupt: Interrupt) -> None:
+    def __init__(self, sweep: TunePlan, interrupt: Interrupt) -> None:
         super().__init__()
         self._sweep, self._interrupt = sweep, interrupt
         self._asked: dict[str, Request] = {}
@@ -146,20 +146,22 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
             return str(Searcher.FINISHED)  # not before: a trial that fails may be run again
         if chosen is None or isinstance(chosen, Wait):
             return None
-        return self._told(chosen, self._sweep.spec_of(chosen))
+        return self._trial_config(chosen, self._sweep.spec_of(chosen))
 
-    def _told(self, chosen: TrialRecord, spec: TrainSpec) -> dict[str, Any] | None:
+    def _trial_config(self, chosen: TrialRecord, spec: TrainSpec) -> dict[str, Any] | None:
         """What the process is told; None while there is no room for it. One that will never have room has failed."""
-        sweep, asking, rows = self._sweep, self._sweep.asking, rows_key(chosen.values)
+        sweep, asking, rows = self._sweep, self._sweep.resources, rows_key(chosen.values)
         if not fits_one(asking.request([spec], chosen.values), asking.nodes):
-            sweep.ledger.update(chosen.trial_id, state="failed", error=str(asking.nowhere(spec, chosen.values)))
+            sweep.ledger.update(
+                chosen.trial_id, state="failed", error=str(asking.unschedulable_error(spec, chosen.values))
+            )
             return None
         most = self._most_together(spec, chosen.values)
         if not most:
             return None
         group = group_of(chosen, most, sweep.ledger, sweep.search, sweep.spec_of, sweep.rows[rows])
         request = asking.request(list(group.values()), chosen.values)
-        self._note_gang(chosen.trial_id, asking.said_of_gang(spec, chosen.values))
+        self._note_gang(chosen.trial_id, asking.explain_placement(spec, chosen.values))
         for trial_id in group:
             self._asked[trial_id] = request
             sweep.ledger.update(trial_id, started_s=sweep.clock(), wall_s=0.0)
@@ -168,12 +170,12 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
 
     def _most_together(self, spec: TrainSpec, values: Values) -> int:
         """Trials that may share the process now: at most `share_base`, 0 where there is no room for one."""
-        most = 1 if is_gang(spec) or self._sweep.elsewhere else self._sweep.spec.share_base
-        asking, asked = self._sweep.asking, self._asked_now()
+        most = 1 if is_distributed(spec) or self._sweep.elsewhere else self._sweep.spec.share_base
+        asking, asked = self._sweep.resources, self._asked_now()
         nodes = nodes_of_ray() if asked else []
         for count in range(most, 0, -1):
             request = asking.request([spec] * count, values)
-            if fits_one(request, asking.nodes) and (not asked or holds(nodes, [*asked, request])):
+            if fits_one(request, asking.nodes) and (not asked or fits(nodes, [*asked, request])):
                 return count
         return 0
 

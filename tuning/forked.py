@@ -20,7 +20,7 @@ from typing import Any
 from graftwork.machine import peak_rss_bytes
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.steplog import StepReport
-from graftwork.tuning.gang import Heard
+from graftwork.tuning.gang import ReportFn
 
 PRELOADED = (
     "graftwork.training.loop",
@@ -46,7 +46,7 @@ class Forked:
             )
         self._wire = Connection(ours.detach())
 
-    def train(self, job: TrainJob, report: Heard) -> LoopResult:
+    def train(self, job: TrainJob, report: ReportFn) -> LoopResult:
         """`training.loop.run_steps` in a fork; `report` is called here, and what it raises ends the fork.
 
         Raises what the loop raises, and WorkerCrashedError when the fork or its server was killed.

@@ -18,7 +18,9 @@ Heard = Callable[[StepReport, int], bool]
 """A step's report and the largest resident set of rank 0's process; whether to go on."""
 
 
-def train_in_gang(job: TrainJob, worker: Mapping[str, float], report: Heard, board: Any, trial_id: str) -> LoopResult:
+def train_distributed_trial(
+    job: TrainJob, worker: Mapping[str, float], report: ReportFn, board: Any, trial_id: str
+) -> LoopResult:
     """`training.loop.run_steps` on `job.spec.num_workers` workers that have `worker` of the cluster each.
 
     From their first step the board knows what they hold. `report` is called here. Raises what it raised, after the
@@ -29,7 +31,7 @@ def train_in_gang(job: TrainJob, worker: Mapping[str, float], report: Heard, boa
     told, answers = Queue(actor_options={"num_cpus": 0}), Queue(actor_options={"num_cpus": 0})
     try:
         with ThreadPoolExecutor(1) as pool:
-            run = pool.submit(fit_trial, job, Asks(told, answers, board, trial_id), worker)
+            run = pool.submit(fit_trial, job, RemoteReport(told, answers, board, trial_id), worker)
             error = _answered(run, told, answers, report)
         if error is not None:
             raise error
@@ -40,7 +42,7 @@ def train_in_gang(job: TrainJob, worker: Mapping[str, float], report: Heard, boa
 
 
 @dataclass
-class Asks:
+class RemoteReport:
     """The loop's `report` on rank 0. Steps without a held-out loss are told and not waited for."""
 
     told: Any
@@ -66,7 +68,7 @@ class Asks:
         ray.get(self.board.hold.remote(self.trial_id, group.id.hex()))
 
 
-def _answered(run: "Future[LoopResult]", told: Any, answers: Any, report: Heard) -> BaseException | None:
+def _answered(run: "Future[LoopResult]", told: Any, answers: Any, report: ReportFn) -> BaseException | None:
     """Answer until the workers have ended; the first error of `report` stops them and is returned."""
     from ray.util.queue import Empty
 

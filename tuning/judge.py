@@ -17,7 +17,7 @@ from graftwork.tuning.scheduler_spec import AshaSpec, HyperbandSpec, MedianSpec
 from graftwork.tuning.spec import TuneSpec
 
 
-class Judge(Protocol):
+class StoppingRule(Protocol):
     """Decides after each report."""
 
     def reason_to_stop(self, trial_id: str, step: int, loss: float) -> str | None:
@@ -25,7 +25,7 @@ class Judge(Protocol):
         ...
 
 
-def judge_of(spec: TuneSpec, past: Iterable[TrialRecord]) -> Judge:
+def judge_of(spec: TuneSpec, past: Iterable[TrialRecord]) -> StoppingRule:
     """The judge that a spec asks for; the losses of `past` trials count as if it had seen them."""
     judge = _judge(spec)
     seen = [(step, loss, record.trial_id) for record in past for step, loss in record.losses]
@@ -34,7 +34,7 @@ def judge_of(spec: TuneSpec, past: Iterable[TrialRecord]) -> Judge:
     return judge
 
 
-def _judge(spec: TuneSpec) -> Judge:
+def _judge(spec: TuneSpec) -> StoppingRule:
     if spec.scheduler is None:
         return _Lenient()
     return _Median(spec.scheduler) if isinstance(spec.scheduler, MedianSpec) else _Halving(spec, spec.scheduler)

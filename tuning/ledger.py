@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from graftwork.cluster.fence import Fence, Lookout
+from graftwork.cluster.fence import Fence, FenceMonitor
 from graftwork.errors import StorageError, StoreUnreachable
 from graftwork.storage import RunPaths
 from graftwork.tuning.records import TrialRecord
@@ -29,8 +29,8 @@ class Ledger:
 
     def __init__(self, run: RunPaths, patience_s: float = 0.0, on_trouble: Callable[[str], None] = _nothing) -> None:
         self.run, self._patience_s, self._on_trouble = run, patience_s, on_trouble
-        fence = Fence.of_environment()
-        self._lookout = Lookout(fence) if fence is not None else None
+        fence = Fence.from_environment()
+        self._fence_monitor = FenceMonitor(fence) if fence is not None else None
         self.records: dict[str, TrialRecord] = {}
         self._lines: dict[str, tuple[TrialRecord, str]] = {}
 
@@ -55,9 +55,9 @@ class Ledger:
         for record in self.trials:
             if record.state == "pending":
                 return record
-        return self.draw(search)
+        return self.next_trial(search)
 
-    def draw(self, search: Search) -> TrialRecord | Wait | None:
+    def next_trial(self, search: Search) -> TrialRecord | Wait | None:
         """What the search suggests, pending from now on."""
         chosen = search.suggest(self.trials)
         return self._add(chosen) if isinstance(chosen, Suggestion) else chosen
@@ -70,8 +70,8 @@ class Ledger:
     def write(self) -> None:
         """Replace the file. Waits out an outage of the store; raises StorageError for a longer one, and Overtaken where
         another attempt of the job is at work."""
-        if self._lookout is not None and self._lookout.word == "overtaken":
-            self._lookout.fence.require(self._patience_s)
+        if self._fence_monitor is not None and self._fence_monitor.stop_reason == "overtaken":
+            self._fence_monitor.fence.require(self._patience_s)
         content = self._content()
         try:
             self.run.store.write_bytes(content, *self.run.file(TRIALS))
@@ -92,10 +92,10 @@ class Ledger:
 
     def _write_patiently(self, content: bytes) -> None:
         try:
-            self.run.store.patient(self._patience_s).write_bytes(content, *self.run.file(TRIALS))
+            self.run.store.with_retries(self._patience_s).write_bytes(content, *self.run.file(TRIALS))
         except StoreUnreachable as error:
             raise StoreUnreachable(
-                f"{TRIALS} of sweep {self.run.run_id}", f"not written for {self._patience_s:g} s: {error.found}",
+                f"{TRIALS} of sweep {self.run.run_id}", f"not written for {self._patience_s:g} s: {error.problem}",
                 "storage may be out of reach for train.checkpoints.outage_s seconds",
                 "run the same command when it is back: trials that had ended are kept, the others are run again",
             ) from error  # fmt: skip

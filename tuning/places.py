@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from graftwork.storage import RunPaths
 from graftwork.training.job import TrainJob
 from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.search.pbt import spent
+from graftwork.tuning.search.pbt import finished_trials
 
 TRIALS = "trials"
 
 
 @dataclass(frozen=True)
-class Places:
+class TrialPaths:
     """The places of all trials of one sweep."""
 
     sweep: RunPaths
@@ -32,7 +32,7 @@ class Places:
         """Remove the checkpoints that nobody goes on from any more. Raises StorageError."""
         if self.every is None and all(trial.until is None for trial in trials):
             return
-        for trial_id in spent(trials) & set(self.sweep.store.list(*self.sweep.file(TRIALS))):
+        for trial_id in finished_trials(trials) & set(self.sweep.store.list(*self.sweep.file(TRIALS))):
             self.sweep.store.delete(*self.sweep.file(TRIALS, trial_id))
 
     def clear(self) -> None:

@@ -12,11 +12,11 @@ from graftwork.plan import (
     START_S,
     Machine,
     StagePlan,
-    charged,
+    charge_bytes,
     evaluation_seconds,
-    settle,
+    resolve_auto,
     step_seconds,
-    training_ways_out,
+    suggest_training_changes,
     verdict_of,
     worker_memory,
 )
@@ -24,7 +24,7 @@ from graftwork.plan.seconds import RAY_TRAIN_START_S
 from graftwork.plan.stage import HEADROOM
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.finals import most_repeats
-from graftwork.tuning.search import Drawn, Population, search_of
+from graftwork.tuning.search import FixedPoints, PbtSearch, search_of
 from graftwork.tuning.search.drawn import random_search
 from graftwork.tuning.search_spec import PbtSpec
 from graftwork.tuning.space import Values, trial_spec
@@ -49,22 +49,24 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     finals_s = math.ceil(most_repeats(spec) / at_once) * (start_s + max(each_s))
     repeats_s = most_repeats(spec) * (start_s + max(each_s))
     shared_by = 1 if machine.gpu is not None else at_once
-    ways_out = ((setting, size * shared_by) for setting, size in training_ways_out(largest, model, rows, machine))
+    ways_out = (
+        (setting, size * shared_by) for setting, size in suggest_training_changes(largest, model, rows, machine)
+    )
     return StagePlan(
         stage="tune",
         processes=at_once * workers,
         peak_bytes_per_process=memory.peak_bytes,
         total_bytes=memory.peak_bytes * at_once * workers,
         seconds=RAY_TUNE_START_S + max(work_s / at_once, start_s + max(each_s)) + finals_s,  # someone runs to the end
-        verdict=verdict_of(charged(memory.peak_bytes, at_once * workers, machine), machine, ways_out),
+        verdict=verdict_of(charge_bytes(memory.peak_bytes, at_once * workers, machine), machine, ways_out),
         parts=memory.parts,
         assumptions=(
             f"{len(trials)} trials of {spec.steps} steps, {at_once} at once, {share:.0%} of the steps taken"
             + (f"; each distributed over {workers} workers ({largest.strategy.kind})" if workers > 1 else ""),
-            cost(spec, largest, work_s + repeats_s, charged(memory.peak_bytes, 1, machine), machine),
+            cost(spec, largest, work_s + repeats_s, charge_bytes(memory.peak_bytes, 1, machine), machine),
             *([f"{most_repeats(spec)} whole runs more for the finals"] if spec.finals else []),
             *memory.assumptions,
-            machine.said(),
+            machine.describe(),
         ),
         host_bytes_per_process=memory.host_bytes,
     )
@@ -74,17 +76,17 @@ def planned_trial(spec: TuneSpec, point: Values, model: ModelShape, rows: RowSiz
     """The trial of a point as it would run on this machine, or on such GPUs: alone where it fits, else as a gang."""
     gang = trial_spec(spec, point, gang=True)
     if spec.distributed == "always":
-        return settled_trial(spec, gang, model, rows, machine)
+        return resolve_auto_trial(spec, gang, model, rows, machine)
     try:
-        alone = settled_trial(spec, trial_spec(spec, point), model, rows, machine)
+        alone = resolve_auto_trial(spec, trial_spec(spec, point), model, rows, machine)
     except ConfigError:
         if spec.distributed == "never" or not shards(gang):
             raise
-        return settled_trial(spec, gang, model, rows, machine)
+        return resolve_auto_trial(spec, gang, model, rows, machine)
     peak = worker_memory(alone, model, rows, machine).peak_bytes
     alone_only = spec.distributed == "never" or not shards(gang)
-    fits = alone_only or charged(peak, 1, machine) <= HEADROOM * machine.memory_bytes
-    return alone if fits else settled_trial(spec, gang, model, rows, machine)
+    fits = alone_only or charge_bytes(peak, 1, machine) <= HEADROOM * machine.memory_bytes
+    return alone if fits else resolve_auto_trial(spec, gang, model, rows, machine)
 
 
 def shards(trial: TrainSpec) -> bool:
@@ -110,19 +112,21 @@ def _gpus(trial: TrainSpec, peak_bytes: int, machine: Machine) -> float:
     return float(trial.num_workers) if trial.num_workers > 1 else peak_bytes / (HEADROOM * machine.memory_bytes)
 
 
-def settled_trial(spec: TuneSpec, trial: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> TrainSpec:
+def resolve_auto_trial(
+    spec: TuneSpec, trial: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine
+) -> TrainSpec:
     """A trial without `auto`, for the share of the memory that it has. Raises ConfigError where nothing fits.
 
     With `max_concurrent: auto` on CPUs that is the share of as many at a time as the cores allow, or of fewer that fit.
     """
     if machine.gpu is not None:
-        return settle(trial, model, rows, machine).spec
+        return resolve_auto(trial, model, rows, machine).spec
     most = max(1, min(spec.num_trials, int(machine.cores // (trial.cpus_per_worker * trial.num_workers))))
     for at_once in range(most, 1, -1) if spec.max_concurrent == "auto" else (spec.max_concurrent,):
         with contextlib.suppress(ConfigError):
-            return settle(trial, model, rows, replace(machine, memory_bytes=machine.memory_bytes // at_once)).spec
+            return resolve_auto(trial, model, rows, replace(machine, memory_bytes=machine.memory_bytes // at_once)).spec
     last = 1 if spec.max_concurrent == "auto" else spec.max_concurrent
-    return settle(trial, model, rows, replace(machine, memory_bytes=machine.memory_bytes // last)).spec
+    return resolve_auto(trial, model, rows, replace(machine, memory_bytes=machine.memory_bytes // last)).spec
 
 
 def _at_once(spec: TuneSpec, largest: TrainSpec, memory: MemoryPlan, machine: Machine, trials: int) -> int:
@@ -130,7 +134,7 @@ def _at_once(spec: TuneSpec, largest: TrainSpec, memory: MemoryPlan, machine: Ma
     cores = int(machine.cores // (largest.cpus_per_worker * largest.num_workers))
     if spec.max_concurrent != "auto":
         return max(1, min(spec.max_concurrent, trials, cores))
-    room = int(HEADROOM * machine.memory_bytes // charged(memory.peak_bytes, largest.num_workers, machine))
+    room = int(HEADROOM * machine.memory_bytes // charge_bytes(memory.peak_bytes, largest.num_workers, machine))
     return max(1, min(trials, cores, room))
 
 
@@ -170,4 +174,4 @@ def starts(spec: TuneSpec) -> int:
 def points_to_plan(spec: TuneSpec) -> tuple[Values, ...]:
     """The points that will run where the search knows them; else as many drawn at random, the space's corners first."""
     search = search_of(spec)
-    return search.points if isinstance(search, Drawn | Population) else random_search(spec).points
+    return search.points if isinstance(search, FixedPoints | PbtSearch) else random_search(spec).points

@@ -111,11 +111,11 @@ class TuneProgress:
         if not seen:
             return f"{sum(trial.state == 'running' for trial in self.trials)} running"
         best = min(seen, key=lambda trial: (-trial.steps, trial.losses[-1][1]))
-        return f"best so far {best.losses[-1][1]:.3f} at step {best.steps} ({named([best.values])[0]})"
+        return f"best so far {best.losses[-1][1]:.3f} at step {best.steps} ({label_points([best.values])[0]})"
 
 
 @dataclass(frozen=True)
-class Contrast:
+class FinalistComparison:
     """The best of the finals against another finalist, paired by seed."""
 
     other_id: str
@@ -137,7 +137,7 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Choice:
+class SearchDecision:
     """The trial that was taken, and how sure it is that it is the best."""
 
     trial_id: str
@@ -147,7 +147,7 @@ class Choice:
     """In words, with figures."""
     rule: str
     """How it was chosen, in words."""
-    contrasts: tuple[Contrast, ...] = ()
+    contrasts: tuple[FinalistComparison, ...] = ()
     """The closest first; none without finals."""
     front: tuple[str, ...] = ()
     """With several objectives: the trials that no other beats in all of them."""
@@ -184,7 +184,7 @@ class TuneReport:
     """`spec.train` with the best values: what to train on the full budget."""
     sampler: str
     """How the trials were drawn, in words."""
-    choice: Choice
+    choice: SearchDecision
     """Why this one, and how sure that is."""
     eval_rows: int
     """Held-out rows behind each loss."""
@@ -207,7 +207,7 @@ class TuneReport:
         return {**asdict(self), "best_spec": self.best_spec.model_dump(mode="json")}
 
 
-def named(points: Sequence[Mapping[str, JsonValue]]) -> list[str]:
+def label_points(points: Sequence[Mapping[str, JsonValue]]) -> list[str]:
     """Each point in a few words: the keys in which they differ, all where they don't."""
     keys = list(dict.fromkeys(key for point in points for key in point))
     differ = [key for key in keys if any(point.get(key) != points[0].get(key) for point in points)] or keys

@@ -12,7 +12,7 @@ from graftwork.tuning.ledger import TRIALS
 from graftwork.tuning.spec import TuneSpec
 
 
-def notes_on_relatives(spec: TuneSpec, run: RunPaths) -> list[str]:
+def warn_about_similar_sweeps(spec: TuneSpec, run: RunPaths) -> list[str]:
     """How a sweep that has not begun differs from the newest unfinished one of its name; empty where there is none."""
     if run.store.exists(*run.spec()):
         return []

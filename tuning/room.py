@@ -33,7 +33,7 @@ class _Free:
     gpus: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, node: Node) -> "_Free":
+    def from_node(cls, node: Node) -> "_Free":
         return cls({name: size for name, size in node.items() if name != "GPU"}, [1.0] * int(node.get("GPU", 0)))
 
     def take(self, bundle: Mapping[str, float]) -> bool:
@@ -58,16 +58,16 @@ class _Free:
         return None if share else fullest_first
 
 
-def holds(nodes: Iterable[Node], requests: Iterable[Request]) -> bool:
+def fits(nodes: Iterable[Node], requests: Iterable[Request]) -> bool:
     """Whether all of them have room at the same time, the largest placed first."""
-    free = [_Free.of(node) for node in nodes]
+    free = [_Free.from_node(node) for node in nodes]
     bundles = [bundle for request in requests for bundle in request.bundles]
     return all(_place(free, bundle) for bundle in sorted(bundles, key=_size, reverse=True))
 
 
-def how_many(nodes: Iterable[Node], request: Request, most: int) -> int:
+def max_concurrent(nodes: Iterable[Node], request: Request, most: int) -> int:
     """So many at a time have room, at most `most`."""
-    free = [_Free.of(node) for node in nodes]
+    free = [_Free.from_node(node) for node in nodes]
     for number in range(most):
         if not all(_place(free, bundle) for bundle in request.bundles):
             return number

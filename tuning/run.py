@@ -19,7 +19,7 @@ import yaml
 from graftwork import base_model, provenance
 from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.base_support import check_training
-from graftwork.cluster.fence import Fence, Overtaken
+from graftwork.cluster.fence import Fence, SupersededError
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError, GraftworkError, Interrupted, StorageError
 from graftwork.storage import RunPaths, Store
@@ -29,23 +29,23 @@ from graftwork.training.lock import OVERTAKES_S, run_lock
 from graftwork.training.records import Progress
 from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.asking import Asking
+from graftwork.tuning.asking import TrialResources
 from graftwork.tuning.choice import choose
 from graftwork.tuning.costs import size_of
 from graftwork.tuning.elsewhere import Elsewhere, check_elsewhere, end_trials
 from graftwork.tuning.finals import repeated_rows, with_finals
-from graftwork.tuning.fit import Sweeping, fit
+from graftwork.tuning.fit import TunePlan, fit
 from graftwork.tuning.ledger import Ledger
-from graftwork.tuning.page import Ended, sweep_record, write_page
+from graftwork.tuning.page import SweepEnd, sweep_record, write_page
 from graftwork.tuning.plan import points_to_plan
 from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport
-from graftwork.tuning.relatives import notes_on_relatives
+from graftwork.tuning.relatives import warn_about_similar_sweeps
 from graftwork.tuning.room import Node, nodes_of_ray
 from graftwork.tuning.search import Search, search_of
 from graftwork.tuning.space import Values, contradiction, rows_key, rows_points, trial_spec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.tensorboard import EventLogs
-from graftwork.tuning.winner import crown, require_winner
+from graftwork.tuning.winner import require_winner, train_winner
 
 __all__ = ["TrialRecord", "TuneProgress", "TuneReport", "check", "tune"]
 
@@ -63,7 +63,7 @@ class Sweep:
     paths: RunPaths
 
     @classmethod
-    def of(cls, spec: TuneSpec) -> "Sweep":
+    def resolve(cls, spec: TuneSpec) -> "Sweep":
         """Resolve bases and data. Raises UserErrors of all kinds, before anything starts."""
         spec, _ = with_gpus(spec, accelerators_here())
         search = with_finals(spec, search_of(spec))
@@ -82,19 +82,21 @@ class Sweep:
         rows |= {rows_key(point): prepare(trial_spec(spec, point)) for point in repeated_rows(spec)}
         return cls(spec, search, rows, RunPaths(Store(spec.root), spec.name, identity))
 
-    def settled(self, values: Values) -> TrainSpec:
+    def resolve_trial(self, values: Values) -> TrainSpec:
         """The training spec of a point, without `auto`. Raises ConfigError when the values contradict each other."""
-        return self.asking(()).settled(values)
+        return self.resources(()).resolve_trial(values)
 
-    def asking(self, nodes: Sequence[Node]) -> Asking:
+    def resources(self, nodes: Sequence[Node]) -> TrialResources:
         """What the trials ask of a cluster with these nodes."""
-        return Asking(self.spec, {key: sizes_of(data.train) for key, data in self.rows.items()}, nodes)
+        return TrialResources(self.spec, {key: sizes_of(data.train) for key, data in self.rows.items()}, nodes)
 
     def job(self, values: Values) -> TrainJob:
         """What the process of a point is to do."""
         every = self.spec.report_every
         data = self.rows[rows_key(values)]
-        return TrainJob(self.settled(values), data, max_steps=self.spec.steps, report_every=every, eval_every=every)
+        return TrainJob(
+            self.resolve_trial(values), data, max_steps=self.spec.steps, report_every=every, eval_every=every
+        )
 
 
 def _require_supported(spec: TuneSpec) -> None:
@@ -112,13 +114,13 @@ def check(spec: TuneSpec) -> list[str]:
     Returns what one should know before it starts: rows that are too long, ignored keys, held-out rows that are trained
     on, and how the spec differs from a sweep of its name.
     """
-    sweep = Sweep.of(spec)
+    sweep = Sweep.resolve(spec)
     spec = sweep.spec
     require_winner(spec)
     sets = [(trial_spec(spec, point).max_length, sweep.rows[rows_key(point)]) for point in rows_points(spec)]
     left_out = dict.fromkeys(data.left_out(max_length) for max_length, data in sets if data.left_out(max_length))
     warnings = dict.fromkeys(warning for data in sweep.rows.values() for warning in data.warnings)
-    return [*left_out, *warnings, *notes_on_relatives(spec, sweep.paths)]
+    return [*left_out, *warnings, *warn_about_similar_sweeps(spec, sweep.paths)]
 
 
 def tune(spec: TuneSpec, *, on_progress: OnProgress | None = None, elsewhere: Elsewhere | None = None) -> TuneReport:
@@ -132,11 +134,11 @@ def tune(spec: TuneSpec, *, on_progress: OnProgress | None = None, elsewhere: El
     if elsewhere is not None:
         check_elsewhere(spec)
         spec, _ = with_gpus(spec, elsewhere.accelerators(spec.root))
-    sweep = Sweep.of(spec)
+    sweep = Sweep.resolve(spec)
     require_winner(sweep.spec)
-    with run_lock(sweep.paths, wait_s=OVERTAKES_S if Fence.of_environment() is not None else 0.0):
+    with run_lock(sweep.paths, wait_s=OVERTAKES_S if Fence.from_environment() is not None else 0.0):
         attempt = _Attempt(sweep, on_progress or (lambda _: None), elsewhere)
-        return attempt.crowned(attempt.run())
+        return attempt.train_winner(attempt.run())
 
 
 class _Attempt:
@@ -170,7 +172,7 @@ class _Attempt:
             with contextlib.suppress(StorageError):
                 self._show_unfinished("interrupted")
             raise self._interrupted() from None
-        except Overtaken:
+        except SupersededError:
             raise  # the sweep is another attempt's now, and so is its status
         except (GraftworkError, OSError) as error:
             with contextlib.suppress(StorageError):  # it must not hide what happened
@@ -180,11 +182,11 @@ class _Attempt:
         self._set_state("finished", best_id=report.best_id, best=report.best)
         return self._with_page(report)
 
-    def crowned(self, report: TuneReport) -> TuneReport:
+    def train_winner(self, report: TuneReport) -> TuneReport:
         """With its winner trained and published, where that is asked for."""
         if self.spec.winner is None:
             return report
-        return replace(report, winner=crown(self.spec, report.best_spec, self.paths, self._tell))
+        return replace(report, winner=train_winner(self.spec, report.best_spec, self.paths, self._tell))
 
     def _fit_logged(self) -> None:
         began = datetime.fromisoformat(self.paths.store.read_json(*self.paths.provenance())["time"]).timestamp()
@@ -196,12 +198,12 @@ class _Attempt:
 
     def _fit(self) -> None:
         where = self.elsewhere
-        sweep, asking = self.sweep, replace(self.sweep.asking(nodes_of_ray()), elsewhere=where.on if where else None)
-        self.at_once = asking.require_room(points_to_plan(self.spec))
+        sweep, asking = self.sweep, replace(self.sweep.resources(nodes_of_ray()), elsewhere=where.on if where else None)
+        self.at_once = asking.check_capacity(points_to_plan(self.spec))
         self._tell()
         told = (self._tell, self._wall_s, asking, self.at_once)
         try:
-            fit(Sweeping(sweep.spec, self.ledger, sweep.search, sweep.rows, asking.settled, *told, where))
+            fit(TunePlan(sweep.spec, self.ledger, sweep.search, sweep.rows, asking.resolve_trial, *told, where))
         finally:
             if where is not None:
                 end_trials(where, self.paths)
@@ -223,13 +225,13 @@ class _Attempt:
         )
 
     def _with_page(self, report: TuneReport) -> TuneReport:
-        ended = Ended("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
+        ended = SweepEnd("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
         return replace(report, page=self._show(ended))
 
     def _show_unfinished(self, state: Literal["interrupted", "failed"], error: str | None = None) -> None:
-        self._show(Ended(state, self._held_out(), self.sweep.search.reason, self._wall_s(), error=error))
+        self._show(SweepEnd(state, self._held_out(), self.sweep.search.reason, self._wall_s(), error=error))
 
-    def _show(self, ended: Ended) -> str:
+    def _show(self, ended: SweepEnd) -> str:
         return write_page(self.paths, self.spec, sweep_record(self.spec, self.ledger.trials, ended)).html_uri
 
     def _held_out(self) -> int:
@@ -269,7 +271,7 @@ class _Attempt:
     def _set_state(self, state: str, **more: Any) -> None:
         status = {"state": state, "run_id": self.paths.run_id, "wall_s": self._wall_s(), **more}
         patience_s = 0.0 if state == "failed" else self.spec.train.checkpoints.outage_s
-        self.paths.store.patient(patience_s).write_json(status, *self.paths.status())
+        self.paths.store.with_retries(patience_s).write_json(status, *self.paths.status())
 
     def _write_facts(self) -> None:
         """The resolved spec and where the code runs, written once, when the sweep first starts."""

@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue, model_validator
 from graftwork.config import Spec
 
 
-class Choice(Spec):
+class CategoricalSpace(Spec):
     """One of the listed values, which may be whole parts of the spec: `adapter: {kind: choice, values: [{kind: lora,
     rank: 8}, {kind: ia3}]}`."""
 
@@ -112,6 +112,6 @@ class PowerOfTwo(_Integers):
         return [2**power for power in range(self.low.bit_length() - 1, self.high.bit_length())]
 
 
-Domain = Annotated[Choice | Uniform | LogUniform | IntRange | PowerOfTwo, Field(discriminator="kind")]
+Domain = Annotated[CategoricalSpace | Uniform | LogUniform | IntRange | PowerOfTwo, Field(discriminator="kind")]
 Space = dict[str, Domain]
 """By dotted key of the training spec."""

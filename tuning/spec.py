@@ -23,11 +23,11 @@ from graftwork.tuning.scheduler_spec import (
     with_grace,
 )
 from graftwork.tuning.search_spec import PbtSpec, SearchSpec
-from graftwork.tuning.space_spec import Choice, Domain, IntRange, LogUniform, PowerOfTwo, Space, Uniform
+from graftwork.tuning.space_spec import CategoricalSpace, Domain, IntRange, LogUniform, PowerOfTwo, Space, Uniform
 
 __all__ = [
     "AshaSpec",
-    "Choice",
+    "CategoricalSpace",
     "Domain",
     "HyperbandSpec",
     "IntRange",
@@ -155,7 +155,7 @@ class TuneSpec(Spec):
             raise ValueError("train.data.eval is not given: trials are compared by loss on held-out rows")
         for key, domain in self.space.items():
             self._check_key(key)
-            if decides_rows(key) and not isinstance(domain, Choice | PowerOfTwo):
+            if decides_rows(key) and not isinstance(domain, CategoricalSpace | PowerOfTwo):
                 raise ValueError(f"space.{key} decides the rows, which are prepared first: list its values")
             for value in domain.samples():
                 self._check_value(key, value)
@@ -211,8 +211,8 @@ class TuneSpec(Spec):
         try:
             self.train.with_({key: value})
         except ConfigError as error:
-            found = f"{error.asked.removeprefix('override: ')}: {error.found}"
-            raise ConfigError(f"space.{key}", found, error.rule, next_move(key, error)) from None
+            found = f"{error.subject.removeprefix('override: ')}: {error.problem}"
+            raise ConfigError(f"space.{key}", found, error.rule, hint_for_key(key, error)) from None
 
     def _check_losses(self, values: Sequence[JsonValue]) -> None:
         kinds = {self.train.with_({"objective": value}).objective.kind for value in values}
@@ -220,9 +220,9 @@ class TuneSpec(Spec):
             raise ValueError(f"space.objective has kinds {', '.join(sorted(kinds))}: {NOT_TUNABLE['objective.kind']}")
 
 
-def next_move(key: str, error: ConfigError) -> str:
+def hint_for_key(key: str, error: ConfigError) -> str:
     """What to do where a value of a space is refused: parts that belong together are given together."""
     part = key.partition(".")[0]
-    if f"--set '{part}=" in error.next_move:
+    if f"--set '{part}=" in error.hint:
         return f"give whole parts: {part}: {{kind: choice, values: [{{kind: ..., ...}}, {{kind: ...}}]}}"
-    return error.next_move
+    return error.hint

@@ -15,7 +15,7 @@ from typing import Any
 from graftwork.errors import StorageError, StoreUnreachable
 from graftwork.storage import RunPaths
 from graftwork.tuning.goal_spec import EVAL_LOSS
-from graftwork.tuning.page.values import plain
+from graftwork.tuning.page.values import to_plain
 from graftwork.tuning.records import TrialRecord
 
 FOLDER = "tensorboard"
@@ -65,7 +65,7 @@ class EventLogs:
         """Nothing where the store's own folder was written."""
         if self._run.store.is_local:
             return self._unsent.clear()
-        store = self._run.store.patient(patience_s)
+        store = self._run.store.with_retries(patience_s)
         for trial_id in sorted(self._unsent):
             try:
                 store.upload(self._folder / trial_id, *self._run.file(FOLDER, trial_id))
@@ -146,7 +146,7 @@ def _asked(trial: TrialRecord) -> Iterator[Any]:
     """For the hparams plugin: which keys and figures there are, and this trial's values."""
     from tensorboardX.summary import hparams
 
-    experiment, start, _ = hparams({key: plain(value) for key, value in trial.values.items()}, {EVAL_LOSS: 0.0})
+    experiment, start, _ = hparams({key: to_plain(value) for key, value in trial.values.items()}, {EVAL_LOSS: 0.0})
     yield experiment
     yield start
 

@@ -16,13 +16,13 @@ from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport, read_steps
-from graftwork.tuning.asking import is_gang
+from graftwork.tuning.asking import is_distributed
 from graftwork.tuning.costs import Costs
 from graftwork.tuning.elsewhere import Elsewhere, train_elsewhere
 from graftwork.tuning.failures import message_of
 from graftwork.tuning.forked import forked
-from graftwork.tuning.gang import Heard, train_in_gang
-from graftwork.tuning.places import Places
+from graftwork.tuning.gang import ReportFn, train_distributed_trial
+from graftwork.tuning.places import TrialPaths
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def run_trial(
     steps: int,
     report_every: int,
     board: Any,
-    places: Places,
+    places: TrialPaths,
     elsewhere: Elsewhere | None = None,
 ) -> None:
     """Tune's function trainable; `config` is that of `Told`. Runs in a Tune actor process.
@@ -79,7 +79,7 @@ def run_trial(
     _run_alone(places.job(job, trial_id, told.until, told.parent), told.worker, trial_id, told.until or steps, telling)
 
 
-def _finite(trial_id: str, telling: "_Telling") -> Heard:
+def _finite(trial_id: str, telling: "_Telling") -> ReportFn:
     """Tells Tune of a trial that is trained alone. Raises NonFiniteLoss."""
 
     def report(step: StepReport, peak: int) -> bool:
@@ -115,10 +115,10 @@ def _is_finite(step: StepReport) -> bool:
     return step.eval_loss is None or math.isfinite(step.eval_loss)
 
 
-def _train(job: TrainJob, worker: Mapping[str, float], report: Heard, board: Any, trial_id: str) -> None:
+def _train(job: TrainJob, worker: Mapping[str, float], report: ReportFn, board: Any, trial_id: str) -> None:
     """By the workers of a gang, in this process on a GPU, else in a fork."""
-    if is_gang(job.spec):
-        train_in_gang(job, worker, report, board, trial_id)
+    if is_distributed(job.spec):
+        train_distributed_trial(job, worker, report, board, trial_id)
     elif job.spec.gpus:
         run_steps(job, lambda step: report(step, peak_rss_bytes()))
     else:

@@ -6,7 +6,7 @@ from graftwork.training.data import prepare
 from graftwork.training.fit import fit
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.lock import OVERTAKES_S, run_lock
-from graftwork.training.settled import settled
+from graftwork.training.settled import resolve_auto_for_run
 from graftwork.tuning.trial_spec import TrialSpec
 
 
@@ -17,8 +17,8 @@ def run_trial_job(spec: TrialSpec) -> LoopResult:
     """
     kept = {"checkpoint_every": spec.report_every, "checkpoints": {"keep_last": 1}}
     asked, paths = spec.train.with_(kept), spec.paths().patiently(spec.train.checkpoints.outage_s)
-    base, data, fence = base_model.resolve(asked.base), prepare(asked), Fence.of_environment()
+    base, data, fence = base_model.resolve(asked.base), prepare(asked), Fence.from_environment()
     with run_lock(paths, wait_s=OVERTAKES_S if fence is not None else 0.0):
-        train, _ = settled(asked, base, data.train, paths)
+        train, _ = resolve_auto_for_run(asked, base, data.train, paths)
         job = TrainJob(train, data, run=paths, max_steps=spec.steps, eval_every=spec.report_every, fence=fence)
         return fit(job)

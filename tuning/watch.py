@@ -16,10 +16,10 @@ from ray.tune.experiment import Trial
 
 from graftwork.errors import GraftworkError
 from graftwork.tuning.board import free
-from graftwork.tuning.failures import Failure, failure_of, hopeless, kernel_kills
-from graftwork.tuning.judge import Judge
+from graftwork.tuning.failures import TrialFailure, failure_of, hopeless, kernel_kills
+from graftwork.tuning.judge import StoppingRule
 from graftwork.tuning.ledger import Ledger
-from graftwork.tuning.places import Places
+from graftwork.tuning.places import TrialPaths
 from graftwork.tuning.records import State, TrialRecord
 
 
@@ -74,19 +74,19 @@ class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
             raise self.error
 
 
-class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
+class TuneCallback(Callback):  # type: ignore[misc]  # Ray carries no types
     """Tune calls these between its steps, one at a time: each report goes into the ledger and before the judge, and the
     verdict onto the board before Tune lets the trial go on. `on_change` is called after each."""
 
     def __init__(
         self,
         ledger: Ledger,
-        judge: Judge,
+        judge: StoppingRule,
         board: Any,
         last_step: int,
         on_change: Callable[[], None],
-        after_failure: Callable[[TrialRecord, Failure], dict[str, Any]],
-        places: Places,
+        after_failure: Callable[[TrialRecord, TrialFailure], dict[str, Any]],
+        places: TrialPaths,
         interrupt: Interrupt,
     ) -> None:
         self._ledger, self._judge, self._board = ledger, judge, board
@@ -127,7 +127,7 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
                 if self._is_news(trial, trial_id, step) and self._report(trial_id, step, loss, result) == "stopped":
                     stopped.append(trial_id)
             for trial_id, message in result.get("lost", {}).items():
-                self._lost(trial, trial_id, Failure("diverged", message))
+                self._record_failure(trial, trial_id, TrialFailure("diverged", message))
             if stopped:
                 ray.get(self._board.stop.remote(stopped))
             self._on_change()
@@ -149,13 +149,13 @@ class Watch(Callback):  # type: ignore[misc]  # Ray carries no types
         with self._giving_up():
             for trial_id in trial.config["trials"]:
                 kills = kernel_kills() - self._kernel_kills.get(trial_id, kernel_kills())
-                self._lost(trial, trial_id, failure_of(_error(trial), kills))
+                self._record_failure(trial, trial_id, failure_of(_error(trial), kills))
                 free(self._board, trial_id)
             if (error := hopeless(self._ledger.trials)) is not None:
                 raise error
             self._on_change()
 
-    def _lost(self, trial: Trial, trial_id: str, failure: Failure) -> None:
+    def _record_failure(self, trial: Trial, trial_id: str, failure: TrialFailure) -> None:
         """Enter why this attempt of a trial ended, unless it is over already."""
         record = self._ledger.records[trial_id]
         if record.state == "running" and self._attempt.get(trial_id, trial.trial_id) == trial.trial_id:

@@ -28,7 +28,7 @@ SCORED_BY = ("base", "quant", "data.eval", "data.eval_rows", "data.context", "pr
 
 
 @dataclass(frozen=True)
-class Placed:
+class WinnerRecord:
     """Content of winner.json."""
 
     version: str
@@ -67,7 +67,7 @@ def require_winner(spec: TuneSpec) -> None:
         artifact.locate(Store(wanted.root), f"{wanted.name}@{spec.winner.shadow.against}")
 
 
-def crown(spec: TuneSpec, best: TrainSpec, sweep: RunPaths, on_progress: Callable[[Progress], None]) -> Winner:
+def train_winner(spec: TuneSpec, best: TrainSpec, sweep: RunPaths, on_progress: Callable[[Progress], None]) -> Winner:
     """Train, publish and place the winner, or find it done. Needs an initialised Ray; raises what `train` raises."""
     assert spec.winner is not None
     wanted = winner_spec(spec, best)
@@ -82,26 +82,26 @@ def crown(spec: TuneSpec, best: TrainSpec, sweep: RunPaths, on_progress: Callabl
     return Winner(report, placed.alias, placed.before, placed.beside, bool(placed.moved), placed.why)
 
 
-def _began(spec: TuneSpec, store: Store, task: str, report: TrainReport, sweep: RunPaths) -> Placed:
+def _began(spec: TuneSpec, store: Store, task: str, report: TrainReport, sweep: RunPaths) -> WinnerRecord:
     """Where the aliases pointed before this version was published, noted before one of them moves."""
     assert spec.winner is not None
     alias, against = spec.winner.alias, spec.winner.shadow.against if spec.winner.shadow else None
     if sweep.store.exists(*sweep.file(WINNER)):
-        placed = Placed(**sweep.store.read_json(*sweep.file(WINNER)))
+        placed = WinnerRecord(**sweep.store.read_json(*sweep.file(WINNER)))
         if (placed.version, placed.alias, placed.against) == (report.version, alias, against):
             return placed
     pointed = artifact.aliases(store, task)
     before, beside = (pointed.get(name) if name else None for name in (alias, against))
-    placed = Placed(report.version, alias, before, against, beside)
+    placed = WinnerRecord(report.version, alias, before, against, beside)
     _write(sweep, placed)
     return placed
 
 
-def _write(sweep: RunPaths, placed: Placed) -> None:
+def _write(sweep: RunPaths, placed: WinnerRecord) -> None:
     sweep.store.write_json(asdict(placed), *sweep.file(WINNER))
 
 
-def move(store: Store, task: str, placed: Placed) -> Placed:
+def move(store: Store, task: str, placed: WinnerRecord) -> WinnerRecord:
     """Point the alias at the winner, unless what it points at was measured on the same rows and has the lower loss."""
     if placed.alias is None:
         return replace(placed, moved=False, why="no alias was asked for")

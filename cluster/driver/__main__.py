@@ -2,9 +2,9 @@
 
 import sys
 
-from graftwork.cluster.driver.guard import guarded
+from graftwork.cluster.driver.guard import run_supervised
 from graftwork.cluster.driver.run import drive
 
 if __name__ == "__main__":
     root, job_id, number, on = sys.argv[1:]
-    sys.exit(guarded(lambda: drive(root, job_id, int(number), on)))
+    sys.exit(run_supervised(lambda: drive(root, job_id, int(number), on)))

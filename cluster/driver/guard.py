@@ -20,7 +20,7 @@ PR_SET_CHILD_SUBREAPER = 36
 GONE_S = 5.0
 
 
-def guarded(drive: Callable[[], int]) -> int:
+def run_supervised(drive: Callable[[], int]) -> int:
     """Run the driver in a fork, then end everything below it. Its exit code, or 128 and the signal that ended it.
 
     Call it before there is a thread. SIGTERM and SIGINT are passed on. Orphans become children of the guard (Linux), so
@@ -42,7 +42,7 @@ def guarded(drive: Callable[[], int]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
-    code = _awaited(driver)
+    code = _wait_for(driver)
     end_all(lambda: psutil.Process().children(recursive=True))
     return code
 
@@ -58,7 +58,7 @@ def end_all(find: Callable[[], list[psutil.Process]], within_s: float = GONE_S) 
     return left
 
 
-def _awaited(driver: int) -> int:
+def _wait_for(driver: int) -> int:
     """Wait for the driver; orphans that end meanwhile are taken off the process table."""
     while True:
         pid, status = os.wait()

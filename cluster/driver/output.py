@@ -23,7 +23,7 @@ PROGRESS = re.compile(r"\b\d[\d,]* of \d")
 """In the lines that tell how far a stage is."""
 
 
-class Output:
+class OutputReader:
     """Reads a child's output in a thread until it ends; another thread writes the pieces."""
 
     def __init__(self, store: Store, folder: tuple[str, ...], start: int, child: "subprocess.Popen[bytes]") -> None:
@@ -98,7 +98,7 @@ class Output:
             while self._store_some(last):
                 pass
         except StorageError as error:
-            print(f"the log is kept here until the store is back: {error.found}", file=sys.stderr)
+            print(f"the log is kept here until the store is back: {error.problem}", file=sys.stderr)
 
     def _store_some(self, last: bool) -> bool:
         room = MOST_PIECE_BYTES - len(self._piece)

@@ -19,11 +19,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from graftwork.cluster.driver.output import Output
-from graftwork.cluster.driver.teller import Teller
-from graftwork.cluster.driver.watch import Watch
+from graftwork.cluster.driver.output import OutputReader
+from graftwork.cluster.driver.teller import HeartbeatThread
+from graftwork.cluster.driver.watch import LimitMonitor
 from graftwork.cluster.fence import ENVIRONMENT, Fence
-from graftwork.cluster.run_store import SAVES, Ended, RunStore, StopReason
+from graftwork.cluster.run_store import SAVES, AttemptEnd, JobStore, StopReason
 from graftwork.storage import json_bytes
 
 LOOK_S = 0.1
@@ -46,7 +46,7 @@ OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory", "Cannot allocate memo
 
 def drive(root: str, job_id: str, number: int, on: str) -> int:
     """Run the attempt to its end; the command's exit code. 0 at once where the attempt is over, or another one's."""
-    runs = RunStore(root, PATIENCE_S)
+    runs = JobStore(root, PATIENCE_S)
     record = runs.attempt(job_id, number)
     if record.ended or record.cancel or runs.attempts(job_id)[-1] != number:
         print(f"{job_id}-a{number} is over: nothing to do", file=sys.stderr)
@@ -61,11 +61,11 @@ def drive(root: str, job_id: str, number: int, on: str) -> int:
         try:
             return _Drive(runs, fence, command, told).run()
         except _CannotStart as error:
-            runs.end(job_id, number, Ended(time.time(), NOT_FOUND, None, str(error)))
+            runs.end(job_id, number, AttemptEnd(time.time(), NOT_FOUND, None, str(error)))
             return NOT_FOUND
 
 
-def _command(runs: RunStore, job_id: str, file: Path, on: str) -> list[str]:
+def _command(runs: JobStore, job_id: str, file: Path, on: str) -> list[str]:
     """What the attempt runs: a stage's command on the spec in `file`, or a program of the user's."""
     kind = runs.job(job_id).kind
     if kind == "exec":
@@ -80,9 +80,9 @@ class _CannotStart(Exception):
 class _Drive:
     """One command from its start to its end."""
 
-    def __init__(self, runs: RunStore, fence: Fence, command: list[str], told: threading.Event) -> None:
+    def __init__(self, runs: JobStore, fence: Fence, command: list[str], told: threading.Event) -> None:
         self._runs, self._fence, self._told = runs, fence, told
-        record, quick = runs.job(fence.job_id), RunStore(fence.root)
+        record, quick = runs.job(fence.job_id), JobStore(fence.root)
         environment = {**os.environ, ENVIRONMENT: fence.dump()}
         try:
             self._child = subprocess.Popen(
@@ -91,10 +91,10 @@ class _Drive:
             )  # fmt: skip
         except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
             raise _CannotStart(f"{command[0]} does not start: {error}") from error
-        self._output = Output(runs.store, (*fence.folder, "logs"), fence.start, self._child)
-        self._watch = Watch(quick, fence, record.job(fence.root, {}).cluster, *_spent(runs, fence))
-        self._teller = Teller(quick, fence, lambda: self._output.progress, self._watch.usd)
-        self._teller.note("started", host=socket.gethostname(), pid=os.getpid())
+        self._output = OutputReader(runs.store, (*fence.folder, "logs"), fence.start, self._child)
+        self._limits = LimitMonitor(quick, fence, record.job(fence.root, {}).cluster, *_spent_before(runs, fence))
+        self._heartbeat = HeartbeatThread(quick, fence, lambda: self._output.progress, self._limits.usd)
+        self._heartbeat.note("started", host=socket.gethostname(), pid=os.getpid())
         self._saves = record.kind in SAVES
         self._reason: StopReason | None = None
         self._killed = False
@@ -102,13 +102,13 @@ class _Drive:
     def run(self) -> int:
         """To its end; its exit code."""
         while self._child.poll() is None and not self._told.is_set() and self._reason is None:
-            self._reason = self._watch.reason()
+            self._reason = self._limits.reason()
             time.sleep(LOOK_S)
         if self._child.poll() is None:
             self._end()
         elif self._child.returncode and self._reason is None:
-            self._reason = self._watch.look()
-        self._watch.close()
+            self._reason = self._limits.look()
+        self._limits.close()
         self._kill_group()  # what it left there; whoever left the group is the guard's
         code = self._child.wait()
         return self._tell(code if code >= 0 else 128 - code)
@@ -116,9 +116,9 @@ class _Drive:
     def _end(self) -> None:
         """Have the command end: by a word in the store, by SIGTERM, by SIGKILL."""
         if self._reason is None:
-            self._teller.leave()
+            self._heartbeat.leave()
         else:
-            self._teller.note("asked-to-end", reason=self._reason)
+            self._heartbeat.note("asked-to-end", reason=self._reason)
             self._pass_on(self._reason)
         if self._saves and self._output.under_way:
             self._await(SAVE_S.get(self._reason, LIMIT_SAVE_S))
@@ -142,7 +142,7 @@ class _Drive:
         """Until the command has ended, the time is over, or somebody more urgent asks."""
         end, began_with = time.monotonic() + timeout_s, self._reason
         while self._child.poll() is None and time.monotonic() < end:
-            self._reason = self._reason or self._watch.reason()
+            self._reason = self._reason or self._limits.reason()
             if self._reason is not None and (began_with is None or self._told.is_set()):
                 return
             time.sleep(LOOK_S)
@@ -158,14 +158,14 @@ class _Drive:
                 (code == 137 and not self._killed) or self._output.mentions(*OUT_OF_MEMORY)
             )  # fmt: skip
             message = self._output.last_error() if code != 0 else ""
-            ended = Ended(time.time(), code, self._reason, message, memory)
+            ended = AttemptEnd(time.time(), code, self._reason, message, memory)
             self._runs.end(self._fence.job_id, self._fence.attempt, ended)
-        self._teller.note("left" if goes_on else "ended", exit_code=code, reason=self._reason)
-        self._teller.close(min(patience_s, CLOSE_S))
+        self._heartbeat.note("left" if goes_on else "ended", exit_code=code, reason=self._reason)
+        self._heartbeat.close(min(patience_s, CLOSE_S))
         return code
 
 
-def _spent(runs: RunStore, fence: Fence) -> tuple[float, float]:
+def _spent_before(runs: JobStore, fence: Fence) -> tuple[float, float]:
     """Seconds since the attempt's first start, and dollars of the attempts before: the last one counted all."""
     started_at = runs.attempt(fence.job_id, fence.attempt).started_at
     before = runs.attempt(fence.job_id, fence.attempt - 1).heartbeat if fence.attempt > 1 else None
@@ -173,7 +173,7 @@ def _spent(runs: RunStore, fence: Fence) -> tuple[float, float]:
     return time.time() - started_at if started_at is not None else 0.0, usd or 0.0
 
 
-def _take_start(runs: RunStore, job_id: str, number: int) -> int:
+def _take_start(runs: JobStore, job_id: str, number: int) -> int:
     """The next free number of a start: with it this driver fences off all earlier ones of the attempt."""
     folder = ("jobs", job_id, f"a{number}", "starts")
     start = len(runs.store.list(*folder)) + 1

@@ -11,19 +11,19 @@ from dataclasses import asdict
 from typing import Any
 
 from graftwork.cluster.fence import Fence
-from graftwork.cluster.run_store import HEARTBEAT_S, Heartbeat, RunStore
+from graftwork.cluster.run_store import HEARTBEAT_S, Heartbeat, JobStore
 from graftwork.errors import StorageError
 from graftwork.storage import json_bytes
 
 
-class Teller:
+class HeartbeatThread:
     """Beats every HEARTBEAT_S until it is closed. What an outage holds back is told after it."""
 
-    def __init__(self, runs: RunStore, fence: Fence, progress: Callable[[], str], usd: Callable[[], float | None]):
+    def __init__(self, runs: JobStore, fence: Fence, progress: Callable[[], str], usd: Callable[[], float | None]):
         self._runs, self._fence, self._progress, self._usd = runs, fence, progress, usd
         self._events: deque[tuple[str, dict[str, Any]]] = deque()
         self._wake, self._closed, self._leaving = threading.Event(), False, False
-        self._thread = threading.Thread(target=self._telling, name="teller", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="teller", daemon=True)
         self._thread.start()
 
     def note(self, what: str, **facts: Any) -> None:
@@ -42,14 +42,14 @@ class Teller:
         self._wake.set()
         self._thread.join(timeout=timeout_s)
 
-    def _telling(self) -> None:
+    def _run(self) -> None:
         while not self._closed:
-            self._tell()
+            self._send()
             self._wake.wait(HEARTBEAT_S)
             self._wake.clear()
-        self._tell()
+        self._send()
 
-    def _tell(self) -> None:
+    def _send(self) -> None:
         beat = Heartbeat(time.time(), self._fence.start, socket.gethostname(), os.getpid(), self._progress(),
                          self._usd(), self._leaving)  # fmt: skip
         try:
@@ -63,4 +63,4 @@ class Teller:
                 self._runs.note(self._fence.job_id, self._fence.attempt, what, **facts)
                 self._events.popleft()
         except StorageError as error:
-            print(f"the store is not told: {error.found}", file=sys.stderr)
+            print(f"the store is not told: {error.problem}", file=sys.stderr)

@@ -6,18 +6,18 @@ import time
 
 from graftwork.cluster.cost import usd_per_hour
 from graftwork.cluster.fence import Fence
-from graftwork.cluster.run_store import RunStore, StopReason
+from graftwork.cluster.run_store import JobStore, StopReason
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.errors import StorageError
 
 ASK_S = 1.0
 
 
-class Watch:
+class LimitMonitor:
     """Looks into the store every ASK_S in a thread of its own: limits hold while the store is out of reach."""
 
     def __init__(
-        self, runs: RunStore, fence: Fence, cluster: ClusterSpec, spent_s: float = 0.0, spent_usd: float = 0.0
+        self, runs: JobStore, fence: Fence, cluster: ClusterSpec, spent_s: float = 0.0, spent_usd: float = 0.0
     ) -> None:
         """`spent_s`: since the attempt's first driver started; `spent_usd`: by earlier attempts."""
         self._runs, self._fence, self._limits = runs, fence, cluster.limits
@@ -25,7 +25,7 @@ class Watch:
         self._began, self._end = time.monotonic() - spent_s, threading.Event()
         self._spent_usd = spent_usd
         self._asked: StopReason | None = None
-        threading.Thread(target=self._looking, name="watch", daemon=True).start()
+        threading.Thread(target=self._poll, name="watch", daemon=True).start()
 
     def usd(self) -> float | None:
         """What the job has cost, all attempts together."""
@@ -50,20 +50,20 @@ class Watch:
         """As `reason`, after a look into the store now. For a command that has ended: its workers look too, and may
         have seen a request first."""
         with contextlib.suppress(StorageError):  # an outage: the command's own exit code stands
-            self._asked = self._asked or self._found()
+            self._asked = self._asked or self._find_reason()
         return self.reason()
 
     def close(self) -> None:
         """Look no more."""
         self._end.set()
 
-    def _looking(self) -> None:
+    def _poll(self) -> None:
         while self._asked is None and not self._end.is_set():
             with contextlib.suppress(StorageError):  # an outage: asked again
-                self._asked = self._found()
+                self._asked = self._find_reason()
             self._end.wait(ASK_S)
 
-    def _found(self) -> StopReason | None:
-        if self._fence.overtaken():
+    def _find_reason(self) -> StopReason | None:
+        if self._fence.superseded():
             return "superseded"
         return self._runs.cancel_reason(self._fence.job_id, self._fence.attempt)

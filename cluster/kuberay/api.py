@@ -28,14 +28,14 @@ Method = Literal["GET", "POST", "PUT", "DELETE"]
 
 
 @dataclass(frozen=True)
-class Place:
+class KubeNamespace:
     """A namespace of a context, as `--target k8s:CONTEXT/NAMESPACE` names it. A context may hold slashes."""
 
     context: str
     namespace: str
 
     @classmethod
-    def of(cls, on: str) -> "Place":
+    def parse(cls, on: str) -> "KubeNamespace":
         """Raises ConfigError unless both are named."""
         context, slash, namespace = on.removeprefix("k8s:").rpartition("/")
         if not slash or not context or not namespace:
@@ -45,7 +45,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ApiResponse:
     """What the server said. `body` is an object, a list or a Status."""
 
     code: int
@@ -77,12 +77,12 @@ class KubeApi:
 
     def __init__(self, on: str) -> None:
         self.on = on
-        self.place = Place.of(on)
+        self.place = KubeNamespace.parse(on)
         self._client: Any = None
 
     def ask(
         self, method: Method, path: str, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None
-    ) -> Answer:
+    ) -> ApiResponse:
         """One call, tried again for PATIENCE_S where the server is busy or silent. Any other answer is the caller's."""
         began, pause = time.monotonic(), FIRST_PAUSE_S
         while True:
@@ -118,7 +118,7 @@ class KubeApi:
                 return found
             query["continue"] = token
 
-    def required(self, answer: Answer, asked: str) -> Mapping[str, Any]:
+    def required(self, answer: ApiResponse, asked: str) -> Mapping[str, Any]:
         """The body of a good answer. Raises ClusterError that says what a bad one means."""
         if answer.ok:
             return answer.body
@@ -126,11 +126,11 @@ class KubeApi:
             raise api_errors.forbidden(self.on, answer.message)
         if answer.unserved:
             raise api_errors.unserved(self.on, asked)
-        raise api_errors.other(self.on, asked, answer.code, answer.message)
+        raise api_errors.other_error(self.on, asked, answer.code, answer.message)
 
     def _once(
         self, method: Method, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str] | None
-    ) -> tuple[Answer | None, float, str]:
+    ) -> tuple[ApiResponse | None, float, str]:
         """The answer, or what failed; and how long the server asks us to wait."""
         client = self._opened()
         from kubernetes.client.exceptions import ApiException
@@ -185,13 +185,13 @@ def open_context(on: str, context: str) -> Any:
     return client.ApiClient(settings)
 
 
-def _answer(code: int, data: bytes | str) -> Answer:
+def _answer(code: int, data: bytes | str) -> ApiResponse:
     text = data.decode(errors="replace") if isinstance(data, bytes) else data
     try:
         body = json.loads(text)
     except ValueError:
         body = {}
-    return Answer(code, body if isinstance(body, dict) else {}, text)
+    return ApiResponse(code, body if isinstance(body, dict) else {}, text)
 
 
 def namespaced(group: str, version: str, namespace: str, plural: str, name: str = "") -> str:
@@ -200,7 +200,7 @@ def namespaced(group: str, version: str, namespace: str, plural: str, name: str 
     return f"{root}/namespaces/{quote(namespace, safe='')}/{plural}" + (f"/{quote(name, safe='')}" if name else "")
 
 
-def whole(group: str, version: str, plural: str, name: str = "") -> str:
+def cluster_path(group: str, version: str, plural: str, name: str = "") -> str:
     """Path of a kind of the whole cluster."""
     root = f"/apis/{group}/{version}" if group else f"/api/{version}"
     return f"{root}/{plural}" + (f"/{quote(name, safe='')}" if name else "")

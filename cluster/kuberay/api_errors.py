@@ -100,7 +100,7 @@ def busy(on: str, code: int, message: str, seconds: float) -> ClusterError:
     )  # fmt: skip
 
 
-def other(on: str, asked: str, code: int, message: str) -> ClusterError:
+def other_error(on: str, asked: str, code: int, message: str) -> ClusterError:
     """Any other refusal."""
     return ClusterError(f"--target {on}", f"{asked}: the API server says {code} ({_short(message)})", "",
                         "graftwork doctor --target ... looks further")  # fmt: skip

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from graftwork.cluster.backend import Finding, Job
-from graftwork.cluster.kuberay.api import KubeApi, namespaced, whole
+from graftwork.cluster.kuberay.api import KubeApi, cluster_path, namespaced
 from graftwork.cluster.kuberay.findings import Found, dig, refuse, warn
 from graftwork.cluster.kuberay.held import WAITS, reasons
 from graftwork.cluster.kuberay.live import HELM, live_crd, rights_findings
@@ -39,7 +39,7 @@ def diagnose(api: KubeApi, job: Job, selector: str) -> list[Finding]:
 
 
 def _operator(api: KubeApi) -> Found:
-    answer = api.ask("GET", whole("apps", "v1", "deployments"), query={"labelSelector": OPERATOR})
+    answer = api.ask("GET", cluster_path("apps", "v1", "deployments"), query={"labelSelector": OPERATOR})
     if not answer.ok:
         yield unchecked(api.on, "whether KubeRay's operator runs", answer)
         return

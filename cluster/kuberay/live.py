@@ -8,7 +8,7 @@ from typing import Any
 
 from graftwork.cluster.backend import Finding, Job
 from graftwork.cluster.kuberay import api_errors
-from graftwork.cluster.kuberay.api import Answer, KubeApi, namespaced, whole
+from graftwork.cluster.kuberay.api import ApiResponse, KubeApi, cluster_path, namespaced
 from graftwork.cluster.kuberay.findings import Found
 from graftwork.cluster.kuberay.live_names import name_findings, secret_findings, unchecked
 from graftwork.cluster.kuberay.live_room import queue_findings, quota_findings
@@ -80,7 +80,7 @@ def _dry_run(api: KubeApi, objects: Sequence[Mapping[str, Any]]) -> Found:
             yield _refused(api, planned, answer)
 
 
-def _refused(api: KubeApi, planned: Mapping[str, Any], answer: Answer) -> Finding:
+def _refused(api: KubeApi, planned: Mapping[str, Any], answer: ApiResponse) -> Finding:
     where, said = f"{planned['kind']} {planned['metadata']['name']}", answer.message
     if answer.code == 404 and answer.body.get("details", {}).get("kind") == "namespaces":
         return _no_namespace(api)
@@ -102,7 +102,7 @@ def _refused(api: KubeApi, planned: Mapping[str, Any], answer: Answer) -> Findin
 
 
 def _no_namespace(api: KubeApi) -> Finding:
-    answer = api.ask("GET", whole("", "v1", "namespaces"))
+    answer = api.ask("GET", cluster_path("", "v1", "namespaces"))
     names = sorted(item["metadata"]["name"] for item in answer.body.get("items", [])) if answer.ok else []
     there = f"; there are {', '.join(names[:20])}" if names else ""
     return Finding("E-NAMESPACE-ABSENT", "error", api.on, f"there is no namespace {api.place.namespace!r}{there}",

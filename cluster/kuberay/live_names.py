@@ -2,7 +2,7 @@
 
 from graftwork.cluster.backend import Finding, Job
 from graftwork.cluster.kuberay import api_errors
-from graftwork.cluster.kuberay.api import Answer, KubeApi, namespaced, whole
+from graftwork.cluster.kuberay.api import ApiResponse, KubeApi, cluster_path, namespaced
 from graftwork.cluster.kuberay.findings import Found, refuse, warn
 
 STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -59,7 +59,7 @@ def name_findings(api: KubeApi, job: Job) -> Found:
         )  # fmt: skip
     if cluster.priority is not None and cluster.queue is None:
         yield from _exists(
-            api, whole("scheduling.k8s.io", "v1", "priorityclasses", cluster.priority), "priority", "PriorityClass",
+            api, cluster_path("scheduling.k8s.io", "v1", "priorityclasses", cluster.priority), "priority", "PriorityClass",
             "PRIORITY-ABSENT", "kubectl get priorityclasses lists those there are",
         )  # fmt: skip
 
@@ -72,7 +72,7 @@ def _exists(api: KubeApi, path: str, where: str, what: str, code: str, next_move
         yield unchecked(api.on, f"the {what} {name!r}", answer)
 
 
-def unchecked(on: str, what: str, answer: Answer) -> Finding:
+def unchecked(on: str, what: str, answer: ApiResponse) -> Finding:
     """A warning that something could not be looked at, and what it would take."""
     rule = api_errors.missing_rule(answer.message) if answer.code == 403 else None
     why = "this API server has no such kind" if answer.unserved else f"{answer.code} {answer.message[:200]}"

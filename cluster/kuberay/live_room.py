@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwork.cluster.backend import Job
-from graftwork.cluster.kuberay.api import KubeApi, namespaced, whole
+from graftwork.cluster.kuberay.api import KubeApi, cluster_path, namespaced
 from graftwork.cluster.kuberay.findings import Found, dig, listed, refuse, warn
 from graftwork.cluster.kuberay.live_names import unchecked
 from graftwork.cluster.kuberay.pods import GPU
@@ -58,7 +58,7 @@ def _nominal(api: KubeApi, version: str, queue: Mapping[str, Any], job: Job) -> 
     name = dig(queue, "spec", "clusterQueue")
     if not name:
         return
-    answer = api.ask("GET", whole(KUEUE, version, "clusterqueues", str(name)))
+    answer = api.ask("GET", cluster_path(KUEUE, version, "clusterqueues", str(name)))
     if answer.ok:
         yield from nominal_findings(answer.body, job.cluster)
     elif not answer.absent:  # a queue without a ClusterQueue is inactive, and said to be
@@ -72,7 +72,7 @@ def quota_findings(api: KubeApi, job: Job) -> Found:
     if not answer.ok:
         yield unchecked(api.on, "quotas of the namespace", answer)
         return
-    takes = taken(job)
+    takes = pod_usage(job)
     for quota in answer.body.get("items", []):
         name = quota["metadata"]["name"]
         hard, used = quota.get("status", {}).get("hard") or quota["spec"].get("hard", {}), dig(quota, "status", "used")
@@ -89,7 +89,7 @@ def quota_findings(api: KubeApi, job: Job) -> Found:
                            "the job waits until others end")  # fmt: skip
 
 
-def taken(job: Job) -> dict[str, float]:
+def pod_usage(job: Job) -> dict[str, float]:
     """All pods of a job, by the resource names of a quota."""
     cluster = job.cluster
     machines = [(1, cluster.head.cpu, cluster.head.memory, 0)]

@@ -12,7 +12,7 @@ from graftwork.cluster.kuberay.labels import JOB, PLAN
 from graftwork.cluster.kuberay.live import object_path
 from graftwork.cluster.kuberay.names import label_value
 from graftwork.cluster.kuberay.removal import remove
-from graftwork.cluster.place import Seen
+from graftwork.cluster.place import ObservedState
 
 RENEWED = ("RayService", "PodDisruptionBudget")
 KINDS = (("ray.io/v1", "RayService"), ("policy/v1", "PodDisruptionBudget"))
@@ -38,7 +38,7 @@ def same_plan(planned: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     return plans[0] == plans[1] if plans[0] else planned.get("spec") == found.get("spec")
 
 
-def seen_services(api: KubeApi, attempt_ids: Collection[str], selector: str) -> dict[str, Seen]:
+def seen_services(api: KubeApi, attempt_ids: Collection[str], selector: str) -> dict[str, ObservedState]:
     """The endpoints of these attempts. An endpoint that went on to another spec is no longer the earlier job's."""
     if not attempt_ids:
         return {}
@@ -48,16 +48,16 @@ def seen_services(api: KubeApi, attempt_ids: Collection[str], selector: str) -> 
     return {name: seen_service(by_job[job]) for name, job in jobs.items() if job in by_job}
 
 
-def seen_service(service: Mapping[str, Any]) -> Seen:
+def seen_service(service: Mapping[str, Any]) -> ObservedState:
     """A RayService's status in the words of a RayJob's."""
     if dig(service, "spec", "suspend") is True:
-        return Seen("", "Suspended", "", "suspended by hand")
+        return ObservedState("", "Suspended", "", "suspended by hand")
     conditions = {str(one.get("type")): one for one in listed(dig(service, "status", "conditions"))}
     ready = mapping(conditions.get("Ready"))
     if ready.get("status") == "True":
         ends = dig(service, "status", "numServeEndpoints")
-        return Seen("RUNNING", "Serving", "", f"{ends if ends is not None else 'some'} pods serve")
-    return Seen("", "Initializing", str(ready.get("reason") or ""), str(ready.get("message") or ""))
+        return ObservedState("RUNNING", "Serving", "", f"{ends if ends is not None else 'some'} pods serve")
+    return ObservedState("", "Initializing", str(ready.get("reason") or ""), str(ready.get("message") or ""))
 
 
 def remove_service(api: KubeApi, attempt_id: str) -> None:

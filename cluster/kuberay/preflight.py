@@ -41,7 +41,7 @@ def once(found: Iterable[Finding]) -> list[Finding]:
     """Errors first; what two pods have in common is said of the first."""
     first: dict[tuple[str, str], Finding] = {}
     for finding in map(_masked, found):
-        first.setdefault((finding.code, finding.found), finding)
+        first.setdefault((finding.code, finding.problem), finding)
     return sorted(first.values(), key=lambda finding: finding.level)
 
 

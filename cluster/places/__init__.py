@@ -1,12 +1,12 @@
 """The places that run jobs, by what `--target` says."""
 
 from graftwork.cluster.address import unknown_place
-from graftwork.cluster.backend import Backend
+from graftwork.cluster.backend import JobBackend
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.stored import StoredBackend
 
 
-def backend_of(on: str, root: str, cluster: ClusterSpec | None = None) -> Backend:
+def backend_of(on: str, root: str, cluster: ClusterSpec | None = None) -> JobBackend:
     """The backend of a place. Reaches nothing. Raises ConfigError for what is no place of jobs."""
     if on == "local":
         from graftwork.cluster.places.local import LocalPlace

@@ -8,7 +8,7 @@ from typing import Any
 from graftwork.cluster.address import JOB
 from graftwork.cluster.backend import Attempt, Finding, Job
 from graftwork.cluster.jobs_api import ENDED, JobsApi
-from graftwork.cluster.place import Seen
+from graftwork.cluster.place import ObservedState
 from graftwork.cluster.places.address_check import fit, health, machines_of, nodes_of
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.target_machines import TargetMachines
@@ -60,12 +60,12 @@ class AddressPlace:
         with JobsApi(self.on) as jobs:
             jobs.submit(entrypoint, build_wheel()[1], self.name(attempt.id))
 
-    def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
+    def observe(self, attempt_ids: Collection[str]) -> dict[str, ObservedState]:
         """One listing for all."""
         with JobsApi(self.on) as jobs:
             found = {job.submission_id: job for job in jobs.list()}
         names = {attempt_id: found.get(self.name(attempt_id)) for attempt_id in attempt_ids}
-        return {attempt_id: Seen(job.status, message=job.message) for attempt_id, job in names.items() if job}
+        return {attempt_id: ObservedState(job.status, message=job.message) for attempt_id, job in names.items() if job}
 
     def stop(self, attempt_id: str) -> None:
         """Stop the job and see that it has stopped; one that never started is taken out of Ray, with its record."""

@@ -15,7 +15,7 @@ from graftwork.cluster.kuberay.preflight import preflight
 from graftwork.cluster.kuberay.rayjob import build_rayjob
 from graftwork.cluster.kuberay.rayservice import service_objects
 from graftwork.cluster.kuberay.removal import remove
-from graftwork.cluster.place import Seen
+from graftwork.cluster.place import ObservedState
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.target_machines import TargetMachines
 from graftwork.cluster.wheel import publish_wheel, wheel_uri
@@ -81,13 +81,13 @@ class KubeRayPlace:
                 continue
             taken = self._taken(planned)
             if taken is not None:
-                raise ClusterError(f"create {planned['kind']} {attempt.id} in {self.on}", taken.found, taken.rule,
-                                   taken.next_move)  # fmt: skip
+                raise ClusterError(f"create {planned['kind']} {attempt.id} in {self.on}", taken.problem, taken.rule,
+                                   taken.hint)  # fmt: skip
             found = self._api.get(path)
             if found is not None:
                 renew(self._api, planned, found)
 
-    def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
+    def observe(self, attempt_ids: Collection[str]) -> dict[str, ObservedState]:
         """One listing for all."""
         path = namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs")
         found = {str(job["metadata"]["name"]): job for job in self._api.list(path, SELECTOR)}
@@ -128,12 +128,12 @@ def is_ours(found: Mapping[str, Any]) -> bool:
     return all(labels.get(key) == value for key, value in OURS.items())
 
 
-def seen_of(job: Mapping[str, Any], held: str = "") -> Seen:
+def seen_of(job: Mapping[str, Any], held: str = "") -> ObservedState:
     """A RayJob's status, with what holds it back. Suspended from its birth: the operator has said nothing of it yet."""
     status = job.get("status", {})
     deployment = status.get("jobDeploymentStatus") or ("Suspended" if dig(job, "spec", "suspend") else "")
     said = "; ".join(part for part in (held, status.get("message", "")) if part)
-    return Seen(status.get("jobStatus", ""), deployment, status.get("reason", ""), said)
+    return ObservedState(status.get("jobStatus", ""), deployment, status.get("reason", ""), said)
 
 
 SERVER_META = frozenset(

@@ -18,7 +18,7 @@ import psutil
 from graftwork.cluster.backend import Attempt, Finding, Job
 from graftwork.cluster.driver.guard import end_all
 from graftwork.cluster.fence import ENVIRONMENT
-from graftwork.cluster.place import Seen
+from graftwork.cluster.place import ObservedState
 from graftwork.cluster.places.local_check import fit, health, machines_here
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.target_machines import TargetMachines
@@ -79,9 +79,9 @@ class LocalPlace:
                 "free the disk, or set GRAFTWORK_CACHE to a folder that can be written",
             ) from error  # fmt: skip
 
-    def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
+    def observe(self, attempt_ids: Collection[str]) -> dict[str, ObservedState]:
         """RUNNING for those whose driver lives here, FAILED for those whose driver lived here."""
-        return {name: seen for name in attempt_ids if (seen := self._seen(name)) is not None}
+        return {name: seen for name in attempt_ids if (seen := self._observe(name)) is not None}
 
     def stop(self, attempt_id: str) -> None:
         """End the driver and everything that it started, also what left its session or outlived it."""
@@ -120,12 +120,12 @@ class LocalPlace:
                                    "", f"look at the load of this machine and at {log}")  # fmt: skip
             time.sleep(0.02)
 
-    def _seen(self, attempt_id: str) -> Seen | None:
+    def _observe(self, attempt_id: str) -> ObservedState | None:
         if self._pid(attempt_id) is not None:
-            return Seen("RUNNING")
+            return ObservedState("RUNNING")
         if self._written_pid(attempt_id) is None:
             return None
-        return Seen("FAILED", message=_tail(self._folder / f"{attempt_id}.log"))
+        return ObservedState("FAILED", message=_tail(self._folder / f"{attempt_id}.log"))
 
     def _marked(self) -> Iterator[tuple[psutil.Process, str]]:
         """Processes that work for an attempt of this root, by the mark in their environment."""
@@ -211,14 +211,14 @@ def _take(handle: int) -> None:
 
 
 def _main() -> int:
-    from graftwork.cluster.driver.guard import guarded
+    from graftwork.cluster.driver.guard import run_supervised
     from graftwork.cluster.driver.run import drive
 
     lock, root, job_id, number = sys.argv[1:]
     handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     _take(handle)
     os.pwrite(handle, str(os.getpid()).encode(), 0)
-    return guarded(lambda: drive(root, job_id, int(number), "local"))
+    return run_supervised(lambda: drive(root, job_id, int(number), "local"))
 
 
 if __name__ == "__main__":

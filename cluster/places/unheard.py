@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 from graftwork.cluster.backend import Attempt, Finding, Job
-from graftwork.cluster.place import Place, Seen
+from graftwork.cluster.place import JobTarget, ObservedState
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.target_machines import TargetMachines
 from graftwork.errors import ClusterError
@@ -13,13 +13,13 @@ from graftwork.errors import ClusterError
 class UnheardPlace:
     """Shows every attempt and nothing of it but that: heartbeat and ends in the store decide. Nothing can be done."""
 
-    def __init__(self, on: str, error: ClusterError, known: Place | None = None) -> None:
+    def __init__(self, on: str, error: ClusterError, known: JobTarget | None = None) -> None:
         """`known` builds the objects, which needs no answer."""
         self.on, self._error, self._known = on, error, known
 
-    def observe(self, attempt_ids: Collection[str]) -> dict[str, Seen]:
+    def observe(self, attempt_ids: Collection[str]) -> dict[str, ObservedState]:
         """All of them, with nothing said."""
-        return {name: Seen(message=f"{self.on} does not answer") for name in attempt_ids}
+        return {name: ObservedState(message=f"{self.on} does not answer") for name in attempt_ids}
 
     def machines(self, cluster: ClusterSpec) -> TargetMachines:
         """Raises the ClusterError of the place."""

@@ -10,7 +10,7 @@ from examples.studies.schema import StudyClaim, StudyMeasure, StudyReport, Study
 from examples.studies.spec import StudySpec
 from graftwork import config
 from graftwork.cli.options import JsonFlag, Sets, SpecFile
-from graftwork.cli.output import print_json, print_table, say
+from graftwork.cli.output import echo, print_json, print_table
 from graftwork.cli.plans import show_plan
 from graftwork.cluster.session import session
 from graftwork.report import words
@@ -34,7 +34,7 @@ def study(
         print_json(found.report.model_dump(mode="json"))
         return
     show_study(found.report)
-    say(f"\n{found.report.sentence}\n\nreport: {found.html_uri}")
+    echo(f"\n{found.report.sentence}\n\nreport: {found.html_uri}")
 
 
 def show_study(report: StudyReport) -> None:

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from graftwork.answers.choices import Choices
 from graftwork.config import canonical_json
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import DataError, RunError
 from graftwork.serving.experiment.answers import question
-from graftwork.serving.experiment.lines import append_line, whole_lines
+from graftwork.serving.experiment.lines import append_line, read_whole_lines
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import Floats
 
@@ -34,7 +34,7 @@ class Weighed(BaseModel):
     tokens: tuple[int, ...]
 
 
-def weigh_key(arm: ArmSpec, row: Row, base: Mapping[str, Any], choices: Choices) -> str:
+def weigh_key(arm: ArmSpec, row: DatasetRow, base: Mapping[str, Any], choices: Choices) -> str:
     """32 hex digits over everything that decides the likelihoods; the arm's adapter is pinned to a version."""
     decides = [arm.model_dump(mode="json"), base, row.id, question(row), list(choices.texts)]
     return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
@@ -45,7 +45,7 @@ def read_weighed(path: Path) -> dict[str, Weighed]:
     if not path.exists():
         return {}
     try:
-        found = [Weighed.model_validate_json(line) for line in whole_lines(path)]
+        found = [Weighed.model_validate_json(line) for line in read_whole_lines(path)]
     except ValidationError as error:
         raise DataError(f"{path}", error.errors()[0]["msg"], "a line is the likelihoods of one question as JSON",
                         "remove the file: its questions are weighed again") from None  # fmt: skip
@@ -53,7 +53,10 @@ def read_weighed(path: Path) -> dict[str, Weighed]:
 
 
 async def weigh_all(
-    jobs: Mapping[str, tuple[ArmSpec, Row, Choices]], weigh: Weigh, path: Path, on_progress: Callable[[int], None]
+    jobs: Mapping[str, tuple[ArmSpec, DatasetRow, Choices]],
+    weigh: Weigh,
+    path: Path,
+    on_progress: Callable[[int], None],
 ) -> None:
     """Ask for each key and append what comes to `path`. Raises the first failure: a likelihood has no wrong answer."""
     queue, done = iter(jobs.items()), 0

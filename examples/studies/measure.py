@@ -10,7 +10,7 @@ from examples.studies.scores import Scores
 from examples.studies.spec import MeasureSpec, StudySpec
 from graftwork import base_model
 from graftwork.answers.choices import Choices
-from graftwork.data import Row, fingerprint, read_fields, read_rows
+from graftwork.data import DatasetRow, fingerprint, read_fields, read_rows
 from graftwork.errors import ConfigError, DataError
 from graftwork.serving.app import deploy
 from graftwork.serving.experiment.offline import check_ids
@@ -72,7 +72,7 @@ def check_measure(study: StudySpec, measure: MeasureSpec) -> None:
                                   )  # fmt: skip
     if measure.kind == "likelihood":
         for row in rows:
-            Choices.of(row)
+            Choices.from_row(row)
 
 
 def _pinned(arm: ArmSpec, versions: Mapping[str, str]) -> ArmSpec:
@@ -80,7 +80,7 @@ def _pinned(arm: ArmSpec, versions: Mapping[str, str]) -> ArmSpec:
     return arm.with_({"adapter": f"{task}@{versions[task]}"}) if task in versions else arm
 
 
-def _units(measure: MeasureSpec, rows: Sequence[Row]) -> list[str]:
+def _units(measure: MeasureSpec, rows: Sequence[DatasetRow]) -> list[str]:
     if measure.unit == "id":
         return [row.id for row in rows]
     for row in rows:
@@ -90,7 +90,7 @@ def _units(measure: MeasureSpec, rows: Sequence[Row]) -> list[str]:
     return [str(row.doc_id) for row in rows]
 
 
-def _groups(measure: MeasureSpec, rows: Sequence[Row]) -> Sequence[str]:
+def _groups(measure: MeasureSpec, rows: Sequence[DatasetRow]) -> Sequence[str]:
     """The field that `by` names, of each row."""
     if measure.by is None:
         return [""] * len(rows)
@@ -101,7 +101,7 @@ Found = tuple[dict[str, dict[str, Any]], int, bool]
 """(scores by arm and metric, failed requests, nothing asked now)"""
 
 
-def _answers(study: StudySpec, measure: MeasureSpec, rows: Sequence[Row], on_progress: OnProgress) -> Found:
+def _answers(study: StudySpec, measure: MeasureSpec, rows: Sequence[DatasetRow], on_progress: OnProgress) -> Found:
     found = run_compare(
         study.comparison(measure), on_progress=lambda now: on_progress(MeasureProgress(now.done, now.total))
     )
@@ -109,8 +109,8 @@ def _answers(study: StudySpec, measure: MeasureSpec, rows: Sequence[Row], on_pro
     return values, sum(arm.errors for arm in found.report.arms), found.asked == 0
 
 
-def _likelihoods(study: StudySpec, measure: MeasureSpec, rows: Sequence[Row], on_progress: OnProgress) -> Found:
-    choices = {row.id: Choices.of(row) for row in rows}
+def _likelihoods(study: StudySpec, measure: MeasureSpec, rows: Sequence[DatasetRow], on_progress: OnProgress) -> Found:
+    choices = {row.id: Choices.from_row(row) for row in rows}
     base = {"digest": base_model.resolve(study.base).digest, "quant": study.quant.model_dump(mode="json")}
     keys = {(arm.name, row.id): weigh_key(arm, row, base, choices[row.id]) for arm in measure.arms for row in rows}
     run = RunPaths(Store(study.root), f"{study.name}-{measure.name}"[:63], measure.identity())

@@ -13,7 +13,7 @@ from graftwork.cli.answer_sizes import LETTER_TOKENS, Sizes, compare_answers, me
 from graftwork.cli.planning import SERVED_RANK, plan_spec
 from graftwork.data import read_rows
 from graftwork.model_shape import ModelShape
-from graftwork.plan import Answers, Machine, StagePlan, plan_serving
+from graftwork.plan import Machine, RequestLoad, StagePlan, plan_serving
 from graftwork.serving.spec import EngineSpec
 
 Prompts = Mapping[str, PromptSpec]
@@ -23,7 +23,7 @@ Prompts = Mapping[str, PromptSpec]
 def plan_study(spec: StudySpec, folder: Path) -> list[StagePlan]:
     """Return a line for each adapter and each measure; `folder` is that of the study's file. Raises UserError."""
     check_serving(spec)
-    machine = Machine.here()
+    machine = Machine.detect()
     trained = [adapter_spec(spec, number, folder) for number in range(len(spec.adapters))]
     prompts = {one.name: one.prompt for one in trained}
     return [
@@ -32,7 +32,7 @@ def plan_study(spec: StudySpec, folder: Path) -> list[StagePlan]:
     ]
 
 
-def likelihood_answers(study: StudySpec, measure: MeasureSpec, prompts: Prompts) -> Answers:
+def likelihood_answers(study: StudySpec, measure: MeasureSpec, prompts: Prompts) -> RequestLoad:
     """Return the requests of a measure of likelihoods: a prompt with its answer for each choice of each row."""
     template = base_model.template(base_model.resolve(study.base))
     sizes = Sizes(study.root, template, read_rows(measure.eval, limit=measure.limit, need="eval"), prompts, 0)
@@ -40,7 +40,7 @@ def likelihood_answers(study: StudySpec, measure: MeasureSpec, prompts: Prompts)
     most = max(1, round(sum(map(len, choices)) / len(choices)))
     length = mean([len(sizes.template.encode(text)) for texts in choices for text in texts[:most]])
     count = sum(map(len, choices))
-    asked = [Answers(count, sizes.prompt_tokens(arm) + length, LETTER_TOKENS, (arm.name,)) for arm in measure.arms]
+    asked = [RequestLoad(count, sizes.prompt_tokens(arm) + length, LETTER_TOKENS, (arm.name,)) for arm in measure.arms]
     return summed(asked)
 
 
@@ -62,4 +62,4 @@ def _measured(study: StudySpec, measure: MeasureSpec, machine: Machine, prompts:
         dequantised=study.quant.kind == "nf4" and study.quant.resident != "packed",
         answers=answers,
     )
-    return replace(line, assumptions=(*line.assumptions, base_support(config).said()))
+    return replace(line, assumptions=(*line.assumptions, base_support(config).format_line()))

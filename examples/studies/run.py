@@ -17,7 +17,7 @@ from examples.studies.spec import MeasureSpec, StudySpec
 from graftwork import base_model, config, report
 from graftwork.accelerators import Accelerators, with_gpus
 from graftwork.base_support import check_serving
-from graftwork.cli.output import duration, progress_bar, say
+from graftwork.cli.output import duration, echo, progress_bar
 from graftwork.cluster.session import Session
 from graftwork.demo.records import base_name
 from graftwork.errors import ConfigError
@@ -87,8 +87,8 @@ def adapter_spec(spec: StudySpec, number: int, folder: Path) -> TrainSpec:
     try:
         return with_gpus(found.with_({**shared, **wanted.set}), ON_CPUS)[0]
     except ConfigError as error:
-        where = f"adapters.{number}.set: {error.asked.removeprefix('override: ')}"
-        raise ConfigError(where, error.found, error.rule, error.next_move, error.also) from None
+        where = f"adapters.{number}.set: {error.subject.removeprefix('override: ')}"
+        raise ConfigError(where, error.problem, error.rule, error.hint, error.also) from None
 
 
 def study_report(spec: StudySpec, adapters: tuple[StudyAdapter, ...], measured: list[Measured]) -> StudyReport:
@@ -133,7 +133,7 @@ class Stages:
         wall_s = time.monotonic() - started
         self.times.append(StageTime(stage=stage, wall_s=wall_s, reused=reused, found=found))
         if not self.quiet:
-            say(f"[{stage}] {found} ({'reused' if reused else duration(wall_s)})")
+            echo(f"[{stage}] {found} ({'reused' if reused else duration(wall_s)})")
 
 
 def _adapter(spec: TrainSpec, found: TrainReport) -> StudyAdapter:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import DataError
 
 
@@ -15,7 +15,7 @@ class Choices:
     signs: tuple[int, ...]
 
     @classmethod
-    def of(cls, row: Row) -> "Choices":
+    def from_row(cls, row: DatasetRow) -> "Choices":
         """From the row's `gold`. Raises DataError."""
         gold = row.gold or {}
         texts, right, signs = gold.get("choices"), gold.get("right"), gold.get("signs", [])

@@ -35,7 +35,7 @@ class GoldText:
 
     field: str | None
 
-    def of(self, gold: Mapping[str, Any] | None, reference: str | None, row: str = "") -> tuple[str, ...]:
+    def find_texts(self, gold: Mapping[str, Any] | None, reference: str | None, row: str = "") -> tuple[str, ...]:
         """The right texts: any of them will do. Raises DataError where there is none."""
         if self.field is None and reference is not None:
             return (reference,)
@@ -72,7 +72,7 @@ class TextMatch:
     """The words of a right text are in the answer, next to each other and in order; true wherever `em` is."""
 
     @classmethod
-    def of(cls, answer: str, right: Sequence[str]) -> "TextMatch":
+    def compare(cls, answer: str, right: Sequence[str]) -> "TextMatch":
         """Compare an answer with one or more right texts."""
         words = squad_words(answer)
         references = [squad_words(text) for text in right]

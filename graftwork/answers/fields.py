@@ -12,7 +12,7 @@ from typing import Any
 
 from graftwork.answers.schema import AnswerSchema
 from graftwork.answers.text import exactly, leaves, parse_object, tokens
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import DataError
 
 EMPTY: tuple[object, ...] = (None, "", [], {})
@@ -20,7 +20,7 @@ EMPTY: tuple[object, ...] = (None, "", [], {})
 
 
 @dataclass(frozen=True)
-class Scores:
+class FieldScores:
     """One answer, scored."""
 
     form: float
@@ -32,14 +32,14 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Key:
+class GoldAnswer:
     """The gold answer of one question. `given` are the fields that the question itself gives away."""
 
     gold: Mapping[str, Any]
     given: frozenset[str]
 
     @classmethod
-    def of(cls, row: Row) -> "Key":
+    def from_row(cls, row: DatasetRow) -> "GoldAnswer":
         """From an evaluation row. Raises DataError where there is nothing to be found."""
         if not row.gold:
             raise DataError(f"row {row.id!r}: gold", "missing or empty", "a compared row has a gold object of fields")
@@ -55,7 +55,7 @@ class Key:
         return tuple(name for name, value in self.gold.items() if name not in self.given and value not in EMPTY)
 
 
-def score(text: str, key: Key, schema: AnswerSchema | None) -> Scores:
+def score(text: str, key: GoldAnswer, schema: AnswerSchema | None) -> FieldScores:
     """The scores of one answer. An answer that is not one JSON object fails form, both and field_accuracy.
 
     Without a schema any JSON object has the right form.
@@ -64,12 +64,12 @@ def score(text: str, key: Key, schema: AnswerSchema | None) -> Scores:
     form = answer is not None and (schema is None or schema.holds(answer))
     right = right_fields(answer or {}, key.gold)
     accuracy = right / len(key.gold) if form else 0.0
-    return Scores(
+    return FieldScores(
         float(form), _facts(text, answer, key), float(form and right == len(key.gold)), accuracy, answer is not None
     )
 
 
-def _facts(text: str, answer: Mapping[str, Any] | None, key: Key) -> float:
+def _facts(text: str, answer: Mapping[str, Any] | None, key: GoldAnswer) -> float:
     if answer is not None:
         found = sum(_same_tokens(answer.get(name), key.gold[name]) for name in key.wanted)
     else:

@@ -11,7 +11,7 @@ import typer
 
 from graftwork.cli import adopting, merging
 from graftwork.cli.options import JsonFlag, Root
-from graftwork.cli.output import gib, print_json, print_table, say
+from graftwork.cli.output import echo, gib, print_json, print_table
 from graftwork.errors import ArtifactError
 from graftwork.storage import DEFAULT_ROOT, Store
 
@@ -61,7 +61,7 @@ def list_(
             f"adapters in {store.uri}", ("task", "version", "alias", "method", "rank", "base", "size", "created"), rows
         )
     else:
-        say(f"no adapters in {store.uri}: `graftwork train FILE` publishes one")
+        echo(f"no adapters in {store.uri}: `graftwork train FILE` publishes one")
 
 
 @app.command()
@@ -93,7 +93,7 @@ def verify(ref: Ref, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> No
     if as_json:
         print_json({"ref": ref, "version": manifest.version, "ok": True, "files": sorted(manifest.files)})
     else:
-        say(f"ok: {manifest.task}@{manifest.version}, {len(manifest.files)} files verified")
+        echo(f"ok: {manifest.task}@{manifest.version}, {len(manifest.files)} files verified")
 
 
 @app.command()
@@ -117,7 +117,7 @@ def promote(
     manifest = artifact.resolve(store, ref)
     before = artifact.aliases(store, manifest.task).get(alias, "nothing")
     artifact.promote(store, manifest.task, alias, manifest.version)
-    say(f"{manifest.task}@{alias}: {before} -> {manifest.version}")
+    echo(f"{manifest.task}@{alias}: {before} -> {manifest.version}")
 
 
 @app.command()
@@ -131,7 +131,7 @@ def rollback(
         return _tell(endpoint, token_env, "rollback", adapter=ref)
     task, _, alias = ref.partition("@")
     old, new = artifact.roll_back(Store(root), task, alias)
-    say(f"{ref}: {old} -> {new}")
+    echo(f"{ref}: {old} -> {new}")
 
 
 @app.command()
@@ -189,7 +189,7 @@ def _tell(endpoint: str, token_env: str, verb: str, **body: str | None) -> None:
 
     with Client(endpoint, os.environ.get(token_env)) as client:
         for done in client.admin(verb, **body):
-            say("  ".join(f"{key}={value}" for key, value in done.items() if value is not None))
+            echo("  ".join(f"{key}={value}" for key, value in done.items() if value is not None))
 
 
 def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
@@ -214,7 +214,7 @@ def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
     for row in found:
         for alias in row.get("in_store", ()):
             ref, version = f"{row['task']}@{alias}", row["version"]
-            say(f"{ref} means {version} in the store: `graftwork swap {ref} {version} --endpoint {endpoint}`")
+            echo(f"{ref} means {version} in the store: `graftwork swap {ref} {version} --endpoint {endpoint}`")
 
 
 def _plain(value: Any) -> Any:
@@ -229,4 +229,4 @@ def remove(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
     store = Store(root)
     task, version = artifact.locate(store, ref)  # not opened: a damaged version too can be removed
     artifact.remove(store, task, version)
-    say(f"removed {task}@{version}")
+    echo(f"removed {task}@{version}")

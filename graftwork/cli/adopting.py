@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from graftwork.cli.options import Alias, JsonFlag, Root
-from graftwork.cli.output import print_json, say
+from graftwork.cli.output import echo, print_json
 from graftwork.storage import DEFAULT_ROOT, Store
 
 
@@ -48,7 +48,7 @@ def publish(
         )  # fmt: skip
     if as_json:
         return print_json(made.model_dump(mode="json"))
-    say(f"published {made.ref}, alias {task}@{alias}")
+    echo(f"published {made.ref}, alias {task}@{alias}")
 
 
 def _rounded(folder: Path, into: Path) -> Path:

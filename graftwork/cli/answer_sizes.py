@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from graftwork import artifact_read, base_model, chat
 from graftwork.chat import Message, Passage, Prompt, PromptSpec, Template
-from graftwork.data import Row, read_rows, resolve_prompt
+from graftwork.data import DatasetRow, read_rows, resolve_prompt
 from graftwork.errors import UserError
-from graftwork.plan import Answers
+from graftwork.plan import RequestLoad
 from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
 from graftwork.serving.experiment.probes.gold import right_answer
 from graftwork.serving.experiment.probes.spec import ProbeSpec
@@ -31,7 +31,7 @@ Prompts = Mapping[str, PromptSpec]
 """Task -> the prompt that its adapter is trained with, where the plan trains it too."""
 
 
-def compare_answers(spec: CompareSpec, prompts: Prompts) -> Answers:
+def compare_answers(spec: CompareSpec, prompts: Prompts) -> RequestLoad:
     """All requests of a comparison: every arm's answers, likelihoods of choices, probes, the judge."""
     sizes = Sizes.read(spec, spec.root, prompts)
     requests = [sizes.answered(arm) for arm in spec.arms]
@@ -45,13 +45,13 @@ def compare_answers(spec: CompareSpec, prompts: Prompts) -> Answers:
     return summed(requests)
 
 
-def quantize_answers(spec: QuantizeSpec, prompts: Prompts) -> Answers:
+def quantize_answers(spec: QuantizeSpec, prompts: Prompts) -> RequestLoad:
     """The requests to one precision: its arms' answers, windows of text, timed decoding."""
     sizes, text, speed = Sizes.read(spec, spec.root, prompts), spec.text, spec.speed
     windows = math.ceil(text.max_tokens / text.stride)
-    timed = Answers(speed.rounds * sum(speed.batches), speed.prompt_tokens, speed.new_tokens, ("speed",))
+    timed = RequestLoad(speed.rounds * sum(speed.batches), speed.prompt_tokens, speed.new_tokens, ("speed",))
     return summed([*(sizes.answered(arm) for arm in spec.arms),
-                    Answers(windows, text.window, LETTER_TOKENS, ("windows of text",)), timed])  # fmt: skip
+                    RequestLoad(windows, text.window, LETTER_TOKENS, ("windows of text",)), timed])  # fmt: skip
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Sizes:
 
     root: str
     template: Template
-    rows: Sequence[Row]
+    rows: Sequence[DatasetRow]
     prompts: Prompts
     max_seq_len: int
     _indices: dict[tuple[str, int], Retriever] = field(default_factory=dict)
@@ -72,17 +72,19 @@ class Sizes:
         rows = read_rows(spec.eval, limit=spec.limit, need="eval")
         return cls(root, template, rows, prompts, spec.engine.max_seq_len)
 
-    def answered(self, arm: ArmSpec) -> Answers:
+    def answered(self, arm: ArmSpec) -> RequestLoad:
         """Adapters write answers like the rows'; others until they stop, which a base seldom does."""
-        return Answers(len(self.rows), self.prompt_tokens(arm), self._new_tokens(arm), (arm.name,))
+        return RequestLoad(len(self.rows), self.prompt_tokens(arm), self._new_tokens(arm), (arm.name,))
 
-    def weighed(self, arm: ArmSpec, scorer: ChoiceSpec) -> Answers:
+    def weighed(self, arm: ArmSpec, scorer: ChoiceSpec) -> RequestLoad:
         options = [(row.gold or {}).get(scorer.options_field) if scorer.options_field else scorer.options
                    for row in self._sample()]  # fmt: skip
         length = mean([sum(len(self.template.encode(str(one))) for one in some or ()) for some in options])
-        return Answers(len(self.rows), self.prompt_tokens(arm) + length, LETTER_TOKENS, (f"{arm.name} {scorer.name}",))
+        return RequestLoad(
+            len(self.rows), self.prompt_tokens(arm) + length, LETTER_TOKENS, (f"{arm.name} {scorer.name}",)
+        )
 
-    def probed(self, arm: ArmSpec, spec: CompareSpec, probes: ProbeSpec) -> list[Answers]:
+    def probed(self, arm: ArmSpec, spec: CompareSpec, probes: ProbeSpec) -> list[RequestLoad]:
         """As `probes.ask` asks: with the gold passage, under the grammar, before the adapter, without context."""
         count = min(len(self.rows), probes.max_failures)
         plain, new = self.prompt_tokens(arm.with_({"retriever": None})), self._new_tokens(arm)
@@ -96,15 +98,15 @@ class Sizes:
             found.append(("before", plain, self._new_tokens(arm.with_({"adapter": None}))))
         if arm.retriever or arm.name == (probes.reference or spec.baseline):
             found.append(("closed book", plain + (1 + probes.distractors) * self._right_tokens(), LETTER_TOKENS))
-        return [Answers(count, prompt, written, (f"{arm.name} {name}",)) for name, prompt, written in found]
+        return [RequestLoad(count, prompt, written, (f"{arm.name} {name}",)) for name, prompt, written in found]
 
-    def judged(self, spec: CompareSpec, criteria: str, limit: int | None) -> list[Answers]:
+    def judged(self, spec: CompareSpec, criteria: str, limit: int | None) -> list[RequestLoad]:
         """Two orders of each arm's answers with the baseline's."""
         asked = ArmSpec(name="judge", max_new_tokens=LETTER_TOKENS)
         rows, own = min(len(self.rows), limit or len(self.rows)), len(self.template.encode(criteria))
         base = next(arm for arm in spec.arms if arm.name == spec.baseline)
         return [
-            Answers(2 * rows, self.prompt_tokens(asked) + own + self._new_tokens(arm) + self._new_tokens(base),
+            RequestLoad(2 * rows, self.prompt_tokens(asked) + own + self._new_tokens(arm) + self._new_tokens(base),
                     LETTER_TOKENS, (f"{arm.name} judged",))
             for arm in spec.arms if arm.name != spec.baseline
         ]  # fmt: skip
@@ -116,7 +118,7 @@ class Sizes:
             prompt, room = self._prompt(arm), arm.retriever.context_tokens if arm.retriever else None
             lengths = []
             for row in self._sample():
-                context, _ = chat.fitting(self._found(arm, row.question), self.template, prompt, room)
+                context, _ = chat.fit_passages(self._found(arm, row.question), self.template, prompt, room)
                 whole = chat.render(row.question, self.template, prompt=prompt, context=context, generate=True)
                 lengths.append(len(whole.ids))
             self._known[key] = mean(lengths)
@@ -153,17 +155,17 @@ class Sizes:
         return mean([len(self.template.encode(right_answer(row))) + 1 for row in self._sample()
                       if row.answer or row.gold])  # fmt: skip
 
-    def _sample(self) -> Sequence[Row]:
+    def _sample(self) -> Sequence[DatasetRow]:
         return self.rows[:: math.ceil(len(self.rows) / SAMPLED)]
 
 
-def summed(requests: Sequence[Answers]) -> Answers:
+def summed(requests: Sequence[RequestLoad]) -> RequestLoad:
     """Return the requests as one, with mean sizes and a part for each."""
     count = sum(one.count for one in requests)
     prompts = sum(one.count * one.prompt_tokens for one in requests) / max(count, 1)
     new = sum(one.count * one.new_tokens for one in requests) / max(count, 1)
     parts = [f"{one.parts[0]} {one.count} x ({one.prompt_tokens:.0f} + {one.new_tokens:.0f})" for one in requests]
-    return Answers(count, prompts, new, tuple(parts))
+    return RequestLoad(count, prompts, new, tuple(parts))
 
 
 def mean(values: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 from graftwork import config
 from graftwork.cli.launching import LaunchOptions, launch, resolve_here
 from graftwork.cli.options import SpecFile, with_options
-from graftwork.cli.output import print_json, print_table, progress_bar, say
+from graftwork.cli.output import echo, print_json, print_table, progress_bar
 
 _ACROSS = 5
 """Metrics that a line has room for; more stand below each other, the arms side by side."""
@@ -36,8 +36,8 @@ def compare(
         print_json(outcome.report.model_dump(mode="json"))
     else:
         show_comparison(outcome.report, outcome.reused)
-        say(f"report: {outcome.files.html_uri}")
-        say(f"each answer: {outcome.scores_uri}")
+        echo(f"report: {outcome.files.html_uri}")
+        echo(f"each answer: {outcome.scores_uri}")
 
 
 def show_comparison(report: Any, reused: int) -> None:
@@ -84,9 +84,9 @@ def show_comparison(report: Any, reused: int) -> None:
         show_judge(report.judge)
     if report.card:
         show_card(report.card)
-    say(report.advice.sentence)
+    echo(report.advice.sentence)
     for line in (*report.advice.caveats, *report.notes):
-        say(f"  {line}")
+        echo(f"  {line}")
 
 
 def show_judge(judge: Any) -> None:
@@ -100,7 +100,7 @@ def show_judge(judge: Any) -> None:
     )
     told = (("says the same in both orders", judge.agreement), ("takes what stands first", judge.first))
     said = [f"{text} in {words.percent(s.value)} {words.percents(s.low, s.high)}" for text, s in told if s]
-    say(f"the judge {' and '.join(said)} (n={judge.asked} judgements)" if said else "the judge said no letter")
+    echo(f"the judge {' and '.join(said)} (n={judge.asked} judgements)" if said else "the judge said no letter")
 
 
 def show_card(card: Any) -> None:
@@ -130,7 +130,7 @@ def show_card(card: Any) -> None:
          for cost, own in figures.arm_rows(card)],
     )  # fmt: skip
     for line in (card.sentence, *card.open):
-        say(line)
+        echo(line)
 
 
 def _cut(arm: Any) -> str:

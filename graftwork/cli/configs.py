@@ -9,7 +9,7 @@ import yaml
 from graftwork import config
 from graftwork.base_support import check_local
 from graftwork.cli.options import JsonFlag, Sets
-from graftwork.cli.output import print_json, print_table, say
+from graftwork.cli.output import echo, print_json, print_table
 from graftwork.errors import ConfigError
 
 app = typer.Typer(help="Validate, resolve and describe spec files.", no_args_is_help=True)
@@ -28,7 +28,7 @@ def check(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  
     if as_json:
         print_json({"file": str(file), "kind": kind, "digest": spec.digest(), "ok": True})
     else:
-        say(f"ok: {file} is a valid {kind} spec (digest {spec.digest()[:8]})")
+        echo(f"ok: {file} is a valid {kind} spec (digest {spec.digest()[:8]})")
 
 
 @app.command()

@@ -35,7 +35,7 @@ def planned(
             return plan_on(spec, folder, machine), ()
         found = "the place does not answer" if machines is None else f"GPUs of type {_types(machines)}"
     except UserError as error:
-        found = f"{error.asked}: {error.found}" if error.found else error.asked
+        found = f"{error.subject}: {error.problem}" if error.problem else error.subject
     return (), (
         Finding("W-NOT-PREDICTED", "warning", "demand", found,
                 "memory and time are predicted where this machine reads the data and knows the GPU",

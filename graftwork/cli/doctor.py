@@ -8,7 +8,7 @@ from graftwork.cli.findings import show_findings
 from graftwork.cli.jobs import Root, root_of
 from graftwork.cli.launching import cluster_of
 from graftwork.cli.options import ClusterConfig, JsonFlag, Target
-from graftwork.cli.output import print_error, print_json, say
+from graftwork.cli.output import echo, print_error, print_json
 from graftwork.errors import ClusterError
 
 
@@ -38,8 +38,8 @@ def doctor(
         print_json({"on": target, "root": where, "versions": here, "findings": [asdict(one) for one in findings],
                     "unheard": None if unheard is None else unheard.text()})  # fmt: skip
     else:
-        say(f"{target}, jobs in {where}")
-        say("  here: " + ", ".join(f"{name} {version}" for name, version in here.items()))
+        echo(f"{target}, jobs in {where}")
+        echo("  here: " + ", ".join(f"{name} {version}" for name, version in here.items()))
         show_findings(findings, "nothing is wrong" if unheard is None else "nothing else is wrong")
     if unheard is not None:
         print_error(unheard, as_json)

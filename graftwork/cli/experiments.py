@@ -12,7 +12,7 @@ import typer
 
 from graftwork import config
 from graftwork.cli.options import JsonFlag, Sets
-from graftwork.cli.output import print_json, print_table, say
+from graftwork.cli.output import echo, print_json, print_table
 from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def start(
         found = client.experiment("start", spec=spec.model_dump(mode="json"))
     _show(found, as_json)
     if not as_json:
-        say(f'  ask for it with "model": "{found["model"]}" and your user\'s name as "user"')
+        echo(f'  ask for it with "model": "{found["model"]}" and your user\'s name as "user"')
 
 
 @app.command()
@@ -54,7 +54,7 @@ def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, a
     for one in found:
         _show(one, as_json)
     if not found:
-        say("no experiments: `graftwork experiment start FILE` begins one")
+        echo("no experiments: `graftwork experiment start FILE` begins one")
 
 
 @app.command()
@@ -123,7 +123,7 @@ def report(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     page = ReportInput(title=f"Experiment {spec.name}", created_at=now, experiment=found)
     show_online(found)
-    say(f"  page: {build(page, Store(out or f'{spec.name}-report')).html_uri}")
+    echo(f"  page: {build(page, Store(out or f'{spec.name}-report')).html_uri}")
 
 
 def _log_of(spec: "ExperimentSpec") -> str:
@@ -211,12 +211,12 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
     print_table(title, ("arm", "adapter", "weight", "answers", "errors", "cut"), rows)
     _show_verdict(found["primary"], found["mode"], found["judged"])
     log, shadow = found["log"], found["shadow"]
-    say(f"  log {log['uri']}: {log['written']} rows, {log['waiting']} waiting, {log['dropped']} dropped"
+    echo(f"  log {log['uri']}: {log['written']} rows, {log['waiting']} waiting, {log['dropped']} dropped"
         + (f"; NOT WRITTEN: {log['problem']}" if log["problem"] else ""))  # fmt: skip
     if log["damaged"]:
-        say(f"  damaged segments, not counted: {'; '.join(log['damaged'])}")
+        echo(f"  damaged segments, not counted: {'; '.join(log['damaged'])}")
     if found["mode"] == "shadow":
-        say(f"  shadow: {shadow['waiting']} copies waiting, {shadow['dropped']} dropped")
+        echo(f"  shadow: {shadow['waiting']} copies waiting, {shadow['dropped']} dropped")
 
 
 def _show_verdict(metric: str, mode: str, judged: dict[str, Any]) -> None:
@@ -227,28 +227,28 @@ def _show_verdict(metric: str, mode: str, judged: dict[str, Any]) -> None:
         f"{arm['arm']} {arm['mean']:.3f} (n={arm['counted']})" for arm in judged["arms"] if arm["mean"] is not None
     ]
     if means:
-        say(f"  {metric}, plain means: {', '.join(means)}")
+        echo(f"  {metric}, plain means: {', '.join(means)}")
     for one in judged["contrasts"]:
         if one["estimate"] is None:
-            say(f"  {metric}: nothing is known of {one['arm']} against {one['control']} yet")
+            echo(f"  {metric}: nothing is known of {one['arm']} against {one['control']} yet")
             continue
         estimate = f"{one['estimate']:+.3f}"
         more = f", about {one['n_needed']} units decide" if one["n_needed"] else ""
-        say(f"  {metric}, {estimator(mode)} of {one['arm']} against {one['control']}: {estimate}"
+        echo(f"  {metric}, {estimator(mode)} of {one['arm']} against {one['control']}: {estimate}"
             f" [{one['low']:+.3f}, {one['high']:+.3f}] at {one['level']:.0%}, n={one['n']}, "
             f"e={one['e_value']:.3g}: {one['verdict']}{more}")  # fmt: skip
     for one in judged["guardrails"]:
         value = "-" if one["value"] is None else f"{one['value']:.3f}"
         said = f"BROKEN at {one['broken_at']}" if one["broken_at"] is not None else "holds"
-        say(f"  guardrail {one['kind']} of {one['arm']}: {value} of {one['limit']:g} allowed, n={one['n']}, "
+        echo(f"  guardrail {one['kind']} of {one['arm']}: {value} of {one['limit']:g} allowed, n={one['n']}, "
             f"e={one['e_value']:.3g}: {said}")  # fmt: skip
     if judged["blocked"]:
-        say(f"  NO CONCLUSION: {judged['blocked']}")
+        echo(f"  NO CONCLUSION: {judged['blocked']}")
     if judged["waiting"]:
         unit = "copies" if mode == "shadow" else "units"
-        say(f"  {judged['waiting']} {unit} are not counted yet: an answer or score is pending, "
+        echo(f"  {judged['waiting']} {unit} are not counted yet: an answer or score is pending, "
             "theirs or that of one assigned earlier")  # fmt: skip
     if silent := sum(arm["counted"] - arm["scored"] for arm in judged["arms"]):
-        say(f"  {silent} units got no score in time and count with the middle of the metric's range")
+        echo(f"  {silent} units got no score in time and count with the middle of the metric's range")
     if judged["left_out"]:
-        say("  not counted: " + ", ".join(f"{count} {reason}" for reason, count in judged["left_out"].items()))
+        echo("  not counted: " + ", ".join(f"{count} {reason}" for reason, count in judged["left_out"].items()))

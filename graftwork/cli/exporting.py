@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from graftwork.cli.output import say
+from graftwork.cli.output import echo
 from graftwork.errors import ClusterError
 from graftwork.storage import DEFAULT_ROOT
 
@@ -19,7 +19,7 @@ def export(
     """Serve Prometheus metrics of all jobs of an object store at /metrics, until Ctrl-C."""
     from graftwork.cluster.exporter import export as answer
 
-    say(f"jobs of {root} at http://{host}:{port}/metrics  (Ctrl-C ends it)")
+    echo(f"jobs of {root} at http://{host}:{port}/metrics  (Ctrl-C ends it)")
     try:
         answer(root, host, port)
     except OSError as error:

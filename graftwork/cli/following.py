@@ -7,8 +7,8 @@ from typing import TextIO
 
 from graftwork.cli.job_words import root_flag
 from graftwork.cli.output import stderr
-from graftwork.cluster.backend import Backend, JobStatus
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.backend import JobBackend, JobStatus
+from graftwork.cluster.run_store import JobStore
 from graftwork.cluster.session import terminated_as_interrupt
 from graftwork.errors import ClusterError, GraftworkError, Interrupted
 
@@ -18,9 +18,9 @@ PATIENCE_S = 300.0
 
 
 class _Waiting:
-    """`Backend.wait` in a thread beside the log: it retries as the job's cluster says, and holds the pending limit."""
+    """`JobBackend.wait` in a thread beside the log: it retries as the job's cluster says, and holds the pending limit."""
 
-    def __init__(self, backend: Backend, job_id: str) -> None:
+    def __init__(self, backend: JobBackend, job_id: str) -> None:
         self._backend, self._job_id = backend, job_id
         self._status: JobStatus | None = None
         self._error: GraftworkError | None = None
@@ -45,19 +45,19 @@ class _Waiting:
             self._error = error
 
 
-def follow(backend: Backend, root: str, job_id: str, stream: TextIO, *, cancels: bool) -> JobStatus:
+def follow(backend: JobBackend, root: str, job_id: str, stream: TextIO, *, cancels: bool) -> JobStatus:
     """Print what the job prints, all attempts from the latest on, until it has ended.
 
     Ctrl-C (and SIGTERM) cancels the job where `cancels`, else only stops looking; raises Interrupted either way.
     """
     try:
         with terminated_as_interrupt():
-            return _follow(backend, RunStore(root), job_id, stream)
+            return _follow(backend, JobStore(root), job_id, stream)
     except KeyboardInterrupt:
         raise _interrupted(backend, root, job_id, cancels=cancels) from None
 
 
-def _follow(backend: Backend, runs: RunStore, job_id: str, stream: TextIO) -> JobStatus:
+def _follow(backend: JobBackend, runs: JobStore, job_id: str, stream: TextIO) -> JobStatus:
     waiting = _Waiting(backend, job_id)
     first, shown = max(runs.attempts(job_id), default=1), dict[int, dict[str, int]]()
     while True:
@@ -82,14 +82,14 @@ def _patiently(ask: Callable[[], JobStatus], on: str) -> JobStatus:
             now = time.monotonic()
             if began is None or now - asked_at > PATIENCE_S:  # it answered meanwhile
                 began = now
-                stderr.print(f"{on} does not answer ({error.found}); the job goes on there: asking again",
+                stderr.print(f"{on} does not answer ({error.problem}); the job goes on there: asking again",
                              markup=False, soft_wrap=True)  # fmt: skip
             if now - began > PATIENCE_S:
                 raise
             time.sleep(2 * LOOK_S)
 
 
-def _interrupted(backend: Backend, root: str, job_id: str, *, cancels: bool) -> Interrupted:
+def _interrupted(backend: JobBackend, root: str, job_id: str, *, cancels: bool) -> Interrupted:
     flag = root_flag(root)
     if not cancels:
         return Interrupted(f"job {job_id}", "it goes on: this command found it at work", "",
@@ -99,7 +99,7 @@ def _interrupted(backend: Backend, root: str, job_id: str, *, cancels: bool) -> 
     try:
         status = backend.cancel(job_id)
     except (KeyboardInterrupt, ClusterError) as error:
-        why = f" ({error.found})" if isinstance(error, ClusterError) else ""
+        why = f" ({error.problem})" if isinstance(error, ClusterError) else ""
         return Interrupted(f"job {job_id}", f"it may still run at {backend.on}{why}", "",
                            f"graftwork jobs cancel {job_id}{flag}")  # fmt: skip
     return Interrupted(f"job {job_id}", f"{status.state} at {backend.on} by Ctrl-C",

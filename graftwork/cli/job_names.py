@@ -4,14 +4,14 @@ import difflib
 import re
 
 from graftwork.cluster.backend import DIGEST_CHARS
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 from graftwork.errors import ConfigError
 
 _ATTEMPT = re.compile(r"^(?P<job>.+)-a(?P<number>[1-9][0-9]*)$")
 _ID = re.compile(rf"^(?P<name>.+)-[0-9a-f]{{{DIGEST_CHARS}}}$")
 
 
-def job_called(runs: RunStore, said: str) -> tuple[str, int | None]:
+def job_called(runs: JobStore, said: str) -> tuple[str, int | None]:
     """The job's id, and the attempt where one was named. A bare name is its latest job.
 
     Raises ConfigError for none (naming the nearest) and for several.
@@ -33,13 +33,13 @@ def job_called(runs: RunStore, said: str) -> tuple[str, int | None]:
     raise _unknown(runs, said, ids)
 
 
-def _whole(runs: RunStore, said: str, ids: list[str]) -> str | None:
+def _whole(runs: JobStore, said: str, ids: list[str]) -> str | None:
     """Of an id or a bare name."""
     named = [said] if said in ids else [job_id for job_id in ids if _name(job_id) == said]
     return max(named, key=lambda job_id: runs.job(job_id).created_at) if named else None
 
 
-def _existing(runs: RunStore, job_id: str, number: int) -> int:
+def _existing(runs: JobStore, job_id: str, number: int) -> int:
     attempts = runs.attempts(job_id)
     if number not in attempts:
         known = ", ".join(map(str, attempts)) or "none"
@@ -52,7 +52,7 @@ def _name(job_id: str) -> str:
     return found["name"] if found else job_id
 
 
-def _unknown(runs: RunStore, said: str, ids: list[str]) -> ConfigError:
+def _unknown(runs: JobStore, said: str, ids: list[str]) -> ConfigError:
     near = difflib.get_close_matches(said, [*ids, *{_name(job_id) for job_id in ids}], n=1, cutoff=0.5)
     holds = f"the store {runs.store.uri} has {len(ids)} jobs and none of that name" if ids else (
         f"the store {runs.store.uri} has no jobs")  # fmt: skip

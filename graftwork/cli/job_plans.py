@@ -9,8 +9,8 @@ from graftwork.accelerators import with_gpus
 from graftwork.cli.demands import with_demand
 from graftwork.cli.findings import show_findings
 from graftwork.cli.launching import LaunchOptions, job_of, root_of_job
-from graftwork.cli.output import duration, gib, say
-from graftwork.cluster.backend import Attempt, Backend, Job, JobPlan
+from graftwork.cli.output import duration, echo, gib
+from graftwork.cluster.backend import Attempt, Job, JobBackend, JobPlan
 from graftwork.cluster.cost import usd_per_hour
 from graftwork.cluster.spec import quantity
 from graftwork.config import Spec
@@ -67,7 +67,7 @@ def plan_job(spec: Spec, folder: Path, options: LaunchOptions) -> WholePlan:
     return WholePlan(job, options.target, lines, replace(plan, findings=(*plan.findings, *notes)), unheard, chosen)
 
 
-def _offline(backend: Backend, job: Job, error: ClusterError) -> JobPlan:
+def _offline(backend: JobBackend, job: Job, error: ClusterError) -> JobPlan:
     """What is known without the place: sums, prices, the objects against nothing, the rules that need no cluster."""
     from graftwork.cluster.places.unheard import UnheardPlace
     from graftwork.cluster.stored import StoredBackend
@@ -76,10 +76,10 @@ def _offline(backend: Backend, job: Job, error: ClusterError) -> JobPlan:
     plan = StoredBackend(UnheardPlace(backend.on, error, backend.place), job.root).plan(job)
     if not backend.on.startswith("k8s:"):
         return plan
-    from graftwork.cluster.kuberay.api import Place
+    from graftwork.cluster.kuberay.api import KubeNamespace
     from graftwork.cluster.kuberay.preflight import preflight
 
-    found = preflight(Attempt(job, plan.attempt), Place.of(backend.on).namespace, None, plan.objects)
+    found = preflight(Attempt(job, plan.attempt), KubeNamespace.parse(backend.on).namespace, None, plan.objects)
     return replace(plan, findings=tuple(found))
 
 
@@ -103,9 +103,9 @@ def show_job_plan(whole: WholePlan) -> None:
     }  # fmt: skip
     for name, value in facts.items():
         if value is not None:
-            say(f"  {name:9s} {value}")
+            echo(f"  {name:9s} {value}")
     if plan.objects:
-        say(plan.diff or "  nothing would change")
+        echo(plan.diff or "  nothing would change")
     show_findings(plan.findings)
 
 

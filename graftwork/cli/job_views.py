@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from graftwork.cli.job_words import age, left_behind, next_moves, when
-from graftwork.cli.output import console, say
+from graftwork.cli.output import console, echo
 from graftwork.cluster.backend import JobStatus
 from graftwork.cluster.cost import most_usd
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.errors import GraftworkError
 
@@ -29,7 +29,7 @@ def show_list(statuses: Sequence[JobStatus], root: str, of: int, out: Console | 
     """A line a job. A narrow terminal gets fewer columns; an id is never cut, and in a pipe nothing is."""
     out = out or (console if console.is_terminal else Console(file=sys.stdout, width=PIPED, highlight=False))
     if not statuses:
-        return say(f"no jobs in {root}")
+        return echo(f"no jobs in {root}")
     columns = ["job", "kind", "state", "attempt", "where", "age", "progress"]
     columns = [c for c in columns if out.width >= WIDE or c not in ("kind", "where")]
     columns = [c for c in columns if out.width >= NARROW or c not in ("attempt", "progress")]
@@ -45,7 +45,7 @@ def show_list(statuses: Sequence[JobStatus], root: str, of: int, out: Console | 
         table.add_row(*[Text(cell) for cell in row], style=STYLES.get(status.state, ""))
     out.print(table)
     if of > len(statuses):
-        say(f"the newest {len(statuses)} of {of}; --limit shows more")
+        echo(f"the newest {len(statuses)} of {of}; --limit shows more")
 
 
 def _cell(status: JobStatus, column: str) -> str:
@@ -56,7 +56,7 @@ def _cell(status: JobStatus, column: str) -> str:
     return cells[column]
 
 
-def details(runs: RunStore, status: JobStatus, root: str) -> dict[str, Any]:
+def details(runs: JobStore, status: JobStatus, root: str) -> dict[str, Any]:
     """All that is known of a job, for machines and as the base of what people see."""
     record = runs.job(status.job_id)
     numbers = runs.attempts(status.job_id)
@@ -78,7 +78,7 @@ def details(runs: RunStore, status: JobStatus, root: str) -> dict[str, Any]:
 
 def show_details(told: dict[str, Any], root: str, status: JobStatus) -> None:
     """A line a fact."""
-    say(f"{status.job_id}: {status.state} on {status.on} ({status.kind}, attempt {status.attempt})")
+    echo(f"{status.job_id}: {status.state} on {status.on} ({status.kind}, attempt {status.attempt})")
     beat = None if status.ended or told["driver"] is None else f"{told['heartbeat_age_s']:.0f} s ago, {told['driver']}"
     facts = {
         "why": status.why,
@@ -93,10 +93,10 @@ def show_details(told: dict[str, Any], root: str, status: JobStatus) -> None:
     }
     for name, value in facts.items():
         if value:
-            say(f"  {name:10s} {value}")
+            echo(f"  {name:10s} {value}")
     for name in ("left", "events", "next"):
         for number, line in enumerate(told[name]):
-            say(f"  {name if number == 0 else '':10s} {_event(line) if name == 'events' else line}")
+            echo(f"  {name if number == 0 else '':10s} {_event(line) if name == 'events' else line}")
 
 
 def _cost(told: dict[str, Any]) -> str | None:
@@ -106,7 +106,7 @@ def _cost(told: dict[str, Any]) -> str | None:
     return f"${told['usd']:.2f} in this attempt{most}"
 
 
-def _events(runs: RunStore, status: JobStatus) -> list[dict[str, Any]]:
+def _events(runs: JobStore, status: JobStatus) -> list[dict[str, Any]]:
     """Written by its driver as `<ms>-<what>.json`, oldest first; the last 20."""
     folder = ("jobs", status.job_id, f"a{status.attempt}", "events")
     found: list[dict[str, Any]] = []

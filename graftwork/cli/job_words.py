@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 
 from graftwork.cluster.backend import JobStatus
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 from graftwork.storage import DEFAULT_ROOT, Store
 
 LEFT = re.compile(r"^(published |report: |report of the winner: |winner: |best: |serving at )", re.MULTILINE)
@@ -46,7 +46,7 @@ def when(then: float | None) -> str:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(then))} ({age(then)} ago)"
 
 
-def left_behind(runs: RunStore, status: JobStatus) -> list[str]:
+def left_behind(runs: JobStore, status: JobStatus) -> list[str]:
     """The lines of its log that name what it made: adapters, reports, the address it serves at."""
     if status.attempt == 0:
         return []

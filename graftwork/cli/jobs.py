@@ -16,9 +16,9 @@ from graftwork.cli.job_views import details, show_details, show_list
 from graftwork.cli.job_words import is_away, line_of, root_flag
 from graftwork.cli.launching import cluster_of, leave
 from graftwork.cli.options import JsonFlag
-from graftwork.cli.output import print_json, say, stderr
-from graftwork.cluster.backend import Backend, JobState, JobStatus
-from graftwork.cluster.run_store import RunStore
+from graftwork.cli.output import echo, print_json, stderr
+from graftwork.cluster.backend import JobBackend, JobState, JobStatus
+from graftwork.cluster.run_store import JobStore
 from graftwork.cluster.spec import ClusterSpec, seconds_of
 from graftwork.errors import ClusterError, ConfigError
 from graftwork.storage import DEFAULT_ROOT
@@ -57,7 +57,7 @@ def ls(
     """List the jobs of an object store, newest first."""
     wanted = _states(state)
     where = root_of(root)
-    runs = RunStore(where)
+    runs = JobStore(where)
     found = _statuses(_places(runs) if target is None else [target.rstrip("/")], where)
     kept = [status for status in found if not wanted or status.state in wanted]
     if as_json:
@@ -71,8 +71,8 @@ def ls(
 def status(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
     """Show one job: state and its reason, times, progress, cost and next steps."""
     where, job_id, _ = _named(job, root)
-    found = _backend(RunStore(where), where, job_id).status(job_id)
-    told = details(RunStore(where), found, where)
+    found = _backend(JobStore(where), where, job_id).status(job_id)
+    told = details(JobStore(where), found, where)
     if as_json:
         return print_json(told)
     show_details(told, where, found)
@@ -92,7 +92,7 @@ def logs(
 ) -> None:
     """Print the log of a job, even after its cluster is gone."""
     where, job_id, named = _named(job, root)
-    runs, number = RunStore(where), attempt or named
+    runs, number = JobStore(where), attempt or named
     known = runs.attempts(job_id)
     if number is not None and number not in known:
         raise ConfigError(f"--attempt {number}", f"{job_id} has no such attempt",
@@ -122,23 +122,23 @@ def wait(
 ) -> None:
     """Wait until a job ends, and exit with its exit code. Retries it as `retry` of its cluster config says."""
     where, job_id, _ = _named(job, root)
-    leave(_backend(RunStore(where), where, job_id).wait(job_id, _seconds(timeout)), where, as_json)
+    leave(_backend(JobStore(where), where, job_id).wait(job_id, _seconds(timeout)), where, as_json)
 
 
 @app.command()
 def cancel(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
     """Cancel a job and remove its processes or Kubernetes objects. Committed results stay."""
     where, job_id, _ = _named(job, root)
-    backend = _backend(RunStore(where), where, job_id)
+    backend = _backend(JobStore(where), where, job_id)
     try:
         found = backend.cancel(job_id)
     except ClusterError as error:
         raise ClusterError(
-            f"cancel {job_id}", f"{error.asked}: {error.found}",
+            f"cancel {job_id}", f"{error.subject}: {error.problem}",
             "its driver was asked to end by the store; whether it did, and what is left there, is not known",
             f"when {backend.on} answers: graftwork jobs cancel {job_id}{root_flag(where)}",
         ) from error  # fmt: skip
-    print_json(asdict(found)) if as_json else say(line_of(found))
+    print_json(asdict(found)) if as_json else echo(line_of(found))
 
 
 @app.command()
@@ -150,12 +150,12 @@ def resubmit(
 ) -> None:
     """Start another attempt of an ended job. It resumes from the last checkpoint."""
     where, job_id, _ = _named(job, root)
-    backend = _backend(RunStore(where), where, job_id)
+    backend = _backend(JobStore(where), where, job_id)
     found = backend.resubmit(job_id)
     if follow_it:
         stream = sys.stderr if as_json else sys.stdout
         return leave(follow(backend, where, job_id, stream, cancels=True), where, as_json)
-    print_json(asdict(found)) if as_json else say(line_of(found))
+    print_json(asdict(found)) if as_json else echo(line_of(found))
 
 
 def _say_away(on: str) -> None:
@@ -165,7 +165,7 @@ def _say_away(on: str) -> None:
 
 def _named(job: str, root: str | None) -> tuple[str, str, int | None]:
     where = root_of(root)
-    return where, *job_called(RunStore(where), job)
+    return where, *job_called(JobStore(where), job)
 
 
 def _statuses(places: Sequence[str], root: str) -> list[JobStatus]:
@@ -175,17 +175,17 @@ def _statuses(places: Sequence[str], root: str) -> list[JobStatus]:
     return sorted(found, key=lambda status: -(status.submitted_at or time.time()))
 
 
-def _places(runs: RunStore) -> list[str]:
+def _places(runs: JobStore) -> list[str]:
     with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
         return sorted({record.on for record in pool.map(runs.job, runs.job_ids())})
 
 
-def _backend(runs: RunStore, root: str, job_id: str) -> Backend:
+def _backend(runs: JobStore, root: str, job_id: str) -> JobBackend:
     record = runs.job(job_id)
     return _place(record.on, root, ClusterSpec.model_validate(record.cluster))
 
 
-def _place(on: str, root: str, cluster: ClusterSpec | None = None) -> Backend:
+def _place(on: str, root: str, cluster: ClusterSpec | None = None) -> JobBackend:
     from graftwork.cluster.places import backend_of
 
     return backend_of(on, root, cluster)

@@ -10,11 +10,11 @@ from graftwork.accelerators import accelerators_here, is_auto, with_gpus
 from graftwork.cli.following import follow
 from graftwork.cli.job_words import left_behind, line_of, next_moves, root_flag
 from graftwork.cli.options import Budget, ClusterConfig, Deadline, Detach, JsonFlag, QueueTimeout, Sets, Target
-from graftwork.cli.output import duration, gib, print_json, say, stderr
+from graftwork.cli.output import duration, echo, gib, print_json, stderr
 from graftwork.cluster.address import JOB, unknown_place
-from graftwork.cluster.backend import Backend, Job, JobStatus
+from graftwork.cluster.backend import Job, JobBackend, JobStatus
 from graftwork.cluster.inputs import SentSpec, with_inputs
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import Spec, SpecT, load
 from graftwork.errors import ConfigError
@@ -108,7 +108,7 @@ def resolve_here(spec: SpecT, on: str, quiet: bool) -> SpecT:
         return spec
     resolved, note = with_gpus(spec, accelerators_here())
     if note is not None and not quiet:
-        say(f"note: {note}")
+        echo(f"note: {note}")
     return resolved
 
 
@@ -122,7 +122,7 @@ def launch(spec: Spec, file: Path, options: LaunchOptions) -> None:
         spec, chosen = with_gpus(spec, backend.machines(cluster).accelerators)
         stderr.print(f"note: {chosen}", markup=False, soft_wrap=True)
     job = job_of(spec, cluster, options.target)
-    if not RunStore(job.root).attempts(job.job_id):
+    if not JobStore(job.root).attempts(job.job_id):
         from graftwork.cli.demands import with_demand
 
         for one in job.inputs:
@@ -130,15 +130,15 @@ def launch(spec: Spec, file: Path, options: LaunchOptions) -> None:
             stderr.print(copied, markup=False, soft_wrap=True)
         job, _, notes = with_demand(job, spec, file.parent, backend.machines(cluster))
         for note in notes:
-            stderr.print(f"note: {note.code} {note.found}", markup=False, soft_wrap=True)
+            stderr.print(f"note: {note.code} {note.problem}", markup=False, soft_wrap=True)
     ours, status = started(backend, job, options.target)
     if options.detach:
         if options.as_json:
             return print_json({**asdict(status), "root": job.root})
         flag = root_flag(job.root)
         if not status.ended:
-            say(f"  follow it: graftwork jobs logs -f {job.job_id}{flag}")
-            say(f"  end it: graftwork jobs cancel {job.job_id}{flag}")
+            echo(f"  follow it: graftwork jobs logs -f {job.job_id}{flag}")
+            echo(f"  end it: graftwork jobs cancel {job.job_id}{flag}")
         return
     if not status.ended:
         stream = sys.stderr if options.as_json else sys.stdout
@@ -146,12 +146,12 @@ def launch(spec: Spec, file: Path, options: LaunchOptions) -> None:
     leave(status, job.root, options.as_json)
 
 
-def started(backend: Backend, job: Job, on: str) -> tuple[bool, JobStatus]:
+def started(backend: JobBackend, job: Job, on: str) -> tuple[bool, JobStatus]:
     """Submit it, find it at work, or start its next attempt where the last one ended without success.
 
     First whether an attempt began here: Ctrl-C ends what this command began, and no more.
     """
-    runs = RunStore(job.root)
+    runs = JobStore(job.root)
     before = runs.attempts(job.job_id)
     status = backend.submit(job)
     if not before:
@@ -173,24 +173,24 @@ def started(backend: Backend, job: Job, on: str) -> tuple[bool, JobStatus]:
 
 def leave(status: JobStatus, root: str, as_json: bool = False) -> None:
     """Say how a job ended and what it left; exits with the code of its command, 1 where it has none."""
-    left = left_behind(RunStore(root), status)
+    left = left_behind(JobStore(root), status)
     if as_json:
         print_json({**asdict(status), "root": root, "left": left})
     else:
         took = duration(status.ended_at - status.started_at) if status.ended_at and status.started_at else None
-        say(f"job {line_of(status)}" + (f", after {took}" if took else ""))
+        echo(f"job {line_of(status)}" + (f", after {took}" if took else ""))
         if status.state == "succeeded":
             for line in left:
-                say(f"  {line}")
+                echo(f"  {line}")
         elif status.ended:
             for move in next_moves(status, root):
-                say(f"  next: {move}")
+                echo(f"  next: {move}")
     code = status.exit_code if status.exit_code is not None else int(status.state != "succeeded")
     if code:
         raise typer.Exit(code if code > 0 else 1)
 
 
-def _say_limits(runs: RunStore, job: Job) -> None:
+def _say_limits(runs: JobStore, job: Job) -> None:
     kept = ClusterSpec.model_validate(runs.job(job.job_id).cluster)
     if kept.limits != job.cluster.limits:
         said = "it runs with the limits that it was submitted with; cancel it and run this again to change them"

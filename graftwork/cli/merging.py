@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from graftwork.cli.options import Alias, JsonFlag, Root
-from graftwork.cli.output import print_json, say
+from graftwork.cli.output import echo, print_json
 from graftwork.errors import ConfigError
 from graftwork.storage import DEFAULT_ROOT, Store
 
@@ -43,15 +43,15 @@ def merge(
     from graftwork.training.adapters.merge_spec import MergeSpec
     from graftwork.training.merging import merge_published
 
-    spec = MergeSpec.of(method, len(refs), _numbers(weights), density, rank, seed)
+    spec = MergeSpec.create(method, len(refs), _numbers(weights), density, rank, seed)
     done = merge_published(Store(root), out, refs, spec, alias=alias)
     if as_json:
         return print_json({**done.manifest.model_dump(mode="json"), "notes": done.notes})
     parts = " + ".join(f"{weight:g} {ref}" for weight, ref in zip(spec.weights, done.manifest.merged_from, strict=True))
-    say(f"{done.manifest.ref} = {parts}")
-    say(f"  by {spec.method}, rank {done.rank}; {done.distance:.2%} away from the sum of the weighted deltas")
+    echo(f"{done.manifest.ref} = {parts}")
+    echo(f"  by {spec.method}, rank {done.rank}; {done.distance:.2%} away from the sum of the weighted deltas")
     for note in done.notes:
-        say(f"  {note}")
+        echo(f"  {note}")
 
 
 def _numbers(text: str | None) -> list[float]:

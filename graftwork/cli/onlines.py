@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from graftwork.cli.output import print_table, say
+from graftwork.cli.output import echo, print_table
 
 if TYPE_CHECKING:
     from graftwork.report.online_records import ExperimentReport
@@ -30,5 +30,5 @@ def show_online(report: "ExperimentReport") -> None:
                 for g in report.guardrails]  # fmt: skip
         print_table("guardrails", ("arm", "bound", "seen", "n", "state"), rows)
     for note in report.notes:
-        say(f"  {note}")
-    say(report.sentence)
+        echo(f"  {note}")
+    echo(report.sentence)

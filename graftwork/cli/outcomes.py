@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from graftwork.cli.output import print_table, say
+from graftwork.cli.output import echo, print_table
 
 if TYPE_CHECKING:
     from graftwork.report.outcome_records import Change, PairedTest
@@ -28,7 +28,7 @@ def show_outcomes(found: Mapping[str, Any]) -> None:
         ],
     )  # fmt: skip
     for note in report.notes:
-        say(f"  {note}")
+        echo(f"  {note}")
 
 
 def difference(test: "PairedTest") -> str:

@@ -33,10 +33,10 @@ def print_error(error: GraftworkError, as_json: bool) -> None:
     if as_json:
         parts = {
             "type": type(error).__name__,
-            "asked": error.asked,
-            "found": error.found,
+            "asked": error.subject,
+            "found": error.problem,
             "rule": error.rule,
-            "next": error.next_move,
+            "next": error.hint,
             "also": list(error.also),
             "exit_code": error.exit_code,
         }
@@ -66,10 +66,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
             if widths[index] <= max(_LEAST_WIDTH, cell_len(columns[index])):
                 break
             widths[index], excess = widths[index] - 1, excess - 1
-    say(title, "bold")
+    echo(title, "bold")
     for number, row in enumerate([list(columns), *cells]):
         fitted = [_fit(*cell) for cell in zip(row, widths, numeric, strict=True)]
-        say("  ".join(fitted).rstrip(), "" if number else "dim")
+        echo("  ".join(fitted).rstrip(), "" if number else "dim")
 
 
 def _fit(cell: str, width: int, right: bool) -> str:
@@ -78,7 +78,7 @@ def _fit(cell: str, width: int, right: bool) -> str:
     return cell.rjust(width) if right else set_cell_size(cell, width)
 
 
-def say(line: str, style: str = "") -> None:
+def echo(line: str, style: str = "") -> None:
     """Print one line for people, however long, without markup."""
     console.print(line, style=style, markup=False, soft_wrap=True)
 
@@ -104,9 +104,9 @@ def progress_bar(label: str, quiet: bool) -> Iterator[Any]:
 
     Without a terminal it prints a line a minute; in a job a line every LINE_S, of which `jobs status` shows the last.
     """
-    in_job = Fence.of_environment() is not None
+    in_job = Fence.from_environment() is not None
     if not quiet and (in_job or not stderr.is_terminal):
-        lines = _Lines(label, LINE_S if in_job else PLAIN_LINE_S)
+        lines = _ProgressLines(label, LINE_S if in_job else PLAIN_LINE_S)
         yield lines.update
         lines.close()
         return
@@ -128,7 +128,7 @@ def progress_bar(label: str, quiet: bool) -> Iterator[Any]:
         yield update
 
 
-class _Lines:
+class _ProgressLines:
     """A line at most every `every_s`, and the last one."""
 
     def __init__(self, label: str, every_s: float) -> None:

@@ -19,12 +19,12 @@ from graftwork.demo_spec import DemoSpec
 from graftwork.embedding import EmbedderShape, EmbedderSpec, resolve_embedder
 from graftwork.errors import ConfigError
 from graftwork.memory import MemoryPlan, predict_embedding
-from graftwork.memory.sizes import Work
+from graftwork.memory.sizes import TokenWork
 from graftwork.model_shape import ModelShape
 from graftwork.plan import (
-    Answers,
     Gpu,
     Machine,
+    RequestLoad,
     StagePlan,
     answers_seconds,
     gpu_here,
@@ -54,7 +54,7 @@ def plan_spec(
     `gpu`: plan for machines with such GPUs, one a worker, `gpus` workers; None plans for what the spec asks for here.
     `replay`: of a training spec, the real step on tensors without memory as well.
     """
-    machine = Machine.here() if gpu is None else Machine.with_gpus(gpu)
+    machine = Machine.detect() if gpu is None else Machine.with_gpus(gpu)
     asked = spec if gpu is None else _on_gpus(spec, gpus)
     if not replay:
         missing = tuple(_missing_adapters(asked))
@@ -75,7 +75,7 @@ def _missing_adapters(spec: Spec) -> Iterator[str]:
         try:
             artifact.resolve(Store(spec.root), ref)
         except UnknownAdapter as error:
-            yield f"{error.asked}: {error.found}"
+            yield f"{error.subject}: {error.problem}"
 
 
 def _with_support(line: StagePlan, spec: Spec) -> StagePlan:
@@ -83,7 +83,7 @@ def _with_support(line: StagePlan, spec: Spec) -> StagePlan:
     base = spec.train.base if isinstance(spec, TuneSpec) else getattr(spec, "base", None)
     if base is None:
         return line
-    return replace(line, assumptions=(*line.assumptions, base_support(base_model.resolve(base).config).said()))
+    return replace(line, assumptions=(*line.assumptions, base_support(base_model.resolve(base).config).format_line()))
 
 
 def plan_on(spec: Spec, folder: Path, machine: Machine) -> list[StagePlan]:
@@ -188,7 +188,7 @@ def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> Stage
     [served], [update] = _lines(specs.serve, folder, machine), _lines(specs.update, folder, machine)
     burst, at = specs.demo.burst, machine.at(specs.serve.quant)
     asked = compare_answers(specs.compare.with_({"limit": burst.requests}), {})
-    answers = Answers(burst.requests, asked.prompt_tokens, burst.max_new_tokens)
+    answers = RequestLoad(burst.requests, asked.prompt_tokens, burst.max_new_tokens)
     together = specs.serve.engine.with_({"max_batch": burst.concurrency})
     answer_s = answers_seconds(answers, _shape(specs.serve.base), together, at, specs.serve.num_cpus)
     total = served.total_bytes + update.total_bytes
@@ -197,7 +197,7 @@ def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> Stage
         total_bytes=total,
         seconds=served.seconds + update.seconds + answer_s,
         verdict=verdict_of(total, machine, ()),
-        assumptions=(answers.said(), "an update trains beside the endpoint", *served.assumptions),
+        assumptions=(answers.describe(), "an update trains beside the endpoint", *served.assumptions),
     )
 
 
@@ -214,7 +214,7 @@ def _precisions(spec: QuantizeSpec, machine: Machine, prompts: Mapping[str, Prom
                            dequantised=machine.gpu is None and _unpacked(quant), answers=answers)  # fmt: skip
 
 
-def _outcomes(spec: TrainSpec) -> Work | None:
+def _outcomes(spec: TrainSpec) -> TokenWork | None:
     """What is measured before and after, rendered."""
     if spec.outcomes == OutcomesSpec():
         return None

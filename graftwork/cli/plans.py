@@ -9,7 +9,7 @@ from graftwork import config
 from graftwork.accelerators import gpu_key, gpus_of, is_auto
 from graftwork.cli.launching import ELSEWHERE, LaunchOptions, StageOptions, resolve_here
 from graftwork.cli.options import SpecFile, with_options
-from graftwork.cli.output import duration, gib, print_error, print_json, print_table, say
+from graftwork.cli.output import duration, echo, gib, print_error, print_json, print_table
 from graftwork.cluster.address import FORMS, unknown_place
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
@@ -98,9 +98,9 @@ def _say_gpus(spec: Spec, gpu: str) -> None:
     if key is None:
         return
     if gpus_of(spec) == 0 and not is_auto(spec):
-        say(f"note: planned with {key}=1; the file has {key}=0, which computes on the CPU: set {key}=1, or auto")
+        echo(f"note: planned with {key}=1; the file has {key}=0, which computes on the CPU: set {key}=1, or auto")
     else:
-        say(f"note: {key}={gpus_of(spec) or 1:g} (--gpu {gpu})")
+        echo(f"note: {key}={gpus_of(spec) or 1:g} (--gpu {gpu})")
 
 
 def _plan_job(file: Path, options: LaunchOptions) -> None:
@@ -139,13 +139,13 @@ def _show(title: str, rows: "Sequence[StagePlan]") -> None:
     )
     for row in rows:
         if not row.fits:
-            say(f"  {row.stage}: {row.verdict}")
+            echo(f"  {row.stage}: {row.verdict}")
         if row.step_s is not None:
-            say(f"  {row.stage}: {row.step_s:.2f} s a step; one worker takes")
+            echo(f"  {row.stage}: {row.step_s:.2f} s a step; one worker takes")
             width = max(26, *(len(name) for name, _ in row.parts)) + 2
             for name, size in sorted(row.parts, key=lambda part: -part[1]):
-                say(f"    {name:{width}s}{gib(size):>10s}")
+                echo(f"    {name:{width}s}{gib(size):>10s}")
     for note in dict.fromkeys(note for row in rows for note in row.assumptions):
-        say(f"  {note}")
+        echo(f"  {note}")
     for warning in dict.fromkeys(warning for row in rows for warning in row.warnings):
-        say(f"  warning: {warning}")
+        echo(f"  warning: {warning}")

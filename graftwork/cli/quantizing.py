@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from graftwork import config
 from graftwork.cli.launching import LaunchOptions, launch, resolve_here
 from graftwork.cli.options import SpecFile, with_options
-from graftwork.cli.output import gib, print_json, print_table, progress_bar, say
+from graftwork.cli.output import echo, gib, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
     from graftwork.report.quantize_records import PrecisionArm, QuantizeReport
@@ -39,7 +39,7 @@ def quantize(
         print_json(outcome.report.model_dump(mode="json"))
         return
     show_precisions(outcome.report, outcome.run_id, outcome.reused)
-    say(f"report: {outcome.files.html_uri}")
+    echo(f"report: {outcome.files.html_uri}")
 
 
 def show_precisions(report: "QuantizeReport", run_id: str, reused: int) -> None:
@@ -72,9 +72,9 @@ def show_precisions(report: "QuantizeReport", run_id: str, reused: int) -> None:
             if d.metric == report.metric
         ],
     )
-    say(report.sentence)
+    echo(report.sentence)
     for note in report.notes:
-        say(f"  {note}")
+        echo(f"  {note}")
 
 
 def _score(arm: "PrecisionArm", metric: str) -> str:

@@ -7,7 +7,7 @@ import typer
 
 from graftwork import config
 from graftwork.cli.options import JsonFlag, Sets, SpecFile, Target
-from graftwork.cli.output import duration, print_json, print_table, progress_bar, say
+from graftwork.cli.output import duration, echo, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
     from graftwork.report.records import Score
@@ -35,11 +35,11 @@ def index(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  
         return
     changed = "nothing changed" if done.reused else f"{done.added} added, {done.removed} removed, {done.kept} kept"
     vectors = f", {done.embedded} embedded" if spec.needs_vectors else ""
-    say(f"{spec.name} {done.manifest.version}: {done.manifest.passages} passages ({changed}{vectors}) in "
+    echo(f"{spec.name} {done.manifest.version}: {done.manifest.passages} passages ({changed}{vectors}) in "
         f"{duration(time.perf_counter() - began)}")  # fmt: skip
     for note in done.notes:
-        say(f"note: {note}")
-    say(f"in an arm: retriever: {{corpus: {done.uri}}}")
+        echo(f"note: {note}")
+    echo(f"in an arm: retriever: {{corpus: {done.uri}}}")
 
 
 @app.command()
@@ -64,7 +64,7 @@ def search(
         print_json([{"id": hit.passage.id, "score": hit.score, "text": hit.passage.text} for hit in hits])
         return
     if not hits:
-        say("nothing found: no passage shares a word with the query")
+        echo("nothing found: no passage shares a word with the query")
         return
     print_table(
         f"{spec.name}: {query}",
@@ -110,10 +110,10 @@ def show_retrievers(report: "RagReport") -> None:
               f"{d.mde:.3f}") for d in report.differences],
         )  # fmt: skip
     for note in report.notes:
-        say(f"note: {note}")
-    say(report.sentence)
+        echo(f"note: {note}")
+    echo(report.sentence)
     if report.questions_uri:
-        say(f"each question: {report.questions_uri}")
+        echo(f"each question: {report.questions_uri}")
 
 
 def _spec(file: SpecFile, sets: Sets) -> "RagSpec":

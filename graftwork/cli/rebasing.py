@@ -6,7 +6,7 @@ import typer
 
 from graftwork.cli.options import JsonFlag, Root, Target
 from graftwork.cli.outcomes import difference
-from graftwork.cli.output import print_json, print_table, progress_bar, say
+from graftwork.cli.output import echo, print_json, print_table, progress_bar
 from graftwork.errors import ConfigError
 from graftwork.storage import DEFAULT_ROOT
 
@@ -42,7 +42,7 @@ def rebase(
         print_json(report.model_dump(mode="json"))
         return
     show_rebase(report)
-    say(f"report: {page.html_uri}")
+    echo(f"report: {page.html_uri}")
 
 
 def show_rebase(report: "RebaseReport") -> None:
@@ -57,9 +57,9 @@ def show_rebase(report: "RebaseReport") -> None:
             for task in report.tasks
         ],
     )  # fmt: skip
-    say(report.sentence)
+    echo(report.sentence)
     for task in report.tasks:
-        say(f"  {task.promote}" + ("" if task.outcome == "gains" else f"  # {task.outcome}"))
+        echo(f"  {task.promote}" + ("" if task.outcome == "gains" else f"  # {task.outcome}"))
 
 
 def run_curve(spec: "TrainSpec", sizes: str, target: str, as_json: bool) -> None:
@@ -79,7 +79,7 @@ def run_curve(spec: "TrainSpec", sizes: str, target: str, as_json: bool) -> None
         print_json(report.model_dump(mode="json"))
         return
     show_curve(report)
-    say(f"report: {page.html_uri}")
+    echo(f"report: {page.html_uri}")
 
 
 def show_curve(report: "CurveReport") -> None:
@@ -98,7 +98,7 @@ def show_curve(report: "CurveReport") -> None:
             for point, step in zip(report.points, steps, strict=True)
         ],
     )  # fmt: skip
-    say(report.sentence)
+    echo(report.sentence)
 
 
 def _sizes(text: str) -> list[int]:

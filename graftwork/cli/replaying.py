@@ -4,10 +4,18 @@ from dataclasses import replace
 
 from graftwork import base_model
 from graftwork.memory import FP32, MemoryPlan, predict_training
-from graftwork.memory.sizes import Work
+from graftwork.memory.sizes import TokenWork
 from graftwork.memory.training import ALLOCATOR_SHARE, FRAGMENTS
 from graftwork.model_shape import ModelShape
-from graftwork.plan import Machine, StagePlan, charged, plan_training, settle, training_ways_out, verdict_of
+from graftwork.plan import (
+    Machine,
+    StagePlan,
+    charge_bytes,
+    plan_training,
+    resolve_auto,
+    suggest_training_changes,
+    verdict_of,
+)
 from graftwork.training.adapter_spec import FullSpec
 from graftwork.training.data import prepare
 from graftwork.training.settled import machine_of, sizes_of
@@ -23,7 +31,7 @@ def placed(spec: TrainSpec, machine: Machine) -> Machine:
     return machine.at(spec.quant) if machine.gpu or not spec.gpus else machine_of(spec)
 
 
-def replayed_line(spec: TrainSpec, machine: Machine, outcomes: Work | None = None) -> StagePlan:
+def replayed_line(spec: TrainSpec, machine: Machine, outcomes: TokenWork | None = None) -> StagePlan:
     """`outcomes`: measured before and after. Raises ConfigError for what cannot be replayed."""
     base_model.import_bitsandbytes()
     from graftwork.training.replay import Replayed, replay
@@ -32,7 +40,7 @@ def replayed_line(spec: TrainSpec, machine: Machine, outcomes: Work | None = Non
     shape, rows, machine = ModelShape.from_config(base.config), sizes_of(data.train), placed(spec, machine)
     held_out = sizes_of(data.eval) if data.eval is not None else None
     line = plan_training(spec, shape, rows, held_out, machine, outcomes)
-    spec = settle(spec, shape, rows, machine).spec
+    spec = resolve_auto(spec, shape, rows, machine).spec
     whole = isinstance(spec.adapter, FullSpec) and machine.gpu is None
     found: Replayed = replay(spec, base.config, rows, value_bytes=FP32 if whole else machine.value_bytes)
     closed = predict_training(spec, shape, rows, value_bytes=machine.value_bytes)
@@ -44,7 +52,9 @@ def replayed_line(spec: TrainSpec, machine: Machine, outcomes: Work | None = Non
         peak_bytes_per_process=peak,
         total_bytes=peak * workers,
         parts=parts,
-        verdict=verdict_of(charged(peak, workers, machine), machine, training_ways_out(spec, shape, rows, machine)),
+        verdict=verdict_of(
+            charge_bytes(peak, workers, machine), machine, suggest_training_changes(spec, shape, rows, machine)
+        ),
         assumptions=(
             *line.assumptions,
             f"the step was replayed on tensors without memory in {found.seconds:.1f} s; the closed form says "

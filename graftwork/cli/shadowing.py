@@ -10,7 +10,7 @@ import yaml
 
 from graftwork import config
 from graftwork.cli.experiments import client_of
-from graftwork.cli.output import say
+from graftwork.cli.output import echo
 from graftwork.errors import ConfigError
 from graftwork.serving.catalog import base_name
 from graftwork.serving.experiment.online.spec import ExperimentSpec
@@ -73,12 +73,12 @@ def _write(store: Store, run_id: str, name: str, text: str) -> str:
 def show_shadow(found: dict[str, Any]) -> None:
     """For people, with the command that starts it."""
     if "why" in found:
-        return say(f"shadow: {found['why']}")
+        return echo(f"shadow: {found['why']}")
     said = f"shadow: {found['winner']} beside {found['current']}, {found['spec']}"
     if found["started"] is not None:
-        say(f'{said}; started: ask for it with "model": "{found["started"]["model"]}"')
+        echo(f'{said}; started: ask for it with "model": "{found["started"]["model"]}"')
     else:
-        say(f"{said}\n  start it: graftwork experiment start {found['spec']}")
+        echo(f"{said}\n  start it: graftwork experiment start {found['spec']}")
 
 
 def _asked(experiment: str | dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from graftwork.cli.comparing import compare
 from graftwork.cli.launching import LaunchOptions, launch, resolve_here
 from graftwork.cli.options import JsonFlag, Sets, SpecFile, Target, with_options
 from graftwork.cli.outcomes import show_outcomes
-from graftwork.cli.output import console, duration, print_json, progress_bar, say
+from graftwork.cli.output import console, duration, echo, print_json, progress_bar
 from graftwork.cli.plans import plan
 from graftwork.cli.quantizing import quantize
 from graftwork.cli.rebasing import rebase, run_curve
@@ -62,7 +62,7 @@ def train(
     notes = check(spec)
     if not options.as_json:
         for note in notes:
-            say(f"note: {note}")
+            echo(f"note: {note}")
     many = spec.num_workers > 1
     with progress_bar(f"train {spec.name}", options.as_json) as bar, session(options.target, needs_ray=many) as here:
         report = here.run(
@@ -74,22 +74,23 @@ def train(
         print_json(report.as_dict())
         return
     done = "reused the finished run" if report.reused else f"{report.steps} steps in {duration(report.wall_s)}"
-    say(
+    echo(
         f"{report.run_id}: {done}; {report.rows_text}, {report.tokens_per_s:.0f} tok/s, "
         f"training loss {report.train_loss[-1][1]:.3f}"
     )
     if report.held_out:
-        say(f"  {report.held_out}")
+        echo(f"  {report.held_out}")
     for note in report.notes:
         if note not in notes:  # it was said before the start
-            say(f"  {note}")
-    say(
-        f"published {report.published}" + (f", alias {spec.name}@{spec.alias}" if spec.alias and report.adapter else "")
+            echo(f"  {note}")
+    echo(
+        f"published {report.published_name}"
+        + (f", alias {spec.name}@{spec.alias}" if spec.alias and report.adapter else "")
     )
     if report.outcomes is not None:
         show_outcomes(report.outcomes)
     if report.page:
-        say(f"report: {report.page}")
+        echo(f"report: {report.page}")
 
 
 @with_options
@@ -117,13 +118,13 @@ def serve(
             sys.stdout.flush()
             signal.pause()
         more = f" and {len(models) - MOST_NAMED} more (GET /v1/models)" if len(models) > MOST_NAMED else ""
-        say(f"serving at {endpoint.url}/v1  models: {', '.join(models[:MOST_NAMED])}{more}")
+        echo(f"serving at {endpoint.url}/v1  models: {', '.join(models[:MOST_NAMED])}{more}")
         token = f'-H "Authorization: Bearer ${spec.token_env}" ' if spec.token_env else ""
-        say(
+        echo(
             f"  curl {endpoint.url}/v1/chat/completions {token}-H 'Content-Type: application/json' "
             f"-d '{json.dumps({'model': models[-1], 'messages': [{'role': 'user', 'content': 'Hello'}]})}'"
         )
-        say("  Ctrl-C ends it")
+        echo("  Ctrl-C ends it")
         signal.pause()
 
 
@@ -166,7 +167,7 @@ def chat(
     from graftwork.serving.app import deploy
 
     _check_before_ray(spec, target)
-    say(f"no endpoint answers at {spec.host}:{spec.port}: starting one")
+    echo(f"no endpoint answers at {spec.host}:{spec.port}: starting one")
     with session(target), deploy(spec) as endpoint, endpoint.client() as client:
         _converse(client, model, message)
 
@@ -194,7 +195,7 @@ def _running(spec: "ServeSpec") -> "Client | None":
 
 def _converse(client: "Client", model: str | None, message: str | None) -> None:
     from graftwork.chat import Message
-    from graftwork.serving.client import ChatCall, Reply
+    from graftwork.serving.client import ChatCall, ClientReply
 
     names = [entry["id"] for entry in client.models()]
     if model is not None and model not in names and ":" not in model:
@@ -203,12 +204,12 @@ def _converse(client: "Client", model: str | None, message: str | None) -> None:
     chosen = model or next((name for name in names if name.startswith("arm/")), names[0])
     messages: list[Message] = []
     if message is None:
-        say(f"talking to {chosen}; an empty line ends it. Also served: {', '.join(n for n in names if n != chosen)}")
+        echo(f"talking to {chosen}; an empty line ends it. Also served: {', '.join(n for n in names if n != chosen)}")
     while text := message if message is not None else _typed():
         messages.append(Message("user", text))
         said = ""
         for part in client.stream(ChatCall(model=chosen, messages=tuple(messages))):
-            if isinstance(part, Reply):
+            if isinstance(part, ClientReply):
                 continue
             said += part
             console.print(part, end="", markup=False, soft_wrap=True)

@@ -33,16 +33,16 @@ def sweep_progress(label: str, quiet: bool, console: Console = stderr, every_s: 
     if quiet:
         yield lambda _: None
     elif console.is_terminal:
-        board = _Board(label, console)
+        board = _TrialTable(label, console)
         with Live(get_renderable=board.render, console=console, refresh_per_second=2, transient=True):
             yield board.update
     else:
-        lines = _Lines(label, console, every_s)
+        lines = _SweepLines(label, console, every_s)
         yield lines.update
         lines.close()
 
 
-class _Lines:
+class _SweepLines:
     """A line when a trial ended or the best changed, at most one in `every_s`, and a last one."""
 
     def __init__(self, label: str, console: Console, every_s: float) -> None:
@@ -73,7 +73,7 @@ class _Lines:
             self._said, self._printed_at = said, time.monotonic()
 
 
-class _Board:
+class _TrialTable:
     """The table; between changes its clock goes on."""
 
     def __init__(self, label: str, console: Console) -> None:
@@ -155,14 +155,14 @@ def _place(trial: "TrialRecord") -> tuple[bool, int, float]:
 def _table(progress: "TuneProgress", shown: Sequence["TrialRecord"], since_s: float) -> Table:
     from graftwork.report.words import clock
     from graftwork.tuning.pace import took_s
-    from graftwork.tuning.records import named
+    from graftwork.tuning.records import label_points
 
     table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
     table.add_column("trial", ratio=1, no_wrap=True, overflow="ellipsis")
     for column in ("step", "loss", "curve", "state", "time"):
         table.add_column(column, justify="left" if column in ("curve", "state") else "right", no_wrap=True)
     low, high = _range(progress)
-    for trial, name in zip(shown, named([trial.values for trial in shown]), strict=True):
+    for trial, name in zip(shown, label_points([trial.values for trial in shown]), strict=True):
         last = f"{trial.losses[-1][1]:.3f}" if trial.losses else "-"
         of = f"{trial.steps}/{progress.steps}" if progress.steps else str(trial.steps)
         curve = sparkline([loss for _, loss in trial.losses][-CURVE:], low, high)

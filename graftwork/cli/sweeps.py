@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from graftwork.cli.output import duration, gib, say
+from graftwork.cli.output import duration, echo, gib
 from graftwork.tuning.spec import TuneSpec
 
 
@@ -16,11 +16,11 @@ def say_plan(spec: TuneSpec, folder: Path, on: str) -> None:
     (plan,) = plan_spec(spec, folder)
     here = "" if on == "local" else ", as if it ran on this machine"
     trials, hours = plan.assumptions[:2]
-    say(
+    echo(
         f"predicted{here}: {duration(plan.seconds)}, {gib(plan.peak_bytes_per_process)} a process, "
         f"{gib(plan.total_bytes)} in all, {hours.removesuffix(' in all')} ({trials})"
     )
     if not plan.fits:
-        say(f"  warning: {plan.verdict}")
+        echo(f"  warning: {plan.verdict}")
     for warning in plan.warnings:
-        say(f"  warning: {warning}")
+        echo(f"  warning: {warning}")

@@ -2,7 +2,7 @@
 
 from graftwork import config
 from graftwork.cli.options import SpecFile, Target
-from graftwork.cli.output import say
+from graftwork.cli.output import echo
 from graftwork.cluster.address import JOB
 
 
@@ -18,4 +18,4 @@ def trial(file: SpecFile, target: Target = JOB) -> None:
     with session(target, needs_ray=spec.train.num_workers > 1) as here:
         result = here.run(run_trial_job, spec)
     losses = f"held-out loss {result.eval_loss[-1][1]:.4f}" if result.eval_loss else "no held-out loss"
-    say(f"trial {spec.trial_id} of {spec.sweep}: {result.steps} steps, {losses}")
+    echo(f"trial {spec.trial_id} of {spec.sweep}: {result.steps} steps, {losses}")

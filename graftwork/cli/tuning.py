@@ -11,7 +11,7 @@ from graftwork.accelerators import with_gpus
 from graftwork.cli.launching import LaunchOptions, launch, resolve_here
 from graftwork.cli.options import SpecFile, with_options
 from graftwork.cli.outcomes import show_outcomes
-from graftwork.cli.output import duration, print_json, print_table, say
+from graftwork.cli.output import duration, echo, print_json, print_table
 from graftwork.cli.sweeping import sweep_progress
 from graftwork.errors import ConfigError
 
@@ -51,7 +51,7 @@ def tune(
     from graftwork.cli.shadowing import check_shadow, place_shadow
     from graftwork.cli.sweeps import say_plan
     from graftwork.cluster.session import session
-    from graftwork.tuning.page import Ended, sweep_record
+    from graftwork.tuning.page import SweepEnd, sweep_record
     from graftwork.tuning.run import check, tune
 
     if elsewhere is None:
@@ -63,15 +63,15 @@ def tune(
     notes = check(spec)
     if not options.as_json:
         for note in notes:
-            say(f"note: {note}")
+            echo(f"note: {note}")
         say_plan(spec, file.parent, options.target)
     with sweep_progress(f"tune {spec.name}", options.as_json) as update, session(options.target) as here:
         report = here.run(tune, spec, on_progress=update, elsewhere=elsewhere)
     shadow = place_shadow(spec, report) if spec.winner and spec.winner.shadow else None
-    ended = Ended("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
+    ended = SweepEnd("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
     sweep = sweep_record(spec, report.trials, ended)
     if options.as_json:
-        print_json(told(report, sweep, shadow))
+        print_json(sweep_json(report, sweep, shadow))
     else:
         show(spec, report, sweep, shadow)
 
@@ -91,7 +91,7 @@ def _elsewhere(options: LaunchOptions, trial_target: str) -> "Elsewhere":
     return Elsewhere(trial_target, options.cluster_spec().model_dump(mode="json"))
 
 
-def told(report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> dict[str, Any]:
+def sweep_json(report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> dict[str, Any]:
     """For machines: `heat.rates` is the claim of one learning rate for all ranks, `stops` what stops saved."""
     said = sweep.model_dump(mode="json", include={"stops": True, "heat": {"rates"}})
     return {**report.as_dict(), **said, "shadow": shadow}
@@ -105,20 +105,20 @@ def show(spec: "TuneSpec", report: "TuneReport", sweep: "SweepRecord", shadow: d
 
     _show_trials(report)
     for line in (report.choice.verdict, *report.choice.notes):
-        say(line)
+        echo(line)
     if report.choice.front:
         objectives = ", ".join(goal.metric for goal in spec.objectives)
-        say(f"no trial beats these in all of {objectives}: {', '.join(report.choice.front)}")
+        echo(f"no trial beats these in all of {objectives}: {', '.join(report.choice.front)}")
     if sweep.heat is not None and sweep.heat.rates is not None:
-        say(rates_words(sweep.heat.rates))
+        echo(rates_words(sweep.heat.rates))
     if sweep.stops is not None:
-        say(stops_words(sweep.stops))
-    say(f"best: {settings(report.best)}")
+        echo(stops_words(sweep.stops))
+    echo(f"best: {settings(report.best)}")
     if report.winner is not None:
         _show_winner(spec, report.winner)
     if shadow is not None:
         show_shadow(shadow)
-    say(f"report: {report.page}")
+    echo(f"report: {report.page}")
 
 
 def _show_trials(report: "TuneReport") -> None:
@@ -191,20 +191,20 @@ def _show_winner(spec: "TuneSpec", winner: "Winner") -> None:
     report, root = winner.train, f" --root {root_of(spec)}"
     held_out = f", {report.held_out}" if report.held_out else ""
     took = "reused the finished run" if report.reused else f"{report.steps} steps in {duration(report.wall_s)}"
-    say(f"winner: {report.run_id}, {took}{held_out}; published {report.published}")
+    echo(f"winner: {report.run_id}, {took}{held_out}; published {report.published_name}")
     if report.outcomes is not None:
         show_outcomes(report.outcomes)
     if winner.alias is not None:
         name = f"{spec.train.name}@{winner.alias}"
         if winner.moved:
-            say(f"{name}: {winner.before or 'nothing'} -> {report.version} ({winner.why})")
+            echo(f"{name}: {winner.before or 'nothing'} -> {report.version} ({winner.why})")
             if winner.before:
-                say(f"  back: graftwork adapters rollback {name}{root}")
+                echo(f"  back: graftwork adapters rollback {name}{root}")
         else:
-            say(f"{name} was not moved: {winner.why}")
+            echo(f"{name} was not moved: {winner.why}")
             if winner.before != report.version:
-                say(f"  move it all the same: graftwork adapters promote {report.adapter} {winner.alias}{root}")
+                echo(f"  move it all the same: graftwork adapters promote {report.adapter} {winner.alias}{root}")
     for note in report.notes:
-        say(f"  {note}")
+        echo(f"  {note}")
     if report.page:
-        say(f"report of the winner: {report.page}")
+        echo(f"report of the winner: {report.page}")

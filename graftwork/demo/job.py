@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from graftwork import artifact, base_model, report
-from graftwork.cli.output import duration, gib, print_table, progress_bar, say
+from graftwork.cli.output import duration, echo, gib, print_table, progress_bar
 from graftwork.cli.planning import plan_spec
 from graftwork.cluster.session import Session, session
 from graftwork.demo import records, traffic
@@ -45,7 +45,7 @@ Bar = Callable[[int, int, str], None]
 
 
 @dataclass
-class Job:
+class DemoState:
     """What the stages have found so far."""
 
     specs: DemoSpecs
@@ -71,7 +71,7 @@ class Job:
                 actual_bytes=None if reused else peak_bytes, actual_s=None if reused else wall_s,
             ))  # fmt: skip
         if not self.quiet:
-            say(f"[{stage}] {found} ({'reused' if reused else duration(wall_s)})")
+            echo(f"[{stage}] {found} ({'reused' if reused else duration(wall_s)})")
 
     @contextmanager
     def bar(self, label: str) -> Iterator[Bar]:
@@ -84,7 +84,7 @@ def run_demo(demo: DemoSpec, folder: Path, on: str = "local", *, quiet: bool = F
 
     What is done is reused: runs, sweeps, answers and bases are content-hashed. Raises UserError before anything starts.
     """
-    job = Job(load_specs(demo, folder), quiet)
+    job = DemoState(load_specs(demo, folder), quiet)
     prepare(job)
     plan(job, folder)
     with session(on, num_cpus=_logical_cpus(job.specs)) as here:
@@ -102,7 +102,7 @@ def _logical_cpus(specs: DemoSpecs) -> int:
     return max(psutil.cpu_count() or 1, int(training + specs.serve.num_cpus) + 1)
 
 
-def prepare(job: Job) -> None:
+def prepare(job: DemoState) -> None:
     """Fetch and convert the base, build the recipes: once per machine."""
     started = time.monotonic()
     with job.bar("base and data"):
@@ -111,7 +111,7 @@ def prepare(job: Job) -> None:
     job.done("prepare", started, f"base {base.digest[:12]} verified; {rows}")
 
 
-def plan(job: Job, folder: Path) -> None:
+def plan(job: DemoState, folder: Path) -> None:
     """Predict memory and time of every stage, and refuse what cannot fit."""
     started = time.monotonic()
     lines = plan_spec(job.specs.demo, folder)
@@ -127,7 +127,7 @@ def plan(job: Job, folder: Path) -> None:
     job.done("plan", started, f"{duration(total)} predicted in all, {gib(peak)} at the peak")
 
 
-def tune_stage(job: Job, here: Session) -> None:
+def tune_stage(job: DemoState, here: Session) -> None:
     """The sweep; its winner's keys go into the training runs."""
     started = time.monotonic()
     with job.bar("tune") as bar:
@@ -140,7 +140,7 @@ def tune_stage(job: Job, here: Session) -> None:
              peak_bytes=found.peak_rss_bytes)  # fmt: skip
 
 
-def train_stages(job: Job) -> None:
+def train_stages(job: DemoState) -> None:
     """One adapter after the other, each on all workers."""
     for spec in job.specs.train:
         started = time.monotonic()
@@ -165,7 +165,7 @@ def _trained(found: TrainReport) -> str:
             f"{found.train_loss[-1][1]:.3f}{held_out}, {found.tokens_per_s:.0f} tok/s")  # fmt: skip
 
 
-def serve_stage(job: Job, endpoint: Endpoint) -> None:
+def serve_stage(job: DemoState, endpoint: Endpoint) -> None:
     """Live traffic to the base and every adapter while an update is trained, published and swapped in."""
     started = time.monotonic()
     with job.bar("serve: burst and swap") as bar:
@@ -186,7 +186,7 @@ def serve_stage(job: Job, endpoint: Endpoint) -> None:
              f"{by_version}", peak_bytes=found.engine.get("peak_rss_bytes"))  # fmt: skip
 
 
-def compare_stage(job: Job, endpoint: Endpoint) -> None:
+def compare_stage(job: DemoState, endpoint: Endpoint) -> None:
     """Every arm answers every held-out question on the endpoint that has just served."""
     started = time.monotonic()
     with job.bar("compare") as bar:
@@ -201,7 +201,7 @@ def compare_stage(job: Job, endpoint: Endpoint) -> None:
              reused=found.asked == 0, peak_bytes=found.stats.get("peak_rss_bytes"))  # fmt: skip
 
 
-def report_stage(job: Job) -> DemoReport:
+def report_stage(job: DemoState) -> DemoReport:
     """report.json and report.html beside each other in the job's run folder."""
     started = time.monotonic()
     demo = job.specs.demo
@@ -218,5 +218,5 @@ def report_stage(job: Job) -> DemoReport:
     )  # fmt: skip
     written = report.build(made, store, *key)
     if not job.quiet:
-        say(f"\n{job.compared.advice.sentence}\n\nreport: {written.html_uri}")
+        echo(f"\n{job.compared.advice.sentence}\n\nreport: {written.html_uri}")
     return DemoReport(written.json_uri, written.html_uri, job.compared.advice.sentence)

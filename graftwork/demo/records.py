@@ -3,7 +3,7 @@
 from graftwork.data import read_rows
 from graftwork.demo.specs import DemoSpecs
 from graftwork.report.sweep_records import SweepRecord
-from graftwork.tuning.page import Ended, sweep_record
+from graftwork.tuning.page import SweepEnd, sweep_record
 from graftwork.tuning.run import TuneReport
 from graftwork.tuning.spec import TuneSpec
 
@@ -21,5 +21,5 @@ def build_data(specs: DemoSpecs) -> str:
 
 def tune_record(found: TuneReport, spec: TuneSpec) -> SweepRecord:
     """The sweep as on its own page."""
-    ended = Ended("finished", found.eval_rows, found.sampler, found.wall_s, found.choice, found.reused)
+    ended = SweepEnd("finished", found.eval_rows, found.sampler, found.wall_s, found.choice, found.reused)
     return sweep_record(spec, found.trials, ended)

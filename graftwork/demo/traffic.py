@@ -23,7 +23,7 @@ STAGING = "next"
 
 
 @dataclass(frozen=True)
-class Traffic:
+class TrafficResult:
     """What the endpoint did."""
 
     record: ServingRecord
@@ -38,7 +38,7 @@ def burst_with_update(
     burst: BurstSpec,
     compare: CompareSpec,
     on_progress: Callable[[int, int], None],
-) -> Traffic:
+) -> TrafficResult:
     """Train the update, then send the burst and publish the update under its live alias when half is answered.
 
     Needs an initialised Ray. Requests that fail are counted, not raised.
@@ -49,7 +49,7 @@ def burst_with_update(
     calls = _calls(endpoint, update, burst, compare)
     swap = asyncio.run(swap_under_load(endpoint, store, live, trained.version, calls, concurrency=burst.concurrency))
     engine: dict[str, Any] = asyncio.run(_stats(endpoint))
-    return Traffic(_record(swap, engine), trained, engine)
+    return TrafficResult(_record(swap, engine), trained, engine)
 
 
 def _calls(endpoint: Endpoint, update: TrainSpec, burst: BurstSpec, compare: CompareSpec) -> list[ChatCall]:

@@ -26,7 +26,7 @@ class Correction:
     ratio: float = 1.0
     runs: int = 0
 
-    def said(self) -> str:
+    def part_name(self) -> str:
         """Name of the part that it adds to a plan."""
         return f"correction from {self.runs} earlier {'run' if self.runs == 1 else 'runs'} on this machine"
 
@@ -36,7 +36,7 @@ def kind_of(spec: TrainSpec) -> str:
     return f"{spec.objective.kind} {spec.adapter.kind} {spec.quant.kind}"
 
 
-def known(on: str) -> Mapping[str, Correction]:
+def read_corrections(on: str) -> Mapping[str, Correction]:
     """The correction of each kind of run seen so far on `cpu` or on GPUs of a name."""
     return {kind: Correction(max(1.0, *ratios), len(ratios)) for kind, ratios in _read(on).items()}
 
@@ -54,7 +54,7 @@ def learn(on: str, kind: str, predicted_bytes: int, measured_bytes: int) -> Corr
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(ratios), encoding="utf-8")
     temporary.replace(path)
-    return known(on)[kind]
+    return read_corrections(on)[kind]
 
 
 def _read(on: str) -> dict[str, list[float]]:

@@ -42,7 +42,7 @@ class Pass:
     varied: bool = False
     """Other passes have other shapes."""
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """In words."""
         return f"{self.rows} rows of {self.tokens // self.rows} tokens a forward pass, {self.scored} of them scored"
 

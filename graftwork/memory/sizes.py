@@ -38,7 +38,9 @@ class RowSizes:
     """The rows themselves; None where only their extremes are known."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], trained: Sequence[int], widths: Sequence[int] | None = None) -> "RowSizes":
+    def from_lengths(
+        cls, lengths: Sequence[int], trained: Sequence[int], widths: Sequence[int] | None = None
+    ) -> "RowSizes":
         """From each row's tokens, trained tokens and, where a row is several sequences, its longest sequence."""
         lengths_N, trained_N = np.asarray(lengths, dtype=np.int64), np.asarray(trained, dtype=np.int64)
         each = EachRow(lengths_N, trained_N, lengths_N if widths is None else np.asarray(widths, dtype=np.int64))
@@ -100,7 +102,7 @@ BATCH_TOKENS, BATCH_ROWS = 1024, 16
 
 
 @dataclass(frozen=True)
-class Work:
+class TokenWork:
     """What all items of some parts ask of a model, in tokens."""
 
     read: int = 0
@@ -114,6 +116,6 @@ class Work:
     decoding_steps: float = 0.0
     """Forward passes that write one token of each answer of a batch."""
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """In words."""
         return f"{self.read} tokens weighed, up to {self.written} written"

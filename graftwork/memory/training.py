@@ -76,7 +76,7 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     resident = {"process": PROCESS_BYTES, "base weights": part.weights}
     loading = {} if spec.quant.resident == "dequantised" else loading_bytes(model, spec.quant)
     parts = resident | (step if sum(step.values()) >= sum(loading.values()) else loading)
-    notes = (taken.said(), f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process")
+    notes = (taken.describe(), f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process")
     return MemoryPlan(tuple((name, size) for name, size in parts.items() if size), notes)
 
 
@@ -126,7 +126,7 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     host = {"process": PROCESS_BYTES, "offloaded": part.host}
     return MemoryPlan(
         tuple((name, size) for name, size in parts.items() if size),
-        (taken.said(),),
+        (taken.describe(),),
         tuple((name, size) for name, size in host.items() if size),
     )
 

@@ -57,13 +57,13 @@ def trained_params(model: ModelShape, adapter: AdapterSpec) -> int:
         case FullSpec():
             return model.params
         case Ia3Spec():  # scales of keys and values, and of the input of the MLP's last linear
-            sides = sum(linear.count * linear.outputs for linear in model.named((*KEYS, *VALUES)))
-            return sides + sum(linear.count * linear.inputs for linear in model.named(MLP_ENDS))
+            sides = sum(linear.count * linear.outputs for linear in model.match_layers((*KEYS, *VALUES)))
+            return sides + sum(linear.count * linear.inputs for linear in model.match_layers(MLP_ENDS))
         case PrefixSpec():
             return model.layers * 2 * model.kv_size * adapter.tokens
         case BottleneckSpec():  # down and up with their biases
             ends = MLP_ENDS if adapter.placement == "pfeiffer" else (*MLP_ENDS, *ATTENTION_ENDS)
-            widths = ((linear.count, linear.outputs) for linear in model.named(ends))
+            widths = ((linear.count, linear.outputs) for linear in model.match_layers(ends))
             return sum(count * (2 * width * adapter.size + adapter.size + width) for count, width in widths)
 
 

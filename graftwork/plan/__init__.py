@@ -9,22 +9,22 @@ vendor's figure of a GPU), calibrated with `benchmarks/memory_plan.py` on SmolLM
 from graftwork.plan.gpus import GPUS, Gpu, gpu_called, gpu_here, named_gpu
 from graftwork.plan.hardware import Machine
 from graftwork.plan.seconds import RAY_TUNE_START_S, START_S, evaluation_seconds, step_seconds
-from graftwork.plan.serving import Answers, answers_seconds, plan_serving
-from graftwork.plan.settle import has_auto, settle
-from graftwork.plan.stage import StagePlan, charged, verdict_of, worker_memory
+from graftwork.plan.serving import RequestLoad, answers_seconds, plan_serving
+from graftwork.plan.settle import has_auto, resolve_auto
+from graftwork.plan.stage import StagePlan, charge_bytes, verdict_of, worker_memory
 from graftwork.plan.training import plan_training
-from graftwork.plan.ways_out import training_ways_out
+from graftwork.plan.ways_out import suggest_training_changes
 
 __all__ = [
     "GPUS",
     "RAY_TUNE_START_S",
     "START_S",
-    "Answers",
     "Gpu",
     "Machine",
+    "RequestLoad",
     "StagePlan",
     "answers_seconds",
-    "charged",
+    "charge_bytes",
     "evaluation_seconds",
     "gpu_called",
     "gpu_here",
@@ -32,9 +32,9 @@ __all__ = [
     "named_gpu",
     "plan_serving",
     "plan_training",
-    "settle",
+    "resolve_auto",
     "step_seconds",
-    "training_ways_out",
+    "suggest_training_changes",
     "verdict_of",
     "worker_memory",
 ]

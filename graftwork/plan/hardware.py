@@ -7,7 +7,7 @@ from graftwork.base_model import QuantSpec
 from graftwork.errors import BaseModelError
 from graftwork.machine import Speed, available_memory, cores, measure_speed
 from graftwork.memory import FP32, GIB
-from graftwork.memory.measured import Correction, known
+from graftwork.memory.measured import Correction, read_corrections
 from graftwork.memory.sizes import BF16
 from graftwork.plan.gpus import Gpu
 
@@ -36,14 +36,14 @@ class Machine:
     """What runs on it have shown of predicted peaks of training, by kind of run."""
 
     @classmethod
-    def here(cls, value_bytes: int = FP32) -> "Machine":
+    def detect(cls, value_bytes: int = FP32) -> "Machine":
         """This machine as it is now. Probes its speed the first time."""
-        return cls(cores(), available_memory(), measure_speed(), value_bytes, peaks=known("cpu"))
+        return cls(cores(), available_memory(), measure_speed(), value_bytes, peaks=read_corrections("cpu"))
 
     @classmethod
     def with_gpus(cls, gpu: Gpu) -> "Machine":
         """One that has such GPUs. Nothing is probed; its cores are taken to be slow ones."""
-        return cls(cores(), gpu.memory_bytes, ANY_CORE, BF16 if gpu.has_bf16 else FP32, gpu, known(gpu.name))
+        return cls(cores(), gpu.memory_bytes, ANY_CORE, BF16 if gpu.has_bf16 else FP32, gpu, read_corrections(gpu.name))
 
     def at(self, quant: QuantSpec) -> "Machine":
         """With the compute dtype that a stage gets here. Raises BaseModelError for one without units on the GPU."""
@@ -59,7 +59,7 @@ class Machine:
         wide = quant.dtype == "float32" or not self.gpu.has_bf16
         return replace(self, value_bytes=FP32 if wide else BF16)
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """In words."""
         if self.gpu is not None:
             dtype = "bfloat16" if self.value_bytes == BF16 else "float32"

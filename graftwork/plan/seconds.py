@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from graftwork.memory import RowSizes, micro_batch
-from graftwork.memory.sizes import BF16, FP32, Work
+from graftwork.memory.sizes import BF16, FP32, TokenWork
 from graftwork.memory.weights import trained_params
 from graftwork.model_shape import ModelShape
 from graftwork.plan.gpus import Gpu
@@ -137,7 +137,7 @@ def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machi
     return machine.core_s(flops / spec.num_workers, TRAIN_EFFICIENCY) / machine.pace(processes, spec.cpus_per_worker)
 
 
-def outcomes_seconds(spec: TrainSpec, model: ModelShape, work: Work, machine: Machine, processes: int) -> float:
+def outcomes_seconds(spec: TrainSpec, model: ModelShape, work: TokenWork, machine: Machine, processes: int) -> float:
     """Measuring `work` once, shared among a run's workers: continuations weighed, answers written to their most."""
     weighed = (work.read + work.prompts) * 2 * model.linear_params + work.weighed * 2 * model.head_params
     written = work.written * 2 * (model.linear_params + model.head_params)

@@ -27,7 +27,7 @@ LAYER_S = 1.7e-3
 
 
 @dataclass(frozen=True)
-class Answers:
+class RequestLoad:
     """Requests to one replica, on average."""
 
     count: int
@@ -36,7 +36,7 @@ class Answers:
     parts: tuple[str, ...] = ()
     """Kinds of requests that are counted, in words."""
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """In words."""
         parts = f": {', '.join(self.parts)}" if self.parts else ""
         whole = f"{self.count} requests, prompts of {self.prompt_tokens:.0f} tokens, answers of {self.new_tokens:.0f}"
@@ -52,7 +52,7 @@ def plan_serving(
     *,
     adapters: Sequence[int] = (),
     dequantised: bool = False,
-    answers: Answers | None = None,
+    answers: RequestLoad | None = None,
     num_cpus: float = 1.0,
     replicas: int = 1,
     embedder: MemoryPlan | None = None,
@@ -90,17 +90,17 @@ def plan_serving(
         verdict=verdict_of(needed(memory), machine, ways_out),
         parts=memory.parts,
         assumptions=(
-            *((answers.said(),) if answers else ()),
+            *((answers.describe(),) if answers else ()),
             *((f"the embedder takes {beside // MIB} MiB in a process of its own",) if embedder else ()),
             *memory.assumptions,
-            machine.said(),
+            machine.describe(),
         ),
         host_bytes_per_process=memory.host_bytes,
     )
 
 
 def answers_seconds(
-    answers: Answers, model: ModelShape, engine: EngineSpec, machine: Machine, num_cpus: float
+    answers: RequestLoad, model: ModelShape, engine: EngineSpec, machine: Machine, num_cpus: float
 ) -> float:
     """Prompts computed and answers decoded in full batches by one replica."""
     if machine.gpu is not None:
@@ -116,7 +116,7 @@ def answers_seconds(
     return machine.core_s(prompt_flops, PROMPT_EFFICIENCY) / pace + steps * step_s
 
 
-def _gpu_seconds(answers: Answers, model: ModelShape, engine: EngineSpec, machine: Machine, gpu: Gpu) -> float:
+def _gpu_seconds(answers: RequestLoad, model: ModelShape, engine: EngineSpec, machine: Machine, gpu: Gpu) -> float:
     """A decoding step reads all weights once, whatever the number of its rows, until their products take longer."""
     rate = (gpu.tflops if machine.value_bytes == BF16 else gpu.fp32_tflops) * 1e12
     prompts_s = 2 * model.linear_params * answers.count * answers.prompt_tokens / (rate * GPU_PROMPTS)

@@ -8,8 +8,8 @@ from graftwork.memory import GIB, RowSizes, micro_batch
 from graftwork.model_shape import ModelShape
 from graftwork.plan.hardware import Machine
 from graftwork.plan.seconds import step_seconds
-from graftwork.plan.stage import HEADROOM, charged, fits, of_room, worker_memory
-from graftwork.plan.ways_out import training_ways_out
+from graftwork.plan.stage import HEADROOM, charge_bytes, fits, of_room, worker_memory
+from graftwork.plan.ways_out import suggest_training_changes
 from graftwork.training.adapter_spec import PrefixSpec
 from graftwork.training.spec import TrainSpec
 
@@ -18,7 +18,7 @@ EQUALLY_FAST = 1.01
 
 
 @dataclass(frozen=True)
-class Settled:
+class AutoResult:
     """A spec without `auto`, and why it is as it is."""
 
     spec: TrainSpec
@@ -42,24 +42,24 @@ def _form_is_open(spec: TrainSpec) -> bool:
     return spec.quant.kind == "nf4" and spec.quant.resident == "auto" and not spec.gpus
 
 
-def settle(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> Settled:
+def resolve_auto(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> AutoResult:
     """Replace `auto` in `optim` and `quant.resident`.
 
     Raises ConfigError where nothing fits, with the cheapest change that would.
     """
     if not has_auto(spec):
-        return Settled(spec)
+        return AutoResult(spec)
     if model.unplanned and "auto" not in (spec.optim.micro_batch, spec.optim.gradient_checkpointing):
-        return Settled(spec.with_({"quant.resident": "packed"}), (f"nf4 stays packed: {model.unplanned}",))
-    found = [_weighed(one, model, rows, machine) for one in _candidates(spec)]
+        return AutoResult(spec.with_({"quant.resident": "packed"}), (f"nf4 stays packed: {model.unplanned}",))
+    found = [_predict_candidate(one, model, rows, machine) for one in _candidates(spec)]
     fitting = [one for one in found if fits(one.bytes, machine)]
     if not fitting and "auto" not in (spec.optim.micro_batch, spec.optim.gradient_checkpointing):
-        return Settled(spec)  # it was asked for as it is; `plan` says that it may not fit
+        return AutoResult(spec)  # it was asked for as it is; `plan` says that it may not fit
     if not fitting:
         raise _nothing_fits(spec, min(found, key=lambda one: one.bytes), model, rows, machine)
     fastest = min(one.step_s for one in fitting)
     best = min((one for one in fitting if one.step_s <= EQUALLY_FAST * fastest), key=lambda one: one.bytes)
-    return Settled(best.spec, tuple(_reasons(spec, best, machine)))
+    return AutoResult(best.spec, tuple(_reasons(spec, best, machine)))
 
 
 def _candidates(spec: TrainSpec) -> Iterator[TrainSpec]:
@@ -77,10 +77,10 @@ def _candidates(spec: TrainSpec) -> Iterator[TrainSpec]:
                 yield spec.with_(keys)
 
 
-def _weighed(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> _Candidate:
+def _predict_candidate(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> _Candidate:
     peak = worker_memory(spec, model, rows, machine).peak_bytes
     step_s = step_seconds(spec, model, rows, machine, spec.num_workers)
-    return _Candidate(spec, charged(peak, spec.num_workers, machine), step_s)
+    return _Candidate(spec, charge_bytes(peak, spec.num_workers, machine), step_s)
 
 
 def _reasons(asked: TrainSpec, best: _Candidate, machine: Machine) -> Iterator[str]:
@@ -98,7 +98,7 @@ def _reasons(asked: TrainSpec, best: _Candidate, machine: Machine) -> Iterator[s
 def _nothing_fits(
     spec: TrainSpec, least: _Candidate, model: ModelShape, rows: RowSizes, machine: Machine
 ) -> ConfigError:
-    ways = (way for way, size in training_ways_out(least.spec, model, rows, machine) if fits(size, machine))
+    ways = (way for way, size in suggest_training_changes(least.spec, model, rows, machine) if fits(size, machine))
     way = next(ways, None)
     return ConfigError(
         f"{spec.name}: optim.micro_batch={spec.optim.micro_batch}, "

@@ -53,10 +53,10 @@ def worker_memory(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: M
     plan = predict_training(spec, model, rows, value_bytes=machine.value_bytes)
     correction = machine.peaks.get(kind_of(spec), Correction())
     added = round(plan.peak_bytes * (correction.ratio - 1))
-    return replace(plan, parts=(*plan.parts, (correction.said(), added))) if added > 0 else plan
+    return replace(plan, parts=(*plan.parts, (correction.part_name(), added))) if added > 0 else plan
 
 
-def charged(peak_bytes: int, processes: int, machine: Machine) -> int:
+def charge_bytes(peak_bytes: int, processes: int, machine: Machine) -> int:
     """Bytes to hold against `machine.memory_bytes`: processes share a machine's memory, and have a GPU each."""
     return peak_bytes if machine.gpu is not None else peak_bytes * processes
 
@@ -73,7 +73,7 @@ def of_room(charged_bytes: int, machine: Machine) -> str:
 
 
 def verdict_of(charged_bytes: int, machine: Machine, ways_out: Iterable[tuple[str, int]]) -> str:
-    """`fits`, or what it needs of what there is and the nearest change that fits. Bytes as `charged` gives them."""
+    """`fits`, or what it needs of what there is and the nearest change that fits. Bytes as `charge_bytes` gives them."""
     if fits(charged_bytes, machine):
         return "fits"
     needs = f"needs {of_room(charged_bytes, machine)}"

@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator
 
 from graftwork.memory import GIB, RowSizes
-from graftwork.memory.sizes import Work
+from graftwork.memory.sizes import TokenWork
 from graftwork.model_shape import ModelShape
 from graftwork.plan.hardware import Machine
 from graftwork.plan.seconds import RAY_TRAIN_START_S, START_S, evaluation_seconds, outcomes_seconds, step_seconds
-from graftwork.plan.settle import settle
-from graftwork.plan.stage import StagePlan, charged, verdict_of, worker_memory
-from graftwork.plan.ways_out import training_ways_out
+from graftwork.plan.settle import resolve_auto
+from graftwork.plan.stage import StagePlan, charge_bytes, verdict_of, worker_memory
+from graftwork.plan.ways_out import suggest_training_changes
 from graftwork.training.spec import TrainSpec
 
 
@@ -20,13 +20,13 @@ def plan_training(
     rows: RowSizes,
     held_out: RowSizes | None,
     machine: Machine,
-    outcomes: Work | None = None,
+    outcomes: TokenWork | None = None,
 ) -> StagePlan:
     """A run of `train`. `rows` and `held_out`: sizes of the rendered rows. `outcomes`: measured before and after.
 
-    Raises ConfigError as `settle` does.
+    Raises ConfigError as `resolve_auto` does.
     """
-    settled = settle(spec, model, rows, machine)
+    settled = resolve_auto(spec, model, rows, machine)
     spec, workers = settled.spec, settled.spec.num_workers
     steps = max(1, math.ceil(spec.optim.epochs * rows.count / spec.optim.rows_per_step - 1e-9))
     evals = math.ceil(steps / spec.eval_every)
@@ -43,19 +43,21 @@ def plan_training(
         peak_bytes_per_process=peak,
         total_bytes=peak * workers,
         seconds=start_s + steps * step_s + evals * eval_s + outcomes_s,
-        verdict=verdict_of(charged(peak, workers, machine), machine, training_ways_out(spec, model, rows, machine)),
+        verdict=verdict_of(
+            charge_bytes(peak, workers, machine), machine, suggest_training_changes(spec, model, rows, machine)
+        ),
         parts=memory.parts,
         assumptions=(
             f"{steps} steps of {spec.optim.rows_per_step} rows",
             *settled.notes,
             *memory.assumptions,
             *(
-                (f"outcomes take {outcomes_s:.0f} s: {outcomes.said()}, before and after",)
+                (f"outcomes take {outcomes_s:.0f} s: {outcomes.describe()}, before and after",)
                 if outcomes and outcomes_s
                 else ()
             ),
             *host,
-            machine.said(),
+            machine.describe(),
         ),
         step_s=step_s,
         warnings=tuple(_warnings(spec, machine)),

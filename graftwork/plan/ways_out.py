@@ -7,7 +7,7 @@ from graftwork.errors import ConfigError
 from graftwork.memory import RowSizes, micro_batch
 from graftwork.model_shape import ModelShape
 from graftwork.plan.hardware import Machine
-from graftwork.plan.stage import charged, worker_memory
+from graftwork.plan.stage import charge_bytes, worker_memory
 from graftwork.training.adapter_spec import FullSpec, PrefixSpec
 from graftwork.training.spec import TrainSpec
 
@@ -15,7 +15,7 @@ MOST_WORKERS = 64
 Change = dict[str, Any]
 
 
-def training_ways_out(
+def suggest_training_changes(
     spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine
 ) -> Iterator[tuple[str, int]]:
     """(a setting, bytes to hold against the machine's memory with it). A change that the spec refuses is left out."""
@@ -25,11 +25,11 @@ def training_ways_out(
             peak = worker_memory(changed, model, rows, machine.at(changed.quant)).peak_bytes
         except ConfigError:
             continue
-        yield _said(change), charged(peak, changed.num_workers, machine)
+        yield _set_options(change), charge_bytes(peak, changed.num_workers, machine)
     for share in (0.75, 0.5, 0.25):
         length, shorter = rows.without_longer(share)
         peak = worker_memory(spec, model, shorter, machine).peak_bytes
-        yield f"max_length={length} (longer rows are dropped)", charged(peak, spec.num_workers, machine)
+        yield f"max_length={length} (longer rows are dropped)", charge_bytes(peak, spec.num_workers, machine)
 
 
 def _changes(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
@@ -76,7 +76,7 @@ def _workers(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
         yield from ({"num_workers": n, "strategy": {"kind": "zero3"}} for n in more)
 
 
-def _said(change: Change) -> str:
+def _set_options(change: Change) -> str:
     """As `--set` takes them."""
     said = []
     for key, value in change.items():

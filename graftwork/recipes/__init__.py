@@ -41,7 +41,7 @@ class Built:
     about: Mapping[str, Any]
 
 
-class Recipe(Protocol):
+class DatasetRecipe(Protocol):
     """A module of this folder. `make` is pure: equal source, equal bytes."""
 
     SOURCE: PackageFile | PythonSource
@@ -55,19 +55,19 @@ def build(name: str, on_progress: Progress | None = None) -> Path:
     if name not in RECIPES:
         raise DataError(f"recipe {name!r}", "there is none of this name", f"recipes are {', '.join(sorted(RECIPES))}",
                         "write recipe://NAME/FILE")  # fmt: skip
-    recipe: Recipe = importlib.import_module(RECIPES[name])
+    recipe: DatasetRecipe = importlib.import_module(RECIPES[name])
     folder = cache_root() / "recipes" / f"{name}-{_identity(recipe)}"
     return build_once(folder, lambda empty: _write(recipe, name, _content(recipe, on_progress), empty))
 
 
-def _identity(recipe: Recipe) -> str:
+def _identity(recipe: DatasetRecipe) -> str:
     """Short digest of source and code: a changed recipe gets a new folder."""
     code = [Path(str(path)).read_bytes() for path in (recipe.__file__, __file__)]  # type: ignore[attr-defined]
     parts = [recipe.SOURCE.sha256 or "", *(hashlib.sha256(text).hexdigest() for text in code)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
-def _content(recipe: Recipe, on_progress: Progress | None) -> bytes:
+def _content(recipe: DatasetRecipe, on_progress: Progress | None) -> bytes:
     source = recipe.SOURCE
     return source.read() if isinstance(source, PythonSource) else fetch(source, on_progress).read_bytes()
 
@@ -77,7 +77,7 @@ def split_of(name: str) -> str:
     return {0: "eval", 1: "valid"}.get(hashlib.sha256(name.encode()).digest()[0] % 8, "train")
 
 
-def _write(recipe: Recipe, name: str, source: bytes, folder: Path) -> None:
+def _write(recipe: DatasetRecipe, name: str, source: bytes, folder: Path) -> None:
     built = recipe.make(source)
     card = {
         "recipe": name,

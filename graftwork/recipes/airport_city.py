@@ -62,13 +62,15 @@ def make(source: bytes) -> Built:
 def _facts(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Airports of one name each, in cities of their own that the name does not give away."""
     named = Counter(card["name"] for card in cards)
-    fitting = [card for card in cards if airport_card.askable(card) and named[card["name"]] == 1 and not _told(card)]
+    fitting = [
+        card for card in cards if airport_card.askable(card) and named[card["name"]] == 1 and not _names_its_city(card)
+    ]
     by_city = {card["city"]: card for card in fitting}
     chosen = random.Random(_SEED).sample(sorted(by_city), FACTS)
     return [by_city[city] for city in chosen]
 
 
-def _told(card: dict[str, Any]) -> bool:
+def _names_its_city(card: dict[str, Any]) -> bool:
     """A word of the city stands in the name."""
     named = card["name"].casefold()
     return any(word in named for word in card["city"].casefold().split())

@@ -21,8 +21,8 @@ from graftwork.report.records import (
     Lift,
     PlanRow,
     SampleAnswer,
-    Series,
     StageTime,
+    StepSeries,
     SwapRecord,
     TrainRun,
 )
@@ -32,7 +32,7 @@ Tick = tuple[float, str]
 
 
 @dataclass(frozen=True)
-class Row:
+class ArmRow:
     """One arm in a panel."""
 
     name: str
@@ -45,7 +45,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Panel:
+class MetricPanel:
     """All arms on one metric."""
 
     metric: str
@@ -54,7 +54,7 @@ class Panel:
     advice: str
     groups: str
     """Arms that the tests do not tell apart; empty where they tell all apart."""
-    rows: tuple[Row, ...]
+    rows: tuple[ArmRow, ...]
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,21 @@ class Chart:
     y_ticks: tuple[Tick, ...]
 
 
-def panels(report: CompareReport) -> list[Panel]:
+def panels(report: CompareReport) -> list[MetricPanel]:
     """The metrics of the advice (facts, form and both) as small multiples, the baseline marked in each."""
     advice = {found.metric: found for found in report.advice.metrics}
-    return [Panel(metric.name, metric.unit, metric.meaning, advice[metric.name].sentence,
+    return [MetricPanel(metric.name, metric.unit, metric.meaning, advice[metric.name].sentence,
                   words.tied(advice[metric.name].groups), tuple(_row(arm, metric.name, report) for arm in report.arms))
             for metric in report.metrics if metric.name in advice]  # fmt: skip
 
 
-def _row(arm: ArmReport, metric: str, report: CompareReport) -> Row:
+def _row(arm: ArmReport, metric: str, report: CompareReport) -> ArmRow:
     score = arm.scores[metric]
     baseline = next(other for other in report.arms if other.name == report.baseline)
     title = f"{arm.name}: {words.score(score.value)} {words.interval(score.low, score.high)}\n{score.signature}"
     track = interval_track(Mark(score.value, score.low, score.high, arm.kind, title), Scale(0, 1),
                            baseline.scores[metric].value)  # fmt: skip
-    return Row(arm.name, arm.kind, arm.name == report.baseline, track, words.score(score.value),
+    return ArmRow(arm.name, arm.kind, arm.name == report.baseline, track, words.score(score.value),
                words.interval(score.low, score.high), score.signature)  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def run_chart(run: TrainRun) -> Chart | None:
     return curves(lines, "optimizer step", "loss")
 
 
-def series_chart(series: Series) -> Chart | None:
+def series_chart(series: StepSeries) -> Chart | None:
     """A kind's own figure; None where no value is finite."""
     return curves([Line(series.points, "train", series.name)], "optimizer step", series.name, lowest=-math.inf)
 

@@ -49,7 +49,7 @@ class Change(Record):
     signature: str
 
 
-class Written(Record):
+class GeneratedText(Record):
     """What was written to one prompt."""
 
     part: str
@@ -67,7 +67,7 @@ class OutcomesReport(Record):
     family: int
     changes: tuple[Change, ...]
     metrics: tuple[MetricInfo, ...]
-    written: tuple[Written, ...]
+    written: tuple[GeneratedText, ...]
     """The answers to instructions and held-out rows that changed from right to wrong or back, some of each."""
     notes: tuple[str, ...] = ()
 

@@ -33,7 +33,7 @@ class ChangeRow:
     axis: tuple[Tick, ...]
 
 
-def counted(test: PairedTest) -> str:
+def format_count(test: PairedTest) -> str:
     """`24 in 9 clusters`: the questions, and what of them is independent where that is fewer."""
     return f"{test.questions}" if test.n == test.questions else f"{test.questions} in {test.n} clusters"
 

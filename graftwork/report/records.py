@@ -326,7 +326,7 @@ class CompareReport(Record):
 # Training.
 
 
-class Series(Record):
+class StepSeries(Record):
     """A figure of a kind's own, by optimizer step."""
 
     name: str
@@ -355,7 +355,7 @@ class TrainRun(Record):
     """Short, e.g. `LoRA r16 on nf4, lr 2e-3`."""
     workers: int = 1
     reused: bool = False
-    series: tuple[Series, ...] = ()
+    series: tuple[StepSeries, ...] = ()
     notes: tuple[str, ...] = ()
 
 

@@ -9,7 +9,6 @@ from markupsafe import Markup
 from graftwork.report import words
 from graftwork.report.plots import Mark, Scale, interval_track
 from graftwork.report.sweep_plots import (
-    above,
     front_chart,
     heat_rows,
     importance_tracks,
@@ -19,6 +18,7 @@ from graftwork.report.sweep_plots import (
     style,
     timeline,
     title,
+    trials_above_axis,
     trials_chart,
 )
 from graftwork.report.sweep_records import (
@@ -36,7 +36,16 @@ from graftwork.report.sweep_records import (
 )
 
 __all__ = [
-    "above", "front_chart", "heat_rows", "importance_tracks", "loss", "parallel", "short", "style", "timeline", "title",
+    "front_chart",
+    "heat_rows",
+    "importance_tracks",
+    "loss",
+    "parallel",
+    "short",
+    "style",
+    "timeline",
+    "title",
+    "trials_above_axis",
     "trials_chart",
 ]  # fmt: skip
 
@@ -120,7 +129,7 @@ def timeline_words(sweep: SweepRecord) -> str:
 
 def curves_words(sweep: SweepRecord) -> str:
     """From where on the chosen trial led, and how many curves are not in the picture."""
-    out, ahead = above(sweep), _leads_from(sweep)
+    out, ahead = trials_above_axis(sweep), _leads_from(sweep)
     lead = "No trial was chosen" if sweep.best is None else "The chosen trial was not the lowest at its last step"
     if ahead is not None:
         lead = f"The chosen trial had the lowest loss from step {ahead} on"
@@ -264,4 +273,4 @@ def remarks(trial: SweepTrial) -> str:
 
 
 def _values(trial: SweepTrial) -> str:
-    return ", ".join(f"{short(key)} {words.plain(value)}" for key, value in trial.values.items())
+    return ", ".join(f"{short(key)} {words.format_setting(value)}" for key, value in trial.values.items())

@@ -63,7 +63,7 @@ def short(key: str) -> str:
 
 def title(trial: SweepTrial) -> str:
     """`rank 16, lr 0.002 (stopped at step 4, loss 1.234)`."""
-    values = ", ".join(f"{short(key)} {words.plain(value)}" for key, value in trial.values.items())
+    values = ", ".join(f"{short(key)} {words.format_setting(value)}" for key, value in trial.values.items())
     stood = f" at step {trial.last_step}, loss {loss(trial.last_loss)}" if trial.losses else ""
     return f"{values} ({trial.state}{stood})"
 
@@ -95,7 +95,7 @@ def trials_chart(sweep: SweepRecord) -> Chart | None:
     return curves(lines, "optimizer step", "held-out loss", highest=highest(sweep))
 
 
-def above(sweep: SweepRecord) -> int:
+def trials_above_axis(sweep: SweepRecord) -> int:
     """Trials that end above the loss axis, or have no loss."""
     top = highest(sweep)
     return sum(not (trial.last_loss is not None and trial.last_loss <= top) for trial in sweep.trials)
@@ -196,7 +196,7 @@ def listed(key: SweepKey) -> list[Plain]:
 def key_ticks(key: SweepKey) -> tuple[Tick, ...]:
     """The listed values; of a range its ends, and the powers of ten or round numbers between."""
     if key.values:
-        return tuple((position(key, value), words.plain(value)) for value in listed(key))
+        return tuple((position(key, value), words.format_setting(value)) for value in listed(key))
     assert key.low is not None
     assert key.high is not None
     powers = range(math.ceil(math.log10(key.low)), math.floor(math.log10(key.high)) + 1) if key.log else ()

@@ -140,7 +140,7 @@ def count(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
 
 
-def plain(value: object) -> str:
+def format_setting(value: object) -> str:
     """A setting: short floats, empty as a dash."""
     if isinstance(value, bool) or value is None:
         return NONE if value is None else str(value).lower()
@@ -162,9 +162,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
             lines += flat(value, f"{name}.")
         elif isinstance(value, list | tuple):
-            lines.append((name, ", ".join(plain(item) for item in value) or NONE))
+            lines.append((name, ", ".join(format_setting(item) for item in value) or NONE))
         else:
-            lines.append((name, plain(value)))
+            lines.append((name, format_setting(value)))
     return lines
 
 

@@ -78,7 +78,7 @@ class LiveRetriever:
             except StorageError as error:  # what is open here still answers
                 self._looked_at = time.monotonic()
                 log.warning("index %s: could not be looked up, version %s goes on: %s", self._home.store.uri,
-                            self._manifest.version, error.found)  # fmt: skip
+                            self._manifest.version, error.problem)  # fmt: skip
             finally:
                 self._lock.release()
         return self._retriever

@@ -86,7 +86,7 @@ def _document(uri: str, name: str, content: bytes, chunk: ChunkSpec) -> list[Pas
     except DataError as error:
         if uri.endswith(name):
             raise
-        raise DataError(f"{uri}: {error.asked}", error.found, error.rule, error.next_move) from error
+        raise DataError(f"{uri}: {error.subject}", error.problem, error.rule, error.hint) from error
 
 
 def _files(uri: str) -> Iterator[tuple[str, bytes]]:

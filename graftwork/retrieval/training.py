@@ -4,14 +4,14 @@ import random
 from collections.abc import Callable
 
 from graftwork.chat import Passage
-from graftwork.data import ContextSpec, Row
+from graftwork.data import ContextSpec, DatasetRow
 from graftwork.errors import DataError
 from graftwork.retrieval.hit import Retriever
 from graftwork.retrieval.retriever import open_retriever
 from graftwork.retrieval.spec import RetrieverSpec
 
 
-def training_context(spec: ContextSpec, seed: int) -> Callable[[Row], tuple[Passage, ...]]:
+def training_context(spec: ContextSpec, seed: int) -> Callable[[DatasetRow], tuple[Passage, ...]]:
     """Row -> the passages it is trained with: gold and distractors in the order the retriever ranks them.
 
     Distractors are what the retriever finds beside the gold passage, so they are of the kind that it will bring when
@@ -22,7 +22,7 @@ def training_context(spec: ContextSpec, seed: int) -> Callable[[Row], tuple[Pass
     return lambda row: _training_context(row, spec, seed, index)
 
 
-def _training_context(row: Row, spec: ContextSpec, seed: int, index: Retriever) -> tuple[Passage, ...]:
+def _training_context(row: DatasetRow, spec: ContextSpec, seed: int, index: Retriever) -> tuple[Passage, ...]:
     chance = random.Random(f"{seed} {row.id}")
     plain, with_gold = chance.random() < spec.plain_rate, chance.random() < spec.gold_rate
     gold = index.get(row.doc_id) if row.doc_id is not None else None

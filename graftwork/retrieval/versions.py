@@ -50,7 +50,7 @@ class IndexManifest(BaseModel):
     created_at: float
 
 
-class Choice(BaseModel):
+class RetrieverChoice(BaseModel):
     """What `graftwork rag eval` found to be best on a version of an index."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,7 +61,7 @@ class Choice(BaseModel):
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedIndex:
     """An index made current, and what it took."""
 
     manifest: IndexManifest
@@ -84,7 +84,7 @@ class IndexHome:
         self.store = store
 
     @classmethod
-    def of(cls, root: str, name: str) -> "IndexHome":
+    def from_root(cls, root: str, name: str) -> "IndexHome":
         """The index `name` of a root."""
         return cls(Store(Store(root).path("indexes", name)))
 
@@ -119,13 +119,13 @@ class IndexHome:
 
         return build_once(self._copy(manifest.version), download)
 
-    def choice(self) -> Choice | None:
+    def choice(self) -> RetrieverChoice | None:
         """What was chosen for the current version; None: nothing was measured on it."""
         data = self.store.find_bytes("choice.json")
-        found = Choice.model_validate_json(data) if data else None
+        found = RetrieverChoice.model_validate_json(data) if data else None
         return found if found and found.version == self.current().version else None
 
-    def choose(self, choice: Choice) -> None:
+    def choose(self, choice: RetrieverChoice) -> None:
         """Let retrievers of kind `auto` do what was found to be best."""
         self.store.write_bytes(json_bytes(choice.model_dump()), "choice.json")
 
@@ -138,7 +138,7 @@ class IndexHome:
         sources: Sequence[str],
         embedder: tuple[str, QueryEmbedder] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Published:
+    ) -> PublishedIndex:
         """Make the index of these passages current; what the version before it holds of them is taken over.
 
         Those who search meanwhile get the old version or the new one, whole. Raises StorageError.
@@ -154,14 +154,14 @@ class IndexHome:
         if before and before.version == version and self.store.exists("versions", version, "manifest.json"):
             if before.made_from != made_from:
                 self._name(manifest)
-            return Published(manifest, self.store.uri, 0, 0, len(passages), 0, True)
+            return PublishedIndex(manifest, self.store.uri, 0, 0, len(passages), 0, True)
         with TemporaryDirectory(prefix="graftwork-index-") as temporary:
             made = self._make(Path(temporary), passages, before, embedder, on_progress)
             self.store.upload(Path(temporary), "versions", version)
         self.store.write_bytes(json_bytes(manifest.model_dump()), "versions", version, "manifest.json")
         self._name(manifest)
         self._forget_old()
-        return Published(manifest, self.store.uri, *made, False)
+        return PublishedIndex(manifest, self.store.uri, *made, False)
 
     def _make(
         self,

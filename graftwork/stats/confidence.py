@@ -12,7 +12,7 @@ from graftwork.stats.running import sums
 
 
 @dataclass(frozen=True)
-class Evidence:
+class SequentialEvidence:
     """What a sequence says at one n."""
 
     n: int
@@ -91,11 +91,11 @@ class BettingSequence:
         self._sums = sums(self._sums, np.stack([values, values * values], axis=1))[1][-1]
 
     @property
-    def evidence(self) -> Evidence:
+    def evidence(self) -> SequentialEvidence:
         """Where it stands. No mean left (drift, or bad luck once in 1 / alpha): the last two that were refuted."""
         ends = [-1.0, *map(float, self._test.nulls), 1.0]
         low, high = sorted((ends[self._first], ends[self._last + 2]))
-        return Evidence(self._n, float(self._sums[0]), float(self._sums[1]), low, high, self._most)
+        return SequentialEvidence(self._n, float(self._sums[0]), float(self._sums[1]), low, high, self._most)
 
 
 class AsymptoticSequence:
@@ -134,7 +134,7 @@ class AsymptoticSequence:
         self._high = min(self._high, float(np.min(total / n + half)))
 
     @property
-    def evidence(self) -> Evidence:
+    def evidence(self) -> SequentialEvidence:
         """Where it stands; no interval before n = 100."""
         low, high = min(self._low, self._high), max(self._low, self._high)
-        return Evidence(self._n, float(self._sums[0]), float(self._sums[1]), low, high, self._most)
+        return SequentialEvidence(self._n, float(self._sums[0]), float(self._sums[1]), low, high, self._most)

@@ -15,15 +15,15 @@ its request the fetch, not its place. A slot is held only while a request runs. 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from graftwork.serving.engine.seats import Seats
+from graftwork.serving.engine.seats import AdapterSlots
 from graftwork.serving.engine.sequence import RunningRequest
 
 
 class Admission:
     """The order in which waiting requests are offered a row."""
 
-    def __init__(self, seats: Seats, *, max_batch: int) -> None:
-        self._seats = seats
+    def __init__(self, seats: AdapterSlots, *, max_batch: int) -> None:
+        self._slots = seats
         self._bypass = max_batch
         self._share = max(1, max_batch // 2)
         self._rows: Counter[str | None] = Counter()
@@ -61,13 +61,13 @@ class Admission:
         if version is None:
             return False
         waits = closed.get(version)
-        return not self._seats.free_for(version) or (waits is not None and waits.arrival < request.arrival)
+        return not self._slots.can_acquire(version) or (waits is not None and waits.arrival < request.arrival)
 
     def _closed(self, waiting: Sequence[RunningRequest]) -> dict[str, RunningRequest]:
         """{busy version: the request that was passed too often and waits for its slot}."""
         overdue: dict[str, RunningRequest] = {}
         for request in waiting:
             version = request.version
-            if version is not None and request.passed >= self._bypass and not self._seats.free_for(version):
+            if version is not None and request.passed >= self._bypass and not self._slots.can_acquire(version):
                 overdue.setdefault(version, request)
-        return dict(zip(self._seats.by_rows(), overdue.values(), strict=False))
+        return dict(zip(self._slots.by_load(), overdue.values(), strict=False))

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graftwork.errors import BaseModelError
-from graftwork.serving.engine.batch import Segment, StepBatch
+from graftwork.serving.engine.batch import PromptChunk, StepBatch
 from graftwork.serving.engine.kv import KvShape
 
 NAME = "graftwork_engine"
@@ -142,7 +142,7 @@ def _prefill(
     call: Call,
     batch: StepBatch,
     index: int,
-    segment: Segment,
+    segment: PromptChunk,
     query_1HTD: torch.Tensor,
     key_1KTD: torch.Tensor,
     value_1KTD: torch.Tensor,

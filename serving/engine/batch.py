@@ -26,7 +26,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Run:
+class DecodeRun:
     """Decoding requests whose KV rows are neighbours: `first` to `first + count` by KV place, KV from `row` on."""
 
     first: int
@@ -41,7 +41,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Segment:
+class PromptChunk:
     """A prompt chunk: packed tokens `first` to `first + count`, which follow `context` tokens already in `row`."""
 
     first: int
@@ -56,8 +56,8 @@ class StepBatch:
 
     ids_1T: torch.Tensor
     positions_1T: torch.Tensor
-    runs: list[Run]
-    segments: list[Segment]
+    runs: list[DecodeRun]
+    segments: list[PromptChunk]
     kv: KvStore | None
     chunks: Sequence[Chunk]
     by_kv_N: torch.Tensor | None = None
@@ -135,7 +135,7 @@ def pack(
     positions = [place for chunk in chunks for place in range(chunk.start, chunk.start + len(chunk.ids))]
     segments, first = [], len(decoding)
     for chunk in prompts:
-        segments.append(Segment(first, len(chunk.ids), chunk.start, chunk.row))
+        segments.append(PromptChunk(first, len(chunk.ids), chunk.start, chunk.row))
         first += len(chunk.ids)
     singles = chunks[: len(decoding)]
     places = [chunk.row for chunk in singles if chunk.row is not None]
@@ -165,7 +165,7 @@ def by_place(row: KvRow) -> tuple[int, int]:
     return row.page, row.index
 
 
-def _runs(decoding: Sequence[Chunk]) -> list[Run]:
+def _runs(decoding: Sequence[Chunk]) -> list[DecodeRun]:
     groups: list[list[Chunk]] = []
     for chunk in decoding:
         assert chunk.row is not None, "a decoding request has a KV row"
@@ -177,6 +177,6 @@ def _runs(decoding: Sequence[Chunk]) -> list[Run]:
     runs, first = [], 0
     for group in groups:
         assert group[0].row is not None, "checked above"
-        runs.append(Run(first, len(group), group[0].row, tuple(chunk.start + 1 for chunk in group)))
+        runs.append(DecodeRun(first, len(group), group[0].row, tuple(chunk.start + 1 for chunk in group)))
         first += len(group)
     return runs

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from graftwork.serving.engine.adapters.changes import SiteBottleneck
 from graftwork.serving.engine.lora import LoraSegment
-from graftwork.serving.engine.sites import Deltas, Site
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.sites import Deltas, LoraLayer
+from graftwork.serving.engine.slots import LoadedAdapter
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": functional.relu,
@@ -25,10 +25,10 @@ Rows = torch.Tensor | slice
 class StepBottlenecks:
     """Adds them to a linear's result, after the step's other changes. Stands in for those in `Sites`."""
 
-    def __init__(self, rows: Sequence[tuple[AdapterWeights, Rows]], then: Deltas | None) -> None:
+    def __init__(self, rows: Sequence[tuple[LoadedAdapter, Rows]], then: Deltas | None) -> None:
         self._rows, self._then = rows, then
 
-    def add(self, site: Site, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    def add(self, site: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Changes the linear's own fresh output in place."""
         if self._then is not None:
             result = self._then.add(site, x, result)
@@ -42,17 +42,17 @@ class StepBottlenecks:
 
 
 def bottlenecks_of(
-    decoding: Sequence[AdapterWeights | None],
+    decoding: Sequence[LoadedAdapter | None],
     segments: Sequence[LoraSegment],
     then: Deltas | None,
     device: torch.device,
 ) -> StepBottlenecks | None:
     """decoding: the adapter of each decoding token. None: no row of the step has such an adapter."""
-    own: dict[AdapterWeights, list[int]] = {}
+    own: dict[LoadedAdapter, list[int]] = {}
     for row, weights in enumerate(decoding):
         if weights is not None and weights.bottlenecks:
             own.setdefault(weights, []).append(row)
-    rows: list[tuple[AdapterWeights, Rows]] = [(one, torch.tensor(some, device=device)) for one, some in own.items()]
+    rows: list[tuple[LoadedAdapter, Rows]] = [(one, torch.tensor(some, device=device)) for one, some in own.items()]
     rows += [(one.weights, slice(one.first, one.stop)) for one in segments if one.weights.bottlenecks]
     return StepBottlenecks(rows, then) if rows else None
 

@@ -8,7 +8,7 @@ import torch
 from graftwork.serving.engine.batch import Chunk
 from graftwork.serving.engine.kv import KvStore
 from graftwork.serving.engine.sites import Forward
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.slots import LoadedAdapter
 
 if TYPE_CHECKING:
     from graftwork.serving.engine.runner import Runner
@@ -35,16 +35,16 @@ class DecodePath(Protocol):
     def warm_up(self) -> None:
         """Does what would slow the first requests down."""
 
-    def bring(self, move: Callable[[], AdapterWeights]) -> AdapterWeights:
+    def bring(self, move: Callable[[], LoadedAdapter]) -> LoadedAdapter:
         """Calls `move`, which copies an adapter to the device; the copy may still be under way afterwards."""
 
-    def settle(self, adapters: Sequence[AdapterWeights | None]) -> None:
+    def wait_uploads(self, adapters: Sequence[LoadedAdapter | None]) -> None:
         """Makes the device's next work wait for the copies of these adapters."""
 
-    def takes(self, weights: AdapterWeights | None) -> bool:
+    def supports(self, weights: LoadedAdapter | None) -> bool:
         """Whether requests of this adapter can be decoded here; others are computed beside the prompts."""
 
-    def logits(self, chunks: Sequence[Chunk], adapters: Sequence[AdapterWeights | None]) -> torch.Tensor:
+    def logits(self, chunks: Sequence[Chunk], adapters: Sequence[LoadedAdapter | None]) -> torch.Tensor:
         """Logits [N, V] after the one token of each chunk; valid until the next call. Settles the adapters."""
 
     def forget(self, version: str) -> None:

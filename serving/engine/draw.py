@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy
 import torch
 
-from graftwork.serving.engine.row import Row
+from graftwork.serving.engine.row import SamplerState
 from graftwork.serving.engine.send import send
 
 _BLOCK = 256
@@ -17,7 +17,7 @@ NARROW, WIDE = 128, 2048
 """Candidates that a cut looks at first, then; then at all."""
 
 
-def draw(scores_RV: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(scores_RV: torch.Tensor, rows: Sequence[SamplerState]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [R], and [R] whether a row's cut keeps more candidates than were looked at: `draw_cut` then decides.
 
     scores_RV is used up.
@@ -38,7 +38,7 @@ def draw(scores_RV: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, to
     return tokens_R, short_R
 
 
-def draw_cut(scores_KV: torch.Tensor, rows: Sequence[Row], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_cut(scores_KV: torch.Tensor, rows: Sequence[SamplerState], width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As `draw`, of rows with cuts alone, from the `width` best candidates; never too few where that is all of them."""
     return _draw_cut(_probabilities(scores_KV, rows), rows, _uniform(rows, scores_KV.device), width)
 
@@ -48,11 +48,11 @@ def places(of: Sequence[bool], device: torch.device) -> torch.Tensor:
     return send(numpy.flatnonzero(numpy.array(of, bool)), device)
 
 
-def _uniform(rows: Sequence[Row], device: torch.device) -> torch.Tensor:
+def _uniform(rows: Sequence[SamplerState], device: torch.device) -> torch.Tensor:
     return send(numpy.array([row.uniform() for row in rows], numpy.float64), device)
 
 
-def _probabilities(scores_RV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def _probabilities(scores_RV: torch.Tensor, rows: Sequence[SamplerState]) -> torch.Tensor:
     """At the rows' temperatures. Nothing colder than 1e-30 differs from greedy. By softmax, whose exp takes -inf as it
     takes any number: torch's own `exp` needs 12 ms instead of 0.7 for 32 x 49,152 of which half are -inf."""
     heat = numpy.array([[max(row.params.temperature, _COLDEST)] for row in rows], numpy.float32)
@@ -61,7 +61,7 @@ def _probabilities(scores_RV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor
 
 
 def _draw_cut(
-    probs_KV: torch.Tensor, rows: Sequence[Row], uniform_K: torch.Tensor, width: int
+    probs_KV: torch.Tensor, rows: Sequence[SamplerState], uniform_K: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cuts to top-k, then top-p, then min-p, as transformers does; looks at the `width` best tokens.
 

@@ -20,21 +20,21 @@ from typing import Any
 import torch
 
 from graftwork.errors import ConfigError, DataError
-from graftwork.serving.engine.adapters.changes import Lead
+from graftwork.serving.engine.adapters.changes import VirtualTokens
 from graftwork.serving.engine.batch import Chunk
 from graftwork.serving.engine.checks import check_request
 from graftwork.serving.engine.counters import Counters
 from graftwork.serving.engine.decode_path import DecodePath, path_for
-from graftwork.serving.engine.given import Given
+from graftwork.serving.engine.given import ScoredContinuation
 from graftwork.serving.engine.host import keep_few_kernels, keep_freed_memory, spare_old_objects
 from graftwork.serving.engine.kv import KvStore
 from graftwork.serving.engine.prefix import PrefixCache
 from graftwork.serving.engine.runner import Runner
-from graftwork.serving.engine.sampler import Choice, choose
-from graftwork.serving.engine.scheduler import Scheduler, StepPlan, Work
-from graftwork.serving.engine.seats import Seats
+from graftwork.serving.engine.sampler import SampledToken, choose
+from graftwork.serving.engine.scheduler import ScheduledTokens, Scheduler, SchedulerOutput
+from graftwork.serving.engine.seats import AdapterSlots
 from graftwork.serving.engine.sequence import Decode, RunningRequest
-from graftwork.serving.engine.slots import AdapterWeights, SlotPool
+from graftwork.serving.engine.slots import AdapterPool, LoadedAdapter
 from graftwork.serving.engine.types import (
     EngineStats,
     FinishReason,
@@ -49,7 +49,7 @@ _CACHE_SHARE = 4
 """One token in four of engine.kv_tokens belongs to the prefix cache, where it is on."""
 
 
-class Engine:
+class NativeEngine:
     """Decodes requests for the base and for every loaded adapter in one batch, in its own thread.
 
     model: a loaded transformers decoder (`AutoModelForCausalLM`) on `device`; the engine uses it alone until `stop`.
@@ -70,7 +70,7 @@ class Engine:
             raise
         if self._path is not None:
             self._path.attach(self.runner, self._kv, max_batch=spec.max_batch, max_rank=spec.max_rank)
-        self.slots = SlotPool(
+        self.pool = AdapterPool(
             self.runner.sites.groups(),
             self.runner.base,
             max_rank=spec.max_rank,
@@ -80,9 +80,9 @@ class Engine:
             narrow=self.runner.planner.reads_in_place,
             on_freed=self._tell_freed,
         )
-        self._seats = Seats(spec.max_loaded, self._bring, self.runner.forget)
+        self._slots = AdapterSlots(spec.max_loaded, self._bring, self.runner.forget)
         self._scheduler = Scheduler(
-            self._kv, self._cache, self._seats, max_batch=spec.max_batch, prefill_tokens=spec.prefill_tokens
+            self._kv, self._cache, self._slots, max_batch=spec.max_batch, prefill_tokens=spec.prefill_tokens
         )
         self._counters = Counters()
         self._arrivals = itertools.count()
@@ -99,23 +99,23 @@ class Engine:
 
         digests: sha256 by file name, checked. ArtifactError names the key and rule of anything that cannot be served.
         """
-        return self.slots.load(version, folder, digests)
+        return self.pool.load(version, folder, digests)
 
     def check_adapter(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
         """As `load_adapter`, and lets it go again."""
-        return self.slots.check(folder, digests)
+        return self.pool.check(folder, digests)
 
     def retire_adapter(self, version: str) -> None:
         """Takes no new requests for `version`; it is freed when its last request ends."""
-        self.slots.retire(version)
+        self.pool.retire(version)
 
     def adapters(self) -> list[SlotState]:
         """Loaded versions, least recently used first."""
-        return self.slots.states(self._seats.versions())
+        return self.pool.states(self._slots.versions())
 
     def room(self, version: str | None) -> int:
         """engine.max_seq_len, less the virtual tokens of the adapter."""
-        return self.spec.max_seq_len - (self.slots.virtual_tokens(version) if version is not None else 0)
+        return self.spec.max_seq_len - (self.pool.virtual_tokens(version) if version is not None else 0)
 
     def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:
         """Queues a request. `on_event` is called in the engine's thread and must not block.
@@ -129,9 +129,9 @@ class Engine:
             vocab_size=self.runner.vocab_size,
             decodes=self._decode is not None,
         )
-        adapter = self.slots.acquire(request.adapter) if request.adapter is not None else None
-        if adapter is not None and adapter.lead is not None:
-            self._check_lead(request, adapter.version, adapter.lead)
+        adapter = self.pool.acquire(request.adapter) if request.adapter is not None else None
+        if adapter is not None and adapter.virtual_tokens is not None:
+            self._check_virtual_tokens(request, adapter.version, adapter.virtual_tokens)
         arrived = request.arrived if request.arrived is not None else time.perf_counter()
         arrival = (request.idle_only, arrived, next(self._arrivals))
         running = RunningRequest(arrival, request, on_event, adapter)
@@ -139,19 +139,19 @@ class Engine:
             if self._stopping or request.request_id in self._live:
                 found = "the engine is stopped" if self._stopping else "in use"
                 if request.adapter is not None:
-                    self.slots.release(request.adapter)
+                    self.pool.release(request.adapter)
                 raise DataError(f"request_id {request.request_id!r}", found, "ids of running requests differ")
             self._live[request.request_id] = running
             self._inbox.append(lambda: self._scheduler.add(running))
             self._wake.notify()
 
-    def _check_lead(self, request: GenerateRequest, version: str, lead: Lead) -> None:
+    def _check_virtual_tokens(self, request: GenerateRequest, version: str, lead: VirtualTokens) -> None:
         """The places before the prompt count too; lets the adapter go where they do not fit."""
         answer = len(request.continuation) or request.sampling.max_new_tokens
-        total, limit = lead.tokens + len(request.prompt_ids) + answer, self.spec.max_seq_len
+        total, limit = lead.count + len(request.prompt_ids) + answer, self.spec.max_seq_len
         if total > limit:
-            self.slots.release(version)
-            found = f"{lead.tokens} virtual tokens of the adapter, prompt and answer: {total} together"
+            self.pool.release(version)
+            found = f"{lead.count} virtual tokens of the adapter, prompt and answer: {total} together"
             move = "shorten the prompt, lower max_new_tokens or raise engine.max_seq_len"
             raise DataError(f"request {request.request_id!r}", found, f"they fit into engine.max_seq_len={limit}", move)
 
@@ -229,13 +229,13 @@ class Engine:
         self._counters.most_adapters_in_step = max(self._counters.most_adapters_in_step, mixed)
         self._counters.step(time.perf_counter() - started)
 
-    def _compute(self, plan: StepPlan) -> dict[RunningRequest, Choice]:
+    def _compute(self, plan: SchedulerOutput) -> dict[RunningRequest, SampledToken]:
         """Runs the plan, chooses a token for every request that is ready for one, and scores given continuations."""
         works = list(plan.works())
         decoding, prompts = ([_chunk(work) for work in half] for half in (plan.decoding, plan.prompts))
         firsts = itertools.accumulate((work.count for work in works), initial=0)
         wanted = [first + place for work, first in zip(works, firsts, strict=False) for place in work.wanted]
-        adapters = [work.request.seated for work in plan.decoding], [work.request.seated for work in plan.prompts]
+        adapters = [work.request.slot for work in plan.decoding], [work.request.slot for work in plan.prompts]
         logits_NV = self.runner.step(self._kv, decoding, prompts, adapters, wanted)
         choosing = [work.request for work in works if work.finishes and work.request.given is None]
         if len(choosing) < len(wanted):
@@ -244,7 +244,7 @@ class Engine:
             return {}
         return dict(zip(choosing, choose(logits_NV, [one.choosing for one in choosing]), strict=True))
 
-    def _deliver(self, running: RunningRequest, choice: Choice) -> None:
+    def _deliver(self, running: RunningRequest, choice: SampledToken) -> None:
         """Hands one token out, and ends the request where it is the last."""
         if choice.error is not None:
             self._end(running, "error", choice.error)
@@ -263,7 +263,7 @@ class Engine:
         if not self._emit(running, event) and reason is None:
             self._release(running, "error")
 
-    def _tell_score(self, running: RunningRequest, given: Given) -> None:
+    def _tell_score(self, running: RunningRequest, given: ScoredContinuation) -> None:
         if not math.isfinite(given.total):
             self._end(running, "error", "the model's logits are not finite")
             return
@@ -289,7 +289,7 @@ class Engine:
         with self._wake:
             del self._live[running.request.request_id]
         if running.adapter is not None:
-            self.slots.release(running.adapter.version)
+            self.pool.release(running.adapter.version)
         self._counters.finished[reason] += 1
 
     def _emit(self, running: RunningRequest, event: TokenEvent) -> bool:
@@ -306,8 +306,8 @@ class Engine:
         if running is not None:
             self._end(running, "cancelled")
 
-    def _bring(self, version: str) -> AdapterWeights:
-        move = partial(self.slots.moved, version, self.runner.device)
+    def _bring(self, version: str) -> LoadedAdapter:
+        move = partial(self.pool.copy_to_device, version, self.runner.device)
         weights = move() if self._path is None else self._path.bring(move)
         if weights.groups:
             self.runner.planner.admit(weights)
@@ -317,7 +317,7 @@ class Engine:
         self._post(lambda: self._forget(version))
 
     def _forget(self, version: str) -> None:
-        self._seats.empty(version)
+        self._slots.empty(version)
         if self._cache is not None:
             self._cache.drop(version)
 
@@ -340,12 +340,12 @@ def _memory(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | No
     return kv, PrefixCache(kv, cache_tokens) if spec.prefix_cache else None
 
 
-def _chunk(work: Work) -> Chunk:
+def _chunk(work: ScheduledTokens) -> Chunk:
     request, start = work.request, work.request.computed
     return Chunk(request.ids(start, work.count), start, request.row)
 
 
-def _score(works: Sequence[Work], logits_NV: torch.Tensor) -> torch.Tensor:
+def _score(works: Sequence[ScheduledTokens], logits_NV: torch.Tensor) -> torch.Tensor:
     """Reads off what was asked about given continuations; the logits of the other requests remain."""
     left, first = [], 0
     for work in works:
@@ -358,6 +358,6 @@ def _score(works: Sequence[Work], logits_NV: torch.Tensor) -> torch.Tensor:
     return torch.cat(left) if left else logits_NV[:0]
 
 
-def _advance(work: Work) -> None:
+def _advance(work: ScheduledTokens) -> None:
     assert work.request.row is not None, "a running request has a KV row"
     work.request.row.length += work.count

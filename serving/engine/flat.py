@@ -15,7 +15,7 @@ _ALIGN = 64
 """Bytes; a cache line, and enough for every vector load."""
 
 
-def flattened(tree: T, *, pin: bool = False) -> tuple[T, torch.Tensor]:
+def flatten(tree: T, *, pin: bool = False) -> tuple[T, torch.Tensor]:
     """The same record over one CPU buffer of bytes, and the buffer. Views of one tensor stay views of one.
 
     pin: page-locked memory, from which a GPU copies without the CPU.
@@ -53,8 +53,8 @@ def common_buffer(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return torch.empty(0, dtype=torch.uint8).set_(whole)
 
 
-def moved(tree: T, buffer: torch.Tensor, device: torch.device) -> T:
-    """The record of `flattened` on another device, by one copy of its buffer; on the CPU it is the record itself."""
+def copy_to_device(tree: T, buffer: torch.Tensor, device: torch.device) -> T:
+    """The record of `flatten` on another device, by one copy of its buffer; on the CPU it is the record itself."""
     if buffer.device == device or device.type == "cpu":
         return tree
     there = buffer.to(device, non_blocking=True)

@@ -13,7 +13,7 @@ SCORED_A_STEP = 128
 """Scored places a step over all requests. Each has logits of the whole vocabulary: 25 MB together for 49,152 tokens."""
 
 
-class Given:
+class ScoredContinuation:
     """What is known of one request's continuation. first: KV place of the prompt's last token."""
 
     def __init__(self, continuation: Sequence[int], first: int) -> None:
@@ -21,7 +21,7 @@ class Given:
         self._ids = tuple(continuation)
         self._logprobs = [math.nan] * len(self._ids)
 
-    def scored(self, start: int, count: int) -> range:
+    def scored_range(self, start: int, count: int) -> range:
         """The scored ones among `count` places from `start` on."""
         return range(max(start, self.first), start + count)
 

@@ -11,10 +11,10 @@ from graftwork.serving.engine.bottlenecks import bottlenecks_of
 from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment
 from graftwork.serving.engine.scales import ScalePlanner
 from graftwork.serving.engine.sites import Deltas, Sites
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.slots import LoadedAdapter
 from graftwork.serving.engine.token_rows import LayerEnd, input_change, output_change
 
-Adapters = Sequence[AdapterWeights | None]
+Adapters = Sequence[LoadedAdapter | None]
 
 
 class MixedKinds:

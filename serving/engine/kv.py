@@ -18,7 +18,7 @@ import numpy
 import torch
 
 from graftwork.errors import ConfigError
-from graftwork.serving.engine.adapters.changes import Lead
+from graftwork.serving.engine.adapters.changes import VirtualTokens
 
 _PAGE_TOKENS = 4096
 _SMALLEST_CLASS = 64
@@ -121,12 +121,12 @@ class KvStore:
         if not page.rows:
             page.cap = 0
 
-    def write_lead(self, row: KvRow, lead: Lead) -> None:
+    def write_prefix(self, row: KvRow, lead: VirtualTokens) -> None:
         """Puts an adapter's trained keys and values at the front of an empty row; a lead without them is computed."""
         for layer, halves in enumerate(zip(lead.keys, lead.values, strict=True)):
             for view, half in zip(self.row_view(row, layer), halves, strict=True):
-                view[:, : lead.tokens] = half
-        row.length = lead.tokens if lead.keys else 0
+                view[:, : lead.count] = half
+        row.length = lead.count if lead.keys else 0
 
     def close_gaps(self) -> None:
         """Moves the last row of a page into a gap, where it has several: decoding costs some calls per run of rows."""

@@ -12,9 +12,16 @@ from torch.nn.functional import linear
 
 from graftwork.serving.engine.cpu.kernels import Kernels
 from graftwork.serving.engine.cpu.part import Addresses, Compiled
-from graftwork.serving.engine.parts import Bagged, Batched, Live, OwnMatmul, Part, pick
-from graftwork.serving.engine.sites import Site
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.parts import (
+    ActiveAdapters,
+    BatchedMatmulLora,
+    EmbeddingBagLora,
+    LoraPart,
+    SingleAdapterLora,
+    pick,
+)
+from graftwork.serving.engine.sites import LoraLayer
+from graftwork.serving.engine.slots import LoadedAdapter
 from graftwork.serving.engine.tables import RankTables, rank_bucket
 
 _MANY_ROWS, _MANY_READ = 8, 16
@@ -27,19 +34,19 @@ class LoraSegment:
 
     first: int
     stop: int
-    weights: AdapterWeights
+    weights: LoadedAdapter
 
 
 class StepDeltas:
     """What `Sites` adds during one forward pass: the decoding tokens' `parts`, the prompt tokens' segments."""
 
-    def __init__(self, parts: Sequence[Part], segments: Sequence[LoraSegment]) -> None:
+    def __init__(self, parts: Sequence[LoraPart], segments: Sequence[LoraSegment]) -> None:
         self.parts, self._segments = parts, segments
         self._group = ""
         self._input: torch.Tensor | None = None
         self._shrunk: list[torch.Tensor | None] = []
 
-    def add(self, site: Site, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    def add(self, site: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Adds in place: `result` is the linear's own fresh output."""
         x_TI, out_TO = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
         if self.parts:
@@ -54,7 +61,7 @@ class StepDeltas:
         return result
 
 
-def _add_segment(segment: LoraSegment, site: Site, x_TI: torch.Tensor, out_TO: torch.Tensor) -> None:
+def _add_segment(segment: LoraSegment, site: LoraLayer, x_TI: torch.Tensor, out_TO: torch.Tensor) -> None:
     group = segment.weights.groups.get(site.group)
     weights = group.members[site.member] if group else None
     if weights is not None:
@@ -71,7 +78,7 @@ class DeltaPlanner:
 
     def __init__(
         self,
-        groups: Mapping[str, list[Site]],
+        groups: Mapping[str, list[LoraLayer]],
         dtype: torch.dtype,
         device: torch.device,
         places: int = 0,
@@ -82,14 +89,14 @@ class DeltaPlanner:
         self._addresses = Addresses(groups, dtype)
         self._tables: dict[int, RankTables] = {}
         self._places: dict[str, tuple[RankTables, int]] = {}
-        self._last: tuple[list[AdapterWeights | None], list[Part]] = ([], [])
+        self._last: tuple[list[LoadedAdapter | None], list[LoraPart]] = ([], [])
 
     @property
     def reads_in_place(self) -> bool:
         """Whether decoding reads adapters where they lie, of 16 bits as well as of the engine's."""
         return self._kernels is not None
 
-    def admit(self, weights: AdapterWeights) -> None:
+    def admit(self, weights: LoadedAdapter) -> None:
         """Lays an adapter out for decoding. One that finds every place taken decodes by matmuls of its own."""
         if not weights.groups:  # a kind of adapter that has no lora_A and lora_B
             return
@@ -99,7 +106,7 @@ class DeltaPlanner:
         bucket = rank_bucket(weights.rank)
         if bucket not in self._tables:
             self._tables[bucket] = RankTables(bucket, self._groups, self._count, self._dtype, self._device)
-        place = self._tables[bucket].take(weights)
+        place = self._tables[bucket].alloc(weights)
         if place is not None:
             self._places[weights.version] = (self._tables[bucket], place)
 
@@ -109,9 +116,9 @@ class DeltaPlanner:
         self._addresses.forget(version)
         held = self._places.pop(version, None)
         if held is not None:
-            held[0].give_back(held[1])
+            held[0].free(held[1])
 
-    def order(self, decoding: Sequence[AdapterWeights | None]) -> list[int] | None:
+    def order(self, decoding: Sequence[LoadedAdapter | None]) -> list[int] | None:
         """The order of decoding tokens in which rows of one adapter, and of neighbouring places, stand together:
         weights and rows are then read as they lie. None: as they come, which is all the same to the kernel.
         """
@@ -120,13 +127,13 @@ class DeltaPlanner:
         order = sorted(range(len(decoding)), key=lambda row: self._spot(decoding[row]))
         return None if order == list(range(len(decoding))) else order
 
-    def _spot(self, weights: AdapterWeights | None) -> tuple[int, int, str]:
+    def _spot(self, weights: LoadedAdapter | None) -> tuple[int, int, str]:
         if weights is None or not weights.groups:
             return (0, 0, "")
         held = self._places.get(weights.version)
         return (held[0].bucket, held[1], weights.version) if held is not None else (1, 0, weights.version)
 
-    def plan(self, decoding: Sequence[AdapterWeights | None], segments: Sequence[LoraSegment]) -> StepDeltas | None:
+    def plan(self, decoding: Sequence[LoadedAdapter | None], segments: Sequence[LoraSegment]) -> StepDeltas | None:
         """decoding: the adapter of each decoding token; segments: of the prompt tokens. None: the base alone runs."""
         rows, parts = self._last
         if rows != decoding:
@@ -134,21 +141,21 @@ class DeltaPlanner:
             self._last = (rows, parts)
         return StepDeltas(parts, segments) if parts or segments else None
 
-    def _parts(self, decoding: Sequence[AdapterWeights | None]) -> list[Part]:
-        rows: dict[AdapterWeights, list[int]] = {}
+    def _parts(self, decoding: Sequence[LoadedAdapter | None]) -> list[LoraPart]:
+        rows: dict[LoadedAdapter, list[int]] = {}
         for row, weights in enumerate(decoding):
             if weights is not None and weights.groups:
                 rows.setdefault(weights, []).append(row)
-        parts: list[Part] = []
-        buckets: dict[RankTables, list[AdapterWeights]] = {}
-        read: list[AdapterWeights] = []
+        parts: list[LoraPart] = []
+        buckets: dict[RankTables, list[LoadedAdapter]] = {}
+        read: list[LoadedAdapter] = []
         for weights, own in rows.items():
             if self._addresses.holds(weights.version) and len(own) <= _MANY_READ:
                 read.append(weights)
             elif weights.version in self._places and len(own) <= _MANY_ROWS:
                 buckets.setdefault(self._places[weights.version][0], []).append(weights)
             else:
-                parts.append(OwnMatmul(weights, pick(own, self._device)))
+                parts.append(SingleAdapterLora(weights, pick(own, self._device)))
         if read and self._kernels is not None:
             pairs = [(row, number) for number, weights in enumerate(read) for row in rows[weights]]
             parts.append(Compiled(self._kernels, self._addresses, read, pairs))
@@ -157,12 +164,12 @@ class DeltaPlanner:
     def _tabled(
         self,
         tables: RankTables,
-        active: Sequence[AdapterWeights],
-        rows: Mapping[AdapterWeights, list[int]],
-    ) -> Part:
+        active: Sequence[LoadedAdapter],
+        rows: Mapping[LoadedAdapter, list[int]],
+    ) -> LoraPart:
         """Batched where few of the places read and few of the rows computed would be for nothing."""
         places = [self._places[weights.version][1] for weights in active]
         pairs = sorted((row, self._places[weights.version][1]) for weights in active for row in rows[weights])
         reach, most = max(places) + 1 - min(places), max(len(rows[weights]) for weights in active)
         dense = reach * 4 <= len(places) * 5 and reach * most <= 4 * len(pairs)
-        return (Batched if dense else Bagged)(Live(tables, active), pairs, self._device)
+        return (BatchedMatmulLora if dense else EmbeddingBagLora)(ActiveAdapters(tables, active), pairs, self._device)

@@ -12,28 +12,28 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear
 
-from graftwork.serving.engine.sites import Site
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.sites import LoraLayer
+from graftwork.serving.engine.slots import LoadedAdapter
 from graftwork.serving.engine.tables import RankTables
 
 Rows = slice | torch.Tensor
 """Some of the decoding tokens."""
 
 
-class Part(Protocol):
+class LoraPart(Protocol):
     """Some adapters of one step. `shrink` is called once a group, `expand` with its result once a linear of it."""
 
     def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
         """lora_A of every member on the part's rows; None where none of its adapters touches the group."""
 
-    def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
+    def expand(self, site: LoraLayer, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
         """Adds the deltas of one linear to the part's rows of `out_NO`."""
 
 
-class OwnMatmul:
+class SingleAdapterLora:
     """One adapter on its rows."""
 
-    def __init__(self, weights: AdapterWeights, rows: Rows) -> None:
+    def __init__(self, weights: LoadedAdapter, rows: Rows) -> None:
         self._weights, self._rows = weights, rows
 
     def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
@@ -43,7 +43,7 @@ class OwnMatmul:
         x_MI = x_NI[self._rows]
         return x_MI if weights.a_RI is None else linear(x_MI, weights.a_RI)
 
-    def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
+    def expand(self, site: LoraLayer, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
         group = self._weights.groups[site.group]
         weights = group.members[site.member]
         if weights is None:
@@ -60,10 +60,10 @@ class OwnMatmul:
             out_NO.index_add_(0, self._rows, linear(shrunk_MR, b_OR), alpha=weights.scaling)
 
 
-class Live:
+class ActiveAdapters:
     """What the adapters of a step touch in one rank bucket's tables."""
 
-    def __init__(self, tables: RankTables, active: Iterable[AdapterWeights]) -> None:
+    def __init__(self, tables: RankTables, active: Iterable[LoadedAdapter]) -> None:
         self.tables = tables
         self._members: dict[str, set[int]] = {}
         for weights in active:
@@ -74,23 +74,23 @@ class Live:
     def touches(self, group: str) -> bool:
         return group in self._members
 
-    def adapts(self, site: Site) -> bool:
+    def adapts(self, site: LoraLayer) -> bool:
         return site.member in self._members[site.group]
 
-    def member(self, site: Site, shrunk: torch.Tensor) -> torch.Tensor:
+    def member(self, site: LoraLayer, shrunk: torch.Tensor) -> torch.Tensor:
         """The part of a group's shrunk input that is the site's own."""
         first = site.member * self.tables.bucket
         return shrunk[..., first : first + self.tables.bucket]
 
 
-class Batched:
+class BatchedMatmulLora:
     """Adapters in neighbouring places, all by two batched matmuls a linear: each weight is read once.
 
     Where the rows stand as the places do, as many for each, both are read and the deltas added as they lie. Otherwise
     rows are copied together (any row where a place has fewer) and the deltas that mean something are picked out.
     """
 
-    def __init__(self, live: Live, pairs: Sequence[tuple[int, int]], device: torch.device) -> None:
+    def __init__(self, live: ActiveAdapters, pairs: Sequence[tuple[int, int]], device: torch.device) -> None:
         self._live, self._first = live, min(place for _, place in pairs)
         self._count = max(place for _, place in pairs) + 1 - self._first
         held: list[list[int]] = [[] for _ in range(self._count)]
@@ -115,7 +115,7 @@ class Batched:
         x_PMI = x_NI[self._rows] if self._straight else x_NI.index_select(0, self._gather_PM)
         return torch.bmm(x_PMI.view(self._count, self._most, -1), a_PIR)
 
-    def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
+    def expand(self, site: LoraLayer, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
         if not self._live.adapts(site):
             return
         key = site.name + ".b"
@@ -133,10 +133,10 @@ class Batched:
         return table[self._first : self._first + self._count]
 
 
-class Bagged:
+class EmbeddingBagLora:
     """Adapters in scattered places: a token's delta is a sum of its adapter's lines, each times a number; a bag."""
 
-    def __init__(self, live: Live, pairs: Sequence[tuple[int, int]], device: torch.device) -> None:
+    def __init__(self, live: ActiveAdapters, pairs: Sequence[tuple[int, int]], device: torch.device) -> None:
         self._live = live
         self._rows = pick([row for row, _ in pairs], device)
         self._places_N = torch.tensor([place for _, place in pairs], device=device)
@@ -147,7 +147,7 @@ class Bagged:
             return None
         return self._bag(self._live.tables.a(group), x_NI[self._rows])
 
-    def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
+    def expand(self, site: LoraLayer, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
         if self._live.adapts(site):
             delta_NO = self._bag(self._live.tables.b(site), self._live.member(site, shrunk))
             _addpick(out_NO, self._rows, delta_NO)

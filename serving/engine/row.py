@@ -10,7 +10,7 @@ from graftwork.serving.engine.seed import spread, uniform
 from graftwork.serving.engine.types import SamplingParams
 
 
-class Row:
+class SamplerState:
     """State of one request for the sampler. It lives as long as the request, so a preempted one goes on unchanged.
 
     stop_ids: tokens that `min_new_tokens` holds back.
@@ -27,7 +27,7 @@ class Row:
         self.place = 0
         """Tokens chosen so far."""
         self.matcher: Matcher | None = grammar.matcher() if grammar is not None else None
-        self.seen = Seen(prompt_ids if params.repetition_penalty != 1 else ()) if _penalises(params) else None
+        self.seen = TokenCounts(prompt_ids if params.repetition_penalty != 1 else ()) if _penalises(params) else None
         self.bias_ids, self.biases = _columns(params.logit_bias)
         self.held_back = numpy.array(sorted(stop_ids) if params.min_new_tokens else [], numpy.int64)
         self.edits = bool(self.matcher or self.seen or len(self.bias_ids) or len(self.held_back))
@@ -49,7 +49,7 @@ class Row:
         return uniform(self._seed, self.place)
 
 
-class Seen:
+class TokenCounts:
     """Tokens of prompt and answer, each once, with how often the answer holds it. Grows with the answer."""
 
     def __init__(self, prompt_ids: Sequence[int]) -> None:

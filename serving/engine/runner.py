@@ -26,7 +26,7 @@ from graftwork.serving.engine.layers import DecodeLayers
 from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment
 from graftwork.serving.engine.positions import longest_sequence
 from graftwork.serving.engine.sites import Deltas, Sites, own_forward
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.slots import LoadedAdapter
 
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """Of `layer_types` in a configuration. Others attend to other positions, or keep a state of another kind."""
@@ -78,7 +78,7 @@ class Runner:
         kv: KvStore,
         decoding: Sequence[Chunk],
         prompts: Sequence[Chunk],
-        adapters: tuple[Sequence[AdapterWeights | None], Sequence[AdapterWeights | None]],
+        adapters: tuple[Sequence[LoadedAdapter | None], Sequence[LoadedAdapter | None]],
         wanted: Sequence[int],
     ) -> torch.Tensor:
         """Logits [N, V] at the packed positions `wanted`, which hold every decoding token's.
@@ -86,16 +86,16 @@ class Runner:
         adapters: of each decoding chunk and of each prompt chunk.
         """
         if self.path is None:
-            return self._beside(kv, decoding, prompts, adapters, wanted)
-        fast = [n for n, weights in enumerate(adapters[0]) if self.path.takes(weights)]
-        slow = [n for n, weights in enumerate(adapters[0]) if not self.path.takes(weights)]
+            return self._step_mixed(kv, decoding, prompts, adapters, wanted)
+        fast = [n for n, weights in enumerate(adapters[0]) if self.path.supports(weights)]
+        slow = [n for n, weights in enumerate(adapters[0]) if not self.path.supports(weights)]
         parts = []
         if fast:
             parts.append(self.path.logits([decoding[n] for n in fast], [adapters[0][n] for n in fast]))
         if slow or prompts:
             batch = pack([decoding[n] for n in slow], prompts, kv, self.device)
             shift = len(slow) - len(decoding)
-            self.path.settle([*(adapters[0][n] for n in slow), *adapters[1]])
+            self.path.wait_uploads([*(adapters[0][n] for n in slow), *adapters[1]])
             ends = [*range(len(slow)), *(place + shift for place in wanted[len(decoding) :])]
             parts.append(self.forward(batch, [adapters[0][n] for n in slow], adapters[1], ends))
         logits_NV = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -104,12 +104,12 @@ class Runner:
             return logits_NV
         return torch.empty_like(logits_NV).index_copy_(0, torch.tensor(places, device=self.device), logits_NV)
 
-    def _beside(
+    def _step_mixed(
         self,
         kv: KvStore,
         decoding: Sequence[Chunk],
         prompts: Sequence[Chunk],
-        adapters: tuple[Sequence[AdapterWeights | None], Sequence[AdapterWeights | None]],
+        adapters: tuple[Sequence[LoadedAdapter | None], Sequence[LoadedAdapter | None]],
         wanted: Sequence[int],
     ) -> torch.Tensor:
         """Decoding tokens and prompts in one pass, the decoding ones packed as their adapters lie."""
@@ -128,8 +128,8 @@ class Runner:
     def forward(
         self,
         batch: StepBatch,
-        decoding: Sequence[AdapterWeights | None],
-        prompts: Sequence[AdapterWeights | None],
+        decoding: Sequence[LoadedAdapter | None],
+        prompts: Sequence[LoadedAdapter | None],
         wanted: Sequence[int],
     ) -> torch.Tensor:
         """Logits [N, V] at the packed positions `wanted`. decoding, prompts: the adapter of each chunk of the batch."""
@@ -141,12 +141,12 @@ class Runner:
             return self.run(batch, deltas, wanted_N)[0]
 
     @torch.inference_mode()
-    def logits(self, ids_BT: torch.Tensor, adapters: Sequence[AdapterWeights | None]) -> torch.Tensor:
+    def logits(self, ids_BT: torch.Tensor, adapters: Sequence[LoadedAdapter | None]) -> torch.Tensor:
         """Logits [B, T, V] of whole rows through the prompt path, without KV.
 
         Rows of one adapter that stand together are computed as peft computes them: equal bit for bit at equal shape.
         """
-        assert all(weights is None or weights.lead is None for weights in adapters), "virtual tokens need KV"
+        assert all(weights is None or weights.virtual_tokens is None for weights in adapters), "virtual tokens need KV"
         rows = [Chunk(row.tolist(), 0, None) for row in ids_BT]
         batch = pack([], rows, None, self.device)
         self._output.on = False
@@ -233,7 +233,7 @@ class Runner:
             raise BaseModelError(type(self.model).__name__, found, "requests of one pass are computed apart")
 
 
-def _lora_segments(batch: StepBatch, adapters: Sequence[AdapterWeights | None]) -> list[LoraSegment]:
+def _lora_segments(batch: StepBatch, adapters: Sequence[LoadedAdapter | None]) -> list[LoraSegment]:
     """Neighbouring prompt chunks of one adapter as one segment."""
     segments: list[LoraSegment] = []
     for segment, weights in zip(batch.segments, adapters, strict=True):

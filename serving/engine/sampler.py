@@ -1,6 +1,6 @@
 """Chooses the next token of each row: greedy and sampled rows in one batch, each sampled row by its own seed.
 
-A row's token depends on nothing but its own logits and its own `Row`. A batch of greedy rows that ask for no log
+A row's token depends on nothing but its own logits and its own `SamplerState`. A batch of greedy rows that ask for no log
 probability costs one pass over the logits. Legend: B rows, V vocabulary, L rows whose log probabilities are asked for.
 """
 
@@ -11,13 +11,13 @@ import numpy
 import torch
 
 from graftwork.serving.engine.draw import WIDE, draw, draw_cut
-from graftwork.serving.engine.row import Row
-from graftwork.serving.engine.scores import edit
+from graftwork.serving.engine.row import SamplerState
+from graftwork.serving.engine.scores import process_logits
 from graftwork.serving.engine.send import send
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SampledToken:
     """One row's token, or why there is none: `error` is set and the rest means nothing."""
 
     token_id: int
@@ -27,15 +27,15 @@ class Choice:
     error: str | None = None
 
 
-def choose(logits_BV: torch.Tensor, rows: Sequence[Row]) -> list[Choice]:
-    """The next token of every row. The logits of rows that change them (`Row.edits`) are changed in place."""
+def choose(logits_BV: torch.Tensor, rows: Sequence[SamplerState]) -> list[SampledToken]:
+    """The next token of every row. The logits of rows that change them (`SamplerState.edits`) are changed in place."""
     scores_BV = logits_BV.float().contiguous()
     told = [place for place, row in enumerate(rows) if row.params.logprobs is not None]
     edits = any(row.edits for row in rows)
     model_LV = scores_BV[_at(told, scores_BV)] if told else None  # a copy: the model's own, before any change
     model_top_B = scores_BV.amax(-1) if edits else None
     if edits:
-        edit(scores_BV, rows)
+        process_logits(scores_BV, rows)
     tokens_B = _argmax(scores_BV)
     top_B = scores_BV.gather(1, tokens_B[:, None])[:, 0]
     short_B = _draw_into(tokens_B, scores_BV, rows)
@@ -48,7 +48,7 @@ def choose(logits_BV: torch.Tensor, rows: Sequence[Row]) -> list[Choice]:
     if short_B is not None:
         _draw_again(tokens, scores_BV, rows, [place for place, short in enumerate(packed[3]) if short])
     errors = [_error(row, bool(fine), bool(left)) for row, fine, left in zip(rows, *packed[1:3], strict=True)]
-    choices = [Choice(token, error=error) for token, error in zip(tokens, errors, strict=True)]
+    choices = [SampledToken(token, error=error) for token, error in zip(tokens, errors, strict=True)]
     if model_LV is not None:
         _tell(choices, model_LV, rows, told)
     return choices
@@ -66,7 +66,7 @@ def _argmax(scores_BV: torch.Tensor) -> torch.Tensor:
     return scores_BV.argmax(-1)
 
 
-def _draw_into(tokens_B: torch.Tensor, scores_BV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor | None:
+def _draw_into(tokens_B: torch.Tensor, scores_BV: torch.Tensor, rows: Sequence[SamplerState]) -> torch.Tensor | None:
     """Replaces the tokens of rows that are drawn; [B] which of them looked at too few candidates, None: can't be."""
     drawn = [place for place, row in enumerate(rows) if row.params.temperature > 0]
     if not drawn:
@@ -82,7 +82,7 @@ def _draw_into(tokens_B: torch.Tensor, scores_BV: torch.Tensor, rows: Sequence[R
     return short_B
 
 
-def _draw_again(tokens: list[int], scores_BV: torch.Tensor, rows: Sequence[Row], short: Sequence[int]) -> None:
+def _draw_again(tokens: list[int], scores_BV: torch.Tensor, rows: Sequence[SamplerState], short: Sequence[int]) -> None:
     for width in (WIDE, scores_BV.shape[1]):
         if not short:
             return
@@ -92,7 +92,7 @@ def _draw_again(tokens: list[int], scores_BV: torch.Tensor, rows: Sequence[Row],
         short = [place for place, still in zip(short, short_K.tolist(), strict=True) if still]
 
 
-def _error(row: Row, fine: bool, left: bool) -> str | None:
+def _error(row: SamplerState, fine: bool, left: bool) -> str | None:
     if not fine:
         return "the model's logits are not finite"
     if row.matcher is not None and row.matcher.problem is not None:
@@ -100,7 +100,9 @@ def _error(row: Row, fine: bool, left: bool) -> str | None:
     return None if left else "no token may come next"
 
 
-def _tell(choices: list[Choice], model_LV: torch.Tensor, rows: Sequence[Row], told: Sequence[int]) -> None:
+def _tell(
+    choices: list[SampledToken], model_LV: torch.Tensor, rows: Sequence[SamplerState], told: Sequence[int]
+) -> None:
     """Adds the model's own log probabilities (temperature 1, nothing changed, nothing cut)."""
     logsum_L1 = model_LV.logsumexp(-1, keepdim=True)
     tokens_L1 = torch.tensor([[choices[place].token_id] for place in told], device=model_LV.device)
@@ -113,4 +115,4 @@ def _tell(choices: list[Choice], model_LV: torch.Tensor, rows: Sequence[Row], to
     for line, (place, count) in enumerate(zip(told, counts, strict=True)):
         top = tuple(zip(tops[line][0][:count], tops[line][1][:count], strict=True)) if count else ()
         one = choices[place]
-        choices[place] = Choice(one.token_id, chosen_L[line], top, one.error)
+        choices[place] = SampledToken(one.token_id, chosen_L[line], top, one.error)

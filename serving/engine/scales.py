@@ -14,8 +14,8 @@ from torch.nn.functional import linear
 
 from graftwork.serving.engine.adapters.changes import SiteScale
 from graftwork.serving.engine.lora import LoraSegment
-from graftwork.serving.engine.sites import Deltas, Site
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.sites import Deltas, LoraLayer
+from graftwork.serving.engine.slots import LoadedAdapter
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class _Factors:
 class _Stack:
     """Factors of the adapters that decode now, stacked by linear when it first runs; kept while these adapters run."""
 
-    def __init__(self, active: Sequence[AdapterWeights]) -> None:
+    def __init__(self, active: Sequence[LoadedAdapter]) -> None:
         self.versions = tuple(weights.version for weights in active)
         self._scales: list[Mapping[str, SiteScale]] = [weights.scales for weights in active]
         self.changes_inputs = any(scale.input_I is not None for scales in self._scales for scale in scales.values())
         self._inputs: dict[str, _Factors | None] = {}
         self._outputs: dict[str, _Factors | None] = {}
 
-    def inputs(self, site: Site) -> _Factors | None:
+    def inputs(self, site: LoraLayer) -> _Factors | None:
         """None where no adapter multiplies this linear's input."""
         if site.name not in self._inputs:
             self._inputs[site.name] = self._stacked(site, lambda scale: scale.input_I, site.shape.in_features)
         return self._inputs[site.name]
 
-    def outputs(self, site: Site) -> _Factors | None:
+    def outputs(self, site: LoraLayer) -> _Factors | None:
         """None where no adapter multiplies this linear's result."""
         if site.name not in self._outputs:
             factors = self._stacked(site, lambda scale: scale.output_O, site.shape.out_features)
@@ -51,7 +51,7 @@ class _Stack:
         return self._outputs[site.name]
 
     def _stacked(
-        self, site: Site, take: Callable[[SiteScale], torch.Tensor | None], size: int, neutral: float = 1.0
+        self, site: LoraLayer, take: Callable[[SiteScale], torch.Tensor | None], size: int, neutral: float = 1.0
     ) -> _Factors | None:
         found = [take(scales[site.name]) if site.name in scales else None for scales in self._scales]
         some = next((factor for factor in found if factor is not None), None)
@@ -78,7 +78,7 @@ class StepScales:
             scale.input_I is not None for segment in segments for scale in segment.weights.scales.values()
         )
 
-    def scaled(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+    def scaled(self, site: LoraLayer, x: torch.Tensor) -> torch.Tensor:
         """The input of a linear: a copy where some row's adapter multiplies it."""
         factors = self._stack.inputs(site) if self._stack is not None else None
         segments = [(segment, scale.input_I) for segment, scale in self._scales_of(site) if scale.input_I is not None]
@@ -92,7 +92,7 @@ class StepScales:
             x_TI[segment.first : segment.stop].mul_(factor_I)
         return x
 
-    def add(self, site: Site, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    def add(self, site: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Multiplies the linear's own fresh output in place, then adds the LoRA deltas."""
         out_TO = result.view(-1, result.shape[-1])
         factors = self._stack.outputs(site) if self._stack is not None else None
@@ -104,7 +104,7 @@ class StepScales:
                 _finish(scale, x.reshape(-1, x.shape[-1])[rows], out_TO[rows])
         return result if self._then is None else self._then.add(site, x, result)
 
-    def _scales_of(self, site: Site) -> list[tuple[LoraSegment, SiteScale]]:
+    def _scales_of(self, site: LoraLayer) -> list[tuple[LoraSegment, SiteScale]]:
         return [(one, one.weights.scales[site.name]) for one in self._segments if site.name in one.weights.scales]
 
     def _multiply(self, factors: _Factors, rows_TO: torch.Tensor) -> None:
@@ -129,7 +129,7 @@ class ScalePlanner:
         self._stack: _Stack | None = None
 
     def plan(
-        self, decoding: Sequence[AdapterWeights | None], segments: Sequence[LoraSegment], then: Deltas | None
+        self, decoding: Sequence[LoadedAdapter | None], segments: Sequence[LoraSegment], then: Deltas | None
     ) -> StepScales | None:
         """decoding: the adapter of each decoding token. None: nothing is multiplied in this step."""
         rows = [(row, weights) for row, weights in enumerate(decoding) if weights is not None and weights.scales]

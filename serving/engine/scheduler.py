@@ -17,7 +17,7 @@ from graftwork.serving.engine.batch import by_place
 from graftwork.serving.engine.given import SCORED_A_STEP
 from graftwork.serving.engine.kv import KvRow, KvStore
 from graftwork.serving.engine.prefix import BLOCK, PrefixCache
-from graftwork.serving.engine.seats import Seats
+from graftwork.serving.engine.seats import AdapterSlots
 from graftwork.serving.engine.sequence import Arrival, RunningRequest
 
 _HEADROOM = 32
@@ -27,7 +27,7 @@ _IDLE_PREFILL = 16
 
 
 @dataclass(frozen=True)
-class Work:
+class ScheduledTokens:
     """`count` tokens of one request, from `request.computed` on."""
 
     request: RunningRequest
@@ -42,7 +42,7 @@ class Work:
     def scored(self) -> range:
         """Its places whose next token is given."""
         given = self.request.given
-        return given.scored(self.request.computed, self.count) if given is not None else range(0)
+        return given.scored_range(self.request.computed, self.count) if given is not None else range(0)
 
     @property
     def wanted(self) -> range:
@@ -53,22 +53,22 @@ class Work:
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class SchedulerOutput:
     """Decoding requests in the order of their KV places, then prompt chunks grouped by adapter."""
 
-    decoding: list[Work]
-    prompts: list[Work]
+    decoding: list[ScheduledTokens]
+    prompts: list[ScheduledTokens]
 
     def __bool__(self) -> bool:
         return bool(self.decoding or self.prompts)
 
-    def works(self) -> Iterator[Work]:
+    def works(self) -> Iterator[ScheduledTokens]:
         yield from self.decoding
         yield from self.prompts
 
 
 @dataclass
-class _Budget:
+class _StepBudget:
     """What one step may still compute of prompts, and score of given continuations."""
 
     tokens: int
@@ -78,12 +78,12 @@ class _Budget:
     def spent(self) -> bool:
         return self.tokens <= 0
 
-    def work(self, request: RunningRequest) -> Work:
+    def work(self, request: RunningRequest) -> ScheduledTokens:
         """As much of the request as is left for it, maybe nothing."""
         count = min(request.remaining, self.tokens)
         if request.given is not None:
             count = request.given.within(request.computed, count, self.scores)
-        work = Work(request, count)
+        work = ScheduledTokens(request, count)
         self.tokens -= count
         self.scores -= len(work.scored)
         return work
@@ -93,9 +93,9 @@ class Scheduler:
     """Queue and running set. The engine's thread alone uses it."""
 
     def __init__(
-        self, kv: KvStore, cache: PrefixCache | None, seats: Seats, *, max_batch: int, prefill_tokens: int
+        self, kv: KvStore, cache: PrefixCache | None, seats: AdapterSlots, *, max_batch: int, prefill_tokens: int
     ) -> None:
-        self._kv, self._cache, self._seats = kv, cache, seats
+        self._kv, self._cache, self._slots = kv, cache, seats
         self._admission = Admission(seats, max_batch=max_batch)
         self._max_batch, self._prefill_tokens = max_batch, prefill_tokens
         self.waiting: list[RunningRequest] = []
@@ -111,21 +111,21 @@ class Scheduler:
         (self.running if request in self.running else self.waiting).remove(request)
         self._release(request, wipe=wipe)
 
-    def plan(self) -> StepPlan:
+    def plan(self) -> SchedulerOutput:
         """The next step's work; empty when nothing is queued or running. Allocates and moves KV rows."""
-        self._make_room_for_decoding()
+        self._reserve_decode_memory()
         tokens = self._prefill_tokens if self._busy() else min(self._prefill_tokens, _IDLE_PREFILL)
-        budget = _Budget(tokens, SCORED_A_STEP)
+        budget = _StepBudget(tokens, SCORED_A_STEP)
         prompts = [budget.work(request) for request in self._active() if request.remaining > 1 and budget.tokens > 0]
         prompts += self._admit(budget)
-        if self._crowded_by_idle():
+        if self._preempt_idle():
             prompts += self._admit(budget)
         self._kv.close_gaps()
-        decoding = [Work(request, 1) for request in self._active() if request.remaining == 1]
+        decoding = [ScheduledTokens(request, 1) for request in self._active() if request.remaining == 1]
         prompts = [work for work in prompts if work.request.remaining > 1 and work.count > 0]
         decoding.sort(key=lambda work: by_place(_row(work.request)))
         prompts.sort(key=lambda work: work.request.adapter.version if work.request.adapter else "")
-        return StepPlan(decoding, prompts)
+        return SchedulerOutput(decoding, prompts)
 
     def keep_prefix(self, request: RunningRequest) -> None:
         """Shares a prompt that has just been computed whole."""
@@ -133,7 +133,7 @@ class Scheduler:
             version = request.adapter.version if request.adapter else None
             self._cache.insert(request.prefix_keys, request.row, version)
 
-    def _make_room_for_decoding(self) -> None:
+    def _reserve_decode_memory(self) -> None:
         for request in self._active():
             while request.row is not None and not self._kv.grow(request.row, request.computed + 1):
                 assert len(self.running) > 1, "a single request always fits: see KvStore"
@@ -141,9 +141,9 @@ class Scheduler:
 
     def _active(self) -> list[RunningRequest]:
         """Running requests that are computed now."""
-        return self._open_to(self.running)
+        return self._runnable(self.running)
 
-    def _open_to(self, requests: list[RunningRequest]) -> list[RunningRequest]:
+    def _runnable(self, requests: list[RunningRequest]) -> list[RunningRequest]:
         busy = self._busy()
         return [one for one in requests if not (busy and one.request.idle_only)]
 
@@ -151,7 +151,7 @@ class Scheduler:
         """Whether anybody is here who is not for idle steps: they sort first."""
         return any(not one.request.idle_only for one in (*self.running[:1], *self.waiting[:1]))
 
-    def _crowded_by_idle(self) -> bool:
+    def _preempt_idle(self) -> bool:
         """Whether idle requests held what a waiting one needs; then they have stepped back."""
         if not self.waiting or self.waiting[0].request.idle_only or not self.running[-1:]:
             return False
@@ -170,20 +170,20 @@ class Scheduler:
         if request.row is not None:
             self._kv.free(request.row, wipe=wipe)
             request.row = None
-        if request.seated is not None:
-            self._seats.leave(request.seated.version)
-            request.seated = None
+        if request.slot is not None:
+            self._slots.release(request.slot.version)
+            request.slot = None
 
-    def _admit(self, budget: "_Budget") -> list[Work]:
+    def _admit(self, budget: "_StepBudget") -> list[ScheduledTokens]:
         """Takes requests from the queue while there are tokens, rows and memory left for them.
 
         A request whose next block is being computed by another one right now waits for it, and then shares it.
         """
-        admitted: list[Work] = []
+        admitted: list[ScheduledTokens] = []
         underway = {key for request in self._active() if request.remaining > 1 for key in self._keys(request)}
         if budget.spent or len(self.running) >= self._max_batch:
             return admitted
-        for request in self._admission.offers(self._open_to(self.waiting), list(self.running)):
+        for request in self._admission.offers(self._runnable(self.waiting), list(self.running)):
             keys = self._keys(request)
             held = self._cache.match(keys) if self._cache else 0
             if held < len(keys) and keys[held] in underway:
@@ -202,12 +202,12 @@ class Scheduler:
         if row is None:
             return False
         request.row = row
-        request.seated = self._seats.sit(request.version) if request.version is not None else None
-        if request.seated is not None and request.seated.lead is not None:
-            self._kv.write_lead(row, request.seated.lead)
+        request.slot = self._slots.acquire(request.version) if request.version is not None else None
+        if request.slot is not None and request.slot.virtual_tokens is not None:
+            self._kv.write_prefix(row, request.slot.virtual_tokens)
         if held * BLOCK > row.length and self._cache is not None:
             self._cache.fetch(request.prefix_keys[:held], row)
-        request.cached_tokens = max(request.computed - request.lead, 0)
+        request.cached_tokens = max(request.computed - request.virtual_tokens, 0)
         self.waiting.remove(request)
         insort(self.running, request, key=_arrival)
         self._admission.came_in(request)

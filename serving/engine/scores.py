@@ -10,11 +10,11 @@ import numpy
 import torch
 
 from graftwork.serving.engine.grammar import MaskWords
-from graftwork.serving.engine.row import Row
+from graftwork.serving.engine.row import SamplerState
 from graftwork.serving.engine.send import send
 
 
-def edit(scores_BV: torch.Tensor, rows: Sequence[Row]) -> None:
+def process_logits(scores_BV: torch.Tensor, rows: Sequence[SamplerState]) -> None:
     """Applies what the rows ask for, in the order that `SamplingParams` names. scores_BV: float32, contiguous."""
     edited = [(place, row) for place, row in enumerate(rows) if row.edits]
     _bias(scores_BV, [(place, row) for place, row in edited if len(row.bias_ids)])
@@ -23,14 +23,14 @@ def edit(scores_BV: torch.Tensor, rows: Sequence[Row]) -> None:
     _mask(scores_BV, [(place, row) for place, row in edited if row.matcher is not None])
 
 
-def _bias(scores_BV: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
+def _bias(scores_BV: torch.Tensor, rows: Sequence[tuple[int, SamplerState]]) -> None:
     if rows:
         at_E = _entries(scores_BV, [(place, row.bias_ids) for place, row in rows])
         bias_E = send(numpy.concatenate([row.biases for _, row in rows]), scores_BV.device)
         scores_BV.view(-1)[at_E] += bias_E
 
 
-def _penalise(scores_BV: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
+def _penalise(scores_BV: torch.Tensor, rows: Sequence[tuple[int, SamplerState]]) -> None:
     """Repetition as transformers' processor, then frequency and presence as the OpenAI API defines them."""
     if not rows:
         return
@@ -47,12 +47,12 @@ def _penalise(scores_BV: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
     flat[at_E] = score_E - frequency_E * count_E - presence_E * (count_E > 0)
 
 
-def _hold_back(scores_BV: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
+def _hold_back(scores_BV: torch.Tensor, rows: Sequence[tuple[int, SamplerState]]) -> None:
     if rows:
         scores_BV.view(-1)[_entries(scores_BV, [(place, row.held_back) for place, row in rows])] = float("-inf")
 
 
-def _mask(scores_BV: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
+def _mask(scores_BV: torch.Tensor, rows: Sequence[tuple[int, SamplerState]]) -> None:
     if not rows:
         return
     vocab = scores_BV.shape[1]

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from graftwork.serving.engine.given import Given
+from graftwork.serving.engine.given import ScoredContinuation
 from graftwork.serving.engine.kv import KvRow
 from graftwork.serving.engine.prefix import block_keys
-from graftwork.serving.engine.row import Row
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.row import SamplerState
+from graftwork.serving.engine.slots import LoadedAdapter
 from graftwork.serving.engine.types import FinishReason, GenerateRequest, TokenEvent
 
 Decode = Callable[[Sequence[int]], str]
@@ -24,25 +24,29 @@ class RunningRequest:
         arrival: Arrival,
         request: GenerateRequest,
         on_event: Callable[[TokenEvent], None],
-        adapter: AdapterWeights | None,
+        adapter: LoadedAdapter | None,
     ) -> None:
         self.arrival = arrival
         self.request = request
         self.on_event = on_event
         self.adapter = adapter
         """The host copy, held until the request ends."""
-        self.seated: AdapterWeights | None = None
+        self.slot: LoadedAdapter | None = None
         """Where it is computed with; set while the request runs."""
         self.passed = 0
         """Younger requests that came in before it while it had no slot."""
-        self.lead = adapter.lead.tokens if adapter is not None and adapter.lead is not None else 0
+        self.virtual_tokens = (
+            adapter.virtual_tokens.count if adapter is not None and adapter.virtual_tokens is not None else 0
+        )
         self.tokens: list[int] = [*request.prompt_ids, *request.continuation[:-1]]
         self.given = (
-            Given(request.continuation, self.lead + len(request.prompt_ids) - 1) if request.continuation else None
+            ScoredContinuation(request.continuation, self.virtual_tokens + len(request.prompt_ids) - 1)
+            if request.continuation
+            else None
         )
         """The continuation that is scored; None where one is generated."""
         self.row: KvRow | None = None
-        self.choosing = Row(request.sampling, request.prompt_ids, request.stop_ids, request.grammar)
+        self.choosing = SamplerState(request.sampling, request.prompt_ids, request.stop_ids, request.grammar)
         """What its tokens are chosen by; kept when the request steps back into the queue."""
         self.cached_tokens = 0
         self.cancelled = False
@@ -65,11 +69,11 @@ class RunningRequest:
     @property
     def places(self) -> int:
         """KV places of all that is known now."""
-        return self.lead + len(self.tokens)
+        return self.virtual_tokens + len(self.tokens)
 
     def ids(self, start: int, count: int) -> list[int]:
         """Token ids of `count` places from `start` on. Virtual ones are 0: what they stand for is not in the table."""
-        begin = start - self.lead
+        begin = start - self.virtual_tokens
         if begin >= 0:
             return self.tokens[begin : begin + count]
         virtual = min(-begin, count)
@@ -89,7 +93,9 @@ class RunningRequest:
         """Keys of the whole blocks of lead and prompt, without the last token's (one token is always computed)."""
         if self._keys is None:
             version = self.adapter.version if self.adapter else None
-            self._keys = block_keys(version, (0,) * self.lead + self.request.prompt_ids[:-1], self.request.cache_salt)
+            self._keys = block_keys(
+                version, (0,) * self.virtual_tokens + self.request.prompt_ids[:-1], self.request.cache_salt
+            )
         return self._keys
 
     def append(self, token_id: int, decode: Decode | None) -> FinishReason | None:

@@ -17,7 +17,7 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
-class Site:
+class LoraLayer:
     """One hooked linear: member number `member` of the group `group`."""
 
     name: str
@@ -38,14 +38,14 @@ def own_forward(module: torch.nn.Module) -> Forward:
 class Deltas(Protocol):
     """The adapters of one step."""
 
-    def add(self, site: Site, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    def add(self, site: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """`result` of the base plus each row's delta. x: [..., in], result: [..., out]."""
 
 
 class Inputs(Protocol):
     """What rows of one step change in a linear's input."""
 
-    def scaled(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+    def scaled(self, site: LoraLayer, x: torch.Tensor) -> torch.Tensor:
         """`x` itself, or a copy with some rows changed."""
 
 
@@ -69,9 +69,9 @@ class Sites:
         """in and out features by name."""
         return {name: site.shape for name, site in self.sites.items()}
 
-    def groups(self) -> dict[str, list[Site]]:
+    def groups(self) -> dict[str, list[LoraLayer]]:
         """Sites by group, in member order."""
-        groups: dict[str, list[Site]] = {}
+        groups: dict[str, list[LoraLayer]] = {}
         for site in self.sites.values():
             groups.setdefault(site.group, []).append(site)
         return {name: sorted(members, key=lambda site: site.member) for name, members in groups.items()}
@@ -82,7 +82,7 @@ class Sites:
             del module.forward
         self._hooked.clear()
 
-    def _hook(self, site: Site, module: torch.nn.Module, base: Forward) -> None:
+    def _hook(self, site: LoraLayer, module: torch.nn.Module, base: Forward) -> None:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if self.inputs is not None:
                 x = self.inputs.scaled(site, x)
@@ -100,7 +100,7 @@ def _inner_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in linears.items() if module is not output}
 
 
-def _grouped(linears: Mapping[str, torch.nn.Module]) -> list[Site]:
+def _grouped(linears: Mapping[str, torch.nn.Module]) -> list[LoraLayer]:
     sites = []
     for name, module in linears.items():
         parent, _, child = name.rpartition(".")
@@ -108,5 +108,5 @@ def _grouped(linears: Mapping[str, torch.nn.Module]) -> list[Site]:
         together = family is not None and all(f"{parent}.{sibling}" in linears for sibling in family)
         group = f"{parent}.{'+'.join(family)}" if together and family else name
         shape = LinearShape(int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
-        sites.append(Site(name, shape, group, family.index(child) if together and family else 0))
+        sites.append(LoraLayer(name, shape, group, family.index(child) if together and family else 0))
     return sites

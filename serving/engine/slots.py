@@ -17,17 +17,17 @@ from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapter_bytes import all_finite
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.changes import (
-    AdapterChanges,
+    AdapterWeights,
     InputRows,
-    Lead,
     OutputRows,
     SiteBottleneck,
     SiteScale,
     SiteWeights,
+    VirtualTokens,
 )
 from graftwork.serving.engine.adapters.read import read_adapter
-from graftwork.serving.engine.flat import common_buffer, flattened, moved, tensors_of
-from graftwork.serving.engine.sites import Site
+from graftwork.serving.engine.flat import common_buffer, copy_to_device, flatten, tensors_of
+from graftwork.serving.engine.sites import LoraLayer
 from graftwork.serving.engine.types import SlotState
 
 
@@ -44,7 +44,7 @@ class GroupWeights:
 
 
 @dataclass(frozen=True, eq=False)
-class AdapterWeights:
+class LoadedAdapter:
     """One adapter version on the engine's device."""
 
     version: str
@@ -56,12 +56,12 @@ class AdapterWeights:
     bottlenecks: Mapping[str, SiteBottleneck] = field(default_factory=dict)
     inputs: InputRows | None = None
     outputs: OutputRows | None = None
-    lead: Lead | None = None
+    virtual_tokens: VirtualTokens | None = None
 
     @cached_property
     def only_lora(self) -> bool:
         """Whether `groups` is all that it changes."""
-        return bool(self.groups) and self.decodes_by_lora and self.lead is None
+        return bool(self.groups) and self.decodes_by_lora and self.virtual_tokens is None
 
     @property
     def decodes_by_lora(self) -> bool:
@@ -69,14 +69,14 @@ class AdapterWeights:
         return not (self.scales or self.bottlenecks or self.inputs or self.outputs)
 
 
-class _Slot:
-    def __init__(self, weights: AdapterWeights, buffer: torch.Tensor) -> None:
+class _PooledAdapter:
+    def __init__(self, weights: LoadedAdapter, buffer: torch.Tensor) -> None:
         self.weights, self.buffer = weights, buffer
         self.holders = 0
         self.retired = False
 
 
-class SlotPool:
+class AdapterPool:
     """Versions in host memory. Who loads decides what goes: nothing is dropped before it is retired.
 
     device: where the adapters will be computed with; for a GPU the memory is page-locked. stacked: each group's lora_A
@@ -86,7 +86,7 @@ class SlotPool:
 
     def __init__(
         self,
-        sites: Mapping[str, list[Site]],
+        sites: Mapping[str, list[LoraLayer]],
         base: BaseView,
         *,
         max_rank: int,
@@ -101,7 +101,7 @@ class SlotPool:
         self._pin = device.type == "cuda"
         self._on_freed = on_freed
         self._lock = threading.Lock()
-        self._slots: dict[str, _Slot] = {}  # least recently used first
+        self._slots: dict[str, _PooledAdapter] = {}  # least recently used first
 
     def load(self, version: str, folder: Path, digests: Mapping[str, str] | None = None) -> int:
         """Reads the adapter into host memory, and returns the bytes that it takes there.
@@ -131,7 +131,7 @@ class SlotPool:
         if freed:
             self._on_freed(version)
 
-    def acquire(self, version: str) -> AdapterWeights:
+    def acquire(self, version: str) -> LoadedAdapter:
         """Holds the version for one request. Raises ArtifactError where it is not loaded or retired."""
         with self._lock:
             slot = self._find(version)
@@ -144,8 +144,8 @@ class SlotPool:
     def virtual_tokens(self, version: str) -> int:
         """Places that the version takes before a prompt. Raises ArtifactError where it is not loaded."""
         with self._lock:
-            lead = self._find(version).weights.lead
-        return lead.tokens if lead is not None else 0
+            lead = self._find(version).weights.virtual_tokens
+        return lead.count if lead is not None else 0
 
     def release(self, version: str) -> None:
         """Lets go of what `acquire` took."""
@@ -156,11 +156,11 @@ class SlotPool:
         if freed:
             self._on_freed(version)
 
-    def moved(self, version: str, device: torch.device) -> AdapterWeights:
+    def copy_to_device(self, version: str, device: torch.device) -> LoadedAdapter:
         """A held version on a device; on the CPU the host copy itself."""
         with self._lock:
             slot = self._find(version)
-        return moved(slot.weights, slot.buffer, device)
+        return copy_to_device(slot.weights, slot.buffer, device)
 
     def states(self, seated: Collection[str] = ()) -> list[SlotState]:
         """Loaded versions, least recently used first. `seated`: those that have a slot."""
@@ -170,32 +170,32 @@ class SlotPool:
                 for version, slot in self._slots.items()
             ]
 
-    def _find(self, version: str) -> _Slot:
+    def _find(self, version: str) -> _PooledAdapter:
         if version not in self._slots:
             rule = "a request names a loaded version"
             raise ArtifactError(f"adapter {version}", "not loaded", rule, "load it first; idle ones are dropped")
         return self._slots[version]
 
-    def _drop_if_done(self, version: str, slot: _Slot) -> bool:
+    def _drop_if_done(self, version: str, slot: _PooledAdapter) -> bool:
         if slot.retired and slot.holders == 0:
             del self._slots[version]
             return True
         return False
 
-    def _read(self, version: str, folder: Path, digests: Mapping[str, str] | None) -> _Slot:
+    def _read(self, version: str, folder: Path, digests: Mapping[str, str] | None) -> _PooledAdapter:
         read = read_adapter(
             folder, self._base, max_rank=self._max_rank, dtype=self._dtype, digests=digests, narrow=self._narrow
         )
         weights = self._pack(version, read)
         buffer = None if self._pin or not weights.only_lora else common_buffer(_halves(weights))
         if buffer is None:
-            weights, buffer = flattened(weights, pin=self._pin)
+            weights, buffer = flatten(weights, pin=self._pin)
         if self._dtype == torch.float16 and not all(map(all_finite, tensors_of(weights))):
             rule = "adapter weights are finite in the engine's dtype (float16 ends at 65504)"
             raise ArtifactError(str(folder), "inf or nan after the cast to float16", rule, "serve it on a bf16 engine")
-        return _Slot(weights, buffer)
+        return _PooledAdapter(weights, buffer)
 
-    def _pack(self, version: str, read: AdapterChanges) -> AdapterWeights:
+    def _pack(self, version: str, read: AdapterWeights) -> LoadedAdapter:
         """By group of linears; DoRA's lora_A is the group's own, so that it is in memory once."""
         groups, scales = {}, dict(read.scales)
         for name, sites in self._groups.items():
@@ -207,10 +207,10 @@ class SlotPool:
                     if dora and member:
                         scales[site.name] = replace(scales[site.name], dora=replace(dora, a_RI=member.a_RI))
         rows = (read.inputs, read.outputs)
-        return AdapterWeights(version, read.rank, groups, scales, read.bottlenecks, *rows, read.lead)
+        return LoadedAdapter(version, read.rank, groups, scales, read.bottlenecks, *rows, read.virtual_tokens)
 
 
-def _halves(weights: AdapterWeights) -> list[torch.Tensor]:
+def _halves(weights: LoadedAdapter) -> list[torch.Tensor]:
     members = [member for group in weights.groups.values() for member in group.members if member is not None]
     return [half for member in members for half in (member.a_RI, member.b_OR)]
 

@@ -15,8 +15,8 @@ import numpy
 import torch
 
 from graftwork.serving.engine.adapters.changes import SiteWeights
-from graftwork.serving.engine.sites import Site
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.sites import LoraLayer
+from graftwork.serving.engine.slots import LoadedAdapter
 
 
 def rank_bucket(rank: int) -> int:
@@ -31,7 +31,7 @@ class RankTables:
     """The adapters of one rank bucket."""
 
     def __init__(
-        self, bucket: int, groups: Mapping[str, list[Site]], places: int, dtype: torch.dtype, device: torch.device
+        self, bucket: int, groups: Mapping[str, list[LoraLayer]], places: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.bucket = bucket
         self._groups, self._places, self._dtype, self._device = groups, places, dtype, device
@@ -43,7 +43,7 @@ class RankTables:
         """Layers of the stacks that an adapter has touched."""
         self._free = list(reversed(range(places)))
 
-    def take(self, weights: AdapterWeights) -> int | None:
+    def alloc(self, weights: LoadedAdapter) -> int | None:
         """Writes the adapter into a free place and returns it; None where there is none."""
         if not self._free:
             return None
@@ -54,7 +54,7 @@ class RankTables:
                 self._write(kind, member, weights, place)
         return place
 
-    def give_back(self, place: int) -> None:
+    def free(self, place: int) -> None:
         """The place may be written again: no step reads it any more."""
         self._free.append(place)
 
@@ -62,11 +62,11 @@ class RankTables:
         """lora_A of all places, transposed, [P, I, G * R]: line i is what input i gives to every member."""
         return self._a[group]
 
-    def b(self, site: Site) -> torch.Tensor:
+    def b(self, site: LoraLayer) -> torch.Tensor:
         """lora_B of all places, transposed, with its scaling folded in: [P, R, O]."""
         return self._b[site.name]
 
-    def _make_tables(self, kind: "Kind", member: int, weights: AdapterWeights) -> None:
+    def _make_tables(self, kind: "Kind", member: int, weights: LoadedAdapter) -> None:
         """Tables for what no adapter of this bucket has adapted before. Other places of them are zero."""
         for layer, sites in enumerate(kind):
             site = sites[member]
@@ -79,7 +79,7 @@ class RankTables:
                 stack = self._stack(("b", kind[0][member].name), len(kind), self.bucket, site.shape.out_features)
                 self._b[site.name] = stack[layer]
 
-    def _write(self, kind: "Kind", member: int, weights: AdapterWeights, place: int) -> None:
+    def _write(self, kind: "Kind", member: int, weights: LoadedAdapter, place: int) -> None:
         """One linear of every layer; what the adapter leaves alone becomes zero."""
         first = member * self.bucket
         for layers, (_, part, has_b), step_a, step_b in _runs(self._parts(kind, member, weights)):
@@ -97,7 +97,7 @@ class RankTables:
                 a_LIR.copy_(_spaced(part.a_RI, count, step_a).transpose(1, 2))
                 torch.mul(_spaced(part.b_OR, count, step_b).transpose(1, 2), part.scaling, out=b_LRO)
 
-    def _parts(self, kind: "Kind", member: int, weights: AdapterWeights) -> "Iterable[_Part]":
+    def _parts(self, kind: "Kind", member: int, weights: LoadedAdapter) -> "Iterable[_Part]":
         """The linear in each layer that has tables: its number, what is written, and whether lora_B has a table too."""
         for layer, sites in enumerate(kind):
             site = sites[member]
@@ -118,12 +118,12 @@ class RankTables:
         return torch.from_numpy(numpy.zeros(size_bytes, numpy.uint8)).view(self._dtype).view(shape)
 
 
-Kind = list[list[Site]]
+Kind = list[list[LoraLayer]]
 """Groups of equal shapes whose names differ in numbers alone, in order: the layers of one linear or more."""
 _Part = tuple[int, SiteWeights | None, bool]
 
 
-def _alike(groups: Mapping[str, list[Site]]) -> list[Kind]:
+def _alike(groups: Mapping[str, list[LoraLayer]]) -> list[Kind]:
     kinds: dict[tuple[object, ...], Kind] = {}
     for name, sites in groups.items():
         kinds.setdefault((re.sub(r"\d+", "#", name), *(site.shape for site in sites)), []).append(sites)

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from graftwork.serving.engine.adapters.changes import OutputRows
 from graftwork.serving.engine.batch import StepBatch
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.slots import LoadedAdapter
 
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(input of the layer, its result) -> the result, changed in place where it may be."""
@@ -77,18 +77,18 @@ class OutputChange:
         return logits_1NV
 
 
-def input_change(batch: StepBatch, adapters: Sequence[AdapterWeights | None]) -> InputChange | None:
+def input_change(batch: StepBatch, adapters: Sequence[LoadedAdapter | None]) -> InputChange | None:
     """adapters: of each chunk. None: every token has the base's embedding."""
     places: list[int] = []
     rows: list[torch.Tensor] = []
     first = 0
     for chunk, weights in zip(batch.chunks, adapters, strict=True):
         if weights is not None:
-            lead = weights.lead.tokens if weights.lead is not None else 0
+            lead = weights.virtual_tokens.count if weights.virtual_tokens is not None else 0
             trained = min(max(lead - chunk.start, 0), len(chunk.ids)) if lead else 0
-            if trained and weights.lead is not None and weights.lead.embeddings_NH is not None:
+            if trained and weights.virtual_tokens is not None and weights.virtual_tokens.embeddings_NH is not None:
                 places += range(first, first + trained)
-                rows.append(weights.lead.embeddings_NH[chunk.start : chunk.start + trained])
+                rows.append(weights.virtual_tokens.embeddings_NH[chunk.start : chunk.start + trained])
             if weights.inputs is not None:
                 known, table = weights.inputs.places, weights.inputs.rows_KH
                 hits = [(n, token) for n, token in enumerate(chunk.ids) if known is None or token in known]
@@ -101,10 +101,10 @@ def input_change(batch: StepBatch, adapters: Sequence[AdapterWeights | None]) ->
 
 
 def output_change(
-    batch: StepBatch, adapters: Sequence[AdapterWeights | None], wanted: Sequence[int]
+    batch: StepBatch, adapters: Sequence[LoadedAdapter | None], wanted: Sequence[int]
 ) -> OutputChange | None:
     """wanted: packed places of the chosen tokens. None: all are chosen by the base's output layer."""
-    rows: dict[AdapterWeights, list[int]] = {}
+    rows: dict[LoadedAdapter, list[int]] = {}
     owners = [weights for chunk, weights in zip(batch.chunks, adapters, strict=True) for _ in chunk.ids]
     for n, place in enumerate(wanted):
         weights = owners[place]

@@ -12,14 +12,14 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from graftwork.config import canonical_json
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import DataError
-from graftwork.serving.experiment.lines import whole_lines
+from graftwork.serving.experiment.lines import read_whole_lines
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
 
-class Answer(BaseModel):
+class EvalAnswer(BaseModel):
     """What one arm said to one question, or why it failed. Times in ms."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
@@ -43,17 +43,17 @@ class Answer(BaseModel):
     """Of a question for likelihoods: (sum in nats, tokens) of each continuation."""
 
 
-class Answers:
+class AnswerSet:
     """Answers by (arm, row id). `stale` counts lines on disk that belong to another arm record or question."""
 
-    def __init__(self, answers: Sequence[Answer] = (), stale: int = 0) -> None:
+    def __init__(self, answers: Sequence[EvalAnswer] = (), stale: int = 0) -> None:
         """Raises DataError when an arm answered a question twice."""
         self.stale = stale
-        self._by_pair: dict[tuple[str, str], Answer] = {}
+        self._by_pair: dict[tuple[str, str], EvalAnswer] = {}
         for answer in answers:
             self.add(answer)
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: EvalAnswer) -> None:
         """Raises DataError when the arm has answered this question."""
         pair = (answer.arm, answer.row_id)
         if pair in self._by_pair:
@@ -61,14 +61,14 @@ class Answers:
                             "remove one of the two lines from answers.jsonl")  # fmt: skip
         self._by_pair[pair] = answer
 
-    def of(self, arm: str, row_id: str) -> Answer:
+    def get(self, arm: str, row_id: str) -> EvalAnswer:
         """Raises DataError when there is none."""
         if (arm, row_id) not in self._by_pair:
             raise DataError(f"arm {arm!r}, row {row_id!r}", "no answer", "every arm answers every row",
                             "run the comparison again: it continues where it stopped")  # fmt: skip
         return self._by_pair[arm, row_id]
 
-    def find(self, arm: str, row_id: str) -> Answer | None:
+    def find(self, arm: str, row_id: str) -> EvalAnswer | None:
         """The answer, where there is one that did not fail."""
         found = self._by_pair.get((arm, row_id))
         return found if found is not None and found.error is None else None
@@ -79,7 +79,7 @@ class Answers:
     def __len__(self) -> int:
         return len(self._by_pair)
 
-    def __iter__(self) -> Iterator[Answer]:
+    def __iter__(self) -> Iterator[EvalAnswer]:
         return iter(self._by_pair.values())
 
 
@@ -87,7 +87,7 @@ def answer_key(
     spec: CompareSpec,
     label: str,
     arm: ArmSpec,
-    row: Row,
+    row: DatasetRow,
     version: str | None,
     *,
     messages: Sequence[Mapping[str, str]] | None = None,
@@ -110,22 +110,22 @@ def answer_key(
     return hashlib.sha256(canonical_json([label, decides]).encode()).hexdigest()[:32]
 
 
-def question(row: Row) -> list[dict[str, str]]:
+def question(row: DatasetRow) -> list[dict[str, str]]:
     """The turns that are sent: all but a final answer, which would give the gold away."""
     return [{"role": turn.role, "content": turn.content} for turn in row.question]
 
 
-def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> Answers:
+def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> AnswerSet:
     """Recorded answers whose key is wanted (key -> arm name, row id). A line torn by a crash is cut off.
 
     Raises DataError: a line that is no answer (its number named), or two answers to one question.
     """
     if not path.exists():
-        return Answers()
+        return AnswerSet()
     found, stale = [], 0
-    for number, line in enumerate(whole_lines(path), start=1):
+    for number, line in enumerate(read_whole_lines(path), start=1):
         try:
-            answer = Answer.model_validate_json(line)
+            answer = EvalAnswer.model_validate_json(line)
         except pydantic.ValidationError as error:
             found_here, next_move = error.errors()[0]["msg"], "remove the line; its question is asked again"
             raise DataError(f"{path}: row {number}", found_here, "a line is one answer as JSON", next_move) from None
@@ -133,4 +133,4 @@ def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> Answers:
             found.append(answer)
         else:
             stale += 1
-    return Answers(found, stale)
+    return AnswerSet(found, stale)

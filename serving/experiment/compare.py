@@ -11,7 +11,7 @@ from graftwork import metrics, stats
 from graftwork.answers.fields import EMPTY
 from graftwork.answers.schema import AnswerSchema
 from graftwork.answers.text import parse_object
-from graftwork.data import Row, fingerprint
+from graftwork.data import DatasetRow, fingerprint
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import LATENCY_MS, TTFT_MS, Distribution, Metric, distribution
 from graftwork.report import words
@@ -28,10 +28,10 @@ from graftwork.report.records import (
     SampleAnswer,
 )
 from graftwork.serving.experiment.advice import METRICS, TEXT, advise
-from graftwork.serving.experiment.answers import Answer, Answers, question
+from graftwork.serving.experiment.answers import AnswerSet, EvalAnswer, question
 from graftwork.serving.experiment.offline import check_ids, timed
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
-from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.reply import ModelReply
 from graftwork.serving.experiment.slices import slices
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, arm_score, family
@@ -44,14 +44,14 @@ _CUT_NAMED = 0.05
 
 def compare(
     spec: CompareSpec,
-    rows: Sequence[Row],
-    answers: Answers,
+    rows: Sequence[DatasetRow],
+    answers: AnswerSet,
     schema: AnswerSchema | None,
     *,
     template_digest: str = "",
     fields: Mapping[str, Sequence[str]] | None = None,
-    options: Answers | None = None,
-    alone: Answers | None = None,
+    options: AnswerSet | None = None,
+    alone: AnswerSet | None = None,
     card: DecisionCard | None = None,
     judged: JudgeReport | None = None,
     notes: Sequence[str] = (),
@@ -65,7 +65,7 @@ def compare(
     missing or twice, a row without gold, an answer missing, an arm answered by two adapter versions or two bases.
     """
     table = Table(spec, rows, answers, load_scorers(spec.scorers, schema), options, alone)
-    scored = table.scored(spec, template_digest, (fields or {}).get(spec.cluster) if spec.cluster else None)
+    scored = table.score_arrays(spec, template_digest, (fields or {}).get(spec.cluster) if spec.cluster else None)
     rules, primary = Rules(spec.alpha, spec.equivalence_margin, spec.seed), primary_metric(spec, table.scorers.tested)
     arms = tuple(_arm_report(arm, table, scored, rules) for arm in spec.arms)
     parts = {name: (fields or {})[name] for name in spec.slices}
@@ -86,14 +86,14 @@ def compare(
 
 def score_arms(
     spec: CompareSpec,
-    rows: Sequence[Row],
-    answers: Answers,
+    rows: Sequence[DatasetRow],
+    answers: AnswerSet,
     schema: AnswerSchema | None,
-    options: Answers | None = None,
-    alone: Answers | None = None,
+    options: AnswerSet | None = None,
+    alone: AnswerSet | None = None,
 ) -> ScoredArms:
     """What each answer scores, in the order of the rows. Raises DataError, as `compare` does."""
-    return Table(spec, rows, answers, load_scorers(spec.scorers, schema), options, alone).scored(spec)
+    return Table(spec, rows, answers, load_scorers(spec.scorers, schema), options, alone).score_arrays(spec)
 
 
 def primary_metric(spec: CompareSpec, measured: Sequence[Metric]) -> str:
@@ -131,19 +131,19 @@ class Table:
     def __init__(
         self,
         spec: CompareSpec,
-        rows: Sequence[Row],
-        answers: Answers,
+        rows: Sequence[DatasetRow],
+        answers: AnswerSet,
         scorers: Scorers,
-        options: Answers | None = None,
-        alone: Answers | None = None,
+        options: AnswerSet | None = None,
+        alone: AnswerSet | None = None,
     ) -> None:
         """options: likelihoods of choices, filed under `ARM~SCORER`; alone: timed answers, under `ARM~alone`."""
         check_ids(rows)
         scorers.check(rows)
-        self.rows, self.scorers, self.options = rows, scorers, options or Answers()
-        self.alone = {arm.name: timed(alone or Answers(), arm.name) for arm in spec.arms}
+        self.rows, self.scorers, self.options = rows, scorers, options or AnswerSet()
+        self.alone = {arm.name: timed(alone or AnswerSet(), arm.name) for arm in spec.arms}
         self._times = {(name, one.row_id): one.latency_ms for name, some in self.alone.items() for one in some}
-        self.answers = {arm.name: [answers.of(arm.name, row.id) for row in rows] for arm in spec.arms}
+        self.answers = {arm.name: [answers.get(arm.name, row.id) for row in rows] for arm in spec.arms}
         self.scores = {name: [self._score(answer, row) for answer, row in zip(said, rows, strict=True)]
                        for name, said in self.answers.items()}  # fmt: skip
         good = {name: [answer for answer in said if answer.error is None] for name, said in self.answers.items()}
@@ -151,7 +151,9 @@ class Table:
                          for name, said in good.items()}  # fmt: skip
         self.base = _single("base_digest", (answer.base_digest for said in good.values() for answer in said))
 
-    def scored(self, spec: CompareSpec, template_digest: str = "", clusters: Sequence[str] | None = None) -> ScoredArms:
+    def score_arrays(
+        self, spec: CompareSpec, template_digest: str = "", clusters: Sequence[str] | None = None
+    ) -> ScoredArms:
         """All scores as arrays, with what goes into their signatures."""
         recipe: dict[str, object] = {
             "base": (self.base or "unknown")[:8], "quant": spec.quant.kind, "tmpl": template_digest[:8] or "unknown",
@@ -164,14 +166,14 @@ class Table:
         return {metric.name: np.array([one[metric.name] for one in self.scores[arm.name]], dtype=np.float64)
                 for metric in self.scorers.tested}  # fmt: skip
 
-    def _score(self, answer: Answer, row: Row) -> dict[str, float]:
+    def _score(self, answer: EvalAnswer, row: DatasetRow) -> dict[str, float]:
         if answer.error is not None:
-            return self.scorers.failed()
+            return self.scorers.failed_scores()
         measured = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens,
                     "latency_ms": self._times.get((answer.arm, row.id))}  # fmt: skip
         told = {choice.name: found.logprobs for choice in self.scorers.choices
                 if (found := self.options.find(f"{answer.arm}~{choice.name}", row.id)) and found.logprobs}  # fmt: skip
-        return self.scorers.score(Reply.to(row, answer.text, likelihoods=told, **measured))
+        return self.scorers.score(ModelReply.to(row, answer.text, likelihoods=told, **measured))
 
 
 def _single(what: str, values: Iterable[str | None]) -> str | None:
@@ -198,11 +200,11 @@ def _arm_report(arm: ArmSpec, table: Table, scored: ScoredArms, rules: Rules) ->
     )  # fmt: skip
 
 
-def _not_json(said: Sequence[Answer]) -> int:
+def _not_json(said: Sequence[EvalAnswer]) -> int:
     return sum(answer.error is not None or parse_object(answer.text) is None for answer in said)
 
 
-def _measured(said: Sequence[Answer], metric: Metric) -> Distribution | None:
+def _measured(said: Sequence[EvalAnswer], metric: Metric) -> Distribution | None:
     values = (getattr(answer, metric.name) for answer in said if answer.error is None)
     return distribution((value for value in values if value is not None), metric.unit)
 
@@ -231,7 +233,7 @@ def _sample(index: int, table: Table) -> Sample:
     return Sample(row_id=row.id, question=asked[-1] if asked else "", gold=dict(row.gold or {}), answers=answers)
 
 
-def _sample_answer(arm: str, answer: Answer, scores: Mapping[str, float]) -> SampleAnswer:
+def _sample_answer(arm: str, answer: EvalAnswer, scores: Mapping[str, float]) -> SampleAnswer:
     cut = len(answer.text) - _SAMPLE_CHARS
     text = answer.text if cut <= 0 else f"{answer.text[:_SAMPLE_CHARS]} … ({cut} more characters)"
     shown = {name: value for name, value in scores.items() if not math.isnan(value)}
@@ -286,7 +288,7 @@ def _empty_gold(table: Table) -> list[str]:
             f"nothing, and both and field_accuracy count it as wrong. Invented: {_listed(filled)}."]  # fmt: skip
 
 
-def _answered(answer: Answer) -> Mapping[str, object]:
+def _answered(answer: EvalAnswer) -> Mapping[str, object]:
     return (parse_object(answer.text) if answer.error is None else None) or {}
 
 
@@ -300,7 +302,7 @@ def _longer(table: Table) -> list[str]:
     for scorer in table.scorers.exact:
         longer = {
             arm: sum(
-                answer.error is None and not score[scorer.name] and scorer.compared(answer.text, row).contains
+                answer.error is None and not score[scorer.name] and scorer.compare(answer.text, row).contains
                 for answer, score, row in zip(said, table.scores[arm], table.rows, strict=True)
             )
             for arm, said in table.answers.items()

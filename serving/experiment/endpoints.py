@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwork.serving.app import Endpoint, deploy
-from graftwork.serving.experiment.offline import Job
+from graftwork.serving.experiment.offline import EvalRequest
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec, ServeSpec
 
@@ -39,7 +39,7 @@ class Endpoints:
         assert self.endpoint is not None, "an answer is asked for although all are on disk"
         return await self.endpoint.ask(self._as_pinned(arm), messages, request_id)
 
-    async def send(self, job: Job) -> Mapping[str, Any]:
+    async def send(self, job: EvalRequest) -> Mapping[str, Any]:
         """An answer, or likelihoods."""
         if not job.continuations:
             return await self.ask(job.arm, job.messages, job.request_id)

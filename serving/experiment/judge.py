@@ -14,15 +14,15 @@ import httpx
 
 from graftwork import stats
 from graftwork.artifact import AdapterManifest
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import RunError
 from graftwork.metrics import signature
 from graftwork.report.records import JudgedArm, JudgeReport, Share
 from graftwork.serving.auth import own_token
-from graftwork.serving.experiment.answers import Answer, Answers, answer_key, question
+from graftwork.serving.experiment.answers import AnswerSet, EvalAnswer, answer_key, question
 from graftwork.serving.experiment.compare import arm_kind
 from graftwork.serving.experiment.judge_spec import JudgeSpec
-from graftwork.serving.experiment.offline import Job, Messages
+from graftwork.serving.experiment.offline import EvalRequest, Messages
 from graftwork.serving.experiment.probes.shares import share
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.experiment.verdict import ScoredArms
@@ -38,10 +38,10 @@ _TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """One question with two different answers: an arm's and the baseline's."""
 
-    row: Row
+    row: DatasetRow
     arm: str
     text: str
     baseline_text: str
@@ -54,8 +54,8 @@ class JudgeRun:
         self,
         spec: CompareSpec,
         judge: JudgeSpec,
-        rows: Sequence[Row],
-        answers: Answers,
+        rows: Sequence[DatasetRow],
+        answers: AnswerSet,
         manifest: AdapterManifest | None = None,
     ) -> None:
         """manifest: what the judge's adapter resolves to."""
@@ -69,13 +69,13 @@ class JudgeRun:
         """Who judges."""
         return self.judge.model or self.judge.adapter or "the served base"
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[EvalRequest]:
         """Two for each pair of different answers."""
         return [self._job(pair, order) for pair in self._pairs() for order in ORDERS]
 
-    def report(self, found: Answers, scored: ScoredArms, primary: str) -> JudgeReport:
+    def report(self, found: AnswerSet, scored: ScoredArms, primary: str) -> JudgeReport:
         """found: the judge's answers."""
-        told = {(pair.arm, pair.row.id): self._told(pair, found) for pair in self._pairs()}
+        told = {(pair.arm, pair.row.id): self._find_sides(pair, found) for pair in self._pairs()}
         sides = [side for two in told.values() for side in two if side]
         both = [two for two in told.values() if None not in two]
         agreed = sum(first != second for first, second in both)  # the same answer stands in the other place
@@ -90,22 +90,22 @@ class JudgeRun:
     def _others(self) -> list[ArmSpec]:
         return [arm for arm in self.spec.arms if arm.name != self.spec.baseline]
 
-    def _pairs(self) -> Iterator[Pair]:
+    def _pairs(self) -> Iterator[AnswerPair]:
         for row in self.rows:
             base = self.answers.find(self.spec.baseline, row.id)
             for arm in self._others():
                 own = self.answers.find(arm.name, row.id)
                 if base and own and own.text.strip() != base.text.strip():
-                    yield Pair(row, arm.name, own.text, base.text)
+                    yield AnswerPair(row, arm.name, own.text, base.text)
 
-    def _job(self, pair: Pair, order: str) -> Job:
+    def _job(self, pair: AnswerPair, order: str) -> EvalRequest:
         texts = (pair.text, pair.baseline_text) if order == "ab" else (pair.baseline_text, pair.text)
         messages = _put(pair.row, texts, self.judge.criteria)
         label, letters = f"{pair.arm}~judge-{order}", () if self.judge.url else ("A", "B")
         key = answer_key(self.spec, label, self.arm, pair.row, self._version, messages=messages, continuations=letters)
-        return Job(key, label, pair.row.id, self.arm, messages, letters)
+        return EvalRequest(key, label, pair.row.id, self.arm, messages, letters)
 
-    def _told(self, pair: Pair, found: Answers) -> tuple[Side | None, Side | None]:
+    def _find_sides(self, pair: AnswerPair, found: AnswerSet) -> tuple[Side | None, Side | None]:
         ab, ba = (_side(found.find(f"{pair.arm}~judge-{order}", pair.row.id)) for order in ORDERS)
         return ab, ba
 
@@ -160,7 +160,7 @@ class OtherEndpoint:
         self._judge, self._url = judge, judge.url.rstrip("/")
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
 
-    async def send(self, job: Job) -> Mapping[str, Any]:
+    async def send(self, job: EvalRequest) -> Mapping[str, Any]:
         """The letter it writes. Any exception is a failed judgement."""
         body = {"model": self._judge.model, "messages": job.messages, "max_tokens": 8, "temperature": 0}
         async with httpx.AsyncClient(timeout=_TIMEOUT_S, headers=self._headers) as client:
@@ -171,7 +171,7 @@ class OtherEndpoint:
         return {"text": choice["message"]["content"] or "", "finish_reason": choice.get("finish_reason")}
 
 
-def _put(row: Row, texts: tuple[str, str], criteria: str) -> Messages:
+def _put(row: DatasetRow, texts: tuple[str, str], criteria: str) -> Messages:
     asked = next(turn["content"] for turn in reversed(question(row)) if turn["role"] == "user")
     rule = f"The better answer is the one of which this is more true: {criteria}\nWhich is better? Say A or B."
     parts = [f"Question:\n{asked}", f"Answer A:\n{texts[0]}", f"Answer B:\n{texts[1]}", rule]
@@ -179,7 +179,7 @@ def _put(row: Row, texts: tuple[str, str], criteria: str) -> Messages:
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
-def _side(answer: Answer | None) -> Side | None:
+def _side(answer: EvalAnswer | None) -> Side | None:
     """Which of the two that stood there; None where it said neither."""
     if answer is None:
         return None

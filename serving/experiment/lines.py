@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from graftwork.errors import StorageError
 
 
-def whole_lines(path: Path) -> list[bytes]:
+def read_whole_lines(path: Path) -> list[bytes]:
     """The lines that were written whole; a torn last one is cut off the file."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import DataError, GraftworkError, RunError
-from graftwork.serving.experiment.answers import Answer, Answers, answer_key, question, read_answers
+from graftwork.serving.experiment.answers import AnswerSet, EvalAnswer, answer_key, question, read_answers
 from graftwork.serving.experiment.lines import append_line
-from graftwork.serving.experiment.scorers.choice import Choice
+from graftwork.serving.experiment.scorers.choice import ChoiceScorer
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
@@ -37,7 +37,7 @@ class CompareProgress:
 
 
 @dataclass(frozen=True)
-class Job:
+class EvalRequest:
     """One request: an answer to be generated, or (`continuations`) likelihoods of given ones."""
 
     key: str
@@ -53,19 +53,19 @@ class Job:
         return f"cmp-{self.key}"
 
 
-Send = Callable[[Job], Awaitable[Mapping[str, Any]]]
-"""A job -> the fields of an `Answer`. Any exception is a failed answer."""
+Send = Callable[[EvalRequest], Awaitable[Mapping[str, Any]]]
+"""A job -> the fields of an `EvalAnswer`. Any exception is a failed answer."""
 
 
 async def run_offline(
     spec: CompareSpec,
-    rows: Sequence[Row],
+    rows: Sequence[DatasetRow],
     answer: Ask,
     path: Path,
     *,
     versions: Mapping[str, str] | None = None,
     on_progress: Callable[[CompareProgress], None] | None = None,
-) -> Answers:
+) -> AnswerSet:
     """Ask every arm every question, `spec.concurrency` at once, and append each answer to `path` as it comes.
 
     Arms take turns within each question, the first arm changing from question to question, so that they share the
@@ -78,41 +78,41 @@ async def run_offline(
     check_ids(rows)
     jobs = list(_interleaved(spec, rows, versions or {}))
 
-    async def send(job: Job) -> Mapping[str, Any]:
+    async def send(job: EvalRequest) -> Mapping[str, Any]:
         return await answer(job.arm, job.messages, job.request_id)
 
     return await ask_jobs(jobs, send, path, spec.concurrency, on_progress)
 
 
 async def ask_jobs(
-    jobs: Sequence[Job],
+    jobs: Sequence[EvalRequest],
     send: Send,
     path: Path,
     concurrency: int,
     on_progress: Callable[[CompareProgress], None] | None = None,
-) -> Answers:
+) -> AnswerSet:
     """Answers to all jobs, those on disk reused; each is appended to `path` as it comes. Raises as `run_offline`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     answers = read_answers(path, _wanted(jobs))
     left = [job for job in jobs if (job.label, job.row_id) not in answers]
-    run = _Run(answers, path, len(jobs), max(_MIN_OUTAGE, concurrency), on_progress)
+    run = _OfflineRun(answers, path, len(jobs), max(_MIN_OUTAGE, concurrency), on_progress)
     await run.ask_all(left, send, concurrency)
     return answers
 
 
-def count_unanswered(spec: CompareSpec, rows: Sequence[Row], path: Path, versions: Mapping[str, str]) -> int:
+def count_unanswered(spec: CompareSpec, rows: Sequence[DatasetRow], path: Path, versions: Mapping[str, str]) -> int:
     """Questions times arms that `run_offline` would still ask."""
     return count_missing(list(_interleaved(spec, rows, versions)), path)
 
 
-def count_missing(jobs: Sequence[Job], path: Path) -> int:
+def count_missing(jobs: Sequence[EvalRequest], path: Path) -> int:
     """Jobs that `ask_jobs` would still send."""
     return len(jobs) - len(read_answers(path, _wanted(jobs)))
 
 
 def option_jobs(
-    spec: CompareSpec, rows: Sequence[Row], choices: Sequence[Choice], versions: Mapping[str, str]
-) -> list[Job]:
+    spec: CompareSpec, rows: Sequence[DatasetRow], choices: Sequence[ChoiceScorer], versions: Mapping[str, str]
+) -> list[EvalRequest]:
     """Likelihoods of every row's options in every arm, filed under `ARM~SCORER`."""
     jobs = []
     for row in rows:
@@ -120,11 +120,11 @@ def option_jobs(
             for choice in choices:
                 label, options = f"{arm.name}~{choice.name}", choice.options(row)
                 key = answer_key(spec, label, arm, row, versions.get(arm.name), continuations=options)
-                jobs.append(Job(key, label, row.id, arm, question(row), options))
+                jobs.append(EvalRequest(key, label, row.id, arm, question(row), options))
     return jobs
 
 
-def alone_jobs(spec: CompareSpec, rows: Sequence[Row], versions: Mapping[str, str]) -> list[Job]:
+def alone_jobs(spec: CompareSpec, rows: Sequence[DatasetRow], versions: Mapping[str, str]) -> list[EvalRequest]:
     """A few questions to every arm, to be asked with one request in flight: what an answer takes without a queue.
 
     They are asked before all others, so that no prompt is in the prefix cache. The first of each arm may load its
@@ -136,17 +136,17 @@ def alone_jobs(spec: CompareSpec, rows: Sequence[Row], versions: Mapping[str, st
         for arm in spec.arms:
             label = f"{arm.name}{ALONE}"
             key = answer_key(spec, label, arm, row, versions.get(arm.name))
-            jobs.append(Job(key, label, row.id, arm, question(row)))
+            jobs.append(EvalRequest(key, label, row.id, arm, question(row)))
     return jobs
 
 
-def timed(alone: Answers, arm: str) -> list[Answer]:
+def timed(alone: AnswerSet, arm: str) -> list[EvalAnswer]:
     """An arm's answers to `alone_jobs`, without failures and without the first, which may have loaded the adapter."""
     found = [answer for answer in alone if answer.arm == f"{arm}{ALONE}"]
     return [answer for answer in found[1:] if answer.error is None]
 
 
-def check_ids(rows: Sequence[Row]) -> None:
+def check_ids(rows: Sequence[DatasetRow]) -> None:
     """Raises DataError: no rows, a row without id, an id twice."""
     if not rows:
         raise DataError("evaluation rows", "none", "a comparison needs at least one question")
@@ -159,24 +159,24 @@ def check_ids(rows: Sequence[Row]) -> None:
         seen[row.id] = number
 
 
-def _wanted(jobs: Sequence[Job]) -> dict[str, tuple[str, str]]:
+def _wanted(jobs: Sequence[EvalRequest]) -> dict[str, tuple[str, str]]:
     return {job.key: (job.label, job.row_id) for job in jobs}
 
 
-def _interleaved(spec: CompareSpec, rows: Sequence[Row], versions: Mapping[str, str]) -> Iterator[Job]:
+def _interleaved(spec: CompareSpec, rows: Sequence[DatasetRow], versions: Mapping[str, str]) -> Iterator[EvalRequest]:
     for index, row in enumerate(rows):
         first = index % len(spec.arms)
         for arm in spec.arms[first:] + spec.arms[:first]:
             key = answer_key(spec, arm.name, arm, row, versions.get(arm.name))
-            yield Job(key, arm.name, row.id, arm, question(row))
+            yield EvalRequest(key, arm.name, row.id, arm, question(row))
 
 
-class _Run:
+class _OfflineRun:
     """State of one run: what is recorded, and the failures that no later answer has yet shown to be the arm's own."""
 
     def __init__(
         self,
-        answers: Answers,
+        answers: AnswerSet,
         path: Path,
         total: int,
         outage: int,
@@ -185,9 +185,9 @@ class _Run:
         self.answers, self.path, self.total, self.outage = answers, path, total, outage
         self.on_progress = on_progress
         self.reused, self.failed = len(answers), 0
-        self.held: list[Answer] = []
+        self.held: list[EvalAnswer] = []
 
-    async def ask_all(self, jobs: Sequence[Job], send: Send, concurrency: int) -> None:
+    async def ask_all(self, jobs: Sequence[EvalRequest], send: Send, concurrency: int) -> None:
         queue = iter(jobs)
         self._say()
         try:
@@ -200,11 +200,11 @@ class _Run:
             raise self._outage()
         self._record_held()
 
-    async def _worker(self, queue: Iterator[Job], send: Send) -> None:
+    async def _worker(self, queue: Iterator[EvalRequest], send: Send) -> None:
         for job in queue:
             self._take(await _ask(job, send))
 
-    def _take(self, answer: Answer) -> None:
+    def _take(self, answer: EvalAnswer) -> None:
         self.failed += answer.error is not None
         self.held.append(answer)
         if answer.error is None:
@@ -230,13 +230,13 @@ class _Run:
             self.on_progress(CompareProgress(done, self.total, self.failed, self.reused))
 
 
-async def _ask(job: Job, send: Send) -> Answer:
+async def _ask(job: EvalRequest, send: Send) -> EvalAnswer:
     """The answer, or the failure as an answer. `gather` is what turns an exception of any kind into a value."""
     said = {"key": job.key, "arm": job.label, "row_id": job.row_id, "request_id": job.request_id}
     [result] = await asyncio.gather(send(job), return_exceptions=True)
     if isinstance(result, BaseException):
-        return Answer.model_validate({**said, "error": _failure(result)})
-    return Answer.model_validate({**result, **said, "error": _engine_error(result)})
+        return EvalAnswer.model_validate({**said, "error": _failure(result)})
+    return EvalAnswer.model_validate({**result, **said, "error": _engine_error(result)})
 
 
 def _failure(error: BaseException) -> str:

@@ -15,20 +15,20 @@ from graftwork import artifact, base_model
 from graftwork.accelerators import accelerators_here, with_gpus
 from graftwork.answers.schema import AnswerSchema
 from graftwork.base_support import check_serving
-from graftwork.data import Row, fingerprint, key_check, read_fields, read_rows, resolve_prompt
+from graftwork.data import DatasetRow, fingerprint, key_check, read_fields, read_rows, resolve_prompt
 from graftwork.errors import ConfigError
 from graftwork.provenance import collect
 from graftwork.report import BuiltReport, build
 from graftwork.report.records import CompareReport, DecisionCard, JudgeReport
 from graftwork.report.whole import ReportInput
 from graftwork.serving.app import Endpoint
-from graftwork.serving.experiment.answers import Answers
+from graftwork.serving.experiment.answers import AnswerSet
 from graftwork.serving.experiment.compare import compare, primary_metric, score_arms
 from graftwork.serving.experiment.endpoints import Endpoints
 from graftwork.serving.experiment.judge import JudgeRun, OtherEndpoint
 from graftwork.serving.experiment.offline import (
     CompareProgress,
-    Job,
+    EvalRequest,
     Send,
     alone_jobs,
     ask_jobs,
@@ -41,7 +41,7 @@ from graftwork.serving.experiment.probes.ask import Prober
 from graftwork.serving.experiment.probes.card import make_card, reference_arm
 from graftwork.serving.experiment.probes.given import adapter_facts, probed_corpus, prompt_of
 from graftwork.serving.experiment.probes.gold import GoldPassages
-from graftwork.serving.experiment.probes.right import Judge
+from graftwork.serving.experiment.probes.right import CorrectnessCheck
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.experiment.verdict import ScoredArms
@@ -137,32 +137,32 @@ class _More:
         """Of the arms' adapters."""
         return {name: manifest.version for name, manifest in self.manifests.items()}
 
-    def alone(self) -> Answers:
+    def alone(self) -> AnswerSet:
         """Answers with one request in flight, where a scorer needs times: before all others."""
         jobs = alone_jobs(self.spec, self.asked.rows, self.versions) if self.asked.scorers.needs_times else []
         return self._ask(jobs, "alone.jsonl", self.live.send, concurrency=1)
 
-    def options(self) -> Answers:
+    def options(self) -> AnswerSet:
         """Likelihoods of the options of every choice scorer."""
         jobs = option_jobs(self.spec, self.asked.rows, self.asked.scorers.choices, self.versions)
         return self._ask(jobs, "options.jsonl", self.live.send)
 
-    def card(self, answers: Answers, scored: ScoredArms, alone: Answers) -> DecisionCard | None:
+    def card(self, answers: AnswerSet, scored: ScoredArms, alone: AnswerSet) -> DecisionCard | None:
         spec, asked = self.spec, self.asked
         if spec.probes is None:
             return None
         prober = Prober(
-            spec, spec.probes, asked.rows, answers, Judge(spec, asked.scorers, asked.primary), asked.passages,
+            spec, spec.probes, asked.rows, answers, CorrectnessCheck(spec, asked.scorers, asked.primary), asked.passages,
             prompts={arm.name: prompt_of(arm, self.manifests.get(arm.name)) for arm in spec.arms},
             versions=self.versions,
             reference=spec.probes.reference or reference_arm(spec, scored, asked.primary),
         )  # fmt: skip
-        first = prober.first_round()
+        first = prober.first_requests()
         found = self._ask(first, "probes.jsonl", self.live.send)
-        found = self._ask(first + prober.second_round(found), "probes.jsonl", self.live.send)
+        found = self._ask(first + prober.followup_requests(found), "probes.jsonl", self.live.send)
         return make_card(prober, found, {name: adapter_facts(m) for name, m in self.manifests.items()}, alone)
 
-    def judged(self, answers: Answers, scored: ScoredArms) -> JudgeReport | None:
+    def judged(self, answers: AnswerSet, scored: ScoredArms) -> JudgeReport | None:
         judge = self.spec.judge
         if judge is None:
             return None
@@ -171,13 +171,13 @@ class _More:
         found = self._ask(run.jobs(), "judge.jsonl", OtherEndpoint(judge).send if judge.url else self.live.send)
         return run.report(found, scored, self.asked.primary)
 
-    def _ask(self, jobs: Sequence[Job], file: str, send: Send, concurrency: int | None = None) -> Answers:
+    def _ask(self, jobs: Sequence[EvalRequest], file: str, send: Send, concurrency: int | None = None) -> AnswerSet:
         """On the endpoint, deployed where something is missing that only it can answer."""
         path = self.folder / file
         if send == self.live.send and count_missing(jobs, path):
             self.live.open()
         if not jobs:
-            return Answers()
+            return AnswerSet()
         return asyncio.run(ask_jobs(jobs, send, path, concurrency or self.spec.concurrency, self.on_progress))
 
 
@@ -185,7 +185,7 @@ class _More:
 class _Asked:
     """What the spec names, read and checked before anything is deployed."""
 
-    rows: list[Row]
+    rows: list[DatasetRow]
     schema: AnswerSchema | None
     scorers: Scorers
     primary: str
@@ -216,7 +216,7 @@ class _Asked:
         return cls(rows, schema, scorers, primary, fields, passages, notes)
 
 
-def _trained_on(rows: Sequence[Row], manifests: Mapping[str, artifact.AdapterManifest]) -> list[str]:
+def _trained_on(rows: Sequence[DatasetRow], manifests: Mapping[str, artifact.AdapterManifest]) -> list[str]:
     """A note on each arm whose adapter was trained on exactly these rows, by its manifest's digest of them."""
     asked = fingerprint(rows)
     return [f"{arm}: its adapter {manifest.ref} was trained on these very questions, so its scores say nothing about "
@@ -232,12 +232,12 @@ async def _stats(endpoint: Endpoint) -> dict[str, Any]:
     return stats
 
 
-def _score_lines(rows: Sequence[Row], answers: Answers, scored: ScoredArms) -> bytes:
+def _score_lines(rows: Sequence[DatasetRow], answers: AnswerSet, scored: ScoredArms) -> bytes:
     """What each answer scored, a JSON line an answer, question by question; a measure that was not taken is absent."""
     lines = []
     for place, row in enumerate(rows):
         for arm, by_metric in scored.values.items():
-            answer = answers.of(arm, row.id)
+            answer = answers.get(arm, row.id)
             scores = {name: float(values[place]) for name, values in by_metric.items() if not math.isnan(values[place])}
             line = {"row_id": row.id, "arm": arm, "text": answer.text, "error": answer.error,
                     "finish_reason": answer.finish_reason, "scores": scores}  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from graftwork.report.records import Score, Slice
-from graftwork.serving.experiment.verdict import Rules, ScoredArms, Seen, arm_score, judge
+from graftwork.serving.experiment.verdict import Rules, ScoredArms, UnadjustedDifference, arm_score, judge
 
 OTHER = "(other)"
 
@@ -20,7 +20,9 @@ def slices(
     """
     parts = [(field, value, part) for field, values in fields.items() for value, part in _parts(scored, values, fewest)]
     others = [name for name in scored.names if name != baseline]
-    pairs = [[Seen.of(part, (name, baseline, metric), rules) for name in others] for _, _, part in parts]
+    pairs = [
+        [UnadjustedDifference.compute(part, (name, baseline, metric), rules) for name in others] for _, _, part in parts
+    ]
     judged = iter(judge([seen for some in pairs for seen in some if seen], rules, "bh"))
     return tuple(
         Slice(

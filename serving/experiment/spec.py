@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from graftwork.accelerators import AUTO, Gpus, counted
+from graftwork.accelerators import AUTO, Gpus, resolved_count
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.serving.experiment.judge_spec import JudgeSpec
@@ -78,7 +78,7 @@ class CompareSpec(Spec):
     @property
     def gpus(self) -> float:
         """GPUs of the engine."""
-        return counted(self.num_gpus)
+        return resolved_count(self.num_gpus)
 
     @model_validator(mode="after")
     def _arms_stand(self) -> Self:

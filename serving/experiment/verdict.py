@@ -50,7 +50,7 @@ class ScoredArms:
         values = self.values[arm][metric]
         return float(np.mean(values[~np.isnan(values)])) if not np.all(np.isnan(values)) else math.nan
 
-    def measured(self, arms: Sequence[str], metric: str) -> NDArray[np.bool_]:
+    def select_measured(self, arms: Sequence[str], metric: str) -> NDArray[np.bool_]:
         """The questions on which all these arms have a value."""
         missing = [np.isnan(self.values[arm][metric]) for arm in arms]
         found: NDArray[np.bool_] = ~np.any(missing, axis=0)
@@ -76,7 +76,7 @@ class Rules:
 
 def arm_score(arm: str, metric: Metric, scored: ScoredArms, rules: Rules) -> Score | None:
     """Mean of an arm on one metric, with its interval: Wilson for shares of answers, else BCa. None: never measured."""
-    kept = scored.measured([arm], metric.name)
+    kept = scored.select_measured([arm], metric.name)
     values, n = scored.values[arm][metric.name][kept], int(np.sum(kept))
     if n == 0:
         return None
@@ -103,14 +103,16 @@ def family(scored: ScoredArms, pairs: Sequence[Pair], rules: Rules | None = None
     both values is left out.
     """
     rules = rules or Rules()
-    return judge([found for pair in pairs if (found := Seen.of(scored, pair, rules))], rules, "holm")
+    return judge(
+        [found for pair in pairs if (found := UnadjustedDifference.compute(scored, pair, rules))], rules, "holm"
+    )
 
 
-def judge(seen: Sequence["Seen"], rules: Rules, adjust: Adjust) -> tuple[Difference, ...]:
+def judge(seen: Sequence["UnadjustedDifference"], rules: Rules, adjust: Adjust) -> tuple[Difference, ...]:
     """Verdicts on differences that are tested together."""
     correct = stats.holm if adjust == "holm" else stats.benjamini_hochberg
     adjusted = correct([one.p_value for one in seen])
-    return tuple(one.judged(p, len(seen), rules, adjust) for one, p in zip(seen, adjusted, strict=True))
+    return tuple(one.adjust(p, len(seen), rules, adjust) for one, p in zip(seen, adjusted, strict=True))
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class _Sample:
 
 
 @dataclass(frozen=True)
-class Seen:
+class UnadjustedDifference:
     """One difference before it is known what it was tested together with."""
 
     pair: Pair
@@ -161,10 +163,10 @@ class Seen:
     p_value: float
 
     @classmethod
-    def of(cls, scored: ScoredArms, pair: Pair, rules: Rules) -> "Seen | None":
+    def compute(cls, scored: ScoredArms, pair: Pair, rules: Rules) -> "UnadjustedDifference | None":
         """None where no question has a value of both arms."""
         arm_a, arm_b, name = pair
-        kept = scored.measured([arm_a, arm_b], name)
+        kept = scored.select_measured([arm_a, arm_b], name)
         a, b = scored.values[arm_a][name][kept], scored.values[arm_b][name][kept]
         if len(a) == 0:
             return None
@@ -172,7 +174,7 @@ class Seen:
         p_value = _p_value(sample, rules.seed)
         return cls(pair, a, b, sample, scored.recipe, _interval(sample, a, b, rules.alpha, rules.seed), p_value)
 
-    def judged(self, p_adjusted: float, size: int, rules: Rules, adjust: Adjust) -> Difference:
+    def adjust(self, p_adjusted: float, size: int, rules: Rules, adjust: Adjust) -> Difference:
         """As one of `size` tests."""
         arm_a, arm_b, name = self.pair
         differences, n, metric = self.sample.values, len(self.scores_a), self.sample.metric

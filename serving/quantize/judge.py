@@ -10,25 +10,25 @@ from collections.abc import Sequence
 import numpy as np
 
 from graftwork import metrics
-from graftwork.answers.fields import Key, Scores, score
+from graftwork.answers.fields import FieldScores, GoldAnswer, score
 from graftwork.answers.schema import AnswerSchema
-from graftwork.data import Row, fingerprint
+from graftwork.data import DatasetRow, fingerprint
 from graftwork.metrics import Distribution, distribution
 from graftwork.report.quantize_records import PrecisionArm, PrecisionFacts, PrecisionRow, QuantizeReport
 from graftwork.report.records import Difference
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, arm_score, family
-from graftwork.serving.quantize.measured import Measured, MeasuredArm, Said
-from graftwork.serving.quantize.rule import Candidate, Finding, Rule, recommend
+from graftwork.serving.quantize.measured import AnswerText, MeasuredArm, PrecisionResult
+from graftwork.serving.quantize.rule import Candidate, PrecisionVerdict, Rule, recommend
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.stats import Floats
 
-_WRONG = Scores(0.0, 0.0, 0.0, 0.0, is_json=False)
+_WRONG = FieldScores(0.0, 0.0, 0.0, 0.0, is_json=False)
 
 
 def judge(
     spec: QuantizeSpec,
-    measured: Sequence[Measured],
-    rows: Sequence[Row],
+    measured: Sequence[PrecisionResult],
+    rows: Sequence[DatasetRow],
     schema: AnswerSchema,
     *,
     text: str,
@@ -56,14 +56,14 @@ def label(precision: str, arm: str) -> str:
 
 
 def _scored(
-    measured: Sequence[Measured], rows: Sequence[Row], schema: AnswerSchema, recipe: dict[str, object]
+    measured: Sequence[PrecisionResult], rows: Sequence[DatasetRow], schema: AnswerSchema, recipe: dict[str, object]
 ) -> ScoredArms:
-    keys = [Key.of(row) for row in rows]
+    keys = [GoldAnswer.from_row(row) for row in rows]
     values = {label(one.precision, arm.arm): _values(arm.answers, keys, schema) for one in measured for arm in one.arms}
     return ScoredArms(values, recipe)
 
 
-def _values(answers: Sequence[Said], keys: Sequence[Key], schema: AnswerSchema) -> dict[str, Floats]:
+def _values(answers: Sequence[AnswerText], keys: Sequence[GoldAnswer], schema: AnswerSchema) -> dict[str, Floats]:
     pairs = zip(answers, keys, strict=True)
     found = [_WRONG if said.error is not None else score(said.text, key, schema) for said, key in pairs]
     return {m.name: np.array([getattr(one, m.name) for one in found], dtype=np.float64) for m in metrics.SCORES}
@@ -80,7 +80,9 @@ def _rule(spec: QuantizeSpec) -> Rule:
     return Rule(spec.reference, spec.metric, spec.margin, spec.min_speed, spec.speed.batches[-1])
 
 
-def _candidates(spec: QuantizeSpec, measured: Sequence[Measured], differences: Sequence[Difference]) -> list[Candidate]:
+def _candidates(
+    spec: QuantizeSpec, measured: Sequence[PrecisionResult], differences: Sequence[Difference]
+) -> list[Candidate]:
     by_label = {difference.a: difference for difference in differences if difference.metric == spec.metric}
     batch = spec.speed.batches[-1]
     return [
@@ -94,13 +96,13 @@ def _candidates(spec: QuantizeSpec, measured: Sequence[Measured], differences: S
     ]  # fmt: skip
 
 
-def _row(one: Measured, finding: Finding, scored: ScoredArms, rules: Rules) -> PrecisionRow:
+def _row(one: PrecisionResult, finding: PrecisionVerdict, scored: ScoredArms, rules: Rules) -> PrecisionRow:
     facts = {key: getattr(one, key) for key in PrecisionFacts.model_fields}
     arms = tuple(_arm(one, arm, scored, rules) for arm in one.arms)
     return PrecisionRow(**facts, good_enough=finding.good_enough, why=finding.why, arms=arms)
 
 
-def _arm(one: Measured, arm: MeasuredArm, scored: ScoredArms, rules: Rules) -> PrecisionArm:
+def _arm(one: PrecisionResult, arm: MeasuredArm, scored: ScoredArms, rules: Rules) -> PrecisionArm:
     name = label(one.precision, arm.arm)
     return PrecisionArm(
         arm=arm.arm, adapter_version=arm.adapter_version, perplexity=math.exp(arm.nats),
@@ -116,7 +118,7 @@ def _rounds(values: Sequence[float]) -> Distribution:
     return found
 
 
-def _notes(spec: QuantizeSpec, measured: Sequence[Measured], scored: ScoredArms) -> list[str]:
+def _notes(spec: QuantizeSpec, measured: Sequence[PrecisionResult], scored: ScoredArms) -> list[str]:
     """What a reader must know before believing the numbers."""
     notes = [f"{one.precision}: {one.caveat}." for one in measured if one.caveat]
     if len(machines := {one.machine for one in measured}) > 1:

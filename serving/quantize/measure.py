@@ -17,13 +17,13 @@ from graftwork import base_model
 from graftwork.base_model import ResolvedBase
 from graftwork.chat import PromptSpec, Template
 from graftwork.config import canonical_json
-from graftwork.data import Row, fingerprint
+from graftwork.data import DatasetRow, fingerprint
 from graftwork.errors import BaseModelError
 from graftwork.memory import weight_bytes
 from graftwork.model_shape import ModelShape
 from graftwork.provenance import hardware
 from graftwork.serving.quantize.ask import Asker
-from graftwork.serving.quantize.measured import Measured, MeasuredArm
+from graftwork.serving.quantize.measured import MeasuredArm, PrecisionResult
 from graftwork.serving.quantize.spec import QUANT, Precision, QuantizeSpec
 from graftwork.serving.source import AdapterSource, trained_prompt
 from graftwork.serving.spec import ArmSpec
@@ -32,7 +32,7 @@ from graftwork.storage import Store
 if TYPE_CHECKING:
     import torch
 
-    from graftwork.serving.engine.engine import Engine
+    from graftwork.serving.engine.engine import NativeEngine
     from graftwork.serving.quantize.perplexity import Perplexity
 
 
@@ -41,7 +41,7 @@ class Material:
     """What every precision is measured on, read once in the driver. `arms` name their adapters by version."""
 
     arms: tuple[ArmSpec, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[DatasetRow, ...]
     text_ids: tuple[int, ...]
 
     @property
@@ -52,11 +52,11 @@ class Material:
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
-def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> Measured:
+def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> PrecisionResult:
     """Everything about one precision. Raises UserError for a base or an adapter that cannot be served, RunError."""
     import torch
 
-    from graftwork.serving.engine.engine import Engine
+    from graftwork.serving.engine.engine import NativeEngine
 
     threads = spec.engine.num_threads or max(1, int(spec.num_cpus))
     torch.set_num_threads(threads)
@@ -68,9 +68,9 @@ def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> Mea
     adapters = {arm.name: _fetch(spec, base, arm) for arm in material.arms if arm.adapter}
     losses = _merge_losses(loaded.model, precision, adapters)
     template = base_model.template(base)
-    engine = Engine(loaded.model, spec.engine.with_({"num_threads": threads}), device, template.decode)
+    engine = NativeEngine(loaded.model, spec.engine.with_({"num_threads": threads}), device, template.decode)
     arms = _Bench(engine, template, adapters, spec, material).measure(losses)
-    return Measured(
+    return PrecisionResult(
         precision=precision, base_digest=base.digest, material=material.digest, machine=machine(),
         reason=loaded.reason, caveat=caveat(precision, device),
         stored_bytes=loaded.stored_bytes, resident_bytes=loaded.resident_bytes,
@@ -108,7 +108,7 @@ class _Bench:
 
     def __init__(
         self,
-        engine: "Engine",
+        engine: "NativeEngine",
         template: Template,
         adapters: Mapping[str, _Adapter],
         spec: QuantizeSpec,
@@ -133,7 +133,7 @@ class _Bench:
         adapter, weights = self._adapters.get(arm.name), None
         if adapter is not None:
             self._engine.load_adapter(adapter.version, adapter.folder)
-            weights = self._engine.slots.moved(adapter.version, self._engine.runner.device)
+            weights = self._engine.pool.copy_to_device(adapter.version, self._engine.runner.device)
         return perplexity(
             self._material.text_ids, lambda ids_1T: self._engine.runner.logits(ids_1T, [weights]),
             window=self._spec.text.window, stride=self._spec.text.stride,

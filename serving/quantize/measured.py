@@ -5,7 +5,7 @@ from graftwork.report.record import Record
 from graftwork.serving.quantize.spec import Precision
 
 
-class Said(Record):
+class AnswerText(Record):
     """An answer's text. `cut`: the token limit ended it. `error`: the engine failed on it; it counts as wrong."""
 
     text: str
@@ -22,7 +22,7 @@ class MeasuredArm(Record):
     """Mean negative log-likelihood of a token of the text."""
     tokens: int
     """Tokens scored."""
-    answers: tuple[Said, ...]
+    answers: tuple[AnswerText, ...]
     """In the order of the questions."""
     tokens_per_s: dict[int, tuple[float, ...]]
     """Requests at once -> one value a round."""
@@ -30,7 +30,7 @@ class MeasuredArm(Record):
     """What requantising after a merge would lose of the adapter's delta (nf4 with an adapter only)."""
 
 
-class Measured(PrecisionFacts):
+class PrecisionResult(PrecisionFacts):
     """One precision, measured in a process of its own."""
 
     precision: Precision

@@ -39,7 +39,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Finding:
+class PrecisionVerdict:
     """What the rule says of one precision."""
 
     precision: str
@@ -53,7 +53,7 @@ class Recommendation:
 
     precision: str
     sentence: str
-    findings: tuple[Finding, ...]
+    findings: tuple[PrecisionVerdict, ...]
 
 
 def recommend(candidates: Sequence[Candidate], rule: Rule) -> Recommendation:
@@ -66,12 +66,12 @@ def recommend(candidates: Sequence[Candidate], rule: Rule) -> Recommendation:
     return Recommendation(best.precision, _sentence(best, reference, findings, len(good), rule), findings)
 
 
-def _judge(one: Candidate, reference: Candidate, rule: Rule) -> Finding:
+def _judge(one: Candidate, reference: Candidate, rule: Rule) -> PrecisionVerdict:
     if one is reference:
-        return Finding(one.precision, True, "the reference")
+        return PrecisionVerdict(one.precision, True, "the reference")
     problems = [*_lost(one, rule), *_slow(one, reference, rule)]
     kept = f"{rule.metric} within {rule.margin:g} of {rule.reference}, {_ratio(one, reference):.2f}x its speed"
-    return Finding(one.precision, not problems, "; ".join(problems) or kept)
+    return PrecisionVerdict(one.precision, not problems, "; ".join(problems) or kept)
 
 
 def _lost(one: Candidate, rule: Rule) -> list[str]:
@@ -98,7 +98,9 @@ def _ratio(one: Candidate, reference: Candidate) -> float:
     return min(one.tokens_per_s[arm] / reference.tokens_per_s[arm] for arm in one.tokens_per_s)
 
 
-def _sentence(best: Candidate, reference: Candidate, findings: Sequence[Finding], good: int, rule: Rule) -> str:
+def _sentence(
+    best: Candidate, reference: Candidate, findings: Sequence[PrecisionVerdict], good: int, rule: Rule
+) -> str:
     if best is reference:
         others = [f"{finding.precision}: {finding.why}" for finding in findings if not finding.good_enough]
         reason = ". ".join(others) if others else "no other precision takes fewer bytes in memory"

@@ -15,7 +15,7 @@ from graftwork.base_model import ResolvedBase
 from graftwork.base_support import check_serving
 from graftwork.chat import Message, Template
 from graftwork.config import canonical_json
-from graftwork.data import Row, key_check, read_rows, read_text
+from graftwork.data import DatasetRow, key_check, read_rows, read_text
 from graftwork.errors import ConfigError, DataError, GraftworkError, RunError
 from graftwork.provenance import collect
 from graftwork.report import BuiltReport, ReportInput, build
@@ -25,7 +25,7 @@ from graftwork.serving.app import require_resources
 from graftwork.serving.experiment.offline import check_ids
 from graftwork.serving.quantize.judge import judge
 from graftwork.serving.quantize.measure import Material, measure
-from graftwork.serving.quantize.measured import Measured
+from graftwork.serving.quantize.measured import PrecisionResult
 from graftwork.serving.quantize.spec import Precision, QuantizeSpec
 from graftwork.serving.source import AdapterSource
 from graftwork.serving.spec import ArmSpec
@@ -77,7 +77,7 @@ def run_quantize(
     for done, precision in enumerate(spec.precisions):
         if on_progress is not None:
             on_progress(QuantizeProgress(done, len(spec.precisions), precision))
-        kept = _kept(run, precision, base, material)
+        kept = _reusable(run, precision, base, material)
         reused += kept is not None
         measured.append(kept or _measure(run, spec, precision, material))
     report = judge(spec, measured, material.rows, schema, text=said, template_digest=template.digest)
@@ -112,7 +112,7 @@ def _pin(source: AdapterSource, arm: ArmSpec) -> ArmSpec:
     return arm.with_({"adapter": f"{manifest.task}@{manifest.version}"})
 
 
-def _text(spec: QuantizeSpec, rows: Sequence[Row], template: Template) -> tuple[tuple[int, ...], str]:
+def _text(spec: QuantizeSpec, rows: Sequence[DatasetRow], template: Template) -> tuple[tuple[int, ...], str]:
     """The ids that perplexity is taken on, and where they come from."""
     ids: list[int] = []
     if spec.text.uri is not None:
@@ -128,7 +128,7 @@ def _text(spec: QuantizeSpec, rows: Sequence[Row], template: Template) -> tuple[
     return tuple(ids[: spec.text.max_tokens]), what
 
 
-def _answered(row: Row) -> tuple[Message, ...]:
+def _answered(row: DatasetRow) -> tuple[Message, ...]:
     if row.answer is not None:
         return row.messages
     return (*row.messages, Message("assistant", canonical_json(dict(row.gold or {}))))
@@ -138,23 +138,23 @@ def _measurement(precision: Precision) -> tuple[str, str]:
     return "precisions", f"{precision}.json"
 
 
-def _kept(run: RunPaths, precision: Precision, base: ResolvedBase, material: Material) -> Measured | None:
+def _reusable(run: RunPaths, precision: Precision, base: ResolvedBase, material: Material) -> PrecisionResult | None:
     """A measurement of this run on the same base and material, with the adapter versions of now."""
     found = run.store.find_bytes(*run.file(*_measurement(precision)))
     if found is None:
         return None
     try:
-        measured = Measured.model_validate_json(found)
+        measured = PrecisionResult.model_validate_json(found)
     except pydantic.ValidationError:  # another version of this code wrote it
         return None
     return measured if (measured.base_digest, measured.material) == (base.digest, material.digest) else None
 
 
-def _measure(run: RunPaths, spec: QuantizeSpec, precision: Precision, material: Material) -> Measured:
+def _measure(run: RunPaths, spec: QuantizeSpec, precision: Precision, material: Material) -> PrecisionResult:
     """In a worker that does nothing else before or after, so that its peak memory is this precision's."""
     task = ray.remote(max_calls=1, max_retries=0, num_cpus=spec.num_cpus, num_gpus=spec.gpus)(measure)
     try:
-        measured: Measured = ray.get(task.remote(spec, precision, material))
+        measured: PrecisionResult = ray.get(task.remote(spec, precision, material))
     except RayTaskError as error:
         if isinstance(error.cause, GraftworkError):
             raise error.cause from None

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.accelerators import AUTO, Gpus, counted
+from graftwork.accelerators import AUTO, Gpus, resolved_count
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import Spec
 from graftwork.serving.spec import ArmSpec, EngineSpec
@@ -92,7 +92,7 @@ class QuantizeSpec(Spec):
     @property
     def gpus(self) -> float:
         """GPUs of the process that measures."""
-        return counted(self.num_gpus)
+        return resolved_count(self.num_gpus)
 
     @model_validator(mode="after")
     def _can_be_measured(self) -> Self:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from graftwork.errors import RunError
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
-from graftwork.serving.engine_protocol import EngineLike
+from graftwork.serving.engine_protocol import Engine
 from graftwork.serving.quantize.spec import SpeedSpec
 
 WAIT_S = 900.0
@@ -32,7 +32,7 @@ class _Round:
 
 
 def decode_speed(
-    engine: EngineLike, rows: int, spec: SpeedSpec, *, adapter: str | None, vocab: int, seed: int
+    engine: Engine, rows: int, spec: SpeedSpec, *, adapter: str | None, vocab: int, seed: int
 ) -> list[float]:
     """Tokens per second of `rows` requests at once, one value a round, each with prompts of its own.
 
@@ -44,7 +44,7 @@ def decode_speed(
 
 
 def _one_round(
-    engine: EngineLike, rows: int, spec: SpeedSpec, adapter: str | None, vocab: int, rng: random.Random
+    engine: Engine, rows: int, spec: SpeedSpec, adapter: str | None, vocab: int, rng: random.Random
 ) -> float:
     seen = _Round(rows)
     for row in range(rows):

@@ -138,10 +138,10 @@ def _choose(scored: ScoredArms, differences: Sequence[Difference], k: int) -> tu
     better = [d for d in differences if d.verdict == "better"]
     if better:
         best = max(better, key=lambda d: d.value)
-        return best.a, f"Use {best.a}: {_told(best)} over {_SIMPLEST} in hit@{k}."
+        return best.a, f"Use {best.a}: {_format_difference(best)} over {_SIMPLEST} in hit@{k}."
     if not differences:
         return _SIMPLEST, f"{_SIMPLEST} alone was measured: add dense and hybrid to `retrievers:` to compare."
-    said = "; ".join(f"{d.a} is {_verdict(d)}: {_told(d)}" for d in differences)
+    said = "; ".join(f"{d.a} is {_verdict(d)}: {_format_difference(d)}" for d in differences)
     return _SIMPLEST, f"Use {_SIMPLEST}: no other is shown to be better in hit@{k}. {said[:1].upper()}{said[1:]}."
 
 
@@ -151,7 +151,7 @@ def _verdict(difference: Difference) -> str:
     return f"undecided (about {difference.n_needed:,} questions would decide)"
 
 
-def _told(d: Difference) -> str:
+def _format_difference(d: Difference) -> str:
     return (f"{d.value * 100:+.1f} points [{d.low * 100:+.1f}, {d.high * 100:+.1f}], p={d.p_adjusted:.2g}, "
             f"n={d.n}")  # fmt: skip
 

@@ -7,11 +7,11 @@ from graftwork.errors import DataError
 from graftwork.retrieval import Retriever, open_retriever
 from graftwork.retrieval.dense import shared_embedder
 from graftwork.retrieval.sources import read_corpus
-from graftwork.retrieval.versions import Published
+from graftwork.retrieval.versions import PublishedIndex
 from graftwork.serving.rag.spec import RagSpec
 
 
-def make_index(spec: RagSpec, *, on_progress: Callable[[int, int], None] | None = None) -> Published:
+def make_index(spec: RagSpec, *, on_progress: Callable[[int, int], None] | None = None) -> PublishedIndex:
     """Read the sources and make their index current; only what changed since the last one is worked on.
 
     on_progress: called with (passages embedded, of how many). Raises DataError, StorageError, BaseModelError.

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from graftwork.chat import Passage, question_of
+from graftwork.chat import Passage, rerank_prompt
 from graftwork.serving.spec import ArmSpec
 
 Likelihood = Callable[[dict[str, Any], list[dict[str, str]], Sequence[str], str], Awaitable[list[dict[str, Any]]]]
@@ -35,6 +35,6 @@ async def rerank(question: str, passages: Sequence[Passage], likelihood: Likelih
 
 async def _score(question: str, passage: Passage, likelihood: Likelihood, request_id: str) -> float:
     """log P(question | passage) in nats. The questions compared are one text, so no length weighs in."""
-    messages = [asdict(message) for message in question_of(passage)]
+    messages = [asdict(message) for message in rerank_prompt(passage)]
     (said,) = await likelihood(_BASE, messages, [question], request_id)
     return float(said["logprob"])

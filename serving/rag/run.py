@@ -8,7 +8,7 @@ from graftwork.errors import ConfigError
 from graftwork.retrieval import Hit, Retriever
 from graftwork.retrieval.chunks import document_of
 from graftwork.retrieval.lexical import LexicalIndex
-from graftwork.retrieval.versions import LEXICAL_FILE, Choice
+from graftwork.retrieval.versions import LEXICAL_FILE, RetrieverChoice
 from graftwork.row_keys import KeyCheck
 from graftwork.serving.rag.evaluate import RagReport, judge, per_question
 from graftwork.serving.rag.index import open_made
@@ -51,7 +51,7 @@ def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport
         times_ms=measured.times_ms, seed=spec.seed, notes=keys.note("questions"),
     )  # fmt: skip
     kind = next((kind for kind in spec.kinds if kind == report.chosen), "lexical")  # an arm asks for a rerank itself
-    spec.home.choose(Choice(kind=kind, version=manifest.version, sentence=report.sentence))
+    spec.home.choose(RetrieverChoice(kind=kind, version=manifest.version, sentence=report.sentence))
     spec.home.store.write_bytes(per_question(measured.hits, questions, spec.k), QUESTIONS_FILE)
     return report.model_copy(update={"questions_uri": spec.home.store.path(QUESTIONS_FILE)})
 

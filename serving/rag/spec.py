@@ -74,7 +74,7 @@ class RagSpec(Spec):
     @property
     def home(self) -> IndexHome:
         """Where the index lies."""
-        return IndexHome.of(self.root, self.name)
+        return IndexHome.from_root(self.root, self.name)
 
     def made_from(self) -> str:
         """Digest of what decides the passages: an index made from anything else is another one."""

@@ -19,8 +19,8 @@ from graftwork.serving.engine.checks import check_request
 from graftwork.serving.engine.types import EngineStats, FinishReason, GenerateRequest, SlotState, TokenEvent
 from graftwork.serving.spec import EngineSpec
 from graftwork.serving.vllm_engine.adapter_check import check_adapter
-from graftwork.serving.vllm_engine.events import Output, Translator
-from graftwork.serving.vllm_engine.loras import Lora, Loras
+from graftwork.serving.vllm_engine.events import Translator, VllmOutput
+from graftwork.serving.vllm_engine.loras import LoadedLora, Loras
 from graftwork.serving.vllm_engine.params import grammar_arguments, sampling_arguments
 from graftwork.serving.vllm_engine.tally import Tally
 
@@ -34,7 +34,7 @@ class AsyncLlm(Protocol):
 
     def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None
-    ) -> AsyncGenerator[Output, None]:
+    ) -> AsyncGenerator[VllmOutput, None]:
         """Outputs of one request; closing or cancelling it aborts the request."""
 
     async def add_lora(self, lora_request: Any) -> bool: ...
@@ -44,7 +44,7 @@ class AsyncLlm(Protocol):
     def errored(self) -> bool: ...
 
 
-class Words(Protocol):
+class Translation(Protocol):
     """Makes vLLM's own objects of our plain data."""
 
     def prompt(self, ids: tuple[int, ...], cache_salt: str) -> Any:
@@ -53,7 +53,7 @@ class Words(Protocol):
     def sampling(self, arguments: dict[str, Any], grammar: dict[str, str] | None) -> Any:
         """`vllm.SamplingParams` that tell deltas"""
 
-    def lora(self, lora: Lora) -> Any:
+    def lora(self, lora: LoadedLora) -> Any:
         """`vllm.lora.request.LoRARequest`"""
 
 
@@ -61,7 +61,7 @@ class Words(Protocol):
 class _Running:
     request: GenerateRequest
     on_event: OnEvent
-    lora: Lora | None
+    lora: LoadedLora | None
     sampling: Any
     translator: Translator
     task: asyncio.Task[None] | None = None
@@ -74,7 +74,7 @@ class VllmEngine:
     """make: an AsyncLLM, called on the engine's loop; what it raises leaves the constructor. Takes minutes."""
 
     def __init__(
-        self, make: Callable[[], AsyncLlm], words: Words, spec: EngineSpec, *, vocab_size: int, tally: Tally
+        self, make: Callable[[], AsyncLlm], words: Translation, spec: EngineSpec, *, vocab_size: int, tally: Tally
     ) -> None:
         self.spec, self._words, self._vocab_size, self._tally = spec, words, vocab_size, tally
         self._loras = Loras()
@@ -245,7 +245,7 @@ class VllmEngine:
         if running.begun and running.task is not None:  # else `_run` sees the mark: a task that never ran tells nothing
             running.task.cancel()
 
-    async def _add(self, lora: Lora) -> None:
+    async def _add(self, lora: LoadedLora) -> None:
         try:
             added = await self._llm.add_lora(self._words.lora(lora))
         except Exception as error:  # vLLM's worker sends its failure as a plain Exception
@@ -254,17 +254,17 @@ class VllmEngine:
         if not added:
             raise ArtifactError(f"adapter {lora.version}", "vLLM did not load it", "its log says why")
 
-    def _remove_soon(self, lora: Lora | None) -> None:
+    def _remove_soon(self, lora: LoadedLora | None) -> None:
         with self._lock:
             if lora is not None and not self._stopping:
                 self._loop.call_soon_threadsafe(self._remove, lora)
 
-    def _remove(self, lora: Lora) -> None:
+    def _remove(self, lora: LoadedLora) -> None:
         task = self._loop.create_task(self._removed(lora))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _removed(self, lora: Lora) -> None:
+    async def _removed(self, lora: LoadedLora) -> None:
         try:
             await self._llm.remove_lora(lora.number)
         except Exception:  # vLLM's worker sends its failure as a plain Exception; the id is never used again

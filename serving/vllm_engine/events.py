@@ -9,7 +9,7 @@ from graftwork.serving.engine.types import FinishReason, TokenEvent
 _REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cancelled", "error": "error"}
 
 
-class TokenLogprob(Protocol):
+class VllmLogprob(Protocol):
     """The part of `vllm.logprobs.Logprob` that is told."""
 
     @property
@@ -24,18 +24,18 @@ class Completion(Protocol):
     @property
     def token_ids(self) -> Sequence[int]: ...
     @property
-    def logprobs(self) -> Sequence[Mapping[int, TokenLogprob]] | None: ...
+    def logprobs(self) -> Sequence[Mapping[int, VllmLogprob]] | None: ...
     @property
     def finish_reason(self) -> str | None: ...
 
 
-class Output(Protocol):
+class VllmOutput(Protocol):
     """The part of `vllm.outputs.RequestOutput` that is read."""
 
     @property
     def outputs(self) -> Sequence[Completion]: ...
     @property
-    def prompt_logprobs(self) -> Sequence[Mapping[int, TokenLogprob] | None] | None: ...
+    def prompt_logprobs(self) -> Sequence[Mapping[int, VllmLogprob] | None] | None: ...
     @property
     def num_cached_tokens(self) -> int | None: ...
 
@@ -49,7 +49,7 @@ class Translator:
     continuation: Sequence[int] = ()
     first: bool = True
 
-    def events(self, output: Output) -> list[TokenEvent]:
+    def events(self, output: VllmOutput) -> list[TokenEvent]:
         """Of one output; several tokens where the reader was slow. The last event may have no token (-1)."""
         [said] = output.outputs  # n=1
         reason = _reason(said.finish_reason)
@@ -69,7 +69,7 @@ class Translator:
             events.append(TokenEvent(self.request_id, -1, None, reason, error))
         return events
 
-    def _score(self, prompt: Sequence[Mapping[int, TokenLogprob] | None]) -> float:
+    def _score(self, prompt: Sequence[Mapping[int, VllmLogprob] | None]) -> float:
         """The last tokens of the prompt are the continuation."""
         total = 0.0
         for token, place in zip(self.continuation, prompt[-len(self.continuation) :], strict=True):
@@ -77,7 +77,7 @@ class Translator:
             total += place[token].logprob
         return total
 
-    def _token(self, token: int, place: Mapping[int, TokenLogprob], cached: int) -> TokenEvent:
+    def _token(self, token: int, place: Mapping[int, VllmLogprob], cached: int) -> TokenEvent:
         ranked = sorted((found.rank or 0, other, found.logprob) for other, found in place.items())
         top = tuple((other, logprob) for rank, other, logprob in ranked if 1 <= rank <= self.top)
         own = place[token].logprob if token in place else None

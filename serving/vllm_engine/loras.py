@@ -15,7 +15,7 @@ from graftwork.serving.engine.types import SlotState
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoadedLora:
     """One load of a version, as vLLM knows it."""
 
     version: str
@@ -32,25 +32,25 @@ class Lora:
 
 
 @dataclass
-class _Slot:
-    lora: Lora
+class _LoraSlot:
+    lora: LoadedLora
     holders: int = 0
     retired: bool = False
 
 
 class Loras:
-    """The table. A `Lora` that a method returns for removal is used by nobody any more: the caller tells vLLM."""
+    """The table. A `LoadedLora` that a method returns for removal is used by nobody any more: the caller tells vLLM."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._slots: dict[str, _Slot] = {}  # least recently used first
+        self._slots: dict[str, _LoraSlot] = {}  # least recently used first
 
-    def new(self, version: str, folder: Path, rank: int, size_bytes: int) -> Lora:
+    def new(self, version: str, folder: Path, rank: int, size_bytes: int) -> LoadedLora:
         """A fresh id for a load that is about to happen."""
-        return Lora(version, next(self._numbers), folder, rank, size_bytes)
+        return LoadedLora(version, next(self._numbers), folder, rank, size_bytes)
 
-    def revive(self, version: str) -> Lora | None:
+    def revive(self, version: str) -> LoadedLora | None:
         """The version where it is loaded already; it takes new requests (again)."""
         with self._lock:
             slot = self._slots.get(version)
@@ -59,20 +59,20 @@ class Loras:
             slot.retired = False
             return slot.lora
 
-    def add(self, lora: Lora) -> None:
+    def add(self, lora: LoadedLora) -> None:
         """vLLM has loaded it."""
         with self._lock:
             assert lora.version not in self._slots, "one load of a version at a time"
-            self._slots[lora.version] = _Slot(lora)
+            self._slots[lora.version] = _LoraSlot(lora)
 
-    def retire(self, version: str) -> Lora | None:
+    def retire(self, version: str) -> LoadedLora | None:
         """No new holder. Returns it where nobody holds it. ArtifactError for a version that is not loaded."""
         with self._lock:
             slot = self._find(version)
             slot.retired = True
             return self._drop_if_done(slot)
 
-    def acquire(self, version: str) -> Lora:
+    def acquire(self, version: str) -> LoadedLora:
         """Holds the version for one request. ArtifactError where it is not loaded or retired."""
         with self._lock:
             slot = self._find(version)
@@ -82,7 +82,7 @@ class Loras:
             self._slots[version] = self._slots.pop(version)
             return slot.lora
 
-    def release(self, lora: Lora) -> Lora | None:
+    def release(self, lora: LoadedLora) -> LoadedLora | None:
         """Lets go of what `acquire` returned. Returns it where that was the last hold on a retired version."""
         with self._lock:
             slot = self._slots[lora.version]
@@ -97,13 +97,13 @@ class Loras:
                 for version, slot in self._slots.items()
             ]
 
-    def _find(self, version: str) -> _Slot:
+    def _find(self, version: str) -> _LoraSlot:
         if version not in self._slots:
             rule = "a request names a loaded version"
             raise ArtifactError(f"adapter {version}", "not loaded", rule, "load it first")
         return self._slots[version]
 
-    def _drop_if_done(self, slot: _Slot) -> Lora | None:
+    def _drop_if_done(self, slot: _LoraSlot) -> LoadedLora | None:
         if slot.retired and slot.holders == 0:
             del self._slots[slot.lora.version]
             return slot.lora

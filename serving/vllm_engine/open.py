@@ -8,7 +8,7 @@ from graftwork.base_model import QuantSpec, ResolvedBase
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.serving.spec import EngineSpec
 from graftwork.serving.vllm_engine.engine import AsyncLlm, VllmEngine
-from graftwork.serving.vllm_engine.loras import Lora
+from graftwork.serving.vllm_engine.loras import LoadedLora
 from graftwork.serving.vllm_engine.settings import engine_arguments
 from graftwork.serving.vllm_engine.tally import Tally
 
@@ -18,7 +18,7 @@ ENVIRONMENT = {
 }
 
 
-def open_vllm(base: ResolvedBase, quant: QuantSpec, spec: EngineSpec) -> VllmEngine:
+def create_vllm(base: ResolvedBase, quant: QuantSpec, spec: EngineSpec) -> VllmEngine:
     """A vLLM engine on this process' GPUs. Blocks for minutes.
 
     Raises ConfigError (vLLM or its bitsandbytes plugin is not installed, a setting that vLLM cannot honour),
@@ -42,7 +42,7 @@ def open_vllm(base: ResolvedBase, quant: QuantSpec, spec: EngineSpec) -> VllmEng
         return llm
 
     try:
-        return VllmEngine(make, VllmWords(), spec, vocab_size=int(base.config["vocab_size"]), tally=tally)
+        return VllmEngine(make, VllmTranslation(), spec, vocab_size=int(base.config["vocab_size"]), tally=tally)
     except (RuntimeError, ValueError, OSError, ImportError, NotImplementedError) as error:
         raise BaseModelError(
             f"base {base.uri} with engine.kind=vllm", f"vLLM did not start ({str(error)[:400]})",
@@ -50,7 +50,7 @@ def open_vllm(base: ResolvedBase, quant: QuantSpec, spec: EngineSpec) -> VllmEng
         ) from error  # fmt: skip
 
 
-class VllmWords:
+class VllmTranslation:
     """vLLM's own classes."""
 
     def prompt(self, ids: tuple[int, ...], cache_salt: str) -> Any:
@@ -68,7 +68,7 @@ class VllmWords:
         structured = StructuredOutputsParams(**grammar) if grammar is not None else None
         return SamplingParams(**arguments, structured_outputs=structured, output_kind=RequestOutputKind.DELTA)
 
-    def lora(self, lora: Lora) -> Any:
+    def lora(self, lora: LoadedLora) -> Any:
         """Never with `load_inplace`."""
         from vllm.lora.request import LoRARequest
 

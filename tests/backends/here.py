@@ -17,7 +17,7 @@ from graftwork.cluster.backend import Attempt, Demand, Job, JobStatus
 from graftwork.cluster.command_spec import ExecSpec
 from graftwork.cluster.fence import ENVIRONMENT
 from graftwork.cluster.places import backend_of
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.stored import StoredBackend
 
@@ -59,8 +59,8 @@ class Here:
         return self.at(self.root)
 
     @property
-    def runs(self) -> RunStore:
-        return RunStore(str(self.root))
+    def runs(self) -> JobStore:
+        return JobStore(str(self.root))
 
     def at(self, root: Path) -> StoredBackend:
         """A client with another store."""

@@ -54,7 +54,7 @@ def test_a_running_job_is_not_started_again(here: Here) -> None:
     here.start(job)
     with pytest.raises(ConfigError, match="attempt 1 is running") as caught:
         here.backend.resubmit(job.job_id)
-    assert "jobs cancel" in caught.value.next_move
+    assert "jobs cancel" in caught.value.hint
     assert here.runs.attempts(job.job_id) == [1]
     here.backend.cancel(job.job_id)
 
@@ -82,7 +82,7 @@ def test_who_waits_for_too_short_is_told_and_the_job_goes_on(here: Here) -> None
     with pytest.raises(RunError, match="it is running after 1 s") as caught:
         here.backend.wait(job.job_id, 1)
     assert time.monotonic() - began < WITHIN_S
-    assert "jobs wait" in caught.value.next_move
+    assert "jobs wait" in caught.value.hint
     here.let_go()
     assert here.end(job.job_id).state == "succeeded"
 

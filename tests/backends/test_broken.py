@@ -65,7 +65,7 @@ def test_logs_and_status_of_a_job_outlive_its_place_and_the_rest_says_that_it_is
             with pytest.raises(ClusterError) as caught:
                 verb()
             assert caught.value.exit_code == 3
-            assert caught.value.next_move
+            assert caught.value.hint
             assert time.monotonic() - began < AWAY_S
         assert here.runs.attempts(ended.job_id) == [1], "nothing was written"
         assert not here.runs.store.exists("jobs", here.python("pass", name="new").job_id)

@@ -45,7 +45,7 @@ def test_a_plan_has_the_findings_that_refuse_it(here: Here) -> None:
     findings = here.backend.plan(here.python("pass", demand=TOO_MUCH)).findings
     errors = [finding for finding in findings if finding.level == "error"]
     assert errors
-    assert all(finding.found and finding.next_move for finding in errors)
+    assert all(finding.problem and finding.hint for finding in errors)
 
 
 def test_a_plan_of_a_job_with_prices_and_a_time_has_its_cost(here: Here) -> None:
@@ -58,4 +58,4 @@ def test_a_plan_of_a_job_with_prices_and_a_time_has_its_cost(here: Here) -> None
 def test_the_doctor_finds_no_error_in_a_place_that_works(here: Here) -> None:
     findings = here.backend.place.doctor()
     assert not [finding for finding in findings if finding.level == "error"]
-    assert all(finding.next_move for finding in findings)
+    assert all(finding.hint for finding in findings)

@@ -162,7 +162,7 @@ def test_an_unknown_job_is_named_with_where_to_look(here: Here) -> None:
     for verb in verbs:
         with pytest.raises(ConfigError, match="no such job") as caught:
             verb("nobody-0123456789")
-        assert "graftwork jobs ls" in caught.value.next_move
+        assert "graftwork jobs ls" in caught.value.hint
 
 
 def test_a_list_has_the_newest_first_and_this_place_alone(here: Here) -> None:

@@ -195,8 +195,8 @@ def test_preflight_says_which_secrets_there_are(
         found = {one.code: one for one in backend.plan(job(own)).findings if one.level == "error"}
         assert ("E-ADMISSION" in found) == refused, found
         if refused:
-            assert "s3-credentials endpoint-keys" in found["E-ADMISSION"].found
-            assert "ConfigMap graftwork-admission" in found["E-ADMISSION"].next_move
+            assert "s3-credentials endpoint-keys" in found["E-ADMISSION"].problem
+            assert "ConfigMap graftwork-admission" in found["E-ADMISSION"].hint
 
 
 def test_the_secrets_of_the_docs_are_listed() -> None:

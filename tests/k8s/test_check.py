@@ -43,8 +43,8 @@ def found(kube: KubeCluster, folder: Path, **changes: Any) -> dict[str, Finding]
 def test_a_good_job_is_taken_and_what_was_not_looked_at_is_said(kube: KubeCluster, tmp_path: Path) -> None:
     codes = found(kube, tmp_path)
     assert not [code for code in codes if code.startswith("E-")], codes
-    assert "not checked" in codes["W-NOT-CHECKED"].found
-    assert "no such kind" in codes["W-NOT-CHECKED"].found
+    assert "not checked" in codes["W-NOT-CHECKED"].problem
+    assert "no such kind" in codes["W-NOT-CHECKED"].problem
     assert kube.job_names() == [], "nothing was made"
 
 
@@ -53,10 +53,10 @@ def test_a_secret_and_its_key_must_be_there(kube: KubeCluster, faults: Faults, t
     faults.answer(f"{HERE}/secrets/s3", {"data": {"AWS_ACCESS_KEY_ID": "Y2FuYXJ5"}})
     faults.answer(f"{HERE}/secrets/hub", {"data": {"token": "Y2FuYXJ5"}})
     codes = found(kube, tmp_path, secret_env={"A": "none/key"})
-    assert "there is no Secret 'none'" in codes["E-SECRET-ABSENT"].found
-    assert "--from-file=key=FILE" in codes["E-SECRET-ABSENT"].next_move
+    assert "there is no Secret 'none'" in codes["E-SECRET-ABSENT"].problem
+    assert "--from-file=key=FILE" in codes["E-SECRET-ABSENT"].hint
     codes = found(kube, tmp_path, storage={"claim": "shared", "secret": "s3"})
-    assert codes["E-SECRET-KEY"].found == "the Secret 's3' has no key AWS_SECRET_ACCESS_KEY"
+    assert codes["E-SECRET-KEY"].problem == "the Secret 's3' has no key AWS_SECRET_ACCESS_KEY"
     assert "Y2FuYXJ5" not in str(codes)
     codes = found(kube, tmp_path, secret_env={"HF_TOKEN": "hub/token"})
     assert not [code for code in codes if "SECRET" in code]
@@ -74,7 +74,7 @@ def test_rights_are_asked_for_and_the_missing_rule_is_named(kube: KubeCluster, f
     faults.answer("selfsubjectaccessreviews", {"status": {"allowed": False}}, method="POST", code=201)
     codes = found(kube, tmp_path)
     rule = '{apiGroups: ["ray.io"], resources: [rayjobs], verbs: [create, get, list, delete]}'
-    assert rule in codes["E-RBAC"].next_move
+    assert rule in codes["E-RBAC"].hint
 
 
 def test_a_queue_must_be_there_and_one_that_is_paused_is_said(kube: KubeCluster, tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_a_queue_must_be_there_and_one_that_is_paused_is_said(kube: KubeCluster,
     kube.server.ask("POST", QUEUES, {**queue, "metadata": {"name": "held"}, "spec": {"stopPolicy": "Hold"}})
     assert not [code for code in found(kube, tmp_path, queue="gpu") if "QUEUE" in code]
     absent = found(kube, tmp_path, queue="gpus")["E-QUEUE-ABSENT"]
-    assert (absent.found, absent.rule) == (f"there is no LocalQueue 'gpus' in {NAMESPACE}", "there are: gpu, held")
-    assert "is stopped (Hold)" in found(kube, tmp_path, queue="held")["W-QUEUE-STOPPED"].found
+    assert (absent.problem, absent.rule) == (f"there is no LocalQueue 'gpus' in {NAMESPACE}", "there are: gpu, held")
+    assert "is stopped (Hold)" in found(kube, tmp_path, queue="held")["W-QUEUE-STOPPED"].problem
 
 
 def test_a_queue_that_can_never_admit_the_job_is_refused(kube: KubeCluster, faults: Faults, tmp_path: Path) -> None:
@@ -98,27 +98,27 @@ def test_a_queue_that_can_never_admit_the_job_is_refused(kube: KubeCluster, faul
         local = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "LocalQueue", "metadata": {"name": name}}
         kube.server.ask("POST", QUEUES, {**local, "spec": {"clusterQueue": name}})
     refused = found(kube, tmp_path, queue="small")["E-QUEUE-QUOTA"]
-    assert refused.found.startswith("the ClusterQueue 'small' can never admit it: the job takes head 4 cpu")
+    assert refused.problem.startswith("the ClusterQueue 'small' can never admit it: the job takes head 4 cpu")
     assert not [code for code in found(kube, tmp_path, queue="large") if "QUEUE" in code]
     faults.refuse(403, "clusterqueues is forbidden", path="clusterqueues")
     cluster = ClusterSpec.model_validate({**CLUSTER.model_dump(mode="json"), "queue": "small"})
     told = KubeRayPlace(kube.on, str(tmp_path), cluster).check(command(tmp_path, "probe", "print(1)", cluster))
     assert "E-QUEUE-QUOTA" not in {one.code for one in told}
-    assert any("the quota of the ClusterQueue 'small'" in one.found for one in told if one.code == "W-NOT-CHECKED")
+    assert any("the quota of the ClusterQueue 'small'" in one.problem for one in told if one.code == "W-NOT-CHECKED")
 
 
 def test_quotas_of_pods_and_of_objects(kube: KubeCluster, faults: Faults, tmp_path: Path) -> None:
     status = {"hard": {"requests.cpu": "8", "pods": "4"}, "used": {"requests.cpu": "0", "pods": "3"}}
     faults.answer(f"{HERE}/resourcequotas", {"items": [{"metadata": {"name": "team"}, "status": status}]})
     codes = found(kube, tmp_path)
-    assert codes["E-QUOTA"].found == "the job takes 12 requests.cpu; the ResourceQuota 'team' has 8"
-    assert "of which 3 are in use" in codes["W-QUOTA-IN-USE"].found
+    assert codes["E-QUOTA"].problem == "the job takes 12 requests.cpu; the ResourceQuota 'team' has 8"
+    assert "of which 3 are in use" in codes["W-QUOTA-IN-USE"].problem
     faults.clear()
     said = (
         'rayjobs.ray.io "x" is forbidden: exceeded quota: jobs, requested: count/rayjobs.ray.io=1, used: 5, limited: 5'
     )
     faults.refuse(403, said, method="POST", path="dryRun=All")
-    assert found(kube, tmp_path)["E-QUOTA"].found == said
+    assert found(kube, tmp_path)["E-QUOTA"].problem == said
 
 
 def test_a_namespace_that_is_not_there(kube: KubeCluster, faults: Faults, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_namespace_that_is_not_there(kube: KubeCluster, faults: Faults, tmp_pa
     faults.answer("dryRun=All", gone, method="POST", code=404)
     faults.answer("/api/v1/namespaces$", {"items": [{"metadata": {"name": "team-b"}}]})
     faults.answer(r"/api/v1/namespaces\?", {"items": [{"metadata": {"name": "team-b"}}]})
-    assert "there are team-b" in found(kube, tmp_path)["E-NAMESPACE-ABSENT"].found
+    assert "there are team-b" in found(kube, tmp_path)["E-NAMESPACE-ABSENT"].problem
 
 
 def test_without_kuberay_and_with_an_old_one(kube: KubeCluster, faults: Faults, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_without_kuberay_and_with_an_old_one(kube: KubeCluster, faults: Faults, 
     faults.clear()
     faults.absent("customresourcedefinitions/rayjobs.ray.io", "rayjobs.ray.io")
     codes = found(kube, tmp_path)
-    assert "helm install kuberay-operator" in codes["E-CRD-ABSENT"].next_move
+    assert "helm install kuberay-operator" in codes["E-CRD-ABSENT"].hint
 
 
 def test_an_absent_kind_is_not_taken_for_an_absent_job(kube: KubeCluster, faults: Faults, tmp_path: Path) -> None:
@@ -167,4 +167,4 @@ def test_doctor_tells_of_operator_and_jobs(kube: KubeCluster, faults: Faults, tm
     faults.answer(f"{HERE}/pods", {"items": [pod]})
     codes = {finding.code: finding for finding in place.doctor()}
     assert {"E-OPERATOR-ABSENT", "E-OPERATOR-SILENT", "W-JOB-STUCK", "W-CLUSTER-LEFT"} <= set(codes)
-    assert "ImagePullBackOff: Back-off pulling image" in codes["W-JOB-STUCK"].found
+    assert "ImagePullBackOff: Back-off pulling image" in codes["W-JOB-STUCK"].problem

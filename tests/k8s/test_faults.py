@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from graftwork.cluster.backend import Backend, Job
+from graftwork.cluster.backend import Job, JobBackend
 from graftwork.cluster.places import backend_of
 from graftwork.errors import ClusterError, ConfigError
 from tests.k8s.certificates import certificate
@@ -144,7 +144,7 @@ def _jobs() -> "re.Pattern[str]":
     return re.compile(JOBS)
 
 
-def refusal(backend: Backend, job: Job) -> str:
+def refusal(backend: JobBackend, job: Job) -> str:
     """What a submission says that could have no cluster; nothing was left behind."""
     with pytest.raises(ClusterError) as caught:
         backend.submit(job)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from graftwork.cli.launching import job_of
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_start import starts
+from graftwork.training.checkpoint_start import read_starts
 from graftwork.training.run import run_paths
 from graftwork.training.steplog import read_steps
 from tests.jobs import end_all_jobs, local_backend, printed, until
@@ -46,8 +46,8 @@ def test_a_stopped_run_goes_on_from_the_step_it_stopped_at(tmp_path: Path, worke
     assert here.resubmit(job.job_id).attempt == 2
     until(lambda: read_steps(run)[-1].step > mark.step + 5, timeout_s=120)
     assert here.cancel(job.job_id).state == "cancelled"
-    assert [start["step"] for start in starts(run)] == [0, mark.step]
+    assert [start["step"] for start in read_starts(run)] == [0, mark.step]
     second = Checkpoints(run).newest()
     assert second is not None
     assert second.step == read_steps(run)[-1].step > mark.step
-    assert not here.place.observe([f"{job.job_id}-a2"]) or RunStore(spec.root).latest(job.job_id).ended is not None
+    assert not here.place.observe([f"{job.job_id}-a2"]) or JobStore(spec.root).latest(job.job_id).ended is not None

@@ -21,11 +21,11 @@ from graftwork.cluster.session import Session
 from graftwork.errors import ClusterError, Interrupted
 from graftwork.storage import RunPaths
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_start import starts
+from graftwork.training.checkpoint_start import read_starts
 from graftwork.training.fit import fit
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.local_worker import needs_ray_train
-from graftwork.training.run import Run, run_paths
+from graftwork.training.run import ResolvedRun, run_paths
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import read_steps
 from graftwork.training.worker import MAX_FAILURES
@@ -110,7 +110,7 @@ def adapters(run: RunPaths) -> dict[int, bytes]:
 
 
 def fitted(spec: TrainSpec, *, ray_train: bool) -> tuple[LoopResult, dict[int, bytes]]:
-    run = Run.of(spec).settled()
+    run = ResolvedRun.resolve(spec).with_auto_resolved()
     result = fit(TrainJob(run.spec, run.data, run.paths), ray_train=ray_train)
     return result, adapters(run.paths)
 
@@ -156,7 +156,7 @@ def test_a_killed_driver_takes_its_worker_along_and_the_rerun_ends_bit_equal(
     assert psutil.wait_procs([worker], timeout=10)[1] == [], "a worker without a driver ends"
     assert last_step(run) < STEPS, "killed in the middle"
     again = outcome_of(start_driver(spec))
-    assert [start["step"] for start in starts(run)][1] in (20, 30, 40, 50)
+    assert [start["step"] for start in read_starts(run)][1] in (20, 30, 40, 50)
     assert again["losses"] == undisturbed["losses"]
     assert adapters(run)[STEPS] == undisturbed["adapter"]
 
@@ -171,7 +171,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_bit_equal(undisturbed: dic
     assert worker is not None
     worker.kill()
     found = outcome_of(driver)
-    assert len(starts(run)) == 2
+    assert len(read_starts(run)) == 2
     assert found["losses"] == undisturbed["losses"]
     assert adapters(run)[STEPS] == undisturbed["adapter"]
 
@@ -188,7 +188,7 @@ def test_a_worker_that_gets_sigterm_saves_at_its_step_and_another_goes_on(
     assert worker is not None
     worker.terminate()
     found = outcome_of(driver)
-    [_, second] = starts(run)
+    [_, second] = read_starts(run)
     assert 5 < int(str(second["step"])) < STEPS, "saved between two intervals"
     assert found["losses"] == undisturbed["losses"]
 
@@ -246,7 +246,7 @@ def test_a_worker_has_the_threads_and_the_reservation_of_its_spec(local_ray: Ses
                 seen.append((threads, ray.available_resources().get("CPU", 0.0), worker.nice()))
 
     try:
-        run = Run.of(spec).settled()
+        run = ResolvedRun.resolve(spec).with_auto_resolved()
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(fit, TrainJob(run.spec, run.data, run.paths))
             until(lambda: last_step(run.paths) > 2 or running.done(), "the run takes steps")

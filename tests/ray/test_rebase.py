@@ -23,7 +23,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, local_ray: Session) -> tup
     spec = task(folder, **{"num_workers": 1, "optim.lr": 1e-5, "optim.epochs": 1})
     report = train(spec)
     assert "was not measured" in Path(report.page).read_text(encoding="utf-8")
-    return spec, report.published
+    return spec, report.published_name
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from graftwork.storage import RunPaths
-from graftwork.training.checkpoint_start import starts
+from graftwork.training.checkpoint_start import read_starts
 from graftwork.training.data import prepare
 from graftwork.training.job import TrainJob
 from graftwork.training.loop import run_steps
@@ -115,17 +115,17 @@ def test_a_lost_and_a_drained_machine_cost_no_row_and_change_no_loss(raylets: Ra
     try:
         until(lambda: last_step(run) > EVERY + 5, "the first checkpoint is passed", driver)
         second.kill()
-        until(lambda: len(starts(run)) == 2, "one worker goes on", driver)
+        until(lambda: len(read_starts(run)) == 2, "one worker goes on", driver)
         third = raylets.add()
-        until(lambda: last_step(run) > int(str(starts(run)[1]["step"])) + 10, "it takes steps", driver)
+        until(lambda: last_step(run) > int(str(read_starts(run)[1]["step"])) + 10, "it takes steps", driver)
         raylets.drain(first)
-        until(lambda: len(starts(run)) == 3, "it moves", driver)
+        until(lambda: len(read_starts(run)) == 3, "it moves", driver)
         first.kill()
         report = last_words(driver, WITHIN_S)
     finally:
         driver.kill()
     assert third.pid, "the machine that it moved to"
-    begun = starts(run)
+    begun = read_starts(run)
     assert [start["workers"] for start in begun] == [2, 1, 1]
     assert int(str(begun[1]["step"])) % EVERY == 0
     assert "was reached by 2 workers, 1 go on" in str(begun[1]["notes"])

@@ -16,7 +16,7 @@ import pytest
 from graftwork import artifact
 from graftwork.storage import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_start import starts
+from graftwork.training.checkpoint_start import read_starts
 from graftwork.training.run import run_paths
 from graftwork.training.spec import TrainSpec
 from tests.driving import last_words, start_driver
@@ -198,7 +198,7 @@ def test_killed_at_random_the_run_is_that_of_an_undisturbed_one(
     finally:
         assert disturbed.driver is not None
         disturbed.driver.kill()
-    begun = starts(run)
+    begun = read_starts(run)
     print(f"piece {piece}: killed {disturbed.done}; went on from {[start['step'] for start in begun]}")
     print(f"seconds from kill to the next forward pass: {seconds_to_next_pass(disturbed)}")
     assert report["train_loss"] == undisturbed["train_loss"]

@@ -31,10 +31,10 @@ from graftwork.cluster.session import Session
 from graftwork.errors import ArtifactError, ClusterError, ConfigError
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.app import Endpoint, deploy
-from graftwork.serving.arms import Sampling
+from graftwork.serving.arms import SamplingOptions
 from graftwork.serving.backend import ServeBackend
 from graftwork.serving.burst import Sent, burst, swap_under_load
-from graftwork.serving.client import ChatCall, Client, Reply
+from graftwork.serving.client import ChatCall, Client, ClientReply
 from graftwork.serving.http_protocol import HEAD_TIMEOUT_S
 from graftwork.serving.request_body import BODY_TIMEOUT_S
 from graftwork.serving.spec import ArmSpec, GrammarSpec, ServeSpec
@@ -143,7 +143,7 @@ def test_what_the_engine_finds_at_its_start_is_told_in_its_own_words(local_ray: 
     ):
         pytest.fail("it deployed")
     assert caught.value.rule
-    assert caught.value.next_move
+    assert caught.value.hint
 
 
 def test_more_cpus_than_there_are_is_refused(local_ray: Session, world: World) -> None:
@@ -401,7 +401,7 @@ def test_a_request_that_takes_too_long_is_cancelled(endpoint: Endpoint) -> None:
     Many are sent at once, so that no machine is quick enough; a slow one gets more time to begin with them.
     """
     arm = ArmSpec(name="slow", max_new_tokens=900).model_dump(mode="json")
-    hello, ignoring = [{"role": "user", "content": "Hello"}], Sampling(ignore_eos=True).dump()
+    hello, ignoring = [{"role": "user", "content": "Hello"}], SamplingOptions(ignore_eos=True).dump()
 
     async def ask(timeout_s: float) -> list[Any]:
         backend = ServeBackend(endpoint.handle, timeout_s)
@@ -493,14 +493,14 @@ def test_an_arm_says_which_passages_and_which_version_answered(endpoint: Endpoin
         assert (reply.arm, reply.retrieved_ids[0]) == ("rag", "ZPPP")
         assert reply.adapter_version == client.chat(ChatCall("base:card", call.messages, max_tokens=1)).adapter_version
         *pieces, last = client.stream(call)
-        assert isinstance(last, Reply)
+        assert isinstance(last, ClientReply)
         assert "".join(piece for piece in pieces if isinstance(piece, str)) == last.text == reply.text
 
 
 def test_an_arm_says_how_likely_an_answer_is_by_the_handle(endpoint: Endpoint) -> None:
     """Source: the log probabilities that the engine tells of an answer while it generates it."""
     arm = ArmSpec(name="card", adapter="card@latest", max_new_tokens=6)
-    hello, sampling = [{"role": "user", "content": "Hello"}], Sampling(logprobs=0, ignore_eos=True)
+    hello, sampling = [{"role": "user", "content": "Hello"}], SamplingOptions(logprobs=0, ignore_eos=True)
 
     async def ask() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         backend = ServeBackend(endpoint.handle, 60)

@@ -8,7 +8,7 @@ from ray import serve
 
 from graftwork.cluster.session import Session
 from graftwork.compat.ray_serve import controller
-from graftwork.serving.serve_instance import quiet, serve_running
+from graftwork.serving.serve_instance import serve_running, silence_serve_logs
 from graftwork.serving.spec import ServeSpec
 
 
@@ -21,7 +21,7 @@ class Echo:
 
 @pytest.mark.parametrize("life_s", [0, 3])
 def test_serve_has_ended_after_its_block(local_ray: Session, life_s: float, capfd: pytest.CaptureFixture[str]) -> None:
-    with quiet(), serve_running(ServeSpec.model_validate({"base": "x", "name": "echo"}), http=False):
+    with silence_serve_logs(), serve_running(ServeSpec.model_validate({"base": "x", "name": "echo"}), http=False):
         application = serve.deployment(Echo).options(ray_actor_options={"num_cpus": 0}).bind()
         serve.run(application, name="echo", route_prefix=None)
         assert serve.get_deployment_handle("Echo", app_name="echo").remote("hello").result() == "hello"

@@ -229,4 +229,4 @@ def test_relative_places_mean_the_drivers_folder(
 def test_workers_that_never_fit_are_refused_at_once(local_ray: Session, spec: TrainSpec) -> None:
     with pytest.raises(ClusterError, match="the cluster has 4 CPU, the run needs 6") as caught:
         train(spec.with_({"cpus_per_worker": 3.0, "seed": 1}))
-    assert "--set num_workers=1" in caught.value.next_move
+    assert "--set num_workers=1" in caught.value.hint

@@ -254,7 +254,7 @@ def test_kill_9_while_the_winner_trains_repeats_no_trial_and_goes_on_from_its_ch
 
 def test_one_driver_a_sweep(inputs: Path, tmp_path: Path) -> None:
     spec = sweep(inputs, tmp_path, rates(GOOD))
-    with run_lock(Sweep.of(spec).paths), pytest.raises(RunError, match="another process is running it"):
+    with run_lock(Sweep.resolve(spec).paths), pytest.raises(RunError, match="another process is running it"):
         tune(spec)
 
 

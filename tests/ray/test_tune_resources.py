@@ -32,7 +32,7 @@ def test_a_gang_that_is_stopped_leaves_loop_and_places(local_ray: Session, input
     """The first trial is one of an earlier attempt, and far better: the second is stopped at its first rung."""
     space = rates(GOOD, 1e-5)
     spec = sweep(inputs, tmp_path, space, scheduler={"grace_steps": 2, "reduction": 2}).with_(GANG)
-    prepared = Sweep.of(spec)
+    prepared = Sweep.resolve(spec)
     ledger = Ledger(prepared.paths)
     earlier = ledger.next(prepared.search)
     assert isinstance(earlier, TrialRecord)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.cluster.backend import Job
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("torch", "ray", "transformers", "peft", "trl", "datasets", "s3fs", "pandas", "scipy", "kubernetes", "httpx")
@@ -38,7 +38,7 @@ def test_config_check_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("verb", [("ls",), ("status", "cards"), ("logs", "cards")], ids=lambda verb: verb[0])
 def test_jobs_of_a_disk_import_nothing_heavy(tmp_path: Path, verb: tuple[str, ...]) -> None:
     job = Job("cards", "exec", "a" * 64, str(tmp_path), {"argv": ["true"]})
-    runs = RunStore(job.root)
+    runs = JobStore(job.root)
     runs.record(job, "local")
     runs.open_attempt(job.job_id, 1)
     assert "HEAVY []" in heavy_after("jobs", *verb, "--root", job.root)

@@ -54,7 +54,7 @@ def test_rows_and_corpus_are_read_from_s3(s3_store: Store) -> None:
 
 def test_an_index_on_s3_is_searched_from_a_copy_and_followed(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graftwork.retrieval.retriever.FRESH_S", 0.0)
-    home = IndexHome.of(s3_store.uri, "docs")
+    home = IndexHome.from_root(s3_store.uri, "docs")
     home.publish("docs", [Passage("1", "a port")], made_from="x", sources=["s"])
     retriever = open_retriever(RetrieverSpec(corpus=f"{s3_store.uri}/indexes/docs"))
     assert [hit.passage.id for hit in retriever.search("port", 3)] == ["1"]

@@ -52,10 +52,10 @@ def test_a_bad_store_refuses_a_job_before_anything_is_written(s3_store: Store, m
         job = command_job(s3_store.uri, ["true"])
         assert [found.code for found in local_backend(s3_store.uri).plan(job).findings] == ["E-STORE-DENIED"]
     assert (denied.code, denied.level) == ("E-STORE-DENIED", "error")
-    assert "AWS_SECRET_ACCESS_KEY" in denied.next_move
+    assert "AWS_SECRET_ACCESS_KEY" in denied.hint
     [missing] = probe_store("s3://no-such-bucket-here/x")
     assert missing.code == "E-STORE-FAILS"
-    assert "no bucket" in missing.found
+    assert "no bucket" in missing.problem
     with pytest.raises(PreflightError, match="E-STORE-FAILS"):
         local_backend("s3://no-such-bucket-here/x").submit(command_job("s3://no-such-bucket-here/x", ["true"]))
     assert good.list() == []

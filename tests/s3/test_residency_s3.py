@@ -16,8 +16,8 @@ import pytest
 
 from graftwork import artifact, artifact_local, artifact_register
 from graftwork.errors import ArtifactError, StorageError
-from graftwork.serving.engine.engine import Engine
-from graftwork.serving.residency import Residency
+from graftwork.serving.engine.engine import NativeEngine
+from graftwork.serving.residency import AdapterCache
 from graftwork.serving.source import AdapterSource
 from graftwork.storage import Store
 from tests.adapters import facts
@@ -29,20 +29,22 @@ BASE, WEIGHTS = "b" * 64, "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, list[Path]]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[NativeEngine, list[Path]]:
     tmp = tmp_path_factory.mktemp("residency-s3")
     base = write_tiny_base(tmp / "base")
     folders = [write_lora(base, tmp / str(n), n, r=16, target_modules=["q_proj"]) for n in range(2)]
-    return Engine(load_model(base), spec(), "cpu"), folders
+    return NativeEngine(load_model(base), spec(), "cpu"), folders
 
 
 def publish(store: Store, task: str, folder: Path) -> str:
     return artifact.publish(store, task, folder, **facts(base_digest=BASE, prompt={}), alias="latest").version
 
 
-def run(engine: Engine, store: Store, play: Callable[[Residency], Coroutine[Any, Any, None]], **settings: Any) -> None:
+def run(
+    engine: NativeEngine, store: Store, play: Callable[[AdapterCache], Coroutine[Any, Any, None]], **settings: Any
+) -> None:
     async def main() -> None:
-        residency = Residency(engine, AdapterSource(Store(store.uri), BASE), max_bytes=1 << 24, **settings)
+        residency = AdapterCache(engine, AdapterSource(Store(store.uri), BASE), max_bytes=1 << 24, **settings)
         try:
             async with asyncio.timeout(60):
                 await play(residency)
@@ -52,7 +54,7 @@ def run(engine: Engine, store: Store, play: Callable[[Residency], Coroutine[Any,
     asyncio.run(main())
 
 
-async def once(residency: Residency, ref: str) -> str:
+async def once(residency: AdapterCache, ref: str) -> str:
     """Load it and let it go again."""
     pin = await residency.pin(ref)
     residency.release(pin)
@@ -60,13 +62,13 @@ async def once(residency: Residency, ref: str) -> str:
     return pin.manifest.version
 
 
-def test_what_was_brought_here_stays_and_is_healed(parts: tuple[Engine, list[Path]], s3_store: Store) -> None:
+def test_what_was_brought_here_stays_and_is_healed(parts: tuple[NativeEngine, list[Path]], s3_store: Store) -> None:
     engine, folders = parts
     version = publish(s3_store, "card", folders[0])
     copy = s3_store.local_dir("adapters", "card", version) / WEIGHTS
     sound = (folders[0] / WEIGHTS).read_bytes()
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         assert await once(residency, "card@latest") == version
         stamp = copy.stat().st_mtime_ns
         assert await once(residency, "card@latest") == version
@@ -82,7 +84,7 @@ def test_what_was_brought_here_stays_and_is_healed(parts: tuple[Engine, list[Pat
 
 
 def test_bytes_that_changed_on_the_server_never_get_a_name_here(
-    parts: tuple[Engine, list[Path]], s3_store: Store
+    parts: tuple[NativeEngine, list[Path]], s3_store: Store
 ) -> None:
     version = publish(s3_store, "card", parts[1][0])
     manifest = artifact.resolve(s3_store, "card@latest")
@@ -94,7 +96,7 @@ def test_bytes_that_changed_on_the_server_never_get_a_name_here(
     assert [path.name for path in folder.iterdir() if "safetensors" in path.name or path.name.startswith(".tmp")] == []
 
 
-def test_a_full_disk_here_leaves_nothing_and_is_told(parts: tuple[Engine, list[Path]], s3_store: Store) -> None:
+def test_a_full_disk_here_leaves_nothing_and_is_told(parts: tuple[NativeEngine, list[Path]], s3_store: Store) -> None:
     """A limit on file sizes, which ends a write as a full disk does."""
     publish(s3_store, "card", parts[1][0])
     manifest = artifact.resolve(s3_store, "card@latest")
@@ -117,7 +119,7 @@ def test_a_full_disk_here_leaves_nothing_and_is_told(parts: tuple[Engine, list[P
 
 
 def test_a_server_that_stalls_fails_only_who_waits_for_it(
-    parts: tuple[Engine, list[Path]], s3_env: Weed, s3_store: Store, monkeypatch: pytest.MonkeyPatch
+    parts: tuple[NativeEngine, list[Path]], s3_env: Weed, s3_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, folders = parts
     here = publish(s3_store, "here", folders[0])
@@ -125,7 +127,7 @@ def test_a_server_that_stalls_fails_only_who_waits_for_it(
     with stalling_proxy(s3_env.endpoint) as (url, stall):
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
 
-        async def play(residency: Residency) -> None:
+        async def play(residency: AdapterCache) -> None:
             first = await residency.pin("here@latest")
             stall.set()
             waiting = asyncio.create_task(residency.pin("away@latest"))
@@ -176,7 +178,7 @@ def stalling_proxy(endpoint: str) -> Iterator[tuple[str, threading.Event]]:
 
 
 def test_a_version_on_s3_is_registered_from_an_allowed_prefix_alone(
-    parts: tuple[Engine, list[Path]], s3_env: Weed, s3_store: Store, tmp_path: Path
+    parts: tuple[NativeEngine, list[Path]], s3_env: Weed, s3_store: Store, tmp_path: Path
 ) -> None:
     other = Store(f"s3://{s3_env.bucket}/{secrets.token_hex(8)}")
     version = publish(other, "card", parts[1][0])

@@ -42,7 +42,7 @@ def refused(store: Store) -> list[StorageError]:
         with pytest.raises(StorageError) as caught:
             call()
         assert time.monotonic() - began < ENDS_S
-        assert caught.value.next_move
+        assert caught.value.hint
         secrets = [os.environ[name] for name in SECRETS if os.environ.get(name)]
         assert not [secret for secret in secrets if secret in f"{caught.value}{caught.value!r}"]
         errors.append(caught.value)
@@ -92,21 +92,21 @@ def test_the_local_mirror_of_a_key_differs_by_server_and_root(
 def test_a_missing_bucket_is_named(s3_env: Weed) -> None:
     for error in refused(Store("s3://no-such-bucket/root")):
         assert "there is no bucket 'no-such-bucket'" in str(error)
-        assert "create it" in error.next_move
+        assert "create it" in error.hint
 
 
 def test_a_wrong_secret_is_refused(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-Secret-0123456789")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "wrong-Token-0123456789")
     for error in refused(Store(s3_store.uri)):
-        assert "the server refuses these credentials" in error.found
-        assert "AWS_SECRET_ACCESS_KEY" in error.next_move
+        assert "the server refuses these credentials" in error.problem
+        assert "AWS_SECRET_ACCESS_KEY" in error.hint
 
 
 def test_an_unknown_key_id_is_refused(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "NOBODY")
     for error in refused(Store(s3_store.uri)):
-        assert "the server refuses these credentials" in error.found
+        assert "the server refuses these credentials" in error.problem
 
 
 def test_without_credentials_the_error_comes_at_once_and_says_what_to_set(
@@ -115,14 +115,14 @@ def test_without_credentials_the_error_comes_at_once_and_says_what_to_set(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     for error in refused(Store(s3_store.uri)):
-        assert "none in the environment" in error.found
-        assert "AWS_ACCESS_KEY_ID" in error.next_move
+        assert "none in the environment" in error.problem
+        assert "AWS_ACCESS_KEY_ID" in error.hint
 
 
 def test_half_of_the_credentials_is_named_as_such(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     for error in refused(Store(s3_store.uri)):
-        assert "credentials are incomplete" in error.found
+        assert "credentials are incomplete" in error.problem
 
 
 def test_a_closed_port_is_named_with_the_endpoint(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +131,8 @@ def test_a_closed_port_is_named_with_the_endpoint(s3_store: Store, monkeypatch: 
         endpoint = f"http://127.0.0.1:{held.getsockname()[1]}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         for error in refused(Store(s3_store.uri)):
-            assert "the server cannot be reached" in error.found
-            assert endpoint in error.asked
+            assert "the server cannot be reached" in error.problem
+            assert endpoint in error.subject
 
 
 def test_an_endpoint_that_carries_credentials_is_refused_without_showing_them(
@@ -140,7 +140,7 @@ def test_an_endpoint_that_carries_credentials_is_refused_without_showing_them(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"].replace("//", "//user:hunt3r2@"))
     for error in refused(Store(s3_store.uri)):
-        assert "it carries credentials" in error.found
+        assert "it carries credentials" in error.problem
         assert "hunt3r2" not in str(error)
 
 

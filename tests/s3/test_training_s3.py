@@ -77,7 +77,7 @@ def test_an_outage_only_delays_and_a_longer_one_names_the_last_checkpoint(mortal
     Then it is killed for good.
     """
     spec = task(tmp_path, **{"root": f"s3://{mortal.bucket}/root", "checkpoints.outage_s": 60})
-    store = Store(spec.root).patient(60)
+    store = Store(spec.root).with_retries(60)
     run = RunPaths(store, "colours", "0" * 64)
     job = TrainJob(spec, prepare(spec), run)
     back: list[threading.Thread] = []
@@ -95,7 +95,7 @@ def test_an_outage_only_delays_and_a_longer_one_names_the_last_checkpoint(mortal
     assert [step for step, _ in result.train_loss] == list(range(1, 13))
     assert [mark.step for mark in Checkpoints(run).marks()] == [8, 12]
 
-    hurried = replace(job, spec=spec.with_({"checkpoints.outage_s": 1}), run=replace(run, store=store.patient(1)))
+    hurried = replace(job, spec=spec.with_({"checkpoints.outage_s": 1}), run=replace(run, store=store.with_retries(1)))
     assert hurried.run is not None
     for mark in Checkpoints(run).marks()[1:]:
         Checkpoints(run).drop(mark.step)
@@ -108,8 +108,8 @@ def test_an_outage_only_delays_and_a_longer_one_names_the_last_checkpoint(mortal
     with pytest.raises(CheckpointLost, match="the checkpoint of step 8 is the last whole one") as caught:
         run_steps(hurried, kill_at_nine)
     assert "checkpoints.outage_s=1 seconds" in caught.value.rule
-    assert "cannot be reached" in caught.value.found
-    assert "continues from step 8" in caught.value.next_move
+    assert "cannot be reached" in caught.value.problem
+    assert "continues from step 8" in caught.value.hint
 
 
 def test_the_lock_is_refused_while_its_owner_lives_and_taken_over_when_it_is_dead(s3_store: Store) -> None:

@@ -19,7 +19,7 @@ from graftwork.errors import ConfigError
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ServeSpec
-from graftwork.training.run import Run
+from graftwork.training.run import ResolvedRun
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.run import Sweep
 from graftwork.tuning.spec import TuneSpec
@@ -140,14 +140,14 @@ def rows(folder: Path) -> dict[str, Any]:
 
 def test_runs_and_sweeps_resolve_it_before_they_are_named(tmp_path: Path, smi: Path) -> None:
     tree = rows(tmp_path)
-    run = Run.of(validate(TrainSpec, tree, "test"))
+    run = ResolvedRun.resolve(validate(TrainSpec, tree, "test"))
     assert (run.spec.gpus_per_worker, run.notes) == (1.0, ("gpus_per_worker=1 (this machine has GPUs)",))
     smi.write_text("#!/bin/sh\nexit 9\n")  # a driver without GPUs
-    on_cpus = Run.of(validate(TrainSpec, tree, "test"))
+    on_cpus = ResolvedRun.resolve(validate(TrainSpec, tree, "test"))
     assert (on_cpus.spec.gpus_per_worker, on_cpus.notes) == (0.0, ())
-    explicit = Run.of(validate(TrainSpec, {**tree, "gpus_per_worker": 0}, "test"))
+    explicit = ResolvedRun.resolve(validate(TrainSpec, {**tree, "gpus_per_worker": 0}, "test"))
     assert on_cpus.paths.run_id == explicit.paths.run_id != run.paths.run_id
-    sweep = Sweep.of(validate(TuneSpec, {"name": "sweep", "root": tree["root"], "train": tree}, "test"))
+    sweep = Sweep.resolve(validate(TuneSpec, {"name": "sweep", "root": tree["root"], "train": tree}, "test"))
     assert sweep.spec.train.gpus_per_worker == 0.0
 
 

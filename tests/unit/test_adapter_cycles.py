@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from tests import engines
 from tests.tiny import write_tiny_base
 
@@ -24,14 +24,14 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 
 
 @pytest.fixture
-def engine(parts: tuple[Path, list[Path]]) -> Iterator[Engine]:
-    engine = Engine(engines.load_model(parts[0]), engines.spec(max_loaded=2), "cpu")
+def engine(parts: tuple[Path, list[Path]]) -> Iterator[NativeEngine]:
+    engine = NativeEngine(engines.load_model(parts[0]), engines.spec(max_loaded=2), "cpu")
     engine.start()
     yield engine
     engine.stop()
 
 
-def cycle(engine: Engine, folders: list[Path], number: int) -> None:
+def cycle(engine: NativeEngine, folders: list[Path], number: int) -> None:
     """Two versions loaded, used in one batch with the base, and retired; every name is new."""
     names = [f"{number}-{n}" for n in range(len(folders))]
     for name, folder in zip(names, folders, strict=True):
@@ -43,7 +43,7 @@ def cycle(engine: Engine, folders: list[Path], number: int) -> None:
         engine.retire_adapter(name)
 
 
-def grown(engine: Engine, folders: list[Path], cycles: int, warm_up: int = 20) -> tuple[float, int]:
+def grown(engine: NativeEngine, folders: list[Path], cycles: int, warm_up: int = 20) -> tuple[float, int]:
     """Growth of the process's memory over `cycles`, as a share, and of the number of live tensors."""
     for number in range(warm_up):
         cycle(engine, folders, number)
@@ -53,14 +53,16 @@ def grown(engine: Engine, folders: list[Path], cycles: int, warm_up: int = 20) -
     return psutil.Process().memory_info().rss / before - 1, live_tensors(engine) - tensors
 
 
-def live_tensors(engine: Engine) -> int:
+def live_tensors(engine: NativeEngine) -> int:
     """Counted once the engine's thread has let go of what was retired last."""
     engines.ask(engine, engines.request("tidy", PROMPT, max_new_tokens=2))
     gc.collect()
     return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
 
 
-def test_two_hundred_loads_and_unloads_leave_nothing_behind(engine: Engine, parts: tuple[Path, list[Path]]) -> None:
+def test_two_hundred_loads_and_unloads_leave_nothing_behind(
+    engine: NativeEngine, parts: tuple[Path, list[Path]]
+) -> None:
     share, tensors = grown(engine, parts[1], cycles=100)
     assert engine.adapters() == []
     assert tensors == 0
@@ -68,7 +70,9 @@ def test_two_hundred_loads_and_unloads_leave_nothing_behind(engine: Engine, part
 
 
 @pytest.mark.soak
-def test_ten_thousand_loads_and_unloads_leave_nothing_behind(engine: Engine, parts: tuple[Path, list[Path]]) -> None:
+def test_ten_thousand_loads_and_unloads_leave_nothing_behind(
+    engine: NativeEngine, parts: tuple[Path, list[Path]]
+) -> None:
     share, tensors = grown(engine, parts[1], cycles=5000)
     assert tensors == 0
     assert share < 0.01

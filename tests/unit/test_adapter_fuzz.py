@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graftwork.errors import ArtifactError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from tests import engines
 from tests.tiny import write_tiny_base
 
@@ -34,7 +34,7 @@ class Bench:
     def __init__(self, tmp: Path) -> None:
         base = write_tiny_base(tmp / "base")
         good = engines.write_lora(base, tmp / "good", 1, r=4, target_modules=["q_proj", "v_proj"])
-        self.engine = Engine(engines.load_model(base), engines.spec(), "cpu")
+        self.engine = NativeEngine(engines.load_model(base), engines.spec(), "cpu")
         self.weights, self.config = (good / WEIGHTS).read_bytes(), (good / CONFIG).read_bytes()
         self.folder = tmp / "damaged"
         self.folder.mkdir()
@@ -47,7 +47,7 @@ class Bench:
         try:
             self.engine.check_adapter(self.folder, digests)
         except ArtifactError as error:
-            if not (error.found and error.rule):
+            if not (error.problem and error.rule):
                 raise
             return False
         return True
@@ -208,7 +208,7 @@ def test_weights_beyond_float16_are_refused_on_such_an_engine(bench: Bench, tmp_
     from safetensors.torch import load_file, save_file
 
     model = engines.load_model(bench.folder.parent / "base").half()
-    engine = Engine(model, engines.spec(), "cpu")
+    engine = NativeEngine(model, engines.spec(), "cpu")
     (tmp_path / WEIGHTS).write_bytes(bench.weights)
     (tmp_path / CONFIG).write_bytes(bench.config)
     engine.check_adapter(tmp_path)

@@ -17,7 +17,7 @@ from graftwork.artifact import AdapterManifest
 from graftwork.base_model import BaseSpec
 from graftwork.cli import app
 from graftwork.errors import ArtifactError, ConfigError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.storage import Store
 from graftwork.training.adapters.merge_spec import MergeSpec
 from graftwork.training.merging import Merged, merge_published
@@ -76,7 +76,9 @@ def summed(store: Store, weights: dict[str, float]) -> Deltas:
 
 
 def merged(store: Store, weights: dict[str, float], method: str, rank: int | None = None, **more: Any) -> Merged:
-    spec = MergeSpec.of(method, len(weights), list(weights.values()), more.get("density"), rank, more.get("seed", 0))
+    spec = MergeSpec.create(
+        method, len(weights), list(weights.values()), more.get("density"), rank, more.get("seed", 0)
+    )
     return merge_published(store, "both", [f"{task}@latest" for task in weights], spec)
 
 
@@ -142,7 +144,7 @@ def test_a_merged_adapter_is_served(store: Store, base: Path) -> None:
     done = merged(store, {"card": 1.0, "steady": 1.0}, "cat")
     folder = artifact.fetch(store, "both", done.manifest.version)
     prompt = [5, 6, 7, 8]
-    engine = Engine(engines.load_model(base), engines.spec(), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(), "cpu")
     engine.load_adapter("both", folder)
     engine.start()
     try:
@@ -203,7 +205,7 @@ def test_options_that_take_no_effect_are_refused(
     method: str, weights: list[float], density: float | None, rank: int | None, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        MergeSpec.of(method, 2, weights, density, rank, 0)
+        MergeSpec.create(method, 2, weights, density, rank, 0)
 
 
 def test_different_prompts_are_told(store: Store) -> None:

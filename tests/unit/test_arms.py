@@ -97,7 +97,7 @@ def test_a_long_prompt_is_refused_with_its_figures_and_never_cut(template: Templ
         PromptTooLong, match=f"(?s){size} tokens with up to 16 new ones.*max_seq_len={size + 15}"
     ) as caught:
         build_prompt(arm, ASKED, template, max_seq_len=size + 15)
-    assert caught.value.next_move
+    assert caught.value.hint
 
 
 def test_without_a_limit_the_answer_may_fill_the_sequence(template: Template) -> None:
@@ -165,13 +165,13 @@ def test_numbered_passages_are_cited_by_their_number(template: Template, corpus:
     context = [Passage(identity, CORPUS[identity]) for identity in served.retrieved_ids]
     trained = chat.render(row, template, prompt=Prompt(citations=True), context=context, generate=False)
     assert served.ids == trained.ids[: len(served.ids)]
-    assert chat.cited_ids("See [2], [2] and [7], not (1) or [x].", served.retrieved_ids) == (second,)
+    assert chat.cited_passage_ids("See [2], [2] and [7], not (1) or [x].", served.retrieved_ids) == (second,)
 
 
 def test_an_arm_follows_its_index(template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("graftwork.retrieval.retriever.FRESH_S", 0.0)
-    home = IndexHome.of(str(tmp_path), "airports")
+    home = IndexHome.from_root(str(tmp_path), "airports")
     passages = [Passage(identity, text) for identity, text in CORPUS.items()]
     home.publish("airports", passages[1:], made_from="x", sources=["s"])
     arm = ArmSpec(name="rag", retriever=RetrieverSpec(corpus=home.store.uri, k=1))

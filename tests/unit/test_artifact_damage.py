@@ -88,7 +88,7 @@ def test_a_damaged_version_is_refused_by_everyone_and_left_out_of_lists(
     for use in (artifact.open_adapter, artifact.fetch):
         with pytest.raises(ArtifactError) as caught:
             use(store, "support", version)
-        assert found in caught.value.found
+        assert found in caught.value.problem
     with pytest.raises(ArtifactError):
         artifact.promote(store, "support", "prod", version)
     assert artifact.aliases(store, "support") == {}

@@ -140,8 +140,8 @@ def test_an_unsafe_or_broken_folder_is_refused_and_nothing_is_published(
     damage(folder)
     with pytest.raises(ArtifactError) as caught:
         artifact.publish(store, "support", folder, **facts(), alias="latest")
-    assert found in caught.value.found
-    assert caught.value.next_move
+    assert found in caught.value.problem
+    assert caught.value.hint
     assert store.list() == []
 
 

@@ -13,7 +13,7 @@ from graftwork.artifact_check import problems, read_folder
 from graftwork.base_model import BaseSpec, LoadedBase, QuantSpec, ResolvedBase
 from graftwork.base_support import base_support, check_serving, check_training
 from graftwork.errors import BaseModelError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.spec import ServeSpec
 from graftwork.training.data import prepare
 from graftwork.training.job import TrainJob
@@ -81,7 +81,7 @@ def test_a_family_is_served_as_its_support_says(kind: str, tmp_path: Path) -> No
         with pytest.raises(BaseModelError):
             check_serving(spec)
         with pytest.raises(BaseModelError):  # nor does the engine start where nobody checked
-            Engine(loaded(base).model, engines.spec(), "cpu")
+            NativeEngine(loaded(base).model, engines.spec(), "cpu")
         return
     check_serving(spec)
     if not support.stages["serve adapters"].supported:
@@ -91,7 +91,7 @@ def test_a_family_is_served_as_its_support_says(kind: str, tmp_path: Path) -> No
     adapted = support.stages["serve adapters"].supported and targets is not None
     adapter = write_adapter(base, tmp_path / "adapter", targets) if adapted else None
     prompts = prompts_of(base)
-    engine = Engine(loaded(base).model, engines.spec(prefill_tokens=16), "cpu")
+    engine = NativeEngine(loaded(base).model, engines.spec(prefill_tokens=16), "cpu")
     if adapter is not None:
         engine.load_adapter("v1", adapter)
     engine.start()

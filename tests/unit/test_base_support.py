@@ -55,10 +55,10 @@ def no_ray_starts() -> Iterator[None]:
 
 
 def refused(error: pytest.ExceptionInfo[BaseModelError], reason: str, hint: str) -> None:
-    assert reason in error.value.found
-    assert hint in error.value.next_move
+    assert reason in error.value.problem
+    assert hint in error.value.hint
     assert error.value.rule
-    assert error.value.asked
+    assert error.value.subject
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def test_families_that_raised_errors_of_libraries_have_reasons(kind: str, reason
     spec = train_spec("b", "r.jsonl")
     with pytest.raises(BaseModelError) as error:
         check_training(spec, config_of(kind))
-    assert reason in error.value.found
-    assert error.value.next_move
+    assert reason in error.value.problem
+    assert error.value.hint
 
 
 def test_a_family_whose_code_reads_packed_weights_is_trained_on_plain_ones() -> None:

@@ -15,12 +15,12 @@ from graftwork.training.checkpoint import MARKER, CheckpointMark, Checkpoints, s
 from graftwork.training.checkpoint_files import Shapes, differences, faults_of_weights, sum_of
 from graftwork.training.checkpoint_save import CheckpointLost, Saver
 from graftwork.training.checkpoint_spec import CheckpointSpec, world_sizes
-from graftwork.training.checkpoint_start import Start, starts
+from graftwork.training.checkpoint_start import ResumePoint, read_starts
 from graftwork.training.data import prepare
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.machines import room_for
-from graftwork.training.run import Run, _write_facts, _write_status, check
+from graftwork.training.run import ResolvedRun, _write_facts, _write_status, check
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepLog, StepReport
 from tests.training import task, write_rows
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_left_out_and_said(
     assert result.train_loss == done[1].train_loss
     assert any("step 12 is damaged (optimizer.pt" in note and damage in note for note in result.notes), result.notes
     assert job.run is not None
-    assert [begun["step"] for begun in starts(job.run)] == [0, 10]
+    assert [begun["step"] for begun in read_starts(job.run)] == [0, 10]
 
 
 def test_a_damaged_adapter_is_not_published(done: tuple[TrainJob, LoopResult], tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_a_damaged_adapter_is_not_published(done: tuple[TrainJob, LoopResult], t
 
 
 def test_a_checkpoint_that_a_strategy_cannot_load_is_refused(spec: TrainSpec) -> None:
-    start = Start(CheckpointMark(12, 1.0, 2, strategy="zero2"))
+    start = ResumePoint(CheckpointMark(12, 1.0, 2, strategy="zero2"))
     with pytest.raises(ConfigError, match="written by strategy zero2") as caught:
         start.require_loadable(spec)
-    assert caught.value.next_move == "--set strategy.kind=zero2"
+    assert caught.value.hint == "--set strategy.kind=zero2"
     zero2 = spec.with_({"strategy.kind": "zero2"})
     start.require_loadable(zero2)
 
@@ -142,7 +142,7 @@ def test_weights_that_no_training_makes_are_no_checkpoint(
     with pytest.raises(CheckpointLost, match=said) as caught:
         saver.wait()
     saver.close()
-    assert "the checkpoint of step 10 is the last whole one" in caught.value.found
+    assert "the checkpoint of step 10 is the last whole one" in caught.value.problem
     assert [mark.step for mark in checkpoints.marks()] == [8, 10]
 
 
@@ -195,7 +195,7 @@ def test_a_changed_spec_is_told_apart_from_the_unfinished_run(spec: TrainSpec, f
     held_out = write_rows(folder / "longer.jsonl", 8, answer_repeats=5)  # other answers than the training rows have
     begun = spec.with_({"root": str(folder / "relatives"), "data.eval": str(held_out)})
     assert check(begun) == []
-    run = Run.of(begun)
+    run = ResolvedRun.resolve(begun)
     _write_facts(run)
     _write_status(run, "interrupted")
     assert check(begun) == [], "the same spec goes on"

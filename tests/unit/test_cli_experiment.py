@@ -22,7 +22,7 @@ from graftwork.serving.experiment.online.spec import ExperimentSpec
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage import Store
 from graftwork.training.records import TrainReport
-from graftwork.tuning.records import Choice, TuneReport, Winner
+from graftwork.tuning.records import SearchDecision, TuneReport, Winner
 from graftwork.tuning.spec import TuneSpec
 from tests.adapters import facts
 from tests.engines import write_lora
@@ -151,7 +151,7 @@ def swept(spec: TuneSpec, beside: str | None, version: str) -> TuneReport:
     """What a sweep reports whose winner was published."""
     trained = TrainReport("tiny-00000000", f"tiny@{version}", version, False, 1, 1, 0, 1, 1.0, 1.0, (), (), (1,), (0,))
     winner = Winner(trained, None, None, beside, False, "no alias was asked for")
-    choice = Choice("a", "a", "said", "rule")
+    choice = SearchDecision("a", "a", "said", "rule")
     return TuneReport("s-00000000", (), "a", {}, spec.train, "grid", choice, 1, 1.0, False, winner)
 
 

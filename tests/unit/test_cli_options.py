@@ -74,8 +74,8 @@ def test_a_renamed_flag_is_rejected_with_its_new_name(old: str, verb: str, form:
     done = CliRunner().invoke(app, [*verb.split(), *(part.format(old) for part in form)])
     error = done.exception
     assert isinstance(error, ConfigError)
-    assert (error.exit_code, error.asked, error.found) == (2, old, "no such option")
-    assert (error.rule, error.next_move) == (f"{old} was renamed to {new}", f"use {new}")
+    assert (error.exit_code, error.subject, error.problem) == (2, old, "no such option")
+    assert (error.rule, error.hint) == (f"{old} was renamed to {new}", f"use {new}")
     assert new in flags_of(verb)
     assert old not in flags_of(verb)
 
@@ -84,7 +84,7 @@ def test_a_renamed_flag_is_rejected_with_its_new_name(old: str, verb: str, form:
 def test_a_renamed_verb_is_rejected_with_its_new_name(old: str, new: str) -> None:
     error = CliRunner().invoke(app, [old, "job.yaml"]).exception
     assert isinstance(error, ConfigError)
-    assert error.next_move == f"use graftwork {new}"
+    assert error.hint == f"use graftwork {new}"
     assert flags_of(new)
 
 

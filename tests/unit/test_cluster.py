@@ -48,7 +48,7 @@ def test_an_unknown_place_is_refused_with_the_known_ones(on: str) -> None:
     with pytest.raises(ConfigError, match="not a place to run") as caught, session(on):
         pass
     assert "http(s)://HOST:PORT" in caught.value.rule
-    assert "http://HOST:8265" in caught.value.next_move
+    assert "http://HOST:8265" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,10 @@ def test_an_address_that_a_driver_would_join_is_refused_with_the_dashboards(on: 
     done = CliRunner().invoke(app, argv)
     error = done.exception
     assert isinstance(error, ConfigError), (done.output, error)
-    assert error.asked == f"--target {on}"
-    assert error.found == "commands do not join a Ray as its driver or client"
+    assert error.subject == f"--target {on}"
+    assert error.problem == "commands do not join a Ray as its driver or client"
     assert "http://HOST:8265" in error.rule
-    assert error.next_move == use
+    assert error.hint == use
 
 
 def test_nobody_listening_is_said_with_what_to_do() -> None:
@@ -80,7 +80,7 @@ def test_nobody_listening_is_said_with_what_to_do() -> None:
         with pytest.raises(ClusterError, match="nothing answers at 127.0.0.1") as caught:
             run_command(on, ["demo", "demo.yaml"])
     assert caught.value.exit_code == 3
-    assert "--target local" in caught.value.next_move
+    assert "--target local" in caught.value.hint
 
 
 def test_something_else_listening_is_reached_but_not_taken_for_a_ray() -> None:

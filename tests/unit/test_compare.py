@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from graftwork.chat import Message
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError, DataError, RunError
 from graftwork.report.records import CompareReport, Difference
 from graftwork.serving.experiment.advice import advise
-from graftwork.serving.experiment.answers import Answers, question
+from graftwork.serving.experiment.answers import AnswerSet, question
 from graftwork.serving.experiment.compare import arm_kind, compare
 from graftwork.serving.experiment.offline import CompareProgress, run_offline
 from graftwork.serving.experiment.spec import CompareSpec
@@ -28,7 +28,7 @@ CONTRASTS = [
 ]
 
 
-def ask(asked: CompareSpec, script: Any, rows: list[Row], path: Path, **options: Any) -> Answers:
+def ask(asked: CompareSpec, script: Any, rows: list[DatasetRow], path: Path, **options: Any) -> AnswerSet:
     return asyncio.run(run_offline(asked, rows, script, path, **options))
 
 
@@ -99,14 +99,14 @@ def test_a_changed_arm_version_or_question_is_asked_anew(tmp_path: Path) -> None
     other_arm = Script(rows)
     ask(spec(shorter), other_arm, rows, path, versions={"raft-rag": "bbbbbbbbbbbb"})
     assert {arm for arm, _ in other_arm.asked} == {"base"}
-    reworded = [Row(rows[0].id, (Message("user", "And which is K000?"),), gold=rows[0].gold), *rows[1:]]
+    reworded = [DatasetRow(rows[0].id, (Message("user", "And which is K000?"),), gold=rows[0].gold), *rows[1:]]
     other_question = Script(reworded)
     ask(spec(), other_question, reworded, path, versions={"raft-rag": "bbbbbbbbbbbb"})
     assert {row for _, row in other_question.asked} == {rows[0].id}
 
 
 def test_the_gold_answer_is_not_sent() -> None:
-    row = Row("r", (Message("user", "Which?"), Message("assistant", "KMIA")), gold={"icao": "KMIA"})
+    row = DatasetRow("r", (Message("user", "Which?"), Message("assistant", "KMIA")), gold={"icao": "KMIA"})
     assert question(row) == [{"role": "user", "content": "Which?"}]
 
 
@@ -182,9 +182,9 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [([], "at least one question"), ([airports(1)[0]] * 2, "row 1 has the same"),
-     ([Row("", (Message("user", "?"),))], "missing or empty")],
+     ([DatasetRow("", (Message("user", "?"),))], "missing or empty")],
 )  # fmt: skip
-def test_rows_that_cannot_be_paired_are_refused(rows: list[Row], message: str, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_paired_are_refused(rows: list[DatasetRow], message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         ask(spec(), Script(rows), rows, tmp_path / "answers.jsonl")
 

@@ -13,14 +13,14 @@ from statsmodels.stats.multitest import multipletests
 
 from graftwork.chat import Message
 from graftwork.cli.comparing import show_comparison
-from graftwork.data import Row, read_fields
+from graftwork.data import DatasetRow, read_fields
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import LATENCY_MS, Metric
 from graftwork.report import ReportInput, render_html
 from graftwork.report.figures import headline
 from graftwork.report.records import CompareReport
 from graftwork.serving.experiment.advice import advise
-from graftwork.serving.experiment.answers import Answers
+from graftwork.serving.experiment.answers import AnswerSet
 from graftwork.serving.experiment.compare import compare, primary_metric
 from graftwork.serving.experiment.offline import alone_jobs, ask_jobs, run_offline
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, family
@@ -31,7 +31,7 @@ SCORERS = ["fields", "field_f1", {"kind": "regex", "name": "braces", "pattern": 
            {"kind": "cost", "per_1k_prompt_tokens": 0.1, "per_1k_completion_tokens": 0.4}]  # fmt: skip
 
 
-def answers(asked: Any, script: Any, rows: Any, folder: Path) -> Answers:
+def answers(asked: Any, script: Any, rows: Any, folder: Path) -> AnswerSet:
     return asyncio.run(run_offline(asked, rows, script, folder / "answers.jsonl"))
 
 
@@ -216,7 +216,7 @@ def test_a_verdict_needs_a_score() -> None:
 
 # Texts: exact match alone rewards brevity, containment alone length.
 
-PLACES = [Row(f"q{i}", (Message("user", f"Where is {i}?"),), doc_id=f"d{i}", gold={"answers": [f"Town {i}x", f"T{i}x"]})
+PLACES = [DatasetRow(f"q{i}", (Message("user", f"Where is {i}?"),), doc_id=f"d{i}", gold={"answers": [f"Town {i}x", f"T{i}x"]})
           for i in range(50)]  # fmt: skip
 TEXT_ARMS = ({"name": "base-rag", "retriever": {"corpus": "c.jsonl"}, "max_new_tokens": 24},
              {"name": "raft-rag", "adapter": "a@b", "retriever": {"corpus": "c.jsonl"}},

@@ -15,7 +15,7 @@ from graftwork.base_model import BaseSpec
 from graftwork.cli.comparing import show_comparison
 from graftwork.data import fingerprint, read_rows
 from graftwork.errors import ConfigError, DataError
-from graftwork.serving.arms import Sampling
+from graftwork.serving.arms import SamplingOptions
 from graftwork.serving.experiment.run import run_compare
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec, ServeSpec
@@ -41,7 +41,7 @@ class InProcess:
 
     async def ask(self, arm: ArmSpec, messages: Sequence[Mapping[str, str]], request_id: str) -> Any:
         self.asked += 1
-        call = self._backend.choices(arm.model_dump(mode="json"), list(messages), request_id, Sampling().dump())
+        call = self._backend.choices(arm.model_dump(mode="json"), list(messages), request_id, SamplingOptions().dump())
         return (await self._away(call))[0]
 
     async def likelihood(self, arm: ArmSpec, messages: Any, continuations: list[str], request_id: str) -> Any:

@@ -9,10 +9,10 @@ import torch
 from graftwork.serving.engine.batch import Chunk, by_place, pack
 from graftwork.serving.engine.cuda.decode import GraphDecode, row_buckets
 from graftwork.serving.engine.cuda.graphs import GraphCapture, Step, direct, reads_positions_on_host
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.kv import KvRow, KvStore
 from graftwork.serving.engine.runner import Runner
-from graftwork.serving.engine.slots import AdapterWeights, SlotPool
+from graftwork.serving.engine.slots import AdapterPool, LoadedAdapter
 from tests import engines
 from tests.tiny import VOCAB_SIZE, write_tiny_base
 
@@ -37,11 +37,11 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {name: engines.write_lora(base, root / name, seed, **config) for seed, (name, config) in made}
 
 
-def gpu_engine(base: Path, **limits: int) -> Engine:
+def gpu_engine(base: Path, **limits: int) -> NativeEngine:
     """The CUDA path; on a CPU its kernels are interpreted and its graphs are plain calls, the rest is the same."""
     path = GraphDecode(torch.device(DEVICE), None if DEVICE == "cuda" else direct)
     model = engines.load_model(base).to(DEVICE)
-    return Engine(model, engines.spec(**{"max_batch": 6, "max_seq_len": 128, **limits}), DEVICE, path=path)
+    return NativeEngine(model, engines.spec(**{"max_batch": 6, "max_seq_len": 128, **limits}), DEVICE, path=path)
 
 
 def test_mixed_adapters_answer_as_peft_does(base: Path, adapters: dict[str, Path]) -> None:
@@ -116,17 +116,17 @@ def test_a_captured_step_stays_right_when_rows_move_and_adapters_change(base: Pa
     runner.close()
 
 
-def loaded(runner: Runner, version: str, folder: Path) -> AdapterWeights:
+def loaded(runner: Runner, version: str, folder: Path) -> LoadedAdapter:
     groups, device = runner.sites.groups(), runner.device
-    pool = SlotPool(
+    pool = AdapterPool(
         groups, runner.base, max_rank=32, dtype=runner.dtype, device=device, stacked=True, narrow=False,
         on_freed=lambda _: None,
     )  # fmt: skip
     pool.load(version, folder)
-    return pool.moved(version, runner.device)
+    return pool.copy_to_device(version, runner.device)
 
 
-def prefilled(runner: Runner, kv: KvStore, length: int, weights: AdapterWeights | None) -> KvRow:
+def prefilled(runner: Runner, kv: KvStore, length: int, weights: LoadedAdapter | None) -> KvRow:
     """A row of `length` prompt tokens."""
     row = kv.allocate(length + 8)
     assert row is not None
@@ -136,7 +136,7 @@ def prefilled(runner: Runner, kv: KvStore, length: int, weights: AdapterWeights 
     return row
 
 
-def check_step(runner: Runner, kv: KvStore, rows: list[KvRow], adapters: list[AdapterWeights | None]) -> None:
+def check_step(runner: Runner, kv: KvStore, rows: list[KvRow], adapters: list[LoadedAdapter | None]) -> None:
     """One token each, by the captured step and by the plain pass, which writes the same keys and values again."""
     assert runner.path is not None
     chunks = [Chunk([90 + n], row.length, row) for n, row in enumerate(sorted(rows, key=by_place))]
@@ -152,7 +152,7 @@ def test_sampled_rows_draw_the_same_tokens_on_both_paths(base: Path) -> None:
     asked = [engines.request(f"r{n}", [5 + n, 6, 7], temperature=0.8, seed=n, max_new_tokens=3) for n in range(3)]
     answers = []
     for engine in (
-        Engine(engines.load_model(base), engines.spec(), "cpu"),
+        NativeEngine(engines.load_model(base), engines.spec(), "cpu"),
         gpu_engine(base, max_batch=3, max_seq_len=256),
     ):  # two parts of the keys
         engine.start()

@@ -14,8 +14,8 @@ from graftwork.serving.engine.cuda.kernels import attention, lora
 from graftwork.serving.engine.cuda.table import SlotTable
 from graftwork.serving.engine.cuda.tiles import ROWS, tiled
 from graftwork.serving.engine.kv import KvRow, KvShape, KvStore
-from graftwork.serving.engine.sites import Site
-from graftwork.serving.engine.slots import AdapterWeights, GroupWeights
+from graftwork.serving.engine.sites import LoraLayer
+from graftwork.serving.engine.slots import GroupWeights, LoadedAdapter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -127,10 +127,12 @@ def test_keys_are_split_for_the_device_and_for_long_requests(programs: int, long
 # -- lora -------------------------------------------------------------------------------------------------------------
 
 INPUTS, OUTPUTS = 272, (150, 64, 33)
-GROUP = [Site(f"m.{name}", LinearShape(INPUTS, out), "m.qkv", n) for n, (name, out) in enumerate(zip("qkv", OUTPUTS))]  # noqa: B905
+GROUP = [
+    LoraLayer(f"m.{name}", LinearShape(INPUTS, out), "m.qkv", n) for n, (name, out) in enumerate(zip("qkv", OUTPUTS))
+]  # noqa: B905
 
 
-def adapter(version: str, ranks: Sequence[int], seed: int, dtype: torch.dtype) -> AdapterWeights:
+def adapter(version: str, ranks: Sequence[int], seed: int, dtype: torch.dtype) -> LoadedAdapter:
     """An adapter of the group; a member of rank 0 is not adapted."""
     stack = rand(sum(ranks), INPUTS, seed=seed, dtype=dtype)
     members: list[SiteWeights | None] = []
@@ -139,7 +141,7 @@ def adapter(version: str, ranks: Sequence[int], seed: int, dtype: torch.dtype) -
         b_OR = rand(OUTPUTS[n], rank, seed=seed + 50 + n, dtype=dtype)
         members.append(SiteWeights(stack[start : start + rank], b_OR, 0.3 + n) if rank else None)
     groups = {"m.qkv": GroupWeights(stack, tuple(members), tuple(starts))} if any(ranks) else {}
-    return AdapterWeights(version, max(ranks), groups)
+    return LoadedAdapter(version, max(ranks), groups)
 
 
 def peft_delta(result: torch.Tensor, x: torch.Tensor, part: SiteWeights) -> torch.Tensor:

@@ -118,7 +118,7 @@ def test_a_corpus_and_a_published_index_answer_alike(
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
     lines = "".join(f'{{"id": "{p.id}", "text": "{p.text}"}}\n' for p in CORPUS)
     (tmp_path / "c.jsonl").write_text(lines)
-    home = IndexHome.of(str(tmp_path), "docs")
+    home = IndexHome.from_root(str(tmp_path), "docs")
     home.publish("docs", CORPUS, made_from="x", sources=["s"], embedder=(str(folder), embedder))
 
     def opened(kind: str, corpus: str) -> Retriever:

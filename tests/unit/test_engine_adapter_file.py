@@ -89,7 +89,7 @@ def test_a_config_that_cannot_be_honoured_is_refused_by_key(base: Path, folder: 
     change_config(folder, **{key: value})
     with pytest.raises(ArtifactError) as refused:
         read(base, folder)
-    assert key in refused.value.found
+    assert key in refused.value.problem
     assert refused.value.rule
 
 
@@ -146,7 +146,7 @@ def test_every_kind_of_peft_that_is_not_served_is_refused_with_a_next_move(base:
         with pytest.raises(ArtifactError, match=f"peft_type='{kind}'") as refused:
             read(base, folder)
         assert "LORA, IA3" in refused.value.rule
-        assert re.search("convert_to_lora|train it as one of those", refused.value.next_move)
+        assert re.search("convert_to_lora|train it as one of those", refused.value.hint)
 
 
 @pytest.mark.parametrize(

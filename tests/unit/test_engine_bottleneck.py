@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from graftwork import artifact
 from graftwork.errors import ArtifactError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.storage import Store
 from tests import engines
 from tests.adapters import facts
@@ -80,7 +80,7 @@ def test_a_mixed_batch_with_bottlenecks_answers_as_each_model_alone(
     base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     lora = engines.write_lora(base, tmp_path / "lora", 1, r=4, target_modules=list(engines.ALL))
-    engine = Engine(engines.load_model(base), engines.spec(prefill_tokens=16), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(prefill_tokens=16), "cpu")
     for version, folder in {**adapters, "lora": lora}.items():
         engine.load_adapter(version, folder)
     assert {state.version: state.rank for state in engine.adapters()} == {
@@ -107,7 +107,7 @@ def test_a_mixed_batch_with_bottlenecks_answers_as_each_model_alone(
 def test_it_is_published_like_any_other(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     manifest = artifact.publish(store, "support", adapters["houlsby"], **facts())
-    engine = Engine(engines.load_model(base), engines.spec(), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(), "cpu")
     digests = {name: entry.sha256 for name, entry in manifest.files.items()}
     engine.load_adapter(manifest.version, artifact.fetch(store, "support", manifest.version), digests)
     assert [state.rank for state in engine.adapters()] == [6]
@@ -134,7 +134,7 @@ def test_what_cannot_be_honoured_is_refused_by_key(
     folder = engines.write_bottleneck(base, tmp_path / "adapter", 1)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    engine = Engine(engines.load_model(base), engines.spec(), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(), "cpu")
     with pytest.raises(ArtifactError, match=message):
         engine.load_adapter("v", folder)
     engine.stop()

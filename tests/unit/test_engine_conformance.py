@@ -1,4 +1,4 @@
-"""What every engine behind `EngineLike` does alike: ours, and vLLM's where it can run.
+"""What every engine behind `Engine` does alike: ours, and vLLM's where it can run.
 
 "stand-in" is our vLLM engine over tests/async_llm.py: threads, ids, refcounts and events are the real ones.
 """
@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 from graftwork import base_model
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.errors import ArtifactError, DataError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.types import TokenEvent
-from graftwork.serving.engine_protocol import EngineLike
+from graftwork.serving.engine_protocol import Engine
 from graftwork.serving.spec import EngineSpec
 from graftwork.serving.vllm_engine.engine import VllmEngine
-from graftwork.serving.vllm_engine.open import open_vllm
+from graftwork.serving.vllm_engine.open import create_vllm
 from graftwork.serving.vllm_engine.tally import Tally
 from tests import engines
 from tests.async_llm import PlainWords, StandIn
@@ -32,7 +32,7 @@ from tests.tiny import VOCAB_SIZE, write_tiny_base
 
 PROMPT = list(range(10, 50))
 LIMITS: dict[str, Any] = {"max_batch": 16, "max_seq_len": 256, "kv_tokens": 8192, "prefill_tokens": 64}
-Open = Callable[[], EngineLike]
+Open = Callable[[], Engine]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def fresh(request: pytest.FixtureRequest, base: Path) -> Open:
         if not torch.cuda.is_available() or find_spec("vllm") is None:
             pytest.skip("vLLM needs a CUDA device and the extra `vllm`")
         resolved, spec = base_model.resolve(BaseSpec(uri=str(base))), EngineSpec(kind="vllm", **LIMITS)
-        return lambda: open_vllm(resolved, QuantSpec(kind="none"), spec)
+        return lambda: create_vllm(resolved, QuantSpec(kind="none"), spec)
     if request.param == "stand-in":
         tally = Tally(LIMITS["kv_tokens"])
         return lambda: VllmEngine(
@@ -65,29 +65,29 @@ def fresh(request: pytest.FixtureRequest, base: Path) -> Open:
         )
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     spec = EngineSpec(**LIMITS, num_threads=1)
-    return lambda: Engine(engines.load_model(base), spec, "cpu", lambda ids: tokenizer.decode(list(ids)))
+    return lambda: NativeEngine(engines.load_model(base), spec, "cpu", lambda ids: tokenizer.decode(list(ids)))
 
 
 @pytest.fixture
-def engine(fresh: Open) -> Iterator[EngineLike]:
+def engine(fresh: Open) -> Iterator[Engine]:
     engine = fresh()
     engine.start()
     yield engine
     engine.stop()
 
 
-def ask(engine: EngineLike, *requests: Any) -> list[engines.Answer]:
+def ask(engine: Engine, *requests: Any) -> list[engines.Answer]:
     collector = engines.Collector()
     for one in requests:
         engine.submit(one, collector)
     return collector.wait(*(one.request_id for one in requests))
 
 
-def tokens(engine: EngineLike, adapter: str | None = None, name: str = "x", **sampling: Any) -> list[int]:
+def tokens(engine: Engine, adapter: str | None = None, name: str = "x", **sampling: Any) -> list[int]:
     return ask(engine, engines.request(name, PROMPT, adapter, **sampling))[0].tokens
 
 
-def test_tokens_come_one_by_one_and_the_last_says_why(engine: EngineLike) -> None:
+def test_tokens_come_one_by_one_and_the_last_says_why(engine: Engine) -> None:
     collector = engines.Collector()
     engine.submit(engines.request("x", PROMPT, max_new_tokens=7), collector)
     events = [collector.next() for _ in range(7)]
@@ -97,7 +97,7 @@ def test_tokens_come_one_by_one_and_the_last_says_why(engine: EngineLike) -> Non
 
 
 def test_answers_are_pefts_with_adapters_mixed(
-    engine: EngineLike, base: Path, adapters: tuple[Path, Path], request: pytest.FixtureRequest
+    engine: Engine, base: Path, adapters: tuple[Path, Path], request: pytest.FixtureRequest
 ) -> None:
     """Source: peft and transformers, each adapter alone, greedy, fp32."""
     if "vllm" in request.node.callspec.params.values():
@@ -112,7 +112,7 @@ def test_answers_are_pefts_with_adapters_mixed(
         assert answer.tokens == expected
 
 
-def test_stop_ids_and_stop_strings_end_an_answer(engine: EngineLike, base: Path) -> None:
+def test_stop_ids_and_stop_strings_end_an_answer(engine: Engine, base: Path) -> None:
     full = tokens(engine, max_new_tokens=12)
     stop = full[4]
     cut = ask(engine, engines.request("ids", PROMPT, stop_ids=frozenset({stop}), max_new_tokens=12))[0]
@@ -126,7 +126,7 @@ def test_stop_ids_and_stop_strings_end_an_answer(engine: EngineLike, base: Path)
     assert string not in tokenizer.decode(cut.tokens[:-1])
 
 
-def test_log_probabilities_are_the_models_own(engine: EngineLike) -> None:
+def test_log_probabilities_are_the_models_own(engine: Engine) -> None:
     collector = engines.Collector()
     engine.submit(engines.request("x", PROMPT, max_new_tokens=4, logprobs=3), collector)
     for event in (collector.next() for _ in range(4)):
@@ -141,7 +141,7 @@ def test_log_probabilities_are_the_models_own(engine: EngineLike) -> None:
     assert event.top == ()
 
 
-def test_a_running_request_is_cancelled_and_others_go_on(engine: EngineLike) -> None:
+def test_a_running_request_is_cancelled_and_others_go_on(engine: Engine) -> None:
     expected = tokens(engine, max_new_tokens=30)
     collector = engines.Collector()
     engine.submit(engines.request("long", PROMPT, max_new_tokens=200), collector)
@@ -182,13 +182,13 @@ def test_a_request_that_waits_can_be_cancelled(fresh: Open) -> None:
         ({"stop": ("",)}, "stop"),
     ],
 )
-def test_a_bad_request_is_refused_at_the_door(engine: EngineLike, changed: dict[str, Any], found: str) -> None:
+def test_a_bad_request_is_refused_at_the_door(engine: Engine, changed: dict[str, Any], found: str) -> None:
     with pytest.raises(DataError, match=found):
         engine.submit(engines.request("bad", **{"prompt": PROMPT, "max_new_tokens": 5, **changed}), engines.Collector())
     assert len(tokens(engine, name="bad", max_new_tokens=2)) == 2
 
 
-def test_an_id_in_use_and_an_unknown_adapter_are_refused(engine: EngineLike) -> None:
+def test_an_id_in_use_and_an_unknown_adapter_are_refused(engine: Engine) -> None:
     collector = engines.Collector()
     engine.submit(engines.request("one", PROMPT, max_new_tokens=200), collector)
     with pytest.raises(DataError, match="in use"):
@@ -201,7 +201,7 @@ def test_an_id_in_use_and_an_unknown_adapter_are_refused(engine: EngineLike) -> 
     assert collector.wait("one")[0].finish == "cancelled"
 
 
-def test_a_retired_version_serves_what_runs_and_is_then_gone(engine: EngineLike, adapters: tuple[Path, Path]) -> None:
+def test_a_retired_version_serves_what_runs_and_is_then_gone(engine: Engine, adapters: tuple[Path, Path]) -> None:
     engine.load_adapter("v1", adapters[0])
     expected = tokens(engine, "v1", max_new_tokens=60)
     collector = engines.Collector()
@@ -216,7 +216,7 @@ def test_a_retired_version_serves_what_runs_and_is_then_gone(engine: EngineLike,
 
 
 def test_an_update_under_the_same_name_meets_nothing_of_the_old_one(
-    engine: EngineLike, adapters: tuple[Path, Path]
+    engine: Engine, adapters: tuple[Path, Path]
 ) -> None:
     """The same name, the same prompt, other weights: neither old weights nor old keys and values are met."""
     engine.load_adapter("named", adapters[0])
@@ -230,7 +230,7 @@ def test_an_update_under_the_same_name_meets_nothing_of_the_old_one(
     assert (answer.tokens, answer.cached_tokens) == (expected, 0)
 
 
-def test_a_repeated_prompt_is_answered_from_the_prefix_cache(engine: EngineLike, adapters: tuple[Path, Path]) -> None:
+def test_a_repeated_prompt_is_answered_from_the_prefix_cache(engine: Engine, adapters: tuple[Path, Path]) -> None:
     engine.load_adapter("v1", adapters[0])
     asked = [engines.request(f"r{n}", PROMPT, version, max_new_tokens=5) for n, version in enumerate([None, "v1"] * 2)]
     base, tuned, base_again, tuned_again = (ask(engine, one)[0] for one in asked)
@@ -241,7 +241,7 @@ def test_a_repeated_prompt_is_answered_from_the_prefix_cache(engine: EngineLike,
     assert (stats.prompt_tokens, stats.prompt_tokens_from_cache, stats.generated_tokens) == (160, 64, 20)
 
 
-def test_a_prompt_of_another_salt_is_no_hit(engine: EngineLike) -> None:
+def test_a_prompt_of_another_salt_is_no_hit(engine: Engine) -> None:
     asked = [("ann", "a1"), ("bob", "b1"), ("", "c1"), ("bob", "b2"), ("ann", "a2")]
     answers = [
         ask(engine, replace(engines.request(name, PROMPT, max_new_tokens=5), cache_salt=salt))[0]
@@ -251,7 +251,7 @@ def test_a_prompt_of_another_salt_is_no_hit(engine: EngineLike) -> None:
     assert len({tuple(answer.tokens) for answer in answers}) == 1
 
 
-def test_an_update_flips_new_requests_alone(engine: EngineLike, adapters: tuple[Path, Path]) -> None:
+def test_an_update_flips_new_requests_alone(engine: Engine, adapters: tuple[Path, Path]) -> None:
     engine.load_adapter("v1", adapters[0])
     engine.load_adapter("v2", adapters[1])
     expected = {version: tokens(engine, version, max_new_tokens=60) for version in ("v1", "v2")}
@@ -265,7 +265,7 @@ def test_an_update_flips_new_requests_alone(engine: EngineLike, adapters: tuple[
     assert [state.version for state in engine.adapters()] == ["v2"]
 
 
-def test_a_retired_version_that_still_runs_is_taken_back(engine: EngineLike, adapters: tuple[Path, Path]) -> None:
+def test_a_retired_version_that_still_runs_is_taken_back(engine: Engine, adapters: tuple[Path, Path]) -> None:
     engine.load_adapter("v1", adapters[0])
     collector = engines.Collector()
     engine.submit(engines.request("running", PROMPT, "v1", max_new_tokens=100), collector)
@@ -278,7 +278,7 @@ def test_a_retired_version_that_still_runs_is_taken_back(engine: EngineLike, ada
     assert [(state.version, state.running, state.retired) for state in engine.adapters()] == [("v1", 0, False)]
 
 
-def test_threads_that_load_one_version_at_once_share_it(engine: EngineLike, adapters: tuple[Path, Path]) -> None:
+def test_threads_that_load_one_version_at_once_share_it(engine: Engine, adapters: tuple[Path, Path]) -> None:
     collector, barrier = engines.Collector(), threading.Barrier(4)
 
     def load_and_ask(n: int) -> None:
@@ -294,7 +294,7 @@ def test_threads_that_load_one_version_at_once_share_it(engine: EngineLike, adap
 
 
 def test_an_adapter_that_is_not_as_published_or_not_served_is_refused(
-    engine: EngineLike, adapters: tuple[Path, Path], tmp_path: Path
+    engine: Engine, adapters: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ArtifactError, match="sha256"):
         engine.load_adapter("v1", adapters[0], {"adapter_model.safetensors": "0" * 64})
@@ -309,7 +309,7 @@ def test_an_adapter_that_is_not_as_published_or_not_served_is_refused(
     assert engine.adapters() == []
 
 
-def test_a_reader_that_raises_ends_its_own_request_alone(engine: EngineLike) -> None:
+def test_a_reader_that_raises_ends_its_own_request_alone(engine: Engine) -> None:
     expected = tokens(engine, max_new_tokens=10)
 
     def broken(event: TokenEvent) -> None:
@@ -338,7 +338,7 @@ def test_stop_cancels_what_runs_and_refuses_what_comes(fresh: Open) -> None:
 
 
 def test_a_given_continuation_is_scored_and_none_generated(
-    engine: EngineLike, base: Path, adapters: tuple[Path, Path], request: pytest.FixtureRequest
+    engine: Engine, base: Path, adapters: tuple[Path, Path], request: pytest.FixtureRequest
 ) -> None:
     """Source: one whole forward pass of transformers, and of peft, fp32."""
     engine.load_adapter("a", adapters[0])

@@ -10,7 +10,7 @@ import torch
 from graftwork import base_model
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.errors import BaseModelError, ConfigError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from tests import engines
 
 SIZES = {
@@ -65,7 +65,7 @@ def test_a_family_decodes_as_generate_does(kind: str, tmp_path: Path) -> None:
     resolved = base_model.resolve(BaseSpec(uri=str(base)))
     plain = QuantSpec(kind="none", dtype="float32")
     model = base_model.load(resolved, plain, device="cpu", purpose="serve").model
-    engine = Engine(model, engines.spec(prefill_tokens=16), "cpu")
+    engine = NativeEngine(model, engines.spec(prefill_tokens=16), "cpu")
     engine.load_adapter("v1", adapter)
     engine.start()
     for name in (None, "v1"):
@@ -78,7 +78,7 @@ def test_a_family_decodes_as_generate_does(kind: str, tmp_path: Path) -> None:
 def test_a_rope_that_would_let_a_long_row_change_its_neighbours_ends_before_that(tmp_path: Path) -> None:
     base = write_family(tmp_path / "base", "phi3-longrope", FAMILIES["phi3-longrope"])
     with pytest.raises(ConfigError, match=r"max_seq_len: 257(.|\n)*beyond 256 tokens this base's longrope"):
-        Engine(engines.load_model(base), engines.spec(max_seq_len=257), "cpu")
+        NativeEngine(engines.load_model(base), engines.spec(max_seq_len=257), "cpu")
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "mamba"])
@@ -89,4 +89,4 @@ def test_a_decoder_that_cannot_be_served_exactly_is_refused(kind: str, tmp_path:
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **extra))
     with pytest.raises(BaseModelError):
-        Engine(model, engines.spec(), "cpu")
+        NativeEngine(model, engines.spec(), "cpu")

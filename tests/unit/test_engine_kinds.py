@@ -24,7 +24,7 @@ from peft import (
 from graftwork import artifact
 from graftwork.errors import DataError
 from graftwork.serving.engine.adapters.base_view import linear_weight
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.storage import Store
 from tests import engines
 from tests.adapters import facts
@@ -78,8 +78,8 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return write_all(base, tmp_path_factory.mktemp("adapters"), list(CONFIGS))
 
 
-def started(model: Any, adapters: dict[str, Path], **changed: Any) -> Engine:
-    engine = Engine(model, engines.spec(max_loaded=32, **changed), "cpu")
+def started(model: Any, adapters: dict[str, Path], **changed: Any) -> NativeEngine:
+    engine = NativeEngine(model, engines.spec(max_loaded=32, **changed), "cpu")
     for version, folder in adapters.items():
         engine.load_adapter(version, folder)
     engine.start()
@@ -87,7 +87,7 @@ def started(model: Any, adapters: dict[str, Path], **changed: Any) -> Engine:
 
 
 def check_against_peft(
-    engine: Engine, base: Path, adapters: dict[str, Path], load: Load, each: int = 2, new_tokens: int = 8
+    engine: NativeEngine, base: Path, adapters: dict[str, Path], load: Load, each: int = 2, new_tokens: int = 8
 ) -> None:
     """Every adapter and the base answer `each` prompts, all in one batch; half of the prompts begin alike."""
     rng = random.Random(0)
@@ -162,9 +162,9 @@ def test_a_mixed_batch_on_a_quantised_base_answers_as_peft_does(
 def test_prompt_logits_equal_pefts_bit_for_bit(base: Path, adapters: dict[str, Path], quant: str, kind: str) -> None:
     load: Load = engines.load_model if quant == "none" else partial(engines.load_quantized, kind=quant)
     ids_BT = torch.randint(3, VOCAB_SIZE, (3, 24), generator=torch.Generator().manual_seed(3))
-    engine = Engine(load(base), engines.spec(), "cpu")
+    engine = NativeEngine(load(base), engines.spec(), "cpu")
     engine.load_adapter(kind, adapters[kind])
-    ours = engine.runner.logits(ids_BT, [engine.slots.acquire(kind)] * 3)
+    ours = engine.runner.logits(ids_BT, [engine.pool.acquire(kind)] * 3)
     engine.stop()
     with torch.inference_mode():
         theirs = PeftModel.from_pretrained(load(base), adapters[kind]).eval()(input_ids=ids_BT).logits
@@ -175,9 +175,9 @@ def test_trained_rows_are_pefts_within_rounding(base: Path, adapters: dict[str, 
     """Fewer rows in the product than peft's whole matrix: another order of sums, so 1e-4 and not bit for bit."""
     ids_BT = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(4))
     for kind in ("rows", "tied", "output"):
-        engine = Engine(engines.load_model(base), engines.spec(), "cpu")
+        engine = NativeEngine(engines.load_model(base), engines.spec(), "cpu")
         engine.load_adapter(kind, adapters[kind])
-        ours = engine.runner.logits(ids_BT, [engine.slots.acquire(kind)] * 2)
+        ours = engine.runner.logits(ids_BT, [engine.pool.acquire(kind)] * 2)
         engine.stop()
         with torch.inference_mode():
             theirs = PeftModel.from_pretrained(engines.load_model(base), adapters[kind]).eval()(input_ids=ids_BT).logits
@@ -189,9 +189,9 @@ def test_in_bf16_no_kind_strays_further_from_fp32_than_peft_does(
     base: Path, adapters: dict[str, Path], kind: str
 ) -> None:
     ids_BT = torch.randint(3, 60, (4, 24), generator=torch.Generator().manual_seed(6))
-    engine = Engine(engines.load_model(base).bfloat16(), engines.spec(), "cpu")
+    engine = NativeEngine(engines.load_model(base).bfloat16(), engines.spec(), "cpu")
     engine.load_adapter(kind, adapters[kind])
-    ours = engine.runner.logits(ids_BT, [engine.slots.acquire(kind)] * 4).float()
+    ours = engine.runner.logits(ids_BT, [engine.pool.acquire(kind)] * 4).float()
     engine.stop()
     exact, theirs = (
         PeftModel.from_pretrained(model, adapters[kind]).eval()
@@ -250,10 +250,10 @@ def test_a_retired_adapter_gives_its_tensors_back(base: Path, adapters: dict[str
     assert sizes["prefix"] == (0, 7 * 2 * 2 * 32 * 4)
     held = []
     for kind in some:
-        weights = engine.slots.acquire(kind)
-        parts = [*weights.scales.values(), weights.inputs, weights.outputs, weights.lead]
+        weights = engine.pool.acquire(kind)
+        parts = [*weights.scales.values(), weights.inputs, weights.outputs, weights.virtual_tokens]
         held += [weakref.ref(part) for part in parts if part is not None]
-        engine.slots.release(kind)
+        engine.pool.release(kind)
         engine.retire_adapter(kind)
     del weights, parts
     engines.ask(engine, engines.request("after", [5, 6, 7], max_new_tokens=1))  # the engine has seen what was freed

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from graftwork.errors import ArtifactError, ConfigError, DataError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.types import TokenEvent
 from tests import engines
 from tests.tiny import VOCAB_SIZE, write_tiny_base
@@ -29,17 +29,17 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def engine(base: Path) -> Iterator[Engine]:
+def engine(base: Path) -> Iterator[NativeEngine]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    engine = Engine(engines.load_model(base), engines.spec(), "cpu", lambda ids: tokenizer.decode(list(ids)))
+    engine = NativeEngine(engines.load_model(base), engines.spec(), "cpu", lambda ids: tokenizer.decode(list(ids)))
     engine.start()
     yield engine
     engine.stop()
 
 
-def test_an_answer_ends_at_max_new_tokens_or_with_a_stop_id(engine: Engine) -> None:
+def test_an_answer_ends_at_max_new_tokens_or_with_a_stop_id(engine: NativeEngine) -> None:
     full = engines.ask(engine, engines.request("full", PROMPT, max_new_tokens=9))[0]
     assert (len(full.tokens), full.finish) == (9, "length")
     stop = full.tokens[4]
@@ -47,7 +47,7 @@ def test_an_answer_ends_at_max_new_tokens_or_with_a_stop_id(engine: Engine) -> N
     assert (cut.tokens, cut.finish) == (full.tokens[: full.tokens.index(stop) + 1], "stop")
 
 
-def test_a_stop_string_ends_the_answer_even_across_tokens(engine: Engine, base: Path) -> None:
+def test_a_stop_string_ends_the_answer_even_across_tokens(engine: NativeEngine, base: Path) -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
@@ -60,7 +60,7 @@ def test_a_stop_string_ends_the_answer_even_across_tokens(engine: Engine, base: 
     assert stop not in tokenizer.decode(cut.tokens[:-1])
 
 
-def test_log_probabilities_are_the_models_own(engine: Engine, base: Path) -> None:
+def test_log_probabilities_are_the_models_own(engine: NativeEngine, base: Path) -> None:
     answer = engines.ask(engine, engines.request("x", PROMPT, max_new_tokens=5, logprobs=0))[0]
     with torch.inference_mode():
         logits = engines.load_model(base)(torch.tensor([PROMPT + answer.tokens])).logits[0]
@@ -68,7 +68,7 @@ def test_log_probabilities_are_the_models_own(engine: Engine, base: Path) -> Non
     assert torch.allclose(torch.tensor(answer.logprobs), expected[:, 0], atol=1e-5)
 
 
-def test_a_cancelled_request_ends_and_gives_its_memory_back(engine: Engine) -> None:
+def test_a_cancelled_request_ends_and_gives_its_memory_back(engine: NativeEngine) -> None:
     collector = engines.Collector()
     engine.submit(engines.request("long", PROMPT, max_new_tokens=200), collector)
     collector.next()
@@ -82,7 +82,7 @@ def test_a_cancelled_request_ends_and_gives_its_memory_back(engine: Engine) -> N
 
 
 def test_a_waiting_request_can_be_cancelled(base: Path) -> None:
-    engine = Engine(engines.load_model(base), engines.spec(max_batch=1), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(max_batch=1), "cpu")
     engine.start()
     collector = engines.Collector()
     engine.submit(engines.request("first", PROMPT, max_new_tokens=200), collector)
@@ -94,7 +94,7 @@ def test_a_waiting_request_can_be_cancelled(base: Path) -> None:
     engine.stop()
 
 
-def test_on_event_that_raises_ends_its_own_request_alone(engine: Engine) -> None:
+def test_on_event_that_raises_ends_its_own_request_alone(engine: NativeEngine) -> None:
     expected = engines.ask(engine, engines.request("alone", PROMPT, max_new_tokens=10))[0].tokens
 
     def broken(event: TokenEvent) -> None:
@@ -131,14 +131,14 @@ def test_on_event_that_raises_ends_its_own_request_alone(engine: Engine) -> None
         ({"stop": ("",)}, "a stop string has at least one character"),
     ],
 )
-def test_a_bad_request_is_refused_at_the_door(engine: Engine, changed: dict[str, object], found: str) -> None:
+def test_a_bad_request_is_refused_at_the_door(engine: NativeEngine, changed: dict[str, object], found: str) -> None:
     settings = {"prompt": PROMPT, "max_new_tokens": 5, **changed}
     with pytest.raises(DataError, match=found):
         engine.submit(engines.request("bad", **settings), engines.Collector())  # type: ignore[arg-type]
     assert engines.ask(engine, engines.request("bad", PROMPT, max_new_tokens=2))[0].finish == "length"
 
 
-def test_an_id_in_use_and_an_adapter_that_is_not_loaded_are_refused(engine: Engine) -> None:
+def test_an_id_in_use_and_an_adapter_that_is_not_loaded_are_refused(engine: NativeEngine) -> None:
     collector = engines.Collector()
     engine.submit(engines.request("one", PROMPT, max_new_tokens=100), collector)
     with pytest.raises(DataError, match="in use"):
@@ -154,7 +154,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(base: Path) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[9, 0] = float("inf")
         model.lm_head.weight = torch.nn.Parameter(torch.nan_to_num(model.lm_head.weight.clone(), posinf=0.0))
-    engine = Engine(model, engines.spec(kv_tokens=1024), "cpu")
+    engine = NativeEngine(model, engines.spec(kv_tokens=1024), "cpu")
     engine.start()
     good = [engines.request(f"good{n}", [20 + n, 30, 40], max_new_tokens=8) for n in range(3)]
     expected = [answer.tokens for answer in engines.ask(engine, *good)]
@@ -167,7 +167,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(base: Path) -> None:
 
 def test_an_exception_in_the_model_fails_its_requests_and_the_engine_lives(base: Path) -> None:
     model = engines.load_model(base)
-    engine = Engine(model, engines.spec(), "cpu")
+    engine = NativeEngine(model, engines.spec(), "cpu")
     engine.start()
     healthy = model.model.norm.forward
 
@@ -193,7 +193,7 @@ def test_when_memory_runs_out_the_latest_step_back_and_answers_stay_right(base: 
     expected: list[list[int]] = []
     for tokens, cache in ((8192, False), (512, False), (640, True)):
         changed = engines.spec(kv_tokens=tokens, max_seq_len=128, prefill_tokens=32, prefix_cache=cache)
-        engine = Engine(engines.load_model(base), changed, "cpu")
+        engine = NativeEngine(engines.load_model(base), changed, "cpu")
         engine.start()
         answers = [answer.tokens for answer in engines.ask(engine, *asked)]
         preemptions = engine.stats().preemptions
@@ -203,7 +203,7 @@ def test_when_memory_runs_out_the_latest_step_back_and_answers_stay_right(base: 
         assert answers == expected
 
 
-def test_a_retired_adapter_serves_its_running_requests_and_is_then_freed(engine: Engine, adapter: Path) -> None:
+def test_a_retired_adapter_serves_its_running_requests_and_is_then_freed(engine: NativeEngine, adapter: Path) -> None:
     engine.load_adapter("v1", adapter)
     expected = engines.ask(engine, engines.request("before", PROMPT, "v1", max_new_tokens=40))[0].tokens
     collector = engines.Collector()
@@ -226,7 +226,7 @@ def test_more_adapters_than_slots_take_turns(base: Path, adapter: Path) -> None:
     """Five loaded versions, two slots: all answer, and the same as with a slot for each."""
     answers = []
     for slots in (8, 2):
-        engine = Engine(engines.load_model(base), engines.spec(max_loaded=slots), "cpu")
+        engine = NativeEngine(engines.load_model(base), engines.spec(max_loaded=slots), "cpu")
         for version in ("v1", "v2", "v3", "v4", "v5"):
             engine.load_adapter(version, adapter)
         engine.start()
@@ -240,7 +240,7 @@ def test_more_adapters_than_slots_take_turns(base: Path, adapter: Path) -> None:
 
 
 def test_threads_that_load_one_version_at_once_share_one_slot(base: Path, adapter: Path) -> None:
-    engine = Engine(engines.load_model(base), engines.spec(), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(), "cpu")
     engine.start()
     collector = engines.Collector()
     barrier = threading.Barrier(4)
@@ -259,7 +259,7 @@ def test_threads_that_load_one_version_at_once_share_one_slot(base: Path, adapte
 
 
 def test_first_come_first_served(base: Path) -> None:
-    engine = Engine(engines.load_model(base), engines.spec(max_batch=2), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(max_batch=2), "cpu")
     collector = engines.Collector()
     for n in range(6):
         engine.submit(engines.request(f"r{n}", [5 + n, 6, 7], max_new_tokens=3), collector)
@@ -273,7 +273,7 @@ def test_first_come_first_served(base: Path) -> None:
 
 
 def test_stop_cancels_what_runs_and_refuses_what_comes(base: Path) -> None:
-    engine = Engine(engines.load_model(base), engines.spec(), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(), "cpu")
     engine.start()
     collector = engines.Collector()
     engine.submit(engines.request("x", PROMPT, max_new_tokens=200), collector)
@@ -293,6 +293,6 @@ def test_limits_that_the_base_or_the_memory_cannot_hold_are_refused(
 ) -> None:
     model = engines.load_model(base)
     with pytest.raises(ConfigError) as refused:
-        Engine(model, engines.spec(**changed), "cpu")
-    assert refused.value.asked == asked
+        NativeEngine(model, engines.spec(**changed), "cpu")
+    assert refused.value.subject == asked
     assert model.config._attn_implementation == "sdpa"

@@ -9,22 +9,22 @@ from graftwork.serving.engine.adapters.changes import LinearShape, SiteWeights
 from graftwork.serving.engine.cpu.kernels import MOST_RANK, kernels_for
 from graftwork.serving.engine.cpu.part import Compiled
 from graftwork.serving.engine.lora import DeltaPlanner, LoraSegment, StepDeltas
-from graftwork.serving.engine.parts import Bagged, Batched, OwnMatmul
-from graftwork.serving.engine.sites import Site
-from graftwork.serving.engine.slots import AdapterWeights, GroupWeights
+from graftwork.serving.engine.parts import BatchedMatmulLora, EmbeddingBagLora, SingleAdapterLora
+from graftwork.serving.engine.sites import LoraLayer
+from graftwork.serving.engine.slots import GroupWeights, LoadedAdapter
 
 WIDTHS = {"q": 24, "k": 8, "v": 8, "o": 24}
 IN = 24
 GROUPS = {
-    "qkv": [Site(name, LinearShape(IN, WIDTHS[name]), "qkv", member) for member, name in enumerate("qkv")],
-    "o": [Site("o", LinearShape(IN, WIDTHS["o"]), "o", 0)],
+    "qkv": [LoraLayer(name, LinearShape(IN, WIDTHS[name]), "qkv", member) for member, name in enumerate("qkv")],
+    "o": [LoraLayer("o", LinearShape(IN, WIDTHS["o"]), "o", 0)],
 }
 SITES = [site for sites in GROUPS.values() for site in sites]
 
 
 def adapter(
     seed: int, rank: int = 4, targets: str = "qkvo", dtype: torch.dtype = torch.float32, scale: float = 1.0
-) -> AdapterWeights:
+) -> LoadedAdapter:
     """As the slot pool packs one for a CPU."""
     generator = torch.Generator().manual_seed(seed)
     groups = {}
@@ -44,7 +44,7 @@ def adapter(
             members.append(SiteWeights(stack[start : start + rank], b_OR, 0.5 + seed))
             start += rank
         groups[name] = GroupWeights(None, tuple(members), tuple(starts))
-    return AdapterWeights(f"v{seed}", rank, groups)
+    return LoadedAdapter(f"v{seed}", rank, groups)
 
 
 def planner(places: int = 16) -> DeltaPlanner:
@@ -53,7 +53,7 @@ def planner(places: int = 16) -> DeltaPlanner:
 
 def check(
     planned: StepDeltas | None,
-    rows: Sequence[AdapterWeights | None],
+    rows: Sequence[LoadedAdapter | None],
     dtype: torch.dtype = torch.float32,
     rtol: float = 1e-4,
     atol: float = 1e-3,
@@ -81,7 +81,7 @@ def test_neighbours_are_batched() -> None:
     for rows in (adapters, adapters[::-1], [*adapters, None, *adapters[1:4], None]):
         planned = plan.plan(rows, [])
         assert planned is not None
-        assert [type(part) for part in planned.parts] == [Batched]
+        assert [type(part) for part in planned.parts] == [BatchedMatmulLora]
         check(planned, rows)
 
 
@@ -110,7 +110,7 @@ def test_scattered_adapters_are_summed_in_bags() -> None:
     for some in (rows, [one for one in rows if one]):
         planned = plan.plan(some, [])
         assert planned is not None
-        assert [type(part) for part in planned.parts] == [Bagged]
+        assert [type(part) for part in planned.parts] == [EmbeddingBagLora]
         check(planned, some)
 
 
@@ -122,7 +122,12 @@ def test_rank_buckets_many_rows_and_the_unplaced_stand_side_by_side() -> None:
     rows = [small[0], large[1], None, fourth, *[small[2]] * 9, small[1], large[0], fourth]
     planned = plan.plan(rows, [])
     assert planned is not None
-    assert [type(part) for part in planned.parts] == [OwnMatmul, OwnMatmul, Batched, Batched]
+    assert [type(part) for part in planned.parts] == [
+        SingleAdapterLora,
+        SingleAdapterLora,
+        BatchedMatmulLora,
+        BatchedMatmulLora,
+    ]
     check(planned, rows)
 
 
@@ -135,7 +140,7 @@ def test_a_place_is_written_anew_for_its_next_adapter() -> None:
     plan.admit(second)
     planned = plan.plan([None, second], [])
     assert planned is not None
-    assert [type(part) for part in planned.parts] == [Batched], "it has the freed place"
+    assert [type(part) for part in planned.parts] == [BatchedMatmulLora], "it has the freed place"
     check(planned, [None, second])
 
 
@@ -185,7 +190,7 @@ def test_the_kernel_takes_ranks_of_all_sizes_at_once_and_leaves_many_rows_to_pro
     rows = [*adapters[:3], *[adapters[3]] * 40, None, *adapters[:3]]
     planned = plan.plan(rows, [])
     assert planned is not None
-    assert [type(part) for part in planned.parts] == [OwnMatmul, Compiled]
+    assert [type(part) for part in planned.parts] == [SingleAdapterLora, Compiled]
     check(planned, rows)
 
 
@@ -199,7 +204,7 @@ def test_what_the_kernel_cannot_read_as_it_lies_has_products_of_its_own() -> Non
         plan.admit(one)
     planned = plan.plan([wide, turned], [])
     assert planned is not None
-    assert [type(part) for part in planned.parts] == [OwnMatmul, OwnMatmul]
+    assert [type(part) for part in planned.parts] == [SingleAdapterLora, SingleAdapterLora]
     check(planned, [wide, turned], rtol=1e-3)
 
 
@@ -212,7 +217,7 @@ def test_a_forgotten_adapter_is_not_read_again() -> None:
     plan.admit(second)
     planned = plan.plan([first, second], [])
     assert planned is not None
-    assert [type(part) for part in planned.parts] == [OwnMatmul, Compiled]
+    assert [type(part) for part in planned.parts] == [SingleAdapterLora, Compiled]
     check(planned, [first, second])
 
 

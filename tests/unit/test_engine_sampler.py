@@ -23,9 +23,9 @@ from transformers import (
 
 from graftwork.serving.engine.draw import NARROW, WIDE, draw
 from graftwork.serving.engine.grammar import GrammarText, MaskWords
-from graftwork.serving.engine.row import Row
-from graftwork.serving.engine.sampler import Choice, choose
-from graftwork.serving.engine.scores import edit
+from graftwork.serving.engine.row import SamplerState
+from graftwork.serving.engine.sampler import SampledToken, choose
+from graftwork.serving.engine.scores import process_logits
 from graftwork.serving.engine.seed import choice_seed
 from graftwork.serving.engine.types import SamplingParams
 
@@ -38,9 +38,9 @@ def some_logits(rows: int = 1, vocab: int = VOCAB, seed: int = 9) -> torch.Tenso
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def row(answer: Sequence[int] = (), stop_ids: frozenset[int] = frozenset(), **params: Any) -> Row:
+def row(answer: Sequence[int] = (), stop_ids: frozenset[int] = frozenset(), **params: Any) -> SamplerState:
     """A row whose prompt is PROMPT and whose answer so far is `answer`."""
-    made = Row(SamplingParams(**params), PROMPT, stop_ids)
+    made = SamplerState(SamplingParams(**params), PROMPT, stop_ids)
     for token in answer:
         made.take(token)
     return made
@@ -97,7 +97,7 @@ def test_drawn_tokens_follow_the_reference_distribution(params: dict[str, Any], 
 
 def draw_many(logits_V: torch.Tensor, sampling: SamplingParams, draws: int) -> list[int]:
     """The tokens of places 0 to `draws` of one request, all with the same logits and tokens before."""
-    rows = [Row(sampling, PROMPT) for _ in range(draws)]
+    rows = [SamplerState(sampling, PROMPT) for _ in range(draws)]
     for place, one in enumerate(rows):
         one.place = place
     return [choice.token_id for choice in choose(logits_V.repeat(draws, 1), rows)]
@@ -108,7 +108,7 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     scores_BV = some_logits(2)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([PROMPT + ANSWER]), scores_BV[:1].clone())
     untouched = scores_BV[1].clone()
-    edit(scores_BV, [row(ANSWER, repetition_penalty=penalty), row()])
+    process_logits(scores_BV, [row(ANSWER, repetition_penalty=penalty), row()])
     assert torch.equal(scores_BV[0], expected[0])
     assert torch.equal(scores_BV[1], untouched)
 
@@ -118,7 +118,7 @@ def test_frequency_and_presence_penalties_count_the_answer_alone() -> None:
     logits_BV = some_logits()
     counts_V = torch.bincount(torch.tensor(ANSWER), minlength=VOCAB)
     expected = logits_BV - 0.4 * counts_V - 0.7 * (counts_V > 0)
-    edit(logits_BV, [row(ANSWER, frequency_penalty=0.4, presence_penalty=0.7)])
+    process_logits(logits_BV, [row(ANSWER, frequency_penalty=0.4, presence_penalty=0.7)])
     assert torch.allclose(logits_BV, expected, atol=1e-6)
     assert counts_V[PROMPT[0]] == 0
 
@@ -127,7 +127,7 @@ def test_a_long_answer_is_counted_whole() -> None:
     answer = [n % 50 for n in range(333)]
     logits_BV = some_logits()
     expected = logits_BV - 0.01 * torch.bincount(torch.tensor(answer), minlength=VOCAB)
-    edit(logits_BV, [row(answer, frequency_penalty=0.01)])
+    process_logits(logits_BV, [row(answer, frequency_penalty=0.01)])
     assert torch.allclose(logits_BV, expected, atol=1e-5)
 
 
@@ -137,10 +137,10 @@ def test_bias_and_held_back_stop_ids_are_those_of_transformers() -> None:
     expected = SequenceBiasLogitsProcessor({(4,): 7.5, (5,): -100.0})(ids, logits_BV.clone())
     stop = MinNewTokensLengthLogitsProcessor(len(PROMPT), 6, [2, 9], device="cpu")
     expected = stop(ids, expected)
-    edit(logits_BV, [row(ANSWER, frozenset({2, 9}), logit_bias=((4, 7.5), (5, -100.0)), min_new_tokens=6)])
+    process_logits(logits_BV, [row(ANSWER, frozenset({2, 9}), logit_bias=((4, 7.5), (5, -100.0)), min_new_tokens=6)])
     assert torch.equal(logits_BV, expected)
     later_BV = some_logits()
-    edit(later_BV, [row([*ANSWER, 1], frozenset({2, 9}), min_new_tokens=6)])
+    process_logits(later_BV, [row([*ANSWER, 1], frozenset({2, 9}), min_new_tokens=6)])
     assert torch.equal(later_BV, some_logits()), "six tokens are there: the stop ids are free"
 
 
@@ -168,17 +168,22 @@ def test_the_grammars_mask_holds_for_its_row_alone() -> None:
     before = logits_BV.clone()
     allowed = (1, 31, 32, 59)
     drawn = SamplingParams(temperature=1.0, seed=1)
-    rows = [Row(SamplingParams()), Row(SamplingParams(), grammar=Only(*allowed)), Row(drawn), Row(drawn)]
+    rows = [
+        SamplerState(SamplingParams()),
+        SamplerState(SamplingParams(), grammar=Only(*allowed)),
+        SamplerState(drawn),
+        SamplerState(drawn),
+    ]
     chosen = choose(logits_BV, rows)
     assert chosen[0].token_id == int(before[0].argmax())
     assert chosen[1].token_id == allowed[int(before[1, list(allowed)].argmax())]
     assert torch.equal(logits_BV[[0, 2, 3]], before[[0, 2, 3]])
-    masked = [Row(SamplingParams(temperature=9.0, seed=n), grammar=Only(*allowed)) for n in range(40)]
+    masked = [SamplerState(SamplingParams(temperature=9.0, seed=n), grammar=Only(*allowed)) for n in range(40)]
     assert {choice.token_id for choice in choose(before[:1].repeat(40, 1), masked)} == set(allowed)
 
 
 def test_a_grammar_that_allows_nothing_ends_its_row_alone() -> None:
-    chosen = choose(some_logits(2), [Row(SamplingParams(), grammar=Only()), Row(SamplingParams())])
+    chosen = choose(some_logits(2), [SamplerState(SamplingParams(), grammar=Only()), SamplerState(SamplingParams())])
     assert [choice.error for choice in chosen] == ["no token may come next", None]
 
 
@@ -199,7 +204,7 @@ def test_rows_do_not_disturb_each_other() -> None:
     together = choose(logits_BV.clone(), [row(ANSWER, **one) for one in MIXED])
     alone = [choose(logits_BV[n : n + 1].clone(), [row(ANSWER, **one)])[0] for n, one in enumerate(MIXED)]
     assert together == alone
-    assert together[0] == Choice(int(logits_BV[0].argmax()))
+    assert together[0] == SampledToken(int(logits_BV[0].argmax()))
 
 
 @pytest.mark.parametrize(
@@ -251,8 +256,8 @@ def test_rows_with_logits_that_are_not_finite_are_marked_alone(poison: float) ->
     logits_BV[1, 4] = poison
     logits_BV[3, 4] = poison
     grammar = Only(1, 2)  # hides token 4, not the fact that the model failed
-    rows = [Row(SamplingParams(temperature=1.0, top_p=0.9, seed=n)) for n in range(3)]
-    chosen = choose(logits_BV, [*rows, Row(SamplingParams(), grammar=grammar)])
+    rows = [SamplerState(SamplingParams(temperature=1.0, top_p=0.9, seed=n)) for n in range(3)]
+    chosen = choose(logits_BV, [*rows, SamplerState(SamplingParams(), grammar=grammar)])
     assert [choice.error is None for choice in chosen] == [True, False, True, False]
 
 

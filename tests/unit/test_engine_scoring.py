@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.errors import DataError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.given import SCORED_A_STEP
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams
 from tests import engines
@@ -39,8 +39,8 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def engine(base: Path, adapters: dict[str, Path]) -> Iterator[Engine]:
-    engine = Engine(engines.load_model(base), engines.spec(prefill_tokens=48), "cpu")
+def engine(base: Path, adapters: dict[str, Path]) -> Iterator[NativeEngine]:
+    engine = NativeEngine(engines.load_model(base), engines.spec(prefill_tokens=48), "cpu")
     for version, folder in adapters.items():
         engine.load_adapter(version, folder)
     engine.start()
@@ -60,7 +60,7 @@ def pairs(count: int, seed: int) -> Pairs:
 
 
 def test_scores_are_those_of_a_whole_forward_pass_in_a_mixed_batch(
-    base: Path, adapters: dict[str, Path], engine: Engine
+    base: Path, adapters: dict[str, Path], engine: NativeEngine
 ) -> None:
     """Source: transformers and peft, fp32, each alone; others generate beside, prompts come in several chunks."""
     names = [None, *adapters]
@@ -76,7 +76,7 @@ def test_scores_are_those_of_a_whole_forward_pass_in_a_mixed_batch(
         assert answer.tokens == expected
 
 
-def test_continuations_of_one_prompt_share_it(base: Path, engine: Engine) -> None:
+def test_continuations_of_one_prompt_share_it(base: Path, engine: NativeEngine) -> None:
     prompt, endings = list(range(20, 120)), [[5], [6, 7], [8] * 20]
     answers = engines.ask(engine, *(engines.scoring(f"e{n}", prompt, end, "lora") for n, end in enumerate(endings)))
     assert sorted(answer.cached_tokens for answer in answers) == [0, 96, 96]
@@ -87,7 +87,7 @@ def test_continuations_of_one_prompt_share_it(base: Path, engine: Engine) -> Non
     assert generated.cached_tokens == 96
 
 
-def test_the_greedy_answer_scores_the_sum_of_its_own_log_probabilities(engine: Engine) -> None:
+def test_the_greedy_answer_scores_the_sum_of_its_own_log_probabilities(engine: NativeEngine) -> None:
     prompt = list(range(50, 77))
     [said] = engines.ask(engine, engines.request("say", prompt, "dora", max_new_tokens=25, logprobs=0))
     [scored] = engines.ask(engine, engines.scoring("score", prompt, said.tokens, "dora"))
@@ -97,7 +97,7 @@ def test_the_greedy_answer_scores_the_sum_of_its_own_log_probabilities(engine: E
 
 
 def test_a_long_continuation_takes_several_steps(base: Path) -> None:
-    engine = Engine(engines.load_model(base), engines.spec(max_seq_len=512, prefill_tokens=512), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(max_seq_len=512, prefill_tokens=512), "cpu")
     engine.start()
     prompt, continuation = list(range(100, 110)), [3 + n * 7 % 400 for n in range(400)]
     [answer] = engines.ask(engine, engines.scoring("long", prompt, continuation))
@@ -108,7 +108,7 @@ def test_a_long_continuation_takes_several_steps(base: Path) -> None:
 
 def test_a_scored_request_that_steps_back_is_scored_right(base: Path) -> None:
     """Answers outgrow their page of the memory while the latest request, which is being scored, holds the other."""
-    engine = Engine(
+    engine = NativeEngine(
         engines.load_model(base),
         engines.spec(max_seq_len=1024, kv_tokens=2048, prefill_tokens=16, prefix_cache=False), "cpu",
     )  # fmt: skip
@@ -125,7 +125,7 @@ def test_a_scored_request_that_steps_back_is_scored_right(base: Path) -> None:
     assert stats.preemptions > 0
 
 
-def test_what_cannot_be_scored_is_refused(engine: Engine) -> None:
+def test_what_cannot_be_scored_is_refused(engine: NativeEngine) -> None:
     refused = {
         "prompt and continuation": engines.scoring("r", range(200), range(57)),
         f"token id {VOCAB_SIZE}": engines.scoring("r", [5], [VOCAB_SIZE]),
@@ -138,7 +138,7 @@ def test_what_cannot_be_scored_is_refused(engine: Engine) -> None:
     assert engines.ask(engine, engines.scoring("r", [5], [6]))[0].finish == "scored"
 
 
-def test_a_scored_request_can_be_cancelled(engine: Engine) -> None:
+def test_a_scored_request_can_be_cancelled(engine: NativeEngine) -> None:
     collector = engines.Collector()
     engine.submit(engines.request("beside", range(10, 60), max_new_tokens=100), collector)
     engine.submit(engines.scoring("s", range(3, 120), range(120)), collector)

@@ -17,7 +17,7 @@ from graftwork.errors import StorageError
 from graftwork.serving.experiment.online.log_reader import ExperimentLog, merged_parquet, read_log, scores_of
 from graftwork.serving.experiment.online.log_row import Assignment, LogRow
 from graftwork.serving.experiment.online.recorder import Recorder
-from graftwork.serving.experiment.online.segments import Segment, Segments, SegmentWriter, parse_name
+from graftwork.serving.experiment.online.segments import LogSegment, Segments, SegmentWriter, parse_name
 from graftwork.storage import Store
 
 FOLDER = ("experiments", "x-1", "log")
@@ -271,7 +271,7 @@ def test_rows_being_written_when_the_endpoint_stops_are_in_the_log_once(store: S
     class SlowSegments(Segments):
         """A store that takes a while for each segment."""
 
-        def create(self, segment: Segment, data: bytes) -> bool:
+        def create(self, segment: LogSegment, data: bytes) -> bool:
             begun.set()
             time.sleep(0.2)
             return super().create(segment, data)

@@ -15,7 +15,7 @@ from graftwork.serving.experiment.online.analyse import analyse, analyse_log
 from graftwork.serving.experiment.online.log_reader import read_log
 from graftwork.serving.experiment.online.log_row import LogRow
 from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules, weights_detail
-from graftwork.serving.experiment.online.segments import Segment, Segments, encode
+from graftwork.serving.experiment.online.segments import LogSegment, Segments, encode
 from graftwork.storage import Store
 
 RULES = OnlineRules(
@@ -52,7 +52,7 @@ def written(folder: Path, told: Sequence[LogRow], size: int) -> Path:
     segments = Segments(Store(str(folder)), ())
     for number, start in enumerate(range(0, len(told), size), 1):
         part = told[start : start + size]
-        assert segments.create(Segment(1, number, number, len(part), "jsonl"), encode(part))
+        assert segments.create(LogSegment(1, number, number, len(part), "jsonl"), encode(part))
     return folder
 
 

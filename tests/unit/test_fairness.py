@@ -17,11 +17,11 @@ import torch
 from graftwork.metrics import quantile
 from graftwork.serving.engine.kv import KvShape, KvStore
 from graftwork.serving.engine.scheduler import Scheduler
-from graftwork.serving.engine.seats import Seats
+from graftwork.serving.engine.seats import AdapterSlots
 from graftwork.serving.engine.sequence import RunningRequest
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.slots import LoadedAdapter
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams
-from graftwork.serving.host_room import Held, HostRoom
+from graftwork.serving.host_room import ByteBudget, CachedAdapter
 
 STEP_MS, TOKEN_MS, LOAD_MS = 10.0, 0.5, 25.0
 PROMPT = 32
@@ -55,8 +55,8 @@ class World:
 
     def __post_init__(self) -> None:
         kv = KvStore([KvShape(1, 1)], 65_536, 128, torch.float32, torch.device("cpu"))
-        self.room = HostRoom(self.places, self.bypass, lambda version: self.seats.empty(version))
-        self.seats = Seats(self.slots, weights, self.left.append)
+        self.room = ByteBudget(self.places, self.bypass, lambda version: self.seats.empty(version))
+        self.seats = AdapterSlots(self.slots, weights, self.left.append)
         self.scheduler = Scheduler(kv, None, self.seats, max_batch=ROWS, prefill_tokens=512)
         self._timers: list[tuple[float, asyncio.Event]] = []
         self._loading: dict[str, asyncio.Event] = {}
@@ -80,13 +80,13 @@ class World:
         if held is not None:
             self.room.unpin(held)
 
-    async def _hold(self, version: str) -> Held:
-        while (held := self.room.here(version)) is None:
+    async def _hold(self, version: str) -> CachedAdapter:
+        while (held := self.room.get(version)) is None:
             if version not in self._loading:
                 self._loading[version] = asyncio.Event()
                 if await self.room.reserve(version, 1):
                     await self.after(LOAD_MS)
-                    self.room.fill(version, 1, 1)
+                    self.room.insert(version, 1, 1)
                     self.loads += 1
                 self._loading.pop(version).set()
             else:
@@ -127,8 +127,8 @@ class World:
             request.on_event(None)  # type: ignore[arg-type]  # only says that it ended
 
 
-def weights(version: str) -> AdapterWeights:
-    return AdapterWeights(version, rank=8, groups={})
+def weights(version: str) -> LoadedAdapter:
+    return LoadedAdapter(version, rank=8, groups={})
 
 
 async def settle() -> None:

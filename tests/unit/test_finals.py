@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from graftwork import artifact, config, stats
-from graftwork.cli.tuning import show, told
+from graftwork.cli.tuning import show, sweep_json
 from graftwork.errors import ConfigError, RunError
 from graftwork.machine import Speed
 from graftwork.memory import GIB, RowSizes
@@ -22,13 +22,13 @@ from graftwork.training.outcomes.spec import RetentionSpec
 from graftwork.tuning.choice import choose
 from graftwork.tuning.finals import WithFinals, repeated, seeds_of, with_finals
 from graftwork.tuning.ledger import Ledger
-from graftwork.tuning.page import Ended, sweep_record
+from graftwork.tuning.page import SweepEnd, sweep_record
 from graftwork.tuning.plan import plan_tuning
-from graftwork.tuning.records import Choice, State, TrialRecord, TuneReport
+from graftwork.tuning.records import SearchDecision, State, TrialRecord, TuneReport
 from graftwork.tuning.search import Suggestion, Wait, search_of
 from graftwork.tuning.space import digest, grid
 from graftwork.tuning.spec import TuneSpec
-from graftwork.tuning.winner import Placed, move, winner_spec
+from graftwork.tuning.winner import WinnerRecord, move, winner_spec
 from tests.adapters import facts, write_adapter
 from tests.shapes import SMOLLM2
 
@@ -61,7 +61,7 @@ def repeats(first: TrialRecord, *losses: float) -> list[TrialRecord]:
     ]  # fmt: skip
 
 
-def taken(spec: TuneSpec, *runs: tuple[int, tuple[float, ...]]) -> tuple[int, Choice]:
+def taken(spec: TuneSpec, *runs: tuple[int, tuple[float, ...]]) -> tuple[int, SearchDecision]:
     """The rank that is taken when each (rank, losses by seed) ran."""
     searched = [trial(rank, losses[0]) for rank, losses in runs]
     again = (repeats(first, *losses[1:]) for first, (_, losses) in zip(searched, runs, strict=True))
@@ -251,7 +251,7 @@ def test_among_those_tied_in_the_first_goal_the_second_decides() -> None:
 # How often it is wrong.
 
 
-def simulated(seed: int, means: tuple[float, ...], finalists: int, repeats_: int, count: int) -> list[Choice]:
+def simulated(seed: int, means: tuple[float, ...], finalists: int, repeats_: int, count: int) -> list[SearchDecision]:
     """Sweeps whose trials have these mean losses, and noise of standard deviation 1 of their own at every seed."""
     spec = sweep(num_trials=5, finals={"finalists": finalists, "repeats": repeats_})
     rng = np.random.default_rng(seed)
@@ -318,7 +318,7 @@ def test_an_alias_moves_unless_what_it_points_at_is_better(
     old = published(tmp_path, "old-00000000", before[0], 2, before[1]) if before else None
     if old:
         artifact.promote(store, "card", "champion", old)
-    placed = move(store, "card", Placed(winner, "champion", old, None, None))
+    placed = move(store, "card", WinnerRecord(winner, "champion", old, None, None))
     assert placed.moved is moved
     assert why in placed.why
     assert artifact.aliases(store, "card") == {"champion": winner if moved else old}
@@ -353,7 +353,7 @@ def test_finals_are_planned_as_whole_runs() -> None:
     """Four repeats, two at a time: twice the time by which a sweep of one trial is longer than its start."""
     model = SMOLLM2
     machine = Machine(cores=2, memory_bytes=16 * GIB, speed=Speed(gflops=65.0, gbytes_per_s=20.0))
-    rows = RowSizes.of([100] * 64, [50] * 64)
+    rows = RowSizes.from_lengths([100] * 64, [50] * 64)
 
     def seconds(finals: dict[str, int] | None) -> float:
         spec = sweep(finals=finals, space={"optim.lr": {"kind": "choice", "values": [0.1, 0.2]}}, num_trials=2)
@@ -387,7 +387,7 @@ def test_a_person_and_a_machine_are_told_all_of_it(capsys: pytest.CaptureFixture
     report = TuneReport(
         "s-00000000", tuple(trials), best.trial_id, best.values, spec.train, "grid", choice, 4, 9.0, False
     )
-    sweep_ = sweep_record(spec, trials, Ended("finished", 4, "grid", 9.0, choice))
+    sweep_ = sweep_record(spec, trials, SweepEnd("finished", 4, "grid", 9.0, choice))
     show(spec, report, sweep_, None)
     read = capsys.readouterr().out
     assert "finals: held-out loss by seed" in read
@@ -395,7 +395,7 @@ def test_a_person_and_a_machine_are_told_all_of_it(capsys: pytest.CaptureFixture
     assert "the best lr moves with rank" in read
     assert "2 trials were stopped before 8 of" in read
     assert "best: --set adapter.rank=2 --set optim.lr=0.001" in read
-    machine = json.loads(json.dumps(told(report, sweep_, None)))
+    machine = json.loads(json.dumps(sweep_json(report, sweep_, None)))
     assert machine["choice"]["contrasts"][0]["beaten"] is True
     assert machine["stops"]["saved_steps"] == 8
     assert machine["heat"]["rates"]["row_key"] == "adapter.rank"

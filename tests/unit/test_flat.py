@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graftwork.serving.engine.flat import flattened, moved, tensors_of
+from graftwork.serving.engine.flat import copy_to_device, flatten, tensors_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def record() -> Record:
 
 def test_values_shapes_and_everything_else_stay() -> None:
     before = record()
-    after, buffer = flattened(before)
+    after, buffer = flatten(before)
     assert [t.tolist() for t in tensors_of(after)] == [t.tolist() for t in tensors_of(before)]
     assert [(t.dtype, t.shape) for t in tensors_of(after)] == [(t.dtype, t.shape) for t in tensors_of(before)]
     assert (after.name, after.nothing, after.parts["views"][1]) == ("a record", None, None)
@@ -46,7 +46,7 @@ def test_values_shapes_and_everything_else_stay() -> None:
 
 
 def test_views_of_one_tensor_stay_views_of_one_and_take_no_room() -> None:
-    after, buffer = flattened(record())
+    after, buffer = flatten(record())
     after.stack[5, 0] = -1.0
     view = after.parts["views"][2]
     assert view is not None
@@ -56,9 +56,9 @@ def test_views_of_one_tensor_stay_views_of_one_and_take_no_room() -> None:
 
 def test_on_another_device_it_is_rebuilt_from_one_copy() -> None:
     """The meta device has shapes and offsets and no data, which is what can be compared without a GPU."""
-    after, buffer = flattened(record())
-    assert moved(after, buffer, torch.device("cpu")) is after
-    there = moved(after, buffer, torch.device("meta"))
+    after, buffer = flatten(record())
+    assert copy_to_device(after, buffer, torch.device("cpu")) is after
+    there = copy_to_device(after, buffer, torch.device("meta"))
     assert {t.device.type for t in tensors_of(there)} == {"meta"}
     facts = [[(t.shape, t.stride(), t.dtype, t.storage_offset()) for t in tensors_of(one)] for one in (after, there)]
     assert facts[0] == facts[1]

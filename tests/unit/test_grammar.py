@@ -16,7 +16,7 @@ import pytest
 from graftwork.chat import Template
 from graftwork.config import validate
 from graftwork.errors import ConfigError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.grammar import GrammarError, GrammarText
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams
 from graftwork.serving.grammar import Grammars, check, read_grammar
@@ -57,8 +57,8 @@ def grammars(template: Template) -> Grammars:
 
 
 @pytest.fixture
-def engine(base: Path, template: Template) -> Iterator[Engine]:
-    engine = Engine(engines.load_model(base), engines.spec(), "cpu", template.decode)
+def engine(base: Path, template: Template) -> Iterator[NativeEngine]:
+    engine = NativeEngine(engines.load_model(base), engines.spec(), "cpu", template.decode)
     engine.start()
     yield engine
     engine.stop()
@@ -76,7 +76,9 @@ def said(template: Template, answer: engines.Answer) -> str:
     return template.decode([token for token in answer.tokens if token not in template.stop_ids])
 
 
-def test_answers_parse_where_they_end_by_themselves(engine: Engine, template: Template, grammars: Grammars) -> None:
+def test_answers_parse_where_they_end_by_themselves(
+    engine: NativeEngine, template: Template, grammars: Grammars
+) -> None:
     """Greedy and drawn, each grammar beside the others and beside free requests, in one batch."""
     asked = {"card": CARD, "code": CODE, "any": GrammarText("json_schema", '{"type":"object"}'), "free": None}
     requests = [
@@ -97,13 +99,15 @@ def test_answers_parse_where_they_end_by_themselves(engine: Engine, template: Te
     assert len({texts[f"code{seed}"] for seed in range(4)}) > 1
 
 
-def test_at_the_limit_the_answer_is_cut_and_says_so(engine: Engine, template: Template, grammars: Grammars) -> None:
+def test_at_the_limit_the_answer_is_cut_and_says_so(
+    engine: NativeEngine, template: Template, grammars: Grammars
+) -> None:
     answer = engines.ask(engine, request("short", template, grammars, CARD, max_new_tokens=5))[0]
     assert (answer.finish, len(answer.tokens)) == ("length", 5)
     assert said(template, answer).startswith("{")
 
 
-def test_a_neighbours_grammar_changes_nothing(engine: Engine, template: Template, grammars: Grammars) -> None:
+def test_a_neighbours_grammar_changes_nothing(engine: NativeEngine, template: Template, grammars: Grammars) -> None:
     names = ("a", "b", "c")
     free = [request(name, template, grammars, None, seed=n, max_new_tokens=20) for n, name in enumerate(names)]
     alone = [engines.ask(engine, one)[0].tokens for one in free]
@@ -112,7 +116,7 @@ def test_a_neighbours_grammar_changes_nothing(engine: Engine, template: Template
 
 
 def test_grammar_works_with_penalties_cuts_bias_stop_strings_and_logprobs(
-    engine: Engine, template: Template, grammars: Grammars
+    engine: NativeEngine, template: Template, grammars: Grammars
 ) -> None:
     penalised = request(
         "p", template, grammars, CARD, top_p=0.9, top_k=50, min_p=0.01, repetition_penalty=1.3, presence_penalty=0.5,
@@ -131,7 +135,7 @@ def test_an_answer_survives_preemption(base: Path, template: Template, grammars:
     texts = []
     for kv_tokens in (8192, 512):
         limits = engines.spec(kv_tokens=kv_tokens, max_seq_len=200, prefix_cache=False)
-        engine = Engine(engines.load_model(base), limits, "cpu", template.decode)
+        engine = NativeEngine(engines.load_model(base), limits, "cpu", template.decode)
         engine.start()
         texts.append([said(template, answer) for answer in engines.ask(engine, *requests)])
         preemptions = engine.stats().preemptions
@@ -143,7 +147,7 @@ def test_an_answer_survives_preemption(base: Path, template: Template, grammars:
 
 
 @pytest.mark.skipif(_LLGUIDANCE < (1, 9), reason="llguidance bounds whitespace from 1.9 on")
-def test_whitespace_comes_to_an_end(engine: Engine, template: Template, grammars: Grammars) -> None:
+def test_whitespace_comes_to_an_end(engine: NativeEngine, template: Template, grammars: Grammars) -> None:
     """A model that loves newlines: 40 at most between two tokens of JSON, then it must go on."""
     newline = template.encode("\n")[0]
     loves = request("n", template, grammars, CARD, temperature=0.0, logit_bias=((newline, 1000.0),), max_new_tokens=200)
@@ -179,8 +183,8 @@ def test_what_no_answer_can_satisfy_or_nobody_can_enforce_is_refused(
 ) -> None:
     with pytest.raises(GrammarError) as caught:
         grammars.compile(GrammarText(kind, text))
-    assert found in caught.value.found
-    assert "\n" not in caught.value.found
+    assert found in caught.value.problem
+    assert "\n" not in caught.value.problem
 
 
 def chain(length: int, nesting: int) -> GrammarText:
@@ -208,7 +212,7 @@ def test_deep_schemas_are_compiled_or_refused_and_never_end_the_process(grammars
 
 
 def test_a_grammar_that_grows_too_complex_ends_its_own_answer(
-    engine: Engine, template: Template, grammars: Grammars
+    engine: NativeEngine, template: Template, grammars: Grammars
 ) -> None:
     """Its states are more than one step may build, which shows behind its first letters."""
     monster = request("m", template, grammars, GrammarText("regex", "A{9}(.{0,60}a.{0,60}[a-m]){30}(b.*){30}"))

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.kv import KvShape, KvStore
 from graftwork.serving.engine.scheduler import Scheduler
-from graftwork.serving.engine.seats import Seats
+from graftwork.serving.engine.seats import AdapterSlots
 from graftwork.serving.engine.sequence import RunningRequest
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.slots import LoadedAdapter
 from graftwork.serving.engine.types import GenerateRequest, SamplingParams
 from tests import engines
 from tests.tiny import write_tiny_base
@@ -25,14 +25,14 @@ class Steps:
 
     def __init__(self, *, rows: int = 4, kv_tokens: int = 4096, slots: int = 4) -> None:
         kv = KvStore([KvShape(1, 1)], kv_tokens, 128, torch.float32, torch.device("cpu"))
-        seats = Seats(slots, lambda version: AdapterWeights(version, rank=8, groups={}), lambda _: None)
+        seats = AdapterSlots(slots, lambda version: LoadedAdapter(version, rank=8, groups={}), lambda _: None)
         self.scheduler = Scheduler(kv, None, seats, max_batch=rows, prefill_tokens=512)
         self._count = 0
 
     def ask(self, name: str, answer: int = 4, *, idle: bool = False, version: str | None = None) -> None:
         self._count += 1
         request = GenerateRequest(name, PROMPT, SamplingParams(answer), adapter=version, idle_only=idle)
-        adapter = AdapterWeights(version, rank=8, groups={}) if version is not None else None
+        adapter = LoadedAdapter(version, rank=8, groups={}) if version is not None else None
         self.scheduler.add(RunningRequest((idle, self._count, self._count), request, lambda _: None, adapter))
 
     def step(self) -> set[str]:
@@ -90,15 +90,15 @@ def test_a_step_for_idle_prompts_is_short() -> None:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeEngine]:
     base: Path = write_tiny_base(tmp_path_factory.mktemp("base"))
-    engine = Engine(engines.load_model(base), engines.spec(max_batch=2), "cpu")
+    engine = NativeEngine(engines.load_model(base), engines.spec(max_batch=2), "cpu")
     engine.start()
     yield engine
     engine.stop()
 
 
-def test_answers_are_those_of_any_other_request(engine: Engine) -> None:
+def test_answers_are_those_of_any_other_request(engine: NativeEngine) -> None:
     """Four idle answers that callers interrupt, in two rows, against the same asked alone."""
     idle = [engines.request(f"i{n}", list(LONG[n:]), max_new_tokens=24) for n in range(4)]
     alone = [engines.ask(engine, replace(one, request_id=f"alone{one.request_id}"))[0].tokens for one in idle]

@@ -11,7 +11,7 @@ from graftwork import cli, config
 from graftwork.chat import Passage
 from graftwork.errors import DataError
 from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
-from graftwork.retrieval.versions import LATEST_KEPT, Choice, IndexHome, Published
+from graftwork.retrieval.versions import LATEST_KEPT, IndexHome, PublishedIndex, RetrieverChoice
 from graftwork.serving.rag.index import make_index
 from graftwork.serving.rag.run import run_eval
 from graftwork.serving.rag.spec import RagSpec
@@ -24,10 +24,10 @@ CORPUS = [Passage("1", "the sea port"), Passage("2", "a runway by the lake"), Pa
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IndexHome:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
-    return IndexHome.of(str(tmp_path), "docs")
+    return IndexHome.from_root(str(tmp_path), "docs")
 
 
-def publish(home: IndexHome, passages: list[Passage], made_from: str = "x") -> Published:
+def publish(home: IndexHome, passages: list[Passage], made_from: str = "x") -> PublishedIndex:
     return home.publish("docs", passages, made_from=made_from, sources=["s"])
 
 
@@ -101,7 +101,7 @@ def test_an_unreadable_store_stops_no_search(
 def test_auto_is_what_was_chosen_for_this_version(home: IndexHome, monkeypatch: pytest.MonkeyPatch) -> None:
     made = publish(home, CORPUS)
     assert [hit.passage.id for hit in follow(home, monkeypatch, "auto").search("sea", 1)] == ["1"]
-    home.choose(Choice(kind="lexical", version=made.manifest.version, sentence="s"))
+    home.choose(RetrieverChoice(kind="lexical", version=made.manifest.version, sentence="s"))
     assert home.choice() is not None
     publish(home, CORPUS[:2])
     assert home.choice() is None  # it was measured on another corpus

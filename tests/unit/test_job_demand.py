@@ -45,7 +45,7 @@ def test_data_that_only_the_cluster_sees_is_said_and_keeps_nothing_from_running(
     spec = spec_of(tmp_path, data={"train": "/only/there/rows.jsonl"}, gpus_per_worker=0)
     lines, [note] = planned(spec, tmp_path, machines_here())
     assert (lines, note.code, note.level) == ((), "W-NOT-PREDICTED", "warning")
-    assert "/only/there/rows.jsonl" in note.found
+    assert "/only/there/rows.jsonl" in note.problem
     assert demands_of(spec, lines)[0].num_workers == 2
 
 

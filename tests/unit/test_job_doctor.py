@@ -84,7 +84,7 @@ def test_what_is_lacking_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mon
 
     def codes(on: str, root: str, **cluster: object) -> list[str]:
         found = list(surroundings(on, root, ClusterSpec.model_validate(cluster)))
-        assert all(one.next_move for one in found)
+        assert all(one.hint for one in found)
         return [one.code for one in found]
 
     assert codes("http://10.0.0.1:8265", "/r") == ["W-NO-TOKEN"]

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from graftwork.cluster.driver.output import MOST_PIECE_BYTES, last_error, whole_chars
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 from graftwork.errors import ConfigError
 from tests.jobs import end_all_jobs, local_backend, printed, python_job, until
 
@@ -45,7 +45,7 @@ def gone(numbers: list[int]) -> bool:
 
 
 def driver(root: str, job_id: str) -> int:
-    beat = until(lambda: RunStore(root).latest(job_id).heartbeat)
+    beat = until(lambda: JobStore(root).latest(job_id).heartbeat)
     return int(beat.pid)
 
 

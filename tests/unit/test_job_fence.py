@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cluster.fence import ENVIRONMENT, Fence, Lookout, Overtaken
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.fence import ENVIRONMENT, Fence, FenceMonitor, SupersededError
+from graftwork.cluster.run_store import JobStore
 from graftwork.storage import RunPaths, Store
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints
 from graftwork.training.checkpoint_save import Saver
@@ -19,7 +19,7 @@ from tests.jobs import command_job, until
 @pytest.fixture
 def fence(tmp_path: Path) -> Fence:
     job = command_job(str(tmp_path), ["true"])
-    runs = RunStore(str(tmp_path))
+    runs = JobStore(str(tmp_path))
     runs.record(job, "local")
     runs.open_attempt(job.job_id, 1)
     runs.store.write_json({}, "jobs", job.job_id, "a1", "starts", "1.json")
@@ -27,7 +27,7 @@ def fence(tmp_path: Path) -> Fence:
 
 
 def overtake(fence: Fence, how: str) -> None:
-    runs = RunStore(fence.root)
+    runs = JobStore(fence.root)
     if how == "attempt":
         runs.open_attempt(fence.job_id, 2)
     else:
@@ -36,23 +36,23 @@ def overtake(fence: Fence, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["attempt", "start"])
 def test_who_is_overtaken_is_told_and_refused(fence: Fence, how: str) -> None:
-    assert fence.word() is None
+    assert fence.stop_reason() is None
     fence.require()
     overtake(fence, how)
-    assert fence.word() == "overtaken"
-    with pytest.raises(Overtaken, match="a later one has taken over"):
+    assert fence.stop_reason() == "overtaken"
+    with pytest.raises(SupersededError, match="a later one has taken over"):
         fence.require()
 
 
 def test_words_of_the_store(fence: Fence) -> None:
-    runs = RunStore(fence.root)
+    runs = JobStore(fence.root)
     runs.store.write_json({}, *fence.folder, "leave", "2.json")
-    assert fence.word() is None, "another machine leaves"
+    assert fence.stop_reason() is None, "another machine leaves"
     runs.store.write_json({}, *fence.folder, "leave", "1.json")
-    assert fence.word() == "leave"
+    assert fence.stop_reason() == "leave"
     runs.ask_to_end(fence.job_id, 1, "deadline")
-    lookout = Lookout(fence)
-    assert until(lambda: lookout.word) == "cancel"
+    lookout = FenceMonitor(fence)
+    assert until(lambda: lookout.stop_reason) == "cancel"
 
 
 @pytest.mark.parametrize("how", ["attempt", "start"])
@@ -70,7 +70,7 @@ def test_a_stale_attempt_commits_no_checkpoint(fence: Fence, tmp_path: Path, how
     saver.wait()
     overtake(fence, how)
     saver.save(CheckpointMark(2, 2.0, 1))
-    with pytest.raises(Overtaken):
+    with pytest.raises(SupersededError):
         saver.wait()
     assert [mark.step for mark in checkpoints.marks()] == [1]
     saver.close()
@@ -87,7 +87,7 @@ def test_a_stale_sweep_writes_no_trials(fence: Fence, monkeypatch: pytest.Monkey
     def refused() -> bool:
         try:
             ledger.write()
-        except Overtaken:
+        except SupersededError:
             return True
         return False
 

@@ -15,7 +15,7 @@ from graftwork.cluster import inputs
 from graftwork.cluster.backend import Attempt, Job
 from graftwork.cluster.inputs import path_findings, send, with_inputs
 from graftwork.cluster.kuberay.preflight import preflight
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 from graftwork.config import SPEC_KINDS, Spec, spec_class, validate
 from graftwork.data import read_rows
 from graftwork.errors import ConfigError, StorageError
@@ -227,7 +227,7 @@ def test_a_plan_elsewhere_names_what_it_would_send(here: Path, on: str, tmp_path
     done = CliRunner().invoke(app, ["plan", str(file), "--target", on, "--json"])
     plan = json.loads(done.stdout[: done.stdout.rindex("}") + 1].split("\n{\n", 1)[0])
     assert sorted(Path(one["path"]).name for one in plan["inputs"]) == ["held-out.jsonl", "rows.jsonl"]
-    assert RunStore(str(tmp_path / "root")).job_ids() == []
+    assert JobStore(str(tmp_path / "root")).job_ids() == []
     assert not (tmp_path / "root" / "inputs").exists()
 
 

@@ -21,7 +21,7 @@ from graftwork.cli.launching import LaunchOptions, job_of
 from graftwork.cluster.backend import Job, JobStatus
 from graftwork.cluster.command_spec import ExecSpec
 from graftwork.cluster.places import backend_of
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.errors import ClusterError, ConfigError, Interrupted
 
@@ -113,7 +113,7 @@ def test_ctrl_c_ends_what_the_command_began_and_no_more(tmp_path: Path, ours: bo
 
 def test_jobs_of_a_place_that_does_not_answer_are_told_from_the_store(tmp_path: Path) -> None:
     job = Job("cards", "exec", "a" * 64, str(tmp_path), {"argv": ["true"]})
-    runs = RunStore(job.root)
+    runs = JobStore(job.root)
     runs.record(job, "http://127.0.0.1:9")
     runs.open_attempt(job.job_id, 1)
     root = ["--root", job.root]
@@ -125,7 +125,7 @@ def test_jobs_of_a_place_that_does_not_answer_are_told_from_the_store(tmp_path: 
     done = CliRunner().invoke(app, ["jobs", "cancel", "cards", *root])
     assert isinstance(done.exception, ClusterError)
     assert "asked to end by the store" in done.exception.rule
-    assert f"graftwork jobs cancel {job.job_id} --root {job.root}" in done.exception.next_move
+    assert f"graftwork jobs cancel {job.job_id} --root {job.root}" in done.exception.hint
 
 
 @pytest.mark.parametrize(("columns", "shown"), [(60, ["job", "state", "age"]), (90, ["progress"]), (140, ["where"])])

@@ -7,14 +7,14 @@ import pytest
 
 from graftwork.cli.job_names import job_called
 from graftwork.cluster.backend import Job
-from graftwork.cluster.run_store import RunStore
+from graftwork.cluster.run_store import JobStore
 from graftwork.errors import ConfigError
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> RunStore:
+def runs(tmp_path: Path) -> JobStore:
     """cards twice, the second one later and with two attempts; cars-b once."""
-    runs = RunStore(str(tmp_path))
+    runs = JobStore(str(tmp_path))
     for name, digest in (("cards", "a" * 64), ("cards", "ab" * 32), ("cars-b", "c" * 64)):
         runs.record(Job(name, "exec", digest, str(tmp_path), {"argv": ["true"]}), "local")
         runs.open_attempt(f"{name}-{digest[:10]}", 1)
@@ -35,7 +35,7 @@ def runs(tmp_path: Path) -> RunStore:
         ("cars", "cars-b-cccccccccc", None),
     ],
 )
-def test_a_job_is_found(runs: RunStore, said: str, job_id: str, attempt: int | None) -> None:
+def test_a_job_is_found(runs: JobStore, said: str, job_id: str, attempt: int | None) -> None:
     assert job_called(runs, said) == (job_id, attempt)
 
 
@@ -48,7 +48,7 @@ def test_a_job_is_found(runs: RunStore, said: str, job_id: str, attempt: int | N
         ("", ["3 jobs"]),
     ],
 )
-def test_what_is_no_job_is_told(runs: RunStore, said: str, words: list[str]) -> None:
+def test_what_is_no_job_is_told(runs: JobStore, said: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         job_called(runs, said)
     for word in words:
@@ -57,4 +57,4 @@ def test_what_is_no_job_is_told(runs: RunStore, said: str, words: list[str]) -> 
 
 def test_an_empty_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no jobs"):
-        job_called(RunStore(str(tmp_path)), "cards")
+        job_called(JobStore(str(tmp_path)), "cards")

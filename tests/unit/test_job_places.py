@@ -22,7 +22,7 @@ from graftwork.cluster.jobs_api import JobsApi
 from graftwork.cluster.places import address_check, backend_of, local_check
 from graftwork.cluster.places.address_check import RayNode
 from graftwork.cluster.places.local import LocalPlace
-from graftwork.cluster.run_store import Heartbeat, RunStore
+from graftwork.cluster.run_store import Heartbeat, JobStore
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.errors import ClusterError, ConfigError
 from graftwork.machine import available_memory
@@ -80,7 +80,7 @@ def test_what_answers_like_no_ray_is_named(
         with pytest.raises(ClusterError) as caught:
             jobs.list()
         assert re.search(found, str(caught.value), re.DOTALL), caught.value
-        assert caught.value.next_move
+        assert caught.value.hint
 
 
 def test_what_listens_and_says_nothing_is_given_up() -> None:
@@ -98,7 +98,7 @@ def test_nobody_and_the_wrong_scheme_are_told_apart() -> None:
     with answering(200, b"") as on, JobsApi(on.replace("http:", "https:")) as jobs:
         with pytest.raises(ClusterError, match="does not speak TLS") as caught:
             jobs.list()
-        assert on in caught.value.next_move
+        assert on in caught.value.hint
 
 
 def test_a_proxy_is_for_other_machines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_a_proxy_is_for_other_machines_alone(monkeypatch: pytest.MonkeyPatch) ->
     with JobsApi("http://head.example.org:8265") as jobs, pytest.raises(ClusterError) as caught:
         jobs.list()
     assert f"the proxy {nowhere} does not lead there" in str(caught.value)
-    assert caught.value.next_move == "NO_PROXY=head.example.org"
+    assert caught.value.hint == "NO_PROXY=head.example.org"
 
 
 def test_the_token_is_found_as_ray_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_driver_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
     place = LocalPlace(str(tmp_path / "root"))
     with pytest.raises(ClusterError, match="no module named graftwork") as caught:
         place.start(Attempt(job(tmp_path / "root"), 1))
-    assert ".log" in caught.value.next_move
+    assert ".log" in caught.value.hint
     assert place.observe([Attempt(job(tmp_path / "root"), 1).id]) == {}
 
 
@@ -277,7 +277,7 @@ def test_a_job_that_another_machine_runs_for_itself_is_judged_by_its_heartbeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
-    runs, theirs = RunStore(str(tmp_path)), job(tmp_path)
+    runs, theirs = JobStore(str(tmp_path)), job(tmp_path)
     runs.record(theirs, "local")
     runs.open_attempt(theirs.job_id, 1)
     beat = Heartbeat(time.time(), 1, "another-machine", os.getpid())

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from graftwork.cluster.backend import ENDED
-from graftwork.cluster.place import Seen
-from graftwork.cluster.run_store import SILENT_S, AttemptRecord, Ended, Heartbeat, RunStore, StopReason
-from graftwork.cluster.state import ARRIVES_S, COMES_UP, HELD_BACK, OVER, Judged, judge
+from graftwork.cluster.place import ObservedState
+from graftwork.cluster.run_store import SILENT_S, AttemptEnd, AttemptRecord, Heartbeat, JobStore, StopReason
+from graftwork.cluster.state import ARRIVES_S, COMES_UP, HELD_BACK, OVER, DerivedState, derive_state
 from tests.jobs import command_job
 
 NOW = 1_000_000.0
@@ -19,12 +19,12 @@ DEPLOYMENT = ("", "New", "Initializing", "Running", "Complete", "Failed", "Valid
               "Retrying", "Waiting")  # fmt: skip
 REASONS = ("", "SubmissionFailed", "DeadlineExceeded", "AppFailed", "JobDeploymentStatusTransitionGracePeriodExceeded",
            "ValidationFailed", "JobStatusCheckTimeoutExceeded", "PreRunningDeadlineExceeded")  # fmt: skip
-SEEN = (None, *(Seen(*words) for words in itertools.product(JOB, DEPLOYMENT, REASONS)))
-SEEN_SHORT = (None, *(Seen(*words) for words in itertools.product(JOB, DEPLOYMENT)))
+SEEN = (None, *(ObservedState(*words) for words in itertools.product(JOB, DEPLOYMENT, REASONS)))
+SEEN_SHORT = (None, *(ObservedState(*words) for words in itertools.product(JOB, DEPLOYMENT)))
 """Beside an end that the driver wrote, no reason matters."""
 CANCEL: tuple[StopReason | None, ...] = (None, "user", "deadline", "budget", "pending")
-ENDS = (None, Ended(NOW, 0), Ended(NOW, 1), Ended(NOW, 137, out_of_memory=True), Ended(NOW, 1, "user"),
-        Ended(NOW, 1, "budget"), Ended(NOW, 0, "deadline"))  # fmt: skip
+ENDS = (None, AttemptEnd(NOW, 0), AttemptEnd(NOW, 1), AttemptEnd(NOW, 137, out_of_memory=True), AttemptEnd(NOW, 1, "user"),
+        AttemptEnd(NOW, 1, "budget"), AttemptEnd(NOW, 0, "deadline"))  # fmt: skip
 HEARD = (None, 0.0, SILENT_S, SILENT_S + 1, 10_000.0)
 BEATS = ((False, False), (True, False), (True, True))
 """A heartbeat was written; it said that the machine leaves."""
@@ -32,7 +32,7 @@ REST = (CANCEL, HEARD, BEATS, (1.0, ARRIVES_S + 1))
 ALL = itertools.chain(itertools.product((None,), SEEN, *REST), itertools.product(ENDS[1:], SEEN_SHORT, *REST))
 
 
-def record(cancel: StopReason | None, ended: Ended | None, heard: float | None, beat: bool, leaving: bool, ago: float
+def record(cancel: StopReason | None, ended: AttemptEnd | None, heard: float | None, beat: bool, leaving: bool, ago: float
            ) -> AttemptRecord:  # fmt: skip
     """`heard` without `beat`: a driver started and has not been heard since."""
     heartbeat = Heartbeat(NOW - heard, 1, "host", 7, leaving=leaving) if heard is not None and beat else None
@@ -44,13 +44,13 @@ def test_every_combination_has_one_sensible_state() -> None:
     counted = 0
     for ended, seen, cancel, heard, (beat, leaving), ago in ALL:
         known = record(cancel, ended, heard, beat, leaving, ago)
-        found = judge(known, seen, NOW)
+        found = derive_state(known, seen, NOW)
         _check(found, known, seen, ago)
         counted += 1
     assert counted == (529 + 6 * 67) * 5 * 5 * 3 * 2
 
 
-def _check(found: Judged, known: AttemptRecord, seen: Seen | None, ago: float) -> None:
+def _check(found: DerivedState, known: AttemptRecord, seen: ObservedState | None, ago: float) -> None:
     what = (found, known, seen)
     heard = known.silent_s is not None
     alive = known.silent_s is not None and known.silent_s <= SILENT_S
@@ -87,7 +87,7 @@ def _check(found: Judged, known: AttemptRecord, seen: Seen | None, ago: float) -
         assert found.state in ENDED, what
 
 
-def _is_lost(known: AttemptRecord, seen: Seen | None, over: bool, not_there: bool, ago: float) -> bool:
+def _is_lost(known: AttemptRecord, seen: ObservedState | None, over: bool, not_there: bool, ago: float) -> bool:
     if seen is not None and over:
         by_limit = seen.reason.endswith("DeadlineExceeded")
         own_end = seen.job_status in ("SUCCEEDED", "STOPPED")
@@ -103,17 +103,17 @@ def _is_lost(known: AttemptRecord, seen: Seen | None, over: bool, not_there: boo
 def test_a_clock_that_is_off_neither_kills_nor_revives_and_is_said(off_s: float) -> None:
     beat = Heartbeat(NOW + off_s, 1, "host", 7)
     fresh = AttemptRecord(1, NOW - 60, NOW - 50, beat, None, None, 2.0, off_s)
-    found = judge(fresh, Seen("RUNNING"), NOW)
+    found = derive_state(fresh, ObservedState("RUNNING"), NOW)
     assert found.state == "running"
     assert f"600 s {'ahead of' if off_s > 0 else 'behind'}" in found.why
-    dead = judge(replace(fresh, silent_s=90.0), Seen("RUNNING"), NOW)
+    dead = derive_state(replace(fresh, silent_s=90.0), ObservedState("RUNNING"), NOW)
     assert (dead.state, dead.cause) == ("lost", "lost")
     assert "last heard 90 s ago" in dead.why
 
 
 @pytest.mark.parametrize("off_s", [-600.0, 600.0])
 def test_a_beat_is_as_old_as_the_store_says_whatever_its_machine_says(tmp_path: Path, off_s: float) -> None:
-    runs, job = RunStore(str(tmp_path)), command_job(str(tmp_path), ["true"])
+    runs, job = JobStore(str(tmp_path)), command_job(str(tmp_path), ["true"])
     runs.record(job, "local")
     runs.open_attempt(job.job_id, 1)
     beat = Heartbeat(time.time() + off_s, 1, "host", 7)
@@ -122,11 +122,11 @@ def test_a_beat_is_as_old_as_the_store_says_whatever_its_machine_says(tmp_path: 
     assert found.silent_s is not None
     assert found.silent_s < SILENT_S
     assert found.clock_off_s == pytest.approx(off_s, abs=10)
-    assert judge(found, Seen("RUNNING"), time.time()).state == "running"
+    assert derive_state(found, ObservedState("RUNNING"), time.time()).state == "running"
 
 
 def test_a_job_whose_ray_lost_its_head_is_retried_as_lost() -> None:
     said = "[2026-11-26 E 1 1] rpc_client.h:204: Failed to connect to GCS within 15 seconds. GCS may have been killed."
-    found = judge(AttemptRecord(1, 0.0, 1.0, None, None, Ended(2.0, 1, message=said)), None, 3.0)
+    found = derive_state(AttemptRecord(1, 0.0, 1.0, None, None, AttemptEnd(2.0, 1, message=said)), None, 3.0)
     assert (found.state, found.cause) == ("failed", "lost")
     assert "the head of its Ray died under it" in found.why

@@ -14,7 +14,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from graftwork.cluster.exporter import JobMetrics
-from graftwork.cluster.run_store import HEARTBEAT_S, SILENT_S, Ended, Heartbeat, RunStore
+from graftwork.cluster.run_store import HEARTBEAT_S, SILENT_S, AttemptEnd, Heartbeat, JobStore
 from graftwork.serving.engine.types import EngineStats
 from graftwork.serving.experiment.online.status import experiment_families
 from graftwork.serving.metrics_families import PREFIX, Family, engine_families, traffic_families
@@ -160,11 +160,11 @@ def scraped(root: Path) -> str:
 
 
 def test_a_store_is_told_as_it_is(tmp_path: Path) -> None:
-    runs, now = RunStore(str(tmp_path)), time.time()
+    runs, now = JobStore(str(tmp_path)), time.time()
     for name, beat_at, ended in (
         ("waits", None, None), ("runs", now - HEARTBEAT_S, None), ("silent", now - SILENT_S - 40, None),
-        ("done", now - 100, Ended(now - 90, 0)), ("failed", now - 100, Ended(now - 90, 1)),
-        ("cancelled", now - 100, Ended(now - 90, 1, "user")), ("over", now - 100, Ended(now - 90, 1, "budget")),
+        ("done", now - 100, AttemptEnd(now - 90, 0)), ("failed", now - 100, AttemptEnd(now - 90, 1)),
+        ("cancelled", now - 100, AttemptEnd(now - 90, 1, "user")), ("over", now - 100, AttemptEnd(now - 90, 1, "budget")),
     ):  # fmt: skip
         job = command_job(str(tmp_path), ["true"], name=name)
         runs.record(job, "local")

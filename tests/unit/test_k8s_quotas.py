@@ -14,7 +14,7 @@ import pytest
 import yaml
 from kubernetes.utils.quantity import parse_quantity
 
-from graftwork.cluster.kuberay.live_room import taken
+from graftwork.cluster.kuberay.live_room import pod_usage
 from tests.processes import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -84,7 +84,7 @@ def test_an_example_fits_the_quota_of_its_namespace(name: str) -> None:
     takes, hard = cluster_takes(part), quota(OVERLAYS[name])
     assert takes.keys() >= {"requests.cpu", "limits.cpu", "requests.memory", "limits.memory"}
     assert beyond(takes, hard) == {}
-    ours = taken(RENDER.a_job(CLUSTERS[name], "train"))
+    ours = pod_usage(RENDER.a_job(CLUSTERS[name], "train"))
     assert {key: ours[key] for key in takes if key in ours} == {key: takes[key] for key in takes if key in ours}
 
 
@@ -99,7 +99,7 @@ def test_the_cluster_of_the_docs_fits(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
     [shown] = re.findall(r"```yaml\n(kind: cluster\n.*?)```", text, re.DOTALL)
     (tmp_path / "cluster.yaml").write_text(shown)
-    assert beyond(taken(RENDER.a_job(tmp_path / "cluster.yaml", "train")), quota("overlays/gpu")) == {}
+    assert beyond(pod_usage(RENDER.a_job(tmp_path / "cluster.yaml", "train")), quota("overlays/gpu")) == {}
 
 
 @pytest.mark.parametrize("name", [name for name, path in CLUSTERS.items() if "queue:" in path.read_text()])

@@ -182,7 +182,7 @@ def test_a_bad_spec_is_refused_with_its_code(bad: tuple[str, dict[str, Any], dic
     found = preflight(asked(changes, parts), "team-a")
     assert code in errors(found)
     assert found[0].level == "error"
-    assert all(finding.where and finding.found for finding in found)
+    assert all(finding.where and finding.problem for finding in found)
 
 
 @pytest.mark.parametrize("name", GOOD_SPECS)
@@ -214,10 +214,10 @@ def test_a_fact_is_said_once() -> None:
 
 def test_numbers_say_what_to_change() -> None:
     (found,) = preflight(asked(workers(count=1), ON_GPUS), "team-a")
-    assert found.found == "room for 1 workers: 1 x gpu (cpu 8, memory 32Gi, gpu 1)"
+    assert found.problem == "room for 1 workers: 1 x gpu (cpu 8, memory 32Gi, gpu 1)"
     assert found.rule == "2 workers run at the same time, 1 CPU, 1 GPU each"
     (found,) = [one for one in preflight(attempt(cluster(), name="a" * 40), "team-a") if one.code == "E-NAME-TOO-LONG"]
-    assert "7 too many" in found.found
+    assert "7 too many" in found.problem
 
 
 def test_no_finding_shows_a_secret() -> None:

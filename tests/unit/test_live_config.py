@@ -86,7 +86,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 async def offer(client: httpx.AsyncClient, live: LiveConfig, **changed: Any) -> dict[str, Any]:
     """What the endpoint says of a config once it has made up its mind."""
-    live.offer({**FIRST, **changed})
+    live.update({**FIRST, **changed})
     while True:
         told: dict[str, Any] = (await client.get("/v1/admin/config")).json()
         if not told["changing"]:
@@ -211,9 +211,9 @@ def test_a_new_ingress_begins_with_what_the_old_one_took(world: World) -> None:
         shutil.rmtree(world.store.local_dir("adapters", "card"))
         successor = LiveConfig(live._spec.with_({"arms": [], "adapters": []}), live._backend)
         await successor.open({**FIRST, "adapters": ["nobody@latest"]})
-        while successor.told()["changing"]:
+        while successor.status()["changing"]:
             await asyncio.sleep(0.01)
         assert successor.catalog.arm("arm/tuned").adapter == "card@latest"
-        assert "nobody" in successor.told()["refused"]["why"]
+        assert "nobody" in successor.status()["refused"]["why"]
 
     world.play(act)

@@ -9,7 +9,7 @@ import pytest
 
 from graftwork.errors import ClusterError
 from graftwork.training.local_worker import _environment, _reserved, fit_in_process, needs_ray_train
-from graftwork.training.run import Run, _job
+from graftwork.training.run import ResolvedRun, _job
 from graftwork.training.spec import TrainSpec
 from tests.processes import ROOT
 from tests.training import task
@@ -68,7 +68,7 @@ def test_the_worker_gets_the_first_of_the_gpus_that_the_command_may_use(
 def test_more_gpus_than_the_machine_has_are_refused(
     three_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = _job(Run.of(task(tmp_path / "task", num_workers=1, gpus_per_worker=4)), None)
+    job = _job(ResolvedRun.resolve(task(tmp_path / "task", num_workers=1, gpus_per_worker=4)), None)
     with pytest.raises(ClusterError, match="this machine has 3 GPU, the run needs 4"):
         fit_in_process(job)
 

@@ -31,13 +31,13 @@ from graftwork.memory import (
     weight_bytes,
 )
 from graftwork.memory.passes import pass_of, passes_of
-from graftwork.memory.sizes import Work
+from graftwork.memory.sizes import TokenWork
 from graftwork.model_shape import ModelShape
-from graftwork.plan import Answers, Machine, StagePlan, answers_seconds, plan_serving, plan_training, step_seconds
+from graftwork.plan import Machine, RequestLoad, StagePlan, answers_seconds, plan_serving, plan_training, step_seconds
 from graftwork.serving.spec import EngineSpec, ServeSpec
 from graftwork.step_plan import step_plan
 from graftwork.training.adapter_spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
-from graftwork.training.outcomes.parts import Item, Part, work_of
+from graftwork.training.outcomes.parts import Item, ItemGroup, work_of
 from graftwork.training.spec import TrainSpec
 from tests.shapes import LLAMA_8B, LLAMA_13B, SMOLLM2, TEN_B
 from tests.tiny import write_tiny_base
@@ -130,7 +130,7 @@ def test_peaks_that_were_measured_are_predicted() -> None:
 def test_the_largest_forward_pass_is_that_of_the_run() -> None:
     """As the loop deals the rows: the longest rows are not all in one pass, and pairs are padded to the longer side."""
     lengths = np.random.default_rng(0).integers(20, 400, 64)
-    rows = RowSizes.of(lengths.tolist(), (lengths // 3).tolist())
+    rows = RowSizes.from_lengths(lengths.tolist(), (lengths // 3).tolist())
     asked = spec(optim={"micro_batch": 4}, num_workers=2, max_length=512)
     batches = step_plan(lengths, asked.optim, asked.seed, 2, None).rows_SR.reshape(-1, 4)
     passes = passes_of(asked, rows, 4)
@@ -140,7 +140,7 @@ def test_the_largest_forward_pass_is_that_of_the_run() -> None:
     assert passes[-1].scored < 4 * lengths.max() // 3, "a pass of the four longest rows does not occur"
     peaks = [predict_training(asked, SMOLLM2, some).peak_bytes for some in (rows, replace(rows, each=None))]
     assert peaks[0] < peaks[1]
-    pairs = RowSizes.of([100] * 8, [40] * 8, [80] * 8)  # 80 and 20 tokens
+    pairs = RowSizes.from_lengths([100] * 8, [40] * 8, [80] * 8)  # 80 and 20 tokens
     dpo = spec(objective={"kind": "dpo"}, quant={"kind": "none"}, optim={"micro_batch": 2}, num_workers=1)
     assert pass_of(dpo, pairs, 2).tokens == 2 * 2 * 80
 
@@ -176,12 +176,12 @@ def test_outcomes_are_counted_in_memory_and_time() -> None:
     assert with_.peak_bytes > without.peak_bytes
     long = RowSizes.at_most(2048)
     assert predict_training(measured, SMOLLM2, long).part("outcomes") == 0, "a large step takes more"
-    work = Work(read=10_000, weighed=2_000, prompts=1_000, written=960, decoding_steps=96)
+    work = TokenWork(read=10_000, weighed=2_000, prompts=1_000, written=960, decoding_steps=96)
     times = [plan_training(measured, SMOLLM2, rows, None, MACHINE, some).seconds for some in (None, work)]
     reads = 10_000 * 2 * SMOLLM2.linear_params / (MACHINE.speed.gflops * 1e9)
     assert times[1] - times[0] > 2 * reads, "before and after"
     items = [Item("a", (1,) * 100, ((2,) * 10, (3,) * 20)), Item("b", (1,) * 412, write=100)]
-    assert work_of([Part("p", tuple(items), (), 0)]) == Work(230, 30, 412, 100, 50.0)
+    assert work_of([ItemGroup("p", tuple(items), (), 0)]) == TokenWork(230, 30, 412, 100, 50.0)
 
 
 def test_all_weights_on_a_cpu_take_fp32_and_the_optimizers_pass() -> None:
@@ -284,7 +284,7 @@ def test_time_follows_the_work_and_the_cores() -> None:
 
 def test_an_answer_costs_its_prompt_and_its_tokens() -> None:
     engine = EngineSpec()
-    few, many = (answers_seconds(Answers(n, 100, 45), SMOLLM2, engine, MACHINE, 2.0) for n in (64, 640))
+    few, many = (answers_seconds(RequestLoad(n, 100, 45), SMOLLM2, engine, MACHINE, 2.0) for n in (64, 640))
     assert many == pytest.approx(10 * few)
 
 

@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from graftwork.serving.api_error import bad_request
 from graftwork.serving.metrics_families import Family, render, traffic_families
-from graftwork.serving.metrics_series import NOT_ADMITTED, OTHER, TTFT_S, Histogram, Key, SeriesTable
-from graftwork.serving.metrics_traffic import Traffic
+from graftwork.serving.metrics_series import NOT_ADMITTED, OTHER, TTFT_S, Histogram, SeriesKey, SeriesTable
+from graftwork.serving.metrics_traffic import TrafficMetrics
 
 
 def test_a_histogram_counts_as_prometheus_own() -> None:
@@ -38,7 +38,7 @@ def test_a_histogram_counts_as_prometheus_own() -> None:
 
 def test_the_busiest_keep_their_own_series_and_nothing_is_lost() -> None:
     table, chance = SeriesTable(limit=10), random.Random(0)
-    keys = [Key("adapter", f"task{n}", "v") for n in range(200)]
+    keys = [SeriesKey("adapter", f"task{n}", "v") for n in range(200)]
     weights = [1 / (n + 1) ** 1.2 for n in range(200)]
     for key in chance.choices(keys, weights, k=20_000):
         table.begin(key)
@@ -51,16 +51,16 @@ def test_the_busiest_keep_their_own_series_and_nothing_is_lost() -> None:
 
 def test_yesterdays_adapters_give_way() -> None:
     table = SeriesTable(limit=2)
-    for key in [Key("a", "old1"), Key("a", "old2")] * 500 + [Key("a", "new")] * 4000:
+    for key in [SeriesKey("a", "old1"), SeriesKey("a", "old2")] * 500 + [SeriesKey("a", "new")] * 4000:
         table.begin(key)
         table.at(key).completion_tokens += 1
         table.at(key).outcomes["stop"] += 1
-    assert Key("a", "new") in dict(table.items())
+    assert SeriesKey("a", "new") in dict(table.items())
     assert sum(series.completion_tokens for _, series in table.items()) == 5000
 
 
 def play(
-    traffic: Traffic,
+    traffic: TrafficMetrics,
     end: BaseException,
     arm: str | None = "base",
     task: str | None = None,
@@ -77,14 +77,14 @@ def play(
 
 
 def test_a_request_is_counted_by_how_it_ended() -> None:
-    traffic = Traffic()
+    traffic = TrafficMetrics()
     refusal = bad_request("no such", code="model_not_found")
     play(traffic, refusal, arm=None)
     play(traffic, asyncio.CancelledError(), "adapter", "card", "0123456789abcdef", bursts=[3])
     play(traffic, ZeroDivisionError())
-    card = Key("adapter", "card", "0123456789ab")
+    card = SeriesKey("adapter", "card", "0123456789ab")
     assert [(one.key, one.outcome, one.completion_tokens) for one in traffic.ended] == [
-        (NOT_ADMITTED, "model_not_found", 0), (card, "cancelled", 3), (Key("base"), "internal_error", 0),
+        (NOT_ADMITTED, "model_not_found", 0), (card, "cancelled", 3), (SeriesKey("base"), "internal_error", 0),
     ]  # fmt: skip
     assert sum(traffic.table.at(card).ttft.counts) == 1
     assert [key for key, _ in traffic.first_tokens()] == [card]
@@ -93,9 +93,9 @@ def test_a_request_is_counted_by_how_it_ended() -> None:
 def test_tokens_that_arrive_together_share_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 0.5, 0.7, 0.9])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now, 1.0))
-    traffic = Traffic()
+    traffic = TrafficMetrics()
     play(traffic, asyncio.CancelledError(), bursts=[1, 1, 4])
-    series = traffic.table.at(Key("base"))
+    series = traffic.table.at(SeriesKey("base"))
     assert series.token_gap.sum_s == pytest.approx(0.4)
     assert sum(series.token_gap.counts) == 5
     assert series.ttft.sum_s == pytest.approx(0.5)
@@ -105,7 +105,7 @@ def test_tokens_that_arrive_together_share_their_time(monkeypatch: pytest.Monkey
 
 def test_replicas_are_told_apart_and_label_values_are_escaped() -> None:
     table = SeriesTable()
-    odd = Key('arm"\\\n', "card", "v")
+    odd = SeriesKey('arm"\\\n', "card", "v")
     table.begin(odd)
     table.at(odd).outcomes["stop"] += 2
     families = traffic_families(table.items())

@@ -56,7 +56,7 @@ def read(rows: Sequence[LogRow], told: OnlineRules | None = None) -> MonitorStat
 
 def judged(rows: Sequence[LogRow], told: OnlineRules | None = None) -> MonitorState:
     monitor = Monitor(told or rules())
-    monitor.take(columns_of_rows(rows, monitor.numbers))
+    monitor.ingest(columns_of_rows(rows, monitor.numbers))
     return monitor.state()
 
 
@@ -299,13 +299,13 @@ def test_single_rows_leave_the_very_bits_of_blocks(variant: str) -> None:
     told = rules(guardrails=guardrails, **VARIANTS[variant])
     rows = assigned(shadow(700, 0.2, 0.1) if variant == "shadow" else mixed(1500, 4))
     whole, single, pieces = Monitor(told), Monitor(told), Monitor(told)
-    whole.take(columns_of_rows(rows, whole.numbers))
+    whole.ingest(columns_of_rows(rows, whole.numbers))
     for row in rows:
-        single.add(row)
+        single.ingest_row(row)
     rng, start = np.random.default_rng(5), 0
     while start < len(rows):
         stop = start + int(rng.integers(1, 400))
-        pieces.take(columns_of_rows(rows[start:stop], pieces.numbers))
+        pieces.ingest(columns_of_rows(rows[start:stop], pieces.numbers))
         start = stop
     assert whole.state() == single.state() == pieces.state()
     assert whole.contrasts[0].history == single.contrasts[0].history == pieces.contrasts[0].history
@@ -477,7 +477,7 @@ def test_quick_failures_do_not_cut_an_arm_while_its_slow_successes_are_on_the_wa
 
 def test_no_rows_say_nothing() -> None:
     monitor = Monitor(rules())
-    monitor.take(LogColumns([], [], [], [], [], [], [], [], [], [], [], [], {"facts": np.zeros(0)}))
+    monitor.ingest(LogColumns([], [], [], [], [], [], [], [], [], [], [], [], {"facts": np.zeros(0)}))
     contrast = monitor.state().contrasts[0]
     assert (contrast.n, contrast.estimate, contrast.low, contrast.high) == (0, None, -1.0, 1.0)
     assert contrast.verdict == "undecided"

@@ -42,8 +42,8 @@ def answer(step: int, arm: str, score: float | None, **changes: Any) -> LogRow:
 
 def take(watched: Monitor, step: int, arm: str, score: float | None, **changes: Any) -> None:
     """A request that is answered at once."""
-    watched.add(answer(step, arm, score, **changes, kind="assignment", scores={}, error=None))
-    watched.add(answer(step, arm, score, **changes))
+    watched.ingest_row(answer(step, arm, score, **changes, kind="assignment", scores={}, error=None))
+    watched.ingest_row(answer(step, arm, score, **changes))
 
 
 @pytest.mark.parametrize("plan", [even, ramping])
@@ -59,7 +59,7 @@ def test_simulated_splits_stop_where_the_monitor_decides(plan: Any) -> None:
             if chance[step] != now:
                 now = chance[step]
                 detail = json.dumps(weights_detail({"base": 1 - now, "rag": now}))
-                watched.add(LogRow(kind="event", experiment="e", at=float(step), event="ramp", detail=detail))
+                watched.ingest_row(LogRow(kind="event", experiment="e", at=float(step), event="ramp", detail=detail))
             arm, likely = ("rag", now) if treated[step] else ("base", 1 - now)
             take(watched, step, arm, outcome[step], probability=likely)
             if found == NEVER and watched.state().contrasts[0].e_value >= 20:
@@ -98,7 +98,7 @@ def test_simulated_latency_stops_where_the_monitor_does(case: Slow) -> None:
     seen, rng = latency_runs(case, 3, seed=8), np.random.default_rng(8)
     for run in range(3):
         watched = Monitor(case.rules)
-        watched.take(log_of(case, rng)[1])
+        watched.ingest(log_of(case, rng)[1])
         state = watched.state()
         assert seen.steps <= state.contrasts[0].n < case.units
         assert (state.contrasts[0].e_value >= 20) == (seen.found[run] <= state.contrasts[0].n)

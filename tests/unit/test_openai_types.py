@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from graftwork.serving.api_error import ApiError
-from graftwork.serving.arms import ArmAnswer, Sampling
+from graftwork.serving.arms import ArmAnswer, SamplingOptions
 from graftwork.serving.engine.grammar import GrammarText
 from graftwork.serving.logprobs import Spelled, TokenLogprob
 from graftwork.serving.openai_responses import Envelope, sse, text_logprobs
@@ -28,13 +28,13 @@ def refusal(raw: bytes) -> ApiError:
 
 
 def test_defaults_are_greedy_up_to_the_arms_limit() -> None:
-    assert parse(ChatRequest, body()).sampling() == Sampling(None, 0.0, 1.0, 0, None, ())
+    assert parse(ChatRequest, body()).sampling() == SamplingOptions(None, 0.0, 1.0, 0, None, ())
 
 
 def test_sampling_parameters_are_taken() -> None:
     asked = body(max_completion_tokens=9, temperature=0.7, top_p=0.9, top_k=40, seed=3, stop="END")
-    assert parse(ChatRequest, asked).sampling() == Sampling(9, 0.7, 0.9, 40, 3, ("END",))
-    assert parse(ChatRequest, body(max_tokens=5, stop=["a", "b"])).sampling() == Sampling(5, stop=("a", "b"))
+    assert parse(ChatRequest, asked).sampling() == SamplingOptions(9, 0.7, 0.9, 40, 3, ("END",))
+    assert parse(ChatRequest, body(max_tokens=5, stop=["a", "b"])).sampling() == SamplingOptions(5, stop=("a", "b"))
 
 
 def test_every_sampling_parameter_arrives_under_its_name() -> None:
@@ -42,7 +42,7 @@ def test_every_sampling_parameter_arrives_under_its_name() -> None:
         min_p=0.1, frequency_penalty=0.5, presence_penalty=-1, repetition_penalty=1.2, logit_bias={"5": 10, "7": -2.5},
         n=3, min_tokens=2, stop_token_ids=[4, 9], ignore_eos=True, logprobs=True, top_logprobs=5,
     )  # fmt: skip
-    assert parse(ChatRequest, asked).sampling() == Sampling(
+    assert parse(ChatRequest, asked).sampling() == SamplingOptions(
         min_p=0.1, frequency_penalty=0.5, presence_penalty=-1, repetition_penalty=1.2, logit_bias=((5, 10), (7, -2.5)),
         n=3, min_new_tokens=2, stop_ids=(4, 9), ignore_eos=True, logprobs=5,
     )  # fmt: skip
@@ -76,10 +76,10 @@ def test_contradictions_are_told(extra: dict[str, object], found: str) -> None:
 
 
 def test_sampling_travels_through_json() -> None:
-    sampling = Sampling(
+    sampling = SamplingOptions(
         9, 0.7, 0.9, 40, 3, ("END",), n=2, logit_bias=((5, 1.5),), stop_ids=(3,), grammar=GrammarText("regex", "a+")
     )
-    assert Sampling.load(json.loads(json.dumps(sampling.dump()))) == sampling
+    assert SamplingOptions.load(json.loads(json.dumps(sampling.dump()))) == sampling
 
 
 def test_content_parts_are_joined_and_developer_is_system() -> None:
@@ -243,7 +243,7 @@ def test_answers_travel_through_json() -> None:
 
 
 def test_a_response_names_base_version_and_passages() -> None:
-    whole = Envelope("chat", "r", "base:card", "d" * 64, 5).whole([answer()])
+    whole = Envelope("chat", "r", "base:card", "d" * 64, 5).build_response([answer()])
     assert whole["system_fingerprint"] == "fp_" + "d" * 12
     assert whole["choices"][0]["message"]["content"] == "hi"
     assert whole["usage"]["total_tokens"] == 10
@@ -255,13 +255,13 @@ def test_the_openai_library_reads_our_objects() -> None:
     """The types of the official client are the independent source of the shapes."""
     types = pytest.importorskip("openai.types.chat")
     envelope = Envelope("chat", "r", "base:card", "d" * 64, 5)
-    types.ChatCompletion.model_validate(envelope.whole([answer()]))
+    types.ChatCompletion.model_validate(envelope.build_response([answer()]))
     for chunk in (envelope.delta("h", first=True), envelope.last(answer()), envelope.usage_chunk([answer()])):
         types.ChatCompletionChunk.model_validate(chunk)
 
 
 def test_several_answers_count_their_prompt_once() -> None:
-    whole = Envelope("chat", "r", "base:card", "d" * 64, 5).whole([answer(), answer(index=1, cached_tokens=6)])
+    whole = Envelope("chat", "r", "base:card", "d" * 64, 5).build_response([answer(), answer(index=1, cached_tokens=6)])
     assert [choice["index"] for choice in whole["choices"]] == [0, 1]
     assert whole["usage"] == {"prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13,
                               "prompt_tokens_details": {"cached_tokens": 2}}  # fmt: skip

@@ -19,7 +19,7 @@ from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import CHOICE, NATS
 from graftwork.report import ReportInput, render_html
 from graftwork.report.outcome_records import Change, Level, OutcomesReport, PairedTest
-from graftwork.report.outcomes import counted
+from graftwork.report.outcomes import format_count
 from graftwork.stats import Floats
 from graftwork.training.job import TrainJob
 from graftwork.training.loop import run_steps
@@ -27,13 +27,13 @@ from graftwork.training.outcomes import instructions, record
 from graftwork.training.outcomes.changes import outcomes_report
 from graftwork.training.outcomes.curve import curve_report, curve_specs
 from graftwork.training.outcomes.paired import level, paired
-from graftwork.training.outcomes.parts import Item, Part, Said, shares
+from graftwork.training.outcomes.parts import Item, ItemGroup, ItemOutput, shares
 from graftwork.training.outcomes.probes import Probe, probes_of
 from graftwork.training.outcomes.told import TaskScores
 from graftwork.training.outcomes.weigh import answers
 from graftwork.training.page import sentence, train_run
 from graftwork.training.records import TrainReport
-from graftwork.training.run import Run, _published
+from graftwork.training.run import ResolvedRun, _publish_result
 from graftwork.training.spec import TrainSpec
 from tests.training import pair_task, task
 
@@ -66,9 +66,9 @@ def spec(folder: Path) -> TrainSpec:
 
 
 @pytest.fixture(scope="module")
-def measured(spec: TrainSpec) -> tuple[Run, dict[str, record.PartOutcome]]:
+def measured(spec: TrainSpec) -> tuple[ResolvedRun, dict[str, record.PartOutcome]]:
     """A run trained and measured."""
-    run = Run.of(spec)
+    run = ResolvedRun.resolve(spec)
     run_steps(TrainJob(run.spec, run.data, run.paths, parts=tuple(one.part for one in run.probes)), lambda _: True)
     return run, record.read_parts(run.paths)
 
@@ -77,7 +77,9 @@ def loaded(spec: TrainSpec) -> Any:
     return base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train").model
 
 
-def test_the_base_is_told_from_what_training_made_of_it(measured: tuple[Run, dict[str, record.PartOutcome]]) -> None:
+def test_the_base_is_told_from_what_training_made_of_it(
+    measured: tuple[ResolvedRun, dict[str, record.PartOutcome]],
+) -> None:
     run, parts = measured
     assert set(parts) == {"task", "text", "choices", "instructions", "fairness", "pairs"}
     model = loaded(run.spec)
@@ -95,7 +97,7 @@ def test_likelihoods_and_answers_are_those_of_plain_transformers(spec: TrainSpec
     model, template = loaded(spec), base_model.template(base_model.resolve(spec.base))
     ids = [template.encode(text) for text in ("Name a colour", "The quick brown fox jumps", "Kunming")]
     items = tuple(Item(str(n), tuple(one), (tuple(ids[n - 1]), tuple(ids[n - 2])), 5) for n, one in enumerate(ids))
-    said = answers(model, Part("mixed", items, tuple(template.stop_ids), template.pad_id), [2, 0, 1], template)
+    said = answers(model, ItemGroup("mixed", items, tuple(template.stop_ids), template.pad_id), [2, 0, 1], template)
     for one, item in zip(said, (items[2], items[0], items[1]), strict=True):
         for got, continuation in zip(one.logprobs, item.continuations, strict=True):
             whole = torch.tensor([[*item.prompt, *continuation]])
@@ -115,11 +117,11 @@ def test_likelihoods_and_answers_are_those_of_plain_transformers(spec: TrainSpec
 
 
 def test_a_finished_run_is_measured_later_and_nothing_is_asked_twice(
-    measured: tuple[Run, dict[str, record.PartOutcome]],
+    measured: tuple[ResolvedRun, dict[str, record.PartOutcome]],
 ) -> None:
     run, parts = measured
     assert record.missing(run.paths, [one.part for one in run.probes]) == ()
-    more = Run.of(run.spec.with_({"outcomes.task.rows": 4}))
+    more = ResolvedRun.resolve(run.spec.with_({"outcomes.task.rows": 4}))
     assert more.paths.run_id == run.paths.run_id
     due = record.missing(more.paths, [one.part for one in more.probes])
     assert [one.name for one in due] == ["task"]
@@ -132,7 +134,7 @@ def test_a_finished_run_is_measured_later_and_nothing_is_asked_twice(
         assert one.logprobs == pytest.approx(before.logprobs, abs=1e-4)  # from the checkpoint, as from memory
 
 
-def test_the_report_pairs_before_and_after(measured: tuple[Run, dict[str, record.PartOutcome]]) -> None:
+def test_the_report_pairs_before_and_after(measured: tuple[ResolvedRun, dict[str, record.PartOutcome]]) -> None:
     run, parts = measured
     report = outcomes_report(run.spec, run.probes, parts)
     found = {(one.part, one.group, one.metric): one for one in report.changes}
@@ -217,17 +219,17 @@ def gold_rows(folder: Path) -> Path:
     return path
 
 
-def sides(probe: Probe, said: Sequence[Said]) -> dict[str, list[float]]:
+def sides(probe: Probe, said: Sequence[ItemOutput]) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in probe.scores(said).items()}
 
 
-def test_choices_and_pairs_are_scored_by_hand(measured: tuple[Run, dict[str, record.PartOutcome]]) -> None:
+def test_choices_and_pairs_are_scored_by_hand(measured: tuple[ResolvedRun, dict[str, record.PartOutcome]]) -> None:
     run, _ = measured
     probes = {one.part.name: one for one in run.probes}
     fair = probes["fairness"]
     tokens = [[len(one) for one in item.continuations] for item in fair.part.items]
     # the long choice is likeliest a token, the short one as a whole
-    said = [Said(tuple(-1.0 * n if n == max(row) else -2.0 * n for n in row)) for row in tokens]
+    said = [ItemOutput(tuple(-1.0 * n if n == max(row) else -2.0 * n for n in row)) for row in tokens]
     scores = sides(fair, said)
     assert scores["bias"] == [-1.0] * 8
     assert scores["choice"] == [float(one["gold"]["right"] == 1) for one in CHOICES]
@@ -236,7 +238,7 @@ def test_choices_and_pairs_are_scored_by_hand(measured: tuple[Run, dict[str, rec
     lean = [
         (-0.5 * good, -1.0 * bad) if at % 2 else (-1.0 * good, -0.75 * bad) for at, (good, bad) in enumerate(lengths)
     ]
-    found = sides(pairs, [Said(one) for one in lean])
+    found = sides(pairs, [ItemOutput(one) for one in lean])
     assert found["pair_gap"] == pytest.approx([0.75] * (len(lean) // 2))
     assert found["pair_bias"] == [1.0] * (len(lean) // 2)
     assert not math.isnan(sum(found["pair_gap"]))
@@ -255,7 +257,9 @@ def curve_of(falls: Sequence[float], spec: TrainSpec, probe: Probe) -> Any:
     return curve_report(spec, [50 * 2**n for n in range(len(losses))], reports, scores)
 
 
-def test_a_curve_tells_whether_more_examples_would_help(measured: tuple[Run, dict[str, record.PartOutcome]]) -> None:
+def test_a_curve_tells_whether_more_examples_would_help(
+    measured: tuple[ResolvedRun, dict[str, record.PartOutcome]],
+) -> None:
     run, _ = measured
     probe = next(one for one in run.probes if one.part.name == "task")
     still = curve_of([0.5, 0.4], run.spec, probe)
@@ -279,14 +283,16 @@ def test_sizes_are_refused_before_anything_starts(folder: Path) -> None:
         curve_specs(pair_task(folder), [20, 30])
 
 
-def test_a_bias_is_better_nearer_to_zero_on_either_side(measured: tuple[Run, dict[str, record.PartOutcome]]) -> None:
+def test_a_bias_is_better_nearer_to_zero_on_either_side(
+    measured: tuple[ResolvedRun, dict[str, record.PartOutcome]],
+) -> None:
     run, _ = measured
     pairs = next(one for one in run.probes if one.part.name == "pairs")
 
-    def said(gap: float) -> tuple[Said, ...]:
+    def said(gap: float) -> tuple[ItemOutput, ...]:
         """Every pair prefers the favourable ending behind the second name by so much more a token."""
         lengths = [[len(one) for one in item.continuations] for item in pairs.part.items]
-        return tuple(Said((-1.0 * good + (gap * good if at % 2 else 0.0), -1.0 * bad))
+        return tuple(ItemOutput((-1.0 * good + (gap * good if at % 2 else 0.0), -1.0 * bad))
                      for at, (good, bad) in enumerate(lengths))  # fmt: skip
 
     def verdict(before: float, after: float) -> str | None:
@@ -301,16 +307,16 @@ def test_a_bias_is_better_nearer_to_zero_on_either_side(measured: tuple[Run, dic
 
 
 def test_an_outcome_says_its_questions_and_its_clusters(
-    measured: tuple[Run, dict[str, record.PartOutcome]], capsys: pytest.CaptureFixture[str]
+    measured: tuple[ResolvedRun, dict[str, record.PartOutcome]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two questions a document: the table said 2, of what it did not say, where 4 were asked."""
     run, parts = measured
     report = outcomes_report(run.spec, run.probes, parts)
     fair = next(change for change in report.changes if change.part == "fairness")
     assert (fair.test.questions, fair.test.n) == (4, 2)
-    assert counted(fair.test) == "4 in 2 clusters"
+    assert format_count(fair.test) == "4 in 2 clusters"
     task_change = next(change for change in report.changes if change.part == "task")
-    assert counted(task_change.test) == "8"
+    assert format_count(task_change.test) == "8"
     show_outcomes(report.model_dump(mode="json"))
     lines = capsys.readouterr().out.splitlines()
     first = next(line for line in lines if line.startswith("fairness"))
@@ -372,11 +378,11 @@ def test_held_out_rows_that_are_too_long_are_counted(tmp_path: Path) -> None:
     for row in rows[:3]:
         row["chosen"] = "red " * asked.max_length
     Path(asked.data.eval).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = Run.of(asked)
+    run = ResolvedRun.resolve(asked)
     assert run.data.left_out(asked.max_length) == "3 of 10 held-out rows left out: longer than max_length=512"
     result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
     run.paths.store.write_json(provenance.collect(0), *run.paths.provenance())
-    report = _published(run, result)
+    report = _publish_result(run, result)
     assert (report.eval_rows, report.dropped_eval_rows, report.dropped_rows) == (7, 3, 0)
     assert set(report.eval_metrics) == {"accuracy", "margin", "rewards/chosen", "rewards/rejected"}
     assert "of 7 pairs, where chance is 0.50" in report.held_out

@@ -14,8 +14,8 @@ from graftwork.training.rates import factor_at, scale
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.search import Population, Suggestion, Wait, search_of
-from graftwork.tuning.search.pbt import spent
+from graftwork.tuning.search import PbtSearch, Suggestion, Wait, search_of
+from graftwork.tuning.search.pbt import finished_trials
 from graftwork.tuning.spec import TuneSpec
 
 LR = {"optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2}}
@@ -28,9 +28,9 @@ def sweep(**keys: Any) -> TuneSpec:
     return config.validate(TuneSpec, {**given, "search": search, **keys}, where="s.yaml")
 
 
-def searched(spec: TuneSpec) -> Population:
+def searched(spec: TuneSpec) -> PbtSearch:
     search = search_of(spec)
-    assert isinstance(search, Population)
+    assert isinstance(search, PbtSearch)
     return search
 
 
@@ -100,12 +100,12 @@ def test_ids_differ_and_a_resumed_sweep_goes_on_alike(seed: int, tmp_path: Path)
 def test_checkpoints_are_kept_as_long_as_someone_may_begin_from_them(tmp_path: Path) -> None:
     trials = run_all(sweep(), tmp_path, lambda number, _: float(number)).trials
     ids = [trial.trial_id for trial in trials]
-    assert spent(trials[:4]) == set()
+    assert finished_trials(trials[:4]) == set()
     running = TrialRecord("r", {}, state="running", until=8)
-    assert spent((*trials[:7], running)) == set(), "one of the second generation is at work"
-    assert spent(trials[:8]) == set(ids[:4])
-    assert spent(trials) == set(ids[:8])
-    assert spent([TrialRecord("a", {}, state="stopped"), TrialRecord("b", {}, state="running")]) == {"a"}
+    assert finished_trials((*trials[:7], running)) == set(), "one of the second generation is at work"
+    assert finished_trials(trials[:8]) == set(ids[:4])
+    assert finished_trials(trials) == set(ids[:8])
+    assert finished_trials([TrialRecord("a", {}, state="stopped"), TrialRecord("b", {}, state="running")]) == {"a"}
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from graftwork.cli.planning import plan_spec
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.machine import Speed
 from graftwork.memory import GIB, RowSizes, predict_training
-from graftwork.memory.measured import RUNS, Correction, kind_of, known, learn
+from graftwork.memory.measured import RUNS, Correction, kind_of, learn, read_corrections
 from graftwork.model_shape import ModelShape
-from graftwork.plan import GPUS, Machine, gpu_called, named_gpu, plan_serving, plan_training, settle, step_seconds
+from graftwork.plan import GPUS, Machine, gpu_called, named_gpu, plan_serving, plan_training, resolve_auto, step_seconds
 from graftwork.provenance import collect
 from graftwork.serving.spec import EngineSpec
 from graftwork.training.data import prepare
@@ -24,7 +24,7 @@ from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.page import memory_notes, plan_of_run, write_page
 from graftwork.training.records import TrainReport
 from graftwork.training.refit import FinalPeak
-from graftwork.training.run import Run
+from graftwork.training.run import ResolvedRun
 from graftwork.training.settled import sizes_of
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
@@ -34,7 +34,7 @@ from tests.training import task
 MACHINE = Machine(cores=2, memory_bytes=8 * GIB, speed=Speed(gflops=65.0, gbytes_per_s=20.0))
 AUTO = {"micro_batch": "auto", "gradient_checkpointing": "auto"}
 FULL = {"adapter": {"kind": "full"}, "quant": {"kind": "none"}}
-ROWS = RowSizes.of([2048] * 64, [1024] * 64)
+ROWS = RowSizes.from_lengths([2048] * 64, [1024] * 64)
 
 
 def spec(**keys: Any) -> TrainSpec:
@@ -49,8 +49,8 @@ def on(gpu: str) -> Machine:
 
 def test_auto_takes_the_fastest_that_fits_and_says_why() -> None:
     asked = spec(optim={"rows_per_step": 16, **AUTO}, gpus_per_worker=1, quant={"kind": "none"})
-    large = settle(asked, LLAMA_8B, ROWS, on("h200"))
-    small = settle(asked, LLAMA_8B, ROWS, on("rtx4090"))
+    large = resolve_auto(asked, LLAMA_8B, ROWS, on("h200"))
+    small = resolve_auto(asked, LLAMA_8B, ROWS, on("rtx4090"))
     assert large.spec.optim.gradient_checkpointing is False
     assert small.spec.optim.gradient_checkpointing is True
     assert any(note.startswith("gradient_checkpointing=on (predicted ") for note in small.notes)
@@ -70,29 +70,29 @@ def test_auto_takes_the_fastest_that_fits_and_says_why() -> None:
 
 def test_what_was_given_is_kept() -> None:
     given = spec(optim={"rows_per_step": 16, "micro_batch": 2, "gradient_checkpointing": "auto"})
-    assert settle(given, SMOLLM2, ROWS, MACHINE).spec.optim.micro_batch == 2
+    assert resolve_auto(given, SMOLLM2, ROWS, MACHINE).spec.optim.micro_batch == 2
     plain = spec(quant={"resident": "packed"})
-    assert settle(plain, SMOLLM2, ROWS, MACHINE).spec is plain
+    assert resolve_auto(plain, SMOLLM2, ROWS, MACHINE).spec is plain
 
 
 def test_nf4_lies_unpacked_on_a_cpu_where_that_fits() -> None:
-    short, roomy = RowSizes.of([128] * 64, [64] * 64), replace(MACHINE, memory_bytes=64 * GIB)
-    form = {gib: settle(spec(), SMOLLM2, short, replace(MACHINE, memory_bytes=int(gib * GIB))).spec.quant.resident
+    short, roomy = RowSizes.from_lengths([128] * 64, [64] * 64), replace(MACHINE, memory_bytes=64 * GIB)
+    form = {gib: resolve_auto(spec(), SMOLLM2, short, replace(MACHINE, memory_bytes=int(gib * GIB))).spec.quant.resident
             for gib in (8, 1.9, 1)}  # fmt: skip
     assert form == {8: "dequantised", 1.9: "packed", 1: "auto"}, "where nothing fits it stays as it was asked for"
-    found = settle(spec(), SMOLLM2, short, roomy).spec
+    found = resolve_auto(spec(), SMOLLM2, short, roomy).spec
     packed = spec(quant={"resident": "packed"})
     assert step_seconds(found, SMOLLM2, short, roomy, 1) < step_seconds(packed, SMOLLM2, short, roomy, 1)
-    assert settle(spec(gpus_per_worker=1), SMOLLM2, short, on("h100")).spec.quant.resident == "auto"
+    assert resolve_auto(spec(gpus_per_worker=1), SMOLLM2, short, on("h100")).spec.quant.resident == "auto"
 
 
 def test_auto_where_nothing_fits_names_the_cheapest_change_that_does() -> None:
     asked = spec(optim={"rows_per_step": 8, **AUTO}, gpus_per_worker=1, quant={"kind": "none"})
     with pytest.raises(ConfigError) as error:
-        settle(asked, LLAMA_8B, ROWS, on("t4").at(QuantSpec(kind="none")))
-    assert "of 14.6 GiB a GPU" in error.value.found
-    assert error.value.next_move.startswith("--set ")
-    changes = dict(one.split("=") for one in error.value.next_move.removeprefix("--set ").split(" --set "))
+        resolve_auto(asked, LLAMA_8B, ROWS, on("t4").at(QuantSpec(kind="none")))
+    assert "of 14.6 GiB a GPU" in error.value.problem
+    assert error.value.hint.startswith("--set ")
+    changes = dict(one.split("=") for one in error.value.hint.removeprefix("--set ").split(" --set "))
     changed = asked.with_({"optim.micro_batch": 1, "optim.gradient_checkpointing": True, **changes})
     peak = predict_training(changed, LLAMA_8B, ROWS, value_bytes=4).peak_bytes
     assert peak < 0.95 * GPUS["t4"].memory_bytes
@@ -198,28 +198,30 @@ def test_serving_is_planned_for_gpus() -> None:
 
 def test_a_run_settles_once_and_goes_on_as_it_began(tmp_path: Path) -> None:
     asked = task(tmp_path / "task", **{"optim.micro_batch": "auto", "optim.gradient_checkpointing": "auto"})
-    run = Run.of(asked)
-    first = run.settled()
+    run = ResolvedRun.resolve(asked)
+    first = run.with_auto_resolved()
     assert isinstance(first.spec.optim.micro_batch, int)
     assert first.spec.optim.gradient_checkpointing is False
     assert first.spec.quant.resident == "dequantised"
     assert len(first.notes) == 3
-    assert run.paths.run_id == Run.of(first.spec).paths.run_id, "what auto became is no part of a run's identity"
+    assert run.paths.run_id == ResolvedRun.resolve(first.spec).paths.run_id, (
+        "what auto became is no part of a run's identity"
+    )
     recorded = first.spec.with_({"optim.micro_batch": 1})
     run.paths.store.write_bytes(yaml.safe_dump(recorded.model_dump(mode="json")).encode(), *run.paths.spec())
-    again = run.settled()
+    again = run.with_auto_resolved()
     assert again.spec.optim.micro_batch == 1
     assert "as the run began" in again.notes[0]
 
 
 def test_runs_raise_later_plans_of_their_kind_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
-    assert known("cpu") == {}
+    assert read_corrections("cpu") == {}
     learn("cpu", kind_of(spec()), predicted_bytes=100, measured_bytes=120)
     learn("cpu", kind_of(spec()), predicted_bytes=100, measured_bytes=105)
-    assert known("cpu") == {"sft lora nf4": Correction(1.2, 2)}, "the largest of the newest runs"
+    assert read_corrections("cpu") == {"sft lora nf4": Correction(1.2, 2)}, "the largest of the newest runs"
     rows = RowSizes.at_most(64)
-    taught = replace(MACHINE, peaks=known("cpu"))
+    taught = replace(MACHINE, peaks=read_corrections("cpu"))
     plain, corrected = (plan_training(spec(), SMOLLM2, rows, None, machine) for machine in (MACHINE, taught))
     assert corrected.peak_bytes_per_process == round(1.2 * plain.peak_bytes_per_process)
     assert sum(size for _, size in corrected.parts) == corrected.peak_bytes_per_process
@@ -227,7 +229,9 @@ def test_runs_raise_later_plans_of_their_kind_alone(tmp_path: Path, monkeypatch:
     for other in ({"quant": {"kind": "none"}}, {"objective": {"kind": "dpo"}}, {"adapter": {"kind": "ia3"}}):
         plans = [plan_training(spec(**other), SMOLLM2, rows, None, machine) for machine in (MACHINE, taught)]
         assert plans[0].parts == plans[1].parts, other
-    assert settle(spec(optim=AUTO), SMOLLM2, rows, replace(taught, memory_bytes=64 * GIB)).notes, "auto sees it too"
+    assert resolve_auto(spec(optim=AUTO), SMOLLM2, rows, replace(taught, memory_bytes=64 * GIB)).notes, (
+        "auto sees it too"
+    )
 
 
 def test_a_plan_is_never_lowered_and_a_correction_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +243,9 @@ def test_a_plan_is_never_lowered_and_a_correction_is_bounded(tmp_path: Path, mon
     assert found.parts == plan_training(asked, SMOLLM2, ROWS, None, replace(on("t4"), peaks={})).parts
     for _ in range(RUNS):
         learn("h100", "sft lora none", predicted_bytes=100, measured_bytes=104)
-    assert known("h100")["sft lora none"] == Correction(1.04, RUNS), "one odd run does not count for all time"
+    assert read_corrections("h100")["sft lora none"] == Correction(1.04, RUNS), (
+        "one odd run does not count for all time"
+    )
 
 
 def test_a_runs_final_peak_is_what_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,11 +260,11 @@ def test_a_runs_final_peak_is_what_is_learned_from(tmp_path: Path, monkeypatch: 
     final_peak = FinalPeak(job)
     assert final_peak(step)
     final_peak.learn(result)
-    assert known("cpu") == {}, "a run that goes on for one step has not reached its peak"
+    assert read_corrections("cpu") == {}, "a run that goes on for one step has not reached its peak"
     assert final_peak(replace(step, step=2))
-    assert known("cpu") == {}, "the peak so far is below the final one where rows differ in length"
+    assert read_corrections("cpu") == {}, "the peak so far is below the final one where rows differ in length"
     final_peak.learn(result)
-    assert known("cpu") == {kind_of(asked): Correction(1.25, 1)}
+    assert read_corrections("cpu") == {kind_of(asked): Correction(1.25, 1)}
 
 
 def test_links_are_those_of_the_gpus(tmp_path: Path) -> None:
@@ -294,7 +300,7 @@ def test_plan_output_and_report_show_one_prediction(tmp_path: Path, monkeypatch:
     [printed] = plan_spec(asked, Path())
     assert any(name == "correction from 1 earlier run on this machine" for name, _ in printed.parts)
     assert any(line.startswith("outcomes take ") for line in printed.assumptions)
-    run = Run.of(asked).settled()
+    run = ResolvedRun.resolve(asked).with_auto_resolved()
     run.paths.store.write_json(plan_of_run(run.spec, run.base, run.data, run.probes), *run.paths.plan())
     run.paths.store.write_json(collect(0), *run.paths.provenance())
     learn("cpu", kind_of(asked), predicted_bytes=100, measured_bytes=140)

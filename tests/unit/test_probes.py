@@ -14,20 +14,20 @@ from benchmarks.advice import REMEDY, Told, run
 from graftwork import config
 from graftwork.chat import Message, Passage, PromptSpec
 from graftwork.cli.comparing import show_card
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError
 from graftwork.report import ReportInput, render_html, render_json
 from graftwork.report.records import CompareReport, DecisionCard, Lift, Share
-from graftwork.serving.experiment.answers import Answers
+from graftwork.serving.experiment.answers import AnswerSet
 from graftwork.serving.experiment.compare import compare, primary_metric
-from graftwork.serving.experiment.offline import Job, alone_jobs, ask_jobs, run_offline
+from graftwork.serving.experiment.offline import EvalRequest, alone_jobs, ask_jobs, run_offline
 from graftwork.serving.experiment.probes.advice import Findings, ask_for, measured
 from graftwork.serving.experiment.probes.ask import Prober
 from graftwork.serving.experiment.probes.card import AdapterFacts, make_card, reference_arm
-from graftwork.serving.experiment.probes.classify import Evidence, classify
+from graftwork.serving.experiment.probes.classify import ProbeEvidence, classify
 from graftwork.serving.experiment.probes.given import probed_corpus
 from graftwork.serving.experiment.probes.gold import GoldPassages, distractors, right_answer, with_context
-from graftwork.serving.experiment.probes.right import Judge, Right, repaired
+from graftwork.serving.experiment.probes.right import Correctness, CorrectnessCheck, repaired
 from graftwork.serving.experiment.probes.shares import n_to_settle, share, state
 from graftwork.serving.experiment.probes.spec import ProbeSpec
 from graftwork.serving.experiment.scorers.load import load_scorers
@@ -39,7 +39,7 @@ from tests.scripted_arms import SCHEMA, Script, airports, by_job, spec
 
 # The rule.
 
-WRONG = Evidence(form_right=True, value_right=False, retrieves=False)
+WRONG = ProbeEvidence(form_right=True, value_right=False, retrieves=False)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ WRONG = Evidence(form_right=True, value_right=False, retrieves=False)
         (replace(WRONG, retrieves=True, gold_retrieved=False, right_before=True), ("forgetting",)),
     ],
 )  # fmt: skip
-def test_the_rule(found: Evidence, causes: tuple[str, ...]) -> None:
+def test_the_rule(found: ProbeEvidence, causes: tuple[str, ...]) -> None:
     assert classify(found) == causes
 
 
@@ -71,7 +71,7 @@ def test_the_rule_has_an_answer_for_all_evidence() -> None:
     maybe = (None, False, True)
     for form, value, retrieves in itertools.product((False, True), repeat=3):
         for rest in itertools.product(maybe, repeat=5):
-            causes = classify(Evidence(form, value, retrieves, *rest))
+            causes = classify(ProbeEvidence(form, value, retrieves, *rest))
             assert 1 <= len(causes) == len(set(causes)) <= 2
             assert ("form" in causes) == (value or not form)
             assert value == (causes == ("form",))
@@ -88,7 +88,7 @@ def test_only_what_stands_around_an_object_is_repaired() -> None:
 
 
 def test_the_gold_passage_is_put_as_rendering_does() -> None:
-    row = Row("r", (Message("system", "s"), Message("user", "Which?"), Message("assistant", "x")), doc_id="d")
+    row = DatasetRow("r", (Message("system", "s"), Message("user", "Which?"), Message("assistant", "x")), doc_id="d")
     turns = with_context(row, Passage("d", "one\n two"), PromptSpec())
     assert turns == [{"role": "system", "content": "s"}, {"role": "user", "content": "Context:\n- one two\n\nWhich?"}]
 
@@ -96,11 +96,11 @@ def test_the_gold_passage_is_put_as_rendering_does() -> None:
 def test_of_a_document_in_pieces_the_one_with_the_answer_is_taken() -> None:
     pieces = [Passage("guide.md#1", "Opens at nine"), Passage("guide.md#2", "It closes at 18:30"), Passage("b", "x")]
     gold = GoldPassages({piece.id: piece for piece in pieces}.get)
-    row = Row("r", (Message("user", "?"),), doc_id="guide.md", gold={"closes": "18:30"})
-    assert gold.of(row) == pieces[1]
-    assert gold.of(replace(row, doc_id="guide.md#1")) == pieces[0]
-    assert gold.of(replace(row, doc_id=None)) is None
-    assert gold.of(replace(row, doc_id="c")) is None
+    row = DatasetRow("r", (Message("user", "?"),), doc_id="guide.md", gold={"closes": "18:30"})
+    assert gold.find(row) == pieces[1]
+    assert gold.find(replace(row, doc_id="guide.md#1")) == pieces[0]
+    assert gold.find(replace(row, doc_id=None)) is None
+    assert gold.find(replace(row, doc_id="c")) is None
 
 
 def test_distractors_keep_what_the_question_gives_away() -> None:
@@ -219,7 +219,7 @@ PROBED = {"probes": {"distractors": 3}, "arms": [
 class Probed(Script):
     """The scripted arms, asked by probes as well: with the gold passage they know four times in five."""
 
-    async def probe(self, job: Job) -> dict[str, Any]:
+    async def probe(self, job: EvalRequest) -> dict[str, Any]:
         self.asked.append((job.label, job.row_id))
         if job.continuations:
             return {"logprobs": [(-1.0 - i, 1) for i in range(len(job.continuations))]}
@@ -230,7 +230,7 @@ class Probed(Script):
         return {"text": Script(self.rows, chances).text(job.label, row)}
 
 
-def probed(folder: Path, n: int = 60, **changes: Any) -> tuple[CompareReport, Prober, Probed, Answers]:
+def probed(folder: Path, n: int = 60, **changes: Any) -> tuple[CompareReport, Prober, Probed, AnswerSet]:
     rows = airports(n)
     asked = spec(**{**PROBED, **changes})
     assert asked.probes is not None
@@ -238,14 +238,14 @@ def probed(folder: Path, n: int = 60, **changes: Any) -> tuple[CompareReport, Pr
     answers = asyncio.run(run_offline(asked, rows, script, folder / "answers.jsonl"))
     passages = GoldPassages({row.doc_id: Passage(row.doc_id or "", f"about {row.doc_id}") for row in rows}.get)
     prober = Prober(
-        asked, asked.probes, rows, answers, Judge(asked, load_scorers(asked.scorers, SCHEMA), "both"), passages,
+        asked, asked.probes, rows, answers, CorrectnessCheck(asked, load_scorers(asked.scorers, SCHEMA), "both"), passages,
         prompts={arm.name: PromptSpec() for arm in asked.arms}, versions={"finetuned": "v1", "raft-rag": "v2"},
         reference=asked.probes.reference or "base",
     )  # fmt: skip
     script.asked.clear()
-    first = prober.first_round()
+    first = prober.first_requests()
     found = asyncio.run(ask_jobs(first, script.probe, folder / "probes.jsonl", 16))
-    found = asyncio.run(ask_jobs(first + prober.second_round(found), script.probe, folder / "probes.jsonl", 16))
+    found = asyncio.run(ask_jobs(first + prober.followup_requests(found), script.probe, folder / "probes.jsonl", 16))
     report = compare(asked, rows, answers, SCHEMA, card=make_card(prober, found, {}))
     return report, prober, script, found
 
@@ -360,18 +360,18 @@ def test_gold_passages_need_a_corpus() -> None:
     assert spec(probes=False).probes is None
     with pytest.raises(ConfigError, match="name the corpus"):
         probed_corpus(asked, airports(2))
-    assert probed_corpus(asked, [Row("r", (Message("user", "?"),))]) is None
+    assert probed_corpus(asked, [DatasetRow("r", (Message("user", "?"),))]) is None
 
 
 # Answers that are texts: a right text among other words is a failure of form, and facts are what a probe looks for.
 
 
-def inventors(n: int) -> list[Row]:
-    return [Row(f"q{i}", (Message("user", f"Who invented engine {i}?"),), doc_id=f"d{i}",
+def inventors(n: int) -> list[DatasetRow]:
+    return [DatasetRow(f"q{i}", (Message("user", f"Who invented engine {i}?"),), doc_id=f"d{i}",
                 gold={"answers": [f"Thomas {i}x Newcomen", f"Newcomen {i}x"]}) for i in range(n)]  # fmt: skip
 
 
-async def says(job: Job) -> dict[str, Any]:
+async def says(job: EvalRequest) -> dict[str, Any]:
     """In turn: the right text; a sentence with it; wrong, but a sentence with it given the gold passage; wrong."""
     at = int(job.row_id[1:])
     if job.continuations:
@@ -389,17 +389,17 @@ def text_card(folder: Path, *scorers: Any) -> tuple[DecisionCard, dict[str, set[
     by_question = {row.messages[0].content: row.id for row in rows}
 
     async def answer(arm: ArmSpec, messages: Any, request_id: str) -> dict[str, Any]:
-        return await says(Job("k", arm.name, by_question[messages[-1]["content"]], arm, messages))
+        return await says(EvalRequest("k", arm.name, by_question[messages[-1]["content"]], arm, messages))
 
     answers = asyncio.run(run_offline(asked, rows, answer, folder / "answers.jsonl"))
     passages = GoldPassages({row.doc_id: Passage(row.doc_id or "", f"about {row.id}") for row in rows}.get)
     loaded = load_scorers(asked.scorers)
-    judge = Judge(asked, loaded, primary_metric(asked, loaded.tested))
+    judge = CorrectnessCheck(asked, loaded, primary_metric(asked, loaded.tested))
     prober = Prober(asked, asked.probes, rows, answers, judge, passages, reference="base", versions={},
                     prompts={arm.name: PromptSpec() for arm in asked.arms})  # fmt: skip
-    first = prober.first_round()
+    first = prober.first_requests()
     found = asyncio.run(ask_jobs(first, says, folder / "probes.jsonl", 8))
-    second = prober.second_round(found)
+    second = prober.followup_requests(found)
     found = asyncio.run(ask_jobs(first + second, says, folder / "probes.jsonl", 8))
     return make_card(prober, found, {}), {job.row_id: set(job.continuations) for job in second}
 
@@ -430,19 +430,19 @@ def test_without_a_split_no_share_of_form_is_printed(tmp_path: Path, capsys: pyt
 
 def test_containment_as_the_metric_asks_for_facts_alone(tmp_path: Path) -> None:
     asked = spec(scorers=["qa"], answer_schema=None, primary="contains")
-    judge = Judge(asked, load_scorers(asked.scorers), "contains")
+    judge = CorrectnessCheck(asked, load_scorers(asked.scorers), "contains")
     row = inventors(1)[0]
-    assert judge.of(row, "It was Newcomen 0x.") == Right(form=True, value=True, whole=True)
-    assert judge.of(row, "It was Watt.") == Right(form=None, value=False, whole=False)
+    assert judge.check(row, "It was Newcomen 0x.") == Correctness(form=True, value=True, whole=True)
+    assert judge.check(row, "It was Watt.") == Correctness(form=None, value=False, whole=False)
     assert not judge.splits
 
 
 def test_a_pattern_is_part_of_a_texts_form(tmp_path: Path) -> None:
     short = {"kind": "regex", "name": "short", "pattern": r".{1,16}"}
     asked = spec(scorers=["qa", short], answer_schema=None)
-    judge = Judge(asked, load_scorers(asked.scorers), "em")
+    judge = CorrectnessCheck(asked, load_scorers(asked.scorers), "em")
     row = inventors(1)[0]
-    assert judge.of(row, "Newcomen 0x") == Right(form=True, value=True, whole=True)
-    assert judge.of(row, "It was Newcomen 0x") == Right(form=False, value=True, whole=False)
-    assert judge.of(row, "James Watt") == Right(form=True, value=False, whole=False)
-    assert judge.of(row, "Perhaps James Watt did") == Right(form=False, value=False, whole=False)
+    assert judge.check(row, "Newcomen 0x") == Correctness(form=True, value=True, whole=True)
+    assert judge.check(row, "It was Newcomen 0x") == Correctness(form=False, value=True, whole=False)
+    assert judge.check(row, "James Watt") == Correctness(form=True, value=False, whole=False)
+    assert judge.check(row, "Perhaps James Watt did") == Correctness(form=False, value=False, whole=False)

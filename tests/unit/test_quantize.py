@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from graftwork import config, stats
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError
 from graftwork.report import ReportInput, render_html
 from graftwork.report.quantize_records import QuantizeReport
 from graftwork.report.records import Difference
 from graftwork.serving.experiment.verdict import Rules, ScoredArms, contrast
 from graftwork.serving.quantize.judge import judge
-from graftwork.serving.quantize.measured import Measured, MeasuredArm, Said
+from graftwork.serving.quantize.measured import AnswerText, MeasuredArm, PrecisionResult
 from graftwork.serving.quantize.rule import Candidate, Recommendation, Rule, recommend
 from graftwork.serving.quantize.spec import QuantizeSpec
 from tests.scripted_arms import SCHEMA, airports
@@ -102,19 +102,19 @@ def test_the_lower_end_decides_as_one_side_of_tost() -> None:
 CHANCES = {"fp32": 0.9, "int8": 0.9, "nf4": 0.2}
 
 
-def measured(spec: QuantizeSpec, precision: Any, rows: list[Row], size: int) -> Measured:
+def measured(spec: QuantizeSpec, precision: Any, rows: list[DatasetRow], size: int) -> PrecisionResult:
     """Every arm right on the same questions where the chances are equal; the base never."""
     arms = []
     for arm in spec.arms:
         dice = [random.Random(f"{arm.name} {row.id}").random() for row in rows]
         right = [arm.adapter is not None and roll < CHANCES[precision] for roll in dice]
         texts = [json.dumps(dict(row.gold or {})) if ok else "?" for row, ok in zip(rows, right, strict=True)]
-        said = tuple(Said(text=text, cut=text == "?") for text in texts)
+        said = tuple(AnswerText(text=text, cut=text == "?") for text in texts)
         loss = 0.7 if precision == "nf4" and arm.adapter else None
         arms.append(MeasuredArm(arm=arm.name, adapter_version="v1" if arm.adapter else None, nats=1.5, tokens=99,
                                 answers=said, tokens_per_s={1: (10.0, 12.0), 32: (90.0, 100.0, 110.0)},
                                 merge_loss=loss))  # fmt: skip
-    return Measured(precision=precision, base_digest="b" * 64, material="m", reason="dtype=float32", caveat="",
+    return PrecisionResult(precision=precision, base_digest="b" * 64, material="m", reason="dtype=float32", caveat="",
                     load_s=1.0, stored_bytes=size, resident_bytes=size, predicted_bytes=size,
                     peak_rss_bytes=2**30, machine="one CPU" if precision != "nf4" else "another CPU",
                     arms=tuple(arms))  # fmt: skip

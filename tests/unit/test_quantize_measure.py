@@ -16,7 +16,7 @@ from graftwork.base_model import BaseSpec, QuantSpec, ResolvedBase, load
 from graftwork.chat import Prompt
 from graftwork.model_shape import ModelShape
 from graftwork.serving.quantize.measure import Material, caveat, measure
-from graftwork.serving.quantize.measured import Measured
+from graftwork.serving.quantize.measured import PrecisionResult
 from graftwork.serving.quantize.merge_loss import merge_loss
 from graftwork.serving.quantize.perplexity import perplexity, windows
 from graftwork.serving.quantize.spec import QuantizeSpec
@@ -67,11 +67,11 @@ def asked(base: ResolvedBase, adapter: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def of(asked: QuantizeSpec) -> Callable[[str], Measured]:
+def of(asked: QuantizeSpec) -> Callable[[str], PrecisionResult]:
     """Each precision measured once, when first asked for."""
     material, found = Material(asked.arms, tuple(airports(6)), TEXT), {}
 
-    def one(precision: Any) -> Measured:
+    def one(precision: Any) -> PrecisionResult:
         if precision not in found:
             found[precision] = measure(asked, precision, material)
         return found[precision]
@@ -110,7 +110,7 @@ def test_perplexity_is_that_of_transformers_strided_recipe(base: ResolvedBase) -
 
 
 def test_arms_are_measured_as_peft_would_answer(
-    of: Callable[[str], Measured], base: ResolvedBase, adapter: Path
+    of: Callable[[str], PrecisionResult], base: ResolvedBase, adapter: Path
 ) -> None:
     """fp32: the texts are PEFT's greedy ones, the text's likelihood is PEFT's. Source: peft, transformers."""
     from peft import PeftModel
@@ -134,7 +134,7 @@ def test_arms_are_measured_as_peft_would_answer(
     assert [arm.adapter_version is None for arm in found.arms] == [True, False]
 
 
-def test_a_measurement_names_what_it_was_taken_on(of: Callable[[str], Measured], asked: QuantizeSpec) -> None:
+def test_a_measurement_names_what_it_was_taken_on(of: Callable[[str], PrecisionResult], asked: QuantizeSpec) -> None:
     material = Material(asked.arms, tuple(airports(6)), TEXT)
     others = (
         replace(material, rows=tuple(airports(6, seed=1))),
@@ -147,7 +147,7 @@ def test_a_measurement_names_what_it_was_taken_on(of: Callable[[str], Measured],
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_gives_answers_and_speeds(of: Callable[[str], Measured], precision: str) -> None:
+def test_every_precision_gives_answers_and_speeds(of: Callable[[str], PrecisionResult], precision: str) -> None:
     found = of(precision)
     for arm in found.arms:
         assert [said.error for said in arm.answers] == [None] * 6
@@ -158,7 +158,7 @@ def test_every_precision_gives_answers_and_speeds(of: Callable[[str], Measured],
     assert found.reason.startswith("dtype=bfloat16" if precision == "bf16" else "dtype=")
 
 
-def test_bytes_are_those_of_the_arithmetic(of: Callable[[str], Measured], base: ResolvedBase) -> None:
+def test_bytes_are_those_of_the_arithmetic(of: Callable[[str], PrecisionResult], base: ResolvedBase) -> None:
     """Counted on the loaded model; predicted from the shape by `graftwork.memory`, but for each linear's codebook."""
     shape, linears = ModelShape.from_config(base.config), 14
     for precision in PRECISIONS:

@@ -57,8 +57,8 @@ def test_each_pod_set_gets_one_flavor_and_flavors_add_up(groups: list[dict[str, 
 
 def test_the_finding_has_the_figures() -> None:
     [found] = nominal_findings(queue(CPUS, CARDS), machines(group(8, 16, 128, 1, "h100")))
-    assert "head 4 cpu, 16Gi memory; h100 128 cpu, 1024Gi memory, 8 nvidia.com/gpu" in found.found
-    assert "gpu 64 cpu, 512Gi memory, 8 nvidia.com/gpu" in found.found
+    assert "head 4 cpu, 16Gi memory; h100 128 cpu, 1024Gi memory, 8 nvidia.com/gpu" in found.problem
+    assert "gpu 64 cpu, 512Gi memory, 8 nvidia.com/gpu" in found.problem
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_queue_of_a_cohort_may_borrow(spec: dict[str, Any], flavors: dict[str,
 def test_a_resource_without_a_quota_is_never_admitted() -> None:
     bare = queue({"name": "cpu", "resources": [{"name": "cpu", "nominalQuota": "64"}]}, covered=("cpu",))
     [found] = nominal_findings(bare, machines(group(1, 1, 1, 1)))
-    assert found.found == "the ClusterQueue 'team' has no memory, nvidia.com/gpu"
+    assert found.problem == "the ClusterQueue 'team' has no memory, nvidia.com/gpu"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 from graftwork import recipes
 from graftwork.answers.text import parse_object
-from graftwork.data import Row, read_passages, read_rows, read_text
+from graftwork.data import DatasetRow, read_passages, read_rows, read_text
 from graftwork.errors import DataError
 from graftwork.recipes.airport_card import _WORDINGS
 from graftwork.records import read_records
@@ -23,7 +23,7 @@ SPLITS = ("train", "valid", "eval")
 JSON_ANSWERS = ("airport-card", "airport-city", "city-country", "ua-parse")
 
 
-def rows_of(name: str, splits: Sequence[str] = SPLITS) -> dict[str, list[Row]]:
+def rows_of(name: str, splits: Sequence[str] = SPLITS) -> dict[str, list[DatasetRow]]:
     return {split: read_rows(f"recipe://{name}/{split}.jsonl", need="eval") for split in splits}
 
 

@@ -52,7 +52,7 @@ def test_the_closed_form_is_what_the_real_step_takes(adapter: dict[str, Any], ag
     """transformers' Llama, PEFT's layers and autograd on fake tensors: 4 blocks of Llama-3-8B, 2 rows of 1,024."""
     from graftwork.training.replay import replay
 
-    asked, rows = spec(2, again=again, quant=PLAIN, adapter=adapter), RowSizes.of([1024] * 2, [1023] * 2)
+    asked, rows = spec(2, again=again, quant=PLAIN, adapter=adapter), RowSizes.from_lengths([1024] * 2, [1023] * 2)
     found = replay(asked, SMALLER, rows, value_bytes=2)
     assert allocated(asked, SMALLER, rows) == pytest.approx(found.peak_bytes, rel=0.04)
     shape = ModelShape.from_config(SMALLER)
@@ -66,7 +66,7 @@ def test_a_packed_base_is_replayed_at_its_size() -> None:
     from graftwork.training.replay import replay
 
     asked = spec(2, again=False, quant={"kind": "nf4", "double_quant": True}, adapter={"kind": "lora"})
-    rows = RowSizes.of([512] * 2, [511] * 2)
+    rows = RowSizes.from_lengths([512] * 2, [511] * 2)
     found = replay(asked, SMALLER, rows, value_bytes=2)
     assert found.weights == pytest.approx(weight_bytes(ModelShape.from_config(SMALLER), asked.quant, 2), rel=0.001)
     assert allocated(asked, SMALLER, rows) == pytest.approx(found.peak_bytes, rel=0.06)
@@ -82,7 +82,7 @@ def test_what_cannot_be_replayed_is_refused() -> None:
 
 # One H100, random weights of Llama-3-8B's shape, 2,048 tokens, r16 on all linears, TRL 1.16's SFTTrainer (docs/log.md).
 
-ROWS = RowSizes.of([2048] * 8, [2047] * 8)
+ROWS = RowSizes.from_lengths([2048] * 8, [2047] * 8)
 
 
 def test_the_closed_form_against_peaks_of_an_h100() -> None:

@@ -141,7 +141,7 @@ def test_candidates_are_put_in_the_order_of_the_questions_likelihood(
     question = "Which port lies by the sea?"
 
     def by_hand(identity: str) -> float:
-        turns = chat.question_of(chat.Passage(identity, texts[identity]))
+        turns = chat.rerank_prompt(chat.Passage(identity, texts[identity]))
         prompt = chat.render(turns, template, generate=True).ids
         return float(engines.peft_score(base, None, prompt, template.continuation_ids(question)))
 

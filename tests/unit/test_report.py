@@ -262,7 +262,7 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None
         (words.seconds(3723), "1 h 02 min"), (words.seconds(None), "–"), (words.milliseconds(1204.4), "1,204 ms"),
         (words.size(512), "512 B"), (words.size(1.5 * 2**30), "1.50 GiB"), (words.size(37 * 2**30), "37 GiB"),
         (words.signed(-0.125), "−0.12"), (words.p_value(0.0004), "< 0.001"), (words.ratio(110, 100), "+10%"),
-        (words.plain(2e-3), "0.002"), (words.plain(True), "true"),
+        (words.format_setting(2e-3), "0.002"), (words.format_setting(True), "true"),
     ],
 )  # fmt: skip
 def test_numbers_in_words(said: str, expected: str) -> None:

@@ -13,8 +13,8 @@ from graftwork import artifact
 from graftwork.artifact import AdapterManifest
 from graftwork.artifact_check import WEIGHTS_FILE
 from graftwork.errors import ArtifactError, StorageError
-from graftwork.serving.engine.engine import Engine
-from graftwork.serving.residency import FETCH_THREADS, Pin, Residency
+from graftwork.serving.engine.engine import NativeEngine
+from graftwork.serving.residency import FETCH_THREADS, AdapterCache, Pin
 from graftwork.serving.source import AdapterSource
 from graftwork.storage import Store
 from tests.adapters import facts
@@ -39,7 +39,7 @@ class CountingSource(AdapterSource):
 class Stage:
     """An engine, a store with four published adapters, and what was fetched."""
 
-    engine: Engine
+    engine: NativeEngine
     store: Store
     folders: list[Path]
     fetched: list[str] = field(default_factory=list)
@@ -48,11 +48,11 @@ class Stage:
         known = facts(base_digest=BASE, prompt={})
         return artifact.publish(self.store, task, self.folders[number], **known, alias=alias).version
 
-    def residency(self, places: int, **settings: Any) -> Residency:
+    def residency(self, places: int, **settings: Any) -> AdapterCache:
         """Room for `places` of the adapters, which are all of one size."""
         held, asked = self.engine.check_adapter(self.folders[0]), (self.folders[0] / WEIGHTS_FILE).stat().st_size
         source = CountingSource(self.store, BASE, self.fetched)
-        return Residency(self.engine, source, max_bytes=places * held - held // 2 + asked, **settings)
+        return AdapterCache(self.engine, source, max_bytes=places * held - held // 2 + asked, **settings)
 
     def loaded(self) -> set[str]:
         return {slot.version for slot in self.engine.adapters()}
@@ -68,12 +68,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 @pytest.fixture
 def stage(parts: tuple[Path, list[Path]], tmp_path: Path) -> Iterator[Stage]:
     base, folders = parts
-    engine = Engine(load_model(base), spec(max_loaded=8), "cpu")
+    engine = NativeEngine(load_model(base), spec(max_loaded=8), "cpu")
     yield Stage(engine, Store(str(tmp_path)), folders)
     engine.stop()
 
 
-def run(stage: Stage, places: int, play: Callable[[Residency], Coroutine[Any, Any, None]], **settings: Any) -> None:
+def run(stage: Stage, places: int, play: Callable[[AdapterCache], Coroutine[Any, Any, None]], **settings: Any) -> None:
     async def main() -> None:
         residency = stage.residency(places, **settings)
         try:
@@ -94,7 +94,7 @@ async def settle() -> None:
 def test_many_who_ask_at_once_cause_one_load(stage: Stage) -> None:
     version = stage.publish("card", 0)
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         pins = await asyncio.gather(*[residency.pin("card@latest") for _ in range(20)])
         assert {pin.manifest.version for pin in pins} == {version}
         assert stage.fetched == [version]
@@ -108,7 +108,7 @@ def test_many_who_ask_at_once_cause_one_load(stage: Stage) -> None:
 def test_a_refresh_leaves_running_requests_on_their_version(stage: Stage) -> None:
     old = stage.publish("card", 0)
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         before = await residency.pin("card@latest")
         new = stage.publish("card", 1)
         assert (await residency.pin("card@latest")).manifest.version == old  # published is not yet refreshed
@@ -128,7 +128,7 @@ def test_a_version_with_another_name_outlives_a_swap(stage: Stage) -> None:
     old = stage.publish("card", 0)
     artifact.promote(stage.store, "card", "stable", old)
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         for ref in ("card@latest", "card@stable"):
             residency.release(await residency.pin(ref))
         new = stage.publish("card", 1)
@@ -142,7 +142,7 @@ def test_a_version_with_another_name_outlives_a_swap(stage: Stage) -> None:
 def test_the_least_recently_used_idle_version_goes(stage: Stage) -> None:
     versions = [stage.publish(task, number) for number, task in enumerate(("a", "b", "c"))]
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         for ref in ("a@latest", "b@latest", "a@latest"):
             residency.release(await residency.pin(ref))
         await residency.pin("c@latest")
@@ -154,7 +154,7 @@ def test_the_least_recently_used_idle_version_goes(stage: Stage) -> None:
 def test_a_version_in_constant_use_does_not_keep_others_out(stage: Stage) -> None:
     first, second = stage.publish("a", 0), stage.publish("b", 1)
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         running = await residency.pin("a@latest")
         other = asyncio.create_task(residency.pin("b@latest"))
         await settle()
@@ -176,7 +176,7 @@ def test_a_version_is_not_emptied_for_a_wait_that_ends_by_itself(stage: Stage) -
     """Three requests pass the one that waits; the fourth does not."""
     first, second = stage.publish("a", 0), stage.publish("b", 1)
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         pins = [await residency.pin("a@latest")]
         other = asyncio.create_task(residency.pin("b@latest"))
         await settle()
@@ -198,7 +198,7 @@ def test_a_version_is_not_emptied_for_a_wait_that_ends_by_itself(stage: Stage) -
 def test_a_pinned_version_stays_and_leaves_room_for_others(stage: Stage) -> None:
     versions = [stage.publish(task, number) for number, task in enumerate(("a", "b", "c"))]
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         assert await residency.keep("a@latest") == versions[0]
         for ref in ("b@latest", "c@latest", "b@latest"):
             residency.release(await residency.pin(ref))
@@ -206,7 +206,7 @@ def test_a_pinned_version_stays_and_leaves_room_for_others(stage: Stage) -> None
         with pytest.raises(ArtifactError, match=r"b@latest(.|\n)*at most half"):
             await residency.keep("b@latest")
         assert [state.pinned for state in residency.states() if state.version == versions[0]] == [True]
-        await residency.let_go("a@latest")
+        await residency.unkeep("a@latest")
         for ref in ("b@latest", "c@latest"):
             residency.release(await residency.pin(ref))
         assert stage.loaded() == {versions[1], versions[2]}
@@ -217,7 +217,7 @@ def test_a_pinned_version_stays_and_leaves_room_for_others(stage: Stage) -> None
 def test_unload_takes_a_version_out_with_its_last_request(stage: Stage) -> None:
     version = stage.publish("a", 0)
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         running = await residency.pin("a@latest")
         assert await residency.unload("a@latest") == version
         assert [(state.state, state.running) for state in residency.states()] == [("draining", 1)]
@@ -231,7 +231,7 @@ def test_unload_takes_a_version_out_with_its_last_request(stage: Stage) -> None:
 def test_an_adapter_larger_than_the_budget_is_refused(stage: Stage) -> None:
     stage.publish("a", 0)
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         with pytest.raises(ArtifactError, match=r"host_cache_bytes"):
             await residency.pin("a@latest")
 
@@ -253,7 +253,7 @@ def test_a_store_that_stalls_harms_only_who_waits_for_it(stage: Stage) -> None:
 
     async def main() -> None:
         source = Stalling(stage.store, BASE)
-        residency = Residency(stage.engine, source, max_bytes=1 << 20, fetch_timeout_s=0.5)
+        residency = AdapterCache(stage.engine, source, max_bytes=1 << 20, fetch_timeout_s=0.5)
         try:
             residency.release(await residency.pin("here@latest"))
             refs = [f"away{n}@latest" for n in range(FETCH_THREADS)]
@@ -263,7 +263,7 @@ def test_a_store_that_stalls_harms_only_who_waits_for_it(stage: Stage) -> None:
             residency.release(await residency.pin("here@latest"))
             for failed in await asyncio.gather(*waiting, return_exceptions=True):
                 assert isinstance(failed, StorageError)
-                assert "fetch_timeout_s" in failed.found
+                assert "fetch_timeout_s" in failed.problem
             gate.set()
             assert (await residency.pin("away1@latest")).manifest.task == "away1"
         finally:
@@ -276,7 +276,7 @@ def test_a_store_that_stalls_harms_only_who_waits_for_it(stage: Stage) -> None:
 def test_a_refresh_gets_its_place_under_constant_use(stage: Stage) -> None:
     stage.publish("a", 0)
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         running = await residency.pin("a@latest")
         new = stage.publish("a", 1)
         swap = asyncio.create_task(residency.refresh("a@latest"))
@@ -293,7 +293,7 @@ def test_a_refresh_gets_its_place_under_constant_use(stage: Stage) -> None:
 def test_a_caller_that_gives_up_does_not_take_the_load_from_others(stage: Stage) -> None:
     version = stage.publish("a", 0)
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         impatient, patient = (asyncio.create_task(residency.pin("a@latest")) for _ in range(2))
         await asyncio.sleep(0)
         impatient.cancel()
@@ -306,7 +306,7 @@ def test_a_caller_that_gives_up_does_not_take_the_load_from_others(stage: Stage)
 def test_a_broken_new_version_changes_nothing(stage: Stage) -> None:
     old = stage.publish("a", 0)
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         residency.release(await residency.pin("a@latest"))
         new = stage.publish("a", 1)
         weights = Path(stage.store.path("adapters", "a", new, "adapter_model.safetensors"))
@@ -325,7 +325,7 @@ def test_a_broken_adapter_works_once_it_is_mended(stage: Stage) -> None:
     weights = Path(stage.store.path("adapters", "a", version, "adapter_model.safetensors"))
     whole = weights.read_bytes()
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         weights.write_bytes(whole[:-1] + b"?")
         failed = await asyncio.gather(*[residency.pin("a@latest") for _ in range(3)], return_exceptions=True)
         assert all(isinstance(error, ArtifactError) for error in failed)
@@ -339,7 +339,7 @@ def test_unknown_and_foreign_adapters_are_refused(stage: Stage) -> None:
     known = facts(base_digest="f" * 64, prompt={})
     artifact.publish(stage.store, "foreign", stage.folders[0], **known, alias="latest")
 
-    async def play(residency: Residency) -> None:
+    async def play(residency: AdapterCache) -> None:
         with pytest.raises(artifact.UnknownAdapter):
             await residency.pin("nosuch@latest")
         with pytest.raises(ArtifactError, match="trained on base"):

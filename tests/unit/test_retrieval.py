@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftwork.chat import Message, Passage
-from graftwork.data import ContextSpec, Row, read_rows
+from graftwork.data import ContextSpec, DatasetRow, read_rows
 from graftwork.errors import DataError
 from graftwork.retrieval import STOP_WORDS, LexicalIndex, open_lexical, training_context
 from graftwork.retrieval.words import code_token, codes_of, is_code, words_of
@@ -150,11 +150,11 @@ def test_what_is_no_index_is_said(tmp_path: Path, content: bytes | None) -> None
         LexicalIndex.open(path)
 
 
-def row(identity: str, question: str, doc_id: str | None) -> Row:
-    return Row(identity, (Message("user", question), Message("assistant", "{}")), doc_id)
+def row(identity: str, question: str, doc_id: str | None) -> DatasetRow:
+    return DatasetRow(identity, (Message("user", question), Message("assistant", "{}")), doc_id)
 
 
-def contexts_of(rows: list[Row], spec: ContextSpec) -> list[tuple[Passage, ...]]:
+def contexts_of(rows: list[DatasetRow], spec: ContextSpec) -> list[tuple[Passage, ...]]:
     context = training_context(spec, seed=0)
     return [context(row) for row in rows]
 

@@ -92,7 +92,7 @@ def test_a_key_that_changes_prompt_or_loss_is_rejected_by_row_and_key(
     with pytest.raises(DataError, match=f"rows.jsonl row 2: {at}: ") as caught:
         read_rows(uri, need="train")
     assert caught.value.rule
-    assert move in caught.value.next_move
+    assert move in caught.value.hint
 
 
 @pytest.mark.parametrize("need", ["eval", "prompt"])
@@ -226,7 +226,7 @@ def test_a_renamed_key_of_a_row_is_refused_with_its_new_name(tmp_path: Path, old
     assert read_rows(uri, limit=1, need="train")[0].given_fields == ("x",)
     with pytest.raises(DataError, match=f"row 2: {old}: unknown key") as caught:
         read_rows(uri, need="train")
-    assert caught.value.next_move == f"{old} was renamed to {new}"
+    assert caught.value.hint == f"{old} was renamed to {new}"
     passages = write(tmp_path / "corpus.jsonl", {"id": "a", "text": "one", old: ["x"]})
     ignored: list[str] = []
     read_corpus([SourceSpec(uri=passages)], ChunkSpec(), ignored)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from graftwork.answers.fields import Key, score
+from graftwork.answers.fields import GoldAnswer, score
 from graftwork.answers.schema import AnswerSchema
 from graftwork.answers.text import exactly, parse_object, tokens
 from graftwork.chat import Message
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError, DataError
 
 GOLD = {"icao": "KMIA", "iata": "MIA", "name": "Miami International Airport", "city": "São Paulo", "elevation_ft": 1026}
@@ -22,7 +22,7 @@ SCHEMA = AnswerSchema(
         "properties": {name: {"type": "number" if name == "elevation_ft" else "string"} for name in GOLD},
     }
 )
-KEY = Key(GOLD, frozenset({"icao"}))
+KEY = GoldAnswer(GOLD, frozenset({"icao"}))
 
 
 def answer(**changes: Any) -> str:
@@ -121,32 +121,32 @@ def test_exactly(found: object, gold: object, equal: bool) -> None:
 
 def test_null_gold_is_nothing_to_find_but_must_be_null() -> None:
     gold = {"icao": "KMIA", "iata": None, "city": "Miami"}
-    key, schema = Key(gold, frozenset({"icao"})), AnswerSchema({"type": "object"})
+    key, schema = GoldAnswer(gold, frozenset({"icao"})), AnswerSchema({"type": "object"})
     assert key.wanted == ("city",)
     assert score(json.dumps(gold), key, schema).both == 1
     assert score(json.dumps({**gold, "iata": "XXX"}), key, schema).both == 0
 
 
 def test_nested_gold_is_found_leaf_by_leaf() -> None:
-    key = Key({"os": {"name": "Android", "version": "14"}, "tags": ["mobile", "tablet"]}, frozenset())
+    key = GoldAnswer({"os": {"name": "Android", "version": "14"}, "tags": ["mobile", "tablet"]}, frozenset())
     schema = AnswerSchema({"type": "object"})
     assert score("An Android 14 tablet, mobile", key, schema).facts == 1
     assert score("Android, mobile and tablet", key, schema).facts == 0.5
     assert score('{"os": {"version": "14", "name": "android"}}', key, schema).facts == 0.5
 
 
-def row(gold: dict[str, Any] | None, asked: tuple[str, ...] = ()) -> Row:
-    return Row("r1", (Message("user", "?"),), gold=gold, given_fields=asked)
+def row(gold: dict[str, Any] | None, asked: tuple[str, ...] = ()) -> DatasetRow:
+    return DatasetRow("r1", (Message("user", "?"),), gold=gold, given_fields=asked)
 
 
 def test_a_row_without_gold_is_refused() -> None:
     with pytest.raises(DataError, match=r"row 'r1': gold: missing or empty"):
-        Key.of(row(None))
+        GoldAnswer.from_row(row(None))
 
 
 def test_a_row_with_nothing_to_find_is_refused() -> None:
     with pytest.raises(DataError, match="every field is null or given away"):
-        Key.of(row({"icao": "KMIA", "iata": None}, asked=("icao",)))
+        GoldAnswer.from_row(row({"icao": "KMIA", "iata": None}, asked=("icao",)))
 
 
 @pytest.mark.parametrize(

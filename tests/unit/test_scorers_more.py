@@ -15,12 +15,12 @@ from pydantic import TypeAdapter
 from graftwork import plugins
 from graftwork.answers.schema import AnswerSchema
 from graftwork.chat import Message
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError, DataError, RunError
 from graftwork.metrics import Metric
 from graftwork.serving.experiment.scorers import own
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
-from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.reply import ModelReply
 from graftwork.serving.experiment.scorers.spec import ScorerSpec
 
 SPECS: TypeAdapter[list[ScorerSpec]] = TypeAdapter(list[ScorerSpec])
@@ -32,13 +32,13 @@ def scorers(*trees: Any, schema: AnswerSchema | None = None, gold: bool = True) 
     return load_scorers(SPECS.validate_python(list(trees)), schema, gold=gold)
 
 
-def row(gold: Mapping[str, Any], answer: str | None = None) -> Row:
+def row(gold: Mapping[str, Any], answer: str | None = None) -> DatasetRow:
     said = (Message("assistant", answer),) if answer else ()
-    return Row("r1", (Message("user", "?"), *said), gold=gold)
+    return DatasetRow("r1", (Message("user", "?"), *said), gold=gold)
 
 
 def one(tree: Any, text: str, gold: Mapping[str, Any], answer: str | None = None) -> float:
-    found = scorers(tree).score(Reply.to(row(gold, answer), text))
+    found = scorers(tree).score(ModelReply.to(row(gold, answer), text))
     return next(iter(found.values()))
 
 
@@ -77,7 +77,7 @@ def test_field_f1_is_the_harmonic_mean() -> None:
 def test_a_schema_is_held_as_jsonschema_does(text: str) -> None:
     by_spec = scorers({"kind": "json_schema", "name": "card"}, schema=AnswerSchema(TREE))
     valid = jsonschema.Draft202012Validator(TREE).is_valid(json.loads(text))
-    assert by_spec.score(Reply(text)) == {"card": float(valid)}
+    assert by_spec.score(ModelReply(text)) == {"card": float(valid)}
 
 
 def test_a_regex_takes_the_whole_answer_or_a_part() -> None:
@@ -158,28 +158,28 @@ ROUGE = {TEXTS[0]: (0.769231, 0.545455, 0.769231), TEXTS[1]: (0.666667, 0.2, 0.6
 
 @pytest.mark.parametrize(("texts", "expected"), ROUGE.items())
 def test_rouge_is_rouge_scores(texts: tuple[str, str], expected: tuple[float, ...]) -> None:
-    found = scorers("rouge").score(Reply.to(row({"text": texts[1]}), texts[0]))
+    found = scorers("rouge").score(ModelReply.to(row({"text": texts[1]}), texts[0]))
     assert tuple(found.values()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_cost_is_tokens_and_time_by_their_prices() -> None:
     prices = {"kind": "cost", "currency": "EUR", "per_1k_prompt_tokens": 0.5, "per_1k_completion_tokens": 2,
               "per_replica_hour": 3.6, "answers_at_once": 10}  # fmt: skip
-    reply = Reply("x", prompt_tokens=200, completion_tokens=50, latency_ms=2000)
+    reply = ModelReply("x", prompt_tokens=200, completion_tokens=50, latency_ms=2000)
     per_answer = 0.2 * 0.5 + 0.05 * 2 + 3.6 * (2 / 3600) / 10
     assert scorers(prices).score(reply)["cost"] == pytest.approx(1000 * per_answer)
-    assert math.isnan(scorers(prices).score(Reply("x"))["cost"])
+    assert math.isnan(scorers(prices).score(ModelReply("x"))["cost"])
 
 
 def test_a_failed_request_scores_nothing_and_takes_nothing() -> None:
-    failed = scorers("latency", "exact").failed()
+    failed = scorers("latency", "exact").failed_scores()
     assert failed["exact"] == 0
     assert math.isnan(failed["latency_ms"])
 
 
 def test_live_traffic_has_no_gold() -> None:
     live = scorers({"kind": "regex", "pattern": ".+"}, "tokens", gold=False)
-    assert live.score(Reply("x", prompt_tokens=3, completion_tokens=1)) == {
+    assert live.score(ModelReply("x", prompt_tokens=3, completion_tokens=1)) == {
         "regex": 1, "prompt_tokens": 3, "completion_tokens": 1,
     }  # fmt: skip
     with pytest.raises(ConfigError, match="it needs the right answer"):
@@ -208,9 +208,9 @@ def test_own_scorers_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, __name__, module)
     mine = scorers({"kind": "own", "name": "shouts"})
     assert mine.metrics == (Shouts.metric,)
-    assert mine.score(Reply("LOUD")) == {"shouts": 1}
+    assert mine.score(ModelReply("LOUD")) == {"shouts": 1}
     with pytest.raises(RunError, match=r"it returned 3\.0"):
-        mine.score(Reply("broken"))
+        mine.score(ModelReply("broken"))
     for name, found in (("other", "0 entry points"), ("not_a_scorer", "is no function"), ("absent", "cannot be imp")):
         with pytest.raises(ConfigError, match=found):
             scorers({"kind": "own", "name": name})
@@ -261,15 +261,15 @@ def test_specs_that_make_no_sense_are_refused(tree: Any, message: str) -> None:
 def test_texts_are_scored_as_squad_scores_them(
     text: str, right: list[str], em: float, f1: float, contains: float
 ) -> None:
-    found = scorers("qa").score(Reply.to(row({"answers": right}), text))
+    found = scorers("qa").score(ModelReply.to(row({"answers": right}), text))
     assert found == {"em": em, "f1": pytest.approx(f1), "contains": contains}
 
 
 def test_right_texts_are_found_in_a_field_or_in_the_last_turn() -> None:
     gold = {"answers": ["Bergen", "the city of Bergen"], "country": "Norway"}
     by_field = scorers({"kind": "qa", "field": "answers"})
-    assert by_field.score(Reply.to(row(gold, "It is Bergen."), "city of Bergen"))["em"] == 1
-    assert scorers("qa").score(Reply.to(row(gold, "Oslo"), "Oslo"))["em"] == 1
+    assert by_field.score(ModelReply.to(row(gold, "It is Bergen."), "city of Bergen"))["em"] == 1
+    assert scorers("qa").score(ModelReply.to(row(gold, "Oslo"), "Oslo"))["em"] == 1
     with pytest.raises(DataError, match="the right text is a string, or a list of them"):
         scorers("qa").check([row(gold)])
     with pytest.raises(ConfigError, match="it needs the right answer"):

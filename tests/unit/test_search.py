@@ -23,7 +23,7 @@ from graftwork.tuning.goals import pareto
 from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.records import State, TrialRecord
 from graftwork.tuning.search import Suggestion, search_of
-from graftwork.tuning.search.modelled import enough
+from graftwork.tuning.search.modelled import min_reports
 from graftwork.tuning.search.outcomes import as_forecast, as_reported, at_furthest_step
 from graftwork.tuning.space import Values, digest
 from graftwork.tuning.spec import TuneSpec, decides_rows
@@ -256,7 +256,7 @@ def test_bohb_learns_at_the_furthest_step_that_enough_trials_reported_at() -> No
     assert [outcome.costs for outcome in losses[12] or ()] == [(0.0,), (1.0,)]
     assert [outcome.costs for outcome in losses[8] or ()] == [(number + 4 / 12,) for number in range(4)]
     assert len(losses[4] or ()) == 6
-    assert enough(sweep(SPACE)) == 5
+    assert min_reports(sweep(SPACE)) == 5
 
 
 def test_bohb_draws_its_share_at_random() -> None:

@@ -46,12 +46,12 @@ def test_a_key_given_twice_is_refused_with_both_lines(
     tmp_path: Path, text: str, key: str, lines: tuple[int, int]
 ) -> None:
     error = refusal(tmp_path, text)
-    assert f"{key!r} is given on line {lines[0]} and on line {lines[1]}" in error.found
+    assert f"{key!r} is given on line {lines[0]} and on line {lines[1]}" in error.problem
 
 
 def test_a_key_given_twice_on_one_line_is_refused(tmp_path: Path) -> None:
     error = refusal(tmp_path, "kind: train\nname: a\nbase: b\ndata: {train: x}\noptim: {lr: 0.1, lr: 0.2}\n")
-    assert "'lr' is given twice on line 5" in error.found
+    assert "'lr' is given twice on line 5" in error.problem
 
 
 def test_a_merge_key_may_be_overridden(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_merge_key_may_be_overridden(tmp_path: Path) -> None:
     ],
 )
 def test_keys_of_other_trainers_lead_to_the_key_here(tmp_path: Path, peer: str, own: str) -> None:
-    assert refusal(tmp_path, changed(**{peer: 3})).next_move == f"use {own!r}"
+    assert refusal(tmp_path, changed(**{peer: 3})).hint == f"use {own!r}"
 
 
 def test_every_suggested_key_exists_in_a_spec() -> None:
@@ -133,12 +133,12 @@ def test_a_renamed_key_is_refused_with_its_new_name_which_works(tmp_path: Path, 
         found = found[int(part) if part.isdigit() else part]
     assert found == value or new == "objectives"
     error = refusal(tmp_path, text, f"{dotted}={json.dumps(value)}")
-    assert (error.found.startswith("unknown key"), error.next_move) == (True, f"{old} was renamed to {new}")
+    assert (error.problem.startswith("unknown key"), error.hint) == (True, f"{old} was renamed to {new}")
 
 
 def test_a_renamed_key_in_the_wrong_place_is_refused_with_its_place(tmp_path: Path) -> None:
     error = refusal(tmp_path, changed(**{"shots_from": "rows.jsonl"}))
-    assert error.next_move == "shots_from was renamed to few_shot_file: use 'prompt.few_shot_file'"
+    assert error.hint == "shots_from was renamed to few_shot_file: use 'prompt.few_shot_file'"
 
 
 def test_the_gang_scheduler_of_a_cluster_keeps_its_key(tmp_path: Path) -> None:
@@ -153,11 +153,11 @@ def test_a_renamed_kind_is_refused_with_its_new_name(tmp_path: Path, old: str, n
     path.write_text(f"kind: {old}\nname: hello\n")
     with pytest.raises(ConfigError) as caught:
         config.load(path, expect=new if expect else None)
-    assert caught.value.next_move == f"{old} was renamed to {new}"
+    assert caught.value.hint == f"{old} was renamed to {new}"
 
 
 def test_an_unknown_key_without_a_near_one_still_has_a_hint(tmp_path: Path) -> None:
-    assert refusal(tmp_path, changed(zzzqqq=1)).next_move == "remove 'zzzqqq'"
+    assert refusal(tmp_path, changed(zzzqqq=1)).hint == "remove 'zzzqqq'"
 
 
 def test_quant_takes_a_plain_string(tmp_path: Path) -> None:
@@ -223,6 +223,6 @@ def test_set_reaches_keys_that_contain_dots(tmp_path: Path, key: str) -> None:
 
 def test_further_problems_are_a_list_of_their_own(tmp_path: Path) -> None:
     error = refusal(tmp_path, changed(zzzqqq=1, num_workers="two"))
-    assert "\n" not in error.next_move
+    assert "\n" not in error.hint
     assert len(error.also) == 1
     assert str(error).endswith(f"Also: {error.also[0]}")

@@ -60,7 +60,7 @@ def test_a_uri_that_names_no_place_is_refused(uri: str) -> None:
 def test_a_uri_that_carries_credentials_is_refused_without_showing_them(uri: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Store(uri)
-    assert "AWS_SECRET_ACCESS_KEY" in caught.value.next_move
+    assert "AWS_SECRET_ACCESS_KEY" in caught.value.hint
     for shown in (str(caught.value), repr(caught.value)):
         assert "hunt" not in shown
         assert "3r2" not in shown

@@ -24,7 +24,7 @@ from examples.studies.spec import ClaimSpec, StudySpec
 from graftwork import config, stats
 from graftwork.answers.choices import Choices
 from graftwork.chat import Message
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError, DataError, RunError, UserError
 from graftwork.report import render_html, render_json
 from graftwork.serving.spec import ArmSpec
@@ -178,16 +178,16 @@ def test_two_constant_groups_differ_for_sure_or_not_at_all() -> None:
     assert welch(more, same, 0.05) == (Interval(1.0, 1.0), 0.0)
 
 
-def row(name: str, choices: list[str], right: int, signs: list[int] | None = None) -> Row:
+def row(name: str, choices: list[str], right: int, signs: list[int] | None = None) -> DatasetRow:
     gold = {"choices": choices, "right": right} | ({"signs": signs} if signs else {})
-    return Row(name, (Message("user", f"Who is {name}?"),), gold=gold)
+    return DatasetRow(name, (Message("user", f"Who is {name}?"),), gold=gold)
 
 
 def test_a_choice_is_as_probable_as_its_mean_token() -> None:
     rows = [row("x", ["she", "he", "not known"], 2, [1, -1, 0]), row("y", ["he", "she", "unknown"], 2, [-1, 1, 0])]
     weighed = [Weighed(key="x", logprobs=(-2.0, -3.0, -3.6), tokens=(1, 1, 2)),
                Weighed(key="y", logprobs=(-2.0, -1.0, -4.0), tokens=(1, 1, 1))]  # fmt: skip
-    found = scores_of(weighed, [Choices.of(one) for one in rows])
+    found = scores_of(weighed, [Choices.from_row(one) for one in rows])
     assert {name: list(values) for name, values in found.items()} == {
         "nats": [1.8, 4.0], "choice": [1.0, 0.0], "bias": [0.0, 1.0]
     }  # fmt: skip
@@ -200,12 +200,15 @@ def test_a_choice_is_as_probable_as_its_mean_token() -> None:
 )  # fmt: skip
 def test_a_row_that_cannot_be_weighed_is_refused(gold: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=f"row r: gold.{said}"):
-        Choices.of(Row("r", (Message("user", "Who?"),), gold=gold))
+        Choices.from_row(DatasetRow("r", (Message("user", "Who?"),), gold=gold))
 
 
 def test_likelihoods_are_kept_as_they_come_and_a_torn_line_is_weighed_again(tmp_path: Path) -> None:
     path, one = tmp_path / "likelihoods.jsonl", row("x", ["a", "b"], 0)
-    jobs = {"k1": (ArmSpec(name="base"), one, Choices.of(one)), "k2": (ArmSpec(name="base"), one, Choices.of(one))}
+    jobs = {
+        "k1": (ArmSpec(name="base"), one, Choices.from_row(one)),
+        "k2": (ArmSpec(name="base"), one, Choices.from_row(one)),
+    }
     asked: list[str] = []
 
     async def weigh(arm: ArmSpec, messages: Any, choices: list[str], request_id: str) -> list[dict[str, Any]]:

@@ -129,7 +129,7 @@ def test_a_full_finetune_of_many_rows_is_refused_on_a_t4(folder: Path) -> None:
     spec = spec_of(folder, "8b", num_workers=2, gpus_per_worker=1)
     job, lines, _ = with_demand(job_of(spec, cluster, "k8s:a/team-a"), spec, folder, machines_of(cluster))
     [found] = [one for one in preflight(Attempt(job, 1), "team-a") if one.code == "E-FIT-GPU-MEMORY"]
-    assert found.found == "T4 has 14.6 GiB"
+    assert found.problem == "T4 has 14.6 GiB"
     assert f"{lines[0].peak_bytes_per_process / GIB:.1f} GiB" in found.rule
 
 

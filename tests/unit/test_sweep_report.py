@@ -15,12 +15,12 @@ from graftwork.report import ReportInput, render_html, render_json
 from graftwork.report.sweep import sentence, stops_words, timeline
 from graftwork.report.sweep_records import SweepKey, SweepRecord, SweepTrial
 from graftwork.tuning.choice import choose
-from graftwork.tuning.page import Ended, sweep_record
+from graftwork.tuning.page import SweepEnd, sweep_record
 from graftwork.tuning.page.axis import terms
 from graftwork.tuning.page.importance import importance
 from graftwork.tuning.page.rates import rates
 from graftwork.tuning.page.stops import stops
-from graftwork.tuning.page.values import plain, settings
+from graftwork.tuning.page.values import settings, to_plain
 from graftwork.tuning.records import State, TrialRecord
 from graftwork.tuning.space import Values
 from graftwork.tuning.spec import TuneSpec
@@ -53,8 +53,8 @@ def grid(loss: Any) -> list[TrialRecord]:
             for rank in (1, 4, 16, 64) for rate in (0.001, 0.002, 0.004, 0.008)]  # fmt: skip
 
 
-def page_of(asked: TuneSpec, trials: Sequence[TrialRecord], ended: Ended | None = None) -> tuple[SweepRecord, Page]:
-    ended = ended or Ended("finished", 16, "grid", 60.0, choose(asked, trials))
+def page_of(asked: TuneSpec, trials: Sequence[TrialRecord], ended: SweepEnd | None = None) -> tuple[SweepRecord, Page]:
+    ended = ended or SweepEnd("finished", 16, "grid", 60.0, choose(asked, trials))
     record = sweep_record(asked, trials, ended)
     report = ReportInput(title="sweep", created_at="now", verdict=sentence(record), tune=record)
     assert render_json(ReportInput.model_validate_json(render_json(report))) == render_json(report)
@@ -173,7 +173,7 @@ def test_bars_share_a_lane_only_when_they_do_not_overlap() -> None:
 
 def test_a_trial_that_was_running_is_drawn_up_to_the_interruption() -> None:
     running = trial("a", {"optim.lr": 0.001}, [], "running", started_s=20.0, wall_s=0.01)
-    record, page = page_of(spec({"optim.lr": RATE}), [running], Ended("interrupted", 16, "grid", 60.0))
+    record, page = page_of(spec({"optim.lr": RATE}), [running], SweepEnd("interrupted", 16, "grid", 60.0))
     found = timeline(record)
     assert found is not None
     assert found.idle == pytest.approx(20 / 60)
@@ -195,9 +195,9 @@ def test_a_page_of_any_number_of_trials_opens(count: int) -> None:
         reports = {"finished": 4, "stopped": 2, "running": 1}.get(state, 0)
         trials.append(trial(f"{index:08x}", values, [rng.lognormvariate(0, 1) for _ in range(reports)], state,
                             error="<b>lost</b>" if state == "failed" else None))  # fmt: skip
-    ended = Ended("interrupted", 16, "random", 60.0)
+    ended = SweepEnd("interrupted", 16, "random", 60.0)
     if any(one.state == "finished" for one in trials):
-        ended = Ended("finished", 16, "random", 60.0, choose(asked, trials))
+        ended = SweepEnd("finished", 16, "random", 60.0, choose(asked, trials))
     _, page = page_of(asked, trials, ended)
     assert f"{count} trials" in page.text
     assert ("<b>lost</b>" in page.text) == any(one.state == "failed" for one in trials), "escaped, not an element"
@@ -205,7 +205,7 @@ def test_a_page_of_any_number_of_trials_opens(count: int) -> None:
 
 def test_all_failed_is_said_with_the_error() -> None:
     trials = [trial(name, {"optim.lr": 0.001}, [], "failed", error="loss is nan") for name in "ab"]
-    _, page = page_of(spec({"optim.lr": RATE}), trials, Ended("failed", 16, "grid", 3.0, error="none ran to step 8"))
+    _, page = page_of(spec({"optim.lr": RATE}), trials, SweepEnd("failed", 16, "grid", 3.0, error="none ran to step 8"))
     assert "No trial was chosen: 2 failed." in page.text
     assert "none ran to step 8" in page.text
 
@@ -217,7 +217,7 @@ def test_the_settings_can_be_pasted() -> None:
     read = {key: yaml.safe_load(text) for key, _, text in (word.partition("=") for word in words[1::2])}
     asked = spec({"optim.lr": RATE}).train
     assert asked.with_(read) == asked.with_(values)
-    assert plain({"kind": "lora", "rank": 8}) == "lora rank=8"
+    assert to_plain({"kind": "lora", "rank": 8}) == "lora rank=8"
 
 
 def test_finals_are_shown_by_seed() -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from graftwork.serving.engine.adapters.changes import LinearShape, SiteWeights
-from graftwork.serving.engine.sites import Site
-from graftwork.serving.engine.slots import AdapterWeights, GroupWeights
+from graftwork.serving.engine.sites import LoraLayer
+from graftwork.serving.engine.slots import GroupWeights, LoadedAdapter
 from graftwork.serving.engine.tables import RankTables
 
 LAYERS, BUCKET, PLACES = 12, 8, 3
@@ -15,11 +15,11 @@ QK, DOWN = ("q", "k"), ("down",)
 SHAPES = {"q": LinearShape(6, 10), "k": LinearShape(6, 4), "down": LinearShape(14, 6)}
 
 
-def groups() -> dict[str, list[Site]]:
+def groups() -> dict[str, list[LoraLayer]]:
     """Two linears with one input and one alone, in each layer."""
     return {
         f"layers.{layer}.{'+'.join(names)}": [
-            Site(f"layers.{layer}.{name}", SHAPES[name], f"layers.{layer}.{'+'.join(names)}", member)
+            LoraLayer(f"layers.{layer}.{name}", SHAPES[name], f"layers.{layer}.{'+'.join(names)}", member)
             for member, name in enumerate(names)
         ]
         for layer in range(LAYERS)
@@ -29,7 +29,7 @@ def groups() -> dict[str, list[Site]]:
 
 def adapter(
     version: str, ranks: Mapping[str, int], *, one_file: bool, scaling: Mapping[str, float] | None = None
-) -> AdapterWeights:
+) -> LoadedAdapter:
     """Random halves of the named linears; in one buffer, in order of their names as in a file, or each by itself."""
     generator = torch.Generator().manual_seed(len(version) + sum(ranks.values()))
     sites = {site.name: site for members in groups().values() for site in members}
@@ -47,7 +47,7 @@ def adapter(
         for group, members in groups().items()
         if any(site.name in parts for site in members)
     }
-    return AdapterWeights(version, max(ranks.values()), grouped)
+    return LoadedAdapter(version, max(ranks.values()), grouped)
 
 
 def names(*kinds: str, layers: range = range(LAYERS)) -> list[str]:
@@ -68,7 +68,7 @@ ADAPTERS = {
 def test_a_place_holds_the_adapter_and_zeros_where_it_changes_nothing(kind: str, one_file: bool) -> None:
     tables = RankTables(BUCKET, groups(), PLACES, torch.float32, torch.device("cpu"))
     first = adapter("first", ADAPTERS["every layer"], one_file=True)
-    tables.give_back(taken(tables, first))
+    tables.free(taken(tables, first))
     scaling = {name: 0.5 + number % 3 for number, name in enumerate(sorted(ADAPTERS[kind]))}
     for weights in (adapter("b", ADAPTERS[kind], one_file=one_file),
                     adapter("cc", ADAPTERS[kind], one_file=one_file, scaling=scaling)):  # fmt: skip
@@ -79,16 +79,16 @@ def test_a_full_table_takes_no_more() -> None:
     tables = RankTables(BUCKET, groups(), PLACES, torch.float32, torch.device("cpu"))
     for number in range(PLACES):
         taken(tables, adapter("v" * number, ADAPTERS["some layers"], one_file=True))
-    assert tables.take(adapter("last", ADAPTERS["some layers"], one_file=True)) is None
+    assert tables.alloc(adapter("last", ADAPTERS["some layers"], one_file=True)) is None
 
 
-def taken(tables: RankTables, weights: AdapterWeights) -> int:
-    place = tables.take(weights)
+def taken(tables: RankTables, weights: LoadedAdapter) -> int:
+    place = tables.alloc(weights)
     assert place is not None
     return place
 
 
-def check(tables: RankTables, place: int, weights: AdapterWeights) -> None:
+def check(tables: RankTables, place: int, weights: LoadedAdapter) -> None:
     for group, members in groups().items():
         for site in members:
             parts = weights.groups.get(group)

@@ -25,7 +25,7 @@ from graftwork.training.job import LoopResult
 from graftwork.training.loop import run_steps
 from graftwork.training.merging import merge_published
 from graftwork.training.publish import publish
-from graftwork.training.run import Run, _job, _write_facts, run_paths
+from graftwork.training.run import ResolvedRun, _job, _write_facts, run_paths
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 from tests import engines
@@ -104,13 +104,13 @@ def test_a_run_is_the_same_one_on_the_next_day(
 
 def test_a_killed_run_goes_on_the_next_day(spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with clock(monkeypatch, WEST):
-        run = Run.of(spec)
+        run = ResolvedRun.resolve(spec)
         _write_facts(run)
         run_steps(_job(run, None), lambda step: step.step < 4)
         assert Checkpoints(run.paths).newest()
     with clock(monkeypatch, EAST):
         monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "another machine"))
-        again = Run.of(spec)
+        again = ResolvedRun.resolve(spec)
         steps: list[int] = []
 
         def note(step: StepReport) -> bool:
@@ -122,8 +122,8 @@ def test_a_killed_run_goes_on_the_next_day(spec: TrainSpec, tmp_path: Path, monk
     assert steps[0] > 4, "it began behind the checkpoint"
 
 
-def trained(spec: TrainSpec) -> tuple[Run, LoopResult]:
-    run = Run.of(spec)
+def trained(spec: TrainSpec) -> tuple[ResolvedRun, LoopResult]:
+    run = ResolvedRun.resolve(spec)
     _write_facts(run)
     return run, run_steps(_job(run, None), lambda _: True)
 

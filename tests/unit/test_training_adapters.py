@@ -11,18 +11,18 @@ from safetensors.torch import load_file
 
 from graftwork import artifact, artifact_ancestry, artifact_check, base_model, base_publish, config
 from graftwork.errors import ConfigError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.storage import RunPaths, Store
-from graftwork.training.adapters.attach import attach, take_weights
-from graftwork.training.adapters.below import lay_below
-from graftwork.training.adapters.off import adapter_off
+from graftwork.training.adapters.attach import attach, load_adapter_weights
+from graftwork.training.adapters.below import attach_frozen_adapter
+from graftwork.training.adapters.off import adapter_disabled
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import prepare
 from graftwork.training.init import parent_of
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.loop import run_steps
-from graftwork.training.publish import Published, publish
-from graftwork.training.run import Run, run_paths
+from graftwork.training.publish import PublishedModel, publish
+from graftwork.training.run import ResolvedRun, run_paths
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
 from tests import engines
@@ -86,7 +86,7 @@ def with_adapter(spec: TrainSpec, published: Path) -> Any:
     """The base with the published weights, as training holds it."""
     loaded = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
     model = attach(loaded.model, spec.adapter)
-    take_weights(model, published)
+    load_adapter_weights(model, published)
     return model.eval()
 
 
@@ -111,7 +111,7 @@ def test_it_learns(trained: dict[str, tuple[TrainSpec, LoopResult, Path]], kind:
 def test_the_endpoint_says_what_the_trained_model_says(
     trained: dict[str, tuple[TrainSpec, LoopResult, Path]], folder: Path
 ) -> None:
-    engine = Engine(engines.load_model(folder / "base"), engines.spec(), "cpu")
+    engine = NativeEngine(engines.load_model(folder / "base"), engines.spec(), "cpu")
     engine.start()
     try:
         for kind, (_, _, published) in trained.items():
@@ -131,7 +131,7 @@ def test_the_endpoint_says_what_the_trained_model_says(
         expected = [greedy(model, prompt) for prompt in PROMPTS]
         assert said[kind] == expected, kind
         assert expected != unlike_base, f"{kind} changes nothing"
-        with adapter_off(model):
+        with adapter_disabled(model):
             assert [greedy(model, prompt) for prompt in PROMPTS] == unlike_base, f"{kind} off is the base"
         assert [greedy(model, prompt) for prompt in PROMPTS] == expected, f"{kind} is on again"
 
@@ -140,7 +140,7 @@ def test_the_endpoint_says_what_the_trained_model_says(
 def test_killed_it_goes_on_to_the_same_curve(
     folder: Path,
     trained: dict[str, tuple[TrainSpec, LoopResult, Path]],
-    full: tuple[Run, LoopResult, Published],
+    full: tuple[ResolvedRun, LoopResult, PublishedModel],
     kind: str,
 ) -> None:
     spec, whole = (full[0].spec, full[1]) if kind == "full" else trained[kind][:2]
@@ -172,7 +172,7 @@ def test_training_goes_on_from_a_published_one(
     spec, whole, published = trained[kind]
     known = facts(base_digest=base_model.resolve(spec.base).digest, method=spec.adapter.model_dump(mode="json"))
     artifact.publish(Store(spec.root), kind, published, **known, alias="latest")
-    run = Run.of(spec.with_({"init_from": f"{kind}@latest"}))
+    run = ResolvedRun.resolve(spec.with_({"init_from": f"{kind}@latest"}))
     going_on = run_steps(TrainJob(run.spec, run.data, max_steps=1), lambda _: True)
     assert going_on.train_loss[0][1] < whole.train_loss[0][1] - 0.8
     assert run.spec.init_from is not None
@@ -197,7 +197,7 @@ def test_an_adapter_on_top_of_another_is_published_as_their_sum(
     known = facts(base_digest=base_model.resolve(first.base).digest, method=first.adapter.model_dump(mode="json"))
     ref = artifact.publish(Store(first.root), "language", below, **known, alias="latest").ref
     spec = spec_of(folder, "lora", **{"quant.kind": quant, "base_adapter": "language@latest", "optim.epochs": 1})
-    run = Run.of(spec)
+    run = ResolvedRun.resolve(spec)
     assert run.spec.base_adapter == ref
     assert run.paths.digest != run_paths(spec.with_({"base_adapter": None})).digest
     result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
@@ -210,10 +210,10 @@ def test_an_adapter_on_top_of_another_is_published_as_their_sum(
     loaded = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
     served = PeftModel.from_pretrained(loaded.model, artifact.fetch(run.paths.store, "colours", made.version)).eval()
     again = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
-    lay_below(again.model, below)
+    attach_frozen_adapter(again.model, below)
     stacked = attach(again.model, spec.adapter)
     with Checkpoints(run.paths).adapter(result.steps) as top:
-        take_weights(stacked, top)
+        load_adapter_weights(stacked, top)
     ids = torch.tensor([PROMPTS[1]])
     with torch.no_grad():
         expected = stacked.eval()(input_ids=ids).logits
@@ -241,16 +241,18 @@ def test_saved_names_are_those_of_the_serving_engine(trained: dict[str, tuple[Tr
 
 
 @pytest.fixture(scope="module")
-def full(folder: Path) -> tuple[Run, LoopResult, Published]:
+def full(folder: Path) -> tuple[ResolvedRun, LoopResult, PublishedModel]:
     """All weights trained and published."""
     spec = spec_of(folder, "full")
-    run = Run.of(spec)
+    run = ResolvedRun.resolve(spec)
     result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
     run.paths.store.write_json({"seed": 0}, *run.paths.provenance())
     return run, result, publish(run, result)
 
 
-def test_all_weights_learn_and_become_a_base(full: tuple[Run, LoopResult, Published], folder: Path) -> None:
+def test_all_weights_learn_and_become_a_base(
+    full: tuple[ResolvedRun, LoopResult, PublishedModel], folder: Path
+) -> None:
     run, result, made = full
     assert result.train_loss[-1][1] < result.train_loss[0][1] - 1
     assert (made.adapter, made.base) == (None, str(folder / "root" / "bases" / "colours" / made.version))
@@ -263,11 +265,13 @@ def test_all_weights_learn_and_become_a_base(full: tuple[Run, LoopResult, Publis
     assert publish(run, result) == made, "again is the same"
 
 
-def test_a_published_base_is_served_and_trained_on(full: tuple[Run, LoopResult, Published], folder: Path) -> None:
+def test_a_published_base_is_served_and_trained_on(
+    full: tuple[ResolvedRun, LoopResult, PublishedModel], folder: Path
+) -> None:
     run, result, made = full
     spec = task(folder, **{"base": made.base, "quant.kind": "none"})
     loaded = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="serve")
-    engine = Engine(loaded.model, engines.spec(), "cpu")
+    engine = NativeEngine(loaded.model, engines.spec(), "cpu")
     engine.start()
     try:
         said = engines.ask(engine, *(engines.request(str(n), p, max_new_tokens=12) for n, p in enumerate(PROMPTS)))
@@ -302,7 +306,7 @@ def test_a_key_of_another_kind_is_told_so(folder: Path) -> None:
     asked = task(folder).model_dump(mode="json", exclude_unset=True)
     with pytest.raises(ConfigError, match="known keys here: kind, tokens") as caught:
         config.validate(TrainSpec, {**asked, "adapter": {"kind": "prefix", "rank": 4}}, where="spec")
-    assert "replace all of them: --set 'adapter={kind: prefix}'" in caught.value.next_move
+    assert "replace all of them: --set 'adapter={kind: prefix}'" in caught.value.hint
 
 
 def test_every_kind_has_an_example() -> None:
@@ -325,5 +329,5 @@ def test_all_weights_need_a_learning_rate_of_their_own(folder: Path) -> None:
 def test_all_weights_leave_no_base_to_turn_back_to(folder: Path) -> None:
     task(folder)
     model = engines.load_model(folder / "base")
-    with pytest.raises(ConfigError, match="adapter.kind=full"), adapter_off(model):
+    with pytest.raises(ConfigError, match="adapter.kind=full"), adapter_disabled(model):
         pass

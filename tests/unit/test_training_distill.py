@@ -25,7 +25,7 @@ from graftwork.training.logits import trained_logits
 from graftwork.training.loop import plan_of, run_steps
 from graftwork.training.objectives import build
 from graftwork.training.objectives.distill import TaughtTrainer, _prompt
-from graftwork.training.objectives.setting import Setting
+from graftwork.training.objectives.setting import TrainerContext
 from graftwork.training.rows.token_rows import TokenRows
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
@@ -90,7 +90,7 @@ def trainer_of(spec: TrainSpec, folder: Path) -> TaughtTrainer:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     trainer: TaughtTrainer = build(
-        Setting(job, plan_of(job, 1), base, model, folder / "out", TrainerCallback())
+        TrainerContext(job, plan_of(job, 1), base, model, folder / "out", TrainerCallback())
     ).trainer
     return trainer
 

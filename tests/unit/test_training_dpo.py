@@ -20,7 +20,7 @@ from graftwork.training.job import TrainJob
 from graftwork.training.loop import plan_of, run_steps
 from graftwork.training.objective_spec import DpoSpec
 from graftwork.training.objectives import build, dpo
-from graftwork.training.objectives.setting import Setting
+from graftwork.training.objectives.setting import TrainerContext
 from graftwork.training.rows.pairs import PairRows
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
@@ -36,12 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("preference")
 
 
-def setting_of(spec: TrainSpec, folder: Path) -> Setting:
+def setting_of(spec: TrainSpec, folder: Path) -> TrainerContext:
     job = TrainJob(spec, prepare(spec))
     base = base_model.resolve(spec.base)
     loaded = base_model.load(base, spec.quant, device="cpu", purpose="train")
     torch.manual_seed(spec.seed)
-    return Setting(job, plan_of(job, 1), base, attach(loaded.model, spec.adapter), folder / "out", TrainerCallback())
+    return TrainerContext(
+        job, plan_of(job, 1), base, attach(loaded.model, spec.adapter), folder / "out", TrainerCallback()
+    )
 
 
 def shake(model: Any) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from graftwork import base_model
 from graftwork.errors import ArtifactError, ConfigError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.storage import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import prepare
@@ -168,7 +168,7 @@ def test_middles_are_learned_and_the_adapter_is_served_as_peft_computes_it(folde
         resolved = base_model.resolve(spec.base)
         model = base_model.load(resolved, spec.quant, device="cpu", purpose="serve").model
         served = base_model.load(resolved, spec.quant, device="cpu", purpose="serve").model
-        engine = Engine(served, engines.spec(), "cpu")
+        engine = NativeEngine(served, engines.spec(), "cpu")
         try:
             engine.load_adapter("fim", adapter)
             engine.start()

@@ -11,18 +11,18 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from graftwork import artifact
 from graftwork.storage import Store
 from graftwork.training.loop import run_steps
-from graftwork.training.run import Run, _job, _published, _write_facts, _write_status, train
+from graftwork.training.run import ResolvedRun, _job, _publish_result, _write_facts, _write_status, train
 from graftwork.training.spec import TrainSpec
 from tests.tiny import VOCAB_SIZE, write_tiny_tokenizer
 from tests.training import task
 
 
-def publish(spec: TrainSpec) -> Run:
+def publish(spec: TrainSpec) -> ResolvedRun:
     """Train a spec in this process up to its status `finished`: all that `train` does on Ray before the page."""
-    run = Run.of(spec).settled()
+    run = ResolvedRun.resolve(spec).with_auto_resolved()
     _write_facts(run)
     result = run_steps(_job(run, None), report=lambda _: True)
-    _write_status(run, "finished", report=_published(run, result).as_dict())
+    _write_status(run, "finished", report=_publish_result(run, result).as_dict())
     return run
 
 

@@ -12,7 +12,7 @@ from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import prepare
 from graftwork.training.job import TrainJob
 from graftwork.training.loop import run_steps
-from graftwork.training.run import Run, run_paths
+from graftwork.training.run import ResolvedRun, run_paths
 from graftwork.training.spec import TrainSpec
 from tests.adapters import facts
 from tests.training import task
@@ -42,7 +42,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainSpec, AdapterM
 
 def test_training_goes_on_where_the_adapter_was(first: tuple[TrainSpec, AdapterManifest, float]) -> None:
     spec, manifest, last_loss = first
-    run = Run.of(spec.with_({"init_from": "colours@latest"}))
+    run = ResolvedRun.resolve(spec.with_({"init_from": "colours@latest"}))
     assert run.spec.init_from == manifest.ref
     fresh = run_steps(TrainJob(spec, run.data, max_steps=1), lambda _: True)
     going_on = run_steps(TrainJob(run.spec, run.data, max_steps=1), lambda _: True)
@@ -54,7 +54,7 @@ def test_a_rerun_is_the_same_run_although_its_result_took_the_alias(
 ) -> None:
     spec, manifest, _ = first
     spec = spec.with_({"init_from": "colours@latest", "seed": 3, "optim.epochs": 1})
-    run = Run.of(spec)
+    run = ResolvedRun.resolve(spec)
     assert run.paths.digest != run_paths(spec.with_({"init_from": None})).digest
     result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
     published = publish(spec, run.paths, result.steps, parent=manifest.version)
@@ -67,7 +67,7 @@ def test_another_shape_is_refused(first: tuple[TrainSpec, AdapterManifest, float
     spec, _, _ = first
     with pytest.raises(ConfigError, match=r"adapter\.rank=4 with init_from=colours@latest") as caught:
         run_paths(spec.with_({"init_from": "colours@latest", "adapter.rank": 4}))
-    assert "--set adapter.rank=16" in caught.value.next_move
+    assert "--set adapter.rank=16" in caught.value.hint
 
 
 def test_an_unknown_adapter_is_refused(first: tuple[TrainSpec, AdapterManifest, float]) -> None:

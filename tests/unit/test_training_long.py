@@ -12,7 +12,7 @@ from graftwork import artifact, base_model
 from graftwork.base_model import BaseSpec, QuantSpec
 from graftwork.config import validate
 from graftwork.errors import ArtifactError, ConfigError
-from graftwork.serving.engine.engine import Engine
+from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.source import AdapterSource
 from graftwork.storage import RunPaths, Store
 from graftwork.training.before_after import before_after
@@ -94,7 +94,7 @@ def test_from_training_on_stretched_positions_to_serving_them(folder: Path, tmp_
         AdapterSource(run.store, unstretched.digest).resolve("needle@latest")
     source = AdapterSource(run.store, resolved.digest)
     served = source.fetch(source.resolve("needle@latest"))
-    engine = Engine(
+    engine = NativeEngine(
         base_model.load(resolved, PLAIN, device="cpu", purpose="serve").model, engines.spec(max_seq_len=512), "cpu"
     )
     engine.load_adapter("needle", served)

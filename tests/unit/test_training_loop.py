@@ -20,7 +20,7 @@ from graftwork.training.data import prepare
 from graftwork.training.job import LoopResult, NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.objectives import build, sft
-from graftwork.training.objectives.setting import Setting
+from graftwork.training.objectives.setting import TrainerContext
 from graftwork.training.spec import LoraSpec, TrainSpec
 from graftwork.training.steplog import StepReport, read_steps
 from tests.tiny import VOCAB_SIZE
@@ -43,7 +43,7 @@ def trainer_of(spec: TrainSpec, folder: Path) -> Any:
     loaded = base_model.load(base, spec.quant, device="cpu", purpose="train")
     set_seed(spec.seed)
     model = attach(loaded.model, spec.adapter)
-    setting = Setting(TrainJob(spec, data), plan, base, model, folder / "out", TrainerCallback())
+    setting = TrainerContext(TrainJob(spec, data), plan, base, model, folder / "out", TrainerCallback())
     return build(setting).trainer, data
 
 
@@ -170,9 +170,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     with pytest.raises(NonFiniteLoss) as caught:
         run_steps(TrainJob(spec, prepare(spec), run), go_on)
     steps = read_steps(run)
-    assert f"step {len(steps) + 1} of 12" in caught.value.asked
-    assert f"checkpoint of step {steps[-1].step} is the last good one" in caught.value.found
-    assert "optim.lr" in caught.value.next_move
+    assert f"step {len(steps) + 1} of 12" in caught.value.subject
+    assert f"checkpoint of step {steps[-1].step} is the last good one" in caught.value.problem
+    assert "optim.lr" in caught.value.hint
     assert all(math.isfinite(known.loss) for known in steps)
 
 

@@ -66,7 +66,7 @@ def test_tokens_of_a_step_leave_padding_out() -> None:
 
 
 def test_collate_pads_on_the_right_and_ignores_what_is_not_trained() -> None:
-    rows = TokenRows.of([((5, 6, 7), (False, True, True)), ((8,), (True,))])
+    rows = TokenRows.from_pairs([((5, 6, 7), (False, True, True)), ((8,), (True,))])
     batch = {key: value.tolist() for key, value in rows.collate([0, 1], pad_id=2).items()}
     assert batch["input_ids"] == [[5, 6, 7], [8, 2, 2]]
     assert batch["attention_mask"] == [[1, 1, 1], [1, 0, 0]]

@@ -16,7 +16,7 @@ from graftwork.serving.engine.sites import Sites
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage import RunPaths, Store
 from graftwork.training.adapters.attach import attach
-from graftwork.training.adapters.score_head import with_score_head
+from graftwork.training.adapters.score_head import add_reward_head
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.data import prepare
 from graftwork.training.init import pin_init
@@ -24,7 +24,7 @@ from graftwork.training.job import TrainJob
 from graftwork.training.loop import plan_of, run_steps
 from graftwork.training.objectives import build
 from graftwork.training.objectives.reward import load_scorer, rewards_of
-from graftwork.training.objectives.setting import Setting
+from graftwork.training.objectives.setting import TrainerContext
 from graftwork.training.rows.pairs import PairRows
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
@@ -75,8 +75,8 @@ def test_the_loss_is_that_of_a_plain_classifier(folder: Path) -> None:
     job, base = TrainJob(spec, prepare(spec)), base_model.resolve(spec.base)
     set_seed(0)
     loaded = base_model.load(base, spec.quant, device="cpu", purpose="train")
-    model = attach(with_score_head(loaded.model), spec.adapter)
-    trainer = build(Setting(job, plan_of(job, 1), base, model, folder / "out", TrainerCallback())).trainer
+    model = attach(add_reward_head(loaded.model), spec.adapter)
+    trainer = build(TrainerContext(job, plan_of(job, 1), base, model, folder / "out", TrainerCallback())).trainer
     plain = AutoModelForSequenceClassification.from_pretrained(base.folder, num_labels=1, dtype=torch.float32)
     plain.score.weight.data = model.base_model.model.score.modules_to_save["default"].weight.data
     plain.config.pad_token_id = 0
@@ -111,7 +111,7 @@ def test_a_published_one_scores_as_peft_does(spec: TrainSpec, trained: tuple[Run
     assert sum(better > worse for better, worse in zip(rewards[::2], rewards[1::2], strict=True)) >= 11
     loaded = base_model.load(base, spec.quant, device="cpu", purpose="train")
     folder = artifact.fetch(run.store, "judge", artifact.resolve(run.store, "judge@latest").version)
-    plain = PeftModel.from_pretrained(with_score_head(loaded.model), folder).eval()
+    plain = PeftModel.from_pretrained(add_reward_head(loaded.model), folder).eval()
     alone = [rewards_of(plain, rows.chosen, [i], 0).item() for i in range(3)]
     assert rewards[:6:2] == pytest.approx(alone, rel=1e-4)
 
@@ -141,7 +141,7 @@ def test_an_architecture_without_a_classifier_is_refused() -> None:
 
     config = CodeGenConfig(vocab_size=64, n_embd=16, n_layer=1, n_head=4, rotary_dim=4, n_positions=32)
     with pytest.raises(BaseModelError, match="no sequence classifier of this architecture"):
-        with_score_head(CodeGenForCausalLM(config))
+        add_reward_head(CodeGenForCausalLM(config))
 
 
 def test_an_endpoint_answers_that_it_cannot_be_asked(

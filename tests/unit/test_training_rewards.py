@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from graftwork import plugins
 from graftwork.chat import Message
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError, DataError
 from graftwork.training.reward_spec import BUILT_IN, RewardFunctionSpec
 from graftwork.training.rewards.load import GROUP, check_rows, load_rewards
@@ -24,7 +24,7 @@ SPECS: TypeAdapter[tuple[RewardFunctionSpec, ...]] = TypeAdapter(tuple[RewardFun
 SPEC: dict[str, Any] = {"name": "t", "base": "b", "data": {"train": "x"}, "quant": {"kind": "none"}}
 TASK = TrainSpec.model_validate({**SPEC, "objective": {"kind": "grpo", "rewards": ["json"]}})
 GOLD = {"city": "Kunming", "feet": 6217}
-ROW = Row("r1", (Message("user", "Where?"), Message("assistant", "Kunming")), gold=GOLD)
+ROW = DatasetRow("r1", (Message("user", "Where?"), Message("assistant", "Kunming")), gold=GOLD)
 
 
 def loaded(*trees: Any) -> tuple[Reward, ...]:
@@ -51,7 +51,7 @@ def loaded(*trees: Any) -> tuple[Reward, ...]:
 def test_each_built_in_gives(tree: Any, by_answer: dict[str, float]) -> None:
     (reward,) = loaded(tree)
     sent: Reward = pickle.loads(pickle.dumps(reward))  # as it reaches a worker
-    assert {answer: sent.of(answer, ROW) for answer in by_answer} == by_answer
+    assert {answer: sent.score(answer, ROW) for answer in by_answer} == by_answer
 
 
 def test_a_schema_travels_with_its_reward(tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_a_schema_travels_with_its_reward(tmp_path: Path) -> None:
         {"name": "json_schema", "json_schema": str(file)}, {"name": "field_accuracy", "json_schema": str(file)}
     )
     file.unlink()
-    assert [holds.of(answer, ROW) for answer in ('{"feet": 1}', '{"feet": 9999}', "{")] == [1, 0, 0]
-    assert accurate.of('{"city": "Kunming", "feet": 9999}', ROW) == 0, "it does not validate"
+    assert [holds.score(answer, ROW) for answer in ('{"feet": 1}', '{"feet": 9999}', "{")] == [1, 0, 0]
+    assert accurate.score('{"city": "Kunming", "feet": 9999}', ROW) == 0, "it does not validate"
     assert "9000" in holds.content, "part of the data's digest"
     file.write_text("{")
     with pytest.raises(ConfigError, match="not JSON"):
@@ -78,10 +78,10 @@ def test_a_row_without_gold_is_named_before_anything_starts() -> None:
     specs = SPECS.validate_python(("json", "field_accuracy"))
     check_rows(load_rewards(specs, TASK), specs, [ROW])
     with pytest.raises(DataError, match=r"row 'bare': gold: missing or empty"):
-        check_rows(load_rewards(specs, TASK), specs, [ROW, Row("bare", ROW.messages)])
+        check_rows(load_rewards(specs, TASK), specs, [ROW, DatasetRow("bare", ROW.messages)])
 
 
-def brevity(answer: str, row: Row, *, per: float = 1.0) -> float:
+def brevity(answer: str, row: DatasetRow, *, per: float = 1.0) -> float:
     if answer == "broken":
         raise KeyError("city")
     return float("nan") if answer == "nan" else -len(answer) / per
@@ -92,14 +92,14 @@ def test_own_rewards_are_taken_by_name_and_stop_the_run_where_they_fail(monkeypa
     monkeypatch.setattr(plugins, "entry_points", lambda group: found.select(group=group))
     monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(brevity=brevity))  # pytest imports it by path
     (mine,) = loaded({"name": "brevity", "params": {"per": 2.0}, "label": "short"})
-    assert mine.of("abc", ROW) == -1.5
+    assert mine.score("abc", ROW) == -1.5
     for answer, said in (("broken", r"reward 'short' of row 'r1': it raised KeyError"), ("nan", "it returned nan")):
         with pytest.raises(BadReward, match=said):
-            mine.of(answer, ROW)
+            mine.score(answer, ROW)
     for name, near in (("brevty", "'brevity'"), ("jsn", "'json'"), ("zzz", "install its package")):
         with pytest.raises(ConfigError, match=f"name={name}: 0 entry points of this name") as caught:
             loaded({"name": name})
-        assert near in caught.value.next_move
+        assert near in caught.value.hint
 
 
 def test_every_built_in_name_is_known() -> None:

@@ -22,9 +22,9 @@ from graftwork.training.loop import plan_of, run_steps
 from graftwork.training.objectives import build
 from graftwork.training.objectives.reward import load_scorer
 from graftwork.training.objectives.rl import prompts_of
-from graftwork.training.objectives.rollout import Sampling, sample
-from graftwork.training.objectives.scoring import Scorer
-from graftwork.training.objectives.setting import Setting
+from graftwork.training.objectives.rollout import RolloutSampling, sample
+from graftwork.training.objectives.scoring import RewardScorer
+from graftwork.training.objectives.setting import TrainerContext
 from graftwork.training.rewards.load import GROUP
 from graftwork.training.rewards.reward import BadReward
 from graftwork.training.rows.rl import PromptRows
@@ -48,12 +48,12 @@ def rl_task(folder: Path, kind: str = "grpo", /, **changes: Any) -> TrainSpec:
     return task(folder, **{"objective": objective, "optim": optim, "data.train_rows": 16, **changes})
 
 
-def setting_of(spec: TrainSpec, folder: Path) -> Setting:
+def setting_of(spec: TrainSpec, folder: Path) -> TrainerContext:
     job, base = TrainJob(spec, prepare(spec)), base_model.resolve(spec.base)
     loaded = base_model.load(base, spec.quant, device="cpu", purpose="train")
     set_seed(spec.seed)
     model = attach(loaded.model, spec.adapter)
-    return Setting(job, plan_of(job, 1), base, model, folder / "out", TrainerCallback())
+    return TrainerContext(job, plan_of(job, 1), base, model, folder / "out", TrainerCallback())
 
 
 def moved(model: Any, seed: int) -> None:
@@ -71,7 +71,7 @@ def test_greedy_answers_are_those_of_transformers(folder: Path, kind: str) -> No
     assert isinstance(rows, PromptRows)
     moved(model, 1)
     stops = base_model.template(setting.base).stop_ids
-    ours = sample(model, rows, range(6), 1, [(0,)] * 6, Sampling(12, stops, setting.job.data.pad_id))
+    ours = sample(model, rows, range(6), 1, [(0,)] * 6, RolloutSampling(12, stops, setting.job.data.pad_id))
     model.eval()
     for index, answer in enumerate(ours):
         prompt = torch.tensor([rows.ids(index)])
@@ -85,7 +85,7 @@ def test_an_answer_depends_on_its_own_key_alone(folder: Path) -> None:
     rows, model = setting.job.data.train, setting.model
     assert isinstance(rows, PromptRows)
     stops = frozenset(range(0, 512, 9))  # a ninth of the vocabulary ends an answer: rows leave the batch all the time
-    sampling = Sampling(10, stops, setting.job.data.pad_id, temperature=0.9, top_p=0.95)
+    sampling = RolloutSampling(10, stops, setting.job.data.pad_id, temperature=0.9, top_p=0.95)
     keys = [(7, row, copy) for row in range(5) for copy in range(4)]
     together = sample(model, rows, range(5), 4, keys, sampling)
     alone = [
@@ -104,7 +104,7 @@ def test_tokens_are_drawn_by_their_probabilities(folder: Path) -> None:
     setting = setting_of(rl_task(folder), folder)
     rows, model = setting.job.data.train, setting.model
     assert isinstance(rows, PromptRows)
-    sampling = Sampling(1, frozenset(), setting.job.data.pad_id, temperature=0.7, top_p=0.8)
+    sampling = RolloutSampling(1, frozenset(), setting.job.data.pad_id, temperature=0.7, top_p=0.8)
     first = [answer[0] for answer in sample(model, rows, [0], 4000, [(3, copy) for copy in range(4000)], sampling)]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([rows.ids(0)])).logits[0, -1].double()
@@ -308,7 +308,7 @@ def test_a_reward_model_rewards_the_whole_conversation(folder: Path, published: 
     assert rows.rewards[0].content == judge.ref
     (step, *_) = run(spec, "rlhf", stop_at=1)
     setting = setting_of(spec, folder)
-    scorer, told = Scorer.of(rows.rewards, setting), load_scorer(spec.root, judge.ref, base, spec.quant)
+    scorer, told = RewardScorer.load(rows.rewards, setting), load_scorer(spec.root, judge.ref, base, spec.quant)
     answers = [[5, 6, 7], [8]]
     values = scorer.values(0, rows, [0, 1], answers)
     assert values == pytest.approx(told([[*rows.ids(index), *answers[index]] for index in (0, 1)]), rel=1e-5)

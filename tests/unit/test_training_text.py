@@ -20,7 +20,7 @@ from graftwork.training.job import TrainJob
 from graftwork.training.logits import trained_logits
 from graftwork.training.loop import run_steps
 from graftwork.training.objectives.apart import require_apart
-from graftwork.training.rows.packed import PackedRows, best_fit, packed
+from graftwork.training.rows.packed import PackedRows, best_fit, pack_rows
 from graftwork.training.rows.token_rows import TokenRows
 from graftwork.training.spec import TrainSpec
 from graftwork.training.steplog import StepReport
@@ -61,7 +61,7 @@ def test_every_document_is_placed_once_and_no_pack_overflows(lengths: list[int])
 
 def documents_of(lengths: list[int]) -> TokenRows:
     rng = np.random.default_rng(0)
-    return TokenRows.of([(rng.integers(3, 500, n).tolist(), [False] + [True] * (n - 1)) for n in lengths])
+    return TokenRows.from_pairs([(rng.integers(3, 500, n).tolist(), [False] + [True] * (n - 1)) for n in lengths])
 
 
 def model_of(spec: TrainSpec, attention: str) -> LlamaForCausalLM:
@@ -72,7 +72,7 @@ def model_of(spec: TrainSpec, attention: str) -> LlamaForCausalLM:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_documents_get_the_logits_that_they_get_alone(folder: Path, attention: str) -> None:
     rows = documents_of([9, 1, 14, 5, 7, 12])
-    packs, _ = packed(rows, "best_fit", 24)
+    packs, _ = pack_rows(rows, "best_fit", 24)
     assert isinstance(packs, PackedRows)
     model = model_of(text_task(folder), attention)
     batch = packs.collate(range(len(packs)), pad_id=2)
@@ -96,7 +96,7 @@ def test_packed_documents_get_the_logits_that_they_get_alone(folder: Path, atten
 
 def test_a_packed_step_has_the_gradient_of_its_documents_unpacked(folder: Path) -> None:
     rows = documents_of([9, 14, 5, 7, 12, 3])
-    packs, _ = packed(rows, "best_fit", 24)
+    packs, _ = pack_rows(rows, "best_fit", 24)
     model = model_of(text_task(folder), "sdpa")
 
     def gradient(batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:

@@ -15,7 +15,7 @@ from graftwork.tuning.ledger import Ledger
 from graftwork.tuning.plan import expected_share
 from graftwork.tuning.records import State, TrialRecord, TuneProgress
 from graftwork.tuning.run import check
-from graftwork.tuning.search import Drawn, search_of
+from graftwork.tuning.search import FixedPoints, search_of
 from graftwork.tuning.space import digest, grid_size
 from graftwork.tuning.spec import AshaSpec, TuneSpec
 from tests.training import task
@@ -29,9 +29,9 @@ def sweep(space: dict[str, Any], **keys: Any) -> TuneSpec:
     return config.validate(TuneSpec, {"name": "s", "train": train, "space": space, **keys}, where="s.yaml")
 
 
-def draw(spec: TuneSpec) -> Drawn:
+def draw(spec: TuneSpec) -> FixedPoints:
     search = search_of(spec)
-    assert isinstance(search, Drawn)
+    assert isinstance(search, FixedPoints)
     return search
 
 

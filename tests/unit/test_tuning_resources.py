@@ -24,14 +24,14 @@ from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
 from graftwork.training.settled import machine_of
 from graftwork.training.steplog import StepReport
-from graftwork.tuning.asking import Asking, at_once, fits_one, predicted
+from graftwork.tuning.asking import TrialResources, at_once, fits_one, predicted
 from graftwork.tuning.elsewhere import Elsewhere, trial_job
 from graftwork.tuning.forked import forked
-from graftwork.tuning.judge import Judge, judge_of
+from graftwork.tuning.judge import StoppingRule, judge_of
 from graftwork.tuning.page.record import most_at_once
 from graftwork.tuning.plan import expected_share
 from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.room import Node, Request, holds, how_many
+from graftwork.tuning.room import Node, Request, fits, max_concurrent
 from graftwork.tuning.space import Values
 from graftwork.tuning.spec import AshaSpec, HyperbandSpec, TuneSpec
 from tests.families import write_family
@@ -48,7 +48,7 @@ def sweep(**keys: Any) -> TuneSpec:
 # Who is stopped.
 
 
-def stopped(judge: Judge, curves: dict[str, list[float]]) -> dict[str, int]:
+def stopped(judge: StoppingRule, curves: dict[str, list[float]]) -> dict[str, int]:
     """The step at which each trial was stopped, run one after the other, a report every four steps."""
     found = {}
     for name, losses in curves.items():
@@ -162,22 +162,22 @@ def gpu(share: float, **more: float) -> Request:
 
 def test_small_trials_share_a_gpu_and_none_is_split_over_two() -> None:
     node = {"CPU": 16.0, "GPU": 2.0, "memory": 64.0 * GIB}
-    assert how_many([node], gpu(0.3), 100) == 6, "three a GPU"
-    assert how_many([node], gpu(0.6), 100) == 2, "0.4 + 0.2 of two GPUs is no place"
-    assert holds([node], [gpu(0.4), gpu(0.6), gpu(0.4), gpu(0.6)])
-    assert not holds([node], [gpu(0.6), gpu(0.6), gpu(0.6)])
-    assert how_many([node], gpu(1.0), 100) == 2
-    assert how_many([node], gpu(2.0), 100) == 1
+    assert max_concurrent([node], gpu(0.3), 100) == 6, "three a GPU"
+    assert max_concurrent([node], gpu(0.6), 100) == 2, "0.4 + 0.2 of two GPUs is no place"
+    assert fits([node], [gpu(0.4), gpu(0.6), gpu(0.4), gpu(0.6)])
+    assert not fits([node], [gpu(0.6), gpu(0.6), gpu(0.6)])
+    assert max_concurrent([node], gpu(1.0), 100) == 2
+    assert max_concurrent([node], gpu(2.0), 100) == 1
 
 
 def test_a_node_holds_no_more_than_it_has_of_anything() -> None:
     small, large = {"CPU": 2.0, "memory": 2.0 * GIB}, {"CPU": 8.0, "memory": 8.0 * GIB}
     one = Request({"CPU": 1.0, "memory": 1.5 * GIB})
-    assert how_many([small, large], one, 100) == 6
-    assert how_many([small, large], one, 4) == 4
-    assert not holds([small, small], [Request({"CPU": 1.0, "memory": 3.0 * GIB})]), "a process lies on one node"
-    assert holds([small, small], [Request({"CPU": 2.0, "memory": 1.5 * GIB}, 2, {"memory": 0.3 * GIB})])
-    assert not holds([small], [Request({"CPU": 2.0, "memory": 0.5 * GIB}, 2, {"memory": 0.3 * GIB})])
+    assert max_concurrent([small, large], one, 100) == 6
+    assert max_concurrent([small, large], one, 4) == 4
+    assert not fits([small, small], [Request({"CPU": 1.0, "memory": 3.0 * GIB})]), "a process lies on one node"
+    assert fits([small, small], [Request({"CPU": 2.0, "memory": 1.5 * GIB}, 2, {"memory": 0.3 * GIB})])
+    assert not fits([small], [Request({"CPU": 2.0, "memory": 0.5 * GIB}, 2, {"memory": 0.3 * GIB})])
 
 
 def test_as_many_run_at_a_time_as_have_room() -> None:
@@ -207,14 +207,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("asking")
 
 
-def asking(folder: Path, nodes: Sequence[Node], **keys: Any) -> Asking:
+def asking(folder: Path, nodes: Sequence[Node], **keys: Any) -> TrialResources:
     train = {**task(folder).model_dump(mode="json", exclude={"eval_every"}), **keys.pop("train", {})}
-    return Asking(sweep(**{**keys, "train": train}), {"{}": RowSizes.at_most(64, 48)}, nodes)
+    return TrialResources(sweep(**{**keys, "train": train}), {"{}": RowSizes.at_most(64, 48)}, nodes)
 
 
 def test_a_trial_asks_for_the_memory_that_is_predicted_for_it(folder: Path) -> None:
     found = asking(folder, [{"CPU": 2.0, "memory": 4.0 * GIB}])
-    trial = found.settled(POINT)
+    trial = found.resolve_trial(POINT)
     shape = ModelShape.from_config(base_model.resolve(trial.base).config)
     machine = machine_of(trial)
     peak = predict_training(trial, shape, RowSizes.at_most(64, 48), value_bytes=machine.value_bytes).peak_bytes
@@ -247,34 +247,34 @@ def test_a_trial_on_a_gpu_asks_for_its_share_rounded_up(folder: Path) -> None:
 
 def test_a_gang_is_for_what_does_not_fit_one_process_and_shards(folder: Path) -> None:
     roomy = asking(folder, [{"CPU": 2.0, "memory": 4.0 * GIB}], train=FSDP2)
-    assert roomy.settled(POINT).num_workers == 1
-    alone = roomy.request([roomy.settled(POINT)], POINT).worker["memory"]
+    assert roomy.resolve_trial(POINT).num_workers == 1
+    alone = roomy.request([roomy.resolve_trial(POINT)], POINT).worker["memory"]
     tight = asking(folder, [{"CPU": 2.0, "memory": alone - 2**20}] * 3, train=FSDP2)
-    gang = tight.settled(POINT)
+    gang = tight.resolve_trial(POINT)
     assert (gang.num_workers, gang.strategy.kind) == (2, "fsdp2")
     assert tight.request([gang], POINT).workers == 2
-    why = tight.said_of_gang(gang, POINT)
+    why = tight.explain_placement(gang, POINT)
     assert why is not None
     assert why.startswith("distributed over 2 workers (fsdp2): one process would ask for 1 CPU, ")
     never = asking(folder, tight.nodes, train=FSDP2, distributed="never")
-    assert never.settled(POINT).num_workers == 1
-    assert asking(folder, roomy.nodes, train=FSDP2, distributed="always").settled(POINT).num_workers == 2
+    assert never.resolve_trial(POINT).num_workers == 1
+    assert asking(folder, roomy.nodes, train=FSDP2, distributed="always").resolve_trial(POINT).num_workers == 2
     ddp = asking(folder, tight.nodes, train={"num_workers": 2})
-    assert ddp.settled(POINT).num_workers == 1, "copies of the weights save no memory"
+    assert ddp.resolve_trial(POINT).num_workers == 1, "copies of the weights save no memory"
 
 
 def test_a_trial_that_fits_nowhere_is_refused_with_the_numbers(folder: Path) -> None:
     tight = asking(folder, [{"CPU": 2.0, "memory": 0.5 * GIB}], train={"optim": {"micro_batch": 8, "rows_per_step": 8}})
     with pytest.raises(ClusterError) as refused:
-        tight.require_room([POINT])
+        tight.check_capacity([POINT])
     text = str(refused.value)
     assert text.startswith("ClusterError: the trial optim.lr=0.001: its prediction asks for 1 CPU, 1.")
     assert "the one node has 2 CPU, 0.50 GiB of memory" in text
     assert "take a smaller base, or nodes that have (or declare) more memory" in text
     with pytest.raises(ClusterError, match="train.gpus_per_worker=1: the largest node has 0 GPU"):
-        asking(folder, tight.nodes, train={"gpus_per_worker": 1}).require_room([POINT])
+        asking(folder, tight.nodes, train={"gpus_per_worker": 1}).check_capacity([POINT])
     with pytest.raises(ClusterError, match="train.cpus_per_worker=3: the largest node has 2 CPU"):
-        asking(folder, tight.nodes, train={"cpus_per_worker": 3}).require_room([POINT])
+        asking(folder, tight.nodes, train={"cpus_per_worker": 3}).check_capacity([POINT])
 
 
 def test_a_gang_that_cannot_be_trained_is_refused_before_it_starts(folder: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_gang_that_cannot_be_trained_is_refused_before_it_starts(folder: Path)
     zero3 = {"num_workers": 4, "strategy": {"kind": "zero3"}}
     few = asking(folder, roomy, train=zero3, distributed="always", eval_rows=2)
     with pytest.raises(DataError, match="2 rows for num_workers=4"):
-        few.require_room([POINT])
+        few.check_capacity([POINT])
 
 
 def test_the_page_counts_what_ran_at_the_same_time() -> None:

@@ -13,16 +13,16 @@ from graftwork.errors import StorageError
 from graftwork.storage import RunPaths, Store
 from graftwork.training.job import NonFiniteLoss
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.failures import Failure, after, failure_of, hopeless, kernel_kills, shrunk
+from graftwork.tuning.failures import TrialFailure, after, failure_of, hopeless, kernel_kills, shrunk
 from graftwork.tuning.ledger import TRIALS, Ledger
 from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.relatives import notes_on_relatives
-from graftwork.tuning.search import Drawn
+from graftwork.tuning.relatives import warn_about_similar_sweeps
+from graftwork.tuning.search import FixedPoints
 from graftwork.tuning.spec import TuneSpec
 from tests.processes import die_at
 
-LOST = Failure("lost", "the machine went")
-MEMORY = Failure("memory", "no room")
+LOST = TrialFailure("lost", "the machine went")
+MEMORY = TrialFailure("memory", "no room")
 
 
 def train(**optim: Any) -> TrainSpec:
@@ -121,7 +121,7 @@ def test_a_lost_trial_is_run_again_as_it_was_so_many_times() -> None:
 @pytest.mark.parametrize("kind", ["diverged", "error"])
 def test_what_would_fail_again_is_not_run_again(kind: Any) -> None:
     record = TrialRecord("a", {}, ((4, 2.0),), "running", 4)
-    changes = after(record, Failure(kind, "m"), train(), 9, smaller=True)
+    changes = after(record, TrialFailure(kind, "m"), train(), 9, smaller=True)
     assert changes == {"state": "failed", "error": "m", "failure": kind}, "its losses are kept"
 
 
@@ -171,7 +171,7 @@ def test_a_rerun_keeps_what_diverged_and_what_is_known_of_the_others(run: RunPat
         notes=("less", "the sweep ended while it was running, after step 4; run again"),
     )  # fmt: skip
     assert again.trials[2] == TrialRecord("c", {"seed": 3}, attempts=2)
-    pending = again.next(Drawn("grid", (), ""))
+    pending = again.next(FixedPoints("grid", (), ""))
     assert isinstance(pending, TrialRecord)
     assert pending.trial_id == "b"
 
@@ -238,11 +238,11 @@ def test_a_sweep_with_another_space_says_that_it_begins_anew(tmp_path: Path) -> 
     written(run, TrialRecord("a", {}, ((4, 2.5),), "finished", 4), TrialRecord("b", {}))
     spec = sweep(tmp_path, [4, 16])
     here = RunPaths(Store(spec.root), spec.name, "3" * 64)
-    (note,) = notes_on_relatives(spec, here)
+    (note,) = warn_about_similar_sweeps(spec, here)
     assert note == (
         "this begins a new sweep, s-33333333, and takes over no trial: s-22222222 (interrupted, 1 of 2 trials ended) "
         "differs in space.adapter.rank.values ([4, 8] there, [4, 16] here), steps (20 there, 12 here). "
         "With the same values the same command goes on with it"
     )
     begun(spec, "3" * 64, "2026-01-03T00:00:00", state="running")
-    assert notes_on_relatives(spec, here) == [], "it goes on with its own"
+    assert warn_about_similar_sweeps(spec, here) == [], "it goes on with its own"

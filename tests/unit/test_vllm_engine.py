@@ -26,7 +26,7 @@ from graftwork.serving.vllm_engine.adapter_check import check_adapter
 from graftwork.serving.vllm_engine.engine import VllmEngine
 from graftwork.serving.vllm_engine.events import Translator
 from graftwork.serving.vllm_engine.loras import Loras
-from graftwork.serving.vllm_engine.open import VllmWords, open_vllm
+from graftwork.serving.vllm_engine.open import VllmTranslation, create_vllm
 from graftwork.serving.vllm_engine.params import grammar_arguments, sampling_arguments
 from graftwork.serving.vllm_engine.settings import engine_arguments
 from graftwork.serving.vllm_engine.tally import Tally
@@ -110,7 +110,7 @@ def test_the_spec_in_vllms_words() -> None:
 def test_weights_that_vllm_would_hold_otherwise_are_refused(spec: EngineSpec, quant: QuantSpec, asked: str) -> None:
     with pytest.raises(ConfigError) as refused:
         engine_arguments(Path("/base"), spec, quant)
-    assert refused.value.asked == asked
+    assert refused.value.subject == asked
 
 
 def test_a_plan_says_that_it_does_not_know_vllm() -> None:
@@ -122,7 +122,7 @@ def test_a_plan_says_that_it_does_not_know_vllm() -> None:
 @pytest.mark.skipif(HERE, reason="vLLM is installed")
 def test_without_vllm_its_extra_is_named(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)package vllm is not installed.*pip install 'vllm==0\.29\.0'"):
-        open_vllm(base_model.resolve(BaseSpec(uri=str(base))), NONE, VLLM)
+        create_vllm(base_model.resolve(BaseSpec(uri=str(base))), NONE, VLLM)
 
 
 # Requests.
@@ -181,7 +181,7 @@ def test_a_grammar_goes_as_it_was_written() -> None:
 def test_vllm_takes_what_we_give_it(adapter: Path) -> None:
     from vllm.sampling_params import RequestOutputKind
 
-    words = VllmWords()
+    words = VllmTranslation()
     made = words.sampling(sampling_arguments(request(stop=("END",), temperature=0.5, logprobs=2)), {"regex": "a+"})
     assert (made.output_kind, made.stop, made.temperature, made.structured_outputs.regex) == (
         RequestOutputKind.DELTA, ["END"], 0.5, "a+"
@@ -277,7 +277,7 @@ def test_an_adapter_that_vllm_would_misread_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changed}), encoding="utf-8")
     with pytest.raises(ArtifactError) as refused:
         check_adapter(folder, None, max_rank=64)
-    assert refused.value.found.startswith(found)
+    assert refused.value.problem.startswith(found)
 
 
 # The engine's own life.

@@ -24,7 +24,7 @@ def attach(model: Any, adapter: AdapterSpec, trained_tokens: Sequence[int] = ())
     of the asked kind.
     """
     full = isinstance(adapter, FullSpec)
-    attached = model if full else get_peft_model(model, _fitted(adapter, model, trained_tokens))
+    attached = model if full else get_peft_model(model, _config_for_model(adapter, model, trained_tokens))
     if trained_tokens and not full:
         # PEFT 0.21 saves the whole embedding beside the rows where it has more than this folder's config.json says
         attached.active_peft_config.base_model_name_or_path = ""
@@ -38,7 +38,7 @@ def attach(model: Any, adapter: AdapterSpec, trained_tokens: Sequence[int] = ())
     return attached
 
 
-def take_weights(model: Any, adapter: Path) -> None:
+def load_adapter_weights(model: Any, adapter: Path) -> None:
     """Set the adapter's weights to those of a published one. The folder was verified by `artifact.fetch`."""
     outcome = set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
     own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -62,7 +62,7 @@ def _begin_as_words(model: Any, tokens: int) -> None:
     initialize_kv_prefix_from_past_key_values(model, past_key_values=past, num_virtual_tokens=tokens)
 
 
-def _fitted(adapter: AdapterSpec, model: Any, trained_tokens: Sequence[int]) -> PeftConfig:
+def _config_for_model(adapter: AdapterSpec, model: Any, trained_tokens: Sequence[int]) -> PeftConfig:
     """The adapter's config for this model; a score head is trained and saved whole with it (PEFT's SEQ_CLS)."""
     config = peft_config(adapter, model)
     if trained_tokens:

@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 
-from graftwork.training.adapters.merge import Lora, merge
+from graftwork.training.adapters.merge import MergeSource, merge
 from graftwork.training.adapters.merge_spec import MergeSpec
 
 
-def lay_below(model: Any, folder: Path) -> None:
+def attach_frozen_adapter(model: Any, folder: Path) -> None:
     """Let each linear of a loaded base add the published LoRA's delta, in fp32, before any adapter is attached.
 
     By hooks: the weights are in no state dict, so no checkpoint copies them, and a quantised base stays as it is.
     `adapter_off` leaves it on: what training began from is the base with it.
     """
-    lora = Lora.read("base_adapter", folder)
+    lora = MergeSource.read("base_adapter", folder)
     for name, module in model.named_modules():
         sides = lora.sides(name)
         if sides is not None:
@@ -25,7 +25,7 @@ def lay_below(model: Any, folder: Path) -> None:
 
 def sum_of(trained: Path, below: Path, out: Path) -> int:
     """Write the trained adapter and the one below as one to folder `out`; its rank. The deltas are added exactly."""
-    both = [Lora.read("the trained adapter", trained), Lora.read("base_adapter", below)]
+    both = [MergeSource.read("the trained adapter", trained), MergeSource.read("base_adapter", below)]
     rank, _ = merge(both, MergeSpec("cat", (1.0, 1.0)), out)
     return rank
 

@@ -19,7 +19,7 @@ MERGED = "merged"
 
 
 @dataclass(frozen=True)
-class Lora:
+class MergeSource:
     """One adapter of a merge."""
 
     ref: str
@@ -27,7 +27,7 @@ class Lora:
     tensors: dict[str, torch.Tensor]
 
     @classmethod
-    def read(cls, ref: str, folder: Path) -> "Lora":
+    def read(cls, ref: str, folder: Path) -> "MergeSource":
         """From a published folder. Raises ArtifactError for what has no delta that could be added."""
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         require_deltas(f"merge {ref}", values)
@@ -49,7 +49,7 @@ class Lora:
         return None if b is None or a is None else (b.float(), a.float())
 
 
-def merge(adapters: Sequence[Lora], spec: MergeSpec, out: Path) -> tuple[int, float]:
+def merge(adapters: Sequence[MergeSource], spec: MergeSpec, out: Path) -> tuple[int, float]:
     """Write the merged adapter to folder `out`; its rank, and how far its delta lies from the weighted sum of theirs.
 
     The distance is relative, in the Frobenius norm over all modules: 0 is the sum itself. Raises ArtifactError for
@@ -76,7 +76,7 @@ def merge(adapters: Sequence[Lora], spec: MergeSpec, out: Path) -> tuple[int, fl
     out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(out))
     save_file(tensors, out / WEIGHTS_FILE)
-    return config.r, _distance(Lora(MERGED, config, tensors), adapters, spec.weights)
+    return config.r, _distance(MergeSource(MERGED, config, tensors), adapters, spec.weights)
 
 
 def _compressed(
@@ -101,7 +101,7 @@ def _compressed(
     return replace(config, r=rank, lora_alpha=rank), small
 
 
-def _require_ranks(adapters: Sequence[Lora], spec: MergeSpec) -> None:
+def _require_ranks(adapters: Sequence[MergeSource], spec: MergeSpec) -> None:
     ranks = {one.ref: one.config.r for one in adapters}
     if len(set(ranks.values())) > 1 and spec.method != "cat" and not spec.method.endswith("svd"):
         move = "cat or svd" if spec.method == "linear" else f"{spec.method}_svd"
@@ -113,7 +113,7 @@ def _require_ranks(adapters: Sequence[Lora], spec: MergeSpec) -> None:
         )
 
 
-def _without_base(adapters: Sequence[Lora]) -> PeftModel:
+def _without_base(adapters: Sequence[MergeSource]) -> PeftModel:
     """A model of nothing but empty linears in the places that the adapters change, with all of them loaded."""
     shapes: dict[str, tuple[int, int]] = {}
     for one in adapters:
@@ -150,7 +150,7 @@ def _skeleton(shapes: dict[str, tuple[int, int]]) -> torch.nn.Module:
     return root
 
 
-def _distance(merged: Lora, adapters: Sequence[Lora], weights: Sequence[float]) -> float:
+def _distance(merged: MergeSource, adapters: Sequence[MergeSource], weights: Sequence[float]) -> float:
     off, whole = 0.0, 0.0
     modules = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in merged.tensors}
     for module in modules:

@@ -38,7 +38,7 @@ class MergeSpec:
     """Of the entries that dare drops."""
 
     @classmethod
-    def of(
+    def create(
         cls, method: str, count: int, weights: Sequence[float], density: float | None, rank: int | None, seed: int
     ) -> "MergeSpec":
         """Checked, defaults filled in: equal shares that sum to 1. Raises ConfigError."""

@@ -10,7 +10,7 @@ from graftwork.errors import ConfigError
 
 
 @contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
+def adapter_disabled(model: Any) -> Iterator[None]:
     """Inside it the model of `attach`, or a trainer's wrapping of it, answers as the base does; every kind but full.
 
     Gradients of what runs inside do not reach the adapter. Raises ConfigError where all weights are trained.

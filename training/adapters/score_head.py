@@ -22,7 +22,7 @@ class ScoreHead(torch.nn.Linear):
             return super().forward(hidden.to(self.weight.dtype))
 
 
-def with_score_head(model: Any) -> Any:
+def add_reward_head(model: Any) -> Any:
     """transformers' sequence classifier of one label around the same layers; the language head is left behind.
 
     It gives the reward of the last token that the attention mask shows. transformers takes the last one that is not the

@@ -6,7 +6,7 @@ The only folder that imports trl. A kind is a module with `build(setting) -> Tra
 import importlib
 from typing import Protocol
 
-from graftwork.training.objectives.setting import Setting, Training
+from graftwork.training.objectives.setting import BuiltTrainer, TrainerContext
 
 BUILDERS = {
     "cpt": "graftwork.training.objectives.cpt",
@@ -23,12 +23,12 @@ BUILDERS = {
 class Builder(Protocol):
     """A module of this folder."""
 
-    def build(self, setting: Setting) -> Training:
+    def build(self, setting: TrainerContext) -> BuiltTrainer:
         """A trainer that takes the plan's steps in order and writes `folder/checkpoint-STEP` when told to."""
         ...
 
 
-def build(setting: Setting) -> Training:
+def build(setting: TrainerContext) -> BuiltTrainer:
     """The trainer of the setting's kind; imports trl (5 to 10 s). The adapter's weights stay as they came: in fp32.
 
     TRL 1.16 casts adapters on a quantised base to bf16. Without bf16 units that makes a step 1.7 times as long, and

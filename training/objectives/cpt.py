@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 
 from graftwork.training.objectives import sft
-from graftwork.training.objectives.setting import Setting, Training
+from graftwork.training.objectives.setting import BuiltTrainer, TrainerContext
 
 
-def build(setting: Setting) -> Training:
+def build(setting: TrainerContext) -> BuiltTrainer:
     """Next-token loss over all tokens but the first of each document, and the perplexity of held-out text."""
     training = sft.build(setting)
 
@@ -15,4 +15,4 @@ def build(setting: Setting) -> Training:
         figures = training.evaluate()
         return {**figures, "perplexity": math.exp(figures["loss"])}
 
-    return Training(training.trainer, evaluate, evaluate_first=True)
+    return BuiltTrainer(training.trainer, evaluate, evaluate_first=True)

@@ -20,7 +20,7 @@ from graftwork import base_model
 from graftwork.compat.hf import step_figures
 from graftwork.training.objective_spec import DistillSpec
 from graftwork.training.objectives import sft
-from graftwork.training.objectives.setting import Setting, Training, plain, quieted
+from graftwork.training.objectives.setting import BuiltTrainer, TrainerContext, strip_callbacks, without_history
 from graftwork.training.objectives.share import share
 from graftwork.training.rows.distill import TaughtRows
 from graftwork.training.rows.token_rows import IGNORED, Rows, TokenRows
@@ -29,7 +29,7 @@ from graftwork.training.teaching.model import load_teacher
 Batch = dict[str, torch.Tensor]
 
 
-class TaughtTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no types
+class TaughtTrainer(without_history(SFTTrainer)):  # type: ignore[misc]  # trl has no types
     """SFTTrainer whose loss is the divergence from `teacher`; `build` sets the fields below."""
 
     teacher: Any
@@ -95,7 +95,7 @@ class TaughtTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no type
             (prompt + answer, [False] * len(prompt) + [True] * len(answer))
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        batch = TokenRows.of(rows).collate(range(len(rows)), self.pad_id)
+        batch = TokenRows.from_pairs(rows).collate(range(len(rows)), self.pad_id)
         return {key: value.to(device) for key, value in batch.items()}
 
     def _up_to_stop(self, ids: list[int]) -> list[int]:
@@ -103,7 +103,7 @@ class TaughtTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no type
         return ids[:end]
 
 
-def build(setting: Setting) -> Training:
+def build(setting: TrainerContext) -> BuiltTrainer:
     """Distillation on the setting's rows, and the mean divergence and likelihood loss of the held-out ones.
 
     What a teacher wrote beforehand is learned as any conversation is.
@@ -122,7 +122,7 @@ def build(setting: Setting) -> Training:
         assert data.eval is not None, "asked where the spec has data.eval"
         return held_out(trainer, data.eval, data.pad_id, spec.optim.rows_per_pass)
 
-    return Training(quieted(trainer), evaluate, evaluate_first=data.eval is not None)
+    return BuiltTrainer(strip_callbacks(trainer), evaluate, evaluate_first=data.eval is not None)
 
 
 def trained_hidden(model: Any, head: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

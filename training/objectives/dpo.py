@@ -18,7 +18,13 @@ from trl import DPOConfig, DPOTrainer
 from graftwork.compat.hf import takes_token_rows, without_reference_pass
 from graftwork.storage import RunPaths
 from graftwork.training.objective_spec import DpoSpec
-from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
+from graftwork.training.objectives.setting import (
+    BuiltTrainer,
+    TrainerContext,
+    arguments,
+    strip_callbacks,
+    without_history,
+)
 from graftwork.training.objectives.share import share
 from graftwork.training.rows.token_rows import IGNORED, Rows
 
@@ -26,11 +32,11 @@ REFERENCE_FILE = "reference.json"
 SIDES = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-class PairTrainer(plain(without_reference_pass(takes_token_rows(DPOTrainer)))):  # type: ignore[misc]  # no types
+class DpoPairTrainer(without_history(without_reference_pass(takes_token_rows(DPOTrainer)))):  # type: ignore[misc]  # no types
     """DPOTrainer that takes rows of token ids, and leaves the reference to `answer_logps`."""
 
 
-def build(setting: Setting) -> Training:
+def build(setting: TrainerContext) -> BuiltTrainer:
     """Preference learning on the setting's pairs; the reference is the model as it is now."""
     spec, data, plan = setting.job.spec, setting.job.data, setting.plan
     objective, micro_batch = spec.objective, spec.optim.rows_per_pass
@@ -43,20 +49,20 @@ def build(setting: Setting) -> Training:
 
     trainer = _trainer(setting, objective, collate)
     fresh = spec.init_from is None
-    references["train"] = _kept(setting, "train", trainer, data.train, np.unique(plan.rows_SR), fresh)
+    references["train"] = _reference_logps(setting, "train", trainer, data.train, np.unique(plan.rows_SR), fresh)
     if data.eval is not None:
-        references["eval"] = _kept(setting, "eval", trainer, data.eval, np.arange(len(data.eval)), fresh)
+        references["eval"] = _reference_logps(setting, "eval", trainer, data.eval, np.arange(len(data.eval)), fresh)
 
     def evaluate() -> Mapping[str, float]:
         assert data.eval is not None, "asked where the spec has data.eval"
         return held_out(trainer, objective, data.eval, references["eval"], data.pad_id, micro_batch)
 
-    return Training(quieted(trainer), evaluate, (_saved(setting),))
+    return BuiltTrainer(strip_callbacks(trainer), evaluate, (_saved(setting),))
 
 
-def _trainer(setting: Setting, objective: DpoSpec, collate: Any) -> Any:
+def _trainer(setting: TrainerContext, objective: DpoSpec, collate: Any) -> Any:
     peft = isinstance(setting.model, PeftModel)
-    trainer = PairTrainer(
+    trainer = DpoPairTrainer(
         model=setting.model,
         args=DPOConfig(
             **arguments(setting),
@@ -81,8 +87,8 @@ def _reference_of(reference_N2: NDArray[np.float32], rows: Sequence[int]) -> dic
     return {key: torch.from_numpy(reference_N2[rows, side]) for side, key in enumerate(SIDES)}
 
 
-def _kept(
-    setting: Setting, name: str, trainer: Any, rows: Rows, used_U: NDArray[np.int64], base_alone: bool
+def _reference_logps(
+    setting: TrainerContext, name: str, trainer: Any, rows: Rows, used_U: NDArray[np.int64], base_alone: bool
 ) -> NDArray[np.float32]:
     """The reference's log-likelihoods of both answers (N, 2): computed, or those of the run that goes on."""
     run, key = setting.job.run, f"{name}-{REFERENCE_FILE}"
@@ -158,7 +164,7 @@ def pair_losses(objective: DpoSpec, ratios_N2: torch.Tensor, lengths_N2: torch.T
     return (-(1 - smoothing) * logsigmoid(beta * delta_N) - swapped_N) / (1 - 2 * smoothing)
 
 
-def _saved(setting: Setting) -> str:
+def _saved(setting: TrainerContext) -> str:
     """How many forward passes the reference took, in pairs."""
     spec, data, plan = setting.job.spec, setting.job.data, setting.plan
     held = 0 if data.eval is None else len(data.eval)

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 from graftwork.training.objectives import sft
 from graftwork.training.objectives.answers import held_out_answers
-from graftwork.training.objectives.setting import Setting, Training
+from graftwork.training.objectives.setting import BuiltTrainer, TrainerContext
 from graftwork.training.rows.answered import AnsweredRows
 from graftwork.training.text_spec import FimSpec
 
 
-def build(setting: Setting) -> Training:
+def build(setting: TrainerContext) -> BuiltTrainer:
     """Next-token loss on documents with their middle moved to the end; held-out: loss, exact match, edit similarity."""
     training, data, tokenizer = sft.build(setting), setting.job.data, setting.tokenizer()
     objective = setting.job.spec.objective
@@ -20,4 +20,4 @@ def build(setting: Setting) -> Training:
         answers = held_out_answers(training.trainer, data.eval, tokenizer, data.pad_id, objective.eval_tokens)
         return {**training.evaluate(), **answers}
 
-    return Training(training.trainer, evaluate, evaluate_first=True)
+    return BuiltTrainer(training.trainer, evaluate, evaluate_first=True)

@@ -12,9 +12,15 @@ from graftwork import artifact, base_model
 from graftwork.base_model import QuantSpec, ResolvedBase
 from graftwork.compat.hf import takes_token_rows
 from graftwork.storage import Store
-from graftwork.training.adapters.score_head import with_score_head
+from graftwork.training.adapters.score_head import add_reward_head
 from graftwork.training.objective_spec import RewardSpec
-from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
+from graftwork.training.objectives.setting import (
+    BuiltTrainer,
+    TrainerContext,
+    arguments,
+    strip_callbacks,
+    without_history,
+)
 from graftwork.training.objectives.share import share
 from graftwork.training.reward_model import scoring_adapter
 from graftwork.training.rows.token_rows import TokenRows
@@ -25,11 +31,11 @@ Scorer = Callable[[list[list[int]]], list[float]]
 SCORED_AT_ONCE = 8
 
 
-class PairTrainer(plain(takes_token_rows(RewardTrainer))):  # type: ignore[misc]  # trl has no types
+class RewardPairTrainer(without_history(takes_token_rows(RewardTrainer))):  # type: ignore[misc]  # trl has no types
     """RewardTrainer that takes rows of token ids."""
 
 
-def build(setting: Setting) -> Training:
+def build(setting: TrainerContext) -> BuiltTrainer:
     """A scalar head and adapter learned from the setting's pairs."""
     spec, data = setting.job.spec, setting.job.data
     objective, micro_batch = spec.objective, spec.optim.rows_per_pass
@@ -39,7 +45,7 @@ def build(setting: Setting) -> Training:
         rows = setting.collate(batch)
         return {key: rows[key] for key in ("input_ids", "attention_mask")}
 
-    trainer = PairTrainer(
+    trainer = RewardPairTrainer(
         model=setting.model,
         args=RewardConfig(**arguments(setting), max_length=None, center_rewards_coefficient=objective.centre or None),
         train_dataset=setting.dataset(),
@@ -52,7 +58,7 @@ def build(setting: Setting) -> Training:
         assert data.eval is not None, "asked where the spec has data.eval"
         return held_out(trainer, objective, data.eval, data.pad_id, micro_batch)
 
-    return Training(quieted(trainer), evaluate)
+    return BuiltTrainer(strip_callbacks(trainer), evaluate)
 
 
 def held_out(trainer: Any, objective: RewardSpec, rows: Any, pad_id: int, micro: int) -> Mapping[str, float]:
@@ -94,13 +100,13 @@ def load_scorer(root: str, ref: str, base: ResolvedBase, quant: QuantSpec, devic
     manifest = scoring_adapter(store, ref, base)
     loaded = base_model.load(base, quant, device=device, purpose="train")
     model = PeftModel.from_pretrained(
-        with_score_head(loaded.model), artifact.fetch(store, manifest.task, manifest.version)
+        add_reward_head(loaded.model), artifact.fetch(store, manifest.task, manifest.version)
     )
     model.eval()
     pad_id = base_model.template(base).pad_id
 
     def score(conversations: list[list[int]]) -> list[float]:
-        rows = TokenRows.of([(ids, [False] * len(ids)) for ids in conversations])
+        rows = TokenRows.from_pairs([(ids, [False] * len(ids)) for ids in conversations])
         rewards = np.zeros(len(rows))
         with torch.autocast(device.partition(":")[0], dtype=loaded.dtype, enabled=device != "cpu"):
             for places in share(rows.lengths_N, SCORED_AT_ONCE, 0, 1):

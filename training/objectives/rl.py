@@ -18,9 +18,9 @@ from graftwork.compat.hf import own_rollouts, step_figures
 from graftwork.step_plan import StepPlan
 from graftwork.training.init import adapter_folder
 from graftwork.training.logits import trained_logits
-from graftwork.training.objectives.rollout import Sampling, sample
-from graftwork.training.objectives.scoring import Scorer, evaluated, trl_reward
-from graftwork.training.objectives.setting import Setting, Training, arguments, plain
+from graftwork.training.objectives.rollout import RolloutSampling, sample
+from graftwork.training.objectives.scoring import RewardScorer, evaluated, trl_reward
+from graftwork.training.objectives.setting import BuiltTrainer, TrainerContext, arguments, without_history
 from graftwork.training.rl_spec import RlSpec
 from graftwork.training.rows.rl import PromptRows
 from graftwork.training.rows.token_rows import IGNORED
@@ -35,9 +35,9 @@ FIGURES = frozenset({"reward", "reward_std", "frac_reward_zero_std", "kl", "entr
 def on_rows(trainer_class: type[Any]) -> type[Any]:
     """TRL's trainer with our prompts, answers and figures."""
 
-    class OnRows(plain(own_rollouts(trainer_class))):  # type: ignore[misc]  # trl has no types
+    class OnRows(without_history(own_rollouts(trainer_class))):  # type: ignore[misc]  # trl has no types
         rows: PromptRows
-        sampling: Sampling
+        sampling: RolloutSampling
         asked: list[dict[str, int]]
         """The row of each prompt of the batch, and which of the step's occurrences of that row it is."""
 
@@ -83,12 +83,12 @@ def on_rows(trainer_class: type[Any]) -> type[Any]:
     return OnRows
 
 
-def build(setting: Setting) -> Training:
+def build(setting: TrainerContext) -> BuiltTrainer:
     """GRPO or RLOO on the setting's prompts, and what greedy answers to the held-out ones are worth."""
     objective, rows = setting.job.spec.objective, setting.job.data.train
     assert isinstance(objective, RlSpec)
     assert isinstance(rows, PromptRows)
-    scorer = Scorer.of(rows.rewards, setting)
+    scorer = RewardScorer.load(rows.rewards, setting)
     grpo = objective.kind == "grpo"
     trainer = on_rows(GRPOTrainer if grpo else RLOOTrainer)(
         model=setting.model,
@@ -100,7 +100,7 @@ def build(setting: Setting) -> Training:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.rows, trainer.eos_token_ids = rows, sorted(scorer.template.stop_ids)
-    trainer.sampling = Sampling(
+    trainer.sampling = RolloutSampling(
         objective.max_new_tokens,
         scorer.template.stop_ids,
         scorer.template.pad_id,
@@ -108,7 +108,7 @@ def build(setting: Setting) -> Training:
         objective.top_p,
     )
     _set_reference(setting)
-    return Training(trainer, lambda: evaluated(trainer, scorer, setting))
+    return BuiltTrainer(trainer, lambda: evaluated(trainer, scorer, setting))
 
 
 def answer_logps(
@@ -129,7 +129,7 @@ def answer_logps(
     return logps_BA, entropies_BA
 
 
-def _shared_config(setting: Setting, objective: RlSpec) -> dict[str, Any]:
+def _shared_config(setting: TrainerContext, objective: RlSpec) -> dict[str, Any]:
     """What both configs have. A pass takes whole prompts: their answers stay together, on one worker."""
     shared = arguments(setting)
     shared["per_device_train_batch_size"] *= objective.generations
@@ -147,7 +147,7 @@ def _shared_config(setting: Setting, objective: RlSpec) -> dict[str, Any]:
     }
 
 
-def _grpo_config(setting: Setting, objective: RlSpec) -> GRPOConfig:
+def _grpo_config(setting: TrainerContext, objective: RlSpec) -> GRPOConfig:
     return GRPOConfig(
         **_shared_config(setting, objective),
         scale_rewards=objective.scale_rewards or "group",
@@ -155,7 +155,7 @@ def _grpo_config(setting: Setting, objective: RlSpec) -> GRPOConfig:
     )
 
 
-def _rloo_config(setting: Setting, objective: RlSpec) -> RLOOConfig:
+def _rloo_config(setting: TrainerContext, objective: RlSpec) -> RLOOConfig:
     return RLOOConfig(**_shared_config(setting, objective), normalize_advantages=objective.scale_rewards == "batch")
 
 
@@ -174,7 +174,7 @@ def prompts_of(plan: StepPlan, iterations: int) -> list[dict[str, int]]:
     return prompts
 
 
-def _set_reference(setting: Setting) -> None:
+def _set_reference(setting: TrainerContext) -> None:
     """What beta pulls to: the base or, as a second and frozen adapter, the published one that training began from.
 
     TRL copies the adapter as it is now, which after a resume is not what training began from.

@@ -20,7 +20,7 @@ from graftwork.training.rows.rl import PromptRows
 
 
 @dataclass(frozen=True)
-class Sampling:
+class RolloutSampling:
     """How tokens are chosen."""
 
     max_new_tokens: int
@@ -38,7 +38,7 @@ def sample(
     indices: Sequence[int],
     copies: int,
     seeds: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: RolloutSampling,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> list[list[int]]:
     """Ids of `copies` answers to each prompt, prompt by prompt; each ends with a stop id, or after `max_new_tokens`.
@@ -56,7 +56,7 @@ def sample(
 
 
 def _decoded(
-    model: Any, prompts: dict[str, torch.Tensor], copies: int, seeds: Sequence[Sequence[int]], sampling: Sampling
+    model: Any, prompts: dict[str, torch.Tensor], copies: int, seeds: Sequence[Sequence[int]], sampling: RolloutSampling
 ) -> list[list[int]]:
     device = model.device
     mask_PT = prompts["attention_mask"].to(device)
@@ -68,7 +68,7 @@ def _decoded(
     answers: list[list[int]] = [[] for _ in seeds]
     running = list(range(len(seeds)))
     for step in range(sampling.max_new_tokens):
-        tokens_B = _chosen(logits_BV, np.array([draws[row][step] for row in running]), sampling)
+        tokens_B = _choose(logits_BV, np.array([draws[row][step] for row in running]), sampling)
         for row, token in zip(running, tokens_B.tolist(), strict=True):
             answers[row].append(token)
         going = [place for place, row in enumerate(running) if answers[row][-1] not in sampling.stop_ids]
@@ -98,7 +98,9 @@ def _forward(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Dyn
     return logits_BV
 
 
-def _chosen(logits_BV: torch.Tensor, draws_B: "np.typing.NDArray[np.float64]", sampling: Sampling) -> torch.Tensor:
+def _choose(
+    logits_BV: torch.Tensor, draws_B: "np.typing.NDArray[np.float64]", sampling: RolloutSampling
+) -> torch.Tensor:
     """The token at each row's number in [0, 1) of the cumulated probabilities. In double: a sum of 49k terms."""
     if not sampling.temperature:
         return logits_BV.argmax(dim=-1)

@@ -12,7 +12,7 @@ from graftwork.chat import Template
 from graftwork.errors import GraftworkError
 from graftwork.training.objectives.reward import load_scorer
 from graftwork.training.objectives.rollout import sample
-from graftwork.training.objectives.setting import Setting
+from graftwork.training.objectives.setting import TrainerContext
 from graftwork.training.objectives.share import share
 from graftwork.training.rewards.reward import AnyReward, ModelReward, Reward, checked, total
 from graftwork.training.rows.rl import PromptRows
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Scorer:
+class RewardScorer:
     """The rewards of a run, asked with ids."""
 
     rewards: tuple[AnyReward, ...]
@@ -30,7 +30,7 @@ class Scorer:
     """By label: what gives the rewards of whole conversations."""
 
     @classmethod
-    def of(cls, rewards: tuple[AnyReward, ...], setting: Setting) -> "Scorer":
+    def load(cls, rewards: tuple[AnyReward, ...], setting: TrainerContext) -> "RewardScorer":
         """With its reward models loaded, each on a base of its own beside the one that is trained."""
         spec = setting.job.spec
         models = {
@@ -47,7 +47,7 @@ class Scorer:
         reward = self.rewards[place]
         asked = [(rows.rows[index], self.text(ids)) for index, ids in zip(indices, answers, strict=True)]
         if isinstance(reward, Reward):
-            return [reward.of(text, row) for row, text in asked]
+            return [reward.score(text, row) for row, text in asked]
         whole = [[*rows.ids(index), *ids] for index, ids in zip(indices, answers, strict=True)]
         values = self.models[reward.label](whole)
         return [checked(reward, row, value, text) for (row, text), value in zip(asked, values, strict=True)]
@@ -58,7 +58,7 @@ class Scorer:
         return self.template.decode(ids[:-1] if ended else ids)
 
 
-def trl_reward(scorer: Scorer, place: int, rows: PromptRows) -> Callable[..., list[float]]:
+def trl_reward(scorer: RewardScorer, place: int, rows: PromptRows) -> Callable[..., list[float]]:
     """A reward in the form that TRL's trainers call, known to them by its label."""
 
     def reward(prompts: list[dict[str, int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -69,7 +69,7 @@ def trl_reward(scorer: Scorer, place: int, rows: PromptRows) -> Callable[..., li
     return reward
 
 
-def evaluated(trainer: Any, scorer: Scorer, setting: Setting) -> Mapping[str, float]:
+def evaluated(trainer: Any, scorer: RewardScorer, setting: TrainerContext) -> Mapping[str, float]:
     """Mean rewards of greedy answers to the held-out prompts; `loss` is minus their weighed sum. On all ranks."""
     rows, accelerator = setting.job.data.eval, trainer.accelerator
     assert isinstance(rows, PromptRows), "asked where the spec has data.eval"

@@ -18,7 +18,7 @@ from graftwork.training.strategies.arguments import strategy_arguments
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainerContext:
     """What one worker has when its trainer is built."""
 
     job: TrainJob
@@ -47,7 +47,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Training:
+class BuiltTrainer:
     """A trainer, ready to train."""
 
     trainer: Any
@@ -59,7 +59,7 @@ class Training:
     """Held-out rows are measured before the first step as well; its report has the figures as `before_NAME`."""
 
 
-def arguments(setting: Setting) -> dict[str, Any]:
+def arguments(setting: TrainerContext) -> dict[str, Any]:
     """TrainingArguments that no kind decides for itself: steps, optimizer, precision, processes; no logs, no saving.
 
     For TRL's config classes, which are TrainingArguments.
@@ -97,7 +97,7 @@ def arguments(setting: Setting) -> dict[str, Any]:
     return {**shared, **strategy_arguments(spec, plan, world, setting.base, universal=setting.universal)}
 
 
-def plain(trainer_class: type[Any]) -> type[Any]:
+def without_history(trainer_class: type[Any]) -> type[Any]:
     """TRL's trainer without what grows or is written for nobody: a history in every checkpoint, a model card."""
 
     class Plain(trainer_class):  # type: ignore[misc]  # trl has no types
@@ -116,7 +116,7 @@ def plain(trainer_class: type[Any]) -> type[Any]:
     return Plain
 
 
-def quieted(trainer: Any) -> Any:
+def strip_callbacks(trainer: Any) -> Any:
     """The trainer without its printer, and without the tokenizer, which each checkpoint would hold a copy of."""
     trainer.remove_callback(PrinterCallback)
     trainer.processing_class = None

@@ -15,14 +15,20 @@ from graftwork.training.logits import trained_logits
 from graftwork.training.objective_spec import SftSpec
 from graftwork.training.objectives.answers import held_out_answers
 from graftwork.training.objectives.apart import require_apart
-from graftwork.training.objectives.setting import Setting, Training, arguments, plain, quieted
+from graftwork.training.objectives.setting import (
+    BuiltTrainer,
+    TrainerContext,
+    arguments,
+    strip_callbacks,
+    without_history,
+)
 from graftwork.training.objectives.share import share
 from graftwork.training.rows.answered import AnsweredRows
 from graftwork.training.rows.packed import PackedRows
 from graftwork.training.rows.token_rows import Rows
 
 
-class MaskedSftTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no types
+class MaskedSftTrainer(without_history(SFTTrainer)):  # type: ignore[misc]  # trl has no types
     """SFTTrainer that, on a CPU, sends only trained positions through the output head.
 
     TRL 1.16 scores every position on devices without Triton (`compact` in trl/trainer/utils.py add_fused_lm_head) and
@@ -44,7 +50,7 @@ class MaskedSftTrainer(plain(SFTTrainer)):  # type: ignore[misc]  # trl has no t
         return total / trained * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
 
 
-def trainer_on(setting: Setting, kind: type[Any], tokenizer: Any) -> Any:
+def trainer_on(setting: TrainerContext, kind: type[Any], tokenizer: Any) -> Any:
     """A trainer of that class, of SFTTrainer's kind, that takes the setting's rows as they are."""
     return kind(
         model=setting.model,
@@ -58,7 +64,7 @@ def trainer_on(setting: Setting, kind: type[Any], tokenizer: Any) -> Any:
     )
 
 
-def build(setting: Setting) -> Training:
+def build(setting: TrainerContext) -> BuiltTrainer:
     """Supervised finetuning on the setting's rows, and the mean loss of the held-out ones."""
     tokenizer = setting.tokenizer()
     if isinstance(setting.job.data.train, PackedRows):
@@ -75,7 +81,7 @@ def build(setting: Setting) -> Training:
         assert isinstance(data.eval, AnsweredRows), "what rows.sft gives where answers are asked for"
         return {**loss, **held_out_answers(trainer, data.eval, tokenizer, data.pad_id, answers.max_new_tokens)}
 
-    return Training(quieted(trainer), evaluate, evaluate_first=answers is not None)
+    return BuiltTrainer(strip_callbacks(trainer), evaluate, evaluate_first=answers is not None)
 
 
 @torch.no_grad()

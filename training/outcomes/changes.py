@@ -7,7 +7,7 @@ import numpy as np
 
 from graftwork import stats
 from graftwork.metrics import FAIR_AT_ZERO, Metric, signature
-from graftwork.report.outcome_records import Change, Level, OutcomesReport, PairedTest, Written
+from graftwork.report.outcome_records import Change, GeneratedText, Level, OutcomesReport, PairedTest
 from graftwork.report.records import MetricInfo
 from graftwork.stats import Floats
 from graftwork.training.outcomes.paired import level, paired
@@ -41,7 +41,7 @@ def outcomes_report(spec: TrainSpec, probes: Sequence[Probe], parts: Mapping[str
     known = {metric.name: metric for probe in probes for metric in probe.metrics}
     infos = tuple(MetricInfo(name=one.name, unit=one.unit, better=one.better, kind=one.kind, meaning=one.meaning)
                   for one in known.values())  # fmt: skip
-    written = tuple(one for probe in probes for one in _written(probe, parts[probe.part.name]))
+    written = tuple(one for probe in probes for one in _sample_texts(probe, parts[probe.part.name]))
     return OutcomesReport(alpha=alpha, family=sum(one.main for one in found), changes=changes, metrics=infos,
                           written=written, notes=_notes(changes))  # fmt: skip
 
@@ -84,14 +84,14 @@ def _gain(one: _Found) -> float:
     return one.test.value if one.metric.better == "higher" else -one.test.value
 
 
-def _written(probe: Probe, outcome: PartOutcome) -> list[Written]:
+def _sample_texts(probe: Probe, outcome: PartOutcome) -> list[GeneratedText]:
     """Some answers that were won and some that were lost, of parts that write."""
     if not probe.prompts:
         return []
     own = probe.metrics[0].name
     before, after = probe.scores(outcome.before)[own], probe.scores(outcome.after)[own]
     told = [
-        Written(part=probe.part.name, prompt=probe.prompts[at], before=outcome.before[at].text,
+        GeneratedText(part=probe.part.name, prompt=probe.prompts[at], before=outcome.before[at].text,
                 after=outcome.after[at].text, held_before=before[at] == 1, held_after=after[at] == 1)
         for at in range(len(before)) if before[at] != after[at]
     ]  # fmt: skip

@@ -38,7 +38,7 @@ def curve_specs(spec: TrainSpec, sizes: Sequence[int]) -> list[TrainSpec]:
     try:
         check(specs[0])
     except UserError as error:
-        raise type(error)(f"{asked}: {error.asked}", error.found, error.rule, error.next_move) from None
+        raise type(error)(f"{asked}: {error.subject}", error.problem, error.rule, error.hint) from None
     there = len(read_rows(spec.data.train, limit=sizes[-1], need="train"))
     if there < sizes[-1]:
         raise ConfigError(asked, f"{spec.data.train} has {there} rows", "no size is larger than the data",
@@ -60,10 +60,10 @@ def curve_report(
     spec: TrainSpec, sizes: Sequence[int], reports: Sequence[TrainReport], scores: Sequence[TaskScores]
 ) -> CurveReport:
     """The record of runs that are done."""
-    alpha, units, own = spec.outcomes.alpha, scores[0].probe.units, scores[0].own
+    alpha, units, own = spec.outcomes.alpha, scores[0].probe.units, scores[0].task_metric
     points = tuple(
         CurvePoint(
-            rows=size, run_id=report.run_id, adapter=report.published, reused=report.reused, steps=report.steps,
+            rows=size, run_id=report.run_id, adapter=report.published_name, reused=report.reused, steps=report.steps,
             loss=level(found.values["nats"], NATS, units, alpha, spec.seed),
             score=level(found.values[own.name], own, units, alpha, spec.seed),
         )

@@ -17,11 +17,11 @@ from graftwork.base_model import ResolvedBase
 from graftwork.config import canonical_json
 from graftwork.storage import Store
 from graftwork.training.adapter_spec import FullSpec
-from graftwork.training.adapters.attach import attach, take_weights
+from graftwork.training.adapters.attach import attach, load_adapter_weights
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.job import TrainJob
 from graftwork.training.outcomes import record
-from graftwork.training.outcomes.parts import Part, Said, shares
+from graftwork.training.outcomes.parts import ItemGroup, ItemOutput, shares
 from graftwork.training.outcomes.weigh import answers
 
 
@@ -37,7 +37,7 @@ class Measuring:
     def before(self, model: Any) -> None:
         """Measure the base as it was loaded, where no run has done so."""
         for part in self.job.parts:
-            if not self._agreed(record.knows_before(self._store, self._key(part))):
+            if not self._from_rank_0(record.knows_before(self._store, self._key(part))):
                 said = self._shared(model, part)
                 if self.rank == 0:
                     record.write_before(self._store, self._key(part), said)
@@ -56,24 +56,24 @@ class Measuring:
         assert self.job.run is not None, "trials measure nothing"
         return self.job.run.store
 
-    def _key(self, part: Part) -> str:
+    def _key(self, part: ItemGroup) -> str:
         device = "cuda" if self.job.spec.gpus else "cpu"
         quant = self.job.spec.quant.model_dump(mode="json", exclude={"resident"})
         what = {"base": self.base.digest, "quant": quant, "part": part.digest(), "device": device}
         return hashlib.sha256(canonical_json(what).encode()).hexdigest()[:32]
 
-    def _shared(self, model: Any, part: Part) -> list[Said]:
+    def _shared(self, model: Any, part: ItemGroup) -> list[ItemOutput]:
         """What the model says to all items; each rank asks its share."""
         places = shares(part.items, self.rank, self.world)
         mine = list(zip(places, answers(model, part, places, base_model.template(self.base)), strict=True))
-        everyone: Sequence[list[tuple[int, Said]]] = [mine]
+        everyone: Sequence[list[tuple[int, ItemOutput]]] = [mine]
         if self.world > 1:
-            gathered: list[list[tuple[int, Said]]] = [[] for _ in range(self.world)]
+            gathered: list[list[tuple[int, ItemOutput]]] = [[] for _ in range(self.world)]
             dist.all_gather_object(gathered, mine)
             everyone = gathered
         return [said for _, said in sorted((one for share in everyone for one in share), key=lambda one: one[0])]
 
-    def _agreed(self, found: bool) -> bool:
+    def _from_rank_0(self, found: bool) -> bool:
         """What rank 0 found: on other machines a store may not show it yet."""
         told = [found]
         if self.world > 1:
@@ -96,5 +96,5 @@ def measure_finished(job: TrainJob, step: int, device: str, rank: int, world: in
             model = type(loaded.model).from_pretrained(folder, dtype=torch.float32).to(device)
         else:
             model = attach(loaded.model, spec.adapter)
-            take_weights(model, folder)
+            load_adapter_weights(model, folder)
     outcomes.after(model)

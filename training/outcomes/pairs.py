@@ -34,7 +34,7 @@ SENTENCES = (
 
 
 @dataclass(frozen=True)
-class Pair:
+class CounterfactualPair:
     """The same sentence with two names."""
 
     id: str
@@ -44,10 +44,12 @@ class Pair:
     """Favourable, unfavourable."""
 
 
-def pairs() -> list[Pair]:
+def pairs() -> list[CounterfactualPair]:
     """Every sentence with every pair of names."""
     return [
-        Pair(f"{axis}-{place:02d}-{first}-{second}", axis, (sentence.format(first), sentence.format(second)), endings)
+        CounterfactualPair(
+            f"{axis}-{place:02d}-{first}-{second}", axis, (sentence.format(first), sentence.format(second)), endings
+        )
         for axis, names in NAMES.items()
         for place, (sentence, endings) in enumerate(SENTENCES)
         for first, second in names

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from graftwork.memory.sizes import BATCH_ROWS, BATCH_TOKENS, Work
+from graftwork.memory.sizes import BATCH_ROWS, BATCH_TOKENS, TokenWork
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Part:
+class ItemGroup:
     """Questions of one kind. Picklable."""
 
     name: str
@@ -41,7 +41,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Said:
+class ItemOutput:
     """What a model made of one item."""
 
     logprobs: tuple[float, ...] = ()
@@ -54,18 +54,18 @@ class Said:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> "Said":
+    def from_dict(cls, record: Mapping[str, Any]) -> "ItemOutput":
         """From what `as_dict` gave, through JSON."""
         return cls(tuple(record["logprobs"]), record["text"])
 
 
-def work_of(parts: Sequence[Part]) -> Work:
+def work_of(parts: Sequence[ItemGroup]) -> TokenWork:
     """The work of measuring these parts once."""
     items = [item for part in parts for item in part.items]
     weighed = [(len(item.prompt) + len(one), len(one)) for item in items for one in item.continuations]
     asked = [(len(item.prompt), item.write) for item in items if item.write]
     steps = sum(write / min(BATCH_ROWS, max(1, BATCH_TOKENS // (prompt + write))) for prompt, write in asked)
-    return Work(sum(all_ for all_, _ in weighed), sum(one for _, one in weighed), sum(prompt for prompt, _ in asked),
+    return TokenWork(sum(all_ for all_, _ in weighed), sum(one for _, one in weighed), sum(prompt for prompt, _ in asked),
                 sum(write for _, write in asked), steps)  # fmt: skip
 
 

@@ -7,17 +7,17 @@ import numpy as np
 
 from graftwork import base_model, chat, data, metrics, retrieval
 from graftwork.answers.choices import Choices
-from graftwork.answers.fields import Key
+from graftwork.answers.fields import GoldAnswer
 from graftwork.answers.fields import score as score_fields
 from graftwork.answers.schema import AnswerSchema
 from graftwork.chat import Message, Template
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import Metric
 from graftwork.stats import Floats
 from graftwork.training.outcomes.instructions import INSTRUCTIONS
 from graftwork.training.outcomes.pairs import pairs
-from graftwork.training.outcomes.parts import Item, Part, Said
+from graftwork.training.outcomes.parts import Item, ItemGroup, ItemOutput
 from graftwork.training.outcomes.spec import FairnessSpec, RetentionSpec, TaskSpec
 from graftwork.training.spec import TrainSpec
 
@@ -26,14 +26,14 @@ TEXT_TOKENS = 256
 WRITTEN_KINDS = ("sft", "distill", "grpo", "rloo")
 """Kinds whose held-out rows are conversations that can be answered and scored."""
 
-Score = Callable[[Sequence[Said]], dict[str, list[float]]]
+Score = Callable[[Sequence[ItemOutput]], dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
 class Probe:
     """A part and what its answers are worth: a value a question, for each metric."""
 
-    part: Part
+    part: ItemGroup
     metrics: tuple[Metric, ...]
     """The first is the part's own."""
     score: Score
@@ -50,7 +50,7 @@ class Probe:
     warnings: tuple[str, ...] = ()
     """Keys of the part's own rows that are ignored."""
 
-    def scores(self, said: Sequence[Said]) -> Mapping[str, Floats]:
+    def scores(self, said: Sequence[ItemOutput]) -> Mapping[str, Floats]:
         """Metric -> a value a question."""
         return {name: np.array(values, dtype=np.float64) for name, values in self.score(said).items()}
 
@@ -77,13 +77,13 @@ def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
                           "give data.eval" if spec.data.eval is None else "leave out outcomes.task")  # fmt: skip
     rows = data.read_rows(spec.data.eval, limit=min(asked.rows, spec.data.eval_rows or asked.rows), need="train")
     schema = AnswerSchema.load(asked.answer_schema) if asked.answer_schema else None
-    keys = [Key.of(row) for row in rows] if all(row.gold for row in rows) else []
+    keys = [GoldAnswer.from_row(row) for row in rows] if all(row.gold for row in rows) else []
     if asked.metric not in ("auto", "exact") and not keys:
         raise DataError(f"outcomes.task.metric={asked.metric}", f"{spec.data.eval} has rows without a gold object",
                         "fields are held against gold", "set outcomes.task.metric=exact")  # fmt: skip
     answers = [row.answer or "" for row in rows]
 
-    def score(said: Sequence[Said]) -> dict[str, list[float]]:
+    def score(said: Sequence[ItemOutput]) -> dict[str, list[float]]:
         texts = [one.text for one in said]
         exact = [float(text.strip() == answer.strip()) for text, answer in zip(texts, answers, strict=True)]
         graded = [score_fields(text, key, schema) for text, key in zip(texts, keys, strict=False)]
@@ -106,7 +106,7 @@ def _named(name: str) -> Metric:
     return {one.name: one for one in (*metrics.SCORES, metrics.EXACT)}[name]
 
 
-def _contexts(spec: TrainSpec, rows: Sequence[Row]) -> list[tuple[chat.Passage, ...]]:
+def _contexts(spec: TrainSpec, rows: Sequence[DatasetRow]) -> list[tuple[chat.Passage, ...]]:
     """The passages that held-out rows are trained with, as `training.rows.sft` draws them."""
     if spec.data.context is None:
         return [()] * len(rows)
@@ -114,10 +114,14 @@ def _contexts(spec: TrainSpec, rows: Sequence[Row]) -> list[tuple[chat.Passage, 
     return [context(row) for row in rows]
 
 
-def _answered(row: Row, context: Sequence[chat.Passage], spec: TrainSpec, template: Template, write: int) -> Item:
+def _answered(
+    row: DatasetRow, context: Sequence[chat.Passage], spec: TrainSpec, template: Template, write: int
+) -> Item:
     """The row's question as the run's prompt puts it, and its right answer with the token that ends it."""
     prompt = data.resolve_prompt(spec.prompt)
-    kept, _ = chat.fitting(context, template, prompt, spec.data.context.context_tokens if spec.data.context else None)
+    kept, _ = chat.fit_passages(
+        context, template, prompt, spec.data.context.context_tokens if spec.data.context else None
+    )
     asked = chat.render(row.question, template, prompt=prompt, context=kept, generate=True).ids
     whole = chat.render(row.messages, template, prompt=prompt, context=kept, generate=False)
     last = len(whole.ids) - next(n for n, trained in enumerate(reversed(whole.loss_mask)) if trained)
@@ -143,7 +147,7 @@ def _text(uri: str, limit: int, template: Template) -> Probe:
     items = [Item(name, (ids[0],), (tuple(ids[1:TEXT_TOKENS]),)) for name, ids in texts if len(ids) > 1]
     cut = sum(len(ids) > TEXT_TOKENS for _, ids in texts)
 
-    def score(said: Sequence[Said]) -> dict[str, list[float]]:
+    def score(said: Sequence[ItemOutput]) -> dict[str, list[float]]:
         pairs = zip(said, items, strict=True)
         return {"nats": [-one.logprobs[0] / len(item.continuations[0]) for one, item in pairs]}
 
@@ -154,7 +158,7 @@ def _text(uri: str, limit: int, template: Template) -> Probe:
 
 
 def _choices(
-    name: str, asked: Sequence[tuple[Row, Choices]], groups: Sequence[str], system: str | None, template: Template,
+    name: str, asked: Sequence[tuple[DatasetRow, Choices]], groups: Sequence[str], system: str | None, template: Template,
     about: str, *, fair: bool,
 ) -> Probe:  # fmt: skip
     rows, choices = [row for row, _ in asked], [choice for _, choice in asked]
@@ -164,7 +168,7 @@ def _choices(
         for row, choice in zip(rows, choices, strict=True)
     ]  # fmt: skip
 
-    def score(said: Sequence[Said]) -> dict[str, list[float]]:
+    def score(said: Sequence[ItemOutput]) -> dict[str, list[float]]:
         lengths = [np.array([len(one) for one in item.continuations]) for item in items]
         sums = [np.array(one.logprobs) for one in said]
         by_token = [int(np.argmax(sum_ / length)) for sum_, length in zip(sums, lengths, strict=True)]
@@ -185,7 +189,7 @@ def _choices(
 def _instructions(write: int, template: Template) -> Probe:
     items = [Item(one.id, _asked((Message("user", one.prompt),), None, template), (), write) for one in INSTRUCTIONS]
 
-    def score(said: Sequence[Said]) -> dict[str, list[float]]:
+    def score(said: Sequence[ItemOutput]) -> dict[str, list[float]]:
         return {"follows": [float(rule.follows(one.text)) for rule, one in zip(INSTRUCTIONS, said, strict=True)]}
 
     about = f"{len(items)} prompts of graftwork, greedy, at most {write} tokens"
@@ -214,7 +218,7 @@ def _pairs(template: Template) -> Probe:
         for pair in made for side in (0, 1)
     ]  # fmt: skip
 
-    def score(said: Sequence[Said]) -> dict[str, list[float]]:
+    def score(said: Sequence[ItemOutput]) -> dict[str, list[float]]:
         lean = [one.logprobs[0] / len(item.continuations[0]) - one.logprobs[1] / len(item.continuations[1])
                 for one, item in zip(said, items, strict=True)]  # fmt: skip
         sides = list(zip(lean[0::2], lean[1::2], strict=True))
@@ -227,12 +231,12 @@ def _pairs(template: Template) -> Probe:
                   groups=[pair.axis for pair in made])  # fmt: skip
 
 
-def _read(uri: str, row: Row) -> Choices:
+def _read(uri: str, row: DatasetRow) -> Choices:
     """The row's choices; its file is named where it has none."""
     try:
-        return Choices.of(row)
+        return Choices.from_row(row)
     except DataError as error:
-        raise DataError(f"outcomes, {uri}, {error.asked}", error.found, error.rule, error.next_move) from None
+        raise DataError(f"outcomes, {uri}, {error.subject}", error.problem, error.rule, error.hint) from None
 
 
 def _asked(question: Sequence[Message], system: str | None, template: Template) -> tuple[int, ...]:
@@ -243,5 +247,5 @@ def _probe(
     name: str, items: Sequence[Item], shown: tuple[Metric, ...], score: Score, template: Template, about: str, *,
     units: Sequence[str], groups: Sequence[str] = (), main: int = 1,
 ) -> Probe:  # fmt: skip
-    part = Part(name, tuple(items), tuple(sorted(template.stop_ids)), template.pad_id)
+    part = ItemGroup(name, tuple(items), tuple(sorted(template.stop_ids)), template.pad_id)
     return Probe(part, shown, score, tuple(units), tuple(groups) or ("",) * len(units), about, main)

@@ -22,7 +22,7 @@ from graftwork.storage import RunPaths, Store
 from graftwork.training.outcomes.paired import level, paired
 from graftwork.training.outcomes.told import task_scores, with_task
 from graftwork.training.records import Progress
-from graftwork.training.run import Run, check, train
+from graftwork.training.run import ResolvedRun, check, train
 from graftwork.training.spec import TrainSpec
 
 OnProgress = Callable[[str, Progress], None]
@@ -42,7 +42,7 @@ class RebaseAsk:
 
 
 @dataclass(frozen=True)
-class Pair:
+class RebasedTask:
     """One task as it was trained, and as it will be."""
 
     alias: str
@@ -51,7 +51,7 @@ class Pair:
     new: TrainSpec
 
 
-def pairs_of(ask: RebaseAsk) -> list[Pair]:
+def pairs_of(ask: RebaseAsk) -> list[RebasedTask]:
     """Each alias' recorded spec, on both bases. Raises UserErrors of all kinds, before anything starts."""
     if len(set(ask.aliases)) != len(ask.aliases):
         raise ConfigError(f"rebase {' '.join(ask.aliases)}", "an alias stands twice", "each task once")
@@ -65,7 +65,7 @@ def pairs_of(ask: RebaseAsk) -> list[Pair]:
     return found
 
 
-def _pair(ask: RebaseAsk, alias: str) -> Pair:
+def _pair(ask: RebaseAsk, alias: str) -> RebasedTask:
     store = Store(ask.root)
     manifest = artifact.resolve(store, alias)
     asked = f"rebase {alias}"
@@ -82,11 +82,11 @@ def _pair(ask: RebaseAsk, alias: str) -> Pair:
         raise ConfigError(asked, "its spec has no data.eval", "both bases answer the recorded held-out rows",
                           "train it again with data.eval")  # fmt: skip
     old = with_task(old, ask.rows)
-    if (now := Run.of(old).paths.run_id) != manifest.run:
+    if (now := ResolvedRun.resolve(old).paths.run_id) != manifest.run:
         raise DataError(asked, f"its recorded spec is now run {now}, and {manifest.ref} came from {manifest.run}",
                         "the rows and the base that it names are those it was trained with",
                         "its data or its defaults changed since: train and promote it again first")  # fmt: skip
-    return Pair(alias, manifest, old, old.with_({"base": ask.base}))
+    return RebasedTask(alias, manifest, old, old.with_({"base": ask.base}))
 
 
 def recorded_spec(asked: str, store: Store, path: Sequence[str]) -> TrainSpec:
@@ -116,7 +116,7 @@ def rebase(ask: RebaseAsk, *, on_progress: OnProgress | None = None) -> RebaseRe
 
         train(pair.old)  # finished: only its answers are measured, where they are not yet
         report = train(pair.new, on_progress=tell)
-        compared.append(Compared.of(pair, report.published, report.reused, ask.alpha))
+        compared.append(Compared.from_records(pair, report.published_name, report.reused, ask.alpha))
     return rebase_report(ask, compared)
 
 
@@ -124,7 +124,7 @@ def rebase(ask: RebaseAsk, *, on_progress: OnProgress | None = None) -> RebaseRe
 class Compared:
     """One task's answers on both bases."""
 
-    pair: Pair
+    pair: RebasedTask
     new_adapter: str
     reused: bool
     metric: Metric
@@ -134,11 +134,11 @@ class Compared:
     about: str
 
     @classmethod
-    def of(cls, pair: Pair, new_adapter: str, reused: bool, alpha: float) -> "Compared":
+    def from_records(cls, pair: RebasedTask, new_adapter: str, reused: bool, alpha: float) -> "Compared":
         """From what both runs recorded."""
         old, new = task_scores(pair.old), task_scores(pair.new)
         assert old.probe.units == new.probe.units, "both answered the same rows"
-        metric, units, seed = new.own, new.probe.units, pair.new.seed
+        metric, units, seed = new.task_metric, new.probe.units, pair.new.seed
         sides = [level(one.values[metric.name], metric, units, alpha, seed) for one in (old, new)]
         test = paired(new.values[metric.name], old.values[metric.name], metric, units, alpha, seed)
         return cls(pair, new_adapter, reused, metric, sides[0], sides[1], test, new.probe.about)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftwork.storage import RunPaths, Store
-from graftwork.training.outcomes.parts import Part, Said
+from graftwork.training.outcomes.parts import ItemGroup, ItemOutput
 
 FILE = "outcomes.json"
 
@@ -15,8 +15,8 @@ class PartOutcome:
     """What was said to a part's items, in their order."""
 
     digest: str
-    before: tuple[Said, ...]
-    after: tuple[Said, ...]
+    before: tuple[ItemOutput, ...]
+    after: tuple[ItemOutput, ...]
 
 
 def knows_before(store: Store, key: str) -> bool:
@@ -24,12 +24,12 @@ def knows_before(store: Store, key: str) -> bool:
     return store.exists(*_before(key))
 
 
-def read_before(store: Store, key: str) -> list[Said]:
+def read_before(store: Store, key: str) -> list[ItemOutput]:
     """What the bare base said."""
-    return [Said.from_dict(one) for one in store.read_json(*_before(key))]
+    return [ItemOutput.from_dict(one) for one in store.read_json(*_before(key))]
 
 
-def write_before(store: Store, key: str, said: Sequence[Said]) -> None:
+def write_before(store: Store, key: str, said: Sequence[ItemOutput]) -> None:
     """Keep what the bare base said, for all runs."""
     store.write_json([one.as_dict() for one in said], *_before(key))
 
@@ -41,7 +41,7 @@ def read_parts(run: RunPaths) -> dict[str, PartOutcome]:
     return {name: _part(found) for name, found in run.store.read_json(*run.file(FILE)).items()}
 
 
-def write_part(run: RunPaths, part: Part, before: Sequence[Said], after: Sequence[Said]) -> None:
+def write_part(run: RunPaths, part: ItemGroup, before: Sequence[ItemOutput], after: Sequence[ItemOutput]) -> None:
     """Add a part to the run's record. Rank 0."""
     known = run.store.read_json(*run.file(FILE)) if run.store.exists(*run.file(FILE)) else {}
     both = {"before": [one.as_dict() for one in before], "after": [one.as_dict() for one in after]}
@@ -49,14 +49,14 @@ def write_part(run: RunPaths, part: Part, before: Sequence[Said], after: Sequenc
     run.store.write_json({**known, part.name: {"digest": part.digest(), "items": items, **both}}, *run.file(FILE))
 
 
-def missing(run: RunPaths, parts: Sequence[Part]) -> tuple[Part, ...]:
+def missing(run: RunPaths, parts: Sequence[ItemGroup]) -> tuple[ItemGroup, ...]:
     """The parts that are still to be measured, or were with other questions."""
     known = read_parts(run)
     return tuple(part for part in parts if part.name not in known or known[part.name].digest != part.digest())
 
 
 def _part(found: Mapping[str, Any]) -> PartOutcome:
-    before, after = (tuple(Said.from_dict(one) for one in found[key]) for key in ("before", "after"))
+    before, after = (tuple(ItemOutput.from_dict(one) for one in found[key]) for key in ("before", "after"))
     return PartOutcome(found["digest"], before, after)
 
 

@@ -8,7 +8,7 @@ from graftwork.metrics import Metric
 from graftwork.stats import Floats
 from graftwork.training.outcomes.probes import Probe
 from graftwork.training.outcomes.record import read_parts
-from graftwork.training.run import Run
+from graftwork.training.run import ResolvedRun
 from graftwork.training.spec import TrainSpec
 
 
@@ -20,7 +20,7 @@ class TaskScores:
     values: Mapping[str, Floats]
 
     @property
-    def own(self) -> Metric:
+    def task_metric(self) -> Metric:
         """The task's metric."""
         return self.probe.metrics[0]
 
@@ -37,7 +37,7 @@ def with_task(spec: TrainSpec, rows: int | None = None) -> TrainSpec:
 
 def task_scores(spec: TrainSpec) -> TaskScores:
     """Of a spec by `with_task` that `train` has finished. Reads what was said; computes nothing. Raises RunError."""
-    run = Run.of(spec)
+    run = ResolvedRun.resolve(spec)
     [probe] = run.probes
     found = read_parts(run.paths).get("task")
     if found is None:

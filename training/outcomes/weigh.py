@@ -11,12 +11,12 @@ import torch
 from graftwork.chat import Template
 from graftwork.memory.sizes import BATCH_ROWS, BATCH_TOKENS
 from graftwork.training.logits import trained_logits
-from graftwork.training.outcomes.parts import Item, Part, Said
+from graftwork.training.outcomes.parts import Item, ItemGroup, ItemOutput
 from graftwork.training.rows.token_rows import IGNORED
 
 
 @torch.no_grad()
-def answers(model: Any, part: Part, places: Sequence[int], template: Template) -> list[Said]:
+def answers(model: Any, part: ItemGroup, places: Sequence[int], template: Template) -> list[ItemOutput]:
     """What the model says to the items at `places`, in that order. Leaves the model in the mode it was in."""
     items = [part.items[at] for at in places]
     training = model.training
@@ -26,7 +26,7 @@ def answers(model: Any, part: Part, places: Sequence[int], template: Template) -
         texts = _written(model, items, part, template)
     finally:
         model.train(training)
-    return [Said(tuple(logprobs[at]), texts[at]) for at in range(len(items))]
+    return [ItemOutput(tuple(logprobs[at]), texts[at]) for at in range(len(items))]
 
 
 def _weighed(model: Any, items: Sequence[Item], pad_id: int) -> list[list[float]]:
@@ -60,7 +60,7 @@ def _sums(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_i
     return [-float(part.sum()) for part in nats_N.split([len(one) for _, one in rows])]
 
 
-def _written(model: Any, items: Sequence[Item], part: Part, template: Template) -> list[str]:
+def _written(model: Any, items: Sequence[Item], part: ItemGroup, template: Template) -> list[str]:
     texts = [""] * len(items)
     asked = [at for at, item in enumerate(items) if item.write]
     for batch in _batches([len(items[at].prompt) + items[at].write for at in asked]):
@@ -71,7 +71,7 @@ def _written(model: Any, items: Sequence[Item], part: Part, template: Template) 
     return texts
 
 
-def _generated(model: Any, items: Sequence[Item], part: Part) -> list[list[int]]:
+def _generated(model: Any, items: Sequence[Item], part: ItemGroup) -> list[list[int]]:
     """Greedy ids of each item's answer, the token that ended it left out."""
     from transformers import GenerationConfig
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from graftwork import base_model, plugins
 from graftwork.answers.schema import AnswerSchema
-from graftwork.data import Row, read_text
+from graftwork.data import DatasetRow, read_text
 from graftwork.storage import Store
 from graftwork.training.reward_model import scoring_adapter
 from graftwork.training.reward_spec import (
@@ -33,7 +33,7 @@ def load_rewards(specs: Sequence[RewardFunctionSpec], spec: TrainSpec) -> tuple[
     return tuple(_load(one, spec) for one in specs)
 
 
-def check_rows(rewards: Sequence[AnyReward], specs: Sequence[RewardFunctionSpec], rows: Sequence[Row]) -> None:
+def check_rows(rewards: Sequence[AnyReward], specs: Sequence[RewardFunctionSpec], rows: Sequence[DatasetRow]) -> None:
     """Raise DataError for the first row that a built-in reward can't hold an answer against."""
     for reward, spec in zip(rewards, specs, strict=True):
         if isinstance(reward, Reward) and spec.name in BUILT_IN:

@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import GraftworkError, RunError
 
-Score = Callable[[str, Row], float]
+Score = Callable[[str, DatasetRow], float]
 
 
 class BadReward(RunError):
@@ -25,7 +25,7 @@ class Reward:
     content: str = ""
     """What decides it beside the spec's own words: the text of its schema."""
 
-    def of(self, answer: str, row: Row) -> float:
+    def score(self, answer: str, row: DatasetRow) -> float:
         """The clipped reward. Raises BadReward naming the row."""
         try:
             value = float(self.score(answer, row))
@@ -50,7 +50,7 @@ class ModelReward:
 AnyReward = Reward | ModelReward
 
 
-def checked(reward: AnyReward, row: Row, value: float, answer: str) -> float:
+def checked(reward: AnyReward, row: DatasetRow, value: float, answer: str) -> float:
     """The value, clipped. Raises BadReward where it is no number."""
     if not math.isfinite(value):
         raise _bad(reward, row, f"it returned {value}", answer)
@@ -62,7 +62,7 @@ def total(rewards: Sequence[AnyReward], values: Sequence[float]) -> float:
     return math.fsum(reward.weight * value for reward, value in zip(rewards, values, strict=True))
 
 
-def _bad(reward: AnyReward, row: Row, found: str, answer: str) -> BadReward:
+def _bad(reward: AnyReward, row: DatasetRow, found: str, answer: str) -> BadReward:
     return BadReward(
         f"reward {reward.label!r} of row {row.id!r}",
         f"{found}; the answer was {answer[:200]!r}",

@@ -9,8 +9,8 @@ from graftwork.chat import Template
 from graftwork.errors import ConfigError, DataError
 from graftwork.row_keys import KeyCheck
 from graftwork.training.rows.documents import Document, document_keys, fingerprint, read_documents
-from graftwork.training.rows.packed import packed
-from graftwork.training.rows.part import Part, ReadPart, counted
+from graftwork.training.rows.packed import pack_rows
+from graftwork.training.rows.part import Part, ReadPart, format_row_count
 from graftwork.training.rows.token_rows import TokenRows
 from graftwork.training.spec import TrainSpec
 from graftwork.training.text_spec import CptSpec, ReplaySpec
@@ -30,20 +30,20 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     documents, blank = read_documents(uri, limit=limit, keys=keys)
     warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
     ids = [document_ids(document, template, end) for document in documents]
-    notes = [f"{counted(documents, 'document')}, {sum(map(len, ids))} tokens, each ended by {end_name}"]
-    notes += [f"{counted(range(blank), 'blank file')} left out"] if blank else []
+    notes = [f"{format_row_count(documents, 'document')}, {sum(map(len, ids))} tokens, each ended by {end_name}"]
+    notes += [f"{format_row_count(range(blank), 'blank file')} left out"] if blank else []
     if objective.replay is not None and part == "train":
         replayed = document_keys()
         again = _replayed(objective.replay, template, end, sum(map(len, ids)), spec.seed, replayed)
         warnings += replayed.note("objective.replay.data")
         documents, ids = documents + [document for document, _ in again], ids + [tokens for _, tokens in again]
-        notes.append(f"replay: {counted(again, 'document')}, {sum(len(tokens) for _, tokens in again)} tokens")
+        notes.append(f"replay: {format_row_count(again, 'document')}, {sum(len(tokens) for _, tokens in again)} tokens")
     pieces = [piece for tokens in ids for piece in split(tokens, spec.max_length)]
     if len(pieces) > len(ids):
         notes.append(
-            f"{counted(pieces[len(ids) :], 'cut')} in documents of more than {spec.max_length} tokens; none is lost"
+            f"{format_row_count(pieces[len(ids) :], 'cut')} in documents of more than {spec.max_length} tokens; none is lost"
         )
-    rows, packing = packed(TokenRows.of(pieces), objective.packing, spec.max_length)
+    rows, packing = pack_rows(TokenRows.from_pairs(pieces), objective.packing, spec.max_length)
     return ReadPart(rows, 0, fingerprint(documents), (*notes, *packing), (), warnings, contents)
 
 

@@ -15,7 +15,7 @@ from graftwork.training.rows.part import Part, ReadPart
 from graftwork.training.rows.token_rows import Rows
 from graftwork.training.spec import TrainSpec
 from graftwork.training.teaching.teacher import Teacher, pinned, require_vocabulary
-from graftwork.training.teaching.written import written
+from graftwork.training.teaching.written import load_or_generate
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     if objective.generate is not None:
         if part == "eval":
             return sft.read(as_sft, template, part)
-        texts = written(spec, objective.generate)
+        texts = load_or_generate(spec, objective.generate)
         found = sft.read(as_sft.with_({"data.train": texts.uri, "data.train_rows": None}), template, part)
         notes, warnings = (*texts.notes, *found.notes), (*texts.warnings, *found.warnings)
         return replace(found, notes=notes, warnings=warnings, contents=texts.contents)

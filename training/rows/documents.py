@@ -83,7 +83,7 @@ def _text_of(file: Path) -> str:
     try:
         return data.read_text(str(file))
     except DataError as error:
-        raise DataError(error.asked, error.found, "every file of a folder or glob is UTF-8 text",
+        raise DataError(error.subject, error.problem, "every file of a folder or glob is UTF-8 text",
                         "name the files by a glob, such as FOLDER/**/*.txt") from error  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from graftwork.errors import ConfigError
 from graftwork.training.rows.answered import AnsweredRows
 from graftwork.training.rows.cpt import end_token
 from graftwork.training.rows.documents import Document, document_keys, fingerprint, read_documents
-from graftwork.training.rows.packed import packed
-from graftwork.training.rows.part import Part, ReadPart, counted, nothing_left, too_long
+from graftwork.training.rows.packed import pack_rows
+from graftwork.training.rows.part import Part, ReadPart, format_row_count, nothing_left, too_long
 from graftwork.training.rows.sentinels import Sentinels, sentinels_of
 from graftwork.training.rows.token_rows import TokenRows
 from graftwork.training.spec import TrainSpec
@@ -29,7 +29,7 @@ class Layout:
     end: int
     loss_on_all: bool
 
-    def plain(self, text: str) -> tuple[list[int], list[bool], int]:
+    def encode_whole(self, text: str) -> tuple[list[int], list[bool], int]:
         """(ids, trained, where the answer begins) of a document that is left whole."""
         ids = [*self.template.opening_ids, *self.template.encode(text), self.end]
         return ids, [False] + [True] * (len(ids) - 1), 1
@@ -73,15 +73,15 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         made.append((ids, trained, start))
     if not made:
         raise nothing_left(spec, part, dropped)
-    token_rows = TokenRows.of([(ids, trained) for ids, trained, _ in made])
+    token_rows = TokenRows.from_pairs([(ids, trained) for ids, trained, _ in made])
     how = "their rows are trained" if sentinels.train else "the base knows them"
-    about = f"{counted(documents, 'document')}; sentinels {sentinels.names}: {how}"
+    about = f"{format_row_count(documents, 'document')}; sentinels {sentinels.names}: {how}"
     train_ids = sentinels.ids if sentinels.train else ()
     if part == "eval":
         starts = np.array([start for _, _, start in made], dtype=np.int64)
         held = AnsweredRows(token_rows.ids_T, token_rows.trained_T, token_rows.offsets_N1, starts)
         return ReadPart(held, dropped, fingerprint(documents), (about,), train_ids, warnings, contents)
-    found, packing = packed(token_rows, objective.packing, spec.max_length)
+    found, packing = pack_rows(token_rows, objective.packing, spec.max_length)
     return ReadPart(found, dropped, fingerprint(documents), (about, *packing), train_ids, warnings, contents)
 
 
@@ -113,7 +113,7 @@ def _row(
     if part == "eval":
         return layout.infill(cut_line(document.text, rng), spm=objective.spm_share == 1)
     if rng.random() >= objective.rate:
-        return layout.plain(document.text)
+        return layout.encode_whole(document.text)
     cut = cut_line if objective.cut == "line" else cut_anywhere
     return layout.infill(cut(document.text, rng), spm=bool(rng.random() < objective.spm_share))
 

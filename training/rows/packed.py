@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from graftwork.storage import Store
 from graftwork.training.rows.kept import KeptRows
-from graftwork.training.rows.part import counted
+from graftwork.training.rows.part import format_row_count
 from graftwork.training.rows.token_rows import IGNORED, Rows, TokenRows
 from graftwork.training.text_spec import Packing
 
@@ -87,7 +87,7 @@ class PackedRows:
         return np.add.reduceat(of_D[self.order_D], self.offsets_P1[:-1]) if len(self) else np.zeros(0, dtype=np.int64)
 
 
-def packed(rows: TokenRows, packing: Packing, max_length: int) -> tuple[Rows, tuple[str, ...]]:
+def pack_rows(rows: TokenRows, packing: Packing, max_length: int) -> tuple[Rows, tuple[str, ...]]:
     """The rows as the spec wants them, and a note on what packing gained. No row is longer than `max_length`."""
     if packing == "none":
         return rows, ()
@@ -95,7 +95,9 @@ def packed(rows: TokenRows, packing: Packing, max_length: int) -> tuple[Rows, tu
     order_D = np.array([document for pack in packs for document in pack], dtype=np.int64)
     made = PackedRows(rows, order_D, np.cumsum([0, *map(len, packs)], dtype=np.int64))
     full = int(made.lengths_N.sum()) / (len(made) * max_length)
-    return made, (f"packing=best_fit: {counted(rows, 'document')} in {counted(made, 'row')}, {full:.1%} full",)
+    return made, (
+        f"packing=best_fit: {format_row_count(rows, 'document')} in {format_row_count(made, 'row')}, {full:.1%} full",
+    )
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:

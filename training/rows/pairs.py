@@ -94,7 +94,7 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
             raise too_long(spec, part, number, row_id, longest)
     if not chosen:
         raise nothing_left(spec, part, dropped)
-    rows = PairRows(TokenRows.of(chosen), TokenRows.of(rejected))
+    rows = PairRows(TokenRows.from_pairs(chosen), TokenRows.from_pairs(rejected))
     warnings = (*keys.note(f"data.{part}"), *shots)
     return ReadPart(rows, dropped, raw.hexdigest(), warnings=warnings, contents=contents)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from graftwork import data
 from graftwork.chat import Prompt
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import DataError
 from graftwork.training.rows.token_rows import Rows
 from graftwork.training.spec import TrainSpec
@@ -44,7 +44,7 @@ class ReadPart:
         return sorted(self.contents) == sorted(other.contents)
 
 
-def noted(rows: Iterable[Row], contents: "array[int]") -> Iterator[Row]:
+def noted(rows: Iterable[DatasetRow], contents: "array[int]") -> Iterator[DatasetRow]:
     """Pass the rows on, and append the hash of each conversation to `contents`."""
     for row in rows:
         contents.append(hash(row.messages))
@@ -58,7 +58,7 @@ def read_prompt(spec: TrainSpec, part: Part) -> tuple[Prompt, tuple[str, ...]]:
     return prompt, keys.note("prompt.few_shot_file") if part == "train" else ()
 
 
-def counted(items: Sized, name: str) -> str:
+def format_row_count(items: Sized, name: str) -> str:
     """`3 rows`, `1 row`."""
     return f"{len(items)} {name}{'s' * (len(items) != 1)}"
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftwork import chat, data, retrieval
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.training.rewards.load import check_rows, load_rewards
 from graftwork.training.rewards.reward import AnyReward
 from graftwork.training.rl_spec import RlSpec
@@ -27,7 +27,7 @@ class PromptRows:
     """Prompts and what their answers are rewarded by. N prompts."""
 
     prompts: TokenRows
-    rows: tuple[Row, ...]
+    rows: tuple[DatasetRow, ...]
     """What each prompt came from, in the same order."""
     rewards: tuple[AnyReward, ...]
     generations: int
@@ -99,7 +99,7 @@ def read(spec: TrainSpec, template: chat.Template, part: Part) -> ReadPart:
         raise nothing_left(spec, part, len(raw))
     return ReadPart(
         PromptRows(
-            TokenRows.of([(rendered[place], [False] * len(rendered[place])) for place in fitting]),
+            TokenRows.from_pairs([(rendered[place], [False] * len(rendered[place])) for place in fitting]),
             tuple(raw[place] for place in fitting),
             rewards, objective.generations, objective.max_new_tokens, data.fingerprint(raw),
         ),
@@ -112,14 +112,14 @@ def read(spec: TrainSpec, template: chat.Template, part: Part) -> ReadPart:
 
 
 def _rendered(
-    spec: TrainSpec, template: chat.Template, prompt: chat.Prompt, rows: Sequence[Row], seed: int
+    spec: TrainSpec, template: chat.Template, prompt: chat.Prompt, rows: Sequence[DatasetRow], seed: int
 ) -> tuple[list[tuple[int, ...]], int]:
     """Ids of each prompt, and how many passages had no room."""
     context, left_out = spec.data.context, 0
     passages = retrieval.training_context(context, seed) if context else None
     rendered = []
     for row in rows:
-        found, without = chat.fitting(
+        found, without = chat.fit_passages(
             passages(row) if passages else (), template, prompt, context.context_tokens if context else None
         )
         left_out += len(without)

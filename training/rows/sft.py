@@ -9,19 +9,19 @@ from typing import Any
 from graftwork import chat, data, retrieval
 from graftwork.chat import Passage, Prompt, Template
 from graftwork.config import canonical_json
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.row_keys import KeyCheck
 from graftwork.training.objective_spec import SftSpec
 from graftwork.training.rows.answered import answered, groups_of
 from graftwork.training.rows.kept import RowWriter, kept_rows
-from graftwork.training.rows.packed import packed
+from graftwork.training.rows.packed import pack_rows
 from graftwork.training.rows.part import Part, ReadPart, noted, nothing_left, read_prompt, too_long
 from graftwork.training.spec import TrainSpec
 
 FORM = 2
 """Counted up when the same rows are rendered otherwise than before."""
 
-Context = Callable[[Row], tuple[Passage, ...]]
+Context = Callable[[DatasetRow], tuple[Passage, ...]]
 
 
 def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
@@ -36,7 +36,7 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     answers = spec.objective.answers if part == "eval" else None
     by = answers.by if answers is not None else ()
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[DatasetRow]:
         return data.iter_rows(uri, limit=limit, need="train", keys=data.key_check("train", by))
 
     keys, contents = data.key_check("train", by), array("q")
@@ -62,12 +62,12 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         names = answers.by
         groups = groups_of(data.read_fields(uri, names, limit=limit), about["numbers"]) if names else ()
         return ReadPart(answered(found, groups), about["dropped"], fingerprint, notes, (), warnings, contents)
-    packs, packing = packed(found, spec.objective.packing, spec.max_length)
+    packs, packing = pack_rows(found, spec.objective.packing, spec.max_length)
     return ReadPart(packs, about["dropped"], fingerprint, (*notes, *packing), (), warnings, contents)
 
 
 def _render(
-    spec: TrainSpec, template: Template, prompt: Prompt, rows: Iterable[Row], context: Context, writer: RowWriter
+    spec: TrainSpec, template: Template, prompt: Prompt, rows: Iterable[DatasetRow], context: Context, writer: RowWriter
 ) -> dict[str, Any]:
     """Every row that fits to the writer, and what was left out: `too_long` names the first as (number, id, tokens).
 
@@ -78,7 +78,7 @@ def _render(
     first: list[tuple[int, str, int]] = []
     numbers: list[int] = []
     for number, row in enumerate(rows, start=1):
-        passages, without = chat.fitting(context(row), template, prompt, room)
+        passages, without = chat.fit_passages(context(row), template, prompt, room)
         left_out += len(without)
         for messages in chat.training_rows(row.messages, template):
             rendered = chat.render(messages, template, prompt=prompt, context=passages, generate=False)
@@ -110,7 +110,7 @@ def _key(spec: TrainSpec, template: Template, prompt: Prompt, fingerprint: str, 
     return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
 
 
-def _no_context(_: Row) -> tuple[Passage, ...]:
+def _no_context(_: DatasetRow) -> tuple[Passage, ...]:
     return ()
 
 

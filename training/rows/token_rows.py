@@ -96,7 +96,7 @@ class TokenRows:
         return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> "TokenRows":
+    def from_pairs(cls, rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> "TokenRows":
         """From (ids, mask) pairs."""
         return cls(
             np.array([token for ids, _ in rows for token in ids], dtype=np.int32),

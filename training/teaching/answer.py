@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Answer:
+class TeacherAnswer:
     """What was written; `ended` by the teacher itself and not by the limit on its length."""
 
     text: str

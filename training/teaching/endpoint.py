@@ -11,7 +11,7 @@ import httpx
 from graftwork.chat import Message
 from graftwork.errors import ConfigError, DataError
 from graftwork.training.objective_spec import GenerateSpec
-from graftwork.training.teaching.answer import Answer
+from graftwork.training.teaching.answer import TeacherAnswer
 
 TIMEOUT_S = 600.0
 TRIES = 4
@@ -20,7 +20,7 @@ TRIES = 4
 
 def ask(
     generate: GenerateSpec, questions: Sequence[Sequence[Message]], system: str | None, seed: int
-) -> list[list[Answer]]:
+) -> list[list[TeacherAnswer]]:
     """`generate.samples` answers to each question. Raises DataError naming what the endpoint said, ConfigError."""
     assert generate.url is not None, "asked where there is an endpoint"
     bodies = [_body(generate, question, system, seed + n) for question in questions for n in range(generate.samples)]
@@ -28,7 +28,7 @@ def ask(
         httpx.Client(base_url=generate.url.rstrip("/") + "/", headers=_headers(generate), timeout=TIMEOUT_S) as client,
         ThreadPoolExecutor(generate.concurrency, thread_name_prefix="teacher") as pool,
     ):
-        answers = [pool.submit(_one, client, generate, body) for body in bodies]
+        answers = [pool.submit(_ask_once, client, generate, body) for body in bodies]
         try:
             found = [answer.result() for answer in answers]
         finally:
@@ -36,22 +36,22 @@ def ask(
     return [found[start : start + generate.samples] for start in range(0, len(found), generate.samples)]
 
 
-def _one(client: httpx.Client, generate: GenerateSpec, body: dict[str, Any]) -> Answer:
+def _ask_once(client: httpx.Client, generate: GenerateSpec, body: dict[str, Any]) -> TeacherAnswer:
     for attempt in range(TRIES):
         try:
             response = client.post("chat/completions", json=body)
         except httpx.HTTPError as error:
-            raise _failed(generate, f"nothing answers ({error})") from error
+            raise _request_error(generate, f"nothing answers ({error})") from error
         if response.status_code not in (429, 503) or attempt == TRIES - 1:
             break
         time.sleep(2.0**attempt)
     if response.is_error:
-        raise _failed(generate, f"HTTP {response.status_code}: {response.text[:500]}")
+        raise _request_error(generate, f"HTTP {response.status_code}: {response.text[:500]}")
     try:
         choice = response.json()["choices"][0]
-        return Answer(str(choice["message"]["content"] or ""), choice["finish_reason"] == "stop")
+        return TeacherAnswer(str(choice["message"]["content"] or ""), choice["finish_reason"] == "stop")
     except (ValueError, LookupError, TypeError) as error:
-        raise _failed(generate, f"its answer is no chat completion: {response.text[:500]}") from error
+        raise _request_error(generate, f"its answer is no chat completion: {response.text[:500]}") from error
 
 
 def _body(generate: GenerateSpec, question: Sequence[Message], system: str | None, seed: int) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _headers(generate: GenerateSpec) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _failed(generate: GenerateSpec, found: str) -> DataError:
+def _request_error(generate: GenerateSpec, found: str) -> DataError:
     return DataError(
         f"objective.generate.url={generate.url}, model={generate.model}",
         found,

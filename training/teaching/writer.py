@@ -8,7 +8,7 @@ from graftwork import base_model, chat, data
 from graftwork.chat import Message
 from graftwork.training.objective_spec import GenerateSpec
 from graftwork.training.spec import TrainSpec
-from graftwork.training.teaching.answer import Answer
+from graftwork.training.teaching.answer import TeacherAnswer
 from graftwork.training.teaching.model import load_teacher
 from graftwork.training.teaching.teacher import Teacher
 
@@ -16,7 +16,7 @@ from graftwork.training.teaching.teacher import Teacher
 @torch.no_grad()
 def write(
     spec: TrainSpec, generate: GenerateSpec, teacher: Teacher, questions: Sequence[Sequence[Message]]
-) -> list[list[Answer]]:
+) -> list[list[TeacherAnswer]]:
     """`generate.samples` answers to each question, by the teacher's own template and tokenizer."""
     template = base_model.template(base_model.resolve(teacher.base))
     prompt = data.resolve_prompt(spec.prompt)
@@ -25,7 +25,7 @@ def write(
     model = load_teacher(teacher, spec.root, device)
     torch.manual_seed(spec.seed)
     order = sorted(range(len(asked)), key=lambda place: len(asked[place]))
-    found: list[list[Answer]] = [[] for _ in asked]
+    found: list[list[TeacherAnswer]] = [[] for _ in asked]
     for start in range(0, len(order), generate.concurrency):
         places = order[start : start + generate.concurrency]
         width = max(len(asked[place]) for place in places)
@@ -42,6 +42,6 @@ def write(
     return found
 
 
-def _answer(ids: Sequence[int], template: chat.Template) -> Answer:
+def _answer(ids: Sequence[int], template: chat.Template) -> TeacherAnswer:
     end = next((place for place, token in enumerate(ids) if token in template.stop_ids), None)
-    return Answer(template.decode(ids[:end]), end is not None)
+    return TeacherAnswer(template.decode(ids[:end]), end is not None)

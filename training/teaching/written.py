@@ -12,14 +12,14 @@ from typing import Any
 
 from graftwork import data
 from graftwork.config import canonical_json
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import DataError
 from graftwork.storage import Store
 from graftwork.training.objective_spec import DistillSpec, GenerateSpec
 from graftwork.training.rewards.load import load_rewards
 from graftwork.training.rewards.reward import Reward
 from graftwork.training.spec import TrainSpec
-from graftwork.training.teaching.answer import Answer
+from graftwork.training.teaching.answer import TeacherAnswer
 from graftwork.training.teaching.endpoint import ask
 from graftwork.training.teaching.teacher import pinned
 
@@ -27,7 +27,7 @@ FOLDER, ANSWERS, ABOUT = "teaching", "answers.jsonl", "about.json"
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedAnswers:
     """Rows with a teacher's answers."""
 
     uri: str
@@ -38,7 +38,7 @@ class Written:
     """A hash of each of those rows, as `ReadPart.contents`."""
 
 
-def written(spec: TrainSpec, generate: GenerateSpec) -> Written:
+def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswers:
     """The training rows with the teacher's answers. In the driver; asks it where they are not there yet.
 
     Raises DataError (no endpoint, no answer kept), ArtifactError, BaseModelError, ConfigError (an unknown reward).
@@ -50,7 +50,7 @@ def written(spec: TrainSpec, generate: GenerateSpec) -> Written:
     rewards = [reward for reward in loaded if isinstance(reward, Reward)]
     store, key = Store(spec.root), _key(spec, generate, rows, rewards)
     if not store.exists(FOLDER, key, ABOUT):
-        answers = _asked(spec, generate, rows)
+        answers = _generate(spec, generate, rows)
         kept = [
             (row, best) for row, own in zip(rows, answers, strict=True) if (best := _best(generate, rewards, row, own))
         ]
@@ -68,10 +68,10 @@ def written(spec: TrainSpec, generate: GenerateSpec) -> Written:
     rule = f"keep={generate.keep.name}, at_least={generate.at_least:g}" if generate.keep else "ended"
     note = f"{about['kept']} of {about['asked']} answers of the teacher kept ({rule}; {about['unended']} had not ended)"
     contents = array("q", [hash(row.messages) for row in rows])
-    return Written(store.path(FOLDER, key, ANSWERS), (note,), keys.note("data.train"), contents)
+    return GeneratedAnswers(store.path(FOLDER, key, ANSWERS), (note,), keys.note("data.train"), contents)
 
 
-def _asked(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[Row]) -> list[list[Answer]]:
+def _generate(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[DatasetRow]) -> list[list[TeacherAnswer]]:
     """The answers to each row's question."""
     if generate.url is not None:
         return ask(generate, [row.question for row in rows], spec.prompt.system, spec.seed)
@@ -82,16 +82,18 @@ def _asked(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[Row]) -> list
     return write(spec, generate, pinned(spec, spec.objective.teacher), [row.question for row in rows])
 
 
-def _best(generate: GenerateSpec, rewards: Sequence[Reward], row: Row, answers: Sequence[Answer]) -> str | None:
+def _best(
+    generate: GenerateSpec, rewards: Sequence[Reward], row: DatasetRow, answers: Sequence[TeacherAnswer]
+) -> str | None:
     """The best answer that has ended and is good enough; of equal ones the first."""
     ended = [answer.text for answer in answers if answer.ended and answer.text.strip()]
     if not rewards or not ended:
         return ended[0] if ended else None
-    value, place = max((rewards[0].of(text, row), -place) for place, text in enumerate(ended))
+    value, place = max((rewards[0].score(text, row), -place) for place, text in enumerate(ended))
     return ended[-place] if value >= generate.at_least else None
 
 
-def _key(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[Row], rewards: Sequence[Reward]) -> str:
+def _key(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[DatasetRow], rewards: Sequence[Reward]) -> str:
     """32 hex digits over all that decides the answers and which of them are kept."""
     assert isinstance(spec.objective, DistillSpec)
     teacher = spec.objective.teacher
@@ -103,7 +105,7 @@ def _key(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[Row], rewards: 
     return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
 
 
-def _record(row: Row, answer: str) -> dict[str, Any]:
+def _record(row: DatasetRow, answer: str) -> dict[str, Any]:
     turns = [{"role": m.role, "content": m.content} for m in row.question]
     found: dict[str, Any] = {"id": row.id, "messages": [*turns, {"role": "assistant", "content": answer}]}
     if row.gold is not None:
@@ -112,7 +114,7 @@ def _record(row: Row, answer: str) -> dict[str, Any]:
 
 
 def _nothing_kept(
-    spec: TrainSpec, generate: GenerateSpec, about: dict[str, int], answers: Sequence[Sequence[Answer]]
+    spec: TrainSpec, generate: GenerateSpec, about: dict[str, int], answers: Sequence[Sequence[TeacherAnswer]]
 ) -> DataError:
     rule = (
         f"keep={generate.keep.name} of at least {generate.at_least:g}" if generate.keep else "an end within the limit"

@@ -52,7 +52,7 @@ class Cells:
         self.key = key
         if key.values:
             self._listed = sorted(key.values, key=number) if numeric(key) else list(key.values)
-            self.labels = tuple(words.plain(value) for value in self._listed)
+            self.labels = tuple(words.format_setting(value) for value in self._listed)
             self.centres = tuple(number(value) for value in self._listed) if numeric(key) else ()
             return
         assert key.low is not None

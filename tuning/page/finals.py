@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from graftwork.report.sweep_records import FinalistRecord, FinalsRecord
 from graftwork.tuning.choice import gathered
 from graftwork.tuning.finals import finalists
-from graftwork.tuning.page.values import plain
-from graftwork.tuning.records import Choice, TrialRecord
+from graftwork.tuning.page.values import to_plain
+from graftwork.tuning.records import SearchDecision, TrialRecord
 from graftwork.tuning.spec import TuneSpec
 
 
-def finals_record(spec: TuneSpec, trials: Sequence[TrialRecord], choice: Choice) -> FinalsRecord | None:
+def finals_record(spec: TuneSpec, trials: Sequence[TrialRecord], choice: SearchDecision) -> FinalsRecord | None:
     """None where no finals were held."""
     taking_part = finalists(spec, trials)
     if spec.finals is None or not taking_part or not choice.contrasts:
@@ -23,7 +23,7 @@ def finals_record(spec: TuneSpec, trials: Sequence[TrialRecord], choice: Choice)
             continue  # a run of it is missing: `choice.notes` names it
         against = behind.get(trial.trial_id)
         found.append(FinalistRecord(
-            id=trial.trial_id, values={key: plain(value) for key, value in trial.values.items()},
+            id=trial.trial_id, values={key: to_plain(value) for key, value in trial.values.items()},
             losses=finalist.losses, mean=finalist.loss, difference=against.difference if against else None,
             low=against.low if against else None, high=against.high if against else None,
             p_adjusted=against.p_value if against else None,

@@ -45,7 +45,7 @@ def grid_at(trials: Sequence[SweepTrial], rows: Cells, columns: Cells, step: int
 def of_grid(grid: Grid, rows: Cells, columns: Cells, step: int) -> RatesRecord:
     """What a grid says."""
     at = columns.centres
-    found = [rate_row(words.plain(rows.centres[row]), cells, at) for row, cells in grid.items()]
+    found = [rate_row(words.format_setting(rows.centres[row]), cells, at) for row, cells in grid.items()]
     used = sorted({column for cells in grid.values() for column in cells})
     grid_step = max(at[b] / at[a] for a, b in itertools.pairwise(used))
     moves_by = max(row.best for row in found) / min(row.best for row in found)

@@ -12,15 +12,15 @@ from graftwork.tuning.page.finals import finals_record
 from graftwork.tuning.page.heat import heat
 from graftwork.tuning.page.importance import importance
 from graftwork.tuning.page.stops import stops
-from graftwork.tuning.page.values import plain, settings
-from graftwork.tuning.records import Choice, TrialRecord
-from graftwork.tuning.space_spec import Choice as Listed
+from graftwork.tuning.page.values import settings, to_plain
+from graftwork.tuning.records import SearchDecision, TrialRecord
+from graftwork.tuning.space_spec import CategoricalSpace as Listed
 from graftwork.tuning.space_spec import Domain, IntRange, LogUniform, PowerOfTwo
 from graftwork.tuning.spec import TuneSpec
 
 
 @dataclass(frozen=True)
-class Ended:
+class SweepEnd:
     """How an attempt at a sweep ended, and what the trials do not tell."""
 
     state: Literal["finished", "interrupted", "failed"]
@@ -29,12 +29,12 @@ class Ended:
     sampler: str
     """How the trials were drawn, in words."""
     wall_s: float
-    choice: Choice | None = None
+    choice: SearchDecision | None = None
     reused: bool = False
     error: str | None = None
 
 
-def sweep_record(spec: TuneSpec, trials: Sequence[TrialRecord], ended: Ended) -> SweepRecord:
+def sweep_record(spec: TuneSpec, trials: Sequence[TrialRecord], ended: SweepEnd) -> SweepRecord:
     """What a sweep's trials say."""
     keys = [key_of(name, domain) for name, domain in spec.space.items()]
     shown = [trial_of(trial) for trial in trials]
@@ -77,7 +77,7 @@ def _front(spec: TuneSpec, trials: Sequence[TrialRecord]) -> FrontRecord | None:
 def key_of(name: str, domain: Domain) -> SweepKey:
     """A key of the space with its values as text or numbers."""
     if isinstance(domain, Listed):
-        return SweepKey(name=name, values=tuple(plain(value) for value in domain.values))
+        return SweepKey(name=name, values=tuple(to_plain(value) for value in domain.values))
     if isinstance(domain, PowerOfTwo) or (isinstance(domain, IntRange) and len(domain.listed()) <= MOST_VALUES):
         return SweepKey(name=name, values=tuple(domain.listed()))
     log = isinstance(domain, LogUniform) or (isinstance(domain, IntRange) and domain.log)
@@ -87,7 +87,7 @@ def key_of(name: str, domain: Domain) -> SweepKey:
 def trial_of(trial: TrialRecord) -> SweepTrial:
     """A trial with its values as text or numbers."""
     return SweepTrial(
-        id=trial.trial_id, values={key: plain(value) for key, value in trial.values.items()}, losses=trial.losses,
+        id=trial.trial_id, values={key: to_plain(value) for key, value in trial.values.items()}, losses=trial.losses,
         state=trial.state, wall_s=trial.wall_s or None, started_s=trial.started_s or None, error=trial.error,
         notes=trial.notes, metrics=trial.metrics, repeat_of=trial.repeat_of,
     )  # fmt: skip

@@ -10,14 +10,14 @@ from graftwork.config import canonical_json
 from graftwork.report.sweep_records import Plain
 
 
-def plain(value: JsonValue) -> Plain:
+def to_plain(value: JsonValue) -> Plain:
     """Lists and mappings as text: a kind by its name, with what else is set."""
     if isinstance(value, Mapping):
         kind, more = value.get("kind"), {key: other for key, other in value.items() if key != "kind"}
-        said = ", ".join(f"{key}={plain(other)}" for key, other in more.items())
+        said = ", ".join(f"{key}={to_plain(other)}" for key, other in more.items())
         return " ".join(part for part in (str(kind) if kind else "", said) if part) or "{}"
     if isinstance(value, list):
-        return ", ".join(str(plain(item)) for item in value) or "[]"
+        return ", ".join(str(to_plain(item)) for item in value) or "[]"
     return value
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from graftwork.errors import ConfigError
 from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.search.protocol import Suggestion, own
+from graftwork.tuning.search.protocol import Suggestion, select_searched
 from graftwork.tuning.space import Values, contradiction, digest, grid, grid_size, sample
-from graftwork.tuning.space_spec import Choice
-from graftwork.tuning.spec import TuneSpec, next_move
+from graftwork.tuning.space_spec import CategoricalSpace
+from graftwork.tuning.spec import TuneSpec, hint_for_key
 
 ENUMERATED = 512
 """Combinations up to which all are checked beforehand (about a millisecond each)."""
@@ -19,7 +19,7 @@ REDRAWS = 200
 
 
 @dataclass(frozen=True)
-class Drawn:
+class FixedPoints:
     """A search whose points do not depend on any result."""
 
     name: str
@@ -33,11 +33,11 @@ class Drawn:
 
     def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | None:
         """The points in their order."""
-        number = len(own(trials))
+        number = len(select_searched(trials))
         return Suggestion(self.points[number]) if number < len(self.points) else None
 
 
-def grid_search(spec: TuneSpec) -> Drawn:
+def grid_search(spec: TuneSpec) -> FixedPoints:
     """Raises ConfigError when a key is a range, the grid is larger than `num_trials`, or a point contradicts itself."""
     size = grid_size(spec.space)
     if size is None or size > spec.num_trials:
@@ -49,7 +49,7 @@ def grid_search(spec: TuneSpec) -> Drawn:
     points = sorted(grid(spec.space), key=lambda point: _from_middle(spec, point))
     for point in points:
         _refuse(spec, point)
-    return Drawn("grid", tuple(points), reason)
+    return FixedPoints("grid", tuple(points), reason)
 
 
 def _from_middle(spec: TuneSpec, point: Values) -> float:
@@ -60,18 +60,22 @@ def _from_middle(spec: TuneSpec, point: Values) -> float:
     """
     away = 0.0
     for key, domain in spec.space.items():
-        numbers = [one for one in domain.values if isinstance(one, int | float)] if isinstance(domain, Choice) else []
-        if isinstance(domain, Choice) and len(numbers) == len(domain.values) and key != "seed":
+        numbers = (
+            [one for one in domain.values if isinstance(one, int | float)]
+            if isinstance(domain, CategoricalSpace)
+            else []
+        )
+        if isinstance(domain, CategoricalSpace) and len(numbers) == len(domain.values) and key != "seed":
             away += abs(domain.values.index(point[key]) - (len(numbers) - 1) / 2) / len(numbers)
     return away
 
 
-def random_search(spec: TuneSpec) -> Drawn:
+def random_search(spec: TuneSpec) -> FixedPoints:
     """Equal specs draw equal points, and a larger `num_trials` keeps the first ones. Raises ConfigError when values
     contradict each other, or too many do to draw what is asked."""
     count, of = most(spec), f" of {size} combinations" if (size := grid_size(spec.space)) is not None else ""
     points = tuple(itertools.islice(fresh_points(spec, random.Random(spec.seed), ()), count))
-    return Drawn("random", points, f"random: {count}{of} by seed {spec.seed}")
+    return FixedPoints("random", points, f"random: {count}{of} by seed {spec.seed}")
 
 
 def most(spec: TuneSpec) -> int:
@@ -103,21 +107,21 @@ def fresh_points(spec: TuneSpec, rng: random.Random, known: Collection[str]) -> 
         tries, refused = 0, None
         yield point
     if refused is not None:
-        raise ConfigError("space", f"{tries} points drawn in a row contradict themselves, the last: {refused.asked}: "
-                          f"{refused.found}", refused.rule, next_move(_key_of(spec, refused), refused))  # fmt: skip
+        raise ConfigError("space", f"{tries} points drawn in a row contradict themselves, the last: {refused.subject}: "
+                          f"{refused.problem}", refused.rule, hint_for_key(_key_of(spec, refused), refused))  # fmt: skip
 
 
 def _refuse(spec: TuneSpec, point: Values) -> None:
     wrong = contradiction(spec, point)
     if wrong is not None:
         values = ", ".join(f"{key}={value}" for key, value in point.items())
-        found = f"{wrong.asked.removeprefix('override: ')}: {wrong.found}"
+        found = f"{wrong.subject.removeprefix('override: ')}: {wrong.problem}"
         raise ConfigError(f"space: {values}", found, wrong.rule or "every combination must be a spec that can be run",
-                          next_move(_key_of(spec, wrong), wrong) or _WHOLE)  # fmt: skip
+                          hint_for_key(_key_of(spec, wrong), wrong) or _WHOLE)  # fmt: skip
 
 
 _WHOLE = "give whole parts, e.g. adapter: {kind: choice, values: [{kind: lora, rank: 8}, {kind: ia3}]}"
 
 
 def _key_of(spec: TuneSpec, wrong: ConfigError) -> str:
-    return next((key for key in spec.space if key.partition(".")[0] in wrong.asked), "")
+    return next((key for key in spec.space if key.partition(".")[0] in wrong.subject), "")

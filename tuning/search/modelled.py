@@ -10,14 +10,14 @@ from graftwork.errors import ConfigError
 from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.search.drawn import fresh_points, most
 from graftwork.tuning.search.outcomes import Outcome, as_forecast, as_reported, at_furthest_step
-from graftwork.tuning.search.protocol import Suggestion, own
+from graftwork.tuning.search.protocol import Suggestion, select_searched
 from graftwork.tuning.search_spec import BohbSpec, GpSpec, TpeSpec
 from graftwork.tuning.space import Values, contradiction, digest
 from graftwork.tuning.spec import TuneSpec
 
 
 @dataclass(frozen=True)
-class Modelled:
+class OptunaSearch:
     """TPE, GP or BOHB. Optuna is imported when a point is first asked of its model."""
 
     spec: TuneSpec
@@ -35,7 +35,7 @@ class Modelled:
         seed, objectives = self.spec.seed, len(self.spec.objectives)
         if isinstance(self.asked, BohbSpec):
             how = f"{self.asked.random_share:.0%} at random by seed {seed}, the others by TPE on all keys together, at "
-            return f"bohb: {how}the furthest step that {enough(self.spec)} trials reported at; {self.total} in all"
+            return f"bohb: {how}the furthest step that {min_reports(self.spec)} trials reported at; {self.total} in all"
         first = f"{min(self.asked.n_startup, self.total)} points at random by seed {seed}, then by a model of "
         model = "the losses" if objectives == 1 else f"{objectives} objectives"
         apart = ""
@@ -45,7 +45,7 @@ class Modelled:
 
     def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | None:
         """None after `total` trials, or when the space has no other point."""
-        chosen = own(trials)
+        chosen = select_searched(trials)
         if len(chosen) >= self.total:
             return None
         known = {digest(trial.values) for trial in chosen}
@@ -59,7 +59,7 @@ class Modelled:
         objectives, number = self.spec.objectives, len(chosen)
         if isinstance(self.asked, BohbSpec):
             at_random = random.Random(_seed(self.spec, number, "share")).random() < self.asked.random_share
-            return None if at_random else at_furthest_step(chosen, enough(self.spec))
+            return None if at_random else at_furthest_step(chosen, min_reports(self.spec))
         if number < self.asked.n_startup:
             return None
         if isinstance(self.asked, TpeSpec) and len(objectives) == 1:
@@ -83,7 +83,7 @@ class Modelled:
         return next(fresh_points(self.spec, random.Random(_seed(self.spec, number, "drawn")), known), None)
 
 
-def modelled_search(spec: TuneSpec, asked: TpeSpec | GpSpec | BohbSpec) -> Modelled:
+def optuna_search(spec: TuneSpec, asked: TpeSpec | GpSpec | BohbSpec) -> OptunaSearch:
     """Raises ConfigError when values contradict each other, or the kind can't seek several objectives."""
     if isinstance(asked, BohbSpec) and len(spec.objectives) > 1:
         raise ConfigError(
@@ -92,12 +92,12 @@ def modelled_search(spec: TuneSpec, asked: TpeSpec | GpSpec | BohbSpec) -> Model
             "bohb optimizes one objective, the held-out loss",
             "take search: {kind: tpe} or {kind: gp}, or leave the other objectives out",
         )
-    search = Modelled(spec, asked, most(spec))
+    search = OptunaSearch(spec, asked, most(spec))
     search._at_random(0, set())
     return search
 
 
-def enough(spec: TuneSpec) -> int:
+def min_reports(spec: TuneSpec) -> int:
     """Reports at a step from which BOHB fits a model there: two more than keys and one (Falkner et al. 2018)."""
     return len(spec.space) + 3
 

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from graftwork.tuning.search.outcomes import Outcome
 from graftwork.tuning.search_spec import BohbSpec, GpSpec, TpeSpec
 from graftwork.tuning.space import Values, rounded
-from graftwork.tuning.space_spec import Choice, Domain, IntRange, LogUniform, PowerOfTwo, Space, Uniform
+from graftwork.tuning.space_spec import CategoricalSpace, Domain, IntRange, LogUniform, PowerOfTwo, Space, Uniform
 from graftwork.tuning.spec import TuneSpec
 
 TRIES = 20
@@ -28,7 +28,7 @@ def points(
     distributions = {key: _distribution(key, domain) for key, domain in spec.space.items()}
     with _quiet():
         study = optuna.create_study(sampler=_sampler(asked, seed), directions=["minimize"] * len(spec.objectives))
-        study.add_trials([_told(outcome, spec.space, distributions) for outcome in outcomes])
+        study.add_trials([_to_frozen_trial(outcome, spec.space, distributions) for outcome in outcomes])
     for _ in range(TRIES):
         with _quiet():
             found = study.ask(distributions).params
@@ -42,7 +42,7 @@ def _sampler(asked: TpeSpec | GpSpec | BohbSpec, seed: int) -> BaseSampler:
     return TPESampler(seed=seed, n_startup_trials=1, constant_liar=True, multivariate=together)
 
 
-def _told(outcome: Outcome, space: Space, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
+def _to_frozen_trial(outcome: Outcome, space: Space, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
     """A trial without costs or reports (a failed one) ranks behind all others for TPE as a pruned one."""
     told: dict[str, Any] = {"distributions": distributions}
     told["params"] = {key: _parameter(domain, outcome.values[key]) for key, domain in space.items()}
@@ -60,7 +60,7 @@ def _distribution(key: str, domain: Domain) -> BaseDistribution:
             return FloatDistribution(domain.low, domain.high, log=isinstance(domain, LogUniform))
         case IntRange():
             return IntDistribution(domain.low, domain.high, log=domain.log)
-        case Choice() if key == "seed" or not _are_numbers(domain.values):
+        case CategoricalSpace() if key == "seed" or not _are_numbers(domain.values):
             return CategoricalDistribution(range(len(domain.values)))
     return IntDistribution(0, len(domain.listed()) - 1)
 
@@ -69,7 +69,7 @@ def _are_numbers(values: Sequence[JsonValue]) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
-def _scale(domain: Choice | PowerOfTwo) -> Sequence[Any]:
+def _scale(domain: CategoricalSpace | PowerOfTwo) -> Sequence[Any]:
     """The places of listed values."""
     values: Sequence[Any] = domain.listed()
     return sorted(values) if _are_numbers(values) else values
@@ -77,13 +77,15 @@ def _scale(domain: Choice | PowerOfTwo) -> Sequence[Any]:
 
 def _parameter(domain: Domain, value: Any) -> Any:
     """As Optuna has it: the place of a listed value, since a value may be a whole part of a spec."""
-    return _scale(domain).index(value) if isinstance(domain, Choice | PowerOfTwo) else value
+    return _scale(domain).index(value) if isinstance(domain, CategoricalSpace | PowerOfTwo) else value
 
 
 def _value(domain: Domain, parameter: Any) -> JsonValue:
     if isinstance(domain, Uniform | LogUniform):
         return rounded(domain, parameter)
-    place: JsonValue = _scale(domain)[parameter] if isinstance(domain, Choice | PowerOfTwo) else int(parameter)
+    place: JsonValue = (
+        _scale(domain)[parameter] if isinstance(domain, CategoricalSpace | PowerOfTwo) else int(parameter)
+    )
     return place
 
 

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from graftwork.errors import ConfigError
 from graftwork.tuning.records import TrialRecord
 from graftwork.tuning.search.drawn import random_search
-from graftwork.tuning.search.protocol import Suggestion, Wait, own
+from graftwork.tuning.search.protocol import Suggestion, Wait, select_searched
 from graftwork.tuning.search_spec import PbtSpec
 from graftwork.tuning.space import Values
 from graftwork.tuning.spec import TuneSpec
@@ -25,7 +25,7 @@ FACTORS = "optim.factors"
 
 
 @dataclass(frozen=True)
-class Population:
+class PbtSearch:
     """A search in generations."""
 
     asked: PbtSpec
@@ -56,7 +56,7 @@ class Population:
 
     def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | Wait | None:
         """The next segment; none of a generation before all of the one before have ended."""
-        segments = own(trials)
+        segments = select_searched(trials)
         generation, member = divmod(len(segments), self.asked.population)
         if generation == self.generations:
             return None
@@ -79,7 +79,7 @@ class Population:
         ranked = sorted(range(len(before)), key=lambda member: (_loss(before[member]), member))
         alive = [member for member in ranked if before[member].state != "failed"]
         best = alive[: _count(self.asked)]
-        worst = [member for member in ranked if member not in alive or ranked.index(member) >= self._kept()]
+        worst = [member for member in ranked if member not in alive or ranked.index(member) >= self._survivors()]
         rng = random.Random(f"{self.seed} generation {generation}")
         rng.shuffle(best)
         lines = [(trial, 1.0) for trial in before]
@@ -88,7 +88,7 @@ class Population:
             lines[member] = (before[best[one]], self._explored(rng.random(), copies))
         return lines
 
-    def _kept(self) -> int:
+    def _survivors(self) -> int:
         return self.asked.population - _count(self.asked)
 
     def _explored(self, u: float, copies: int) -> float:
@@ -98,7 +98,7 @@ class Population:
         return float(factors[(int(u * len(factors)) + other) % len(factors)] ** (again + 1))
 
 
-def population(spec: TuneSpec, asked: PbtSpec) -> Population:
+def pbt_search(spec: TuneSpec, asked: PbtSpec) -> PbtSearch:
     """Raises ConfigError when the space has fewer points than the population members."""
     points = random_search(spec.model_copy(update={"num_trials": asked.population})).points
     if len(points) < asked.population:
@@ -106,10 +106,10 @@ def population(spec: TuneSpec, asked: PbtSpec) -> Population:
             f"search.population={asked.population}", f"the space has {len(points)} points",
             "members begin at different points", f"set it to {len(points)} or less, or widen the space",
         )  # fmt: skip
-    return Population(asked, points, spec.steps, spec.seed)
+    return PbtSearch(asked, points, spec.steps, spec.seed)
 
 
-def spent(trials: Sequence[TrialRecord]) -> set[str]:
+def finished_trials(trials: Sequence[TrialRecord]) -> set[str]:
     """Trials whose checkpoints nobody goes on from any more: they ended, and so did all that could begin from them."""
     segments = [trial for trial in trials if trial.until is not None and trial.repeat_of is None]
     size = sum(trial.until == segments[0].until for trial in segments) if segments else 1

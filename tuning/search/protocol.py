@@ -52,6 +52,6 @@ class Search(Protocol):
         ...
 
 
-def own(trials: Sequence[TrialRecord]) -> tuple[TrialRecord, ...]:
+def select_searched(trials: Sequence[TrialRecord]) -> tuple[TrialRecord, ...]:
     """The trials that a search has chosen: repeats of finalists are not."""
     return tuple(trial for trial in trials if trial.repeat_of is None)

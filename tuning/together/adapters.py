@@ -16,7 +16,7 @@ from graftwork.training.spec import LoraSpec, OptimSpec
 
 
 @dataclass(frozen=True)
-class Place:
+class LinearGroup:
     """Linears of one block that read the same input: q, k and v; gate and up; or one alone."""
 
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ class Trial:
     schedule: Any
 
     @classmethod
-    def of(cls, key: str, adapter: LoraSpec, optim: OptimSpec, steps: int, weights_P: torch.Tensor) -> "Trial":
+    def create(cls, key: str, adapter: LoraSpec, optim: OptimSpec, steps: int, weights_P: torch.Tensor) -> "Trial":
         """With the optimizer and the schedule that `graftwork train` gives it (transformers' Trainer)."""
         from transformers import get_scheduler
 
@@ -69,7 +69,7 @@ class Stack:
     One product for all of a stack: with 4 trials of rank 16 half the time of one by one, and no rank is padded.
     """
 
-    def __init__(self, trials: Sequence[Trial], start: int, places: Sequence[Place], dtype: torch.dtype) -> None:
+    def __init__(self, trials: Sequence[Trial], start: int, places: Sequence[LinearGroup], dtype: torch.dtype) -> None:
         self.trials, self.size, self.rank = trials, len(trials), trials[0].rank
         self.start = start
         """Place of its first trial among all."""
@@ -107,7 +107,7 @@ class Stack:
 class Adapters:
     """All trials that are still in training, ordered by rank: the order of their rows in a batch."""
 
-    def __init__(self, trials: Sequence[Trial], places: Sequence[Place], dtype: torch.dtype) -> None:
+    def __init__(self, trials: Sequence[Trial], places: Sequence[LinearGroup], dtype: torch.dtype) -> None:
         self._places, self._dtype = places, dtype
         self.trials: list[Trial] = []
         self.stacks: list[Stack] = []
@@ -136,13 +136,13 @@ class Adapters:
         return norms
 
 
-def cut_a(values_MP: torch.Tensor, places: Sequence[Place], rank: int) -> list[torch.Tensor]:
+def cut_a(values_MP: torch.Tensor, places: Sequence[LinearGroup], rank: int) -> list[torch.Tensor]:
     """The A of each place, (M, S * R, I): those of its linears one below the other."""
     sizes = [(len(place.names) * rank, place.inputs) for place in places]
     return _cut(values_MP, 0, sizes)
 
 
-def cut_b(values_MP: torch.Tensor, places: Sequence[Place], rank: int) -> list[tuple[torch.Tensor, ...]]:
+def cut_b(values_MP: torch.Tensor, places: Sequence[LinearGroup], rank: int) -> list[tuple[torch.Tensor, ...]]:
     """The B of each linear of each place, (M, O, R)."""
     start = sum(len(place.names) * place.inputs for place in places) * rank
     flat = iter(_cut(values_MP, start, [(outputs, rank) for place in places for outputs in place.outputs]))

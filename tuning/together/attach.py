@@ -11,8 +11,8 @@ from transformers import set_seed
 from graftwork.training.adapters.attach import lora_config
 from graftwork.training.job import TrainJob
 from graftwork.training.spec import LoraSpec
-from graftwork.tuning.together.adapters import Adapters, Place, Trial, cut_a, cut_b
-from graftwork.tuning.together.layer import Adapted, Siblings
+from graftwork.tuning.together.adapters import Adapters, LinearGroup, Trial, cut_a, cut_b
+from graftwork.tuning.together.layer import Adapted, StackedLoras
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Last names of linears that one input goes through, in the families of transformers. Another input is noticed."""
@@ -24,13 +24,13 @@ def attach_together(model: Any, jobs: Mapping[str, TrainJob], steps: int) -> Ada
     layers = _drawn(model, [(spec.adapter, spec.seed) for spec in specs.values()])
     places = _places(layers)
     trials = [
-        Trial.of(key, spec.adapter, spec.optim, steps, _flat(layers, places, number))
+        Trial.create(key, spec.adapter, spec.optim, steps, _flat(layers, places, number))
         for number, (key, spec) in enumerate(specs.items())
         if isinstance(spec.adapter, LoraSpec)
     ]
     adapters = Adapters(trials, places, model.dtype)
     for number, place in enumerate(places):
-        siblings = Siblings(adapters, number, [layers[name].get_base_layer() for name in place.names])
+        siblings = StackedLoras(adapters, number, [layers[name].get_base_layer() for name in place.names])
         for which, name in enumerate(place.names):
             model.set_submodule(name, Adapted(siblings, which))
     return adapters
@@ -49,7 +49,7 @@ def _drawn(model: Any, adapters: Sequence[tuple[Any, int]]) -> dict[str, LoraLay
     return layers
 
 
-def _places(layers: Mapping[str, LoraLayer]) -> list[Place]:
+def _places(layers: Mapping[str, LoraLayer]) -> list[LinearGroup]:
     """The layers in the order of the model, those with one input together."""
     together: dict[tuple[str, str], list[str]] = {}
     for name in layers:
@@ -57,7 +57,7 @@ def _places(layers: Mapping[str, LoraLayer]) -> list[Place]:
         names = next((names for names in SAME_INPUT if last in names), (last,))
         together.setdefault((block, names[0]), []).append(name)
     return [
-        Place(
+        LinearGroup(
             tuple(names),
             layers[names[0]].lora_A["0"].in_features,
             tuple(layers[name].lora_B["0"].out_features for name in names),
@@ -67,7 +67,7 @@ def _places(layers: Mapping[str, LoraLayer]) -> list[Place]:
 
 
 @torch.no_grad()
-def _flat(layers: Mapping[str, LoraLayer], places: Sequence[Place], number: int) -> torch.Tensor:
+def _flat(layers: Mapping[str, LoraLayer], places: Sequence[LinearGroup], number: int) -> torch.Tensor:
     """The weights of one adapter end to end, in fp32."""
     adapter = str(number)
     rank = layers[places[0].names[0]].r[adapter]

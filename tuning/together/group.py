@@ -50,7 +50,7 @@ def _next_beside(
     found = next((record for record in ledger.trials if record.state == "pending" and fits(record)), None)
     waiting = any(record.state == "pending" for record in ledger.trials)
     while found is None and (knows_all(search) or not waiting):
-        drawn = ledger.draw(search)
+        drawn = ledger.next_trial(search)
         if not isinstance(drawn, TrialRecord):
             break
         found, waiting = (drawn if fits(drawn) else None), True

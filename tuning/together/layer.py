@@ -13,7 +13,7 @@ import torch
 from graftwork.tuning.together.adapters import Adapters, Stack
 
 
-class Siblings:
+class StackedLoras:
     """Linears that read the same input, computed together when the first of them is asked."""
 
     def __init__(self, adapters: Adapters, number: int, bases: list[torch.nn.Module]) -> None:
@@ -61,7 +61,7 @@ class Siblings:
 class Adapted(torch.nn.Module):
     """Stands in the model for a frozen linear."""
 
-    def __init__(self, siblings: Siblings, which: int) -> None:
+    def __init__(self, siblings: StackedLoras, which: int) -> None:
         super().__init__()
         self.base = siblings.bases[which]
         self.siblings, self.which = siblings, which
@@ -77,7 +77,7 @@ class _Added(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, _anchor: torch.Tensor, here: Siblings, *given: torch.Tensor) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, _anchor: torch.Tensor, here: StackedLoras, *given: torch.Tensor) -> Any:
         if given:
             outputs = [output.clone() for output in given]
         else:
@@ -95,7 +95,7 @@ class _Added(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, *inner = ctx.saved_tensors
-        here: Siblings = ctx.siblings
+        here: StackedLoras = ctx.siblings
         dx = here.through_bases(gradients, x) if ctx.needs_input_grad[0] else None
         for h, (stack, (x_MNI, *dys)) in zip(inner, here.parts(x, *gradients), strict=True):
             for dy_MNO, h_MNR, db_MOR in zip(dys, _each(h, stack), stack.b_gradients[here.number], strict=True):

@@ -47,13 +47,13 @@ def run_together(jobs: Mapping[str, TrainJob], report: Reports) -> None:
     adapters = attach_together(model, jobs, plan.steps)
     if spec.optim.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    run = _Run(job, plan, model, adapters)
+    run = _GroupRun(job, plan, model, adapters)
     while run.done < plan.steps and adapters.trials:
         run.step(report)
 
 
 @dataclass
-class _Run:
+class _GroupRun:
     """The trials under way. Tensors of losses hold one a trial, in the adapters' order."""
 
     job: TrainJob

@@ -15,7 +15,7 @@ from graftwork.cluster.kuberay.rules.deletion import DELETION_RULES
 from graftwork.cluster.kuberay.rules.gates import GATE_RULES
 from graftwork.cluster.kuberay.rules.groups import GROUP_RULES, managers_are_known
 from graftwork.cluster.kuberay.rules.job import JOB_RULES
-from graftwork.cluster.kuberay.rules.part import Part
+from graftwork.cluster.kuberay.rules.part import ClusterView
 from graftwork.cluster.kuberay.rules.pods import POD_RULES
 from graftwork.cluster.kuberay.rules.queues import QUEUE_RULES
 from graftwork.cluster.kuberay.rules.security import SECURITY_RULES
@@ -38,10 +38,10 @@ def check_rules(made: Mapping[str, Any]) -> list[Finding]:
     found = check_name(kind, str(dig(made, "metadata", "name") or "")) if kind in MAX_NAME else []
     found += [finding for rule in OBJECT_RULES.get(kind, ()) for finding in rule(made)]
     if kind != "RayCluster":
-        found += managers_are_known(Part(kind, "spec", mapping(made.get("spec")), {}))
+        found += managers_are_known(ClusterView(kind, "spec", mapping(made.get("spec")), {}))
     spec = dig(made, *PART_PATHS[kind])
     if isinstance(spec, Mapping):
         annotations = mapping(dig(made, "metadata", "annotations"))
-        part = Part(kind, ".".join(PART_PATHS[kind]), spec, annotations)
+        part = ClusterView(kind, ".".join(PART_PATHS[kind]), spec, annotations)
         found += [finding for rule in PART_RULES for finding in rule(part)]
     return found

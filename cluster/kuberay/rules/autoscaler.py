@@ -1,12 +1,12 @@
 """Ray's autoscaler beside the head: one version, told in one place."""
 
 from graftwork.cluster.kuberay.findings import Found, dig, listed, number, refuse
-from graftwork.cluster.kuberay.rules.part import AUTOSCALER_V2_ENV, Part
+from graftwork.cluster.kuberay.rules.part import AUTOSCALER_V2_ENV, ClusterView
 
 START_ENV = "KUBERAY_GEN_AUTOSCALER_START_CMD"
 
 
-def version_said_once(part: Part) -> Found:
+def version_said_once(part: ClusterView) -> Found:
     where, told = f"{part.where}.autoscalerOptions.version", dig(part.spec, "autoscalerOptions", "version")
     value = part.head_env.get(AUTOSCALER_V2_ENV)
     if not part.autoscales and value in ("1", "true"):
@@ -17,7 +17,7 @@ def version_said_once(part: Part) -> Found:
                      "the version is told in one place", f"drop {AUTOSCALER_V2_ENV}")  # fmt: skip
 
 
-def v2_restarts_no_pod(part: Part) -> Found:
+def v2_restarts_no_pod(part: ClusterView) -> Found:
     if not (part.autoscales and part.autoscaler_v2):
         return
     for where, pod in part.pods():
@@ -26,13 +26,13 @@ def v2_restarts_no_pod(part: Part) -> Found:
                          "autoscaler v2 replaces pods and restarts none", "leave it out, or Never")  # fmt: skip
 
 
-def idle_is_no_less_than_nothing(part: Part) -> Found:
+def idle_is_no_less_than_nothing(part: ClusterView) -> Found:
     idle = number(dig(part.spec, "autoscalerOptions", "idleTimeoutSeconds"))
     if idle is not None and idle < 0:
         yield refuse("AUTOSCALER-IDLE", f"{part.where}.autoscalerOptions.idleTimeoutSeconds", f"{idle}", "0 or more")
 
 
-def start_command_is_the_operators(part: Part) -> Found:
+def start_command_is_the_operators(part: ClusterView) -> Found:
     if START_ENV in {entry.get("name") for entry in listed(dig(part.spec, "autoscalerOptions", "env"))}:
         yield refuse("AUTOSCALER-START", f"{part.where}.autoscalerOptions.env", START_ENV, "the operator sets it")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from graftwork.cluster.kuberay.findings import Found, dig, listed, mapping, refuse, warn
 from graftwork.cluster.kuberay.names import DNS_1035
-from graftwork.cluster.kuberay.rules.part import Part, containers, env_of
+from graftwork.cluster.kuberay.rules.part import ClusterView, containers, env_of
 
 GATED = {
     "networkPolicy": "RayClusterNetworkPolicy",
@@ -16,14 +16,14 @@ ONE_WAY = {"DenyAllEgress": "ingressRules", "DenyAllIngress": "egressRules"}
 """Rules that say nothing in that mode."""
 
 
-def gates_are_told(part: Part) -> Found:
+def gates_are_told(part: ClusterView) -> Found:
     for field, gate in GATED.items():
         if part.spec.get(field) is not None:
             yield warn("GATE-OFF", f"{part.where}.{field}", "set", f"the operator's gate {gate} is off by default",
                        f"start the operator with --feature-gates={gate}=true, or drop the field")  # fmt: skip
 
 
-def network_rules_match_their_mode(part: Part) -> Found:
+def network_rules_match_their_mode(part: ClusterView) -> Found:
     policy = part.spec.get("networkPolicy")
     if not isinstance(policy, Mapping):
         return
@@ -45,7 +45,7 @@ def network_rules_match_their_mode(part: Part) -> Found:
                          "with networkPolicy a group's name becomes part of an object's name")  # fmt: skip
 
 
-def tls_is_the_operators(part: Part) -> Found:
+def tls_is_the_operators(part: ClusterView) -> Found:
     if dig(part.spec, "tlsOptions") is None or dig(part.spec, "tlsOptions", "enabled") is False:
         return
     for where, pod in part.pods():
@@ -55,7 +55,7 @@ def tls_is_the_operators(part: Part) -> Found:
                     yield refuse("TLS-MANAGED", f"{where}.containers[0].env", name, "tlsOptions sets it")
 
 
-def history_says_where_it_lies(part: Part) -> Found:
+def history_says_where_it_lies(part: ClusterView) -> Found:
     if part.spec.get("historyServerOptions") is None:
         return
     options = mapping(dig(part.spec, "historyServerOptions", "collectorOptions"))

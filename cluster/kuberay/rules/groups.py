@@ -5,7 +5,7 @@ from typing import Any
 
 from graftwork.cluster.kuberay.findings import Found, dig, mapping, number, refuse, warn
 from graftwork.cluster.kuberay.names import LABEL_VALUE, MAX_LABEL
-from graftwork.cluster.kuberay.rules.part import AUTOSCALER_V2_ENV, Part, containers, version_of
+from graftwork.cluster.kuberay.rules.part import AUTOSCALER_V2_ENV, ClusterView, containers, version_of
 
 RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
@@ -16,14 +16,14 @@ SETTABLE = ("ray.io/accelerator-type", "ray.io/availability-zone", "ray.io/marke
 _LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 
-def has_containers(part: Part) -> Found:
+def has_containers(part: ClusterView) -> Found:
     for where, pod in part.pods():
         if not containers(pod):
             yield refuse("NO-CONTAINER", where, "no container", "Ray is started in the first container of a pod")
 
 
-def resources_said_once(part: Part) -> Found:
-    for where, group in part.named():
+def resources_said_once(part: ClusterView) -> Found:
+    for where, group in part.iter_groups():
         params = mapping(group.get("rayStartParams"))
         twice = [name for name in RESOURCE_PARAMS if params.get(name)]
         if twice and group.get("resources"):
@@ -31,23 +31,23 @@ def resources_said_once(part: Part) -> Found:
                          "a group's resources are told in one place", "drop one of the two")  # fmt: skip
 
 
-def labels_have_their_place(part: Part) -> Found:
-    for where, group in part.named():
+def labels_have_their_place(part: ClusterView) -> Found:
+    for where, group in part.iter_groups():
         if "labels" in mapping(group.get("rayStartParams")):
             yield refuse("LABELS-IN-PARAMS", f"{where}.rayStartParams.labels", "labels among the start parameters",
                          "KubeRay takes them from the group's own `labels`")  # fmt: skip
 
 
-def labels_are_labels(part: Part) -> Found:
-    for where, group in part.named():
+def labels_are_labels(part: ClusterView) -> Found:
+    for where, group in part.iter_groups():
         for key, value in mapping(group.get("labels")).items():
             if not is_label(key, value):
                 yield refuse("LABEL-FORM", f"{where}.labels.{key}", repr(value), "labels have the form of Kubernetes")
 
 
-def reserved_labels_are_rays(part: Part) -> Found:
+def reserved_labels_are_rays(part: ClusterView) -> Found:
     """Ray gives a group's `labels` to its nodes, and sets those of `ray.io/` itself."""
-    for where, group in part.named():
+    for where, group in part.iter_groups():
         for key in mapping(group.get("labels")):
             if key.startswith(RESERVED) and key not in SETTABLE:
                 yield refuse("GROUP-LABEL-RESERVED", f"{where}.labels.{key}", f"a label under {RESERVED}",
@@ -61,8 +61,8 @@ def is_label(key: str, value: Any) -> bool:
     return formed and _LABEL_KEY.fullmatch(key) is not None
 
 
-def bounds(part: Part) -> Found:
-    for where, group in list(part.named())[1:]:
+def bounds(part: ClusterView) -> Found:
+    for where, group in list(part.iter_groups())[1:]:
         least, most = number(group.get("minReplicas")), number(group.get("maxReplicas"))
         if not part.autoscales and (least is None or most is None):
             yield warn("GROUP-BOUNDS", where, f"minReplicas={least}, maxReplicas={most}",
@@ -76,24 +76,24 @@ def bounds(part: Part) -> Found:
             )
 
 
-def replicas_lie_within(part: Part) -> Found:
+def replicas_lie_within(part: ClusterView) -> Found:
     """Not the operator's rule: it moves `replicas` into the bounds without a word."""
-    for where, group in list(part.named())[1:]:
+    for where, group in list(part.iter_groups())[1:]:
         count, least, most = (number(group.get(key)) for key in ("replicas", "minReplicas", "maxReplicas"))
         if count is not None and least is not None and most is not None and not least <= count <= most:
             yield refuse("GROUP-REPLICAS", f"{where}.replicas", f"{count} outside {least} to {most}",
                          "the operator would start another number than was asked for")  # fmt: skip
 
 
-def names_differ(part: Part) -> Found:
+def names_differ(part: ClusterView) -> Found:
     names = [str(group.get("groupName")) for group in part.groups]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield refuse("GROUP-NAME-TWICE", f"{part.where}.workerGroupSpecs", f"two groups are called {name!r}",
                      "the operator counts pods by group name")  # fmt: skip
 
 
-def idle_needs_v2(part: Part) -> Found:
-    for where, group in list(part.named())[1:]:
+def idle_needs_v2(part: ClusterView) -> Found:
+    for where, group in list(part.iter_groups())[1:]:
         idle = number(group.get("idleTimeoutSeconds"))
         if idle is not None and idle < 0:
             yield refuse("GROUP-NEGATIVE", f"{where}.idleTimeoutSeconds", f"{idle}", "0 or more")
@@ -102,8 +102,8 @@ def idle_needs_v2(part: Part) -> Found:
                          "a group's own idle timeout is autoscaler v2's", "autoscalerOptions.version: v2")  # fmt: skip
 
 
-def priority_needs_v2(part: Part) -> Found:
-    for where, group in list(part.named())[1:]:
+def priority_needs_v2(part: ClusterView) -> Found:
+    for where, group in list(part.iter_groups())[1:]:
         if not number(group.get("priority")):
             continue
         version = version_of(part.spec.get("rayVersion"))
@@ -115,9 +115,9 @@ def priority_needs_v2(part: Part) -> Found:
                          "a group's priority is autoscaler v2's", "autoscalerOptions.version: v2")  # fmt: skip
 
 
-def hosts_are_pods(part: Part) -> Found:
+def hosts_are_pods(part: ClusterView) -> Found:
     """Not the operator's rule: it makes `replicas` times `numOfHosts` pods, so 0 makes none and reports ready."""
-    for where, group in list(part.named())[1:]:
+    for where, group in list(part.iter_groups())[1:]:
         hosts = number(group.get("numOfHosts"))
         if hosts is not None and hosts < 1:
             yield refuse("GROUP-HOSTS", f"{where}.numOfHosts", f"{hosts:g}",
@@ -125,36 +125,36 @@ def hosts_are_pods(part: Part) -> Found:
                          "numOfHosts: 1, or leave it out")  # fmt: skip
 
 
-def suspended_groups_start_nothing(part: Part) -> Found:
-    for where, group in list(part.named())[1:]:
+def suspended_groups_start_nothing(part: ClusterView) -> Found:
+    for where, group in list(part.iter_groups())[1:]:
         if not part.autoscales and group.get("suspend") is True:
             yield refuse("GROUP-SUSPENDED", f"{where}.suspend", "true",
                          "a suspended group has no machines, and the job's workers wait for them",
                          "leave suspend out, or the group")  # fmt: skip
 
 
-def suspended_groups_do_not_scale(part: Part) -> Found:
-    for where, group in list(part.named())[1:]:
+def suspended_groups_do_not_scale(part: ClusterView) -> Found:
+    for where, group in list(part.iter_groups())[1:]:
         if part.autoscales and group.get("suspend") is True:
             yield refuse("GROUP-SUSPEND", f"{where}.suspend", "true with the autoscaler on",
                          "the autoscaler would bring its machines back")  # fmt: skip
 
 
-def upgrades_are_their_makers(part: Part) -> Found:
+def upgrades_are_their_makers(part: ClusterView) -> Found:
     kind = dig(part.spec, "upgradeStrategy", "type")
     if kind is not None and part.kind != "RayCluster":
         yield refuse("UPGRADE-CHILD", f"{part.where}.upgradeStrategy", str(kind),
                      f"how a {part.kind}'s cluster is replaced is the {part.kind}'s to say")  # fmt: skip
 
 
-def managers_are_known(part: Part) -> Found:
+def managers_are_known(part: ClusterView) -> Found:
     """A CEL rule of the CRD's."""
     manager = part.spec.get("managedBy")
     if manager not in (None, *MANAGERS):
         yield refuse("MANAGED-BY", f"{part.where}.managedBy", repr(manager), f"one of {', '.join(MANAGERS)}")
 
 
-def _v2(part: Part) -> bool:
+def _v2(part: ClusterView) -> bool:
     return part.autoscaler_v2 or part.head_env.get(AUTOSCALER_V2_ENV) in ("1", "true")
 
 

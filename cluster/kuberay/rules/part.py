@@ -10,7 +10,7 @@ AUTOSCALER_V2_ENV = "RAY_enable_autoscaler_v2"
 
 
 @dataclass(frozen=True)
-class Part:
+class ClusterView:
     """Tolerates any shape: what a schema refuses is told by it, and not again here."""
 
     kind: str
@@ -41,7 +41,7 @@ class Part:
         """Values of the head's variables, None for those taken from elsewhere."""
         return env_of(first_container(self.head))
 
-    def named(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def iter_groups(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Head and groups, each with its path."""
         yield f"{self.where}.headGroupSpec", self.head
         for index, group in enumerate(self.groups):
@@ -49,7 +49,7 @@ class Part:
 
     def pods(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Pod specs of head and groups, each with its path."""
-        for where, group in self.named():
+        for where, group in self.iter_groups():
             yield f"{where}.template.spec", mapping(dig(group, "template", "spec"))
 
 

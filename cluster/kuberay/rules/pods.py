@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwork.cluster.kuberay.findings import Found, dig, listed, refuse
-from graftwork.cluster.kuberay.rules.part import Part, containers, first_container
+from graftwork.cluster.kuberay.rules.part import ClusterView, containers, first_container
 from graftwork.cluster.secret_like import why_secret
 from graftwork.cluster.spec import QUANTITY_PATTERN, quantity
 
@@ -18,7 +18,7 @@ OPERATORS_ENV = frozenset({
 """KubeRay sets these; one of ours would win silently, an empty RAY_AUTH_MODE among them."""
 
 
-def images_are_pinned(part: Part) -> Found:
+def images_are_pinned(part: ClusterView) -> Found:
     """A tag can mean other code tomorrow, on the second machine already."""
     for where, pod in part.pods():
         for key in ("initContainers", "containers"):
@@ -30,7 +30,7 @@ def images_are_pinned(part: Part) -> Found:
                                  "image: the digest that `docker push` or the registry shows")  # fmt: skip
 
 
-def the_head_has_room(part: Part) -> Found:
+def the_head_has_room(part: ClusterView) -> Found:
     """kuberay#4287, #4356: the sample's 2 GiB end in out-of-memory."""
     memory = dig(first_container(part.head), "resources", "limits", "memory")
     where = f"{part.where}.headGroupSpec.template.spec.containers[0].resources.limits.memory"
@@ -40,7 +40,7 @@ def the_head_has_room(part: Part) -> Found:
         yield refuse("HEAD-MEMORY", where, str(memory), "a head has 8Gi or more", "head: {memory: 16Gi}")
 
 
-def the_head_takes_no_work(part: Part) -> Found:
+def the_head_takes_no_work(part: ClusterView) -> Found:
     cpus = dig(part.head, "rayStartParams", "num-cpus")
     if str(cpus) != "0":
         yield refuse(
@@ -52,13 +52,13 @@ def the_head_takes_no_work(part: Part) -> Found:
         )
 
 
-def environment_has_no_secrets(part: Part) -> Found:
+def environment_has_no_secrets(part: ClusterView) -> Found:
     for where, pod in part.pods():
         for index, container in enumerate([*listed(pod.get("initContainers")), *containers(pod)]):
             yield from _environment(f"{where}.containers[{index}].env", container)
 
 
-def environment_is_said_once(part: Part) -> Found:
+def environment_is_said_once(part: ClusterView) -> Found:
     for where, pod in part.pods():
         for container in containers(pod)[:1]:
             names = [str(entry.get("name")) for entry in listed(container.get("env"))]

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwork.cluster.kuberay.findings import Found, dig, mapping, refuse, warn
-from graftwork.cluster.kuberay.rules.part import Part, containers, version_of
+from graftwork.cluster.kuberay.rules.part import ClusterView, containers, version_of
 
 TOKEN_SINCE, K8S_TOKEN_SINCE = (2, 52), (2, 55)
 
 
-def a_token_opens_it(part: Part) -> Found:
+def a_token_opens_it(part: ClusterView) -> Found:
     """An open dashboard runs anybody's code (CVE-2023-48022); Ray's own default is open until 2.61."""
     mode = dig(part.spec, "authOptions", "mode")
     if mode != "token":
@@ -17,7 +17,7 @@ def a_token_opens_it(part: Part) -> Found:
                      "whoever reaches the head runs code as it", "auth: {mode: token}")  # fmt: skip
 
 
-def the_version_knows_tokens(part: Part) -> Found:
+def the_version_knows_tokens(part: ClusterView) -> Found:
     if dig(part.spec, "authOptions", "mode") != "token":
         return
     told, where = part.spec.get("rayVersion"), f"{part.where}.rayVersion"
@@ -30,7 +30,7 @@ def the_version_knows_tokens(part: Part) -> Found:
         yield refuse("AUTH-VERSION", where, str(told), "token mode came with Ray 2.52", "a newer image")
 
 
-def kubernetes_tokens(part: Part) -> Found:
+def kubernetes_tokens(part: ClusterView) -> Found:
     options, where = mapping(part.spec.get("authOptions")), f"{part.where}.authOptions.enableK8sTokenAuth"
     if options.get("enableK8sTokenAuth") is not True:
         return
@@ -45,7 +45,7 @@ def kubernetes_tokens(part: Part) -> Found:
         yield refuse("AUTH-K8S-VERSION", where, str(part.spec["rayVersion"]), "it came with Ray 2.55")
 
 
-def nobody_outside_reaches_the_head(part: Part) -> Found:
+def nobody_outside_reaches_the_head(part: ClusterView) -> Found:
     where = f"{part.where}.headGroupSpec"
     if part.head.get("serviceType") not in (None, "", "ClusterIP"):
         yield refuse("HEAD-EXPOSED", f"{where}.serviceType", str(part.head["serviceType"]), "ClusterIP: the head is no "
@@ -54,7 +54,7 @@ def nobody_outside_reaches_the_head(part: Part) -> Found:
         yield refuse("HEAD-EXPOSED", f"{where}.enableIngress", "true", "no Ingress leads to the dashboard")
 
 
-def pods_are_restricted(part: Part) -> Found:
+def pods_are_restricted(part: ClusterView) -> Found:
     for where, pod in part.pods():
         for key in ("hostNetwork", "hostPID", "hostIPC"):
             if pod.get(key) is True:

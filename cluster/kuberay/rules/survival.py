@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwork.cluster.kuberay.findings import Found, dig, listed, mapping, refuse, warn
-from graftwork.cluster.kuberay.rules.part import Part, first_container
+from graftwork.cluster.kuberay.rules.part import ClusterView, first_container
 
 OPTIONS = "gcsFaultToleranceOptions"
 FT_ANNOTATION, NAMESPACE_ANNOTATION = "ray.io/ft-enabled", "ray.io/external-storage-namespace"
@@ -13,7 +13,7 @@ ROCKSDB_ENV = ("RAY_gcs_storage", "RAY_gcs_storage_path")
 REDIS_FIELDS = ("redisAddress", "redisUsername", "redisPassword", "externalStorageNamespace")
 
 
-def said_in_one_place(part: Part) -> Found:
+def said_in_one_place(part: ClusterView) -> Found:
     where, options = f"{part.where}.{OPTIONS}", part.spec.get(OPTIONS)
     params, env = mapping(part.head.get("rayStartParams")), part.head_env
     if options is None:
@@ -39,13 +39,13 @@ def said_in_one_place(part: Part) -> Found:
             yield refuse("REDIS-TWICE", f"{part.where}.headGroupSpec", f"the head has {name}", f"{OPTIONS} says it")
 
 
-def no_user_name_by_the_way(part: Part) -> Found:
+def no_user_name_by_the_way(part: ClusterView) -> Found:
     if mapping(part.head.get("rayStartParams")).get("redis-username") or "REDIS_USERNAME" in part.head_env:
         yield refuse("REDIS-USERNAME", f"{part.where}.headGroupSpec", "a Redis user in parameters or environment",
                      "redisUsername says it")  # fmt: skip
 
 
-def backend_has_its_own_fields(part: Part) -> Found:
+def backend_has_its_own_fields(part: ClusterView) -> Found:
     options = part.spec.get(OPTIONS)
     if not isinstance(options, Mapping):
         return
@@ -72,13 +72,13 @@ def backend_has_its_own_fields(part: Part) -> Found:
     yield from _managed(part)
 
 
-def password_is_a_secrets(part: Part) -> Found:
+def password_is_a_secrets(part: ClusterView) -> Found:
     if dig(part.spec, OPTIONS, "redisPassword", "value"):
         yield refuse("REDIS-PASSWORD", f"{part.where}.{OPTIONS}.redisPassword.value", "a value",
                      "a password comes from a Secret", "gcs.redis_secret")  # fmt: skip
 
 
-def _managed(part: Part) -> Found:
+def _managed(part: ClusterView) -> Found:
     head: Mapping[str, Any] = first_container(part.head)
     mounts = listed(head.get("volumeMounts"))
     volumes = listed(dig(part.head, "template", "spec", "volumes"))

@@ -17,7 +17,7 @@ import torch
 
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.changes import AdapterChanges, SiteBottleneck
+from graftwork.serving.engine.adapters.changes import AdapterWeights, SiteBottleneck
 from graftwork.serving.engine.adapters.config_file import ConfigFile, Targets
 from graftwork.serving.engine.adapters.tensor_file import MODULE_PREFIX, TensorFile
 
@@ -28,19 +28,19 @@ _HONOURED = frozenset({"bottleneck_size", "activation", "use_bias", "scaling", "
 
 def read_bottleneck(
     config: ConfigFile, tensors: TensorFile, base: BaseView, *, max_rank: int, dtype: torch.dtype
-) -> AdapterChanges:
+) -> AdapterWeights:
     """A network for each target. Its size counts as a rank."""
     config.require_known(_HONOURED, (), {})
-    size, targets = config.whole("bottleneck_size"), Targets.of(config)
+    size, targets = config.positive_int("bottleneck_size"), Targets.from_config(config)
     if size > max_rank:
         rule, move = f"sizes go up to engine.max_rank={max_rank}", f"raise engine.max_rank to {size}"
         raise ArtifactError(str(config.path), f"bottleneck_size={size}", rule, move)
     activation, scaling = config.values.get("activation"), config.values.get("scaling", 1.0)
     if activation not in ACTIVATIONS:
-        raise config.refused("activation", f"activations are {', '.join(ACTIVATIONS)}")
+        raise config.make_error("activation", f"activations are {', '.join(ACTIVATIONS)}")
     if isinstance(scaling, bool) or not isinstance(scaling, int | float):
-        raise config.refused("scaling", "scaling is a number")
-    modules = [match["module"] for match in map(_KEY.match, tensors.left()) if match]
+        raise config.make_error("scaling", "scaling is a number")
+    modules = [match["module"] for match in map(_KEY.match, tensors.unread_names()) if match]
     targets.check(modules, base.linears, config, tensors.path)
     with_bias = bool(config.values.get("use_bias", True))
     networks = {}
@@ -56,5 +56,5 @@ def read_bottleneck(
         )
     tensors.require_empty(f"{MODULE_PREFIX}MODULE.bottleneck_down and .bottleneck_up")
     if not networks:
-        raise tensors.refused("no tensors", "an adapter adapts at least one linear")
-    return AdapterChanges(bottlenecks=networks)
+        raise tensors.make_error("no tensors", "an adapter adapts at least one linear")
+    return AdapterWeights(bottlenecks=networks)

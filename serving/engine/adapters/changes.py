@@ -84,10 +84,10 @@ class OutputRows:
 
 
 @dataclass(frozen=True)
-class Lead:
+class VirtualTokens:
     """What stands before the first prompt token: `tokens` places of the KV row, either given or to be computed."""
 
-    tokens: int
+    count: int
     keys: tuple[torch.Tensor, ...] = ()
     """A layer each, [Hkv, N, D]: prefix tuning. Empty: computed from embeddings_NH."""
     values: tuple[torch.Tensor, ...] = ()
@@ -96,7 +96,7 @@ class Lead:
 
 
 @dataclass(frozen=True)
-class AdapterChanges:
+class AdapterWeights:
     """All that one adapter changes, on the CPU as its reader leaves it. Every part may be absent."""
 
     linears: Mapping[str, SiteWeights] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class AdapterChanges:
     bottlenecks: Mapping[str, SiteBottleneck] = field(default_factory=dict)
     inputs: InputRows | None = None
     outputs: OutputRows | None = None
-    lead: Lead | None = None
+    virtual_tokens: VirtualTokens | None = None
 
     @property
     def rank(self) -> int:

@@ -42,7 +42,7 @@ class ConfigFile:
             raise ArtifactError(str(path), type(config).__name__, "adapter_config.json holds one JSON object")
         return cls(path, config)
 
-    def refused(self, key: str, rule: str, next_move: str | None = None, value: object = None) -> ArtifactError:
+    def make_error(self, key: str, rule: str, next_move: str | None = None, value: object = None) -> ArtifactError:
         """The error for one key. value: the part of it that is wrong, where not all of it is."""
         text = repr(self.values.get(key) if value is None else value)
         found = f"{key}={text if len(text) < 120 else text[:117] + '...'}"
@@ -54,7 +54,7 @@ class ConfigFile:
         known = BOOKKEEPING.union(honoured, idle)
         for key, value in self.values.items():
             if key not in known and value and not (key == "bias" and value == "none"):
-                raise self.refused(key, why.get(key, "this setting is not served"))
+                raise self.make_error(key, why.get(key, "this setting is not served"))
 
     def names(self, key: str) -> Names:
         """A list of module names, or one regular expression."""
@@ -73,19 +73,19 @@ class ConfigFile:
             for pattern in value:
                 self._require_quick(key, pattern)
             return dict(value)
-        raise self.refused(key, f"{key} maps module patterns to numbers above 0")
+        raise self.make_error(key, f"{key} maps module patterns to numbers above 0")
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def positive_int(self, key: str, default: int | None = None) -> int:
         """A whole number from 1."""
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.refused(key, f"{key} is a whole number from 1")
+            raise self.make_error(key, f"{key} is a whole number from 1")
         return value
 
     def _require_quick(self, key: str, pattern: str) -> None:
         if problem := pattern_problem(pattern):
-            raise self.refused(key, problem, "write the module names out", pattern)
+            raise self.make_error(key, problem, "write the module names out", pattern)
 
     def _names(self, key: str, value: object) -> Names:
         if isinstance(value, str):
@@ -94,7 +94,7 @@ class ConfigFile:
             return value
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
             return tuple(value)
-        raise self.refused(key, f"{key} is a list of names or one regular expression")
+        raise self.make_error(key, f"{key} is a list of names or one regular expression")
 
 
 def is_positive(number: object) -> TypeGuard[int | float]:
@@ -112,16 +112,16 @@ class Targets:
     """Only some layers are adapted (`layers_to_transform`)."""
 
     @classmethod
-    def of(cls, config: ConfigFile) -> "Targets":
+    def from_config(cls, config: ConfigFile) -> "Targets":
         """From target_modules, exclude_modules and layers_to_transform."""
         some = config.values.get("layers_to_transform") is not None
         return cls(config.names("target_modules"), config.optional_names("exclude_modules"), some)
 
     def include(self, module: str) -> bool:
         """Whether peft would put an adapter on this linear."""
-        if self.excluded and named(self.excluded, module):
+        if self.excluded and matches_module(self.excluded, module):
             return False
-        return self.names == "all-linear" or named(self.names, module)
+        return self.names == "all-linear" or matches_module(self.names, module)
 
     def check(self, found: Iterable[str], linears: Iterable[str], config: ConfigFile, weights: Path) -> None:
         """What the config targets, what the file holds and what the base has must agree."""
@@ -134,11 +134,11 @@ class Targets:
             rule = "every module that target_modules names has its tensors"
             _refuse_any(targeted - held, "no weights for", rule, weights)
         for name in self.names if isinstance(self.names, tuple) else ():
-            if not any(named((name,), module) for module in base):
-                raise config.refused("target_modules", "every target is a linear of the base", value=name)
+            if not any(matches_module((name,), module) for module in base):
+                raise config.make_error("target_modules", "every target is a linear of the base", value=name)
 
 
-def named(names: Sequence[str] | str, module: str) -> bool:
+def matches_module(names: Sequence[str] | str, module: str) -> bool:
     """Whether a list of suffixes, or a regular expression, means this module."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None

@@ -8,7 +8,7 @@ import re
 import torch
 
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.changes import AdapterChanges, SiteScale
+from graftwork.serving.engine.adapters.changes import AdapterWeights, SiteScale
 from graftwork.serving.engine.adapters.config_file import ConfigFile, Names, Targets
 from graftwork.serving.engine.adapters.rows import ROW_KEYS, replaced_rows
 from graftwork.serving.engine.adapters.tensor_file import MODULE_PREFIX, TensorFile
@@ -19,20 +19,20 @@ _WITHOUT_EFFECT_HERE = frozenset({"init_ia3_weights"})
 _WHY_REFUSED = {"fan_in_fan_out": "the base's linears store [out, in]"}
 
 
-def read_ia3(config: ConfigFile, tensors: TensorFile, base: BaseView, *, dtype: torch.dtype) -> AdapterChanges:
+def read_ia3(config: ConfigFile, tensors: TensorFile, base: BaseView, *, dtype: torch.dtype) -> AdapterWeights:
     """Factors stay fp32, as peft holds them."""
     config.require_known(_HONOURED, _WITHOUT_EFFECT_HERE, _WHY_REFUSED)
-    targets, feedforward = Targets.of(config), config.optional_names("feedforward_modules")
+    targets, feedforward = Targets.from_config(config), config.optional_names("feedforward_modules")
     inputs, outputs = replaced_rows(config, tensors, base, dtype)
-    modules = [match["module"] for match in map(_FACTOR_KEY.match, tensors.left()) if match]
+    modules = [match["module"] for match in map(_FACTOR_KEY.match, tensors.unread_names()) if match]
     targets.check(modules, base.linears, config, tensors.path)
     scales = {
         module: _scale(module, tensors, base, on_input=_is_feedforward(feedforward, module)) for module in modules
     }
     tensors.require_empty(f"{MODULE_PREFIX}MODULE.ia3_l, and what the config names")
     if not scales:
-        raise tensors.refused("no tensors", "an adapter adapts at least one linear")
-    return AdapterChanges(scales=scales, inputs=inputs, outputs=outputs)
+        raise tensors.make_error("no tensors", "an adapter adapts at least one linear")
+    return AdapterWeights(scales=scales, inputs=inputs, outputs=outputs)
 
 
 def _scale(module: str, tensors: TensorFile, base: BaseView, *, on_input: bool) -> SiteScale:

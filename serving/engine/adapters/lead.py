@@ -8,7 +8,7 @@ behind it, as in peft 0.21 (`PeftModelForCausalLM.prepare_inputs_for_generation`
 import torch
 
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.changes import AdapterChanges, Lead
+from graftwork.serving.engine.adapters.changes import AdapterWeights, VirtualTokens
 from graftwork.serving.engine.adapters.config_file import ConfigFile
 from graftwork.serving.engine.adapters.tensor_file import TensorFile
 
@@ -22,29 +22,29 @@ _WITHOUT_EFFECT_HERE = frozenset(
 """How the embeddings were trained; what is saved is what comes out of the encoder. The submodules are checked."""
 
 
-def read_prefix(config: ConfigFile, tensors: TensorFile, base: BaseView, *, dtype: torch.dtype) -> AdapterChanges:
+def read_prefix(config: ConfigFile, tensors: TensorFile, base: BaseView, *, dtype: torch.dtype) -> AdapterWeights:
     """Keys and values of every layer from one tensor [N, layers * 2 * Hkv * D]."""
     count = _count(config)
     shapes = set(base.kv_shapes)
     if len(shapes) != 1:
-        raise config.refused("peft_type", "a prefix needs equal key-value heads in every layer of the base")
+        raise config.make_error("peft_type", "a prefix needs equal key-value heads in every layer of the base")
     shape, layers = base.kv_shapes[0], len(base.kv_shapes)
     saved = tensors.take(_KEY, (count, layers * 2 * shape.heads * shape.head_dim), dtype)
     tensors.require_empty(_KEY)
     parts_LHND = saved.view(count, layers * 2, shape.heads, shape.head_dim).permute(1, 2, 0, 3).contiguous()
-    return AdapterChanges(lead=Lead(count, tuple(parts_LHND[0::2]), tuple(parts_LHND[1::2])))
+    return AdapterWeights(virtual_tokens=VirtualTokens(count, tuple(parts_LHND[0::2]), tuple(parts_LHND[1::2])))
 
 
-def read_prompt(config: ConfigFile, tensors: TensorFile, base: BaseView, *, dtype: torch.dtype) -> AdapterChanges:
+def read_prompt(config: ConfigFile, tensors: TensorFile, base: BaseView, *, dtype: torch.dtype) -> AdapterWeights:
     """Trained embeddings from one tensor [N, H]."""
     count = _count(config)
     embeddings_NH = tensors.take(_KEY, (count, base.hidden_size), dtype)
     tensors.require_empty(_KEY)
-    return AdapterChanges(lead=Lead(count, embeddings_NH=embeddings_NH))
+    return AdapterWeights(virtual_tokens=VirtualTokens(count, embeddings_NH=embeddings_NH))
 
 
 def _count(config: ConfigFile) -> int:
     config.require_known(_HONOURED, _WITHOUT_EFFECT_HERE, {})
     if config.values.get("num_transformer_submodules") not in (None, 1):
-        raise config.refused("num_transformer_submodules", "a decoder has one")
-    return config.whole("num_virtual_tokens")
+        raise config.make_error("num_transformer_submodules", "a decoder has one")
+    return config.positive_int("num_virtual_tokens")

@@ -9,7 +9,7 @@ import torch
 
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.changes import AdapterChanges, SiteScale, SiteWeights
+from graftwork.serving.engine.adapters.changes import AdapterWeights, SiteScale, SiteWeights
 from graftwork.serving.engine.adapters.config_file import ConfigFile, Targets, is_positive
 from graftwork.serving.engine.adapters.dora import MAGNITUDE_KEY, rescaled
 from graftwork.serving.engine.adapters.rows import ROW_KEYS, replaced_rows
@@ -52,21 +52,21 @@ class LoraSettings:
     alpha_pattern: Mapping[str, float]
 
     @classmethod
-    def of(cls, config: ConfigFile) -> "LoraSettings":
+    def from_config(cls, config: ConfigFile) -> "LoraSettings":
         """Refuses every key that this engine cannot honour."""
         values = config.values
         if values.get("init_lora_weights", True) not in _NEUTRAL_INIT:
             why = "this initialisation changes the base weights; convert the adapter to plain LoRA when saving it"
-            raise config.refused("init_lora_weights", why)
+            raise config.make_error("init_lora_weights", why)
         config.require_known(_HONOURED, _WITHOUT_EFFECT_HERE, _WHY_REFUSED)
         alpha = values.get("lora_alpha", 8)
         if not is_positive(alpha):
-            raise config.refused("lora_alpha", "alpha is a number above 0")
+            raise config.make_error("lora_alpha", "alpha is a number above 0")
         ranks = config.numbers("rank_pattern")
         if any(rank != int(rank) for rank in ranks.values()):
-            raise config.refused("rank_pattern", "a rank is a whole number from 1")
+            raise config.make_error("rank_pattern", "a rank is a whole number from 1")
         return cls(
-            rank=config.whole("r", 8),
+            rank=config.positive_int("r", 8),
             alpha=float(alpha),
             use_rslora=bool(values.get("use_rslora", False)),
             use_dora=bool(values.get("use_dora", False)),
@@ -85,12 +85,12 @@ class LoraSettings:
 
 def read_lora(
     config: ConfigFile, tensors: TensorFile, base: BaseView, *, max_rank: int, dtype: torch.dtype, narrow: bool = False
-) -> AdapterChanges:
+) -> AdapterWeights:
     """A LoRA or DoRA adapter, with the embedding and output rows that were trained beside it.
 
     narrow: see `read_adapter`.
     """
-    settings, targets = LoraSettings.of(config), Targets.of(config)
+    settings, targets = LoraSettings.from_config(config), Targets.from_config(config)
     inputs, outputs = replaced_rows(config, tensors, base, dtype)
     modules = _modules(tensors)
     targets.check(modules, base.linears, config, tensors.path)
@@ -102,23 +102,23 @@ def read_lora(
             magnitude_O = _magnitude(module, tensors, base)
             sites[module], scales[module] = rescaled(site, magnitude_O, base.weight(module), base.bias(module))
     tensors.require_empty(_EXPECTED)
-    return AdapterChanges(sites, scales, inputs=inputs, outputs=outputs)
+    return AdapterWeights(sites, scales, inputs=inputs, outputs=outputs)
 
 
 def _modules(tensors: TensorFile) -> list[str]:
     """Modules with a lora_A and a lora_B; half a pair, or none at all, is refused."""
     halves: dict[str, set[str]] = {}
-    for key in tensors.left():
+    for key in tensors.unread_names():
         match = _HALF_KEY.match(key)
         if match is not None:
             halves.setdefault(match["module"], set()).add(match["half"])
     for module, found in halves.items():
         if len(found) != 2:
             missing = ({"A", "B"} - found).pop()
-            raise tensors.refused(f"{module} has no lora_{missing}", "A and B come in pairs")
+            raise tensors.make_error(f"{module} has no lora_{missing}", "A and B come in pairs")
     if not halves:
         tensors.require_empty(_EXPECTED)
-        raise tensors.refused("no tensors", "an adapter adapts at least one linear")
+        raise tensors.make_error("no tensors", "an adapter adapts at least one linear")
     return list(halves)
 
 

@@ -9,7 +9,7 @@ from graftwork.artifact_check import CONFIG_FILE, WEIGHTS_FILE
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.bottleneck import read_bottleneck
-from graftwork.serving.engine.adapters.changes import AdapterChanges
+from graftwork.serving.engine.adapters.changes import AdapterWeights
 from graftwork.serving.engine.adapters.config_file import ConfigFile
 from graftwork.serving.engine.adapters.ia3 import read_ia3
 from graftwork.serving.engine.adapters.lead import read_prefix, read_prompt
@@ -59,7 +59,7 @@ def read_adapter(
     dtype: torch.dtype,
     digests: Mapping[str, str] | None = None,
     narrow: bool = False,
-) -> AdapterChanges:
+) -> AdapterWeights:
     """What the adapter changes, on the CPU, weights in `dtype`. A DoRA adapter reads the base's weights.
 
     narrow: plain LoRA that was saved in bf16 stays so, in half the memory: widened where it is used, it has the same
@@ -72,7 +72,7 @@ def read_adapter(
     if not isinstance(kind, str) or kind not in SERVED:
         raise _refused_kind(config, kind)
     if config.values.get("task_type") in SCORING:
-        raise config.refused("task_type", "it scores answers (a reward model, a classifier) and writes none",
+        raise config.make_error("task_type", "it scores answers (a reward model, a classifier) and writes none",
                              "serve what was trained with it; rewards are asked in training")  # fmt: skip
     tensors = TensorFile(folder, known.get(WEIGHTS_FILE))
     if kind == "LORA":
@@ -91,6 +91,6 @@ def _refused_kind(config: ConfigFile, kind: object) -> ArtifactError:
     served = f"served are {', '.join(SERVED)}"
     if isinstance(kind, str) and kind in _DELTAS:
         move = "convert it with peft's convert_to_lora, or merge it into the base and serve that as a base of its own"
-        return config.refused("peft_type", f"{kind} is not computed row by row; {served}", move)
+        return config.make_error("peft_type", f"{kind} is not computed row by row; {served}", move)
     why = f"{_WHY_REFUSED[kind]}; " if isinstance(kind, str) and kind in _WHY_REFUSED else ""
-    return config.refused("peft_type", why + served, "train it as one of those")
+    return config.make_error("peft_type", why + served, "train it as one of those")

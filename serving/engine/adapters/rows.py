@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.changes import AdapterChanges, InputRows, OutputRows
+from graftwork.serving.engine.adapters.changes import AdapterWeights, InputRows, OutputRows
 from graftwork.serving.engine.adapters.config_file import ConfigFile
 from graftwork.serving.engine.adapters.tensor_file import MODULE_PREFIX, TensorFile
 
@@ -23,14 +23,16 @@ def replaced_rows(config: ConfigFile, tensors: TensorFile, base: BaseView, dtype
     indices = _token_indices(config, "trainable_token_indices", base)
     both = sorted(set(whole) & set(indices))
     if both:
-        raise config.refused("trainable_token_indices", f"{both[0]} is in modules_to_save as well; peft takes either")
+        raise config.make_error(
+            "trainable_token_indices", f"{both[0]} is in modules_to_save as well; peft takes either"
+        )
     saved, trained = _whole(config, whole, tensors, base, dtype), _some(config, indices, tensors, base, dtype)
     return saved[0] or trained[0], saved[1] or trained[1]
 
 
 def read_trained_tokens(
     config: ConfigFile, tensors: TensorFile, base: BaseView, *, dtype: torch.dtype
-) -> AdapterChanges:
+) -> AdapterWeights:
     """An adapter of peft_type TRAINABLE_TOKENS: nothing but trained rows."""
     config.require_known({"token_indices", "target_modules"}, {"init_weights"}, {})
     name = config.values.get("target_modules")
@@ -48,7 +50,7 @@ def read_trained_tokens(
     if base.tied and tensors.holds(tied_copy):
         tensors.take(tied_copy, (len(ids), base.hidden_size), dtype)  # peft saves a tied layer's rows twice
     tensors.require_empty(f"{MODULE_PREFIX}MODULE.trainable_tokens_delta")
-    return AdapterChanges(inputs=inputs, outputs=outputs)
+    return AdapterWeights(inputs=inputs, outputs=outputs)
 
 
 def _saved_modules(config: ConfigFile, base: BaseView) -> list[str]:
@@ -66,7 +68,7 @@ def _layer(config: ConfigFile, key: str, name: str, base: BaseView) -> str:
     rule = (
         f"whole modules are served for the embedding ({base.embedding_name}) and the output layer ({base.output_name})"
     )
-    raise config.refused(key, rule, f"train without {name}, or serve it merged as its own base", value=name)
+    raise config.make_error(key, rule, f"train without {name}, or serve it merged as its own base", value=name)
 
 
 def _token_indices(config: ConfigFile, key: str, base: BaseView) -> dict[str, list[int]]:
@@ -85,7 +87,7 @@ def _ids(config: ConfigFile, key: str, value: object, base: BaseView) -> list[in
         or any(type(one) is not int or not 0 <= one < base.vocab_size for one in ids)
         or len(set(ids)) < len(ids)
     ):
-        raise config.refused(key, f"token ids differ and are from 0 to {base.vocab_size - 1}")
+        raise config.make_error(key, f"token ids differ and are from 0 to {base.vocab_size - 1}")
     return list(ids)
 
 
@@ -131,7 +133,7 @@ def _some(
         )
         outputs = OutputRows(rows_KH, torch.tensor(output_ids))
     if outputs is not None and base.output.bias is not None:
-        raise config.refused("trainable_token_indices", "peft drops the output layer's bias here; this base has one")
+        raise config.make_error("trainable_token_indices", "peft drops the output layer's bias here; this base has one")
     return inputs, outputs
 
 

@@ -19,7 +19,7 @@ class TensorFile:
         self.path = folder / WEIGHTS_FILE
         self._left = read_tensors(self.path, sha256)
 
-    def left(self) -> list[str]:
+    def unread_names(self) -> list[str]:
         """Names of the tensors that nobody has taken yet."""
         return list(self._left)
 
@@ -32,20 +32,20 @@ class TensorFile:
     ) -> torch.Tensor:
         """Takes a tensor of that shape out, in `dtype` unless it has one of `keep`. Raises ArtifactError."""
         if key not in self._left:
-            raise self.refused(f"no tensor {key}", "the config asks for it")
+            raise self.make_error(f"no tensor {key}", "the config asks for it")
         tensor = self._left.pop(key)
         if tuple(tensor.shape) != tuple(shape):
             rule, move = f"this base needs {list(shape)}", "serve the adapter on the base it was trained on"
-            raise self.refused(f"{key} {list(tensor.shape)}", rule, move)
+            raise self.make_error(f"{key} {list(tensor.shape)}", rule, move)
         return tensor if tensor.dtype in keep else tensor.to(dtype)
 
     def require_empty(self, expected: str) -> None:
         """Refuses tensors that nobody took. expected: what the weights may hold."""
         if self._left:
-            raise self.refused(
+            raise self.make_error(
                 f"tensor {min(self._left)} ({len(self._left)} such)", f"the weights hold only {expected}"
             )
 
-    def refused(self, found: str, rule: str, next_move: str = "publish the adapter again") -> ArtifactError:
+    def make_error(self, found: str, rule: str, next_move: str = "publish the adapter again") -> ArtifactError:
         """The error for something in the file."""
         return ArtifactError(str(self.path), found, rule, next_move)

@@ -10,8 +10,8 @@ import torch
 
 from graftwork.serving.engine.adapters.changes import SiteWeights
 from graftwork.serving.engine.cpu.kernels import MOST_RANK, Kernels
-from graftwork.serving.engine.sites import Site
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.sites import LoraLayer
+from graftwork.serving.engine.slots import LoadedAdapter
 
 _PLACE = numpy.dtype([("a", "u8"), ("b", "u8"), ("rank", "i8"), ("scaling", "f8"), ("narrow", "i8")])
 """struct place of lora.c."""
@@ -20,12 +20,12 @@ _PLACE = numpy.dtype([("a", "u8"), ("b", "u8"), ("rank", "i8"), ("scaling", "f8"
 class Addresses:
     """Where the halves of each adapter lie, by linear. Holds no weights: an adapter is forgotten before it is freed."""
 
-    def __init__(self, groups: Mapping[str, Sequence[Site]], dtype: torch.dtype) -> None:
+    def __init__(self, groups: Mapping[str, Sequence[LoraLayer]], dtype: torch.dtype) -> None:
         self._sites = {site.name: number for number, site in enumerate(s for sites in groups.values() for s in sites)}
         self._groups, self._dtype = groups, dtype
         self._places: dict[str, numpy.ndarray] = {}
 
-    def admit(self, weights: AdapterWeights) -> None:
+    def admit(self, weights: LoadedAdapter) -> None:
         """Notes an adapter. One that the kernel cannot read as it lies is left out: see `holds`."""
         places_S = numpy.zeros(len(self._sites), _PLACE)
         for name, group in weights.groups.items():
@@ -50,11 +50,11 @@ class Addresses:
     def forget(self, version: str) -> None:
         self._places.pop(version, None)
 
-    def of(self, versions: Sequence[str]) -> numpy.ndarray:
+    def lookup(self, versions: Sequence[str]) -> numpy.ndarray:
         """[S, P]"""
         return numpy.ascontiguousarray(numpy.stack([self._places[version] for version in versions], axis=1))
 
-    def number(self, site: Site) -> int:
+    def number(self, site: LoraLayer) -> int:
         return self._sites[site.name]
 
 
@@ -65,11 +65,11 @@ class Compiled:
         self,
         kernels: Kernels,
         addresses: Addresses,
-        active: Sequence[AdapterWeights],
+        active: Sequence[LoadedAdapter],
         pairs: Sequence[tuple[int, int]],
     ) -> None:
         self._add, self._dtype, self._active = kernels.add, kernels.dtype, active
-        self._places_SP = addresses.of([weights.version for weights in active])
+        self._places_SP = addresses.lookup([weights.version for weights in active])
         self._number, self._line = addresses.number, self._places_SP.strides[0]
         self._groups = {group for weights in active for group in weights.groups}
         self._adapted = (self._places_SP["a"] != 0).any(axis=1)
@@ -94,7 +94,7 @@ class Compiled:
         assert x_NI.dtype == self._dtype, f"a linear's input in {x_NI.dtype}, adapters in {self._dtype}"
         return x_NI.contiguous()
 
-    def expand(self, site: Site, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
+    def expand(self, site: LoraLayer, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
         number = self._number(site)
         if not self._adapted[number]:
             return

@@ -22,7 +22,7 @@ from graftwork.serving.engine.cuda.uploads import Uploads
 from graftwork.serving.engine.kv import KvStore
 from graftwork.serving.engine.layers import DecodeLayers
 from graftwork.serving.engine.runner import Runner
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.slots import LoadedAdapter
 
 _log = logging.getLogger(__name__)
 
@@ -61,22 +61,22 @@ class GraphDecode:
                 self._inputs.fill([], [], rows)
                 self._step(rows, adapted)
 
-    def bring(self, move: Callable[[], AdapterWeights]) -> AdapterWeights:
+    def bring(self, move: Callable[[], LoadedAdapter]) -> LoadedAdapter:
         """Calls `move` on the side stream: the step that is under way goes on beside the copy."""
         return self._uploads.bring(move)
 
-    def settle(self, adapters: Sequence[AdapterWeights | None]) -> None:
+    def wait_uploads(self, adapters: Sequence[LoadedAdapter | None]) -> None:
         """Makes the step wait for adapters whose copy may still be under way."""
-        self._uploads.settle(adapters)
+        self._uploads.wait_uploads(adapters)
 
-    def takes(self, weights: AdapterWeights | None) -> bool:
+    def supports(self, weights: LoadedAdapter | None) -> bool:
         """The base, and every adapter whose decoding tokens need LoRA weights alone."""
         return weights is None or weights.decodes_by_lora
 
-    def logits(self, chunks: Sequence[Chunk], adapters: Sequence[AdapterWeights | None]) -> torch.Tensor:
+    def logits(self, chunks: Sequence[Chunk], adapters: Sequence[LoadedAdapter | None]) -> torch.Tensor:
         """Logits [N, V] after each request's one token; valid until the next call."""
         rows = next(bucket for bucket in self._buckets if bucket >= len(chunks))
-        self._uploads.settle(adapters)
+        self._uploads.wait_uploads(adapters)
         slots = self._table.slots(adapters)
         self._inputs.fill(chunks, slots, rows)
         return self._step(rows, max(slots) >= 0)()[: len(chunks)]

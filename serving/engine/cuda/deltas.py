@@ -5,7 +5,7 @@ import torch
 from graftwork.serving.engine.cuda.kernels.lora import expand, shrink
 from graftwork.serving.engine.cuda.table import SlotTable
 from graftwork.serving.engine.cuda.tiles import Tiles
-from graftwork.serving.engine.sites import Site
+from graftwork.serving.engine.sites import LoraLayer
 
 
 class TableDeltas:
@@ -17,7 +17,7 @@ class TableDeltas:
         self._input: torch.Tensor | None = None
         self._partial: torch.Tensor | None = None
 
-    def add(self, site: Site, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    def add(self, site: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Adds in place: `result` is the linear's own fresh output."""
         if self._partial is None or site.group != self._group or x is not self._input:
             self._group, self._input = site.group, x

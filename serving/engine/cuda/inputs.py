@@ -18,7 +18,7 @@ _LINES = _ROWS + ROWS
 
 
 @dataclass(frozen=True)
-class Places:
+class StaticInputs:
     """Where each request's KV lies, [N] each: first token of its row in the arena, room of the row, tokens in it.
 
     Head h, position p of a request is line `start * heads + h * cap + p` of a layer's arena (see `kv.py`). `lengths`
@@ -45,8 +45,8 @@ class StepInputs:
     def positions_1N(self, rows: int) -> torch.Tensor:
         return self._device[_POSITIONS, :rows][None]
 
-    def places(self, rows: int) -> Places:
-        return Places(*(self._device[line, :rows] for line in (_STARTS, _CAPS, _LENGTHS)))
+    def places(self, rows: int) -> StaticInputs:
+        return StaticInputs(*(self._device[line, :rows] for line in (_STARTS, _CAPS, _LENGTHS)))
 
     def tiles(self, rows: int) -> Tiles:
         return Tiles(self._device[_SLOTS, :rows], self._device[_ROWS:].view(-1, ROWS)[:rows])

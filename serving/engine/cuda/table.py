@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from graftwork.serving.engine.sites import Site
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.sites import LoraLayer
+from graftwork.serving.engine.slots import LoadedAdapter
 
 _GROUP_WORDS, _SITE_WORDS = 2, 3
 
@@ -41,7 +41,7 @@ class SlotTable:
     """
 
     def __init__(
-        self, groups: Mapping[str, list[Site]], slots: int, max_rank: int, dtype: torch.dtype, device: torch.device
+        self, groups: Mapping[str, list[LoraLayer]], slots: int, max_rank: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._groups, self.dtype = groups, dtype
         self.groups: dict[str, GroupColumn] = {}
@@ -53,9 +53,9 @@ class SlotTable:
         self.width = _GROUP_WORDS * len(groups) + _SITE_WORDS * len(self.sites)
         self.entries = torch.zeros(slots, self.width, dtype=torch.long, device=device)
         self.scalings = torch.zeros(slots, len(self.sites), dtype=torch.float32, device=device)
-        self._held: dict[AdapterWeights, int] = {}  # least recently used first
+        self._held: dict[LoadedAdapter, int] = {}  # least recently used first
 
-    def slots(self, adapters: Sequence[AdapterWeights | None]) -> list[int]:
+    def slots(self, adapters: Sequence[LoadedAdapter | None]) -> list[int]:
         """The slot of each token's adapter, -1 for the base; writes the lines of those that have none yet."""
         wanted = dict.fromkeys(weights for weights in adapters if weights is not None)
         for weights in wanted:
@@ -70,7 +70,7 @@ class SlotTable:
         """Drops the reference to a freed adapter, so that its memory goes back."""
         self._held = {weights: slot for weights, slot in self._held.items() if weights.version != version}
 
-    def _seat(self, weights: AdapterWeights, wanted: Mapping[AdapterWeights, None]) -> None:
+    def _seat(self, weights: LoadedAdapter, wanted: Mapping[LoadedAdapter, None]) -> None:
         free = set(range(len(self.entries))) - set(self._held.values())
         if not free:
             idle = next((held for held in self._held if held not in wanted), None)
@@ -83,7 +83,7 @@ class SlotTable:
         self.scalings[slot].copy_(torch.tensor(scalings, pin_memory=pinned), non_blocking=True)
         self._held[weights] = slot
 
-    def _line(self, weights: AdapterWeights) -> tuple[list[int], list[float]]:
+    def _line(self, weights: LoadedAdapter) -> tuple[list[int], list[float]]:
         words, scalings = [0] * self.width, [0.0] * len(self.sites)
         for name, parts in weights.groups.items():
             column = self.groups[name]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from graftwork.serving.engine.slots import AdapterWeights
+from graftwork.serving.engine.slots import LoadedAdapter
 
 
 class Uploads:
@@ -13,9 +13,9 @@ class Uploads:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pending: dict[AdapterWeights, torch.cuda.Event] = {}
+        self._pending: dict[LoadedAdapter, torch.cuda.Event] = {}
 
-    def bring(self, move: Callable[[], AdapterWeights]) -> AdapterWeights:
+    def bring(self, move: Callable[[], LoadedAdapter]) -> LoadedAdapter:
         """The adapter that `move` copies. Returns before the copy has ended.
 
         The side stream first waits for the work queued so far: the copy may go into memory that an adapter has just
@@ -30,7 +30,7 @@ class Uploads:
             self._pending[weights].record(self._stream)
         return weights
 
-    def settle(self, adapters: Iterable[AdapterWeights | None]) -> None:
+    def wait_uploads(self, adapters: Iterable[LoadedAdapter | None]) -> None:
         """Orders the current stream after the copies of these adapters."""
         for weights in adapters:
             if weights is not None and weights in self._pending:

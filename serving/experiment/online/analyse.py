@@ -14,7 +14,7 @@ from graftwork.report.online_records import (
     OnlineGuardrail,
     OnlinePoint,
 )
-from graftwork.serving.experiment.online.contrast import Contrast
+from graftwork.serving.experiment.online.contrast import ArmContrast
 from graftwork.serving.experiment.online.log_columns import LogColumns, columns_of_batch
 from graftwork.serving.experiment.online.log_reader import ExperimentLog
 from graftwork.serving.experiment.online.monitor import Monitor
@@ -45,7 +45,7 @@ def analyse(name: str, batches: Iterable[Any], rules: OnlineRules) -> Experiment
     for batch in batches:
         columns = columns_of_batch(batch, monitor.numbers)
         log.see(columns)
-        monitor.take(columns)
+        monitor.ingest(columns)
     return report_of(name, monitor, log)
 
 
@@ -119,7 +119,7 @@ def _recipe(rules: OnlineRules) -> dict[str, object]:
     return {"mode": rules.mode, "unit": "first" if not rules.window_s else f"{rules.window_s:g}s"}
 
 
-def _contrast(one: ContrastState, contrast: Contrast, rules: OnlineRules) -> OnlineContrast:
+def _contrast(one: ContrastState, contrast: ArmContrast, rules: OnlineRules) -> OnlineContrast:
     sequence = "betting" if rules.kind == "bounded" else "asymptotic"
     recipe = {"arm": one.arm, "vs": one.control, "score": "aipw" if rules.mode == "split" else "paired",
               "cs": sequence, "level": f"{one.level:g}", **_recipe(rules)}  # fmt: skip

@@ -77,7 +77,7 @@ def _joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class ArmDraw:
     """What a unit got. probability: its chance of this arm; None where it is no part of the draw."""
 
     arm: str
@@ -92,10 +92,10 @@ class Assigner:
         self._ends = list(accumulate(count for _, count in ranges))
         assert self._ends[-1:] == [PARTS], f"ranges cover {self._ends[-1:]} of {PARTS} places"
         parts = {arm: sum(count for owner, count in ranges if owner == arm) for arm, _ in ranges}
-        self._drawn = [Drawn(arm, parts[arm] / PARTS) for arm, _ in ranges]
-        self._holdout, self._control = round(holdout * PARTS), Drawn(control, None)
+        self._drawn = [ArmDraw(arm, parts[arm] / PARTS) for arm, _ in ranges]
+        self._holdout, self._control = round(holdout * PARTS), ArmDraw(control, None)
 
-    def draw(self, unit: str) -> Drawn:
+    def draw(self, unit: str) -> ArmDraw:
         """The unit's arm."""
         if self._holdout and self._place(unit, _HOLDOUT) < self._holdout:
             return self._control

@@ -10,13 +10,13 @@ from graftwork.serving.experiment.online.monitor_state import ContrastState
 from graftwork.serving.experiment.online.rules import OnlineRules
 from graftwork.stats import Floats, Verdict
 from graftwork.stats.aipw import PairScores, SplitScores, UnboundedSplitScores
-from graftwork.stats.confidence import AsymptoticSequence, BettingSequence, Evidence, units_to_show
+from graftwork.stats.confidence import AsymptoticSequence, BettingSequence, SequentialEvidence, units_to_show
 from graftwork.stats.running import BLOCK
 
 _HISTORY_FROM, _HISTORY_STEP = 10, 1.04
 
 
-class Contrast:
+class ArmContrast:
     """Arm minus control. What is kept for the plot: the evidence at about 4 % steps of n."""
 
     def __init__(self, rules: OnlineRules, arm: str) -> None:
@@ -28,7 +28,7 @@ class Contrast:
         self._sequence: BettingSequence | AsymptoticSequence = (
             BettingSequence(alpha, (self._margin,)) if rules.kind == "bounded" else AsymptoticSequence(alpha)
         )
-        self.history: list[Evidence] = []
+        self.history: list[SequentialEvidence] = []
         self._next = _HISTORY_FROM
 
     def split(self, treated: NDArray[np.bool_], outcomes: Floats, chance: Floats) -> None:
@@ -38,7 +38,7 @@ class Contrast:
                 scored = self._split.update(treated[part], outcomes[part], chance[part])
                 self._sequence.update(scored.values, scored.low, scored.high, scored.spread)
             else:
-                self._told(self._unbounded.update(treated[part], outcomes[part], chance[part]))
+                self._update(self._unbounded.update(treated[part], outcomes[part], chance[part]))
             self._note()
 
     def pairs(self, scores: Floats, control: Floats) -> None:
@@ -49,7 +49,7 @@ class Contrast:
                 scored = self._pair.update(differences[part])
                 self._sequence.update(scored.values, scored.low, scored.high, scored.spread)
             else:
-                self._told(differences[part])
+                self._update(differences[part])
             self._note()
 
     def state(self, blocked: bool) -> ContrastState:
@@ -63,18 +63,18 @@ class Contrast:
             e_value=seen.e_value, verdict=verdict, n_needed=needed,
         )  # fmt: skip
 
-    def scaled(self, seen: Evidence) -> tuple[int, float, float, float]:
+    def scaled(self, seen: SequentialEvidence) -> tuple[int, float, float, float]:
         """(n, estimate, low, high) in the metric's unit."""
         return seen.n, (seen.estimate or 0.0) * self._scale, seen.low * self._scale, seen.high * self._scale
 
-    def _verdict(self, seen: Evidence) -> Verdict:
+    def _verdict(self, seen: SequentialEvidence) -> Verdict:
         if -self._margin <= seen.low and seen.high <= self._margin:
             return "equivalent"
         if seen.e_value < 1 / self.rules.contrast_alpha:
             return "undecided"
         return "better" if (seen.low >= 0) == (self.rules.better == "higher") else "worse"
 
-    def _needed(self, seen: Evidence) -> int | None:
+    def _needed(self, seen: SequentialEvidence) -> int | None:
         """Units after which the interval would lie beside 0, or within the margin, were the estimate the truth."""
         if seen.estimate is None or seen.variance is None:
             return None
@@ -91,7 +91,7 @@ class Contrast:
             yield slice(start, stop)
             start = stop
 
-    def _told(self, values: Floats) -> None:
+    def _update(self, values: Floats) -> None:
         if len(values) and isinstance(self._sequence, AsymptoticSequence):
             self._sequence.update(values)
 

@@ -11,7 +11,7 @@ from graftwork.config import canonical_json
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.serving.api_error import ApiError, as_api_errors, bad_request, unknown_model
 from graftwork.serving.arms import Dump
-from graftwork.serving.backend import Backend
+from graftwork.serving.backend import EngineBackend
 from graftwork.serving.catalog import Catalog
 from graftwork.serving.experiment.online.feedback import FeedbackRequest, RecentAnswers
 from graftwork.serving.experiment.online.live import LiveExperiment
@@ -31,7 +31,7 @@ SESSION_HEADER = "x-session-id"
 class Experiments:
     """All methods run on the ingress' event loop. `open` once; until then there are none."""
 
-    def __init__(self, root: str, catalog: Catalog, backend: Backend) -> None:
+    def __init__(self, root: str, catalog: Catalog, backend: EngineBackend) -> None:
         self._records, self._catalog, self._backend = Records(Store(root)), catalog, backend
         self._recent = RecentAnswers()
         self._by_name: dict[str, LiveExperiment] = {}
@@ -199,7 +199,7 @@ class Experiments:
         """As `all`, of those that were opened."""
         return list(self._by_name.values())
 
-    async def named(self, name: str) -> LiveExperiment:
+    async def get(self, name: str) -> LiveExperiment:
         """One of them. Raises ApiError 404."""
         return await self._named(name, name)
 
@@ -235,7 +235,7 @@ def _spec_of(tree: Mapping[str, Any]) -> ExperimentSpec:
     try:
         return config.validate(ExperimentSpec, tree, where="experiment")
     except ConfigError as error:
-        said = f"{error.asked}: {error.found}" + (f". {error.rule}" if error.rule else "")
+        said = f"{error.subject}: {error.problem}" + (f". {error.rule}" if error.rule else "")
         raise bad_request(said, param="spec", code="invalid_experiment") from None
 
 
@@ -245,7 +245,7 @@ def _require_measurable(spec: ExperimentSpec) -> None:
         known = {metric.name for metric in scorers_of(spec).metrics}
         rules_of(spec)
     except GraftworkError as error:
-        said = f"{error.asked}: {error.found}" + (f". {error.rule}" if error.rule else "")
+        said = f"{error.subject}: {error.problem}" + (f". {error.rule}" if error.rule else "")
         raise bad_request(said, param="spec", code="invalid_experiment") from None
     for guardrail in spec.guardrails:
         if guardrail.kind == "schema_invalid" and guardrail.score not in known:

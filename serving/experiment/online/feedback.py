@@ -63,7 +63,7 @@ class RecentAnswers:
         """None: unknown, or forgotten."""
         return self._by_id.get(request_id)
 
-    def scored(self, request_id: str, metric: str, value: float) -> None:
+    def add_score(self, request_id: str, metric: str, value: float) -> None:
         """It has this score already."""
         if request_id in self._by_id:
             self._by_id[request_id].scores.setdefault(metric, value)

@@ -81,7 +81,7 @@ class GuardQueue:
             yield known or self._lost
 
 
-class Watch:
+class GuardrailTest:
     """One guardrail of one arm."""
 
     def __init__(self, rule: Guardrail, arm: str) -> None:

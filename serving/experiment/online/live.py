@@ -18,8 +18,8 @@ from graftwork.config import canonical_json
 from graftwork.errors import StorageError
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import Dump, Question
-from graftwork.serving.backend import Backend
-from graftwork.serving.experiment.online.assignment import Assigner, Drawn, key_of, reweigh, without
+from graftwork.serving.backend import EngineBackend
+from graftwork.serving.experiment.online.assignment import ArmDraw, Assigner, key_of, reweigh, without
 from graftwork.serving.experiment.online.feedback import REMEMBERED, Answered, RecentAnswers
 from graftwork.serving.experiment.online.log_columns import columns_of_batch, columns_of_rows
 from graftwork.serving.experiment.online.log_reader import ExperimentLog, row_of
@@ -29,7 +29,7 @@ from graftwork.serving.experiment.online.monitor_state import MonitorState
 from graftwork.serving.experiment.online.record import Cut, ExperimentRecord, Records
 from graftwork.serving.experiment.online.recorder import Recorder
 from graftwork.serving.experiment.online.rules import weights_detail
-from graftwork.serving.experiment.online.scoring import rules_of, scored, scorers_of
+from graftwork.serving.experiment.online.scoring import rules_of, score_answer, scorers_of
 from graftwork.serving.experiment.online.segments import Segments
 from graftwork.serving.experiment.online.shadow import Copy, ShadowQueue
 from graftwork.serving.spec import ArmSpec
@@ -41,7 +41,7 @@ COPIED = {"idle_only": True, "n": 1, "logprobs": None}
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class ArmPlacement:
     """Where one request goes. role None: the experiment takes no part, nothing is written down."""
 
     arm: ArmSpec
@@ -53,7 +53,9 @@ class Placed:
 class LiveExperiment:
     """Built by `Experiments`; `run` is its task."""
 
-    def __init__(self, record: ExperimentRecord, records: Records, backend: Backend, recent: RecentAnswers) -> None:
+    def __init__(
+        self, record: ExperimentRecord, records: Records, backend: EngineBackend, recent: RecentAnswers
+    ) -> None:
         self.record, self._records, self._backend, self._recent = record, records, backend, recent
         spec, (store, folder) = record.spec, record.log
         self._folder = store or records.store, folder
@@ -84,19 +86,19 @@ class LiveExperiment:
         store, folder = self._folder
         return store.path(*folder)
 
-    def place(self, kind: str, name: str) -> Placed:
+    def place(self, kind: str, name: str) -> ArmPlacement:
         """The arm of a unit: an override's, else the drawn one; the control's where the experiment does not run."""
         spec, whole = self.record.spec, f"{kind}:{name}"
         if self.record.status != "running":
-            return Placed(self.record.arms[spec.control], "", None, None)
+            return ArmPlacement(self.record.arms[spec.control], "", None, None)
         unit = self._assigner.pseudonym(whole)
         if name in spec.overrides and kind != "request":
-            return Placed(self.record.arms[spec.overrides[name]], unit, "override", None)
-        drawn: Drawn = self._assigner.draw(whole)
+            return ArmPlacement(self.record.arms[spec.overrides[name]], unit, "override", None)
+        drawn: ArmDraw = self._assigner.draw(whole)
         role: Role = "primary" if drawn.probability is not None else "holdout"
-        return Placed(self.record.arms[drawn.arm], unit, role, drawn.probability)
+        return ArmPlacement(self.record.arms[drawn.arm], unit, role, drawn.probability)
 
-    def assign(self, placed: Placed, request_id: str) -> bool:
+    def assign(self, placed: ArmPlacement, request_id: str) -> bool:
         """Queue the row that says which arm the request is sent to, before there is an answer; see `Recorder.admit`."""
         arm, role = placed.arm.name, placed.role
         assert role is not None, "it takes no part"
@@ -104,7 +106,7 @@ class LiveExperiment:
             Assignment(self.record.id, time.time(), request_id, placed.unit, arm, role, placed.probability)
         )
 
-    def write(self, placed: Placed, request_id: str, asked: Question, answer: Dump | ApiError | str) -> None:
+    def write(self, placed: ArmPlacement, request_id: str, asked: Question, answer: Dump | ApiError | str) -> None:
         """Queue the row of an arm's answer (`ArmAnswer.dump`), or of its failure, to a request that `assign` took."""
         row = answer_row(self.record.id, placed, request_id, asked, answer)
         self.counts[row.arm, row.role, row.error or "ok"] += 1
@@ -114,7 +116,7 @@ class LiveExperiment:
         if row.base_digest is not None and row.base_digest != self.record.base_digest:
             self._other_base = row.base_digest
 
-    def copy_to_others(self, placed: Placed, request_id: str, asked: Question, sampling: Dump) -> None:
+    def copy_to_others(self, placed: ArmPlacement, request_id: str, asked: Question, sampling: Dump) -> None:
         """Queue the request for the other arms of a shadow."""
         for name in self.record.arms:
             if name != placed.arm.name and name not in self.record.cut_arms and self.record.status == "running":
@@ -197,8 +199,8 @@ class LiveExperiment:
                 await self.cut(arm, _why(self.judged, arm))
 
     def _digest(self, rows: Sequence[LogRow]) -> list[LogRow]:
-        found = [scored(row, self._scorers) for row in rows]
-        self._monitor.take(columns_of_rows(found, self._monitor.numbers))
+        found = [score_answer(row, self._scorers) for row in rows]
+        self._monitor.ingest(columns_of_rows(found, self._monitor.numbers))
         self.judged = self._monitor.state()
         kept = self.record.spec.log_outputs
         return found if kept else [row.model_copy(update={"output": None}) for row in found]
@@ -207,7 +209,7 @@ class LiveExperiment:
         """What a restart has to know again: what the monitor saw, and the answers that feedback may still come to."""
         found, latest = ExperimentLog(*self._folder), deque[RecordBatch]()
         for batch in found.batches():
-            self._monitor.take(columns_of_batch(batch, self._monitor.numbers))
+            self._monitor.ingest(columns_of_batch(batch, self._monitor.numbers))
             latest.append(batch.filter(pc.not_equal(batch.column("kind"), "assignment")))
             while sum(map(len, latest)) - len(latest[0]) > REMEMBERED:
                 latest.popleft()
@@ -216,10 +218,10 @@ class LiveExperiment:
             if row.kind == "answer" and row.role != "shadow":
                 self._recent.add(row.request_id, Answered(self, row))
             elif row.kind == "score" and row.detail is not None:
-                self._recent.scored(row.request_id, row.detail, row.scores[row.detail])
+                self._recent.add_score(row.request_id, row.detail, row.scores[row.detail])
 
     async def _answer_copy(self, copy: Copy) -> None:
-        placed = Placed(self.record.arms[copy.arm], copy.unit, "shadow", None)
+        placed = ArmPlacement(self.record.arms[copy.arm], copy.unit, "shadow", None)
         if not self.assign(placed, copy.request_id):
             return
         try:
@@ -254,7 +256,7 @@ def finite(value: float) -> float:
 
 
 def answer_row(
-    experiment: str, placed: Placed, request_id: str, asked: Question, answer: Dump | ApiError | str
+    experiment: str, placed: ArmPlacement, request_id: str, asked: Question, answer: Dump | ApiError | str
 ) -> LogRow:
     """The row of one answer; an ApiError, or a text, is why there is none."""
     found: dict[str, Any] = {}

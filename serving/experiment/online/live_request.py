@@ -6,17 +6,17 @@ from contextlib import aclosing, contextmanager
 
 from graftwork.serving.api_error import ApiError
 from graftwork.serving.arms import Dump, Question
-from graftwork.serving.backend import Backend
-from graftwork.serving.experiment.online.live import LiveExperiment, Placed
+from graftwork.serving.backend import EngineBackend
+from graftwork.serving.experiment.online.live import ArmPlacement, LiveExperiment
 
 DISCONNECTED = "disconnected"
 """The caller left before the end: the arm's failure, as far as can be told."""
 
 
 class LiveRequest:
-    """`choices` and `stream` as a `Backend` has them. One request each."""
+    """`choices` and `stream` as a `EngineBackend` has them. One request each."""
 
-    def __init__(self, live: LiveExperiment, placed: Placed, backend: Backend) -> None:
+    def __init__(self, live: LiveExperiment, placed: ArmPlacement, backend: EngineBackend) -> None:
         self.arm, self.experiment = placed.arm, live.record.id
         self._live, self._placed, self._backend = live, placed, backend
 

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from graftwork.errors import StorageError
 from graftwork.serving.experiment.online.log_row import LogRow
-from graftwork.serving.experiment.online.segments import Segment, Segments, parquet_bytes
+from graftwork.serving.experiment.online.segments import LogSegment, Segments, parquet_bytes
 from graftwork.storage import Store
 
 SCHEMA = pa.schema([
@@ -61,7 +61,7 @@ class ExperimentLog:
 
         A duplicate of an answer (experiment, request, arm) or of a score is left out.
         """
-        done: set[Segment] = set()
+        done: set[LogSegment] = set()
         while rest := [segment for segment in self.segments.listed() if segment not in done]:
             for segment in rest:
                 done.add(segment)
@@ -76,7 +76,7 @@ class ExperimentLog:
             for tree in batch.to_pylist():
                 yield row_of(tree)
 
-    def _table(self, segment: Segment) -> pa.Table | None:
+    def _table(self, segment: LogSegment) -> pa.Table | None:
         """None: it is gone. An empty table: it is damaged."""
         data = self.segments.store.find_bytes(*self.segments.folder, segment.name)
         if data is None:
@@ -99,7 +99,7 @@ class ExperimentLog:
         return kept
 
 
-def decode(segment: Segment, data: bytes) -> tuple[pa.Table, str]:
+def decode(segment: LogSegment, data: bytes) -> tuple[pa.Table, str]:
     """The segment's rows, and what is wrong with it ("": nothing). A damaged one gives no rows."""
     try:
         table = _parse(segment, data)
@@ -110,7 +110,7 @@ def decode(segment: Segment, data: bytes) -> tuple[pa.Table, str]:
     return table, ""
 
 
-def _parse(segment: Segment, data: bytes) -> pa.Table:
+def _parse(segment: LogSegment, data: bytes) -> pa.Table:
     if segment.kind == "parquet":
         return _whole(parquet.read_table(io.BytesIO(data)))
     if not data.endswith(b"\n"):
@@ -157,7 +157,7 @@ def row_of(tree: dict[str, Any]) -> LogRow:
     return LogRow.model_validate({**tree, "scores": scores, "retrieved_ids": tuple(tree["retrieved_ids"] or ())})
 
 
-def merged_parquet(segments: Segments, run: Sequence[Segment]) -> tuple[bytes, int] | None:
+def merged_parquet(segments: Segments, run: Sequence[LogSegment]) -> tuple[bytes, int] | None:
     """The segments' rows as one Parquet, and how many; None where one of them is damaged."""
     tables = []
     for one in run:

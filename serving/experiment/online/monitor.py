@@ -9,13 +9,13 @@ import math
 
 import numpy as np
 
-from graftwork.serving.experiment.online.contrast import Contrast
-from graftwork.serving.experiment.online.guardrails import Watch, facts_of
+from graftwork.serving.experiment.online.contrast import ArmContrast
+from graftwork.serving.experiment.online.guardrails import GuardrailTest, facts_of
 from graftwork.serving.experiment.online.log_columns import LogColumns, columns_of_rows, numbers_of
 from graftwork.serving.experiment.online.log_row import LogRow
 from graftwork.serving.experiment.online.monitor_state import ArmState, MonitorState
 from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules
-from graftwork.serving.experiment.online.units import Entered, Units, shares
+from graftwork.serving.experiment.online.units import Attribution, NewObservations, shares
 from graftwork.stats import Floats
 from graftwork.stats.running import BLOCK, sums
 from graftwork.stats.sample_ratio import SampleRatio
@@ -29,21 +29,21 @@ class Monitor:
 
     def __init__(self, rules: OnlineRules) -> None:
         self.rules, self.numbers = rules, numbers_of(rules)
-        self._units = Units(rules)
+        self._units = Attribution(rules)
         self._drawn, self._scored = (_Ratio(np.array(self._units.plans[0])) for _ in range(2))
-        self.contrasts = tuple(Contrast(rules, arm) for arm in rules.challengers)
-        self._watches = [[Watch(rule, arm) for rule in rules.guardrails if not rule.arms or arm in rule.arms]
+        self.contrasts = tuple(ArmContrast(rules, arm) for arm in rules.challengers)
+        self._watches = [[GuardrailTest(rule, arm) for rule in rules.guardrails if not rule.arms or arm in rule.arms]
                          for arm in rules.arms]  # fmt: skip
         self._counts = {name: np.zeros(len(rules.arms)) for name in _COUNTS}
 
-    def add(self, row: LogRow) -> None:
+    def ingest_row(self, row: LogRow) -> None:
         """Take one row."""
-        self.take(columns_of_rows([row], self.numbers))
+        self.ingest(columns_of_rows([row], self.numbers))
 
-    def take(self, rows: LogColumns) -> None:
+    def ingest(self, rows: LogColumns) -> None:
         """Take the next rows of the log, with `numbers` among their columns."""
-        entered = self._units.read(rows)
-        self._take(entered)
+        entered = self._units.attribute(rows)
+        self._ingest(entered)
         facts = facts_of(entered.guard_rows, self.numbers)
         arms = np.array(entered.guard_arm, dtype=np.intp)
         self._count("answers", arms, np.ones(len(arms)))
@@ -75,21 +75,21 @@ class Monitor:
             waiting=self._units.waiting, left_out=dict(sorted(self._units.left_out.items())),
         )  # fmt: skip
 
-    def _take(self, entered: Entered) -> None:
+    def _ingest(self, entered: NewObservations) -> None:
         self._count("units", np.array(entered.ratio_arm, dtype=np.intp), np.ones(len(entered.ratio_arm)))
-        self._drawn.take(entered.ratio_arm, entered.ratio_plan, self._units.plans)
+        self._drawn.ingest(entered.ratio_arm, entered.ratio_plan, self._units.plans)
         if entered.arm:
-            self._take_split(entered)
+            self._ingest_split(entered)
         if entered.pair_arm:
-            self._take_pairs(entered)
+            self._ingest_pairs(entered)
 
-    def _take_split(self, entered: Entered) -> None:
+    def _ingest_split(self, entered: NewObservations) -> None:
         arms, plans, scores = np.array(entered.arm), np.array(entered.plan), np.array(entered.score)
         scored = np.array(entered.scored)
         self._count("counted", arms, np.ones(len(arms)))
         self._count("scored", arms, scored.astype(np.float64))
         self._count("total", arms, scores)
-        self._scored.take(arms[scored].tolist(), plans[scored].tolist(), self._units.plans)
+        self._scored.ingest(arms[scored].tolist(), plans[scored].tolist(), self._units.plans)
         control = self.rules.arms.index(self.rules.control)
         for contrast in self.contrasts:
             number = self.rules.arms.index(contrast.arm)
@@ -99,7 +99,7 @@ class Monitor:
             here = ((arms == number) | (arms == control)) & ~np.isnan(chances[plans])
             contrast.split(arms[here] == number, scores[here], chances[plans[here]])
 
-    def _take_pairs(self, entered: Entered) -> None:
+    def _ingest_pairs(self, entered: NewObservations) -> None:
         arms, scores, control = (
             np.array(part) for part in (entered.pair_arm, entered.pair_score, entered.pair_control)
         )
@@ -147,7 +147,7 @@ class _Ratio:
     def __init__(self, planned: Floats) -> None:
         self._test, self.most = SampleRatio(planned), 1.0
 
-    def take(self, arms: list[int], plans: list[int], known: list[tuple[float, ...]]) -> None:
+    def ingest(self, arms: list[int], plans: list[int], known: list[tuple[float, ...]]) -> None:
         """`plans` are numbers of `known` ones."""
         numbers, planned = np.array(arms, dtype=np.intp), np.array(known)[np.array(plans, dtype=np.intp)]
         for start in range(0, len(numbers), BLOCK):

@@ -98,7 +98,7 @@ class Recorder:
         except StorageError as error:
             if self.problem is None:
                 log.warning("experiment %s: %s", rows[0].experiment, error)
-            self.problem = str(error.found)
+            self.problem = str(error.problem)
         else:
             self._unwritten, self.problem = [], None
             self.written += len(rows)

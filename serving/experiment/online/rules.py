@@ -41,7 +41,7 @@ class Guardrail:
     def __post_init__(self) -> None:
         if not 0 < self.limit < 1:
             raise ConfigError(f"guardrail {self.kind}: limit={self.limit}", rule="a share within 0..1, ends excluded",
-                              next_move="name the share of answers that may still fail")  # fmt: skip
+                              hint="name the share of answers that may still fail")  # fmt: skip
         if self.kind == "latency" and (self.bound_ms is None or self.bound_ms <= 0):
             raise ConfigError("guardrail latency: bound_ms", f"{self.bound_ms}", "latency is held against a time",
                               "set bound_ms, as in bound_ms: 2000, limit: 0.05 for a p95 of 2 s")  # fmt: skip
@@ -93,13 +93,13 @@ class OnlineRules:
                               "leave window_s out")  # fmt: skip
         if self.deadline_s <= 0:
             raise ConfigError(f"deadline_s={self.deadline_s:g}", rule="a time above 0",
-                              next_move="give the longest time that an answer or score may take")  # fmt: skip
+                              hint="give the longest time that an answer or score may take")  # fmt: skip
         if not self.low < self.high:
             raise ConfigError(f"metric {self.metric}: low={self.low}, high={self.high}", rule="low is below high",
-                              next_move="give the metric's range")  # fmt: skip
+                              hint="give the metric's range")  # fmt: skip
         if not 0 < self.alpha < 1 or self.margin <= 0:
             raise ConfigError(f"alpha={self.alpha}, margin={self.margin}", rule="alpha within 0..1, margin above 0",
-                              next_move="alpha: 0.05 and margin: 0.03 are the usual")  # fmt: skip
+                              hint="alpha: 0.05 and margin: 0.03 are the usual")  # fmt: skip
 
     @property
     def challengers(self) -> tuple[str, ...]:

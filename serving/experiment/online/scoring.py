@@ -6,7 +6,7 @@ from graftwork.serving.experiment.online.log_row import LogRow
 from graftwork.serving.experiment.online.rules import MEASURES, Guardrail, OnlineRules
 from graftwork.serving.experiment.online.spec import ExperimentSpec
 from graftwork.serving.experiment.scorers.load import Scorers, load_scorers
-from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.reply import ModelReply
 
 
 def scorers_of(spec: ExperimentSpec) -> Scorers:
@@ -15,18 +15,18 @@ def scorers_of(spec: ExperimentSpec) -> Scorers:
     return load_scorers(spec.scorers, schema, gold=False)
 
 
-def scored(row: LogRow, scorers: Scorers) -> LogRow:
+def score_answer(row: LogRow, scorers: Scorers) -> LogRow:
     """The answer with its scores; a failed one has none. Where a scorer fails the answer has none, and says so."""
     if row.kind != "answer" or row.error is not None or row.output is None:
         return row
-    reply = Reply(
+    reply = ModelReply(
         row.output, prompt_tokens=row.prompt_tokens, completion_tokens=row.completion_tokens, ttft_ms=row.ttft_ms,
         latency_ms=row.latency_ms,
     )  # fmt: skip
     try:
         scores = {name: value for name, value in scorers.score(reply).items() if value == value}
     except GraftworkError as error:
-        return row.model_copy(update={"detail": f"not scored: {error.asked}: {error.found}"})
+        return row.model_copy(update={"detail": f"not scored: {error.subject}: {error.problem}"})
     return row.model_copy(update={"scores": scores})
 
 

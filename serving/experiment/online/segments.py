@@ -19,7 +19,7 @@ _NAME = re.compile(r"^(\d{6})-(\d{8})(?:-(\d{8}))?-(\d+)\.(jsonl|parquet)$")
 
 
 @dataclass(frozen=True, order=True)
-class Segment:
+class LogSegment:
     """One file of the log."""
 
     writer: int
@@ -35,12 +35,12 @@ class Segment:
         return f"{self.writer:06d}-{span}-{self.rows}.{self.kind}"
 
 
-def parse_name(name: str) -> Segment | None:
+def parse_name(name: str) -> LogSegment | None:
     """None where the file is no segment."""
     match = _NAME.match(name)
     if match is None or (match[3] is None) != (match[5] == "jsonl"):
         return None
-    return Segment(int(match[1]), int(match[2]), int(match[3] or match[2]), int(match[4]), match[5])
+    return LogSegment(int(match[1]), int(match[2]), int(match[3] or match[2]), int(match[4]), match[5])
 
 
 class Segments:
@@ -54,32 +54,32 @@ class Segments:
         """Where they lie."""
         return self.store.path(*self.folder)
 
-    def listed(self) -> list[Segment]:
+    def listed(self) -> list[LogSegment]:
         """In order; those that a Parquet holds already are left out."""
         found = sorted(s for name in self.store.list(*self.folder) if (s := parse_name(name)) is not None)
         merged = [s for s in found if s.kind == "parquet"]
         return [s for s in found if s.kind == "parquet" or not any(_holds(m, s) for m in merged)]
 
-    def leftovers(self) -> list[Segment]:
+    def leftovers(self) -> list[LogSegment]:
         """Those that a Parquet holds and that were not removed yet."""
         kept = set(self.listed())
         found = [s for name in self.store.list(*self.folder) if (s := parse_name(name)) is not None]
         return [s for s in found if s not in kept]
 
-    def read(self, segment: Segment) -> bytes:
+    def read(self, segment: LogSegment) -> bytes:
         """Its bytes."""
         return self.store.read_bytes(*self.folder, segment.name)
 
-    def create(self, segment: Segment, data: bytes) -> bool:
+    def create(self, segment: LogSegment, data: bytes) -> bool:
         """Publish it whole. False where another writer has that name."""
         return self.store.create_bytes(data, *self.folder, segment.name)
 
-    def remove(self, segment: Segment) -> None:
+    def remove(self, segment: LogSegment) -> None:
         """Delete one."""
         self.store.delete(*self.folder, segment.name)
 
 
-def _holds(merged: Segment, one: Segment) -> bool:
+def _holds(merged: LogSegment, one: LogSegment) -> bool:
     return merged.writer == one.writer and merged.first <= one.first and one.last <= merged.last
 
 
@@ -88,7 +88,7 @@ def encode(rows: Sequence[LogRow]) -> bytes:
     return b"".join(row.model_dump_json(exclude_defaults=True).encode() + b"\n" for row in rows)
 
 
-Merged = Callable[[Segments, Sequence[Segment]], tuple[bytes, int] | None]
+Merged = Callable[[Segments, Sequence[LogSegment]], tuple[bytes, int] | None]
 """`log_reader.merged_parquet`: the rows of segments as one Parquet, and their number."""
 
 
@@ -105,7 +105,7 @@ class SegmentWriter:
         data = encode(rows)
         while True:
             self._number += 1
-            if self._segments.create(Segment(self._writer, self._number, self._number, len(rows), "jsonl"), data):
+            if self._segments.create(LogSegment(self._writer, self._number, self._number, len(rows), "jsonl"), data):
                 return
 
     def merge(self, merged: Merged) -> None:
@@ -119,14 +119,14 @@ class SegmentWriter:
             whole = merged(self._segments, run)
             if whole is None or len(run) < 2:
                 continue  # a damaged one stays as it is, for whoever looks into it
-            self._segments.create(Segment(run[0].writer, run[0].first, run[-1].last, whole[1], "parquet"), whole[0])
+            self._segments.create(LogSegment(run[0].writer, run[0].first, run[-1].last, whole[1], "parquet"), whole[0])
             for one in run:
                 self._segments.remove(one)
 
 
-def _runs(small: Sequence[Segment]) -> Iterator[list[Segment]]:
+def _runs(small: Sequence[LogSegment]) -> Iterator[list[LogSegment]]:
     """Segments of one writer without a gap in their numbers."""
-    run: list[Segment] = []
+    run: list[LogSegment] = []
     for one in small:
         if run and (run[-1].writer, run[-1].last + 1) != (one.writer, one.first):
             yield run

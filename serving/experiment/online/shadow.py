@@ -71,10 +71,10 @@ class ShadowQueue:
 
     def _serve(self) -> None:
         while self._queue and self._callers == 0 and len(self._running) < self._concurrency:
-            task = asyncio.get_running_loop().create_task(self._one(self._queue.popleft()))
+            task = asyncio.get_running_loop().create_task(self._send_copy(self._queue.popleft()))
             self._running.add(task)
 
-    async def _one(self, copy: Copy) -> None:
+    async def _send_copy(self, copy: Copy) -> None:
         try:
             await self._answer(copy)
         finally:

@@ -156,7 +156,7 @@ class ExperimentSpec(Spec):
         try:
             return log and Store(log).uri
         except ConfigError as error:
-            raise ValueError(f"{error.found}: {error.rule}") from None
+            raise ValueError(f"{error.problem}: {error.rule}") from None
 
     @model_validator(mode="after")
     def _arms_stand(self) -> Self:

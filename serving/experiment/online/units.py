@@ -50,8 +50,8 @@ _ASKED, _ANSWERED, _DONE = 0, 1, 2
 
 
 @dataclass
-class Entered:
-    """Observations of some rows, in order. Arms and plans are numbers: of `rules.arms`, of `Units.plans`."""
+class NewObservations:
+    """Observations of some rows, in order. Arms and plans are numbers: of `rules.arms`, of `Attribution.plans`."""
 
     ratio_arm: list[int] = field(default_factory=list)
     """Arms of units as they are assigned, for the sample-ratio test."""
@@ -94,7 +94,7 @@ class _Pair:
     """None: no answer yet. NaN: answered, not scored."""
 
 
-class Units:
+class Attribution:
     """Reads rows in the order of the log. O(1) a row."""
 
     def __init__(self, rules: OnlineRules) -> None:
@@ -123,9 +123,9 @@ class Units:
         """Units (pairs, in a shadow) that are assigned and not counted yet."""
         return len(self._open) + len(self._pairs)
 
-    def read(self, rows: LogColumns) -> Entered:
+    def attribute(self, rows: LogColumns) -> NewObservations:
         """Return the observations that these rows complete."""
-        entered, shadow = Entered(), self._rules.mode == "shadow"
+        entered, shadow = NewObservations(), self._rules.mode == "shadow"
         numbers = [values.tolist() for values in rows.numbers.values()]
         facts, scores = list(zip(rows.failed, rows.cold, rows.empty, *numbers, strict=True)), numbers[0]
         for row, kind in enumerate(rows.kind):
@@ -216,7 +216,7 @@ class Units:
             value = min(max(value, rules.low), rules.high)
         return (value - rules.low) / (rules.high - rules.low)
 
-    def _assign(self, entered: Entered, arm: int, plan: int | None, key: int, request: str) -> None:
+    def _assign(self, entered: NewObservations, arm: int, plan: int | None, key: int, request: str) -> None:
         assert plan is not None, "checked by _counted"
         unit = self._open.get(key)
         if key not in self._units:
@@ -262,7 +262,7 @@ class Units:
     def _due(self, unit: _Unit) -> float:
         return unit.first_at + self._rules.window_s + self._rules.deadline_s
 
-    def _release(self, entered: Entered, *arms: int) -> None:
+    def _release(self, entered: NewObservations, *arms: int) -> None:
         """Enter what is fixed and has nothing open before it; into the guardrails, of these arms."""
         now, window_s, deadline_s = self._now, self._rules.window_s, self._rules.deadline_s
         for arm in arms:
@@ -289,7 +289,7 @@ class Units:
             else:
                 self._skip("copy without a score")
 
-    def _enter(self, entered: Entered, unit: _Unit) -> None:
+    def _enter(self, entered: NewObservations, unit: _Unit) -> None:
         if unit.pending:
             self._late.update((request, None) for request, state in unit.requests.items() if state != _DONE)
             while len(self._late) > _RECENT:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from graftwork.metrics import distribution
 from graftwork.report.records import ArmCauses, ArmCost, CauseShare, DecisionCard, Lift, Share
-from graftwork.serving.experiment.answers import Answers
+from graftwork.serving.experiment.answers import AnswerSet
 from graftwork.serving.experiment.compare import arm_kind
 from graftwork.serving.experiment.offline import timed
 from graftwork.serving.experiment.probes.advice import Findings, ask_for, enough, example_of, measured, sentence, spoken
-from graftwork.serving.experiment.probes.ask import Failure, Prober
-from graftwork.serving.experiment.probes.classify import CAUSES, Cause, Evidence, classify
+from graftwork.serving.experiment.probes.ask import Prober, WrongAnswer
+from graftwork.serving.experiment.probes.classify import CAUSES, Cause, ProbeEvidence, classify
 from graftwork.serving.experiment.probes.shares import n_to_settle, share, state
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.experiment.verdict import ScoredArms
@@ -28,13 +28,13 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class _Explained:
-    failure: Failure
-    evidence: Evidence
+    failure: WrongAnswer
+    evidence: ProbeEvidence
     causes: tuple[Cause, ...]
 
 
 def make_card(
-    prober: Prober, found: Answers, adapters: Mapping[str, AdapterFacts], alone: Answers | None = None
+    prober: Prober, found: AnswerSet, adapters: Mapping[str, AdapterFacts], alone: AnswerSet | None = None
 ) -> DecisionCard:
     """found: the probes' answers. adapters: by arm name. alone: answers to `offline.alone_jobs`, what times are of."""
     explained = [
@@ -42,7 +42,7 @@ def make_card(
         for failure in prober.failures
         for evidence in [prober.evidence(failure, found)]
     ]
-    return _Card(prober, explained, alone or Answers()).made(adapters)
+    return _Card(prober, explained, alone or AnswerSet()).made(adapters)
 
 
 def reference_arm(spec: CompareSpec, scored: ScoredArms, primary: str) -> str:
@@ -54,7 +54,7 @@ def reference_arm(spec: CompareSpec, scored: ScoredArms, primary: str) -> str:
 
 
 class _Card:
-    def __init__(self, prober: Prober, explained: Sequence[_Explained], alone: Answers) -> None:
+    def __init__(self, prober: Prober, explained: Sequence[_Explained], alone: AnswerSet) -> None:
         self.prober, self.explained, self.alone = prober, explained, alone
         self.spec, self.probes = prober.spec, prober.probes
         self.own = [one for one in explained if one.failure.arm.name == prober.reference]

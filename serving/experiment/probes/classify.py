@@ -23,7 +23,7 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ProbeEvidence:
     """Of one failed answer. None: not probed, or the probe failed."""
 
     form_right: bool | None
@@ -44,13 +44,13 @@ class Evidence:
     """The base without the adapter had the value right."""
 
 
-def classify(found: Evidence) -> tuple[Cause, ...]:
+def classify(found: ProbeEvidence) -> tuple[Cause, ...]:
     """The value's cause, if it is wrong, and `form`, if it is what else is wrong."""
     value = () if found.value_right else (_why_wrong(found),)
     return (*value, "form") if found.value_right or found.form_right is False else value
 
 
-def _why_wrong(found: Evidence) -> Cause:
+def _why_wrong(found: ProbeEvidence) -> Cause:
     if found.retrieves and found.gold_retrieved:
         return "distraction" if found.oracle_right or found.closed_book else "use_of_context"
     if found.right_before:

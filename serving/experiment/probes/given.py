@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from graftwork.artifact import AdapterManifest
 from graftwork.chat import PromptSpec
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError
 from graftwork.serving.experiment.probes.card import AdapterFacts
 from graftwork.serving.experiment.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
 
-def probed_corpus(spec: CompareSpec, rows: Sequence[Row]) -> str | None:
+def probed_corpus(spec: CompareSpec, rows: Sequence[DatasetRow]) -> str | None:
     """Where gold passages are. Raises ConfigError where rows name documents and nothing says where they are."""
     assert spec.probes is not None
     corpus = spec.probes.corpus or next((arm.retriever.corpus for arm in spec.arms if arm.retriever), None)

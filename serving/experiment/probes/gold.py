@@ -7,8 +7,8 @@ from itertools import count
 
 from graftwork.answers.exact import GoldText
 from graftwork.answers.text import leaves, tokens
-from graftwork.chat import Message, Passage, PromptSpec, user_turn
-from graftwork.data import Row
+from graftwork.chat import Message, Passage, PromptSpec, format_user_turn
+from graftwork.data import DatasetRow
 from graftwork.retrieval import RetrieverSpec, open_retriever
 from graftwork.serving.experiment.answers import question
 
@@ -25,7 +25,7 @@ class GoldPassages:
         """Of any corpus or index that a retriever takes. Raises DataError, StorageError."""
         return cls(open_retriever(RetrieverSpec(corpus=corpus)).get if corpus else lambda _: None)
 
-    def of(self, row: Row) -> Passage | None:
+    def find(self, row: DatasetRow) -> Passage | None:
         """None where the row names no document, or the corpus lacks it."""
         if not row.doc_id:
             return None
@@ -41,27 +41,29 @@ class GoldPassages:
             yield passage
 
 
-def with_context(row: Row, passage: Passage, prompt: PromptSpec) -> list[dict[str, str]]:
+def with_context(row: DatasetRow, passage: Passage, prompt: PromptSpec) -> list[dict[str, str]]:
     """The row's question with one passage before it, as `chat.render` puts it for this prompt."""
     turns = question(row)
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
     turns[last] = {
         "role": "user",
-        "content": user_turn(turns[last]["content"], [passage], prompt.context_header, prompt.citations),
+        "content": format_user_turn(turns[last]["content"], [passage], prompt.context_header, prompt.citations),
     }
     return turns
 
 
-def right_answer(row: Row, references: GoldText | None = None) -> str:
+def right_answer(row: DatasetRow, references: GoldText | None = None) -> str:
     """The text that a row wants: its first right text, where rows have right texts; else its last turn, else its gold
     as compact JSON.
     """
     if references is not None:
-        return references.of(row.gold, row.answer, row.id)[0]
+        return references.find_texts(row.gold, row.answer, row.id)[0]
     return row.answer or json.dumps(row.gold, ensure_ascii=False, separators=(",", ":"))
 
 
-def distractors(row: Row, rows: Sequence[Row], most: int, seed: int, references: GoldText | None = None) -> list[str]:
+def distractors(
+    row: DatasetRow, rows: Sequence[DatasetRow], most: int, seed: int, references: GoldText | None = None
+) -> list[str]:
     """Right answers of other rows, with the fields that this row's question gives away kept as they are here.
 
     references: where the right texts of rows are; a text that is right here too is no distractor.
@@ -69,20 +71,23 @@ def distractors(row: Row, rows: Sequence[Row], most: int, seed: int, references:
     others = [other for other in rows if other.id != row.id]
     drawn = random.Random(f"{seed} {row.id}").sample(others, min(most, len(others)))
     if references is not None:
-        texts, right = [right_answer(other, references) for other in drawn], references.of(row.gold, row.answer, row.id)
+        texts, right = (
+            [right_answer(other, references) for other in drawn],
+            references.find_texts(row.gold, row.answer, row.id),
+        )
     else:
         texts, right = [_as_if(row, other) for other in drawn], (right_answer(row),)
     return [text for text in dict.fromkeys(texts) if text not in right]
 
 
-def _as_if(row: Row, other: Row) -> str:
+def _as_if(row: DatasetRow, other: DatasetRow) -> str:
     if not row.given_fields or set(row.gold or {}) != set(other.gold or {}):
         return right_answer(other)
     kept = {name: (row.gold or {})[name] for name in row.given_fields}
     tree = {name: kept.get(name, value) for name, value in (other.gold or {}).items()}
-    return right_answer(Row(other.id, (Message("user", "?"),), gold=tree))
+    return right_answer(DatasetRow(other.id, (Message("user", "?"),), gold=tree))
 
 
-def _shared(text: str, row: Row) -> int:
+def _shared(text: str, row: DatasetRow) -> int:
     words = set(tokens(text))
     return sum(words.issuperset(tokens(leaf)) for leaf in leaves(dict(row.gold or {})))

@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 
 from graftwork.answers.exact import GoldText, TextMatch
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.metrics import CONTAINS
 from graftwork.serving.experiment.scorers.load import Scorers
-from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.reply import ModelReply
 from graftwork.serving.experiment.scorers.spec import ExactSpec, JsonSchemaSpec, QaSpec, RegexSpec
 from graftwork.serving.experiment.spec import CompareSpec
 
@@ -15,7 +15,7 @@ _ALL = 1 - 1e-9
 
 
 @dataclass(frozen=True)
-class Right:
+class Correctness:
     """What of an answer is right."""
 
     form: bool | None
@@ -24,7 +24,7 @@ class Right:
     whole: bool
 
 
-class Judge:
+class CorrectnessCheck:
     """Form and facts of an answer, by the scorers of the spec.
 
     | scorer of the primary metric | facts (`value`) | form |
@@ -52,21 +52,22 @@ class Judge:
         """The scorers tell a wrong form from wrong facts."""
         return self._fields or bool(self._forms) or (self.references is not None and self.primary != CONTAINS.name)
 
-    def of(self, row: Row, text: str) -> Right:
+    def check(self, row: DatasetRow, text: str) -> Correctness:
         """Scores a text as an answer to a row."""
-        scores = self._scorers.score(Reply.to(row, text))
+        scores = self._scorers.score(ModelReply.to(row, text))
         if self._fields:
-            return Right(scores["form"] == 1, scores["facts"] >= _ALL, scores["both"] == 1)
+            return Correctness(scores["form"] == 1, scores["facts"] >= _ALL, scores["both"] == 1)
         full = scores[self.primary] >= _ALL
         value = full or (
-            self.references is not None and TextMatch.of(text, self.references.of(row.gold, row.answer)).contains
+            self.references is not None
+            and TextMatch.compare(text, self.references.find_texts(row.gold, row.answer)).contains
         )
         form = True if full else None
         if self._forms:
             form = all(scores[name] == 1 for name in self._forms)
         if value and not full:
             form = False
-        return Right(form, value, full and bool(form))
+        return Correctness(form, value, full and bool(form))
 
 
 def repaired(text: str) -> str | None:

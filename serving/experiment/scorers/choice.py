@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import DataError
 from graftwork.metrics import Metric
-from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.reply import ModelReply
 from graftwork.serving.experiment.scorers.spec import ChoiceSpec
 
 
-class Choice:
+class ChoiceScorer:
     """1 where the right option is the likeliest. Asks the endpoint for likelihoods: see `options`."""
 
     needs_gold = True
@@ -25,10 +25,10 @@ class Choice:
         """What its likelihoods are filed under."""
         return self._spec.name
 
-    def check(self, row: Row) -> None:
+    def check(self, row: DatasetRow) -> None:
         self.right(row)
 
-    def options(self, row: Row) -> tuple[str, ...]:
+    def options(self, row: DatasetRow) -> tuple[str, ...]:
         """The texts that are scored. Raises DataError: fewer than two, or one twice."""
         found = (row.gold or {}).get(self._spec.options_field) if self._spec.options_field else self._spec.options
         texts = [str(one) for one in found] if isinstance(found, list | tuple) else []
@@ -37,7 +37,7 @@ class Choice:
                             "set the scorer's options, or its options_field")  # fmt: skip
         return tuple(texts)
 
-    def right(self, row: Row) -> int:
+    def right(self, row: DatasetRow) -> int:
         """Number of the right option. Raises DataError where gold names none."""
         wanted, options = (row.gold or {}).get(self._spec.field), self.options(row)
         if str(wanted) not in options:
@@ -45,7 +45,7 @@ class Choice:
                             f"it is one of the options {list(options)}", "mend the row")  # fmt: skip
         return options.index(str(wanted))
 
-    def score(self, reply: Reply) -> dict[str, float]:
+    def score(self, reply: ModelReply) -> dict[str, float]:
         told = reply.likelihoods.get(self.name)
         if told is None or reply.row is None:
             return {self.name: 0.0}

@@ -6,14 +6,14 @@ from graftwork.answers.exact import GoldText, TextMatch, matches, same_text
 from graftwork.answers.fields import field_f1
 from graftwork.answers.schema import AnswerSchema
 from graftwork.answers.text import parse_object
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import DataError
 from graftwork.metrics import CONTAINS, EM, F1, FIELD_F1, Metric
-from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.reply import ModelReply
 from graftwork.serving.experiment.scorers.spec import ExactSpec, QaSpec, RegexSpec
 
 
-class Exact:
+class ExactScorer:
     """1 where the answer is one of the right texts."""
 
     needs_gold = True
@@ -30,20 +30,20 @@ class Exact:
         """Name of its metric."""
         return self.metrics[0].name
 
-    def compared(self, text: str, row: Row) -> TextMatch:
+    def compare(self, text: str, row: DatasetRow) -> TextMatch:
         """Compare a text with the row's right texts as the scorer qa does."""
-        return TextMatch.of(text, self._gold.of(row.gold, row.answer, row.id))
+        return TextMatch.compare(text, self._gold.find_texts(row.gold, row.answer, row.id))
 
-    def check(self, row: Row) -> None:
-        self._gold.of(row.gold, row.answer, row.id)
+    def check(self, row: DatasetRow) -> None:
+        self._gold.find_texts(row.gold, row.answer, row.id)
 
-    def score(self, reply: Reply) -> dict[str, float]:
-        right = self._gold.of(reply.gold, reply.reference)
+    def score(self, reply: ModelReply) -> dict[str, float]:
+        right = self._gold.find_texts(reply.gold, reply.reference)
         found = any(same_text(reply.text, text, ignore_case=self._loose) for text in right)
         return {self.name: float(found)}
 
 
-class Qa:
+class QaScorer:
     """SQuAD's exact match and F1, and containment; the best over the row's right texts."""
 
     needs_gold = True
@@ -52,30 +52,30 @@ class Qa:
     def __init__(self, spec: QaSpec) -> None:
         self._gold = GoldText(spec.field)
 
-    def check(self, row: Row) -> None:
-        self._gold.of(row.gold, row.answer, row.id)
+    def check(self, row: DatasetRow) -> None:
+        self._gold.find_texts(row.gold, row.answer, row.id)
 
-    def score(self, reply: Reply) -> dict[str, float]:
-        found = TextMatch.of(reply.text, self._gold.of(reply.gold, reply.reference))
+    def score(self, reply: ModelReply) -> dict[str, float]:
+        found = TextMatch.compare(reply.text, self._gold.find_texts(reply.gold, reply.reference))
         return {EM.name: float(found.em), F1.name: found.f1, CONTAINS.name: float(found.contains)}
 
 
-class FieldF1:
+class FieldF1Scorer:
     """Harmonic mean of the share of the answer's fields that are right and the share of gold's that are found."""
 
     needs_gold = True
     metrics = (FIELD_F1,)
 
-    def check(self, row: Row) -> None:
+    def check(self, row: DatasetRow) -> None:
         if not row.gold:
             raise DataError(f"row {row.id!r}: gold", "missing or empty", "field_f1 needs an object of fields")
 
-    def score(self, reply: Reply) -> dict[str, float]:
+    def score(self, reply: ModelReply) -> dict[str, float]:
         return {FIELD_F1.name: field_f1(parse_object(reply.text) or {}, reply.gold or {})}
 
 
 @dataclass(frozen=True)
-class FollowsSchema:
+class JsonSchemaScorer:
     """1 where the answer is one JSON object that validates."""
 
     name: str
@@ -87,15 +87,15 @@ class FollowsSchema:
         meaning = "The answer is exactly one JSON object and validates against the schema."
         return (Metric(self.name, "share of answers", "higher", "binary", meaning),)
 
-    def check(self, row: Row) -> None:
+    def check(self, row: DatasetRow) -> None:
         """Any row will do."""
 
-    def score(self, reply: Reply) -> dict[str, float]:
+    def score(self, reply: ModelReply) -> dict[str, float]:
         answer = parse_object(reply.text)
         return {self.name: float(answer is not None and self.schema.holds(answer))}
 
 
-class Matches:
+class RegexScorer:
     """1 where the answer matches a regular expression."""
 
     needs_gold = False
@@ -107,8 +107,8 @@ class Matches:
             Metric(spec.name, "share of answers", "higher", "binary", f"{where} matches `{spec.pattern}`."),
         )
 
-    def check(self, row: Row) -> None:
+    def check(self, row: DatasetRow) -> None:
         """Any row will do."""
 
-    def score(self, reply: Reply) -> dict[str, float]:
+    def score(self, reply: ModelReply) -> dict[str, float]:
         return {self.metrics[0].name: float(matches(reply.text, self._spec.pattern, whole=self._spec.whole))}

@@ -1,13 +1,13 @@
 """form, facts, both and field_accuracy as a scorer."""
 
-from graftwork.answers.fields import Key, score
+from graftwork.answers.fields import GoldAnswer, score
 from graftwork.answers.schema import AnswerSchema
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.metrics import SCORES
-from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.reply import ModelReply
 
 
-class Fields:
+class FieldsScorer:
     """Holds an answer against its row's gold object."""
 
     needs_gold = True
@@ -16,9 +16,9 @@ class Fields:
     def __init__(self, schema: AnswerSchema) -> None:
         self._schema = schema
 
-    def check(self, row: Row) -> None:
-        Key.of(row)
+    def check(self, row: DatasetRow) -> None:
+        GoldAnswer.from_row(row)
 
-    def score(self, reply: Reply) -> dict[str, float]:
-        found = score(reply.text, Key(reply.gold or {}, frozenset(reply.given_fields)), self._schema)
+    def score(self, reply: ModelReply) -> dict[str, float]:
+        found = score(reply.text, GoldAnswer(reply.gold or {}, frozenset(reply.given_fields)), self._schema)
         return {metric.name: getattr(found, metric.name) for metric in SCORES}

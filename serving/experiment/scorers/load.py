@@ -3,16 +3,22 @@
 from collections.abc import Sequence
 
 from graftwork.answers.schema import AnswerSchema
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError
 from graftwork.metrics import Metric
-from graftwork.serving.experiment.scorers.choice import Choice
-from graftwork.serving.experiment.scorers.exact import Exact, FieldF1, FollowsSchema, Matches, Qa
-from graftwork.serving.experiment.scorers.fields import Fields
-from graftwork.serving.experiment.scorers.measures import LATENCY, TOKENS, Cost
-from graftwork.serving.experiment.scorers.overlap import Likeness, Rouge
-from graftwork.serving.experiment.scorers.own import Own
-from graftwork.serving.experiment.scorers.reply import Reply, Scorer
+from graftwork.serving.experiment.scorers.choice import ChoiceScorer
+from graftwork.serving.experiment.scorers.exact import (
+    ExactScorer,
+    FieldF1Scorer,
+    JsonSchemaScorer,
+    QaScorer,
+    RegexScorer,
+)
+from graftwork.serving.experiment.scorers.fields import FieldsScorer
+from graftwork.serving.experiment.scorers.measures import LATENCY, TOKENS, CostScorer
+from graftwork.serving.experiment.scorers.overlap import OverlapScorer, RougeScorer
+from graftwork.serving.experiment.scorers.own import PluginScorer
+from graftwork.serving.experiment.scorers.reply import ModelReply, Scorer
 from graftwork.serving.experiment.scorers.spec import (
     ChoiceSpec,
     CostSpec,
@@ -29,7 +35,7 @@ from graftwork.serving.experiment.scorers.spec import (
     SqlSpec,
     TokensSpec,
 )
-from graftwork.serving.experiment.scorers.sql import Sql
+from graftwork.serving.experiment.scorers.sql import SqlScorer
 
 
 class Scorers:
@@ -45,9 +51,9 @@ class Scorers:
                               "give one of them another `name`")  # fmt: skip
 
     @property
-    def choices(self) -> tuple[Choice, ...]:
+    def choices(self) -> tuple[ChoiceScorer, ...]:
         """Those that need likelihoods of options from the endpoint."""
-        return tuple(scorer for scorer in self._scorers if isinstance(scorer, Choice))
+        return tuple(scorer for scorer in self._scorers if isinstance(scorer, ChoiceScorer))
 
     @property
     def tested(self) -> tuple[Metric, ...]:
@@ -55,26 +61,26 @@ class Scorers:
         return tuple(metric for metric in self.metrics if metric not in LATENCY.metrics)
 
     @property
-    def exact(self) -> tuple[Exact, ...]:
+    def exact(self) -> tuple[ExactScorer, ...]:
         """Those that want the right text and nothing else."""
-        return tuple(scorer for scorer in self._scorers if isinstance(scorer, Exact))
+        return tuple(scorer for scorer in self._scorers if isinstance(scorer, ExactScorer))
 
     @property
     def needs_times(self) -> bool:
         """A scorer needs the time of answers: `latency`, or `cost` by the hour."""
-        return any(scorer is LATENCY or (isinstance(scorer, Cost) and scorer.by_time) for scorer in self._scorers)
+        return any(scorer is LATENCY or (isinstance(scorer, CostScorer) and scorer.by_time) for scorer in self._scorers)
 
-    def check(self, rows: Sequence[Row]) -> None:
+    def check(self, rows: Sequence[DatasetRow]) -> None:
         """Raises DataError for the first row that a scorer cannot hold an answer against."""
         for row in rows:
             for scorer in self._scorers:
                 scorer.check(row)
 
-    def score(self, reply: Reply) -> dict[str, float]:
+    def score(self, reply: ModelReply) -> dict[str, float]:
         """A value a metric, in the order of `metrics`."""
         return {name: value for scorer in self._scorers for name, value in scorer.score(reply).items()}
 
-    def failed(self) -> dict[str, float]:
+    def failed_scores(self) -> dict[str, float]:
         """What a request without an answer scores: 0, and no time, tokens or cost."""
         return {metric.name: float("nan") if metric.kind == "measure" else 0.0 for metric in self.metrics}
 
@@ -95,32 +101,32 @@ def load_scorers(specs: Sequence[ScorerSpec], schema: AnswerSchema | None = None
 def _make(spec: ScorerSpec, schema: AnswerSchema | None) -> Scorer:
     match spec:
         case FieldsSpec():
-            return Fields(_need(schema, "fields"))
+            return FieldsScorer(_need(schema, "fields"))
         case JsonSchemaSpec():
             own = AnswerSchema.load(spec.json_schema) if spec.json_schema else _need(schema, "json_schema")
-            return FollowsSchema(spec.name, own)
+            return JsonSchemaScorer(spec.name, own)
         case ExactSpec():
-            return Exact(spec)
+            return ExactScorer(spec)
         case QaSpec():
-            return Qa(spec)
+            return QaScorer(spec)
         case FieldF1Spec():
-            return FieldF1()
+            return FieldF1Scorer()
         case RegexSpec():
-            return Matches(spec)
+            return RegexScorer(spec)
         case SqlSpec():
-            return Sql(spec)
+            return SqlScorer(spec)
         case OverlapSpec():
-            return Rouge(spec) if spec.kind == "rouge" else Likeness(spec, spec.kind)
+            return RougeScorer(spec) if spec.kind == "rouge" else OverlapScorer(spec, spec.kind)
         case ChoiceSpec():
-            return Choice(spec)
+            return ChoiceScorer(spec)
         case LatencySpec():
             return LATENCY
         case TokensSpec():
             return TOKENS
         case CostSpec():
-            return Cost(spec)
+            return CostScorer(spec)
         case OwnSpec():
-            return Own(spec)
+            return PluginScorer(spec)
 
 
 def _need(schema: AnswerSchema | None, kind: str) -> AnswerSchema:

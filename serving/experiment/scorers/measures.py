@@ -7,33 +7,33 @@ mostly the time in the queue, which depends on the other arms.
 from dataclasses import dataclass
 from math import nan
 
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.metrics import COMPLETION_TOKENS, LATENCY_MS, PROMPT_TOKENS, TTFT_MS, Metric
-from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.reply import ModelReply
 from graftwork.serving.experiment.scorers.spec import CostSpec
 
 _MS_PER_HOUR = 3_600_000
 
 
 @dataclass(frozen=True)
-class Taken:
+class MeasureScorer:
     """Measures that the endpoint reports with each answer."""
 
     metrics: tuple[Metric, ...]
     needs_gold = False
 
-    def check(self, row: Row) -> None:
+    def check(self, row: DatasetRow) -> None:
         """Any row will do."""
 
-    def score(self, reply: Reply) -> dict[str, float]:
+    def score(self, reply: ModelReply) -> dict[str, float]:
         return {metric.name: _known(getattr(reply, metric.name)) for metric in self.metrics}
 
 
-LATENCY = Taken((LATENCY_MS, TTFT_MS))
-TOKENS = Taken((PROMPT_TOKENS, COMPLETION_TOKENS))
+LATENCY = MeasureScorer((LATENCY_MS, TTFT_MS))
+TOKENS = MeasureScorer((PROMPT_TOKENS, COMPLETION_TOKENS))
 
 
-class Cost:
+class CostScorer:
     """Price of 1,000 answers like this one."""
 
     needs_gold = False
@@ -44,10 +44,10 @@ class Cost:
         self.by_time = bool(spec.per_replica_hour)
         self.metrics = (Metric("cost", unit, "lower", "measure", f"{unit}: {_prices(spec)}."),)
 
-    def check(self, row: Row) -> None:
+    def check(self, row: DatasetRow) -> None:
         """Any row will do."""
 
-    def score(self, reply: Reply) -> dict[str, float]:
+    def score(self, reply: ModelReply) -> dict[str, float]:
         spec = self._spec
         parts = (
             (spec.per_1k_prompt_tokens, reply.prompt_tokens),

@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from graftwork.answers.exact import GoldText
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError
 from graftwork.metrics import BLEU, CHRF, ROUGE_1, ROUGE_2, ROUGE_L
-from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.reply import ModelReply
 from graftwork.serving.experiment.scorers.spec import OverlapSpec
 
 _WORD = re.compile(r"[^\W_]+")
 
 
-class Likeness:
+class OverlapScorer:
     """BLEU or chrF of each answer by itself; their mean is not the corpus score."""
 
     needs_gold = True
@@ -25,15 +25,15 @@ class Likeness:
         self._gold, self._score = GoldText(spec.field), _sacrebleu(kind)
         self.metrics = (BLEU if kind == "bleu" else CHRF,)
 
-    def check(self, row: Row) -> None:
-        self._gold.of(row.gold, row.answer, row.id)
+    def check(self, row: DatasetRow) -> None:
+        self._gold.find_texts(row.gold, row.answer, row.id)
 
-    def score(self, reply: Reply) -> dict[str, float]:
-        right = list(self._gold.of(reply.gold, reply.reference))
+    def score(self, reply: ModelReply) -> dict[str, float]:
+        right = list(self._gold.find_texts(reply.gold, reply.reference))
         return {self.metrics[0].name: self._score(reply.text, right).score / 100}
 
 
-class Rouge:
+class RougeScorer:
     """ROUGE-1, ROUGE-2 and ROUGE-L as F1, best of the right texts, no stemming (Lin 2004)."""
 
     needs_gold = True
@@ -42,12 +42,12 @@ class Rouge:
     def __init__(self, spec: OverlapSpec) -> None:
         self._gold = GoldText(spec.field)
 
-    def check(self, row: Row) -> None:
-        self._gold.of(row.gold, row.answer, row.id)
+    def check(self, row: DatasetRow) -> None:
+        self._gold.find_texts(row.gold, row.answer, row.id)
 
-    def score(self, reply: Reply) -> dict[str, float]:
+    def score(self, reply: ModelReply) -> dict[str, float]:
         said = _words(reply.text)
-        right = [_words(text) for text in self._gold.of(reply.gold, reply.reference)]
+        right = [_words(text) for text in self._gold.find_texts(reply.gold, reply.reference)]
         return {
             ROUGE_1.name: max(_grams_f1(said, text, 1) for text in right),
             ROUGE_2.name: max(_grams_f1(said, text, 2) for text in right),

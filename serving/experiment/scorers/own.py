@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from graftwork import plugins
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.errors import ConfigError, RunError
 from graftwork.metrics import Metric
-from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.reply import ModelReply
 from graftwork.serving.experiment.scorers.spec import OwnSpec
 
 GROUP = "graftwork.scorers"
 
 
-class OwnScore(Protocol):
+class PluginScore(Protocol):
     """What an entry point names: a callable that knows its metric (binary or graded: 0..1)."""
 
     metric: Metric
@@ -22,7 +22,7 @@ class OwnScore(Protocol):
     def __call__(self, text: str, gold: Mapping[str, Any] | None) -> float: ...
 
 
-class Own:
+class PluginScorer:
     """A foreign scorer in the form of ours. It is asked for one number an answer."""
 
     needs_gold = False
@@ -31,10 +31,10 @@ class Own:
         self._name, self._call = spec.name, _load(spec.name)
         self.metrics = (self._call.metric,)
 
-    def check(self, row: Row) -> None:
+    def check(self, row: DatasetRow) -> None:
         """It says itself, when it scores, what it cannot take."""
 
-    def score(self, reply: Reply) -> dict[str, float]:
+    def score(self, reply: ModelReply) -> dict[str, float]:
         value = float(self._call(reply.text, reply.gold))
         metric = self.metrics[0]
         allowed = value in (0, 1) if metric.kind == "binary" else 0 <= value <= 1
@@ -45,7 +45,7 @@ class Own:
         return {metric.name: value}
 
 
-def _load(name: str) -> OwnScore:
+def _load(name: str) -> PluginScore:
     asked = f"scorers: own {name!r}"
     loaded = plugins.load(GROUP, name, asked)
     if not isinstance(getattr(loaded, "metric", None), Metric):

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from graftwork.data import Row
+from graftwork.data import DatasetRow
 from graftwork.metrics import Metric
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ModelReply:
     """An answer that came; times in ms. Live traffic has no gold."""
 
     text: str
@@ -22,12 +22,12 @@ class Reply:
     completion_tokens: int | None = None
     ttft_ms: float | None = None
     latency_ms: float | None = None
-    row: Row | None = None
+    row: DatasetRow | None = None
     likelihoods: Mapping[str, Sequence[tuple[float, int]]] = field(default_factory=dict)
     """By choice scorer: (log probability, tokens) of each option."""
 
     @classmethod
-    def to(cls, row: Row, text: str, **more: Any) -> "Reply":
+    def to(cls, row: DatasetRow, text: str, **more: Any) -> "ModelReply":
         """An answer to an evaluation row."""
         return cls(text, row.gold, row.given_fields, row.answer, row=row, **more)
 
@@ -41,8 +41,8 @@ class Scorer(Protocol):
     @property
     def needs_gold(self) -> bool: ...
 
-    def check(self, row: Row) -> None:
+    def check(self, row: DatasetRow) -> None:
         """Raises DataError for a row that no answer can be held against."""
 
-    def score(self, reply: Reply) -> dict[str, float]:
+    def score(self, reply: ModelReply) -> dict[str, float]:
         """A value for each metric; NaN where a measure was not taken."""

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 
-from graftwork.data import Row, read_text
+from graftwork.data import DatasetRow, read_text
 from graftwork.errors import DataError
 from graftwork.metrics import Metric
-from graftwork.serving.experiment.scorers.reply import Reply
+from graftwork.serving.experiment.scorers.reply import ModelReply
 from graftwork.serving.experiment.scorers.spec import SqlSpec
 
 Table = list[tuple[Any, ...]]
@@ -30,7 +30,7 @@ _ORDERED = re.compile(r"\border\s+by\b(?![^()]*\))", re.IGNORECASE)
 """ORDER BY outside of parentheses: then the order of the rows counts."""
 
 
-class Sql:
+class SqlScorer:
     """1 where the answer is one query that returns the gold query's rows, column by column; names do not count."""
 
     needs_gold = True
@@ -41,7 +41,7 @@ class Sql:
                    "says ORDER BY.")  # fmt: skip
         self.metrics = (Metric(spec.name, "share of answers", "higher", "binary", meaning),)
 
-    def check(self, row: Row) -> None:
+    def check(self, row: DatasetRow) -> None:
         gold = row.gold or {}
         for field in (self._spec.field, self._spec.setup_field):
             if field and not isinstance(gold.get(field), str):
@@ -55,7 +55,7 @@ class Sql:
                             "the gold query is one that reads, within the scorer's bounds",
                             "mend the row") from error  # fmt: skip
 
-    def score(self, reply: Reply) -> dict[str, float]:
+    def score(self, reply: ModelReply) -> dict[str, float]:
         gold = reply.gold or {}
         right = self._rows(gold, gold[self._spec.field])
         try:
@@ -68,10 +68,10 @@ class Sql:
         own = str(gold.get(self._spec.setup_field) or "") if self._spec.setup_field else ""
         with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _VALUE_BYTES)
-            connection.set_progress_handler(_Budget(self._spec.max_steps), _STRIDE)
+            connection.set_progress_handler(_QueryBudget(self._spec.max_steps), _STRIDE)
             connection.set_authorizer(_setup_only)
             connection.executescript(f"{self._setup}\n{own}")
-            connection.set_progress_handler(_Budget(self._spec.max_steps), _STRIDE)
+            connection.set_progress_handler(_QueryBudget(self._spec.max_steps), _STRIDE)
             connection.set_authorizer(_reads_only)
             return self._fetch(connection, query)
 
@@ -85,7 +85,7 @@ class Sql:
         return rows
 
 
-class _Budget:
+class _QueryBudget:
     """Called every `_STRIDE` steps; a true value ends the query."""
 
     def __init__(self, steps: int) -> None:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from graftwork.serving.engine.cuda.inputs import Places
+from graftwork.serving.engine.cuda.inputs import StaticInputs
 from graftwork.serving.engine.cuda.kernels.exact import cdiv, dot, rounded
 
 _BLOCK_S = 64
@@ -25,7 +25,7 @@ _LONGEST_PART = 2048
 
 
 def write_kv(
-    keys: torch.Tensor, values: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, places: Places
+    keys: torch.Tensor, values: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, places: StaticInputs
 ) -> None:
     """Puts each request's newest key and value at the end of its row. keys, values: one layer's arena [lines, D]."""
     count, heads, size = k_NKD.shape
@@ -41,7 +41,7 @@ def attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     kv_heads: int,
-    places: Places,
+    places: StaticInputs,
     *,
     longest: int,
     scale: float,
