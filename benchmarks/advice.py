@@ -171,8 +171,17 @@ def told(cause: Cause, rows: Sequence[DatasetRow], schema: AnswerSchema, passage
     with tempfile.TemporaryDirectory() as folder:
         answers = asyncio.run(run_offline(asked, rows, model.answer, Path(folder) / "answers.jsonl"))
         prompts = {arm.name: PromptSpec() for arm in asked.arms}
-        prober = Prober(asked, probes, rows, answers, CorrectnessCheck(asked, scorers, "both"), passages, prompts=prompts,
-                        versions={}, reference=ARM[cause])  # fmt: skip
+        prober = Prober(
+            asked,
+            probes,
+            rows,
+            answers,
+            CorrectnessCheck(asked, scorers, "both"),
+            passages,
+            prompts=prompts,
+            versions={},
+            reference=ARM[cause],
+        )
         path, first = Path(folder) / "probes.jsonl", prober.first_requests()
         found = asyncio.run(ask_jobs(first, model.probe, path, 64))
         found = asyncio.run(ask_jobs(first + prober.followup_requests(found), model.probe, path, 64))

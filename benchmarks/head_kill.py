@@ -28,7 +28,7 @@ from benchmarks.record import Clock, figure, write
 
 EVERY, STEPS, STEPS_AN_EPOCH = 30, 1800, 6
 PATIENCE_S = 300.0
-LOOK_S = 0.5
+POLL_INTERVAL_S = 0.5
 
 
 class Rounds:
@@ -132,7 +132,7 @@ class Rounds:
         end = time.monotonic() + PATIENCE_S
         while not true():
             assert time.monotonic() < end, f"not within {PATIENCE_S:.0f} s: {self.head.said()[-2000:]}"
-            time.sleep(LOOK_S)
+            time.sleep(POLL_INTERVAL_S)
 
     def _client(self, *argv: str) -> None:
         from tests.hosts.nodes import graftwork

@@ -2,12 +2,13 @@
 
     python -m benchmarks.latency_runs                    500 runs a case, three minutes on one core
 
-One unit is drawn each second. Each run is a log: rows in the order of writing, up to the last draw, so units in flight
-at the end have no outcome. The monitor's own `Attribution` turns the rows into observations, and the sequential tests that
-the monitor uses then take all runs at once, as in benchmarks/online_runs.py (tests/unit/test_online_runs.py holds both
-against the whole monitor). `as_scored` is the peer: the same units in the order in which their scores come, those
-without a score left out. Upper bounds are one-sided 95 % ones (Wilson); that of the sample ratio is of all cases, and
-counts a run where either of its two tests, of all units or of those with a score, ever crosses.
+One unit is drawn each second. Each run is a log: rows in the order of writing, up to the last draw, so units in
+flight at the end have no outcome. The monitor's own `Attribution` turns the rows into observations, and the
+sequential tests that the monitor uses then take all runs at once, as in benchmarks/online_runs.py
+(tests/unit/test_online_runs.py compares both with the whole monitor). `as_scored` is the peer: the same units in the
+order in which their scores come, those without a score left out. Upper bounds are one-sided 95 % ones (Wilson); that
+of the sample ratio is of all cases, and counts a run where either of its two tests, of all units or of those with a
+score, ever crosses.
 """
 
 import argparse

@@ -90,7 +90,7 @@ class Updates:
     """The task that is asked all the time, and updated in the windows of one kind."""
 
     def __init__(self, engine: NativeEngine, residency: AdapterCache, store: Store, versions: list[str]) -> None:
-        self._engine, self._residency, self._store = engine, residency, store
+        self._engine, self._adapter_cache, self._store = engine, residency, store
         self._next = cycle(versions)
         self.swap_ms: list[float] = []
 
@@ -100,7 +100,7 @@ class Updates:
         while (left := begin + WINDOW_S - time.perf_counter()) > 0:
             if kind == "swapping":
                 await self._swap()
-            asked.append(asyncio.create_task(ask(self._engine, self._residency, f"{TASK}@latest", new=1, prompt=1)))
+            asked.append(asyncio.create_task(ask(self._engine, self._adapter_cache, f"{TASK}@latest", new=1, prompt=1)))
             ticks += 1
             await asyncio.sleep(min(left, max(0.0, begin + ticks * EVERY_S - time.perf_counter())))
         end = time.perf_counter()
@@ -110,7 +110,7 @@ class Updates:
     async def _swap(self) -> None:
         began = time.perf_counter()
         await asyncio.to_thread(artifact.promote, self._store, TASK, "latest", next(self._next))
-        await self._residency.refresh(f"{TASK}@latest")
+        await self._adapter_cache.refresh(f"{TASK}@latest")
         self.swap_ms.append((time.perf_counter() - began) * 1e3)
 
 

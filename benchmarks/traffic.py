@@ -1,4 +1,4 @@
-"""Requests on a replica's real path, without HTTP: pinned by Residency, decoded in the Engine, events to a loop."""
+"""Requests on a replica's real path, without HTTP: pinned by AdapterCache, decoded in the engine, events to a loop."""
 
 import asyncio
 import itertools

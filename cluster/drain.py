@@ -14,7 +14,7 @@ import time
 
 from graftwork.compat.ray import drain_node, gcs_address_here, node_resources
 
-LOOK_S = 1.0
+POLL_INTERVAL_S = 1.0
 GCS_S = 3.0
 """How long a drain goes on without the GCS."""
 PROBE_S = 0.5
@@ -33,7 +33,7 @@ def drain(seconds: float, node_id: str | None = None) -> bool:
     except ConnectionError as error:
         print(f"not drained: {error}", file=sys.stderr)
         return False
-    Watchdog(address, until + LOOK_S).start()
+    Watchdog(address, until + POLL_INTERVAL_S).start()
     ray.init(address=address, configure_logging=False, log_to_driver=False)
     context = ray.get_runtime_context()
     node = node_id or context.get_node_id()
@@ -42,7 +42,7 @@ def drain(seconds: float, node_id: str | None = None) -> bool:
         print(f"not drained: {why}", file=sys.stderr)
         return False
     while _used(node) and time.time() < until:
-        time.sleep(LOOK_S)
+        time.sleep(POLL_INTERVAL_S)
     return not _used(node)
 
 

@@ -13,10 +13,10 @@ from graftwork.storage import Store
 
 ENVIRONMENT = "GRAFTWORK_ATTEMPT"
 """Tells the command that a driver runs whose attempt it is."""
-LOOK_S = 2.0
-"""Between two looks of `FenceMonitor` into the store."""
+POLL_INTERVAL_S = 2.0
+"""Interval at which `FenceMonitor` reads the store."""
 
-Word = Literal["overtaken", "cancel", "leave"]
+FenceStopReason = Literal["superseded", "cancel", "leave"]
 
 
 class SupersededError(RunError):
@@ -55,7 +55,7 @@ class Fence:
         return any(store.find_bytes(*key) is not None for key in (later_attempt, later_start))
 
     def require(self, patience_s: float = 0.0) -> None:
-        """Raise Overtaken where another one was started: asked before anything is committed."""
+        """Raise SupersededError where another one was started: asked before anything is committed."""
         if self.superseded(patience_s):
             raise SupersededError(
                 f"job {self.job_id}, attempt {self.attempt}, start {self.start}", "a later one has taken over",
@@ -66,7 +66,7 @@ class Fence:
         """Why to end now; None while nothing says so."""
         store = Store(self.root, patience_s)
         if self.superseded(patience_s):
-            return "overtaken"
+            return "superseded"
         if store.find_bytes(*self.folder, "cancel.json") is not None:
             return "cancel"
         leave = store.find_bytes(*self.folder, "leave", f"{self.start}.json")
@@ -79,7 +79,7 @@ class FenceMonitor:
     def __init__(self, fence: Fence) -> None:
         self.fence, self._end = fence, threading.Event()
         self.stop_reason: FenceStopReason | None = None
-        threading.Thread(target=self._poll, name="lookout", daemon=True).start()
+        threading.Thread(target=self._poll, name="fence-monitor", daemon=True).start()
 
     def close(self) -> None:
         """Look no more."""
@@ -89,4 +89,4 @@ class FenceMonitor:
         while self.stop_reason is None and not self._end.is_set():
             with contextlib.suppress(StorageError):  # an outage: nothing can be committed in it either
                 self.stop_reason = self.fence.stop_reason()
-            self._end.wait(LOOK_S)
+            self._end.wait(POLL_INTERVAL_S)

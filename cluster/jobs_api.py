@@ -21,7 +21,7 @@ SUBMIT_S = 30.0
 """The dashboard itself looks for an agent for 10 s before it answers."""
 AGENT_S = 120.0
 """How long the agent that runs jobs may come up after the dashboard: 10 to 90 s on a loaded machine (Ray 2.60)."""
-POLL_S = 1.0
+POLL_INTERVAL_S = 1.0
 ENDED = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 
 
@@ -76,7 +76,7 @@ class JobsApi:
                     return
                 if "No available agent" not in error.problem or time.monotonic() > end:
                     raise
-                time.sleep(POLL_S)
+                time.sleep(POLL_INTERVAL_S)
             else:
                 return
 
@@ -97,7 +97,7 @@ class JobsApi:
                 shown = len(text)
             if job is None or job.status in ENDED:
                 return
-            time.sleep(POLL_S)
+            time.sleep(POLL_INTERVAL_S)
 
     def stop(self, submission_id: str) -> None:
         """Ask a job to end. Nothing happens when it has ended, or when it is pending (ray#58353)."""

@@ -1,6 +1,6 @@
 """What a place alone knows of jobs: whether an attempt is there, how to start it, how to be rid of it.
 
-`StoredBackend` (cluster/stored.py) makes a whole `Backend` of it: submission, fencing, status, logs: written once.
+`StoredBackend` (cluster/stored.py) makes a whole `JobBackend` of it: submission, fencing, status, logs: written once.
 """
 
 from collections.abc import Collection, Mapping

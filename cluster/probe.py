@@ -47,8 +47,8 @@ def _unconditional(store: Store, found: str) -> Finding:
     )  # fmt: skip
 
 
-def _finding(code: str, store: Store, found: str, rule: str, next_move: str) -> Finding:
-    return Finding(code, "error", f"{WHERE} {store.uri}", found, rule, next_move)
+def _finding(code: str, store: Store, found: str, rule: str, hint: str) -> Finding:
+    return Finding(code, "error", f"{WHERE} {store.uri}", found, rule, hint)
 
 
 def _remove(store: Store, key: str) -> None:

@@ -1,4 +1,4 @@
-"""A whole `Backend` out of a place and a run store: submission, fencing, status, logs, retries, once for all places."""
+"""`JobBackend` over a target and a job store: submission, fencing, status, logs and retries, for all targets."""
 
 import difflib
 import time
@@ -28,7 +28,7 @@ from graftwork.cluster.state import derive_state
 from graftwork.cluster.target_machines import TargetMachines
 from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError, StorageError
 
-POLL_S = 1.0
+POLL_INTERVAL_S = 1.0
 CLEAN_END_S = 5.0
 """How long a driver that is asked to end may take before its place removes it."""
 SAVED_END_S = 30.0
@@ -38,7 +38,7 @@ SURE_S = 3 * HEARTBEAT_S
 
 
 class StoredBackend:
-    """`Backend` of one place and one store. Cheap to build: nothing is reached before the first verb."""
+    """`JobBackend` of one place and one store. Cheap to build: nothing is reached before the first verb."""
 
     def __init__(self, place: JobTarget, root: str) -> None:
         self.place, self.runs, self.on = place, JobStore(root), place.on
@@ -149,7 +149,7 @@ class StoredBackend:
         back, and until then looks silent."""
         end = time.monotonic() + SURE_S
         while (status := self.status(job_id)).state == "lost" and time.monotonic() < end:
-            time.sleep(POLL_S)
+            time.sleep(POLL_INTERVAL_S)
         return status
 
     def logs(self, job_id: str, *, follow: bool = False, attempt: int | None = None) -> Iterator[str]:
@@ -163,7 +163,7 @@ class StoredBackend:
                 yield from self.runs.logs(job_id, number, shown.setdefault(number, {}))
             if ended:
                 return
-            time.sleep(POLL_S)
+            time.sleep(POLL_INTERVAL_S)
 
     def cancel(self, job_id: str) -> JobStatus:
         """Ask the driver to end, give it `CLEAN_END_S`, then see to it that nothing is left."""
@@ -188,7 +188,7 @@ class StoredBackend:
     def _await_end(self, job_id: str, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and not self.status(job_id).ended:
-            time.sleep(POLL_S / 4)
+            time.sleep(POLL_INTERVAL_S / 4)
 
     def wait(self, job_id: str, timeout_s: float | None = None) -> JobStatus:
         """Until it has ended, retrying as `cluster.retry` says; a job that stays pending too long is stopped."""
@@ -206,7 +206,7 @@ class StoredBackend:
             if timeout_s is not None and time.monotonic() - began > timeout_s:
                 raise RunError(f"wait for {job_id}", f"it is {status.state} after {timeout_s:.0f} s",
                                "the job goes on", f"graftwork jobs wait {job_id}")  # fmt: skip
-            time.sleep(POLL_S)
+            time.sleep(POLL_INTERVAL_S)
 
 
 def refuse(job: Job, findings: Sequence[Finding]) -> None:

@@ -210,9 +210,9 @@ def validate(cls: type[SpecT], tree: Mapping[str, Any], where: str) -> SpecT:
     except pydantic.ValidationError as error:
         own = (e for e in error.errors() if e["type"] != "default_factory_not_called")  # for want of another key
         first, *rest = [explain_error(cls, dict(e), tree) for e in own]
-        asked, found, rule, next_move = first
+        asked, found, rule, hint = first
         also = tuple(f"{asked}: {found}" + (f" ({hint})" if hint else "") for asked, found, _, hint in rest)
-        raise ConfigError(f"{where}: {asked}", found, rule, next_move, also) from None
+        raise ConfigError(f"{where}: {asked}", found, rule, hint, also) from None
 
 
 def _not_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:

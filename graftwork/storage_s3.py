@@ -223,9 +223,9 @@ def _as_storage_errors(action: str, uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, BotoCoreError, ClientError, *S3_RETRYABLE_ERRORS) as error:
-        found, next_move = _explain(error, uri)
+        found, hint = _explain(error, uri)
         kind = StoreUnreachable if _may_pass(error) else StorageError
-        raise kind(f"{action} {uri} at {endpoint()}", _scrub(found), "", next_move) from error
+        raise kind(f"{action} {uri} at {endpoint()}", _scrub(found), "", hint) from error
 
 
 def _may_pass(error: BaseException) -> bool:

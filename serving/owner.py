@@ -14,7 +14,7 @@ from graftwork.compat.ray import job_has_ended, table_get, table_put
 from graftwork.compat.ray_serve import delete_application, end_serve
 
 log = logging.getLogger("ray.serve")
-LOOK_S = 2.0
+OWNER_POLL_INTERVAL_S = 2.0
 _SPACE = "graftwork-endpoints"
 
 
@@ -37,7 +37,7 @@ def is_orphan(app: str) -> bool:
 async def end_with(owner: str, app: str) -> None:
     """Delete the application once its owner has ended, and Serve with it where nothing else is served."""
     while not await asyncio.to_thread(job_has_ended, owner):
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(OWNER_POLL_INTERVAL_S)
     log.warning("the driver %s of %r has ended: the endpoint goes", owner, app)
     await asyncio.to_thread(_delete, app)
 

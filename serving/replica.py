@@ -99,13 +99,13 @@ class EngineReplica:
         self._vocabulary = Vocabulary(self._template, int(base.config.get("vocab_size", 0)))
         self._grammars = Grammars(self._vocabulary)
         limits = self._spec.engine
-        self._residency = AdapterCache(
+        self._adapter_cache = AdapterCache(
             self._engine, self._source, max_bytes=limits.host_cache_bytes, fetch_timeout_s=limits.fetch_timeout_s
         )
         self._metrics = ReplicaMetrics(self._engine.stats, self._adapters)
         if ray.is_initialized():
             self._metrics.tell_ray()
-        self._registry = Registry(self._spec, self._source, self._residency, self._engine)
+        self._registry = Registry(self._spec, self._source, self._adapter_cache, self._engine)
         self._engine.start()
         await self._warm_up(self._spec)
         if follows:
@@ -196,7 +196,7 @@ class EngineReplica:
         """
         began = time.perf_counter()
         with as_api_errors(), self._metrics.swap():
-            old, new = await self._residency.refresh(ref)
+            old, new = await self._adapter_cache.refresh(ref)
         return {"adapter": ref, "old": old, "new": new, "swap_ms": round((time.perf_counter() - began) * 1000, 1)}
 
     async def prepare(self, arms: Sequence[Dump], adapters: Sequence[str]) -> None:
@@ -222,7 +222,7 @@ class EngineReplica:
         ref: `task@alias-or-version` for that one alone, "" for none.
         """
         with as_api_errors():
-            followed = self._residency.resolved_refs()
+            followed = self._adapter_cache.resolved_refs()
             if ref is None:
                 found = as_served(await self._in_thread(self._source.list_published), followed)
             else:
@@ -257,11 +257,11 @@ class EngineReplica:
 
     def _adapters(self) -> list[Dump]:
         slots = {slot.version: asdict(slot) for slot in self._engine.adapters()}
-        return [{**slots.get(r.version, {}), **asdict(r), "replica": self._name} for r in self._residency.states()]
+        return [{**slots.get(r.version, {}), **asdict(r), "replica": self._name} for r in self._adapter_cache.states()]
 
     async def record_routing_stats(self) -> Dump:
         """Called by Serve each second: what AdapterRouter knows of this replica."""
-        ready = [r for r in self._residency.states() if r.state == "ready"]
+        ready = [r for r in self._adapter_cache.states() if r.state == "ready"]
         by_version = {f"{ref.partition('@')[0]}@{r.version}" for r in ready for ref in r.refs}
         return {RESIDENTS: sorted(by_version.union(*(r.refs for r in ready)))}
 
@@ -287,7 +287,7 @@ class EngineReplica:
     def stop(self) -> None:
         """End the engine where no Serve ends the process; requests get an error. Blocks until the thread has ended."""
         self._engine.stop()
-        self._residency.close()
+        self._adapter_cache.close()
 
     async def _admit(
         self, arm: Dump, messages: Question, wanted: SamplingOptions, *, grammar: bool = True
@@ -295,9 +295,9 @@ class EngineReplica:
         spec = ArmSpec.model_validate(arm)
         require_bytes(size_of(messages), self._template.longest_token_bytes, self._engine.room(None))
         with ExitStack() as hold:
-            pin = await self._residency.pin(spec.adapter) if spec.adapter else None
+            pin = await self._adapter_cache.pin(spec.adapter) if spec.adapter else None
             if pin is not None:
-                hold.callback(self._residency.release, pin)
+                hold.callback(self._adapter_cache.release, pin)
             passages = await self._passages(spec, messages)
             prompt = await self._in_thread(partial(self._prompt, spec, messages, wanted, pin, passages))
             compiled = await self._in_thread(partial(self._grammar, spec, wanted)) if grammar else None
@@ -376,7 +376,7 @@ class EngineReplica:
             await self._in_thread(partial(warm, arm.prompt, arm.retriever))
             await self._in_thread(partial(self._grammar, arm, SamplingOptions()))
         for ref in dict.fromkeys([*spec.adapters, *(arm.adapter for arm in spec.arms if arm.adapter)]):
-            self._residency.release(await self._residency.pin(ref))
+            self._adapter_cache.release(await self._adapter_cache.pin(ref))
 
     async def _warm_up_kept(self) -> None:
         """As the engines beside it are. What can't be loaded now is tried again by the first request for it."""

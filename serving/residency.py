@@ -134,7 +134,7 @@ class AdapterCache:
             return (old.version if old else None), manifest.version
 
     async def keep(self, ref: str) -> str:
-        """Load the version and never drop it to make room, until `let_go`. Returns the version.
+        """Load the version and never drop it to make room, until `unkeep`. Returns the version.
 
         Raises ArtifactError where the kept ones would take more than half of the budget: the others need a place.
         """

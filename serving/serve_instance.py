@@ -21,7 +21,7 @@ from graftwork.serving.spec import ServeSpec
 SHUTDOWN_TIMEOUT_S = 30.0
 PROXY_SLACK_S = 30.0
 """Serve's own timeout comes this much after ours, so that ours answers in OpenAI's shape."""
-_RAISED = re.compile(r"graftwork\.errors\.(\w+): \1: (.*?)(?:\n  Rule: (.*?))?(?:\n  Next: (.*?))?\s*\Z", re.DOTALL)
+_RAISED = re.compile(r"graftwork\.errors\.(\w+): \1: (.*?)(?:\n  Rule: (.*?))?(?:\n  Hint: (.*?))?\s*\Z", re.DOTALL)
 
 
 @contextlib.contextmanager

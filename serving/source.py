@@ -68,8 +68,8 @@ Published = list[tuple[AdapterManifest, list[str]]]
 
 
 def as_served(found: Published, followed: Mapping[str, str]) -> Published:
-    """`AdapterSource.list_published` with each alias at the version that requests get: one that was moved in the store is
-    followed only after a swap. followed: `Residency.followed`."""
+    """Return `AdapterSource.list_published` with each alias at the version that requests get: one that was moved in the
+    store is followed only after a swap. followed: `AdapterCache.resolved_refs`."""
     names: dict[tuple[str, str], list[str]] = {(m.task, m.version): [] for m, _ in found}
     for manifest, aliases in found:
         for alias in aliases:

@@ -24,7 +24,7 @@ from tests.ports import free_port
 
 
 class LocalBackend:
-    """A `Backend` that calls its one replica directly, where the endpoint goes through Ray."""
+    """A `EngineBackend` that calls its one replica directly, where the endpoint goes through Ray."""
 
     def __init__(self, replica: EngineReplica, embedder: EmbedderReplica | None = None) -> None:
         self.replica, self._embedder = replica, embedder

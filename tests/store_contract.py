@@ -57,12 +57,12 @@ class StoreContract:
         assert not store.exists("runs", "support")
         assert not store.exists("runs", "support-1", "status.json", "below-a-file")
 
-    def test_reading_what_is_missing_names_it_and_the_next_move(self, store: Store) -> None:
+    def test_reading_what_is_missing_names_it_and_gives_a_hint(self, store: Store) -> None:
         with pytest.raises(StorageError) as caught:
             store.read_bytes("no", "such")
         assert store.path("no", "such") in str(caught.value)
         assert "does not exist" in str(caught.value)
-        assert "Next:" in str(caught.value)
+        assert "Hint:" in str(caught.value)
 
     def test_text_that_is_no_json_or_no_utf8_is_refused_by_name(self, store: Store) -> None:
         store.write_bytes(b"{", "half.json")

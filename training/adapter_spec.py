@@ -27,7 +27,7 @@ class LoraSpec(Spec):
     """Train the magnitude of each output beside its direction (DoRA, arXiv 2402.09353)."""
 
     def describe(self) -> str:
-        """In words."""
+        """Return the adapter as text."""
         return f"{'rs' * self.rslora}LoRA{' with DoRA' * self.dora} r{self.rank}"
 
 
@@ -37,7 +37,7 @@ class FullSpec(Spec):
     kind: Literal["full"] = "full"
 
     def describe(self) -> str:
-        """In words."""
+        """Return the adapter as text."""
         return "all weights"
 
 
@@ -47,7 +47,7 @@ class Ia3Spec(Spec):
     kind: Literal["ia3"] = "ia3"
 
     def describe(self) -> str:
-        """In words."""
+        """Return the adapter as text."""
         return "IA3"
 
 
@@ -59,7 +59,7 @@ class PrefixSpec(Spec):
     """Virtual tokens."""
 
     def describe(self) -> str:
-        """In words."""
+        """Return the adapter as text."""
         return f"prefix of {self.tokens}"
 
 
@@ -74,7 +74,7 @@ class BottleneckSpec(Spec):
     activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
 
     def describe(self) -> str:
-        """In words."""
+        """Return the adapter as text."""
         return f"{self.placement.capitalize()} bottleneck of {self.size}"
 
 

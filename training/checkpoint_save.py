@@ -56,7 +56,7 @@ class Saver:
 
     def save(self, mark: CheckpointMark) -> None:
         """Take over files that every rank has written. Waits for the checkpoint before. Raises CheckpointLost, and
-        Overtaken where another attempt of the job is at work."""
+        SupersededError where another attempt of the job is at work."""
         self.wait()
         self._pending = self._pool.submit(self._bring, mark)
 

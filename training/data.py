@@ -110,9 +110,13 @@ def _few(train: ReadPart) -> tuple[str, ...]:
 def _held_out_warnings(spec: TrainSpec, train: ReadPart, held_out: ReadPart) -> tuple[str, ...]:
     """Ignored keys, and held-out rows that are trained on. Raises DataError where both datasets are the same rows."""
     if held_out.is_same(train):
-        raise DataError(f"data.eval={spec.data.eval}", f"its {format_row_count(held_out.contents, 'row')} are the rows of "
-                        f"data.train={spec.data.train}", "held-out rows are not trained on",
-                        "name other rows, or leave data.eval out")  # fmt: skip
+        raise DataError(
+            f"data.eval={spec.data.eval}",
+            f"its {format_row_count(held_out.contents, 'row')} are the rows of data.train={spec.data.train}",
+            "held-out rows are not trained on",
+            "name other rows, or leave data.eval out",
+        )
     shared = held_out.rows_in(train)
-    seen = f"data.eval: {shared} of {format_row_count(held_out.contents, 'row')} also in data.train, so its loss is too low"
+    rows = format_row_count(held_out.contents, "row")
+    seen = f"data.eval: {shared} of {rows} also in data.train, so its loss is too low"
     return (*held_out.warnings, *([seen] if shared else []))

@@ -39,7 +39,7 @@ def fit(job: TrainJob, *, ray_train: bool | None = None) -> LoopResult:
     overrides that choice.
 
     Raises ClusterError when the workers don't fit the cluster, also later for `recovery.deadline_s`; NonFiniteLoss,
-    CheckpointLost, Overtaken, ConfigError as the loop does; Interrupted where the job that it is was asked to end;
+    CheckpointLost, SupersededError, ConfigError as the loop does; Interrupted where the job was asked to end;
     RunError naming what killed the workers.
     """
     if not (needs_ray_train(job.spec) if ray_train is None else ray_train):

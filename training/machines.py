@@ -11,7 +11,7 @@ from graftwork.errors import ClusterError
 from graftwork.training.checkpoint_spec import world_sizes
 from graftwork.training.spec import TrainSpec
 
-LOOK_S = 1.0
+POLL_INTERVAL_S = 1.0
 """Between two looks at the cluster."""
 
 
@@ -36,7 +36,7 @@ def workers_soon(spec: TrainSpec, deadline: float) -> int:
             raise never_back(spec)
         if found is not None:
             return found
-        time.sleep(LOOK_S)
+        time.sleep(POLL_INTERVAL_S)
 
 
 def _placeable(spec: TrainSpec) -> int | None:

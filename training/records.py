@@ -70,7 +70,7 @@ class TrainReport:
 
     @property
     def published_name(self) -> str:
-        """In words."""
+        """Name and version of the published adapter or base, as text."""
         return self.adapter or f"base {self.base}"
 
     @property

@@ -178,7 +178,8 @@ def at_once(spec: TuneSpec, smallest: Request, nodes: Sequence[Node], trials: in
         return spec.max_concurrent
     raise ClusterError(
         f"max_concurrent={spec.max_concurrent}",
-        f"there is room for {room} at a time: {format_nodes(nodes)}; the smallest trial asks for {format_request(smallest)}",
+        f"there is room for {room} at a time: {format_nodes(nodes)}; "
+        f"the smallest trial asks for {format_request(smallest)}",
         "trials never ask for more than there is, by the prediction of their memory",
         f"--set max_concurrent={room}, or auto",
     )
@@ -215,13 +216,13 @@ def _lacking(trial: TrainSpec, request: Request, nodes: Sequence[Node]) -> Clust
 
 
 def format_request(request: Request) -> str:
-    """In words."""
+    """Return the request as text."""
     one = ", ".join(_amount(name, size) for name, size in request.worker.items())
     return one if request.driver is None else f"{request.workers} workers of {one} each"
 
 
 def format_nodes(nodes: Sequence[Node]) -> str:
-    """In words: what the nodes have, and the largest of them where there are several."""
+    """Return the resources of the nodes as text, and the largest node where there are several."""
     names = [name for name in ("CPU", "GPU", "memory") if largest(nodes, name)]
     total = ", ".join(_amount(name, sum(node.get(name, 0.0) for node in nodes)) for name in names)
     if len(nodes) == 1:

@@ -36,7 +36,7 @@ class TrialControlActor:
 
 def free(board: Any, trial_id: str) -> None:
     """Give back what a gang held whose process is gone, its workers with it. Nothing happens for any other trial."""
-    group = ray.get(board.let_go.remote(trial_id))
+    group = ray.get(board.release.remote(trial_id))
     if group is not None:
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 

@@ -30,7 +30,7 @@ from graftwork.tuning.search_spec import PbtSpec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trial_spec import TrialSpec
 
-LOOK_S = 1.0
+POLL_INTERVAL_S = 1.0
 KIND = "trial"
 AT_ONCE = 16
 """Cancellations."""
@@ -100,7 +100,7 @@ def train_elsewhere(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPa
                         return
             if ended:
                 break
-            time.sleep(LOOK_S)
+            time.sleep(POLL_INTERVAL_S)
             with contextlib.suppress(ClusterError):  # the place is away: it goes on without us
                 status = backend.status(asked.job_id)
     except BaseException:  # Tune ends this thread by SystemExit; whatever it is, nobody waits for the job any more

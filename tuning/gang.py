@@ -11,10 +11,10 @@ from graftwork.training.fit import fit_trial
 from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.steplog import StepReport
 
-LOOK_S = 0.5
+POLL_INTERVAL_S = 0.5
 """Between two looks whether the workers have ended without a report."""
 
-Heard = Callable[[StepReport, int], bool]
+ReportFn = Callable[[StepReport, int], bool]
 """A step's report and the largest resident set of rank 0's process; whether to go on."""
 
 
@@ -75,7 +75,7 @@ def _answered(run: "Future[LoopResult]", told: Any, answers: Any, report: Report
     error: BaseException | None = None
     while not (run.done() and told.empty()):
         try:
-            step, peak = told.get(timeout=LOOK_S)
+            step, peak = told.get(timeout=POLL_INTERVAL_S)
         except Empty:
             continue
         try:

@@ -68,9 +68,9 @@ class Ledger:
         self.write()
 
     def write(self) -> None:
-        """Replace the file. Waits out an outage of the store; raises StorageError for a longer one, and Overtaken where
-        another attempt of the job is at work."""
-        if self._fence_monitor is not None and self._fence_monitor.stop_reason == "overtaken":
+        """Replace the file. Waits out an outage of the store; raises StorageError for a longer one, and
+        SupersededError where another attempt of the job is at work."""
+        if self._fence_monitor is not None and self._fence_monitor.stop_reason == "superseded":
             self._fence_monitor.fence.require(self._patience_s)
         content = self._content()
         try:

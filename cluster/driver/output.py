@@ -137,9 +137,9 @@ def whole_chars(data: bytes) -> int:
 
 
 def last_error(text: str) -> str:
-    """The last error of ours in a text, with its rule and next move; else its last line."""
+    """The last error of ours in a text, with its rule and hint; else its last line."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    ends = [at for at, line in enumerate(lines) if line.startswith(("  Rule: ", "  Next: "))]
+    ends = [at for at, line in enumerate(lines) if line.startswith(("  Rule: ", "  Hint: "))]
     if ends:
         begins = [at for at in range(ends[-1]) if re.match(r"[A-Z]\w+: ", lines[at])]
         if begins:

@@ -26,7 +26,7 @@ from graftwork.cluster.fence import ENVIRONMENT, Fence
 from graftwork.cluster.run_store import SAVES, AttemptEnd, JobStore, StopReason
 from graftwork.storage import json_bytes
 
-LOOK_S = 0.1
+POLL_INTERVAL_S = 0.1
 PATIENCE_S = 900.0
 SAVE_S: Mapping[StopReason | None, float] = {None: 75.0, "user": 20.0, "superseded": 5.0}
 LIMIT_SAVE_S = 120.0
@@ -103,7 +103,7 @@ class _Drive:
         """To its end; its exit code."""
         while self._child.poll() is None and not self._told.is_set() and self._reason is None:
             self._reason = self._limits.reason()
-            time.sleep(LOOK_S)
+            time.sleep(POLL_INTERVAL_S)
         if self._child.poll() is None:
             self._end()
         elif self._child.returncode and self._reason is None:
@@ -145,7 +145,7 @@ class _Drive:
             self._reason = self._reason or self._limits.reason()
             if self._reason is not None and (began_with is None or self._told.is_set()):
                 return
-            time.sleep(LOOK_S)
+            time.sleep(POLL_INTERVAL_S)
 
     def _tell(self, code: int) -> int:
         """How it ended, after everything it printed. Without a reason to stop it and with SIGTERM this is no end of the

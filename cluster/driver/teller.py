@@ -23,7 +23,7 @@ class HeartbeatThread:
         self._runs, self._fence, self._progress, self._usd = runs, fence, progress, usd
         self._events: deque[tuple[str, dict[str, Any]]] = deque()
         self._wake, self._closed, self._leaving = threading.Event(), False, False
-        self._thread = threading.Thread(target=self._run, name="teller", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def note(self, what: str, **facts: Any) -> None:

@@ -25,7 +25,7 @@ class LimitMonitor:
         self._began, self._end = time.monotonic() - spent_s, threading.Event()
         self._spent_usd = spent_usd
         self._asked: StopReason | None = None
-        threading.Thread(target=self._poll, name="watch", daemon=True).start()
+        threading.Thread(target=self._poll, name="limit-monitor", daemon=True).start()
 
     def usd(self) -> float | None:
         """What the job has cost, all attempts together."""

@@ -1,4 +1,4 @@
-"""How findings are written: the code first, then where, what was found, the rule, the next move."""
+"""Findings: the code first, then where, the problem, the rule and the hint."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,14 +8,14 @@ from graftwork.cluster.backend import Finding
 Found = Iterator[Finding]
 
 
-def refuse(code: str, where: str, found: str, rule: str, next_move: str = "") -> Finding:
+def refuse(code: str, where: str, problem: str, rule: str, hint: str = "") -> Finding:
     """One that keeps the job from being submitted."""
-    return Finding(f"E-{code}", "error", where, found, rule, next_move)
+    return Finding(f"E-{code}", "error", where, problem, rule, hint)
 
 
-def warn(code: str, where: str, found: str, rule: str, next_move: str = "") -> Finding:
+def warn(code: str, where: str, problem: str, rule: str, hint: str = "") -> Finding:
     """One that is said, and the job goes on."""
-    return Finding(f"W-{code}", "warning", where, found, rule, next_move)
+    return Finding(f"W-{code}", "warning", where, problem, rule, hint)
 
 
 def dig(tree: Mapping[str, Any], *path: str) -> Any:

@@ -59,15 +59,19 @@ def name_findings(api: KubeApi, job: Job) -> Found:
         )  # fmt: skip
     if cluster.priority is not None and cluster.queue is None:
         yield from _exists(
-            api, cluster_path("scheduling.k8s.io", "v1", "priorityclasses", cluster.priority), "priority", "PriorityClass",
-            "PRIORITY-ABSENT", "kubectl get priorityclasses lists those there are",
-        )  # fmt: skip
+            api,
+            cluster_path("scheduling.k8s.io", "v1", "priorityclasses", cluster.priority),
+            "priority",
+            "PriorityClass",
+            "PRIORITY-ABSENT",
+            "kubectl get priorityclasses lists those there are",
+        )
 
 
-def _exists(api: KubeApi, path: str, where: str, what: str, code: str, next_move: str) -> Found:
+def _exists(api: KubeApi, path: str, where: str, what: str, code: str, hint: str) -> Found:
     name, answer = path.rpartition("/")[2], api.ask("GET", path)
     if answer.absent:
-        yield refuse(code, where, f"there is no {what} {name!r}", "what pods name must be there", next_move)
+        yield refuse(code, where, f"there is no {what} {name!r}", "what pods name must be there", hint)
     elif not answer.ok:
         yield unchecked(api.on, f"the {what} {name!r}", answer)
 

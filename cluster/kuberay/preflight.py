@@ -47,7 +47,7 @@ def once(found: Iterable[Finding]) -> list[Finding]:
 
 def _masked(finding: Finding) -> Finding:
     """Without a value that looks like a secret, whichever rule quotes it."""
-    hidden: dict[str, Any] = {name: "(hidden)" for name in ("where", "found", "rule", "next_move")
+    hidden: dict[str, Any] = {name: "(hidden)" for name in ("where", "problem", "rule", "hint")
               if why_secret_text(getattr(finding, name)) is not None}  # fmt: skip
     return replace(finding, **hidden) if hidden else finding
 

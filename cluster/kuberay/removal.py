@@ -22,7 +22,7 @@ REDIS_CLEANUP_S = 300
 MARGIN_S = 30
 """For the operator, which looks at a cluster that ends every 2 to 10 s, and for the garbage collector."""
 REPORT_S = 5.0
-QUICK_S, LOOK_S, SLOW_LOOK_S = 10.0, 0.1, 1.0
+QUICK_S, POLL_INTERVAL_S, SLOW_POLL_INTERVAL_S = 10.0, 0.1, 1.0
 """Most objects go within QUICK_S; after that they are looked at less often."""
 CLUSTER_PARTS = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
 SHOWN = 3
@@ -79,7 +79,7 @@ def _until_gone(api: KubeApi, path: str, name: str, found: Mapping[str, Any]) ->
             said = took
             print(f"delete {kind} {name}: {took:.0f} s of at most {limit_s} s: {_holders(api, left)}", file=sys.stderr,
                   flush=True)  # fmt: skip
-        time.sleep(LOOK_S if took < QUICK_S else SLOW_LOOK_S)
+        time.sleep(POLL_INTERVAL_S if took < QUICK_S else SLOW_POLL_INTERVAL_S)
 
 
 def _holders(api: KubeApi, left: Mapping[str, Any]) -> str:

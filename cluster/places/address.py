@@ -22,7 +22,7 @@ STARTS_S = 1.0
 DROP_S = 20.0
 DROP = "-drop"
 """Ends the id of the job that ends another one; such jobs are forgotten at once."""
-POLL_S = 0.2
+POLL_INTERVAL_S = 0.2
 
 
 class AddressPlace:
@@ -107,7 +107,7 @@ def _within(timeout_s: float, done: Callable[[], bool]) -> bool:
     while not done():
         if time.monotonic() > end:
             return False
-        time.sleep(POLL_S)
+        time.sleep(POLL_INTERVAL_S)
     return True
 
 

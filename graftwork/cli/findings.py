@@ -1,4 +1,4 @@
-"""Findings of preflight and doctor as a list for people: the code, where, what is wrong and how to mend it."""
+"""Findings of preflight and doctor as a list for people: the code, where, what is wrong and the hint."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from graftwork.cluster.backend import Finding
 
 
 def show_findings(findings: Sequence[Finding], nothing: str = "no findings") -> None:
-    """Errors first; a line what is wrong, a line the rule, a line the mend."""
+    """Errors first; a line what is wrong, a line the rule, a line the hint."""
     if not findings:
         return echo(f"  {nothing}")
     for finding in sorted(findings, key=lambda one: one.level != "error"):
@@ -17,4 +17,4 @@ def show_findings(findings: Sequence[Finding], nothing: str = "no findings") -> 
         if finding.rule:
             echo(f"      rule: {finding.rule}")
         if finding.hint:
-            echo(f"      mend: {finding.hint}")
+            echo(f"      hint: {finding.hint}")

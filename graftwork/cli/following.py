@@ -12,13 +12,13 @@ from graftwork.cluster.run_store import JobStore
 from graftwork.cluster.session import terminated_as_interrupt
 from graftwork.errors import ClusterError, GraftworkError, Interrupted
 
-LOOK_S = 0.5
+POLL_INTERVAL_S = 0.5
 PATIENCE_S = 300.0
 """How long a place that does not answer is asked again before the command gives up; the job goes on there."""
 
 
 class _Waiting:
-    """`JobBackend.wait` in a thread beside the log: it retries as the job's cluster says, and holds the pending limit."""
+    """Run `JobBackend.wait` in a thread: it retries as the cluster says, and enforces the pending limit."""
 
     def __init__(self, backend: JobBackend, job_id: str) -> None:
         self._backend, self._job_id = backend, job_id
@@ -66,7 +66,7 @@ def _follow(backend: JobBackend, runs: JobStore, job_id: str, stream: TextIO) ->
             for text in runs.logs(job_id, number, shown.setdefault(number, {})):
                 stream.write(text)
                 stream.flush()
-        status = waiting.status(LOOK_S)
+        status = waiting.status(POLL_INTERVAL_S)
         if done and status is not None:
             return status
 
@@ -86,7 +86,7 @@ def _patiently(ask: Callable[[], JobStatus], on: str) -> JobStatus:
                              markup=False, soft_wrap=True)  # fmt: skip
             if now - began > PATIENCE_S:
                 raise
-            time.sleep(2 * LOOK_S)
+            time.sleep(2 * POLL_INTERVAL_S)
 
 
 def _interrupted(backend: JobBackend, root: str, job_id: str, *, cancels: bool) -> Interrupted:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graftwork.cli.job_words import age, left_behind, next_moves, when
+from graftwork.cli.job_words import age, left_behind, next_commands, when
 from graftwork.cli.output import console, echo
 from graftwork.cluster.backend import JobStatus
 from graftwork.cluster.cost import most_usd
@@ -72,7 +72,7 @@ def details(runs: JobStore, status: JobStatus, root: str) -> dict[str, Any]:
         "limits": record.cluster["limits"],
         "left": left_behind(runs, status) if status.state == "succeeded" else [],
         "events": _events(runs, status),
-        "next": list(next_moves(status, root)),
+        "next": list(next_commands(status, root)),
     }
 
 

@@ -54,7 +54,7 @@ def left_behind(runs: JobStore, status: JobStatus) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if LEFT.match(line)]
 
 
-def next_moves(status: JobStatus, root: str) -> Iterator[str]:
+def next_commands(status: JobStatus, root: str) -> Iterator[str]:
     """Commands that make sense in its state."""
     job, flag = status.job_id, root_flag(root)
     if status.state in ("submitted", "queued", "pending"):

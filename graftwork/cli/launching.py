@@ -8,7 +8,7 @@ import typer
 
 from graftwork.accelerators import accelerators_here, is_auto, with_gpus
 from graftwork.cli.following import follow
-from graftwork.cli.job_words import left_behind, line_of, next_moves, root_flag
+from graftwork.cli.job_words import left_behind, line_of, next_commands, root_flag
 from graftwork.cli.options import Budget, ClusterConfig, Deadline, Detach, JsonFlag, QueueTimeout, Sets, Target
 from graftwork.cli.output import duration, echo, gib, print_json, stderr
 from graftwork.cluster.address import JOB, unknown_place
@@ -183,7 +183,7 @@ def leave(status: JobStatus, root: str, as_json: bool = False) -> None:
             for line in left:
                 echo(f"  {line}")
         elif status.ended:
-            for move in next_moves(status, root):
+            for move in next_commands(status, root):
                 echo(f"  next: {move}")
     code = status.exit_code if status.exit_code is not None else int(status.state != "succeeded")
     if code:

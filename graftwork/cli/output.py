@@ -33,10 +33,10 @@ def print_error(error: GraftworkError, as_json: bool) -> None:
     if as_json:
         parts = {
             "type": type(error).__name__,
-            "asked": error.subject,
-            "found": error.problem,
+            "subject": error.subject,
+            "problem": error.problem,
             "rule": error.rule,
-            "next": error.hint,
+            "hint": error.hint,
             "also": list(error.also),
             "exit_code": error.exit_code,
         }

@@ -43,7 +43,7 @@ class Pass:
     """Other passes have other shapes."""
 
     def describe(self) -> str:
-        """In words."""
+        """Return the pass as text."""
         return f"{self.rows} rows of {self.tokens // self.rows} tokens a forward pass, {self.scored} of them scored"
 
 

@@ -117,5 +117,5 @@ class TokenWork:
     """Forward passes that write one token of each answer of a batch."""
 
     def describe(self) -> str:
-        """In words."""
+        """Return the work as text."""
         return f"{self.read} tokens weighed, up to {self.written} written"

@@ -60,7 +60,7 @@ class Machine:
         return replace(self, value_bytes=FP32 if wide else BF16)
 
     def describe(self) -> str:
-        """In words."""
+        """Return the machine as text."""
         if self.gpu is not None:
             dtype = "bfloat16" if self.value_bytes == BF16 else "float32"
             return f"{self.gpu.name}: {self.gpu.memory_gib:g} GiB, SM {self.gpu.sm}, {dtype} ({self.gpu.source})"

@@ -37,7 +37,7 @@ class RequestLoad:
     """Kinds of requests that are counted, in words."""
 
     def describe(self) -> str:
-        """In words."""
+        """Return the load as text."""
         parts = f": {', '.join(self.parts)}" if self.parts else ""
         whole = f"{self.count} requests, prompts of {self.prompt_tokens:.0f} tokens, answers of {self.new_tokens:.0f}"
         return f"{whole}{parts}"

@@ -73,7 +73,7 @@ def of_room(charged_bytes: int, machine: Machine) -> str:
 
 
 def verdict_of(charged_bytes: int, machine: Machine, ways_out: Iterable[tuple[str, int]]) -> str:
-    """`fits`, or what it needs of what there is and the nearest change that fits. Bytes as `charge_bytes` gives them."""
+    """Return `fits`, or what it needs and the nearest change that fits. Bytes are those of `charge_bytes`."""
     if fits(charged_bytes, machine):
         return "fits"
     needs = f"needs {of_room(charged_bytes, machine)}"

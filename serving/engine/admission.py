@@ -22,8 +22,8 @@ from graftwork.serving.engine.sequence import RunningRequest
 class Admission:
     """The order in which waiting requests are offered a row."""
 
-    def __init__(self, seats: AdapterSlots, *, max_batch: int) -> None:
-        self._slots = seats
+    def __init__(self, slots: AdapterSlots, *, max_batch: int) -> None:
+        self._slots = slots
         self._bypass = max_batch
         self._share = max(1, max_batch // 2)
         self._rows: Counter[str | None] = Counter()

@@ -1,7 +1,8 @@
 """Chooses the next token of each row: greedy and sampled rows in one batch, each sampled row by its own seed.
 
-A row's token depends on nothing but its own logits and its own `SamplerState`. A batch of greedy rows that ask for no log
-probability costs one pass over the logits. Legend: B rows, V vocabulary, L rows whose log probabilities are asked for.
+A row's token depends on nothing but its own logits and its own `SamplerState`. A batch of greedy rows that ask for no
+log probability costs one pass over the logits.
+Legend: B rows, V vocabulary, L rows whose log probabilities are asked for.
 """
 
 from collections.abc import Sequence

@@ -93,10 +93,10 @@ class Scheduler:
     """Queue and running set. The engine's thread alone uses it."""
 
     def __init__(
-        self, kv: KvStore, cache: PrefixCache | None, seats: AdapterSlots, *, max_batch: int, prefill_tokens: int
+        self, kv: KvStore, cache: PrefixCache | None, slots: AdapterSlots, *, max_batch: int, prefill_tokens: int
     ) -> None:
-        self._kv, self._cache, self._slots = kv, cache, seats
-        self._admission = Admission(seats, max_batch=max_batch)
+        self._kv, self._cache, self._slots = kv, cache, slots
+        self._admission = Admission(slots, max_batch=max_batch)
         self._max_batch, self._prefill_tokens = max_batch, prefill_tokens
         self.waiting: list[RunningRequest] = []
         self.running: list[RunningRequest] = []  # both in order of arrival

@@ -27,14 +27,14 @@ class AdapterSlots:
         return version in self._slots or len(self._slots) < self._max_loaded or self._idle() is not None
 
     def acquire(self, version: str) -> LoadedAdapter:
-        """Takes the version's slot for one more running request; `free_for` was asked before."""
-        seated = self._slots.pop(version, None)
-        if seated is None:
+        """Takes the version's slot for one more running request; `can_acquire` was checked before."""
+        adapter = self._slots.pop(version, None)
+        if adapter is None:
             self._make_room()
-            seated = self._bring(version)
-        self._slots[version] = seated
+            adapter = self._bring(version)
+        self._slots[version] = adapter
         self._rows[version] = self._rows.get(version, 0) + 1
-        return seated
+        return adapter
 
     def release(self, version: str) -> None:
         """One running request less. The slot stays filled until another version needs it."""
@@ -62,5 +62,5 @@ class AdapterSlots:
     def _make_room(self) -> None:
         if len(self._slots) >= self._max_loaded:
             idle = self._idle()
-            assert idle is not None, "asked without `free_for`"
+            assert idle is not None, "acquired without `can_acquire`"
             self.empty(idle)

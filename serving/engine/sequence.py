@@ -15,7 +15,7 @@ Arrival = tuple[bool, float, int]
 
 
 class RunningRequest:
-    """State of one request. Its places are `lead` virtual tokens of its adapter, then `tokens`; the first `computed`
+    """State of one request. Its places are `virtual_tokens` places of its adapter, then `tokens`; the first `computed`
     have keys and values, the rest is to be computed.
     """
 

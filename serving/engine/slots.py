@@ -1,7 +1,7 @@
 """The host tier: loaded adapter versions, who holds them, and when their memory goes back.
 
-Each is packed for the engine in one buffer of this machine's memory; `Seats` takes it from there to its slot. Any
-thread may call the pool; one lock guards it. Weights never change: an update is another version.
+Each is packed for the engine in one buffer of this machine's memory; `AdapterSlots` copies it from there to its slot.
+Any thread may call the pool; one lock guards it. Weights never change: an update is another version.
 """
 
 import threading

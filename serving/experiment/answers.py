@@ -127,8 +127,8 @@ def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> AnswerSet
         try:
             answer = EvalAnswer.model_validate_json(line)
         except pydantic.ValidationError as error:
-            found_here, next_move = error.errors()[0]["msg"], "remove the line; its question is asked again"
-            raise DataError(f"{path}: row {number}", found_here, "a line is one answer as JSON", next_move) from None
+            found_here, hint = error.errors()[0]["msg"], "remove the line; its question is asked again"
+            raise DataError(f"{path}: row {number}", found_here, "a line is one answer as JSON", hint) from None
         if wanted.get(answer.key) == (answer.arm, answer.row_id):
             found.append(answer)
         else:

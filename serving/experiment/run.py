@@ -152,11 +152,16 @@ class _More:
         if spec.probes is None:
             return None
         prober = Prober(
-            spec, spec.probes, asked.rows, answers, CorrectnessCheck(spec, asked.scorers, asked.primary), asked.passages,
+            spec,
+            spec.probes,
+            asked.rows,
+            answers,
+            CorrectnessCheck(spec, asked.scorers, asked.primary),
+            asked.passages,
             prompts={arm.name: prompt_of(arm, self.manifests.get(arm.name)) for arm in spec.arms},
             versions=self.versions,
             reference=spec.probes.reference or reference_arm(spec, scored, asked.primary),
-        )  # fmt: skip
+        )
         first = prober.first_requests()
         found = self._ask(first, "probes.jsonl", self.live.send)
         found = self._ask(first + prober.followup_requests(found), "probes.jsonl", self.live.send)

@@ -1,4 +1,4 @@
-"""`EngineLike` over vLLM's AsyncLLM: an event loop in a thread of its own, and one task on it for each request.
+"""`Engine` over vLLM's AsyncLLM: an event loop in a thread of its own, and one task on it for each request.
 
 Life of a request: `submit` checks it, holds its adapter version and starts its task; the task reads vLLM's deltas and
 hands them out as events; when it has ended, however it ended, the version is let go and the last event is told. vLLM

@@ -44,7 +44,7 @@ class Tally:
             self.cached_tokens += event.cached_tokens
 
     def stats(self, live: int) -> EngineStats:
-        """As `EngineLike.stats`. live: requests that have not ended; vLLM's own view lags by a step."""
+        """As `Engine.stats`. live: requests that have not ended; vLLM's own view lags by a step."""
         return EngineStats(
             running=min(self.running, live),
             waiting=max(live - min(self.running, live), 0),

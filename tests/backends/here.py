@@ -23,7 +23,7 @@ from graftwork.cluster.stored import StoredBackend
 
 STARTS_S = 60.0
 """How long a driver may take to its first word on a machine that does other things as well."""
-LOOK_S = 0.05
+POLL_INTERVAL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ print("done")
         backend, end = self.backend, time.monotonic() + within_s
         while not holds(status := backend.status(job_id)):
             assert time.monotonic() < end, status
-            time.sleep(LOOK_S)
+            time.sleep(POLL_INTERVAL_S)
         return status
 
     def log(self, job_id: str) -> str:
@@ -138,7 +138,7 @@ print("done")
         end = time.monotonic() + within_s
         while left := self.processes(job_id):
             assert time.monotonic() < end, [process.as_dict(["pid", "cmdline", "status"]) for process in left]
-            time.sleep(LOOK_S)
+            time.sleep(POLL_INTERVAL_S)
 
     def everything(self) -> bytes:
         """All that the store holds, names included."""

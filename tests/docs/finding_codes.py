@@ -2,7 +2,7 @@
 
     python -m tests.docs.finding_codes --write     puts it between the marks of docs/stuck.md
 
-Read from the syntax tree: calls of `Finding(code, level, where, found, rule, next_move)`, and of `refuse` and `warn`
+Read from the syntax tree: calls of `Finding(code, level, where, problem, rule, hint)`, and of `refuse` and `warn`
 (cluster/kuberay/findings.py), which leave the level and the code's first letter to their name.
 """
 
@@ -58,10 +58,10 @@ def _of(path: Path) -> Iterator[Told]:
             continue
         named = {word.arg: word.value for word in node.keywords}
         if name == "Finding":
-            rule, mend = _at(given, 4, named, "rule"), _at(given, 5, named, "next_move")
+            rule, mend = _at(given, 4, named, "rule"), _at(given, 5, named, "hint")
             yield Told(code, rule, mend)
         elif name in HELPERS:
-            rule, mend = _at(given, 3, named, "rule"), _at(given, 4, named, "next_move")
+            rule, mend = _at(given, 3, named, "rule"), _at(given, 4, named, "hint")
             yield Told(HELPERS[name] + code, rule, mend)
 
 

@@ -105,14 +105,14 @@ def test_rows_too_long_are_refused_by_setting(tmp_path: Path, spec: dict[str, ob
 
 
 def test_base_that_does_not_exist(tmp_path: Path, spec: dict[str, object]) -> None:
-    refused(run("train", write(tmp_path, spec, base=str(tmp_path / "nothing"))), 2, "nothing", "Next:")
+    refused(run("train", write(tmp_path, spec, base=str(tmp_path / "nothing"))), 2, "nothing", "Hint:")
 
 
 def test_no_cluster_is_exit_3(tmp_path: Path, spec: dict[str, object]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: nobody answers there
         port = taken.getsockname()[1]
-        refused(run("train", write(tmp_path, spec), "--target", f"http://127.0.0.1:{port}"), 3, str(port), "Next:")
+        refused(run("train", write(tmp_path, spec), "--target", f"http://127.0.0.1:{port}"), 3, str(port), "Hint:")
 
 
 def test_a_place_that_is_none(tmp_path: Path, spec: dict[str, object]) -> None:
@@ -121,7 +121,7 @@ def test_a_place_that_is_none(tmp_path: Path, spec: dict[str, object]) -> None:
 
 def test_s3_without_credentials(tmp_path: Path, spec: dict[str, object]) -> None:
     env = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
-    refused(run("adapters", "ls", "--root", "s3://bucket/team", env=env), 2, "AWS_ACCESS_KEY_ID", "Next:")
+    refused(run("adapters", "ls", "--root", "s3://bucket/team", env=env), 2, "AWS_ACCESS_KEY_ID", "Hint:")
 
 
 def test_secret_in_a_uri_is_refused_and_not_repeated(tmp_path: Path, spec: dict[str, object]) -> None:
@@ -149,7 +149,7 @@ def test_port_in_use(tmp_path: Path, base: Path) -> None:
         }
         path = tmp_path / "serve.yaml"
         path.write_text(yaml.safe_dump(spec))
-        refused(run("serve", str(path)), 2, str(port), "Next:")
+        refused(run("serve", str(path)), 2, str(port), "Hint:")
 
 
 STARTED = """

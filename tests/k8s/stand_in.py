@@ -24,7 +24,7 @@ from tests.k8s.head import Head
 from tests.k8s.server import NAMESPACE, ApiServer
 from tests.processes import ROOT
 
-LOOK_S = 0.1
+POLL_INTERVAL_S = 0.1
 FINALIZER = "ray.io/rayjob-finalizer"
 REDIS = "ray.io/gcs-ft-redis-cleanup-finalizer"
 FOREGROUND = "foregroundDeletion"
@@ -65,7 +65,7 @@ class StandIn:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self) -> None:
-        while not self._stop.wait(LOOK_S):
+        while not self._stop.wait(POLL_INTERVAL_S):
             self._look()
 
     def _look(self) -> None:
@@ -195,7 +195,7 @@ class StandIn:
                 self._head.ask("DELETE", where)
                 return
             self._head.ask("POST", f"{where}/stop")
-            if self._stop.wait(LOOK_S):
+            if self._stop.wait(POLL_INTERVAL_S):
                 return
 
     def _end_doomed(self) -> None:

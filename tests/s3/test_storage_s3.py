@@ -27,7 +27,7 @@ class TestS3(StoreContract):
 
 
 def refused(store: Store) -> list[StorageError]:
-    """The error of every kind of call, each of which has to come, with a next move, without a secret."""
+    """The error of every kind of call, each of which has to come, with a hint, without a secret."""
     calls = (
         lambda: store.read_bytes("key"),
         lambda: store.write_bytes(b"x", "key"),

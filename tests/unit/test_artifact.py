@@ -174,7 +174,7 @@ def test_an_adapter_for_another_base_is_refused_with_both_digests(store: Store, 
         artifact.require_base(manifest, "a" * 64)
     assert "b" * 64 in str(caught.value)
     assert "a" * 64 in str(caught.value)
-    assert "Next: set base:" in str(caught.value)
+    assert "Hint: set base:" in str(caught.value)
 
 
 def test_an_alias_moves_and_remembers_where_it_was(store: Store, folder: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_disk_that_fills_up_while_publishing_is_a_storage_error_and_nothing_is
     answer = outcome(start(("publish-limited", store.uri, "support", str(folder), "latest")))
     assert answer["error"] == "StorageError"
     assert "no space" in answer["text"]
-    assert "Next: free space on the disk" in answer["text"]
+    assert "Hint: free space on the disk" in answer["text"]
     assert artifact.list_adapters(store) == []
     assert artifact.aliases(store, "support") == {}
     assert not [p for p in Path(store.uri).rglob("*") if p.name.startswith(".tmp-")]

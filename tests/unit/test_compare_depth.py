@@ -216,8 +216,12 @@ def test_a_verdict_needs_a_score() -> None:
 
 # Texts: exact match alone rewards brevity, containment alone length.
 
-PLACES = [DatasetRow(f"q{i}", (Message("user", f"Where is {i}?"),), doc_id=f"d{i}", gold={"answers": [f"Town {i}x", f"T{i}x"]})
-          for i in range(50)]  # fmt: skip
+PLACES = [
+    DatasetRow(
+        f"q{i}", (Message("user", f"Where is {i}?"),), doc_id=f"d{i}", gold={"answers": [f"Town {i}x", f"T{i}x"]}
+    )
+    for i in range(50)
+]
 TEXT_ARMS = ({"name": "base-rag", "retriever": {"corpus": "c.jsonl"}, "max_new_tokens": 24},
              {"name": "raft-rag", "adapter": "a@b", "retriever": {"corpus": "c.jsonl"}},
              {"name": "base"})  # fmt: skip

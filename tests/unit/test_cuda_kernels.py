@@ -128,8 +128,9 @@ def test_keys_are_split_for_the_device_and_for_long_requests(programs: int, long
 
 INPUTS, OUTPUTS = 272, (150, 64, 33)
 GROUP = [
-    LoraLayer(f"m.{name}", LinearShape(INPUTS, out), "m.qkv", n) for n, (name, out) in enumerate(zip("qkv", OUTPUTS))
-]  # noqa: B905
+    LoraLayer(f"m.{name}", LinearShape(INPUTS, out), "m.qkv", n)
+    for n, (name, out) in enumerate(zip("qkv", OUTPUTS, strict=True))
+]
 
 
 def adapter(version: str, ranks: Sequence[int], seed: int, dtype: torch.dtype) -> LoadedAdapter:

@@ -136,7 +136,7 @@ def test_weights_that_do_not_fit_are_refused(
         read(base, folder)
 
 
-def test_every_kind_of_peft_that_is_not_served_is_refused_with_a_next_move(base: Path, folder: Path) -> None:
+def test_every_kind_of_peft_that_is_not_served_is_refused_with_a_hint(base: Path, folder: Path) -> None:
     from peft import PeftType
 
     others = [kind.value for kind in PeftType if kind.value not in SERVED]

@@ -39,7 +39,7 @@ def test_who_is_overtaken_is_told_and_refused(fence: Fence, how: str) -> None:
     assert fence.stop_reason() is None
     fence.require()
     overtake(fence, how)
-    assert fence.stop_reason() == "overtaken"
+    assert fence.stop_reason() == "superseded"
     with pytest.raises(SupersededError, match="a later one has taken over"):
         fence.require()
 

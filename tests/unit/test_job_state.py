@@ -23,8 +23,15 @@ SEEN = (None, *(ObservedState(*words) for words in itertools.product(JOB, DEPLOY
 SEEN_SHORT = (None, *(ObservedState(*words) for words in itertools.product(JOB, DEPLOYMENT)))
 """Beside an end that the driver wrote, no reason matters."""
 CANCEL: tuple[StopReason | None, ...] = (None, "user", "deadline", "budget", "pending")
-ENDS = (None, AttemptEnd(NOW, 0), AttemptEnd(NOW, 1), AttemptEnd(NOW, 137, out_of_memory=True), AttemptEnd(NOW, 1, "user"),
-        AttemptEnd(NOW, 1, "budget"), AttemptEnd(NOW, 0, "deadline"))  # fmt: skip
+ENDS = (
+    None,
+    AttemptEnd(NOW, 0),
+    AttemptEnd(NOW, 1),
+    AttemptEnd(NOW, 137, out_of_memory=True),
+    AttemptEnd(NOW, 1, "user"),
+    AttemptEnd(NOW, 1, "budget"),
+    AttemptEnd(NOW, 0, "deadline"),
+)
 HEARD = (None, 0.0, SILENT_S, SILENT_S + 1, 10_000.0)
 BEATS = ((False, False), (True, False), (True, True))
 """A heartbeat was written; it said that the machine leaves."""
@@ -32,8 +39,9 @@ REST = (CANCEL, HEARD, BEATS, (1.0, ARRIVES_S + 1))
 ALL = itertools.chain(itertools.product((None,), SEEN, *REST), itertools.product(ENDS[1:], SEEN_SHORT, *REST))
 
 
-def record(cancel: StopReason | None, ended: AttemptEnd | None, heard: float | None, beat: bool, leaving: bool, ago: float
-           ) -> AttemptRecord:  # fmt: skip
+def record(
+    cancel: StopReason | None, ended: AttemptEnd | None, heard: float | None, beat: bool, leaving: bool, ago: float
+) -> AttemptRecord:
     """`heard` without `beat`: a driver started and has not been heard since."""
     heartbeat = Heartbeat(NOW - heard, 1, "host", 7, leaving=leaving) if heard is not None and beat else None
     started = NOW - heard if heard is not None else None

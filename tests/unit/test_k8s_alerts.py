@@ -162,10 +162,14 @@ def scraped(root: Path) -> str:
 def test_a_store_is_told_as_it_is(tmp_path: Path) -> None:
     runs, now = JobStore(str(tmp_path)), time.time()
     for name, beat_at, ended in (
-        ("waits", None, None), ("runs", now - HEARTBEAT_S, None), ("silent", now - SILENT_S - 40, None),
-        ("done", now - 100, AttemptEnd(now - 90, 0)), ("failed", now - 100, AttemptEnd(now - 90, 1)),
-        ("cancelled", now - 100, AttemptEnd(now - 90, 1, "user")), ("over", now - 100, AttemptEnd(now - 90, 1, "budget")),
-    ):  # fmt: skip
+        ("waits", None, None),
+        ("runs", now - HEARTBEAT_S, None),
+        ("silent", now - SILENT_S - 40, None),
+        ("done", now - 100, AttemptEnd(now - 90, 0)),
+        ("failed", now - 100, AttemptEnd(now - 90, 1)),
+        ("cancelled", now - 100, AttemptEnd(now - 90, 1, "user")),
+        ("over", now - 100, AttemptEnd(now - 90, 1, "budget")),
+    ):
         job = command_job(str(tmp_path), ["true"], name=name)
         runs.record(job, "local")
         runs.open_attempt(job.job_id, 1)

@@ -238,10 +238,16 @@ def probed(folder: Path, n: int = 60, **changes: Any) -> tuple[CompareReport, Pr
     answers = asyncio.run(run_offline(asked, rows, script, folder / "answers.jsonl"))
     passages = GoldPassages({row.doc_id: Passage(row.doc_id or "", f"about {row.doc_id}") for row in rows}.get)
     prober = Prober(
-        asked, asked.probes, rows, answers, CorrectnessCheck(asked, load_scorers(asked.scorers, SCHEMA), "both"), passages,
-        prompts={arm.name: PromptSpec() for arm in asked.arms}, versions={"finetuned": "v1", "raft-rag": "v2"},
+        asked,
+        asked.probes,
+        rows,
+        answers,
+        CorrectnessCheck(asked, load_scorers(asked.scorers, SCHEMA), "both"),
+        passages,
+        prompts={arm.name: PromptSpec() for arm in asked.arms},
+        versions={"finetuned": "v1", "raft-rag": "v2"},
         reference=asked.probes.reference or "base",
-    )  # fmt: skip
+    )
     script.asked.clear()
     first = prober.first_requests()
     found = asyncio.run(ask_jobs(first, script.probe, folder / "probes.jsonl", 16))

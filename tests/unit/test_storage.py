@@ -158,7 +158,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_content(tmp_path: Path) -> None
     Store(str(tmp_path)).write_bytes(b"old", "key")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert f"StorageError: write {tmp_path}/key: no space ({os.strerror(errno.EFBIG)})" in done.stderr
-    assert "Next: free space on the disk of" in done.stderr
+    assert "Hint: free space on the disk of" in done.stderr
     assert os.listdir(tmp_path) == ["key"]
     assert (tmp_path / "key").read_bytes() == b"old"
 
@@ -178,7 +178,7 @@ def test_a_root_without_rights_is_named(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "/root/a: not allowed (Permission denied)" in done.stderr
-    assert "Next: give your user write and read rights" in done.stderr
+    assert "Hint: give your user write and read rights" in done.stderr
 
 
 def test_reading_a_folder_as_a_file_is_named(tmp_path: Path) -> None:

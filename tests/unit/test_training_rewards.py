@@ -51,7 +51,7 @@ def loaded(*trees: Any) -> tuple[Reward, ...]:
 def test_each_built_in_gives(tree: Any, by_answer: dict[str, float]) -> None:
     (reward,) = loaded(tree)
     sent: Reward = pickle.loads(pickle.dumps(reward))  # as it reaches a worker
-    assert {answer: sent.score(answer, ROW) for answer in by_answer} == by_answer
+    assert {answer: sent.compute(answer, ROW) for answer in by_answer} == by_answer
 
 
 def test_a_schema_travels_with_its_reward(tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_a_schema_travels_with_its_reward(tmp_path: Path) -> None:
         {"name": "json_schema", "json_schema": str(file)}, {"name": "field_accuracy", "json_schema": str(file)}
     )
     file.unlink()
-    assert [holds.score(answer, ROW) for answer in ('{"feet": 1}', '{"feet": 9999}', "{")] == [1, 0, 0]
-    assert accurate.score('{"city": "Kunming", "feet": 9999}', ROW) == 0, "it does not validate"
+    assert [holds.compute(answer, ROW) for answer in ('{"feet": 1}', '{"feet": 9999}', "{")] == [1, 0, 0]
+    assert accurate.compute('{"city": "Kunming", "feet": 9999}', ROW) == 0, "it does not validate"
     assert "9000" in holds.content, "part of the data's digest"
     file.write_text("{")
     with pytest.raises(ConfigError, match="not JSON"):
@@ -92,10 +92,10 @@ def test_own_rewards_are_taken_by_name_and_stop_the_run_where_they_fail(monkeypa
     monkeypatch.setattr(plugins, "entry_points", lambda group: found.select(group=group))
     monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(brevity=brevity))  # pytest imports it by path
     (mine,) = loaded({"name": "brevity", "params": {"per": 2.0}, "label": "short"})
-    assert mine.score("abc", ROW) == -1.5
+    assert mine.compute("abc", ROW) == -1.5
     for answer, said in (("broken", r"reward 'short' of row 'r1': it raised KeyError"), ("nan", "it returned nan")):
         with pytest.raises(BadReward, match=said):
-            mine.score(answer, ROW)
+            mine.compute(answer, ROW)
     for name, near in (("brevty", "'brevity'"), ("jsn", "'json'"), ("zzz", "install its package")):
         with pytest.raises(ConfigError, match=f"name={name}: 0 entry points of this name") as caught:
             loaded({"name": name})

@@ -13,7 +13,7 @@ def attach_frozen_adapter(model: Any, folder: Path) -> None:
     """Let each linear of a loaded base add the published LoRA's delta, in fp32, before any adapter is attached.
 
     By hooks: the weights are in no state dict, so no checkpoint copies them, and a quantised base stays as it is.
-    `adapter_off` leaves it on: what training began from is the base with it.
+    `adapter_disabled` leaves it on: what training began from is the base with it.
     """
     lora = MergeSource.read("base_adapter", folder)
     for name, module in model.named_modules():

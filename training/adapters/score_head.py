@@ -53,7 +53,7 @@ def add_reward_head(model: Any) -> Any:
 
 
 def _pooled_by_mask(classifier: Any) -> Any:
-    class Scorer(classifier):  # type: ignore[misc]  # transformers is untyped here
+    class RewardHeadModel(classifier):  # type: ignore[misc]  # transformers is untyped here
         """The classifier, its score taken where the attention mask ends."""
 
         def forward(
@@ -73,4 +73,4 @@ def _pooled_by_mask(classifier: Any) -> Any:
             rows_B = torch.arange(len(last_B), device=last_B.device)
             return SequenceClassifierOutputWithPast(logits=self.score(hidden_BTH[rows_B, last_B]))
 
-    return Scorer
+    return RewardHeadModel

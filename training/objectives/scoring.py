@@ -47,7 +47,7 @@ class RewardScorer:
         reward = self.rewards[place]
         asked = [(rows.rows[index], self.text(ids)) for index, ids in zip(indices, answers, strict=True)]
         if isinstance(reward, Reward):
-            return [reward.score(text, row) for row, text in asked]
+            return [reward.compute(text, row) for row, text in asked]
         whole = [[*rows.ids(index), *ids] for index, ids in zip(indices, answers, strict=True)]
         values = self.models[reward.label](whole)
         return [checked(reward, row, value, text) for (row, text), value in zip(asked, values, strict=True)]

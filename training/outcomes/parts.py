@@ -65,8 +65,13 @@ def work_of(parts: Sequence[ItemGroup]) -> TokenWork:
     weighed = [(len(item.prompt) + len(one), len(one)) for item in items for one in item.continuations]
     asked = [(len(item.prompt), item.write) for item in items if item.write]
     steps = sum(write / min(BATCH_ROWS, max(1, BATCH_TOKENS // (prompt + write))) for prompt, write in asked)
-    return TokenWork(sum(all_ for all_, _ in weighed), sum(one for _, one in weighed), sum(prompt for prompt, _ in asked),
-                sum(write for _, write in asked), steps)  # fmt: skip
+    return TokenWork(
+        sum(all_ for all_, _ in weighed),
+        sum(one for _, one in weighed),
+        sum(prompt for prompt, _ in asked),
+        sum(write for _, write in asked),
+        steps,
+    )
 
 
 def shares(items: Sequence[Item], rank: int, world: int) -> list[int]:

@@ -158,9 +158,15 @@ def _text(uri: str, limit: int, template: Template) -> Probe:
 
 
 def _choices(
-    name: str, asked: Sequence[tuple[DatasetRow, Choices]], groups: Sequence[str], system: str | None, template: Template,
-    about: str, *, fair: bool,
-) -> Probe:  # fmt: skip
+    name: str,
+    asked: Sequence[tuple[DatasetRow, Choices]],
+    groups: Sequence[str],
+    system: str | None,
+    template: Template,
+    about: str,
+    *,
+    fair: bool,
+) -> Probe:
     rows, choices = [row for row, _ in asked], [choice for _, choice in asked]
     items = [
         Item(row.id, _asked(row.question, system, template),

@@ -25,7 +25,7 @@ class Reward:
     content: str = ""
     """What decides it beside the spec's own words: the text of its schema."""
 
-    def score(self, answer: str, row: DatasetRow) -> float:
+    def compute(self, answer: str, row: DatasetRow) -> float:
         """The clipped reward. Raises BadReward naming the row."""
         try:
             value = float(self.score(answer, row))

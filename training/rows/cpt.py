@@ -40,9 +40,8 @@ def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         notes.append(f"replay: {format_row_count(again, 'document')}, {sum(len(tokens) for _, tokens in again)} tokens")
     pieces = [piece for tokens in ids for piece in split(tokens, spec.max_length)]
     if len(pieces) > len(ids):
-        notes.append(
-            f"{format_row_count(pieces[len(ids) :], 'cut')} in documents of more than {spec.max_length} tokens; none is lost"
-        )
+        cuts = format_row_count(pieces[len(ids) :], "cut")
+        notes.append(f"{cuts} in documents of more than {spec.max_length} tokens; none is lost")
     rows, packing = pack_rows(TokenRows.from_pairs(pieces), objective.packing, spec.max_length)
     return ReadPart(rows, 0, fingerprint(documents), (*notes, *packing), (), warnings, contents)
 

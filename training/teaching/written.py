@@ -89,7 +89,7 @@ def _best(
     ended = [answer.text for answer in answers if answer.ended and answer.text.strip()]
     if not rewards or not ended:
         return ended[0] if ended else None
-    value, place = max((rewards[0].score(text, row), -place) for place, text in enumerate(ended))
+    value, place = max((rewards[0].compute(text, row), -place) for place, text in enumerate(ended))
     return ended[-place] if value >= generate.at_least else None
 
 

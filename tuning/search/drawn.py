@@ -107,8 +107,12 @@ def fresh_points(spec: TuneSpec, rng: random.Random, known: Collection[str]) -> 
         tries, refused = 0, None
         yield point
     if refused is not None:
-        raise ConfigError("space", f"{tries} points drawn in a row contradict themselves, the last: {refused.subject}: "
-                          f"{refused.problem}", refused.rule, hint_for_key(_key_of(spec, refused), refused))  # fmt: skip
+        raise ConfigError(
+            "space",
+            f"{tries} points drawn in a row contradict themselves, the last: {refused.subject}: {refused.problem}",
+            refused.rule,
+            hint_for_key(_key_of(spec, refused), refused),
+        )
 
 
 def _refuse(spec: TuneSpec, point: Values) -> None:

@@ -42,11 +42,11 @@ class ConfigFile:
             raise ArtifactError(str(path), type(config).__name__, "adapter_config.json holds one JSON object")
         return cls(path, config)
 
-    def make_error(self, key: str, rule: str, next_move: str | None = None, value: object = None) -> ArtifactError:
+    def make_error(self, key: str, rule: str, hint: str | None = None, value: object = None) -> ArtifactError:
         """The error for one key. value: the part of it that is wrong, where not all of it is."""
         text = repr(self.values.get(key) if value is None else value)
         found = f"{key}={text if len(text) < 120 else text[:117] + '...'}"
-        move = next_move or f"train the adapter without {key}, or serve it merged as its own base"
+        move = hint or f"train the adapter without {key}, or serve it merged as its own base"
         return ArtifactError(str(self.path), found, rule, move)
 
     def require_known(self, honoured: Iterable[str], idle: Iterable[str], why: Mapping[str, str]) -> None:

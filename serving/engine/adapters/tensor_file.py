@@ -46,6 +46,6 @@ class TensorFile:
                 f"tensor {min(self._left)} ({len(self._left)} such)", f"the weights hold only {expected}"
             )
 
-    def make_error(self, found: str, rule: str, next_move: str = "publish the adapter again") -> ArtifactError:
+    def make_error(self, found: str, rule: str, hint: str = "publish the adapter again") -> ArtifactError:
         """The error for something in the file."""
-        return ArtifactError(str(self.path), found, rule, next_move)
+        return ArtifactError(str(self.path), found, rule, hint)

@@ -50,4 +50,4 @@ def _load(name: str) -> PluginScore:
     loaded = plugins.load(GROUP, name, asked)
     if not isinstance(getattr(loaded, "metric", None), Metric):
         raise ConfigError(asked, "it is no scorer", "a scorer is callable (text, gold) and has a `metric`")
-    return cast(OwnScore, loaded)
+    return cast(PluginScore, loaded)
