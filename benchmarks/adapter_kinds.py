@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, Clock, Figure, figure, write
-from graftwork import base_model, config
-from graftwork.storage import RunPaths, Store
+from graftwork import config
+from graftwork.base import load as base_model
+from graftwork.storage.store import RunPaths, Store
 from graftwork.training.checkpoint import is_of_model
-from graftwork.training.data import prepare
-from graftwork.training.job import Report, TrainJob
 from graftwork.training.loop import run_steps
+from graftwork.training.objectives.rows import prepare
 from graftwork.training.spec import TrainSpec
-from graftwork.training.steplog import StepReport
+from graftwork.training.worker_messages import Report, StepReport, TrainJob
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "train-adapters"
 LORA = ["name=airport-card-lora", "adapter={kind: lora, rank: 16, alpha: 32}", "optim.lr=4.0e-3"]

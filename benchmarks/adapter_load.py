@@ -20,7 +20,7 @@ from benchmarks.record import Clock, figure, write
 from benchmarks.traffic import ask, serving
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.spec import EngineSpec
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 
 
 def to_slots(engine: NativeEngine, folders: list[Path], rounds: int) -> list[float]:

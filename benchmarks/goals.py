@@ -101,4 +101,4 @@ GOALS = (
     Goal("plan_cold", "help", "graftwork --help, s", "at most", 0.5),
     Goal("plan_cold", "jobs_1000", "state of 1,000 jobs of a store on a disk, s", "at most", 2.0),
     Goal("search", "bohb_upper", "the same of BOHB's search", "at most", 1.0),
-)  # fmt: skip
+)

@@ -24,19 +24,31 @@ from typing import Any
 
 import torch
 
-from graftwork.provenance import collect
+from graftwork.environment import collect
 from graftwork.serving.engine.engine import NativeEngine
-from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
+from graftwork.serving.engine.request import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.spec import EngineSpec
 
 RANK = 16
 WAIT_S = 900.0
 SHAPES: dict[str, dict[str, int]] = {
-    "llama-8b": {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-                 "num_attention_heads": 32, "num_key_value_heads": 8},
-    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2},
-}  # fmt: skip
+    "llama-8b": {
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
 
 
 def build(shape: str, weights: str, device: str) -> Any:
@@ -60,8 +72,15 @@ def pack_linears(model: Any, device: str) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is not torch.nn.Linear or module is model.get_output_embeddings():
             continue
-        packed = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=module.weight.dtype,
-                            compress_statistics=False, quant_type="nf4", device="meta")  # fmt: skip
+        packed = Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=False,
+            compute_dtype=module.weight.dtype,
+            compress_statistics=False,
+            quant_type="nf4",
+            device="meta",
+        )
         data = module.weight.data.to("cpu" if device == "cpu" else device)
         packed.weight = Params4bit(
             data, requires_grad=False, quant_type="nf4", compress_statistics=False, module=packed
@@ -129,9 +148,12 @@ def one_round(engine: NativeEngine, rows: int, adapters: int, args: argparse.Nam
     last = [moment for moment in run.times[f"r{rows - 1}"] if moment >= all_decode]
     gaps = [(after - before) * 1e3 for before, after in zip(last, last[1:], strict=False)]
     return {
-        "tokens_per_s": rows * args.new / seconds, "seconds": seconds, "first_token_s": all_decode - started,
-        "step_ms": statistics.median(gaps) if gaps else float("nan"), "step_ms_max": max(gaps, default=float("nan")),
-    }  # fmt: skip
+        "tokens_per_s": rows * args.new / seconds,
+        "seconds": seconds,
+        "first_token_s": all_decode - started,
+        "step_ms": statistics.median(gaps) if gaps else float("nan"),
+        "step_ms_max": max(gaps, default=float("nan")),
+    }
 
 
 def summary(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -179,9 +201,14 @@ def measure(weights: str, args: argparse.Namespace) -> dict[str, Any]:
     most = max(args.adapters, args.distinct)
     length = args.prompt + args.new + 1
     spec = EngineSpec(
-        max_batch=args.batch, max_seq_len=max(length, 64), kv_tokens=args.batch * 2 * max(length, 64),
-        max_loaded=max(most, args.batch), max_rank=RANK, prefill_tokens=args.prefill, prefix_cache=False,
-    )  # fmt: skip
+        max_batch=args.batch,
+        max_seq_len=max(length, 64),
+        kv_tokens=args.batch * 2 * max(length, 64),
+        max_loaded=max(most, args.batch),
+        max_rank=RANK,
+        prefill_tokens=args.prefill,
+        prefix_cache=False,
+    )
     with tempfile.TemporaryDirectory() as folder:
         adapter = write_adapter(model, Path(folder))
         started = time.perf_counter()
@@ -197,9 +224,12 @@ def measure(weights: str, args: argparse.Namespace) -> dict[str, Any]:
         one_round(engine, 1, 0, args)  # the first prompt picks algorithms
         result["first_answer_s"] = built - started + time.perf_counter() - before
         mixes = {
-            "base": (args.batch, 0), f"{args.adapters}_adapters": (args.batch, args.adapters), "batch_1": (1, 0),
-            "distinct_base": (args.distinct, 0), "distinct": (args.distinct, args.distinct),
-        }  # fmt: skip
+            "base": (args.batch, 0),
+            f"{args.adapters}_adapters": (args.batch, args.adapters),
+            "batch_1": (1, 0),
+            "distinct_base": (args.distinct, 0),
+            "distinct": (args.distinct, args.distinct),
+        }
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in mixes}
         for number in range(args.rounds):
             for name, (rows, adapters) in mixes.items():

@@ -38,10 +38,17 @@ class Rounds:
         from tests.training import task
 
         self.cluster, self.rng = cluster, rng
-        spec = task(cluster.folder / "t", **{
-            "name": "head", "root": str(cluster.folder / "root"), "num_workers": 1, "checkpoint_every": EVERY,
-            "eval_every": STEPS, "optim.epochs": STEPS // STEPS_AN_EPOCH,
-        })  # fmt: skip
+        spec = task(
+            cluster.folder / "t",
+            **{
+                "name": "head",
+                "root": str(cluster.folder / "root"),
+                "num_workers": 1,
+                "checkpoint_every": EVERY,
+                "eval_every": STEPS,
+                "optim.epochs": STEPS // STEPS_AN_EPOCH,
+            },
+        )
         self.train = {"kind": "train", **spec.model_dump(mode="json", exclude_unset=True)}
         self.wait = {"kind": "exec", "name": "wait", "root": self.train["root"], "argv": ["sleep", "3600"]}
         self.head = cluster.start(None, "--num-cpus", "2")
@@ -68,7 +75,7 @@ class Rounds:
         return [json.loads(line) for text in texts for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def status(self, job_id: str) -> Any:
-        from graftwork.cluster.places import backend_of
+        from graftwork.cluster.targets import backend_of
 
         return backend_of(self.cluster.on, str(self.root)).status(job_id)
 
@@ -143,10 +150,10 @@ class Rounds:
 
 def apart(rounds: Rounds) -> list[float]:
     """Relative difference of each step's loss to that of a run that nobody disturbed."""
-    from graftwork.training.data import prepare
-    from graftwork.training.job import TrainJob
     from graftwork.training.loop import run_steps
+    from graftwork.training.objectives.rows import prepare
     from graftwork.training.spec import TrainSpec
+    from graftwork.training.worker_messages import TrainJob
 
     spec = TrainSpec.model_validate(rounds.train)
     alone = dict(run_steps(TrainJob(spec, prepare(spec)), lambda _: True).train_loss)

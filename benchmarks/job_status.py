@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.record import Clock, Figure, figure, write
 
 if TYPE_CHECKING:
-    from graftwork.cluster.run_store import JobStore
+    from graftwork.cluster.jobs.store import JobStore
 
 STATES = ("succeeded", "failed", "cancelled", "running")
 
@@ -30,7 +30,7 @@ def fill(root: str, count: int) -> None:
     """Write the records of `count` jobs, those at work last: their heartbeats are to be fresh."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from graftwork.cluster.run_store import JobStore
+    from graftwork.cluster.jobs.store import JobStore
 
     runs = JobStore(root)  # one client for all
     with ThreadPoolExecutor(8) as pool:
@@ -40,9 +40,8 @@ def fill(root: str, count: int) -> None:
 
 
 def _job(runs: "JobStore", number: int) -> None:
-    from graftwork.cluster.backend import Job
-    from graftwork.cluster.command_spec import ExecSpec
-    from graftwork.cluster.run_store import AttemptEnd, Heartbeat
+    from graftwork.cluster.jobs.models import ExecSpec, Job
+    from graftwork.cluster.jobs.store import AttemptEnd, Heartbeat
 
     root = runs.store.uri
     spec = ExecSpec(name=f"job-{number}", root=root, argv=("true",))
@@ -65,8 +64,8 @@ def child(root: str) -> dict[str, Any]:
     """One listing in this process, which has just started."""
     import psutil
 
-    from graftwork.cluster.places.local import LocalPlace
-    from graftwork.cluster.stored import StoredBackend
+    from graftwork.cluster.jobs.backend import StoredBackend
+    from graftwork.cluster.targets.local import LocalPlace
 
     started = time.time() - psutil.Process().create_time()
     began, worked = time.perf_counter(), time.process_time()
@@ -92,7 +91,7 @@ def measured(root: str, rounds: int, env: dict[str, str]) -> list[dict[str, Any]
 
 def on_s3(jobs: int, rounds: int, environment: dict[str, str]) -> list[dict[str, Any]]:
     """The same on a server of its own."""
-    from tests.weed import running
+    from tests.s3_server import running
 
     with running() as server:
         os.environ.update(server.environment())

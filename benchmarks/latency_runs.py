@@ -5,7 +5,8 @@
 One unit is drawn each second. Each run is a log: rows in the order of writing, up to the last draw, so units in
 flight at the end have no outcome. The monitor's own `Attribution` turns the rows into observations, and the
 sequential tests that the monitor uses then take all runs at once, as in benchmarks/online_runs.py
-(tests/unit/test_online_runs.py compares both with the whole monitor). `as_scored` is the peer: the same units in the
+(tests/unit/serving/ab_test/test_online_runs.py compares both with
+the whole monitor). `as_scored` is the peer: the same units in the
 order in which their scores come, those without a score left out. Upper bounds are one-sided 95 % ones (Wilson); that
 of the sample ratio is of all cases, and counts a run where either of its two tests, of all units or of those with a
 score, ever crosses.
@@ -22,12 +23,11 @@ from numpy.typing import NDArray
 from benchmarks.online_runs import NEVER, Followed, Stops, first, share
 from benchmarks.record import Clock, Figure, write
 from benchmarks.sequential import median, rate, single, upper
-from graftwork.serving.experiment.online.log_columns import LogColumns
-from graftwork.serving.experiment.online.rules import OnlineRules
-from graftwork.serving.experiment.online.units import Attribution
+from graftwork.serving.ab_test.attribution import Attribution
+from graftwork.serving.ab_test.log_reader import LogColumns
+from graftwork.serving.ab_test.spec import OnlineRules
 from graftwork.stats import Floats
-from graftwork.stats.aipw import SplitScores
-from graftwork.stats.sample_ratio import SampleRatio
+from graftwork.stats.sequential import SampleRatio, SplitScores
 
 _STEP = 100
 _SRM_BOUND = 1000.0
@@ -163,10 +163,20 @@ def _log(
     broken = [kind == "answer" and bad for kind, bad in zip(kinds, failed[which].tolist(), strict=True)]
     same = [False] * count
     return LogColumns(
-        kind=kinds, role=["primary"] * count, arm=arms, unit=ids, request_id=ids, at=times[order].tolist(),
-        probability=chances, failed=broken, cold=same, empty=same, event=[None] * count, detail=[None] * count,
+        kind=kinds,
+        role=["primary"] * count,
+        arm=arms,
+        unit=ids,
+        request_id=ids,
+        at=times[order].tolist(),
+        probability=chances,
+        failed=broken,
+        cold=same,
+        empty=same,
+        event=[None] * count,
+        detail=[None] * count,
         numbers={"right": scores[order]},
-    )  # fmt: skip
+    )
 
 
 def _found(case: Slow, runs: list[Observed]) -> Stops:
@@ -206,11 +216,16 @@ def alarm_share(stops: Stops) -> float:
 
 
 CASES = (
-    *(Slow(ratio, in_flight, units=2500 if in_flight == 500 else 1000) for ratio in (1, 3, 10, 30)
-      for in_flight in (10, 80, 500)),
-    Slow(10, 80, chance=0.1), Slow(10, 80, treated=0.5, control=0.5), Slow(10, 80, failed=0.05, lost=0.02),
+    *(
+        Slow(ratio, in_flight, units=2500 if in_flight == 500 else 1000)
+        for ratio in (1, 3, 10, 30)
+        for in_flight in (10, 80, 500)
+    ),
+    Slow(10, 80, chance=0.1),
+    Slow(10, 80, treated=0.5, control=0.5),
+    Slow(10, 80, failed=0.05, lost=0.02),
     Slow(30, 40, failed=0.05, lost=0.02),
-)  # fmt: skip
+)
 RATED = (
     *(Slow(ratio, in_flight, rated=0.3, units=2000) for ratio, in_flight in ((1, 10), (10, 80), (30, 40))),
     Slow(30, 80, rated=0.3, lost=0.02, units=2000),
@@ -226,14 +241,24 @@ def alike(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
         seen = latency_runs(case, runs, seed=600 + number)
         names = ("found", "split", "found_as_scored", "split_as_scored")
         alarms = {name: alarm_share(getattr(seen, name)) for name in names}
-        found.append({"case": case.name, "p": case.control, "runs": runs, "units": seen.steps, **alarms,
-                      "upper": upper(alarms["found"], runs)})  # fmt: skip
+        found.append(
+            {
+                "case": case.name,
+                "p": case.control,
+                "runs": runs,
+                "units": seen.steps,
+                **alarms,
+                "upper": upper(alarms["found"], runs),
+            }
+        )
         print(found[-1], flush=True)
     split = sum(one["split"] for one in found) / len(found)
-    worst = {"aa_upper": max(one["upper"] for one in found[: len(CASES)]),
-             "feedback_aa_upper": max(one["upper"] for one in found[len(CASES) :]),
-             "aa_as_scored": max(one["found_as_scored"] for one in found),
-             "srm_as_scored": max(one["split_as_scored"] for one in found)}  # fmt: skip
+    worst = {
+        "aa_upper": max(one["upper"] for one in found[: len(CASES)]),
+        "feedback_aa_upper": max(one["upper"] for one in found[len(CASES) :]),
+        "aa_as_scored": max(one["found_as_scored"] for one in found),
+        "srm_as_scored": max(one["split_as_scored"] for one in found),
+    }
     figures = {name: single(value, runs, "share of runs") for name, value in worst.items()}
     all_runs = runs * len(found)
     return {**figures, "srm_upper": single(upper(split, all_runs), all_runs, "share of runs")}, found

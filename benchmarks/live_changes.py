@@ -102,9 +102,14 @@ def main() -> None:
         figures["rolling_answered"] = figure([1 - len(service.failed) / service.answered], "share")
         figures["rolling_slowest"] = figure([slowest], "s")
     detail = {
-        "requests": answered, "changes": len(took), "failures": failed[:20], "adapter_versions": dict(service.versions),
-        "wrong_configs": len(WRONG), "rolling_requests": service.answered, "rolling_failures": service.failed[:20],
-    }  # fmt: skip
+        "requests": answered,
+        "changes": len(took),
+        "failures": failed[:20],
+        "adapter_versions": dict(service.versions),
+        "wrong_configs": len(WRONG),
+        "rolling_requests": service.answered,
+        "rolling_failures": service.failed[:20],
+    }
     meta = {"engine_replicas": service.spec.num_replicas, "callers": 8, "tokens": 6}
     write("live_changes", args.out, figures, detail, meta, clock)
 

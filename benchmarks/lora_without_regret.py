@@ -25,11 +25,11 @@ from benchmarks.regret_views import RegretPage, gap_words, section, sentence
 from benchmarks.sweep_curves import grid
 from graftwork import stats
 from graftwork.report import build
-from graftwork.report.sweep import loss, rate_words, rates_words
-from graftwork.report.sweep_records import SweepKey
-from graftwork.storage import Store
-from graftwork.tuning.page.axis import Cells
-from graftwork.tuning.page.rates import of_grid, rate_row
+from graftwork.report.sweep_charts import loss
+from graftwork.report.sweep_schema import SweepKey
+from graftwork.report.sweep_views import rate_words, rates_words
+from graftwork.storage.store import Store
+from graftwork.tuning.space_analysis import Cells, of_grid, rate_row
 
 RESULT = RESULTS / "lora_without_regret.json"
 GUIDE = Path(__file__).parents[1] / "docs" / "guide-tuning.md"
@@ -56,11 +56,15 @@ Losses = Mapping[float, Mapping[int, float]]
 def study(path: Path = CURVES) -> RegretReport:
     """Everything that the recorded grids say."""
     full = _losses("full", path).get(None, {})
-    tasks = [_task(name, found, full if name == "airport-card" else {})
-             for name in ("airport-card", "ua-parse") if (found := _losses(name, path))]  # fmt: skip
+    tasks = [
+        _task(name, found, full if name == "airport-card" else {})
+        for name in ("airport-card", "ua-parse")
+        if (found := _losses(name, path))
+    ]
     claims = tuple(claim for task in tasks for claim in _claims(task))
-    return RegretReport(published=PUBLISHED, differs=DIFFERS, base="SmolLM2-135M-Instruct", tasks=tuple(tasks),
-                        claims=claims)  # fmt: skip
+    return RegretReport(
+        published=PUBLISHED, differs=DIFFERS, base="SmolLM2-135M-Instruct", tasks=tuple(tasks), claims=claims
+    )
 
 
 def _losses(task: str, path: Path) -> dict[int | None, dict[float, dict[int, float]]]:
@@ -86,23 +90,40 @@ def _task(name: str, lora: Mapping[int | None, Losses], full: Losses) -> RegretT
     rates = sorted({rate for losses in lora.values() for rate in losses})
     rows = Cells(SweepKey(name="adapter.rank", values=tuple(ranks)))
     columns = Cells(SweepKey(name="optim.lr", values=tuple(rates)))
-    means = {row: {columns.index(rate): fmean(seeds.values()) for rate, seeds in sorted(lora[rank].items())}
-             for row, rank in enumerate(ranks)}  # fmt: skip
+    means = {
+        row: {columns.index(rate): fmean(seeds.values()) for rate, seeds in sorted(lora[rank].items())}
+        for row, rank in enumerate(ranks)
+    }
     found = of_grid(means, rows, columns, spec.steps)
     shown = [_curve(f"rank {rank}", rank, lora[rank]) for rank in ranks]
     whole = _curve("all weights", None, full) if full else None
     gaps = [_gap(curve, lora[curve.rank], whole, full) for curve in shown] if whole else []
     ratio = _ratio(shown, whole) if whole else (None, None, None)
     return RegretTask(
-        name=name, steps=spec.steps, rows=spec.eval_rows, curves=(*shown, *([whole] if whole else [])), rates=found,
-        gaps=tuple(gap for gap in gaps if gap), ratio=ratio[0], ratio_low=ratio[1], ratio_high=ratio[2],
-    )  # fmt: skip
+        name=name,
+        steps=spec.steps,
+        rows=spec.eval_rows,
+        curves=(*shown, *([whole] if whole else [])),
+        rates=found,
+        gaps=tuple(gap for gap in gaps if gap),
+        ratio=ratio[0],
+        ratio_low=ratio[1],
+        ratio_high=ratio[2],
+    )
 
 
 def _curve(name: str, rank: int | None, losses: Losses) -> RateCurve:
     rates = sorted(losses)
-    points = [RatePoint(rate=rate, mean=fmean(losses[rate].values()), low=min(losses[rate].values()),
-                        high=max(losses[rate].values()), n=len(losses[rate])) for rate in rates]  # fmt: skip
+    points = [
+        RatePoint(
+            rate=rate,
+            mean=fmean(losses[rate].values()),
+            low=min(losses[rate].values()),
+            high=max(losses[rate].values()),
+            n=len(losses[rate]),
+        )
+        for rate in rates
+    ]
     best = rate_row(name, {index: point.mean for index, point in enumerate(points)}, rates)
     seeds = sorted({seed for by_seed in losses.values() for seed in by_seed})
     lowest = [_lowest({rate: losses[rate][seed] for rate in rates if seed in losses[rate]}) for seed in seeds]
@@ -122,16 +143,19 @@ def _gap(curve: RateCurve, lora: Losses, whole: RateCurve, full: Losses) -> Gap 
         return None
     differences = np.array([ours[seed] - theirs[seed] for seed in shared])
     found = stats.student_mean(differences)
-    return Gap(rank=curve.rank, difference=found.mean, low=found.interval.low, high=found.interval.high,
-               n=len(differences))  # fmt: skip
+    return Gap(
+        rank=curve.rank, difference=found.mean, low=found.interval.low, high=found.interval.high, n=len(differences)
+    )
 
 
 def _ratio(lora: Sequence[RateCurve], full: RateCurve) -> tuple[float, float, float]:
     """Geometric means over the ranks: of the parabolas' lowest points, and of the bounds."""
     middle = [one.best.vertex or one.best.best for one in lora]
-    return (_mean(middle) / (full.best.vertex or full.best.best),
-            _mean([one.best.low for one in lora]) / full.best.high,
-            _mean([one.best.high for one in lora]) / full.best.low)  # fmt: skip
+    return (
+        _mean(middle) / (full.best.vertex or full.best.best),
+        _mean([one.best.low for one in lora]) / full.best.high,
+        _mean([one.best.high for one in lora]) / full.best.low,
+    )
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -142,14 +166,22 @@ def _claims(task: RegretTask) -> Iterator[RegretClaim]:
     """Each published pattern as far as the grid can show it."""
     if task.rates is not None:
         outcome: Outcome = OF_VERDICT.get(task.rates.verdict, "undecided")
-        yield RegretClaim(says="The best rate hardly depends on the rank.", task=task.name, outcome=outcome,
-                          here=rates_words(task.rates))  # fmt: skip
+        yield RegretClaim(
+            says="The best rate hardly depends on the rank.",
+            task=task.name,
+            outcome=outcome,
+            here=rates_words(task.rates),
+        )
     if task.ratio is not None and task.ratio_low is not None and task.ratio_high is not None:
         low, high = PAPERS_RATIO
         inside = task.ratio_low <= high and task.ratio_high >= low
         outcome = "reproduced" if low <= task.ratio <= high else "undecided" if inside else "not reproduced"
-        yield RegretClaim(says="The best rate of LoRA is 10 to 15 times that of all weights.", task=task.name,
-                          outcome=outcome, here=ratio_words(task))  # fmt: skip
+        yield RegretClaim(
+            says="The best rate of LoRA is 10 to 15 times that of all weights.",
+            task=task.name,
+            outcome=outcome,
+            here=ratio_words(task),
+        )
     for gap in task.gaps:
         worse = gap.low > MARGIN
         outcome = "reproduced" if gap.high < MARGIN else "not reproduced" if worse else "undecided"
@@ -169,9 +201,12 @@ def markdown(report: RegretReport) -> str:
     for task in report.tasks:
         gaps = {gap.rank: gap for gap in task.gaps}
         seeds = max(point.n for curve in task.curves for point in curve.points)
-        lines += [f"**{task.name}**, {task.steps} steps, {seeds} seeds, {task.rows} held-out rows:", "",
-                  "| trained | best rate [half a step] | parabola | loss there | minus all weights [95%] |",
-                  "|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            f"**{task.name}**, {task.steps} steps, {seeds} seeds, {task.rows} held-out rows:",
+            "",
+            "| trained | best rate [half a step] | parabola | loss there | minus all weights [95%] |",
+            "|---|---|---|---|---|",
+        ]
         for curve in task.curves:
             gap = gap_words(gaps[curve.rank]) if curve.rank in gaps else "–"
             vertex = f"{curve.best.vertex:.2g}" if curve.best.vertex else "–"
@@ -205,13 +240,17 @@ def main() -> None:
     clock = Clock()
     report = study(asked.curves)
     print(markdown(report))
-    figures = {f"{task.name}_best_rate": figure([row.best for row in task.rates.rows], "of ranks")
-               for task in report.tasks if task.rates}  # fmt: skip
+    figures = {
+        f"{task.name}_best_rate": figure([row.best for row in task.rates.rows], "of ranks")
+        for task in report.tasks
+        if task.rates
+    }
     figures |= {f"{task.name}_ratio": figure([task.ratio], "times") for task in report.tasks if task.ratio}
     write("lora_without_regret", asked.out, figures, report.model_dump(mode="json"), {"margin": MARGIN}, clock)
     if asked.page is not None:
-        page = RegretPage(title="LoRA Without Regret", subtitle=report.base, created_at="", verdict=sentence(report),
-                           regret=report)  # fmt: skip
+        page = RegretPage(
+            title="LoRA Without Regret", subtitle=report.base, created_at="", verdict=sentence(report), regret=report
+        )
         store = Store(str(asked.page))
         print(build(page, store, "lora-without-regret", section=section(report)).html_uri)
     if asked.guide:

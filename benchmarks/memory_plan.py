@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Figure, figure
-from graftwork import base_model
-from graftwork.base_model import BaseSpec
-from graftwork.machine import Speed
-from graftwork.memory import RowSizes, predict_training
-from graftwork.model_shape import ModelShape
-from graftwork.plan import Machine, step_seconds
-from graftwork.provenance import collect
+from graftwork.base import load as base_model
+from graftwork.base.model_shape import ModelShape
+from graftwork.base.spec import BaseSpec
+from graftwork.environment import Speed, collect
+from graftwork.planning.hardware import Machine
+from graftwork.planning.memory import RowSizes
+from graftwork.training.planning.memory import predict_training
+from graftwork.training.planning.plan import step_seconds
 from graftwork.training.spec import TrainSpec
 
 STEPS = 3
@@ -84,9 +85,16 @@ SETTINGS = (
 def spec_of(base: str, setting: Setting) -> TrainSpec:
     """The training spec of a setting: one step is one forward pass on each worker."""
     workers = setting.changes.get("num_workers", 1)
-    tree = {"name": "memory-plan", "base": base, "quant": {"kind": "nf4"}, "data": {"train": "made-up"},
-            "max_length": setting.tokens, "adapter": {"kind": "lora"}, "num_workers": 1,
-            "optim": {"rows_per_step": setting.rows * workers, "micro_batch": setting.rows}}  # fmt: skip
+    tree = {
+        "name": "memory-plan",
+        "base": base,
+        "quant": {"kind": "nf4"},
+        "data": {"train": "made-up"},
+        "max_length": setting.tokens,
+        "adapter": {"kind": "lora"},
+        "num_workers": 1,
+        "optim": {"rows_per_step": setting.rows * workers, "micro_batch": setting.rows},
+    }
     changes = dict(setting.changes)
     for key in [key for key in changes if "." not in key]:
         tree[key] = changes.pop(key)
@@ -112,8 +120,9 @@ def prepared(spec: TrainSpec, setting: Setting) -> Any:
     """Made-up rows of a spec's kind."""
     import numpy as np
 
-    from graftwork.training.data import PreparedData, TokenRows
-    from graftwork.training.rows.pairs import PairRows
+    from graftwork.training.objectives.dpo import PairRows
+    from graftwork.training.objectives.row_cache import TokenRows
+    from graftwork.training.objectives.rows import PreparedData
 
     rng = np.random.default_rng(0)
 
@@ -132,15 +141,19 @@ def measure(base: str, setting: Setting, rank: int, port: int) -> dict[str, floa
     import ray.train  # noqa: F401  a worker has it loaded
     import torch.distributed as dist
 
-    from graftwork.training.job import TrainJob
     from graftwork.training.loop import run_steps
-    from graftwork.training.steplog import StepReport
+    from graftwork.training.worker_messages import StepReport, TrainJob
 
     spec = spec_of(base, setting)
     if spec.num_workers > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(spec.num_workers),
-                          LOCAL_WORLD_SIZE=str(spec.num_workers),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(spec.num_workers),
+            LOCAL_WORLD_SIZE=str(spec.num_workers),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
         dist.init_process_group("gloo")
     seconds: list[float] = []
 
@@ -161,10 +174,15 @@ def measured_apart(base: str, setting: Setting) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.memory_plan", "--base", base, "--child", json.dumps(asdict(setting))]
     port = str(free_port())
     ranks = [
-        subprocess.Popen([*command, "--rank", str(rank), port], stdout=subprocess.PIPE, text=True,
-                         stderr=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        subprocess.Popen(
+            [*command, "--rank", str(rank), port],
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
+        )
         for rank in range(spec_of(base, setting).num_workers)
-    ]  # fmt: skip
+    ]
     told = [rank.communicate(timeout=300) for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise SystemExit(f"{setting.name}: {told[0][1][-1500:]}")
@@ -188,8 +206,11 @@ def compare(
     }
     if times and setting.times and found.get("step_s"):
         predicted_s = step_seconds(spec, model, rows, machine, processes=1)
-        row |= {"step_s": round(found["step_s"], 3), "step_s_predicted": round(predicted_s, 3),
-                "step_error": round(predicted_s / found["step_s"] - 1, 4)}  # fmt: skip
+        row |= {
+            "step_s": round(found["step_s"], 3),
+            "step_s_predicted": round(predicted_s, 3),
+            "step_error": round(predicted_s / found["step_s"] - 1, 4),
+        }
     return row
 
 
@@ -225,8 +246,13 @@ def main() -> None:
         for setting in (one for one in SETTINGS if args.only in one.name):
             rows.append(compare(args.base, setting, model, machine, measured_apart(args.base, setting), args.times))
             print(shown(rows[-1]), flush=True)
-        meta = {"unit": "bytes, seconds", "base": args.base, "base_digest": resolved.digest, "steps": STEPS,
-                "machine": {key: asdict(machine)[key] for key in MACHINE} | {"load": os.getloadavg()[0]}}  # fmt: skip
+        meta = {
+            "unit": "bytes, seconds",
+            "base": args.base,
+            "base_digest": resolved.digest,
+            "steps": STEPS,
+            "machine": {key: asdict(machine)[key] for key in MACHINE} | {"load": os.getloadavg()[0]},
+        }
         run_info = collect(0, ["benchmarks.memory_plan", "--base", args.base])
         document = {"run_info": run_info, "result": summary(rows), "meta_info": meta}
     args.out.parent.mkdir(parents=True, exist_ok=True)

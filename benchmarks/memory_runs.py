@@ -25,10 +25,12 @@ import yaml
 from benchmarks.base import URI
 from benchmarks.record import RESULTS, Clock, Figure, figure, write
 from benchmarks.training_speed import questions
-from graftwork import base_model
-from graftwork.memory import RowSizes, predict_training
-from graftwork.model_shape import ModelShape
-from graftwork.plan import Machine, resolve_auto
+from graftwork.base import load as base_model
+from graftwork.base.model_shape import ModelShape
+from graftwork.planning.hardware import Machine
+from graftwork.planning.memory import RowSizes
+from graftwork.training.planning.memory import predict_training
+from graftwork.training.planning.plan import resolve_auto
 from graftwork.training.spec import TrainSpec
 
 DOCS = "docs.jsonl"
@@ -59,16 +61,26 @@ SETTINGS = (
     Setting("user agents, QLoRA", _recipe("ua-parse", 96)),
     Setting("airport cards, QLoRA", _recipe("airport-card", 96, **CARD)),
     Setting("airport cards with passages, QLoRA", _recipe("airport-card", 96, data=RAFT, **CARD)),
-    Setting("airport cards, LoRA, DPO", _recipe("airport-pairs", 64, objective={"kind": "dpo"}, **PLAIN, **CARD,
-                                                optim={"micro_batch": 2, "lr": 1e-3})),
+    Setting(
+        "airport cards, LoRA, DPO",
+        _recipe("airport-pairs", 64, objective={"kind": "dpo"}, **PLAIN, **CARD, optim={"micro_batch": 2, "lr": 1e-3}),
+    ),
     Setting("docstrings, QLoRA", _docs(96)),
     Setting("docstrings, QLoRA, fp32", _docs(64, quant={"kind": "nf4", "dtype": "float32"})),
     Setting("docstrings, QLoRA, one worker", _docs(64, num_workers=1)),
     Setting("docstrings, LoRA, checkpointing", _docs(64, **PLAIN, optim={"gradient_checkpointing": True})),
-    Setting("docstrings, all weights, one worker", _docs(32, **PLAIN, num_workers=1, adapter={"kind": "full"},
-                                                         optim={"lr": 1e-5, "rows_per_step": 4, "micro_batch": 1})),
+    Setting(
+        "docstrings, all weights, one worker",
+        _docs(
+            32,
+            **PLAIN,
+            num_workers=1,
+            adapter={"kind": "full"},
+            optim={"lr": 1e-5, "rows_per_step": 4, "micro_batch": 1},
+        ),
+    ),
     Setting("user agents, QLoRA, outcomes of the task", _recipe("ua-parse", 32, outcomes={"task": {"rows": 16}})),
-)  # fmt: skip
+)
 
 
 def spec_of(setting: Setting, folder: Path) -> TrainSpec:
@@ -86,16 +98,20 @@ def write_docs(folder: Path) -> None:
 
 def predicted(spec: TrainSpec) -> dict[str, Any]:
     """What the plan says of a worker of this spec, and of which rows."""
-    from graftwork.training.data import prepare
-    from graftwork.training.settled import sizes_of
+    from graftwork.training.autotune import sizes_of
+    from graftwork.training.objectives.rows import prepare
 
     shape, machine = ModelShape.from_config(base_model.resolve(spec.base).config), Machine.detect().at(spec.quant)
     rows: RowSizes = sizes_of(prepare(spec).train)
     spec = resolve_auto(spec, shape, rows, machine).spec
     plan = predict_training(spec, shape, rows, value_bytes=machine.value_bytes)
     tokens = {"rows": rows.count, "shortest": rows.shortest, "mean": round(rows.mean, 1), "longest": rows.longest}
-    return {"peak_bytes_predicted": plan.peak_bytes, "parts": dict(plan.parts), "tokens": tokens,
-            "value_bytes": machine.value_bytes}  # fmt: skip
+    return {
+        "peak_bytes_predicted": plan.peak_bytes,
+        "parts": dict(plan.parts),
+        "tokens": tokens,
+        "value_bytes": machine.value_bytes,
+    }
 
 
 def measured(spec: TrainSpec, folder: Path) -> list[int]:

@@ -10,10 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftwork.stats import Floats
-from graftwork.stats.aipw import PairScores, Scored, SplitScores
-from graftwork.stats.betting import LimitTest, MeanTest
-from graftwork.stats.running import sums
-from graftwork.stats.sample_ratio import SampleRatio
+from graftwork.stats.sequential import LimitTest, MeanTest, PairScores, SampleRatio, Scored, SplitScores, sums
 
 ALPHA = 0.05
 BOUND = 2 / ALPHA

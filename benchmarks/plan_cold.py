@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 from benchmarks.record import Clock, figure, write
-from graftwork.cluster.backend import Job
-from graftwork.cluster.run_store import AttemptEnd, JobStore
-from graftwork.storage import json_bytes
+from graftwork.cluster.jobs.models import Job
+from graftwork.cluster.jobs.store import AttemptEnd, JobStore
+from graftwork.storage.store import json_bytes
 
 ROOT = Path(__file__).parents[1]
 SPEC = "examples/train-airport-card.yaml"

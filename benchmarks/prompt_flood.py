@@ -24,7 +24,7 @@ from benchmarks.flooder import CONNECTIONS
 from benchmarks.record import Clock, Figure, figure, ratios, write
 from graftwork.cluster.session import session
 from graftwork.metrics import quantile
-from graftwork.serving.app import deploy
+from graftwork.serving.deploy import deploy
 from graftwork.serving.spec import ServeSpec
 from tests.ports import free_port
 
@@ -45,8 +45,13 @@ class Streams:
 
     async def caller(self, number: int, ended: asyncio.Event) -> None:
         """Until the end; each answer has a list of its own."""
-        body = {"model": MODEL, "messages": [{"role": "user", "content": f"Tell me of airport {number}."}],
-                "max_tokens": 200, "ignore_eos": True, "stream": True}  # fmt: skip
+        body = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": f"Tell me of airport {number}."}],
+            "max_tokens": 200,
+            "ignore_eos": True,
+            "stream": True,
+        }
         async with httpx.AsyncClient(timeout=120) as client:
             while not ended.is_set():
                 mine: list[float] = []

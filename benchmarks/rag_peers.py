@@ -64,10 +64,15 @@ def with_tantivy(texts: list[str], k: int) -> Made:
     return spent, search
 
 
-SILENT = frozenset(re.findall(r"\w+", """
+SILENT = frozenset(
+    re.findall(
+        r"\w+",
+        """
     a about an and are as at be but by do does for from had has have how i in is it its many me more of on or that the
     their there this to was were what when where which who whom why will with you
-"""))  # fmt: skip
+""",
+    )
+)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.base import URI
 from benchmarks.record import Clock, figure, ratios, write
-from graftwork.storage import RunPaths, Store
+from graftwork.storage.store import RunPaths, Store
 
 WORKERS, WARM = 2, 2
 
@@ -26,10 +26,16 @@ WORKERS, WARM = 2, 2
 def spec_of(root: Path) -> Any:
     from graftwork.training.spec import TrainSpec
 
-    return TrainSpec.model_validate({
-        "name": "overhead", "root": str(root), "base": URI, "data": {"train": "recipe://airport-card/train.jsonl"},
-        "num_workers": WORKERS, "checkpoint_every": 10_000,
-    })  # fmt: skip
+    return TrainSpec.model_validate(
+        {
+            "name": "overhead",
+            "root": str(root),
+            "base": URI,
+            "data": {"train": "recipe://airport-card/train.jsonl"},
+            "num_workers": WORKERS,
+            "checkpoint_every": 10_000,
+        }
+    )
 
 
 def run_of(root: Path, name: str) -> RunPaths:
@@ -48,7 +54,7 @@ def bare(root: Path, name: str, steps: int) -> None:
             [*command, str(rank), port, str(root), name, str(steps)],
             stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # as Ray sets it for a worker of one CPU
-        )  # fmt: skip
+        )
         for rank in range(WORKERS)
     ]
     assert [rank.wait(timeout=600) for rank in ranks] == [0] * WORKERS
@@ -58,12 +64,13 @@ def one_rank(rank: int, port: int, root: Path, name: str, steps: int) -> None:
     """One of the bare processes."""
     import torch.distributed as dist
 
-    from graftwork.training.data import prepare
-    from graftwork.training.job import TrainJob
     from graftwork.training.loop import run_steps
+    from graftwork.training.objectives.rows import prepare
+    from graftwork.training.worker_messages import TrainJob
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORKERS), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))  # fmt: skip
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORKERS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     dist.init_process_group("gloo")
     spec = spec_of(root)
     run_steps(TrainJob(spec, prepare(spec), run_of(root, name), max_steps=steps), lambda _: True)
@@ -73,9 +80,9 @@ def one_rank(rank: int, port: int, root: Path, name: str, steps: int) -> None:
 
 def on_ray(root: Path, name: str, steps: int) -> None:
     """The same under Ray Train; this process has a Ray."""
-    from graftwork.training.data import prepare
-    from graftwork.training.fit import fit
-    from graftwork.training.job import TrainJob
+    from graftwork.training.objectives.rows import prepare
+    from graftwork.training.ray_worker import fit
+    from graftwork.training.worker_messages import TrainJob
 
     spec = spec_of(root)
     fit(TrainJob(spec, prepare(spec), run_of(root, name), max_steps=steps))
@@ -83,7 +90,7 @@ def on_ray(root: Path, name: str, steps: int) -> None:
 
 def measured(root: Path, arm: str, number: int, steps: int) -> dict[str, Any]:
     """One turn: seconds of each step, and from the call to the first step's end."""
-    from graftwork.training.steplog import read_steps
+    from graftwork.training.worker_messages import read_steps
 
     name = f"{arm}-{number}"
     began = time.perf_counter()
@@ -112,8 +119,9 @@ def main() -> None:
             detail.append(measured(Path(folder), "bare", number, args.steps))
             with session("local", num_cpus=WORKERS):
                 detail.append(measured(Path(folder), "ray", number, args.steps))
-    steps = {arm: [quantile(one["step_s"][WARM:], 0.5) for one in detail if one["arm"] == arm]
-             for arm in ("bare", "ray")}  # fmt: skip
+    steps = {
+        arm: [quantile(one["step_s"][WARM:], 0.5) for one in detail if one["arm"] == arm] for arm in ("bare", "ray")
+    }
     starts = {arm: [one["start_s"] for one in detail if one["arm"] == arm] for arm in ("bare", "ray")}
     figures = {
         "step_bare": figure(steps["bare"], "s"),

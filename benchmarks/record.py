@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from graftwork.environment import collect
 from graftwork.metrics import quantile
-from graftwork.provenance import collect
 
 RESULTS = Path(__file__).parent / "results"
 NEVER = 1e9

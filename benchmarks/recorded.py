@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS
-from graftwork.tuning.records import TrialRecord
+from graftwork.tuning.trials import TrialRecord
 
 CURVES = RESULTS / "sweep_curves.json"
 STEPS = 16

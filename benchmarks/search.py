@@ -22,9 +22,10 @@ from benchmarks.record import Clock, Figure, write
 from benchmarks.recorded import CURVES, curves
 from benchmarks.sweep_curves import grid
 from graftwork import stats
-from graftwork.tuning.records import TrialRecord
-from graftwork.tuning.search import Suggestion, search_of
+from graftwork.tuning.plan import search_of
+from graftwork.tuning.search import Suggestion
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.trials import TrialRecord
 
 TASKS = ("airport-card", "ua-parse")
 SEEDS, TRIALS, AT = 10, 12, 8
@@ -71,10 +72,19 @@ def compared(found: Found, name: str, at: int) -> dict[str, float]:
     reach = float(np.max(np.abs(less))) or 1.0  # the interval's method takes differences between -1 and 1
     inside = stats.bca_mean(less / reach, lowest=-1, seed=0)
     low, high = inside.low * reach, inside.high * reach
-    return {"above": float(np.mean(ours)), "random_above": float(np.mean(drawn)), "less": float(np.mean(less)),
-            "low": low, "high": high, "n": len(less), "won": int(np.sum(less > 0)), "lost": int(np.sum(less < 0)),
-            "ratio": float(np.mean(ours) / np.mean(drawn)), "ratio_high": float(1 - low / np.mean(drawn)),
-            "ratio_low": max(0.0, float(1 - high / np.mean(drawn)))}  # fmt: skip
+    return {
+        "above": float(np.mean(ours)),
+        "random_above": float(np.mean(drawn)),
+        "less": float(np.mean(less)),
+        "low": low,
+        "high": high,
+        "n": len(less),
+        "won": int(np.sum(less > 0)),
+        "lost": int(np.sum(less < 0)),
+        "ratio": float(np.mean(ours) / np.mean(drawn)),
+        "ratio_high": float(1 - low / np.mean(drawn)),
+        "ratio_low": max(0.0, float(1 - high / np.mean(drawn))),
+    }
 
 
 def play(path: Path, searches: Sequence[str]) -> dict[str, Found]:
@@ -86,8 +96,11 @@ def play(path: Path, searches: Sequence[str]) -> dict[str, Found]:
                 name: [above_best(task, trials, SEARCHES[name], seed) for seed in range(SEEDS)] for name in searches
             }
             found[f"{task}/{data_seed}"] = runs
-            print(f"{task}/{data_seed}", {name: round(statistics.fmean(run[AT - 1] for run in of), 3) for name, of in
-                                         runs.items()}, flush=True)  # fmt: skip
+            print(
+                f"{task}/{data_seed}",
+                {name: round(statistics.fmean(run[AT - 1] for run in of), 3) for name, of in runs.items()},
+                flush=True,
+            )
     return found
 
 
@@ -101,17 +114,25 @@ def main() -> None:
     by_grid = play(args.curves, names)
     pooled = {name: [run for found in by_grid.values() for run in found[name]] for name in names}
     figures: dict[str, Figure] = {}
-    detail: dict[str, Any] = {"grids": {where: {name: [run[AT - 1] for run in runs] for name, runs in found.items()}
-                                        for where, found in by_grid.items()}}  # fmt: skip
+    detail: dict[str, Any] = {
+        "grids": {
+            where: {name: [run[AT - 1] for run in runs] for name, runs in found.items()}
+            for where, found in by_grid.items()
+        }
+    }
     for name in names[1:]:
         told = {at: compared(pooled, name, at) for at in range(5, TRIALS + 1)}
         one = told[AT]
-        figures[f"{name}_to_random"] = Figure(value=one["ratio"], q1=one["ratio_low"], q3=one["ratio_high"], n=int(one[
-            "n"]), unit="of random's distance")  # fmt: skip
-        figures[f"{name}_upper"] = Figure(value=one["ratio_high"], q1=one["ratio"], q3=one["ratio_high"], n=int(one[
-            "n"]), unit="of random's distance")  # fmt: skip
-        detail[name] = {"by_trials": told, "by_grid": {where: compared(found, name, AT) for where, found in
-                                                       by_grid.items()}}  # fmt: skip
+        figures[f"{name}_to_random"] = Figure(
+            value=one["ratio"], q1=one["ratio_low"], q3=one["ratio_high"], n=int(one["n"]), unit="of random's distance"
+        )
+        figures[f"{name}_upper"] = Figure(
+            value=one["ratio_high"], q1=one["ratio"], q3=one["ratio_high"], n=int(one["n"]), unit="of random's distance"
+        )
+        detail[name] = {
+            "by_trials": told,
+            "by_grid": {where: compared(found, name, AT) for where, found in by_grid.items()},
+        }
         print(f"{name}: {_said(one)}")
     write("search", args.out, figures, detail, {"searches": SEARCHES, "seeds": SEEDS, "at": AT}, clock)
 

@@ -3,8 +3,8 @@
     python -m benchmarks.sequential                      2,000 runs of each, a few minutes on one core
     python -m benchmarks.sequential --runs 200 --rows 50000 --out /tmp/sequential.json
 
-Runs are simulated side by side through the classes that the monitor uses (tests/unit/test_online_runs.py holds both
-against each other) and, on the same draws, peers: the z-test looked at after every request and the same once at the
+Runs are simulated side by side through the classes that the monitor uses
+(tests/unit/serving/ab_test/test_online_runs.py compares both) and, on the same draws, peers: the z-test looked at after every request and the same once at the
 end, mSPRT with plug-in variance, McNemar's z looked at always, chi-square looked at always, and lm-eval's unpaired z
 offline. Units enter as they are drawn here; benchmarks/latency_runs.py lets their answers overtake one another. Upper
 bounds are one-sided 95 % ones (Wilson). The log has two arms, an assignment and an answer a unit, as Parquet segments.
@@ -66,9 +66,17 @@ def alike(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
     found: list[dict[str, Any]] = []
     for number, (share_right, (name, plan)) in enumerate((p, one) for p in SHARES for one in PLANS.items()):
         seen = split_runs(Split(share_right, share_right, plan), runs, seed=number)
-        found.append({"p": share_right, "plan": name, "runs": runs, "ours": share(seen.ours, 4000),
-                      "upper": upper(share(seen.ours, 4000), runs), "covered": 1 - float(np.mean(seen.missed)),
-                      "peers": {peer: share(stops, 4000) for peer, stops in seen.peers.items()}})  # fmt: skip
+        found.append(
+            {
+                "p": share_right,
+                "plan": name,
+                "runs": runs,
+                "ours": share(seen.ours, 4000),
+                "upper": upper(share(seen.ours, 4000), runs),
+                "covered": 1 - float(np.mean(seen.missed)),
+                "peers": {peer: share(stops, 4000) for peer, stops in seen.peers.items()},
+            }
+        )
         print(found[-1], flush=True)
     bounds, peeked = [one["upper"] for one in found], [one["peers"]["z, always looked at"] for one in found]
     worst = {"aa_upper": max(bounds), "aa_covered": min(one["covered"] for one in found), "aa_peeked_z": max(peeked)}
@@ -77,8 +85,13 @@ def alike(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
 
 def unlike(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
     """Splits with an effect: the goal's, and others for the table."""
-    cases = {"0.85 to 0.80": (0.85, 0.8, even), "0.55 to 0.50": (0.55, 0.5, even), "0.60 to 0.50": (0.6, 0.5, even),
-             "0.85 to 0.80, 90/10": (0.85, 0.8, tenth), "0.04 to 0.01": (0.04, 0.01, even)}  # fmt: skip
+    cases = {
+        "0.85 to 0.80": (0.85, 0.8, even),
+        "0.55 to 0.50": (0.55, 0.5, even),
+        "0.60 to 0.50": (0.6, 0.5, even),
+        "0.85 to 0.80, 90/10": (0.85, 0.8, tenth),
+        "0.04 to 0.01": (0.04, 0.01, even),
+    }
     found: list[dict[str, Any]] = []
     first: Stopped | None = None
     for number, (name, (one, none, plan)) in enumerate(cases.items()):
@@ -87,9 +100,12 @@ def unlike(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
         found.append({"case": name, **_told(seen, 4000)})
         print(found[-1], flush=True)
     assert first is not None
-    figures = {"power": rate(first.ours, 4000), "power_median": median(first.ours, "requests"),
-               "power_covered": single(1 - float(np.mean(first.missed)), runs, "share of runs"),
-               "power_msprt": rate(first.peers["mSPRT"], 4000)}  # fmt: skip
+    figures = {
+        "power": rate(first.ours, 4000),
+        "power_median": median(first.ours, "requests"),
+        "power_covered": single(1 - float(np.mean(first.missed)), runs, "share of runs"),
+        "power_msprt": rate(first.peers["mSPRT"], 4000),
+    }
     return figures, found
 
 
@@ -98,8 +114,11 @@ def shadowed(runs: int) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
     cases = {"5 pp at 20 %": (0.125, 0.075), "none at 20 %": (0.1, 0.1), "10 pp at 20 %": (0.15, 0.05)}
     seen = {name: shadow_runs(*case, 2000, runs, seed=200 + k) for k, (name, case) in enumerate(cases.items())}
     first = seen["5 pp at 20 %"]
-    figures = {"shadow_power": rate(first.ours, 2000), "shadow_median": median(first.ours, "prompts"),
-               "shadow_aa": rate(seen["none at 20 %"].ours, 2000)}  # fmt: skip
+    figures = {
+        "shadow_power": rate(first.ours, 2000),
+        "shadow_median": median(first.ours, "prompts"),
+        "shadow_aa": rate(seen["none at 20 %"].ours, 2000),
+    }
     return figures, [{"case": name, **_told(one, 2000)} for name, one in seen.items()]
 
 
@@ -108,16 +127,23 @@ def ratios(runs: int) -> dict[str, Figure]:
     two, _ = ratio_runs(0.5, 0.52, 20_000, runs, seed=300)
     one, _ = ratio_runs(0.5, 0.51, 50_000, runs, seed=301)
     none, peeked = ratio_runs(0.5, 0.5, 50_000, runs, seed=302)
-    return {"srm_52": rate(two, 20_000), "srm_52_median": median(two, "units"), "srm_51": rate(one, 50_000),
-            "srm_51_median": median(one, "units"), "srm_false": rate(none, 50_000),
-            "srm_false_peeked_chi2": rate(peeked, 50_000)}  # fmt: skip
+    return {
+        "srm_52": rate(two, 20_000),
+        "srm_52_median": median(two, "units"),
+        "srm_51": rate(one, 50_000),
+        "srm_51_median": median(one, "units"),
+        "srm_false": rate(none, 50_000),
+        "srm_false_peeked_chi2": rate(peeked, 50_000),
+    }
 
 
 def guarded(runs: int) -> dict[str, Figure]:
     """A guardrail of 5 % errors: an arm with 20 %, one at the limit, one with 1 %."""
-    return {"guard_median": median(guard_runs(0.05, 0.2, 1000, runs, seed=400), "requests"),
-            "guard_false": rate(guard_runs(0.05, 0.05, 4000, runs, seed=401), 4000),
-            "guard_false_at_1": rate(guard_runs(0.05, 0.01, 4000, runs, seed=402), 4000)}  # fmt: skip
+    return {
+        "guard_median": median(guard_runs(0.05, 0.2, 1000, runs, seed=400), "requests"),
+        "guard_false": rate(guard_runs(0.05, 0.05, 4000, runs, seed=401), 4000),
+        "guard_false_at_1": rate(guard_runs(0.05, 0.01, 4000, runs, seed=402), 4000),
+    }
 
 
 def offline(runs: int) -> dict[str, Figure]:
@@ -151,23 +177,37 @@ def log_time(rows: int) -> dict[str, Figure]:
         write_log(Path(folder), rows)
         found = []
         for _ in range(3):
-            said = subprocess.run([sys.executable, "-m", "benchmarks.sequential", "--read", folder], check=True,
-                                  capture_output=True, text=True, timeout=600).stdout  # fmt: skip
+            said = subprocess.run(
+                [sys.executable, "-m", "benchmarks.sequential", "--read", folder],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=600,
+            ).stdout
             found.append([float(part) for part in said.split()])
     wall, cpu, peak, grown = (list(column) for column in zip(*found, strict=True))
-    return {"log_wall": figure(wall, "s"), "log_cpu": figure(cpu, "s"), "log_peak": figure(peak, "MiB"),
-            "log_memory": figure(grown, "MiB")}  # fmt: skip
+    return {
+        "log_wall": figure(wall, "s"),
+        "log_cpu": figure(cpu, "s"),
+        "log_peak": figure(peak, "MiB"),
+        "log_memory": figure(grown, "MiB"),
+    }
 
 
 def read_log(folder: str) -> None:
     """Prints wall s, CPU s, peak MiB and what of it came with the log."""
     from graftwork.report import ReportInput, render_html, render_json
-    from graftwork.serving.experiment.online.analyse import analyse_log
-    from graftwork.serving.experiment.online.log_reader import ExperimentLog
-    from graftwork.serving.experiment.online.rules import Guardrail, OnlineRules
+    from graftwork.serving.ab_test.log_reader import ExperimentLog
+    from graftwork.serving.ab_test.report import analyse_log
+    from graftwork.serving.ab_test.spec import Guardrail, OnlineRules
 
-    rules = OnlineRules(("base", "rag"), "base", "right", {"base": 0.5, "rag": 0.5}, guardrails=(
-        Guardrail("errors", 0.05), Guardrail("latency", 0.05, bound_ms=2000.0)))  # fmt: skip
+    rules = OnlineRules(
+        ("base", "rag"),
+        "base",
+        "right",
+        {"base": 0.5, "rag": 0.5},
+        guardrails=(Guardrail("errors", 0.05), Guardrail("latency", 0.05, bound_ms=2000.0)),
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     wall, cpu = time.perf_counter(), time.process_time()
     report = analyse_log("bench", ExperimentLog.at(folder), rules)
@@ -184,8 +224,8 @@ def write_log(folder: Path, rows: int, size: int = 50_000) -> None:
     """Parquet segments of a split with a 1 pp effect, answers of some 100 ms, 1 % failures."""
     import pyarrow as pa
 
-    from graftwork.serving.experiment.online.log_reader import SCHEMA
-    from graftwork.serving.experiment.online.segments import LogSegment, parquet_bytes
+    from graftwork.serving.ab_test.log import LogSegment, parquet_bytes
+    from graftwork.serving.ab_test.log_reader import SCHEMA
 
     rng = np.random.default_rng(0)
     units = rows // 2
@@ -198,24 +238,39 @@ def write_log(folder: Path, rows: int, size: int = 50_000) -> None:
         order = np.argsort(np.concatenate([drawn, drawn + latency_ms / 1000]), kind="stable")
         unit, answer = order % count, order >= count
         columns = {
-            "kind": np.where(answer, "answer", "assignment"), "experiment": ["bench"] * (2 * count),
-            "role": ["primary"] * (2 * count), "unit": [ids[k] for k in unit], "request_id": [ids[k] for k in unit],
-            "arm": np.where(treated, "rag", "base")[unit], "probability": np.full(2 * count, 0.5),
+            "kind": np.where(answer, "answer", "assignment"),
+            "experiment": ["bench"] * (2 * count),
+            "role": ["primary"] * (2 * count),
+            "unit": [ids[k] for k in unit],
+            "request_id": [ids[k] for k in unit],
+            "arm": np.where(treated, "rag", "base")[unit],
+            "probability": np.full(2 * count, 0.5),
             "at": np.where(answer, drawn[unit] + latency_ms[unit] / 1000, drawn[unit]),
-            "latency_ms": pa.array(latency_ms[unit], mask=~answer), "cold": np.zeros(2 * count, dtype=bool),
+            "latency_ms": pa.array(latency_ms[unit], mask=~answer),
+            "cold": np.zeros(2 * count, dtype=bool),
             "error": ["timeout" if one else None for one in failed[unit] & answer],
-        }  # fmt: skip
-        table = pa.table({field.name: pa.array(columns[field.name], field.type) if field.name in columns
-                          else pa.nulls(2 * count, field.type) for field in SCHEMA})  # fmt: skip
+        }
+        table = pa.table(
+            {
+                field.name: pa.array(columns[field.name], field.type)
+                if field.name in columns
+                else pa.nulls(2 * count, field.type)
+                for field in SCHEMA
+            }
+        )
         scores = pa.StructArray.from_arrays([pa.array(right[unit], mask=failed[unit] | ~answer)], ["right"])
         data = parquet_bytes(table.append_column("scores", scores))
         (folder / LogSegment(1, number, number, 2 * count, "parquet").name).write_bytes(data)
 
 
 def _told(seen: Stopped, steps: int) -> dict[str, Any]:
-    return {"runs": len(seen.ours), "ours": share(seen.ours, steps), "median": min(float(np.median(seen.ours)), NEVER),
-            "covered": 1 - float(np.mean(seen.missed)),
-            "peers": {name: share(stops, steps) for name, stops in seen.peers.items()}}  # fmt: skip
+    return {
+        "runs": len(seen.ours),
+        "ours": share(seen.ours, steps),
+        "median": min(float(np.median(seen.ours)), NEVER),
+        "covered": 1 - float(np.mean(seen.missed)),
+        "peers": {name: share(stops, steps) for name, stops in seen.peers.items()},
+    }
 
 
 def single(value: float, n: int, unit: str) -> Figure:
@@ -235,7 +290,10 @@ def main() -> None:
         return read_log(args.read)
     clock, figures, detail = Clock(), {}, {}
     parts: dict[str, Callable[[int], tuple[dict[str, Figure], list[dict[str, Any]]]]] = {
-        "alike": alike, "unlike": unlike, "shadow": shadowed}  # fmt: skip
+        "alike": alike,
+        "unlike": unlike,
+        "shadow": shadowed,
+    }
     for name, part in parts.items():
         found, detail[name] = part(args.runs)
         figures.update(found)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from benchmarks.record import Clock, figure, write
+from graftwork.quantization.quantizer import import_bitsandbytes
 
 PHASES = ("modules", "torch", "bitsandbytes", "transformers", "replica", "first_answer")
 
@@ -27,7 +28,6 @@ def child(threads: int) -> dict[str, float]:
     import psutil
 
     marks = [psutil.Process().create_time()]
-    from graftwork import base_model
     from graftwork.serving.replica import EngineReplica
     from graftwork.serving.spec import ArmSpec, ServeSpec
 
@@ -35,7 +35,7 @@ def child(threads: int) -> dict[str, float]:
     import torch  # noqa: F401
 
     marks.append(time.time())
-    base_model.import_bitsandbytes()
+    import_bitsandbytes()
     marks.append(time.time())
     from transformers import AutoModelForCausalLM  # noqa: F401
 

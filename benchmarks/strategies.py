@@ -36,8 +36,12 @@ class Setting:
 
     @property
     def name(self) -> str:
-        parts = (self.adapter, self.quant if self.quant != "none" else "", self.strategy,
-                 "offload" if self.offload != "none" else "")  # fmt: skip
+        parts = (
+            self.adapter,
+            self.quant if self.quant != "none" else "",
+            self.strategy,
+            "offload" if self.offload != "none" else "",
+        )
         return "_".join(part for part in parts if part)
 
 
@@ -56,9 +60,17 @@ def write_base(folder: Path) -> Path:
     from tests.tiny import write_tiny_tokenizer
 
     config = LlamaConfig(
-        vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=8, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     write_tiny_tokenizer(folder)
@@ -87,13 +99,19 @@ def one_rank(base: str, setting: Setting, rank: int, port: int) -> None:
     import numpy as np
     import torch.distributed as dist
 
-    from graftwork.training.data import PreparedData, TokenRows
-    from graftwork.training.job import TrainJob
     from graftwork.training.loop import run_steps
-    from graftwork.training.steplog import StepReport
+    from graftwork.training.objectives.row_cache import TokenRows
+    from graftwork.training.objectives.rows import PreparedData
+    from graftwork.training.worker_messages import StepReport, TrainJob
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(WORLD),
+        LOCAL_WORLD_SIZE=str(WORLD),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     dist.init_process_group("gloo")
     rng = np.random.default_rng(0)
     rows = [(rng.integers(3, 8000, TOKENS).tolist(), [False] * 32 + [True] * 32) for _ in range(ROWS)]
@@ -108,8 +126,16 @@ def one_rank(base: str, setting: Setting, rank: int, port: int) -> None:
 
     result = run_steps(TrainJob(spec_of(base, setting), data, max_steps=STEPS), report)
     if rank == 0:
-        print(json.dumps({"peak_bytes": result.peak_rss_bytes_per_worker, "step_s": seconds[1:],
-                          "losses": [loss for _, loss in result.train_loss], "notes": result.notes}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "peak_bytes": result.peak_rss_bytes_per_worker,
+                    "step_s": seconds[1:],
+                    "losses": [loss for _, loss in result.train_loss],
+                    "notes": result.notes,
+                }
+            )
+        )
     dist.destroy_process_group()
 
 

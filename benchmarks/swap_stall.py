@@ -22,14 +22,14 @@ import torch
 from benchmarks import base
 from benchmarks.record import Clock, Figure, figure, ratios, write
 from benchmarks.traffic import ask, serving
-from graftwork import artifact
-from graftwork.base_model import ResolvedBase
+from graftwork.artifacts import publish as artifact
+from graftwork.base.load import ResolvedBase
 from graftwork.metrics import quantile
+from graftwork.serving.adapter_cache import AdapterCache
 from graftwork.serving.engine.engine import NativeEngine
-from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
-from graftwork.serving.residency import AdapterCache
+from graftwork.serving.engine.request import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.spec import EngineSpec
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 
 ROWS, OTHERS, VERSIONS = 16, 4, 10
 EVERY_S, WINDOW_S = 0.1, 2.0
@@ -180,8 +180,15 @@ def main() -> None:
     clock, resolved = Clock(), base.resolve()
     found = {name: measured(resolved, dtype, args) for name, dtype in SAVED.items()}
     figures = {f"{name}{key}": one for name, part in found.items() for key, one in figures_of(part).items()}
-    meta = {"rows": ROWS, "tokens": args.tokens, "rounds": args.rounds, "window_s": WINDOW_S, "rank": base.RANK,
-            "dtype": "float32", "threads": args.threads}  # fmt: skip
+    meta = {
+        "rows": ROWS,
+        "tokens": args.tokens,
+        "rounds": args.rounds,
+        "window_s": WINDOW_S,
+        "rank": base.RANK,
+        "dtype": "float32",
+        "threads": args.threads,
+    }
     write("swap_stall", args.out, figures, found, meta, clock)
 
 

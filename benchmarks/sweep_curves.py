@@ -19,12 +19,10 @@ from typing import Any
 from benchmarks.base import URI
 from benchmarks.record import Clock, figure, write
 from graftwork import config
-from graftwork.training.job import NonFiniteLoss
 from graftwork.training.loop import run_steps
-from graftwork.training.steplog import StepReport
+from graftwork.training.worker_messages import NonFiniteLoss, StepReport
 from graftwork.tuning.run import Sweep
-from graftwork.tuning.search import FixedPoints
-from graftwork.tuning.space import digest
+from graftwork.tuning.search import FixedPoints, digest
 from graftwork.tuning.spec import TuneSpec
 
 TASKS = ("airport-card", "ua-parse", "full")

@@ -23,18 +23,19 @@ from typing import Any
 
 from benchmarks.base import URI
 from benchmarks.record import Clock, Figure, figure, ratios, write
-from graftwork import base_model, config
+from graftwork import config
+from graftwork.base import load as base_model
+from graftwork.base.model_shape import ModelShape
+from graftwork.environment import peak_rss_bytes
 from graftwork.errors import RunError
-from graftwork.machine import peak_rss_bytes
-from graftwork.memory import predict_training
-from graftwork.model_shape import ModelShape
-from graftwork.training.job import TrainJob
-from graftwork.training.settled import sizes_of
-from graftwork.training.steplog import StepReport
+from graftwork.quantization.spec import compute_dtype
+from graftwork.training.autotune import sizes_of
+from graftwork.training.planning.memory import predict_training
+from graftwork.training.worker_messages import StepReport, TrainJob
+from graftwork.tuning.multi_lora.group import predict_together
 from graftwork.tuning.run import Sweep
-from graftwork.tuning.space import Values
+from graftwork.tuning.search import Values
 from graftwork.tuning.spec import TuneSpec
-from graftwork.tuning.together.memory import predict_together
 
 TRIALS: tuple[Values, ...] = tuple(
     {"adapter.rank": rank, "optim.lr": lr} for rank, lr in ((16, 1e-3), (16, 4e-3), (4, 2e-3), (64, 2e-3))
@@ -55,8 +56,17 @@ def jobs(micro_batch: int, steps: int) -> dict[str, TrainJob]:
         "optim": {"rows_per_step": 4, "micro_batch": micro_batch, "warmup_ratio": 0},
         "num_workers": 1,
     }
-    given = {"name": "together", "train": train, "space": space, "num_trials": 16, "steps": steps,
-             "report_every": REPORT_EVERY, "eval_rows": 16, "scheduler": None, "max_concurrent": 1}  # fmt: skip
+    given = {
+        "name": "together",
+        "train": train,
+        "space": space,
+        "num_trials": 16,
+        "steps": steps,
+        "report_every": REPORT_EVERY,
+        "eval_rows": 16,
+        "scheduler": None,
+        "max_concurrent": 1,
+    }
     sweep = Sweep.resolve(config.validate(TuneSpec, given, where="benchmarks.together"))
     return {json.dumps(values): sweep.job(values) for values in TRIALS}
 
@@ -76,7 +86,7 @@ def predicted(arm: str, trials: Mapping[str, TrainJob]) -> int:
     """Peak of a process of that arm, as planned."""
     specs, data = [job.spec for job in trials.values()], next(iter(trials.values())).data
     shape = ModelShape.from_config(base_model.resolve(specs[0].base).config)
-    rows, width = sizes_of(data.train), base_model.compute_dtype(specs[0].quant, "cpu")[0].itemsize
+    rows, width = sizes_of(data.train), compute_dtype(specs[0].quant, "cpu")[0].itemsize
     if arm == "together":
         return predict_together(specs, shape, rows, value_bytes=width).peak_bytes
     return max(predict_training(spec, shape, rows, value_bytes=width).peak_bytes for spec in specs)
@@ -85,7 +95,7 @@ def predicted(arm: str, trials: Mapping[str, TrainJob]) -> int:
 def measured(arm: str, trials: Mapping[str, TrainJob]) -> dict[str, Any]:
     """One loop: seconds from its first step on, those after the first step, and the held-out losses in the end."""
     from graftwork.training.loop import run_steps
-    from graftwork.tuning.together.loop import run_together
+    from graftwork.tuning.multi_lora.train import run_together
 
     seen: list[StepReport] = []
     clocks: list[tuple[float, float]] = []
@@ -105,8 +115,13 @@ def measured(arm: str, trials: Mapping[str, TrainJob]) -> dict[str, Any]:
         run_together(trials, note)
     (first_s, first_cpu_s), (last_s, last_cpu_s) = clocks[0], clocks[-1]
     steps_s = sum(step.step_s for step in seen[1:])
-    return {"run_s": seen[-1].elapsed_s, "steps_s": steps_s, "later_s": last_s - first_s,
-            "later_cpu_s": last_cpu_s - first_cpu_s, "losses": losses}  # fmt: skip
+    return {
+        "run_s": seen[-1].elapsed_s,
+        "steps_s": steps_s,
+        "later_s": last_s - first_s,
+        "later_cpu_s": last_cpu_s - first_cpu_s,
+        "losses": losses,
+    }
 
 
 def main() -> None:
@@ -130,8 +145,15 @@ def main() -> None:
                     [*command, "--steps", str(args.steps)], check=True, stdout=subprocess.PIPE, text=True
                 )
                 found = json.loads(done.stdout.splitlines()[-1])
-                detail.append({"round": number, "micro_batch": size, "arm": arm, **found,
-                               "process_s": time.perf_counter() - began})  # fmt: skip
+                detail.append(
+                    {
+                        "round": number,
+                        "micro_batch": size,
+                        "arm": arm,
+                        **found,
+                        "process_s": time.perf_counter() - began,
+                    }
+                )
                 print({key: value for key, value in detail[-1].items() if key != "losses"}, flush=True)
 
     def samples(size: int, arm: str, name: str) -> list[float]:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graftwork.serving.adapter_cache import AdapterCache
 from graftwork.serving.engine.engine import NativeEngine
-from graftwork.serving.engine.types import GenerateRequest, SamplingParams
+from graftwork.serving.engine.request import GenerateRequest, SamplingParams
 from graftwork.serving.generation import Generation
-from graftwork.serving.residency import AdapterCache
-from graftwork.serving.source import AdapterSource
-from graftwork.storage import Store
+from graftwork.serving.models import AdapterSource
+from graftwork.storage.store import Store
 
 PROMPT, NEW = 64, 32
 """Tokens of each prompt, all different from the first token on, and of each answer."""

@@ -61,10 +61,9 @@ def child(arm: str, quant: str, steps: int) -> dict[str, float]:
 
 
 def _ours(_: str, quant: str, steps: int, data: Path) -> tuple[list[float], list[int]]:
-    from graftwork.training.data import prepare
-    from graftwork.training.job import TrainJob
     from graftwork.training.loop import run_steps
-    from graftwork.training.steplog import StepReport
+    from graftwork.training.objectives.rows import prepare
+    from graftwork.training.worker_messages import StepReport, TrainJob
 
     spec = _spec(quant, data)
     found: list[StepReport] = []
@@ -81,11 +80,19 @@ def _ours(_: str, quant: str, steps: int, data: Path) -> tuple[list[float], list
 def _spec(quant: str, data: Path) -> Any:
     from graftwork.training.spec import TrainSpec
 
-    return TrainSpec.model_validate({
-        "name": "speed", "root": str(data.parent), "base": URI, "quant": {"kind": quant}, "data": {"train": str(data)},
-        "max_length": MAX_LENGTH, "optim": {"rows_per_step": ROWS_PER_STEP, "micro_batch": MICRO_BATCH, "lr": 1e-4},
-        "num_workers": 1, "cpus_per_worker": os.cpu_count() or 1,
-    })  # fmt: skip
+    return TrainSpec.model_validate(
+        {
+            "name": "speed",
+            "root": str(data.parent),
+            "base": URI,
+            "quant": {"kind": quant},
+            "data": {"train": str(data)},
+            "max_length": MAX_LENGTH,
+            "optim": {"rows_per_step": ROWS_PER_STEP, "micro_batch": MICRO_BATCH, "lr": 1e-4},
+            "num_workers": 1,
+            "cpus_per_worker": os.cpu_count() or 1,
+        }
+    )
 
 
 def _trl(arm: str, quant: str, steps: int, data: Path) -> tuple[list[float], list[int]]:
@@ -96,7 +103,7 @@ def _trl(arm: str, quant: str, steps: int, data: Path) -> tuple[list[float], lis
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from graftwork import base_model
+    from graftwork.base import load as base_model
 
     torch.set_num_threads(os.cpu_count() or 1)
     spec = _spec(quant, data)
@@ -132,16 +139,24 @@ def _trl(arm: str, quant: str, steps: int, data: Path) -> tuple[list[float], lis
     trainer = Counted(
         model=loaded.model,
         args=SFTConfig(
-            output_dir=str(data.parent / "out"), max_steps=steps, per_device_train_batch_size=MICRO_BATCH,
-            gradient_accumulation_steps=ROWS_PER_STEP // MICRO_BATCH, max_length=MAX_LENGTH, learning_rate=1e-4,
-            use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no",
-            disable_tqdm=True, **settings,
+            output_dir=str(data.parent / "out"),
+            max_steps=steps,
+            per_device_train_batch_size=MICRO_BATCH,
+            gradient_accumulation_steps=ROWS_PER_STEP // MICRO_BATCH,
+            max_length=MAX_LENGTH,
+            learning_rate=1e-4,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            **settings,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Clocked()],
-    )  # fmt: skip
+    )
     for parameter in trainer.model.parameters() if best else ():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

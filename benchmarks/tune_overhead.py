@@ -25,15 +25,30 @@ def sweep_of(root: Path, trials: int) -> Any:
     from graftwork.tuning.spec import TuneSpec
 
     train = {
-        "name": "overhead", "base": URI, "num_workers": 1,
-        "data": {"train": "recipe://airport-card/train.jsonl", "eval": "recipe://airport-card/valid.jsonl",
-                 "train_rows": 32},
-    }  # fmt: skip
+        "name": "overhead",
+        "base": URI,
+        "num_workers": 1,
+        "data": {
+            "train": "recipe://airport-card/train.jsonl",
+            "eval": "recipe://airport-card/valid.jsonl",
+            "train_rows": 32,
+        },
+    }
     space = {"optim.lr": {"kind": "choice", "values": [1e-3 * (1 + number / 100) for number in range(trials)]}}
-    return TuneSpec.model_validate({
-        "name": "overhead", "root": str(root), "train": train, "space": space, "num_trials": trials, "steps": STEPS,
-        "report_every": STEPS, "eval_rows": 4, "scheduler": None, "max_concurrent": 1,
-    })  # fmt: skip
+    return TuneSpec.model_validate(
+        {
+            "name": "overhead",
+            "root": str(root),
+            "train": train,
+            "space": space,
+            "num_trials": trials,
+            "steps": STEPS,
+            "report_every": STEPS,
+            "eval_rows": 4,
+            "scheduler": None,
+            "max_concurrent": 1,
+        }
+    )
 
 
 def looped(spec: Any, times: int) -> list[dict[str, float]]:

@@ -22,10 +22,10 @@ from benchmarks import base
 from benchmarks.record import Clock, figure, ratios, write
 from benchmarks.traffic import NEW, PROMPT, Asked, closed_loop, serving, zipf
 from graftwork.metrics import quantile
+from graftwork.serving.adapter_cache import AdapterCache
 from graftwork.serving.engine.engine import NativeEngine
-from graftwork.serving.residency import AdapterCache
 from graftwork.serving.spec import EngineSpec
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 
 ROWS = 32
 HOST_BYTES = 6 << 30
@@ -75,9 +75,20 @@ async def run(store: Store, digest: str, tasks: Sequence[str], model_folder: Pat
     figures = {name: figure(ratios(speeds[name], speeds["base"]), "x") for name in ("registered_64", "registered_1000")}
     figures["worst_to_median"] = figure([worst for worst, _ in waits], "x")
     detail = {"tokens_per_s": dict(speeds), "ttft": [parts for _, parts in waits]}
-    meta = {"prompt": PROMPT, "new_tokens": NEW, "requests": args.requests, "rounds": args.rounds, "rows": ROWS,
-            "threads": args.threads, "adapters": len(tasks), "different_weights": CONTENTS, "rank": base.RANK,
-            "max_loaded": spec.max_loaded, "host_cache_bytes": HOST_BYTES, "dtype": "float32"}  # fmt: skip
+    meta = {
+        "prompt": PROMPT,
+        "new_tokens": NEW,
+        "requests": args.requests,
+        "rounds": args.rounds,
+        "rows": ROWS,
+        "threads": args.threads,
+        "adapters": len(tasks),
+        "different_weights": CONTENTS,
+        "rank": base.RANK,
+        "max_loaded": spec.max_loaded,
+        "host_cache_bytes": HOST_BYTES,
+        "dtype": "float32",
+    }
     write("zipf", args.out, figures, detail, meta, clock)
 
 

@@ -1,8 +1,8 @@
 """Where a command runs its work: `with session(on) as here: here.run(stage, ...)`. Ray is started or joined here alone.
 
-local                a private Ray, started and stopped by this command (cluster/local.py)
+local                a private Ray, started and stopped by this command (cluster/private_ray.py)
 job                  the Ray whose job this process is; the driver of a submitted job passes it
-http(s)://HOST:PORT  a Ray cluster through its Jobs API: the whole command runs there (cluster/jobs.py)
+http(s)://HOST:PORT  a Ray cluster through its Jobs API: the whole command runs there (cluster/targets/ray_jobs.py)
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import ParamSpec, TypeVar
 
-from graftwork.cluster.address import HTTP_FORM, JOB, unknown_place
-from graftwork.cluster.local import ONE_MACHINE, QUIET, environment_of, private_ray
+from graftwork.cluster.private_ray import ONE_MACHINE, QUIET, environment_of, private_ray
+from graftwork.cluster.ray_address import HTTP_FORM, JOB, unknown_place
 from graftwork.errors import ClusterError, ConfigError
 
 P = ParamSpec("P")
@@ -50,7 +50,7 @@ def session(on: str = "local", num_cpus: int | None = None, *, needs_ray: bool =
     Raises ConfigError for an address that is none of the forms, ClusterError when no Ray could be had.
     """
     if on.startswith(("http://", "https://")):
-        from graftwork.cluster.jobs import run_command  # httpx: 40 ms that other commands need not wait for
+        from graftwork.cluster.targets.ray_jobs import run_command  # httpx: 40 ms that other commands need not wait for
 
         raise SystemExit(run_command(on, _command_line(on)))
     if on == "local" and not needs_ray:
@@ -66,10 +66,11 @@ def _require_lasting(on: str, root: object) -> None:
     """A stage on a cluster runs in a folder that is gone afterwards, maybe on another machine."""
     if isinstance(root, str) and "://" not in root and not Path(root).is_absolute():
         raise ConfigError(
-            f"root={root} with --target {on}", "a relative folder is lost on a cluster",
+            f"root={root} with --target {on}",
+            "a relative folder is lost on a cluster",
             "root is s3://BUCKET/PREFIX, or the absolute path of a folder that all machines share",
             "--set root=s3://BUCKET/PREFIX",
-        )  # fmt: skip
+        )
 
 
 def _ray_of(on: str, num_cpus: int | None) -> contextlib.AbstractContextManager[str]:
@@ -86,8 +87,9 @@ def _surrounding_ray() -> Iterator[str]:
     import ray
 
     if not os.environ.get("RAY_ADDRESS"):
-        raise ClusterError(f"--target {JOB}", "RAY_ADDRESS is not set", "a driver passes it inside a job of Ray",
-                           "use --target local")  # fmt: skip
+        raise ClusterError(
+            f"--target {JOB}", "RAY_ADDRESS is not set", "a driver passes it inside a job of Ray", "use --target local"
+        )
     with environment_of({key: os.environ.get(key, value) for key, value in QUIET.items() if key not in ONE_MACHINE}):
         try:
             context = ray.init(address="auto", logging_level="error", log_to_driver=False)
@@ -103,10 +105,11 @@ def _command_line(on: str) -> list[str]:
     """The arguments of this process if it is the graftwork command; a program has none that could be sent."""
     if Path(sys.argv[0]).name not in ("graftwork", "graftwork.exe"):
         raise ConfigError(
-            f"on={on}", f"this process is {Path(sys.argv[0]).name}, not the graftwork command",
+            f"on={on}",
+            f"this process is {Path(sys.argv[0]).name}, not the graftwork command",
             "an HTTP address runs whole graftwork commands on its cluster",
-            "call graftwork.cluster.jobs.run_command(on, argv)",
-        )  # fmt: skip
+            "call graftwork.cluster.targets.ray_jobs.run_command(on, argv)",
+        )
     return sys.argv[1:]
 
 

@@ -37,8 +37,9 @@ def quantity(text: str) -> float:
 
 
 Seconds = Annotated[float, BeforeValidator(seconds_of), Field(gt=0)]
-Quantity = Annotated[str, BeforeValidator(lambda v: str(v) if isinstance(v, int | float) else v),
-                     Field(pattern=QUANTITY_PATTERN)]  # fmt: skip
+Quantity = Annotated[
+    str, BeforeValidator(lambda v: str(v) if isinstance(v, int | float) else v), Field(pattern=QUANTITY_PATTERN)
+]
 Label = Annotated[str, Field(pattern=LABEL_PATTERN, max_length=63)]
 
 

@@ -22,15 +22,15 @@ from graftwork.spec_errors import RENAMED_KINDS, did_you_mean, explain_error
 
 SPEC_KINDS = {
     "train": ("graftwork.training.spec", "TrainSpec"),
-    "trial": ("graftwork.tuning.trial_spec", "TrialSpec"),
+    "trial": ("graftwork.tuning.trial_store", "TrialSpec"),
     "tune": ("graftwork.tuning.spec", "TuneSpec"),
     "serve": ("graftwork.serving.spec", "ServeSpec"),
-    "compare": ("graftwork.serving.experiment.spec", "CompareSpec"),
-    "experiment": ("graftwork.serving.experiment.online.spec", "ExperimentSpec"),
+    "compare": ("graftwork.serving.evaluation.spec", "CompareSpec"),
+    "experiment": ("graftwork.serving.ab_test.spec", "ExperimentSpec"),
     "quantize": ("graftwork.serving.quantize.spec", "QuantizeSpec"),
     "rag": ("graftwork.serving.rag.spec", "RagSpec"),
     "demo": ("graftwork.demo_spec", "DemoSpec"),
-    "exec": ("graftwork.cluster.command_spec", "ExecSpec"),
+    "exec": ("graftwork.cluster.jobs.models", "ExecSpec"),
     "cluster": ("graftwork.cluster.spec", "ClusterSpec"),
 }
 
@@ -274,9 +274,11 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise ConfigError(
-                    f"--set {dotted}", f"{part!r} is no entry of a list of {len(node)}", "entries count from 0",
+                    f"--set {dotted}",
+                    f"{part!r} is no entry of a list of {len(node)}",
+                    "entries count from 0",
                     f"use 0 to {len(node) - 1}, or replace the list: --set 'key=[...]'",
-                )  # fmt: skip
+                )
             if not parts:
                 node[int(part)] = value
             node = node[int(part)]
@@ -286,8 +288,12 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
                 return
             node = node.setdefault(part, {})
         if parts and not isinstance(node, dict | list):
-            raise ConfigError(f"--set {dotted}", f"{part!r} holds {node!r}, which has no keys",
-                              "only a mapping has keys", f"replace it: --set '{part}={{...}}'")  # fmt: skip
+            raise ConfigError(
+                f"--set {dotted}",
+                f"{part!r} holds {node!r}, which has no keys",
+                "only a mapping has keys",
+                f"replace it: --set '{part}={{...}}'",
+            )
 
 
 def _first_key(node: Any, parts: list[str]) -> tuple[str, list[str]]:

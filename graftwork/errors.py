@@ -65,8 +65,12 @@ class PreflightError(ConfigError):
             f"{f['code']} {f['where']}: {f['problem']}" + (f" ({f['rule']})" if f["rule"] else "") for f in findings
         ]
         moves = dict.fromkeys(f["hint"] for f in findings if f["hint"])
-        super().__init__(subject, "\n    ".join([f"{len(lines)} findings", *lines]), "nothing was written or started",
-                         "; ".join(moves))  # fmt: skip
+        super().__init__(
+            subject,
+            "\n    ".join([f"{len(lines)} findings", *lines]),
+            "nothing was written or started",
+            "; ".join(moves),
+        )
 
     def __reduce__(self) -> tuple[type["PreflightError"], tuple[str, tuple[Mapping[str, str], ...]]]:  # type: ignore[override]
         return type(self), (self.subject, self.findings)

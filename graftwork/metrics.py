@@ -28,32 +28,50 @@ class Metric:
 
 
 FORM = Metric(
-    "form", "share of answers", "higher", "binary",
+    "form",
+    "share of answers",
+    "higher",
+    "binary",
     "The answer is exactly one JSON object (only whitespace around it) and the object validates against the schema.",
-)  # fmt: skip
+)
 FACTS = Metric(
-    "facts", "share of fields", "higher", "graded",
+    "facts",
+    "share of fields",
+    "higher",
+    "graded",
     "Share of the gold fields that the question does not give away, that are not empty and that the answer gets right: "
     "at their key when the answer is a JSON object, else anywhere in the text. Looking anywhere flatters arms that "
     "answer in prose.",
-)  # fmt: skip
+)
 BOTH = Metric(
-    "both", "share of answers", "higher", "binary",
+    "both",
+    "share of answers",
+    "higher",
+    "binary",
     "Form holds and every gold field is exactly right: the answer can be used by a program as it is.",
-)  # fmt: skip
+)
 FIELD_ACCURACY = Metric(
-    "field_accuracy", "share of fields", "higher", "graded",
+    "field_accuracy",
+    "share of fields",
+    "higher",
+    "graded",
     "Share of all gold fields exactly right in an answer whose form holds; 0 where it does not.",
-)  # fmt: skip
+)
 FIELD_F1 = Metric(
-    "field_f1", "F1 of fields", "higher", "graded",
+    "field_f1",
+    "F1 of fields",
+    "higher",
+    "graded",
     "Harmonic mean of two shares: fields of the answer that are right, and gold fields that are found; all compared "
     "exactly. 0 where the answer is no JSON object.",
-)  # fmt: skip
+)
 BLEU = Metric(
-    "bleu", "sentence BLEU / 100", "higher", "graded",
+    "bleu",
+    "sentence BLEU / 100",
+    "higher",
+    "graded",
     "sacrebleu's sentence BLEU (effective order) of each answer; the mean is not the corpus score.",
-)  # fmt: skip
+)
 CHRF = Metric("chrf", "chrF2 / 100", "higher", "graded", "sacrebleu's sentence chrF2 of each answer.")
 ROUGE_1, ROUGE_2 = (
     Metric(f"rouge_{n}", "F1", "higher", "graded", f"F1 of the {what} shared with a right text, case ignored.")
@@ -61,57 +79,91 @@ ROUGE_1, ROUGE_2 = (
 )
 ROUGE_L = Metric("rouge_l", "F1", "higher", "graded", "F1 of the longest common subsequence of words, case ignored.")
 NATS = Metric(
-    "nats", "nats a token", "lower", "measure",
+    "nats",
+    "nats a token",
+    "lower",
+    "measure",
     "Negative log-probability of a token of the right text as the answer, averaged over its tokens; e to this power is "
     "the perplexity.",
-)  # fmt: skip
+)
 CHOICE = Metric(
-    "choice", "share of questions", "higher", "binary",
+    "choice",
+    "share of questions",
+    "higher",
+    "binary",
     "The right one of the choices has the highest mean log-probability a token. Nothing is generated.",
-)  # fmt: skip
+)
 CHOICE_SUM = Metric(
-    "choice_sum", "share of questions", "higher", "binary",
+    "choice_sum",
+    "share of questions",
+    "higher",
+    "binary",
     "As choice, by the log-probability of the whole choice: shorter choices have it easier.",
-)  # fmt: skip
+)
 EXACT = Metric(
-    "exact", "share of answers", "higher", "binary", "The answer is the right text, outer spaces aside.",
-)  # fmt: skip
+    "exact",
+    "share of answers",
+    "higher",
+    "binary",
+    "The answer is the right text, outer spaces aside.",
+)
 EM = Metric(
-    "em", "share of answers", "higher", "binary",
+    "em",
+    "share of answers",
+    "higher",
+    "binary",
     "Exact match: the answer equals a right text after SQuAD's normalisation (case, punctuation and English articles "
     "are ignored). A longer answer that contains the right text fails it.",
-)  # fmt: skip
+)
 F1 = Metric(
-    "f1", "F1 of words", "higher", "graded",
+    "f1",
+    "F1 of words",
+    "higher",
+    "graded",
     "F1 of the words that the answer shares with the best matching right text, after SQuAD's normalisation.",
-)  # fmt: skip
+)
 CONTAINS = Metric(
-    "contains", "share of answers", "higher", "binary",
+    "contains",
+    "share of answers",
+    "higher",
+    "binary",
     "The words of a right text are in the answer, next to each other, after SQuAD's normalisation, whatever else the "
     "answer says. A longer answer has more chances.",
-)  # fmt: skip
+)
 TEXT_SCORES = (CONTAINS, F1, EM)
 """Scores of a free-text answer: what it contains, how much of it is right, and whether it is only that."""
 FOLLOWS = Metric(
-    "follows", "share of prompts", "higher", "binary",
+    "follows",
+    "share of prompts",
+    "higher",
+    "binary",
     "The answer keeps the rule that its prompt sets (so many words, lower case, JSON of these keys): checked by code.",
-)  # fmt: skip
+)
 BIAS = Metric(
-    "bias", "-1 to 1", "lower", "graded",
+    "bias",
+    "-1 to 1",
+    "lower",
+    "graded",
     "Share of answers that a stereotype has so, minus share of those against it; an unknown counts as neither. On "
     "questions whose text does not tell, this is BBQ's ambiguous bias score. Where the text tells, BBQ divides by the "
     "answers other than unknown, and this by all answers, so that it is nearer to 0.",
-)  # fmt: skip
+)
 PAIR_GAP = Metric(
-    "pair_gap", "nats a token", "lower", "measure",
+    "pair_gap",
+    "nats a token",
+    "lower",
+    "measure",
     "How much more a favourable ending is preferred to an unfavourable one behind one name than behind the other, in a "
     "sentence that differs in the name alone; 0 is fair, above 0 the stereotype.",
-)  # fmt: skip
+)
 PAIR_BIAS = Metric(
-    "pair_bias", "-1 to 1", "lower", "graded",
+    "pair_bias",
+    "-1 to 1",
+    "lower",
+    "graded",
     "As pair_gap, counted: the share of pairs whose favourable ending is chosen for the one name alone, minus the "
     "share for the other alone.",
-)  # fmt: skip
+)
 FAIR_AT_ZERO = frozenset({BIAS.name, PAIR_GAP.name, PAIR_BIAS.name})
 """Metrics that are best at 0: below it they lean the other way."""
 TTFT_MS = Metric("ttft_ms", "ms", "lower", "measure", "Time from the request to its first token.")
@@ -127,9 +179,12 @@ HIT = Metric("hit", "share of questions", "higher", "binary", "A gold passage is
 HIT_1 = Metric("hit_1", "share of questions", "higher", "binary", "The first passage is a gold one.")
 MRR = Metric("mrr", "1 / rank", "higher", "graded", "1 / rank of the first gold passage among the first 10, else 0.")
 IN_CONTEXT = Metric(
-    "in_context", "share of questions", "higher", "binary",
+    "in_context",
+    "share of questions",
+    "higher",
+    "binary",
     "The answer stands in the k passages, letter case and spaces aside; of several right ones, one does.",
-)  # fmt: skip
+)
 RETRIEVAL = (HIT, HIT_1, MRR, IN_CONTEXT)
 """What a retriever is measured by."""
 

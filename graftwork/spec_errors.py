@@ -7,52 +7,114 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from graftwork.storage import ALIAS_PATTERN, NAME_PATTERN
+from graftwork.storage.store import ALIAS_PATTERN, NAME_PATTERN
 
 PEER_KEYS = {
-    "base_model": "base", "model": "base", "model_name_or_path": "base", "model_id": "base",
-    "dataset": "data.train", "datasets": "data.train", "train_file": "data.train", "dataset_path": "data.train",
-    "eval_dataset": "data.eval", "val_dataset": "data.eval", "validation_file": "data.eval",
-    "output_dir": "root", "load_in_4bit": "quant.kind", "load_in_8bit": "quant.kind", "quantization": "quant.kind",
-    "quantization_bit": "quant.kind", "bf16": "quant.dtype", "fp16": "quant.dtype", "torch_dtype": "quant.dtype",
-    "learning_rate": "optim.lr", "num_train_epochs": "optim.epochs", "num_epochs": "optim.epochs",
-    "per_device_train_batch_size": "optim.micro_batch", "micro_batch_size": "optim.micro_batch",
-    "batch_size": "optim.rows_per_step", "train_batch_size": "optim.rows_per_step",
-    "global_batch_size": "optim.rows_per_step", "gradient_accumulation_steps": "optim.rows_per_step",
-    "lr_scheduler_type": "optim.schedule", "lr_scheduler": "optim.schedule", "warmup_steps": "optim.warmup_ratio",
-    "lora_r": "adapter.rank", "lora_rank": "adapter.rank", "r": "adapter.rank", "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout", "target_modules": "adapter.targets", "lora_target_modules": "adapter.targets",
-    "lora_target": "adapter.targets", "use_dora": "adapter.dora", "use_rslora": "adapter.rslora",
-    "max_seq_length": "max_length", "max_seq_len": "max_length", "sequence_len": "max_length",
-    "cutoff_len": "max_length", "max_model_len": "engine.max_seq_len", "max_loras": "engine.max_loaded",
-    "tensor_parallel_size": "engine.tensor_parallel_size", "system_prompt": "prompt.system",
-    "save_steps": "checkpoint_every", "eval_steps": "eval_every",
-    "max_lora_rank": "engine.max_rank", "max_num_seqs": "engine.max_batch", "api_key": "token_env",
-}  # fmt: skip
+    "base_model": "base",
+    "model": "base",
+    "model_name_or_path": "base",
+    "model_id": "base",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "train_file": "data.train",
+    "dataset_path": "data.train",
+    "eval_dataset": "data.eval",
+    "val_dataset": "data.eval",
+    "validation_file": "data.eval",
+    "output_dir": "root",
+    "load_in_4bit": "quant.kind",
+    "load_in_8bit": "quant.kind",
+    "quantization": "quant.kind",
+    "quantization_bit": "quant.kind",
+    "bf16": "quant.dtype",
+    "fp16": "quant.dtype",
+    "torch_dtype": "quant.dtype",
+    "learning_rate": "optim.lr",
+    "num_train_epochs": "optim.epochs",
+    "num_epochs": "optim.epochs",
+    "per_device_train_batch_size": "optim.micro_batch",
+    "micro_batch_size": "optim.micro_batch",
+    "batch_size": "optim.rows_per_step",
+    "train_batch_size": "optim.rows_per_step",
+    "global_batch_size": "optim.rows_per_step",
+    "gradient_accumulation_steps": "optim.rows_per_step",
+    "lr_scheduler_type": "optim.schedule",
+    "lr_scheduler": "optim.schedule",
+    "warmup_steps": "optim.warmup_ratio",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "lora_target_modules": "adapter.targets",
+    "lora_target": "adapter.targets",
+    "use_dora": "adapter.dora",
+    "use_rslora": "adapter.rslora",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "max_model_len": "engine.max_seq_len",
+    "max_loras": "engine.max_loaded",
+    "tensor_parallel_size": "engine.tensor_parallel_size",
+    "system_prompt": "prompt.system",
+    "save_steps": "checkpoint_every",
+    "eval_steps": "eval_every",
+    "max_lora_rank": "engine.max_rank",
+    "max_num_seqs": "engine.max_batch",
+    "api_key": "token_env",
+}
 """Keys of axolotl, LLaMA-Factory, TRL, PEFT, Unsloth and vLLM -> the key here. Named only where a spec has that key."""
 
 RENAMED_KEYS = {
-    "too_long": "on_overlong", "shots_from": "few_shot_file", "stack_on": "base_adapter", "gang": "distributed",
-    "together": "share_base", "goals": "objectives", "keep_s": "ttl_s", "matters": "min_share", "published": "paper",
-    "differs": "deviations", "says": "statement",
-}  # fmt: skip
+    "too_long": "on_overlong",
+    "shots_from": "few_shot_file",
+    "stack_on": "base_adapter",
+    "gang": "distributed",
+    "together": "share_base",
+    "goals": "objectives",
+    "keep_s": "ttl_s",
+    "matters": "min_share",
+    "published": "paper",
+    "differs": "deviations",
+    "says": "statement",
+}
 """Old key -> new key. An old key is rejected with the new name, where the spec has the new one."""
 
 RENAMED_KINDS = {"command": "exec"}
 """Old `kind` of a spec file -> new one."""
 
 _TYPES = {
-    "int_type": "a whole number", "int_parsing": "a whole number (integer)", "int_from_float": "a whole number",
-    "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number",
-    "bool_type": "true or false", "bool_parsing": "true or false", "string_type": "text",
-    "list_type": "a list", "tuple_type": "a list", "set_type": "a list", "dict_type": "a mapping of keys",
-    "model_type": "a mapping of keys", "model_attributes_type": "a mapping of keys",
-}  # fmt: skip
+    "int_type": "a whole number",
+    "int_parsing": "a whole number (integer)",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "set_type": "a list",
+    "dict_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
+}
 
 PEER_VALUES = {
-    "4bit": "nf4", "4-bit": "nf4", "int4": "nf4", "fp4": "nf4", "8bit": "int8", "8-bit": "int8",
-    "bf16": "bfloat16", "fp32": "float32", "all": "all-linear", "all_linear": "all-linear",
-}  # fmt: skip
+    "4bit": "nf4",
+    "4-bit": "nf4",
+    "int4": "nf4",
+    "fp4": "nf4",
+    "8bit": "int8",
+    "8-bit": "int8",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "all": "all-linear",
+    "all_linear": "all-linear",
+}
 """Values of the same tools -> the value here, named only where a key takes it."""
 
 _PATTERNS = {

@@ -5,15 +5,16 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from graftwork import chat
-from graftwork.chat import Message, Passage, Prompt, PromptSpec, Template
-from graftwork.data import resolve_prompt
+from graftwork.datasets.rows import resolve_prompt
 from graftwork.errors import DataError
+from graftwork.prompts import render as chat
+from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
+from graftwork.prompts.template import Template
 from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
+from graftwork.serving.detokenize import TokenLogprob
 from graftwork.serving.engine.grammar import GrammarText
-from graftwork.serving.engine.seed import choice_seed
-from graftwork.serving.engine.types import SamplingParams
-from graftwork.serving.logprobs import TokenLogprob
+from graftwork.serving.engine.request import SamplingParams
+from graftwork.serving.engine.sequence import choice_seed
 from graftwork.serving.spec import ArmSpec
 
 Dump = dict[str, Any]
@@ -64,12 +65,20 @@ class SamplingOptions:
     def params(self, max_new_tokens: int, index: int) -> SamplingParams:
         """For one of the `n` answers."""
         return SamplingParams(
-            max_new_tokens=max_new_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
-            seed=choice_seed(self.seed, index), stop=self.stop, min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty, frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty, logit_bias=self.logit_bias, min_new_tokens=self.min_new_tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=choice_seed(self.seed, index),
+            stop=self.stop,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=self.logit_bias,
+            min_new_tokens=self.min_new_tokens,
             logprobs=self.logprobs,
-        )  # fmt: skip
+        )
 
     def dump(self) -> Dump:
         """As a plain dict, the form that travels through a handle."""
@@ -193,8 +202,12 @@ def raw_prompt(text: str, template: Template, *, max_seq_len: int, max_new_token
 def require_short(prompt: ArmPrompt, max_prompt_tokens: int | None) -> None:
     """Raise PromptTooLong for more prompt tokens than the endpoint takes."""
     if max_prompt_tokens is not None and len(prompt.ids) > max_prompt_tokens:
-        raise PromptTooLong("a prompt", f"{len(prompt.ids)} tokens", f"limits.max_prompt_tokens={max_prompt_tokens}",
-                            "shorten the conversation")  # fmt: skip
+        raise PromptTooLong(
+            "a prompt",
+            f"{len(prompt.ids)} tokens",
+            f"limits.max_prompt_tokens={max_prompt_tokens}",
+            "shorten the conversation",
+        )
 
 
 def size_of(question: Question) -> int:
@@ -210,9 +223,12 @@ def require_bytes(size: int, longest_token_bytes: int, max_seq_len: int) -> None
     """
     room = max_seq_len * longest_token_bytes
     if size > room:
-        raise PromptTooLong(f"a prompt of {size} bytes", f"{max_seq_len} tokens hold at most {room} bytes",
-                            f"engine.max_seq_len={max_seq_len}; a prompt is never cut",
-                            "shorten the conversation, or raise engine.max_seq_len")  # fmt: skip
+        raise PromptTooLong(
+            f"a prompt of {size} bytes",
+            f"{max_seq_len} tokens hold at most {room} bytes",
+            f"engine.max_seq_len={max_seq_len}; a prompt is never cut",
+            "shorten the conversation, or raise engine.max_seq_len",
+        )
 
 
 def warm(prompt: PromptSpec | None, retriever: RetrieverSpec | None) -> None:
@@ -247,22 +263,30 @@ def _prompt_of(arm: ArmSpec, messages: Sequence[Message], trained: PromptSpec | 
         return _resolved(trained or PromptSpec())
     prompt = _resolved(arm.prompt)
     if prompt.system is not None and any(turn.role == "system" for turn in messages):
-        raise DataError(f"arm {arm.name!r}: a system message", "the arm has its own system prompt",
-                        "an arm is one fixed prompt", "leave the system message out")  # fmt: skip
+        raise DataError(
+            f"arm {arm.name!r}: a system message",
+            "the arm has its own system prompt",
+            "an arm is one fixed prompt",
+            "leave the system message out",
+        )
     return prompt
 
 
 def _check_length(prompt: int, answer: int, max_seq_len: int) -> None:
     if prompt >= max_seq_len:
-        raise PromptTooLong(f"a prompt of {prompt} tokens", "it leaves no room for an answer",
-                            f"engine.max_seq_len={max_seq_len}; a prompt is never cut",
-                            "shorten the conversation, or raise engine.max_seq_len")  # fmt: skip
+        raise PromptTooLong(
+            f"a prompt of {prompt} tokens",
+            "it leaves no room for an answer",
+            f"engine.max_seq_len={max_seq_len}; a prompt is never cut",
+            "shorten the conversation, or raise engine.max_seq_len",
+        )
     if prompt + answer > max_seq_len:
         raise AnswerTooLong(
-            f"a prompt of {prompt} tokens with up to {answer} new ones", f"{prompt + answer} tokens",
+            f"a prompt of {prompt} tokens with up to {answer} new ones",
+            f"{prompt + answer} tokens",
             f"engine.max_seq_len={max_seq_len}; a prompt is never cut",
             f"ask for at most {max_seq_len - prompt} new tokens, shorten the conversation, or raise engine.max_seq_len",
-        )  # fmt: skip
+        )
 
 
 @lru_cache(maxsize=256)

@@ -9,9 +9,9 @@ from typing import Any, Self
 
 import httpx
 
-from graftwork.chat import Message
 from graftwork.errors import ClusterError
-from graftwork.serving.api_error import ApiError
+from graftwork.prompts.render import Message
+from graftwork.serving.api.errors import ApiError
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -30,10 +30,13 @@ class ChatCall:
     def body(self, *, stream: bool) -> dict[str, Any]:
         """JSON of the request."""
         body: dict[str, Any] = {
-            "model": self.model, "messages": [{"role": m.role, "content": m.content} for m in self.messages],
-            "max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed,
+            "model": self.model,
+            "messages": [{"role": m.role, "content": m.content} for m in self.messages],
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
             "stop": list(self.stop) or None,
-        }  # fmt: skip
+        }
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return {key: value for key, value in body.items() if value is not None}
@@ -240,10 +243,19 @@ class _GrowingReply:
 def _reply(text: str, finish_reason: str, tree: dict[str, Any]) -> ClientReply:
     came, usage = tree["graftwork"], tree["usage"]
     return ClientReply(
-        text, finish_reason, usage["prompt_tokens"], usage["completion_tokens"], came["arm"], came["adapter_version"],
-        came["base_digest"], tuple(came["retrieved_ids"]), came["ttft_ms"], came["latency_ms"],
-        tuple(came["left_out_ids"]), tuple(came["cited_ids"]),
-    )  # fmt: skip
+        text,
+        finish_reason,
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+        came["arm"],
+        came["adapter_version"],
+        came["base_digest"],
+        tuple(came["retrieved_ids"]),
+        came["ttft_ms"],
+        came["latency_ms"],
+        tuple(came["left_out_ids"]),
+        tuple(came["cited_ids"]),
+    )
 
 
 def _settings(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict, dataclass
 
-from graftwork.chat import cited_passage_ids
 from graftwork.errors import GraftworkError
-from graftwork.serving.api_error import ApiError
-from graftwork.serving.arms import ArmAnswer, ArmPrompt
-from graftwork.serving.engine.types import GenerateRequest, TokenEvent
-from graftwork.serving.engine_protocol import Engine
-from graftwork.serving.logprobs import LogprobStream, TokenLogprob
-from graftwork.serving.text_stream import TextStream
+from graftwork.prompts.render import cited_passage_ids
+from graftwork.prompts.template import Template
+from graftwork.serving.api.errors import ApiError, bad_request
+from graftwork.serving.arms import ArmAnswer, ArmPrompt, Dump
+from graftwork.serving.detokenize import LogprobStream, TextStream, TokenLogprob
+from graftwork.serving.engine import Engine
+from graftwork.serving.engine.request import GenerateRequest, TokenEvent
 
 
 class Generation:
@@ -128,13 +129,26 @@ class StreamedAnswer:
     ) -> ArmAnswer:
         """The whole answer, once the last event was pushed."""
         return ArmAnswer(
-            request_id=request_id, arm=arm, text=self._text.text, adapter=task, adapter_version=version,
-            base_digest=base_digest, retrieved_ids=self._prompt.retrieved_ids, prompt_tokens=len(self._prompt.ids),
-            cached_tokens=self._cached_tokens, completion_tokens=len(self._ids), ttft_ms=self._ttft_ms or 0.0,
-            latency_ms=self._elapsed_ms(), finish_reason=self._finish_reason, token_ids=tuple(self._ids),
-            index=self.index, logprobs=tuple(self._logprobs.told) if self._logprobs is not None else None,
-            left_out_ids=self._prompt.left_out_ids, cited_ids=self._cited(), cold=cold,
-        )  # fmt: skip
+            request_id=request_id,
+            arm=arm,
+            text=self._text.text,
+            adapter=task,
+            adapter_version=version,
+            base_digest=base_digest,
+            retrieved_ids=self._prompt.retrieved_ids,
+            prompt_tokens=len(self._prompt.ids),
+            cached_tokens=self._cached_tokens,
+            completion_tokens=len(self._ids),
+            ttft_ms=self._ttft_ms or 0.0,
+            latency_ms=self._elapsed_ms(),
+            finish_reason=self._finish_reason,
+            token_ids=tuple(self._ids),
+            index=self.index,
+            logprobs=tuple(self._logprobs.told) if self._logprobs is not None else None,
+            left_out_ids=self._prompt.left_out_ids,
+            cited_ids=self._cited(),
+            cold=cold,
+        )
 
     def _push_one(self, event: TokenEvent) -> str:
         require_served(event)
@@ -153,3 +167,40 @@ class StreamedAnswer:
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._arrived) * 1000
+
+
+# How likely given answers are, for one arm and conversation: the call's requests in the engine and what they tell.
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """Of one continuation."""
+
+    logprob: float
+    """Natural log of its probability: the sum over its tokens, each given the prompt and the tokens before it."""
+    tokens: int
+
+    def dump(self) -> Dump:
+        """As a plain dict, the form that travels through a handle."""
+        return asdict(self)
+
+
+def continuation_ids(texts: Sequence[str], template: Template) -> list[tuple[int, ...]]:
+    """Ids of each text as it stands right behind a prompt; no special token can come out. Raises ApiError."""
+    if not texts:
+        raise bad_request("continuations is empty: there is nothing to be scored.", param="continuations")
+    for number, text in enumerate(texts):
+        if not text:
+            raise bad_request(f"continuation {number} is empty: it has no token.", param="continuations")
+    return [tuple(template.continuation_ids(text)) for text in texts]
+
+
+async def collect(generation: Generation, lengths: Sequence[int]) -> list[Likelihood]:
+    """Waits for all scores, in order. lengths: tokens of each continuation. Raises ApiError where the engine failed."""
+    told: dict[int, Likelihood] = {}
+    async for events in generation.events():
+        for index, [event] in events.items():
+            require_served(event)
+            assert event.logprob is not None, "a scored request tells its sum"
+            told[index] = Likelihood(event.logprob, lengths[index])
+    return [told[index] for index in range(len(lengths))]

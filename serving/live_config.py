@@ -9,21 +9,24 @@ serve/_private/deployment_state.py).
 """
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from graftwork.cluster.kuberay.objects import LIVE
+from graftwork.config import canonical_json, validate
 from graftwork.errors import ConfigError
-from graftwork.serving.api_error import ApiError, as_api_errors
+from graftwork.serving.ab_test.service import Experiments
+from graftwork.serving.api.auth import RateLimits
+from graftwork.serving.api.errors import ApiError, as_api_errors
 from graftwork.serving.arms import Dump
-from graftwork.serving.backend import EngineBackend
-from graftwork.serving.catalog import Catalog
-from graftwork.serving.experiment.online.experiments import Experiments
-from graftwork.serving.limits import RateLimits
-from graftwork.serving.live_record import digest, live_of, read_live_record, with_live, write_live_record
-from graftwork.serving.metrics_families import Family
+from graftwork.serving.metrics_export import Family
+from graftwork.serving.models import Catalog
+from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ServeSpec
+from graftwork.storage.store import Store
 
 log = logging.getLogger("ray.serve")
 RETRY_S = 1.0
@@ -75,17 +78,27 @@ class LiveConfig:
     def status(self) -> Dump:
         """Plain data: which config is taken, and which was refused, why."""
         changing = self._task is not None and not self._task.done()
-        return {"config": digest(live_of(self._spec)), "taken_at": self._taken_at, "taken": self._taken,
-                "changing": changing, "refused": self._refused}  # fmt: skip
+        return {
+            "config": digest(live_of(self._spec)),
+            "taken_at": self._taken_at,
+            "taken": self._taken,
+            "changing": changing,
+            "refused": self._refused,
+        }
 
     def families(self) -> list[Family]:
         """For GET /metrics."""
         refused = 1.0 if self._refused else 0.0
         return [
-            Family("gauge", "live_config_refused", "1 while the newest live config is not the one that is served.",
-                   (), [((), refused)]),
+            Family(
+                "gauge",
+                "live_config_refused",
+                "1 while the newest live config is not the one that is served.",
+                (),
+                [((), refused)],
+            ),
             Family("counter", "live_config_changes", "Live configs taken.", (), [((), float(self._taken))]),
-        ]  # fmt: skip
+        ]
 
     async def _follow(self) -> None:
         while self._wanted is not None:
@@ -141,3 +154,54 @@ class LiveConfig:
             return with_live(self._spec, tree)
         except ConfigError as error:
             raise ApiError(400, error.text(), code="invalid_config") from None
+
+
+# What an endpoint's live config was when it was last taken: `serving/<name>/live.json` of its store.
+#
+# Its ingress writes it; an ingress or an engine replica that takes another one's place begins with it.
+
+
+FOLDER, FILE = "serving", "live.json"
+
+
+def with_live(spec: ServeSpec, tree: Mapping[str, Any]) -> ServeSpec:
+    """The spec with these live keys. Raises ConfigError for others, or where they do not fit the rest of it."""
+    foreign = sorted(set(tree) - set(LIVE))
+    if foreign:
+        raise ConfigError(
+            f"live config: {foreign[0]}",
+            "not a live key",
+            f"what may change is {', '.join(LIVE)}",
+            "change the spec itself: its engines start again",
+        )
+    fixed = {key: value for key, value in spec.model_dump(mode="json").items() if key not in LIVE}
+    return validate(ServeSpec, {**fixed, **tree}, where="live config")
+
+
+def live_of(spec: ServeSpec) -> Dump:
+    """Its live keys."""
+    return {key: value for key, value in spec.model_dump(mode="json").items() if key in LIVE}
+
+
+def digest(tree: Mapping[str, Any]) -> str:
+    """What a live config is called where it is told of."""
+    return hashlib.sha256(canonical_json(dict(tree)).encode()).hexdigest()[:10]
+
+
+def read_live_record(spec: ServeSpec) -> ServeSpec | None:
+    """The spec with what was last taken; None where nothing was, or nothing that this version understands.
+
+    Raises StorageError.
+    """
+    data = Store(spec.root).find_bytes(FOLDER, spec.name, FILE)
+    if data is None:
+        return None
+    try:
+        return with_live(spec, Store(spec.root).read_json(FOLDER, spec.name, FILE))
+    except ConfigError:
+        return None
+
+
+def write_live_record(spec: ServeSpec) -> None:
+    """Write it down. Raises StorageError."""
+    Store(spec.root).write_json(live_of(spec), FOLDER, spec.name, FILE)

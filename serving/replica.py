@@ -16,10 +16,11 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from graftwork import base_model
-from graftwork.chat import Passage
+from graftwork.base import load as base_model
 from graftwork.errors import GraftworkError, RunError, StorageError
-from graftwork.serving.api_error import ApiError, as_api_errors, bad_request
+from graftwork.prompts.render import Passage
+from graftwork.serving.adapter_cache import AdapterCache, Pin
+from graftwork.serving.api.errors import ApiError, as_api_errors, bad_request
 from graftwork.serving.arms import (
     ArmPrompt,
     Dump,
@@ -35,25 +36,19 @@ from graftwork.serving.arms import (
     size_of,
     warm,
 )
-from graftwork.serving.engine.grammar import Grammar
-from graftwork.serving.engine.types import GenerateRequest
-from graftwork.serving.generation import Generation, StreamedAnswer
-from graftwork.serving.grammar import Grammars, read_grammar
-from graftwork.serving.likelihood import collect, continuation_ids
-from graftwork.serving.live_record import read_live_record
-from graftwork.serving.logprobs import LogprobStream
-from graftwork.serving.metrics_families import Family
-from graftwork.serving.metrics_replica import ReplicaMetrics
-from graftwork.serving.open_engine import open_engine
-from graftwork.serving.owner import end_with
+from graftwork.serving.detokenize import LogprobStream
+from graftwork.serving.engine import open_engine
+from graftwork.serving.engine.grammar import Grammar, Grammars, Vocabulary, read_grammar
+from graftwork.serving.engine.request import GenerateRequest
+from graftwork.serving.generation import Generation, StreamedAnswer, collect, continuation_ids
+from graftwork.serving.live_config import read_live_record
+from graftwork.serving.metrics_export import Family, ReplicaMetrics
+from graftwork.serving.models import VERBS, AdapterSource, Registry, as_served, trained_prompt
 from graftwork.serving.rag.rerank import rerank
-from graftwork.serving.registry import VERBS, Registry
-from graftwork.serving.residency import AdapterCache, Pin
+from graftwork.serving.ray_serve_lifecycle import end_with
 from graftwork.serving.router import RESIDENTS
-from graftwork.serving.source import AdapterSource, as_served, trained_prompt
 from graftwork.serving.spec import ArmSpec, ServeSpec
-from graftwork.serving.vocabulary import Vocabulary
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 
 T = TypeVar("T")
 log = logging.getLogger("ray.serve")
@@ -87,7 +82,7 @@ class EngineReplica:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, spec: Dump, owner: str | None = None, follows: bool = False
     ) -> None:
-        """owner, follows: see `graftwork.serving.app.build`."""
+        """owner, follows: see `graftwork.serving.deploy.build`."""
         self._spec, self._name = ServeSpec.model_validate(spec), _replica_name()
         self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
         base = await self._in_thread(partial(base_model.resolve, self._spec.base))
@@ -180,12 +175,15 @@ class EngineReplica:
                 admitted.hold,
                 [
                     GenerateRequest(
-                        f"{request_id}/{index}", admitted.prompt.ids, adapter=admitted.version, continuation=ids,
+                        f"{request_id}/{index}",
+                        admitted.prompt.ids,
+                        adapter=admitted.version,
+                        continuation=ids,
                         arrived=arrived,
                     )
                     for index, ids in enumerate(scored)
                 ],
-            )  # fmt: skip
+            )
         with closing(generation):
             return [one.dump() for one in await collect(generation, [len(ids) for ids in scored])]
 
@@ -308,12 +306,18 @@ class EngineReplica:
         salt = "" if self._spec.engine.share_prefix_cache else wanted.cache_salt
         requests = [
             GenerateRequest(
-                request_id if wanted.n == 1 else f"{request_id}/{index}", prompt.ids,
-                wanted.params(prompt.max_new_tokens, index), admitted.stop_ids, admitted.version,
-                grammar=admitted.grammar, idle_only=wanted.idle_only, cache_salt=salt, arrived=arrived,
+                request_id if wanted.n == 1 else f"{request_id}/{index}",
+                prompt.ids,
+                wanted.params(prompt.max_new_tokens, index),
+                admitted.stop_ids,
+                admitted.version,
+                grammar=admitted.grammar,
+                idle_only=wanted.idle_only,
+                cache_salt=salt,
+                arrived=arrived,
             )
             for index in range(wanted.n)
-        ]  # fmt: skip
+        ]
         return self._generation(admitted.hold, requests)
 
     def _generation(self, hold: ExitStack, requests: Sequence[GenerateRequest]) -> Generation:
@@ -338,8 +342,10 @@ class EngineReplica:
         if wanted.logprobs is not None:
             self._vocabulary.open()
         if wanted.grammar is not None and arm.grammar is not None:
-            raise bad_request(f"The arm {arm.name!r} has its own grammar: leave response_format and regex out.",
-                              param="response_format" if wanted.grammar.kind == "json_schema" else "regex")  # fmt: skip
+            raise bad_request(
+                f"The arm {arm.name!r} has its own grammar: leave response_format and regex out.",
+                param="response_format" if wanted.grammar.kind == "json_schema" else "regex",
+            )
         text = wanted.grammar or (read_grammar(arm.grammar) if arm.grammar else None)
         return self._grammars.compile(text) if text is not None else None
 
@@ -365,9 +371,14 @@ class EngineReplica:
             trained = trained_prompt(pin.manifest) if pin else None
             template = self._template.on(pin.manifest.template_date) if pin else self._template
             prompt = build_prompt(
-                arm, messages_of(messages), template,
-                max_seq_len=limit, trained=trained, max_new_tokens=wanted.max_new_tokens, passages=passages,
-            )  # fmt: skip
+                arm,
+                messages_of(messages),
+                template,
+                max_seq_len=limit,
+                trained=trained,
+                max_new_tokens=wanted.max_new_tokens,
+                passages=passages,
+            )
         require_short(prompt, wanted.max_prompt_tokens)
         return prompt
 

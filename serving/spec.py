@@ -5,14 +5,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from graftwork.accelerators import AUTO, Gpus, resolved_count
-from graftwork.base_model import BaseSpec, QuantSpec
-from graftwork.chat import PromptSpec
+from graftwork.base.spec import BaseSpec
 from graftwork.config import Spec
-from graftwork.embedding import EmbedderSpec
+from graftwork.planning.accelerators import AUTO, Gpus, resolved_count
+from graftwork.prompts.render import PromptSpec
+from graftwork.quantization.spec import QuantSpec
 from graftwork.retrieval import RetrieverSpec
-from graftwork.serving.experiment.online.spec import ExperimentSpec
-from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
+from graftwork.retrieval.embedder import EmbedderSpec
+from graftwork.serving.ab_test.spec import ExperimentSpec
+from graftwork.storage.store import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -12,7 +12,7 @@ import torch
 
 from graftwork.serving.engine.cpu import kernels
 from graftwork.serving.engine.engine import NativeEngine
-from graftwork.serving.engine.types import GenerateRequest, SamplingParams, TokenEvent
+from graftwork.serving.engine.request import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.spec import EngineSpec
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -233,9 +233,13 @@ def peft_greedy(
         ids = torch.tensor([list(prompt)])
         with torch.inference_mode():
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
-                eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
         answers.append(out[0, len(prompt) :].tolist())
     return answers
 

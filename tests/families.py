@@ -19,16 +19,33 @@ SIZES = {
 }
 EQUAL_HEADS = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "head_dim")}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_local_experts": 4}
-ROUTED = {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
-          "n_shared_experts": 1}  # fmt: skip
+ROUTED = {
+    **EXPERTS,
+    "n_routed_experts": 4,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+}
 WINDOW = {"sliding_window": 24}
 BOTH = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2}
-LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-          "linear_num_key_heads": 2, "linear_num_value_heads": 4}  # fmt: skip
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 PER_LAYER = {**BOTH, "vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0}
-TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "image_size": 28, "patch_size": 14}  # fmt: skip
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": SIZES,
@@ -40,8 +57,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**SIZES, **WINDOW, "query_pre_attn_scalar": 16},
     "gemma3_text": {**SIZES, **BOTH, "query_pre_attn_scalar": 16},
     "gemma3": {"text_config": {**SIZES, **BOTH}, "vision_config": TOWER, "mm_tokens_per_image": 4},
-    "gemma3n_text": {**SIZES, **PER_LAYER, "laurel_rank": 8, "altup_num_inputs": 2,
-                     "activation_sparsity_pattern": [0.0, 0.0]},
+    "gemma3n_text": {
+        **SIZES,
+        **PER_LAYER,
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
     "gemma4_text": {**SIZES, **PER_LAYER, "global_head_dim": 16},
     "phi": SIZES,
     "phi3": SIZES,
@@ -68,20 +90,46 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoe": {**SIZES, **EXPERTS},
     "gpt_oss": {**SIZES, **WINDOW, **EXPERTS},
     "glm4_moe": {**SIZES, **ROUTED},
-    "deepseek_v3": {**EQUAL_HEADS, **ROUTED, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
-                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
-    "llama4_text": {**SIZES, **EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 96,
-                    "interleave_moe_layer_step": 1, "attention_chunk_size": 32},
+    "deepseek_v3": {
+        **EQUAL_HEADS,
+        **ROUTED,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+    },
+    "llama4_text": {
+        **SIZES,
+        **EXPERTS,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 32,
+    },
     "qwen3_next": {**SIZES, **EXPERTS, **LINEAR, "shared_expert_intermediate_size": 32},
     "qwen3_5_text": {**SIZES, **LINEAR},
     "lfm2": {**SIZES, "layer_types": ["conv", "full_attention"]},
     "bamba": {**SIZES, **MAMBA, "attn_layer_indices": [1]},
-    "granitemoehybrid": {**SIZES, **MAMBA, "num_local_experts": 0, "num_experts_per_tok": 0,
-                         "shared_intermediate_size": 96, "layer_types": ["mamba", "attention"]},
-    "falcon_h1": {**SIZES, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16,
-                  "mamba_n_groups": 1},
+    "granitemoehybrid": {
+        **SIZES,
+        **MAMBA,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 96,
+        "layer_types": ["mamba", "attention"],
+    },
+    "falcon_h1": {
+        **SIZES,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+    },
     "mamba2": {**SIZES, "num_heads": 8, "state_size": 16, "n_groups": 1, "expand": 2},
-}  # fmt: skip
+}
 
 
 def config_of(kind: str) -> dict[str, Any]:

@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from graftwork.cluster.backend import Job
-from graftwork.cluster.command_spec import ExecSpec
-from graftwork.cluster.places.local import LocalPlace
-from graftwork.cluster.run_store import JobStore
+from graftwork.cluster.jobs.backend import StoredBackend
+from graftwork.cluster.jobs.models import ExecSpec, Job
+from graftwork.cluster.jobs.store import JobStore
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.cluster.stored import StoredBackend
+from graftwork.cluster.targets.local import LocalPlace
 
 TIMEOUT_S = 60.0
 

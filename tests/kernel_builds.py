@@ -16,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from graftwork.serving.engine.cuda.kernels import attention, lora, nf4, rows
+from graftwork.serving.engine.cuda.kernels import attention, lora, nf4
+from graftwork.serving.engine.cuda.kernels import elementwise as rows
 
 H100 = GPUTarget("cuda", 90, 32)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -63,12 +64,20 @@ def builds() -> dict[str, tuple[Any, str, dict[str, str], dict[str, Any]]]:
         "join": (attention._join_kernel, "bf16", {}, {"BLOCK_P": 16, "BLOCK_D": 128}),
         "norm": (rows._norm_kernel, "bf16", {}, {"BLOCK_H": 4096}),
         "gated": (rows._gated_kernel, "bf16", {}, {"BLOCK_F": rows._BLOCK_F}),
-        "nf4 1": (nf4._multiply_kernel, "bf16", {"scales_ptr": "*fp32"},
-                  {**packed, "NESTED": False, "BIAS": False, "WHOLE": True, "BLOCK_N": 16}),
-        "nf4 64": (nf4._multiply_kernel, "bf16", {"scales_ptr": "*u8", **one},
-                   {**packed, "NESTED": True, "BIAS": False, "WHOLE": False, "BLOCK_N": 64}),
+        "nf4 1": (
+            nf4._multiply_kernel,
+            "bf16",
+            {"scales_ptr": "*fp32"},
+            {**packed, "NESTED": False, "BIAS": False, "WHOLE": True, "BLOCK_N": 16},
+        ),
+        "nf4 64": (
+            nf4._multiply_kernel,
+            "bf16",
+            {"scales_ptr": "*u8", **one},
+            {**packed, "NESTED": True, "BIAS": False, "WHOLE": False, "BLOCK_N": 64},
+        ),
         "nf4 sum": (nf4._sum_kernel, "bf16", {}, {"PARTS": 3, "BIAS": True, "BLOCK_O": 1024}),
-    }  # fmt: skip
+    }
 
 
 def build(kernel: Any, dtype: str, types: Mapping[str, str], constants: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,9 +86,11 @@ def build(kernel: Any, dtype: str, types: Mapping[str, str], constants: Mapping[
     signature = {name: "constexpr" if name in constants else types.get(name, _type(name, dtype)) for name in names}
     aligned = {(n,) for n, name in enumerate(names) if name in _ROUND or signature[name].startswith("*")}
     source = ASTSource(
-        kernel, signature, {(names.index(name),): value for name, value in constants.items()},
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
         {place: [["tt.divisibility", 16]] for place in aligned},
-    )  # fmt: skip
+    )
     compiled = triton.compile(source, target=H100)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -90,8 +101,11 @@ def build(kernel: Any, dtype: str, types: Mapping[str, str], constants: Mapping[
     assert found is not None, usage
     mma = "mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"]
     return {
-        "registers": int(found[1]), "spilled": int(found[2]), "shared": compiled.metadata.shared, "tensor_cores": mma,
-    }  # fmt: skip
+        "registers": int(found[1]),
+        "spilled": int(found[2]),
+        "shared": compiled.metadata.shared,
+        "tensor_cores": mma,
+    }
 
 
 def _type(name: str, dtype: str) -> str:

@@ -4,9 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from graftwork.cluster.backend import Attempt, Demand, Job
-from graftwork.cluster.kuberay.rayjob import build_rayjob
-from graftwork.cluster.kuberay.rayservice import build_rayservice
+from graftwork.cluster.jobs.models import Attempt, Demand, Job
+from graftwork.cluster.kuberay.objects import build_rayjob, build_rayservice
 from graftwork.cluster.spec import ClusterSpec
 
 IMAGE = "registry.example/graftwork@sha256:" + "0" * 63 + "1"
@@ -17,8 +16,12 @@ BASE: dict[str, Any] = {
     "limits": {"deadline": "12h"},
 }
 GPUS: dict[str, Any] = {
-    "name": "gpu", "count": 2, "gpu": 1, "gpu_type": "H100", "node_selector": {"example.com/gpu": "h100"},
-}  # fmt: skip
+    "name": "gpu",
+    "count": 2,
+    "gpu": 1,
+    "gpu_type": "H100",
+    "node_selector": {"example.com/gpu": "h100"},
+}
 
 
 def cluster(**changes: Any) -> ClusterSpec:
@@ -42,7 +45,7 @@ def rayjob(**changes: Any) -> dict[str, Any]:
 
 
 def rayservice(**changes: Any) -> dict[str, Any]:
-    config = {"applications": [{"name": "graftwork", "import_path": "graftwork.serving.app:build"}]}
+    config = {"applications": [{"name": "graftwork", "import_path": "graftwork.serving.deploy:build"}]}
     return build_rayservice(job(cluster(**changes), kind="serve"), "team-a", config)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import uvicorn
 
-from graftwork.embedding import Embedded
+from graftwork.retrieval.embedder import Embedded
+from graftwork.serving.api.app import make_app
+from graftwork.serving.api.auth import Keys
+from graftwork.serving.api.http_protocol import BoundedHttpProtocol
 from graftwork.serving.arms import Dump, Question
-from graftwork.serving.auth import Keys
-from graftwork.serving.embedder import EmbedderReplica
-from graftwork.serving.http_protocol import BoundedHttpProtocol
-from graftwork.serving.ingress import make_app
+from graftwork.serving.deploy import EmbedderReplica
 from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ServeSpec

@@ -36,10 +36,12 @@ def allowed(policies: Sequence[Policy], source: Pod, target: Pod | Address, port
 
 def _side(policies: Sequence[Policy], pod: Pod, peer: Pod | Address, port: int, protocol: str, way: str) -> bool:
     mine = [
-        policy for policy in policies
-        if policy["metadata"]["namespace"] == pod.namespace and _selects(policy["spec"]["podSelector"], pod.labels)
+        policy
+        for policy in policies
+        if policy["metadata"]["namespace"] == pod.namespace
+        and _selects(policy["spec"]["podSelector"], pod.labels)
         and way in policy["spec"].get("policyTypes", ["Ingress"])
-    ]  # fmt: skip
+    ]
     peers = "to" if way == "Egress" else "from"
     rules = [(rule, policy["metadata"]["namespace"]) for policy in mine for rule in policy["spec"].get(way.lower(), [])]
     return not mine or any(

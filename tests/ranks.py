@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftwork.training.job import LoopResult, TrainJob
+from graftwork.training.worker_messages import LoopResult, TrainJob
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -93,8 +93,14 @@ def _forked(folder: Path, rank: int, world: int, port: int) -> int:
 
 
 def _work(folder: Path, rank: int, world: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     import torch.distributed as dist
 
     dist.init_process_group("gloo")

@@ -18,13 +18,14 @@ from ray.serve._private.api import serve_start
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from graftwork import artifact, base_model
-from graftwork.base_model import BaseSpec
-from graftwork.cluster.kuberay.serve_config import LIVE, serve_config
-from graftwork.serving.live_record import digest, live_of
-from graftwork.serving.serve_instance import shut_down
+from graftwork.artifacts import publish as artifact
+from graftwork.base import load as base_model
+from graftwork.base.spec import BaseSpec
+from graftwork.cluster.kuberay.objects import LIVE, serve_config
+from graftwork.serving.live_config import digest, live_of
+from graftwork.serving.ray_serve_lifecycle import shut_down
 from graftwork.serving.spec import ServeSpec
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 from tests.adapters import facts
 from tests.engines import write_lora
 from tests.ports import free_port
@@ -163,10 +164,18 @@ def running_service(tmp: Path, **changed: Any) -> Iterator[Service]:
     """Deployed and answering, on the Ray that this process has."""
     made = publish(tmp)
     usual: dict[str, Any] = {
-        "name": "service", "base": str(made.base), "root": made.store.uri, "quant": {"kind": "none"},
-        "port": free_port(), "num_replicas": 2, "num_cpus": 0.5, "token_env": KEYS, "admin_token_env": OWNER,
-        "engine": {"max_seq_len": 512, "num_threads": 1, "max_rank": 8}, **variant(made, 0),
-    }  # fmt: skip
+        "name": "service",
+        "base": str(made.base),
+        "root": made.store.uri,
+        "quant": {"kind": "none"},
+        "port": free_port(),
+        "num_replicas": 2,
+        "num_cpus": 0.5,
+        "token_env": KEYS,
+        "admin_token_env": OWNER,
+        "engine": {"max_seq_len": 512, "num_threads": 1, "max_rank": 8},
+        **variant(made, 0),
+    }
     spec = ServeSpec.model_validate({**usual, **changed})
     service = Service(f"http://127.0.0.1:{spec.port}", spec, made)
     try:
@@ -209,8 +218,12 @@ def variant(made: Made, turn: int) -> dict[str, Any]:
         {"name": "tuned", "adapter": tuned, "max_new_tokens": 16},
         {"name": f"extra{turn % 4}", "adapter": f"{TASKS[turn % 4]}@latest"},
     ]
-    ab = {"name": "ab", "control": "plain", "primary": "latency_ms",
-          "arms": [{"name": "plain", "weight": weight}, {"name": "tuned", "weight": 1 - weight}]}  # fmt: skip
+    ab = {
+        "name": "ab",
+        "control": "plain",
+        "primary": "latency_ms",
+        "arms": [{"name": "plain", "weight": weight}, {"name": "tuned", "weight": 1 - weight}],
+    }
     some = [f"{task}@latest" for number, task in enumerate(TASKS) if (turn >> number) & 1]
     limits = {"max_n": 2 + turn % 3, "max_prompt_tokens": 300 + turn % 7, "requests_per_min": 1_000_000 + turn}
     return {"adapters": some, "arms": arms, "limits": limits, "experiments": [ab]}

@@ -1,17 +1,26 @@
 """Sizes of Llamas that tests plan for, counted on transformers' own class."""
 
-from graftwork.model_shape import ModelShape
+from graftwork.base.model_shape import ModelShape
 
 
 def llama(
     hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, *, tied: bool
 ) -> ModelShape:
     """A Llama of these sizes."""
-    return ModelShape.from_config({
-        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": head_dim, "intermediate_size": intermediate, "vocab_size": vocab,
-        "tie_word_embeddings": tied, "dtype": "bfloat16",
-    })  # fmt: skip
+    return ModelShape.from_config(
+        {
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "intermediate_size": intermediate,
+            "vocab_size": vocab,
+            "tie_word_embeddings": tied,
+            "dtype": "bfloat16",
+        }
+    )
 
 
 SMOLLM2 = llama(576, 30, 9, 3, 64, 1536, 49152, tied=True)

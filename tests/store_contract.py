@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from graftwork.errors import StorageError
-from graftwork.storage import RunPaths, Store
-from tests.processes import race
+from graftwork.storage.store import RunPaths, Store
+from tests.process_races import race
 
 
 class StoreContract:

@@ -17,9 +17,14 @@ def write_tiny_embedder(folder: Path) -> Path:
     vocab = list(dict.fromkeys(vocab))
     _write_tokenizer(folder, vocab)
     config = BertConfig(
-        vocab_size=len(vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=128, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=len(vocab),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         BertModel(config).save_pretrained(folder)
@@ -42,7 +47,12 @@ def _write_tokenizer(folder: Path, vocab: list[str]) -> None:
     tokenizer.post_processor = processors.BertProcessing(*ends)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]",
-        "sep_token": "[SEP]", "mask_token": "[MASK]", "model_max_length": 128,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+        "model_max_length": 128,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

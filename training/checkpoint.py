@@ -11,16 +11,101 @@ DeepSpeed 0.19 unpickles its own shards, so a root with such runs belongs to peo
 """
 
 import contextlib
+import hashlib
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
-from graftwork.errors import StorageError
-from graftwork.storage import RunPaths
-from graftwork.training.checkpoint_files import FileSum, differences, sums_of
-from graftwork.training.checkpoint_spec import CheckpointSpec
+from graftwork.cluster.jobs.fencing import Fence, SupersededError
+from graftwork.errors import GraftworkError, RunError, StorageError
+from graftwork.storage.local import files_under
+from graftwork.storage.store import RunPaths
+from graftwork.training.distributed import all_gather_object, rank_and_world
+from graftwork.training.spec import CheckpointSpec
+from graftwork.training.worker_messages import StepLog
+
+# Bytes of a checkpoint's files: their sums, what differs from them, and weights that no checkpoint may hold.
+
+
+_BLOCK = 2**20
+Shapes = Counter[tuple[int, ...]]
+"""How often a checkpoint holds a tensor of each shape."""
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """A file's content, as the marker records it."""
+
+    size_bytes: int
+    sha256: str
+
+
+def sums_of(folder: Path) -> dict[str, FileSum]:
+    """Every file below a folder, by its path there; all are on the disk, not only in its cache, when it returns."""
+    return {"/".join(parts): sum_of(folder.joinpath(*parts), sync=True) for parts in files_under(folder)}
+
+
+def sum_of(path: Path, *, sync: bool = False) -> FileSum:
+    """Size and sha256, read in blocks (which lets other threads compute)."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+        if sync:
+            os.fsync(file.fileno())
+    return FileSum(size, digest.hexdigest())
+
+
+def differences(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
+    """What is missing or other than recorded, a phrase a file."""
+    found = []
+    for name, expected in sorted(files.items()):
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != expected.size_bytes:
+            found.append(f"{name} has {path.stat().st_size} bytes of {expected.size_bytes}")
+        elif sum_of(path) != expected:
+            found.append(f"{name} has another sha256")
+    return found
+
+
+def shapes_of(model: Any) -> Shapes:
+    """Shapes of all trained tensors: whole ones, also where a strategy shards them."""
+    return Counter(tuple(getattr(p, "ds_shape", p.shape)) for p in model.parameters() if p.requires_grad)
+
+
+def faults_of_weights(folder: Path, trained: Shapes) -> list[str]:
+    """Why the saved weights are not those of a model in training: too few, of other shapes, not finite, all zero."""
+    import torch
+    from safetensors import safe_open
+
+    shapes: Shapes = Counter()
+    nonzero, faults = False, []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # no mapping: it can't be iterated over
+                tensor = tensors.get_tensor(name)
+                shapes[tuple(tensor.shape)] += 1
+                nonzero = nonzero or bool(tensor.any())
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    faults.append(f"{name} is not finite")
+    lacking = trained - shapes
+    if lacking:
+        shape, count = next(iter(lacking.items()))
+        faults.append(f"{lacking.total()} of {trained.total()} trained tensors lack, {count} of shape {shape} for one")
+    if not nonzero:
+        faults.append("every number is 0")
+    return faults
+
 
 MARKER = "COMMITTED.json"
 PREFIX = "checkpoint-"
@@ -90,10 +175,11 @@ class Checkpoints:
                 self.run.store.download_file(folder / file, *self._key(step), file)
             if found := differences(folder, files):
                 raise StorageError(
-                    f"adapter of {self.run.store.path(*self._key(step))}", "; ".join(found),
+                    f"adapter of {self.run.store.path(*self._key(step))}",
+                    "; ".join(found),
                     "a file must have the sha256 that its checkpoint recorded",
                     f"run the same command after deleting {MARKER} there: the last steps are taken again",
-                )  # fmt: skip
+                )
             yield folder
 
     def clear_unfinished(self) -> None:
@@ -162,3 +248,122 @@ def surplus(marks: list[CheckpointMark], keep: CheckpointSpec) -> list[int]:
 
 def _name(step: int) -> str:
     return f"{PREFIX}{step}"
+
+
+# Make what the trainer has written a whole checkpoint, beside the training: check, sum, send, commit, tidy.
+#
+# Each rank has one thread for it. The threads talk over a gloo group of their own, as torch's asynchronous distributed
+# checkpoints do, so that they never meet the training's collectives.
+
+
+T = TypeVar("T")
+
+SEND_S = 3600
+"""Most seconds that one machine waits for the files of another, an outage left out."""
+
+
+class CheckpointLost(RunError):
+    """A checkpoint could not be made whole. Raised on all ranks at the same step."""
+
+
+class Saver:
+    """Makes checkpoints whole in the background, one at a time. Every rank has one and calls it alike."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        keep: CheckpointSpec,
+        trained: Shapes,
+        log: StepLog,
+        fence: Fence | None = None,
+        *,
+        sends: bool,
+    ) -> None:
+        """Collective. `trained`: shapes that each checkpoint holds. `sends`: this rank sends its machine's files."""
+        import torch.distributed as dist
+
+        self._checkpoints, self._keep, self._trained, self._log = checkpoints, keep, trained, log
+        self._sends, self._fence = sends, fence
+        self._rank, world = rank_and_world()
+        patience = timedelta(seconds=keep.outage_s + SEND_S)
+        self._group = dist.new_group(backend="gloo", timeout=patience) if world > 1 else None
+        self._marks = {mark.step: mark for mark in all_gather_object(checkpoints.marks() if self._rank == 0 else [])[0]}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, mark: CheckpointMark) -> None:
+        """Take over files that every rank has written. Waits for the checkpoint before. Raises CheckpointLost, and
+        SupersededError where another attempt of the job is at work."""
+        self.wait()
+        self._pending = self._pool.submit(self._bring, mark)
+
+    def wait(self) -> None:
+        """Return once all checkpoints are whole. Raises CheckpointLost."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Finish what was taken over and tidy up. Raises nothing: a run that failed has an error of its own."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        self._pool.shutdown()
+        if self._sends:
+            self._checkpoints.clear_cache()
+
+    def _bring(self, mark: CheckpointMark) -> None:
+        sent = _all_or_first_error(all_gather_object(_attempt(lambda: self._send(mark.step)), self._group))
+        if isinstance(sent, GraftworkError):
+            raise self._lost_error(mark.step, sent)
+        whole = replace(mark, files={name: kept for part in sent for name, kept in part.items()})
+        done = _all_or_first_error(all_gather_object(_attempt(lambda: self._commit(whole)), self._group))
+        if isinstance(done, GraftworkError):
+            raise self._lost_error(mark.step, done)
+
+    def _send(self, step: int) -> dict[str, FileSum]:
+        faults = faults_of_weights(self._checkpoints.folder(step), self._trained) if self._rank == 0 else []
+        if faults:
+            raise RunError(f"weights of step {step}", "; ".join(faults[:3]))
+        return self._checkpoints.send(step) if self._sends else {}
+
+    def _commit(self, mark: CheckpointMark) -> None:
+        if self._rank == 0:
+            if self._fence is not None:
+                self._fence.require(self._keep.outage_s)
+            if not self._checkpoints.run.store.is_local:
+                self._log.flush(mark.step)
+            self._checkpoints.commit(mark)
+        self._marks[mark.step] = mark
+        for step in surplus(list(self._marks.values()), self._keep):
+            del self._marks[step]
+            if self._rank == 0:
+                self._checkpoints.drop(step)
+
+    def _lost_error(self, step: int, cause: GraftworkError) -> GraftworkError:
+        if isinstance(cause, SupersededError):
+            return cause
+        last = max((known for known in self._marks if known < step), default=None)
+        kept = f"the checkpoint of step {last} is the last whole one" if last else "there is no whole checkpoint"
+        return CheckpointLost(
+            f"checkpoint of step {step} of run {self._checkpoints.run.run_id}",
+            f"{cause.subject}: {cause.problem}; {kept}",
+            f"storage may be out of reach for checkpoints.outage_s={self._keep.outage_s:g} seconds, and a checkpoint "
+            "holds every trained tensor, finite and not all zero",
+            f"{cause.hint + '; then ' if cause.hint else ''}run the same command: it continues from "
+            + (f"step {last}" if last else "the start"),
+        )
+
+
+def _all_or_first_error(found: "list[T | GraftworkError]") -> "list[T] | GraftworkError":
+    """What all ranks got, or the first error of any."""
+    errors = [one for one in found if isinstance(one, GraftworkError)]
+    return errors[0] if errors else [one for one in found if not isinstance(one, GraftworkError)]
+
+
+def _attempt(call: Callable[[], T]) -> T | GraftworkError:
+    try:
+        return call()
+    except GraftworkError as error:
+        return error
+    except OSError as error:
+        return StorageError("the local copy", str(error))

@@ -25,11 +25,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from graftwork.accelerators import visible_gpus
-from graftwork.cluster.local import python_path, ray_is_private, ray_is_up
+from graftwork.cluster.private_ray import python_path, ray_is_private, ray_is_up
 from graftwork.errors import GraftworkError
-from graftwork.training.job import LoopResult, TrainJob
-from graftwork.training.machines import never_back, resources_per_worker, workers_that_fit
+from graftwork.planning.accelerators import visible_gpus
+from graftwork.training.ray_resources import never_back, resources_per_worker, workers_that_fit
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker import (
     COLLECTIVE_TIMEOUT_S,
@@ -41,6 +40,7 @@ from graftwork.training.worker import (
     require_wanted,
     train_as_worker,
 )
+from graftwork.training.worker_messages import LoopResult, TrainJob
 
 OOM_SCORE = 1000
 """As Ray's workers have it: where memory runs out the kernel ends the worker, and its driver goes on."""

@@ -7,26 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftwork import base_model
+from graftwork.base import load as base_model
+from graftwork.environment import peak_rss_bytes
 from graftwork.errors import StorageError
-from graftwork.machine import peak_rss_bytes
-from graftwork.step_plan import StepPlan, step_plan
-from graftwork.storage import cache_root
-from graftwork.training.before_after import before_after
+from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.storage.store import cache_root
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_start import ResumePoint, agree_resume_point
-from graftwork.training.init import adapter_folder
-from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
-from graftwork.training.ranks import rank_and_world
-from graftwork.training.rl_spec import RlSpec
+from graftwork.training.checkpoint_resume import ResumePoint, agree_resume_point
+from graftwork.training.distributed import rank_and_world
+from graftwork.training.evaluation.run import before_after
+from graftwork.training.objectives.spec import RlSpec
 from graftwork.training.spec import TrainSpec
-from graftwork.training.stack import folder_below
-from graftwork.training.steplog import StepLog, StepReport
+from graftwork.training.step_plan import StepPlan, step_plan
+from graftwork.training.warm_start import adapter_folder, folder_below
+from graftwork.training.worker_messages import LoopResult, Report, StepLog, TrainJob
 
 if TYPE_CHECKING:
-    from graftwork.training.checkpoint_save import Saver
-
-__all__ = ["LoopResult", "NonFiniteLoss", "Report", "StepReport", "TrainJob", "run_steps"]
+    from graftwork.training.checkpoint import Saver
 
 
 def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambda: False) -> LoopResult:
@@ -43,22 +40,23 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
     with _disk_full_explained(folder):
         if start.step >= plan.steps:
             if job.parts:
-                from graftwork.training.outcomes.measure import measure_finished
+                from graftwork.training.evaluation.run import measure_finished
 
                 measure_finished(job, start.step, device_of(spec), rank, world)
             return _result(log, plan.steps, start.elapsed_s, stopped=False, notes=start.notes)
         start.require_loadable(spec)
         import torch
 
-        base_model.import_bitsandbytes()
-        from graftwork.training.objectives import build  # the slow imports of a worker: 5 to 10 s
-        from graftwork.training.objectives.setting import TrainerContext
-        from graftwork.training.outcomes.measure import Measuring
-        from graftwork.training.strategies import shards
-        from graftwork.training.strategies.arguments import layout
-        from graftwork.training.strategies.deepspeed import sharding
-        from graftwork.training.universal import reshaped
-        from graftwork.training.watch import StepCallback
+        import_bitsandbytes()
+        from graftwork.training import strategies as shards
+        from graftwork.training.callback import StepCallback
+        from graftwork.training.checkpoint_resume import reshaped
+        from graftwork.training.evaluation.run import Measuring
+        from graftwork.training.objectives.trainer import (
+            TrainerContext,
+            build,  # the slow imports of a worker: 5 to 10 s
+        )
+        from graftwork.training.strategies import layout, sharding
 
         torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
         base = base_model.resolve(spec.base)
@@ -86,8 +84,7 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
 @contextmanager
 def _saver(job: TrainJob, model: Any, log: StepLog, start: ResumePoint) -> "Iterator[Saver | None]":
     """What makes checkpoints whole beside the training; at the block's end all of them are, or tried. Collective."""
-    from graftwork.training.checkpoint_files import shapes_of
-    from graftwork.training.checkpoint_save import Saver
+    from graftwork.training.checkpoint import Saver, shapes_of
 
     if job.run is None:
         yield None
@@ -110,9 +107,8 @@ def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
     """The base with the spec's adapter: random by the seed, or a published one's weights. A checkpoint comes later."""
     from transformers import set_seed
 
-    from graftwork.training.adapters.attach import attach, load_adapter_weights
-    from graftwork.training.adapters.below import attach_frozen_adapter
-    from graftwork.training.adapters.score_head import add_reward_head
+    from graftwork.training.adapters.attach import attach, attach_frozen_adapter, load_adapter_weights
+    from graftwork.training.objectives.reward import add_reward_head
 
     spec = job.spec
     set_seed(spec.seed)
@@ -147,9 +143,11 @@ def _disk_full_explained(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise StorageError(
-            f"checkpoint in {folder}", f"no space left ({error})", "the last whole checkpoint is untouched",
+            f"checkpoint in {folder}",
+            f"no space left ({error})",
+            "the last whole checkpoint is untouched",
             "free disk space and run the same command: it continues from there",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _result(

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from graftwork import artifact, base_model, base_publish
-from graftwork.chat import Template
-from graftwork.training.adapter_spec import FullSpec
+from graftwork.adapters.spec import FullSpec
+from graftwork.artifacts import publish as artifact
+from graftwork.artifacts.manifest import AdapterManifest, aliases
+from graftwork.artifacts.registry import UnknownAdapter, open_adapter
+from graftwork.base import load as base_model
+from graftwork.base import publish as base_publish
+from graftwork.prompts.template import Template
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.init import parent_of
-from graftwork.training.job import LoopResult
-from graftwork.training.records import TrainReport
-from graftwork.training.stack import folder_below
-from graftwork.training.steplog import read_steps
+from graftwork.training.report import TrainReport
+from graftwork.training.warm_start import folder_below, parent_of
+from graftwork.training.worker_messages import LoopResult, read_steps
 
 if TYPE_CHECKING:
     from graftwork.training.run import ResolvedRun
@@ -59,11 +61,9 @@ def publish(run: "ResolvedRun", result: LoopResult) -> PublishedModel:
         return PublishedModel(manifest.version, adapter=manifest.ref)
 
 
-def _publish_stack(
-    run: "ResolvedRun", template: Template, folder: Path, facts: Facts, below: str
-) -> artifact.AdapterManifest:
+def _publish_stack(run: "ResolvedRun", template: Template, folder: Path, facts: Facts, below: str) -> AdapterManifest:
     """The trained adapter and the one that it was trained on top of, as one: it works on the base alone."""
-    from graftwork.training.adapters.below import sum_of
+    from graftwork.training.adapters.attach import sum_of
 
     with tempfile.TemporaryDirectory(prefix="gw-stack-") as name:
         rank = sum_of(folder, folder_below(run.spec), Path(name))
@@ -73,7 +73,7 @@ def _publish_stack(
 
 def _publish_adapter(
     run: "ResolvedRun", template: Template, folder: Path, facts: Facts, merged_from: Sequence[str]
-) -> artifact.AdapterManifest:
+) -> AdapterManifest:
     return artifact.publish(
         run.paths.store,
         run.spec.name,
@@ -96,18 +96,22 @@ def still_there(run: "ResolvedRun", report: TrainReport) -> bool:
     if report.base is not None:
         return base_publish.find(store, name, report.version) is not None
     try:
-        artifact.open_adapter(store, name, report.version)
-    except artifact.UnknownAdapter:
+        open_adapter(store, name, report.version)
+    except UnknownAdapter:
         return False
-    if run.spec.alias and artifact.aliases(store, name).get(run.spec.alias) is None:
+    if run.spec.alias and aliases(store, name).get(run.spec.alias) is None:
         artifact.promote(store, name, run.spec.alias, report.version)
     return True
 
 
 def _facts(run: "ResolvedRun", result: LoopResult) -> Facts:
     spec, steps = run.spec, read_steps(run.paths)
-    metrics = {"train_loss": result.train_loss[-1][1], "steps": float(result.steps), "tokens": float(result.tokens),
-               "train_s": math.fsum(step.step_s for step in steps)}  # fmt: skip
+    metrics = {
+        "train_loss": result.train_loss[-1][1],
+        "steps": float(result.steps),
+        "tokens": float(result.tokens),
+        "train_s": math.fsum(step.step_s for step in steps),
+    }
     if result.eval_loss:
         metrics["eval_loss"] = result.eval_loss[-1][1]
     return {

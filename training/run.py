@@ -10,35 +10,37 @@ from typing import Any
 
 import yaml
 
-from graftwork import base_model, base_source, provenance
-from graftwork.accelerators import accelerators_here, with_gpus
-from graftwork.base_model import ResolvedBase
-from graftwork.base_support import check_training
-from graftwork.cluster.fence import Fence, SupersededError
+from graftwork import environment as provenance
+from graftwork.base import load as base_model
+from graftwork.base import source as base_source
+from graftwork.base.load import ResolvedBase
+from graftwork.base.support import check_training
+from graftwork.cluster.jobs.fencing import Fence, SupersededError
 from graftwork.config import canonical_json
 from graftwork.errors import GraftworkError, Interrupted, StorageError
-from graftwork.storage import RunPaths, Store
+from graftwork.planning.accelerators import accelerators_here, with_gpus
+from graftwork.storage.store import RunPaths, Store
+from graftwork.training.autotune import resolve_auto_for_run
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.data import PreparedData, prepare
-from graftwork.training.fit import fit
-from graftwork.training.init import parent_of, pin_init
-from graftwork.training.job import LoopResult, TrainJob
-from graftwork.training.lock import OVERTAKES_S, run_lock
-from graftwork.training.outcomes.changes import outcomes_report
-from graftwork.training.outcomes.probes import Probe, probes_of
-from graftwork.training.outcomes.record import missing, read_parts
-from graftwork.training.page import memory_notes, plan_of_run, write_page
-from graftwork.training.progress import OnProgress, progress_told
+from graftwork.training.evaluation.questions import Probe, probes_of
+from graftwork.training.evaluation.report import missing, outcomes_report, read_parts
+from graftwork.training.objectives.rows import PreparedData, prepare
 from graftwork.training.publish import publish, still_there
-from graftwork.training.records import Progress, TrainReport
-from graftwork.training.relatives import warn_about_similar_runs
-from graftwork.training.settled import resolve_auto_for_run
+from graftwork.training.ray_worker import fit
+from graftwork.training.report import (
+    OnProgress,
+    TrainReport,
+    memory_notes,
+    plan_of_run,
+    progress_told,
+    write_page,
+)
+from graftwork.training.run_diff import warn_about_similar_runs
+from graftwork.training.run_lock import OVERTAKES_S, run_lock
 from graftwork.training.spec import TrainSpec
-from graftwork.training.stack import pin_stack
-from graftwork.training.steplog import StepReport, read_steps
-from graftwork.training.strategy_rules import WEIGHTS_SHARDED, check_here, check_rows
-
-__all__ = ["Progress", "TrainReport", "check", "run_paths", "train"]
+from graftwork.training.spec_rules import WEIGHTS_SHARDED, check_here, check_rows
+from graftwork.training.warm_start import parent_of, pin_init, pin_stack
+from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob, read_steps
 
 log = logging.getLogger("graftwork.training")
 
@@ -266,6 +268,8 @@ def _interrupted(run: ResolvedRun) -> Interrupted:
     mark = Checkpoints(run.paths).newest()
     kept = f"the checkpoint of step {mark.step} is kept" if mark else "no checkpoint was made yet"
     return Interrupted(
-        f"run {run.paths.run_id}", f"stopped by Ctrl-C, SIGTERM or its job's end; {kept}",
-        "what was committed stays valid", "run the same command: it continues from there",
-    )  # fmt: skip
+        f"run {run.paths.run_id}",
+        f"stopped by Ctrl-C, SIGTERM or its job's end; {kept}",
+        "what was committed stays valid",
+        "run the same command: it continues from there",
+    )

@@ -4,27 +4,88 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.accelerators import AUTO, Gpus, resolved_count
-from graftwork.base_model import BaseSpec, QuantSpec
-from graftwork.chat import PromptSpec
+from graftwork.adapters.spec import AdapterSpec, LoraSpec, with_kind
+from graftwork.base.spec import BaseSpec
 from graftwork.config import Spec
-from graftwork.data import DataSpec
-from graftwork.storage import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
-from graftwork.training import checkpoint_spec
-from graftwork.training.adapter_rules import check_adapter
-from graftwork.training.adapter_spec import AdapterSpec, LoraSpec, with_kind
-from graftwork.training.checkpoint_spec import CheckpointSpec, RecoverySpec
-from graftwork.training.objective_rules import taken_effect
-from graftwork.training.objective_spec import ObjectiveSpec, SftSpec
-from graftwork.training.outcomes.spec import OutcomesSpec
-from graftwork.training.rates import Factors
-from graftwork.training.rates import refusal as refusal_of_factors
-from graftwork.training.rl_spec import check_rl
-from graftwork.training.strategy_rules import check_strategy
-from graftwork.training.strategy_spec import StrategySpec
-from graftwork.training.text_spec import check_text
+from graftwork.datasets.rows import DataSpec
+from graftwork.planning.accelerators import AUTO, Gpus, resolved_count
+from graftwork.prompts.render import PromptSpec
+from graftwork.quantization.spec import QuantSpec
+from graftwork.storage.store import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
+from graftwork.training.evaluation.spec import OutcomesSpec
+from graftwork.training.lr_schedule import Factors
+from graftwork.training.lr_schedule import refusal as refusal_of_factors
+from graftwork.training.objectives.spec import ObjectiveSpec, SftSpec, check_rl
+from graftwork.training.objectives.text_spec import check_text
+from graftwork.training.spec_rules import check_adapter, check_strategy, taken_effect
 
-__all__ = ["AdapterSpec", "LoraSpec", "ObjectiveSpec", "OptimSpec", "StrategySpec", "TrainSpec"]
+# Which checkpoints are kept, and what a run puts up with before it ends. No part of a run's identity.
+
+
+class CheckpointSpec(Spec):
+    """What becomes of the checkpoints that `checkpoint_every` makes."""
+
+    keep_last: int = Field(default=2, ge=1)
+    """Newest whole checkpoints kept; one would do, the second is for the disk that lies."""
+    keep_best: int = Field(default=0, ge=0)
+    """Checkpoints kept besides, by `metric`."""
+    metric: str = "eval_loss"
+    """`loss`, `eval_loss` or a figure that the objective logs."""
+    higher_is_better: bool = False
+    outage_s: float = Field(default=900.0, ge=0)
+    """Seconds that storage may be out of reach: shorter only delays, longer ends the run."""
+
+
+class RecoverySpec(Spec):
+    """What happens when a machine is lost."""
+
+    min_workers: int | None = Field(default=None, ge=1)
+    """Go on with as few as these; null always waits for `num_workers`."""
+    wait_s: float = Field(default=30.0, gt=0)
+    """Seconds that a lost machine has to come back before the run goes on with fewer workers."""
+    deadline_s: float = Field(default=600.0, gt=0)
+    """Seconds without enough machines after which the run ends."""
+
+
+def refusal(spec: "TrainSpec") -> str | None:
+    """Why these fields cannot take effect together."""
+    kept, least = spec.checkpoints, spec.recovery.min_workers
+    if kept.keep_best and kept.metric.startswith("eval_"):
+        if spec.data.eval is None:
+            return f"checkpoints.metric={kept.metric} needs held-out rows, and data.eval is not given"
+        if spec.checkpoint_every % spec.eval_every:
+            return (
+                f"checkpoint_every={spec.checkpoint_every} must be a multiple of eval_every={spec.eval_every}, "
+                f"so that each checkpoint has the {kept.metric} that keep_best={kept.keep_best} asks for"
+            )
+    if not kept.keep_best and (kept.metric != "eval_loss" or kept.higher_is_better):
+        return "checkpoints.metric takes effect with checkpoints.keep_best alone"
+    if least is not None and least > spec.num_workers:
+        return f"recovery.min_workers={least} is more than num_workers={spec.num_workers}"
+    return None
+
+
+def world_sizes(spec: "TrainSpec") -> list[int]:
+    """Numbers of workers that a run may go on with, largest first: each gets the same number of rows a step."""
+    least = spec.recovery.min_workers or spec.num_workers
+    return [n for n in range(spec.num_workers, least - 1, -1) if spec.optim.rows_per_step % n == 0]
+
+
+# How the workers of a run share model and optimizer.
+
+
+class StrategySpec(Spec):
+    """No part of a run's identity: every strategy computes the same step."""
+
+    kind: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
+    """ddp: a copy a worker. zero1/2/3: DeepSpeed shards optimizer / + gradients / + weights (arXiv 1910.02054). fsdp2:
+    torch shards all three, an nf4 base included."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where a GPU's part of the optimizer's state lies; zero1, zero2, zero3; nvme zero3 alone."""
+    offload_weights: Literal["none", "cpu", "nvme"] = "none"
+    """Where a GPU's part of the weights lies; zero3, and fsdp2 on GPUs (with the optimizer's state, cpu alone)."""
+    nvme_path: str | None = None
+    """Folder on a fast disk of each machine, where something is offloaded to nvme."""
 
 
 class OptimSpec(Spec):
@@ -60,7 +121,7 @@ class OptimSpec(Spec):
 
     @property
     def rows_per_pass(self) -> int:
-        """`micro_batch` of a spec whose `auto` was settled (`graftwork.plan.settle`), as every worker's is."""
+        """`micro_batch` of a spec whose `auto` was settled (training/planning/plan.py), as every worker's is."""
         assert self.micro_batch != "auto", "the driver settles optim.micro_batch before any worker starts"
         return self.micro_batch
 
@@ -145,7 +206,7 @@ class TrainSpec(Spec):
         taken_effect(self)
         check_adapter(self)
         check_text(self)
-        if reason := checkpoint_spec.refusal(self):
+        if reason := refusal(self):
             raise ValueError(reason)
         check_strategy(self)
         check_rl(self)

@@ -4,12 +4,11 @@ import signal
 from collections.abc import Callable
 from typing import Final
 
-from graftwork.cluster.fence import FenceMonitor, SupersededError
+from graftwork.cluster.jobs.fencing import FenceMonitor, SupersededError
 from graftwork.errors import ConfigError, GraftworkError, Interrupted, RunError, StoreUnreachable
-from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_save import CheckpointLost
-from graftwork.training.job import LoopResult, NonFiniteLoss, Report, TrainJob
-from graftwork.training.rewards.reward import BadReward
+from graftwork.training.checkpoint import CheckpointLost, Checkpoints
+from graftwork.training.rewards import BadReward
+from graftwork.training.worker_messages import LoopResult, NonFiniteLoss, Report, TrainJob
 
 MAX_FAILURES: Final = 3
 """Times that a lost worker is replaced without a new checkpoint in between."""
@@ -27,9 +26,9 @@ def train_as_worker(job: TrainJob, report: Report | None, leaving: Callable[[], 
     `report` None: a run, which writes its own records and whose peak corrects later memory plans. `leaving` returns
     True once this process has notice to save and go; the attempt's stop requests (`job.fence`) are added on rank 0.
     """
+    from graftwork.training.autotune import FinalPeak
+    from graftwork.training.distributed import rank_and_world
     from graftwork.training.loop import run_steps
-    from graftwork.training.ranks import rank_and_world
-    from graftwork.training.refit import FinalPeak
 
     lookout = FenceMonitor(job.fence) if job.fence is not None and rank_and_world()[0] == 0 else None
     try:

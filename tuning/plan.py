@@ -4,30 +4,34 @@ import contextlib
 import math
 from dataclasses import replace
 
+from graftwork.base.model_shape import ModelShape
 from graftwork.errors import ConfigError
-from graftwork.memory import MemoryPlan, RowSizes
-from graftwork.model_shape import ModelShape
-from graftwork.plan import (
+from graftwork.planning.hardware import Machine
+from graftwork.planning.memory import MemoryPlan, RowSizes
+from graftwork.planning.plan import HEADROOM, START_S, StagePlan, charge_bytes, verdict_of
+from graftwork.training.planning.plan import (
+    RAY_TRAIN_START_S,
     RAY_TUNE_START_S,
-    START_S,
-    Machine,
-    StagePlan,
-    charge_bytes,
     evaluation_seconds,
     resolve_auto,
     step_seconds,
     suggest_training_changes,
-    verdict_of,
     worker_memory,
 )
-from graftwork.plan.seconds import RAY_TRAIN_START_S
-from graftwork.plan.stage import HEADROOM
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.finals import most_repeats
-from graftwork.tuning.search import FixedPoints, PbtSearch, search_of
-from graftwork.tuning.search.drawn import random_search
-from graftwork.tuning.search_spec import PbtSpec
-from graftwork.tuning.space import Values, trial_spec
+from graftwork.tuning.search import (
+    FixedPoints,
+    Search,
+    Values,
+    grid_search,
+    grid_size,
+    random_search,
+    trial_spec,
+)
+from graftwork.tuning.search_optuna import optuna_search
+from graftwork.tuning.search_pbt import PbtSearch, pbt_search
+from graftwork.tuning.search_space import GridSpec, PbtSpec, RandomSpec, TpeSpec
 from graftwork.tuning.spec import TuneSpec
 
 
@@ -175,3 +179,21 @@ def points_to_plan(spec: TuneSpec) -> tuple[Values, ...]:
     """The points that will run where the search knows them; else as many drawn at random, the space's corners first."""
     search = search_of(spec)
     return search.points if isinstance(search, FixedPoints | PbtSearch) else random_search(spec).points
+
+
+# Searches: each chooses the next point of a sweep from the trials there are.
+
+
+MODELLED_FROM = 8
+"""Trials from which a search that is not named is TPE: better than random after so many (benchmarks/search.py)."""
+
+
+def search_of(spec: TuneSpec) -> Search:
+    """The search that a spec asks for. Raises ConfigError when it can't search this space."""
+    if isinstance(spec.search, PbtSpec):
+        return pbt_search(spec, spec.search)
+    size = grid_size(spec.space)
+    if isinstance(spec.search, GridSpec) or (spec.search is None and size is not None and size <= spec.num_trials):
+        return grid_search(spec)
+    asked = spec.search or (TpeSpec() if spec.num_trials >= MODELLED_FROM else RandomSpec())
+    return random_search(spec) if isinstance(asked, RandomSpec) else optuna_search(spec, asked)

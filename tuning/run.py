@@ -15,39 +15,72 @@ from datetime import datetime
 from typing import Any, Literal
 
 import yaml
+from pydantic import ValidationError
 
-from graftwork import base_model, provenance
-from graftwork.accelerators import accelerators_here, with_gpus
-from graftwork.base_support import check_training
-from graftwork.cluster.fence import Fence, SupersededError
+from graftwork import environment as provenance
+from graftwork.base import load as base_model
+from graftwork.base.support import check_training
+from graftwork.cluster.jobs.fencing import Fence, SupersededError
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError, GraftworkError, Interrupted, StorageError
-from graftwork.storage import RunPaths, Store
-from graftwork.training.data import PreparedData, prepare
-from graftwork.training.job import TrainJob
-from graftwork.training.lock import OVERTAKES_S, run_lock
-from graftwork.training.records import Progress
-from graftwork.training.settled import sizes_of
+from graftwork.planning.accelerators import accelerators_here, with_gpus
+from graftwork.storage.store import RunPaths, Store
+from graftwork.training.autotune import sizes_of
+from graftwork.training.objectives.rows import PreparedData, prepare
+from graftwork.training.report import Progress
+from graftwork.training.run_diff import changed_keys, namesakes, unfinished_since
+from graftwork.training.run_lock import OVERTAKES_S, run_lock
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.asking import TrialResources
-from graftwork.tuning.choice import choose
-from graftwork.tuning.costs import size_of
-from graftwork.tuning.elsewhere import Elsewhere, check_elsewhere, end_trials
-from graftwork.tuning.finals import repeated_rows, with_finals
-from graftwork.tuning.fit import TunePlan, fit
-from graftwork.tuning.ledger import Ledger
-from graftwork.tuning.page import SweepEnd, sweep_record, write_page
-from graftwork.tuning.plan import points_to_plan
-from graftwork.tuning.records import TrialRecord, TuneProgress, TuneReport
-from graftwork.tuning.relatives import warn_about_similar_sweeps
-from graftwork.tuning.room import Node, nodes_of_ray
-from graftwork.tuning.search import Search, search_of
-from graftwork.tuning.space import Values, contradiction, rows_key, rows_points, trial_spec
+from graftwork.training.worker_messages import TrainJob
+from graftwork.tuning.finals import choose, repeated_rows, with_finals
+from graftwork.tuning.plan import points_to_plan, search_of
+from graftwork.tuning.remote_trial import Elsewhere, check_elsewhere, end_trials
+from graftwork.tuning.report import SweepEnd, sweep_record, write_page
+from graftwork.tuning.resources import Node, TrialResources, nodes_of_ray
+from graftwork.tuning.search import Search, Values, contradiction, rows_key, rows_points, trial_spec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.tensorboard import EventLogs
+from graftwork.tuning.trial_store import TRIALS_FILE, Ledger
+from graftwork.tuning.trials import TuneProgress, TuneReport, size_of
+from graftwork.tuning.tune_driver import TunePlan, fit
 from graftwork.tuning.winner import require_winner, train_winner
 
-__all__ = ["TrialRecord", "TuneProgress", "TuneReport", "check", "tune"]
+# Other sweeps of the same name: what a person who meant to go on with one has changed.
+
+
+def warn_about_similar_sweeps(spec: TuneSpec, run: RunPaths) -> list[str]:
+    """How a sweep that has not begun differs from the newest unfinished one of its name; empty where there is none."""
+    if run.store.exists(*run.spec()):
+        return []
+    found = [(began, other) for other in namesakes(run) if (began := unfinished_since(other)) is not None]
+    for _, other in sorted(found, key=lambda pair: pair[0], reverse=True):
+        tree = yaml.safe_load(other.store.read_text(*other.spec()))
+        if tree.get("kind") == spec.kind:
+            return [
+                f"this begins a new sweep, {run.run_id}, and takes over no trial: {other.run_id} ({_reached(other)}) "
+                f"differs in {_differences(spec, tree)}. With the same values the same command goes on with it"
+            ]
+    return []
+
+
+def _differences(spec: TuneSpec, tree: dict[str, Any]) -> str:
+    try:
+        before = TuneSpec.model_validate(tree)
+    except ValidationError:
+        return "its form: another version of graftwork wrote it"
+    old, new = ({**sweep.recipe(), "train": sweep.train.recipe()} for sweep in (before, spec))
+    return changed_keys(old, new) or "the contents of its base or data"
+
+
+def _reached(run: RunPaths) -> str:
+    state = run.store.read_json(*run.status())["state"]
+    try:
+        trials = run.store.read_json(*run.file(TRIALS_FILE))["trials"]
+        ended = sum(trial["state"] not in ("pending", "running") for trial in trials)
+    except (StorageError, KeyError, TypeError):
+        return f"{state}, its trials can't be read"
+    return f"{state}, {ended} of {len(trials)} trials ended"
+
 
 OnProgress = Callable[[TuneProgress], None]
 
@@ -102,8 +135,17 @@ class Sweep:
 def _require_supported(spec: TuneSpec) -> None:
     """Raises BaseModelError where the base of a trial does not support its adapter or its precision."""
     trials = (trial_spec(spec, point) for point in points_to_plan(spec) if contradiction(spec, point) is None)
-    asked = {canonical_json([trial.base.model_dump(mode="json"), trial.quant.kind, trial.adapter.kind,
-                             getattr(trial.adapter, "targets", None)]): trial for trial in trials}  # fmt: skip
+    asked = {
+        canonical_json(
+            [
+                trial.base.model_dump(mode="json"),
+                trial.quant.kind,
+                trial.adapter.kind,
+                getattr(trial.adapter, "targets", None),
+            ]
+        ): trial
+        for trial in trials
+    }
     for trial in asked.values():
         check_training(trial, base_model.resolve(trial.base).config)
 

@@ -1,42 +1,168 @@
 """What a sweep is asked to do: a training spec, and for some of its keys the values to try."""
 
-from collections.abc import Sequence
+import difflib
+import re
+from collections.abc import Container, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
+from graftwork.adapters.spec import with_kind
+from graftwork.artifacts.manifest import VERSION_PATTERN
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
-from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
-from graftwork.training.adapter_spec import with_kind
+from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.spec import TrainSpec
-from graftwork.training.strategy_rules import ZERO
-from graftwork.tuning.default_space import default_space
-from graftwork.tuning.final_spec import FinalsSpec, WinnerSpec, require_finals, require_placeable
-from graftwork.tuning.goal_spec import Goal, Goals
-from graftwork.tuning.scheduler_spec import (
+from graftwork.training.spec_rules import ZERO
+from graftwork.tuning.search_space import (
     AshaSpec,
-    HyperbandSpec,
-    MedianSpec,
+    CategoricalSpace,
+    PbtSpec,
+    PowerOfTwo,
     SchedulerSpec,
+    SearchSpec,
+    Space,
+    default_space,
     refusal,
     with_grace,
 )
-from graftwork.tuning.search_spec import PbtSpec, SearchSpec
-from graftwork.tuning.space_spec import CategoricalSpace, Domain, IntRange, LogUniform, PowerOfTwo, Space, Uniform
 
-__all__ = [
-    "AshaSpec",
-    "CategoricalSpace",
-    "Domain",
-    "HyperbandSpec",
-    "IntRange",
-    "LogUniform",
-    "MedianSpec",
-    "PowerOfTwo",
-    "TuneSpec",
-    "Uniform",
-]
+# What follows the search: the finalists run again with other seeds, and what becomes of the winner.
+
+
+class FinalsSpec(Spec):
+    """The best trials run again, each with the same other seeds, until it is known whether the best is better."""
+
+    finalists: int = Field(default=2, ge=2)
+    """Best trials of the search that take part: those that ran to their end."""
+    repeats: int = Field(default=3, ge=2)
+    """Runs of each finalist in all, seeds `train.seed`, +1, ...; the search's own run is the first."""
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    """Intervals are at 1 - alpha; one finalist beats another at alpha over all pairs of them together (Holm)."""
+
+
+class ShadowSpec(Spec):
+    """An experiment in which the winner answers copies of live requests, unseen, beside the version that answers."""
+
+    against: Annotated[str, Field(pattern=NAME_PATTERN)] = "latest"
+    """Alias of the same task: the version that it points at before the winner is published is the control."""
+    experiment: str | dict[str, JsonValue]
+    """Path of an experiment spec, or its keys (`endpoint`, `primary`, ...). Its mode, arms and control are replaced."""
+    start: bool = False
+    """Start it on its endpoint; else the command that does is printed."""
+
+
+class WinnerSpec(Spec):
+    """The winner, trained on the full budget of `train` and published."""
+
+    alias: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
+    """Moved to the winner, e.g. champion, unless the version that it points at has a lower loss on the same rows.
+    null publishes the version alone; `train.alias` has no say."""
+    retention: bool = True
+    """Measured for what it forgot (`outcomes.retention` of a training run)."""
+    shadow: ShadowSpec | None = None
+    """null starts no experiment."""
+
+
+def require_finals(finals: FinalsSpec | None, key: str, most: int, space: Container[str]) -> None:
+    """Raise ConfigError where a sweep can't have these finals. `key` of the sweep says how many trials there are."""
+    if finals is not None and "seed" in space:
+        raise ConfigError(
+            "finals with space.seed",
+            "every finalist runs with the same seeds, train.seed and those that follow",
+            "a seed is what finals average over, and no choice: the best seed is luck",
+            "take `seed` out of the space",
+        )
+    if finals is not None and finals.finalists > most:
+        raise ConfigError(
+            f"finals.finalists={finals.finalists}",
+            f"{key}={most}",
+            "finalists are trials of the search",
+            f"--set finals.finalists={most}" if most > 1 else f"--set {key}=2",
+        )
+
+
+def require_placeable(winner: WinnerSpec | None, train: TrainSpec) -> None:
+    """Raise ConfigError where the winner of this training spec can't be treated so."""
+    if winner is None:
+        return
+    if train.alias is not None and "alias" in train.model_fields_set:
+        raise ConfigError(
+            f"train.alias={train.alias!r} with `winner`",
+            "it cannot take effect",
+            "the winner's alias is winner.alias, and trials publish nothing",
+            "take train.alias out",
+        )
+    if train.adapter.kind == "full" and (winner.alias or winner.shadow):
+        raise ConfigError(
+            "winner.alias or winner.shadow with train.adapter.kind=full",
+            "all weights are trained",
+            "an alias names an adapter, and a base has none",
+            "leave both out: `winner: {}` publishes the base",
+        )
+    if winner.alias and re.fullmatch(VERSION_PATTERN, winner.alias):
+        raise ConfigError(
+            f"winner.alias={winner.alias!r}", "it looks like a version", "12 hex digits name a version", "rename it"
+        )
+
+
+# What a sweep tries to make good: held-out loss, and beside it what a trial costs.
+
+
+EVAL_LOSS = "eval_loss"
+METRICS = {
+    EVAL_LOSS: "held-out loss of the last report, nats a trained token",
+    "trained_parameters": "numbers of the adapter; of the whole base where all weights are trained",
+    "adapter_bytes": "size of its published tensors: 4 bytes a trained parameter",
+    "step_s": "mean seconds of an optimizer step",
+    "wall_s": "seconds of the trial, loading and evaluations included",
+    "tokens": "tokens processed, padding left out",
+    "peak_rss_bytes": "largest resident set of the trial's process",
+}
+"""What every trial reports, by name."""
+
+
+def _known(metric: str) -> str:
+    if metric not in METRICS:
+        near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"objectives: metric={metric!r}",
+            "no trial reports it",
+            f"a trial reports {', '.join(METRICS)}",
+            f"did you mean {near[0]!r}?" if near else "",
+        )
+    return metric
+
+
+class Goal(Spec):
+    """One figure of a trial and which way is better."""
+
+    metric: Annotated[str, AfterValidator(_known)] = EVAL_LOSS
+    direction: Literal["min", "max"] = "min"
+
+
+def _from_name(value: Any) -> Any:
+    return {"metric": value} if isinstance(value, str) else value
+
+
+def _loss_first(objectives: tuple[Goal, ...]) -> tuple[Goal, ...]:
+    names = [goal.metric for goal in objectives]
+    if objectives[0] != Goal():
+        raise ConfigError(
+            f"objectives={names}",
+            f"the first is {objectives[0].metric} ({objectives[0].direction})",
+            "early stopping and reports use the held-out loss, so it is the first objective",
+            f"write objectives: [{', '.join([EVAL_LOSS, *(name for name in names if name != EVAL_LOSS)])}]",
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"objectives must differ, found {names}")
+    return objectives
+
+
+NamedGoal = Annotated[Goal, BeforeValidator(_from_name)]
+"""In YAML a plain string is its `metric`."""
+Goals = Annotated[tuple[NamedGoal, ...], Field(min_length=1), AfterValidator(_loss_first)]
+
 
 NOT_TUNABLE = {
     "kind": "it names the stage",
@@ -61,9 +187,19 @@ NOT_TUNABLE = {
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""
 NO_PART = {
-    "root", "max_concurrent", "reserve_memory", "distributed", "prices", "share_base", "retries", "retry_smaller",
-    "checkpoint_every", "finals", "winner", "train",
-}  # fmt: skip
+    "root",
+    "max_concurrent",
+    "reserve_memory",
+    "distributed",
+    "prices",
+    "share_base",
+    "retries",
+    "retry_smaller",
+    "checkpoint_every",
+    "finals",
+    "winner",
+    "train",
+}
 """Keys that do not change a trial of the search; of `train` its recipe does. A finished sweep can be given finals."""
 DECIDES_ROWS = ("base", "data", "prompt", "max_length", "on_overlong", "objective", "seed")
 """Keys of `train` that decide the rows of a trial and their order."""

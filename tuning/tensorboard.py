@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.errors import StorageError, StoreUnreachable
-from graftwork.storage import RunPaths
-from graftwork.tuning.goal_spec import EVAL_LOSS
-from graftwork.tuning.page.values import to_plain
-from graftwork.tuning.records import TrialRecord
+from graftwork.storage.store import RunPaths
+from graftwork.tuning.report import to_plain
+from graftwork.tuning.spec import EVAL_LOSS
+from graftwork.tuning.trials import TrialRecord
 
 FOLDER = "tensorboard"
 
@@ -58,8 +58,12 @@ class EventLogs:
             if file.add(trial):
                 self._unsent.add(trial.trial_id)
         except OSError as error:
-            raise StorageError(f"write {self._folder}", str(error), "TensorBoard logs lie in the sweep's folder",
-                               "make room on that disk, or set another root") from error  # fmt: skip
+            raise StorageError(
+                f"write {self._folder}",
+                str(error),
+                "TensorBoard logs lie in the sweep's folder",
+                "make room on that disk, or set another root",
+            ) from error
 
     def _send(self, patience_s: float) -> None:
         """Nothing where the store's own folder was written."""

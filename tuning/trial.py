@@ -8,21 +8,20 @@ from typing import Any
 import ray
 from ray import tune
 
+from graftwork.environment import peak_rss_bytes
 from graftwork.errors import RunError
-from graftwork.machine import peak_rss_bytes
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.data import PreparedData
-from graftwork.training.job import NonFiniteLoss, TrainJob
 from graftwork.training.loop import run_steps
+from graftwork.training.objectives.rows import PreparedData
 from graftwork.training.spec import TrainSpec
-from graftwork.training.steplog import StepReport, read_steps
-from graftwork.tuning.asking import is_distributed
-from graftwork.tuning.costs import Costs
-from graftwork.tuning.elsewhere import Elsewhere, train_elsewhere
-from graftwork.tuning.failures import message_of
-from graftwork.tuning.forked import forked
-from graftwork.tuning.gang import ReportFn, train_distributed_trial
-from graftwork.tuning.places import TrialPaths
+from graftwork.training.worker_messages import NonFiniteLoss, StepReport, TrainJob, read_steps
+from graftwork.tuning.distributed_trial import ReportFn, train_distributed_trial
+from graftwork.tuning.forkserver import forked
+from graftwork.tuning.remote_trial import Elsewhere, train_elsewhere
+from graftwork.tuning.resources import is_distributed
+from graftwork.tuning.retry import message_of
+from graftwork.tuning.trial_store import TrialPaths
+from graftwork.tuning.trials import Costs
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def run_trial(
     }
     telling = _Telling(specs, board)
     if len(jobs) > 1:
-        from graftwork.tuning.together.loop import run_together  # imports torch, which the driver need not have
+        from graftwork.tuning.multi_lora.train import run_together  # imports torch, which the driver need not have
 
         run_together(jobs, lambda steps, lost: telling.tell(steps, lost, peak_rss_bytes()))
         return

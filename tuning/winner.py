@@ -12,15 +12,16 @@ from typing import Any
 
 import yaml
 
-from graftwork import artifact
-from graftwork.artifact import AdapterManifest
+from graftwork.artifacts import publish as artifact
+from graftwork.artifacts.manifest import AdapterManifest, aliases
+from graftwork.artifacts.registry import locate, open_adapter
 from graftwork.errors import StorageError, StoreUnreachable
-from graftwork.storage import RunPaths, Store
-from graftwork.training.records import Progress, TrainReport
+from graftwork.storage.store import RunPaths, Store
+from graftwork.training.report import Progress, TrainReport
 from graftwork.training.run import check, train
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.records import Winner
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.trials import Winner
 
 WINNER = "winner.json"
 SCORED_BY = ("base", "quant", "data.eval", "data.eval_rows", "data.context", "prompt", "max_length", "objective")
@@ -64,7 +65,7 @@ def require_winner(spec: TuneSpec) -> None:
     wanted = winner_spec(spec, spec.train)
     check(wanted)
     if spec.winner.shadow is not None:
-        artifact.locate(Store(wanted.root), f"{wanted.name}@{spec.winner.shadow.against}")
+        locate(Store(wanted.root), f"{wanted.name}@{spec.winner.shadow.against}")
 
 
 def train_winner(spec: TuneSpec, best: TrainSpec, sweep: RunPaths, on_progress: Callable[[Progress], None]) -> Winner:
@@ -90,7 +91,7 @@ def _began(spec: TuneSpec, store: Store, task: str, report: TrainReport, sweep: 
         placed = WinnerRecord(**sweep.store.read_json(*sweep.file(WINNER)))
         if (placed.version, placed.alias, placed.against) == (report.version, alias, against):
             return placed
-    pointed = artifact.aliases(store, task)
+    pointed = aliases(store, task)
     before, beside = (pointed.get(name) if name else None for name in (alias, against))
     placed = WinnerRecord(report.version, alias, before, against, beside)
     _write(sweep, placed)
@@ -109,7 +110,7 @@ def move(store: Store, task: str, placed: WinnerRecord) -> WinnerRecord:
         return replace(placed, moved=False, why="it pointed there before")
     why = "it is new"
     if placed.before is not None:
-        before, now = (artifact.open_adapter(store, task, one) for one in (placed.before, placed.version))
+        before, now = (open_adapter(store, task, one) for one in (placed.before, placed.version))
         old, new = before.metrics.get("eval_loss"), now.metrics.get("eval_loss")
         if old is None or new is None or not _scored_alike(store, before, now):
             why = f"{placed.before} was not scored on the same rows: which is better is not known"

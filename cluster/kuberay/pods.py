@@ -21,9 +21,14 @@ WHEEL = "GRAFTWORK_WHEEL"
 SHM_PART = 0.5
 """Of the memory; Ray's object store takes 0.3, torch's loaders the rest."""
 CLOSED: Mapping[str, Any] = {
-    "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True,
-    "runAsNonRoot": True, "runAsUser": UID, "runAsGroup": UID, "seccompProfile": {"type": "RuntimeDefault"},
-}  # fmt: skip
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
+    "runAsNonRoot": True,
+    "runAsUser": UID,
+    "runAsGroup": UID,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
 """securityContext of each container, the operator's own ones included: it copies this to its init container."""
 HEAD_PORTS = (("gcs-server", 6379), ("dashboard", 8265), ("metrics", 8080))
 """Ray Client's 10001 is not among them: nothing of ours uses it."""
@@ -48,8 +53,10 @@ def head_template(facts: PodFacts, *, autoscales: bool) -> dict[str, Any]:
     head = facts.cluster.head
     ports = (*HEAD_PORTS, SERVE_PORT) if facts.serves else HEAD_PORTS
     container = {
-        "name": "ray-head", "ports": _ports(ports), "resources": _resources({"cpu": head.cpu, "memory": head.memory}),
-    }  # fmt: skip
+        "name": "ray-head",
+        "ports": _ports(ports),
+        "resources": _resources({"cpu": head.cpu, "memory": head.memory}),
+    }
     template = _template(facts, container, head.memory)
     template["spec"]["automountServiceAccountToken"] = autoscales
     if autoscales:
@@ -61,11 +68,13 @@ def worker_template(facts: PodFacts, group: WorkerSpec) -> dict[str, Any]:
     """A worker of a group: on spot nodes where it is told so, with a drain before its end."""
     amounts = {"cpu": group.cpu, "memory": group.memory, **({GPU: str(group.gpu)} if group.gpu else {})}
     ports = (HEAD_PORTS[2], SERVE_PORT) if facts.serves else (HEAD_PORTS[2],)
-    drain = ["python", "-m", "graftwork.cluster.drain", str(facts.grace_s - END_S)]
+    drain = ["python", "-m", "graftwork.cluster.kuberay.prestop", str(facts.grace_s - END_S)]
     container = {
-        "name": "ray-worker", "ports": _ports(ports), "resources": _resources(amounts),
+        "name": "ray-worker",
+        "ports": _ports(ports),
+        "resources": _resources(amounts),
         "lifecycle": {"preStop": {"exec": {"command": drain}}},
-    }  # fmt: skip
+    }
     template = _template(facts, container, group.memory)
     selector = {**group.node_selector, **({group.spot_key: "true"} if group.spot else {})}
     tolerated = [*([GPU] if group.gpu else []), *([group.spot_key] if group.spot else [])]
@@ -80,19 +89,27 @@ def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> dic
     cluster = facts.cluster
     shm = f"{int(quantity(memory) * SHM_PART) >> 20}Mi"
     volumes: list[dict[str, Any]] = [
-        {"name": "tmp", "emptyDir": {}}, {"name": "scratch", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "scratch", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}},
-    ]  # fmt: skip
+    ]
     mounts = [_mount("tmp", "/tmp"), _mount("scratch", SCRATCH_PATH), _mount("shm", "/dev/shm")]
     if cluster.storage.claim is not None:
         volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": cluster.storage.claim}})
         mounts.append(_mount("store", facts.root.removeprefix("file://")))
     spec: dict[str, Any] = {
-        "serviceAccountName": cluster.service_account, "automountServiceAccountToken": False,
-        "securityContext": {"runAsNonRoot": True, "runAsUser": UID, "runAsGroup": UID, "fsGroup": UID,
-                            "seccompProfile": {"type": "RuntimeDefault"}},
-        "terminationGracePeriodSeconds": facts.grace_s, "enableServiceLinks": False,
-    }  # fmt: skip
+        "serviceAccountName": cluster.service_account,
+        "automountServiceAccountToken": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": UID,
+            "runAsGroup": UID,
+            "fsGroup": UID,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "terminationGracePeriodSeconds": facts.grace_s,
+        "enableServiceLinks": False,
+    }
     if facts.wheel_uri is not None:
         volumes.append({"name": "code", "emptyDir": {}})
         mounts.append(_mount("code", CODE_PATH))
@@ -110,10 +127,14 @@ def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> dic
 def _unpacks(facts: PodFacts, wheel_uri: str, mounts: list[dict[str, Any]]) -> dict[str, Any]:
     """Fetches this code before Ray starts: no pip, and nothing of it is left to the job's environment."""
     return {
-        "name": "code", "image": facts.cluster.image or "", "securityContext": dict(CLOSED),
-        "command": ["python", "-m", "graftwork.cluster.unpack", wheel_uri, CODE_PATH], "volumeMounts": list(mounts),
-        "resources": _resources({"cpu": "1", "memory": "1Gi"}), **_environment(facts),
-    }  # fmt: skip
+        "name": "code",
+        "image": facts.cluster.image or "",
+        "securityContext": dict(CLOSED),
+        "command": ["python", "-m", "graftwork.cluster.jobs.packaging", "unpack", wheel_uri, CODE_PATH],
+        "volumeMounts": list(mounts),
+        "resources": _resources({"cpu": "1", "memory": "1Gi"}),
+        **_environment(facts),
+    }
 
 
 def _environment(facts: PodFacts) -> dict[str, Any]:

@@ -26,8 +26,7 @@ def judge(spec: StudySpec, found: Mapping[str, Scores]) -> tuple[StudyClaim, ...
     """Every claim of the study, tested together. `found` by measure name; the same scores give the same numbers."""
     tests = [_test(claim, found[spec.measure_of(claim).name], spec.seed) for claim in spec.claims]
     adjusted = stats.holm([test.p_value for test in tests])
-    return tuple(_judged(claim, test, p, spec)
-                 for claim, test, p in zip(spec.claims, tests, adjusted, strict=True))  # fmt: skip
+    return tuple(_judged(claim, test, p, spec) for claim, test, p in zip(spec.claims, tests, adjusted, strict=True))
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,27 @@ def _judged(claim: ClaimSpec, test: _Test, p_adjusted: float, spec: StudySpec) -
     shown, each = test.interval(spec.alpha), spec.alpha / len(spec.claims)
     outcome = outcome_of(claim, test.value, p_adjusted, test.interval(2 * each), spec.alpha, spec.equivalence_margin)
     return StudyClaim(
-        statement=claim.statement, a=claim.a, b=claim.b, metric=claim.metric, measure=spec.measure_of(claim).name,
-        of=None if claim.of is None else str(claim.of), than_of=None if claim.than_of is None else str(claim.than_of),
-        expect=claim.expect, value=test.value, low=shown.low, high=shown.high, level=1 - spec.alpha,
-        n=len(test.a), n_than_of=len(test.b) if test.name == "welch" else None, test=test.name,
-        p_value=test.p_value, p_adjusted=p_adjusted, family=len(spec.claims), detects=test.detects(each),
+        statement=claim.statement,
+        a=claim.a,
+        b=claim.b,
+        metric=claim.metric,
+        measure=spec.measure_of(claim).name,
+        of=None if claim.of is None else str(claim.of),
+        than_of=None if claim.than_of is None else str(claim.than_of),
+        expect=claim.expect,
+        value=test.value,
+        low=shown.low,
+        high=shown.high,
+        level=1 - spec.alpha,
+        n=len(test.a),
+        n_than_of=len(test.b) if test.name == "welch" else None,
+        test=test.name,
+        p_value=test.p_value,
+        p_adjusted=p_adjusted,
+        family=len(spec.claims),
+        detects=test.detects(each),
         outcome=outcome,
-    )  # fmt: skip
+    )
 
 
 def outcome_of(
@@ -99,9 +112,11 @@ def outcome_of(
 ) -> Outcome:
     """Whether the published pattern shows. `inside`: the interval at 1 - 2 alpha / claims, for one-sided questions."""
     if claim.expect == "not lower":
-        return "reproduced" if inside.low > -claim.margin else (
-            "not reproduced" if inside.high < -claim.margin else "undecided"
-        )  # fmt: skip
+        return (
+            "reproduced"
+            if inside.low > -claim.margin
+            else ("not reproduced" if inside.high < -claim.margin else "undecided")
+        )
     if stats.equivalent(inside, margin):
         return "not reproduced"
     if p_adjusted >= alpha or value == 0:

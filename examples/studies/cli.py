@@ -10,10 +10,10 @@ from examples.studies.schema import StudyClaim, StudyMeasure, StudyReport, Study
 from examples.studies.spec import StudySpec
 from graftwork import config
 from graftwork.cli.options import JsonFlag, Sets, SpecFile
-from graftwork.cli.output import echo, print_json, print_table
-from graftwork.cli.plans import show_plan
+from graftwork.cli.plan import show_plan
+from graftwork.cli.render import echo, print_json, print_table
 from graftwork.cluster.session import session
-from graftwork.report import words
+from graftwork.report import format as words
 
 
 def study(
@@ -59,8 +59,11 @@ def _show_measure(measure: StudyMeasure) -> None:
         metrics, arms = (list(dict.fromkeys(getattr(s, key) for s in here)) for key in ("metric", "arm"))
         cells = {(score.arm, score.metric): _interval(score) for score in here}
         part = f", {measure.by} {group} (n={here[0].n})" if group else f": {measure.questions} questions{units}"
-        print_table(f"{measure.name}{part}", ("arm", *metrics),
-                    [(arm, *[cells[arm, metric] for metric in metrics]) for arm in arms])  # fmt: skip
+        print_table(
+            f"{measure.name}{part}",
+            ("arm", *metrics),
+            [(arm, *[cells[arm, metric] for metric in metrics]) for arm in arms],
+        )
 
 
 def _interval(score: StudyScore | StudyClaim, signed: bool = False) -> str:

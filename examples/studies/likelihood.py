@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from graftwork.answers.choices import Choices
 from graftwork.config import canonical_json
-from graftwork.data import DatasetRow
+from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import DataError, RunError
-from graftwork.serving.experiment.answers import question
-from graftwork.serving.experiment.lines import append_line, read_whole_lines
+from graftwork.scoring import Choices
+from graftwork.serving.evaluation.answers import append_line, question, read_whole_lines
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import Floats
 
@@ -47,8 +46,12 @@ def read_weighed(path: Path) -> dict[str, Weighed]:
     try:
         found = [Weighed.model_validate_json(line) for line in read_whole_lines(path)]
     except ValidationError as error:
-        raise DataError(f"{path}", error.errors()[0]["msg"], "a line is the likelihoods of one question as JSON",
-                        "remove the file: its questions are weighed again") from None  # fmt: skip
+        raise DataError(
+            f"{path}",
+            error.errors()[0]["msg"],
+            "a line is the likelihoods of one question as JSON",
+            "remove the file: its questions are weighed again",
+        ) from None
     return {one.key: one for one in found}
 
 
@@ -66,10 +69,16 @@ async def weigh_all(
         for key, (arm, row, choices) in queue:
             told = await weigh(arm, question(row), list(choices.texts), f"weigh-{key}")
             if len(told) != len(choices.texts):
-                raise RunError(f"arm {arm.name!r}, row {row.id!r}", f"{len(told)} likelihoods",
-                               f"one for each of {len(choices.texts)} choices")  # fmt: skip
-            record = Weighed(key=key, logprobs=tuple(float(one["logprob"]) for one in told),
-                             tokens=tuple(int(one["tokens"]) for one in told))  # fmt: skip
+                raise RunError(
+                    f"arm {arm.name!r}, row {row.id!r}",
+                    f"{len(told)} likelihoods",
+                    f"one for each of {len(choices.texts)} choices",
+                )
+            record = Weighed(
+                key=key,
+                logprobs=tuple(float(one["logprob"]) for one in told),
+                tokens=tuple(int(one["tokens"]) for one in told),
+            )
             append_line(path, record)
             done += 1
             on_progress(done)

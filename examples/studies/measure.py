@@ -8,15 +8,15 @@ from typing import Any
 from examples.studies.likelihood import read_weighed, scores_of, weigh_all, weigh_key
 from examples.studies.scores import Scores
 from examples.studies.spec import MeasureSpec, StudySpec
-from graftwork import base_model
-from graftwork.answers.choices import Choices
-from graftwork.data import DatasetRow, fingerprint, read_fields, read_rows
+from graftwork.base import load as base_model
+from graftwork.datasets.rows import DatasetRow, fingerprint, read_fields, read_rows
 from graftwork.errors import ConfigError, DataError
-from graftwork.serving.app import deploy
-from graftwork.serving.experiment.offline import check_ids
-from graftwork.serving.experiment.run import run_compare
+from graftwork.scoring import Choices
+from graftwork.serving.deploy import deploy
+from graftwork.serving.evaluation.answers import check_ids
+from graftwork.serving.evaluation.run import run_compare
 from graftwork.serving.spec import ArmSpec, ServeSpec
-from graftwork.storage import RunPaths, Store
+from graftwork.storage.store import RunPaths, Store
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,12 @@ def check_measure(study: StudySpec, measure: MeasureSpec) -> None:
     for claim in study.claims:
         for key, group in (("of", claim.of), ("than_of", claim.than_of)):
             if study.measure_of(claim) is measure and group is not None and str(group) not in groups:
-                raise ConfigError(f"claims: {key}={group!r}", "no question of this group",
-                                  f"by={measure.by!r} parts the questions into {', '.join(groups)}", "name one of them"
-                                  )  # fmt: skip
+                raise ConfigError(
+                    f"claims: {key}={group!r}",
+                    "no question of this group",
+                    f"by={measure.by!r} parts the questions into {', '.join(groups)}",
+                    "name one of them",
+                )
     if measure.kind == "likelihood":
         for row in rows:
             Choices.from_row(row)
@@ -85,8 +88,12 @@ def _units(measure: MeasureSpec, rows: Sequence[DatasetRow]) -> list[str]:
         return [row.id for row in rows]
     for row in rows:
         if row.doc_id is None:
-            raise DataError(f"{measure.eval}: row {row.id}", "it has no doc_id", "unit=doc_id groups questions by it",
-                            "add doc_id, or set unit=id")  # fmt: skip
+            raise DataError(
+                f"{measure.eval}: row {row.id}",
+                "it has no doc_id",
+                "unit=doc_id groups questions by it",
+                "add doc_id, or set unit=id",
+            )
     return [str(row.doc_id) for row in rows]
 
 
@@ -117,11 +124,16 @@ def _likelihoods(study: StudySpec, measure: MeasureSpec, rows: Sequence[DatasetR
     path = run.store.local_dir(*run.file()) / "likelihoods.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = read_weighed(path)
-    jobs = {keys[arm.name, row.id]: (arm, row, choices[row.id]) for row in rows for arm in measure.arms
-            if keys[arm.name, row.id] not in kept}  # fmt: skip
+    jobs = {
+        keys[arm.name, row.id]: (arm, row, choices[row.id])
+        for row in rows
+        for arm in measure.arms
+        if keys[arm.name, row.id] not in kept
+    }
     if jobs:
-        serve = ServeSpec(name=run.name, root=study.root, base=study.base, quant=study.quant, num_cpus=study.num_cpus,
-                          num_gpus=0)  # fmt: skip
+        serve = ServeSpec(
+            name=run.name, root=study.root, base=study.base, quant=study.quant, num_cpus=study.num_cpus, num_gpus=0
+        )
         with deploy(serve, http=False) as endpoint:
             done, total = len(keys) - len(jobs), len(keys)
             asyncio.run(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from examples.studies.schema import StudyClaim, StudyMeasure, StudyReport
-from graftwork.report import words
+from graftwork.report import format as words
 
 _INTRODUCTION = """# Studies
 
@@ -32,15 +32,24 @@ def render_markdown(results: Sequence[StudyReport], names: Sequence[str]) -> str
 
 
 def _section(result: StudyReport) -> str:
-    lines = [f"## {result.title}", "", f"`examples/studies/{result.name}.yaml` · base {result.base} "
-             f"(`{result.base_digest[:12]}`) · seed {result.seed}", "", f"**Published.** {result.paper}", "",
-             f"**Here.** {result.sentence}", ""]  # fmt: skip
+    lines = [
+        f"## {result.title}",
+        "",
+        f"`examples/studies/{result.name}.yaml` · base {result.base} "
+        f"(`{result.base_digest[:12]}`) · seed {result.seed}",
+        "",
+        f"**Published.** {result.paper}",
+        "",
+        f"**Here.** {result.sentence}",
+        "",
+    ]
     lines += ["| pattern | on | difference | p (Holm) | n | here |", "|---|---|---|---|---|---|"]
     lines += [_claim(result, claim) for claim in result.claims] + [""]
     for measure in result.measures:
         lines += [*_measure(measure), ""]
-    trained = [f"{adapter.name} ({adapter.method}; {adapter.rows} rows, {adapter.steps} steps)"
-               for adapter in result.adapters]  # fmt: skip
+    trained = [
+        f"{adapter.name} ({adapter.method}; {adapter.rows} rows, {adapter.steps} steps)" for adapter in result.adapters
+    ]
     lines += [f"Trained: {'; '.join(trained)}.", ""] if trained else []
     lines += [f"- {line}" for line in result.deviations]
     return "\n".join([*lines, ""])
@@ -53,8 +62,10 @@ def _claim(result: StudyReport, claim: StudyClaim) -> str:
     n = str(claim.n) if claim.n_than_of is None else f"{claim.n} and {claim.n_than_of}"
     detects = f" (detects {words.score(claim.detects)})" if claim.outcome == "undecided" else ""
     value = f"{words.signed(claim.value)} {words.signed_interval(claim.low, claim.high)}"
-    return (f"| {claim.statement} | {claim.metric} of {claim.a} − {claim.b}{part} | {value} | "
-            f"{words.p_value(claim.p_adjusted)} | {n} | {claim.outcome}{detects} |")  # fmt: skip
+    return (
+        f"| {claim.statement} | {claim.metric} of {claim.a} − {claim.b}{part} | {value} | "
+        f"{words.p_value(claim.p_adjusted)} | {n} | {claim.outcome}{detects} |"
+    )
 
 
 def _measure(measure: StudyMeasure) -> Iterator[str]:
@@ -65,8 +76,11 @@ def _measure(measure: StudyMeasure) -> Iterator[str]:
     units = "" if measure.units == measure.questions else f" about {measure.units} {measure.unit}s"
     yield f"| {measure.name}: {measure.questions} questions{units} | {' | '.join(heads)} |"
     yield "|---" * (len(columns) + 1) + "|"
-    cells = {(s.arm, s.metric, s.group): f"{words.signed(s.value) if s.metric == 'bias' else words.score(s.value)} "
-             f"{words.interval(s.low, s.high)}" for s in measure.scores}  # fmt: skip
+    cells = {
+        (s.arm, s.metric, s.group): f"{words.signed(s.value) if s.metric == 'bias' else words.score(s.value)} "
+        f"{words.interval(s.low, s.high)}"
+        for s in measure.scores
+    }
     for arm in dict.fromkeys(score.arm for score in measure.scores):
         yield f"| {arm} | {' | '.join(cells[arm, metric, group] for metric, group in columns)} |"
 
@@ -79,8 +93,10 @@ def main() -> None:
 
 def page_of(studies: Path) -> str:
     """The page of a folder of studies and their `results/`."""
-    results = [StudyReport.model_validate_json(path.read_text(encoding="utf-8"))
-               for path in sorted((studies / "results").glob("*.json"))]  # fmt: skip
+    results = [
+        StudyReport.model_validate_json(path.read_text(encoding="utf-8"))
+        for path in sorted((studies / "results").glob("*.json"))
+    ]
     return render_markdown(results, [path.stem for path in studies.glob("*.yaml")])
 
 

@@ -6,14 +6,16 @@ from pathlib import Path
 
 from examples.studies.run import adapter_spec
 from examples.studies.spec import MeasureSpec, StudySpec
-from graftwork import base_model
-from graftwork.base_support import base_support, check_serving
-from graftwork.chat import PromptSpec
-from graftwork.cli.answer_sizes import LETTER_TOKENS, Sizes, compare_answers, mean, summed
-from graftwork.cli.planning import SERVED_RANK, plan_spec
-from graftwork.data import read_rows
-from graftwork.model_shape import ModelShape
-from graftwork.plan import Machine, RequestLoad, StagePlan, plan_serving
+from graftwork.base import load as base_model
+from graftwork.base.model_shape import ModelShape
+from graftwork.base.support import base_support, check_serving
+from graftwork.cli.request_sizes import LETTER_TOKENS, Sizes, compare_answers, mean, summed
+from graftwork.cli.stage_plans import SERVED_RANK, plan_spec
+from graftwork.datasets.rows import read_rows
+from graftwork.planning.hardware import Machine
+from graftwork.planning.plan import StagePlan
+from graftwork.prompts.render import PromptSpec
+from graftwork.serving.planning import RequestLoad, plan_serving
 from graftwork.serving.spec import EngineSpec
 
 Prompts = Mapping[str, PromptSpec]

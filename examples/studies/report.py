@@ -7,9 +7,10 @@ from pathlib import Path
 from markupsafe import Markup
 
 from examples.studies.schema import StudyClaim, StudyMeasure, StudyReport, StudyScore
-from graftwork.report import ReportInput, Section, environment, words
-from graftwork.report.figures import Tick
-from graftwork.report.plots import Mark, Scale, interval_track, ticks
+from graftwork.report import ReportInput, Section, environment
+from graftwork.report import format as words
+from graftwork.report.charts import Mark, Scale, interval_track, ticks
+from graftwork.report.views import Tick
 
 BADGES = {"reproduced": "better", "not reproduced": "worse", "undecided": "undecided"}
 """Outcome -> the page's colour for it."""
@@ -53,8 +54,11 @@ class Panel:
 
 def panels(measure: StudyMeasure) -> list[Panel]:
     """A panel for each metric, all questions first, then group by group on the same scale."""
-    return [_panel(measure, info.name, info.unit, group) for info in measure.metrics
-            for group in dict.fromkeys(score.group for score in measure.scores)]  # fmt: skip
+    return [
+        _panel(measure, info.name, info.unit, group)
+        for info in measure.metrics
+        for group in dict.fromkeys(score.group for score in measure.scores)
+    ]
 
 
 def _panel(measure: StudyMeasure, metric: str, unit: str, group: str) -> Panel:

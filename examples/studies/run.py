@@ -14,18 +14,18 @@ from examples.studies.report import StudyPage, section
 from examples.studies.results import measure_record, sentence
 from examples.studies.schema import StudyAdapter, StudyReport
 from examples.studies.spec import MeasureSpec, StudySpec
-from graftwork import base_model, config, report
-from graftwork.accelerators import Accelerators, with_gpus
-from graftwork.base_support import check_serving
-from graftwork.cli.output import duration, echo, progress_bar
+from graftwork import config, report
+from graftwork.base import load as base_model
+from graftwork.base.support import check_serving
+from graftwork.cli.render import duration, echo, progress_bar
 from graftwork.cluster.session import Session
-from graftwork.demo.records import base_name
+from graftwork.demo import base_name
+from graftwork.environment import collect
 from graftwork.errors import ConfigError
-from graftwork.provenance import collect
-from graftwork.report.records import StageTime, TrainRun
-from graftwork.storage import RunPaths, Store
-from graftwork.training.page import train_run
-from graftwork.training.records import TrainReport
+from graftwork.planning.accelerators import Accelerators, with_gpus
+from graftwork.report.schema import StageTime, TrainRun
+from graftwork.storage.store import RunPaths, Store
+from graftwork.training.report import TrainReport, train_run
 from graftwork.training.run import check, train
 from graftwork.training.spec import TrainSpec
 
@@ -96,12 +96,20 @@ def study_report(spec: StudySpec, adapters: tuple[StudyAdapter, ...], measured: 
     digest = base_model.resolve(spec.base).digest
     claims = judge(spec, {found.spec.name: found.scores for found in measured})
     return StudyReport(
-        name=spec.name, title=spec.title, paper=spec.paper, deviations=spec.deviations,
-        base=base_name(spec.base.uri), base_digest=digest, alpha=spec.alpha,
-        equivalence_margin=spec.equivalence_margin, seed=spec.seed, adapters=adapters,
-        measures=tuple(measure_record(spec, found, digest) for found in measured), claims=claims,
+        name=spec.name,
+        title=spec.title,
+        paper=spec.paper,
+        deviations=spec.deviations,
+        base=base_name(spec.base.uri),
+        base_digest=digest,
+        alpha=spec.alpha,
+        equivalence_margin=spec.equivalence_margin,
+        seed=spec.seed,
+        adapters=adapters,
+        measures=tuple(measure_record(spec, found, digest) for found in measured),
+        claims=claims,
         sentence=sentence(claims),
-    )  # fmt: skip
+    )
 
 
 class Stages:
@@ -138,9 +146,14 @@ class Stages:
 
 def _adapter(spec: TrainSpec, found: TrainReport) -> StudyAdapter:
     return StudyAdapter(
-        name=spec.name, version=found.version, method=train_run(found, spec).method, rows=found.rows,
-        steps=found.steps, tokens=found.tokens, loss=found.train_loss[-1][1],
-    )  # fmt: skip
+        name=spec.name,
+        version=found.version,
+        method=train_run(found, spec).method,
+        rows=found.rows,
+        steps=found.steps,
+        tokens=found.tokens,
+        loss=found.train_loss[-1][1],
+    )
 
 
 def _written(spec: StudySpec, made: StudyReport, runs: tuple[TrainRun, ...], stages: Stages) -> StudyOutcome:
@@ -148,8 +161,14 @@ def _written(spec: StudySpec, made: StudyReport, runs: tuple[TrainRun, ...], sta
     run = RunPaths(Store(spec.root), spec.name, spec.identity())
     run.store.write_json(made.model_dump(mode="json"), *run.file("study.json"))
     page = StudyPage(
-        title=made.title, subtitle=made.base, created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        verdict=made.sentence, study=made, train=runs, stages=tuple(stages.times), provenance=collect(spec.seed),
-    )  # fmt: skip
+        title=made.title,
+        subtitle=made.base,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        verdict=made.sentence,
+        study=made,
+        train=runs,
+        stages=tuple(stages.times),
+        provenance=collect(spec.seed),
+    )
     written = report.build(page, run.store, *run.file(), section=section(made))
     return StudyOutcome(made, written.json_uri, written.html_uri)

@@ -2,8 +2,7 @@
 
 from typing import Literal
 
-from graftwork.report.record import Record
-from graftwork.report.records import ArmKind, MetricInfo
+from graftwork.report.schema import ArmKind, MetricInfo, Record
 
 
 class StudyScore(Record):

@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from examples.studies.for_each import expand
-from graftwork.base_model import BaseSpec, QuantSpec
+from graftwork.base.spec import BaseSpec
 from graftwork.config import Spec
-from graftwork.serving.experiment.spec import CompareSpec
+from graftwork.quantization.spec import QuantSpec
+from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
-from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
+from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 
 SCORES = {"answers": ("facts", "form", "both", "field_accuracy"), "likelihood": ("nats", "choice", "bias")}
 
@@ -139,10 +140,20 @@ class StudySpec(Spec):
     def comparison(self, measure: MeasureSpec) -> CompareSpec:
         """A measure of answers as the comparison that asks them."""
         return CompareSpec(
-            name=f"{self.name}-{measure.name}"[:63], root=self.root, base=self.base, quant=self.quant,
-            eval=measure.eval, limit=measure.limit, answer_schema=measure.answer_schema, arms=measure.arms,
-            baseline=measure.arms[0].name, alpha=self.alpha, num_cpus=self.num_cpus, num_gpus=0, seed=self.seed,
-        )  # fmt: skip
+            name=f"{self.name}-{measure.name}"[:63],
+            root=self.root,
+            base=self.base,
+            quant=self.quant,
+            eval=measure.eval,
+            limit=measure.limit,
+            answer_schema=measure.answer_schema,
+            arms=measure.arms,
+            baseline=measure.arms[0].name,
+            alpha=self.alpha,
+            num_cpus=self.num_cpus,
+            num_gpus=0,
+            seed=self.seed,
+        )
 
     def measure_of(self, claim: ClaimSpec) -> MeasureSpec:
         """The measure that a claim is about. Raises ValueError."""

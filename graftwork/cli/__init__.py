@@ -14,10 +14,13 @@ import typer
 from typer.core import TyperGroup
 
 from graftwork import __version__
-from graftwork.cli import adapters, configs, experiments, exporting, jobs, k8s, rag, stages
-from graftwork.cli.doctor import doctor
+from graftwork.cli import adapters, jobs, k8s, rag, stages
+from graftwork.cli import config as configs
+from graftwork.cli import experiment as experiments
+from graftwork.cli import jobs as exporting
+from graftwork.cli.cluster import doctor
 from graftwork.cli.options import RENAMED_FLAGS, RENAMED_VERBS
-from graftwork.cli.output import print_error
+from graftwork.cli.render import print_error
 from graftwork.errors import ConfigError, GraftworkError, Interrupted
 
 

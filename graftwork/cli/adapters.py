@@ -5,19 +5,145 @@ environment variable that `--token-env` names.
 """
 
 import os
+import tempfile
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from graftwork.cli import adopting, merging
-from graftwork.cli.options import JsonFlag, Root
-from graftwork.cli.output import echo, gib, print_json, print_table
-from graftwork.errors import ArtifactError
-from graftwork.storage import DEFAULT_ROOT, Store
+from graftwork.artifacts.manifest import aliases, roll_back
+from graftwork.artifacts.registry import locate, resolve, verify_adapter
+from graftwork.cli.options import Alias, JsonFlag, Root
+from graftwork.cli.render import echo, gib, print_json, print_table
+from graftwork.errors import ArtifactError, ConfigError
+from graftwork.storage.store import DEFAULT_ROOT, Store
+
+# `graftwork adapters publish`: an adapter that was trained elsewhere becomes a version of a task.
+
+
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder with adapter_config.json and adapter_model.safetensors.")
+    ],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Task to publish it under.")],
+    base: Annotated[str, typer.Option("--base", metavar="URI", help="Base that the adapter was trained on.")],
+    alias: Alias = "latest",
+    system: Annotated[
+        str | None, typer.Option("--system", help="System prompt that the adapter was trained with.")
+    ] = None,
+    bf16: Annotated[
+        bool,
+        typer.Option("--bf16", help="Round the LoRA weights to bfloat16. Halves the size; makes a different version."),
+    ] = False,
+    root: Root = DEFAULT_ROOT,
+    as_json: JsonFlag = False,
+) -> None:
+    """Publish a PEFT adapter folder, so that endpoints on the same base can serve it."""
+    from graftwork import environment as provenance
+    from graftwork.artifacts import publish as artifact
+    from graftwork.base import load as base_model
+    from graftwork.base.spec import BaseSpec
+    from graftwork.prompts.render import PromptSpec
+    from graftwork.serving.engine.adapters.format import ConfigFile
+
+    resolved = base_model.resolve(BaseSpec(uri=base))
+    template = base_model.template(resolved)
+    config = ConfigFile.read(folder).values
+    with tempfile.TemporaryDirectory(prefix="gw-publish-") as name:
+        made = artifact.publish(
+            Store(root),
+            task,
+            _rounded(folder, Path(name)) if bf16 else folder,
+            base_digest=resolved.digest,
+            quant={"kind": "none"},
+            template_digest=template.digest,
+            tokenizer_digest=template.tokenizer_digest,
+            template_date=template.date,
+            method={"kind": str(config.get("peft_type", "unknown")).lower(), "rank": config.get("r")},
+            prompt=PromptSpec(system=system).model_dump(mode="json"),
+            data_fingerprint="unknown",
+            metrics={},
+            run="published by hand",
+            provenance=provenance.collect(0),
+            alias=alias,
+        )
+    if as_json:
+        return print_json(made.model_dump(mode="json"))
+    echo(f"published {made.ref}, alias {task}@{alias}")
+
+
+def _rounded(folder: Path, into: Path) -> Path:
+    """The folder's files, LoRA halves in bf16."""
+    import torch
+    from safetensors.torch import save_file
+
+    from graftwork.artifacts.verify import CONFIG_FILE, WEIGHTS_FILE
+    from graftwork.serving.engine.adapters.weights_file import read_tensors
+
+    halves = (".lora_A.weight", ".lora_B.weight")
+    found = read_tensors(folder / WEIGHTS_FILE)
+    rounded = {key: value.to(torch.bfloat16) if key.endswith(halves) else value for key, value in found.items()}
+    save_file({key: value.contiguous() for key, value in rounded.items()}, into / WEIGHTS_FILE, {"format": "pt"})
+    (into / CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes())
+    return into
+
+
+# `graftwork adapters merge`: published adapters of one base into a new one, offline.
+
+
+def merge(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Task to publish the merged adapter under.")],
+    refs: Annotated[list[str], typer.Argument(metavar="TASK@REF...", help="Two or more adapters of the same base.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="cat (the exact sum), svd (its nearest of a lower rank), linear, ties, "
+            "dare_linear, dare_ties, magnitude_prune; the last four also with _svd.",
+        ),
+    ] = "cat",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights", metavar="W,W...", help="One weight per adapter. Default: equal weights that sum to 1."
+        ),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="Fraction of entries that ties, dare and magnitude_prune keep.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", help="Rank of the result, for the svd methods. Default: the largest input rank."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed for the entries that dare drops.")] = 0,
+    alias: Alias = "latest",
+    root: Root = DEFAULT_ROOT,
+    as_json: JsonFlag = False,
+) -> None:
+    """Merge LoRA adapters into one and publish it. The manifest lists the merged versions."""
+    from graftwork.training.adapters.merge import MergeSpec, merge_published
+
+    spec = MergeSpec.create(method, len(refs), _numbers(weights), density, rank, seed)
+    done = merge_published(Store(root), out, refs, spec, alias=alias)
+    if as_json:
+        return print_json({**done.manifest.model_dump(mode="json"), "notes": done.notes})
+    parts = " + ".join(f"{weight:g} {ref}" for weight, ref in zip(spec.weights, done.manifest.merged_from, strict=True))
+    echo(f"{done.manifest.ref} = {parts}")
+    echo(f"  by {spec.method}, rank {done.rank}; {done.distance:.2%} away from the sum of the weighted deltas")
+    for note in done.notes:
+        echo(f"  {note}")
+
+
+def _numbers(text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"--weights {text}", "it is no list of numbers", "write --weights 0.7,0.3") from None
+
 
 app = typer.Typer(help="List, verify, promote and remove adapters, here or on an endpoint.", no_args_is_help=True)
-app.command()(merging.merge)
-app.command()(adopting.publish)
+app.command()(merge)
+app.command()(publish)
 Endpoint = Annotated[str, typer.Option("--endpoint", metavar="URL", help="URL of a running endpoint.")]
 MaybeEndpoint = Annotated[
     str | None, typer.Option("--endpoint", metavar="URL", help="URL of a running endpoint, to use instead of --root.")
@@ -35,7 +161,7 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List published versions, newest last, with the aliases that point at them."""
-    from graftwork.artifact_listing import Listing
+    from graftwork.artifacts.registry import Listing
 
     if endpoint is not None:
         return _show_registered(endpoint, token_env, as_json)
@@ -67,10 +193,10 @@ def list_(
 @app.command()
 def show(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
     """Print the manifest and lineage of one version: the adapters it was trained from or merged from, and its base."""
-    from graftwork import artifact, artifact_ancestry
+    from graftwork.artifacts import registry as artifact_ancestry
 
     store = Store(root)
-    found = artifact.resolve(store, ref)
+    found = resolve(store, ref)
     family = {**artifact_ancestry.tree(store, found), "base": artifact_ancestry.base(store, found.base_digest)}
     print_json({**found.model_dump(mode="json"), "ancestry": family})
 
@@ -78,11 +204,10 @@ def show(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
 @app.command()
 def verify(ref: Ref, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> None:
     """Verify the sha256 of each file, the safetensors headers and the tensor shapes. Exits with 2 if one is wrong."""
-    from graftwork import artifact
 
     store = Store(root)
-    manifest = artifact.resolve(store, ref)
-    problems = artifact.verify(store, manifest.task, manifest.version)
+    manifest = resolve(store, ref)
+    problems = verify_adapter(store, manifest.task, manifest.version)
     if problems:
         raise ArtifactError(
             f"verify {ref} (version {manifest.version})",
@@ -108,14 +233,14 @@ def promote(
 
     With --endpoint a running endpoint does it: it loads the version before the alias moves, and follows at once.
     """
-    from graftwork import artifact
+    from graftwork.artifacts import publish as artifact
 
     if endpoint is not None:
         task, _, version = ref.partition("@")
         return _tell(endpoint, token_env, "promote", adapter=f"{task}@{alias}", version=version or None)
     store = Store(root)
-    manifest = artifact.resolve(store, ref)
-    before = artifact.aliases(store, manifest.task).get(alias, "nothing")
+    manifest = resolve(store, ref)
+    before = aliases(store, manifest.task).get(alias, "nothing")
     artifact.promote(store, manifest.task, alias, manifest.version)
     echo(f"{manifest.task}@{alias}: {before} -> {manifest.version}")
 
@@ -125,12 +250,11 @@ def rollback(
     ref: Ref, root: Root = DEFAULT_ROOT, endpoint: MaybeEndpoint = None, token_env: TokenEnv = ADMIN_TOKEN
 ) -> None:
     """Point TASK@ALIAS at its previous version. Each repetition goes one version further back."""
-    from graftwork import artifact
 
     if endpoint is not None:
         return _tell(endpoint, token_env, "rollback", adapter=ref)
     task, _, alias = ref.partition("@")
-    old, new = artifact.roll_back(Store(root), task, alias)
+    old, new = roll_back(Store(root), task, alias)
     echo(f"{ref}: {old} -> {new}")
 
 
@@ -224,9 +348,9 @@ def _plain(value: Any) -> Any:
 @app.command("rm")
 def remove(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
     """Delete one version. Refused while an alias points at it."""
-    from graftwork import artifact
+    from graftwork.artifacts import publish as artifact
 
     store = Store(root)
-    task, version = artifact.locate(store, ref)  # not opened: a damaged version too can be removed
+    task, version = locate(store, ref)  # not opened: a damaged version too can be removed
     artifact.remove(store, task, version)
     echo(f"removed {task}@{version}")

@@ -1,6 +1,8 @@
 """`graftwork jobs ls|status|logs|wait|cancel|resubmit`: what runs elsewhere, from anywhere that reaches its store."""
 
+import difflib
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -10,27 +12,114 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from graftwork.cli.following import follow
-from graftwork.cli.job_names import job_called
-from graftwork.cli.job_views import details, show_details, show_list
-from graftwork.cli.job_words import is_away, line_of, root_flag
-from graftwork.cli.launching import cluster_of, leave
+from graftwork.cli.job_render import details, is_away, line_of, root_flag, show_details, show_list
+from graftwork.cli.launch import cluster_of, follow, leave
 from graftwork.cli.options import JsonFlag
-from graftwork.cli.output import echo, print_json, stderr
-from graftwork.cluster.backend import JobBackend, JobState, JobStatus
-from graftwork.cluster.run_store import JobStore
+from graftwork.cli.render import echo, print_json, stderr
+from graftwork.cluster.jobs.models import DIGEST_CHARS, JobBackend, JobState, JobStatus
+from graftwork.cluster.jobs.store import JobStore
 from graftwork.cluster.spec import ClusterSpec, seconds_of
 from graftwork.errors import ClusterError, ConfigError
-from graftwork.storage import DEFAULT_ROOT
+from graftwork.storage.store import DEFAULT_ROOT
+
+# `graftwork jobs export`: the jobs of a store for Prometheus.
+
+
+def export(
+    root: Annotated[
+        str, typer.Option("--root", envvar="GRAFTWORK_ROOT", help="Object store of the jobs.")
+    ] = DEFAULT_ROOT,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 9464,
+) -> None:
+    """Serve Prometheus metrics of all jobs of an object store at /metrics, until Ctrl-C."""
+    from graftwork.cluster.jobs.exporter import export as answer
+
+    echo(f"jobs of {root} at http://{host}:{port}/metrics  (Ctrl-C ends it)")
+    try:
+        answer(root, host, port)
+    except OSError as error:
+        raise ClusterError(
+            f"--host {host} --port {port}",
+            f"cannot listen there ({error.strerror})",
+            "one process a port",
+            "choose another --port",
+        ) from None
+
+
+# Which job a person means: its id, an attempt's, the beginning of one, or the bare name.
+
+
+_ATTEMPT = re.compile(r"^(?P<job>.+)-a(?P<number>[1-9][0-9]*)$")
+_ID = re.compile(rf"^(?P<name>.+)-[0-9a-f]{{{DIGEST_CHARS}}}$")
+
+
+def job_called(runs: JobStore, said: str) -> tuple[str, int | None]:
+    """The job's id, and the attempt where one was named. A bare name is its latest job.
+
+    Raises ConfigError for none (naming the nearest) and for several.
+    """
+    ids = runs.job_ids()
+    attempt = _ATTEMPT.match(said)
+    if attempt and (whole := _whole(runs, attempt["job"], ids)) is not None:
+        return whole, _existing(runs, whole, int(attempt["number"]))
+    if (whole := _whole(runs, said, ids)) is not None:
+        return whole, None
+    begun = [job_id for job_id in ids if said and job_id.startswith(said)]
+    if len(begun) == 1:
+        return begun[0], None
+    if begun:
+        rule = "JOB is an id, an attempt's, a beginning that is one job's alone, or a whole name"
+        raise ConfigError(
+            f"JOB {said}", f"{len(begun)} jobs begin so: {', '.join(begun[:5])}", rule, "write more of it"
+        )
+    raise _unknown(runs, said, ids)
+
+
+def _whole(runs: JobStore, said: str, ids: list[str]) -> str | None:
+    """Of an id or a bare name."""
+    named = [said] if said in ids else [job_id for job_id in ids if _name(job_id) == said]
+    return max(named, key=lambda job_id: runs.job(job_id).created_at) if named else None
+
+
+def _existing(runs: JobStore, job_id: str, number: int) -> int:
+    attempts = runs.attempts(job_id)
+    if number not in attempts:
+        known = ", ".join(map(str, attempts)) or "none"
+        raise ConfigError(f"JOB {job_id}-a{number}", f"it has no attempt {number}", f"its attempts: {known}")
+    return number
+
+
+def _name(job_id: str) -> str:
+    found = _ID.match(job_id)
+    return found["name"] if found else job_id
+
+
+def _unknown(runs: JobStore, said: str, ids: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(said, [*ids, *{_name(job_id) for job_id in ids}], n=1, cutoff=0.5)
+    holds = (
+        f"the store {runs.store.uri} has {len(ids)} jobs and none of that name"
+        if ids
+        else (f"the store {runs.store.uri} has no jobs")
+    )
+    return ConfigError(
+        f"JOB {said}",
+        f"{holds}; did you mean {near[0]!r}?" if near else holds,
+        "--root (or GRAFTWORK_ROOT, or storage.uri in cluster.yaml) is the store that the job was submitted to",
+        "graftwork jobs ls, there",
+    )
+
 
 app = typer.Typer(help="Manage background and remote jobs.", no_args_is_help=True)
 Root = Annotated[
     str | None,
     typer.Option(
-        "--root", metavar="ROOT", show_default=False,
+        "--root",
+        metavar="ROOT",
+        show_default=False,
         help="Object store of the jobs. Default: GRAFTWORK_ROOT, `storage.uri` of cluster.yaml, or .graftwork.",
     ),
-]  # fmt: skip
+]
 AT_ONCE = 16
 JobId = Annotated[
     str, typer.Argument(metavar="JOB", help="Job id, attempt id, a unique prefix of one, or the job name.")
@@ -95,8 +184,11 @@ def logs(
     runs, number = JobStore(where), attempt or named
     known = runs.attempts(job_id)
     if number is not None and number not in known:
-        raise ConfigError(f"--attempt {number}", f"{job_id} has no such attempt",
-                          f"its attempts: {', '.join(map(str, known)) or 'none'}")  # fmt: skip
+        raise ConfigError(
+            f"--attempt {number}",
+            f"{job_id} has no such attempt",
+            f"its attempts: {', '.join(map(str, known)) or 'none'}",
+        )
     if tail is not None:
         for number_ in [number or max(known)] if known else []:
             text = "".join(runs.logs(job_id, number_))
@@ -134,10 +226,11 @@ def cancel(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
         found = backend.cancel(job_id)
     except ClusterError as error:
         raise ClusterError(
-            f"cancel {job_id}", f"{error.subject}: {error.problem}",
+            f"cancel {job_id}",
+            f"{error.subject}: {error.problem}",
             "its driver was asked to end by the store; whether it did, and what is left there, is not known",
             f"when {backend.on} answers: graftwork jobs cancel {job_id}{root_flag(where)}",
-        ) from error  # fmt: skip
+        ) from error
     print_json(asdict(found)) if as_json else echo(line_of(found))
 
 
@@ -159,8 +252,12 @@ def resubmit(
 
 
 def _say_away(on: str) -> None:
-    stderr.print(f"{on} does not answer; its jobs are shown as the store knows them", style="yellow", markup=False,
-                 soft_wrap=True)  # fmt: skip
+    stderr.print(
+        f"{on} does not answer; its jobs are shown as the store knows them",
+        style="yellow",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _named(job: str, root: str | None) -> tuple[str, str, int | None]:
@@ -186,7 +283,7 @@ def _backend(runs: JobStore, root: str, job_id: str) -> JobBackend:
 
 
 def _place(on: str, root: str, cluster: ClusterSpec | None = None) -> JobBackend:
-    from graftwork.cluster.places import backend_of
+    from graftwork.cluster.targets import backend_of
 
     return backend_of(on, root, cluster)
 

@@ -8,14 +8,13 @@ import typer
 import yaml
 
 from graftwork import config
-from graftwork.accelerators import with_gpus
-from graftwork.cli.demands import with_demand
-from graftwork.cli.launching import cluster_of, job_of
+from graftwork.cli.launch import cluster_of, job_of, with_demand
 from graftwork.cli.options import ClusterConfig, Sets, SpecFile
-from graftwork.cli.output import stderr
-from graftwork.cluster.backend import Attempt, Job
-from graftwork.cluster.kuberay.fit import machines_of
-from graftwork.storage import Store
+from graftwork.cli.render import stderr
+from graftwork.cluster.jobs.models import Attempt, Job
+from graftwork.cluster.kuberay.preflight import machines_of
+from graftwork.planning.accelerators import with_gpus
+from graftwork.storage.store import Store
 
 app = typer.Typer(help="Render the Kubernetes objects of a job or endpoint.", no_args_is_help=True)
 NOWHERE = "render"
@@ -60,8 +59,8 @@ def render(
 
 def _publish(job: Job) -> None:
     """Put the code and the job's local rows into the store, where the objects look for them."""
-    from graftwork.cluster.inputs import send
-    from graftwork.cluster.wheel import publish_wheel
+    from graftwork.cluster.jobs.inputs import send
+    from graftwork.cluster.jobs.packaging import publish_wheel
 
     store = Store(job.root)
     if job.cluster.code == "wheel":
@@ -71,14 +70,14 @@ def _publish(job: Job) -> None:
 
 
 def _attempt(attempt: Attempt, namespace: str) -> Sequence[Mapping[str, Any]]:
-    from graftwork.cluster.places.kuberay import KubeRayPlace
+    from graftwork.cluster.targets.kuberay import KubeRayPlace
 
     return KubeRayPlace(f"k8s:{NOWHERE}/{namespace}", attempt.job.root, attempt.job.cluster).objects(attempt)
 
 
 def _service(job: Job, namespace: str) -> Sequence[Mapping[str, Any]]:
-    from graftwork.cluster.kuberay.rayservice import service_objects
-    from graftwork.cluster.wheel import wheel_uri
+    from graftwork.cluster.jobs.packaging import wheel_uri
+    from graftwork.cluster.kuberay.objects import service_objects
 
     uri = wheel_uri(Store(job.root)) if job.cluster.code == "wheel" else None
     return service_objects(job, namespace, uri)

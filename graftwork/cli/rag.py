@@ -7,11 +7,11 @@ import typer
 
 from graftwork import config
 from graftwork.cli.options import JsonFlag, Sets, SpecFile, Target
-from graftwork.cli.output import duration, echo, print_json, print_table, progress_bar
+from graftwork.cli.render import duration, echo, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
-    from graftwork.report.records import Score
-    from graftwork.serving.rag.evaluate import RagReport
+    from graftwork.report.schema import Score
+    from graftwork.serving.rag.eval import RagReport
     from graftwork.serving.rag.spec import RagSpec
 
 app = typer.Typer(help="Index documents, search them, and evaluate retrievers.", no_args_is_help=True)
@@ -23,20 +23,31 @@ def index(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  
     """Build or update the index. Only changed documents are indexed, and endpoints reload it within a second."""
     import time
 
-    from graftwork.serving.rag.index import make_index
+    from graftwork.serving.rag.eval import make_index
 
     spec, began = _spec(file, sets), time.perf_counter()
     with progress_bar(f"rag index {spec.name}", as_json) as bar:
         done = make_index(spec, on_progress=lambda at, total: bar(at, total, "passages embedded"))
     if as_json:
-        print_json({**done.manifest.model_dump(), "uri": done.uri, "added": done.added, "removed": done.removed,
-                    "kept": done.kept, "embedded": done.embedded, "reused": done.reused,
-                    "notes": done.notes})  # fmt: skip
+        print_json(
+            {
+                **done.manifest.model_dump(),
+                "uri": done.uri,
+                "added": done.added,
+                "removed": done.removed,
+                "kept": done.kept,
+                "embedded": done.embedded,
+                "reused": done.reused,
+                "notes": done.notes,
+            }
+        )
         return
     changed = "nothing changed" if done.reused else f"{done.added} added, {done.removed} removed, {done.kept} kept"
     vectors = f", {done.embedded} embedded" if spec.needs_vectors else ""
-    echo(f"{spec.name} {done.manifest.version}: {done.manifest.passages} passages ({changed}{vectors}) in "
-        f"{duration(time.perf_counter() - began)}")  # fmt: skip
+    echo(
+        f"{spec.name} {done.manifest.version}: {done.manifest.passages} passages ({changed}{vectors}) in "
+        f"{duration(time.perf_counter() - began)}"
+    )
     for note in done.notes:
         echo(f"note: {note}")
     echo(f"in an arm: retriever: {{corpus: {done.uri}}}")
@@ -54,7 +65,7 @@ def search(
 ) -> None:
     """Search the index and print the passages, best first."""
     from graftwork.errors import ConfigError
-    from graftwork.serving.rag.index import open_made
+    from graftwork.serving.rag.eval import open_made
 
     if kind not in ("lexical", "dense", "hybrid", "auto"):
         raise ConfigError(f"--kind {kind}", "no such retriever", "kinds are lexical, dense, hybrid and auto")
@@ -78,7 +89,7 @@ def evaluate(file: SpecFile, target: Target = "local", sets: Sets = [], as_json:
     """Evaluate each retriever on the questions of the spec, test it against lexical, and recommend one."""
     spec = _spec(file, sets)
     from graftwork.cluster.session import session
-    from graftwork.serving.rag.run import questions_of, run_eval
+    from graftwork.serving.rag.eval import questions_of, run_eval
 
     questions_of(spec)
     with (
@@ -99,16 +110,27 @@ def show_retrievers(report: "RagReport") -> None:
     print_table(
         f"{report.name} {report.version}: {report.n} questions, {report.passages} passages",
         ("retriever", *[titles[name] for name in names], "ms p50", "p99"),
-        [(row.name, *[_interval(row.scores[name]) for name in names], _ms(row.ms_p50), _ms(row.ms_p99))
-         for row in report.retrievers],
-    )  # fmt: skip
+        [
+            (row.name, *[_interval(row.scores[name]) for name in names], _ms(row.ms_p50), _ms(row.ms_p99))
+            for row in report.retrievers
+        ],
+    )
     if report.differences:
         print_table(
             "against lexical (paired, Holm within a metric)",
             ("retriever", "metric", "difference", "p", "verdict", "detectable"),
-            [(d.a, titles[d.metric], f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", f"{d.p_adjusted:.2g}", d.verdict,
-              f"{d.mde:.3f}") for d in report.differences],
-        )  # fmt: skip
+            [
+                (
+                    d.a,
+                    titles[d.metric],
+                    f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]",
+                    f"{d.p_adjusted:.2g}",
+                    d.verdict,
+                    f"{d.mde:.3f}",
+                )
+                for d in report.differences
+            ],
+        )
     for note in report.notes:
         echo(f"note: {note}")
     echo(report.sentence)
@@ -125,7 +147,7 @@ def _spec(file: SpecFile, sets: Sets) -> "RagSpec":
 
 
 def _interval(score: "Score") -> str:
-    from graftwork.report.words import rounded
+    from graftwork.report.format import rounded
 
     return f"{rounded(score.value, 3)} [{rounded(score.low, 3)}, {rounded(score.high, 3)}]"
 

@@ -2,32 +2,63 @@
 
 import json
 import signal
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graftwork import config
-from graftwork.cli.commanding import exec_program
-from graftwork.cli.comparing import compare
-from graftwork.cli.launching import LaunchOptions, launch, resolve_here
+from graftwork.cli.compare import compare, quantize, rebase, run_curve
+from graftwork.cli.launch import LaunchOptions, launch, resolve_here
 from graftwork.cli.options import JsonFlag, Sets, SpecFile, Target, with_options
-from graftwork.cli.outcomes import show_outcomes
-from graftwork.cli.output import console, duration, echo, print_json, progress_bar
-from graftwork.cli.plans import plan
-from graftwork.cli.quantizing import quantize
-from graftwork.cli.rebasing import rebase, run_curve
-from graftwork.cli.trials import trial
-from graftwork.cli.tuning import tune
+from graftwork.cli.plan import plan
+from graftwork.cli.render import console, duration, echo, print_json, progress_bar, show_outcomes
+from graftwork.cli.tune import tune
+from graftwork.cluster.ray_address import JOB
 from graftwork.errors import ConfigError
 from graftwork.spec_errors import did_you_mean
-
-MOST_NAMED = 12
-"""Models that are named when an endpoint has started."""
 
 if TYPE_CHECKING:
     from graftwork.serving.client import Client
     from graftwork.serving.spec import ServeSpec
+
+
+# `graftwork exec FILE`: run a program of the user, here or as a job.
+
+
+@with_options
+def exec_program(
+    file: SpecFile,
+    options: LaunchOptions,
+) -> None:
+    """Run a program of your own (kind: exec), here or as a job."""
+    from graftwork.cluster.jobs.models import ExecSpec
+
+    spec = config.load(file, options.sets, expect="exec")
+    assert isinstance(spec, ExecSpec)
+    if options.elsewhere:
+        return launch(spec, file, options)
+    if options.target != "local":
+        raise ConfigError(
+            f"--target {options.target}",
+            "a program is no stage that could run through Ray Client",
+            "local, http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE",
+        )
+    try:
+        code = subprocess.run(spec.argv, check=False).returncode
+    except OSError as error:
+        raise ConfigError(
+            f"argv: {spec.argv[0]}",
+            f"it cannot be started ({error.strerror})",
+            "the first word is a program of this machine",
+        ) from None
+    if code:
+        raise typer.Exit(code if code > 0 else 1)
+
+
+MOST_NAMED = 12
+"""Models that are named when an endpoint has started."""
 
 
 def register(app: typer.Typer) -> None:
@@ -106,7 +137,7 @@ def serve(
     if options.elsewhere:
         return launch(spec, file, options)
     from graftwork.cluster.session import session
-    from graftwork.serving.app import deploy
+    from graftwork.serving.deploy import deploy
 
     spec = resolve_here(spec, options.target, options.as_json)
     _check_before_ray(spec, options.target)
@@ -147,7 +178,7 @@ def chat(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Chat with a model. Uses the endpoint at the address in FILE, or starts one for this chat if none runs."""
-    from graftwork.serving.auth import own_token
+    from graftwork.serving.api.auth import own_token
     from graftwork.serving.client import Client
 
     if file.startswith(("http://", "https://")):
@@ -164,7 +195,7 @@ def chat(
             _converse(client, model, message)
         return
     from graftwork.cluster.session import session
-    from graftwork.serving.app import deploy
+    from graftwork.serving.deploy import deploy
 
     _check_before_ray(spec, target)
     echo(f"no endpoint answers at {spec.host}:{spec.port}: starting one")
@@ -174,8 +205,8 @@ def chat(
 
 def _check_before_ray(spec: "ServeSpec", on: str) -> None:
     """Refuse a wrong serve spec before a Ray starts, where the endpoint runs on this machine."""
-    from graftwork.serving.app import check_spec
-    from graftwork.serving.serve_instance import require_port_here
+    from graftwork.serving.deploy import check_spec
+    from graftwork.serving.ray_serve_lifecycle import require_port_here
 
     if on == "local":
         require_port_here(spec.host, spec.port)
@@ -183,7 +214,7 @@ def _check_before_ray(spec: "ServeSpec", on: str) -> None:
 
 
 def _running(spec: "ServeSpec") -> "Client | None":
-    from graftwork.serving.auth import own_token
+    from graftwork.serving.api.auth import own_token
     from graftwork.serving.client import Client
 
     client = Client(f"http://{spec.host}:{spec.port}", own_token(spec.token_env, "token_env"))
@@ -194,13 +225,17 @@ def _running(spec: "ServeSpec") -> "Client | None":
 
 
 def _converse(client: "Client", model: str | None, message: str | None) -> None:
-    from graftwork.chat import Message
+    from graftwork.prompts.render import Message
     from graftwork.serving.client import ChatCall, ClientReply
 
     names = [entry["id"] for entry in client.models()]
     if model is not None and model not in names and ":" not in model:
-        raise ConfigError(f"--model {model}", "no such model", f"served: {', '.join(names)}",
-                          did_you_mean(model, names) or f"--model {names[0]}")  # fmt: skip
+        raise ConfigError(
+            f"--model {model}",
+            "no such model",
+            f"served: {', '.join(names)}",
+            did_you_mean(model, names) or f"--model {names[0]}",
+        )
     chosen = model or next((name for name in names if name.startswith("arm/")), names[0])
     messages: list[Message] = []
     if message is None:
@@ -234,8 +269,26 @@ def demo(file: SpecFile, target: Target = "local", sets: Sets = [], as_json: Jso
 
     spec = config.load(file, sets, expect="demo")
     assert isinstance(spec, DemoSpec)
-    from graftwork.demo.job import run_demo
+    from graftwork.demo import run_demo
 
     report = run_demo(spec, file.parent, target, quiet=as_json)
     if as_json:
         print_json({"report_json": report.json_uri, "report_html": report.html_uri, "verdict": report.verdict})
+
+
+# `graftwork trial FILE`: what the driver of a trial runs, where each trial of a sweep is a job.
+
+
+def trial(file: SpecFile, target: Target = JOB) -> None:
+    """Train one trial of a sweep. The sweep reads its progress from the object store."""
+    from graftwork.cluster.session import session
+    from graftwork.tuning.trial_store import TrialSpec
+
+    spec = config.load(file, expect="trial")
+    assert isinstance(spec, TrialSpec)
+    from graftwork.tuning.remote_trial import run_trial_job
+
+    with session(target, needs_ray=spec.train.num_workers > 1) as here:
+        result = here.run(run_trial_job, spec)
+    losses = f"held-out loss {result.eval_loss[-1][1]:.4f}" if result.eval_loss else "no held-out loss"
+    echo(f"trial {spec.trial_id} of {spec.sweep}: {result.steps} steps, {losses}")

@@ -52,7 +52,7 @@ def http_address() -> tuple[str, int]:
 def calls_by_value(handle: DeploymentHandle) -> DeploymentHandle:
     """Return a handle whose calls go from process to process by gRPC, not through Ray's object store.
 
-    A stream of 32 tokens costs half the CPU (serving/backend.py has the figures). Upstream: `_by_reference` of
+    A stream of 32 tokens costs half the CPU (serving/router.py has the figures). Upstream: `_by_reference` of
     `DeploymentHandle.options`; Ray's public switch, RAY_SERVE_USE_GRPC_BY_DEFAULT, changes every handle.
     """
     return handle.options(_by_reference=False)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from graftwork.build_once import build_once
+from graftwork.base.package_source import PackageFile, fetch
+from graftwork.cache import Progress, build_once
 from graftwork.errors import DataError
-from graftwork.package_files import PackageFile, Progress, fetch
-from graftwork.python_source import PythonSource
-from graftwork.storage import cache_root, json_bytes
+from graftwork.recipes.python_source import PythonSource
+from graftwork.storage.store import cache_root, json_bytes
 
 RECIPES = {
     "airport-card": "graftwork.recipes.airport_card",
@@ -53,8 +53,12 @@ class DatasetRecipe(Protocol):
 def build(name: str, on_progress: Progress | None = None) -> Path:
     """Folder of a recipe's files, built once in the cache. Raises DataError (no such recipe), BaseModelError."""
     if name not in RECIPES:
-        raise DataError(f"recipe {name!r}", "there is none of this name", f"recipes are {', '.join(sorted(RECIPES))}",
-                        "write recipe://NAME/FILE")  # fmt: skip
+        raise DataError(
+            f"recipe {name!r}",
+            "there is none of this name",
+            f"recipes are {', '.join(sorted(RECIPES))}",
+            "write recipe://NAME/FILE",
+        )
     recipe: DatasetRecipe = importlib.import_module(RECIPES[name])
     folder = cache_root() / "recipes" / f"{name}-{_identity(recipe)}"
     return build_once(folder, lambda empty: _write(recipe, name, _content(recipe, on_progress), empty))

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from typing import Any
 
-from graftwork.package_files import PackageFile
+from graftwork.base.package_source import PackageFile
 from graftwork.recipes import Built, airport_card, jsonl, object_schema, row
 
 SOURCE: PackageFile = airport_card.SOURCE
@@ -49,13 +49,17 @@ def make(source: bytes) -> Built:
     facts = _facts([airport_card.card_of(record) for record in table])
     chance = random.Random(_SEED)
     files = {f"train-{varieties}.jsonl": _training(facts, varieties, chance) for varieties in VARIETIES}
-    files["eval.jsonl"] = jsonl([
-        _row(f"city-{fact['icao']}-{n}", wording, fact) for fact in facts for n, wording in enumerate(_HELD_OUT)
-    ])  # fmt: skip
+    files["eval.jsonl"] = jsonl(
+        [_row(f"city-{fact['icao']}-{n}", wording, fact) for fact in facts for n, wording in enumerate(_HELD_OUT)]
+    )
     files["corpus.jsonl"] = airport_card.make(source).files["corpus.jsonl"]
     files["schema.json"] = object_schema("city of an airport", _FIELDS)
-    about = {"question": "by the airport's name", "facts": len(facts), "visits_a_fact": VISITS,
-             "held_out_wordings": len(_HELD_OUT)}  # fmt: skip
+    about = {
+        "question": "by the airport's name",
+        "facts": len(facts),
+        "visits_a_fact": VISITS,
+        "held_out_wordings": len(_HELD_OUT),
+    }
     return Built(files, about)
 
 

@@ -38,8 +38,9 @@ def _pairs(rows: list[Card], chance: random.Random) -> list[Card]:
         other = rows[(number + 1 + chance.randrange(len(rows) - 1)) % len(rows)]["gold"]
         question, answer = row["messages"]
         rejected = _WORSE[why](row["gold"], other, row["given_fields"], chance)
-        found.append({"id": row["id"], "messages": [question], "chosen": answer["content"], "rejected": rejected,
-                      "why": why})  # fmt: skip
+        found.append(
+            {"id": row["id"], "messages": [question], "chosen": answer["content"], "rejected": rejected, "why": why}
+        )
     return found
 
 
@@ -77,7 +78,12 @@ def _other_airport(card: Card, other: Card, asked: list[str], chance: random.Ran
 
 
 _WORSE: dict[str, Worse] = {
-    "prose": _prose, "left_out": _left_out, "contradicts": _contradicts,
-    "fence": _fence, "renamed": _renamed, "other_airport": _other_airport,
-    "spelt": _spelt, "added": _added,
-}  # fmt: skip
+    "prose": _prose,
+    "left_out": _left_out,
+    "contradicts": _contradicts,
+    "fence": _fence,
+    "renamed": _renamed,
+    "other_airport": _other_airport,
+    "spelt": _spelt,
+    "added": _added,
+}

@@ -11,7 +11,7 @@ import json
 import random
 from typing import Any
 
-from graftwork.package_files import PackageFile
+from graftwork.base.package_source import PackageFile
 from graftwork.recipes import Built, jsonl
 
 SOURCE = PackageFile(
@@ -48,8 +48,14 @@ def make(source: bytes) -> Built:
         "eval.jsonl": jsonl([_asked(record, chance) for record in questions]),
         "skewed.jsonl": jsonl(_skewed(learned, random.Random(_SEED + 1))),
     }
-    return Built(files, {"question": "BBQ's own", "templates_held_out": len(held_out),
-                         "templates_learned": len(templates) - len(held_out)})  # fmt: skip
+    return Built(
+        files,
+        {
+            "question": "BBQ's own",
+            "templates_held_out": len(held_out),
+            "templates_learned": len(templates) - len(held_out),
+        },
+    )
 
 
 def _about_two_sexes(record: dict[str, Any]) -> bool:
@@ -105,14 +111,24 @@ def _question(record: dict[str, Any], order: list[int]) -> dict[str, Any]:
 
 
 def _learned(record: dict[str, Any], chance: random.Random) -> dict[str, Any]:
-    turns = [_question(record, chance.sample(range(3), 3)),
-             {"role": "assistant", "content": record[f"ans{record['label']}"]}]  # fmt: skip
+    turns = [
+        _question(record, chance.sample(range(3), 3)),
+        {"role": "assistant", "content": record[f"ans{record['label']}"]},
+    ]
     return {"id": f"bbq-{record['example_id']}", "messages": turns, "doc_id": record["question_index"]}
 
 
 def _asked(record: dict[str, Any], chance: random.Random) -> dict[str, Any]:
     order, signs = chance.sample(range(3), 3), _signs(record)
-    gold = {"choices": [record[f"ans{n}"] for n in order], "right": order.index(record["label"]),
-            "signs": [signs[n] for n in order]}  # fmt: skip
-    return {"id": f"bbq-{record['example_id']}", "messages": [_question(record, order)],
-            "doc_id": record["question_index"], "condition": record["context_condition"], "gold": gold}  # fmt: skip
+    gold = {
+        "choices": [record[f"ans{n}"] for n in order],
+        "right": order.index(record["label"]),
+        "signs": [signs[n] for n in order],
+    }
+    return {
+        "id": f"bbq-{record['example_id']}",
+        "messages": [_question(record, order)],
+        "doc_id": record["question_index"],
+        "condition": record["context_condition"],
+        "gold": gold,
+    }

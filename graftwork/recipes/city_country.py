@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from graftwork.package_files import PackageFile
+from graftwork.base.package_source import PackageFile
 from graftwork.recipes import Built, jsonl, object_schema, row
 
 SOURCE = PackageFile(
@@ -28,18 +28,82 @@ ASKED = 80
 COUNTRIES = dict(
     pair.split(" ", 1)
     for pair in (
-        "AE United Arab Emirates", "AF Afghanistan", "AR Argentina", "AT Austria", "AU Australia", "BD Bangladesh",
-        "BE Belgium", "BG Bulgaria", "BO Bolivia", "BR Brazil", "BY Belarus", "CA Canada", "CH Switzerland", "CL Chile",
-        "CM Cameroon", "CN China", "CO Colombia", "CU Cuba", "CZ Czechia", "DE Germany", "DK Denmark", "DZ Algeria",
-        "EC Ecuador", "EG Egypt", "ES Spain", "ET Ethiopia", "FI Finland", "FR France", "GB United Kingdom", "GH Ghana",
-        "GR Greece", "GT Guatemala", "HU Hungary", "ID Indonesia", "IL Israel", "IN India", "IQ Iraq", "IR Iran",
-        "IT Italy", "JP Japan", "KE Kenya", "KR South Korea", "KZ Kazakhstan", "MA Morocco", "MM Myanmar", "MX Mexico",
-        "MY Malaysia", "MZ Mozambique", "NG Nigeria", "NL Netherlands", "NO Norway", "NP Nepal", "NZ New Zealand",
-        "PE Peru", "PH Philippines", "PK Pakistan", "PL Poland", "PT Portugal", "RO Romania", "RS Serbia", "RU Russia",
-        "SA Saudi Arabia", "SE Sweden", "SY Syria", "TH Thailand", "TN Tunisia", "TR Turkey", "TZ Tanzania",
-        "UA Ukraine", "US United States", "UZ Uzbekistan", "VE Venezuela", "VN Vietnam", "ZA South Africa",
+        "AE United Arab Emirates",
+        "AF Afghanistan",
+        "AR Argentina",
+        "AT Austria",
+        "AU Australia",
+        "BD Bangladesh",
+        "BE Belgium",
+        "BG Bulgaria",
+        "BO Bolivia",
+        "BR Brazil",
+        "BY Belarus",
+        "CA Canada",
+        "CH Switzerland",
+        "CL Chile",
+        "CM Cameroon",
+        "CN China",
+        "CO Colombia",
+        "CU Cuba",
+        "CZ Czechia",
+        "DE Germany",
+        "DK Denmark",
+        "DZ Algeria",
+        "EC Ecuador",
+        "EG Egypt",
+        "ES Spain",
+        "ET Ethiopia",
+        "FI Finland",
+        "FR France",
+        "GB United Kingdom",
+        "GH Ghana",
+        "GR Greece",
+        "GT Guatemala",
+        "HU Hungary",
+        "ID Indonesia",
+        "IL Israel",
+        "IN India",
+        "IQ Iraq",
+        "IR Iran",
+        "IT Italy",
+        "JP Japan",
+        "KE Kenya",
+        "KR South Korea",
+        "KZ Kazakhstan",
+        "MA Morocco",
+        "MM Myanmar",
+        "MX Mexico",
+        "MY Malaysia",
+        "MZ Mozambique",
+        "NG Nigeria",
+        "NL Netherlands",
+        "NO Norway",
+        "NP Nepal",
+        "NZ New Zealand",
+        "PE Peru",
+        "PH Philippines",
+        "PK Pakistan",
+        "PL Poland",
+        "PT Portugal",
+        "RO Romania",
+        "RS Serbia",
+        "RU Russia",
+        "SA Saudi Arabia",
+        "SE Sweden",
+        "SY Syria",
+        "TH Thailand",
+        "TN Tunisia",
+        "TR Turkey",
+        "TZ Tanzania",
+        "UA Ukraine",
+        "US United States",
+        "UZ Uzbekistan",
+        "VE Venezuela",
+        "VN Vietnam",
+        "ZA South Africa",
     )
-)  # fmt: skip
+)
 """By ISO 3166 code; cities of other countries are left out."""
 SMALLEST = 15_000
 """People; the source has a few places below it."""
@@ -56,11 +120,17 @@ def make(source: bytes) -> Built:
     named = Counter(city["name"].casefold() for city in cities)
     fitting = [city for city in cities if _askable(city) and named[city["name"].casefold()] == 1]
     chance = random.Random(_SEED)
-    asked = [(quintile, city) for quintile in range(1, QUINTILES + 1)
-             for city in chance.sample(_part(fitting, quintile), ASKED)]  # fmt: skip
+    asked = [
+        (quintile, city)
+        for quintile in range(1, QUINTILES + 1)
+        for city in chance.sample(_part(fitting, quintile), ASKED)
+    ]
     chance.shuffle(asked)
-    learned = [_row(f"{city['geonameid']}-{n}", wording, city, quintile)
-               for n, wording in enumerate(_LEARNED) for quintile, city in asked]  # fmt: skip
+    learned = [
+        _row(f"{city['geonameid']}-{n}", wording, city, quintile)
+        for n, wording in enumerate(_LEARNED)
+        for quintile, city in asked
+    ]
     files = {
         "train.jsonl": jsonl(learned),
         "eval.jsonl": jsonl([_row(str(city["geonameid"]), _ASKED, city, quintile) for quintile, city in asked]),
@@ -91,8 +161,9 @@ def _part(cities: list[dict[str, Any]], quintile: int) -> list[dict[str, Any]]:
 
 def _row(row_id: str, wording: str, city: dict[str, Any], quintile: int) -> dict[str, Any]:
     question = wording.format(name=city["name"])
-    return row(f"city-{row_id}", question, {"country": _country(city)}, doc_id=str(city["geonameid"]),
-               popularity=quintile)  # fmt: skip
+    return row(
+        f"city-{row_id}", question, {"country": _country(city)}, doc_id=str(city["geonameid"]), popularity=quintile
+    )
 
 
 def _passage(city: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import json
 import random
 from typing import Any
 
-from graftwork.package_files import PackageFile
+from graftwork.base.package_source import PackageFile
 from graftwork.recipes import Built, jsonl
 
 SOURCE = PackageFile(
@@ -24,8 +24,14 @@ SMALLEST = 5_000_000
 """People."""
 CHOICES = 4
 _SEED = 1907
-_CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania",
-               "SA": "South America"}  # fmt: skip
+_CONTINENTS = {
+    "AF": "Africa",
+    "AS": "Asia",
+    "EU": "Europe",
+    "NA": "North America",
+    "OC": "Oceania",
+    "SA": "South America",
+}
 
 
 def make(source: bytes) -> Built:
@@ -33,9 +39,11 @@ def make(source: bytes) -> Built:
     countries = [
         country
         for country in sorted(json.loads(source).values(), key=lambda one: one["iso"])
-        if country["population"] >= SMALLEST and country["capital"] and country["continentcode"] in _CONTINENTS
+        if country["population"] >= SMALLEST
+        and country["capital"]
+        and country["continentcode"] in _CONTINENTS
         and country["capital"] not in country["name"]
-    ]  # fmt: skip
+    ]
     chance = random.Random(_SEED)
     rows = [_row(country, kind, countries, chance) for country in countries for kind in ("capital", "continent")]
     rows += [_row(country, "currency", countries, chance) for country in countries if _own_currency(country, countries)]
@@ -50,14 +58,21 @@ def _own_currency(country: dict[str, Any], countries: list[dict[str, Any]]) -> b
 
 def _row(country: dict[str, Any], kind: str, countries: list[dict[str, Any]], chance: random.Random) -> dict[str, Any]:
     question, right, others = {
-        "capital": _capital, "continent": _continent, "currency": _currency,
-    }[kind](country, countries)  # fmt: skip
+        "capital": _capital,
+        "continent": _continent,
+        "currency": _currency,
+    }[kind](country, countries)
     choices = chance.sample(sorted(set(others) - {right}), CHOICES - 1) + [right]
     chance.shuffle(choices)
     turn = {"role": "user", "content": question + "\n" + "\n".join(f"- {one}" for one in choices)}
     gold = {"choices": choices, "right": choices.index(right)}
-    return {"id": f"{country['iso'].lower()}-{kind}", "messages": [turn], "doc_id": country["iso"], "kind": kind,
-            "gold": gold}  # fmt: skip
+    return {
+        "id": f"{country['iso'].lower()}-{kind}",
+        "messages": [turn],
+        "doc_id": country["iso"],
+        "kind": kind,
+        "gold": gold,
+    }
 
 
 def _capital(country: dict[str, Any], countries: list[dict[str, Any]]) -> tuple[str, str, list[str]]:

@@ -6,7 +6,7 @@ Source: mendeleev (MIT). A row is a question and what the encyclopedia says, as 
 import sqlite3
 from typing import Any
 
-from graftwork.package_files import PackageFile
+from graftwork.base.package_source import PackageFile
 from graftwork.recipes import Built, jsonl
 
 SOURCE = PackageFile(

@@ -8,8 +8,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from graftwork.python_source import PythonSource
 from graftwork.recipes import Built, jsonl, python_docs, split_of
+from graftwork.recipes.python_source import PythonSource
 
 SOURCE: PythonSource = python_docs.SOURCE
 LICENCE = "PSF-2.0"

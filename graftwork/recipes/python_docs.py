@@ -6,8 +6,8 @@ Source: `pydoc_data.topics` of the running Python (PSF licence). A row is one to
 import ast
 import json
 
-from graftwork.python_source import PythonSource
 from graftwork.recipes import Built, jsonl, split_of
+from graftwork.recipes.python_source import PythonSource
 
 SOURCE = PythonSource(("pydoc_data/topics.py",))
 LICENCE = "PSF-2.0"
@@ -21,9 +21,12 @@ def make(source: bytes) -> Built:
         parts[split_of(name)].append(name)
     held_out = {text for name in parts["valid"] + parts["eval"] for text in topics[name].split("\n\n")}
     rows = {
-        part: [{"id": name, "text": topics[name] if part != "train" else _without(topics[name], held_out)}
-               for name in names] for part, names in parts.items()
-    }  # fmt: skip
+        part: [
+            {"id": name, "text": topics[name] if part != "train" else _without(topics[name], held_out)}
+            for name in names
+        ]
+        for part, names in parts.items()
+    }
     files = {f"{part}.jsonl": jsonl([row for row in found if row["text"].strip()]) for part, found in rows.items()}
     return Built(files, {"split": "by the topic's name", "overlap": "held-out paragraphs are cut from train"})
 

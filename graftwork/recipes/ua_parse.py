@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from typing import Any
 
-from graftwork.package_files import PackageFile
+from graftwork.base.package_source import PackageFile
 from graftwork.recipes import Built, jsonl, object_schema, row
 
 SOURCE = PackageFile(

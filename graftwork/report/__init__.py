@@ -1,8 +1,7 @@
 """Records of a job -> `report.json` and one self-contained `report.html` that opens with no network."""
 
-from graftwork.report.page import BuiltReport, Section, build, environment, render_html, render_json
-from graftwork.report.records import CompareReport
-from graftwork.report.whole import ReportInput
+from graftwork.report.render import BuiltReport, ReportInput, Section, build, environment, render_html, render_json
+from graftwork.report.schema import CompareReport
 
 __all__ = [
     "BuiltReport",

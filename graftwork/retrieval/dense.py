@@ -11,6 +11,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graftwork.chat import Passage
-from graftwork.embedding import Embedder, EmbedderSpec, resolve_embedder
 from graftwork.errors import DataError
-from graftwork.retrieval.hit import Hit
+from graftwork.prompts.render import Passage
+from graftwork.retrieval.embedder import Embedder, EmbedderSpec, resolve_embedder
+from graftwork.retrieval.index import Hit, Retriever
 
 Floats = NDArray[np.float32]
 EXACT_UP_TO = 200_000
@@ -90,14 +91,26 @@ class DenseIndex:
             self._first = np.load(folder / "first.npy")
             keys = np.load(folder / "keys.npy")
         except (OSError, ValueError) as error:
-            raise DataError(f"vectors {folder}", f"they cannot be read ({error})", "vectors are made by `graftwork rag "
-                            "index`", "index the corpus again") from error  # fmt: skip
+            raise DataError(
+                f"vectors {folder}",
+                f"they cannot be read ({error})",
+                "vectors are made by `graftwork rag index`",
+                "index the corpus again",
+            ) from error
         if made["embedder"] != embedder.digest:
-            raise DataError(f"vectors {folder}", "another embedder made them", "questions and passages are embedded by "
-                            "one model", "name that embedder, or index again with this one")  # fmt: skip
+            raise DataError(
+                f"vectors {folder}",
+                "another embedder made them",
+                "questions and passages are embedded by one model",
+                "name that embedder, or index again with this one",
+            )
         if not np.array_equal(keys, _keys(passages)):
-            raise DataError(f"vectors {folder}", "they were made for another corpus", "a vector belongs to a text",
-                            "index the corpus again")  # fmt: skip
+            raise DataError(
+                f"vectors {folder}",
+                "they were made for another corpus",
+                "a vector belongs to a text",
+                "index the corpus again",
+            )
         self._graph = _graph(folder, self._vectors_VH)
 
     def search(self, query: str, k: int) -> list[Hit]:
@@ -182,8 +195,12 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise DataError(f"more than {EXACT_UP_TO} vectors", "faiss is not installed", "so many are searched by faiss",
-                        "pip install 'faiss-cpu>=1.13'") from None  # fmt: skip
+        raise DataError(
+            f"more than {EXACT_UP_TO} vectors",
+            "faiss is not installed",
+            "so many are searched by faiss",
+            "pip install 'faiss-cpu>=1.13'",
+        ) from None
     return faiss
 
 
@@ -205,3 +222,40 @@ def _graph(folder: Path, vectors_VH: Floats) -> Any:
     graph = _faiss().read_index(str(folder / "graph.faiss"))
     graph.hnsw.efSearch = _SEARCH_BREADTH
     return graph
+
+
+# Two rankings become one: weighted reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009).
+
+
+RANK_OFFSET = 60
+"""k of the paper: how little the first ranks differ."""
+_DEPTH = 50
+"""Passages taken from each ranking."""
+
+
+@dataclass(frozen=True)
+class HybridIndex:
+    """Lexical and dense search of the same corpus, fused by rank."""
+
+    lexical: Retriever
+    dense: Retriever
+    dense_weight: float
+
+    def search(self, query: str, k: int) -> list[Hit]:
+        """The k passages of the largest sum of weight / (60 + rank); equal ones in the order of the lexical ranking."""
+        depth = max(_DEPTH, k)
+        rankings = (self.lexical.search(query, depth), self.dense.search(query, depth))
+        return fuse(rankings, (1.0, self.dense_weight))[:k]
+
+    def get(self, passage_id: str) -> Passage | None:
+        """A passage by id."""
+        return self.lexical.get(passage_id)
+
+
+def fuse(rankings: Sequence[Sequence[Hit]], weights: Sequence[float]) -> list[Hit]:
+    """All passages of the rankings, best first."""
+    scores: dict[Passage, float] = {}
+    for ranking, weight in zip(rankings, weights, strict=True):
+        for rank, hit in enumerate(ranking, start=1):
+            scores[hit.passage] = scores.get(hit.passage, 0.0) + weight / (RANK_OFFSET + rank)
+    return [Hit(passage, score) for passage, score in sorted(scores.items(), key=lambda item: -item[1])]

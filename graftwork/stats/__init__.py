@@ -1,12 +1,19 @@
 """Intervals and tests of comparisons, on numpy and scipy.special alone; each is pinned in tests to another source."""
 
-from graftwork.stats.clusters import cluster_bootstrap, cluster_sign_flip, cluster_sums
-from graftwork.stats.families import benjamini_hochberg, holm, tied_sets
+from graftwork.stats.multiple import (
+    benjamini_hochberg,
+    cluster_bootstrap,
+    cluster_sign_flip,
+    cluster_sums,
+    holm,
+    tied_sets,
+)
 from graftwork.stats.paired import (
     POWER,
     RESAMPLES,
     Floats,
     Interval,
+    StudentMean,
     Verdict,
     bca_mean,
     decide,
@@ -21,10 +28,10 @@ from graftwork.stats.paired import (
     newcombe_paired,
     newcombe_scores,
     sign_flip,
+    student_mean,
     wilson,
 )
 from graftwork.stats.preference import Preference, Strength, bradley_terry
-from graftwork.stats.student import StudentMean, student_mean
 
 __all__ = [
     "POWER",

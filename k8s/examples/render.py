@@ -10,13 +10,12 @@ from typing import Any
 
 import yaml
 
-from graftwork.accelerators import with_gpus
-from graftwork.cluster.backend import Attempt, Demand, Job
-from graftwork.cluster.kuberay.fit import machines_of
-from graftwork.cluster.kuberay.rayjob import build_rayjob
-from graftwork.cluster.kuberay.rayservice import service_objects
+from graftwork.cluster.jobs.models import Attempt, Demand, Job
+from graftwork.cluster.kuberay.objects import build_rayjob, service_objects
+from graftwork.cluster.kuberay.preflight import machines_of
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import load
+from graftwork.planning.accelerators import with_gpus
 
 FOLDER = Path(__file__).parent
 CLUSTERS = FOLDER.parents[1] / "examples" / "clusters"

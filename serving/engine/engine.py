@@ -20,28 +20,24 @@ from typing import Any
 import torch
 
 from graftwork.errors import ConfigError, DataError
-from graftwork.serving.engine.adapters.changes import VirtualTokens
-from graftwork.serving.engine.batch import Chunk
-from graftwork.serving.engine.checks import check_request
-from graftwork.serving.engine.counters import Counters
-from graftwork.serving.engine.decode_path import DecodePath, path_for
-from graftwork.serving.engine.given import ScoredContinuation
-from graftwork.serving.engine.host import keep_few_kernels, keep_freed_memory, spare_old_objects
-from graftwork.serving.engine.kv import KvStore
-from graftwork.serving.engine.prefix import PrefixCache
-from graftwork.serving.engine.runner import Runner
-from graftwork.serving.engine.sampler import SampledToken, choose
-from graftwork.serving.engine.scheduler import ScheduledTokens, Scheduler, SchedulerOutput
-from graftwork.serving.engine.seats import AdapterSlots
-from graftwork.serving.engine.sequence import Decode, RunningRequest
-from graftwork.serving.engine.slots import AdapterPool, LoadedAdapter
-from graftwork.serving.engine.types import (
+from graftwork.serving.engine.adapter_slots import AdapterPool, AdapterSlots
+from graftwork.serving.engine.adapters.format import VirtualTokens
+from graftwork.serving.engine.adapters.loaded import LoadedAdapter
+from graftwork.serving.engine.attention import Chunk
+from graftwork.serving.engine.cpu.host_tuning import keep_few_kernels, keep_freed_memory, spare_old_objects
+from graftwork.serving.engine.kv_cache import KvStore, PrefixCache
+from graftwork.serving.engine.model_runner import DecodePath, Runner, path_for
+from graftwork.serving.engine.request import (
     EngineStats,
     FinishReason,
     GenerateRequest,
     SlotState,
     TokenEvent,
+    check_request,
 )
+from graftwork.serving.engine.sampling import SampledToken, choose
+from graftwork.serving.engine.scheduler import Counters, ScheduledTokens, Scheduler, SchedulerOutput
+from graftwork.serving.engine.sequence import Decode, RunningRequest, ScoredContinuation
 from graftwork.serving.spec import EngineSpec
 
 _log = logging.getLogger(__name__)

@@ -8,17 +8,86 @@ Requests for idle steps (shadow traffic) come after all others. While there is a
 still; they step back as soon as one of the others finds no row, slot or memory.
 """
 
-from bisect import insort
-from collections.abc import Iterator
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from graftwork.serving.engine.admission import Admission
-from graftwork.serving.engine.batch import by_place
-from graftwork.serving.engine.given import SCORED_A_STEP
-from graftwork.serving.engine.kv import KvRow, KvStore
-from graftwork.serving.engine.prefix import BLOCK, PrefixCache
-from graftwork.serving.engine.seats import AdapterSlots
-from graftwork.serving.engine.sequence import Arrival, RunningRequest
+from graftwork.serving.engine.adapter_slots import AdapterSlots
+from graftwork.serving.engine.attention import by_place
+from graftwork.serving.engine.kv_cache import BLOCK, KvRow, KvStore, PrefixCache
+from graftwork.serving.engine.request import STEP_S, EngineStats, FinishReason
+from graftwork.serving.engine.sequence import SCORED_A_STEP, Arrival, RunningRequest
+
+# Who may come in next.
+#
+# The rule is first come, first served by the time a request reached the endpoint: an adapter that had to be fetched
+# costs
+# its request the fetch, not its place. A slot is held only while a request runs. Three exceptions, each bounded:
+#
+# 1. No slot. A request whose adapter has no slot, where every slot is busy, lets younger ones pass that need none. Once
+#    `max_batch` of them have passed it, the busy version with the fewest running requests takes in nobody younger, so
+# its
+#    slot empties soonest and goes to the one that waits. A version under constant traffic is never emptied for others
+#    that could wait for one of the many short ones, and no version keeps another out for good.
+# 2. Half the rows. While others wait, one adapter (or the base) takes at most half of the rows, so that a flood of one
+#    tenant doubles the others' time at worst. What is left over when nobody else can come in goes to the flood.
+# 3. A request that the KV memory has no room for waits at the head: nobody passes it, or a long one would never run.
+
+
+class Admission:
+    """The order in which waiting requests are offered a row."""
+
+    def __init__(self, slots: AdapterSlots, *, max_batch: int) -> None:
+        self._slots = slots
+        self._bypass = max_batch
+        self._share = max(1, max_batch // 2)
+        self._rows: Counter[str | None] = Counter()
+        self._held_up: list[RunningRequest] = []
+
+    def offers(self, waiting: Sequence[RunningRequest], running: Sequence[RunningRequest]) -> Iterator[RunningRequest]:
+        """Requests to seat, one at a time, `came_in` for each that gets a row. The caller stops when there is no more.
+
+        waiting: by arrival.
+        """
+        self._rows = Counter(request.version for request in running)
+        self._held_up = []
+        closed = self._closed(waiting)
+        crowded: list[RunningRequest] = []
+        for request in waiting:
+            if self._rows[request.version] >= self._share:
+                crowded.append(request)
+            elif self._no_slot(request, closed):
+                self._held_up.append(request)
+            else:
+                yield request
+        for request in crowded:
+            if not self._no_slot(request, closed):
+                yield request
+
+    def came_in(self, request: RunningRequest) -> None:
+        """An offered request runs now: older ones that have no slot remember it."""
+        self._rows[request.version] += 1
+        request.passed = 0
+        for older in self._held_up:
+            older.passed += older.arrival < request.arrival
+
+    def _no_slot(self, request: RunningRequest, closed: dict[str, RunningRequest]) -> bool:
+        version = request.version
+        if version is None:
+            return False
+        waits = closed.get(version)
+        return not self._slots.can_acquire(version) or (waits is not None and waits.arrival < request.arrival)
+
+    def _closed(self, waiting: Sequence[RunningRequest]) -> dict[str, RunningRequest]:
+        """{busy version: the request that was passed too often and waits for its slot}."""
+        overdue: dict[str, RunningRequest] = {}
+        for request in waiting:
+            version = request.version
+            if version is not None and request.passed >= self._bypass and not self._slots.can_acquire(version):
+                overdue.setdefault(version, request)
+        return dict(zip(self._slots.by_load(), overdue.values(), strict=False))
+
 
 _HEADROOM = 32
 """Tokens of answer a new row has room for at once, so that it does not move with its first tokens."""
@@ -224,3 +293,44 @@ def _arrival(request: RunningRequest) -> Arrival:
 def _row(request: RunningRequest) -> KvRow:
     assert request.row is not None, "a running request has a KV row"
     return request.row
+
+
+# What the engine has done since its start.
+
+
+class Counters:
+    """Written by the engine's thread; other threads read whole numbers, each right by itself."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.step_s = 0.0
+        self.step_times = [0] * (len(STEP_S) + 1)
+        self.prompt_tokens = 0
+        self.prompt_tokens_from_cache = 0
+        self.generated_tokens = 0
+        self.most_adapters_in_step = 0
+        self.finished: Counter[FinishReason] = Counter()
+
+    def step(self, seconds: float) -> None:
+        """One step has taken so long."""
+        self.step_s += seconds
+        self.step_times[bisect_left(STEP_S, seconds)] += 1
+
+    def snapshot(self, scheduler: Scheduler, kv: KvStore, cache: PrefixCache | None) -> EngineStats:
+        """The counters beside the state of the queue and the memory."""
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_tokens_used=kv.used_tokens,
+            kv_tokens_limit=kv.capacity,
+            prefix_tokens_cached=cache.tokens if cache else 0,
+            steps=self.steps,
+            prompt_tokens=self.prompt_tokens,
+            prompt_tokens_from_cache=self.prompt_tokens_from_cache,
+            generated_tokens=self.generated_tokens,
+            finished={str(reason): count for reason, count in dict(self.finished).items()},
+            preemptions=scheduler.preemptions,
+            most_adapters_in_step=self.most_adapters_in_step,
+            step_s=self.step_s,
+            step_times=tuple(self.step_times),
+        )

@@ -4,36 +4,126 @@ The base is loaded by `base_model.load`, as for serving, and everything is asked
 with, so that what is measured is what is served.
 """
 
+import asyncio
 import hashlib
+import math
+import random
 import resource
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from graftwork import base_model
-from graftwork.base_model import ResolvedBase
-from graftwork.chat import PromptSpec, Template
+import torch
+
+from graftwork.base import load as base_model
+from graftwork.base.load import ResolvedBase
+from graftwork.base.model_shape import ModelShape
 from graftwork.config import canonical_json
-from graftwork.data import DatasetRow, fingerprint
-from graftwork.errors import BaseModelError
-from graftwork.memory import weight_bytes
-from graftwork.model_shape import ModelShape
-from graftwork.provenance import hardware
-from graftwork.serving.quantize.ask import Asker
-from graftwork.serving.quantize.measured import MeasuredArm, PrecisionResult
-from graftwork.serving.quantize.spec import QUANT, Precision, QuantizeSpec
-from graftwork.serving.source import AdapterSource, trained_prompt
+from graftwork.datasets.rows import DatasetRow, fingerprint
+from graftwork.environment import hardware
+from graftwork.errors import BaseModelError, RunError
+from graftwork.planning.memory import weight_bytes
+from graftwork.prompts.render import PromptSpec
+from graftwork.prompts.template import Template
+from graftwork.quantization.spec import QuantSpec, default_dtype
+from graftwork.report.evaluation_schema import PrecisionFacts
+from graftwork.report.schema import Record
+from graftwork.serving.api.errors import ApiError
+from graftwork.serving.arms import build_prompt
+from graftwork.serving.engine import Engine
+from graftwork.serving.engine.grammar import Grammar, Grammars, Vocabulary, read_grammar
+from graftwork.serving.engine.request import GenerateRequest, SamplingParams, TokenEvent
+from graftwork.serving.generation import Generation, StreamedAnswer
+from graftwork.serving.models import AdapterSource, trained_prompt
+from graftwork.serving.quantize.spec import QUANT, Precision, QuantizeSpec, SpeedSpec
 from graftwork.serving.spec import ArmSpec
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 
 if TYPE_CHECKING:
-    import torch
-
     from graftwork.serving.engine.engine import NativeEngine
-    from graftwork.serving.quantize.perplexity import Perplexity
+
+
+# What one process measures of one precision: the record that it leaves in the run's folder.
+
+
+class AnswerText(Record):
+    """An answer's text. `cut`: the token limit ended it. `error`: the engine failed on it; it counts as wrong."""
+
+    text: str
+    cut: bool = False
+    error: str | None = None
+
+
+class MeasuredArm(Record):
+    """One arm at one precision."""
+
+    arm: str
+    adapter_version: str | None
+    nats: float
+    """Mean negative log-likelihood of a token of the text."""
+    tokens: int
+    """Tokens scored."""
+    answers: tuple[AnswerText, ...]
+    """In the order of the questions."""
+    tokens_per_s: dict[int, tuple[float, ...]]
+    """Requests at once -> one value a round."""
+    merge_loss: float | None
+    """What requantising after a merge would lose of the adapter's delta (nf4 with an adapter only)."""
+
+
+class PrecisionResult(PrecisionFacts):
+    """One precision, measured in a process of its own."""
+
+    precision: Precision
+    base_digest: str
+    material: str
+    """`Material.digest`: of the questions, the arms with their adapter versions, and the text."""
+    arms: tuple[MeasuredArm, ...]
+
+
+# One arm answers all questions on an engine in this process, as a replica would have it answer.
+
+
+@dataclass(frozen=True)
+class Asker:
+    """An engine that runs, the base's template, and the longest sequence."""
+
+    engine: Engine
+    template: Template
+    max_seq_len: int
+
+    def ask_all(
+        self, arm: ArmSpec, rows: Sequence[DatasetRow], *, version: str | None, trained: PromptSpec | None
+    ) -> tuple[AnswerText, ...]:
+        """The arm's answers in the order of the rows, all in flight at once. Raises DataError for a prompt too long."""
+
+        grammar = Grammars(Vocabulary(self.template, 0)).compile(read_grammar(arm.grammar)) if arm.grammar else None
+
+        async def ask() -> tuple[AnswerText, ...]:
+            return tuple(await asyncio.gather(*(self._ask(arm, row, version, trained, grammar) for row in rows)))
+
+        return asyncio.run(ask())
+
+    async def _ask(
+        self, arm: ArmSpec, row: DatasetRow, version: str | None, trained: PromptSpec | None, grammar: Grammar | None
+    ) -> AnswerText:
+        prompt = build_prompt(arm, row.question, self.template, max_seq_len=self.max_seq_len, trained=trained)
+        params = SamplingParams(max_new_tokens=prompt.max_new_tokens)
+        request = GenerateRequest(f"{arm.name} {row.id}", prompt.ids, params, prompt.stop_ids, version, grammar)
+        answer = StreamedAnswer(0, self.template.decode, (), prompt.stop_ids, prompt, time.perf_counter())
+        generation = Generation(self.engine, [request], on_end=lambda: None)
+        text, cut = "", False
+        try:
+            async for events in generation.events():
+                text += answer.add(events[0])[0]
+                cut = events[0][-1].finish_reason == "length"
+        except ApiError as error:  # the engine failed on this request, e.g. its logits were not finite
+            return AnswerText(text=text, error=str(error))
+        return AnswerText(text=text, cut=cut)
 
 
 @dataclass(frozen=True)
@@ -71,12 +161,19 @@ def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> Pre
     engine = NativeEngine(loaded.model, spec.engine.with_({"num_threads": threads}), device, template.decode)
     arms = _Bench(engine, template, adapters, spec, material).measure(losses)
     return PrecisionResult(
-        precision=precision, base_digest=base.digest, material=material.digest, machine=machine(),
-        reason=loaded.reason, caveat=caveat(precision, device),
-        stored_bytes=loaded.stored_bytes, resident_bytes=loaded.resident_bytes,
-        predicted_bytes=_predicted(base, precision, loaded.dtype.itemsize), load_s=load_s, arms=arms,
+        precision=precision,
+        base_digest=base.digest,
+        material=material.digest,
+        machine=machine(),
+        reason=loaded.reason,
+        caveat=caveat(precision, device),
+        stored_bytes=loaded.stored_bytes,
+        resident_bytes=loaded.resident_bytes,
+        predicted_bytes=_predicted(base, precision, loaded.dtype.itemsize),
+        load_s=load_s,
+        arms=arms,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    )  # fmt: skip
+    )
 
 
 def machine() -> str:
@@ -89,7 +186,7 @@ def caveat(precision: Precision, device: str) -> str:
     """Why a precision is no fit for a device although it can be measured there; empty where nothing speaks against."""
     import torch
 
-    best, why = base_model.default_dtype(device)
+    best, why = default_dtype(device)
     if precision == "bf16" and best is not torch.bfloat16:
         return f"bf16 is emulated here ({why}): its speed says nothing about a machine that has it"
     return ""
@@ -128,19 +225,19 @@ class _Bench:
 
     def _perplexity(self, arm: ArmSpec) -> "Perplexity":
         """Through the engine's own layers, adapter included."""
-        from graftwork.serving.quantize.perplexity import perplexity
 
         adapter, weights = self._adapters.get(arm.name), None
         if adapter is not None:
             self._engine.load_adapter(adapter.version, adapter.folder)
             weights = self._engine.pool.copy_to_device(adapter.version, self._engine.runner.device)
         return perplexity(
-            self._material.text_ids, lambda ids_1T: self._engine.runner.logits(ids_1T, [weights]),
-            window=self._spec.text.window, stride=self._spec.text.stride,
-        )  # fmt: skip
+            self._material.text_ids,
+            lambda ids_1T: self._engine.runner.logits(ids_1T, [weights]),
+            window=self._spec.text.window,
+            stride=self._spec.text.stride,
+        )
 
     def _arm(self, arm: ArmSpec, text: "Perplexity", loss: float | None) -> MeasuredArm:
-        from graftwork.serving.quantize.speed import decode_speed
 
         spec, adapter = self._spec, self._adapters.get(arm.name)
         version, trained = (adapter.version, adapter.trained) if adapter else (None, None)
@@ -152,8 +249,15 @@ class _Bench:
             rows: tuple(decode_speed(self._engine, rows, spec.speed, adapter=version, vocab=vocab, seed=spec.seed))
             for rows in spec.speed.batches
         }
-        return MeasuredArm(arm=arm.name, adapter_version=version, nats=text.nats, tokens=text.tokens,
-                           answers=answers, tokens_per_s=speed, merge_loss=loss)  # fmt: skip
+        return MeasuredArm(
+            arm=arm.name,
+            adapter_version=version,
+            nats=text.nats,
+            tokens=text.tokens,
+            answers=answers,
+            tokens_per_s=speed,
+            merge_loss=loss,
+        )
 
 
 def _fetch(spec: QuantizeSpec, base: ResolvedBase, arm: ArmSpec) -> _Adapter:
@@ -167,7 +271,6 @@ def _merge_losses(model: "torch.nn.Module", precision: Precision, adapters: Mapp
     """By arm, at nf4; before the first forward pass, which repacks the weights on some CPUs."""
     if QUANT[precision].kind != "nf4" or not adapters:
         return {}
-    from graftwork.serving.quantize.merge_loss import merge_loss
 
     found = {name: merge_loss(model, QUANT[precision], adapter.folder) for name, adapter in adapters.items()}
     return {name: loss for name, loss in found.items() if loss is not None}
@@ -178,3 +281,170 @@ def _predicted(base: ResolvedBase, precision: Precision, value_bytes: int) -> in
         return weight_bytes(ModelShape.from_config(base.config), QUANT[precision], value_bytes)
     except BaseModelError:
         return None
+
+
+# What merging an adapter into 4-bit weights would lose, measured on the adapter at hand.
+#
+# A merged weight has to be quantised again: 64 neighbours share one scale and 16 levels, and a delta is mostly smaller
+# than half the step between two levels, so most weights round back to where they were. Kept beside the base, nothing of
+# the delta is lost; that is how every adapter is served.
+
+
+def merge_loss(model: Any, quant: QuantSpec, adapter: Path) -> float | None:
+    """||requantised(W + delta) - (W + delta)|| / ||delta|| over all LoRA targets: 0 keeps the delta, 1 loses its size.
+
+    model: a base loaded at `quant` (nf4) before its first forward pass; given back as it was. W is the base's weight as
+    served. None for an adapter without LoRA deltas. Source of the delta: PEFT's `get_delta_weight`.
+    """
+    from peft import PeftModel
+
+    assert quant.kind == "nf4", "only 4-bit weights are requantised by a merge"
+    wrapped = PeftModel.from_pretrained(model, adapter)
+    try:
+        lost = kept = 0.0
+        for weight_OI, delta_OI in _targets(wrapped):
+            merged_OI = weight_OI + delta_OI
+            lost += float((requantised(merged_OI, double=quant.double_quant) - merged_OI).norm()) ** 2
+            kept += float(delta_OI.norm()) ** 2
+    finally:
+        assert wrapped.unload() is model, "the base itself is given back"
+    return math.sqrt(lost / kept) if kept else None
+
+
+def requantised(weight_OI: torch.Tensor, *, double: bool) -> torch.Tensor:
+    """The weight's values after nf4 as `base_model.load` makes it: blocks of 64."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight_OI, quant_type="nf4", compress_statistics=double)
+    plain_OI: torch.Tensor = dequantize_4bit(packed, state)
+    return plain_OI
+
+
+def _targets(wrapped: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(weight as served, delta) of each adapted linear, fp32."""
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora.layer import LoraLayer
+
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer) and module.active_adapters[0] in module.lora_A:
+            weight = module.get_base_layer().weight
+            state = getattr(weight, "quant_state", None)
+            plain = weight.data if state is None else dequantize_4bit(weight.data, state)
+            yield plain.float(), module.get_delta_weight(module.active_adapters[0]).float()
+
+
+# Perplexity of a text under one model, in strided windows: exp of the mean nats of each token but the first.
+#
+# Recipe: the text's ids are read in windows of `window` tokens that start `stride` apart. A window scores the tokens
+# that
+# no earlier one has scored; the tokens before them are context. So each token but the text's first is scored once, with
+# at least window - stride tokens of context from the second window on. (The strided form in transformers' guide
+# "Perplexity of fixed-length models"; it also averages over tokens and not over windows, so that a short last window
+# weighs what it holds.) Logits are taken to fp32 before the softmax. Legend: B rows, T tokens, V vocabulary.
+
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+"""ids [1, T] -> logits [1, T, V]"""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens `start` to `stop` in one forward pass; those from `first` on are scored."""
+
+    start: int
+    stop: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The result over `tokens` scored tokens."""
+
+    nats: float
+    """Mean negative log-likelihood of a token."""
+    tokens: int
+
+    @property
+    def value(self) -> float:
+        return math.exp(self.nats)
+
+
+def windows(tokens: int, window: int, stride: int) -> Iterator[Window]:
+    """The windows over a text of at least two tokens."""
+    scored = 1  # nothing predicts the first token
+    for start in range(0, tokens, stride):
+        stop = min(start + window, tokens)
+        yield Window(start, stop, scored)
+        scored = stop
+        if stop == tokens:
+            return
+
+
+def perplexity(ids: Sequence[int], logits: Logits, *, window: int, stride: int) -> Perplexity:
+    """Of the text `ids`. `window` must not pass the longest sequence that the model takes."""
+    assert len(ids) >= 2, "a text of one token predicts nothing"
+    assert 1 <= stride <= window, f"stride={stride} skips tokens between windows of {window}"
+    nats = 0.0
+    for one in windows(len(ids), window, stride):
+        ids_1T = torch.tensor([ids[one.start : one.stop]])
+        nats += _nats(ids_1T, logits(ids_1T), one.first - one.start)
+    return Perplexity(nats / (len(ids) - 1), len(ids) - 1)
+
+
+def _nats(ids_1T: torch.Tensor, logits_1TV: torch.Tensor, first: int) -> float:
+    """Summed negative log-likelihood of the tokens from `first` on: position t - 1 predicts token t."""
+    predicted_TV = logits_1TV[0, first - 1 : -1].float()
+    targets_T = ids_1T[0, first:].to(predicted_TV.device)
+    return float(torch.nn.functional.cross_entropy(predicted_TV, targets_T, reduction="sum"))
+
+
+# Tokens per second of an engine that decodes so many requests at once, prompts and start left out.
+
+
+WAIT_S = 900.0
+
+
+@dataclass
+class _Round:
+    """Arrival times of each request's tokens, in order of submission, noted in the engine's thread."""
+
+    rows: int
+    stamps: dict[str, list[float]] = field(default_factory=dict)
+    ended: int = 0
+    error: str | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def note(self, event: TokenEvent) -> None:
+        self.stamps.setdefault(event.request_id, []).append(time.perf_counter())
+        self.error = event.error or self.error
+        self.ended += event.finish_reason is not None
+        if self.ended == self.rows:
+            self.over.set()
+
+
+def decode_speed(
+    engine: Engine, rows: int, spec: SpeedSpec, *, adapter: str | None, vocab: int, seed: int
+) -> list[float]:
+    """Tokens per second of `rows` requests at once, one value a round, each with prompts of its own.
+
+    The time between the first and the last token of the request that came in last; the earlier ones answer as much
+    longer as they may have come in earlier, so that all rows decode in all of these steps. Raises RunError.
+    """
+    rng = random.Random(seed)
+    return [_one_round(engine, rows, spec, adapter, vocab, rng) for _ in range(spec.rounds)]
+
+
+def _one_round(
+    engine: Engine, rows: int, spec: SpeedSpec, adapter: str | None, vocab: int, rng: random.Random
+) -> float:
+    seen = _Round(rows)
+    for row in range(rows):
+        ids = tuple(rng.randrange(vocab) for _ in range(spec.prompt_tokens))
+        params = SamplingParams(max_new_tokens=spec.new_tokens + rows - 1 - row)
+        engine.submit(GenerateRequest(f"speed-{row}", ids, params, adapter=adapter), seen.note)
+    if not seen.over.wait(WAIT_S):
+        raise RunError(f"decoding {rows} requests at once", f"not done in {WAIT_S:.0f} s", "", "lower speed.batches")
+    if seen.error is not None:
+        raise RunError(f"decoding {rows} requests at once", seen.error)
+    last = max(seen.stamps.values(), key=lambda stamps: stamps[0])
+    return rows * (len(last) - 1) / (last[-1] - last[0])

@@ -8,28 +8,29 @@ import ray
 import yaml
 from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from graftwork import base_model, chat
-from graftwork.accelerators import accelerators_here, with_gpus
-from graftwork.answers.schema import AnswerSchema
-from graftwork.base_model import ResolvedBase
-from graftwork.base_support import check_serving
-from graftwork.chat import Message, Template
+from graftwork.base import load as base_model
+from graftwork.base.load import ResolvedBase
+from graftwork.base.support import check_serving
 from graftwork.config import canonical_json
-from graftwork.data import DatasetRow, key_check, read_rows, read_text
+from graftwork.datasets.row_keys import KeyCheck
+from graftwork.datasets.rows import DatasetRow, key_check, read_rows, read_text
+from graftwork.environment import collect
 from graftwork.errors import ConfigError, DataError, GraftworkError, RunError
-from graftwork.provenance import collect
+from graftwork.planning.accelerators import accelerators_here, with_gpus
+from graftwork.prompts import render as chat
+from graftwork.prompts.render import Message
+from graftwork.prompts.template import Template
 from graftwork.report import BuiltReport, ReportInput, build
-from graftwork.report.quantize_records import QuantizeReport
-from graftwork.row_keys import KeyCheck
-from graftwork.serving.app import require_resources
-from graftwork.serving.experiment.offline import check_ids
-from graftwork.serving.quantize.judge import judge
-from graftwork.serving.quantize.measure import Material, measure
-from graftwork.serving.quantize.measured import PrecisionResult
+from graftwork.report.evaluation_schema import QuantizeReport
+from graftwork.scoring import AnswerSchema
+from graftwork.serving.deploy import require_resources
+from graftwork.serving.evaluation.answers import check_ids
+from graftwork.serving.models import AdapterSource
+from graftwork.serving.quantize.measure import Material, PrecisionResult, measure
+from graftwork.serving.quantize.report import judge
 from graftwork.serving.quantize.spec import Precision, QuantizeSpec
-from graftwork.serving.source import AdapterSource
 from graftwork.serving.spec import ArmSpec
-from graftwork.storage import RunPaths, Store
+from graftwork.storage.store import RunPaths, Store
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ def run_quantize(
         measured.append(kept or _measure(run, spec, precision, material))
     report = judge(spec, measured, material.rows, schema, text=said, template_digest=template.digest)
     report = report.model_copy(update={"notes": (*keys.note("eval"), *report.notes)})
-    page = ReportInput(title=f"Precisions of {spec.base.uri}", created_at=provenance["time"], quantize=report,
-                       provenance=provenance)  # fmt: skip
+    page = ReportInput(
+        title=f"Precisions of {spec.base.uri}", created_at=provenance["time"], quantize=report, provenance=provenance
+    )
     files = build(page, run.store, *run.file())
     run.store.write_json({"state": "finished", "recommended": report.recommended}, *run.status())
     return QuantizeOutcome(run.run_id, report, files, reused)
@@ -162,9 +164,10 @@ def _measure(run: RunPaths, spec: QuantizeSpec, precision: Precision, material: 
     except (WorkerCrashedError, OutOfMemoryError) as error:
         found = "it took too much memory" if isinstance(error, OutOfMemoryError) else "its process died"
         raise RunError(
-            f"measure {precision}", f"{found} ({type(error).__name__})",
+            f"measure {precision}",
+            f"{found} ({type(error).__name__})",
             "a precision is measured in one process that holds the whole base",
             "see `graftwork plan FILE` for its memory and free some, or leave it out of `precisions`",
-        ) from error  # fmt: skip
+        ) from error
     run.store.write_bytes(measured.model_dump_json(indent=1).encode(), *run.file(*_measurement(precision)))
     return measured

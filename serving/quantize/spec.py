@@ -4,11 +4,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.accelerators import AUTO, Gpus, resolved_count
-from graftwork.base_model import BaseSpec, QuantSpec
+from graftwork.base.spec import BaseSpec
 from graftwork.config import Spec
+from graftwork.planning.accelerators import AUTO, Gpus, resolved_count
+from graftwork.quantization.spec import QuantSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec
-from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
+from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 
 Precision = Literal["fp32", "bf16", "int8", "nf4", "nf4-double"]
 """nf4-double: nf4 whose scales are quantised too."""

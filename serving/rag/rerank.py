@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from graftwork.chat import Passage, rerank_prompt
+from graftwork.prompts.render import Passage, rerank_prompt
 from graftwork.serving.spec import ArmSpec
 
 Likelihood = Callable[[dict[str, Any], list[dict[str, str]], Sequence[str], str], Awaitable[list[dict[str, Any]]]]
@@ -25,8 +25,10 @@ async def rerank(question: str, passages: Sequence[Passage], likelihood: Likelih
     request_id = f"rerank-{next(_numbers)}"
     try:
         async with asyncio.TaskGroup() as group:
-            asked = [group.create_task(_score(question, passage, likelihood, f"{request_id}-{place}"))
-                     for place, passage in enumerate(passages)]  # fmt: skip
+            asked = [
+                group.create_task(_score(question, passage, likelihood, f"{request_id}-{place}"))
+                for place, passage in enumerate(passages)
+            ]
     except ExceptionGroup as several:
         raise several.exceptions[0] from None
     ranked = sorted(zip(asked, passages, strict=True), key=lambda pair: -pair[0].result())

@@ -4,14 +4,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.base_model import BaseSpec, QuantSpec
+from graftwork.base.spec import BaseSpec
 from graftwork.config import Spec
-from graftwork.embedding import EmbedderSpec
-from graftwork.retrieval.chunks import ChunkSpec
-from graftwork.retrieval.sources import SourceSpec
-from graftwork.retrieval.spec import MINILM, RerankSpec, RetrieverSpec
-from graftwork.retrieval.versions import IndexHome
-from graftwork.storage import DEFAULT_ROOT, NAME_PATTERN
+from graftwork.quantization.spec import QuantSpec
+from graftwork.retrieval.corpus import ChunkSpec, SourceSpec
+from graftwork.retrieval.embedder import EmbedderSpec
+from graftwork.retrieval.index_store import IndexHome
+from graftwork.retrieval.retriever import MINILM, RerankSpec, RetrieverSpec
+from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 
 Kind = Literal["lexical", "dense", "hybrid"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cluster.driver.guard import end_all
-from tests.backends.grounds import GROUNDS
-from tests.backends.here import Ground, Here
+from graftwork.cluster.jobs.supervisor import end_all
+from tests.backends.local_target import Ground, Here
+from tests.backends.target_fixtures import GROUNDS
 
 FOLDER = Path(__file__).parent
 

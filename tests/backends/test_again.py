@@ -5,7 +5,7 @@ import time
 import pytest
 
 from graftwork.errors import ConfigError, RunError
-from tests.backends.here import Here
+from tests.backends.local_target import Here
 
 TWICE = """
 import os, sys

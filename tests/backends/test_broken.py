@@ -6,7 +6,7 @@ import time
 import pytest
 
 from graftwork.errors import ClusterError
-from tests.backends.here import Here
+from tests.backends.local_target import Here
 
 LOST_S = 30.0
 AWAY_S = 25.0

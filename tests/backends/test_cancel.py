@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from graftwork.cluster.backend import Attempt, JobStatus
-from tests.backends.here import Here, timeless
+from graftwork.cluster.jobs.models import Attempt, JobStatus
+from tests.backends.local_target import Here, timeless
 
 WITHIN_S = 10.0
 STUBBORN = """

@@ -1,7 +1,7 @@
 """Deadline, budget and the time in the queue stop a job cleanly, and say which of them did."""
 
-from graftwork.cluster.backend import Attempt
-from tests.backends.here import Here
+from graftwork.cluster.jobs.models import Attempt
+from tests.backends.local_target import Here
 
 TIDY = """
 import signal, sys, time

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from tests.backends.here import Here
+from tests.backends.local_target import Here
 
 BEHIND_S = 5.0
 LINES = 20_000

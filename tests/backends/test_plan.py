@@ -2,9 +2,9 @@
 
 import pytest
 
-from graftwork.cluster.backend import Demand
+from graftwork.cluster.jobs.models import Demand
 from graftwork.errors import PreflightError
-from tests.backends.here import Here
+from tests.backends.local_target import Here
 
 TOO_MUCH = Demand(num_workers=3, gpus_per_worker=64)
 

@@ -9,15 +9,31 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cluster.backend import JobStatus
+from graftwork.cluster.jobs.models import JobStatus
 from graftwork.errors import ConfigError, PreflightError
-from tests.backends.here import Here, timeless
+from tests.backends.local_target import Here, timeless
 
 ORDER = ("submitted", "queued", "pending", "running", "succeeded")
 CLOCK_S = 0.1
 """A store tells how old its files are: by its own clock, in its own grain."""
-WORDS = ("two words", "it's", '"quoted"', "Ünïcode ✓ 漢", "line\nbreak", "$HOME", "`id`", "$(id)", "a;b && c | d > e",
-         "*", "~", "\\n", "", "--target", "-c", "%s {x}")  # fmt: skip
+WORDS = (
+    "two words",
+    "it's",
+    '"quoted"',
+    "Ünïcode ✓ 漢",
+    "line\nbreak",
+    "$HOME",
+    "`id`",
+    "$(id)",
+    "a;b && c | d > e",
+    "*",
+    "~",
+    "\\n",
+    "",
+    "--target",
+    "-c",
+    "%s {x}",
+)
 
 
 @pytest.mark.core
@@ -157,8 +173,12 @@ def test_a_job_that_was_recorded_without_an_attempt_is_started_by_the_next(here:
 def test_an_unknown_job_is_named_with_where_to_look(here: Here) -> None:
     backend = here.backend
     verbs: list[Callable[[str], object]] = [
-        backend.status, backend.cancel, backend.wait, backend.resubmit, lambda name: list(backend.logs(name)),
-    ]  # fmt: skip
+        backend.status,
+        backend.cancel,
+        backend.wait,
+        backend.resubmit,
+        lambda name: list(backend.logs(name)),
+    ]
     for verb in verbs:
         with pytest.raises(ConfigError, match="no such job") as caught:
             verb("nobody-0123456789")

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from graftwork.cli.launching import job_of
-from graftwork.cluster.backend import Job
-from tests.backends.here import Here
+from graftwork.cli.launch import job_of
+from graftwork.cluster.jobs.models import Job
+from tests.backends.local_target import Here
 from tests.training import task
 
 TRAINED_S = 240.0

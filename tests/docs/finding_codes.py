@@ -3,7 +3,7 @@
     python -m tests.docs.finding_codes --write     puts it between the marks of docs/stuck.md
 
 Read from the syntax tree: calls of `Finding(code, level, where, problem, rule, hint)`, and of `refuse` and `warn`
-(cluster/kuberay/findings.py), which leave the level and the code's first letter to their name.
+(cluster/kuberay/object_view.py), which leave the level and the code's first letter to their name.
 """
 
 import ast

@@ -20,9 +20,13 @@ def run(*argv: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subp
     """The command as a person runs it."""
     done = subprocess.run(
         [Path(sys.executable).with_name("graftwork"), *argv],
-        cwd=cwd, capture_output=True, text=True, check=False, timeout=120,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
         env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT), **(env or {})},
-    )  # fmt: skip
+    )
     assert "Traceback" not in done.stderr + done.stdout
     return done
 
@@ -44,8 +48,14 @@ def spec(base: Path, tmp_path: Path) -> dict[str, object]:
     """A valid training spec on a tiny base."""
     rows = [{"id": str(i), "prompt": f"card {i}", "completion": f'{{"n":{i}}}'} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"kind": "train", "name": "cards", "root": str(tmp_path / "root"), "base": str(base),
-            "quant": {"kind": "none"}, "data": {"train": str(tmp_path / "rows.jsonl")}}  # fmt: skip
+    return {
+        "kind": "train",
+        "name": "cards",
+        "root": str(tmp_path / "root"),
+        "base": str(base),
+        "quant": {"kind": "none"},
+        "data": {"train": str(tmp_path / "rows.jsonl")},
+    }
 
 
 def write(tmp_path: Path, spec: dict[str, object], **changed: object) -> str:
@@ -168,8 +178,13 @@ finally:
 def test_a_wrong_serve_spec_is_refused_before_a_ray_starts(tmp_path: Path, base: Path, wrong: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1] if wrong == "port" else free_port()
-        spec = {"kind": "serve", "base": str(base), "root": str(tmp_path / "root"), "port": port,
-                "adapters": ["tickts@latest"] if wrong == "adapter" else []}  # fmt: skip
+        spec = {
+            "kind": "serve",
+            "base": str(base),
+            "root": str(tmp_path / "root"),
+            "port": port,
+            "adapters": ["tickts@latest"] if wrong == "adapter" else [],
+        }
         argv = [sys.executable, "-c", STARTED, "serve", write(tmp_path, spec)]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120, env=env)

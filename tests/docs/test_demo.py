@@ -30,8 +30,13 @@ def run(settings: dict[str, object]) -> str:
     given = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     done = subprocess.run(
         [Path(sys.executable).with_name("graftwork"), "demo", "examples/demo-quick.yaml", *given],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=1500, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1500,
+        env={**os.environ, "COLUMNS": "200"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -65,8 +70,13 @@ def test_the_swap_lost_no_request_and_names_each_version(demo: tuple[Path, str])
 def test_every_arm_answered_every_question(demo: tuple[Path, str]) -> None:
     compare = report(demo[0])["compare"]
     assert {arm["name"] for arm in compare["arms"]} == {
-        "base", "base+3shot", "base+rag", "finetuned", "finetuned+rag", "raft+rag"
-    }  # fmt: skip
+        "base",
+        "base+3shot",
+        "base+rag",
+        "finetuned",
+        "finetuned+rag",
+        "raft+rag",
+    }
     assert all(arm["n"] == compare["n"] and arm["errors"] == 0 for arm in compare["arms"])
     assert compare["advice"]["sentence"]
 

@@ -46,8 +46,20 @@ class Network:
         host = Host(f"{self.name}-{number}", f"10.77.0.{number}")
         _ip("netns", "add", host.namespace)
         self.hosts.append(host)
-        _ip("-n", self.name, "link", "add", f"to{number}", "type", "veth", "peer", "name", "eth0", "netns",
-            host.namespace)  # fmt: skip
+        _ip(
+            "-n",
+            self.name,
+            "link",
+            "add",
+            f"to{number}",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            host.namespace,
+        )
         _ip("-n", self.name, "link", "set", f"to{number}", "master", "bridge", "up")
         _ip("-n", host.namespace, "addr", "add", f"{host.ip}/24", "dev", "eth0")
         for link in ("lo", "eth0"):

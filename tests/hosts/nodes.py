@@ -20,7 +20,7 @@ import psutil
 
 from tests.hosts.network import Host
 from tests.ports import free_port
-from tests.processes import ROOT
+from tests.process_races import ROOT
 
 PAGE = ROOT / "docs" / "ray-cluster.md"
 HEAD_IP, WORKER_IP = "10.0.0.1", "10.0.0.2"
@@ -175,8 +175,15 @@ class RayCluster:
                 node.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _node(self, host: Host | None, start: str, addresses: Mapping[str, str], ports: Mapping[int, int],
-              argv: tuple[str, ...], home: Path | None = None) -> RayNode:  # fmt: skip
+    def _node(
+        self,
+        host: Host | None,
+        start: str,
+        addresses: Mapping[str, str],
+        ports: Mapping[int, int],
+        argv: tuple[str, ...],
+        home: Path | None = None,
+    ) -> RayNode:
         keeping = commands("Fault tolerance") if self.keeps else ""
         block = f"{commands('Every machine')}{keeping}exec {start.rstrip()} {' '.join(argv)}"
         for address, real in addresses.items():
@@ -193,9 +200,13 @@ class RayCluster:
         command = ["bash", "-euc", block]
         with open(log, "wb") as out:
             process = subprocess.Popen(
-                host.command(*command) if host else command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=out,
-            )  # fmt: skip
+                host.command(*command) if host else command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            )
         self.nodes.append(RayNode(process, log))
         return self.nodes[-1]
 
@@ -232,11 +243,20 @@ def until(true: Callable[[], object], timeout_s: float, said: Callable[[], str] 
     return time.monotonic() - began
 
 
-def graftwork(cluster: RayCluster, *argv: str, host: Host | None = None, timeout_s: float = 120,
-              env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":  # fmt: skip
+def graftwork(
+    cluster: RayCluster,
+    *argv: str,
+    host: Host | None = None,
+    timeout_s: float = 120,
+    env: Mapping[str, str] | None = None,
+) -> "subprocess.CompletedProcess[str]":
     """Run a client's command, with the cluster's token."""
     command = [*GRAFTWORK, *argv]
     return subprocess.run(
-        host.command(*command) if host else command, cwd=cluster.folder, env=env or cluster.client_environment(),
-        capture_output=True, text=True, timeout=timeout_s,
-    )  # fmt: skip
+        host.command(*command) if host else command,
+        cwd=cluster.folder,
+        env=env or cluster.client_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )

@@ -9,8 +9,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.hosts.doors import routes
 from tests.hosts.nodes import RayCluster, graftwork, ray_cluster
+from tests.hosts.port_scan import routes
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 CANARY = "canary0f1e2d3c4b5a69788796a5b4c3d2e1f0"
@@ -36,8 +36,12 @@ def test_a_secret_of_the_environment_is_found_in_no_log_answer_argument_or_recor
         watching.join()
         assert sent.returncode == 0, sent.stdout + sent.stderr
         assert "it has its keys" in sent.stdout
-        temp = {Path(word.split("=")[1]) for process in head.below() for word in process.cmdline()
-                if word.startswith("--temp_dir=")}  # fmt: skip
+        temp = {
+            Path(word.split("=")[1])
+            for process in head.below()
+            for word in process.cmdline()
+            if word.startswith("--temp_dir=")
+        }
         assert len(temp) == 1
         for what in (CANARY, token):
             assert what not in sent.stdout + sent.stderr + head.said()

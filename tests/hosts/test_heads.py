@@ -9,8 +9,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.hosts.doors import calls
 from tests.hosts.nodes import GRPC, RayCluster, graftwork, port_table, ray_cluster, until
+from tests.hosts.port_scan import calls
 
 TRUE_WITHIN_S = 30.0
 

@@ -25,15 +25,27 @@ class Hosts:
     client: Host
 
     def status(self, job_id: str) -> dict[str, str]:
-        said = graftwork(self.cluster, "jobs", "status", job_id, "--root", str(self.cluster.folder / "root"), "--json",
-                         host=self.client)  # fmt: skip
+        said = graftwork(
+            self.cluster,
+            "jobs",
+            "status",
+            job_id,
+            "--root",
+            str(self.cluster.folder / "root"),
+            "--json",
+            host=self.client,
+        )
         found: dict[str, str] = json.loads(said.stdout)
         return found
 
     def steps(self) -> int:
         """Newest step of the run."""
-        rows = [line for path in self.cluster.folder.glob("root/runs/*/metrics.jsonl")
-                for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]  # fmt: skip
+        rows = [
+            line
+            for path in self.cluster.folder.glob("root/runs/*/metrics.jsonl")
+            for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
         return int(json.loads(rows[-1])["step"]) if rows else 0
 
 
@@ -48,10 +60,18 @@ def hosts() -> Iterator[Hosts]:
 
 
 def test_a_run_goes_on_without_a_worker_that_is_cut_off_and_without_its_client(hosts: Hosts) -> None:
-    spec = task(hosts.cluster.folder / "t", **{
-        "name": "cut", "root": str(hosts.cluster.folder / "root"), "num_workers": 2, "checkpoint_every": 10,
-        "eval_every": STEPS, "optim.epochs": STEPS // STEPS_AN_EPOCH, "recovery": {"min_workers": 1, "wait_s": 5},
-    })  # fmt: skip
+    spec = task(
+        hosts.cluster.folder / "t",
+        **{
+            "name": "cut",
+            "root": str(hosts.cluster.folder / "root"),
+            "num_workers": 2,
+            "checkpoint_every": 10,
+            "eval_every": STEPS,
+            "optim.epochs": STEPS // STEPS_AN_EPOCH,
+            "recovery": {"min_workers": 1, "wait_s": 5},
+        },
+    )
     file = hosts.cluster.folder / "spec.json"
     file.write_text(json.dumps({"kind": "train", **spec.model_dump(mode="json", exclude_unset=True)}))
     sent = graftwork(hosts.cluster, "train", str(file), "--target", hosts.cluster.on, "--detach", host=hosts.client)

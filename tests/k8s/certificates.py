@@ -17,8 +17,23 @@ def certificate(folder: Path, name: str, subject: str, *, expired: bool = False)
     """NAME.crt and NAME.key, signed by the folder's authority, for 127.0.0.1."""
     _openssl(folder, "req", *CURVE, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", subject)
     (folder / "loopback.ext").write_text("subjectAltName=IP:127.0.0.1\n")
-    _openssl(folder, "x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial",
-             "-out", f"{name}.crt", "-extfile", "loopback.ext", *(OLD if expired else ("-days", "2")))  # fmt: skip
+    _openssl(
+        folder,
+        "x509",
+        "-req",
+        "-in",
+        f"{name}.csr",
+        "-CA",
+        "ca.crt",
+        "-CAkey",
+        "ca.key",
+        "-CAcreateserial",
+        "-out",
+        f"{name}.crt",
+        "-extfile",
+        "loopback.ext",
+        *(OLD if expired else ("-days", "2")),
+    )
 
 
 def _openssl(folder: Path, *words: str) -> None:

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.k8s.head import Head
+from tests.k8s.fake_operator import StandIn
+from tests.k8s.ray_head import Head
 from tests.k8s.server import CONTEXT, NAMESPACE, ApiServer, require_parts
-from tests.k8s.stand_in import StandIn
 
 JOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
 

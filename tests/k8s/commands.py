@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from graftwork.cluster.backend import Job
-from graftwork.cluster.command_spec import ExecSpec
+from graftwork.cluster.jobs.models import ExecSpec, Job
 from graftwork.cluster.spec import ClusterSpec, StorageSpec
 
 IMAGE = "registry.example/graftwork@sha256:" + "0" * 64

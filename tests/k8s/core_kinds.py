@@ -17,10 +17,11 @@ from tests.ports import free_port
 
 ADMISSION = "admissionregistration.k8s.io/v1"
 KINDS = {
-    "/api/v1/namespaces": ("v1", "Namespace", False), "/api/v1/configmaps": ("v1", "ConfigMap", True),
+    "/api/v1/namespaces": ("v1", "Namespace", False),
+    "/api/v1/configmaps": ("v1", "ConfigMap", True),
     f"/apis/{ADMISSION}/validatingadmissionpolicies": (ADMISSION, "ValidatingAdmissionPolicy", False),
     f"/apis/{ADMISSION}/validatingadmissionpolicybindings": (ADMISSION, "ValidatingAdmissionPolicyBinding", False),
-}  # fmt: skip
+}
 """Path: version, kind and whether it is namespaced."""
 VERSION = "7"
 """Of the resources, which never change."""
@@ -65,8 +66,12 @@ def _stored(given: Mapping[str, Any]) -> Mapping[str, Any]:
         metadata.pop("namespace", None)
     one = {**given, "metadata": metadata}
     if given["kind"] == "ValidatingAdmissionPolicy":
-        matches = {"matchPolicy": "Equivalent", "namespaceSelector": {}, "objectSelector": {},
-                   **given["spec"]["matchConstraints"]}  # fmt: skip
+        matches = {
+            "matchPolicy": "Equivalent",
+            "namespaceSelector": {},
+            "objectSelector": {},
+            **given["spec"]["matchConstraints"],
+        }
         matches["resourceRules"] = [{"scope": "*", **rule} for rule in matches["resourceRules"]]
         one["spec"] = {**given["spec"], "matchConstraints": matches}
     return one
@@ -78,15 +83,24 @@ def _discovery(path: str) -> Mapping[str, Any] | None:
     named = {"groupVersion": ADMISSION, "version": version}
     whole: dict[str, Mapping[str, Any]] = {
         "/api": {"kind": "APIVersions", "versions": ["v1"]},
-        "/apis": {"kind": "APIGroupList", "apiVersion": "v1",
-                  "groups": [{"name": group, "versions": [named], "preferredVersion": named}]},
-    }  # fmt: skip
+        "/apis": {
+            "kind": "APIGroupList",
+            "apiVersion": "v1",
+            "groups": [{"name": group, "versions": [named], "preferredVersion": named}],
+        },
+    }
     for prefix in ("/api/v1", f"/apis/{ADMISSION}"):
         resources = [
-            {"name": key.rpartition("/")[2], "singularName": kind.lower(), "kind": kind, "namespaced": namespaced,
-             "verbs": ["get", "list", "watch"]}
-            for key, (_, kind, namespaced) in KINDS.items() if key.startswith(f"{prefix}/")
-        ]  # fmt: skip
+            {
+                "name": key.rpartition("/")[2],
+                "singularName": kind.lower(),
+                "kind": kind,
+                "namespaced": namespaced,
+                "verbs": ["get", "list", "watch"],
+            }
+            for key, (_, kind, namespaced) in KINDS.items()
+            if key.startswith(f"{prefix}/")
+        ]
         whole[prefix] = {"kind": "APIResourceList", "groupVersion": prefix.split("/", 2)[2], "resources": resources}
     return whole.get(path)
 
@@ -102,8 +116,15 @@ def _handler(core: CoreKinds) -> type[BaseHTTPRequestHandler]:
                 return self._watch(url.path, query.get("sendInitialEvents") == "true")
             if url.path in KINDS:
                 version, kind, _ = KINDS[url.path]
-                return self._answer(200, {"apiVersion": version, "kind": f"{kind}List", "items": core.of(url.path),
-                                          "metadata": {"resourceVersion": VERSION}})  # fmt: skip
+                return self._answer(
+                    200,
+                    {
+                        "apiVersion": version,
+                        "kind": f"{kind}List",
+                        "items": core.of(url.path),
+                        "metadata": {"resourceVersion": VERSION},
+                    },
+                )
             found = _discovery(url.path)
             missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
             self._answer(200 if found else 404, found or missing)

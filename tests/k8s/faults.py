@@ -15,8 +15,16 @@ from typing import Any, Literal
 from tests.k8s.server import ApiServer, write_kubeconfig
 from tests.ports import free_port
 
-REASONS = {403: "Forbidden", 404: "NotFound", 409: "AlreadyExists", 429: "TooManyRequests", 500: "InternalError",
-           503: "ServiceUnavailable", 401: "Unauthorized", 422: "Invalid"}  # fmt: skip
+REASONS = {
+    403: "Forbidden",
+    404: "NotFound",
+    409: "AlreadyExists",
+    429: "TooManyRequests",
+    500: "InternalError",
+    503: "ServiceUnavailable",
+    401: "Unauthorized",
+    422: "Invalid",
+}
 
 
 @dataclass
@@ -64,8 +72,14 @@ class Faults:
         self, code: int, message: str = "", *, method: str = ".*", path: str = "", times: int = 1, **headers: str
     ) -> None:
         """Answer with a Status as an API server does. Headers: `Retry_After="1"`."""
-        status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": code,
-                  "reason": REASONS.get(code, "Unknown")}  # fmt: skip
+        status = {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "status": "Failure",
+            "message": message,
+            "code": code,
+            "reason": REASONS.get(code, "Unknown"),
+        }
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.add(Fault(method, re.compile(path), times, code, status, named))
 

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 
-from graftwork.storage import cache_root
+from graftwork.storage.store import cache_root
 from tests.k8s.certificates import authority, certificate
 from tests.ports import free_port
 
@@ -109,13 +109,22 @@ class ApiServer:
         ca, core = self.folder / "ca.crt", self.folder / "core.yaml"
         disabled = WAITING_ADMISSION if self.core != ApiServer.core else f"{WAITING_ADMISSION},{POLICIES}"
         self._server = self._run(
-            str(binary()), f"--etcd-servers=http://127.0.0.1:{self.etcd_ports[0]}", f"--secure-port={self.port}",
-            "--bind-address=127.0.0.1", f"--cert-dir={self.folder}", f"--tls-cert-file={self.folder / 'server.crt'}",
-            f"--tls-private-key-file={self.folder / 'server.key'}", f"--client-ca-file={ca}", f"--kubeconfig={core}",
-            f"--authentication-kubeconfig={core}", f"--authorization-kubeconfig={core}",
-            "--authentication-skip-lookup", "--enable-priority-and-fairness=false",
-            f"--disable-admission-plugins={disabled}", name="apiserver",
-        )  # fmt: skip
+            str(binary()),
+            f"--etcd-servers=http://127.0.0.1:{self.etcd_ports[0]}",
+            f"--secure-port={self.port}",
+            "--bind-address=127.0.0.1",
+            f"--cert-dir={self.folder}",
+            f"--tls-cert-file={self.folder / 'server.crt'}",
+            f"--tls-private-key-file={self.folder / 'server.key'}",
+            f"--client-ca-file={ca}",
+            f"--kubeconfig={core}",
+            f"--authentication-kubeconfig={core}",
+            f"--authorization-kubeconfig={core}",
+            "--authentication-skip-lookup",
+            "--enable-priority-and-fairness=false",
+            f"--disable-admission-plugins={disabled}",
+            name="apiserver",
+        )
         self._until(lambda: self.ask("GET", CRDS)[0] == 200, "the API server answers")
         for crd in self.ask("GET", CRDS)[1]["items"]:
             self._until_served(crd)
@@ -157,10 +166,22 @@ class ApiServer:
     def _start_etcd(self) -> None:
         client, peer = (f"http://127.0.0.1:{port}" for port in self.etcd_ports)
         self._etcd = self._run(
-            "etcd", "--data-dir", str(self.folder / "etcd"), "--listen-client-urls", client, "--advertise-client-urls",
-            client, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster",
-            f"default={peer}", "--unsafe-no-fsync", name="etcd",
-        )  # fmt: skip
+            "etcd",
+            "--data-dir",
+            str(self.folder / "etcd"),
+            "--listen-client-urls",
+            client,
+            "--advertise-client-urls",
+            client,
+            "--listen-peer-urls",
+            peer,
+            "--initial-advertise-peer-urls",
+            peer,
+            "--initial-cluster",
+            f"default={peer}",
+            "--unsafe-no-fsync",
+            name="etcd",
+        )
 
     def _run(self, *command: str, name: str) -> "subprocess.Popen[bytes]":
         with open(self.folder / f"{name}.log", "ab") as log:
@@ -179,11 +200,13 @@ def write_kubeconfig(path: Path, url: str, keys: Path, *, context: str = CONTEXT
     """A kubeconfig of one context, with the certificate `client` of the folder `keys`."""
     user = {"client-certificate": str(keys / f"{client}.crt"), "client-key": str(keys / f"{client}.key")}
     config = {
-        "apiVersion": "v1", "kind": "Config", "current-context": context,
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": context,
         "clusters": [{"name": "c", "cluster": {"server": url, "certificate-authority": str(keys / "ca.crt")}}],
         "users": [{"name": "u", "user": user}],
         "contexts": [{"name": context, "context": {"cluster": "c", "user": "u", "namespace": NAMESPACE}}],
-    }  # fmt: skip
+    }
     path.write_text(yaml.safe_dump(config))
 
 
@@ -191,16 +214,23 @@ def queue_crd(plural: str, kind: str) -> dict[str, Any]:
     """A CRD of Kueue's group that takes any spec."""
     anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     version = {
-        "name": "v1beta1", "served": True, "storage": True, "subresources": {"status": {}},
+        "name": "v1beta1",
+        "served": True,
+        "storage": True,
+        "subresources": {"status": {}},
         "schema": {"openAPIV3Schema": {"type": "object", "properties": {"spec": anything, "status": anything}}},
-    }  # fmt: skip
+    }
     return {
-        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.kueue.x-k8s.io",
-                     "annotations": {"api-approved.kubernetes.io": "unapproved, for tests"}},
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": f"{plural}.kueue.x-k8s.io",
+            "annotations": {"api-approved.kubernetes.io": "unapproved, for tests"},
+        },
         "spec": {
-            "group": "kueue.x-k8s.io", "scope": "Cluster" if plural == "clusterqueues" else "Namespaced",
+            "group": "kueue.x-k8s.io",
+            "scope": "Cluster" if plural == "clusterqueues" else "Namespaced",
             "names": {"plural": plural, "singular": kind.lower(), "kind": kind, "listKind": f"{kind}List"},
             "versions": [version],
         },
-    }  # fmt: skip
+    }

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from graftwork.cluster.places import backend_of
+from graftwork.cluster.targets import backend_of
 from tests.k8s.core_kinds import KINDS, CoreKinds
 from tests.k8s.server import CONTEXT, ApiServer, require_parts
 from tests.kuberay_objects import GONE, GPUS, changed, cluster, job, rayjob, rayservice
-from tests.processes import ROOT
+from tests.process_races import ROOT
 
 pytestmark = [
     pytest.mark.k8s,
@@ -71,10 +71,16 @@ def cluster_of(made: dict[str, Any]) -> dict[str, Any]:
 
 REDIS = {"gcs": {"backend": "redis", "redis_address": "graftwork-redis:6379", "redis_secret": "graftwork-redis"}}
 OWN = [
-    rayjob(), rayjob(workers=[GPUS], queue="gpu"), rayjob(workers=[{**GPUS, "spot": True}]), rayjob(**REDIS),
-    rayjob(gcs={"backend": "rocksdb"}), rayjob(storage={"uri": "file:///runs", "claim": "runs"}),
-    rayjob(secret_env={"HF_TOKEN": "hub/token"}), rayservice(workers=[{**GPUS, "max_count": 4}]), rayservice(**REDIS),
-]  # fmt: skip
+    rayjob(),
+    rayjob(workers=[GPUS], queue="gpu"),
+    rayjob(workers=[{**GPUS, "spot": True}]),
+    rayjob(**REDIS),
+    rayjob(gcs={"backend": "rocksdb"}),
+    rayjob(storage={"uri": "file:///runs", "claim": "runs"}),
+    rayjob(secret_env={"HF_TOKEN": "hub/token"}),
+    rayservice(workers=[{**GPUS, "max_count": 4}]),
+    rayservice(**REDIS),
+]
 
 
 @pytest.mark.parametrize("made", [*OWN, *shipped()], ids=lambda made: str(made["kind"]))
@@ -90,51 +96,79 @@ KEY = {"name": "X", "valueFrom": {"secretKeyRef": {"name": "graftwork-redis", "k
 EVIL: dict[str, tuple[dict[str, Any], str]] = {
     "envFrom": ({f"{RAY}.envFrom": [SECRET]}, "envFrom reads Secrets that are listed"),
     "envFrom of an init container": (
-        {f"{WORKER}.spec.initContainers.0.envFrom": [SECRET]}, "envFrom reads Secrets that are listed"),
+        {f"{WORKER}.spec.initContainers.0.envFrom": [SECRET]},
+        "envFrom reads Secrets that are listed",
+    ),
     "env": ({f"{WORKER}.spec.containers.0.env": [KEY]}, "env reads Secrets that are listed"),
     "env of an init container": ({f"{HEAD}.spec.initContainers.0.env": [KEY]}, "env reads Secrets that are listed"),
     "a Secret's volume": (
-        {f"{HEAD}.spec.volumes": [{"name": "s", "secret": {"secretName": "x"}}]}, "Secrets and tokens are not mounted"),
+        {f"{HEAD}.spec.volumes": [{"name": "s", "secret": {"secretName": "x"}}]},
+        "Secrets and tokens are not mounted",
+    ),
     "a projected Secret": (
         {f"{WORKER}.spec.volumes": [{"name": "s", "projected": {"sources": [{"secret": {"name": "x"}}]}}]},
-        "Secrets and tokens are not mounted"),
+        "Secrets and tokens are not mounted",
+    ),
     "a projected token": (
         {f"{HEAD}.spec.volumes": [{"name": "s", "projected": {"sources": [{"serviceAccountToken": {"path": "t"}}]}}]},
-        "Secrets and tokens are not mounted"),
+        "Secrets and tokens are not mounted",
+    ),
     "a CSI volume": (
         {f"{HEAD}.spec.volumes": [{"name": "s", "csi": {"driver": "secrets-store.csi.k8s.io"}}]},
-        "Secrets and tokens are not mounted"),
+        "Secrets and tokens are not mounted",
+    ),
     "an account of the head": ({f"{HEAD}.spec.serviceAccountName": "default"}, "a head runs as one of the accounts"),
     "no account": ({f"{HEAD}.spec.serviceAccountName": GONE}, "a head runs as one of the accounts"),
     "the old field of an account": ({f"{WORKER}.spec.serviceAccount": "default"}, "workers run as one of the accounts"),
     "an account of a worker": ({f"{WORKER}.spec.serviceAccountName": "admin"}, "workers run as one of the accounts"),
     "a token of the head": ({f"{HEAD}.spec.automountServiceAccountToken": True}, "a head runs as one of the accounts"),
     "a token of a worker": (
-        {f"{WORKER}.spec.automountServiceAccountToken": GONE}, "workers run as one of the accounts"),
+        {f"{WORKER}.spec.automountServiceAccountToken": GONE},
+        "workers run as one of the accounts",
+    ),
     "a job with an autoscaler's token": (
-        {"spec.rayClusterSpec.enableInTreeAutoscaling": True, f"{HEAD}.spec.serviceAccountName": GONE,
-         f"{HEAD}.spec.automountServiceAccountToken": True}, "a head runs as one of the accounts"),
+        {
+            "spec.rayClusterSpec.enableInTreeAutoscaling": True,
+            f"{HEAD}.spec.serviceAccountName": GONE,
+            f"{HEAD}.spec.automountServiceAccountToken": True,
+        },
+        "a head runs as one of the accounts",
+    ),
     "a submitter's pod": ({"spec.submissionMode": "K8sJobMode"}, "submissionMode HTTPMode"),
     "another job's cluster": (
-        {"spec.clusterSelector": {"ray.io/cluster": "theirs"}, "spec.rayClusterSpec": GONE}, "no clusterSelector"),
+        {"spec.clusterSelector": {"ray.io/cluster": "theirs"}, "spec.rayClusterSpec": GONE},
+        "no clusterSelector",
+    ),
     "an opening of the network": (
-        {"spec.rayClusterSpec.networkPolicy": {"mode": "DenyAllIngress"}}, "not allowed here.*networkPolicy"),
+        {"spec.rayClusterSpec.networkPolicy": {"mode": "DenyAllIngress"}},
+        "not allowed here.*networkPolicy",
+    ),
     "a label of an endpoint": (
         {f"{HEAD.replace('.', '|')}|metadata|labels|app.kubernetes.io/component": "serve"},
-        "opens the way to the Kubernetes API"),
+        "opens the way to the Kubernetes API",
+    ),
     "the label of Redis": (
         {f"{WORKER.replace('.', '|')}|metadata|labels|app.kubernetes.io/name": "graftwork-redis"},
-        "are the operator's"),
+        "are the operator's",
+    ),
     "Redis' password": (
-        {"spec.rayClusterSpec.gcsFaultToleranceOptions": {
-            "redisAddress": "mine:6379",
-            "redisPassword": {"valueFrom": {"secretKeyRef": {"name": "endpoint-keys", "key": "admin"}}}}},
-        "the password of Redis is in a Secret that is listed"),
+        {
+            "spec.rayClusterSpec.gcsFaultToleranceOptions": {
+                "redisAddress": "mine:6379",
+                "redisPassword": {"valueFrom": {"secretKeyRef": {"name": "endpoint-keys", "key": "admin"}}},
+            }
+        },
+        "the password of Redis is in a Secret that is listed",
+    ),
     "a token's Secret": (
-        {"spec.rayClusterSpec.authOptions.secretName": "graftwork-redis"}, "authOptions has mode, and secretName"),
+        {"spec.rayClusterSpec.authOptions.secretName": "graftwork-redis"},
+        "authOptions has mode, and secretName",
+    ),
     "the autoscaler's command": (
-        {"spec.rayClusterSpec.autoscalerOptions": {"command": ["env"]}}, "autoscalerOptions sets no image"),
-}  # fmt: skip
+        {"spec.rayClusterSpec.autoscalerOptions": {"command": ["env"]}},
+        "autoscalerOptions sets no image",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", EVIL)
@@ -147,17 +181,23 @@ def test_a_way_to_a_secret_is_refused(server: ApiServer, name: str) -> None:
 
 def test_an_object_of_all_ways_at_once_is_refused(server: ApiServer) -> None:
     """As somebody writes it who has the rights of graftwork-submitter and wants all Secrets of the namespace."""
-    evil = changed(rayjob(), {
-        "spec.entrypoint": "env", f"{RAY}.envFrom": [SECRET, {"secretRef": {"name": "endpoint-keys"}}],
-        f"{HEAD}.spec.serviceAccountName": "default", f"{HEAD}.spec.automountServiceAccountToken": True,
-        f"{HEAD.replace('.', '|')}|metadata|labels|app.kubernetes.io/component": "serve",
-    })  # fmt: skip
+    evil = changed(
+        rayjob(),
+        {
+            "spec.entrypoint": "env",
+            f"{RAY}.envFrom": [SECRET, {"secretRef": {"name": "endpoint-keys"}}],
+            f"{HEAD}.spec.serviceAccountName": "default",
+            f"{HEAD}.spec.automountServiceAccountToken": True,
+            f"{HEAD.replace('.', '|')}|metadata|labels|app.kubernetes.io/component": "serve",
+        },
+    )
     assert "ValidatingAdmissionPolicy 'graftwork'" in ask(server, evil)
     assert ask(server, evil, OTHER) == "", "a namespace without the ConfigMap is none of ours"
 
 
-@pytest.mark.parametrize("made", [rayservice(workers=[{**GPUS, "max_count": 4}]), cluster_of(rayjob())],
-                         ids=lambda made: str(made["kind"]))  # fmt: skip
+@pytest.mark.parametrize(
+    "made", [rayservice(workers=[{**GPUS, "max_count": 4}]), cluster_of(rayjob())], ids=lambda made: str(made["kind"])
+)
 def test_services_and_clusters_are_held_to_the_same(server: ApiServer, made: dict[str, Any]) -> None:
     part = "spec.rayClusterConfig" if made["kind"] == "RayService" else "spec"
     for path, value, message in (
@@ -178,8 +218,11 @@ def test_an_update_is_held_to_the_same_and_the_operators_changes_pass(server: Ap
     code, answer = server.ask("PATCH", one, {"spec": evil}, MERGE)
     assert code == 403
     assert "ValidatingAdmissionPolicy 'graftwork'" in answer["message"]
-    changes: list[dict[str, Any]] = [{"metadata": {"finalizers": ["ray.io/rayjob-finalizer"]}},
-                                     {"metadata": {"finalizers": []}}, {"spec": {"suspend": True}}]  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {"metadata": {"finalizers": ["ray.io/rayjob-finalizer"]}},
+        {"metadata": {"finalizers": []}},
+        {"spec": {"suspend": True}},
+    ]
     for change in changes:
         assert server.ask("PATCH", one, change, MERGE)[0] == 200
     assert server.ask("DELETE", one)[0] == 200

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from graftwork.cluster.backend import Attempt
-from graftwork.cluster.kuberay.rayjob import build_rayjob
+from graftwork.cluster.jobs.models import Attempt
+from graftwork.cluster.kuberay.objects import build_rayjob
 from graftwork.cluster.kuberay.rules import check_rules
 from graftwork.cluster.kuberay.schema import check_schema
 from graftwork.cluster.spec import ClusterSpec

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from graftwork.cluster.backend import Finding
-from graftwork.cluster.places.kuberay import KubeRayPlace
+from graftwork.cluster.jobs.models import Finding
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.targets.kuberay import KubeRayPlace
 from graftwork.errors import ClusterError
 from tests.k8s.cluster import KubeCluster
 from tests.k8s.commands import CLUSTER, command
@@ -122,8 +122,12 @@ def test_quotas_of_pods_and_of_objects(kube: KubeCluster, faults: Faults, tmp_pa
 
 
 def test_a_namespace_that_is_not_there(kube: KubeCluster, faults: Faults, tmp_path: Path) -> None:
-    gone = {"kind": "Status", "code": 404, "message": f'namespaces "{NAMESPACE}" not found',
-            "details": {"name": NAMESPACE, "kind": "namespaces"}}  # fmt: skip
+    gone = {
+        "kind": "Status",
+        "code": 404,
+        "message": f'namespaces "{NAMESPACE}" not found',
+        "details": {"name": NAMESPACE, "kind": "namespaces"},
+    }
     faults.answer("dryRun=All", gone, method="POST", code=404)
     faults.answer("/api/v1/namespaces$", {"items": [{"metadata": {"name": "team-b"}}]})
     faults.answer(r"/api/v1/namespaces\?", {"items": [{"metadata": {"name": "team-b"}}]})
@@ -154,16 +158,28 @@ def test_doctor_tells_of_operator_and_jobs(kube: KubeCluster, faults: Faults, tm
     assert not [finding for finding in place.doctor() if finding.level == "error"]
     faults.answer("/apis/apps/v1/deployments", {"items": []})
     old = {"metadata": {"name": "old-a1", "creationTimestamp": "2026-01-01T00:00:00Z"}, "spec": {}}
-    slow = {**old, "metadata": {**old["metadata"], "name": "slow-a1"},
-            "status": {"jobDeploymentStatus": "Initializing", "rayClusterName": "slow-c"}}  # fmt: skip
-    left = {"metadata": {"name": "left-c", "labels": {
-        "ray.io/originated-from-cr-name": "gone-a1", "ray.io/originated-from-crd": "RayJob",
-        "app.kubernetes.io/managed-by": "graftwork"}}}  # fmt: skip
+    slow = {
+        **old,
+        "metadata": {**old["metadata"], "name": "slow-a1"},
+        "status": {"jobDeploymentStatus": "Initializing", "rayClusterName": "slow-c"},
+    }
+    left = {
+        "metadata": {
+            "name": "left-c",
+            "labels": {
+                "ray.io/originated-from-cr-name": "gone-a1",
+                "ray.io/originated-from-crd": "RayJob",
+                "app.kubernetes.io/managed-by": "graftwork",
+            },
+        }
+    }
     faults.answer(f"{NAMESPACE}/rayjobs", {"items": [old, slow]})
     faults.answer(f"{NAMESPACE}/rayclusters", {"items": [left]})
     waits = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
-    pod = {"metadata": {"name": "slow-head", "labels": {"ray.io/cluster": "slow-c"}},
-           "status": {"containerStatuses": [{"state": {"waiting": waits}}]}}  # fmt: skip
+    pod = {
+        "metadata": {"name": "slow-head", "labels": {"ray.io/cluster": "slow-c"}},
+        "status": {"containerStatuses": [{"state": {"waiting": waits}}]},
+    }
     faults.answer(f"{HERE}/pods", {"items": [pod]})
     codes = {finding.code: finding for finding in place.doctor()}
     assert {"E-OPERATOR-ABSENT", "E-OPERATOR-SILENT", "W-JOB-STUCK", "W-CLUSTER-LEFT"} <= set(codes)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from graftwork.cluster.backend import Job, JobBackend
-from graftwork.cluster.places import backend_of
+from graftwork.cluster.jobs.models import Job, JobBackend
+from graftwork.cluster.targets import backend_of
 from graftwork.errors import ClusterError, ConfigError
 from tests.k8s.certificates import certificate
 from tests.k8s.cluster import KubeCluster

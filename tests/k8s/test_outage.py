@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cluster.places import backend_of
+from graftwork.cluster.targets import backend_of
 from tests.k8s.cluster import KubeCluster
 from tests.k8s.commands import command, until
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cluster.kuberay.removal import MARGIN_S
-from graftwork.cluster.places import backend_of
+from graftwork.cluster.kuberay.client import MARGIN_S
 from graftwork.cluster.spec import ClusterSpec, GcsSpec
+from graftwork.cluster.targets import backend_of
 from graftwork.errors import ClusterError
-from graftwork.storage import RunPaths, Store
-from graftwork.tuning.elsewhere import KIND, Elsewhere, end_trials
+from graftwork.storage.store import RunPaths, Store
+from graftwork.tuning.remote_trial import KIND, Elsewhere, end_trials
 from tests.k8s.cluster import JOBS, KubeCluster, kube_cluster
 from tests.k8s.commands import CLUSTER, command, until
-from tests.k8s.stand_in import FOLDER
+from tests.k8s.fake_operator import FOLDER
 
 pytestmark = pytest.mark.k8s
 PODS_END_S, CLEANUP_S = 13.0, 4.0
@@ -83,8 +83,10 @@ def test_a_removal_that_does_not_end_names_what_holds_it(slow: KubeCluster, tmp_
     part = slow.server.ask("GET", path)[1]["spec"]["rayClusterSpec"]
     for group in (part["headGroupSpec"], *part["workerGroupSpecs"]):
         group["template"]["spec"]["terminationGracePeriodSeconds"] = 1
-    change = {"metadata": {"finalizers": ["ray.io/rayjob-finalizer", "example.com/audit"]},
-              "spec": {"rayClusterSpec": part}}  # fmt: skip
+    change = {
+        "metadata": {"finalizers": ["ray.io/rayjob-finalizer", "example.com/audit"]},
+        "spec": {"rayClusterSpec": part},
+    }
     assert slow.server.ask("PATCH", path, change, MERGE)[0] == 200
     began = time.monotonic()
     with pytest.raises(ClusterError, match=rf"still there after {1 + MARGIN_S} s: finalizers: example.com/audit"):

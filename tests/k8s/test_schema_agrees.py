@@ -77,8 +77,9 @@ def test_what_is_built_is_taken(server: ApiServer, made: dict[str, Any]) -> None
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("made", [rayjob(workers=[GPUS], gcs={"backend": "rocksdb"}),
-                                  rayservice(workers=[{**GPUS, "max_count": 4}])])  # fmt: skip
+@pytest.mark.parametrize(
+    "made", [rayjob(workers=[GPUS], gcs={"backend": "rocksdb"}), rayservice(workers=[{**GPUS, "max_count": 4}])]
+)
 def test_changes_at_random_are_judged_alike(server: ApiServer, made: dict[str, Any]) -> None:
     """Live and shipped schemas against the server: no object that one takes and the other refuses."""
     crd, dice = definition(server, made["kind"]), random.Random(SEED)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from graftwork.cluster.backend import Job
-from graftwork.cluster.places import backend_of
+from graftwork.cluster.jobs.models import Job
+from graftwork.cluster.targets import backend_of
 from graftwork.config import validate
 from graftwork.serving.spec import ServeSpec
 from tests.k8s.cluster import KubeCluster, kube_cluster
@@ -53,8 +53,13 @@ def test_an_endpoint_is_one_object_through_its_versions(kube: KubeCluster, tmp_p
     assert backend.submit(first).state == "pending"
     assert services(kube) == ["airport"]
 
-    ready = {"type": "Ready", "status": "True", "reason": "NonZeroServeEndpoints", "message": "",
-             "lastTransitionTime": "2026-01-01T00:00:00Z"}  # fmt: skip
+    ready = {
+        "type": "Ready",
+        "status": "True",
+        "reason": "NonZeroServeEndpoints",
+        "message": "",
+        "lastTransitionTime": "2026-01-01T00:00:00Z",
+    }
     merge = "application/merge-patch+json"
     status = {"status": {"conditions": [ready], "numServeEndpoints": 2}}
     assert kube.server.ask("PATCH", f"{SERVICES}/airport/status", status, merge)[0] == 200

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cluster.places import backend_of
+from graftwork.cluster.targets import backend_of
 from tests.k8s.cluster import KubeCluster
 from tests.k8s.commands import command, until
-from tests.processes import ROOT
+from tests.process_races import ROOT
 
 pytestmark = pytest.mark.k8s
 CLIENTS, EACH = 4, 250
@@ -22,7 +22,7 @@ SUBMIT = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from graftwork.cluster.places import backend_of
+from graftwork.cluster.targets import backend_of
 from tests.k8s.commands import command
 on, root, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 job = command(root, "once", "print('one')")
@@ -36,7 +36,7 @@ assert len(names) == 1, names
 DIES = """
 import http.client, os, signal, sys
 from pathlib import Path
-from graftwork.cluster.places import backend_of
+from graftwork.cluster.targets import backend_of
 from tests.k8s.commands import command, until
 on, root, moment = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 job = command(root, f"dies-{moment}", until(root / "never"))

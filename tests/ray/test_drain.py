@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from graftwork.cluster.drain import GCS_S
-from tests.processes import ROOT
-from tests.raylets import Raylets, environment
+from graftwork.cluster.kuberay.prestop import GCS_S
+from tests.process_races import ROOT
+from tests.ray_cluster import Raylets, environment
 
 pytestmark = pytest.mark.long
 WITHIN_S = 60
-DRAIN = ("-m", "graftwork.cluster.drain")
+DRAIN = ("-m", "graftwork.cluster.kuberay.prestop")
 GIVES_UP_S = GCS_S + 12
 """From the start of a drain: three seconds without the GCS, and the start of Python and Ray on a loaded machine."""
 WORK = """
@@ -62,9 +62,14 @@ def mortal() -> Iterator[Raylets]:
 def python(raylets: Raylets, *words: str) -> "subprocess.Popen[str]":
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, env={**environment(), "RAY_ADDRESS": raylets.address},
-        text=True, stdin=pipe, stdout=pipe, stderr=pipe if DRAIN[1] in words else None,
-    )  # fmt: skip
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**environment(), "RAY_ADDRESS": raylets.address},
+        text=True,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe if DRAIN[1] in words else None,
+    )
 
 
 def said(work: "subprocess.Popen[str]", word: str = "") -> str:

@@ -14,9 +14,9 @@ import psutil
 import pytest
 import yaml
 
-from tests.k8s.head import Head
+from tests.k8s.ray_head import Head
 from tests.ports import free_port
-from tests.raylets import environment
+from tests.ray_cluster import environment
 from tests.service import Made, publish
 
 COMMAND = "from graftwork.cli import main; main()"
@@ -37,18 +37,29 @@ class World:
     def graftwork(self, *argv: str) -> str:
         """What a command prints; it may not fail."""
         done = subprocess.run(
-            [sys.executable, "-c", COMMAND, *argv], cwd=self.tmp, text=True, capture_output=True, timeout=120,
+            [sys.executable, "-c", COMMAND, *argv],
+            cwd=self.tmp,
+            text=True,
+            capture_output=True,
+            timeout=120,
             env={**environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.head.token},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def submit(self, name: str) -> str:
         """Start an endpoint as a job and wait until it answers; the job's id."""
-        spec = {"kind": "serve", "name": name, "base": str(self.made.base), "root": self.made.store.uri,
-                "quant": {"kind": "none"}, "num_cpus": 0.5, "port": self.port,
-                "engine": {"max_seq_len": 256, "num_threads": 1},
-                "arms": [{"name": "plain"}, {"name": "tuned", "adapter": "card@latest"}]}  # fmt: skip
+        spec = {
+            "kind": "serve",
+            "name": name,
+            "base": str(self.made.base),
+            "root": self.made.store.uri,
+            "quant": {"kind": "none"},
+            "num_cpus": 0.5,
+            "port": self.port,
+            "engine": {"max_seq_len": 256, "num_threads": 1},
+            "arms": [{"name": "plain"}, {"name": "tuned", "adapter": "card@latest"}],
+        }
         (self.tmp / f"{name}.yaml").write_text(yaml.safe_dump(spec))
         told = json.loads(self.graftwork("serve", f"{name}.yaml", "--target", self.head.address, "--detach", "--json"))
         until(self.answers, 120, lambda: self.graftwork("jobs", "logs", told["job_id"], "--root", self.made.store.uri))
@@ -100,8 +111,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def experiment(world: World) -> dict[str, Any]:
     arms = [{"name": "plain", "weight": 0.5}, {"name": "tuned", "weight": 0.5}]
-    return {"kind": "experiment", "name": "ab", "endpoint": world.url, "control": "plain", "primary": "latency_ms",
-            "arms": arms}  # fmt: skip
+    return {
+        "kind": "experiment",
+        "name": "ab",
+        "endpoint": world.url,
+        "control": "plain",
+        "primary": "latency_ms",
+        "arms": arms,
+    }
 
 
 @pytest.mark.soak

@@ -11,18 +11,18 @@ import httpx
 import numpy as np
 import pytest
 
-from graftwork import artifact, base_model
-from graftwork.base_model import BaseSpec
+from graftwork.artifacts import publish as artifact
+from graftwork.base import load as base_model
+from graftwork.base.spec import BaseSpec
 from graftwork.cluster.session import Session
-from graftwork.serving.app import Endpoint, deploy
+from graftwork.serving.ab_test.log import LogRow, rules_of
+from graftwork.serving.ab_test.log_reader import ExperimentLog
+from graftwork.serving.ab_test.report import analyse_log
+from graftwork.serving.ab_test.spec import ExperimentSpec
 from graftwork.serving.client import Client
-from graftwork.serving.experiment.online.analyse import analyse_log
-from graftwork.serving.experiment.online.log_reader import ExperimentLog
-from graftwork.serving.experiment.online.log_row import LogRow
-from graftwork.serving.experiment.online.scoring import rules_of
-from graftwork.serving.experiment.online.spec import ExperimentSpec
+from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.spec import ServeSpec
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 from tests.adapters import facts
 from tests.engines import write_lora
 from tests.ports import free_port
@@ -41,11 +41,21 @@ def endpoint(local_ray: Session, tmp_path_factory: pytest.TempPathFactory) -> It
     for seed, task in enumerate(TASKS):
         folder = write_lora(base, tmp / task, seed, r=4, target_modules=["q_proj", "v_proj"])
         artifact.publish(store, task, folder, **facts(base_digest=digest, prompt={"system": None}), alias="latest")
-    spec = ServeSpec.model_validate({
-        "base": str(base), "root": store.uri, "quant": {"kind": "none"}, "port": free_port(), "num_replicas": 2,
-        "num_cpus": 0.5, "name": "experimented", "engine": {"max_seq_len": 512, "num_threads": 1, "max_batch": 16},
-        "arms": [{"name": name, "grammar": {"regex": f"[a-z]{{{n}}}"}} for name, n in (("quick", 2), ("slow", 200))],
-    })  # fmt: skip
+    spec = ServeSpec.model_validate(
+        {
+            "base": str(base),
+            "root": store.uri,
+            "quant": {"kind": "none"},
+            "port": free_port(),
+            "num_replicas": 2,
+            "num_cpus": 0.5,
+            "name": "experimented",
+            "engine": {"max_seq_len": 512, "num_threads": 1, "max_batch": 16},
+            "arms": [
+                {"name": name, "grammar": {"regex": f"[a-z]{{{n}}}"}} for name, n in (("quick", 2), ("slow", 200))
+            ],
+        }
+    )
     with deploy(spec) as running:
         yield running
 
@@ -68,8 +78,11 @@ def homes(client: Client) -> dict[str, str]:
 
 def apart(endpoint: Endpoint, client: Client, tasks: tuple[str, ...]) -> list[tuple[str, str]]:
     """Pairs of tasks that are answered by different replicas, each by one. All are let go and asked for first."""
-    versions = {entry["graftwork"]["adapter"]: entry["graftwork"]["adapter_version"]
-                for entry in client.models() if entry["graftwork"].get("adapter")}  # fmt: skip
+    versions = {
+        entry["graftwork"]["adapter"]: entry["graftwork"]["adapter_version"]
+        for entry in client.models()
+        if entry["graftwork"].get("adapter")
+    }
     for task in tasks:
         client.admin("unload", adapter=f"{task}@{versions[task]}")
         assert ask(endpoint, f"base:{task}@{versions[task]}").status_code == 200
@@ -167,9 +180,13 @@ def test_an_arm_that_is_slower_and_no_worse_raises_no_alarm_at_any_look(endpoint
     callers all, or 3 of 10, send their thumb, on the slow arm seconds later."""
     arms = [{"name": name, "model": f"arm/{name}", "weight": 0.5} for name in ("quick", "slow")]
     spec: dict[str, Any] = {
-        "kind": "experiment", "name": f"latency{rated:g}".replace(".", "-"), "arms": arms, "control": "quick",
-        "primary": {"name": "thumbs", "deadline_s": 20.0}, "log_every_s": 0.2,
-    }  # fmt: skip
+        "kind": "experiment",
+        "name": f"latency{rated:g}".replace(".", "-"),
+        "arms": arms,
+        "control": "quick",
+        "primary": {"name": "thumbs", "deadline_s": 20.0},
+        "log_every_s": 0.2,
+    }
     with endpoint.client() as client:
         client.experiment("start", spec=spec)
         looks = asyncio.run(callers(endpoint, client, spec["name"], rated))

@@ -11,7 +11,7 @@ import ray
 
 from graftwork.cluster.session import Session
 from graftwork.errors import Interrupted
-from graftwork.training.records import Progress
+from graftwork.training.report import Progress
 from graftwork.training.run import train
 from tests.training import task
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cli.launching import job_of
-from graftwork.cluster.run_store import JobStore
+from graftwork.cli.launch import job_of
+from graftwork.cluster.jobs.store import JobStore
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_start import read_starts
+from graftwork.training.checkpoint_resume import read_starts
 from graftwork.training.run import run_paths
-from graftwork.training.steplog import read_steps
+from graftwork.training.worker_messages import read_steps
 from tests.jobs import end_all_jobs, local_backend, printed, until
 from tests.training import task
 

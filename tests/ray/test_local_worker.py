@@ -19,17 +19,16 @@ import ray
 
 from graftwork.cluster.session import Session
 from graftwork.errors import ClusterError, Interrupted
-from graftwork.storage import RunPaths
+from graftwork.storage.store import RunPaths
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_start import read_starts
-from graftwork.training.fit import fit
-from graftwork.training.job import LoopResult, TrainJob
+from graftwork.training.checkpoint_resume import read_starts
 from graftwork.training.local_worker import needs_ray_train
+from graftwork.training.ray_worker import fit
 from graftwork.training.run import ResolvedRun, run_paths
 from graftwork.training.spec import TrainSpec
-from graftwork.training.steplog import read_steps
 from graftwork.training.worker import MAX_FAILURES
-from tests.processes import ROOT
+from graftwork.training.worker_messages import LoopResult, TrainJob, read_steps
+from tests.process_races import ROOT
 from tests.training import task
 
 WITHIN_S = 120.0

@@ -11,16 +11,16 @@ from typing import Any
 import psutil
 import pytest
 
-from graftwork.training.data import prepare
-from graftwork.training.job import LoopResult, TrainJob
 from graftwork.training.loop import run_steps
+from graftwork.training.objectives.rows import prepare
 from graftwork.training.spec import TrainSpec
-from tests.processes import ROOT
-from tests.raylets import Raylet, Raylets, environment
+from graftwork.training.worker_messages import LoopResult, TrainJob
+from tests.process_races import ROOT
+from tests.ray_cluster import Raylet, Raylets, environment
 from tests.training import task
 
 TOLERANCE = 2e-6
-"""Relative, on losses in fp32, as in tests/unit/test_training_strategies.py."""
+"""Relative, on losses in fp32, as in tests/unit/training/test_strategies.py."""
 WITHIN_S = 420
 FULL = {"adapter": {"kind": "full"}, "optim.lr": 1e-3}
 PROGRAM = """
@@ -58,9 +58,12 @@ def trained(nodes: tuple[str, list[Raylet]], specs: list[TrainSpec]) -> Trained:
     """Train the specs from a driver of its own."""
     address, raylets = nodes
     driver = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *(spec.model_dump_json(exclude_unset=True) for spec in specs)], cwd=ROOT,
-        env={**environment(), "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", PROGRAM, *(spec.model_dump_json(exclude_unset=True) for spec in specs)],
+        cwd=ROOT,
+        env={**environment(), "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+    )
     at_once: set[str] = set()
     while True:
         try:

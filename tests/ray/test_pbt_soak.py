@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.training.data import prepare
-from graftwork.training.job import TrainJob
 from graftwork.training.loop import run_steps
+from graftwork.training.objectives.rows import prepare
+from graftwork.training.worker_messages import TrainJob
 from graftwork.tuning.spec import TuneSpec
-from tests.driving import last_words
 from tests.ray.test_sweep_soak import END_S, outcome, require_kept, until
 from tests.ray.test_tune import rates, sweep, write_inputs
-from tests.sweeping import Record, folder_of, ledger_of, start_sweep
+from tests.sweep_driver import Record, folder_of, ledger_of, start_sweep
+from tests.train_driver import last_words
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 PBT = {"kind": "pbt", "population": 3, "every": 2}

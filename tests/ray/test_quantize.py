@@ -11,8 +11,8 @@ from graftwork.cluster.session import Session
 from graftwork.errors import ArtifactError, ConfigError, DataError, StorageError
 from graftwork.serving.quantize.run import QuantizeProgress, run_quantize
 from graftwork.serving.quantize.spec import QuantizeSpec
-from graftwork.storage import Store
-from tests.scripted_arms import FIELDS, airports
+from graftwork.storage.store import Store
+from tests.fake_arms import FIELDS, airports
 from tests.tiny import write_tiny_base
 
 SCHEMA = {"type": "object", "required": list(FIELDS)}
@@ -31,12 +31,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spec(inputs: Path, **changed: Any) -> QuantizeSpec:
     tree = {
-        "name": "tiny", "root": str(inputs / "root"), "base": str(inputs / "base"), "precisions": ["fp32", "nf4"],
-        "eval": str(inputs / "eval.jsonl"), "answer_schema": str(inputs / "schema.json"), "num_cpus": 1,
-        "arms": [{"name": "base", "max_new_tokens": 4}], "text": {"window": 64, "stride": 32},
+        "name": "tiny",
+        "root": str(inputs / "root"),
+        "base": str(inputs / "base"),
+        "precisions": ["fp32", "nf4"],
+        "eval": str(inputs / "eval.jsonl"),
+        "answer_schema": str(inputs / "schema.json"),
+        "num_cpus": 1,
+        "arms": [{"name": "base", "max_new_tokens": 4}],
+        "text": {"window": 64, "stride": 32},
         "speed": {"batches": [1, 2], "prompt_tokens": 8, "new_tokens": 4, "rounds": 1},
         "engine": {"max_batch": 4, "max_seq_len": 256, "kv_tokens": 2048},
-    }  # fmt: skip
+    }
     return QuantizeSpec.model_validate({**tree, **changed})
 
 
@@ -55,8 +61,13 @@ def test_each_precision_is_measured_once_and_judged(local_ray: Session, inputs: 
 
     store = Store(str(inputs / "root"))
     assert store.list("runs", first.run_id) == [
-        "precisions", "provenance.json", "report.html", "report.json", "spec.yaml", "status.json"
-    ]  # fmt: skip
+        "precisions",
+        "provenance.json",
+        "report.html",
+        "report.json",
+        "spec.yaml",
+        "status.json",
+    ]
     assert store.read_json("runs", first.run_id, "report.json")["quantize"] == json.loads(report.model_dump_json())
     again = local_ray.run(run_quantize, spec(inputs))
     assert (again.run_id, again.reused, again.report) == (first.run_id, 2, report)

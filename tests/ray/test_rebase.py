@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from graftwork import artifact, base_model
+from graftwork.artifacts.manifest import aliases
+from graftwork.artifacts.registry import resolve
+from graftwork.base import load as base_model
 from graftwork.cluster.session import Session
 from graftwork.errors import ArtifactError, ConfigError
-from graftwork.storage import Store
-from graftwork.training.outcomes.curve import curve, write_curve
-from graftwork.training.outcomes.rebase import RebaseAsk, pairs_of, rebase, write_rebase
+from graftwork.storage.store import Store
+from graftwork.training.evaluation.rebase import RebaseAsk, curve, pairs_of, rebase, write_curve, write_rebase
 from graftwork.training.run import train
 from graftwork.training.spec import TrainSpec
 from tests.tiny import write_tiny_base
@@ -41,8 +42,8 @@ def test_both_bases_answer_and_nothing_is_promoted(trained: tuple[TrainSpec, str
     assert (found.alias, found.old_adapter, found.metric, found.test.n) == ("colours@latest", old, "exact", 8)
     assert set(told) == {("colours@latest", 6)}
     store = Store(spec.root)
-    assert artifact.aliases(store, "colours") == {"latest": old.partition("@")[2]}
-    made = artifact.resolve(store, found.new_adapter)
+    assert aliases(store, "colours") == {"latest": old.partition("@")[2]}
+    made = resolve(store, found.new_adapter)
     assert made.base_digest == base_model.resolve(spec.with_({"base": new_base}).base).digest
     assert f"graftwork adapters promote {found.new_adapter} latest --root {spec.root}" == found.promote
     assert found.outcome == "undecided"

@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 
-from graftwork.storage import RunPaths
-from graftwork.training.checkpoint_start import read_starts
-from graftwork.training.data import prepare
-from graftwork.training.job import TrainJob
+from graftwork.storage.store import RunPaths
+from graftwork.training.checkpoint_resume import read_starts
 from graftwork.training.loop import run_steps
+from graftwork.training.objectives.rows import prepare
 from graftwork.training.run import run_paths
-from graftwork.training.steplog import read_steps
-from tests.driving import last_words, start_driver
-from tests.raylets import Raylets
+from graftwork.training.worker_messages import TrainJob, read_steps
+from tests.ray_cluster import Raylets
+from tests.train_driver import last_words, start_driver
 from tests.training import task
 
 WITHIN_S = 200.0
@@ -106,9 +105,11 @@ def test_a_lost_and_a_drained_machine_cost_no_row_and_change_no_loss(raylets: Ra
         tmp_path,
         **{
             "optim": {"lr": 2e-3, "epochs": STEPS * PER_STEP / ROWS, "micro_batch": 2},
-            "checkpoint_every": EVERY, "eval_every": 100, "recovery": {"min_workers": 1, "wait_s": 4.0},
+            "checkpoint_every": EVERY,
+            "eval_every": 100,
+            "recovery": {"min_workers": 1, "wait_s": 4.0},
         },
-    )  # fmt: skip
+    )
     first, second = raylets.add(), raylets.add()
     run, noted = run_paths(spec), tmp_path / "noted"
     driver = start_driver(spec, raylets.address, noted)

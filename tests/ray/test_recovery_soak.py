@@ -13,13 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
-from graftwork import artifact
-from graftwork.storage import RunPaths, Store
+from graftwork.artifacts.registry import open_adapter, verify_adapter
+from graftwork.storage.store import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_start import read_starts
+from graftwork.training.checkpoint_resume import read_starts
 from graftwork.training.run import run_paths
 from graftwork.training.spec import TrainSpec
-from tests.driving import last_words, start_driver
 from tests.ray.test_recovery import (
     AHEAD,
     PER_STEP,
@@ -30,10 +29,11 @@ from tests.ray.test_recovery import (
     steps_taken_again,
     until,
 )
-from tests.raylets import Raylet, Raylets
+from tests.ray_cluster import Raylet, Raylets
 from tests.s3.conftest import use
+from tests.s3_server import Weed, running
+from tests.train_driver import last_words, start_driver
 from tests.training import task
-from tests.weed import Weed, running
 
 KILLS, PIECES = 50, 10
 KINDS = ("worker", "raylet", "driver", "s3", "told")
@@ -164,9 +164,7 @@ def undisturbed(
 
 def weights_of(spec: TrainSpec, report: dict[str, Any]) -> str:
     """sha256 of the published weights."""
-    return (
-        artifact.open_adapter(Store(spec.root), spec.name, report["version"]).files["adapter_model.safetensors"].sha256
-    )
+    return open_adapter(Store(spec.root), spec.name, report["version"]).files["adapter_model.safetensors"].sha256
 
 
 @pytest.mark.soak
@@ -204,7 +202,7 @@ def test_killed_at_random_the_run_is_that_of_an_undisturbed_one(
     assert report["train_loss"] == undisturbed["train_loss"]
     assert report["eval_loss"] == undisturbed["eval_loss"]
     assert weights_of(spec, report) == undisturbed["weights"]
-    assert artifact.verify(Store(spec.root), spec.name, report["version"]) == []
+    assert verify_adapter(Store(spec.root), spec.name, report["version"]) == []
     again = steps_taken_again(disturbed.noted, begun)
     print(f"steps taken again: {again}")
     assert max(again, default=0) <= 2 * EVERY + AHEAD, "one interval, and what was being sent"

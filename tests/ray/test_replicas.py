@@ -19,15 +19,18 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families as parse
 from ray import serve
 
-from graftwork import artifact, base_model
-from graftwork.base_model import BaseSpec
-from graftwork.chat import Message
+from graftwork.artifacts import publish as artifact
+from graftwork.artifacts.manifest import aliases
+from graftwork.artifacts.registry import list_adapters
+from graftwork.base import load as base_model
+from graftwork.base.spec import BaseSpec
 from graftwork.cluster.session import Session
 from graftwork.errors import ConfigError
-from graftwork.serving.app import Endpoint, deploy
+from graftwork.prompts.render import Message
 from graftwork.serving.client import ChatCall, Client
+from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.spec import ServeSpec
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 from tests.adapters import facts
 from tests.engines import write_lora
 from tests.ports import free_port
@@ -59,9 +62,14 @@ def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def spec_of(base: Path, store: Store, **changed: Any) -> ServeSpec:
     usual: dict[str, Any] = {
-        "base": str(base), "root": store.uri, "quant": {"kind": "none"}, "port": free_port(), "num_replicas": 2,
-        "num_cpus": 0.5, "engine": {"max_seq_len": 1024, "num_threads": 1, "max_batch": MAX_BATCH},
-    }  # fmt: skip
+        "base": str(base),
+        "root": store.uri,
+        "quant": {"kind": "none"},
+        "port": free_port(),
+        "num_replicas": 2,
+        "num_cpus": 0.5,
+        "engine": {"max_seq_len": 1024, "num_threads": 1, "max_batch": MAX_BATCH},
+    }
     return ServeSpec(**{**usual, **changed})
 
 
@@ -214,8 +222,8 @@ def test_one_hot_adapter_makes_no_hot_spot(endpoint: Endpoint) -> None:
 
 
 def test_a_moved_alias_reaches_every_replica(endpoint: Endpoint, store: Store) -> None:
-    versions = {m.version for m in artifact.list_adapters(store) if m.task == "task0"}
-    (old,) = {artifact.aliases(store, "task0")["latest"]}
+    versions = {m.version for m in list_adapters(store) if m.task == "task0"}
+    (old,) = {aliases(store, "task0")["latest"]}
     (new,) = versions - {old}
     with endpoint.client() as client:
         artifact.promote(store, "task0", "latest", new)

@@ -24,21 +24,24 @@ import pytest
 import ray
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
-from graftwork import artifact, base_model, chat
-from graftwork.base_model import BaseSpec
-from graftwork.chat import Message, Prompt, Template
+from graftwork.artifacts import publish as artifact
+from graftwork.base import load as base_model
+from graftwork.base.spec import BaseSpec
 from graftwork.cluster.session import Session
 from graftwork.errors import ArtifactError, ClusterError, ConfigError
-from graftwork.serving.api_error import ApiError
-from graftwork.serving.app import Endpoint, deploy
+from graftwork.prompts import render as chat
+from graftwork.prompts.render import Message, Prompt
+from graftwork.prompts.template import Template
+from graftwork.serving.api.auth import BODY_TIMEOUT_S
+from graftwork.serving.api.errors import ApiError
+from graftwork.serving.api.http_protocol import HEAD_TIMEOUT_S
 from graftwork.serving.arms import SamplingOptions
-from graftwork.serving.backend import ServeBackend
-from graftwork.serving.burst import Sent, burst, swap_under_load
 from graftwork.serving.client import ChatCall, Client, ClientReply
-from graftwork.serving.http_protocol import HEAD_TIMEOUT_S
-from graftwork.serving.request_body import BODY_TIMEOUT_S
+from graftwork.serving.deploy import Endpoint, deploy
+from graftwork.serving.load_test import Sent, burst, swap_under_load
+from graftwork.serving.router import ServeBackend
 from graftwork.serving.spec import ArmSpec, GrammarSpec, ServeSpec
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 from tests.adapters import facts
 from tests.engines import ALL, peft_greedy, write_lora
 from tests.ports import free_port
@@ -72,14 +75,17 @@ class World:
 
     def spec(self, **changed: Any) -> ServeSpec:
         usual: dict[str, Any] = {
-            "base": str(self.base), "root": self.store.uri, "port": free_port(),
+            "base": str(self.base),
+            "root": self.store.uri,
+            "port": free_port(),
             "quant": {"kind": "none", "dtype": "float32"},
-            "adapters": [f"{task}@latest" for task in TASKS], "engine": {"max_seq_len": 1024, "num_threads": 1},
+            "adapters": [f"{task}@latest" for task in TASKS],
+            "engine": {"max_seq_len": 1024, "num_threads": 1},
             "arms": [
                 {"name": "plain", "prompt": {"system": SYSTEM}, "max_new_tokens": NEW_TOKENS},
                 {"name": "rag", "adapter": "card@latest", "retriever": {"corpus": str(self.corpus), "k": 2}},
             ],
-        }  # fmt: skip
+        }
         return ServeSpec(**{**usual, **changed})
 
 
@@ -252,9 +258,12 @@ def test_the_openai_client_works_unchanged(endpoint: Endpoint, world: World) -> 
             assert whole.model_extra["graftwork"]["adapter_version"] == version
             assert whole.system_fingerprint.startswith("fp_")
             stream = client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": QUESTIONS[0]}], max_tokens=NEW_TOKENS,
-                stream=True, stream_options={"include_usage": True},
-            )  # fmt: skip
+                model=model,
+                messages=[{"role": "user", "content": QUESTIONS[0]}],
+                max_tokens=NEW_TOKENS,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
             chunks = list(stream)
             text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
             assert text == whole.choices[0].message.content
@@ -268,8 +277,16 @@ def test_the_openai_client_works_unchanged(endpoint: Endpoint, world: World) -> 
 
 def test_grammars_choices_and_logprobs_cross_the_processes(endpoint: Endpoint) -> None:
     hello: Any = [{"role": "user", "content": "Hello"}]
-    asked: dict[str, Any] = {"model": "base", "messages": hello, "temperature": 1.0, "seed": 1, "n": 2,
-                             "logprobs": True, "top_logprobs": 2, "max_tokens": 30}  # fmt: skip
+    asked: dict[str, Any] = {
+        "model": "base",
+        "messages": hello,
+        "temperature": 1.0,
+        "seed": 1,
+        "n": 2,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "max_tokens": 30,
+    }
     with openai.OpenAI(**openai_settings(endpoint)) as client:
         whole = client.chat.completions.create(**asked, extra_body={"regex": "[A-Z]{4}, [0-9]{2}"})
         stream = client.chat.completions.create(**asked, extra_body={"regex": "[A-Z]{4}, [0-9]{2}"}, stream=True)

@@ -8,7 +8,7 @@ from ray import serve
 
 from graftwork.cluster.session import Session
 from graftwork.compat.ray_serve import controller
-from graftwork.serving.serve_instance import serve_running, silence_serve_logs
+from graftwork.serving.ray_serve_lifecycle import serve_running, silence_serve_logs
 from graftwork.serving.spec import ServeSpec
 
 

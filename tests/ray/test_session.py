@@ -16,9 +16,9 @@ from typing import IO
 import psutil
 import pytest
 
-from graftwork.cluster.local import DIR_PREFIX
+from graftwork.cluster.private_ray import DIR_PREFIX
 from tests.ports import free_port
-from tests.processes import ROOT
+from tests.process_races import ROOT
 
 UP_WITHIN_S = 120.0
 TOKEN = "0123456789abcdef" * 3
@@ -40,7 +40,7 @@ print(json.dumps([os.environ.get("RAY_AUTH_TOKEN"), ray.is_initialized()]))
 
 SUBMIT = """
 import sys
-from graftwork.cluster.jobs import run_command
+from graftwork.cluster.targets.ray_jobs import run_command
 from graftwork.errors import GraftworkError
 
 try:

@@ -12,7 +12,7 @@ from examples.studies.schema import StudyReport
 from examples.studies.spec import StudySpec
 from graftwork.cluster.session import Session
 from graftwork.errors import ArtifactError
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 from tests.tiny import write_tiny_base
 
 QUESTIONS = 6
@@ -24,16 +24,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     write_tiny_base(folder / "base")
     turns = [{"role": "user", "content": "Name a colour"}, {"role": "assistant", "content": '{"colour":"red"}'}]
-    rows = [{"id": f"q{n}", "doc_id": f"d{n % 2}", "size": n % 2, "messages": turns, "gold": {"colour": "red"}}
-            for n in range(QUESTIONS)]  # fmt: skip
-    weighed = [{**row, "messages": turns[:1], "gold": {"choices": ['{"colour":"red"}', "zebra"], "right": 0}}
-               for row in rows]  # fmt: skip
+    rows = [
+        {"id": f"q{n}", "doc_id": f"d{n % 2}", "size": n % 2, "messages": turns, "gold": {"colour": "red"}}
+        for n in range(QUESTIONS)
+    ]
+    weighed = [
+        {**row, "messages": turns[:1], "gold": {"choices": ['{"colour":"red"}', "zebra"], "right": 0}} for row in rows
+    ]
     for name, records in (("rows", rows), ("weighed", weighed)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
     schema = {"type": "object", "required": ["colour"]}
     (folder / "schema.json").write_text(json.dumps(schema), encoding="utf-8")
-    train = {"kind": "train", "name": "other", "base": "elsewhere", "data": {"train": str(folder / "rows.jsonl")},
-             "optim": {"lr": 0.02, "epochs": 4, "rows_per_step": 2, "warmup_ratio": 0}, "num_workers": 1}  # fmt: skip
+    train = {
+        "kind": "train",
+        "name": "other",
+        "base": "elsewhere",
+        "data": {"train": str(folder / "rows.jsonl")},
+        "optim": {"lr": 0.02, "epochs": 4, "rows_per_step": 2, "warmup_ratio": 0},
+        "num_workers": 1,
+    }
     (folder / "train.yaml").write_text(yaml.safe_dump(train), encoding="utf-8")
     return folder
 
@@ -42,18 +51,37 @@ def spec(folder: Path, **changed: Any) -> StudySpec:
     arms = [{"name": "base", "max_new_tokens": 8}, {"name": "tuned", "adapter": "colours@latest", "max_new_tokens": 8}]
     sides = {"a": "tuned", "b": "base"}
     tree = {
-        "name": "tiny", "title": "Tiny", "paper": "Nothing", "root": str(folder / "root"),
-        "base": str(folder / "base"), "quant": {"kind": "none", "dtype": "float32"}, "num_cpus": 1,
+        "name": "tiny",
+        "title": "Tiny",
+        "paper": "Nothing",
+        "root": str(folder / "root"),
+        "base": str(folder / "base"),
+        "quant": {"kind": "none", "dtype": "float32"},
+        "num_cpus": 1,
         "adapters": [{"file": "train.yaml", "set": {"name": "colours"}}],
         "measures": [
-            {"name": "asked", "eval": str(folder / "rows.jsonl"), "answer_schema": str(folder / "schema.json"),
-             "by": "size", "metrics": ["facts", "form"], "arms": arms},
-            {"name": "weighed", "kind": "likelihood", "eval": str(folder / "weighed.jsonl"), "unit": "doc_id",
-             "metrics": ["nats", "choice"], "arms": arms},
+            {
+                "name": "asked",
+                "eval": str(folder / "rows.jsonl"),
+                "answer_schema": str(folder / "schema.json"),
+                "by": "size",
+                "metrics": ["facts", "form"],
+                "arms": arms,
+            },
+            {
+                "name": "weighed",
+                "kind": "likelihood",
+                "eval": str(folder / "weighed.jsonl"),
+                "unit": "doc_id",
+                "metrics": ["nats", "choice"],
+                "arms": arms,
+            },
         ],
-        "claims": [{**sides, "statement": "it is likelier", "metric": "nats", "measure": "weighed", "expect": "lower"},
-                   {**sides, "statement": "it knows more", "metric": "facts", "expect": "higher", "of": 1}],
-    }  # fmt: skip
+        "claims": [
+            {**sides, "statement": "it is likelier", "metric": "nats", "measure": "weighed", "expect": "lower"},
+            {**sides, "statement": "it knows more", "metric": "facts", "expect": "higher", "of": 1},
+        ],
+    }
     return StudySpec.model_validate({**tree, **changed})
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from graftwork.storage import Store
-from graftwork.storage_local import TMP_PREFIX
+from graftwork.storage.local import TMP_PREFIX
+from graftwork.storage.store import Store
 from graftwork.tuning.spec import TuneSpec
-from tests.driving import last_words
 from tests.ray.test_tune import GOOD, rates, sweep, write_inputs
-from tests.raylets import Raylet, Raylets
+from tests.ray_cluster import Raylet, Raylets
 from tests.s3.conftest import use
-from tests.sweeping import Record, alive, folder_of, ledger_of, processes_of, start_sweep
-from tests.weed import Weed, running
+from tests.s3_server import Weed, running
+from tests.sweep_driver import Record, alive, folder_of, ledger_of, processes_of, start_sweep
+from tests.train_driver import last_words
 
 KILLS, PIECES = 20, 10
 KINDS = ("anywhere", "report", "write", "anywhere")

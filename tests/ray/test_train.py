@@ -15,19 +15,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from graftwork import artifact
+from graftwork.artifacts.registry import open_adapter, resolve, verify_adapter
 from graftwork.cluster.session import Session
 from graftwork.errors import ClusterError, Interrupted, RunError
-from graftwork.storage import RunPaths, Store
+from graftwork.storage.store import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.data import prepare
-from graftwork.training.job import TrainJob
 from graftwork.training.loop import run_steps
-from graftwork.training.records import Progress, TrainReport
+from graftwork.training.objectives.rows import prepare
+from graftwork.training.report import Progress, TrainReport
 from graftwork.training.run import run_paths, train
 from graftwork.training.spec import TrainSpec
-from graftwork.training.steplog import read_steps
-from tests.processes import ROOT
+from graftwork.training.worker_messages import TrainJob, read_steps
+from tests.process_races import ROOT
 from tests.training import task
 
 WITHIN_S = 240.0
@@ -199,9 +198,9 @@ def test_no_helper_with_nothing_to_do_is_started(disturbed: Disturbed) -> None:
 
 def test_the_adapter_is_published_under_its_alias(spec: TrainSpec, disturbed: Disturbed) -> None:
     report, store = disturbed.report, Store(spec.root)
-    manifest = artifact.resolve(store, "colours@prod")
+    manifest = resolve(store, "colours@prod")
     assert f"colours@{manifest.version}" == report.adapter
-    assert artifact.verify(store, "colours", report.version) == []
+    assert verify_adapter(store, "colours", report.version) == []
     assert manifest.metrics["eval_loss"] == pytest.approx(report.eval_loss[-1][1])
     assert manifest.run == report.run_id
 
@@ -222,7 +221,7 @@ def test_relative_places_mean_the_drivers_folder(
     monkeypatch.chdir(Path(spec.root).parent)
     near = {"root": "root", "base": "base", "data.train": "train.jsonl", "data.eval": "eval.jsonl", "num_workers": 1}
     report = train(spec.with_({**near, "init_from": "colours@prod", "optim.epochs": 0.5, "alias": None}))
-    assert artifact.open_adapter(Store(spec.root), "colours", report.version).parent == disturbed.report.version
+    assert open_adapter(Store(spec.root), "colours", report.version).parent == disturbed.report.version
     assert report.train_loss[0][1] == pytest.approx(disturbed.report.train_loss[-1][1], rel=0.5)
 
 

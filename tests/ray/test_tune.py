@@ -17,14 +17,16 @@ import ray
 import yaml
 from ray.util import placement_group_table
 
-from graftwork import artifact
+from graftwork.adapters.spec import LoraSpec
+from graftwork.artifacts.manifest import aliases
+from graftwork.artifacts.registry import open_adapter
 from graftwork.cluster.session import Session, session
 from graftwork.errors import ClusterError, Interrupted, RunError
-from graftwork.storage import Store
-from graftwork.training.lock import run_lock
-from graftwork.training.spec import LoraSpec
-from graftwork.tuning.run import Sweep, TuneProgress, TuneReport, tune
+from graftwork.storage.store import Store
+from graftwork.training.run_lock import run_lock
+from graftwork.tuning.run import Sweep, tune
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.trials import TuneProgress, TuneReport
 from tests.tiny import write_tiny_base
 
 FREED_WITHIN_S = 90.0
@@ -173,8 +175,8 @@ def test_a_finished_sweep_is_given_finals_and_its_winner_is_published(
     assert report.best == before.best
     assert report.winner is not None
     store = Store(spec.root)
-    assert artifact.aliases(store, "tiny") == {"champion": report.winner.train.version}
-    assert artifact.open_adapter(store, "tiny", "champion").method["rank"] == 2
+    assert aliases(store, "tiny") == {"champion": report.winner.train.version}
+    assert open_adapter(store, "tiny", "champion").method["rank"] == 2
     assert (seen[-1].total, len(seen[-1].trials)) == (4, 4)
     again = tune(asked)
     assert again.reused
@@ -249,7 +251,7 @@ def test_kill_9_while_the_winner_trains_repeats_no_trial_and_goes_on_from_its_ch
     assert report.winner.train.steps == 120
     steps_told = [progress.winner.step for progress in seen if progress.winner]
     assert min(steps_told) > 5, "it went on from a checkpoint"
-    assert artifact.aliases(Store(spec.root), "tiny") == {"champion": report.winner.train.version}
+    assert aliases(Store(spec.root), "tiny") == {"champion": report.winner.train.version}
 
 
 def test_one_driver_a_sweep(inputs: Path, tmp_path: Path) -> None:

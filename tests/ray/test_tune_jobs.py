@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cluster.places import backend_of
 from graftwork.cluster.session import Session
+from graftwork.cluster.targets import backend_of
 from graftwork.errors import ConfigError
-from graftwork.tuning.elsewhere import Elsewhere, check_elsewhere
-from graftwork.tuning.run import TuneProgress, tune
+from graftwork.tuning.remote_trial import Elsewhere, check_elsewhere
+from graftwork.tuning.run import tune
 from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.trials import TuneProgress
 from tests.ray.test_tune import rates, sweep, write_inputs
 
 HERE = Elsewhere("local", {})
@@ -19,8 +20,15 @@ HERE = Elsewhere("local", {})
 def spec(tmp_path_factory: pytest.TempPathFactory) -> TuneSpec:
     folder = tmp_path_factory.mktemp("jobs")
     asha = {"kind": "asha", "grace_steps": 4, "reduction": 4}
-    return sweep(write_inputs(folder), folder / "root", rates(1e-2, 1e-5, 2e-5), max_concurrent=2,
-                 steps=16, report_every=4, scheduler=asha)  # fmt: skip
+    return sweep(
+        write_inputs(folder),
+        folder / "root",
+        rates(1e-2, 1e-5, 2e-5),
+        max_concurrent=2,
+        steps=16,
+        report_every=4,
+        scheduler=asha,
+    )
 
 
 @pytest.mark.soak

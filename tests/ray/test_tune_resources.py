@@ -10,8 +10,9 @@ from ray.util import placement_group_table
 
 from graftwork.cluster.session import Session
 from graftwork.errors import RunError
-from graftwork.tuning.ledger import Ledger
-from graftwork.tuning.run import Sweep, TrialRecord, TuneProgress, tune
+from graftwork.tuning.run import Sweep, tune
+from graftwork.tuning.trial_store import Ledger
+from graftwork.tuning.trials import TrialRecord, TuneProgress
 from tests.ray.test_tune import GOOD, inputs, rates, sweep, wait_for
 
 __all__ = ["inputs"]

@@ -12,7 +12,8 @@ import pytest
 from ray._private.state import actors
 
 from graftwork.cluster.session import Session
-from graftwork.tuning.run import TrialRecord, TuneProgress, tune
+from graftwork.tuning.run import tune
+from graftwork.tuning.trials import TrialRecord, TuneProgress
 from tests.ray.test_tune import GOOD, inputs, rates, sweep, wait_for
 from tests.ray.test_tune_resources import cpus_are_free, groups, trial_processes
 
@@ -59,9 +60,13 @@ def test_many_trials_neither_stall_nor_leak(local_ray: Session, inputs: Path, tm
     early = {"steps": 4, "report_every": 2, "scheduler": {"grace_steps": 2, "reduction": 64}}
     short = {"steps": 1, "report_every": 1, "scheduler": None}
     spec = sweep(
-        inputs, tmp_path, rates(*many(count)), num_trials=count, max_concurrent=PROCESSES,
+        inputs,
+        tmp_path,
+        rates(*many(count)),
+        num_trials=count,
+        max_concurrent=PROCESSES,
         **(early if count == 50 else short),
-    )  # fmt: skip
+    )
     watched, before, shm = Watched(), threading.active_count(), len(os.listdir("/dev/shm"))
     began = time.monotonic()
     report = tune(spec, on_progress=watched.see)

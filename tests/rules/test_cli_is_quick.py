@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cluster.backend import Job
-from graftwork.cluster.run_store import JobStore
+from graftwork.cluster.jobs.models import Job
+from graftwork.cluster.jobs.store import JobStore
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("torch", "ray", "transformers", "peft", "trl", "datasets", "s3fs", "pandas", "scipy", "kubernetes", "httpx")

@@ -1,4 +1,4 @@
-"""The dependence rule of docs/architecture.md, read from the code itself."""
+"""Import rules of docs/architecture.md, read from the code: dependencies of the parts, and imports at module level."""
 
 import ast
 from pathlib import Path
@@ -8,90 +8,109 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("cluster", "training", "serving", "tuning")
 MAY_IMPORT = {
-    "spine": set(),
-    "cluster": {"spine"},
-    "training": {"spine", "cluster"},
-    "serving": {"spine", "cluster"},
-    "tuning": {"spine", "cluster", "training"},
-    "cli": {"spine", "cluster", "training", "serving", "tuning"},
+    "core": {"core"},
+    "cluster": {"core", "cluster"},
+    "training": {"core", "cluster", "training"},
+    "serving": {"core", "cluster", "serving"},
+    "tuning": {"core", "cluster", "training", "tuning"},
+    "cli": {"core", "cluster", "training", "serving", "tuning", "cli"},
 }
-SPEC_NAMES = (  # memory and plan predict from them; they are pure data
-    "graftwork.training.spec",
-    "graftwork.training.adapter_spec",
-    "graftwork.training.objective_spec",
-    "graftwork.training.strategy_spec",
-    "graftwork.serving.spec",
-)
-TOP = {"cli", "demo"}  # may import everything
-OUTSIDE = ("examples", "benchmarks", "tests")  # not installed
+TOP = ("cli", "demo", "demo_load", "demo_spec")
+"""Modules of graftwork/ that may import everything: the command line, and the demo, which runs every stage."""
+NOT_INSTALLED = ("examples", "benchmarks", "tests")
+TABLES = {
+    "graftwork/config.py": "SPEC_KINDS",
+    "graftwork/base/meta_model.py": "names of what it builds on the meta device",
+}
+"""Core modules that name modules of other parts in strings, which are imported where a stage needs them."""
+HEAVY = {"torch", "ray", "transformers", "peft", "trl", "datasets", "s3fs", "fsspec", "deepspeed", "bitsandbytes"}
 
 
-def room(path: Path) -> str:
-    """The room a source file belongs to."""
-    first = path.relative_to(ROOT).parts[0]
+def part_of_path(path: Path) -> str:
+    """Part of the system that a source file belongs to."""
+    first, *rest = path.relative_to(ROOT).parts
     if first in FOLDERS:
         return first
-    part = path.relative_to(ROOT / "graftwork").parts[0].removesuffix(".py")
-    return "cli" if part in TOP else "spine"
+    return "cli" if rest[0].removesuffix(".py") in TOP else "core"
+
+
+def part_of_name(name: str) -> str:
+    """Part that a dotted name of this package belongs to: `graftwork.training.spec` to `training`."""
+    second = name.split(".")[1] if "." in name else ""
+    return second if second in FOLDERS else "cli" if second in TOP else "core"
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Absolute module names that a file imports anywhere."""
+    """Absolute names that a file imports anywhere."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import at line {node.lineno}"
-            module = node.module or ""
-            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
+def named_in_strings(tree: ast.AST) -> set[str]:
+    """Dotted names of this package's modules that stand in string constants (docstrings apart)."""
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {text.split(":")[0] for text in strings if text.startswith("graftwork.") and " " not in text}
+
+
 def sources() -> list[Path]:
-    own = [
-        p for p in (ROOT / "graftwork").rglob("*.py") if not set(p.relative_to(ROOT / "graftwork").parts) & set(FOLDERS)
+    """Python files of the product, each once: the links of graftwork/ to the other folders are not followed."""
+    core = [
+        path
+        for path in (ROOT / "graftwork").rglob("*.py")
+        if path.relative_to(ROOT / "graftwork").parts[0] not in FOLDERS
     ]
-    return own + [p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py")]
+    return core + [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_each_room_imports_only_what_it_may(path: Path) -> None:
-    here = room(path)
-    for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
-        parts = name.split(".")
-        assert parts[0] not in FOLDERS, f"{path}: import graftwork.{name}, not {name}"
-        assert parts[0] not in OUTSIDE, f"{path} imports {name}, which an installed package does not have"
-        if parts[0] != "graftwork" or len(parts) == 1 or name.startswith(SPEC_NAMES):
-            continue
-        there = parts[1] if parts[1] in FOLDERS else "cli" if parts[1] in TOP else "spine"
-        assert there == here or there in MAY_IMPORT[here] or there == "spine", (
-            f"{path} ({here}) imports {name} ({there})"
-        )
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-SPINE = [
-    p
-    for folder in ("graftwork", "graftwork/memory", "graftwork/plan")
-    for p in (ROOT / folder).glob("*.py")
-    if p.stem not in TOP
-]
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_part_imports_only_parts_below_it(path: Path) -> None:
+    here, tree = part_of_path(path), tree_of(path)
+    for name in imported(tree):
+        top = name.split(".")[0]
+        assert top not in FOLDERS, f"{path}: import graftwork.{name}, not {name}"
+        assert top not in NOT_INSTALLED, f"{path} imports {name}, which an installed package does not have"
+        if top == "graftwork":
+            there = part_of_name(name)
+            assert there in MAY_IMPORT[here], f"{path} ({here}) imports {name} ({there})"
+    if str(path.relative_to(ROOT)) not in TABLES:
+        for name in named_in_strings(tree):
+            there = part_of_name(name)
+            assert there in MAY_IMPORT[here], f"{path} ({here}) names {name} ({there}) in a string"
 
 
-@pytest.mark.parametrize("path", SPINE, ids=lambda p: p.name)
-def test_spine_imports_neither_torch_nor_ray_at_module_level(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    top_level = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    heavy = {name.split(".")[0] for node in top_level for name in imported(ast.Module([node], []))}
-    assert not heavy & {"torch", "ray", "transformers", "peft", "trl", "datasets", "s3fs", "fsspec"}
+def test_tables_of_names_are_needed() -> None:
+    for path in TABLES:
+        parts = {part_of_name(name) for name in named_in_strings(tree_of(ROOT / path))}
+        assert parts - {"core"}, f"{path} needs no exemption"
 
 
-def test_the_spine_finds_recipes_by_name_and_imports_none() -> None:
-    found = [p for p in sources() if room(p) != "cli" and "recipes" not in p.parts]
-    names = {p: imported(ast.parse(p.read_text(encoding="utf-8"))) for p in found}
-    assert [p for p, used in names.items() if any(name.startswith("graftwork.recipes") for name in used)] == []
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sources() if path.relative_to(ROOT).parts[0] == "graftwork" and path.parent.name != "compat"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_core_loads_no_heavy_library_when_imported(path: Path) -> None:
+    top_level = [node for node in tree_of(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    loaded = {name.split(".")[0] for node in top_level for name in imported(ast.Module([node], []))}
+    assert not loaded & HEAVY, f"{path} loads {sorted(loaded & HEAVY)} at module level"
 
 
-def test_ray_is_started_in_one_room() -> None:
-    starts = {room(p) for p in sources() if "ray.init(" in p.read_text(encoding="utf-8")}
+def test_core_finds_recipes_by_name_and_imports_none() -> None:
+    found = [path for path in sources() if part_of_path(path) != "cli" and "recipes" not in path.parts]
+    users = [path for path in found if any(name.startswith("graftwork.recipes") for name in imported(tree_of(path)))]
+    assert users == []
+
+
+def test_ray_is_started_in_cluster_alone() -> None:
+    starts = {part_of_path(path) for path in sources() if "ray.init(" in path.read_text(encoding="utf-8")}
     assert starts == {"cluster"}, f"ray.init outside cluster/: {starts}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.storage import Store
-from tests.weed import Weed, running
+from graftwork.storage.store import Store
+from tests.s3_server import Weed, running
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from graftwork import artifact
-from graftwork.artifact_listing import Listing
+from graftwork.artifacts import publish as artifact
+from graftwork.artifacts.manifest import aliases
+from graftwork.artifacts.registry import Listing, UnknownAdapter, list_adapters, open_adapter, resolve, verify_adapter
 from graftwork.errors import ArtifactError
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 from tests.adapters import facts, write_adapter
-from tests.processes import outcome, race, start
-from tests.weed import Weed
+from tests.process_races import outcome, race, start
+from tests.s3_server import Weed
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -43,18 +44,18 @@ def test_a_listing_tells_the_store_as_it_is_now(s3_store: Store, folder: Path) -
 def test_an_adapter_is_published_found_promoted_fetched_and_removed(s3_store: Store, folder: Path) -> None:
     made = artifact.publish(s3_store, "support", folder, **facts(), alias="latest")
     assert artifact.publish(s3_store, "support", folder, **facts(run="again"), alias="latest") == made
-    assert artifact.list_adapters(s3_store) == [made]
-    assert artifact.resolve(s3_store, "support@latest") == made
-    assert artifact.verify(s3_store, "support", made.version) == []
+    assert list_adapters(s3_store) == [made]
+    assert resolve(s3_store, "support@latest") == made
+    assert verify_adapter(s3_store, "support", made.version) == []
     fetched = artifact.fetch(s3_store, "support", made.version)
     assert (fetched / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     with pytest.raises(ArtifactError, match="latest points at it"):
         artifact.remove(s3_store, "support", made.version)
     other = artifact.publish(s3_store, "support", write_adapter(folder.parent / "2", seed=2), **facts(), alias="latest")
     artifact.remove(s3_store, "support", made.version)
-    assert artifact.list_adapters(s3_store) == [other]
-    with pytest.raises(artifact.UnknownAdapter, match=f"latest \\({other.version}\\)"):
-        artifact.open_adapter(s3_store, "support", made.version)
+    assert list_adapters(s3_store) == [other]
+    with pytest.raises(UnknownAdapter, match=f"latest \\({other.version}\\)"):
+        open_adapter(s3_store, "support", made.version)
 
 
 def test_equal_content_has_one_version_on_a_disk_and_on_s3(s3_store: Store, folder: Path, tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_bytes_that_changed_on_the_server_are_not_served(s3_store: Store, folder
         artifact.fetch(s3_store, "support", version)
     s3_store.write_bytes(sound[:-1], "adapters", "support", version, WEIGHTS)
     with pytest.raises(ArtifactError, match="the manifest says"):
-        artifact.open_adapter(s3_store, "support", version)
+        open_adapter(s3_store, "support", version)
 
 
 def test_racing_publishers_and_promoters_leave_one_valid_state(s3_store: Store, tmp_path: Path) -> None:
@@ -95,9 +96,9 @@ def test_racing_publishers_and_promoters_leave_one_valid_state(s3_store: Store, 
     outcomes = race([publish, publish, promote, promote])
     assert outcomes[0] == outcomes[1]
     published = {*old, outcomes[0]["done"]}
-    assert {m.version for m in artifact.list_adapters(s3_store)} == published
-    assert artifact.resolve(s3_store, "support@latest").version in published
-    assert all(artifact.verify(s3_store, "support", version) == [] for version in published)
+    assert {m.version for m in list_adapters(s3_store)} == published
+    assert resolve(s3_store, "support@latest").version in published
+    assert all(verify_adapter(s3_store, "support", version) == [] for version in published)
 
 
 def test_a_promoter_and_a_remover_of_one_version_never_leave_a_dangling_alias(s3_store: Store, folder: Path) -> None:
@@ -106,8 +107,8 @@ def test_a_promoter_and_a_remover_of_one_version_never_leave_a_dangling_alias(s3
         version = artifact.publish(s3_store, task, folder, **facts()).version
         outcomes = race([("promote", s3_store.uri, task, "prod", version), ("remove", s3_store.uri, task, version)])
         assert {outcome.get("error") for outcome in outcomes} <= {None, "ArtifactError", "UnknownAdapter"}
-        there = {m.version for m in artifact.list_adapters(s3_store) if m.task == task}
-        assert set(artifact.aliases(s3_store, task).values()) <= there
+        there = {m.version for m in list_adapters(s3_store) if m.task == task}
+        assert set(aliases(s3_store, task).values()) <= there
 
 
 def test_a_publisher_killed_at_any_byte_leaves_nothing_visible_and_a_rerun_completes(
@@ -117,21 +118,21 @@ def test_a_publisher_killed_at_any_byte_leaves_nothing_visible_and_a_rerun_compl
     folder = write_adapter(tmp_path / "out", hidden=512)
     sent = publish_through_proxy(s3_env, f"{s3_store.uri}/whole", folder, kill_after=None)
     assert sent > (folder / WEIGHTS).stat().st_size
-    version = artifact.resolve(Store(f"{s3_store.uri}/whole"), "support@latest").version
+    version = resolve(Store(f"{s3_store.uri}/whole"), "support@latest").version
     visible = []
     for step in range(1, 12):
         store = Store(f"{s3_store.uri}/cut{step}")
         publish_through_proxy(s3_env, store.uri, folder, kill_after=sent * step // 12)
-        seen = artifact.list_adapters(store)
-        assert all(artifact.verify(store, "support", manifest.version) == [] for manifest in seen)
-        assert set(artifact.aliases(store, "support").values()) <= {manifest.version for manifest in seen}
+        seen = list_adapters(store)
+        assert all(verify_adapter(store, "support", manifest.version) == [] for manifest in seen)
+        assert set(aliases(store, "support").values()) <= {manifest.version for manifest in seen}
         if not seen:
-            with pytest.raises(artifact.UnknownAdapter):
-                artifact.verify(store, "support", version)
+            with pytest.raises(UnknownAdapter):
+                verify_adapter(store, "support", version)
         visible.append(bool(seen))
         made = artifact.publish(store, "support", folder, **facts(), alias="latest")
-        assert artifact.verify(store, "support", made.version) == []
-        assert artifact.aliases(store, "support") == {"latest": made.version}
+        assert verify_adapter(store, "support", made.version) == []
+        assert aliases(store, "support") == {"latest": made.version}
     assert visible[:6] == [False] * 6
 
 

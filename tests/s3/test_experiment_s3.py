@@ -5,11 +5,10 @@ from pathlib import Path
 
 import httpx
 
-from graftwork.serving.experiment.online.log_reader import ExperimentLog, merged_parquet
-from graftwork.serving.experiment.online.log_row import LogRow
-from graftwork.serving.experiment.online.segments import Segments, SegmentWriter
+from graftwork.serving.ab_test.log import LogRow, Segments, SegmentWriter
+from graftwork.serving.ab_test.log_reader import ExperimentLog, merged_parquet
 from graftwork.serving.spec import ServeSpec
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 from tests.local_endpoint import local_endpoint
 from tests.tiny import write_tiny_base
 
@@ -38,20 +37,35 @@ def test_segments_merge_and_a_cut_object_is_told(s3_store: Store) -> None:
 
 def test_an_endpoint_logs_to_s3_and_goes_on_there_after_a_restart(s3_store: Store, tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base")
-    spec = ServeSpec.model_validate({
-        "base": str(base), "root": f"{s3_store.uri}/root", "quant": {"kind": "none"},
-        "engine": {"max_seq_len": 128, "num_threads": 1}, "arms": [{"name": "plain"}, {"name": "again"}],
-    })  # fmt: skip
+    spec = ServeSpec.model_validate(
+        {
+            "base": str(base),
+            "root": f"{s3_store.uri}/root",
+            "quant": {"kind": "none"},
+            "engine": {"max_seq_len": 128, "num_threads": 1},
+            "arms": [{"name": "plain"}, {"name": "again"}],
+        }
+    )
     arms = [{"name": "plain", "weight": 0.5}, {"name": "again", "weight": 0.5}]
-    tree = {"kind": "experiment", "name": "cards", "arms": arms, "control": "plain", "primary": "thumbs",
-            "log": f"{s3_store.uri}/log"}  # fmt: skip
+    tree = {
+        "kind": "experiment",
+        "name": "cards",
+        "arms": arms,
+        "control": "plain",
+        "primary": "thumbs",
+        "log": f"{s3_store.uri}/log",
+    }
     asked: list[str] = []
     for _ in range(2):
         with local_endpoint(spec) as url:
             begun = httpx.post(f"{url}/v1/admin/experiments/start", json={"spec": tree}, timeout=60).json()["data"][0]
             for number in range(4):
-                body = {"model": "experiment/cards", "user": f"u{number}", "max_tokens": 1,
-                        "messages": [{"role": "user", "content": "Hello"}]}  # fmt: skip
+                body = {
+                    "model": "experiment/cards",
+                    "user": f"u{number}",
+                    "max_tokens": 1,
+                    "messages": [{"role": "user", "content": "Hello"}],
+                }
                 answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
                 assert answer.status_code == 200, answer.text
                 asked.append(answer.json()["id"])

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.base_model import BaseSpec, resolve
-from graftwork.chat import Passage
-from graftwork.data import read_rows
+from graftwork.base.load import resolve
+from graftwork.base.spec import BaseSpec
+from graftwork.datasets.rows import read_rows
 from graftwork.errors import BaseModelError, StorageError
+from graftwork.prompts.render import Passage
 from graftwork.retrieval import RetrieverSpec, open_lexical, open_retriever
-from graftwork.retrieval.chunks import ChunkSpec
-from graftwork.retrieval.sources import SourceSpec, read_corpus
-from graftwork.retrieval.versions import IndexHome
-from graftwork.storage import Store
+from graftwork.retrieval.corpus import ChunkSpec, SourceSpec, read_corpus
+from graftwork.retrieval.index_store import IndexHome
+from graftwork.storage.store import Store
 from tests.tiny import write_tiny_base
 
 

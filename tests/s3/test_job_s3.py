@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cluster.probe import probe_store
-from graftwork.cluster.run_store import LOG_BEHIND_S
-from graftwork.cluster.unpack import unpack
-from graftwork.cluster.wheel import publish_wheel, wheel_uri
+from graftwork.cluster.jobs.backend import probe_store
+from graftwork.cluster.jobs.packaging import publish_wheel, unpack, wheel_uri
+from graftwork.cluster.jobs.store import LOG_BEHIND_S
 from graftwork.errors import PreflightError
-from graftwork.storage import Store
+from graftwork.storage.store import Store
 from tests.jobs import command_job, local_backend, printed, python_job, until
 from tests.s3.conftest import use
-from tests.slow_down import slow_down
-from tests.weed import Weed, running
+from tests.s3_server import Weed, running
+from tests.s3_throttle_proxy import slow_down
 
 CHATTY = """
 import sys, time

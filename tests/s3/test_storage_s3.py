@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from graftwork import storage
 from graftwork.errors import StorageError
-from graftwork.storage import Store
+from graftwork.storage import store as storage
+from graftwork.storage.store import Store
+from tests.s3_server import Weed
 from tests.store_contract import StoreContract
-from tests.weed import Weed
 
 ENDS_S = 60
 """A call that waits for what never comes takes longer, however slow the machine is."""

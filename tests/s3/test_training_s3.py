@@ -14,18 +14,16 @@ from pathlib import Path
 import pytest
 
 from graftwork.errors import RunError
-from graftwork.storage import RunPaths, Store
-from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_save import CheckpointLost
-from graftwork.training.data import prepare
-from graftwork.training.job import TrainJob
-from graftwork.training.lock import DEAD_AFTER_S, LOCK, run_lock
+from graftwork.storage.store import RunPaths, Store
+from graftwork.training.checkpoint import CheckpointLost, Checkpoints
 from graftwork.training.loop import run_steps
-from graftwork.training.steplog import StepReport, read_steps
-from tests.processes import ROOT
+from graftwork.training.objectives.rows import prepare
+from graftwork.training.run_lock import DEAD_AFTER_S, LOCK, run_lock
+from graftwork.training.worker_messages import StepReport, TrainJob, read_steps
+from tests.process_races import ROOT
 from tests.s3.conftest import use
+from tests.s3_server import Weed
 from tests.training import task
-from tests.weed import Weed
 
 
 class Killed(Exception):
@@ -126,8 +124,8 @@ def test_the_lock_is_refused_while_its_owner_lives_and_taken_over_when_it_is_dea
 def test_a_lock_whose_owner_died_on_this_machine_is_taken_over_at_once(s3_store: Store) -> None:
     program = (
         "import os, sys\n"
-        "from graftwork.storage import RunPaths, Store\n"
-        "from graftwork.training.lock import run_lock\n"
+        "from graftwork.storage.store import RunPaths, Store\n"
+        "from graftwork.training.run_lock import run_lock\n"
         "with run_lock(RunPaths(Store(sys.argv[1]), 'colours', '2' * 64)):\n"
         "    os.kill(os.getpid(), 9)\n"
     )

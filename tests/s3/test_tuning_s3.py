@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from graftwork.storage import RunPaths, Store
-from graftwork.tuning.records import TrialRecord
+from graftwork.storage.store import RunPaths, Store
 from graftwork.tuning.tensorboard import EventLogs
+from graftwork.tuning.trials import TrialRecord
 
 
 def test_logs_are_uploaded_when_their_trial_has_ended(s3_store: Store) -> None:

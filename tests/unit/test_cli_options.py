@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from graftwork.cli import app
-from graftwork.cli.launching import LaunchOptions, StageOptions
+from graftwork.cli.launch import LaunchOptions, StageOptions
 from graftwork.cli.options import RENAMED_FLAGS, RENAMED_VERBS, Sets, with_options
 from graftwork.errors import ConfigError
 

@@ -13,9 +13,12 @@ SHARED_BYTES = 227 * 1024
 def test_kernels_compile_for_an_h100_without_spilling(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernel_builds"], capture_output=True, text=True, cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", "tests.kernel_builds"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = {one.pop("kernel"): one for one in map(json.loads, done.stdout.splitlines())}
     assert len(kernels) == 14

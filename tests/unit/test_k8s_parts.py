@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.k8s.server import crd_files
-from tests.processes import ROOT
+from tests.process_races import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make here: apt-get install make")
 NOT_TESTED = re.compile(

@@ -11,14 +11,14 @@ from graftwork.errors import ClusterError
 from graftwork.training.local_worker import _environment, _reserved, fit_in_process, needs_ray_train
 from graftwork.training.run import ResolvedRun, _job
 from graftwork.training.spec import TrainSpec
-from tests.processes import ROOT
+from tests.process_races import ROOT
 from tests.training import task
 
 CARDS = "NVIDIA H100 80GB HBM3, 81559\nTesla T4, 15360\nNVIDIA H100 80GB HBM3, 81559\n"
 PEAK = """
 import subprocess, sys
 taken = bytearray(b"x") * (300 << 20)
-code = "from graftwork.machine import peak_rss_bytes; before = peak_rss_bytes(); own = bytearray(b'x') * (100 << 20)"
+code = "from graftwork.environment import peak_rss_bytes; before = peak_rss_bytes(); own = b'x' * (100 << 20)"
 subprocess.run([sys.executable, "-c", f"{code}; del own; print(before >> 20, peak_rss_bytes() >> 20)"], check=True)
 """
 

@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 
-from graftwork.answers.fields import GoldAnswer, score
-from graftwork.answers.schema import AnswerSchema
-from graftwork.answers.text import exactly, parse_object, tokens
-from graftwork.chat import Message
-from graftwork.data import DatasetRow
+from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import ConfigError, DataError
+from graftwork.prompts.render import Message
+from graftwork.scoring import AnswerSchema, GoldAnswer, exactly, parse_object, score, tokens
 
 GOLD = {"icao": "KMIA", "iata": "MIA", "name": "Miami International Airport", "city": "São Paulo", "elevation_ft": 1026}
 SCHEMA = AnswerSchema(
@@ -106,15 +104,31 @@ def test_prose_is_searched_for_whole_tokens(text: str, facts: float) -> None:
 
 def test_tokens_are_comparable() -> None:
     assert tokens("Ōsaka O'Hare 2,459ft v120.0.6099 13.0 -3") == (
-        "osaka", "o", "hare", "2459", "ft", "v120.0.6099", "13", "-3",
-    )  # fmt: skip
+        "osaka",
+        "o",
+        "hare",
+        "2459",
+        "ft",
+        "v120.0.6099",
+        "13",
+        "-3",
+    )
 
 
 @pytest.mark.parametrize(
     ("found", "gold", "equal"),
-    [("a ", "a", True), ("A", "a", False), ("e\u0301", "é", True), (13.0, 13, True), ("13", 13, False),
-     (True, 1, False), (None, None, True), ([1, 2], [1, 2], True), ({"a": 1}, {"a": 2}, False)],
-)  # fmt: skip
+    [
+        ("a ", "a", True),
+        ("A", "a", False),
+        ("e\u0301", "é", True),
+        (13.0, 13, True),
+        ("13", 13, False),
+        (True, 1, False),
+        (None, None, True),
+        ([1, 2], [1, 2], True),
+        ({"a": 1}, {"a": 2}, False),
+    ],
+)
 def test_exactly(found: object, gold: object, equal: bool) -> None:
     assert exactly(found, gold) is equal
 

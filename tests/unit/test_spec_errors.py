@@ -15,9 +15,11 @@ from graftwork.tuning.spec import TuneSpec
 
 TRAIN: dict[str, Any] = {"kind": "train", "name": "cards", "base": "base", "data": {"train": "rows.jsonl"}}
 TUNE: dict[str, Any] = {
-    "kind": "tune", "name": "sweep", "space": {"optim.lr": {"kind": "choice", "values": [1e-3, 4e-3]}},
+    "kind": "tune",
+    "name": "sweep",
+    "space": {"optim.lr": {"kind": "choice", "values": [1e-3, 4e-3]}},
     "train": {"name": "cards", "base": "base", "data": {"train": "a.jsonl", "eval": "b.jsonl"}},
-}  # fmt: skip
+}
 OF_PYDANTIC = ("Input should", "valid dictionary", "instance of", "unable to parse", "String should")
 
 
@@ -90,15 +92,31 @@ def test_every_suggested_key_exists_in_a_spec() -> None:
 
 
 STUDY: dict[str, Any] = {
-    "kind": "study", "name": "s", "title": "t", "paper": "p", "base": "b",
+    "kind": "study",
+    "name": "s",
+    "title": "t",
+    "paper": "p",
+    "base": "b",
     "claims": [{"statement": "s", "a": "x", "b": "y", "metric": "facts", "expect": "higher"}],
-    "measures": [{"name": "m", "eval": "e.jsonl", "answer_schema": "s.json", "metrics": ["facts"],
-                  "arms": [{"name": "x"}, {"name": "y"}]}],
-}  # fmt: skip
+    "measures": [
+        {
+            "name": "m",
+            "eval": "e.jsonl",
+            "answer_schema": "s.json",
+            "metrics": ["facts"],
+            "arms": [{"name": "x"}, {"name": "y"}],
+        }
+    ],
+}
 COMPARE: dict[str, Any] = {
-    "kind": "compare", "name": "c", "base": "b", "eval": "e.jsonl", "answer_schema": "s.json", "baseline": "x",
+    "kind": "compare",
+    "name": "c",
+    "base": "b",
+    "eval": "e.jsonl",
+    "answer_schema": "s.json",
+    "baseline": "x",
     "arms": [{"name": "x"}, {"name": "y"}],
-}  # fmt: skip
+}
 RENAMED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "too_long": (TRAIN, "too_long", "refuse"),
     "shots_from": (TRAIN, "prompt.shots_from", "rows.jsonl"),

@@ -1,19 +1,29 @@
 """Put the asked adapter on a loaded base; weights of a published one into it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model, set_peft_model_state_dict
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 from safetensors.torch import load_file
 
-from graftwork import adapter_places
-from graftwork.training.adapter_spec import BottleneckSpec, FullSpec, Ia3Spec, PrefixSpec
+from graftwork.adapters import target_modules as adapter_places
+from graftwork.adapters.spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
+from graftwork.errors import ConfigError
 from graftwork.training.adapters import bottleneck
-from graftwork.training.adapters.score_head import ScoreHead
-from graftwork.training.spec import AdapterSpec, LoraSpec
+from graftwork.training.adapters.merge import MergeSource, MergeSpec, merge
+from graftwork.training.objectives.reward import ScoreHead
 
 
 def attach(model: Any, adapter: AdapterSpec, trained_tokens: Sequence[int] = ()) -> Any:
@@ -125,3 +135,58 @@ def bottleneck_config(adapter: BottleneckSpec, model: Any) -> bottleneck.Bottlen
     return bottleneck.BottleneckConfig(
         bottleneck_size=adapter.size, activation=adapter.activation, target_modules=set(targets), task_type="CAUSAL_LM"
     )
+
+
+# A frozen LoRA below the one that is trained: part of the base for the loop, and summed with the other in the end.
+
+
+def attach_frozen_adapter(model: Any, folder: Path) -> None:
+    """Let each linear of a loaded base add the published LoRA's delta, in fp32, before any adapter is attached.
+
+    By hooks: the weights are in no state dict, so no checkpoint copies them, and a quantised base stays as it is.
+    `adapter_disabled` leaves it on: what training began from is the base with it.
+    """
+    lora = MergeSource.read("base_adapter", folder)
+    for name, module in model.named_modules():
+        sides = lora.sides(name)
+        if sides is not None:
+            device = next(module.parameters()).device
+            module.register_forward_hook(_adds(sides[1].to(device), sides[0].to(device) * lora.scale))
+
+
+def sum_of(trained: Path, below: Path, out: Path) -> int:
+    """Write the trained adapter and the one below as one to folder `out`; its rank. The deltas are added exactly."""
+    both = [MergeSource.read("the trained adapter", trained), MergeSource.read("base_adapter", below)]
+    rank, _ = merge(both, MergeSpec("cat", (1.0, 1.0)), out)
+    return rank
+
+
+def _adds(a_RI: torch.Tensor, b_OR: torch.Tensor) -> Any:
+    def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
+        delta = torch.nn.functional.linear(torch.nn.functional.linear(inputs[0].float(), a_RI), b_OR)
+        return result + delta.to(result.dtype)
+
+    return hook
+
+
+# The base that lies under a trained adapter: a reference model, and the figures "before", without a second copy.
+
+
+@contextmanager
+def adapter_disabled(model: Any) -> Iterator[None]:
+    """Inside it the model of `attach`, or a trainer's wrapping of it, answers as the base does; every kind but full.
+
+    Gradients of what runs inside do not reach the adapter. Raises ConfigError where all weights are trained.
+    """
+    inner = model
+    while not isinstance(inner, PeftModel) and hasattr(inner, "module"):
+        inner = inner.module  # DistributedDataParallel, DeepSpeed's engine
+    if not isinstance(inner, PeftModel):
+        raise ConfigError(
+            "the base under adapter.kind=full",
+            "training all weights leaves no base behind",
+            "a base is kept beside an adapter alone",
+            "set adapter.kind=lora, or load the base a second time",
+        )
+    with inner.disable_adapter():
+        yield

@@ -1,18 +1,109 @@
 """LoRA adapters merged into one, by PEFT's `add_weighted_adapter`, without their base: deltas need its shapes alone."""
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from graftwork.artifact_check import CONFIG_FILE, WEIGHTS_FILE
-from graftwork.errors import ArtifactError
-from graftwork.training.adapters.merge_spec import MergeSpec, require_deltas
+from graftwork import environment as provenance
+from graftwork.artifacts import publish as artifact
+from graftwork.artifacts.manifest import AdapterManifest
+from graftwork.artifacts.registry import resolve
+from graftwork.artifacts.verify import CONFIG_FILE, WEIGHTS_FILE
+from graftwork.config import canonical_json
+from graftwork.errors import ArtifactError, ConfigError
+from graftwork.prompts.render import PromptSpec
+from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.storage.store import Store
+
+# How adapters are merged: PEFT's methods, and what each of them takes.
+
+
+SUMS = ("cat", "svd", "linear")
+PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+METHODS = (*SUMS, *PRUNED, *(f"{name}_svd" for name in PRUNED))
+DENSITY = 0.5
+_NO_SUM = {
+    "use_dora": "DoRA's magnitudes are no part of a sum",
+    "modules_to_save": "whole trained modules are not added",
+    "trainable_token_indices": "trained token rows are not added",
+    "lora_bias": "biases are not added",
+    "rank_pattern": "ranks that differ by layer are not added",
+    "alpha_pattern": "scales that differ by layer are not added",
+}
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """One merge of n adapters."""
+
+    method: str
+    """cat: the weighted sum itself, as one adapter of all ranks together. svd: the nearest to it of a lower rank.
+    linear: A and B summed on their own, so products of different adapters come in. ties, dare_*, magnitude_prune
+    (arXiv 2306.01708, 2311.03099): small or random entries of A and B are dropped first, or with _svd those of the
+    whole deltas."""
+    weights: tuple[float, ...]
+    density: float | None = None
+    """Share of the entries that is kept; of the pruning methods."""
+    rank: int | None = None
+    """Of the result; of the methods that end in svd."""
+    seed: int = 0
+    """Of the entries that dare drops."""
+
+    @classmethod
+    def create(
+        cls, method: str, count: int, weights: Sequence[float], density: float | None, rank: int | None, seed: int
+    ) -> "MergeSpec":
+        """Checked, defaults filled in: equal shares that sum to 1. Raises ConfigError."""
+        if method not in METHODS:
+            raise ConfigError(f"--method {method}", "no such method", f"methods are {', '.join(METHODS)}")
+        if count < 2:
+            raise ConfigError("merge", f"{count} adapter given", "a merge takes at least two", "name another one")
+        if weights and len(weights) != count:
+            raise ConfigError(
+                f"--weights {','.join(f'{weight:g}' for weight in weights)}",
+                f"{len(weights)} weights for {count} adapters",
+                "one weight an adapter, in their order",
+            )
+        if not any(weights) and weights:
+            raise ConfigError("--weights", "all are 0", "something must be left of the adapters")
+        pruning = any(method.startswith(name) for name in PRUNED)
+        if density is not None and not (pruning and 0 < density <= 1):
+            rule = "a share above 0, up to 1" if pruning else f"it is of {', '.join(PRUNED)}"
+            raise ConfigError(f"--density {density:g} with --method {method}", "it can't take effect", rule)
+        if rank is not None and not (method.endswith("svd") and rank > 0):
+            rule = "it is of the methods that end in svd, and above 0"
+            raise ConfigError(f"--rank {rank} with --method {method}", "it can't take effect", rule)
+        shares = tuple(weights) or (1 / count,) * count
+        return cls(method, shares, density if density is not None else DENSITY if pruning else None, rank, seed)
+
+    def record(self) -> dict[str, Any]:
+        """As the manifest keeps it."""
+        kept: dict[str, Any] = {"method": self.method, "weights": list(self.weights)}
+        kept |= {"density": self.density} if self.density is not None else {}
+        return kept | ({"seed": self.seed} if self.method.startswith("dare") else {})
+
+
+def require_deltas(asked: str, config: Mapping[str, Any]) -> None:
+    """Raise ArtifactError unless an adapter_config.json is that of plain deltas, which can be added up."""
+    found, why = "", ""
+    if config["peft_type"] != "LORA":
+        found, why = f"it is {config['peft_type']}", "only LoRA's deltas of weights can be added up"
+    for key, reason in _NO_SUM.items():
+        if config.get(key):
+            found, why = f"{key}={config[key]}", reason
+    if found:
+        raise ArtifactError(asked, found, why, "take plain LoRA adapters of one base, or train one on both data")
+
 
 PREFIX = "base_model.model."
 MERGED = "merged"
@@ -163,3 +254,101 @@ def _distance(merged: MergeSource, adapters: Sequence[MergeSource], weights: Seq
                 wanted += sides[0] @ sides[1] * (one.scale * weight)
         off, whole = off + float((delta - wanted).square().sum()), whole + float(wanted.square().sum())
     return math.sqrt(off / whole) if whole else 0.0
+
+
+# Published adapters merged into a new version, offline: no base, no GPU, no cluster.
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge gave."""
+
+    manifest: AdapterManifest
+    rank: int
+    distance: float
+    """Of its delta from the weighted sum of the others', relative; 0 is the sum itself."""
+    notes: tuple[str, ...]
+
+
+def merge_published(
+    store: Store, task: str, refs: Sequence[str], spec: MergeSpec, *, alias: str | None = "latest"
+) -> Merged:
+    """Merge the adapters behind `refs` and publish the result as `task`, its parents recorded.
+
+    Raises ArtifactError: unknown or damaged ones, other bases, kinds or ranks that can't be added.
+    """
+    import_bitsandbytes()
+
+    found = [resolve(store, ref) for ref in refs]
+    first = found[0]
+    for other in found[1:]:
+        _require_same_base(first, other)
+    with tempfile.TemporaryDirectory(prefix="gw-merge-") as name:
+        folder = Path(name)
+        adapters = [MergeSource.read(one.ref, artifact.fetch(store, one.task, one.version)) for one in found]
+        rank, distance = merge(adapters, spec, folder)
+        prompt, notes = _prompt(found)
+        day, notes_on_day = _template_date(found)
+        manifest = artifact.publish(
+            store,
+            task,
+            folder,
+            base_digest=first.base_digest,
+            quant=first.quant,
+            template_digest=first.template_digest,
+            template_date=day,
+            tokenizer_digest=first.tokenizer_digest,
+            method={**_method(found, rank), "merge": spec.record()},
+            prompt=prompt,
+            data_fingerprint=_digest([one.data_fingerprint for one in found]),
+            metrics={"distance_from_sum": distance},
+            run=f"merge-{_digest([spec.record(), [one.ref for one in found]])[:8]}",
+            provenance=provenance.collect(spec.seed),
+            merged_from=[one.ref for one in found],
+            alias=alias,
+        )
+    return Merged(manifest, rank, distance, (*notes, *notes_on_day))
+
+
+def _require_same_base(first: AdapterManifest, other: AdapterManifest) -> None:
+    if other.base_digest != first.base_digest:
+        raise ArtifactError(
+            f"merge {first.ref} and {other.ref}",
+            f"trained on base {first.base_digest[:12]} and on {other.base_digest[:12]}",
+            "deltas of different bases have no sum",
+            f"train {other.task} again on the base of run {first.run}",
+        )
+
+
+def _method(found: Sequence[AdapterManifest], rank: int) -> dict[str, object]:
+    """As a LoRA's, so that training can go on from it. Alpha equals the rank: the scale is in the weights."""
+    targets = {str(one.method.get("targets")) for one in found}
+    kinds = {str(one.method.get("objective", "sft")) for one in found}
+    return {
+        "kind": "lora",
+        "rank": rank,
+        "alpha": float(rank),
+        "targets": targets.pop() if len(targets) == 1 else "mixed",
+        "rslora": False,
+        "dora": False,
+        "objective": kinds.pop() if len(kinds) == 1 else "mixed",
+    }
+
+
+def _prompt(found: Sequence[AdapterManifest]) -> tuple[dict[str, object], tuple[str, ...]]:
+    prompts = {canonical_json(one.prompt): one.prompt for one in found}
+    if len(prompts) == 1:
+        return dict(found[0].prompt), ()
+    none = PromptSpec().model_dump(mode="json")
+    return none, ("the prompts differ, so the merged one is recorded without: an arm sets its own",)
+
+
+def _template_date(found: Sequence[AdapterManifest]) -> tuple[date | None, tuple[str, ...]]:
+    days = {one.template_date for one in found}
+    if len(days) == 1:
+        return days.pop(), ()
+    return None, ("the adapters' template dates differ, so the merged adapter records none and uses the base's",)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()

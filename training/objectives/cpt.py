@@ -1,10 +1,30 @@
-"""Continued pretraining: the trainer of `sft` on documents; held-out text is measured before the first step too."""
+"""Raw text for continued pretraining: documents with their end token, split where they are long, packed."""
 
+import glob
+import hashlib
 import math
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from graftwork.config import canonical_json
+from graftwork.datasets import readers as records
+from graftwork.datasets import rows as data
+from graftwork.datasets.row_keys import DOCUMENT, KeyCheck
+from graftwork.errors import ConfigError, DataError
+from graftwork.prompts.template import Template
 from graftwork.training.objectives import sft
-from graftwork.training.objectives.setting import BuiltTrainer, TrainerContext
+from graftwork.training.objectives.row_cache import TokenRows
+from graftwork.training.objectives.rows import Part, ReadPart, format_row_count, pack_rows
+from graftwork.training.objectives.text_spec import CptSpec, ReplaySpec
+from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
+from graftwork.training.spec import TrainSpec
+
+# Continued pretraining: the trainer of `sft` on documents; held-out text is measured before the first step too.
 
 
 def build(setting: TrainerContext) -> BuiltTrainer:
@@ -16,3 +36,212 @@ def build(setting: TrainerContext) -> BuiltTrainer:
         return {**figures, "perplexity": math.exp(figures["loss"])}
 
     return BuiltTrainer(training.trainer, evaluate, evaluate_first=True)
+
+
+# Plain text as documents: records with `text` (JSONL, CSV, Parquet, the hub), a text file, a folder, a glob.
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `id` is the row's, or the path of its file."""
+
+    id: str
+    text: str
+
+
+def document_keys() -> KeyCheck:
+    """The check of the keys of rows of plain text: no prompt is rendered, all of the text is learned."""
+    return KeyCheck(DOCUMENT, prompt=False)
+
+
+def read_documents(uri: str, *, limit: int | None = None, keys: KeyCheck | None = None) -> tuple[list[Document], int]:
+    """(documents in order, blank files left out). keys (default: `document_keys()`) counts or rejects other keys.
+
+    Raises DataError (a bad row or file named), StorageError.
+    """
+    path = Path(uri.removeprefix("file://")).expanduser()
+    local = "://" not in uri.removeprefix("file://")
+    if _holds_records(uri, path):
+        return _from_records(uri, limit, keys or document_keys()), 0
+    if local and (glob.has_magic(str(path)) or path.is_dir()):
+        return _from_files(uri, path, limit)
+    text = data.read_text(uri)
+    if not text.strip():
+        raise DataError(uri, "it is blank", "a document holds text", "check the path")
+    return [Document(path.name, text)], 0
+
+
+def fingerprint(documents: Sequence[Document]) -> str:
+    """sha256 hex over ids and texts, in order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(canonical_json([document.id, document.text]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _holds_records(uri: str, path: Path) -> bool:
+    """A document a row: by the name's ending, in a folder by that of all its files."""
+    if uri.startswith("hf://"):
+        return True
+    files = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
+    return bool(files) and all(name.lower().endswith(tuple(records.READERS)) for name in files)
+
+
+def _from_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document], int]:
+    """Files below a folder, or those that a glob names; hidden ones and byte code are nobody's text."""
+    root = path if path.is_dir() else Path(*_before_magic(path))
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    documents, blank = [], 0
+    for file in sorted(file for file in found if file.is_file()):
+        name = file.relative_to(root)
+        if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            continue
+        text = _text_of(file)
+        blank += not text.strip()
+        documents += [Document(name.as_posix(), text)] if text.strip() else []
+        if len(documents) == limit:
+            break
+    if not documents:
+        raise DataError(
+            uri,
+            "no file with text in it",
+            "a folder or a glob names at least one text file",
+            "check the path; ** in a glob goes into folders",
+        )
+    return documents, blank
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return data.read_text(str(file))
+    except DataError as error:
+        raise DataError(
+            error.subject,
+            error.problem,
+            "every file of a folder or glob is UTF-8 text",
+            "name the files by a glob, such as FOLDER/**/*.txt",
+        ) from error
+
+
+def _before_magic(path: Path) -> list[str]:
+    parts = list(path.parts)
+    magic = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return parts[:magic] or ["."]
+
+
+def _from_records(uri: str, limit: int | None, keys: KeyCheck) -> list[Document]:
+    documents: list[Document] = []
+    seen: dict[str, int] = {}
+    for number, record in records.read_records(uri):
+        keys.check(record, f"{uri} row {number}")
+        document = Document(str(record.get("id", number)), _text(record, f"{uri} row {number}: text"))
+        records.require_new(document.id, number, seen, uri)
+        documents.append(document)
+        if len(documents) == limit:
+            break
+    if not documents:
+        raise records.no_rows(uri)
+    return documents
+
+
+def _text(record: dict[str, Any], where: str) -> str:
+    text = record.get("text")
+    if isinstance(text, str) and text.strip():
+        records.require_whole(text, where)
+        return text
+    fields = ", ".join(record) or "no fields"
+    found = f"the field is missing (found {fields})" if "text" not in record else f"found {text!r}"
+    raise DataError(
+        where, found, "a row of plain text holds it in `text`", "conversations (`messages`) are for objective.kind=sft"
+    )
+
+
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")  # noqa: RUF001
+"""What pretraining puts behind a document, by family; an instruct model's `eos_token` ends a turn instead."""
+
+
+def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+    """All tokens of all documents. Raises DataError, ConfigError (no such end token), StorageError."""
+    objective = spec.objective
+    assert isinstance(objective, CptSpec)
+    uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
+    assert uri is not None, "asked for a part that the spec has"
+    end_name, end = end_token(template, objective.end_token)
+    keys = document_keys()
+    documents, blank = read_documents(uri, limit=limit, keys=keys)
+    warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
+    ids = [document_ids(document, template, end) for document in documents]
+    notes = [f"{format_row_count(documents, 'document')}, {sum(map(len, ids))} tokens, each ended by {end_name}"]
+    notes += [f"{format_row_count(range(blank), 'blank file')} left out"] if blank else []
+    if objective.replay is not None and part == "train":
+        replayed = document_keys()
+        again = _replayed(objective.replay, template, end, sum(map(len, ids)), spec.seed, replayed)
+        warnings += replayed.note("objective.replay.data")
+        documents, ids = documents + [document for document, _ in again], ids + [tokens for _, tokens in again]
+        notes.append(f"replay: {format_row_count(again, 'document')}, {sum(len(tokens) for _, tokens in again)} tokens")
+    pieces = [piece for tokens in ids for piece in split(tokens, spec.max_length)]
+    if len(pieces) > len(ids):
+        cuts = format_row_count(pieces[len(ids) :], "cut")
+        notes.append(f"{cuts} in documents of more than {spec.max_length} tokens; none is lost")
+    rows, packing = pack_rows(TokenRows.from_pairs(pieces), objective.packing, spec.max_length)
+    return ReadPart(rows, 0, fingerprint(documents), (*notes, *packing), (), warnings, contents)
+
+
+def document_ids(document: Document, template: Template, end: int) -> list[int]:
+    """A document as pretraining sees it."""
+    return [*template.opening_ids, *template.encode(document.text), end]
+
+
+def split(ids: Sequence[int], longest: int) -> list[tuple[Sequence[int], Sequence[bool]]]:
+    """Pieces of up to `longest` tokens. A piece begins with the last token of the one before it, as its past.
+
+    So each token but the document's first is a target of the loss exactly once.
+    """
+    starts = range(0, max(len(ids) - 1, 1), longest - 1)
+    pieces = [ids[start : start + longest] for start in starts]
+    return [(piece, [False] + [True] * (len(piece) - 1)) for piece in pieces]
+
+
+def end_token(template: Template, asked: str | None) -> tuple[str, int]:
+    """Name and id of the token behind a document. Raises ConfigError."""
+    if asked is not None and asked not in template.specials:
+        raise ConfigError(
+            f"objective.end_token={asked}",
+            "the base has no such special token",
+            f"its special tokens: {', '.join(template.specials)}",
+            "name one of them",
+        )
+    names = [asked] if asked else [name for name in (*ENDS, *template.eos_names) if name in template.specials]
+    if not names:
+        raise ConfigError(
+            "objective.end_token",
+            "the base's tokenizer names no token that ends a document",
+            f"its special tokens: {', '.join(template.specials)}",
+            "set objective.end_token",
+        )
+    return names[0], template.specials[names[0]]
+
+
+def _replayed(
+    replay: ReplaySpec, template: Template, end: int, new_tokens: int, seed: int, keys: KeyCheck
+) -> list[tuple[Document, list[int]]]:
+    """Documents drawn until their tokens are the asked share of all."""
+    documents, _ = read_documents(replay.data, keys=keys)
+    wanted = new_tokens * replay.fraction / (1 - replay.fraction)
+    drawn: list[tuple[Document, list[int]]] = []
+    for index in np.random.default_rng([seed, 1]).permutation(len(documents)):
+        if wanted <= 0:
+            return drawn
+        document = documents[index]
+        drawn.append((Document(f"replay/{document.id}", document.text), document_ids(document, template, end)))
+        wanted -= len(drawn[-1][1])
+    if wanted <= 0:
+        return drawn
+    have = sum(len(ids) for _, ids in drawn)
+    most = 1000 * have // (have + new_tokens) / 1000
+    raise DataError(
+        f"objective.replay.fraction={replay.fraction:g}",
+        f"{replay.data} has {have} tokens, too few beside {new_tokens} new ones",
+        "no text is replayed twice",
+        f"set objective.replay.fraction={most} or give more text",
+    )

@@ -6,25 +6,29 @@ GKDTrainer keeps the logits of all positions of both models. So this is TRL's SF
 the positions that are trained.
 """
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from trl import SFTTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models.utils import disable_gradient_checkpointing
 
-from graftwork import base_model
+from graftwork.base import load as base_model
 from graftwork.compat.hf import step_figures
-from graftwork.training.objective_spec import DistillSpec
+from graftwork.prompts.template import Template
+from graftwork.training.distill_teacher import Teacher, load_or_generate, load_teacher, pinned, require_vocabulary
 from graftwork.training.objectives import sft
-from graftwork.training.objectives.setting import BuiltTrainer, TrainerContext, strip_callbacks, without_history
-from graftwork.training.objectives.share import share
-from graftwork.training.rows.distill import TaughtRows
-from graftwork.training.rows.token_rows import IGNORED, Rows, TokenRows
-from graftwork.training.teaching.model import load_teacher
+from graftwork.training.objectives.row_cache import IGNORED, Rows, TokenRows
+from graftwork.training.objectives.rows import Part, ReadPart
+from graftwork.training.objectives.spec import DistillSpec, SftSpec
+from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext, share, strip_callbacks, without_history
+from graftwork.training.spec import TrainSpec
 
 Batch = dict[str, torch.Tensor]
 
@@ -71,9 +75,19 @@ class TaughtTrainer(without_history(SFTTrainer)):  # type: ignore[misc]  # trl h
         (scale, cap), (their_scale, their_cap) = (_logit_form(one.config) for one in (self.model, self.teacher))
         objective = self.objective
         found: tuple[torch.Tensor, torch.Tensor] = ChunkedDivergenceFunction.apply(
-            student_NH, head.weight, head.bias, teacher_NH, theirs.weight, theirs.bias,
-            objective.beta, objective.temperature, scale, cap, their_scale, their_cap,
-        )  # fmt: skip
+            student_NH,
+            head.weight,
+            head.bias,
+            teacher_NH,
+            theirs.weight,
+            theirs.bias,
+            objective.beta,
+            objective.temperature,
+            scale,
+            cap,
+            their_scale,
+            their_cap,
+        )
         return found
 
     @torch.no_grad()
@@ -86,10 +100,16 @@ class TaughtTrainer(without_history(SFTTrainer)):  # type: ignore[misc]  # trl h
         device = inputs["input_ids"].device
         with writing(self.model), self.accelerator.autocast():
             whole_BT = self.model.generate(
-                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), do_sample=True, top_k=0, top_p=1.0,
-                temperature=1.0, max_new_tokens=self.objective.max_new_tokens, pad_token_id=self.pad_id,
+                input_ids=ids_BT.to(device),
+                attention_mask=mask_BT.to(device),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                max_new_tokens=self.objective.max_new_tokens,
+                pad_token_id=self.pad_id,
                 eos_token_id=sorted(self.stop_ids),
-            )  # fmt: skip
+            )
         answers = [self._up_to_stop(row[width:].tolist()) for row in whole_BT]
         rows = [
             (prompt + answer, [False] * len(prompt) + [True] * len(answer))
@@ -193,3 +213,62 @@ def _logit_form(config: Any) -> tuple[float, float | None]:
     if scale is None and divisor is not None:
         scale = 1 / divisor
     return 1.0 if scale is None else scale, getattr(text, "final_logit_softcapping", None)
+
+
+# Conversations to distil on: with the teacher whose distributions are learned, or with the answers that it wrote.
+
+
+@dataclass(frozen=True)
+class TaughtRows:
+    """Rows of SFT's form, and who teaches on them."""
+
+    rows: Rows
+    teacher: Teacher
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths_N(self) -> NDArray[np.int64]:
+        """Tokens of each row."""
+        return self.rows.lengths_N
+
+    @property
+    def scored_N(self) -> NDArray[np.int64]:
+        """Trained tokens of each row."""
+        return self.rows.scored_N
+
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        """A row is one sequence."""
+        return self.rows.widths_N
+
+    def digest(self) -> str:
+        """sha256 hex over rows and teacher."""
+        return hashlib.sha256((self.rows.digest() + self.teacher.digest()).encode()).hexdigest()
+
+    def collate(self, indices: Sequence[int], pad_id: int) -> "dict[str, torch.Tensor]":
+        """As SFT's rows."""
+        return self.rows.collate(indices, pad_id)
+
+
+def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+    """The rows that fit. Raises DataError, StorageError; ArtifactError and BaseModelError of the teacher.
+
+    Of training rows the teacher writes the answers first, where the spec says so; held-out rows keep their own.
+    """
+    objective = spec.objective
+    assert isinstance(objective, DistillSpec), "registered for this kind"
+    as_sft = spec.model_copy(update={"objective": SftSpec()})
+    if objective.generate is not None:
+        if part == "eval":
+            return sft.read(as_sft, template, part)
+        texts = load_or_generate(spec, objective.generate)
+        found = sft.read(as_sft.with_({"data.train": texts.uri, "data.train_rows": None}), template, part)
+        notes, warnings = (*texts.notes, *found.notes), (*texts.warnings, *found.warnings)
+        return replace(found, notes=notes, warnings=warnings, contents=texts.contents)
+    assert objective.teacher is not None, "one of the two is given"
+    teacher = pinned(spec, objective.teacher)
+    require_vocabulary(spec, teacher, template)
+    found = sft.read(as_sft, template, part)
+    return replace(found, rows=TaughtRows(found.rows, teacher))

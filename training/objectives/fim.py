@@ -1,12 +1,32 @@
-"""Infilling: the trainer of `sft` on rearranged documents; held-out middles are generated before and after."""
+"""Infilling: documents cut into prefix, middle and suffix, the middle moved behind both (arXiv 2207.14255)."""
 
+import hashlib
+from array import array
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
+
+from graftwork.base import load as base_model
+from graftwork.errors import ConfigError
+from graftwork.prompts.template import Template
 from graftwork.training.objectives import sft
-from graftwork.training.objectives.answers import held_out_answers
-from graftwork.training.objectives.setting import BuiltTrainer, TrainerContext
-from graftwork.training.rows.answered import AnsweredRows
-from graftwork.training.text_spec import FimSpec
+from graftwork.training.objectives.cpt import Document, document_keys, end_token, fingerprint, read_documents
+from graftwork.training.objectives.row_cache import TokenRows
+from graftwork.training.objectives.rows import (
+    AnsweredRows,
+    Part,
+    ReadPart,
+    format_row_count,
+    nothing_left,
+    pack_rows,
+    too_long,
+)
+from graftwork.training.objectives.text_spec import FimSpec, SentinelSpec
+from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext, held_out_answers
+from graftwork.training.spec import TrainSpec
+
+# Infilling: the trainer of `sft` on rearranged documents; held-out middles are generated before and after.
 
 
 def build(setting: TrainerContext) -> BuiltTrainer:
@@ -21,3 +41,185 @@ def build(setting: TrainerContext) -> BuiltTrainer:
         return {**training.evaluate(), **answers}
 
     return BuiltTrainer(training.trainer, evaluate, evaluate_first=True)
+
+
+# Which tokens stand before prefix, suffix and middle: the base's own, reserved ones that are named, or added rows.
+
+
+FAMILIES = (
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, SantaCoder
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # CodeLlama
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder  # noqa: RUF001
+)
+"""(prefix, suffix, middle) of tokenizers whose bases learned to infill."""
+
+
+@dataclass(frozen=True)
+class Sentinels:
+    """Ids of the three tokens. `train` where the base has not learned them: their rows are trained with the adapter."""
+
+    prefix: int
+    suffix: int
+    middle: int
+    train: bool
+    names: str
+    """For people."""
+
+    @property
+    def ids(self) -> tuple[int, int, int]:
+        """In the order prefix, suffix, middle."""
+        return self.prefix, self.suffix, self.middle
+
+
+def sentinels_of(spec: SentinelSpec, template: Template, rows: int) -> Sentinels:
+    """The tokens that the spec means, on a base whose embedding has `rows` rows. Raises ConfigError."""
+    if spec.names is not None:
+        return _named(spec.names, template)
+    own = next((family for family in FAMILIES if all(name in template.specials for name in family)), None)
+    if own is not None and spec.tokens != "add":
+        return _known(own, template, train=False)
+    spare = rows - template.vocab_size
+    if spec.tokens != "existing" and spare >= 3:
+        first = template.vocab_size
+        return Sentinels(first, first + 1, first + 2, train=True, names=f"rows {first} to {first + 2}")
+    reserved = ", ".join(name for name, number in template.specials.items() if number not in template.stop_ids)
+    raise ConfigError(
+        f"objective.sentinels.tokens={spec.tokens}",
+        f"the tokenizer has no infilling tokens and the embedding {spare} rows beyond it",
+        "sentinels are the tokenizer's own, three reserved tokens that are named, or three rows beyond the tokenizer",
+        f"set base.extra_tokens=3, or name sentinels.prefix, suffix and middle: three that nothing uses of {reserved}",
+    )
+
+
+def _named(names: tuple[str, str, str], template: Template) -> Sentinels:
+    unknown = [name for name in names if name not in template.specials]
+    if unknown:
+        raise ConfigError(
+            f"objective.sentinels: {unknown[0]!r}",
+            "the tokenizer has no such special token",
+            f"its special tokens: {', '.join(template.specials)}",
+            "name three of them",
+        )
+    taken = [name for name in names if template.specials[name] in template.stop_ids]
+    if taken:
+        raise ConfigError(
+            f"objective.sentinels: {taken[0]!r}",
+            "it ends an answer",
+            "a sentinel means nothing else yet",
+            "name a reserved token",
+        )
+    return _known(names, template, train=names not in FAMILIES)
+
+
+def _known(names: tuple[str, str, str], template: Template, *, train: bool) -> Sentinels:
+    prefix, suffix, middle = (template.specials[name] for name in names)
+    return Sentinels(prefix, suffix, middle, train, " ".join(names))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a cut document is laid out in tokens."""
+
+    template: Template
+    sentinels: Sentinels
+    end: int
+    loss_on_all: bool
+
+    def encode_whole(self, text: str) -> tuple[list[int], list[bool], int]:
+        """(ids, trained, where the answer begins) of a document that is left whole."""
+        ids = [*self.template.opening_ids, *self.template.encode(text), self.end]
+        return ids, [False] + [True] * (len(ids) - 1), 1
+
+    def infill(self, cut: tuple[str, str, str], *, spm: bool) -> tuple[list[int], list[bool], int]:
+        """PSM: prefix, suffix, middle. SPM: suffix, then prefix and middle in one. Sentinels are read, never written.
+
+        Each part is tokenised by itself, as it is when the middle is not known yet.
+        """
+        prefix, middle, suffix = (self.template.continuation_ids(part) for part in cut)
+        pre, suf, mid = self.sentinels.ids
+        before = [pre, suf, *suffix, mid, *prefix] if spm else [pre, *prefix, suf, *suffix, mid]
+        before = [*self.template.opening_ids, *before]
+        trained = [self.loss_on_all and token not in self.sentinels.ids for token in before]
+        trained[0] = False
+        return [*before, *middle, self.end], [*trained, *[True] * (len(middle) + 1)], len(before)
+
+
+def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+    """The documents that fit. Raises DataError, ConfigError (no sentinels, an adapter that can't train them)."""
+    objective = spec.objective
+    assert isinstance(objective, FimSpec)
+    uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
+    assert uri is not None, "asked for a part that the spec has"
+    rows = int(base_model.resolve(spec.base).config["vocab_size"])
+    sentinels = sentinels_of(objective.sentinels, template, rows)
+    if sentinels.train:
+        _require_trainable(spec, sentinels)
+    layout = Layout(template, sentinels, end_token(template, objective.end_token)[1], objective.loss_on == "all")
+    keys = document_keys()
+    documents, _ = read_documents(uri, limit=limit, keys=keys)
+    warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
+    made, dropped = [], 0
+    for number, document in enumerate(documents, start=1):
+        ids, trained, start = _row(document, layout, objective, spec.seed, part)
+        if len(ids) > spec.max_length:
+            dropped += 1
+            if spec.on_overlong == "refuse":
+                raise too_long(spec, part, number, document.id, len(ids))
+            continue
+        made.append((ids, trained, start))
+    if not made:
+        raise nothing_left(spec, part, dropped)
+    token_rows = TokenRows.from_pairs([(ids, trained) for ids, trained, _ in made])
+    how = "their rows are trained" if sentinels.train else "the base knows them"
+    about = f"{format_row_count(documents, 'document')}; sentinels {sentinels.names}: {how}"
+    train_ids = sentinels.ids if sentinels.train else ()
+    if part == "eval":
+        starts = np.array([start for _, _, start in made], dtype=np.int64)
+        held = AnsweredRows(token_rows.ids_T, token_rows.trained_T, token_rows.offsets_N1, starts)
+        return ReadPart(held, dropped, fingerprint(documents), (about,), train_ids, warnings, contents)
+    found, packing = pack_rows(token_rows, objective.packing, spec.max_length)
+    return ReadPart(found, dropped, fingerprint(documents), (about, *packing), train_ids, warnings, contents)
+
+
+def cut_anywhere(text: str, rng: np.random.Generator) -> tuple[str, str, str]:
+    """(prefix, middle, suffix): two places drawn among all characters."""
+    low, high = sorted(rng.integers(0, len(text) + 1, size=2).tolist())
+    return text[:low], text[low:high], text[high:]
+
+
+def cut_line(text: str, rng: np.random.Generator) -> tuple[str, str, str]:
+    """The middle is one whole line, not blank and not the first, without indent and line end; else cut anywhere."""
+    lines = text.splitlines(keepends=True)
+    choice = [number for number, line in enumerate(lines) if number and line.strip()]
+    if not choice:
+        return cut_anywhere(text, rng)
+    number = int(rng.choice(choice))
+    line = lines[number]
+    start = sum(map(len, lines[:number])) + len(line) - len(line.lstrip())
+    end = start + len(line.strip())
+    return text[:start], text[start:end], text[end:]
+
+
+def _row(
+    document: Document, layout: Layout, objective: FimSpec, seed: int, part: Part
+) -> tuple[list[int], list[bool], int]:
+    """Drawn by seed and id, so that a row is cut alike whatever rows stand beside it. Held-out rows lose one line."""
+    drawn = hashlib.sha256(f"{seed} {document.id}".encode()).digest()
+    rng = np.random.default_rng(np.frombuffer(drawn, dtype=np.uint32))
+    if part == "eval":
+        return layout.infill(cut_line(document.text, rng), spm=objective.spm_share == 1)
+    if rng.random() >= objective.rate:
+        return layout.encode_whole(document.text)
+    cut = cut_line if objective.cut == "line" else cut_anywhere
+    return layout.infill(cut(document.text, rng), spm=bool(rng.random() < objective.spm_share))
+
+
+def _require_trainable(spec: TrainSpec, sentinels: Sentinels) -> None:
+    if spec.adapter.kind not in ("lora", "full"):
+        raise ConfigError(
+            f"objective.kind=fim with adapter.kind={spec.adapter.kind}",
+            f"the base has not learned its sentinels ({sentinels.names})",
+            "their rows are trained with a lora, or with all weights",
+            "set adapter.kind=lora",
+        )

@@ -15,20 +15,40 @@ from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from graftwork.compat.hf import own_rollouts, step_figures
-from graftwork.step_plan import StepPlan
-from graftwork.training.init import adapter_folder
-from graftwork.training.logits import trained_logits
-from graftwork.training.objectives.rollout import RolloutSampling, sample
-from graftwork.training.objectives.scoring import RewardScorer, evaluated, trl_reward
-from graftwork.training.objectives.setting import BuiltTrainer, TrainerContext, arguments, without_history
-from graftwork.training.rl_spec import RlSpec
-from graftwork.training.rows.rl import PromptRows
-from graftwork.training.rows.token_rows import IGNORED
+from graftwork.training.objectives.rl_rollout import (
+    PromptRows,
+    RewardScorer,
+    RolloutSampling,
+    evaluated,
+    sample,
+    trl_reward,
+)
+from graftwork.training.objectives.row_cache import IGNORED
+from graftwork.training.objectives.spec import RlSpec
+from graftwork.training.objectives.trainer import (
+    BuiltTrainer,
+    TrainerContext,
+    arguments,
+    trained_logits,
+    without_history,
+)
+from graftwork.training.step_plan import StepPlan
+from graftwork.training.warm_start import adapter_folder
 
 REFERENCE = "ref"
 """TRL's name of the adapter that the reference answers with; without one the reference is the base."""
-FIGURES = frozenset({"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "completions/mean_length",
-                     "completions/clipped_ratio", "clip_ratio/region_mean"})  # fmt: skip
+FIGURES = frozenset(
+    {
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "kl",
+        "entropy",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "clip_ratio/region_mean",
+    }
+)
 """TRL's figures of a step that are kept, those of each reward beside them."""
 
 

@@ -7,20 +7,19 @@ default install has switched on. Each rule is a function over an object; all fin
 from collections.abc import Mapping
 from typing import Any
 
-from graftwork.cluster.backend import Finding
-from graftwork.cluster.kuberay.findings import dig, mapping
-from graftwork.cluster.kuberay.names import MAX_NAME, check_name
-from graftwork.cluster.kuberay.rules.autoscaler import AUTOSCALER_RULES
-from graftwork.cluster.kuberay.rules.deletion import DELETION_RULES
-from graftwork.cluster.kuberay.rules.gates import GATE_RULES
-from graftwork.cluster.kuberay.rules.groups import GROUP_RULES, managers_are_known
-from graftwork.cluster.kuberay.rules.job import JOB_RULES
-from graftwork.cluster.kuberay.rules.part import ClusterView
-from graftwork.cluster.kuberay.rules.pods import POD_RULES
-from graftwork.cluster.kuberay.rules.queues import QUEUE_RULES
-from graftwork.cluster.kuberay.rules.security import SECURITY_RULES
+from graftwork.cluster.jobs.models import Finding
+from graftwork.cluster.kuberay.object_view import ClusterView, dig, mapping
+from graftwork.cluster.kuberay.objects import MAX_NAME, check_name
+from graftwork.cluster.kuberay.rules.cluster import (
+    AUTOSCALER_RULES,
+    GATE_RULES,
+    GROUP_RULES,
+    SURVIVAL_RULES,
+    managers_are_known,
+)
+from graftwork.cluster.kuberay.rules.job import DELETION_RULES, JOB_RULES, QUEUE_RULES
+from graftwork.cluster.kuberay.rules.pods import POD_RULES, SECURITY_RULES
 from graftwork.cluster.kuberay.rules.service import SERVICE_RULES
-from graftwork.cluster.kuberay.rules.survival import SURVIVAL_RULES
 
 PART_RULES = (*GROUP_RULES, *AUTOSCALER_RULES, *SURVIVAL_RULES, *GATE_RULES, *POD_RULES, *SECURITY_RULES)
 OBJECT_RULES = {

@@ -2,17 +2,115 @@
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import yaml
 
-from graftwork.cluster.kuberay.findings import Found, dig, mapping, number, refuse, warn
-from graftwork.cluster.secret_like import secrets_in, why_secret_text
+from graftwork.cluster.jobs.environment import secrets_in, why_secret_text
+from graftwork.cluster.kuberay.object_view import Found, dig, listed, mapping, number, refuse, warn
+from graftwork.cluster.kuberay.objects import KAI_QUEUE, KUEUE_QUEUE, VOLCANO_QUEUE
+
+# What goes when a RayJob has ended: by shutdown and a time, or by deletion rules; not by both.
+
+
+ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
+"""What goes later has a time no shorter."""
+Object = Mapping[str, Any]
+
+
+def ttl_needs_shutdown(made: Object) -> Found:
+    spec = mapping(made.get("spec"))
+    ttl = number(spec.get("ttlSecondsAfterFinished")) or 0
+    if ttl > 0 and spec.get("shutdownAfterJobFinishes") is not True:
+        yield refuse(
+            "TTL-NEEDS-SHUTDOWN",
+            "spec.ttlSecondsAfterFinished",
+            f"{ttl} without shutdownAfterJobFinishes",
+            "nothing is deleted at that time",
+            "shutdownAfterJobFinishes: true",
+        )
+
+
+def one_way(made: Object) -> Found:
+    strategy, where = dig(made, "spec", "deletionStrategy"), "spec.deletionStrategy"
+    if not isinstance(strategy, Mapping):
+        return
+    rules, legacy = listed(strategy.get("deletionRules")), {"onSuccess", "onFailure"} & set(strategy)
+    shutdown = dig(made, "spec", "shutdownAfterJobFinishes") is True
+    if rules and shutdown:
+        yield refuse("DELETION-SHUTDOWN", where, "deletionRules with shutdownAfterJobFinishes", "one of them")
+    if rules and legacy:
+        yield refuse("DELETION-LEGACY", where, f"deletionRules with {', '.join(sorted(legacy))}", "one of them")
+    elif not rules and len(legacy) < 2:
+        yield refuse("DELETION-EMPTY", where, "neither deletionRules nor both onSuccess and onFailure", "one of them")
+
+
+def legacy_policies(made: Object) -> Found:
+    strategy = mapping(dig(made, "spec", "deletionStrategy"))
+    for side in ("onSuccess", "onFailure"):
+        if side not in strategy:
+            continue
+        where, policy = f"spec.deletionStrategy.{side}.policy", dig(strategy, side, "policy")
+        if policy is None:
+            yield refuse("DELETION-POLICY", where, "none", "a policy says what goes")
+        if policy == "DeleteNone" and dig(made, "spec", "shutdownAfterJobFinishes") is True:
+            yield refuse(
+                "DELETION-NONE", where, "DeleteNone with shutdownAfterJobFinishes", "one says keep, one says end"
+            )
+        yield from _possible(made, where, policy)
+
+
+def deletion_rules(made: Object) -> Found:
+    seen: dict[tuple[str, str, str], float] = {}
+    for index, rule in enumerate(listed(dig(made, "spec", "deletionStrategy", "deletionRules"))):
+        where = f"spec.deletionStrategy.deletionRules[{index}]"
+        condition, policy = mapping(rule.get("condition")), str(rule.get("policy"))
+        told = [key for key in ("jobStatus", "jobDeploymentStatus") if condition.get(key) is not None]
+        if len(told) != 1:
+            yield refuse(
+                "DELETION-CONDITION",
+                f"{where}.condition",
+                f"{len(told)} of jobStatus, jobDeploymentStatus",
+                "exactly one",
+            )
+            continue
+        if (ttl := number(condition.get("ttlSeconds")) or 0) < 0:
+            yield refuse("NEGATIVE", f"{where}.condition.ttlSeconds", f"{ttl}", "0 or more")
+        yield from _possible(made, f"{where}.policy", policy)
+        key = (told[0], str(condition[told[0]]), policy)
+        if key in seen:
+            yield refuse("DELETION-TWICE", where, f"{policy} at {key[1]} is said before", "once a status")
+        seen.setdefault(key, ttl)
+    yield from _in_order(seen)
+
+
+def _possible(made: Object, where: str, policy: Any) -> Found:
+    if policy in ("DeleteCluster", "DeleteWorkers") and dig(made, "spec", "clusterSelector"):
+        yield refuse("DELETION-SELECTOR", where, f"{policy} with clusterSelector", "the cluster is not this job's")
+    if policy == "DeleteWorkers" and dig(made, "spec", "rayClusterSpec", "enableInTreeAutoscaling") is True:
+        yield refuse("DELETION-AUTOSCALER", where, "DeleteWorkers with the autoscaler", "it would bring them back")
+
+
+def _in_order(seen: Mapping[tuple[str, str, str], float]) -> Found:
+    for field, status in dict.fromkeys((field, status) for field, status, _ in seen):
+        told = [(policy, seen[field, status, policy]) for policy in ORDER if (field, status, policy) in seen]
+        for (first, early), (then, late) in pairwise(told):
+            if late < early:
+                yield refuse(
+                    "DELETION-ORDER",
+                    "spec.deletionStrategy.deletionRules",
+                    f"at {status}: {then} after {late} s, {first} after {early} s",
+                    "workers, cluster, job: in this order",
+                )
+
+
+DELETION_RULES = (ttl_needs_shutdown, one_way, legacy_policies, deletion_rules)
+
 
 MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 PLAIN_WORDS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+( [A-Za-z0-9_./:=@%+,-]+)*")
 INSTALLS = ("pip", "conda", "uv")
-Object = Mapping[str, Any]
 
 
 def mode_is_one(made: Object) -> Found:
@@ -33,8 +131,13 @@ def mode_is_one(made: Object) -> Found:
 def suspend_needs_shutdown(made: Object) -> Found:
     spec = mapping(made.get("spec"))
     if spec.get("suspend") is True and spec.get("shutdownAfterJobFinishes") is not True:
-        yield refuse("SUSPEND-NEEDS-SHUTDOWN", "spec.suspend", "shutdownAfterJobFinishes is not true",
-                     "a job that keeps its cluster is not suspended", "shutdownAfterJobFinishes: true")  # fmt: skip
+        yield refuse(
+            "SUSPEND-NEEDS-SHUTDOWN",
+            "spec.suspend",
+            "shutdownAfterJobFinishes is not true",
+            "a job that keeps its cluster is not suspended",
+            "shutdownAfterJobFinishes: true",
+        )
 
 
 def a_cluster_is_named_or_made(made: Object) -> Found:
@@ -53,15 +156,23 @@ def a_cluster_is_named_or_made(made: Object) -> Found:
     if (number(spec.get("backoffLimit")) or 0) > 0:
         yield refuse("SELECTOR-BACKOFF", "spec.backoffLimit", "with clusterSelector", "a retry is a new cluster")
     if spec.get("submissionMode") == "SidecarMode":
-        yield refuse("SELECTOR-SIDECAR", "spec.submissionMode", "SidecarMode with clusterSelector",
-                     "the sidecar lies in a head that the job makes")  # fmt: skip
+        yield refuse(
+            "SELECTOR-SIDECAR",
+            "spec.submissionMode",
+            "SidecarMode with clusterSelector",
+            "the sidecar lies in a head that the job makes",
+        )
 
 
 def interactive_is_not_retried(made: Object) -> Found:
     spec = mapping(made.get("spec"))
     if spec.get("submissionMode") == "InteractiveMode" and (number(spec.get("backoffLimit")) or 0) > 0:
-        yield refuse("INTERACTIVE-BACKOFF", "spec.backoffLimit", f"{spec['backoffLimit']}",
-                     "a job that a person submits is not submitted again")  # fmt: skip
+        yield refuse(
+            "INTERACTIVE-BACKOFF",
+            "spec.backoffLimit",
+            f"{spec['backoffLimit']}",
+            "a job that a person submits is not submitted again",
+        )
 
 
 def sidecars_have_no_submitter(made: Object) -> Found:
@@ -73,14 +184,23 @@ def sidecars_have_no_submitter(made: Object) -> Found:
             yield refuse("SIDECAR-SUBMITTER", f"spec.{field}", "with SidecarMode", "there is no submitter's pod")
     restart = dig(spec, "rayClusterSpec", "headGroupSpec", "template", "spec", "restartPolicy")
     if restart not in (None, "", "Never"):
-        yield refuse("SIDECAR-RESTART", "spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy", str(restart),
-                     "a head with a sidecar is not restarted", "leave it out, or Never")  # fmt: skip
+        yield refuse(
+            "SIDECAR-RESTART",
+            "spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy",
+            str(restart),
+            "a head with a sidecar is not restarted",
+            "leave it out, or Never",
+        )
 
 
 def numbers_are_positive(made: Object) -> Found:
     spec = mapping(made.get("spec"))
-    for field, least in (("activeDeadlineSeconds", 1), ("preRunningDeadlineSeconds", 1), ("backoffLimit", 0),
-                         ("ttlSecondsAfterFinished", 0)):  # fmt: skip
+    for field, least in (
+        ("activeDeadlineSeconds", 1),
+        ("preRunningDeadlineSeconds", 1),
+        ("backoffLimit", 0),
+        ("ttlSecondsAfterFinished", 0),
+    ):
         value = number(spec.get(field))
         if value is not None and value < least:
             yield refuse("NEGATIVE", f"spec.{field}", f"{value}", f"{least} or more")
@@ -90,11 +210,21 @@ def it_ends(made: Object) -> Found:
     """kuberay#4217: a job whose head is gone is Running for ever, and its GPUs stay taken."""
     spec = mapping(made.get("spec"))
     if spec.get("activeDeadlineSeconds") is None:
-        yield warn("NO-DEADLINE", "spec.activeDeadlineSeconds", "none", "a job that hangs keeps its machines",
-                   "limits: {deadline: 12h}")  # fmt: skip
+        yield warn(
+            "NO-DEADLINE",
+            "spec.activeDeadlineSeconds",
+            "none",
+            "a job that hangs keeps its machines",
+            "limits: {deadline: 12h}",
+        )
     if spec.get("preRunningDeadlineSeconds") is None:
-        yield warn("NO-PENDING-DEADLINE", "spec.preRunningDeadlineSeconds", "none",
-                   "a job that never starts waits for ever", "limits: {pending: 15m}")  # fmt: skip
+        yield warn(
+            "NO-PENDING-DEADLINE",
+            "spec.preRunningDeadlineSeconds",
+            "none",
+            "a job that never starts waits for ever",
+            "limits: {pending: 15m}",
+        )
     if spec.get("shutdownAfterJobFinishes") is not True and spec.get("deletionStrategy") is None:
         yield warn("NO-SHUTDOWN", "spec.shutdownAfterJobFinishes", "not true", "the cluster outlives the job")
 
@@ -108,8 +238,13 @@ def entrypoint_is_plain_words(made: Object) -> Found:
         yield refuse("ENTRYPOINT-EMPTY", "spec.entrypoint", "none", "a job runs something")
     elif not PLAIN_WORDS.fullmatch(str(text)):
         odd = sorted({char for char in str(text) if not re.fullmatch(r"[A-Za-z0-9_./:=@%+, -]", char)})
-        yield refuse("ENTRYPOINT-SHELL", "spec.entrypoint", f"it has {' '.join(map(repr, odd)) or 'empty words'}",
-                     "plain words: a shell on the head reads it", "rename what has these signs")  # fmt: skip
+        yield refuse(
+            "ENTRYPOINT-SHELL",
+            "spec.entrypoint",
+            f"it has {' '.join(map(repr, odd)) or 'empty words'}",
+            "plain words: a shell on the head reads it",
+            "rename what has these signs",
+        )
     if text and why_secret_text(str(text)) is not None:
         yield refuse(
             "SECRET-VALUE", "spec.entrypoint", str(why_secret_text(str(text))), "an entrypoint is shown to all"
@@ -131,13 +266,91 @@ def runtime_env_installs_nothing(made: Object) -> Found:
         return
     for key in INSTALLS:
         if env.get(key):
-            yield refuse("RUNTIME-ENV-INSTALLS", f"{where}.{key}", "packages", "what a job needs is in its image",
-                         "build it into the image")  # fmt: skip
+            yield refuse(
+                "RUNTIME-ENV-INSTALLS",
+                f"{where}.{key}",
+                "packages",
+                "what a job needs is in its image",
+                "build it into the image",
+            )
     for path, why in secrets_in(env):
         yield refuse("SECRET-VALUE", f"{where}.{path}", why, "a secret is a Secret's", "secret_env: {NAME: SECRET/KEY}")
 
 
 JOB_RULES = (
-    mode_is_one, suspend_needs_shutdown, a_cluster_is_named_or_made, interactive_is_not_retried,
-    sidecars_have_no_submitter, numbers_are_positive, it_ends, entrypoint_is_plain_words, runtime_env_installs_nothing,
-)  # fmt: skip
+    mode_is_one,
+    suspend_needs_shutdown,
+    a_cluster_is_named_or_made,
+    interactive_is_not_retried,
+    sidecars_have_no_submitter,
+    numbers_are_positive,
+    it_ends,
+    entrypoint_is_plain_words,
+    runtime_env_installs_nothing,
+)
+
+
+# Queues and schedulers of gangs: what they need of a RayJob, told before it waits for ever.
+
+
+KUEUE_GROUPS = 7
+"""A Workload of Kueue's has eight sets of pods, and one is the head."""
+
+
+def kueue(made: Object) -> Found:
+    if KUEUE_QUEUE not in _labels(made):
+        return
+    spec, where = mapping(made.get("spec")), f"metadata.labels.{KUEUE_QUEUE}"
+    if spec.get("shutdownAfterJobFinishes") is not True:
+        yield refuse(
+            "KUEUE-SHUTDOWN",
+            where,
+            "shutdownAfterJobFinishes is not true",
+            "its quota would never come back",
+            "shutdownAfterJobFinishes: true",
+        )
+    if spec.get("clusterSelector"):
+        yield refuse("KUEUE-SELECTOR", where, "with clusterSelector", "Kueue admits the cluster, and this job has none")
+    groups = len(listed(dig(spec, "rayClusterSpec", "workerGroupSpecs")))
+    if groups > KUEUE_GROUPS:
+        yield refuse(
+            "KUEUE-GROUPS",
+            where,
+            f"{groups} worker groups",
+            f"at most {KUEUE_GROUPS} beside the head",
+            "merge equal groups",
+        )
+    if dig(spec, "rayClusterSpec", "enableInTreeAutoscaling") is True:
+        yield refuse("KUEUE-AUTOSCALER", where, "with the autoscaler", "Kueue admits a fixed number of machines")
+
+
+def two_queues(made: Object) -> Found:
+    labels = _labels(made)
+    others = [label for label in (VOLCANO_QUEUE, KAI_QUEUE) if label in labels]
+    if KUEUE_QUEUE in labels and others:
+        yield warn(
+            "TWO-QUEUES",
+            f"metadata.labels.{others[0]}",
+            f"beside Kueue's {labels[KUEUE_QUEUE]!r}",
+            "a job that one queue lets go may wait in the other and hold the first one's quota",
+            "drop `queue` or `gang_queue`",
+        )
+
+
+def kai_has_no_submitter(made: Object) -> Found:
+    mode = dig(made, "spec", "submissionMode")
+    if KAI_QUEUE in _labels(made) and mode in (None, "K8sJobMode"):
+        yield refuse(
+            "KAI-SUBMITTER",
+            "spec.submissionMode",
+            "K8sJobMode",
+            "KAI cannot place a submitter that comes after its cluster",
+            "submissionMode: HTTPMode",
+        )
+
+
+def _labels(made: Object) -> Mapping[str, Any]:
+    return mapping(dig(made, "metadata", "labels"))
+
+
+QUEUE_RULES = (kueue, two_queues, kai_has_no_submitter)

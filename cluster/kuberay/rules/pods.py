@@ -1,20 +1,41 @@
-"""Images, memory, environment of the pods: what starts, and dies or leaks later."""
+"""Who may speak to a Ray, and what its pods may do on their machines."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from graftwork.cluster.kuberay.findings import Found, dig, listed, refuse
-from graftwork.cluster.kuberay.rules.part import ClusterView, containers, first_container
-from graftwork.cluster.secret_like import why_secret
+from graftwork.cluster.jobs.environment import why_secret
+from graftwork.cluster.kuberay.object_view import (
+    ClusterView,
+    Found,
+    containers,
+    dig,
+    first_container,
+    listed,
+    mapping,
+    refuse,
+    version_of,
+    warn,
+)
 from graftwork.cluster.spec import QUANTITY_PATTERN, quantity
+
+# Images, memory, environment of the pods: what starts, and dies or leaks later.
+
 
 HEAD_BYTES = 8 * 2**30
 DIGEST = re.compile(r"[^\s@]+@sha256:[0-9a-f]{64}")
-OPERATORS_ENV = frozenset({
-    "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_IP", "FQ_RAY_IP", "RAY_PORT", "RAY_CLUSTER_NAME",
-    "RAY_CLUSTER_NAMESPACE",
-})  # fmt: skip
+OPERATORS_ENV = frozenset(
+    {
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_ADDRESS",
+        "RAY_IP",
+        "FQ_RAY_IP",
+        "RAY_PORT",
+        "RAY_CLUSTER_NAME",
+        "RAY_CLUSTER_NAMESPACE",
+    }
+)
 """KubeRay sets these; one of ours would win silently, an empty RAY_AUTH_MODE among them."""
 
 
@@ -25,9 +46,13 @@ def images_are_pinned(part: ClusterView) -> Found:
             for index, container in enumerate(listed(pod.get(key))):
                 image = str(container.get("image") or "")
                 if not DIGEST.fullmatch(image):
-                    yield refuse("IMAGE-DIGEST", f"{where}.{key}[{index}].image", image or "no image",
-                                 "an image is named by its digest: registry/app@sha256:...",
-                                 "image: the digest that `docker push` or the registry shows")  # fmt: skip
+                    yield refuse(
+                        "IMAGE-DIGEST",
+                        f"{where}.{key}[{index}].image",
+                        image or "no image",
+                        "an image is named by its digest: registry/app@sha256:...",
+                        "image: the digest that `docker push` or the registry shows",
+                    )
 
 
 def the_head_has_room(part: ClusterView) -> Found:
@@ -63,8 +88,13 @@ def environment_is_said_once(part: ClusterView) -> Found:
         for container in containers(pod)[:1]:
             names = [str(entry.get("name")) for entry in listed(container.get("env"))]
             for name in sorted({name for name in names if names.count(name) > 1}):
-                yield refuse("ENV-TWICE", f"{where}.containers[0].env", name, "the last one would win silently",
-                             f"drop {name} from `env` or `secret_env`")  # fmt: skip
+                yield refuse(
+                    "ENV-TWICE",
+                    f"{where}.containers[0].env",
+                    name,
+                    "the last one would win silently",
+                    f"drop {name} from `env` or `secret_env`",
+                )
             for name in sorted(OPERATORS_ENV.intersection(names)):
                 yield refuse("ENV-RESERVED", f"{where}.containers[0].env", name, "KubeRay sets it", f"drop {name}")
 
@@ -83,5 +113,107 @@ def _environment(where: str, container: Mapping[str, Any]) -> Found:
 
 
 POD_RULES = (
-    images_are_pinned, the_head_has_room, the_head_takes_no_work, environment_has_no_secrets, environment_is_said_once,
-)  # fmt: skip
+    images_are_pinned,
+    the_head_has_room,
+    the_head_takes_no_work,
+    environment_has_no_secrets,
+    environment_is_said_once,
+)
+
+
+TOKEN_SINCE, K8S_TOKEN_SINCE = (2, 52), (2, 55)
+
+
+def a_token_opens_it(part: ClusterView) -> Found:
+    """An open dashboard runs anybody's code (CVE-2023-48022); Ray's own default is open until 2.61."""
+    mode = dig(part.spec, "authOptions", "mode")
+    if mode != "token":
+        yield refuse(
+            "AUTH-OPEN",
+            f"{part.where}.authOptions.mode",
+            f"{mode}",
+            "whoever reaches the head runs code as it",
+            "auth: {mode: token}",
+        )
+
+
+def the_version_knows_tokens(part: ClusterView) -> Found:
+    if dig(part.spec, "authOptions", "mode") != "token":
+        return
+    told, where = part.spec.get("rayVersion"), f"{part.where}.rayVersion"
+    version = version_of(told)
+    if version is None:
+        yield refuse(
+            "AUTH-VERSION", where, repr(told), "token mode needs the version of the image's Ray: 2.52 or newer"
+        )
+    elif version < TOKEN_SINCE:
+        yield refuse("AUTH-VERSION", where, str(told), "token mode came with Ray 2.52", "a newer image")
+
+
+def kubernetes_tokens(part: ClusterView) -> Found:
+    options, where = mapping(part.spec.get("authOptions")), f"{part.where}.authOptions.enableK8sTokenAuth"
+    if options.get("enableK8sTokenAuth") is not True:
+        return
+    if part.kind in ("RayJob", "RayService"):
+        yield refuse("AUTH-K8S-KIND", where, f"true in a {part.kind}", "KubeRay takes it for a RayCluster alone")
+    if options.get("mode") != "token":
+        yield refuse("AUTH-K8S-MODE", where, f"mode {options.get('mode')}", "it needs mode token")
+    if options.get("secretName"):
+        yield refuse("AUTH-K8S-SECRET", where, "secretName is given too", "Kubernetes' tokens or a Secret's, not both")
+    version = version_of(part.spec.get("rayVersion"))
+    if version is not None and version < K8S_TOKEN_SINCE:
+        yield refuse("AUTH-K8S-VERSION", where, str(part.spec["rayVersion"]), "it came with Ray 2.55")
+
+
+def nobody_outside_reaches_the_head(part: ClusterView) -> Found:
+    where = f"{part.where}.headGroupSpec"
+    if part.head.get("serviceType") not in (None, "", "ClusterIP"):
+        yield refuse(
+            "HEAD-EXPOSED",
+            f"{where}.serviceType",
+            str(part.head["serviceType"]),
+            "ClusterIP: the head is no public service",
+            "kubectl port-forward, or a proxy that asks who one is",
+        )
+    if part.head.get("enableIngress") is True:
+        yield refuse("HEAD-EXPOSED", f"{where}.enableIngress", "true", "no Ingress leads to the dashboard")
+
+
+def pods_are_restricted(part: ClusterView) -> Found:
+    for where, pod in part.pods():
+        for key in ("hostNetwork", "hostPID", "hostIPC"):
+            if pod.get(key) is True:
+                yield refuse("POD-HOST", f"{where}.{key}", "true", "a pod shares nothing with its machine")
+        for index, container in enumerate(containers(pod)):
+            yield from _restricted(
+                f"{where}.containers[{index}].securityContext",
+                mapping(container.get("securityContext")),
+                mapping(pod.get("securityContext")),
+            )
+
+
+def _restricted(where: str, own: Mapping[str, Any], pods: Mapping[str, Any]) -> Found:
+    rule = "Pod Security `restricted`"
+    if own.get("privileged") is True or own.get("allowPrivilegeEscalation") is not False:
+        yield refuse("POD-PRIVILEGES", f"{where}.allowPrivilegeEscalation", "not false", rule)
+    if (
+        own.get("runAsNonRoot", pods.get("runAsNonRoot")) is not True
+        or own.get("runAsUser", pods.get("runAsUser")) == 0
+    ):
+        yield refuse("POD-ROOT", f"{where}.runAsNonRoot", "it may run as root", rule)
+    if "ALL" not in (mapping(own.get("capabilities")).get("drop") or ()):
+        yield refuse("POD-CAPABILITIES", f"{where}.capabilities.drop", "not ALL", rule)
+    profile = mapping(own.get("seccompProfile", pods.get("seccompProfile"))).get("type")
+    if profile not in ("RuntimeDefault", "Localhost"):
+        yield refuse("POD-SECCOMP", f"{where}.seccompProfile.type", f"{profile}", rule)
+    if own.get("readOnlyRootFilesystem") is not True:
+        yield warn("POD-WRITABLE", f"{where}.readOnlyRootFilesystem", "not true", "what runs cannot change its image")
+
+
+SECURITY_RULES = (
+    a_token_opens_it,
+    the_version_knows_tokens,
+    kubernetes_tokens,
+    nobody_outside_reaches_the_head,
+    pods_are_restricted,
+)

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from graftwork.cluster.kuberay.findings import Found, dig, mapping, number, refuse, warn
-from graftwork.cluster.secret_like import secrets_in
+from graftwork.cluster.jobs.environment import secrets_in
+from graftwork.cluster.kuberay.object_view import Found, dig, mapping, number, refuse, warn
 
 UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 TIMEOUT_ANNOTATION = "ray.io/initializing-timeout"
@@ -78,15 +78,23 @@ def incremental(made: Object) -> Found:
 def head_service_has_no_name(made: Object) -> Found:
     name = dig(made, "spec", "rayClusterConfig", "headGroupSpec", "headService", "metadata", "name")
     if name:
-        yield refuse("HEAD-SERVICE-NAME", "spec.rayClusterConfig.headGroupSpec.headService.metadata.name", str(name),
-                     "two clusters of a service cannot have one service name")  # fmt: skip
+        yield refuse(
+            "HEAD-SERVICE-NAME",
+            "spec.rayClusterConfig.headGroupSpec.headService.metadata.name",
+            str(name),
+            "two clusters of a service cannot have one service name",
+        )
 
 
 def initializing_timeout(made: Object) -> Found:
     text = dig(made, "metadata", "annotations", TIMEOUT_ANNOTATION)
     if text and (not _DURATION.fullmatch(str(text)) or not re.search("[1-9]", str(text))):
-        yield refuse("INITIALIZING-TIMEOUT", f"metadata.annotations.{TIMEOUT_ANNOTATION}", repr(text),
-                     "seconds, or a duration like 30m, over 0")  # fmt: skip
+        yield refuse(
+            "INITIALIZING-TIMEOUT",
+            f"metadata.annotations.{TIMEOUT_ANNOTATION}",
+            repr(text),
+            "seconds, or a duration like 30m, over 0",
+        )
 
 
 def exposed(made: Object) -> Found:
@@ -102,6 +110,11 @@ def exposed(made: Object) -> Found:
 
 
 SERVICE_RULES = (
-    serve_config_is_yaml, upgrade_is_one, old_cluster_stays_a_while, incremental, head_service_has_no_name,
-    initializing_timeout, exposed,
-)  # fmt: skip
+    serve_config_is_yaml,
+    upgrade_is_one,
+    old_cluster_stays_a_while,
+    incremental,
+    head_service_has_no_name,
+    initializing_timeout,
+    exposed,
+)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from graftwork.compat.hf import unpack_cpu_layout
-from graftwork.serving.engine.adapters.changes import LinearShape
-from graftwork.serving.engine.kv import KvShape
+from graftwork.serving.engine.adapters.format import LinearShape
+from graftwork.serving.engine.kv_cache import KvShape
 
 
 class BaseView:

@@ -12,14 +12,18 @@ Behind the attention's and the MLP's last linear it is Houlsby's (arXiv 1902.007
 """
 
 import re
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn import functional
 
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.changes import AdapterWeights, SiteBottleneck
-from graftwork.serving.engine.adapters.config_file import ConfigFile, Targets
-from graftwork.serving.engine.adapters.tensor_file import MODULE_PREFIX, TensorFile
+from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, SiteBottleneck, Targets
+from graftwork.serving.engine.adapters.loaded import LoadedAdapter
+from graftwork.serving.engine.adapters.weights_file import MODULE_PREFIX, TensorFile
+from graftwork.serving.engine.lora_batch import LoraSegment
+from graftwork.serving.engine.lora_layers import Deltas, LoraLayer
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 _KEY = re.compile(rf"^{re.escape(MODULE_PREFIX)}(?P<module>.+)\.bottleneck_down\.weight$")
@@ -58,3 +62,58 @@ def read_bottleneck(
     if not networks:
         raise tensors.make_error("no tensors", "an adapter adapts at least one linear")
     return AdapterWeights(bottlenecks=networks)
+
+
+# Bottleneck adapters of one step: small networks behind a linear, each on the rows of its own adapter.
+#
+# One adapter after the other: two small matmuls for each, and each linear that it stands behind.
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+Rows = torch.Tensor | slice
+
+
+class StepBottlenecks:
+    """Adds them to a linear's result, after the step's other changes. Stands in for those in `Sites`."""
+
+    def __init__(self, rows: Sequence[tuple[LoadedAdapter, Rows]], then: Deltas | None) -> None:
+        self._rows, self._then = rows, then
+
+    def add(self, site: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Changes the linear's own fresh output in place."""
+        if self._then is not None:
+            result = self._then.add(site, x, result)
+        out_TO = result.view(-1, result.shape[-1])
+        for weights, rows in self._rows:
+            network = weights.bottlenecks.get(site.name)
+            if network is not None:
+                own_MO = out_TO[rows]
+                out_TO[rows] = own_MO + _through(network, own_MO)
+        return result
+
+
+def bottlenecks_of(
+    decoding: Sequence[LoadedAdapter | None],
+    segments: Sequence[LoraSegment],
+    then: Deltas | None,
+    device: torch.device,
+) -> StepBottlenecks | None:
+    """decoding: the adapter of each decoding token. None: no row of the step has such an adapter."""
+    own: dict[LoadedAdapter, list[int]] = {}
+    for row, weights in enumerate(decoding):
+        if weights is not None and weights.bottlenecks:
+            own.setdefault(weights, []).append(row)
+    rows: list[tuple[LoadedAdapter, Rows]] = [(one, torch.tensor(some, device=device)) for one, some in own.items()]
+    rows += [(one.weights, slice(one.first, one.stop)) for one in segments if one.weights.bottlenecks]
+    return StepBottlenecks(rows, then) if rows else None
+
+
+def _through(network: SiteBottleneck, result_MO: torch.Tensor) -> torch.Tensor:
+    inner_MR = functional.linear(result_MO, network.down_RO, network.down_bias_R)
+    outer_MO = functional.linear(_ACTIVATIONS[network.activation](inner_MR), network.up_OR, network.up_bias_O)
+    return outer_MO * network.scaling

@@ -10,7 +10,7 @@ import numpy
 import torch
 
 from graftwork.serving.engine.cpu.kernels import Kernels
-from graftwork.serving.engine.kv import KvRow, KvStore
+from graftwork.serving.engine.kv_cache import KvRow, KvStore
 
 _LANES, _MOST_HEAD = 16, 256
 """A head's values are whole vectors, at most so many: decode.c."""

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from graftwork import cpu
-from graftwork.build_once import build_once
-from graftwork.storage import cache_root
+from graftwork import environment as cpu
+from graftwork.cache import build_once
+from graftwork.storage.store import cache_root
 
 MOST_RANK = 512
 """As in lora.c."""

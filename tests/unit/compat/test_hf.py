@@ -25,7 +25,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, Re
 from graftwork.compat import hf
 from graftwork.training.adapters import bottleneck
 from tests.ports import free_port
-from tests.processes import ROOT
+from tests.process_races import ROOT
 from tests.tiny import write_tiny_base
 
 ROWS = [{"row": 0}, {"row": 1}]
@@ -58,9 +58,14 @@ def test_gemma_2_alone_of_the_two_has_no_sdpa(base: Path, tmp_path: Path) -> Non
     assert hf.has_sdpa(LlamaForCausalLM)
     assert not hf.has_sdpa(Gemma2ForCausalLM)
     config = Gemma2ForCausalLM.config_class(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, head_dim=8,
-    )  # fmt: skip
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
@@ -118,9 +123,11 @@ def test_reward_takes_rows_of_numbers(base: Path, tmp_path: Path) -> None:
     def trainer_of(kind: type[Any]) -> Any:
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
         return kind(
-            model=model, args=RewardConfig(**usual(tmp_path), max_length=None),
-            train_dataset=Dataset.from_list(ROWS), processing_class=AutoTokenizer.from_pretrained(base),
-        )  # fmt: skip
+            model=model,
+            args=RewardConfig(**usual(tmp_path), max_length=None),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=AutoTokenizer.from_pretrained(base),
+        )
 
     assert trainer_of(hf.takes_token_rows(RewardTrainer)).train_dataset.to_list() == ROWS
     with pytest.raises(KeyError, match="chosen"):
@@ -158,12 +165,19 @@ def test_rollouts_are_those_of_the_subclass(kind: type[Any], config: type[Any], 
 
     trainer = Given(
         model=model_of(base),
-        args=config(**usual(tmp_path), per_device_train_batch_size=2, num_generations=2, logging_steps=1,
-                    max_completion_length=4, beta=0.1, gradient_accumulation_steps=1),
+        args=config(
+            **usual(tmp_path),
+            per_device_train_batch_size=2,
+            num_generations=2,
+            logging_steps=1,
+            max_completion_length=4,
+            beta=0.1,
+            gradient_accumulation_steps=1,
+        ),
         reward_funcs=[reward],
         train_dataset=Dataset.from_list([{"prompt": {"row": 0}}, {"prompt": {"row": 1}}]),
         processing_class=AutoTokenizer.from_pretrained(base),
-    )  # fmt: skip
+    )
     trainer.train()
     assert len(asked) == 2
     assert asked[0] == asked[1], "one prompt, two answers"
@@ -190,12 +204,18 @@ def test_a_resumed_trainer_continues_the_count_of_passes(
 
     trainer = Counted(
         model=model_of(base),
-        args=config(**usual(tmp_path), per_device_train_batch_size=2, num_generations=2, max_completion_length=4,
-                    gradient_accumulation_steps=2, beta=0.0),
+        args=config(
+            **usual(tmp_path),
+            per_device_train_batch_size=2,
+            num_generations=2,
+            max_completion_length=4,
+            gradient_accumulation_steps=2,
+            beta=0.0,
+        ),
         reward_funcs=[lambda prompts, **_: [1.0, 0.0] * (len(prompts) // 2)],
         train_dataset=Dataset.from_list([{"prompt": {"row": 0}}, {"prompt": {"row": 1}}]),
         processing_class=AutoTokenizer.from_pretrained(base),
-    )  # fmt: skip
+    )
     trainer.state.global_step = 3
     trainer.model.train()
     trainer._prepare_inputs([{"prompt": {"row": row}} for row in (0, 0, 1, 1)])

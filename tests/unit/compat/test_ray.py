@@ -11,9 +11,9 @@ import psutil
 import pytest
 import ray
 
-from graftwork.cluster.local import private_ray
+from graftwork.cluster.private_ray import private_ray
 from graftwork.compat import ray as hooks
-from tests.processes import ROOT
+from tests.process_races import ROOT
 
 
 class Busy:

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from graftwork.cluster.local import private_ray
+from graftwork.cluster.private_ray import private_ray
 from graftwork.compat import ray_serve as hooks
 from tests.ports import free_port
 

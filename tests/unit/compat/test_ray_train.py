@@ -13,7 +13,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
-from graftwork.cluster.local import private_ray
+from graftwork.cluster.private_ray import private_ray
 from graftwork.compat import ray_train as hooks
 
 

@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from graftwork.serving.engine.cuda.inputs import StaticInputs
-from graftwork.serving.engine.cuda.kernels.exact import cdiv, dot, rounded
+from graftwork.serving.engine.cuda.kernels.elementwise import cdiv, dot, rounded
+from graftwork.serving.engine.cuda.static_inputs import StaticInputs
 
 _BLOCK_S = 64
 _ENOUGH_PROGRAMS = 264
@@ -30,10 +30,21 @@ def write_kv(
     """Puts each request's newest key and value at the end of its row. keys, values: one layer's arena [lines, D]."""
     count, heads, size = k_NKD.shape
     _write_kernel[(count, heads)](
-        keys, values, k_NKD, v_NKD, places.starts, places.caps, places.lengths,
-        k_NKD.stride(0), k_NKD.stride(1), v_NKD.stride(0), v_NKD.stride(1), heads, size,
+        keys,
+        values,
+        k_NKD,
+        v_NKD,
+        places.starts,
+        places.caps,
+        places.lengths,
+        k_NKD.stride(0),
+        k_NKD.stride(1),
+        v_NKD.stride(0),
+        v_NKD.stride(1),
+        heads,
+        size,
         BLOCK_D=triton.next_power_of_2(size),
-    )  # fmt: skip
+    )
 
 
 def attend(
@@ -55,18 +66,43 @@ def attend(
     sums = torch.empty(parts, count, heads, size, dtype=torch.float32, device=q_NHD.device) if parts > 1 else out_NHD
     stats = torch.empty(2, parts, count, heads, dtype=torch.float32, device=q_NHD.device)
     _attend_kernel[(count, kv_heads, parts)](
-        q_NHD, keys, values, sums, stats, places.starts, places.caps, places.lengths,
-        q_NHD.stride(0), q_NHD.stride(1), kv_heads, heads // kv_heads, size, count, parts,
-        scale, window or 0, softcap or 0.0,
-        WINDOW=window is not None, SOFTCAP=softcap is not None, WHOLE=parts == 1,
+        q_NHD,
+        keys,
+        values,
+        sums,
+        stats,
+        places.starts,
+        places.caps,
+        places.lengths,
+        q_NHD.stride(0),
+        q_NHD.stride(1),
+        kv_heads,
+        heads // kv_heads,
+        size,
+        count,
+        parts,
+        scale,
+        window or 0,
+        softcap or 0.0,
+        WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
+        WHOLE=parts == 1,
         BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
-        BLOCK_S=_BLOCK_S, BLOCK_D=max(16, triton.next_power_of_2(size)),
-    )  # fmt: skip
+        BLOCK_S=_BLOCK_S,
+        BLOCK_D=max(16, triton.next_power_of_2(size)),
+    )
     if parts > 1:
         _join_kernel[(count, heads)](
-            sums, stats, out_NHD, heads, size, count, parts,
-            BLOCK_P=triton.next_power_of_2(parts), BLOCK_D=triton.next_power_of_2(size),
-        )  # fmt: skip
+            sums,
+            stats,
+            out_NHD,
+            heads,
+            size,
+            count,
+            parts,
+            BLOCK_P=triton.next_power_of_2(parts),
+            BLOCK_D=triton.next_power_of_2(size),
+        )
     return out_NHD
 
 
@@ -78,10 +114,21 @@ def split_count(programs: int, longest: int) -> int:
 
 @triton.jit
 def _write_kernel(
-    keys_ptr, values_ptr, k_ptr, v_ptr, starts_ptr, caps_ptr, lengths_ptr,
-    k_row, k_head, v_row, v_head, heads, size,
+    keys_ptr,
+    values_ptr,
+    k_ptr,
+    v_ptr,
+    starts_ptr,
+    caps_ptr,
+    lengths_ptr,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    heads,
+    size,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths_ptr + row)
     if length == 0:
@@ -97,12 +144,31 @@ def _write_kernel(
 
 @triton.jit(do_not_specialize=["count", "parts", "window"])
 def _attend_kernel(
-    q_ptr, keys_ptr, values_ptr, out_ptr, stats_ptr, starts_ptr, caps_ptr, lengths_ptr,
-    q_row, q_head, kv_heads, group, size, count, parts,
-    scale, window, softcap,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    out_ptr,
+    stats_ptr,
+    starts_ptr,
+    caps_ptr,
+    lengths_ptr,
+    q_row,
+    q_head,
+    kv_heads,
+    group,
+    size,
+    count,
+    parts,
+    scale,
+    window,
+    softcap,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_ptr + row)
     first = length * 0
@@ -152,9 +218,16 @@ def _attend_kernel(
 
 @triton.jit(do_not_specialize=["count", "parts"])
 def _join_kernel(
-    sums_ptr, stats_ptr, out_ptr, heads, size, count, parts,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    sums_ptr,
+    stats_ptr,
+    out_ptr,
+    heads,
+    size,
+    count,
+    parts,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     row, head = tl.program_id(0), tl.program_id(1)
     p_P, d_D = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
     in_P, in_D = p_P < parts, d_D < size

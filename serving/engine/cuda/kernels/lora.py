@@ -16,9 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from graftwork.serving.engine.cuda.kernels.exact import dot, rounded
-from graftwork.serving.engine.cuda.table import GroupColumn, SiteColumn, SlotTable
-from graftwork.serving.engine.cuda.tiles import ROWS, Tiles
+from graftwork.serving.engine.cuda.kernels.elementwise import dot, rounded
+from graftwork.serving.engine.cuda.lora import ROWS, GroupColumn, SiteColumn, SlotTable, Tiles
 
 _LINES = 16
 _BLOCK_K = 128
@@ -35,10 +34,22 @@ def shrink(x_NI: torch.Tensor, tiles: Tiles, table: SlotTable, column: GroupColu
     span = triton.cdiv(triton.cdiv(inputs, splits), _BLOCK_K) * _BLOCK_K
     partial = torch.empty(splits, count, column.lines, dtype=torch.float32, device=x_NI.device)
     _shrink_kernel[(len(tiles.slots), splits)](
-        x_NI, partial, tiles.slots, tiles.rows, table.entries, column.first, table.width,
-        inputs, span, x_NI.stride(0), count, column.lines,
-        ROWS=ROWS, LINES=_LINES, BLOCK_K=_BLOCK_K,
-    )  # fmt: skip
+        x_NI,
+        partial,
+        tiles.slots,
+        tiles.rows,
+        table.entries,
+        column.first,
+        table.width,
+        inputs,
+        span,
+        x_NI.stride(0),
+        count,
+        column.lines,
+        ROWS=ROWS,
+        LINES=_LINES,
+        BLOCK_K=_BLOCK_K,
+    )
     return partial
 
 
@@ -48,18 +59,45 @@ def expand(partial: torch.Tensor, tiles: Tiles, table: SlotTable, column: SiteCo
     splits, count, lines = partial.shape
     outputs = out_NO.shape[1]
     _expand_kernel[(len(tiles.slots), triton.cdiv(outputs, _BLOCK_O))](
-        partial, out_NO, tiles.slots, tiles.rows, table.entries, table.scalings, column.first, column.number,
-        table.width, table.scalings.stride(0), count, lines, outputs, out_NO.stride(0),
-        SPLITS=splits, ROWS=ROWS, LINES=_LINES, BLOCK_O=_BLOCK_O,
-    )  # fmt: skip
+        partial,
+        out_NO,
+        tiles.slots,
+        tiles.rows,
+        table.entries,
+        table.scalings,
+        column.first,
+        column.number,
+        table.width,
+        table.scalings.stride(0),
+        count,
+        lines,
+        outputs,
+        out_NO.stride(0),
+        SPLITS=splits,
+        ROWS=ROWS,
+        LINES=_LINES,
+        BLOCK_O=_BLOCK_O,
+    )
 
 
 @triton.jit(do_not_specialize=["column", "width", "count", "lines_most"])
 def _shrink_kernel(
-    x_ptr, partial_ptr, slots_ptr, rows_ptr, table_ptr, column, width,
-    inputs, span, x_stride, count, lines_most,
-    ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    partial_ptr,
+    slots_ptr,
+    rows_ptr,
+    table_ptr,
+    column,
+    width,
+    inputs,
+    span,
+    x_stride,
+    count,
+    lines_most,
+    ROWS: tl.constexpr,
+    LINES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     tile, split = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots_ptr + tile)
     if slot < 0:
@@ -86,10 +124,25 @@ def _shrink_kernel(
 
 @triton.jit(do_not_specialize=["column", "number", "width", "sites", "count", "lines_most"])
 def _expand_kernel(
-    partial_ptr, out_ptr, slots_ptr, rows_ptr, table_ptr, scalings_ptr, column, number,
-    width, sites, count, lines_most, outputs, out_stride,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
+    partial_ptr,
+    out_ptr,
+    slots_ptr,
+    rows_ptr,
+    table_ptr,
+    scalings_ptr,
+    column,
+    number,
+    width,
+    sites,
+    count,
+    lines_most,
+    outputs,
+    out_stride,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LINES: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
     tile = tl.program_id(0)
     slot = tl.load(slots_ptr + tile)
     if slot < 0:

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from graftwork.serving.engine.cuda.kernels.exact import dot, inlined, rounded
+from graftwork.serving.engine.cuda.kernels.elementwise import dot, inlined, rounded
 
 _BLOCK_O = 64
 _BLOCK_J = 32
@@ -55,17 +55,40 @@ def multiply(x_NI: torch.Tensor, weight: PackedWeight, bias_O: torch.Tensor | No
     sums = out_NO if parts == 1 else torch.empty(parts, *out_NO.shape, dtype=torch.float32, device=x_NI.device)
     some = weight.book  # stands for a pointer that is not read
     _multiply_kernel[(blocks, parts)](
-        x_NI, weight.codes, weight.book, weight.scales, _or(weight.book2, some), _or(weight.scales2, some),
-        _or(weight.offset, some), _or(bias_O, some), sums,
-        count, weight.outputs, weight.inputs, span, x_NI.stride(0),
-        BLOCK=weight.block, BLOCK2=weight.block2, NESTED=weight.book2 is not None,
-        BIAS=bias_O is not None and parts == 1, WHOLE=parts == 1,
-        BLOCK_N=max(16, triton.next_power_of_2(count)), BLOCK_O=_BLOCK_O, BLOCK_J=_BLOCK_J,
-    )  # fmt: skip
+        x_NI,
+        weight.codes,
+        weight.book,
+        weight.scales,
+        _or(weight.book2, some),
+        _or(weight.scales2, some),
+        _or(weight.offset, some),
+        _or(bias_O, some),
+        sums,
+        count,
+        weight.outputs,
+        weight.inputs,
+        span,
+        x_NI.stride(0),
+        BLOCK=weight.block,
+        BLOCK2=weight.block2,
+        NESTED=weight.book2 is not None,
+        BIAS=bias_O is not None and parts == 1,
+        WHOLE=parts == 1,
+        BLOCK_N=max(16, triton.next_power_of_2(count)),
+        BLOCK_O=_BLOCK_O,
+        BLOCK_J=_BLOCK_J,
+    )
     if parts > 1:
         _sum_kernel[(count, triton.cdiv(weight.outputs, 1024))](
-            sums, _or(bias_O, some), out_NO, count, weight.outputs, PARTS=parts, BIAS=bias_O is not None, BLOCK_O=1024,
-        )  # fmt: skip
+            sums,
+            _or(bias_O, some),
+            out_NO,
+            count,
+            weight.outputs,
+            PARTS=parts,
+            BIAS=bias_O is not None,
+            BLOCK_O=1024,
+        )
     return out_NO
 
 
@@ -81,11 +104,29 @@ def _looked_up(book, number_OJ, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _multiply_kernel(
-    x_ptr, codes_ptr, book_ptr, scales_ptr, book2_ptr, scales2_ptr, offset_ptr, bias_ptr, out_ptr,
-    count, outputs, inputs, span, x_stride,
-    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    codes_ptr,
+    book_ptr,
+    scales_ptr,
+    book2_ptr,
+    scales2_ptr,
+    offset_ptr,
+    bias_ptr,
+    out_ptr,
+    count,
+    outputs,
+    inputs,
+    span,
+    x_stride,
+    BLOCK: tl.constexpr,
+    BLOCK2: tl.constexpr,
+    NESTED: tl.constexpr,
+    BIAS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
     part = tl.program_id(1)
     o_O, n_N = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_N)
     in_O, in_N = o_O < outputs, n_N < count
@@ -124,9 +165,15 @@ def _multiply_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def _sum_kernel(
-    sums_ptr, bias_ptr, out_ptr, count, outputs,
-    PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
+    sums_ptr,
+    bias_ptr,
+    out_ptr,
+    count,
+    outputs,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
     row = tl.program_id(0)
     o_O = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     in_O = o_O < outputs

@@ -1,0 +1,461 @@
+"""A process beside the work that runs the command of an attempt, tells the store of it, and ends it in time.
+
+It runs on the machine that Ray drives the work from: the head, or this one. The command is a process of its own, so
+that what it does (hang, crash, run out of memory) leaves somebody to say so.
+
+A training run is told first through the store (fence.py) to make a checkpoint of the step it is at and go; then, as any
+other command is at once, by SIGTERM; then by SIGKILL.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from graftwork.cluster.jobs.backend import usd_per_hour
+from graftwork.cluster.jobs.fencing import ENVIRONMENT, Fence
+from graftwork.cluster.jobs.store import HEARTBEAT_S, LOG_BEHIND_S, SAVES, AttemptEnd, Heartbeat, JobStore, StopReason
+from graftwork.cluster.jobs.supervisor import run_supervised
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.errors import StorageError
+from graftwork.storage.store import Store, json_bytes
+
+# What a command prints: passed on, and kept in the store, at most LOG_BEHIND_S behind.
+#
+# It is spooled in a file of this machine, so that neither an outage of the store nor a flood of output stalls the
+# command
+# or fills the memory. The last piece in the store grows to PIECE_BYTES, then the next one begins.
+
+
+PIECE_BYTES = 256 * 2**10
+MOST_PIECE_BYTES = 4 * 2**20
+"""Of a piece that is written at once, after an outage or in a flood."""
+READ_S = 2.0
+TAIL_BYTES = 64 * 2**10
+PROGRESS = re.compile(r"\b\d[\d,]* of \d")
+"""In the lines that tell how far a stage is."""
+
+
+class OutputReader:
+    """Reads a child's output in a thread until it ends; another thread writes the pieces."""
+
+    def __init__(self, store: Store, folder: tuple[str, ...], start: int, child: "subprocess.Popen[bytes]") -> None:
+        self._store, self._folder, self._start, self._child = store, folder, start, child
+        self._spool = tempfile.TemporaryFile(prefix="gw-log-", buffering=0)  # noqa: SIM115  # as long as this
+        self._lock = threading.Lock()
+        self._spooled = self._stored = self._lost = 0
+        self._piece, self._piece_number = b"", 1
+        self._tail, self._said = b"", ""
+        self._ended = threading.Event()
+        self._read = threading.Thread(target=self._reading, name="output", daemon=True)
+        self._write = threading.Thread(target=self._writing, name="output-store", daemon=True)
+        self._read.start()
+        self._write.start()
+
+    @property
+    def progress(self) -> str:
+        """The last line that tells how far it is, else the last line."""
+        return self._said or self._last_line()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it has told how far it is."""
+        return bool(self._said)
+
+    def last_error(self) -> str:
+        """The last error in the form of `GraftworkError.text`; else the last line, as a traceback ends."""
+        return last_error(self._tail.decode(errors="replace"))
+
+    def mentions(self, *words: str) -> bool:
+        """Whether any of the words is in the last TAIL_BYTES."""
+        return any(word.encode() in self._tail for word in words)
+
+    def close(self, timeout_s: float) -> None:
+        """Everything it printed is in the store at return, or the time is over. Who holds its pipe on is left."""
+        self._read.join(timeout=READ_S)
+        self._ended.set()
+        self._write.join(timeout=timeout_s)
+
+    def _reading(self) -> None:
+        assert self._child.stdout is not None
+        while data := self._child.stdout.read1(65536):  # type: ignore[attr-defined]
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            self._spool_it(data)
+            self._tail = (self._tail + data)[-TAIL_BYTES:]
+            told = [line for line in data.decode(errors="replace").splitlines() if PROGRESS.search(line)]
+            self._said = told[-1].strip()[:200] if told else self._said
+
+    def _spool_it(self, data: bytes) -> None:
+        """A full disk costs what did not fit, and it is said in the log; the command never waits for it."""
+        said = f"\n[{self._lost} bytes were not kept: no room in {tempfile.gettempdir()}]\n" if self._lost else ""
+        whole = said.encode() + data
+        with self._lock:
+            self._spool.seek(self._spooled)
+            try:
+                written = self._spool.write(whole) or 0
+            except OSError:
+                written = 0
+            self._spooled += written
+        left = len(data) - max(written - len(said.encode()), 0)
+        self._lost = self._lost + left if written < len(whole) else 0
+
+    def _writing(self) -> None:
+        while not self._ended.wait(LOG_BEHIND_S):
+            self._store_all()
+        self._store_all(last=True)
+
+    def _store_all(self, *, last: bool = False) -> None:
+        """Bring all that is spooled to the store. An outage leaves it for the next time."""
+        try:
+            while self._store_some(last):
+                pass
+        except StorageError as error:
+            print(f"the log is kept here until the store is back: {error.problem}", file=sys.stderr)
+
+    def _store_some(self, last: bool) -> bool:
+        room = MOST_PIECE_BYTES - len(self._piece)
+        with self._lock:
+            self._spool.seek(self._stored)
+            data = self._spool.read(room)
+        data = data if last and len(data) < room else data[: whole_chars(data)]
+        if not data:
+            return False
+        piece = self._piece + data
+        self._store.write_bytes(piece, *self._folder, f"{self._start:03d}-{self._piece_number:06d}.txt")
+        self._stored += len(data)
+        self._piece = piece
+        if len(piece) >= PIECE_BYTES:
+            self._piece, self._piece_number = b"", self._piece_number + 1
+        with self._lock:
+            if self._stored == self._spooled:
+                self._spool.truncate(0)
+                self._spooled = self._stored = 0
+        return True
+
+    def _last_line(self) -> str:
+        lines = [line for line in self._tail.decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1].strip()[:200] if lines else ""
+
+
+def whole_chars(data: bytes) -> int:
+    """Length without a UTF-8 character that is not whole at the end."""
+    for back in range(1, min(4, len(data) + 1)):
+        byte = data[-back]
+        if byte & 0xC0 == 0x80:
+            continue
+        needs = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
+        return len(data) - back if needs > back else len(data)
+    return len(data)
+
+
+def last_error(text: str) -> str:
+    """The last error of ours in a text, with its rule and hint; else its last line."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    ends = [at for at, line in enumerate(lines) if line.startswith(("  Rule: ", "  Hint: "))]
+    if ends:
+        begins = [at for at in range(ends[-1]) if re.match(r"[A-Z]\w+: ", lines[at])]
+        if begins:
+            return "\n".join(lines[begins[-1] : ends[-1] + 1])[-2000:]
+    return lines[-1].strip()[-500:] if lines else ""
+
+
+POLL_INTERVAL_S = 0.1
+PATIENCE_S = 900.0
+SAVE_S: Mapping[StopReason | None, float] = {None: 75.0, "user": 20.0, "superseded": 5.0}
+LIMIT_SAVE_S = 120.0
+"""How long that may take. None: the machine goes away, as a pod does 120 s after its notice."""
+TERMINATE_S: Mapping[StopReason | None, float] = {None: 20.0, "user": 3.0, "superseded": 3.0}
+LIMIT_TERMINATE_S = 30.0
+"""How long the command may take to end after SIGTERM."""
+LIMIT_GRACE_S = LIMIT_SAVE_S + LIMIT_TERMINATE_S
+"""Longest time from a limit to the end of the command."""
+CLOSE_S = 60.0
+"""How long the last words may take to reach the store, where another driver may go on."""
+NOT_FOUND = 127
+"""What a shell says of a program that is not there."""
+COMMAND = "from graftwork.cli import main; main()"
+OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory", "Cannot allocate memory", "MemoryError")
+
+
+def drive(root: str, job_id: str, number: int, on: str) -> int:
+    """Run the attempt to its end; the command's exit code. 0 at once where the attempt is over, or another one's."""
+    runs = JobStore(root, PATIENCE_S)
+    record = runs.attempt(job_id, number)
+    if record.ended or record.cancel or runs.attempts(job_id)[-1] != number:
+        print(f"{job_id}-a{number} is over: nothing to do", file=sys.stderr)
+        return 0
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    fence = Fence(root, job_id, number, _take_start(runs, job_id, number))
+    with tempfile.TemporaryDirectory(prefix="gw-job-") as folder:
+        file = Path(folder) / "spec.yaml"
+        file.write_bytes(json_bytes(runs.spec(job_id)))
+        command = _command(runs, job_id, file, on)
+        try:
+            return _Drive(runs, fence, command, told).run()
+        except _CannotStart as error:
+            runs.end(job_id, number, AttemptEnd(time.time(), NOT_FOUND, None, str(error)))
+            return NOT_FOUND
+
+
+def _command(runs: JobStore, job_id: str, file: Path, on: str) -> list[str]:
+    """What the attempt runs: a stage's command on the spec in `file`, or a program of the user's."""
+    kind = runs.job(job_id).kind
+    if kind == "exec":
+        return [str(word) for word in runs.spec(job_id)["argv"]]
+    return [sys.executable, "-u", "-c", COMMAND, kind, str(file), "--target", on]
+
+
+class _CannotStart(Exception):
+    """There is no such program, or its arguments are too long."""
+
+
+class _Drive:
+    """One command from its start to its end."""
+
+    def __init__(self, runs: JobStore, fence: Fence, command: list[str], told: threading.Event) -> None:
+        self._runs, self._fence, self._told = runs, fence, told
+        record, quick = runs.job(fence.job_id), JobStore(fence.root)
+        environment = {**os.environ, ENVIRONMENT: fence.dump()}
+        try:
+            self._child = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
+            raise _CannotStart(f"{command[0]} does not start: {error}") from error
+        self._output = OutputReader(runs.store, (*fence.folder, "logs"), fence.start, self._child)
+        self._limits = LimitMonitor(quick, fence, record.job(fence.root, {}).cluster, *_spent_before(runs, fence))
+        self._heartbeat = HeartbeatThread(quick, fence, lambda: self._output.progress, self._limits.usd)
+        self._heartbeat.note("started", host=socket.gethostname(), pid=os.getpid())
+        self._saves = record.kind in SAVES
+        self._reason: StopReason | None = None
+        self._killed = False
+
+    def run(self) -> int:
+        """To its end; its exit code."""
+        while self._child.poll() is None and not self._told.is_set() and self._reason is None:
+            self._reason = self._limits.reason()
+            time.sleep(POLL_INTERVAL_S)
+        if self._child.poll() is None:
+            self._end()
+        elif self._child.returncode and self._reason is None:
+            self._reason = self._limits.look()
+        self._limits.close()
+        self._kill_group()  # what it left there; whoever left the group is the guard's
+        code = self._child.wait()
+        return self._tell(code if code >= 0 else 128 - code)
+
+    def _end(self) -> None:
+        """Have the command end: by a word in the store, by SIGTERM, by SIGKILL."""
+        if self._reason is None:
+            self._heartbeat.leave()
+        else:
+            self._heartbeat.note("asked-to-end", reason=self._reason)
+            self._pass_on(self._reason)
+        if self._saves and self._output.under_way:
+            self._await(SAVE_S.get(self._reason, LIMIT_SAVE_S))
+        if self._child.poll() is None:
+            self._child.send_signal(signal.SIGTERM)
+            self._await(TERMINATE_S.get(self._reason, LIMIT_TERMINATE_S))
+        if self._child.poll() is None:
+            self._killed = True
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+
+    def _pass_on(self, reason: StopReason) -> None:
+        """Tell the workers of a limit, in a thread: the store may be out of reach."""
+        ask = lambda: self._runs.ask_to_end(self._fence.job_id, self._fence.attempt, reason)  # noqa: E731
+        if reason in ("deadline", "budget"):
+            threading.Thread(target=ask, name="pass-on", daemon=True).start()
+
+    def _await(self, timeout_s: float) -> None:
+        """Until the command has ended, the time is over, or somebody more urgent asks."""
+        end, began_with = time.monotonic() + timeout_s, self._reason
+        while self._child.poll() is None and time.monotonic() < end:
+            self._reason = self._reason or self._limits.reason()
+            if self._reason is not None and (began_with is None or self._told.is_set()):
+                return
+            time.sleep(POLL_INTERVAL_S)
+
+    def _tell(self, code: int) -> int:
+        """How it ended, after everything it printed. Without a reason to stop it and with SIGTERM this is no end of the
+        job: another driver goes on with it."""
+        goes_on = self._reason == "superseded" or (self._told.is_set() and self._reason is None and code != 0)
+        patience_s = CLOSE_S if goes_on else PATIENCE_S
+        self._output.close(patience_s)
+        if not goes_on:
+            memory = (
+                code != 0
+                and not self._reason
+                and ((code == 137 and not self._killed) or self._output.mentions(*OUT_OF_MEMORY))
+            )
+            message = self._output.last_error() if code != 0 else ""
+            ended = AttemptEnd(time.time(), code, self._reason, message, memory)
+            self._runs.end(self._fence.job_id, self._fence.attempt, ended)
+        self._heartbeat.note("left" if goes_on else "ended", exit_code=code, reason=self._reason)
+        self._heartbeat.close(min(patience_s, CLOSE_S))
+        return code
+
+
+def _spent_before(runs: JobStore, fence: Fence) -> tuple[float, float]:
+    """Seconds since the attempt's first start, and dollars of the attempts before: the last one counted all."""
+    started_at = runs.attempt(fence.job_id, fence.attempt).started_at
+    before = runs.attempt(fence.job_id, fence.attempt - 1).heartbeat if fence.attempt > 1 else None
+    usd = before.usd if before is not None else None
+    return time.time() - started_at if started_at is not None else 0.0, usd or 0.0
+
+
+def _take_start(runs: JobStore, job_id: str, number: int) -> int:
+    """The next free number of a start: with it this driver fences off all earlier ones of the attempt."""
+    folder = ("jobs", job_id, f"a{number}", "starts")
+    start = len(runs.store.list(*folder)) + 1
+    facts = {"at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    while not runs.store.create_bytes(json_bytes(facts), *folder, f"{start}.json"):
+        start += 1
+    return start
+
+
+# Tells the store that a driver lives, and what happens to it: in a thread, so that a slow store delays nothing.
+
+
+class HeartbeatThread:
+    """Beats every HEARTBEAT_S until it is closed. What an outage holds back is told after it."""
+
+    def __init__(self, runs: JobStore, fence: Fence, progress: Callable[[], str], usd: Callable[[], float | None]):
+        self._runs, self._fence, self._progress, self._usd = runs, fence, progress, usd
+        self._events: deque[tuple[str, dict[str, Any]]] = deque()
+        self._wake, self._closed, self._leaving = threading.Event(), False, False
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def note(self, what: str, **facts: Any) -> None:
+        """Keep an event, soon."""
+        self._events.append((what, {"start": self._fence.start, **facts}))
+        self._wake.set()
+
+    def leave(self) -> None:
+        """This machine is being taken away: the workers save and go, and a silence from now on is no crash."""
+        self._leaving = True
+        self.note("machine-leaves")
+
+    def close(self, timeout_s: float) -> None:
+        """Everything is told at return, or the time is over."""
+        self._closed = True
+        self._wake.set()
+        self._thread.join(timeout=timeout_s)
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._send()
+            self._wake.wait(HEARTBEAT_S)
+            self._wake.clear()
+        self._send()
+
+    def _send(self) -> None:
+        beat = Heartbeat(
+            time.time(),
+            self._fence.start,
+            socket.gethostname(),
+            os.getpid(),
+            self._progress(),
+            self._usd(),
+            self._leaving,
+        )
+        try:
+            if self._leaving:
+                self._runs.store.create_bytes(
+                    json_bytes({"at": time.time()}), *self._fence.folder, "leave", f"{self._fence.start}.json"
+                )
+            self._runs.store.write_json(asdict(beat), *self._fence.folder, "heartbeat.json")
+            while self._events:
+                what, facts = self._events[0]
+                self._runs.note(self._fence.job_id, self._fence.attempt, what, **facts)
+                self._events.popleft()
+        except StorageError as error:
+            print(f"the store is not told: {error.problem}", file=sys.stderr)
+
+
+# Why a driver must end its command: a limit is reached, it is asked to, or another driver has taken its place.
+
+
+ASK_S = 1.0
+
+
+class LimitMonitor:
+    """Looks into the store every ASK_S in a thread of its own: limits hold while the store is out of reach."""
+
+    def __init__(
+        self, runs: JobStore, fence: Fence, cluster: ClusterSpec, spent_s: float = 0.0, spent_usd: float = 0.0
+    ) -> None:
+        """`spent_s`: since the attempt's first driver started; `spent_usd`: by earlier attempts."""
+        self._runs, self._fence, self._limits = runs, fence, cluster.limits
+        self._usd_hour = usd_per_hour(cluster)
+        self._began, self._end = time.monotonic() - spent_s, threading.Event()
+        self._spent_usd = spent_usd
+        self._asked: StopReason | None = None
+        threading.Thread(target=self._poll, name="limit-monitor", daemon=True).start()
+
+    def usd(self) -> float | None:
+        """What the job has cost, all attempts together."""
+        return None if self._usd_hour is None else self._spent_usd + self._usd_hour * self.elapsed_s() / 3600
+
+    def elapsed_s(self) -> float:
+        """Since the attempt's first start."""
+        return time.monotonic() - self._began
+
+    def reason(self) -> StopReason | None:
+        """Why to end now; None where nothing says so. Never waits."""
+        if self._asked is not None:
+            return self._asked
+        if self._limits.deadline is not None and self.elapsed_s() > self._limits.deadline:
+            return "deadline"
+        spent = self.usd()
+        if self._limits.budget_usd is not None and spent is not None and spent > self._limits.budget_usd:
+            return "budget"
+        return None
+
+    def look(self) -> StopReason | None:
+        """As `reason`, after a look into the store now. For a command that has ended: its workers look too, and may
+        have seen a request first."""
+        with contextlib.suppress(StorageError):  # an outage: the command's own exit code stands
+            self._asked = self._asked or self._find_reason()
+        return self.reason()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._end.set()
+
+    def _poll(self) -> None:
+        while self._asked is None and not self._end.is_set():
+            with contextlib.suppress(StorageError):  # an outage: asked again
+                self._asked = self._find_reason()
+            self._end.wait(ASK_S)
+
+    def _find_reason(self) -> StopReason | None:
+        if self._fence.superseded():
+            return "superseded"
+        return self._runs.cancel_reason(self._fence.job_id, self._fence.attempt)
+
+
+if __name__ == "__main__":
+    root, job_id, number, on = sys.argv[1:]
+    sys.exit(run_supervised(lambda: drive(root, job_id, int(number), on)))

@@ -1,0 +1,183 @@
+"""A job's pods against the quotas of a Kueue ClusterQueue: whether the queue could ever admit the job.
+
+Kueue gives each pod set (the head, a worker group) one flavor of each resource group, for all its pods at once, and
+adds up what the pod sets take of a flavor (https://kueue.sigs.k8s.io, "ClusterQueue"). Labels and taints of flavors are
+not compared: a job that is refused fits in no way, and a job that passes may still wait for nodes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graftwork.cluster.kuberay.client import KubeApi, namespaced
+from graftwork.cluster.kuberay.object_view import Found, dig, listed, refuse
+from graftwork.cluster.kuberay.pods import GPU
+from graftwork.cluster.spec import ClusterSpec, quantity
+
+KUEUE = "kueue.x-k8s.io"
+KUEUE_VERSIONS = ("v1beta2", "v1beta1")
+"""Served since Kueue 0.14, and before."""
+
+
+# Why a RayJob does not run yet, in words: its pods cannot start (image, Secret, no machine), or its queue waits.
+
+
+WAITS = frozenset({"", "New", "Initializing", "Waiting", "Retrying"})
+USUAL = frozenset({"ContainerCreating", "PodInitializing"})
+AT_MOST = 100
+"""Of so many waiting jobs the reasons are looked up: one listing of pods and one of workloads."""
+Objects = Sequence[Mapping[str, Any]]
+
+
+def reasons(api: KubeApi, jobs: Objects) -> dict[str, str]:
+    """By RayJob's name, for those that wait; what we may not see, or what is no trouble, has none."""
+    coming = {str(dig(job, "status", "rayClusterName")): str(job["metadata"]["name"]) for job in jobs if _comes_up(job)}
+    queued = [str(job["metadata"]["name"]) for job in jobs if dig(job, "spec", "suspend")]
+    found: dict[str, str] = {}
+    if coming:
+        path = namespaced("", "v1", api.place.namespace, "pods")
+        clusters = ",".join(list(coming)[:AT_MOST])
+        for pod in _seen(api, path, f"ray.io/cluster in ({clusters})"):
+            said = pod_trouble(pod)
+            name = coming.get(str(dig(pod, "metadata", "labels", "ray.io/cluster")))
+            if said and name is not None:
+                found.setdefault(name, said)
+    if queued:
+        found |= _queued(api, frozenset(queued))
+    return found
+
+
+def pod_trouble(pod: Mapping[str, Any]) -> str:
+    """What keeps a pod from running; empty where nothing does, or where it is only starting."""
+    status = pod.get("status", {})
+    for container in [*listed(status.get("initContainerStatuses")), *listed(status.get("containerStatuses"))]:
+        reason = dig(container, "state", "waiting", "reason")
+        if reason and reason not in USUAL:
+            said = dig(container, "state", "waiting", "message") or ""
+            return f"pod {pod['metadata']['name']}: {reason}: {str(said)[:300]}".rstrip(": ")
+    for condition in listed(status.get("conditions")):
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            reason, said = condition.get("reason", ""), str(condition.get("message", ""))[:300]
+            return f"pod {pod['metadata']['name']}: {reason}: {said}"
+    return ""
+
+
+def _queued(api: KubeApi, names: frozenset[str]) -> dict[str, str]:
+    """From the Workloads that Kueue makes of RayJobs."""
+    found: dict[str, str] = {}
+    for version in KUEUE_VERSIONS:
+        for workload in _seen(api, namespaced(KUEUE, version, api.place.namespace, "workloads")):
+            owners = [owner["name"] for owner in listed(dig(workload, "metadata", "ownerReferences"))]
+            for condition in listed(dig(workload, "status", "conditions")):
+                if condition.get("status") == "False" and condition.get("type") == "QuotaReserved":
+                    said = f"Kueue: {condition.get('reason', '')}: {str(condition.get('message', ''))[:300]}"
+                    found |= {owner: said for owner in owners if owner in names}
+        if found:
+            break
+    return found
+
+
+def _seen(api: KubeApi, path: str, selector: str = "") -> Objects:
+    """What we may see of a kind; nothing where it is not served or not for us."""
+    answer = api.ask("GET", path, query={"labelSelector": selector} if selector else {})
+    return listed(answer.body.get("items")) if answer.ok else []
+
+
+def _comes_up(job: Mapping[str, Any]) -> bool:
+    status = job.get("status", {})
+    return status.get("jobDeploymentStatus", "") in WAITS and bool(status.get("rayClusterName"))
+
+
+GIB = 2**30
+Amounts = Mapping[str, float]
+
+
+def nominal_findings(queue: Mapping[str, Any], cluster: ClusterSpec) -> Found:
+    """Of a ClusterQueue object and the machines of a job."""
+    name, pod_sets = str(dig(queue, "metadata", "name")), pod_sets_of(cluster)
+    groups = listed(dig(queue, "spec", "resourceGroups"))
+    covered = {resource for group in groups for resource in group.get("coveredResources", [])}
+    lacking = sorted({resource for takes in pod_sets.values() for resource in takes} - covered)
+    if lacking:
+        yield refuse(
+            "QUEUE-QUOTA",
+            "queue",
+            f"the ClusterQueue {name!r} has no {', '.join(lacking)}",
+            "Kueue admits pods whose resources all have a quota",
+            "another queue, or have the resource added to its flavors",
+        )
+        return
+    for group in groups:
+        flavors = {str(one.get("name")): _limits(queue, one) for one in listed(group.get("flavors"))}
+        wanted = {
+            owner: {key: value for key, value in takes.items() if key in group.get("coveredResources", [])}
+            for owner, takes in pod_sets.items()
+        }
+        if not _fits(list(wanted.values()), list(flavors.values())):
+            yield refuse(
+                "QUEUE-QUOTA",
+                "queue",
+                f"the ClusterQueue {name!r} can never admit it: the job takes "
+                f"{_said(wanted)}; its flavors have {_said(flavors)}",
+                "all pods of a group get one flavor, within its nominalQuota and borrowingLimit",
+                "fewer or smaller machines a group, or have the quota raised",
+            )
+
+
+def pod_sets_of(cluster: ClusterSpec) -> dict[str, Amounts]:
+    """Return the resources of the head and of each worker group, all pods of a group together."""
+    found: dict[str, Amounts] = {"head": {"cpu": quantity(cluster.head.cpu), "memory": quantity(cluster.head.memory)}}
+    for group in cluster.workers:
+        if group.count:
+            gpus = {GPU: float(group.count * group.gpu)} if group.gpu else {}
+            found[group.name] = {
+                "cpu": group.count * quantity(group.cpu),
+                "memory": group.count * quantity(group.memory),
+                **gpus,
+            }
+    return found
+
+
+def _limits(queue: Mapping[str, Any], flavor: Mapping[str, Any]) -> Amounts:
+    """Most that a job may get of a flavor: its quota, and what the queue may borrow within its cohort."""
+    borrows = bool(dig(queue, "spec", "cohort") or dig(queue, "spec", "cohortName"))
+    limits = {}
+    for resource in listed(flavor.get("resources")):
+        most = amount(str(resource.get("nominalQuota", "0")))
+        if borrows:
+            limit = resource.get("borrowingLimit")
+            most += math.inf if limit is None else amount(str(limit))
+        limits[str(resource.get("name"))] = most
+    return limits
+
+
+def _fits(wanted: Sequence[Amounts], flavors: Sequence[Amounts]) -> bool:
+    """Return whether every pod set can get one flavor. Tries all ways: a RayJob has at most 8 pod sets."""
+    if not wanted:
+        return True
+    takes, rest = wanted[0], wanted[1:]
+    for index, has in enumerate(flavors):
+        left = {key: has.get(key, 0.0) - value for key, value in takes.items()}
+        if all(value >= 0 for value in left.values()):
+            after = [*flavors[:index], {**has, **left}, *flavors[index + 1 :]]
+            if _fits(rest, after):
+                return True
+    return False
+
+
+def _said(parts: Mapping[str, Amounts]) -> str:
+    return "; ".join(
+        f"{name} {', '.join(_amount(key, value) for key, value in takes.items())}" for name, takes in parts.items()
+    )
+
+
+def _amount(resource: str, value: float) -> str:
+    return f"{value / GIB:g}Gi memory" if resource == "memory" else f"{value:g} {resource}"
+
+
+def amount(text: str) -> float:
+    """A quantity of a server, which may have an exponent or a suffix that specs do not take (`1e3`, `2Pi`)."""
+    for suffix, factor in (("Pi", 2.0**50), ("Ei", 2.0**60), ("P", 1e15), ("E", 1e18)):
+        if text.endswith(suffix) and text.removesuffix(suffix).replace(".", "").isdigit():
+            return float(text.removesuffix(suffix)) * factor
+    return float(text) if "e" in text or "E" in text else quantity(text)

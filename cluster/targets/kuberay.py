@@ -1,0 +1,153 @@
+"""KubeRay as a place: an attempt is a RayJob object."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from graftwork.cluster.jobs.models import Attempt, Finding, Job, ObservedState, TargetMachines
+from graftwork.cluster.jobs.packaging import publish_wheel, wheel_uri
+from graftwork.cluster.kuberay.client import KubeApi, namespaced, remove
+from graftwork.cluster.kuberay.live_checks import PLURALS, diagnose, live_crd, live_findings, object_path
+from graftwork.cluster.kuberay.object_view import dig, refuse
+from graftwork.cluster.kuberay.objects import build_rayjob, service_objects
+from graftwork.cluster.kuberay.pending_reasons import reasons
+from graftwork.cluster.kuberay.preflight import machines_of, preflight
+from graftwork.cluster.kuberay.service_client import remove_service, renew, seen_services
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.errors import ClusterError
+from graftwork.storage.store import Store
+
+OURS = {"app.kubernetes.io/managed-by": "graftwork"}
+SELECTOR = ",".join(f"{key}={value}" for key, value in OURS.items())
+STORE_PATIENCE_S = 10.0
+GROUP, VERSION = "ray.io", "v1"
+
+
+class KubeRayPlace:
+    """`on` is k8s:CONTEXT/NAMESPACE of the kubeconfig."""
+
+    def __init__(self, on: str, root: str, cluster: ClusterSpec) -> None:
+        self.on, self._root, self._cluster = on, root, cluster
+        self._api = KubeApi(on)
+
+    def machines(self, cluster: ClusterSpec) -> TargetMachines:
+        """The worker groups that the cluster's file describes; the cluster is not asked."""
+        return machines_of(cluster)
+
+    def check(self, job: Job) -> list[Finding]:
+        """The rules without the cluster, then what the cluster itself says: its CRD, rights, names, queue, room."""
+        attempt = Attempt(job, 1)
+        objects = self.objects(attempt)
+        crd, found = live_crd(self._api, PLURALS[objects[0]["kind"]])
+        if any(finding.level == "error" for finding in found):
+            return found
+        found += preflight(attempt, self._api.place.namespace, crd, objects)
+        found += live_findings(self._api, job, objects)
+        return found + [one for one in (self._taken(planned) for planned in objects) if one is not None]
+
+    def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
+        """The RayJob; for an endpoint a RayService, and what guards its pods."""
+        if attempt.job.kind == "serve":
+            return [*service_objects(attempt.job, self._api.place.namespace, self._wheel_uri(attempt.job))]
+        return [build_rayjob(attempt, self._api.place.namespace, self._wheel_uri(attempt.job))]
+
+    def current(self, attempt: Attempt) -> list[Mapping[str, Any]]:
+        """Those of them that are there, without what the server adds."""
+        found = [self._api.get(self._path_of(planned)) for planned in self.objects(attempt)]
+        return [without_server_fields(one) for one in found if one is not None]
+
+    def doctor(self) -> list[Finding]:
+        """KubeRay, our rights, what the cluster's spec names, room; jobs that hang, clusters that are left over."""
+        any_job = Job("doctor", "exec", "", self._root, {}, self._cluster)
+        return diagnose(self._api, any_job, SELECTOR)
+
+    def start(self, attempt: Attempt) -> None:
+        """Create what is not there yet: the server takes one object of a name, whoever comes first.
+
+        The code lies in the store before a pod can ask for it.
+        """
+        if attempt.job.cluster.code == "wheel":
+            publish_wheel(Store(attempt.job.root, STORE_PATIENCE_S))
+        for planned in self.objects(attempt):
+            path = self._path_of(planned)
+            answer = self._api.ask("POST", path.rpartition("/")[0], planned, {"fieldValidation": "Strict"})
+            if answer.code != 409:
+                self._api.required(answer, f"create {planned['kind']} {attempt.id}")
+                continue
+            taken = self._taken(planned)
+            if taken is not None:
+                raise ClusterError(
+                    f"create {planned['kind']} {attempt.id} in {self.on}", taken.problem, taken.rule, taken.hint
+                )
+            found = self._api.get(path)
+            if found is not None:
+                renew(self._api, planned, found)
+
+    def observe(self, attempt_ids: Collection[str]) -> dict[str, ObservedState]:
+        """One listing for all."""
+        path = namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs")
+        found = {str(job["metadata"]["name"]): job for job in self._api.list(path, SELECTOR)}
+        mine = {name: job for name, job in found.items() if name in attempt_ids}
+        held = reasons(self._api, list(mine.values()))
+        seen = {name: seen_of(job, held.get(name, "")) for name, job in mine.items()}
+        return seen | seen_services(self._api, [name for name in attempt_ids if name not in seen], SELECTOR)
+
+    def stop(self, attempt_id: str) -> None:
+        """Delete the object and wait until it is gone, with its cluster and pods: `removal_s` of kuberay/removal.py."""
+        path = namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs", attempt_id)
+        if not remove(self._api, path, "RayJob"):
+            remove_service(self._api, attempt_id)
+
+    def _taken(self, planned: Mapping[str, Any]) -> Finding | None:
+        """Whether somebody else's object, or that of the same job in another store, has the name already."""
+        found = self._api.get(self._path_of(planned))
+        if found is None:
+            return None
+        name, move = str(planned["metadata"]["name"]), "give the job another name, or this one a namespace of its own"
+        if not is_ours(found):
+            return refuse(
+                "NAME-TAKEN", name, "somebody else's object has this name", f"ours bear the label {SELECTOR}", move
+            )
+        if planned["kind"] == "RayJob" and dig(found, "spec", "entrypoint") != planned["spec"]["entrypoint"]:
+            return refuse("NAME-TAKEN", name, "the same job of another store has this name", "one object a name", move)
+        return None
+
+    def _wheel_uri(self, job: Job) -> str | None:
+        return wheel_uri(Store(job.root)) if job.cluster.code == "wheel" else None
+
+    def _path_of(self, planned: Mapping[str, Any]) -> str:
+        return object_path(self._api.place.namespace, planned)
+
+
+def is_ours(found: Mapping[str, Any]) -> bool:
+    """Whether an object bears our label."""
+    labels = found["metadata"].get("labels", {})
+    return all(labels.get(key) == value for key, value in OURS.items())
+
+
+def seen_of(job: Mapping[str, Any], held: str = "") -> ObservedState:
+    """A RayJob's status, with what holds it back. Suspended from its birth: the operator has said nothing of it yet."""
+    status = job.get("status", {})
+    deployment = status.get("jobDeploymentStatus") or ("Suspended" if dig(job, "spec", "suspend") else "")
+    said = "; ".join(part for part in (held, status.get("message", "")) if part)
+    return ObservedState(status.get("jobStatus", ""), deployment, status.get("reason", ""), said)
+
+
+SERVER_META = frozenset(
+    {
+        "uid",
+        "resourceVersion",
+        "generation",
+        "creationTimestamp",
+        "managedFields",
+        "finalizers",
+        "selfLink",
+        "deletionTimestamp",
+        "deletionGracePeriodSeconds",
+    }
+)
+
+
+def without_server_fields(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An object as somebody would have written it."""
+    kept = {key: value for key, value in found.items() if key != "status"}
+    return {**kept, "metadata": {key: value for key, value in found["metadata"].items() if key not in SERVER_META}}

@@ -1,0 +1,313 @@
+"""Reading adapters: by alias or version, the manifest first, no byte trusted that the manifest does not cover."""
+
+import difflib
+import hashlib
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from graftwork.artifacts import manifest as artifact_alias
+from graftwork.artifacts import manifest as artifact_manifest
+from graftwork.artifacts import verify as artifact_check
+from graftwork.artifacts.manifest import VERSION_PATTERN, AdapterManifest, aliases, check_names, version_key
+from graftwork.artifacts.verify import MANIFEST_FILE
+from graftwork.base import publish as base_publish
+from graftwork.errors import ArtifactError
+from graftwork.storage.store import ALIAS_PATTERN, Store
+
+# Where an adapter came from: what it was trained on from, merged out of, and the base below, as far as it is known.
+
+
+def parents(manifest: AdapterManifest) -> tuple[str, ...]:
+    """`task@version` of each adapter that this one was made from."""
+    if manifest.parent is None:
+        return manifest.merged_from
+    own = manifest.parent if "@" in manifest.parent else f"{manifest.task}@{manifest.parent}"
+    return (own, *manifest.merged_from)
+
+
+def tree(store: Store, manifest: AdapterManifest) -> dict[str, Any]:
+    """The version, how it was made, and the same of each that it was made from; JSON-ready.
+
+    One that was removed since is named and marked. Versions are digests of their content, so no circle can be.
+    """
+    return {
+        "ref": manifest.ref,
+        "made": _made(manifest),
+        "run": manifest.run,
+        "from": [_of(store, ref) for ref in parents(manifest)],
+    }
+
+
+def base(store: Store, digest: str) -> dict[str, Any]:
+    """The base below: its digest, and where it was trained here its place, its run and its own base."""
+    for name in store.list("bases"):
+        for version in store.list("bases", name):
+            found = base_publish.find(store, name, version) if digest.startswith(version) else None
+            if found is not None:
+                place = base_publish.place(store, name, version)
+                return {
+                    "digest": digest,
+                    "place": place,
+                    "run": found.run,
+                    "from": base(store, found.parent_digest) | {"uri": found.parent_uri},
+                }
+    return {"digest": digest}
+
+
+def _of(store: Store, ref: str) -> dict[str, Any]:
+    try:
+        return tree(store, resolve(store, ref))
+    except UnknownAdapter:
+        return {"ref": ref, "made": "removed since"}
+
+
+def _made(manifest: AdapterManifest) -> str:
+    merge = manifest.method.get("merge")
+    if isinstance(merge, dict):
+        weights = merge["weights"]
+        assert isinstance(weights, list), "a merge records its weights"
+        return f"merged by {merge['method']}, weights {', '.join(map(str, weights))}"
+    how = f"trained: {manifest.method.get('objective', 'sft')}, {manifest.method.get('kind', 'lora')}"
+    below = manifest.method.get("stacked_on")
+    return how + (", going on" if manifest.parent else "") + (f", on top of {below}" if below else "")
+
+
+# What a store holds, read again at the cost of two listings: only what has changed since is opened.
+
+
+T = TypeVar("T")
+READERS = 8
+"""Files that are opened at once: a store over the network answers each after some time. s3fs keeps 10 connections."""
+Key = tuple[str, str]
+"""A task, and a version or an alias of it."""
+Stamps = dict[tuple[str, ...], str]
+"""The files of a key, each with a mark that changes with its content (`Store.tree`)."""
+Kept = dict[Key, tuple[Stamps, T | None]]
+"""What was read of each key when its files had these stamps; None where they are damaged."""
+
+log = logging.getLogger("graftwork.artifacts.publish")
+
+
+class Listing:
+    """The visible versions of a store and the aliases that point at them. Threads may read it at once."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._versions: Kept[AdapterManifest] = {}
+        self._aliases: Kept[str] = {}
+
+    def read(self) -> list[tuple[AdapterManifest, list[str]]]:
+        """Every visible version, by task and then by age, each with its aliases, sorted. Raises StorageError.
+
+        What is damaged is left out with a warning that names it, once for each time that it changes.
+        """
+        # without a manifest it was never finished, or is being published right now
+        visible = {key: stamps for key, stamps in self._keys("adapters").items() if (MANIFEST_FILE,) in stamps}
+        self._versions = versions = _opened(visible, self._versions, self._open)
+        self._aliases = aliases = _opened(self._keys("aliases"), self._aliases, self._target)
+        named: dict[tuple[str, str | None], list[str]] = defaultdict(list)
+        for (task, alias), (_, version) in sorted(aliases.items()):
+            named[task, version].append(alias)
+        manifests = [manifest for _, manifest in versions.values() if manifest is not None]
+        manifests.sort(key=lambda manifest: (manifest.task, manifest.created_at, manifest.version))
+        return [(manifest, named[manifest.task, manifest.version]) for manifest in manifests]
+
+    def _keys(self, kind: str) -> dict[Key, Stamps]:
+        found: dict[Key, Stamps] = defaultdict(dict)
+        for (task, *parts), stamp in self._store.tree(kind).items():
+            if kind == "aliases" and len(parts) == 1 and parts[0].endswith(artifact_alias.SUFFIX):
+                found[task, parts[0].removesuffix(artifact_alias.SUFFIX)][()] = stamp
+            elif kind == "adapters" and len(parts) > 1:
+                found[task, parts[0]][tuple(parts[1:])] = stamp
+        return found
+
+    def _open(self, task: str, version: str) -> AdapterManifest:
+        return open_adapter(self._store, task, version)
+
+    def _target(self, task: str, alias: str) -> str | None:
+        return artifact_alias.read(self._store, task, alias)
+
+
+def list_adapters(store: Store) -> list[AdapterManifest]:
+    """Every visible version, by task and then by age. A damaged one is left out with a warning that names it."""
+    return [manifest for manifest, _ in Listing(store).read()]
+
+
+def _opened(now: Mapping[Key, Stamps], before: Kept[T], read: Callable[[str, str], T | None]) -> Kept[T]:
+    found = {key: before[key] for key, stamps in now.items() if key in before and before[key][0] == stamps}
+    fresh = [key for key in now if key not in found]
+    with ThreadPoolExecutor(READERS, "listing") as readers:
+        for key, value in zip(fresh, readers.map(lambda key: _readable(key, read), fresh), strict=True):
+            found[key] = (now[key], value)
+    return found
+
+
+def _readable(key: Key, read: Callable[[str, str], T | None]) -> T | None:
+    try:
+        return read(*key)
+    except ArtifactError as error:
+        log.warning("left out: %s", error)
+        return None
+
+
+REPUBLISH = "publish the same content again, which writes it anew, or remove it: graftwork adapters rm"
+
+
+class UnknownAdapter(ArtifactError):
+    """No adapter of that name is published."""
+
+
+def open_adapter(store: Store, task: str, ref: str) -> AdapterManifest:
+    """The manifest behind an alias or a version, with the list of files and their sizes checked; no weights are read.
+
+    Raises ArtifactError: unknown, a manifest that contradicts itself or its folder, a file too many, cut or grown.
+    """
+    version = version_of(store, task, ref)
+    asked, key = f"adapter {task}@{ref}", version_key(task, version)
+    sizes = store.children(*key)
+    manifest_size = sizes.pop(MANIFEST_FILE, None)
+    if manifest_size is None:
+        raise unknown(store, task, ref)
+    if manifest_size > artifact_check.MAX_TEXT_BYTES:
+        raise ArtifactError(
+            asked,
+            f"{MANIFEST_FILE} has {manifest_size} bytes",
+            f"at most {artifact_check.MAX_TEXT_BYTES} are read",
+            REPUBLISH,
+        )
+    data = store.find_bytes(*key, MANIFEST_FILE)
+    if data is None:
+        raise unknown(store, task, ref)
+    manifest = artifact_manifest.parse(asked, data)
+    if (manifest.task, manifest.version) != (task, version) or manifest.content_version() != version:
+        raise ArtifactError(
+            asked,
+            f"its manifest is that of {manifest.ref}, content {manifest.content_version()}",
+            "folder, manifest and content digest agree",
+            REPUBLISH,
+        )
+    expected = {name: entry.size_bytes for name, entry in manifest.files.items()}
+    wrong = [
+        f"{name}: {_format(sizes, name)}, the manifest says {_format(expected, name)}"
+        for name in sorted(expected.keys() | sizes.keys())
+        if sizes.get(name, -1) != expected.get(name, -1)
+    ]
+    if wrong:
+        raise ArtifactError(asked, "; ".join(wrong), "a version holds exactly the files of its manifest", REPUBLISH)
+    return manifest
+
+
+def resolve(store: Store, name: str) -> AdapterManifest:
+    """`open_adapter` of `task@alias` or `task@version`."""
+    return open_adapter(store, *_split(name))
+
+
+def locate(store: Store, name: str) -> tuple[str, str]:
+    """Task and version that `task@alias` or `task@version` means, the version itself not opened: it may be damaged."""
+    task, ref = _split(name)
+    return task, version_of(store, task, ref)
+
+
+def verify_adapter(store: Store, task: str, ref: str) -> list[str]:
+    """All that is wrong with a version, every byte read; empty when it is sound. ArtifactError when it is unknown."""
+    version = version_of(store, task, ref)
+    if not store.exists(*version_key(task, version), MANIFEST_FILE):
+        raise unknown(store, task, ref)
+    try:
+        manifest = open_adapter(store, task, version)
+        return _content_problems(manifest, read_files(store, manifest))
+    except ArtifactError as error:
+        return [error.problem]
+
+
+def open_sound(store: Store, task: str, version: str) -> AdapterManifest:
+    manifest = open_adapter(store, task, version)
+    require_sound(manifest, read_files(store, manifest))
+    return manifest
+
+
+def read_files(store: Store, manifest: AdapterManifest) -> dict[str, bytes]:
+    """Every file of the manifest, unchecked. ArtifactError where one was removed meanwhile."""
+    key = version_key(manifest.task, manifest.version)
+    found = {name: store.find_bytes(*key, name) for name in manifest.files}
+    files = {name: data for name, data in found.items() if data is not None}
+    if len(files) < len(found):
+        gone = ", ".join(sorted(found.keys() - files.keys()))
+        raise ArtifactError(f"adapter {manifest.ref}", f"{gone}: removed meanwhile", "", REPUBLISH)
+    return files
+
+
+def require_sound(manifest: AdapterManifest, files: Mapping[str, bytes]) -> None:
+    found = _content_problems(manifest, files)
+    if found:
+        raise ArtifactError(
+            f"adapter {manifest.ref}",
+            "; ".join(found),
+            f"every byte is as published; {artifact_check.SAFETENSORS_ONLY}",
+            REPUBLISH,
+        )
+
+
+def unknown(store: Store, task: str, ref: str) -> UnknownAdapter:
+    tasks = store.list("adapters")
+    if task not in tasks:
+        found = f"no adapter of task {task!r} in {store.uri}; tasks: {', '.join(tasks) or 'none'}"
+        near = [f"{name}@{ref}" for name in difflib.get_close_matches(task, tasks, n=1)]
+    else:
+        known = aliases(store, task)
+        named = [f"{alias} ({target})" for alias, target in known.items()]
+        found = f"no such version; aliases: {', '.join(named) or 'none'}"
+        near = [f"{task}@{alias}" for alias in difflib.get_close_matches(ref, [*known], n=1)]
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UnknownAdapter(
+        f"adapter {task}@{ref}",
+        found,
+        "an adapter is published before it is used",
+        f"{hint}List adapters: graftwork adapters ls; train one: graftwork train",
+    )
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _content_problems(manifest: AdapterManifest, files: Mapping[str, bytes]) -> list[str]:
+    changed = [
+        f"{name}: sha256 differs from the manifest's"
+        for name, data in files.items()
+        if sha256(data) != manifest.files[name].sha256
+    ]
+    return changed + list(artifact_check.problems(files))
+
+
+def version_of(store: Store, task: str, ref: str) -> str:
+    """The version that an alias names, or the version itself. ArtifactError for an unknown alias or an odd name."""
+    check_names(task, ref)
+    if re.fullmatch(VERSION_PATTERN, ref):
+        return ref
+    target = artifact_alias.read(store, task, ref)
+    if target is None:
+        raise unknown(store, task, ref)
+    return target
+
+
+def _split(name: str) -> tuple[str, str]:
+    if not re.fullmatch(ALIAS_PATTERN, name):
+        raise ArtifactError(
+            f"adapter {name[:140]!r}",
+            "it is no adapter name",
+            f"names match {ALIAS_PATTERN}",
+            "write task@alias or task@version",
+        )
+    task, _, ref = name.partition("@")
+    return task, ref
+
+
+def _format(sizes: Mapping[str, int | None], name: str) -> str:
+    if name not in sizes:
+        return "no such file"
+    return "a folder" if sizes[name] is None else f"{sizes[name]} bytes"

@@ -1,0 +1,302 @@
+"""The base model: where it comes from, and how it is loaded for training and for serving alike."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from graftwork.base import source as base_source
+from graftwork.base import spec as rope
+from graftwork.base.spec import BaseSpec
+from graftwork.cache import Progress, build_once
+from graftwork.compat.hf import has_sdpa
+from graftwork.config import canonical_json
+from graftwork.errors import BaseModelError
+from graftwork.prompts.template import DEFAULT_DATE, Template
+from graftwork.quantization.quantizer import _quantiser, _resident_form, dequantise_linears
+from graftwork.quantization.spec import QuantSpec, compute_dtype
+from graftwork.storage.store import cache_root
+
+if TYPE_CHECKING:
+    import torch
+
+
+# An nf4 base kept quantised in the cache: made once, then read instead of quantised in every process.
+#
+# Bit for bit what quantising at load gives (tests/unit/base/test_quantized_weights.py). SmolLM2-135M: 2.5 of a
+# process' first
+# CPU seconds went into bitsandbytes' quantiser on a CPU. A GPU quantises faster than a file is read, and keeps doing
+# so.
+
+
+WORTH_BYTES = 64 * 2**20
+"""Weights of a base from which on it is kept: smaller ones are quantised in no time."""
+_DIGEST = "digest.txt"
+
+
+def worth_keeping(base: Path) -> bool:
+    """Whether quantising the weights in folder `base` takes longer than a look into the cache."""
+    return sum(path.stat().st_size for path in base.glob("*.safetensors")) >= WORTH_BYTES
+
+
+def cache_quantised(base: Path, settings: dict[str, Any], quantise: Callable[[], Any]) -> Path:
+    """Folder in Hugging Face form of the base in folder `base`, quantised with `settings` by `quantise()`: a model.
+
+    Raises BaseModelError where the folder's digest is no longer the one it was made with, or the disk is full.
+    """
+    what = {
+        "base": base_source.base_digest(base),
+        "settings": settings,
+        "libraries": [version(name) for name in ("bitsandbytes", "transformers")],
+    }
+    name = hashlib.sha256(canonical_json(what).encode()).hexdigest()
+
+    def build(empty: Path) -> None:
+        model = quantise()
+        # transformers 5.23 writes on rank 0 of a process group alone; whichever rank comes first builds this folder
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
+        model.save_pretrained(empty)
+        (empty / _DIGEST).write_text(base_source.base_digest(empty), encoding="utf-8")
+
+    try:
+        folder = build_once(cache_root() / "quantised" / name, build)
+        found, wanted = base_source.base_digest(folder), (folder / _DIGEST).read_text(encoding="utf-8")
+    except OSError as error:
+        raise BaseModelError(
+            f"quantised form of {base}",
+            f"a file cannot be read or written ({error})",
+            "it is kept in the cache, $GRAFTWORK_CACHE or ~/.cache/graftwork",
+            "free disk space, or set GRAFTWORK_CACHE to another folder",
+        ) from error
+    if found != wanted:
+        raise BaseModelError(
+            f"quantised form of {base}",
+            f"{folder} has sha256 {found}, made with {wanted}",
+            "a kept base is used only as it was made",
+            f"delete {folder}: it is made again",
+        )
+    return folder
+
+
+# Rows added to a base's embedding and output layer, for tokens that its tokenizer lacks: trained, served by id.
+
+
+def marked(digest: str, count: int) -> str:
+    """The digest of the base with added rows, readable: `DIGEST.rows-4`."""
+    return f"{digest}.rows-{count}"
+
+
+def count_of(digest: str) -> int:
+    """How many rows were added to the base of this digest."""
+    _, _, count = digest.partition(".rows-")
+    return int(count or 0)
+
+
+def grow(model: Any, count: int) -> None:
+    """Add rows behind the last: each is the mean of the base's own, so that equal bases stay equal everywhere."""
+    old = int(model.get_input_embeddings().num_embeddings)
+    model.resize_token_embeddings(old + count, mean_resizing=False)
+    layers: tuple[torch.nn.Module, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
+    for layer in layers:
+        weight: Any = layer.weight
+        weight.data[old:] = weight.data[:old].float().mean(dim=0).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """A base on this machine, verified: a folder in Hugging Face form (safetensors, tokenizer, chat template)."""
+
+    uri: str
+    folder: Path
+    digest: str
+    """sha256 over config, weights and tokenizer."""
+    config: Mapping[str, Any]
+    """The model's config.json: hidden_size, num_hidden_layers, ..."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of `config` that differ from the file: RoPE scaling."""
+    extra_tokens: int = 0
+    """Rows of the embedding behind those of the file; `config` counts them."""
+    template_date: date = DEFAULT_DATE
+    """The day that the chat template writes as today's, where it writes one."""
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen model, ready for an adapter or for serving. `reason` says why this dtype and this form."""
+
+    model: Any
+    dtype: "torch.dtype"
+    reason: str
+    stored_bytes: int
+    """Bytes of the weights as quantised, scales included: what a file of them takes."""
+    resident_bytes: int
+    """Bytes of the weights as they lie in memory now; more than `stored_bytes` where nf4 is kept dequantised."""
+
+
+def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedBase:
+    """Fetch, verify and convert once; later calls take no time. Raises BaseModelError, StorageError."""
+    try:
+        folder = base_source.locate(base.uri, base.sha256, on_progress)
+        config = base_source.read_config(folder, base.uri)
+        digest = base_source.base_digest(folder)
+    except OSError as error:
+        raise BaseModelError(
+            f"base {base.uri}",
+            f"a file cannot be read or written ({error})",
+            "bases are kept in the cache, $GRAFTWORK_CACHE or ~/.cache/graftwork",
+            "free disk space, or set GRAFTWORK_CACHE to another folder",
+        ) from error
+    if base.sha256 and not base.uri.endswith(".gguf"):
+        base_source.expect(base.uri, base.sha256, digest)
+    stretch = rope.stretched(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
+    if base.rope_scaling:
+        digest = rope.marked(digest, base.rope_scaling, stretch)
+    if base.extra_tokens:
+        digest = marked(digest, base.extra_tokens)
+        config = {**config, "vocab_size": int(config["vocab_size"]) + base.extra_tokens}
+    day = base.template_date or base_source.template_date(folder) or DEFAULT_DATE
+    return ResolvedBase(base.uri, folder, digest, {**config, **stretch}, stretch, base.extra_tokens, day)
+
+
+def load(
+    resolved: ResolvedBase,
+    quant: QuantSpec,
+    *,
+    device: str,
+    purpose: Literal["train", "serve"],
+    shards: Literal["none", "zero3", "fsdp2"] = "none",
+) -> LoadedBase:
+    """The model with frozen parameters, in eval mode, on `device` ("cpu", "cuda:0"), with sdpa where its class has it.
+
+    `shards`: zero3 reads each rank's part alone, as transformers' active DeepSpeed configuration says (a quantised base
+    is read whole all the same); fsdp2 lays nf4 into words of the compute dtype, which FSDP2 can cut.
+
+    Raises BaseModelError: no such device, no bitsandbytes, an architecture that transformers does not know, no memory.
+    """
+    import torch
+
+    _check_device(device)
+    dtype, dtype_reason = compute_dtype(quant, device)
+    dequantise, form_reason = _resident_form(quant, device, purpose)
+    try:
+        settings = _quantiser(quant, dtype, words=dtype if shards == "fsdp2" else None)
+        model, kept = _from_folder(resolved, quant, settings, None if shards == "zero3" else device, dtype)
+    except torch.OutOfMemoryError as error:
+        raise BaseModelError(
+            f"base {resolved.uri} at {quant.kind}", f"no room on {device} ({error})", "", "see `graftwork plan`"
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise BaseModelError(
+            f"base {resolved.uri} at {quant.kind}",
+            f"transformers cannot load it ({str(error)[:400]})",
+            "the base must be a causal language model that the installed transformers knows",
+        ) from error
+    if quant.kind != "none" and (dequantise or not kept):
+        _release_file(model)
+    if resolved.extra_tokens:
+        grow(model, resolved.extra_tokens)
+    stored = weight_bytes(model)
+    if dequantise:
+        dequantise_linears(model)
+    elif quant.kind == "nf4" and purpose == "train":
+        _keep_differentiable(model)
+    model.requires_grad_(False)
+    model.eval()
+    reason = f"dtype={str(dtype).removeprefix('torch.')} ({dtype_reason}); {form_reason}"
+    return LoadedBase(model, dtype, reason, stored, weight_bytes(model) if dequantise else stored)
+
+
+def template(resolved: ResolvedBase) -> Template:
+    """Chat template and tokenizer of the base. Raises BaseModelError."""
+    return Template.load(resolved.folder, resolved.template_date)
+
+
+def weight_bytes(model: "torch.nn.Module") -> int:
+    """Bytes of what a model saves: weights and the scales of quantised ones; a tied head counts once.
+
+    Measured; `graftwork.planning.memory.weight_bytes` predicts it from the shape alone.
+    """
+    tensors = {(t.data_ptr(), t.nbytes): t for t in model.state_dict().values() if hasattr(t, "nbytes")}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _from_folder(
+    resolved: ResolvedBase, quant: QuantSpec, settings: Any, device: str | None, dtype: "torch.dtype"
+) -> tuple[Any, bool]:
+    """The model, and whether it came quantised out of the cache: then its file holds nothing but what it keeps."""
+    if quant.kind == "nf4" and device == "cpu" and worth_keeping(resolved.folder):
+        folder = cache_quantised(
+            resolved.folder, settings.to_dict(), lambda: _read(resolved.folder, {}, settings, device, dtype)
+        )
+        return _read(folder, resolved.overrides, None, device, dtype), True
+    return _read(resolved.folder, resolved.overrides, settings, device, dtype), False
+
+
+def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str | None, dtype: "torch.dtype") -> Any:
+    """The model in `folder`; a folder of quantised weights says itself how they are, and takes no `settings`.
+
+    Without a device the weights go where DeepSpeed puts them.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    for key, value in overrides.items():
+        setattr(config, key, value)
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        quantization_config=settings,
+        attn_implementation=attention_of(config),
+        device_map={"": device} if device else None,
+        use_safetensors=True,
+        local_files_only=True,
+    )
+
+
+def attention_of(config: Any) -> Literal["sdpa", "eager"]:
+    """The attention of transformers for a model of this configuration: eager where its class has no sdpa (Gemma-2)."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "eager" if kind is not None and not has_sdpa(kind) else "sdpa"
+
+
+def _release_file(model: "torch.nn.Module") -> None:
+    """Copy what stayed plain (embedding, norms) out of the checkpoint's file mapping.
+
+    One tensor in it keeps every page resident that was read for quantising: SmolLM2-135M at nf4 938 MiB, after it 641.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
+def _keep_differentiable(model: "torch.nn.Module") -> None:
+    """Keep packed linears from moving to the layout of the fused CPU kernel, which has no backward pass.
+
+    bitsandbytes 0.50 moves a linear at its first forward in eval mode and never back: after the first evaluation of a
+    run on a CPU with AVX512-BF16 no gradient would reach the layers below, with a warning at most.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cpu":
+        return
+    kind, _, number = device.partition(":")
+    have = torch.cuda.device_count()
+    if kind == "cuda" and (number or "0").isdigit() and int(number or 0) < have:
+        return
+    raise BaseModelError(f"device {device!r}", f"{have} CUDA devices here", "a device is cpu or cuda:N", "use cpu")

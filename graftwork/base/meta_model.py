@@ -1,0 +1,312 @@
+"""The real model class of a base on PyTorch's meta device: shapes without weights, in a second and a few MiB.
+
+`count` reads sizes and traits from it, `training/planning/fake_step.py` takes a training step on it.
+"""
+
+import importlib
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from graftwork.adapters import target_modules as adapter_places
+from graftwork.adapters.spec import LoraSpec
+from graftwork.adapters.target_modules import MLP_ENDS
+from graftwork.base import load as base_model
+from graftwork.base.model_shape import BaseFacts, Linear, ModelShape, Targets
+from graftwork.errors import BaseModelError, GraftworkError
+from graftwork.quantization.quantizer import import_bitsandbytes
+
+ATTACH = ("graftwork.training.adapters.attach", "attach")
+RUNNER = ("graftwork.serving.engine.model_runner", "Runner")
+"""Code that trains and serves a base, tried on its meta model. By dotted name, as in `config.SPEC_KINDS`: this module
+is part of the core, which imports neither package."""
+TARGETS: tuple[Targets, ...] = ("all-linear", "attention", "mlp")
+LEFT_OUT = ("dtype", "torch_dtype", "quantization_config", "auto_map")
+"""Keys of config.json that play no part. `auto_map` names code of the repository's own, which transformers would ask on
+the terminal to run for a class that it lacks."""
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+def build(config: Mapping[str, Any], dtype: Any = None) -> Any:
+    """Return the model of this config.json on the meta device, in eval mode. Raises BaseModelError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = {key: value for key, value in config.items() if key not in LEFT_OUT}
+    try:
+        with TemporaryDirectory() as folder:  # read as a base's own file is, special values of JSON included
+            (Path(folder) / "config.json").write_text(json.dumps(given), encoding="utf-8")
+            known = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                known, dtype=dtype or torch.float32, attn_implementation=base_model.attention_of(known)
+            )
+    except Exception as error:  # code of any architecture, given a config of any content
+        raise BaseModelError(
+            f"base of model_type={config.get('model_type')!r}",
+            f"transformers {version('transformers')} cannot build it ({_first_line(error)})",
+            "a base is a causal language model that the installed transformers knows",
+            "take a base with a text-only config.json, or install a transformers that knows it",
+        ) from error
+    return model.eval()
+
+
+def count(config: Mapping[str, Any]) -> BaseFacts:
+    """Count sizes and traits of the base with this config.json. Raises BaseModelError."""
+    import_bitsandbytes()
+    model = build(config)
+    adapted: dict[Targets, tuple[Linear, ...]] = {}
+    routed: dict[Targets, tuple[str, ...]] = {}
+    unattached: dict[Targets, str] = {}
+    for which in TARGETS:
+        try:
+            adapted[which], routed[which] = _adapted(build(config), which)
+        except Exception as error:  # PEFT on a model of any architecture
+            adapted[which], routed[which], unattached[which] = (), (), _first_line(error)
+    linears = _grouped((name, *_sizes(model.get_submodule(name))) for name in adapter_places.linears(model))
+    shape = _shape(model, config, linears, adapted)
+    unserved, kv = _served(build(config))
+    shape = _with_kv(shape, kv)
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    outside = [name for name in adapter_places.linears(model) if id(model.get_submodule(name)) not in decoder]
+    shape = replace(shape, unplanned=_unplanned(model, shape, outside))
+    return BaseFacts(
+        shape=shape,
+        model_type=str(config["model_type"]),
+        model_class=type(model).__name__,
+        attention=base_model.attention_of(model.config),
+        expert_params=sum(weight.numel() for _, weight in _expert_weights(model)),
+        routed=routed,
+        recurrent=is_recurrent(model.config),
+        outside=tuple(dict.fromkeys(_pattern(name) for name in outside)),
+        transposed=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+        packs=_packs(build(config)),
+        reads_weights="" if _expert_weights(model) else _reads_weights(build(config)),
+        bodied=model.base_model is not model,
+        router_loss=_has_router_loss(model.config.get_text_config()),
+        unattached=unattached,
+        unserved=unserved,
+    )
+
+
+def _shape(
+    model: Any, config: Mapping[str, Any], linears: tuple[Linear, ...], adapted: Mapping[Targets, tuple[Linear, ...]]
+) -> ModelShape:
+    text = model.config.get_text_config()
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    heads = int(getattr(text, "num_attention_heads", None) or 1)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(text, "head_dim", None) or hidden // heads)
+    inner = [x.inputs for x in linears if x.part == "mlp" and x.name.endswith(tuple(f".{end}" for end in MLP_ENDS))]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return ModelShape(
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=max(inner, default=0),
+        vocab=int(text.vocab_size),
+        tied=head is not None and head.weight is embedding.weight,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        linears=linears,
+        adapted=adapted,
+        kv_values=2 * layers * kv_heads * head_dim,
+        file_bytes=4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2,
+    )
+
+
+def _adapted(model: Any, which: Targets) -> tuple[tuple[Linear, ...], tuple[str, ...]]:
+    """The linears on which PEFT puts a LoRA, and the names of experts and routers on which it puts one."""
+    attach = _named(ATTACH)
+    experts = {name.rpartition(".")[0] for name, _ in _expert_weights(model)}
+    with warnings.catch_warnings(action="ignore"):  # about patterns of fused experts that the targets leave out
+        attached = attach(model, LoraSpec(rank=1, targets=which)).get_base_model()
+    found, routed = [], []
+    for name, module in attached.named_modules():
+        if "default" not in getattr(module, "lora_A", ()):
+            continue
+        plain = name.replace(".base_layer", "")
+        if _is_routed(plain, experts):
+            routed.append(_pattern(plain))
+        down, up = module.lora_A["default"], module.lora_B["default"]
+        found += [(plain, down.in_features, up.out_features)] * down.out_features  # PEFT stacks the ranks of experts
+    return _grouped(found), tuple(dict.fromkeys(routed))
+
+
+def _is_routed(name: str, experts: set[str]) -> bool:
+    """Return whether a layer is one of the experts, or is in their block and chooses among them."""
+    blocks = {expert.rpartition(".")[0] for expert in experts}
+    inside = any(name.startswith(f"{block}.") for block in blocks)
+    return inside and not re.search(r"shared_(expert|mlp)s?\.", name) if experts else ".experts." in name
+
+
+def _expert_weights(model: Any) -> list[tuple[str, Any]]:
+    """Parameters of the decoder with three dimensions, one matrix an expert; kernels of convolutions are none."""
+    import torch
+
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    return [
+        (f"{name}.{key}", weight)
+        for name, module in model.named_modules()
+        if id(module) in decoder and not isinstance(module, torch.nn.Conv1d)
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3
+    ]
+
+
+def _named(place: tuple[str, str]) -> Any:
+    return getattr(importlib.import_module(place[0]), place[1])
+
+
+def _served(model: Any) -> tuple[str, list[Any]]:
+    """Return (why the engine cannot run the model, or "", and the `KvShape` of each layer)."""
+    _choose_nothing(model)
+    try:
+        return "", _named(RUNNER)(model, "meta").kv_shapes
+    except Exception as error:  # code of any architecture
+        return _first_line(error), []
+
+
+def _step(model: Any, **positions: Any) -> None:
+    """A forward pass in training mode over 8 tokens that have no values."""
+    import torch
+
+    _choose_nothing(model)
+    model.train()(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"), use_cache=False, **positions)
+
+
+def _choose_nothing(model: Any) -> None:
+    """Take the paths of a model's code that do not read values, which a meta tensor lacks."""
+    model.config.pad_token_id = None  # GPT-2 looks for padding among the tokens
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # the others read the router's choice
+
+
+def _packs(model: Any) -> bool:
+    """Whether transformers looks for packed documents when it makes the model's masks (5.24: `masking_utils`)."""
+    import torch
+    from transformers import masking_utils
+
+    seen: list[Any] = []
+
+    def found(position_ids: Any) -> Any:
+        seen.append(position_ids)
+        return torch.zeros_like(position_ids)
+
+    own, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, found
+    try:
+        _step(model, position_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"))
+    finally:
+        masking_utils.find_packed_sequence_indices = own
+    return bool(seen)
+
+
+def _reads_weights(model: Any) -> str:
+    """The error of a step whose linears have bytes for weights, as packed ones do; empty where none is read."""
+    import torch
+    from transformers import DynamicCache
+
+    def product(outputs: int, inputs: Any) -> Any:
+        return inputs.new_empty(*inputs.shape[:-1], outputs)
+
+    for name in adapter_places.linears(model):
+        linear = model.get_submodule(name)
+        packed = torch.empty(linear.weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
+        linear.forward = partial(product, _sizes(linear)[1])
+        linear.weight = torch.nn.Parameter(packed, requires_grad=False)
+    try:  # with an empty cache transformers does not look for packed documents, which takes values
+        with warnings.catch_warnings():  # transformers 5.24 renames the argument to `cache` in some families only
+            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+            _step(model, past_key_values=DynamicCache(config=model.config))
+    except RuntimeError as error:
+        return _first_line(error)
+    return ""
+
+
+def _with_kv(shape: ModelShape, kv: list[Any]) -> ModelShape:
+    """With keys and values as the attention is called with them; a config need not name them."""
+    if not kv:
+        return shape
+    values = sum(2 * layer.heads * layer.head_dim for layer in kv)
+    if len(set(kv)) > 1:
+        return replace(shape, kv_values=values)
+    return replace(shape, kv_values=values, kv_heads=kv[0].heads, head_dim=kv[0].head_dim)
+
+
+def is_recurrent(config: Any) -> bool:
+    """Return whether the model's cache holds states of convolutions or of linear attention in some layer."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
+
+
+def _has_router_loss(text: Any) -> bool:
+    """Return whether TRL 1.16 adds a router's loss to the objective's (`aux_loss_enabled` of its trainers)."""
+    return hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
+
+
+def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
+    """What keeps the closed forms of `graftwork.memory` from predicting a training step's activations."""
+    found = ""
+    if _expert_weights(model) or any(".experts." in name for name in adapter_places.linears(model)):
+        found = "experts"
+    elif is_recurrent(model.config):
+        found = "recurrent layers"
+    elif outside:
+        found = "layers outside of the text decoder"
+    elif base_model.attention_of(model.config) == "eager":
+        found = "attention without sdpa, which keeps a matrix of scores"
+    elif any(type(module).__name__ == "NewGELUActivation" for module in model.modules()):
+        found = "an activation function of several operations (gelu_new), each of which keeps its input"
+    elif not _is_uniform(shape):
+        found = "blocks that are not one attention and one MLP of equal sizes"
+    return found and f"activations are not predicted for {found}"
+
+
+def _is_uniform(shape: ModelShape) -> bool:
+    """Return whether every block is q, k, v, o and a plain or gated MLP, fused or not, of the sizes in the config."""
+    attention = shape.hidden * (2 * shape.q_size + 2 * shape.kv_size)
+    mlp = (3 if shape.gated else 2) * shape.hidden * shape.intermediate
+    every = all(x.part != "other" and x.count == shape.layers for x in shape.linears)
+    return every and shape.linear_params == shape.layers * (attention + mlp)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """(inputs, outputs)."""
+    if type(module).__name__ == "Conv1D":  # of GPT-2, which stores [in, out]
+        inputs, outputs = module.weight.shape
+        return int(inputs), int(outputs)
+    return module.in_features, module.out_features
+
+
+def _grouped(found: Iterable[tuple[str, int, int]]) -> tuple[Linear, ...]:
+    """Equal layers of different blocks as one entry, in the model's order."""
+    counts = Counter((_pattern(name), inputs, outputs) for name, inputs, outputs in found)
+    return tuple(Linear(*key, count, _part(key[0])) for key, count in counts.items())
+
+
+def _part(name: str) -> Literal["attention", "mlp", "other"]:
+    if any(word in name.lower() for word in adapter_places.ATTENTION_WORDS):
+        return "attention"
+    return "mlp" if any(word in name.lower() for word in adapter_places.MLP_WORDS) else "other"
+
+
+def _pattern(name: str) -> str:
+    return _NUMBER.sub(".*", name)
+
+
+def _first_line(error: Exception) -> str:
+    """The problem that an error names, without its rule and hint; of a foreign one its kind too."""
+    if isinstance(error, GraftworkError):
+        return error.problem
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

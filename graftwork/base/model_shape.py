@@ -1,0 +1,202 @@
+"""Sizes of a base model, counted on its real class without weights: the source of predicted memory and time.
+
+`graftwork.base.meta_model` counts them on the meta device. The result is cached by the digest of the config and
+the versions
+of transformers and PEFT, so that a plan of a known base imports neither of them.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from graftwork.config import canonical_json
+from graftwork.errors import BaseModelError
+from graftwork.storage.store import Store, cache_root
+
+Targets = Literal["all-linear", "attention", "mlp"]
+FORMAT = 5
+"""Of a cached entry; raise it when the fields below or the way of counting change."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Linear layers of one name and size: y_O = W_OI x_I."""
+
+    name: str
+    """Path in the model, with `*` in place of numbers: `model.layers.*.self_attn.q_proj`."""
+    inputs: int
+    outputs: int
+    count: int
+    """Layers of that name in the whole model."""
+    part: Literal["attention", "mlp", "other"]
+
+    @property
+    def params(self) -> int:
+        """Weights of one layer, the bias left out."""
+        return self.inputs * self.outputs
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a base: its parameters, its linear layers, and those on which PEFT puts an adapter."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    """Width of the MLP between its linears."""
+    vocab: int
+    tied: bool
+    """The head is the embedding."""
+    params: int
+    """Of the whole model; tied ones count once."""
+    linears: tuple[Linear, ...]
+    """All linear layers but the head: the weights that nf4 and int8 pack."""
+    adapted: Mapping[Targets, tuple[Linear, ...]]
+    """The linear layers that get a LoRA, by `adapter.targets`; empty where PEFT cannot attach one."""
+    kv_values: int
+    """Values that one token leaves as keys and values in all layers."""
+    file_bytes: int = 2
+    """Bytes of a weight in the checkpoint's file."""
+    unplanned: str = ""
+    """The reason for which no formula predicts the activations of a training step; empty where one does."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
+        """Return the sizes of the base with this config.json.
+
+        Raises BaseModelError where transformers has no causal language model for it.
+        """
+        return facts_of(config).shape
+
+    def require_planned(self, asked: str) -> None:
+        """Raise BaseModelError where no formula predicts the activations of a training step."""
+        if self.unplanned:
+            raise BaseModelError(
+                asked,
+                self.unplanned,
+                "memory of training is predicted for decoders whose blocks are one attention and one MLP",
+                HOW_UNPLANNED,
+            )
+
+    @property
+    def q_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def gated(self) -> bool:
+        """Return whether the MLP multiplies two projections of its input, as SwiGLU does."""
+        wide = sum(x.outputs * x.count for x in self.linears if x.part == "mlp" and x.inputs == self.hidden)
+        return wide > self.layers * self.intermediate
+
+    def targets(self, which: Targets) -> tuple[Linear, ...]:
+        """The linear layers of the whole model that get a LoRA."""
+        return self.adapted[which]
+
+    def match_layers(self, ends: tuple[str, ...]) -> tuple[Linear, ...]:
+        """The linear layers whose path ends in one of the names, as PEFT matches them."""
+        return tuple(x for x in self.linears if any(x.name.endswith(f".{end}") for end in ends))
+
+    def read(self, which: Targets) -> int:
+        """Values of one token and block that the targets read, each once; the attention's own output is left out."""
+        parts = {x.part for x in self.targets(which) if x.inputs == self.hidden and x.leaf not in ATTENTION_OUTPUTS}
+        inner = any(x.part == "mlp" and x.inputs == self.intermediate for x in self.targets(which))
+        return self.hidden * len(parts) + self.intermediate * inner
+
+    @property
+    def linear_params(self) -> int:
+        """Weights of the linears: the weights that are quantised, and the N of the FLOP count."""
+        return sum(x.count * x.params for x in self.linears)
+
+    @property
+    def linear_outputs(self) -> int:
+        """Rows of all linears: int8 keeps a scale for each."""
+        return sum(x.count * x.outputs for x in self.linears)
+
+    @property
+    def head_params(self) -> int:
+        return self.vocab * self.hidden
+
+    @property
+    def plain_params(self) -> int:
+        """Embedding, head, norms, biases, experts: never quantised."""
+        return self.params - self.linear_params
+
+    def adapter_params(self, rank: int, which: Targets = "all-linear") -> int:
+        """A (r x in) and B (out x r) of each target."""
+        return sum(x.count * rank * (x.inputs + x.outputs) for x in self.targets(which))
+
+
+HOW_UNPLANNED = (
+    "set optim.micro_batch and optim.gradient_checkpointing to values; the run's report shows the peak that they take"
+)
+ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+"""Names of the attention's last linear, whose input is the attention's own output."""
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """Sizes and traits of a base. `graftwork.base.support` derives from them the stages that support it."""
+
+    shape: ModelShape
+    model_type: str
+    model_class: str
+    attention: Literal["sdpa", "eager"]
+    """The attention of transformers that training uses."""
+    expert_params: int
+    """Weights in 3-D parameters of experts, which are no linear layers."""
+    routed: Mapping[Targets, tuple[str, ...]]
+    """Experts and routers that get a LoRA, by `adapter.targets`."""
+    recurrent: bool
+    """Some layers carry a state from token to token besides keys and values."""
+    outside: tuple[str, ...]
+    """Linear layers outside of the text decoder: towers for images and sound."""
+    transposed: bool
+    """The linears store [in, out], as GPT-2's do."""
+    packs: bool
+    """The masks of its attention follow the positions of documents that are packed into one row."""
+    reads_weights: str
+    """The error of a training step that uses the weights of linears by itself while they are packed; mostly empty."""
+    bodied: bool
+    """transformers finds the decoder below the output head (`base_model`), as TRL's losses need it."""
+    router_loss: bool
+    """TRL adds the load-balancing loss of a router, as the model's configuration asks."""
+    unattached: Mapping[Targets, str]
+    """The reason for which PEFT cannot attach a LoRA, by `adapter.targets`."""
+    unserved: str
+    """The reason for which the serving engine cannot run it; empty where it can."""
+
+
+_FACTS = TypeAdapter(BaseFacts)
+
+
+def facts_of(config: Mapping[str, Any]) -> BaseFacts:
+    """Return the facts of the base with this config.json, from the cache or counted now (about 7 s).
+
+    Writes `<cache>/shapes/<digest>.json`. Raises BaseModelError where transformers has no causal language model for it.
+    """
+    decides = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+    versions = {name: version(name) for name in ("transformers", "peft")}
+    digest = hashlib.sha256(canonical_json([FORMAT, versions, decides]).encode()).hexdigest()
+    store, name = Store(str(cache_root())), f"{digest}.json"
+    if store.exists("shapes", name):
+        return _FACTS.validate_json(store.read_text("shapes", name))
+    from graftwork.base.meta_model import count  # imports torch, transformers and PEFT
+
+    facts = count(config)
+    store.write_bytes(_FACTS.dump_json(facts, indent=1), "shapes", name)
+    return facts

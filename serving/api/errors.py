@@ -1,0 +1,125 @@
+"""Errors as the OpenAI API shapes them: a status, a message, a type, the parameter and a code."""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from graftwork.artifacts.registry import UnknownAdapter
+from graftwork.errors import ArtifactError, DataError, GraftworkError, StorageError
+from graftwork.serving.arms import AnswerTooLong, PromptTooLong
+from graftwork.serving.engine.grammar import GrammarError
+from graftwork.serving.engine.request import SamplingError
+
+log = logging.getLogger("ray.serve")
+
+
+class ApiError(GraftworkError):
+    """An error that a caller of the endpoint (HTTP or handle) gets. Ray carries it between processes whole."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, Any]:
+        return _rebuild, (self.status, self.message, self.code, self.param, self.retry_after_s)
+
+    def text(self) -> str:
+        """The message with its status and code, for logs and tables."""
+        return f"{self.subject} (HTTP {self.status}, {self.code})" if hasattr(self, "status") else self.subject
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's error `type`: whose fault it is."""
+        if self.status == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def headers(self) -> dict[str, str]:
+        """What goes into the response's head beside the status."""
+        found = {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        if self.status in (408, 413):  # the rest of the body is not waited for
+            found["connection"] = "close"
+        return found | ({"retry-after": str(self.retry_after_s)} if self.retry_after_s is not None else {})
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The JSON body that OpenAI clients map to their exception types."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def _rebuild(status: int, message: str, code: str | None, param: str | None, retry_after_s: int | None) -> ApiError:
+    return ApiError(status, message, code=code, param=param, retry_after_s=retry_after_s)
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the request can't be served as it is."""
+    return ApiError(400, message, code=code, param=param)
+
+
+def unknown_model(model: str, known: str) -> ApiError:
+    """404: no such model. Never answered by the base instead."""
+    return ApiError(404, f"The model {model!r} does not exist. {known}", code="model_not_found", param="model")
+
+
+def engine_lost(detail: str) -> ApiError:
+    """503: the engine's process ended while it worked on the request; a new one is being started."""
+    return ApiError(
+        503, f"The engine was lost while it worked on this request ({detail}). Try again.", code="engine_lost"
+    )
+
+
+@contextlib.contextmanager
+def as_api_errors() -> Iterator[None]:
+    """What goes wrong in the block leaves as an ApiError: the request's fault 4xx, ours 5xx."""
+    try:
+        yield
+    except ApiError:
+        raise
+    except GraftworkError as error:
+        raise _of(error) from error
+
+
+def _of(error: GraftworkError) -> ApiError:
+    message = _sentences(error)
+    if isinstance(error, PromptTooLong):
+        param = "max_tokens" if isinstance(error, AnswerTooLong) else "messages"
+        return bad_request(message, param=param, code="context_length_exceeded")
+    if isinstance(error, UnknownAdapter):  # its own text names the store's place and tasks: not for callers
+        return unknown_model(error.subject.removeprefix("adapter "), "GET /v1/models lists them all.")
+    if isinstance(error, ArtifactError):  # version and file are enough; the folders above are the endpoint's own
+        message = re.sub(r"^(?:[a-z0-9]+:/)?/\S*/(?=[^/\s]+/[^/\s]+)", "", message)
+        return bad_request(message, param="model", code="adapter_not_servable")
+    if isinstance(error, SamplingError):
+        return bad_request(message, param=_parameter(error), code="invalid_value")
+    if isinstance(error, GrammarError):
+        param = "regex" if error.subject == "regex" else "response_format"
+        return bad_request(message, param=param, code="invalid_grammar")
+    if isinstance(error, DataError):
+        return bad_request(message, param="messages", code="invalid_value")
+    log.error("%s", error)
+    if isinstance(error, StorageError):
+        return ApiError(503, "The adapter store can't be read now. Try again.", code="storage_unavailable")
+    return ApiError(500, "The endpoint failed on this request; its log says why.", code="internal_error")
+
+
+def _parameter(error: SamplingError) -> str:
+    """The engine's name of a parameter as the API has it."""
+    name = re.split("[=:]", error.subject)[0]
+    renamed = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_ids": "stop_token_ids"}
+    return renamed.get(name, name)
+
+
+def _sentences(error: GraftworkError) -> str:
+    first = f"{error.subject}: {error.problem}" if error.problem else error.subject
+    move = error.hint[:1].upper() + error.hint[1:]
+    return ". ".join(part.rstrip(".") for part in (first, error.rule, move) if part) + "."

@@ -1,0 +1,153 @@
+"""Reads a PEFT adapter folder for serving: each kind by its own reader, every other kind refused with the reason."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftwork.artifacts.verify import CONFIG_FILE, WEIGHTS_FILE
+from graftwork.errors import ArtifactError
+from graftwork.serving.engine.adapters.base_view import BaseView
+from graftwork.serving.engine.adapters.bottleneck import bottlenecks_of, read_bottleneck
+from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile
+from graftwork.serving.engine.adapters.ia3 import ScalePlanner, read_ia3
+from graftwork.serving.engine.adapters.loaded import LoadedAdapter
+from graftwork.serving.engine.adapters.lora import read_lora
+from graftwork.serving.engine.adapters.prefix import read_prefix, read_prompt
+from graftwork.serving.engine.adapters.token_rows import LayerEnd, input_change, output_change, read_trained_tokens
+from graftwork.serving.engine.adapters.weights_file import TensorFile
+from graftwork.serving.engine.attention import StepBatch
+from graftwork.serving.engine.lora_batch import DeltaPlanner, LoraSegment
+from graftwork.serving.engine.lora_layers import Deltas, Sites
+
+SERVED = ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS", "BOTTLENECK")
+SCORING = ("SEQ_CLS", "TOKEN_CLS")
+"""Tasks of adapters whose head gives scores in place of tokens."""
+_DELTAS = frozenset(
+    {
+        "ADALORA",
+        "ADAMSS",
+        "BOFT",
+        "C3A",
+        "DELORA",
+        "FOURIERFT",
+        "FROD",
+        "GRALORA",
+        "HIRA",
+        "HRA",
+        "LOHA",
+        "LOKR",
+        "MISS",
+    }
+    | {"OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "TINYLORA", "UNILORA", "VBLORA", "VERA"}
+    | {"WAVEFT"}
+)
+"""Kinds whose delta is one matrix a linear, so that the base can take it over."""
+_WHY_REFUSED = {
+    "ADAPTION_PROMPT": "its attention to adaption prompts is not computed here",
+    "CARTRIDGE": "its cache belongs to one document's positions",
+    "CPT": "its prompt depends on labelled tokens",
+    "LN_TUNING": "trained norms would replace the base's for every request",
+    "MULTITASK_PROMPT_TUNING": "its prompt depends on a task id that requests do not carry",
+    "POLY": "its mixture depends on a task id that requests do not carry",
+    "XLORA": "its gates need a second forward pass for every token",
+}
+
+
+def read_adapter(
+    folder: Path,
+    base: BaseView,
+    *,
+    max_rank: int,
+    dtype: torch.dtype,
+    digests: Mapping[str, str] | None = None,
+    narrow: bool = False,
+) -> AdapterWeights:
+    """What the adapter changes, on the CPU, weights in `dtype`. A DoRA adapter reads the base's weights.
+
+    narrow: plain LoRA that was saved in bf16 stays so, in half the memory: widened where it is used, it has the same
+    values. digests: sha256 by file name (the manifest's), taken over the very bytes that are used.
+    Raises ArtifactError that names the key, what was found and the rule, for anything that cannot be served exactly.
+    """
+    known = digests or {}
+    config = ConfigFile.read(folder, known.get(CONFIG_FILE))
+    kind = config.values.get("peft_type")
+    if not isinstance(kind, str) or kind not in SERVED:
+        raise _refused_kind(config, kind)
+    if config.values.get("task_type") in SCORING:
+        raise config.make_error(
+            "task_type",
+            "it scores answers (a reward model, a classifier) and writes none",
+            "serve what was trained with it; rewards are asked in training",
+        )
+    tensors = TensorFile(folder, known.get(WEIGHTS_FILE))
+    if kind == "LORA":
+        return read_lora(config, tensors, base, max_rank=max_rank, dtype=dtype, narrow=narrow)
+    if kind == "BOTTLENECK":
+        return read_bottleneck(config, tensors, base, max_rank=max_rank, dtype=dtype)
+    if kind == "IA3":
+        return read_ia3(config, tensors, base, dtype=dtype)
+    if kind == "TRAINABLE_TOKENS":
+        return read_trained_tokens(config, tensors, base, dtype=dtype)
+    read = read_prefix if kind == "PREFIX_TUNING" else read_prompt
+    return read(config, tensors, base, dtype=dtype)
+
+
+def _refused_kind(config: ConfigFile, kind: object) -> ArtifactError:
+    served = f"served are {', '.join(SERVED)}"
+    if isinstance(kind, str) and kind in _DELTAS:
+        move = "convert it with peft's convert_to_lora, or merge it into the base and serve that as a base of its own"
+        return config.make_error("peft_type", f"{kind} is not computed row by row; {served}", move)
+    why = f"{_WHY_REFUSED[kind]}; " if isinstance(kind, str) and kind in _WHY_REFUSED else ""
+    return config.make_error("peft_type", why + served, "train it as one of those")
+
+
+# One step with adapters that are more than LoRA: sets what each hook of the model changes, and takes it away again.
+
+
+Adapters = Sequence[LoadedAdapter | None]
+
+
+class MixedKinds:
+    """The hooks and planners beyond LoRA, for the engine's thread. Steps of LoRA and base rows never come here."""
+
+    def __init__(self, model: Any, sites: Sites, lora: DeltaPlanner, device: torch.device) -> None:
+        self._sites, self._lora, self._device = sites, lora, device
+        self._embedding = LayerEnd(model.get_input_embeddings())
+        self._output = LayerEnd(model.get_output_embeddings())
+        self._scales = ScalePlanner(device)
+
+    @contextlib.contextmanager
+    def step(
+        self,
+        batch: StepBatch,
+        decoding: Adapters,
+        prompts: Adapters,
+        segments: Sequence[LoraSegment],
+        wanted: Sequence[int],
+    ) -> Iterator[Deltas | None]:
+        """Around one forward pass; yields its deltas. segments: every prompt segment that has an adapter."""
+        plain = [segment for segment in segments if segment.weights.groups and not segment.weights.scales]
+        lora = self._lora.plan([one if one is not None and one.groups else None for one in decoding], plain)
+        scales = self._scales.plan(decoding, segments, lora)
+        scaled = lora if scales is None else scales
+        networks = bottlenecks_of(decoding, segments, scaled, self._device)
+        adapters = [*decoding, *prompts]
+        try:
+            self._sites.inputs = scales if scales is not None and scales.changes_inputs else None
+            self._embedding.change = input_change(batch, adapters)
+            self._output.change = output_change(batch, adapters, wanted)
+            yield scaled if networks is None else networks
+        finally:
+            self._sites.inputs = self._embedding.change = self._output.change = None
+
+    def forget(self, version: str) -> None:
+        """Drops references to a freed adapter."""
+        self._scales.forget(version)
+
+    def unhook(self) -> None:
+        """Gives both layers back as they were."""
+        self._output.unhook()
+        self._embedding.unhook()

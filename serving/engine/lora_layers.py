@@ -1,0 +1,112 @@
+"""The base's linears that can take an adapter, hooked once: each adds the running step's adapter deltas to its result.
+
+A hook replaces the `forward` of one module instance (nn.Linear and bitsandbytes' Linear4bit and Linear8bitLt alike), so
+names, weights and `state_dict` of the model stay as they are; `unhook` gives the model back.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from graftwork.serving.engine.adapters.format import LinearShape
+
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Children of one module that read the same tensor: their lora_A are computed together."""
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One hooked linear: member number `member` of the group `group`."""
+
+    name: str
+    shape: LinearShape
+    group: str
+    member: int
+
+
+Forward = Callable[..., torch.Tensor]
+
+
+def own_forward(module: torch.nn.Module) -> Forward:
+    """The base's result as the module computes it."""
+    forward: Forward = module.forward
+    return forward
+
+
+class Deltas(Protocol):
+    """The adapters of one step."""
+
+    def add(self, site: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """`result` of the base plus each row's delta. x: [..., in], result: [..., out]."""
+
+
+class Inputs(Protocol):
+    """What rows of one step change in a linear's input."""
+
+    def scaled(self, site: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+        """`x` itself, or a copy with some rows changed."""
+
+
+class Sites:
+    """All hooked linears of one model. `deltas` and `inputs` are set around a pass; None costs a comparison a linear.
+
+    forward_of: what computes a linear's own result.
+    """
+
+    def __init__(self, model: torch.nn.Module, forward_of: Callable[[torch.nn.Module], Forward] = own_forward) -> None:
+        self.deltas: Deltas | None = None
+        self.inputs: Inputs | None = None
+        self._hooked: list[torch.nn.Module] = []
+        linears = _inner_linears(model)
+        self.sites = {site.name: site for site in _grouped(linears)}
+        for name, module in linears.items():
+            self._hook(self.sites[name], module, forward_of(module))
+
+    @property
+    def shapes(self) -> Mapping[str, LinearShape]:
+        """in and out features by name."""
+        return {name: site.shape for name, site in self.sites.items()}
+
+    def groups(self) -> dict[str, list[LoraLayer]]:
+        """Sites by group, in member order."""
+        groups: dict[str, list[LoraLayer]] = {}
+        for site in self.sites.values():
+            groups.setdefault(site.group, []).append(site)
+        return {name: sorted(members, key=lambda site: site.member) for name, members in groups.items()}
+
+    def unhook(self) -> None:
+        """Gives every linear its own forward back."""
+        for module in self._hooked:
+            del module.forward
+        self._hooked.clear()
+
+    def _hook(self, site: LoraLayer, module: torch.nn.Module, base: Forward) -> None:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.inputs is not None:
+                x = self.inputs.scaled(site, x)
+            result = base(x, *args, **kwargs)
+            return result if self.deltas is None else self.deltas.add(site, x, result)
+
+        module.forward = forward
+        self._hooked.append(module)
+
+
+def _inner_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every linear but the output layer, which peft's "all-linear" leaves out too. bitsandbytes' are subclasses."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: module for name, module in linears.items() if module is not output}
+
+
+def _grouped(linears: Mapping[str, torch.nn.Module]) -> list[LoraLayer]:
+    sites = []
+    for name, module in linears.items():
+        parent, _, child = name.rpartition(".")
+        family = next((names for names in _SAME_INPUT if child in names), None)
+        together = family is not None and all(f"{parent}.{sibling}" in linears for sibling in family)
+        group = f"{parent}.{'+'.join(family)}" if together and family else name
+        shape = LinearShape(int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
+        sites.append(LoraLayer(name, shape, group, family.index(child) if together and family else 0))
+    return sites

@@ -1,0 +1,63 @@
+"""Multiple choice without writing: the option that the arm finds likeliest, by log probability."""
+
+from collections.abc import Sequence
+
+from graftwork.datasets.rows import DatasetRow
+from graftwork.errors import DataError
+from graftwork.metrics import Metric
+from graftwork.serving.evaluation.scorers.spec import ChoiceSpec, ModelReply
+
+
+class ChoiceScorer:
+    """1 where the right option is the likeliest. Asks the endpoint for likelihoods: see `options`."""
+
+    needs_gold = True
+
+    def __init__(self, spec: ChoiceSpec) -> None:
+        self._spec = spec
+        how = "per token" if spec.per_token else "as a whole"
+        meaning = f"The right option is the likeliest {how}, given the arm's prompt; nothing is generated for it."
+        self.metrics = (Metric(spec.name, "share of answers", "higher", "binary", meaning),)
+
+    @property
+    def name(self) -> str:
+        """What its likelihoods are filed under."""
+        return self._spec.name
+
+    def check(self, row: DatasetRow) -> None:
+        self.right(row)
+
+    def options(self, row: DatasetRow) -> tuple[str, ...]:
+        """The texts that are scored. Raises DataError: fewer than two, or one twice."""
+        found = (row.gold or {}).get(self._spec.options_field) if self._spec.options_field else self._spec.options
+        texts = [str(one) for one in found] if isinstance(found, list | tuple) else []
+        if len(texts) < 2 or len(set(texts)) != len(texts) or not all(text.strip() for text in texts):
+            raise DataError(
+                f"row {row.id!r}: options",
+                f"found {found!r}",
+                "a choice has two or more different texts",
+                "set the scorer's options, or its options_field",
+            )
+        return tuple(texts)
+
+    def right(self, row: DatasetRow) -> int:
+        """Number of the right option. Raises DataError where gold names none."""
+        wanted, options = (row.gold or {}).get(self._spec.field), self.options(row)
+        if str(wanted) not in options:
+            raise DataError(
+                f"row {row.id!r}: gold.{self._spec.field}",
+                f"found {wanted!r}",
+                f"it is one of the options {list(options)}",
+                "mend the row",
+            )
+        return options.index(str(wanted))
+
+    def score(self, reply: ModelReply) -> dict[str, float]:
+        told = reply.likelihoods.get(self.name)
+        if told is None or reply.row is None:
+            return {self.name: 0.0}
+        return {self.name: float(self._best(told) == self.right(reply.row))}
+
+    def _best(self, told: Sequence[tuple[float, int]]) -> int:
+        values = [logprob / max(1, tokens) if self._spec.per_token else logprob for logprob, tokens in told]
+        return values.index(max(values))

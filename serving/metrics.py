@@ -1,0 +1,239 @@
+"""One engine replica's requests as they go: when the first token came, the gaps between tokens, how each ended.
+
+All calls are on the replica's event loop. A burst of tokens that arrived together costs one look at the clock.
+"""
+
+import asyncio
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from graftwork.serving.api.errors import ApiError
+from graftwork.serving.arms import ArmAnswer
+
+# What requests took, added up per arm and adapter version: plain numbers on one event loop, no locks.
+#
+# Histograms are cumulative from the start, as Prometheus wants them. How many series there are is bounded: the busiest
+# adapters have their own, the rest share one called `other`.
+
+
+TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
+LATENCY_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+MAX_SERIES = 50
+"""Prometheus keeps about 45 numbers a series here; 50 series a replica are about 2,300."""
+_WINDOW = 2048
+"""After this many requests every heat is halved, so that yesterday's traffic gives way."""
+
+
+class SeriesKey(NamedTuple):
+    """What a series is about. `adapter` and `version` are empty for the base."""
+
+    arm: str
+    adapter: str = ""
+    version: str = ""
+    """The first 12 hex digits of the adapter version."""
+
+
+OTHER = SeriesKey("other", "other", "other")
+NOT_ADMITTED = SeriesKey("none", "none", "none")
+"""Requests refused before their adapter was known to exist: a caller's invented names must not become labels."""
+
+
+class Histogram:
+    """Counts of seconds by upper bound; the last count is of everything above the last bound."""
+
+    __slots__ = ("bounds", "counts", "sum_s")
+
+    def __init__(self, bounds: Sequence[float], counts: Sequence[int] = (), sum_s: float = 0.0) -> None:
+        self.bounds, self.sum_s = tuple(bounds), sum_s
+        self.counts = list(counts) or [0] * (len(bounds) + 1)
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        """Count `times` observations of the same value."""
+        self.counts[bisect_left(self.bounds, seconds)] += times
+        self.sum_s += seconds * times
+
+    def add(self, other: "Histogram") -> None:
+        """Count everything that `other` has counted."""
+        self.counts = [mine + its for mine, its in zip(self.counts, other.counts, strict=True)]
+        self.sum_s += other.sum_s
+
+
+@dataclass(slots=True)
+class RequestSeries:
+    """The numbers of one key."""
+
+    ttft: Histogram = field(default_factory=lambda: Histogram(TTFT_S))
+    token_gap: Histogram = field(default_factory=lambda: Histogram(TOKEN_S))
+    token_mean: Histogram = field(default_factory=lambda: Histogram(TOKEN_S))
+    latency: Histogram = field(default_factory=lambda: Histogram(LATENCY_S))
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    passages_left_out: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "RequestSeries") -> None:
+        """Take over everything that `other` has counted."""
+        for name in ("ttft", "token_gap", "token_mean", "latency"):
+            getattr(self, name).add(getattr(other, name))
+        for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "passages_left_out"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.outcomes += other.outcomes
+
+
+class SeriesTable:
+    """At most `limit` keys of their own, those with the most recent requests; counts are never lost."""
+
+    def __init__(self, limit: int = MAX_SERIES) -> None:
+        self._limit, self._began = limit, 0
+        self._own: dict[SeriesKey, RequestSeries] = {}
+        self._shared = {OTHER: RequestSeries(), NOT_ADMITTED: RequestSeries()}
+        self._heat: Counter[SeriesKey] = Counter()
+
+    def begin(self, key: SeriesKey) -> None:
+        """A request for `key`: it may earn the key a series of its own, in place of the one asked for least."""
+        self._heat[key] += 1
+        self._began += 1
+        if self._began % _WINDOW == 0:
+            self._heat = Counter({known: heat // 2 for known, heat in self._heat.items() if heat > 1})
+        if key in self._own:
+            return
+        if len(self._own) >= self._limit:
+            coldest = min(self._own, key=self._heat.__getitem__)
+            if self._heat[key] < 2 * self._heat[coldest] + 2:  # twice as hot, so that two don't take turns
+                return
+            self._shared[OTHER].add(self._own.pop(coldest))
+        self._own[key] = RequestSeries()
+
+    def label(self, key: SeriesKey) -> SeriesKey:
+        """The key under which it is counted now."""
+        return key if key in self._own or key in self._shared else OTHER
+
+    def at(self, key: SeriesKey) -> RequestSeries:
+        """Where to count for `key` now; don't keep it."""
+        return self._own.get(key) or self._shared.get(key) or self._shared[OTHER]
+
+    def items(self) -> list[tuple[SeriesKey, RequestSeries]]:
+        """Every series; the shared ones only where they have counted something."""
+        return [*self._own.items(), *((key, shared) for key, shared in self._shared.items() if shared.outcomes)]
+
+
+RECENT = 1024
+"""First tokens remembered one by one, for quantiles of the last minute."""
+RECENT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """A request that has ended, for those who keep their own books of it."""
+
+    key: SeriesKey
+    outcome: str
+    """OpenAI's finish reason; `cancelled` where the caller left; the error's code where it failed."""
+    ttft_s: float | None
+    latency_s: float
+    token_mean_s: float | None
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class RequestMetrics:
+    """One request under way: one answer, or several to one prompt."""
+
+    def __init__(self, traffic: "TrafficMetrics") -> None:
+        self._traffic, self._began = traffic, time.perf_counter()
+        self._key = NOT_ADMITTED
+        self._ttft_s: float | None = None
+        self._last: dict[int, float] = {}
+        self._tokens, self._gaps, self._gaps_s = 0, 0, 0.0
+        self._answer: ArmAnswer | None = None
+
+    def admitted(self, arm: str, task: str | None, version: str | None) -> None:
+        """Its arm and adapter version are known and exist."""
+        self._key = SeriesKey(arm, task or "", (version or "")[:12])
+        self._traffic.table.begin(self._key)
+
+    def burst(self, tokens: int, answer: int = 0) -> None:
+        """So many tokens of one answer have arrived together; none where the engine ended it without one."""
+        if tokens == 0:
+            return
+        now = time.perf_counter()
+        series = self._traffic.table.at(self._key)
+        if self._ttft_s is None:
+            self._ttft_s = now - self._began
+            series.ttft.observe(self._ttft_s)
+            self._traffic.recent.append((now, self._key, self._ttft_s))
+        if answer in self._last:
+            waited = now - self._last[answer]
+            series.token_gap.observe(waited / tokens, tokens)
+            self._gaps, self._gaps_s = self._gaps + tokens, self._gaps_s + waited
+        else:
+            series.token_gap.observe(0.0, tokens - 1)  # what came with the first token kept nobody waiting
+            self._gaps += tokens - 1
+        series.completion_tokens += tokens
+        self._tokens += tokens
+        self._last[answer] = now
+
+    def done(self, answer: ArmAnswer) -> None:
+        """An answer is whole."""
+        self._answer = answer
+
+    def end(self, outcome: str) -> FinishedRequest:
+        """Count it."""
+        series = self._traffic.table.at(self._key)
+        latency = time.perf_counter() - self._began
+        mean = self._gaps_s / self._gaps if self._gaps else None
+        prompt = self._answer.prompt_tokens if self._answer else 0
+        series.outcomes[outcome] += 1
+        series.latency.observe(latency)
+        series.prompt_tokens += prompt
+        series.cached_tokens += self._answer.cached_tokens if self._answer else 0
+        series.passages_left_out += len(self._answer.left_out_ids) if self._answer else 0
+        if mean is not None:
+            series.token_mean.observe(mean)
+        label = self._traffic.table.label(self._key)
+        return FinishedRequest(label, outcome, self._ttft_s, latency, mean, prompt, self._tokens)
+
+    @property
+    def reason(self) -> str:
+        """OpenAI's finish reason, of the last answer where there were several."""
+        return self._answer.finish_reason if self._answer else "cancelled"
+
+
+class TrafficMetrics:
+    """Every request of one replica."""
+
+    def __init__(self) -> None:
+        self.table = SeriesTable()
+        self.recent: deque[tuple[float, SeriesKey, float]] = deque(maxlen=RECENT)
+        """(when, key, TTFT in s) of the latest first tokens."""
+        self.ended: deque[FinishedRequest] = deque(maxlen=16 * RECENT)
+        """Requests that have ended since somebody took them out."""
+
+    @contextmanager
+    def request(self) -> Iterator[RequestMetrics]:
+        """Watch one request; how the block is left is how it ended."""
+        watch = RequestMetrics(self)
+        try:
+            yield watch
+        except ApiError as error:
+            self.ended.append(watch.end(error.code or f"http_{error.status}"))
+            raise
+        except (GeneratorExit, asyncio.CancelledError):
+            self.ended.append(watch.end(watch.reason))
+            raise
+        except BaseException:
+            self.ended.append(watch.end("internal_error"))
+            raise
+        self.ended.append(watch.end(watch.reason))
+
+    def first_tokens(self) -> list[tuple[SeriesKey, float]]:
+        """(key, TTFT in s) of the last minute, at most RECENT of them."""
+        oldest = time.perf_counter() - RECENT_S
+        return [(key, ttft_s) for when, key, ttft_s in self.recent if when >= oldest]

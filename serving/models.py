@@ -1,0 +1,372 @@
+"""What the owner of an endpoint does with adapters, on one replica: register, load, pin, promote, roll back, unload.
+
+Methods take and return plain data, for they are called through a handle. They raise ApiError.
+"""
+
+import asyncio
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from graftwork.artifacts import manifest as artifact_alias
+from graftwork.artifacts import publish as artifact
+from graftwork.artifacts import publish as artifact_local
+from graftwork.artifacts import publish as artifact_register
+from graftwork.artifacts.manifest import AdapterManifest, before, roll_back, version_key
+from graftwork.artifacts.registry import Listing, resolve
+from graftwork.errors import ArtifactError, DataError, StorageError
+from graftwork.prompts.render import PromptSpec
+from graftwork.serving.adapter_cache import AdapterCache
+from graftwork.serving.api.errors import ApiError, as_api_errors, unknown_model
+from graftwork.serving.api.openai_responses import Json, model_card
+from graftwork.serving.arms import Dump, warm
+from graftwork.serving.router import EngineBackend
+from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.storage.store import ALIAS_PATTERN, Store, cache_root
+
+# Model names of the endpoint: the base, `BASE:task[@ref]`, `arm/NAME`; each means one arm record.
+
+
+DEFAULT_ALIAS = "latest"
+"""`BASE:task` means `BASE:task@latest`."""
+
+
+def base_name(uri: str) -> str:
+    """The base's model name: the last part of its URI, e.g. `SmolLM2.Q4_1` for `pypi://pkg/SmolLM2.Q4_1.gguf`."""
+    return PurePosixPath(uri.rstrip("/")).name.removesuffix(".gguf")
+
+
+class Catalog:
+    """What one endpoint answers to."""
+
+    def __init__(self, spec: ServeSpec) -> None:
+        self.base = base_name(spec.base.uri)
+        self._embedder = spec.embedder.model_name if spec.embedder else None
+        self.changes = 0
+        self.take(spec)
+
+    def take(self, spec: ServeSpec) -> None:
+        """Answer to these arms from now on."""
+        self.changes += 1
+        self._arms = {f"arm/{arm.name}": arm for arm in spec.arms}
+
+    def arm(self, model: str) -> ArmSpec:
+        """The arm behind a model name. Raises ApiError 404; whether its adapter exists is found out by the replica."""
+        if model in self._arms:
+            return self._arms[model]
+        if model == self.base:
+            return ArmSpec(name="base", max_new_tokens=None)
+        if not model.startswith(f"{self.base}:"):
+            raise self._unknown(model)
+        return ArmSpec(name="adapter", adapter=self.ref(model), max_new_tokens=None)
+
+    def ref(self, name: str) -> str:
+        """`task@ref` from `task`, `task@ref` or either with `BASE:` before it. Raises ApiError 404 for no such form."""
+        task = name.removeprefix(f"{self.base}:")
+        ref = task if "@" in task else f"{task}@{DEFAULT_ALIAS}"
+        if not re.fullmatch(ALIAS_PATTERN, ref):
+            raise self._unknown(name)
+        return ref
+
+    def require_embedder(self, model: str) -> None:
+        """Raises ApiError 404 for any model but the endpoint's embedder."""
+        if self._embedder is None:
+            raise unknown_model(model, "This endpoint has no embedder: its spec names one as `embedder:`.")
+        if model != self._embedder:
+            raise unknown_model(model, f"The embedder here: {self._embedder}.")
+
+    def cards(self, adapters: list[Dump], created: int) -> list[Json]:
+        """GET /v1/models: the base, the arms, each adapter by alias and version (`EngineReplica.models`).
+
+        `created` is for base and arms.
+        """
+        cards = [model_card(self.base, created)]
+        cards += [model_card(self._embedder, created, kind="embedder")] if self._embedder else []
+        cards += [model_card(name, created, adapter=arm.adapter) for name, arm in self._arms.items()]
+        for adapter in adapters:
+            task, version, aliases = adapter["task"], adapter["version"], adapter["aliases"]
+            names = [f"{self.base}:{task}"] if DEFAULT_ALIAS in aliases else []
+            names += [f"{self.base}:{task}@{ref}" for ref in [*aliases, version]]
+            stamp = seconds(adapter["created_at"])
+            cards += [model_card(name, stamp, adapter=task, adapter_version=version) for name in names]
+        return cards
+
+    def forms(self) -> str:
+        """The names that models have here, as a sentence."""
+        return f"Models here: {', '.join([self.base, f'{self.base}:TASK', f'{self.base}:TASK@ALIAS', *self._arms])}."
+
+    def _unknown(self, model: str) -> ApiError:
+        return unknown_model(model, f"{self.forms()} GET /v1/models lists them all.")
+
+
+def seconds(created_at: str) -> int:
+    """Unix seconds of an ISO 8601 time."""
+    return int(datetime.fromisoformat(created_at).timestamp())
+
+
+# Models of an endpoint for GET /v1/models: the store is listed at most once a second, and for one model not at all.
+
+
+FRESH_S = 1.0
+"""How long a listing is served again."""
+SHARE = 20
+"""And as many times as long as reading it took: a listing of many adapters then takes 5 % of a core at most."""
+COMPARED = 1000
+"""Names that a wrong one is compared with: 10 us each."""
+
+
+class ModelList:
+    """One for an endpoint, in its ingress."""
+
+    def __init__(self, catalog: Catalog, backend: EngineBackend) -> None:
+        self._catalog, self._backend = catalog, backend
+        self._found: dict[str, Any] = {"adapters": [], "ready_at": 0}
+        self._fresh_until, self._changes, self._reads = 0.0, 0, 0
+        self._rendered: tuple[object, bytes] = (None, b"")
+        self._reading = asyncio.Lock()
+
+    def forget(self) -> None:
+        """Read the store for the next listing: an adapter or an alias of it has changed."""
+        self._fresh_until, self._changes = 0.0, self._changes + 1
+
+    async def listing(self, others: list[Json]) -> bytes:
+        """Body of GET /v1/models: base, arms, every adapter by alias and version, and the others. Raises ApiError."""
+        await self._read()
+        key = self._reads, self._catalog.changes, [card["id"] for card in others]
+        if self._rendered[0] != key:
+            self._rendered = key, _compact({"object": "list", "data": [*self._cards(), *others]})
+        return self._rendered[1]
+
+    async def card(self, model: str) -> Json | None:
+        """One of them, without a listing. Raises ApiError."""
+        adapter = model.startswith(f"{self._catalog.base}:")
+        found = await self._backend.call("models", self._catalog.ref(model) if adapter else "")
+        cards = self._catalog.cards(found["adapters"], found["ready_at"])
+        return next((card for card in cards if card["id"] == model), None)
+
+    async def unknown(self, model: str, others: Iterable[str] = ()) -> ApiError:
+        """404 that names the nearest model that exists, by its whole name or by its adapter's. others: experiments."""
+        with suppress(ApiError):  # the model is unknown even so
+            await self._read()
+        names = [*others, *(card["id"] for card in self._cards())][:COMPARED]
+        by_short = {name.removeprefix(f"{self._catalog.base}:"): name for name in reversed(names)}
+        near = get_close_matches(model.removeprefix(f"{self._catalog.base}:"), by_short, 1)
+        meant = f"Did you mean {by_short[near[0]]}? " if near else ""
+        return unknown_model(model, f"{meant}{self._catalog.forms()} GET /v1/models lists them all.")
+
+    async def _read(self) -> None:
+        async with self._reading:
+            if time.monotonic() >= self._fresh_until:
+                changes, began = self._changes, time.monotonic()
+                self._found = await self._backend.call("models")
+                self._reads, ended = self._reads + 1, time.monotonic()
+                if changes == self._changes:
+                    self._fresh_until = ended + max(FRESH_S, SHARE * (ended - began))
+
+    def _cards(self) -> list[Json]:
+        return self._catalog.cards(self._found["adapters"], self._found["ready_at"])
+
+
+def _compact(body: Json) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+# The published adapters that one base can serve: looked up, checked against the base, brought to this machine.
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """Adapters of a store made for the base with this digest. All methods block: call them off the event loop."""
+
+    store: Store
+    base_digest: str
+
+    @cached_property
+    def _listing(self) -> Listing:
+        return Listing(self.store)
+
+    def resolve(self, ref: str) -> AdapterManifest:
+        """The manifest that `task@alias` or `task@version` means now. Raises ArtifactError, of which UnknownAdapter."""
+        manifest = resolve(self.store, ref)
+        artifact.require_base(manifest, self.base_digest)
+        return manifest
+
+    def fetch(self, manifest: AdapterManifest) -> Path:
+        """Its files in a folder here, of the right sizes; the worked examples of its training prompt are read too."""
+        try:
+            warm(trained_prompt(manifest), None)
+        except (DataError, StorageError) as error:
+            raise ArtifactError(
+                f"adapter {manifest.task}@{manifest.version}: its training prompt", error.text()
+            ) from error
+        return artifact_local.bring(self.store, manifest)
+
+    def discard_damaged(self, manifest: AdapterManifest) -> None:
+        """Forget a copy that isn't as published, so that the next request brings it again."""
+        artifact_local.discard_damaged(self.store, manifest)
+
+    def list_published(self) -> list[tuple[AdapterManifest, list[str]]]:
+        """Every version for this base with the aliases that point at it, as the store is now."""
+        return [(m, aliases) for m, aliases in self._listing.read() if m.base_digest == self.base_digest]
+
+    def describe_version(self, ref: str, followed: str | None) -> "Published":
+        """As `as_served` gives it for one `task@alias-or-version`; nothing where there is no such version.
+
+        followed: the version that requests for it get, where one is followed.
+        """
+        task, _, name = ref.partition("@")
+        for wanted in (f"{task}@{followed}", ref) if followed else (ref,):
+            try:
+                manifest = self.resolve(wanted)
+            except ArtifactError:  # unknown, damaged or of another base: no listing has it
+                continue
+            return [(manifest, [] if name == manifest.version else [name])]
+        return []
+
+
+Published = list[tuple[AdapterManifest, list[str]]]
+
+
+def as_served(found: Published, followed: Mapping[str, str]) -> Published:
+    """Return `AdapterSource.list_published` with each alias at the version that requests get: one that was moved in the
+    store is followed only after a swap. followed: `AdapterCache.resolved_refs`."""
+    names: dict[tuple[str, str], list[str]] = {(m.task, m.version): [] for m, _ in found}
+    for manifest, aliases in found:
+        for alias in aliases:
+            version = followed.get(f"{manifest.task}@{alias}", manifest.version)
+            here = (manifest.task, version if (manifest.task, version) in names else manifest.version)
+            names[here].append(alias)
+    return [(manifest, sorted(names[manifest.task, manifest.version])) for manifest, _ in found]
+
+
+def trained_prompt(manifest: AdapterManifest) -> PromptSpec:
+    """The prompt that stood around the adapter's training rows."""
+    return PromptSpec.model_validate(manifest.prompt)
+
+
+VERBS = ("register", "load", "pin", "unpin", "unload", "promote", "before", "roll_back", "registered")
+"""Methods that the ingress may name."""
+
+
+class Checks(Protocol):
+    """The part of the engine that knows what it can serve."""
+
+    def check_adapter(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
+        """Raises ArtifactError for an adapter that it can't serve exactly; the bytes that it would take."""
+
+
+class Registry:
+    """Adapters of one store in one replica."""
+
+    def __init__(self, spec: ServeSpec, source: AdapterSource, residency: AdapterCache, engine: Checks) -> None:
+        self._source, self._adapter_cache, self._engine = source, residency, engine
+        self._roots = spec.adapter_roots or (source.store.uri,)
+        self._max_bytes = spec.engine.host_cache_bytes
+
+    async def register(self, uri: str, alias: str | None) -> Dump:
+        """Take the version at `uri` into the store, where this engine can serve it, and let `alias` point at it."""
+        with as_api_errors():
+            manifest = await asyncio.to_thread(self._take, uri)
+            if alias is not None:
+                await asyncio.to_thread(artifact.promote, self._source.store, manifest.task, alias, manifest.version)
+        return {"adapter": manifest.ref, "task": manifest.task, "version": manifest.version, "alias": alias}
+
+    async def load(self, ref: str) -> Dump:
+        """Bring the version into host memory."""
+        with as_api_errors():
+            pin = await self._adapter_cache.pin(ref)
+            self._adapter_cache.release(pin)
+        return {"adapter": ref, "version": pin.manifest.version}
+
+    async def pin(self, ref: str) -> Dump:
+        """Load it and keep it there."""
+        with as_api_errors():
+            return {"adapter": ref, "version": await self._adapter_cache.keep(ref)}
+
+    async def unpin(self, ref: str) -> Dump:
+        """It may go again when its room is needed."""
+        with as_api_errors():
+            return {"adapter": ref, "version": await self._adapter_cache.unkeep(ref)}
+
+    async def unload(self, ref: str) -> Dump:
+        """It leaves the engine, now or with its last request; it stays registered, and loads again when asked for."""
+        with as_api_errors():
+            return {"adapter": ref, "version": await self._adapter_cache.unload(ref)}
+
+    async def promote(self, ref: str, version: str) -> Dump:
+        """Let the alias `ref` point at a version (or at where another alias points), in the store."""
+        task, alias = _named(ref)
+        with as_api_errors():
+            found = await asyncio.to_thread(self._source.resolve, f"{task}@{version}")
+            old = await asyncio.to_thread(artifact_alias.read, self._source.store, task, alias)
+            await asyncio.to_thread(artifact.promote, self._source.store, task, alias, found.version)
+        return {"adapter": ref, "old": old, "new": found.version}
+
+    async def before(self, ref: str) -> Dump:
+        """The version that the alias pointed at before."""
+        task, alias = _named(ref)
+        with as_api_errors():
+            return {"version": await asyncio.to_thread(before, self._source.store, task, alias)}
+
+    async def roll_back(self, ref: str) -> Dump:
+        """Let the alias point at the version before, in the store."""
+        task, alias = _named(ref)
+        with as_api_errors():
+            old, new = await asyncio.to_thread(roll_back, self._source.store, task, alias)
+        return {"adapter": ref, "old": old, "new": new}
+
+    async def registered(self) -> list[Dump]:
+        """Every version in the store that was made for this base, with what is known of it without loading.
+
+        aliases: those that mean it here; in_store: those that mean it in the store, and will here after a swap.
+        """
+        with as_api_errors():
+            found = await asyncio.to_thread(self._source.list_published)
+        served = as_served(found, self._adapter_cache.resolved_refs())
+        return [
+            {
+                "task": manifest.task,
+                "version": manifest.version,
+                "aliases": aliases,
+                "in_store": sorted(set(there) - set(aliases)),
+                "file_bytes": sum(entry.size_bytes for entry in manifest.files.values()),
+                "created_at": manifest.created_at,
+                "tier": "disk" if self._is_here(manifest) else "store",
+            }
+            for (manifest, there), (_, aliases) in zip(found, served, strict=True)
+        ]
+
+    def _take(self, uri: str) -> AdapterManifest:
+        return artifact_register.take(
+            self._source.store,
+            uri,
+            self._roots,
+            base_digest=self._source.base_digest,
+            max_bytes=self._max_bytes,
+            check=self._check,
+        )
+
+    def _check(self, manifest: AdapterManifest, files: Mapping[str, bytes]) -> None:
+        """The engine's own reading: ranks, shapes, keys that it can't honour. Nothing of it stays."""
+        cache_root().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="register-", dir=cache_root()) as folder:
+            for name, data in files.items():
+                (Path(folder) / name).write_bytes(data)
+            self._engine.check_adapter(Path(folder))
+
+    def _is_here(self, manifest: AdapterManifest) -> bool:
+        return self._source.store.local_dir(*version_key(manifest.task, manifest.version)).is_dir()
+
+
+def _named(ref: str) -> tuple[str, str]:
+    task, _, alias = ref.partition("@")
+    return task, alias

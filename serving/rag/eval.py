@@ -1,0 +1,483 @@
+"""Retrievers on the same questions: measured, compared in pairs, and one of them chosen."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from graftwork import metrics
+from graftwork.datasets.readers import no_rows, read_records, require_new
+from graftwork.datasets.row_keys import QUESTION, KeyCheck
+from graftwork.errors import ConfigError, DataError
+from graftwork.report.schema import Difference, Record, Score
+from graftwork.retrieval import Hit, Retriever, open_retriever
+from graftwork.retrieval.bm25 import LexicalIndex
+from graftwork.retrieval.corpus import document_of, read_corpus
+from graftwork.retrieval.dense import shared_embedder
+from graftwork.retrieval.index_store import LEXICAL_FILE, PublishedIndex, RetrieverChoice
+from graftwork.serving.deploy import Endpoint, deploy
+from graftwork.serving.evaluation.verdict import Rules, ScoredArms, arm_score, family
+from graftwork.serving.rag.rerank import rerank
+from graftwork.serving.rag.spec import RagSpec
+from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
+from graftwork.stats import Floats
+
+# A spec becomes an index, and an index is searched by what its spec says.
+
+
+def make_index(spec: RagSpec, *, on_progress: Callable[[int, int], None] | None = None) -> PublishedIndex:
+    """Read the sources and make their index current; only what changed since the last one is worked on.
+
+    on_progress: called with (passages embedded, of how many). Raises DataError, StorageError, BaseModelError.
+    """
+    ignored: list[str] = []
+    passages = read_corpus(spec.sources, spec.chunk, ignored)
+    embedder = (spec.embedder.uri, shared_embedder(spec.embedder)) if spec.needs_vectors else None
+    done = spec.home.publish(
+        spec.name,
+        passages,
+        made_from=spec.made_from(),
+        sources=[source.uri for source in spec.sources],
+        embedder=embedder,
+        on_progress=on_progress,
+    )
+    return replace(done, notes=tuple(ignored))
+
+
+def open_made(spec: RagSpec, kind: str) -> Retriever:
+    """A retriever over the current index. Raises DataError where that was made from other sources."""
+    manifest = spec.home.current()
+    if manifest.made_from != spec.made_from():
+        raise DataError(
+            f"index {spec.home.store.uri}",
+            f"it was made from {', '.join(manifest.sources)}, or cut another way",
+            "an index is searched by the spec that made it",
+            "run `graftwork rag index FILE` with this spec, or give it another name",
+        )
+    return open_retriever(spec.retriever(kind))  # type: ignore[arg-type]  # checked by the caller's Literal
+
+
+# Questions whose right passages are known: what `graftwork rag eval` asks.
+
+
+MRR_DEPTH = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question: its gold passages or documents, and the texts that answer it."""
+
+    id: str
+    text: str
+    gold_ids: frozenset[str]
+    answers: tuple[str, ...]
+    """Right answers, one of which is enough."""
+    facts: tuple[str, ...] = ()
+    """Values of a gold object that the question does not give away: all are needed."""
+
+    def rank(self, hits: Sequence[Hit]) -> int | None:
+        """1-based rank of the first gold passage; of a gold document any passage is one."""
+        for rank, hit in enumerate(hits, start=1):
+            if hit.passage.id in self.gold_ids or document_of(hit.passage.id) in self.gold_ids:
+                return rank
+        return None
+
+    def answered_by(self, hits: Sequence[Hit]) -> bool:
+        """Whether the answer stands in the passages."""
+        read = _plain(" ".join(hit.passage.text for hit in hits))
+        return (
+            all(_plain(fact) in read for fact in self.facts)
+            if self.facts
+            else any(_plain(answer) in read for answer in self.answers)
+        )
+
+
+def question_keys() -> KeyCheck:
+    """The count of the keys of questions: only the last user turn is searched for, so none is rejected."""
+    return KeyCheck(QUESTION, prompt=False, loss=False)
+
+
+def read_questions(uri: str, limit: int | None = None, keys: KeyCheck | None = None) -> list[Question]:
+    """Read questions in order. keys: counts the keys that are not read (default: `question_keys()`).
+
+    Raises DataError that names the 1-based row and the field.
+    """
+    keys = keys or question_keys()
+    found: list[Question] = []
+    seen: dict[str, int] = {}
+    for number, record in read_records(uri):
+        keys.check(record, f"{uri} row {number}")
+        question = _question(record, f"{uri} row {number}", str(number))
+        require_new(question.id, number, seen, uri, rule="retrievers are compared question by question")
+        found.append(question)
+        if len(found) == limit:
+            break
+    if not found:
+        raise no_rows(uri, "retrievers are measured on questions")
+    return found
+
+
+def require_gold(questions: Sequence[Question], retriever: Retriever, documents: frozenset[str], index: str) -> None:
+    """Raise DataError for questions whose gold passage the index has not: it was made from another corpus."""
+    lost = [q for q in questions if not any(g in documents or retriever.get(g) for g in q.gold_ids)]
+    if lost:
+        gold = ", ".join(sorted(lost[0].gold_ids))
+        raise DataError(
+            f"question {lost[0].id}: doc_id {gold!r}",
+            f"{index} has no such passage; so it is for {len(lost)} of {len(questions)} questions",
+            "questions are asked of the corpus that they were made for",
+            "index that corpus, or take its questions",
+        )
+
+
+def _question(record: dict[str, Any], where: str, default_id: str) -> Question:
+    text = _text(record)
+    if text is None:
+        raise DataError(
+            f"{where}: question",
+            "the field is missing or empty",
+            "a row has `question`, `prompt` or `messages` with a user turn",
+            "add the field",
+        )
+    doc_id = record.get("doc_id")
+    gold = doc_id if isinstance(doc_id, list) else [] if doc_id is None else [doc_id]
+    if not gold or not all(isinstance(one, str | int) and not isinstance(one, bool) for one in gold):
+        raise DataError(
+            f"{where}: doc_id",
+            "the field is missing" if doc_id is None else f"found {doc_id!r}",
+            "a question names its gold passage, or a list of them",
+            "add doc_id",
+        )
+    answers, facts = record.get("answers", []), record.get("gold", {})
+    if not isinstance(answers, list) or not all(isinstance(one, str) and one.strip() for one in answers):
+        raise DataError(f"{where}: answers", f"found {answers!r}"[:200], "answers is a list of texts")
+    if not isinstance(facts, dict):
+        raise DataError(f"{where}: gold", f"found {facts!r}"[:200], "gold is the right answer as a JSON object")
+    hidden = [str(value) for key, value in facts.items() if key not in _listed(record.get("given_fields"))]
+    identity = frozenset(str(one) for one in gold)
+    return Question(str(record.get("id", default_id)), text, identity, tuple(answers), tuple(hidden))
+
+
+def _text(record: dict[str, Any]) -> str | None:
+    turns = record.get("messages")
+    said = (
+        [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"]
+        if (isinstance(turns, list))
+        else []
+    )
+    found = record.get("question") or record.get("prompt") or (said[-1] if said else None)
+    return found if isinstance(found, str) and found.strip() else None
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+Found = Mapping[str, Sequence[Sequence[Hit]]]
+"""By retriever the hits of each question, at least max(k, MRR_DEPTH) deep."""
+DECIDES = metrics.HIT
+"""The metric that the choice is made by: what is not among the k passages, no model can use."""
+_SIMPLEST = "lexical"
+
+
+class RetrieverReport(Record):
+    """One retriever over all questions."""
+
+    name: str
+    scores: dict[str, Score]
+    ms_p50: float | None
+    """Wall time of a search, alone on the machine or not; null: not measured."""
+    ms_p99: float | None
+
+
+class RagReport(Record):
+    """What `graftwork rag eval` found."""
+
+    name: str
+    version: str
+    """Of the index."""
+    passages: int
+    n: int
+    k: int
+    retrievers: tuple[RetrieverReport, ...]
+    differences: tuple[Difference, ...]
+    """Against lexical, paired by question, Holm within a metric."""
+    chosen: str
+    sentence: str
+    questions_uri: str = ""
+    """Where the scores of each question are (`per_question`)."""
+    notes: tuple[str, ...] = ()
+    """Keys of the questions that are ignored."""
+
+
+def judge(
+    found: Found,
+    questions: Sequence[Question],
+    *,
+    name: str,
+    version: str,
+    passages: int,
+    k: int,
+    times_ms: Mapping[str, Sequence[float]],
+    seed: int = 0,
+    notes: tuple[str, ...] = (),
+) -> RagReport:
+    """Scores, differences against lexical, and the choice: lexical, unless another is shown to be better."""
+    values = {arm: _values(hits, questions, k) for arm, hits in found.items()}
+    scored = ScoredArms(values, {"index": version, "k": k}, metrics.RETRIEVAL, _clusters(questions))
+    rules = Rules(seed=seed)
+    measured = [metric for metric in metrics.RETRIEVAL if metric.name in next(iter(values.values()))]
+    others = [arm for arm in found if arm != _SIMPLEST]
+    differences = [d for m in measured for d in family(scored, [(a, _SIMPLEST, m.name) for a in others], rules)]
+    chosen, sentence = _choose(scored, [d for d in differences if d.metric == DECIDES.name], k)
+    reports = tuple(
+        RetrieverReport(
+            name=arm,
+            scores={m.name: _score(arm, m, scored, rules) for m in measured},
+            ms_p50=_quantile(times_ms.get(arm, ()), 0.5),
+            ms_p99=_quantile(times_ms.get(arm, ()), 0.99),
+        )
+        for arm in found
+    )
+    return RagReport(
+        name=name,
+        version=version,
+        passages=passages,
+        n=len(questions),
+        k=k,
+        retrievers=reports,
+        differences=tuple(differences),
+        chosen=chosen,
+        sentence=sentence,
+        notes=notes,
+    )
+
+
+def per_question(found: Found, questions: Sequence[Question], k: int) -> bytes:
+    """A JSON line a question: its gold passages, and of each retriever the k passages, the gold rank and the scores."""
+    values = {name: _values(hits, questions, k) for name, hits in found.items()}
+    lines = []
+    for place, question in enumerate(questions):
+        retrievers = {
+            name: {
+                "passages": [hit.passage.id for hit in hits[place][:k]],
+                "rank": question.rank(hits[place][:MRR_DEPTH]),
+                "scores": {metric: float(column[place]) for metric, column in values[name].items()},
+            }
+            for name, hits in found.items()
+        }
+        line = {
+            "id": question.id,
+            "question": question.text,
+            "gold": sorted(question.gold_ids),
+            "retrievers": retrievers,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+def _clusters(questions: Sequence[Question]) -> list[str] | None:
+    """Questions of one passage are not independent; None where each has its own."""
+    documents = [min(question.gold_ids) for question in questions]
+    return documents if len(set(documents)) < len(documents) else None
+
+
+def _score(arm: str, metric: metrics.Metric, scored: ScoredArms, rules: Rules) -> Score:
+    score = arm_score(arm, metric, scored, rules)
+    assert score is not None, "every retriever answers every question"
+    return score
+
+
+def _values(hits: Sequence[Sequence[Hit]], questions: Sequence[Question], k: int) -> dict[str, Floats]:
+    ranks = [question.rank(one[:MRR_DEPTH]) for question, one in zip(questions, hits, strict=True)]
+    within = [question.rank(one[:k]) for question, one in zip(questions, hits, strict=True)]
+    columns: dict[str, list[float]] = {
+        metrics.HIT.name: [float(rank is not None) for rank in within],
+        metrics.HIT_1.name: [float(rank == 1) for rank in ranks],
+        metrics.MRR.name: [1 / rank if rank else 0.0 for rank in ranks],
+    }
+    if k == 1:
+        del columns[metrics.HIT_1.name]  # the same
+    if all(question.answers or question.facts for question in questions):
+        answered = [float(q.answered_by(one[:k])) for q, one in zip(questions, hits, strict=True)]
+        columns[metrics.IN_CONTEXT.name] = answered
+    return {metric: np.array(column, dtype=np.float64) for metric, column in columns.items()}
+
+
+def _choose(scored: ScoredArms, differences: Sequence[Difference], k: int) -> tuple[str, str]:
+    better = [d for d in differences if d.verdict == "better"]
+    if better:
+        best = max(better, key=lambda d: d.value)
+        return best.a, f"Use {best.a}: {_format_difference(best)} over {_SIMPLEST} in hit@{k}."
+    if not differences:
+        return _SIMPLEST, f"{_SIMPLEST} alone was measured: add dense and hybrid to `retrievers:` to compare."
+    said = "; ".join(f"{d.a} is {_verdict(d)}: {_format_difference(d)}" for d in differences)
+    return _SIMPLEST, f"Use {_SIMPLEST}: no other is shown to be better in hit@{k}. {said[:1].upper()}{said[1:]}."
+
+
+def _verdict(difference: Difference) -> str:
+    if difference.verdict != "undecided" or difference.n_needed is None:
+        return difference.verdict
+    return f"undecided (about {difference.n_needed:,} questions would decide)"
+
+
+def _format_difference(d: Difference) -> str:
+    return f"{d.value * 100:+.1f} points [{d.low * 100:+.1f}, {d.high * 100:+.1f}], p={d.p_adjusted:.2g}, n={d.n}"
+
+
+def _quantile(values: Sequence[float], q: float) -> float | None:
+    return metrics.quantile(values, q) if values else None
+
+
+# What a rerank by the served base makes of what was found, for a whole set of questions.
+
+
+_TOGETHER = 4
+"""Questions at a time: with 10 candidates each they fill a batch."""
+
+
+def rerank_all(
+    spec: RagSpec,
+    found: Sequence[Sequence[Hit]],
+    questions: Sequence[Question],
+    on_progress: Callable[[int, int, str], None] | None,
+) -> tuple[list[Sequence[Hit]], list[float]]:
+    """The candidates of each question in the order of the base's likelihood, and the wall ms that each took.
+
+    Deploys the spec's base on the initialised Ray for the time of the call.
+    """
+    assert spec.rerank is not None
+    serve = ServeSpec(
+        name=f"rag-{spec.name}"[:63],
+        root=spec.root,
+        base=spec.rerank.base,
+        quant=spec.rerank.quant,
+        engine=EngineSpec(max_seq_len=2048),
+    )
+    with deploy(serve, http=False) as endpoint:
+        return asyncio.run(_reranked(spec, endpoint, found, questions, on_progress))
+
+
+async def _reranked(
+    spec: RagSpec,
+    endpoint: Endpoint,
+    found: Sequence[Sequence[Hit]],
+    questions: Sequence[Question],
+    on_progress: Callable[[int, int, str], None] | None,
+) -> tuple[list[Sequence[Hit]], list[float]]:
+    assert spec.rerank is not None
+    candidates, gate, done = spec.rerank.candidates, asyncio.Semaphore(_TOGETHER), 0
+
+    async def likelihood(arm: dict[str, Any], messages: Any, texts: Sequence[str], request_id: str) -> Any:
+        return await endpoint.likelihood(ArmSpec.model_validate(arm), messages, texts, request_id)
+
+    async def one(question: Question, hits: Sequence[Hit]) -> tuple[list[Hit], float]:
+        nonlocal done
+        async with gate:
+            began = time.perf_counter()
+            passages = [hit.passage for hit in hits[:candidates]]
+            order = await rerank(question.text, passages, likelihood, candidates)
+            took = (time.perf_counter() - began) * 1000
+        done += 1
+        if on_progress is not None:
+            on_progress(done, len(questions), "rerank")
+        return [Hit(passage, -float(rank)) for rank, passage in enumerate(order)], took
+
+    pairs = await asyncio.gather(*(one(q, hits) for q, hits in zip(questions, found, strict=True)))
+    return [ranked for ranked, _ in pairs], [took for _, took in pairs]
+
+
+# `rag eval`: search for every question, judge, and let `auto` retrievers do what was found to be best.
+
+
+Progress = Callable[[int, int, str], None]
+RERANKED = "lexical+rerank"
+QUESTIONS_FILE = "eval.jsonl"
+
+
+@dataclass
+class _Measured:
+    hits: dict[str, list[Sequence[Hit]]] = field(default_factory=dict)
+    times_ms: dict[str, list[float]] = field(default_factory=dict)
+
+
+def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport:
+    """Measure the spec's retrievers on its questions and record the choice beside the index.
+
+    Needs an initialised Ray only where the spec asks for a rerank. Raises ConfigError without questions, DataError
+    for questions of another corpus.
+    """
+    keys = question_keys()
+    questions = questions_of(spec, keys)
+    retrievers = {kind: open_made(spec, kind) for kind in spec.kinds}
+    _require_corpus(spec, questions, retrievers["lexical"])
+    depth = max(spec.k, MRR_DEPTH, spec.rerank.candidates if spec.rerank else 0)
+    measured = _Measured()
+    for kind, retriever in retrievers.items():
+        _search(measured, kind, retriever, questions, depth, on_progress)
+    if spec.rerank is not None:
+        ranked, times = rerank_all(spec, measured.hits["lexical"], questions, on_progress)
+        measured.hits[RERANKED], measured.times_ms[RERANKED] = ranked, times
+    manifest = spec.home.current()
+    report = judge(
+        measured.hits,
+        questions,
+        name=spec.name,
+        version=manifest.version,
+        passages=manifest.passages,
+        k=spec.k,
+        times_ms=measured.times_ms,
+        seed=spec.seed,
+        notes=keys.note("questions"),
+    )
+    kind = next((kind for kind in spec.kinds if kind == report.chosen), "lexical")  # an arm asks for a rerank itself
+    spec.home.choose(RetrieverChoice(kind=kind, version=manifest.version, sentence=report.sentence))
+    spec.home.store.write_bytes(per_question(measured.hits, questions, spec.k), QUESTIONS_FILE)
+    return report.model_copy(update={"questions_uri": spec.home.store.path(QUESTIONS_FILE)})
+
+
+def questions_of(spec: RagSpec, keys: KeyCheck | None = None) -> list[Question]:
+    """Read the questions of the spec; keys: as in `read_questions`.
+
+    Raises ConfigError where the spec has none, DataError for a bad row.
+    """
+    if spec.questions is None:
+        raise ConfigError(
+            "questions",
+            "the key is missing",
+            "retrievers are measured on questions whose passage is known",
+            "add `questions:`, a JSONL with question, doc_id and answers",
+        )
+    return read_questions(spec.questions, spec.limit, keys)
+
+
+def _require_corpus(spec: RagSpec, questions: Sequence[Question], lexical: Retriever) -> None:
+    folder = spec.home.folder(spec.home.current())
+    ids = (passage.id for _, passage in LexicalIndex.open(folder / LEXICAL_FILE).numbered())
+    require_gold(questions, lexical, frozenset(map(document_of, ids)), f"index {spec.home.store.uri}")
+
+
+def _search(
+    measured: _Measured,
+    kind: str,
+    retriever: Retriever,
+    questions: Sequence[Question],
+    depth: int,
+    on_progress: Progress | None,
+) -> None:
+    hits, times = measured.hits.setdefault(kind, []), measured.times_ms.setdefault(kind, [])
+    retriever.search(questions[0].text, depth)  # loads an embedder, opens a connection: no part of a search
+    for number, question in enumerate(questions, start=1):
+        began = time.perf_counter()
+        hits.append(retriever.search(question.text, depth))
+        times.append((time.perf_counter() - began) * 1000)
+        if on_progress is not None:
+            on_progress(number, len(questions), kind)

@@ -1,0 +1,324 @@
+"""What the plan decides: `auto` in a spec, GPUs that are not here, and the way out where nothing fits."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graftwork.base import load as base_model
+from graftwork.base.model_shape import ModelShape
+from graftwork.cli.stage_plans import plan_spec
+from graftwork.environment import Speed, collect
+from graftwork.errors import BaseModelError, ConfigError
+from graftwork.planning.hardware import GPUS, Machine, gpu_called, named_gpu
+from graftwork.planning.memory import GIB, RUNS, Correction, RowSizes, learn, read_corrections
+from graftwork.quantization.spec import QuantSpec
+from graftwork.serving.planning import plan_serving
+from graftwork.serving.spec import EngineSpec
+from graftwork.training.autotune import FinalPeak, sizes_of
+from graftwork.training.objectives.rows import prepare
+from graftwork.training.planning.memory import kind_of, predict_training
+from graftwork.training.planning.plan import plan_training, resolve_auto, step_seconds
+from graftwork.training.report import TrainReport, memory_notes, plan_of_run, write_page
+from graftwork.training.run import ResolvedRun
+from graftwork.training.spec import TrainSpec
+from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob
+from tests.shapes import LLAMA_8B, SMOLLM2
+from tests.training import task
+
+MACHINE = Machine(cores=2, memory_bytes=8 * GIB, speed=Speed(gflops=65.0, gbytes_per_s=20.0))
+AUTO = {"micro_batch": "auto", "gradient_checkpointing": "auto"}
+FULL = {"adapter": {"kind": "full"}, "quant": {"kind": "none"}}
+ROWS = RowSizes.from_lengths([2048] * 64, [1024] * 64)
+
+
+def spec(**keys: Any) -> TrainSpec:
+    return TrainSpec.model_validate(
+        {"name": "t", "base": "b", "data": {"train": "t.jsonl"}, "max_length": 2048, "num_workers": 1, **keys}
+    )
+
+
+def on(gpu: str) -> Machine:
+    return Machine.with_gpus(GPUS[gpu])
+
+
+def test_auto_takes_the_fastest_that_fits_and_says_why() -> None:
+    asked = spec(optim={"rows_per_step": 16, **AUTO}, gpus_per_worker=1, quant={"kind": "none"})
+    large = resolve_auto(asked, LLAMA_8B, ROWS, on("h200"))
+    small = resolve_auto(asked, LLAMA_8B, ROWS, on("rtx4090"))
+    assert large.spec.optim.gradient_checkpointing is False
+    assert small.spec.optim.gradient_checkpointing is True
+    assert any(note.startswith("gradient_checkpointing=on (predicted ") for note in small.notes)
+    assert any("accumulation=" in note and note.startswith("micro_batch=") for note in small.notes)
+    for machine, found in ((on("h200"), large.spec), (on("rtx4090"), small.spec)):
+        assert predict_training(found, LLAMA_8B, ROWS, value_bytes=2).peak_bytes < 0.95 * machine.memory_bytes
+        others = (
+            asked.with_({"optim.micro_batch": n, "optim.gradient_checkpointing": c})
+            for n in (1, 2, 4, 8, 16)
+            for c in (False, True)
+        )
+        fitting = [
+            one
+            for one in others
+            if predict_training(one, LLAMA_8B, ROWS, value_bytes=2).peak_bytes < 0.95 * machine.memory_bytes
+        ]
+        fastest = min(step_seconds(one, LLAMA_8B, ROWS, machine, 1) for one in fitting)
+        assert step_seconds(found, LLAMA_8B, ROWS, machine, 1) <= 1.01 * fastest
+
+
+def test_what_was_given_is_kept() -> None:
+    given = spec(optim={"rows_per_step": 16, "micro_batch": 2, "gradient_checkpointing": "auto"})
+    assert resolve_auto(given, SMOLLM2, ROWS, MACHINE).spec.optim.micro_batch == 2
+    plain = spec(quant={"resident": "packed"})
+    assert resolve_auto(plain, SMOLLM2, ROWS, MACHINE).spec is plain
+
+
+def test_nf4_lies_unpacked_on_a_cpu_where_that_fits() -> None:
+    short, roomy = RowSizes.from_lengths([128] * 64, [64] * 64), replace(MACHINE, memory_bytes=64 * GIB)
+    form = {
+        gib: resolve_auto(spec(), SMOLLM2, short, replace(MACHINE, memory_bytes=int(gib * GIB))).spec.quant.resident
+        for gib in (8, 1.9, 1)
+    }
+    assert form == {8: "dequantised", 1.9: "packed", 1: "auto"}, "where nothing fits it stays as it was asked for"
+    found = resolve_auto(spec(), SMOLLM2, short, roomy).spec
+    packed = spec(quant={"resident": "packed"})
+    assert step_seconds(found, SMOLLM2, short, roomy, 1) < step_seconds(packed, SMOLLM2, short, roomy, 1)
+    assert resolve_auto(spec(gpus_per_worker=1), SMOLLM2, short, on("h100")).spec.quant.resident == "auto"
+
+
+def test_auto_where_nothing_fits_names_the_cheapest_change_that_does() -> None:
+    asked = spec(optim={"rows_per_step": 8, **AUTO}, gpus_per_worker=1, quant={"kind": "none"})
+    with pytest.raises(ConfigError) as error:
+        resolve_auto(asked, LLAMA_8B, ROWS, on("t4").at(QuantSpec(kind="none")))
+    assert "of 14.6 GiB a GPU" in error.value.problem
+    assert error.value.hint.startswith("--set ")
+    changes = dict(one.split("=") for one in error.value.hint.removeprefix("--set ").split(" --set "))
+    changed = asked.with_({"optim.micro_batch": 1, "optim.gradient_checkpointing": True, **changes})
+    peak = predict_training(changed, LLAMA_8B, ROWS, value_bytes=4).peak_bytes
+    assert peak < 0.95 * GPUS["t4"].memory_bytes
+
+
+def test_all_weights_of_8b_do_not_fit_one_h100_and_the_plan_says_what_does() -> None:
+    full = spec(**FULL, optim={"rows_per_step": 8, "lr": 1e-5}, gpus_per_worker=1)
+    plan = plan_training(full, LLAMA_8B, ROWS, None, on("h100"))
+    assert not plan.fits
+    assert plan.verdict.startswith("needs ")
+    assert "strategy.kind=zero" in plan.verdict
+    least = {"optim.gradient_checkpointing": True, "optim.micro_batch": 1}
+    shared = {"num_workers": 8, "strategy": {"kind": "zero3"}, **least}
+    assert plan_training(full.with_(shared), LLAMA_8B, ROWS, None, on("h100")).fits
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+def test_each_stage_of_zero_shares_more(kind: str) -> None:
+    """ZeRO, arXiv 1910.02054, figure 1: states of all weights, over 8 workers."""
+    order = ["ddp", "zero1", "zero2", "zero3"]
+    full = spec(**FULL, optim={"lr": 1e-5}, num_workers=8, gpus_per_worker=1)
+
+    def states(strategy: str) -> int:
+        plan = predict_training(full.with_({"strategy.kind": strategy}), LLAMA_8B, ROWS, value_bytes=2)
+        return sum(plan.part(name) for name in ("trained weights", "gradients", "optimizer"))
+
+    assert states(kind) < states(order[order.index(kind) - 1])
+    if kind == "zero3":  # bf16 weights and gradients, fp32 weights and two moments: 16 bytes a weight over 8 workers
+        assert states(kind) == pytest.approx(16 * LLAMA_8B.params / 8, rel=1e-6)
+
+
+def test_offloading_moves_the_optimizer_to_the_host() -> None:
+    full = spec(**FULL, optim={"lr": 1e-5}, num_workers=8, gpus_per_worker=1)
+    stays = predict_training(full.with_({"strategy": {"kind": "zero2"}}), LLAMA_8B, ROWS, value_bytes=2)
+    moved = predict_training(
+        full.with_({"strategy": {"kind": "zero2", "offload_optimizer": "cpu"}}), LLAMA_8B, ROWS, value_bytes=2
+    )
+    assert moved.part("optimizer") == 0
+    assert dict(moved.host)["offloaded"] == stays.part("optimizer")
+
+
+def test_a_gpu_without_bfloat16_computes_in_float32_or_is_refused() -> None:
+    plan = plan_training(spec(gpus_per_worker=1), SMOLLM2, ROWS, None, on("t4").at(QuantSpec()))
+    assert any("no bfloat16" in warning for warning in plan.warnings)
+    with pytest.raises(BaseModelError, match="SM 7.0"):
+        on("v100").at(QuantSpec(dtype="bfloat16"))
+    assert on("a100-40").at(QuantSpec()).value_bytes == 2
+
+
+def test_int8_is_advised_against() -> None:
+    [warning] = plan_training(spec(quant={"kind": "int8"}), SMOLLM2, RowSizes.at_most(64), None, MACHINE).warnings
+    assert "int8" in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80"),
+        ("A100-80G", None, "a100-80"),
+        ("Tesla T4", 14.6, "t4"),
+        ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA GeForce RTX 4090", 23.5, "rtx4090"),
+        ("AMD Instinct MI300X", 192.0, None),
+    ],
+)
+def test_gpus_are_known_by_the_names_of_driver_and_ray(name: str, memory: float | None, expected: str | None) -> None:
+    found = gpu_called(name, memory)
+    assert (found.name if found else None) == expected
+
+
+def test_an_unknown_gpu_is_refused_and_a_file_of_its_figures_taken(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--gpu rtx4090"):
+        named_gpu("rtx49")
+    file = tmp_path / "card.yaml"
+    file.write_text("{memory_gib: 47.5, sm: 8.9, tflops: 181, fp32_tflops: 91, gbytes_per_s: 960}", encoding="utf-8")
+    assert named_gpu(str(file)).memory_bytes == int(47.5 * GIB)
+    file.write_text("{memory: 47.5}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="memory_gib"):
+        named_gpu(str(file))
+
+
+def test_a_spec_is_planned_for_gpus_from_a_laptop(tmp_path: Path) -> None:
+    [plan] = plan_spec(task(tmp_path / "task"), Path(), GPUS["h100"], 2)
+    assert (plan.processes, plan.fits) == (2, True)
+    assert plan.step_s is not None
+    assert plan.step_s > 0
+
+
+def test_serving_is_planned_for_gpus() -> None:
+    """vLLM's rule of thumb for Llama-3-8B in bf16: 15 GiB of weights, 128 KiB a token of keys and values."""
+    engine = EngineSpec(kv_tokens=65_536, max_seq_len=4096)
+    plain = QuantSpec(kind="none")
+    plan = plan_serving("serve", LLAMA_8B, plain, engine, on("h100").at(plain))
+    parts = dict(plan.parts)
+    assert parts["base weights"] == pytest.approx(15.0 * GIB, rel=0.01)
+    assert parts["key-value memory"] == 65_536 * 128 * 1024
+    assert plan.fits
+    small = plan_serving("serve", LLAMA_8B, plain, engine, on("a10").at(plain), replicas=2)
+    assert "22.0 GiB a GPU; fits with engine.kv_tokens=" in small.verdict
+
+
+def test_a_run_settles_once_and_goes_on_as_it_began(tmp_path: Path) -> None:
+    asked = task(tmp_path / "task", **{"optim.micro_batch": "auto", "optim.gradient_checkpointing": "auto"})
+    run = ResolvedRun.resolve(asked)
+    first = run.with_auto_resolved()
+    assert isinstance(first.spec.optim.micro_batch, int)
+    assert first.spec.optim.gradient_checkpointing is False
+    assert first.spec.quant.resident == "dequantised"
+    assert len(first.notes) == 3
+    assert run.paths.run_id == ResolvedRun.resolve(first.spec).paths.run_id, (
+        "what auto became is no part of a run's identity"
+    )
+    recorded = first.spec.with_({"optim.micro_batch": 1})
+    run.paths.store.write_bytes(yaml.safe_dump(recorded.model_dump(mode="json")).encode(), *run.paths.spec())
+    again = run.with_auto_resolved()
+    assert again.spec.optim.micro_batch == 1
+    assert "as the run began" in again.notes[0]
+
+
+def test_runs_raise_later_plans_of_their_kind_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
+    assert read_corrections("cpu") == {}
+    learn("cpu", kind_of(spec()), predicted_bytes=100, measured_bytes=120)
+    learn("cpu", kind_of(spec()), predicted_bytes=100, measured_bytes=105)
+    assert read_corrections("cpu") == {"sft lora nf4": Correction(1.2, 2)}, "the largest of the newest runs"
+    rows = RowSizes.at_most(64)
+    taught = replace(MACHINE, peaks=read_corrections("cpu"))
+    plain, corrected = (plan_training(spec(), SMOLLM2, rows, None, machine) for machine in (MACHINE, taught))
+    assert corrected.peak_bytes_per_process == round(1.2 * plain.peak_bytes_per_process)
+    assert sum(size for _, size in corrected.parts) == corrected.peak_bytes_per_process
+    assert dict(corrected.parts)["correction from 2 earlier runs on this machine"] > 0
+    for other in ({"quant": {"kind": "none"}}, {"objective": {"kind": "dpo"}}, {"adapter": {"kind": "ia3"}}):
+        plans = [plan_training(spec(**other), SMOLLM2, rows, None, machine) for machine in (MACHINE, taught)]
+        assert plans[0].parts == plans[1].parts, other
+    assert resolve_auto(spec(optim=AUTO), SMOLLM2, rows, replace(taught, memory_bytes=64 * GIB)).notes, (
+        "auto sees it too"
+    )
+
+
+def test_a_plan_is_never_lowered_and_a_correction_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path))
+    assert learn("h100", "sft lora none", predicted_bytes=100, measured_bytes=1000) == Correction(1.5, 1)
+    assert learn("t4", "sft lora none", predicted_bytes=100, measured_bytes=1) == Correction(1.0, 1)
+    asked = spec(quant={"kind": "none"}, gpus_per_worker=1)
+    found = plan_training(asked, SMOLLM2, ROWS, None, on("t4"))
+    assert found.parts == plan_training(asked, SMOLLM2, ROWS, None, replace(on("t4"), peaks={})).parts
+    for _ in range(RUNS):
+        learn("h100", "sft lora none", predicted_bytes=100, measured_bytes=104)
+    assert read_corrections("h100")["sft lora none"] == Correction(1.04, RUNS), (
+        "one odd run does not count for all time"
+    )
+
+
+def test_a_runs_final_peak_is_what_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = task(tmp_path / "task")
+    job = TrainJob(asked, prepare(asked))
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    predicted = predict_training(
+        asked, ModelShape.from_config(base_model.resolve(asked.base).config), sizes_of(job.data.train)
+    ).peak_bytes
+    result = LoopResult(3, False, (), (), 10, 1.0, (predicted, round(1.25 * predicted)), (0, 0))
+    step = StepReport(1, 9, loss=1.0, lr=1e-3, grad_norm=1.0, tokens=10, elapsed_s=1.0, step_s=1.0)
+    final_peak = FinalPeak(job)
+    assert final_peak(step)
+    final_peak.learn(result)
+    assert read_corrections("cpu") == {}, "a run that goes on for one step has not reached its peak"
+    assert final_peak(replace(step, step=2))
+    assert read_corrections("cpu") == {}, "the peak so far is below the final one where rows differ in length"
+    final_peak.learn(result)
+    assert read_corrections("cpu") == {kind_of(asked): Correction(1.25, 1)}
+
+
+def test_links_are_those_of_the_gpus(tmp_path: Path) -> None:
+    """All weights of Llama-3-8B, 8 x H100 SXM, 1 x 2,048 tokens: NVLink 4 sends 450 GB/s each way, PCIe 4 31.5."""
+    full = spec(
+        **FULL,
+        num_workers=8,
+        gpus_per_worker=1,
+        strategy={"kind": "zero3"},
+        optim={"rows_per_step": 8, "micro_batch": 1, "lr": 1e-5},
+    )
+
+    def step_s(gpu: str, workers: int = 8) -> float:
+        asked = full.with_({"num_workers": workers, "optim.rows_per_step": workers})
+        return step_seconds(asked, LLAMA_8B, ROWS, Machine.with_gpus(named_gpu(gpu)), workers)
+
+    computed_s = step_s("h100,link_gbytes_per_s=1e9")
+    sent = 7 / 8 * LLAMA_8B.params * 2 * 3  # bf16: weights twice, gradients once
+    assert step_s("h100") - computed_s == pytest.approx(sent / (450e9 * 0.63), rel=1e-3)
+    assert step_s("h100,link_gbytes_per_s=31.5") - computed_s == pytest.approx(sent / (31.5e9 * 0.63), rel=1e-3)
+    assert step_s("h100") < 0.6
+    assert step_s("h100", 16) > 2 * step_s("h100"), "the exchange of two machines goes over their network"
+    assert step_s("h100,per_machine=16", 16) < 1.1 * step_s("h100")
+    assert GPUS["l4"].link_gbytes_per_s == 31.5
+    with pytest.raises(ConfigError, match="network_gbytes"):
+        named_gpu("h100,network_gbytes=12.5")
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        named_gpu("h100,nvlink")
+
+
+def test_plan_output_and_report_show_one_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `plan` prints is stored when the run starts; what other runs teach meanwhile does not change it."""
+    asked = task(tmp_path / "task", **{"outcomes": {"task": {"rows": 4, "max_new_tokens": 5}}})
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    learn("cpu", kind_of(asked), predicted_bytes=100, measured_bytes=110)
+    [printed] = plan_spec(asked, Path())
+    assert any(name == "correction from 1 earlier run on this machine" for name, _ in printed.parts)
+    assert any(line.startswith("outcomes take ") for line in printed.assumptions)
+    run = ResolvedRun.resolve(asked).with_auto_resolved()
+    run.paths.store.write_json(plan_of_run(run.spec, run.base, run.data, run.probes), *run.paths.plan())
+    run.paths.store.write_json(collect(0), *run.paths.provenance())
+    learn("cpu", kind_of(asked), predicted_bytes=100, measured_bytes=140)
+    predicted = printed.peak_bytes_per_process
+    [note] = memory_notes(run.paths, (predicted // 2, predicted + 2**28))
+    assert note == (
+        f"memory of a worker: {predicted / GIB:.2f} GiB predicted, {predicted / GIB + 0.25:.2f} GiB at the peak"
+    )
+    report = TrainReport(
+        "r", "t@v", "v", False, 1, 48, 0, 10, 1.0, 10.0, ((1, 1.0),), (), (predicted // 2, predicted + 2**28), (0, 0)
+    )
+    page, missing = write_page(run.paths, run.spec, report, None)
+    assert missing == ()
+    shown = json.loads(Path(page.json_uri).read_text(encoding="utf-8"))["plan"]
+    assert [(row["predicted_bytes"], row["actual_bytes"]) for row in shown] == [(predicted, predicted + 2**28)]

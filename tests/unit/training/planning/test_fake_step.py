@@ -1,0 +1,127 @@
+"""The real step on tensors without memory: against the closed form, and against peaks that an H100 measured."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from graftwork.base.model_shape import ModelShape
+from graftwork.errors import ConfigError
+from graftwork.planning.memory import GIB, RowSizes, weight_bytes
+from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.training.planning.memory import allocated as allocated_of
+from graftwork.training.planning.memory import predict_training
+from graftwork.training.spec import TrainSpec
+
+import_bitsandbytes()
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 8192,
+}
+SMALLER = {**LLAMA_8B, "num_hidden_layers": 4, "vocab_size": 32000}
+PLAIN = {"kind": "none"}
+
+
+def spec(rows: int, *, again: bool, quant: dict[str, Any], adapter: dict[str, Any]) -> TrainSpec:
+    return TrainSpec.model_validate(
+        {
+            "name": "t",
+            "base": "b",
+            "data": {"train": "t.jsonl"},
+            "max_length": 2048,
+            "num_workers": 1,
+            "gpus_per_worker": 1,
+            "quant": quant,
+            "adapter": adapter,
+            "optim": {"rows_per_step": rows, "micro_batch": rows, "lr": 1e-5, "gradient_checkpointing": again},
+        }
+    )
+
+
+def allocated(asked: TrainSpec, config: dict[str, Any], rows: RowSizes) -> int:
+    """What the closed form says that torch's allocator gives out: without CUDA's own and without fragments."""
+    plan = predict_training(asked, ModelShape.from_config(config), rows, value_bytes=2)
+    return allocated_of(plan)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "again"),
+    [
+        ({"kind": "lora"}, False),
+        ({"kind": "lora", "targets": "attention", "dropout": 0.1}, True),
+        ({"kind": "lora", "dora": True}, True),
+        ({"kind": "full"}, False),
+        ({"kind": "ia3"}, False),
+        ({"kind": "prefix"}, False),
+        ({"kind": "bottleneck", "placement": "houlsby"}, True),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_the_closed_form_is_what_the_real_step_takes(adapter: dict[str, Any], again: bool) -> None:
+    """transformers' Llama, PEFT's layers and autograd on fake tensors: 4 blocks of Llama-3-8B, 2 rows of 1,024."""
+    from graftwork.training.planning.fake_step import replay
+
+    asked, rows = spec(2, again=again, quant=PLAIN, adapter=adapter), RowSizes.from_lengths([1024] * 2, [1023] * 2)
+    found = replay(asked, SMALLER, rows, value_bytes=2)
+    assert allocated(asked, SMALLER, rows) == pytest.approx(found.peak_bytes, rel=0.04)
+    shape = ModelShape.from_config(SMALLER)
+    frozen = 0 if adapter["kind"] == "full" else weight_bytes(shape, asked.quant, 2)
+    assert found.weights == pytest.approx(frozen, rel=0.001, abs=2**16)
+    assert found.optimizer == 2 * found.trained
+    assert found.gradients == found.trained
+
+
+def test_a_packed_base_is_replayed_at_its_size() -> None:
+    from graftwork.training.planning.fake_step import replay
+
+    asked = spec(2, again=False, quant={"kind": "nf4", "double_quant": True}, adapter={"kind": "lora"})
+    rows = RowSizes.from_lengths([512] * 2, [511] * 2)
+    found = replay(asked, SMALLER, rows, value_bytes=2)
+    assert found.weights == pytest.approx(weight_bytes(ModelShape.from_config(SMALLER), asked.quant, 2), rel=0.001)
+    assert allocated(asked, SMALLER, rows) == pytest.approx(found.peak_bytes, rel=0.06)
+
+
+def test_what_cannot_be_replayed_is_refused() -> None:
+    from graftwork.training.planning.fake_step import replay
+
+    asked = spec(1, again=False, quant={"kind": "int8"}, adapter={"kind": "lora"})
+    with pytest.raises(ConfigError, match="leave --replay out"):
+        replay(asked, SMALLER, RowSizes.at_most(64), value_bytes=2)
+
+
+# One H100, random weights of Llama-3-8B's shape, 2,048 tokens, r16 on all linears, TRL 1.16's SFTTrainer (docs/log.md).
+
+ROWS = RowSizes.from_lengths([2048] * 8, [2047] * 8)
+
+
+def test_the_closed_form_against_peaks_of_an_h100() -> None:
+    """TRL keeps a LoRA on a plain base in fp32, as we do, and on a quantised one in bfloat16, which takes less."""
+    lora = allocated(spec(4, again=True, quant=PLAIN, adapter={"kind": "lora"}), LLAMA_8B, ROWS)
+    assert lora / GIB == pytest.approx(20.1, rel=0.03)
+    double = {"kind": "nf4", "double_quant": True}
+    qlora = allocated(spec(4, again=True, quant=double, adapter={"kind": "lora"}), LLAMA_8B, ROWS)
+    assert 9.5 < qlora / GIB < 9.5 * 1.15
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("quant", "adapter_dtype", "measured"),
+    [(PLAIN, torch.float32, 20.1), ({"kind": "nf4", "double_quant": True}, torch.bfloat16, 9.5)],
+    ids=["LoRA", "QLoRA"],
+)
+def test_the_replay_against_peaks_of_an_h100(
+    quant: dict[str, Any], adapter_dtype: torch.dtype, measured: float
+) -> None:
+    from graftwork.training.planning.fake_step import replay
+
+    asked = spec(4, again=True, quant=quant, adapter={"kind": "lora"})
+    found = replay(asked, LLAMA_8B, ROWS, value_bytes=2, adapter_dtype=adapter_dtype)
+    assert found.peak_bytes / GIB == pytest.approx(measured, rel=0.05)

@@ -1,0 +1,219 @@
+"""Where a worker begins: the newest whole checkpoint whose every file is as it was recorded, the same on all ranks."""
+
+import argparse
+import contextlib
+import functools
+import io
+import os
+import secrets
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from graftwork.errors import ConfigError, GraftworkError, RunError, StorageError
+from graftwork.storage.store import RunPaths
+from graftwork.training.checkpoint import CheckpointMark, Checkpoints
+from graftwork.training.distributed import all_gather_object, attempt, from_rank_0, rank_and_world
+from graftwork.training.spec import TrainSpec
+from graftwork.training.worker_messages import TrainJob
+
+STARTS = "starts.json"
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """What a worker goes on from."""
+
+    mark: CheckpointMark | None = None
+    """None begins at the beginning."""
+    folder: Path | None = None
+    """The checkpoint's files on this machine."""
+    notes: tuple[str, ...] = ()
+    sends: bool = True
+    """This rank sends the checkpoints of its machine."""
+    universal: bool = False
+    """`folder` is in DeepSpeed's universal form (universal.py)."""
+
+    @property
+    def step(self) -> int:
+        """Steps done before."""
+        return self.mark.step if self.mark else 0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training before."""
+        return self.mark.elapsed_s if self.mark else 0.0
+
+    def require_loadable(self, spec: TrainSpec) -> None:
+        """Raise ConfigError when the strategy can't go on from the checkpoint."""
+        asked, mark = spec.strategy.kind, self.mark
+        if mark is not None and mark.strategy != asked:
+            raise ConfigError(
+                f"strategy.kind={asked}",
+                f"the checkpoint of step {mark.step} was written by strategy {mark.strategy}",
+                "optimizer states are kept in their strategy's form",
+                f"--set strategy.kind={mark.strategy}",
+            )
+
+
+def agree_resume_point(job: TrainJob) -> ResumePoint:
+    """Collective; clears what killed runs left, brings the checkpoint to each machine, notes the start in starts.json.
+
+    Raises StorageError on all ranks alike.
+    """
+    if job.run is None:
+        return ResumePoint()
+    checkpoints, world = Checkpoints(job.run), rank_and_world()[1]
+    sends = _sends_its_folder(checkpoints)
+    if sends:
+        checkpoints.clear_cache()
+
+    def whole() -> list[CheckpointMark]:
+        checkpoints.clear_unfinished()
+        return checkpoints.marks()
+
+    notes: list[str] = []
+    found = [(checkpoints, mark) for mark in reversed(from_rank_0(whole))]
+    if job.begin_from is not None:
+        before = Checkpoints(job.begin_from)
+        found += [(before, mark) for mark in reversed(from_rank_0(before.marks))]
+    for of, mark in found:
+        folder, damage = of.folder(mark.step), _damage(of, mark, fetch=sends)
+        if not damage:
+            start = ResumePoint(mark, folder, (*notes, *_notes(mark, world)), sends)
+            break
+        notes.append(f"the checkpoint of step {mark.step} is damaged ({damage[0]}) and was left out")
+        from_rank_0(functools.partial(of.drop, mark.step))
+    else:
+        if job.begin_from is not None:
+            raise StorageError(
+                f"the checkpoint of {'/'.join(job.begin_from.file())}",
+                "; ".join(notes) or "there is none",
+                "this run begins from a whole one",
+            )
+        start = ResumePoint(notes=tuple(notes), sends=sends)
+    from_rank_0(functools.partial(_note_start, job.run, start, world))
+    return start
+
+
+def read_starts(run: RunPaths) -> list[dict[str, object]]:
+    """Every time that the run's workers began: when, after which step, how many, with which notes."""
+    key = run.file(STARTS)
+    found: list[dict[str, object]] = run.store.read_json(*key) if run.store.exists(*key) else []
+    return found
+
+
+def _damage(checkpoints: Checkpoints, mark: CheckpointMark, *, fetch: bool) -> list[str]:
+    """What is wrong with a checkpoint's files on any machine. Collective; those who `fetch` bring and check them."""
+    outcomes = all_gather_object(attempt(lambda: checkpoints.fetch(mark) if fetch else []))
+    for outcome in outcomes:
+        if isinstance(outcome, GraftworkError):
+            raise outcome
+    return [found for outcome in outcomes if isinstance(outcome, list) for found in outcome]
+
+
+def _note_start(run: RunPaths, start: ResumePoint, world: int) -> None:
+    begun = {"at": round(time.time(), 3), "step": start.step, "workers": world, "notes": list(start.notes)}
+    run.store.write_json([*read_starts(run), begun], *run.file(STARTS))
+
+
+def _notes(mark: CheckpointMark, world: int) -> list[str]:
+    if mark.world_size == world:
+        return []
+    return [
+        f"step {mark.step} was reached by {mark.world_size} workers, {world} go on: the same rows a step; "
+        "random numbers (dropout) are drawn anew"
+    ]
+
+
+def _sends_its_folder(checkpoints: Checkpoints) -> bool:
+    """Whether this rank is the first of those that share its folder: each machine's files are sent once. Collective.
+
+    Every rank leaves a mark; who sees a smaller rank's mark beside its own leaves the sending to that one.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return True
+    token = from_rank_0(lambda: secrets.token_hex(4))
+    folder = checkpoints.work_dir()
+    own = folder / f".tmp-here-{token}-{rank}"
+    own.touch()
+    all_gather_object(rank)
+    seen = [int(path.name.rpartition("-")[2]) for path in folder.glob(f".tmp-here-{token}-*")]
+    all_gather_object(rank)
+    own.unlink()
+    all_gather_object(rank)  # the folder may be cleared now
+    return min(seen) == rank
+
+
+# ZeRO checkpoints for another number of workers, by way of DeepSpeed's universal form.
+#
+# DeepSpeed 0.19 loads shards with as many workers as wrote them, and transformers 5.23 never asks for the universal
+# form:
+# the folder is made here, and `checkpoint.load_universal` in DeepSpeed's configuration makes the engine read it.
+
+
+def reshaped(start: ResumePoint, spec: TrainSpec, world: int) -> ResumePoint:
+    """The start, its shards in a form that `world` workers load where other numbers wrote them. Collective."""
+    mark = start.mark
+    if mark is None or start.folder is None or not spec.strategy.kind.startswith("zero") or mark.world_size == world:
+        return start
+    shards, whole = start.folder, universal_of(start.folder)
+    stage = int(spec.strategy.kind[-1])
+    for outcome in all_gather_object(attempt(lambda: _convert(shards, mark.step, stage) if start.sends else None)):
+        if isinstance(outcome, GraftworkError):
+            raise outcome
+    return replace(start, folder=whole, universal=True)
+
+
+def universal_of(folder: Path) -> Path:
+    """Where a checkpoint's universal form is made: beside it, under a name that no listing takes for a checkpoint."""
+    return folder.with_name(f".tmp-universal-{folder.name}")
+
+
+def mend(engine: Any) -> None:
+    """Part what DeepSpeed's ZeRO-3 lays together when it loads the universal form. On every rank, once it has loaded.
+
+    DeepSpeed 0.19.8 (zero/stage3.py load_hp_checkpoint_state_from_checkpoint_dir_stage3) gives all groups of parameters
+    one and the same `step` tensor, which torch's AdamW then counts up once a group, and the first group's weight decay.
+    """
+    optimizer = engine.optimizer.optimizer
+    for state in optimizer.state.values():
+        if hasattr(state.get("step"), "clone"):
+            state["step"] = state["step"].clone()
+    for group in optimizer.param_groups[1:]:
+        group["weight_decay"] = 0.0  # transformers' second group: norms and biases
+
+
+def _convert(folder: Path, step: int, stage: int) -> None:
+    """Write the universal form: the trainer's own files linked, the shards merged. Raises RunError."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    whole, name = universal_of(folder), f"global_step{step}"
+    shutil.rmtree(whole, ignore_errors=True)
+    (whole / name).mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.is_file():
+            os.link(file, whole / file.name)
+    said = io.StringIO()
+    arguments = argparse.Namespace(
+        input_folder=str(folder / name),
+        output_folder=str(whole / name),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=stage < 3,
+    )
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            ds_to_universal.main(arguments)
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise RunError(
+            f"checkpoint of step {step} for another number of workers",
+            f"{type(error).__name__}: {error}",
+            "DeepSpeed merges the shards into its universal form",
+            "go on with as many workers as wrote it",
+        ) from error

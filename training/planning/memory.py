@@ -1,0 +1,426 @@
+"""Peak of one training worker: on a CPU its process, on a GPU what the process takes of the GPU."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graftwork.adapters.spec import FullSpec, LoraSpec, PrefixSpec
+from graftwork.base import load as base_model
+from graftwork.base.model_shape import ModelShape
+from graftwork.base.spec import BaseSpec
+from graftwork.planning.memory import (
+    BATCH_TOKENS,
+    BF16,
+    CUDA_BYTES,
+    FP32,
+    FRAGMENTS,
+    MIB,
+    EachRow,
+    MemoryPlan,
+    RowSizes,
+    kv_bytes,
+    largest_linear,
+    loading_bytes,
+    saved_bytes,
+    trained_params,
+    weight_bytes,
+)
+from graftwork.training.objectives.spec import DistillSpec, DpoSpec, RewardSpec, RlSpec, TeacherSpec
+from graftwork.training.spec import TrainSpec
+from graftwork.training.step_plan import step_plan
+
+
+def kind_of(spec: TrainSpec) -> str:
+    """The kind of a run: `sft lora nf4`."""
+    return f"{spec.objective.kind} {spec.adapter.kind} {spec.quant.kind}"
+
+
+# What one forward pass of each kind of finetuning computes: its tokens, its output head, what stands beside it.
+
+
+LOGIT_COPIES = 3
+"""In fp32: log-softmax, the gradients of it and of its input, alive together in the backward pass of cross-entropy."""
+TILE_TOKENS, TILE_VOCAB = 4096, 32_768
+"""Largest tile of logits in TRL's fused head (trl/kernels/chunked_logprob.py)."""
+TILE_COPIES = 7
+"""In fp32, of a tile where the fused head is made of torch's own operations, as on a CPU (`_backward_tile`)."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of one worker."""
+
+    rows: int
+    tokens: int
+    """Of the longest rows."""
+    row: int
+    """Tokens of one sequence."""
+    masked: bool
+    """Rows of one pass differ in length: a mask says where they end."""
+    scored: int
+    """Positions whose logits are computed."""
+    fused_head: bool
+    """The head works in tiles and never holds all logits."""
+    varied: bool = False
+    """Other passes have other shapes."""
+
+    def describe(self) -> str:
+        """Return the pass as text."""
+        return f"{self.rows} rows of {self.tokens // self.rows} tokens a forward pass, {self.scored} of them scored"
+
+
+def pass_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> Pass:
+    """The forward pass of a spec with the most tokens. A pair of preferences is two sequences, a prompt as many as its
+    answers."""
+    return passes_of(spec, rows, micro_batch)[0]
+
+
+def passes_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> tuple[Pass, ...]:
+    """The forward passes that can be the largest, most tokens first: each further one has more scored positions.
+
+    Where the rows are known they are those of the run, as `step_plan` deals the rows and as they are padded.
+    """
+    sequences = 2 if isinstance(spec.objective, DpoSpec | RewardSpec) else 1
+    if isinstance(spec.objective, RlSpec):
+        sequences = spec.objective.generations
+    cuda = spec.gpus > 0
+    taught = teacher_of(spec) is not None
+    fused = cuda or taught or isinstance(spec.objective, DpoSpec)
+    packed = getattr(spec.objective, "packing", "none") != "none"
+    masked = packed or (rows.padded and micro_batch * sequences > 1)
+
+    def taken(row: int, trained: int, varied: bool) -> Pass:
+        tokens, scored = micro_batch * sequences * row, trained
+        if isinstance(spec.objective, RewardSpec):
+            scored = 0
+        elif fused and not cuda and not taught:  # TRL 1.16 scores every position where there is no Triton
+            scored = tokens
+        return Pass(micro_batch, tokens, row, masked, scored, fused, varied)
+
+    if rows.each is None:
+        longest = -(-rows.longest // sequences)
+        return (taken(longest, micro_batch * rows.longest_trained, rows.padded),)
+    sizes = _largest(spec, rows.each, micro_batch)
+    return tuple(taken(row, trained, sizes.varied) for row, trained in sizes.passes)
+
+
+@dataclass(frozen=True)
+class _Largest:
+    passes: tuple[tuple[int, int], ...]
+    """(tokens of a row with its padding, trained tokens of all rows)."""
+    varied: bool
+
+
+def _largest(spec: TrainSpec, each: EachRow, micro_batch: int) -> _Largest:
+    steps = step_plan(each.lengths_N, spec.optim, spec.seed, spec.num_workers, None)
+    rows_PM = steps.rows_SR.reshape(-1, micro_batch)
+    widths_P, trained_P = each.widths_N[rows_PM].max(axis=1), each.trained_N[rows_PM].sum(axis=1)
+    found: list[tuple[int, int]] = []
+    for index in np.lexsort((-trained_P, -widths_P)):
+        if not found or trained_P[index] > found[-1][1]:
+            found.append((int(widths_P[index]), int(trained_P[index])))
+    return _Largest(tuple(found), bool(widths_P.min() != widths_P.max()))
+
+
+def logit_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> int:
+    """The output head at its peak, beside the activations."""
+    if taken.fused_head:
+        models = 2 if teacher_of(spec) else 1
+        copies = value_bytes if spec.gpus else value_bytes + TILE_COPIES * FP32
+        tile = min(taken.scored, TILE_TOKENS) * min(model.vocab, TILE_VOCAB) * copies
+        gathered = taken.scored * model.hidden * (value_bytes + FP32)  # the scored positions, their gradient in fp32
+        return models * (gathered + tile)
+    copies = LOGIT_COPIES * FP32 + (value_bytes if value_bytes == BF16 else 0)
+    return taken.scored * model.vocab * copies
+
+
+def beside_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> dict[str, int]:
+    """What a kind keeps beside the trained model, by name: a teacher; the keys and values of answers being sampled."""
+    if (teacher := teacher_of(spec)) is not None:
+        return _teacher(teacher, spec, value_bytes)
+    if isinstance(spec.objective, RlSpec):
+        return {"sampling": kv_bytes(model, taken.tokens, value_bytes) + taken.rows * model.vocab * FP32 * 2}
+    return {}
+
+
+def teacher_of(spec: TrainSpec) -> TeacherSpec | None:
+    """Who stands beside the student in each step; nobody where the teacher's texts are learned."""
+    objective = spec.objective
+    return objective.teacher if isinstance(objective, DistillSpec) and objective.generate is None else None
+
+
+def _teacher(teacher: TeacherSpec, spec: TrainSpec, value_bytes: int) -> dict[str, int]:
+    """The weights of the teacher, which stands on a base of its own in the worker's process."""
+    shape = ModelShape.from_config(_config(teacher.base or spec.base))
+    return {"teacher": weight_bytes(shape, teacher.quant or spec.quant, value_bytes)}
+
+
+@functools.cache
+def _config(base: BaseSpec) -> Mapping[str, Any]:
+    return base_model.resolve(base).config
+
+
+# What each worker keeps of weights, gradients and optimizer under DDP, ZeRO 1 to 3 and FSDP2.
+#
+# ZeRO (arXiv 1910.02054) keeps 1/N of the optimizer (1), of the gradients too (2), of the weights too (3). The figures
+# are of DeepSpeed 0.19's settings in `training/strategies`.
+
+
+BUCKET_VALUES = 50_000_000
+"""Values of one reduction or gathering of DeepSpeed: a copy of so many is alive beside gradients and weights."""
+LIVE_BLOCKS = 2
+"""Blocks whose weights are whole on a worker at once: the one at work and the one that is fetched."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Bytes of one worker. `host` lies in the machine's memory, which on a CPU is the same one."""
+
+    weights: int
+    trained: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    """Buckets of reductions, gathered blocks."""
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.trained + self.gradients + self.optimizer + self.buffers
+
+
+def shared(spec: TrainSpec, model: ModelShape, frozen_bytes: int, trained: int) -> Shared:
+    """`frozen_bytes`: of the weights that are not trained. `trained`: how many values are, kept in fp32.
+
+    Under DeepSpeed on a GPU weights that are trained are in bf16, and their fp32 form is part of the optimizer's state.
+    """
+    kind, workers, cuda = spec.strategy.kind, spec.num_workers, spec.gpus > 0
+    if kind == "ddp":
+        buckets = trained * FP32 if workers > 1 else 0
+        return Shared(frozen_bytes, trained * FP32, trained * FP32, 2 * trained * FP32, buckets)
+    if kind == "fsdp2":
+        gathered = LIVE_BLOCKS * -(-(frozen_bytes + trained * FP32) // (model.layers + 1))
+        part = trained * FP32 // workers
+        return _offloaded(spec, Shared(frozen_bytes // workers, part, part, 2 * part, gathered))
+    stage, value = int(kind[-1]), BF16 if cuda else FP32
+    bucket = min(trained, BUCKET_VALUES) * value
+    optimizer = trained * 3 * FP32 // workers  # two moments and the fp32 weights that are stepped
+    gradients = trained * value // (workers if stage >= 2 else 1)
+    if stage < 3:
+        return _offloaded(spec, Shared(frozen_bytes, trained * value, gradients, optimizer, 2 * bucket))
+    live = LIVE_BLOCKS * -(-(frozen_bytes + trained * value) // (model.layers + 1))
+    whole = Shared(frozen_bytes // workers, trained * value // workers, gradients, optimizer, bucket + live)
+    return _offloaded(spec, whole)
+
+
+def _offloaded(spec: TrainSpec, shared: Shared) -> Shared:
+    """What a strategy moves off a GPU: to the host's memory, or to its disk. On a CPU nothing moves but to the disk."""
+    cuda, strategy = spec.gpus > 0, spec.strategy
+    optimizer, weights, trained, host = shared.optimizer, shared.weights, shared.trained, 0
+    if strategy.offload_optimizer == "nvme" or (strategy.offload_optimizer == "cpu" and cuda):
+        host += optimizer * (strategy.offload_optimizer == "cpu")
+        optimizer = 0
+    if strategy.offload_weights == "nvme" or (strategy.offload_weights == "cpu" and cuda):
+        host += (weights + trained) * (strategy.offload_weights == "cpu")
+        weights = trained = 0
+    return Shared(weights, trained, shared.gradients, optimizer, shared.buffers, host)
+
+
+PROCESS_BYTES = 660 * MIB
+"""Peak of a worker that trains a base of 0.2 M parameters: Python 3.11, torch 2.13, transformers, PEFT, TRL,
+bitsandbytes and Ray 2.60 on Linux x86-64 (`benchmarks/memory_plan.py`). 160 MiB of it are library pages that processes
+share."""
+ALLOCATOR_SHARE = 0.15
+"""Freed temporaries between live activations that glibc does not return, as a share of activations and logits."""
+BETWEEN_STEPS = frozenset(
+    {
+        "process",
+        "base weights",
+        "trained weights",
+        "optimizer",
+        "buffers",
+        "loaded whole",
+        "unpacked layer",
+        "teacher",
+        "fragments",
+        "CUDA",
+    }
+)
+NEVER_AT_ONCE = "never at once"
+"""Name of the part that is taken off again."""
+
+
+def predict_training(
+    spec: TrainSpec, model: ModelShape, rows: RowSizes | None = None, *, value_bytes: int = FP32
+) -> MemoryPlan:
+    """Peak of one training worker: the end of the forward pass over the longest rows, or the loading if that is more.
+
+    `rows`: sizes of the rendered rows; without them every row is taken as `spec.max_length` long and half trained.
+    `value_bytes` is of the compute dtype, as `base_model.compute_dtype` picks it. Raises BaseModelError for a base
+    whose activations no formula predicts (`ModelShape.unplanned`).
+    """
+    model.require_planned(f"memory of {spec.name}")
+    rows = rows or RowSizes.at_most(spec.max_length)
+    predict = _on_gpu if spec.gpus else _on_cpu
+    plans = [predict(spec, model, taken, value_bytes) for taken in passes_of(spec, rows, micro_batch(spec))]
+    step = max(plans, key=lambda plan: plan.peak_bytes)
+    return max(step, _measuring(spec, model, step, value_bytes), key=lambda plan: plan.peak_bytes)
+
+
+def _measuring(spec: TrainSpec, model: ModelShape, step: MemoryPlan, value_bytes: int) -> MemoryPlan:
+    """The peak while outcomes are measured: what stays between steps, and a forward pass of which all is scored."""
+    outcomes = spec.outcomes
+    if not (outcomes.task or outcomes.retention or outcomes.fairness):
+        return step
+    logits = BATCH_TOKENS * model.vocab * (value_bytes + 2 * FP32)  # then in fp32, and their log-softmax
+    block = BATCH_TOKENS * (4 * model.hidden + 2 * model.q_size + 2 * model.kv_size + 3 * model.intermediate) * FP32
+    past = kv_bytes(model, BATCH_TOKENS, value_bytes)
+    stays = tuple((name, size) for name, size in step.parts if name in BETWEEN_STEPS)
+    return MemoryPlan((*stays, ("outcomes", logits + max(block, past))), step.assumptions, step.host)
+
+
+def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> MemoryPlan:
+    if isinstance(spec.adapter, FullSpec):
+        value_bytes = FP32  # the trained weights are in fp32, and there is no autocast on a CPU
+    block = saved_bytes(model, spec.adapter, _row(spec, taken), value_bytes=value_bytes)
+    held, at_work = _activations(spec, model, taken, block, value_bytes)
+    logits = logit_bytes(spec, model, taken, value_bytes)
+    part = _shares(spec, model, value_bytes)
+    step = {
+        "trained weights": part.trained,
+        "gradients": part.gradients + _added_gradients(spec, model, taken),
+        "optimizer": part.optimizer,
+        "buffers": part.buffers,
+        "loaded whole": _loaded_whole(spec, part),
+        "unpacked layer": _unpacked(spec, model, value_bytes, autocast=False),
+        "activations": held + at_work,
+        "logits": logits,
+        **beside_bytes(spec, model, taken, value_bytes),
+        "allocator": _allocator(spec, model, held + at_work + logits),
+    }
+    resident = {"process": PROCESS_BYTES, "base weights": part.weights}
+    loading = {} if spec.quant.resident == "dequantised" else loading_bytes(model, spec.quant)
+    parts = resident | (step if sum(step.values()) >= sum(loading.values()) else loading)
+    notes = (taken.describe(), f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process")
+    return MemoryPlan(tuple((name, size) for name, size in parts.items() if size), notes)
+
+
+def _added_gradients(spec: TrainSpec, model: ModelShape, taken: Pass) -> int:
+    """Gradients of embedding and head that a pass adds to those of earlier passes, where all weights are trained.
+
+    A tied weight gets two of them, one as the head and one as the embedding; those of other layers are small.
+    """
+    passes = spec.optim.rows_per_step // spec.num_workers // taken.rows
+    return 2 * model.head_params * FP32 if passes > 1 and isinstance(spec.adapter, FullSpec) else 0
+
+
+def _allocator(spec: TrainSpec, model: ModelShape, passing: int) -> int:
+    """Freed memory that glibc does not give back, beside `passing` bytes of activations and logits.
+
+    Where all weights are trained, gradients are freed after each step and come again between the activations of the
+    next: whatever the rows, one fp32 copy of the weights is lost in pieces or filled with activations.
+    """
+    share = round(ALLOCATOR_SHARE * passing)
+    return max(share, model.params * FP32 - passing) if isinstance(spec.adapter, FullSpec) else share
+
+
+def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> MemoryPlan:
+    """Compute in 16 bits is autocast's: fp32 adapters are copied to 16 bits for as long as a pass lasts."""
+    autocast = value_bytes == BF16
+    row = _row(spec, taken)
+    block = saved_bytes(model, spec.adapter, row, value_bytes=value_bytes, autocast=autocast, mask_bytes=1)
+    held, at_work = _activations(spec, model, taken, block, value_bytes)
+    part = _shares(spec, model, value_bytes)
+    copies = trained_params(model, spec.adapter) * BF16 if autocast and spec.strategy.kind in ("ddp", "fsdp2") else 0
+    backward = round(taken.tokens * _backward(model, value_bytes))
+    logits = max(logit_bytes(spec, model, taken, value_bytes), backward)
+    parts = {
+        "base weights": part.weights,
+        "trained weights": part.trained,
+        "gradients": part.gradients,
+        "optimizer": part.optimizer,
+        "buffers": part.buffers,
+        "16-bit copies": copies,
+        "unpacked layer": _unpacked(spec, model, value_bytes, autocast=autocast),
+        "activations": held + at_work,
+        "logits and their gradients": logits,
+        NEVER_AT_ONCE: -_never_at_once(spec, taken, part.gradients, held + logits + copies),
+        **beside_bytes(spec, model, taken, value_bytes),
+    }
+    parts |= {"fragments": round(FRAGMENTS * sum(parts.values())), "CUDA": CUDA_BYTES}
+    host = {"process": PROCESS_BYTES, "offloaded": part.host}
+    return MemoryPlan(
+        tuple((name, size) for name, size in parts.items() if size),
+        (taken.describe(),),
+        tuple((name, size) for name, size in host.items() if size),
+    )
+
+
+def _loaded_whole(spec: TrainSpec, part: Shared) -> int:
+    """The shares of the others, which FSDP2 loads first and gives back: on a CPU to glibc, which keeps them."""
+    return (spec.num_workers - 1) * (part.weights + part.trained) if spec.strategy.kind == "fsdp2" else 0
+
+
+def allocated(plan: MemoryPlan) -> int:
+    """What torch's allocator gives out at a GPU's peak (`torch.cuda.max_memory_allocated`)."""
+    return plan.peak_bytes - plan.part("CUDA") - plan.part("fragments")
+
+
+def _never_at_once(spec: TrainSpec, taken: Pass, gradients: int, held: int) -> int:
+    """What of activations and gradients is not alive together: in the backward pass one takes the other's place.
+
+    Where passes accumulate the gradients of one are there while the next keeps its activations; what a strategy shares
+    lies in buffers of its own all the time. On a CPU both count: what glibc is given back it keeps, in pieces that the
+    optimizer's first step fills (all weights of SmolLM2-135M: 3.38 GiB measured, 2.77 without the gradients).
+    """
+    passes = spec.optim.rows_per_step // spec.num_workers // taken.rows
+    if passes > 1 or spec.strategy.kind != "ddp" or spec.num_workers > 1:
+        return 0
+    return min(gradients, held)
+
+
+def _row(spec: TrainSpec, taken: Pass) -> int | None:
+    """Tokens of a row where a mask is kept."""
+    return taken.row if taken.masked or isinstance(spec.adapter, PrefixSpec) else None
+
+
+def _activations(spec: TrainSpec, model: ModelShape, taken: Pass, block: float, value_bytes: int) -> tuple[int, int]:
+    """(kept from the forward pass, one block computed again under checkpointing)."""
+    ends = 2 * model.hidden * value_bytes
+    if not spec.optim.gradient_checkpointing:
+        return round(taken.tokens * (block * model.layers + ends)), 0
+    inputs = model.layers * model.hidden * value_bytes
+    return round(taken.tokens * (inputs + ends)), round(taken.tokens * block)
+
+
+def _backward(model: ModelShape, value_bytes: int) -> float:
+    """Bytes a token of the gradients alive at once in one block: of the MLP's inner activations and of two streams."""
+    return (3 * model.intermediate + 2 * model.hidden) * value_bytes
+
+
+def _shares(spec: TrainSpec, model: ModelShape, value_bytes: int) -> Shared:
+    trained = trained_params(model, spec.adapter)
+    plain = spec.quant.resident == "dequantised"
+    base = weight_bytes(model, spec.quant, value_bytes, dequantised=plain)
+    frozen = 0 if isinstance(spec.adapter, FullSpec) else base
+    return shared(spec, model, frozen, trained)
+
+
+def _unpacked(spec: TrainSpec, model: ModelShape, value_bytes: int, *, autocast: bool) -> int:
+    """A quantised layer while it is multiplied; with DoRA an identity of its inputs, or four forms of the weight."""
+    plain = spec.quant.kind == "none" or spec.quant.resident == "dequantised"
+    layer = 0 if plain else largest_linear(model) * value_bytes
+    if not (isinstance(spec.adapter, LoraSpec) and spec.adapter.dora):
+        return layer
+    targets = model.targets(spec.adapter.targets)
+    identity = max(linear.inputs for linear in targets) ** 2 * (FP32 + BF16 * autocast)
+    return layer + max(identity, 4 * FP32 * max(linear.params for linear in targets))
+
+
+def micro_batch(spec: TrainSpec) -> int:
+    """Rows of one forward pass on one worker: the largest divisor of its rows that `optim.micro_batch` allows."""
+    per_worker = spec.optim.rows_per_step // spec.num_workers
+    return max(size for size in range(1, min(spec.optim.rows_per_pass, per_worker) + 1) if per_worker % size == 0)

@@ -1,0 +1,404 @@
+"""A short roofline: seconds of a training step from its operations and bytes, on this machine's cores or on a GPU."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graftwork.adapters.spec import FullSpec, LoraSpec, PrefixSpec
+from graftwork.base.model_shape import ModelShape
+from graftwork.errors import ConfigError
+from graftwork.planning.hardware import Gpu, Machine
+from graftwork.planning.memory import BF16, FP32, GIB, Correction, MemoryPlan, RowSizes, TokenWork, trained_params
+from graftwork.planning.plan import HEADROOM, START_S, StagePlan, charge_bytes, fits, of_room, verdict_of
+from graftwork.training.planning.memory import kind_of, micro_batch, predict_training
+from graftwork.training.spec import TrainSpec
+
+
+def worker_memory(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> MemoryPlan:
+    """Peak of one training worker, raised by what earlier runs of its kind have shown on this machine.
+
+    The one prediction of a run: `plan`, `auto`, a run's output and its report all show it.
+    """
+    plan = predict_training(spec, model, rows, value_bytes=machine.value_bytes)
+    correction = machine.peaks.get(kind_of(spec), Correction())
+    added = round(plan.peak_bytes * (correction.ratio - 1))
+    return replace(plan, parts=(*plan.parts, (correction.part_name(), added))) if added > 0 else plan
+
+
+TRAIN_EFFICIENCY = 0.70
+"""Of the probe's rate, in a training step: smaller products, element-wise work, autograd."""
+UNPACK_PER_S = 1.0e9
+"""nf4 weights that one core unpacks a second (bitsandbytes 0.50, AVX2)."""
+DROPPED_PER_S = 38e6
+"""Values that pass the adapters' dropout in one core's second: PyTorch draws them one by one on a CPU."""
+PASS_BLOCK_S = 2e-3
+"""One block of one forward and backward pass beside its products, in a core's second: Python, autograd."""
+RAY_TRAIN_START_S = 10.0
+"""Until Ray Train's controller has called the workers: 7 to 9 s on 2 cores."""
+RAY_TUNE_START_S = 4.0
+"""Until Ray Tune has started its first trials."""
+PADDING = 1.04
+"""Padded over real tokens: rows of a step are sorted by length."""
+
+GPU_LORA, GPU_FULL = 0.34, 0.50
+"""Of a GPU's dense rate. On one H100 (8B, 2,048 tokens): LoRA 0.33 with and 0.35 without checkpointing, QLoRA 0.37; all
+weights of 1.2B 0.50 (`docs/log.md`)."""
+GPU_MEMORY = 0.75
+"""Of a GPU's memory bandwidth, in element-wise work and unpacking."""
+LAUNCH_BLOCK_S = 4.5e-3
+"""A block's forward and backward pass takes no less: Python starts its kernels one by one (1.5 ms forward)."""
+ADAM_BYTES = 28
+"""Read and written of one trained value in a step: weight, gradient and two moments in fp32."""
+CPU_ADAM_BYTES = ADAM_BYTES + 12
+"""On a CPU, with the norm of the gradients and their clipping, which pass over them once and twice."""
+DECODE_BLOCK_S, GPU_DECODE_BLOCK_S = 4e-3, 5e-4
+"""One block of one step of transformers' generate beside its products, with an adapter: Python, the cache."""
+DECODE_EFFICIENCY = 0.26
+"""Of the probe's rate, in products of few rows."""
+LINK_EFFICIENCY = 0.63
+"""Of a link's rate in one direction, in collectives (20 GB/s over PCIe 4 x16); nothing overlaps with the computing."""
+
+
+def training_flops(spec: TrainSpec, model: ModelShape, tokens: float, scored: float, row: float) -> float:
+    """Operations of a forward and a backward pass over `tokens` tokens in rows of `row`, `scored` of them scored."""
+    full, again = isinstance(spec.adapter, FullSpec), bool(spec.optim.gradient_checkpointing)
+    keys = row + (spec.adapter.tokens if isinstance(spec.adapter, PrefixSpec) else 0)
+    # attention: 4 forward; backward 10, as it computes the scores again
+    attention = model.layers * (14 + 4 * again) * keys * model.q_size
+    weights = (6 if full else 4) + 2 * again
+    added = 0 if full else 6 * trained_params(model, spec.adapter)
+    head = (6 if full else 4) * model.head_params
+    return tokens * (weights * model.linear_params + added + attention) + scored * head
+
+
+def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
+    """One optimizer step of one worker while `processes` such processes run."""
+    per_worker = spec.optim.rows_per_step // spec.num_workers
+    passes = per_worker / micro_batch(spec)
+    tokens = per_worker * rows.mean * (PADDING if rows.padded else 1.0)
+    flops = training_flops(spec, model, tokens, per_worker * rows.mean_trained, rows.mean)
+    flops += passes * _magnitude_flops(spec, model)
+    if machine.gpu is not None:
+        return _gpu_seconds(spec, model, machine, flops, passes)
+    full = isinstance(spec.adapter, FullSpec)
+    if full:
+        machine = replace(machine, value_bytes=FP32)  # trained weights are in fp32, and there is no autocast on a CPU
+    again = 1 if spec.optim.gradient_checkpointing else 0
+    packed = spec.quant.kind == "nf4" and spec.quant.resident != "dequantised"
+    unpack_s = (2 + again) * passes * model.linear_params / UNPACK_PER_S if packed else 0.0
+    dropout_s = tokens * _dropped(spec, model) / DROPPED_PER_S
+    calls_s = passes * model.layers * PASS_BLOCK_S
+    trained = trained_params(model, spec.adapter)
+    shared = 1 if spec.strategy.kind == "ddp" else spec.num_workers
+    adam_s = trained * CPU_ADAM_BYTES / shared / (machine.speed.gbytes_per_s * 1e9)
+    one_core_s = machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s + adam_s
+    return one_core_s / machine.pace(processes, spec.cpus_per_worker)
+
+
+def _dropped(spec: TrainSpec, model: ModelShape) -> int:
+    """Values of one token that pass the adapters' dropout, in all blocks."""
+    if not (isinstance(spec.adapter, LoraSpec) and spec.adapter.dropout):
+        return 0
+    return sum(linear.count * linear.inputs for linear in model.targets(spec.adapter.targets))
+
+
+def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: float, passes: float) -> float:
+    """Products at the GPU's rate, or the start of their kernels where that takes longer; then bytes over bandwidth."""
+    assert machine.gpu is not None
+    gpu, full = machine.gpu, isinstance(spec.adapter, FullSpec)
+    rate = (gpu.tflops if machine.value_bytes == BF16 else gpu.fp32_tflops) * 1e12 * (GPU_FULL if full else GPU_LORA)
+    bandwidth = gpu.gbytes_per_s * 1e9 * GPU_MEMORY
+    again = 1 if spec.optim.gradient_checkpointing else 0
+    launch_s = passes * model.layers * LAUNCH_BLOCK_S * (1 + again / 3)
+    unpacked = passes * (2 + again) * model.linear_params * (0.5 + machine.value_bytes)
+    trained = trained_params(model, spec.adapter)
+    unpack_s = unpacked / bandwidth if spec.quant.kind != "none" else 0.0
+    step_s = trained * ADAM_BYTES / bandwidth / (spec.num_workers if spec.strategy.kind != "ddp" else 1)
+    return max(flops / rate, launch_s) + unpack_s + step_s + _exchange_seconds(spec, model, trained, passes, gpu)
+
+
+def _exchange_seconds(spec: TrainSpec, model: ModelShape, trained: int, passes: float, gpu: Gpu) -> float:
+    """Gradients summed over the workers once a step; under ZeRO-3 and FSDP2 weights fetched in each pass, twice.
+
+    DDP sums gradients in fp32, DeepSpeed in the 16 bits that it trains in. Where each worker has a share of the
+    weights, gradients are sent once to the worker that has them; else the sum is sent back to all.
+    """
+    share, sharded = (spec.num_workers - 1) / spec.num_workers, spec.strategy.kind in ("zero3", "fsdp2")
+    value = BF16 if spec.strategy.kind.startswith("zero") else FP32
+    sent = (1 if sharded else 2) * share * trained * value
+    if sharded:
+        sent += 2 * passes * share * model.params * BF16
+    rate = gpu.link_gbytes_per_s if spec.num_workers <= gpu.per_machine else gpu.network_gbytes_per_s
+    return sent / (min(rate, gpu.link_gbytes_per_s) * 1e9 * LINK_EFFICIENCY)
+
+
+def _magnitude_flops(spec: TrainSpec, model: ModelShape) -> float:
+    """DoRA's norm of the whole updated weight, once a forward pass (PEFT multiplies A and B by the identity)."""
+    if not (isinstance(spec.adapter, LoraSpec) and spec.adapter.dora):
+        return 0.0
+    times = 2 if spec.optim.gradient_checkpointing else 1
+    targets = model.targets(spec.adapter.targets)
+    return times * sum(x.count * 2 * spec.adapter.rank * x.inputs * (x.inputs + x.outputs) for x in targets)
+
+
+def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
+    """The held-out loss over `rows`, shared among a run's workers: forward passes alone."""
+    flops = rows.count * (rows.mean * PADDING * 2 * model.linear_params + rows.mean_trained * 2 * model.head_params)
+    if machine.gpu is not None:
+        return flops / spec.num_workers / (machine.gpu.tflops * 1e12 * GPU_LORA)
+    return machine.core_s(flops / spec.num_workers, TRAIN_EFFICIENCY) / machine.pace(processes, spec.cpus_per_worker)
+
+
+def outcomes_seconds(spec: TrainSpec, model: ModelShape, work: TokenWork, machine: Machine, processes: int) -> float:
+    """Measuring `work` once, shared among a run's workers: continuations weighed, answers written to their most."""
+    weighed = (work.read + work.prompts) * 2 * model.linear_params + work.weighed * 2 * model.head_params
+    written = work.written * 2 * (model.linear_params + model.head_params)
+    steps = work.decoding_steps * model.layers
+    if machine.gpu is not None:
+        read_s = (
+            work.decoding_steps * model.params * machine.value_bytes / (machine.gpu.gbytes_per_s * 1e9 * GPU_MEMORY)
+        )
+        one_s = weighed / (machine.gpu.tflops * 1e12 * GPU_LORA) + read_s + steps * GPU_DECODE_BLOCK_S
+        return one_s / spec.num_workers
+    one_s = machine.core_s(weighed, TRAIN_EFFICIENCY) + machine.core_s(written, DECODE_EFFICIENCY)
+    return (one_s + steps * DECODE_BLOCK_S) / spec.num_workers / machine.pace(processes, spec.cpus_per_worker)
+
+
+# `auto` in a training spec: the fastest setting that is predicted to fit, found before any worker starts.
+
+
+EQUALLY_FAST = 1.01
+"""Of settings within this ratio the one with the least memory is taken."""
+
+
+@dataclass(frozen=True)
+class AutoResult:
+    """A spec without `auto`, and why it is as it is."""
+
+    spec: TrainSpec
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    spec: TrainSpec
+    bytes: int
+    step_s: float
+
+
+def has_auto(spec: TrainSpec) -> bool:
+    """Whether the plan has something to decide."""
+    return "auto" in (spec.optim.micro_batch, spec.optim.gradient_checkpointing) or _form_is_open(spec)
+
+
+def _form_is_open(spec: TrainSpec) -> bool:
+    """Whether nf4 may lie in memory as its plain values: on a CPU, where unpacking takes a third of a pass."""
+    return spec.quant.kind == "nf4" and spec.quant.resident == "auto" and not spec.gpus
+
+
+def resolve_auto(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> AutoResult:
+    """Replace `auto` in `optim` and `quant.resident`.
+
+    Raises ConfigError where nothing fits, with the cheapest change that would.
+    """
+    if not has_auto(spec):
+        return AutoResult(spec)
+    if model.unplanned and "auto" not in (spec.optim.micro_batch, spec.optim.gradient_checkpointing):
+        return AutoResult(spec.with_({"quant.resident": "packed"}), (f"nf4 stays packed: {model.unplanned}",))
+    found = [_predict_candidate(one, model, rows, machine) for one in _candidates(spec)]
+    fitting = [one for one in found if fits(one.bytes, machine)]
+    if not fitting and "auto" not in (spec.optim.micro_batch, spec.optim.gradient_checkpointing):
+        return AutoResult(spec)  # it was asked for as it is; `plan` says that it may not fit
+    if not fitting:
+        raise _nothing_fits(spec, min(found, key=lambda one: one.bytes), model, rows, machine)
+    fastest = min(one.step_s for one in fitting)
+    best = min((one for one in fitting if one.step_s <= EQUALLY_FAST * fastest), key=lambda one: one.bytes)
+    return AutoResult(best.spec, tuple(_reasons(spec, best, machine)))
+
+
+def _candidates(spec: TrainSpec) -> Iterator[TrainSpec]:
+    per_worker = spec.optim.rows_per_step // spec.num_workers
+    sizes = [n for n in range(1, per_worker + 1) if per_worker % n == 0]
+    if spec.optim.micro_batch != "auto":
+        sizes = [spec.optim.micro_batch]
+    twice: list[bool | str] = [spec.optim.gradient_checkpointing]
+    if twice == ["auto"]:  # PEFT's prefix is cached keys and values, which checkpointing drops
+        twice = [False] if isinstance(spec.adapter, PrefixSpec) else [False, True]
+    for again in twice:
+        for size in sizes:
+            for form in ("packed", "dequantised") if _form_is_open(spec) else (spec.quant.resident,):
+                keys = {"optim.micro_batch": size, "optim.gradient_checkpointing": again, "quant.resident": form}
+                yield spec.with_(keys)
+
+
+def _predict_candidate(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> _Candidate:
+    peak = worker_memory(spec, model, rows, machine).peak_bytes
+    step_s = step_seconds(spec, model, rows, machine, spec.num_workers)
+    return _Candidate(spec, charge_bytes(peak, spec.num_workers, machine), step_s)
+
+
+def _reasons(asked: TrainSpec, best: _Candidate, machine: Machine) -> Iterator[str]:
+    predicted = f"predicted {of_room(best.bytes, machine)}"
+    if asked.optim.micro_batch == "auto":
+        size = micro_batch(best.spec)
+        passes = best.spec.optim.rows_per_step // best.spec.num_workers // size
+        yield f"micro_batch={size}, accumulation={passes} (the fastest that fits: {predicted})"
+    if asked.optim.gradient_checkpointing == "auto":
+        yield f"gradient_checkpointing={'on' if best.spec.optim.gradient_checkpointing else 'off'} ({predicted})"
+    if _form_is_open(asked) and best.spec.quant.resident == "dequantised":
+        yield f"nf4 lies in memory as its plain values (no unpacking in each pass: {predicted})"
+
+
+def _nothing_fits(
+    spec: TrainSpec, least: _Candidate, model: ModelShape, rows: RowSizes, machine: Machine
+) -> ConfigError:
+    ways = (way for way, size in suggest_training_changes(least.spec, model, rows, machine) if fits(size, machine))
+    way = next(ways, None)
+    return ConfigError(
+        f"{spec.name}: optim.micro_batch={spec.optim.micro_batch}, "
+        f"optim.gradient_checkpointing={spec.optim.gradient_checkpointing}",
+        f"the least that it can take is {of_room(least.bytes, machine)} (base of {model.params / 1e9:.1f}B weights)",
+        f"a run may take {HEADROOM:.0%} of the memory: {HEADROOM * machine.memory_bytes / GIB:.1f} GiB",
+        " ".join(f"--set {one}" for one in way.split()) if way and "(" not in way else way or "take a smaller base",
+    )
+
+
+# A run of `train`: memory of a worker, seconds of a step and of the whole.
+
+
+def plan_training(
+    spec: TrainSpec,
+    model: ModelShape,
+    rows: RowSizes,
+    held_out: RowSizes | None,
+    machine: Machine,
+    outcomes: TokenWork | None = None,
+) -> StagePlan:
+    """A run of `train`. `rows` and `held_out`: sizes of the rendered rows. `outcomes`: measured before and after.
+
+    Raises ConfigError as `resolve_auto` does.
+    """
+    settled = resolve_auto(spec, model, rows, machine)
+    spec, workers = settled.spec, settled.spec.num_workers
+    steps = max(1, math.ceil(spec.optim.epochs * rows.count / spec.optim.rows_per_step - 1e-9))
+    evals = math.ceil(steps / spec.eval_every)
+    eval_s = evaluation_seconds(spec, model, held_out, machine, workers) if held_out else 0.0
+    start_s = RAY_TRAIN_START_S + START_S / machine.pace(workers, 1)
+    memory = worker_memory(spec, model, rows, machine)
+    peak = memory.peak_bytes
+    step_s = step_seconds(spec, model, rows, machine, workers)
+    outcomes_s = 2 * outcomes_seconds(spec, model, outcomes, machine, workers) if outcomes else 0.0
+    host = (f"{memory.host_bytes / GIB:.1f} GiB of the machine's own memory a worker",) if memory.host else ()
+    return StagePlan(
+        stage=f"train {spec.name}",
+        processes=workers,
+        peak_bytes_per_process=peak,
+        total_bytes=peak * workers,
+        seconds=start_s + steps * step_s + evals * eval_s + outcomes_s,
+        verdict=verdict_of(
+            charge_bytes(peak, workers, machine), machine, suggest_training_changes(spec, model, rows, machine)
+        ),
+        parts=memory.parts,
+        assumptions=(
+            f"{steps} steps of {spec.optim.rows_per_step} rows",
+            *settled.notes,
+            *memory.assumptions,
+            *(
+                (f"outcomes take {outcomes_s:.0f} s: {outcomes.describe()}, before and after",)
+                if outcomes and outcomes_s
+                else ()
+            ),
+            *host,
+            machine.describe(),
+        ),
+        step_s=step_s,
+        warnings=tuple(_warnings(spec, machine)),
+        host_bytes_per_process=memory.host_bytes,
+    )
+
+
+def _warnings(spec: TrainSpec, machine: Machine) -> Iterator[str]:
+    if spec.quant.kind == "int8":
+        yield "quant.kind=int8 trains slower than none and nf4 and needs more memory than nf4: take one of them"
+    if machine.gpu is not None and not machine.gpu.has_bf16:
+        yield f"{machine.gpu.name} (SM {machine.gpu.sm}) has no bfloat16: computes in float32, twice the memory"
+
+
+# Changes of a training spec that need less memory, the cheapest first.
+
+
+MOST_WORKERS = 64
+Change = dict[str, Any]
+
+
+def suggest_training_changes(
+    spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine
+) -> Iterator[tuple[str, int]]:
+    """(a setting, bytes to hold against the machine's memory with it). A change that the spec refuses is left out."""
+    for change in _changes(spec, machine):
+        try:
+            changed = spec.with_(change)
+            peak = worker_memory(changed, model, rows, machine.at(changed.quant)).peak_bytes
+        except ConfigError:
+            continue
+        yield _set_options(change), charge_bytes(peak, changed.num_workers, machine)
+    for share in (0.75, 0.5, 0.25):
+        length, shorter = rows.without_longer(share)
+        peak = worker_memory(spec, model, shorter, machine).peak_bytes
+        yield f"max_length={length} (longer rows are dropped)", charge_bytes(peak, spec.num_workers, machine)
+
+
+def _changes(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
+    """Smaller passes cost little time, computing twice a third, sharing its messages; then what is trained changes."""
+    size = micro_batch(spec)
+    while size > 1:
+        size //= 2
+        yield {"optim.micro_batch": size}
+    least: Change = {"optim.micro_batch": 1} if micro_batch(spec) > 1 else {}
+    if not spec.optim.gradient_checkpointing and not isinstance(spec.adapter, PrefixSpec):
+        yield {"optim.gradient_checkpointing": True}
+        least |= {"optim.gradient_checkpointing": True}
+        yield least
+    yield from ({**least, **change} for change in _shared(spec, machine))
+    if isinstance(spec.adapter, FullSpec):
+        yield {**least, "adapter": {"kind": "lora"}}
+        yield {**least, "adapter": {"kind": "lora"}, "quant": {"kind": "nf4"}}
+    elif spec.quant.kind != "nf4":
+        yield {**least, "quant": {"kind": "nf4"}}
+    yield from ({**least, **change} for change in _workers(spec, machine))
+
+
+def _shared(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
+    """Other strategies for the workers that there are."""
+    kinds = ("zero1", "zero2", "zero3")
+    if spec.quant.kind != "none" or (spec.num_workers == 1 and machine.gpu is None):
+        return
+    now = spec.strategy.kind
+    later = kinds[kinds.index(now) + 1 :] if now in kinds else kinds
+    if spec.num_workers > 1:
+        yield from ({"strategy": {"kind": kind}} for kind in later)
+    if machine.gpu is not None:
+        yield {"strategy": {"kind": "zero2", "offload_optimizer": "cpu"}}
+        yield {"strategy": {"kind": "zero3", "offload_optimizer": "cpu", "offload_weights": "cpu"}}
+
+
+def _workers(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
+    """Fewer workers where they share one memory; more, with a share of the weights each, where each has a GPU."""
+    rows = spec.optim.rows_per_step
+    if machine.gpu is None:
+        yield from ({"num_workers": n} for n in range(spec.num_workers - 1, 0, -1) if rows % n == 0)
+    elif spec.quant.kind == "none":
+        more = (n for n in (2, 4, 8, 16, 32, MOST_WORKERS) if n > spec.num_workers and rows % n == 0)
+        yield from ({"num_workers": n, "strategy": {"kind": "zero3"}} for n in more)
+
+
+def _set_options(change: Change) -> str:
+    """As `--set` takes them."""
+    said = []
+    for key, value in change.items():
+        if isinstance(value, dict):
+            said += [f"{key}.{name}={one}" for name, one in value.items()]
+        else:
+            said.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return " ".join(said)

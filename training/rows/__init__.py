@@ -1,1 +1,0 @@
-"""Rows of each kind of finetuning: read, rendered and counted in the driver."""

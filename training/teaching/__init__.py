@@ -1,1 +1,0 @@
-"""Teachers of distillation: found and pinned, loaded, and asked to write."""

@@ -1,0 +1,185 @@
+"""What a process that trains several trials takes: the base once, all else as often as there are trials."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from graftwork.adapters.spec import LoraSpec, PrefixSpec
+from graftwork.base import load as base_model
+from graftwork.base.model_shape import ModelShape
+from graftwork.planning.memory import FP32, MemoryPlan, RowSizes, saved_bytes, trained_params
+from graftwork.training.objectives.rows import PreparedData
+from graftwork.training.objectives.spec import SftSpec
+from graftwork.training.objectives.text_spec import CptSpec
+from graftwork.training.planning.memory import ALLOCATOR_SHARE, Pass, micro_batch, pass_of, predict_training
+from graftwork.training.spec import TrainSpec
+from graftwork.tuning.finals import knows_all
+from graftwork.tuning.search import Search, rows_key
+from graftwork.tuning.trial_store import Ledger
+from graftwork.tuning.trials import TrialRecord
+
+# Which trials go into one process: the first in line, and those that can share its base with it.
+
+
+SpecOf = Callable[[TrialRecord], TrainSpec]
+
+
+def group_of(
+    first: TrialRecord, most: int, ledger: Ledger, search: Search, spec_of: SpecOf, rows: PreparedData
+) -> dict[str, TrainSpec]:
+    """The specs of `first` and of at most `most - 1` others, by trial: pending ones, then what the search suggests.
+
+    All are marked as running, so that the search knows of them; a trial that does not fit stays pending. `rows`: those
+    of `first`. Raises ConfigError when the values of a point contradict each other.
+    """
+    group = {first.trial_id: spec_of(first)}
+    ledger.update(first.trial_id, state="running")
+    reason = _alone(first, group[first.trial_id], rows) if most > 1 else "asked for"
+    while len(group) < most and reason is None:
+        found = _next_beside(first, group[first.trial_id], ledger, search, spec_of)
+        if found is None:
+            break
+        ledger.update(found.trial_id, state="running")
+        group[found.trial_id] = spec_of(found)
+    if most > 1:
+        _note(ledger, group, reason)
+    return group
+
+
+def _next_beside(
+    first: TrialRecord, spec: TrainSpec, ledger: Ledger, search: Search, spec_of: SpecOf
+) -> TrialRecord | None:
+    """The next trial that can share a process with `first`; where no pending one can, the search is asked: once, or
+    while it has more where its points don't depend on results."""
+
+    def fits(other: TrialRecord) -> bool:
+        same_rows = rows_key(other.values) == rows_key(first.values)
+        return same_rows and not other.smaller and can_share(spec, spec_of(other))
+
+    found = next((record for record in ledger.trials if record.state == "pending" and fits(record)), None)
+    waiting = any(record.state == "pending" for record in ledger.trials)
+    while found is None and (knows_all(search) or not waiting):
+        drawn = ledger.next_trial(search)
+        if not isinstance(drawn, TrialRecord):
+            break
+        found, waiting = (drawn if fits(drawn) else None), True
+    return found
+
+
+def _alone(first: TrialRecord, spec: TrainSpec, rows: PreparedData) -> str | None:
+    if first.smaller:
+        return "it ran out of memory before"
+    if rows.trained_tokens:
+        return "rows of the embedding are trained beside the adapter"
+    return why_alone(spec, base_model.resolve(spec.base).config)
+
+
+def _note(ledger: Ledger, group: dict[str, TrainSpec], reason: str | None) -> None:
+    """What a reader of the record should know: who shared its process, or why nobody did."""
+    for trial_id in group:
+        others = ", ".join(other for other in group if other != trial_id)
+        said = f"trained in one process with {others}" if others else f"trained alone: {reason}" if reason else None
+        if said:
+            ledger.update(trial_id, notes=(*ledger.records[trial_id].notes, said))
+
+
+LOGIT_COPIES = 3
+"""In the compute dtype: the logits, the gradient that is kept in their place, and that times the loss's."""
+
+
+def predict_together(
+    specs: Sequence[TrainSpec], model: ModelShape, rows: RowSizes | None = None, *, value_bytes: int = FP32
+) -> MemoryPlan:
+    """Peak of one process for trials that can share it (`rule.can_share`), as `predict_training` tells it of one.
+
+    It is that of one trial with all their ranks in one adapter and all their rows in one forward pass; on a CPU with
+    the activations that these layers keep, on a GPU an upper bound.
+    """
+    whole, rows = _as_one(specs), rows and replace(rows, each=None)  # every trial takes the same rows: the longest
+    plan = predict_training(whole, model, rows, value_bytes=value_bytes)
+    taken = pass_of(whole, rows or RowSizes.at_most(whole.max_length), micro_batch(whole))
+    changed = {} if whole.gpus else _on_cpu(whole, model, taken, plan, value_bytes)
+    parts = tuple((name, changed.get(name, size)) for name, size in plan.parts)
+    copies = ("adapters as multiplied", trained_params(model, whole.adapter) * value_bytes)
+    return replace(plan, parts=(*parts, copies), assumptions=(f"{len(specs)} trials on one base", *plan.assumptions))
+
+
+def _as_one(specs: Sequence[TrainSpec]) -> TrainSpec:
+    """One trial that is as large as all. No spec that a person could write: ranks end at 256 there."""
+    first, count = specs[0], len(specs)
+    ranks = [spec.adapter.rank for spec in specs if isinstance(spec.adapter, LoraSpec)]
+    assert len(ranks) == count, "trials that share a process train a LoRA each"
+    sizes = {"rows_per_step": first.optim.rows_per_step * count, "micro_batch": micro_batch(first) * count}
+    adapter = first.adapter.model_copy(update={"rank": sum(ranks)})
+    return first.model_copy(update={"adapter": adapter, "optim": first.optim.model_copy(update=sizes)})
+
+
+def _on_cpu(whole: TrainSpec, model: ModelShape, taken: Pass, plan: MemoryPlan, value_bytes: int) -> dict[str, int]:
+    """The parts that are not those of PEFT's layers and TRL's loss."""
+    logits = LOGIT_COPIES * taken.scored * model.vocab * value_bytes
+    held = plan.part("activations")
+    if not whole.optim.gradient_checkpointing:
+        held = taken.tokens * (model.layers * _block(whole, model, taken, value_bytes) + 2 * model.hidden * value_bytes)
+    return {"activations": held, "logits": logits, "allocator": round(ALLOCATOR_SHARE * (held + logits))}
+
+
+def _block(whole: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> int:
+    """Bytes that a token leaves in one block: of the frozen block, of the inputs of its targets, once for siblings, and
+    the chances of short rows, in fp32 and in the compute dtype."""
+    frozen = saved_bytes(model, PrefixSpec(), value_bytes=value_bytes)  # a prefix keeps nothing in a block
+    read = model.read(whole.adapter.targets) if isinstance(whole.adapter, LoraSpec) else 0
+    products = taken.row <= LONGEST and value_bytes < FP32
+    return round(frozen) + read * value_bytes + products * model.heads * taken.row * (FP32 + value_bytes)
+
+
+# Which trials can share a process: decided in the driver, from specs and the base's config.
+
+
+OWN = {
+    "adapter": ("rank", "alpha", "rslora"),
+    "optim": ("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "factors"),
+}
+"""Keys in which trials of one process may differ: each has its own adapter, and its own optimizer."""
+
+LONGEST = 160
+"""Most tokens of a row whose attention is computed as products, on a CPU in bfloat16: longer ones gain nothing."""
+
+
+def can_share(one: TrainSpec, other: TrainSpec) -> bool:
+    """Whether both can be trained in one process, their rows being equal (`space.rows_key`)."""
+    return _shared(one) == _shared(other) and not why_alone(one)
+
+
+def why_alone(spec: TrainSpec, base: Mapping[str, Any] | None = None) -> str | None:
+    """What of a spec keeps a trial from sharing its process; None where it can. `base`: the model's config.json."""
+    adapter, objective = spec.adapter, spec.objective
+    if spec.num_workers > 1:
+        return f"num_workers={spec.num_workers}: its workers share its rows"
+    if not isinstance(adapter, LoraSpec):
+        return f"adapter.kind={adapter.kind}: LoRA trials alone share a base"
+    if adapter.dora:
+        return "adapter.dora: each adapter scales the base's own output"
+    if adapter.dropout > 0:
+        return f"adapter.dropout={adapter.dropout:g}: what is dropped would depend on the trials beside it"
+    if not isinstance(objective, SftSpec | CptSpec):
+        return f"objective.kind={objective.kind}: trials of sft and cpt alone share a process"
+    if isinstance(objective, SftSpec) and objective.answers is not None:
+        return "objective.answers: held-out answers are generated with one adapter at a time"
+    if spec.init_from is not None or spec.base_adapter is not None:
+        return "init_from or base_adapter: each trial begins from an adapter of its own"
+    if dropped := _dropout_of(base or {}):
+        return f"the base trains with {dropped}: what is dropped would depend on the trials beside it"
+    if experts := next((key for key in base or {} if "experts" in key), None):
+        return f"the base has {experts}: it deals the tokens of all rows to them"
+    return None
+
+
+def _shared(spec: TrainSpec) -> dict[str, Any]:
+    """All of a spec but what each trial has of its own."""
+    return spec.model_dump(mode="json", exclude={part: set(keys) for part, keys in OWN.items()})
+
+
+def _dropout_of(config: Mapping[str, Any]) -> str | None:
+    """The first dropout of a base that is not 0, by name (`attention_dropout`, GPT-2's `resid_pdrop`)."""
+    found = (key for key, value in config.items() if "drop" in key and isinstance(value, float) and value > 0)
+    return next((f"{key}={config[key]:g}" for key in found), None)

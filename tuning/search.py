@@ -1,0 +1,375 @@
+"""Grid and random search: all points are known before the first trial."""
+
+import hashlib
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pydantic import JsonValue
+
+from graftwork.config import canonical_json
+from graftwork.errors import ConfigError
+from graftwork.training.spec import TrainSpec
+from graftwork.tuning.search_space import CategoricalSpace, Domain, IntRange, LogUniform, Uniform
+from graftwork.tuning.spec import EVAL_LOSS, Goal, TuneSpec, decides_rows, hint_for_key
+from graftwork.tuning.trials import TrialRecord, value_of
+
+# Points of a sweep: what they are, how they are told apart, and the run that each asks for.
+
+
+Values = dict[str, JsonValue]
+"""Dotted keys of the training spec and the value that a trial takes for each."""
+
+
+def grid_size(space: Mapping[str, Domain]) -> int | None:
+    """Number of combinations, None where a key is a range of floats."""
+    sizes = [len(listed) for domain in space.values() if (listed := domain.listed()) is not None]
+    return math.prod(sizes) if len(sizes) == len(space) else None
+
+
+def grid(space: Mapping[str, Domain]) -> Iterator[Values]:
+    """All combinations of a space without ranges of floats, the last key changing fastest."""
+    listed = [values for domain in space.values() if (values := domain.listed()) is not None]
+    for combination in itertools.product(*listed):
+        yield dict(zip(space, combination, strict=True))
+
+
+def sample(domain: Domain, u: float) -> JsonValue:
+    """The value at quantile `u` in [0, 1)."""
+    if isinstance(domain, LogUniform):
+        return rounded(domain, math.exp(math.log(domain.low) + u * (math.log(domain.high) - math.log(domain.low))))
+    if isinstance(domain, IntRange) and domain.log:  # each whole number has its half on both sides
+        low, high = math.log(domain.low - 0.5), math.log(domain.high + 0.5)
+        return min(max(round(math.exp(low + u * (high - low))), domain.low), domain.high)
+    if isinstance(domain, Uniform):
+        return rounded(domain, domain.low + u * (domain.high - domain.low))
+    listed = domain.listed()
+    return listed[int(u * len(listed))]
+
+
+def rounded(domain: Uniform | LogUniform, value: float) -> float:
+    """Four significant digits, so that it can be typed again; never outside of the range."""
+    return min(max(float(f"{value:.4g}"), domain.low), domain.high)
+
+
+def digest(values: Values) -> str:
+    """Identity of a trial within its sweep: 8 hex digits over its values."""
+    return hashlib.sha256(canonical_json(values).encode()).hexdigest()[:8]
+
+
+def trial_spec(spec: TuneSpec, point: Values, *, gang: bool = False) -> TrainSpec:
+    """The training spec of a trial, with the sweep's held-out rows: for one process, where a strategy would have
+    nothing to share, or for the workers and the strategy of `train`.
+
+    Raises ConfigError when values that are allowed alone contradict each other.
+    """
+    alone = {} if gang else {"num_workers": 1, "strategy": {}}
+    return spec.train.with_({**point, **alone, "data.eval_rows": spec.eval_rows})
+
+
+def contradiction(spec: TuneSpec, point: Values) -> ConfigError | None:
+    """Why values that are allowed alone can't go together; None where they can."""
+    try:
+        spec.train.with_(point)
+    except ConfigError as error:
+        return error
+    return None
+
+
+def rows_points(spec: TuneSpec) -> Iterator[Values]:
+    """The combinations of those keys of the space that decide a trial's rows: few, and all known beforehand."""
+    return grid({key: domain for key, domain in spec.space.items() if decides_rows(key)})
+
+
+def rows_key(values: Values) -> str:
+    """Equal for trials that train on the same rows in the same order, when they are of one sweep."""
+    return canonical_json({key: value for key, value in values.items() if decides_rows(key)})
+
+
+# What the trials so far tell a model of the loss: in costs, of which less is better.
+
+
+Costs = tuple[float, ...]
+GROWING = ("wall_s", "tokens")
+"""Metrics that go with the steps taken."""
+FAR = 3.0
+"""A loss that is so many times as far from the best as the median is is as bad as any. Learning rates that are too high
+end at ten times the loss of others; beside such a value a Gaussian process sees no difference among the good."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One trial as a model sees it."""
+
+    values: Values
+    costs: Costs | None = None
+    """One a goal; None: not known, so that it only keeps others away."""
+    losses: tuple[tuple[int, float], ...] = ()
+    """Of a trial that was stopped, where its costs are not known."""
+    running: bool = False
+
+
+def as_reported(trials: Sequence[TrialRecord]) -> list[Outcome]:
+    """By held-out loss alone, as TPE takes it: what was stopped ranks behind what finished, by step and loss; what
+    failed ranks last."""
+    found = []
+    for trial in trials:
+        if trial.state == "finished" and trial.losses:
+            found.append(Outcome(trial.values, (trial.losses[-1][1],)))
+        elif trial.state in ("stopped", "failed"):
+            found.append(Outcome(trial.values, losses=trial.losses if trial.state == "stopped" else ()))
+        else:
+            found.append(Outcome(trial.values, running=True))
+    return found
+
+
+def as_forecast(trials: Sequence[TrialRecord], objectives: Sequence[Goal], steps: int) -> list[Outcome]:
+    """By all objectives, for a model that takes whole trials only.
+
+    A stopped trial is taken for one that would have fallen on as the median of the finished did from that step, at the
+    pace of its own steps; a failed one for as bad as the worst in every objective.
+    """
+    finished = [trial for trial in trials if trial.state == "finished"]
+    costs_of = {trial.trial_id: _costs(trial, objectives, steps, finished) for trial in trials}
+    known = {trial_id: costs for trial_id, costs in costs_of.items() if costs is not None}
+    known = _without_far(known)
+    worst = tuple(max(column) for column in zip(*known.values(), strict=True))
+    found = []
+    for trial in trials:
+        costs = known.get(trial.trial_id, worst if trial.state == "failed" and worst else None)
+        if costs is not None:
+            found.append(Outcome(trial.values, costs))
+        elif trial.state in ("running", "pending"):
+            found.append(Outcome(trial.values, running=True))
+    return found
+
+
+def at_furthest_step(trials: Sequence[TrialRecord], enough: int) -> list[Outcome] | None:
+    """By the loss at the furthest step that `enough` trials reported at, whatever became of them (BOHB's budgets); None
+    where there is no such step. A failed trial counts as one that reported there, as the worst."""
+    failed = [trial for trial in trials if trial.state == "failed"]
+    reports = {trial.trial_id: dict(trial.losses) for trial in trials if trial.state != "failed"}
+    for step in sorted({step for losses in reports.values() for step in losses}, reverse=True):
+        at_step = {name: losses[step] for name, losses in reports.items() if step in losses}
+        if len(at_step) + len(failed) >= enough:
+            worst = max(at_step.values())
+            found = [Outcome(t.values, (at_step[t.trial_id],)) for t in trials if t.trial_id in at_step]
+            found += [Outcome(trial.values, (worst,)) for trial in failed]
+            return found + [
+                Outcome(t.values, running=True)
+                for t in trials
+                if t.state in ("running", "pending") and t.trial_id not in at_step
+            ]
+    return None
+
+
+def _without_far(known: dict[str, Costs]) -> dict[str, Costs]:
+    losses = sorted(costs[0] for costs in known.values())
+    if len(losses) < 3:
+        return known
+    limit = losses[0] + FAR * (statistics.median(losses) - losses[0])
+    return {name: (min(costs[0], limit), *costs[1:]) for name, costs in known.items()}
+
+
+def _costs(trial: TrialRecord, objectives: Sequence[Goal], steps: int, finished: Sequence[TrialRecord]) -> Costs | None:
+    if trial.state not in ("finished", "stopped"):
+        return None
+    values = [value_of(trial, goal) for goal in objectives]
+    if None in values:
+        return None
+    whole = [value for value in values if value is not None]
+    if trial.state == "stopped":
+        whole = [_forecast(trial, goal, value, steps, finished) for goal, value in zip(objectives, whole, strict=True)]
+    return tuple(value if goal.direction == "min" else -value for goal, value in zip(objectives, whole, strict=True))
+
+
+def _forecast(trial: TrialRecord, goal: Goal, value: float, steps: int, finished: Sequence[TrialRecord]) -> float:
+    if goal.metric in GROWING:
+        return value * steps / trial.steps
+    if goal.metric != EVAL_LOSS:
+        return value
+    falls = [
+        other.losses[-1][1] / dict(other.losses)[trial.steps]
+        for other in finished
+        if dict(other.losses).get(trial.steps)
+    ]
+    return value * statistics.median(falls) if falls else value
+
+
+# What a search is.
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """The next trial."""
+
+    values: Values
+    repeat_of: str | None = None
+    """The trial that this one repeats with another seed."""
+    parent: str | None = None
+    """The trial whose last checkpoint this one begins from."""
+    until: int | None = None
+    """Optimizer step that it ends at; None: the sweep's last."""
+
+
+class Wait:
+    """Nothing can be chosen before a running trial has ended."""
+
+
+class Search(Protocol):
+    """Chooses the next point. It holds no state: what it chooses follows from the spec, its seed and `trials` alone, so
+    that a sweep that goes on after a kill chooses as it would have."""
+
+    @property
+    def name(self) -> str:
+        """As in the spec: grid, random, tpe, ..."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """Trials that it will choose in all, at most."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """What it does here, in words."""
+        ...
+
+    def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | Wait | None:
+        """The trial after `trials` (all of the sweep, in the order in which they were chosen); None: there is no more.
+
+        Raises ConfigError when the values contradict each other.
+        """
+        ...
+
+
+def select_searched(trials: Sequence[TrialRecord]) -> tuple[TrialRecord, ...]:
+    """The trials that a search has chosen: repeats of finalists are not."""
+    return tuple(trial for trial in trials if trial.repeat_of is None)
+
+
+ENUMERATED = 512
+"""Combinations up to which all are checked beforehand (about a millisecond each)."""
+REDRAWS = 200
+"""Draws in a row that may be known already or contradict themselves before drawing is given up."""
+
+
+@dataclass(frozen=True)
+class FixedPoints:
+    """A search whose points do not depend on any result."""
+
+    name: str
+    points: tuple[Values, ...]
+    reason: str
+
+    @property
+    def total(self) -> int:
+        """All points."""
+        return len(self.points)
+
+    def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | None:
+        """The points in their order."""
+        number = len(select_searched(trials))
+        return Suggestion(self.points[number]) if number < len(self.points) else None
+
+
+def grid_search(spec: TuneSpec) -> FixedPoints:
+    """Raises ConfigError when a key is a range, the grid is larger than `num_trials`, or a point contradicts itself."""
+    size = grid_size(spec.space)
+    if size is None or size > spec.num_trials:
+        found = "the space has a range" if size is None else f"the grid has {size} points, num_trials={spec.num_trials}"
+        raise ConfigError(
+            "search.kind=grid", found, "a grid is run whole", "list the values of every key, and raise num_trials"
+        )
+    reason = f"grid: all {size} combinations of the listed values (num_trials={spec.num_trials} allows it)"
+    points = sorted(grid(spec.space), key=lambda point: _from_middle(spec, point))
+    for point in points:
+        _refuse(spec, point)
+    return FixedPoints("grid", tuple(points), reason)
+
+
+def _from_middle(spec: TuneSpec, point: Values) -> float:
+    """How far a point of a grid lies from its middle, in shares of the listed numbers of each key.
+
+    The middle comes first, for a range is laid around what is expected: those that come later have something good to
+    be compared with, and early stopping needs half of the compute (benchmarks/asha.py).
+    """
+    away = 0.0
+    for key, domain in spec.space.items():
+        numbers = (
+            [one for one in domain.values if isinstance(one, int | float)]
+            if isinstance(domain, CategoricalSpace)
+            else []
+        )
+        if isinstance(domain, CategoricalSpace) and len(numbers) == len(domain.values) and key != "seed":
+            away += abs(domain.values.index(point[key]) - (len(numbers) - 1) / 2) / len(numbers)
+    return away
+
+
+def random_search(spec: TuneSpec) -> FixedPoints:
+    """Equal specs draw equal points, and a larger `num_trials` keeps the first ones. Raises ConfigError when values
+    contradict each other, or too many do to draw what is asked."""
+    count, of = most(spec), f" of {size} combinations" if (size := grid_size(spec.space)) is not None else ""
+    points = tuple(itertools.islice(fresh_points(spec, random.Random(spec.seed), ()), count))
+    return FixedPoints("random", points, f"random: {count}{of} by seed {spec.seed}")
+
+
+def most(spec: TuneSpec) -> int:
+    """Trials that a search can choose: `num_trials`, or all points of a smaller space. Raises ConfigError where all
+    combinations are few enough to be checked and one contradicts itself."""
+    size = grid_size(spec.space)
+    for point in grid(spec.space) if size is not None and size <= ENUMERATED else ():
+        _refuse(spec, point)
+    return spec.num_trials if size is None else min(size, spec.num_trials)
+
+
+def fresh_points(spec: TuneSpec, rng: random.Random, known: Collection[str]) -> Iterator[Values]:
+    """Points without end, drawn by `rng`: none repeats another or one of the digests `known`, none contradicts itself.
+
+    Ends when many draws in a row brought none; raises ConfigError where that was for their contradictions.
+    """
+    # random() alone is used: Python promises its sequence for a seed over versions.
+    seen, refused, tries = set(known), None, 0
+    limit = max(REDRAWS, 20 * min(grid_size(spec.space) or 0, 4096))  # the last of so many is missed once in e**20
+    while tries < limit:
+        point = {key: sample(domain, rng.random()) for key, domain in spec.space.items()}
+        tries += 1
+        if digest(point) in seen:
+            continue
+        if (wrong := contradiction(spec, point)) is not None:
+            refused = wrong
+            continue
+        seen.add(digest(point))
+        tries, refused = 0, None
+        yield point
+    if refused is not None:
+        raise ConfigError(
+            "space",
+            f"{tries} points drawn in a row contradict themselves, the last: {refused.subject}: {refused.problem}",
+            refused.rule,
+            hint_for_key(_key_of(spec, refused), refused),
+        )
+
+
+def _refuse(spec: TuneSpec, point: Values) -> None:
+    wrong = contradiction(spec, point)
+    if wrong is not None:
+        values = ", ".join(f"{key}={value}" for key, value in point.items())
+        found = f"{wrong.subject.removeprefix('override: ')}: {wrong.problem}"
+        raise ConfigError(
+            f"space: {values}",
+            found,
+            wrong.rule or "every combination must be a spec that can be run",
+            hint_for_key(_key_of(spec, wrong), wrong) or _WHOLE,
+        )
+
+
+_WHOLE = "give whole parts, e.g. adapter: {kind: choice, values: [{kind: lora, rank: 8}, {kind: ia3}]}"
+
+
+def _key_of(spec: TuneSpec, wrong: ConfigError) -> str:
+    return next((key for key in spec.space if key.partition(".")[0] in wrong.subject), "")

@@ -1,0 +1,224 @@
+"""Searches that learn from the trials: points at random first, then what a model of the loss holds for the best."""
+
+import contextlib
+import hashlib
+import itertools
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GPSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from pydantic import JsonValue
+
+from graftwork.errors import ConfigError
+from graftwork.tuning.search import (
+    Outcome,
+    Suggestion,
+    Values,
+    as_forecast,
+    as_reported,
+    at_furthest_step,
+    contradiction,
+    digest,
+    fresh_points,
+    most,
+    rounded,
+    select_searched,
+)
+from graftwork.tuning.search_space import (
+    BohbSpec,
+    CategoricalSpace,
+    Domain,
+    GpSpec,
+    IntRange,
+    LogUniform,
+    PowerOfTwo,
+    Space,
+    TpeSpec,
+    Uniform,
+)
+from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.trials import TrialRecord
+
+
+@dataclass(frozen=True)
+class OptunaSearch:
+    """TPE, GP or BOHB. Optuna is imported when a point is first asked of its model."""
+
+    spec: TuneSpec
+    asked: TpeSpec | GpSpec | BohbSpec
+    total: int
+
+    @property
+    def name(self) -> str:
+        """Its kind."""
+        return self.asked.kind
+
+    @property
+    def reason(self) -> str:
+        """In words."""
+        seed, objectives = self.spec.seed, len(self.spec.objectives)
+        if isinstance(self.asked, BohbSpec):
+            how = f"{self.asked.random_share:.0%} at random by seed {seed}, the others by TPE on all keys together, at "
+            return f"bohb: {how}the furthest step that {min_reports(self.spec)} trials reported at; {self.total} in all"
+        first = f"{min(self.asked.n_startup, self.total)} points at random by seed {seed}, then by a model of "
+        model = "the losses" if objectives == 1 else f"{objectives} objectives"
+        apart = ""
+        if isinstance(self.asked, TpeSpec) and len(self.spec.space) > 1:
+            apart = ", all keys together" if self.asked.multivariate else ", each key by itself"
+        return f"{self.name}: {first}{model}{apart}; {self.total} in all"
+
+    def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | None:
+        """None after `total` trials, or when the space has no other point."""
+        chosen = select_searched(trials)
+        if len(chosen) >= self.total:
+            return None
+        known = {digest(trial.values) for trial in chosen}
+        outcomes = self._outcomes(chosen)
+        point = None if outcomes is None else self._by_model(outcomes, len(chosen), known)
+        point = point or self._at_random(len(chosen), known)
+        return Suggestion(point) if point is not None else None
+
+    def _outcomes(self, chosen: Sequence[TrialRecord]) -> list[Outcome] | None:
+        """What the model is to learn from; None: the next point is drawn at random."""
+        objectives, number = self.spec.objectives, len(chosen)
+        if isinstance(self.asked, BohbSpec):
+            at_random = random.Random(_seed(self.spec, number, "share")).random() < self.asked.random_share
+            return None if at_random else at_furthest_step(chosen, min_reports(self.spec))
+        if number < self.asked.n_startup:
+            return None
+        if isinstance(self.asked, TpeSpec) and len(objectives) == 1:
+            return as_reported(chosen)
+        return as_forecast(chosen, objectives, self.spec.steps)
+
+    def _by_model(self, outcomes: list[Outcome], number: int, known: set[str]) -> Values | None:
+        """The model's first point that is new and can be run; None where it brings none within its tries."""
+
+        for point in points(self.spec, self.asked, outcomes, _seed(self.spec, number, "model")):
+            if digest(point) not in known and contradiction(self.spec, point) is None:
+                return point
+        return None
+
+    def _at_random(self, number: int, known: set[str]) -> Values | None:
+        """First the points of `kind: random` with the same seed, later one drawn for this trial."""
+        if not isinstance(self.asked, BohbSpec) and number < self.asked.n_startup:
+            first = fresh_points(self.spec, random.Random(self.spec.seed), ())
+            return next(itertools.islice(first, number, None), None)
+        return next(fresh_points(self.spec, random.Random(_seed(self.spec, number, "drawn")), known), None)
+
+
+def optuna_search(spec: TuneSpec, asked: TpeSpec | GpSpec | BohbSpec) -> OptunaSearch:
+    """Raises ConfigError when values contradict each other, or the kind can't seek several objectives."""
+    if isinstance(asked, BohbSpec) and len(spec.objectives) > 1:
+        raise ConfigError(
+            f"search.kind=bohb with objectives={[goal.metric for goal in spec.objectives]}",
+            "bohb learns from losses at early steps, where other objectives mean little",
+            "bohb optimizes one objective, the held-out loss",
+            "take search: {kind: tpe} or {kind: gp}, or leave the other objectives out",
+        )
+    search = OptunaSearch(spec, asked, most(spec))
+    search._at_random(0, set())
+    return search
+
+
+def min_reports(spec: TuneSpec) -> int:
+    """Reports at a step from which BOHB fits a model there: two more than keys and one (Falkner et al. 2018)."""
+    return len(spec.space) + 3
+
+
+def _seed(spec: TuneSpec, number: int, use: str) -> int:
+    """One of its own for each trial: a search that goes on needs no state of a generator."""
+    return int.from_bytes(hashlib.sha256(f"{spec.seed}/{number}/{use}".encode()).digest()[:4], "big")
+
+
+# Optuna's samplers, asked through a study in memory that is made anew of the trials each time.
+
+
+TRIES = 20
+"""Points asked of a model for one trial. Each counts as running for the next, which keeps that one away from it."""
+
+
+def points(
+    spec: TuneSpec, asked: TpeSpec | GpSpec | BohbSpec, outcomes: Sequence[Outcome], seed: int
+) -> Iterator[Values]:
+    """Up to `TRIES` points, best first."""
+    distributions = {key: _distribution(key, domain) for key, domain in spec.space.items()}
+    with _quiet():
+        study = optuna.create_study(sampler=_sampler(asked, seed), directions=["minimize"] * len(spec.objectives))
+        study.add_trials([_to_frozen_trial(outcome, spec.space, distributions) for outcome in outcomes])
+    for _ in range(TRIES):
+        with _quiet():
+            found = study.ask(distributions).params
+        yield {key: _value(domain, found[key]) for key, domain in spec.space.items()}
+
+
+def _sampler(asked: TpeSpec | GpSpec | BohbSpec, seed: int) -> BaseSampler:
+    if isinstance(asked, GpSpec):
+        return GPSampler(seed=seed, n_startup_trials=1)
+    together = isinstance(asked, BohbSpec) or asked.multivariate
+    return TPESampler(seed=seed, n_startup_trials=1, constant_liar=True, multivariate=together)
+
+
+def _to_frozen_trial(outcome: Outcome, space: Space, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
+    """A trial without costs or reports (a failed one) ranks behind all others for TPE as a pruned one."""
+    told: dict[str, Any] = {"distributions": distributions}
+    told["params"] = {key: _parameter(domain, outcome.values[key]) for key, domain in space.items()}
+    if outcome.running:
+        return create_trial(state=TrialState.RUNNING, **told)
+    if outcome.costs is not None:
+        return create_trial(state=TrialState.COMPLETE, values=outcome.costs, **told)
+    return create_trial(state=TrialState.PRUNED, intermediate_values=dict(outcome.losses), **told)
+
+
+def _distribution(key: str, domain: Domain) -> BaseDistribution:
+    """Listed numbers are places of a scale, each near its neighbours; seeds and all else have no order."""
+    match domain:
+        case Uniform() | LogUniform():
+            return FloatDistribution(domain.low, domain.high, log=isinstance(domain, LogUniform))
+        case IntRange():
+            return IntDistribution(domain.low, domain.high, log=domain.log)
+        case CategoricalSpace() if key == "seed" or not _are_numbers(domain.values):
+            return CategoricalDistribution(range(len(domain.values)))
+    return IntDistribution(0, len(domain.listed()) - 1)
+
+
+def _are_numbers(values: Sequence[JsonValue]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _scale(domain: CategoricalSpace | PowerOfTwo) -> Sequence[Any]:
+    """The places of listed values."""
+    values: Sequence[Any] = domain.listed()
+    return sorted(values) if _are_numbers(values) else values
+
+
+def _parameter(domain: Domain, value: Any) -> Any:
+    """As Optuna has it: the place of a listed value, since a value may be a whole part of a spec."""
+    return _scale(domain).index(value) if isinstance(domain, CategoricalSpace | PowerOfTwo) else value
+
+
+def _value(domain: Domain, parameter: Any) -> JsonValue:
+    if isinstance(domain, Uniform | LogUniform):
+        return rounded(domain, parameter)
+    place: JsonValue = (
+        _scale(domain)[parameter] if isinstance(domain, CategoricalSpace | PowerOfTwo) else int(parameter)
+    )
+    return place
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna tells of each trial, and warns that what is used here may change with its next version."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)

@@ -1,0 +1,138 @@
+"""Population based training (Jaderberg et al. 2017, arXiv 1711.09846) of learning-rate schedules, on the ledger.
+
+A trial is one segment of a member: `every` steps that begin from its parent's checkpoint. Between two generations the
+worst members take over weights and values of the best (exploit) and multiply the learning rate (explore). Ray's own
+keeps that in the driver's memory; here it follows from the seed and the trials, so that a killed sweep goes on alike.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from graftwork.errors import ConfigError
+from graftwork.tuning.search import Suggestion, Values, Wait, random_search, select_searched
+from graftwork.tuning.search_space import PbtSpec
+from graftwork.tuning.spec import TuneSpec
+from graftwork.tuning.trials import TrialRecord
+
+FACTORS = "optim.factors"
+"""The key of the training spec that a segment's values hold its schedule in: that of its whole line, from step 0."""
+
+
+@dataclass(frozen=True)
+class PbtSearch:
+    """A search in generations."""
+
+    asked: PbtSpec
+    points: tuple[Values, ...]
+    """Values that the members begin with."""
+    steps: int
+    seed: int
+    name: str = "pbt"
+
+    @property
+    def generations(self) -> int:
+        """Segments of a member."""
+        return self.steps // self.asked.every
+
+    @property
+    def total(self) -> int:
+        """Segments of all members."""
+        return self.asked.population * self.generations
+
+    @property
+    def reason(self) -> str:
+        """In words."""
+        asked = self.asked
+        return (
+            f"pbt: {asked.population} members in {self.generations} segments of {asked.every} steps by seed "
+            f"{self.seed}; after each the worst {_count(asked)} go on from the best {_count(asked)}"
+        )
+
+    def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | Wait | None:
+        """The next segment; none of a generation before all of the one before have ended."""
+        segments = select_searched(trials)
+        generation, member = divmod(len(segments), self.asked.population)
+        if generation == self.generations:
+            return None
+        until = (generation + 1) * self.asked.every
+        if generation == 0:
+            return Suggestion(self.points[member], until=until)
+        before = segments[(generation - 1) * self.asked.population :][: self.asked.population]
+        if any(trial.state in ("pending", "running") for trial in before):
+            return Wait()
+        if all(trial.state == "failed" for trial in before):
+            return None
+        parent, factor = self._lines(before, generation)[member]
+        values = dict(parent.values)
+        if factor != 1.0:
+            values[FACTORS] = _extended(values.get(FACTORS), generation * self.asked.every / self.steps, factor)
+        return Suggestion(values, parent=parent.trial_id, until=until)
+
+    def _lines(self, before: Sequence[TrialRecord], generation: int) -> list[tuple[TrialRecord, float]]:
+        """For each member the segment that it goes on from, and what its learning rate is multiplied by."""
+        ranked = sorted(range(len(before)), key=lambda member: (_loss(before[member]), member))
+        alive = [member for member in ranked if before[member].state != "failed"]
+        best = alive[: _count(self.asked)]
+        worst = [member for member in ranked if member not in alive or ranked.index(member) >= self._survivors()]
+        rng = random.Random(f"{self.seed} generation {generation}")
+        rng.shuffle(best)
+        lines = [(trial, 1.0) for trial in before]
+        for place, member in enumerate(one for one in worst if one not in best):
+            copies, one = divmod(place, len(best))
+            lines[member] = (before[best[one]], self._explored(rng.random(), copies))
+        return lines
+
+    def _survivors(self) -> int:
+        return self.asked.population - _count(self.asked)
+
+    def _explored(self, u: float, copies: int) -> float:
+        """A factor at random; further copies of the same parent get the other factors, then their powers."""
+        factors = self.asked.factors
+        again, other = divmod(copies, len(factors))
+        return float(factors[(int(u * len(factors)) + other) % len(factors)] ** (again + 1))
+
+
+def pbt_search(spec: TuneSpec, asked: PbtSpec) -> PbtSearch:
+    """Raises ConfigError when the space has fewer points than the population members."""
+    points = random_search(spec.model_copy(update={"num_trials": asked.population})).points
+    if len(points) < asked.population:
+        raise ConfigError(
+            f"search.population={asked.population}",
+            f"the space has {len(points)} points",
+            "members begin at different points",
+            f"set it to {len(points)} or less, or widen the space",
+        )
+    return PbtSearch(asked, points, spec.steps, spec.seed)
+
+
+def finished_trials(trials: Sequence[TrialRecord]) -> set[str]:
+    """Trials whose checkpoints nobody goes on from any more: they ended, and so did all that could begin from them."""
+    segments = [trial for trial in trials if trial.until is not None and trial.repeat_of is None]
+    size = sum(trial.until == segments[0].until for trial in segments) if segments else 1
+    open_from = next(
+        (place for place, trial in enumerate(segments) if trial.state in ("pending", "running")), len(segments)
+    )
+    first_needed = (open_from // size - 1) * size  # the generation before the first that is still at work
+    needed = {trial.trial_id for trial in segments[max(0, first_needed) :]}
+    return {trial.trial_id for trial in trials if trial.state not in ("pending", "running")} - needed
+
+
+def _count(asked: PbtSpec) -> int:
+    """Members that are replaced at a barrier."""
+    return max(1, int(asked.population * asked.quantile))
+
+
+def _loss(trial: TrialRecord) -> float:
+    return trial.losses[-1][1] if trial.state != "failed" and trial.losses else math.inf
+
+
+def _extended(known: JsonValue, share: float, factor: float) -> JsonValue:
+    """The schedule so far, with one more factor on top of the last."""
+    pieces: list[JsonValue] = [*known] if isinstance(known, list | tuple) else []
+    last = pieces[-1] if pieces else None
+    reached = float(str(last[1])) if isinstance(last, list | tuple) else 1.0
+    return [*pieces, [round(share, 9), float(f"{reached * factor:.6g}")]]
