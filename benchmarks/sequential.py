@@ -4,7 +4,8 @@
     python -m benchmarks.sequential --runs 200 --rows 50000 --out /tmp/sequential.json
 
 Runs are simulated side by side through the classes that the monitor uses
-(tests/unit/serving/ab_test/test_online_runs.py compares both) and, on the same draws, peers: the z-test looked at after every request and the same once at the
+(tests/unit/serving/ab_test/test_online_runs.py compares both) and, on the same draws, peers: the z-test looked at
+after every request and the same once at the
 end, mSPRT with plug-in variance, McNemar's z looked at always, chi-square looked at always, and lm-eval's unpaired z
 offline. Units enter as they are drawn here; benchmarks/latency_runs.py lets their answers overtake one another. Upper
 bounds are one-sided 95 % ones (Wilson). The log has two arms, an assignment and an answer a unit, as Parquet segments.

@@ -49,7 +49,8 @@ class _Halving:
     """Asynchronous successive halving (Li et al., arXiv 1810.05934), in several brackets for Hyperband.
 
     Decides as Ray Tune's AsyncHyperBandScheduler does (tests/unit/tuning/test_early_stopping.py compares the
-    two); owned because that one neither shows its cut-offs nor can be asked outside of a Tune run except through private fields.
+    two); owned because that one neither shows its cut-offs nor can be asked outside of a Tune run except through
+    private fields.
     """
 
     def __init__(self, spec: TuneSpec, asked: AshaSpec | HyperbandSpec) -> None:

@@ -16,7 +16,7 @@ def test_kernels_compile_for_an_h100_without_spilling(tmp_path: Path) -> None:
         [sys.executable, "-m", "tests.kernel_builds"],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[5],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
