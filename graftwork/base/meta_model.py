@@ -256,7 +256,7 @@ def _has_router_loss(text: Any) -> bool:
 
 
 def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
-    """What keeps the closed forms of `graftwork.memory` from predicting a training step's activations."""
+    """What keeps the closed forms of `graftwork.planning.memory` from predicting a training step's activations."""
     found = ""
     if _expert_weights(model) or any(".experts." in name for name in adapter_places.linears(model)):
         found = "experts"
