@@ -204,7 +204,7 @@ def test_a_known_base_is_planned_without_torch(tmp_path: Path, monkeypatch: pyte
     code = (
         "import json, sys\n"
         "from graftwork.base.support import base_support\n"
-        "from graftwork.memory import trained_params\n"
+        "from graftwork.planning.memory import trained_params\n"
         "from graftwork.base.model_shape import ModelShape\n"
         "from graftwork.adapters.spec import Ia3Spec\n"
         f"config = json.loads({json.dumps(json.dumps(config))})\n"
