@@ -32,7 +32,7 @@ from graftwork.prompts.render import Message
 from graftwork.prompts.template import Template
 from graftwork.quantization.spec import QuantSpec
 from graftwork.storage.store import Store
-from graftwork.training.objectives.spec import DistillSpec, GenerateSpec, TeacherSpec
+from graftwork.training.objectives.distill import DistillSpec, GenerateSpec, TeacherSpec
 from graftwork.training.rewards import Reward, load_rewards
 from graftwork.training.spec import TrainSpec
 

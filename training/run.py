@@ -38,7 +38,7 @@ from graftwork.training.report import (
 from graftwork.training.run_diff import warn_about_similar_runs
 from graftwork.training.run_lock import OVERTAKES_S, run_lock
 from graftwork.training.spec import TrainSpec
-from graftwork.training.spec_rules import WEIGHTS_SHARDED, check_here, check_rows
+from graftwork.training.strategies import WEIGHTS_SHARDED, check_here, check_rows
 from graftwork.training.warm_start import parent_of, pin_init, pin_stack
 from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob, read_steps
 

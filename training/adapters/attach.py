@@ -23,7 +23,7 @@ from graftwork.adapters.spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Sp
 from graftwork.errors import ConfigError
 from graftwork.training.adapters import bottleneck
 from graftwork.training.adapters.merge import MergeSource, MergeSpec, merge
-from graftwork.training.objectives.reward import ScoreHead
+from graftwork.training.objectives.reward_head import ScoreHead
 
 
 def attach(model: Any, adapter: AdapterSpec, trained_tokens: Sequence[int] = ()) -> Any:

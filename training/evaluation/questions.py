@@ -231,8 +231,6 @@ def pairs() -> list[CounterfactualPair]:
 
 TEXT_TOKENS = 256
 """Tokens of a document that are read; the rest is left out and counted."""
-WRITTEN_KINDS = ("sft", "distill", "grpo", "rloo")
-"""Kinds whose held-out rows are conversations that can be answered and scored."""
 
 Score = Callable[[Sequence[ItemOutput]], dict[str, list[float]]]
 
@@ -268,9 +266,9 @@ def probes_of(spec: TrainSpec) -> list[Probe]:
     asked = spec.outcomes
     if not (asked.task or asked.retention or asked.fairness):
         return []
-    if spec.objective.kind == "reward":
+    if spec.objective.traits.reward_head:
         raise ConfigError(
-            "outcomes with objective.kind=reward",
+            f"outcomes with objective.kind={spec.objective.kind}",
             "a reward model gives a score and no text",
             "outcomes are measured of language models",
             "leave out `outcomes`",
@@ -282,12 +280,12 @@ def probes_of(spec: TrainSpec) -> list[Probe]:
 
 
 def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
-    if spec.data.eval is None or spec.objective.kind not in WRITTEN_KINDS:
+    if spec.data.eval is None or not spec.objective.traits.conversations:
         missing, kind = "data.eval is not given", f"objective.kind={spec.objective.kind}"
         raise ConfigError(
             "outcomes.task",
             missing if spec.data.eval is None else kind,
-            f"held-out conversations are answered (kinds {', '.join(WRITTEN_KINDS)})",
+            "held-out conversations are answered: those of sft, distill, grpo and rloo",
             "give data.eval" if spec.data.eval is None else "leave out outcomes.task",
         )
     rows = data.read_rows(spec.data.eval, limit=min(asked.rows, spec.data.eval_rows or asked.rows), need="train")

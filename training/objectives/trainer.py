@@ -1,11 +1,10 @@
 """What every kind's trainer is built from, and the settings that all of them share."""
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -258,40 +257,14 @@ def strip_callbacks(trainer: Any) -> Any:
     return trainer
 
 
-# Trainers of each kind of finetuning: TRL's, fed with the rows of `training.rows`, on steps that the plan orders.
-#
-# The only folder that imports trl. A kind is a module with `build(setting) -> Training`.
-
-
-BUILDERS = {
-    "cpt": "graftwork.training.objectives.cpt",
-    "fim": "graftwork.training.objectives.fim",
-    "sft": "graftwork.training.objectives.sft",
-    "dpo": "graftwork.training.objectives.dpo",
-    "reward": "graftwork.training.objectives.reward",
-    "distill": "graftwork.training.objectives.distill",
-    "grpo": "graftwork.training.objectives.rl",
-    "rloo": "graftwork.training.objectives.rl",
-}
-
-
-class Builder(Protocol):
-    """A module of this folder."""
-
-    def build(self, setting: TrainerContext) -> BuiltTrainer:
-        """A trainer that takes the plan's steps in order and writes `folder/checkpoint-STEP` when told to."""
-        ...
-
-
 def build(setting: TrainerContext) -> BuiltTrainer:
     """The trainer of the setting's kind; imports trl (5 to 10 s). The adapter's weights stay as they came: in fp32.
 
     TRL 1.16 casts adapters on a quantised base to bf16. Without bf16 units that makes a step 1.7 times as long, and
     small updates are lost in 8 bits of mantissa. fp32 is PEFT's default; on CUDA autocast multiplies in bf16.
     """
-    builder: Builder = importlib.import_module(BUILDERS[setting.job.spec.objective.kind])
     kept = [(parameter, parameter.data) for parameter in setting.model.parameters() if parameter.requires_grad]
-    training = builder.build(setting)
+    training = setting.job.spec.objective.build(setting)
     for parameter, data in kept:
         parameter.data = data
     return training
