@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.adapters.spec import AdapterSpec, LoraSpec, with_kind
+from graftwork.adapters.lora import LoraSpec
+from graftwork.adapters.spec import AdapterSpec, with_kind
 from graftwork.base.spec import BaseSpec
 from graftwork.config import Spec
 from graftwork.datasets.rows import DataSpec
@@ -135,7 +136,7 @@ class TrainSpec(Spec):
     root: str = DEFAULT_ROOT
     """Where runs, adapters and caches live: a folder, `file://` or `s3://`. No part of the run's identity."""
     base: BaseSpec
-    quant: QuantSpec = QuantSpec(kind="nf4")
+    quant: QuantSpec = QuantSpec()
     data: DataSpec
     prompt: PromptSpec = PromptSpec()
     max_length: int = Field(default=512, ge=8)

@@ -4,7 +4,7 @@ import ctypes.util
 import shutil
 from typing import TYPE_CHECKING
 
-from graftwork.adapters.spec import Ia3Spec, LoraSpec
+from graftwork.adapters.spec import kinds_with
 from graftwork.errors import ConfigError, DataError
 from graftwork.quantization.spec import compute_dtype
 from graftwork.training.objectives.spec import DistillSpec, DpoSpec, RewardSpec
@@ -18,45 +18,26 @@ if TYPE_CHECKING:
 
 def check_adapter(spec: "TrainSpec") -> None:
     """Raises ValueError for keys that can't go with the spec's kind of adapter, or can't take effect with it."""
-    if spec.adapter.kind == "full":
-        _check_full(spec)
+    spec.adapter.check_run(spec)
+    if spec.adapter.trains_base and spec.alias not in (None, type(spec).model_fields["alias"].default):
+        raise ValueError(
+            f"alias={spec.alias} can't take effect with adapter.kind={spec.adapter.kind}: the new base is named by its "
+            "place, <root>/bases/<name>/<version>. Leave alias out"
+        )
     if spec.base_adapter is not None:
         _check_stack(spec, spec.base_adapter)
     checkpointing = spec.optim.gradient_checkpointing
-    if spec.adapter.kind == "prefix" and checkpointing:
+    if spec.adapter.virtual_tokens and checkpointing:
         raise ValueError(
-            f"optim.gradient_checkpointing={checkpointing} can't go with adapter.kind=prefix: the prefix is KV, "
+            f"optim.gradient_checkpointing={checkpointing} can't go with adapter.kind={spec.adapter.kind}: it is KV, "
             "which no block computed again would find. Set optim.gradient_checkpointing=false and a smaller "
             "optim.micro_batch, or adapter.kind=lora"
         )
 
 
-def _check_full(spec: "TrainSpec") -> None:
-    if spec.quant.kind != "none":
-        raise ValueError(
-            f"quant.kind={spec.quant.kind} can't go with adapter.kind=full: quantised weights have no gradient. Set "
-            "quant.kind=none, or train a LoRA on the quantised base (QLoRA): adapter.kind=lora"
-        )
-    if "lr" not in spec.optim.model_fields_set:
-        raise ValueError(
-            f"adapter.kind=full needs optim.lr: the default of {spec.optim.lr:g} is LoRA's and would undo what the "
-            "base knows. 1e-5 to 5e-5 is usual for all weights"
-        )
-    if spec.init_from is not None:
-        raise ValueError(
-            f"init_from={spec.init_from} can't go with adapter.kind=full: an adapter is no start for all weights. Set "
-            "base to the base to go on from"
-        )
-    if spec.alias not in (None, type(spec).model_fields["alias"].default):
-        raise ValueError(
-            f"alias={spec.alias} can't take effect with adapter.kind=full: the new base is named by its place, "
-            "<root>/bases/<name>/<version>. Leave alias out"
-        )
-
-
 def _check_stack(spec: "TrainSpec", below: str) -> None:
     """Both are published as one adapter, their exact sum: so both must be plain deltas, and nothing else trained."""
-    if not isinstance(spec.adapter, LoraSpec) or spec.adapter.dora:
+    if not spec.adapter.adds_up:
         raise ValueError(
             f"base_adapter={below} can't go with adapter={spec.adapter.describe()}: the sum of both is published, "
             "and only a LoRA without DoRA adds to one. Set adapter.kind=lora"
@@ -98,14 +79,15 @@ def taken_effect(spec: "TrainSpec") -> None:
         return
     if spec.data.context is not None:
         raise ValueError(f"data.context can't take effect with {where}: put the passages into the rows' prompts")
-    if isinstance(adapter, LoraSpec) and adapter.dropout:
+    if adapter.input_dropout:
         raise ValueError(
-            f"adapter.dropout={adapter.dropout:g} can't take effect with {where}: two answers are "
+            f"adapter.dropout={adapter.input_dropout:g} can't take effect with {where}: two answers are "
             "compared by the same weights, so TRL switches dropout off"
         )
-    if isinstance(objective, RewardSpec) and not isinstance(adapter, LoraSpec | Ia3Spec):
+    if isinstance(objective, RewardSpec) and not adapter.trains_score_head:
         raise ValueError(
-            f"adapter.kind={adapter.kind} with {where}: a reward model is a lora or ia3 adapter with a score head"
+            f"adapter.kind={adapter.kind} with {where}: a reward model is a {kinds_with('trains_score_head')} adapter "
+            "with a score head"
         )
 
 
@@ -222,10 +204,10 @@ def _check_offload(spec: "TrainSpec") -> None:
 
 def _check_kinds(spec: "TrainSpec") -> None:
     kind, objective = spec.strategy.kind, spec.objective
-    if spec.adapter.kind == "prefix" and kind in WEIGHTS_SHARDED:
+    if spec.adapter.virtual_tokens and kind in WEIGHTS_SHARDED:
         raise ValueError(
-            f"adapter.kind=prefix can't go with strategy.kind={kind}: PEFT computes the prefix outside of the model, "
-            "where its weights are in parts. Set strategy.kind=zero2"
+            f"adapter.kind={spec.adapter.kind} can't go with strategy.kind={kind}: PEFT computes it outside of the "
+            "model, where its weights are in parts. Set strategy.kind=zero2"
         )
     if kind == "fsdp2" and isinstance(objective, DistillSpec) and objective.on_policy > 0:
         raise ValueError(
@@ -235,19 +217,20 @@ def _check_kinds(spec: "TrainSpec") -> None:
 
 
 def _check_precision(spec: "TrainSpec") -> None:
-    kind, quant = spec.strategy.kind, spec.quant.kind
+    kind, quant = spec.strategy.kind, spec.quant
     if kind in ZERO and spec.gpus and spec.quant.dtype == "float32":
         raise ValueError(
             f"quant.dtype=float32 can't take effect with strategy.kind={kind} on GPUs: DeepSpeed computes in bf16 and "
             "steps fp32 copies. Set quant.dtype=auto, or strategy.kind=ddp"
         )
-    if kind == "fsdp2" and quant == "int8":
+    if kind == "fsdp2" and not quant.method.shards_in_fsdp2:
         raise ValueError(
-            "quant.kind=int8 can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales off the weights "
-            "(0.50: 'Parameter' object has no attribute 'CB'). Set quant.kind=nf4, or strategy.kind=zero2"
+            f"quant.kind={quant.kind} can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales off the "
+            "weights (0.50: 'Parameter' object has no attribute 'CB'). Set quant.kind=nf4, or strategy.kind=zero2"
         )
-    if kind == "zero3" and quant != "none" and spec.gpus:
+    if kind == "zero3" and quant.is_packed and spec.gpus:
         raise ValueError(
-            f"quant.kind={quant} can't go with strategy.kind=zero3 on GPUs: each GPU would first hold the whole base "
-            "(transformers issue 26412, PEFT issue 2016). Set strategy.kind=fsdp2, which shards an nf4 base, or zero2"
+            f"quant.kind={quant.kind} can't go with strategy.kind=zero3 on GPUs: each GPU would first hold the whole "
+            "base (transformers issue 26412, PEFT issue 2016). Set strategy.kind=fsdp2, which shards an nf4 base, or "
+            "zero2"
         )

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from graftwork.adapters import target_modules as adapter_places
-from graftwork.adapters.spec import LoraSpec
+from graftwork.adapters.lora import LoraSpec
 from graftwork.adapters.target_modules import MLP_ENDS
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import BaseFacts, Linear, ModelShape, Targets

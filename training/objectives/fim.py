@@ -216,7 +216,7 @@ def _row(
 
 
 def _require_trainable(spec: TrainSpec, sentinels: Sentinels) -> None:
-    if spec.adapter.kind not in ("lora", "full"):
+    if not spec.adapter.trains_tokens:
         raise ConfigError(
             f"objective.kind=fim with adapter.kind={spec.adapter.kind}",
             f"the base has not learned its sentinels ({sentinels.names})",

@@ -93,10 +93,10 @@ def check_text(spec: "TrainSpec") -> None:
     """Raises ValueError for keys that can't go together or can't take effect."""
     objective = spec.objective
     packing = getattr(objective, "packing", "none")
-    if packing != "none" and spec.adapter.kind == "prefix":
+    if packing != "none" and spec.adapter.virtual_tokens:
         raise ValueError(
-            f"objective.packing={packing} can't go with adapter.kind=prefix: the prefix would stand before the first "
-            "document of a row alone. Set objective.packing=none"
+            f"objective.packing={packing} can't go with adapter.kind={spec.adapter.kind}: it would stand before the "
+            "first document of a row alone. Set objective.packing=none"
         )
     answers = getattr(objective, "answers", None)
     if answers is not None and spec.data.eval is None:
