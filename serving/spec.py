@@ -150,7 +150,7 @@ class ServeSpec(Spec):
     name: Annotated[str, Field(pattern=NAME_PATTERN)] = "graftwork"
     root: str = DEFAULT_ROOT
     base: BaseSpec
-    quant: QuantSpec = QuantSpec(kind="nf4")
+    quant: QuantSpec = QuantSpec()
     adapters: tuple[Annotated[str, Field(pattern=ALIAS_PATTERN)], ...] = ()
     """Loaded at start; others of the store load when first asked for."""
     arms: tuple[ArmSpec, ...] = ()

@@ -39,7 +39,7 @@ def race(actions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
 def start(action: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """A process that waits for its line before it acts."""
     pipe = subprocess.PIPE
-    command = [sys.executable, "-m", "tests.processes", *action]
+    command = [sys.executable, "-m", "tests.process_races", *action]
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 

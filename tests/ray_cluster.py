@@ -51,7 +51,7 @@ class Raylets:
         self._log = open(self._folder / "log", "w")  # noqa: SIM115  # for as long as the process runs
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.raylets", str(self._folder)],
+            [sys.executable, "-m", "tests.ray_cluster", str(self._folder)],
             cwd=ROOT,
             env={**environment(), **(more or {})},
             text=True,

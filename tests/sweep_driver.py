@@ -29,7 +29,7 @@ def start_sweep(spec: TuneSpec, more: Mapping[str, str] | None = None, address: 
     ray = {"RAY_ADDRESS": address} if address else {}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.sweeping", spec.model_dump_json()],
+        [sys.executable, "-m", "tests.sweep_driver", spec.model_dump_json()],
         cwd=ROOT,
         text=True,
         env={**environment(), "OMP_NUM_THREADS": "1", **(more or {}), **ray},

@@ -67,7 +67,7 @@ def start_driver(
 ) -> "subprocess.Popen[str]":
     """Train a spec on the Ray at `address`; `noted` takes the rows."""
     noted.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.driving", spec.model_dump_json(), str(noted)]
+    command = [sys.executable, "-m", "tests.train_driver", spec.model_dump_json(), str(noted)]
     return subprocess.Popen(
         command,
         cwd=ROOT,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from graftwork.adapters.spec import FullSpec
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import AdapterManifest, aliases
 from graftwork.artifacts.registry import UnknownAdapter, open_adapter
@@ -50,7 +49,7 @@ def publish(run: "ResolvedRun", result: LoopResult) -> PublishedModel:
     store, name = run.paths.store, run.spec.name
     template = base_model.template(run.base)
     with Checkpoints(run.paths).adapter(result.steps) as folder:
-        if isinstance(run.spec.adapter, FullSpec):
+        if run.spec.adapter.trains_base:
             facts = _facts(run, result)
             made = base_publish.publish(store, name, folder, run.base, template_date=template.date, **facts)
             return PublishedModel(made.version, base=base_publish.place(store, name, made.version))

@@ -171,7 +171,7 @@ def train_run(
     """One training run, with its method in a few words."""
     context = f", {spec.data.context.k} passages a row" if spec.data.context else ""
     kind = "" if spec.objective.kind == "sft" else f"{spec.objective.kind}, "
-    base = "an unquantised base" if spec.quant.kind == "none" else spec.quant.kind
+    base = spec.quant.kind if spec.quant.is_packed else "an unquantised base"
     return TrainRun(
         name=spec.name,
         adapter=found.published_name,

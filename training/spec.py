@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.adapters.spec import AdapterSpec, LoraSpec, with_kind
+from graftwork.adapters.lora import LoraSpec
+from graftwork.adapters.spec import AdapterSpec, with_kind
 from graftwork.base.spec import BaseSpec
 from graftwork.config import Spec
 from graftwork.datasets.rows import DataSpec
@@ -17,7 +18,6 @@ from graftwork.training.lr_schedule import Factors
 from graftwork.training.lr_schedule import refusal as refusal_of_factors
 from graftwork.training.objectives.sft import SftSpec
 from graftwork.training.objectives.spec import ObjectiveSpec
-from graftwork.training.spec_rules import check_adapter
 from graftwork.training.strategies import StrategySpec
 
 
@@ -101,6 +101,15 @@ class OptimSpec(Spec):
             raise ValueError(reason)
         return self
 
+    def check(self, run: "TrainSpec") -> None:
+        """Raise ValueError for gradient checkpointing with an adapter that it cannot be combined with."""
+        if run.adapter.virtual_tokens and self.gradient_checkpointing:
+            raise ValueError(
+                f"optim.gradient_checkpointing={self.gradient_checkpointing} can't go with adapter.kind="
+                f"{run.adapter.kind}: it is KV, which no block computed again would find. Set "
+                "optim.gradient_checkpointing=false and a smaller optim.micro_batch, or adapter.kind=lora"
+            )
+
     @property
     def rows_per_pass(self) -> int:
         """`micro_batch` of a spec whose `auto` was settled (training/planning/plan.py), as every worker's is."""
@@ -117,7 +126,7 @@ class TrainSpec(Spec):
     root: str = DEFAULT_ROOT
     """Where runs, adapters and caches live: a folder, `file://` or `s3://`. No part of the run's identity."""
     base: BaseSpec
-    quant: QuantSpec = QuantSpec(kind="nf4")
+    quant: QuantSpec = QuantSpec()
     data: DataSpec
     prompt: PromptSpec = PromptSpec()
     max_length: int = Field(default=512, ge=8)
@@ -186,8 +195,41 @@ class TrainSpec(Spec):
         if self.data.eval is None and "eval_every" in self.model_fields_set:
             raise ValueError("eval_every is set but data.eval is not given, so it cannot take effect")
         self.objective.check(self)
-        check_adapter(self)
+        self.adapter.check_run(self)
+        self._check_base_adapter()
+        self.optim.check(self)
         self.checkpoints.check(self)
         self.recovery.check(self)
         self.strategy.check(self)
         return self
+
+    def _check_base_adapter(self) -> None:
+        """Raise ValueError for an alias that nothing is published under, and for what cannot be added to an adapter."""
+        if self.adapter.trains_base and self.alias not in (None, type(self).model_fields["alias"].default):
+            raise ValueError(
+                f"alias={self.alias} can't take effect with adapter.kind={self.adapter.kind}: the new base is named by "
+                "its place, <root>/bases/<name>/<version>. Leave alias out"
+            )
+        below = self.base_adapter
+        if below is None:
+            return
+        if not self.adapter.adds_up:
+            raise ValueError(
+                f"base_adapter={below} can't go with adapter={self.adapter.describe()}: the sum of both is published, "
+                "and only a LoRA without DoRA adds to one. Set adapter.kind=lora"
+            )
+        if self.init_from is not None:
+            raise ValueError(
+                f"base_adapter={below} can't go with init_from={self.init_from}: init_from is trained on, base_adapter "
+                "stays frozen. Give one of them"
+            )
+        if not self.objective.traits.adds_up:
+            raise ValueError(
+                f"base_adapter={below} can't go with objective.kind={self.objective.kind}: a score head or trained "
+                "tokens are no part of a sum. Leave base_adapter out"
+            )
+        if below.partition("@")[0] == self.name:
+            raise ValueError(
+                f"base_adapter={below} can't name the task itself: each run would build on the one before. Set "
+                "init_from to continue it, or set name to another task"
+            )

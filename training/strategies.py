@@ -43,9 +43,9 @@ class StrategySpec(Spec):
         """Raise ValueError for keys of the run that cannot be combined with this strategy, or have no effect."""
         self._check_offload(run)
         self._check_precision(run)
-        if run.adapter.kind == "prefix" and self.kind in WEIGHTS_SHARDED:
+        if run.adapter.virtual_tokens and self.kind in WEIGHTS_SHARDED:
             raise ValueError(
-                f"adapter.kind=prefix can't go with strategy.kind={self.kind}: PEFT computes the prefix outside of the "
+                f"adapter.kind={run.adapter.kind} can't go with strategy.kind={self.kind}: PEFT computes it outside of the "
                 "model, where its weights are in parts. Set strategy.kind=zero2"
             )
         if run.optim.factors and self.kind in ZERO:
@@ -86,22 +86,22 @@ class StrategySpec(Spec):
             raise ValueError(f"strategy.nvme_path={self.nvme_path} can't take effect: nothing is offloaded to nvme")
 
     def _check_precision(self, run: TrainSpec) -> None:
-        kind, quant = self.kind, run.quant.kind
-        if kind in ZERO and run.gpus and run.quant.dtype == "float32":
+        kind, quant = self.kind, run.quant
+        if kind in ZERO and run.gpus and quant.dtype == "float32":
             raise ValueError(
                 f"quant.dtype=float32 can't take effect with strategy.kind={kind} on GPUs: DeepSpeed computes in bf16 "
                 "and steps fp32 copies. Set quant.dtype=auto, or strategy.kind=ddp"
             )
-        if kind == "fsdp2" and quant == "int8":
+        if kind == "fsdp2" and not quant.method.shards_in_fsdp2:
             raise ValueError(
-                "quant.kind=int8 can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales off the "
+                f"quant.kind={quant.kind} can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales off the "
                 "weights (0.50: 'Parameter' object has no attribute 'CB'). Set quant.kind=nf4, or strategy.kind=zero2"
             )
-        if kind == "zero3" and quant != "none" and run.gpus:
+        if kind == "zero3" and quant.is_packed and run.gpus:
             raise ValueError(
-                f"quant.kind={quant} can't go with strategy.kind=zero3 on GPUs: each GPU would first hold the whole "
-                "base (transformers issue 26412, PEFT issue 2016). Set strategy.kind=fsdp2, which shards "
-                "an nf4 base, or zero2"
+                f"quant.kind={quant.kind} can't go with strategy.kind=zero3 on GPUs: each GPU would first hold the whole "
+                "base (transformers issue 26412, PEFT issue 2016). Set strategy.kind=fsdp2, which shards an nf4 base, or "
+                "zero2"
             )
 
 

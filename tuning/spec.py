@@ -93,9 +93,9 @@ def require_placeable(winner: WinnerSpec | None, train: TrainSpec) -> None:
             "the winner's alias is winner.alias, and trials publish nothing",
             "take train.alias out",
         )
-    if train.adapter.kind == "full" and (winner.alias or winner.shadow):
+    if train.adapter.trains_base and (winner.alias or winner.shadow):
         raise ConfigError(
-            "winner.alias or winner.shadow with train.adapter.kind=full",
+            f"winner.alias or winner.shadow with train.adapter.kind={train.adapter.kind}",
             "all weights are trained",
             "an alias names an adapter, and a base has none",
             "leave both out: `winner: {}` publishes the base",

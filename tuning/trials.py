@@ -9,7 +9,7 @@ from pydantic import JsonValue, TypeAdapter
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import BaseModelError
-from graftwork.planning.memory import FP32, trained_params
+from graftwork.planning.memory import FP32
 from graftwork.training.report import Progress, TrainReport
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport
@@ -44,7 +44,7 @@ def size_of(trial: TrainSpec) -> dict[str, float]:
 
     Raises BaseModelError for an architecture whose layers are not known (`model_shape`).
     """
-    count = trained_params(ModelShape.from_config(base_model.resolve(trial.base).config), trial.adapter)
+    count = trial.adapter.trained_params(ModelShape.from_config(base_model.resolve(trial.base).config))
     return {"trained_parameters": float(count), "adapter_bytes": float(count * FP32)}
 
 

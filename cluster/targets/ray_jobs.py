@@ -152,7 +152,7 @@ class AddressPlace:
 
     def _drop(self, jobs: JobsApi, pending: str) -> None:
         dropping = f"{pending}{DROP}"
-        entrypoint = f"python -m graftwork.cluster.places.drop {pending}"
+        entrypoint = f"python -m graftwork.cluster.targets.ray_jobs {pending}"
         jobs.submit(entrypoint, build_wheel()[1], dropping)
         if not _within(DROP_S, lambda: _ended(jobs, pending)):
             raise ClusterError(

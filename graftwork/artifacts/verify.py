@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftwork.adapters.spec import PEFT_KINDS
 from graftwork.errors import ArtifactError, StorageError
 
 CONFIG_FILE = "adapter_config.json"
@@ -20,7 +21,6 @@ TEMPLATE_FILE = "chat_template.jinja"
 MANIFEST_FILE = "manifest.json"
 MAX_TEXT_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
-MAX_RANK = 4096
 SAFETENSORS_ONLY = "an adapter is adapter_config.json and safetensors; pickle runs code when it is read, so it never is"
 
 _SAFETENSORS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.safetensors")
@@ -28,10 +28,9 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
-PEFT_TYPES = ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS", "BOTTLENECK")
+PEFT_TYPES = (*PEFT_KINDS, "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS")
 """Kinds that are published; what of each can be served is decided where it is loaded."""
 _SET_KEYS = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
-_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,9 @@ def problems(files: Mapping[str, bytes]) -> Iterator[str]:
             sound = False
             yield f"{name}: {error}"
     if sound:
-        if config["peft_type"] == "LORA":
-            yield from _lora_problems(config, tensors[WEIGHTS_FILE])
+        if kind := PEFT_KINDS.get(config["peft_type"]):
+            shapes = {key: info.shape for key, info in tensors[WEIGHTS_FILE].items()}
+            yield from (f"{WEIGHTS_FILE}: {problem}" for problem in kind.tensor_problems(config, shapes))
         for name, infos in tensors.items():
             yield from _finite_problems(name, files[name], infos)
 
@@ -159,19 +159,9 @@ def parse_config(data: bytes) -> dict[str, Any]:
     library = mapping.get("parent_library", "transformers") if isinstance(mapping, dict) else mapping
     if str(library).split(".")[0] != "transformers":
         raise ValueError(f"auto_mapping names {library!r}, which PEFT would import")
-    if config["peft_type"] == "LORA":
-        _check_lora(config)
+    if kind := PEFT_KINDS.get(config["peft_type"]):
+        kind.check_config(config)
     return config
-
-
-def _check_lora(config: Mapping[str, Any]) -> None:
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"r={rank!r} is no rank from 1 to {MAX_RANK}")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-        raise ValueError(f"lora_alpha={alpha!r} is no positive number")
-    if not isinstance(config.get("rank_pattern") or {}, dict):
-        raise ValueError("rank_pattern is no mapping")
 
 
 def canonical_config(data: bytes) -> bytes:
@@ -197,33 +187,6 @@ def _tensor_info(name: str, entry: object, data_start: int) -> TensorInfo:
     if offsets[1] - offsets[0] != math.prod(shape) * _FLOAT_BYTES[dtype]:
         raise ValueError(f"tensor {name}: {dtype} {shape} does not fill bytes {offsets}")
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
-
-
-def _lora_problems(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """Every `lora_A` (rank, in) has its `lora_B` (out, rank), of the rank that the config gives the module."""
-    sides: dict[str, dict[str, TensorInfo]] = {}
-    for key, info in tensors.items():
-        match = _LORA_KEY.fullmatch(key)
-        if match:
-            sides.setdefault(match["module"], {})[match["side"]] = info
-    if not sides:
-        yield f"{WEIGHTS_FILE}: no lora_A and lora_B tensors"
-    for module, pair in sides.items():
-        if set(pair) != {"A", "B"}:
-            yield f"{WEIGHTS_FILE}: {module} has only lora_{''.join(pair)}"
-            continue
-        rank = _rank_of(module, config)
-        a, b = pair["A"].shape, pair["B"].shape
-        if len(a) < 2 or len(b) < 2 or a[0] != rank or b[1] != rank:
-            yield f"{WEIGHTS_FILE}: {module} has lora_A {list(a)} and lora_B {list(b)}, the config says rank {rank}"
-
-
-def _rank_of(module: str, config: Mapping[str, Any]) -> object:
-    """`rank_pattern` by literal module suffix; its regular expressions come from the file and are not run."""
-    for pattern, rank in (config.get("rank_pattern") or {}).items():
-        if module == pattern or module.endswith("." + pattern):
-            return rank
-    return config["r"]
 
 
 def _finite_problems(name: str, data: bytes, infos: Mapping[str, TensorInfo]) -> Iterator[str]:

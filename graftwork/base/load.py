@@ -16,7 +16,7 @@ from graftwork.compat.hf import has_sdpa
 from graftwork.config import canonical_json
 from graftwork.errors import BaseModelError
 from graftwork.prompts.template import DEFAULT_DATE, Template
-from graftwork.quantization.quantizer import _quantiser, _resident_form, dequantise_linears
+from graftwork.quantization.quantizer import dequantise_linears, load_config, resident_form
 from graftwork.quantization.spec import QuantSpec, compute_dtype
 from graftwork.storage.store import cache_root
 
@@ -180,9 +180,9 @@ def load(
 
     _check_device(device)
     dtype, dtype_reason = compute_dtype(quant, device)
-    dequantise, form_reason = _resident_form(quant, device, purpose)
+    dequantise, form_reason = resident_form(quant, device, purpose)
     try:
-        settings = _quantiser(quant, dtype, words=dtype if shards == "fsdp2" else None)
+        settings = load_config(quant, dtype, storage=dtype if shards == "fsdp2" else None)
         model, kept = _from_folder(resolved, quant, settings, None if shards == "zero3" else device, dtype)
     except torch.OutOfMemoryError as error:
         raise BaseModelError(
@@ -194,14 +194,14 @@ def load(
             f"transformers cannot load it ({str(error)[:400]})",
             "the base must be a causal language model that the installed transformers knows",
         ) from error
-    if quant.kind != "none" and (dequantise or not kept):
+    if quant.is_packed and (dequantise or not kept):
         _release_file(model)
     if resolved.extra_tokens:
         grow(model, resolved.extra_tokens)
     stored = weight_bytes(model)
     if dequantise:
         dequantise_linears(model)
-    elif quant.kind == "nf4" and purpose == "train":
+    elif quant.is_4bit and purpose == "train":
         _keep_differentiable(model)
     model.requires_grad_(False)
     model.eval()
@@ -227,7 +227,7 @@ def _from_folder(
     resolved: ResolvedBase, quant: QuantSpec, settings: Any, device: str | None, dtype: "torch.dtype"
 ) -> tuple[Any, bool]:
     """The model, and whether it came quantised out of the cache: then its file holds nothing but what it keeps."""
-    if quant.kind == "nf4" and device == "cpu" and worth_keeping(resolved.folder):
+    if quant.is_4bit and device == "cpu" and worth_keeping(resolved.folder):
         folder = cache_quantised(
             resolved.folder, settings.to_dict(), lambda: _read(resolved.folder, {}, settings, device, dtype)
         )

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from graftwork.adapters import target_modules as adapter_places
-from graftwork.adapters.spec import LoraSpec
+from graftwork.adapters.lora import LoraSpec
 from graftwork.adapters.target_modules import MLP_ENDS
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import BaseFacts, Linear, ModelShape, Targets
@@ -256,7 +256,7 @@ def _has_router_loss(text: Any) -> bool:
 
 
 def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
-    """What keeps the closed forms of `graftwork.memory` from predicting a training step's activations."""
+    """What keeps the closed forms of `graftwork.planning.memory` from predicting a training step's activations."""
     found = ""
     if _expert_weights(model) or any(".experts." in name for name in adapter_places.linears(model)):
         found = "experts"

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
+from graftwork.quantization.methods import METHODS, QuantKind
+from graftwork.quantization.spec import PRECISIONS
 
 if TYPE_CHECKING:
     from graftwork.training.spec import TrainSpec
 
-Stage = Literal["plan", "none", "int8", "nf4", "train", "pack", "serve", "serve adapters"]
-STAGES: tuple[Stage, ...] = ("plan", "none", "int8", "nf4", "train", "pack", "serve", "serve adapters")
-"""`plan`: of training. `none`, `int8`, `nf4`: `quant.kind`, in training and in serving."""
+Stage = Literal["plan", "train", "pack", "serve", "serve adapters"] | QuantKind
+STAGES: tuple[Stage, ...] = ("plan", *METHODS, "train", "pack", "serve", "serve adapters")
+"""`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class BaseSupport:
     outside: tuple[str, ...] = ()
     """Linear layers outside of the text decoder."""
     train_packed: Support = YES
-    """Training with int8 and nf4."""
+    """Training on quantised weights."""
 
     def format_line(self) -> str:
         """As a line of a plan: the stages that support the base, and the reason of each that does not."""
@@ -89,9 +91,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         facts.model_class,
         {
             "plan": Support(facts.shape.unplanned, HOW_UNPLANNED),
-            "none": YES,
-            "int8": quantised,
-            "nf4": quantised,
+            **{kind: quantised if method.bits else YES for kind, method in METHODS.items()},
             "train": _trained(facts, lora),
             "pack": _packed(facts),
             "serve": served,
@@ -107,15 +107,15 @@ def check_training(spec: "TrainSpec", config: Mapping[str, Any]) -> BaseSupport:
     """Check a training spec against its base with this config.json. Raises BaseModelError."""
     support = base_support(config)
     support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
-    if spec.quant.kind != "none":
+    if spec.quant.is_packed:
         support.refuse(support.train_packed, f"quant.kind={spec.quant.kind}")
-    kind = spec.adapter.kind
-    support.require("train", f"adapter.kind={kind}")
-    if spec.adapter.kind == "lora":
-        support.refuse(support.lora[spec.adapter.targets], f"adapter.targets={spec.adapter.targets}")
+    support.require("train", f"adapter.kind={spec.adapter.kind}")
+    targets = getattr(spec.adapter, "targets", None)
+    if targets is not None:
+        support.refuse(support.lora[targets], f"adapter.targets={targets}")
     if getattr(spec.objective, "packing", "none") != "none":
         support.require("pack", "objective.packing=best_fit")
-    if support.outside and kind != "prefix" and spec.strategy.kind == "ddp" and spec.num_workers > 1:
+    if support.outside and not spec.adapter.virtual_tokens and spec.strategy.kind == "ddp" and spec.num_workers > 1:
         unused = Support(
             f"text gives no gradient to {support.outside[0]}, and DDP waits for one of every trained weight",
             "--set num_workers=1",
@@ -137,7 +137,7 @@ def check_serving(spec: Any) -> None:
     support = base_support(base_model.resolve(spec.base).config)
     if spec.kind == "quantize":
         for precision in spec.precisions:
-            found = support.stages[precision if precision in ("int8", "nf4") else "none"]
+            found = support.stages[PRECISIONS[precision].kind]
             support.refuse(replace(found, hint="--set 'precisions=[fp32, bf16]'"), f"precisions: {precision}")
     else:
         support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
@@ -166,7 +166,8 @@ def _arms_with_adapters(spec: Spec) -> Iterator[bool]:
 
 PROBE_LENGTH = 12
 """Tokens of each of the two texts of `probe_ids`."""
-MOST_MIXED = {"float32": 0.05, "bfloat16": 0.5, "int8": 0.5}
+MOST_MIXED = {"float32": 0.05, "bfloat16": 0.5}
+MOST_MIXED_8BIT = 0.5
 """Of what a text before it moves the logits by. Rounding alone, on the 135M base: 0 in fp32, 0.05 in bf16, 0.24 with
 int8. Models that do not keep texts apart: 1 with recurrent layers alone, 0.18 where attention is next to them."""
 
@@ -179,7 +180,7 @@ def probe_ids(vocabulary: int) -> list[int]:
 def most_mixed(model: Any) -> float:
     """Return the largest `mixed_share` that rounding explains on a loaded model."""
     if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
-        return MOST_MIXED["int8"]
+        return MOST_MIXED_8BIT
     dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     return MOST_MIXED.get(dtype, MOST_MIXED["bfloat16"])
 

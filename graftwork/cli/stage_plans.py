@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from graftwork.adapters.spec import FullSpec
 from graftwork.artifacts.registry import UnknownAdapter, resolve
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
@@ -21,11 +20,11 @@ from graftwork.planning.memory import FP32, FRAGMENTS, MemoryPlan, TokenWork
 from graftwork.planning.plan import StagePlan, charge_bytes, verdict_of
 from graftwork.prompts.render import PromptSpec
 from graftwork.quantization.quantizer import import_bitsandbytes
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization.spec import PRECISIONS, QuantSpec
 from graftwork.retrieval.embedder import EmbedderShape, EmbedderSpec, resolve_embedder
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.planning import RequestLoad, answers_seconds, plan_serving, predict_embedding
-from graftwork.serving.quantize.spec import QUANT, QuantizeSpec
+from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage.store import Store
 from graftwork.training.autotune import machine_of, sizes_of
@@ -230,7 +229,7 @@ def _precisions(spec: QuantizeSpec, machine: Machine, prompts: Mapping[str, Prom
     adapters = {arm.adapter for arm in spec.arms if arm.adapter}
     answers = quantize_answers(spec, prompts)
     for precision in spec.precisions:
-        quant = QUANT[precision]
+        quant = PRECISIONS[precision]
         yield plan_serving(
             f"quantize {precision}",
             _shape(spec.base),
@@ -269,7 +268,7 @@ def _query_embedders(arms: Sequence[ArmSpec]) -> list[MemoryPlan]:
 
 def _unpacked(quant: QuantSpec) -> bool:
     """As `base_model.load` decides on a CPU for serving."""
-    return quant.kind == "nf4" and quant.resident != "packed"
+    return quant.is_4bit and quant.resident != "packed"
 
 
 # A training spec's line of the plan, with the peak of the replayed step in place of the closed form's.
@@ -295,7 +294,7 @@ def replayed_line(spec: TrainSpec, machine: Machine, outcomes: TokenWork | None 
     held_out = sizes_of(data.eval) if data.eval is not None else None
     line = plan_training(spec, shape, rows, held_out, machine, outcomes)
     spec = resolve_auto(spec, shape, rows, machine).spec
-    whole = isinstance(spec.adapter, FullSpec) and machine.gpu is None
+    whole = spec.adapter.trains_base and machine.gpu is None
     found: Replayed = replay(spec, base.config, rows, value_bytes=FP32 if whole else machine.value_bytes)
     closed = predict_training(spec, shape, rows, value_bytes=machine.value_bytes)
     parts = _parts(closed, found.step_bytes, on_gpu=machine.gpu is not None)

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from graftwork.adapters.spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
-from graftwork.adapters.target_modules import ATTENTION_ENDS, KEYS, MLP_ENDS, VALUES
+from graftwork.adapters.kind import AdapterKind, ValueBytes
 from graftwork.base.model_shape import ModelShape
 from graftwork.quantization.spec import QuantSpec
 from graftwork.storage.store import cache_root
@@ -199,7 +198,7 @@ class TokenWork:
 
 def saved_bytes(
     model: ModelShape,
-    adapter: AdapterSpec,
+    adapter: AdapterKind,
     padded_to: int | None = None,
     *,
     value_bytes: int = FP32,
@@ -213,79 +212,37 @@ def saved_bytes(
     any case: beside a base of 16 bits each of its targets keeps its own input once more, in fp32 or, under autocast (as
     on a GPU), in 16 bits. `mask_bytes`: of a value of dropout's mask, 4 on a CPU and 1 on a GPU.
     """
+    size = ValueBytes(value_bytes, BF16 if autocast else FP32, mask_bytes)
+    return frozen_bytes(model, padded_to, adapter.virtual_tokens, value_bytes) + adapter.saved_bytes(model, size)
+
+
+def frozen_bytes(model: ModelShape, padded_to: int | None, virtual_tokens: int, value_bytes: int) -> float:
+    """Return the bytes that one token leaves in one frozen block, as `saved_bytes` counts them."""
     kv, row = model.kv_size if padded_to is None else model.q_size, padded_to or 0
     stretch = 1.0
-    if isinstance(adapter, PrefixSpec) and padded_to:  # it always brings a mask; keys and values are longer by it
-        row = padded_to + adapter.tokens
+    if virtual_tokens and padded_to:  # they always bring a mask; keys and values are longer by them
+        row = padded_to + virtual_tokens
         stretch = row / padded_to
     mlp = (3 if model.gated else 1) * model.intermediate  # gate, silu(gate), up; or the activation's input
     computed = 2 * model.q_size + 2 * kv * stretch + row + mlp  # q, k, v, the attention's output, the mask
     norms = 2 * (model.hidden + 1)  # the input of each RMSNorm and its 1/rms, in fp32
-    frame = computed * value_bytes + (norms + model.heads) * FP32
-    return frame + _of_adapter(model, adapter, BF16 if autocast else FP32, value_bytes, mask_bytes)
-
-
-def _of_adapter(model: ModelShape, adapter: AdapterSpec, computed: int, value_bytes: int, mask_bytes: int) -> float:
-    """What the adapter keeps beside the frozen block. `computed`: bytes of a value that its own products see."""
-    h, i = model.hidden, model.intermediate
-    match adapter:
-        case LoraSpec():
-            return _of_lora(model, adapter, computed, value_bytes, mask_bytes)
-        case FullSpec() if computed == FP32:  # the normed inputs, q's, gate's and down's; o's is the attention's
-            return 4 * h * FP32 + i * computed
-        case FullSpec():  # under autocast each linear keeps its own input in 16 bits
-            return 2 * h * FP32 + (5 * h + i) * computed
-        case Ia3Spec():  # keys and values before they are scaled, the input of down in fp32
-            return 2 * model.kv_size * value_bytes + i * FP32
-        case PrefixSpec():
-            return 0
-        case BottleneckSpec():  # its input, the hidden layer before and after the activation
-            return places(adapter) * (h + 2 * adapter.size) * computed
-
-
-def _of_lora(model: ModelShape, adapter: LoraSpec, computed: int, value_bytes: int, mask_bytes: int) -> float:
-    targets = model.targets(adapter.targets)
-    inputs = sum(linear.count * linear.inputs for linear in targets) / model.layers
-    kept = sum(linear.count for linear in targets) / model.layers * adapter.rank * computed
-    if adapter.dropout > 0 or value_bytes != FP32:  # each target keeps its own input
-        kept += inputs * computed
-    else:  # inputs of A: q, k and v share one, gate and up share one; o's is the attention output, counted in the frame
-        kept += model.read(adapter.targets) * FP32
-    if adapter.dropout > 0:
-        kept += inputs * mask_bytes
-    if adapter.dora:  # the base's output and the update's, to train the magnitude by
-        kept += sum(linear.count * linear.outputs for linear in targets) / model.layers * (value_bytes + computed)
-    return kept
+    return computed * value_bytes + (norms + model.heads) * FP32
 
 
 # Bytes of weights, of what is trained of them, and of keys and values.
 
 
-NF4_BLOCK = 64
-"""Weights that share one scale in bitsandbytes' nf4."""
-NF4_SCALE_BLOCK = 256
-"""Scales that share one fp32 scale of their own under double quantisation."""
-
-
 def weight_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32, *, dequantised: bool = False) -> int:
-    """Bytes of the resident base. `value_bytes`: 4 for fp32, 2 for bf16 and fp16.
-
-    nf4 is half a byte a weight and one fp32 scale per 64 (QLoRA, arXiv 2305.14314); with double quantisation the scale
-    is one byte and shares an fp32 scale with 255 others: 0.5159 bytes a weight, as counted on bitsandbytes 0.50.
-    int8 is one byte a weight and one fp32 scale a row.
-    """
+    """Return the bytes of the resident base. `value_bytes`: 4 for fp32, 2 for bf16 and fp16."""
     plain = model.plain_params * value_bytes
-    if quant.kind == "none" or dequantised:
+    if not quant.is_packed or dequantised:
         return plain + model.linear_params * value_bytes
-    if quant.kind == "int8":
-        return plain + model.linear_params + model.linear_outputs * FP32
-    scale = (1 + FP32 / NF4_SCALE_BLOCK) if quant.double_quant else FP32
-    return plain + round(model.linear_params * (0.5 + scale / NF4_BLOCK))
+    return plain + round(quant.method.packed_bytes(model.linear_params, model.linear_outputs, quant.double_quant))
 
 
 def loading_bytes(model: ModelShape, quant: QuantSpec) -> dict[str, int]:
     """Beside the resident base while it is quantised: the pages of the checkpoint's file that were read."""
-    return {} if quant.kind == "none" else {"checkpoint file": model.params * model.file_bytes}
+    return {"checkpoint file": model.params * model.file_bytes} if quant.is_packed else {}
 
 
 def largest_linear(model: ModelShape) -> int:
@@ -301,30 +258,6 @@ def kv_bytes(model: ModelShape, tokens: int, value_bytes: int = FP32) -> int:
 def full_training_bytes(model: ModelShape, value_bytes: int = 2) -> int:
     """Weights, gradients and Adam's two fp32 moments when all weights are trained; activations come on top."""
     return model.params * (2 * value_bytes + 2 * FP32)
-
-
-def trained_params(model: ModelShape, adapter: AdapterSpec) -> int:
-    """How many values are trained: what gradients and the optimizer are kept for."""
-    match adapter:
-        case LoraSpec():
-            magnitudes = sum(linear.count * linear.outputs for linear in model.targets(adapter.targets))
-            return model.adapter_params(adapter.rank, adapter.targets) + magnitudes * adapter.dora
-        case FullSpec():
-            return model.params
-        case Ia3Spec():  # scales of keys and values, and of the input of the MLP's last linear
-            sides = sum(linear.count * linear.outputs for linear in model.match_layers((*KEYS, *VALUES)))
-            return sides + sum(linear.count * linear.inputs for linear in model.match_layers(MLP_ENDS))
-        case PrefixSpec():
-            return model.layers * 2 * model.kv_size * adapter.tokens
-        case BottleneckSpec():  # down and up with their biases
-            ends = MLP_ENDS if adapter.placement == "pfeiffer" else (*MLP_ENDS, *ATTENTION_ENDS)
-            widths = ((linear.count, linear.outputs) for linear in model.match_layers(ends))
-            return sum(count * (2 * width * adapter.size + adapter.size + width) for count, width in widths)
-
-
-def places(adapter: BottleneckSpec) -> int:
-    """Networks in one block."""
-    return 2 if adapter.placement == "houlsby" else 1
 
 
 CUDA_BYTES = 600 * MIB

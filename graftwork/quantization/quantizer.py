@@ -1,10 +1,10 @@
-"""Quantization of the weights of a base by bitsandbytes, and the resident form of NF4 weights."""
+"""Quantization of the weights of a base by bitsandbytes, and their form in memory."""
 
 import functools
 from logging import ERROR, getLogger
 from typing import TYPE_CHECKING, Any, Literal
 
-from graftwork.compat.hf import quiet_int8_casts
+from graftwork.quantization.methods import LoadOptions
 from graftwork.quantization.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -60,36 +60,22 @@ def dequantise_linears(model: "torch.nn.Module") -> None:
             setattr(model, mark, value)
 
 
-def _resident_form(quant: QuantSpec, device: str, purpose: Literal["train", "serve"]) -> tuple[bool, str]:
-    """(whether nf4 is unpacked, how the weights lie in memory and why)."""
-    if quant.kind == "int8":
-        return False, "weights=int8 (inputs are rounded to fp16)"
-    if quant.kind == "none":
-        return False, "weights=plain"
+def resident_form(quant: QuantSpec, device: str, purpose: Literal["train", "serve"]) -> tuple[bool, str]:
+    """Return whether packed weights are dequantised after loading, and the form of the weights with its reason."""
+    name = f"weights={quant.kind if quant.is_packed else 'plain'}"
+    if not quant.is_4bit:
+        return False, f"{name} ({quant.method.note})" if quant.method.note else name
     if quant.resident != "auto":
-        return quant.resident == "dequantised", f"weights=nf4 {quant.resident}"
+        return quant.resident == "dequantised", f"{name} {quant.resident}"
     if device != "cpu":
-        return False, "weights=nf4 packed (unpacked by the GPU's kernel)"
+        return False, f"{name} packed (unpacked by the GPU's kernel)"
     if purpose == "train":
-        return False, "weights=nf4 packed (training: an eighth of the memory of fp32)"
-    return True, "weights=nf4 dequantised (exact values; on a CPU the packed form is slower from a few rows on)"
+        return False, f"{name} packed (training: an eighth of the memory of fp32)"
+    return True, f"{name} dequantised (exact values; on a CPU the packed form is slower from a few rows on)"
 
 
-def _quantiser(quant: QuantSpec, dtype: "torch.dtype", words: "torch.dtype | None" = None) -> Any:
-    """What transformers is told of quantising; None for plain weights. nf4 lies in bytes, or in `words`."""
+def load_config(quant: QuantSpec, dtype: "torch.dtype", storage: "torch.dtype | None" = None) -> Any:
+    """Return transformers' quantization config; None for plain weights. Packed weights are bytes, or in `storage`."""
     import_bitsandbytes()
-    from transformers import BitsAndBytesConfig
-
-    if quant.kind == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=quant.double_quant,
-            bnb_4bit_quant_storage=words,
-        )
-    if quant.kind == "int8":
-        quiet_int8_casts()
-        # threshold 0: no outlier columns, so a row's result does not depend on the rows beside it (6.0: 8e-3 apart)
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    return None
+    make = quant.method.config
+    return make(LoadOptions(dtype, quant.double_quant, storage)) if make is not None else None

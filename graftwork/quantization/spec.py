@@ -7,6 +7,7 @@ from pydantic import model_validator
 from graftwork import environment as cpu
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
+from graftwork.quantization.methods import FOUR_BIT, METHODS, SMALLEST, QuantKind, QuantMethod
 
 if TYPE_CHECKING:
     import torch
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 class QuantSpec(Spec):
     """Precision of the frozen base weights. In YAML a plain string is its `kind`."""
 
-    kind: Literal["none", "int8", "nf4"] = "nf4"
+    kind: QuantKind = SMALLEST
     """nf4: 4-bit NormalFloat of QLoRA (arXiv 2305.14314) by bitsandbytes."""
     double_quant: bool = False
-    """Quantize nf4's scales too: 0.4 bit a weight less, a little slower."""
+    """Quantize the scales of a 4-bit method too: 0.4 bit a weight less, a little slower."""
     resident: Literal["auto", "packed", "dequantised"] = "auto"
-    """How nf4 lies in memory: packed, or its exact values as plain weights (bit-equal output, faster on most CPUs)."""
+    """Form of 4-bit weights in memory: packed, or their exact values as plain weights (bit-equal output, faster on most
+    CPUs)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of compute, and of weights that are not quantised; auto: bfloat16 where the hardware has instructions for it."""
 
@@ -31,11 +33,40 @@ class QuantSpec(Spec):
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:
-        if self.kind != "nf4":
+        if not self.is_4bit:
             for key in ("double_quant", "resident"):
                 if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(f"{key} cannot take effect with kind={self.kind!r}: it belongs to nf4")
+                    owners = ", ".join(FOUR_BIT)
+                    raise ValueError(f"{key} cannot take effect with kind={self.kind!r}: it belongs to {owners}")
         return self
+
+    @property
+    def method(self) -> QuantMethod:
+        """Storage, loading and limits of the kind."""
+        return METHODS[self.kind]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the linear layers are quantised."""
+        return self.method.bits > 0
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether `double_quant` and `resident` apply."""
+        return self.method.bits == 4
+
+
+Precision = Literal["fp32", "bf16", "int8", "nf4", "nf4-double"]
+"""nf4-double: nf4 whose scales are quantised too."""
+
+PRECISIONS: dict[Precision, QuantSpec] = {
+    "fp32": QuantSpec(kind="none", dtype="float32"),
+    "bf16": QuantSpec(kind="none", dtype="bfloat16"),
+    "int8": QuantSpec(kind="int8"),
+    "nf4": QuantSpec(kind="nf4"),
+    "nf4-double": QuantSpec(kind="nf4", double_quant=True),
+}
+"""`quant:` of each precision that `graftwork quantize` measures."""
 
 
 def compute_dtype(quant: QuantSpec, device: str) -> "tuple[torch.dtype, str]":

@@ -288,7 +288,7 @@ class PrecisionFacts(Record):
     resident_bytes: int
     """Weights as they lie in memory."""
     predicted_bytes: int | None
-    """What `graftwork.memory` predicts for `stored_bytes`; None for shapes that it does not cover."""
+    """What `graftwork.planning.memory` predicts for `stored_bytes`; None for shapes that it does not cover."""
     peak_rss_bytes: int
     """Of the whole process: Python, libraries, loading, keys and values, steps."""
     load_s: float

@@ -68,8 +68,8 @@ def open_engine(spec: ServeSpec, base: ResolvedBase, template: Template) -> tupl
     if spec.engine.kind == "vllm":
         from graftwork.serving.vllm.engine import create_vllm
 
-        held = "nf4 by bitsandbytes" if spec.quant.kind == "nf4" else "plain"
-        reason = f"engine=vllm (asked for), tensor_parallel_size={spec.engine.tensor_parallel_size}; weights={held}"
+        form = f"{spec.quant.kind} by bitsandbytes" if spec.quant.is_packed else "plain"
+        reason = f"engine=vllm (asked for), tensor_parallel_size={spec.engine.tensor_parallel_size}; weights={form}"
         return create_vllm(base, spec.quant, spec.engine), reason
     device = "cuda:0" if spec.gpus else "cpu"
     if device == "cpu":

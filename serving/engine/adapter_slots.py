@@ -14,10 +14,7 @@ import torch
 
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.format import (
-    AdapterWeights,
-    SiteWeights,
-)
+from graftwork.serving.engine.adapters.format import AdapterWeights, ReadOptions, SiteWeights
 from graftwork.serving.engine.adapters.kinds import read_adapter
 from graftwork.serving.engine.adapters.loaded import (
     GroupWeights,
@@ -43,7 +40,7 @@ class AdapterPool:
     """Versions in host memory. Who loads decides what goes: nothing is dropped before it is retired.
 
     device: where the adapters will be computed with; for a GPU the memory is page-locked. stacked: each group's lora_A
-    are needed in one; otherwise plain LoRA stays as its file was read, not copied again. narrow: see `read_adapter`.
+    are needed in one; otherwise plain LoRA stays as its file was read, not copied again.
     on_freed: told each version whose memory went back (any thread, outside the lock).
     """
 
@@ -51,16 +48,13 @@ class AdapterPool:
         self,
         sites: Mapping[str, list[LoraLayer]],
         base: BaseView,
+        options: ReadOptions,
         *,
-        max_rank: int,
-        dtype: torch.dtype,
         device: torch.device,
         stacked: bool,
-        narrow: bool,
         on_freed: Callable[[str], None],
     ) -> None:
-        self._groups, self._base, self._stacked, self._narrow = sites, base, stacked, narrow
-        self._max_rank, self._dtype = max_rank, dtype
+        self._groups, self._base, self._stacked, self._options = sites, base, stacked, options
         self._pin = device.type == "cuda"
         self._on_freed = on_freed
         self._lock = threading.Lock()
@@ -146,14 +140,12 @@ class AdapterPool:
         return False
 
     def _read(self, version: str, folder: Path, digests: Mapping[str, str] | None) -> _PooledAdapter:
-        read = read_adapter(
-            folder, self._base, max_rank=self._max_rank, dtype=self._dtype, digests=digests, narrow=self._narrow
-        )
+        read = read_adapter(folder, self._base, self._options, digests)
         weights = self._pack(version, read)
         buffer = None if self._pin or not weights.only_lora else common_buffer(_halves(weights))
         if buffer is None:
             weights, buffer = flatten(weights, pin=self._pin)
-        if self._dtype == torch.float16 and not all(map(all_finite, tensors_of(weights))):
+        if self._options.dtype == torch.float16 and not all(map(all_finite, tensors_of(weights))):
             rule = "adapter weights are finite in the engine's dtype (float16 ends at 65504)"
             raise ArtifactError(str(folder), "inf or nan after the cast to float16", rule, "serve it on a bf16 engine")
         return _PooledAdapter(weights, buffer)

@@ -21,7 +21,7 @@ import torch
 
 from graftwork.errors import ConfigError, DataError
 from graftwork.serving.engine.adapter_slots import AdapterPool, AdapterSlots
-from graftwork.serving.engine.adapters.format import VirtualTokens
+from graftwork.serving.engine.adapters.format import ReadOptions, VirtualTokens
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.attention import Chunk
 from graftwork.serving.engine.cpu.host_tuning import keep_few_kernels, keep_freed_memory, spare_old_objects
@@ -69,11 +69,9 @@ class NativeEngine:
         self.pool = AdapterPool(
             self.runner.sites.groups(),
             self.runner.base,
-            max_rank=spec.max_rank,
-            dtype=self.runner.dtype,
+            ReadOptions(spec.max_rank, self.runner.dtype, narrow=self.runner.planner.reads_in_place),
             device=self.runner.device,
             stacked=self._path is not None,
-            narrow=self.runner.planner.reads_in_place,
             on_freed=self._tell_freed,
         )
         self._slots = AdapterSlots(spec.max_loaded, self._bring, self.runner.forget)

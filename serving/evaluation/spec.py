@@ -84,7 +84,7 @@ class CompareSpec(Spec):
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     root: str = DEFAULT_ROOT
     base: BaseSpec
-    quant: QuantSpec = QuantSpec(kind="nf4")
+    quant: QuantSpec = QuantSpec()
     eval: str
     """JSONL of questions with `id` and `gold`: a path, `file://`, `s3://` or `recipe://`."""
     limit: int | None = Field(default=None, ge=1)

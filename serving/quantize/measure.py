@@ -29,7 +29,7 @@ from graftwork.errors import BaseModelError, RunError
 from graftwork.planning.memory import weight_bytes
 from graftwork.prompts.render import PromptSpec
 from graftwork.prompts.template import Template
-from graftwork.quantization.spec import QuantSpec, default_dtype
+from graftwork.quantization.spec import PRECISIONS, Precision, QuantSpec, default_dtype
 from graftwork.report.evaluation_schema import PrecisionFacts
 from graftwork.report.schema import Record
 from graftwork.serving.api.errors import ApiError
@@ -39,7 +39,7 @@ from graftwork.serving.engine.grammar import Grammar, Grammars, Vocabulary, read
 from graftwork.serving.engine.request import GenerateRequest, SamplingParams, TokenEvent
 from graftwork.serving.generation import Generation, StreamedAnswer
 from graftwork.serving.models import AdapterSource, trained_prompt
-from graftwork.serving.quantize.spec import QUANT, Precision, QuantizeSpec, SpeedSpec
+from graftwork.serving.quantize.spec import QuantizeSpec, SpeedSpec
 from graftwork.serving.spec import ArmSpec
 from graftwork.storage.store import Store
 
@@ -153,7 +153,7 @@ def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> Pre
     device = "cuda:0" if spec.gpus else "cpu"
     base = base_model.resolve(spec.base)
     began = time.perf_counter()
-    loaded = base_model.load(base, QUANT[precision], device=device, purpose="serve")
+    loaded = base_model.load(base, PRECISIONS[precision], device=device, purpose="serve")
     load_s = time.perf_counter() - began
     adapters = {arm.name: _fetch(spec, base, arm) for arm in material.arms if arm.adapter}
     losses = _merge_losses(loaded.model, precision, adapters)
@@ -268,17 +268,17 @@ def _fetch(spec: QuantizeSpec, base: ResolvedBase, arm: ArmSpec) -> _Adapter:
 
 
 def _merge_losses(model: "torch.nn.Module", precision: Precision, adapters: Mapping[str, _Adapter]) -> dict[str, float]:
-    """By arm, at nf4; before the first forward pass, which repacks the weights on some CPUs."""
-    if QUANT[precision].kind != "nf4" or not adapters:
+    """By arm, at 4 bits; before the first forward pass, which repacks the weights on some CPUs."""
+    if not PRECISIONS[precision].is_4bit or not adapters:
         return {}
 
-    found = {name: merge_loss(model, QUANT[precision], adapter.folder) for name, adapter in adapters.items()}
+    found = {name: merge_loss(model, PRECISIONS[precision], adapter.folder) for name, adapter in adapters.items()}
     return {name: loss for name, loss in found.items() if loss is not None}
 
 
 def _predicted(base: ResolvedBase, precision: Precision, value_bytes: int) -> int | None:
     try:
-        return weight_bytes(ModelShape.from_config(base.config), QUANT[precision], value_bytes)
+        return weight_bytes(ModelShape.from_config(base.config), PRECISIONS[precision], value_bytes)
     except BaseModelError:
         return None
 
@@ -293,29 +293,29 @@ def _predicted(base: ResolvedBase, precision: Precision, value_bytes: int) -> in
 def merge_loss(model: Any, quant: QuantSpec, adapter: Path) -> float | None:
     """||requantised(W + delta) - (W + delta)|| / ||delta|| over all LoRA targets: 0 keeps the delta, 1 loses its size.
 
-    model: a base loaded at `quant` (nf4) before its first forward pass; given back as it was. W is the base's weight as
-    served. None for an adapter without LoRA deltas. Source of the delta: PEFT's `get_delta_weight`.
+    model: a base loaded at `quant` (4 bits) before its first forward pass; given back as it was. W is the base's weight
+    as served. None for an adapter without LoRA deltas. Source of the delta: PEFT's `get_delta_weight`.
     """
     from peft import PeftModel
 
-    assert quant.kind == "nf4", "only 4-bit weights are requantised by a merge"
+    assert quant.is_4bit, "only 4-bit weights are requantised by a merge"
     wrapped = PeftModel.from_pretrained(model, adapter)
     try:
         lost = kept = 0.0
         for weight_OI, delta_OI in _targets(wrapped):
             merged_OI = weight_OI + delta_OI
-            lost += float((requantised(merged_OI, double=quant.double_quant) - merged_OI).norm()) ** 2
+            lost += float((requantised(merged_OI, quant) - merged_OI).norm()) ** 2
             kept += float(delta_OI.norm()) ** 2
     finally:
         assert wrapped.unload() is model, "the base itself is given back"
     return math.sqrt(lost / kept) if kept else None
 
 
-def requantised(weight_OI: torch.Tensor, *, double: bool) -> torch.Tensor:
-    """The weight's values after nf4 as `base_model.load` makes it: blocks of 64."""
+def requantised(weight_OI: torch.Tensor, quant: QuantSpec) -> torch.Tensor:
+    """Return the weight's values after a 4-bit method as `base.load` applies it: blocks of 64."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    packed, state = quantize_4bit(weight_OI, quant_type="nf4", compress_statistics=double)
+    packed, state = quantize_4bit(weight_OI, quant_type=quant.kind, compress_statistics=quant.double_quant)
     plain_OI: torch.Tensor = dequantize_4bit(packed, state)
     return plain_OI
 

@@ -20,6 +20,7 @@ from graftwork.planning.accelerators import accelerators_here, with_gpus
 from graftwork.prompts import render as chat
 from graftwork.prompts.render import Message
 from graftwork.prompts.template import Template
+from graftwork.quantization.spec import Precision
 from graftwork.report import BuiltReport, ReportInput, build
 from graftwork.report.evaluation_schema import QuantizeReport
 from graftwork.scoring import AnswerSchema
@@ -28,7 +29,7 @@ from graftwork.serving.evaluation.answers import check_ids
 from graftwork.serving.models import AdapterSource
 from graftwork.serving.quantize.measure import Material, PrecisionResult, measure
 from graftwork.serving.quantize.report import judge
-from graftwork.serving.quantize.spec import Precision, QuantizeSpec
+from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ArmSpec
 from graftwork.storage.store import RunPaths, Store
 

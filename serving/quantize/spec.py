@@ -7,21 +7,9 @@ from pydantic import Field, model_validator
 from graftwork.base.spec import BaseSpec
 from graftwork.config import Spec
 from graftwork.planning.accelerators import AUTO, Gpus, resolved_count
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization.spec import PRECISIONS, Precision
 from graftwork.serving.spec import ArmSpec, EngineSpec
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
-
-Precision = Literal["fp32", "bf16", "int8", "nf4", "nf4-double"]
-"""nf4-double: nf4 whose scales are quantised too."""
-
-QUANT: dict[Precision, QuantSpec] = {
-    "fp32": QuantSpec(kind="none", dtype="float32"),
-    "bf16": QuantSpec(kind="none", dtype="bfloat16"),
-    "int8": QuantSpec(kind="int8"),
-    "nf4": QuantSpec(kind="nf4"),
-    "nf4-double": QuantSpec(kind="nf4", double_quant=True),
-}
-"""The `quant:` that a precision is served with."""
 
 
 class TextSpec(Spec):
@@ -63,7 +51,7 @@ class QuantizeSpec(Spec):
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     root: str = DEFAULT_ROOT
     base: BaseSpec
-    precisions: tuple[Precision, ...] = ("fp32", "bf16", "int8", "nf4", "nf4-double")
+    precisions: tuple[Precision, ...] = tuple(PRECISIONS)
     reference: Precision = "fp32"
     """What the others are compared with, question by question."""
     eval: str

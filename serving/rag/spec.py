@@ -20,7 +20,7 @@ class RagRerankSpec(RerankSpec):
     """Measure lexical retrieval with a rerank by this base, too."""
 
     base: BaseSpec
-    quant: QuantSpec = QuantSpec(kind="nf4")
+    quant: QuantSpec = QuantSpec()
 
 
 class RagSpec(Spec):

@@ -378,7 +378,7 @@ def create_vllm(base: ResolvedBase, quant: QuantSpec, spec: EngineSpec) -> VllmE
     if base.overrides:
         arguments["hf_overrides"] = dict(base.overrides)
     _require("vllm")
-    if quant.kind == "nf4":
+    if quant.is_packed:
         _require("vllm_bnb_plugin")
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)

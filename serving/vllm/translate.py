@@ -203,10 +203,10 @@ def engine_arguments(folder: Path, spec: EngineSpec, quant: QuantSpec) -> dict[s
 
 def _quantisation(quant: QuantSpec) -> dict[str, Any]:
     """vLLM's bitsandbytes (its plugin) quantises at the start, to nf4 with quantised scales, and to nothing else."""
-    if quant.kind == "none":
+    if quant.method.vllm_problem:
+        raise _other_weights(f"quant.kind={quant.kind}", quant.method.vllm_problem)
+    if not quant.is_packed:
         return {}
-    if quant.kind == "int8":
-        raise _other_weights("quant.kind=int8", "vLLM quantises to bitsandbytes' int8 no base that is not so on disk")
     if not quant.double_quant:
         rule = "vLLM's bitsandbytes always quantises the scales too; other scales are other weights"
         raise _other_weights("quant.double_quant=false", rule)

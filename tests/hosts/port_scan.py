@@ -1,9 +1,9 @@
 """Tries every door of a host from another one, without a token: which ports listen, and what they give a stranger.
 
-python -m tests.hosts.doors ports IP          listening ports, as JSON
-python -m tests.hosts.doors http IP PORT      {"METHOD path": status} of all routes that answer with less than 400
-python -m tests.hosts.doors grpc IP PORT      status of an empty call of each method of Ray's
-python -m tests.hosts.doors gcs IP PORT       what the GCS says to this environment's token
+python -m tests.hosts.port_scan ports IP          listening ports, as JSON
+python -m tests.hosts.port_scan http IP PORT      {"METHOD path": status} of all routes that answer with less than 400
+python -m tests.hosts.port_scan grpc IP PORT      status of an empty call of each method of Ray's
+python -m tests.hosts.port_scan gcs IP PORT       what the GCS says to this environment's token
 """
 
 import http.client

@@ -40,7 +40,7 @@ class Hosts:
 
     def tried(self, what: str, host: Host, *rest: str, env: Mapping[str, str] | None = None) -> Any:
         """What a stranger finds, see tests/hosts/port_scan.py."""
-        command = [sys.executable, "-m", "tests.hosts.doors", what, host.ip, *rest]
+        command = [sys.executable, "-m", "tests.hosts.port_scan", what, host.ip, *rest]
         done = subprocess.run(
             self.stranger.command(*command),
             cwd=ROOT,

@@ -17,7 +17,7 @@ import ray
 import yaml
 from ray.util import placement_group_table
 
-from graftwork.adapters.spec import LoraSpec
+from graftwork.adapters.lora import LoraSpec
 from graftwork.artifacts.manifest import aliases
 from graftwork.artifacts.registry import open_adapter
 from graftwork.cluster.session import Session, session

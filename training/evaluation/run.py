@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from graftwork.adapters.spec import FullSpec
 from graftwork.base import load as base_model
 from graftwork.base.load import ResolvedBase
 from graftwork.config import canonical_json
@@ -150,7 +149,7 @@ def measure_finished(job: TrainJob, step: int, device: str, rank: int, world: in
     outcomes = Measuring(job, base, rank, world)
     outcomes.before(loaded.model)
     with Checkpoints(job.run).adapter(step) as folder:
-        if isinstance(spec.adapter, FullSpec):
+        if spec.adapter.trains_base:
             model = type(loaded.model).from_pretrained(folder, dtype=torch.float32).to(device)
         else:
             model = attach(loaded.model, spec.adapter)

@@ -89,7 +89,7 @@ class FimSpec(Spec):
     @property
     def traits(self) -> Traits:
         """Facts that the loop and the plan read."""
-        return Traits(packing=self.packing, conversations=False)
+        return Traits(packing=self.packing, conversations=False, adds_up=False)
 
     def check(self, run: TrainSpec) -> None:
         """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
@@ -281,7 +281,7 @@ def _row(
 
 
 def _require_trainable(spec: TrainSpec, sentinels: Sentinels) -> None:
-    if spec.adapter.kind not in ("lora", "full"):
+    if not spec.adapter.trains_tokens:
         raise ConfigError(
             f"objective.kind=fim with adapter.kind={spec.adapter.kind}",
             f"the base has not learned its sentinels ({sentinels.names})",

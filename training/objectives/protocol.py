@@ -49,6 +49,8 @@ class Traits:
     """A row is a conversation; the finished model's answers to held-out rows can be generated and scored."""
     reward_head: bool = False
     """The model has a reward head in place of its language head."""
+    adds_up: bool = True
+    """Nothing but the adapter's weights is trained, so that the sum with another adapter is the whole result."""
 
 
 class Objective(Protocol):
@@ -79,10 +81,10 @@ class Objective(Protocol):
 
 def check_packing(run: TrainSpec, packing: Packing) -> None:
     """Raise ValueError where rows of several documents cannot be trained."""
-    if packing != "none" and run.adapter.kind == "prefix":
+    if packing != "none" and run.adapter.virtual_tokens:
         raise ValueError(
-            f"objective.packing={packing} can't go with adapter.kind=prefix: the prefix would stand before the first "
-            "document of a row alone. Set objective.packing=none"
+            f"objective.packing={packing} can't go with adapter.kind={run.adapter.kind}: it would come before the "
+            "first document of a row alone. Set objective.packing=none"
         )
 
 
@@ -111,8 +113,8 @@ def check_pairs(run: TrainSpec, kind: str) -> None:
         raise ValueError(
             f"data.context can't take effect with objective.kind={kind}: put the passages into the rows' prompts"
         )
-    if run.adapter.kind == "lora" and run.adapter.dropout:
+    if run.adapter.input_dropout:
         raise ValueError(
-            f"adapter.dropout={run.adapter.dropout:g} can't take effect with objective.kind={kind}: two answers are "
+            f"adapter.dropout={run.adapter.input_dropout:g} can't take effect with objective.kind={kind}: two answers are "
             "compared by the same weights, so TRL switches dropout off"
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from graftwork.adapters.spec import kinds_with
 from graftwork.config import Spec
 from graftwork.training.objectives.dpo import read_pairs
 from graftwork.training.objectives.protocol import Part, Traits, check_pairs
@@ -30,15 +31,15 @@ class RewardSpec(Spec):
     @property
     def traits(self) -> Traits:
         """Facts that the loop and the plan read."""
-        return Traits(sequences=2, head="reward", conversations=False, reward_head=True)
+        return Traits(sequences=2, head="reward", conversations=False, reward_head=True, adds_up=False)
 
     def check(self, run: TrainSpec) -> None:
         """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
         check_pairs(run, self.kind)
-        if run.adapter.kind not in ("lora", "ia3"):
+        if not run.adapter.trains_score_head:
             raise ValueError(
-                f"adapter.kind={run.adapter.kind} with objective.kind={self.kind}: a reward model is a lora or ia3 "
-                "adapter with a score head"
+                f"adapter.kind={run.adapter.kind} with objective.kind={self.kind}: a reward model is a "
+                f"{kinds_with('trains_score_head')} adapter with a score head"
             )
 
     def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:

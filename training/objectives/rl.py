@@ -104,16 +104,14 @@ class RlSpec(Spec):
     def check(self, run: TrainSpec) -> None:
         """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
         adapter, where = run.adapter, f"objective.kind={self.kind}"
-        if adapter.kind in ("full", "prefix"):
+        if adapter.virtual_tokens or adapter.trains_base:
             why = (
-                "its answers are sampled from a cache"
-                if adapter.kind == "prefix"
-                else "its reference is the frozen base"
+                "its answers are sampled from a cache" if adapter.virtual_tokens else "its reference is the frozen base"
             )
             raise ValueError(f"{where} does not train adapter.kind={adapter.kind}: {why}; use lora, ia3 or bottleneck")
-        if adapter.kind == "lora" and adapter.dropout:
+        if adapter.input_dropout:
             raise ValueError(
-                f"{where} with adapter.dropout={adapter.dropout:g}: an answer's likelihood would differ from "
+                f"{where} with adapter.dropout={adapter.input_dropout:g}: an answer's likelihood would differ from "
                 "one pass to the next; set adapter.dropout=0"
             )
         if run.strategy.kind != "ddp":

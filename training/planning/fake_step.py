@@ -15,16 +15,15 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import get_peft_model
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from graftwork.adapters.spec import LoraSpec, PrefixSpec
 from graftwork.base import meta_model
 from graftwork.compat.torch import EachResult, fake_tensors, storage_key
 from graftwork.errors import ConfigError
-from graftwork.planning.memory import BF16, NF4_BLOCK, NF4_SCALE_BLOCK, RowSizes
-from graftwork.training.adapters.attach import attach, peft_config
+from graftwork.planning.memory import BF16, RowSizes
+from graftwork.quantization.methods import BLOCK, SCALE_BLOCK, SMALLEST
+from graftwork.training.adapters.attach import attach
 from graftwork.training.planning.memory import TILE_TOKENS, TILE_VOCAB, Pass, micro_batch, pass_of
 from graftwork.training.spec import TrainSpec
 
@@ -134,12 +133,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _require_covered(spec: TrainSpec) -> None:
-    dora = isinstance(spec.adapter, LoraSpec) and spec.adapter.dora
-    if spec.quant.kind == "int8" or (spec.quant.kind == "nf4" and dora):
+    reads = spec.adapter.reads_base_weights
+    if not spec.quant.method.replays or (spec.quant.is_packed and reads):
         raise ConfigError(
-            f"replay of quant.kind={spec.quant.kind}" + " with DoRA" * dora,
+            f"replay of quant.kind={spec.quant.kind}" + f" with adapter={spec.adapter.describe()}" * reads,
             "bitsandbytes' kernels for it need real tensors",
-            "plain and nf4 bases are replayed",
+            "plain and 4-bit bases are replayed",
             "leave --replay out: the closed form covers it",
         )
 
@@ -148,12 +147,9 @@ def _built(spec: TrainSpec, config: Mapping[str, Any], dtype: torch.dtype, adapt
     """The base with its adapter, as `training.loop` makes it, on the meta device."""
     base = meta_model.build(config, dtype).requires_grad_(False)
     with torch.device("meta"):
-        if spec.quant.kind == "nf4":
+        if spec.quant.is_4bit:
             _pack(base, dtype, double=spec.quant.double_quant)
-        if isinstance(spec.adapter, PrefixSpec):  # without the words it begins as, which real tensors make
-            model = get_peft_model(base, peft_config(spec.adapter, base)).train()
-        else:
-            model = attach(base, spec.adapter).train()
+        model = attach(base, spec.adapter, begin=False).train()  # start values need real tensors
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype)
@@ -193,11 +189,11 @@ class PackedLinear(bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes has
     """A 4-bit linear whose products unpack the whole weight, as bitsandbytes does for more than a few rows."""
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, *, double: bool) -> None:
-        super().__init__(inputs, outputs, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
-        blocks = -(-inputs * outputs // NF4_BLOCK)
+        super().__init__(inputs, outputs, bias=False, compute_dtype=dtype, quant_type=SMALLEST, device="meta")
+        blocks = -(-inputs * outputs // BLOCK)
         scales = torch.float32 if not double else torch.uint8
         self.register_buffer("scales", torch.empty(blocks, dtype=scales, device="meta"))
-        self.register_buffer("scales_of_scales", torch.empty(double * -(-blocks // NF4_SCALE_BLOCK), device="meta"))
+        self.register_buffer("scales_of_scales", torch.empty(double * -(-blocks // SCALE_BLOCK), device="meta"))
 
     def packed(self) -> torch.Tensor:
         """Two weights a byte."""

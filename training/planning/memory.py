@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from graftwork.adapters.spec import FullSpec, LoraSpec, PrefixSpec
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.base.spec import BaseSpec
@@ -25,7 +24,6 @@ from graftwork.planning.memory import (
     largest_linear,
     loading_bytes,
     saved_bytes,
-    trained_params,
     weight_bytes,
 )
 from graftwork.training.objectives.protocol import SecondModel
@@ -274,7 +272,7 @@ def _measuring(spec: TrainSpec, model: ModelShape, step: MemoryPlan, value_bytes
 
 
 def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> MemoryPlan:
-    if isinstance(spec.adapter, FullSpec):
+    if spec.adapter.trains_base:
         value_bytes = FP32  # the trained weights are in fp32, and there is no autocast on a CPU
     block = saved_bytes(model, spec.adapter, _row(spec, taken), value_bytes=value_bytes)
     held, at_work = _activations(spec, model, taken, block, value_bytes)
@@ -305,7 +303,7 @@ def _added_gradients(spec: TrainSpec, model: ModelShape, taken: Pass) -> int:
     A tied weight gets two of them, one as the head and one as the embedding; those of other layers are small.
     """
     passes = spec.optim.rows_per_step // spec.num_workers // taken.rows
-    return 2 * model.head_params * FP32 if passes > 1 and isinstance(spec.adapter, FullSpec) else 0
+    return 2 * model.head_params * FP32 if passes > 1 and spec.adapter.trains_base else 0
 
 
 def _allocator(spec: TrainSpec, model: ModelShape, passing: int) -> int:
@@ -315,7 +313,7 @@ def _allocator(spec: TrainSpec, model: ModelShape, passing: int) -> int:
     next: whatever the rows, one fp32 copy of the weights is lost in pieces or filled with activations.
     """
     share = round(ALLOCATOR_SHARE * passing)
-    return max(share, model.params * FP32 - passing) if isinstance(spec.adapter, FullSpec) else share
+    return max(share, model.params * FP32 - passing) if spec.adapter.trains_base else share
 
 
 def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> MemoryPlan:
@@ -325,7 +323,7 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     block = saved_bytes(model, spec.adapter, row, value_bytes=value_bytes, autocast=autocast, mask_bytes=1)
     held, at_work = _activations(spec, model, taken, block, value_bytes)
     part = _shares(spec, model, value_bytes)
-    copies = trained_params(model, spec.adapter) * BF16 if autocast and spec.strategy.kind in ("ddp", "fsdp2") else 0
+    copies = spec.adapter.trained_params(model) * BF16 if autocast and spec.strategy.kind in ("ddp", "fsdp2") else 0
     backward = round(taken.tokens * _backward(model, value_bytes))
     logits = max(logit_bytes(spec, model, taken, value_bytes), backward)
     parts = {
@@ -375,7 +373,7 @@ def _never_at_once(spec: TrainSpec, taken: Pass, gradients: int, held: int) -> i
 
 def _row(spec: TrainSpec, taken: Pass) -> int | None:
     """Tokens of a row where a mask is kept."""
-    return taken.row if taken.masked or isinstance(spec.adapter, PrefixSpec) else None
+    return taken.row if taken.masked or spec.adapter.virtual_tokens else None
 
 
 def _activations(spec: TrainSpec, model: ModelShape, taken: Pass, block: float, value_bytes: int) -> tuple[int, int]:
@@ -393,22 +391,18 @@ def _backward(model: ModelShape, value_bytes: int) -> float:
 
 
 def _shares(spec: TrainSpec, model: ModelShape, value_bytes: int) -> Shared:
-    trained = trained_params(model, spec.adapter)
+    trained = spec.adapter.trained_params(model)
     plain = spec.quant.resident == "dequantised"
     base = weight_bytes(model, spec.quant, value_bytes, dequantised=plain)
-    frozen = 0 if isinstance(spec.adapter, FullSpec) else base
+    frozen = 0 if spec.adapter.trains_base else base
     return shared(spec, model, frozen, trained)
 
 
 def _unpacked(spec: TrainSpec, model: ModelShape, value_bytes: int, *, autocast: bool) -> int:
     """A quantised layer while it is multiplied; with DoRA an identity of its inputs, or four forms of the weight."""
-    plain = spec.quant.kind == "none" or spec.quant.resident == "dequantised"
+    plain = not spec.quant.is_packed or spec.quant.resident == "dequantised"
     layer = 0 if plain else largest_linear(model) * value_bytes
-    if not (isinstance(spec.adapter, LoraSpec) and spec.adapter.dora):
-        return layer
-    targets = model.targets(spec.adapter.targets)
-    identity = max(linear.inputs for linear in targets) ** 2 * (FP32 + BF16 * autocast)
-    return layer + max(identity, 4 * FP32 * max(linear.params for linear in targets))
+    return layer + spec.adapter.weight_scratch_bytes(model, autocast=autocast)
 
 
 def micro_batch(spec: TrainSpec) -> int:

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graftwork.adapters.spec import FullSpec, LoraSpec, PrefixSpec
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import Gpu, Machine
-from graftwork.planning.memory import BF16, FP32, GIB, Correction, MemoryPlan, RowSizes, TokenWork, trained_params
+from graftwork.planning.memory import BF16, FP32, GIB, Correction, MemoryPlan, RowSizes, TokenWork
 from graftwork.planning.plan import HEADROOM, START_S, StagePlan, charge_bytes, fits, of_room, verdict_of
+from graftwork.quantization.methods import SMALLEST
 from graftwork.training.planning.memory import kind_of, micro_batch, predict_training
 from graftwork.training.spec import TrainSpec
 
@@ -62,12 +62,12 @@ LINK_EFFICIENCY = 0.63
 
 def training_flops(spec: TrainSpec, model: ModelShape, tokens: float, scored: float, row: float) -> float:
     """Operations of a forward and a backward pass over `tokens` tokens in rows of `row`, `scored` of them scored."""
-    full, again = isinstance(spec.adapter, FullSpec), bool(spec.optim.gradient_checkpointing)
-    keys = row + (spec.adapter.tokens if isinstance(spec.adapter, PrefixSpec) else 0)
+    full, again = spec.adapter.trains_base, bool(spec.optim.gradient_checkpointing)
+    keys = row + spec.adapter.virtual_tokens
     # attention: 4 forward; backward 10, as it computes the scores again
     attention = model.layers * (14 + 4 * again) * keys * model.q_size
     weights = (6 if full else 4) + 2 * again
-    added = 0 if full else 6 * trained_params(model, spec.adapter)
+    added = 0 if full else 6 * spec.adapter.trained_params(model)
     head = (6 if full else 4) * model.head_params
     return tokens * (weights * model.linear_params + added + attention) + scored * head
 
@@ -78,42 +78,35 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     passes = per_worker / micro_batch(spec)
     tokens = per_worker * rows.mean * (PADDING if rows.padded else 1.0)
     flops = training_flops(spec, model, tokens, per_worker * rows.mean_trained, rows.mean)
-    flops += passes * _magnitude_flops(spec, model)
+    flops += passes * (2 if spec.optim.gradient_checkpointing else 1) * spec.adapter.weight_flops(model)
     if machine.gpu is not None:
         return _gpu_seconds(spec, model, machine, flops, passes)
-    full = isinstance(spec.adapter, FullSpec)
+    full = spec.adapter.trains_base
     if full:
         machine = replace(machine, value_bytes=FP32)  # trained weights are in fp32, and there is no autocast on a CPU
     again = 1 if spec.optim.gradient_checkpointing else 0
-    packed = spec.quant.kind == "nf4" and spec.quant.resident != "dequantised"
+    packed = spec.quant.is_4bit and spec.quant.resident != "dequantised"
     unpack_s = (2 + again) * passes * model.linear_params / UNPACK_PER_S if packed else 0.0
-    dropout_s = tokens * _dropped(spec, model) / DROPPED_PER_S
+    dropout_s = tokens * spec.adapter.dropped_inputs(model) / DROPPED_PER_S
     calls_s = passes * model.layers * PASS_BLOCK_S
-    trained = trained_params(model, spec.adapter)
+    trained = spec.adapter.trained_params(model)
     shared = 1 if spec.strategy.kind == "ddp" else spec.num_workers
     adam_s = trained * CPU_ADAM_BYTES / shared / (machine.speed.gbytes_per_s * 1e9)
     one_core_s = machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s + adam_s
     return one_core_s / machine.pace(processes, spec.cpus_per_worker)
 
 
-def _dropped(spec: TrainSpec, model: ModelShape) -> int:
-    """Values of one token that pass the adapters' dropout, in all blocks."""
-    if not (isinstance(spec.adapter, LoraSpec) and spec.adapter.dropout):
-        return 0
-    return sum(linear.count * linear.inputs for linear in model.targets(spec.adapter.targets))
-
-
 def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: float, passes: float) -> float:
     """Products at the GPU's rate, or the start of their kernels where that takes longer; then bytes over bandwidth."""
     assert machine.gpu is not None
-    gpu, full = machine.gpu, isinstance(spec.adapter, FullSpec)
+    gpu, full = machine.gpu, spec.adapter.trains_base
     rate = (gpu.tflops if machine.value_bytes == BF16 else gpu.fp32_tflops) * 1e12 * (GPU_FULL if full else GPU_LORA)
     bandwidth = gpu.gbytes_per_s * 1e9 * GPU_MEMORY
     again = 1 if spec.optim.gradient_checkpointing else 0
     launch_s = passes * model.layers * LAUNCH_BLOCK_S * (1 + again / 3)
     unpacked = passes * (2 + again) * model.linear_params * (0.5 + machine.value_bytes)
-    trained = trained_params(model, spec.adapter)
-    unpack_s = unpacked / bandwidth if spec.quant.kind != "none" else 0.0
+    trained = spec.adapter.trained_params(model)
+    unpack_s = unpacked / bandwidth if spec.quant.is_packed else 0.0
     step_s = trained * ADAM_BYTES / bandwidth / (spec.num_workers if spec.strategy.kind != "ddp" else 1)
     return max(flops / rate, launch_s) + unpack_s + step_s + _exchange_seconds(spec, model, trained, passes, gpu)
 
@@ -131,15 +124,6 @@ def _exchange_seconds(spec: TrainSpec, model: ModelShape, trained: int, passes: 
         sent += 2 * passes * share * model.params * BF16
     rate = gpu.link_gbytes_per_s if spec.num_workers <= gpu.per_machine else gpu.network_gbytes_per_s
     return sent / (min(rate, gpu.link_gbytes_per_s) * 1e9 * LINK_EFFICIENCY)
-
-
-def _magnitude_flops(spec: TrainSpec, model: ModelShape) -> float:
-    """DoRA's norm of the whole updated weight, once a forward pass (PEFT multiplies A and B by the identity)."""
-    if not (isinstance(spec.adapter, LoraSpec) and spec.adapter.dora):
-        return 0.0
-    times = 2 if spec.optim.gradient_checkpointing else 1
-    targets = model.targets(spec.adapter.targets)
-    return times * sum(x.count * 2 * spec.adapter.rank * x.inputs * (x.inputs + x.outputs) for x in targets)
 
 
 def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
@@ -193,8 +177,8 @@ def has_auto(spec: TrainSpec) -> bool:
 
 
 def _form_is_open(spec: TrainSpec) -> bool:
-    """Whether nf4 may lie in memory as its plain values: on a CPU, where unpacking takes a third of a pass."""
-    return spec.quant.kind == "nf4" and spec.quant.resident == "auto" and not spec.gpus
+    """Return whether the plan chooses the form of 4-bit weights: on a CPU unpacking takes a third of a pass."""
+    return spec.quant.is_4bit and spec.quant.resident == "auto" and not spec.gpus
 
 
 def resolve_auto(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> AutoResult:
@@ -205,7 +189,9 @@ def resolve_auto(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     if not has_auto(spec):
         return AutoResult(spec)
     if model.unplanned and "auto" not in (spec.optim.micro_batch, spec.optim.gradient_checkpointing):
-        return AutoResult(spec.with_({"quant.resident": "packed"}), (f"nf4 stays packed: {model.unplanned}",))
+        return AutoResult(
+            spec.with_({"quant.resident": "packed"}), (f"{spec.quant.kind} stays packed: {model.unplanned}",)
+        )
     found = [_predict_candidate(one, model, rows, machine) for one in _candidates(spec)]
     fitting = [one for one in found if fits(one.bytes, machine)]
     if not fitting and "auto" not in (spec.optim.micro_batch, spec.optim.gradient_checkpointing):
@@ -224,7 +210,7 @@ def _candidates(spec: TrainSpec) -> Iterator[TrainSpec]:
         sizes = [spec.optim.micro_batch]
     twice: list[bool | str] = [spec.optim.gradient_checkpointing]
     if twice == ["auto"]:  # PEFT's prefix is cached keys and values, which checkpointing drops
-        twice = [False] if isinstance(spec.adapter, PrefixSpec) else [False, True]
+        twice = [False] if spec.adapter.virtual_tokens else [False, True]
     for again in twice:
         for size in sizes:
             for form in ("packed", "dequantised") if _form_is_open(spec) else (spec.quant.resident,):
@@ -247,7 +233,7 @@ def _reasons(asked: TrainSpec, best: _Candidate, machine: Machine) -> Iterator[s
     if asked.optim.gradient_checkpointing == "auto":
         yield f"gradient_checkpointing={'on' if best.spec.optim.gradient_checkpointing else 'off'} ({predicted})"
     if _form_is_open(asked) and best.spec.quant.resident == "dequantised":
-        yield f"nf4 lies in memory as its plain values (no unpacking in each pass: {predicted})"
+        yield f"{asked.quant.kind} is stored as its plain values (no unpacking in each pass: {predicted})"
 
 
 def _nothing_fits(
@@ -319,8 +305,8 @@ def plan_training(
 
 
 def _warnings(spec: TrainSpec, machine: Machine) -> Iterator[str]:
-    if spec.quant.kind == "int8":
-        yield "quant.kind=int8 trains slower than none and nf4 and needs more memory than nf4: take one of them"
+    if spec.quant.method.training_advice:
+        yield f"quant.kind={spec.quant.kind} {spec.quant.method.training_advice}"
     if machine.gpu is not None and not machine.gpu.has_bf16:
         yield f"{machine.gpu.name} (SM {machine.gpu.sm}) has no bfloat16: computes in float32, twice the memory"
 
@@ -356,23 +342,23 @@ def _changes(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
         size //= 2
         yield {"optim.micro_batch": size}
     least: Change = {"optim.micro_batch": 1} if micro_batch(spec) > 1 else {}
-    if not spec.optim.gradient_checkpointing and not isinstance(spec.adapter, PrefixSpec):
+    if not spec.optim.gradient_checkpointing and not spec.adapter.virtual_tokens:
         yield {"optim.gradient_checkpointing": True}
         least |= {"optim.gradient_checkpointing": True}
         yield least
     yield from ({**least, **change} for change in _shared(spec, machine))
-    if isinstance(spec.adapter, FullSpec):
+    if spec.adapter.trains_base:
         yield {**least, "adapter": {"kind": "lora"}}
-        yield {**least, "adapter": {"kind": "lora"}, "quant": {"kind": "nf4"}}
-    elif spec.quant.kind != "nf4":
-        yield {**least, "quant": {"kind": "nf4"}}
+        yield {**least, "adapter": {"kind": "lora"}, "quant": {"kind": SMALLEST}}
+    elif not spec.quant.is_4bit:
+        yield {**least, "quant": {"kind": SMALLEST}}
     yield from ({**least, **change} for change in _workers(spec, machine))
 
 
 def _shared(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
     """Other strategies for the workers that there are."""
     kinds = ("zero1", "zero2", "zero3")
-    if spec.quant.kind != "none" or (spec.num_workers == 1 and machine.gpu is None):
+    if spec.quant.is_packed or (spec.num_workers == 1 and machine.gpu is None):
         return
     now = spec.strategy.kind
     later = kinds[kinds.index(now) + 1 :] if now in kinds else kinds
@@ -388,7 +374,7 @@ def _workers(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
     rows = spec.optim.rows_per_step
     if machine.gpu is None:
         yield from ({"num_workers": n} for n in range(spec.num_workers - 1, 0, -1) if rows % n == 0)
-    elif spec.quant.kind == "none":
+    elif not spec.quant.is_packed:
         more = (n for n in (2, 4, 8, 16, 32, MOST_WORKERS) if n > spec.num_workers and rows % n == 0)
         yield from ({"num_workers": n, "strategy": {"kind": "zero3"}} for n in more)
 

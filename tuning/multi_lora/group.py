@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from graftwork.adapters.spec import LoraSpec, PrefixSpec
+from graftwork.adapters.lora import LoraSpec
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
-from graftwork.planning.memory import FP32, MemoryPlan, RowSizes, saved_bytes, trained_params
+from graftwork.planning.memory import FP32, MemoryPlan, RowSizes, frozen_bytes
 from graftwork.training.objectives.cpt import CptSpec
 from graftwork.training.objectives.rows import PreparedData
 from graftwork.training.objectives.sft import SftSpec
@@ -100,7 +100,7 @@ def predict_together(
     taken = pass_of(whole, rows or RowSizes.at_most(whole.max_length), micro_batch(whole))
     changed = {} if whole.gpus else _on_cpu(whole, model, taken, plan, value_bytes)
     parts = tuple((name, changed.get(name, size)) for name, size in plan.parts)
-    copies = ("adapters as multiplied", trained_params(model, whole.adapter) * value_bytes)
+    copies = ("adapters as multiplied", whole.adapter.trained_params(model) * value_bytes)
     return replace(plan, parts=(*parts, copies), assumptions=(f"{len(specs)} trials on one base", *plan.assumptions))
 
 
@@ -126,7 +126,7 @@ def _on_cpu(whole: TrainSpec, model: ModelShape, taken: Pass, plan: MemoryPlan, 
 def _block(whole: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> int:
     """Bytes that a token leaves in one block: of the frozen block, of the inputs of its targets, once for siblings, and
     the chances of short rows, in fp32 and in the compute dtype."""
-    frozen = saved_bytes(model, PrefixSpec(), value_bytes=value_bytes)  # a prefix keeps nothing in a block
+    frozen = frozen_bytes(model, None, 0, value_bytes)
     read = model.read(whole.adapter.targets) if isinstance(whole.adapter, LoraSpec) else 0
     products = taken.row <= LONGEST and value_bytes < FP32
     return round(frozen) + read * value_bytes + products * model.heads * taken.row * (FP32 + value_bytes)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from graftwork.adapters.spec import LoraSpec
+from graftwork.adapters.lora import LoraSpec
 from graftwork.compat.hf import attention_name
 from graftwork.training.lr_schedule import scale as scale_rate
 from graftwork.training.spec import OptimSpec

@@ -11,11 +11,10 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import set_seed
 
-from graftwork.adapters.spec import LoraSpec
+from graftwork.adapters.lora import LoraSpec
 from graftwork.base import load as base_model
 from graftwork.errors import RunError
 from graftwork.quantization.quantizer import import_bitsandbytes
-from graftwork.training.adapters.attach import lora_config
 from graftwork.training.loop import device_of, plan_of
 from graftwork.training.objectives.row_cache import IGNORED, Rows
 from graftwork.training.objectives.rows import PackedRows
@@ -60,7 +59,7 @@ def attach_together(model: Any, jobs: Mapping[str, TrainJob], steps: int) -> Ada
 
 def _drawn(model: Any, adapters: Sequence[tuple[Any, int]]) -> dict[str, LoraLayer]:
     """PEFT's layers by name, adapter N of each called `N`; the model itself is as it was before."""
-    configs = [lora_config(adapter, model) for adapter, _ in adapters]
+    configs = [adapter.peft_config(model) for adapter, _ in adapters]
     set_seed(adapters[0][1])
     peft = get_peft_model(model, configs[0], adapter_name="0")
     for number, (config, (_, seed)) in enumerate(zip(configs[1:], adapters[1:], strict=True), 1):

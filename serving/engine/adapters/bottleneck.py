@@ -1,39 +1,26 @@
-"""Bottleneck adapters: a small two-layer network behind a linear, added to what the linear gives.
+"""Bottleneck adapters (form on disk: `graftwork.adapters.bottleneck`): reader, and networks of one step."""
 
-Behind the attention's and the MLP's last linear it is Houlsby's (arXiv 1902.00751), behind the MLP's alone Pfeiffer's
-(arXiv 2005.00247). PEFT has no such kind, so its form on disk is defined here, after PEFT's own:
-
-    adapter_config.json  peft_type "BOTTLENECK", bottleneck_size, activation (relu, gelu, silu, tanh), use_bias,
-                         scaling, target_modules and exclude_modules as in PEFT, e.g. ["o_proj", "down_proj"]
-    weights              base_model.model.MODULE.bottleneck_down.weight [size, out], .bottleneck_up.weight [out, size],
-                         and with use_bias .bottleneck_down.bias [size], .bottleneck_up.bias [out]
-
-    result + up(activation(down(result))) * scaling
-"""
-
-import re
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
 
+from graftwork.adapters.bottleneck import ACTIVATIONS, DOWN_KEY
+from graftwork.adapters.kind import MODULE_PREFIX
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, SiteBottleneck, Targets
+from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, ReadOptions, SiteBottleneck, Targets
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
-from graftwork.serving.engine.adapters.weights_file import MODULE_PREFIX, TensorFile
+from graftwork.serving.engine.adapters.weights_file import TensorFile
 from graftwork.serving.engine.lora_batch import LoraSegment
 from graftwork.serving.engine.lora_layers import Deltas, LoraLayer
 
-ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
-_KEY = re.compile(rf"^{re.escape(MODULE_PREFIX)}(?P<module>.+)\.bottleneck_down\.weight$")
 _HONOURED = frozenset({"bottleneck_size", "activation", "use_bias", "scaling", "target_modules", "exclude_modules"})
 
 
-def read_bottleneck(
-    config: ConfigFile, tensors: TensorFile, base: BaseView, *, max_rank: int, dtype: torch.dtype
-) -> AdapterWeights:
-    """A network for each target. Its size counts as a rank."""
+def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadOptions) -> AdapterWeights:
+    """Return a network for each target. Its size counts as a rank."""
+    max_rank, dtype = options.max_rank, options.dtype
     config.require_known(_HONOURED, (), {})
     size, targets = config.positive_int("bottleneck_size"), Targets.from_config(config)
     if size > max_rank:
@@ -44,7 +31,7 @@ def read_bottleneck(
         raise config.make_error("activation", f"activations are {', '.join(ACTIVATIONS)}")
     if isinstance(scaling, bool) or not isinstance(scaling, int | float):
         raise config.make_error("scaling", "scaling is a number")
-    modules = [match["module"] for match in map(_KEY.match, tensors.unread_names()) if match]
+    modules = [match["module"] for match in tensors.match(DOWN_KEY)]
     targets.check(modules, base.linears, config, tensors.path)
     with_bias = bool(config.values.get("use_bias", True))
     networks = {}
@@ -64,11 +51,6 @@ def read_bottleneck(
     return AdapterWeights(bottlenecks=networks)
 
 
-# Bottleneck adapters of one step: small networks behind a linear, each on the rows of its own adapter.
-#
-# One adapter after the other: two small matmuls for each, and each linear that it stands behind.
-
-
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -79,7 +61,10 @@ Rows = torch.Tensor | slice
 
 
 class StepBottlenecks:
-    """Adds them to a linear's result, after the step's other changes. Stands in for those in `Sites`."""
+    """Adds the networks' results to a linear's, after the step's other changes. Takes the place of those in `Sites`.
+
+    One adapter after the other: two small products for each, and each linear that has a network behind it.
+    """
 
     def __init__(self, rows: Sequence[tuple[LoadedAdapter, Rows]], then: Deltas | None) -> None:
         self._rows, self._then = rows, then

@@ -123,6 +123,19 @@ class AdapterWeights:
         return max([*sizes, *(len(site.down_RO) for site in self.bottlenecks.values())], default=0)
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """Settings of the engine that a reader needs."""
+
+    max_rank: int
+    """Largest LoRA rank, and largest bottleneck."""
+    dtype: torch.dtype
+    """Of the weights that are read."""
+    narrow: bool = False
+    """Plain LoRA that was saved in bf16 stays so, in half the memory: widened where it is used, it has the same
+    values."""
+
+
 Names = tuple[str, ...] | str
 """Name suffixes, or one regular expression, or "all-linear"."""
 

@@ -1,4 +1,4 @@
-"""Channels multiplied row by row: IA3 and DoRA beside LoRA rows and base rows in one batch.
+"""IA3 (arXiv 2205.05638): reader, and channels multiplied row by row, for IA3 and DoRA in a batch of any adapters.
 
 Prompt tokens go segment by segment in peft's own order of operations and equal it bit for bit at equal shape. Decoding
 rows of such adapters are taken out, multiplied by their stacked factors and put back: `result * factor + shift`, where
@@ -13,31 +13,27 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
+from graftwork.adapters.ia3 import FACTOR_KEY
+from graftwork.adapters.kind import MODULE_PREFIX
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, Names, SiteScale, Targets
+from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, Names, ReadOptions, SiteScale, Targets
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.adapters.token_rows import ROW_KEYS, replaced_rows
-from graftwork.serving.engine.adapters.weights_file import MODULE_PREFIX, TensorFile
+from graftwork.serving.engine.adapters.weights_file import TensorFile
 from graftwork.serving.engine.lora_batch import LoraSegment
 from graftwork.serving.engine.lora_layers import Deltas, LoraLayer
 
-# (IA)^3 (arXiv 2205.05638): trained factors on the results of some linears and on the inputs of others.
-#
-# The reference is peft 0.21 (`peft/tuners/ia3/`).
-
-
-_FACTOR_KEY = re.compile(rf"^{re.escape(MODULE_PREFIX)}(?P<module>.+)\.ia3_l$")
 _HONOURED = ROW_KEYS | {"target_modules", "exclude_modules", "feedforward_modules"}
 _WITHOUT_EFFECT_HERE = frozenset({"init_ia3_weights"})
 _WHY_REFUSED = {"fan_in_fan_out": "the base's linears store [out, in]"}
 
 
-def read_ia3(config: ConfigFile, tensors: TensorFile, base: BaseView, *, dtype: torch.dtype) -> AdapterWeights:
-    """Factors stay fp32, as peft holds them."""
+def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadOptions) -> AdapterWeights:
+    """Return factors of the results of some linears and of the inputs of others, in fp32 as in peft 0.21."""
     config.require_known(_HONOURED, _WITHOUT_EFFECT_HERE, _WHY_REFUSED)
     targets, feedforward = Targets.from_config(config), config.optional_names("feedforward_modules")
-    inputs, outputs = replaced_rows(config, tensors, base, dtype)
-    modules = [match["module"] for match in map(_FACTOR_KEY.match, tensors.unread_names()) if match]
+    inputs, outputs = replaced_rows(config, tensors, base, options.dtype)
+    modules = [match["module"] for match in tensors.match(FACTOR_KEY)]
     targets.check(modules, base.linears, config, tensors.path)
     scales = {
         module: _scale(module, tensors, base, on_input=_is_feedforward(feedforward, module)) for module in modules

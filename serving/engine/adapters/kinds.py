@@ -1,28 +1,35 @@
 """Reads a PEFT adapter folder for serving: each kind by its own reader, every other kind refused with the reason."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from graftwork.adapters.spec import PEFT_KINDS, name_of
 from graftwork.artifacts.verify import CONFIG_FILE, WEIGHTS_FILE
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.bottleneck import bottlenecks_of, read_bottleneck
-from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile
-from graftwork.serving.engine.adapters.ia3 import ScalePlanner, read_ia3
+from graftwork.serving.engine.adapters.bottleneck import bottlenecks_of
+from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, ReadOptions
+from graftwork.serving.engine.adapters.ia3 import ScalePlanner
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
-from graftwork.serving.engine.adapters.lora import read_lora
-from graftwork.serving.engine.adapters.prefix import read_prefix, read_prompt
-from graftwork.serving.engine.adapters.token_rows import LayerEnd, input_change, output_change, read_trained_tokens
+from graftwork.serving.engine.adapters.token_rows import LayerEnd, input_change, output_change
 from graftwork.serving.engine.adapters.weights_file import TensorFile
 from graftwork.serving.engine.attention import StepBatch
 from graftwork.serving.engine.lora_batch import DeltaPlanner, LoraSegment
 from graftwork.serving.engine.lora_layers import Deltas, Sites
 
-SERVED = ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS", "BOTTLENECK")
+_MODULES = {peft_type: name_of(kind) for peft_type, kind in PEFT_KINDS.items()} | {
+    "PROMPT_TUNING": "prefix",
+    "P_TUNING": "prefix",
+    "TRAINABLE_TOKENS": "token_rows",
+}
+"""Module of this folder with the reader of a `peft_type`: for a kind that we train the module with the kind's name."""
+SERVED = tuple(_MODULES)
+Reader = Callable[[ConfigFile, TensorFile, BaseView, ReadOptions], AdapterWeights]
 SCORING = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks of adapters whose head gives scores in place of tokens."""
 _DELTAS = frozenset(
@@ -59,16 +66,12 @@ _WHY_REFUSED = {
 def read_adapter(
     folder: Path,
     base: BaseView,
-    *,
-    max_rank: int,
-    dtype: torch.dtype,
+    options: ReadOptions,
     digests: Mapping[str, str] | None = None,
-    narrow: bool = False,
 ) -> AdapterWeights:
-    """What the adapter changes, on the CPU, weights in `dtype`. A DoRA adapter reads the base's weights.
+    """Return what the adapter changes, on the CPU. A DoRA adapter reads the base's weights.
 
-    narrow: plain LoRA that was saved in bf16 stays so, in half the memory: widened where it is used, it has the same
-    values. digests: sha256 by file name (the manifest's), taken over the very bytes that are used.
+    digests: sha256 by file name (the manifest's), taken over the very bytes that are used.
     Raises ArtifactError that names the key, what was found and the rule, for anything that cannot be served exactly.
     """
     known = digests or {}
@@ -83,16 +86,14 @@ def read_adapter(
             "serve what was trained with it; rewards are asked in training",
         )
     tensors = TensorFile(folder, known.get(WEIGHTS_FILE))
-    if kind == "LORA":
-        return read_lora(config, tensors, base, max_rank=max_rank, dtype=dtype, narrow=narrow)
-    if kind == "BOTTLENECK":
-        return read_bottleneck(config, tensors, base, max_rank=max_rank, dtype=dtype)
-    if kind == "IA3":
-        return read_ia3(config, tensors, base, dtype=dtype)
-    if kind == "TRAINABLE_TOKENS":
-        return read_trained_tokens(config, tensors, base, dtype=dtype)
-    read = read_prefix if kind == "PREFIX_TUNING" else read_prompt
-    return read(config, tensors, base, dtype=dtype)
+    return reader_of(kind)(config, tensors, base, options)
+
+
+def reader_of(peft_type: str) -> Reader:
+    """Return the reader of a served `peft_type`."""
+    module = importlib.import_module(f"{__package__}.{_MODULES[peft_type]}")
+    reader: Reader = module.read
+    return reader
 
 
 def _refused_kind(config: ConfigFile, kind: object) -> ArtifactError:

@@ -8,26 +8,26 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
+from graftwork.adapters.kind import MODULE_PREFIX
+from graftwork.adapters.lora import HALF_KEY, MAGNITUDE_KEY
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.format import (
     AdapterWeights,
     ConfigFile,
+    ReadOptions,
     SiteScale,
     SiteWeights,
     Targets,
     is_positive,
 )
 from graftwork.serving.engine.adapters.token_rows import ROW_KEYS, replaced_rows
-from graftwork.serving.engine.adapters.weights_file import MODULE_PREFIX, TensorFile
+from graftwork.serving.engine.adapters.weights_file import TensorFile
 
 # DoRA (arXiv 2402.09353): each output channel of `W + scaling * B A` has a trained length, its magnitude.
 #
 # The channel's own length is computed once at load, so that decoding multiplies each channel by `magnitude / length`;
 # peft computes it at every forward pass. Cost of the load: one product [out, rank] x [rank, in] and a norm per linear.
-
-
-MAGNITUDE_KEY = "lora_magnitude_vector"
 
 
 def rescaled(
@@ -42,7 +42,6 @@ def rescaled(
     return folded, SiteScale(output_O=scale_O, bias_O=bias_O, dora=site)
 
 
-_HALF_KEY = re.compile(rf"^{re.escape(MODULE_PREFIX)}(?P<module>.+)\.lora_(?P<half>[AB])\.weight$")
 _EXPECTED = f"{MODULE_PREFIX}MODULE.lora_A.weight and .lora_B.weight, and what the config names"
 _HONOURED = frozenset(
     {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"}
@@ -110,19 +109,14 @@ class LoraSettings:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def read_lora(
-    config: ConfigFile, tensors: TensorFile, base: BaseView, *, max_rank: int, dtype: torch.dtype, narrow: bool = False
-) -> AdapterWeights:
-    """A LoRA or DoRA adapter, with the embedding and output rows that were trained beside it.
-
-    narrow: see `read_adapter`.
-    """
+def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadOptions) -> AdapterWeights:
+    """Return a LoRA or DoRA adapter, with the embedding and output rows that were trained with it."""
     settings, targets = LoraSettings.from_config(config), Targets.from_config(config)
-    inputs, outputs = replaced_rows(config, tensors, base, dtype)
+    inputs, outputs = replaced_rows(config, tensors, base, options.dtype)
     modules = _modules(tensors)
     targets.check(modules, base.linears, config, tensors.path)
-    keep = frozenset({torch.bfloat16}) if narrow and not settings.use_dora else frozenset()
-    sites = {module: _site(settings, module, tensors, base, max_rank, dtype, keep) for module in modules}
+    keep = frozenset({torch.bfloat16}) if options.narrow and not settings.use_dora else frozenset()
+    sites = {module: _site(settings, module, tensors, base, options, keep) for module in modules}
     scales: dict[str, SiteScale] = {}
     if settings.use_dora:
         for module, site in sites.items():
@@ -135,10 +129,8 @@ def read_lora(
 def _modules(tensors: TensorFile) -> list[str]:
     """Modules with a lora_A and a lora_B; half a pair, or none at all, is refused."""
     halves: dict[str, set[str]] = {}
-    for key in tensors.unread_names():
-        match = _HALF_KEY.match(key)
-        if match is not None:
-            halves.setdefault(match["module"], set()).add(match["half"])
+    for match in tensors.match(HALF_KEY):
+        halves.setdefault(match["module"], set()).add(match["half"])
     for module, found in halves.items():
         if len(found) != 2:
             missing = ({"A", "B"} - found).pop()
@@ -154,13 +146,12 @@ def _site(
     module: str,
     tensors: TensorFile,
     base: BaseView,
-    max_rank: int,
-    dtype: torch.dtype,
+    options: ReadOptions,
     keep: Collection[torch.dtype],
 ) -> SiteWeights:
-    shape, rank = base.linears[module], settings.rank_of(module)
-    if rank > max_rank:
-        rule, move = f"ranks go up to engine.max_rank={max_rank}", f"raise engine.max_rank to {rank}"
+    shape, rank, dtype = base.linears[module], settings.rank_of(module), options.dtype
+    if rank > options.max_rank:
+        rule, move = f"ranks go up to engine.max_rank={options.max_rank}", f"raise engine.max_rank to {rank}"
         raise ArtifactError(f"{tensors.path}: {module}", f"r={rank}", rule, move)
     a_RI = tensors.take(f"{MODULE_PREFIX}{module}.lora_A.weight", (rank, shape.in_features), dtype, keep)
     b_OR = tensors.take(f"{MODULE_PREFIX}{module}.lora_B.weight", (shape.out_features, rank), dtype, keep)

@@ -7,11 +7,11 @@ behind it, as in peft 0.21 (`PeftModelForCausalLM.prepare_inputs_for_generation`
 
 import torch
 
+from graftwork.adapters.prefix import EMBEDDINGS_KEY, PrefixSpec
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, VirtualTokens
+from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, ReadOptions, VirtualTokens
 from graftwork.serving.engine.adapters.weights_file import TensorFile
 
-_KEY = "prompt_embeddings"
 _HONOURED = frozenset({"num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads"})
 _WITHOUT_EFFECT_HERE = frozenset(
     {"num_transformer_submodules", "encoder_hidden_size", "prefix_projection", "init_weights"}
@@ -21,24 +21,30 @@ _WITHOUT_EFFECT_HERE = frozenset(
 """How the embeddings were trained; what is saved is what comes out of the encoder. The submodules are checked."""
 
 
-def read_prefix(config: ConfigFile, tensors: TensorFile, base: BaseView, *, dtype: torch.dtype) -> AdapterWeights:
+def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadOptions) -> AdapterWeights:
+    """Return a prefix, or a trained prompt (PROMPT_TUNING and P_TUNING)."""
+    kind_reader = _read_prefix if config.values["peft_type"] == PrefixSpec.peft_type else _read_prompt
+    return kind_reader(config, tensors, base, options.dtype)
+
+
+def _read_prefix(config: ConfigFile, tensors: TensorFile, base: BaseView, dtype: torch.dtype) -> AdapterWeights:
     """Keys and values of every layer from one tensor [N, layers * 2 * Hkv * D]."""
     count = _count(config)
     shapes = set(base.kv_shapes)
     if len(shapes) != 1:
         raise config.make_error("peft_type", "a prefix needs equal key-value heads in every layer of the base")
     shape, layers = base.kv_shapes[0], len(base.kv_shapes)
-    saved = tensors.take(_KEY, (count, layers * 2 * shape.heads * shape.head_dim), dtype)
-    tensors.require_empty(_KEY)
+    saved = tensors.take(EMBEDDINGS_KEY, (count, layers * 2 * shape.heads * shape.head_dim), dtype)
+    tensors.require_empty(EMBEDDINGS_KEY)
     parts_LHND = saved.view(count, layers * 2, shape.heads, shape.head_dim).permute(1, 2, 0, 3).contiguous()
     return AdapterWeights(virtual_tokens=VirtualTokens(count, tuple(parts_LHND[0::2]), tuple(parts_LHND[1::2])))
 
 
-def read_prompt(config: ConfigFile, tensors: TensorFile, base: BaseView, *, dtype: torch.dtype) -> AdapterWeights:
+def _read_prompt(config: ConfigFile, tensors: TensorFile, base: BaseView, dtype: torch.dtype) -> AdapterWeights:
     """Trained embeddings from one tensor [N, H]."""
     count = _count(config)
-    embeddings_NH = tensors.take(_KEY, (count, base.hidden_size), dtype)
-    tensors.require_empty(_KEY)
+    embeddings_NH = tensors.take(EMBEDDINGS_KEY, (count, base.hidden_size), dtype)
+    tensors.require_empty(EMBEDDINGS_KEY)
     return AdapterWeights(virtual_tokens=VirtualTokens(count, embeddings_NH=embeddings_NH))
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from graftwork.adapters.kind import MODULE_PREFIX
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, InputRows, OutputRows
+from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, InputRows, OutputRows, ReadOptions
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
-from graftwork.serving.engine.adapters.weights_file import MODULE_PREFIX, TensorFile
+from graftwork.serving.engine.adapters.weights_file import TensorFile
 from graftwork.serving.engine.attention import StepBatch
 
 ROW_KEYS = frozenset({"modules_to_save", "trainable_token_indices", "ensure_weight_tying"})
@@ -33,10 +34,8 @@ def replaced_rows(config: ConfigFile, tensors: TensorFile, base: BaseView, dtype
     return saved[0] or trained[0], saved[1] or trained[1]
 
 
-def read_trained_tokens(
-    config: ConfigFile, tensors: TensorFile, base: BaseView, *, dtype: torch.dtype
-) -> AdapterWeights:
-    """An adapter of peft_type TRAINABLE_TOKENS: nothing but trained rows."""
+def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadOptions) -> AdapterWeights:
+    """Return an adapter of peft_type TRAINABLE_TOKENS: nothing but trained rows."""
     config.require_known({"token_indices", "target_modules"}, {"init_weights"}, {})
     name = config.values.get("target_modules")
     names = (
@@ -48,10 +47,10 @@ def read_trained_tokens(
     )
     ids = _ids(config, "token_indices", config.values.get("token_indices"), base)
     indices = {_layer(config, "target_modules", one, base): ids for one in names}
-    inputs, outputs = _some(config, indices, tensors, base, dtype, "trainable_tokens_delta")
+    inputs, outputs = _some(config, indices, tensors, base, options.dtype, "trainable_tokens_delta")
     tied_copy = f"{MODULE_PREFIX}{base.output_name}.trainable_tokens_delta"
     if base.tied and tensors.holds(tied_copy):
-        tensors.take(tied_copy, (len(ids), base.hidden_size), dtype)  # peft saves a tied layer's rows twice
+        tensors.take(tied_copy, (len(ids), base.hidden_size), options.dtype)  # peft saves a tied layer's rows twice
     tensors.require_empty(f"{MODULE_PREFIX}MODULE.trainable_tokens_delta")
     return AdapterWeights(inputs=inputs, outputs=outputs)
 

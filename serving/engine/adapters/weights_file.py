@@ -9,6 +9,7 @@ changes weights that were already checked. The tensors are views of one buffer; 
 import hashlib
 import math
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +17,7 @@ from typing import BinaryIO
 import numpy
 import torch
 
+from graftwork.adapters.kind import MODULE_PREFIX
 from graftwork.artifacts.verify import SAFETENSORS_ONLY, WEIGHTS_FILE, TensorInfo, header_bytes, parse_header
 from graftwork.errors import ArtifactError
 
@@ -133,9 +135,6 @@ def _finite(values_N: torch.Tensor) -> bool:
 # adapter_model.safetensors as data: named tensors that are taken out one by one; what is left over is refused.
 
 
-MODULE_PREFIX = "base_model.model."
-
-
 class TensorFile:
     """The tensors of one adapter. `path` begins its errors."""
 
@@ -146,6 +145,11 @@ class TensorFile:
     def unread_names(self) -> list[str]:
         """Names of the tensors that nobody has taken yet."""
         return list(self._left)
+
+    def match(self, key: re.Pattern[str]) -> list[re.Match[str]]:
+        """Return the matches of unread names of PEFT's form: `key` matches the part after the prefix."""
+        names = (name for name in self._left if name.startswith(MODULE_PREFIX))
+        return [found for name in names if (found := key.fullmatch(name, len(MODULE_PREFIX)))]
 
     def holds(self, key: str) -> bool:
         """Whether the tensor is there and not taken yet."""

@@ -139,7 +139,7 @@ def test_publishing_on_a_full_filesystem_is_a_storage_error_and_nothing_is_visib
     mount.mkdir()
     inside = (
         "from graftwork import artifact\nfrom graftwork.storage.store import Store\n"
-        "from tests.processes import outcome, start\n"
+        "from tests.process_races import outcome, start\n"
         f"store = Store({str(mount)!r})\n"
         f"answer = outcome(start(('publish', store.uri, 'support', {str(folder)!r}, 'latest')))\n"
         "print(answer['error'], artifact.list_adapters(store), artifact.aliases(store, 'support'), answer['text'])\n"

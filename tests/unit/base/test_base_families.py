@@ -149,10 +149,9 @@ def losses(spec: TrainSpec) -> list[float]:
 
 
 def write_adapter(base: ResolvedBase, folder: Path, targets: Any) -> Path:
-    from graftwork.adapters.spec import LoraSpec
-    from graftwork.training.adapters.attach import lora_config
+    from graftwork.adapters.lora import LoraSpec
 
-    config = lora_config(LoraSpec(rank=4, targets=targets), loaded(base).model)
+    config = LoraSpec(rank=4, targets=targets).peft_config(loaded(base).model)
     return engines.write_peft(base.folder, folder, 3, config)
 
 

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 
-from graftwork.adapters.spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
+from graftwork.adapters.bottleneck import BottleneckSpec
+from graftwork.adapters.full import FullSpec
+from graftwork.adapters.ia3 import Ia3Spec
+from graftwork.adapters.lora import LoraSpec
+from graftwork.adapters.prefix import PrefixSpec
+from graftwork.adapters.spec import AdapterSpec
 from graftwork.base.load import load, resolve
 from graftwork.base.model_shape import ModelShape, facts_of
 from graftwork.base.spec import BaseSpec
 from graftwork.errors import BaseModelError
-from graftwork.planning.memory import trained_params, weight_bytes
+from graftwork.planning.memory import weight_bytes
 from graftwork.quantization.spec import QuantSpec
 from tests.families import FAMILIES, config_of, write_family
 
@@ -44,7 +49,7 @@ def test_parameters_are_those_of_the_real_class_and_adapters_those_of_peft(kind:
             found = attached_params(kind, adapter)
         except Exception:  # PEFT has no such adapter for the family: what training refuses
             continue
-        assert trained_params(shape, adapter) == found, adapter
+        assert adapter.trained_params(shape) == found, adapter
         counted += 1
     assert counted >= 2
 
@@ -59,15 +64,9 @@ def meta(kind: str) -> Any:
 
 def attached_params(kind: str, adapter: AdapterSpec) -> int:
     """Trained values of the real adapter on the real class."""
-    from peft import get_peft_model
+    from graftwork.training.adapters.attach import attach
 
-    from graftwork.training.adapters.attach import attach, peft_config
-
-    model = meta(kind).requires_grad_(False)
-    if isinstance(adapter, PrefixSpec):  # `attach` lets it begin as words, which takes values
-        model = get_peft_model(model, peft_config(adapter, model))
-    else:
-        model = attach(model, adapter)
+    model = attach(meta(kind).requires_grad_(False), adapter, begin=False)  # start values need real tensors
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -204,11 +203,10 @@ def test_a_known_base_is_planned_without_torch(tmp_path: Path, monkeypatch: pyte
     code = (
         "import json, sys\n"
         "from graftwork.base.support import base_support\n"
-        "from graftwork.memory import trained_params\n"
+        "from graftwork.adapters.ia3 import Ia3Spec\n"
         "from graftwork.base.model_shape import ModelShape\n"
-        "from graftwork.adapters.spec import Ia3Spec\n"
         f"config = json.loads({json.dumps(json.dumps(config))})\n"
-        "print(trained_params(ModelShape.from_config(config), Ia3Spec()), base_support(config).said())\n"
+        "print(Ia3Spec().trained_params(ModelShape.from_config(config)), base_support(config).format_line())\n"
         "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 from graftwork.compat import hf
-from graftwork.training.adapters import bottleneck
+from graftwork.compat import peft_bottleneck as bottleneck
 from tests.ports import free_port
 from tests.process_races import ROOT
 from tests.tiny import write_tiny_base

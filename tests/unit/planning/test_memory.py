@@ -12,7 +12,12 @@ import torch
 
 from benchmarks import memory_plan, memory_runs
 from benchmarks.record import RESULTS
-from graftwork.adapters.spec import AdapterSpec, BottleneckSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
+from graftwork.adapters.bottleneck import BottleneckSpec
+from graftwork.adapters.full import FullSpec
+from graftwork.adapters.ia3 import Ia3Spec
+from graftwork.adapters.lora import LoraSpec
+from graftwork.adapters.prefix import PrefixSpec
+from graftwork.adapters.spec import AdapterSpec
 from graftwork.base.model_shape import ModelShape
 from graftwork.cli.stage_plans import plan_spec
 from graftwork.environment import Speed, available_memory, measure_speed

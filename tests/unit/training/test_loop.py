@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
-from graftwork.adapters.spec import LoraSpec
+from graftwork.adapters.lora import LoraSpec
 from graftwork.base import load as base_model
 from graftwork.errors import ConfigError
 from graftwork.storage.store import RunPaths, Store
-from graftwork.training.adapters.attach import attach, lora_config
+from graftwork.training.adapters.attach import attach
 from graftwork.training.loop import run_steps
 from graftwork.training.objectives import sft
 from graftwork.training.objectives.rows import prepare
@@ -112,7 +112,7 @@ def plain_losses(job: TrainJob) -> list[float]:
     torch.manual_seed(spec.seed)
     base = AutoModelForCausalLM.from_pretrained(base_model.resolve(spec.base).folder, dtype=torch.float32)
     assert isinstance(spec.adapter, LoraSpec)
-    model = get_peft_model(base, lora_config(spec.adapter, base))
+    model = get_peft_model(base, spec.adapter.peft_config(base))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plan = step_plan(rows.lengths_N, spec.optim, spec.seed, 1, None)
     optimizer = torch.optim.AdamW(parameters, lr=spec.optim.lr, weight_decay=0.0)
@@ -257,10 +257,10 @@ def test_another_architecture_trains(gpt2: TrainSpec, targets: str) -> None:
 
 def test_targets_name_blocks_of_the_model(gpt2: TrainSpec) -> None:
     model = AutoModelForCausalLM.from_pretrained(gpt2.base.uri)
-    found = lora_config(LoraSpec(targets="attention"), model).target_modules
+    found = LoraSpec(targets="attention").peft_config(model).target_modules
     assert found == {f"transformer.h.{block}.attn.{layer}" for block in (0, 1) for layer in ("c_attn", "c_proj")}
     with pytest.raises(ConfigError, match=r"adapter\.targets=mlp"):
-        lora_config(LoraSpec(targets="mlp"), HeadOnly())
+        LoraSpec(targets="mlp").peft_config(HeadOnly())
 
 
 class HeadOnly(torch.nn.Module):

@@ -168,7 +168,7 @@ def test_every_precision_gives_answers_and_speeds(of: Callable[[str], PrecisionR
 
 
 def test_bytes_are_those_of_the_arithmetic(of: Callable[[str], PrecisionResult], base: ResolvedBase) -> None:
-    """Counted on the loaded model; predicted from the shape by `graftwork.memory`, but for each linear's codebook."""
+    """Counted on the loaded model; the shape predicts it, but for each linear's codebook."""
     shape, linears = ModelShape.from_config(base.config), 14
     for precision in PRECISIONS:
         found = of(precision)

@@ -13,6 +13,7 @@ from graftwork.artifacts.registry import resolve
 from graftwork.base import load as base_model
 from graftwork.errors import ArtifactError, BaseModelError, ConfigError
 from graftwork.serving.engine.adapters.base_view import BaseView
+from graftwork.serving.engine.adapters.format import ReadOptions
 from graftwork.serving.engine.adapters.kinds import read_adapter
 from graftwork.serving.engine.lora_layers import Sites
 from graftwork.serving.spec import ServeSpec
@@ -137,8 +138,7 @@ def test_what_is_no_reward_model_and_what_is_one_are_told_apart(
         read_adapter(
             artifact.fetch(run.store, "judge", manifest.version),
             BaseView(model, Sites(model).shapes),
-            max_rank=16,
-            dtype=torch.float32,
+            ReadOptions(16, torch.float32),
         )
     published = artifact.adopt(
         run.store,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from graftwork.artifacts.verify import CONFIG_FILE, WEIGHTS_FILE
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.format import SiteWeights
+from graftwork.serving.engine.adapters.format import ReadOptions, SiteWeights
 from graftwork.serving.engine.adapters.kinds import SERVED, read_adapter
 from graftwork.serving.engine.lora_layers import Sites
 from tests import engines
@@ -36,7 +36,7 @@ def folder(base: Path, tmp_path: Path) -> Path:
 def read(base: Path, folder: Path, max_rank: int = 16) -> dict[str, SiteWeights]:
     model = engines.load_model(base)
     view = BaseView(model, Sites(model).shapes)
-    return dict(read_adapter(folder, view, max_rank=max_rank, dtype=torch.float32).linears)
+    return dict(read_adapter(folder, view, ReadOptions(max_rank, torch.float32)).linears)
 
 
 def change_config(folder: Path, **changed: Any) -> None:

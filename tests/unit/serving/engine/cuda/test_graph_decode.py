@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from graftwork.serving.engine.adapter_slots import AdapterPool
+from graftwork.serving.engine.adapters.format import ReadOptions
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.attention import Chunk, by_place, pack
 from graftwork.serving.engine.cuda.graph_decode import (
@@ -128,11 +129,9 @@ def loaded(runner: Runner, version: str, folder: Path) -> LoadedAdapter:
     pool = AdapterPool(
         groups,
         runner.base,
-        max_rank=32,
-        dtype=runner.dtype,
+        ReadOptions(32, runner.dtype),
         device=device,
         stacked=True,
-        narrow=False,
         on_freed=lambda _: None,
     )
     pool.load(version, folder)

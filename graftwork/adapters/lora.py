@@ -1,0 +1,162 @@
+"""LoRA, rank-stabilised LoRA and DoRA, attached and exported by PEFT."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from graftwork.adapters.kind import FP32, AdapterKind, Shape, ValueBytes
+from graftwork.adapters.target_modules import ATTENTION_WORDS, MLP_WORDS, within
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from graftwork.base.model_shape import ModelShape
+
+BF16 = 2
+MAX_RANK = 4096
+"""Of a published adapter; what an engine serves is its own limit."""
+HALF_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+"""Names of the tensors, after PEFT's prefix."""
+MAGNITUDE_KEY = "lora_magnitude_vector"
+"""End of the names of DoRA's magnitudes."""
+Targets = Literal["all-linear", "attention", "mlp"]
+
+
+class LoraSpec(AdapterKind):
+    """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685), attached and exported by PEFT."""
+
+    peft_type: ClassVar[str] = "LORA"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
+    """About ten times the rate of all weights (Schulman 2025, "LoRA Without Regret"; fifteen times in runs of under 100
+    steps). Measured on SmolLM2-135M, short runs (docs/guide-training.md): 4e-3."""
+    trains_tokens: ClassVar[bool] = True
+    trains_score_head: ClassVar[bool] = True
+    has_rank: ClassVar[bool] = True
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(default=16, ge=1, le=256)
+    """Inner dimension r of the update B·A."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input while training."""
+    targets: Targets = "all-linear"
+    """Which linear layers get an adapter; the head never does."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank): steady at high ranks (rsLoRA, arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the magnitude of each output beside its direction (DoRA, arXiv 2402.09353)."""
+
+    @property
+    def input_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def reads_base_weights(self) -> bool:
+        return self.dora
+
+    @property
+    def adds_up(self) -> bool:
+        return not self.dora
+
+    def describe(self) -> str:
+        """Return the adapter in a few words."""
+        return f"{'rs' * self.rslora}LoRA{' with DoRA' * self.dora} r{self.rank}"
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> None:
+        """Raise ValueError for ranks and scales that are none."""
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"r={rank!r} is no rank from 1 to {MAX_RANK}")
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+            raise ValueError(f"lora_alpha={alpha!r} is no positive number")
+        if not isinstance(config.get("rank_pattern") or {}, dict):
+            raise ValueError("rank_pattern is no mapping")
+
+    @classmethod
+    def tensor_problems(cls, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Iterator[str]:
+        """Yield each `lora_A` (rank, in) without its `lora_B` (out, rank), and each rank that is not the config's."""
+        halves: dict[str, dict[str, Shape]] = {}
+        for key, shape in shapes.items():
+            if match := HALF_KEY.fullmatch(key):
+                halves.setdefault(match["module"], {})[match["half"]] = shape
+        if not halves:
+            yield "no lora_A and lora_B tensors"
+        for module, pair in halves.items():
+            if set(pair) != {"A", "B"}:
+                yield f"{module} has only lora_{''.join(pair)}"
+                continue
+            rank = _rank_of(module, config)
+            a, b = pair["A"], pair["B"]
+            if len(a) < 2 or len(b) < 2 or a[0] != rank or b[1] != rank:
+                yield f"{module} has lora_A {list(a)} and lora_B {list(b)}, the config says rank {rank}"
+
+    def peft_config(self, model: Any) -> "LoraConfig":
+        """Return PEFT's LoRA, rsLoRA or DoRA. Raises ConfigError where the model has no such layer."""
+        from peft import LoraConfig
+
+        words = ATTENTION_WORDS if self.targets == "attention" else MLP_WORDS
+        some = self.targets != "all-linear"
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=within(f"adapter.targets={self.targets}", words, model) if some else "all-linear",
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            task_type="CAUSAL_LM",
+        )
+
+    def trained_params(self, model: "ModelShape") -> int:
+        """Return the values of A, B and DoRA's magnitudes."""
+        magnitudes = sum(linear.count * linear.outputs for linear in model.targets(self.targets))
+        return model.adapter_params(self.rank, self.targets) + magnitudes * self.dora
+
+    def saved_bytes(self, model: "ModelShape", size: ValueBytes) -> float:
+        """Return the bytes of the targets' inputs, of A's results, of dropout's masks and of DoRA's results."""
+        targets = model.targets(self.targets)
+        inputs = sum(linear.count * linear.inputs for linear in targets) / model.layers
+        saved = sum(linear.count for linear in targets) / model.layers * self.rank * size.computed
+        if self.dropout > 0 or size.base != FP32:  # each target saves its own input
+            saved += inputs * size.computed
+        else:  # inputs of A: q, k and v share one, gate and up share one; o's is counted with the frozen block
+            saved += model.read(self.targets) * FP32
+        if self.dropout > 0:
+            saved += inputs * size.dropout_mask
+        if self.dora:  # the base's output and the update's, to train the magnitude by
+            outputs = sum(linear.count * linear.outputs for linear in targets) / model.layers
+            saved += outputs * (size.base + size.computed)
+        return saved
+
+    def dropped_inputs(self, model: "ModelShape") -> int:
+        """Return the targets' inputs."""
+        if not self.dropout:
+            return 0
+        return sum(linear.count * linear.inputs for linear in model.targets(self.targets))
+
+    def weight_flops(self, model: "ModelShape") -> float:
+        """Return the operations of DoRA's norm of the updated weights (PEFT multiplies A and B by the identity)."""
+        if not self.dora:
+            return 0.0
+        targets = model.targets(self.targets)
+        return sum(x.count * 2 * self.rank * x.inputs * (x.inputs + x.outputs) for x in targets)
+
+    def weight_scratch_bytes(self, model: "ModelShape", *, autocast: bool) -> int:
+        """Return the bytes of DoRA's identity of the inputs, or of four forms of the largest weight."""
+        if not self.dora:
+            return 0
+        targets = model.targets(self.targets)
+        identity = max(linear.inputs for linear in targets) ** 2 * (FP32 + BF16 * autocast)
+        return max(identity, 4 * FP32 * max(linear.params for linear in targets))
+
+
+def _rank_of(module: str, config: Mapping[str, Any]) -> object:
+    """Return the rank by literal module suffix; regular expressions come from the file and are not run."""
+    for pattern, rank in (config.get("rank_pattern") or {}).items():
+        if module == pattern or module.endswith("." + pattern):
+            return rank
+    return config["r"]
