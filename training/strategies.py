@@ -45,8 +45,8 @@ class StrategySpec(Spec):
         self._check_precision(run)
         if run.adapter.virtual_tokens and self.kind in WEIGHTS_SHARDED:
             raise ValueError(
-                f"adapter.kind={run.adapter.kind} can't go with strategy.kind={self.kind}: PEFT computes it outside of the "
-                "model, where its weights are in parts. Set strategy.kind=zero2"
+                f"adapter.kind={run.adapter.kind} can't go with strategy.kind={self.kind}: PEFT computes it outside of "
+                "the model, where its weights are in parts. Set strategy.kind=zero2"
             )
         if run.optim.factors and self.kind in ZERO:
             raise ValueError(
@@ -94,14 +94,14 @@ class StrategySpec(Spec):
             )
         if kind == "fsdp2" and not quant.method.shards_in_fsdp2:
             raise ValueError(
-                f"quant.kind={quant.kind} can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales off the "
-                "weights (0.50: 'Parameter' object has no attribute 'CB'). Set quant.kind=nf4, or strategy.kind=zero2"
+                f"quant.kind={quant.kind} can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales "
+                "off the weights (0.50: 'Parameter' object has no attribute 'CB'). Set quant.kind=nf4, or strategy.kind=zero2"
             )
         if kind == "zero3" and quant.is_packed and run.gpus:
             raise ValueError(
-                f"quant.kind={quant.kind} can't go with strategy.kind=zero3 on GPUs: each GPU would first hold the whole "
-                "base (transformers issue 26412, PEFT issue 2016). Set strategy.kind=fsdp2, which shards an nf4 base, or "
-                "zero2"
+                f"quant.kind={quant.kind} can't go with strategy.kind=zero3 on GPUs: each GPU would first hold the "
+                "whole base (transformers issue 26412, PEFT issue 2016). Set strategy.kind=fsdp2, which shards an nf4 "
+                "base, or zero2"
             )
 
 

@@ -319,17 +319,13 @@ def taught_trainer() -> type[Any]:
                     pad_token_id=self.pad_id,
                     eos_token_id=sorted(self.stop_ids),
                 )
-            answers = [self._up_to_stop(row[width:].tolist()) for row in whole_BT]
+            answers = [_up_to_stop(row[width:].tolist(), self.stop_ids) for row in whole_BT]
             rows = [
                 (prompt + answer, [False] * len(prompt) + [True] * len(answer))
                 for prompt, answer in zip(prompts, answers, strict=True)
             ]
             batch = TokenRows.from_pairs(rows).collate(range(len(rows)), self.pad_id)
             return {key: value.to(device) for key, value in batch.items()}
-
-        def _up_to_stop(self, ids: list[int]) -> list[int]:
-            end = next((place for place, token in enumerate(ids, start=1) if token in self.stop_ids), len(ids))
-            return ids[:end]
 
     return TaughtTrainer
 
@@ -410,3 +406,9 @@ def _logit_form(config: Any) -> tuple[float, float | None]:
     if scale is None and divisor is not None:
         scale = 1 / divisor
     return 1.0 if scale is None else scale, getattr(text, "final_logit_softcapping", None)
+
+
+def _up_to_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
+    """Ids up to the first stop token, that one included."""
+    end = next((place for place, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
+    return ids[:end]

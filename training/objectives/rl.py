@@ -105,9 +105,8 @@ class RlSpec(Spec):
         """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
         adapter, where = run.adapter, f"objective.kind={self.kind}"
         if adapter.virtual_tokens or adapter.trains_base:
-            why = (
-                "its answers are sampled from a cache" if adapter.virtual_tokens else "its reference is the frozen base"
-            )
+            sampled = "its answers are sampled from a cache"
+            why = sampled if adapter.virtual_tokens else "its reference is the frozen base"
             raise ValueError(f"{where} does not train adapter.kind={adapter.kind}: {why}; use lora, ia3 or bottleneck")
         if adapter.input_dropout:
             raise ValueError(
