@@ -131,10 +131,46 @@ def _chat() -> dict[str, Any]:
     return trace.summary()
 
 
-# --- training: `trace_train` and its `_train` belong here ---
+def trace_train() -> dict[str, Any]:
+    """Trace one run from its YAML to the published adapter and its page: plain LoRA SFT on a tiny base.
+
+    The loop runs in this process. Ray, the worker's process and the command line are not counted.
+    """
+    return _in_subprocess("train")
 
 
-TRACES = {"chat": _chat}
+def _train() -> dict[str, Any]:
+    import trl.trainer.sft_trainer  # noqa: F401  # before the trace: a traced import takes minutes
+
+    from graftwork import config
+    from graftwork.training.run import ResolvedRun, train_resolved
+    from graftwork.training.worker import train_as_worker
+    from graftwork.training.worker_messages import LoopResult, TrainJob
+    from tests.training import task
+
+    trace = CallTrace()
+
+    def workers(job: TrainJob) -> LoopResult:
+        result = train_as_worker(job, None, lambda: False)
+        assert isinstance(result, LoopResult), result
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        spec = Path(folder) / "train.yaml"
+        changes = {"adapter": {"kind": "lora", "rank": 4}, "num_workers": 1, "checkpoint_every": 3}
+        asked = task(Path(folder), **changes).model_dump(mode="json", exclude_defaults=True)
+        spec.write_text(json.dumps({"kind": "train", **asked}), encoding="utf-8")
+        trace.install()
+        with trace.recording():
+            run = ResolvedRun.resolve(config.load(spec, [], expect="train"))
+            run.notes_before_start()
+            report = train_resolved(run, workers=workers)
+        assert report.adapter, report.notes
+        assert report.page, report.notes
+    return trace.summary()
+
+
+TRACES = {"chat": _chat, "train": _train}
 """Traces by name; each runs in a process of its own."""
 
 

@@ -144,14 +144,14 @@ COMMON = frozenset({"mean_token_accuracy", "entropy"})
 
 
 def write_page(
-    run: RunPaths, spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | None
+    run: RunPaths, spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | None, steps: Sequence[StepReport]
 ) -> tuple[BuiltReport, tuple[str, ...]]:
     """Write report.json and report.html into the run's folder; return them, and notes on what the page lacks.
 
     In the driver, once a run is finished. Raises StorageError.
     """
     planned, notes = _planned(run, report)
-    shown = train_run(report, spec, read_steps(run), notes)
+    shown = train_run(report, spec, steps, notes)
     page = ReportInput(
         title=spec.name,
         subtitle=report.run_id,

@@ -95,7 +95,8 @@ class StrategySpec(Spec):
         if kind == "fsdp2" and not quant.method.shards_in_fsdp2:
             raise ValueError(
                 f"quant.kind={quant.kind} can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales "
-                "off the weights (0.50: 'Parameter' object has no attribute 'CB'). Set quant.kind=nf4, or strategy.kind=zero2"
+                "off the weights (0.50: 'Parameter' object has no attribute 'CB'). Set quant.kind=nf4, or "
+                "strategy.kind=zero2"
             )
         if kind == "zero3" and quant.is_packed and run.gpus:
             raise ValueError(
