@@ -22,7 +22,7 @@ from graftwork.report import ReportInput, render_html
 from graftwork.report.evaluation_schema import Change, Level, OutcomesReport, PairedTest
 from graftwork.report.views import format_count
 from graftwork.stats import Floats
-from graftwork.training.evaluation import questions as instructions
+from graftwork.training.evaluation import items as instructions
 from graftwork.training.evaluation import report as record
 from graftwork.training.evaluation.questions import Probe, probes_of
 from graftwork.training.evaluation.rebase import TaskScores, curve_report, curve_specs
