@@ -1,8 +1,9 @@
 """Decoding on a GPU: every step is one replay of a graph captured at the start, whatever adapters and rows take part.
 
 Graphs are captured for 1, 2, 4, 8, ... rows up to `max_batch`, with adapters and without; a batch is padded up to one.
-They read tokens, KV places and adapter slots from device memory (`inputs.py`, `table.py`), so adapters come and go and
-KV rows move without another capture. Prompts run eagerly beside them, on torch's own path.
+They read tokens, KV places and adapter slots from device memory (`static_inputs`, `lora`), so adapters come and go and
+KV rows move without another capture. Prompts run eagerly, on torch's own path.
+Legend: N rows of the step (padding included), H query heads, K key-value heads, D head size.
 """
 
 import logging
@@ -21,10 +22,6 @@ from graftwork.serving.engine.cuda.static_inputs import StepInputs
 from graftwork.serving.engine.kv_cache import KvStore
 from graftwork.serving.engine.lora_layers import LoraLayer
 from graftwork.serving.engine.model_runner import DecodeLayers, Runner
-
-# One decode step as the model sees it: packed tokens, one a request, and attention over each request's own KV.
-#
-# Legend: N rows of the step (padding included), H query heads, K key-value heads, D head size.
 
 
 class DecodeBatch:
@@ -60,9 +57,6 @@ def _rows(part_1HND: torch.Tensor) -> torch.Tensor:
     return part_NHD if part_NHD.stride(-1) == 1 else part_NHD.contiguous()
 
 
-# The adapters of one decode step, added by the LoRA kernels.
-
-
 class TableDeltas:
     """What `Sites` adds: one shrink for the linears of a group (q/k/v, gate/up), one expand each."""
 
@@ -81,9 +75,6 @@ class TableDeltas:
         out_NO = result.view(-1, result.shape[-1])
         expand(self._partial, self._tiles, self._table, self._table.sites[site.name], out_NO)
         return result
-
-
-# How a step is kept: as a CUDA graph, or as the function itself.
 
 
 _log = logging.getLogger(__name__)
@@ -222,9 +213,6 @@ def row_buckets(max_batch: int) -> list[int]:
     while sizes[-1] < max_batch:
         sizes.append(min(2 * sizes[-1], max_batch))
     return sizes
-
-
-# Brings adapters to the device on a side stream; a step waits for a copy where the adapter is first used.
 
 
 class Uploads:

@@ -1,4 +1,4 @@
-"""The base's 4-bit linears while decoding: the fused kernel for few tokens, bitsandbytes' own forward for all else."""
+"""4-bit linears of the base while decoding: the fused kernel for few tokens, bitsandbytes' own forward for all else."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,6 +1,6 @@
-"""What changes from one decode step to the next, in device memory at fixed addresses: one copy a step brings it there.
+"""Inputs of a decode step in device memory at fixed addresses, written by one copy a step.
 
-A captured graph holds addresses, not values. So everything a step depends on (tokens, places of their KV, adapters) is
+A captured graph holds addresses, not values. Everything a step depends on (tokens, places of their KV, adapters) is
 read from this buffer, and a batch is padded up to the graph's rows: padding has length 0 and stands in no tile.
 Legend: N rows of the graph, T tiles (at most N).
 """

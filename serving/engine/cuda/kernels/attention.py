@@ -1,12 +1,12 @@
 """Attention of a decode step: one query token a request over its own keys, read in place at its own length.
 
-Where a request's keys lie is read from device memory (`starts`, `caps`, `lengths`, see `inputs.py`): a captured graph
-stays right when rows grow or move. One program serves one request's KV head and all query heads that share it, on one
-part of the keys; with several parts a second kernel joins them (flash-decoding, arXiv 2311.01282, eq. 3 of
+The place of a request's keys is read from device memory (`starts`, `caps`, `lengths`, see `static_inputs`): a captured
+graph stays right when rows grow or move. One program serves one request's KV head and all query heads that share it, on
+one part of the keys; with several parts a second kernel joins them (flash-decoding, arXiv 2311.01282, eq. 3 of
 FlashAttention). The grid is fixed: parts beyond a short request end at once, a request of length 0 is padding.
 
-Memory per layer: each key and value once, 2 * length * Hkv * D * bytes a request. 64 requests of 256 tokens on
-Llama-8B (Hkv 8, D 128, bf16, 32 layers) read 2.1 GB a step, 0.7 ms at 3.0 TB/s.
+Memory per layer: each key and value once, 2 * length * Hkv * D * bytes a request. 64 requests of 256 tokens on Llama-8B
+(Hkv 8, D 128, bf16, 32 layers) read 2.1 GB a step, 0.7 ms at 3.0 TB/s.
 Legend: N requests, H query heads, K key-value heads, G = H / K, D head size, S keys of a block, P parts.
 """
 
