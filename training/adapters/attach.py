@@ -63,8 +63,8 @@ def _config_for_model(adapter: AdapterKind, model: Any, trained_tokens: Sequence
 def attach_frozen_adapter(model: Any, folder: Path) -> None:
     """Let each linear of a loaded base add the published LoRA's delta, in fp32, before any adapter is attached.
 
-    `publish` sums it with the trained one (`sum_of`). By hooks: the weights are in no state dict, so no checkpoint copies them, and a quantised base stays as it is.
-    `adapter_disabled` leaves it on: what training began from is the base with it.
+    `publish` adds it to the trained one (`sum_of`). By hooks: the weights are in no state dict, so no checkpoint copies
+    them, and a quantised base stays as it is. `adapter_disabled` leaves it on: training began from the base with it.
     """
     lora = MergeSource.read("base_adapter", folder)
     for name, module in model.named_modules():
