@@ -1,8 +1,8 @@
-"""Bottleneck adapters (Houlsby, arXiv 1902.00751; Pfeiffer, arXiv 2005.00247) as a kind of PEFT's own.
+"""Bottleneck adapters (Houlsby, arXiv 1902.00751; Pfeiffer, arXiv 2005.00247) as a tuner of PEFT.
 
 PEFT 0.21 has none, and AdapterHub's `adapters` pins transformers 4.57. As a tuner of PEFT it takes part in all that is
 built on PEFT: TRL's trainers, saving and resuming, quantised bases, switching it off. The form on disk is the one that
-`serving/engine/adapters/bottleneck.py` reads:
+`graftwork/adapters/bottleneck.py` defines:
 
     result + up(activation(down(result))) * scaling
 """

@@ -1,4 +1,7 @@
-"""What serving needs of an engine, whichever it is: the replica, residency and the measurements know only this."""
+"""Protocol of an inference engine, and `open_engine`, which makes the engine that a spec names.
+
+The replica, the adapter cache and the measurements use the protocol only.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,9 +61,6 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """Counters since the start and the state now."""
-
-
-# The engine that a spec asks for, on this process' devices.
 
 
 def open_engine(spec: ServeSpec, base: ResolvedBase, template: Template) -> tuple[Engine, str]:

@@ -1,7 +1,8 @@
-"""The host tier: loaded adapter versions, who holds them, and when their memory goes back.
+"""Adapter versions in memory: the pool in host memory, and the slots of the versions that are computed now.
 
-Each is packed for the engine in one buffer of this machine's memory; `AdapterSlots` copies it from there to its slot.
-Any thread may call the pool; one lock guards it. Weights never change: an update is another version.
+The pool packs each version in one buffer of host memory and frees it when its last request ends; any thread may call
+it. `AdapterSlots` copies a version to its slot on the engine's device. Weights never change: an update is a new
+version.
 """
 
 import threading
@@ -182,15 +183,12 @@ def _group(members: list[SiteWeights | None], *, stacked: bool) -> GroupWeights:
     return GroupWeights(stack, tuple(placed), starts)
 
 
-# Slots: the adapter versions that can be computed with now. The engine's thread alone uses them.
-#
-# A slot is taken when a request starts to run, not while it is queued, so as many slots as rows (`max_loaded` >=
-# `max_batch`) are enough for any mix of adapters. On the CPU a slot is the host copy and a place in the tables that
-# decoding reads (see `tables`); on another device it is a copy there.
-
-
 class AdapterSlots:
     """At most `max_loaded` versions; the least recently used one without a running request makes room.
+
+    A version takes a slot when a request starts to run, not while it is queued, so `max_loaded` >= `max_batch` slots
+    are enough for any mix of adapters. On the CPU a slot is the host copy and a place in the tables that decoding
+    reads (`lora_tables`); on another device it is a copy there. The engine's thread alone uses them.
 
     bring: a held version on the engine's device. on_left: told each version that has lost its slot; its host copy and
     its cached prefixes stay.

@@ -1,8 +1,11 @@
-"""The attention that the model's own layers call: writes new keys and values to the engine's KV, reads them in place.
+"""Attention of the model's layers over packed tokens: writes new keys and values to the KV, and reads them in place.
 
 Registered once under NAME in transformers' `ALL_ATTENTION_FUNCTIONS`. The batch comes through the keyword arguments
 that every decoder hands down to its attention. Decoding reads grouped heads (GQA) by batched matmul over views of the
 KV arena, so nothing is repeated or copied; measured on 2 AVX2 cores it is level with SDPA on the same views.
+A forward pass packs the tokens of all running requests into one row, without padding: first one token of each decoding
+request, in the order that suits the adapters, then the prompt chunks. Attention takes decoding tokens in the order of
+their KV.
 Legend: T packed tokens, H query heads, K key-value heads, G = H / K, D head size, N requests of a run, S keys read.
 """
 
@@ -18,12 +21,6 @@ from graftwork.errors import BaseModelError
 from graftwork.serving.engine.cpu.attention import DecodeRows
 from graftwork.serving.engine.cpu.kernels import Kernels
 from graftwork.serving.engine.kv_cache import KvRow, KvShape, KvStore
-
-# What one forward pass computes: the tokens of all running requests packed into one row, without padding.
-#
-# Order of the packed tokens: first one token of each decoding request, in the order that suits the adapters, then the
-# prompt chunks. Attention takes the decoding ones in the order of their KV. Legend: T packed tokens, N decoding ones, S
-# keys read.
 
 
 @dataclass(frozen=True)

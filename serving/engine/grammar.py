@@ -23,9 +23,6 @@ from graftwork.errors import DataError
 from graftwork.prompts.template import Template
 from graftwork.serving.spec import GrammarSpec
 
-# What the engine asks of a grammar; who compiles it, and from what, is not the engine's business.
-
-
 MaskWords = numpy.typing.NDArray[numpy.int32]
 """[ceil(V / 32)], bit n of word w for token 32 * w + n."""
 
@@ -71,9 +68,6 @@ class Grammar(Protocol):
         """A new answer's state; cheap."""
 
 
-# Calls that recurse deeply in foreign code, which ends the whole process where its stack does.
-
-
 T = TypeVar("T")
 STACK_BYTES = 512 * 2**20
 """Address space; only what is touched becomes memory."""
@@ -98,9 +92,6 @@ def on_tall_stack(call: Callable[[], T]) -> T:
         finally:
             threading.stack_size(usual)
     return future.result()
-
-
-# The base's tokens as bytes: what a grammar is matched against, and how one token is shown to a person.
 
 
 class Vocabulary:

@@ -8,6 +8,8 @@ A row (one request's keys and values) is contiguous per head, so attention reads
 
 Neighbouring rows of one page are one strided view with no copy. A row that outgrows its class is copied to a longer
 one: a token is copied about once over the life of a request. Equal pages mean no fragmentation between classes.
+A block of 16 tokens of a prompt is shared by its key (salt, adapter version, all tokens up to its end): requests of two
+adapters, versions or salts never share KV.
 Legend: L length, D head size.
 """
 
@@ -226,9 +228,6 @@ def _classes(max_len: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_len), max_len)
 
 
-# How long a sequence may be so that its rotary positions hang on nothing but itself.
-
-
 def longest_sequence(config: Any) -> tuple[int | None, str]:
     """(tokens, the rule that sets them); None: the config names no limit.
 
@@ -243,12 +242,6 @@ def longest_sequence(config: Any) -> tuple[int | None, str]:
         if own.get("rope_type") == "longrope" and original and (longest is None or original < longest):
             return original, f"beyond {original} tokens this base's longrope rotates every row of the batch otherwise"
     return longest, f"the base takes sequences up to {longest} tokens"
-
-
-# Shares the KV of equal prompt beginnings. The key of a block is (salt, adapter version digest, all tokens up to its
-# end).
-#
-# Two adapters, two versions of one, or two salts never share: version and salt are the root of the hash chain.
 
 
 BLOCK = 16

@@ -1,4 +1,4 @@
-"""Changes logits before a token is chosen: bias, penalties, tokens held back, the grammar's mask.
+"""Changes of logits before a token is chosen: bias, penalties, minimum length, the grammar's mask.
 
 Each function changes the given rows in place and no other. Legend: B rows of the batch, V vocabulary, E entries (one
 token of one row), G rows with a grammar, W words of 32 tokens.
@@ -79,9 +79,6 @@ def _entries(scores_BV: torch.Tensor, ids: "Sequence[tuple[int, numpy.typing.NDA
     """Indices of (row, tokens) into the flattened scores; no entry comes twice."""
     at_E = numpy.concatenate([place * scores_BV.shape[1] + tokens for place, tokens in ids])
     return send(at_E, scores_BV.device)
-
-
-# Small host values on their way to the device.
 
 
 def send(values: numpy.typing.NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -1,8 +1,11 @@
-"""How the adapters of decoding tokens are computed: each part takes some rows of the batch and adds their deltas.
+"""LoRA deltas of one step, added to the base's result row by row; a quantised base stays as it is.
 
-One adapter with many rows gets matmuls of its own. Adapters with few rows are read in their places (`tables`), all at
-once: neighbouring places by batched matmul, which reads each weight once for all rows of its adapter; scattered ones by
-embedding bags, which need no place beside another.
+Prompt tokens go segment by segment in peft's order of operations, `result + lora_B(lora_A(x)) * scaling`, and are equal
+to it bit for bit at equal shape. Decoding tokens (one a request) share work; figures are in docs/log.md.
+
+One adapter with many rows gets matmuls of its own. Adapters with few rows are read in their places (`lora_tables`), all
+at once: neighbouring places by batched matmul, which reads each weight once for all rows of its adapter; scattered ones
+by embedding bags, which need no place beside another.
 Legend: N decoding tokens, P places, M rows a place at most, R rank, I in, O out, K lines of a bag.
 """
 
@@ -181,12 +184,6 @@ def _addpick(out_NO: torch.Tensor, rows: Rows, delta_NO: torch.Tensor) -> None:
         out_NO[rows].add_(delta_NO)
     else:
         out_NO.index_add_(0, rows, delta_NO)
-
-
-# The adapter deltas of one step, added to the base's result row by row. Nothing is merged: a 4-bit base stays exact.
-#
-# Prompt tokens go segment by segment in peft's own order of operations, `result + lora_B(lora_A(x)) * scaling`, and are
-# equal to it bit for bit at equal shape. Decoding tokens (one a request) share work, see `parts`. Figures: docs/log.md.
 
 
 _MANY_ROWS, _MANY_READ = 8, 16

@@ -1,9 +1,9 @@
-"""Where loaded adapters lie for decoding: one table a linear and rank bucket, each adapter at its place in all of them.
+"""Tables of loaded LoRA weights for decoding: one a linear and rank bucket, each adapter at its place in all of them.
 
 A place is written when an adapter takes its slot and read as it lies by every step, so it costs a step nothing which
 adapters run together. A place is contiguous, [in, ranks] and [rank, out], for both ways to read it: batched matmul over
-neighbouring places and embedding bags over single ones (see `parts`). The tables of a linear that every layer has are
-one tensor, and a file has the layers' weights at equal distances: some 70 operations write an adapter, not 420.
+neighbouring places and embedding bags over single ones (see `lora_batch`). The tables of a linear that every layer has
+are one tensor, and a file has the layers' weights at equal distances: some 70 operations write an adapter, not 420.
 Legend: L layers, P places, R rank bucket, G members of a group, I in, O out.
 """
 

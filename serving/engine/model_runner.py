@@ -1,7 +1,10 @@
-"""Runs forward passes of a transformers decoder over packed tokens, with the engine's attention, KV and adapters.
+"""Forward passes of a transformers decoder over packed tokens, with the engine's attention, KV and adapters.
 
 The model stays a transformers model: its attention implementation is set to ours and its linears are hooked; `close`
-undoes both. Legend: B rows of a batch, T tokens, V vocabulary, N chosen tokens.
+undoes both. Decoding tokens are computed with the prompts in one pass (a CPU), or by graphs of their own (a GPU).
+While decoding, norms and gated MLPs are one kernel each: a module takes part if its result on random rows equals the
+formula bit for bit.
+Legend: B rows of a batch, T tokens, V vocabulary, N chosen tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +31,6 @@ from graftwork.serving.engine.cpu.kernels import kernels_for
 from graftwork.serving.engine.kv_cache import KvShape, KvStore, longest_sequence
 from graftwork.serving.engine.lora_batch import DeltaPlanner, LoraSegment
 from graftwork.serving.engine.lora_layers import Deltas, Forward, Sites, own_forward
-
-# Where decoding tokens are computed: beside the prompts in one pass (a CPU), or by graphs of their own (a GPU).
 
 
 class DecodeInputs(Protocol):
@@ -76,12 +77,6 @@ def path_for(device: torch.device) -> DecodePath | None:
     from graftwork.serving.engine.cuda.graph_decode import GraphDecode
 
     return GraphDecode(device)
-
-
-# The base's norms and gated MLPs while decoding: one kernel each instead of many.
-#
-# They are known by what they compute, not by name: a module takes part if its own result on random rows equals the
-# formula bit for bit. Outside of `decoding` every module is as it was. Legend: N rows, H hidden, I intermediate.
 
 
 _PROBE_ROWS = 2

@@ -1,4 +1,7 @@
-"""What goes into the engine and what comes out: requests, events, adapter states and counters. Plain data, no torch."""
+"""Data that enters and leaves the engine: requests, events, adapter states, counters, and the checks of a request.
+
+Plain data, without torch.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -171,9 +174,6 @@ class EngineStats:
     """Seconds spent in steps (forward, sampling, events)."""
     step_times: tuple[int, ...] = (0,) * (len(STEP_S) + 1)
     """Steps by their time: up to each of STEP_S seconds, and above."""
-
-
-# What every engine refuses at its door, before anything is queued.
 
 
 def check_request(request: GenerateRequest, *, max_seq_len: int, vocab_size: int, decodes: bool) -> None:

@@ -1,6 +1,9 @@
-"""Draws tokens by inverse transform: one uniform number a row, the row's own, decides.
+"""Choice of the next token of each row: greedy and sampled rows in one batch, each sampled row by its own seed.
 
-Legend: R drawn rows, K rows with cuts, V vocabulary, C candidates (best first), N blocks, S size of a block.
+Tokens are drawn by inverse transform with one uniform number a row. A row's token depends on its own logits and its own
+`SamplerState` only. A batch of greedy rows without log probabilities costs one pass over the logits.
+Legend: B rows, L rows whose log probabilities are returned, R drawn rows, K rows with cuts, V vocabulary, C candidates
+(best first), N blocks, S size of a block.
 """
 
 from collections.abc import Sequence
@@ -114,13 +117,6 @@ def _pick(weights_RC: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
     spot_R = torch.searchsorted(sums_RC, (uniform_R * sums_RC[:, -1])[:, None], right=True)[:, 0]
     last_R = (weights_RC > 0).to(torch.int8).flip(-1).argmax(-1)  # rounding may step past the last candidate
     return torch.minimum(spot_R, weights_RC.shape[1] - 1 - last_R)
-
-
-# Chooses the next token of each row: greedy and sampled rows in one batch, each sampled row by its own seed.
-#
-# A row's token depends on nothing but its own logits and its own `SamplerState`. A batch of greedy rows that ask for no
-# log probability costs one pass over the logits.
-# Legend: B rows, V vocabulary, L rows whose log probabilities are asked for.
 
 
 @dataclass(frozen=True, slots=True)

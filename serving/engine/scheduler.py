@@ -1,8 +1,9 @@
-"""Decides what the next step computes: who decodes, whose prompt goes on, who comes in, who has to step back.
+"""Plan of the next step: requests that decode, prompts that continue, requests that are admitted or preempted.
 
-First come, first served, with the exceptions of `admission`. Every running request decodes one token a step; prompts
-are computed in chunks of at most `prefill_tokens` a step in all, so that running answers go on. When KV runs out, the
-latest arrival steps back into the queue and computes its tokens again later.
+First come, first served by the time a request reached the endpoint, so that an adapter that had to be fetched costs its
+request the fetch and not its place. `Admission` has three exceptions. Every running request decodes one token a step;
+prompts are computed in chunks of at most `prefill_tokens` a step in all, so that running answers go on. When KV runs
+out, the latest arrival steps back into the queue and computes its tokens again later.
 
 Requests for idle steps (shadow traffic) come after all others. While there is any other they keep their rows and stand
 still; they step back as soon as one of the others finds no row, slot or memory.
@@ -19,24 +20,21 @@ from graftwork.serving.engine.kv_cache import BLOCK, KvRow, KvStore, PrefixCache
 from graftwork.serving.engine.request import STEP_S, EngineStats, FinishReason
 from graftwork.serving.engine.sequence import SCORED_A_STEP, Arrival, RunningRequest
 
-# Who may come in next.
-#
-# The rule is first come, first served by the time a request reached the endpoint: an adapter that had to be fetched
-# costs
-# its request the fetch, not its place. A slot is held only while a request runs. Three exceptions, each bounded:
-#
-# 1. No slot. A request whose adapter has no slot, where every slot is busy, lets younger ones pass that need none. Once
-#    `max_batch` of them have passed it, the busy version with the fewest running requests takes in nobody younger, so
-# its
-#    slot empties soonest and goes to the one that waits. A version under constant traffic is never emptied for others
-#    that could wait for one of the many short ones, and no version keeps another out for good.
-# 2. Half the rows. While others wait, one adapter (or the base) takes at most half of the rows, so that a flood of one
-#    tenant doubles the others' time at worst. What is left over when nobody else can come in goes to the flood.
-# 3. A request that the KV memory has no room for waits at the head: nobody passes it, or a long one would never run.
-
 
 class Admission:
-    """The order in which waiting requests are offered a row."""
+    """Order in which waiting requests are offered a row. A slot is taken only while a request runs.
+
+    Exceptions from first come, first served, each bounded:
+
+    1. No slot. A request whose adapter has no slot, where every slot is busy, lets younger ones pass that need none.
+       Once `max_batch` of them have passed it, the busy version with the fewest running requests admits no younger
+       one, so its slot empties soonest and goes to the one that waits. A version under constant traffic is never
+       emptied for others that could wait for one of the many short ones, and no version blocks another permanently.
+    2. Half the rows. While others wait, one adapter (or the base) takes at most half of the rows, so that a flood of
+       one tenant doubles the others' time at worst. Rows that nobody else can use go to the flood.
+    3. A request that the KV memory has no room for waits at the head: no other passes it, or a long one would never
+       run.
+    """
 
     def __init__(self, slots: AdapterSlots, *, max_batch: int) -> None:
         self._slots = slots
@@ -293,9 +291,6 @@ def _arrival(request: RunningRequest) -> Arrival:
 def _row(request: RunningRequest) -> KvRow:
     assert request.row is not None, "a running request has a KV row"
     return request.row
-
-
-# What the engine has done since its start.
 
 
 class Counters:

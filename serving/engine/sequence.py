@@ -1,4 +1,9 @@
-"""One request while it is queued or running."""
+"""One request while it is queued or running: its tokens, the sampler's state, the scores of a given continuation.
+
+The place before a token tells how probable the token is, so the scored places of a continuation begin with the prompt's
+last one and end before the continuation's last token, which is never computed. Random numbers are a function of the
+request's seed and the token's place. Legend: N scored places, V vocabulary.
+"""
 
 import math
 import secrets
@@ -13,13 +18,6 @@ from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.grammar import Grammar, Matcher
 from graftwork.serving.engine.kv_cache import KvRow, block_keys
 from graftwork.serving.engine.request import FinishReason, GenerateRequest, SamplingParams, TokenEvent
-
-# How likely a given continuation is: its tokens are computed like a prompt's, and none is chosen.
-#
-# The place before a token tells how probable the token is, so the scored places begin with the prompt's last one and
-# end
-# before the continuation's last token, which is never computed. Legend: N scored places, V vocabulary.
-
 
 SCORED_A_STEP = 128
 """Scored places a step over all requests. Each has logits of the whole vocabulary: 25 MB together for 49,152 tokens."""
@@ -53,9 +51,6 @@ class ScoredContinuation:
     def total(self) -> float:
         """Natural log of the continuation's probability once every place was taken; not finite if a logit was not."""
         return sum(self._logprobs)
-
-
-# What the choice of one request's next token depends on, beside its logits: parameters, place, tokens so far.
 
 
 class SamplerState:
@@ -136,9 +131,6 @@ def _columns(
 ) -> tuple["numpy.typing.NDArray[numpy.int64]", "numpy.typing.NDArray[numpy.float32]"]:
     ids, values = zip(*bias, strict=True) if bias else ((), ())
     return numpy.array(ids, numpy.int64), numpy.array(values, numpy.float32)
-
-
-# Random numbers of a request: a function of its seed and the token's place, so nothing has to be carried along.
 
 
 _GAMMA = 0x9E3779B97F4A7C15

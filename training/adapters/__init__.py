@@ -1,1 +1,1 @@
-"""Adapters on a model: attached, exported, taken over. PEFT's where it has them."""
+"""Adapters on a model: attach, load, stack, merge."""

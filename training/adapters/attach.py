@@ -60,14 +60,11 @@ def _config_for_model(adapter: AdapterKind, model: Any, trained_tokens: Sequence
     return config
 
 
-# A frozen LoRA below the one that is trained: part of the base for the loop, and summed with the other in the end.
-
-
 def attach_frozen_adapter(model: Any, folder: Path) -> None:
     """Let each linear of a loaded base add the published LoRA's delta, in fp32, before any adapter is attached.
 
-    By hooks: the weights are in no state dict, so no checkpoint copies them, and a quantised base stays as it is.
-    `adapter_disabled` leaves it on: what training began from is the base with it.
+    `publish` adds it to the trained one (`sum_of`). By hooks: the weights are in no state dict, so no checkpoint copies
+    them, and a quantised base stays as it is. `adapter_disabled` leaves it on: training began from the base with it.
     """
     lora = MergeSource.read("base_adapter", folder)
     for name, module in model.named_modules():
@@ -92,12 +89,11 @@ def _adds(a_RI: torch.Tensor, b_OR: torch.Tensor) -> Any:
     return hook
 
 
-# The base that lies under a trained adapter: a reference model, and the figures "before", without a second copy.
-
-
 @contextmanager
 def adapter_disabled(model: Any) -> Iterator[None]:
-    """Inside it the model of `attach`, or a trainer's wrapping of it, answers as the base does; every kind but full.
+    """Let the model of `attach`, or a trainer's wrapping of it, answer as the base does; every kind but full.
+
+    A reference model, and the figures "before", without a second copy of the base.
 
     Gradients of what runs inside do not reach the adapter. Raises ConfigError where all weights are trained.
     """
@@ -108,7 +104,7 @@ def adapter_disabled(model: Any) -> Iterator[None]:
         raise ConfigError(
             "the base under adapter.kind=full",
             "training all weights leaves no base behind",
-            "a base is kept beside an adapter alone",
+            "only an adapter leaves the base unchanged",
             "set adapter.kind=lora, or load the base a second time",
         )
     with inner.disable_adapter():

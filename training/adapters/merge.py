@@ -1,4 +1,7 @@
-"""LoRA adapters merged into one, by PEFT's `add_weighted_adapter`, without their base: deltas need its shapes alone."""
+"""LoRA adapters merged into one by PEFT's `add_weighted_adapter`, and published as a new version.
+
+Without the base, a GPU or a cluster: deltas need only the shapes of the base.
+"""
 
 import hashlib
 import json
@@ -24,9 +27,6 @@ from graftwork.errors import ArtifactError, ConfigError
 from graftwork.prompts.render import PromptSpec
 from graftwork.quantization.quantizer import import_bitsandbytes
 from graftwork.storage.store import Store
-
-# How adapters are merged: PEFT's methods, and what each of them takes.
-
 
 SUMS = ("cat", "svd", "linear")
 PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -256,12 +256,9 @@ def _distance(merged: MergeSource, adapters: Sequence[MergeSource], weights: Seq
     return math.sqrt(off / whole) if whole else 0.0
 
 
-# Published adapters merged into a new version, offline: no base, no GPU, no cluster.
-
-
 @dataclass(frozen=True)
 class Merged:
-    """What a merge gave."""
+    """Outcome of a merge."""
 
     manifest: AdapterManifest
     rank: int

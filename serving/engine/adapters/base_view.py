@@ -1,4 +1,4 @@
-"""What reading an adapter must know of its base: names and shapes, and weights where a kind needs them."""
+"""The base as the readers of adapters see it: names and shapes of its linears, and weights where a kind needs them."""
 
 import copy
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,9 @@
-"""adapter_config.json as data: read once, every key honoured, known to be without effect here, or refused by name."""
+"""Forms of an adapter: its changes of the base as tensors, and adapter_config.json as data.
+
+A reader fills `AdapterWeights` from files; the engine applies it row by row. Every key of the config is honoured, known
+to be without effect here, or rejected by name. Its regular expressions come with a file: slow ones are not run.
+Legend: R rank, I in, O out, K replaced rows, H hidden, N virtual tokens, V vocabulary, D head size.
+"""
 
 import json
 import re
@@ -12,10 +17,6 @@ import torch
 from graftwork.artifacts.verify import CONFIG_FILE, MAX_TEXT_BYTES
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.weights_file import read_bytes
-
-# What an adapter changes in the base, kind by kind. A reader fills it from files; the engine applies it row by row.
-#
-# Legend: R rank, I in, O out, K replaced rows, H hidden, N virtual tokens, V vocabulary, D head size.
 
 
 @dataclass(frozen=True)
@@ -272,9 +273,6 @@ def matches_module(names: Sequence[str] | str, module: str) -> bool:
 def _refuse_any(modules: set[str], what: str, rule: str, weights: Path) -> None:
     if modules:
         raise ArtifactError(str(weights), f"{what} {min(modules)} ({len(modules)} such)", rule)
-
-
-# Module patterns of an adapter's config: regular expressions that come with a file and are run on our side.
 
 
 _REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")

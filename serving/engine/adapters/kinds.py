@@ -1,4 +1,7 @@
-"""Reads a PEFT adapter folder for serving: each kind by its own reader, every other kind refused with the reason."""
+"""Adapters of all kinds: the reader of a PEFT folder by its kind, and one step of a batch with mixed kinds.
+
+A kind has a module here with its name, and in it `read`; every other kind of PEFT is rejected with the reason.
+"""
 
 import contextlib
 import importlib
@@ -103,9 +106,6 @@ def _refused_kind(config: ConfigFile, kind: object) -> ArtifactError:
         return config.make_error("peft_type", f"{kind} is not computed row by row; {served}", move)
     why = f"{_WHY_REFUSED[kind]}; " if isinstance(kind, str) and kind in _WHY_REFUSED else ""
     return config.make_error("peft_type", why + served, "train it as one of those")
-
-
-# One step with adapters that are more than LoRA: sets what each hook of the model changes, and takes it away again.
 
 
 Adapters = Sequence[LoadedAdapter | None]

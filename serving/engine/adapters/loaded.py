@@ -1,4 +1,4 @@
-"""A record of tensors in one buffer: one allocation, one copy to a device, one piece of memory given back.
+"""One loaded adapter, and its tensors in one buffer: one allocation, one copy to a device, one piece of memory freed.
 
 An adapter is some 420 small tensors. Freed one by one they leave holes in the heap; copied one by one to a device they
 cost 420 launches. The record may be any tree of dataclasses, tuples and dicts; what is no tensor stays as it is.

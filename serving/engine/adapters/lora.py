@@ -1,4 +1,9 @@
-"""LoRA, rank-stabilised LoRA, per-module ranks, DoRA. The reference is peft 0.21 (`peft/tuners/lora/`)."""
+"""LoRA, rank-stabilised LoRA, per-module ranks, DoRA. The reference is peft 0.21 (`peft/tuners/lora/`).
+
+DoRA (arXiv 2402.09353): each output channel of `W + scaling * B A` has a trained length, its magnitude. The channel's
+own length is computed once at load, so that decoding multiplies each channel by `magnitude / length`; peft computes it
+at every forward pass. Cost of the load: one product [out, rank] x [rank, in] and a norm per linear.
+"""
 
 import math
 import re
@@ -23,11 +28,6 @@ from graftwork.serving.engine.adapters.format import (
 )
 from graftwork.serving.engine.adapters.token_rows import ROW_KEYS, replaced_rows
 from graftwork.serving.engine.adapters.weights_file import TensorFile
-
-# DoRA (arXiv 2402.09353): each output channel of `W + scaling * B A` has a trained length, its magnitude.
-#
-# The channel's own length is computed once at load, so that decoding multiplies each channel by `magnitude / length`;
-# peft computes it at every forward pass. Cost of the load: one product [out, rank] x [rank, in] and a norm per linear.
 
 
 def rescaled(

@@ -1,4 +1,4 @@
-"""Prefix tuning (arXiv 2101.00190) and prompt tuning (arXiv 2104.08691): trained places before the prompt.
+"""Prefix tuning (arXiv 2101.00190) and prompt tuning (arXiv 2104.08691): virtual tokens before the prompt.
 
 A prefix is each layer's keys and values, rotated already: they are copied to the front of the request's KV. A trained
 prompt stands where word embeddings would and is computed with the request. Prompt tokens count their positions from

@@ -1,7 +1,12 @@
-"""Trained rows of the embedding and of the output layer: `trainable_token_indices`, or whole by `modules_to_save`.
+"""Trained rows of the embedding and of the output layer, and trained embeddings before a prompt.
+
+Rows come from `trainable_token_indices`, or whole from `modules_to_save`. The base's layers run as they are; afterwards
+the rows of the tokens concerned are overwritten. Both layers are hooked once; a step without such adapters costs one
+comparison each.
 
 The reference is peft 0.21 (`peft/utils/other.py`, `peft/tuners/trainable_tokens/`). Where the base ties the output
 layer to the embedding, trained tokens change both, and a saved embedding does so only with `ensure_weight_tying`.
+Legend: T packed tokens, M of them overwritten, N chosen tokens, K trained rows, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -142,13 +147,6 @@ def _some(
 def _scaled(rows: torch.Tensor, base: BaseView) -> torch.Tensor:
     scale = base.embedding_scale
     return rows if scale is None else rows * scale.to(rows.device, rows.dtype)
-
-
-# Embedding and output rows replaced request by request, and trained embeddings before a prompt.
-#
-# The base's layers run as they are; afterwards the rows of the tokens concerned are overwritten. Both layers are hooked
-# once; a step without such adapters costs one comparison each.
-# Legend: T packed tokens, M of them overwritten, N chosen tokens, K trained rows, H hidden, V vocabulary.
 
 
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

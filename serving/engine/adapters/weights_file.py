@@ -1,8 +1,10 @@
-"""An adapter's weights file, read once: its sha256 is taken over the very bytes that become tensors.
+"""adapter_model.safetensors, read once: its sha256 is taken over the very bytes that become tensors.
+
+A reader takes named tensors out of a `TensorFile` one by one; tensors that are left are rejected.
 
 Whole, in few calls that let go of the interpreter: each smaller piece would make the engine's thread wait for it twice.
 
-Read, not mapped: a mapped file that somebody cuts short kills the process with SIGBUS, and one that is written to later
+Read, not mapped: a mapped file that is truncated kills the process with SIGBUS, and one that is written to later
 changes weights that were already checked. The tensors are views of one buffer; nothing is copied a second time here.
 """
 
@@ -130,9 +132,6 @@ def _finite(values_N: torch.Tensor) -> bool:
     if values_N.dtype == torch.bfloat16:  # NumPy has none; every bit of the exponent is set in what is not finite
         return not ((values_N.view(torch.int16).numpy() & 0x7F80) == 0x7F80).any()
     return bool(numpy.isfinite(values_N.numpy()).all())
-
-
-# adapter_model.safetensors as data: named tensors that are taken out one by one; what is left over is refused.
 
 
 class TensorFile:

@@ -1,4 +1,4 @@
-"""Attention of decoding tokens by the C kernel: each row over its own keys and values, wherever they lie.
+"""Attention of decoding tokens by the C kernel: each row over its own keys and values, read in place.
 
 Legend: N decoding tokens, H query heads, K key-value heads, D head size.
 """

@@ -1,5 +1,7 @@
-"""What makes the engine faster on a CPU and changes no result: kept heap memory, no search of old objects for garbage,
-a tall output layer in pieces."""
+"""Settings that make the engine faster on a CPU and change no result.
+
+Heap memory is not given back, old objects are not searched for garbage, a tall output layer is computed in pieces.
+"""
 
 import ctypes
 import gc

@@ -1,8 +1,8 @@
-"""The C kernels that a CPU decodes with: compiled for this machine at first use, and kept in the cache.
+"""C kernels that a CPU decodes with: compiled for this machine at first use, and kept in the cache.
 
 They do what is not a matrix product of the base: adapters, attention over keys and values, norms, gates. They are worth
 their compiler where vectors are wide. Where there is none, PyTorch does the same work: slower, and with every adapter
-copied once more (see `parts`).
+copied once more (see `lora_tables`).
 """
 
 import ctypes

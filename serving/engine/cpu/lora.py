@@ -1,4 +1,4 @@
-"""Decoding tokens' adapters by the C kernel: read where they lie in host memory, all of a linear's in one call.
+"""LoRA of decoding tokens by the C kernel: read in place from host memory, all of a linear's in one call.
 
 Legend: S linears of the model, P adapters of a part, N its rows.
 """

@@ -1,12 +1,16 @@
 """Decoding on a GPU: every step is one replay of a graph captured at the start, whatever adapters and rows take part.
 
 Graphs are captured for 1, 2, 4, 8, ... rows up to `max_batch`, with adapters and without; a batch is padded up to one.
-They read tokens, KV places and adapter slots from device memory (`inputs.py`, `table.py`), so adapters come and go and
-KV rows move without another capture. Prompts run eagerly beside them, on torch's own path.
+They read tokens, KV places and adapter slots from device memory (`StepInputs`, `cuda.lora`), so adapters come and go
+and KV rows move without another capture. Prompts run eagerly, on torch's own path. A captured graph holds addresses,
+not values: everything that a step depends on is read from one buffer, and padding rows have length 0.
+Legend: N rows of the step (padding included), T tiles (at most N), H query heads, K key-value heads, D head size.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,22 +19,26 @@ from graftwork.serving.engine.attention import Call, Chunk
 from graftwork.serving.engine.cuda.kernels import attention
 from graftwork.serving.engine.cuda.kernels import elementwise as row_kernels
 from graftwork.serving.engine.cuda.kernels.lora import expand, shrink
-from graftwork.serving.engine.cuda.lora import SlotTable, Tiles
-from graftwork.serving.engine.cuda.nf4 import DecodeLinears, Forward
-from graftwork.serving.engine.cuda.static_inputs import StepInputs
+from graftwork.serving.engine.cuda.kernels.nf4 import PackedWeight, multiply
+from graftwork.serving.engine.cuda.lora import ROWS, SlotTable, Tiles, tiled
 from graftwork.serving.engine.kv_cache import KvStore
 from graftwork.serving.engine.lora_layers import LoraLayer
 from graftwork.serving.engine.model_runner import DecodeLayers, Runner
 
-# One decode step as the model sees it: packed tokens, one a request, and attention over each request's own KV.
-#
-# Legend: N rows of the step (padding included), H query heads, K key-value heads, D head size.
+_IDS, _POSITIONS, _STARTS, _CAPS, _LENGTHS, _SLOTS, _ROWS = range(7)
+_LINES = _ROWS + ROWS
+
+
+MOST_ROWS = 64
+"""Above it, unpacking the weight once is cheaper than doing so in every tile of tokens."""
+
+Forward = Callable[..., torch.Tensor]
 
 
 class DecodeBatch:
     """Stands for a `StepBatch` in the model's keyword arguments; everything it reads has a fixed address."""
 
-    def __init__(self, inputs: StepInputs, rows: int, kv: KvStore) -> None:
+    def __init__(self, inputs: "StepInputs", rows: int, kv: KvStore) -> None:
         self.ids_1T, self.positions_1T = inputs.ids_1N(rows), inputs.positions_1N(rows)
         self._places, self._kv = inputs.places(rows), kv
 
@@ -60,9 +68,6 @@ def _rows(part_1HND: torch.Tensor) -> torch.Tensor:
     return part_NHD if part_NHD.stride(-1) == 1 else part_NHD.contiguous()
 
 
-# The adapters of one decode step, added by the LoRA kernels.
-
-
 class TableDeltas:
     """What `Sites` adds: one shrink for the linears of a group (q/k/v, gate/up), one expand each."""
 
@@ -81,9 +86,6 @@ class TableDeltas:
         out_NO = result.view(-1, result.shape[-1])
         expand(self._partial, self._tiles, self._table, self._table.sites[site.name], out_NO)
         return result
-
-
-# How a step is kept: as a CUDA graph, or as the function itself.
 
 
 _log = logging.getLogger(__name__)
@@ -224,9 +226,6 @@ def row_buckets(max_batch: int) -> list[int]:
     return sizes
 
 
-# Brings adapters to the device on a side stream; a step waits for a copy where the adapter is first used.
-
-
 class Uploads:
     """Copies under way. The engine's thread alone uses it."""
 
@@ -259,3 +258,110 @@ class Uploads:
     def forget(self, version: str) -> None:
         """Drops the reference to an adapter that has left the device before it was ever used."""
         self._pending = {one: event for one, event in self._pending.items() if one.version != version}
+
+
+class StepInputs:
+    """One pinned buffer on the host and its image on the device, int64 [7 lines + tiles, rows]."""
+
+    def __init__(self, rows: int, page_tokens: int, device: torch.device) -> None:
+        self._page_tokens = page_tokens
+        self._host = torch.zeros(_LINES, rows, dtype=torch.long, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(_LINES, rows, dtype=torch.long, device=device)
+        self.fill([], [], rows)
+
+    def ids_1N(self, rows: int) -> torch.Tensor:
+        return self._device[_IDS, :rows][None]
+
+    def positions_1N(self, rows: int) -> torch.Tensor:
+        return self._device[_POSITIONS, :rows][None]
+
+    def places(self, rows: int) -> attention.StaticInputs:
+        return attention.StaticInputs(*(self._device[line, :rows] for line in (_STARTS, _CAPS, _LENGTHS)))
+
+    def tiles(self, rows: int) -> Tiles:
+        return Tiles(self._device[_SLOTS, :rows], self._device[_ROWS:].view(-1, ROWS)[:rows])
+
+    def fill(self, chunks: Sequence[Chunk], slots: Sequence[int], rows: int) -> None:
+        """Writes one step: each chunk's single token and KV place, each token's slot (-1: base), padded to `rows`.
+
+        The copy is ordered on the current stream. The host's half is written again only after the step's tokens came
+        back, which is after this copy.
+        """
+        host, pad = self._host.numpy(), [0] * (rows - len(chunks))
+        kept = [chunk.row for chunk in chunks if chunk.row is not None]
+        assert len(kept) == len(chunks), "a decoding request has a KV row"
+        host[_IDS, :rows] = [chunk.ids[0] for chunk in chunks] + pad
+        host[_POSITIONS, :rows] = [chunk.start for chunk in chunks] + pad
+        host[_STARTS, :rows] = [row.page * self._page_tokens + row.index * row.cap for row in kept] + pad
+        host[_CAPS, :rows] = [row.cap for row in kept] + pad
+        host[_LENGTHS, :rows] = [chunk.start + 1 for chunk in chunks] + pad
+        host[_SLOTS, :rows] = -1
+        tile_rows = host[_ROWS:].reshape(-1, ROWS)
+        for number, (slot, own) in enumerate(tiled(slots)):
+            host[_SLOTS, number] = slot
+            tile_rows[number] = own + [-1] * (ROWS - len(own))
+        self._device.copy_(self._host, non_blocking=True)
+
+
+class DecodeLinears:
+    """Gives each packed linear a forward with two ways; `decoding` opens the fused one.
+
+    Prompts stay on bitsandbytes' path, so that their logits are those of peft bit for bit.
+    """
+
+    def __init__(self) -> None:
+        self._on = False
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Within it, packed linears use the kernel for up to MOST_ROWS tokens."""
+        self._on = True
+        try:
+            yield
+        finally:
+            self._on = False
+
+    def forward_of(self, module: torch.nn.Module) -> Forward:
+        """The forward that the engine's hook calls; the module's own where it is no 4-bit linear."""
+        own: Forward = module.forward
+        if not _is_packed(module):
+            return own
+        state: list[PackedWeight] = []
+
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if not self._on or x.numel() > MOST_ROWS * x.shape[-1] or args or kwargs:
+                return own(x, *args, **kwargs)
+            if not state:
+                state.append(packed_weight(module.weight))
+            return _multiply(x, state[0], module)
+
+        return forward
+
+
+def packed_weight(parameter: Any) -> PackedWeight:
+    """The tensors of a bitsandbytes `Params4bit`, not copied."""
+    quant = parameter.quant_state
+    outputs, inputs = quant.shape
+    nested = quant.state2
+    outer = (nested.code, nested.absmax, nested.blocksize, quant.offset) if quant.nested else ()
+    codes = parameter.data.view(torch.uint8).reshape(-1)
+    return PackedWeight(outputs, inputs, codes, quant.code.float(), quant.absmax, quant.blocksize, *outer)
+
+
+def _multiply(x: torch.Tensor, weight: PackedWeight, module: Any) -> torch.Tensor:
+    """As `Linear4bit.forward`: computed in its compute dtype, returned in x's."""
+    dtype = module.compute_dtype or x.dtype
+    x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+    return multiply(x_NI, weight, module.bias).to(x.dtype).view(*x.shape[:-1], weight.outputs)
+
+
+def _is_packed(module: Any) -> bool:
+    """A quantised Linear4bit whose lines hold whole blocks of 64, 128, ... weights (fp4 too: the book is data).
+
+    One packed from another 16-bit dtype than it computes in would be rounded twice; it is left to bitsandbytes.
+    """
+    quant = getattr(getattr(module, "weight", None), "quant_state", None)
+    if quant is None or not hasattr(quant, "quant_type"):
+        return False
+    once = quant.dtype in (torch.float32, module.compute_dtype or quant.dtype)
+    return once and quant.blocksize % 64 == 0 and quant.shape[1] % quant.blocksize == 0

@@ -1,4 +1,4 @@
-"""The slot table: where the weights of the adapters that decode now lie, at a fixed address for captured graphs.
+"""Slot table: addresses of the weights of the adapters that decode now, at a fixed address for captured graphs.
 
 A slot is one line of 64-bit words: for each group of linears the address and number of lines of its stacked lora_A, for
 each linear the address of its lora_B, its rank and its first line in the stack; scalings stand beside. To load, drop or
@@ -98,9 +98,6 @@ class SlotTable:
                     words[own.first : own.first + _SITE_WORDS] = line
                     scalings[own.number] = part.scaling
         return words, scalings
-
-
-# Groups the tokens of a decode step into tiles of one adapter each, for the LoRA kernels.
 
 
 ROWS = 16

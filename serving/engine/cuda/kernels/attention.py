@@ -1,27 +1,41 @@
 """Attention of a decode step: one query token a request over its own keys, read in place at its own length.
 
-Where a request's keys lie is read from device memory (`starts`, `caps`, `lengths`, see `inputs.py`): a captured graph
-stays right when rows grow or move. One program serves one request's KV head and all query heads that share it, on one
-part of the keys; with several parts a second kernel joins them (flash-decoding, arXiv 2311.01282, eq. 3 of
+The place of a request's keys is read from device memory (`starts`, `caps`, `lengths`, see `StaticInputs`): a captured
+graph stays right when rows grow or move. One program serves one request's KV head and all query heads that share it, on
+one part of the keys; with several parts a second kernel joins them (flash-decoding, arXiv 2311.01282, eq. 3 of
 FlashAttention). The grid is fixed: parts beyond a short request end at once, a request of length 0 is padding.
 
-Memory per layer: each key and value once, 2 * length * Hkv * D * bytes a request. 64 requests of 256 tokens on
-Llama-8B (Hkv 8, D 128, bf16, 32 layers) read 2.1 GB a step, 0.7 ms at 3.0 TB/s.
+Memory per layer: each key and value once, 2 * length * Hkv * D * bytes a request. 64 requests of 256 tokens on Llama-8B
+(Hkv 8, D 128, bf16, 32 layers) read 2.1 GB a step, 0.7 ms at 3.0 TB/s.
 Legend: N requests, H query heads, K key-value heads, G = H / K, D head size, S keys of a block, P parts.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from graftwork.serving.engine.cuda.kernels.elementwise import cdiv, dot, rounded
-from graftwork.serving.engine.cuda.static_inputs import StaticInputs
 
 _BLOCK_S = 64
 _ENOUGH_PROGRAMS = 264
 """Two for each of an H100's 132 multiprocessors: with that many, splitting the keys further gains nothing."""
 _LONGEST_PART = 2048
 """Keys of one program at most, so that one long request does not keep a batch of short ones waiting."""
+
+
+@dataclass(frozen=True)
+class StaticInputs:
+    """Where each request's KV lies, [N] each: first token of its row in the arena, room of the row, tokens in it.
+
+    Head h, position p of a request is line `start * heads + h * cap + p` of a layer's arena (see `kv.py`). `lengths`
+    counts the step's own token; 0 is padding.
+    """
+
+    starts: torch.Tensor
+    caps: torch.Tensor
+    lengths: torch.Tensor
 
 
 def write_kv(

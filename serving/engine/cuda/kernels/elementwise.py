@@ -1,7 +1,11 @@
-"""What stands between a decoder's linears, one kernel each: RMS norm and the gated activation.
+"""Operations between a decoder's linears, one kernel each: RMS norm and the gated activation.
 
 transformers computes them in 8 and 2 kernels, which for few rows are all launching: the 65 norms of a 32-layer Llama
 are 65 kernels here and 520 there. Rounded where torch rounds.
+
+Products and rounding mean the same compiled and in Triton's interpreter (triton 3.9, runtime/interpreter.py), which
+stores bfloat16 as bare 16-bit words: its `dot` multiplies the words as integers and its casts cut bits off instead of
+rounding. Compiled, both functions are the plain operations.
 Legend: N tokens, H hidden, F inner features.
 """
 
@@ -11,13 +15,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
-# Products and rounding that mean the same compiled and in Triton's interpreter.
-#
-# The interpreter (triton 3.9, runtime/interpreter.py) keeps bfloat16 as bare 16-bit words: its `dot` multiplies the
-# words
-# as integers and its casts cut bits off instead of rounding. Compiled, both functions are the plain operations.
-
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 

@@ -1,7 +1,7 @@
 """Adapter deltas of a decode step: shrink (x @ A.T) and expand (@ B.T, scaling, add), rows of one adapter in tiles.
 
 A tile is up to ROWS tokens of one adapter. Each kernel reads the adapter's slot from `tile_slots`, then addresses, rank
-and scaling from that slot's line of the table (see `table.py`): a captured graph stays right whatever is loaded later.
+and scaling from that slot's line of the table (see `cuda.lora`): a captured graph stays right whatever is loaded later.
 Tiles without a slot (-1) end at once, and tokens without an adapter stand in no tile, so base rows are never touched.
 
 Memory per step: every weight of an adapter once per tile, so 8 adapters of 84 MB (rank 16, Llama-8B) on 64 tokens read

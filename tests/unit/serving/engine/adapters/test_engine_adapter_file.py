@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from graftwork.adapters.spec import PEFT_KINDS, name_of
 from graftwork.artifacts.verify import CONFIG_FILE, WEIGHTS_FILE
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.format import ReadOptions, SiteWeights
-from graftwork.serving.engine.adapters.kinds import SERVED, read_adapter
+from graftwork.serving.engine.adapters.kinds import SERVED, read_adapter, reader_of
 from graftwork.serving.engine.lora_layers import Sites
 from tests import engines
 from tests.tiny import write_tiny_base
@@ -209,3 +210,9 @@ def test_ranks_and_scalings_are_pefts(base: Path, tmp_path: Path, config: dict[s
         if isinstance(layer, LoraLayer)
     }
     assert {name: (weights.rank, weights.scaling) for name, weights in read(base, folder).items()} == expected
+
+
+def test_every_kind_that_is_published_has_a_reader_of_its_own_name() -> None:
+    assert set(PEFT_KINDS) < set(SERVED)
+    for peft_type, kind in PEFT_KINDS.items():
+        assert reader_of(peft_type).__module__.rpartition(".")[2] == name_of(kind)

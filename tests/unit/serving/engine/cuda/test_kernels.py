@@ -10,9 +10,9 @@ from torch.nn.functional import linear
 from graftwork.serving.engine.adapters.format import LinearShape, SiteWeights
 from graftwork.serving.engine.adapters.loaded import GroupWeights, LoadedAdapter
 from graftwork.serving.engine.attention import Chunk
+from graftwork.serving.engine.cuda.graph_decode import StepInputs
 from graftwork.serving.engine.cuda.kernels import attention, lora
 from graftwork.serving.engine.cuda.lora import ROWS, SlotTable, tiled
-from graftwork.serving.engine.cuda.static_inputs import StepInputs
 from graftwork.serving.engine.kv_cache import KvRow, KvShape, KvStore
 from graftwork.serving.engine.lora_layers import LoraLayer
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from graftwork.serving.engine.cuda.graph_decode import MOST_ROWS, DecodeLinears, packed_weight
 from graftwork.serving.engine.cuda.kernels.nf4 import multiply
-from graftwork.serving.engine.cuda.nf4 import MOST_ROWS, DecodeLinears, packed_weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
