@@ -8,6 +8,7 @@ Each trace runs in a process of its own, on a tiny random base.
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -81,7 +82,7 @@ def _own_path(filename: str) -> str | None:
     if not path.is_relative_to(ROOT):
         return None
     relative = path.relative_to(ROOT)
-    return str(relative) if relative.parts[0] in FOLDERS else None
+    return str(relative) if relative.parts[0] in FOLDERS and relative.suffix == ".py" else None
 
 
 def trace_chat() -> dict[str, Any]:
@@ -140,10 +141,20 @@ def trace_train() -> dict[str, Any]:
 
 
 def _train() -> dict[str, Any]:
+    import pkgutil
+
     import trl.trainer.sft_trainer  # noqa: F401  # before the trace: a traced import takes minutes
+
+    import graftwork.report
+    import graftwork.training
+
+    for package in (graftwork.training, graftwork.report):  # a class body that an import runs is no call
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
 
     from graftwork import config
     from graftwork.training.run import ResolvedRun, train_resolved
+    from graftwork.training.spec import TrainSpec
     from graftwork.training.worker import train_as_worker
     from graftwork.training.worker_messages import LoopResult, TrainJob
     from tests.training import task
@@ -158,11 +169,13 @@ def _train() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "train.yaml"
         changes = {"adapter": {"kind": "lora", "rank": 4}, "num_workers": 1, "checkpoint_every": 3}
-        asked = task(Path(folder), **changes).model_dump(mode="json", exclude_defaults=True)
-        spec.write_text(json.dumps({"kind": "train", **asked}), encoding="utf-8")
+        tree = task(Path(folder), **changes).model_dump(mode="json", exclude_defaults=True)
+        spec.write_text(json.dumps({"kind": "train", **tree}), encoding="utf-8")
         trace.install()
         with trace.recording():
-            run = ResolvedRun.resolve(config.load(spec, [], expect="train"))
+            asked = config.load(spec, [], expect="train")
+            assert isinstance(asked, TrainSpec)
+            run = ResolvedRun.resolve(asked)
             run.notes_before_start()
             report = train_resolved(run, workers=workers)
         assert report.adapter, report.notes
