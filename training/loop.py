@@ -1,4 +1,4 @@
-"""THE loop: every training run and every tuning trial takes its optimizer steps here."""
+"""Training loop: every run and every tuning trial takes its optimizer steps here."""
 
 import errno
 import os

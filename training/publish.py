@@ -1,4 +1,4 @@
-"""What a finished run leaves: an adapter version, or a base of its own where all weights were trained."""
+"""Publishing of a finished run: an adapter version, or a new base where all weights were trained."""
 
 import math
 import tempfile

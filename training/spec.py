@@ -1,4 +1,4 @@
-"""What a training run is asked to do. The YAML, the `--set` keys and the sweep's search space are these fields."""
+"""Training spec: its fields are the YAML, the keys of `--set` and the search space of a sweep."""
 
 from typing import Annotated, Any, Literal, Self
 

@@ -264,9 +264,6 @@ def width(base: ResolvedBase) -> int:
     return int(next((size for size in sizes if size), 1024))
 
 
-# FSDP2: torch's `fully_shard` on every block, through accelerate.
-
-
 def fsdp2_settings(spec: TrainSpec) -> dict[str, Any]:
     """What TrainingArguments take for it."""
     if not spec.gpus:
@@ -287,9 +284,6 @@ def fsdp2_settings(spec: TrainSpec) -> dict[str, Any]:
         # FSDP's own, or each block's weights are gathered once more in the backward pass
         "activation_checkpointing": False,
     }
-
-
-# What a worker holds of the weights.
 
 
 def held_bytes(model: Any) -> tuple[int, int]:

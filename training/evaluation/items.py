@@ -154,8 +154,6 @@ INSTRUCTIONS = tuple(
 )
 
 
-# Sentences that differ in one name alone: a woman's or a man's, of one ethnicity or another.
-#
 # Behind each sentence a favourable and an unfavourable ending are weighed. The model is asked nothing about people: it
 # only has to find the ending no likelier for one name than for another (after Bertrand & Mullainathan 2004, AER 94:991,
 # whose names these are among; in language models Kirk et al. 2021, arXiv 2102.04130). Names are set against names of

@@ -1,4 +1,4 @@
-"""Several documents a row, packed by best fit decreasing; none of them sees another.
+"""Datasets of a run as token rows: reading, packing by best fit decreasing, answered held-out rows.
 
 The model is given positions that begin anew at each document and no attention mask: transformers (5.23,
 masking_utils.find_packed_sequence_indices) then keeps documents apart. With a mask of ones it does not.
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from graftwork.training.spec import TrainSpec
-
-
-# Held-out rows whose answers are generated and compared: where each answer begins, and the group that it counts in.
 
 
 @dataclass(frozen=True)
@@ -163,9 +160,6 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return [sorted(pack) for pack in packs]
 
 
-# One dataset of a run, rendered: what every kind's `read` gives.
-
-
 @dataclass(frozen=True)
 class ReadPart:
     """Rendered rows of one dataset, and what was left out of it."""
@@ -230,9 +224,6 @@ def nothing_left(spec: "TrainSpec", part: Part, dropped: int) -> DataError:
         "at least one row must fit",
         "raise max_length or shorten the rows",
     )
-
-
-# The datasets of a run as token ids: rendered once in the driver, shared by workers and trials.
 
 
 @dataclass(frozen=True)

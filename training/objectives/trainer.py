@@ -1,4 +1,4 @@
-"""What every kind's trainer is built from, and the settings that all of them share."""
+"""Parts of every objective's trainer: its context, arguments, logits of trained positions, generated answers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 # Logits of the positions that are scored, and of no others.
 #
-# Legend: B rows, T tokens, N scored positions, V vocabulary.
-
-
 def trained_logits(
     model: Any, head: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,9 +43,6 @@ def trained_logits(
     finally:
         hook.remove()
     return output.logits, labels_BT[:, 1:][keep_BT[:, :-1]]
-
-
-# Held-out answers generated greedily and compared with the right ones, on all ranks together.
 
 
 BATCH = 8
@@ -116,9 +110,6 @@ def edit_similarity(said: str, right: str) -> float:
 
 def _until(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
-
-
-# Whether a model keeps the documents of a packed row apart: tried on it, because nothing in its config says so.
 
 
 @torch.no_grad()
@@ -268,9 +259,6 @@ def build(setting: TrainerContext) -> BuiltTrainer:
     for parameter, data in kept:
         parameter.data = data
     return training
-
-
-# Held-out rows dealt to the ranks.
 
 
 def share(lengths_N: "NDArray[np.int64]", micro: int, rank: int, world: int) -> list[Sequence[int]]:
