@@ -24,7 +24,7 @@ from graftwork.storage.store import Store, cache_root, open_uri
 def convert_gguf(gguf: Path, folder: Path, on_progress: Callable[[str, float], None] | None = None) -> None:
     """Fill `folder` with config, fp32 safetensors, tokenizer and chat template. Raises BaseModelError."""
     command = [sys.executable, "-P", "-m", "graftwork.base.source", str(gguf), str(folder)]
-    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     lines: list[str] = []

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from graftwork import __version__
 from graftwork.metrics import QUANTILE_RULE
 from graftwork.report import format as words
+from graftwork.report import sweep_charts as charts
 from graftwork.report import sweep_views as sweep
 from graftwork.report import views as figures
 from graftwork.report import views as online
@@ -111,6 +112,7 @@ def environment(*folders: Path) -> Environment:
     env.globals.update(
         fig=figures,
         sweep=sweep,
+        charts=charts,
         online=online,
         outcomes=outcomes,
         words=words,

@@ -44,7 +44,7 @@ def test_wheel_from_sdist_holds_real_folders_under_one_name(dist: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"graftwork"}
     for folder in ("training", "serving", "tuning"):
         assert f"graftwork/{folder}/spec.py" in names
-    assert "graftwork/serving/page/index.html" in names
+    assert "graftwork/serving/api/page/index.html" in names
 
 
 def test_wheel_runs_outside_the_checkout(dist: Path, tmp_path: Path) -> None:

@@ -106,12 +106,12 @@ def test_a_full_disk_here_leaves_nothing_and_is_told(parts: tuple[NativeEngine, 
     manifest = resolve(s3_store, "card@latest")
     script = (
         "import resource, signal, sys\n"
-        "from graftwork import artifact, artifact_local\n"
+        "from graftwork.artifacts.publish import bring\nfrom graftwork.artifacts.registry import resolve\n"
         "from graftwork.storage.store import Store\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
         "store = Store(sys.argv[1])\n"
-        "artifact_local.bring(store, artifact.resolve(store, 'card@latest'))\n"
+        "bring(store, resolve(store, 'card@latest'))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, s3_store.uri], capture_output=True, text=True, timeout=200)
     assert "StorageError: download" in done.stderr

@@ -154,7 +154,7 @@ def test_the_endpoint_variable_of_s3_alone_is_enough(s3_store: Store, monkeypatc
 
 def test_a_command_that_meets_s3_ends_without_a_traceback(s3_store: Store) -> None:
     """The client's connections are closed quietly when the process ends."""
-    code = f"from graftwork.storage import Store\nprint(Store({s3_store.uri!r}).exists('no'))"
+    code = f"from graftwork.storage.store import Store\nprint(Store({s3_store.uri!r}).exists('no'))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
     )

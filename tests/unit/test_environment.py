@@ -1,6 +1,7 @@
 """A number with its machine: what is recorded, and what never is."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -34,8 +35,7 @@ def test_a_record_is_json_and_names_code_machine_seed_and_command() -> None:
 def test_the_commit_and_its_dirty_flag_are_those_of_the_checkout(tmp_path: Path) -> None:
     package = tmp_path / "checkout" / "graftwork"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "cpu.py", "provenance.py"):
-        (package / name).write_bytes((ROOT / "graftwork" / name).read_bytes())
+    copy_code(package)
     git(package.parent, "init", "-q")
     git(package.parent, "add", ".")
     git(package.parent, "commit", "-q", "-m", "x")
@@ -49,8 +49,7 @@ def test_the_commit_and_its_dirty_flag_are_those_of_the_checkout(tmp_path: Path)
 def test_an_installed_copy_inside_somebody_elses_repository_claims_no_commit(tmp_path: Path) -> None:
     package = tmp_path / "venv" / "graftwork"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "cpu.py", "provenance.py"):
-        (package / name).write_bytes((ROOT / "graftwork" / name).read_bytes())
+    copy_code(package)
     git(tmp_path, "init", "-q")
     (tmp_path / "theirs.txt").write_text("x")
     git(tmp_path, "add", "theirs.txt")
@@ -95,9 +94,16 @@ def test_no_form_of_a_secret_flag_shows_its_value(flag: str) -> None:
         assert SECRET not in " ".join(provenance.redact(["x", flag, SECRET]))
 
 
+def copy_code(package: Path) -> None:
+    """What `graftwork.environment` imports."""
+    shutil.copytree(ROOT / "graftwork" / "storage", package / "storage", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "environment.py", "errors.py"):
+        (package / name).write_bytes((ROOT / "graftwork" / name).read_bytes())
+
+
 def collected_in(root: Path) -> dict[str, object]:
     """`collect` as run from a copy of the code under `root`."""
-    code = "import json; from graftwork import provenance; print(json.dumps(provenance.collect(0, [])))"
+    code = "import json; from graftwork.environment import collect; print(json.dumps(collect(0, [])))"
     done = subprocess.run(
         [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(root)!r}); {code}"],
         check=True,

@@ -1,12 +1,14 @@
 """Spec files that cannot take effect: each error names subject, problem, rule and a hint, in the words of the file."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from examples.studies.spec import StudySpec
 from graftwork import config
 from graftwork.errors import ConfigError
 from graftwork.spec_errors import PEER_KEYS, RENAMED_KEYS, RENAMED_KINDS
@@ -23,11 +25,18 @@ TUNE: dict[str, Any] = {
 OF_PYDANTIC = ("Input should", "valid dictionary", "instance of", "unable to parse", "String should")
 
 
+def load(path: Path, sets: Sequence[str] = ()) -> config.Spec:
+    """Load a spec file of a stage, or of a study of examples/."""
+    if '"kind": "study"' in path.read_text(encoding="utf-8"):
+        return config.load_as(StudySpec, path, sets)
+    return config.load(path, sets)
+
+
 def refusal(tmp_path: Path, text: str, *sets: str) -> ConfigError:
     path = tmp_path / "spec.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        config.load(path, sets)
+        load(path, sets)
     assert not any(word in str(caught.value) for word in OF_PYDANTIC), str(caught.value)
     return caught.value
 
@@ -146,7 +155,7 @@ def test_a_renamed_key_is_refused_with_its_new_name_which_works(tmp_path: Path, 
     (tmp_path / "ok.yaml").write_text(text)
     whole = {} if old != "shots_from" else {"prompt.shots": 1}
     sets = [f"{key}={json.dumps(given)}" for key, given in {f"{where}{new}": value, **whole}.items()]
-    found: Any = config.load(tmp_path / "ok.yaml", sets).model_dump(mode="json")
+    found: Any = load(tmp_path / "ok.yaml", sets).model_dump(mode="json")
     for part in f"{where}{new}".split("."):
         found = found[int(part) if part.isdigit() else part]
     assert found == value or new == "objectives"

@@ -138,11 +138,11 @@ def test_publishing_on_a_full_filesystem_is_a_storage_error_and_nothing_is_visib
     folder, mount = write_adapter(tmp_path / "large", hidden=4096), tmp_path / "small"
     mount.mkdir()
     inside = (
-        "from graftwork import artifact\nfrom graftwork.storage.store import Store\n"
+        "from graftwork.artifacts.manifest import aliases\nfrom graftwork.artifacts.registry import list_adapters\nfrom graftwork.storage.store import Store\n"
         "from tests.process_races import outcome, start\n"
         f"store = Store({str(mount)!r})\n"
         f"answer = outcome(start(('publish', store.uri, 'support', {str(folder)!r}, 'latest')))\n"
-        "print(answer['error'], artifact.list_adapters(store), artifact.aliases(store, 'support'), answer['text'])\n"
+        "print(answer['error'], list_adapters(store), aliases(store, 'support'), answer['text'])\n"
     )
     script = 'mount -t tmpfs -o size=64k tmpfs "$0" || exit 77; exec "$1" -c "$2"'
     command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, str(mount), sys.executable, inside]

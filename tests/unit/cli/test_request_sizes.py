@@ -200,11 +200,11 @@ def test_the_command_line_of_the_studies_plans_a_file(folder: Path, tmp_path: Pa
         "kind": "study",
         "name": "s",
         "title": "t",
-        "published": "p",
+        "paper": "p",
         **shared,
         "measures": measures,
         "adapters": [{"file": "train.yaml", "set": {"name": "towns"}}],
-        "claims": [{"says": "s", "a": "left", "b": "right", "metric": "facts", "expect": "higher"}],
+        "claims": [{"statement": "s", "a": "left", "b": "right", "metric": "facts", "expect": "higher"}],
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
 

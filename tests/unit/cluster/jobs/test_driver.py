@@ -82,9 +82,9 @@ def test_a_command_that_sees_the_cancellation_before_its_driver_is_cancelled_not
     program = """
 import sys
 from graftwork.cluster.jobs.fencing import Fence
-from graftwork.cluster.jobs.store import RunStore
-fence = Fence.of_environment()
-RunStore(fence.root).ask_to_end(fence.job_id, fence.attempt, "user")
+from graftwork.cluster.jobs.store import JobStore
+fence = Fence.from_environment()
+JobStore(fence.root).ask_to_end(fence.job_id, fence.attempt, "user")
 sys.exit(1)
 """
     job = python_job(root, program)

@@ -297,7 +297,7 @@ def test_a_published_base_is_served_and_trained_on(
         ({"adapter": {"kind": "full"}, "alias": "prod"}, "alias=prod can't take effect"),
         ({"adapter": {"kind": "ia3"}, "base_adapter": "language@latest"}, "only a LoRA without DoRA adds to one"),
         ({"base_adapter": "language@latest", "init_from": "language@latest"}, "Give one of them"),
-        ({"base_adapter": "colours@latest"}, "Set init_from to go on"),
+        ({"base_adapter": "colours@latest"}, "Set init_from to continue it"),
         ({"adapter": {"kind": "prefix"}, "optim.gradient_checkpointing": True}, "smaller optim.micro_batch"),
     ],
 )
