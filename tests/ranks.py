@@ -61,7 +61,9 @@ def main(place: str, world: int, port: int) -> int:
     import deepspeed  # noqa: F401, I001
     import torch
 
-    from graftwork.training.objectives import sft  # noqa: F401
+    import trl.trainer.sft_trainer  # noqa: F401
+
+    from graftwork.training.objectives import trainer  # noqa: F401
 
     torch.set_num_threads(1)
     crew = [pid for rank in range(world) if (pid := _forked(Path(place), rank, world, port))]

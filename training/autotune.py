@@ -1,4 +1,4 @@
-"""`auto` of a run, replaced in the driver: by what an earlier attempt had, or by the plan for this cluster."""
+"""Automatic values (`auto`) of a run, from its earlier attempt or from the plan; peaks that correct plans."""
 
 from typing import Any
 
@@ -17,9 +17,6 @@ from graftwork.training.planning.memory import allocated, kind_of, predict_train
 from graftwork.training.planning.plan import has_auto, resolve_auto
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob
-
-# A run's final peak raises later plans of its kind on this machine.
-
 
 LEAST_STEPS = 2
 """The first makes the optimizer's state; the second has all at once."""

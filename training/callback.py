@@ -1,4 +1,4 @@
-"""What happens around a step: report it, evaluate, checkpoint, stop. A callback of transformers' Trainer."""
+"""Callback of transformers' Trainer: report each step, evaluate, write checkpoints, stop, scale the learning rate."""
 
 import ctypes
 import math

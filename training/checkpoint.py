@@ -31,9 +31,6 @@ from graftwork.training.distributed import all_gather_object, rank_and_world
 from graftwork.training.spec import CheckpointSpec
 from graftwork.training.worker_messages import StepLog
 
-# Bytes of a checkpoint's files: their sums, what differs from them, and weights that no checkpoint may hold.
-
-
 _BLOCK = 2**20
 Shapes = Counter[tuple[int, ...]]
 """How often a checkpoint holds a tensor of each shape."""
@@ -250,8 +247,6 @@ def _name(step: int) -> str:
     return f"{PREFIX}{step}"
 
 
-# Make what the trainer has written a whole checkpoint, beside the training: check, sum, send, commit, tidy.
-#
 # Each rank has one thread for it. The threads talk over a gloo group of their own, as torch's asynchronous distributed
 # checkpoints do, so that they never meet the training's collectives.
 

@@ -1,4 +1,4 @@
-"""Where a worker begins: the newest whole checkpoint whose every file is as it was recorded, the same on all ranks."""
+"""Resume point of a worker: the newest complete checkpoint with intact files, the same on all ranks; resharding."""
 
 import argparse
 import contextlib
@@ -148,8 +148,6 @@ def _sends_its_folder(checkpoints: Checkpoints) -> bool:
     return min(seen) == rank
 
 
-# ZeRO checkpoints for another number of workers, by way of DeepSpeed's universal form.
-#
 # DeepSpeed 0.19 loads shards with as many workers as wrote them, and transformers 5.23 never asks for the universal
 # form:
 # the folder is made here, and `checkpoint.load_universal` in DeepSpeed's configuration makes the engine read it.

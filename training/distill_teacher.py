@@ -1,4 +1,4 @@
-"""What a teacher writes: asked once for a set of questions, filtered, and kept under the root by what decided it.
+"""Distillation teachers: a model in this process or an endpoint, and the cache of the answers that they generated.
 
 <root>/teaching/<key>/{answers.jsonl, about.json}
 """
@@ -32,11 +32,9 @@ from graftwork.prompts.render import Message
 from graftwork.prompts.template import Template
 from graftwork.quantization.spec import QuantSpec
 from graftwork.storage.store import Store
-from graftwork.training.objectives.spec import DistillSpec, GenerateSpec, TeacherSpec
+from graftwork.training.objectives.distill import DistillSpec, GenerateSpec, TeacherSpec
 from graftwork.training.rewards import Reward, load_rewards
 from graftwork.training.spec import TrainSpec
-
-# One answer of a teacher.
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,6 @@ class TeacherAnswer:
 
     text: str
     ended: bool
-
-
-# A teacher behind an OpenAI-compatible endpoint, this project's own among them.
 
 
 TIMEOUT_S = 600.0
@@ -125,9 +120,6 @@ def _request_error(generate: GenerateSpec, found: str) -> DataError:
     )
 
 
-# Who teaches: a base or a published adapter, compared with the student and pinned before anything starts.
-
-
 @dataclass(frozen=True)
 class Teacher:
     """A teacher that no later publication changes."""
@@ -184,9 +176,6 @@ def require_vocabulary(spec: TrainSpec, teacher: Teacher, template: Template) ->
     )
 
 
-# A teacher in this process: frozen, on a base of its own.
-
-
 def load_teacher(teacher: Teacher, root: str, device: torch.device) -> Any:
     """The frozen teacher on a base of its own in this process."""
     place = "cpu" if device.type == "cpu" else str(device)  # ranks of gloo call it cpu:0
@@ -196,9 +185,6 @@ def load_teacher(teacher: Teacher, root: str, device: torch.device) -> Any:
         task, _, version = teacher.adapter.partition("@")
         model = PeftModel.from_pretrained(model, artifact.fetch(Store(root), task, version))
     return model.requires_grad_(False).eval()
-
-
-# A teacher that writes in this process.
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the workers of a run tell each other, besides gradients. A worker alone tells itself."""
+"""Collective calls among the workers of a run. A single worker needs no process group."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -1,4 +1,4 @@
-"""THE loop: every training run and every tuning trial takes its optimizer steps here."""
+"""Training loop: every run and every tuning trial takes its optimizer steps here."""
 
 import errno
 import os
@@ -16,7 +16,6 @@ from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_resume import ResumePoint, agree_resume_point
 from graftwork.training.distributed import rank_and_world
 from graftwork.training.evaluation.run import before_after
-from graftwork.training.objectives.spec import RlSpec
 from graftwork.training.spec import TrainSpec
 from graftwork.training.step_plan import StepPlan, step_plan
 from graftwork.training.warm_start import adapter_folder, folder_below
@@ -99,7 +98,7 @@ def _saver(job: TrainJob, model: Any, log: StepLog, start: ResumePoint) -> "Iter
 
 def plan_of(job: TrainJob, world: int) -> StepPlan:
     """The rows of every step of a job on `world` workers."""
-    repeats = job.spec.objective.iterations if isinstance(job.spec.objective, RlSpec) else 1
+    repeats = job.spec.objective.traits.steps_per_batch
     return step_plan(job.data.train.lengths_N, job.spec.optim, job.spec.seed, world, job.max_steps, repeats)
 
 
@@ -108,11 +107,11 @@ def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
     from transformers import set_seed
 
     from graftwork.training.adapters.attach import attach, attach_frozen_adapter, load_adapter_weights
-    from graftwork.training.objectives.reward import add_reward_head
+    from graftwork.training.objectives.reward_head import add_reward_head
 
     spec = job.spec
     set_seed(spec.seed)
-    base = add_reward_head(loaded.model) if spec.objective.kind == "reward" else loaded.model
+    base = add_reward_head(loaded.model) if spec.objective.traits.reward_head else loaded.model
     if spec.base_adapter is not None:
         attach_frozen_adapter(base, folder_below(spec))
     model = attach(base, spec.adapter, job.data.trained_tokens)

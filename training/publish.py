@@ -1,4 +1,4 @@
-"""What a finished run leaves: an adapter version, or a base of its own where all weights were trained."""
+"""Publishing of a finished run: an adapter version, or a new base where all weights were trained."""
 
 import math
 import tempfile
@@ -16,7 +16,7 @@ from graftwork.prompts.template import Template
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.report import TrainReport
 from graftwork.training.warm_start import folder_below, parent_of
-from graftwork.training.worker_messages import LoopResult, read_steps
+from graftwork.training.worker_messages import LoopResult, StepReport
 
 if TYPE_CHECKING:
     from graftwork.training.run import ResolvedRun
@@ -44,19 +44,18 @@ class PublishedModel:
     """A place, as `base:` takes it."""
 
 
-def publish(run: "ResolvedRun", result: LoopResult) -> PublishedModel:
-    """Publish what the last checkpoint holds. Raises ArtifactError, StorageError."""
+def publish(run: "ResolvedRun", result: LoopResult, steps: Sequence[StepReport]) -> PublishedModel:
+    """Publish the adapter or base of the last checkpoint. Raises ArtifactError, StorageError."""
     store, name = run.paths.store, run.spec.name
-    template = base_model.template(run.base)
+    template, facts = base_model.template(run.base), _facts(run, result, steps)
     with Checkpoints(run.paths).adapter(result.steps) as folder:
         if run.spec.adapter.trains_base:
-            facts = _facts(run, result)
             made = base_publish.publish(store, name, folder, run.base, template_date=template.date, **facts)
             return PublishedModel(made.version, base=base_publish.place(store, name, made.version))
         if run.spec.base_adapter is None:
-            manifest = _publish_adapter(run, template, folder, _facts(run, result), ())
+            manifest = _publish_adapter(run, template, folder, facts, ())
         else:
-            manifest = _publish_stack(run, template, folder, _facts(run, result), run.spec.base_adapter)
+            manifest = _publish_stack(run, template, folder, facts, run.spec.base_adapter)
         return PublishedModel(manifest.version, adapter=manifest.ref)
 
 
@@ -103,8 +102,8 @@ def still_there(run: "ResolvedRun", report: TrainReport) -> bool:
     return True
 
 
-def _facts(run: "ResolvedRun", result: LoopResult) -> Facts:
-    spec, steps = run.spec, read_steps(run.paths)
+def _facts(run: "ResolvedRun", result: LoopResult, steps: Sequence[StepReport]) -> Facts:
+    spec = run.spec
     metrics = {
         "train_loss": result.train_loss[-1][1],
         "steps": float(result.steps),

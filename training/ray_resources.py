@@ -1,4 +1,4 @@
-"""How many workers of a run the cluster has room for, now or soon."""
+"""Number of workers of a run that the cluster has room for, now or within the time that a run waits."""
 
 import time
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""The loop on Ray Train's workers: with notice.py and interface.py the only module that imports ray.train.
+"""Training loop on Ray Train's workers: start, preemption, network interface.
 
 Ray Train replaces workers that are lost. When it gives up, because no room was found for them or too many were lost,
 this module looks at the cluster and starts it again, with fewer workers where the spec allows, while there is progress.
@@ -176,8 +176,6 @@ def _worker_error(job: TrainJob, error: Exception) -> GraftworkError:
     return lost_worker(job, where, str(failure).strip()[-2000:])
 
 
-# Which network the workers of several machines meet over: that of their node's address in the cluster.
-#
 # Gloo meets over the address that the machine's own name resolves to. Debian and Ubuntu write 127.0.1.1 for it into
 # /etc/hosts, so that workers of two machines wait for each other on loopback; NCCL takes the first interface it finds.
 
@@ -209,9 +207,6 @@ def interface_of(address: str) -> str | None:
 
 # Word that a worker's machine is about to be taken away: its node is drained, or the worker gets SIGTERM.
 #
-# Imported by `fit` on workers and in the driver when a run starts, since it imports ray.train.
-
-
 _told = threading.Event()
 
 

@@ -1,4 +1,4 @@
-"""The page of a run: its curves, what it gained and lost, what was predicted of it."""
+"""Report of a run: progress while it runs, the measured result, and the page with curves and predicted memory."""
 
 import contextlib
 import threading
@@ -27,9 +27,6 @@ from graftwork.training.objectives.rows import PreparedData
 from graftwork.training.planning.plan import plan_training
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport, read_steps
-
-# What a training run tells: progress while it goes on, the report when it is done.
-
 
 _HEADLINES = ("accuracy", "reward", "exact_match")
 """What is looked for in held-out rows, of pairs, of sampled answers, of generated ones; else their loss."""
@@ -144,14 +141,14 @@ COMMON = frozenset({"mean_token_accuracy", "entropy"})
 
 
 def write_page(
-    run: RunPaths, spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | None
+    run: RunPaths, spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | None, steps: Sequence[StepReport]
 ) -> tuple[BuiltReport, tuple[str, ...]]:
     """Write report.json and report.html into the run's folder; return them, and notes on what the page lacks.
 
     In the driver, once a run is finished. Raises StorageError.
     """
     planned, notes = _planned(run, report)
-    shown = train_run(report, spec, read_steps(run), notes)
+    shown = train_run(report, spec, steps, notes)
     page = ReportInput(
         title=spec.name,
         subtitle=report.run_id,
@@ -282,9 +279,6 @@ def _recorded(run: RunPaths) -> dict[str, Any]:
         return {"reason": "the run was started by a version that recorded no plan"}
     found: dict[str, Any] = run.store.read_json(*run.plan())
     return found
-
-
-# How far a run is, told in the driver while the run goes on.
 
 
 PROGRESS_S = 0.3

@@ -1,10 +1,10 @@
-"""A run in the driver: from a spec to what it publishes, once. The work is `training.loop` on Ray's workers."""
+"""Driver of a run: resolve the spec once, train it on workers, publish the result, write the page."""
 
 import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from graftwork.training.report import (
 from graftwork.training.run_diff import warn_about_similar_runs
 from graftwork.training.run_lock import OVERTAKES_S, run_lock
 from graftwork.training.spec import TrainSpec
-from graftwork.training.spec_rules import WEIGHTS_SHARDED, check_here, check_rows
+from graftwork.training.strategies import WEIGHTS_SHARDED, check_here, check_rows
 from graftwork.training.warm_start import parent_of, pin_init, pin_stack
 from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob, read_steps
 
@@ -82,6 +82,15 @@ class ResolvedRun:
         return cls(placed, base, data, paths(parent_of(placed)), probes, (chosen,) if chosen and spec.gpus else ())
 
     @property
+    def root(self) -> str:
+        """Root of the store."""
+        return self.spec.root
+
+    def notes_before_start(self) -> list[str]:
+        """Ignored keys of the rows, held-out rows that are trained on, the difference from an unfinished run."""
+        return [*self.warnings, *warn_about_similar_runs(self.spec, self.paths)]
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings that are printed before the run starts."""
         return (*self.data.warnings, *(warning for probe in self.probes for warning in probe.warnings))
@@ -98,13 +107,8 @@ class ResolvedRun:
 
 
 def check(spec: TrainSpec) -> list[str]:
-    """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds.
-
-    Returns what one should know before it starts: ignored keys of the rows, held-out rows that are trained on, how the
-    spec differs from an unfinished run of its name.
-    """
-    run = ResolvedRun.resolve(spec)
-    return [*run.warnings, *warn_about_similar_runs(run.spec, run.paths)]
+    """Resolve a spec and return its notes before the start. Raises UserErrors of all kinds."""
+    return ResolvedRun.resolve(spec).notes_before_start()
 
 
 def run_paths(spec: TrainSpec) -> RunPaths:
@@ -113,28 +117,36 @@ def run_paths(spec: TrainSpec) -> RunPaths:
 
 
 def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainReport:
+    """Resolve a spec, then `train_resolved`. Raises UserErrors before anything starts."""
+    return train_resolved(ResolvedRun.resolve(spec), on_progress=on_progress)
+
+
+def train_resolved(
+    run: ResolvedRun, *, on_progress: OnProgress | None = None, workers: Callable[[TrainJob], LoopResult] = fit
+) -> TrainReport:
     """Train and publish one adapter or base; needs an initialised Ray. The same spec again returns the known report.
 
     An unfinished run goes on from its last checkpoint. Writes runs/<name>-<digest8>/ and adapters/<name>/<version>/
     (bases/<name>/<version>/ where all weights are trained).
-    Raises UserErrors before anything starts; ClusterError when the workers do not fit; RunError when the work failed or
-    another process runs it; Interrupted on Ctrl-C.
+    `workers` runs the loop: on Ray Train's workers, or in a child process of this machine.
+    Raises ConfigError where no automatic value fits; ClusterError when the workers do not fit; RunError when the work
+    failed or another process runs it; Interrupted on Ctrl-C.
     """
-    run = ResolvedRun.resolve(spec)
     fence = Fence.from_environment()
     with run_lock(run.paths, wait_s=OVERTAKES_S if fence is not None else 0.0):
         found = _find_report(run)
         if found is not None:
-            return _finalize_report(run, found)
+            return _finalize_report(run, found, None)
         run = run.with_auto_resolved().with_retries()
         _write_status(run, "running")
         _write_facts(run)
         try:
             with progress_told(run.paths, on_progress or (lambda _: None)):
-                result = fit(_job(run, fence))
+                result = workers(_job(run, fence))
             if fence is not None:
                 fence.require(run.spec.checkpoints.outage_s)
-            report = _publish_result(run, result)
+            steps = read_steps(run.paths)
+            report = _publish_result(run, result, steps)
         except (KeyboardInterrupt, Interrupted):
             _write_status(run, "interrupted")
             raise _interrupted(run) from None
@@ -145,16 +157,16 @@ def train(spec: TrainSpec, *, on_progress: OnProgress | None = None) -> TrainRep
                 _write_status(run, "failed", patience_s=0, error=str(error))
             raise
         _write_status(run, "finished", report=report.as_dict())
-        return _finalize_report(run, report)
+        return _finalize_report(run, report, steps)
 
 
-def _finalize_report(run: ResolvedRun, report: TrainReport) -> TrainReport:
-    """The report with its outcomes and its page, or with a note on what is missing.
+def _finalize_report(run: ResolvedRun, report: TrainReport, steps: Sequence[StepReport] | None) -> TrainReport:
+    """Return the report with its outcomes and its page, or with a note on what is missing. steps: None reads them.
 
     The run has published by now, so that nothing here can fail it. A rerun makes what is missing.
     """
     try:
-        return _with_page(run, report)
+        return _with_page(run, report, steps)
     except (Interrupted, SupersededError):
         raise
     except Exception as error:
@@ -168,7 +180,7 @@ def _finalize_report(run: ResolvedRun, report: TrainReport) -> TrainReport:
         return replace(report, notes=(*report.notes, note))
 
 
-def _with_page(run: ResolvedRun, report: TrainReport) -> TrainReport:
+def _with_page(run: ResolvedRun, report: TrainReport, steps: Sequence[StepReport] | None) -> TrainReport:
     """The report with its outcomes and its page. What was not measured with the training is measured now."""
     due = missing(run.paths, [probe.part for probe in run.probes])
     if due:
@@ -180,7 +192,7 @@ def _with_page(run: ResolvedRun, report: TrainReport) -> TrainReport:
     outcomes = outcomes_report(run.spec, run.probes, read_parts(run.paths)) if run.probes else None
     if not run.probes and report.reused and run.paths.store.exists(*run.paths.file("report.html")):
         return replace(report, page=run.paths.store.path(*run.paths.file("report.html")))
-    page, lacks = write_page(run.paths, run.spec, report, outcomes)
+    page, lacks = write_page(run.paths, run.spec, report, outcomes, read_steps(run.paths) if steps is None else steps)
     told = outcomes.model_dump(mode="json") if outcomes else None
     return replace(report, page=page.html_uri, outcomes=told, notes=(*report.notes, *lacks))
 
@@ -206,11 +218,10 @@ def _find_report(run: ResolvedRun) -> TrainReport | None:
     return report
 
 
-def _publish_result(run: ResolvedRun, result: LoopResult) -> TrainReport:
+def _publish_result(run: ResolvedRun, result: LoopResult, steps: Sequence[StepReport]) -> TrainReport:
     """Publish what the last checkpoint holds and put the report together."""
-    steps = read_steps(run.paths)
     memory = memory_notes(run.paths, _peaks(run.spec, result))
-    made = publish(run, result)
+    made = publish(run, result, steps)
     return TrainReport(
         run_id=run.paths.run_id,
         adapter=made.adapter,

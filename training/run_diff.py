@@ -1,4 +1,4 @@
-"""Unfinished runs of the same name: what a person who meant to go on with one has changed."""
+"""Unfinished runs of the same name, and the keys in which a new spec differs from the newest of them."""
 
 import re
 from collections.abc import Mapping

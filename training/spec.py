@@ -1,4 +1,4 @@
-"""What a training run is asked to do. The YAML, the `--set` keys and the sweep's search space are these fields."""
+"""Training spec: its fields are the YAML, the keys of `--set` and the search space of a sweep."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -16,11 +16,9 @@ from graftwork.storage.store import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.evaluation.spec import OutcomesSpec
 from graftwork.training.lr_schedule import Factors
 from graftwork.training.lr_schedule import refusal as refusal_of_factors
-from graftwork.training.objectives.spec import ObjectiveSpec, SftSpec, check_rl
-from graftwork.training.objectives.text_spec import check_text
-from graftwork.training.spec_rules import check_adapter, check_strategy, taken_effect
-
-# Which checkpoints are kept, and what a run puts up with before it ends. No part of a run's identity.
+from graftwork.training.objectives.sft import SftSpec
+from graftwork.training.objectives.spec import ObjectiveSpec
+from graftwork.training.strategies import StrategySpec
 
 
 class CheckpointSpec(Spec):
@@ -36,6 +34,19 @@ class CheckpointSpec(Spec):
     outage_s: float = Field(default=900.0, ge=0)
     """Seconds that storage may be out of reach: shorter only delays, longer ends the run."""
 
+    def check(self, run: "TrainSpec") -> None:
+        """Raise ValueError for a metric that the run's evaluations cannot give."""
+        if self.keep_best and self.metric.startswith("eval_"):
+            if run.data.eval is None:
+                raise ValueError(f"checkpoints.metric={self.metric} needs held-out rows, and data.eval is not given")
+            if run.checkpoint_every % run.eval_every:
+                raise ValueError(
+                    f"checkpoint_every={run.checkpoint_every} must be a multiple of eval_every={run.eval_every}, "
+                    f"so that each checkpoint has the {self.metric} that keep_best={self.keep_best} asks for"
+                )
+        if not self.keep_best and (self.metric != "eval_loss" or self.higher_is_better):
+            raise ValueError("checkpoints.metric takes effect with checkpoints.keep_best alone")
+
 
 class RecoverySpec(Spec):
     """What happens when a machine is lost."""
@@ -47,46 +58,16 @@ class RecoverySpec(Spec):
     deadline_s: float = Field(default=600.0, gt=0)
     """Seconds without enough machines after which the run ends."""
 
-
-def refusal(spec: "TrainSpec") -> str | None:
-    """Why these fields cannot take effect together."""
-    kept, least = spec.checkpoints, spec.recovery.min_workers
-    if kept.keep_best and kept.metric.startswith("eval_"):
-        if spec.data.eval is None:
-            return f"checkpoints.metric={kept.metric} needs held-out rows, and data.eval is not given"
-        if spec.checkpoint_every % spec.eval_every:
-            return (
-                f"checkpoint_every={spec.checkpoint_every} must be a multiple of eval_every={spec.eval_every}, "
-                f"so that each checkpoint has the {kept.metric} that keep_best={kept.keep_best} asks for"
-            )
-    if not kept.keep_best and (kept.metric != "eval_loss" or kept.higher_is_better):
-        return "checkpoints.metric takes effect with checkpoints.keep_best alone"
-    if least is not None and least > spec.num_workers:
-        return f"recovery.min_workers={least} is more than num_workers={spec.num_workers}"
-    return None
+    def check(self, run: "TrainSpec") -> None:
+        """Raise ValueError where more workers are required than the run has."""
+        if self.min_workers is not None and self.min_workers > run.num_workers:
+            raise ValueError(f"recovery.min_workers={self.min_workers} is more than num_workers={run.num_workers}")
 
 
 def world_sizes(spec: "TrainSpec") -> list[int]:
     """Numbers of workers that a run may go on with, largest first: each gets the same number of rows a step."""
     least = spec.recovery.min_workers or spec.num_workers
     return [n for n in range(spec.num_workers, least - 1, -1) if spec.optim.rows_per_step % n == 0]
-
-
-# How the workers of a run share model and optimizer.
-
-
-class StrategySpec(Spec):
-    """No part of a run's identity: every strategy computes the same step."""
-
-    kind: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
-    """ddp: a copy a worker. zero1/2/3: DeepSpeed shards optimizer / + gradients / + weights (arXiv 1910.02054). fsdp2:
-    torch shards all three, an nf4 base included."""
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where a GPU's part of the optimizer's state lies; zero1, zero2, zero3; nvme zero3 alone."""
-    offload_weights: Literal["none", "cpu", "nvme"] = "none"
-    """Where a GPU's part of the weights lies; zero3, and fsdp2 on GPUs (with the optimizer's state, cpu alone)."""
-    nvme_path: str | None = None
-    """Folder on a fast disk of each machine, where something is offloaded to nvme."""
 
 
 class OptimSpec(Spec):
@@ -119,6 +100,15 @@ class OptimSpec(Spec):
         if reason := refusal_of_factors(self.factors):
             raise ValueError(reason)
         return self
+
+    def check(self, run: "TrainSpec") -> None:
+        """Raise ValueError for gradient checkpointing with an adapter that it cannot be combined with."""
+        if run.adapter.virtual_tokens and self.gradient_checkpointing:
+            raise ValueError(
+                f"optim.gradient_checkpointing={self.gradient_checkpointing} can't go with adapter.kind="
+                f"{run.adapter.kind}: it is KV, which no block computed again would find. Set "
+                "optim.gradient_checkpointing=false and a smaller optim.micro_batch, or adapter.kind=lora"
+            )
 
     @property
     def rows_per_pass(self) -> int:
@@ -204,11 +194,42 @@ class TrainSpec(Spec):
             )
         if self.data.eval is None and "eval_every" in self.model_fields_set:
             raise ValueError("eval_every is set but data.eval is not given, so it cannot take effect")
-        taken_effect(self)
-        check_adapter(self)
-        check_text(self)
-        if reason := refusal(self):
-            raise ValueError(reason)
-        check_strategy(self)
-        check_rl(self)
+        self.objective.check(self)
+        self.adapter.check_run(self)
+        self._check_base_adapter()
+        self.optim.check(self)
+        self.checkpoints.check(self)
+        self.recovery.check(self)
+        self.strategy.check(self)
         return self
+
+    def _check_base_adapter(self) -> None:
+        """Raise ValueError for an alias that nothing is published under, and for what cannot be added to an adapter."""
+        if self.adapter.trains_base and self.alias not in (None, type(self).model_fields["alias"].default):
+            raise ValueError(
+                f"alias={self.alias} can't take effect with adapter.kind={self.adapter.kind}: the new base is named by "
+                "its place, <root>/bases/<name>/<version>. Leave alias out"
+            )
+        below = self.base_adapter
+        if below is None:
+            return
+        if not self.adapter.adds_up:
+            raise ValueError(
+                f"base_adapter={below} can't go with adapter={self.adapter.describe()}: the sum of both is published, "
+                "and only a LoRA without DoRA adds to one. Set adapter.kind=lora"
+            )
+        if self.init_from is not None:
+            raise ValueError(
+                f"base_adapter={below} can't go with init_from={self.init_from}: init_from is trained on, base_adapter "
+                "stays frozen. Give one of them"
+            )
+        if not self.objective.traits.adds_up:
+            raise ValueError(
+                f"base_adapter={below} can't go with objective.kind={self.objective.kind}: a score head or trained "
+                "tokens are no part of a sum. Leave base_adapter out"
+            )
+        if below.partition("@")[0] == self.name:
+            raise ValueError(
+                f"base_adapter={below} can't name the task itself: each run would build on the one before. Set "
+                "init_from to continue it, or set name to another task"
+            )

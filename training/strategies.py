@@ -1,21 +1,159 @@
-"""ZeRO 1, 2 and 3 by DeepSpeed 0.19: its configuration, and the process that it runs in.
+"""Strategies: how the workers of a run share model and optimizer, as a spec and as arguments of transformers' Trainer.
 
-The batch is ours (`StepPlan`), so nothing is "auto"; the optimizer is torch's AdamW, which transformers' Trainer makes,
-also where its state is offloaded: fused on a CPU since torch 2.4, and nothing is compiled for it.
+ZeRO 1, 2 and 3 are DeepSpeed 0.19's. The batch is ours (`StepPlan`), so nothing is "auto"; the optimizer is torch's
+AdamW, which transformers' Trainer makes, also where its state is offloaded: fused on a CPU since torch 2.4, and nothing
+is compiled for it.
 """
 
+from __future__ import annotations
+
+import ctypes.util
 import os
-from typing import Any, Literal
+import shutil
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch.distributed.tensor import DTensor
+from graftwork.config import Spec
+from graftwork.errors import ConfigError, DataError
+from graftwork.quantization.spec import compute_dtype
 
-from graftwork.base.load import ResolvedBase
-from graftwork.compat.hf import shard_on_cpu
-from graftwork.training.spec import TrainSpec
-from graftwork.training.spec_rules import WEIGHTS_SHARDED
-from graftwork.training.step_plan import StepPlan
+if TYPE_CHECKING:
+    from graftwork.base.load import ResolvedBase
+    from graftwork.training.spec import TrainSpec
+    from graftwork.training.step_plan import StepPlan
 
-# A strategy as transformers' TrainingArguments take it.
+ZERO = ("zero1", "zero2", "zero3")
+WEIGHTS_SHARDED = ("zero3", "fsdp2")
+"""No worker has all weights: every forward pass is one of all workers; outcomes are measured after training, apart."""
+
+
+class StrategySpec(Spec):
+    """No part of a run's identity: every strategy computes the same step."""
+
+    kind: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
+    """ddp: a copy a worker. zero1/2/3: DeepSpeed shards optimizer / + gradients / + weights (arXiv 1910.02054). fsdp2:
+    torch shards all three, an nf4 base included."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where a GPU's part of the optimizer's state lies; zero1, zero2, zero3; nvme zero3 alone."""
+    offload_weights: Literal["none", "cpu", "nvme"] = "none"
+    """Where a GPU's part of the weights lies; zero3, and fsdp2 on GPUs (with the optimizer's state, cpu alone)."""
+    nvme_path: str | None = None
+    """Folder on a fast disk of each machine, where something is offloaded to nvme."""
+
+    def check(self, run: TrainSpec) -> None:
+        """Raise ValueError for keys of the run that cannot be combined with this strategy, or have no effect."""
+        self._check_offload(run)
+        self._check_precision(run)
+        if run.adapter.virtual_tokens and self.kind in WEIGHTS_SHARDED:
+            raise ValueError(
+                f"adapter.kind={run.adapter.kind} can't go with strategy.kind={self.kind}: PEFT computes it outside of "
+                "the model, where its weights are in parts. Set strategy.kind=zero2"
+            )
+        if run.optim.factors and self.kind in ZERO:
+            raise ValueError(
+                f"optim.factors can't take effect with strategy.kind={self.kind}: DeepSpeed's optimizer keeps the "
+                "rate to itself. Set strategy.kind=ddp or fsdp2"
+            )
+
+    def _check_offload(self, run: TrainSpec) -> None:
+        kind = self.kind
+        if self.offload_optimizer != "none" and kind not in ZERO:
+            other = "strategy.offload_weights=cpu takes it along" if kind == "fsdp2" else "Set strategy.kind=zero2"
+            raise ValueError(
+                f"strategy.offload_optimizer={self.offload_optimizer} can't take effect with strategy.kind={kind}: "
+                f"DeepSpeed's stages can (zero1, zero2, zero3). {other}"
+            )
+        if self.offload_weights != "none" and kind not in WEIGHTS_SHARDED:
+            raise ValueError(
+                f"strategy.offload_weights={self.offload_weights} can't take effect with strategy.kind={kind}: every "
+                "worker computes with its own copy of the weights. Set strategy.kind=zero3"
+            )
+        if kind == "fsdp2" and self.offload_weights == "nvme":
+            raise ValueError("strategy.offload_weights=nvme can't go with strategy.kind=fsdp2: set strategy.kind=zero3")
+        if kind == "fsdp2" and self.offload_weights == "cpu" and run.gpus_per_worker == 0:
+            raise ValueError(
+                "strategy.offload_weights=cpu can't take effect with strategy.kind=fsdp2 and gpus_per_worker=0: the "
+                "weights are in the host's memory already. Leave it out"
+            )
+        nvme = "nvme" in (self.offload_optimizer, self.offload_weights)
+        if nvme and self.offload_optimizer == "nvme" and kind != "zero3":
+            raise ValueError(
+                f"strategy.offload_optimizer=nvme can't go with strategy.kind={kind}: DeepSpeed moves state to disks "
+                "in stage 3 alone. Set strategy.kind=zero3, or strategy.offload_optimizer=cpu"
+            )
+        if nvme and not self.nvme_path:
+            raise ValueError("an offload to nvme needs strategy.nvme_path: a folder on a fast disk of each machine")
+        if self.nvme_path and not nvme:
+            raise ValueError(f"strategy.nvme_path={self.nvme_path} can't take effect: nothing is offloaded to nvme")
+
+    def _check_precision(self, run: TrainSpec) -> None:
+        kind, quant = self.kind, run.quant
+        if kind in ZERO and run.gpus and quant.dtype == "float32":
+            raise ValueError(
+                f"quant.dtype=float32 can't take effect with strategy.kind={kind} on GPUs: DeepSpeed computes in bf16 "
+                "and steps fp32 copies. Set quant.dtype=auto, or strategy.kind=ddp"
+            )
+        if kind == "fsdp2" and not quant.method.shards_in_fsdp2:
+            raise ValueError(
+                f"quant.kind={quant.kind} can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales "
+                "off the weights (0.50: 'Parameter' object has no attribute 'CB'). Set quant.kind=nf4, or "
+                "strategy.kind=zero2"
+            )
+        if kind == "zero3" and quant.is_packed and run.gpus:
+            raise ValueError(
+                f"quant.kind={quant.kind} can't go with strategy.kind=zero3 on GPUs: each GPU would first hold the "
+                "whole base (transformers issue 26412, PEFT issue 2016). Set strategy.kind=fsdp2, which shards an nf4 "
+                "base, or zero2"
+            )
+
+
+def check_here(spec: TrainSpec) -> None:
+    """Raises ConfigError for what the strategy needs of a machine and this one lacks or has otherwise."""
+    _check_disks(spec)
+    if spec.strategy.kind != "zero3" or spec.gpus:
+        return
+    dtype, reason = compute_dtype(spec.quant, "cpu")
+    if str(dtype) != "torch.float32":
+        raise ConfigError(
+            f"quant.dtype={spec.quant.dtype} with strategy.kind=zero3 and gpus_per_worker=0",
+            f"weights would be in bfloat16 ({reason})",
+            "on a CPU DeepSpeed 0.19 reads weights in parts in float32 alone",
+            "--set quant.dtype=float32, or --set strategy.kind=zero2",
+        )
+
+
+def _check_disks(spec: TrainSpec) -> None:
+    strategy = spec.strategy
+    key = next((key for key in ("offload_optimizer", "offload_weights") if getattr(strategy, key) == "nvme"), None)
+    if key is None:
+        return
+    missing = [
+        name
+        for name, there in (
+            ("libaio (apt-get install libaio-dev)", ctypes.util.find_library("aio")),
+            ("a C++ compiler", shutil.which("c++")),
+        )
+        if not there
+    ]
+    if missing:
+        raise ConfigError(
+            "strategy.offload_optimizer=nvme"
+            if strategy.offload_optimizer == "nvme"
+            else "strategy.offload_weights=nvme",
+            f"this machine has no {' and no '.join(missing)}",
+            "DeepSpeed builds its reader of disks (async_io) on each machine, once",
+            "install it on all machines of the cluster and on this one, or offload to cpu",
+        )
+
+
+def check_rows(spec: TrainSpec, held_out: int) -> None:
+    """Raises DataError for fewer held-out rows than workers, where every forward pass is one of all workers."""
+    if spec.strategy.kind in WEIGHTS_SHARDED and 0 < held_out < spec.num_workers:
+        raise DataError(
+            f"data.eval with strategy.kind={spec.strategy.kind}",
+            f"{held_out} rows for num_workers={spec.num_workers}",
+            "each forward pass is one of all workers, so each needs a row",
+            f"give at least {spec.num_workers} held-out rows, or set strategy.kind=zero2",
+        )
 
 
 def strategy_arguments(
@@ -126,12 +264,11 @@ def width(base: ResolvedBase) -> int:
     return int(next((size for size in sizes if size), 1024))
 
 
-# FSDP2: torch's `fully_shard` on every block, through accelerate.
-
-
 def fsdp2_settings(spec: TrainSpec) -> dict[str, Any]:
     """What TrainingArguments take for it."""
     if not spec.gpus:
+        from graftwork.compat.hf import shard_on_cpu
+
         shard_on_cpu()
     return {
         "accelerator_config": {"use_configured_state": not spec.gpus},
@@ -149,11 +286,10 @@ def fsdp2_settings(spec: TrainSpec) -> dict[str, Any]:
     }
 
 
-# What a worker holds of the weights.
-
-
 def held_bytes(model: Any) -> tuple[int, int]:
     """(bytes of the weights on this worker between passes, bytes of all weights). A tied weight counts once."""
+    from torch.distributed.tensor import DTensor
+
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()  # FSDP2 keeps the head's weights whole after a pass forward

@@ -1,4 +1,4 @@
-"""Going on from a published adapter (`init_from`): found, compared, pinned to a version before anything starts."""
+"""Published adapters that a run starts from (`init_from`) or trains on top of (`base_adapter`), pinned to a version."""
 
 import json
 from collections.abc import Callable
@@ -71,9 +71,6 @@ def _require_equal_method(spec: TrainSpec, found: AdapterManifest) -> None:
                 "an adapter goes on with its own shape and scale",
                 f"--set adapter.{key}={theirs[key]}",
             )
-
-
-# Training on top of a published adapter (`base_adapter`), pinned to a version before the run starts.
 
 
 def pin_stack(spec: TrainSpec, base: ResolvedBase) -> TrainSpec:

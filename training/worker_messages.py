@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run: one line a step, in step with the checkpoint that a run continues from."""
+"""Messages between driver and workers: the job, its result, and the steps in metrics.jsonl. Loads no torch."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -81,9 +81,6 @@ def _parsed(line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return record
-
-
-# What a worker is told, and what it tells: plain records without torch, shared by `train` and the tuning trials.
 
 
 Report = Callable[[StepReport], bool]

@@ -27,7 +27,8 @@ PRELOADED = (
     "graftwork.training.checkpoint_resume",
     "graftwork.training.adapters.attach",
     "graftwork.training.evaluation.run",
-    "graftwork.training.objectives.sft",
+    "graftwork.training.objectives.trainer",
+    "trl.trainer.sft_trainer",
 )
 """What the loop imports when it runs; other objectives take what they need beside it."""
 

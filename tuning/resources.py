@@ -15,8 +15,8 @@ from graftwork.training.autotune import machine_of
 from graftwork.training.planning.memory import PROCESS_BYTES
 from graftwork.training.planning.plan import has_auto, suggest_training_changes, worker_memory
 from graftwork.training.ray_resources import resources_per_worker
-from graftwork.training.spec import StrategySpec, TrainSpec
-from graftwork.training.spec_rules import check_here, check_rows
+from graftwork.training.spec import TrainSpec
+from graftwork.training.strategies import StrategySpec, check_here, check_rows
 from graftwork.tuning.multi_lora.group import predict_together
 from graftwork.tuning.plan import resolve_auto_trial, shards
 from graftwork.tuning.search import Values, rows_key, trial_spec

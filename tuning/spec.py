@@ -13,7 +13,7 @@ from graftwork.config import Spec
 from graftwork.errors import ConfigError
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.spec import TrainSpec
-from graftwork.training.spec_rules import ZERO
+from graftwork.training.strategies import ZERO
 from graftwork.tuning.search_space import (
     AshaSpec,
     CategoricalSpace,

@@ -1,4 +1,4 @@
-"""The base model: where it comes from, and how it is loaded for training and for serving alike."""
+"""Base models: resolve, load for training and serving, cache of nf4 weights, rows for additional tokens."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 
-# An nf4 base kept quantised in the cache: made once, then read instead of quantised in every process.
-#
 # Bit for bit what quantising at load gives (tests/unit/base/test_quantized_weights.py). SmolLM2-135M: 2.5 of a
 # process' first
 # CPU seconds went into bitsandbytes' quantiser on a CPU. A GPU quantises faster than a file is read, and keeps doing
@@ -79,9 +77,6 @@ def cache_quantised(base: Path, settings: dict[str, Any], quantise: Callable[[],
             f"delete {folder}: it is made again",
         )
     return folder
-
-
-# Rows added to a base's embedding and output layer, for tokens that its tokenizer lacks: trained, served by id.
 
 
 def marked(digest: str, count: int) -> str:

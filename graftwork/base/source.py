@@ -1,4 +1,4 @@
-"""Where a base comes from: each kind of URI becomes a folder on this machine in Hugging Face form."""
+"""Sources of a base: each kind of URI becomes a folder on this machine in Hugging Face form; GGUF is converted."""
 
 import hashlib
 import json
@@ -17,8 +17,6 @@ from graftwork.config import canonical_json
 from graftwork.errors import BaseModelError
 from graftwork.storage.store import Store, cache_root, open_uri
 
-# GGUF to Hugging Face form: `python -m graftwork.base.source FILE.gguf FOLDER`.
-#
 # A process of its own, because reading the GGUF takes over a gigabyte that Python does not give back. Prints one JSON
 # line a stage, `{"share": 0.1, "doing": "..."}`, so that its starter can show progress.
 

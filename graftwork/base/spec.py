@@ -1,4 +1,4 @@
-"""Longer contexts by scaled rotary positions: what a base's config becomes, and how its digest says so."""
+"""Base in a spec, and scaled rotary positions for longer contexts, which change its config and its digest."""
 
 from collections.abc import Mapping
 from datetime import date

@@ -7,20 +7,53 @@ families; docs/bases.md shows the result for the families that tests build.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.quantization.methods import METHODS, QuantKind
-from graftwork.quantization.spec import PRECISIONS
-
-if TYPE_CHECKING:
-    from graftwork.training.spec import TrainSpec
+from graftwork.quantization.spec import PRECISIONS, QuantSpec
 
 Stage = Literal["plan", "train", "pack", "serve", "serve adapters"] | QuantKind
 STAGES: tuple[Stage, ...] = ("plan", *METHODS, "train", "pack", "serve", "serve adapters")
 """`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving."""
+
+
+class StrategyKeys(Protocol):
+    """Key of `strategy` that a base can rule out."""
+
+    @property
+    def kind(self) -> str: ...
+
+
+class AdapterKeys(Protocol):
+    """Properties of `adapter` that a base can rule out."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def virtual_tokens(self) -> int: ...
+
+
+class TrainingRun(Protocol):
+    """Keys of a training spec that a base can rule out; `TrainSpec` has them."""
+
+    @property
+    def quant(self) -> QuantSpec: ...
+
+    @property
+    def adapter(self) -> AdapterKeys: ...
+
+    @property
+    def objective(self) -> object: ...
+
+    @property
+    def strategy(self) -> StrategyKeys: ...
+
+    @property
+    def num_workers(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +136,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
     )
 
 
-def check_training(spec: "TrainSpec", config: Mapping[str, Any]) -> BaseSupport:
+def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
     """Check a training spec against its base with this config.json. Raises BaseModelError."""
     support = base_support(config)
     support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
@@ -154,7 +187,7 @@ def check_local(spec: Spec) -> None:
     if base is None or not Path(base.uri).is_dir():
         return
     if kind == "train":
-        check_training(cast("TrainSpec", spec), base_model.resolve(base).config)
+        check_training(cast(TrainingRun, spec), base_model.resolve(base).config)
     elif kind in ("serve", "compare", "quantize"):
         check_serving(spec)
 
@@ -237,7 +270,7 @@ def _trained_packed(facts: BaseFacts) -> Support:
 
 
 def _packed(facts: BaseFacts) -> Support:
-    """By structure; the trainer tries it on the weights as well (`objectives.apart`)."""
+    """By structure; `require_apart` of the trainer tries it on the weights as well."""
     hint = "--set objective.packing=none"
     if facts.recurrent:
         return Support("recurrent layers carry a state from one document to the next", hint)

@@ -87,18 +87,19 @@ def train(
     if options.elsewhere:
         return launch(spec, file, options)
     from graftwork.cluster.session import session
-    from graftwork.training.run import check, train
+    from graftwork.training.run import ResolvedRun, train_resolved
 
     spec = resolve_here(spec, options.target, options.as_json)
-    notes = check(spec)
+    run = ResolvedRun.resolve(spec)
+    notes = run.notes_before_start()
     if not options.as_json:
         for note in notes:
             echo(f"note: {note}")
     many = spec.num_workers > 1
     with progress_bar(f"train {spec.name}", options.as_json) as bar, session(options.target, needs_ray=many) as here:
         report = here.run(
-            train,
-            spec,
+            train_resolved,
+            run,
             on_progress=lambda p: bar(p.step, p.total_steps, f"loss {p.loss:.3f}  {p.tokens_per_s:.0f} tok/s"),
         )
     if options.as_json:

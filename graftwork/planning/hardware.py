@@ -1,4 +1,4 @@
-"""GPUs to plan for, so that a plan for one is made on a laptop."""
+"""GPUs and machines that a plan is made for; a GPU need not be present."""
 
 import difflib
 from collections.abc import Mapping
@@ -164,9 +164,6 @@ def _from_file(path: Path) -> Gpu:
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"--gpu {path}", f"it cannot be read ({error})", "a YAML file describes one GPU") from error
     return validate(Gpu, {"name": path.stem, **tree} if isinstance(tree, dict) else tree, where=str(path))
-
-
-# What a plan is made for: this machine, or GPUs that need not be here.
 
 
 BF16_GAIN = 2.0

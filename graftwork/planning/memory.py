@@ -1,4 +1,4 @@
-"""What a prediction is made of: sizes of rows, and named bytes of one process."""
+"""Memory terms: sizes of rows, bytes of weights and activations, and measured peaks that correct the predictions."""
 
 import json
 import os
@@ -14,8 +14,6 @@ from graftwork.base.model_shape import ModelShape
 from graftwork.quantization.spec import QuantSpec
 from graftwork.storage.store import cache_root
 
-# Peaks that were measured on this machine, over their predictions: plans of the same kind of run are raised by them.
-#
 # A kind is objective, adapter and quantisation on one device. Runs of one kind differ by their rows alone, which the
 # formulas count, and by what an allocator keeps of rows of changing lengths, which varies from run to run.
 
@@ -193,9 +191,6 @@ class TokenWork:
 
 # Bytes that a token leaves for the backward pass, counted from the autograd graphs of transformers and PEFT.
 #
-# Equal to what `torch.autograd.graph.saved_tensors_hooks` sees (tests/unit/planning/test_memory.py).
-
-
 def saved_bytes(
     model: ModelShape,
     adapter: AdapterKind,
@@ -227,9 +222,6 @@ def frozen_bytes(model: ModelShape, padded_to: int | None, virtual_tokens: int, 
     computed = 2 * model.q_size + 2 * kv * stretch + row + mlp  # q, k, v, the attention's output, the mask
     norms = 2 * (model.hidden + 1)  # the input of each RMSNorm and its 1/rms, in fp32
     return computed * value_bytes + (norms + model.heads) * FP32
-
-
-# Bytes of weights, of what is trained of them, and of keys and values.
 
 
 def weight_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32, *, dequantised: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""What a stage will take, and whether it fits."""
+"""Plan of a stage: memory and time of its processes, and the check that a machine has room for them."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass

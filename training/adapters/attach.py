@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from graftwork.adapters.kind import AdapterKind
 from graftwork.errors import ConfigError
 from graftwork.training.adapters.merge import MergeSource, MergeSpec, merge
-from graftwork.training.objectives.reward import ScoreHead
+from graftwork.training.objectives.reward_head import ScoreHead
 
 
 def attach(model: Any, adapter: AdapterKind, trained_tokens: Sequence[int] = (), *, begin: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""Newer bases come: each task's recorded spec on the new base, beside the old one, before anything is promoted."""
+"""Rebase and learning curve: a task's recorded spec on a new base, or on growing numbers of rows, with its scores."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -240,9 +240,6 @@ def write_rebase(ask: RebaseAsk, report: RebaseReport) -> BuiltReport:
     return build(page, run.store, *run.file())
 
 
-# What a finished run's adapter says to its task's held-out rows, as scores.
-
-
 @dataclass(frozen=True)
 class TaskScores:
     """A value a question for each metric, the first metric of `probe` being the task's own."""
@@ -279,9 +276,6 @@ def task_scores(spec: TrainSpec) -> TaskScores:
             "run the same command again; the run's warning names the cause",
         )
     return TaskScores(probe, probe.scores(found.after))
-
-
-# Sample efficiency: the same spec on the first 50, 100, 200 ... rows, and what each step up brings.
 
 
 EVAL_ROWS = 200

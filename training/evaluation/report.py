@@ -1,4 +1,4 @@
-"""What was said before and after -> how each metric changed, and of which changes one can be sure."""
+"""Outcomes of a run: both sides of each item as stored, the paired change of each metric, and its verdict."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,6 @@ from graftwork.storage.store import RunPaths, Store
 from graftwork.training.evaluation.questions import Probe
 from graftwork.training.evaluation.spec import ItemGroup, ItemOutput
 from graftwork.training.spec import TrainSpec
-
-# Two sides that answered the same questions: their means, the difference, and how sure it is.
 
 
 def level(values: Floats, metric: Metric, units: Sequence[str], alpha: float, seed: int) -> Level:
@@ -77,9 +75,6 @@ def _bootstrap(values: Floats, units: Sequence[str], alpha: float, lowest: float
     else:
         found = stats.bca_mean(values / scale, alpha, lowest=lowest, seed=seed)
     return Interval(scale * found.low, scale * found.high)
-
-
-# Where outcomes lie: `before` by content in the root, both together in the run's outcomes.json.
 
 
 FILE = "outcomes.json"

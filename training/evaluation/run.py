@@ -1,4 +1,4 @@
-"""A model answers items: continuations weighed, answers written greedily. In a worker.
+"""Evaluation in a worker, before the first step and after the last: continuations are scored, answers generated.
 
 Legend: B rows, T tokens, N scored positions, V vocabulary.
 """
@@ -26,9 +26,6 @@ from graftwork.training.evaluation.spec import Item, ItemGroup, ItemOutput, shar
 from graftwork.training.objectives.row_cache import IGNORED
 from graftwork.training.objectives.trainer import trained_logits
 from graftwork.training.worker_messages import StepReport, TrainJob
-
-# What training changed: figures of held-out rows before the first step and after the last, in words.
-
 
 BEFORE, AFTER = "before_", "eval_"
 _GROUP = re.compile(r"(?P<name>\w+)\[(?P<row>[^,]*)(, (?P<cell>.*))?\]")
@@ -75,8 +72,6 @@ def _natural(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
-# Before and after, on the ranks that train: the work is shared, rank 0 writes.
-#
 # `before` is the base without any adapter, measured as it was loaded. It depends on base, precision and questions
 # alone,
 # so it is kept in the root and shared by all runs: <root>/outcomes/<key>.json. `after` ends in the run's outcomes.json.

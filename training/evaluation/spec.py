@@ -1,4 +1,4 @@
-"""What a model is asked, as token ids, and what it said. Plain records: the driver makes them, workers answer them."""
+"""Outcomes in a spec, and the items that workers answer: records of token ids."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -80,9 +80,6 @@ def work_of(parts: Sequence[ItemGroup]) -> TokenWork:
 def shares(items: Sequence[Item], rank: int, world: int) -> list[int]:
     """Places of the items that a rank takes: dealt by cost, so that all are ready at about the same time."""
     return sorted(range(len(items)), key=lambda at: -items[at].tokens)[rank::world]
-
-
-# What is measured of a run before and after. No part of the run's identity: a finished run can add it later.
 
 
 Rows = Annotated[int, Field(ge=2)]

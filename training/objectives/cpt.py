@@ -1,4 +1,6 @@
-"""Raw text for continued pretraining: documents with their end token, split where they are long, packed."""
+"""Continued pretraining on raw text: documents with their end token, split where they are long, packed."""
+
+from __future__ import annotations
 
 import glob
 import hashlib
@@ -7,38 +9,110 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from graftwork.config import canonical_json
+from graftwork.config import Spec, canonical_json
 from graftwork.datasets import readers as records
 from graftwork.datasets import rows as data
 from graftwork.datasets.row_keys import DOCUMENT, KeyCheck
 from graftwork.errors import ConfigError, DataError
-from graftwork.prompts.template import Template
-from graftwork.training.objectives import sft
+from graftwork.training.objectives.protocol import Packing, Part, Traits, check_packing
 from graftwork.training.objectives.row_cache import TokenRows
-from graftwork.training.objectives.rows import Part, ReadPart, format_row_count, pack_rows
-from graftwork.training.objectives.text_spec import CptSpec, ReplaySpec
-from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
-from graftwork.training.spec import TrainSpec
+from graftwork.training.objectives.rows import ReadPart, format_row_count, pack_rows
+from graftwork.training.objectives.sft import sft_trainer
 
-# Continued pretraining: the trainer of `sft` on documents; held-out text is measured before the first step too.
-
-
-def build(setting: TrainerContext) -> BuiltTrainer:
-    """Next-token loss over all tokens but the first of each document, and the perplexity of held-out text."""
-    training = sft.build(setting)
-
-    def evaluate() -> Mapping[str, float]:
-        figures = training.evaluate()
-        return {**figures, "perplexity": math.exp(figures["loss"])}
-
-    return BuiltTrainer(training.trainer, evaluate, evaluate_first=True)
+if TYPE_CHECKING:
+    from graftwork.prompts.template import Template
+    from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
+    from graftwork.training.spec import TrainSpec
 
 
-# Plain text as documents: records with `text` (JSONL, CSV, Parquet, the hub), a text file, a folder, a glob.
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")  # noqa: RUF001
+"""What pretraining puts behind a document, by family; an instruct model's `eos_token` ends a turn instead."""
+
+
+class ReplaySpec(Spec):
+    """Other text among the new, so that less of the old is forgotten."""
+
+    data: str
+    """As `data.train`; documents are drawn from it by the seed."""
+    fraction: float = Field(gt=0, lt=1)
+    """Share of all tokens, new and replayed."""
+
+
+class CptSpec(Spec):
+    """Continued pretraining on raw text: rows with `text`, a text file, a folder or a glob of text files."""
+
+    kind: Literal["cpt"] = "cpt"
+    packing: Packing = "best_fit"
+    """Documents in rows of up to `max_length`; longer ones are split, and nothing is lost."""
+    replay: ReplaySpec | None = None
+    end_token: str | None = None
+    """Special token behind each document; null takes the pretraining's (`<|endoftext|>` or its kin), else eos_token."""
+
+    @property
+    def traits(self) -> Traits:
+        """Facts that the loop and the plan read."""
+        return Traits(packing=self.packing, conversations=False)
+
+    def check(self, run: TrainSpec) -> None:
+        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
+        check_packing(run, self.packing)
+        check_plain_text(run, self.kind)
+        if "on_overlong" in run.model_fields_set:
+            raise ValueError(
+                "on_overlong can't take effect with objective.kind=cpt: a longer document is split, not dropped"
+            )
+
+    def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+        """All tokens of all documents. Raises DataError, ConfigError (no such end token), StorageError."""
+        uri, limit = (
+            (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
+        )
+        assert uri is not None, "asked for a part that the spec has"
+        end_name, end = end_token(template, self.end_token)
+        keys = document_keys()
+        documents, blank = read_documents(uri, limit=limit, keys=keys)
+        warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
+        ids = [document_ids(document, template, end) for document in documents]
+        notes = [f"{format_row_count(documents, 'document')}, {sum(map(len, ids))} tokens, each ended by {end_name}"]
+        notes += [f"{format_row_count(range(blank), 'blank file')} left out"] if blank else []
+        if self.replay is not None and part == "train":
+            replayed = document_keys()
+            again = _replayed(self.replay, template, end, sum(map(len, ids)), spec.seed, replayed)
+            warnings += replayed.note("objective.replay.data")
+            documents, ids = documents + [document for document, _ in again], ids + [tokens for _, tokens in again]
+            notes.append(
+                f"replay: {format_row_count(again, 'document')}, {sum(len(tokens) for _, tokens in again)} tokens"
+            )
+        pieces = [piece for tokens in ids for piece in split(tokens, spec.max_length)]
+        if len(pieces) > len(ids):
+            cuts = format_row_count(pieces[len(ids) :], "cut")
+            notes.append(f"{cuts} in documents of more than {spec.max_length} tokens; none is lost")
+        rows, packing = pack_rows(TokenRows.from_pairs(pieces), self.packing, spec.max_length)
+        return ReadPart(rows, 0, fingerprint(documents), (*notes, *packing), (), warnings, contents)
+
+    def build(self, setting: TrainerContext) -> BuiltTrainer:
+        """Next-token loss over all tokens but the first of each document, and the perplexity of held-out text."""
+        from graftwork.training.objectives.trainer import BuiltTrainer
+
+        training = sft_trainer(setting)
+
+        def evaluate() -> Mapping[str, float]:
+            figures = training.evaluate()
+            return {**figures, "perplexity": math.exp(figures["loss"])}
+
+        return BuiltTrainer(training.trainer, evaluate, evaluate_first=True)
+
+
+def check_plain_text(run: TrainSpec, kind: str) -> None:
+    """Raise ValueError for keys of conversations where the rows are plain text."""
+    for key, given in (("prompt", "prompt" in run.model_fields_set), ("data.context", run.data.context is not None)):
+        if given:
+            raise ValueError(f"{key} can't take effect with objective.kind={kind}: its rows are plain text")
 
 
 @dataclass(frozen=True)
@@ -154,37 +228,6 @@ def _text(record: dict[str, Any], where: str) -> str:
     raise DataError(
         where, found, "a row of plain text holds it in `text`", "conversations (`messages`) are for objective.kind=sft"
     )
-
-
-ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")  # noqa: RUF001
-"""What pretraining puts behind a document, by family; an instruct model's `eos_token` ends a turn instead."""
-
-
-def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
-    """All tokens of all documents. Raises DataError, ConfigError (no such end token), StorageError."""
-    objective = spec.objective
-    assert isinstance(objective, CptSpec)
-    uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
-    assert uri is not None, "asked for a part that the spec has"
-    end_name, end = end_token(template, objective.end_token)
-    keys = document_keys()
-    documents, blank = read_documents(uri, limit=limit, keys=keys)
-    warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
-    ids = [document_ids(document, template, end) for document in documents]
-    notes = [f"{format_row_count(documents, 'document')}, {sum(map(len, ids))} tokens, each ended by {end_name}"]
-    notes += [f"{format_row_count(range(blank), 'blank file')} left out"] if blank else []
-    if objective.replay is not None and part == "train":
-        replayed = document_keys()
-        again = _replayed(objective.replay, template, end, sum(map(len, ids)), spec.seed, replayed)
-        warnings += replayed.note("objective.replay.data")
-        documents, ids = documents + [document for document, _ in again], ids + [tokens for _, tokens in again]
-        notes.append(f"replay: {format_row_count(again, 'document')}, {sum(len(tokens) for _, tokens in again)} tokens")
-    pieces = [piece for tokens in ids for piece in split(tokens, spec.max_length)]
-    if len(pieces) > len(ids):
-        cuts = format_row_count(pieces[len(ids) :], "cut")
-        notes.append(f"{cuts} in documents of more than {spec.max_length} tokens; none is lost")
-    rows, packing = pack_rows(TokenRows.from_pairs(pieces), objective.packing, spec.max_length)
-    return ReadPart(rows, 0, fingerprint(documents), (*notes, *packing), (), warnings, contents)
 
 
 def document_ids(document: Document, template: Template, end: int) -> list[int]:

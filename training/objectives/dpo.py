@@ -1,197 +1,104 @@
-"""TRL's DPOTrainer on pairs that are already token ids, with the reference's likelihoods computed once a pair.
+"""Preference optimisation on pairs of answers, with the reference's likelihoods computed once a pair.
 
 TRL would keep a second copy of the adapter (or of the whole model) as the reference and run it beside the policy in
 each step, or compute its likelihoods for every row of the dataset, which here lists a pair once an epoch. What training
 begins from is in this process when the trainer is built, so it scores each pair once then; nothing is kept beside it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from peft import PeftModel
-from trl import DPOConfig, DPOTrainer
+from pydantic import Field, model_validator
 
-from graftwork.compat.hf import takes_token_rows, without_reference_pass
-from graftwork.config import canonical_json
+from graftwork.config import Spec, canonical_json
 from graftwork.datasets import readers as records
 from graftwork.datasets import rows as data
 from graftwork.datasets.row_keys import PAIR, PREFERENCE_LOSS, KeyCheck
 from graftwork.errors import DataError
 from graftwork.prompts import render as chat
 from graftwork.prompts.render import Message, Prompt
-from graftwork.prompts.template import Template
-from graftwork.storage.store import RunPaths
+from graftwork.training.objectives.protocol import Part, Traits, check_pairs
 from graftwork.training.objectives.row_cache import IGNORED, Rows, TokenRows
-from graftwork.training.objectives.rows import Part, ReadPart, nothing_left, read_prompt, too_long
-from graftwork.training.objectives.spec import DpoSpec
-from graftwork.training.objectives.trainer import (
-    BuiltTrainer,
-    TrainerContext,
-    arguments,
-    share,
-    strip_callbacks,
-    without_history,
-)
-from graftwork.training.spec import TrainSpec
+from graftwork.training.objectives.rows import ReadPart, nothing_left, read_prompt, too_long
+
+if TYPE_CHECKING:
+    import torch
+
+    from graftwork.prompts.template import Template
+    from graftwork.storage.store import RunPaths
+    from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
+    from graftwork.training.spec import TrainSpec
 
 REFERENCE_FILE = "reference.json"
 SIDES = ("ref_chosen_logps", "ref_rejected_logps")
-
-
-class DpoPairTrainer(without_history(without_reference_pass(takes_token_rows(DPOTrainer)))):  # type: ignore[misc]  # no types
-    """DPOTrainer that takes rows of token ids, and leaves the reference to `answer_logps`."""
-
-
-def build(setting: TrainerContext) -> BuiltTrainer:
-    """Preference learning on the setting's pairs; the reference is the model as it is now."""
-    spec, data, plan = setting.job.spec, setting.job.data, setting.plan
-    objective, micro_batch = spec.objective, spec.optim.rows_per_pass
-    assert isinstance(objective, DpoSpec), "registered for this kind"
-    references: dict[str, NDArray[np.float32]] = {}
-
-    def collate(batch: list[dict[str, int]]) -> dict[str, torch.Tensor]:
-        rows = [item["row"] for item in batch]
-        return {**setting.collate(batch), **_reference_of(references["train"], rows)}
-
-    trainer = _trainer(setting, objective, collate)
-    fresh = spec.init_from is None
-    references["train"] = _reference_logps(setting, "train", trainer, data.train, np.unique(plan.rows_SR), fresh)
-    if data.eval is not None:
-        references["eval"] = _reference_logps(setting, "eval", trainer, data.eval, np.arange(len(data.eval)), fresh)
-
-    def evaluate() -> Mapping[str, float]:
-        assert data.eval is not None, "asked where the spec has data.eval"
-        return held_out(trainer, objective, data.eval, references["eval"], data.pad_id, micro_batch)
-
-    return BuiltTrainer(strip_callbacks(trainer), evaluate, (_saved(setting),))
-
-
-def _trainer(setting: TrainerContext, objective: DpoSpec, collate: Any) -> Any:
-    peft = isinstance(setting.model, PeftModel)
-    trainer = DpoPairTrainer(
-        model=setting.model,
-        args=DPOConfig(
-            **arguments(setting),
-            beta=objective.beta,
-            loss_type=[objective.loss],
-            label_smoothing=objective.label_smoothing,
-            max_length=None,
-            precompute_ref_log_probs=not peft,  # else TRL 1.16 loads the base a second time, by its name
-        ),
-        train_dataset=setting.dataset(),
-        data_collator=collate,
-        processing_class=setting.tokenizer(),
-        callbacks=[setting.callback],
-    )
-    if peft:
-        trainer.model.delete_adapter("ref")  # TRL's copy of what training begins from
-    trainer.precompute_ref_logps = True
-    return trainer
-
-
-def _reference_of(reference_N2: NDArray[np.float32], rows: Sequence[int]) -> dict[str, torch.Tensor]:
-    return {key: torch.from_numpy(reference_N2[rows, side]) for side, key in enumerate(SIDES)}
-
-
-def _reference_logps(
-    setting: TrainerContext, name: str, trainer: Any, rows: Rows, used_U: NDArray[np.int64], base_alone: bool
-) -> NDArray[np.float32]:
-    """The reference's log-likelihoods of both answers (N, 2): computed, or those of the run that goes on."""
-    run, key = setting.job.run, f"{name}-{REFERENCE_FILE}"
-    known = _read(run, key, trainer)
-    if known is not None:
-        return known
-    off = trainer.model.disable_adapter() if base_alone and isinstance(trainer.model, PeftModel) else None
-    with off or contextlib.nullcontext():
-        found = answer_logps(trainer, rows, used_U, setting.job.data.pad_id, setting.job.spec.optim.rows_per_pass)
-    if run is not None and trainer.accelerator.process_index == 0:
-        run.store.write_json(found.tolist(), *run.file(key))
-    return found
-
-
-def _read(run: RunPaths | None, key: str, trainer: Any) -> NDArray[np.float32] | None:
-    """What an earlier attempt of this run computed; rank 0 looks, so that all ranks do alike."""
-    there = run is not None and trainer.accelerator.process_index == 0 and run.store.exists(*run.file(key))
-    seen = trainer.accelerator.reduce(torch.tensor([float(there)], device=trainer.accelerator.device), reduction="sum")
-    if run is None or not seen.item():
-        return None
-    return np.array(run.store.read_json(*run.file(key)), dtype=np.float32)
-
-
-@torch.no_grad()
-def answer_logps(trainer: Any, rows: Rows, used_U: NDArray[np.int64], pad_id: int, micro: int) -> NDArray[np.float32]:
-    """Log-likelihoods (N, 2) of the answers of the used pairs by the model as it is, the same on all ranks."""
-    accelerator = trainer.accelerator
-    sums = torch.zeros((len(rows), 2), device=accelerator.device)
-    trainer.model.eval()
-    for places in share(rows.lengths_N[used_U], micro, accelerator.process_index, accelerator.num_processes):
-        chosen = used_U[np.asarray(places)].tolist()
-        inputs = {key: value.to(accelerator.device) for key, value in rows.collate(chosen, pad_id).items()}
-        mask = inputs.pop("completion_mask")
-        labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
-        with accelerator.autocast():
-            output = trainer.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
-        width = labels.shape[1] - 1  # a trained prefix puts positions before the row's own
-        sums[chosen] = output.log_probs[:, -width:].sum(dim=1).float().view(2, -1).T
-    trainer.model.train()
-    found: NDArray[np.float32] = accelerator.reduce(sums, reduction="sum").cpu().numpy()
-    return found
-
-
-def held_out(
-    trainer: Any, objective: DpoSpec, rows: Any, reference_N2: NDArray[np.float32], pad_id: int, micro: int
-) -> Mapping[str, float]:
-    """Loss, accuracy (the chosen answer's reward is the higher one), margin and rewards over all pairs."""
-    policy_N2 = answer_logps(trainer, rows, np.arange(len(rows)), pad_id, micro)
-    ratios_N2 = torch.from_numpy(policy_N2 - reference_N2).double()
-    lengths_N2 = torch.from_numpy(np.stack([rows.chosen.scored_N, rows.rejected.scored_N], axis=1))
-    rewards_N2 = objective.beta * ratios_N2
-    chosen, rejected = rewards_N2.unbind(1)
-    return {
-        "loss": pair_losses(objective, ratios_N2, lengths_N2).mean().item(),
-        "accuracy": (chosen > rejected).double().mean().item(),
-        "margin": (chosen - rejected).mean().item(),
-        "rewards/chosen": chosen.mean().item(),
-        "rewards/rejected": rejected.mean().item(),
-    }
-
-
-def pair_losses(objective: DpoSpec, ratios_N2: torch.Tensor, lengths_N2: torch.Tensor) -> torch.Tensor:
-    """Loss of each pair from the log ratios of policy to reference: TRL's formulas, which its step keeps to itself."""
-    beta, smoothing = objective.beta, objective.label_smoothing
-    delta_N = ratios_N2[:, 0] - ratios_N2[:, 1]
-    logsigmoid = torch.nn.functional.logsigmoid
-    if objective.loss == "hinge":
-        return torch.relu(1 - beta * delta_N)
-    if objective.loss == "ipo":
-        means_N2 = ratios_N2 / lengths_N2
-        return (means_N2[:, 0] - means_N2[:, 1] - 1 / (2 * beta)) ** 2
-    swapped_N = -smoothing * logsigmoid(-beta * delta_N)
-    return (-(1 - smoothing) * logsigmoid(beta * delta_N) - swapped_N) / (1 - 2 * smoothing)
-
-
-def _saved(setting: TrainerContext) -> str:
-    """How many forward passes the reference took, in pairs."""
-    spec, data, plan = setting.job.spec, setting.job.data, setting.plan
-    held = 0 if data.eval is None else len(data.eval)
-    every = setting.job.eval_every or spec.eval_every
-    evaluations = plan.steps // every + (plan.steps % every > 0)
-    once, beside = len(np.unique(plan.rows_SR)) + held, plan.rows_SR.size + held * evaluations
-    return f"reference: {once} pairs scored once, {beside} would be beside the policy"
-
-
-# Preferences: two answers to one conversation, the better one named, rendered by `chat.render`.
-
-
 Scored = tuple[Sequence[int], Sequence[bool]]
 """Ids of a conversation, and which of them are the answer's."""
+
+
+class DpoSpec(Spec):
+    """Direct preference optimisation on `chosen` and `rejected` answers (arXiv 2305.18290)."""
+
+    kind: Literal["dpo"] = "dpo"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference: what training began from, the base or `init_from`."""
+    loss: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    """sigmoid: DPO; hinge: SLiC (arXiv 2305.10425); ipo: arXiv 2310.12036; robust: arXiv 2403.00409."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of pairs whose labels are taken to be swapped; of loss=robust alone."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> Self:
+        if (self.loss == "robust") != (self.label_smoothing > 0):
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing:g} with loss={self.loss}: it belongs to loss=robust, which "
+                "needs one above 0"
+            )
+        return self
+
+    @property
+    def traits(self) -> Traits:
+        """Facts that the loop and the plan read."""
+        return Traits(sequences=2, head="fused", conversations=False)
+
+    def check(self, run: TrainSpec) -> None:
+        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
+        check_pairs(run, self.kind)
+
+    def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+        """Read the pairs of which both conversations fit. Raises DataError, StorageError."""
+        return read_pairs(spec, template, part)
+
+    def build(self, setting: TrainerContext) -> BuiltTrainer:
+        """Preference learning on the setting's pairs; the reference is the model as it is now."""
+        from graftwork.training.objectives.trainer import BuiltTrainer, strip_callbacks
+
+        spec, data, plan = setting.job.spec, setting.job.data, setting.plan
+        micro_batch = spec.optim.rows_per_pass
+        references: dict[str, NDArray[np.float32]] = {}
+
+        def collate(batch: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+            rows = [item["row"] for item in batch]
+            return {**setting.collate(batch), **_reference_of(references["train"], rows)}
+
+        trainer = _trainer(setting, self, collate)
+        fresh = spec.init_from is None
+        references["train"] = _reference_logps(setting, "train", trainer, data.train, np.unique(plan.rows_SR), fresh)
+        if data.eval is not None:
+            references["eval"] = _reference_logps(setting, "eval", trainer, data.eval, np.arange(len(data.eval)), fresh)
+
+        def evaluate() -> Mapping[str, float]:
+            assert data.eval is not None, "asked where the spec has data.eval"
+            return held_out(trainer, self, data.eval, references["eval"], data.pad_id, micro_batch)
+
+        return BuiltTrainer(strip_callbacks(trainer), evaluate, (_saved(setting),))
 
 
 @dataclass(frozen=True)
@@ -223,7 +130,7 @@ class PairRows:
         """sha256 hex over both sides."""
         return hashlib.sha256((self.chosen.digest() + self.rejected.digest()).encode()).hexdigest()
 
-    def collate(self, indices: Sequence[int], pad_id: int) -> "dict[str, torch.Tensor]":
+    def collate(self, indices: Sequence[int], pad_id: int) -> dict[str, torch.Tensor]:
         """TRL's form: ids, attention and completion mask (2B, T), first all chosen ones, then all rejected ones."""
         import torch
 
@@ -240,7 +147,7 @@ class PairRows:
         }
 
 
-def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+def read_pairs(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     """The pairs of which both conversations fit. Raises DataError, StorageError."""
     uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
     assert uri is not None, "asked for a part that the spec has"
@@ -304,3 +211,138 @@ def _pairs(
 
 def _short(text: Any) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _trainer(setting: TrainerContext, objective: DpoSpec, collate: Any) -> Any:
+    from peft import PeftModel
+    from trl import DPOConfig, DPOTrainer
+
+    from graftwork.compat.hf import takes_token_rows, without_reference_pass
+    from graftwork.training.objectives.trainer import arguments, without_history
+
+    peft = isinstance(setting.model, PeftModel)
+    trainer_class = without_history(without_reference_pass(takes_token_rows(DPOTrainer)))
+    trainer = trainer_class(
+        model=setting.model,
+        args=DPOConfig(
+            **arguments(setting),
+            beta=objective.beta,
+            loss_type=[objective.loss],
+            label_smoothing=objective.label_smoothing,
+            max_length=None,
+            precompute_ref_log_probs=not peft,  # else TRL 1.16 loads the base a second time, by its name
+        ),
+        train_dataset=setting.dataset(),
+        data_collator=collate,
+        processing_class=setting.tokenizer(),
+        callbacks=[setting.callback],
+    )
+    if peft:
+        trainer.model.delete_adapter("ref")  # TRL's copy of what training begins from
+    trainer.precompute_ref_logps = True
+    return trainer
+
+
+def _reference_of(reference_N2: NDArray[np.float32], rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {key: torch.from_numpy(reference_N2[rows, side]) for side, key in enumerate(SIDES)}
+
+
+def _reference_logps(
+    setting: TrainerContext, name: str, trainer: Any, rows: Rows, used_U: NDArray[np.int64], base_alone: bool
+) -> NDArray[np.float32]:
+    """The reference's log-likelihoods of both answers (N, 2): computed, or those of the run that goes on."""
+    from peft import PeftModel
+
+    run, key = setting.job.run, f"{name}-{REFERENCE_FILE}"
+    known = _read(run, key, trainer)
+    if known is not None:
+        return known
+    off = trainer.model.disable_adapter() if base_alone and isinstance(trainer.model, PeftModel) else None
+    with off or contextlib.nullcontext():
+        found = answer_logps(trainer, rows, used_U, setting.job.data.pad_id, setting.job.spec.optim.rows_per_pass)
+    if run is not None and trainer.accelerator.process_index == 0:
+        run.store.write_json(found.tolist(), *run.file(key))
+    return found
+
+
+def _read(run: RunPaths | None, key: str, trainer: Any) -> NDArray[np.float32] | None:
+    """What an earlier attempt of this run computed; rank 0 looks, so that all ranks do alike."""
+    import torch
+
+    there = run is not None and trainer.accelerator.process_index == 0 and run.store.exists(*run.file(key))
+    seen = trainer.accelerator.reduce(torch.tensor([float(there)], device=trainer.accelerator.device), reduction="sum")
+    if run is None or not seen.item():
+        return None
+    return np.array(run.store.read_json(*run.file(key)), dtype=np.float32)
+
+
+def answer_logps(trainer: Any, rows: Rows, used_U: NDArray[np.int64], pad_id: int, micro: int) -> NDArray[np.float32]:
+    """Log-likelihoods (N, 2) of the answers of the used pairs by the model as it is, the same on all ranks."""
+    import torch
+
+    from graftwork.training.objectives.trainer import share
+
+    accelerator = trainer.accelerator
+    sums = torch.zeros((len(rows), 2), device=accelerator.device)
+    trainer.model.eval()
+    with torch.no_grad():
+        for places in share(rows.lengths_N[used_U], micro, accelerator.process_index, accelerator.num_processes):
+            chosen = used_U[np.asarray(places)].tolist()
+            inputs = {key: value.to(accelerator.device) for key, value in rows.collate(chosen, pad_id).items()}
+            mask = inputs.pop("completion_mask")
+            labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
+            with accelerator.autocast():
+                output = trainer.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
+            width = labels.shape[1] - 1  # a trained prefix puts positions before the row's own
+            sums[chosen] = output.log_probs[:, -width:].sum(dim=1).float().view(2, -1).T
+    trainer.model.train()
+    found: NDArray[np.float32] = accelerator.reduce(sums, reduction="sum").cpu().numpy()
+    return found
+
+
+def held_out(
+    trainer: Any, objective: DpoSpec, rows: Any, reference_N2: NDArray[np.float32], pad_id: int, micro: int
+) -> Mapping[str, float]:
+    """Loss, accuracy (the chosen answer's reward is the higher one), margin and rewards over all pairs."""
+    import torch
+
+    policy_N2 = answer_logps(trainer, rows, np.arange(len(rows)), pad_id, micro)
+    ratios_N2 = torch.from_numpy(policy_N2 - reference_N2).double()
+    lengths_N2 = torch.from_numpy(np.stack([rows.chosen.scored_N, rows.rejected.scored_N], axis=1))
+    rewards_N2 = objective.beta * ratios_N2
+    chosen, rejected = rewards_N2.unbind(1)
+    return {
+        "loss": pair_losses(objective, ratios_N2, lengths_N2).mean().item(),
+        "accuracy": (chosen > rejected).double().mean().item(),
+        "margin": (chosen - rejected).mean().item(),
+        "rewards/chosen": chosen.mean().item(),
+        "rewards/rejected": rejected.mean().item(),
+    }
+
+
+def pair_losses(objective: DpoSpec, ratios_N2: torch.Tensor, lengths_N2: torch.Tensor) -> torch.Tensor:
+    """Loss of each pair from the log ratios of policy to reference: TRL's formulas, which its step keeps to itself."""
+    import torch
+
+    beta, smoothing = objective.beta, objective.label_smoothing
+    delta_N = ratios_N2[:, 0] - ratios_N2[:, 1]
+    logsigmoid = torch.nn.functional.logsigmoid
+    if objective.loss == "hinge":
+        return torch.relu(1 - beta * delta_N)
+    if objective.loss == "ipo":
+        means_N2 = ratios_N2 / lengths_N2
+        return (means_N2[:, 0] - means_N2[:, 1] - 1 / (2 * beta)) ** 2
+    swapped_N = -smoothing * logsigmoid(-beta * delta_N)
+    return (-(1 - smoothing) * logsigmoid(beta * delta_N) - swapped_N) / (1 - 2 * smoothing)
+
+
+def _saved(setting: TrainerContext) -> str:
+    """How many forward passes the reference took, in pairs."""
+    spec, data, plan = setting.job.spec, setting.job.data, setting.plan
+    held = 0 if data.eval is None else len(data.eval)
+    every = setting.job.eval_every or spec.eval_every
+    evaluations = plan.steps // every + (plan.steps % every > 0)
+    once, beside = len(np.unique(plan.rows_SR)) + held, plan.rows_SR.size + held * evaluations
+    return f"reference: {once} pairs scored once, {beside} would be beside the policy"

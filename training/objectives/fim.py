@@ -1,49 +1,151 @@
 """Infilling: documents cut into prefix, middle and suffix, the middle moved behind both (arXiv 2207.14255)."""
 
+from __future__ import annotations
+
 import hashlib
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from graftwork.base import load as base_model
+from graftwork.config import Spec
 from graftwork.errors import ConfigError
-from graftwork.prompts.template import Template
-from graftwork.training.objectives import sft
-from graftwork.training.objectives.cpt import Document, document_keys, end_token, fingerprint, read_documents
+from graftwork.training.objectives.cpt import (
+    Document,
+    check_plain_text,
+    document_keys,
+    end_token,
+    fingerprint,
+    read_documents,
+)
+from graftwork.training.objectives.protocol import Packing, Part, Traits, check_generates, check_packing
 from graftwork.training.objectives.row_cache import TokenRows
 from graftwork.training.objectives.rows import (
     AnsweredRows,
-    Part,
     ReadPart,
     format_row_count,
     nothing_left,
     pack_rows,
     too_long,
 )
-from graftwork.training.objectives.text_spec import FimSpec, SentinelSpec
-from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext, held_out_answers
-from graftwork.training.spec import TrainSpec
+from graftwork.training.objectives.sft import sft_trainer
 
-# Infilling: the trainer of `sft` on rearranged documents; held-out middles are generated before and after.
-
-
-def build(setting: TrainerContext) -> BuiltTrainer:
-    """Next-token loss on documents with their middle moved to the end; held-out: loss, exact match, edit similarity."""
-    training, data, tokenizer = sft.build(setting), setting.job.data, setting.tokenizer()
-    objective = setting.job.spec.objective
-    assert isinstance(objective, FimSpec)
-
-    def evaluate() -> Mapping[str, float]:
-        assert isinstance(data.eval, AnsweredRows), "what rows.fim gives for held-out documents"
-        answers = held_out_answers(training.trainer, data.eval, tokenizer, data.pad_id, objective.eval_tokens)
-        return {**training.evaluate(), **answers}
-
-    return BuiltTrainer(training.trainer, evaluate, evaluate_first=True)
+if TYPE_CHECKING:
+    from graftwork.prompts.template import Template
+    from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
+    from graftwork.training.spec import TrainSpec
 
 
-# Which tokens stand before prefix, suffix and middle: the base's own, reserved ones that are named, or added rows.
+class SentinelSpec(Spec):
+    """The three tokens that stand before prefix, suffix and middle."""
+
+    prefix: str | None = None
+    """A special token of the tokenizer that nothing else uses; its row is trained. All three, or none."""
+    suffix: str | None = None
+    middle: str | None = None
+    tokens: Literal["auto", "existing", "add"] = "auto"
+    """existing: named ones, or those that the base was taught. add: rows behind the tokenizer's last, trained with the
+    adapter; `base.extra_tokens` makes room. auto: existing, else add."""
+
+    @property
+    def names(self) -> tuple[str, str, str] | None:
+        """The named tokens."""
+        given = (self.prefix, self.suffix, self.middle)
+        return (given[0], given[1], given[2]) if given[0] and given[1] and given[2] else None
+
+    @model_validator(mode="after")
+    def _three(self) -> Self:
+        given = [name for name in (self.prefix, self.suffix, self.middle) if name is not None]
+        if given and len(set(given)) < 3:
+            raise ValueError("sentinels: name three different tokens (prefix, suffix, middle), or none")
+        if given and self.tokens == "add":
+            raise ValueError("sentinels: names can't take effect with tokens=add: an added row has no name")
+        return self
+
+
+class FimSpec(Spec):
+    """Infilling: a document becomes prefix, suffix and middle (Bavarian et al. 2022, arXiv 2207.14255)."""
+
+    kind: Literal["fim"] = "fim"
+    cut: Literal["characters", "line"] = "characters"
+    """Where the middle begins and ends. characters: at two random ones, as in the paper. line: it is one whole line."""
+    rate: float = Field(default=0.9, gt=0, le=1)
+    """Share of the documents that are cut; the others stay whole, so that writing on is not forgotten."""
+    spm_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the cut ones laid out suffix-prefix-middle; the others are prefix-suffix-middle."""
+    loss_on: Literal["all", "middle"] = "all"
+    """all: every token but the sentinels. middle: what is to be filled in, and its end."""
+    packing: Packing = "none"
+    sentinels: SentinelSpec = SentinelSpec()
+    end_token: str | None = None
+    """Special token behind the middle; null takes the pretraining's (`<|endoftext|>` or its kin), else eos_token."""
+    eval_tokens: int = Field(default=48, ge=1)
+    """Most tokens generated for a held-out middle, which is one line."""
+
+    @property
+    def traits(self) -> Traits:
+        """Facts that the loop and the plan read."""
+        return Traits(packing=self.packing, conversations=False, adds_up=False)
+
+    def check(self, run: TrainSpec) -> None:
+        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
+        check_packing(run, self.packing)
+        if run.data.eval is not None:
+            check_generates(run, "data.eval with objective.kind=fim")
+        check_plain_text(run, self.kind)
+
+    def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+        """The documents that fit. Raises DataError, ConfigError (no sentinels, an adapter that can't train them)."""
+        uri, limit = (
+            (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
+        )
+        assert uri is not None, "asked for a part that the spec has"
+        rows = int(base_model.resolve(spec.base).config["vocab_size"])
+        sentinels = sentinels_of(self.sentinels, template, rows)
+        if sentinels.train:
+            _require_trainable(spec, sentinels)
+        layout = Layout(template, sentinels, end_token(template, self.end_token)[1], self.loss_on == "all")
+        keys = document_keys()
+        documents, _ = read_documents(uri, limit=limit, keys=keys)
+        warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
+        made, dropped = [], 0
+        for number, document in enumerate(documents, start=1):
+            ids, trained, start = _row(document, layout, self, spec.seed, part)
+            if len(ids) > spec.max_length:
+                dropped += 1
+                if spec.on_overlong == "refuse":
+                    raise too_long(spec, part, number, document.id, len(ids))
+                continue
+            made.append((ids, trained, start))
+        if not made:
+            raise nothing_left(spec, part, dropped)
+        token_rows = TokenRows.from_pairs([(ids, trained) for ids, trained, _ in made])
+        how = "their rows are trained" if sentinels.train else "the base knows them"
+        about = f"{format_row_count(documents, 'document')}; sentinels {sentinels.names}: {how}"
+        train_ids = sentinels.ids if sentinels.train else ()
+        if part == "eval":
+            starts = np.array([start for _, _, start in made], dtype=np.int64)
+            held = AnsweredRows(token_rows.ids_T, token_rows.trained_T, token_rows.offsets_N1, starts)
+            return ReadPart(held, dropped, fingerprint(documents), (about,), train_ids, warnings, contents)
+        found, packing = pack_rows(token_rows, self.packing, spec.max_length)
+        return ReadPart(found, dropped, fingerprint(documents), (about, *packing), train_ids, warnings, contents)
+
+    def build(self, setting: TrainerContext) -> BuiltTrainer:
+        """Build the trainer on rearranged documents; held-out: loss, exact match, edit similarity."""
+        from graftwork.training.objectives.trainer import BuiltTrainer, held_out_answers
+
+        training, data, tokenizer = sft_trainer(setting), setting.job.data, setting.tokenizer()
+
+        def evaluate() -> Mapping[str, float]:
+            assert isinstance(data.eval, AnsweredRows), "the rows that `read` returns for held-out documents"
+            answers = held_out_answers(training.trainer, data.eval, tokenizer, data.pad_id, self.eval_tokens)
+            return {**training.evaluate(), **answers}
+
+        return BuiltTrainer(training.trainer, evaluate, evaluate_first=True)
 
 
 FAMILIES = (
@@ -143,43 +245,6 @@ class Layout:
         trained = [self.loss_on_all and token not in self.sentinels.ids for token in before]
         trained[0] = False
         return [*before, *middle, self.end], [*trained, *[True] * (len(middle) + 1)], len(before)
-
-
-def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
-    """The documents that fit. Raises DataError, ConfigError (no sentinels, an adapter that can't train them)."""
-    objective = spec.objective
-    assert isinstance(objective, FimSpec)
-    uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
-    assert uri is not None, "asked for a part that the spec has"
-    rows = int(base_model.resolve(spec.base).config["vocab_size"])
-    sentinels = sentinels_of(objective.sentinels, template, rows)
-    if sentinels.train:
-        _require_trainable(spec, sentinels)
-    layout = Layout(template, sentinels, end_token(template, objective.end_token)[1], objective.loss_on == "all")
-    keys = document_keys()
-    documents, _ = read_documents(uri, limit=limit, keys=keys)
-    warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
-    made, dropped = [], 0
-    for number, document in enumerate(documents, start=1):
-        ids, trained, start = _row(document, layout, objective, spec.seed, part)
-        if len(ids) > spec.max_length:
-            dropped += 1
-            if spec.on_overlong == "refuse":
-                raise too_long(spec, part, number, document.id, len(ids))
-            continue
-        made.append((ids, trained, start))
-    if not made:
-        raise nothing_left(spec, part, dropped)
-    token_rows = TokenRows.from_pairs([(ids, trained) for ids, trained, _ in made])
-    how = "their rows are trained" if sentinels.train else "the base knows them"
-    about = f"{format_row_count(documents, 'document')}; sentinels {sentinels.names}: {how}"
-    train_ids = sentinels.ids if sentinels.train else ()
-    if part == "eval":
-        starts = np.array([start for _, _, start in made], dtype=np.int64)
-        held = AnsweredRows(token_rows.ids_T, token_rows.trained_T, token_rows.offsets_N1, starts)
-        return ReadPart(held, dropped, fingerprint(documents), (about,), train_ids, warnings, contents)
-    found, packing = pack_rows(token_rows, objective.packing, spec.max_length)
-    return ReadPart(found, dropped, fingerprint(documents), (about, *packing), train_ids, warnings, contents)
 
 
 def cut_anywhere(text: str, rng: np.random.Generator) -> tuple[str, str, str]:

@@ -1,143 +1,88 @@
-"""Reward models: TRL's RewardTrainer (Bradley-Terry) on pairs that are already token ids, and what they are asked."""
+"""Reward models: TRL's RewardTrainer (Bradley-Terry) on pairs that are already token ids."""
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
-import torch
-from peft import PeftModel
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast
-from trl import RewardConfig, RewardTrainer
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from graftwork.artifacts import publish as artifact
-from graftwork.base import load as base_model
-from graftwork.base.load import ResolvedBase
-from graftwork.compat.hf import takes_token_rows
-from graftwork.errors import BaseModelError
-from graftwork.quantization.spec import QuantSpec
-from graftwork.storage.store import Store
-from graftwork.training.objectives.row_cache import TokenRows
-from graftwork.training.objectives.spec import RewardSpec
-from graftwork.training.objectives.trainer import (
-    BuiltTrainer,
-    TrainerContext,
-    arguments,
-    share,
-    strip_callbacks,
-    without_history,
-)
-from graftwork.training.rewards import scoring_adapter
+from pydantic import Field
 
-# A head that gives an answer one number, on the base as it is loaded for any run: a reward model's form.
+from graftwork.adapters.spec import kinds_with
+from graftwork.config import Spec
+from graftwork.training.objectives.dpo import read_pairs
+from graftwork.training.objectives.protocol import Part, Traits, check_pairs
+
+if TYPE_CHECKING:
+    import torch
+
+    from graftwork.prompts.template import Template
+    from graftwork.training.objectives.rows import ReadPart
+    from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
+    from graftwork.training.spec import TrainSpec
 
 
-_QUANTISED = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
-"""Marks of a quantised model that PEFT and the trainer look for."""
+class RewardSpec(Spec):
+    """A reward model of `chosen` and `rejected` answers: Bradley-Terry."""
 
+    kind: Literal["reward"] = "reward"
+    centre: float = Field(default=0.0, ge=0)
+    """Pull of the rewards' mean towards 0: this times (chosen + rejected) squared (arXiv 2312.09244); 0.01 is usual."""
 
-class ScoreHead(torch.nn.Linear):
-    """Hidden state -> reward, in its own fp32 whatever the base computes in."""
+    @property
+    def traits(self) -> Traits:
+        """Facts that the loop and the plan read."""
+        return Traits(sequences=2, head="reward", conversations=False, reward_head=True, adds_up=False)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., 1)."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(hidden.to(self.weight.dtype))
+    def check(self, run: TrainSpec) -> None:
+        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
+        check_pairs(run, self.kind)
+        if not run.adapter.trains_score_head:
+            raise ValueError(
+                f"adapter.kind={run.adapter.kind} with objective.kind={self.kind}: a reward model is a "
+                f"{kinds_with('trains_score_head')} adapter with a score head"
+            )
 
+    def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+        """Read the pairs of which both conversations fit. Raises DataError, StorageError."""
+        return read_pairs(spec, template, part)
 
-def add_reward_head(model: Any) -> Any:
-    """transformers' sequence classifier of one label around the same layers; the language head is left behind.
+    def build(self, setting: TrainerContext) -> BuiltTrainer:
+        """A scalar head and adapter learned from the setting's pairs."""
+        from trl import RewardConfig, RewardTrainer
 
-    It gives the reward of the last token that the attention mask shows. transformers takes the last one that is not the
-    padding token, and in ChatML that token ends the answer as well. Draws the head from torch's global generator.
-    Raises BaseModelError for an architecture without a classifier.
-    """
-    config = copy.deepcopy(model.config)
-    config.num_labels = 1
-    known = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    classifier: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)] if known else None
-    if classifier is None or classifier.base_model_prefix != model.base_model_prefix:
-        raise BaseModelError(
-            f"objective.kind=reward on {type(model).__name__}",
-            "transformers has no sequence classifier of this architecture",
-            "a reward model is a sequence classifier of one label",
-            "take another base, or a reward function (objective.kind=grpo)",
+        from graftwork.compat.hf import takes_token_rows
+        from graftwork.training.objectives.trainer import BuiltTrainer, arguments, strip_callbacks, without_history
+
+        spec, data = setting.job.spec, setting.job.data
+        micro_batch = spec.optim.rows_per_pass
+
+        def collate(batch: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+            rows = setting.collate(batch)
+            return {key: rows[key] for key in ("input_ids", "attention_mask")}
+
+        trainer = without_history(takes_token_rows(RewardTrainer))(
+            model=setting.model,
+            args=RewardConfig(**arguments(setting), max_length=None, center_rewards_coefficient=self.centre or None),
+            train_dataset=setting.dataset(),
+            data_collator=collate,
+            processing_class=setting.tokenizer(),
+            callbacks=[setting.callback],
         )
-    with torch.device("meta"):  # its layers are those of `model`
-        scorer = _pooled_by_mask(classifier)(config)
-    setattr(scorer, classifier.base_model_prefix, getattr(model, model.base_model_prefix))
-    embedding = model.get_input_embeddings().weight
-    scorer.score = ScoreHead(config.get_text_config().hidden_size, 1, bias=False, device=embedding.device)
-    torch.nn.init.normal_(scorer.score.weight, std=0.02)
-    for mark in _QUANTISED:
-        if hasattr(model, mark):
-            setattr(scorer, mark, getattr(model, mark))
-    return scorer
 
+        def evaluate() -> Mapping[str, float]:
+            assert data.eval is not None, "asked where the spec has data.eval"
+            return held_out(trainer, self, data.eval, data.pad_id, micro_batch)
 
-def _pooled_by_mask(classifier: Any) -> Any:
-    class RewardHeadModel(classifier):  # type: ignore[misc]  # transformers is untyped here
-        """The classifier, its score taken where the attention mask ends."""
-
-        def forward(
-            self,
-            input_ids: torch.Tensor,
-            attention_mask: torch.Tensor,
-            inputs_embeds: None = None,
-            labels: None = None,
-            output_attentions: None = None,
-            output_hidden_states: None = None,
-            return_dict: None = None,
-            use_cache: bool = False,
-        ) -> Any:
-            """Rewards as `logits` (B, 1) of rows padded on the right. What PEFT hands on beside the rows is None."""
-            hidden_BTH = self.base_model(input_ids, attention_mask=attention_mask, use_cache=use_cache)[0]
-            last_B = attention_mask.sum(dim=1) - 1
-            rows_B = torch.arange(len(last_B), device=last_B.device)
-            return SequenceClassifierOutputWithPast(logits=self.score(hidden_BTH[rows_B, last_B]))
-
-    return RewardHeadModel
-
-
-Scorer = Callable[[list[list[int]]], list[float]]
-"""Token ids of conversations that end with an answer -> their rewards."""
-
-SCORED_AT_ONCE = 8
-
-
-class RewardPairTrainer(without_history(takes_token_rows(RewardTrainer))):  # type: ignore[misc]  # trl has no types
-    """RewardTrainer that takes rows of token ids."""
-
-
-def build(setting: TrainerContext) -> BuiltTrainer:
-    """A scalar head and adapter learned from the setting's pairs."""
-    spec, data = setting.job.spec, setting.job.data
-    objective, micro_batch = spec.objective, spec.optim.rows_per_pass
-    assert isinstance(objective, RewardSpec), "registered for this kind"
-
-    def collate(batch: list[dict[str, int]]) -> dict[str, torch.Tensor]:
-        rows = setting.collate(batch)
-        return {key: rows[key] for key in ("input_ids", "attention_mask")}
-
-    trainer = RewardPairTrainer(
-        model=setting.model,
-        args=RewardConfig(**arguments(setting), max_length=None, center_rewards_coefficient=objective.centre or None),
-        train_dataset=setting.dataset(),
-        data_collator=collate,
-        processing_class=setting.tokenizer(),
-        callbacks=[setting.callback],
-    )
-
-    def evaluate() -> Mapping[str, float]:
-        assert data.eval is not None, "asked where the spec has data.eval"
-        return held_out(trainer, objective, data.eval, data.pad_id, micro_batch)
-
-    return BuiltTrainer(strip_callbacks(trainer), evaluate)
+        return BuiltTrainer(strip_callbacks(trainer), evaluate)
 
 
 def held_out(trainer: Any, objective: RewardSpec, rows: Any, pad_id: int, micro: int) -> Mapping[str, float]:
     """Loss, accuracy (the chosen answer has the higher reward), margin and mean reward over all pairs."""
+    import torch
+
+    from graftwork.training.objectives.reward_head import rewards_of
+    from graftwork.training.objectives.trainer import share
+
     accelerator = trainer.accelerator
     sums_N2 = torch.zeros((len(rows), 2), device=accelerator.device)
     trainer.model.eval()
@@ -155,37 +100,3 @@ def held_out(trainer: Any, objective: RewardSpec, rows: Any, pad_id: int, micro:
         "margin": (chosen - rejected).mean().item(),
         "mean_reward": ((chosen + rejected) / 2).mean().item(),
     }
-
-
-@torch.no_grad()
-def rewards_of(model: Any, rows: TokenRows, indices: Sequence[int], pad_id: int) -> torch.Tensor:
-    """Rewards (B) of these rows by the model as it is."""
-    inputs, device = rows.collate(indices, pad_id), next(model.parameters()).device
-    masked = {key: inputs[key].to(device) for key in ("input_ids", "attention_mask")}
-    scores: torch.Tensor = model(**masked).logits[:, 0].float()
-    return scores
-
-
-def load_scorer(root: str, ref: str, base: ResolvedBase, quant: QuantSpec, device: str = "cpu") -> Scorer:
-    """A published reward model (`task@alias`), on a base of its own in this process.
-
-    Raises ArtifactError: no such adapter, one of another base, one that is no reward model.
-    """
-    store = Store(root)
-    manifest = scoring_adapter(store, ref, base)
-    loaded = base_model.load(base, quant, device=device, purpose="train")
-    model = PeftModel.from_pretrained(
-        add_reward_head(loaded.model), artifact.fetch(store, manifest.task, manifest.version)
-    )
-    model.eval()
-    pad_id = base_model.template(base).pad_id
-
-    def score(conversations: list[list[int]]) -> list[float]:
-        rows = TokenRows.from_pairs([(ids, [False] * len(ids)) for ids in conversations])
-        rewards = np.zeros(len(rows))
-        with torch.autocast(device.partition(":")[0], dtype=loaded.dtype, enabled=device != "cpu"):
-            for places in share(rows.lengths_N, SCORED_AT_ONCE, 0, 1):
-                rewards[list(places)] = rewards_of(model, rows, places, pad_id).cpu().numpy()
-        return [float(reward) for reward in rewards]
-
-    return score

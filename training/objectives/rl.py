@@ -1,39 +1,41 @@
-"""TRL's GRPOTrainer and RLOOTrainer on our rows: their advantages and losses, our prompts, answers and rewards.
+"""Reinforcement learning by GRPO or RLOO: prompts with their rewards, and TRL's trainers on them.
 
-Not taken from TRL: tokenising (prompts come as ids from `chat.render`), generating (`rollout.py` says why), and, on a
-CPU, its fused head, which scores the prompts' positions too (see objectives/sft.py).
+Not taken from TRL: tokenising (prompts come as ids from `chat.render`), generating (`rl_rollout.py` has the reason),
+and, on a CPU, its fused head, which scores the prompts' positions too (see objectives/sft.py).
 """
 
+from __future__ import annotations
+
+import hashlib
+from array import array
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
-from datasets import Dataset
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
-from transformers import PrinterCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from graftwork.compat.hf import own_rollouts, step_figures
-from graftwork.training.objectives.rl_rollout import (
-    PromptRows,
-    RewardScorer,
-    RolloutSampling,
-    evaluated,
-    sample,
-    trl_reward,
-)
-from graftwork.training.objectives.row_cache import IGNORED
-from graftwork.training.objectives.spec import RlSpec
-from graftwork.training.objectives.trainer import (
-    BuiltTrainer,
-    TrainerContext,
-    arguments,
-    trained_logits,
-    without_history,
-)
-from graftwork.training.step_plan import StepPlan
-from graftwork.training.warm_start import adapter_folder
+from graftwork import retrieval
+from graftwork.config import Spec
+from graftwork.datasets import rows as data
+from graftwork.datasets.rows import DatasetRow
+from graftwork.prompts import render as chat
+from graftwork.training.objectives.protocol import Part, Traits
+from graftwork.training.objectives.row_cache import IGNORED, TokenRows
+from graftwork.training.objectives.rows import ReadPart, nothing_left, read_prompt, too_long
+from graftwork.training.rewards import AnyReward, RewardFunctionSpec, check_rows, load_rewards
+
+if TYPE_CHECKING:
+    import torch
+    from trl import GRPOConfig, RLOOConfig
+
+    from graftwork.prompts.template import Template
+    from graftwork.training.objectives.rl_rollout import RolloutSampling
+    from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
+    from graftwork.training.spec import TrainSpec
+    from graftwork.training.step_plan import StepPlan
 
 REFERENCE = "ref"
 """TRL's name of the adapter that the reference answers with; without one the reference is the base."""
@@ -52,8 +54,238 @@ FIGURES = frozenset(
 """TRL's figures of a step that are kept, those of each reward beside them."""
 
 
+class RlSpec(Spec):
+    """Reinforcement learning from rewards on sampled answers: GRPO (arXiv 2402.03300) or RLOO (arXiv 2402.14740).
+
+    A row is a prompt: `optim.rows_per_step` prompts a step, `optim.micro_batch` prompts with all their answers a pass.
+    """
+
+    kind: Literal["grpo", "rloo"]
+    generations: int = Field(default=4, ge=2, le=64)
+    """Answers to each prompt: what one answer is worth is told by the others."""
+    max_new_tokens: int = Field(default=128, ge=1, le=8192)
+    """An answer that has not ended by then is cut, and counted as clipped."""
+    temperature: float = Field(default=1.0, gt=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that hold this share."""
+    beta: float = Field(default=0.04, ge=0)
+    """Strength of the pull towards the reference: the adapter that training began from, or the base. 0: none."""
+    epsilon: float = Field(default=0.2, gt=0, lt=1)
+    """How far one update may move the likelihood of an answer before its gradient is cut: takes effect with
+    `iterations` above 1."""
+    iterations: int = Field(default=1, ge=1, le=16)
+    """Optimizer steps on the same answers."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """What rewards above the mean are divided by: the spread within a prompt's answers, that of the step, or nothing.
+    null: group for grpo, none for rloo."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo"] | None = None
+    """How tokens are averaged (grpo alone): over all tokens of the step (dapo, what null takes), each answer first
+    (grpo), by `max_new_tokens` (dr_grpo, arXiv 2503.20783), within a pass (bnpo)."""
+    rewards: tuple[RewardFunctionSpec, ...]
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if self.kind == "rloo" and self.loss_type is not None:
+            raise ValueError(f"loss_type={self.loss_type} is grpo's: rloo weighs whole answers")
+        if self.kind == "rloo" and self.scale_rewards == "group":
+            raise ValueError("scale_rewards=group is grpo's: rloo takes batch or none")
+        if not self.rewards:
+            raise ValueError("rewards is empty: name at least one, for example json")
+        labels = [reward.label or reward.name for reward in self.rewards]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"two rewards are called {twice[0]!r}: give one of them a `label`")
+        return self
+
+    @property
+    def traits(self) -> Traits:
+        """Facts that the loop and the plan read."""
+        return Traits(sequences=self.generations, samples_answers=True, steps_per_batch=self.iterations)
+
+    def check(self, run: TrainSpec) -> None:
+        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
+        adapter, where = run.adapter, f"objective.kind={self.kind}"
+        if adapter.virtual_tokens or adapter.trains_base:
+            sampled = "its answers are sampled from a cache"
+            why = sampled if adapter.virtual_tokens else "its reference is the frozen base"
+            raise ValueError(f"{where} does not train adapter.kind={adapter.kind}: {why}; use lora, ia3 or bottleneck")
+        if adapter.input_dropout:
+            raise ValueError(
+                f"{where} with adapter.dropout={adapter.input_dropout:g}: an answer's likelihood would differ from "
+                "one pass to the next; set adapter.dropout=0"
+            )
+        if run.strategy.kind != "ddp":
+            raise ValueError(
+                f"{where} with strategy.kind={run.strategy.kind}: every worker samples answers from a whole "
+                "model; set strategy.kind=ddp, and quant.kind=nf4 where it must be smaller"
+            )
+        if self.max_new_tokens >= run.max_length:
+            raise ValueError(
+                f"objective.max_new_tokens={self.max_new_tokens} leaves a prompt no room in "
+                f"max_length={run.max_length}: prompt and answer share it"
+            )
+        if run.checkpoint_every % self.iterations:
+            raise ValueError(
+                f"checkpoint_every={run.checkpoint_every} must be a multiple of objective.iterations="
+                f"{self.iterations}: sampled answers are not kept in a checkpoint"
+            )
+
+    def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+        """The prompts that leave room for an answer. Raises DataError, StorageError, ConfigError (rewards)."""
+        uri, limit = (
+            (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
+        )
+        assert uri is not None, "asked for a part that the spec has"
+        rewards = load_rewards(self.rewards, spec)
+        keys = data.key_check("prompt")
+        raw = data.read_rows(uri, limit=limit, need="prompt", keys=keys)
+        contents, (prompt, shots) = array("q", [hash(row.question) for row in raw]), read_prompt(spec, part)
+        check_rows(rewards, self.rewards, raw)
+        rendered, left_out = _rendered(spec, template, prompt, raw, spec.seed if part == "train" else spec.seed + 1)
+        room = spec.max_length - self.max_new_tokens
+        fitting = [place for place, ids in enumerate(rendered) if len(ids) <= room]
+        for place, ids in enumerate(rendered):
+            if len(ids) > room and spec.on_overlong == "refuse":
+                tokens = len(ids) + self.max_new_tokens
+                raise too_long(spec, part, place + 1, raw[place].id, tokens)
+        if not fitting:
+            raise nothing_left(spec, part, len(raw))
+        return ReadPart(
+            PromptRows(
+                TokenRows.from_pairs([(rendered[place], [False] * len(rendered[place])) for place in fitting]),
+                tuple(raw[place] for place in fitting),
+                rewards,
+                self.generations,
+                self.max_new_tokens,
+                data.fingerprint(raw),
+            ),
+            len(raw) - len(fitting),
+            data.fingerprint(raw),
+            _notes(spec, left_out),
+            warnings=(*keys.note(f"data.{part}"), *shots),
+            contents=contents,
+        )
+
+    def build(self, setting: TrainerContext) -> BuiltTrainer:
+        """GRPO or RLOO on the setting's prompts, and what greedy answers to the held-out ones are worth."""
+        from datasets import Dataset
+        from transformers import PrinterCallback
+        from trl import GRPOTrainer, RLOOTrainer
+
+        from graftwork.training.objectives.rl_rollout import RewardScorer, RolloutSampling, evaluated, trl_reward
+        from graftwork.training.objectives.trainer import BuiltTrainer
+
+        rows = setting.job.data.train
+        assert isinstance(rows, PromptRows)
+        scorer = RewardScorer.load(rows.rewards, setting)
+        grpo = self.kind == "grpo"
+        trainer = on_rows(GRPOTrainer if grpo else RLOOTrainer)(
+            model=setting.model,
+            args=_grpo_config(setting, self) if grpo else _rloo_config(setting, self),
+            reward_funcs=[trl_reward(scorer, place, rows) for place in range(len(rows.rewards))],
+            train_dataset=Dataset.from_list([{"prompt": one} for one in prompts_of(setting.plan, self.iterations)]),
+            processing_class=setting.tokenizer(),
+            callbacks=[setting.callback],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.rows, trainer.eos_token_ids = rows, sorted(scorer.template.stop_ids)
+        trainer.sampling = RolloutSampling(
+            self.max_new_tokens,
+            scorer.template.stop_ids,
+            scorer.template.pad_id,
+            self.temperature,
+            self.top_p,
+        )
+        _set_reference(setting)
+        return BuiltTrainer(trainer, lambda: evaluated(trainer, scorer, setting))
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Prompts and what their answers are rewarded by. N prompts."""
+
+    prompts: TokenRows
+    rows: tuple[DatasetRow, ...]
+    """What each prompt came from, in the same order."""
+    rewards: tuple[AnyReward, ...]
+    generations: int
+    max_new_tokens: int
+    raw: str
+    """Digest of the raw rows: gold is part of what is learned from."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths_N(self) -> NDArray[np.int64]:
+        """Most tokens of each prompt with all its answers."""
+        return self.generations * (self.prompts.lengths_N + self.max_new_tokens)
+
+    @property
+    def scored_N(self) -> NDArray[np.int64]:
+        """Most tokens of the answers to each prompt."""
+        return np.full(len(self), self.generations * self.max_new_tokens, dtype=np.int64)
+
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        """Most tokens of a prompt with one answer."""
+        return self.prompts.lengths_N + self.max_new_tokens
+
+    def ids(self, index: int) -> list[int]:
+        """Ids of one prompt."""
+        ids: list[int] = self.prompts.row(index)[0].tolist()
+        return ids
+
+    def digest(self) -> str:
+        """sha256 hex over the prompts, the raw rows, and the rewards with their schemas and pinned models."""
+        parts = (self.prompts.digest(), self.raw, *(reward.content for reward in self.rewards))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def collate(self, indices: Sequence[int], pad_id: int) -> dict[str, torch.Tensor]:
+        """Input ids and attention mask (B, T), padded on the left, so that answers begin in one column."""
+        import torch
+
+        width = int(max(self.prompts.lengths_N[i] for i in indices))
+        ids_BT = torch.full((len(indices), width), pad_id, dtype=torch.long)
+        mask_BT = torch.zeros((len(indices), width), dtype=torch.long)
+        for place, index in enumerate(indices):
+            ids = torch.tensor(self.ids(int(index)))
+            ids_BT[place, width - len(ids) :] = ids
+            mask_BT[place, width - len(ids) :] = 1
+        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+
+def _rendered(
+    spec: TrainSpec, template: Template, prompt: chat.Prompt, rows: Sequence[DatasetRow], seed: int
+) -> tuple[list[tuple[int, ...]], int]:
+    """Ids of each prompt, and how many passages had no room."""
+    context, left_out = spec.data.context, 0
+    passages = retrieval.training_context(context, seed) if context else None
+    rendered = []
+    for row in rows:
+        found, without = chat.fit_passages(
+            passages(row) if passages else (), template, prompt, context.context_tokens if context else None
+        )
+        left_out += len(without)
+        rendered.append(chat.render(row.question, template, prompt=prompt, context=found, generate=True).ids)
+    return rendered, left_out
+
+
+def _notes(spec: TrainSpec, left_out: int) -> tuple[str, ...]:
+    if not left_out or spec.data.context is None:
+        return ()
+    return (
+        f"{left_out} passages left out (no room in data.context.context_tokens={spec.data.context.context_tokens})",
+    )
+
+
 def on_rows(trainer_class: type[Any]) -> type[Any]:
     """TRL's trainer with our prompts, answers and figures."""
+
+    import torch
+
+    from graftwork.compat.hf import own_rollouts, step_figures
+    from graftwork.training.objectives.rl_rollout import sample
+    from graftwork.training.objectives.trainer import without_history
 
     class OnRows(without_history(own_rollouts(trainer_class))):  # type: ignore[misc]  # trl has no types
         rows: PromptRows
@@ -103,38 +335,14 @@ def on_rows(trainer_class: type[Any]) -> type[Any]:
     return OnRows
 
 
-def build(setting: TrainerContext) -> BuiltTrainer:
-    """GRPO or RLOO on the setting's prompts, and what greedy answers to the held-out ones are worth."""
-    objective, rows = setting.job.spec.objective, setting.job.data.train
-    assert isinstance(objective, RlSpec)
-    assert isinstance(rows, PromptRows)
-    scorer = RewardScorer.load(rows.rewards, setting)
-    grpo = objective.kind == "grpo"
-    trainer = on_rows(GRPOTrainer if grpo else RLOOTrainer)(
-        model=setting.model,
-        args=_grpo_config(setting, objective) if grpo else _rloo_config(setting, objective),
-        reward_funcs=[trl_reward(scorer, place, rows) for place in range(len(rows.rewards))],
-        train_dataset=Dataset.from_list([{"prompt": one} for one in prompts_of(setting.plan, objective.iterations)]),
-        processing_class=setting.tokenizer(),
-        callbacks=[setting.callback],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.rows, trainer.eos_token_ids = rows, sorted(scorer.template.stop_ids)
-    trainer.sampling = RolloutSampling(
-        objective.max_new_tokens,
-        scorer.template.stop_ids,
-        scorer.template.pad_id,
-        objective.temperature,
-        objective.top_p,
-    )
-    _set_reference(setting)
-    return BuiltTrainer(trainer, lambda: evaluated(trainer, scorer, setting))
-
-
 def answer_logps(
     model: Any, head: torch.nn.Module, ids_BT: torch.Tensor, mask_BT: torch.Tensor, answer: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log probabilities and entropies (B, answer) of the last `answer` tokens; 0 where the mask is."""
+    import torch
+
+    from graftwork.training.objectives.trainer import trained_logits
+
     labels_BT = ids_BT.masked_fill(mask_BT == 0, IGNORED)
     labels_BT[:, :-answer] = IGNORED
     positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
@@ -151,6 +359,8 @@ def answer_logps(
 
 def _shared_config(setting: TrainerContext, objective: RlSpec) -> dict[str, Any]:
     """What both configs have. A pass takes whole prompts: their answers stay together, on one worker."""
+    from graftwork.training.objectives.trainer import arguments
+
     shared = arguments(setting)
     shared["per_device_train_batch_size"] *= objective.generations
     return {
@@ -168,6 +378,8 @@ def _shared_config(setting: TrainerContext, objective: RlSpec) -> dict[str, Any]
 
 
 def _grpo_config(setting: TrainerContext, objective: RlSpec) -> GRPOConfig:
+    from trl import GRPOConfig
+
     return GRPOConfig(
         **_shared_config(setting, objective),
         scale_rewards=objective.scale_rewards or "group",
@@ -176,6 +388,8 @@ def _grpo_config(setting: TrainerContext, objective: RlSpec) -> GRPOConfig:
 
 
 def _rloo_config(setting: TrainerContext, objective: RlSpec) -> RLOOConfig:
+    from trl import RLOOConfig
+
     return RLOOConfig(**_shared_config(setting, objective), normalize_advantages=objective.scale_rewards == "batch")
 
 
@@ -199,6 +413,11 @@ def _set_reference(setting: TrainerContext) -> None:
 
     TRL copies the adapter as it is now, which after a resume is not what training began from.
     """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from graftwork.training.warm_start import adapter_folder
+
     model = setting.model
     if REFERENCE in model.peft_config:
         model.delete_adapter(REFERENCE)

@@ -1,7 +1,12 @@
-"""Prompts to be answered: rendered by `chat.render`, retrieved passages among them, each with what it is scored by."""
+"""Answers sampled from the trained model in one batch, each by its own numbers, on a cache; and their rewards.
 
-import hashlib
-from array import array
+A prompt is computed once for all its answers, and a finished answer leaves the batch. transformers' `generate` computes
+prompts once an answer, computes finished rows to the end, and draws from one global generator, so that an answer would
+depend on its neighbours: on the number of workers, and on whether the run was resumed.
+
+Legend: P prompts, C answers a prompt, B = P·C rows not yet finished, T tokens so far, V vocabulary.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -10,150 +15,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from graftwork import retrieval
 from graftwork.base import load as base_model
-from graftwork.datasets import rows as data
-from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import GraftworkError
-from graftwork.prompts import render as chat
 from graftwork.prompts.template import Template
-from graftwork.training.objectives.reward import load_scorer
-from graftwork.training.objectives.row_cache import TokenRows
-from graftwork.training.objectives.rows import Part, ReadPart, nothing_left, read_prompt, too_long
-from graftwork.training.objectives.spec import RlSpec
+from graftwork.training.objectives.reward_head import load_scorer
+from graftwork.training.objectives.rl import PromptRows
 from graftwork.training.objectives.trainer import TrainerContext, share
-from graftwork.training.rewards import AnyReward, ModelReward, Reward, check_rows, checked, load_rewards, total
-from graftwork.training.spec import TrainSpec
+from graftwork.training.rewards import AnyReward, ModelReward, Reward, checked, total
 
-
-@dataclass(frozen=True)
-class PromptRows:
-    """Prompts and what their answers are rewarded by. N prompts."""
-
-    prompts: TokenRows
-    rows: tuple[DatasetRow, ...]
-    """What each prompt came from, in the same order."""
-    rewards: tuple[AnyReward, ...]
-    generations: int
-    max_new_tokens: int
-    raw: str
-    """Digest of the raw rows: gold is part of what is learned from."""
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def lengths_N(self) -> NDArray[np.int64]:
-        """Most tokens of each prompt with all its answers."""
-        return self.generations * (self.prompts.lengths_N + self.max_new_tokens)
-
-    @property
-    def scored_N(self) -> NDArray[np.int64]:
-        """Most tokens of the answers to each prompt."""
-        return np.full(len(self), self.generations * self.max_new_tokens, dtype=np.int64)
-
-    @property
-    def widths_N(self) -> NDArray[np.int64]:
-        """Most tokens of a prompt with one answer."""
-        return self.prompts.lengths_N + self.max_new_tokens
-
-    def ids(self, index: int) -> list[int]:
-        """Ids of one prompt."""
-        ids: list[int] = self.prompts.row(index)[0].tolist()
-        return ids
-
-    def digest(self) -> str:
-        """sha256 hex over the prompts, the raw rows, and the rewards with their schemas and pinned models."""
-        parts = (self.prompts.digest(), self.raw, *(reward.content for reward in self.rewards))
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-    def collate(self, indices: Sequence[int], pad_id: int) -> "dict[str, torch.Tensor]":
-        """Input ids and attention mask (B, T), padded on the left, so that answers begin in one column."""
-        import torch
-
-        width = int(max(self.prompts.lengths_N[i] for i in indices))
-        ids_BT = torch.full((len(indices), width), pad_id, dtype=torch.long)
-        mask_BT = torch.zeros((len(indices), width), dtype=torch.long)
-        for place, index in enumerate(indices):
-            ids = torch.tensor(self.ids(int(index)))
-            ids_BT[place, width - len(ids) :] = ids
-            mask_BT[place, width - len(ids) :] = 1
-        return {"input_ids": ids_BT, "attention_mask": mask_BT}
-
-
-def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
-    """The prompts that leave room for an answer. Raises DataError, StorageError, ConfigError (rewards)."""
-    objective = spec.objective
-    assert isinstance(objective, RlSpec)
-    uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
-    assert uri is not None, "asked for a part that the spec has"
-    rewards = load_rewards(objective.rewards, spec)
-    keys = data.key_check("prompt")
-    raw = data.read_rows(uri, limit=limit, need="prompt", keys=keys)
-    contents, (prompt, shots) = array("q", [hash(row.question) for row in raw]), read_prompt(spec, part)
-    check_rows(rewards, objective.rewards, raw)
-    rendered, left_out = _rendered(spec, template, prompt, raw, spec.seed if part == "train" else spec.seed + 1)
-    room = spec.max_length - objective.max_new_tokens
-    fitting = [place for place, ids in enumerate(rendered) if len(ids) <= room]
-    for place, ids in enumerate(rendered):
-        if len(ids) > room and spec.on_overlong == "refuse":
-            tokens = len(ids) + objective.max_new_tokens
-            raise too_long(spec, part, place + 1, raw[place].id, tokens)
-    if not fitting:
-        raise nothing_left(spec, part, len(raw))
-    return ReadPart(
-        PromptRows(
-            TokenRows.from_pairs([(rendered[place], [False] * len(rendered[place])) for place in fitting]),
-            tuple(raw[place] for place in fitting),
-            rewards,
-            objective.generations,
-            objective.max_new_tokens,
-            data.fingerprint(raw),
-        ),
-        len(raw) - len(fitting),
-        data.fingerprint(raw),
-        _notes(spec, left_out),
-        warnings=(*keys.note(f"data.{part}"), *shots),
-        contents=contents,
-    )
-
-
-def _rendered(
-    spec: TrainSpec, template: Template, prompt: chat.Prompt, rows: Sequence[DatasetRow], seed: int
-) -> tuple[list[tuple[int, ...]], int]:
-    """Ids of each prompt, and how many passages had no room."""
-    context, left_out = spec.data.context, 0
-    passages = retrieval.training_context(context, seed) if context else None
-    rendered = []
-    for row in rows:
-        found, without = chat.fit_passages(
-            passages(row) if passages else (), template, prompt, context.context_tokens if context else None
-        )
-        left_out += len(without)
-        rendered.append(chat.render(row.question, template, prompt=prompt, context=found, generate=True).ids)
-    return rendered, left_out
-
-
-def _notes(spec: TrainSpec, left_out: int) -> tuple[str, ...]:
-    if not left_out or spec.data.context is None:
-        return ()
-    return (
-        f"{left_out} passages left out (no room in data.context.context_tokens={spec.data.context.context_tokens})",
-    )
-
-
-# Answers sampled from the model that is trained: in one batch, each by its own numbers, on a cache.
-#
-# A prompt is computed once for all its answers, and a finished answer leaves the batch. transformers' `generate`
-# computes
-# prompts once an answer, computes finished rows to the end, and draws from one global generator, so that an answer
-# would
-# depend on its neighbours: on the number of workers, and on whether the run was resumed.
-#
-# Legend: P prompts, C answers a prompt, B = P·C rows not yet finished, T tokens so far, V vocabulary.
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -251,12 +123,6 @@ def _choose(
     draws_B1 = torch.from_numpy(draws_B).to(logits_BV.device)[:, None] * cumulated_BV[:, -1:]
     places_B1 = torch.searchsorted(cumulated_BV, draws_B1, right=True).clamp(max=logits_BV.shape[-1] - 1)
     return (places_B1 if order_BV is None else order_BV.gather(1, places_B1)).squeeze(1)
-
-
-# Answers -> rewards, in a worker: while training in TRL's form, and of greedy answers to the held-out prompts.
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Token rows that are kept: rendered once, found again by what decided them, and read from disk where they are many.
+"""Token rows, and the cache of rendered rows: found by a digest of their sources, mapped from disk where large.
 
     <cache>/tokens/<key>/{ids.bin, trained.bin, offsets.bin, about.json}
 
@@ -21,9 +21,6 @@ from graftwork.storage.store import Store, cache_root
 
 if TYPE_CHECKING:
     import torch
-
-
-# Rows of token ids laid end to end, and the shape that the loop asks of all kinds of rows.
 
 
 IGNORED = -100  # torch's cross-entropy leaves these targets out

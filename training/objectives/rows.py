@@ -1,4 +1,4 @@
-"""Several documents a row, packed by best fit decreasing; none of them sees another.
+"""Datasets of a run as token rows: reading, packing by best fit decreasing, answered held-out rows.
 
 The model is given positions that begin anew at each document and no attention mask: transformers (5.23,
 masking_utils.find_packed_sequence_indices) then keeps documents apart. With a mask of ones it does not.
@@ -6,11 +6,10 @@ masking_utils.find_packed_sequence_indices) then keeps documents apart. With a m
 
 import bisect
 import hashlib
-import importlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +19,14 @@ from graftwork.datasets import rows as data
 from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import DataError
 from graftwork.prompts.render import Prompt
-from graftwork.prompts.template import Template
 from graftwork.storage.store import Store
+from graftwork.training.objectives.protocol import Packing, Part
 from graftwork.training.objectives.row_cache import IGNORED, KeptRows, Rows, TokenRows
-from graftwork.training.objectives.text_spec import Packing
-from graftwork.training.spec import TrainSpec
 
 if TYPE_CHECKING:
     import torch
 
-
-# Held-out rows whose answers are generated and compared: where each answer begins, and the group that it counts in.
+    from graftwork.training.spec import TrainSpec
 
 
 @dataclass(frozen=True)
@@ -164,12 +160,6 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return [sorted(pack) for pack in packs]
 
 
-# One dataset of a run, rendered: what every kind's `read` gives.
-
-
-Part = Literal["train", "eval"]
-
-
 @dataclass(frozen=True)
 class ReadPart:
     """Rendered rows of one dataset, and what was left out of it."""
@@ -204,7 +194,7 @@ def noted(rows: Iterable[DatasetRow], contents: "array[int]") -> Iterator[Datase
         yield row
 
 
-def read_prompt(spec: TrainSpec, part: Part) -> tuple[Prompt, tuple[str, ...]]:
+def read_prompt(spec: "TrainSpec", part: Part) -> tuple[Prompt, tuple[str, ...]]:
     """The prompt with its worked examples, and the note on keys that were ignored in them, once for the run."""
     keys = data.key_check("train")
     prompt = data.resolve_prompt(spec.prompt, keys)
@@ -216,7 +206,7 @@ def format_row_count(items: Sized, name: str) -> str:
     return f"{len(items)} {name}{'s' * (len(items) != 1)}"
 
 
-def too_long(spec: TrainSpec, part: Part, number: int, row_id: str, tokens: int) -> DataError:
+def too_long(spec: "TrainSpec", part: Part, number: int, row_id: str, tokens: int) -> DataError:
     """The error of a row that `on_overlong: refuse` does not let in."""
     return DataError(
         f"data.{part}={getattr(spec.data, part)}, row {number} (id {row_id})",
@@ -226,7 +216,7 @@ def too_long(spec: TrainSpec, part: Part, number: int, row_id: str, tokens: int)
     )
 
 
-def nothing_left(spec: TrainSpec, part: Part, dropped: int) -> DataError:
+def nothing_left(spec: "TrainSpec", part: Part, dropped: int) -> DataError:
     """The error of a set whose rows are all too long."""
     return DataError(
         f"data.{part}={getattr(spec.data, part)}",
@@ -234,30 +224,6 @@ def nothing_left(spec: TrainSpec, part: Part, dropped: int) -> DataError:
         "at least one row must fit",
         "raise max_length or shorten the rows",
     )
-
-
-# The datasets of a run as token ids: rendered once in the driver, shared by workers and trials.
-
-
-READERS = {
-    "cpt": "graftwork.training.objectives.cpt",
-    "fim": "graftwork.training.objectives.fim",
-    "sft": "graftwork.training.objectives.sft",
-    "dpo": "graftwork.training.objectives.dpo",
-    "reward": "graftwork.training.objectives.dpo",
-    "distill": "graftwork.training.objectives.distill",
-    "grpo": "graftwork.training.objectives.rl_rollout",
-    "rloo": "graftwork.training.objectives.rl_rollout",
-}
-"""The module whose `read` renders the rows of each kind of finetuning."""
-
-
-class Reader(Protocol):
-    """A module of `training.rows`."""
-
-    def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
-        """One dataset of the spec, rendered. Raises DataError, StorageError."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -299,16 +265,15 @@ class PreparedData:
         return replace(self, train=copied(self.train) or self.train, eval=copied(self.eval))
 
 
-def prepare(spec: TrainSpec) -> PreparedData:
+def prepare(spec: "TrainSpec") -> PreparedData:
     """Read, render and check the rows of a spec. Runs in the driver, before any worker starts.
 
     Raises DataError (a bad row, an empty set, a row too long under `on_overlong: refuse`, nothing left to train on,
     held-out rows that are the training rows), BaseModelError, StorageError.
     """
     template = base_model.template(base_model.resolve(spec.base))
-    reader: Reader = importlib.import_module(READERS[spec.objective.kind])
-    train = reader.read(spec, template, "train")
-    held_out = reader.read(spec, template, "eval") if spec.data.eval is not None else None
+    train = spec.objective.read(spec, template, "train")
+    held_out = spec.objective.read(spec, template, "eval") if spec.data.eval is not None else None
     warnings = (*train.warnings, *_few(train), *(_held_out_warnings(spec, train, held_out) if held_out else ()))
     return PreparedData(
         train=train.rows,
@@ -329,7 +294,7 @@ def _few(train: ReadPart) -> tuple[str, ...]:
     return ("data.train: 1 row: every step repeats it, so its loss says nothing about other rows",)
 
 
-def _held_out_warnings(spec: TrainSpec, train: ReadPart, held_out: ReadPart) -> tuple[str, ...]:
+def _held_out_warnings(spec: "TrainSpec", train: ReadPart, held_out: ReadPart) -> tuple[str, ...]:
     """Ignored keys, and held-out rows that are trained on. Raises DataError where both datasets are the same rows."""
     if held_out.is_same(train):
         raise DataError(

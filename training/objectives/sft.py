@@ -1,27 +1,26 @@
-"""Conversations: rendered by `chat.render`, retrieved passages among them where `data.context` asks for them."""
+"""Supervised finetuning on conversations, rendered once with their retrieved passages: spec, rows and trainer."""
+
+from __future__ import annotations
 
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from trl import SFTConfig, SFTTrainer
+from pydantic import Field
 
 from graftwork import retrieval
-from graftwork.config import canonical_json
+from graftwork.config import Spec, canonical_json
 from graftwork.datasets import rows as data
-from graftwork.datasets.row_keys import KeyCheck
 from graftwork.datasets.rows import DatasetRow
 from graftwork.prompts import render as chat
 from graftwork.prompts.render import Passage, Prompt
-from graftwork.prompts.template import Template
+from graftwork.training.objectives.protocol import Packing, Part, Traits, check_generates, check_packing
 from graftwork.training.objectives.row_cache import Rows, RowWriter, kept_rows
 from graftwork.training.objectives.rows import (
     AnsweredRows,
     PackedRows,
-    Part,
     ReadPart,
     answered,
     groups_of,
@@ -31,51 +30,162 @@ from graftwork.training.objectives.rows import (
     read_prompt,
     too_long,
 )
-from graftwork.training.objectives.spec import SftSpec
-from graftwork.training.objectives.trainer import (
-    BuiltTrainer,
-    TrainerContext,
-    arguments,
-    held_out_answers,
-    require_apart,
-    share,
-    strip_callbacks,
-    trained_logits,
-    without_history,
-)
-from graftwork.training.spec import TrainSpec
 
-# TRL's SFTTrainer, fed with rows that are already tokenised.
-#
-# Measured on the 135M base (nf4, LoRA r16 on all linear layers, 2 workers of 1 thread, rows of about 90 tokens, CPU
-# seconds a step): SFTTrainer as it comes 12.5; with adapters kept in fp32 7.2; scoring trained positions alone as well
-# 4.9; a bare PyTorch loop doing the same 4.8.
+if TYPE_CHECKING:
+    from graftwork.datasets.row_keys import KeyCheck
+    from graftwork.prompts.template import Template
+    from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
+    from graftwork.training.spec import TrainSpec
+
+FORM = 2
+"""Version of the rendered rows; raised when the same rows are rendered differently."""
+
+Context = Callable[[DatasetRow], tuple[Passage, ...]]
 
 
-class MaskedSftTrainer(without_history(SFTTrainer)):  # type: ignore[misc]  # trl has no types
-    """SFTTrainer that, on a CPU, sends only trained positions through the output head.
+class AnswersSpec(Spec):
+    """Held-out answers are generated too, greedily, and counted where they are the row's answer to the letter."""
 
-    TRL 1.16 scores every position on devices without Triton (`compact` in trl/trainer/utils.py add_fused_lm_head) and
-    scores them again in the backward pass: with a 49k vocabulary and half of the tokens trained a quarter of the step.
-    On CUDA TRL's own fused head is used.
+    by: tuple[str, ...] = ()
+    """Fields of the rows that part them into groups, each with a share of its own: `[length, depth]`."""
+    max_new_tokens: int = Field(default=32, ge=1)
+    """Most tokens generated for an answer."""
+
+
+class SftSpec(Spec):
+    """Supervised finetuning: the loss falls on the assistant's turns, by the mask of `chat.render`."""
+
+    kind: Literal["sft"] = "sft"
+    packing: Packing = "none"
+    """best_fit: several whole conversations a row, none sees another. No padding, so fewer tokens to compute."""
+    answers: AnswersSpec | None = None
+    """Generate the answers of held-out rows as well, before the first step and at each evaluation."""
+
+    @property
+    def traits(self) -> Traits:
+        """Facts that the loop and the plan read."""
+        return Traits(packing=self.packing)
+
+    def check(self, run: TrainSpec) -> None:
+        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
+        check_packing(run, self.packing)
+        if self.answers is None:
+            return
+        if run.data.eval is None:
+            raise ValueError("objective.answers is set but data.eval is not given, so it cannot take effect")
+        check_generates(run, "objective.answers")
+
+    def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+        """The rows that fit, as ids and loss masks. Raises DataError, StorageError.
+
+        All rows are read and checked each time; they are rendered once, until something
+        changes that decides the outcome.
+        """
+        uri, limit = (
+            (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
+        )
+        assert uri is not None, "asked for a part that the spec has"
+
+        answers = self.answers if part == "eval" else None
+        by = answers.by if answers is not None else ()
+
+        def rows() -> Iterator[DatasetRow]:
+            return data.iter_rows(uri, limit=limit, need="train", keys=data.key_check("train", by))
+
+        keys, contents = data.key_check("train", by), array("q")
+        checked = data.iter_rows(uri, limit=limit, need="train", keys=keys)
+        fingerprint = data.fingerprint(noted(checked, contents))
+        prompt, shots = read_prompt(spec, part)
+        warnings = (*keys.note(f"data.{part}"), *shots)
+        seed = spec.seed if part == "train" else spec.seed + 1
+
+        def render(writer: RowWriter) -> dict[str, Any]:
+            context = retrieval.training_context(spec.data.context, seed) if spec.data.context else _no_context
+            return _render(spec, template, prompt, rows(), context, writer)
+
+        passages = data.passage_keys()
+        found, about = kept_rows(_key(spec, template, prompt, fingerprint, seed, passages), render)
+        warnings += passages.note("data.context.corpus") if part == "train" else ()
+        if about["too_long"] and spec.on_overlong == "refuse":
+            raise too_long(spec, part, *about["too_long"][0])
+        if not len(found):
+            raise nothing_left(spec, part, about["dropped"])
+        notes = _notes(about["left_out"], spec)
+        if answers is not None:
+            names = answers.by
+            groups = groups_of(data.read_fields(uri, names, limit=limit), about["numbers"]) if names else ()
+            return ReadPart(answered(found, groups), about["dropped"], fingerprint, notes, (), warnings, contents)
+        packs, packing = pack_rows(found, self.packing, spec.max_length)
+        return ReadPart(packs, about["dropped"], fingerprint, (*notes, *packing), (), warnings, contents)
+
+    def build(self, setting: TrainerContext) -> BuiltTrainer:
+        """Build a trainer on the rows; held-out rows give the mean loss, and the generated answers where asked for."""
+        return sft_trainer(setting, self.answers)
+
+
+def sft_trainer(setting: TrainerContext, answers: AnswersSpec | None = None) -> BuiltTrainer:
+    """Build the trainer of next-token loss on rows of token ids; objectives with other rows use it too."""
+    from graftwork.training.objectives.trainer import BuiltTrainer, held_out_answers, require_apart, strip_callbacks
+
+    tokenizer = setting.tokenizer()
+    if isinstance(setting.job.data.train, PackedRows):
+        require_apart(setting.model)
+    trainer = trainer_on(setting, masked_sft_trainer(), tokenizer)
+    data, micro_batch = setting.job.data, setting.plan.micro_batch
+
+    def evaluate() -> Mapping[str, float]:
+        assert data.eval is not None, "called where the spec has data.eval"
+        loss = {"loss": held_out_loss(trainer, data.eval, data.pad_id, micro_batch)}
+        if answers is None:
+            return loss
+        assert isinstance(data.eval, AnsweredRows), "the rows that `read` returns where answers are generated"
+        return {**loss, **held_out_answers(trainer, data.eval, tokenizer, data.pad_id, answers.max_new_tokens)}
+
+    return BuiltTrainer(strip_callbacks(trainer), evaluate, evaluate_first=answers is not None)
+
+
+def masked_sft_trainer() -> type[Any]:
+    """TRL's SFTTrainer on rows that are already tokenised, as a class that scores trained positions alone.
+
+    Measured on the 135M base (nf4, LoRA r16 on all linear layers, 2 workers of 1 thread, rows of about 90 tokens, CPU
+    seconds a step): SFTTrainer as it comes 12.5; with adapters in fp32 7.2; scoring trained positions alone as well
+    4.9; a bare PyTorch loop doing the same 4.8.
     """
+    import torch
+    from trl import SFTTrainer
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Summed loss over the step's trained tokens, times the number of processes because DDP averages gradients."""
-        head = self.model.get_output_embeddings()
-        fused = inputs["labels"].is_cuda and isinstance(head, torch.nn.Linear)  # not with trained rows in it
-        if fused or return_outputs or self.aux_loss_enabled:  # TRL adds the router's loss of a base with experts
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logits_NV, targets_N = trained_logits(model, head, inputs)
-        total = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
-        trained = targets_N.numel() if num_items_in_batch is None else num_items_in_batch
-        return total / trained * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+    from graftwork.training.objectives.trainer import trained_logits, without_history
+
+    class MaskedSftTrainer(without_history(SFTTrainer)):  # type: ignore[misc]  # trl has no types
+        """SFTTrainer that, on a CPU, sends only trained positions through the output head.
+
+        TRL 1.16 scores every position on devices without Triton (`compact` in trl/trainer/utils.py add_fused_lm_head)
+        and scores them again in the backward pass: with a 49k vocabulary and half of the tokens trained a quarter of
+        the step. On CUDA TRL's own fused head is used.
+        """
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            """Summed loss over the step's trained tokens, times the number of processes: DDP averages gradients."""
+            head = self.model.get_output_embeddings()
+            fused = inputs["labels"].is_cuda and isinstance(head, torch.nn.Linear)  # not with trained rows in it
+            if fused or return_outputs or self.aux_loss_enabled:  # TRL adds the router's loss of a base with experts
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            logits_NV, targets_N = trained_logits(model, head, inputs)
+            total = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+            trained = targets_N.numel() if num_items_in_batch is None else num_items_in_batch
+            return total / trained * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+
+    return MaskedSftTrainer
 
 
 def trainer_on(setting: TrainerContext, kind: type[Any], tokenizer: Any) -> Any:
-    """A trainer of that class, of SFTTrainer's kind, that takes the setting's rows as they are."""
+    """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids."""
+    from trl import SFTConfig
+
+    from graftwork.training.objectives.trainer import arguments
+
     return kind(
         model=setting.model,
         args=SFTConfig(
@@ -88,89 +198,25 @@ def trainer_on(setting: TrainerContext, kind: type[Any], tokenizer: Any) -> Any:
     )
 
 
-def build(setting: TrainerContext) -> BuiltTrainer:
-    """Supervised finetuning on the setting's rows, and the mean loss of the held-out ones."""
-    tokenizer = setting.tokenizer()
-    if isinstance(setting.job.data.train, PackedRows):
-        require_apart(setting.model)
-    trainer = trainer_on(setting, MaskedSftTrainer, tokenizer)
-    data, micro_batch, objective = setting.job.data, setting.plan.micro_batch, setting.job.spec.objective
-    answers = objective.answers if isinstance(objective, SftSpec) else None
-
-    def evaluate() -> Mapping[str, float]:
-        assert data.eval is not None, "asked where the spec has data.eval"
-        loss = {"loss": held_out_loss(trainer, data.eval, data.pad_id, micro_batch)}
-        if answers is None:
-            return loss
-        assert isinstance(data.eval, AnsweredRows), "what rows.sft gives where answers are asked for"
-        return {**loss, **held_out_answers(trainer, data.eval, tokenizer, data.pad_id, answers.max_new_tokens)}
-
-    return BuiltTrainer(strip_callbacks(trainer), evaluate, evaluate_first=answers is not None)
-
-
-@torch.no_grad()
 def held_out_loss(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> float:
     """Mean loss in nats over the trained tokens of all rows; each process scores its share. Called on all ranks."""
+    import torch
+
+    from graftwork.training.objectives.trainer import share, trained_logits
+
     model, accelerator = trainer.model, trainer.accelerator
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     model.eval()
-    for batch in share(rows.lengths_N, micro_batch, accelerator.process_index, accelerator.num_processes):
-        inputs = {key: value.to(accelerator.device) for key, value in rows.collate(batch, pad_id).items()}
-        with accelerator.autocast():
-            logits_NV, targets_N = trained_logits(model, model.get_output_embeddings(), inputs)
-        sums[0] += torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum").double()
-        sums[1] += targets_N.numel()
+    with torch.no_grad():
+        for batch in share(rows.lengths_N, micro_batch, accelerator.process_index, accelerator.num_processes):
+            inputs = {key: value.to(accelerator.device) for key, value in rows.collate(batch, pad_id).items()}
+            with accelerator.autocast():
+                logits_NV, targets_N = trained_logits(model, model.get_output_embeddings(), inputs)
+            sums[0] += torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum").double()
+            sums[1] += targets_N.numel()
     model.train()
     total, tokens = accelerator.reduce(sums, reduction="sum").tolist()
     return float(total / tokens)
-
-
-FORM = 2
-"""Counted up when the same rows are rendered otherwise than before."""
-
-Context = Callable[[DatasetRow], tuple[Passage, ...]]
-
-
-def read(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
-    """The rows that fit, as ids and loss masks. Raises DataError, StorageError.
-
-    All rows are read and checked each time; they are rendered once, until something changes that decides the outcome.
-    """
-    uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
-    assert isinstance(spec.objective, SftSpec)
-    assert uri is not None, "asked for a part that the spec has"
-
-    answers = spec.objective.answers if part == "eval" else None
-    by = answers.by if answers is not None else ()
-
-    def rows() -> Iterator[DatasetRow]:
-        return data.iter_rows(uri, limit=limit, need="train", keys=data.key_check("train", by))
-
-    keys, contents = data.key_check("train", by), array("q")
-    checked = data.iter_rows(uri, limit=limit, need="train", keys=keys)
-    fingerprint = data.fingerprint(noted(checked, contents))
-    prompt, shots = read_prompt(spec, part)
-    warnings = (*keys.note(f"data.{part}"), *shots)
-    seed = spec.seed if part == "train" else spec.seed + 1
-
-    def render(writer: RowWriter) -> dict[str, Any]:
-        context = retrieval.training_context(spec.data.context, seed) if spec.data.context else _no_context
-        return _render(spec, template, prompt, rows(), context, writer)
-
-    passages = data.passage_keys()
-    found, about = kept_rows(_key(spec, template, prompt, fingerprint, seed, passages), render)
-    warnings += passages.note("data.context.corpus") if part == "train" else ()
-    if about["too_long"] and spec.on_overlong == "refuse":
-        raise too_long(spec, part, *about["too_long"][0])
-    if not len(found):
-        raise nothing_left(spec, part, about["dropped"])
-    notes = _notes(about["left_out"], spec)
-    if answers is not None:
-        names = answers.by
-        groups = groups_of(data.read_fields(uri, names, limit=limit), about["numbers"]) if names else ()
-        return ReadPart(answered(found, groups), about["dropped"], fingerprint, notes, (), warnings, contents)
-    packs, packing = pack_rows(found, spec.objective.packing, spec.max_length)
-    return ReadPart(packs, about["dropped"], fingerprint, (*notes, *packing), (), warnings, contents)
 
 
 def _render(

@@ -1,11 +1,10 @@
-"""What every kind's trainer is built from, and the settings that all of them share."""
+"""Parts of every objective's trainer: its context, arguments, logits of trained positions, generated answers."""
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
 # Logits of the positions that are scored, and of no others.
 #
-# Legend: B rows, T tokens, N scored positions, V vocabulary.
-
-
 def trained_logits(
     model: Any, head: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,9 +43,6 @@ def trained_logits(
     finally:
         hook.remove()
     return output.logits, labels_BT[:, 1:][keep_BT[:, :-1]]
-
-
-# Held-out answers generated greedily and compared with the right ones, on all ranks together.
 
 
 BATCH = 8
@@ -117,9 +110,6 @@ def edit_similarity(said: str, right: str) -> float:
 
 def _until(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
-
-
-# Whether a model keeps the documents of a packed row apart: tried on it, because nothing in its config says so.
 
 
 @torch.no_grad()
@@ -258,46 +248,17 @@ def strip_callbacks(trainer: Any) -> Any:
     return trainer
 
 
-# Trainers of each kind of finetuning: TRL's, fed with the rows of `training.rows`, on steps that the plan orders.
-#
-# The only folder that imports trl. A kind is a module with `build(setting) -> Training`.
-
-
-BUILDERS = {
-    "cpt": "graftwork.training.objectives.cpt",
-    "fim": "graftwork.training.objectives.fim",
-    "sft": "graftwork.training.objectives.sft",
-    "dpo": "graftwork.training.objectives.dpo",
-    "reward": "graftwork.training.objectives.reward",
-    "distill": "graftwork.training.objectives.distill",
-    "grpo": "graftwork.training.objectives.rl",
-    "rloo": "graftwork.training.objectives.rl",
-}
-
-
-class Builder(Protocol):
-    """A module of this folder."""
-
-    def build(self, setting: TrainerContext) -> BuiltTrainer:
-        """A trainer that takes the plan's steps in order and writes `folder/checkpoint-STEP` when told to."""
-        ...
-
-
 def build(setting: TrainerContext) -> BuiltTrainer:
     """The trainer of the setting's kind; imports trl (5 to 10 s). The adapter's weights stay as they came: in fp32.
 
     TRL 1.16 casts adapters on a quantised base to bf16. Without bf16 units that makes a step 1.7 times as long, and
     small updates are lost in 8 bits of mantissa. fp32 is PEFT's default; on CUDA autocast multiplies in bf16.
     """
-    builder: Builder = importlib.import_module(BUILDERS[setting.job.spec.objective.kind])
     kept = [(parameter, parameter.data) for parameter in setting.model.parameters() if parameter.requires_grad]
-    training = builder.build(setting)
+    training = setting.job.spec.objective.build(setting)
     for parameter, data in kept:
         parameter.data = data
     return training
-
-
-# Held-out rows dealt to the ranks.
 
 
 def share(lengths_N: "NDArray[np.int64]", micro: int, rank: int, world: int) -> list[Sequence[int]]:

@@ -1,4 +1,4 @@
-"""The real step on tensors without memory: the model's own code, PEFT's and autograd's, with every storage counted.
+"""Oracle of the memory model: a real training step on tensors without memory, with every storage counted.
 
 The base is built on the meta device and its tensors are made anew under PyTorch's FakeTensorMode, which knows shapes
 and no values; a dispatch mode outside of it adds up the bytes of live storages, as the allocator of a GPU rounds them.

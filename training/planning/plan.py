@@ -1,4 +1,4 @@
-"""A short roofline: seconds of a training step from its operations and bytes, on this machine's cores or on a GPU."""
+"""Plan of a training run: seconds of a step by a roofline model, memory, automatic values, suggested changes."""
 
 import math
 from collections.abc import Iterator
@@ -250,9 +250,6 @@ def _nothing_fits(
     )
 
 
-# A run of `train`: memory of a worker, seconds of a step and of the whole.
-
-
 def plan_training(
     spec: TrainSpec,
     model: ModelShape,
@@ -309,9 +306,6 @@ def _warnings(spec: TrainSpec, machine: Machine) -> Iterator[str]:
         yield f"quant.kind={spec.quant.kind} {spec.quant.method.training_advice}"
     if machine.gpu is not None and not machine.gpu.has_bf16:
         yield f"{machine.gpu.name} (SM {machine.gpu.sm}) has no bfloat16: computes in float32, twice the memory"
-
-
-# Changes of a training spec that need less memory, the cheapest first.
 
 
 MOST_WORKERS = 64

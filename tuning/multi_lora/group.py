@@ -8,9 +8,9 @@ from graftwork.adapters.lora import LoraSpec
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.planning.memory import FP32, MemoryPlan, RowSizes, frozen_bytes
+from graftwork.training.objectives.cpt import CptSpec
 from graftwork.training.objectives.rows import PreparedData
-from graftwork.training.objectives.spec import SftSpec
-from graftwork.training.objectives.text_spec import CptSpec
+from graftwork.training.objectives.sft import SftSpec
 from graftwork.training.planning.memory import ALLOCATOR_SHARE, Pass, micro_batch, pass_of, predict_training
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.finals import knows_all

@@ -138,7 +138,8 @@ def test_publishing_on_a_full_filesystem_is_a_storage_error_and_nothing_is_visib
     folder, mount = write_adapter(tmp_path / "large", hidden=4096), tmp_path / "small"
     mount.mkdir()
     inside = (
-        "from graftwork.artifacts.manifest import aliases\nfrom graftwork.artifacts.registry import list_adapters\nfrom graftwork.storage.store import Store\n"
+        "from graftwork.artifacts.manifest import aliases\n"
+        "from graftwork.artifacts.registry import list_adapters\nfrom graftwork.storage.store import Store\n"
         "from tests.process_races import outcome, start\n"
         f"store = Store({str(mount)!r})\n"
         f"answer = outcome(start(('publish', store.uri, 'support', {str(folder)!r}, 'latest')))\n"

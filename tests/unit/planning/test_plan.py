@@ -318,7 +318,7 @@ def test_plan_output_and_report_show_one_prediction(tmp_path: Path, monkeypatch:
     report = TrainReport(
         "r", "t@v", "v", False, 1, 48, 0, 10, 1.0, 10.0, ((1, 1.0),), (), (predicted // 2, predicted + 2**28), (0, 0)
     )
-    page, missing = write_page(run.paths, run.spec, report, None)
+    page, missing = write_page(run.paths, run.spec, report, None, ())
     assert missing == ()
     shown = json.loads(Path(page.json_uri).read_text(encoding="utf-8"))["plan"]
     assert [(row["predicted_bytes"], row["actual_bytes"]) for row in shown] == [(predicted, predicted + 2**28)]

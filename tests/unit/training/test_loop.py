@@ -63,7 +63,7 @@ def test_scoring_trained_positions_alone_equals_trl(folder: Path, kind: str) -> 
     inputs = data.train.collate([0, 1, 2, 3], data.pad_id)
     trained = (inputs["labels"][:, 1:] != -100).sum()
     ours = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=trained)
-    plain = super(sft.MaskedSftTrainer, trainer).compute_loss(trainer.model, dict(inputs), num_items_in_batch=trained)
+    plain = super(type(trainer), trainer).compute_loss(trainer.model, dict(inputs), num_items_in_batch=trained)
     assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
     ours_by_name, plain_by_name = gradients(trainer, ours), gradients(trainer, plain)
     assert len(ours_by_name) == 2 * 7 * 2, "A and B on seven linear layers of two blocks"

@@ -15,8 +15,16 @@ from graftwork import plugins
 from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import ConfigError, DataError
 from graftwork.prompts.render import Message
-from graftwork.training.objectives.spec import BUILT_IN, RewardFunctionSpec
-from graftwork.training.rewards import GROUP, BadReward, Reward, check_rows, load_rewards, total
+from graftwork.training.rewards import (
+    BUILT_IN,
+    GROUP,
+    BadReward,
+    Reward,
+    RewardFunctionSpec,
+    check_rows,
+    load_rewards,
+    total,
+)
 from graftwork.training.spec import TrainSpec
 
 SPECS: TypeAdapter[tuple[RewardFunctionSpec, ...]] = TypeAdapter(tuple[RewardFunctionSpec, ...])

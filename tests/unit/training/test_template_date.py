@@ -30,7 +30,7 @@ from graftwork.training.loop import run_steps
 from graftwork.training.publish import publish
 from graftwork.training.run import ResolvedRun, _job, _write_facts, run_paths
 from graftwork.training.spec import TrainSpec
-from graftwork.training.worker_messages import LoopResult, StepReport
+from graftwork.training.worker_messages import LoopResult, StepReport, read_steps
 from tests import engines
 from tests.adapters import facts
 from tests.replicas import arm, replica_of
@@ -125,10 +125,10 @@ def test_a_killed_run_goes_on_the_next_day(spec: TrainSpec, tmp_path: Path, monk
     assert steps[0] > 4, "it began behind the checkpoint"
 
 
-def trained(spec: TrainSpec) -> tuple[ResolvedRun, LoopResult]:
+def trained(spec: TrainSpec) -> tuple[ResolvedRun, LoopResult, list[StepReport]]:
     run = ResolvedRun.resolve(spec)
     _write_facts(run)
-    return run, run_steps(_job(run, None), lambda _: True)
+    return run, run_steps(_job(run, None), lambda _: True), read_steps(run.paths)
 
 
 def test_the_manifest_of_an_adapter_names_the_day(spec: TrainSpec) -> None:

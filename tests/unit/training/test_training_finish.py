@@ -13,6 +13,7 @@ from graftwork.storage.store import Store
 from graftwork.training.loop import run_steps
 from graftwork.training.run import ResolvedRun, _job, _publish_result, _write_facts, _write_status, train
 from graftwork.training.spec import TrainSpec
+from graftwork.training.worker_messages import read_steps
 from tests.tiny import VOCAB_SIZE, write_tiny_tokenizer
 from tests.training import task
 
@@ -22,7 +23,7 @@ def publish(spec: TrainSpec) -> ResolvedRun:
     run = ResolvedRun.resolve(spec).with_auto_resolved()
     _write_facts(run)
     result = run_steps(_job(run, None), report=lambda _: True)
-    _write_status(run, "finished", report=_publish_result(run, result).as_dict())
+    _write_status(run, "finished", report=_publish_result(run, result, read_steps(run.paths)).as_dict())
     return run
 
 

@@ -179,7 +179,7 @@ def test_the_image_has_the_dependences_and_the_extras_that_are_asked_for(extras:
 def test_the_image_has_what_offloading_to_nvme_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training names the packages that it lacks; the Dockerfile installs them."""
     from graftwork.errors import ConfigError
-    from graftwork.training import spec_rules as strategy_rules
+    from graftwork.training import strategies as strategy_rules
     from graftwork.training.spec import TrainSpec
 
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)

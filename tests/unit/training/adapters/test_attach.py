@@ -28,7 +28,7 @@ from graftwork.training.publish import PublishedModel, publish
 from graftwork.training.run import ResolvedRun, run_paths
 from graftwork.training.spec import TrainSpec
 from graftwork.training.warm_start import parent_of
-from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob
+from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob, read_steps
 from tests import engines
 from tests.adapters import facts
 from tests.training import task
@@ -207,7 +207,7 @@ def test_an_adapter_on_top_of_another_is_published_as_their_sum(
     result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
     assert result.train_loss[0][1] < whole.train_loss[-1][1] + 0.8, "it begins where the one below ended"
     run.paths.store.write_json({"seed": 0}, *run.paths.provenance())
-    made = publish(run, result)
+    made = publish(run, result, read_steps(run.paths))
     manifest = resolve(run.paths.store, made.adapter or "")
     assert (manifest.method["rank"], manifest.merged_from) == (8, (ref,))
     assert artifact_ancestry.tree(run.paths.store, manifest)["made"].endswith(f"on top of {ref}")
@@ -251,7 +251,7 @@ def full(folder: Path) -> tuple[ResolvedRun, LoopResult, PublishedModel]:
     run = ResolvedRun.resolve(spec)
     result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
     run.paths.store.write_json({"seed": 0}, *run.paths.provenance())
-    return run, result, publish(run, result)
+    return run, result, publish(run, result, read_steps(run.paths))
 
 
 def test_all_weights_learn_and_become_a_base(
@@ -266,7 +266,7 @@ def test_all_weights_learn_and_become_a_base(
     base = base_model.resolve(BaseSpec(uri=made.base or ""))
     assert base.digest == found.digest
     assert base_model.template(base).digest == base_model.template(run.base).digest
-    assert publish(run, result) == made, "again is the same"
+    assert publish(run, result, read_steps(run.paths)) == made, "again is the same"
 
 
 def test_a_published_base_is_served_and_trained_on(

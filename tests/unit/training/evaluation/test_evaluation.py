@@ -22,7 +22,7 @@ from graftwork.report import ReportInput, render_html
 from graftwork.report.evaluation_schema import Change, Level, OutcomesReport, PairedTest
 from graftwork.report.views import format_count
 from graftwork.stats import Floats
-from graftwork.training.evaluation import questions as instructions
+from graftwork.training.evaluation import items as instructions
 from graftwork.training.evaluation import report as record
 from graftwork.training.evaluation.questions import Probe, probes_of
 from graftwork.training.evaluation.rebase import TaskScores, curve_report, curve_specs
@@ -33,7 +33,7 @@ from graftwork.training.loop import run_steps
 from graftwork.training.report import TrainReport, sentence, train_run
 from graftwork.training.run import ResolvedRun, _publish_result
 from graftwork.training.spec import TrainSpec
-from graftwork.training.worker_messages import TrainJob
+from graftwork.training.worker_messages import TrainJob, read_steps
 from tests.training import pair_task, task
 
 CHOICES: list[dict[str, Any]] = [
@@ -431,7 +431,7 @@ def test_held_out_rows_that_are_too_long_are_counted(tmp_path: Path) -> None:
     assert run.data.left_out(asked.max_length) == "3 of 10 held-out rows left out: longer than max_length=512"
     result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
     run.paths.store.write_json(provenance.collect(0), *run.paths.provenance())
-    report = _publish_result(run, result)
+    report = _publish_result(run, result, read_steps(run.paths))
     assert (report.eval_rows, report.dropped_eval_rows, report.dropped_rows) == (7, 3, 0)
     assert set(report.eval_metrics) == {"accuracy", "margin", "rewards/chosen", "rewards/rejected"}
     assert "of 7 pairs, where chance is 0.50" in report.held_out

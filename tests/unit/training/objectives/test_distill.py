@@ -22,7 +22,7 @@ from graftwork.storage.store import RunPaths, Store
 from graftwork.training.adapters.attach import attach
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.loop import plan_of, run_steps
-from graftwork.training.objectives.distill import TaughtTrainer, _prompt
+from graftwork.training.objectives.distill import _prompt
 from graftwork.training.objectives.row_cache import TokenRows
 from graftwork.training.objectives.rows import PreparedData, prepare
 from graftwork.training.objectives.trainer import TrainerContext, build, trained_logits
@@ -80,7 +80,7 @@ def student(folder: Path, **changes: Any) -> TrainSpec:
     return lesson_of(folder, **{"name": "student", "objective": objective, **changes})
 
 
-def trainer_of(spec: TrainSpec, folder: Path) -> TaughtTrainer:
+def trainer_of(spec: TrainSpec, folder: Path) -> Any:
     job, base = TrainJob(spec, prepare(spec)), base_model.resolve(spec.base)
     set_seed(0)
     model = attach(base_model.load(base, spec.quant, device="cpu", purpose="train").model, spec.adapter)
@@ -88,9 +88,7 @@ def trainer_of(spec: TrainSpec, folder: Path) -> TaughtTrainer:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    trainer: TaughtTrainer = build(
-        TrainerContext(job, plan_of(job, 1), base, model, folder / "out", TrainerCallback())
-    ).trainer
+    trainer: Any = build(TrainerContext(job, plan_of(job, 1), base, model, folder / "out", TrainerCallback())).trainer
     return trainer
 
 

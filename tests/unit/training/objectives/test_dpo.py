@@ -17,9 +17,8 @@ from graftwork.storage.store import RunPaths, Store
 from graftwork.training.adapters.attach import attach
 from graftwork.training.loop import plan_of, run_steps
 from graftwork.training.objectives import dpo
-from graftwork.training.objectives.dpo import PairRows
+from graftwork.training.objectives.dpo import DpoSpec, PairRows
 from graftwork.training.objectives.rows import prepare
-from graftwork.training.objectives.spec import DpoSpec
 from graftwork.training.objectives.trainer import TrainerContext, build
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport, TrainJob

@@ -22,7 +22,7 @@ from graftwork.training.adapters.attach import attach
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.loop import plan_of, run_steps
 from graftwork.training.objectives.dpo import PairRows
-from graftwork.training.objectives.reward import add_reward_head, load_scorer, rewards_of
+from graftwork.training.objectives.reward_head import add_reward_head, load_scorer, rewards_of
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.objectives.trainer import TrainerContext, build
 from graftwork.training.spec import TrainSpec

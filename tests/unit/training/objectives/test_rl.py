@@ -19,9 +19,9 @@ from graftwork.storage.store import RunPaths, Store
 from graftwork.training.adapters.attach import attach
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.loop import plan_of, run_steps
-from graftwork.training.objectives.reward import load_scorer
-from graftwork.training.objectives.rl import prompts_of
-from graftwork.training.objectives.rl_rollout import PromptRows, RewardScorer, RolloutSampling, sample
+from graftwork.training.objectives.reward_head import load_scorer
+from graftwork.training.objectives.rl import PromptRows, prompts_of
+from graftwork.training.objectives.rl_rollout import RewardScorer, RolloutSampling, sample
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.objectives.trainer import TrainerContext, build
 from graftwork.training.rewards import GROUP, BadReward

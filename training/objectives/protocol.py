@@ -1,0 +1,120 @@
+"""Contract of an objective: the methods of its spec class, and the facts of it that the loop and the plan read.
+
+An objective is one file with such a class, and one entry in the union of `objectives/spec.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from graftwork.base.spec import BaseSpec
+    from graftwork.prompts.template import Template
+    from graftwork.quantization.spec import QuantSpec
+    from graftwork.training.objectives.rows import ReadPart
+    from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
+    from graftwork.training.spec import TrainSpec
+
+Part = Literal["train", "eval"]
+"""A dataset of a run."""
+Packing = Literal["none", "best_fit"]
+"""none: a row a document. best_fit: several whole documents a row of up to `max_length`; none sees another."""
+
+
+@dataclass(frozen=True)
+class SecondModel:
+    """A frozen model that a worker loads next to the trained one; null is the run's own base or quantisation."""
+
+    base: BaseSpec | None
+    quant: QuantSpec | None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Facts of an objective. A pass is one forward pass of one worker."""
+
+    sequences: int = 1
+    """Sequences that a pass computes for each row."""
+    head: Literal["logits", "fused", "fused_trained", "reward"] = "logits"
+    """Output head on a CPU. logits: whole logits of the trained positions. fused: tiles of logits at every position.
+    fused_trained: tiles at the trained positions. reward: one number a sequence."""
+    packing: Packing = "none"
+    samples_answers: bool = False
+    """Answers are sampled from the trained model during training, with a KV cache."""
+    steps_per_batch: int = 1
+    """Optimizer steps that learn from the same rows."""
+    second_model: SecondModel | None = None
+    conversations: bool = True
+    """A row is a conversation; the finished model's answers to held-out rows can be generated and scored."""
+    reward_head: bool = False
+    """The model has a reward head in place of its language head."""
+    adds_up: bool = True
+    """Nothing but the adapter's weights is trained, so that the sum with another adapter is the whole result."""
+
+
+class Objective(Protocol):
+    """Methods of an objective's spec class. Importing its file loads neither torch nor TRL: the methods do."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the objective in a spec."""
+        ...
+
+    @property
+    def traits(self) -> Traits:
+        """Facts that the loop and the plan read."""
+        ...
+
+    def check(self, run: TrainSpec) -> None:
+        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
+        ...
+
+    def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
+        """Render one dataset of the run. Runs in the driver. Raises DataError, StorageError."""
+        ...
+
+    def build(self, setting: TrainerContext) -> BuiltTrainer:
+        """Build a trainer that takes the plan's steps in order. Runs in a worker."""
+        ...
+
+
+def check_packing(run: TrainSpec, packing: Packing) -> None:
+    """Raise ValueError where rows of several documents cannot be trained."""
+    if packing != "none" and run.adapter.virtual_tokens:
+        raise ValueError(
+            f"objective.packing={packing} can't go with adapter.kind={run.adapter.kind}: it would come before the "
+            "first document of a row alone. Set objective.packing=none"
+        )
+
+
+def check_generates(run: TrainSpec, key: str) -> None:
+    """Raise ValueError where a worker that generates answers does not have all weights. key: what asks for answers."""
+    if run.strategy.kind in ("zero3", "fsdp2"):
+        raise ValueError(
+            f"{key} can't go with strategy.kind={run.strategy.kind}: each worker generates answers by itself, which "
+            "needs all weights. Leave it out, or set strategy.kind=zero2"
+        )
+
+
+def check_no_zero3(run: TrainSpec, kind: str) -> None:
+    """Raise ValueError for ZeRO-3 with an objective that needs a second model, a head or a reference."""
+    if run.strategy.kind == "zero3":
+        raise ValueError(
+            f"strategy.kind=zero3 can't go with objective.kind={kind}: a second model, a head or a reference is needed "
+            "while the weights are in pieces. Set strategy.kind=fsdp2 or zero2"
+        )
+
+
+def check_pairs(run: TrainSpec, kind: str) -> None:
+    """Raise ValueError for keys that cannot be combined with pairs of answers, or have no effect on them."""
+    check_no_zero3(run, kind)
+    if run.data.context is not None:
+        raise ValueError(
+            f"data.context can't take effect with objective.kind={kind}: put the passages into the rows' prompts"
+        )
+    if run.adapter.input_dropout:
+        raise ValueError(
+            f"adapter.dropout={run.adapter.input_dropout:g} can't take effect with objective.kind={kind}: two answers "
+            "are compared by the same weights, so TRL switches dropout off"
+        )
