@@ -22,7 +22,7 @@ from graftwork.errors import ConfigError, GraftworkError, StorageError
 from graftwork.scoring import AnswerSchema
 from graftwork.serving.ab_test.spec import MEASURES, ExperimentSpec, Guardrail, OnlineRules
 from graftwork.serving.evaluation.scorers.load import Scorers, load_scorers
-from graftwork.serving.evaluation.scorers.spec import ModelReply
+from graftwork.serving.evaluation.scorers.protocol import ModelReply
 from graftwork.storage.store import Store
 
 # Rows of an experiment's log: one `LogRow` for each assignment, answer, score that came later, and event.

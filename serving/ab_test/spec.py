@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
-from graftwork.serving.evaluation.scorers.spec import ScorerSpec
+from graftwork.serving.evaluation.scorers.load import ScorerSpec
 from graftwork.storage.store import NAME_PATTERN, Store
 
 # What an online experiment was told before it began: what decides, error rates, guardrails, planned weights.

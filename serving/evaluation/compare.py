@@ -29,7 +29,7 @@ from graftwork.report.schema import (
 from graftwork.scoring import EMPTY, AnswerSchema, parse_object
 from graftwork.serving.evaluation.answers import AnswerSet, EvalAnswer, check_ids, question, timed
 from graftwork.serving.evaluation.scorers.load import Scorers, load_scorers
-from graftwork.serving.evaluation.scorers.spec import ModelReply
+from graftwork.serving.evaluation.scorers.protocol import ModelReply
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.evaluation.verdict import (
     METRICS,

@@ -9,7 +9,9 @@ from graftwork.base.spec import BaseSpec
 from graftwork.config import Spec
 from graftwork.planning.accelerators import AUTO, Gpus, resolved_count
 from graftwork.quantization.spec import QuantSpec
-from graftwork.serving.evaluation.scorers.spec import FieldsSpec, OwnSpec, ScorerSpec
+from graftwork.serving.evaluation.scorers.json_answer import FieldsSpec
+from graftwork.serving.evaluation.scorers.load import ScorerSpec
+from graftwork.serving.evaluation.scorers.plugin import OwnSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec
 from graftwork.storage.store import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 

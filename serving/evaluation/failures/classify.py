@@ -11,8 +11,10 @@ from graftwork.datasets.rows import DatasetRow
 from graftwork.metrics import CONTAINS, signature
 from graftwork.report.schema import Share
 from graftwork.scoring import GoldText, TextMatch
+from graftwork.serving.evaluation.scorers.json_answer import JsonSchemaSpec
 from graftwork.serving.evaluation.scorers.load import Scorers
-from graftwork.serving.evaluation.scorers.spec import ExactSpec, JsonSchemaSpec, ModelReply, QaSpec, RegexSpec
+from graftwork.serving.evaluation.scorers.protocol import ModelReply
+from graftwork.serving.evaluation.scorers.text_match import ExactSpec, QaSpec, RegexSpec
 from graftwork.serving.evaluation.spec import CompareSpec
 
 # The rule: what the probes of one failed answer found -> why it failed. Pure, and all there is to it.

@@ -6,12 +6,49 @@ mostly the time in the queue, which depends on the other arms.
 
 from dataclasses import dataclass
 from math import nan
+from typing import Annotated, ClassVar, Literal, Self
 
+from pydantic import Field, model_validator
+
+from graftwork.config import Spec
 from graftwork.datasets.rows import DatasetRow
 from graftwork.metrics import COMPLETION_TOKENS, LATENCY_MS, PROMPT_TOKENS, TTFT_MS, Metric
-from graftwork.serving.evaluation.scorers.spec import CostSpec, ModelReply
+from graftwork.scoring import AnswerSchema
+from graftwork.serving.evaluation.scorers.protocol import ModelReply, Scorer
 
 _MS_PER_HOUR = 3_600_000
+
+
+class LatencySpec(Spec):
+    """Milliseconds to the first and to the last token. A comparison times each arm alone, one request in flight, on a
+    few questions, and tests no difference.
+    """
+
+    kind: Literal["latency"]
+    needs_gold: ClassVar[bool] = False
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("latency_ms", "ttft_ms")
+
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer of this key."""
+        return LATENCY
+
+
+class TokensSpec(Spec):
+    """Tokens of the prompt and of the answer."""
+
+    kind: Literal["tokens"]
+    needs_gold: ClassVar[bool] = False
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("prompt_tokens", "completion_tokens")
+
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer of this key."""
+        return TOKENS
 
 
 @dataclass(frozen=True)
@@ -19,7 +56,6 @@ class MeasureScorer:
     """Measures that the endpoint reports with each answer."""
 
     metrics: tuple[Metric, ...]
-    needs_gold = False
 
     def check(self, row: DatasetRow) -> None:
         """Any row will do."""
@@ -32,10 +68,35 @@ LATENCY = MeasureScorer((LATENCY_MS, TTFT_MS))
 TOKENS = MeasureScorer((PROMPT_TOKENS, COMPLETION_TOKENS))
 
 
+class CostSpec(Spec):
+    """What 1,000 answers cost, by these prices."""
+
+    kind: Literal["cost"]
+    needs_gold: ClassVar[bool] = False
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+    per_1k_prompt_tokens: float = Field(default=0.0, ge=0)
+    per_1k_completion_tokens: float = Field(default=0.0, ge=0)
+    per_replica_hour: float = Field(default=0.0, ge=0)
+    """Paid for the time that an answer takes, divided by the answers that a replica gives at once."""
+    answers_at_once: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> Self:
+        if not (self.per_1k_prompt_tokens or self.per_1k_completion_tokens or self.per_replica_hour):
+            raise ValueError("cost needs a price: per_1k_prompt_tokens, per_1k_completion_tokens or per_replica_hour")
+        return self
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("cost",)
+
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer of this key."""
+        return CostScorer(self)
+
+
 class CostScorer:
     """Price of 1,000 answers like this one."""
-
-    needs_gold = False
 
     def __init__(self, spec: CostSpec) -> None:
         self._spec = spec

@@ -2,15 +2,37 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Annotated, Any, ClassVar, Literal, Protocol, cast
+
+from pydantic import Field
 
 from graftwork import plugins
+from graftwork.config import Spec
 from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import ConfigError, RunError
 from graftwork.metrics import Metric
-from graftwork.serving.evaluation.scorers.spec import ModelReply, OwnSpec
+from graftwork.scoring import AnswerSchema
+from graftwork.serving.evaluation.scorers.protocol import ModelReply, Scorer
+from graftwork.storage.store import NAME_PATTERN
 
 GROUP = "graftwork.scorers"
+
+
+class OwnSpec(Spec):
+    """A scorer of an installed package, entry point group `graftwork.scorers`. Only what is named here is loaded."""
+
+    kind: Literal["own"]
+    needs_gold: ClassVar[bool] = False
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """Name of the entry point."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ()
+
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer of this key."""
+        return PluginScorer(self)
 
 
 class PluginScore(Protocol):
@@ -23,8 +45,6 @@ class PluginScore(Protocol):
 
 class PluginScorer:
     """A foreign scorer in the form of ours. It is asked for one number an answer."""
-
-    needs_gold = False
 
     def __init__(self, spec: OwnSpec) -> None:
         self._name, self._call = spec.name, _load(spec.name)

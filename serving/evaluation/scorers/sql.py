@@ -9,14 +9,17 @@ import re
 import sqlite3
 from collections import Counter
 from contextlib import closing
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import psutil
+from pydantic import Field
 
+from graftwork.config import Spec
 from graftwork.datasets.rows import DatasetRow, read_text
 from graftwork.errors import DataError
 from graftwork.metrics import Metric
-from graftwork.serving.evaluation.scorers.spec import ModelReply, SqlSpec
+from graftwork.scoring import AnswerSchema
+from graftwork.serving.evaluation.scorers.protocol import MetricName, ModelReply, Scorer
 
 Table = list[tuple[Any, ...]]
 
@@ -29,10 +32,34 @@ _ORDERED = re.compile(r"\border\s+by\b(?![^()]*\))", re.IGNORECASE)
 """ORDER BY outside of parentheses: then the order of the rows counts."""
 
 
+class SqlSpec(Spec):
+    """The answer is a query that finds the same rows as the gold query, on sqlite in memory, read-only."""
+
+    kind: Literal["sql"]
+    needs_gold: ClassVar[bool] = True
+    name: MetricName = "sql"
+    field: str = "sql"
+    """Field of gold with the right query."""
+    setup_field: str | None = "setup"
+    """Field of gold with the statements that make the row's tables; null where `setup` has them for all rows."""
+    setup: str | None = None
+    """SQL file run before a row's own: a path, `file://`, `s3://`."""
+    max_steps: int = Field(default=5_000_000, ge=1000)
+    """Steps of sqlite's machine that a query may take, about 10 million a second: the same bound on any machine."""
+    max_rows: int = Field(default=10_000, ge=1)
+    """Rows that a query may return."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer of this key."""
+        return SqlScorer(self)
+
+
 class SqlScorer:
     """1 where the answer is one query that returns the gold query's rows, column by column; names do not count."""
-
-    needs_gold = True
 
     def __init__(self, spec: SqlSpec) -> None:
         self._spec, self._setup = spec, read_text(spec.setup) if spec.setup else ""

@@ -1,0 +1,54 @@
+"""Protocol of a scorer, and the reply that it scores.
+
+A scorer is one file of this folder with the spec class of its key under `scorers:` (`kind`, `needs_gold`,
+`metric_names`, `build`) and the class that `build` returns. `load.ScorerSpec` lists the spec classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
+
+from graftwork.datasets.rows import DatasetRow
+from graftwork.metrics import Metric
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReply:
+    """An answer that came; times in ms. Live traffic has no gold."""
+
+    text: str
+    gold: Mapping[str, Any] | None = None
+    given_fields: tuple[str, ...] = ()
+    """Fields of gold that the question gives away."""
+    reference: str | None = None
+    """The right answer as a text, where the row ends with one."""
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    ttft_ms: float | None = None
+    latency_ms: float | None = None
+    row: DatasetRow | None = None
+    likelihoods: Mapping[str, Sequence[tuple[float, int]]] = field(default_factory=dict)
+    """By choice scorer: (log probability, tokens) of each option."""
+
+    @classmethod
+    def to(cls, row: DatasetRow, text: str, **more: Any) -> "ModelReply":
+        """An answer to an evaluation row."""
+        return cls(text, row.gold, row.given_fields, row.answer, row=row, **more)
+
+
+class Scorer(Protocol):
+    """Scores one answer on the metrics that it names. Pure: the same reply gives the same numbers."""
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]: ...
+
+    def check(self, row: DatasetRow) -> None:
+        """Raises DataError for a row that no answer can be held against."""
+
+    def score(self, reply: ModelReply) -> dict[str, float]:
+        """A value for each metric; NaN where a measure was not taken."""
+
+
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,40}$")]
