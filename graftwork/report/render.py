@@ -11,12 +11,8 @@ from markupsafe import Markup
 
 from graftwork import __version__
 from graftwork.metrics import QUANTILE_RULE
+from graftwork.report import evaluation_views, sweep_charts, sweep_views, views
 from graftwork.report import format as words
-from graftwork.report import sweep_charts as charts
-from graftwork.report import sweep_views as sweep
-from graftwork.report import views as figures
-from graftwork.report import views as online
-from graftwork.report import views as outcomes
 from graftwork.report.evaluation_schema import (
     CurveReport,
     ExperimentReport,
@@ -110,11 +106,11 @@ def environment(*folders: Path) -> Environment:
     )
     env.filters["tojson_plain"] = lambda tree: json.dumps(tree, ensure_ascii=False)
     env.globals.update(
-        fig=figures,
-        sweep=sweep,
-        charts=charts,
-        online=online,
-        outcomes=outcomes,
+        fig=views,
+        sweep=sweep_views,
+        charts=sweep_charts,
+        online=evaluation_views,
+        outcomes=evaluation_views,
         words=words,
         quantile_rule=QUANTILE_RULE,
     )

@@ -28,20 +28,11 @@ from graftwork.report.schema import (
 )
 from graftwork.scoring import EMPTY, AnswerSchema, parse_object
 from graftwork.serving.evaluation.answers import AnswerSet, EvalAnswer, check_ids, question, timed
+from graftwork.serving.evaluation.differences import Rules, ScoredArms, UnadjustedDifference, arm_score, family, judge
 from graftwork.serving.evaluation.scorers.load import Scorers, load_scorers
 from graftwork.serving.evaluation.scorers.protocol import ModelReply
 from graftwork.serving.evaluation.spec import CompareSpec
-from graftwork.serving.evaluation.verdict import (
-    METRICS,
-    TEXT,
-    Rules,
-    ScoredArms,
-    UnadjustedDifference,
-    advise,
-    arm_score,
-    family,
-    judge,
-)
+from graftwork.serving.evaluation.verdict import METRICS, TEXT, advise
 from graftwork.serving.spec import ArmSpec
 
 _SAMPLE_CHARS = 2000

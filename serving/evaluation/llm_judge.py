@@ -21,9 +21,9 @@ from graftwork.report.schema import JudgedArm, JudgeReport, Share
 from graftwork.serving.api.auth import own_token
 from graftwork.serving.evaluation.answers import AnswerSet, EvalAnswer, EvalRequest, Messages, answer_key, question
 from graftwork.serving.evaluation.compare import arm_kind
+from graftwork.serving.evaluation.differences import ScoredArms
 from graftwork.serving.evaluation.failures.classify import share
 from graftwork.serving.evaluation.spec import CompareSpec, JudgeSpec
-from graftwork.serving.evaluation.verdict import ScoredArms
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import Preference
 from graftwork.stats.preference import Outcome

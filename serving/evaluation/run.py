@@ -38,13 +38,13 @@ from graftwork.serving.evaluation.answers import (
     run_offline,
 )
 from graftwork.serving.evaluation.compare import compare, primary_metric, score_arms
+from graftwork.serving.evaluation.differences import ScoredArms
 from graftwork.serving.evaluation.failures.card import adapter_facts, make_card, probed_corpus, prompt_of, reference_arm
 from graftwork.serving.evaluation.failures.classify import CorrectnessCheck
 from graftwork.serving.evaluation.failures.probe import GoldPassages, Prober
 from graftwork.serving.evaluation.llm_judge import JudgeRun, OtherEndpoint
 from graftwork.serving.evaluation.scorers.load import Scorers, load_scorers
 from graftwork.serving.evaluation.spec import CompareSpec
-from graftwork.serving.evaluation.verdict import ScoredArms
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage.store import RunPaths, Store
 

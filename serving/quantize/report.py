@@ -16,7 +16,7 @@ from graftwork.metrics import Distribution, distribution
 from graftwork.report.evaluation_schema import PrecisionArm, PrecisionFacts, PrecisionRow, QuantizeReport
 from graftwork.report.schema import Difference
 from graftwork.scoring import AnswerSchema, FieldScores, GoldAnswer, score
-from graftwork.serving.evaluation.verdict import Rules, ScoredArms, arm_score, family
+from graftwork.serving.evaluation.differences import Rules, ScoredArms, arm_score, family
 from graftwork.serving.quantize.measure import AnswerText, MeasuredArm, PrecisionResult
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.stats import Floats

@@ -14,6 +14,7 @@ from graftwork.report import format as words
 from graftwork.report.schema import ArmCauses, ArmCost, ArmKind, CauseShare, DecisionCard, Lift, Remedy, Share
 from graftwork.serving.evaluation.answers import AnswerSet, timed
 from graftwork.serving.evaluation.compare import arm_kind
+from graftwork.serving.evaluation.differences import ScoredArms
 from graftwork.serving.evaluation.failures.classify import (
     CAUSES,
     Cause,
@@ -25,7 +26,6 @@ from graftwork.serving.evaluation.failures.classify import (
 )
 from graftwork.serving.evaluation.failures.probe import Prober, WrongAnswer
 from graftwork.serving.evaluation.spec import CompareSpec
-from graftwork.serving.evaluation.verdict import ScoredArms
 from graftwork.serving.spec import ArmSpec
 
 # Shares of causes -> what to do. Only what is shown counts; what is not shown is said, with the questions it needs.

@@ -20,6 +20,7 @@ from graftwork.report import ReportInput, render_html, render_json
 from graftwork.report.schema import CompareReport, DecisionCard, Lift, Share
 from graftwork.serving.evaluation.answers import AnswerSet, EvalRequest, alone_jobs, ask_jobs, run_offline
 from graftwork.serving.evaluation.compare import compare, primary_metric
+from graftwork.serving.evaluation.differences import ScoredArms
 from graftwork.serving.evaluation.failures.card import (
     AdapterFacts,
     Findings,
@@ -42,7 +43,6 @@ from graftwork.serving.evaluation.failures.classify import (
 from graftwork.serving.evaluation.failures.probe import GoldPassages, Prober, distractors, right_answer, with_context
 from graftwork.serving.evaluation.scorers.load import load_scorers
 from graftwork.serving.evaluation.spec import CompareSpec, ProbeSpec
-from graftwork.serving.evaluation.verdict import ScoredArms
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import wilson
 from tests.fake_arms import SCHEMA, Script, airports, by_job, spec
