@@ -1,4 +1,4 @@
-"""Right texts and patterns that an answer is held against."""
+"""Scoring of one answer against texts, patterns, a JSON schema or a gold object. No judge, no network."""
 
 import json
 import re
@@ -19,8 +19,6 @@ from referencing import Registry, Resource
 
 from graftwork.datasets.rows import DatasetRow, read_text
 from graftwork.errors import ConfigError, DataError
-
-# The possible answers of a row that are weighed rather than written.
 
 
 @dataclass(frozen=True)
@@ -154,11 +152,8 @@ def matches(answer: str, pattern: str, *, whole: bool) -> bool:
         return False
 
 
-# A JSON schema that a whole answer must satisfy. It stands alone: nothing is ever fetched.
-
-
 class AnswerSchema:
-    """A JSON schema that a whole answer must satisfy."""
+    """A JSON schema that a whole answer must satisfy. References outside the schema are rejected, never fetched."""
 
     def __init__(self, tree: dict[str, Any], where: str = "answer_schema") -> None:
         """Raises ConfigError: not a JSON schema, or one that points outside itself."""
@@ -205,7 +200,7 @@ def _refs(tree: object) -> Iterator[str]:
             yield from _refs(value)
 
 
-# Answers against a gold object: `form`, `facts`, `both`, `field_accuracy`, each within 0..1. No judge, no network.
+# Scores against a gold object: `form`, `facts`, `both`, `field_accuracy`, each within 0..1.
 #
 # Facts are looked for at their key when the answer is a JSON object, else anywhere in the text. Looking anywhere
 # flatters
@@ -296,7 +291,7 @@ def field_f1(answer: Mapping[str, Any], gold: Mapping[str, Any]) -> float:
     return 2 * right_fields(answer, gold) / (len(answer) + len(gold))
 
 
-# What a text says: the object that it is, its words, and when two values are the same.
+# Parsing of answers, their words, and equality of values.
 
 
 _JSON_SPACE = " \t\n\r"

@@ -1,4 +1,4 @@
-"""Small plots as inline SVG. Positions are percentages, so text and strokes keep their size at every page width.
+"""Inline SVG plots. Positions are percentages, so text and strokes keep their size at every page width.
 
 Colours come from the page's CSS variables through classes; every mark has a `<title>` with its numbers. Functions
 return `Markup`: whatever comes from outside is escaped here.

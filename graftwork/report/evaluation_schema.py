@@ -1,11 +1,11 @@
-"""What a run gained and lost; what more examples bring; what another base brings."""
+"""Report records of evaluations before and after training, live experiments, rebases and quantization runs."""
 
 from typing import Literal
 
 from graftwork.metrics import Distribution
 from graftwork.report.schema import Difference, MetricInfo, Record, Score, Verdict
 
-# What the log of an online experiment said: byte-identical JSON for the same log and rules.
+# Live experiments: byte-identical JSON for the same log and rules.
 #
 # Differences are in the metric's unit, of `log` metrics in that of the logarithm. Instants in Unix seconds (UTC).
 
@@ -253,7 +253,7 @@ class RebaseReport(Record):
     sentence: str
 
 
-# What `quantize` measured: a base at several precisions.
+# Quantization: a base at several precisions.
 
 
 class PrecisionArm(Record):

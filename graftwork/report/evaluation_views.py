@@ -31,7 +31,7 @@ from graftwork.report.schema import (
 )
 from graftwork.report.views import Chart, Tick
 
-# An online experiment's record -> what the page shows: the effect and its sequence as the log grew, and words.
+# Live experiments: the effect and its confidence sequence as the log grew.
 
 
 def path_chart(report: ExperimentReport, contrast: OnlineContrast) -> Chart | None:
@@ -102,7 +102,7 @@ def _powers(scale: Scale) -> list[int]:
     return [n for n in found if scale.low <= n <= scale.high]
 
 
-# Outcomes -> what the page shows: a line for each metric, before and after on one scale.
+# Before and after training: one row for each metric, both values on one scale.
 
 
 PARTS = {

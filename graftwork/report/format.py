@@ -1,4 +1,4 @@
-"""Numbers as people read them. One rule a quantity, so that a page never shows it in two ways."""
+"""Number formats: one function for each quantity, used by pages and the command line."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The page: templates filled with figures, everything inline. A policy in the page forbids fetching anything."""
+"""Renderer of the report page: templates with inline SVG and CSS. A content policy forbids loading anything."""
 
 import json
 from dataclasses import dataclass
@@ -23,8 +23,6 @@ from graftwork.report.evaluation_schema import (
 from graftwork.report.schema import CompareReport, PlanRow, Record, ServingRecord, StageTime, TrainRun
 from graftwork.report.sweep_schema import SweepRecord
 from graftwork.storage.store import Store
-
-# Everything that one report shows.
 
 
 class ReportInput(Record):

@@ -1,4 +1,4 @@
-"""The records that a report is made of: what each stage measured, frozen, as `report.json` holds it.
+"""Schema of `report.json`: frozen records of the comparison, the decision card, training and serving.
 
 Times are in seconds (`_s`) or milliseconds (`_ms`), memory in bytes, losses in nats per token.
 """
@@ -8,8 +8,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from graftwork.metrics import Distribution
-
-# What every record of a report is built on.
 
 
 class Record(BaseModel):

@@ -1,4 +1,4 @@
-"""Plots of a sweep as inline SVG: bars on the clock, parallel coordinates, cells of a table."""
+"""Sweep charts as inline SVG: timeline, loss curves, parallel coordinates, heat map, Pareto front."""
 
 import heapq
 import math

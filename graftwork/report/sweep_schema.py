@@ -1,4 +1,4 @@
-"""What a sweep's page shows: its trials, and what they say of its keys, of its early stops and of its choice."""
+"""Schema of the sweep records: trials, key importance, heat map, early stops, Pareto front and finals."""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,4 +1,4 @@
-"""A sweep's record -> what its figures say, one sentence a figure."""
+"""Sentences under the sweep charts, and rows of the sweep tables."""
 
 import math
 from collections import Counter

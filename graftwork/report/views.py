@@ -1,4 +1,4 @@
-"""Records -> what the page shows: panels, charts and rows, with every number already in words."""
+"""Views of the records in `schema`: panels, charts and rows with formatted numbers."""
 
 import math
 from collections.abc import Sequence

@@ -238,7 +238,7 @@ def _word_counts(pairs: Sequence[Numbered]) -> Counter[str]:
     return Counter(itertools.chain.from_iterable(set(words_of(passage.text.lower())) for _, passage in pairs))
 
 
-# Words of a text as the lexical index sees them: codes, stop words, the words that a query is made of.
+# Tokenisation: codes, stop words, the words of a query.
 
 
 _SILENT_WORDS = """

@@ -1,4 +1,4 @@
-"""Where passages come from: rows of a table, documents, folders of documents, on disk or in S3."""
+"""Corpus reader: tables, documents and folders of documents, on disk or in S3, cut into passages."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,6 @@ from graftwork.errors import DataError
 from graftwork.prompts.render import Passage
 from graftwork.retrieval.documents import READERS, Block, blocks_of, suffix_of
 from graftwork.storage.store import Store, open_uri, read_uri
-
-# Blocks become passages: whole paragraphs as far as they fit, under their headings, each beginning with the end of
-# the one before.
-
 
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 

@@ -1,4 +1,4 @@
-"""Dense retrieval: the passages whose vectors lie nearest to the question's, by cosine or dot product.
+"""Dense retrieval by cosine or dot product, and its fusion with BM25.
 
 A folder holds `vectors.npy` [V, H] (float32), `first.npy` [N + 1] (the vectors of passage n are
 `first[n] .. first[n + 1]`), `keys.npy` [N, 16] (digests of the texts) and `dense.json`. A passage longer than the
@@ -224,7 +224,7 @@ def _graph(folder: Path, vectors_VH: Floats) -> Any:
     return graph
 
 
-# Two rankings become one: weighted reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009).
+# Weighted reciprocal rank fusion of two rankings (Cormack, Clarke, Buettcher, SIGIR 2009).
 
 
 RANK_OFFSET = 60

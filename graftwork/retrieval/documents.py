@@ -8,9 +8,6 @@ from html.parser import HTMLParser
 
 from graftwork.errors import DataError
 
-# A document becomes blocks: headings and paragraphs, in reading order. Nothing of its text is left out.
-
-
 _HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*\s*$")
 _FENCE = re.compile(r"\s*(```|~~~)")
 

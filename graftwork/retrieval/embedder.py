@@ -1,4 +1,4 @@
-"""Texts become vectors: a sentence-transformers folder, computed by transformers alone.
+"""Embedder: vectors of texts by a model in sentence-transformers' folder format, computed with transformers.
 
 The recipe is the folder's own: `modules.json` names a transformer, a pooling over its last hidden states and, mostly,
 a division by the length; `1_Pooling/config.json` says which pooling; `sentence_bert_config.json` the longest text.

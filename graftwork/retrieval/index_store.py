@@ -1,4 +1,4 @@
-"""An index on disk or in S3, version by version: a new one is made beside the old and then named current.
+"""Versioned index on disk or in S3: a new version is written next to the old one, then named current.
 
     <root>/indexes/<name>/versions/<version>/{lexical.sqlite, vectors.npy, ..., manifest.json}
     <root>/indexes/<name>/{current.json, choice.json}

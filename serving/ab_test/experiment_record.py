@@ -1,4 +1,4 @@
-"""What an endpoint keeps of an experiment, so that a restart goes on with it: `experiments/<id>/state.json`.
+"""Record of an experiment in the store (`experiments/<id>/state.json`), from which a restarted endpoint continues.
 
 One process writes it: the ingress. A change is written before it takes effect.
 """

@@ -1,4 +1,4 @@
-"""Guardrails of one arm: each a one-sided test of its own, from a log that is still growing."""
+"""Guardrails of one arm: one-sided sequential tests over the growing log."""
 
 import math
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""One experiment as the ingress runs it: who gets which arm, what is written down, when an arm is cut."""
+"""Running experiment in the ingress: assigns arms, logs rows, takes feedback, cuts arms that break a guardrail."""
 
 import asyncio
 import hashlib
@@ -39,7 +39,7 @@ from graftwork.serving.arms import Dump, Question
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ArmSpec
 
-# Scores that come later: POST /v1/feedback names the request id of an answer, each metric counts once.
+# Feedback: POST /v1/feedback names the request id of an answer; each metric counts once.
 
 
 REMEMBERED = 100_000
@@ -370,7 +370,7 @@ def prompt_hash(asked: Question) -> str:
     return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
 
 
-# A caller's request to an experiment: answered as any other, and written down when it has ended.
+# Requests to an experiment: answered as any other, and logged when they have ended.
 
 
 DISCONNECTED = "disconnected"

@@ -95,7 +95,7 @@ class Assignment(NamedTuple):
         return LogRow(kind="assignment", **self._asdict())
 
 
-# What the rows of a running experiment are scored and judged by, made from its spec.
+# Scorers and rules of a running experiment, built from its spec.
 
 
 def scorers_of(spec: ExperimentSpec) -> Scorers:
@@ -284,7 +284,7 @@ def parquet_bytes(table: Any) -> bytes:
     return sink.getvalue()
 
 
-# Rows of one experiment on their way from the response path to scores, monitor and log, in batches and bounded.
+# Writer: rows go from the response path to scorers, monitor and log in bounded batches.
 #
 # The response path only appends to a queue. `step` does the rest, most of it in a thread. When the log can't be written
 # the rows wait and it is tried again. With `buffer` rows waiting or promised, a new request is refused by `admit`: it

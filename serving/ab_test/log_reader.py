@@ -1,4 +1,4 @@
-"""The log of an experiment as column batches: damaged segments told, duplicate rows once, in the order of writing.
+"""Reader of the experiment log: column batches in the order of writing, duplicates removed, damage reported.
 
 One segment is in memory at a time, and a key of some bytes for each row seen.
 """
@@ -20,7 +20,7 @@ from graftwork.serving.ab_test.spec import MEASURES, OnlineRules
 from graftwork.stats import Floats
 from graftwork.storage.store import Store
 
-# Rows of the log as columns: what the monitor reads of them, from `LogRow`s and from Arrow batches alike.
+# Columns of the rows that the monitor reads, from `LogRow`s and from Arrow batches.
 #
 # No object is made for a row of a batch: a million rows take a second.
 

@@ -1,4 +1,4 @@
-"""What an experiment's log says, kept up to date row by row. Pure: no clock, no files, no network.
+"""Monitor of an experiment: estimates, sequences and verdicts, updated row by row without clock, files or network.
 
 Rows become independent observations (`units`), these feed one confidence sequence a challenger (`contrast`), the
 sample-ratio test that blocks every conclusion, and the guardrails that name arms to cut. All of it holds at every look.
@@ -31,7 +31,7 @@ from graftwork.stats.sequential import (
     units_to_show,
 )
 
-# What the log of an experiment says so far: one `MonitorState`, frozen, equal for equal logs.
+# State so far: one `MonitorState`, frozen, equal for equal logs.
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class MonitorState:
     """Rows that count for nothing, by reason."""
 
 
-# One arm against the control while the log grows: the sequence that fits the metric, its verdict, its history.
+# One arm against the control: the confidence sequence for the metric, its verdict, its history.
 
 
 _HISTORY_FROM, _HISTORY_STEP = 10, 1.04

@@ -1,4 +1,4 @@
-"""The log of an experiment -> `ExperimentReport`, in one pass that holds one batch at a time. Runs in the driver."""
+"""Builder of the `ExperimentReport` from the log, in one pass with one batch in memory. Runs in the driver."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""The experiments of one endpoint, in its ingress: started, changed, ended, and gone on with after a restart."""
+"""Experiments of one endpoint in its ingress: start, change, end, and resume after a restart."""
 
 import asyncio
 import logging
@@ -318,7 +318,7 @@ def _require_same(running: ExperimentRecord, spec: ExperimentSpec) -> None:
         )
 
 
-# What an experiment is doing now, as one document: for the admin route, the command line and GET /metrics.
+# Status document of an experiment, for the admin route, the command line and GET /metrics.
 
 
 def status(live: LiveExperiment) -> Dump:

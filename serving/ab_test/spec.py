@@ -1,4 +1,4 @@
-"""What an experiment on a running endpoint is: arms with weights, who is assigned, what decides, what ends an arm."""
+"""Spec of an experiment on a running endpoint: arms with weights, units, primary metric, guardrails."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from graftwork.errors import ConfigError
 from graftwork.serving.evaluation.scorers.load import ScorerSpec
 from graftwork.storage.store import NAME_PATTERN, Store
 
-# What an online experiment was told before it began: what decides, error rates, guardrails, planned weights.
+# Rules fixed before the start: primary metric, error rates, guardrails, planned weights.
 #
 # Written down once: a change while it runs is another experiment. Only the weights may move, told by a `ramp` event.
 

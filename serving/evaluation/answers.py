@@ -1,4 +1,4 @@
-"""All arms answer all questions, through the same handle that serves them live."""
+"""Answers of all arms to all questions, collected through the serving handle and stored in `answers.jsonl`."""
 
 import asyncio
 import hashlib
@@ -19,7 +19,7 @@ from graftwork.serving.evaluation.scorers.choice import ChoiceScorer
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
-# The answers of a comparison, on disk as they come: one JSON line each in `answers.jsonl`.
+# Answers on disk: one JSON line each in `answers.jsonl`.
 #
 # A line is found again by its key: a digest of everything that decides the answer (arm, pinned adapter version, base,
 # quantisation, limits, question). A changed arm or question has another key, so nothing stale is ever counted.
@@ -150,7 +150,7 @@ def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> AnswerSet
     return AnswerSet(found, stale)
 
 
-# Records as they come, one JSON line each: what a crash tore is cut off, and its question is asked again.
+# Append-only JSON lines: a line that a crash cut is removed, and its question is asked again.
 
 
 def read_whole_lines(path: Path) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Answers of all arms -> `CompareReport`: scores with intervals, paired tests, verdicts, advice, samples."""
+"""Builder of the `CompareReport` from the answers: scores with intervals, paired tests, verdicts, advice, samples."""
 
 import math
 import random
@@ -359,7 +359,7 @@ def _longer(table: Table) -> list[str]:
     return notes
 
 
-# Parts of the questions that share a field's value. They explore: p-values by Benjamini-Hochberg, never a claim.
+# Slices: questions that share a field's value. Exploratory: p-values by Benjamini-Hochberg, never a claim.
 
 
 OTHER = "(other)"

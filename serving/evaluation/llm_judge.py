@@ -1,4 +1,4 @@
-"""An LLM judge: each arm's answer beside the baseline's, asked in both orders, its position bias told with it.
+"""LLM judge: compares each arm's answers with the baseline's in both orders and reports its position bias.
 
 A pair counts as won only where both orders say so. The served base judges by which of the letters A and B it finds
 likelier; a model behind another endpoint by the letter that it writes. Answers are data in the judge's prompt and may

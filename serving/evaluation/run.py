@@ -1,4 +1,4 @@
-"""A comparison as a run: deploy (or take an endpoint), ask, judge, record."""
+"""Comparison run: deploys or takes an endpoint, asks all arms, compares and writes the report."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage.store import RunPaths, Store
 
-# The endpoint that a comparison asks: one that was given, or one of its own.
+# Endpoint of a comparison: a given one, or its own.
 
 
 class Endpoints:

@@ -1,4 +1,4 @@
-"""What a comparison is asked to do: arms, held-out questions, a schema, a declared baseline."""
+"""Spec of a comparison: arms, held-out questions, scorers, a declared baseline, probes and judge."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
@@ -14,8 +14,6 @@ from graftwork.serving.evaluation.scorers.load import ScorerSpec
 from graftwork.serving.evaluation.scorers.plugin import OwnSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec
 from graftwork.storage.store import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
-
-# Who judges answers side by side, and by what.
 
 
 class JudgeSpec(Spec):
@@ -47,11 +45,8 @@ class JudgeSpec(Spec):
         return self
 
 
-# How failures are probed.
-
-
 class ProbeSpec(Spec):
-    """`probes: true` takes the defaults."""
+    """Probes of failures. `probes: true` takes the defaults."""
 
     corpus: str | None = None
     """Where gold passages are (by `doc_id`): JSONL of passages; null takes the first retriever's corpus."""

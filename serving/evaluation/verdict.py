@@ -1,4 +1,8 @@
-"""Two arms on the same questions: the difference, its interval, its test, and a verdict or what is missing for one."""
+"""Verdict of a comparison in one sentence: prompting, retrieval, finetuning or both, where the tests decide.
+
+For each metric the best arm is tested against every other. Because the best is picked by the same answers, the tests
+are adjusted over all pairs of arms. The ingredients that all arms not shown to be worse have in common win.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -9,12 +13,6 @@ from graftwork.metrics import TEXT_SCORES
 from graftwork.report import format as words
 from graftwork.report.schema import Advice, ArmKind, Difference, MetricAdvice
 from graftwork.serving.evaluation.differences import Rules, ScoredArms, family
-
-# Prompt, retrieval, finetuning or both: said in one sentence, from the tests, and only where they decide.
-#
-# For each metric the best arm is tested against every other. Because the best is picked by the same answers, the tests
-# are adjusted over all pairs of arms. What all arms not shown to be worse have in common is what wins.
-
 
 Winner = Literal["prompting", "retrieval", "finetuning", "finetuning with retrieval"]
 

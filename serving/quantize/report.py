@@ -1,4 +1,4 @@
-"""Measurements of all precisions -> `QuantizeReport`: scores, paired differences to the reference, the recommendation.
+"""Builder of the `QuantizeReport`: scores, paired differences to the reference, and the recommended precision.
 
 Scores, intervals and tests are those of a comparison (`serving.experiment`): an arm at a precision is an arm there.
 """
@@ -21,7 +21,7 @@ from graftwork.serving.quantize.measure import AnswerText, MeasuredArm, Precisio
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.stats import Floats
 
-# Which precision to serve: the smallest that keeps the score and the speed, or the reference where none is shown to.
+# Recommendation: the smallest precision shown to keep score and speed, else the reference.
 #
 # A precision is good enough where, for every arm,
 #   1. the paired interval of its score minus the reference's has its lower end above -margin (one side of TOST, at

@@ -1,4 +1,4 @@
-"""Measuring precisions as a run: read the material, one process a precision, judge, record."""
+"""Quantization run: reads the material, measures each precision in a process of its own, writes the report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a measurement of precisions is asked to do: which of them, on which questions, and what is good enough."""
+"""Spec of a quantization run: precisions, questions, arms, and the losses that are acceptable."""
 
 from typing import Annotated, Literal, Self
 

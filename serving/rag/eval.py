@@ -1,4 +1,4 @@
-"""Retrievers on the same questions: measured, compared in pairs, and one of them chosen."""
+"""`graftwork rag index` and `graftwork rag eval`: builds an index, measures retrievers in pairs, records the choice."""
 
 import json
 import time
@@ -21,8 +21,6 @@ from graftwork.serving.rag.questions import MRR_DEPTH, Question, question_keys, 
 from graftwork.serving.rag.rerank import rerank_all
 from graftwork.serving.rag.spec import RagSpec
 from graftwork.stats import Floats
-
-# A spec becomes an index, and an index is searched by what its spec says.
 
 
 def make_index(spec: RagSpec, *, on_progress: Callable[[int, int], None] | None = None) -> PublishedIndex:
@@ -213,7 +211,7 @@ def _quantile(values: Sequence[float], q: float) -> float | None:
     return metrics.quantile(values, q) if values else None
 
 
-# `rag eval`: search for every question, judge, and let `auto` retrievers do what was found to be best.
+# Run of `rag eval`; retrievers of kind `auto` follow the choice that it records.
 
 
 Progress = Callable[[int, int, str], None]

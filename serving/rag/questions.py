@@ -10,9 +10,6 @@ from graftwork.errors import DataError
 from graftwork.retrieval import Hit, Retriever
 from graftwork.retrieval.corpus import document_of
 
-# Questions whose right passages are known: what `graftwork rag eval` asks.
-
-
 MRR_DEPTH = 10
 
 

@@ -1,5 +1,5 @@
-"""Passages in the order of how likely the base finds the question behind each: query likelihood (Ponte & Croft 1998),
-with a language model as in UPR (arXiv 2204.07496). The base that answers is the one that reads: nothing else is loaded.
+"""Reranking of passages by the likelihood of the question after each: query likelihood (Ponte & Croft 1998) with a
+language model, as in UPR (arXiv 2204.07496). The served base reads the passages: no other model is loaded.
 """
 
 import asyncio

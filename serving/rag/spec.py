@@ -1,4 +1,4 @@
-"""What an index is made of, and what its retrievers are measured on."""
+"""Spec of an index: sources, chunking, retrievers, and the questions that measure them."""
 
 from typing import Annotated, Literal, Self
 

@@ -1,4 +1,4 @@
-"""Evidence of all failures -> `DecisionCard`. The same bytes for the same answers."""
+"""Builder of the `DecisionCard` from the evidence of all failures: the same bytes for the same answers."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +28,7 @@ from graftwork.serving.evaluation.failures.probe import Prober, WrongAnswer
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
-# Shares of causes -> what to do. Only what is shown counts; what is not shown is said, with the questions it needs.
+# Remedy from the shares of causes. Only shown shares count; the card names open ones with the questions they need.
 #
 # | shown to matter | remedy |
 # |---|---|
@@ -338,7 +338,7 @@ class _Card:
         )
 
 
-# What the probes need beside the answers.
+# Inputs of the probes.
 
 
 def probed_corpus(spec: CompareSpec, rows: Sequence[DatasetRow]) -> str | None:

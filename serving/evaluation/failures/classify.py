@@ -1,4 +1,4 @@
-"""When an answer's value, its form and the whole of it are right, whatever the scorers are."""
+"""Classification of failed answers by cause, and correctness of value and form under any scorers."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from graftwork.serving.evaluation.scorers.protocol import ModelReply
 from graftwork.serving.evaluation.scorers.text_match import ExactSpec, QaSpec, RegexSpec
 from graftwork.serving.evaluation.spec import CompareSpec
 
-# The rule: what the probes of one failed answer found -> why it failed. Pure, and all there is to it.
+# Rule from the probes of one failed answer to its causes.
 #
 # | value | context | the probes say | cause |
 # |---|---|---|---|
@@ -152,7 +152,7 @@ def repaired(text: str) -> str | None:
     return text[start:end]
 
 
-# Shares of failures with their intervals, and how many more questions would settle an open one.
+# Shares of failures with their intervals, and the questions that an open share needs.
 
 
 State = Literal["matters", "dismissed", "open"]

@@ -1,4 +1,4 @@
-"""Multiple choice without writing: the option that the arm finds likeliest, by log probability."""
+"""Scorer `choice`: multiple choice by log probability, without generated text."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal, Self

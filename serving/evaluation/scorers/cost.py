@@ -1,7 +1,7 @@
-"""What an answer takes: time, tokens, money. Smaller is better; a failed request has none of them.
+"""Scorers `latency`, `tokens` and `cost`. Smaller is better; a failed request has no value.
 
-In a comparison times come from answers with one request in flight (`offline.alone_jobs`): with many in flight they are
-mostly the time in the queue, which depends on the other arms.
+In a comparison times come from answers with one request in flight (`answers.alone_jobs`): with many in flight they
+are mostly the time in the queue, which depends on the other arms.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Likeness of an answer to the gold text: BLEU and chrF by sacrebleu, ROUGE by its definition."""
+"""Scorers `bleu`, `chrf` (by sacrebleu) and `rouge` (by its definition): overlap with the gold text."""
 
 import importlib
 import re

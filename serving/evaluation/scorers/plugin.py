@@ -1,4 +1,4 @@
-"""Scorers of other packages, found by entry point. Nothing is loaded that the spec does not name."""
+"""Scorer `own`: a scorer of an installed package, found by entry point. Only named ones are loaded."""
 
 import math
 from collections.abc import Mapping

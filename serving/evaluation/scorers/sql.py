@@ -1,4 +1,4 @@
-"""Execution accuracy of SQL: the answer's rows against the gold query's, on sqlite in memory.
+"""Scorer `sql`: execution accuracy, the answer's rows against the gold query's on sqlite in memory.
 
 The query may only read. What it costs is bounded by steps of sqlite's machine, rows, length of a value and growth of
 the process, never by a clock: the score of a query is the same on a slow machine.
