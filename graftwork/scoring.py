@@ -63,7 +63,7 @@ REGEX_TIMEOUT_S = 0.2
 
 @dataclass(frozen=True)
 class GoldText:
-    """Where the right text of a row is."""
+    """Location of the right text of a row."""
 
     field: str | None
 
@@ -144,7 +144,7 @@ def _holds(words: Sequence[str], part: Sequence[str]) -> bool:
 
 
 def matches(answer: str, pattern: str, *, whole: bool) -> bool:
-    """Whether the answer, or a part of it, matches a regular expression within `REGEX_TIMEOUT_S`."""
+    """Return whether the answer, or a part of it, matches a regular expression within `REGEX_TIMEOUT_S`."""
     compiled = regex.compile(pattern)  # the package caches what it compiled
     try:
         return (compiled.fullmatch if whole else compiled.search)(answer, timeout=REGEX_TIMEOUT_S) is not None
@@ -185,7 +185,7 @@ class AnswerSchema:
         return cls(tree, uri)
 
     def holds(self, answer: Mapping[str, Any]) -> bool:
-        """Whether the object validates."""
+        """Return whether the object validates."""
         return bool(self._validator.is_valid(answer))
 
 
@@ -203,9 +203,8 @@ def _refs(tree: object) -> Iterator[str]:
 # Scores against a gold object: `form`, `facts`, `both`, `field_accuracy`, each within 0..1.
 #
 # Facts are looked for at their key when the answer is a JSON object, else anywhere in the text. Looking anywhere
-# flatters
-# arms that answer in prose: a number may stand there for another reason. So `facts` compares what arms know, and only
-# `both` says whether an answer can be used.
+# flatters arms that answer in prose: a number may stand there for another reason. So `facts` compares what arms know,
+# and only `both` says whether an answer can be used.
 
 
 EMPTY: tuple[object, ...] = (None, "", [], {})
@@ -276,13 +275,13 @@ def _same_tokens(found: object, gold: object) -> bool:
 
 
 def _within(part: Sequence[str], whole: Sequence[str]) -> bool:
-    """Whether the tokens stand in the text, next to each other and in order."""
+    """Return whether the text has the tokens, next to each other and in order."""
     n = len(part)
     return n > 0 and any(tuple(whole[i : i + n]) == tuple(part) for i in range(len(whole) - n + 1))
 
 
 def right_fields(answer: Mapping[str, Any], gold: Mapping[str, Any]) -> int:
-    """How many fields of gold the answer has with exactly gold's value."""
+    """Return the count of gold fields that the answer has with exactly gold's value."""
     return sum(name in answer and exactly(answer[name], value) for name, value in gold.items())
 
 

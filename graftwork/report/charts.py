@@ -152,7 +152,7 @@ def band_chart(
 
 
 def scatter(points: Iterable[tuple[Point, str, str, str]], x: Scale, y: Scale, label: str) -> Markup:
-    """Labelled points: ((x, y), text beside it, CSS class, title)."""
+    """Labelled points: ((x, y), text next to it, CSS class, title)."""
     marks: list[Markup] = []
     for (a, b), text, style, title in points:
         left, top = x(a), _percent(100 - y(b))

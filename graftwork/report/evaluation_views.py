@@ -132,7 +132,7 @@ def format_count(test: PairedTest) -> str:
 
 
 def direction(info: MetricInfo) -> str:
-    """Which way is better."""
+    """Return the better direction of a metric."""
     return "nearer to 0" if info.name in FAIR_AT_ZERO else info.better
 
 

@@ -53,7 +53,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class BuiltReport:
-    """Where the two files are."""
+    """Locations of the two files."""
 
     json_uri: str
     html_uri: str

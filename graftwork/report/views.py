@@ -122,7 +122,7 @@ def difference_track(difference: Difference, kind: str, reach: float = 1.0) -> M
 
 
 def reach(differences: Sequence[Difference], report: CompareReport) -> float:
-    """How far a track of these differences goes: 1 for scores, the farthest bound for a measure."""
+    """Return the end of a track of these differences: 1 for scores, the farthest bound for a measure."""
     kinds = {metric.name: metric.kind for metric in report.metrics}
     if not all(kinds[one.metric] == "measure" for one in differences) or not differences:
         return 1.0
@@ -164,7 +164,7 @@ def headline(report: CompareReport) -> tuple[ArmReport, tuple[str, ...]]:
 
 
 def marks(answer: SampleAnswer, report: CompareReport) -> list[tuple[str, str | bool]]:
-    """What a sample answer scored on the metrics of the advice: right or wrong, or how much."""
+    """Return the scores of a sample answer on the metrics of the advice: right or wrong, or how much."""
     shown = {found.metric for found in report.advice.metrics}
     return [
         (
@@ -204,7 +204,7 @@ def cause_tracks(card: DecisionCard) -> list[tuple[CauseShare, Markup]]:
 
 
 def lifted(card: DecisionCard) -> list[str]:
-    """The causes that another arm could mend, all of them together first."""
+    """Return the causes that another arm could fix, all of them together first."""
     return list(dict.fromkeys(lift.cause for lift in card.lifts))
 
 
@@ -215,7 +215,7 @@ def lift_rows(card: DecisionCard) -> list[tuple[str, str, list[Lift]]]:
 
 
 def arm_rows(card: DecisionCard) -> list[tuple[ArmCost, ArmCauses | None]]:
-    """What each arm takes, and its failures where they were probed."""
+    """Return the cost of each arm, and its failures where they were probed."""
     causes = {one.arm: one for one in card.arms}
     return [(cost, causes.get(cost.arm)) for cost in card.costs]
 

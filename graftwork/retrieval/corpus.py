@@ -19,7 +19,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 
 
 class ChunkSpec(Spec):
-    """How long texts are cut into passages, in characters: 800 are about 200 tokens of English."""
+    """Passage length and overlap of cut texts, in characters: 800 are about 200 tokens of English."""
 
     max_chars: int = Field(default=800, ge=50)
     """Longest passage, its headings not counted."""

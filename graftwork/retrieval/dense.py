@@ -74,7 +74,7 @@ def shared_embedder(spec: EmbedderSpec) -> QueryEmbedder:
 
 
 class DenseIndex:
-    """Vectors of a corpus, memory-mapped, beside the passages that they stand for."""
+    """Vectors of a corpus, memory-mapped, with their passages."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ def write_vectors(
 
     on_progress: called with (texts embedded, of how many).
     """
-    known = _known(before, embedder.digest) if before else {}
+    known = _read_vectors(before, embedder.digest) if before else {}
     keys = _keys(passages)
     new = {key.tobytes(): passage.text for key, passage in zip(keys, passages, strict=True)}
     new = {key: text for key, text in new.items() if key not in known}
@@ -176,7 +176,7 @@ def write_vectors(
     return len(todo)
 
 
-def _known(folder: Path, embedder_digest: str) -> dict[bytes, Floats]:
+def _read_vectors(folder: Path, embedder_digest: str) -> dict[bytes, Floats]:
     if not (folder / "dense.json").is_file():
         return {}
     if json.loads((folder / "dense.json").read_text())["embedder"] != embedder_digest:

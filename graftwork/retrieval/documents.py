@@ -62,7 +62,7 @@ def _pdf(name: str, content: bytes) -> list[Block]:
             name,
             f"it cannot be read ({type(error).__name__}: {error})"[:400],
             "a PDF is whole and not encrypted",
-            "mend the file, or leave it out",
+            "repair the file, or leave it out",
         ) from error
     blocks: list[Block] = []
     for number, text in enumerate(pages, start=1):

@@ -22,7 +22,7 @@ class Changes:
 
 
 def numbered(passages: Sequence[Passage]) -> tuple[Numbered, ...]:
-    """Numbers of a corpus that is indexed anew."""
+    """Numbers of a corpus that is indexed from scratch."""
     return tuple((STRIDE * place, passage) for place, passage in enumerate(passages, start=1))
 
 

@@ -78,7 +78,7 @@ def _joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ArmDraw:
-    """What a unit got. probability: its chance of this arm; None where it is no part of the draw."""
+    """Arm of a unit. probability: its chance of this arm; None where it is no part of the draw."""
 
     arm: str
     probability: float | None

@@ -63,7 +63,7 @@ class ExperimentRecord(BaseModel):
 
     @property
     def log(self) -> tuple[Store | None, tuple[str, ...]]:
-        """Where its rows lie: a store (None: the endpoint's own) and the folder in it."""
+        """Location of its rows: a store (None: the endpoint's own) and the folder in it."""
         own = self.spec.log is None
         return (None if own else Store(str(self.spec.log))), ((FOLDER, self.id, "log") if own else (self.id,))
 

@@ -161,7 +161,7 @@ _FILLED: dict[str, Any] = {"request_id": "", "unit": "", "arm": "", "role": "pri
 
 @dataclass
 class LogHealth:
-    """What was found while the log was read; whole once the last batch came."""
+    """Counts of damage and duplicates; complete after the last batch."""
 
     segments: int = 0
     rows: int = 0
@@ -311,7 +311,7 @@ def read_log(store: Store, folder: Sequence[str]) -> ExperimentLog:
 
 
 def _keys(table: pa.Table) -> list[str]:
-    """What a row is known by: answers by request and arm, scores by their metric (in `detail`) too, events by all."""
+    """Identity of a row: answers by request and arm, scores by their metric (in `detail`) too, events by all."""
     said = pc.binary_join_element_wise(pc.fill_null(table["event"], ""), pc.fill_null(table["detail"], ""), "|")
     stamped = pc.binary_join_element_wise(said, pc.cast(table["at"], pa.string()), "|")
     tail = pc.if_else(pc.equal(table["kind"], "event"), stamped, said)

@@ -111,7 +111,7 @@ class Experiments:
         return live
 
     async def check(self, specs: Sequence[ExperimentSpec], catalog: Catalog) -> None:
-        """Whether `declare` could take them, with the arms that the catalog will have. Raises ApiError."""
+        """Return whether `declare` could take them, with the arms that the catalog will have. Raises ApiError."""
         await self.open()
         for spec in specs:
             _require_measurable(spec)

@@ -26,7 +26,7 @@ from graftwork.serving.spec import ArmSpec
 
 
 class EvalAnswer(BaseModel):
-    """What one arm said to one question, or why it failed. Times in ms."""
+    """Answer of one arm to one question, or its error. Times in ms."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
@@ -189,7 +189,7 @@ ALONE = "~alone"
 
 @dataclass(frozen=True)
 class CompareProgress:
-    """How far the answers are. `failed` counts failures of this run."""
+    """Progress of the answers. `failed` counts failures of this run."""
 
     done: int
     total: int
@@ -204,7 +204,7 @@ class EvalRequest:
 
     key: str
     label: str
-    """What its answer is filed under: the arm's name, or a probe's."""
+    """Key of its answer: the name of the arm or of the probe."""
     row_id: str
     arm: ArmSpec
     messages: Messages
@@ -234,7 +234,7 @@ async def run_offline(
     load evenly. A rerun continues from `path`; nothing is asked twice, failures included. versions: adapter version by
     arm name, as resolved now, so that an answer of an older version is not taken for one of the new.
 
-    Runs in the driver. Raises DataError (row ids missing or twice), RunError when the endpoint is gone: so many
+    Runs in the driver. Raises DataError (row ids missing or twice), RunError when the endpoint is gone: that many
     failures in a row that no request in flight had an answer. Those last failures are not recorded.
     """
     check_ids(rows)
@@ -381,7 +381,7 @@ class _OfflineRun:
             f"comparison: {len(self.held)} requests in a row failed",
             str(self.held[-1].error),
             "an arm may fail, the endpoint may not",
-            f"mend it and run again: {kept}",
+            f"fix it and run again: {kept}",
         )
 
     def _record_held(self) -> None:

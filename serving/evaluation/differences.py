@@ -25,7 +25,7 @@ class ScoredArms:
 
     values: Mapping[str, Mapping[str, Floats]]
     recipe: Mapping[str, object] = field(default_factory=dict)
-    """What else decides the numbers (base, quantisation, template); goes into every signature."""
+    """Other inputs of the numbers (base, quantisation, template); part of every signature."""
     metrics: Sequence[Metric] = SCORES
     clusters: Sequence[str] | None = None
     """The document (or the user) of each question, where questions of one are not independent."""
@@ -66,7 +66,7 @@ class ScoredArms:
 
 @dataclass(frozen=True)
 class Rules:
-    """How differences are judged. `seed` is the resampling's."""
+    """Error rate, equivalence margin and resampling seed of the tests."""
 
     alpha: float = 0.05
     margin: float = 0.03
@@ -80,7 +80,7 @@ def arm_score(arm: str, metric: Metric, scored: ScoredArms, rules: Rules) -> Sco
     values, n = scored.values[arm][metric.name][kept], int(np.sum(kept))
     if n == 0:
         return None
-    sample = _Sample(values, _of(scored.clusters, kept), metric, lowest=0.0)
+    sample = _Sample(values, _select_clusters(scored.clusters, kept), metric, lowest=0.0)
     method = {"newcombe-10": "wilson"}.get(sample.method, sample.method)
     binary = sample.method == "newcombe-10"
     interval = stats.wilson(int(values.sum()), n, rules.alpha) if binary else sample.interval(rules.alpha, rules.seed)
@@ -176,7 +176,7 @@ class UnadjustedDifference:
         a, b = scored.values[arm_a][name][kept], scored.values[arm_b][name][kept]
         if len(a) == 0:
             return None
-        sample = _Sample(a - b, _of(scored.clusters, kept), scored.by_name[name], lowest=-1.0)
+        sample = _Sample(a - b, _select_clusters(scored.clusters, kept), scored.by_name[name], lowest=-1.0)
         p_value = _p_value(sample, rules.seed)
         return cls(pair, a, b, sample, scored.recipe, _interval(sample, a, b, rules.alpha, rules.seed), p_value)
 
@@ -228,7 +228,7 @@ class UnadjustedDifference:
 _TESTS = {"newcombe-10": "mcnemar-exact", "bca": "sign-flip", "cluster-bca": "cluster-sign-flip"}
 
 
-def _of(clusters: Sequence[str] | None, kept: NDArray[np.bool_]) -> Sequence[str] | None:
+def _select_clusters(clusters: Sequence[str] | None, kept: NDArray[np.bool_]) -> Sequence[str] | None:
     return None if clusters is None else [name for name, keep in zip(clusters, kept, strict=True) if keep]
 
 

@@ -49,7 +49,7 @@ def advise(
     baseline: the declared one, which the verdict names as such; of arms that score the same it is compared with.
     """
     found = tuple(_advise_metric(scored, kinds, metric, rules, baseline) for metric in metrics)
-    won, caveats = _won(found, scored, rules, baseline), _open(found, scored)
+    won, caveats = _winner_sentence(found, scored, rules, baseline), _open_sentences(found, scored)
     sentence, caveats = (won, caveats) if won else (caveats[0], caveats[1:])
     return Advice(sentence=sentence, caveats=caveats, metrics=tuple(one for one, _ in found))
 
@@ -61,16 +61,16 @@ def _advise_metric(
     pairs = family(scored, [(a, b, metric) for a, b in combinations(scored.names, 2)], rules)
     rivals, groups = _against(best, pairs), _groups(scored, metric, pairs)
     if scored.mean(best, metric) == 0:
-        sentence = f"No arm scores above 0 {_on(metric)} (n={rivals[0].n})."
+        sentence = f"No arm scores above 0 {_metric_clause(metric)} (n={rivals[0].n})."
         return MetricAdvice(
             metric=metric, best=best, tied=scored.names, groups=groups, winner=None, sentence=sentence
         ), None
     open_rivals = [rival for rival in rivals if rival.verdict in ("equivalent", "undecided")]
-    tied = (best, *(_other(rival, best) for rival in open_rivals))
+    tied = (best, *(_other_arm(rival, best) for rival in open_rivals))
     beaten = [rival for rival in rivals if rival not in open_rivals]
     winner = _winner([kinds[arm] for arm in tied], open_rivals, beaten)
     blocking = [
-        rival for rival in open_rivals if not _INGREDIENTS[kinds[best]] <= _INGREDIENTS[kinds[_other(rival, best)]]
+        rival for rival in open_rivals if not _INGREDIENTS[kinds[best]] <= _INGREDIENTS[kinds[_other_arm(rival, best)]]
     ]
     pairs_left = (blocking or open_rivals) if winner is None else beaten
     turning = _closest(pairs_left, best, scored, metric, baseline)
@@ -78,7 +78,7 @@ def _advise_metric(
     return MetricAdvice(metric=metric, best=best, tied=tied, groups=groups, winner=winner, sentence=sentence), turning
 
 
-def _on(metric: str) -> str:
+def _metric_clause(metric: str) -> str:
     return _ON.get(metric, f"on {metric.replace('_', ' ')}")
 
 
@@ -96,12 +96,12 @@ def _against(arm: str, pairs: Sequence[Difference]) -> list[Difference]:
     return [pair for pair in pairs if arm in (pair.a, pair.b)]
 
 
-def _other(pair: Difference, arm: str) -> str:
+def _other_arm(pair: Difference, arm: str) -> str:
     return pair.b if pair.a == arm else pair.a
 
 
 def _winner(kinds: Sequence[ArmKind], rivals: Sequence[Difference], beaten: Sequence[Difference]) -> Winner | None:
-    """What all tied arms share; the cheapest of them when they are shown to be equivalent; None when open.
+    """Return the ingredients that all tied arms share; those of the cheapest when all are equivalent; None when open.
 
     Arms of which none is shown to be worse show nothing of what they share.
     """
@@ -121,7 +121,7 @@ def _closest(
     """The pair with the best other arm; of those that score the same, with the baseline."""
 
     def closeness(pair: Difference) -> tuple[float, bool]:
-        other = _other(pair, best)
+        other = _other_arm(pair, best)
         return scored.mean(other, metric), other == baseline
 
     return max(pairs, key=closeness, default=None)
@@ -133,56 +133,56 @@ def _sentence(
     score = f"{best} {_mean(scored, best, metric)}"
     if winner is None:
         assert turning is not None, "an open question has an open pair"
-        rival = _other(turning, best)
+        rival = _other_arm(turning, best)
         rest = [arm for arm in tied[1:] if arm != rival]
         also = f" (nor are {_join(rest)} told apart)" if rest else ""
         return (
-            f"{_sentence_start(_on(metric))}: undecided between {score} and {rival} {_mean(scored, rival, metric)}"
-            f"{also}; {_missing(turning)}."
+            f"{_sentence_start(_metric_clause(metric))}: undecided between {score} and {rival} "
+            f"{_mean(scored, rival, metric)}{also}; {_format_mde(turning)}."
         )
     also = f", not told apart from {_join(tied[1:])}" if len(tied) > 1 else ""
     ahead = f"; {_lead(turning, best)}" if turning is not None else ""
-    return f"{_sentence_start(_on(metric))}: {winner} wins ({score}{also}{ahead})."
+    return f"{_sentence_start(_metric_clause(metric))}: {winner} wins ({score}{also}{ahead})."
 
 
 def _lead(pair: Difference, best: str) -> str:
     value, low, high = _seen_from(best, pair)
-    return f"{words.signed(value)} {words.signed_interval(low, high)} over {_other(pair, best)}, n={pair.n}"
+    return f"{words.signed(value)} {words.signed_interval(low, high)} over {_other_arm(pair, best)}, n={pair.n}"
 
 
 def _mean(scored: ScoredArms, arm: str, metric: str) -> str:
     return words.score(scored.mean(arm, metric))
 
 
-def _missing(pair: Difference) -> str:
+def _format_mde(pair: Difference) -> str:
     needed = f"; {pair.n_needed} questions would decide" if pair.n_needed is not None else ""
     return f"minimum detectable effect {words.score(pair.mde)} at n={pair.n}{needed}"
 
 
-def _won(metrics: Sequence[Found], scored: ScoredArms, rules: Rules, baseline: str | None) -> str:
-    """What wins what, in one sentence; empty when nothing is decided.
+def _winner_sentence(metrics: Sequence[Found], scored: ScoredArms, rules: Rules, baseline: str | None) -> str:
+    """Return one sentence on what wins by which metric; empty when nothing is decided.
 
     The three scores of a text belong together: one of them that is undecided is named, for exact match alone rewards
     brevity and containment alone rewards length.
     """
     parts: list[str] = []
     for winner in dict.fromkeys(found.winner for found, _ in metrics if found.winner is not None):
-        where = _join([_on(found.metric) for found, _ in metrics if found.winner == winner])
+        where = _join([_metric_clause(found.metric) for found, _ in metrics if found.winner == winner])
         parts.append(f"{winner} {'' if parts else 'wins '}{where}")
-    undecided = [_on(found.metric) for found, _ in metrics if found.winner is None and found.metric in TEXT]
+    undecided = [_metric_clause(found.metric) for found, _ in metrics if found.winner is None and found.metric in TEXT]
     also = f", undecided {_join(undecided)}" if undecided else ""
-    return _as_sentence(_join(parts) + also + _usable(*metrics[-1], scored, rules, baseline)) if parts else ""
+    return _as_sentence(_join(parts) + also + _lead_clause(*metrics[-1], scored, rules, baseline)) if parts else ""
 
 
-def _open(metrics: Sequence[Found], scored: ScoredArms) -> tuple[str, ...]:
+def _open_sentences(metrics: Sequence[Found], scored: ScoredArms) -> tuple[str, ...]:
     """One sentence for each metric that the tests do not decide."""
     sentences = []
     for found, turning in metrics:
         if found.winner is None and turning is not None:
-            pair = f"{found.best} and {_other(turning, found.best)}"
-            sentences.append(f"{_on(found.metric)}, undecided between {pair} ({_missing(turning)})")
+            pair = f"{found.best} and {_other_arm(turning, found.best)}"
+            sentences.append(f"{_metric_clause(found.metric)}, undecided between {pair} ({_format_mde(turning)})")
         elif found.winner is None:
-            sentences.append(f"{_on(found.metric)}, no arm scores above 0 (n={scored.n})")
+            sentences.append(f"{_metric_clause(found.metric)}, no arm scores above 0 (n={scored.n})")
     return tuple(_as_sentence(text) for text in sentences)
 
 
@@ -190,10 +190,10 @@ def _as_sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _usable(
+def _lead_clause(
     both: MetricAdvice, turning: Difference | None, scored: ScoredArms, rules: Rules, baseline: str | None
 ) -> str:
-    """How many answers the best arm gets wholly right, and by how much it leads which arm."""
+    """Return how many answers the best arm gets wholly right, and its lead over the next arm."""
     if both.winner is None or turning is None:
         return ""
     value, low, high = _seen_from(both.best, turning)
@@ -201,7 +201,7 @@ def _usable(
     rival = _rival(both, turning, scored, baseline)
     if both.metric != "both":
         lead = f"{words.signed(value)} {words.signed_interval(low, high)} over {rival}, n={turning.n}"
-        texts = _texts((both.best, _other(turning, both.best)), scored)
+        texts = _texts((both.best, _other_arm(turning, both.best)), scored)
         return f": {both.best}{also} {_mean(scored, both.best, both.metric)}, {lead}{texts}"
     return (
         f": {both.best}{also} answers {words.percent(scored.mean(both.best, 'both'))} of {turning.n} questions wholly "
@@ -212,7 +212,7 @@ def _usable(
 
 def _rival(both: MetricAdvice, turning: Difference, scored: ScoredArms, baseline: str | None) -> str:
     """The arm that the best is compared with, and why that one."""
-    rival = _other(turning, both.best)
+    rival = _other_arm(turning, both.best)
     role = "the baseline" if rival == baseline else f"the best {'other arm' if len(both.tied) == 1 else 'arm it beats'}"
     mean = scored.mean(rival, both.metric)
     level = sum(scored.mean(arm, both.metric) == mean for arm in scored.names if arm not in (rival, *both.tied))

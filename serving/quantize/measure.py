@@ -72,7 +72,7 @@ class MeasuredArm(Record):
     tokens_per_s: dict[int, tuple[float, ...]]
     """Requests at once -> one value a round."""
     merge_loss: float | None
-    """What requantising after a merge would lose of the adapter's delta (nf4 with an adapter only)."""
+    """Share of the adapter's delta lost by requantising after a merge (nf4 with an adapter only)."""
 
 
 class PrecisionResult(PrecisionFacts):
@@ -128,7 +128,7 @@ class Asker:
 
 @dataclass(frozen=True)
 class Material:
-    """What every precision is measured on, read once in the driver. `arms` name their adapters by version."""
+    """Material of all precisions, read once in the driver. `arms` name their adapters by version."""
 
     arms: tuple[ArmSpec, ...]
     rows: tuple[DatasetRow, ...]
@@ -286,8 +286,8 @@ def _predicted(base: ResolvedBase, precision: Precision, value_bytes: int) -> in
 # Loss of an adapter's delta when it is merged into 4-bit weights.
 #
 # A merged weight has to be quantised again: 64 neighbours share one scale and 16 levels, and a delta is mostly smaller
-# than half the step between two levels, so most weights round back to where they were. Kept beside the base, nothing of
-# the delta is lost; that is how every adapter is served.
+# than half the step between two levels, so most weights round back to where they were. Kept separate from the base,
+# nothing of the delta is lost; that is how every adapter is served.
 
 
 def merge_loss(model: Any, quant: QuantSpec, adapter: Path) -> float | None:
@@ -336,9 +336,8 @@ def _targets(wrapped: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 # Perplexity of a text in strided windows: exp of the mean nats of each token but the first.
 #
 # Recipe: the text's ids are read in windows of `window` tokens that start `stride` apart. A window scores the tokens
-# that
-# no earlier one has scored; the tokens before them are context. So each token but the text's first is scored once, with
-# at least window - stride tokens of context from the second window on. (The strided form in transformers' guide
+# that no earlier one has scored; the tokens before them are context. So each token but the text's first is scored once,
+# with at least window - stride tokens of context from the second window on. (The strided form in transformers' guide
 # "Perplexity of fixed-length models"; it also averages over tokens and not over windows, so that a short last window
 # weighs what it holds.) Logits are taken to fp32 before the softmax. Legend: B rows, T tokens, V vocabulary.
 

@@ -73,7 +73,7 @@ class RetrieverReport(Record):
 
 
 class RagReport(Record):
-    """What `graftwork rag eval` found."""
+    """Report of `graftwork rag eval`."""
 
     name: str
     version: str
@@ -87,7 +87,7 @@ class RagReport(Record):
     chosen: str
     sentence: str
     questions_uri: str = ""
-    """Where the scores of each question are (`per_question`)."""
+    """Location of the scores of each question (`per_question`)."""
     notes: tuple[str, ...] = ()
     """Keys of the questions that are ignored."""
 
@@ -226,7 +226,7 @@ class _Measured:
 
 
 def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport:
-    """Measure the spec's retrievers on its questions and record the choice beside the index.
+    """Measure the spec's retrievers on its questions and record the choice next to the index.
 
     Needs an initialised Ray only where the spec asks for a rerank. Raises ConfigError without questions, DataError
     for questions of another corpus.

@@ -33,7 +33,7 @@ class Question:
         return None
 
     def answered_by(self, hits: Sequence[Hit]) -> bool:
-        """Whether the answer stands in the passages."""
+        """Return whether the passages contain the answer."""
         read = _plain(" ".join(hit.passage.text for hit in hits))
         return (
             all(_plain(fact) in read for fact in self.facts)

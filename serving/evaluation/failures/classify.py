@@ -83,7 +83,7 @@ _ALL = 1 - 1e-9
 
 @dataclass(frozen=True)
 class Correctness:
-    """What of an answer is right."""
+    """Correctness of an answer: form, value, and both."""
 
     form: bool | None
     """None: it cannot be told apart from the value."""
@@ -112,7 +112,7 @@ class CorrectnessCheck:
         ]
         texts = [one for one in spec.scorers if isinstance(one, QaSpec | ExactSpec) and primary in one.metric_names]
         self.references = GoldText(texts[0].field) if texts else None
-        """Where the right texts of rows are; None where answers are not texts."""
+        """Location of the right texts of rows; None where answers are not texts."""
 
     @property
     def splits(self) -> bool:
@@ -167,7 +167,7 @@ def share(name: str, count: int, n: int, alpha: float, recipe: Mapping[str, obje
 
 
 def state(found: Share, limit: float) -> State:
-    """Whether the share is shown to be at least the limit, or below it."""
+    """Return whether the share is shown to be at least the limit, or below it."""
     if found.low >= limit:
         return "matters"
     return "dismissed" if found.high < limit else "open"
@@ -176,16 +176,16 @@ def state(found: Share, limit: float) -> State:
 def n_to_settle(value: float, limit: float, alpha: float) -> int | None:
     """Failures at which a share like this one lies wholly on one side of the limit. None: it is too near for that."""
     low, high = 1, 2
-    while not _settled(value, high, limit, alpha):
+    while not _is_decided(value, high, limit, alpha):
         low, high = high, 2 * high
         if high > _MOST:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _settled(value, middle, limit, alpha) else (middle, high)
+        low, high = (low, middle) if _is_decided(value, middle, limit, alpha) else (middle, high)
     return high
 
 
-def _settled(value: float, n: int, limit: float, alpha: float) -> bool:
+def _is_decided(value: float, n: int, limit: float, alpha: float) -> bool:
     found = stats.wilson(math.floor(value * n + 0.5), n, alpha)
     return found.low >= limit or found.high < limit

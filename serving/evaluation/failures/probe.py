@@ -164,7 +164,7 @@ class Prober:
         ]
 
     def evidence(self, failure: WrongAnswer, found: AnswerSet) -> ProbeEvidence:
-        """What was found about one failure."""
+        """Return the evidence about one failure."""
         arm, row = failure.arm, failure.row
         return ProbeEvidence(
             form_right=failure.right.form,
@@ -269,7 +269,7 @@ class Prober:
 
 
 def _prefers_first(answer: EvalAnswer | None) -> bool | None:
-    """Whether the first text is likelier than each other, per token: answers differ in length."""
+    """Return whether the first text is likelier than every other, per token: answers differ in length."""
     if answer is None or not answer.logprobs:
         return None
     first, *others = (logprob / max(1, tokens) for logprob, tokens in answer.logprobs)

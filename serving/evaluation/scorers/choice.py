@@ -54,7 +54,7 @@ class ChoiceScorer:
 
     @property
     def name(self) -> str:
-        """What its likelihoods are filed under."""
+        """Key of its likelihoods in a reply."""
         return self._spec.name
 
     def check(self, row: DatasetRow) -> None:
@@ -81,16 +81,16 @@ class ChoiceScorer:
                 f"row {row.id!r}: gold.{self._spec.field}",
                 f"found {wanted!r}",
                 f"it is one of the options {list(options)}",
-                "mend the row",
+                "fix the row",
             )
         return options.index(str(wanted))
 
     def score(self, reply: ModelReply) -> dict[str, float]:
-        told = reply.likelihoods.get(self.name)
-        if told is None or reply.row is None:
+        scored = reply.likelihoods.get(self.name)
+        if scored is None or reply.row is None:
             return {self.name: 0.0}
-        return {self.name: float(self._best(told) == self.right(reply.row))}
+        return {self.name: float(self._find_likeliest(scored) == self.right(reply.row))}
 
-    def _best(self, told: Sequence[tuple[float, int]]) -> int:
-        values = [logprob / max(1, tokens) if self._spec.per_token else logprob for logprob, tokens in told]
+    def _find_likeliest(self, scored: Sequence[tuple[float, int]]) -> int:
+        values = [logprob / max(1, tokens) if self._spec.per_token else logprob for logprob, tokens in scored]
         return values.index(max(values))

@@ -61,7 +61,7 @@ class MeasureScorer:
         """Any row will do."""
 
     def score(self, reply: ModelReply) -> dict[str, float]:
-        return {metric.name: _known(getattr(reply, metric.name)) for metric in self.metrics}
+        return {metric.name: _or_nan(getattr(reply, metric.name)) for metric in self.metrics}
 
 
 LATENCY = MeasureScorer((LATENCY_MS, TTFT_MS))
@@ -69,7 +69,7 @@ TOKENS = MeasureScorer((PROMPT_TOKENS, COMPLETION_TOKENS))
 
 
 class CostSpec(Spec):
-    """What 1,000 answers cost, by these prices."""
+    """Cost of 1,000 answers by these prices."""
 
     kind: Literal["cost"]
     needs_gold: ClassVar[bool] = False
@@ -114,10 +114,10 @@ class CostScorer:
             (spec.per_1k_completion_tokens, reply.completion_tokens),
             (1000 * spec.per_replica_hour / _MS_PER_HOUR / spec.answers_at_once, reply.latency_ms),
         )
-        return {"cost": sum(price * _known(taken) for price, taken in parts if price)}
+        return {"cost": sum(price * _or_nan(taken) for price, taken in parts if price)}
 
 
-def _known(value: float | None) -> float:
+def _or_nan(value: float | None) -> float:
     return nan if value is None else float(value)
 
 

@@ -27,7 +27,7 @@ class FieldsSpec(Spec):
 
 
 class FieldsScorer:
-    """Holds an answer against its row's gold object."""
+    """Form, facts, both and field accuracy of an answer against its row's gold object."""
 
     metrics = SCORES
 

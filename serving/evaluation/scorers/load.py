@@ -48,7 +48,7 @@ class Scorers:
     """All scorers of a spec as one. Pure and without state: any thread may score."""
 
     def __init__(self, scorers: Sequence[Scorer]) -> None:
-        """Raises ConfigError where two measure by the same name."""
+        """Raises ConfigError where two scorers have a metric of the same name."""
         self._scorers = tuple(scorers)
         self.metrics: tuple[Metric, ...] = tuple(metric for scorer in scorers for metric in scorer.metrics)
         names = [metric.name for metric in self.metrics]
@@ -62,7 +62,7 @@ class Scorers:
 
     @property
     def choices(self) -> tuple[ChoiceScorer, ...]:
-        """Those that need likelihoods of options from the endpoint."""
+        """Scorers that need likelihoods of options from the endpoint."""
         return tuple(scorer for scorer in self._scorers if isinstance(scorer, ChoiceScorer))
 
     @property
@@ -72,7 +72,7 @@ class Scorers:
 
     @property
     def exact(self) -> tuple[ExactScorer, ...]:
-        """Those that want the right text and nothing else."""
+        """Scorers that compare the whole text with the right text."""
         return tuple(scorer for scorer in self._scorers if isinstance(scorer, ExactScorer))
 
     @property
@@ -81,17 +81,17 @@ class Scorers:
         return any(scorer is LATENCY or (isinstance(scorer, CostScorer) and scorer.by_time) for scorer in self._scorers)
 
     def check(self, rows: Sequence[DatasetRow]) -> None:
-        """Raises DataError for the first row that a scorer cannot hold an answer against."""
+        """Raises DataError for the first row whose answers a scorer cannot score."""
         for row in rows:
             for scorer in self._scorers:
                 scorer.check(row)
 
     def score(self, reply: ModelReply) -> dict[str, float]:
-        """A value a metric, in the order of `metrics`."""
+        """Return one value for each metric, in the order of `metrics`."""
         return {name: value for scorer in self._scorers for name, value in scorer.score(reply).items()}
 
     def failed_scores(self) -> dict[str, float]:
-        """What a request without an answer scores: 0, and no time, tokens or cost."""
+        """Return the scores of a request without an answer: 0, and no time, tokens or cost."""
         return {metric.name: float("nan") if metric.kind == "measure" else 0.0 for metric in self.metrics}
 
 

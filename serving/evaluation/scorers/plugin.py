@@ -36,7 +36,7 @@ class OwnSpec(Spec):
 
 
 class PluginScore(Protocol):
-    """What an entry point names: a callable that knows its metric (binary or graded: 0..1)."""
+    """Object that an entry point names: a callable with its metric (binary or graded: 0..1)."""
 
     metric: Metric
 
@@ -44,14 +44,14 @@ class PluginScore(Protocol):
 
 
 class PluginScorer:
-    """A foreign scorer in the form of ours. It is asked for one number an answer."""
+    """Adapter of such a callable: one value for each answer."""
 
     def __init__(self, spec: OwnSpec) -> None:
         self._name, self._call = spec.name, _load(spec.name)
         self.metrics = (self._call.metric,)
 
     def check(self, row: DatasetRow) -> None:
-        """It says itself, when it scores, what it cannot take."""
+        """Accept every row: the scorer itself rejects a row when it scores."""
 
     def score(self, reply: ModelReply) -> dict[str, float]:
         value = float(self._call(reply.text, reply.gold))
@@ -62,7 +62,7 @@ class PluginScorer:
                 f"scorer {self._name!r}",
                 f"it returned {value}",
                 f"a {metric.kind} metric has {'0 or 1' if metric.kind == 'binary' else '0 to 1'} an answer",
-                "mend the scorer, or its metric's kind",
+                "fix the scorer, or its metric's kind",
             )
         return {metric.name: value}
 

@@ -16,7 +16,7 @@ from graftwork.metrics import Metric
 
 @dataclass(frozen=True, slots=True)
 class ModelReply:
-    """An answer that came; times in ms. Live traffic has no gold."""
+    """An answer with the data to score it; times in ms. Live traffic has no gold."""
 
     text: str
     gold: Mapping[str, Any] | None = None
@@ -45,7 +45,7 @@ class Scorer(Protocol):
     def metrics(self) -> tuple[Metric, ...]: ...
 
     def check(self, row: DatasetRow) -> None:
-        """Raises DataError for a row that no answer can be held against."""
+        """Raises DataError for a row whose answers cannot be scored."""
 
     def score(self, reply: ModelReply) -> dict[str, float]:
         """A value for each metric; NaN where a measure was not taken."""

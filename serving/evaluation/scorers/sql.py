@@ -86,7 +86,7 @@ class SqlScorer:
                 f"row {row.id!r}: gold.{self._spec.field}",
                 f"it does not run ({error})",
                 "the gold query is one that reads, within the scorer's bounds",
-                "mend the row",
+                "fix the row",
             ) from error
 
     def score(self, reply: ModelReply) -> dict[str, float]:
@@ -96,7 +96,9 @@ class SqlScorer:
             found = self._rows(gold, reply.text)
         except (sqlite3.Error, ValueError):  # ValueError: a NUL in the text
             return {self._spec.name: 0.0}
-        return {self._spec.name: float(_same(found, right, ordered=bool(_ORDERED.search(gold[self._spec.field]))))}
+        return {
+            self._spec.name: float(_equal_rows(found, right, ordered=bool(_ORDERED.search(gold[self._spec.field]))))
+        }
 
     def _rows(self, gold: Any, query: str) -> Table:
         own = str(gold.get(self._spec.setup_field) or "") if self._spec.setup_field else ""
@@ -139,7 +141,7 @@ def _setup_only(action: int, *_: object) -> int:
     return sqlite3.SQLITE_DENY if action in _MAKES else sqlite3.SQLITE_OK
 
 
-def _same(found: Table, right: Table, *, ordered: bool) -> bool:
+def _equal_rows(found: Table, right: Table, *, ordered: bool) -> bool:
     a, b = ([tuple(_plain(value) for value in row) for row in table] for table in (found, right))
     return a == b if ordered else Counter(a) == Counter(b)
 

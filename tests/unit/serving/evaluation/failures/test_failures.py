@@ -283,7 +283,7 @@ def test_a_card_says_why_and_what_to_do(tmp_path: Path) -> None:
     assert by["information"].state == "matters"
     assert by["form"].share.count == 60
     assert (card.remedy, card.asked_for) == ("rag with a grammar", "rag with a grammar"), "no arm here shows it"
-    assert "measured here, raft-rag mends" in card.sentence
+    assert "measured here, raft-rag fixes" in card.sentence
     assert sum(n for cause, n in card.arms[0].causes.items() if cause != "form") == 60 - sum(
         right.value for right in prober.rights["base"].values()
     )
