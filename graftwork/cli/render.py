@@ -41,8 +41,8 @@ def show_findings(findings: Sequence[Finding], nothing: str = "no findings") -> 
 
 def show_online(report: "ExperimentReport") -> None:
     """Differences with sequences, guardrails, and the verdict in a sentence."""
-    from graftwork.report import format as words
     from graftwork.report import evaluation_views
+    from graftwork.report import format as words
 
     unit = "prompts" if report.mode == "shadow" else "units"
     print_table(
