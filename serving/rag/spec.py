@@ -9,11 +9,9 @@ from graftwork.config import Spec
 from graftwork.quantization.spec import QuantSpec
 from graftwork.retrieval.corpus import ChunkSpec, SourceSpec
 from graftwork.retrieval.embedder import EmbedderSpec
-from graftwork.retrieval.index_store import IndexHome
+from graftwork.retrieval.index_store import IndexHome, Kind
 from graftwork.retrieval.retriever import MINILM, RerankSpec, RetrieverSpec
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
-
-Kind = Literal["lexical", "dense", "hybrid"]
 
 
 class RagRerankSpec(RerankSpec):

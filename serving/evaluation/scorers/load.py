@@ -17,7 +17,7 @@ from graftwork.serving.evaluation.scorers.cost import LATENCY, CostScorer, CostS
 from graftwork.serving.evaluation.scorers.json_answer import FieldF1Spec, FieldsSpec, JsonSchemaSpec
 from graftwork.serving.evaluation.scorers.overlap import OverlapSpec
 from graftwork.serving.evaluation.scorers.plugin import OwnSpec
-from graftwork.serving.evaluation.scorers.protocol import ModelReply, Scorer
+from graftwork.serving.evaluation.scorers.protocol import ModelReply, Scorer, ScorerKind
 from graftwork.serving.evaluation.scorers.sql import SqlSpec
 from graftwork.serving.evaluation.scorers.text_match import ExactScorer, ExactSpec, QaSpec, RegexSpec
 
@@ -95,7 +95,7 @@ class Scorers:
         return {metric.name: float("nan") if metric.kind == "measure" else 0.0 for metric in self.metrics}
 
 
-def load_scorers(specs: Sequence[ScorerSpec], schema: AnswerSchema | None = None, *, gold: bool = True) -> Scorers:
+def load_scorers(specs: Sequence[ScorerKind], schema: AnswerSchema | None = None, *, gold: bool = True) -> Scorers:
     """Build the scorers in order. schema: the spec's answer_schema. gold=False: for traffic without right answers.
 
     Raises ConfigError: a scorer that lacks its schema, its gold, its package or its entry point; StorageError.

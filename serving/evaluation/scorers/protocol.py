@@ -1,7 +1,7 @@
-"""Protocol of a scorer, and the reply that it scores.
+"""Protocols of a scorer and of its spec class, and the reply that it scores.
 
-A scorer is one file of this folder with the spec class of its key under `scorers:` (`kind`, `needs_gold`,
-`metric_names`, `build`) and the class that `build` returns. `load.ScorerSpec` lists the spec classes.
+A scorer is one file of this folder with two classes: a `ScorerKind` for its entry under `scorers:`, and the `Scorer`
+that the entry builds. `load.ScorerSpec` lists the spec classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from pydantic import Field
 
 from graftwork.datasets.rows import DatasetRow
 from graftwork.metrics import Metric
+from graftwork.scoring import AnswerSchema
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,24 @@ class Scorer(Protocol):
 
     def score(self, reply: ModelReply) -> dict[str, float]:
         """A value for each metric; NaN where a measure was not taken."""
+
+
+class ScorerKind(Protocol):
+    """Entry under `scorers:` of a spec."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def needs_gold(self) -> bool:
+        """Return whether rows need right answers, which live traffic does not have."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics, before anything is loaded; empty where only the loaded scorer has them."""
+
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer. schema: the spec's answer_schema. Raises ConfigError, StorageError."""
 
 
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,40}$")]
