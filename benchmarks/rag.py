@@ -25,7 +25,8 @@ from graftwork.retrieval import Hit, LexicalIndex, Retriever
 from graftwork.retrieval.dense import DenseIndex, HybridIndex, shared_embedder, write_vectors
 from graftwork.retrieval.embedder import EmbedderSpec
 from graftwork.retrieval.retriever import MINILM
-from graftwork.serving.rag.eval import Question, RagReport, judge
+from graftwork.serving.rag.eval import RagReport, judge
+from graftwork.serving.rag.questions import Question
 from graftwork.serving.rag.rerank import rerank
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ServeSpec

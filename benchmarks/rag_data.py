@@ -21,7 +21,7 @@ from graftwork.base.package_source import PackageFile, fetch
 from graftwork.cache import build_once
 from graftwork.datasets.rows import read_passages
 from graftwork.prompts.render import Passage
-from graftwork.serving.rag.eval import Question
+from graftwork.serving.rag.questions import Question
 from graftwork.storage.store import cache_root
 
 SHORT = 100_000

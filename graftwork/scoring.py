@@ -1,4 +1,4 @@
-"""Right texts and patterns that an answer is held against."""
+"""Scoring of one answer against texts, patterns, a JSON schema or a gold object. No judge, no network."""
 
 import json
 import re
@@ -19,8 +19,6 @@ from referencing import Registry, Resource
 
 from graftwork.datasets.rows import DatasetRow, read_text
 from graftwork.errors import ConfigError, DataError
-
-# The possible answers of a row that are weighed rather than written.
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ REGEX_TIMEOUT_S = 0.2
 
 @dataclass(frozen=True)
 class GoldText:
-    """Where the right text of a row is."""
+    """Location of the right text of a row."""
 
     field: str | None
 
@@ -146,7 +144,7 @@ def _holds(words: Sequence[str], part: Sequence[str]) -> bool:
 
 
 def matches(answer: str, pattern: str, *, whole: bool) -> bool:
-    """Whether the answer, or a part of it, matches a regular expression within `REGEX_TIMEOUT_S`."""
+    """Return whether the answer, or a part of it, matches a regular expression within `REGEX_TIMEOUT_S`."""
     compiled = regex.compile(pattern)  # the package caches what it compiled
     try:
         return (compiled.fullmatch if whole else compiled.search)(answer, timeout=REGEX_TIMEOUT_S) is not None
@@ -154,11 +152,8 @@ def matches(answer: str, pattern: str, *, whole: bool) -> bool:
         return False
 
 
-# A JSON schema that a whole answer must satisfy. It stands alone: nothing is ever fetched.
-
-
 class AnswerSchema:
-    """A JSON schema that a whole answer must satisfy."""
+    """A JSON schema that a whole answer must satisfy. References outside the schema are rejected, never fetched."""
 
     def __init__(self, tree: dict[str, Any], where: str = "answer_schema") -> None:
         """Raises ConfigError: not a JSON schema, or one that points outside itself."""
@@ -190,7 +185,7 @@ class AnswerSchema:
         return cls(tree, uri)
 
     def holds(self, answer: Mapping[str, Any]) -> bool:
-        """Whether the object validates."""
+        """Return whether the object validates."""
         return bool(self._validator.is_valid(answer))
 
 
@@ -205,12 +200,11 @@ def _refs(tree: object) -> Iterator[str]:
             yield from _refs(value)
 
 
-# Answers against a gold object: `form`, `facts`, `both`, `field_accuracy`, each within 0..1. No judge, no network.
+# Scores against a gold object: `form`, `facts`, `both`, `field_accuracy`, each within 0..1.
 #
 # Facts are looked for at their key when the answer is a JSON object, else anywhere in the text. Looking anywhere
-# flatters
-# arms that answer in prose: a number may stand there for another reason. So `facts` compares what arms know, and only
-# `both` says whether an answer can be used.
+# flatters arms that answer in prose: a number may stand there for another reason. So `facts` compares what arms know,
+# and only `both` says whether an answer can be used.
 
 
 EMPTY: tuple[object, ...] = (None, "", [], {})
@@ -281,13 +275,13 @@ def _same_tokens(found: object, gold: object) -> bool:
 
 
 def _within(part: Sequence[str], whole: Sequence[str]) -> bool:
-    """Whether the tokens stand in the text, next to each other and in order."""
+    """Return whether the text has the tokens, next to each other and in order."""
     n = len(part)
     return n > 0 and any(tuple(whole[i : i + n]) == tuple(part) for i in range(len(whole) - n + 1))
 
 
 def right_fields(answer: Mapping[str, Any], gold: Mapping[str, Any]) -> int:
-    """How many fields of gold the answer has with exactly gold's value."""
+    """Return the count of gold fields that the answer has with exactly gold's value."""
     return sum(name in answer and exactly(answer[name], value) for name, value in gold.items())
 
 
@@ -296,7 +290,7 @@ def field_f1(answer: Mapping[str, Any], gold: Mapping[str, Any]) -> float:
     return 2 * right_fields(answer, gold) / (len(answer) + len(gold))
 
 
-# What a text says: the object that it is, its words, and when two values are the same.
+# Parsing of answers, their words, and equality of values.
 
 
 _JSON_SPACE = " \t\n\r"

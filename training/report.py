@@ -16,9 +16,9 @@ from graftwork.planning.memory import GIB
 from graftwork.report import BuiltReport, build
 from graftwork.report import format as words
 from graftwork.report.evaluation_schema import Change, OutcomesReport
+from graftwork.report.evaluation_views import PARTS
 from graftwork.report.render import ReportInput
 from graftwork.report.schema import PlanRow, StepSeries, TrainRun
-from graftwork.report.views import PARTS
 from graftwork.storage.store import RunPaths
 from graftwork.training.autotune import machine_of, sizes_of
 from graftwork.training.evaluation.questions import Probe

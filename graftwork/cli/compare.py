@@ -126,27 +126,27 @@ def show_judge(judge: Any) -> None:
 def show_card(card: Any) -> None:
     """Why the reference fails, what mends it, what each arm takes, and what to do."""
     from graftwork.report import format as words
-    from graftwork.report import views as figures
+    from graftwork.report import views
 
     print_table(
         f"why {card.reference} fails: {card.probed} of {card.failures} failures probed",
         ("cause", "share of failures", "n", "it"),
         [
             (
-                figures.cause_name(c.cause),
+                views.cause_name(c.cause),
                 f"{words.percent(c.share.value)} {words.percents(c.share.low, c.share.high)}",
                 c.share.count,
                 {"dismissed": "does not matter", "open": "is undecided"}.get(c.state, c.state),
             )
-            for c, _ in figures.cause_tracks(card)
+            for c, _ in views.cause_tracks(card)
         ],
     )
     print_table(
         "of these failures, wholly right in another arm",
-        ("arm", *map(figures.cause_name, figures.lifted(card))),
+        ("arm", *map(views.cause_name, views.lifted(card))),
         [
             (arm, *[f"{words.percent(x.share.value)} {words.percents(x.share.low, x.share.high)}" for x in lifts])
-            for arm, _, lifts in figures.lift_rows(card)
+            for arm, _, lifts in views.lift_rows(card)
         ],
     )
     print_table(
@@ -159,9 +159,9 @@ def show_card(card: Any) -> None:
                 words.count(cost.tokens),
                 words.seconds(None if cost.training_min is None else 60 * cost.training_min),
                 words.gibibytes(cost.adapter_gib),
-                ", ".join(f"{figures.cause_name(c)} {n}" for c, n in own.causes.items()) if own else words.NONE,
+                ", ".join(f"{views.cause_name(c)} {n}" for c, n in own.causes.items()) if own else words.NONE,
             )
-            for cost, own in figures.arm_rows(card)
+            for cost, own in views.arm_rows(card)
         ],
     )
     for line in (card.sentence, *card.open):

@@ -239,7 +239,7 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
 
 def _show_verdict(metric: str, mode: str, judged: dict[str, Any]) -> None:
     """Print the verdict, which holds at every look. The difference is not that of the plain means: see `estimator`."""
-    from graftwork.report.views import estimator
+    from graftwork.report.evaluation_views import estimator
 
     means = [
         f"{arm['arm']} {arm['mean']:.3f} (n={arm['counted']})" for arm in judged["arms"] if arm["mean"] is not None

@@ -41,8 +41,8 @@ def show_findings(findings: Sequence[Finding], nothing: str = "no findings") -> 
 
 def show_online(report: "ExperimentReport") -> None:
     """Differences with sequences, guardrails, and the verdict in a sentence."""
+    from graftwork.report import evaluation_views
     from graftwork.report import format as words
-    from graftwork.report import views as online
 
     unit = "prompts" if report.mode == "shadow" else "units"
     print_table(
@@ -55,13 +55,13 @@ def show_online(report: "ExperimentReport") -> None:
     )
     print_table(
         f"against {report.control} (holds at every look)",
-        ("arm", online.estimator(report.mode), unit, "e-value", "verdict", "would decide"),
+        ("arm", evaluation_views.estimator(report.mode), unit, "e-value", "verdict", "would decide"),
         [
             (
                 one.arm,
-                f"{online.signed(one.estimate)} {online.effect_interval(one)}",
+                f"{evaluation_views.signed(one.estimate)} {evaluation_views.effect_interval(one)}",
                 one.n,
-                online.evidence(one.e_value),
+                evaluation_views.evidence(one.e_value),
                 one.verdict,
                 words.NONE if one.n_needed is None else words.count(one.n_needed),
             )
@@ -70,7 +70,7 @@ def show_online(report: "ExperimentReport") -> None:
     )
     if report.guardrails:
         rows = [
-            (g.arm, g.says, words.NONE if g.value is None else f"{g.value:.3f}", g.n, online.guard_state(g))
+            (g.arm, g.says, words.NONE if g.value is None else f"{g.value:.3f}", g.n, evaluation_views.guard_state(g))
             for g in report.guardrails
         ]
         print_table("guardrails", ("arm", "bound", "seen", "n", "state"), rows)
@@ -85,8 +85,8 @@ def show_online(report: "ExperimentReport") -> None:
 def show_outcomes(found: Mapping[str, Any]) -> None:
     """Every metric before and after, and of which changes one can be sure."""
     from graftwork.report.evaluation_schema import OutcomesReport
+    from graftwork.report.evaluation_views import WORDS
     from graftwork.report.format import rounded
-    from graftwork.report.views import WORDS
 
     report = OutcomesReport.model_validate(found)
     print_table(

@@ -17,7 +17,7 @@ from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
 from graftwork.prompts.template import Template
 from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
 from graftwork.serving.evaluation.failures.probe import right_answer
-from graftwork.serving.evaluation.scorers.spec import ChoiceSpec
+from graftwork.serving.evaluation.scorers.choice import ChoiceSpec
 from graftwork.serving.evaluation.spec import CompareSpec, ProbeSpec
 from graftwork.serving.planning import RequestLoad
 from graftwork.serving.quantize.spec import QuantizeSpec

@@ -1,4 +1,4 @@
-"""Small plots as inline SVG. Positions are percentages, so text and strokes keep their size at every page width.
+"""Inline SVG plots. Positions are percentages, so text and strokes keep their size at every page width.
 
 Colours come from the page's CSS variables through classes; every mark has a `<title>` with its numbers. Functions
 return `Markup`: whatever comes from outside is escaped here.
@@ -152,7 +152,7 @@ def band_chart(
 
 
 def scatter(points: Iterable[tuple[Point, str, str, str]], x: Scale, y: Scale, label: str) -> Markup:
-    """Labelled points: ((x, y), text beside it, CSS class, title)."""
+    """Labelled points: ((x, y), text next to it, CSS class, title)."""
     marks: list[Markup] = []
     for (a, b), text, style, title in points:
         left, top = x(a), _percent(100 - y(b))

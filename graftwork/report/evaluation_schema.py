@@ -1,11 +1,11 @@
-"""What a run gained and lost; what more examples bring; what another base brings."""
+"""Report records of evaluations before and after training, live experiments, rebases and quantization runs."""
 
 from typing import Literal
 
 from graftwork.metrics import Distribution
 from graftwork.report.schema import Difference, MetricInfo, Record, Score, Verdict
 
-# What the log of an online experiment said: byte-identical JSON for the same log and rules.
+# Live experiments: byte-identical JSON for the same log and rules.
 #
 # Differences are in the metric's unit, of `log` metrics in that of the logarithm. Instants in Unix seconds (UTC).
 
@@ -78,7 +78,7 @@ class OnlineGuardrail(Record):
 
 
 class OnlineEvent(Record):
-    """What happened to the experiment."""
+    """Events of the experiment."""
 
     at: float
     event: str
@@ -160,7 +160,7 @@ class Change(Record):
 
 
 class GeneratedText(Record):
-    """What was written to one prompt."""
+    """Texts written to one prompt."""
 
     part: str
     prompt: str
@@ -183,7 +183,7 @@ class OutcomesReport(Record):
 
 
 class CurvePoint(Record):
-    """One run on the first so many rows."""
+    """One run on the first N rows."""
 
     rows: int
     run_id: str
@@ -253,7 +253,7 @@ class RebaseReport(Record):
     sentence: str
 
 
-# What `quantize` measured: a base at several precisions.
+# Quantization: a base at several precisions.
 
 
 class PrecisionArm(Record):
@@ -274,7 +274,7 @@ class PrecisionArm(Record):
 
 
 class PrecisionFacts(Record):
-    """What was found of a base at one precision, in a process of its own."""
+    """Measurements of a base at one precision, in a process of its own."""
 
     precision: str
     machine: str
@@ -282,13 +282,13 @@ class PrecisionFacts(Record):
     reason: str
     """The dtype and the form of the weights, and why."""
     caveat: str
-    """What makes it a poor fit for this machine; empty where nothing does."""
+    """Reason why it fits this machine badly; empty where there is none."""
     stored_bytes: int
     """Weights as a file holds them."""
     resident_bytes: int
     """Weights as they lie in memory."""
     predicted_bytes: int | None
-    """What `graftwork.planning.memory` predicts for `stored_bytes`; None for shapes that it does not cover."""
+    """Prediction of `graftwork.planning.memory` for `stored_bytes`; None for shapes that it does not cover."""
     peak_rss_bytes: int
     """Of the whole process: Python, libraries, loading, keys and values, steps."""
     load_s: float
@@ -317,7 +317,7 @@ class QuantizeReport(Record):
     """Questions."""
     data_fingerprint: str
     text: str
-    """What perplexity was taken on, and how."""
+    """Text of the perplexity, and its windows."""
     precisions: tuple[PrecisionRow, ...]
     differences: tuple[Difference, ...]
     """Every arm at every other precision (`PRECISION/ARM`) against itself at the reference, for each metric."""

@@ -1,4 +1,4 @@
-"""Numbers as people read them. One rule a quantity, so that a page never shows it in two ways."""
+"""Number formats: one function for each quantity, used by pages and the command line."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -34,8 +34,8 @@ def signed(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """What is within ±1 with two decimals, what would then be 0 (a price) with two digits; a larger measure with three,
-    thousands separated."""
+    """Return a number within ±1 with two decimals (two digits where that is 0, as for prices), a larger one with three
+    digits and thousands separated."""
     if DUST < abs(value) < 0.001:
         return f"{value:.2g}"
     if abs(value) <= 1:
@@ -148,7 +148,7 @@ def format_setting(value: object) -> str:
 
 
 def ratio(actual: float | None, predicted: float | None) -> str:
-    """How far the prediction was off."""
+    """Return the error of a prediction."""
     if not actual or not predicted:
         return NONE
     return f"{100 * (actual / predicted - 1):+.0f}%".replace("-", "−")

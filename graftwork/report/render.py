@@ -1,4 +1,4 @@
-"""The page: templates filled with figures, everything inline. A policy in the page forbids fetching anything."""
+"""Renderer of the report page: templates with inline SVG and CSS. A content policy forbids loading anything."""
 
 import json
 from dataclasses import dataclass
@@ -11,12 +11,8 @@ from markupsafe import Markup
 
 from graftwork import __version__
 from graftwork.metrics import QUANTILE_RULE
+from graftwork.report import evaluation_views, sweep_charts, sweep_views, views
 from graftwork.report import format as words
-from graftwork.report import sweep_charts as charts
-from graftwork.report import sweep_views as sweep
-from graftwork.report import views as figures
-from graftwork.report import views as online
-from graftwork.report import views as outcomes
 from graftwork.report.evaluation_schema import (
     CurveReport,
     ExperimentReport,
@@ -27,8 +23,6 @@ from graftwork.report.evaluation_schema import (
 from graftwork.report.schema import CompareReport, PlanRow, Record, ServingRecord, StageTime, TrainRun
 from graftwork.report.sweep_schema import SweepRecord
 from graftwork.storage.store import Store
-
-# Everything that one report shows.
 
 
 class ReportInput(Record):
@@ -59,7 +53,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class BuiltReport:
-    """Where the two files are."""
+    """Locations of the two files."""
 
     json_uri: str
     html_uri: str
@@ -110,11 +104,11 @@ def environment(*folders: Path) -> Environment:
     )
     env.filters["tojson_plain"] = lambda tree: json.dumps(tree, ensure_ascii=False)
     env.globals.update(
-        fig=figures,
-        sweep=sweep,
-        charts=charts,
-        online=online,
-        outcomes=outcomes,
+        fig=views,
+        sweep=sweep_views,
+        charts=sweep_charts,
+        online=evaluation_views,
+        outcomes=evaluation_views,
         words=words,
         quantile_rule=QUANTILE_RULE,
     )

@@ -1,4 +1,4 @@
-"""The records that a report is made of: what each stage measured, frozen, as `report.json` holds it.
+"""Schema of `report.json`: frozen records of the comparison, the decision card, training and serving.
 
 Times are in seconds (`_s`) or milliseconds (`_ms`), memory in bytes, losses in nats per token.
 """
@@ -8,8 +8,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from graftwork.metrics import Distribution
-
-# What every record of a report is built on.
 
 
 class Record(BaseModel):
@@ -102,7 +100,7 @@ class Difference(Record):
 
 
 class MetricAdvice(Record):
-    """Which arms win one metric: the best, and all that are not shown to be worse."""
+    """Arms that win one metric: the best, and all that are not shown to be worse."""
 
     metric: str
     best: str
@@ -121,12 +119,12 @@ class Advice(Record):
     sentence: str
     """The verdict in one sentence."""
     caveats: tuple[str, ...]
-    """What the tests leave open, one sentence each."""
+    """Questions that the tests leave open, one sentence each."""
     metrics: tuple[MetricAdvice, ...]
 
 
 class SampleAnswer(Record):
-    """What one arm said to a sample question."""
+    """Answer of one arm to a sample question."""
 
     arm: str
     text: str
@@ -188,7 +186,7 @@ class Share(Record):
 
 
 class CauseShare(Record):
-    """How many of the reference's probed failures have one cause. A wrong value in a wrong form counts in two."""
+    """Count of the reference's probed failures with one cause. A wrong value in a wrong form counts in two."""
 
     cause: str
     share: Share
@@ -205,7 +203,7 @@ class Lift(Record):
     arm: str
     kind: ArmKind
     remedy: Remedy
-    """What the arm is an example of."""
+    """Remedy that the arm is an example of."""
     cause: str
     """`all`: any."""
     share: Share
@@ -222,7 +220,7 @@ class ArmCauses(Record):
 
 
 class ArmCost(Record):
-    """What an arm takes."""
+    """Cost of an arm."""
 
     arm: str
     kind: ArmKind
@@ -236,7 +234,7 @@ class ArmCost(Record):
 
 
 class DecisionCard(Record):
-    """Why the reference fails, what mends it here, and what to do: prompt, RAG, finetune, both, or a grammar."""
+    """Causes of the reference's failures, arms that fix them, remedy: prompt, RAG, finetune, both, or a grammar."""
 
     reference: str
     n: int
@@ -259,14 +257,14 @@ class DecisionCard(Record):
     costs: tuple[ArmCost, ...]
     remedy: Remedy
     asked_for: Remedy
-    """What the causes alone ask for; `remedy` differs where an arm that was measured does better."""
+    """Remedy by the causes alone; `remedy` differs where an arm that was measured does better."""
     sentence: str
     open: tuple[str, ...]
-    """What is undecided, and how many more questions it needs."""
+    """Open points, and the questions that they need."""
 
 
 class JudgedArm(Record):
-    """What the judge thought of one arm's answers beside the baseline's."""
+    """Preferences of the judge between one arm's answers and the baseline's."""
 
     arm: str
     kind: ArmKind
@@ -326,9 +324,9 @@ class CompareReport(Record):
     """The contrasts that the spec declared."""
     slices: tuple[Slice, ...]
     card: DecisionCard | None
-    """Where the spec asks for probes."""
+    """Present if the spec asks for probes."""
     judge: JudgeReport | None
-    """Where the spec names a judge."""
+    """Present if the spec names a judge."""
     advice: Advice
     samples: tuple[Sample, ...]
     notes: tuple[str, ...]
@@ -371,7 +369,7 @@ class TrainRun(Record):
 
 
 class PlanRow(Record):
-    """What was predicted of a stage, and what it took. None: not predicted, or not measured."""
+    """Predicted and actual cost of a stage. None: not predicted, or not measured."""
 
     stage: str
     predicted_bytes: int | None = None
@@ -420,7 +418,7 @@ class SwapRecord(Record):
 
 
 class ServingRecord(Record):
-    """What the endpoint did during the job."""
+    """Activity of the endpoint during the job."""
 
     latency: tuple[AdapterLatency, ...] = ()
     swap: SwapRecord | None = None

@@ -1,4 +1,4 @@
-"""Plots of a sweep as inline SVG: bars on the clock, parallel coordinates, cells of a table."""
+"""Sweep charts as inline SVG: timeline, loss curves, parallel coordinates, heat map, Pareto front."""
 
 import heapq
 import math
@@ -76,7 +76,7 @@ def loss(value: float | None) -> str:
 
 
 def highest(sweep: SweepRecord) -> float:
-    """Where a loss axis ends, so that diverged trials do not flatten the others: the better half is
+    """Return the end of a loss axis, so that diverged trials do not flatten the others: the better half is
     whole in the picture."""
     last = sorted(
         trial.last_loss for trial in sweep.trials if trial.last_loss is not None and math.isfinite(trial.last_loss)

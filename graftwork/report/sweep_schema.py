@@ -1,4 +1,4 @@
-"""What a sweep's page shows: its trials, and what they say of its keys, of its early stops and of its choice."""
+"""Schema of the sweep records: trials, key importance, heat map, early stops, Pareto front and finals."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -19,7 +19,7 @@ class SweepKey(Record):
     log: bool = False
 
     def holds(self, value: Plain) -> bool:
-        """Whether a value lies in the domain."""
+        """Return whether a value lies in the domain."""
         if self.values or self.low is None or self.high is None:
             return value in self.values
         return isinstance(value, int | float) and self.low <= value <= self.high
@@ -64,7 +64,7 @@ def in_space(keys: Sequence[SweepKey], trial: SweepTrial) -> bool:
 
 
 class KeyImportance(Record):
-    """How much of the variation of the losses a key accounts for, alone and together with others."""
+    """Share of the variation of the losses that a key accounts for, alone and together with others."""
 
     key: str
     value: float
@@ -113,7 +113,7 @@ class RateRow(Record):
 
 
 class RatesRecord(Record):
-    """Whether the best value of the column key moves with the row key: does one learning rate serve all ranks?"""
+    """Movement of the best value of the column key with the row key, such as the learning rate with the rank."""
 
     row_key: str
     column_key: str
@@ -127,7 +127,7 @@ class RatesRecord(Record):
     shared: float | None
     """The value that serves all rows best; None where none was tried in all."""
     shared_costs: float | None
-    """How much higher its loss is than that of a row's own best, at most."""
+    """Largest excess of its loss over that of a row's own best."""
 
 
 class HeatCell(Record):
@@ -171,7 +171,7 @@ class RungRecord(Record):
 
 
 class StoppedTrial(Record):
-    """What a stopped trial would have had to catch up on to win."""
+    """Loss that a stopped trial had to make up to win."""
 
     id: str
     step: int
@@ -196,7 +196,7 @@ class StopsRecord(Record):
     closest: tuple[StoppedTrial, ...]
     """Of the stopped trials, those that were closest to the winner."""
     regret: float | None
-    """How much lower the loss might be had a stopped trial caught up as far as any finished one did; None: unknown."""
+    """Possible gain of loss had a stopped trial caught up as far as any finished one did; None: unknown."""
 
 
 class FrontPoint(Record):
@@ -234,7 +234,7 @@ class FinalsRecord(Record):
 
     alpha: float
     verdict: str
-    """What they decided, with figures."""
+    """Decision of the finals, with figures."""
     finalists: tuple[FinalistRecord, ...]
     notes: tuple[str, ...] = ()
 
@@ -253,7 +253,7 @@ class SweepRecord(Record):
     state: Literal["finished", "interrupted", "failed"] = "finished"
     error: str | None = None
     steps: int = 0
-    """Of a trial that is not stopped; 0: not told."""
+    """Of a trial that is not stopped; 0: not reported."""
     keys: tuple[SweepKey, ...] = ()
     settings: str = ""
     """`--set key=value ...` of the best trial."""

@@ -1,4 +1,4 @@
-"""A sweep's record -> what its figures say, one sentence a figure."""
+"""Sentences under the sweep charts, and rows of the sweep tables."""
 
 import math
 from collections import Counter
@@ -34,7 +34,7 @@ SHOWN = 20
 
 
 def sentence(sweep: SweepRecord) -> str:
-    """What the sweep found."""
+    """Return the verdict of the sweep."""
     best = sweep.best
     if best is None:
         return _unfound(sweep)
@@ -52,7 +52,7 @@ def sentence(sweep: SweepRecord) -> str:
 
 
 def _of_finals(finals: FinalsRecord, chosen_id: str) -> str:
-    """What the finals say of the chosen one; all figures are in the verdict below."""
+    """Return the finals' result for the chosen trial; the verdict below has all figures."""
     chosen = next(one for one in finals.finalists if one.id == chosen_id)
     others = [one for one in finals.finalists if one is not chosen]
     beaten = sum(one.beaten for one in others)
@@ -86,7 +86,7 @@ ENDS: Mapping[SweepState, str] = {
 
 
 def state_words(sweep: SweepRecord) -> str:
-    """How many trials there were, how they ended, and what they took."""
+    """Return the count of trials, their ends, and their time."""
     counts = Counter(trial.state for trial in sweep.trials)
     parts = [f"{counts[state]} {word}" for state, word in ENDS.items() if counts[state]]
     taken = sum(map(sweep.took_s, sweep.trials))
@@ -99,7 +99,7 @@ def state_words(sweep: SweepRecord) -> str:
 
 
 def timeline_words(sweep: SweepRecord) -> str:
-    """How well the clock was used."""
+    """Return the utilisation of the time."""
     found = timeline(sweep)
     if found is None:
         return ""
@@ -130,7 +130,7 @@ def _leads_from(sweep: SweepRecord) -> int | None:
 
 
 def importance_words(found: ImportanceRecord) -> str:
-    """Which key matters, and whether the trials tell it from the next."""
+    """Return the most important key, and whether the trials separate it from the next."""
     if not found.keys:
         return f"Nothing can be told: {found.silent}."
     first, *others = found.keys
@@ -149,7 +149,7 @@ def heat_words(heat: HeatRecord) -> str:
 
 
 def rates_words(found: RatesRecord) -> str:
-    """Whether the best value of the columns moves with the rows."""
+    """Return whether the best value of the columns moves with the rows."""
     row, column = short(found.row_key), short(found.column_key)
     said = {
         "hardly moves": f"The best {column} hardly moves with {row} here",
@@ -175,7 +175,7 @@ def rate_words(row: RateRow) -> str:
 
 
 def stops_words(found: StopsRecord) -> str:
-    """What early stops saved and what they may have lost."""
+    """Return the savings of early stops and their possible loss."""
     share = words.percent(found.saved_steps / found.all_steps) if found.all_steps else words.NONE
     time = f", about {words.seconds(found.saved_s)} of training" if found.saved_s else ""
     trials = "1 trial was" if found.stopped == 1 else f"{found.stopped} trials were"
@@ -203,7 +203,7 @@ def _lost(found: StopsRecord) -> str:
 
 
 def finals_words(found: FinalsRecord) -> str:
-    """What they decided, and by which test."""
+    """Return the decision of the finals and its test."""
     seeds = max(len(one.losses) for one in found.finalists)
     rule = f"{len(found.finalists)} finalists, {seeds} seeds each, Student's t by seed, Holm, alpha={found.alpha:g}"
     return f"{found.verdict[:1].upper()}{found.verdict[1:]} ({rule})."
@@ -229,7 +229,7 @@ def signed_loss(value: float) -> str:
 
 
 def front_words(front: FrontRecord) -> str:
-    """How many trials are worse than no other in every objective."""
+    """Return the count of trials on the Pareto front."""
     best = sum(point.on_front for point in front.points)
     return (
         f"{best} of {len(front.points)} trials are on the front: for each of the others some trial is at least as good "

@@ -1,4 +1,4 @@
-"""Passages of a corpus for a question: serving asks, and RAFT-style training draws its distractors from it."""
+"""Retrieval of passages for a question, used by serving and by RAFT-style training for its distractors."""
 
 from graftwork.retrieval.bm25 import STOP_WORDS, LexicalIndex, corpus_digest, open_lexical
 from graftwork.retrieval.index import Hit, Retriever

@@ -4,7 +4,7 @@ Words are stemmed and case is folded, but codes (ZPPP, A320) are indexed once mo
 exactly and weigh more. A query is data: it is cut into words, and each is quoted.
 
 A changed corpus needs no new index: `derive` takes out what is gone and puts in what came, and the result answers
-like an index built anew, scores and order included.
+like an index built from scratch, scores and order included.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _COMMON_AT_LEAST = 1000
 """In fewer passages a word is never common: it says something there, and costs little."""
 SCORED_AT_MOST = 6000
 """Matches that a query may score, about 0.6 us each: beyond it the commonest words are dropped. One word alone that
-stands in more passages is looked for in the first so many."""
+stands in more passages is looked for in the first of them."""
 MAX_QUERY_WORDS = 64
 _CODE_WEIGHT = 4.0
 FORM = "fts5-6"
@@ -90,7 +90,7 @@ class LexicalIndex:
     def derive(self, passages: Sequence[Passage], path: Path) -> "tuple[LexicalIndex, Changes]":
         """Write the index of a changed corpus to another file, from this one, and open it.
 
-        What is gone leaves and what is new comes; all is built anew only where what stays changed its order.
+        What is gone leaves and what is new comes; all is rebuilt only where what stays changed its order.
         """
         found = changes(self.numbered(), passages)
         if found is None:
@@ -212,7 +212,7 @@ def corpus_digest(passages: Sequence[Passage]) -> str:
 
 
 def _apply(connection: sqlite3.Connection, found: Changes) -> None:
-    """A contentless FTS5 table is told what it held: it takes out exactly those words."""
+    """Delete a row: a contentless FTS5 table needs the old words to remove them."""
     gone, come = found.removed, found.added
     connection.executemany(
         "INSERT INTO words(words, rowid, text, code) VALUES ('delete', ?, ?, ?)",
@@ -238,7 +238,7 @@ def _word_counts(pairs: Sequence[Numbered]) -> Counter[str]:
     return Counter(itertools.chain.from_iterable(set(words_of(passage.text.lower())) for _, passage in pairs))
 
 
-# Words of a text as the lexical index sees them: codes, stop words, the words that a query is made of.
+# Tokenisation: codes, stop words, the words of a query.
 
 
 _SILENT_WORDS = """
@@ -275,5 +275,5 @@ def code_token(word: str) -> str:
 
 
 def is_telling(word: str) -> bool:
-    """Whether a query's word says something of its topic."""
+    """Return whether a query's word says something of its topic."""
     return is_code(word) or word.lower() not in STOP_WORDS

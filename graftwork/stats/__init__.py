@@ -1,4 +1,4 @@
-"""Intervals and tests of comparisons, on numpy and scipy.special alone; each is pinned in tests to another source."""
+"""Intervals and tests of comparisons on numpy and scipy.special. Tests compare each with statsmodels or scipy.stats."""
 
 from graftwork.stats.multiple import (
     benjamini_hochberg,

@@ -1,5 +1,6 @@
-"""Questions that share a document, a user or a template are not independent: whole clusters are drawn and flipped.
+"""Inference over clusters and over families of tests: cluster bootstrap, Holm, Benjamini-Hochberg, tied sets.
 
+Questions that share a document, a user or a template are not independent: whole clusters are drawn and flipped.
 The estimate stays the mean over questions; only its uncertainty is the clusters' (Miller 2024, arXiv 2411.00640,
 section 2.2).
 """
@@ -82,7 +83,7 @@ def _level(z0: float, acceleration: float, z: float) -> float:
     return bca_level(z0, acceleration, z)
 
 
-# Many tests at once: adjusted p-values, and groups of arms in place of a ranking that the tests do not bear.
+# Families of tests: adjusted p-values, and groups of arms in place of a ranking that the tests do not support.
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -206,7 +206,7 @@ def _n_binary(difference: float, discordant: float, alpha: float, power: float) 
     return (root / difference) ** 2
 
 
-# Few differences that are near to normal, such as losses of two configurations over a handful of seeds.
+# Student's t, for a handful of nearly normal differences such as the losses of two configurations by seed.
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def bradley_terry(
 
 
 def davidson(wins: Floats, ties: Floats, *, tolerance: float = 1e-10, rounds: int = 20_000) -> tuple[Floats, Floats]:
-    """(log strengths [R, K], tie parameters [R]) of R tables: wins[r, i, j] of i over j, ties[r, i, j] told once."""
+    """(log strengths [R, K], tie parameters [R]) of R tables: wins[r, i, j] of i over j, ties[r, i, j] counted once."""
     ties = (ties + np.swapaxes(ties, 1, 2)) / 2
     met = wins + np.swapaxes(wins, 1, 2) + 2 * ties
     scored, tied = np.sum(wins + ties, axis=2), np.sum(ties, axis=(1, 2))

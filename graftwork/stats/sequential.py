@@ -1,4 +1,4 @@
-"""Confidence sequences: intervals that cover the mean at all n at once, so that one may look after every value."""
+"""Sequential inference: confidence sequences that cover the mean at all n at once, bounds and sample ratio tests."""
 
 import math
 from dataclasses import dataclass
@@ -90,19 +90,17 @@ class PairScores:
         return Scored(differences, -bound, bound, before[:, 0] / before[:, 1])
 
 
-# Tests of a mean that hold at every look: capital from fair bets grows only if the mean is not what was claimed.
+# Tests of a mean that are valid at every look: capital from fair bets grows only if the hypothesis is false.
 #
 # If the next value has mean m given the past, each factor 1 + b (x - m) with b chosen from the past has mean 1, so the
 # capital is a nonnegative martingale from 1 and reaches 1 / alpha with chance alpha at most (Ville 1939; Waudby-Smith &
-# Ramdas 2024, JRSS B 86:1-27, propositions 2 and 3). All m that are not yet refuted are a confidence sequence
-# (theorem 1
-# there). No approximation: it holds for every n and every distribution within the bounds.
+# Ramdas 2024, JRSS B 86:1-27, propositions 2 and 3). All m that are not yet refuted are a confidence sequence (theorem
+# 1 there). No approximation: it holds for every n and every distribution within the bounds.
 #
 # The bet: a mixture over effects e of the bet that grows fastest for an effect e at the spread seen so far, e / (v +
-# e^2)
-# (the aGRAPA form of their section B.3, with e in place of the plug-in estimate), cut so that no value loses more than
-# three quarters of the capital. A mixture of martingales is one. Effects are in units of the range. One direction at a
-# time, each with half of alpha: capital that bets on "above" falls with m, so what is refuted are the ends of the
+# e^2) (the aGRAPA form of their section B.3, with e in place of the plug-in estimate), cut so that no value loses more
+# than three quarters of the capital. A mixture of martingales is one. Effects are in units of the range. One direction
+# at a time, each with half of alpha: capital that bets on "above" falls with m, so what is refuted are the ends of the
 # range.
 
 
@@ -110,7 +108,7 @@ EFFECTS = (0.0015, 0.005, 0.015, 0.045, 0.1, 0.3)
 EFFECT_WEIGHTS = (0.05, 0.08, 0.15, 0.35, 0.31, 0.06)
 """Most weight where a few thousand units decide; the small ones are for logs of millions (see docs/log.md)."""
 PLAIN_DEVIATION = 0.75
-"""Where values deviate less from their mean, effects are taken as smaller in proportion."""
+"""Lower bound: where values deviate less from their mean, effects are taken as smaller in proportion."""
 LARGEST_STAKE = 0.75
 """Share of the capital that a bet may lose."""
 
@@ -169,7 +167,7 @@ class LimitTest:
 
 @dataclass(frozen=True)
 class SequentialEvidence:
-    """What a sequence says at one n."""
+    """Evidence of a sequence at one n."""
 
     n: int
     total: float
@@ -248,7 +246,7 @@ class BettingSequence:
 
     @property
     def evidence(self) -> SequentialEvidence:
-        """Where it stands. No mean left (drift, or bad luck once in 1 / alpha): the last two that were refuted."""
+        """Evidence so far. No mean left (drift, or bad luck once in 1 / alpha): the last two that were refuted."""
         ends = [-1.0, *map(float, self._test.nulls), 1.0]
         low, high = sorted((ends[self._first], ends[self._last + 2]))
         return SequentialEvidence(self._n, float(self._sums[0]), float(self._sums[1]), low, high, self._most)
@@ -278,10 +276,10 @@ class AsymptoticSequence:
         total, squares = path[:, 0], path[:, 1]
         self._sums, self._n = path[-1], int(n[-1])
         variance = squares / n - (total / n) ** 2
-        told = (n >= self.START) & (variance > 0)
-        if not np.any(told):
+        valid = (n >= self.START) & (variance > 0)
+        if not np.any(valid):
             return
-        n, total, variance = n[told], total[told], variance[told]
+        n, total, variance = n[valid], total[valid], variance[valid]
         grown = n * self._ratio + 1
         half = np.sqrt(variance * 2 * grown / (n * n * self._ratio) * np.log(np.sqrt(grown) / self.alpha))
         exponent = np.minimum(total * total / variance * self._ratio / (2 * grown), 700.0)
@@ -291,7 +289,7 @@ class AsymptoticSequence:
 
     @property
     def evidence(self) -> SequentialEvidence:
-        """Where it stands; no interval before n = 100."""
+        """Evidence so far; no interval before n = 100."""
         low, high = min(self._low, self._high), max(self._low, self._high)
         return SequentialEvidence(self._n, float(self._sums[0]), float(self._sums[1]), low, high, self._most)
 
@@ -299,8 +297,7 @@ class AsymptoticSequence:
 # Sums and products over a log that may be cut anywhere: a block of rows leaves the very bits that single rows leave.
 #
 # Sums are added one after another, never pairwise. Products hold a mantissa and a power of two, so that bringing one
-# back
-# into range is exact, whenever it is done.
+# back into range is exact, whenever it is done.
 
 
 BLOCK = 1024
@@ -342,13 +339,12 @@ class Products:
         return found
 
 
-# Do units fall to the arms as planned? A test that may be looked at after every unit.
+# Sample ratio mismatch: a test, valid after every unit, that the arms get their planned shares.
 #
 # The capital is the chance of the arms seen under a learned split over that under the plan: a Dirichlet mixture of
 # multinomials (Lindon & Malek 2022, "Anytime-valid inference for multinomial count data", NeurIPS, section 3), a
 # martingale from 1 when the plan holds. Where planned chances move, the learned split is the plan tilted by observed
-# over
-# expected counts, which for a constant plan is the same mixture.
+# over expected counts, which for a constant plan is the same mixture.
 
 
 PRIOR_UNITS = (5000.0, 50.0)

@@ -1,4 +1,4 @@
-"""Which arm a unit gets: a keyed hash into ranges. No memory, so it is sticky whatever dies or restarts.
+"""Assignment of units to arms by a keyed hash into ranges: stateless, so it stays the same across restarts.
 
 The circle of PARTS places is owned by arms, range by range. When weights change, an arm that shrinks gives up the ends
 of its ranges and an arm that grows takes what was given up: the units that move are the share of weight that moved.
@@ -78,7 +78,7 @@ def _joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ArmDraw:
-    """What a unit got. probability: its chance of this arm; None where it is no part of the draw."""
+    """Arm of a unit. probability: its chance of this arm; None where it is no part of the draw."""
 
     arm: str
     probability: float | None

@@ -1,4 +1,4 @@
-"""What an endpoint keeps of an experiment, so that a restart goes on with it: `experiments/<id>/state.json`.
+"""Record of an experiment in the store (`experiments/<id>/state.json`), from which a restarted endpoint continues.
 
 One process writes it: the ingress. A change is written before it takes effect.
 """
@@ -63,7 +63,7 @@ class ExperimentRecord(BaseModel):
 
     @property
     def log(self) -> tuple[Store | None, tuple[str, ...]]:
-        """Where its rows lie: a store (None: the endpoint's own) and the folder in it."""
+        """Location of its rows: a store (None: the endpoint's own) and the folder in it."""
         own = self.spec.log is None
         return (None if own else Store(str(self.spec.log))), ((FOLDER, self.id, "log") if own else (self.id,))
 

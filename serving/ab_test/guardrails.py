@@ -1,4 +1,4 @@
-"""Guardrails of one arm: each a one-sided test of its own, from a log that is still growing."""
+"""Guardrails of one arm: one-sided sequential tests over the growing log."""
 
 import math
 from collections import OrderedDict
@@ -126,7 +126,7 @@ class GuardrailTest:
             self._beyond += int(np.sum(block))
 
     def state(self) -> GuardrailState:
-        """Where it stands."""
+        """Return the state after the rows so far."""
         share = self._beyond / self._n if self._n else None
         value = self._gap.value if self._gap is not None else share
         return GuardrailState(
@@ -204,8 +204,8 @@ def _beyond(rule: Guardrail, facts: Facts) -> Floats:
     if rule.kind == "latency":
         times = facts["latency_ms"]
         assert rule.bound_ms is not None, "checked by Guardrail"
-        told = ~failed & (facts["cold"] == 0) & ~np.isnan(times)
-        slow: Floats = (times[told] > rule.bound_ms).astype(np.float64)
+        timed = ~failed & (facts["cold"] == 0) & ~np.isnan(times)
+        slow: Floats = (times[timed] > rule.bound_ms).astype(np.float64)
         return slow
     scores = facts[rule.score]
     invalid: Floats = (scores[~failed & ~np.isnan(scores)] < 1).astype(np.float64)

@@ -1,4 +1,4 @@
-"""One experiment as the ingress runs it: who gets which arm, what is written down, when an arm is cut."""
+"""Running experiment in the ingress: assigns arms, logs rows, takes feedback, cuts arms that break a guardrail."""
 
 import asyncio
 import hashlib
@@ -39,7 +39,7 @@ from graftwork.serving.arms import Dump, Question
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ArmSpec
 
-# Scores that come later: POST /v1/feedback names the request id of an answer, each metric counts once.
+# Feedback: POST /v1/feedback names the request id of an answer; each metric counts once.
 
 
 REMEMBERED = 100_000
@@ -64,7 +64,7 @@ class Answered:
     live: "LiveExperiment"
     row: LogRow
     scores: dict[str, float] = field(default_factory=dict)
-    """What was said of it later."""
+    """Feedback on it."""
 
     def __post_init__(self) -> None:  # its text is in the log, not here
         self.row = self.row.model_copy(update={"output": None, "retrieved_ids": (), "prompt_hash": ""})
@@ -111,12 +111,12 @@ class RecentAnswers:
 log = logging.getLogger("ray.serve")
 TICK_S = 0.2
 COPIED = {"idle_only": True, "n": 1, "logprobs": None}
-"""How a copy differs from its request: only its first answer is looked at."""
+"""Changes of a copy against its request: only its first answer is used."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArmPlacement:
-    """Where one request goes. role None: the experiment takes no part, nothing is written down."""
+    """Route of one request. role None: the experiment takes no part, nothing is written down."""
 
     arm: ArmSpec
     unit: str
@@ -143,7 +143,7 @@ class LiveExperiment:
         """Answers by arm, role and outcome (`ok`, or the error's code), since this process began."""
         self._scorers, self._monitor = scorers_of(spec), Monitor(rules_of(spec))
         self.judged = self._monitor.state()
-        """What may be said of it now."""
+        """Return the state after the rows so far."""
         self._replayed = False
         self._changing = asyncio.Lock()
         self.damaged: list[str] = []
@@ -156,7 +156,7 @@ class LiveExperiment:
 
     @property
     def log_uri(self) -> str:
-        """Where its rows lie."""
+        """Location of its rows."""
         store, folder = self._folder
         return store.path(*folder)
 
@@ -280,7 +280,7 @@ class LiveExperiment:
         return found if kept else [row.model_copy(update={"output": None}) for row in found]
 
     def _replay(self) -> None:
-        """What a restart has to know again: what the monitor saw, and the answers that feedback may still come to."""
+        """Restore the state after a restart: the rows for the monitor, and the answers that may still get feedback."""
         found, latest = ExperimentLog(*self._folder), deque[RecordBatch]()
         for batch in found.batches():
             self._monitor.ingest(columns_of_batch(batch, self._monitor.numbers))
@@ -370,11 +370,11 @@ def prompt_hash(asked: Question) -> str:
     return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
 
 
-# A caller's request to an experiment: answered as any other, and written down when it has ended.
+# Requests to an experiment: answered as any other, and logged when they have ended.
 
 
 DISCONNECTED = "disconnected"
-"""The caller left before the end: the arm's failure, as far as can be told."""
+"""The caller left before the end: the arm's failure, as far as is known."""
 
 
 class LiveRequest:

@@ -1,5 +1,5 @@
-"""The log of an experiment on disk: segments that appear whole, never change, and say in their name how many rows they
-hold. JSON lines as they are written; many small ones become one Parquet.
+"""Log of an experiment on disk: segments of JSON lines that appear whole, never change, and have their number of rows
+in their name. Many small ones are merged into one Parquet file.
 
 `000002-00000017-53.jsonl`: the second writer's 17th segment, 53 rows. `000002-00000001-00000016-812.parquet` holds its
 first sixteen; where both stand, the Parquet counts. A segment that does not hold the rows of its name is damaged: none
@@ -22,19 +22,16 @@ from graftwork.errors import ConfigError, GraftworkError, StorageError
 from graftwork.scoring import AnswerSchema
 from graftwork.serving.ab_test.spec import MEASURES, ExperimentSpec, Guardrail, OnlineRules
 from graftwork.serving.evaluation.scorers.load import Scorers, load_scorers
-from graftwork.serving.evaluation.scorers.spec import ModelReply
+from graftwork.serving.evaluation.scorers.protocol import ModelReply
 from graftwork.storage.store import Store
 
-# Rows of an experiment's log: one `LogRow` for each assignment, answer, score that came later, and event.
+# Rows: one `LogRow` for each assignment, answer, later score, and event.
 #
 # Rows are only ever appended. An assignment is written when a request is sent to its arm, before there is an answer:
-# the
-# order of these rows is the order in which units count (see `units`). An assignment or answer is known by (experiment,
-# request id, arm), of several choices the first is meant: a row that stands twice counts once. A later score is a row
-# of
-# its own for each metric: it names the request id of its answer, with that answer's unit, arm, role and probability,
-# and
-# the metric as `detail`.
+# the order of these rows is the order in which units count (see `units`). An assignment or answer is known by
+# (experiment, request id, arm), of several choices the first is meant: a row that stands twice counts once. A later
+# score is a row of its own for each metric: it names the request id of its answer, with that answer's unit, arm, role
+# and probability, and the metric as `detail`.
 
 
 Role = Literal["primary", "shadow", "override", "holdout"]
@@ -95,7 +92,7 @@ class Assignment(NamedTuple):
         return LogRow(kind="assignment", **self._asdict())
 
 
-# What the rows of a running experiment are scored and judged by, made from its spec.
+# Scorers and rules of a running experiment, built from its spec.
 
 
 def scorers_of(spec: ExperimentSpec) -> Scorers:
@@ -190,7 +187,7 @@ class Segments:
 
     @property
     def uri(self) -> str:
-        """Where they lie."""
+        """Location of the segments."""
         return self.store.path(*self.folder)
 
     def listed(self) -> list[LogSegment]:
@@ -257,7 +254,7 @@ class SegmentWriter:
                 continue
             whole = merged(self._segments, run)
             if whole is None or len(run) < 2:
-                continue  # a damaged one stays as it is, for whoever looks into it
+                continue  # a damaged segment stays for inspection
             self._segments.create(LogSegment(run[0].writer, run[0].first, run[-1].last, whole[1], "parquet"), whole[0])
             for one in run:
                 self._segments.remove(one)
@@ -284,12 +281,11 @@ def parquet_bytes(table: Any) -> bytes:
     return sink.getvalue()
 
 
-# Rows of one experiment on their way from the response path to scores, monitor and log, in batches and bounded.
+# Writer: rows go from the response path to scorers, monitor and log in bounded batches.
 #
 # The response path only appends to a queue. `step` does the rest, most of it in a thread. When the log can't be written
 # the rows wait and it is tried again. With `buffer` rows waiting or promised, a new request is refused by `admit`: it
-# is
-# counted, named in the process' log, and takes no part. The answer of an admitted request is never dropped, since a
+# is counted, named in the process' log, and takes no part. The answer of an admitted request is never dropped, since a
 # quicker arm would lose fewer of those.
 
 

@@ -1,4 +1,4 @@
-"""The log of an experiment as column batches: damaged segments told, duplicate rows once, in the order of writing.
+"""Reader of the experiment log: column batches in the order of writing, duplicates removed, damage reported.
 
 One segment is in memory at a time, and a key of some bytes for each row seen.
 """
@@ -20,7 +20,7 @@ from graftwork.serving.ab_test.spec import MEASURES, OnlineRules
 from graftwork.stats import Floats
 from graftwork.storage.store import Store
 
-# Rows of the log as columns: what the monitor reads of them, from `LogRow`s and from Arrow batches alike.
+# Columns of the rows that the monitor reads, from `LogRow`s and from Arrow batches.
 #
 # No object is made for a row of a batch: a million rows take a second.
 
@@ -161,7 +161,7 @@ _FILLED: dict[str, Any] = {"request_id": "", "unit": "", "arm": "", "role": "pri
 
 @dataclass
 class LogHealth:
-    """What was found while the log was read; whole once the last batch came."""
+    """Counts of damage and duplicates; complete after the last batch."""
 
     segments: int = 0
     rows: int = 0
@@ -311,7 +311,7 @@ def read_log(store: Store, folder: Sequence[str]) -> ExperimentLog:
 
 
 def _keys(table: pa.Table) -> list[str]:
-    """What a row is known by: answers by request and arm, scores by their metric (in `detail`) too, events by all."""
+    """Identity of a row: answers by request and arm, scores by their metric (in `detail`) too, events by all."""
     said = pc.binary_join_element_wise(pc.fill_null(table["event"], ""), pc.fill_null(table["detail"], ""), "|")
     stamped = pc.binary_join_element_wise(said, pc.cast(table["at"], pa.string()), "|")
     tail = pc.if_else(pc.equal(table["kind"], "event"), stamped, said)

@@ -1,4 +1,4 @@
-"""What an experiment's log says, kept up to date row by row. Pure: no clock, no files, no network.
+"""Monitor of an experiment: estimates, sequences and verdicts, updated row by row without clock, files or network.
 
 Rows become independent observations (`units`), these feed one confidence sequence a challenger (`contrast`), the
 sample-ratio test that blocks every conclusion, and the guardrails that name arms to cut. All of it holds at every look.
@@ -31,7 +31,7 @@ from graftwork.stats.sequential import (
     units_to_show,
 )
 
-# What the log of an experiment says so far: one `MonitorState`, frozen, equal for equal logs.
+# State so far: one `MonitorState`, frozen, equal for equal logs.
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class MonitorState:
     """Rows that count for nothing, by reason."""
 
 
-# One arm against the control while the log grows: the sequence that fits the metric, its verdict, its history.
+# One arm against the control: the confidence sequence for the metric, its verdict, its history.
 
 
 _HISTORY_FROM, _HISTORY_STEP = 10, 1.04
@@ -135,7 +135,7 @@ class ArmContrast:
             self._note()
 
     def state(self, blocked: bool) -> ContrastState:
-        """Where it stands, in the metric's unit."""
+        """Return the contrast so far, in the metric's unit."""
         seen, scale = self._sequence.evidence, self._scale
         verdict: Verdict = "undecided" if blocked else self._verdict(seen)
         needed = self._needed(seen) if verdict == "undecided" and not blocked else None
@@ -164,7 +164,7 @@ class ArmContrast:
         return "better" if (seen.low >= 0) == (self.rules.better == "higher") else "worse"
 
     def _needed(self, seen: SequentialEvidence) -> int | None:
-        """Units after which the interval would lie beside 0, or within the margin, were the estimate the truth."""
+        """Units after which the interval would exclude 0, or within the margin, were the estimate the truth."""
         if seen.estimate is None or seen.variance is None:
             return None
         gaps = [abs(seen.estimate), self._margin - abs(seen.estimate)]
@@ -238,7 +238,7 @@ class Monitor:
         return tuple(watch.rule for watches in self._watches for watch in watches)
 
     def state(self) -> MonitorState:
-        """What may be said now."""
+        """Return the state after the rows so far."""
         blocked = self._blocked()
         return MonitorState(
             arms=tuple(self._arm(number) for number in range(len(self.rules.arms))),

@@ -1,4 +1,4 @@
-"""The log of an experiment -> `ExperimentReport`, in one pass that holds one batch at a time. Runs in the driver."""
+"""Builder of the `ExperimentReport` from the log, in one pass with one batch in memory. Runs in the driver."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -48,7 +48,7 @@ def analyse(name: str, batches: Iterable[Any], rules: OnlineRules) -> Experiment
 
 
 class _Log:
-    """What the report tells of the log itself."""
+    """Counts of the log itself that the report shows."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -63,10 +63,10 @@ class _Log:
             self.first_at = first if self.first_at is None else min(self.first_at, first)
             self.last_at = last if self.last_at is None else max(self.last_at, last)
         if "event" in columns.kind and len(self.events) < _EVENTS:
-            told = zip(columns.kind, columns.at, columns.event, columns.detail, strict=True)
+            rows = zip(columns.kind, columns.at, columns.event, columns.detail, strict=True)
             self.events += [
                 OnlineEvent(at=at, event=event or "", detail=detail or "")
-                for kind, at, event, detail in told
+                for kind, at, event, detail in rows
                 if kind == "event"
             ]
 

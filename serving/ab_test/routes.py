@@ -1,4 +1,4 @@
-"""The routes of experiments: feedback for users, the rest for the owner."""
+"""HTTP routes of experiments: feedback for users, the rest for the admin token."""
 
 from typing import Annotated, Any
 

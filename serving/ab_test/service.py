@@ -1,4 +1,4 @@
-"""The experiments of one endpoint, in its ingress: started, changed, ended, and gone on with after a restart."""
+"""Experiments of one endpoint in its ingress: start, change, end, and resume after a restart."""
 
 import asyncio
 import logging
@@ -111,7 +111,7 @@ class Experiments:
         return live
 
     async def check(self, specs: Sequence[ExperimentSpec], catalog: Catalog) -> None:
-        """Whether `declare` could take them, with the arms that the catalog will have. Raises ApiError."""
+        """Return whether `declare` could take them, with the arms that the catalog will have. Raises ApiError."""
         await self.open()
         for spec in specs:
             _require_measurable(spec)
@@ -318,7 +318,7 @@ def _require_same(running: ExperimentRecord, spec: ExperimentSpec) -> None:
         )
 
 
-# What an experiment is doing now, as one document: for the admin route, the command line and GET /metrics.
+# Status document of an experiment, for the admin route, the command line and GET /metrics.
 
 
 def status(live: LiveExperiment) -> Dump:

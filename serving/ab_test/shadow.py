@@ -1,4 +1,4 @@
-"""Copies of requests that the other arms answer unseen: a bounded queue that is served in idle time and dropped first.
+"""Shadow traffic: a bounded queue of request copies that the other arms answer in idle time.
 
 Nothing here is on the response path: a request is copied after its caller has the answer, and what goes wrong with a
 copy is a row in the log. Copies are sent while no caller's request is on its way, and our engine computes them only in

@@ -1,4 +1,4 @@
-"""What an experiment on a running endpoint is: arms with weights, who is assigned, what decides, what ends an arm."""
+"""Spec of an experiment on a running endpoint: arms with weights, units, primary metric, guardrails."""
 
 import json
 import math
@@ -10,12 +10,12 @@ from pydantic import Field, field_validator, model_validator
 
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
-from graftwork.serving.evaluation.scorers.spec import ScorerSpec
+from graftwork.serving.evaluation.scorers.load import ScorerSpec
 from graftwork.storage.store import NAME_PATTERN, Store
 
-# What an online experiment was told before it began: what decides, error rates, guardrails, planned weights.
+# Rules fixed before the start: primary metric, error rates, guardrails, planned weights.
 #
-# Written down once: a change while it runs is another experiment. Only the weights may move, told by a `ramp` event.
+# A change of the rules while it runs is another experiment. Only the weights may move, by a `ramp` event.
 
 
 GuardrailKind = Literal["errors", "latency", "schema_invalid", "empty_context", "fairness_gap"]
@@ -56,7 +56,7 @@ class Guardrail:
             raise ConfigError(
                 "guardrail latency: bound_ms",
                 f"{self.bound_ms}",
-                "latency is held against a time",
+                "latency is compared with a time",
                 "set bound_ms, as in bound_ms: 2000, limit: 0.05 for a p95 of 2 s",
             )
         if self.kind == "fairness_gap" and self.groups is None:
@@ -70,7 +70,7 @@ class Guardrail:
 
 @dataclass(frozen=True)
 class OnlineRules:
-    """How the log is judged. `weights`: planned chance of each arm, summing to 1, units of the holdout aside.
+    """Rules of the verdict. `weights`: planned chance of each arm, summing to 1, units of the holdout aside.
 
     In a shadow every arm answers every request, so weights say nothing there.
     """
@@ -160,19 +160,19 @@ def check_weights(weights: Mapping[str, float], arms: tuple[str, ...]) -> None:
 
 
 def weights_detail(weights: Mapping[str, float]) -> dict[str, Any]:
-    """What the `detail` (JSON) of a `start` or `ramp` event holds: the weights from then on."""
+    """Return the `detail` (JSON) of a `start` or `ramp` event: the weights from then on."""
     return {"weights": dict(weights)}
 
 
 def weights_of(detail: str | None, arms: tuple[str, ...]) -> dict[str, float] | None:
-    """The weights that a `start` or `ramp` event told; None where it told none. Raises ConfigError."""
+    """Return the weights in a `start` or `ramp` event; None where it has none. Raises ConfigError."""
     try:
-        told = json.loads(detail or "null")
+        found = json.loads(detail or "null")
     except ValueError:
         return None
-    if not isinstance(told, dict) or "weights" not in told:
+    if not isinstance(found, dict) or "weights" not in found:
         return None
-    weights = {str(arm): float(weight) for arm, weight in told["weights"].items()}
+    weights = {str(arm): float(weight) for arm, weight in found["weights"].items()}
     check_weights(weights, arms)
     return weights
 
@@ -279,10 +279,10 @@ class ExperimentSpec(Spec):
     control: str
     """The arm that the others are measured against. It answers everybody once the experiment is stopped or killed."""
     unit: tuple[UnitKind, ...] = ("user", "session", "request")
-    """Who is assigned: the first of these that a request names. user: OpenAI's field `user`; session: the header
+    """Unit of assignment: the first of these that a request names. user: OpenAI's field `user`; session: the header
     `x-session-id`; request: each request for itself."""
     salt: str = ""
-    """Another salt assigns the units anew."""
+    """Another salt gives another assignment."""
     overrides: dict[str, str] = {}
     """Unit (the user's or session's name) -> arm. They are no part of the draw."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -296,7 +296,7 @@ class ExperimentSpec(Spec):
     primary: MetricSpec
     guardrails: tuple[GuardrailSpec, ...] = ()
     scorers: tuple[ScorerSpec, ...] = ()
-    """What each answer is scored by as it comes: those that need no gold (json_schema, regex, cost, own)."""
+    """Scorers of each answer as it comes: kinds that need no gold (json_schema, regex, cost, own)."""
     answer_schema: str | None = None
     """JSON schema of a valid answer, for the scorers."""
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -304,7 +304,7 @@ class ExperimentSpec(Spec):
     margin: Annotated[float, Field(gt=0)] = 0.03
     """Differences smaller than this count as none."""
     log: str | None = None
-    """Where rows are kept: a folder, file:// or s3://; null is the endpoint's own root."""
+    """Location of the rows: a folder, file:// or s3://; null is the endpoint's own root."""
     log_outputs: bool = True
     """Keep the answers' texts in the log."""
     log_buffer: int = Field(default=20_000, ge=1)
@@ -393,7 +393,7 @@ UNCHANGED_BY_RAMP = frozenset(
 
 
 def identity_of(spec: ExperimentSpec) -> dict[str, Any]:
-    """What must not change while it runs, without the weights."""
+    """Return the keys that must not change while it runs, without the weights."""
     tree = spec.model_dump(mode="json", exclude=set(UNCHANGED_BY_RAMP))
     tree["arms"] = [{key: value for key, value in arm.items() if key != "weight"} for arm in tree["arms"]]
     return tree

@@ -1,4 +1,4 @@
-"""All arms answer all questions, through the same handle that serves them live."""
+"""Answers of all arms to all questions, collected through the serving handle and stored in `answers.jsonl`."""
 
 import asyncio
 import hashlib
@@ -19,14 +19,14 @@ from graftwork.serving.evaluation.scorers.choice import ChoiceScorer
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
-# The answers of a comparison, on disk as they come: one JSON line each in `answers.jsonl`.
+# Answers on disk: one JSON line each in `answers.jsonl`.
 #
 # A line is found again by its key: a digest of everything that decides the answer (arm, pinned adapter version, base,
 # quantisation, limits, question). A changed arm or question has another key, so nothing stale is ever counted.
 
 
 class EvalAnswer(BaseModel):
-    """What one arm said to one question, or why it failed. Times in ms."""
+    """Answer of one arm to one question, or its error. Times in ms."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
@@ -150,7 +150,7 @@ def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> AnswerSet
     return AnswerSet(found, stale)
 
 
-# Records as they come, one JSON line each: what a crash tore is cut off, and its question is asked again.
+# Append-only JSON lines: a line that a crash cut is removed, and its question is asked again.
 
 
 def read_whole_lines(path: Path) -> list[bytes]:
@@ -189,7 +189,7 @@ ALONE = "~alone"
 
 @dataclass(frozen=True)
 class CompareProgress:
-    """How far the answers are. `failed` counts failures of this run."""
+    """Progress of the answers. `failed` counts failures of this run."""
 
     done: int
     total: int
@@ -204,7 +204,7 @@ class EvalRequest:
 
     key: str
     label: str
-    """What its answer is filed under: the arm's name, or a probe's."""
+    """Key of its answer: the name of the arm or of the probe."""
     row_id: str
     arm: ArmSpec
     messages: Messages
@@ -234,7 +234,7 @@ async def run_offline(
     load evenly. A rerun continues from `path`; nothing is asked twice, failures included. versions: adapter version by
     arm name, as resolved now, so that an answer of an older version is not taken for one of the new.
 
-    Runs in the driver. Raises DataError (row ids missing or twice), RunError when the endpoint is gone: so many
+    Runs in the driver. Raises DataError (row ids missing or twice), RunError when the endpoint is gone: that many
     failures in a row that no request in flight had an answer. Those last failures are not recorded.
     """
     check_ids(rows)
@@ -381,7 +381,7 @@ class _OfflineRun:
             f"comparison: {len(self.held)} requests in a row failed",
             str(self.held[-1].error),
             "an arm may fail, the endpoint may not",
-            f"mend it and run again: {kept}",
+            f"fix it and run again: {kept}",
         )
 
     def _record_held(self) -> None:

@@ -1,4 +1,4 @@
-"""Answers of all arms -> `CompareReport`: scores with intervals, paired tests, verdicts, advice, samples."""
+"""Builder of the `CompareReport` from the answers: scores with intervals, paired tests, verdicts, advice, samples."""
 
 import math
 import random
@@ -28,20 +28,11 @@ from graftwork.report.schema import (
 )
 from graftwork.scoring import EMPTY, AnswerSchema, parse_object
 from graftwork.serving.evaluation.answers import AnswerSet, EvalAnswer, check_ids, question, timed
+from graftwork.serving.evaluation.differences import Rules, ScoredArms, UnadjustedDifference, arm_score, family, judge
 from graftwork.serving.evaluation.scorers.load import Scorers, load_scorers
-from graftwork.serving.evaluation.scorers.spec import ModelReply
+from graftwork.serving.evaluation.scorers.protocol import ModelReply
 from graftwork.serving.evaluation.spec import CompareSpec
-from graftwork.serving.evaluation.verdict import (
-    METRICS,
-    TEXT,
-    Rules,
-    ScoredArms,
-    UnadjustedDifference,
-    advise,
-    arm_score,
-    family,
-    judge,
-)
+from graftwork.serving.evaluation.verdict import METRICS, TEXT, advise
 from graftwork.serving.spec import ArmSpec
 
 _SAMPLE_CHARS = 2000
@@ -111,7 +102,7 @@ def score_arms(
     options: AnswerSet | None = None,
     alone: AnswerSet | None = None,
 ) -> ScoredArms:
-    """What each answer scores, in the order of the rows. Raises DataError, as `compare` does."""
+    """Return the scores of each answer, in the order of the rows. Raises DataError, as `compare` does."""
     return Table(spec, rows, answers, load_scorers(spec.scorers, schema), options, alone).score_arrays(spec)
 
 
@@ -141,7 +132,7 @@ def _advised(measured: Sequence[Metric], primary: str) -> tuple[str, ...]:
 
 
 def arm_kind(arm: ArmSpec) -> ArmKind:
-    """What the arm adds to the base."""
+    """Return the kind of an arm by its additions to the base."""
     if arm.adapter is None:
         return "prompt" if arm.retriever is None else "rag"
     return "finetune" if arm.retriever is None else "both"
@@ -204,12 +195,12 @@ class Table:
             "completion_tokens": answer.completion_tokens,
             "latency_ms": self._times.get((answer.arm, row.id)),
         }
-        told = {
+        scored = {
             choice.name: found.logprobs
             for choice in self.scorers.choices
             if (found := self.options.find(f"{answer.arm}~{choice.name}", row.id)) and found.logprobs
         }
-        return self.scorers.score(ModelReply.to(row, answer.text, likelihoods=told, **measured))
+        return self.scorers.score(ModelReply.to(row, answer.text, likelihoods=scored, **measured))
 
 
 def _single(what: str, values: Iterable[str | None]) -> str | None:
@@ -297,7 +288,7 @@ def _with_cuts(advice: Advice, arms: Sequence[ArmReport]) -> Advice:
 
 
 def _notes(arms: Sequence[ArmReport], table: Table) -> tuple[str, ...]:
-    """What a reader must know before believing the numbers."""
+    """Return the caveats of the numbers."""
     prose = [arm.name for arm in arms if arm.not_json is not None and arm.not_json - arm.errors > arm.n / 2]
     notes = []
     if prose:
@@ -335,8 +326,8 @@ def _empty_gold(table: Table) -> list[str]:
         for arm, said in table.answers.items()
     }
     return [
-        f"facts leaves out {len(empty)} empty gold values ({_listed(fields)}): a value invented there costs facts "
-        f"nothing, and both and field_accuracy count it as wrong. Invented: {_listed(filled)}."
+        f"facts leaves out {len(empty)} empty gold values ({_join_counts(fields)}): a value invented there costs facts "
+        f"nothing, and both and field_accuracy count it as wrong. Invented: {_join_counts(filled)}."
     ]
 
 
@@ -344,7 +335,7 @@ def _answered(answer: EvalAnswer) -> Mapping[str, object]:
     return (parse_object(answer.text) if answer.error is None else None) or {}
 
 
-def _listed(counts: Mapping[str, int]) -> str:
+def _join_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
@@ -362,13 +353,13 @@ def _longer(table: Table) -> list[str]:
         if any(count > _CUT_NAMED * len(table.rows) for count in longer.values()):
             notes.append(
                 f"{scorer.name} counts answers as wrong that contain the right text and more: "
-                f"{_listed(longer)} of {len(table.rows)}. It rewards brevity; the scorer qa reports exact "
+                f"{_join_counts(longer)} of {len(table.rows)}. It rewards brevity; the scorer qa reports exact "
                 "match, F1 and containment together."
             )
     return notes
 
 
-# Parts of the questions that share a field's value. They explore: p-values by Benjamini-Hochberg, never a claim.
+# Slices: questions that share a field's value. Exploratory: p-values by Benjamini-Hochberg, never a claim.
 
 
 OTHER = "(other)"

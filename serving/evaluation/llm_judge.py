@@ -1,4 +1,4 @@
-"""An LLM judge: each arm's answer beside the baseline's, asked in both orders, its position bias told with it.
+"""LLM judge: compares each arm's answers with the baseline's in both orders and reports its position bias.
 
 A pair counts as won only where both orders say so. The served base judges by which of the letters A and B it finds
 likelier; a model behind another endpoint by the letter that it writes. Answers are data in the judge's prompt and may
@@ -21,9 +21,9 @@ from graftwork.report.schema import JudgedArm, JudgeReport, Share
 from graftwork.serving.api.auth import own_token
 from graftwork.serving.evaluation.answers import AnswerSet, EvalAnswer, EvalRequest, Messages, answer_key, question
 from graftwork.serving.evaluation.compare import arm_kind
+from graftwork.serving.evaluation.differences import ScoredArms
 from graftwork.serving.evaluation.failures.classify import share
 from graftwork.serving.evaluation.spec import CompareSpec, JudgeSpec
-from graftwork.serving.evaluation.verdict import ScoredArms
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import Preference
 from graftwork.stats.preference import Outcome
@@ -64,7 +64,7 @@ class JudgeRun:
 
     @property
     def name(self) -> str:
-        """Who judges."""
+        """Name of the judge."""
         return self.judge.model or self.judge.adapter or "the served base"
 
     def jobs(self) -> list[EvalRequest]:
@@ -73,17 +73,17 @@ class JudgeRun:
 
     def report(self, found: AnswerSet, scored: ScoredArms, primary: str) -> JudgeReport:
         """found: the judge's answers."""
-        told = {(pair.arm, pair.row.id): self._find_sides(pair, found) for pair in self._pairs()}
-        sides = [side for two in told.values() for side in two if side]
-        both = [two for two in told.values() if None not in two]
+        sides_of = {(pair.arm, pair.row.id): self._find_sides(pair, found) for pair in self._pairs()}
+        sides = [side for two in sides_of.values() for side in two if side]
+        both = [two for two in sides_of.values() if None not in two]
         agreed = sum(first != second for first, second in both)  # the same answer stands in the other place
-        outcomes = {pair: _outcome(two) for pair, two in told.items()}
+        outcomes = {pair: _outcome(two) for pair, two in sides_of.items()}
         return JudgeReport(
             judge=self.name,
             baseline=self.spec.baseline,
             questions=len(self.rows),
-            asked=2 * len(told),
-            failed=2 * len(told) - len(sides),
+            asked=2 * len(sides_of),
+            failed=2 * len(sides_of) - len(sides),
             agreement=self._share("agreement", agreed, len(both)),
             first=self._share("first", sides.count("first"), len(sides)),
             sides_with_gold=self._with_gold(outcomes, scored, primary),
@@ -133,8 +133,8 @@ class JudgeRun:
         }
         preferences = [
             Preference(row.id, arm, self.spec.baseline, outcome)
-            for arm, told in table.items()
-            for row, outcome in zip(self.rows, told, strict=True)
+            for arm, outcomes in table.items()
+            for row, outcome in zip(self.rows, outcomes, strict=True)
         ]
         strengths = stats.bradley_terry(preferences, self.spec.alpha, seed=self.spec.seed)
         base = strengths[self.spec.baseline].value
@@ -192,7 +192,7 @@ def _put(row: DatasetRow, texts: tuple[str, str], criteria: str) -> Messages:
 
 
 def _side(answer: EvalAnswer | None) -> Side | None:
-    """Which of the two that stood there; None where it said neither."""
+    """Return the side that the judge names; None where it names neither."""
     if answer is None:
         return None
     if answer.logprobs:

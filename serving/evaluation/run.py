@@ -1,4 +1,4 @@
-"""A comparison as a run: deploy (or take an endpoint), ask, judge, record."""
+"""Comparison run: deploys or takes an endpoint, asks all arms, compares and writes the report."""
 
 import asyncio
 import contextlib
@@ -38,17 +38,17 @@ from graftwork.serving.evaluation.answers import (
     run_offline,
 )
 from graftwork.serving.evaluation.compare import compare, primary_metric, score_arms
+from graftwork.serving.evaluation.differences import ScoredArms
 from graftwork.serving.evaluation.failures.card import adapter_facts, make_card, probed_corpus, prompt_of, reference_arm
 from graftwork.serving.evaluation.failures.classify import CorrectnessCheck
 from graftwork.serving.evaluation.failures.probe import GoldPassages, Prober
 from graftwork.serving.evaluation.llm_judge import JudgeRun, OtherEndpoint
 from graftwork.serving.evaluation.scorers.load import Scorers, load_scorers
 from graftwork.serving.evaluation.spec import CompareSpec
-from graftwork.serving.evaluation.verdict import ScoredArms
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage.store import RunPaths, Store
 
-# The endpoint that a comparison asks: one that was given, or one of its own.
+# Endpoint of a comparison: a given one, or its own.
 
 
 class Endpoints:
@@ -91,10 +91,10 @@ class Endpoints:
         if not job.continuations:
             return await self.ask(job.arm, job.messages, job.request_id)
         assert self.endpoint is not None, "likelihoods are asked for although all are on disk"
-        told = await self.endpoint.likelihood(
+        scored = await self.endpoint.likelihood(
             self._as_pinned(job.arm), job.messages, list(job.continuations), job.request_id
         )
-        return {"logprobs": [(one["logprob"], one["tokens"]) for one in told]}
+        return {"logprobs": [(one["logprob"], one["tokens"]) for one in scored]}
 
     def _as_pinned(self, arm: ArmSpec) -> ArmSpec:
         """A derived arm keeps its arm's version; one of another name (the judge) comes with its own."""
@@ -129,7 +129,7 @@ def run_compare(
     """Ask all arms (on `endpoint`, or on an engine deployed for it) and judge. Needs an initialised Ray.
 
     Each alias is resolved once, here; the run is named by the spec and those versions, so a rerun after an update asks
-    the updated arms anew and reuses the others. Raises UserError before anything is deployed.
+    the updated arms again and reuses the others. Raises UserError before anything is deployed.
     """
     spec, _ = with_gpus(spec, accelerators_here())
     if endpoint is None:
@@ -251,7 +251,7 @@ class _More:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What the spec names, read and checked before anything is deployed."""
+    """Inputs that the spec names, read and checked before anything is deployed."""
 
     rows: list[DatasetRow]
     schema: AnswerSchema | None
@@ -309,7 +309,7 @@ async def _stats(endpoint: Endpoint) -> dict[str, Any]:
 
 
 def _score_lines(rows: Sequence[DatasetRow], answers: AnswerSet, scored: ScoredArms) -> bytes:
-    """What each answer scored, a JSON line an answer, question by question; a measure that was not taken is absent."""
+    """Return the scores as JSON lines, one for each answer; a measure that was not taken is absent."""
     lines = []
     for place, row in enumerate(rows):
         for arm, by_metric in scored.values.items():
@@ -328,7 +328,7 @@ def _score_lines(rows: Sequence[DatasetRow], answers: AnswerSet, scored: ScoredA
 
 
 def _record(spec: CompareSpec, store: Store, run: RunPaths, folder: Path, report: CompareReport) -> BuiltReport:
-    """compare.json is the same bytes for the same answers and seed; the page beside it tells when and where."""
+    """Write compare.json, the same bytes for the same answers and seed, and the page with time and place."""
     store.write_json(report.model_dump(mode="json"), *run.file("compare.json"))
     if not store.is_local:
         for name in ("answers.jsonl", "alone.jsonl", "options.jsonl", "probes.jsonl", "judge.jsonl"):

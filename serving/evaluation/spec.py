@@ -1,4 +1,4 @@
-"""What a comparison is asked to do: arms, held-out questions, a schema, a declared baseline."""
+"""Spec of a comparison: arms, held-out questions, scorers, a declared baseline, probes and judge."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
@@ -9,11 +9,11 @@ from graftwork.base.spec import BaseSpec
 from graftwork.config import Spec
 from graftwork.planning.accelerators import AUTO, Gpus, resolved_count
 from graftwork.quantization.spec import QuantSpec
-from graftwork.serving.evaluation.scorers.spec import FieldsSpec, OwnSpec, ScorerSpec
+from graftwork.serving.evaluation.scorers.json_answer import FieldsSpec
+from graftwork.serving.evaluation.scorers.load import ScorerSpec
+from graftwork.serving.evaluation.scorers.plugin import OwnSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec
 from graftwork.storage.store import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
-
-# Who judges answers side by side, and by what.
 
 
 class JudgeSpec(Spec):
@@ -22,7 +22,7 @@ class JudgeSpec(Spec):
     criteria: str = Field(
         default="It answers the question rightly and completely, in the form asked for.", min_length=1
     )
-    """What makes an answer the better one."""
+    """Criteria of the better answer, in words for the judge."""
     adapter: Annotated[str, Field(pattern=ALIAS_PATTERN)] | None = None
     """`task@alias` of an adapter that was trained to judge."""
     url: str | None = Field(default=None, pattern=r"^https?://")
@@ -32,7 +32,7 @@ class JudgeSpec(Spec):
     token_env: str | None = None
     """Environment variable with its token."""
     limit: int | None = Field(default=None, ge=1)
-    """Judge the first so many questions; null judges all."""
+    """Judge the first N questions; null judges all."""
 
     @model_validator(mode="after")
     def _one_judge(self) -> Self:
@@ -45,14 +45,11 @@ class JudgeSpec(Spec):
         return self
 
 
-# How failures are probed.
-
-
 class ProbeSpec(Spec):
-    """`probes: true` takes the defaults."""
+    """Probes of failures. `probes: true` takes the defaults."""
 
     corpus: str | None = None
-    """Where gold passages are (by `doc_id`): JSONL of passages; null takes the first retriever's corpus."""
+    """Gold passages (by `doc_id`): JSONL of passages; null takes the first retriever's corpus."""
     arms: tuple[str, ...] = ()
     """Whose failures are probed; none named: all arms'."""
     reference: str | None = None
@@ -61,7 +58,7 @@ class ProbeSpec(Spec):
     max_failures: int = Field(default=100, ge=1)
     """Failures probed per arm, drawn by the seed where there are more."""
     distractors: int = Field(default=19, ge=1, le=64)
-    """Other rows' right answers that the gold answer is held against: a model that knows nothing prefers the gold
+    """Other rows' right answers that the gold answer is compared with: a model that knows nothing prefers the gold
     answer to 19 others once in 20."""
     min_share: float = Field(default=0.1, gt=0, lt=1)
     """Smallest share of the failures that counts. A cause matters if its share is shown to be above this, and is
@@ -88,12 +85,12 @@ class CompareSpec(Spec):
     eval: str
     """JSONL of questions with `id` and `gold`: a path, `file://`, `s3://` or `recipe://`."""
     limit: int | None = Field(default=None, ge=1)
-    """Take the first so many rows; null takes all."""
+    """Take the first N rows; null takes all."""
     answer_schema: str | None = None
     """JSON schema of a valid answer: a path or `recipe://NAME/schema.json`. The scorers `fields` and `json_schema` and
-    the form probe hold answers against it."""
+    the form probe compare answers with it."""
     scorers: tuple[ScorerSpec, ...] = (FieldsSpec(kind="fields"),)
-    """What answers are scored on."""
+    """Scorers of the answers."""
     primary: str | None = None
     """The metric that the verdict is about; null takes `both` where there is one, else the first score."""
     slices: tuple[str, ...] = ()
@@ -107,7 +104,7 @@ class CompareSpec(Spec):
     baseline: str
     """The arm that the others are tested against."""
     contrasts: tuple[ContrastSpec, ...] = ()
-    """Claims to be tested beside the baseline's: declared here, so before the answers (Holm over all of them)."""
+    """Claims to be tested next to the baseline's: declared here, so before the answers (Holm over all of them)."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
     """Two-sided error rate of each family of tests (Holm within the family)."""
     equivalence_margin: float = Field(default=0.03, gt=0, lt=1)
@@ -167,14 +164,14 @@ class CompareSpec(Spec):
 
     @model_validator(mode="after")
     def _metrics_stand(self) -> Self:
-        """Own scorers say their metric only when they are loaded: then `require_metrics` has the last word."""
+        """Scorers of kind `own` have their metric only when they are loaded: `require_metrics` is called again then."""
         if not self.scorers:
             raise ValueError("scorers is empty: a comparison scores answers on something")
         measured = [name for scorer in self.scorers for name in scorer.metric_names if scorer.kind != "latency"]
         if not any(isinstance(scorer, OwnSpec) for scorer in self.scorers):
             self.require_metrics(measured)
         if any(isinstance(scorer, FieldsSpec) for scorer in self.scorers) and self.answer_schema is None:
-            raise ValueError("answer_schema is missing: the scorer fields holds answers against it")
+            raise ValueError("answer_schema is missing: the scorer fields compares answers with it")
         return self
 
     def require_metrics(self, measured: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""One precision, measured in this process: bytes, perplexity, answers, speed. Called once a process.
+"""Measurement of one precision in this process: bytes, perplexity, answers, speed. Called once a process.
 
 The base is loaded by `base_model.load`, as for serving, and everything is asked of the engine that users are served
 with, so that what is measured is what is served.
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from graftwork.serving.engine.engine import NativeEngine
 
 
-# What one process measures of one precision: the record that it leaves in the run's folder.
+# Record of one precision, which its process writes to the run's folder.
 
 
 class AnswerText(Record):
@@ -72,7 +72,7 @@ class MeasuredArm(Record):
     tokens_per_s: dict[int, tuple[float, ...]]
     """Requests at once -> one value a round."""
     merge_loss: float | None
-    """What requantising after a merge would lose of the adapter's delta (nf4 with an adapter only)."""
+    """Share of the adapter's delta lost by requantising after a merge (nf4 with an adapter only)."""
 
 
 class PrecisionResult(PrecisionFacts):
@@ -85,7 +85,7 @@ class PrecisionResult(PrecisionFacts):
     arms: tuple[MeasuredArm, ...]
 
 
-# One arm answers all questions on an engine in this process, as a replica would have it answer.
+# Answers of one arm on an engine in this process, as a replica gives them.
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Asker:
 
 @dataclass(frozen=True)
 class Material:
-    """What every precision is measured on, read once in the driver. `arms` name their adapters by version."""
+    """Material of all precisions, read once in the driver. `arms` name their adapters by version."""
 
     arms: tuple[ArmSpec, ...]
     rows: tuple[DatasetRow, ...]
@@ -283,11 +283,11 @@ def _predicted(base: ResolvedBase, precision: Precision, value_bytes: int) -> in
         return None
 
 
-# What merging an adapter into 4-bit weights would lose, measured on the adapter at hand.
+# Loss of an adapter's delta when it is merged into 4-bit weights.
 #
 # A merged weight has to be quantised again: 64 neighbours share one scale and 16 levels, and a delta is mostly smaller
-# than half the step between two levels, so most weights round back to where they were. Kept beside the base, nothing of
-# the delta is lost; that is how every adapter is served.
+# than half the step between two levels, so most weights round back to where they were. Kept separate from the base,
+# nothing of the delta is lost; that is how every adapter is served.
 
 
 def merge_loss(model: Any, quant: QuantSpec, adapter: Path) -> float | None:
@@ -333,12 +333,11 @@ def _targets(wrapped: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             yield plain.float(), module.get_delta_weight(module.active_adapters[0]).float()
 
 
-# Perplexity of a text under one model, in strided windows: exp of the mean nats of each token but the first.
+# Perplexity of a text in strided windows: exp of the mean nats of each token but the first.
 #
 # Recipe: the text's ids are read in windows of `window` tokens that start `stride` apart. A window scores the tokens
-# that
-# no earlier one has scored; the tokens before them are context. So each token but the text's first is scored once, with
-# at least window - stride tokens of context from the second window on. (The strided form in transformers' guide
+# that no earlier one has scored; the tokens before them are context. So each token but the text's first is scored once,
+# with at least window - stride tokens of context from the second window on. (The strided form in transformers' guide
 # "Perplexity of fixed-length models"; it also averages over tokens and not over windows, so that a short last window
 # weighs what it holds.) Logits are taken to fp32 before the softmax. Legend: B rows, T tokens, V vocabulary.
 
@@ -398,7 +397,7 @@ def _nats(ids_1T: torch.Tensor, logits_1TV: torch.Tensor, first: int) -> float:
     return float(torch.nn.functional.cross_entropy(predicted_TV, targets_T, reduction="sum"))
 
 
-# Tokens per second of an engine that decodes so many requests at once, prompts and start left out.
+# Decode speed: tokens per second of N concurrent requests, without prefill and start.
 
 
 WAIT_S = 900.0

@@ -1,4 +1,4 @@
-"""Measurements of all precisions -> `QuantizeReport`: scores, paired differences to the reference, the recommendation.
+"""Builder of the `QuantizeReport`: scores, paired differences to the reference, and the recommended precision.
 
 Scores, intervals and tests are those of a comparison (`serving.experiment`): an arm at a precision is an arm there.
 """
@@ -16,21 +16,19 @@ from graftwork.metrics import Distribution, distribution
 from graftwork.report.evaluation_schema import PrecisionArm, PrecisionFacts, PrecisionRow, QuantizeReport
 from graftwork.report.schema import Difference
 from graftwork.scoring import AnswerSchema, FieldScores, GoldAnswer, score
-from graftwork.serving.evaluation.verdict import Rules, ScoredArms, arm_score, family
+from graftwork.serving.evaluation.differences import Rules, ScoredArms, arm_score, family
 from graftwork.serving.quantize.measure import AnswerText, MeasuredArm, PrecisionResult
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.stats import Floats
 
-# Which precision to serve: the smallest that keeps the score and the speed, or the reference where none is shown to.
+# Recommendation: the smallest precision shown to keep score and speed, else the reference.
 #
-# A precision is good enough where, for every arm,
-#   1. the paired interval of its score minus the reference's has its lower end above -margin (one side of TOST, at
-#      alpha / 2 because the interval is two-sided): a loss of the margin or more is ruled out, and
-#   2. it decodes at `min_speed` times the reference's tokens per second or more, at the spec's last batch.
-# Of those that are good enough, the reference among them, the one with the fewest resident bytes is recommended; where
-# two take the same, the reference, else the faster. Few questions give wide intervals: then nothing is ruled out, and
-# the
-# reference stays.
+# A precision is good enough where, for every arm, 1. the paired interval of its score minus the reference's has its
+# lower end above -margin (one side of TOST, at alpha / 2 because the interval is two-sided): a loss of the margin or
+# more is ruled out, and 2. it decodes at `min_speed` times the reference's tokens per second or more, at the spec's
+# last batch. Of those that are good enough, the reference among them, the one with the fewest resident bytes is
+# recommended; where two take the same, the reference, else the faster. Few questions give wide intervals: then nothing
+# is ruled out, and the reference stays.
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is good enough."""
+    """Acceptable losses of score and speed."""
 
     reference: str
     metric: str
@@ -58,7 +56,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class PrecisionVerdict:
-    """What the rule says of one precision."""
+    """Result of the rule for one precision."""
 
     precision: str
     good_enough: bool
@@ -126,12 +124,12 @@ def _sentence(
     share = best.resident_bytes / reference.resident_bytes
     return (
         f"Serve {best.precision}: of {good} good enough, {rule.reference} included, it takes the fewest bytes "
-        f"({share:.2f}x {rule.reference}'s), {_kept(best, rule)}, and decodes at {_ratio(best, reference):.2f}x "
+        f"({share:.2f}x {rule.reference}'s), {_margins(best, rule)}, and decodes at {_ratio(best, reference):.2f}x "
         f"its speed at batch {rule.batch}."
     )
 
 
-def _kept(best: Candidate, rule: Rule) -> str:
+def _margins(best: Candidate, rule: Rule) -> str:
     arm, d = min(best.differences.items(), key=lambda item: item[1].low)
     return (
         f"rules out a loss of {rule.margin:g} in {rule.metric} (worst arm {arm}: {d.value:+.3f} "
@@ -179,7 +177,7 @@ def judge(
 
 
 def label(precision: str, arm: str) -> str:
-    """How an arm at a precision is named in differences and signatures."""
+    """Return the name of an arm at a precision in differences and signatures."""
     return f"{precision}/{arm}"
 
 
@@ -253,7 +251,7 @@ def _rounds(values: Sequence[float]) -> Distribution:
 
 
 def _notes(spec: QuantizeSpec, measured: Sequence[PrecisionResult], scored: ScoredArms) -> list[str]:
-    """What a reader must know before believing the numbers."""
+    """Return the caveats of the numbers."""
     notes = [f"{one.precision}: {one.caveat}." for one in measured if one.caveat]
     if len(machines := {one.machine for one in measured}) > 1:
         notes.append(f"Measured on different machines, so that speeds do not compare: {'; '.join(sorted(machines))}.")
@@ -267,7 +265,7 @@ def _notes(spec: QuantizeSpec, measured: Sequence[PrecisionResult], scored: Scor
     losses = [loss for one in measured for arm in one.arms if (loss := arm.merge_loss) is not None]
     if losses:
         notes.append(
-            f"Adapters stay beside the base: merged into nf4 and quantised again, the delta would be off by "
+            f"Adapters stay separate from the base: merged into nf4 and quantised again, the delta would be off by "
             f"{100 * max(losses):.0f}% of its norm."
         )
     notes += [

@@ -1,4 +1,4 @@
-"""Measuring precisions as a run: read the material, one process a precision, judge, record."""
+"""Quantization run: reads the material, measures each precision in a process of its own, writes the report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from graftwork.storage.store import RunPaths, Store
 
 @dataclass(frozen=True)
 class QuantizeProgress:
-    """How far the measurements are; `text` names the precision that is measured now."""
+    """Progress of the measurements; `text` names the precision that is measured now."""
 
     done: int
     total: int
@@ -93,7 +93,7 @@ def run_quantize(
 
 
 def _material(spec: QuantizeSpec, base: ResolvedBase, template: Template, keys: KeyCheck) -> tuple[Material, str]:
-    """What is measured on, and what the text is in words. Raises UserError."""
+    """Return the material, and a description of the text. Raises UserError."""
     longest = base.config.get("max_position_embeddings", spec.engine.max_seq_len)
     for key, length in (("engine.max_seq_len", spec.engine.max_seq_len), ("text.window", spec.text.window)):
         if length > longest:

@@ -1,4 +1,4 @@
-"""What a measurement of precisions is asked to do: which of them, on which questions, and what is good enough."""
+"""Spec of a quantization run: precisions, questions, arms, and the losses that are acceptable."""
 
 from typing import Annotated, Literal, Self
 
@@ -19,7 +19,7 @@ class TextSpec(Spec):
     """Plain text: a path, `file://`, `s3://` or `recipe://NAME/FILE`. null: the questions and gold answers of `eval`,
     rendered by the base's chat template; no adapter of the recipes has seen them."""
     max_tokens: int = Field(default=8192, ge=2)
-    """The text's first so many tokens."""
+    """First N tokens of the text."""
     window: int = Field(default=512, ge=2)
     """Tokens of one forward pass."""
     stride: int = Field(default=256, ge=1)
@@ -34,7 +34,7 @@ class TextSpec(Spec):
 
 
 class SpeedSpec(Spec):
-    """How decoding is timed: `rounds` times so many requests at once, from the last one's first token on."""
+    """Timing of decoding: `rounds` times N concurrent requests, from the first token of the last one on."""
 
     batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 32)
     """Requests at once; the recommendation looks at the last."""
@@ -53,15 +53,15 @@ class QuantizeSpec(Spec):
     base: BaseSpec
     precisions: tuple[Precision, ...] = tuple(PRECISIONS)
     reference: Precision = "fp32"
-    """What the others are compared with, question by question."""
+    """Precision that the others are compared with, question by question."""
     eval: str
     """JSONL of questions with `id` and `gold`: a path, `file://`, `s3://` or `recipe://`."""
     limit: int | None = Field(default=None, ge=1)
-    """Take the first so many rows; null takes all."""
+    """Take the first N rows; null takes all."""
     answer_schema: str
     """JSON schema of a valid answer: a path or `recipe://NAME/schema.json`."""
     arms: Annotated[tuple[ArmSpec, ...], Field(min_length=1)]
-    """Who answers at each precision, with an adapter or without."""
+    """Arms that answer at each precision, with an adapter or without."""
     metric: Literal["facts", "form", "both", "field_accuracy"] = "both"
     """The score that a precision must keep."""
     margin: float = Field(default=0.03, gt=0, lt=1)

@@ -1,17 +1,14 @@
-"""Retrievers on the same questions: measured, compared in pairs, and one of them chosen."""
+"""`graftwork rag index` and `graftwork rag eval`: builds an index, measures retrievers in pairs, records the choice."""
 
-import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from graftwork import metrics
-from graftwork.datasets.readers import no_rows, read_records, require_new
-from graftwork.datasets.row_keys import QUESTION, KeyCheck
+from graftwork.datasets.row_keys import KeyCheck
 from graftwork.errors import ConfigError, DataError
 from graftwork.report.schema import Difference, Record, Score
 from graftwork.retrieval import Hit, Retriever, open_retriever
@@ -19,14 +16,11 @@ from graftwork.retrieval.bm25 import LexicalIndex
 from graftwork.retrieval.corpus import document_of, read_corpus
 from graftwork.retrieval.dense import shared_embedder
 from graftwork.retrieval.index_store import LEXICAL_FILE, PublishedIndex, RetrieverChoice
-from graftwork.serving.deploy import Endpoint, deploy
-from graftwork.serving.evaluation.verdict import Rules, ScoredArms, arm_score, family
-from graftwork.serving.rag.rerank import rerank
+from graftwork.serving.evaluation.differences import Rules, ScoredArms, arm_score, family
+from graftwork.serving.rag.questions import MRR_DEPTH, Question, question_keys, read_questions, require_gold
+from graftwork.serving.rag.rerank import rerank_all
 from graftwork.serving.rag.spec import RagSpec
-from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 from graftwork.stats import Floats
-
-# A spec becomes an index, and an index is searched by what its spec says.
 
 
 def make_index(spec: RagSpec, *, on_progress: Callable[[int, int], None] | None = None) -> PublishedIndex:
@@ -61,126 +55,6 @@ def open_made(spec: RagSpec, kind: str) -> Retriever:
     return open_retriever(spec.retriever(kind))  # type: ignore[arg-type]  # checked by the caller's Literal
 
 
-# Questions whose right passages are known: what `graftwork rag eval` asks.
-
-
-MRR_DEPTH = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One question: its gold passages or documents, and the texts that answer it."""
-
-    id: str
-    text: str
-    gold_ids: frozenset[str]
-    answers: tuple[str, ...]
-    """Right answers, one of which is enough."""
-    facts: tuple[str, ...] = ()
-    """Values of a gold object that the question does not give away: all are needed."""
-
-    def rank(self, hits: Sequence[Hit]) -> int | None:
-        """1-based rank of the first gold passage; of a gold document any passage is one."""
-        for rank, hit in enumerate(hits, start=1):
-            if hit.passage.id in self.gold_ids or document_of(hit.passage.id) in self.gold_ids:
-                return rank
-        return None
-
-    def answered_by(self, hits: Sequence[Hit]) -> bool:
-        """Whether the answer stands in the passages."""
-        read = _plain(" ".join(hit.passage.text for hit in hits))
-        return (
-            all(_plain(fact) in read for fact in self.facts)
-            if self.facts
-            else any(_plain(answer) in read for answer in self.answers)
-        )
-
-
-def question_keys() -> KeyCheck:
-    """The count of the keys of questions: only the last user turn is searched for, so none is rejected."""
-    return KeyCheck(QUESTION, prompt=False, loss=False)
-
-
-def read_questions(uri: str, limit: int | None = None, keys: KeyCheck | None = None) -> list[Question]:
-    """Read questions in order. keys: counts the keys that are not read (default: `question_keys()`).
-
-    Raises DataError that names the 1-based row and the field.
-    """
-    keys = keys or question_keys()
-    found: list[Question] = []
-    seen: dict[str, int] = {}
-    for number, record in read_records(uri):
-        keys.check(record, f"{uri} row {number}")
-        question = _question(record, f"{uri} row {number}", str(number))
-        require_new(question.id, number, seen, uri, rule="retrievers are compared question by question")
-        found.append(question)
-        if len(found) == limit:
-            break
-    if not found:
-        raise no_rows(uri, "retrievers are measured on questions")
-    return found
-
-
-def require_gold(questions: Sequence[Question], retriever: Retriever, documents: frozenset[str], index: str) -> None:
-    """Raise DataError for questions whose gold passage the index has not: it was made from another corpus."""
-    lost = [q for q in questions if not any(g in documents or retriever.get(g) for g in q.gold_ids)]
-    if lost:
-        gold = ", ".join(sorted(lost[0].gold_ids))
-        raise DataError(
-            f"question {lost[0].id}: doc_id {gold!r}",
-            f"{index} has no such passage; so it is for {len(lost)} of {len(questions)} questions",
-            "questions are asked of the corpus that they were made for",
-            "index that corpus, or take its questions",
-        )
-
-
-def _question(record: dict[str, Any], where: str, default_id: str) -> Question:
-    text = _text(record)
-    if text is None:
-        raise DataError(
-            f"{where}: question",
-            "the field is missing or empty",
-            "a row has `question`, `prompt` or `messages` with a user turn",
-            "add the field",
-        )
-    doc_id = record.get("doc_id")
-    gold = doc_id if isinstance(doc_id, list) else [] if doc_id is None else [doc_id]
-    if not gold or not all(isinstance(one, str | int) and not isinstance(one, bool) for one in gold):
-        raise DataError(
-            f"{where}: doc_id",
-            "the field is missing" if doc_id is None else f"found {doc_id!r}",
-            "a question names its gold passage, or a list of them",
-            "add doc_id",
-        )
-    answers, facts = record.get("answers", []), record.get("gold", {})
-    if not isinstance(answers, list) or not all(isinstance(one, str) and one.strip() for one in answers):
-        raise DataError(f"{where}: answers", f"found {answers!r}"[:200], "answers is a list of texts")
-    if not isinstance(facts, dict):
-        raise DataError(f"{where}: gold", f"found {facts!r}"[:200], "gold is the right answer as a JSON object")
-    hidden = [str(value) for key, value in facts.items() if key not in _listed(record.get("given_fields"))]
-    identity = frozenset(str(one) for one in gold)
-    return Question(str(record.get("id", default_id)), text, identity, tuple(answers), tuple(hidden))
-
-
-def _text(record: dict[str, Any]) -> str | None:
-    turns = record.get("messages")
-    said = (
-        [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"]
-        if (isinstance(turns, list))
-        else []
-    )
-    found = record.get("question") or record.get("prompt") or (said[-1] if said else None)
-    return found if isinstance(found, str) and found.strip() else None
-
-
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
 Found = Mapping[str, Sequence[Sequence[Hit]]]
 """By retriever the hits of each question, at least max(k, MRR_DEPTH) deep."""
 DECIDES = metrics.HIT
@@ -199,7 +73,7 @@ class RetrieverReport(Record):
 
 
 class RagReport(Record):
-    """What `graftwork rag eval` found."""
+    """Report of `graftwork rag eval`."""
 
     name: str
     version: str
@@ -213,7 +87,7 @@ class RagReport(Record):
     chosen: str
     sentence: str
     questions_uri: str = ""
-    """Where the scores of each question are (`per_question`)."""
+    """Location of the scores of each question (`per_question`)."""
     notes: tuple[str, ...] = ()
     """Keys of the questions that are ignored."""
 
@@ -337,65 +211,7 @@ def _quantile(values: Sequence[float], q: float) -> float | None:
     return metrics.quantile(values, q) if values else None
 
 
-# What a rerank by the served base makes of what was found, for a whole set of questions.
-
-
-_TOGETHER = 4
-"""Questions at a time: with 10 candidates each they fill a batch."""
-
-
-def rerank_all(
-    spec: RagSpec,
-    found: Sequence[Sequence[Hit]],
-    questions: Sequence[Question],
-    on_progress: Callable[[int, int, str], None] | None,
-) -> tuple[list[Sequence[Hit]], list[float]]:
-    """The candidates of each question in the order of the base's likelihood, and the wall ms that each took.
-
-    Deploys the spec's base on the initialised Ray for the time of the call.
-    """
-    assert spec.rerank is not None
-    serve = ServeSpec(
-        name=f"rag-{spec.name}"[:63],
-        root=spec.root,
-        base=spec.rerank.base,
-        quant=spec.rerank.quant,
-        engine=EngineSpec(max_seq_len=2048),
-    )
-    with deploy(serve, http=False) as endpoint:
-        return asyncio.run(_reranked(spec, endpoint, found, questions, on_progress))
-
-
-async def _reranked(
-    spec: RagSpec,
-    endpoint: Endpoint,
-    found: Sequence[Sequence[Hit]],
-    questions: Sequence[Question],
-    on_progress: Callable[[int, int, str], None] | None,
-) -> tuple[list[Sequence[Hit]], list[float]]:
-    assert spec.rerank is not None
-    candidates, gate, done = spec.rerank.candidates, asyncio.Semaphore(_TOGETHER), 0
-
-    async def likelihood(arm: dict[str, Any], messages: Any, texts: Sequence[str], request_id: str) -> Any:
-        return await endpoint.likelihood(ArmSpec.model_validate(arm), messages, texts, request_id)
-
-    async def one(question: Question, hits: Sequence[Hit]) -> tuple[list[Hit], float]:
-        nonlocal done
-        async with gate:
-            began = time.perf_counter()
-            passages = [hit.passage for hit in hits[:candidates]]
-            order = await rerank(question.text, passages, likelihood, candidates)
-            took = (time.perf_counter() - began) * 1000
-        done += 1
-        if on_progress is not None:
-            on_progress(done, len(questions), "rerank")
-        return [Hit(passage, -float(rank)) for rank, passage in enumerate(order)], took
-
-    pairs = await asyncio.gather(*(one(q, hits) for q, hits in zip(questions, found, strict=True)))
-    return [ranked for ranked, _ in pairs], [took for _, took in pairs]
-
-
-# `rag eval`: search for every question, judge, and let `auto` retrievers do what was found to be best.
+# Run of `rag eval`; retrievers of kind `auto` follow the choice that it records.
 
 
 Progress = Callable[[int, int, str], None]
@@ -410,7 +226,7 @@ class _Measured:
 
 
 def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport:
-    """Measure the spec's retrievers on its questions and record the choice beside the index.
+    """Measure the spec's retrievers on its questions and record the choice next to the index.
 
     Needs an initialised Ray only where the spec asks for a rerank. Raises ConfigError without questions, DataError
     for questions of another corpus.

@@ -1,4 +1,4 @@
-"""What an index is made of, and what its retrievers are measured on."""
+"""Spec of an index: sources, chunking, retrievers, and the questions that measure them."""
 
 from typing import Annotated, Literal, Self
 
@@ -9,11 +9,9 @@ from graftwork.config import Spec
 from graftwork.quantization.spec import QuantSpec
 from graftwork.retrieval.corpus import ChunkSpec, SourceSpec
 from graftwork.retrieval.embedder import EmbedderSpec
-from graftwork.retrieval.index_store import IndexHome
+from graftwork.retrieval.index_store import IndexHome, Kind
 from graftwork.retrieval.retriever import MINILM, RerankSpec, RetrieverSpec
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
-
-Kind = Literal["lexical", "dense", "hybrid"]
 
 
 class RagRerankSpec(RerankSpec):
@@ -32,20 +30,20 @@ class RagSpec(Spec):
     sources: tuple[SourceSpec, ...]
     """Tables (JSONL, CSV, Parquet), documents (Markdown, HTML, text, PDF) and folders of documents."""
     chunk: ChunkSpec = ChunkSpec()
-    """How documents are cut into passages."""
+    """Passage length and overlap of documents."""
     retrievers: tuple[Kind, ...] = ("lexical",)
-    """Which kinds the index is made for and `eval` compares; lexical is always there."""
+    """Kinds of retrieval that the index supports and `eval` compares; lexical is always included."""
     k: int = Field(default=3, ge=1, le=32)
     """Passages that come to the model."""
     embedder: EmbedderSpec = EmbedderSpec(uri=MINILM)
     """Model of the vectors."""
     dense_weight: float = Field(default=0.25, gt=0, le=1)
-    """What a rank among the vectors counts, to one among the words; for hybrid."""
+    """Weight of a rank among the vectors, relative to one among the words; for hybrid."""
     rerank: RagRerankSpec | None = None
     questions: str | None = None
     """JSONL for `eval`: `id`, `question` (or `messages`, `prompt`), `doc_id` (one or a list), `answers` or `gold`."""
     limit: int | None = Field(default=None, ge=1)
-    """Ask the first so many questions."""
+    """Ask the first N questions."""
     seed: int = 0
     """Of the resampling in `eval`."""
 
@@ -63,17 +61,17 @@ class RagSpec(Spec):
 
     @property
     def needs_vectors(self) -> bool:
-        """Whether passages are embedded."""
+        """Return whether passages are embedded."""
         return "dense" in self.retrievers or "hybrid" in self.retrievers
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What is compared, lexical first."""
+        """Kinds that are compared, lexical first."""
         return ("lexical", *(kind for kind in dict.fromkeys(self.retrievers) if kind != "lexical"))
 
     @property
     def home(self) -> IndexHome:
-        """Where the index lies."""
+        """Location of the index."""
         return IndexHome.from_root(self.root, self.name)
 
     def made_from(self) -> str:

@@ -1,4 +1,4 @@
-"""Evidence of all failures -> `DecisionCard`. The same bytes for the same answers."""
+"""Builder of the `DecisionCard` from the evidence of all failures: the same bytes for the same answers."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +14,7 @@ from graftwork.report import format as words
 from graftwork.report.schema import ArmCauses, ArmCost, ArmKind, CauseShare, DecisionCard, Lift, Remedy, Share
 from graftwork.serving.evaluation.answers import AnswerSet, timed
 from graftwork.serving.evaluation.compare import arm_kind
+from graftwork.serving.evaluation.differences import ScoredArms
 from graftwork.serving.evaluation.failures.classify import (
     CAUSES,
     Cause,
@@ -25,10 +26,9 @@ from graftwork.serving.evaluation.failures.classify import (
 )
 from graftwork.serving.evaluation.failures.probe import Prober, WrongAnswer
 from graftwork.serving.evaluation.spec import CompareSpec
-from graftwork.serving.evaluation.verdict import ScoredArms
 from graftwork.serving.spec import ArmSpec
 
-# Shares of causes -> what to do. Only what is shown counts; what is not shown is said, with the questions it needs.
+# Remedy from the shares of causes. Only shown shares count; the card names open ones with the questions they need.
 #
 # | shown to matter | remedy |
 # |---|---|
@@ -39,7 +39,7 @@ from graftwork.serving.spec import ArmSpec
 # | use of context or distraction, whatever else | both (RAFT) |
 # | forgetting alone | retrain: lower rank, other rows mixed in |
 #
-# What was measured has the last word: where another arm mends more of the same failures, its kind is the advice.
+# What was measured has the last word: where another arm fixes more of the same failures, its kind is the advice.
 
 
 Enough = Literal["yes", "no", "open"]
@@ -62,7 +62,7 @@ _SAYS: dict[Remedy, str] = {
 
 @dataclass(frozen=True)
 class Findings:
-    """What the remedy follows from."""
+    """Facts that decide the remedy."""
 
     rare: bool
     """The failure rate itself is shown to be below the limit."""
@@ -76,14 +76,14 @@ class Findings:
 
 
 def enough(found: Share | None) -> Enough:
-    """Whether it holds for more than half, as far as is shown."""
+    """Return whether the share is shown to be more than half."""
     if found is None:
         return "open"
     return "yes" if found.low > 0.5 else "no" if found.high <= 0.5 else "open"
 
 
 def ask_for(found: Findings) -> Remedy:
-    """What the causes ask for."""
+    """Return the remedy that the causes ask for."""
     facts, form = {"information", "retrieval"} & set(found.causes), "form" in found.causes
     if found.rare:
         return "neither"
@@ -110,7 +110,7 @@ def measured(asked: Remedy, lifts: Sequence[Lift]) -> tuple[Remedy, Lift | None,
 
 
 def example_of(kind: ArmKind, *, grammar: bool) -> Remedy:
-    """What an arm shows when it mends."""
+    """Remedy that an arm stands for when it fixes failures."""
     if kind == "prompt":
         return "grammar" if grammar else "prompt"
     if kind == "rag":
@@ -129,13 +129,13 @@ def sentence(
     n = causes[0].share.n if causes else 0
     said = f"{_SAYS[remedy]}: of {n} probed failures of {reference}, {why}"
     if remedy != asked and own is not None:
-        said += f". The causes alone ask for {_SAYS[asked].lower()}, but {own.arm} mends only {_percent(own.share)}"
+        said += f". The causes alone ask for {_SAYS[asked].lower()}, but {own.arm} fixes only {_percent(own.share)}"
     if own is None and remedy not in ("neither", "undecided"):
         said += " (no other arm here does that)"
     if best is not None and best.share.count:
-        said += f"; measured here, {best.arm} mends {_percent(best.share)} of them"
+        said += f"; measured here, {best.arm} fixes {_percent(best.share)} of them"
     elif best is not None:
-        said += "; no other arm here mends any"
+        said += "; no other arm here fixes any"
     return said + "."
 
 
@@ -338,11 +338,11 @@ class _Card:
         )
 
 
-# What the probes need beside the answers.
+# Inputs of the probes.
 
 
 def probed_corpus(spec: CompareSpec, rows: Sequence[DatasetRow]) -> str | None:
-    """Where gold passages are. Raises ConfigError where rows name documents and nothing says where they are."""
+    """Return the location of the gold passages. Raises ConfigError where rows name documents of no known corpus."""
     assert spec.probes is not None
     corpus = spec.probes.corpus or next((arm.retriever.corpus for arm in spec.arms if arm.retriever), None)
     if corpus is None and any(row.doc_id for row in rows):

@@ -1,4 +1,4 @@
-"""When an answer's value, its form and the whole of it are right, whatever the scorers are."""
+"""Classification of failed answers by cause, and correctness of value and form under any scorers."""
 
 import json
 import math
@@ -11,11 +11,13 @@ from graftwork.datasets.rows import DatasetRow
 from graftwork.metrics import CONTAINS, signature
 from graftwork.report.schema import Share
 from graftwork.scoring import GoldText, TextMatch
+from graftwork.serving.evaluation.scorers.json_answer import JsonSchemaSpec
 from graftwork.serving.evaluation.scorers.load import Scorers
-from graftwork.serving.evaluation.scorers.spec import ExactSpec, JsonSchemaSpec, ModelReply, QaSpec, RegexSpec
+from graftwork.serving.evaluation.scorers.protocol import ModelReply
+from graftwork.serving.evaluation.scorers.text_match import ExactSpec, QaSpec, RegexSpec
 from graftwork.serving.evaluation.spec import CompareSpec
 
-# The rule: what the probes of one failed answer found -> why it failed. Pure, and all there is to it.
+# Rule from the probes of one failed answer to its causes.
 #
 # | value | context | the probes say | cause |
 # |---|---|---|---|
@@ -81,7 +83,7 @@ _ALL = 1 - 1e-9
 
 @dataclass(frozen=True)
 class Correctness:
-    """What of an answer is right."""
+    """Correctness of an answer: form, value, and both."""
 
     form: bool | None
     """None: it cannot be told apart from the value."""
@@ -110,7 +112,7 @@ class CorrectnessCheck:
         ]
         texts = [one for one in spec.scorers if isinstance(one, QaSpec | ExactSpec) and primary in one.metric_names]
         self.references = GoldText(texts[0].field) if texts else None
-        """Where the right texts of rows are; None where answers are not texts."""
+        """Location of the right texts of rows; None where answers are not texts."""
 
     @property
     def splits(self) -> bool:
@@ -150,7 +152,7 @@ def repaired(text: str) -> str | None:
     return text[start:end]
 
 
-# Shares of failures with their intervals, and how many more questions would settle an open one.
+# Shares of failures with their intervals, and the questions that an open share needs.
 
 
 State = Literal["matters", "dismissed", "open"]
@@ -165,7 +167,7 @@ def share(name: str, count: int, n: int, alpha: float, recipe: Mapping[str, obje
 
 
 def state(found: Share, limit: float) -> State:
-    """Whether the share is shown to be at least the limit, or below it."""
+    """Return whether the share is shown to be at least the limit, or below it."""
     if found.low >= limit:
         return "matters"
     return "dismissed" if found.high < limit else "open"
@@ -174,16 +176,16 @@ def state(found: Share, limit: float) -> State:
 def n_to_settle(value: float, limit: float, alpha: float) -> int | None:
     """Failures at which a share like this one lies wholly on one side of the limit. None: it is too near for that."""
     low, high = 1, 2
-    while not _settled(value, high, limit, alpha):
+    while not _is_decided(value, high, limit, alpha):
         low, high = high, 2 * high
         if high > _MOST:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _settled(value, middle, limit, alpha) else (middle, high)
+        low, high = (low, middle) if _is_decided(value, middle, limit, alpha) else (middle, high)
     return high
 
 
-def _settled(value: float, n: int, limit: float, alpha: float) -> bool:
+def _is_decided(value: float, n: int, limit: float, alpha: float) -> bool:
     found = stats.wilson(math.floor(value * n + 0.5), n, alpha)
     return found.low >= limit or found.high < limit

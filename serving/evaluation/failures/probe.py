@@ -1,4 +1,4 @@
-"""The failures of every arm, the requests that probe them, and the evidence that the answers make.
+"""Probes of failed answers: selection of failures, probe requests, and the evidence in their answers.
 
 Probes go through the same handle as the arms and are kept on disk by the same key. They come in two rounds: what the
 first finds says where the second is needed.
@@ -21,7 +21,7 @@ from graftwork.serving.evaluation.failures.classify import Correctness, Correctn
 from graftwork.serving.evaluation.spec import CompareSpec, ProbeSpec
 from graftwork.serving.spec import ArmSpec, GrammarSpec
 
-# The passage that holds a row's answer, and the answers that it is told from.
+# Gold passages of rows, and distractor answers.
 
 
 class GoldPassages:
@@ -164,7 +164,7 @@ class Prober:
         ]
 
     def evidence(self, failure: WrongAnswer, found: AnswerSet) -> ProbeEvidence:
-        """What was found about one failure."""
+        """Return the evidence about one failure."""
         arm, row = failure.arm, failure.row
         return ProbeEvidence(
             form_right=failure.right.form,
@@ -269,7 +269,7 @@ class Prober:
 
 
 def _prefers_first(answer: EvalAnswer | None) -> bool | None:
-    """Whether the first text is likelier than each other, per token: answers differ in length."""
+    """Return whether the first text is likelier than every other, per token: answers differ in length."""
     if answer is None or not answer.logprobs:
         return None
     first, *others = (logprob / max(1, tokens) for logprob, tokens in answer.logprobs)

@@ -1,1 +1,1 @@
-"""What an answer is worth. Each scorer is one file; `load_scorers` makes those that a spec names."""
+"""Scorers of answers, one module each; `load` has their table."""

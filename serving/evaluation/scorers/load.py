@@ -1,49 +1,54 @@
-"""`scorers:` of a spec -> what scores each answer."""
+"""Table of the scorers that a spec may name under `scorers:`, and all scorers of a spec as one.
+
+`- exact` is short for `- {kind: exact}`.
+"""
 
 from collections.abc import Sequence
+from typing import Annotated, Any, get_args
+
+from pydantic import BeforeValidator, Field
 
 from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import ConfigError
 from graftwork.metrics import Metric
 from graftwork.scoring import AnswerSchema
-from graftwork.serving.evaluation.scorers.choice import ChoiceScorer
-from graftwork.serving.evaluation.scorers.cost import LATENCY, TOKENS, CostScorer
-from graftwork.serving.evaluation.scorers.exact import (
-    ExactScorer,
-    FieldF1Scorer,
-    FieldsScorer,
-    JsonSchemaScorer,
-    QaScorer,
-    RegexScorer,
+from graftwork.serving.evaluation.scorers.choice import ChoiceScorer, ChoiceSpec
+from graftwork.serving.evaluation.scorers.cost import LATENCY, CostScorer, CostSpec, LatencySpec, TokensSpec
+from graftwork.serving.evaluation.scorers.json_answer import FieldF1Spec, FieldsSpec, JsonSchemaSpec
+from graftwork.serving.evaluation.scorers.overlap import OverlapSpec
+from graftwork.serving.evaluation.scorers.plugin import OwnSpec
+from graftwork.serving.evaluation.scorers.protocol import ModelReply, Scorer, ScorerKind
+from graftwork.serving.evaluation.scorers.sql import SqlSpec
+from graftwork.serving.evaluation.scorers.text_match import ExactScorer, ExactSpec, QaSpec, RegexSpec
+
+
+def _expand_short_form(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+_AnySpec = (
+    FieldsSpec
+    | ExactSpec
+    | QaSpec
+    | FieldF1Spec
+    | JsonSchemaSpec
+    | RegexSpec
+    | SqlSpec
+    | OverlapSpec
+    | ChoiceSpec
+    | LatencySpec
+    | TokensSpec
+    | CostSpec
+    | OwnSpec
 )
-from graftwork.serving.evaluation.scorers.overlap import OverlapScorer, RougeScorer
-from graftwork.serving.evaluation.scorers.plugin import PluginScorer
-from graftwork.serving.evaluation.scorers.spec import (
-    ChoiceSpec,
-    CostSpec,
-    ExactSpec,
-    FieldF1Spec,
-    FieldsSpec,
-    JsonSchemaSpec,
-    LatencySpec,
-    ModelReply,
-    OverlapSpec,
-    OwnSpec,
-    QaSpec,
-    RegexSpec,
-    Scorer,
-    ScorerSpec,
-    SqlSpec,
-    TokensSpec,
-)
-from graftwork.serving.evaluation.scorers.sql import SqlScorer
+ScorerSpec = Annotated[_AnySpec, Field(discriminator="kind"), BeforeValidator(_expand_short_form)]
 
 
 class Scorers:
     """All scorers of a spec as one. Pure and without state: any thread may score."""
 
     def __init__(self, scorers: Sequence[Scorer]) -> None:
-        """Raises ConfigError where two measure by the same name."""
+        """Raises ConfigError where two scorers have a metric of the same name."""
         self._scorers = tuple(scorers)
         self.metrics: tuple[Metric, ...] = tuple(metric for scorer in scorers for metric in scorer.metrics)
         names = [metric.name for metric in self.metrics]
@@ -57,7 +62,7 @@ class Scorers:
 
     @property
     def choices(self) -> tuple[ChoiceScorer, ...]:
-        """Those that need likelihoods of options from the endpoint."""
+        """Scorers that need likelihoods of options from the endpoint."""
         return tuple(scorer for scorer in self._scorers if isinstance(scorer, ChoiceScorer))
 
     @property
@@ -67,7 +72,7 @@ class Scorers:
 
     @property
     def exact(self) -> tuple[ExactScorer, ...]:
-        """Those that want the right text and nothing else."""
+        """Scorers that compare the whole text with the right text."""
         return tuple(scorer for scorer in self._scorers if isinstance(scorer, ExactScorer))
 
     @property
@@ -76,74 +81,41 @@ class Scorers:
         return any(scorer is LATENCY or (isinstance(scorer, CostScorer) and scorer.by_time) for scorer in self._scorers)
 
     def check(self, rows: Sequence[DatasetRow]) -> None:
-        """Raises DataError for the first row that a scorer cannot hold an answer against."""
+        """Raises DataError for the first row whose answers a scorer cannot score."""
         for row in rows:
             for scorer in self._scorers:
                 scorer.check(row)
 
     def score(self, reply: ModelReply) -> dict[str, float]:
-        """A value a metric, in the order of `metrics`."""
+        """Return one value for each metric, in the order of `metrics`."""
         return {name: value for scorer in self._scorers for name, value in scorer.score(reply).items()}
 
     def failed_scores(self) -> dict[str, float]:
-        """What a request without an answer scores: 0, and no time, tokens or cost."""
+        """Return the scores of a request without an answer: 0, and no time, tokens or cost."""
         return {metric.name: float("nan") if metric.kind == "measure" else 0.0 for metric in self.metrics}
 
 
-def load_scorers(specs: Sequence[ScorerSpec], schema: AnswerSchema | None = None, *, gold: bool = True) -> Scorers:
-    """The scorers in order. schema: the spec's answer_schema. gold=False: for traffic whose right answers are unknown.
+def load_scorers(specs: Sequence[ScorerKind], schema: AnswerSchema | None = None, *, gold: bool = True) -> Scorers:
+    """Build the scorers in order. schema: the spec's answer_schema. gold=False: for traffic without right answers.
 
     Raises ConfigError: a scorer that lacks its schema, its gold, its package or its entry point; StorageError.
     """
-    made = [_make(spec, schema) for spec in specs]
-    for spec, scorer in zip(specs, made, strict=True):
-        if scorer.needs_gold and not gold:
+    for spec in specs:
+        if spec.needs_gold and not gold:
             raise ConfigError(
                 f"scorers: kind={spec.kind!r}",
                 "it needs the right answer",
                 "live traffic has no gold",
-                "score it with json_schema, regex, latency, tokens, cost or own",
+                f"score it with {' or '.join(_kinds_without_gold())}",
             )
-    return Scorers(made)
+    return Scorers([spec.build(schema) for spec in specs])
 
 
-def _make(spec: ScorerSpec, schema: AnswerSchema | None) -> Scorer:
-    match spec:
-        case FieldsSpec():
-            return FieldsScorer(_need(schema, "fields"))
-        case JsonSchemaSpec():
-            own = AnswerSchema.load(spec.json_schema) if spec.json_schema else _need(schema, "json_schema")
-            return JsonSchemaScorer(spec.name, own)
-        case ExactSpec():
-            return ExactScorer(spec)
-        case QaSpec():
-            return QaScorer(spec)
-        case FieldF1Spec():
-            return FieldF1Scorer()
-        case RegexSpec():
-            return RegexScorer(spec)
-        case SqlSpec():
-            return SqlScorer(spec)
-        case OverlapSpec():
-            return RougeScorer(spec) if spec.kind == "rouge" else OverlapScorer(spec, spec.kind)
-        case ChoiceSpec():
-            return ChoiceScorer(spec)
-        case LatencySpec():
-            return LATENCY
-        case TokensSpec():
-            return TOKENS
-        case CostSpec():
-            return CostScorer(spec)
-        case OwnSpec():
-            return PluginScorer(spec)
-
-
-def _need(schema: AnswerSchema | None, kind: str) -> AnswerSchema:
-    if schema is None:
-        raise ConfigError(
-            f"scorers: kind={kind!r}",
-            "there is no schema",
-            "it holds answers against answer_schema",
-            "set answer_schema",
-        )
-    return schema
+def _kinds_without_gold() -> list[str]:
+    """Kinds that score live traffic, in the order of the table."""
+    return [
+        kind
+        for spec in get_args(_AnySpec)
+        if not spec.needs_gold
+        for kind in get_args(spec.model_fields["kind"].annotation)
+    ]

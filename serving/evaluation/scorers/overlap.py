@@ -1,24 +1,40 @@
-"""Likeness of an answer to the gold text: BLEU and chrF by sacrebleu, ROUGE by its definition."""
+"""Scorers `bleu`, `chrf` (by sacrebleu) and `rouge` (by its definition): overlap with the gold text."""
 
 import importlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from graftwork.config import Spec
 from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import ConfigError
 from graftwork.metrics import BLEU, CHRF, ROUGE_1, ROUGE_2, ROUGE_L
-from graftwork.scoring import GoldText
-from graftwork.serving.evaluation.scorers.spec import ModelReply, OverlapSpec
+from graftwork.scoring import AnswerSchema, GoldText
+from graftwork.serving.evaluation.scorers.protocol import ModelReply, Scorer
 
 _WORD = re.compile(r"[^\W_]+")
 
 
+class OverlapSpec(Spec):
+    """Likeness to the gold text. bleu and chrf need `pip install 'sacrebleu>=2.6,<3'`."""
+
+    kind: Literal["bleu", "chrf", "rouge"]
+    needs_gold: ClassVar[bool] = True
+    field: str | None = None
+    """As for exact."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("rouge_1", "rouge_2", "rouge_l") if self.kind == "rouge" else (self.kind,)
+
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer of this key."""
+        return RougeScorer(self) if self.kind == "rouge" else OverlapScorer(self, self.kind)
+
+
 class OverlapScorer:
     """BLEU or chrF of each answer by itself; their mean is not the corpus score."""
-
-    needs_gold = True
 
     def __init__(self, spec: OverlapSpec, kind: Literal["bleu", "chrf"]) -> None:
         self._gold, self._score = GoldText(spec.field), _sacrebleu(kind)
@@ -35,7 +51,6 @@ class OverlapScorer:
 class RougeScorer:
     """ROUGE-1, ROUGE-2 and ROUGE-L as F1, best of the right texts, no stemming (Lin 2004)."""
 
-    needs_gold = True
     metrics = (ROUGE_1, ROUGE_2, ROUGE_L)
 
     def __init__(self, spec: OverlapSpec) -> None:

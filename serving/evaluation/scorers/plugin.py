@@ -1,20 +1,42 @@
-"""Scorers of other packages, found by entry point. Nothing is loaded that the spec does not name."""
+"""Scorer `own`: a scorer of an installed package, found by entry point. Only named ones are loaded."""
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Annotated, Any, ClassVar, Literal, Protocol, cast
+
+from pydantic import Field
 
 from graftwork import plugins
+from graftwork.config import Spec
 from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import ConfigError, RunError
 from graftwork.metrics import Metric
-from graftwork.serving.evaluation.scorers.spec import ModelReply, OwnSpec
+from graftwork.scoring import AnswerSchema
+from graftwork.serving.evaluation.scorers.protocol import ModelReply, Scorer
+from graftwork.storage.store import NAME_PATTERN
 
 GROUP = "graftwork.scorers"
 
 
+class OwnSpec(Spec):
+    """A scorer of an installed package, entry point group `graftwork.scorers`. Only what is named here is loaded."""
+
+    kind: Literal["own"]
+    needs_gold: ClassVar[bool] = False
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """Name of the entry point."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ()
+
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer of this key."""
+        return PluginScorer(self)
+
+
 class PluginScore(Protocol):
-    """What an entry point names: a callable that knows its metric (binary or graded: 0..1)."""
+    """Object that an entry point names: a callable with its metric (binary or graded: 0..1)."""
 
     metric: Metric
 
@@ -22,16 +44,14 @@ class PluginScore(Protocol):
 
 
 class PluginScorer:
-    """A foreign scorer in the form of ours. It is asked for one number an answer."""
-
-    needs_gold = False
+    """Adapter of such a callable: one value for each answer."""
 
     def __init__(self, spec: OwnSpec) -> None:
         self._name, self._call = spec.name, _load(spec.name)
         self.metrics = (self._call.metric,)
 
     def check(self, row: DatasetRow) -> None:
-        """It says itself, when it scores, what it cannot take."""
+        """Accept every row: the scorer itself rejects a row when it scores."""
 
     def score(self, reply: ModelReply) -> dict[str, float]:
         value = float(self._call(reply.text, reply.gold))
@@ -42,7 +62,7 @@ class PluginScorer:
                 f"scorer {self._name!r}",
                 f"it returned {value}",
                 f"a {metric.kind} metric has {'0 or 1' if metric.kind == 'binary' else '0 to 1'} an answer",
-                "mend the scorer, or its metric's kind",
+                "fix the scorer, or its metric's kind",
             )
         return {metric.name: value}
 

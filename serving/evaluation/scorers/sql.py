@@ -1,4 +1,4 @@
-"""Execution accuracy of SQL: the answer's rows against the gold query's, on sqlite in memory.
+"""Scorer `sql`: execution accuracy, the answer's rows against the gold query's on sqlite in memory.
 
 The query may only read. What it costs is bounded by steps of sqlite's machine, rows, length of a value and growth of
 the process, never by a clock: the score of a query is the same on a slow machine.
@@ -9,14 +9,17 @@ import re
 import sqlite3
 from collections import Counter
 from contextlib import closing
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import psutil
+from pydantic import Field
 
+from graftwork.config import Spec
 from graftwork.datasets.rows import DatasetRow, read_text
 from graftwork.errors import DataError
 from graftwork.metrics import Metric
-from graftwork.serving.evaluation.scorers.spec import ModelReply, SqlSpec
+from graftwork.scoring import AnswerSchema
+from graftwork.serving.evaluation.scorers.protocol import MetricName, ModelReply, Scorer
 
 Table = list[tuple[Any, ...]]
 
@@ -29,10 +32,34 @@ _ORDERED = re.compile(r"\border\s+by\b(?![^()]*\))", re.IGNORECASE)
 """ORDER BY outside of parentheses: then the order of the rows counts."""
 
 
+class SqlSpec(Spec):
+    """The answer is a query that finds the same rows as the gold query, on sqlite in memory, read-only."""
+
+    kind: Literal["sql"]
+    needs_gold: ClassVar[bool] = True
+    name: MetricName = "sql"
+    field: str = "sql"
+    """Field of gold with the right query."""
+    setup_field: str | None = "setup"
+    """Field of gold with the statements that make the row's tables; null where `setup` has them for all rows."""
+    setup: str | None = None
+    """SQL file run before a row's own: a path, `file://`, `s3://`."""
+    max_steps: int = Field(default=5_000_000, ge=1000)
+    """Steps of sqlite's machine that a query may take, about 10 million a second: the same bound on any machine."""
+    max_rows: int = Field(default=10_000, ge=1)
+    """Rows that a query may return."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer of this key."""
+        return SqlScorer(self)
+
+
 class SqlScorer:
     """1 where the answer is one query that returns the gold query's rows, column by column; names do not count."""
-
-    needs_gold = True
 
     def __init__(self, spec: SqlSpec) -> None:
         self._spec, self._setup = spec, read_text(spec.setup) if spec.setup else ""
@@ -59,7 +86,7 @@ class SqlScorer:
                 f"row {row.id!r}: gold.{self._spec.field}",
                 f"it does not run ({error})",
                 "the gold query is one that reads, within the scorer's bounds",
-                "mend the row",
+                "fix the row",
             ) from error
 
     def score(self, reply: ModelReply) -> dict[str, float]:
@@ -69,7 +96,9 @@ class SqlScorer:
             found = self._rows(gold, reply.text)
         except (sqlite3.Error, ValueError):  # ValueError: a NUL in the text
             return {self._spec.name: 0.0}
-        return {self._spec.name: float(_same(found, right, ordered=bool(_ORDERED.search(gold[self._spec.field]))))}
+        return {
+            self._spec.name: float(_equal_rows(found, right, ordered=bool(_ORDERED.search(gold[self._spec.field]))))
+        }
 
     def _rows(self, gold: Any, query: str) -> Table:
         own = str(gold.get(self._spec.setup_field) or "") if self._spec.setup_field else ""
@@ -112,7 +141,7 @@ def _setup_only(action: int, *_: object) -> int:
     return sqlite3.SQLITE_DENY if action in _MAKES else sqlite3.SQLITE_OK
 
 
-def _same(found: Table, right: Table, *, ordered: bool) -> bool:
+def _equal_rows(found: Table, right: Table, *, ordered: bool) -> bool:
     a, b = ([tuple(_plain(value) for value in row) for row in table] for table in (found, right))
     return a == b if ordered else Counter(a) == Counter(b)
 

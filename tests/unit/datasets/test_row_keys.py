@@ -12,7 +12,7 @@ from graftwork.datasets.rows import is_same_place, read_rows, resolve_prompt
 from graftwork.errors import ConfigError, DataError
 from graftwork.prompts.render import PromptSpec
 from graftwork.retrieval.corpus import ChunkSpec, SourceSpec, read_corpus
-from graftwork.serving.rag.eval import question_keys, read_questions
+from graftwork.serving.rag.questions import question_keys, read_questions
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.run import check, run_paths
 from graftwork.training.spec import TrainSpec

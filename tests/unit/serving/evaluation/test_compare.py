@@ -14,8 +14,9 @@ from graftwork.prompts.render import Message
 from graftwork.report.schema import CompareReport, Difference
 from graftwork.serving.evaluation.answers import AnswerSet, CompareProgress, question, run_offline
 from graftwork.serving.evaluation.compare import arm_kind, compare
+from graftwork.serving.evaluation.differences import Rules, ScoredArms, contrast, family
 from graftwork.serving.evaluation.spec import CompareSpec
-from graftwork.serving.evaluation.verdict import Rules, ScoredArms, advise, contrast, family
+from graftwork.serving.evaluation.verdict import advise
 from graftwork.serving.spec import ArmSpec
 from tests.fake_arms import ARMS, SCHEMA, Script, airports, spec
 

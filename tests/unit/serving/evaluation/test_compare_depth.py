@@ -21,7 +21,8 @@ from graftwork.report.schema import CompareReport
 from graftwork.report.views import headline
 from graftwork.serving.evaluation.answers import AnswerSet, alone_jobs, ask_jobs, run_offline
 from graftwork.serving.evaluation.compare import compare, primary_metric
-from graftwork.serving.evaluation.verdict import Rules, ScoredArms, advise, family
+from graftwork.serving.evaluation.differences import Rules, ScoredArms, family
+from graftwork.serving.evaluation.verdict import advise
 from graftwork.serving.spec import ArmSpec
 from tests.fake_arms import ARMS, SCHEMA, Script, airports, by_job, spec
 

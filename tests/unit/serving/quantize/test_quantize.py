@@ -15,7 +15,7 @@ from graftwork.errors import ConfigError
 from graftwork.report import ReportInput, render_html
 from graftwork.report.evaluation_schema import QuantizeReport
 from graftwork.report.schema import Difference
-from graftwork.serving.evaluation.verdict import Rules, ScoredArms, contrast
+from graftwork.serving.evaluation.differences import Rules, ScoredArms, contrast
 from graftwork.serving.quantize.measure import AnswerText, MeasuredArm, PrecisionResult
 from graftwork.serving.quantize.report import Candidate, Recommendation, Rule, judge, recommend
 from graftwork.serving.quantize.spec import QuantizeSpec

@@ -20,7 +20,7 @@ from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import CHOICE, NATS
 from graftwork.report import ReportInput, render_html
 from graftwork.report.evaluation_schema import Change, Level, OutcomesReport, PairedTest
-from graftwork.report.views import format_count
+from graftwork.report.evaluation_views import format_count
 from graftwork.stats import Floats
 from graftwork.training.evaluation import items as instructions
 from graftwork.training.evaluation import report as record

@@ -20,6 +20,7 @@ from graftwork.report import ReportInput, render_html, render_json
 from graftwork.report.schema import CompareReport, DecisionCard, Lift, Share
 from graftwork.serving.evaluation.answers import AnswerSet, EvalRequest, alone_jobs, ask_jobs, run_offline
 from graftwork.serving.evaluation.compare import compare, primary_metric
+from graftwork.serving.evaluation.differences import ScoredArms
 from graftwork.serving.evaluation.failures.card import (
     AdapterFacts,
     Findings,
@@ -42,7 +43,6 @@ from graftwork.serving.evaluation.failures.classify import (
 from graftwork.serving.evaluation.failures.probe import GoldPassages, Prober, distractors, right_answer, with_context
 from graftwork.serving.evaluation.scorers.load import load_scorers
 from graftwork.serving.evaluation.spec import CompareSpec, ProbeSpec
-from graftwork.serving.evaluation.verdict import ScoredArms
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import wilson
 from tests.fake_arms import SCHEMA, Script, airports, by_job, spec
@@ -283,7 +283,7 @@ def test_a_card_says_why_and_what_to_do(tmp_path: Path) -> None:
     assert by["information"].state == "matters"
     assert by["form"].share.count == 60
     assert (card.remedy, card.asked_for) == ("rag with a grammar", "rag with a grammar"), "no arm here shows it"
-    assert "measured here, raft-rag mends" in card.sentence
+    assert "measured here, raft-rag fixes" in card.sentence
     assert sum(n for cause, n in card.arms[0].causes.items() if cause != "form") == 60 - sum(
         right.value for right in prober.rights["base"].values()
     )

@@ -19,8 +19,8 @@ from graftwork.metrics import Metric
 from graftwork.prompts.render import Message
 from graftwork.scoring import AnswerSchema
 from graftwork.serving.evaluation.scorers import plugin as own
-from graftwork.serving.evaluation.scorers.load import Scorers, load_scorers
-from graftwork.serving.evaluation.scorers.spec import ModelReply, ScorerSpec
+from graftwork.serving.evaluation.scorers.load import Scorers, ScorerSpec, load_scorers
+from graftwork.serving.evaluation.scorers.protocol import ModelReply
 
 SPECS: TypeAdapter[list[ScorerSpec]] = TypeAdapter(list[ScorerSpec])
 TREE = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}, "additionalProperties": False}

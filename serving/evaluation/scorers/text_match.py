@@ -1,28 +1,37 @@
-"""Exact match, SQuAD's text scores, field F1, and two forms that need no gold: a JSON schema, a regular expression."""
+"""Scorers of text answers: `exact` (equal to a right text), `qa` (SQuAD's scores), `regex` (matches a pattern)."""
 
-from dataclasses import dataclass
+from typing import ClassVar, Literal
 
+from graftwork.config import Spec
 from graftwork.datasets.rows import DatasetRow
-from graftwork.errors import DataError
-from graftwork.metrics import CONTAINS, EM, F1, FIELD_F1, SCORES, Metric
-from graftwork.scoring import (
-    AnswerSchema,
-    GoldAnswer,
-    GoldText,
-    TextMatch,
-    field_f1,
-    matches,
-    parse_object,
-    same_text,
-    score,
-)
-from graftwork.serving.evaluation.scorers.spec import ExactSpec, ModelReply, QaSpec, RegexSpec
+from graftwork.metrics import CONTAINS, EM, F1, Metric
+from graftwork.scoring import AnswerSchema, GoldText, Pattern, TextMatch, matches, same_text
+from graftwork.serving.evaluation.scorers.protocol import MetricName, ModelReply, Scorer
+
+
+class ExactSpec(Spec):
+    """The answer is the gold text."""
+
+    kind: Literal["exact"]
+    needs_gold: ClassVar[bool] = True
+    name: MetricName = "exact"
+    field: str | None = None
+    """Field of gold with the right text, or several of them; null takes the last assistant turn, else gold's only
+    field."""
+    ignore_case: bool = False
+    """Compare words alone: case, accents, punctuation and the way a number is written do not count."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer of this key."""
+        return ExactScorer(self)
 
 
 class ExactScorer:
     """1 where the answer is one of the right texts."""
-
-    needs_gold = True
 
     def __init__(self, spec: ExactSpec) -> None:
         self._gold, self._loose = GoldText(spec.field), spec.ignore_case
@@ -49,10 +58,26 @@ class ExactScorer:
         return {self.name: float(found)}
 
 
+class QaSpec(Spec):
+    """em, f1, contains: a short text answer against one or more right texts, as SQuAD does it."""
+
+    kind: Literal["qa"]
+    needs_gold: ClassVar[bool] = True
+    field: str | None = None
+    """As for exact: a list in gold gives several right texts, and the best match counts."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("em", "f1", "contains")
+
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer of this key."""
+        return QaScorer(self)
+
+
 class QaScorer:
     """SQuAD's exact match and F1, and containment; the best over the row's right texts."""
 
-    needs_gold = True
     metrics = (EM, F1, CONTAINS)
 
     def __init__(self, spec: QaSpec) -> None:
@@ -66,45 +91,28 @@ class QaScorer:
         return {EM.name: float(found.em), F1.name: found.f1, CONTAINS.name: float(found.contains)}
 
 
-class FieldF1Scorer:
-    """Harmonic mean of the share of the answer's fields that are right and the share of gold's that are found."""
+class RegexSpec(Spec):
+    """The answer matches a regular expression. Needs no gold."""
 
-    needs_gold = True
-    metrics = (FIELD_F1,)
-
-    def check(self, row: DatasetRow) -> None:
-        if not row.gold:
-            raise DataError(f"row {row.id!r}: gold", "missing or empty", "field_f1 needs an object of fields")
-
-    def score(self, reply: ModelReply) -> dict[str, float]:
-        return {FIELD_F1.name: field_f1(parse_object(reply.text) or {}, reply.gold or {})}
-
-
-@dataclass(frozen=True)
-class JsonSchemaScorer:
-    """1 where the answer is one JSON object that validates."""
-
-    name: str
-    schema: AnswerSchema
-    needs_gold = False
+    kind: Literal["regex"]
+    needs_gold: ClassVar[bool] = False
+    name: MetricName = "regex"
+    pattern: Pattern
+    """Python's syntax."""
+    whole: bool = True
+    """It matches the whole answer, not only somewhere in it."""
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:
-        meaning = "The answer is exactly one JSON object and validates against the schema."
-        return (Metric(self.name, "share of answers", "higher", "binary", meaning),)
+    def metric_names(self) -> tuple[str, ...]:
+        return (self.name,)
 
-    def check(self, row: DatasetRow) -> None:
-        """Any row will do."""
-
-    def score(self, reply: ModelReply) -> dict[str, float]:
-        answer = parse_object(reply.text)
-        return {self.name: float(answer is not None and self.schema.holds(answer))}
+    def build(self, schema: AnswerSchema | None) -> Scorer:
+        """Return the scorer of this key."""
+        return RegexScorer(self)
 
 
 class RegexScorer:
     """1 where the answer matches a regular expression."""
-
-    needs_gold = False
 
     def __init__(self, spec: RegexSpec) -> None:
         self._spec = spec
@@ -118,23 +126,3 @@ class RegexScorer:
 
     def score(self, reply: ModelReply) -> dict[str, float]:
         return {self.metrics[0].name: float(matches(reply.text, self._spec.pattern, whole=self._spec.whole))}
-
-
-# form, facts, both and field_accuracy as a scorer.
-
-
-class FieldsScorer:
-    """Holds an answer against its row's gold object."""
-
-    needs_gold = True
-    metrics = SCORES
-
-    def __init__(self, schema: AnswerSchema) -> None:
-        self._schema = schema
-
-    def check(self, row: DatasetRow) -> None:
-        GoldAnswer.from_row(row)
-
-    def score(self, reply: ModelReply) -> dict[str, float]:
-        found = score(reply.text, GoldAnswer(reply.gold or {}, frozenset(reply.given_fields)), self._schema)
-        return {metric.name: getattr(found, metric.name) for metric in SCORES}
