@@ -21,7 +21,7 @@ from graftwork.errors import ConfigError
 from graftwork.serving.ab_test.service import Experiments
 from graftwork.serving.api.auth import RateLimits
 from graftwork.serving.api.errors import ApiError, as_api_errors
-from graftwork.serving.arms import Dump
+from graftwork.serving.api.openai_responses import Json
 from graftwork.serving.metrics_export import Family
 from graftwork.serving.models import Catalog
 from graftwork.serving.router import EngineBackend
@@ -44,7 +44,7 @@ class LiveConfig:
         self._task: asyncio.Task[None] | None = None
         self._taken_at: float | None = None
         self._taken = 0
-        self._refused: Dump | None = None
+        self._refused: Json | None = None
 
     @property
     def spec(self) -> ServeSpec:
@@ -75,7 +75,7 @@ class LiveConfig:
         if self._spec.experiments:
             self.update(live_of(self._spec))
 
-    def status(self) -> Dump:
+    def status(self) -> Json:
         """Plain data: which config is taken, and which was refused, why."""
         changing = self._task is not None and not self._task.done()
         return {
@@ -178,7 +178,7 @@ def with_live(spec: ServeSpec, tree: Mapping[str, Any]) -> ServeSpec:
     return validate(ServeSpec, {**fixed, **tree}, where="live config")
 
 
-def live_of(spec: ServeSpec) -> Dump:
+def live_of(spec: ServeSpec) -> Json:
     """Its live keys."""
     return {key: value for key, value in spec.model_dump(mode="json").items() if key in LIVE}
 

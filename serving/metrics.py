@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from graftwork.serving.api.errors import ApiError
-from graftwork.serving.arms import ArmAnswer
+from graftwork.serving.messages import ArmAnswer
 
 # What requests took, added up per arm and adapter version: plain numbers on one event loop, no locks.
 #
@@ -152,7 +152,8 @@ class RequestMetrics:
         self._ttft_s: float | None = None
         self._last: dict[int, float] = {}
         self._tokens, self._gaps, self._gaps_s = 0, 0, 0.0
-        self._answer: ArmAnswer | None = None
+        self.answer: ArmAnswer | None = None
+        """The latest whole answer."""
 
     def admitted(self, arm: str, task: str | None, version: str | None) -> None:
         """Its arm and adapter version are known and exist."""
@@ -180,21 +181,17 @@ class RequestMetrics:
         self._tokens += tokens
         self._last[answer] = now
 
-    def done(self, answer: ArmAnswer) -> None:
-        """An answer is whole."""
-        self._answer = answer
-
     def end(self, outcome: str) -> FinishedRequest:
         """Count it."""
         series = self._traffic.table.at(self._key)
         latency = time.perf_counter() - self._began
         mean = self._gaps_s / self._gaps if self._gaps else None
-        prompt = self._answer.prompt_tokens if self._answer else 0
+        prompt = self.answer.prompt_tokens if self.answer else 0
         series.outcomes[outcome] += 1
         series.latency.observe(latency)
         series.prompt_tokens += prompt
-        series.cached_tokens += self._answer.cached_tokens if self._answer else 0
-        series.passages_left_out += len(self._answer.left_out_ids) if self._answer else 0
+        series.cached_tokens += self.answer.cached_tokens if self.answer else 0
+        series.passages_left_out += len(self.answer.left_out_ids) if self.answer else 0
         if mean is not None:
             series.token_mean.observe(mean)
         label = self._traffic.table.label(self._key)
@@ -203,7 +200,7 @@ class RequestMetrics:
     @property
     def reason(self) -> str:
         """OpenAI's finish reason, of the last answer where there were several."""
-        return self._answer.finish_reason if self._answer else "cancelled"
+        return self.answer.finish_reason if self.answer else "cancelled"
 
 
 class TrafficMetrics:

@@ -266,7 +266,6 @@ async def keep_telling(traffic: TrafficMetrics, state: Callable[[], Iterable[Fam
 
 
 SWAP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-Dump = dict[str, Any]
 
 
 class ReplicaMetrics:

@@ -28,7 +28,7 @@ from graftwork.prompts.render import PromptSpec
 from graftwork.serving.adapter_cache import AdapterCache
 from graftwork.serving.api.errors import ApiError, as_api_errors, unknown_model
 from graftwork.serving.api.openai_responses import Json, model_card
-from graftwork.serving.arms import Dump, warm
+from graftwork.serving.arms import warm
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage.store import ALIAS_PATTERN, Store, cache_root
@@ -84,7 +84,7 @@ class Catalog:
         if model != self._embedder:
             raise unknown_model(model, f"The embedder here: {self._embedder}.")
 
-    def cards(self, adapters: list[Dump], created: int) -> list[Json]:
+    def cards(self, adapters: list[Json], created: int) -> list[Json]:
         """GET /v1/models: the base, the arms, each adapter by alias and version (`EngineReplica.models`).
 
         `created` is for base and arms.
@@ -272,7 +272,7 @@ class Registry:
         self._roots = spec.adapter_roots or (source.store.uri,)
         self._max_bytes = spec.engine.host_cache_bytes
 
-    async def register(self, uri: str, alias: str | None) -> Dump:
+    async def register(self, uri: str, alias: str | None) -> Json:
         """Take the version at `uri` into the store, where this engine can serve it, and let `alias` point at it."""
         with as_api_errors():
             manifest = await asyncio.to_thread(self._take, uri)
@@ -280,29 +280,29 @@ class Registry:
                 await asyncio.to_thread(artifact.promote, self._source.store, manifest.task, alias, manifest.version)
         return {"adapter": manifest.ref, "task": manifest.task, "version": manifest.version, "alias": alias}
 
-    async def load(self, ref: str) -> Dump:
+    async def load(self, ref: str) -> Json:
         """Bring the version into host memory."""
         with as_api_errors():
             pin = await self._adapter_cache.pin(ref)
             self._adapter_cache.release(pin)
         return {"adapter": ref, "version": pin.manifest.version}
 
-    async def pin(self, ref: str) -> Dump:
+    async def pin(self, ref: str) -> Json:
         """Load it and keep it there."""
         with as_api_errors():
             return {"adapter": ref, "version": await self._adapter_cache.keep(ref)}
 
-    async def unpin(self, ref: str) -> Dump:
+    async def unpin(self, ref: str) -> Json:
         """It may go again when its room is needed."""
         with as_api_errors():
             return {"adapter": ref, "version": await self._adapter_cache.unkeep(ref)}
 
-    async def unload(self, ref: str) -> Dump:
+    async def unload(self, ref: str) -> Json:
         """It leaves the engine, now or with its last request; it stays registered, and loads again when asked for."""
         with as_api_errors():
             return {"adapter": ref, "version": await self._adapter_cache.unload(ref)}
 
-    async def promote(self, ref: str, version: str) -> Dump:
+    async def promote(self, ref: str, version: str) -> Json:
         """Let the alias `ref` point at a version (or at where another alias points), in the store."""
         task, alias = _named(ref)
         with as_api_errors():
@@ -311,20 +311,20 @@ class Registry:
             await asyncio.to_thread(artifact.promote, self._source.store, task, alias, found.version)
         return {"adapter": ref, "old": old, "new": found.version}
 
-    async def before(self, ref: str) -> Dump:
+    async def before(self, ref: str) -> Json:
         """The version that the alias pointed at before."""
         task, alias = _named(ref)
         with as_api_errors():
             return {"version": await asyncio.to_thread(before, self._source.store, task, alias)}
 
-    async def roll_back(self, ref: str) -> Dump:
+    async def roll_back(self, ref: str) -> Json:
         """Let the alias point at the version before, in the store."""
         task, alias = _named(ref)
         with as_api_errors():
             old, new = await asyncio.to_thread(roll_back, self._source.store, task, alias)
         return {"adapter": ref, "old": old, "new": new}
 
-    async def registered(self) -> list[Dump]:
+    async def registered(self) -> list[Json]:
         """Every version in the store that was made for this base, with what is known of it without loading.
 
         aliases: those that mean it here; in_store: those that mean it in the store, and will here after a swap.

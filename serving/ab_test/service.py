@@ -22,7 +22,7 @@ from graftwork.serving.ab_test.live_experiment import (
 from graftwork.serving.ab_test.log import rules_of, scorers_of
 from graftwork.serving.ab_test.spec import ExperimentSpec, identity_of, require_weights, weights_detail
 from graftwork.serving.api.errors import ApiError, as_api_errors, bad_request, unknown_model
-from graftwork.serving.arms import Dump
+from graftwork.serving.api.openai_responses import Json
 from graftwork.serving.metrics_export import Family
 from graftwork.serving.models import Catalog
 from graftwork.serving.router import EngineBackend
@@ -176,7 +176,7 @@ class Experiments:
                 await live.change(event, {}, status=wanted)
         return live
 
-    async def feedback(self, body: FeedbackRequest) -> Dump:
+    async def feedback(self, body: FeedbackRequest) -> Json:
         """Scores that come later. Raises ApiError: unknown answer, another value than before, out of range."""
         await self.open()
         answered = self._recent.find(body.request_id)
@@ -321,7 +321,7 @@ def _require_same(running: ExperimentRecord, spec: ExperimentSpec) -> None:
 # What an experiment is doing now, as one document: for the admin route, the command line and GET /metrics.
 
 
-def status(live: LiveExperiment) -> Dump:
+def status(live: LiveExperiment) -> Json:
     """Plain data; counts are since the ingress began, what the monitor tells is of the whole experiment."""
     record, recorder = live.record, live.recorder
     cuts = {cut.arm: cut for cut in record.cuts}
@@ -360,7 +360,7 @@ def status(live: LiveExperiment) -> Dump:
     }
 
 
-def _judged(live: LiveExperiment) -> Dump:
+def _judged(live: LiveExperiment) -> Json:
     """The monitor's state as JSON can hold it."""
     tree = asdict(live.judged)
     tree["srm_e_value"] = finite(tree["srm_e_value"])

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from graftwork.serving.api.auth import read_body
 from graftwork.serving.api.errors import bad_request
 from graftwork.serving.api.openai_protocol import parse
-from graftwork.serving.arms import Dump
+from graftwork.serving.api.openai_responses import Json
 from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.router import EngineBackend
 from graftwork.storage.store import NAME_PATTERN
@@ -98,7 +98,7 @@ class Admin:
         """GET .../: every registered version: aliases, tier, state, bytes, requests."""
         registered = await self._backend.call("registry", "registered")
         replicas = await self._backend.each("adapters")
-        held: defaultdict[str, list[Dump]] = defaultdict(list)
+        held: defaultdict[str, list[Json]] = defaultdict(list)
         for adapters in replicas:
             for adapter in adapters:
                 held[adapter["version"]].append(adapter)
@@ -133,7 +133,7 @@ class Admin:
         return ref
 
 
-def _row(registered: Dump, held: list[Dump]) -> Dump:
+def _row(registered: Json, held: list[Json]) -> Json:
     """One version over all replicas. The tier is the highest it has anywhere."""
     tiers = [registered["tier"], *("slot" if h.get("in_slot") else "host" for h in held if h["state"] != "loading")]
     states = {h["state"] for h in held}
@@ -149,5 +149,5 @@ def _row(registered: Dump, held: list[Dump]) -> Dump:
     }
 
 
-def _listed(rows: list[Dump]) -> Response:
+def _listed(rows: list[Json]) -> Response:
     return JSONResponse({"object": "list", "data": rows})

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from graftwork.errors import ConfigError
 from graftwork.serving.api.errors import ApiError
-from graftwork.serving.arms import Dump
+from graftwork.serving.messages import StreamChunk, StreamStart
 from graftwork.serving.spec import LOOPBACK, LimitsSpec, ServeSpec
 
 # Protection of an endpoint against web pages: which Host and Origin are answered, and JSON bodies only.
@@ -62,12 +62,17 @@ class HostAndOrigin:
 
     def _problem(self, headers: Headers) -> ApiError | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if not self._any_host and _hostname(host) not in self._hosts:
-            return ApiError(
-                403,
-                f"The Host {host[:80]!r} is not allowed: add it to allowed_hosts of the serve spec.",
-                code="host_not_allowed",
-            )
+        if not self._any_host:
+            try:
+                name = urlsplit(f"//{host}").hostname
+            except ValueError:
+                name = None
+            if name not in self._hosts:
+                return ApiError(
+                    403,
+                    f"The Host {host[:80]!r} is not allowed: add it to allowed_hosts of the serve spec.",
+                    code="host_not_allowed",
+                )
         if origin is None or origin.lower() in self._origins or origin.lower().partition("://")[2] == host.lower():
             return None
         return ApiError(
@@ -76,24 +81,6 @@ class HostAndOrigin:
             "allowed_origins of the serve spec.",
             code="origin_not_allowed",
         )
-
-
-async def require_json(request: Request) -> None:
-    """Raise ApiError 415 for a body that is not declared as application/json."""
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(
-            415,
-            f"The body's type is {kind[:80]!r}: send it as JSON, with the header 'Content-Type: application/json'.",
-            code="unsupported_media_type",
-        )
-
-
-def _hostname(host: str) -> str | None:
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
 
 
 ADDRESSES = 4096
@@ -214,7 +201,9 @@ class RateLimits:
         reservation.resize(tokens)
         return reservation
 
-    async def metered(self, name: str, chunks: AsyncGenerator[Dump], size: RequestSize) -> AsyncGenerator[Dump]:
+    async def metered(
+        self, name: str, chunks: AsyncGenerator[StreamChunk], size: RequestSize
+    ) -> AsyncGenerator[StreamChunk]:
         """Pass on the stream of `EngineReplica.stream`: reserve its tokens first, charge the computed ones at its end.
 
         Raises ApiError 429.
@@ -224,14 +213,12 @@ class RateLimits:
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    if "prompt_tokens" in chunk:
-                        prompt = chunk["prompt_tokens"]
+                    if isinstance(chunk, StreamStart):
+                        prompt = chunk.prompt_tokens
                         self._added[size.model] = max(prompt - size.text_bytes, self._added.get(size.model, 0))
                         reservation.resize(size.at_most(prompt))
-                    elif "answer" in chunk:
-                        given[chunk["answer"]["index"]] = chunk["answer"]["completion_tokens"]
                     else:
-                        given[chunk["index"]] = chunk["tokens"]
+                        given[chunk.index] = chunk.completion_tokens
                     yield chunk
         finally:
             reservation.resize(prompt + given.total())
@@ -385,28 +372,34 @@ BODY_TIMEOUT_S = 30.0
 
 
 async def read_body(request: Request) -> bytes:
-    """Return the whole body. Raises ApiError: 413 larger than MAX_BODY_BYTES, 408 too slow, 499 the client has left."""
+    """Return the whole JSON body.
+
+    Raises ApiError: 415 not declared as application/json, 413 larger than MAX_BODY_BYTES, 408 too slow, 499 the client
+    has left.
+    """
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(
+            415,
+            f"The body's type is {kind[:80]!r}: send it as JSON, with the header 'Content-Type: application/json'.",
+            code="unsupported_media_type",
+        )
+    declared = request.headers.get("content-length", "0")
+    parts, size, too_large = [], 0, declared.isdecimal() and int(declared) > MAX_BODY_BYTES
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await _read(request)
+            if not too_large:
+                async for part in request.stream():
+                    parts.append(part)
+                    size += len(part)
+                    if too_large := size > MAX_BODY_BYTES:
+                        break
     except TimeoutError:
         message = f"The body was not complete after {BODY_TIMEOUT_S:g} s. Send the request again."
         raise ApiError(408, message, code="request_timeout") from None
     except ClientDisconnect:
         raise ApiError(499, "The client closed the connection within the body.", code="client_disconnected") from None
-
-
-async def _read(request: Request) -> bytes:
-    declared = request.headers.get("content-length", "0")
-    parts, size = [], int(declared) if declared.isdecimal() else 0
-    if size <= MAX_BODY_BYTES:
-        size = 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > MAX_BODY_BYTES:
-                break
-    if size > MAX_BODY_BYTES:
+    if too_large:
         message = f"The body is larger than {MAX_BODY_BYTES} bytes. Send a shorter prompt or fewer texts."
         raise ApiError(413, message, code="request_too_large")
     return b"".join(parts)

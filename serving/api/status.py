@@ -12,13 +12,13 @@ from typing import Any
 from starlette.responses import HTMLResponse
 
 from graftwork.metrics import quantile
+from graftwork.serving.api.openai_responses import Json
 from graftwork.serving.metrics import SeriesKey
 
-Dump = dict[str, Any]
 _LARGEST = {"most_adapters_in_step"}
 
 
-def total(engines: Sequence[Mapping[str, Any]]) -> Dump:
+def total(engines: Sequence[Mapping[str, Any]]) -> Json:
     """The counters of several engines as those of one: added up, `most_adapters_in_step` the largest."""
     first, *rest = engines
     whole = dict(first)
@@ -27,7 +27,7 @@ def total(engines: Sequence[Mapping[str, Any]]) -> Dump:
     return whole
 
 
-def snapshot(replicas: Sequence[Mapping[str, Any]], clock_s: float) -> Dump:
+def snapshot(replicas: Sequence[Mapping[str, Any]], clock_s: float) -> Json:
     """Replicas, their adapters, and the traffic of each arm and version. Counts are from the start; the page takes
     differences. TTFT is over the last minute.
 
@@ -49,7 +49,7 @@ def snapshot(replicas: Sequence[Mapping[str, Any]], clock_s: float) -> Dump:
     return {"clock_s": clock_s, "engine": engine, "replicas": shown, "adapters": adapters, "traffic": traffic}
 
 
-def _quantiles(values: Sequence[float]) -> Dump:
+def _quantiles(values: Sequence[float]) -> Json:
     if not values:
         return {"ttft_p50_ms": None, "ttft_p95_ms": None}
     return {"ttft_p50_ms": quantile(values, 0.5), "ttft_p95_ms": quantile(values, 0.95)}

@@ -23,7 +23,7 @@ from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.evaluation.verdict import Rules, ScoredArms, arm_score, family
 from graftwork.serving.rag.rerank import rerank
 from graftwork.serving.rag.spec import RagSpec
-from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
+from graftwork.serving.spec import EngineSpec, ServeSpec
 from graftwork.stats import Floats
 
 # A spec becomes an index, and an index is searched by what its spec says.
@@ -376,15 +376,12 @@ async def _reranked(
     assert spec.rerank is not None
     candidates, gate, done = spec.rerank.candidates, asyncio.Semaphore(_TOGETHER), 0
 
-    async def likelihood(arm: dict[str, Any], messages: Any, texts: Sequence[str], request_id: str) -> Any:
-        return await endpoint.likelihood(ArmSpec.model_validate(arm), messages, texts, request_id)
-
     async def one(question: Question, hits: Sequence[Hit]) -> tuple[list[Hit], float]:
         nonlocal done
         async with gate:
             began = time.perf_counter()
             passages = [hit.passage for hit in hits[:candidates]]
-            order = await rerank(question.text, passages, likelihood, candidates)
+            order = await rerank(question.text, passages, endpoint.likelihood, candidates)
             took = (time.perf_counter() - began) * 1000
         done += 1
         if on_progress is not None:

@@ -5,19 +5,18 @@ with a language model as in UPR (arXiv 2204.07496). The base that answers is the
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
-from typing import Any
 
-from graftwork.prompts.render import Passage, rerank_prompt
+from graftwork.prompts.render import Message, Passage, rerank_prompt
+from graftwork.serving.messages import Likelihood
 from graftwork.serving.spec import ArmSpec
 
-Likelihood = Callable[[dict[str, Any], list[dict[str, str]], Sequence[str], str], Awaitable[list[dict[str, Any]]]]
-"""`EngineReplica.likelihood`: (arm dump, messages, continuations, request id)."""
+Score = Callable[[ArmSpec, tuple[Message, ...], Sequence[str], str], Awaitable[list[Likelihood]]]
+"""`EngineReplica.likelihood`: (arm, messages, continuations, request id)."""
 _numbers = itertools.count()
-_BASE = ArmSpec(name="rerank", max_new_tokens=None).model_dump(mode="json")
+_BASE = ArmSpec(name="rerank", max_new_tokens=None)
 
 
-async def rerank(question: str, passages: Sequence[Passage], likelihood: Likelihood, k: int) -> tuple[Passage, ...]:
+async def rerank(question: str, passages: Sequence[Passage], likelihood: Score, k: int) -> tuple[Passage, ...]:
     """The k passages behind which the question is likeliest; equal ones as they stood. Raises ApiError.
 
     All candidates are asked about at once, as requests of their own. Cancelling the call ends them all.
@@ -35,8 +34,7 @@ async def rerank(question: str, passages: Sequence[Passage], likelihood: Likelih
     return tuple(passage for _, passage in ranked[:k])
 
 
-async def _score(question: str, passage: Passage, likelihood: Likelihood, request_id: str) -> float:
+async def _score(question: str, passage: Passage, likelihood: Score, request_id: str) -> float:
     """log P(question | passage) in nats. The questions compared are one text, so no length weighs in."""
-    messages = [asdict(message) for message in rerank_prompt(passage)]
-    (said,) = await likelihood(_BASE, messages, [question], request_id)
-    return float(said["logprob"])
+    (found,) = await likelihood(_BASE, tuple(rerank_prompt(passage)), [question], request_id)
+    return found.logprob
