@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import resource
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +40,7 @@ from graftwork.serving.engine.sequence import choice_seed
 from graftwork.serving.generation import Generation, StreamedAnswer, collect_likelihoods, continuation_ids
 from graftwork.serving.live_config import read_live_record
 from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood, Question, StreamChunk, StreamStart
-from graftwork.serving.metrics_export import Family, ReplicaMetrics
+from graftwork.serving.metrics_export import ReplicaMetrics, ReplicaSnapshot
 from graftwork.serving.models import VERBS, AdapterSource, Registry, as_served, trained_prompt
 from graftwork.serving.rag.rerank import rerank
 from graftwork.serving.ray_serve_lifecycle import end_with
@@ -87,9 +86,9 @@ class EngineReplica:
         self._adapter_cache = AdapterCache(
             self._engine, self._source, max_bytes=limits.host_cache_bytes, fetch_timeout_s=limits.fetch_timeout_s
         )
-        self._metrics = ReplicaMetrics(self._engine.stats, self._adapters)
+        self._metrics = ReplicaMetrics(self._name, base.digest, self._reason, self._engine.stats, self._adapters)
         if ray.is_initialized():
-            self._metrics.tell_ray()
+            self._metrics.start_ray_export()
         self._registry = Registry(self._spec, self._source, self._adapter_cache, self._engine)
         self._engine.start()
         await self._warm_up(self._spec)
@@ -235,17 +234,9 @@ class EngineReplica:
         """Every version in the engine or on its way there."""
         return self._adapters()
 
-    async def metrics(self) -> tuple[str, list[Family]]:
-        """This replica's name and its metrics, for GET /metrics."""
-        return self._name, self._metrics.families()
-
-    async def live(self) -> Json:
-        """What the page at GET / shows of this replica."""
-        first = [[*key, ttft_s * 1000] for key, ttft_s in self._metrics.traffic.first_tokens()]
-        series = [
-            [*key, sum(s.outcomes.values()), s.completion_tokens] for key, s in self._metrics.traffic.table.items()
-        ]
-        return {**await self.stats(), "adapters": self._adapters(), "series": series, "first_tokens_ms": first}
+    async def snapshot(self) -> ReplicaSnapshot:
+        """Return state and counts of this replica: the source of GET /metrics, /v1/stats, /v1/live and the page."""
+        return self._metrics.snapshot()
 
     def _adapters(self) -> list[Json]:
         slots = {slot.version: asdict(slot) for slot in self._engine.adapters()}
@@ -256,16 +247,6 @@ class EngineReplica:
         ready = [r for r in self._adapter_cache.states() if r.state == "ready"]
         by_version = {f"{ref.partition('@')[0]}@{r.version}" for r in ready for ref in r.refs}
         return {RESIDENTS: sorted(by_version.union(*(r.refs for r in ready)))}
-
-    async def stats(self) -> Json:
-        """The engine's counters and process, the base and how it is held."""
-        engine = asdict(self._engine.stats())
-        process = {
-            "replica": self._name,
-            "pid": os.getpid(),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        return {**process, "base_digest": self._base_digest, "reason": self._reason, "engine": engine}
 
     async def ready(self) -> bool:
         """Whether requests are answered here: the engine is warm (else Serve sends nothing) and decodes."""

@@ -25,6 +25,7 @@ from graftwork.serving.ab_test.live_experiment import LiveRequest
 from graftwork.serving.ab_test.routes import EXPERIMENT_BODIES, EXPERIMENTS, ExperimentRoutes
 from graftwork.serving.ab_test.service import PREFIX as EXPERIMENT
 from graftwork.serving.ab_test.service import SESSION_HEADER, experiment_families
+from graftwork.serving.api import status
 from graftwork.serving.api.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Handler, Route
 from graftwork.serving.api.auth import (
     ANYBODY,
@@ -45,11 +46,10 @@ from graftwork.serving.api.openai_protocol import (
     parse,
 )
 from graftwork.serving.api.openai_responses import DONE, Envelope, Json, Kind, identity, model_card, sse
-from graftwork.serving.api.status import page, snapshot, total
 from graftwork.serving.arms import require_bytes, size_of
 from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.messages import AnswerDelta, ArmAnswer, Question, StreamChunk, StreamStart
-from graftwork.serving.metrics_export import CONTENT_TYPE, CountedHttp, http_families, render
+from graftwork.serving.metrics_export import CONTENT_TYPE, CountedHttp, ReplicaSnapshot, http_families, render
 from graftwork.serving.models import ModelList
 from graftwork.serving.router import EngineBackend, ServeBackend
 from graftwork.serving.spec import ArmSpec, ServeSpec
@@ -220,20 +220,19 @@ class Routes:
 
     async def stats(self) -> Response:
         """GET /v1/stats: the counters of each engine replica, and of all together."""
-        replicas = await self._backend.each("stats")
-        return JSONResponse({"replicas": replicas, "engine": total([replica["engine"] for replica in replicas])})
+        return JSONResponse(status.stats(await self._backend.each("snapshot")))
 
     async def live(self) -> Response:
         """GET /v1/live: what the page shows: replicas, adapters, traffic."""
-        return JSONResponse(snapshot(await self._backend.each("live"), time.monotonic()))
+        return JSONResponse(status.live(await self._backend.each("snapshot"), time.monotonic()))
 
     async def metrics(self) -> Response:
         """GET /metrics: Prometheus text. Replicas that can't answer are missing from it, the ingress never is."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
-                replicas = dict(await self._backend.each("metrics"))
+                replicas: list[ReplicaSnapshot] = await self._backend.each("snapshot")
         except (ApiError, TimeoutError):
-            replicas = {}
+            replicas = []
         own = [*http_families(self.responses), *experiment_families(self._experiments.now()), *self._live.families()]
         return Response(render(replicas, own), media_type=CONTENT_TYPE)
 
@@ -262,7 +261,7 @@ class Routes:
 
     async def page(self) -> Response:
         """GET /: the live page. It needs no token, for it holds nothing: it asks for one and calls /v1 with it."""
-        return page()
+        return status.page()
 
     async def health(self) -> Response:
         """GET /health: the endpoint's process lives. Needs no token and tells nothing else."""

@@ -24,6 +24,7 @@ from graftwork.report import BuiltReport, build
 from graftwork.report.render import ReportInput
 from graftwork.report.schema import CompareReport, DecisionCard, JudgeReport
 from graftwork.scoring import AnswerSchema
+from graftwork.serving.api.status import replica_stats
 from graftwork.serving.arms import messages_of
 from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.evaluation.answers import (
@@ -305,8 +306,7 @@ def _pinned(arm: ArmSpec, manifest: AdapterManifest | None) -> ArmSpec:
 
 
 async def _stats(endpoint: Endpoint) -> dict[str, Any]:
-    stats: dict[str, Any] = await endpoint.handle.stats.remote()
-    return stats
+    return replica_stats(await endpoint.handle.snapshot.remote())
 
 
 def _score_lines(rows: Sequence[DatasetRow], answers: AnswerSet, scored: ScoredArms) -> bytes:

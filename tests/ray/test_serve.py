@@ -181,11 +181,11 @@ def test_without_http_the_engine_answers_hundreds_of_calls_at_once(local_ray: Se
 
     with deploy(world.spec(), http=False) as endpoint:
         answers = asyncio.run(ask_all(endpoint))
-        stats = endpoint.handle.stats.remote().result()
+        found = endpoint.handle.snapshot.remote().result()
     for (arm, question), answer in zip(jobs, answers, strict=True):
         version = world.versions.get(arm.name)
         assert (answer.adapter_version, answer.text) == (version, world.texts[version, question])
-    assert stats["engine"]["most_adapters_in_step"] == len(TASKS)
+    assert found.engine.most_adapters_in_step == len(TASKS)
 
 
 @pytest.fixture(scope="module")

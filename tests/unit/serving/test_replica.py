@@ -87,7 +87,7 @@ def test_a_closed_stream_frees_its_place(base: Path, tmp_path: Path) -> None:
             await anext(stream)
             await anext(stream)
             await stream.aclose()
-            while (await replica.stats())["engine"]["finished"].get("cancelled") != 1:
+            while (await replica.snapshot()).engine.finished.get("cancelled") != 1:
                 await asyncio.sleep(0.01)
 
     asyncio.run(play())
@@ -98,7 +98,7 @@ def test_health_tells_when_the_engine_has_ended(base: Path, tmp_path: Path) -> N
         async with replica_of(base, tmp_path) as replica:
             await replica.check_health()
             running = asyncio.create_task(replica.choices(ask("running", max_new_tokens=100)))
-            while (await replica.stats())["engine"]["running"] == 0:
+            while (await replica.snapshot()).engine.running == 0:
                 await asyncio.sleep(0.001)
             await asyncio.to_thread(replica.stop)
             with pytest.raises(RunError, match="thread has ended"):
@@ -130,7 +130,7 @@ def test_the_likelihood_of_answers_is_that_of_their_tokens_behind_the_prompt(bas
                     await replica.likelihood(ask("w").arm, HELLO, wrong, "w")
             with pytest.raises(ApiError, match="max_seq_len=128"):
                 await replica.likelihood(ask("w").arm, HELLO, ["word " * 200], "long")
-            assert (await replica.stats())["engine"]["finished"] == {"scored": 3}
+            assert (await replica.snapshot()).engine.finished == {"scored": 3}
 
     asyncio.run(play())
 
@@ -163,9 +163,7 @@ def test_candidates_are_put_in_the_order_of_the_questions_likelihood(
             narrow = {**retriever, "rerank": None, "context_tokens": 8}
             small = await answer(replica, ask("s", asked, retriever=narrow))
             assert (small.retrieved_ids, len(small.left_out_ids)) == ((), 2)
-            (_, families) = await replica.metrics()
-            (left_out,) = [one for one in families if one.name == "passages_left_out"]
-            assert sum(value for _, value in left_out.values if isinstance(value, int)) == 2
+            assert sum(series.passages_left_out for _, series in (await replica.snapshot()).series) == 2
             too_long = (chat.Message("user", "port " * 200),)
             with pytest.raises(ApiError, match="max_seq_len=128"):
                 await replica.choices(ask("long", too_long, retriever=retriever))

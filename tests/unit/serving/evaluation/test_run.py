@@ -39,7 +39,9 @@ class InProcess:
         self._thread.start()
         self._backend: LocalBackend = self._now(local_backend(spec))
         self.asked = 0
-        self.handle = SimpleNamespace(stats=SimpleNamespace(remote=lambda: self._away(self._backend.replica.stats())))
+        self.handle = SimpleNamespace(
+            snapshot=SimpleNamespace(remote=lambda: self._away(self._backend.replica.snapshot()))
+        )
 
     async def ask(self, arm: ArmSpec, messages: Sequence[Message], request_id: str) -> Any:
         self.asked += 1
