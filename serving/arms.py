@@ -144,7 +144,7 @@ def query_of(arm: ArmSpec, messages: Sequence[Message]) -> str:
 
 def _prompt_of(arm: ArmSpec, messages: Sequence[Message], trained: PromptSpec | None) -> Prompt:
     if arm.prompt is None:
-        return _resolved(trained or PromptSpec())
+        return _resolved(trained or _NO_PROMPT)
     prompt = _resolved(arm.prompt)
     if prompt.system is not None and any(turn.role == "system" for turn in messages):
         raise DataError(
@@ -178,6 +178,9 @@ def _check_length(prompt: int, answer: int, max_seq_len: int, max_prompt_tokens:
             f"limits.max_prompt_tokens={max_prompt_tokens}",
             "shorten the conversation",
         )
+
+
+_NO_PROMPT = PromptSpec()
 
 
 @lru_cache(maxsize=256)

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from graftwork.errors import GraftworkError
 from graftwork.prompts.render import cited_passage_ids
 from graftwork.prompts.template import Template
 from graftwork.serving.api.errors import ApiError, bad_request
@@ -18,8 +17,8 @@ from graftwork.serving.messages import AnswerDelta, ArmAnswer, ArmRequest, Likel
 class Generation:
     """The submitted requests of one call: one, or one for each of its answers, in order.
 
-    `on_end` is called once on the event loop, when the engine has let go of them all. Raises what `Engine.submit`
-    raises; then nothing stays queued and `on_end` is never called.
+    `on_end` is called once: on the event loop when the engine has released all requests, or at once where
+    `Engine.submit` refuses one. Raises what `submit` raises; then nothing stays queued.
     """
 
     def __init__(self, engine: Engine, requests: Sequence[GenerateRequest], on_end: Callable[[], None]) -> None:
@@ -32,9 +31,10 @@ class Generation:
             for request in requests:
                 engine.submit(request, self._post)
                 self._running.add(request.request_id)
-        except GraftworkError:
+        except BaseException:
             self._on_end = None
             self.close()
+            on_end()
             raise
 
     async def events(self) -> AsyncIterator[dict[int, list[TokenEvent]]]:
@@ -104,7 +104,7 @@ class StreamedAnswer:
     def add(self, events: Sequence[TokenEvent]) -> AnswerDelta:
         """Return the text that is certain now, with its log probabilities. Raises ApiError where the engine failed."""
         if self._ttft_ms is None:
-            self._ttft_ms, self._cached_tokens = _since_ms(self._arrived), events[0].cached_tokens
+            self._ttft_ms, self._cached_tokens = (time.perf_counter() - self._arrived) * 1000, events[0].cached_tokens
         text = ""
         for event in events:
             require_served(event)
@@ -139,7 +139,7 @@ class StreamedAnswer:
             cached_tokens=self._cached_tokens,
             completion_tokens=len(self.token_ids),
             ttft_ms=self._ttft_ms or 0.0,
-            latency_ms=_since_ms(self._arrived),
+            latency_ms=(time.perf_counter() - self._arrived) * 1000,
             finish_reason=self.finish_reason,
             token_ids=tuple(self.token_ids),
             index=self.index,
@@ -148,10 +148,6 @@ class StreamedAnswer:
             cited_ids=cited_passage_ids(text, prompt.retrieved_ids) if prompt.citations else (),
             cold=cold,
         )
-
-
-def _since_ms(arrived: float) -> float:
-    return (time.perf_counter() - arrived) * 1000
 
 
 def continuation_ids(texts: Sequence[str], template: Template) -> list[tuple[int, ...]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 import psutil
 from prometheus_client import CollectorRegistry, generate_latest
@@ -37,6 +38,7 @@ from graftwork.serving.metrics import (
 PREFIX = "graftwork_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 KEY_LABELS = ("arm", "adapter", "version")
+LabelsT = TypeVar("LabelsT", bound=tuple[str, ...])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class ReplicaSnapshot:
     peak_rss_bytes: int
 
 
-def gauge(name: str, text: str, values: Mapping[tuple[str, ...], float], labels: Sequence[str] = ()) -> Metric:
+def gauge(name: str, text: str, values: Mapping[LabelsT, float], labels: Sequence[str] = ()) -> Metric:
     """Return a gauge by the values of its labels."""
     family = GaugeMetricFamily(PREFIX + name, text, labels=labels)
     for key, value in values.items():
@@ -67,7 +69,7 @@ def gauge(name: str, text: str, values: Mapping[tuple[str, ...], float], labels:
     return family
 
 
-def counter(name: str, text: str, values: Mapping[tuple[str, ...], float], labels: Sequence[str] = ()) -> Metric:
+def counter(name: str, text: str, values: Mapping[LabelsT, float], labels: Sequence[str] = ()) -> Metric:
     """Return a counter by the values of its labels; its samples end in `_total`."""
     family = CounterMetricFamily(PREFIX + name, text, labels=labels)
     for key, value in values.items():
@@ -75,7 +77,7 @@ def counter(name: str, text: str, values: Mapping[tuple[str, ...], float], label
     return family
 
 
-def histogram(name: str, text: str, values: Mapping[tuple[str, ...], Histogram], labels: Sequence[str] = ()) -> Metric:
+def histogram(name: str, text: str, values: Mapping[LabelsT, Histogram], labels: Sequence[str] = ()) -> Metric:
     """Return a histogram by the values of its labels."""
     family = HistogramMetricFamily(PREFIX + name, text, labels=labels)
     for key, found in values.items():

@@ -36,6 +36,7 @@ from graftwork.storage.store import ALIAS_PATTERN, Store, cache_root
 # Model names of the endpoint: the base, `BASE:task[@ref]`, `arm/NAME`; each means one arm record.
 
 
+_ADAPTER_ARM = ArmSpec(name="adapter", max_new_tokens=None)
 DEFAULT_ALIAS = "latest"
 """`BASE:task` means `BASE:task@latest`."""
 
@@ -57,17 +58,17 @@ class Catalog:
     def take(self, spec: ServeSpec) -> None:
         """Answer to these arms from now on."""
         self.changes += 1
-        self._arms = {f"arm/{arm.name}": arm for arm in spec.arms}
+        self._named_arms = {f"arm/{arm.name}": arm for arm in spec.arms}
+        self._arms = {self.base: ArmSpec(name="base", max_new_tokens=None), **self._named_arms}
 
     def arm(self, model: str) -> ArmSpec:
         """The arm behind a model name. Raises ApiError 404; whether its adapter exists is found out by the replica."""
-        if model in self._arms:
-            return self._arms[model]
-        if model == self.base:
-            return ArmSpec(name="base", max_new_tokens=None)
+        arm = self._arms.get(model)
+        if arm is not None:
+            return arm
         if not model.startswith(f"{self.base}:"):
             raise self._unknown(model)
-        return ArmSpec(name="adapter", adapter=self.ref(model), max_new_tokens=None)
+        return _ADAPTER_ARM.model_copy(update={"adapter": self.ref(model)})  # `ref` has checked the one new value
 
     def ref(self, name: str) -> str:
         """`task@ref` from `task`, `task@ref` or either with `BASE:` before it. Raises ApiError 404 for no such form."""
@@ -91,7 +92,7 @@ class Catalog:
         """
         cards = [model_card(self.base, created)]
         cards += [model_card(self._embedder, created, kind="embedder")] if self._embedder else []
-        cards += [model_card(name, created, adapter=arm.adapter) for name, arm in self._arms.items()]
+        cards += [model_card(name, created, adapter=arm.adapter) for name, arm in self._named_arms.items()]
         for adapter in adapters:
             task, version, aliases = adapter["task"], adapter["version"], adapter["aliases"]
             names = [f"{self.base}:{task}"] if DEFAULT_ALIAS in aliases else []
@@ -102,7 +103,9 @@ class Catalog:
 
     def forms(self) -> str:
         """The names that models have here, as a sentence."""
-        return f"Models here: {', '.join([self.base, f'{self.base}:TASK', f'{self.base}:TASK@ALIAS', *self._arms])}."
+        return (
+            f"Models here: {', '.join([self.base, f'{self.base}:TASK', f'{self.base}:TASK@ALIAS', *self._named_arms])}."
+        )
 
     def _unknown(self, model: str) -> ApiError:
         return unknown_model(model, f"{self.forms()} GET /v1/models lists them all.")

@@ -164,19 +164,17 @@ class EngineReplica:
             scored = await self._in_thread(partial(continuation_ids, continuations, self._template))
             request = ArmRequest(arm, question, request_id, max_new_tokens=max(map(len, scored)))
             admitted = await self._admit(request, grammar=False)
-            generation = self._generation(
-                admitted.hold,
-                [
-                    GenerateRequest(
-                        f"{request_id}/{index}",
-                        admitted.prompt.ids,
-                        adapter=admitted.version,
-                        continuation=ids,
-                        arrived=arrived,
-                    )
-                    for index, ids in enumerate(scored)
-                ],
-            )
+            requests = [
+                GenerateRequest(
+                    f"{request_id}/{index}",
+                    admitted.prompt.ids,
+                    adapter=admitted.version,
+                    continuation=ids,
+                    arrived=arrived,
+                )
+                for index, ids in enumerate(scored)
+            ]
+            generation = Generation(self._engine, requests, on_end=admitted.hold.close)
         with closing(generation):
             return await collect_likelihoods(generation, [len(ids) for ids in scored])
 
@@ -292,15 +290,7 @@ class EngineReplica:
             )
             for index in range(request.n)
         ]
-        return self._generation(admitted.hold, requests)
-
-    def _generation(self, hold: ExitStack, requests: Sequence[GenerateRequest]) -> Generation:
-        """Submit them. `hold` is closed when the last has ended, or now where one is refused."""
-        with ExitStack() as on_failure:
-            on_failure.push(hold)
-            generation = Generation(self._engine, requests, on_end=hold.close)
-            on_failure.pop_all()
-        return generation
+        return Generation(self._engine, requests, on_end=admitted.hold.close)
 
     def _grammar(self, arm: ArmSpec, request: ArmRequest | None = None) -> Grammar | None:
         """Compile the grammar of the request or its arm; build the vocabulary's table where it will be needed."""
