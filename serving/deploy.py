@@ -1,7 +1,8 @@
-"""An endpoint on the Ray at hand: build it, deploy it, know that it answers, take it down.
+"""Deployment of an endpoint on a running Ray: build it, deploy it, wait for its first answer, take it down.
 
 Two deployments. The ingress (HTTP, JSON, SSE) is a process of its own, because it must outlive the engine: when an
 engine is killed, its requests get OpenAI's error body from the ingress, where Serve's proxy alone sends plain text.
+The embedder is a third deployment, so that no decode step waits for it.
 """
 
 import asyncio
@@ -257,9 +258,6 @@ def _in_url(host: str) -> str:
     return f"[{reachable}]" if ":" in reachable else reachable
 
 
-# The embedder's own Serve deployment: a process beside the engines, so that no decode step waits for it.
-
-
 T = TypeVar("T")
 
 
@@ -290,11 +288,10 @@ class EmbedderReplica:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
 
-# The endpoint as Ray Serve imports it from a Serve config (cluster/kuberay/objects.py), on a RayService.
-#
-# Serve calls `app` in a task of the cluster; what is live comes later, to the ingress as its `user_config`.
-
-
 def app(args: Mapping[str, Any]) -> serve.Application:
-    """args: `{"spec": the serve spec without its live keys}`. Raises ConfigError: a wrong spec, keys not set."""
+    """Return the endpoint that Ray Serve imports from a Serve config (cluster/kuberay/objects.py), on a RayService.
+
+    Serve calls this in a task of the cluster; what is live comes later, to the ingress as its `user_config`.
+    args: `{"spec": the serve spec without its live keys}`. Raises ConfigError: a wrong spec, keys not set.
+    """
     return build(validate(ServeSpec, args["spec"], where="args.spec"), follows=True)

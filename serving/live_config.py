@@ -1,11 +1,14 @@
-"""What an endpoint answers to, and how it changes while it serves: arms, adapters kept ready, limits, experiments.
+"""Live configuration of an endpoint: arms, adapters kept ready, limits and experiments change while it serves.
 
-A new config is checked and made ready in every engine first; then the ingress takes it, in one step between two
-requests. A request keeps what it was admitted with. What is refused changes nothing, and is said by
-GET /v1/admin/config and the metric `live_config_refused`.
+A new config is checked and made ready in every engine first; then the ingress applies it, in one step between two
+requests. A request keeps what it was admitted with. A refused config changes nothing; GET /v1/admin/config and the
+metric `live_config_refused` report it.
 
 Ray Serve ends a replica whose `reconfigure` raises, so a wrong config must never come back to it as an error (Ray 2.60,
 serve/_private/deployment_state.py).
+
+The store keeps the config that was last applied (`serving/<name>/live.json`); an ingress or an engine replica that
+replaces another one begins with it.
 """
 
 import asyncio
@@ -148,11 +151,6 @@ class LiveConfig:
             raise ApiError(400, error.text(), code="invalid_config") from None
 
 
-# What an endpoint's live config was when it was last taken: `serving/<name>/live.json` of its store.
-#
-# Its ingress writes it; an ingress or an engine replica that takes another one's place begins with it.
-
-
 FOLDER, FILE = "serving", "live.json"
 
 
@@ -176,7 +174,7 @@ def live_of(spec: ServeSpec) -> Json:
 
 
 def digest(tree: Mapping[str, Any]) -> str:
-    """What a live config is called where it is told of."""
+    """Return the name of a live config in messages and in GET /v1/admin/config."""
     return hashlib.sha256(canonical_json(dict(tree)).encode()).hexdigest()[:10]
 
 

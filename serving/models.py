@@ -1,6 +1,8 @@
-"""What the owner of an endpoint does with adapters, on one replica: register, load, pin, promote, roll back, unload.
+"""Models of an endpoint: names, listing, the published adapters of its base, and what the owner does with them.
 
-Methods take and return plain data, for they are called through a handle. They raise ApiError.
+A model name is the base, `BASE:task[@ref]` or `arm/NAME`; each means one arm record. `Catalog` and `ModelList` run in
+the ingress, `AdapterSource` and `Registry` in each replica. The methods of `Registry` take and return JSON bodies of
+the admin API, for they are called through a handle, and raise ApiError.
 """
 
 import asyncio
@@ -32,9 +34,6 @@ from graftwork.serving.arms import warm
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage.store import ALIAS_PATTERN, Store, cache_root
-
-# Model names of the endpoint: the base, `BASE:task[@ref]`, `arm/NAME`; each means one arm record.
-
 
 _ADAPTER_ARM = ArmSpec(name="adapter", max_new_tokens=None)
 DEFAULT_ALIAS = "latest"
@@ -116,9 +115,6 @@ def seconds(created_at: str) -> int:
     return int(datetime.fromisoformat(created_at).timestamp())
 
 
-# Models of an endpoint for GET /v1/models: the store is listed at most once a second, and for one model not at all.
-
-
 FRESH_S = 1.0
 """How long a listing is served again."""
 SHARE = 20
@@ -128,7 +124,7 @@ COMPARED = 1000
 
 
 class ModelList:
-    """One for an endpoint, in its ingress."""
+    """Listing of GET /v1/models, one for an endpoint; the store is read at most once a second."""
 
     def __init__(self, catalog: Catalog, backend: EngineBackend) -> None:
         self._catalog, self._backend = catalog, backend
@@ -183,12 +179,12 @@ def _compact(body: Json) -> bytes:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-# The published adapters that one base can serve: looked up, checked against the base, brought to this machine.
-
-
 @dataclass(frozen=True)
 class AdapterSource:
-    """Adapters of a store made for the base with this digest. All methods block: call them off the event loop."""
+    """Adapters of a store made for the base with this digest: resolved, checked against the base, fetched.
+
+    All methods block: call them off the event loop.
+    """
 
     store: Store
     base_digest: str
@@ -307,7 +303,7 @@ class Registry:
 
     async def promote(self, ref: str, version: str) -> Json:
         """Let the alias `ref` point at a version (or at where another alias points), in the store."""
-        task, alias = _named(ref)
+        task, alias = _task_and_alias(ref)
         with as_api_errors():
             found = await asyncio.to_thread(self._source.resolve, f"{task}@{version}")
             old = await asyncio.to_thread(artifact_alias.read, self._source.store, task, alias)
@@ -316,13 +312,13 @@ class Registry:
 
     async def before(self, ref: str) -> Json:
         """The version that the alias pointed at before."""
-        task, alias = _named(ref)
+        task, alias = _task_and_alias(ref)
         with as_api_errors():
             return {"version": await asyncio.to_thread(before, self._source.store, task, alias)}
 
     async def roll_back(self, ref: str) -> Json:
         """Let the alias point at the version before, in the store."""
-        task, alias = _named(ref)
+        task, alias = _task_and_alias(ref)
         with as_api_errors():
             old, new = await asyncio.to_thread(roll_back, self._source.store, task, alias)
         return {"adapter": ref, "old": old, "new": new}
@@ -370,6 +366,6 @@ class Registry:
         return self._source.store.local_dir(*version_key(manifest.task, manifest.version)).is_dir()
 
 
-def _named(ref: str) -> tuple[str, str]:
+def _task_and_alias(ref: str) -> tuple[str, str]:
     task, _, alias = ref.partition("@")
     return task, alias

@@ -1,4 +1,4 @@
-"""One Ray Serve replica: one engine over one base, and the adapters its requests ask for."""
+"""Engine replica of Ray Serve: one engine over one base, and the adapters that its requests need."""
 
 import asyncio
 import logging

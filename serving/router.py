@@ -1,4 +1,9 @@
-"""The engine replicas as the ingress sees them: calls through Ray Serve, failures as ApiErrors."""
+"""Routing of requests to engine replicas: calls through Ray Serve, failures as ApiErrors, replicas by adapter.
+
+`AdapterRouter` runs in the process that calls (the ingress). Ray Serve makes one router per handle and gives it the
+replicas, what each last recorded (`EngineReplica.record_routing_stats`) and how many requests each holds. The adapter
+comes with the call as its `multiplexed_model_id`; a call without one is for the base, which every replica has.
+"""
 
 import asyncio
 import contextlib
@@ -133,13 +138,6 @@ def _as_api_errors() -> Iterator[None]:
             raise error.cause from None
         log.exception("an engine replica failed on a request")
         raise ApiError(500, "The endpoint failed on this request; its log says why.", code="internal_error") from error
-
-
-# Which engine replica a request goes to: where its adapter is, unless that one has more than its share of the load.
-#
-# Runs in the process that calls (the ingress). Ray Serve makes one router a handle and tells it the replicas, what each
-# last recorded (`EngineReplica.record_routing_stats`) and how many requests each holds. The adapter comes with the call
-# as its `multiplexed_model_id`; a call without one is for the base, which is everywhere.
 
 
 RESIDENTS = "residents"

@@ -1,7 +1,7 @@
-"""The HTTP surface: the OpenAI API over the arms, in one FastAPI app behind Ray Serve.
+"""HTTP app of an endpoint: the OpenAI API over the arms, in one FastAPI app behind Ray Serve.
 
-Every response that is no answer has OpenAI's error body, whatever went wrong. Nothing here touches the engine; the
-store only by what `experiment.Experiments` keeps there, off the response path.
+Every response that is no answer has OpenAI's error body. The app does not touch the engine; the store only through
+`Experiments`, off the response path.
 """
 
 import asyncio
@@ -160,7 +160,9 @@ def _with(live: LiveConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[N
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        with suppress(ApiError):  # the store is out of reach: whoever asks an experiment is told, the others are served
+        with suppress(
+            ApiError
+        ):  # the store is out of reach: others are served
             await live.experiments.open()
         live.start()
         yield
@@ -391,9 +393,6 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 async def _on_bug(_request: Request, _error: Exception) -> Response:
     message = "The endpoint failed on this request; its log says why."
     return JSONResponse(ApiError(500, message, code="internal_error").body(), 500)
-
-
-# The endpoint's own description at GET /openapi.json: bodies as they are checked, errors in their one shape.
 
 
 _REFS = "#/components/schemas/{model}"

@@ -1,9 +1,9 @@
-"""How much one key may ask for: requests and tokens a minute, as token buckets in the one ingress process.
+"""Access to an endpoint: Host and Origin checks, API keys, rate limits, and the body of a request within its limits.
 
-A bucket holds one minute's worth and refills evenly, so a burst of a minute's allowance passes and then the rate holds.
-Tokens are reserved when a request is admitted, as many as it can take at most, and settled when it ends, however it
-ends. A request that can take more than a minute's worth is admitted by a full bucket alone; the level then falls below
-zero, and the bucket refuses requests until it has refilled.
+A rate limit is a token bucket in the one ingress process. A bucket holds one minute's worth and refills evenly, so a
+burst of a minute's allowance passes and then the rate holds. Tokens are reserved when a request is admitted, as many as
+it can take at most, and settled when it ends, however it ends. A request that can take more than a minute's worth is
+admitted by a full bucket alone; the level then falls below zero, and the bucket refuses requests until it has refilled.
 """
 
 import asyncio
@@ -31,20 +31,19 @@ from graftwork.serving.api.errors import ApiError
 from graftwork.serving.messages import StreamChunk, StreamStart
 from graftwork.serving.spec import LOOPBACK, LimitsSpec, ServeSpec
 
-# Protection of an endpoint against web pages: which Host and Origin are answered, and JSON bodies only.
-#
-# A page of any website can send requests to a loopback address. Without a token nothing else distinguishes it from the
-# user: `Host` names the page's own site where its DNS name was bound to this address, `Origin` the site that a request
-# comes from, and a browser sends a body as application/json to another origin only where that origin allows it.
-
-
 _ANY_ADDRESS = ("0.0.0.0", "::")
 _PROBES = ("/health", "/ready")
 """Routes that a load balancer or a kubelet calls by a pod's address; they show nothing of the endpoint."""
 
 
 class HostAndOrigin:
-    """ASGI middleware that answers 403 for a Host or an Origin that the spec does not allow."""
+    """ASGI middleware that answers 403 for a Host or an Origin that the spec does not allow.
+
+    A page of any website can send requests to a loopback address. Without a token nothing else distinguishes it from
+    the user: `Host` names the page's own site where its DNS name was bound to this address, `Origin` the site that a
+    request comes from, and a browser sends a body as application/json to another origin only where that origin allows
+    it.
+    """
 
     def __init__(self, app: ASGIApp, spec: ServeSpec) -> None:
         self._app, self._origins = app, {origin.lower() for origin in spec.allowed_origins}
@@ -250,18 +249,16 @@ def _too_many(name: str, what: str, wait_s: float) -> ApiError:
     return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=seconds)
 
 
-# Who may ask: bearer tokens of users, each with a name, and one of the owner (the admin).
-#
-# Only digests are kept, and compared in constant time against every known one, so neither the time nor a memory dump
-# tells a token. The admin's token opens everything, a user's never the admin routes.
-
-
 _NAMED = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]{0,62}):(?P<token>\S.*)$")
 
 
 @dataclass(frozen=True)
 class Keys:
-    """sha256 hex digests of the accepted tokens. Without any, the endpoint is open (loopback only: see ServeSpec)."""
+    """sha256 hex digests of the accepted tokens. Without any, the endpoint is open (loopback only: see ServeSpec).
+
+    A token is compared in constant time with every known digest, so neither the time nor a memory dump reveals it. The
+    admin's token opens everything, a user's never the admin routes.
+    """
 
     users: Mapping[str, str] = field(default_factory=dict)
     """By name of the key."""
@@ -360,9 +357,6 @@ def _unauthorized(request: Request, limits: RateLimits) -> ApiError:
     if request.headers.get("authorization"):
         limits.count_wrong_token(request.client.host if request.client else "")
     return ApiError(401, "Missing or wrong API key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
-
-
-# A request's body, read up to a limit of size and time.
 
 
 MAX_BODY_BYTES = 4 * 2**20

@@ -1,4 +1,4 @@
-"""Requests and responses in the shape of the OpenAI API; what can't be honoured is refused by name, never ignored.
+"""Requests in the shape of the OpenAI API; what can't be honoured is refused by name, never ignored.
 
 Shapes: https://platform.openai.com/docs/api-reference/chat. `temperature` defaults to 0 here, not 1: an arm's offline
 score is measured greedily, and the live endpoint answers the same way unless the caller asks otherwise.
@@ -23,9 +23,6 @@ from graftwork.serving.engine.grammar import GrammarText
 from graftwork.serving.engine.request import MAX_TOP_LOGPROBS, MIN_REPETITION_PENALTY, SamplingParams
 from graftwork.serving.messages import ArmRequest, Question
 from graftwork.serving.spec import ArmSpec
-
-# POST /v1/embeddings in OpenAI's shape. https://platform.openai.com/docs/api-reference/embeddings
-
 
 Text = Annotated[str, Field(min_length=1)]
 MAX_TEXTS = 2048

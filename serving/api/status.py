@@ -46,7 +46,7 @@ def total(engines: Sequence[Json]) -> Json:
     first, *rest = engines
     whole = dict(first)
     for engine in rest:
-        whole = {name: _joined(name, whole[name], value) for name, value in engine.items()}
+        whole = {name: _add_counts(name, whole[name], value) for name, value in engine.items()}
     return whole
 
 
@@ -79,7 +79,7 @@ def _quantiles(values: Sequence[float]) -> Json:
     return {"ttft_p50_ms": quantile(values, 0.5), "ttft_p95_ms": quantile(values, 0.95)}
 
 
-def _joined(name: str, mine: Any, other: Any) -> Any:
+def _add_counts(name: str, mine: Any, other: Any) -> Any:
     if name in _LARGEST:
         return max(mine, other)
     if isinstance(mine, Mapping):
@@ -94,12 +94,12 @@ _FILE = Path(__file__).parent / "page" / "index.html"
 
 def page() -> HTMLResponse:
     """The page with its security headers. It holds no data: all of that comes by /v1, with the token."""
-    html, headers = _loaded()
+    html, headers = _load_page()
     return HTMLResponse(html, headers=headers)
 
 
 @cache
-def _loaded() -> tuple[str, dict[str, str]]:
+def _load_page() -> tuple[str, dict[str, str]]:
     html = _FILE.read_text(encoding="utf-8")
     policy = [
         "default-src 'none'",
