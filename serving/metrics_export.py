@@ -86,66 +86,34 @@ def histogram(name: str, text: str, values: Mapping[LabelsT, Histogram], labels:
     return family
 
 
+REQUEST_TIMES = {
+    "ttft_seconds": ("ttft", "From arrival at the replica to the first token, adapter load included."),
+    "inter_token_seconds": (
+        "token_gap",
+        "Between two tokens of one answer; tokens that arrive together share the time since the last ones.",
+    ),
+    "time_per_output_token_seconds": ("token_mean", "Mean time between an answer's tokens; one a request."),
+    "latency_seconds": ("latency", "From arrival at the replica to the end of the answer."),
+}
+"""Histograms by name: attribute of `RequestSeries`, help."""
+REQUEST_COUNTS = {
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens of answered requests."),
+    "prompt_tokens_cached": ("cached_tokens", "Prompt tokens whose KV came from the prefix cache."),
+    "passages_left_out": ("passages_left_out", "Retrieved passages that had no room in the prompt."),
+    "completion_tokens": ("completion_tokens", "Tokens generated."),
+}
+"""Counters by name, likewise."""
+
+
 def traffic_families(items: Sequence[tuple[SeriesKey, RequestSeries]]) -> list[Metric]:
     """Return the requests' counts and times, per arm and adapter version."""
-    series = dict(items)
     outcomes = {(*key, outcome): n for key, one in items for outcome, n in one.outcomes.items()}
-    return [
-        counter(
-            "requests",
-            "Requests ended, by outcome: OpenAI's finish reason, cancelled, or the error's code.",
-            outcomes,
-            (*KEY_LABELS, "outcome"),
-        ),
-        histogram(
-            "ttft_seconds",
-            "From arrival at the replica to the first token, adapter load included.",
-            {key: one.ttft for key, one in series.items()},
-            KEY_LABELS,
-        ),
-        histogram(
-            "inter_token_seconds",
-            "Between two tokens of one answer; tokens that arrive together share the time since the last ones.",
-            {key: one.token_gap for key, one in series.items()},
-            KEY_LABELS,
-        ),
-        histogram(
-            "time_per_output_token_seconds",
-            "Mean time between an answer's tokens; one a request.",
-            {key: one.token_mean for key, one in series.items()},
-            KEY_LABELS,
-        ),
-        histogram(
-            "latency_seconds",
-            "From arrival at the replica to the end of the answer.",
-            {key: one.latency for key, one in series.items()},
-            KEY_LABELS,
-        ),
-        counter(
-            "prompt_tokens",
-            "Prompt tokens of answered requests.",
-            {key: one.prompt_tokens for key, one in series.items()},
-            KEY_LABELS,
-        ),
-        counter(
-            "prompt_tokens_cached",
-            "Prompt tokens whose KV came from the prefix cache.",
-            {key: one.cached_tokens for key, one in series.items()},
-            KEY_LABELS,
-        ),
-        counter(
-            "passages_left_out",
-            "Retrieved passages that had no room in the prompt.",
-            {key: one.passages_left_out for key, one in series.items()},
-            KEY_LABELS,
-        ),
-        counter(
-            "completion_tokens",
-            "Tokens generated.",
-            {key: one.completion_tokens for key, one in series.items()},
-            KEY_LABELS,
-        ),
-    ]
+    text = "Requests ended, by outcome: OpenAI's finish reason, cancelled, or the error's code."
+    found = [counter("requests", text, outcomes, (*KEY_LABELS, "outcome"))]
+    for make, table in ((histogram, REQUEST_TIMES), (counter, REQUEST_COUNTS)):
+        for name, (attribute, text) in table.items():
+            found.append(make(name, text, {key: getattr(one, attribute) for key, one in items}, KEY_LABELS))
+    return found
 
 
 def state_families(found: ReplicaSnapshot) -> list[Metric]:
@@ -257,9 +225,10 @@ class RayExport:
         def seconds(name: str, text: str, bounds: Sequence[float]) -> metrics.Histogram:
             return metrics.Histogram(PREFIX + name, description=text, boundaries=list(bounds), tag_keys=KEY_LABELS)
 
-        self._ttft = seconds("ttft_seconds", "From arrival at the replica to the first token.", TTFT_S)
-        self._mean = seconds("time_per_output_token_seconds", "Mean time between an answer's tokens.", TOKEN_S)
-        self._latency = seconds("latency_seconds", "From arrival at the replica to the end of the answer.", LATENCY_S)
+        self._ttft = seconds("ttft_seconds", REQUEST_TIMES["ttft_seconds"][1], TTFT_S)
+        mean = "time_per_output_token_seconds"
+        self._mean = seconds(mean, REQUEST_TIMES[mean][1], TOKEN_S)
+        self._latency = seconds("latency_seconds", REQUEST_TIMES["latency_seconds"][1], LATENCY_S)
         self._requests = metrics.Counter(PREFIX + "requests", "Requests ended.", (*KEY_LABELS, "outcome"))
         self._prompt = metrics.Counter(PREFIX + "prompt_tokens", "Prompt tokens of answered requests.", KEY_LABELS)
         self._completion = metrics.Counter(PREFIX + "completion_tokens", "Tokens generated.", KEY_LABELS)

@@ -160,9 +160,7 @@ def _with(live: LiveConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[N
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        with suppress(
-            ApiError
-        ):  # the store is out of reach: others are served
+        with suppress(ApiError):  # the store is out of reach: others are served
             await live.experiments.open()
         live.start()
         yield
