@@ -28,6 +28,8 @@ def child(threads: int) -> dict[str, float]:
     import psutil
 
     marks = [psutil.Process().create_time()]
+    from graftwork.prompts.render import Message
+    from graftwork.serving.messages import ArmRequest
     from graftwork.serving.replica import EngineReplica
     from graftwork.serving.spec import ArmSpec, ServeSpec
 
@@ -47,8 +49,8 @@ def child(threads: int) -> dict[str, float]:
         replica = EngineReplica.__new__(EngineReplica)
         await replica.__init__(spec.model_dump(mode="json"))  # type: ignore[misc]
         marks.append(time.time())
-        arm = ArmSpec(name="base", max_new_tokens=1).model_dump(mode="json")
-        await replica.answer(arm, [{"role": "user", "content": "Hello"}], "first")
+        arm = ArmSpec(name="base", max_new_tokens=1)
+        await replica.choices(ArmRequest(arm, (Message("user", "Hello"),), "first"))
         marks.append(time.time())
         await asyncio.to_thread(replica.stop)
 

@@ -10,6 +10,7 @@ from graftwork.datasets.rows import read_rows
 from graftwork.demo_spec import BurstSpec
 from graftwork.prompts.render import Message
 from graftwork.report.schema import AdapterLatency, ServingRecord, SwapRecord
+from graftwork.serving.api.status import replica_stats
 from graftwork.serving.client import ChatCall
 from graftwork.serving.deploy import Endpoint
 from graftwork.serving.evaluation.spec import CompareSpec
@@ -70,8 +71,7 @@ def _question(model: str, task: str, own: Sequence[Message], other: Sequence[Mes
 
 
 async def _stats(endpoint: Endpoint) -> dict[str, Any]:
-    found: dict[str, Any] = await endpoint.handle.stats.remote()
-    return found
+    return replica_stats(await endpoint.handle.snapshot.remote())
 
 
 def _record(swap: SwapReport, engine: Mapping[str, Any]) -> ServingRecord:

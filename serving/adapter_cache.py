@@ -1,12 +1,13 @@
-"""Which adapter versions are in host memory, and which one a new request gets. Lives on the replica's event loop.
+"""LRU cache of adapter versions in host memory, and the version that a new request gets.
 
 A reference (`task@alias`) names a manifest; a request pins the manifest's version at admission and keeps it to its end.
-`refresh` reads the alias again, loads the version it points at, and only then flips the reference, in one assignment:
-no request waits, none changes its version, and the old version leaves the engine with its last request.
+`refresh` reads the alias again, loads the version that it points at, and only then flips the reference, in one
+assignment: no request waits, none changes its version, and the old version leaves the engine with its last request.
 
 store -> this machine -> host memory (here, a byte budget) -> slot (the engine, when a request starts to run). A load
-begins with the first request that needs it, in threads, and only those requests wait. Bringing a file here and reading
-it have threads of their own: a store that stalls holds up nobody whose adapter is here.
+begins with the first request that needs it, in threads, and only those requests wait. Fetching a file and reading it
+have threads of their own: a store that stalls delays no request whose adapter is here. All methods run on the replica's
+event loop.
 """
 
 import asyncio
@@ -23,8 +24,6 @@ from graftwork.artifacts.manifest import AdapterManifest
 from graftwork.artifacts.verify import WEIGHTS_FILE
 from graftwork.errors import ArtifactError, StorageError
 
-# The byte budget of adapters in host memory: who waits for room, and who goes. Lives on the replica's event loop.
-
 
 @dataclass(slots=True, eq=False)
 class CachedAdapter:
@@ -40,7 +39,7 @@ class CachedAdapter:
 
 
 class ByteBudget:
-    """Versions within `max_bytes`. `on_dropped` is told each one that goes.
+    """Versions within `max_bytes`. `on_dropped` is called with each version that is dropped.
 
     Room goes to those that wait in the order in which they came. It is made by dropping the version that was used
     longest ago and that nobody holds. Where all are held, versions that are here go on taking requests until `bypass`

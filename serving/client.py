@@ -1,4 +1,4 @@
-"""A small client of a running endpoint, for the command line and for load: httpx, typed, errors as ApiError."""
+"""Client of a running endpoint, for the command line and for load tests: httpx, typed, errors as ApiError."""
 
 import contextlib
 import json

@@ -1,7 +1,8 @@
-"""An endpoint on the Ray at hand: build it, deploy it, know that it answers, take it down.
+"""Deployment of an endpoint on a running Ray: build it, deploy it, wait for its first answer, take it down.
 
 Two deployments. The ingress (HTTP, JSON, SSE) is a process of its own, because it must outlive the engine: when an
 engine is killed, its requests get OpenAI's error body from the ingress, where Serve's proxy alone sends plain text.
+The embedder is a third deployment, so that no decode step waits for it.
 """
 
 import asyncio
@@ -29,9 +30,11 @@ from graftwork.retrieval.embedder import Embedded, Embedder, EmbedderSpec, TextT
 from graftwork.serving.api.app import Ingress
 from graftwork.serving.api.auth import keys_of, own_token
 from graftwork.serving.api.errors import bad_request
-from graftwork.serving.arms import Dump, SamplingOptions, warm
+from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.arms import warm
 from graftwork.serving.client import AsyncClient, ChatCall, Client
 from graftwork.serving.engine.grammar import check, read_grammar
+from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood
 from graftwork.serving.models import AdapterSource, base_name
 from graftwork.serving.ray_serve_lifecycle import claim, serve_running, silence_serve_logs, start_failure, this_driver
 from graftwork.serving.replica import EngineReplica
@@ -116,20 +119,17 @@ class Endpoint:
     base: str
     """Model name of the base."""
     handle: DeploymentHandle
-    """Of the engine: `handle.answer.remote(arm dump, messages, request_id)`."""
+    """Of the engine: `handle.choices.remote(ArmRequest(arm, messages, request_id))`."""
 
-    async def ask(self, arm: ArmSpec, messages: Sequence[Mapping[str, str]], request_id: str) -> dict[str, Any]:
-        """An arm's answer (`ArmAnswer.dump`) without HTTP; call it hundreds of times at once. Raises ApiError."""
-        return await self._backend.answer(
-            arm.model_dump(mode="json"), list(messages), request_id, SamplingOptions().dump()
-        )
+    async def ask(self, arm: ArmSpec, messages: Sequence[Message], request_id: str) -> ArmAnswer:
+        """Return an arm's answer without HTTP; call it hundreds of times at once. Raises ApiError."""
+        return (await self._backend.choices(ArmRequest(arm, tuple(messages), request_id)))[0]
 
     async def likelihood(
-        self, arm: ArmSpec, messages: Sequence[Mapping[str, str]], continuations: Sequence[str], request_id: str
-    ) -> list[dict[str, Any]]:
-        """How likely the arm is to answer with each text (`Likelihood.dump`), in order. Raises ApiError."""
-        dump = arm.model_dump(mode="json")
-        return await self._backend.likelihood(dump, list(messages), list(continuations), request_id)
+        self, arm: ArmSpec, messages: Sequence[Message], continuations: Sequence[str], request_id: str
+    ) -> list[Likelihood]:
+        """Return how likely the arm is to answer with each text, in order. Raises ApiError."""
+        return await self._backend.likelihood(arm, tuple(messages), list(continuations), request_id)
 
     @cached_property
     def _backend(self) -> ServeBackend:
@@ -241,10 +241,8 @@ def _require_answer(endpoint: Endpoint) -> None:
     """One token from the base, over the way that callers take. Raises RunError when none comes."""
     question = (Message("user", "Hello"),)
     if endpoint.url is None:
-        arm = ArmSpec(name="base", max_new_tokens=1).model_dump(mode="json")
-        endpoint.handle.answer.remote(arm, [{"role": "user", "content": "Hello"}], "ready").result(
-            timeout_s=READY_TIMEOUT_S
-        )
+        arm = ArmSpec(name="base", max_new_tokens=1)
+        endpoint.handle.choices.remote(ArmRequest(arm, question, "ready")).result(timeout_s=READY_TIMEOUT_S)
         return
     deadline = time.monotonic() + READY_TIMEOUT_S
     with endpoint.client() as client:
@@ -260,16 +258,13 @@ def _in_url(host: str) -> str:
     return f"[{reachable}]" if ":" in reachable else reachable
 
 
-# The embedder's own Serve deployment: a process beside the engines, so that no decode step waits for it.
-
-
 T = TypeVar("T")
 
 
 class EmbedderReplica:
     """Turns texts into vectors, one call at a time: each call is a batch already."""
 
-    async def __init__(self, spec: Dump) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(self, spec: Json) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         self._spec = EmbedderSpec.model_validate(spec)
         self._thread = ThreadPoolExecutor(1, "embed")
         self._embedder: Embedder = await self._run(self._load)
@@ -293,11 +288,10 @@ class EmbedderReplica:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
 
-# The endpoint as Ray Serve imports it from a Serve config (cluster/kuberay/objects.py), on a RayService.
-#
-# Serve calls `app` in a task of the cluster; what is live comes later, to the ingress as its `user_config`.
-
-
 def app(args: Mapping[str, Any]) -> serve.Application:
-    """args: `{"spec": the serve spec without its live keys}`. Raises ConfigError: a wrong spec, keys not set."""
+    """Return the endpoint that Ray Serve imports from a Serve config (cluster/kuberay/objects.py), on a RayService.
+
+    Serve calls this in a task of the cluster; what is live comes later, to the ingress as its `user_config`.
+    args: `{"spec": the serve spec without its live keys}`. Raises ConfigError: a wrong spec, keys not set.
+    """
     return build(validate(ServeSpec, args["spec"], where="args.spec"), follows=True)

@@ -1,9 +1,11 @@
-"""Log probabilities of an answer's tokens, told together with the text that they belong to."""
+"""Token ids become text while they arrive: no half characters, nothing of a stop string.
+
+Log probabilities are released together with the text that their tokens belong to.
+"""
 
 import codecs
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from graftwork.serving.engine.request import TokenEvent
 
@@ -34,14 +36,9 @@ class TokenLogprob:
     offset: int
     """Characters of the answer before it."""
 
-    @classmethod
-    def load(cls, tree: Mapping[str, Any]) -> "TokenLogprob":
-        """From `asdict`, or from its JSON."""
-        return cls(_load(tree["token"]), tuple(_load(one) for one in tree["top"]), tree["offset"])
-
 
 class LogprobStream:
-    """Collects the tokens' log probabilities and gives out those whose text has been given out.
+    """Collects the log probabilities of tokens and releases those whose text has been released.
 
     spell: bytes of a token. silent: tokens that leave no trace in the text (control tokens).
     """
@@ -50,37 +47,30 @@ class LogprobStream:
         self._spell, self._silent = spell, silent
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._length = 0
-        self._held: list[TokenLogprob] = []
-        self.told: list[TokenLogprob] = []
-        """All that was given out."""
+        self._pending: list[TokenLogprob] = []
+        self.released: list[TokenLogprob] = []
+        """All that was released."""
 
     def push(self, event: TokenEvent) -> None:
         """One token of the answer, not one that ends it."""
         spelled = self._spell(event.token_id)
         token = _spelled(spelled, event.logprob)
         top = tuple(_spelled(self._spell(token_id), logprob) for token_id, logprob in event.top)
-        self._held.append(TokenLogprob(token, top, self._length))
+        self._pending.append(TokenLogprob(token, top, self._length))
         if event.token_id not in self._silent:
             self._length += len(self._characters.decode(spelled))
 
     def take(self, text_length: int, *, whole: bool = False) -> list[TokenLogprob]:
         """Those that begin within the first `text_length` characters. whole: the answer ended of itself: the rest."""
-        ready = self._held if whole else [one for one in self._held if one.offset < text_length]
-        self._held = self._held[len(ready) :]
-        self.told += ready
+        ready = self._pending if whole else [one for one in self._pending if one.offset < text_length]
+        self._pending = self._pending[len(ready) :]
+        self.released += ready
         return ready
 
 
 def _spelled(spelled: bytes, logprob: float | None) -> Spelled:
     assert logprob is not None, "the request asked for log probabilities"
     return Spelled(tuple(spelled), max(logprob, _UNLIKELY))
-
-
-def _load(tree: Mapping[str, Any]) -> Spelled:
-    return Spelled(tuple(tree["bytes"]), tree["logprob"])
-
-
-# Token ids become text while they arrive: no half characters, nothing of a stop string.
 
 
 HOLE = "\ufffd"
@@ -100,7 +90,7 @@ class TextStream:
         self._start, self._sent_ids = 0, 0
         self._pending = ""
         self.text = ""
-        """Everything given out so far."""
+        """Everything released so far."""
         self.stopped = False
         """A stop string was met; what follows it is dropped."""
 
@@ -121,24 +111,23 @@ class TextStream:
         return self._give(rest, final=True)
 
     def _give(self, piece: str, *, final: bool) -> str:
+        """Return the pending text up to a stop string, without an end that may grow into one."""
         if self.stopped:
             return ""
         self._pending += piece
-        cut = min((at for at in (self._pending.find(stop) for stop in self._stop) if at >= 0), default=-1)
-        if cut >= 0:
-            self.stopped, ready, self._pending = True, self._pending[:cut], ""
-        else:
-            held = 0 if final else self._held_length()
-            ready, self._pending = (
-                self._pending[: len(self._pending) - held],
-                self._pending[len(self._pending) - held :],
-            )
-        self.text += ready
-        return ready
+        ready = len(self._pending)
+        if self._stop:
+            found = [at for at in (self._pending.find(stop) for stop in self._stop) if at >= 0]
+            self.stopped = bool(found)
+            ready = min(found) if found else ready - (0 if final else self._open_length())
+        released, rest = self._pending[:ready], self._pending[ready:]
+        self._pending = "" if self.stopped else rest
+        self.text += released
+        return released
 
-    def _held_length(self) -> int:
+    def _open_length(self) -> int:
         """Length of the longest end of the pending text that may grow into a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        longest = max(len(stop) - 1 for stop in self._stop)
         for size in range(min(longest, len(self._pending)), 0, -1):
             if any(stop.startswith(self._pending[-size:]) for stop in self._stop):
                 return size

@@ -1,11 +1,14 @@
-"""What an endpoint answers to, and how it changes while it serves: arms, adapters kept ready, limits, experiments.
+"""Live configuration of an endpoint: arms, adapters kept ready, limits and experiments change while it serves.
 
-A new config is checked and made ready in every engine first; then the ingress takes it, in one step between two
-requests. A request keeps what it was admitted with. What is refused changes nothing, and is said by
-GET /v1/admin/config and the metric `live_config_refused`.
+A new config is checked and made ready in every engine first; then the ingress applies it, in one step between two
+requests. A request keeps what it was admitted with. A refused config changes nothing; GET /v1/admin/config and the
+metric `live_config_refused` report it.
 
 Ray Serve ends a replica whose `reconfigure` raises, so a wrong config must never come back to it as an error (Ray 2.60,
 serve/_private/deployment_state.py).
+
+The store keeps the config that was last applied (`serving/<name>/live.json`); an ingress or an engine replica that
+replaces another one begins with it.
 """
 
 import asyncio
@@ -15,14 +18,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from prometheus_client.core import Metric
+
 from graftwork.cluster.kuberay.objects import LIVE
 from graftwork.config import canonical_json, validate
 from graftwork.errors import ConfigError
 from graftwork.serving.ab_test.service import Experiments
 from graftwork.serving.api.auth import RateLimits
 from graftwork.serving.api.errors import ApiError, as_api_errors
-from graftwork.serving.arms import Dump
-from graftwork.serving.metrics_export import Family
+from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.metrics_export import counter, gauge
 from graftwork.serving.models import Catalog
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ServeSpec
@@ -37,19 +42,15 @@ class LiveConfig:
     """One for an endpoint, in its ingress. All methods run on the ingress' event loop."""
 
     def __init__(self, spec: ServeSpec, backend: EngineBackend) -> None:
-        self._spec, self._backend = spec, backend
+        self.spec, self._backend = spec, backend
+        """The spec as it is served now."""
         self.catalog, self.limits = Catalog(spec), RateLimits(spec.limits)
         self.experiments = Experiments(spec.root, self.catalog, backend)
         self._wanted: Mapping[str, Any] | None = None
         self._task: asyncio.Task[None] | None = None
         self._taken_at: float | None = None
         self._taken = 0
-        self._refused: Dump | None = None
-
-    @property
-    def spec(self) -> ServeSpec:
-        """The spec as it is served now."""
-        return self._spec
+        self._refused: Json | None = None
 
     async def open(self, tree: Mapping[str, Any]) -> None:
         """The first config that Serve gives. An ingress in another one's place begins with what that one took last.
@@ -57,7 +58,7 @@ class LiveConfig:
         Raises ApiError where the config is wrong and there is none to fall back on.
         """
         with as_api_errors():
-            found = await asyncio.to_thread(read_live_record, self._spec)
+            found = await asyncio.to_thread(read_live_record, self.spec)
         if found is None:
             return await self._persist(tree)
         self._apply(found)
@@ -72,32 +73,26 @@ class LiveConfig:
 
     def start(self) -> None:
         """Start the experiments of an endpoint whose spec never changes."""
-        if self._spec.experiments:
-            self.update(live_of(self._spec))
+        if self.spec.experiments:
+            self.update(live_of(self.spec))
 
-    def status(self) -> Dump:
+    def status(self) -> Json:
         """Plain data: which config is taken, and which was refused, why."""
         changing = self._task is not None and not self._task.done()
         return {
-            "config": digest(live_of(self._spec)),
+            "config": digest(live_of(self.spec)),
             "taken_at": self._taken_at,
             "taken": self._taken,
             "changing": changing,
             "refused": self._refused,
         }
 
-    def families(self) -> list[Family]:
-        """For GET /metrics."""
-        refused = 1.0 if self._refused else 0.0
+    def families(self) -> list[Metric]:
+        """Return the families of GET /metrics."""
+        text = "1 while the newest live config is not the one that is served."
         return [
-            Family(
-                "gauge",
-                "live_config_refused",
-                "1 while the newest live config is not the one that is served.",
-                (),
-                [((), refused)],
-            ),
-            Family("counter", "live_config_changes", "Live configs taken.", (), [((), float(self._taken))]),
+            gauge("live_config_refused", text, {(): 1 if self._refused else 0}),
+            counter("live_config_changes", "Live configs taken.", {(): self._taken}),
         ]
 
     async def _follow(self) -> None:
@@ -127,7 +122,7 @@ class LiveConfig:
 
     async def _take(self, tree: Mapping[str, Any]) -> None:
         """Raises ApiError; then everything is as it was."""
-        before, spec = self._spec, self._checked(tree)
+        before, spec = self.spec, self._checked(tree)
         await self.experiments.check(spec.experiments, Catalog(spec))
         arms = [arm.model_dump(mode="json") for arm in spec.arms]
         await self._backend.each("prepare", arms, list(spec.adapters))
@@ -145,20 +140,15 @@ class LiveConfig:
 
     def _apply(self, spec: ServeSpec) -> None:
         """No `await` here: between two requests."""
-        self._spec = spec
+        self.spec = spec
         self.catalog.take(spec)
         self.limits.take(spec.limits)
 
     def _checked(self, tree: Mapping[str, Any]) -> ServeSpec:
         try:
-            return with_live(self._spec, tree)
+            return with_live(self.spec, tree)
         except ConfigError as error:
             raise ApiError(400, error.text(), code="invalid_config") from None
-
-
-# What an endpoint's live config was when it was last taken: `serving/<name>/live.json` of its store.
-#
-# Its ingress writes it; an ingress or an engine replica that takes another one's place begins with it.
 
 
 FOLDER, FILE = "serving", "live.json"
@@ -178,13 +168,13 @@ def with_live(spec: ServeSpec, tree: Mapping[str, Any]) -> ServeSpec:
     return validate(ServeSpec, {**fixed, **tree}, where="live config")
 
 
-def live_of(spec: ServeSpec) -> Dump:
+def live_of(spec: ServeSpec) -> Json:
     """Its live keys."""
     return {key: value for key, value in spec.model_dump(mode="json").items() if key in LIVE}
 
 
 def digest(tree: Mapping[str, Any]) -> str:
-    """What a live config is called where it is told of."""
+    """Return the name of a live config in messages and in GET /v1/admin/config."""
     return hashlib.sha256(canonical_json(dict(tree)).encode()).hexdigest()[:10]
 
 

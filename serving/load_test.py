@@ -1,4 +1,4 @@
-"""Live traffic on an endpoint while an adapter is replaced: what failed, which version answered, how long it took."""
+"""Load test of an endpoint while an adapter is replaced: failures, versions that answered, latency."""
 
 import asyncio
 import time

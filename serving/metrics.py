@@ -1,6 +1,9 @@
-"""One engine replica's requests as they go: when the first token came, the gaps between tokens, how each ended.
+"""Requests of one engine replica, counted per arm and adapter version: time to first token, gaps, outcomes.
 
-All calls are on the replica's event loop. A burst of tokens that arrived together costs one look at the clock.
+Plain numbers on the replica's event loop, without locks; a burst of tokens that arrived together costs one look at the
+clock. Histograms are cumulative from the start. The number of series is bounded: the busiest adapters have their own,
+the rest share `other`. prometheus_client's instruments are not used here: they take one observation a call, and a
+series can't be added to another without their private attributes.
 """
 
 import asyncio
@@ -13,13 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from graftwork.serving.api.errors import ApiError
-from graftwork.serving.arms import ArmAnswer
-
-# What requests took, added up per arm and adapter version: plain numbers on one event loop, no locks.
-#
-# Histograms are cumulative from the start, as Prometheus wants them. How many series there are is bounded: the busiest
-# adapters have their own, the rest share one called `other`.
-
+from graftwork.serving.messages import ArmAnswer
 
 TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
@@ -66,8 +63,9 @@ class Histogram:
 
 @dataclass(slots=True)
 class RequestSeries:
-    """The numbers of one key."""
+    """Numbers of one key, or of several that share `OTHER`."""
 
+    key: SeriesKey
     ttft: Histogram = field(default_factory=lambda: Histogram(TTFT_S))
     token_gap: Histogram = field(default_factory=lambda: Histogram(TOKEN_S))
     token_mean: Histogram = field(default_factory=lambda: Histogram(TOKEN_S))
@@ -93,7 +91,7 @@ class SeriesTable:
     def __init__(self, limit: int = MAX_SERIES) -> None:
         self._limit, self._began = limit, 0
         self._own: dict[SeriesKey, RequestSeries] = {}
-        self._shared = {OTHER: RequestSeries(), NOT_ADMITTED: RequestSeries()}
+        self._shared = {key: RequestSeries(key) for key in (OTHER, NOT_ADMITTED)}
         self._heat: Counter[SeriesKey] = Counter()
 
     def begin(self, key: SeriesKey) -> None:
@@ -109,11 +107,7 @@ class SeriesTable:
             if self._heat[key] < 2 * self._heat[coldest] + 2:  # twice as hot, so that two don't take turns
                 return
             self._shared[OTHER].add(self._own.pop(coldest))
-        self._own[key] = RequestSeries()
-
-    def label(self, key: SeriesKey) -> SeriesKey:
-        """The key under which it is counted now."""
-        return key if key in self._own or key in self._shared else OTHER
+        self._own[key] = RequestSeries(key)
 
     def at(self, key: SeriesKey) -> RequestSeries:
         """Where to count for `key` now; don't keep it."""
@@ -152,7 +146,8 @@ class RequestMetrics:
         self._ttft_s: float | None = None
         self._last: dict[int, float] = {}
         self._tokens, self._gaps, self._gaps_s = 0, 0, 0.0
-        self._answer: ArmAnswer | None = None
+        self.answer: ArmAnswer | None = None
+        """The latest whole answer."""
 
     def admitted(self, arm: str, task: str | None, version: str | None) -> None:
         """Its arm and adapter version are known and exist."""
@@ -180,30 +175,20 @@ class RequestMetrics:
         self._tokens += tokens
         self._last[answer] = now
 
-    def done(self, answer: ArmAnswer) -> None:
-        """An answer is whole."""
-        self._answer = answer
-
     def end(self, outcome: str) -> FinishedRequest:
         """Count it."""
         series = self._traffic.table.at(self._key)
         latency = time.perf_counter() - self._began
         mean = self._gaps_s / self._gaps if self._gaps else None
-        prompt = self._answer.prompt_tokens if self._answer else 0
+        prompt = self.answer.prompt_tokens if self.answer else 0
         series.outcomes[outcome] += 1
         series.latency.observe(latency)
         series.prompt_tokens += prompt
-        series.cached_tokens += self._answer.cached_tokens if self._answer else 0
-        series.passages_left_out += len(self._answer.left_out_ids) if self._answer else 0
+        series.cached_tokens += self.answer.cached_tokens if self.answer else 0
+        series.passages_left_out += len(self.answer.left_out_ids) if self.answer else 0
         if mean is not None:
             series.token_mean.observe(mean)
-        label = self._traffic.table.label(self._key)
-        return FinishedRequest(label, outcome, self._ttft_s, latency, mean, prompt, self._tokens)
-
-    @property
-    def reason(self) -> str:
-        """OpenAI's finish reason, of the last answer where there were several."""
-        return self._answer.finish_reason if self._answer else "cancelled"
+        return FinishedRequest(series.key, outcome, self._ttft_s, latency, mean, prompt, self._tokens)
 
 
 class TrafficMetrics:
@@ -219,19 +204,20 @@ class TrafficMetrics:
     @contextmanager
     def request(self) -> Iterator[RequestMetrics]:
         """Watch one request; how the block is left is how it ended."""
-        watch = RequestMetrics(self)
+        watch, failure = RequestMetrics(self), None
         try:
             yield watch
         except ApiError as error:
-            self.ended.append(watch.end(error.code or f"http_{error.status}"))
+            failure = error.code or f"http_{error.status}"
             raise
         except (GeneratorExit, asyncio.CancelledError):
-            self.ended.append(watch.end(watch.reason))
             raise
         except BaseException:
-            self.ended.append(watch.end("internal_error"))
+            failure = "internal_error"
             raise
-        self.ended.append(watch.end(watch.reason))
+        finally:
+            reason = watch.answer.finish_reason if watch.answer else "cancelled"
+            self.ended.append(watch.end(failure or reason))
 
     def first_tokens(self) -> list[tuple[SeriesKey, float]]:
         """(key, TTFT in s) of the last minute, at most RECENT of them."""

@@ -1,6 +1,8 @@
-"""What the owner of an endpoint does with adapters, on one replica: register, load, pin, promote, roll back, unload.
+"""Models of an endpoint: names, listing, the published adapters of its base, and what the owner does with them.
 
-Methods take and return plain data, for they are called through a handle. They raise ApiError.
+A model name is the base, `BASE:task[@ref]` or `arm/NAME`; each means one arm record. `Catalog` and `ModelList` run in
+the ingress, `AdapterSource` and `Registry` in each replica. The methods of `Registry` take and return JSON bodies of
+the admin API, for they are called through a handle, and raise ApiError.
 """
 
 import asyncio
@@ -28,14 +30,12 @@ from graftwork.prompts.render import PromptSpec
 from graftwork.serving.adapter_cache import AdapterCache
 from graftwork.serving.api.errors import ApiError, as_api_errors, unknown_model
 from graftwork.serving.api.openai_responses import Json, model_card
-from graftwork.serving.arms import Dump, warm
+from graftwork.serving.arms import warm
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage.store import ALIAS_PATTERN, Store, cache_root
 
-# Model names of the endpoint: the base, `BASE:task[@ref]`, `arm/NAME`; each means one arm record.
-
-
+_ADAPTER_ARM = ArmSpec(name="adapter", max_new_tokens=None)
 DEFAULT_ALIAS = "latest"
 """`BASE:task` means `BASE:task@latest`."""
 
@@ -57,17 +57,17 @@ class Catalog:
     def take(self, spec: ServeSpec) -> None:
         """Answer to these arms from now on."""
         self.changes += 1
-        self._arms = {f"arm/{arm.name}": arm for arm in spec.arms}
+        self._named_arms = {f"arm/{arm.name}": arm for arm in spec.arms}
+        self._arms = {self.base: ArmSpec(name="base", max_new_tokens=None), **self._named_arms}
 
     def arm(self, model: str) -> ArmSpec:
         """The arm behind a model name. Raises ApiError 404; whether its adapter exists is found out by the replica."""
-        if model in self._arms:
-            return self._arms[model]
-        if model == self.base:
-            return ArmSpec(name="base", max_new_tokens=None)
+        arm = self._arms.get(model)
+        if arm is not None:
+            return arm
         if not model.startswith(f"{self.base}:"):
             raise self._unknown(model)
-        return ArmSpec(name="adapter", adapter=self.ref(model), max_new_tokens=None)
+        return _ADAPTER_ARM.model_copy(update={"adapter": self.ref(model)})  # `ref` has checked the one new value
 
     def ref(self, name: str) -> str:
         """`task@ref` from `task`, `task@ref` or either with `BASE:` before it. Raises ApiError 404 for no such form."""
@@ -84,14 +84,14 @@ class Catalog:
         if model != self._embedder:
             raise unknown_model(model, f"The embedder here: {self._embedder}.")
 
-    def cards(self, adapters: list[Dump], created: int) -> list[Json]:
+    def cards(self, adapters: list[Json], created: int) -> list[Json]:
         """GET /v1/models: the base, the arms, each adapter by alias and version (`EngineReplica.models`).
 
         `created` is for base and arms.
         """
         cards = [model_card(self.base, created)]
         cards += [model_card(self._embedder, created, kind="embedder")] if self._embedder else []
-        cards += [model_card(name, created, adapter=arm.adapter) for name, arm in self._arms.items()]
+        cards += [model_card(name, created, adapter=arm.adapter) for name, arm in self._named_arms.items()]
         for adapter in adapters:
             task, version, aliases = adapter["task"], adapter["version"], adapter["aliases"]
             names = [f"{self.base}:{task}"] if DEFAULT_ALIAS in aliases else []
@@ -102,7 +102,9 @@ class Catalog:
 
     def forms(self) -> str:
         """The names that models have here, as a sentence."""
-        return f"Models here: {', '.join([self.base, f'{self.base}:TASK', f'{self.base}:TASK@ALIAS', *self._arms])}."
+        return (
+            f"Models here: {', '.join([self.base, f'{self.base}:TASK', f'{self.base}:TASK@ALIAS', *self._named_arms])}."
+        )
 
     def _unknown(self, model: str) -> ApiError:
         return unknown_model(model, f"{self.forms()} GET /v1/models lists them all.")
@@ -111,9 +113,6 @@ class Catalog:
 def seconds(created_at: str) -> int:
     """Unix seconds of an ISO 8601 time."""
     return int(datetime.fromisoformat(created_at).timestamp())
-
-
-# Models of an endpoint for GET /v1/models: the store is listed at most once a second, and for one model not at all.
 
 
 FRESH_S = 1.0
@@ -125,7 +124,7 @@ COMPARED = 1000
 
 
 class ModelList:
-    """One for an endpoint, in its ingress."""
+    """Listing of GET /v1/models, one for an endpoint; the store is read at most once a second."""
 
     def __init__(self, catalog: Catalog, backend: EngineBackend) -> None:
         self._catalog, self._backend = catalog, backend
@@ -180,12 +179,12 @@ def _compact(body: Json) -> bytes:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-# The published adapters that one base can serve: looked up, checked against the base, brought to this machine.
-
-
 @dataclass(frozen=True)
 class AdapterSource:
-    """Adapters of a store made for the base with this digest. All methods block: call them off the event loop."""
+    """Adapters of a store made for the base with this digest: resolved, checked against the base, fetched.
+
+    All methods block: call them off the event loop.
+    """
 
     store: Store
     base_digest: str
@@ -272,7 +271,7 @@ class Registry:
         self._roots = spec.adapter_roots or (source.store.uri,)
         self._max_bytes = spec.engine.host_cache_bytes
 
-    async def register(self, uri: str, alias: str | None) -> Dump:
+    async def register(self, uri: str, alias: str | None) -> Json:
         """Take the version at `uri` into the store, where this engine can serve it, and let `alias` point at it."""
         with as_api_errors():
             manifest = await asyncio.to_thread(self._take, uri)
@@ -280,51 +279,51 @@ class Registry:
                 await asyncio.to_thread(artifact.promote, self._source.store, manifest.task, alias, manifest.version)
         return {"adapter": manifest.ref, "task": manifest.task, "version": manifest.version, "alias": alias}
 
-    async def load(self, ref: str) -> Dump:
+    async def load(self, ref: str) -> Json:
         """Bring the version into host memory."""
         with as_api_errors():
             pin = await self._adapter_cache.pin(ref)
             self._adapter_cache.release(pin)
         return {"adapter": ref, "version": pin.manifest.version}
 
-    async def pin(self, ref: str) -> Dump:
+    async def pin(self, ref: str) -> Json:
         """Load it and keep it there."""
         with as_api_errors():
             return {"adapter": ref, "version": await self._adapter_cache.keep(ref)}
 
-    async def unpin(self, ref: str) -> Dump:
+    async def unpin(self, ref: str) -> Json:
         """It may go again when its room is needed."""
         with as_api_errors():
             return {"adapter": ref, "version": await self._adapter_cache.unkeep(ref)}
 
-    async def unload(self, ref: str) -> Dump:
+    async def unload(self, ref: str) -> Json:
         """It leaves the engine, now or with its last request; it stays registered, and loads again when asked for."""
         with as_api_errors():
             return {"adapter": ref, "version": await self._adapter_cache.unload(ref)}
 
-    async def promote(self, ref: str, version: str) -> Dump:
+    async def promote(self, ref: str, version: str) -> Json:
         """Let the alias `ref` point at a version (or at where another alias points), in the store."""
-        task, alias = _named(ref)
+        task, alias = _task_and_alias(ref)
         with as_api_errors():
             found = await asyncio.to_thread(self._source.resolve, f"{task}@{version}")
             old = await asyncio.to_thread(artifact_alias.read, self._source.store, task, alias)
             await asyncio.to_thread(artifact.promote, self._source.store, task, alias, found.version)
         return {"adapter": ref, "old": old, "new": found.version}
 
-    async def before(self, ref: str) -> Dump:
+    async def before(self, ref: str) -> Json:
         """The version that the alias pointed at before."""
-        task, alias = _named(ref)
+        task, alias = _task_and_alias(ref)
         with as_api_errors():
             return {"version": await asyncio.to_thread(before, self._source.store, task, alias)}
 
-    async def roll_back(self, ref: str) -> Dump:
+    async def roll_back(self, ref: str) -> Json:
         """Let the alias point at the version before, in the store."""
-        task, alias = _named(ref)
+        task, alias = _task_and_alias(ref)
         with as_api_errors():
             old, new = await asyncio.to_thread(roll_back, self._source.store, task, alias)
         return {"adapter": ref, "old": old, "new": new}
 
-    async def registered(self) -> list[Dump]:
+    async def registered(self) -> list[Json]:
         """Every version in the store that was made for this base, with what is known of it without loading.
 
         aliases: those that mean it here; in_store: those that mean it in the store, and will here after a swap.
@@ -367,6 +366,6 @@ class Registry:
         return self._source.store.local_dir(*version_key(manifest.task, manifest.version)).is_dir()
 
 
-def _named(ref: str) -> tuple[str, str]:
+def _task_and_alias(ref: str) -> tuple[str, str]:
     task, _, alias = ref.partition("@")
     return task, alias

@@ -21,9 +21,6 @@ from graftwork.quantization.spec import QuantSpec
 from graftwork.retrieval.embedder import EmbedderShape
 from graftwork.serving.spec import EngineSpec
 
-# Peaks of the processes that serve: an engine replica, an embedder.
-
-
 SERVING_PROCESS_BYTES = 640 * MIB
 """Peak of an engine replica beside what it holds, with up to 256 MiB of heap that it keeps between steps: 1,548 MiB
 measured with SmolLM2-135M dequantised and 8,192 tokens of keys and values."""

@@ -1,4 +1,8 @@
-"""Ray Serve itself: had for the time of an endpoint, on a port that is free, and gone afterwards."""
+"""Life of Ray Serve around an endpoint: started on a free port, shut down with the driver that deployed it.
+
+Serve itself keeps an endpoint whose driver was killed, so each engine replica checks that its owner lives. An endpoint
+that a Serve config deployed has no owner.
+"""
 
 import asyncio
 import contextlib
@@ -18,12 +22,6 @@ from graftwork.compat.ray import job_has_ended, table_get, table_put
 from graftwork.compat.ray_serve import controller, delete_application, end_serve, http_address
 from graftwork.errors import ConfigError, GraftworkError, RunError
 from graftwork.serving.spec import ServeSpec
-
-# An endpoint that a driver deployed goes when the driver does, however that ended: Serve itself would keep it.
-#
-# Each engine replica looks, for a driver that was killed can do nothing more. What a Serve config deployed has no
-# owner.
-
 
 log = logging.getLogger("ray.serve")
 OWNER_POLL_INTERVAL_S = 2.0

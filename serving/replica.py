@@ -1,15 +1,15 @@
-"""One Ray Serve replica: one engine over one base, and the adapters its requests ask for."""
+"""Engine replica of Ray Serve: one engine over one base, and the adapters that its requests need."""
 
 import asyncio
 import logging
 import os
-import resource
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import ray
@@ -21,18 +21,14 @@ from graftwork.errors import GraftworkError, RunError, StorageError
 from graftwork.prompts.render import Passage
 from graftwork.serving.adapter_cache import AdapterCache, Pin
 from graftwork.serving.api.errors import ApiError, as_api_errors, bad_request
+from graftwork.serving.api.openai_responses import Json
 from graftwork.serving.arms import (
     ArmPrompt,
-    Dump,
-    Question,
-    SamplingOptions,
     build_prompt,
     find,
-    messages_of,
     query_of,
     raw_prompt,
     require_bytes,
-    require_short,
     size_of,
     warm,
 )
@@ -40,9 +36,11 @@ from graftwork.serving.detokenize import LogprobStream
 from graftwork.serving.engine import open_engine
 from graftwork.serving.engine.grammar import Grammar, Grammars, Vocabulary, read_grammar
 from graftwork.serving.engine.request import GenerateRequest
-from graftwork.serving.generation import Generation, StreamedAnswer, collect, continuation_ids
+from graftwork.serving.engine.sequence import choice_seed
+from graftwork.serving.generation import Generation, StreamedAnswer, collect_likelihoods, continuation_ids
 from graftwork.serving.live_config import read_live_record
-from graftwork.serving.metrics_export import Family, ReplicaMetrics
+from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood, Question, StreamChunk, StreamStart
+from graftwork.serving.metrics_export import ReplicaMetrics, ReplicaSnapshot
 from graftwork.serving.models import VERBS, AdapterSource, Registry, as_served, trained_prompt
 from graftwork.serving.rag.rerank import rerank
 from graftwork.serving.ray_serve_lifecycle import end_with
@@ -59,28 +57,19 @@ PROMPT_THREADS = 2
 class _Admitted:
     """A request whose version is pinned and whose prompt is built. Closing `hold` releases the pin."""
 
-    arm: ArmSpec
-    sampling: SamplingOptions
     prompt: ArmPrompt
     grammar: Grammar | None
     pin: Pin | None
+    version: str | None
+    """The adapter version; None is the base."""
     hold: ExitStack
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        own = frozenset[int]() if self.sampling.ignore_eos else self.prompt.stop_ids
-        return own | frozenset(self.sampling.stop_ids)
-
-    @property
-    def version(self) -> str | None:
-        return self.pin.manifest.version if self.pin else None
 
 
 class EngineReplica:
     """Answers arms. All methods run on the replica's event loop; decoding runs in the engine's own thread."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, spec: Dump, owner: str | None = None, follows: bool = False
+        self, spec: Json, owner: str | None = None, follows: bool = False
     ) -> None:
         """owner, follows: see `graftwork.serving.deploy.build`."""
         self._spec, self._name = ServeSpec.model_validate(spec), _replica_name()
@@ -97,9 +86,9 @@ class EngineReplica:
         self._adapter_cache = AdapterCache(
             self._engine, self._source, max_bytes=limits.host_cache_bytes, fetch_timeout_s=limits.fetch_timeout_s
         )
-        self._metrics = ReplicaMetrics(self._engine.stats, self._adapters)
+        self._metrics = ReplicaMetrics(self._name, base.digest, self._reason, self._engine.stats, self._adapters)
         if ray.is_initialized():
-            self._metrics.tell_ray()
+            self._metrics.start_ray_export()
         self._registry = Registry(self._spec, self._source, self._adapter_cache, self._engine)
         self._engine.start()
         await self._warm_up(self._spec)
@@ -108,60 +97,64 @@ class EngineReplica:
         self._owner = asyncio.create_task(end_with(owner, self._spec.name)) if owner else None
         self._ready_at = int(time.time())
 
-    async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump | None = None) -> Dump:
-        """An arm's whole answer, as `ArmAnswer.dump`. `arm`, `sampling`: dumps of ArmSpec and Sampling.
+    async def choices(self, request: ArmRequest) -> list[ArmAnswer]:
+        """Return the `n` answers to a request, in order.
 
         Raises ApiError. Cancelling the call ends the request in the engine.
         """
-        return (await self.choices(arm, messages, request_id, sampling))[0]
+        async with aclosing(self.stream(request)) as chunks:
+            answers = [chunk async for chunk in chunks if isinstance(chunk, ArmAnswer)]
+        return sorted(answers, key=attrgetter("index"))
 
-    async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump | None = None) -> list[Dump]:
-        """As `answer`: all of the `SamplingOptions.n` answers, in order."""
-        async with aclosing(self.stream(arm, messages, request_id, sampling)) as chunks:
-            answers = [chunk["answer"] async for chunk in chunks if "answer" in chunk]
-        return sorted(answers, key=lambda answer: int(answer["index"]))
-
-    async def stream(
-        self, arm: Dump, messages: Question, request_id: str, sampling: Dump | None = None
-    ) -> AsyncGenerator[Dump]:
-        """The answers as they grow: `{"base_digest", "version", "prompt_tokens"}` once admitted, then pieces `{"index",
-        "text", "tokens", "logprobs"}` (tokens of this answer so far; logprobs where asked for), at the end of each
-        answer `{"answer"}`. A piece has no text where its tokens have none yet.
+    async def stream(self, request: ArmRequest) -> AsyncGenerator[StreamChunk]:
+        """Yield a `StreamStart` once the request is admitted, then pieces of each answer, and each whole answer.
 
         Raises ApiError; where the request can't be served, before the first chunk.
         """
         arrived = time.perf_counter()
         with self._metrics.traffic.request() as watch:
             with as_api_errors():
-                wanted = SamplingOptions.load(sampling) if sampling else SamplingOptions()
-                admitted = await self._admit(arm, messages, wanted)
-                generation = self._submit(request_id, admitted, arrived)
-            task = admitted.pin.manifest.task if admitted.pin else None
-            cold = admitted.pin is not None and admitted.pin.cold
-            watch.admitted(admitted.arm.name, task, admitted.version)
+                admitted = await self._admit(request)
+                stop_ids = frozenset(request.stop_ids)
+                if not request.ignore_eos:
+                    stop_ids |= admitted.prompt.stop_ids
+                generation = self._submit(request, admitted, stop_ids, arrived)
+            pin, prompt = admitted.pin, admitted.prompt
+            task, cold = (pin.manifest.task, pin.cold) if pin else (None, False)
+            watch.admitted(request.arm.name, task, admitted.version)
             with closing(generation):
-                prompt_tokens = len(admitted.prompt.ids)
-                yield {"base_digest": self._base_digest, "version": admitted.version, "prompt_tokens": prompt_tokens}
-                growing = [self._growing(index, admitted, arrived) for index in range(admitted.sampling.n)]
+                start = StreamStart(self._base_digest, admitted.version, len(prompt.ids))
+                yield start
+                growing = [
+                    StreamedAnswer(
+                        index,
+                        self._template.decode,
+                        request.sampling.stop,
+                        stop_ids,
+                        prompt,
+                        arrived,
+                        LogprobStream(self._vocabulary.spell, self._template.special_ids)
+                        if request.sampling.logprobs is not None
+                        else None,
+                    )
+                    for index in range(request.n)
+                ]
                 async for events in generation.events():
                     for index, arrivals in events.items():
                         answer = growing[index]
                         watch.burst(sum(event.token_id >= 0 for event in arrivals), index)
-                        text, logprobs = answer.add(arrivals)
-                        if text or logprobs or not answer.ended:
-                            told = [asdict(one) for one in logprobs]
-                            yield {"index": index, "text": text, "tokens": answer.tokens, "logprobs": told}
-                        if answer.ended:
-                            whole = answer.answer(
-                                request_id, admitted.arm.name, task, admitted.version, self._base_digest, cold=cold
-                            )
-                            watch.done(whole)
-                            yield {"answer": whole.dump()}
+                        delta = answer.add(arrivals)
+                        if delta.text or delta.logprobs or not answer.finish_reason:
+                            yield delta
+                        if answer.finish_reason:
+                            whole = answer.answer(request, task, start, cold=cold)
+                            watch.answer = whole
+                            yield whole
 
     async def likelihood(
-        self, arm: Dump, messages: Question, continuations: Sequence[str], request_id: str
-    ) -> list[Dump]:
-        """How likely the arm is to answer with each text, as `Likelihood.dump`, in order; nothing is generated.
+        self, arm: ArmSpec, question: Question, continuations: Sequence[str], request_id: str
+    ) -> list[Likelihood]:
+        """Return how likely the arm is to answer with each text, in order; nothing is generated.
 
         A text's tokens stand right behind the prompt; the token that would end the answer is not one of them. The arm's
         grammar and decoding play no part. Raises ApiError. Cancelling the call ends its requests in the engine.
@@ -169,25 +162,23 @@ class EngineReplica:
         arrived = time.perf_counter()
         with as_api_errors():
             scored = await self._in_thread(partial(continuation_ids, continuations, self._template))
-            wanted = SamplingOptions(max_new_tokens=max(map(len, scored)))
-            admitted = await self._admit(arm, messages, wanted, grammar=False)
-            generation = self._generation(
-                admitted.hold,
-                [
-                    GenerateRequest(
-                        f"{request_id}/{index}",
-                        admitted.prompt.ids,
-                        adapter=admitted.version,
-                        continuation=ids,
-                        arrived=arrived,
-                    )
-                    for index, ids in enumerate(scored)
-                ],
-            )
+            request = ArmRequest(arm, question, request_id, max_new_tokens=max(map(len, scored)))
+            admitted = await self._admit(request, grammar=False)
+            requests = [
+                GenerateRequest(
+                    f"{request_id}/{index}",
+                    admitted.prompt.ids,
+                    adapter=admitted.version,
+                    continuation=ids,
+                    arrived=arrived,
+                )
+                for index, ids in enumerate(scored)
+            ]
+            generation = Generation(self._engine, requests, on_end=admitted.hold.close)
         with closing(generation):
-            return [one.dump() for one in await collect(generation, [len(ids) for ids in scored])]
+            return await collect_likelihoods(generation, [len(ids) for ids in scored])
 
-    async def refresh(self, ref: str) -> Dump:
+    async def refresh(self, ref: str) -> Json:
         """Read `task@alias` again: new requests get the version it points at. Loads it first; running requests stay.
 
         Raises ApiError; then nothing changed.
@@ -197,7 +188,7 @@ class EngineReplica:
             old, new = await self._adapter_cache.refresh(ref)
         return {"adapter": ref, "old": old, "new": new, "swap_ms": round((time.perf_counter() - began) * 1000, 1)}
 
-    async def prepare(self, arms: Sequence[Dump], adapters: Sequence[str]) -> None:
+    async def prepare(self, arms: Sequence[Json], adapters: Sequence[str]) -> None:
         """Read, compile and load what these arms and adapters need, so that no request waits for it.
 
         Raises ApiError that names what can't be served; what was loaded by then stays until its room is needed.
@@ -214,7 +205,7 @@ class EngineReplica:
         assert verb in VERBS, f"no verb {verb!r}"
         return await getattr(self._registry, verb)(*args)
 
-    async def models(self, ref: str | None = None) -> Dump:
+    async def models(self, ref: str | None = None) -> Json:
         """The store's adapters made for this base: names and age. When this replica became ready (s).
 
         ref: `task@alias-or-version` for that one alone, "" for none.
@@ -237,41 +228,23 @@ class EngineReplica:
         """UTF-8 bytes of text that one token of the base holds at most."""
         return self._template.longest_token_bytes
 
-    async def adapters(self) -> list[Dump]:
+    async def adapters(self) -> list[Json]:
         """Every version in the engine or on its way there."""
         return self._adapters()
 
-    async def metrics(self) -> tuple[str, list[Family]]:
-        """This replica's name and its metrics, for GET /metrics."""
-        return self._name, self._metrics.families()
+    async def snapshot(self) -> ReplicaSnapshot:
+        """Return state and counts of this replica: the source of GET /metrics, /v1/stats, /v1/live and the page."""
+        return self._metrics.snapshot()
 
-    async def live(self) -> Dump:
-        """What the page at GET / shows of this replica."""
-        first = [[*key, ttft_s * 1000] for key, ttft_s in self._metrics.traffic.first_tokens()]
-        series = [
-            [*key, sum(s.outcomes.values()), s.completion_tokens] for key, s in self._metrics.traffic.table.items()
-        ]
-        return {**await self.stats(), "adapters": self._adapters(), "series": series, "first_tokens_ms": first}
-
-    def _adapters(self) -> list[Dump]:
+    def _adapters(self) -> list[Json]:
         slots = {slot.version: asdict(slot) for slot in self._engine.adapters()}
         return [{**slots.get(r.version, {}), **asdict(r), "replica": self._name} for r in self._adapter_cache.states()]
 
-    async def record_routing_stats(self) -> Dump:
+    async def record_routing_stats(self) -> Json:
         """Called by Serve each second: what AdapterRouter knows of this replica."""
         ready = [r for r in self._adapter_cache.states() if r.state == "ready"]
         by_version = {f"{ref.partition('@')[0]}@{r.version}" for r in ready for ref in r.refs}
         return {RESIDENTS: sorted(by_version.union(*(r.refs for r in ready)))}
-
-    async def stats(self) -> Dump:
-        """The engine's counters and process, the base and how it is held."""
-        engine = asdict(self._engine.stats())
-        process = {
-            "replica": self._name,
-            "pid": os.getpid(),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        return {**process, "base_digest": self._base_digest, "reason": self._reason, "engine": engine}
 
     async def ready(self) -> bool:
         """Whether requests are answered here: the engine is warm (else Serve sends nothing) and decodes."""
@@ -287,105 +260,87 @@ class EngineReplica:
         self._engine.stop()
         self._adapter_cache.close()
 
-    async def _admit(
-        self, arm: Dump, messages: Question, wanted: SamplingOptions, *, grammar: bool = True
-    ) -> _Admitted:
-        spec = ArmSpec.model_validate(arm)
-        require_bytes(size_of(messages), self._template.longest_token_bytes, self._engine.room(None))
+    async def _admit(self, request: ArmRequest, *, grammar: bool = True) -> _Admitted:
+        arm = request.arm
+        require_bytes(size_of(request.question), self._template.longest_token_bytes, self._engine.room(None))
         with ExitStack() as hold:
-            pin = await self._adapter_cache.pin(spec.adapter) if spec.adapter else None
+            pin = await self._adapter_cache.pin(arm.adapter) if arm.adapter else None
             if pin is not None:
                 hold.callback(self._adapter_cache.release, pin)
-            passages = await self._passages(spec, messages)
-            prompt = await self._in_thread(partial(self._prompt, spec, messages, wanted, pin, passages))
-            compiled = await self._in_thread(partial(self._grammar, spec, wanted)) if grammar else None
-            return _Admitted(spec, wanted, prompt, compiled, pin, hold.pop_all())
+            passages = await self._passages(arm, request.question) if arm.retriever else ()
+            prompt = await self._in_thread(partial(self._prompt, request, pin, passages))
+            compiled = None
+            if grammar and (request.grammar or arm.grammar or request.sampling.logprobs is not None):
+                compiled = await self._in_thread(partial(self._grammar, arm, request))
+            return _Admitted(prompt, compiled, pin, pin.manifest.version if pin else None, hold.pop_all())
 
-    def _submit(self, request_id: str, admitted: _Admitted, arrived: float) -> Generation:
-        wanted, prompt = admitted.sampling, admitted.prompt
-        salt = "" if self._spec.engine.share_prefix_cache else wanted.cache_salt
+    def _submit(self, request: ArmRequest, admitted: _Admitted, stop_ids: frozenset[int], arrived: float) -> Generation:
+        sampling = replace(request.sampling, max_new_tokens=admitted.prompt.max_new_tokens)
         requests = [
             GenerateRequest(
-                request_id if wanted.n == 1 else f"{request_id}/{index}",
-                prompt.ids,
-                wanted.params(prompt.max_new_tokens, index),
-                admitted.stop_ids,
+                request.request_id if request.n == 1 else f"{request.request_id}/{index}",
+                admitted.prompt.ids,
+                replace(sampling, seed=choice_seed(sampling.seed, index)) if index else sampling,
+                stop_ids,
                 admitted.version,
                 grammar=admitted.grammar,
-                idle_only=wanted.idle_only,
-                cache_salt=salt,
+                idle_only=request.idle_only,
+                cache_salt="" if self._spec.engine.share_prefix_cache else request.cache_salt,
                 arrived=arrived,
             )
-            for index in range(wanted.n)
+            for index in range(request.n)
         ]
-        return self._generation(admitted.hold, requests)
+        return Generation(self._engine, requests, on_end=admitted.hold.close)
 
-    def _generation(self, hold: ExitStack, requests: Sequence[GenerateRequest]) -> Generation:
-        """Submits them. `hold` is let go when the last has ended, or now where one is refused."""
-        with ExitStack() as on_failure:
-            on_failure.push(hold)
-            generation = Generation(self._engine, requests, on_end=hold.close)
-            on_failure.pop_all()
-        return generation
-
-    def _growing(self, index: int, admitted: _Admitted, arrived: float) -> StreamedAnswer:
-        wanted = admitted.sampling
-        told = (
-            LogprobStream(self._vocabulary.spell, self._template.special_ids) if wanted.logprobs is not None else None
-        )
-        return StreamedAnswer(
-            index, self._template.decode, wanted.stop, admitted.stop_ids, admitted.prompt, arrived, told
-        )
-
-    def _grammar(self, arm: ArmSpec, wanted: SamplingOptions) -> Grammar | None:
-        """What the request asks for or its arm has; builds the vocabulary's table where it will be needed."""
-        if wanted.logprobs is not None:
+    def _grammar(self, arm: ArmSpec, request: ArmRequest | None = None) -> Grammar | None:
+        """Compile the grammar of the request or its arm; build the vocabulary's table where it will be needed."""
+        asked = request.grammar if request else None
+        if request is not None and request.sampling.logprobs is not None:
             self._vocabulary.open()
-        if wanted.grammar is not None and arm.grammar is not None:
+        if asked is not None and arm.grammar is not None:
             raise bad_request(
                 f"The arm {arm.name!r} has its own grammar: leave response_format and regex out.",
-                param="response_format" if wanted.grammar.kind == "json_schema" else "regex",
+                param="response_format" if asked.kind == "json_schema" else "regex",
             )
-        text = wanted.grammar or (read_grammar(arm.grammar) if arm.grammar else None)
+        text = asked or (read_grammar(arm.grammar) if arm.grammar else None)
         return self._grammars.compile(text) if text is not None else None
 
-    async def _passages(self, arm: ArmSpec, messages: Question) -> tuple[Passage, ...]:
-        """What the arm's retriever finds, reranked where the arm says so: then each candidate is a prefill of the base
-        in the engine's own batches, and the event loop only waits.
+    async def _passages(self, arm: ArmSpec, question: Question) -> tuple[Passage, ...]:
+        """Return what the arm's retriever finds, reranked where the arm says so: then each candidate is a prefill of
+        the base in the engine's own batches, and the event loop only waits.
         """
-        if arm.retriever is None or isinstance(messages, str):
+        if arm.retriever is None or isinstance(question, str):
             return ()
-        asked = messages_of(messages)
-        found = await self._in_thread(partial(find, arm, asked))
+        found = await self._in_thread(partial(find, arm, question))
         if arm.retriever.rerank is None:
             return found
-        return await rerank(query_of(arm, asked), found, self.likelihood, arm.retriever.k)
+        return await rerank(query_of(arm, question), found, self.likelihood, arm.retriever.k)
 
-    def _prompt(
-        self, arm: ArmSpec, messages: Question, wanted: SamplingOptions, pin: Pin | None, passages: Sequence[Passage]
-    ) -> ArmPrompt:
+    def _prompt(self, request: ArmRequest, pin: Pin | None, passages: Sequence[Passage]) -> ArmPrompt:
         limit = self._engine.room(pin.manifest.version if pin else None)
-        if isinstance(messages, str):
-            prompt = raw_prompt(messages, self._template, max_seq_len=limit, max_new_tokens=wanted.max_new_tokens)
-        else:
-            trained = trained_prompt(pin.manifest) if pin else None
-            template = self._template.on(pin.manifest.template_date) if pin else self._template
-            prompt = build_prompt(
-                arm,
-                messages_of(messages),
-                template,
+        if isinstance(request.question, str):
+            return raw_prompt(
+                request.question,
+                self._template,
                 max_seq_len=limit,
-                trained=trained,
-                max_new_tokens=wanted.max_new_tokens,
-                passages=passages,
+                max_new_tokens=request.max_new_tokens,
+                max_prompt_tokens=request.max_prompt_tokens,
             )
-        require_short(prompt, wanted.max_prompt_tokens)
-        return prompt
+        return build_prompt(
+            request.arm,
+            request.question,
+            self._template.on(pin.manifest.template_date) if pin else self._template,
+            max_seq_len=limit,
+            trained=trained_prompt(pin.manifest) if pin else None,
+            max_new_tokens=request.max_new_tokens,
+            max_prompt_tokens=request.max_prompt_tokens,
+            passages=passages,
+        )
 
     async def _warm_up(self, spec: ServeSpec) -> None:
         for arm in spec.arms:
             await self._in_thread(partial(warm, arm.prompt, arm.retriever))
-            await self._in_thread(partial(self._grammar, arm, SamplingOptions()))
+            await self._in_thread(partial(self._grammar, arm))
         for ref in dict.fromkeys([*spec.adapters, *(arm.adapter for arm in spec.arms if arm.adapter)]):
             self._adapter_cache.release(await self._adapter_cache.pin(ref))
 

@@ -1,4 +1,9 @@
-"""The engine replicas as the ingress sees them: calls through Ray Serve, failures as ApiErrors."""
+"""Routing of requests to engine replicas: calls through Ray Serve, failures as ApiErrors, replicas by adapter.
+
+`AdapterRouter` runs in the process that calls (the ingress). Ray Serve makes one router per handle and gives it the
+replicas, what each last recorded (`EngineReplica.record_routing_stats`) and how many requests each holds. The adapter
+comes with the call as its `multiplexed_model_id`; a call without one is for the base, which every replica has.
+"""
 
 import asyncio
 import contextlib
@@ -17,7 +22,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 from graftwork.compat.ray_serve import TwinSafeRouter, calls_by_value
 from graftwork.retrieval.embedder import Embedded
 from graftwork.serving.api.errors import ApiError, engine_lost
-from graftwork.serving.arms import Dump, Question
+from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood, Question, StreamChunk
+from graftwork.serving.spec import ArmSpec
 
 log = logging.getLogger("ray.serve")
 
@@ -25,10 +31,10 @@ log = logging.getLogger("ray.serve")
 class EngineBackend(Protocol):
     """What the ingress needs from the engine side. All raise ApiError."""
 
-    async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> list[Dump]:
+    async def choices(self, request: ArmRequest) -> list[ArmAnswer]:
         """See EngineReplica.choices."""
 
-    def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
+    def stream(self, request: ArmRequest) -> AsyncGenerator[StreamChunk]:
         """See EngineReplica.stream. Closing it ends the request in the engine."""
 
     async def call(self, method: str, *args: Any) -> Any:
@@ -55,33 +61,30 @@ class ServeBackend:
         self._control = calls_by_value(DeploymentHandle(handle.deployment_name, handle.app_name))
         self._embedder = calls_by_value(embedder) if embedder is not None else None
 
-    async def answer(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> Dump:
-        """The first of `choices`."""
-        return (await self.choices(arm, messages, request_id, sampling))[0]
+    async def choices(self, request: ArmRequest) -> list[ArmAnswer]:
+        """All answers of a request. Cancelling the call cancels the request in the engine."""
+        with _as_api_errors():
+            async with asyncio.timeout(self._timeout_s):
+                call = self._handle.options(method_name="choices", multiplexed_model_id=request.arm.adapter or "")
+                answers: list[ArmAnswer] = await call.remote(request)
+                return answers
 
     async def likelihood(
-        self, arm: Dump, messages: Question, continuations: Sequence[str], request_id: str
-    ) -> list[Dump]:
+        self, arm: ArmSpec, question: Question, continuations: Sequence[str], request_id: str
+    ) -> list[Likelihood]:
         """See EngineReplica.likelihood."""
         with _as_api_errors():
             async with asyncio.timeout(self._timeout_s):
-                call = self._handle.options(method_name="likelihood", multiplexed_model_id=_adapter(arm))
-                told: list[Dump] = await call.remote(arm, messages, continuations, request_id)
-                return told
+                call = self._handle.options(method_name="likelihood", multiplexed_model_id=arm.adapter or "")
+                found: list[Likelihood] = await call.remote(arm, question, continuations, request_id)
+                return found
 
-    async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> list[Dump]:
-        """Cancelling this cancels the request in the engine."""
-        with _as_api_errors():
-            async with asyncio.timeout(self._timeout_s):
-                call = self._handle.options(method_name="choices", multiplexed_model_id=_adapter(arm))
-                answers: list[Dump] = await call.remote(arm, messages, request_id, sampling)
-                return answers
-
-    async def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
+    async def stream(self, request: ArmRequest) -> AsyncGenerator[StreamChunk]:
         """Chunks as the replica yields them."""
         deadline = asyncio.get_running_loop().time() + self._timeout_s
-        call = self._handle.options(method_name="stream", stream=True, multiplexed_model_id=_adapter(arm))
-        chunks = call.remote(arm, messages, request_id, sampling)
+        model = request.arm.adapter or ""
+        call = self._handle.options(method_name="stream", stream=True, multiplexed_model_id=model)
+        chunks = call.remote(request)
         try:
             while True:
                 with _as_api_errors():
@@ -120,11 +123,6 @@ class ServeBackend:
             return [result for result in found if result not in lost]
 
 
-def _adapter(arm: Dump) -> str:
-    """What the router looks at: see AdapterRouter."""
-    return arm["adapter"] or ""
-
-
 @contextlib.contextmanager
 def _as_api_errors() -> Iterator[None]:
     try:
@@ -140,13 +138,6 @@ def _as_api_errors() -> Iterator[None]:
             raise error.cause from None
         log.exception("an engine replica failed on a request")
         raise ApiError(500, "The endpoint failed on this request; its log says why.", code="internal_error") from error
-
-
-# Which engine replica a request goes to: where its adapter is, unless that one has more than its share of the load.
-#
-# Runs in the process that calls (the ingress). Ray Serve makes one router a handle and tells it the replicas, what each
-# last recorded (`EngineReplica.record_routing_stats`) and how many requests each holds. The adapter comes with the call
-# as its `multiplexed_model_id`; a call without one is for the base, which is everywhere.
 
 
 RESIDENTS = "residents"

@@ -1,4 +1,4 @@
-"""What an endpoint is asked to serve, and what an arm is."""
+"""Specs of an endpoint: the engine and its limits, an arm, and the whole of what is served."""
 
 import json
 from typing import Annotated, Any, Literal, Self

@@ -2,11 +2,11 @@
 
 import asyncio
 import hashlib
-import json
+import pickle
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import uvicorn
@@ -15,12 +15,14 @@ from graftwork.retrieval.embedder import Embedded
 from graftwork.serving.api.app import make_app
 from graftwork.serving.api.auth import Keys
 from graftwork.serving.api.http_protocol import BoundedHttpProtocol
-from graftwork.serving.arms import Dump, Question
 from graftwork.serving.deploy import EmbedderReplica
 from graftwork.serving.live_config import LiveConfig
+from graftwork.serving.messages import ArmAnswer, ArmRequest, StreamChunk
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ServeSpec
 from tests.ports import free_port
+
+MessageT = TypeVar("MessageT")
 
 
 class LocalBackend:
@@ -29,13 +31,13 @@ class LocalBackend:
     def __init__(self, replica: EngineReplica, embedder: EmbedderReplica | None = None) -> None:
         self.replica, self._embedder = replica, embedder
 
-    async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> list[Dump]:
-        return await self.replica.choices(arm, messages, request_id, json.loads(json.dumps(sampling)))
+    async def choices(self, request: ArmRequest) -> list[ArmAnswer]:
+        return await self.replica.choices(pickled(request))
 
-    async def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
-        async with aclosing(self.replica.stream(arm, messages, request_id, json.loads(json.dumps(sampling)))) as chunks:
+    async def stream(self, request: ArmRequest) -> AsyncGenerator[StreamChunk]:
+        async with aclosing(self.replica.stream(pickled(request))) as chunks:
             async for chunk in chunks:
-                yield chunk
+                yield pickled(chunk)
 
     async def embed(self, texts: list[str]) -> Embedded:
         assert self._embedder is not None
@@ -46,6 +48,12 @@ class LocalBackend:
 
     async def each(self, method: str, *args: Any) -> list[Any]:
         return [await getattr(self.replica, method)(*args)]
+
+
+def pickled(message: MessageT) -> MessageT:
+    """The message after its way from process to process."""
+    copy: MessageT = pickle.loads(pickle.dumps(message))
+    return copy
 
 
 async def local_backend(spec: ServeSpec) -> LocalBackend:

@@ -6,6 +6,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from graftwork.prompts.render import Message
+from graftwork.serving.engine.request import SamplingParams
+from graftwork.serving.messages import ArmAnswer, ArmRequest, Question
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ArmSpec, ServeSpec
 
@@ -30,5 +33,18 @@ async def replica_of(base: Path, root: Path) -> AsyncIterator[EngineReplica]:
         await asyncio.to_thread(replica.stop)
 
 
-def arm(**changed: Any) -> dict[str, Any]:
-    return ArmSpec(**{"name": "base", "max_new_tokens": 6, **changed}).model_dump(mode="json")
+HELLO = (Message("user", "Hello"),)
+
+
+def ask(
+    request_id: str, question: Question = HELLO, *, sampling: SamplingParams | None = None, n: int = 1, **arm: Any
+) -> ArmRequest:
+    """A request to the base with at most 6 tokens, or to an arm with these keys."""
+    spec = ArmSpec.model_validate({"name": "base", "max_new_tokens": 6, **arm})
+    return ArmRequest(spec, question, request_id, sampling or SamplingParams(), n=n)
+
+
+async def answer(replica: EngineReplica, request: ArmRequest) -> ArmAnswer:
+    """The one answer."""
+    (found,) = await replica.choices(request)
+    return found

@@ -12,14 +12,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from graftwork.config import canonical_json
 from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import DataError, RunError
+from graftwork.prompts.render import Message
 from graftwork.scoring import Choices
 from graftwork.serving.evaluation.answers import append_line, question, read_whole_lines
+from graftwork.serving.messages import Likelihood
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import Floats
 
 AT_ONCE = 32
 
-Weigh = Callable[[ArmSpec, list[dict[str, str]], list[str], str], Awaitable[Sequence[Mapping[str, Any]]]]
+Weigh = Callable[[ArmSpec, Sequence[Message], Sequence[str], str], Awaitable[list[Likelihood]]]
 """(arm, messages, choices, request id) -> `logprob` in nats and `tokens` of each choice."""
 
 
@@ -67,7 +69,7 @@ async def weigh_all(
     async def work() -> None:
         nonlocal done
         for key, (arm, row, choices) in queue:
-            told = await weigh(arm, question(row), list(choices.texts), f"weigh-{key}")
+            told = await weigh(arm, row.question, list(choices.texts), f"weigh-{key}")
             if len(told) != len(choices.texts):
                 raise RunError(
                     f"arm {arm.name!r}, row {row.id!r}",
@@ -76,8 +78,8 @@ async def weigh_all(
                 )
             record = Weighed(
                 key=key,
-                logprobs=tuple(float(one["logprob"]) for one in told),
-                tokens=tuple(int(one["tokens"]) for one in told),
+                logprobs=tuple(one.logprob for one in told),
+                tokens=tuple(one.tokens for one in told),
             )
             append_line(path, record)
             done += 1

@@ -9,7 +9,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import pyarrow.compute as pc
@@ -35,7 +35,8 @@ from graftwork.serving.ab_test.monitor import Monitor, MonitorState
 from graftwork.serving.ab_test.shadow import Copy, ShadowQueue
 from graftwork.serving.ab_test.spec import weights_detail
 from graftwork.serving.api.errors import ApiError
-from graftwork.serving.arms import Dump, Question
+from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.messages import ArmAnswer, ArmRequest, Question, StreamChunk
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ArmSpec
 
@@ -110,8 +111,6 @@ class RecentAnswers:
 
 log = logging.getLogger("ray.serve")
 TICK_S = 0.2
-COPIED = {"idle_only": True, "n": 1, "logprobs": None}
-"""Changes of a copy against its request: only its first answer is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +133,6 @@ class LiveExperiment:
         spec, (store, folder) = record.spec, record.log
         self._folder = store or records.store, folder
         self._assigner = self._new_assigner()
-        self._dumps = {name: arm.model_dump(mode="json") for name, arm in record.arms.items()}
         self.recorder = Recorder(
             Segments(*self._folder), self._digest, buffer=spec.log_buffer, every_s=spec.log_every_s
         )
@@ -180,8 +178,8 @@ class LiveExperiment:
             Assignment(self.record.id, time.time(), request_id, placed.unit, arm, role, placed.probability)
         )
 
-    def write(self, placed: ArmPlacement, request_id: str, asked: Question, answer: Dump | ApiError | str) -> None:
-        """Queue the row of an arm's answer (`ArmAnswer.dump`), or of its failure, to a request that `assign` took."""
+    def write(self, placed: ArmPlacement, request_id: str, asked: Question, answer: ArmAnswer | ApiError | str) -> None:
+        """Queue the row of an arm's answer, or of its failure, to a request that `assign` took."""
         row = answer_row(self.record.id, placed, request_id, asked, answer)
         self.counts[row.arm, row.role, row.error or "ok"] += 1
         self.recorder.add(row)
@@ -190,11 +188,11 @@ class LiveExperiment:
         if row.base_digest is not None and row.base_digest != self.record.base_digest:
             self._other_base = row.base_digest
 
-    def copy_to_others(self, placed: ArmPlacement, request_id: str, asked: Question, sampling: Dump) -> None:
+    def copy_to_others(self, placed: ArmPlacement, request: ArmRequest) -> None:
         """Queue the request for the other arms of a shadow."""
-        for name in self.record.arms:
+        for name, arm in self.record.arms.items():
             if name != placed.arm.name and name not in self.record.cut_arms and self.record.status == "running":
-                self.shadow.offer(Copy(name, asked, request_id, {**sampling, **COPIED}, placed.unit))
+                self.shadow.offer(Copy(request.shadow_copy(arm), request.request_id, placed.unit))
 
     async def run(self) -> None:
         """Until cancelled: replay the log, then keep rows, weights and guardrails moving."""
@@ -220,7 +218,7 @@ class LiveExperiment:
         await self.shadow.close()
         await self.step(last=True)
 
-    async def change(self, event: str, detail: Dump, **changes: Any) -> None:
+    async def change(self, event: str, detail: Json, **changes: Any) -> None:
         """Write a change of the record, then let it take effect, then log it."""
         async with self._changing:
             new = self.record.changed(**changes)
@@ -229,7 +227,7 @@ class LiveExperiment:
             self._assigner = self._new_assigner()
             self.tell(event, detail)
 
-    def tell(self, event: str, detail: Dump) -> None:
+    def tell(self, event: str, detail: Json) -> None:
         """An event's row."""
         text = json.dumps(detail, ensure_ascii=False)
         self.recorder.add(LogRow(kind="event", experiment=self.record.id, at=time.time(), event=event, detail=text))
@@ -241,7 +239,7 @@ class LiveExperiment:
         ranges = reweigh(self.record.ranges, weights)
         await self.change("ramp", weights_detail(weights), weights=weights, ranges=ranges, **changes)
 
-    async def cut(self, arm: str, why: Dump) -> None:
+    async def cut(self, arm: str, why: Json) -> None:
         """Take an arm out."""
         record = self.record
         cuts = (*record.cuts, Cut(arm=arm, at=time.time(), why=json.dumps(why)))
@@ -295,17 +293,15 @@ class LiveExperiment:
                 self._recent.add_score(row.request_id, row.detail, row.scores[row.detail])
 
     async def _answer_copy(self, copy: Copy) -> None:
-        placed = ArmPlacement(self.record.arms[copy.arm], copy.unit, "shadow", None)
+        placed = ArmPlacement(copy.request.arm, copy.unit, "shadow", None)
         if not self.assign(placed, copy.request_id):
             return
         try:
-            answers = await self._backend.choices(
-                self._dumps[copy.arm], copy.messages, f"{copy.request_id}-{copy.arm}", copy.sampling
-            )
+            answers = await self._backend.choices(copy.request)
         except ApiError as error:
-            self.write(placed, copy.request_id, copy.messages, error)
+            self.write(placed, copy.request_id, copy.request.question, error)
         else:
-            self.write(placed, copy.request_id, copy.messages, answers[0])
+            self.write(placed, copy.request_id, copy.request.question, answers[0])
 
     def _new_assigner(self) -> Assigner:
         record = self.record
@@ -314,7 +310,7 @@ class LiveExperiment:
         )
 
 
-def _why(judged: MonitorState, arm: str) -> Dump:
+def _why(judged: MonitorState, arm: str) -> Json:
     broken = [one for one in judged.guardrails if one.arm == arm and one.broken_at is not None]
     return {
         "guardrails": [
@@ -330,11 +326,11 @@ def finite(value: float) -> float:
 
 
 def answer_row(
-    experiment: str, placed: ArmPlacement, request_id: str, asked: Question, answer: Dump | ApiError | str
+    experiment: str, placed: ArmPlacement, request_id: str, asked: Question, answer: ArmAnswer | ApiError | str
 ) -> LogRow:
     """The row of one answer; an ApiError, or a text, is why there is none."""
     found: dict[str, Any] = {}
-    if isinstance(answer, dict):
+    if isinstance(answer, ArmAnswer):
         same = (
             "base_digest",
             "adapter_version",
@@ -344,9 +340,9 @@ def answer_row(
             "ttft_ms",
             "latency_ms",
             "cold",
+            "retrieved_ids",
         )
-        found = {key: answer[key] for key in same}
-        found |= {"retrieved_ids": tuple(answer["retrieved_ids"]), "output": answer["text"]}
+        found = {key: getattr(answer, key) for key in same} | {"output": answer.text}
     else:
         found["error"] = (answer.code or str(answer.status)) if isinstance(answer, ApiError) else answer
     assert placed.role is not None, "it takes no part"
@@ -366,7 +362,7 @@ def answer_row(
 
 def prompt_hash(asked: Question) -> str:
     """32 hex digits of the conversation."""
-    whole = asked if isinstance(asked, str) else canonical_json([dict(turn) for turn in asked])
+    whole = asked if isinstance(asked, str) else canonical_json([asdict(turn) for turn in asked])
     return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
 
 
@@ -384,29 +380,29 @@ class LiveRequest:
         self.arm, self.experiment = placed.arm, live.record.id
         self._live, self._placed, self._backend = live, placed, backend
 
-    async def choices(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> list[Dump]:
-        """See Backend.choices."""
-        with self._observed(messages, request_id, sampling) as ended:
-            answers = await self._backend.choices(arm, messages, request_id, sampling)
+    async def choices(self, request: ArmRequest) -> list[ArmAnswer]:
+        """See EngineBackend.choices."""
+        with self._observed(request) as ended:
+            answers = await self._backend.choices(request)
             ended.append(answers[0])
         return answers
 
-    async def stream(self, arm: Dump, messages: Question, request_id: str, sampling: Dump) -> AsyncGenerator[Dump]:
-        """See Backend.stream."""
-        with self._observed(messages, request_id, sampling) as ended:
-            async with aclosing(self._backend.stream(arm, messages, request_id, sampling)) as chunks:
+    async def stream(self, request: ArmRequest) -> AsyncGenerator[StreamChunk]:
+        """See EngineBackend.stream."""
+        with self._observed(request) as ended:
+            async with aclosing(self._backend.stream(request)) as chunks:
                 async for chunk in chunks:
-                    if "answer" in chunk and chunk["answer"]["index"] == 0:
-                        ended.append(chunk["answer"])
+                    if isinstance(chunk, ArmAnswer) and chunk.index == 0:
+                        ended.append(chunk)
                     yield chunk
 
     @contextmanager
-    def _observed(self, messages: Question, request_id: str, sampling: Dump) -> Iterator[list[Dump]]:
-        answers: list[Dump] = []
-        if self._placed.role is None or not self._live.assign(self._placed, request_id):
+    def _observed(self, request: ArmRequest) -> Iterator[list[ArmAnswer]]:
+        answers: list[ArmAnswer] = []
+        if self._placed.role is None or not self._live.assign(self._placed, request.request_id):
             yield answers
             return
-        outcome: Dump | ApiError | None = None
+        outcome: ArmAnswer | ApiError | None = None
         self._live.shadow.caller_came()
         try:
             yield answers
@@ -418,7 +414,8 @@ class LiveRequest:
             outcome = answers[0] if answers else None
             raise
         finally:
-            self._live.write(self._placed, request_id, messages, DISCONNECTED if outcome is None else outcome)
+            ended = DISCONNECTED if outcome is None else outcome
+            self._live.write(self._placed, request.request_id, request.question, ended)
             if self._live.record.spec.mode == "shadow" and outcome is not None:
-                self._live.copy_to_others(self._placed, request_id, messages, sampling)
+                self._live.copy_to_others(self._placed, request)
             self._live.shadow.caller_left()

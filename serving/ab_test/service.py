@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from prometheus_client.core import Metric
+
 from graftwork import config
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError, GraftworkError
@@ -22,8 +24,8 @@ from graftwork.serving.ab_test.live_experiment import (
 from graftwork.serving.ab_test.log import rules_of, scorers_of
 from graftwork.serving.ab_test.spec import ExperimentSpec, identity_of, require_weights, weights_detail
 from graftwork.serving.api.errors import ApiError, as_api_errors, bad_request, unknown_model
-from graftwork.serving.arms import Dump
-from graftwork.serving.metrics_export import Family
+from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.metrics_export import counter, gauge
 from graftwork.serving.models import Catalog
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ArmSpec
@@ -95,7 +97,7 @@ class Experiments:
             return old
         _require_measurable(spec)
         arms = {arm.name: await self._pinned(arm.name, arm.asked_as) for arm in spec.arms}
-        base_digest = (await self._backend.call("stats"))["base_digest"]
+        base_digest = (await self._backend.call("snapshot")).base_digest
         record = new_record(spec, arms, base_digest)
         if record.id in self._lives:
             raise ApiError(
@@ -176,7 +178,7 @@ class Experiments:
                 await live.change(event, {}, status=wanted)
         return live
 
-    async def feedback(self, body: FeedbackRequest) -> Dump:
+    async def feedback(self, body: FeedbackRequest) -> Json:
         """Scores that come later. Raises ApiError: unknown answer, another value than before, out of range."""
         await self.open()
         answered = self._recent.find(body.request_id)
@@ -321,7 +323,7 @@ def _require_same(running: ExperimentRecord, spec: ExperimentSpec) -> None:
 # Status document of an experiment, for the admin route, the command line and GET /metrics.
 
 
-def status(live: LiveExperiment) -> Dump:
+def status(live: LiveExperiment) -> Json:
     """Plain data; counts are since the ingress began, what the monitor tells is of the whole experiment."""
     record, recorder = live.record, live.recorder
     cuts = {cut.arm: cut for cut in record.cuts}
@@ -360,7 +362,7 @@ def status(live: LiveExperiment) -> Dump:
     }
 
 
-def _judged(live: LiveExperiment) -> Dump:
+def _judged(live: LiveExperiment) -> Json:
     """The monitor's state as JSON can hold it."""
     tree = asdict(live.judged)
     tree["srm_e_value"] = finite(tree["srm_e_value"])
@@ -370,33 +372,30 @@ def _judged(live: LiveExperiment) -> Dump:
     return tree
 
 
-def experiment_families(lives: Sequence[LiveExperiment]) -> list[Family]:
-    """Prometheus: answers by experiment, arm, role and outcome; what was dropped."""
+def experiment_families(lives: Sequence[LiveExperiment]) -> list[Metric]:
+    """Return Prometheus families: answers by experiment, arm, role and outcome; what was dropped."""
     answers: Counter[tuple[str, ...]] = Counter()
     for live in lives:
         answers.update({(live.record.id, *key): count for key, count in live.counts.items()})
-    dropped = [((one.record.id, "log"), float(one.recorder.dropped)) for one in lives]
-    dropped += [((one.record.id, "shadow"), float(one.shadow.dropped)) for one in lives]
+    dropped = {(one.record.id, "log"): one.recorder.dropped for one in lives}
+    dropped |= {(one.record.id, "shadow"): one.shadow.dropped for one in lives}
     return [
-        Family(
-            "counter",
+        counter(
             "experiment_answers",
             "Answers of an experiment's arms; outcome ok, or the error's code.",
+            dict(sorted(answers.items())),
             ("experiment", "arm", "role", "outcome"),
-            [(key, count) for key, count in sorted(answers.items())],
         ),
-        Family(
-            "gauge",
+        gauge(
             "experiment_split_evidence",
             "E-value against the split that was asked for: over 1 / srm_alpha no verdict may be drawn.",
+            {(one.record.id,): one.judged.srm_e_value for one in lives},
             ("experiment",),
-            [((one.record.id,), one.judged.srm_e_value) for one in lives],
         ),
-        Family(
-            "counter",
+        counter(
             "experiment_dropped",
             "Requests for which the log's buffer had no room, and copies for which the shadow's queue had none.",
+            dropped,
             ("experiment", "what"),
-            list(dropped),
         ),
     ]

@@ -2,7 +2,7 @@
 
 Nothing here is on the response path: a request is copied after its caller has the answer, and what goes wrong with a
 copy is a row in the log. Copies are sent while no caller's request is on its way, and our engine computes them only in
-steps that have nothing else to do (`SamplingOptions.idle_only`), so that a caller who comes meanwhile does not wait.
+steps that have nothing else to do (`ArmRequest.idle_only`), so that a caller who comes meanwhile does not wait.
 """
 
 import asyncio
@@ -10,17 +10,16 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from graftwork.serving.arms import Dump, Question
+from graftwork.serving.messages import ArmRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One request for one arm."""
+    """One request for one arm (`ArmRequest.shadow_copy`)."""
 
-    arm: str
-    messages: Question
+    request: ArmRequest
     request_id: str
-    sampling: Dump
+    """Of the request that was copied."""
     unit: str
 
 

@@ -1,7 +1,7 @@
-"""The admin routes: what the owner does with adapters, on every replica. Nothing here touches engine or store.
+"""Admin routes: what the owner does with adapters, on every replica.
 
-A change goes where it is stored first and is answered when every replica follows it. What can fail fails before
-anything has changed: a version is loaded everywhere before an alias moves to it.
+A change is stored first and is answered when every replica follows it. What can fail fails before anything has changed:
+a version is loaded everywhere before an alias moves to it.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from graftwork.serving.api.auth import read_body
 from graftwork.serving.api.errors import bad_request
 from graftwork.serving.api.openai_protocol import parse
-from graftwork.serving.arms import Dump
+from graftwork.serving.api.openai_responses import Json
 from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.router import EngineBackend
 from graftwork.storage.store import NAME_PATTERN
@@ -79,7 +79,7 @@ class Admin:
         body = parse(RegisterRequest, await read_body(request))
         made = await self._backend.call("registry", "register", body.uri, None)
         if body.alias is None:
-            return _listed([made])
+            return _list_response([made])
         return await self._move(f"{made['task']}@{body.alias}", made["version"], "promote", made["version"])
 
     async def promote(self, request: Request) -> Response:
@@ -98,11 +98,11 @@ class Admin:
         """GET .../: every registered version: aliases, tier, state, bytes, requests."""
         registered = await self._backend.call("registry", "registered")
         replicas = await self._backend.each("adapters")
-        held: defaultdict[str, list[Dump]] = defaultdict(list)
+        held: defaultdict[str, list[Json]] = defaultdict(list)
         for adapters in replicas:
             for adapter in adapters:
                 held[adapter["version"]].append(adapter)
-        return _listed([_row(row, held[row["version"]]) for row in registered])
+        return _list_response([_merge_replicas(row, held[row["version"]]) for row in registered])
 
     async def config(self) -> Response:
         """GET /v1/admin/config: which live config is served, and which was refused, why."""
@@ -113,15 +113,15 @@ class Admin:
         await self._backend.each("registry", "load", f"{task}@{version}")
         moved = await self._backend.call("registry", verb, ref, *args)
         swaps = await self._backend.each("refresh", ref)
-        # a replica's own `old`: the store's alias may have moved before it was told, as when training published
-        return _listed([{**moved, "old": s["old"] or moved["old"], "swap_ms": s["swap_ms"]} for s in swaps])
+        # a replica's own `old`: the store's alias may have moved before it refreshed, as when training published
+        return _list_response([{**moved, "old": s["old"] or moved["old"], "swap_ms": s["swap_ms"]} for s in swaps])
 
     def _on_each(self, verb: str) -> Handler:
         async def handle(request: Request) -> Response:
             ref = self._catalog.ref(parse(AdapterRequest, await read_body(request)).adapter)
             if verb == "refresh":
-                return _listed(await self._backend.each("refresh", ref))
-            return _listed(await self._backend.each("registry", verb, ref))
+                return _list_response(await self._backend.each("refresh", ref))
+            return _list_response(await self._backend.each("registry", verb, ref))
 
         handle.__doc__ = f"POST .../{verb}, on every replica."
         return handle
@@ -133,7 +133,7 @@ class Admin:
         return ref
 
 
-def _row(registered: Dump, held: list[Dump]) -> Dump:
+def _merge_replicas(registered: Json, held: list[Json]) -> Json:
     """One version over all replicas. The tier is the highest it has anywhere."""
     tiers = [registered["tier"], *("slot" if h.get("in_slot") else "host" for h in held if h["state"] != "loading")]
     states = {h["state"] for h in held}
@@ -149,5 +149,5 @@ def _row(registered: Dump, held: list[Dump]) -> Dump:
     }
 
 
-def _listed(rows: list[Dump]) -> Response:
+def _list_response(rows: list[Json]) -> Response:
     return JSONResponse({"object": "list", "data": rows})

@@ -1,7 +1,7 @@
-"""The HTTP surface: the OpenAI API over the arms, in one FastAPI app behind Ray Serve.
+"""HTTP app of an endpoint: the OpenAI API over the arms, in one FastAPI app behind Ray Serve.
 
-Every response that is no answer has OpenAI's error body, whatever went wrong. Nothing here touches the engine; the
-store only by what `experiment.Experiments` keeps there, off the response path.
+Every response that is no answer has OpenAI's error body. The app does not touch the engine; the store only through
+`Experiments`, off the response path.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
-from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -25,6 +25,7 @@ from graftwork.serving.ab_test.live_experiment import LiveRequest
 from graftwork.serving.ab_test.routes import EXPERIMENT_BODIES, EXPERIMENTS, ExperimentRoutes
 from graftwork.serving.ab_test.service import PREFIX as EXPERIMENT
 from graftwork.serving.ab_test.service import SESSION_HEADER, experiment_families
+from graftwork.serving.api import status
 from graftwork.serving.api.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Handler, Route
 from graftwork.serving.api.auth import (
     ANYBODY,
@@ -34,7 +35,6 @@ from graftwork.serving.api.auth import (
     admin_check,
     caller,
     read_body,
-    require_json,
     user_check,
 )
 from graftwork.serving.api.errors import ApiError, as_api_errors, bad_request
@@ -46,11 +46,10 @@ from graftwork.serving.api.openai_protocol import (
     parse,
 )
 from graftwork.serving.api.openai_responses import DONE, Envelope, Json, Kind, identity, model_card, sse
-from graftwork.serving.api.status import page, snapshot, total
-from graftwork.serving.arms import ArmAnswer, Dump, Question, require_bytes, size_of
-from graftwork.serving.detokenize import TokenLogprob
+from graftwork.serving.arms import require_bytes, size_of
 from graftwork.serving.live_config import LiveConfig
-from graftwork.serving.metrics_export import CONTENT_TYPE, CountedHttp, http_families, render
+from graftwork.serving.messages import AnswerDelta, ArmAnswer, Question, StreamChunk, StreamStart
+from graftwork.serving.metrics_export import CONTENT_TYPE, CountedHttp, ReplicaSnapshot, http_families, render
 from graftwork.serving.models import ModelList
 from graftwork.serving.router import EngineBackend, ServeBackend
 from graftwork.serving.spec import ArmSpec, ServeSpec
@@ -59,14 +58,12 @@ READY_TIMEOUT_S = 5.0
 LARGE_PROMPT_BYTES = 65_536
 """Of a longer prompt the ingress looks whether it can fit, before a replica gets it."""
 Source = EngineBackend | LiveRequest
-Call = tuple[Dump, Question, str, Dump]
-"""Arguments of `EngineBackend.choices` and `stream`."""
 
 
 class Ingress:
     """The Serve deployment that runs the app, in one process: the callers' rates are counted there."""
 
-    def __init__(self, spec: Dump, replica: DeploymentHandle, keys: Keys, embedder: DeploymentHandle | None) -> None:
+    def __init__(self, spec: Json, replica: DeploymentHandle, keys: Keys, embedder: DeploymentHandle | None) -> None:
         self._keys, endpoint = keys, ServeSpec.model_validate(spec)
         self._backend = ServeBackend(replica, endpoint.request_timeout_s, embedder)
         self._live, self._opened = LiveConfig(endpoint, self._backend), False
@@ -75,7 +72,7 @@ class Ingress:
         """Ray Serve calls this once, in the replica's process."""
         return make_app(self._live, self._backend, self._keys)
 
-    async def reconfigure(self, user_config: Dump) -> None:
+    async def reconfigure(self, user_config: Json) -> None:
         """Ray Serve calls this before the first request, and at each change of the Serve config."""
         if self._opened:
             return self._live.update(user_config)
@@ -122,12 +119,11 @@ def make_app(live: LiveConfig, backend: EngineBackend, keys: Keys) -> FastAPI:
     for path, post, body in posts:
         if path.startswith(ADMIN):
             post = surface.changing(post)
-        guards = [*(owned if path.startswith(ADMIN) else guarded), Depends(require_json)]
         app.add_api_route(
             path,
             post,
             methods=["POST"],
-            dependencies=guards,
+            dependencies=owned if path.startswith(ADMIN) else guarded,
             response_model=None,
             responses=ERRORS,
             openapi_extra=body_of(body),
@@ -164,7 +160,7 @@ def _with(live: LiveConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[N
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        with suppress(ApiError):  # the store is out of reach: whoever asks an experiment is told, the others are served
+        with suppress(ApiError):  # the store is out of reach: others are served
             await live.experiments.open()
         live.start()
         yield
@@ -187,7 +183,7 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = parse(ChatRequest, await read_body(request))
-        messages = [{"role": turn.role, "content": turn.content} for turn in (m.message() for m in body.messages)]
+        messages = tuple(turn.message() for turn in body.messages)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
         if not body.model.startswith(EXPERIMENT):
             arm = await self._arm(body.model)
@@ -224,20 +220,19 @@ class Routes:
 
     async def stats(self) -> Response:
         """GET /v1/stats: the counters of each engine replica, and of all together."""
-        replicas = await self._backend.each("stats")
-        return JSONResponse({"replicas": replicas, "engine": total([replica["engine"] for replica in replicas])})
+        return JSONResponse(status.stats(await self._backend.each("snapshot")))
 
     async def live(self) -> Response:
         """GET /v1/live: what the page shows: replicas, adapters, traffic."""
-        return JSONResponse(snapshot(await self._backend.each("live"), time.monotonic()))
+        return JSONResponse(status.live(await self._backend.each("snapshot"), time.monotonic()))
 
     async def metrics(self) -> Response:
         """GET /metrics: Prometheus text. Replicas that can't answer are missing from it, the ingress never is."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
-                replicas = dict(await self._backend.each("metrics"))
+                replicas: list[ReplicaSnapshot] = await self._backend.each("snapshot")
         except (ApiError, TimeoutError):
-            replicas = {}
+            replicas = []
         own = [*http_families(self.responses), *experiment_families(self._experiments.now()), *self._live.families()]
         return Response(render(replicas, own), media_type=CONTENT_TYPE)
 
@@ -266,7 +261,7 @@ class Routes:
 
     async def page(self) -> Response:
         """GET /: the live page. It needs no token, for it holds nothing: it asks for one and calls /v1 with it."""
-        return page()
+        return status.page()
 
     async def health(self) -> Response:
         """GET /health: the endpoint's process lives. Needs no token and tells nothing else."""
@@ -288,39 +283,40 @@ class Routes:
         kind: Kind,
         body: ChatRequest | CompletionRequest,
         arm: ArmSpec,
-        asked: Question,
+        question: Question,
         request_id: str,
         source: Source,
     ) -> Response:
-        allowed = self._limits.spec
+        allowed, room, name = self._limits.spec, self._live.spec.engine.max_seq_len, caller.get()
         if body.n > allowed.max_n:
             raise bad_request(f"n={body.n}: at most {allowed.max_n} answers are given.", param="n")
-        salt = "" if caller.get() == ANYBODY else caller.get()
-        sampling = replace(body.sampling(), max_prompt_tokens=allowed.max_prompt_tokens, cache_salt=salt)
-        call = arm.model_dump(mode="json"), asked, request_id, sampling.dump()
+        request = body.request(
+            arm,
+            question,
+            request_id,
+            max_prompt_tokens=allowed.max_prompt_tokens,
+            cache_salt="" if name == ANYBODY else name,
+        )
         headers = {"x-request-id": request_id}
         if isinstance(source, LiveRequest):
             headers["x-graftwork-experiment"] = source.experiment
-        room = self._live.spec.engine.max_seq_len
-        longest = body.limit() or arm.max_new_tokens or room
-        size = RequestSize(body.model, size_of(asked), body.n, longest, room)
+        longest = request.max_new_tokens or arm.max_new_tokens or room
+        size = RequestSize(body.model, size_of(question), body.n, longest, room)
         if size.text_bytes > LARGE_PROMPT_BYTES and source is self._backend:
             await self._require_bytes(size.text_bytes, room)
-        if not body.stream:
-            dumps = await self._choices(source, call, size)
-            answers = [ArmAnswer.load(dump) for dump in dumps]
-            envelope = Envelope.open(kind, request_id, body.model, answers[0].base_digest)
-            headers |= identity(arm.name, answers[0].base_digest, answers[0].adapter_version)
-            return JSONResponse(envelope.build_response(answers), headers=headers)
-        chunks = self._limits.metered(caller.get(), source.stream(*call), size)
-        admitted = await anext(aiter(chunks))  # raises what refuses the request, while the status can still be set
-        envelope = Envelope.open(kind, request_id, body.model, admitted["base_digest"])
-        headers |= identity(arm.name, admitted["base_digest"], admitted["version"])
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = _events(envelope, chunks, choices=body.n, with_usage=with_usage)
-        return StreamingResponse(
-            events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
-        )
+        if not body.stream and allowed.tokens_per_min is None:
+            answers = await source.choices(request)
+        else:  # a stream costs more CPU, but of one that the caller leaves the tokens are known
+            chunks = self._limits.metered(name, source.stream(request), size)
+            if body.stream:
+                return await _stream(kind, body, arm, request_id, chunks, headers)
+            async with aclosing(chunks):
+                answers = [chunk async for chunk in chunks if isinstance(chunk, ArmAnswer)]
+            answers.sort(key=attrgetter("index"))
+        base_digest = answers[0].base_digest
+        envelope = Envelope.open(kind, request_id, body.model, base_digest)
+        headers |= identity(arm.name, base_digest, answers[0].adapter_version)
+        return JSONResponse(envelope.build_response(answers), headers=headers)
 
     async def _require_bytes(self, size: int, room: int) -> None:
         """Refuse here what the replica would: it need not be sent there, where it takes time from the engine."""
@@ -328,14 +324,6 @@ class Routes:
             self._longest_token_bytes = int(await self._backend.call("longest_token_bytes"))
         with as_api_errors():
             require_bytes(size, self._longest_token_bytes, room)
-
-    async def _choices(self, source: Source, call: Call, size: RequestSize) -> list[Dump]:
-        """The whole answers. A stream costs more CPU, but of one that the caller leaves the tokens are known."""
-        if self._limits.spec.tokens_per_min is None:
-            return await source.choices(*call)
-        async with aclosing(self._limits.metered(caller.get(), source.stream(*call), size)) as chunks:
-            answers = [chunk["answer"] async for chunk in chunks if "answer" in chunk]
-        return sorted(answers, key=lambda answer: int(answer["index"]))
 
     async def _arm(self, model: str) -> ArmSpec:
         try:
@@ -350,8 +338,25 @@ class Routes:
         return [model_card(name, created, kind="experiment") for name, created in running.items()]
 
 
+async def _stream(
+    kind: Kind,
+    body: ChatRequest | CompletionRequest,
+    arm: ArmSpec,
+    request_id: str,
+    chunks: AsyncGenerator[StreamChunk],
+    headers: dict[str, str],
+) -> Response:
+    start = await anext(chunks)  # raises what refuses the request, while the status can still be set
+    assert isinstance(start, StreamStart), "a stream begins with its start"
+    envelope = Envelope.open(kind, request_id, body.model, start.base_digest, stream=True)
+    headers |= identity(arm.name, start.base_digest, start.adapter_version) | {"cache-control": "no-cache"}
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    events = _events(envelope, chunks, choices=body.n, with_usage=with_usage)
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
 async def _events(
-    envelope: Envelope, chunks: AsyncGenerator[Dump], *, choices: int, with_usage: bool
+    envelope: Envelope, chunks: AsyncGenerator[StreamChunk], *, choices: int, with_usage: bool
 ) -> AsyncIterator[bytes]:
     answers: list[ArmAnswer] = []
     async with aclosing(chunks):
@@ -359,12 +364,11 @@ async def _events(
             for index in range(choices):
                 yield sse(envelope.delta("", index=index, first=True))
             async for chunk in chunks:
-                if "answer" in chunk:
-                    answers.append(ArmAnswer.load(chunk["answer"]))
-                    yield sse(envelope.last(answers[-1]))
-                elif chunk["text"] or chunk["logprobs"]:
-                    told = [TokenLogprob.load(one) for one in chunk["logprobs"]]
-                    yield sse(envelope.delta(chunk["text"], index=chunk["index"], first=False, logprobs=told))
+                if isinstance(chunk, ArmAnswer):
+                    answers.append(chunk)
+                    yield sse(envelope.last(chunk))
+                elif isinstance(chunk, AnswerDelta) and (chunk.text or chunk.logprobs):
+                    yield sse(envelope.delta(chunk.text, index=chunk.index, first=False, logprobs=chunk.logprobs))
             if with_usage:
                 yield sse(envelope.usage_chunk(answers))
             yield DONE
@@ -387,9 +391,6 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 async def _on_bug(_request: Request, _error: Exception) -> Response:
     message = "The endpoint failed on this request; its log says why."
     return JSONResponse(ApiError(500, message, code="internal_error").body(), 500)
-
-
-# The endpoint's own description at GET /openapi.json: bodies as they are checked, errors in their one shape.
 
 
 _REFS = "#/components/schemas/{model}"

@@ -1,9 +1,9 @@
-"""How much one key may ask for: requests and tokens a minute, as token buckets in the one ingress process.
+"""Access to an endpoint: Host and Origin checks, API keys, rate limits, and the body of a request within its limits.
 
-A bucket holds one minute's worth and refills evenly, so a burst of a minute's allowance passes and then the rate holds.
-Tokens are reserved when a request is admitted, as many as it can take at most, and settled when it ends, however it
-ends. A request that can take more than a minute's worth is admitted by a full bucket alone; the level then falls below
-zero, and the bucket refuses requests until it has refilled.
+A rate limit is a token bucket in the one ingress process. A bucket holds one minute's worth and refills evenly, so a
+burst of a minute's allowance passes and then the rate holds. Tokens are reserved when a request is admitted, as many as
+it can take at most, and settled when it ends, however it ends. A request that can take more than a minute's worth is
+admitted by a full bucket alone; the level then falls below zero, and the bucket refuses requests until it has refilled.
 """
 
 import asyncio
@@ -28,15 +28,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from graftwork.errors import ConfigError
 from graftwork.serving.api.errors import ApiError
-from graftwork.serving.arms import Dump
+from graftwork.serving.messages import StreamChunk, StreamStart
 from graftwork.serving.spec import LOOPBACK, LimitsSpec, ServeSpec
-
-# Protection of an endpoint against web pages: which Host and Origin are answered, and JSON bodies only.
-#
-# A page of any website can send requests to a loopback address. Without a token nothing else distinguishes it from the
-# user: `Host` names the page's own site where its DNS name was bound to this address, `Origin` the site that a request
-# comes from, and a browser sends a body as application/json to another origin only where that origin allows it.
-
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
 _PROBES = ("/health", "/ready")
@@ -44,7 +37,13 @@ _PROBES = ("/health", "/ready")
 
 
 class HostAndOrigin:
-    """ASGI middleware that answers 403 for a Host or an Origin that the spec does not allow."""
+    """ASGI middleware that answers 403 for a Host or an Origin that the spec does not allow.
+
+    A page of any website can send requests to a loopback address. Without a token nothing else distinguishes it from
+    the user: `Host` names the page's own site where its DNS name was bound to this address, `Origin` the site that a
+    request comes from, and a browser sends a body as application/json to another origin only where that origin allows
+    it.
+    """
 
     def __init__(self, app: ASGIApp, spec: ServeSpec) -> None:
         self._app, self._origins = app, {origin.lower() for origin in spec.allowed_origins}
@@ -62,12 +61,17 @@ class HostAndOrigin:
 
     def _problem(self, headers: Headers) -> ApiError | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if not self._any_host and _hostname(host) not in self._hosts:
-            return ApiError(
-                403,
-                f"The Host {host[:80]!r} is not allowed: add it to allowed_hosts of the serve spec.",
-                code="host_not_allowed",
-            )
+        if not self._any_host:
+            try:
+                name = urlsplit(f"//{host}").hostname
+            except ValueError:
+                name = None
+            if name not in self._hosts:
+                return ApiError(
+                    403,
+                    f"The Host {host[:80]!r} is not allowed: add it to allowed_hosts of the serve spec.",
+                    code="host_not_allowed",
+                )
         if origin is None or origin.lower() in self._origins or origin.lower().partition("://")[2] == host.lower():
             return None
         return ApiError(
@@ -76,24 +80,6 @@ class HostAndOrigin:
             "allowed_origins of the serve spec.",
             code="origin_not_allowed",
         )
-
-
-async def require_json(request: Request) -> None:
-    """Raise ApiError 415 for a body that is not declared as application/json."""
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(
-            415,
-            f"The body's type is {kind[:80]!r}: send it as JSON, with the header 'Content-Type: application/json'.",
-            code="unsupported_media_type",
-        )
-
-
-def _hostname(host: str) -> str | None:
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
 
 
 ADDRESSES = 4096
@@ -214,7 +200,9 @@ class RateLimits:
         reservation.resize(tokens)
         return reservation
 
-    async def metered(self, name: str, chunks: AsyncGenerator[Dump], size: RequestSize) -> AsyncGenerator[Dump]:
+    async def metered(
+        self, name: str, chunks: AsyncGenerator[StreamChunk], size: RequestSize
+    ) -> AsyncGenerator[StreamChunk]:
         """Pass on the stream of `EngineReplica.stream`: reserve its tokens first, charge the computed ones at its end.
 
         Raises ApiError 429.
@@ -224,14 +212,12 @@ class RateLimits:
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    if "prompt_tokens" in chunk:
-                        prompt = chunk["prompt_tokens"]
+                    if isinstance(chunk, StreamStart):
+                        prompt = chunk.prompt_tokens
                         self._added[size.model] = max(prompt - size.text_bytes, self._added.get(size.model, 0))
                         reservation.resize(size.at_most(prompt))
-                    elif "answer" in chunk:
-                        given[chunk["answer"]["index"]] = chunk["answer"]["completion_tokens"]
                     else:
-                        given[chunk["index"]] = chunk["tokens"]
+                        given[chunk.index] = chunk.completion_tokens
                     yield chunk
         finally:
             reservation.resize(prompt + given.total())
@@ -263,18 +249,16 @@ def _too_many(name: str, what: str, wait_s: float) -> ApiError:
     return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=seconds)
 
 
-# Who may ask: bearer tokens of users, each with a name, and one of the owner (the admin).
-#
-# Only digests are kept, and compared in constant time against every known one, so neither the time nor a memory dump
-# tells a token. The admin's token opens everything, a user's never the admin routes.
-
-
 _NAMED = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]{0,62}):(?P<token>\S.*)$")
 
 
 @dataclass(frozen=True)
 class Keys:
-    """sha256 hex digests of the accepted tokens. Without any, the endpoint is open (loopback only: see ServeSpec)."""
+    """sha256 hex digests of the accepted tokens. Without any, the endpoint is open (loopback only: see ServeSpec).
+
+    A token is compared in constant time with every known digest, so neither the time nor a memory dump reveals it. The
+    admin's token opens everything, a user's never the admin routes.
+    """
 
     users: Mapping[str, str] = field(default_factory=dict)
     """By name of the key."""
@@ -375,9 +359,6 @@ def _unauthorized(request: Request, limits: RateLimits) -> ApiError:
     return ApiError(401, "Missing or wrong API key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
 
 
-# A request's body, read up to a limit of size and time.
-
-
 MAX_BODY_BYTES = 4 * 2**20
 """A larger body is refused before all of it is read: a prompt of 128k tokens takes about 0.6 MB."""
 BODY_TIMEOUT_S = 30.0
@@ -385,28 +366,34 @@ BODY_TIMEOUT_S = 30.0
 
 
 async def read_body(request: Request) -> bytes:
-    """Return the whole body. Raises ApiError: 413 larger than MAX_BODY_BYTES, 408 too slow, 499 the client has left."""
+    """Return the whole JSON body.
+
+    Raises ApiError: 415 not declared as application/json, 413 larger than MAX_BODY_BYTES, 408 too slow, 499 the client
+    has left.
+    """
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(
+            415,
+            f"The body's type is {kind[:80]!r}: send it as JSON, with the header 'Content-Type: application/json'.",
+            code="unsupported_media_type",
+        )
+    declared = request.headers.get("content-length", "0")
+    parts, size, too_large = [], 0, declared.isdecimal() and int(declared) > MAX_BODY_BYTES
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await _read(request)
+            if not too_large:
+                async for part in request.stream():
+                    parts.append(part)
+                    size += len(part)
+                    if too_large := size > MAX_BODY_BYTES:
+                        break
     except TimeoutError:
         message = f"The body was not complete after {BODY_TIMEOUT_S:g} s. Send the request again."
         raise ApiError(408, message, code="request_timeout") from None
     except ClientDisconnect:
         raise ApiError(499, "The client closed the connection within the body.", code="client_disconnected") from None
-
-
-async def _read(request: Request) -> bytes:
-    declared = request.headers.get("content-length", "0")
-    parts, size = [], int(declared) if declared.isdecimal() else 0
-    if size <= MAX_BODY_BYTES:
-        size = 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > MAX_BODY_BYTES:
-                break
-    if size > MAX_BODY_BYTES:
+    if too_large:
         message = f"The body is larger than {MAX_BODY_BYTES} bytes. Send a shorter prompt or fewer texts."
         raise ApiError(413, message, code="request_too_large")
     return b"".join(parts)

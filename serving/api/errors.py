@@ -1,4 +1,4 @@
-"""Errors as the OpenAI API shapes them: a status, a message, a type, the parameter and a code."""
+"""Errors in the shape of the OpenAI API: a status, a message, a type, the parameter and a code."""
 
 import contextlib
 import logging

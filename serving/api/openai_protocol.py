@@ -1,4 +1,4 @@
-"""Requests and responses in the shape of the OpenAI API; what can't be honoured is refused by name, never ignored.
+"""Requests in the shape of the OpenAI API; what can't be honoured is refused by name, never ignored.
 
 Shapes: https://platform.openai.com/docs/api-reference/chat. `temperature` defaults to 0 here, not 1: an arm's offline
 score is measured greedily, and the live endpoint answers the same way unless the caller asks otherwise.
@@ -19,12 +19,10 @@ from graftwork.prompts.render import Message
 from graftwork.retrieval.embedder import Embedded
 from graftwork.serving.api.errors import ApiError, bad_request
 from graftwork.serving.api.openai_responses import Json
-from graftwork.serving.arms import SamplingOptions
 from graftwork.serving.engine.grammar import GrammarText
-from graftwork.serving.engine.request import MAX_TOP_LOGPROBS, MIN_REPETITION_PENALTY
-
-# POST /v1/embeddings in OpenAI's shape. https://platform.openai.com/docs/api-reference/embeddings
-
+from graftwork.serving.engine.request import MAX_TOP_LOGPROBS, MIN_REPETITION_PENALTY, SamplingParams
+from graftwork.serving.messages import ArmRequest, Question
+from graftwork.serving.spec import ArmSpec
 
 Text = Annotated[str, Field(min_length=1)]
 MAX_TEXTS = 2048
@@ -214,12 +212,6 @@ class _Common(BaseModel):
             raise ValueError("a stop string can't be empty")
         return stop
 
-    @model_validator(mode="after")
-    def _options_take_effect(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true")
-        return self
-
     @field_validator("logit_bias")
     @classmethod
     def _biases_are_of_tokens(cls, bias: dict[str, float]) -> dict[str, float]:
@@ -231,7 +223,9 @@ class _Common(BaseModel):
         return bias
 
     @model_validator(mode="after")
-    def _one_grammar(self) -> Self:
+    def _options_take_effect(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
         grammar = self.response_format.grammar() if self.response_format else None
         if grammar is not None and self.regex is not None:
             raise ValueError("response_format and regex are two grammars; an answer has one")
@@ -239,11 +233,12 @@ class _Common(BaseModel):
             raise ValueError("ignore_eos and min_tokens contradict a grammar, which alone says when an answer is whole")
         return self
 
-    def sampling(self) -> SamplingOptions:
-        """How the answer's tokens are chosen."""
+    def request(
+        self, arm: ArmSpec, question: Question, request_id: str, *, max_prompt_tokens: int | None, cache_salt: str
+    ) -> ArmRequest:
+        """Return the body as the message that an engine replica takes."""
         shaped = self.response_format.grammar() if self.response_format else None
-        return SamplingOptions(
-            max_new_tokens=self.limit(),
+        sampling = SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -253,22 +248,27 @@ class _Common(BaseModel):
             repetition_penalty=self.repetition_penalty,
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
-            n=self.n,
-            min_new_tokens=self.min_tokens,
             logit_bias=tuple((int(key), value) for key, value in self.logit_bias.items()),
+            min_new_tokens=self.min_tokens,
             logprobs=self.top_logprob_count(),
+        )
+        return ArmRequest(
+            arm,
+            question,
+            request_id,
+            sampling,
+            max_new_tokens=self.max_tokens,
+            n=self.n,
             stop_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             grammar=shaped or (GrammarText("regex", self.regex) if self.regex is not None else None),
+            max_prompt_tokens=max_prompt_tokens,
+            cache_salt=cache_salt,
         )
 
     def top_logprob_count(self) -> int | None:
-        """Alternatives whose log probability is told beside the chosen token's; None tells nothing."""
+        """Return how many alternatives are reported with the chosen token; None reports no log probability."""
         return None
-
-    def limit(self) -> int | None:
-        """Longest answer that was asked for, in tokens."""
-        return self.max_tokens
 
 
 class ChatRequest(_Common):
@@ -281,24 +281,18 @@ class ChatRequest(_Common):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
 
     @model_validator(mode="after")
-    def _alternatives_are_told(self) -> Self:
+    def _chat_options_take_effect(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true, or leave it out")
+        if self.max_completion_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
+                raise ValueError("max_tokens and max_completion_tokens are two names of one limit and differ here")
+            self.max_tokens = self.max_completion_tokens
         return self
 
     def top_logprob_count(self) -> int | None:
-        """`top_logprobs`, where `logprobs` asks for any."""
+        """Return `top_logprobs`, where `logprobs` asks for any."""
         return self.top_logprobs if self.logprobs else None
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> Self:
-        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_tokens and max_completion_tokens are two names of one limit and differ here")
-        return self
-
-    def limit(self) -> int | None:
-        """Longest answer that was asked for, in tokens."""
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
 class CompletionRequest(_Common):

@@ -1,4 +1,7 @@
-"""Answers in the shape of the OpenAI API: whole, as stream chunks, as a list of models."""
+"""Answers in the shape of the OpenAI API: whole, as stream chunks, as a list of models.
+
+`openai.types` is the oracle of the tests, not a dependency: docs/log.md has the figures.
+"""
 
 import json
 import time
@@ -6,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graftwork.serving.arms import ArmAnswer
 from graftwork.serving.detokenize import Spelled, TokenLogprob
+from graftwork.serving.messages import ArmAnswer
 
 Kind = Literal["chat", "text"]
 Json = dict[str, Any]
@@ -25,21 +28,25 @@ class Envelope:
     """What all chunks of one response share."""
 
     kind: Kind
-    request_id: str
-    model: str
-    """As the caller wrote it."""
-    base_digest: str
-    created: int
+    head: Json
+    """The fields of the response before its choices."""
 
     @classmethod
-    def open(cls, kind: Kind, request_id: str, model: str, base_digest: str) -> "Envelope":
-        """An envelope stamped with the time now."""
-        return cls(kind, request_id, model, base_digest, int(time.time()))
+    def open(cls, kind: Kind, request_id: str, model: str, base_digest: str, *, stream: bool = False) -> "Envelope":
+        """Return an envelope stamped with the time now. model: as the caller wrote it."""
+        head = {
+            "id": request_id,
+            "object": OBJECTS[kind, stream],
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": f"fp_{base_digest[:12]}",
+        }
+        return cls(kind, head)
 
     def build_response(self, answers: Sequence[ArmAnswer]) -> Json:
         """The request's answers as one object."""
         return {
-            **self._head(stream=False),
+            **self.head,
             "choices": [self._whole_choice(answer) for answer in answers],
             "usage": usage(answers),
             "graftwork": provenance(answers[0]),
@@ -48,20 +55,21 @@ class Envelope:
     def delta(self, text: str, *, index: int = 0, first: bool, logprobs: Sequence[TokenLogprob] | None = None) -> Json:
         """A chunk with the next piece of one answer's text. first: the chunk that opens the answer."""
         choice = self._choice(index, text, first=first, finish_reason=None)
-        return {**self._head(stream=True), "choices": [{**choice, "logprobs": self._logprobs(logprobs or None)}]}
+        choice["logprobs"] = self._logprobs(logprobs) if logprobs else None
+        return {**self.head, "choices": [choice]}
 
     def last(self, answer: ArmAnswer) -> Json:
         """The chunk that says why an answer ended and which version gave it."""
         choice = self._choice(answer.index, "", first=False, finish_reason=answer.finish_reason)
-        return {**self._head(stream=True), "choices": [choice], "graftwork": provenance(answer)}
+        return {**self.head, "choices": [choice], "graftwork": provenance(answer)}
 
     def usage_chunk(self, answers: Sequence[ArmAnswer]) -> Json:
         """The chunk that `stream_options.include_usage` asks for: no choices, token counts."""
-        return {**self._head(stream=True), "choices": [], "usage": usage(answers)}
+        return {**self.head, "choices": [], "usage": usage(answers)}
 
     def _whole_choice(self, answer: ArmAnswer) -> Json:
-        choice: Json = {"index": answer.index, "finish_reason": answer.finish_reason}
-        choice["logprobs"] = self._logprobs(answer.logprobs)
+        logprobs = None if answer.logprobs is None else self._logprobs(answer.logprobs)
+        choice: Json = {"index": answer.index, "finish_reason": answer.finish_reason, "logprobs": logprobs}
         if self.kind == "chat":
             choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
         else:
@@ -78,44 +86,28 @@ class Envelope:
             choice["delta"] = {"content": text} if text else {}
         return choice
 
-    def _logprobs(self, told: Sequence[TokenLogprob] | None) -> Json | None:
-        if told is None:
-            return None
-        return chat_logprobs(told) if self.kind == "chat" else text_logprobs(told)
-
-    def _head(self, *, stream: bool) -> Json:
-        return {
-            "id": self.request_id,
-            "object": OBJECTS[self.kind, stream],
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": fingerprint(self.base_digest),
-        }
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        return chat_logprobs(logprobs) if self.kind == "chat" else text_logprobs(logprobs)
 
 
-def fingerprint(base_digest: str) -> str:
-    """OpenAI's `system_fingerprint`: which base answered."""
-    return f"fp_{base_digest[:12]}"
-
-
-def chat_logprobs(told: Sequence[TokenLogprob]) -> Json:
+def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> Json:
     """Log probabilities as a chat completion has them."""
 
     def entry(one: Spelled) -> Json:
         return {"token": one.text, "logprob": one.logprob, "bytes": list(one.bytes)}
 
-    content = [{**entry(one.token), "top_logprobs": [entry(other) for other in one.top]} for one in told]
+    content = [{**entry(one.token), "top_logprobs": [entry(other) for other in one.top]} for one in logprobs]
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(told: Sequence[TokenLogprob]) -> Json:
+def text_logprobs(logprobs: Sequence[TokenLogprob]) -> Json:
     """Log probabilities as the older text completion has them. The chosen token is always among the alternatives."""
-    tops = [{other.text: other.logprob for other in (*one.top, one.token)} if one.top else None for one in told]
+    tops = [{other.text: other.logprob for other in (*one.top, one.token)} if one.top else None for one in logprobs]
     return {
-        "tokens": [one.token.text for one in told],
-        "token_logprobs": [one.token.logprob for one in told],
+        "tokens": [one.token.text for one in logprobs],
+        "token_logprobs": [one.token.logprob for one in logprobs],
         "top_logprobs": tops if any(tops) else None,
-        "text_offset": [one.offset for one in told],
+        "text_offset": [one.offset for one in logprobs],
     }
 
 

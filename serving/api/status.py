@@ -1,10 +1,14 @@
-"""What an endpoint does now, in one document: for the page at GET / and for GET /v1/stats."""
+"""State of an endpoint from the snapshots of its replicas: GET /v1/stats, GET /v1/live, and the page at GET /.
+
+The page is one file; nothing is fetched from elsewhere, and only its own script and style may run.
+"""
 
 import base64
 import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,50 +16,70 @@ from typing import Any
 from starlette.responses import HTMLResponse
 
 from graftwork.metrics import quantile
+from graftwork.serving.api.openai_responses import Json
 from graftwork.serving.metrics import SeriesKey
+from graftwork.serving.metrics_export import ReplicaSnapshot
 
-Dump = dict[str, Any]
 _LARGEST = {"most_adapters_in_step"}
 
 
-def total(engines: Sequence[Mapping[str, Any]]) -> Dump:
-    """The counters of several engines as those of one: added up, `most_adapters_in_step` the largest."""
+def replica_stats(replica: ReplicaSnapshot) -> Json:
+    """Return the counters of one replica's engine and its process, the base and how it is held."""
+    return {
+        "replica": replica.replica,
+        "pid": replica.pid,
+        "peak_rss_bytes": replica.peak_rss_bytes,
+        "base_digest": replica.base_digest,
+        "reason": replica.reason,
+        "engine": asdict(replica.engine),
+    }
+
+
+def stats(replicas: Sequence[ReplicaSnapshot]) -> Json:
+    """Return the body of GET /v1/stats: each replica, and their engines' counters as those of one."""
+    each = [replica_stats(replica) for replica in replicas]
+    return {"replicas": each, "engine": total([one["engine"] for one in each])}
+
+
+def total(engines: Sequence[Json]) -> Json:
+    """Return the counters of several engines as those of one: added up, `most_adapters_in_step` the largest."""
     first, *rest = engines
     whole = dict(first)
     for engine in rest:
-        whole = {name: _joined(name, whole[name], value) for name, value in engine.items()}
+        whole = {name: _add_counts(name, whole[name], value) for name, value in engine.items()}
     return whole
 
 
-def snapshot(replicas: Sequence[Mapping[str, Any]], clock_s: float) -> Dump:
-    """Replicas, their adapters, and the traffic of each arm and version. Counts are from the start; the page takes
-    differences. TTFT is over the last minute.
+def live(replicas: Sequence[ReplicaSnapshot], clock_s: float) -> Json:
+    """Return the body of GET /v1/live: replicas, their adapters, and the traffic of each arm and version.
 
-    replicas: what `EngineReplica.live` told. clock_s: any steady clock, so that differences have their time.
+    Counts are from the start; the page takes differences. TTFT is over the last minute. clock_s: any steady clock, so
+    that differences have their time.
     """
     counts: defaultdict[SeriesKey, Counter[str]] = defaultdict(Counter)
     first_ms: defaultdict[SeriesKey, list[float]] = defaultdict(list)
     for replica in replicas:
-        for *key, requests, tokens in replica["series"]:
-            counts[SeriesKey(*key)].update(requests=requests, tokens=tokens)
-        for *key, ttft_ms in replica["first_tokens_ms"]:
-            first_ms[SeriesKey(*key)].append(ttft_ms)
+        for key, series in replica.series:
+            counts[key].update(requests=sum(series.outcomes.values()), tokens=series.completion_tokens)
+        for key, ttft_s in replica.first_tokens:
+            first_ms[key].append(ttft_s * 1000)
+    each = [replica_stats(replica) for replica in replicas]
     shown = [
-        {key: r[key] for key in ("replica", "engine", "peak_rss_bytes", "base_digest", "reason")} for r in replicas
+        {key: one[key] for key in ("replica", "engine", "peak_rss_bytes", "base_digest", "reason")} for one in each
     ]
     traffic = [{**key._asdict(), **counts[key], **_quantiles(first_ms[key])} for key in sorted(counts)]
-    adapters = [adapter for replica in replicas for adapter in replica["adapters"]]
-    engine = total([replica["engine"] for replica in replicas])
+    adapters = [adapter for replica in replicas for adapter in replica.adapters]
+    engine = total([one["engine"] for one in each])
     return {"clock_s": clock_s, "engine": engine, "replicas": shown, "adapters": adapters, "traffic": traffic}
 
 
-def _quantiles(values: Sequence[float]) -> Dump:
+def _quantiles(values: Sequence[float]) -> Json:
     if not values:
         return {"ttft_p50_ms": None, "ttft_p95_ms": None}
     return {"ttft_p50_ms": quantile(values, 0.5), "ttft_p95_ms": quantile(values, 0.95)}
 
 
-def _joined(name: str, mine: Any, other: Any) -> Any:
+def _add_counts(name: str, mine: Any, other: Any) -> Any:
     if name in _LARGEST:
         return max(mine, other)
     if isinstance(mine, Mapping):
@@ -65,20 +89,17 @@ def _joined(name: str, mine: Any, other: Any) -> Any:
     return mine + other
 
 
-# The page at GET /: one file, nothing fetched from elsewhere, its own script and style and nothing else may run.
-
-
 _FILE = Path(__file__).parent / "page" / "index.html"
 
 
 def page() -> HTMLResponse:
     """The page with its security headers. It holds no data: all of that comes by /v1, with the token."""
-    html, headers = _loaded()
+    html, headers = _load_page()
     return HTMLResponse(html, headers=headers)
 
 
 @cache
-def _loaded() -> tuple[str, dict[str, str]]:
+def _load_page() -> tuple[str, dict[str, str]]:
     html = _FILE.read_text(encoding="utf-8")
     policy = [
         "default-src 'none'",

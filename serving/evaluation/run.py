@@ -5,7 +5,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from graftwork.report import BuiltReport, build
 from graftwork.report.render import ReportInput
 from graftwork.report.schema import CompareReport, DecisionCard, JudgeReport
 from graftwork.scoring import AnswerSchema
+from graftwork.serving.api.status import replica_stats
+from graftwork.serving.arms import messages_of
 from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.evaluation.answers import (
     AnswerSet,
@@ -84,17 +86,17 @@ class Endpoints:
     async def ask(self, arm: ArmSpec, messages: list[dict[str, str]], request_id: str) -> Mapping[str, Any]:
         """An arm's answer."""
         assert self.endpoint is not None, "an answer is asked for although all are on disk"
-        return await self.endpoint.ask(self._as_pinned(arm), messages, request_id)
+        answer = await self.endpoint.ask(self._as_pinned(arm), messages_of(messages), request_id)
+        return asdict(answer)
 
     async def send(self, job: EvalRequest) -> Mapping[str, Any]:
         """An answer, or likelihoods."""
         if not job.continuations:
             return await self.ask(job.arm, job.messages, job.request_id)
         assert self.endpoint is not None, "likelihoods are asked for although all are on disk"
-        scored = await self.endpoint.likelihood(
-            self._as_pinned(job.arm), job.messages, list(job.continuations), job.request_id
-        )
-        return {"logprobs": [(one["logprob"], one["tokens"]) for one in scored]}
+        messages = messages_of(job.messages)
+        found = await self.endpoint.likelihood(self._as_pinned(job.arm), messages, job.continuations, job.request_id)
+        return {"logprobs": [(one.logprob, one.tokens) for one in found]}
 
     def _as_pinned(self, arm: ArmSpec) -> ArmSpec:
         """A derived arm keeps its arm's version; one of another name (the judge) comes with its own."""
@@ -304,8 +306,7 @@ def _pinned(arm: ArmSpec, manifest: AdapterManifest | None) -> ArmSpec:
 
 
 async def _stats(endpoint: Endpoint) -> dict[str, Any]:
-    stats: dict[str, Any] = await endpoint.handle.stats.remote()
-    return stats
+    return replica_stats(await endpoint.handle.snapshot.remote())
 
 
 def _score_lines(rows: Sequence[DatasetRow], answers: AnswerSet, scored: ScoredArms) -> bytes:

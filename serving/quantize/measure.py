@@ -119,7 +119,7 @@ class Asker:
         text, cut = "", False
         try:
             async for events in generation.events():
-                text += answer.add(events[0])[0]
+                text += answer.add(events[0]).text
                 cut = events[0][-1].finish_reason == "length"
         except ApiError as error:  # the engine failed on this request, e.g. its logits were not finite
             return AnswerText(text=text, error=str(error))

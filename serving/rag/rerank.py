@@ -6,11 +6,11 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from graftwork.prompts.render import Passage, rerank_prompt
+from graftwork.prompts.render import Message, Passage, rerank_prompt
 from graftwork.retrieval import Hit
+from graftwork.serving.messages import Likelihood
 from graftwork.serving.rag.questions import Question
 from graftwork.serving.rag.spec import RagSpec
 from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
@@ -18,13 +18,13 @@ from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
 if TYPE_CHECKING:
     from graftwork.serving.deploy import Endpoint
 
-Likelihood = Callable[[dict[str, Any], list[dict[str, str]], Sequence[str], str], Awaitable[list[dict[str, Any]]]]
-"""`EngineReplica.likelihood`: (arm dump, messages, continuations, request id)."""
+Score = Callable[[ArmSpec, tuple[Message, ...], Sequence[str], str], Awaitable[list[Likelihood]]]
+"""`EngineReplica.likelihood`: (arm, messages, continuations, request id)."""
 _numbers = itertools.count()
-_BASE = ArmSpec(name="rerank", max_new_tokens=None).model_dump(mode="json")
+_BASE = ArmSpec(name="rerank", max_new_tokens=None)
 
 
-async def rerank(question: str, passages: Sequence[Passage], likelihood: Likelihood, k: int) -> tuple[Passage, ...]:
+async def rerank(question: str, passages: Sequence[Passage], likelihood: Score, k: int) -> tuple[Passage, ...]:
     """The k passages behind which the question is likeliest; equal ones as they stood. Raises ApiError.
 
     All candidates are asked about at once, as requests of their own. Cancelling the call ends them all.
@@ -42,11 +42,10 @@ async def rerank(question: str, passages: Sequence[Passage], likelihood: Likelih
     return tuple(passage for _, passage in ranked[:k])
 
 
-async def _score(question: str, passage: Passage, likelihood: Likelihood, request_id: str) -> float:
+async def _score(question: str, passage: Passage, likelihood: Score, request_id: str) -> float:
     """log P(question | passage) in nats. The questions compared are one text, so no length weighs in."""
-    messages = [asdict(message) for message in rerank_prompt(passage)]
-    (said,) = await likelihood(_BASE, messages, [question], request_id)
-    return float(said["logprob"])
+    (found,) = await likelihood(_BASE, tuple(rerank_prompt(passage)), [question], request_id)
+    return found.logprob
 
 
 _TOGETHER = 4
@@ -87,15 +86,12 @@ async def _reranked(
     assert spec.rerank is not None
     candidates, gate, done = spec.rerank.candidates, asyncio.Semaphore(_TOGETHER), 0
 
-    async def likelihood(arm: dict[str, Any], messages: Any, texts: Sequence[str], request_id: str) -> Any:
-        return await endpoint.likelihood(ArmSpec.model_validate(arm), messages, texts, request_id)
-
     async def one(question: Question, hits: Sequence[Hit]) -> tuple[list[Hit], float]:
         nonlocal done
         async with gate:
             began = time.perf_counter()
             passages = [hit.passage for hit in hits[:candidates]]
-            order = await rerank(question.text, passages, likelihood, candidates)
+            order = await rerank(question.text, passages, endpoint.likelihood, candidates)
             took = (time.perf_counter() - began) * 1000
         done += 1
         if on_progress is not None:

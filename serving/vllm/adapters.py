@@ -1,8 +1,12 @@
-"""Which adapter versions vLLM holds, under which of its ids, and who still needs them. Any thread.
+"""Adapter versions in vLLM: the ids under which it holds them, their holders, and what it would misread. Any thread.
 
 Every load of a version gets an integer id and a name that were never used before. vLLM keys its prefix cache by the
 name and its adapter slots by the id, so no later version can meet an earlier one's keys and values or weights, and
 `load_inplace` (read again from disk at every step: vllm-project/vllm#33791) is never needed.
+
+vLLM 0.29 takes r, lora_alpha, target_modules, bias, modules_to_save, use_rslora and use_dora from adapter_config.json
+(`vllm/lora/peft_helper.py`) and passes over every other key without a word; a `rank_pattern` or `alpha_pattern` would
+give wrong answers. So all keys but those that change no served weight must be at the value that does nothing.
 """
 
 import itertools
@@ -16,13 +20,6 @@ from typing import Any
 from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.weights_file import read_bytes, read_tensors
 from graftwork.serving.engine.request import SlotState
-
-# What vLLM would misread in an adapter is refused before it reads it.
-#
-# vLLM 0.29 takes r, lora_alpha, target_modules, bias, modules_to_save, use_rslora and use_dora from adapter_config.json
-# (`vllm/lora/peft_helper.py`) and passes over every other key without a word; a `rank_pattern` or `alpha_pattern` would
-# give wrong answers. So all keys but those that change no served weight must be at the value that does nothing.
-
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20

@@ -1,8 +1,9 @@
 """`Engine` over vLLM's AsyncLLM: an event loop in a thread of its own, and one task on it for each request.
 
-Life of a request: `submit` checks it, holds its adapter version and starts its task; the task reads vLLM's deltas and
-hands them out as events; when it has ended, however it ended, the version is let go and the last event is told. vLLM
-serves in order of arrival here, which is that of `submit` (`GenerateRequest.arrived` cannot be honoured).
+Life of a request: `submit` checks it, pins its adapter version and starts its task; the task reads vLLM's deltas and
+emits them as events; when it has ended, the version is released and the last event is sent. vLLM serves in order of
+arrival here, which is that of `submit` (`GenerateRequest.arrived` cannot be honoured). vLLM 0.29.0 calls its stat
+loggers on its event loop, where our own counts are taken too.
 """
 
 import asyncio
@@ -37,10 +38,6 @@ from graftwork.serving.vllm.translate import (
     grammar_arguments,
     sampling_arguments,
 )
-
-# Counters of a vLLM engine: requests as we saw them end, and what vLLM tells of its scheduler after each step.
-#
-# vLLM 0.29.0 calls its stat loggers on its event loop, where our own counts are taken too.
 
 
 @dataclass
@@ -357,9 +354,6 @@ class VllmEngine:
 
 async def _made(make: Callable[[], AsyncLlm]) -> AsyncLlm:
     return make()
-
-
-# Starts vLLM: the one place that imports it.
 
 
 ENVIRONMENT = {

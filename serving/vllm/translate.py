@@ -1,4 +1,9 @@
-"""vLLM's outputs become the events of a request: a token each, and exactly one last event."""
+"""Translation between our requests, events and spec and vLLM's (0.29.0). Plain data.
+
+vLLM's outputs become one event a token and exactly one last event. A request becomes the keyword arguments of
+`vllm.SamplingParams` and `StructuredOutputsParams`, a spec those of `vllm.AsyncEngineArgs`. What vLLM would do
+otherwise than our engine is refused.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,21 +60,21 @@ class Translator:
 
     def events(self, output: VllmOutput) -> list[TokenEvent]:
         """Of one output; several tokens where the reader was slow. The last event may have no token (-1)."""
-        [said] = output.outputs  # n=1
-        reason = _reason(said.finish_reason)
+        [completion] = output.outputs  # n=1
+        reason = _finish_reason(completion.finish_reason)
         if self.continuation and output.prompt_logprobs:
             return [TokenEvent(self.request_id, -1, self._score(output.prompt_logprobs), "scored")]
         if self.continuation and reason in (None, "stop", "length"):
             return []
-        places = said.logprobs or [{}] * len(said.token_ids)
+        places = completion.logprobs or [{}] * len(completion.token_ids)
         events = [
             self._token(token, place, output.num_cached_tokens or 0)
-            for token, place in zip(said.token_ids, places, strict=True)
+            for token, place in zip(completion.token_ids, places, strict=True)
         ]
         if reason in (None, "stop", "length") and events:
             events[-1] = replace(events[-1], finish_reason=reason)
         elif reason is not None:
-            error = f"vLLM ended it with finish_reason={said.finish_reason}" if reason == "error" else None
+            error = f"vLLM ended it with finish_reason={completion.finish_reason}" if reason == "error" else None
             events.append(TokenEvent(self.request_id, -1, None, reason, error))
         return events
 
@@ -90,13 +95,8 @@ class Translator:
         return event
 
 
-def _reason(told: str | None) -> FinishReason | None:
-    return None if told is None else _REASONS.get(told, "error")
-
-
-# Our request in vLLM's words, field by field. What vLLM would do otherwise than our engine is refused, never bent.
-#
-# Plain data: the keyword arguments of `vllm.SamplingParams` and of its `StructuredOutputsParams` (vLLM 0.29.0).
+def _finish_reason(reason: str | None) -> FinishReason | None:
+    return None if reason is None else _REASONS.get(reason, "error")
 
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
@@ -158,9 +158,6 @@ def _differences(wanted: SamplingParams) -> Iterator[tuple[str, str]]:
         yield "min_new_tokens", "vLLM does not look for stop strings before min_new_tokens; take one of the two"
     if wanted.seed == -1:
         yield "seed", "vLLM reads -1 as no seed"
-
-
-# Our spec in vLLM's words: the keyword arguments of `vllm.AsyncEngineArgs` (vLLM 0.29.0). Plain data.
 
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

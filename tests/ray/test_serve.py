@@ -35,10 +35,11 @@ from graftwork.prompts.template import Template
 from graftwork.serving.api.auth import BODY_TIMEOUT_S
 from graftwork.serving.api.errors import ApiError
 from graftwork.serving.api.http_protocol import HEAD_TIMEOUT_S
-from graftwork.serving.arms import SamplingOptions
 from graftwork.serving.client import ChatCall, Client, ClientReply
 from graftwork.serving.deploy import Endpoint, deploy
+from graftwork.serving.engine.request import SamplingParams
 from graftwork.serving.load_test import Sent, burst, swap_under_load
+from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood
 from graftwork.serving.router import ServeBackend
 from graftwork.serving.spec import ArmSpec, GrammarSpec, ServeSpec
 from graftwork.storage.store import Store
@@ -171,20 +172,20 @@ def test_without_http_the_engine_answers_hundreds_of_calls_at_once(local_ray: Se
     arms += [ArmSpec(name=t, adapter=f"{t}@latest", max_new_tokens=NEW_TOKENS) for t in TASKS]
     jobs = [(arm, question) for arm in arms for question in QUESTIONS] * 16  # 192
 
-    async def ask_all(endpoint: Endpoint) -> list[dict[str, Any]]:
+    async def ask_all(endpoint: Endpoint) -> list[ArmAnswer]:
         asks = [
-            endpoint.ask(arm, [{"role": "user", "content": question}], f"job-{number}")
+            endpoint.ask(arm, [Message("user", question)], f"job-{number}")
             for number, (arm, question) in enumerate(jobs)
         ]
         return await asyncio.gather(*asks)
 
     with deploy(world.spec(), http=False) as endpoint:
         answers = asyncio.run(ask_all(endpoint))
-        stats = endpoint.handle.stats.remote().result()
+        found = endpoint.handle.snapshot.remote().result()
     for (arm, question), answer in zip(jobs, answers, strict=True):
         version = world.versions.get(arm.name)
-        assert (answer["adapter_version"], answer["text"]) == (version, world.texts[version, question])
-    assert stats["engine"]["most_adapters_in_step"] == len(TASKS)
+        assert (answer.adapter_version, answer.text) == (version, world.texts[version, question])
+    assert found.engine.most_adapters_in_step == len(TASKS)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +303,8 @@ def test_grammars_choices_and_logprobs_cross_the_processes(endpoint: Endpoint) -
             client.chat.completions.create(**asked, extra_body={"regex": "("})
         assert (impossible.value.param, impossible.value.code) == ("regex", "invalid_grammar")
     arm = ArmSpec(name="code", grammar=GrammarSpec(regex="[0-9]{3}"))
-    assert re.fullmatch("[0-9]{3}", asyncio.run(endpoint.ask(arm, hello, "an arm with a grammar"))["text"])
+    answer = asyncio.run(endpoint.ask(arm, [Message("user", "Hello")], "an arm with a grammar"))
+    assert re.fullmatch("[0-9]{3}", answer.text)
 
 
 def test_the_openai_client_gets_its_own_exceptions(endpoint: Endpoint) -> None:
@@ -417,13 +419,12 @@ def test_a_request_that_takes_too_long_is_cancelled(endpoint: Endpoint) -> None:
 
     Many are sent at once, so that no machine is quick enough; a slow one gets more time to begin with them.
     """
-    arm = ArmSpec(name="slow", max_new_tokens=900).model_dump(mode="json")
-    hello, ignoring = [{"role": "user", "content": "Hello"}], SamplingOptions(ignore_eos=True).dump()
+    arm, hello = ArmSpec(name="slow", max_new_tokens=900), (Message("user", "Hello"),)
 
     async def ask(timeout_s: float) -> list[Any]:
         backend = ServeBackend(endpoint.handle, timeout_s)
-        calls = [backend.answer(arm, hello, f"slow-{timeout_s}-{number}", ignoring) for number in range(100)]
-        return await asyncio.gather(*calls, return_exceptions=True)
+        requests = [ArmRequest(arm, hello, f"slow-{timeout_s}-{number}", ignore_eos=True) for number in range(100)]
+        return await asyncio.gather(*map(backend.choices, requests), return_exceptions=True)
 
     with endpoint.client() as client:
         before = cancelled = client.stats()["engine"]["finished"].get("cancelled", 0)
@@ -517,20 +518,20 @@ def test_an_arm_says_which_passages_and_which_version_answered(endpoint: Endpoin
 def test_an_arm_says_how_likely_an_answer_is_by_the_handle(endpoint: Endpoint) -> None:
     """Source: the log probabilities that the engine tells of an answer while it generates it."""
     arm = ArmSpec(name="card", adapter="card@latest", max_new_tokens=6)
-    hello, sampling = [{"role": "user", "content": "Hello"}], SamplingOptions(logprobs=0, ignore_eos=True)
+    hello = (Message("user", "Hello"),)
+    request = ArmRequest(arm, hello, "said", SamplingParams(logprobs=0), ignore_eos=True)
 
-    async def ask() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        backend = ServeBackend(endpoint.handle, 60)
-        said = await backend.answer(arm.model_dump(mode="json"), hello, "said", sampling.dump())
-        return said, await endpoint.likelihood(arm, hello, [said["text"], "something else"], "likely")
+    async def ask() -> tuple[ArmAnswer, list[Likelihood]]:
+        (said,) = await ServeBackend(endpoint.handle, 60).choices(request)
+        return said, await endpoint.likelihood(arm, hello, [said.text, "something else"], "likely")
 
     said, [likely, other] = asyncio.run(ask())
     template = base_model.template(base_model.resolve(endpoint.spec.base))
-    assert template.continuation_ids(said["text"]) == list(said["token_ids"]), "this text has one spelling in tokens"
-    told = sum(one["token"]["logprob"] for one in said["logprobs"])
-    assert likely["logprob"] == pytest.approx(told, abs=1e-3)
-    assert other["logprob"] < likely["logprob"] < 0
-    assert likely["tokens"] == len(template.continuation_ids(said["text"]))
+    assert template.continuation_ids(said.text) == list(said.token_ids), "this text has one spelling in tokens"
+    assert said.logprobs is not None
+    assert likely.logprob == pytest.approx(sum(one.token.logprob for one in said.logprobs), abs=1e-3)
+    assert other.logprob < likely.logprob < 0
+    assert likely.tokens == len(template.continuation_ids(said.text))
 
 
 def test_our_client_says_where_nothing_answers() -> None:

@@ -27,6 +27,7 @@ from graftwork.errors import ConfigError, DataError, RunError, UserError
 from graftwork.prompts.render import Message
 from graftwork.report import render_html, render_json
 from graftwork.scoring import Choices
+from graftwork.serving.messages import Likelihood
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import Interval
 
@@ -233,9 +234,9 @@ def test_likelihoods_are_kept_as_they_come_and_a_torn_line_is_weighed_again(tmp_
     }
     asked: list[str] = []
 
-    async def weigh(arm: ArmSpec, messages: Any, choices: list[str], request_id: str) -> list[dict[str, Any]]:
+    async def weigh(arm: ArmSpec, messages: Any, choices: Sequence[str], request_id: str) -> list[Likelihood]:
         asked.append(request_id)
-        return [{"logprob": -float(len(asked)), "tokens": 1} for _ in choices]
+        return [Likelihood(-float(len(asked)), 1) for _ in choices]
 
     asyncio.run(weigh_all(jobs, weigh, path, lambda done: None))
     assert set(read_weighed(path)) == {"k1", "k2"}
@@ -244,8 +245,8 @@ def test_likelihoods_are_kept_as_they_come_and_a_torn_line_is_weighed_again(tmp_
     asyncio.run(weigh_all({"k2": jobs["k2"]}, weigh, path, lambda done: None))
     assert read_weighed(path)["k2"].logprobs == (-3.0, -3.0)
 
-    async def short(arm: ArmSpec, messages: Any, choices: list[str], request_id: str) -> list[dict[str, Any]]:
-        return [{"logprob": -1.0, "tokens": 1}]
+    async def short(arm: ArmSpec, messages: Any, choices: Sequence[str], request_id: str) -> list[Likelihood]:
+        return [Likelihood(-1.0, 1)]
 
     with pytest.raises(RunError, match="one for each of 2 choices"):
         asyncio.run(weigh_all({"k3": jobs["k1"]}, short, path, lambda done: None))

@@ -187,8 +187,8 @@ def test_a_prompt_of_too_many_bytes_is_refused_before_it_is_tokenised(template: 
     assert longest >= max(len(template.decode([n]).encode()) for n in range(len(pieces)))
     room = 64 * longest
     require_bytes(size_of("a" * room), longest, 64)
-    require_bytes(size_of([{"role": "user", "content": "ä" * (room // 2)}]), longest, 64)
-    for question in ("a" * (room + 1), [{"role": "user", "content": "ä" * (room // 2 + 1)}]):
+    require_bytes(size_of((Message("user", "ä" * (room // 2)),)), longest, 64)
+    for question in ("a" * (room + 1), (Message("user", "ä" * (room // 2 + 1)),)):
         with pytest.raises(PromptTooLong, match=rf"(?s)64 tokens hold at most {room} bytes.*max_seq_len=64"):
             require_bytes(size_of(question), longest, 64)
 

@@ -210,7 +210,7 @@ def test_a_new_ingress_begins_with_what_the_old_one_took(world: World) -> None:
     async def act(client: httpx.AsyncClient, live: LiveConfig) -> None:
         await offer(client, live, arms=[PLAIN, TUNED])
         shutil.rmtree(world.store.local_dir("adapters", "card"))
-        successor = LiveConfig(live._spec.with_({"arms": [], "adapters": []}), live._backend)
+        successor = LiveConfig(live.spec.with_({"arms": [], "adapters": []}), live._backend)
         await successor.open({**FIRST, "adapters": ["nobody@latest"]})
         while successor.status()["changing"]:
             await asyncio.sleep(0.01)

@@ -22,11 +22,13 @@ from graftwork.base import load as base_model
 from graftwork.base.spec import BaseSpec
 from graftwork.serving.api.errors import ApiError
 from graftwork.serving.arms import raw_prompt
+from graftwork.serving.messages import ArmRequest
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage.store import Store
 from tests.adapters import facts
 from tests.engines import ALL, load_model, write_lora
+from tests.replicas import answer
 from tests.tiny import write_tiny_base
 
 START = "Give the name, the city and the country of the aerodrome; how high above the sea does its runway lie? "
@@ -152,15 +154,16 @@ async def play(world: World, requests: int) -> Run:
 
 
 async def one(replica: EngineReplica, run: Run, number: int, ref: str | None, prompt: str) -> None:
-    arm = ArmSpec(name="a", adapter=ref, max_new_tokens=NEW_TOKENS).model_dump(mode="json")
+    arm = ArmSpec(name="a", adapter=ref, max_new_tokens=NEW_TOKENS)
     oldest = run.confirmed
     try:
-        said: dict[str, Any] = await replica.answer(arm, prompt, f"r{number}", {"max_new_tokens": NEW_TOKENS})
+        found = await answer(replica, ArmRequest(arm, prompt, f"r{number}", max_new_tokens=NEW_TOKENS))
     except ApiError as error:
         run.errors.append(str(error))
         return
-    version, tokens, cached = said["adapter_version"], tuple(said["token_ids"]), said["cached_tokens"]
-    run.answered.append(Answered(ref, prompt, oldest, run.begun, version, tokens, cached))
+    run.answered.append(
+        Answered(ref, prompt, oldest, run.begun, found.adapter_version, found.token_ids, found.cached_tokens)
+    )
 
 
 def alone(world: World) -> dict[tuple[str | None, str], tuple[int, ...]]:

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import pickle
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -12,8 +14,9 @@ from prometheus_client import Histogram as Reference
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from graftwork.serving.api.errors import bad_request
+from graftwork.serving.engine.request import EngineStats
 from graftwork.serving.metrics import NOT_ADMITTED, OTHER, TTFT_S, Histogram, SeriesKey, SeriesTable, TrafficMetrics
-from graftwork.serving.metrics_export import Family, render, traffic_families
+from graftwork.serving.metrics_export import ReplicaMetrics, ReplicaSnapshot, histogram, render
 
 
 def test_a_histogram_counts_as_prometheus_own() -> None:
@@ -25,7 +28,7 @@ def test_a_histogram_counts_as_prometheus_own() -> None:
         ours.observe(value, times)
         for _ in range(times):
             theirs.observe(value)
-    text = render({"r": [Family("histogram", "x", "", (), [((), ours)])]}).decode()
+    text = render([], [histogram("x", "", {(): ours})]).decode()
     found = {s.labels["le"]: s.value for f in parse(text) for s in f.samples if s.name == "graftwork_x_bucket"}
     expected = [s for f in registry.collect() for s in f.samples]
     assert {float(le): count for le, count in found.items()} == {
@@ -104,13 +107,19 @@ def test_tokens_that_arrive_together_share_their_time(monkeypatch: pytest.Monkey
     assert series.latency.sum_s == pytest.approx(1.0)
 
 
+def snapshot(replica: str, table: SeriesTable) -> ReplicaSnapshot:
+    """Of a replica with this traffic and an idle engine, after its way from process to process."""
+    found = replace(ReplicaMetrics(replica, "d", "r", EngineStats, list).snapshot(), series=table.items())
+    copy: ReplicaSnapshot = pickle.loads(pickle.dumps(found))
+    return copy
+
+
 def test_replicas_are_told_apart_and_label_values_are_escaped() -> None:
     table = SeriesTable()
     odd = SeriesKey('arm"\\\n', "card", "v")
     table.begin(odd)
     table.at(odd).outcomes["stop"] += 2
-    families = traffic_families(table.items())
-    text = render({"one": families, "two": families}).decode()
+    text = render([snapshot("one", table), snapshot("two", table)]).decode()
     samples = [s for f in parse(text) for s in f.samples if s.name == "graftwork_requests_total"]
     assert {(s.labels["replica"], s.labels["arm"], s.labels["outcome"], s.value) for s in samples} == {
         ("one", odd.arm, "stop", 2.0),

@@ -33,7 +33,7 @@ from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import LoopResult, StepReport, read_steps
 from tests import engines
 from tests.adapters import facts
-from tests.replicas import arm, replica_of
+from tests.replicas import answer, ask, replica_of
 from tests.tiny import CHATML, write_tiny_base, write_tiny_tokenizer
 from tests.training import task
 
@@ -168,9 +168,9 @@ def test_an_adapter_is_served_on_the_day_that_it_was_trained_on(base: Path, tmp_
 
     async def play() -> None:
         async with replica_of(base, tmp_path / "root") as replica:
-            plain = await replica.answer(arm(), [{"role": "user", "content": "Hello"}], "plain")
+            plain = await answer(replica, ask("plain"))
             folder = engines.write_lora(base, tmp_path / "adapter", 1, r=4, target_modules=["q_proj"])
-            known = facts(base_digest=plain["base_digest"], prompt={})
+            known = facts(base_digest=plain.base_digest, prompt={})
             for name, day in (("may", OTHER), ("old", None)):
                 artifact.publish(
                     Store(str(tmp_path / "root")), name, folder, **known, template_date=day, alias="latest"
@@ -178,12 +178,10 @@ def test_an_adapter_is_served_on_the_day_that_it_was_trained_on(base: Path, tmp_
             template = base_model.template(base_model.resolve(BaseSpec(uri=str(base))))
             lengths = {day: len(chat.render(HELLO, template.on(day), generate=True).ids) for day in (None, OTHER)}
             assert lengths[None] != lengths[OTHER], "the test tells them apart"
-            assert plain["prompt_tokens"] == lengths[None]
+            assert plain.prompt_tokens == lengths[None]
             for name, day in (("may", OTHER), ("old", None)):
-                answer = await replica.answer(
-                    arm(adapter=f"{name}@latest"), [{"role": "user", "content": "Hello"}], name
-                )
-                assert answer["prompt_tokens"] == lengths[day], f"{name}: {day or 'an older manifest: the base'}"
+                tuned = await answer(replica, ask(name, adapter=f"{name}@latest"))
+                assert tuned.prompt_tokens == lengths[day], f"{name}: {day or 'an older manifest: the base'}"
 
     asyncio.run(play())
 

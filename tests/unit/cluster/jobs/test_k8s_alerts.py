@@ -6,25 +6,20 @@ import re
 import shutil
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
 
 from graftwork.cluster.jobs.exporter import JobMetrics
 from graftwork.cluster.jobs.store import HEARTBEAT_S, SILENT_S, AttemptEnd, Heartbeat, JobStore
 from graftwork.serving.ab_test.service import experiment_families
 from graftwork.serving.engine.request import EngineStats
-from graftwork.serving.metrics_export import (
-    PREFIX,
-    Family,
-    ReplicaMetrics,
-    engine_families,
-    http_families,
-    traffic_families,
-)
+from graftwork.serving.metrics_export import ReplicaMetrics, http_families, state_families, traffic_families
 from graftwork.storage.store import json_bytes
 from tests.jobs import command_job
 from tests.process_races import ROOT
@@ -198,16 +193,15 @@ def test_every_metric_is_one_that_somebody_exports(tmp_path: Path) -> None:
 
 def serving_metrics() -> set[str]:
     """As GET /metrics names them, and the same through Ray, which puts `ray_` before them."""
-    replica = ReplicaMetrics(EngineStats, lambda: [])
-    own = [*replica.state(), *traffic_families([]), *engine_families(EngineStats())]
-    names = {name for family in own for name in exposed(family)}
-    ingress = {name for family in [*http_families({}), *experiment_families([])] for name in exposed(family)}  # type: ignore[arg-type]
+    replica = ReplicaMetrics("r", "d", "cpu", EngineStats, list).snapshot()
+    names = {name for family in [*state_families(replica), *traffic_families([])] for name in exposed(family)}
+    ingress = {name for family in [*http_families(Counter()), *experiment_families([])] for name in exposed(family)}
     return names | ingress | {f"ray_{name}" for name in names}
 
 
-def exposed(family: Family) -> set[str]:
+def exposed(family: Metric) -> set[str]:
     endings = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
-    return {f"{PREFIX}{family.name}{ending}" for ending in endings[family.kind]}
+    return {f"{family.name}{ending}" for ending in endings[family.type]}
 
 
 def job_metrics(tmp_path: Path) -> set[str]:

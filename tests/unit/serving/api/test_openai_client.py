@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +62,7 @@ class World:
 
     def stats(self) -> Any:
         """The engine's counters."""
-        return self._runner.run(self._replica.stats())["engine"]
+        return asdict(self._runner.run(self._replica.snapshot()).engine)
 
     def close(self) -> None:
         """Ends the engine."""

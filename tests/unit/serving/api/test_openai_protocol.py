@@ -1,6 +1,7 @@
 """What the endpoint takes and what it says no to, in the OpenAI API's terms."""
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -8,15 +9,23 @@ import pytest
 from graftwork.serving.api.errors import ApiError
 from graftwork.serving.api.openai_protocol import ChatRequest, CompletionRequest, parse
 from graftwork.serving.api.openai_responses import Envelope, sse, text_logprobs
-from graftwork.serving.arms import ArmAnswer, SamplingOptions
 from graftwork.serving.detokenize import Spelled, TokenLogprob
 from graftwork.serving.engine.grammar import GrammarText
+from graftwork.serving.engine.request import SamplingParams
+from graftwork.serving.messages import ArmAnswer, ArmRequest
+from graftwork.serving.spec import ArmSpec
 
+ARM = ArmSpec(name="base")
 HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 
 
 def body(**extra: object) -> bytes:
     return json.dumps({**HELLO, **extra}).encode()
+
+
+def sent(kind: type[ChatRequest] | type[CompletionRequest], raw: bytes) -> ArmRequest:
+    """The message that a replica gets for this body."""
+    return parse(kind, raw).request(ARM, (), "r", max_prompt_tokens=None, cache_salt="")
 
 
 def refusal(raw: bytes) -> ApiError:
@@ -28,13 +37,16 @@ def refusal(raw: bytes) -> ApiError:
 
 
 def test_defaults_are_greedy_up_to_the_arms_limit() -> None:
-    assert parse(ChatRequest, body()).sampling() == SamplingOptions(None, 0.0, 1.0, 0, None, ())
+    assert sent(ChatRequest, body()) == ArmRequest(ARM, (), "r", SamplingParams())
 
 
 def test_sampling_parameters_are_taken() -> None:
     asked = body(max_completion_tokens=9, temperature=0.7, top_p=0.9, top_k=40, seed=3, stop="END")
-    assert parse(ChatRequest, asked).sampling() == SamplingOptions(9, 0.7, 0.9, 40, 3, ("END",))
-    assert parse(ChatRequest, body(max_tokens=5, stop=["a", "b"])).sampling() == SamplingOptions(5, stop=("a", "b"))
+    params = SamplingParams(temperature=0.7, top_p=0.9, top_k=40, seed=3, stop=("END",))
+    assert sent(ChatRequest, asked) == ArmRequest(ARM, (), "r", params, max_new_tokens=9)
+    params = SamplingParams(stop=("a", "b"))
+    listed = sent(ChatRequest, body(max_tokens=5, stop=["a", "b"]))
+    assert listed == ArmRequest(ARM, (), "r", params, max_new_tokens=5)
 
 
 def test_every_sampling_parameter_arrives_under_its_name() -> None:
@@ -51,31 +63,31 @@ def test_every_sampling_parameter_arrives_under_its_name() -> None:
         logprobs=True,
         top_logprobs=5,
     )
-    assert parse(ChatRequest, asked).sampling() == SamplingOptions(
+    params = SamplingParams(
         min_p=0.1,
         frequency_penalty=0.5,
         presence_penalty=-1,
         repetition_penalty=1.2,
         logit_bias=((5, 10), (7, -2.5)),
-        n=3,
         min_new_tokens=2,
-        stop_ids=(4, 9),
-        ignore_eos=True,
         logprobs=5,
     )
-    assert parse(ChatRequest, body(logprobs=True)).sampling().logprobs == 0
-    assert parse(CompletionRequest, b'{"model":"m","prompt":"x","logprobs":2}').sampling().logprobs == 2
+    whole = ArmRequest(ARM, (), "r", params, n=3, stop_ids=(4, 9), ignore_eos=True)
+    assert sent(ChatRequest, asked) == whole
+    assert pickle.loads(pickle.dumps(whole)) == whole
+    assert sent(ChatRequest, body(logprobs=True)).sampling.logprobs == 0
+    assert sent(CompletionRequest, b'{"model":"m","prompt":"x","logprobs":2}').sampling.logprobs == 2
 
 
 def test_a_response_format_becomes_a_grammar_with_its_properties_in_order() -> None:
     schema = {"type": "object", "properties": {"b": {}, "a": {}}}
     named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
-    grammar = parse(ChatRequest, body(response_format=named)).sampling().grammar
+    grammar = sent(ChatRequest, body(response_format=named)).grammar
     assert grammar == GrammarText("json_schema", json.dumps(schema))
-    any_object = parse(ChatRequest, body(response_format={"type": "json_object"})).sampling().grammar
+    any_object = sent(ChatRequest, body(response_format={"type": "json_object"})).grammar
     assert any_object == GrammarText("json_schema", '{"type":"object"}')
-    assert parse(ChatRequest, body(regex="[0-9]+")).sampling().grammar == GrammarText("regex", "[0-9]+")
-    assert parse(ChatRequest, body(response_format={"type": "text"})).sampling().grammar is None
+    assert sent(ChatRequest, body(regex="[0-9]+")).grammar == GrammarText("regex", "[0-9]+")
+    assert sent(ChatRequest, body(response_format={"type": "text"})).grammar is None
 
 
 @pytest.mark.parametrize(
@@ -90,13 +102,6 @@ def test_a_response_format_becomes_a_grammar_with_its_properties_in_order() -> N
 )
 def test_contradictions_are_told(extra: dict[str, object], found: str) -> None:
     assert found in refusal(body(**extra)).message
-
-
-def test_sampling_travels_through_json() -> None:
-    sampling = SamplingOptions(
-        9, 0.7, 0.9, 40, 3, ("END",), n=2, logit_bias=((5, 1.5),), stop_ids=(3,), grammar=GrammarText("regex", "a+")
-    )
-    assert SamplingOptions.load(json.loads(json.dumps(sampling.dump()))) == sampling
 
 
 def test_content_parts_are_joined_and_developer_is_system() -> None:
@@ -227,7 +232,7 @@ def test_stream_options_need_a_stream() -> None:
 
 def test_two_different_limits_contradict() -> None:
     assert "differ" in refusal(body(max_tokens=3, max_completion_tokens=4)).message
-    assert parse(ChatRequest, body(max_tokens=3, max_completion_tokens=3)).limit() == 3
+    assert parse(ChatRequest, body(max_tokens=3, max_completion_tokens=3)).max_tokens == 3
 
 
 @pytest.mark.parametrize(
@@ -253,7 +258,7 @@ def test_no_body_is_too_broken_for_a_proper_error(raw: bytes) -> None:
 def test_completions_are_short_unless_told_otherwise() -> None:
     plain = {"model": "base", "prompt": "x"}
     for extra, limit in (({}, 16), ({"max_tokens": None}, 16), ({"max_tokens": 40}, 40)):
-        assert parse(CompletionRequest, json.dumps({**plain, **extra}).encode()).sampling().max_new_tokens == limit
+        assert sent(CompletionRequest, json.dumps({**plain, **extra}).encode()).max_new_tokens == limit
 
 
 def test_completions_take_one_text() -> None:
@@ -284,14 +289,8 @@ def answer(**changes: Any) -> ArmAnswer:
     return ArmAnswer(**{**fields, **changes})
 
 
-def test_answers_travel_through_json() -> None:
-    told = (TokenLogprob(Spelled((104, 105), -0.5), (Spelled((104,), -0.25),), 0),)
-    for one in (answer(), answer(index=1, logprobs=told)):
-        assert ArmAnswer.load(json.loads(json.dumps(one.dump()))) == one
-
-
 def test_a_response_names_base_version_and_passages() -> None:
-    whole = Envelope("chat", "r", "base:card", "d" * 64, 5).build_response([answer()])
+    whole = Envelope.open("chat", "r", "base:card", "d" * 64).build_response([answer()])
     assert whole["system_fingerprint"] == "fp_" + "d" * 12
     assert whole["choices"][0]["message"]["content"] == "hi"
     assert whole["usage"]["total_tokens"] == 10
@@ -302,14 +301,17 @@ def test_a_response_names_base_version_and_passages() -> None:
 def test_the_openai_library_reads_our_objects() -> None:
     """The types of the official client are the independent source of the shapes."""
     types = pytest.importorskip("openai.types.chat")
-    envelope = Envelope("chat", "r", "base:card", "d" * 64, 5)
+    envelope = Envelope.open("chat", "r", "base:card", "d" * 64)
     types.ChatCompletion.model_validate(envelope.build_response([answer()]))
+    envelope = Envelope.open("chat", "r", "base:card", "d" * 64, stream=True)
     for chunk in (envelope.delta("h", first=True), envelope.last(answer()), envelope.usage_chunk([answer()])):
         types.ChatCompletionChunk.model_validate(chunk)
 
 
 def test_several_answers_count_their_prompt_once() -> None:
-    whole = Envelope("chat", "r", "base:card", "d" * 64, 5).build_response([answer(), answer(index=1, cached_tokens=6)])
+    whole = Envelope.open("chat", "r", "base:card", "d" * 64).build_response(
+        [answer(), answer(index=1, cached_tokens=6)]
+    )
     assert [choice["index"] for choice in whole["choices"]] == [0, 1]
     assert whole["usage"] == {
         "prompt_tokens": 7,

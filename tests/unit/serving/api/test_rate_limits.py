@@ -12,6 +12,7 @@ from graftwork.errors import ConfigError
 from graftwork.serving.api.auth import ADDRESSES, ADMIN, Keys, RateLimits, RequestSize, keys_of, tokens_of
 from graftwork.serving.api.errors import ApiError, bad_request
 from graftwork.serving.deploy import INGRESS, build
+from graftwork.serving.messages import AnswerDelta, ArmAnswer, StreamChunk, StreamStart
 from graftwork.serving.spec import LimitsSpec, ServeSpec
 
 
@@ -59,13 +60,32 @@ def size(text_bytes: int, max_new_tokens: int = 10, answers: int = 1) -> Request
     return RequestSize("base", text_bytes, answers, max_new_tokens, room=1000)
 
 
-async def chunks(prompt: int, *generated: int) -> AsyncGenerator[Any]:
+def answer(index: int, tokens: int) -> ArmAnswer:
+    return ArmAnswer(
+        request_id="r",
+        arm="base",
+        text="",
+        adapter=None,
+        adapter_version=None,
+        base_digest="d",
+        retrieved_ids=(),
+        prompt_tokens=0,
+        cached_tokens=0,
+        completion_tokens=tokens,
+        ttft_ms=1.0,
+        latency_ms=1.0,
+        finish_reason="stop",
+        index=index,
+    )
+
+
+async def chunks(prompt: int, *generated: int) -> AsyncGenerator[StreamChunk]:
     """As a replica streams one request: its prompt, then each answer in two pieces and whole."""
-    yield {"prompt_tokens": prompt}
+    yield StreamStart("d", None, prompt)
     for index, tokens in enumerate(generated):
-        yield {"index": index, "tokens": tokens // 2}
-        yield {"index": index, "tokens": tokens}
-        yield {"answer": {"index": index, "completion_tokens": tokens}}
+        yield AnswerDelta(index, "", tokens // 2)
+        yield AnswerDelta(index, "", tokens)
+        yield answer(index, tokens)
 
 
 async def drain(stream: AsyncGenerator[Any], most: int = 1000) -> None:
@@ -106,7 +126,7 @@ def test_what_requests_can_take_is_reserved_until_they_end() -> None:
         running = [limits.metered("a", chunks(20, 10), size(5)) for _ in range(20)]
         begun = await asyncio.gather(*(anext(stream) for stream in running), return_exceptions=True)
         assert [one.status for one in begun if isinstance(one, ApiError)] == [429] * 18
-        assert begun[:2] == [{"prompt_tokens": 20}] * 2
+        assert begun[:2] == [StreamStart("d", None, 20)] * 2
         await drain(first)
         await drain(running[0])
         later = limits.metered("a", chunks(20, 10), size(5))  # 25 + 30 + 30 are taken
@@ -133,9 +153,9 @@ def test_before_a_template_is_known_the_whole_sequence_is_reserved() -> None:
 
 
 def test_a_refused_stream_costs_nothing() -> None:
-    async def refused() -> AsyncGenerator[Any]:
+    async def refused() -> AsyncGenerator[StreamChunk]:
         raise bad_request("no")
-        yield {}
+        yield StreamStart("d", None, 0)
 
     limits = RateLimits(LimitsSpec(tokens_per_min=60), Clock())
     with pytest.raises(ApiError, match="no"):

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +16,10 @@ from graftwork.base.spec import BaseSpec
 from graftwork.cli.compare import show_comparison
 from graftwork.datasets.rows import fingerprint, read_rows
 from graftwork.errors import ConfigError, DataError
-from graftwork.serving.arms import SamplingOptions
+from graftwork.prompts.render import Message
 from graftwork.serving.evaluation.run import run_compare
 from graftwork.serving.evaluation.spec import CompareSpec
+from graftwork.serving.messages import ArmRequest
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage.store import Store
 from tests import engines
@@ -38,17 +39,17 @@ class InProcess:
         self._thread.start()
         self._backend: LocalBackend = self._now(local_backend(spec))
         self.asked = 0
-        self.handle = SimpleNamespace(stats=SimpleNamespace(remote=lambda: self._away(self._backend.replica.stats())))
+        self.handle = SimpleNamespace(
+            snapshot=SimpleNamespace(remote=lambda: self._away(self._backend.replica.snapshot()))
+        )
 
-    async def ask(self, arm: ArmSpec, messages: Sequence[Mapping[str, str]], request_id: str) -> Any:
+    async def ask(self, arm: ArmSpec, messages: Sequence[Message], request_id: str) -> Any:
         self.asked += 1
-        call = self._backend.choices(arm.model_dump(mode="json"), list(messages), request_id, SamplingOptions().dump())
-        return (await self._away(call))[0]
+        return (await self._away(self._backend.choices(ArmRequest(arm, tuple(messages), request_id))))[0]
 
     async def likelihood(self, arm: ArmSpec, messages: Any, continuations: list[str], request_id: str) -> Any:
         self.asked += 1
-        dump = arm.model_dump(mode="json")
-        return await self._away(self._backend.replica.likelihood(dump, messages, continuations, request_id))
+        return await self._away(self._backend.replica.likelihood(arm, tuple(messages), continuations, request_id))
 
     def close(self) -> None:
         self._backend.replica.stop()
