@@ -217,7 +217,7 @@ def build_rayjob(attempt: Attempt, namespace: str, wheel_uri: str | None) -> dic
     facts = PodFacts(cluster, pod_labels(cluster, job.name, job.job_id, job.kind), job.root, wheel_uri, serves=False)
     spec: dict[str, Any] = {
         "submissionMode": "HTTPMode",
-        "entrypoint": f"python -m graftwork.cluster.driver {job.root} {job.job_id} {attempt.number} {JOB}",
+        "entrypoint": f"python -m graftwork.cluster.jobs.driver {job.root} {job.job_id} {attempt.number} {JOB}",
         "jobId": attempt.id,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": math.ceil(cluster.ttl_s),

@@ -275,7 +275,13 @@ RESERVED_LABELS = ("graftwork.dev/", "app.kubernetes.io/", "ray.io/", "kueue.x-k
 def check_spec(job: Job, namespace: str) -> Found:
     """All findings on the cluster's spec and on the job's own."""
     if not re.fullmatch(LABEL_PATTERN, namespace) or len(namespace) > 63:
-        yield refuse("NAMESPACE-FORM", "--target", repr(namespace), "small letters, digits and hyphens, at most 63")
+        yield refuse(
+            "NAMESPACE-FORM",
+            "--target",
+            repr(namespace),
+            "a namespace has small letters, digits and hyphens, at most 63",
+            "set --target k8s:CONTEXT/NAMESPACE, e.g. k8s:prod/graftwork",
+        )
     yield from _references(job.cluster)
     yield from _labels(job.cluster)
     yield from _secret_env(job.cluster)
@@ -307,20 +313,39 @@ def _references(cluster: ClusterSpec) -> Found:
                 "REFERENCE-FORM",
                 where,
                 "no name of an object" if why else repr(name),
-                "the name of an object of the namespace: small letters, digits, hyphens, dots",
+                "the name of a Kubernetes object: small letters, digits, hyphens, dots",
+                f"set {where} to the name of an object in the namespace, e.g. team-a",
             )
 
 
 def _labels(cluster: ClusterSpec) -> Found:
     for key, value in cluster.labels.items():
         if not is_label(key, value):
-            yield refuse("LABEL-FORM", f"labels.{key}", repr(value), "labels have the form of Kubernetes")
+            yield refuse(
+                "LABEL-FORM",
+                f"labels.{key}",
+                repr(value),
+                "a label's key and value have at most 63 letters, digits, - _ and .",
+                "rename the label, e.g. labels: {team: vision}",
+            )
         if key.startswith(RESERVED_LABELS):
-            yield refuse("LABEL-RESERVED", f"labels.{key}", "set by hand", f"not under {', '.join(RESERVED_LABELS)}")
+            yield refuse(
+                "LABEL-RESERVED",
+                f"labels.{key}",
+                "set by hand",
+                f"labels under {', '.join(RESERVED_LABELS)} are set by Graftwork, KubeRay or Kueue",
+                f"rename it with a prefix of your own, e.g. example.com/{key.rpartition('/')[2]}",
+            )
     for index, group in enumerate(cluster.workers):
         for key, value in {**group.node_selector, group.spot_key: "true"}.items():
             if not is_label(key, value):
-                yield refuse("LABEL-FORM", f"workers[{index}].node_selector.{key}", repr(value), "a node's label")
+                yield refuse(
+                    "LABEL-FORM",
+                    f"workers[{index}].node_selector.{key}",
+                    repr(value),
+                    "a label of a node has at most 63 letters, digits, - _ and .",
+                    "take the label from `kubectl get nodes --show-labels`",
+                )
 
 
 def _secret_env(cluster: ClusterSpec) -> Found:
@@ -337,7 +362,13 @@ def _secret_env(cluster: ClusterSpec) -> Found:
             )
     for name in [*cluster.env, *cluster.secret_env]:
         if not ENV_NAME.fullmatch(name):
-            yield refuse("ENV-NAME", f"env.{name}", repr(name), "letters, digits and underscores, no digit first")
+            yield refuse(
+                "ENV-NAME",
+                f"env.{name}",
+                repr(name),
+                "a variable's name has letters, digits and underscores, and no digit first",
+                f"rename it, e.g. {re.sub('[^A-Za-z0-9_]', '_', name).lstrip('0123456789') or 'NAME'}",
+            )
 
 
 def _tokens(job: Job) -> Found:
@@ -349,7 +380,7 @@ def _tokens(job: Job) -> Found:
                 "TOKEN-MISSING",
                 key,
                 f"{name} is no variable of the pods",
-                "an endpoint's keys are a Secret's",
+                "an endpoint reads its keys from a Kubernetes Secret",
                 f"secret_env: {{{name}: SECRET/KEY}}",
             )
 
@@ -361,25 +392,37 @@ def _queues(cluster: ClusterSpec) -> Found:
             "gang_queue",
             "none with gang: kai",
             "KAI leaves pods without a queue pending",
-            "gang_queue: the name of a queue of KAI's",
+            "gang_queue: NAME, from `kubectl get queues.scheduling.run.ai`",
         )
     if cluster.gang == "none" and cluster.gang_queue is not None:
         yield refuse(
             "GANG-NONE",
             "gang_queue",
             cluster.gang_queue,
-            "a gang's queue is its scheduler's",
-            "gang: volcano, kai or yunikorn; `queue` is Kueue's",
+            "gang_queue belongs to a gang scheduler",
+            "set gang: volcano, kai or yunikorn; for Kueue set `queue`",
         )
     if cluster.gang_queue is not None and not is_label("queue", cluster.gang_queue):
-        yield refuse("REFERENCE-FORM", "gang_queue", repr(cluster.gang_queue), "a label's value")
+        yield refuse(
+            "REFERENCE-FORM",
+            "gang_queue",
+            repr(cluster.gang_queue),
+            "the queue's name becomes a label's value: letters, digits, - _ and ., at most 63",
+            "set gang_queue to the name of a queue of the scheduler, e.g. team-a",
+        )
 
 
 def _store(job: Job) -> Found:
     claim = job.cluster.storage.claim
     local = not job.root.startswith("s3://")
     if re.search(r"\s", job.root):
-        yield refuse("STORE-FORM", "storage.uri", repr(job.root), "a URI has no spaces: it is a word of an entrypoint")
+        yield refuse(
+            "STORE-FORM",
+            "storage.uri",
+            repr(job.root),
+            "a store's URI has no spaces, because it is a word of the entrypoint",
+            f"rename it, e.g. storage: {{uri: {re.sub('[ ]+', '-', job.root.strip()) or 's3://bucket/team'}}}",
+        )
     if local and claim is None:
         yield refuse(
             "STORE-LOCAL",
@@ -389,9 +432,21 @@ def _store(job: Job) -> Found:
             "storage: {uri: s3://bucket/team, secret: s3-credentials}",
         )
     if claim is not None and not local:
-        yield refuse("STORE-CLAIM", "storage.claim", f"with {job.root}", "a claim is for a store that is a folder")
+        yield refuse(
+            "STORE-CLAIM",
+            "storage.claim",
+            f"with {job.root}",
+            "a claim mounts a folder, and a store on S3 needs none",
+            "remove storage.claim, or set storage.uri to a folder of the claim, e.g. /mnt/runs",
+        )
     if job.cluster.storage.endpoint is not None and not re.match(r"https?://[^\s/]+", job.cluster.storage.endpoint):
-        yield refuse("STORE-ENDPOINT", "storage.endpoint", "no URL", "http(s)://HOST:PORT")
+        yield refuse(
+            "STORE-ENDPOINT",
+            "storage.endpoint",
+            "no URL",
+            "an endpoint is a URL: http(s)://HOST:PORT",
+            "storage: {endpoint: http://minio.storage:9000}",
+        )
 
 
 def _survival(cluster: ClusterSpec) -> Found:
@@ -400,7 +455,7 @@ def _survival(cluster: ClusterSpec) -> Found:
             "REDIS-OPEN",
             "gcs.redis_secret",
             "none",
-            "who reaches that Redis rules this Ray",
+            "anyone who reaches Redis without a password controls the cluster",
             "gcs: {redis_secret: SECRET}",
         )
 

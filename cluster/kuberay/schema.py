@@ -218,16 +218,32 @@ def cut_out(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[tuple
 
 def _envelope(made: Mapping[str, Any]) -> Found:
     for name in made.keys() - TOP:
-        yield refuse("SCHEMA-UNKNOWN", str(name), "no such field", "apiVersion, kind, metadata, spec")
+        yield refuse(
+            "SCHEMA-UNKNOWN",
+            str(name),
+            "no such field",
+            "an object has the fields apiVersion, kind, metadata and spec",
+            f"remove {name}",
+        )
     metadata = mapping(made.get("metadata"))
     for name in metadata.keys() - METADATA:
         yield refuse(
-            "SCHEMA-UNKNOWN", f"metadata.{name}", "no such field", "the server refuses fields it does not know"
+            "SCHEMA-UNKNOWN",
+            f"metadata.{name}",
+            "no such field",
+            "the server refuses fields that are not in its schema",
+            f"remove metadata.{name}",
         )
     for field in ("labels", "annotations"):
         for key, value in mapping(metadata.get(field)).items():
             if not isinstance(value, str):
-                yield refuse("SCHEMA-TYPE", f"metadata.{field}.{key}", f"{type(value).__name__} {value!r}", "a text")
+                yield refuse(
+                    "SCHEMA-TYPE",
+                    f"metadata.{field}.{key}",
+                    f"{type(value).__name__} {value!r}",
+                    "labels and annotations are strings",
+                    f'quote the value: {key}: "{value}"',
+                )
 
 
 def _live(made: Mapping[str, Any], crd: Mapping[str, Any]) -> Found:
@@ -256,7 +272,13 @@ def _template(where: str, cut: str, value: Mapping[str, Any]) -> Found:
         whole = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
         whole |= {"spec": value["spec"]} if "spec" in value else {}
         for name in value.keys() - {"metadata", "spec"}:
-            yield refuse("SCHEMA-UNKNOWN", f"{where}.{name}", "no such field", "metadata, spec")
+            yield refuse(
+                "SCHEMA-UNKNOWN",
+                f"{where}.{name}",
+                "no such field",
+                "a pod template has the fields metadata and spec",
+                f"remove {where}.{name}",
+            )
     else:
         whole = {"apiVersion": "v1", "kind": cut, **value}
     for finding in _core(whole):
@@ -272,8 +294,8 @@ def _core(made: Mapping[str, Any]) -> Found:
     yield warn(
         "POD-UNCHECKED",
         "spec",
-        f"no schema of {made.get('kind')} was held against it",
-        "kubernetes-validate, which has it, is not installed",
+        f"not validated against a schema of {made.get('kind')}",
+        "kubernetes-validate, which has the schema, is not installed",
         "pip install 'kubernetes-validate>=1.34'",
     )
 
@@ -301,17 +323,41 @@ def check(value: Any, schema: Schema, where: str) -> Found:
     """All findings on a value. Defaults are the server's to fill in: a field that has one is never missing."""
     if value is None:
         if not schema.get("nullable"):
-            yield refuse("SCHEMA-TYPE", where, "null", f"{schema.get('type', 'a value')}", "leave the field out")
+            yield refuse(
+                "SCHEMA-TYPE",
+                where,
+                "null",
+                f"{schema.get('type', 'a value')}",
+                f"remove {where}, or set it to a value of type {schema.get('type', 'object')}",
+            )
         return
     if schema.get("x-kubernetes-int-or-string"):
         if isinstance(value, bool) or not isinstance(value, int | str):
-            yield refuse("SCHEMA-TYPE", where, _shown(value), "a whole number or a text")
+            yield refuse(
+                "SCHEMA-TYPE",
+                where,
+                _shown(value),
+                "a whole number or a string",
+                f"set {where} to a number or a string",
+            )
             return
     elif not _is_a(value, schema.get("type")):
-        yield refuse("SCHEMA-TYPE", where, _shown(value), f"{schema['type']}")
+        yield refuse(
+            "SCHEMA-TYPE",
+            where,
+            _shown(value),
+            f"the type is {schema['type']}",
+            f"set {where} to a value of type {schema['type']}",
+        )
         return
     if isinstance(value, int) and not INT64[0] <= value <= INT64[1] and schema.get("type") != "number":
-        yield refuse("SCHEMA-BOUNDS", where, f"{value}", "64 bits: the server reads it as a number with a fraction")
+        yield refuse(
+            "SCHEMA-BOUNDS",
+            where,
+            f"{value}",
+            "an integer has 64 bits; the server reads a larger one as a float",
+            f"set {where} to a value between -2**63 and 2**63 - 1",
+        )
     elif isinstance(value, Mapping):
         yield from _object(value, schema, where)
     elif isinstance(value, list | tuple):
@@ -325,7 +371,9 @@ def _object(value: Mapping[str, Any], schema: Schema, where: str) -> Found:
     value = {name: inner for name, inner in value.items() if not _dropped(inner, fields.get(name, rest))}
     for name in schema.get("required", ()):
         if name not in value and "default" not in fields.get(name, {}):
-            yield refuse("SCHEMA-REQUIRED", f"{where}.{name}", "nothing", "the field is required")
+            yield refuse(
+                "SCHEMA-REQUIRED", f"{where}.{name}", "nothing", "the server requires the field", f"add {where}.{name}"
+            )
     for name, inner in value.items():
         path = f"{where}.{name}"
         if name in fields:
@@ -339,15 +387,27 @@ def _object(value: Mapping[str, Any], schema: Schema, where: str) -> Found:
                 path,
                 "no such field",
                 "the server refuses fields that it does not know",
-                f"did you mean {near[0]}?" if near else "",
+                f"remove it, or rename it to {near[0]}" if near else f"remove {path}",
             )
 
 
 def _array(value: list[Any] | tuple[Any, ...], schema: Schema, where: str) -> Found:
     if len(value) < schema.get("minItems", 0):
-        yield refuse("SCHEMA-BOUNDS", where, f"{len(value)} entries", f"at least {schema['minItems']}")
+        yield refuse(
+            "SCHEMA-BOUNDS",
+            where,
+            f"{len(value)} entries",
+            f"at least {schema['minItems']} entries",
+            f"add entries until there are {schema['minItems']}",
+        )
     if len(value) > schema.get("maxItems", len(value)):
-        yield refuse("SCHEMA-BOUNDS", where, f"{len(value)} entries", f"at most {schema['maxItems']}")
+        yield refuse(
+            "SCHEMA-BOUNDS",
+            where,
+            f"{len(value)} entries",
+            f"at most {schema['maxItems']} entries",
+            f"remove entries until there are {schema['maxItems']}",
+        )
     keys = schema.get("x-kubernetes-list-map-keys")
     if schema.get("x-kubernetes-list-type") == "map" and keys:
         yield from _told_apart(value, keys, schema.get("items", {}).get("properties", {}), where)
@@ -362,7 +422,13 @@ def _told_apart(value: list[Any] | tuple[Any, ...], keys: list[str], fields: Sch
             continue
         key = tuple(str(entry.get(name, fields.get(name, {}).get("default"))) for name in keys)
         if key in seen:
-            yield refuse("SCHEMA-TWICE", f"{where}[{index}]", f"{', '.join(keys)} = {', '.join(key)} again", "once")
+            yield refuse(
+                "SCHEMA-TWICE",
+                f"{where}[{index}]",
+                f"{', '.join(keys)} = {', '.join(key)} again",
+                "each key appears once in the list",
+                f"remove entry {index}, or give it another {' and '.join(keys)}",
+            )
         seen.add(key)
 
 
@@ -374,7 +440,7 @@ def _scalar(value: Any, schema: Schema, where: str) -> Found:
             where,
             repr(value),
             f"one of {', '.join(map(str, schema['enum']))}",
-            f"did you mean {near[0]}?" if near else "",
+            f"set {where}: {near[0] if near else schema['enum'][0]}",
         )
     if isinstance(value, str):
         if not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)):
@@ -382,15 +448,24 @@ def _scalar(value: Any, schema: Schema, where: str) -> Found:
                 "SCHEMA-BOUNDS",
                 where,
                 f"{len(value)} characters",
-                f"{schema.get('minLength', 0)} to {schema.get('maxLength', 'any number')}",
+                f"{schema.get('minLength', 0)} to {schema.get('maxLength', 'any number of')} characters",
+                f"set {where} to a text of that length",
             )
         if "pattern" in schema and not re.search(schema["pattern"], value):
-            yield refuse("SCHEMA-PATTERN", where, repr(value), f"the form {schema['pattern']}")
+            yield refuse(
+                "SCHEMA-PATTERN",
+                where,
+                repr(value),
+                f"the value matches {schema['pattern']}",
+                f"change {where} to a value that matches {schema['pattern']}",
+            )
         return
     least, most = INT_BOUNDS.get(str(schema.get("format")), (value, value))
     least, most = max(least, schema.get("minimum", least)), min(most, schema.get("maximum", most))
     if not least <= value <= most:
-        yield refuse("SCHEMA-BOUNDS", where, f"{value}", f"{least} to {most}")
+        yield refuse(
+            "SCHEMA-BOUNDS", where, f"{value}", f"{least} to {most}", f"set {where} to {min(max(value, least), most)}"
+        )
 
 
 def _dropped(value: Any, schema: Any) -> bool:

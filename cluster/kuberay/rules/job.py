@@ -39,11 +39,29 @@ def one_way(made: Object) -> Found:
     rules, legacy = listed(strategy.get("deletionRules")), {"onSuccess", "onFailure"} & set(strategy)
     shutdown = dig(made, "spec", "shutdownAfterJobFinishes") is True
     if rules and shutdown:
-        yield refuse("DELETION-SHUTDOWN", where, "deletionRules with shutdownAfterJobFinishes", "one of them")
+        yield refuse(
+            "DELETION-SHUTDOWN",
+            where,
+            "deletionRules with shutdownAfterJobFinishes",
+            "deletionRules and shutdownAfterJobFinishes exclude each other",
+            "set shutdownAfterJobFinishes: false, or remove deletionRules",
+        )
     if rules and legacy:
-        yield refuse("DELETION-LEGACY", where, f"deletionRules with {', '.join(sorted(legacy))}", "one of them")
+        yield refuse(
+            "DELETION-LEGACY",
+            where,
+            f"deletionRules with {', '.join(sorted(legacy))}",
+            "deletionRules replace onSuccess and onFailure",
+            f"remove {' and '.join(sorted(legacy))}",
+        )
     elif not rules and len(legacy) < 2:
-        yield refuse("DELETION-EMPTY", where, "neither deletionRules nor both onSuccess and onFailure", "one of them")
+        yield refuse(
+            "DELETION-EMPTY",
+            where,
+            "neither deletionRules nor both onSuccess and onFailure",
+            "a deletionStrategy has deletionRules, or both onSuccess and onFailure",
+            "remove deletionStrategy, or add both onSuccess and onFailure: {policy: DeleteCluster}",
+        )
 
 
 def legacy_policies(made: Object) -> Found:
@@ -53,10 +71,20 @@ def legacy_policies(made: Object) -> Found:
             continue
         where, policy = f"spec.deletionStrategy.{side}.policy", dig(strategy, side, "policy")
         if policy is None:
-            yield refuse("DELETION-POLICY", where, "none", "a policy says what goes")
+            yield refuse(
+                "DELETION-POLICY",
+                where,
+                "none",
+                "a policy names what is deleted",
+                "policy: DeleteCluster (or DeleteWorkers, DeleteSelf, DeleteNone)",
+            )
         if policy == "DeleteNone" and dig(made, "spec", "shutdownAfterJobFinishes") is True:
             yield refuse(
-                "DELETION-NONE", where, "DeleteNone with shutdownAfterJobFinishes", "one says keep, one says end"
+                "DELETION-NONE",
+                where,
+                "DeleteNone with shutdownAfterJobFinishes",
+                "DeleteNone keeps the cluster, and shutdownAfterJobFinishes deletes it",
+                "set shutdownAfterJobFinishes: false, or policy: DeleteCluster",
             )
         yield from _possible(made, where, policy)
 
@@ -72,24 +100,45 @@ def deletion_rules(made: Object) -> Found:
                 "DELETION-CONDITION",
                 f"{where}.condition",
                 f"{len(told)} of jobStatus, jobDeploymentStatus",
-                "exactly one",
+                "a condition has exactly one of jobStatus and jobDeploymentStatus",
+                "condition: {jobStatus: SUCCEEDED, ttlSeconds: 300}",
             )
             continue
         if (ttl := number(condition.get("ttlSeconds")) or 0) < 0:
-            yield refuse("NEGATIVE", f"{where}.condition.ttlSeconds", f"{ttl}", "0 or more")
+            yield refuse(
+                "NEGATIVE", f"{where}.condition.ttlSeconds", f"{ttl}", "a time is 0 s or more", "ttlSeconds: 0"
+            )
         yield from _possible(made, f"{where}.policy", policy)
         key = (told[0], str(condition[told[0]]), policy)
         if key in seen:
-            yield refuse("DELETION-TWICE", where, f"{policy} at {key[1]} is said before", "once a status")
+            yield refuse(
+                "DELETION-TWICE",
+                where,
+                f"{policy} at {key[1]} is said before",
+                "each policy appears once per status",
+                f"remove deletionRules[{index}]",
+            )
         seen.setdefault(key, ttl)
     yield from _in_order(seen)
 
 
 def _possible(made: Object, where: str, policy: Any) -> Found:
     if policy in ("DeleteCluster", "DeleteWorkers") and dig(made, "spec", "clusterSelector"):
-        yield refuse("DELETION-SELECTOR", where, f"{policy} with clusterSelector", "the cluster is not this job's")
+        yield refuse(
+            "DELETION-SELECTOR",
+            where,
+            f"{policy} with clusterSelector",
+            "the cluster belongs to clusterSelector, not to this job",
+            "policy: DeleteSelf, or DeleteNone",
+        )
     if policy == "DeleteWorkers" and dig(made, "spec", "rayClusterSpec", "enableInTreeAutoscaling") is True:
-        yield refuse("DELETION-AUTOSCALER", where, "DeleteWorkers with the autoscaler", "it would bring them back")
+        yield refuse(
+            "DELETION-AUTOSCALER",
+            where,
+            "DeleteWorkers with the autoscaler",
+            "the autoscaler starts deleted workers again",
+            "policy: DeleteCluster, or enableInTreeAutoscaling: false",
+        )
 
 
 def _in_order(seen: Mapping[tuple[str, str, str], float]) -> Found:
@@ -101,7 +150,8 @@ def _in_order(seen: Mapping[tuple[str, str, str], float]) -> Found:
                     "DELETION-ORDER",
                     "spec.deletionStrategy.deletionRules",
                     f"at {status}: {then} after {late} s, {first} after {early} s",
-                    "workers, cluster, job: in this order",
+                    "workers are deleted first, then the cluster, then the job",
+                    f"set ttlSeconds of {then} to {early:g} or more",
                 )
 
 
@@ -117,7 +167,13 @@ def mode_is_one(made: Object) -> Found:
     """The schema takes any text, and the operator then does nothing at all."""
     mode = dig(made, "spec", "submissionMode")
     if mode not in (None, *MODES):
-        yield refuse("SUBMISSION-MODE", "spec.submissionMode", repr(mode), f"one of {', '.join(MODES)}")
+        yield refuse(
+            "SUBMISSION-MODE",
+            "spec.submissionMode",
+            repr(mode),
+            f"one of {', '.join(MODES)}",
+            "submissionMode: HTTPMode",
+        )
     elif mode != "HTTPMode":
         yield warn(
             "SUBMISSION-MODE",
@@ -144,23 +200,46 @@ def a_cluster_is_named_or_made(made: Object) -> Found:
     spec = mapping(made.get("spec"))
     selector = spec.get("clusterSelector")
     if not selector and spec.get("rayClusterSpec") is None:
-        yield refuse("NO-CLUSTER", "spec", "neither rayClusterSpec nor clusterSelector", "one of them")
+        yield refuse(
+            "NO-CLUSTER",
+            "spec",
+            "neither rayClusterSpec nor clusterSelector",
+            "a job makes a cluster or selects one",
+            "add rayClusterSpec, or clusterSelector: {ray.io/cluster: NAME}",
+        )
     if not selector:
         return
     if not mapping(selector).get("ray.io/cluster"):
-        yield refuse("SELECTOR-EMPTY", "spec.clusterSelector", "no ray.io/cluster", "it names the cluster")
+        yield refuse(
+            "SELECTOR-EMPTY",
+            "spec.clusterSelector",
+            "no ray.io/cluster",
+            "the label ray.io/cluster names the cluster",
+            "clusterSelector: {ray.io/cluster: NAME}",
+        )
     if spec.get("suspend") is True:
         yield refuse(
-            "SELECTOR-SUSPEND", "spec.suspend", "with clusterSelector", "the cluster is not this job's to stop"
+            "SELECTOR-SUSPEND",
+            "spec.suspend",
+            "with clusterSelector",
+            "a job cannot suspend a cluster that it did not make",
+            "remove suspend, or replace clusterSelector with rayClusterSpec",
         )
     if (number(spec.get("backoffLimit")) or 0) > 0:
-        yield refuse("SELECTOR-BACKOFF", "spec.backoffLimit", "with clusterSelector", "a retry is a new cluster")
+        yield refuse(
+            "SELECTOR-BACKOFF",
+            "spec.backoffLimit",
+            "with clusterSelector",
+            "each retry makes a new cluster, and this job makes none",
+            "backoffLimit: 0",
+        )
     if spec.get("submissionMode") == "SidecarMode":
         yield refuse(
             "SELECTOR-SIDECAR",
             "spec.submissionMode",
             "SidecarMode with clusterSelector",
-            "the sidecar lies in a head that the job makes",
+            "the sidecar runs in a head that the job makes",
+            "submissionMode: HTTPMode",
         )
 
 
@@ -171,7 +250,8 @@ def interactive_is_not_retried(made: Object) -> Found:
             "INTERACTIVE-BACKOFF",
             "spec.backoffLimit",
             f"{spec['backoffLimit']}",
-            "a job that a person submits is not submitted again",
+            "the operator cannot repeat a submission that a person makes",
+            "backoffLimit: 0",
         )
 
 
@@ -181,7 +261,13 @@ def sidecars_have_no_submitter(made: Object) -> Found:
         return
     for field in ("submitterPodTemplate", "submitterConfig"):
         if spec.get(field) is not None:
-            yield refuse("SIDECAR-SUBMITTER", f"spec.{field}", "with SidecarMode", "there is no submitter's pod")
+            yield refuse(
+                "SIDECAR-SUBMITTER",
+                f"spec.{field}",
+                "with SidecarMode",
+                "SidecarMode starts no submitter pod",
+                f"remove {field}, or set submissionMode: K8sJobMode",
+            )
     restart = dig(spec, "rayClusterSpec", "headGroupSpec", "template", "spec", "restartPolicy")
     if restart not in (None, "", "Never"):
         yield refuse(
@@ -189,7 +275,7 @@ def sidecars_have_no_submitter(made: Object) -> Found:
             "spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy",
             str(restart),
             "a head with a sidecar is not restarted",
-            "leave it out, or Never",
+            "restartPolicy: Never",
         )
 
 
@@ -203,11 +289,13 @@ def numbers_are_positive(made: Object) -> Found:
     ):
         value = number(spec.get(field))
         if value is not None and value < least:
-            yield refuse("NEGATIVE", f"spec.{field}", f"{value}", f"{least} or more")
+            yield refuse(
+                "NEGATIVE", f"spec.{field}", f"{value}", f"at least {least}", f"set {field}: {least}, or remove it"
+            )
 
 
 def it_ends(made: Object) -> Found:
-    """kuberay#4217: a job whose head is gone is Running for ever, and its GPUs stay taken."""
+    """kuberay#4217: a job whose head is gone stays Running, and its GPUs stay taken."""
     spec = mapping(made.get("spec"))
     if spec.get("activeDeadlineSeconds") is None:
         yield warn(
@@ -222,11 +310,17 @@ def it_ends(made: Object) -> Found:
             "NO-PENDING-DEADLINE",
             "spec.preRunningDeadlineSeconds",
             "none",
-            "a job that never starts waits for ever",
+            "a job that never starts waits without end",
             "limits: {pending: 15m}",
         )
     if spec.get("shutdownAfterJobFinishes") is not True and spec.get("deletionStrategy") is None:
-        yield warn("NO-SHUTDOWN", "spec.shutdownAfterJobFinishes", "not true", "the cluster outlives the job")
+        yield warn(
+            "NO-SHUTDOWN",
+            "spec.shutdownAfterJobFinishes",
+            "not true",
+            "the cluster keeps its machines after the job has ended",
+            "shutdownAfterJobFinishes: true",
+        )
 
 
 def entrypoint_is_plain_words(made: Object) -> Found:
@@ -235,7 +329,13 @@ def entrypoint_is_plain_words(made: Object) -> Found:
     if dig(made, "spec", "submissionMode") == "InteractiveMode":
         return
     if not text:
-        yield refuse("ENTRYPOINT-EMPTY", "spec.entrypoint", "none", "a job runs something")
+        yield refuse(
+            "ENTRYPOINT-EMPTY",
+            "spec.entrypoint",
+            "none",
+            "a job has a command",
+            "entrypoint: python -m graftwork.cluster.jobs.driver ROOT JOB ATTEMPT job",
+        )
     elif not PLAIN_WORDS.fullmatch(str(text)):
         odd = sorted({char for char in str(text) if not re.fullmatch(r"[A-Za-z0-9_./:=@%+, -]", char)})
         yield refuse(
@@ -243,11 +343,15 @@ def entrypoint_is_plain_words(made: Object) -> Found:
             "spec.entrypoint",
             f"it has {' '.join(map(repr, odd)) or 'empty words'}",
             "plain words: a shell on the head reads it",
-            "rename what has these signs",
+            "use only letters, digits and _./:=@%+,- in the entrypoint",
         )
     if text and why_secret_text(str(text)) is not None:
         yield refuse(
-            "SECRET-VALUE", "spec.entrypoint", str(why_secret_text(str(text))), "an entrypoint is shown to all"
+            "SECRET-VALUE",
+            "spec.entrypoint",
+            str(why_secret_text(str(text))),
+            "everyone who may list jobs sees the entrypoint",
+            "remove the value from the entrypoint and set secret_env: {NAME: SECRET/KEY}",
         )
 
 
@@ -259,10 +363,22 @@ def runtime_env_installs_nothing(made: Object) -> Found:
     try:
         env = yaml.safe_load(str(text))
     except yaml.YAMLError as error:
-        yield refuse("RUNTIME-ENV-YAML", where, f"no YAML: {str(error).splitlines()[0]}", "a YAML mapping")
+        yield refuse(
+            "RUNTIME-ENV-YAML",
+            where,
+            f"no YAML: {str(error).splitlines()[0]}",
+            "runtimeEnvYAML is a YAML mapping",
+            'runtimeEnvYAML: "working_dir: /home/ray/code", or remove it',
+        )
         return
     if not isinstance(env, Mapping):
-        yield refuse("RUNTIME-ENV-YAML", where, f"a {type(env).__name__}", "a YAML mapping")
+        yield refuse(
+            "RUNTIME-ENV-YAML",
+            where,
+            f"a {type(env).__name__}",
+            "runtimeEnvYAML is a YAML mapping",
+            'runtimeEnvYAML: "working_dir: /home/ray/code", or remove it',
+        )
         return
     for key in INSTALLS:
         if env.get(key):
@@ -271,10 +387,16 @@ def runtime_env_installs_nothing(made: Object) -> Found:
                 f"{where}.{key}",
                 "packages",
                 "what a job needs is in its image",
-                "build it into the image",
+                "install the packages in the image, and remove the key from runtimeEnvYAML",
             )
     for path, why in secrets_in(env):
-        yield refuse("SECRET-VALUE", f"{where}.{path}", why, "a secret is a Secret's", "secret_env: {NAME: SECRET/KEY}")
+        yield refuse(
+            "SECRET-VALUE",
+            f"{where}.{path}",
+            why,
+            "a secret value comes from a Kubernetes Secret",
+            "secret_env: {NAME: SECRET/KEY}",
+        )
 
 
 JOB_RULES = (
@@ -306,22 +428,34 @@ def kueue(made: Object) -> Found:
             "KUEUE-SHUTDOWN",
             where,
             "shutdownAfterJobFinishes is not true",
-            "its quota would never come back",
+            "Kueue frees the quota when the cluster is deleted",
             "shutdownAfterJobFinishes: true",
         )
     if spec.get("clusterSelector"):
-        yield refuse("KUEUE-SELECTOR", where, "with clusterSelector", "Kueue admits the cluster, and this job has none")
+        yield refuse(
+            "KUEUE-SELECTOR",
+            where,
+            "with clusterSelector",
+            "Kueue admits a job with its cluster, and this job makes none",
+            f"remove the label {KUEUE_QUEUE}, or replace clusterSelector with rayClusterSpec",
+        )
     groups = len(listed(dig(spec, "rayClusterSpec", "workerGroupSpecs")))
     if groups > KUEUE_GROUPS:
         yield refuse(
             "KUEUE-GROUPS",
             where,
             f"{groups} worker groups",
-            f"at most {KUEUE_GROUPS} beside the head",
-            "merge equal groups",
+            f"Kueue admits the head and at most {KUEUE_GROUPS} worker groups",
+            "merge groups with equal machines, and raise `count`",
         )
     if dig(spec, "rayClusterSpec", "enableInTreeAutoscaling") is True:
-        yield refuse("KUEUE-AUTOSCALER", where, "with the autoscaler", "Kueue admits a fixed number of machines")
+        yield refuse(
+            "KUEUE-AUTOSCALER",
+            where,
+            "with the autoscaler",
+            "Kueue admits a fixed number of machines",
+            "enableInTreeAutoscaling: false, or leave `queue` out",
+        )
 
 
 def two_queues(made: Object) -> Found:
@@ -331,9 +465,9 @@ def two_queues(made: Object) -> Found:
         yield warn(
             "TWO-QUEUES",
             f"metadata.labels.{others[0]}",
-            f"beside Kueue's {labels[KUEUE_QUEUE]!r}",
+            f"together with Kueue's {labels[KUEUE_QUEUE]!r}",
             "a job that one queue lets go may wait in the other and hold the first one's quota",
-            "drop `queue` or `gang_queue`",
+            "remove `queue` or `gang_queue` from cluster.yaml",
         )
 
 

@@ -22,10 +22,10 @@ from graftwork.cluster.ray_address import token
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets import backend_of
 from graftwork.cluster.targets import local as local_check
-from graftwork.cluster.targets import ray_jobs as address_check
+from graftwork.cluster.targets import ray_jobs_checks as address_check
 from graftwork.cluster.targets.local import LocalPlace
-from graftwork.cluster.targets.ray_jobs import RayNode
 from graftwork.cluster.targets.ray_jobs_api import JobsApi
+from graftwork.cluster.targets.ray_jobs_checks import RayNode
 from graftwork.environment import available_memory
 from graftwork.errors import ClusterError, ConfigError
 from tests.ports import free_port
