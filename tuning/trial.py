@@ -16,7 +16,7 @@ from graftwork.training.objectives.rows import PreparedData
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import NonFiniteLoss, StepReport, TrainJob, read_steps
 from graftwork.tuning.distributed_trial import ReportFn, train_distributed_trial
-from graftwork.tuning.forkserver import forked
+from graftwork.tuning.forkserver import train_in_fork
 from graftwork.tuning.remote_trial import Elsewhere, train_elsewhere
 from graftwork.tuning.resources import is_distributed
 from graftwork.tuning.retry import message_of
@@ -121,7 +121,7 @@ def _train(job: TrainJob, worker: Mapping[str, float], report: ReportFn, board: 
     elif job.spec.gpus:
         run_steps(job, lambda step: report(step, peak_rss_bytes()))
     else:
-        forked().train(job, report)
+        train_in_fork(job, report)
 
 
 class _Telling:
