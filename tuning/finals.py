@@ -14,7 +14,8 @@ import numpy as np
 from graftwork import stats
 from graftwork.errors import RunError
 from graftwork.tuning.search import FixedPoints, Search, Suggestion, Values, Wait, digest, rows_points, select_searched
-from graftwork.tuning.spec import Goal, TuneSpec
+from graftwork.tuning.search_space import Goal
+from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import FinalistComparison, SearchDecision, TrialRecord, label_points, pareto, value_of
 
 # Of trials that are as good as each other, the one that costs least.

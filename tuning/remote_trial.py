@@ -28,7 +28,7 @@ from graftwork.training.run_lock import OVERTAKES_S, run_lock
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import LoopResult, TrainJob, read_steps
 from graftwork.tuning.distributed_trial import ReportFn
-from graftwork.tuning.search_space import PbtSpec
+from graftwork.tuning.search_pbt import PbtSpec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trial_store import TRIALS, TrialSpec
 

@@ -15,7 +15,7 @@ from typing import Any
 from graftwork.errors import StorageError, StoreUnreachable
 from graftwork.storage.store import RunPaths
 from graftwork.tuning.report import to_plain
-from graftwork.tuning.spec import EVAL_LOSS
+from graftwork.tuning.search_space import EVAL_LOSS
 from graftwork.tuning.trials import TrialRecord
 
 FOLDER = "tensorboard"

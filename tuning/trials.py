@@ -13,7 +13,7 @@ from graftwork.planning.memory import FP32, trained_params
 from graftwork.training.report import Progress, TrainReport
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport
-from graftwork.tuning.spec import EVAL_LOSS, Goal
+from graftwork.tuning.search_space import EVAL_LOSS, Goal
 
 # What a trial costs beside its loss, for `TrialRecord.metrics`: counted in the trial's process.
 

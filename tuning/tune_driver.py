@@ -28,7 +28,7 @@ from graftwork.cluster.private_ray import environment_of
 from graftwork.errors import GraftworkError
 from graftwork.training.objectives.rows import PreparedData
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.early_stopping import StoppingRule, judge_of
+from graftwork.tuning.early_stopping import StoppingRule, stopping_rule
 from graftwork.tuning.multi_lora.group import group_of
 from graftwork.tuning.remote_trial import Elsewhere
 from graftwork.tuning.resources import Request, TrialResources, fits, fits_one, is_distributed, nodes_of_ray
@@ -318,7 +318,7 @@ def fit(sweep: TunePlan) -> None:
     """
     spec, ledger = sweep.spec, sweep.ledger
     interrupt, board = Interrupt(), start_trial_control()
-    judge = judge_of(spec, [trial for trial in ledger.trials if trial.ended and trial.repeat_of is None])
+    judge = stopping_rule(spec, [trial for trial in ledger.trials if trial.ended and trial.repeat_of is None])
     places = TrialPaths(ledger.run.patiently(spec.train.checkpoints.outage_s), spec.checkpoint_every)
     watch = TuneCallback(ledger, judge, board, spec.steps, sweep.on_change, sweep.after_failure, places, interrupt)
     told: dict[str, Any] = {
@@ -340,7 +340,7 @@ def fit(sweep: TunePlan) -> None:
                 search_alg=FromLedger(sweep, interrupt),
                 num_samples=-1,  # until the search has no more
                 max_concurrent_trials=sweep.at_once,
-                # where its fork trains (tuning.forked): a process that trains twice keeps adapters (peft issue 2221)
+                # where its fork trains (forkserver.py): a process that trains twice keeps adapters (peft issue 2221)
                 reuse_actors=spec.share_base == 1 and not spec.train.gpus,
             ),
             run_config=tune.RunConfig(

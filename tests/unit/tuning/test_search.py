@@ -22,7 +22,8 @@ from graftwork.storage.store import RunPaths, Store
 from graftwork.tuning.plan import search_of
 from graftwork.tuning.search import Suggestion, Values, as_forecast, as_reported, at_furthest_step, digest
 from graftwork.tuning.search_optuna import min_reports
-from graftwork.tuning.spec import TuneSpec, decides_rows
+from graftwork.tuning.search_space import decides_rows
+from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trial_store import Ledger
 from graftwork.tuning.trials import State, TrialRecord, pareto
 
