@@ -20,8 +20,8 @@ from graftwork.training.planning.plan import (
 )
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.finals import most_repeats
-from graftwork.tuning.search import Search, Values, grid_size, trial_spec
-from graftwork.tuning.search_grid_random import FixedPoints, GridSpec, RandomSpec, random_search
+from graftwork.tuning.search import FixedPoints, Search, Values, grid_size, trial_spec
+from graftwork.tuning.search_grid_random import GridSpec, RandomSpec, random_search
 from graftwork.tuning.search_optuna import TpeSpec
 from graftwork.tuning.search_pbt import PbtSearch, PbtSpec
 from graftwork.tuning.spec import TuneSpec

@@ -271,6 +271,25 @@ def select_searched(trials: "Sequence[TrialRecord]") -> "tuple[TrialRecord, ...]
     return tuple(trial for trial in trials if trial.repeat_of is None)
 
 
+@dataclass(frozen=True)
+class FixedPoints:
+    """A search whose points do not depend on any result."""
+
+    name: str
+    points: tuple[Values, ...]
+    reason: str
+
+    @property
+    def total(self) -> int:
+        """All points."""
+        return len(self.points)
+
+    def suggest(self, trials: "Sequence[TrialRecord]") -> Suggestion | None:
+        """The points in their order."""
+        number = len(select_searched(trials))
+        return Suggestion(self.points[number]) if number < len(self.points) else None
+
+
 ENUMERATED = 512
 """Combinations up to which all are checked beforehand (about a millisecond each)."""
 REDRAWS = 200

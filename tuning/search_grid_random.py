@@ -2,27 +2,23 @@
 
 import itertools
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
 from graftwork.tuning.search import (
-    Suggestion,
+    FixedPoints,
     Values,
     fresh_points,
     grid,
     grid_size,
     most,
     require_runnable,
-    select_searched,
 )
 from graftwork.tuning.search_space import CategoricalSpace
 
 if TYPE_CHECKING:
     from graftwork.tuning.spec import TuneSpec
-    from graftwork.tuning.trials import TrialRecord
 
 
 class GridSpec(Spec):
@@ -30,7 +26,7 @@ class GridSpec(Spec):
 
     kind: Literal["grid"] = "grid"
 
-    def start(self, spec: "TuneSpec") -> "FixedPoints":
+    def start(self, spec: "TuneSpec") -> FixedPoints:
         """Return the search. Raises ConfigError when it can't search this space."""
         return grid_search(spec)
 
@@ -40,28 +36,9 @@ class RandomSpec(Spec):
 
     kind: Literal["random"] = "random"
 
-    def start(self, spec: "TuneSpec") -> "FixedPoints":
+    def start(self, spec: "TuneSpec") -> FixedPoints:
         """Return the search. Raises ConfigError when it can't search this space."""
         return random_search(spec)
-
-
-@dataclass(frozen=True)
-class FixedPoints:
-    """A search whose points do not depend on any result."""
-
-    name: str
-    points: tuple[Values, ...]
-    reason: str
-
-    @property
-    def total(self) -> int:
-        """All points."""
-        return len(self.points)
-
-    def suggest(self, trials: "Sequence[TrialRecord]") -> Suggestion | None:
-        """The points in their order."""
-        number = len(select_searched(trials))
-        return Suggestion(self.points[number]) if number < len(self.points) else None
 
 
 def grid_search(spec: "TuneSpec") -> FixedPoints:
