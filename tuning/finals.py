@@ -1,4 +1,4 @@
-"""Which trial a sweep takes, and how sure that is: by the finals where there are any, else by one run a point.
+"""Choice of a sweep's best trial and its confidence: by the finals where there are any, else by one run per point.
 
 The unit is a seed: the question is which configuration to train, and another training has another seed. Held-out losses
 of single rows would give a narrower interval, for another question: which of two trained adapters is better.

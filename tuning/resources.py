@@ -1,4 +1,4 @@
-"""What a trial asks of the cluster by the planner's prediction, and whether it runs in one process or as a gang."""
+"""Resource requests of a trial as the planner predicts them, for one process or for distributed workers."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

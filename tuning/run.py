@@ -1,4 +1,4 @@
-"""A sweep in the driver: trials chosen, run again where they were lost, the best spec found.
+"""Sweep in the driver: it chooses trials, repeats lost ones and finds the best spec.
 
     runs/<name>-<hash8>/{spec.yaml, provenance.json, trials.json, status.json, report.json, report.html, tensorboard/}
 

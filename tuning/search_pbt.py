@@ -1,4 +1,4 @@
-"""Population based training (Jaderberg et al. 2017, arXiv 1711.09846) of learning-rate schedules, on the ledger.
+"""Population based training (Jaderberg et al. 2017, arXiv 1711.09846) of learning-rate schedules.
 
 A trial is one segment of a member: `every` steps that begin from its parent's checkpoint. Between two generations the
 worst members take over weights and values of the best (exploit) and multiply the learning rate (explore). Ray's own

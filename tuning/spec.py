@@ -1,4 +1,4 @@
-"""What a sweep is asked to do: a training spec, and for some of its keys the values to try."""
+"""Spec of a sweep: a training spec, the values to try for some of its keys, a search and a scheduler."""
 
 import re
 from collections.abc import Container, Sequence

@@ -1,4 +1,4 @@
-"""What a sweep tells: a record per trial, progress while it goes on, the report when it is done."""
+"""Records of a sweep: one per trial, its progress, and the report at its end."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields

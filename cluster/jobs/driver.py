@@ -1,10 +1,11 @@
-"""A process beside the work that runs the command of an attempt, tells the store of it, and ends it in time.
+"""Driver of an attempt: a process that runs its command, monitors its limits and ends it in time.
 
 It runs on the machine that Ray drives the work from: the head, or this one. The command is a process of its own, so
-that what it does (hang, crash, run out of memory) leaves somebody to say so.
+that the driver can report a hang, a crash or a lack of memory. heartbeat.py reports to the store that the driver lives,
+log_upload.py stores the output, supervisor.py ends all processes of the job with the driver.
 
-A training run is told first through the store (fence.py) to make a checkpoint of the step it is at and go; then, as any
-other command is at once, by SIGTERM; then by SIGKILL.
+A training run first gets a request through the store (fencing.py) to write a checkpoint of its current step and leave;
+then, as any other command at once, SIGTERM; then SIGKILL.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What every place that runs jobs can do: plan, submit, status, logs, cancel, list, wait. One protocol, three places.
+"""Jobs: their data, and the protocols of a backend (plan, submit, status, logs, cancel, list, wait) and of a target.
 
 A job is a stage's resolved spec, run by `graftwork.cluster.jobs.driver` where the work is. Its record is in the run
 store

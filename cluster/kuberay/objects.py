@@ -1,8 +1,8 @@
-"""The Serve config of an endpoint (RayService's `serveConfigV2`): what is live in it changes in place.
+"""Objects of a job for KubeRay: RayJob, RayService with its Serve config, labels and names.
 
-Ray Serve makes an application anew when its `args`, import path or code change: engines start again, side by side on
-the same cluster. What stands under `deployments` it hands to the replicas that run. So all that changes from day to
-day stands there, and `args` holds what an engine is made of (Ray 2.60, serve/_private/application_state.py).
+Ray Serve creates an application again when its `args`, import path or code change: engines start again, next to the old
+ones on the same cluster. It passes changes under `deployments` to running replicas. So `deployments` has all that
+changes from day to day, and `args` has what an engine is made of (Ray 2.60, serve/_private/application_state.py).
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""A job's pods against the quotas of a Kueue ClusterQueue: whether the queue could ever admit the job.
+"""Reasons why a job is pending: its pods compared with the quotas of Kueue, and the events of Kubernetes.
 
 Kueue gives each pod set (the head, a worker group) one flavor of each resource group, for all its pods at once, and
 adds up what the pod sets take of a flavor (https://kueue.sigs.k8s.io, "ClusterQueue"). Labels and taints of flavors are

@@ -1,4 +1,4 @@
-"""Whether a job's demand fits the machines that its cluster's spec asks for, and its time and price its limits."""
+"""Preflight of a job for Kubernetes from its own and its cluster's spec: room, limits, names, references, store."""
 
 import math
 import re

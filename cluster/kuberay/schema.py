@@ -1,4 +1,4 @@
-"""A value against a structural schema, as an API server judges it under strict field validation, with all findings.
+"""Validation of a value against a structural schema, as an API server does it under strict field validation.
 
 Own code and no JSON schema library: an unknown field, a null and a default mean other things there.
 """

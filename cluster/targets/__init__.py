@@ -1,4 +1,4 @@
-"""The places that run jobs, by what `--target` says."""
+"""Targets that run jobs, by the value of `--target`."""
 
 from graftwork.cluster.jobs.backend import StoredBackend
 from graftwork.cluster.jobs.models import JobBackend

@@ -1,4 +1,4 @@
-"""KubeRay as a place: an attempt is a RayJob object."""
+"""KubeRay target: an attempt is a RayJob object."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

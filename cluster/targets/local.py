@@ -1,4 +1,4 @@
-"""This machine as a place: a driver in the background, with a private Ray of its own."""
+"""Local target: a driver in the background of this machine, with a private Ray of its own."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,7 @@
-"""Whether an existing Ray can run a job, and what is wrong with it, as far as its dashboard tells."""
+"""Ray cluster as a target, through its Jobs API: the driver is the job, on the head.
+
+`run_command` runs a command that is no job, e.g. the demo, and prints its output here.
+"""
 
 import contextlib
 import hashlib

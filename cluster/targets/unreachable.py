@@ -1,4 +1,4 @@
-"""A place that does not answer, so that its jobs can be judged by what the store knows of them."""
+"""Target that does not answer: the state of its jobs is derived from the store."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn

@@ -1,4 +1,4 @@
-"""What a process that trains several trials takes: the base once, all else as often as there are trials."""
+"""Groups of trials that share a process, and its memory: the base once, all else once per trial."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,7 @@
-"""Rules that no schema has: what KubeRay's operator refuses after the API server took it, and what it takes to harm.
+"""Rules beyond the schema: objects that KubeRay's operator refuses after the API server accepted them, or that do harm.
 
-The operator's own rules are those of KubeRay v1.7.0, controllers/ray/utils/validation.go, in our words; with what its
-default install has switched on. Each rule is a function over an object; all findings are told, not the first.
+The operator's own rules are those of KubeRay v1.7.0, controllers/ray/utils/validation.go, in our words, with the
+settings of its default install. Each rule is a function over an object; all findings are reported, not the first.
 """
 
 from collections.abc import Mapping

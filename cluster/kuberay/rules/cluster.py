@@ -1,4 +1,4 @@
-"""Head and worker groups: their containers, labels, resources and numbers."""
+"""Rules for the autoscaler, and for head and worker groups: containers, labels, resources and replicas."""
 
 import re
 from typing import Any

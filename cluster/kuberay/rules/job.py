@@ -1,4 +1,4 @@
-"""A RayJob: how it is submitted, how it ends, what it may run."""
+"""Rules for a RayJob: deletion, submission, entrypoint, runtime environment and queues."""
 
 import re
 from collections.abc import Mapping

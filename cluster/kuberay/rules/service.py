@@ -1,4 +1,4 @@
-"""A RayService: its configuration, and how one cluster takes over from another."""
+"""Rules for a RayService: its Serve config, upgrades between clusters, and exposure."""
 
 import re
 from collections.abc import Mapping
