@@ -22,7 +22,7 @@ from graftwork.tuning.plan import resolve_auto_trial, shards
 from graftwork.tuning.search import Values, rows_key, trial_spec
 from graftwork.tuning.spec import TuneSpec
 
-# What the processes of trials ask of a cluster, and whether its nodes hold them: never more than there is.
+# Requests of the trials' processes, compared with the nodes of the cluster.
 
 
 Node = Mapping[str, float]

@@ -45,7 +45,7 @@ from graftwork.tuning.trials import TuneProgress, TuneReport, size_of
 from graftwork.tuning.tune_driver import TunePlan, fit
 from graftwork.tuning.winner import require_winner, train_winner
 
-# Other sweeps of the same name: what a person who meant to go on with one has changed.
+# Other sweeps of the same name: the keys that differ.
 
 
 def warn_about_similar_sweeps(spec: TuneSpec, run: RunPaths) -> list[str]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from graftwork.tuning.spec import TuneSpec  # which has the union of the algorithms
     from graftwork.tuning.trials import TrialRecord
 
-# Points of a sweep: what they are, how they are told apart, and the run that each asks for.
+# Points of a sweep, their identity, and the training spec of each.
 
 
 Values = dict[str, JsonValue]
@@ -105,7 +105,7 @@ def rows_key(values: Values) -> str:
     return canonical_json({key: value for key, value in values.items() if decides_rows(key)})
 
 
-# What the trials so far tell a model of the loss: in costs, of which less is better.
+# Outcomes of trials for a model of the loss: costs, of which less is better.
 
 
 Costs = tuple[float, ...]
@@ -219,7 +219,7 @@ def _forecast(trial: "TrialRecord", goal: Goal, value: float, steps: int, finish
     return value * statistics.median(falls) if falls else value
 
 
-# What a search is.
+# Search: the protocol.
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ Space = dict[str, Domain]
 """By dotted key of the training spec."""
 
 
-# What a sweep tries where its spec names no space: the learning rate, and of a LoRA the rank.
+# Default space: the learning rate, and the rank of a LoRA.
 
 
 RATES = {

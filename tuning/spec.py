@@ -30,7 +30,7 @@ from graftwork.tuning.search_space import (
 SearchSpec = Annotated[GridSpec | RandomSpec | TpeSpec | GpSpec | BohbSpec | PbtSpec, Field(discriminator="kind")]
 """All search algorithms. `start` of each gives its search."""
 
-# What follows the search: the finalists run again with other seeds, and what becomes of the winner.
+# After the search: finals with other seeds, and the winner.
 
 
 class FinalsSpec(Spec):
@@ -211,7 +211,7 @@ class TuneSpec(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _asha_unless_said(cls, tree: Any) -> Any:
+    def _default_scheduler(cls, tree: Any) -> Any:
         fields = cls.model_fields
         if isinstance(tree, dict) and isinstance(tree.get("search"), dict) and tree["search"].get("kind") == "pbt":
             tree = {"scheduler": None, **tree}

@@ -15,7 +15,7 @@ from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport
 from graftwork.tuning.search_space import EVAL_LOSS, Goal
 
-# What a trial costs beside its loss, for `TrialRecord.metrics`: counted in the trial's process.
+# Costs of a trial for `TrialRecord.metrics`, counted in the trial's process.
 
 
 class Costs:

@@ -35,11 +35,11 @@ from graftwork.tuning.resources import Request, TrialResources, fits, fits_one, 
 from graftwork.tuning.retry import TrialFailure, after, failure_of, hopeless, kernel_kills, shrunk
 from graftwork.tuning.search import Search, Values, Wait, rows_key
 from graftwork.tuning.spec import TuneSpec
-from graftwork.tuning.trial import Told, run_trial
+from graftwork.tuning.trial import TrialConfig, run_trial
 from graftwork.tuning.trial_store import Ledger, TrialPaths
 from graftwork.tuning.trials import State, TrialRecord
 
-# Where a running trial reads whether it is to go on, and says what it holds: an actor that goes with the driver.
+# Control actor: a running trial reads there whether it continues, and records its placement group.
 
 
 class TrialControlActor:
@@ -81,7 +81,7 @@ def start_trial_control() -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(TrialControlActor).remote()
 
 
-# What Tune tells of its trials, written into the ledger as it happens, and how Ctrl-C ends them: all in the driver.
+# Callbacks of Tune, which write the ledger, and Ctrl-C: all in the driver.
 
 
 class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
@@ -401,7 +401,7 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
             self._asked[trial_id] = request
             sweep.ledger.update(trial_id, started_s=sweep.clock(), wall_s=0.0)
         specs = {trial_id: spec.model_dump_json() for trial_id, spec in group.items()}
-        return Told(specs, rows, request.bundles[:1], request.worker, chosen.until, chosen.parent).config()
+        return TrialConfig(specs, rows, request.bundles[:1], request.worker, chosen.until, chosen.parent).config()
 
     def _most_together(self, spec: TrainSpec, values: Values) -> int:
         """Trials that may share the process now: at most `share_base`, 0 where there is no room for one."""

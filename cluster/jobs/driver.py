@@ -55,15 +55,15 @@ def drive(root: str, job_id: str, number: int, on: str) -> int:
     if record.ended or record.cancel or runs.attempts(job_id)[-1] != number:
         print(f"{job_id}-a{number} is over: nothing to do", file=sys.stderr)
         return 0
-    told = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     fence = Fence(root, job_id, number, _take_start(runs, job_id, number))
     with tempfile.TemporaryDirectory(prefix="gw-job-") as folder:
         file = Path(folder) / "spec.yaml"
         file.write_bytes(json_bytes(runs.spec(job_id)))
         command = _command(runs, job_id, file, on)
         try:
-            return _Drive(runs, fence, command, told).run()
+            return _Drive(runs, fence, command, terminated).run()
         except _CannotStart as error:
             runs.end(job_id, number, AttemptEnd(time.time(), NOT_FOUND, None, str(error)))
             return NOT_FOUND
@@ -84,8 +84,8 @@ class _CannotStart(Exception):
 class _Drive:
     """One command from its start to its end."""
 
-    def __init__(self, runs: JobStore, fence: Fence, command: list[str], told: threading.Event) -> None:
-        self._runs, self._fence, self._told = runs, fence, told
+    def __init__(self, runs: JobStore, fence: Fence, command: list[str], terminated: threading.Event) -> None:
+        self._runs, self._fence, self._terminated = runs, fence, terminated
         record, quick = runs.job(fence.job_id), JobStore(fence.root)
         environment = {**os.environ, ENVIRONMENT: fence.dump()}
         try:
@@ -109,7 +109,7 @@ class _Drive:
 
     def run(self) -> int:
         """To its end; its exit code."""
-        while self._child.poll() is None and not self._told.is_set() and self._reason is None:
+        while self._child.poll() is None and not self._terminated.is_set() and self._reason is None:
             self._reason = self._limits.reason()
             time.sleep(POLL_INTERVAL_S)
         if self._child.poll() is None:
@@ -119,7 +119,7 @@ class _Drive:
         self._limits.close()
         self._kill_group()  # what it left there; whoever left the group is the guard's
         code = self._child.wait()
-        return self._tell(code if code >= 0 else 128 - code)
+        return self._record_end(code if code >= 0 else 128 - code)
 
     def _end(self) -> None:
         """Have the command end: by a word in the store, by SIGTERM, by SIGKILL."""
@@ -151,14 +151,14 @@ class _Drive:
         end, began_with = time.monotonic() + timeout_s, self._reason
         while self._child.poll() is None and time.monotonic() < end:
             self._reason = self._reason or self._limits.reason()
-            if self._reason is not None and (began_with is None or self._told.is_set()):
+            if self._reason is not None and (began_with is None or self._terminated.is_set()):
                 return
             time.sleep(POLL_INTERVAL_S)
 
-    def _tell(self, code: int) -> int:
+    def _record_end(self, code: int) -> int:
         """How it ended, after everything it printed. Without a reason to stop it and with SIGTERM this is no end of the
         job: another driver goes on with it."""
-        goes_on = self._reason == "superseded" or (self._told.is_set() and self._reason is None and code != 0)
+        goes_on = self._reason == "superseded" or (self._terminated.is_set() and self._reason is None and code != 0)
         patience_s = CLOSE_S if goes_on else PATIENCE_S
         self._output.close(patience_s)
         if not goes_on:
@@ -193,7 +193,7 @@ def _take_start(runs: JobStore, job_id: str, number: int) -> int:
     return start
 
 
-# Why a driver must end its command: a limit is reached, it is asked to, or another driver has taken its place.
+# Limits of a job, requests to end it, and its replacement by another driver.
 
 
 ASK_S = 1.0

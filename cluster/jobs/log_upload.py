@@ -32,7 +32,7 @@ class OutputReader:
         self._lock = threading.Lock()
         self._spooled = self._stored = self._lost = 0
         self._piece, self._piece_number = b"", 1
-        self._tail, self._said = b"", ""
+        self._tail, self._progress = b"", ""
         self._ended = threading.Event()
         self._read = threading.Thread(target=self._reading, name="output", daemon=True)
         self._write = threading.Thread(target=self._writing, name="output-store", daemon=True)
@@ -42,12 +42,12 @@ class OutputReader:
     @property
     def progress(self) -> str:
         """The last line that tells how far it is, else the last line."""
-        return self._said or self._last_line()
+        return self._progress or self._last_line()
 
     @property
     def under_way(self) -> bool:
         """Whether it has told how far it is."""
-        return bool(self._said)
+        return bool(self._progress)
 
     def last_error(self) -> str:
         """The last error in the form of `GraftworkError.text`; else the last line, as a traceback ends."""
@@ -68,12 +68,12 @@ class OutputReader:
         while data := self._child.stdout.read1(65536):  # type: ignore[attr-defined]
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
-            self._spool_it(data)
+            self._spool_data(data)
             self._tail = (self._tail + data)[-TAIL_BYTES:]
-            told = [line for line in data.decode(errors="replace").splitlines() if PROGRESS.search(line)]
-            self._said = told[-1].strip()[:200] if told else self._said
+            reported = [line for line in data.decode(errors="replace").splitlines() if PROGRESS.search(line)]
+            self._progress = reported[-1].strip()[:200] if reported else self._progress
 
-    def _spool_it(self, data: bytes) -> None:
+    def _spool_data(self, data: bytes) -> None:
         """A full disk costs what did not fit, and it is said in the log; the command never waits for it."""
         said = f"\n[{self._lost} bytes were not kept: no room in {tempfile.gettempdir()}]\n" if self._lost else ""
         whole = said.encode() + data

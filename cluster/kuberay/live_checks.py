@@ -143,7 +143,7 @@ def object_path(namespace: str, planned: Mapping[str, Any]) -> str:
     return namespaced(group, version, namespace, PLURALS[planned["kind"]], planned["metadata"]["name"])
 
 
-# What a job names in its namespace must be there: Secrets and their keys, an account, a claim, a priority class.
+# Objects that a job names in its namespace: Secrets and their keys, an account, a claim, a priority class.
 
 
 STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")

@@ -80,7 +80,7 @@ def _gang(cluster: ClusterSpec, app_id: str) -> dict[str, str]:
     return {}
 
 
-# What objects are called, and how long a name may be: an attempt's RayJob has the attempt's id.
+# Names of objects and their lengths: an attempt's RayJob has the attempt's id.
 
 
 MAX_NAME = {"RayCluster": 53, "RayJob": 47, "RayService": 47, "RayCronJob": 36}

@@ -77,16 +77,16 @@ def _machines(job: Job, demand: Demand) -> Found:
         yield refuse(
             "FIT-WORKER",
             "workers",
-            f"no machine holds a worker: {_machines_said(cluster)}",
-            f"a worker takes {_worker_said(demand)}, on one machine",
+            f"no machine holds a worker: {_describe_machines(cluster)}",
+            f"a worker takes {_describe_worker(demand)}, on one machine",
             "larger machines, or smaller workers",
         )
     elif room < demand.num_workers:
         yield refuse(
             "FIT-WORKERS",
             "workers",
-            f"room for {room} workers: {_machines_said(cluster)}",
-            f"{demand.num_workers} workers run at the same time, {_worker_said(demand)} each",
+            f"room for {room} workers: {_describe_machines(cluster)}",
+            f"{demand.num_workers} workers run at the same time, {_describe_worker(demand)} each",
             f"more machines, or num_workers={room}" if room else "set `count`",
         )
 
@@ -198,14 +198,14 @@ def _budget(job: Job, budget: float) -> Found:
         )
 
 
-def _worker_said(demand: Demand) -> str:
+def _describe_worker(demand: Demand) -> str:
     parts = [f"{demand.cpus_per_worker:g} CPU"]
     parts += [f"{demand.gpus_per_worker:g} GPU"] if demand.gpus_per_worker else []
     parts += [f"{demand.memory_bytes_per_worker / GIB:.1f} GiB"] if demand.memory_bytes_per_worker else []
     return ", ".join(parts)
 
 
-def _machines_said(cluster: ClusterSpec) -> str:
+def _describe_machines(cluster: ClusterSpec) -> str:
     return "; ".join(
         f"{group.count} x {group.name} (cpu {group.cpu}, memory {group.memory}, gpu {group.gpu})"
         for group in cluster.workers
@@ -261,7 +261,7 @@ def _is_of(made: Mapping[str, Any], crd: Mapping[str, Any] | None) -> bool:
     return crd is not None and dig(crd, "spec", "names", "kind") == made.get("kind")
 
 
-# What a cluster's spec says of Kubernetes' things, before objects are made of it: names, references, places.
+# Names and references in a cluster's spec, checked before objects are made of it.
 
 
 RAY = (2, 60)

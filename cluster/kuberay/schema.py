@@ -410,12 +410,12 @@ def _array(value: list[Any] | tuple[Any, ...], schema: Schema, where: str) -> Fo
         )
     keys = schema.get("x-kubernetes-list-map-keys")
     if schema.get("x-kubernetes-list-type") == "map" and keys:
-        yield from _told_apart(value, keys, schema.get("items", {}).get("properties", {}), where)
+        yield from _check_keys_differ(value, keys, schema.get("items", {}).get("properties", {}), where)
     for index, inner in enumerate(value):
         yield from check(inner, schema.get("items", {}), f"{where}[{index}]")
 
 
-def _told_apart(value: list[Any] | tuple[Any, ...], keys: list[str], fields: Schema, where: str) -> Found:
+def _check_keys_differ(value: list[Any] | tuple[Any, ...], keys: list[str], fields: Schema, where: str) -> Found:
     seen = set()
     for index, entry in enumerate(value):
         if not isinstance(entry, Mapping):

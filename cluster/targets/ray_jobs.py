@@ -22,7 +22,7 @@ from graftwork.cluster.targets.ray_jobs_checks import fit, health, machines_of, 
 from graftwork.errors import ClusterError, Interrupted
 from graftwork.storage.store import Store
 
-# Commands that are no jobs of ours (demo): run at an existing Ray by its Jobs API, and followed here.
+# Commands that are no jobs (demo): they run on an existing Ray through its Jobs API.
 
 
 ENTRYPOINT = "python -c 'from graftwork.cli import main; main()'"
@@ -65,7 +65,7 @@ def _inside(argv: Sequence[str]) -> list[str]:
     return [*argv, "--target", JOB] if argv and argv[0] in verbs else list(argv)
 
 
-# An existing Ray as a place, by its Jobs API: the driver is the job, on the head.
+# The target.
 
 
 STOP_S = 8.0

@@ -24,7 +24,7 @@ from graftwork.cluster.kuberay.objects import LABEL_VALUE, MAX_LABEL
 START_ENV = "KUBERAY_GEN_AUTOSCALER_START_CMD"
 
 
-def version_said_once(part: ClusterView) -> Found:
+def autoscaler_version_set_once(part: ClusterView) -> Found:
     where, told = f"{part.where}.autoscalerOptions.version", dig(part.spec, "autoscalerOptions", "version")
     value = part.head_env.get(AUTOSCALER_V2_ENV)
     if not part.autoscales and value in ("1", "true"):
@@ -82,7 +82,12 @@ def start_command_is_the_operators(part: ClusterView) -> Found:
         )
 
 
-AUTOSCALER_RULES = (version_said_once, v2_restarts_no_pod, idle_is_no_less_than_nothing, start_command_is_the_operators)
+AUTOSCALER_RULES = (
+    autoscaler_version_set_once,
+    v2_restarts_no_pod,
+    idle_is_no_less_than_nothing,
+    start_command_is_the_operators,
+)
 
 
 RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
@@ -106,7 +111,7 @@ def has_containers(part: ClusterView) -> Found:
             )
 
 
-def resources_said_once(part: ClusterView) -> Found:
+def resources_set_once(part: ClusterView) -> Found:
     for where, group in part.iter_groups():
         params = mapping(group.get("rayStartParams"))
         twice = [name for name in RESOURCE_PARAMS if params.get(name)]
@@ -330,7 +335,7 @@ def _v2(part: ClusterView) -> bool:
 
 GROUP_RULES = (
     has_containers,
-    resources_said_once,
+    resources_set_once,
     labels_have_their_place,
     labels_are_labels,
     bounds,

@@ -28,7 +28,7 @@ ONE_WAY = {"DenyAllEgress": "ingressRules", "DenyAllIngress": "egressRules"}
 """Rules that say nothing in that mode."""
 
 
-def gates_are_told(part: ClusterView) -> Found:
+def gates_are_off_by_default(part: ClusterView) -> Found:
     for field, gate in GATED.items():
         if part.spec.get(field) is not None:
             yield warn(
@@ -77,7 +77,7 @@ def network_rules_match_their_mode(part: ClusterView) -> Found:
             )
 
 
-def tls_is_the_operators(part: ClusterView) -> Found:
+def tls_is_set_by_operator(part: ClusterView) -> Found:
     if dig(part.spec, "tlsOptions") is None or dig(part.spec, "tlsOptions", "enabled") is False:
         return
     for where, pod in part.pods():
@@ -93,7 +93,7 @@ def tls_is_the_operators(part: ClusterView) -> Found:
                     )
 
 
-def history_says_where_it_lies(part: ClusterView) -> Found:
+def history_server_has_storage(part: ClusterView) -> Found:
     if part.spec.get("historyServerOptions") is None:
         return
     options = mapping(dig(part.spec, "historyServerOptions", "collectorOptions"))
@@ -109,4 +109,9 @@ def history_says_where_it_lies(part: ClusterView) -> Found:
         )
 
 
-GATE_RULES = (gates_are_told, network_rules_match_their_mode, tls_is_the_operators, history_says_where_it_lies)
+GATE_RULES = (
+    gates_are_off_by_default,
+    network_rules_match_their_mode,
+    tls_is_set_by_operator,
+    history_server_has_storage,
+)

@@ -21,7 +21,7 @@ ROCKSDB_ENV = ("RAY_gcs_storage", "RAY_gcs_storage_path")
 REDIS_FIELDS = ("redisAddress", "redisUsername", "redisPassword", "externalStorageNamespace")
 
 
-def said_in_one_place(part: ClusterView) -> Found:
+def redis_set_once(part: ClusterView) -> Found:
     where, options = f"{part.where}.{OPTIONS}", part.spec.get(OPTIONS)
     params, env = mapping(part.head.get("rayStartParams")), part.head_env
     if options is None:
@@ -152,4 +152,4 @@ def _managed(part: ClusterView) -> Found:
         )
 
 
-SURVIVAL_RULES = (said_in_one_place, no_user_name_by_the_way, backend_has_its_own_fields, password_is_a_secrets)
+SURVIVAL_RULES = (redis_set_once, no_user_name_by_the_way, backend_has_its_own_fields, password_is_a_secrets)

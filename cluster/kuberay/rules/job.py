@@ -11,7 +11,7 @@ from graftwork.cluster.jobs.environment import secrets_in, why_secret_text
 from graftwork.cluster.kuberay.object_view import Found, dig, listed, mapping, number, refuse, warn
 from graftwork.cluster.kuberay.objects import KAI_QUEUE, KUEUE_QUEUE, VOLCANO_QUEUE
 
-# What goes when a RayJob has ended: by shutdown and a time, or by deletion rules; not by both.
+# Deletion after a RayJob has ended: by shutdown and a time, or by deletion rules; not by both.
 
 
 ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
@@ -412,7 +412,7 @@ JOB_RULES = (
 )
 
 
-# Queues and schedulers of gangs: what they need of a RayJob, told before it waits for ever.
+# Queues and gang schedulers: their requirements for a RayJob, checked before it waits without end.
 
 
 KUEUE_GROUPS = 7

@@ -83,7 +83,7 @@ def environment_has_no_secrets(part: ClusterView) -> Found:
             yield from _environment(f"{where}.containers[{index}].env", container)
 
 
-def environment_is_said_once(part: ClusterView) -> Found:
+def environment_set_once(part: ClusterView) -> Found:
     for where, pod in part.pods():
         for container in containers(pod)[:1]:
             names = [str(entry.get("name")) for entry in listed(container.get("env"))]
@@ -123,7 +123,7 @@ POD_RULES = (
     the_head_has_room,
     the_head_takes_no_work,
     environment_has_no_secrets,
-    environment_is_said_once,
+    environment_set_once,
 )
 
 
