@@ -23,7 +23,7 @@ STORE_PATIENCE_S = 10.0
 GROUP, VERSION = "ray.io", "v1"
 
 
-class KubeRayPlace:
+class KubeRayTarget:
     """`on` is k8s:CONTEXT/NAMESPACE of the kubeconfig."""
 
     def __init__(self, on: str, root: str, cluster: ClusterSpec) -> None:

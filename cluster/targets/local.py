@@ -36,7 +36,7 @@ LOCK_S = 1.0
 TAIL_BYTES = 2000
 
 
-class LocalPlace:
+class LocalTarget:
     """A driver holds the lock of its attempt for its life: whether one runs is whether the lock is held.
 
     The locks are this machine's, whatever the root: of a job that another machine runs for itself on a shared root

@@ -77,7 +77,7 @@ DROP = "-drop"
 POLL_INTERVAL_S = 0.2
 
 
-class AddressPlace:
+class RayJobsTarget:
     """Reached anew for each call, with the token of the environment."""
 
     def __init__(self, on: str, root: str) -> None:

@@ -11,9 +11,10 @@ from graftwork.cluster.jobs.models import Finding
 from graftwork.cluster.kuberay.object_view import ClusterView, dig, mapping
 from graftwork.cluster.kuberay.objects import MAX_NAME, check_name
 from graftwork.cluster.kuberay.rules.cluster import AUTOSCALER_RULES, GROUP_RULES, managers_are_known
+from graftwork.cluster.kuberay.rules.deletion import DELETION_RULES
 from graftwork.cluster.kuberay.rules.feature_gates import GATE_RULES
 from graftwork.cluster.kuberay.rules.gcs_fault_tolerance import SURVIVAL_RULES
-from graftwork.cluster.kuberay.rules.job import DELETION_RULES, JOB_RULES, QUEUE_RULES
+from graftwork.cluster.kuberay.rules.job import JOB_RULES, QUEUE_RULES
 from graftwork.cluster.kuberay.rules.pods import POD_RULES, SECURITY_RULES
 from graftwork.cluster.kuberay.rules.service import SERVICE_RULES
 
