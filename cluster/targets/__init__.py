@@ -28,7 +28,7 @@ def backend_of(on: str, root: str, cluster: ClusterSpec | None = None) -> JobBac
 
 
 class UnreachableTarget:
-    """Reports every attempt without a state, so that heartbeats and ends in the store decide it; starts and stops none."""
+    """Reports every attempt without a state, so that heartbeats and ends in the store decide it."""
 
     def __init__(self, on: str, error: ClusterError, known: JobTarget | None = None) -> None:
         """`known` builds the objects, which needs no answer."""
