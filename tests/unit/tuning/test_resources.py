@@ -366,7 +366,8 @@ from tests.training import task
 
 def report(step, peak):
     [server] = [c for c in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(c.cmdline())]
-    print(*[child.pid for child in server.children()], server.pid, flush=True)
+    pids = " ".join(str(one.pid) for one in [server, *server.children()])
+    pathlib.Path({str(folder / "pids")!r}).write_text(pids)
     os.kill(os.getpid(), 9)
 
 if __name__ == "__main__":
@@ -376,11 +377,11 @@ if __name__ == "__main__":
     script = folder / "trial.py"
     script.write_text(program)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, str(script)], env=environment, check=False)
     assert done.returncode == -9
-    processes = [psutil.Process(int(pid)) for pid in done.stdout.split() if psutil.pid_exists(int(pid))]
+    pids = [int(pid) for pid in (folder / "pids").read_text().split()]
+    assert len(pids) == 2, "a server and a fork"
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert alive == []
 
