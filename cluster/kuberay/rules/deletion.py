@@ -20,7 +20,7 @@ def ttl_needs_shutdown(made: Object) -> Found:
             "spec.ttlSecondsAfterFinished",
             f"{ttl} without shutdownAfterJobFinishes",
             "nothing is deleted at that time",
-            "shutdownAfterJobFinishes: true",
+            "shutdownAfterJobFinishes: true, or remove ttlSecondsAfterFinished",
         )
 
 

@@ -45,7 +45,7 @@ def suspend_needs_shutdown(made: Object) -> Found:
             "spec.suspend",
             "shutdownAfterJobFinishes is not true",
             "a job that keeps its cluster is not suspended",
-            "shutdownAfterJobFinishes: true",
+            "shutdownAfterJobFinishes: true, or remove suspend",
         )
 
 
@@ -92,7 +92,7 @@ def a_cluster_is_named_or_made(made: Object) -> Found:
             "spec.submissionMode",
             "SidecarMode with clusterSelector",
             "the sidecar runs in a head that the job makes",
-            "submissionMode: HTTPMode",
+            "submissionMode: HTTPMode, or replace clusterSelector with rayClusterSpec",
         )
 
 
