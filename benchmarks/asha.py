@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.record import Clock, Figure, figure, write
 from benchmarks.recorded import STEPS, curves
 from benchmarks.sweep_curves import grid
-from graftwork.tuning.early_stopping import StoppingRule, judge_of
+from graftwork.tuning.early_stopping import StoppingRule, stopping_rule
 from graftwork.tuning.plan import search_of
 from graftwork.tuning.search import FixedPoints
 from graftwork.tuning.spec import TuneSpec
@@ -71,7 +71,7 @@ def spread(by_seed: Mapping[int, Sequence[TrialRecord]]) -> float:
 
 def one(trials: Sequence[TrialRecord], spec: TuneSpec, processes: int = PROCESSES) -> tuple[float, float, bool]:
     """Share of the grid's steps, loss given away against the grid's best, and whether the winner is the same."""
-    taken = replay(trials, judge_of(spec, []), processes)
+    taken = replay(trials, stopping_rule(spec, []), processes)
     ended = [trial for trial in trials if taken[trial.trial_id] == STEPS]
     best = min(trials, key=lambda trial: trial.losses[-1][1])
     found = min(ended, key=lambda trial: trial.losses[-1][1])

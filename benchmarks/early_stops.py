@@ -18,7 +18,7 @@ from benchmarks.asha import replay as taken_of
 from benchmarks.record import Clock, figure, write
 from benchmarks.recorded import CURVES, STEPS, curves
 from benchmarks.sweep_curves import grid
-from graftwork.tuning.early_stopping import judge_of
+from graftwork.tuning.early_stopping import stopping_rule
 from graftwork.tuning.report import stops, trial_of
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import TrialRecord
@@ -30,7 +30,7 @@ SETTINGS = [(2, 2), (4, 2), (2, 4), (4, 4)]
 def one(trials: Sequence[TrialRecord], spec: TuneSpec, order: int) -> tuple[float, float | None] | None:
     """Loss that early stops cost, and the bound that the page gives; None where none was stopped."""
     shuffled = random.Random(order).sample(list(trials), len(trials))
-    taken = taken_of(shuffled, judge_of(spec, []))
+    taken = taken_of(shuffled, stopping_rule(spec, []))
     seen = [_until(trial, taken[trial.trial_id]) for trial in shuffled]
     best = min((trial for trial in seen if trial.state == "finished"), key=lambda trial: trial.losses[-1][1])
     found = stops([trial_of(trial) for trial in seen], best.trial_id, STEPS)

@@ -65,11 +65,11 @@ def child(root: str) -> dict[str, Any]:
     import psutil
 
     from graftwork.cluster.jobs.backend import StoredBackend
-    from graftwork.cluster.targets.local import LocalPlace
+    from graftwork.cluster.targets.local import LocalTarget
 
     started = time.time() - psutil.Process().create_time()
     began, worked = time.perf_counter(), time.process_time()
-    found = StoredBackend(LocalPlace(root), root).list()
+    found = StoredBackend(LocalTarget(root), root).list()
     wall, cpu = time.perf_counter() - began, time.process_time() - worked
     states = [str(status.state) for status in found]
     return {

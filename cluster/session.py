@@ -1,4 +1,4 @@
-"""Where a command runs its work: `with session(on) as here: here.run(stage, ...)`. Ray is started or joined here alone.
+"""Session of a command: `with session(on) as here: here.run(stage, ...)`. Only this module starts or joins a Ray.
 
 local                a private Ray, started and stopped by this command (cluster/private_ray.py)
 job                  the Ray whose job this process is; the driver of a submitted job passes it

@@ -1,6 +1,6 @@
-"""Where a job runs and what it may take there: one YAML a cluster, beside the specs of the work itself.
+"""Spec of a cluster: where a job runs and which resources it may use, one YAML file per cluster.
 
-A job's spec says what is done, and is the same on a laptop and on a cluster. This one says what a place is like.
+A job's spec describes the work, and is the same on a laptop and on a cluster.
 """
 
 import re

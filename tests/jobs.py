@@ -9,7 +9,7 @@ from graftwork.cluster.jobs.backend import StoredBackend
 from graftwork.cluster.jobs.models import ExecSpec, Job
 from graftwork.cluster.jobs.store import JobStore
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.cluster.targets.local import LocalPlace
+from graftwork.cluster.targets.local import LocalTarget
 
 TIMEOUT_S = 60.0
 
@@ -27,7 +27,7 @@ def python_job(root: str, program: str, *, name: str = "task", **cluster: Any) -
 
 def local_backend(root: str) -> StoredBackend:
     """The local place of a root."""
-    return StoredBackend(LocalPlace(root), root)
+    return StoredBackend(LocalTarget(root), root)
 
 
 def printed(root: str, job_id: str) -> str:

@@ -1,4 +1,4 @@
-"""One trial as a gang: a Ray Train run inside the trial's process. Rank 0 hands each report to that process and waits
+"""Distributed trial: a Ray Train run inside the trial's process. Rank 0 hands each report to that process and waits
 for its answer, so that all ranks leave the loop at the same step and Ray Train gives their places back itself."""
 
 from collections.abc import Callable, Mapping

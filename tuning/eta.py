@@ -1,4 +1,4 @@
-"""How long a sweep will still take, and what it costs, by its own pace."""
+"""Remaining time and cost of a sweep, predicted from its own pace."""
 
 import math
 from collections.abc import Mapping

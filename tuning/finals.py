@@ -1,4 +1,4 @@
-"""Which trial a sweep takes, and how sure that is: by the finals where there are any, else by one run a point.
+"""Choice of a sweep's best trial and its confidence: by the finals where there are any, else by one run per point.
 
 The unit is a seed: the question is which configuration to train, and another training has another seed. Held-out losses
 of single rows would give a narrower interval, for another question: which of two trained adapters is better.
@@ -14,7 +14,8 @@ import numpy as np
 from graftwork import stats
 from graftwork.errors import RunError
 from graftwork.tuning.search import FixedPoints, Search, Suggestion, Values, Wait, digest, rows_points, select_searched
-from graftwork.tuning.spec import Goal, TuneSpec
+from graftwork.tuning.search_space import Goal
+from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import FinalistComparison, SearchDecision, TrialRecord, label_points, pareto, value_of
 
 # Of trials that are as good as each other, the one that costs least.

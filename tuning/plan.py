@@ -20,18 +20,10 @@ from graftwork.training.planning.plan import (
 )
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.finals import most_repeats
-from graftwork.tuning.search import (
-    FixedPoints,
-    Search,
-    Values,
-    grid_search,
-    grid_size,
-    random_search,
-    trial_spec,
-)
-from graftwork.tuning.search_optuna import optuna_search
-from graftwork.tuning.search_pbt import PbtSearch, pbt_search
-from graftwork.tuning.search_space import GridSpec, PbtSpec, RandomSpec, TpeSpec
+from graftwork.tuning.search import FixedPoints, Search, Values, grid_size, trial_spec
+from graftwork.tuning.search_grid_random import GridSpec, RandomSpec, random_search
+from graftwork.tuning.search_optuna import TpeSpec
+from graftwork.tuning.search_pbt import PbtSearch, PbtSpec
 from graftwork.tuning.spec import TuneSpec
 
 
@@ -190,10 +182,9 @@ MODELLED_FROM = 8
 
 def search_of(spec: TuneSpec) -> Search:
     """The search that a spec asks for. Raises ConfigError when it can't search this space."""
-    if isinstance(spec.search, PbtSpec):
-        return pbt_search(spec, spec.search)
+    if spec.search is not None:
+        return spec.search.start(spec)
     size = grid_size(spec.space)
-    if isinstance(spec.search, GridSpec) or (spec.search is None and size is not None and size <= spec.num_trials):
-        return grid_search(spec)
-    asked = spec.search or (TpeSpec() if spec.num_trials >= MODELLED_FROM else RandomSpec())
-    return random_search(spec) if isinstance(asked, RandomSpec) else optuna_search(spec, asked)
+    if size is not None and size <= spec.num_trials:
+        return GridSpec().start(spec)
+    return (TpeSpec() if spec.num_trials >= MODELLED_FROM else RandomSpec()).start(spec)

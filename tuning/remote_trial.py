@@ -1,4 +1,4 @@
-"""Trials as jobs of a place, one a trial: a gang waits in the cluster's queue by itself, and holds nothing meanwhile.
+"""Trials as jobs of a target, one each: a distributed trial waits in the cluster's queue and reserves nothing.
 
 The sweep's driver stays here with a Ray of its own. The process that Tune gives a trial submits the job, reads its
 steps from the store, reports them, and cancels it when it is to stop. The job has a checkpoint at each report.
@@ -28,7 +28,7 @@ from graftwork.training.run_lock import OVERTAKES_S, run_lock
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import LoopResult, TrainJob, read_steps
 from graftwork.tuning.distributed_trial import ReportFn
-from graftwork.tuning.search_space import PbtSpec
+from graftwork.tuning.search_pbt import PbtSpec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trial_store import TRIALS, TrialSpec
 

@@ -1,4 +1,4 @@
-"""A sweep's trials as the record that its page shows."""
+"""Report of a sweep: the record of its trials that the page shows."""
 
 import itertools
 import math

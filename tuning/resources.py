@@ -1,4 +1,4 @@
-"""What a trial asks of the cluster by the planner's prediction, and whether it runs in one process or as a gang."""
+"""Resource requests of a trial as the planner predicts them, for one process or for distributed workers."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ from graftwork.tuning.plan import resolve_auto_trial, shards
 from graftwork.tuning.search import Values, rows_key, trial_spec
 from graftwork.tuning.spec import TuneSpec
 
-# What the processes of trials ask of a cluster, and whether its nodes hold them: never more than there is.
+# Requests of the trials' processes, compared with the nodes of the cluster.
 
 
 Node = Mapping[str, float]

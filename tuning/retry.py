@@ -111,7 +111,7 @@ def hopeless(trials: Sequence[TrialRecord]) -> RunError | None:
         f"a sweep of {len(trials)} trials so far",
         f"the first {len(failed)} failed alike: {failed[0].error}",
         f"a sweep ends when its first {ALIKE} trials fail with the same error",
-        "mend what it names and run the same command: trials that failed are run again",
+        "correct the cause in that error and run the same command: failed trials run again",
     )
 
 

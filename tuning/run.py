@@ -1,4 +1,4 @@
-"""A sweep in the driver: trials chosen, run again where they were lost, the best spec found.
+"""Sweep in the driver: it chooses trials, repeats lost ones and finds the best spec.
 
     runs/<name>-<hash8>/{spec.yaml, provenance.json, trials.json, status.json, report.json, report.html, tensorboard/}
 
@@ -45,7 +45,7 @@ from graftwork.tuning.trials import TuneProgress, TuneReport, size_of
 from graftwork.tuning.tune_driver import TunePlan, fit
 from graftwork.tuning.winner import require_winner, train_winner
 
-# Other sweeps of the same name: what a person who meant to go on with one has changed.
+# Other sweeps of the same name: the keys that differ.
 
 
 def warn_about_similar_sweeps(spec: TuneSpec, run: RunPaths) -> list[str]:

@@ -1,4 +1,8 @@
-"""Grid and random search: all points are known before the first trial."""
+"""Search of a sweep: the protocol of a search algorithm, and what the algorithms share.
+
+Shared are the points of a space and the trial of a point, points drawn without repeats, and the outcomes of trials as a
+model of the loss takes them. Each algorithm is a file `search_<name>.py` with its spec; the union is in spec.py.
+"""
 
 import hashlib
 import itertools
@@ -7,18 +11,29 @@ import random
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import JsonValue
 
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.search_space import CategoricalSpace, Domain, IntRange, LogUniform, Uniform
-from graftwork.tuning.spec import EVAL_LOSS, Goal, TuneSpec, decides_rows, hint_for_key
-from graftwork.tuning.trials import TrialRecord, value_of
+from graftwork.tuning.search_space import (
+    EVAL_LOSS,
+    Domain,
+    Goal,
+    IntRange,
+    LogUniform,
+    Uniform,
+    decides_rows,
+    hint_for_key,
+)
 
-# Points of a sweep: what they are, how they are told apart, and the run that each asks for.
+if TYPE_CHECKING:
+    from graftwork.tuning.spec import TuneSpec  # which has the union of the algorithms
+    from graftwork.tuning.trials import TrialRecord
+
+# Points of a sweep, their identity, and the training spec of each.
 
 
 Values = dict[str, JsonValue]
@@ -61,7 +76,7 @@ def digest(values: Values) -> str:
     return hashlib.sha256(canonical_json(values).encode()).hexdigest()[:8]
 
 
-def trial_spec(spec: TuneSpec, point: Values, *, gang: bool = False) -> TrainSpec:
+def trial_spec(spec: "TuneSpec", point: Values, *, gang: bool = False) -> TrainSpec:
     """The training spec of a trial, with the sweep's held-out rows: for one process, where a strategy would have
     nothing to share, or for the workers and the strategy of `train`.
 
@@ -71,7 +86,7 @@ def trial_spec(spec: TuneSpec, point: Values, *, gang: bool = False) -> TrainSpe
     return spec.train.with_({**point, **alone, "data.eval_rows": spec.eval_rows})
 
 
-def contradiction(spec: TuneSpec, point: Values) -> ConfigError | None:
+def contradiction(spec: "TuneSpec", point: Values) -> ConfigError | None:
     """Why values that are allowed alone can't go together; None where they can."""
     try:
         spec.train.with_(point)
@@ -80,7 +95,7 @@ def contradiction(spec: TuneSpec, point: Values) -> ConfigError | None:
     return None
 
 
-def rows_points(spec: TuneSpec) -> Iterator[Values]:
+def rows_points(spec: "TuneSpec") -> Iterator[Values]:
     """The combinations of those keys of the space that decide a trial's rows: few, and all known beforehand."""
     return grid({key: domain for key, domain in spec.space.items() if decides_rows(key)})
 
@@ -90,7 +105,7 @@ def rows_key(values: Values) -> str:
     return canonical_json({key: value for key, value in values.items() if decides_rows(key)})
 
 
-# What the trials so far tell a model of the loss: in costs, of which less is better.
+# Outcomes of trials for a model of the loss: costs, of which less is better.
 
 
 Costs = tuple[float, ...]
@@ -113,7 +128,7 @@ class Outcome:
     running: bool = False
 
 
-def as_reported(trials: Sequence[TrialRecord]) -> list[Outcome]:
+def as_reported(trials: "Sequence[TrialRecord]") -> list[Outcome]:
     """By held-out loss alone, as TPE takes it: what was stopped ranks behind what finished, by step and loss; what
     failed ranks last."""
     found = []
@@ -127,7 +142,7 @@ def as_reported(trials: Sequence[TrialRecord]) -> list[Outcome]:
     return found
 
 
-def as_forecast(trials: Sequence[TrialRecord], objectives: Sequence[Goal], steps: int) -> list[Outcome]:
+def as_forecast(trials: "Sequence[TrialRecord]", objectives: Sequence[Goal], steps: int) -> list[Outcome]:
     """By all objectives, for a model that takes whole trials only.
 
     A stopped trial is taken for one that would have fallen on as the median of the finished did from that step, at the
@@ -148,7 +163,7 @@ def as_forecast(trials: Sequence[TrialRecord], objectives: Sequence[Goal], steps
     return found
 
 
-def at_furthest_step(trials: Sequence[TrialRecord], enough: int) -> list[Outcome] | None:
+def at_furthest_step(trials: "Sequence[TrialRecord]", enough: int) -> list[Outcome] | None:
     """By the loss at the furthest step that `enough` trials reported at, whatever became of them (BOHB's budgets); None
     where there is no such step. A failed trial counts as one that reported there, as the worst."""
     failed = [trial for trial in trials if trial.state == "failed"]
@@ -175,7 +190,11 @@ def _without_far(known: dict[str, Costs]) -> dict[str, Costs]:
     return {name: (min(costs[0], limit), *costs[1:]) for name, costs in known.items()}
 
 
-def _costs(trial: TrialRecord, objectives: Sequence[Goal], steps: int, finished: Sequence[TrialRecord]) -> Costs | None:
+def _costs(
+    trial: "TrialRecord", objectives: Sequence[Goal], steps: int, finished: "Sequence[TrialRecord]"
+) -> Costs | None:
+    from graftwork.tuning.trials import value_of  # which imports the reports: a spec needs none
+
     if trial.state not in ("finished", "stopped"):
         return None
     values = [value_of(trial, goal) for goal in objectives]
@@ -187,7 +206,7 @@ def _costs(trial: TrialRecord, objectives: Sequence[Goal], steps: int, finished:
     return tuple(value if goal.direction == "min" else -value for goal, value in zip(objectives, whole, strict=True))
 
 
-def _forecast(trial: TrialRecord, goal: Goal, value: float, steps: int, finished: Sequence[TrialRecord]) -> float:
+def _forecast(trial: "TrialRecord", goal: Goal, value: float, steps: int, finished: "Sequence[TrialRecord]") -> float:
     if goal.metric in GROWING:
         return value * steps / trial.steps
     if goal.metric != EVAL_LOSS:
@@ -200,7 +219,7 @@ def _forecast(trial: TrialRecord, goal: Goal, value: float, steps: int, finished
     return value * statistics.median(falls) if falls else value
 
 
-# What a search is.
+# Search: the protocol.
 
 
 @dataclass(frozen=True)
@@ -239,7 +258,7 @@ class Search(Protocol):
         """What it does here, in words."""
         ...
 
-    def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | Wait | None:
+    def suggest(self, trials: "Sequence[TrialRecord]") -> Suggestion | Wait | None:
         """The trial after `trials` (all of the sweep, in the order in which they were chosen); None: there is no more.
 
         Raises ConfigError when the values contradict each other.
@@ -247,15 +266,9 @@ class Search(Protocol):
         ...
 
 
-def select_searched(trials: Sequence[TrialRecord]) -> tuple[TrialRecord, ...]:
+def select_searched(trials: "Sequence[TrialRecord]") -> "tuple[TrialRecord, ...]":
     """The trials that a search has chosen: repeats of finalists are not."""
     return tuple(trial for trial in trials if trial.repeat_of is None)
-
-
-ENUMERATED = 512
-"""Combinations up to which all are checked beforehand (about a millisecond each)."""
-REDRAWS = 200
-"""Draws in a row that may be known already or contradict themselves before drawing is given up."""
 
 
 @dataclass(frozen=True)
@@ -271,63 +284,28 @@ class FixedPoints:
         """All points."""
         return len(self.points)
 
-    def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | None:
+    def suggest(self, trials: "Sequence[TrialRecord]") -> Suggestion | None:
         """The points in their order."""
         number = len(select_searched(trials))
         return Suggestion(self.points[number]) if number < len(self.points) else None
 
 
-def grid_search(spec: TuneSpec) -> FixedPoints:
-    """Raises ConfigError when a key is a range, the grid is larger than `num_trials`, or a point contradicts itself."""
-    size = grid_size(spec.space)
-    if size is None or size > spec.num_trials:
-        found = "the space has a range" if size is None else f"the grid has {size} points, num_trials={spec.num_trials}"
-        raise ConfigError(
-            "search.kind=grid", found, "a grid is run whole", "list the values of every key, and raise num_trials"
-        )
-    reason = f"grid: all {size} combinations of the listed values (num_trials={spec.num_trials} allows it)"
-    points = sorted(grid(spec.space), key=lambda point: _from_middle(spec, point))
-    for point in points:
-        _refuse(spec, point)
-    return FixedPoints("grid", tuple(points), reason)
+ENUMERATED = 512
+"""Combinations up to which all are checked beforehand (about a millisecond each)."""
+REDRAWS = 200
+"""Draws in a row that may be known already or contradict themselves before drawing is given up."""
 
 
-def _from_middle(spec: TuneSpec, point: Values) -> float:
-    """How far a point of a grid lies from its middle, in shares of the listed numbers of each key.
-
-    The middle comes first, for a range is laid around what is expected: those that come later have something good to
-    be compared with, and early stopping needs half of the compute (benchmarks/asha.py).
-    """
-    away = 0.0
-    for key, domain in spec.space.items():
-        numbers = (
-            [one for one in domain.values if isinstance(one, int | float)]
-            if isinstance(domain, CategoricalSpace)
-            else []
-        )
-        if isinstance(domain, CategoricalSpace) and len(numbers) == len(domain.values) and key != "seed":
-            away += abs(domain.values.index(point[key]) - (len(numbers) - 1) / 2) / len(numbers)
-    return away
-
-
-def random_search(spec: TuneSpec) -> FixedPoints:
-    """Equal specs draw equal points, and a larger `num_trials` keeps the first ones. Raises ConfigError when values
-    contradict each other, or too many do to draw what is asked."""
-    count, of = most(spec), f" of {size} combinations" if (size := grid_size(spec.space)) is not None else ""
-    points = tuple(itertools.islice(fresh_points(spec, random.Random(spec.seed), ()), count))
-    return FixedPoints("random", points, f"random: {count}{of} by seed {spec.seed}")
-
-
-def most(spec: TuneSpec) -> int:
+def most(spec: "TuneSpec") -> int:
     """Trials that a search can choose: `num_trials`, or all points of a smaller space. Raises ConfigError where all
     combinations are few enough to be checked and one contradicts itself."""
     size = grid_size(spec.space)
     for point in grid(spec.space) if size is not None and size <= ENUMERATED else ():
-        _refuse(spec, point)
+        require_runnable(spec, point)
     return spec.num_trials if size is None else min(size, spec.num_trials)
 
 
-def fresh_points(spec: TuneSpec, rng: random.Random, known: Collection[str]) -> Iterator[Values]:
+def fresh_points(spec: "TuneSpec", rng: random.Random, known: Collection[str]) -> Iterator[Values]:
     """Points without end, drawn by `rng`: none repeats another or one of the digests `known`, none contradicts itself.
 
     Ends when many draws in a row brought none; raises ConfigError where that was for their contradictions.
@@ -355,7 +333,7 @@ def fresh_points(spec: TuneSpec, rng: random.Random, known: Collection[str]) -> 
         )
 
 
-def _refuse(spec: TuneSpec, point: Values) -> None:
+def require_runnable(spec: "TuneSpec", point: Values) -> None:
     wrong = contradiction(spec, point)
     if wrong is not None:
         values = ", ".join(f"{key}={value}" for key, value in point.items())
@@ -371,5 +349,5 @@ def _refuse(spec: TuneSpec, point: Values) -> None:
 _WHOLE = "give whole parts, e.g. adapter: {kind: choice, values: [{kind: lora, rank: 8}, {kind: ia3}]}"
 
 
-def _key_of(spec: TuneSpec, wrong: ConfigError) -> str:
+def _key_of(spec: "TuneSpec", wrong: ConfigError) -> str:
     return next((key for key in spec.space if key.partition(".")[0] in wrong.subject), "")

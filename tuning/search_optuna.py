@@ -1,4 +1,8 @@
-"""Searches that learn from the trials: points at random first, then what a model of the loss holds for the best."""
+"""TPE, GP and BOHB by Optuna: points at random first, then those that a model of the losses predicts to be best.
+
+A study in memory is made of the trials for each point, so that a search has no state. Optuna is imported when a point
+is first asked of a model.
+"""
 
 import contextlib
 import hashlib
@@ -7,14 +11,11 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, GPSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
+from graftwork.config import Spec
 from graftwork.errors import ConfigError
 from graftwork.tuning.search import (
     Outcome,
@@ -30,27 +31,62 @@ from graftwork.tuning.search import (
     rounded,
     select_searched,
 )
-from graftwork.tuning.search_space import (
-    BohbSpec,
-    CategoricalSpace,
-    Domain,
-    GpSpec,
-    IntRange,
-    LogUniform,
-    PowerOfTwo,
-    Space,
-    TpeSpec,
-    Uniform,
-)
-from graftwork.tuning.spec import TuneSpec
-from graftwork.tuning.trials import TrialRecord
+from graftwork.tuning.search_space import CategoricalSpace, Domain, IntRange, LogUniform, PowerOfTwo, Space, Uniform
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
+
+    from graftwork.tuning.spec import TuneSpec
+    from graftwork.tuning.trials import TrialRecord
+
+
+class TpeSpec(Spec):
+    """Tree-structured Parzen estimator (Bergstra 2011; arXiv 2304.11127) by Optuna."""
+
+    kind: Literal["tpe"] = "tpe"
+    n_startup: int = Field(default=4, ge=1)
+    """First points, drawn at random by the seed: those of `kind: random`."""
+    multivariate: bool = False
+    """false: each key by itself, so that what any trial tells of the learning rate holds for all ranks: LoRA's best
+    rate hardly moves with the rank. true: all keys together, for keys whose best values depend on each other."""
+
+    def start(self, spec: "TuneSpec") -> "OptunaSearch":
+        """Return the search. Raises ConfigError when it can't search this space."""
+        return optuna_search(spec, self)
+
+
+class GpSpec(Spec):
+    """Bayesian optimisation with a Gaussian process by Optuna, log expected improvement (arXiv 2310.20708)."""
+
+    kind: Literal["gp"] = "gp"
+    n_startup: int = Field(default=4, ge=1)
+    """First points, drawn at random by the seed: those of `kind: random`."""
+
+    def start(self, spec: "TuneSpec") -> "OptunaSearch":
+        """Return the search. Raises ConfigError when it can't search this space."""
+        return optuna_search(spec, self)
+
+
+class BohbSpec(Spec):
+    """BOHB's search (Falkner et al. 2018, arXiv 1807.01774): all keys together, on the losses at the furthest step that
+    enough trials reached. Goes with `scheduler: {kind: hyperband}`."""
+
+    kind: Literal["bohb"] = "bohb"
+    random_share: float = Field(default=1 / 3, ge=0, lt=1)
+    """Points that are drawn at random all the same, so that a misleading early step can't lock the search."""
+
+    def start(self, spec: "TuneSpec") -> "OptunaSearch":
+        """Return the search. Raises ConfigError when it can't search this space."""
+        return optuna_search(spec, self)
 
 
 @dataclass(frozen=True)
 class OptunaSearch:
-    """TPE, GP or BOHB. Optuna is imported when a point is first asked of its model."""
+    """TPE, GP or BOHB."""
 
-    spec: TuneSpec
+    spec: "TuneSpec"
     asked: TpeSpec | GpSpec | BohbSpec
     total: int
 
@@ -73,7 +109,7 @@ class OptunaSearch:
             apart = ", all keys together" if self.asked.multivariate else ", each key by itself"
         return f"{self.name}: {first}{model}{apart}; {self.total} in all"
 
-    def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | None:
+    def suggest(self, trials: "Sequence[TrialRecord]") -> Suggestion | None:
         """None after `total` trials, or when the space has no other point."""
         chosen = select_searched(trials)
         if len(chosen) >= self.total:
@@ -84,7 +120,7 @@ class OptunaSearch:
         point = point or self._at_random(len(chosen), known)
         return Suggestion(point) if point is not None else None
 
-    def _outcomes(self, chosen: Sequence[TrialRecord]) -> list[Outcome] | None:
+    def _outcomes(self, chosen: "Sequence[TrialRecord]") -> list[Outcome] | None:
         """What the model is to learn from; None: the next point is drawn at random."""
         objectives, number = self.spec.objectives, len(chosen)
         if isinstance(self.asked, BohbSpec):
@@ -112,7 +148,7 @@ class OptunaSearch:
         return next(fresh_points(self.spec, random.Random(_seed(self.spec, number, "drawn")), known), None)
 
 
-def optuna_search(spec: TuneSpec, asked: TpeSpec | GpSpec | BohbSpec) -> OptunaSearch:
+def optuna_search(spec: "TuneSpec", asked: TpeSpec | GpSpec | BohbSpec) -> OptunaSearch:
     """Raises ConfigError when values contradict each other, or the kind can't seek several objectives."""
     if isinstance(asked, BohbSpec) and len(spec.objectives) > 1:
         raise ConfigError(
@@ -126,17 +162,14 @@ def optuna_search(spec: TuneSpec, asked: TpeSpec | GpSpec | BohbSpec) -> OptunaS
     return search
 
 
-def min_reports(spec: TuneSpec) -> int:
+def min_reports(spec: "TuneSpec") -> int:
     """Reports at a step from which BOHB fits a model there: two more than keys and one (Falkner et al. 2018)."""
     return len(spec.space) + 3
 
 
-def _seed(spec: TuneSpec, number: int, use: str) -> int:
+def _seed(spec: "TuneSpec", number: int, use: str) -> int:
     """One of its own for each trial: a search that goes on needs no state of a generator."""
     return int.from_bytes(hashlib.sha256(f"{spec.seed}/{number}/{use}".encode()).digest()[:4], "big")
-
-
-# Optuna's samplers, asked through a study in memory that is made anew of the trials each time.
 
 
 TRIES = 20
@@ -144,9 +177,11 @@ TRIES = 20
 
 
 def points(
-    spec: TuneSpec, asked: TpeSpec | GpSpec | BohbSpec, outcomes: Sequence[Outcome], seed: int
+    spec: "TuneSpec", asked: TpeSpec | GpSpec | BohbSpec, outcomes: Sequence[Outcome], seed: int
 ) -> Iterator[Values]:
     """Up to `TRIES` points, best first."""
+    import optuna
+
     distributions = {key: _distribution(key, domain) for key, domain in spec.space.items()}
     with _quiet():
         study = optuna.create_study(sampler=_sampler(asked, seed), directions=["minimize"] * len(spec.objectives))
@@ -157,26 +192,32 @@ def points(
         yield {key: _value(domain, found[key]) for key, domain in spec.space.items()}
 
 
-def _sampler(asked: TpeSpec | GpSpec | BohbSpec, seed: int) -> BaseSampler:
+def _sampler(asked: TpeSpec | GpSpec | BohbSpec, seed: int) -> "BaseSampler":
+    from optuna.samplers import GPSampler, TPESampler
+
     if isinstance(asked, GpSpec):
         return GPSampler(seed=seed, n_startup_trials=1)
     together = isinstance(asked, BohbSpec) or asked.multivariate
     return TPESampler(seed=seed, n_startup_trials=1, constant_liar=True, multivariate=together)
 
 
-def _to_frozen_trial(outcome: Outcome, space: Space, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
+def _to_frozen_trial(outcome: Outcome, space: Space, distributions: "dict[str, BaseDistribution]") -> "FrozenTrial":
     """A trial without costs or reports (a failed one) ranks behind all others for TPE as a pruned one."""
-    told: dict[str, Any] = {"distributions": distributions}
-    told["params"] = {key: _parameter(domain, outcome.values[key]) for key, domain in space.items()}
+    from optuna.trial import TrialState, create_trial
+
+    fields: dict[str, Any] = {"distributions": distributions}
+    fields["params"] = {key: _parameter(domain, outcome.values[key]) for key, domain in space.items()}
     if outcome.running:
-        return create_trial(state=TrialState.RUNNING, **told)
+        return create_trial(state=TrialState.RUNNING, **fields)
     if outcome.costs is not None:
-        return create_trial(state=TrialState.COMPLETE, values=outcome.costs, **told)
-    return create_trial(state=TrialState.PRUNED, intermediate_values=dict(outcome.losses), **told)
+        return create_trial(state=TrialState.COMPLETE, values=outcome.costs, **fields)
+    return create_trial(state=TrialState.PRUNED, intermediate_values=dict(outcome.losses), **fields)
 
 
-def _distribution(key: str, domain: Domain) -> BaseDistribution:
+def _distribution(key: str, domain: Domain) -> "BaseDistribution":
     """Listed numbers are places of a scale, each near its neighbours; seeds and all else have no order."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
     match domain:
         case Uniform() | LogUniform():
             return FloatDistribution(domain.low, domain.high, log=isinstance(domain, LogUniform))
@@ -213,7 +254,9 @@ def _value(domain: Domain, parameter: Any) -> JsonValue:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Optuna tells of each trial, and warns that what is used here may change with its next version."""
+    """Silence Optuna's log line of each trial and its warnings that an interface is experimental."""
+    import optuna
+
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""Population based training (Jaderberg et al. 2017, arXiv 1711.09846) of learning-rate schedules, on the ledger.
+"""Population based training (Jaderberg et al. 2017, arXiv 1711.09846) of learning-rate schedules.
 
 A trial is one segment of a member: `every` steps that begin from its parent's checkpoint. Between two generations the
 worst members take over weights and values of the best (exploit) and multiply the learning rate (explore). Ray's own
@@ -9,17 +9,69 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue, model_validator
 
+from graftwork.config import Spec
 from graftwork.errors import ConfigError
-from graftwork.tuning.search import Suggestion, Values, Wait, random_search, select_searched
-from graftwork.tuning.search_space import PbtSpec
-from graftwork.tuning.spec import TuneSpec
-from graftwork.tuning.trials import TrialRecord
+from graftwork.training.strategies import ZERO
+from graftwork.tuning.search import Suggestion, Values, Wait, select_searched
+from graftwork.tuning.search_grid_random import random_search
+
+if TYPE_CHECKING:
+    from graftwork.tuning.spec import TuneSpec
+    from graftwork.tuning.trials import TrialRecord
 
 FACTORS = "optim.factors"
 """The key of the training spec that a segment's values hold its schedule in: that of its whole line, from step 0."""
+
+
+class PbtSpec(Spec):
+    """Population based training of the learning rate's schedule (Jaderberg et al. 2017, arXiv 1711.09846)."""
+
+    kind: Literal["pbt"] = "pbt"
+    population: int = Field(default=4, ge=2)
+    """Members, each at its own point of the space; `num_trials` is not read."""
+    every: int = Field(ge=1)
+    """Optimizer steps of a segment, after which the worst members go on from the best."""
+    quantile: float = Field(default=0.25, gt=0, le=0.5)
+    """Share of the members that is replaced, at least one."""
+    factors: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.8, 1.25)
+    """A replaced member's learning rate is multiplied by one of these."""
+
+    @model_validator(mode="after")
+    def _factors_change(self) -> Self:
+        if 1.0 in self.factors or len(set(self.factors)) < len(self.factors):
+            raise ValueError(f"factors must differ, from 1 too, found {list(self.factors)}")
+        return self
+
+    def check(self, spec: "TuneSpec") -> None:
+        """Raise ValueError where the sweep's other keys can't go with it."""
+        if self.every >= spec.steps or spec.steps % self.every:
+            raise ValueError(f"search.every={self.every} must divide steps={spec.steps} into at least two segments")
+        if self.every % spec.report_every:
+            raise ValueError(
+                f"search.every={self.every} must be a multiple of report_every={spec.report_every}, so that members "
+                "compare"
+            )
+        if spec.scheduler is not None:
+            raise ValueError(
+                f"scheduler.kind={spec.scheduler.kind} can't go with search.kind=pbt, which ends no member"
+            )
+        if spec.share_base > 1:
+            raise ValueError(f"share_base={spec.share_base} can't go with search.kind=pbt, whose members change places")
+        if spec.train.optim.factors or "optim.factors" in spec.space:
+            raise ValueError("optim.factors can't go with search.kind=pbt, which finds them: take them out")
+        if spec.train.strategy.kind in ZERO:
+            raise ValueError(
+                f"train.strategy.kind={spec.train.strategy.kind} can't go with search.kind=pbt: DeepSpeed's optimizer "
+                "keeps the rate to itspec. Set train.strategy.kind=ddp or fsdp2"
+            )
+
+    def start(self, spec: "TuneSpec") -> "PbtSearch":
+        """Return the search. Raises ConfigError when it can't search this space."""
+        return pbt_search(spec, self)
 
 
 @dataclass(frozen=True)
@@ -52,7 +104,7 @@ class PbtSearch:
             f"{self.seed}; after each the worst {_count(asked)} go on from the best {_count(asked)}"
         )
 
-    def suggest(self, trials: Sequence[TrialRecord]) -> Suggestion | Wait | None:
+    def suggest(self, trials: "Sequence[TrialRecord]") -> Suggestion | Wait | None:
         """The next segment; none of a generation before all of the one before have ended."""
         segments = select_searched(trials)
         generation, member = divmod(len(segments), self.asked.population)
@@ -72,7 +124,7 @@ class PbtSearch:
             values[FACTORS] = _extended(values.get(FACTORS), generation * self.asked.every / self.steps, factor)
         return Suggestion(values, parent=parent.trial_id, until=until)
 
-    def _lines(self, before: Sequence[TrialRecord], generation: int) -> list[tuple[TrialRecord, float]]:
+    def _lines(self, before: "Sequence[TrialRecord]", generation: int) -> "list[tuple[TrialRecord, float]]":
         """For each member the segment that it goes on from, and what its learning rate is multiplied by."""
         ranked = sorted(range(len(before)), key=lambda member: (_loss(before[member]), member))
         alive = [member for member in ranked if before[member].state != "failed"]
@@ -96,7 +148,7 @@ class PbtSearch:
         return float(factors[(int(u * len(factors)) + other) % len(factors)] ** (again + 1))
 
 
-def pbt_search(spec: TuneSpec, asked: PbtSpec) -> PbtSearch:
+def pbt_search(spec: "TuneSpec", asked: PbtSpec) -> PbtSearch:
     """Raises ConfigError when the space has fewer points than the population members."""
     points = random_search(spec.model_copy(update={"num_trials": asked.population})).points
     if len(points) < asked.population:
@@ -109,7 +161,7 @@ def pbt_search(spec: TuneSpec, asked: PbtSpec) -> PbtSearch:
     return PbtSearch(asked, points, spec.steps, spec.seed)
 
 
-def finished_trials(trials: Sequence[TrialRecord]) -> set[str]:
+def finished_trials(trials: "Sequence[TrialRecord]") -> set[str]:
     """Trials whose checkpoints nobody goes on from any more: they ended, and so did all that could begin from them."""
     segments = [trial for trial in trials if trial.until is not None and trial.repeat_of is None]
     size = sum(trial.until == segments[0].until for trial in segments) if segments else 1
@@ -126,7 +178,7 @@ def _count(asked: PbtSpec) -> int:
     return max(1, int(asked.population * asked.quantile))
 
 
-def _loss(trial: TrialRecord) -> float:
+def _loss(trial: "TrialRecord") -> float:
     return trial.losses[-1][1] if trial.state != "failed" and trial.losses else math.inf
 
 

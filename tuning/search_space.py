@@ -1,215 +1,14 @@
-"""When a sweep stops a trial early."""
+"""The space of a sweep: the values to try for keys of the training spec, and the objectives to compare trials by."""
 
-import math
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from graftwork.adapters.spec import AdapterSpec
 from graftwork.config import Spec
-
-Ladder = tuple[float, tuple[int, ...]]
-"""A share of the trials, and the steps at which one of them may be stopped."""
-
-
-class AshaSpec(Spec):
-    """Asynchronous successive halving (Li et al. 2018, arXiv 1810.05934), with Ray Tune's decisions."""
-
-    kind: Literal["asha"] = "asha"
-    grace_steps: int = Field(default=4, ge=1)
-    """No trial is stopped before this many optimizer steps; a multiple of `report_every`.
-    Not given: `steps` / `reduction`², so that there are two rungs, to the nearest report."""
-    reduction: int = Field(default=3, ge=2)
-    """One of this many trials goes on at each rung."""
-
-    def rungs(self, steps: int) -> tuple[int, ...]:
-        """Steps at which a trial may be stopped: grace, grace·reduction, ... below `steps`."""
-        return _rungs(self.grace_steps, self.reduction, steps)
-
-    def ladders(self, steps: int) -> tuple[Ladder, ...]:
-        """All trials climb the same one."""
-        return ((1.0, self.rungs(steps)),)
-
-
-class HyperbandSpec(Spec):
-    """Asynchronous Hyperband: several brackets of successive halving, each with a later first rung than the one before,
-    for spaces where an early loss says little of the last (Li et al. 2018, arXiv 1603.06560), with Ray Tune's
-    decisions."""
-
-    kind: Literal["hyperband"] = "hyperband"
-    grace_steps: int = Field(default=4, ge=1)
-    """First rung of the first bracket; a multiple of `report_every`. Not given: as for `asha`."""
-    reduction: int = Field(default=3, ge=2)
-    """One of this many trials goes on at each rung."""
-    brackets: int = Field(default=2, ge=2)
-    """The first rung of bracket n is grace·reduction^(n-1). A trial's bracket is drawn by `seed` and the trial:
-    a bracket with one rung more has e times the trials."""
-
-    def rungs(self, steps: int) -> tuple[int, ...]:
-        """Those of the first bracket, which has all."""
-        return _rungs(self.grace_steps, self.reduction, steps)
-
-    def ladders(self, steps: int) -> tuple[Ladder, ...]:
-        """One a bracket."""
-        rungs = self.rungs(steps)
-        weights = [math.exp(-number) for number in range(self.brackets)]
-        return tuple((weight / sum(weights), rungs[number:]) for number, weight in enumerate(weights))
-
-
-class MedianSpec(Spec):
-    """Stop a trial whose best loss is worse than the median of the others' running averages (Vizier, Golovin 2017)."""
-
-    kind: Literal["median"] = "median"
-    grace_steps: int = Field(default=4, ge=1)
-    """No trial is stopped before this many optimizer steps."""
-    min_trials: int = Field(default=3, ge=1)
-    """Trials that must have reported before one can be stopped."""
-
-    @property
-    def reduction(self) -> int:
-        """One of this many trials goes on, for the plan."""
-        return 2
-
-    def rungs(self, steps: int) -> tuple[int, ...]:
-        """Where half of the trials may be stopped, for the plan."""
-        return (self.grace_steps,) if self.grace_steps < steps else ()
-
-    def ladders(self, steps: int) -> tuple[Ladder, ...]:
-        """For the plan."""
-        return ((1.0, self.rungs(steps)),)
-
-
-SchedulerSpec = Annotated[AshaSpec | HyperbandSpec | MedianSpec, Field(discriminator="kind")]
-
-
-def with_grace(tree: Any, steps: int, report_every: int) -> Any:
-    """The tree of a sweep's spec; where it leaves the rungs to us, `scheduler.grace_steps` is set."""
-    given = tree.get("scheduler", {"kind": "asha"}) if isinstance(tree, Mapping) else None
-    if not isinstance(given, Mapping) or given.get("kind") not in ("asha", "hyperband") or "grace_steps" in given:
-        return tree
-    every, whole, reduction = (
-        tree.get("report_every", report_every),
-        tree.get("steps", steps),
-        given.get("reduction", 3),
-    )
-    if not all(isinstance(number, int) and number > 0 for number in (every, whole, reduction)):
-        return tree  # each is refused with its own reason
-    return {**tree, "scheduler": {**given, "grace_steps": every * max(1, round(whole / reduction**2 / every))}}
-
-
-def refusal(scheduler: AshaSpec | HyperbandSpec | MedianSpec, steps: int, report_every: int) -> str | None:
-    """Why a scheduler can't do what it says with these steps and reports."""
-    grace = scheduler.grace_steps
-    if grace >= steps:
-        return (
-            f"scheduler.grace_steps={grace} must be less than steps={steps}, "
-            "or no trial could be stopped; `scheduler: null` runs every trial to its end"
-        )
-    if isinstance(scheduler, MedianSpec):
-        return None
-    if grace % report_every:
-        later = report_every * math.ceil(grace / report_every)
-        return (
-            f"scheduler.grace_steps={grace} is no multiple of report_every={report_every}: a trial is judged at its "
-            f"reports, so rung {grace} would be judged at step {later}. Set grace_steps={later}"
-        )
-    if isinstance(scheduler, HyperbandSpec) and scheduler.brackets > len(scheduler.rungs(steps)) + 1:
-        rungs = scheduler.rungs(steps)
-        return (
-            f"scheduler.brackets={scheduler.brackets} is more than the rungs give: with rungs {list(rungs)} below "
-            f"steps={steps}, bracket {len(rungs) + 1} stops no trial and a further one would be the same. "
-            f"Set brackets={len(rungs) + 1}, or smaller grace_steps"
-        )
-    return None
-
-
-def _rungs(grace: int, reduction: int, steps: int) -> tuple[int, ...]:
-    found = []
-    rung = grace
-    while rung < steps:
-        found.append(rung)
-        rung *= reduction
-    return tuple(found)
-
-
-# How a sweep chooses the points of its space.
-
-
-class GridSpec(Spec):
-    """Every combination of the listed values, in order."""
-
-    kind: Literal["grid"] = "grid"
-
-
-class RandomSpec(Spec):
-    """Points drawn at random, without repeats."""
-
-    kind: Literal["random"] = "random"
-
-
-class TpeSpec(Spec):
-    """Tree-structured Parzen estimator (Bergstra 2011; arXiv 2304.11127) by Optuna."""
-
-    kind: Literal["tpe"] = "tpe"
-    n_startup: int = Field(default=4, ge=1)
-    """First points, drawn at random by the seed: those of `kind: random`."""
-    multivariate: bool = False
-    """false: each key by itself, so that what any trial tells of the learning rate holds for all ranks: LoRA's best
-    rate hardly moves with the rank. true: all keys together, for keys whose best values depend on each other."""
-
-
-class GpSpec(Spec):
-    """Bayesian optimisation with a Gaussian process by Optuna, log expected improvement (arXiv 2310.20708)."""
-
-    kind: Literal["gp"] = "gp"
-    n_startup: int = Field(default=4, ge=1)
-    """First points, drawn at random by the seed: those of `kind: random`."""
-
-
-class BohbSpec(Spec):
-    """BOHB's search (Falkner et al. 2018, arXiv 1807.01774): all keys together, on the losses at the furthest step that
-    enough trials reached. Goes with `scheduler: {kind: hyperband}`."""
-
-    kind: Literal["bohb"] = "bohb"
-    random_share: float = Field(default=1 / 3, ge=0, lt=1)
-    """Points that are drawn at random all the same, so that a misleading early step can't lock the search."""
-
-
-class PbtSpec(Spec):
-    """Population based training of the learning rate's schedule (Jaderberg et al. 2017, arXiv 1711.09846)."""
-
-    kind: Literal["pbt"] = "pbt"
-    population: int = Field(default=4, ge=2)
-    """Members, each at its own point of the space; `num_trials` is not read."""
-    every: int = Field(ge=1)
-    """Optimizer steps of a segment, after which the worst members go on from the best."""
-    quantile: float = Field(default=0.25, gt=0, le=0.5)
-    """Share of the members that is replaced, at least one."""
-    factors: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.8, 1.25)
-    """A replaced member's learning rate is multiplied by one of these."""
-
-    @model_validator(mode="after")
-    def _factors_change(self) -> Self:
-        if 1.0 in self.factors or len(set(self.factors)) < len(self.factors):
-            raise ValueError(f"factors must differ, from 1 too, found {list(self.factors)}")
-        return self
-
-    def refusal(self, steps: int, report_every: int) -> str | None:
-        """Why it can't run in trials of so many steps."""
-        if self.every >= steps or steps % self.every:
-            return f"search.every={self.every} must divide steps={steps} into at least two segments"
-        if self.every % report_every:
-            return (
-                f"search.every={self.every} must be a multiple of report_every={report_every}, so that members compare"
-            )
-        return None
-
-
-SearchSpec = Annotated[GridSpec | RandomSpec | TpeSpec | GpSpec | BohbSpec | PbtSpec, Field(discriminator="kind")]
-
-
-# The values that a sweep tries for one key of the training spec.
+from graftwork.errors import ConfigError
 
 
 class CategoricalSpace(Spec):
@@ -321,7 +120,7 @@ Space = dict[str, Domain]
 """By dotted key of the training spec."""
 
 
-# What a sweep tries where its spec names no space: the learning rate, and of a LoRA the rank.
+# Default space: the learning rate, and the rank of a LoRA.
 
 
 RANKS = (2, 64)
@@ -335,3 +134,82 @@ def default_space(adapter: AdapterSpec) -> Space:
     if adapter.has_rank:
         space["adapter.rank"] = PowerOfTwo(low=RANKS[0], high=RANKS[1])
     return space
+
+
+DECIDES_ROWS = ("base", "data", "prompt", "max_length", "on_overlong", "objective", "seed")
+"""Keys of `train` that decide the rows of a trial and their order."""
+SAME_ROWS = frozenset(
+    f"objective.{key}" for key in ("beta", "label_smoothing", "centre", "temperature", "on_policy", "epsilon")
+)
+"""Numbers of an objective that weigh the loss and leave the rows as they are."""
+
+
+def decides_rows(key: str) -> bool:
+    """Whether two trials that differ in this key have rows of their own."""
+    return key not in SAME_ROWS and any(key == other or key.startswith(f"{other}.") for other in DECIDES_ROWS)
+
+
+def hint_for_key(key: str, error: ConfigError) -> str:
+    """What to do where a value of a space is refused: parts that belong together are given together."""
+    part = key.partition(".")[0]
+    if f"--set '{part}=" in error.hint:
+        return f"give whole parts: {part}: {{kind: choice, values: [{{kind: ..., ...}}, {{kind: ...}}]}}"
+    return error.hint
+
+
+# Objectives: the held-out loss, and figures of what a trial costs.
+
+
+EVAL_LOSS = "eval_loss"
+METRICS = {
+    EVAL_LOSS: "held-out loss of the last report, nats a trained token",
+    "trained_parameters": "numbers of the adapter; of the whole base where all weights are trained",
+    "adapter_bytes": "size of its published tensors: 4 bytes a trained parameter",
+    "step_s": "mean seconds of an optimizer step",
+    "wall_s": "seconds of the trial, loading and evaluations included",
+    "tokens": "tokens processed, padding left out",
+    "peak_rss_bytes": "largest resident set of the trial's process",
+}
+"""What every trial reports, by name."""
+
+
+def _known(metric: str) -> str:
+    if metric not in METRICS:
+        near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"objectives: metric={metric!r}",
+            "no trial reports it",
+            f"a trial reports {', '.join(METRICS)}",
+            f"did you mean {near[0]!r}?" if near else "",
+        )
+    return metric
+
+
+class Goal(Spec):
+    """One figure of a trial and which way is better."""
+
+    metric: Annotated[str, AfterValidator(_known)] = EVAL_LOSS
+    direction: Literal["min", "max"] = "min"
+
+
+def _from_name(value: Any) -> Any:
+    return {"metric": value} if isinstance(value, str) else value
+
+
+def _loss_first(objectives: tuple[Goal, ...]) -> tuple[Goal, ...]:
+    names = [goal.metric for goal in objectives]
+    if objectives[0] != Goal():
+        raise ConfigError(
+            f"objectives={names}",
+            f"the first is {objectives[0].metric} ({objectives[0].direction})",
+            "early stopping and reports use the held-out loss, so it is the first objective",
+            f"write objectives: [{', '.join([EVAL_LOSS, *(name for name in names if name != EVAL_LOSS)])}]",
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"objectives must differ, found {names}")
+    return objectives
+
+
+NamedGoal = Annotated[Goal, BeforeValidator(_from_name)]
+"""In YAML a plain string is its `metric`."""
+Goals = Annotated[tuple[NamedGoal, ...], Field(min_length=1), AfterValidator(_loss_first)]

@@ -1,4 +1,4 @@
-"""How much each key matters: total Sobol indices of a surface fitted to the trials' losses.
+"""Importance of each key: total Sobol indices of a surface fitted to the trials' losses.
 
 The surface is a polynomial chaos expansion (Sudret 2008): a line and a parabola a key, products of the lines where
 there are trials enough, ridge-fitted to the ranks of the losses as normal scores, because losses of diverging trials

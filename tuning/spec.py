@@ -1,11 +1,10 @@
-"""What a sweep is asked to do: a training spec, and for some of its keys the values to try."""
+"""Spec of a sweep: a training spec, the values to try for some of its keys, a search and a scheduler."""
 
-import difflib
 import re
 from collections.abc import Container, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from graftwork.adapters.spec import with_kind
 from graftwork.artifacts.manifest import VERSION_PATTERN
@@ -13,21 +12,25 @@ from graftwork.config import Spec
 from graftwork.errors import ConfigError
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.spec import TrainSpec
-from graftwork.training.strategies import ZERO
+from graftwork.tuning.early_stopping import AshaSpec, SchedulerSpec, refusal, with_grace
+from graftwork.tuning.search_grid_random import GridSpec, RandomSpec
+from graftwork.tuning.search_optuna import BohbSpec, GpSpec, TpeSpec
+from graftwork.tuning.search_pbt import PbtSpec
 from graftwork.tuning.search_space import (
-    AshaSpec,
     CategoricalSpace,
-    PbtSpec,
+    Goal,
+    Goals,
     PowerOfTwo,
-    SchedulerSpec,
-    SearchSpec,
     Space,
+    decides_rows,
     default_space,
-    refusal,
-    with_grace,
+    hint_for_key,
 )
 
-# What follows the search: the finalists run again with other seeds, and what becomes of the winner.
+SearchSpec = Annotated[GridSpec | RandomSpec | TpeSpec | GpSpec | BohbSpec | PbtSpec, Field(discriminator="kind")]
+"""All search algorithms. `start` of each gives its search."""
+
+# After the search: finals with other seeds, and the winner.
 
 
 class FinalsSpec(Spec):
@@ -106,64 +109,6 @@ def require_placeable(winner: WinnerSpec | None, train: TrainSpec) -> None:
         )
 
 
-# What a sweep tries to make good: held-out loss, and beside it what a trial costs.
-
-
-EVAL_LOSS = "eval_loss"
-METRICS = {
-    EVAL_LOSS: "held-out loss of the last report, nats a trained token",
-    "trained_parameters": "numbers of the adapter; of the whole base where all weights are trained",
-    "adapter_bytes": "size of its published tensors: 4 bytes a trained parameter",
-    "step_s": "mean seconds of an optimizer step",
-    "wall_s": "seconds of the trial, loading and evaluations included",
-    "tokens": "tokens processed, padding left out",
-    "peak_rss_bytes": "largest resident set of the trial's process",
-}
-"""What every trial reports, by name."""
-
-
-def _known(metric: str) -> str:
-    if metric not in METRICS:
-        near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.5)
-        raise ConfigError(
-            f"objectives: metric={metric!r}",
-            "no trial reports it",
-            f"a trial reports {', '.join(METRICS)}",
-            f"did you mean {near[0]!r}?" if near else "",
-        )
-    return metric
-
-
-class Goal(Spec):
-    """One figure of a trial and which way is better."""
-
-    metric: Annotated[str, AfterValidator(_known)] = EVAL_LOSS
-    direction: Literal["min", "max"] = "min"
-
-
-def _from_name(value: Any) -> Any:
-    return {"metric": value} if isinstance(value, str) else value
-
-
-def _loss_first(objectives: tuple[Goal, ...]) -> tuple[Goal, ...]:
-    names = [goal.metric for goal in objectives]
-    if objectives[0] != Goal():
-        raise ConfigError(
-            f"objectives={names}",
-            f"the first is {objectives[0].metric} ({objectives[0].direction})",
-            "early stopping and reports use the held-out loss, so it is the first objective",
-            f"write objectives: [{', '.join([EVAL_LOSS, *(name for name in names if name != EVAL_LOSS)])}]",
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(f"objectives must differ, found {names}")
-    return objectives
-
-
-NamedGoal = Annotated[Goal, BeforeValidator(_from_name)]
-"""In YAML a plain string is its `metric`."""
-Goals = Annotated[tuple[NamedGoal, ...], Field(min_length=1), AfterValidator(_loss_first)]
-
-
 NOT_TUNABLE = {
     "kind": "it names the stage",
     "name": "a trial publishes nothing",
@@ -201,17 +146,6 @@ NO_PART = {
     "train",
 }
 """Keys that do not change a trial of the search; of `train` its recipe does. A finished sweep can be given finals."""
-DECIDES_ROWS = ("base", "data", "prompt", "max_length", "on_overlong", "objective", "seed")
-"""Keys of `train` that decide the rows of a trial and their order."""
-SAME_ROWS = frozenset(
-    f"objective.{key}" for key in ("beta", "label_smoothing", "centre", "temperature", "on_policy", "epsilon")
-)
-"""Numbers of an objective that weigh the loss and leave the rows as they are."""
-
-
-def decides_rows(key: str) -> bool:
-    """Whether two trials that differ in this key have rows of their own."""
-    return key not in SAME_ROWS and any(key == other or key.startswith(f"{other}.") for other in DECIDES_ROWS)
 
 
 class PriceSpec(Spec):
@@ -277,7 +211,7 @@ class TuneSpec(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _asha_unless_said(cls, tree: Any) -> Any:
+    def _default_scheduler(cls, tree: Any) -> Any:
         fields = cls.model_fields
         if isinstance(tree, dict) and isinstance(tree.get("search"), dict) and tree["search"].get("kind") == "pbt":
             tree = {"scheduler": None, **tree}
@@ -306,30 +240,13 @@ class TuneSpec(Spec):
         if self.scheduler is not None and (reason := refusal(self.scheduler, self.steps, self.report_every)):
             raise ValueError(reason)
         if isinstance(self.search, PbtSpec):
-            self._segments_fit(self.search)
+            self.search.check(self)
         if self.checkpoint_every is not None and self.share_base > 1:
             raise ValueError("checkpoint_every can't take effect with share_base > 1: trials of one process make none")
         most = ("search.population", self.search.population) if isinstance(self.search, PbtSpec) else None
         require_finals(self.finals, *(most or ("num_trials", self.num_trials)), self.space)
         require_placeable(self.winner, self.train)
         return self
-
-    def _segments_fit(self, search: PbtSpec) -> None:
-        if reason := search.refusal(self.steps, self.report_every):
-            raise ValueError(reason)
-        if self.scheduler is not None:
-            raise ValueError(
-                f"scheduler.kind={self.scheduler.kind} can't go with search.kind=pbt, which ends no member"
-            )
-        if self.share_base > 1:
-            raise ValueError(f"share_base={self.share_base} can't go with search.kind=pbt, whose members change places")
-        if self.train.optim.factors or "optim.factors" in self.space:
-            raise ValueError("optim.factors can't go with search.kind=pbt, which finds them: take them out")
-        if self.train.strategy.kind in ZERO:
-            raise ValueError(
-                f"train.strategy.kind={self.train.strategy.kind} can't go with search.kind=pbt: DeepSpeed's optimizer "
-                "keeps the rate to itself. Set train.strategy.kind=ddp or fsdp2"
-            )
 
     def recipe(self) -> dict[str, Any]:
         """What decides the result, `train` left out, whose own recipe does."""
@@ -354,11 +271,3 @@ class TuneSpec(Spec):
         kinds = {self.train.with_({"objective": value}).objective.kind for value in values}
         if len(kinds) > 1:
             raise ValueError(f"space.objective has kinds {', '.join(sorted(kinds))}: {NOT_TUNABLE['objective.kind']}")
-
-
-def hint_for_key(key: str, error: ConfigError) -> str:
-    """What to do where a value of a space is refused: parts that belong together are given together."""
-    part = key.partition(".")[0]
-    if f"--set '{part}=" in error.hint:
-        return f"give whole parts: {part}: {{kind: choice, values: [{{kind: ..., ...}}, {{kind: ...}}]}}"
-    return error.hint

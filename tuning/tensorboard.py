@@ -1,10 +1,13 @@
-"""A sweep as TensorBoard logs, one folder a trial: `tensorboard --logdir runs/<sweep>/tensorboard`.
+"""TensorBoard logs of a sweep, one folder per trial: `tensorboard --logdir runs/<sweep>/tensorboard`.
 
-    tensorboard/<trial_id>/events.out.tfevents.*    eval_loss by step, what the trial cost, its values (hparams)
+    tensorboard/<trial_id>/events.out.tfevents.*    eval_loss by step, the trial's cost, its values (hparams)
 
-What a file holds follows from the trial's record alone. While a sweep runs, what is new is appended, because
-TensorBoard reads on where it was; when a driver begins, all files are written anew, so that a trial that is run again
-has no event twice. For a root in S3 the files are written on this machine, and uploaded when their trial has ended.
+A file's content follows from the trial's record alone. While a sweep runs, new events are appended, because TensorBoard
+continues where it was; when a driver starts, all files are rewritten, so that a trial that runs again has no event
+twice. For a root in S3 the files are written on this machine and uploaded when their trial has ended.
+
+tensorboardX's RecordWriter is used and not its SummaryWriter, which writes in a thread: its `flush` does not wait for
+that thread (2.6), so a killed driver would lose reports, and a full disk would end the thread without an error here.
 """
 
 import shutil
@@ -15,7 +18,7 @@ from typing import Any
 from graftwork.errors import StorageError, StoreUnreachable
 from graftwork.storage.store import RunPaths
 from graftwork.tuning.report import to_plain
-from graftwork.tuning.spec import EVAL_LOSS
+from graftwork.tuning.search_space import EVAL_LOSS
 from graftwork.tuning.trials import TrialRecord
 
 FOLDER = "tensorboard"

@@ -16,7 +16,7 @@ from graftwork.training.objectives.rows import PreparedData
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import NonFiniteLoss, StepReport, TrainJob, read_steps
 from graftwork.tuning.distributed_trial import ReportFn, train_distributed_trial
-from graftwork.tuning.forkserver import forked
+from graftwork.tuning.forkserver import train_in_fork
 from graftwork.tuning.remote_trial import Elsewhere, train_elsewhere
 from graftwork.tuning.resources import is_distributed
 from graftwork.tuning.retry import message_of
@@ -25,8 +25,8 @@ from graftwork.tuning.trials import Costs
 
 
 @dataclass(frozen=True)
-class Told:
-    """What Tune tells one process: its config, made of plain values."""
+class TrialConfig:
+    """Config that Tune passes to one process, made of plain values."""
 
     trials: dict[str, str]
     """The resolved training spec of each trial, as JSON, by trial id."""
@@ -55,49 +55,51 @@ def run_trial(
     places: TrialPaths,
     elsewhere: Elsewhere | None = None,
 ) -> None:
-    """Tune's function trainable; `config` is that of `Told`. Runs in a Tune actor process.
+    """Tune's function trainable; `config` is a `TrialConfig`. Runs in a Tune actor process.
 
     A trial that is to stop reads it on the board after its report, and leaves. Raises NonFiniteLoss for one that is
     trained alone; of several the one that diverges leaves.
     """
-    told = Told(**config)
-    specs = {trial_id: TrainSpec.model_validate_json(asked) for trial_id, asked in told.trials.items()}
+    asked = TrialConfig(**config)
+    specs = {trial_id: TrainSpec.model_validate_json(text) for trial_id, text in asked.trials.items()}
     jobs = {
-        key: TrainJob(spec, rows[told.rows], max_steps=steps, eval_every=report_every) for key, spec in specs.items()
+        key: TrainJob(spec, rows[asked.rows], max_steps=steps, eval_every=report_every) for key, spec in specs.items()
     }
-    telling = _Telling(specs, board)
+    reporter = _TuneReporter(specs, board)
     if len(jobs) > 1:
         from graftwork.tuning.multi_lora.train import run_together  # imports torch, which the driver need not have
 
-        run_together(jobs, lambda steps, lost: telling.tell(steps, lost, peak_rss_bytes()))
+        run_together(jobs, lambda steps, lost: reporter.report(steps, lost, peak_rss_bytes()))
         return
     ((trial_id, job),) = jobs.items()
     if elsewhere is not None:
-        train_elsewhere(elsewhere, job, trial_id, places.sweep, _finite(trial_id, telling))
+        train_elsewhere(elsewhere, job, trial_id, places.sweep, _finite(trial_id, reporter))
         return
-    _run_alone(places.job(job, trial_id, told.until, told.parent), told.worker, trial_id, told.until or steps, telling)
+    _run_alone(
+        places.job(job, trial_id, asked.until, asked.parent), asked.worker, trial_id, asked.until or steps, reporter
+    )
 
 
-def _finite(trial_id: str, telling: "_Telling") -> ReportFn:
-    """Tells Tune of a trial that is trained alone. Raises NonFiniteLoss."""
+def _finite(trial_id: str, reporter: "_TuneReporter") -> ReportFn:
+    """Return a function that reports a trial which is trained alone to Tune, and raises NonFiniteLoss."""
 
     def report(step: StepReport, peak: int) -> bool:
         if not _is_finite(step):
             raise NonFiniteLoss(f"trial {trial_id}", f"the held-out loss is {step.eval_loss} at step {step.step}")
-        return telling.tell({trial_id: step}, {}, peak)[trial_id]
+        return reporter.report({trial_id: step}, {}, peak)[trial_id]
 
     return report
 
 
-def _run_alone(job: TrainJob, worker: Mapping[str, float], trial_id: str, end: int, telling: "_Telling") -> None:
-    """Train one trial to step `end`. Where it keeps checkpoints, its last loss is told once the last one is whole: the
-    driver then takes it for ended, and others may begin from there."""
+def _run_alone(job: TrainJob, worker: Mapping[str, float], trial_id: str, end: int, reporter: "_TuneReporter") -> None:
+    """Train one trial to step `end`. Where it writes checkpoints, its last loss is reported once the last checkpoint is
+    complete: the driver then takes the trial for ended, and others may begin from there."""
     last: list[tuple[StepReport, int]] = []
-    tell = _finite(trial_id, telling)
+    report_finite = _finite(trial_id, reporter)
 
     def report(step: StepReport, peak: int) -> bool:
         if job.run is None or step.step < end or not _is_finite(step):
-            return tell(step, peak)
+            return report_finite(step, peak)
         last.append((step, peak))
         return False
 
@@ -105,9 +107,9 @@ def _run_alone(job: TrainJob, worker: Mapping[str, float], trial_id: str, end: i
     if job.run is not None and done is not None and done.step >= end:  # an earlier attempt was lost before it told
         last += [(step, peak_rss_bytes()) for step in read_steps(job.run) if step.step == done.step]
     else:
-        _train(job, worker, report, telling.board, trial_id)
+        _train(job, worker, report, reporter.board, trial_id)
     for step, peak in last:
-        telling.tell({trial_id: step}, {}, peak)
+        reporter.report({trial_id: step}, {}, peak)
 
 
 def _is_finite(step: StepReport) -> bool:
@@ -115,23 +117,23 @@ def _is_finite(step: StepReport) -> bool:
 
 
 def _train(job: TrainJob, worker: Mapping[str, float], report: ReportFn, board: Any, trial_id: str) -> None:
-    """By the workers of a gang, in this process on a GPU, else in a fork."""
+    """Train with distributed workers, in this process on a GPU, or in a fork."""
     if is_distributed(job.spec):
         train_distributed_trial(job, worker, report, board, trial_id)
     elif job.spec.gpus:
         run_steps(job, lambda step: report(step, peak_rss_bytes()))
     else:
-        forked().train(job, report)
+        train_in_fork(job, report)
 
 
-class _Telling:
-    """Tells Tune of the trials of this process, and reads from the board which of them go on."""
+class _TuneReporter:
+    """Reports the trials of this process to Tune, and reads from the board which of them continue."""
 
     def __init__(self, specs: Mapping[str, TrainSpec], board: Any) -> None:
         self._costs = {trial_id: Costs(spec) for trial_id, spec in specs.items()}
         self.board = board
 
-    def tell(self, steps: Mapping[str, StepReport], lost: Mapping[str, RunError], peak: int) -> dict[str, bool]:
+    def report(self, steps: Mapping[str, StepReport], lost: Mapping[str, RunError], peak: int) -> dict[str, bool]:
         """Of one step of each trial; `lost`: what ended others. Seconds are counted in equal shares."""
         for trial_id, step in steps.items():
             self._costs[trial_id].add(replace(step, step_s=step.step_s / len(steps)))

@@ -152,7 +152,7 @@ def _in_one_line(error: Exception) -> str:
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-# Where the trials of a sweep keep checkpoints while they run: runs/<sweep>/trials/<trial_id>/checkpoints/.
+# Checkpoints of running trials: runs/<sweep>/trials/<trial_id>/checkpoints/.
 
 
 TRIALS = "trials"

@@ -1,4 +1,4 @@
-"""What a sweep tells: a record per trial, progress while it goes on, the report when it is done."""
+"""Records of a sweep: one per trial, its progress, and the report at its end."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -13,9 +13,9 @@ from graftwork.planning.memory import FP32
 from graftwork.training.report import Progress, TrainReport
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport
-from graftwork.tuning.spec import EVAL_LOSS, Goal
+from graftwork.tuning.search_space import EVAL_LOSS, Goal
 
-# What a trial costs beside its loss, for `TrialRecord.metrics`: counted in the trial's process.
+# Costs of a trial for `TrialRecord.metrics`, counted in the trial's process.
 
 
 class Costs:

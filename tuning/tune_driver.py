@@ -28,18 +28,18 @@ from graftwork.cluster.private_ray import environment_of
 from graftwork.errors import GraftworkError
 from graftwork.training.objectives.rows import PreparedData
 from graftwork.training.spec import TrainSpec
-from graftwork.tuning.early_stopping import StoppingRule, judge_of
+from graftwork.tuning.early_stopping import StoppingRule, stopping_rule
 from graftwork.tuning.multi_lora.group import group_of
 from graftwork.tuning.remote_trial import Elsewhere
 from graftwork.tuning.resources import Request, TrialResources, fits, fits_one, is_distributed, nodes_of_ray
 from graftwork.tuning.retry import TrialFailure, after, failure_of, hopeless, kernel_kills, shrunk
 from graftwork.tuning.search import Search, Values, Wait, rows_key
 from graftwork.tuning.spec import TuneSpec
-from graftwork.tuning.trial import Told, run_trial
+from graftwork.tuning.trial import TrialConfig, run_trial
 from graftwork.tuning.trial_store import Ledger, TrialPaths
 from graftwork.tuning.trials import State, TrialRecord
 
-# Where a running trial reads whether it is to go on, and says what it holds: an actor that goes with the driver.
+# Control actor: a running trial reads there whether it continues, and records its placement group.
 
 
 class TrialControlActor:
@@ -81,7 +81,7 @@ def start_trial_control() -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(TrialControlActor).remote()
 
 
-# What Tune tells of its trials, written into the ledger as it happens, and how Ctrl-C ends them: all in the driver.
+# Callbacks of Tune, which write the ledger, and Ctrl-C: all in the driver.
 
 
 class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
@@ -318,7 +318,7 @@ def fit(sweep: TunePlan) -> None:
     """
     spec, ledger = sweep.spec, sweep.ledger
     interrupt, board = Interrupt(), start_trial_control()
-    judge = judge_of(spec, [trial for trial in ledger.trials if trial.ended and trial.repeat_of is None])
+    judge = stopping_rule(spec, [trial for trial in ledger.trials if trial.ended and trial.repeat_of is None])
     places = TrialPaths(ledger.run.patiently(spec.train.checkpoints.outage_s), spec.checkpoint_every)
     watch = TuneCallback(ledger, judge, board, spec.steps, sweep.on_change, sweep.after_failure, places, interrupt)
     told: dict[str, Any] = {
@@ -340,7 +340,7 @@ def fit(sweep: TunePlan) -> None:
                 search_alg=FromLedger(sweep, interrupt),
                 num_samples=-1,  # until the search has no more
                 max_concurrent_trials=sweep.at_once,
-                # where its fork trains (tuning.forked): a process that trains twice keeps adapters (peft issue 2221)
+                # where its fork trains (forkserver.py): a process that trains twice keeps adapters (peft issue 2221)
                 reuse_actors=spec.share_base == 1 and not spec.train.gpus,
             ),
             run_config=tune.RunConfig(
@@ -401,7 +401,7 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
             self._asked[trial_id] = request
             sweep.ledger.update(trial_id, started_s=sweep.clock(), wall_s=0.0)
         specs = {trial_id: spec.model_dump_json() for trial_id, spec in group.items()}
-        return Told(specs, rows, request.bundles[:1], request.worker, chosen.until, chosen.parent).config()
+        return TrialConfig(specs, rows, request.bundles[:1], request.worker, chosen.until, chosen.parent).config()
 
     def _most_together(self, spec: TrainSpec, values: Values) -> int:
         """Trials that may share the process now: at most `share_base`, 0 where there is no room for one."""

@@ -1,4 +1,4 @@
-"""What becomes of the winner: trained as `train` says, measured, published, and its alias moved.
+"""Winner of a sweep: trained with the full budget of `train`, measured, published, and its alias moved.
 
     runs/<sweep>/winner.json    what was published, and where the aliases pointed before
 

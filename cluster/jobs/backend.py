@@ -36,7 +36,7 @@ from graftwork.cluster.spec import ClusterSpec, PriceTable, WorkerSpec, quantity
 from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError, StorageError, StoreUnreachable
 from graftwork.storage.store import Store, json_bytes
 
-# What a cluster costs by the user's price table: an hour, a job as predicted, a job at most.
+# Cost of a cluster by the user's price table: per hour, of a job as predicted, of a job at most.
 
 
 def usd_per_hour(cluster: ClusterSpec) -> float | None:
@@ -77,7 +77,7 @@ def _group(group: WorkerSpec, prices: PriceTable) -> float:
     return group.count * hour * (prices.spot_factor if group.spot else 1.0)
 
 
-# Whether a store takes what a job does to it: write, read, put on a condition, delete. Before all else is written.
+# Probe of a store before anything else is written: write, read, conditional put, delete.
 
 
 WHERE = "root"

@@ -1,4 +1,7 @@
-"""What looks like a secret: by its name, or by itself. Says why, and never what."""
+"""Environment of a job: secrets in its spec, and this machine's tokens, versions, clients and credentials.
+
+A finding on a secret gives the reason and never the value.
+"""
 
 import importlib.metadata
 import importlib.util

@@ -1,6 +1,6 @@
-"""The jobs of a store as Prometheus metrics: what a cluster's own metrics cannot say, for they end with the cluster.
+"""Prometheus exporter of the jobs in a store, which outlives the metrics of the clusters.
 
-Told from the store alone, without asking any place: whether a driver is heard, how often a job was tried, what it cost.
+It reads the store alone and no target: age of the heartbeats, attempts, cost.
 """
 
 import threading

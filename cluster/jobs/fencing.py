@@ -1,5 +1,7 @@
-"""Whether an attempt still is the one, and goes on: a later attempt, or a later start of the same one, takes its place
-for good; a limit, a person or its machine may ask it to end."""
+"""Fencing of an attempt: a later attempt, or a later start of the same one, replaces it permanently.
+
+A limit, a user or the loss of its machine may also ask the attempt to end.
+"""
 
 import contextlib
 import json

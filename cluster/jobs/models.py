@@ -1,4 +1,4 @@
-"""What every place that runs jobs can do: plan, submit, status, logs, cancel, list, wait. One protocol, three places.
+"""Jobs: their data, and the protocols of a backend (plan, submit, status, logs, cancel, list, wait) and of a target.
 
 A job is a stage's resolved spec, run by `graftwork.cluster.jobs.driver` where the work is. Its record is in the run
 store
@@ -18,7 +18,7 @@ from graftwork.planning.accelerators import Accelerators
 from graftwork.planning.hardware import Gpu, Machine, gpu_called
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 
-# A program of one's own as a job: to prepare data, to evaluate, to convert, beside the stages that Graftwork knows.
+# Program of the user as a job, to prepare data, to evaluate or to convert.
 
 
 class ExecSpec(Spec):
@@ -262,7 +262,7 @@ def attempt_id(job_id: str, number: int) -> str:
     return f"{job_id}-a{number}"
 
 
-# What a place alone knows of jobs: whether an attempt is there, how to start it, how to be rid of it.
+# Target: attempts that are there, their start and their removal.
 #
 # `StoredBackend` (cluster/jobs/backend.py) makes a whole `JobBackend` of it: submission, fencing, status, logs:
 # written once.
@@ -309,4 +309,4 @@ class JobTarget(Protocol):
         """Nothing of it is left at return; no-op where it is not there. The driver was asked to end before."""
 
     def doctor(self) -> list[Finding]:
-        """What is wrong with the place itself, whatever the job; each finding says how to mend it. Writes nothing."""
+        """Return problems of the target itself, whatever the job; each finding has a fix. Writes nothing."""

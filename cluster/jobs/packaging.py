@@ -1,4 +1,4 @@
-"""This code as a wheel whose name says its content: the same sources give the same bytes on every machine."""
+"""Packaging of this code as a wheel named by its content: the same sources give the same bytes on every machine."""
 
 import base64
 import contextlib

@@ -1,8 +1,8 @@
-"""Where a job is, judged from all that is known: pure, so that every combination can be tested.
+"""State of a job, derived from all that is known: a pure function, so that every combination can be tested.
 
-The store's `ended.json` is the driver's own word and comes first. Without it the place's word counts, and where that
-says nothing of an end, the heartbeat: Ray keeps a job whose driver died with the head as RUNNING for about a minute.
-How old a heartbeat is, is told by the store's clock alone: no machine's clock can make a job lost or keep it alive.
+The driver's `ended.json` in the store comes first. Without it the state at the target counts, and where that shows no
+end, the age of the heartbeat: Ray keeps a job whose driver died with the head as RUNNING for about a minute. The age is
+measured by the store's clock alone: no machine's clock can make a job lost or keep it alive.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is known of a job, in its store: who it is, its attempts, who runs it, whether it lives, what it printed.
+"""Records of a job in its store: spec, attempts, drivers, heartbeat, log and end.
 
 Everything here outlives the cluster. Written by clients (`job.json`, `attempts/`, `cancel.json`) and by the driver (the
 rest), each key whole, on a disk and on S3 alike:

@@ -1,7 +1,7 @@
-"""A parent for the driver that outlives it: what a job started is gone when its driver is, however the driver ends.
+"""Supervisor: a parent of the driver that ends all processes of the job when the driver has ended in any way.
 
-kill -9 of a driver would leave its command at work, for which nobody speaks any more: it would write beside the next
-attempt. The guard only waits, so that little can end it; if it is killed, the kernel tells the driver to end.
+kill -9 of a driver would leave its command running, which would write next to the following attempt. The supervisor
+only waits, so that little can end it; if it is killed, the kernel signals the driver to end.
 """
 
 import contextlib

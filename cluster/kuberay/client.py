@@ -218,7 +218,7 @@ def cluster_path(group: str, version: str, plural: str, name: str = "") -> str:
     return f"{root}/{plural}" + (f"/{quote(name, safe='')}" if name else "")
 
 
-# What a Kubernetes cluster's refusals mean, for people: each says what, where and what to do next. Exit code 3.
+# Errors of the API server, explained: subject, rule and next step. Exit code 3.
 
 
 FORBIDDEN = re.compile(

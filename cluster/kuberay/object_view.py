@@ -12,13 +12,13 @@ from graftwork.cluster.jobs.models import Finding
 Found = Iterator[Finding]
 
 
-def refuse(code: str, where: str, problem: str, rule: str, hint: str = "") -> Finding:
-    """One that keeps the job from being submitted."""
+def refuse(code: str, where: str, problem: str, rule: str, hint: str) -> Finding:
+    """Return an error, which keeps the job from being submitted."""
     return Finding(f"E-{code}", "error", where, problem, rule, hint)
 
 
-def warn(code: str, where: str, problem: str, rule: str, hint: str = "") -> Finding:
-    """One that is said, and the job goes on."""
+def warn(code: str, where: str, problem: str, rule: str, hint: str) -> Finding:
+    """Return a warning, with which the job goes on."""
     return Finding(f"W-{code}", "warning", where, problem, rule, hint)
 
 

@@ -1,8 +1,8 @@
-"""The Serve config of an endpoint (RayService's `serveConfigV2`): what is live in it changes in place.
+"""Objects of a job for KubeRay: RayJob, RayService with its Serve config, labels and names.
 
-Ray Serve makes an application anew when its `args`, import path or code change: engines start again, side by side on
-the same cluster. What stands under `deployments` it hands to the replicas that run. So all that changes from day to
-day stands there, and `args` holds what an engine is made of (Ray 2.60, serve/_private/application_state.py).
+Ray Serve creates an application again when its `args`, import path or code change: engines start again, next to the old
+ones on the same cluster. It passes changes under `deployments` to running replicas. So `deployments` has all that
+changes from day to day, and `args` has what an engine is made of (Ray 2.60, serve/_private/application_state.py).
 """
 
 import hashlib
@@ -80,7 +80,7 @@ def _gang(cluster: ClusterSpec, app_id: str) -> dict[str, str]:
     return {}
 
 
-# What objects are called, and how long a name may be: an attempt's RayJob has the attempt's id.
+# Names of objects and their lengths: an attempt's RayJob has the attempt's id.
 
 
 MAX_NAME = {"RayCluster": 53, "RayJob": 47, "RayService": 47, "RayCronJob": 36}
@@ -217,7 +217,7 @@ def build_rayjob(attempt: Attempt, namespace: str, wheel_uri: str | None) -> dic
     facts = PodFacts(cluster, pod_labels(cluster, job.name, job.job_id, job.kind), job.root, wheel_uri, serves=False)
     spec: dict[str, Any] = {
         "submissionMode": "HTTPMode",
-        "entrypoint": f"python -m graftwork.cluster.driver {job.root} {job.job_id} {attempt.number} {JOB}",
+        "entrypoint": f"python -m graftwork.cluster.jobs.driver {job.root} {job.job_id} {attempt.number} {JOB}",
         "jobId": attempt.id,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": math.ceil(cluster.ttl_s),

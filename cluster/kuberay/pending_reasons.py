@@ -1,4 +1,4 @@
-"""A job's pods against the quotas of a Kueue ClusterQueue: whether the queue could ever admit the job.
+"""Reasons why a job is pending: its pods compared with the quotas of Kueue, and the events of Kubernetes.
 
 Kueue gives each pod set (the head, a worker group) one flavor of each resource group, for all its pods at once, and
 adds up what the pod sets take of a flavor (https://kueue.sigs.k8s.io, "ClusterQueue"). Labels and taints of flavors are
@@ -19,7 +19,7 @@ KUEUE_VERSIONS = ("v1beta2", "v1beta1")
 """Served since Kueue 0.14, and before."""
 
 
-# Why a RayJob does not run yet, in words: its pods cannot start (image, Secret, no machine), or its queue waits.
+# Reasons why a RayJob does not run yet: its pods cannot start (image, Secret, no machine), or its queue waits.
 
 
 WAITS = frozenset({"", "New", "Initializing", "Waiting", "Retrying"})
@@ -118,7 +118,7 @@ def nominal_findings(queue: Mapping[str, Any], cluster: ClusterSpec) -> Found:
                 "QUEUE-QUOTA",
                 "queue",
                 f"the ClusterQueue {name!r} can never admit it: the job takes "
-                f"{_said(wanted)}; its flavors have {_said(flavors)}",
+                f"{_describe_amounts(wanted)}; its flavors have {_describe_amounts(flavors)}",
                 "all pods of a group get one flavor, within its nominalQuota and borrowingLimit",
                 "fewer or smaller machines a group, or have the quota raised",
             )
@@ -165,7 +165,7 @@ def _fits(wanted: Sequence[Amounts], flavors: Sequence[Amounts]) -> bool:
     return False
 
 
-def _said(parts: Mapping[str, Amounts]) -> str:
+def _describe_amounts(parts: Mapping[str, Amounts]) -> str:
     return "; ".join(
         f"{name} {', '.join(_amount(key, value) for key, value in takes.items())}" for name, takes in parts.items()
     )

@@ -1,11 +1,10 @@
-"""A value against a structural schema, as an API server judges it under strict field validation, with all findings.
+"""Validation of a value against a structural schema, as an API server does it under strict field validation.
 
 Own code and no JSON schema library: an unknown field, a null and a default mean other things there.
 """
 
 import difflib
 import functools
-import importlib.util
 import json
 import re
 import sys
@@ -17,66 +16,8 @@ from typing import Any
 import yaml
 
 from graftwork.cluster.jobs.models import Finding
+from graftwork.cluster.kuberay.core_schema import core_schema
 from graftwork.cluster.kuberay.object_view import Found, dig, mapping, refuse, warn
-
-# Kubernetes' own kinds as structural schemas: read from the files of `kubernetes-validate`, where it is installed.
-#
-# The package's own check compiles 1.5 MB a call (0.1 to 0.4 s) and tells the first finding alone: we take its data.
-
-
-CORE_VERSION = "1.34.0"
-FILE = f"kubernetes-json-schema/v{CORE_VERSION}-local-strict/_definitions.json"
-CORE_KINDS = {
-    "Pod": "io.k8s.api.core.v1.Pod",
-    "Service": "io.k8s.api.core.v1.Service",
-    "PodDisruptionBudget": "io.k8s.api.policy.v1.PodDisruptionBudget",
-}
-QUANTITY = "io.k8s.apimachinery.pkg.api.resource.Quantity"
-QUANTITY_PATTERN = r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?$"
-_REF = "#/$defs/"
-_SAME = ("required", "enum", "format", "x-kubernetes-list-type", "x-kubernetes-list-map-keys")
-
-
-@functools.cache
-def core_schema(kind: str) -> Mapping[str, Any] | None:
-    """The schema of a kind; None where it is not among `KINDS` or nothing here knows it."""
-    definitions = _definitions()
-    return _plain({"$ref": _REF + CORE_KINDS[kind]}, definitions, {}) if definitions and kind in CORE_KINDS else None
-
-
-def _definitions() -> Mapping[str, Any]:
-    found = importlib.util.find_spec("kubernetes_validate")
-    if found is None or found.origin is None:
-        return {}
-    whole = json.loads((Path(found.origin).parent / FILE).read_text(encoding="utf-8"))
-    definitions: Mapping[str, Any] = whole["$defs"]
-    return definitions
-
-
-def _plain(schema: Mapping[str, Any], known: Mapping[str, Any], done: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """As the definition of a custom kind would say it. Kinds that hold themselves are one and the same mapping."""
-    name = schema.get("$ref", "").removeprefix(_REF)
-    if name:
-        if name not in done:
-            done[name] = {}
-            done[name].update(_plain(known[name], known, done))
-            done[name] |= {"pattern": QUANTITY_PATTERN} if name == QUANTITY else {}
-        return done[name]
-    if "oneOf" in schema:
-        return {"x-kubernetes-int-or-string": True}
-    kind = schema.get("type")
-    made = {key: schema[key] for key in _SAME if key in schema}
-    made["type"] = kind[0] if isinstance(kind, list) else kind
-    fields = schema.get("properties", {})
-    if fields:
-        made["properties"] = {field: _plain(inner, known, done) for field, inner in fields.items()}
-    for key in ("items", "additionalProperties"):
-        if isinstance(schema.get(key), Mapping):
-            made[key] = _plain(schema[key], known, done)
-    if kind == ["object", "null"] and not fields and "additionalProperties" not in schema:
-        made["x-kubernetes-preserve-unknown-fields"] = True
-    return made
-
 
 # `python -m graftwork.cluster.kuberay.schema CRD_DIR [FOLDER]`: the schemas that are shipped, from KubeRay's CRDs.
 #
@@ -218,16 +159,32 @@ def cut_out(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[tuple
 
 def _envelope(made: Mapping[str, Any]) -> Found:
     for name in made.keys() - TOP:
-        yield refuse("SCHEMA-UNKNOWN", str(name), "no such field", "apiVersion, kind, metadata, spec")
+        yield refuse(
+            "SCHEMA-UNKNOWN",
+            str(name),
+            "no such field",
+            "an object has the fields apiVersion, kind, metadata and spec",
+            f"remove {name}",
+        )
     metadata = mapping(made.get("metadata"))
     for name in metadata.keys() - METADATA:
         yield refuse(
-            "SCHEMA-UNKNOWN", f"metadata.{name}", "no such field", "the server refuses fields it does not know"
+            "SCHEMA-UNKNOWN",
+            f"metadata.{name}",
+            "no such field",
+            "the server refuses fields that are not in its schema",
+            f"remove metadata.{name}",
         )
     for field in ("labels", "annotations"):
         for key, value in mapping(metadata.get(field)).items():
             if not isinstance(value, str):
-                yield refuse("SCHEMA-TYPE", f"metadata.{field}.{key}", f"{type(value).__name__} {value!r}", "a text")
+                yield refuse(
+                    "SCHEMA-TYPE",
+                    f"metadata.{field}.{key}",
+                    f"{type(value).__name__} {value!r}",
+                    "labels and annotations are strings",
+                    f'quote the value: {key}: "{value}"',
+                )
 
 
 def _live(made: Mapping[str, Any], crd: Mapping[str, Any]) -> Found:
@@ -256,7 +213,13 @@ def _template(where: str, cut: str, value: Mapping[str, Any]) -> Found:
         whole = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
         whole |= {"spec": value["spec"]} if "spec" in value else {}
         for name in value.keys() - {"metadata", "spec"}:
-            yield refuse("SCHEMA-UNKNOWN", f"{where}.{name}", "no such field", "metadata, spec")
+            yield refuse(
+                "SCHEMA-UNKNOWN",
+                f"{where}.{name}",
+                "no such field",
+                "a pod template has the fields metadata and spec",
+                f"remove {where}.{name}",
+            )
     else:
         whole = {"apiVersion": "v1", "kind": cut, **value}
     for finding in _core(whole):
@@ -272,8 +235,8 @@ def _core(made: Mapping[str, Any]) -> Found:
     yield warn(
         "POD-UNCHECKED",
         "spec",
-        f"no schema of {made.get('kind')} was held against it",
-        "kubernetes-validate, which has it, is not installed",
+        f"not validated against a schema of {made.get('kind')}",
+        "kubernetes-validate, which has the schema, is not installed",
         "pip install 'kubernetes-validate>=1.34'",
     )
 
@@ -301,17 +264,41 @@ def check(value: Any, schema: Schema, where: str) -> Found:
     """All findings on a value. Defaults are the server's to fill in: a field that has one is never missing."""
     if value is None:
         if not schema.get("nullable"):
-            yield refuse("SCHEMA-TYPE", where, "null", f"{schema.get('type', 'a value')}", "leave the field out")
+            yield refuse(
+                "SCHEMA-TYPE",
+                where,
+                "null",
+                f"{schema.get('type', 'a value')}",
+                f"remove {where}, or set it to a value of type {schema.get('type', 'object')}",
+            )
         return
     if schema.get("x-kubernetes-int-or-string"):
         if isinstance(value, bool) or not isinstance(value, int | str):
-            yield refuse("SCHEMA-TYPE", where, _shown(value), "a whole number or a text")
+            yield refuse(
+                "SCHEMA-TYPE",
+                where,
+                _shown(value),
+                "a whole number or a string",
+                f"set {where} to a number or a string",
+            )
             return
     elif not _is_a(value, schema.get("type")):
-        yield refuse("SCHEMA-TYPE", where, _shown(value), f"{schema['type']}")
+        yield refuse(
+            "SCHEMA-TYPE",
+            where,
+            _shown(value),
+            f"the type is {schema['type']}",
+            f"set {where} to a value of type {schema['type']}",
+        )
         return
     if isinstance(value, int) and not INT64[0] <= value <= INT64[1] and schema.get("type") != "number":
-        yield refuse("SCHEMA-BOUNDS", where, f"{value}", "64 bits: the server reads it as a number with a fraction")
+        yield refuse(
+            "SCHEMA-BOUNDS",
+            where,
+            f"{value}",
+            "an integer has 64 bits; the server reads a larger one as a float",
+            f"set {where} to a value between -2**63 and 2**63 - 1",
+        )
     elif isinstance(value, Mapping):
         yield from _object(value, schema, where)
     elif isinstance(value, list | tuple):
@@ -325,7 +312,9 @@ def _object(value: Mapping[str, Any], schema: Schema, where: str) -> Found:
     value = {name: inner for name, inner in value.items() if not _dropped(inner, fields.get(name, rest))}
     for name in schema.get("required", ()):
         if name not in value and "default" not in fields.get(name, {}):
-            yield refuse("SCHEMA-REQUIRED", f"{where}.{name}", "nothing", "the field is required")
+            yield refuse(
+                "SCHEMA-REQUIRED", f"{where}.{name}", "nothing", "the server requires the field", f"add {where}.{name}"
+            )
     for name, inner in value.items():
         path = f"{where}.{name}"
         if name in fields:
@@ -339,30 +328,48 @@ def _object(value: Mapping[str, Any], schema: Schema, where: str) -> Found:
                 path,
                 "no such field",
                 "the server refuses fields that it does not know",
-                f"did you mean {near[0]}?" if near else "",
+                f"remove it, or rename it to {near[0]}" if near else f"remove {path}",
             )
 
 
 def _array(value: list[Any] | tuple[Any, ...], schema: Schema, where: str) -> Found:
     if len(value) < schema.get("minItems", 0):
-        yield refuse("SCHEMA-BOUNDS", where, f"{len(value)} entries", f"at least {schema['minItems']}")
+        yield refuse(
+            "SCHEMA-BOUNDS",
+            where,
+            f"{len(value)} entries",
+            f"at least {schema['minItems']} entries",
+            f"add entries until there are {schema['minItems']}",
+        )
     if len(value) > schema.get("maxItems", len(value)):
-        yield refuse("SCHEMA-BOUNDS", where, f"{len(value)} entries", f"at most {schema['maxItems']}")
+        yield refuse(
+            "SCHEMA-BOUNDS",
+            where,
+            f"{len(value)} entries",
+            f"at most {schema['maxItems']} entries",
+            f"remove entries until there are {schema['maxItems']}",
+        )
     keys = schema.get("x-kubernetes-list-map-keys")
     if schema.get("x-kubernetes-list-type") == "map" and keys:
-        yield from _told_apart(value, keys, schema.get("items", {}).get("properties", {}), where)
+        yield from _check_keys_differ(value, keys, schema.get("items", {}).get("properties", {}), where)
     for index, inner in enumerate(value):
         yield from check(inner, schema.get("items", {}), f"{where}[{index}]")
 
 
-def _told_apart(value: list[Any] | tuple[Any, ...], keys: list[str], fields: Schema, where: str) -> Found:
+def _check_keys_differ(value: list[Any] | tuple[Any, ...], keys: list[str], fields: Schema, where: str) -> Found:
     seen = set()
     for index, entry in enumerate(value):
         if not isinstance(entry, Mapping):
             continue
         key = tuple(str(entry.get(name, fields.get(name, {}).get("default"))) for name in keys)
         if key in seen:
-            yield refuse("SCHEMA-TWICE", f"{where}[{index}]", f"{', '.join(keys)} = {', '.join(key)} again", "once")
+            yield refuse(
+                "SCHEMA-TWICE",
+                f"{where}[{index}]",
+                f"{', '.join(keys)} = {', '.join(key)} again",
+                "each key appears once in the list",
+                f"remove entry {index}, or give it another {' and '.join(keys)}",
+            )
         seen.add(key)
 
 
@@ -374,7 +381,7 @@ def _scalar(value: Any, schema: Schema, where: str) -> Found:
             where,
             repr(value),
             f"one of {', '.join(map(str, schema['enum']))}",
-            f"did you mean {near[0]}?" if near else "",
+            f"set {where}: {near[0] if near else schema['enum'][0]}",
         )
     if isinstance(value, str):
         if not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)):
@@ -382,15 +389,24 @@ def _scalar(value: Any, schema: Schema, where: str) -> Found:
                 "SCHEMA-BOUNDS",
                 where,
                 f"{len(value)} characters",
-                f"{schema.get('minLength', 0)} to {schema.get('maxLength', 'any number')}",
+                f"{schema.get('minLength', 0)} to {schema.get('maxLength', 'any number of')} characters",
+                f"set {where} to a text of that length",
             )
         if "pattern" in schema and not re.search(schema["pattern"], value):
-            yield refuse("SCHEMA-PATTERN", where, repr(value), f"the form {schema['pattern']}")
+            yield refuse(
+                "SCHEMA-PATTERN",
+                where,
+                repr(value),
+                f"the value matches {schema['pattern']}",
+                f"change {where} to a value that matches {schema['pattern']}",
+            )
         return
     least, most = INT_BOUNDS.get(str(schema.get("format")), (value, value))
     least, most = max(least, schema.get("minimum", least)), min(most, schema.get("maximum", most))
     if not least <= value <= most:
-        yield refuse("SCHEMA-BOUNDS", where, f"{value}", f"{least} to {most}")
+        yield refuse(
+            "SCHEMA-BOUNDS", where, f"{value}", f"{least} to {most}", f"set {where} to {min(max(value, least), most)}"
+        )
 
 
 def _dropped(value: Any, schema: Any) -> bool:

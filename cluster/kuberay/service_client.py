@@ -1,6 +1,6 @@
-"""A served endpoint in a living cluster: changed in place under its name, seen by its label, removed with all of it.
+"""Client of a served endpoint in a live cluster: changed in place under its name, found by its label, removed whole.
 
-The endpoint's own replicas say how it is, by the operator; there is no driver, so that its job has no heartbeat.
+The operator reports the state of the endpoint's replicas; there is no driver, so its job has no heartbeat.
 """
 
 from collections.abc import Collection, Mapping

@@ -1,4 +1,4 @@
-"""KubeRay as a place: an attempt is a RayJob object."""
+"""KubeRay target: an attempt is a RayJob object."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 from graftwork.cluster.jobs.models import Attempt, Finding, Job, ObservedState, TargetMachines
 from graftwork.cluster.jobs.packaging import publish_wheel, wheel_uri
 from graftwork.cluster.kuberay.client import KubeApi, namespaced, remove
-from graftwork.cluster.kuberay.live_checks import PLURALS, diagnose, live_crd, live_findings, object_path
+from graftwork.cluster.kuberay.doctor import diagnose, live_findings
+from graftwork.cluster.kuberay.live_checks import PLURALS, live_crd, object_path
 from graftwork.cluster.kuberay.object_view import dig, refuse
 from graftwork.cluster.kuberay.objects import build_rayjob, service_objects
 from graftwork.cluster.kuberay.pending_reasons import reasons
@@ -22,7 +23,7 @@ STORE_PATIENCE_S = 10.0
 GROUP, VERSION = "ray.io", "v1"
 
 
-class KubeRayPlace:
+class KubeRayTarget:
     """`on` is k8s:CONTEXT/NAMESPACE of the kubeconfig."""
 
     def __init__(self, on: str, root: str, cluster: ClusterSpec) -> None:
@@ -102,13 +103,26 @@ class KubeRayPlace:
         found = self._api.get(self._path_of(planned))
         if found is None:
             return None
-        name, move = str(planned["metadata"]["name"]), "give the job another name, or this one a namespace of its own"
+        name, move = (
+            str(planned["metadata"]["name"]),
+            "set another `name`, or another namespace: --target k8s:CONTEXT/NAMESPACE",
+        )
         if not is_ours(found):
             return refuse(
-                "NAME-TAKEN", name, "somebody else's object has this name", f"ours bear the label {SELECTOR}", move
+                "NAME-TAKEN",
+                name,
+                "an object that Graftwork did not create has this name",
+                f"objects of Graftwork have the label {SELECTOR}",
+                move,
             )
         if planned["kind"] == "RayJob" and dig(found, "spec", "entrypoint") != planned["spec"]["entrypoint"]:
-            return refuse("NAME-TAKEN", name, "the same job of another store has this name", "one object a name", move)
+            return refuse(
+                "NAME-TAKEN",
+                name,
+                "the same job of another store has this name",
+                "an object's name is unique in its namespace",
+                move,
+            )
         return None
 
     def _wheel_uri(self, job: Job) -> str | None:

@@ -1,4 +1,4 @@
-"""This machine as a place: a driver in the background, with a private Ray of its own."""
+"""Local target: a driver in the background of this machine, with a private Ray of its own."""
 
 import contextlib
 import fcntl
@@ -36,7 +36,7 @@ LOCK_S = 1.0
 TAIL_BYTES = 2000
 
 
-class LocalPlace:
+class LocalTarget:
     """A driver holds the lock of its attempt for its life: whether one runs is whether the lock is held.
 
     The locks are this machine's, whatever the root: of a job that another machine runs for itself on a shared root
@@ -246,7 +246,7 @@ def _main() -> int:
     return run_supervised(lambda: drive(root, job_id, int(number), "local"))
 
 
-# Whether this machine has what a job asks for, and what keeps it from running jobs at all.
+# Checks of this machine: resources for a job, and problems that keep it from running jobs.
 
 
 GIB = 2**30
@@ -414,7 +414,9 @@ def _left(left: Mapping[str, Sequence[int]]) -> list[Finding]:
 
 
 def _dead_rays() -> list[Finding]:
-    dead = [path for path in Path(tempfile.gettempdir()).glob(f"{DIR_PREFIX}*") if path.is_dir() and not _is_held(path)]
+    dead = [
+        path for path in Path(tempfile.gettempdir()).glob(f"{DIR_PREFIX}*") if path.is_dir() and not _is_locked(path)
+    ]
     return [
         Finding(
             "W-RAY-LEFT",
@@ -428,7 +430,7 @@ def _dead_rays() -> list[Finding]:
     ]
 
 
-def _is_held(folder: Path) -> bool:
+def _is_locked(folder: Path) -> bool:
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

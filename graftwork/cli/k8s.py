@@ -70,9 +70,9 @@ def _publish(job: Job) -> None:
 
 
 def _attempt(attempt: Attempt, namespace: str) -> Sequence[Mapping[str, Any]]:
-    from graftwork.cluster.targets.kuberay import KubeRayPlace
+    from graftwork.cluster.targets.kuberay import KubeRayTarget
 
-    return KubeRayPlace(f"k8s:{NOWHERE}/{namespace}", attempt.job.root, attempt.job.cluster).objects(attempt)
+    return KubeRayTarget(f"k8s:{NOWHERE}/{namespace}", attempt.job.root, attempt.job.cluster).objects(attempt)
 
 
 def _service(job: Job, namespace: str) -> Sequence[Mapping[str, Any]]:

@@ -79,10 +79,10 @@ def plan_job(spec: Spec, folder: Path, options: LaunchOptions) -> WholePlan:
 def _offline(backend: JobBackend, job: Job, error: ClusterError) -> JobPlan:
     """What is known without the place: sums, prices, the objects against nothing, the rules that need no cluster."""
     from graftwork.cluster.jobs.backend import StoredBackend
-    from graftwork.cluster.targets.unreachable import UnheardPlace
+    from graftwork.cluster.targets import UnreachableTarget
 
     assert isinstance(backend, StoredBackend)
-    plan = StoredBackend(UnheardPlace(backend.on, error, backend.place), job.root).plan(job)
+    plan = StoredBackend(UnreachableTarget(backend.on, error, backend.place), job.root).plan(job)
     if not backend.on.startswith("k8s:"):
         return plan
     from graftwork.cluster.kuberay.client import KubeNamespace

@@ -13,7 +13,7 @@ import pytest
 from graftwork.cluster.jobs.models import Attempt
 from graftwork.cluster.jobs.packaging import build_wheel
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.cluster.targets.ray_jobs import AddressPlace
+from graftwork.cluster.targets.ray_jobs import RayJobsTarget
 from graftwork.cluster.targets.ray_jobs_api import JobsApi
 from tests.backends.local_target import Ground
 from tests.ports import free_port
@@ -92,7 +92,7 @@ def _without_room(on: str, attempt: Attempt) -> Iterator[None]:
         "job",
     )
     with JobsApi(on) as jobs:
-        name = AddressPlace(on, attempt.job.root).name(attempt.id)
+        name = RayJobsTarget(on, attempt.job.root).name(attempt.id)
         jobs.submit(" ".join(words), build_wheel()[1], name, entrypoint_num_cpus=1000)
     yield
 

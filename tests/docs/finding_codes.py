@@ -1,4 +1,4 @@
-"""Every finding that the source can make, with its rule and its mend: the table of docs/stuck.md.
+"""Every finding that the source can make, with its rule and its fix: the table of docs/stuck.md.
 
     python -m tests.docs.finding_codes --write     puts it between the marks of docs/stuck.md
 
@@ -18,37 +18,39 @@ BEGIN, END = "<!-- findings: python -m tests.docs.finding_codes --write -->", "<
 FOLDERS = ("cluster", "graftwork/cli", "serving", "training", "tuning")
 HELPERS = {"refuse": "E-", "warn": "W-"}
 UNKNOWN = "..."
-AS_RULED = "change the key that it names as the rule says"
 
 
 @dataclass(frozen=True, order=True)
-class Told:
+class FindingRow:
     """A finding as it is written in the source."""
 
     code: str
     rule: str
-    mend: str
+    fix: str
 
 
-def told() -> list[Told]:
+def findings() -> list[FindingRow]:
     """Sorted by code; of equal codes each wording once."""
-    found = {one for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")) for one in _of(path)}
-    return sorted(found)
+    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    constants = {name: text for tree in trees for name, text in _assigned_texts(tree).items() if name.isupper()}
+    return sorted({one for tree in trees for one in _of(tree, constants)})
 
 
 def table() -> str:
     """In Markdown, a row a code: the fullest wording of each."""
-    rows: dict[str, Told] = {}
-    for one in told():
+    rows: dict[str, FindingRow] = {}
+    for one in findings():
         before = rows.get(one.code)
-        if before is None or len(one.rule + one.mend) > len(before.rule + before.mend):
+        if before is None or len(one.rule + one.fix) > len(before.rule + before.fix):
             rows[one.code] = one
-    lines = [f"| `{one.code}` | {_cell(one.rule)} | {_cell(one.mend) or AS_RULED} |" for one in rows.values()]
-    return "\n".join(["| code | rule | mend |", "|---|---|---|", *lines])
+    lines = [f"| `{one.code}` | {_cell(one.rule)} | {_cell(one.fix)} |" for one in rows.values()]
+    return "\n".join(["| code | rule | fix |", "|---|---|---|", *lines])
 
 
-def _of(path: Path) -> Iterator[Told]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def _of(tree: ast.Module, constants: dict[str, str]) -> Iterator[FindingRow]:
+    texts = constants | _assigned_texts(tree)
+    for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
@@ -58,26 +60,51 @@ def _of(path: Path) -> Iterator[Told]:
             continue
         named = {word.arg: word.value for word in node.keywords}
         if name == "Finding":
-            rule, mend = _at(given, 4, named, "rule"), _at(given, 5, named, "hint")
-            yield Told(code, rule, mend)
+            rule, fix = _at(given, 4, named, "rule", texts), _at(given, 5, named, "hint", texts)
+            yield FindingRow(code, rule, fix)
         elif name in HELPERS:
-            rule, mend = _at(given, 3, named, "rule"), _at(given, 4, named, "hint")
-            yield Told(HELPERS[name] + code, rule, mend)
+            rule, fix = _at(given, 3, named, "rule", texts), _at(given, 4, named, "hint", texts)
+            yield FindingRow(HELPERS[name] + code, rule, fix)
 
 
-def _at(given: list[ast.expr], place: int, named: dict[str | None, ast.expr], name: str) -> str:
+def _assigned_texts(tree: ast.Module) -> dict[str, str]:
+    """Texts that a name is assigned to: constants of the module and locals."""
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    texts: dict[str, str] = {}
+    for node in assigned:
+        match node.targets, node.value:
+            case [ast.Name(name)], (ast.Constant(str()) | ast.JoinedStr() | ast.BinOp()) as value:
+                texts[name] = _text(value, texts)
+            case [ast.Tuple(names)], ast.Tuple(values):
+                pairs = zip(names, values, strict=False)
+                texts |= {
+                    n.id: _text(v, {}) for n, v in pairs if isinstance(n, ast.Name) and isinstance(v, ast.Constant)
+                }
+    return texts
+
+
+def _at(given: list[ast.expr], place: int, named: dict[str | None, ast.expr], name: str, texts: dict[str, str]) -> str:
     node = given[place] if len(given) > place else named.get(name)
-    return "" if node is None else _text(node)
+    return "" if node is None else _text(node, texts)
 
 
-def _text(node: ast.expr) -> str:
-    """What is written down of a text; dots for what is only known later."""
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(_text(part) if isinstance(part, ast.Constant) else UNKNOWN for part in node.values)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _text(node.left) + _text(node.right)
+def _text(node: ast.expr, texts: dict[str, str]) -> str:
+    """The text of an expression; a variable by its name in capitals, dots for any other value."""
+    match node:
+        case ast.Constant(value):
+            return str(value)
+        case ast.JoinedStr(parts):
+            return "".join(_text(part, texts) for part in parts)
+        case ast.FormattedValue(value):
+            return _text(value, texts)
+        case ast.BinOp(left, ast.Add(), right):
+            return _text(left, texts) + _text(right, texts)
+        case ast.IfExp(_, body, orelse):
+            return max(_text(body, texts), _text(orelse, texts), key=len)
+        case ast.Name(name):
+            return texts.get(name, name.upper())
+        case ast.Attribute(_, name):
+            return name.upper()
     return UNKNOWN
 
 

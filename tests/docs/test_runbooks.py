@@ -1,4 +1,4 @@
-"""The runbooks say what the command line can do: each command in them exists, each finding is listed with its mend."""
+"""The runbooks say what the command line can do: each command in them exists, each finding is listed with its fix."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ import yaml
 from graftwork.cli import app
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import load
-from tests.docs.finding_codes import table, told
+from tests.docs.finding_codes import findings, table
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "docs" / name for name in ("clusters.md", "stuck.md")]
@@ -62,9 +62,9 @@ def test_the_runbooks_cluster_file_is_valid(tmp_path: Path) -> None:
     assert spec.retry.on == ("lost", "preempted"), "YAML 1.1 takes a bare `on` for true"
 
 
-def test_every_finding_is_listed_with_its_mend() -> None:
+def test_every_finding_is_listed() -> None:
     page = PAGES[1].read_text(encoding="utf-8")
-    codes = {one.code for one in told()}
+    codes = {one.code for one in findings()}
     assert codes
     missing = sorted(code for code in codes if f"| `{code}` |" not in page)
     assert not missing, f"python -m tests.docs.finding_codes --write: {missing}"
@@ -73,3 +73,14 @@ def test_every_finding_is_listed_with_its_mend() -> None:
 def test_the_list_of_findings_has_no_codes_that_are_gone() -> None:
     listed = set(re.findall(r"^\| `([EW]-[A-Z0-9-]+)` \|", PAGES[1].read_text(encoding="utf-8"), re.MULTILINE))
     assert listed == set(re.findall(r"^\| `([EW]-[A-Z0-9-]+)` \|", table(), re.MULTILINE))
+
+
+def test_every_finding_has_a_rule_and_a_fix() -> None:
+    rows = re.findall(r"^\| `([EW]-[A-Z0-9-]+)` \| (.*?) \| (.*?) \|$", table(), re.MULTILINE)
+    assert rows
+    assert [code for code, rule, fix in rows if len(rule.strip(". ")) < 4 or len(fix.strip(". ")) < 4] == []
+
+
+def test_at_most_three_findings_share_a_fix() -> None:
+    fixes = [fix for _, fix in re.findall(r"^\| `([EW]-[A-Z0-9-]+)` \| .*? \| (.*?) \|$", table(), re.MULTILINE)]
+    assert {fix: fixes.count(fix) for fix in fixes if fixes.count(fix) > 3} == {}

@@ -13,7 +13,7 @@ import pytest
 
 from graftwork.cluster.jobs.models import Finding
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.cluster.targets.kuberay import KubeRayPlace
+from graftwork.cluster.targets.kuberay import KubeRayTarget
 from graftwork.errors import ClusterError
 from tests.k8s.cluster import KubeCluster
 from tests.k8s.commands import CLUSTER, command
@@ -36,7 +36,7 @@ def faults(kube: KubeCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fault
 def found(kube: KubeCluster, folder: Path, **changes: Any) -> dict[str, Finding]:
     """Findings on a job of the cluster with those changes, by code."""
     cluster = ClusterSpec.model_validate({**CLUSTER.model_dump(mode="json"), **changes})
-    place = KubeRayPlace(kube.on, str(folder), cluster)
+    place = KubeRayTarget(kube.on, str(folder), cluster)
     return {finding.code: finding for finding in place.check(command(folder, "probe", "print(1)", cluster))}
 
 
@@ -102,7 +102,7 @@ def test_a_queue_that_can_never_admit_the_job_is_refused(kube: KubeCluster, faul
     assert not [code for code in found(kube, tmp_path, queue="large") if "QUEUE" in code]
     faults.refuse(403, "clusterqueues is forbidden", path="clusterqueues")
     cluster = ClusterSpec.model_validate({**CLUSTER.model_dump(mode="json"), "queue": "small"})
-    told = KubeRayPlace(kube.on, str(tmp_path), cluster).check(command(tmp_path, "probe", "print(1)", cluster))
+    told = KubeRayTarget(kube.on, str(tmp_path), cluster).check(command(tmp_path, "probe", "print(1)", cluster))
     assert "E-QUEUE-QUOTA" not in {one.code for one in told}
     assert any("the quota of the ClusterQueue 'small'" in one.problem for one in told if one.code == "W-NOT-CHECKED")
 
@@ -150,11 +150,11 @@ def test_without_kuberay_and_with_an_old_one(kube: KubeCluster, faults: Faults, 
 def test_an_absent_kind_is_not_taken_for_an_absent_job(kube: KubeCluster, faults: Faults, tmp_path: Path) -> None:
     faults.add(Fault("GET", re.compile("/rayjobs"), 1, 404))
     with pytest.raises(ClusterError, match="does not know this kind"):
-        KubeRayPlace(kube.on, str(tmp_path), CLUSTER).observe(["x-a1"])
+        KubeRayTarget(kube.on, str(tmp_path), CLUSTER).observe(["x-a1"])
 
 
 def test_doctor_tells_of_operator_and_jobs(kube: KubeCluster, faults: Faults, tmp_path: Path) -> None:
-    place = KubeRayPlace(kube.on, str(tmp_path), CLUSTER)
+    place = KubeRayTarget(kube.on, str(tmp_path), CLUSTER)
     assert not [finding for finding in place.doctor() if finding.level == "error"]
     faults.answer("/apis/apps/v1/deployments", {"items": []})
     old = {"metadata": {"name": "old-a1", "creationTimestamp": "2026-01-01T00:00:00Z"}, "spec": {}}

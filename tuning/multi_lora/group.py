@@ -1,4 +1,4 @@
-"""What a process that trains several trials takes: the base once, all else as often as there are trials."""
+"""Groups of trials that share a process, and its memory: the base once, all else once per trial."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ from graftwork.tuning.search import Search, rows_key
 from graftwork.tuning.trial_store import Ledger
 from graftwork.tuning.trials import TrialRecord
 
-# Which trials go into one process: the first in line, and those that can share its base with it.
+# Choice of the trials for one process: the next trial, and those that can share its base.
 
 
 SpecOf = Callable[[TrialRecord], TrainSpec]
@@ -132,7 +132,7 @@ def _block(whole: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     return round(frozen) + read * value_bytes + products * model.heads * taken.row * (FP32 + value_bytes)
 
 
-# Which trials can share a process: decided in the driver, from specs and the base's config.
+# Trials that can share a process: decided in the driver, from specs and the base's config.
 
 
 OWN = {

@@ -1,7 +1,7 @@
-"""Rules that no schema has: what KubeRay's operator refuses after the API server took it, and what it takes to harm.
+"""Rules beyond the schema: objects that KubeRay's operator refuses after the API server accepted them, or that do harm.
 
-The operator's own rules are those of KubeRay v1.7.0, controllers/ray/utils/validation.go, in our words; with what its
-default install has switched on. Each rule is a function over an object; all findings are told, not the first.
+The operator's own rules are those of KubeRay v1.7.0, controllers/ray/utils/validation.go, in our words, with the
+settings of its default install. Each rule is a function over an object; all findings are reported, not the first.
 """
 
 from collections.abc import Mapping
@@ -10,14 +10,11 @@ from typing import Any
 from graftwork.cluster.jobs.models import Finding
 from graftwork.cluster.kuberay.object_view import ClusterView, dig, mapping
 from graftwork.cluster.kuberay.objects import MAX_NAME, check_name
-from graftwork.cluster.kuberay.rules.cluster import (
-    AUTOSCALER_RULES,
-    GATE_RULES,
-    GROUP_RULES,
-    SURVIVAL_RULES,
-    managers_are_known,
-)
-from graftwork.cluster.kuberay.rules.job import DELETION_RULES, JOB_RULES, QUEUE_RULES
+from graftwork.cluster.kuberay.rules.cluster import AUTOSCALER_RULES, GROUP_RULES, managers_are_known
+from graftwork.cluster.kuberay.rules.deletion import DELETION_RULES
+from graftwork.cluster.kuberay.rules.feature_gates import GATE_RULES
+from graftwork.cluster.kuberay.rules.gcs_fault_tolerance import SURVIVAL_RULES
+from graftwork.cluster.kuberay.rules.job import JOB_RULES, QUEUE_RULES
 from graftwork.cluster.kuberay.rules.pods import POD_RULES, SECURITY_RULES
 from graftwork.cluster.kuberay.rules.service import SERVICE_RULES
 

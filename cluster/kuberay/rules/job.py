@@ -1,8 +1,7 @@
-"""A RayJob: how it is submitted, how it ends, what it may run."""
+"""Rules for a RayJob: submission, entrypoint, runtime environment and queues."""
 
 import re
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -11,103 +10,7 @@ from graftwork.cluster.jobs.environment import secrets_in, why_secret_text
 from graftwork.cluster.kuberay.object_view import Found, dig, listed, mapping, number, refuse, warn
 from graftwork.cluster.kuberay.objects import KAI_QUEUE, KUEUE_QUEUE, VOLCANO_QUEUE
 
-# What goes when a RayJob has ended: by shutdown and a time, or by deletion rules; not by both.
-
-
-ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
-"""What goes later has a time no shorter."""
 Object = Mapping[str, Any]
-
-
-def ttl_needs_shutdown(made: Object) -> Found:
-    spec = mapping(made.get("spec"))
-    ttl = number(spec.get("ttlSecondsAfterFinished")) or 0
-    if ttl > 0 and spec.get("shutdownAfterJobFinishes") is not True:
-        yield refuse(
-            "TTL-NEEDS-SHUTDOWN",
-            "spec.ttlSecondsAfterFinished",
-            f"{ttl} without shutdownAfterJobFinishes",
-            "nothing is deleted at that time",
-            "shutdownAfterJobFinishes: true",
-        )
-
-
-def one_way(made: Object) -> Found:
-    strategy, where = dig(made, "spec", "deletionStrategy"), "spec.deletionStrategy"
-    if not isinstance(strategy, Mapping):
-        return
-    rules, legacy = listed(strategy.get("deletionRules")), {"onSuccess", "onFailure"} & set(strategy)
-    shutdown = dig(made, "spec", "shutdownAfterJobFinishes") is True
-    if rules and shutdown:
-        yield refuse("DELETION-SHUTDOWN", where, "deletionRules with shutdownAfterJobFinishes", "one of them")
-    if rules and legacy:
-        yield refuse("DELETION-LEGACY", where, f"deletionRules with {', '.join(sorted(legacy))}", "one of them")
-    elif not rules and len(legacy) < 2:
-        yield refuse("DELETION-EMPTY", where, "neither deletionRules nor both onSuccess and onFailure", "one of them")
-
-
-def legacy_policies(made: Object) -> Found:
-    strategy = mapping(dig(made, "spec", "deletionStrategy"))
-    for side in ("onSuccess", "onFailure"):
-        if side not in strategy:
-            continue
-        where, policy = f"spec.deletionStrategy.{side}.policy", dig(strategy, side, "policy")
-        if policy is None:
-            yield refuse("DELETION-POLICY", where, "none", "a policy says what goes")
-        if policy == "DeleteNone" and dig(made, "spec", "shutdownAfterJobFinishes") is True:
-            yield refuse(
-                "DELETION-NONE", where, "DeleteNone with shutdownAfterJobFinishes", "one says keep, one says end"
-            )
-        yield from _possible(made, where, policy)
-
-
-def deletion_rules(made: Object) -> Found:
-    seen: dict[tuple[str, str, str], float] = {}
-    for index, rule in enumerate(listed(dig(made, "spec", "deletionStrategy", "deletionRules"))):
-        where = f"spec.deletionStrategy.deletionRules[{index}]"
-        condition, policy = mapping(rule.get("condition")), str(rule.get("policy"))
-        told = [key for key in ("jobStatus", "jobDeploymentStatus") if condition.get(key) is not None]
-        if len(told) != 1:
-            yield refuse(
-                "DELETION-CONDITION",
-                f"{where}.condition",
-                f"{len(told)} of jobStatus, jobDeploymentStatus",
-                "exactly one",
-            )
-            continue
-        if (ttl := number(condition.get("ttlSeconds")) or 0) < 0:
-            yield refuse("NEGATIVE", f"{where}.condition.ttlSeconds", f"{ttl}", "0 or more")
-        yield from _possible(made, f"{where}.policy", policy)
-        key = (told[0], str(condition[told[0]]), policy)
-        if key in seen:
-            yield refuse("DELETION-TWICE", where, f"{policy} at {key[1]} is said before", "once a status")
-        seen.setdefault(key, ttl)
-    yield from _in_order(seen)
-
-
-def _possible(made: Object, where: str, policy: Any) -> Found:
-    if policy in ("DeleteCluster", "DeleteWorkers") and dig(made, "spec", "clusterSelector"):
-        yield refuse("DELETION-SELECTOR", where, f"{policy} with clusterSelector", "the cluster is not this job's")
-    if policy == "DeleteWorkers" and dig(made, "spec", "rayClusterSpec", "enableInTreeAutoscaling") is True:
-        yield refuse("DELETION-AUTOSCALER", where, "DeleteWorkers with the autoscaler", "it would bring them back")
-
-
-def _in_order(seen: Mapping[tuple[str, str, str], float]) -> Found:
-    for field, status in dict.fromkeys((field, status) for field, status, _ in seen):
-        told = [(policy, seen[field, status, policy]) for policy in ORDER if (field, status, policy) in seen]
-        for (first, early), (then, late) in pairwise(told):
-            if late < early:
-                yield refuse(
-                    "DELETION-ORDER",
-                    "spec.deletionStrategy.deletionRules",
-                    f"at {status}: {then} after {late} s, {first} after {early} s",
-                    "workers, cluster, job: in this order",
-                )
-
-
-DELETION_RULES = (ttl_needs_shutdown, one_way, legacy_policies, deletion_rules)
-
-
 MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 PLAIN_WORDS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+( [A-Za-z0-9_./:=@%+,-]+)*")
 INSTALLS = ("pip", "conda", "uv")
@@ -117,7 +20,13 @@ def mode_is_one(made: Object) -> Found:
     """The schema takes any text, and the operator then does nothing at all."""
     mode = dig(made, "spec", "submissionMode")
     if mode not in (None, *MODES):
-        yield refuse("SUBMISSION-MODE", "spec.submissionMode", repr(mode), f"one of {', '.join(MODES)}")
+        yield refuse(
+            "SUBMISSION-MODE",
+            "spec.submissionMode",
+            repr(mode),
+            f"one of {', '.join(MODES)}",
+            "submissionMode: HTTPMode",
+        )
     elif mode != "HTTPMode":
         yield warn(
             "SUBMISSION-MODE",
@@ -136,7 +45,7 @@ def suspend_needs_shutdown(made: Object) -> Found:
             "spec.suspend",
             "shutdownAfterJobFinishes is not true",
             "a job that keeps its cluster is not suspended",
-            "shutdownAfterJobFinishes: true",
+            "shutdownAfterJobFinishes: true, or remove suspend",
         )
 
 
@@ -144,23 +53,46 @@ def a_cluster_is_named_or_made(made: Object) -> Found:
     spec = mapping(made.get("spec"))
     selector = spec.get("clusterSelector")
     if not selector and spec.get("rayClusterSpec") is None:
-        yield refuse("NO-CLUSTER", "spec", "neither rayClusterSpec nor clusterSelector", "one of them")
+        yield refuse(
+            "NO-CLUSTER",
+            "spec",
+            "neither rayClusterSpec nor clusterSelector",
+            "a job makes a cluster or selects one",
+            "add rayClusterSpec, or clusterSelector: {ray.io/cluster: NAME}",
+        )
     if not selector:
         return
     if not mapping(selector).get("ray.io/cluster"):
-        yield refuse("SELECTOR-EMPTY", "spec.clusterSelector", "no ray.io/cluster", "it names the cluster")
+        yield refuse(
+            "SELECTOR-EMPTY",
+            "spec.clusterSelector",
+            "no ray.io/cluster",
+            "the label ray.io/cluster names the cluster",
+            "clusterSelector: {ray.io/cluster: NAME}",
+        )
     if spec.get("suspend") is True:
         yield refuse(
-            "SELECTOR-SUSPEND", "spec.suspend", "with clusterSelector", "the cluster is not this job's to stop"
+            "SELECTOR-SUSPEND",
+            "spec.suspend",
+            "with clusterSelector",
+            "a job cannot suspend a cluster that it did not make",
+            "remove suspend, or replace clusterSelector with rayClusterSpec",
         )
     if (number(spec.get("backoffLimit")) or 0) > 0:
-        yield refuse("SELECTOR-BACKOFF", "spec.backoffLimit", "with clusterSelector", "a retry is a new cluster")
+        yield refuse(
+            "SELECTOR-BACKOFF",
+            "spec.backoffLimit",
+            "with clusterSelector",
+            "each retry makes a new cluster, and this job makes none",
+            "backoffLimit: 0",
+        )
     if spec.get("submissionMode") == "SidecarMode":
         yield refuse(
             "SELECTOR-SIDECAR",
             "spec.submissionMode",
             "SidecarMode with clusterSelector",
-            "the sidecar lies in a head that the job makes",
+            "the sidecar runs in a head that the job makes",
+            "submissionMode: HTTPMode, or replace clusterSelector with rayClusterSpec",
         )
 
 
@@ -171,7 +103,8 @@ def interactive_is_not_retried(made: Object) -> Found:
             "INTERACTIVE-BACKOFF",
             "spec.backoffLimit",
             f"{spec['backoffLimit']}",
-            "a job that a person submits is not submitted again",
+            "the operator cannot repeat a submission that a person makes",
+            "backoffLimit: 0",
         )
 
 
@@ -181,7 +114,13 @@ def sidecars_have_no_submitter(made: Object) -> Found:
         return
     for field in ("submitterPodTemplate", "submitterConfig"):
         if spec.get(field) is not None:
-            yield refuse("SIDECAR-SUBMITTER", f"spec.{field}", "with SidecarMode", "there is no submitter's pod")
+            yield refuse(
+                "SIDECAR-SUBMITTER",
+                f"spec.{field}",
+                "with SidecarMode",
+                "SidecarMode starts no submitter pod",
+                f"remove {field}, or set submissionMode: K8sJobMode",
+            )
     restart = dig(spec, "rayClusterSpec", "headGroupSpec", "template", "spec", "restartPolicy")
     if restart not in (None, "", "Never"):
         yield refuse(
@@ -189,7 +128,7 @@ def sidecars_have_no_submitter(made: Object) -> Found:
             "spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy",
             str(restart),
             "a head with a sidecar is not restarted",
-            "leave it out, or Never",
+            "restartPolicy: Never",
         )
 
 
@@ -203,11 +142,13 @@ def numbers_are_positive(made: Object) -> Found:
     ):
         value = number(spec.get(field))
         if value is not None and value < least:
-            yield refuse("NEGATIVE", f"spec.{field}", f"{value}", f"{least} or more")
+            yield refuse(
+                "NEGATIVE", f"spec.{field}", f"{value}", f"at least {least}", f"set {field}: {least}, or remove it"
+            )
 
 
 def it_ends(made: Object) -> Found:
-    """kuberay#4217: a job whose head is gone is Running for ever, and its GPUs stay taken."""
+    """kuberay#4217: a job whose head is gone stays Running, and its GPUs stay taken."""
     spec = mapping(made.get("spec"))
     if spec.get("activeDeadlineSeconds") is None:
         yield warn(
@@ -222,11 +163,17 @@ def it_ends(made: Object) -> Found:
             "NO-PENDING-DEADLINE",
             "spec.preRunningDeadlineSeconds",
             "none",
-            "a job that never starts waits for ever",
+            "a job that never starts waits without end",
             "limits: {pending: 15m}",
         )
     if spec.get("shutdownAfterJobFinishes") is not True and spec.get("deletionStrategy") is None:
-        yield warn("NO-SHUTDOWN", "spec.shutdownAfterJobFinishes", "not true", "the cluster outlives the job")
+        yield warn(
+            "NO-SHUTDOWN",
+            "spec.shutdownAfterJobFinishes",
+            "not true",
+            "the cluster keeps its machines after the job has ended",
+            "shutdownAfterJobFinishes: true",
+        )
 
 
 def entrypoint_is_plain_words(made: Object) -> Found:
@@ -235,7 +182,13 @@ def entrypoint_is_plain_words(made: Object) -> Found:
     if dig(made, "spec", "submissionMode") == "InteractiveMode":
         return
     if not text:
-        yield refuse("ENTRYPOINT-EMPTY", "spec.entrypoint", "none", "a job runs something")
+        yield refuse(
+            "ENTRYPOINT-EMPTY",
+            "spec.entrypoint",
+            "none",
+            "a job has a command",
+            "entrypoint: python -m graftwork.cluster.jobs.driver ROOT JOB ATTEMPT job",
+        )
     elif not PLAIN_WORDS.fullmatch(str(text)):
         odd = sorted({char for char in str(text) if not re.fullmatch(r"[A-Za-z0-9_./:=@%+, -]", char)})
         yield refuse(
@@ -243,11 +196,15 @@ def entrypoint_is_plain_words(made: Object) -> Found:
             "spec.entrypoint",
             f"it has {' '.join(map(repr, odd)) or 'empty words'}",
             "plain words: a shell on the head reads it",
-            "rename what has these signs",
+            "use only letters, digits and _./:=@%+,- in the entrypoint",
         )
     if text and why_secret_text(str(text)) is not None:
         yield refuse(
-            "SECRET-VALUE", "spec.entrypoint", str(why_secret_text(str(text))), "an entrypoint is shown to all"
+            "SECRET-VALUE",
+            "spec.entrypoint",
+            str(why_secret_text(str(text))),
+            "everyone who may list jobs sees the entrypoint",
+            "remove the value from the entrypoint and set secret_env: {NAME: SECRET/KEY}",
         )
 
 
@@ -259,10 +216,22 @@ def runtime_env_installs_nothing(made: Object) -> Found:
     try:
         env = yaml.safe_load(str(text))
     except yaml.YAMLError as error:
-        yield refuse("RUNTIME-ENV-YAML", where, f"no YAML: {str(error).splitlines()[0]}", "a YAML mapping")
+        yield refuse(
+            "RUNTIME-ENV-YAML",
+            where,
+            f"no YAML: {str(error).splitlines()[0]}",
+            "runtimeEnvYAML is a YAML mapping",
+            'runtimeEnvYAML: "working_dir: /home/ray/code", or remove it',
+        )
         return
     if not isinstance(env, Mapping):
-        yield refuse("RUNTIME-ENV-YAML", where, f"a {type(env).__name__}", "a YAML mapping")
+        yield refuse(
+            "RUNTIME-ENV-YAML",
+            where,
+            f"a {type(env).__name__}",
+            "runtimeEnvYAML is a YAML mapping",
+            'runtimeEnvYAML: "working_dir: /home/ray/code", or remove it',
+        )
         return
     for key in INSTALLS:
         if env.get(key):
@@ -271,10 +240,16 @@ def runtime_env_installs_nothing(made: Object) -> Found:
                 f"{where}.{key}",
                 "packages",
                 "what a job needs is in its image",
-                "build it into the image",
+                "install the packages in the image, and remove the key from runtimeEnvYAML",
             )
     for path, why in secrets_in(env):
-        yield refuse("SECRET-VALUE", f"{where}.{path}", why, "a secret is a Secret's", "secret_env: {NAME: SECRET/KEY}")
+        yield refuse(
+            "SECRET-VALUE",
+            f"{where}.{path}",
+            why,
+            "a secret value comes from a Kubernetes Secret",
+            "secret_env: {NAME: SECRET/KEY}",
+        )
 
 
 JOB_RULES = (
@@ -290,7 +265,7 @@ JOB_RULES = (
 )
 
 
-# Queues and schedulers of gangs: what they need of a RayJob, told before it waits for ever.
+# Queues and gang schedulers: their requirements for a RayJob, checked before it waits without end.
 
 
 KUEUE_GROUPS = 7
@@ -306,22 +281,34 @@ def kueue(made: Object) -> Found:
             "KUEUE-SHUTDOWN",
             where,
             "shutdownAfterJobFinishes is not true",
-            "its quota would never come back",
+            "Kueue frees the quota when the cluster is deleted",
             "shutdownAfterJobFinishes: true",
         )
     if spec.get("clusterSelector"):
-        yield refuse("KUEUE-SELECTOR", where, "with clusterSelector", "Kueue admits the cluster, and this job has none")
+        yield refuse(
+            "KUEUE-SELECTOR",
+            where,
+            "with clusterSelector",
+            "Kueue admits a job with its cluster, and this job makes none",
+            f"remove the label {KUEUE_QUEUE}, or replace clusterSelector with rayClusterSpec",
+        )
     groups = len(listed(dig(spec, "rayClusterSpec", "workerGroupSpecs")))
     if groups > KUEUE_GROUPS:
         yield refuse(
             "KUEUE-GROUPS",
             where,
             f"{groups} worker groups",
-            f"at most {KUEUE_GROUPS} beside the head",
-            "merge equal groups",
+            f"Kueue admits the head and at most {KUEUE_GROUPS} worker groups",
+            "merge groups with equal machines, and raise `count`",
         )
     if dig(spec, "rayClusterSpec", "enableInTreeAutoscaling") is True:
-        yield refuse("KUEUE-AUTOSCALER", where, "with the autoscaler", "Kueue admits a fixed number of machines")
+        yield refuse(
+            "KUEUE-AUTOSCALER",
+            where,
+            "with the autoscaler",
+            "Kueue admits a fixed number of machines",
+            "enableInTreeAutoscaling: false, or leave `queue` out",
+        )
 
 
 def two_queues(made: Object) -> Found:
@@ -331,9 +318,9 @@ def two_queues(made: Object) -> Found:
         yield warn(
             "TWO-QUEUES",
             f"metadata.labels.{others[0]}",
-            f"beside Kueue's {labels[KUEUE_QUEUE]!r}",
+            f"together with Kueue's {labels[KUEUE_QUEUE]!r}",
             "a job that one queue lets go may wait in the other and hold the first one's quota",
-            "drop `queue` or `gang_queue`",
+            "remove `queue` or `gang_queue` from cluster.yaml",
         )
 
 

@@ -1,4 +1,4 @@
-"""Who may speak to a Ray, and what its pods may do on their machines."""
+"""Rules for pods: images, memory and environment, authentication of the Ray, and Pod Security."""
 
 import re
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ def images_are_pinned(part: ClusterView) -> Found:
                         f"{where}.{key}[{index}].image",
                         image or "no image",
                         "an image is named by its digest: registry/app@sha256:...",
-                        "image: the digest that `docker push` or the registry shows",
+                        "image: REGISTRY/APP@sha256:DIGEST, as `docker push` prints it",
                     )
 
 
@@ -83,7 +83,7 @@ def environment_has_no_secrets(part: ClusterView) -> Found:
             yield from _environment(f"{where}.containers[{index}].env", container)
 
 
-def environment_is_said_once(part: ClusterView) -> Found:
+def environment_set_once(part: ClusterView) -> Found:
     for where, pod in part.pods():
         for container in containers(pod)[:1]:
             names = [str(entry.get("name")) for entry in listed(container.get("env"))]
@@ -93,10 +93,16 @@ def environment_is_said_once(part: ClusterView) -> Found:
                     f"{where}.containers[0].env",
                     name,
                     "the last one would win silently",
-                    f"drop {name} from `env` or `secret_env`",
+                    f"remove {name} from `env` or from `secret_env`",
                 )
             for name in sorted(OPERATORS_ENV.intersection(names)):
-                yield refuse("ENV-RESERVED", f"{where}.containers[0].env", name, "KubeRay sets it", f"drop {name}")
+                yield refuse(
+                    "ENV-RESERVED",
+                    f"{where}.containers[0].env",
+                    name,
+                    "KubeRay sets this variable",
+                    f"remove {name} from `env` and `secret_env`",
+                )
 
 
 def _environment(where: str, container: Mapping[str, Any]) -> Found:
@@ -107,7 +113,7 @@ def _environment(where: str, container: Mapping[str, Any]) -> Found:
                 "SECRET-VALUE",
                 f"{where}.{entry.get('name')}",
                 why,
-                "a secret is a Secret's: objects are read by many",
+                "many users can read objects, so a secret value comes from a Kubernetes Secret",
                 f"secret_env: {{{entry.get('name')}: SECRET/KEY}}",
             )
 
@@ -117,7 +123,7 @@ POD_RULES = (
     the_head_has_room,
     the_head_takes_no_work,
     environment_has_no_secrets,
-    environment_is_said_once,
+    environment_set_once,
 )
 
 
@@ -132,7 +138,7 @@ def a_token_opens_it(part: ClusterView) -> Found:
             "AUTH-OPEN",
             f"{part.where}.authOptions.mode",
             f"{mode}",
-            "whoever reaches the head runs code as it",
+            "anyone who reaches an open head can run code on the cluster",
             "auth: {mode: token}",
         )
 
@@ -144,10 +150,16 @@ def the_version_knows_tokens(part: ClusterView) -> Found:
     version = version_of(told)
     if version is None:
         yield refuse(
-            "AUTH-VERSION", where, repr(told), "token mode needs the version of the image's Ray: 2.52 or newer"
+            "AUTH-VERSION",
+            where,
+            repr(told),
+            "token mode needs the version of the image's Ray: 2.52 or newer",
+            'rayVersion: "2.60.0"',
         )
     elif version < TOKEN_SINCE:
-        yield refuse("AUTH-VERSION", where, str(told), "token mode came with Ray 2.52", "a newer image")
+        yield refuse(
+            "AUTH-VERSION", where, str(told), "token mode came with Ray 2.52", "set rayVersion and the image to 2.60.0"
+        )
 
 
 def kubernetes_tokens(part: ClusterView) -> Found:
@@ -155,14 +167,38 @@ def kubernetes_tokens(part: ClusterView) -> Found:
     if options.get("enableK8sTokenAuth") is not True:
         return
     if part.kind in ("RayJob", "RayService"):
-        yield refuse("AUTH-K8S-KIND", where, f"true in a {part.kind}", "KubeRay takes it for a RayCluster alone")
+        yield refuse(
+            "AUTH-K8S-KIND",
+            where,
+            f"true in a {part.kind}",
+            "KubeRay accepts Kubernetes tokens for a RayCluster only",
+            "enableK8sTokenAuth: false, and auth: {mode: token, secret: SECRET}",
+        )
     if options.get("mode") != "token":
-        yield refuse("AUTH-K8S-MODE", where, f"mode {options.get('mode')}", "it needs mode token")
+        yield refuse(
+            "AUTH-K8S-MODE",
+            where,
+            f"mode {options.get('mode')}",
+            "Kubernetes tokens need mode token",
+            "auth: {mode: token}",
+        )
     if options.get("secretName"):
-        yield refuse("AUTH-K8S-SECRET", where, "secretName is given too", "Kubernetes' tokens or a Secret's, not both")
+        yield refuse(
+            "AUTH-K8S-SECRET",
+            where,
+            "secretName is given too",
+            "the token comes from Kubernetes or from a Secret",
+            "remove authOptions.secretName, or set enableK8sTokenAuth: false",
+        )
     version = version_of(part.spec.get("rayVersion"))
     if version is not None and version < K8S_TOKEN_SINCE:
-        yield refuse("AUTH-K8S-VERSION", where, str(part.spec["rayVersion"]), "it came with Ray 2.55")
+        yield refuse(
+            "AUTH-K8S-VERSION",
+            where,
+            str(part.spec["rayVersion"]),
+            "Kubernetes tokens need Ray 2.55 or newer",
+            "set rayVersion and the image to 2.60.0",
+        )
 
 
 def nobody_outside_reaches_the_head(part: ClusterView) -> Found:
@@ -173,17 +209,29 @@ def nobody_outside_reaches_the_head(part: ClusterView) -> Found:
             f"{where}.serviceType",
             str(part.head["serviceType"]),
             "ClusterIP: the head is no public service",
-            "kubectl port-forward, or a proxy that asks who one is",
+            "serviceType: ClusterIP, and kubectl port-forward or a proxy with authentication",
         )
     if part.head.get("enableIngress") is True:
-        yield refuse("HEAD-EXPOSED", f"{where}.enableIngress", "true", "no Ingress leads to the dashboard")
+        yield refuse(
+            "HEAD-EXPOSED",
+            f"{where}.enableIngress",
+            "true",
+            "ClusterIP: no Ingress leads to the dashboard",
+            "enableIngress: false, and kubectl port-forward for access",
+        )
 
 
 def pods_are_restricted(part: ClusterView) -> Found:
     for where, pod in part.pods():
         for key in ("hostNetwork", "hostPID", "hostIPC"):
             if pod.get(key) is True:
-                yield refuse("POD-HOST", f"{where}.{key}", "true", "a pod shares nothing with its machine")
+                yield refuse(
+                    "POD-HOST",
+                    f"{where}.{key}",
+                    "true",
+                    "a pod does not share the network, processes or IPC of its machine",
+                    f"remove {key}, or set it to false",
+                )
         for index, container in enumerate(containers(pod)):
             yield from _restricted(
                 f"{where}.containers[{index}].securityContext",
@@ -193,21 +241,50 @@ def pods_are_restricted(part: ClusterView) -> Found:
 
 
 def _restricted(where: str, own: Mapping[str, Any], pods: Mapping[str, Any]) -> Found:
-    rule = "Pod Security `restricted`"
     if own.get("privileged") is True or own.get("allowPrivilegeEscalation") is not False:
-        yield refuse("POD-PRIVILEGES", f"{where}.allowPrivilegeEscalation", "not false", rule)
+        yield refuse(
+            "POD-PRIVILEGES",
+            f"{where}.allowPrivilegeEscalation",
+            "not false",
+            "Pod Security `restricted`: no privilege escalation",
+            "securityContext: {privileged: false, allowPrivilegeEscalation: false}",
+        )
     if (
         own.get("runAsNonRoot", pods.get("runAsNonRoot")) is not True
         or own.get("runAsUser", pods.get("runAsUser")) == 0
     ):
-        yield refuse("POD-ROOT", f"{where}.runAsNonRoot", "it may run as root", rule)
+        yield refuse(
+            "POD-ROOT",
+            f"{where}.runAsNonRoot",
+            "it may run as root",
+            "Pod Security `restricted`: a user other than root",
+            "securityContext: {runAsNonRoot: true, runAsUser: 1000}",
+        )
     if "ALL" not in (mapping(own.get("capabilities")).get("drop") or ()):
-        yield refuse("POD-CAPABILITIES", f"{where}.capabilities.drop", "not ALL", rule)
+        yield refuse(
+            "POD-CAPABILITIES",
+            f"{where}.capabilities.drop",
+            "not ALL",
+            "Pod Security `restricted`: no capabilities",
+            "securityContext: {capabilities: {drop: [ALL]}}",
+        )
     profile = mapping(own.get("seccompProfile", pods.get("seccompProfile"))).get("type")
     if profile not in ("RuntimeDefault", "Localhost"):
-        yield refuse("POD-SECCOMP", f"{where}.seccompProfile.type", f"{profile}", rule)
+        yield refuse(
+            "POD-SECCOMP",
+            f"{where}.seccompProfile.type",
+            f"{profile}",
+            "Pod Security `restricted`: a seccomp profile",
+            "securityContext: {seccompProfile: {type: RuntimeDefault}}",
+        )
     if own.get("readOnlyRootFilesystem") is not True:
-        yield warn("POD-WRITABLE", f"{where}.readOnlyRootFilesystem", "not true", "what runs cannot change its image")
+        yield warn(
+            "POD-WRITABLE",
+            f"{where}.readOnlyRootFilesystem",
+            "not true",
+            "a process in the pod cannot change its image",
+            "securityContext: {readOnlyRootFilesystem: true}",
+        )
 
 
 SECURITY_RULES = (

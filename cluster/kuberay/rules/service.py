@@ -1,4 +1,4 @@
-"""A RayService: its configuration, and how one cluster takes over from another."""
+"""Rules for a RayService: its Serve config, upgrades between clusters, and exposure."""
 
 import re
 from collections.abc import Mapping
@@ -21,19 +21,43 @@ def serve_config_is_yaml(made: Object) -> Found:
     try:
         config = yaml.safe_load(str(text or ""))
     except yaml.YAMLError as error:
-        yield refuse("SERVE-CONFIG", where, f"no YAML: {str(error).splitlines()[0]}", "a YAML mapping")
+        yield refuse(
+            "SERVE-CONFIG",
+            where,
+            f"no YAML: {str(error).splitlines()[0]}",
+            "serveConfigV2 is a YAML mapping with `applications`",
+            "correct the YAML at the line that the parser reports",
+        )
         return
     if not isinstance(config, Mapping) or not config.get("applications"):
-        yield refuse("SERVE-CONFIG", where, "no applications", "a mapping with `applications`")
+        yield refuse(
+            "SERVE-CONFIG",
+            where,
+            "no applications",
+            "serveConfigV2 is a YAML mapping with `applications`",
+            "serveConfigV2: {applications: [{name: NAME, import_path: MODULE:APP}]}",
+        )
         return
     for path, why in secrets_in(config):
-        yield refuse("SECRET-VALUE", f"{where}.{path}", why, "a secret is a Secret's", "secret_env: {NAME: SECRET/KEY}")
+        yield refuse(
+            "SECRET-VALUE",
+            f"{where}.{path}",
+            why,
+            "a secret value comes from a Kubernetes Secret",
+            "secret_env: {NAME: SECRET/KEY}",
+        )
 
 
 def upgrade_is_one(made: Object) -> Found:
     kind = dig(made, "spec", "upgradeStrategy", "type")
     if kind not in (None, *UPGRADES):
-        yield refuse("UPGRADE-TYPE", "spec.upgradeStrategy.type", repr(kind), f"one of {', '.join(UPGRADES)}")
+        yield refuse(
+            "UPGRADE-TYPE",
+            "spec.upgradeStrategy.type",
+            repr(kind),
+            f"one of {', '.join(UPGRADES)}",
+            "upgradeStrategy: {type: NewCluster}",
+        )
 
 
 def old_cluster_stays_a_while(made: Object) -> Found:
@@ -42,14 +66,20 @@ def old_cluster_stays_a_while(made: Object) -> Found:
     if delay is None:
         return
     if delay < 0:
-        yield refuse("NEGATIVE", "spec.rayClusterDeletionDelaySeconds", f"{delay}", "0 or more")
+        yield refuse(
+            "NEGATIVE",
+            "spec.rayClusterDeletionDelaySeconds",
+            f"{delay}",
+            "a delay is 0 s or more",
+            "rayClusterDeletionDelaySeconds: 300",
+        )
     elif delay < LEAST_DELAY_S:
         yield warn(
             "DELETION-DELAY",
             "spec.rayClusterDeletionDelaySeconds",
             f"{delay} s",
             "requests that the old cluster has taken end with it",
-            "longer than the longest request",
+            "rayClusterDeletionDelaySeconds: 60, or longer than the longest request",
         )
 
 
@@ -59,20 +89,56 @@ def incremental(made: Object) -> Found:
         return
     where, options = "spec.upgradeStrategy.clusterUpgradeOptions", dig(spec, "upgradeStrategy", "clusterUpgradeOptions")
     if dig(spec, "rayClusterConfig", "enableInTreeAutoscaling") is not True:
-        yield refuse("INCREMENTAL-AUTOSCALER", where, "the autoscaler is off", "both clusters share the machines by it")
+        yield refuse(
+            "INCREMENTAL-AUTOSCALER",
+            where,
+            "the autoscaler is off",
+            "during an incremental upgrade the autoscaler moves machines between both clusters",
+            "enableInTreeAutoscaling: true, or upgradeStrategy: {type: NewCluster}",
+        )
     if not isinstance(options, Mapping):
-        yield refuse("INCREMENTAL-OPTIONS", where, "none", "stepSizePercent, intervalSeconds, gatewayClassName")
+        yield refuse(
+            "INCREMENTAL-OPTIONS",
+            where,
+            "none",
+            "an incremental upgrade needs stepSizePercent, intervalSeconds and gatewayClassName",
+            "clusterUpgradeOptions: {stepSizePercent: 20, intervalSeconds: 30, gatewayClassName: CLASS}",
+        )
         return
     surge, step = number(options.get("maxSurgePercent", 100)), number(options.get("stepSizePercent"))
     for key, value in (("maxSurgePercent", surge), ("stepSizePercent", step)):
         if value is None or not 0 <= value <= 100:
-            yield refuse("INCREMENTAL-PERCENT", f"{where}.{key}", f"{value}", "0 to 100")
+            yield refuse(
+                "INCREMENTAL-PERCENT",
+                f"{where}.{key}",
+                f"{value}",
+                "a percentage is 0 to 100",
+                f"{key}: {100 if key == 'maxSurgePercent' else 20}",
+            )
     if surge is not None and step is not None and step > surge:
-        yield refuse("INCREMENTAL-STEP", f"{where}.stepSizePercent", f"{step} > {surge}", "at most maxSurgePercent")
+        yield refuse(
+            "INCREMENTAL-STEP",
+            f"{where}.stepSizePercent",
+            f"{step} > {surge}",
+            "stepSizePercent is at most maxSurgePercent",
+            f"stepSizePercent: {surge:g}",
+        )
     if (number(options.get("intervalSeconds")) or 0) <= 0:
-        yield refuse("INCREMENTAL-INTERVAL", f"{where}.intervalSeconds", f"{options.get('intervalSeconds')}", "over 0")
+        yield refuse(
+            "INCREMENTAL-INTERVAL",
+            f"{where}.intervalSeconds",
+            f"{options.get('intervalSeconds')}",
+            "an interval is more than 0 s",
+            "intervalSeconds: 30",
+        )
     if not options.get("gatewayClassName"):
-        yield refuse("INCREMENTAL-GATEWAY", f"{where}.gatewayClassName", "none", "a GatewayClass moves the traffic")
+        yield refuse(
+            "INCREMENTAL-GATEWAY",
+            f"{where}.gatewayClassName",
+            "none",
+            "a gateway of a GatewayClass moves the traffic",
+            "gatewayClassName: CLASS, from `kubectl get gatewayclasses`",
+        )
 
 
 def head_service_has_no_name(made: Object) -> Found:
@@ -82,7 +148,8 @@ def head_service_has_no_name(made: Object) -> Found:
             "HEAD-SERVICE-NAME",
             "spec.rayClusterConfig.headGroupSpec.headService.metadata.name",
             str(name),
-            "two clusters of a service cannot have one service name",
+            "during an upgrade two clusters of the service run, and each needs a service name of its own",
+            "remove headService.metadata.name",
         )
 
 
@@ -93,7 +160,8 @@ def initializing_timeout(made: Object) -> Found:
             "INITIALIZING-TIMEOUT",
             f"metadata.annotations.{TIMEOUT_ANNOTATION}",
             repr(text),
-            "seconds, or a duration like 30m, over 0",
+            "a duration over 0: seconds, or a value like 30m",
+            f"{TIMEOUT_ANNOTATION}: 30m",
         )
 
 
@@ -104,8 +172,8 @@ def exposed(made: Object) -> Found:
             "SERVE-EXPOSED",
             "spec.serveService.spec.type",
             str(kind),
-            "ClusterIP: what leads to it from outside asks who one is",
-            "an Ingress or Gateway of yours with authentication",
+            "ClusterIP: access from outside needs authentication",
+            "type: ClusterIP, behind an Ingress or Gateway with authentication",
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
 from graftwork import config
-from graftwork.tuning.early_stopping import judge_of
+from graftwork.tuning.early_stopping import stopping_rule
 from graftwork.tuning.spec import TuneSpec
 
 STEPS = 24
@@ -90,7 +90,7 @@ def test_halving_stops_the_trials_that_ray_tune_stops(brackets: int, reduction: 
     spec = sweep(scheduler={**asked, "grace_steps": 2, "reduction": reduction}, steps=STEPS, report_every=2, seed=seed)
     state = np.random.get_state()
     try:
-        ours, theirs = decisions(judge_of(spec, []), ray_halving(reduction, 2, brackets, seed), seed)
+        ours, theirs = decisions(stopping_rule(spec, []), ray_halving(reduction, 2, brackets, seed), seed)
     finally:
         np.random.set_state(state)
     assert ours == theirs
@@ -103,7 +103,7 @@ def test_halving_stops_the_trials_that_ray_tune_stops(brackets: int, reduction: 
 def test_the_median_rule_stops_the_trials_that_ray_tune_stops(least: int, seed: int) -> None:
     scheduler = {"kind": "median", "grace_steps": 4, "min_trials": least}
     spec = sweep(scheduler=scheduler, steps=STEPS, report_every=2)
-    ours, theirs = decisions(judge_of(spec, []), ray_median(4, least), seed)
+    ours, theirs = decisions(stopping_rule(spec, []), ray_median(4, least), seed)
     assert ours == theirs
     assert any(ours)
     assert not all(ours)

@@ -10,7 +10,8 @@ from graftwork import config
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.training.worker_messages import StepReport
 from graftwork.tuning.run import check
-from graftwork.tuning.spec import METRICS, Goal, TuneSpec
+from graftwork.tuning.search_space import METRICS, Goal
+from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import Costs, State, TrialRecord, pareto, value_of
 from tests.training import task
 

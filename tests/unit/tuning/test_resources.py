@@ -1,6 +1,10 @@
 """How trials share a machine: which of them are stopped and why, what each asks of the cluster, what is refused."""
 
 import math
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +28,13 @@ from graftwork.training.loop import run_steps
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.planning.memory import kind_of, predict_training
 from graftwork.training.worker_messages import NonFiniteLoss, StepReport, TrainJob
-from graftwork.tuning.early_stopping import StoppingRule, judge_of
-from graftwork.tuning.forkserver import forked
+from graftwork.tuning.early_stopping import AshaSpec, HyperbandSpec, StoppingRule, stopping_rule
+from graftwork.tuning.forkserver import train_in_fork
 from graftwork.tuning.plan import expected_share
 from graftwork.tuning.remote_trial import Elsewhere, trial_job
 from graftwork.tuning.report import most_at_once
 from graftwork.tuning.resources import Node, Request, TrialResources, at_once, fits, fits_one, max_concurrent, predicted
 from graftwork.tuning.search import Values
-from graftwork.tuning.search_space import AshaSpec, HyperbandSpec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import TrialRecord
 from tests.families import write_family
@@ -66,7 +69,7 @@ WORSE_AND_WORSE = {f"t{n}": [2.0 + n / 10 - step / 100 for step in range(6)] for
 def test_hyperband_lets_some_trials_live_to_a_later_first_rung() -> None:
     """Each trial is worse than all before it: it is stopped at the first rung of its bracket, where it has one."""
     spec = sweep(scheduler=HYPERBAND, steps=24)
-    found = stopped(judge_of(spec, []), WORSE_AND_WORSE)
+    found = stopped(stopping_rule(spec, []), WORSE_AND_WORSE)
     firsts = {step: list(found.values()).count(step) for step in (4, 8, 16)}
     assert set(found.values()) == set(firsts)
     assert firsts[4] > firsts[8] > firsts[16] > 0, "Ray gives a bracket of one rung more e times the trials"
@@ -77,22 +80,22 @@ def test_the_bracket_of_a_trial_follows_from_the_seed_alone() -> None:
     np.random.seed(1)
     next_number = np.random.random()
     np.random.seed(1)
-    first = stopped(judge_of(spec, []), WORSE_AND_WORSE)
+    first = stopped(stopping_rule(spec, []), WORSE_AND_WORSE)
     assert np.random.random() == next_number, "nobody else's numbers change"
     np.random.seed(2)
     backwards = dict(reversed(WORSE_AND_WORSE.items()))
-    assert stopped(judge_of(spec, []), WORSE_AND_WORSE) == first
-    assert stopped(judge_of(sweep(scheduler=HYPERBAND, steps=24, seed=1), []), WORSE_AND_WORSE) != first
-    assert not stopped(judge_of(spec, []), backwards), "each better than all before it"
+    assert stopped(stopping_rule(spec, []), WORSE_AND_WORSE) == first
+    assert stopped(stopping_rule(sweep(scheduler=HYPERBAND, steps=24, seed=1), []), WORSE_AND_WORSE) != first
+    assert not stopped(stopping_rule(spec, []), backwards), "each better than all before it"
 
 
 def test_a_stopped_trial_is_told_rung_loss_and_cut_off() -> None:
-    judge = judge_of(sweep(scheduler={"grace_steps": 4, "reduction": 2}), [])
+    judge = stopping_rule(sweep(scheduler={"grace_steps": 4, "reduction": 2}), [])
     assert [judge.reason_to_stop(name, 4, loss) for name, loss in (("a", 2.0), ("b", 1.0))] == [None, None]
     assert judge.reason_to_stop("c", 4, 1.75) == (
         "stopped at step 4: loss 1.7500 is above the cut-off 1.5000 of rung 4 (2 earlier trials; the best 1 of 2 go on)"
     )
-    median = judge_of(sweep(scheduler={"kind": "median", "grace_steps": 4, "min_trials": 2}), [])
+    median = stopping_rule(sweep(scheduler={"kind": "median", "grace_steps": 4, "min_trials": 2}), [])
     assert [median.reason_to_stop(name, 4, loss) for name, loss in (("a", 2.0), ("b", 1.0))] == [None, None]
     assert median.reason_to_stop("c", 4, 1.75) == (
         "stopped at step 4: best loss 1.7500 is above 1.5000, the median of the running averages of 2 trials"
@@ -102,7 +105,7 @@ def test_a_stopped_trial_is_told_rung_loss_and_cut_off() -> None:
 @pytest.mark.parametrize("scheduler", [None, {"grace_steps": 4}, HYPERBAND, {"kind": "median", "min_trials": 1}])
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_its_trial_and_no_other(scheduler: Any, loss: float) -> None:
-    judge = judge_of(sweep(scheduler=scheduler, steps=24), [])
+    judge = stopping_rule(sweep(scheduler=scheduler, steps=24), [])
     assert judge.reason_to_stop("broken", 4, loss) == f"stopped at step 4: its held-out loss is {loss}"
     assert judge.reason_to_stop("fine", 4, 9.0) is None
     assert judge.reason_to_stop("better", 4, 8.0) is None
@@ -112,7 +115,7 @@ def test_the_median_rule_is_told_again_of_trials_in_another_order() -> None:
     """`late` ended before the others began. Told step by step it would have been stopped at 4, and reported again."""
     past = [TrialRecord("late", {}, ((4, 3.0), (8, 2.9)), "finished")]
     past = [*[TrialRecord(name, {}, ((4, 1.0), (8, 1.0)), "finished") for name in "abc"], *past]
-    judge = judge_of(sweep(scheduler={"kind": "median", "grace_steps": 4}), past)
+    judge = stopping_rule(sweep(scheduler={"kind": "median", "grace_steps": 4}), past)
     assert judge.reason_to_stop("new", 4, 5.0) is not None
 
 
@@ -295,6 +298,16 @@ def test_the_page_counts_what_ran_at_the_same_time() -> None:
 # What trains it on CPUs.
 
 
+def fork_servers() -> list[psutil.Process]:
+    """Fork servers of this process."""
+    return [child for child in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+
+
+def forks() -> list[psutil.Process]:
+    """Processes that train for this one."""
+    return [fork for server in fork_servers() for fork in server.children()]
+
+
 def test_a_fork_trains_as_this_process_does_and_takes_its_memory_with_it(folder: Path) -> None:
     spec = task(folder, num_workers=1)
     job = TrainJob(spec, prepare(spec), max_steps=3, eval_every=3)
@@ -304,14 +317,14 @@ def test_a_fork_trains_as_this_process_does_and_takes_its_memory_with_it(folder:
         seen.append((step.loss, step.eval_loss, peak))
         return True
 
-    process = forked()
-    process.train(job, note)
-    process.train(job, note)
-    stopped = process.train(job, lambda step, peak: False)
+    train_in_fork(job, note)
+    [server] = fork_servers()
+    train_in_fork(job, note)
+    stopped = train_in_fork(job, lambda step, peak: False)
     with pytest.raises(NonFiniteLoss):
-        process.train(replace(job, spec=spec.with_({"optim.lr": 1e38})), lambda step, peak: True)
-    assert forked() is process
-    assert not psutil.Process(process.pid).children(), "each fork is gone"
+        train_in_fork(replace(job, spec=spec.with_({"optim.lr": 1e38})), lambda step, peak: True)
+    assert fork_servers() == [server], "one server for all trials of a process"
+    assert not server.children(), "each fork is gone"
     alone = run_steps(job, lambda step: True)
     first, second = seen[:3], seen[3:]
     assert [one[:2] for one in first] == [one[:2] for one in second]
@@ -323,23 +336,64 @@ def test_a_fork_trains_as_this_process_does_and_takes_its_memory_with_it(folder:
 def test_a_fork_ends_with_the_process_that_asked_for_it(folder: Path) -> None:
     spec = task(folder, num_workers=1)
     job = TrainJob(spec, prepare(spec), max_steps=2, eval_every=2)
-    forks: list[psutil.Process] = []
+    seen: list[psutil.Process] = []
 
     def killed(step: StepReport, peak: int) -> bool:
-        psutil.Process(forked().pid).children()[0].kill()
+        [fork] = forks()
+        fork.kill()
         return True
 
     with pytest.raises(WorkerCrashedError, match="ended with signal 9"):
-        forked().train(job, killed)
+        train_in_fork(job, killed)
 
     def leave(step: StepReport, peak: int) -> bool:
-        forks.extend(psutil.Process(forked().pid).children())
+        seen.extend(forks())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        forked().train(job, leave)
-    assert len(forks) == 1
-    assert not psutil.pid_exists(forks[0].pid)
+        train_in_fork(job, leave)
+    assert len(seen) == 1
+    assert not psutil.pid_exists(seen[0].pid)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that no parent has waited for yet does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_fork_ends_when_its_trials_process_is_killed(folder: Path) -> None:
+    """As Ray kills an actor: SIGKILL, while the fork waits for the answer to a report."""
+    program = f"""
+import os, pathlib, psutil
+from graftwork.training.objectives.rows import prepare
+from graftwork.training.worker_messages import TrainJob
+from graftwork.tuning.forkserver import train_in_fork
+from tests.training import task
+
+def report(step, peak):
+    [server] = [c for c in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(c.cmdline())]
+    pids = " ".join(str(one.pid) for one in [server, *server.children()])
+    pathlib.Path({str(folder / "pids")!r}).write_text(pids)
+    os.kill(os.getpid(), 9)
+
+if __name__ == "__main__":
+    spec = task(pathlib.Path({str(folder)!r}), num_workers=1)
+    train_in_fork(TrainJob(spec, prepare(spec), max_steps=2, eval_every=2), report)
+"""
+    script = folder / "trial.py"
+    script.write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, str(script)], env=environment, check=False)
+    assert done.returncode == -9
+    pids = [int(pid) for pid in (folder / "pids").read_text().split()]
+    assert len(pids) == 2, "a server and a fork"
+    deadline = time.monotonic() + 20
+    while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert alive == []
 
 
 def test_a_trial_elsewhere_whose_memory_no_formula_predicts_is_a_job_without_it(tmp_path: Path) -> None:

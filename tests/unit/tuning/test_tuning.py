@@ -9,12 +9,11 @@ import pytest
 from graftwork import config
 from graftwork.errors import ConfigError, RunError
 from graftwork.storage.store import RunPaths, Store
-from graftwork.tuning.early_stopping import judge_of
+from graftwork.tuning.early_stopping import AshaSpec, stopping_rule
 from graftwork.tuning.finals import choose
 from graftwork.tuning.plan import expected_share, search_of
 from graftwork.tuning.run import check
 from graftwork.tuning.search import FixedPoints, digest, grid_size
-from graftwork.tuning.search_space import AshaSpec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trial_store import Ledger
 from graftwork.tuning.trials import State, TrialRecord, TuneProgress
@@ -183,13 +182,13 @@ def test_a_judge_remembers_the_trials_of_an_interrupted_sweep() -> None:
     """A new trial that two of three past ones beat at the first rung is stopped, as it would be without a break."""
     spec = sweep(GRID, scheduler={"grace_steps": 4, "reduction": 2})
     past = [trial("a", "finished", 2.0, 1.5, 1.0), trial("b", "stopped", 4.0), trial("c", "stopped", 5.0)]
-    judge = judge_of(spec, past)
+    judge = stopping_rule(spec, past)
     assert judge.reason_to_stop("bad", 4, 4.5)
     assert judge.reason_to_stop("good", 4, 1.9) is None
 
 
 def test_the_median_rule_stops_what_is_worse_than_most() -> None:
-    judge = judge_of(sweep(GRID, scheduler={"kind": "median", "grace_steps": 4, "min_trials": 2}), [])
+    judge = stopping_rule(sweep(GRID, scheduler={"kind": "median", "grace_steps": 4, "min_trials": 2}), [])
     for name, loss in (("a", 2.2), ("b", 2.1), ("c", 2.0)):
         assert judge.reason_to_stop(name, 4, loss) is None
         assert judge.reason_to_stop(name, 8, loss) is None

@@ -32,7 +32,7 @@ def test_a_pod_runs_the_code_that_was_submitted(wheels: tuple[Path, str], tmp_pa
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == str(tmp_path / "graftwork" / "cluster" / "driver" / "run.py")
+    assert done.stdout.strip() == str(tmp_path / "graftwork" / "cluster" / "jobs" / "driver.py")
 
 
 def test_other_bytes_under_its_name_are_refused(wheels: tuple[Path, str], tmp_path: Path) -> None:

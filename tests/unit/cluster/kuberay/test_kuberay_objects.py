@@ -36,7 +36,7 @@ def test_a_job_is_submitted_once_under_its_attempts_name_and_goes_away_by_itself
     spec = made["spec"]
     assert (made["kind"], made["metadata"]["name"], spec["jobId"]) == ("RayJob", *["airport-ababababab-a1"] * 2)
     assert spec["submissionMode"] == "HTTPMode"
-    assert spec["entrypoint"] == f"python -m graftwork.cluster.driver {ROOT} airport-ababababab 1 job"
+    assert spec["entrypoint"] == f"python -m graftwork.cluster.jobs.driver {ROOT} airport-ababababab 1 job"
     assert (spec["shutdownAfterJobFinishes"], spec["ttlSecondsAfterFinished"]) == (True, 120)
     assert (spec["submitterConfig"], spec["backoffLimit"]) == ({"backoffLimit": 0}, 0)
 

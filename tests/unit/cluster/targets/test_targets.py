@@ -22,10 +22,10 @@ from graftwork.cluster.ray_address import token
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets import backend_of
 from graftwork.cluster.targets import local as local_check
-from graftwork.cluster.targets import ray_jobs as address_check
-from graftwork.cluster.targets.local import LocalPlace
-from graftwork.cluster.targets.ray_jobs import RayNode
+from graftwork.cluster.targets import ray_jobs_checks as address_check
+from graftwork.cluster.targets.local import LocalTarget
 from graftwork.cluster.targets.ray_jobs_api import JobsApi
+from graftwork.cluster.targets.ray_jobs_checks import RayNode
 from graftwork.environment import available_memory
 from graftwork.errors import ClusterError, ConfigError
 from tests.ports import free_port
@@ -264,7 +264,7 @@ def test_a_driver_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
     python.write_text("#!/bin/sh\necho 'no module named graftwork' >&2\nexit 1\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    place = LocalPlace(str(tmp_path / "root"))
+    place = LocalTarget(str(tmp_path / "root"))
     with pytest.raises(ClusterError, match="no module named graftwork") as caught:
         place.start(Attempt(job(tmp_path / "root"), 1))
     assert ".log" in caught.value.hint
@@ -274,7 +274,7 @@ def test_a_driver_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
 def test_a_stale_lock_is_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number in it may be another process' by now, which must not be ended."""
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
-    place = LocalPlace(str(tmp_path))
+    place = LocalTarget(str(tmp_path))
     attempt = Attempt(job(tmp_path), 1)
     lock = place._lock(attempt.id)
     lock.parent.mkdir(parents=True)
