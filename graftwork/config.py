@@ -29,7 +29,7 @@ SPEC_KINDS = {
     "experiment": ("graftwork.serving.ab_test.spec", "ExperimentSpec"),
     "quantize": ("graftwork.serving.quantize.spec", "QuantizeSpec"),
     "rag": ("graftwork.serving.rag.spec", "RagSpec"),
-    "demo": ("graftwork.demo_spec", "DemoSpec"),
+    "demo": ("graftwork.stages.demo_spec", "DemoSpec"),
     "exec": ("graftwork.cluster.jobs.models", "ExecSpec"),
     "cluster": ("graftwork.cluster.spec", "ClusterSpec"),
 }

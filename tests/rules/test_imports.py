@@ -13,10 +13,12 @@ MAY_IMPORT = {
     "training": {"core", "cluster", "training"},
     "serving": {"core", "cluster", "serving"},
     "tuning": {"core", "cluster", "training", "tuning"},
-    "cli": {"core", "cluster", "training", "serving", "tuning", "cli"},
+    "stages": {"core", "cluster", "training", "serving", "tuning", "stages"},
+    "cli": {"core", "cluster", "training", "serving", "tuning", "stages", "cli"},
 }
-TOP = ("cli", "demo", "demo_load", "demo_spec")
-"""Modules of graftwork/ that may import everything: the command line, and the demo, which runs every stage."""
+TOP = {"cli": "cli", "demo": "cli", "stages": "stages"}
+"""Modules of graftwork/ that see every stage, by part. stages: plans and jobs of a stage of any kind. demo: runs all
+stages and prints, like the command line."""
 NOT_INSTALLED = ("examples", "benchmarks", "tests")
 TABLES = {
     "graftwork/config.py": "SPEC_KINDS",
@@ -31,13 +33,13 @@ def part_of_path(path: Path) -> str:
     first, *rest = path.relative_to(ROOT).parts
     if first in FOLDERS:
         return first
-    return "cli" if rest[0].removesuffix(".py") in TOP else "core"
+    return TOP.get(rest[0].removesuffix(".py"), "core")
 
 
 def part_of_name(name: str) -> str:
     """Part that a dotted name of this package belongs to: `graftwork.training.spec` to `training`."""
     second = name.split(".")[1] if "." in name else ""
-    return second if second in FOLDERS else "cli" if second in TOP else "core"
+    return second if second in FOLDERS else TOP.get(second, "core")
 
 
 def imported(tree: ast.AST) -> set[str]:

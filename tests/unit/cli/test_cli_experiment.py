@@ -17,11 +17,11 @@ from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
 from graftwork.base.spec import BaseSpec
 from graftwork.cli import app
-from graftwork.cli.shadow import check_shadow, place_shadow, shadow_spec
 from graftwork.errors import ConfigError
 from graftwork.serving.ab_test.spec import ExperimentSpec
 from graftwork.serving.api.errors import ApiError
 from graftwork.serving.spec import ServeSpec
+from graftwork.stages.shadow import check_shadow, place_shadow, shadow_spec
 from graftwork.storage.store import Store
 from graftwork.training.report import TrainReport
 from graftwork.tuning.spec import TuneSpec

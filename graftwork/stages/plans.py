@@ -13,7 +13,6 @@ from graftwork.base.model_shape import ModelShape
 from graftwork.base.spec import BaseSpec
 from graftwork.base.support import base_support, check_serving, check_training
 from graftwork.config import Spec
-from graftwork.demo_spec import DemoSpec, DemoSpecs, load_specs
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import Gpu, Machine, gpu_here
 from graftwork.planning.memory import FP32, FRAGMENTS, MemoryPlan, TokenWork
@@ -26,6 +25,7 @@ from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.planning import RequestLoad, answers_seconds, plan_serving, predict_embedding
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.stages.demo_spec import DemoSpec, DemoSpecs, load_specs
 from graftwork.storage.store import Store
 from graftwork.training.autotune import machine_of, sizes_of
 from graftwork.training.evaluation.spec import OutcomesSpec, work_of
@@ -116,8 +116,6 @@ def _lines(
     if isinstance(spec, ServeSpec | CompareSpec | QuantizeSpec):
         check_serving(spec)
     if isinstance(spec, TrainSpec):
-        from graftwork.training.objectives.rows import prepare
-
         check_training(spec, base_model.resolve(spec.base).config)
         data = prepare(spec)
         held_out = sizes_of(data.eval) if data.eval is not None else None
@@ -126,7 +124,6 @@ def _lines(
         )
         yield replace(line, warnings=(*line.warnings, *data.warnings))
     elif isinstance(spec, TuneSpec):
-        from graftwork.training.objectives.rows import prepare
         from graftwork.tuning.plan import plan_tuning
         from graftwork.tuning.winner import winner_spec
 
@@ -154,7 +151,7 @@ def _lines(
             dequantised=machine.gpu is None and _unpacked(spec.quant),
         )
     elif isinstance(spec, CompareSpec):
-        from graftwork.cli.request_sizes import compare_answers
+        from graftwork.serving.request_sizes import compare_answers
 
         adapters = {arm.adapter for arm in spec.arms if arm.adapter}
         machine = _with_gpu_here(spec, machine)
@@ -204,7 +201,7 @@ def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machin
 
 def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> StagePlan:
     """The main job's endpoint, the update that is trained beside it, and the burst of requests."""
-    from graftwork.cli.request_sizes import compare_answers
+    from graftwork.serving.request_sizes import compare_answers
 
     [served], [update] = _lines(specs.serve, folder, machine), _lines(specs.update, folder, machine)
     burst, at = specs.demo.burst, machine.at(specs.serve.quant)
@@ -224,7 +221,7 @@ def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> Stage
 
 def _precisions(spec: QuantizeSpec, machine: Machine, prompts: Mapping[str, PromptSpec]) -> Iterator[StagePlan]:
     """One process after the other."""
-    from graftwork.cli.request_sizes import quantize_answers
+    from graftwork.serving.request_sizes import quantize_answers
 
     adapters = {arm.adapter for arm in spec.arms if arm.adapter}
     answers = quantize_answers(spec, prompts)

@@ -1,6 +1,6 @@
-"""The winner of a sweep in shadow: an experiment spec beside the sweep's records, and its start.
+"""Shadow test of a sweep's winner: its experiment spec, written next to the sweep's records, and its start.
 
-Here and not in `tuning`, which knows nothing of serving.
+Not part of `tuning`, which does not import serving.
 """
 
 from pathlib import Path
@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from graftwork import config
-from graftwork.cli.experiment import client_of
-from graftwork.cli.render import echo
 from graftwork.errors import ConfigError
 from graftwork.serving.ab_test.spec import ExperimentSpec
+from graftwork.serving.api.auth import own_token
+from graftwork.serving.client import Client
 from graftwork.serving.models import base_name
 from graftwork.storage.store import Store
 from graftwork.tuning.spec import TuneSpec
@@ -60,7 +60,8 @@ def place_shadow(spec: TuneSpec, report: TuneReport) -> dict[str, Any]:
         "started": None,
     }
     if spec.winner.shadow.start:
-        with client_of(asked.endpoint, asked.admin_token_env) as client:
+        token = own_token(asked.admin_token_env, "admin_token_env")
+        with Client(asked.endpoint, token) as client:
             found["started"] = client.experiment("start", spec=asked.model_dump(mode="json"))
     return found
 
@@ -72,17 +73,6 @@ def _write(store: Store, run_id: str, name: str, text: str) -> str:
         return store.path("runs", run_id, name)
     Path(name).write_text(text, encoding="utf-8")
     return name
-
-
-def show_shadow(found: dict[str, Any]) -> None:
-    """For people, with the command that starts it."""
-    if "why" in found:
-        return echo(f"shadow: {found['why']}")
-    said = f"shadow: {found['winner']} beside {found['current']}, {found['spec']}"
-    if found["started"] is not None:
-        echo(f'{said}; started: ask for it with "model": "{found["started"]["model"]}"')
-    else:
-        echo(f"{said}\n  start it: graftwork experiment start {found['spec']}")
 
 
 def _asked(experiment: str | dict[str, Any]) -> dict[str, Any]:
