@@ -56,7 +56,7 @@ from graftwork.tuning.trials import TuneReport
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Where the report lies, and its verdict in a sentence."""
+    """URIs of the demo's report, and its verdict in a sentence."""
 
     json_uri: str
     html_uri: str
@@ -86,7 +86,7 @@ class DemoState:
     def done(
         self, stage: str, started: float, found: str, *, reused: bool = False, peak_bytes: int | None = None
     ) -> None:
-        """Record a stage: its time, its finding, and what was predicted of it beside what it took."""
+        """Record a stage: its time, its finding, and its prediction next to what it took."""
         wall_s = time.monotonic() - started
         self.stages.append(StageTime(stage=stage, wall_s=wall_s, reused=reused, found=found))
         line = self.predicted.get(stage)
@@ -249,7 +249,7 @@ def compare_stage(job: DemoState, endpoint: Endpoint) -> None:
 
 
 def report_stage(job: DemoState) -> DemoReport:
-    """report.json and report.html beside each other in the job's run folder."""
+    """Write report.json and report.html into the job's run folder."""
     started = time.monotonic()
     demo = job.specs.demo
     assert job.compared is not None

@@ -50,7 +50,7 @@ def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, a
     if chosen is not None and not found:
         raise ConfigError(
             f"experiment {chosen}",
-            "the endpoint knows none of this name",
+            "the endpoint has none of this name",
             "",
             "start it: graftwork experiment start FILE",
         )
@@ -136,7 +136,7 @@ def _log_of(spec: "ExperimentSpec") -> str:
     if not found:
         raise ConfigError(
             f"experiment {spec.name}",
-            f"{spec.endpoint} knows none of this name",
+            f"{spec.endpoint} has none of this name",
             "",
             "give the folder of its log: --log URI",
         )
@@ -144,7 +144,7 @@ def _log_of(spec: "ExperimentSpec") -> str:
     if other := [f"{key}={runs[key]}" for key, value in asked.items() if runs[key] != value]:
         raise ConfigError(
             f"experiment {spec.name}",
-            f"it runs with {' and '.join(other)}, not as this file says",
+            f"it runs with {' and '.join(other)}, other than in this file",
             "",
             "report with the file that it was started with",
         )

@@ -85,10 +85,10 @@ def status(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
     """Show one job: state and its reason, times, progress, cost and next steps."""
     where, job_id, _ = _named(job, root)
     found = _backend(JobStore(where), where, job_id).status(job_id)
-    told = details(JobStore(where), found, where)
+    shown = details(JobStore(where), found, where)
     if as_json:
-        return print_json(told)
-    show_details(told, where, found)
+        return print_json(shown)
+    show_details(shown, where, found)
     if is_away(found):
         _say_away(found.on)
 
@@ -152,7 +152,7 @@ def cancel(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
         raise ClusterError(
             f"cancel {job_id}",
             f"{error.subject}: {error.problem}",
-            "its driver was asked to end by the store; whether it did, and what is left there, is not known",
+            "its driver was asked to end by the store; its state there is unknown",
             f"when {backend.on} answers: graftwork jobs cancel {job_id}{root_flag(where)}",
         ) from error
     print_json(asdict(found)) if as_json else echo(line_of(found))
@@ -303,7 +303,7 @@ def _unknown(runs: JobStore, said: str, ids: list[str]) -> ConfigError:
 
 def _say_away(on: str) -> None:
     stderr.print(
-        f"{on} does not answer; its jobs are shown as the store knows them",
+        f"{on} does not answer; its jobs are shown as recorded in the store",
         style="yellow",
         markup=False,
         soft_wrap=True,

@@ -131,8 +131,8 @@ class LaunchOptions(StageOptions):
         if self.budget is not None and spec.prices is None:
             raise ConfigError(
                 f"--budget {self.budget:g}",
-                "the cluster's file has no prices",
-                "a budget is held by a price table",
+                "the cluster config has no prices",
+                "a budget is computed from a price table",
                 "add prices: {gpu_hour: {H100: ...}}",
             )
         return spec.with_({key: value for key, value in given.items() if value is not None})

@@ -222,7 +222,7 @@ def _price(whole: PlannedJob) -> str:
 
 
 def say_plan(spec: "TuneSpec", folder: Path, on: str) -> None:
-    """One line of what the sweep will take, and a warning where it does not fit. `folder`: where the spec's file lies.
+    """Print one line with the prediction of the sweep, and a warning where it does not fit. `folder`: the spec file's.
 
     Raises UserErrors as the sweep itself would.
     """

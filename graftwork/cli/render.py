@@ -284,10 +284,12 @@ def details(runs: JobStore, status: JobStatus, root: str) -> dict[str, Any]:
     }
 
 
-def show_details(told: dict[str, Any], root: str, status: JobStatus) -> None:
+def show_details(shown: dict[str, Any], root: str, status: JobStatus) -> None:
     """A line a fact."""
     echo(f"{status.job_id}: {status.state} on {status.on} ({status.kind}, attempt {status.attempt})")
-    beat = None if status.ended or told["driver"] is None else f"{told['heartbeat_age_s']:.0f} s ago, {told['driver']}"
+    beat = (
+        None if status.ended or shown["driver"] is None else f"{shown['heartbeat_age_s']:.0f} s ago, {shown['driver']}"
+    )
     facts = {
         "why": status.why,
         "exit code": None if status.exit_code is None else str(status.exit_code),
@@ -296,22 +298,22 @@ def show_details(told: dict[str, Any], root: str, status: JobStatus) -> None:
         "ended": when(status.ended_at) if status.ended_at else None,
         "heartbeat": beat,
         "progress": status.progress,
-        "cost": _cost(told),
-        "store": told["root"],
+        "cost": _cost(shown),
+        "store": shown["root"],
     }
     for name, value in facts.items():
         if value:
             echo(f"  {name:10s} {value}")
     for name in ("left", "events", "next"):
-        for number, line in enumerate(told[name]):
+        for number, line in enumerate(shown[name]):
             echo(f"  {name if number == 0 else '':10s} {_event(line) if name == 'events' else line}")
 
 
-def _cost(told: dict[str, Any]) -> str | None:
-    if told["usd"] is None:
+def _cost(shown: dict[str, Any]) -> str | None:
+    if shown["usd"] is None:
         return None
-    most = f" of at most ${told['most_usd']:.2f}" if told["most_usd"] is not None else ""
-    return f"${told['usd']:.2f} in this attempt{most}"
+    most = f" of at most ${shown['most_usd']:.2f}" if shown["most_usd"] is not None else ""
+    return f"${shown['usd']:.2f} in this attempt{most}"
 
 
 def _events(runs: JobStore, status: JobStatus) -> list[dict[str, Any]]:
@@ -342,13 +344,13 @@ def _plain(text: str) -> str:
 
 
 def line_of(status: JobStatus) -> str:
-    """`cards-0123456789 attempt 2 on local: running; its driver was heard 3 s ago`."""
+    """Return a job as one line: `cards-0123456789 attempt 2 on local: running; its last heartbeat was 3 s ago`."""
     why = f"; {status.why}" if status.why else ""
     return f"{status.job_id} attempt {status.attempt} on {status.on}: {status.state}{why}"
 
 
 def is_away(status: JobStatus) -> bool:
-    """Whether its place was asked and did not answer, as `StoredBackend` says it."""
+    """Return whether the job's target did not answer, by the reason that `StoredBackend` gives."""
     return "its place does not answer" in status.why
 
 

@@ -189,7 +189,7 @@ def _loss(trial: "TrialRecord | None") -> str:
 
 
 def _short(keys: list[str]) -> list[str]:
-    """The last part of each key, where that tells them apart."""
+    """Return the last part of each key where it is unique, else the key."""
     last = [key.rsplit(".", 1)[-1] for key in keys]
     return [short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)]
 
@@ -261,7 +261,7 @@ class _SweepLines:
         self._last: TuneProgress | None = None
 
     def update(self, progress: "TuneProgress") -> None:
-        """Note how it stands; say so if it is time."""
+        """Record the progress; print it if `every_s` has passed."""
         self._last = progress
         if time.monotonic() - self._printed_at >= self._every_s:
             self._say(progress)
@@ -295,7 +295,7 @@ class _TrialTable:
         self._progress, self._at = progress, time.monotonic()
 
     def render(self) -> RenderableType:
-        """As it stands now."""
+        """Return the table of the last progress."""
         if self._progress is None:
             return Text(f"{self._label}: starting")
         rows = max(3, min(MOST_ROWS, self._console.height - 8))
@@ -303,7 +303,7 @@ class _TrialTable:
 
 
 def board(label: str, progress: "TuneProgress", since_s: float, rows: int) -> RenderableType:
-    """The whole board, at most `rows` trials; `since_s`: since the progress was told."""
+    """The whole board, at most `rows` trials; `since_s`: since the progress was reported."""
     from graftwork.report.format import clock
     from graftwork.tuning.eta import pace
 
@@ -388,7 +388,7 @@ def _range(progress: "TuneProgress") -> tuple[float, float]:
 
 
 def sparkline(losses: Sequence[float], low: float, high: float) -> str:
-    """A bar a report, between `low` and `high`; what lies beyond, or is no number, is as high as they go."""
+    """A bar a report, between `low` and `high`; a loss above `high`, or that is no number, has the full height."""
     span = (high - low) or 1.0
     heights = [min(max((loss - low) / span, 0.0), 1.0) if math.isfinite(loss) else 1.0 for loss in losses]
     return "".join(BARS[round(height * (len(BARS) - 1))] for height in heights)

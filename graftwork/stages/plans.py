@@ -42,7 +42,7 @@ NO_PROMPTS: Mapping[str, PromptSpec] = {}
 def plan_spec(
     spec: Spec, folder: Path, gpu: Gpu | None = None, gpus: int | None = None, *, replay: bool = False
 ) -> list[StagePlan]:
-    """A line a stage; `folder` is where a demo's spec files lie. Raises UserError as the stages themselves would.
+    """Return a prediction per stage; `folder` has a demo's spec files. Raises UserError as the stages themselves would.
 
     `gpu`: plan for machines with such GPUs, one a worker, `gpus` workers; None plans for what the spec asks for here.
     `replay`: of a training spec, the real step on tensors without memory as well.
@@ -200,7 +200,7 @@ def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machin
 
 
 def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> StagePlan:
-    """The main job's endpoint, the update that is trained beside it, and the burst of requests."""
+    """Return the prediction of the demo's endpoint with the update that trains meanwhile and the burst of requests."""
     from graftwork.serving.request_sizes import compare_answers
 
     [served], [update] = _lines(specs.serve, folder, machine), _lines(specs.update, folder, machine)
@@ -215,7 +215,7 @@ def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> Stage
         total_bytes=total,
         seconds=served.seconds + update.seconds + answer_s,
         verdict=verdict_of(total, machine, ()),
-        assumptions=(answers.describe(), "an update trains beside the endpoint", *served.assumptions),
+        assumptions=(answers.describe(), "an update trains next to the endpoint", *served.assumptions),
     )
 
 
@@ -268,12 +268,9 @@ def _unpacked(quant: QuantSpec) -> bool:
     return quant.is_4bit and quant.resident != "packed"
 
 
-# A training spec's line of the plan, with the peak of the replayed step in place of the closed form's.
-
-
 STEP = "step, replayed"
 SHOWN = ("process", "base weights", "trained weights", "optimizer", "buffers", "CUDA")
-"""Parts of the closed form that are kept: what workers share and what is no tensor."""
+"""Parts of the closed form that a replay does not replace: what workers share and what is no tensor."""
 
 
 def placed(spec: TrainSpec, machine: Machine) -> Machine:
@@ -314,10 +311,10 @@ def replayed_line(spec: TrainSpec, machine: Machine, outcomes: TokenWork | None 
 
 
 def _parts(closed: MemoryPlan, step: int, *, on_gpu: bool) -> tuple[tuple[str, int], ...]:
-    kept = {name: size for name, size in closed.parts if name in SHOWN}
-    kept[STEP] = step
+    parts = {name: size for name, size in closed.parts if name in SHOWN}
+    parts[STEP] = step
     if on_gpu:
-        kept["fragments"] = round(FRAGMENTS * (sum(kept.values()) - kept.get("CUDA", 0)))
+        parts["fragments"] = round(FRAGMENTS * (sum(parts.values()) - parts.get("CUDA", 0)))
     else:
-        kept["allocator"] = round(ALLOCATOR_SHARE * step)
-    return tuple(kept.items())
+        parts["allocator"] = round(ALLOCATOR_SHARE * step)
+    return tuple(parts.items())

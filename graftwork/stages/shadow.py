@@ -41,7 +41,7 @@ def shadow_spec(spec: TuneSpec, current: str, winner: str) -> ExperimentSpec:
 
 
 def place_shadow(spec: TuneSpec, report: TuneReport) -> dict[str, Any]:
-    """Write the experiment spec, start it where that is asked for; what was done, for `--json`.
+    """Write the experiment spec and start it if requested; return what was done, for `--json`.
 
     Raises ClusterError (no endpoint answers), ApiError (it refuses).
     """
@@ -50,7 +50,9 @@ def place_shadow(spec: TuneSpec, report: TuneReport) -> dict[str, Any]:
     assert report.winner is not None
     current, winner = report.winner.beside, report.winner.train.version
     if current is None or current == winner:
-        return {"why": f"{spec.train.name}@{spec.winner.shadow.against} is the winner itself: nothing to put beside it"}
+        return {
+            "why": f"{spec.train.name}@{spec.winner.shadow.against} is the winner itself: nothing to compare it with"
+        }
     asked = shadow_spec(spec, current, winner)
     text = yaml.safe_dump(asked.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
     found: dict[str, Any] = {

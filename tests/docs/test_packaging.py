@@ -138,10 +138,12 @@ from graftwork.serving.spec import ServeSpec
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec
 
-cluster: int = ClusterSpec.digest
-serving: int = ServeSpec.digest
-training: int = TrainSpec.digest
-tuning: int = TuneSpec.digest
+
+def probe(cluster: ClusterSpec, serving: ServeSpec, training: TrainSpec, tuning: TuneSpec) -> None:
+    a: int = cluster
+    b: int = serving
+    c: int = training
+    d: int = tuning
 """
 """Four lines that are wrong where the type checker knows the four classes."""
 
@@ -158,7 +160,7 @@ def test_mypy_knows_the_classes_of_the_four_folders(tmp_path: Path) -> None:
     options = ["--config-file", str(ROOT / "pyproject.toml"), "--follow-imports", "silent", "probe.py"]
     said = checked([sys.executable, "-m", "mypy", *options], tmp_path)
     for name in ("ClusterSpec", "ServeSpec", "TrainSpec", "TuneSpec"):
-        assert re.search(rf'expression has type "Callable\[\[{name}\], str\]"', said), said
+        assert f'expression has type "{name}", variable has type "int"' in said, said
     assert "Found 4 errors in 1 file" in said
 
 
@@ -168,7 +170,7 @@ def test_pyright_knows_the_classes_of_the_four_folders(tmp_path: Path) -> None:
     (tmp_path / "pyrightconfig.json").write_text(f'{{"extraPaths": ["{ROOT}"], "typeCheckingMode": "basic"}}')
     said = checked(["basedpyright", "--pythonpath", sys.executable, "--project", "."], tmp_path)
     for name in ("ClusterSpec", "ServeSpec", "TrainSpec", "TuneSpec"):
-        assert f'Type "(self: {name}) -> str" is not assignable to declared type "int"' in said, said
+        assert f'Type "{name}" is not assignable to declared type "int"' in said, said
     assert "4 errors" in said
 
 
