@@ -104,9 +104,9 @@ def publish(
 
 
 def adopt(store: Store, manifest: AdapterManifest, files: Mapping[str, bytes]) -> AdapterManifest:
-    """Make a version that was published elsewhere, its files checked, one of this store. Returns the manifest of this store.
+    """Add a version that was published elsewhere to this store, its files checked. Returns the manifest of this store.
 
-    One that is here already stays, or is written again where it is damaged. Raises ArtifactError, StorageError.
+    A version that is here already stays; a damaged one is written again. Raises ArtifactError, StorageError.
     """
     check_names(manifest.task, manifest.version)
     return _make_visible(store, manifest, files)
