@@ -157,9 +157,11 @@ def private_names(trees: Mapping[Path, ast.Module]) -> list[str]:
 def private_imports(tree: ast.Module) -> Iterator[int]:
     """Yield the line of each import statement that names another library's private module or object."""
     for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        root = names[0].split(".")[0] if names else ""
+        names += [alias.name for alias in node.names]
+        root = names[0].split(".")[0]
         if root in sys.stdlib_module_names or root in ("graftwork", ""):
             continue
         if any(re.match(r"_(?!_)", part) for name in names for part in name.split(".")):

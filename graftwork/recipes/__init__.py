@@ -37,7 +37,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class PythonSource:
-    """Source of text: files of the running Python's standard library by globs, private modules (`_name.py`) left out."""
+    """Source of text: files of Python's standard library by globs, without private modules (`_name.py`)."""
 
     patterns: tuple[str, ...]
     most_bytes: int = 1 << 20

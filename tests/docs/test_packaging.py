@@ -81,8 +81,8 @@ def test_wheel_runs_outside_the_checkout(dist: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_an_editable_install_imports_the_checkout_by_its_real_paths(tmp_path: Path) -> None:
     made = make_venv(tmp_path / "venv")
-    pip = [made / "bin/python", "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation", "-e"]
-    run_in(tmp_path, *pip, ROOT)
+    options = ["-q", "--no-index", "--no-deps", "--no-build-isolation"]
+    run_in(tmp_path, made / "bin/python", "-m", "pip", "install", *options, "-e", ROOT)
     names = "; ".join(f"import graftwork.{folder}.spec; print(graftwork.{folder}.spec.__file__)" for folder in FOLDERS)
     found = run_in(tmp_path, made / "bin/python", "-c", names).split()
     assert found == [str(ROOT / folder / "spec.py") for folder in FOLDERS]

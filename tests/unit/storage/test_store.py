@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[3]
 
 
 class TestFolder(StoreContract):
+    """Contract of a store, on a folder."""
+
     @pytest.fixture
     def store(self, tmp_path: Path) -> Store:
         return Store(str(tmp_path / "root"))
