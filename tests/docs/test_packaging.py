@@ -55,7 +55,7 @@ def test_wheel_from_sdist_holds_real_folders_under_one_name(dist: Path) -> None:
 def make_venv(folder: Path) -> Path:
     """Return the folder of a new venv that has the libraries of this process, but not its graftwork."""
     venv.create(folder, with_pip=True, system_site_packages=False)
-    find = [folder / "bin/python", "-c", "import site; print(site.getsitepackages()[0])"]
+    find: list[str | Path] = [folder / "bin/python", "-c", "import site; print(site.getsitepackages()[0])"]
     site = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
     own = [path for path in sys.path if path.endswith("site-packages")]
     (Path(site) / "host.pth").write_text("\n".join(own))  # .pth files in these folders are not read
