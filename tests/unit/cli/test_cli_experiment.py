@@ -184,7 +184,7 @@ def test_a_shadow_takes_the_other_keys_of_an_experiment_file(url: str, root: Pat
     asked = shadow_spec(spec, "a" * 12, "b" * 12)
     assert (asked.name, asked.endpoint, asked.control, asked.mode) == ("cards", url, "current", "shadow")
     assert [arm.weight for arm in asked.arms] == [None, None]
-    assert "nothing to put beside it" in place_shadow(spec, swept(spec, "a" * 12, "a" * 12))["why"]
+    assert "nothing to compare it with" in place_shadow(spec, swept(spec, "a" * 12, "a" * 12))["why"]
 
 
 @pytest.mark.parametrize(
