@@ -4,6 +4,6 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# Links lost (a zip archive, a checkout without symlinks)? Then the four folders stand beside this package.
+# A zip archive of the repository has no links: the four folders are then found at its top level.
 if not (Path(__file__).parent / "training").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+    __path__.append(str(Path(__file__).parents[1]))

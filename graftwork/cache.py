@@ -1,4 +1,4 @@
-"""Folders of the cache that are made once: one process builds, the others wait, and the folder appears whole."""
+"""Folders of the cache, built once: one process builds, the others wait, and the folder appears whole."""
 
 import fcntl
 import hashlib
@@ -21,7 +21,7 @@ def file_sha256(path: Path) -> str:
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """`folder`, filled by `build(empty folder)` if it is absent. A build that raises leaves nothing behind.
 
-    The files lie on disk before the folder gets its name, so a crash or a power cut cannot leave a torn one.
+    The files are synced before the folder gets its name, so a crash or a power cut cannot leave a torn one.
     """
     if folder.is_dir():
         return folder

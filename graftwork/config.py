@@ -1,7 +1,7 @@
 """One YAML, one frozen model: loading, `--set a.b=v`, hashing, explanation and JSON schema.
 
 A spec file names its stage by the top-level key `kind` (train, tune, serve, compare, experiment, ...). Each stage's
-spec lives beside its owner and subclasses `Spec`; `SPEC_KINDS` is the only place that knows them all, by dotted name,
+spec is in its owner's folder and subclasses `Spec`; `SPEC_KINDS` is the only place that knows them all, by dotted name,
 so that this module imports neither torch nor ray.
 """
 
@@ -29,14 +29,14 @@ SPEC_KINDS = {
     "experiment": ("graftwork.serving.ab_test.spec", "ExperimentSpec"),
     "quantize": ("graftwork.serving.quantize.spec", "QuantizeSpec"),
     "rag": ("graftwork.serving.rag.spec", "RagSpec"),
-    "demo": ("graftwork.demo_spec", "DemoSpec"),
+    "demo": ("graftwork.stages.demo_spec", "DemoSpec"),
     "exec": ("graftwork.cluster.jobs.models", "ExecSpec"),
     "cluster": ("graftwork.cluster.spec", "ClusterSpec"),
 }
 
 
 NO_IDENTITY = frozenset({"root", "alias"})
-"""Keys that name a place or a pointer. A run is named by what it does, not by where it is kept."""
+"""Keys that name a store or an alias. The identity of a run does not depend on its store."""
 
 
 class Spec(BaseModel):
@@ -49,7 +49,7 @@ class Spec(BaseModel):
         return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()
 
     def identity(self) -> str:
-        """As `digest`, without the keys that say where things lie and not what they are: two stores, one identity."""
+        """Like `digest`, without NO_IDENTITY: the same in every store."""
         tree = self.model_dump(mode="json")
         return hashlib.sha256(canonical_json(_without(tree, NO_IDENTITY)).encode()).hexdigest()
 
@@ -75,7 +75,7 @@ class _KeysAreText(yaml.SafeLoader):
 
 
 class DuplicateKeyError(yaml.YAMLError):
-    """A key that stands twice in one mapping; YAML would silently use the last one."""
+    """A key that is given twice in one mapping; YAML would silently use the last one."""
 
 
 def read_yaml(text: str) -> Any:

@@ -1,34 +1,53 @@
-"""The stages in order. Each prints one line of what it found and leaves a record for the report."""
+"""The demo: all stages in order, live traffic during an adapter swap, and the report.
 
+Each stage prints one line and adds its record to the report.
+"""
+
+import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from graftwork import demo_load as traffic
 from graftwork import report
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
 from graftwork.cli.render import duration, echo, gib, print_table, progress_bar
-from graftwork.cli.stage_plans import plan_spec
 from graftwork.cluster.session import Session, session
 from graftwork.datasets.rows import read_rows
-from graftwork.demo_spec import DemoSpec, DemoSpecs, load_specs
 from graftwork.environment import collect
 from graftwork.planning.plan import StagePlan
+from graftwork.prompts.render import Message
 from graftwork.report import format as words
 from graftwork.report.render import ReportInput
-from graftwork.report.schema import CompareReport, PlanRow, ServingRecord, StageTime, TrainRun
+from graftwork.report.schema import (
+    AdapterLatency,
+    CompareReport,
+    PlanRow,
+    ServingRecord,
+    StageTime,
+    SwapRecord,
+    TrainRun,
+)
 from graftwork.report.sweep_schema import SweepRecord
+from graftwork.serving.api.status import replica_stats
+from graftwork.serving.client import ChatCall
 from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.evaluation.run import CompareOutcome, run_compare
+from graftwork.serving.evaluation.spec import CompareSpec
+from graftwork.serving.load_test import SwapReport, swap_under_load
+from graftwork.stages.demo_spec import BurstSpec, DemoSpec, DemoSpecs, load_specs
+from graftwork.stages.plans import plan_spec
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.report import Progress, TrainReport, train_run
 from graftwork.training.run import train
+from graftwork.training.spec import TrainSpec
 from graftwork.tuning.report import SweepEnd, sweep_record
 from graftwork.tuning.run import tune
 from graftwork.tuning.spec import TuneSpec
@@ -37,7 +56,7 @@ from graftwork.tuning.trials import TuneReport
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Where the report lies, and its verdict in a sentence."""
+    """URIs of the demo's report, and its verdict in a sentence."""
 
     json_uri: str
     html_uri: str
@@ -46,6 +65,8 @@ class DemoReport:
 
 Bar = Callable[[int, int, str], None]
 """Shows (done, total, text)."""
+STAGING = "next"
+"""The update is trained under the alias `next`, which no traffic asks for; the live alias takes it over under load."""
 
 
 @dataclass
@@ -65,7 +86,7 @@ class DemoState:
     def done(
         self, stage: str, started: float, found: str, *, reused: bool = False, peak_bytes: int | None = None
     ) -> None:
-        """Record a stage: its time, its finding, and what was predicted of it beside what it took."""
+        """Record a stage: its time, its finding, and its prediction next to what it took."""
         wall_s = time.monotonic() - started
         self.stages.append(StageTime(stage=stage, wall_s=wall_s, reused=reused, found=found))
         line = self.predicted.get(stage)
@@ -185,7 +206,7 @@ def serve_stage(job: DemoState, endpoint: Endpoint) -> None:
     """Live traffic to the base and every adapter while an update is trained, published and swapped in."""
     started = time.monotonic()
     with job.bar("serve: burst and swap") as bar:
-        found = traffic.burst_with_update(
+        found = burst_with_update(
             endpoint,
             job.specs.update,
             job.specs.demo.burst,
@@ -228,7 +249,7 @@ def compare_stage(job: DemoState, endpoint: Endpoint) -> None:
 
 
 def report_stage(job: DemoState) -> DemoReport:
-    """report.json and report.html beside each other in the job's run folder."""
+    """Write report.json and report.html into the job's run folder."""
     started = time.monotonic()
     demo = job.specs.demo
     assert job.compared is not None
@@ -253,9 +274,6 @@ def report_stage(job: DemoState) -> DemoReport:
     return DemoReport(written.json_uri, written.html_uri, job.compared.advice.sentence)
 
 
-# What the stages return, as the records that the report shows.
-
-
 def base_name(uri: str) -> str:
     """The last part of a base's URI, without a file ending."""
     return uri.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
@@ -271,3 +289,73 @@ def tune_record(found: TuneReport, spec: TuneSpec) -> SweepRecord:
     """The sweep as on its own page."""
     ended = SweepEnd("finished", found.eval_rows, found.sampler, found.wall_s, found.choice, found.reused)
     return sweep_record(spec, found.trials, ended)
+
+
+@dataclass(frozen=True)
+class TrafficResult:
+    """What the endpoint did."""
+
+    record: ServingRecord
+    update: TrainReport
+    engine: Mapping[str, Any]
+    """The replica's counters after the burst."""
+
+
+def burst_with_update(
+    endpoint: Endpoint,
+    update: TrainSpec,
+    burst: BurstSpec,
+    compare: CompareSpec,
+    on_progress: Callable[[int, int], None],
+) -> TrafficResult:
+    """Train the update, then send the burst and publish the update under its live alias when half is answered.
+
+    Needs an initialised Ray. Requests that fail are counted, not raised.
+    """
+    store = Store(update.root)
+    live = f"{update.name}@{update.alias or 'latest'}"
+    trained = train(update.with_({"alias": STAGING}), on_progress=lambda p: on_progress(p.step, p.total_steps))
+    calls = _burst_calls(endpoint, update, burst, compare)
+    swap = asyncio.run(swap_under_load(endpoint, store, live, trained.version, calls, concurrency=burst.concurrency))
+    engine: dict[str, Any] = asyncio.run(_engine_stats(endpoint))
+    return TrafficResult(_swap_record(swap, engine), trained, engine)
+
+
+def _burst_calls(endpoint: Endpoint, update: TrainSpec, burst: BurstSpec, compare: CompareSpec) -> list[ChatCall]:
+    """The base and the adapters in turn, each with questions of its own task."""
+    own = [row.messages[0] for row in read_rows(update.data.train, limit=64, need="train")]
+    other = [row.messages[0] for row in read_rows(compare.eval, limit=64, need="eval")]
+    models = [endpoint.base, *(f"{endpoint.base}:{ref}" for ref in endpoint.spec.adapters)]
+    return [
+        ChatCall(model, (_question(model, update.name, own, other, number),), max_tokens=burst.max_new_tokens)
+        for number, model in enumerate(islice(cycle(models), burst.requests))
+    ]
+
+
+def _question(model: str, task: str, own: Sequence[Message], other: Sequence[Message], number: int) -> Message:
+    asked = own if f":{task}@" in model else other
+    return asked[number % len(asked)]
+
+
+async def _engine_stats(endpoint: Endpoint) -> dict[str, Any]:
+    return replica_stats(await endpoint.handle.snapshot.remote())
+
+
+def _swap_record(swap: SwapReport, engine: Mapping[str, Any]) -> ServingRecord:
+    latency = tuple(
+        AdapterLatency(name=model, n=total.n, ttft_ms=swap.ttft_ms.get(model), latency_ms=total)
+        for model, total in swap.latency_ms.items()
+    )
+    return ServingRecord(
+        latency=latency,
+        swap=SwapRecord(
+            alias=swap.adapter,
+            old_version=swap.old or "none",
+            new_version=swap.new,
+            requests=swap.requests,
+            failed=swap.failed,
+            answers_by_version=swap.by_version,
+            swap_ms=swap.swap_ms,
+        ),
+        max_adapters_in_batch=engine["engine"]["most_adapters_in_step"],
+    )

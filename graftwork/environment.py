@@ -1,4 +1,4 @@
-"""What this machine has and how fast it is: available memory, measured matmul rate and memory bandwidth."""
+"""Facts of this process and its machine: CPU, memory, measured speed, and the provenance of every result."""
 
 import functools
 import hashlib
@@ -21,12 +21,10 @@ from typing import Any
 from graftwork import __version__
 from graftwork.storage.store import cache_root
 
-# What Linux says of this machine's CPU in /proc/cpuinfo.
-
 
 @functools.cache
 def cpu_facts() -> dict[str, str]:
-    """Its fields by name, of one core; empty on systems without it."""
+    """Return the fields of /proc/cpuinfo of one core; empty on systems without it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -35,12 +33,12 @@ def cpu_facts() -> dict[str, str]:
 
 
 def flags() -> frozenset[str]:
-    """Instruction sets; empty where they are not told."""
+    """Return the instruction sets; empty where the system lists none."""
     return frozenset((cpu_facts().get("flags") or cpu_facts().get("Features") or "").split())
 
 
 def vendor() -> str:
-    """The maker, "AuthenticAMD" for one; empty where it is not told."""
+    """Return the CPU's vendor, e.g. "AuthenticAMD"; empty where the system names none."""
     return cpu_facts().get("vendor_id", "")
 
 
@@ -160,9 +158,6 @@ def _best_s(work: Callable[[], object]) -> float:
     return best
 
 
-# Where a number comes from: code, versions, machine, seed and command, as one plain dict for manifests and reports.
-
-
 PACKAGES = ("ray", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors", "numpy", "s3fs")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 """The only environment variables that are recorded: they change speed and placement, and hold no secret."""
@@ -177,7 +172,7 @@ _GIT_TIMEOUT_S = 10
 
 
 def collect(seed: int, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """What is known of this process and machine, JSON-ready. Sizes in bytes, time in UTC.
+    """Return provenance: what is known of this process and machine, JSON-ready. Sizes in bytes, time in UTC.
 
     `argv` is the command (default: this process's), with values of secret-looking flags and logins in URIs hidden.
     No user or host name and no environment but `THREAD_VARIABLES` is recorded. Takes some 50 ms; never raises.

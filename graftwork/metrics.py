@@ -1,6 +1,6 @@
-"""What is measured: names with unit and direction, the one quantile rule, the signature that every number carries.
+"""Metrics: names with unit and direction, the one quantile rule, the signature that every number carries.
 
-The tests and intervals on these metrics live in `graftwork.stats`.
+The tests and intervals on these metrics are in `graftwork.stats`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -9,12 +9,12 @@ from graftwork.errors import ConfigError
 
 
 def installed(group: str) -> tuple[EntryPoint, ...]:
-    """The entry points of a group, of all installed packages."""
+    """Return the entry points of a group, of all installed packages."""
     return tuple(entry_points(group=group))
 
 
 def load(group: str, name: str, asked: str, *, own: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """What an entry point names. own: names that need no package, shown to one who misspells. Raises ConfigError."""
+    """Return the callable that an entry point names. `own`: built-in names, for the hint. Raises ConfigError."""
     found = installed(group)
     named = [entry for entry in found if entry.name == name]
     if len(named) != 1:
@@ -30,7 +30,12 @@ def load(group: str, name: str, asked: str, *, own: tuple[str, ...] = ()) -> Cal
     try:
         loaded = named[0].load()
     except (ImportError, AttributeError) as error:
-        raise ConfigError(asked, f"{named[0].value} cannot be imported ({error})", "", "mend the package") from error
+        raise ConfigError(
+            asked,
+            f"{named[0].value} cannot be imported ({error})",
+            "",
+            "repair its installation on every machine: pip install --force-reinstall PACKAGE",
+        ) from error
     if not callable(loaded):
         raise ConfigError(asked, f"{named[0].value} is no function", "an entry point here names a callable")
     return loaded  # type: ignore[no-any-return]

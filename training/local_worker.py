@@ -63,7 +63,7 @@ class WorkerLost(Exception):
 
 
 @dataclass(frozen=True)
-class Reservation:
+class GpuReservation:
     """What the worker gets of this machine."""
 
     gpus: str | None
@@ -101,13 +101,13 @@ def fit_in_process(job: TrainJob) -> LoopResult:
 
 
 @contextlib.contextmanager
-def _reserved(spec: TrainSpec) -> Iterator[Reservation]:
+def _reserved(spec: TrainSpec) -> Iterator[GpuReservation]:
     """Reserve a worker's resources: in a private Ray from what its other stages use, else this machine's first GPUs.
 
     Raises ClusterError where the private Ray has no room in time.
     """
     if not ray_is_up():
-        yield Reservation(",".join(visible_gpus()[: math.ceil(spec.gpus)]) if spec.gpus else None)
+        yield GpuReservation(",".join(visible_gpus()[: math.ceil(spec.gpus)]) if spec.gpus else None)
         return
     import ray
 
@@ -126,12 +126,12 @@ def _reserved(spec: TrainSpec) -> Iterator[Reservation]:
 class _Holder:
     """Ray actor that has a worker's resources while a child process of the driver uses them."""
 
-    def reservation(self) -> Reservation:
+    def reservation(self) -> GpuReservation:
         """GPUs as Ray assigned them to this actor, and its niceness."""
-        return Reservation(os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.nice(0))
+        return GpuReservation(os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.nice(0))
 
 
-def _run(job: TrainJob, reservation: Reservation) -> LoopResult:
+def _run(job: TrainJob, reservation: GpuReservation) -> LoopResult:
     """One child process from its start to its end. Raises WorkerLost, and the errors that the loop ends with."""
     ours, theirs = socket.socketpair()
     with tempfile.TemporaryDirectory(prefix="gw-train-") as folder, Connection(ours.detach()) as wire:
@@ -159,7 +159,7 @@ def _run(job: TrainJob, reservation: Reservation) -> LoopResult:
     raise outcome
 
 
-def _environment(spec: TrainSpec, reservation: Reservation) -> dict[str, str]:
+def _environment(spec: TrainSpec, reservation: GpuReservation) -> dict[str, str]:
     """The child's environment: what Ray sets for a worker, where this process has not set it."""
     usual = {"OMP_NUM_THREADS": str(max(1, int(spec.cpus_per_worker))), "TOKENIZERS_PARALLELISM": "false"}
     devices = {"CUDA_VISIBLE_DEVICES": reservation.gpus} if reservation.gpus is not None else {}

@@ -9,14 +9,14 @@ from examples.studies.spec import MeasureSpec, StudySpec
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.base.support import base_support, check_serving
-from graftwork.cli.request_sizes import LETTER_TOKENS, Sizes, compare_answers, mean, summed
-from graftwork.cli.stage_plans import SERVED_RANK, plan_spec
 from graftwork.datasets.rows import read_rows
 from graftwork.planning.hardware import Machine
 from graftwork.planning.plan import StagePlan
 from graftwork.prompts.render import PromptSpec
 from graftwork.serving.planning import RequestLoad, plan_serving
+from graftwork.serving.request_sizes import LETTER_TOKENS, Sizes, compare_answers, mean, summed
 from graftwork.serving.spec import EngineSpec
+from graftwork.stages.plans import SERVED_RANK, plan_spec
 
 Prompts = Mapping[str, PromptSpec]
 """Task -> the prompt that its adapter is trained with."""

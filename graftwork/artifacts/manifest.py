@@ -1,6 +1,8 @@
-"""Names that point at versions: one small file an alias, replaced atomically.
+"""Manifests and aliases of adapters: the record of a version, and one small file an alias, replaced atomically.
 
-`point` writes the alias and then looks whether its version is still there; `artifact.remove` hides the version and then
+A version is the digest of its manifest's content.
+
+`point` writes the alias and then looks whether its version is still there; `publish.remove` hides the version and then
 looks whether an alias points at it. Whichever order two processes run in, at least one of them sees the other and
 steps back, so no lock is needed and none is left behind by a killed process.
 """
@@ -19,9 +21,6 @@ from graftwork.artifacts.verify import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE,
 from graftwork.config import canonical_json
 from graftwork.errors import ArtifactError
 from graftwork.storage.store import NAME_PATTERN, Store, json_bytes
-
-# What is recorded of an adapter version, and how its version follows from its content.
-
 
 VERSION_PATTERN = r"^[0-9a-f]{12}$"
 _DIGEST_PATTERN = r"^[A-Za-z0-9:._-]{1,128}$"
@@ -208,7 +207,7 @@ def before(store: Store, task: str, alias: str) -> str:
 def roll_back(store: Store, task: str, alias: str) -> tuple[str, str]:
     """Let the alias point at the version before, as an undo: a second call goes back one further. Returns (old, new).
 
-    Raises ArtifactError where there is no version before, or it was removed; then the alias stands as it was.
+    Raises ArtifactError where there is no version before, or it was removed; then the alias is unchanged.
     """
     version = before(store, task, alias)
     record = _record(store, task, alias)
@@ -230,7 +229,7 @@ def _move(
         raise ArtifactError(
             f"promote {task}@{alias} to {version}",
             "that version was removed meanwhile",
-            "an alias points at a version that is there; the alias stands as before",
+            "an alias points at a published version; the alias is unchanged",
             "promote another version: graftwork adapters ls",
         )
 

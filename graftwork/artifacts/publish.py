@@ -1,4 +1,4 @@
-"""Adapters: published whole or not at all, named by their content, found by alias, never unpickled.
+"""Publication of adapters: whole or not at all, named by their content, never unpickled.
 
     adapters/<task>/<version>/{adapter_config.json, adapter_model.safetensors, manifest.json}
     aliases/<task>/<alias>.json
@@ -104,9 +104,9 @@ def publish(
 
 
 def adopt(store: Store, manifest: AdapterManifest, files: Mapping[str, bytes]) -> AdapterManifest:
-    """Make a version that was published elsewhere, its files checked, one of this store. Returns what stands here.
+    """Add a version that was published elsewhere to this store, its files checked. Returns the manifest of this store.
 
-    One that is here already stays, or is written again where it is damaged. Raises ArtifactError, StorageError.
+    A version that is here already stays; a damaged one is written again. Raises ArtifactError, StorageError.
     """
     check_names(manifest.task, manifest.version)
     return _make_visible(store, manifest, files)
@@ -146,7 +146,7 @@ def require_base(manifest: AdapterManifest, base_digest: str) -> None:
         raise ArtifactError(
             f"adapter {manifest.ref}",
             f"it was trained with base.extra_tokens={own_rows}, this base has {rows}",
-            "an adapter's trained rows lie behind those of the base",
+            "an adapter's trained rows follow those of the base",
             f"set base.extra_tokens={own_rows}, or serve it on an endpoint of its own",
         )
     if weights == own_weights and stretch != own_stretch:
@@ -226,12 +226,9 @@ def _require_unused(store: Store, task: str, version: str) -> None:
         )
 
 
-# A published version on this machine: where it lies on a local root, a cached copy for one on S3.
-#
-# Unlike `artifact.fetch` nothing is read that is here already: who loads the weights compares them with the manifest on
-# the bytes that are used, and `discard_damaged` takes a bad copy away. A download streams into a temporary file, is
-# compared there, and gets its name when it is right: no reader meets half a file, and a full disk leaves nothing
-# behind.
+# `bring` reads no file that is here already: the loader of the weights compares the bytes that it uses with the
+# manifest, and `discard_damaged` removes a bad copy. A download streams into a temporary file, is compared there and
+# renamed afterwards: no reader sees half a file, and a full disk leaves nothing behind.
 
 
 def bring(store: Store, manifest: AdapterManifest) -> Path:
@@ -290,11 +287,10 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Taking a published version from another place into a store: looked at before it is read.
-#
-# The place must lie under an allowed root and hold `adapter_config.json`, `manifest.json` and `*.safetensors` alone.
-# Names and sizes come from the listing, and the manifest is read and checked (ids, base, content digest) before any
-# weights; their bytes are then compared with it, and their headers and shapes with the config.
+# `register` copies a version of another store. Its folder must be under an allowed root and contain only
+# `adapter_config.json`, `manifest.json` and `*.safetensors`. Names and sizes come from the listing, and the manifest is
+# checked (ids, base, content digest) before any weights are read; their bytes are then compared with it, and their
+# headers and shapes with the config.
 
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -302,7 +298,7 @@ _NEXT = "publish it with `graftwork train`, or copy a whole adapters/TASK/VERSIO
 
 
 def allowed_place(uri: str, roots: Sequence[str]) -> tuple[Store, tuple[str, ...]]:
-    """The root that `uri` lies under, and the key below it. Raises ArtifactError for any other place.
+    """Return the root that contains `uri`, and the key below it. Raises ArtifactError for any other place.
 
     What follows the root is plain names between single slashes: no `..`, no percent sign, no link on the way.
     """
@@ -318,7 +314,7 @@ def allowed_place(uri: str, roots: Sequence[str]) -> tuple[Store, tuple[str, ...
             return store, parts
     raise ArtifactError(
         f"adapter at {uri[:200]!r}",
-        "it lies under none of the allowed roots, or its path isn't plain",
+        "it is under none of the allowed roots, or its path isn't plain",
         f"adapters are taken from {', '.join(roots)}; below, names match {_PART.pattern}",
         "add its root to adapter_roots of the serve spec",
     )
@@ -368,7 +364,7 @@ def _manifest(source: Store, parts: tuple[str, ...], uri: str) -> AdapterManifes
     present = {name: size for name, size in sizes.items() if name != MANIFEST_FILE}
     if present != expected:
         wrong = sorted(n for n in expected.keys() | present.keys() if expected.get(n) != present.get(n))
-        found = f"{wrong[0]} has {present.get(wrong[0])} bytes, the manifest says {expected.get(wrong[0])}"
+        found = f"{wrong[0]} has {present.get(wrong[0])} bytes, the manifest has {expected.get(wrong[0])}"
         raise ArtifactError(asked, found, "a place holds exactly the files of its manifest", _NEXT)
     return manifest
 
@@ -382,8 +378,8 @@ def _refuse_links(store: Store, parts: tuple[str, ...]) -> None:
     if linked or os.path.realpath(folder) != os.path.join(os.path.realpath(store.uri), *parts):
         raise ArtifactError(
             f"adapter at {folder}",
-            f"{(linked or [folder])[0].name} is or lies behind a link",
-            "what is registered lies under an allowed root itself",
+            f"{(linked or [folder])[0].name} is a link, or is reached through one",
+            "a registered folder is under an allowed root, without links",
             "copy it there",
         )
 

@@ -1,4 +1,7 @@
-"""Reading adapters: by alias or version, the manifest first, no byte trusted that the manifest does not cover."""
+"""Published adapters: resolved by alias or version, listed, verified and fetched, with their lineage.
+
+The manifest is read first, and no byte is trusted that it does not cover.
+"""
 
 import difflib
 import hashlib
@@ -17,8 +20,6 @@ from graftwork.artifacts.verify import MANIFEST_FILE
 from graftwork.base import publish as base_publish
 from graftwork.errors import ArtifactError
 from graftwork.storage.store import ALIAS_PATTERN, Store
-
-# Where an adapter came from: what it was trained on from, merged out of, and the base below, as far as it is known.
 
 
 def parents(manifest: AdapterManifest) -> tuple[str, ...]:
@@ -74,9 +75,6 @@ def _made(manifest: AdapterManifest) -> str:
     how = f"trained: {manifest.method.get('objective', 'sft')}, {manifest.method.get('kind', 'lora')}"
     below = manifest.method.get("stacked_on")
     return how + (", going on" if manifest.parent else "") + (f", on top of {below}" if below else "")
-
-
-# What a store holds, read again at the cost of two listings: only what has changed since is opened.
 
 
 T = TypeVar("T")
@@ -154,7 +152,7 @@ def _readable(key: Key, read: Callable[[str, str], T | None]) -> T | None:
         return None
 
 
-REPUBLISH = "publish the same content again, which writes it anew, or remove it: graftwork adapters rm"
+REPUBLISH = "publish the same content again, which rewrites it, or remove it: graftwork adapters rm"
 
 
 class UnknownAdapter(ArtifactError):
@@ -192,7 +190,7 @@ def open_adapter(store: Store, task: str, ref: str) -> AdapterManifest:
         )
     expected = {name: entry.size_bytes for name, entry in manifest.files.items()}
     wrong = [
-        f"{name}: {_format(sizes, name)}, the manifest says {_format(expected, name)}"
+        f"{name}: {_format(sizes, name)}, the manifest has {_format(expected, name)}"
         for name in sorted(expected.keys() | sizes.keys())
         if sizes.get(name, -1) != expected.get(name, -1)
     ]

@@ -1,7 +1,7 @@
-"""Whether the files of an adapter are what they claim: a PEFT config and safetensors, read as data and never run.
+"""Checks of an adapter's files: a PEFT config and safetensors, read as data and never run.
 
-Nothing here unpickles, imports or allocates by a size that a file claims. The checks yield problems as sentences; who
-publishes, fetches or verifies decides what to do with them. Format: https://github.com/huggingface/safetensors#format
+Nothing here unpickles, imports or allocates by a size that a file claims. The checks yield problems as sentences; the
+caller that publishes, fetches or verifies decides what to do with them. Format: https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -111,7 +111,7 @@ def problems(files: Mapping[str, bytes]) -> Iterator[str]:
 
 
 def parse_safetensors(data: bytes) -> dict[str, TensorInfo]:
-    """The header of a safetensors file, checked against the file's length. ValueError says what is wrong."""
+    """The header of a safetensors file, checked against the file's length. Raises ValueError with the problem."""
     return parse_header(data, len(data))
 
 
@@ -150,7 +150,7 @@ def parse_header(data: bytes, file_bytes: int) -> dict[str, TensorInfo]:
 
 
 def parse_config(data: bytes) -> dict[str, Any]:
-    """A PEFT config whose keys can do no harm. ValueError says what is wrong."""
+    """A PEFT config whose keys can do no harm. Raises ValueError with the problem."""
     _require_text(data)
     config = _parse_object(data)
     if config.get("peft_type") not in PEFT_TYPES:

@@ -1,4 +1,4 @@
-"""The command line: one verb, one call. Prints and exit codes live here, and no logic.
+"""Command line: parsing, printing and exit codes. The modules that it calls own the logic.
 
 Exit codes: 0 done; 1 the run failed; 2 the input is wrong; 3 no cluster could be had.
 """
@@ -14,11 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from graftwork import __version__
-from graftwork.cli import adapters, jobs, k8s, rag, stages
+from graftwork.cli import adapters, compare, experiment, jobs, plan, rag, stages, tune
 from graftwork.cli import config as configs
-from graftwork.cli import experiment as experiments
-from graftwork.cli import jobs as exporting
-from graftwork.cli.cluster import doctor
 from graftwork.cli.options import RENAMED_FLAGS, RENAMED_VERBS
 from graftwork.cli.render import print_error
 from graftwork.errors import ConfigError, GraftworkError, Interrupted
@@ -65,15 +62,19 @@ def _options(
     pass
 
 
-stages.register(app)
-app.command()(doctor)
+for verb in (plan.plan, tune.tune, stages.train, stages.serve, compare.compare, compare.quantize, stages.chat):
+    app.command()(verb)
+for verb in (stages.demo, compare.rebase):
+    app.command()(verb)
+app.command("exec")(stages.exec_program)
+app.command(hidden=True)(stages.trial)
+app.command()(jobs.doctor)
 app.command()(adapters.swap)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(configs.app, name="config")
-app.add_typer(experiments.app, name="experiment")
-jobs.app.command("export")(exporting.export)
+app.add_typer(experiment.app, name="experiment")
 app.add_typer(jobs.app, name="jobs")
-app.add_typer(k8s.app, name="k8s")
+app.add_typer(configs.k8s_app, name="k8s")
 app.add_typer(rag.app, name="rag")
 
 

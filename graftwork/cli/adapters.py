@@ -18,8 +18,6 @@ from graftwork.cli.render import echo, gib, print_json, print_table
 from graftwork.errors import ArtifactError, ConfigError
 from graftwork.storage.store import DEFAULT_ROOT, Store
 
-# `graftwork adapters publish`: an adapter that was trained elsewhere becomes a version of a task.
-
 
 def publish(
     folder: Annotated[
@@ -86,9 +84,6 @@ def _rounded(folder: Path, into: Path) -> Path:
     save_file({key: value.contiguous() for key, value in rounded.items()}, into / WEIGHTS_FILE, {"format": "pt"})
     (into / CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes())
     return into
-
-
-# `graftwork adapters merge`: published adapters of one base into a new one, offline.
 
 
 def merge(

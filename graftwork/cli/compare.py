@@ -1,19 +1,23 @@
-"""`graftwork compare FILE`, and how its finding is told in a terminal."""
+"""`graftwork compare|quantize|rebase` and `graftwork train --curve`: several arms or runs compared, as tables."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graftwork import config
-from graftwork.cli.launch import LaunchOptions, launch, resolve_here
-from graftwork.cli.options import JsonFlag, Root, SpecFile, Target, with_options
+from graftwork.cli.options import JsonFlag, LaunchOptions, Root, SpecFile, Target, with_options
 from graftwork.cli.render import difference, echo, gib, print_json, print_table, progress_bar
+from graftwork.cli.stages import run_stage
 from graftwork.errors import ConfigError
 from graftwork.storage.store import DEFAULT_ROOT
 
 if TYPE_CHECKING:
     from graftwork.report.evaluation_schema import CurveReport, PrecisionArm, QuantizeReport, RebaseReport
-    from graftwork.training.spec import TrainSpec
+    from graftwork.serving.evaluation.run import CompareOutcome
+    from graftwork.serving.evaluation.spec import CompareSpec
+    from graftwork.serving.quantize.run import QuantizeOutcome
+    from graftwork.serving.quantize.spec import QuantizeSpec
 
 
 _ACROSS = 5
@@ -26,31 +30,27 @@ def compare(
     options: LaunchOptions,
 ) -> None:
     """Evaluate all arms on held-out questions; print scores, significance tests and the verdict."""
-    from graftwork.serving.evaluation.spec import CompareSpec
 
-    spec = config.load(file, options.sets, expect="compare")
-    assert isinstance(spec, CompareSpec)
-    if options.elsewhere:
-        return launch(spec, file, options)
-    from graftwork.base.support import check_serving
-    from graftwork.cluster.session import session
-    from graftwork.serving.evaluation.run import run_compare
+    def run(spec: "CompareSpec", options: LaunchOptions) -> "CompareOutcome":
+        from graftwork.base.support import check_serving
+        from graftwork.cluster.session import session
+        from graftwork.serving.evaluation.run import run_compare
 
-    spec = resolve_here(spec, options.target, options.as_json)
-    if options.target == "local":
-        check_serving(spec)
-    with progress_bar(f"compare {spec.name}", options.as_json) as bar, session(options.target) as here:
-        outcome = here.run(run_compare, spec, on_progress=lambda p: bar(p.done, p.total, f"{p.failed} failed"))
-    if options.as_json:
-        print_json(outcome.report.model_dump(mode="json"))
-    else:
+        if options.target == "local":
+            check_serving(spec)
+        with progress_bar(f"compare {spec.name}", options.as_json) as bar, session(options.target) as here:
+            return here.run(run_compare, spec, on_progress=lambda p: bar(p.done, p.total, f"{p.failed} failed"))
+
+    def show(_: "CompareSpec", outcome: "CompareOutcome") -> None:
         show_comparison(outcome.report, outcome.reused)
         echo(f"report: {outcome.files.html_uri}")
         echo(f"each answer: {outcome.scores_uri}")
 
+    run_stage("compare", file, options, run, show, lambda outcome: outcome.report.model_dump(mode="json"))
+
 
 def show_comparison(report: Any, reused: int) -> None:
-    """Scores per arm, tests against the baseline, and the verdict in a sentence."""
+    """Print scores per arm, tests against the baseline, and the verdict in a sentence."""
     from graftwork.report import format as words
 
     names = [metric.name for metric in report.metrics]
@@ -110,7 +110,7 @@ def show_comparison(report: Any, reused: int) -> None:
 
 
 def show_judge(judge: Any) -> None:
-    """What an LLM prefers, and how far it can be believed."""
+    """Print the preferences of an LLM judge and their consistency."""
     from graftwork.report import format as words
 
     print_table(
@@ -118,13 +118,13 @@ def show_judge(judge: Any) -> None:
         ("arm", "won", "lost", "tied", "strength"),
         [(a.arm, a.wins, a.losses, a.ties, f"{a.strength:+.2f} [{a.low:+.2f}, {a.high:+.2f}]") for a in judge.arms],
     )
-    told = (("says the same in both orders", judge.agreement), ("takes what stands first", judge.first))
-    said = [f"{text} in {words.percent(s.value)} {words.percents(s.low, s.high)}" for text, s in told if s]
-    echo(f"the judge {' and '.join(said)} (n={judge.asked} judgements)" if said else "the judge said no letter")
+    shares = (("says the same in both orders", judge.agreement), ("takes what stands first", judge.first))
+    lines = [f"{text} in {words.percent(s.value)} {words.percents(s.low, s.high)}" for text, s in shares if s]
+    echo(f"the judge {' and '.join(lines)} (n={judge.asked} judgements)" if lines else "the judge said no letter")
 
 
 def show_card(card: Any) -> None:
-    """Why the reference fails, what mends it, what each arm takes, and what to do."""
+    """Print the causes of the reference's failures, the arms that fix them, the cost of each arm, and the advice."""
     from graftwork.report import format as words
     from graftwork.report import views
 
@@ -183,9 +183,6 @@ def _interval(score: Any) -> str:
     return f"{words.number(score.value)} [{words.number(score.low)}, {words.number(score.high)}]"
 
 
-# `graftwork quantize FILE`: what each precision of the base costs and keeps, and which one to serve.
-
-
 @with_options
 def quantize(
     file: SpecFile,
@@ -195,30 +192,26 @@ def quantize(
 
     Recommends the smallest precision that keeps the score within `margin` and the speed above `min_speed` of the spec.
     """
-    from graftwork.serving.quantize.spec import QuantizeSpec
 
-    spec = config.load(file, options.sets, expect="quantize")
-    assert isinstance(spec, QuantizeSpec)
-    if options.elsewhere:
-        return launch(spec, file, options)
-    from graftwork.base.support import check_serving
-    from graftwork.cluster.session import session
-    from graftwork.serving.quantize.run import run_quantize
+    def run(spec: "QuantizeSpec", options: LaunchOptions) -> "QuantizeOutcome":
+        from graftwork.base.support import check_serving
+        from graftwork.cluster.session import session
+        from graftwork.serving.quantize.run import run_quantize
 
-    spec = resolve_here(spec, options.target, options.as_json)
-    if options.target == "local":
-        check_serving(spec)
-    with progress_bar(f"quantize {spec.name}", options.as_json) as bar, session(options.target) as here:
-        outcome = here.run(run_quantize, spec, on_progress=lambda p: bar(p.done, p.total, p.text))
-    if options.as_json:
-        print_json(outcome.report.model_dump(mode="json"))
-        return
-    show_precisions(outcome.report, outcome.run_id, outcome.reused)
-    echo(f"report: {outcome.files.html_uri}")
+        if options.target == "local":
+            check_serving(spec)
+        with progress_bar(f"quantize {spec.name}", options.as_json) as bar, session(options.target) as here:
+            return here.run(run_quantize, spec, on_progress=lambda p: bar(p.done, p.total, p.text))
+
+    def show(_: "QuantizeSpec", outcome: "QuantizeOutcome") -> None:
+        show_precisions(outcome.report, outcome.run_id, outcome.reused)
+        echo(f"report: {outcome.files.html_uri}")
+
+    run_stage("quantize", file, options, run, show, lambda outcome: outcome.report.model_dump(mode="json"))
 
 
 def show_precisions(report: "QuantizeReport", run_id: str, reused: int) -> None:
-    """A line for each precision and arm, the paired differences of the metric, and the recommendation."""
+    """Print a line for each precision and arm, the paired differences of the metric, and the recommendation."""
     reference = next(row for row in report.precisions if row.precision == report.reference)
     base_ppl = {arm.arm: arm.perplexity for arm in reference.arms}
     batches = list(reference.arms[0].tokens_per_s)
@@ -279,9 +272,6 @@ def _score(arm: "PrecisionArm", metric: str) -> str:
     return f"{words.score(score.value)} {words.interval(score.low, score.high)}"
 
 
-# `graftwork rebase --base NEW TASK@ALIAS...` and `graftwork train --curve`: several runs set side by side.
-
-
 def rebase(
     aliases: Annotated[list[str], typer.Argument(metavar="TASK@ALIAS...", help="Published adapters to retrain.")],
     base: Annotated[str, typer.Option("--base", help="New base, in any form that `base:` of a spec accepts.")],
@@ -313,7 +303,7 @@ def rebase(
 
 
 def show_rebase(report: "RebaseReport") -> None:
-    """Every task, old and new."""
+    """Print the old and new score of every task."""
     percent = f"{100 * (1 - report.alpha):g}%"
     print_table(
         f"{', '.join(report.old_bases)} -> {report.new_base} ({percent} intervals, BH over {len(report.tasks)} tasks)",
@@ -337,18 +327,20 @@ def show_rebase(report: "RebaseReport") -> None:
         echo(f"  {task.promote}" + ("" if task.outcome == "gains" else f"  # {task.outcome}"))
 
 
-def run_curve(spec: "TrainSpec", sizes: str, target: str, as_json: bool) -> None:
-    """Train on each size, print and write what more examples bring."""
+def run_curve(file: Path, sizes: str, options: LaunchOptions) -> None:
+    """Train once per number of rows; print and write the learning curve."""
     from graftwork.cluster.session import session
     from graftwork.training.evaluation.rebase import curve, curve_specs, write_curve
+    from graftwork.training.spec import TrainSpec
 
-    asked = _sizes(sizes)
-    curve_specs(spec, asked)
-    many = spec.num_workers > 1
-    with progress_bar(f"curve {spec.name}", as_json) as bar, session(target, needs_ray=many) as here:
-        report = here.run(curve, spec, asked, on_progress=lambda p: bar(p.step, p.total_steps, f"loss {p.loss:.3f}"))
+    spec = config.load(file, options.sets, expect="train")
+    assert isinstance(spec, TrainSpec)
+    counts, quiet, many = _sizes(sizes), options.as_json, spec.num_workers > 1
+    curve_specs(spec, counts)
+    with progress_bar(f"curve {spec.name}", quiet) as bar, session(options.target, needs_ray=many) as here:
+        report = here.run(curve, spec, counts, on_progress=lambda p: bar(p.step, p.total_steps, f"loss {p.loss:.3f}"))
     page = write_curve(spec, report)
-    if as_json:
+    if quiet:
         print_json(report.model_dump(mode="json"))
         return
     show_curve(report)
@@ -356,7 +348,7 @@ def run_curve(spec: "TrainSpec", sizes: str, target: str, as_json: bool) -> None
 
 
 def show_curve(report: "CurveReport") -> None:
-    """A line a size, with what it brought against the size before."""
+    """Print a line for each number of rows, with its difference from the number before."""
     from graftwork.report.format import interval, rounded
 
     steps = (None, *report.steps)

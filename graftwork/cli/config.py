@@ -1,16 +1,27 @@
-"""`graftwork config check|show|schema`: what a spec says, without starting anything."""
+"""`graftwork config check|show|schema` and `graftwork k8s render`: a spec checked, explained, or as Kubernetes objects.
 
+Nothing is started and no cluster is read.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
 
 from graftwork import config
 from graftwork.base.support import check_local
-from graftwork.cli.options import JsonFlag, Sets
-from graftwork.cli.render import echo, print_json, print_table
+from graftwork.cli import options
+from graftwork.cli.options import ClusterConfig, JsonFlag, Sets, cluster_of
+from graftwork.cli.render import echo, note, print_json, print_table
+from graftwork.cluster.jobs.models import Attempt, Job
+from graftwork.cluster.kuberay.preflight import machines_of
 from graftwork.errors import ConfigError
+from graftwork.planning.accelerators import with_gpus
+from graftwork.stages.jobs import job_of, with_demand
+from graftwork.storage.store import Store
 
 app = typer.Typer(help="Validate, resolve and describe spec files.", no_args_is_help=True)
 SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML spec; its `kind` names the stage.")]
@@ -55,3 +66,70 @@ def schema(kind: Annotated[str, typer.Argument(metavar="KIND|FILE", help="Kind o
             )
         kind = str(tree.get("kind"))
     print_json(config.schema(kind))
+
+
+k8s_app = typer.Typer(help="Render the Kubernetes objects of a job or endpoint.", no_args_is_help=True)
+NOWHERE = "render"
+"""Context of a target that is not opened."""
+
+
+@k8s_app.callback()
+def k8s() -> None:
+    """Render the Kubernetes objects of a job or endpoint."""
+
+
+@k8s_app.command()
+def render(
+    file: options.SpecFile,
+    cluster_config: ClusterConfig = None,
+    namespace: Annotated[str, typer.Option("--namespace", help="Namespace of the objects.")] = "default",
+    attempt: Annotated[int, typer.Option("--attempt", min=1, help="Attempt number; part of the RayJob name.")] = 1,
+    publish: Annotated[
+        bool,
+        typer.Option(
+            "--publish", help="Also upload this code (`code: wheel`) and local data files to the object store."
+        ),
+    ] = False,
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Print the Kubernetes objects of FILE as YAML, without access to a cluster.
+
+    A serve spec becomes a RayService, any other stage a RayJob. A changed serve spec keeps the name of its RayService,
+    so `kubectl apply` updates the running service in place.
+    """
+    spec, place = config.load(file, sets), cluster_of(cluster_config)
+    machines = machines_of(place)
+    spec, chosen = with_gpus(spec, machines.accelerators)
+    job, _, _ = with_demand(job_of(spec, place, f"k8s:{NOWHERE}/{namespace}"), spec, file.parent, machines)
+    if chosen is not None:
+        note(f"note: {chosen}")
+    if publish:
+        _publish(job)
+    objects = _service(job, namespace) if job.kind == "serve" else _attempt(Attempt(job, attempt), namespace)
+    sys.stdout.write(yaml.safe_dump_all([dict(one) for one in objects], sort_keys=False, width=120))
+
+
+def _publish(job: Job) -> None:
+    """Put the code and the job's local rows into the store, where the objects look for them."""
+    from graftwork.cluster.jobs.inputs import send
+    from graftwork.cluster.jobs.packaging import publish_wheel
+
+    store = Store(job.root)
+    if job.cluster.code == "wheel":
+        publish_wheel(store)
+    for one in job.inputs:
+        send(store, one)
+
+
+def _attempt(attempt: Attempt, namespace: str) -> Sequence[Mapping[str, Any]]:
+    from graftwork.cluster.targets.kuberay import KubeRayTarget
+
+    return KubeRayTarget(f"k8s:{NOWHERE}/{namespace}", attempt.job.root, attempt.job.cluster).objects(attempt)
+
+
+def _service(job: Job, namespace: str) -> Sequence[Mapping[str, Any]]:
+    from graftwork.cluster.jobs.packaging import wheel_uri
+    from graftwork.cluster.kuberay.objects import service_objects
+
+    uri = wheel_uri(Store(job.root)) if job.cluster.code == "wheel" else None
+    return service_objects(job, namespace, uri)

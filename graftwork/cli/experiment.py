@@ -16,6 +16,7 @@ from graftwork.cli.render import echo, print_json, print_table
 from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
+    from graftwork.report.evaluation_schema import ExperimentReport
     from graftwork.serving.ab_test.spec import ExperimentSpec
     from graftwork.serving.client import Client
 
@@ -49,7 +50,7 @@ def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, a
     if chosen is not None and not found:
         raise ConfigError(
             f"experiment {chosen}",
-            "the endpoint knows none of this name",
+            "the endpoint has none of this name",
             "",
             "start it: graftwork experiment start FILE",
         )
@@ -113,7 +114,6 @@ def report(
     as_json: JsonFlag = False,
 ) -> None:
     """Print the verdict on the log so far, and write it as a self-contained page. --log needs no endpoint."""
-    from graftwork.cli.render import show_online
     from graftwork.report import ReportInput, build
     from graftwork.serving.ab_test.log import rules_of
     from graftwork.serving.ab_test.log_reader import read_log
@@ -136,7 +136,7 @@ def _log_of(spec: "ExperimentSpec") -> str:
     if not found:
         raise ConfigError(
             f"experiment {spec.name}",
-            f"{spec.endpoint} knows none of this name",
+            f"{spec.endpoint} has none of this name",
             "",
             "give the folder of its log: --log URI",
         )
@@ -144,7 +144,7 @@ def _log_of(spec: "ExperimentSpec") -> str:
     if other := [f"{key}={runs[key]}" for key, value in asked.items() if runs[key] != value]:
         raise ConfigError(
             f"experiment {spec.name}",
-            f"it runs with {' and '.join(other)}, not as this file says",
+            f"it runs with {' and '.join(other)}, other than in this file",
             "",
             "report with the file that it was started with",
         )
@@ -276,3 +276,43 @@ def _show_verdict(metric: str, mode: str, judged: dict[str, Any]) -> None:
         echo(f"  {silent} units got no score in time and count with the middle of the metric's range")
     if judged["left_out"]:
         echo("  not counted: " + ", ".join(f"{count} {reason}" for reason, count in judged["left_out"].items()))
+
+
+def show_online(report: "ExperimentReport") -> None:
+    """Differences with sequences, guardrails, and the verdict in a sentence."""
+    from graftwork.report import evaluation_views as online
+    from graftwork.report import format as words
+
+    unit = "prompts" if report.mode == "shadow" else "units"
+    print_table(
+        f"{report.name}: {report.metric}, {report.mode}, {words.count(report.rows)} rows",
+        ("arm", unit, "plain mean", "answers", "failed"),
+        [
+            (arm.name, arm.units, words.NONE if arm.mean is None else f"{arm.mean:.3f}", arm.answers, arm.errors)
+            for arm in report.arms
+        ],
+    )
+    print_table(
+        f"against {report.control} (holds at every look)",
+        ("arm", online.estimator(report.mode), unit, "e-value", "verdict", "would decide"),
+        [
+            (
+                one.arm,
+                f"{online.signed(one.estimate)} {online.effect_interval(one)}",
+                one.n,
+                online.evidence(one.e_value),
+                one.verdict,
+                words.NONE if one.n_needed is None else words.count(one.n_needed),
+            )
+            for one in report.contrasts
+        ],
+    )
+    if report.guardrails:
+        rows = [
+            (g.arm, g.says, words.NONE if g.value is None else f"{g.value:.3f}", g.n, online.guard_state(g))
+            for g in report.guardrails
+        ]
+        print_table("guardrails", ("arm", "bound", "seen", "n", "state"), rows)
+    for note in report.notes:
+        echo(f"  {note}")
+    echo(report.sentence)

@@ -1,4 +1,7 @@
-"""`graftwork jobs ls|status|logs|wait|cancel|resubmit`: what runs elsewhere, from anywhere that reaches its store."""
+"""`graftwork jobs ls|status|logs|wait|cancel|resubmit|export`, and `graftwork doctor --target TARGET`.
+
+The jobs are read from their object store, so that every machine that reaches the store can manage them.
+"""
 
 import difflib
 import os
@@ -12,103 +15,27 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from graftwork.cli.job_render import details, is_away, line_of, root_flag, show_details, show_list
-from graftwork.cli.launch import cluster_of, follow, leave
-from graftwork.cli.options import JsonFlag
-from graftwork.cli.render import echo, print_json, stderr
+from graftwork.cli.options import ClusterConfig, JsonFlag, Target, cluster_of
+from graftwork.cli.render import (
+    details,
+    echo,
+    is_away,
+    line_of,
+    note,
+    print_error,
+    print_json,
+    show_details,
+    show_findings,
+    show_list,
+    stderr,
+)
+from graftwork.cli.stages import leave
+from graftwork.cluster.jobs.launch import follow, root_flag
 from graftwork.cluster.jobs.models import DIGEST_CHARS, JobBackend, JobState, JobStatus
 from graftwork.cluster.jobs.store import JobStore
 from graftwork.cluster.spec import ClusterSpec, seconds_of
 from graftwork.errors import ClusterError, ConfigError
 from graftwork.storage.store import DEFAULT_ROOT
-
-# `graftwork jobs export`: the jobs of a store for Prometheus.
-
-
-def export(
-    root: Annotated[
-        str, typer.Option("--root", envvar="GRAFTWORK_ROOT", help="Object store of the jobs.")
-    ] = DEFAULT_ROOT,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 9464,
-) -> None:
-    """Serve Prometheus metrics of all jobs of an object store at /metrics, until Ctrl-C."""
-    from graftwork.cluster.jobs.exporter import export as answer
-
-    echo(f"jobs of {root} at http://{host}:{port}/metrics  (Ctrl-C ends it)")
-    try:
-        answer(root, host, port)
-    except OSError as error:
-        raise ClusterError(
-            f"--host {host} --port {port}",
-            f"cannot listen there ({error.strerror})",
-            "one process a port",
-            "choose another --port",
-        ) from None
-
-
-# Which job a person means: its id, an attempt's, the beginning of one, or the bare name.
-
-
-_ATTEMPT = re.compile(r"^(?P<job>.+)-a(?P<number>[1-9][0-9]*)$")
-_ID = re.compile(rf"^(?P<name>.+)-[0-9a-f]{{{DIGEST_CHARS}}}$")
-
-
-def job_called(runs: JobStore, said: str) -> tuple[str, int | None]:
-    """The job's id, and the attempt where one was named. A bare name is its latest job.
-
-    Raises ConfigError for none (naming the nearest) and for several.
-    """
-    ids = runs.job_ids()
-    attempt = _ATTEMPT.match(said)
-    if attempt and (whole := _whole(runs, attempt["job"], ids)) is not None:
-        return whole, _existing(runs, whole, int(attempt["number"]))
-    if (whole := _whole(runs, said, ids)) is not None:
-        return whole, None
-    begun = [job_id for job_id in ids if said and job_id.startswith(said)]
-    if len(begun) == 1:
-        return begun[0], None
-    if begun:
-        rule = "JOB is an id, an attempt's, a beginning that is one job's alone, or a whole name"
-        raise ConfigError(
-            f"JOB {said}", f"{len(begun)} jobs begin so: {', '.join(begun[:5])}", rule, "write more of it"
-        )
-    raise _unknown(runs, said, ids)
-
-
-def _whole(runs: JobStore, said: str, ids: list[str]) -> str | None:
-    """Of an id or a bare name."""
-    named = [said] if said in ids else [job_id for job_id in ids if _name(job_id) == said]
-    return max(named, key=lambda job_id: runs.job(job_id).created_at) if named else None
-
-
-def _existing(runs: JobStore, job_id: str, number: int) -> int:
-    attempts = runs.attempts(job_id)
-    if number not in attempts:
-        known = ", ".join(map(str, attempts)) or "none"
-        raise ConfigError(f"JOB {job_id}-a{number}", f"it has no attempt {number}", f"its attempts: {known}")
-    return number
-
-
-def _name(job_id: str) -> str:
-    found = _ID.match(job_id)
-    return found["name"] if found else job_id
-
-
-def _unknown(runs: JobStore, said: str, ids: list[str]) -> ConfigError:
-    near = difflib.get_close_matches(said, [*ids, *{_name(job_id) for job_id in ids}], n=1, cutoff=0.5)
-    holds = (
-        f"the store {runs.store.uri} has {len(ids)} jobs and none of that name"
-        if ids
-        else (f"the store {runs.store.uri} has no jobs")
-    )
-    return ConfigError(
-        f"JOB {said}",
-        f"{holds}; did you mean {near[0]!r}?" if near else holds,
-        "--root (or GRAFTWORK_ROOT, or storage.uri in cluster.yaml) is the store that the job was submitted to",
-        "graftwork jobs ls, there",
-    )
-
 
 app = typer.Typer(help="Manage background and remote jobs.", no_args_is_help=True)
 Root = Annotated[
@@ -124,11 +51,8 @@ AT_ONCE = 16
 JobId = Annotated[
     str, typer.Argument(metavar="JOB", help="Job id, attempt id, a unique prefix of one, or the job name.")
 ]
-
-
-def root_of(given: str | None) -> str:
-    """The store that is meant, where none is given."""
-    return given or os.environ.get("GRAFTWORK_ROOT") or cluster_of(None).storage.uri or DEFAULT_ROOT
+_ATTEMPT = re.compile(r"^(?P<job>.+)-a(?P<number>[1-9][0-9]*)$")
+_ID = re.compile(rf"^(?P<name>.+)-[0-9a-f]{{{DIGEST_CHARS}}}$")
 
 
 @app.command("ls")
@@ -161,10 +85,10 @@ def status(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
     """Show one job: state and its reason, times, progress, cost and next steps."""
     where, job_id, _ = _named(job, root)
     found = _backend(JobStore(where), where, job_id).status(job_id)
-    told = details(JobStore(where), found, where)
+    shown = details(JobStore(where), found, where)
     if as_json:
-        return print_json(told)
-    show_details(told, where, found)
+        return print_json(shown)
+    show_details(shown, where, found)
     if is_away(found):
         _say_away(found.on)
 
@@ -228,7 +152,7 @@ def cancel(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
         raise ClusterError(
             f"cancel {job_id}",
             f"{error.subject}: {error.problem}",
-            "its driver was asked to end by the store; whether it did, and what is left there, is not known",
+            "its driver was asked to end by the store; its state there is unknown",
             f"when {backend.on} answers: graftwork jobs cancel {job_id}{root_flag(where)}",
         ) from error
     print_json(asdict(found)) if as_json else echo(line_of(found))
@@ -247,13 +171,139 @@ def resubmit(
     found = backend.resubmit(job_id)
     if follow_it:
         stream = sys.stderr if as_json else sys.stdout
-        return leave(follow(backend, where, job_id, stream, cancels=True), where, as_json)
+        return leave(follow(backend, where, job_id, stream, note, cancels=True), where, as_json)
     print_json(asdict(found)) if as_json else echo(line_of(found))
+
+
+@app.command()
+def export(
+    root: Annotated[
+        str, typer.Option("--root", envvar="GRAFTWORK_ROOT", help="Object store of the jobs.")
+    ] = DEFAULT_ROOT,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 9464,
+) -> None:
+    """Serve Prometheus metrics of all jobs of an object store at /metrics, until Ctrl-C."""
+    from graftwork.cluster.jobs.exporter import export as answer
+
+    echo(f"jobs of {root} at http://{host}:{port}/metrics  (Ctrl-C ends it)")
+    try:
+        answer(root, host, port)
+    except OSError as error:
+        raise ClusterError(
+            f"--host {host} --port {port}",
+            f"cannot listen there ({error.strerror})",
+            "one process a port",
+            "choose another --port",
+        ) from None
+
+
+def doctor(
+    target: Target = "local", root: Root = None, cluster_config: ClusterConfig = None, as_json: JsonFlag = False
+) -> None:
+    """Diagnose a target, its object store and the connection to it, and suggest fixes. Starts no job.
+
+    Exit codes: 0 jobs can run; 1 a problem prevents jobs from running; 3 the target does not answer.
+    """
+    from graftwork.cluster.jobs.backend import StoredBackend, probe_store
+    from graftwork.cluster.jobs.environment import surroundings, versions
+    from graftwork.cluster.targets import backend_of
+
+    spec = cluster_of(cluster_config)
+    where = root or spec.storage.uri or root_of(None)
+    backend = backend_of(target, where, spec)
+    assert isinstance(backend, StoredBackend)
+    findings, unheard = [*surroundings(target, where, spec), *probe_store(where)], None
+    try:
+        findings += backend.place.doctor()
+    except ClusterError as error:
+        unheard = error
+    here = versions()
+    if as_json:
+        print_json(
+            {
+                "on": target,
+                "root": where,
+                "versions": here,
+                "findings": [asdict(one) for one in findings],
+                "unheard": None if unheard is None else unheard.text(),
+            }
+        )
+    else:
+        echo(f"{target}, jobs in {where}")
+        echo("  here: " + ", ".join(f"{name} {version}" for name, version in here.items()))
+        show_findings(findings, "nothing is wrong" if unheard is None else "nothing else is wrong")
+    if unheard is not None:
+        print_error(unheard, as_json)
+        raise typer.Exit(unheard.exit_code)
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+def root_of(given: str | None) -> str:
+    """The store that is meant, where none is given."""
+    return given or os.environ.get("GRAFTWORK_ROOT") or cluster_of(None).storage.uri or DEFAULT_ROOT
+
+
+def job_called(runs: JobStore, said: str) -> tuple[str, int | None]:
+    """The job's id, and the attempt where one was named. A bare name is its latest job.
+
+    Raises ConfigError for none (naming the nearest) and for several.
+    """
+    ids = runs.job_ids()
+    attempt = _ATTEMPT.match(said)
+    if attempt and (whole := _whole(runs, attempt["job"], ids)) is not None:
+        return whole, _existing(runs, whole, int(attempt["number"]))
+    if (whole := _whole(runs, said, ids)) is not None:
+        return whole, None
+    begun = [job_id for job_id in ids if said and job_id.startswith(said)]
+    if len(begun) == 1:
+        return begun[0], None
+    if begun:
+        rule = "JOB is an id, an attempt's, a beginning that is one job's alone, or a whole name"
+        raise ConfigError(
+            f"JOB {said}", f"{len(begun)} jobs begin so: {', '.join(begun[:5])}", rule, "write more of it"
+        )
+    raise _unknown(runs, said, ids)
+
+
+def _whole(runs: JobStore, said: str, ids: list[str]) -> str | None:
+    """Of an id or a bare name."""
+    named = [said] if said in ids else [job_id for job_id in ids if _name(job_id) == said]
+    return max(named, key=lambda job_id: runs.job(job_id).created_at) if named else None
+
+
+def _existing(runs: JobStore, job_id: str, number: int) -> int:
+    attempts = runs.attempts(job_id)
+    if number not in attempts:
+        known = ", ".join(map(str, attempts)) or "none"
+        raise ConfigError(f"JOB {job_id}-a{number}", f"it has no attempt {number}", f"its attempts: {known}")
+    return number
+
+
+def _name(job_id: str) -> str:
+    found = _ID.match(job_id)
+    return found["name"] if found else job_id
+
+
+def _unknown(runs: JobStore, said: str, ids: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(said, [*ids, *{_name(job_id) for job_id in ids}], n=1, cutoff=0.5)
+    holds = (
+        f"the store {runs.store.uri} has {len(ids)} jobs and none of that name"
+        if ids
+        else (f"the store {runs.store.uri} has no jobs")
+    )
+    return ConfigError(
+        f"JOB {said}",
+        f"{holds}; did you mean {near[0]!r}?" if near else holds,
+        "--root (or GRAFTWORK_ROOT, or storage.uri in cluster.yaml) is the store that the job was submitted to",
+        "graftwork jobs ls, there",
+    )
 
 
 def _say_away(on: str) -> None:
     stderr.print(
-        f"{on} does not answer; its jobs are shown as the store knows them",
+        f"{on} does not answer; its jobs are shown as recorded in the store",
         style="yellow",
         markup=False,
         soft_wrap=True,

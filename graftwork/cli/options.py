@@ -1,16 +1,21 @@
 """Options that several commands share, each declared once, and a decorator that adds them to a command.
 
-`launching.LaunchOptions` lists the options of every stage command. A field added there is an option of all of them.
+`LaunchOptions` lists the options of every stage command. A field added there is an option of all of them.
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+
+from graftwork.cluster.ray_address import JOB, unknown_place
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.config import load
+from graftwork.errors import ConfigError
 
 SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML spec of the stage; see examples/.")]
 Target = Annotated[
@@ -62,6 +67,87 @@ RENAMED_VERBS = {"command": "exec"}
 """Old verb -> new verb."""
 
 
+CLUSTER_FILE = "cluster.yaml"
+ELSEWHERE = ("http:", "https:", "k8s:")
+"""Beginnings of the targets on which a driver runs the stage."""
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """Options of `plan` and of every stage command."""
+
+    sets: Sets = field(default_factory=list)
+    cluster_config: ClusterConfig = None
+    deadline: Deadline = None
+    budget: Budget = None
+    queue_timeout: QueueTimeout = None
+    as_json: JsonFlag = False
+
+    def job_flags(self) -> list[str]:
+        """Return the given flags that apply to jobs only."""
+        flags = {
+            "--cluster-config": self.cluster_config,
+            "--deadline": self.deadline,
+            "--budget": self.budget,
+            "--queue-timeout": self.queue_timeout,
+        }
+        return [flag for flag, value in flags.items() if value is not None]
+
+
+@dataclass(frozen=True)
+class LaunchOptions(StageOptions):
+    """Options of every stage command: a field added here or to StageOptions is an option of all of them."""
+
+    target: Target = "local"
+    detach: Detach = False
+
+    @property
+    def elsewhere(self) -> bool:
+        """Return whether a driver runs the stage: on a cluster or in the background.
+
+        Raises ConfigError for flags without effect.
+        """
+        if self.target.startswith(ELSEWHERE):
+            return True
+        if self.target not in ("local", JOB):
+            raise unknown_place(self.target)
+        if (flags := self.job_flags()) and not self.detach:
+            raise ConfigError(
+                f"{', '.join(flags)} with --target {self.target}",
+                "it would have no effect",
+                "limits and prices are a job's, and this command runs the stage itself",
+                "add --detach",
+            )
+        return self.detach
+
+    def cluster_spec(self) -> ClusterSpec:
+        """Return the cluster config with the limits of the command line. Raises ConfigError."""
+        given = {
+            "limits.deadline": self.deadline,
+            "limits.budget_usd": self.budget,
+            "limits.pending": self.queue_timeout,
+        }
+        spec = cluster_of(self.cluster_config)
+        if self.budget is not None and spec.prices is None:
+            raise ConfigError(
+                f"--budget {self.budget:g}",
+                "the cluster config has no prices",
+                "a budget is computed from a price table",
+                "add prices: {gpu_hour: {H100: ...}}",
+            )
+        return spec.with_({key: value for key, value in given.items() if value is not None})
+
+
+def cluster_of(file: Path | None) -> ClusterSpec:
+    """Return the cluster config: `file`, else cluster.yaml of the current folder, else the defaults."""
+    found = file or (Path(CLUSTER_FILE) if Path(CLUSTER_FILE).is_file() else None)
+    if found is None:
+        return ClusterSpec()
+    spec = load(found, expect="cluster")
+    assert isinstance(spec, ClusterSpec)
+    return spec
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return `command` with one command-line option per field for each parameter that is an options dataclass.
 
@@ -86,12 +172,12 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _options_of(group: type) -> Iterator[inspect.Parameter]:
     hints, own = get_type_hints(group, include_extras=True), inspect.get_annotations(group)
-    for field in sorted(fields(group), key=lambda field: field.name not in own):  # inherited ones last
+    for one in sorted(fields(group), key=lambda one: one.name not in own):  # inherited ones last
         kind = inspect.Parameter.KEYWORD_ONLY
-        yield inspect.Parameter(field.name, kind, default=_default(field), annotation=hints[field.name])
+        yield inspect.Parameter(one.name, kind, default=_default(one), annotation=hints[one.name])
 
 
-def _default(field: "Field[Any]") -> Any:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return inspect.Parameter.empty if field.default is MISSING else field.default
+def _default(of: "Field[Any]") -> Any:
+    if of.default_factory is not MISSING:
+        return of.default_factory()
+    return inspect.Parameter.empty if of.default is MISSING else of.default

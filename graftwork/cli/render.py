@@ -1,124 +1,30 @@
-"""Tables for people, JSON for machines, progress bars, and errors in both forms."""
+"""Output of all commands: tables and progress bars for people, JSON for machines, errors, findings and jobs."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
+from graftwork.cluster.jobs.backend import most_usd
 from graftwork.cluster.jobs.fencing import Fence
-from graftwork.cluster.jobs.models import Finding
+from graftwork.cluster.jobs.launch import root_flag
+from graftwork.cluster.jobs.models import Finding, JobStatus
+from graftwork.cluster.jobs.store import JobStore
+from graftwork.cluster.spec import ClusterSpec
 from graftwork.errors import GraftworkError
 
 if TYPE_CHECKING:
-    from graftwork.report.evaluation_schema import Change, ExperimentReport, PairedTest
-
-
-# Findings of preflight and doctor as a list for people: the code, where, what is wrong and the hint.
-
-
-def show_findings(findings: Sequence[Finding], nothing: str = "no findings") -> None:
-    """Errors first; a line what is wrong, a line the rule, a line the hint."""
-    if not findings:
-        return echo(f"  {nothing}")
-    for finding in sorted(findings, key=lambda one: one.level != "error"):
-        style = "red" if finding.level == "error" else "yellow"
-        console.print(f"  {finding.code}", style=style, markup=False, end="")
-        console.print(f"  {finding.where}: {finding.problem}", markup=False, soft_wrap=True)
-        if finding.rule:
-            echo(f"      rule: {finding.rule}")
-        if finding.hint:
-            echo(f"      hint: {finding.hint}")
-
-
-# How an online experiment's report is told in a terminal.
-
-
-def show_online(report: "ExperimentReport") -> None:
-    """Differences with sequences, guardrails, and the verdict in a sentence."""
-    from graftwork.report import evaluation_views
-    from graftwork.report import format as words
-
-    unit = "prompts" if report.mode == "shadow" else "units"
-    print_table(
-        f"{report.name}: {report.metric}, {report.mode}, {words.count(report.rows)} rows",
-        ("arm", unit, "plain mean", "answers", "failed"),
-        [
-            (arm.name, arm.units, words.NONE if arm.mean is None else f"{arm.mean:.3f}", arm.answers, arm.errors)
-            for arm in report.arms
-        ],
-    )
-    print_table(
-        f"against {report.control} (holds at every look)",
-        ("arm", evaluation_views.estimator(report.mode), unit, "e-value", "verdict", "would decide"),
-        [
-            (
-                one.arm,
-                f"{evaluation_views.signed(one.estimate)} {evaluation_views.effect_interval(one)}",
-                one.n,
-                evaluation_views.evidence(one.e_value),
-                one.verdict,
-                words.NONE if one.n_needed is None else words.count(one.n_needed),
-            )
-            for one in report.contrasts
-        ],
-    )
-    if report.guardrails:
-        rows = [
-            (g.arm, g.says, words.NONE if g.value is None else f"{g.value:.3f}", g.n, evaluation_views.guard_state(g))
-            for g in report.guardrails
-        ]
-        print_table("guardrails", ("arm", "bound", "seen", "n", "state"), rows)
-    for note in report.notes:
-        echo(f"  {note}")
-    echo(report.sentence)
-
-
-# What a run gained and lost, as a table.
-
-
-def show_outcomes(found: Mapping[str, Any]) -> None:
-    """Every metric before and after, and of which changes one can be sure."""
-    from graftwork.report.evaluation_schema import OutcomesReport
-    from graftwork.report.evaluation_views import WORDS
-    from graftwork.report.format import rounded
-
-    report = OutcomesReport.model_validate(found)
-    print_table(
-        f"gained and lost (paired, {100 * (1 - report.alpha):g}% intervals, Holm over {report.family})",
-        ("part", "metric", "before", "after", "difference", "p", "questions", "clusters", ""),
-        [
-            (
-                _part(change),
-                change.metric,
-                rounded(change.before.value, 3),
-                rounded(change.after.value, 3),
-                difference(change.test),
-                "-" if change.p_adjusted is None else f"{change.p_adjusted:.2g}",
-                change.test.questions,
-                change.test.n if change.test.n < change.test.questions else "-",
-                WORDS[change.verdict] if change.verdict else "",
-            )
-            for change in report.changes
-        ],
-    )
-    for note in report.notes:
-        echo(f"  {note}")
-
-
-def difference(test: "PairedTest") -> str:
-    """`+0.12 [+0.03, +0.21]`."""
-    return f"{test.value:+.3f} [{test.low:+.2f}, {test.high:+.2f}]"
-
-
-def _part(change: "Change") -> str:
-    return f"{change.part}, {change.group}" if change.group else change.part
-
+    from graftwork.report.evaluation_schema import Change, PairedTest
 
 console = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
@@ -127,6 +33,13 @@ LINE_S = 5.0
 """Seconds between two lines of progress in the log of a job."""
 PLAIN_LINE_S = 60.0
 """The same where there is no terminal: pipes, CI, notebooks."""
+LEFT = re.compile(r"^(published |report: |report of the winner: |winner: |best: |serving at )", re.MULTILINE)
+"""What the stages say last: where to find what they made."""
+STATE_STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "lost": "red", "stopped": "yellow"}
+WIDE, NARROW = 110, 76
+PIPED = 400
+"""Width where nobody looks: nothing is cut."""
+GAP = 2
 
 
 def print_json(value: object) -> None:
@@ -187,6 +100,11 @@ def _fit(cell: str, width: int, right: bool) -> str:
 def echo(line: str, style: str = "") -> None:
     """Print one line for people, however long, without markup."""
     console.print(line, style=style, markup=False, soft_wrap=True)
+
+
+def note(line: str) -> None:
+    """Print one line on stderr, which is no part of the result."""
+    stderr.print(line, markup=False, soft_wrap=True)
 
 
 def gib(size_bytes: float) -> str:
@@ -256,3 +174,223 @@ class _ProgressLines:
 
 def _numeric(text: str) -> bool:
     return bool(text) and text[0] in "+-0123456789.[" and any(c.isdigit() for c in text)
+
+
+def show_findings(findings: Sequence[Finding], nothing: str = "no findings") -> None:
+    """Errors first; a line what is wrong, a line the rule, a line the hint."""
+    if not findings:
+        return echo(f"  {nothing}")
+    for finding in sorted(findings, key=lambda one: one.level != "error"):
+        style = "red" if finding.level == "error" else "yellow"
+        console.print(f"  {finding.code}", style=style, markup=False, end="")
+        console.print(f"  {finding.where}: {finding.problem}", markup=False, soft_wrap=True)
+        if finding.rule:
+            echo(f"      rule: {finding.rule}")
+        if finding.hint:
+            echo(f"      hint: {finding.hint}")
+
+
+def show_outcomes(found: Mapping[str, Any]) -> None:
+    """Every metric before and after, and of which changes one can be sure."""
+    from graftwork.report.evaluation_schema import OutcomesReport
+    from graftwork.report.evaluation_views import WORDS
+    from graftwork.report.format import rounded
+
+    report = OutcomesReport.model_validate(found)
+    print_table(
+        f"gained and lost (paired, {100 * (1 - report.alpha):g}% intervals, Holm over {report.family})",
+        ("part", "metric", "before", "after", "difference", "p", "questions", "clusters", ""),
+        [
+            (
+                _part(change),
+                change.metric,
+                rounded(change.before.value, 3),
+                rounded(change.after.value, 3),
+                difference(change.test),
+                "-" if change.p_adjusted is None else f"{change.p_adjusted:.2g}",
+                change.test.questions,
+                change.test.n if change.test.n < change.test.questions else "-",
+                WORDS[change.verdict] if change.verdict else "",
+            )
+            for change in report.changes
+        ],
+    )
+    for note in report.notes:
+        echo(f"  {note}")
+
+
+def difference(test: "PairedTest") -> str:
+    """`+0.12 [+0.03, +0.21]`."""
+    return f"{test.value:+.3f} [{test.low:+.2f}, {test.high:+.2f}]"
+
+
+def _part(change: "Change") -> str:
+    return f"{change.part}, {change.group}" if change.group else change.part
+
+
+def show_list(statuses: Sequence[JobStatus], root: str, of: int, out: Console | None = None) -> None:
+    """A line a job. A narrow terminal gets fewer columns; an id is never cut, and in a pipe nothing is."""
+    out = out or (console if console.is_terminal else Console(file=sys.stdout, width=PIPED, highlight=False))
+    if not statuses:
+        return echo(f"no jobs in {root}")
+    columns = ["job", "kind", "state", "attempt", "where", "age", "progress"]
+    columns = [c for c in columns if out.width >= WIDE or c not in ("kind", "where")]
+    columns = [c for c in columns if out.width >= NARROW or c not in ("attempt", "progress")]
+    rows = [[_plain(_cell(status, column)) for column in columns] for status in statuses]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    if "progress" in columns:
+        widths[-1] = max(out.width - sum(widths[:-1]) - GAP * (len(widths) - 1), len("progress"))
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, GAP, 0, 0))
+    for column, width in zip(columns, widths, strict=True):
+        justify: Literal["left", "right"] = "right" if column in ("attempt", "age") else "left"
+        table.add_column(column, no_wrap=True, overflow="ellipsis", justify=justify, width=width)
+    for status, row in zip(statuses, rows, strict=True):
+        table.add_row(*[Text(cell) for cell in row], style=STATE_STYLES.get(status.state, ""))
+    out.print(table)
+    if of > len(statuses):
+        echo(f"the newest {len(statuses)} of {of}; --limit shows more")
+
+
+def _cell(status: JobStatus, column: str) -> str:
+    cells = {
+        "job": status.job_id,
+        "kind": status.kind,
+        "state": status.state,
+        "attempt": str(status.attempt),
+        "where": status.on,
+        "age": age(status.submitted_at),
+        "progress": status.progress or status.why,
+    }
+    return cells[column]
+
+
+def details(runs: JobStore, status: JobStatus, root: str) -> dict[str, Any]:
+    """All that is known of a job, for machines and as the base of what people see."""
+    record = runs.job(status.job_id)
+    numbers = runs.attempts(status.job_id)
+    beat = runs.attempt(status.job_id, status.attempt).heartbeat if numbers else None
+    return {
+        **asdict(status),
+        "root": runs.store.uri,
+        "attempts": numbers,
+        "heartbeat_age_s": None if status.heartbeat_at is None else max(time.time() - status.heartbeat_at, 0.0),
+        "driver": None if beat is None else f"{beat.host}, process {beat.pid}",
+        "usd": None if beat is None else beat.usd,
+        "most_usd": most_usd(ClusterSpec.model_validate(record.cluster)),
+        "limits": record.cluster["limits"],
+        "left": left_behind(runs, status) if status.state == "succeeded" else [],
+        "events": _events(runs, status),
+        "next": list(next_commands(status, root)),
+    }
+
+
+def show_details(shown: dict[str, Any], root: str, status: JobStatus) -> None:
+    """A line a fact."""
+    echo(f"{status.job_id}: {status.state} on {status.on} ({status.kind}, attempt {status.attempt})")
+    beat = (
+        None if status.ended or shown["driver"] is None else f"{shown['heartbeat_age_s']:.0f} s ago, {shown['driver']}"
+    )
+    facts = {
+        "why": status.why,
+        "exit code": None if status.exit_code is None else str(status.exit_code),
+        "submitted": when(status.submitted_at),
+        "started": when(status.started_at) if status.started_at else None,
+        "ended": when(status.ended_at) if status.ended_at else None,
+        "heartbeat": beat,
+        "progress": status.progress,
+        "cost": _cost(shown),
+        "store": shown["root"],
+    }
+    for name, value in facts.items():
+        if value:
+            echo(f"  {name:10s} {value}")
+    for name in ("left", "events", "next"):
+        for number, line in enumerate(shown[name]):
+            echo(f"  {name if number == 0 else '':10s} {_event(line) if name == 'events' else line}")
+
+
+def _cost(shown: dict[str, Any]) -> str | None:
+    if shown["usd"] is None:
+        return None
+    most = f" of at most ${shown['most_usd']:.2f}" if shown["most_usd"] is not None else ""
+    return f"${shown['usd']:.2f} in this attempt{most}"
+
+
+def _events(runs: JobStore, status: JobStatus) -> list[dict[str, Any]]:
+    """Written by its driver as `<ms>-<what>.json`, oldest first; the last 20."""
+    folder = ("jobs", status.job_id, f"a{status.attempt}", "events")
+    found: list[dict[str, Any]] = []
+    for name in sorted(runs.store.list(*folder))[-20:]:
+        at, _, what = name.removesuffix(".json").partition("-")
+        try:
+            more = runs.store.read_json(*folder, name)
+        except GraftworkError:  # half a file of a disk that was full
+            more = {}
+        found.append({**(more if isinstance(more, dict) else {}), "at": int(at) / 1000, "what": what})
+    return found
+
+
+def _event(event: dict[str, Any]) -> str:
+    more = ", ".join(
+        f"{key} {value}" for key, value in event.items() if key not in ("at", "what") and value is not None
+    )
+    clock = time.strftime("%H:%M:%S", time.localtime(event["at"]))
+    return f"{clock} {event['what']}" + (f": {more}" if more else "")
+
+
+def _plain(text: str) -> str:
+    """Without what a log could do to a terminal."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def line_of(status: JobStatus) -> str:
+    """Return a job as one line: `cards-0123456789 attempt 2 on local: running; its last heartbeat was 3 s ago`."""
+    why = f"; {status.why}" if status.why else ""
+    return f"{status.job_id} attempt {status.attempt} on {status.on}: {status.state}{why}"
+
+
+def is_away(status: JobStatus) -> bool:
+    """Return whether the job's target did not answer, by the reason that `StoredBackend` gives."""
+    return "its place does not answer" in status.why
+
+
+def age(then: float | None, now: float | None = None) -> str:
+    """Since `then`, in one unit: `8s`, `12m`, `3h`, `5d`; `-` for None."""
+    if then is None:
+        return "-"
+    seconds = max((time.time() if now is None else now) - then, 0.0)
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size or (seconds >= size and unit == "m"):
+            return f"{seconds // size:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
+def when(then: float | None) -> str:
+    """`2026-03-01 12:00:05 (3h ago)`, by this machine's clock and time zone."""
+    if then is None:
+        return "-"
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(then))} ({age(then)} ago)"
+
+
+def left_behind(runs: JobStore, status: JobStatus) -> list[str]:
+    """The lines of its log that name what it made: adapters, reports, the address it serves at."""
+    if status.attempt == 0:
+        return []
+    text = "".join(runs.logs(status.job_id, status.attempt))
+    return [line.rstrip() for line in text.splitlines() if LEFT.match(line)]
+
+
+def next_commands(status: JobStatus, root: str) -> Iterator[str]:
+    """Commands that make sense in its state."""
+    job, flag = status.job_id, root_flag(root)
+    if status.state in ("submitted", "queued", "pending"):
+        yield f"graftwork jobs logs -f {job}{flag}"
+        if not status.on.startswith("local"):
+            yield f"graftwork doctor --target {status.on}, where it stays so"
+        yield f"graftwork jobs cancel {job}{flag}"
+    elif status.state in ("running", "suspended"):
+        yield f"graftwork jobs logs -f {job}{flag}"
+        yield f"graftwork jobs cancel {job}{flag}"
+    elif status.state != "succeeded":
+        yield f"graftwork jobs logs {job} --tail 40{flag}"
+        yield f"graftwork jobs resubmit {job}{flag}: it goes on from the last checkpoint"

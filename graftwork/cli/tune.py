@@ -1,16 +1,23 @@
-"""`graftwork tune FILE`: a sweep, what it found, how sure that is, and what became of its winner."""
+"""`graftwork tune FILE`: a sweep, its progress, its trials and the confidence in the best one, and its winner."""
 
 import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from graftwork import config
-from graftwork.cli.launch import LaunchOptions, launch, resolve_here
-from graftwork.cli.options import SpecFile, with_options
-from graftwork.cli.render import duration, echo, print_json, print_table, show_outcomes
-from graftwork.cli.sweep_progress import sweep_progress
+from graftwork.cli.options import LaunchOptions, SpecFile, with_options
+from graftwork.cli.plan import say_plan
+from graftwork.cli.render import duration, echo, print_json, print_table, show_outcomes, stderr
+from graftwork.cli.stages import spec_to_run
 from graftwork.errors import ConfigError
 from graftwork.planning.accelerators import with_gpus
 
@@ -25,9 +32,19 @@ TrialTarget = Annotated[
 
 if TYPE_CHECKING:
     from graftwork.report.sweep_schema import SweepRecord
+    from graftwork.tuning.eta import Pace
     from graftwork.tuning.remote_trial import Elsewhere
     from graftwork.tuning.spec import TuneSpec
-    from graftwork.tuning.trials import TrialRecord, TuneReport, Winner
+    from graftwork.tuning.trials import TrialRecord, TuneProgress, TuneReport, Winner
+
+EVERY_S = 10.0
+"""Between two lines where there is no terminal."""
+MOST_ROWS = 12
+BARS = "▁▂▃▄▅▆▇█"
+CURVE = 12
+STYLES = {"running": "cyan", "finished": "", "stopped": "dim", "failed": "red", "pending": "dim"}
+
+Update = Callable[["TuneProgress"], None]
 
 
 @with_options
@@ -42,21 +59,21 @@ def tune(
     """
     from graftwork.tuning.spec import TuneSpec
 
-    spec = config.load(file, options.sets, expect="tune")
-    assert isinstance(spec, TuneSpec)
-    elsewhere = _elsewhere(options, trial_target) if trial_target is not None else None
-    if elsewhere is None and options.elsewhere:
-        return launch(spec, file, options)
-    from graftwork.cli.plan import say_plan
-    from graftwork.cli.shadow import check_shadow, place_shadow
+    elsewhere = None
+    if trial_target is None:
+        spec = spec_to_run("tune", file, options)
+    else:
+        elsewhere = _elsewhere(options, trial_target)
+        given = config.load(file, options.sets, expect="tune")
+        assert isinstance(given, TuneSpec)
+        spec, _ = with_gpus(given, elsewhere.accelerators(given.root))
+    if spec is None:
+        return
     from graftwork.cluster.session import session
+    from graftwork.stages.shadow import check_shadow, place_shadow
     from graftwork.tuning.report import SweepEnd, sweep_record
     from graftwork.tuning.run import check, tune
 
-    if elsewhere is None:
-        spec = resolve_here(spec, options.target, options.as_json)
-    else:
-        spec, _ = with_gpus(spec, elsewhere.accelerators(spec.root))
     assert isinstance(spec, TuneSpec)
     check_shadow(spec)
     notes = check(spec)
@@ -98,7 +115,6 @@ def sweep_json(report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any
 
 def show(spec: "TuneSpec", report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> None:
     """The trials and the finals, the verdict and what else the trials tell, and what became of the winner."""
-    from graftwork.cli.shadow import show_shadow
     from graftwork.report.sweep_views import rates_words, stops_words
     from graftwork.tuning.report import settings
 
@@ -155,12 +171,12 @@ def _show_finals(report: "TuneReport", keys: list[str]) -> None:
     for trial in report.trials:
         runs = [trial, *(repeats.get((trial.trial_id, seed)) for seed in seeds)]
         if any(runs[1:]):
-            told = [_loss(run) for run in runs]
+            losses = [_loss(run) for run in runs]
             ended = [run.losses[-1][1] for run in runs if run is not None and run.state == "finished"]
             mean = fmean(ended) if len(ended) == len(runs) else math.inf
             mark = "taken" if trial.trial_id == report.best_id else ""
             values = [trial.values.get(key, "-") for key in keys]
-            row = (trial.trial_id, *values, *told, f"{mean:.4f}" if math.isfinite(mean) else "-", mark)
+            row = (trial.trial_id, *values, *losses, f"{mean:.4f}" if math.isfinite(mean) else "-", mark)
             rows.append((mean, row))
     columns = ("trial", *_short(keys), "search", *[f"seed {seed}" for seed in seeds], "mean", "")
     print_table("finals: held-out loss by seed", columns, [row for _, row in sorted(rows, key=lambda one: one[0])])
@@ -173,7 +189,7 @@ def _loss(trial: "TrialRecord | None") -> str:
 
 
 def _short(keys: list[str]) -> list[str]:
-    """The last part of each key, where that tells them apart."""
+    """Return the last part of each key where it is unique, else the key."""
     last = [key.rsplit(".", 1)[-1] for key in keys]
     return [short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)]
 
@@ -207,3 +223,172 @@ def _show_winner(spec: "TuneSpec", winner: "Winner") -> None:
         echo(f"  {note}")
     if report.page:
         echo(f"report of the winner: {report.page}")
+
+
+def show_shadow(found: dict[str, Any]) -> None:
+    """Print the shadow test of the winner, with the command that starts it."""
+    if "why" in found:
+        return echo(f"shadow: {found['why']}")
+    written = f"shadow: {found['winner']} beside {found['current']}, {found['spec']}"
+    if found["started"] is not None:
+        echo(f'{written}; started: ask for it with "model": "{found["started"]["model"]}"')
+    else:
+        echo(f"{written}\n  start it: graftwork experiment start {found['spec']}")
+
+
+@contextmanager
+def sweep_progress(label: str, quiet: bool, console: Console = stderr, every_s: float = EVERY_S) -> Iterator[Update]:
+    """Yields what takes each `TuneProgress`; silent when `quiet`."""
+    if quiet:
+        yield lambda _: None
+    elif console.is_terminal:
+        board = _TrialTable(label, console)
+        with Live(get_renderable=board.render, console=console, refresh_per_second=2, transient=True):
+            yield board.update
+    else:
+        lines = _SweepLines(label, console, every_s)
+        yield lines.update
+        lines.close()
+
+
+class _SweepLines:
+    """A line when a trial ended or the best changed, at most one in `every_s`, and a last one."""
+
+    def __init__(self, label: str, console: Console, every_s: float) -> None:
+        self._label, self._console, self._every_s = label, console, every_s
+        self._printed_at = -math.inf
+        self._said = ""
+        self._last: TuneProgress | None = None
+
+    def update(self, progress: "TuneProgress") -> None:
+        """Record the progress; print it if `every_s` has passed."""
+        self._last = progress
+        if time.monotonic() - self._printed_at >= self._every_s:
+            self._say(progress)
+
+    def close(self) -> None:
+        """Say how it stood last."""
+        if self._last is not None:
+            self._say(self._last)
+
+    def _say(self, progress: "TuneProgress") -> None:
+        from graftwork.tuning.eta import pace
+
+        said = f"{counts(progress)}; {progress.text}"
+        if said != self._said and progress.trials:
+            left = f", {left_words(pace(progress))}" if progress.done < progress.total else ""
+            when = f"{duration(progress.elapsed_s)} so far{left}"
+            self._console.print(f"{self._label}: {said}; {when}", markup=False, soft_wrap=True)
+            self._said, self._printed_at = said, time.monotonic()
+
+
+class _TrialTable:
+    """The table; between changes its clock goes on."""
+
+    def __init__(self, label: str, console: Console) -> None:
+        self._label, self._console = label, console
+        self._progress: TuneProgress | None = None
+        self._at = time.monotonic()
+
+    def update(self, progress: "TuneProgress") -> None:
+        """Show this from now on."""
+        self._progress, self._at = progress, time.monotonic()
+
+    def render(self) -> RenderableType:
+        """Return the table of the last progress."""
+        if self._progress is None:
+            return Text(f"{self._label}: starting")
+        rows = max(3, min(MOST_ROWS, self._console.height - 8))
+        return board(self._label, self._progress, time.monotonic() - self._at, rows)
+
+
+def board(label: str, progress: "TuneProgress", since_s: float, rows: int) -> RenderableType:
+    """The whole board, at most `rows` trials; `since_s`: since the progress was reported."""
+    from graftwork.report.format import clock
+    from graftwork.tuning.eta import pace
+
+    found = pace(progress)
+    elapsed = f"{clock(progress.elapsed_s + since_s)} elapsed"
+    left = f", {left_words(found, since_s)}" if progress.done < progress.total else ""
+    heads = [
+        Text.assemble((label, "bold"), f"  {counts(progress)}"),
+        Text(f"{elapsed}{left}; {cost_words(found, progress.gpus)}"),
+        Text(progress.text, style="yellow" if progress.trouble else "green"),
+    ]
+    shown, more = shown_trials(progress, rows)
+    tail = [Text(f"and {more} more", style="dim")] if more else []
+    return Group(*heads, *([_table(progress, shown, since_s)] if shown else []), *tail)
+
+
+def counts(progress: "TuneProgress") -> str:
+    """`12 of 20 done (5 finished, 7 stopped), 2 running`."""
+    states = [trial.state for trial in progress.trials]
+    done = [f"{states.count(state)} {state}" for state in ("finished", "stopped", "failed") if state in states]
+    ended = f" ({', '.join(done)})" if done else ""
+    return f"{progress.done} of {progress.total} done{ended}, {states.count('running')} running"
+
+
+def left_words(found: "Pace", since_s: float = 0.0) -> str:
+    """`about 3:10 left (2:40 to 3:50, n=12)`; n are the trials that it goes by."""
+    from graftwork.report.format import clock
+
+    if found.left_s is None:
+        return "time left not known yet"
+    left = max(found.left_s - since_s, 0.0)
+    if found.low_s is None or found.high_s is None:
+        return f"at most {clock(left)} left"
+    low, high = max(found.low_s - since_s, 0.0), max(found.high_s - since_s, 0.0)
+    return f"about {clock(left)} left ({clock(low)} to {clock(high)}, n={found.ended})"
+
+
+def cost_words(found: "Pace", gpus: float) -> str:
+    """`9.1 of about 15 core-min`."""
+    unit = "GPU-min" if gpus else "core-min"
+    total = f" of about {found.device_total_s / 60:.1f}" if found.device_total_s else ""
+    return f"{found.device_s / 60:.1f}{total} {unit}"
+
+
+def shown_trials(progress: "TuneProgress", rows: int) -> tuple[Sequence["TrialRecord"], int]:
+    """Those that run, half of the rows for the best that ended; and how many are left out."""
+    running = [trial for trial in progress.trials if trial.state == "running"]
+    ended = sorted((trial for trial in progress.trials if trial.ended or trial.state == "failed"), key=_place)
+    kept = running[-max(rows - min(len(ended), rows // 2), 1) :]
+    shown = [*kept, *ended[: rows - len(kept)]]
+    return shown, len(running) + len(ended) - len(shown)
+
+
+def _place(trial: "TrialRecord") -> tuple[bool, int, float]:
+    return trial.state == "failed", -trial.steps, trial.losses[-1][1] if trial.losses else math.inf
+
+
+def _table(progress: "TuneProgress", shown: Sequence["TrialRecord"], since_s: float) -> Table:
+    from graftwork.report.format import clock
+    from graftwork.tuning.eta import took_s
+    from graftwork.tuning.trials import label_points
+
+    table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
+    table.add_column("trial", ratio=1, no_wrap=True, overflow="ellipsis")
+    for column in ("step", "loss", "curve", "state", "time"):
+        table.add_column(column, justify="left" if column in ("curve", "state") else "right", no_wrap=True)
+    low, high = _range(progress)
+    for trial, name in zip(shown, label_points([trial.values for trial in shown]), strict=True):
+        last = f"{trial.losses[-1][1]:.3f}" if trial.losses else "-"
+        of = f"{trial.steps}/{progress.steps}" if progress.steps else str(trial.steps)
+        curve = sparkline([loss for _, loss in trial.losses][-CURVE:], low, high)
+        took = clock(took_s(trial, progress.elapsed_s + since_s))
+        table.add_row(name, of, last, curve, trial.state, took, style=STYLES[trial.state])
+    return table
+
+
+def _range(progress: "TuneProgress") -> tuple[float, float]:
+    """From the lowest loss to the median of the first ones: one scale for all curves."""
+    losses = [loss for trial in progress.trials for _, loss in trial.losses if math.isfinite(loss)]
+    firsts = sorted(trial.losses[0][1] for trial in progress.trials if trial.losses)
+    return min(losses, default=0.0), firsts[len(firsts) // 2] if firsts else 1.0
+
+
+def sparkline(losses: Sequence[float], low: float, high: float) -> str:
+    """A bar a report, between `low` and `high`; a loss above `high`, or that is no number, has the full height."""
+    span = (high - low) or 1.0
+    heights = [min(max((loss - low) / span, 0.0), 1.0) if math.isfinite(loss) else 1.0 for loss in losses]
+    return "".join(BARS[round(height * (len(BARS) - 1))] for height in heights)

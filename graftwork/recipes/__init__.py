@@ -4,9 +4,12 @@
 up), schema.json (of the answer) and card.json (source, licence, counts, digests).
 """
 
+import functools
 import hashlib
 import importlib
 import json
+import platform
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,6 @@ from typing import Any, Protocol
 from graftwork.base.package_source import PackageFile, fetch
 from graftwork.cache import Progress, build_once
 from graftwork.errors import DataError
-from graftwork.recipes.python_source import PythonSource
 from graftwork.storage.store import cache_root, json_bytes
 
 RECIPES = {
@@ -34,8 +36,37 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
+class PythonSource:
+    """Source of text: files of Python's standard library by globs, without private modules (`_name.py`)."""
+
+    patterns: tuple[str, ...]
+    most_bytes: int = 1 << 20
+    """Larger files are left out."""
+
+    def __str__(self) -> str:
+        return f"python://{platform.python_version()}/{','.join(self.patterns)}"
+
+    @property
+    def sha256(self) -> str:
+        """Of the contents: another patch release is another source."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+    def read(self) -> bytes:
+        """JSON: path -> text, by path."""
+        return _read_library(self.patterns, self.most_bytes)
+
+
+@functools.cache
+def _read_library(patterns: tuple[str, ...], most_bytes: int) -> bytes:
+    root = Path(sysconfig.get_path("stdlib"))
+    found = {path for pattern in patterns for path in root.glob(pattern)}
+    files = sorted(path for path in found if not path.name.startswith("_") and path.stat().st_size <= most_bytes)
+    return json.dumps({path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in files}).encode()
+
+
+@dataclass(frozen=True)
 class Built:
-    """What a recipe makes of its source: files by name, and what its card says beside the counts."""
+    """Result of a recipe: files by name, and facts of its card next to the counts."""
 
     files: Mapping[str, bytes]
     about: Mapping[str, Any]

@@ -75,7 +75,7 @@ def _facts(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _names_its_city(card: dict[str, Any]) -> bool:
-    """A word of the city stands in the name."""
+    """Return whether a word of the city is in the name."""
     named = card["name"].casefold()
     return any(word in named for word in card["city"].casefold().split())
 

@@ -4,7 +4,7 @@ Source: BBQ (Parrish et al. 2022, CC BY 4.0), gender questions about women and m
 templates of train.jsonl and of eval.jsonl differ. Training rows are balanced: the stereotyped and the other answer are
 right equally often, and "unknown" as often as the two together. skewed.jsonl is what careless labelling would leave of
 the same templates: half of its questions do not tell and are answered as the stereotype has it, the right answers of
-the other half are the stereotype's. It exists to show what a balanced set mends.
+the other half are the stereotype's. It shows the effect of a balanced set.
 """
 
 import json

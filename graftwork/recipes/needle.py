@@ -8,8 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from graftwork.recipes import Built, jsonl, python_docs, split_of
-from graftwork.recipes.python_source import PythonSource
+from graftwork.recipes import Built, PythonSource, jsonl, python_docs, split_of
 
 SOURCE: PythonSource = python_docs.SOURCE
 LICENCE = "PSF-2.0"

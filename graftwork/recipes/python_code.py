@@ -10,8 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from graftwork.recipes import Built, jsonl, split_of
-from graftwork.recipes.python_source import PythonSource
+from graftwork.recipes import Built, PythonSource, jsonl, split_of
 
 SOURCE = PythonSource(("*.py", "json/*.py", "collections/*.py", "email/*.py"), most_bytes=40_000)
 LICENCE = "PSF-2.0"

@@ -6,8 +6,7 @@ Source: `pydoc_data.topics` of the running Python (PSF licence). A row is one to
 import ast
 import json
 
-from graftwork.recipes import Built, jsonl, split_of
-from graftwork.recipes.python_source import PythonSource
+from graftwork.recipes import Built, PythonSource, jsonl, split_of
 
 SOURCE = PythonSource(("pydoc_data/topics.py",))
 LICENCE = "PSF-2.0"

@@ -1,4 +1,4 @@
-"""Files on a disk that this machine mounts. Every write is staged beside its target, synced, then renamed."""
+"""Files on a disk that this machine mounts. Every write is staged next to its target, synced, then renamed."""
 
 import errno
 import fcntl
@@ -253,5 +253,5 @@ def _explain(error: OSError, path: str) -> tuple[str, str]:
     if isinstance(error, IsADirectoryError):
         return "it is a folder", "name a file"
     if isinstance(error, NotADirectoryError | FileExistsError):
-        return f"a file stands where a folder is needed ({error.filename})", "move that file away, or set another root:"
+        return f"a file is in the place of a folder ({error.filename})", "move that file away, or set another root:"
     return str(error.strerror or error), "check the path and the disk"

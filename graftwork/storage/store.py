@@ -1,4 +1,4 @@
-"""Where runs, adapters, aliases, data and caches live: the only place that joins a path or opens a filesystem.
+"""Stores of runs, adapters, aliases, data and caches: the only module that joins a path or opens a filesystem.
 
 A `Store` is one root: a folder, `file://` or `s3://` (through s3fs). Keys are given as parts, one name each, never as a
 joined string. Credentials come from the environment alone (`AWS_*`); a URI that carries them is refused.
@@ -135,7 +135,7 @@ class Store:
         self._backend.append(self._key(*parts), line.encode())
 
     def exists(self, *parts: str) -> bool:
-        """Whether a file or a folder stands there."""
+        """Return whether a file or a folder exists there."""
         return self._backend.exists(self._key(*parts))
 
     def list(self, *parts: str) -> list[str]:
@@ -322,9 +322,6 @@ def _normalise_path(path: str) -> str:
     if not path or "\0" in path or _ALMOST_URI.match(path):
         raise ConfigError(f"uri {path!r}", "it is neither a path nor a whole URI", _FORMS)
     return os.path.abspath(os.path.expanduser(path))
-
-
-# A backend that waits out an outage: each call is tried again, with longer pauses, until the patience is used up.
 
 
 T = TypeVar("T")

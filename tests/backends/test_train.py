@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from graftwork.cli.launch import job_of
 from graftwork.cluster.jobs.models import Job
+from graftwork.stages.jobs import job_of
 from tests.backends.local_target import Here
 from tests.training import task
 

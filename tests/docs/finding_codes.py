@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "stuck.md"
 BEGIN, END = "<!-- findings: python -m tests.docs.finding_codes --write -->", "<!-- /findings -->"
-FOLDERS = ("cluster", "graftwork/cli", "serving", "training", "tuning")
+FOLDERS = ("cluster", "graftwork/stages", "serving", "training", "tuning")
 HELPERS = {"refuse": "E-", "warn": "W-"}
 UNKNOWN = "..."
 

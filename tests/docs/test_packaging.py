@@ -1,5 +1,9 @@
-"""Wheel and sdist carry the whole package, the four linked folders included, and run."""
+"""Wheel, sdist, zip archive, editable install and checkout: each has the four folders of the top level and runs.
 
+A checkout imports them through links in graftwork/, with the real path of every module: debuggers and type checkers.
+"""
+
+import ast
 import os
 import re
 import shutil
@@ -15,6 +19,7 @@ import pytest
 import graftwork
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = ("cluster", "training", "serving", "tuning")
 CODE = (
     "import graftwork.training.spec, graftwork.tuning.spec, graftwork.serving.spec, graftwork.cluster; "
     "print(graftwork.__file__)"
@@ -47,27 +52,126 @@ def test_wheel_from_sdist_holds_real_folders_under_one_name(dist: Path) -> None:
     assert "graftwork/serving/api/page/index.html" in names
 
 
-def test_wheel_runs_outside_the_checkout(dist: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path / "venv", with_pip=True, system_site_packages=False)
-    python = tmp_path / "venv/bin/python"
-    site = subprocess.run(
-        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
-    )
+def make_venv(folder: Path) -> Path:
+    """Return the folder of a new venv that has the libraries of this process, but not its graftwork."""
+    venv.create(folder, with_pip=True, system_site_packages=False)
+    find: list[str | Path] = [folder / "bin/python", "-c", "import site; print(site.getsitepackages()[0])"]
+    site = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
     own = [path for path in sys.path if path.endswith("site-packages")]
-    (Path(site.stdout.strip()) / "host.pth").write_text(
-        "\n".join(own)
-    )  # the host's libraries, not the host's graftwork
-    pip = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(next(dist.glob("*.whl")))]
-    subprocess.run(pip, check=True, capture_output=True)
+    (Path(site) / "host.pth").write_text("\n".join(own))  # .pth files in these folders are not read
+    return folder
+
+
+def run_in(folder: Path, *command: str | Path) -> str:
+    """Return what a command prints that is started in `folder` without PYTHONPATH. It must succeed."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([python, "-c", CODE], cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
-    assert str(tmp_path / "venv") in done.stdout, "the wheel's own copy was imported"
+    return done.stdout
+
+
+def test_wheel_runs_outside_the_checkout(dist: Path, tmp_path: Path) -> None:
+    made = make_venv(tmp_path / "venv")
+    wheel = next(dist.glob("*.whl"))
+    run_in(tmp_path, made / "bin/python", "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel)
+    assert str(made) in run_in(tmp_path, made / "bin/python", "-c", CODE), "the wheel's own copy was imported"
+    assert "train" in run_in(tmp_path, made / "bin/graftwork", "--help")
+
+
+@pytest.mark.long
+def test_an_editable_install_imports_the_checkout_by_its_real_paths(tmp_path: Path) -> None:
+    made = make_venv(tmp_path / "venv")
+    options = ["-q", "--no-index", "--no-deps", "--no-build-isolation"]
+    run_in(tmp_path, made / "bin/python", "-m", "pip", "install", *options, "-e", ROOT)
+    names = "; ".join(f"import graftwork.{folder}.spec; print(graftwork.{folder}.spec.__file__)" for folder in FOLDERS)
+    found = run_in(tmp_path, made / "bin/python", "-c", names).split()
+    assert found == [str(ROOT / folder / "spec.py") for folder in FOLDERS]
+    assert run_in(tmp_path, made / "bin/graftwork", "--version").strip() == f"graftwork {graftwork.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "arguments"),
+    [
+        ("cluster/ray_address.py", "is_loopback", ("127.0.0.1",)),
+        ("serving/models.py", "base_name", ("bases/small.gguf",)),
+        ("training/run_diff.py", "changed_keys", ({"a": 1}, {"a": 2})),
+        ("tuning/retry.py", "message_of", ("out of memory",)),
+    ],
+)
+def test_a_breakpoint_in_a_folder_of_the_top_level_is_hit(
+    file: str, function: str, arguments: tuple[object, ...], tmp_path: Path
+) -> None:
+    [found] = [
+        node
+        for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name == function
+    ]
+    line = found.body[1].lineno  # behind the docstring
+    program = f"""
+import bdb
+
+class Stop(bdb.Bdb):
+    def user_line(self, frame):
+        print("stopped at", frame.f_code.co_filename, frame.f_lineno)
+        self.set_continue()
+
+from graftwork.{file.removesuffix(".py").replace("/", ".")} import {function}
+debugger = Stop()
+problem = debugger.set_break({str(ROOT / file)!r}, {line})
+assert problem is None, problem
+debugger.reset()
+debugger.set_continue()
+import sys
+sys.settrace(debugger.trace_dispatch)
+{function}(*{arguments!r})
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [tmp_path / "venv/bin/graftwork", "--help"], cwd=tmp_path, capture_output=True, text=True, env=env, check=False
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=env, check=True
     )
-    assert done.returncode == 0, done.stderr
-    assert "train" in done.stdout
+    assert f"stopped at {ROOT / file} {line}" in done.stdout.splitlines()
+
+
+PROBE = """
+from graftwork.cluster.spec import ClusterSpec
+from graftwork.serving.spec import ServeSpec
+from graftwork.training.spec import TrainSpec
+from graftwork.tuning.spec import TuneSpec
+
+
+def probe(cluster: ClusterSpec, serving: ServeSpec, training: TrainSpec, tuning: TuneSpec) -> None:
+    a: int = cluster
+    b: int = serving
+    c: int = training
+    d: int = tuning
+"""
+"""Four lines that are wrong where the type checker knows the four classes."""
+
+
+def checked(command: list[str | Path], folder: Path) -> str:
+    """Return what a type checker prints about PROBE."""
+    (folder / "probe.py").write_text(PROBE)
+    env = {**os.environ, "MYPYPATH": str(ROOT), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=False).stdout
+
+
+@pytest.mark.long
+def test_mypy_knows_the_classes_of_the_four_folders(tmp_path: Path) -> None:
+    options = ["--config-file", str(ROOT / "pyproject.toml"), "--follow-imports", "silent", "probe.py"]
+    said = checked([sys.executable, "-m", "mypy", *options], tmp_path)
+    for name in ("ClusterSpec", "ServeSpec", "TrainSpec", "TuneSpec"):
+        assert f'expression has type "{name}", variable has type "int"' in said, said
+    assert "Found 4 errors in 1 file" in said
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("basedpyright") is None, reason="basedpyright of the extra dev is not installed")
+def test_pyright_knows_the_classes_of_the_four_folders(tmp_path: Path) -> None:
+    (tmp_path / "pyrightconfig.json").write_text(f'{{"extraPaths": ["{ROOT}"], "typeCheckingMode": "basic"}}')
+    said = checked(["basedpyright", "--pythonpath", sys.executable, "--project", "."], tmp_path)
+    for name in ("ClusterSpec", "ServeSpec", "TrainSpec", "TuneSpec"):
+        assert f'Type "{name}" is not assignable to declared type "int"' in said, said
+    assert "4 errors" in said
 
 
 @pytest.fixture
@@ -79,7 +183,7 @@ def unlinked(tmp_path: Path) -> Path:
     if archive.returncode:
         pytest.skip("not a git checkout")
     subprocess.run(["tar", "x", "-C", str(tree)], input=archive.stdout, check=True)
-    for folder in ("cluster", "training", "serving", "tuning"):
+    for folder in FOLDERS:
         (tree / "graftwork" / folder).unlink()
         (tree / "graftwork" / folder).write_text(f"../{folder}")
     return tree

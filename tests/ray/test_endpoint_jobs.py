@@ -25,6 +25,8 @@ GONE_WITHIN_S = 10.0
 
 @dataclass
 class World:
+    """Endpoint job on a Ray of its own, with the adapters that it serves."""
+
     head: Head
     made: Made
     tmp: Path

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cli.launch import job_of
 from graftwork.cluster.jobs.store import JobStore
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.stages.jobs import job_of
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_resume import read_starts
 from graftwork.training.run import run_paths

@@ -21,6 +21,8 @@ SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 class TestS3(StoreContract):
+    """Contract of a store, on a bucket."""
+
     @pytest.fixture
     def store(self, s3_store: Store) -> Store:
         return s3_store

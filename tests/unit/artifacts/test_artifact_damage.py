@@ -62,10 +62,10 @@ def test_a_flipped_bit_anywhere_is_found(store: Store, version: str) -> None:
 
 
 DAMAGED: list[tuple[Callable[[Path], object], str]] = [
-    (lambda v: os.truncate(v / WEIGHTS, 50), "adapter_model.safetensors: 50 bytes, the manifest says"),
-    (lambda v: (v / WEIGHTS).write_bytes(b"x" * 10_000), "10000 bytes, the manifest says"),
+    (lambda v: os.truncate(v / WEIGHTS, 50), "adapter_model.safetensors: 50 bytes, the manifest has"),
+    (lambda v: (v / WEIGHTS).write_bytes(b"x" * 10_000), "10000 bytes, the manifest has"),
     (lambda v: (v / WEIGHTS).unlink(), "adapter_model.safetensors: no such file"),
-    (lambda v: (v / "evil.bin").write_bytes(b"x"), "evil.bin: 1 bytes, the manifest says no such file"),
+    (lambda v: (v / "evil.bin").write_bytes(b"x"), "evil.bin: 1 bytes, the manifest has no such file"),
     (lambda v: (v / "folder").mkdir(), "folder: a folder"),
     (lambda v: (v / "manifest.json").write_bytes(b"{"), "not valid at JSON"),
     (lambda v: (v / "manifest.json").write_bytes(b" " * (2 << 20)), "manifest.json has 2097152 bytes"),

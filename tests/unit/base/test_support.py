@@ -10,7 +10,6 @@ import ray
 
 from graftwork.base.support import STAGES, base_support, check_serving, check_training
 from graftwork.cli.config import check as config_check
-from graftwork.cli.stage_plans import plan_spec
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.serving.deploy import check_spec
@@ -19,6 +18,7 @@ from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.quantize.run import run_quantize
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ServeSpec
+from graftwork.stages.plans import plan_spec
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.run import check as check_sweep
 from graftwork.tuning.spec import TuneSpec

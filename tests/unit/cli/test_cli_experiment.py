@@ -17,11 +17,11 @@ from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
 from graftwork.base.spec import BaseSpec
 from graftwork.cli import app
-from graftwork.cli.shadow import check_shadow, place_shadow, shadow_spec
 from graftwork.errors import ConfigError
 from graftwork.serving.ab_test.spec import ExperimentSpec
 from graftwork.serving.api.errors import ApiError
 from graftwork.serving.spec import ServeSpec
+from graftwork.stages.shadow import check_shadow, place_shadow, shadow_spec
 from graftwork.storage.store import Store
 from graftwork.training.report import TrainReport
 from graftwork.tuning.spec import TuneSpec
@@ -184,7 +184,7 @@ def test_a_shadow_takes_the_other_keys_of_an_experiment_file(url: str, root: Pat
     asked = shadow_spec(spec, "a" * 12, "b" * 12)
     assert (asked.name, asked.endpoint, asked.control, asked.mode) == ("cards", url, "current", "shadow")
     assert [arm.weight for arm in asked.arms] == [None, None]
-    assert "nothing to put beside it" in place_shadow(spec, swept(spec, "a" * 12, "a" * 12))["why"]
+    assert "nothing to compare it with" in place_shadow(spec, swept(spec, "a" * 12, "a" * 12))["why"]
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from graftwork.cli.launch import demands_of, job_of, planned, with_demand
 from graftwork.cluster.jobs.models import ExecSpec
 from graftwork.cluster.kuberay.preflight import machines_of
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets.local import machines_here
+from graftwork.stages.jobs import demands_of, job_of, predict, with_demand
 from graftwork.training.spec import TrainSpec
 from tests.tiny import write_tiny_base
 
@@ -38,7 +38,7 @@ def test_workers_memory_and_time_are_those_of_the_stages_plan(tmp_path: Path) ->
 def test_a_gpu_that_the_cluster_names_is_planned_for_with_its_memory_and_the_machines(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, gpus_per_worker=1)
     cluster = ClusterSpec.model_validate({"workers": [{"gpu": 1, "gpu_type": "H100", "count": 2}]})
-    lines, notes = planned(spec, tmp_path, machines_of(cluster))
+    lines, notes = predict(spec, tmp_path, machines_of(cluster))
     assert notes == ()
     assert any("h100" in note for note in lines[0].assumptions)
     [demand] = demands_of(spec, lines)
@@ -48,7 +48,7 @@ def test_a_gpu_that_the_cluster_names_is_planned_for_with_its_memory_and_the_mac
 
 def test_data_that_only_the_cluster_sees_is_said_and_keeps_nothing_from_running(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, data={"train": "/only/there/rows.jsonl"}, gpus_per_worker=0)
-    lines, [note] = planned(spec, tmp_path, machines_here())
+    lines, [note] = predict(spec, tmp_path, machines_here())
     assert (lines, note.code, note.level) == ((), "W-NOT-PREDICTED", "warning")
     assert "/only/there/rows.jsonl" in note.problem
     assert demands_of(spec, lines)[0].num_workers == 2
@@ -56,5 +56,5 @@ def test_data_that_only_the_cluster_sees_is_said_and_keeps_nothing_from_running(
 
 def test_a_program_is_one_worker(tmp_path: Path) -> None:
     spec = ExecSpec(name="hello", argv=("true",))
-    assert planned(spec, tmp_path, machines_here()) == ((), ())
+    assert predict(spec, tmp_path, machines_here()) == ((), ())
     assert demands_of(spec, ())[0].num_workers == 1

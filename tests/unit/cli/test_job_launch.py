@@ -15,13 +15,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from graftwork.cli import app
-from graftwork.cli.job_render import show_list
-from graftwork.cli.launch import LaunchOptions, follow, job_of
+from graftwork.cli.options import LaunchOptions
+from graftwork.cli.render import show_list
+from graftwork.cluster.jobs.launch import follow
 from graftwork.cluster.jobs.models import ExecSpec, Job, JobStatus
 from graftwork.cluster.jobs.store import JobStore
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets import backend_of
 from graftwork.errors import ClusterError, ConfigError, Interrupted
+from graftwork.stages.jobs import job_of
 
 
 def cli(*argv: str) -> str:
@@ -108,7 +110,7 @@ def test_ctrl_c_ends_what_the_command_began_and_no_more(tmp_path: Path, ours: bo
 
     threading.Thread(target=press).start()
     with pytest.raises(Interrupted, match="cancelled at local by Ctrl-C" if ours else "it goes on"):
-        follow(backend, job.root, job.job_id, printed, cancels=ours)
+        follow(backend, job.root, job.job_id, printed, lambda _: None, cancels=ours)
     assert backend.status(job.job_id).state == ("cancelled" if ours else "running")
     assert backend.cancel(job.job_id).state == "cancelled"
 

@@ -9,8 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from graftwork.cli import app
-from graftwork.cli.launch import LaunchOptions, StageOptions
-from graftwork.cli.options import RENAMED_FLAGS, RENAMED_VERBS, Sets, with_options
+from graftwork.cli.options import RENAMED_FLAGS, RENAMED_VERBS, LaunchOptions, Sets, StageOptions, with_options
 from graftwork.errors import ConfigError
 
 STAGES = ("train", "tune", "serve", "compare", "quantize", "exec")

@@ -13,14 +13,14 @@ from examples.studies.plan import likelihood_answers
 from examples.studies.spec import StudySpec
 from graftwork.base import load as base_model
 from graftwork.base.spec import BaseSpec
-from graftwork.cli.request_sizes import compare_answers, quantize_answers
-from graftwork.cli.stage_plans import plan_spec
 from graftwork.datasets.rows import read_rows
 from graftwork.prompts.render import PromptSpec
 from graftwork.serving.arms import build_prompt
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.quantize.spec import QuantizeSpec
+from graftwork.serving.request_sizes import compare_answers, quantize_answers
 from graftwork.serving.spec import ArmSpec
+from graftwork.stages.plans import plan_spec
 from tests.process_races import ROOT
 from tests.tiny import write_tiny_base
 

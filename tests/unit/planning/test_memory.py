@@ -19,7 +19,6 @@ from graftwork.adapters.lora import LoraSpec
 from graftwork.adapters.prefix import PrefixSpec
 from graftwork.adapters.spec import AdapterSpec
 from graftwork.base.model_shape import ModelShape
-from graftwork.cli.stage_plans import plan_spec
 from graftwork.environment import Speed, available_memory, measure_speed
 from graftwork.errors import BaseModelError
 from graftwork.planning.hardware import Machine
@@ -39,6 +38,7 @@ from graftwork.quantization.spec import QuantSpec
 from graftwork.retrieval.embedder import EmbedderShape
 from graftwork.serving.planning import RequestLoad, answers_seconds, plan_serving, predict_embedding, predict_serving
 from graftwork.serving.spec import EngineSpec, ServeSpec
+from graftwork.stages.plans import plan_spec
 from graftwork.training.evaluation.spec import Item, ItemGroup, work_of
 from graftwork.training.planning.memory import pass_of, passes_of, predict_training
 from graftwork.training.planning.plan import plan_training, step_seconds

@@ -10,7 +10,6 @@ import yaml
 
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
-from graftwork.cli.stage_plans import plan_spec
 from graftwork.environment import Speed, collect
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.planning.hardware import GPUS, Machine, gpu_called, named_gpu
@@ -18,6 +17,7 @@ from graftwork.planning.memory import GIB, RUNS, Correction, RowSizes, learn, re
 from graftwork.quantization.spec import QuantSpec
 from graftwork.serving.planning import plan_serving
 from graftwork.serving.spec import EngineSpec
+from graftwork.stages.plans import plan_spec
 from graftwork.training.autotune import FinalPeak, sizes_of
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.planning.memory import kind_of, predict_training

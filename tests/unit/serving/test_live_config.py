@@ -37,6 +37,8 @@ def split(plain: float, **changed: Any) -> dict[str, Any]:
 
 @dataclass
 class World:
+    """Store with a base and the versions of a task."""
+
     base: Path
     store: Store
     digest: str

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[3]
 
 
 class TestFolder(StoreContract):
+    """Contract of a store, on a folder."""
+
     @pytest.fixture
     def store(self, tmp_path: Path) -> Store:
         return Store(str(tmp_path / "root"))
@@ -180,7 +182,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_content(tmp_path: Path) -> None
 
 def test_a_root_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "root").write_bytes(b"")
-    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+    with pytest.raises(StorageError, match="a file is in the place of a folder"):
         Store(str(tmp_path / "root")).write_bytes(b"x", "a", "b")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from graftwork.cli.sweep_progress import board, shown_trials, sparkline, sweep_progress
+from graftwork.cli.tune import board, shown_trials, sparkline, sweep_progress
 from graftwork.tuning.eta import pace
 from graftwork.tuning.search import Values
 from graftwork.tuning.trials import State, TrialRecord, TuneProgress

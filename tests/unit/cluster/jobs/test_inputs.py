@@ -10,7 +10,6 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from graftwork.cli import app
-from graftwork.cli.launch import job_of
 from graftwork.cluster.jobs import inputs
 from graftwork.cluster.jobs.inputs import path_findings, send, with_inputs
 from graftwork.cluster.jobs.models import Attempt, Job
@@ -23,6 +22,7 @@ from graftwork.retrieval.corpus import ChunkSpec, SourceSpec, read_corpus
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ServeSpec
+from graftwork.stages.jobs import job_of
 from graftwork.storage.store import Store
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec

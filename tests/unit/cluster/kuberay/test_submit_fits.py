@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from graftwork.cli import app
-from graftwork.cli.launch import job_of, with_demand
 from graftwork.cluster.jobs.models import Attempt, Finding, Job, TargetMachines
 from graftwork.cluster.kuberay.preflight import machines_of, preflight
 from graftwork.cluster.spec import ClusterSpec
@@ -22,6 +21,7 @@ from graftwork.cluster.targets.ray_jobs_checks import RayNode, workers
 from graftwork.cluster.targets.ray_jobs_checks import machines_of as machines_of_ray
 from graftwork.config import validate
 from graftwork.planning.hardware import GPUS
+from graftwork.stages.jobs import job_of, with_demand
 from graftwork.training.spec import TrainSpec
 from tests.kuberay_objects import BASE
 from tests.tiny import write_tiny_base

@@ -15,7 +15,6 @@ import pytest
 from graftwork import config
 from graftwork.base import load as base_model
 from graftwork.base.spec import BaseSpec
-from graftwork.cli.stage_plans import plan_spec
 from graftwork.errors import ArtifactError, ConfigError
 from graftwork.planning.accelerators import Accelerators, with_gpus
 from graftwork.quantization.spec import QuantSpec
@@ -27,6 +26,7 @@ from graftwork.serving.spec import EngineSpec, ServeSpec
 from graftwork.serving.vllm.adapters import Loras, check_adapter
 from graftwork.serving.vllm.engine import Tally, VllmEngine, VllmTranslation, create_vllm
 from graftwork.serving.vllm.translate import Translator, engine_arguments, grammar_arguments, sampling_arguments
+from graftwork.stages.plans import plan_spec
 from tests import engines
 from tests.async_llm import Completion, Logprob, PlainWords, RequestOutput, StandIn
 from tests.tiny import VOCAB_SIZE, write_tiny_base

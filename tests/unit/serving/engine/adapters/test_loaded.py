@@ -10,12 +10,16 @@ from graftwork.serving.engine.adapters.loaded import copy_to_device, flatten, te
 
 @dataclass(frozen=True)
 class Part:
+    """Weights of an adapter in a group of layers, as a loaded record has them."""
+
     values: torch.Tensor
     scaling: float
 
 
 @dataclass(frozen=True)
 class Record:
+    """Record with tensors in fields, mappings and tuples."""
+
     name: str
     stack: torch.Tensor
     parts: Mapping[str, tuple[Part | None, ...]]

@@ -13,7 +13,6 @@ from graftwork.base.model_shape import ModelShape
 from graftwork.base.spec import BaseSpec
 from graftwork.base.support import base_support, check_serving, check_training
 from graftwork.config import Spec
-from graftwork.demo_spec import DemoSpec, DemoSpecs, load_specs
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import Gpu, Machine, gpu_here
 from graftwork.planning.memory import FP32, FRAGMENTS, MemoryPlan, TokenWork
@@ -26,6 +25,7 @@ from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.planning import RequestLoad, answers_seconds, plan_serving, predict_embedding
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.stages.demo_spec import DemoSpec, DemoSpecs, load_specs
 from graftwork.storage.store import Store
 from graftwork.training.autotune import machine_of, sizes_of
 from graftwork.training.evaluation.spec import OutcomesSpec, work_of
@@ -42,7 +42,7 @@ NO_PROMPTS: Mapping[str, PromptSpec] = {}
 def plan_spec(
     spec: Spec, folder: Path, gpu: Gpu | None = None, gpus: int | None = None, *, replay: bool = False
 ) -> list[StagePlan]:
-    """A line a stage; `folder` is where a demo's spec files lie. Raises UserError as the stages themselves would.
+    """Return a prediction per stage; `folder` has a demo's spec files. Raises UserError as the stages themselves would.
 
     `gpu`: plan for machines with such GPUs, one a worker, `gpus` workers; None plans for what the spec asks for here.
     `replay`: of a training spec, the real step on tensors without memory as well.
@@ -116,8 +116,6 @@ def _lines(
     if isinstance(spec, ServeSpec | CompareSpec | QuantizeSpec):
         check_serving(spec)
     if isinstance(spec, TrainSpec):
-        from graftwork.training.objectives.rows import prepare
-
         check_training(spec, base_model.resolve(spec.base).config)
         data = prepare(spec)
         held_out = sizes_of(data.eval) if data.eval is not None else None
@@ -126,7 +124,6 @@ def _lines(
         )
         yield replace(line, warnings=(*line.warnings, *data.warnings))
     elif isinstance(spec, TuneSpec):
-        from graftwork.training.objectives.rows import prepare
         from graftwork.tuning.plan import plan_tuning
         from graftwork.tuning.winner import winner_spec
 
@@ -154,7 +151,7 @@ def _lines(
             dequantised=machine.gpu is None and _unpacked(spec.quant),
         )
     elif isinstance(spec, CompareSpec):
-        from graftwork.cli.request_sizes import compare_answers
+        from graftwork.serving.request_sizes import compare_answers
 
         adapters = {arm.adapter for arm in spec.arms if arm.adapter}
         machine = _with_gpu_here(spec, machine)
@@ -203,8 +200,8 @@ def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machin
 
 
 def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> StagePlan:
-    """The main job's endpoint, the update that is trained beside it, and the burst of requests."""
-    from graftwork.cli.request_sizes import compare_answers
+    """Return the prediction of the demo's endpoint with the update that trains meanwhile and the burst of requests."""
+    from graftwork.serving.request_sizes import compare_answers
 
     [served], [update] = _lines(specs.serve, folder, machine), _lines(specs.update, folder, machine)
     burst, at = specs.demo.burst, machine.at(specs.serve.quant)
@@ -218,13 +215,13 @@ def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> Stage
         total_bytes=total,
         seconds=served.seconds + update.seconds + answer_s,
         verdict=verdict_of(total, machine, ()),
-        assumptions=(answers.describe(), "an update trains beside the endpoint", *served.assumptions),
+        assumptions=(answers.describe(), "an update trains next to the endpoint", *served.assumptions),
     )
 
 
 def _precisions(spec: QuantizeSpec, machine: Machine, prompts: Mapping[str, PromptSpec]) -> Iterator[StagePlan]:
     """One process after the other."""
-    from graftwork.cli.request_sizes import quantize_answers
+    from graftwork.serving.request_sizes import quantize_answers
 
     adapters = {arm.adapter for arm in spec.arms if arm.adapter}
     answers = quantize_answers(spec, prompts)
@@ -271,12 +268,9 @@ def _unpacked(quant: QuantSpec) -> bool:
     return quant.is_4bit and quant.resident != "packed"
 
 
-# A training spec's line of the plan, with the peak of the replayed step in place of the closed form's.
-
-
 STEP = "step, replayed"
 SHOWN = ("process", "base weights", "trained weights", "optimizer", "buffers", "CUDA")
-"""Parts of the closed form that are kept: what workers share and what is no tensor."""
+"""Parts of the closed form that a replay does not replace: what workers share and what is no tensor."""
 
 
 def placed(spec: TrainSpec, machine: Machine) -> Machine:
@@ -317,10 +311,10 @@ def replayed_line(spec: TrainSpec, machine: Machine, outcomes: TokenWork | None 
 
 
 def _parts(closed: MemoryPlan, step: int, *, on_gpu: bool) -> tuple[tuple[str, int], ...]:
-    kept = {name: size for name, size in closed.parts if name in SHOWN}
-    kept[STEP] = step
+    parts = {name: size for name, size in closed.parts if name in SHOWN}
+    parts[STEP] = step
     if on_gpu:
-        kept["fragments"] = round(FRAGMENTS * (sum(kept.values()) - kept.get("CUDA", 0)))
+        parts["fragments"] = round(FRAGMENTS * (sum(parts.values()) - parts.get("CUDA", 0)))
     else:
-        kept["allocator"] = round(ALLOCATOR_SHARE * step)
-    return tuple(kept.items())
+        parts["allocator"] = round(ALLOCATOR_SHARE * step)
+    return tuple(parts.items())

@@ -1,4 +1,4 @@
-"""The specs of every stage of the main job, loaded together so that a wrong one is refused before the first starts."""
+"""Spec of the demo, and the specs of its stages, loaded together so that a wrong one is rejected before the first."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +15,6 @@ from graftwork.serving.spec import ServeSpec
 from graftwork.storage.store import DEFAULT_ROOT
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec
-
-# What the main job is asked to do: one file that names a spec per stage.
 
 
 class BurstSpec(Spec):

@@ -1,6 +1,6 @@
-"""The winner of a sweep in shadow: an experiment spec beside the sweep's records, and its start.
+"""Shadow test of a sweep's winner: its experiment spec, written next to the sweep's records, and its start.
 
-Here and not in `tuning`, which knows nothing of serving.
+Not part of `tuning`, which does not import serving.
 """
 
 from pathlib import Path
@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from graftwork import config
-from graftwork.cli.experiment import client_of
-from graftwork.cli.render import echo
 from graftwork.errors import ConfigError
 from graftwork.serving.ab_test.spec import ExperimentSpec
+from graftwork.serving.api.auth import own_token
+from graftwork.serving.client import Client
 from graftwork.serving.models import base_name
 from graftwork.storage.store import Store
 from graftwork.tuning.spec import TuneSpec
@@ -41,7 +41,7 @@ def shadow_spec(spec: TuneSpec, current: str, winner: str) -> ExperimentSpec:
 
 
 def place_shadow(spec: TuneSpec, report: TuneReport) -> dict[str, Any]:
-    """Write the experiment spec, start it where that is asked for; what was done, for `--json`.
+    """Write the experiment spec and start it if requested; return what was done, for `--json`.
 
     Raises ClusterError (no endpoint answers), ApiError (it refuses).
     """
@@ -50,7 +50,9 @@ def place_shadow(spec: TuneSpec, report: TuneReport) -> dict[str, Any]:
     assert report.winner is not None
     current, winner = report.winner.beside, report.winner.train.version
     if current is None or current == winner:
-        return {"why": f"{spec.train.name}@{spec.winner.shadow.against} is the winner itself: nothing to put beside it"}
+        return {
+            "why": f"{spec.train.name}@{spec.winner.shadow.against} is the winner itself: nothing to compare it with"
+        }
     asked = shadow_spec(spec, current, winner)
     text = yaml.safe_dump(asked.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
     found: dict[str, Any] = {
@@ -60,7 +62,8 @@ def place_shadow(spec: TuneSpec, report: TuneReport) -> dict[str, Any]:
         "started": None,
     }
     if spec.winner.shadow.start:
-        with client_of(asked.endpoint, asked.admin_token_env) as client:
+        token = own_token(asked.admin_token_env, "admin_token_env")
+        with Client(asked.endpoint, token) as client:
             found["started"] = client.experiment("start", spec=asked.model_dump(mode="json"))
     return found
 
@@ -72,17 +75,6 @@ def _write(store: Store, run_id: str, name: str, text: str) -> str:
         return store.path("runs", run_id, name)
     Path(name).write_text(text, encoding="utf-8")
     return name
-
-
-def show_shadow(found: dict[str, Any]) -> None:
-    """For people, with the command that starts it."""
-    if "why" in found:
-        return echo(f"shadow: {found['why']}")
-    said = f"shadow: {found['winner']} beside {found['current']}, {found['spec']}"
-    if found["started"] is not None:
-        echo(f'{said}; started: ask for it with "model": "{found["started"]["model"]}"')
-    else:
-        echo(f"{said}\n  start it: graftwork experiment start {found['spec']}")
 
 
 def _asked(experiment: str | dict[str, Any]) -> dict[str, Any]:

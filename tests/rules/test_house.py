@@ -1,0 +1,153 @@
+"""House rules of the code's structure: names, docstrings, sizes of modules, and the verbs of the command line."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.core import TyperGroup
+
+from benchmarks import house
+from benchmarks.house import ROOT
+from graftwork.cli import app
+
+MOST_MODULES = 330
+SHORT_MODULES = {
+    "cluster/targets/unreachable.py",
+    "graftwork/adapters/full.py",  # an adapter kind is a module
+    "graftwork/adapters/ia3.py",
+    "graftwork/adapters/spec.py",  # their union
+    "graftwork/adapters/target_modules.py",
+    "graftwork/cache.py",  # folders made once, for all parts
+    "graftwork/compat/torch.py",  # hooks of one library
+    "graftwork/plugins.py",  # rewards and scorers of other packages
+    "graftwork/recipes/element_prose.py",  # a recipe is a module
+    "graftwork/recipes/python_code.py",
+    "graftwork/recipes/python_docs.py",
+    "graftwork/recipes/ua_parse.py",
+    "serving/engine/adapters/prefix.py",
+    "serving/evaluation/scorers/plugin.py",  # a scorer is a module
+    "serving/evaluation/scorers/protocol.py",
+    "serving/rag/rerank.py",
+    "training/distributed.py",
+    "training/lr_schedule.py",
+    "training/objectives/spec.py",  # the union of the objectives
+    "training/step_plan.py",
+}
+"""Modules that may be shorter than house.SHORT lines. This list only shrinks."""
+TO_REWORD: set[str] = {
+    "cluster/jobs/environment.py",
+    "cluster/jobs/fencing.py",
+    "cluster/jobs/models.py",
+    "cluster/jobs/store.py",
+    "cluster/kuberay/live_checks.py",
+    "cluster/kuberay/preflight.py",
+    "cluster/kuberay/rules/pods.py",
+    "cluster/targets/ray_jobs.py",
+    "graftwork/adapters/spec.py",
+    "graftwork/planning/memory.py",
+    "graftwork/planning/plan.py",
+    "graftwork/report/evaluation_schema.py",
+    "graftwork/report/sweep_schema.py",
+    "graftwork/retrieval/index.py",
+    "serving/ab_test/assignment.py",
+    "serving/ab_test/experiment_record.py",
+    "serving/ab_test/monitor.py",
+    "serving/ab_test/spec.py",
+    "serving/adapter_cache.py",
+    "serving/api/auth.py",
+    "serving/api/status.py",
+    "serving/engine/__init__.py",
+    "serving/engine/adapters/base_view.py",
+    "serving/engine/cpu/host_tuning.py",
+    "serving/engine/cuda/kernels/elementwise.py",
+    "serving/engine/cuda/static_inputs.py",
+    "serving/engine/lora_batch.py",
+    "serving/engine/request.py",
+    "serving/evaluation/scorers/__init__.py",
+    "serving/evaluation/scorers/cost.py",
+    "serving/evaluation/scorers/spec.py",
+    "serving/evaluation/spec.py",
+    "serving/live_config.py",
+    "serving/models.py",
+    "serving/quantize/spec.py",
+    "serving/rag/spec.py",
+    "serving/spec.py",
+    "serving/vllm/adapters.py",
+    "training/callback.py",
+    "training/distill_teacher.py",
+    "training/distributed.py",
+    "training/evaluation/report.py",
+    "training/evaluation/spec.py",
+    "training/objectives/spec.py",
+    "training/objectives/trainer.py",
+    "training/publish.py",
+    "training/ray_resources.py",
+    "training/spec.py",
+    "training/spec_rules.py",
+    "tuning/eta.py",
+    "tuning/finals.py",
+    "tuning/multi_lora/group.py",
+    "tuning/resources.py",
+    "tuning/space_analysis.py",
+    "tuning/spec.py",
+    "tuning/trials.py",
+    "tuning/winner.py",
+}
+"""Modules whose docstring still begins with one of house.OPENINGS. This list only shrinks."""
+VERBS = {
+    *("plan", "tune", "train", "serve", "compare", "quantize", "chat", "demo", "rebase", "exec", "trial", "doctor"),
+    *("swap", "adapters ls", "adapters show", "adapters verify", "adapters promote", "adapters rollback"),
+    *("adapters register", "adapters load", "adapters pin", "adapters unpin", "adapters unload", "adapters rm"),
+    *("adapters merge", "adapters publish", "config check", "config show", "config schema", "experiment start"),
+    *("experiment status", "experiment ramp", "experiment stop", "experiment kill", "experiment resume"),
+    *("experiment report", "jobs ls", "jobs status", "jobs logs", "jobs wait", "jobs cancel", "jobs resubmit"),
+    *("jobs export", "k8s render", "rag index", "rag search", "rag eval"),
+}
+"""Commands of the command line. A new one is a decision: documents and scripts name them."""
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[Path, str]:
+    return {path: path.read_text(encoding="utf-8") for path in house.modules()}
+
+
+@pytest.fixture(scope="module")
+def trees(texts: dict[Path, str]) -> dict[Path, ast.Module]:
+    return {path: ast.parse(text) for path, text in texts.items()}
+
+
+def relative(paths: list[Path]) -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in paths}
+
+
+def test_no_class_name_is_defined_twice(trees: dict[Path, ast.Module]) -> None:
+    assert house.defined_twice(trees) == {}
+
+
+def test_a_module_docstring_begins_with_a_noun_phrase_or_a_verb(trees: dict[Path, ast.Module]) -> None:
+    assert relative(house.wrong_openings(trees)) - TO_REWORD == set()
+
+
+def test_the_formatter_formats_every_line() -> None:
+    mark = "# fmt: " + "skip"
+    folders = (*house.FOLDERS, "tests", "benchmarks", "examples")
+    paths = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert relative([path for path in paths if mark in path.read_text(encoding="utf-8")]) == set()
+
+
+def test_the_product_has_few_modules_of_a_useful_size(texts: dict[Path, str], trees: dict[Path, ast.Module]) -> None:
+    lines = {path: house.line_count(text) for path, text in texts.items() if house.has_code(trees[path])}
+    assert len(lines) <= MOST_MODULES
+    assert relative(house.short(lines)) - SHORT_MODULES == set()
+
+
+def test_the_verbs_of_the_command_line_are_the_documented_ones() -> None:
+    assert set(verbs_of(typer.main.get_command(app))) == VERBS
+
+
+def verbs_of(command: object, prefix: str = "") -> list[str]:
+    """Return the full names of the commands below a group."""
+    if not isinstance(command, TyperGroup):
+        return [prefix.strip()]
+    return [verb for name, below in command.commands.items() for verb in verbs_of(below, f"{prefix} {name}")]
