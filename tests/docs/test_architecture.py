@@ -1,7 +1,7 @@
 """Pages about the code against the code: folders, files, named functions, their order on real runs, and links."""
 
-import asyncio
 import ast
+import asyncio
 import difflib
 import json
 import re
@@ -30,7 +30,7 @@ MAX_LINES, MAX_COLUMNS = 130, 100
 NAME = re.compile(r"`((?:graftwork|cluster|training|serving|tuning)(?:\.[A-Za-z_]\w*)+)`")
 STEP = re.compile(r"^\d+\. ")
 BY_RAY_SERVE = ("serving.router.AdapterRouter.choose_replicas",)
-"""Steps of a request that only an endpoint on Ray Serve has; tests/ray and tests/unit/serving/test_router.py run them."""
+"""Steps of a request that only an endpoint on Ray Serve has; tests/ray runs them."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(
     r"`((?:graftwork|cluster|training|serving|tuning|tests|benchmarks|examples|k8s|docs)/[\w./-]+\.(?:py|yaml|md|html|c))`"
