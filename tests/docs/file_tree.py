@@ -20,9 +20,9 @@ PARTS = ("graftwork", "cluster", "training", "tuning", "serving")
 COMMAND = "python -m tests.docs.file_tree --write"
 HEAD = f"""# Files
 
-Every module of the product with the first sentence of its docstring. `{COMMAND}`
-writes this page; a test compares it with `git ls-files`. [architecture.md](architecture.md) shows
-the folders and the life of a run and of a request.
+Every module of the product with the first sentence of its docstring. This page is written by
+`{COMMAND}`; a test compares it with `git ls-files`.
+[architecture.md](architecture.md) shows the folders and the life of a run and of a request.
 """
 SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!vs)[.!?](?=\s|$)")
 
