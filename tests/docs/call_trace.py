@@ -82,7 +82,7 @@ class Recorder:
     @staticmethod
     def remove() -> None:
         """Stop in this thread and for new ones."""
-        threading.setprofile(None)  # type: ignore[arg-type]  # typeshed lacks None, which the documentation has
+        threading.setprofile(None)
         sys.setprofile(None)
 
 
