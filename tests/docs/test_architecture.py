@@ -150,7 +150,9 @@ def require_order(expected: Sequence[str], order: Sequence[str]) -> None:
     """Fail with the steps that were not called, or the order in which they were."""
     missing = [name for name in expected if name not in order]
     assert not missing, f"steps of docs/architecture.md that were not called: {missing}"
-    assert list(order) == list(expected), "docs/architecture.md has the steps in another order"
+    assert list(order) == list(expected), "the steps of docs/architecture.md were called in this order:\n" + "\n".join(
+        order
+    )
 
 
 def places(page: Path) -> Iterator[str]:
