@@ -1,4 +1,4 @@
-"""The runbooks say what the command line can do: each command in them exists, each finding is listed with its fix."""
+"""Commands, files and specs in the documentation exist and are valid; each finding is listed with its fix."""
 
 import re
 import shlex
@@ -15,32 +15,57 @@ from tests.docs.finding_codes import findings, table
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "docs" / name for name in ("clusters.md", "stuck.md")]
-BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+GUIDES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("guide", "guide-training", "guide-tuning", "ray-cluster", "glossary")),
+]
+BLOCK = re.compile(r"^```(?:bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SPEC = re.compile(r"^```yaml\n(# \w+\.yaml\nkind: .*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(graftwork [^`]+)`")
+REMOVED = ("graftwork command", "graftwork study FILE", "graftwork cluster start|join|stop")
+"""Commands that docs/glossary.md names as the old ones."""
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command) of every graftwork command, in blocks and in the text."""
+    """(page, command) of every graftwork command, in blocks and in the text; `ls|show` is two commands."""
     found = []
-    for page in PAGES:
+    for page in [*PAGES, *GUIDES]:
         text = page.read_text(encoding="utf-8")
         lines = [line for block in BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
-        said = [line.strip() for line in lines if line.strip().startswith("graftwork ")]
-        found += [(page.name, command) for command in [*said, *INLINE.findall(text)]]
-    return found
+        written = [line.strip() for line in lines if line.strip().startswith("graftwork ")]
+        for command in [*written, *(inline.replace("\\|", "|") for inline in INLINE.findall(text))]:
+            if command not in REMOVED:
+                found += [(page.name, alternative) for alternative in alternatives(command)]
+    return list(dict.fromkeys(found))
+
+
+def alternatives(command: str) -> list[str]:
+    """`graftwork rag index|search FILE` as one command per verb."""
+    words = command.split(" ")
+    place = next((n for n, word in enumerate(words) if "|" in word and not word.startswith("-")), None)
+    if place is None:
+        return [command]
+    return [" ".join([*words[:place], verb, *words[place + 1 :]]) for verb in words[place].split("|")]
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_every_command_and_its_flags_exist(page: str, command: str) -> None:
-    words = shlex.split(command)[1:]
+    words = shlex.split(command, comments=True)[1:]
     here = typer.main.get_command(app)
     while words and hasattr(here, "commands"):
         assert words[0] in here.commands, f"{page}: {command}: no verb {words[0]}"
         here = here.commands[words.pop(0)]
     flags = {flag for parameter in here.params for flag in (*parameter.opts, *parameter.secondary_opts)}
     for word in words:
-        if word.startswith("-"):
+        if word.startswith("-") and word != "-":
             assert word.partition("=")[0] in flags, f"{page}: {command}: no flag {word}"
+
+
+@pytest.mark.parametrize("text", SPEC.findall((ROOT / "README.md").read_text(encoding="utf-8")))
+def test_the_specs_of_the_readme_are_valid(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text(text)
+    load(file)
 
 
 def test_the_runbooks_files_exist() -> None:
