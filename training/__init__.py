@@ -1,3 +1,5 @@
+"""One training run, from its spec to a published adapter version or base."""
+
 from pathlib import Path
 
 # A checkout reaches this folder by a link in graftwork/. Breakpoints, coverage and tracebacks need its real path.

@@ -11,9 +11,8 @@ from benchmarks import house
 from benchmarks.house import ROOT
 from graftwork.cli import app
 
-MOST_MODULES = 330
+MOST_MODULES = 335
 SHORT_MODULES = {
-    "cluster/targets/unreachable.py",
     "graftwork/adapters/full.py",  # an adapter kind is a module
     "graftwork/adapters/ia3.py",
     "graftwork/adapters/spec.py",  # their union
