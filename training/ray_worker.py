@@ -17,9 +17,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from ray.util import get_node_ip_address
 
-from graftwork.compat.ray_train import node_is_draining
 from graftwork.errors import GraftworkError
 from graftwork.training.local_worker import fit_in_process, needs_ray_train
 from graftwork.training.ray_resources import resources_per_worker, workers_soon, workers_that_fit
@@ -178,8 +176,6 @@ def _worker_error(job: TrainJob, error: Exception) -> GraftworkError:
 
 # Gloo meets over the address that the machine's own name resolves to. Debian and Ubuntu write 127.0.1.1 for it into
 # /etc/hosts, so that workers of two machines wait for each other on loopback; NCCL takes the first interface it finds.
-
-
 VARIABLES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}
 """How each names an interface; NCCL takes a plain word for the beginning of a name."""
 
@@ -189,6 +185,8 @@ def meet_by_node_address() -> None:
 
     Variables that are set stay as they are; a node on loopback has no other machine to meet.
     """
+    from ray.util import get_node_ip_address
+
     name = interface_of(get_node_ip_address())
     if name is not None:
         for variable, form in VARIABLES.items():
@@ -205,9 +203,8 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-# Word that a worker's machine is about to be taken away: its node is drained, or the worker gets SIGTERM.
-#
-_told = threading.Event()
+_noticed = threading.Event()
+"""Set when this worker's machine is about to be taken away: the worker got SIGTERM."""
 
 
 def take_notice() -> None:
@@ -219,11 +216,15 @@ def take_notice() -> None:
 
     def note(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, before)
-        _told.set()
+        _noticed.set()
 
     signal.signal(signal.SIGTERM, note)
 
 
 def preemption_requested() -> bool:
-    """Whether this worker has been told. Called in the training thread."""
-    return _told.is_set() or node_is_draining()
+    """Return whether this worker's machine is about to be taken away. Called in the training thread."""
+    if _noticed.is_set():
+        return True
+    from graftwork.compat.ray_train import node_is_draining
+
+    return node_is_draining()

@@ -79,7 +79,7 @@ def test_the_code_is_put_there_once_and_laid_out_where_it_runs(s3_store: Store, 
     assert uri == publish_wheel(s3_store) == wheel_uri(s3_store)
     assert len(s3_store.list("code")) == 1
     unpack(uri, tmp_path / "code")
-    assert (tmp_path / "code" / "graftwork" / "cluster" / "driver" / "run.py").is_file()
+    assert (tmp_path / "code" / "graftwork" / "cluster" / "jobs" / "driver.py").is_file()
 
 
 @pytest.mark.long

@@ -37,7 +37,10 @@ def test_a_sound_machine_has_no_findings(spec: str) -> None:
     assert set(told["versions"]) == {"graftwork", "python", "ray", "torch", "kubernetes"}
 
 
-def test_a_place_that_does_not_answer_is_3_and_the_rest_is_told(spec: str) -> None:
+def test_a_place_that_does_not_answer_is_3_and_the_rest_is_told(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # whose .ray/auth_token would be a finding
     done = cli("doctor", "--target", "http://127.0.0.1:9", "--json")
     assert done.exit_code == 3
     told = json.loads(done.stdout)
