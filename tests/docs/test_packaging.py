@@ -132,6 +132,7 @@ sys.settrace(debugger.trace_dispatch)
     assert f"stopped at {ROOT / file} {line}" in done.stdout.splitlines()
 
 
+PYRIGHT = Path(sys.executable).with_name("basedpyright")
 PROBE = """
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.serving.spec import ServeSpec
@@ -165,10 +166,10 @@ def test_mypy_knows_the_classes_of_the_four_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(shutil.which("basedpyright") is None, reason="basedpyright of the extra dev is not installed")
+@pytest.mark.skipif(not PYRIGHT.exists(), reason="basedpyright of the extra dev is not installed")
 def test_pyright_knows_the_classes_of_the_four_folders(tmp_path: Path) -> None:
     (tmp_path / "pyrightconfig.json").write_text(f'{{"extraPaths": ["{ROOT}"], "typeCheckingMode": "basic"}}')
-    said = checked(["basedpyright", "--pythonpath", sys.executable, "--project", "."], tmp_path)
+    said = checked([PYRIGHT, "--pythonpath", sys.executable, "--project", "."], tmp_path)
     for name in ("ClusterSpec", "ServeSpec", "TrainSpec", "TuneSpec"):
         assert f'Type "{name}" is not assignable to declared type "int"' in said, said
     assert "4 errors" in said
