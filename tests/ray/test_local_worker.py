@@ -22,7 +22,7 @@ from graftwork.errors import ClusterError, Interrupted
 from graftwork.storage.store import RunPaths
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_resume import read_starts
-from graftwork.training.local_worker import needs_ray_train
+from graftwork.training.local_worker import COMMAND, needs_ray_train
 from graftwork.training.ray_worker import fit
 from graftwork.training.run import ResolvedRun, run_paths
 from graftwork.training.spec import TrainSpec
@@ -89,7 +89,7 @@ def worker_of(pid: int) -> psutil.Process | None:
     """The child process that trains for the process `pid`."""
     for process in psutil.Process(pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "graftwork.training.local_worker" in " ".join(process.cmdline()):
+            if COMMAND in process.cmdline():  # another child shows the driver's words until it has called exec
                 return process
     return None
 
@@ -228,7 +228,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_reason(tmp_pat
     assert said["error"] == "RunError"
     assert "its worker failed: it ended with signal 9 (SIGKILL)" in said["text"]
     assert "Rule: lost workers are replaced while checkpoints are made" in said["text"]
-    assert "Next: run the same command" in said["text"]
+    assert "Hint: run the same command" in said["text"]
 
 
 def test_a_worker_has_the_threads_and_the_reservation_of_its_spec(local_ray: Session, tmp_path: Path) -> None:
