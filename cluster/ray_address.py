@@ -2,7 +2,6 @@
 
 import ipaddress
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -41,20 +40,6 @@ def host_and_port(on: str) -> tuple[str, int]:
             f"--target {on}", "not an address of a Ray", HTTP_FORM, "write for example http://127.0.0.1:8265"
         )
     return parts.hostname, port
-
-
-def require_reachable(on: str) -> None:
-    """Raise ClusterError unless something listens there. Takes at most `REACH_S`."""
-    host, port = host_and_port(on)
-    try:
-        socket.create_connection((host, port), timeout=REACH_S).close()
-    except OSError as error:
-        raise ClusterError(
-            f"--target {on}",
-            f"nothing answers at {host}:{port} ({error})",
-            "the dashboard of a running Ray is needed, usually port 8265",
-            "start it, open a tunnel to it, or use --target local",
-        ) from None
 
 
 def is_loopback(host: str) -> bool:

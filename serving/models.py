@@ -20,9 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from graftwork.artifacts import manifest as artifact_alias
+from graftwork.artifacts import publish
 from graftwork.artifacts import publish as artifact
-from graftwork.artifacts import publish as artifact_local
-from graftwork.artifacts import publish as artifact_register
 from graftwork.artifacts.manifest import AdapterManifest, before, roll_back, version_key
 from graftwork.artifacts.registry import Listing, resolve
 from graftwork.errors import ArtifactError, DataError, StorageError
@@ -207,11 +206,11 @@ class AdapterSource:
             raise ArtifactError(
                 f"adapter {manifest.task}@{manifest.version}: its training prompt", error.text()
             ) from error
-        return artifact_local.bring(self.store, manifest)
+        return publish.bring(self.store, manifest)
 
     def discard_damaged(self, manifest: AdapterManifest) -> None:
         """Forget a copy that isn't as published, so that the next request brings it again."""
-        artifact_local.discard_damaged(self.store, manifest)
+        publish.discard_damaged(self.store, manifest)
 
     def list_published(self) -> list[tuple[AdapterManifest, list[str]]]:
         """Every version for this base with the aliases that point at it, as the store is now."""
@@ -345,7 +344,7 @@ class Registry:
         ]
 
     def _take(self, uri: str) -> AdapterManifest:
-        return artifact_register.take(
+        return publish.take(
             self._source.store,
             uri,
             self._roots,

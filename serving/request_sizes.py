@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from graftwork.artifacts import registry as artifact_read
+from graftwork.artifacts import registry
 from graftwork.base import load as base_model
 from graftwork.datasets.rows import DatasetRow, read_rows, resolve_prompt
 from graftwork.errors import UserError
@@ -159,9 +159,7 @@ class Sizes:
         if task in self.prompts:
             return resolve_prompt(self.prompts[task])
         try:
-            return resolve_prompt(
-                PromptSpec.model_validate(artifact_read.resolve(Store(self.root), arm.adapter).prompt)
-            )
+            return resolve_prompt(PromptSpec.model_validate(registry.resolve(Store(self.root), arm.adapter).prompt))
         except UserError:
             return resolve_prompt(PromptSpec())  # not trained yet
 

@@ -16,8 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from graftwork.serving.engine.cuda.kernels import attention, lora, nf4
-from graftwork.serving.engine.cuda.kernels import elementwise as rows
+from graftwork.serving.engine.cuda.kernels import attention, elementwise, lora, nf4
 
 H100 = GPUTarget("cuda", 90, 32)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -62,8 +61,8 @@ def builds() -> dict[str, tuple[Any, str, dict[str, str], dict[str, Any]]]:
         "attend window": (attention._attend_kernel, "bf16", {}, {**attend, **limited, "WHOLE": True}),
         "attend alone": (attention._attend_kernel, "bf16", {}, {**attend, "WHOLE": True, **alone}),
         "join": (attention._join_kernel, "bf16", {}, {"BLOCK_P": 16, "BLOCK_D": 128}),
-        "norm": (rows._norm_kernel, "bf16", {}, {"BLOCK_H": 4096}),
-        "gated": (rows._gated_kernel, "bf16", {}, {"BLOCK_F": rows._BLOCK_F}),
+        "norm": (elementwise._norm_kernel, "bf16", {}, {"BLOCK_H": 4096}),
+        "gated": (elementwise._gated_kernel, "bf16", {}, {"BLOCK_F": elementwise._BLOCK_F}),
         "nf4 1": (
             nf4._multiply_kernel,
             "bf16",

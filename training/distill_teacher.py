@@ -21,7 +21,7 @@ from peft import PeftModel
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.registry import resolve
 from graftwork.base import load as base_model
-from graftwork.base import source as base_source
+from graftwork.base import source
 from graftwork.base.spec import BaseSpec
 from graftwork.config import canonical_json
 from graftwork.datasets import rows as data
@@ -143,7 +143,7 @@ def pinned(spec: TrainSpec, asked: TeacherSpec) -> Teacher:
     """The teacher by digest and version. Raises ArtifactError, BaseModelError: missing, or no teacher."""
     base = asked.base or spec.base
     resolved = base_model.resolve(base)
-    adapter, changes = None, {"uri": base_source.absolute(base.uri)}
+    adapter, changes = None, {"uri": source.absolute(base.uri)}
     if asked.adapter is not None:
         manifest = resolve(Store(spec.root), asked.adapter)
         artifact.require_base(manifest, resolved.digest)

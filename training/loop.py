@@ -47,7 +47,7 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
         import torch
 
         import_bitsandbytes()
-        from graftwork.training import strategies as shards
+        from graftwork.training import strategies
         from graftwork.training.callback import StepCallback
         from graftwork.training.checkpoint_resume import reshaped
         from graftwork.training.evaluation.run import Measuring
@@ -72,7 +72,7 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
             watch.training, trainer = training, training.trainer
             trainer.train(resume_from_checkpoint=str(start.folder) if start.folder else None)
         batches = f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}"
-        shared = shards.notes(spec.strategy.kind, trainer.model, world)
+        shared = strategies.notes(spec.strategy.kind, trainer.model, world)
         notes = (loaded.reason, batches, *training.notes, *shared, *start.notes)
         done, wall_s = trainer.state.global_step, watch.elapsed_s()
         if not watch.left:

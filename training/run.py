@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from graftwork import environment as provenance
+from graftwork import environment
 from graftwork.base import load as base_model
-from graftwork.base import source as base_source
+from graftwork.base import source
 from graftwork.base.load import ResolvedBase
 from graftwork.base.support import check_training
 from graftwork.cluster.jobs.fencing import Fence, SupersededError
@@ -78,7 +78,7 @@ class ResolvedRun:
 
         pinned = pin_init(spec, base, lambda version: paths(version).run_id)
         # Ray Train moves each worker into a folder of its own, where a relative place is another one
-        placed = pinned.with_({"root": Store(spec.root).uri, "base.uri": base_source.absolute(spec.base.uri)})
+        placed = pinned.with_({"root": Store(spec.root).uri, "base.uri": source.absolute(spec.base.uri)})
         return cls(placed, base, data, paths(parent_of(placed)), probes, (chosen,) if chosen and spec.gpus else ())
 
     @property
@@ -267,7 +267,7 @@ def _write_facts(run: ResolvedRun) -> None:
     text = yaml.safe_dump(run.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     store.write_bytes(text.encode(), *run.paths.spec())
     store.write_json(plan_of_run(run.spec, run.base, run.data, run.probes), *run.paths.plan())
-    store.write_json(provenance.collect(run.spec.seed), *run.paths.provenance())
+    store.write_json(environment.collect(run.spec.seed), *run.paths.provenance())
 
 
 def _write_status(run: ResolvedRun, state: str, *, patience_s: float | None = None, **more: Any) -> None:

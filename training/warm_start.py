@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from graftwork.artifacts import publish as artifact
-from graftwork.artifacts import registry as artifact_ancestry
+from graftwork.artifacts import registry
 from graftwork.artifacts.manifest import AdapterManifest
 from graftwork.artifacts.registry import open_adapter, resolve
 from graftwork.artifacts.verify import CONFIG_FILE
@@ -30,7 +30,7 @@ def pin_init(spec: TrainSpec, base: ResolvedBase, run_id: Callable[[str], str]) 
     store = Store(spec.root)
     found = resolve(store, spec.init_from)
     while found.parent is not None and found.run == run_id(found.parent):
-        found = resolve(store, artifact_ancestry.parents(found)[0])
+        found = resolve(store, registry.parents(found)[0])
     artifact.require_base(found, base.digest)
     _require_equal_method(spec, found)
     return spec.with_({"init_from": found.ref})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftwork.base import load as base_model
-from graftwork.base import source as base_source
+from graftwork.base import source
 from graftwork.base.model_shape import ModelShape
 from graftwork.cluster.jobs.fencing import Fence
 from graftwork.cluster.jobs.models import Demand, Job, JobBackend, JobStatus, TargetMachines
@@ -75,7 +75,7 @@ def trial_job(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPaths) -
     """The job of a trial. Equal trials are one job: a sweep that goes on finds those that still run."""
     assert job.max_steps is not None
     assert job.eval_every is not None
-    placed = job.spec.with_({"root": sweep.store.uri, "base.uri": base_source.absolute(job.spec.base.uri)})
+    placed = job.spec.with_({"root": sweep.store.uri, "base.uri": source.absolute(job.spec.base.uri)})
     spec = TrialSpec(
         name=_name(sweep, trial_id),
         root=sweep.store.uri,

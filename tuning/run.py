@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from graftwork import environment as provenance
+from graftwork import environment
 from graftwork.base import load as base_model
 from graftwork.base.support import check_training
 from graftwork.cluster.jobs.fencing import Fence, SupersededError
@@ -322,7 +322,7 @@ class _Attempt:
             return
         text = yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         store.write_bytes(text.encode(), *self.paths.spec())
-        store.write_json(provenance.collect(self.spec.seed), *self.paths.provenance())
+        store.write_json(environment.collect(self.spec.seed), *self.paths.provenance())
 
     def _interrupted(self) -> Interrupted:
         done = sum(trial.ended for trial in self.ledger.trials)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwork.cluster.jobs.models import Finding, Job
-from graftwork.cluster.kuberay import client as api_errors
+from graftwork.cluster.kuberay import client
 from graftwork.cluster.kuberay.client import ApiResponse, KubeApi, cluster_path, namespaced
 from graftwork.cluster.kuberay.object_view import Found, refuse, warn
 
@@ -53,7 +53,7 @@ def rights_findings(api: KubeApi) -> Found:
         if not answer.body.get("status", {}).get("allowed"):
             lacking.append(verb)
     if lacking:
-        rule = api_errors.rule_yaml(", ".join(lacking), "rayjobs", "ray.io")
+        rule = client.rule_yaml(", ".join(lacking), "rayjobs", "ray.io")
         yield Finding(
             "E-RBAC",
             "error",
@@ -90,7 +90,7 @@ def _refused(api: KubeApi, planned: Mapping[str, Any], answer: ApiResponse) -> F
             "the namespace's ResourceQuota holds for objects too",
             "delete RayJobs that have ended, or have the quota raised",
         )
-    rule = api_errors.missing_rule(said)
+    rule = client.missing_rule(said)
     if answer.code == 403 and rule is not None:
         return Finding(
             "E-RBAC",
@@ -236,7 +236,7 @@ def _exists(api: KubeApi, path: str, where: str, what: str, code: str, hint: str
 
 def unchecked(on: str, what: str, answer: ApiResponse) -> Finding:
     """A warning that something could not be looked at, and what it would take."""
-    rule = api_errors.missing_rule(answer.message) if answer.code == 403 else None
+    rule = client.missing_rule(answer.message) if answer.code == 403 else None
     why = "this API server has no such kind" if answer.unserved else f"{answer.code} {answer.message[:200]}"
     return warn(
         "NOT-CHECKED",

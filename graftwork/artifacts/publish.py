@@ -18,8 +18,7 @@ from pathlib import Path
 
 from graftwork.artifacts import manifest as artifact_alias
 from graftwork.artifacts import manifest as artifact_manifest
-from graftwork.artifacts import registry as artifact_read
-from graftwork.artifacts import verify as artifact_check
+from graftwork.artifacts import registry, verify
 from graftwork.artifacts.manifest import (
     AdapterManifest,
     FileEntry,
@@ -37,9 +36,9 @@ from graftwork.artifacts.registry import (
     verify_adapter,
 )
 from graftwork.artifacts.verify import MANIFEST_FILE, MAX_TEXT_BYTES
-from graftwork.base import load as extra_tokens
+from graftwork.base import load
 from graftwork.base.spec import mark_of
-from graftwork.errors import ArtifactError, ConfigError
+from graftwork.errors import ArtifactError
 from graftwork.storage.local import TMP_PREFIX
 from graftwork.storage.store import Store, json_bytes
 
@@ -75,7 +74,7 @@ def publish(
     Raises ArtifactError (the folder, a name, NaN in weights or metrics), StorageError (disk full, store unreachable).
     """
     check_names(task, *([alias] if alias else []))
-    files = artifact_check.read_folder(folder)
+    files = verify.read_folder(folder)
     entries = {name: {"sha256": sha256(data), "size_bytes": len(data)} for name, data in files.items()}
     manifest = artifact_manifest.build(
         task,
@@ -141,7 +140,7 @@ def promote(store: Store, task: str, alias: str, version: str) -> None:
 def require_base(manifest: AdapterManifest, base_digest: str) -> None:
     """Raise ArtifactError unless the adapter was trained on this very base."""
     (weights, stretch), (own_weights, own_stretch) = mark_of(base_digest), mark_of(manifest.base_digest)
-    rows, own_rows = extra_tokens.count_of(base_digest), extra_tokens.count_of(manifest.base_digest)
+    rows, own_rows = load.count_of(base_digest), load.count_of(manifest.base_digest)
     if weights == own_weights and stretch == own_stretch and rows != own_rows:
         raise ArtifactError(
             f"adapter {manifest.ref}",
@@ -265,7 +264,7 @@ def _download(store: Store, manifest: AdapterManifest, name: str, target: Path) 
         store.download_file(tmp, *version_key(manifest.task, manifest.version), name)
         if _digest(tmp) != entry.sha256:
             found = f"{name}: sha256 differs from the manifest's"
-            raise ArtifactError(f"adapter {manifest.ref}", found, "every byte is as published", artifact_read.REPUBLISH)
+            raise ArtifactError(f"adapter {manifest.ref}", found, "every byte is as published", registry.REPUBLISH)
         os.replace(tmp, target)
     finally:
         tmp.unlink(missing_ok=True)
@@ -275,7 +274,7 @@ def _require_plain(path: Path, entry: FileEntry) -> None:
     if not _is_here(path, entry):
         found = f"{path.name} is missing, a link, or not {entry.size_bytes} bytes long"
         rule = "a version holds exactly the files of its manifest"
-        raise ArtifactError(f"adapter folder {path.parent}", found, rule, artifact_read.REPUBLISH)
+        raise ArtifactError(f"adapter folder {path.parent}", found, rule, registry.REPUBLISH)
 
 
 def _is_here(path: Path, entry: FileEntry) -> bool:
@@ -341,7 +340,7 @@ def take(
     if size > max_bytes:
         raise ArtifactError(f"adapter at {uri}", f"{size} bytes", f"an adapter has at most {max_bytes} bytes here")
     files = {name: source.read_bytes(*parts, name) for name in manifest.files}
-    artifact_read.require_sound(manifest, files)
+    registry.require_sound(manifest, files)
     check(manifest, files)
     return adopt(store, manifest, files)
 
@@ -350,7 +349,7 @@ def _manifest(source: Store, parts: tuple[str, ...], uri: str) -> AdapterManifes
     """The manifest of a folder whose listing agrees with it; nothing else has been read."""
     sizes = source.children(*parts)
     asked = f"adapter at {uri}"
-    strange = sorted(n for n in sizes if n != MANIFEST_FILE and not artifact_check.is_adapter_file(n))
+    strange = sorted(n for n in sizes if n != MANIFEST_FILE and not verify.is_adapter_file(n))
     if strange or MANIFEST_FILE not in sizes:
         found = f"{strange[0][:80]} does not belong there" if strange else f"no {MANIFEST_FILE}"
         raise ArtifactError(asked, found, f"a place holds {MANIFEST_FILE} and the files it names alone", _NEXT)
@@ -382,11 +381,3 @@ def _refuse_links(store: Store, parts: tuple[str, ...]) -> None:
             "a registered folder is under an allowed root, without links",
             "copy it there",
         )
-
-
-def check_roots(roots: Sequence[str]) -> None:
-    """Raises ConfigError for a root that is no place."""
-    for root in roots:
-        if not root.strip():
-            raise ConfigError("adapter_roots", "an empty root", "a root is a folder, file:// or s3://BUCKET/PREFIX")
-        Store(root)

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 from graftwork.artifacts import manifest as artifact_alias
 from graftwork.artifacts import manifest as artifact_manifest
-from graftwork.artifacts import verify as artifact_check
+from graftwork.artifacts import verify
 from graftwork.artifacts.manifest import VERSION_PATTERN, AdapterManifest, aliases, check_names, version_key
 from graftwork.artifacts.verify import MANIFEST_FILE
-from graftwork.base import publish as base_publish
+from graftwork.base import publish
 from graftwork.errors import ArtifactError
 from graftwork.storage.store import ALIAS_PATTERN, Store
 
@@ -47,9 +47,9 @@ def base(store: Store, digest: str) -> dict[str, Any]:
     """The base below: its digest, and where it was trained here its place, its run and its own base."""
     for name in store.list("bases"):
         for version in store.list("bases", name):
-            found = base_publish.find(store, name, version) if digest.startswith(version) else None
+            found = publish.find(store, name, version) if digest.startswith(version) else None
             if found is not None:
-                place = base_publish.place(store, name, version)
+                place = publish.place(store, name, version)
                 return {
                     "digest": digest,
                     "place": place,
@@ -170,11 +170,11 @@ def open_adapter(store: Store, task: str, ref: str) -> AdapterManifest:
     manifest_size = sizes.pop(MANIFEST_FILE, None)
     if manifest_size is None:
         raise unknown(store, task, ref)
-    if manifest_size > artifact_check.MAX_TEXT_BYTES:
+    if manifest_size > verify.MAX_TEXT_BYTES:
         raise ArtifactError(
             asked,
             f"{MANIFEST_FILE} has {manifest_size} bytes",
-            f"at most {artifact_check.MAX_TEXT_BYTES} are read",
+            f"at most {verify.MAX_TEXT_BYTES} are read",
             REPUBLISH,
         )
     data = store.find_bytes(*key, MANIFEST_FILE)
@@ -245,7 +245,7 @@ def require_sound(manifest: AdapterManifest, files: Mapping[str, bytes]) -> None
         raise ArtifactError(
             f"adapter {manifest.ref}",
             "; ".join(found),
-            f"every byte is as published; {artifact_check.SAFETENSORS_ONLY}",
+            f"every byte is as published; {verify.SAFETENSORS_ONLY}",
             REPUBLISH,
         )
 
@@ -279,7 +279,7 @@ def _content_problems(manifest: AdapterManifest, files: Mapping[str, bytes]) -> 
         for name, data in files.items()
         if sha256(data) != manifest.files[name].sha256
     ]
-    return changed + list(artifact_check.problems(files))
+    return changed + list(verify.problems(files))
 
 
 def version_of(store: Store, task: str, ref: str) -> str:

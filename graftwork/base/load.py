@@ -8,8 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from graftwork.base import source as base_source
-from graftwork.base import spec as rope
+from graftwork.base import source, spec
 from graftwork.base.spec import BaseSpec
 from graftwork.cache import Progress, build_once
 from graftwork.compat.hf import has_sdpa
@@ -46,7 +45,7 @@ def cache_quantised(base: Path, settings: dict[str, Any], quantise: Callable[[],
     Raises BaseModelError where the folder's digest is no longer the one it was made with, or the disk is full.
     """
     what = {
-        "base": base_source.base_digest(base),
+        "base": source.base_digest(base),
         "settings": settings,
         "libraries": [version(name) for name in ("bitsandbytes", "transformers")],
     }
@@ -57,11 +56,11 @@ def cache_quantised(base: Path, settings: dict[str, Any], quantise: Callable[[],
         # transformers 5.23 writes on rank 0 of a process group alone; whichever rank comes first builds this folder
         model.should_save_on_this_rank = lambda is_main_process: is_main_process
         model.save_pretrained(empty)
-        (empty / _DIGEST).write_text(base_source.base_digest(empty), encoding="utf-8")
+        (empty / _DIGEST).write_text(source.base_digest(empty), encoding="utf-8")
 
     try:
         folder = build_once(cache_root() / "quantised" / name, build)
-        found, wanted = base_source.base_digest(folder), (folder / _DIGEST).read_text(encoding="utf-8")
+        found, wanted = source.base_digest(folder), (folder / _DIGEST).read_text(encoding="utf-8")
     except OSError as error:
         raise BaseModelError(
             f"quantised form of {base}",
@@ -134,9 +133,9 @@ class LoadedBase:
 def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedBase:
     """Fetch, verify and convert once; later calls take no time. Raises BaseModelError, StorageError."""
     try:
-        folder = base_source.locate(base.uri, base.sha256, on_progress)
-        config = base_source.read_config(folder, base.uri)
-        digest = base_source.base_digest(folder)
+        folder = source.locate(base.uri, base.sha256, on_progress)
+        config = source.read_config(folder, base.uri)
+        digest = source.base_digest(folder)
     except OSError as error:
         raise BaseModelError(
             f"base {base.uri}",
@@ -145,14 +144,14 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
             "free disk space, or set GRAFTWORK_CACHE to another folder",
         ) from error
     if base.sha256 and not base.uri.endswith(".gguf"):
-        base_source.expect(base.uri, base.sha256, digest)
-    stretch = rope.stretched(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
+        source.expect(base.uri, base.sha256, digest)
+    stretch = spec.stretched(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
     if base.rope_scaling:
-        digest = rope.marked(digest, base.rope_scaling, stretch)
+        digest = spec.marked(digest, base.rope_scaling, stretch)
     if base.extra_tokens:
         digest = marked(digest, base.extra_tokens)
         config = {**config, "vocab_size": int(config["vocab_size"]) + base.extra_tokens}
-    day = base.template_date or base_source.template_date(folder) or DEFAULT_DATE
+    day = base.template_date or source.template_date(folder) or DEFAULT_DATE
     return ResolvedBase(base.uri, folder, digest, {**config, **stretch}, stretch, base.extra_tokens, day)
 
 

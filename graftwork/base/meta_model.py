@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from graftwork.adapters import target_modules as adapter_places
+from graftwork.adapters import target_modules
 from graftwork.adapters.lora import LoraSpec
 from graftwork.adapters.target_modules import MLP_ENDS
 from graftwork.base import load as base_model
@@ -71,12 +71,12 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
             adapted[which], routed[which] = _adapted(build(config), which)
         except Exception as error:  # PEFT on a model of any architecture
             adapted[which], routed[which], unattached[which] = (), (), _first_line(error)
-    linears = _grouped((name, *_sizes(model.get_submodule(name))) for name in adapter_places.linears(model))
+    linears = _grouped((name, *_sizes(model.get_submodule(name))) for name in target_modules.linears(model))
     shape = _shape(model, config, linears, adapted)
     unserved, kv = _served(build(config))
     shape = _with_kv(shape, kv)
     decoder = {id(module) for module in model.get_decoder().modules()}
-    outside = [name for name in adapter_places.linears(model) if id(model.get_submodule(name)) not in decoder]
+    outside = [name for name in target_modules.linears(model) if id(model.get_submodule(name)) not in decoder]
     shape = replace(shape, unplanned=_unplanned(model, shape, outside))
     return BaseFacts(
         shape=shape,
@@ -218,7 +218,7 @@ def _reads_weights(model: Any) -> str:
     def product(outputs: int, inputs: Any) -> Any:
         return inputs.new_empty(*inputs.shape[:-1], outputs)
 
-    for name in adapter_places.linears(model):
+    for name in target_modules.linears(model):
         linear = model.get_submodule(name)
         packed = torch.empty(linear.weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
         linear.forward = partial(product, _sizes(linear)[1])
@@ -258,7 +258,7 @@ def _has_router_loss(text: Any) -> bool:
 def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
     """What keeps the closed forms of `graftwork.planning.memory` from predicting a training step's activations."""
     found = ""
-    if _expert_weights(model) or any(".experts." in name for name in adapter_places.linears(model)):
+    if _expert_weights(model) or any(".experts." in name for name in target_modules.linears(model)):
         found = "experts"
     elif is_recurrent(model.config):
         found = "recurrent layers"
@@ -296,9 +296,9 @@ def _grouped(found: Iterable[tuple[str, int, int]]) -> tuple[Linear, ...]:
 
 
 def _part(name: str) -> Literal["attention", "mlp", "other"]:
-    if any(word in name.lower() for word in adapter_places.ATTENTION_WORDS):
+    if any(word in name.lower() for word in target_modules.ATTENTION_WORDS):
         return "attention"
-    return "mlp" if any(word in name.lower() for word in adapter_places.MLP_WORDS) else "other"
+    return "mlp" if any(word in name.lower() for word in target_modules.MLP_WORDS) else "other"
 
 
 def _pattern(name: str) -> str:

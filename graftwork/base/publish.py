@@ -15,7 +15,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 
 from graftwork.artifacts.manifest import VERSION_PATTERN, FileEntry
-from graftwork.base import source as base_source
+from graftwork.base import source
 from graftwork.base.load import ResolvedBase
 from graftwork.cache import file_sha256
 from graftwork.errors import ArtifactError
@@ -79,7 +79,7 @@ def publish(
             "a base has config.json and safetensors",
             "point at what save_pretrained wrote",
         )
-    digest = base_source.content_digest(files)
+    digest = source.content_digest(files)
     version = digest[:12]
     manifest = BaseManifest.model_validate(
         {

@@ -37,7 +37,7 @@ def publish(
     as_json: JsonFlag = False,
 ) -> None:
     """Publish a PEFT adapter folder, so that endpoints on the same base can serve it."""
-    from graftwork import environment as provenance
+    from graftwork import environment
     from graftwork.artifacts import publish as artifact
     from graftwork.base import load as base_model
     from graftwork.base.spec import BaseSpec
@@ -62,7 +62,7 @@ def publish(
             data_fingerprint="unknown",
             metrics={},
             run="published by hand",
-            provenance=provenance.collect(0),
+            provenance=environment.collect(0),
             alias=alias,
         )
     if as_json:
@@ -188,11 +188,11 @@ def list_(
 @app.command()
 def show(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
     """Print the manifest and lineage of one version: the adapters it was trained from or merged from, and its base."""
-    from graftwork.artifacts import registry as artifact_ancestry
+    from graftwork.artifacts import registry
 
     store = Store(root)
     found = resolve(store, ref)
-    family = {**artifact_ancestry.tree(store, found), "base": artifact_ancestry.base(store, found.base_digest)}
+    family = {**registry.tree(store, found), "base": registry.base(store, found.base_digest)}
     print_json({**found.model_dump(mode="json"), "ancestry": family})
 
 

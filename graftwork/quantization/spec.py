@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import model_validator
 
-from graftwork import environment as cpu
+from graftwork import environment
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.quantization.methods import FOUR_BIT, METHODS, SMALLEST, QuantKind, QuantMethod
@@ -91,7 +91,7 @@ def default_dtype(device: str) -> "tuple[torch.dtype, str]":
         if major >= 8:
             return torch.bfloat16, f"SM {major}.{minor}"
         return torch.float32, f"SM {major}.{minor} has no bfloat16"
-    return cpu_dtype(cpu.flags(), cpu.vendor())
+    return cpu_dtype(environment.flags(), environment.vendor())
 
 
 def cpu_dtype(flags: frozenset[str], vendor: str) -> "tuple[torch.dtype, str]":
@@ -104,7 +104,7 @@ def cpu_dtype(flags: frozenset[str], vendor: str) -> "tuple[torch.dtype, str]":
 
 def cpu_value_bytes(quant: QuantSpec) -> int:
     """Bytes of a value in the dtype of compute on this CPU, as `compute_dtype` decides; without torch, for plans."""
-    name = _cpu_dtype_name(cpu.flags(), cpu.vendor())[0] if quant.dtype == "auto" else quant.dtype
+    name = _cpu_dtype_name(environment.flags(), environment.vendor())[0] if quant.dtype == "auto" else quant.dtype
     return {"float32": 4, "bfloat16": 2, "float16": 2}[name]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from graftwork import environment as provenance
+from graftwork import environment
 
 ROOT = Path(__file__).parents[2]
 SECRET = "s3cr3t-Value/with+signs"
@@ -22,7 +22,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_a_record_is_json_and_names_code_machine_seed_and_command() -> None:
-    record = json.loads(json.dumps(provenance.collect(7, ["graftwork", "train", "a.yaml"])))
+    record = json.loads(json.dumps(environment.collect(7, ["graftwork", "train", "a.yaml"])))
     assert record["seed"] == 7
     assert record["argv"] == ["graftwork", "train", "a.yaml"]
     assert record["packages"]["torch"] == metadata.version("torch")
@@ -61,7 +61,7 @@ def test_no_secret_of_the_environment_is_recorded(monkeypatch: pytest.MonkeyPatc
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN", "MY_API_KEY"):
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    record = provenance.collect(0, ["graftwork"])
+    record = environment.collect(0, ["graftwork"])
     assert SECRET not in json.dumps(record)
     assert record["environment"]["OMP_NUM_THREADS"] == "2"
 
@@ -82,16 +82,16 @@ def test_no_secret_of_the_environment_is_recorded(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_a_command_line_is_recorded_without_its_secrets(given_words: list[str], shown: list[str]) -> None:
-    assert provenance.redact(given_words) == shown
+    assert environment.redact(given_words) == shown
 
 
 @pytest.mark.parametrize(
     "flag", ["--token", "--hf-token", "--password", "--client_secret", "--api-key", "AWS_ACCESS_KEY"]
 )
 def test_no_form_of_a_secret_flag_shows_its_value(flag: str) -> None:
-    assert SECRET not in " ".join(provenance.redact([f"{flag}={SECRET}", "x"]))
+    assert SECRET not in " ".join(environment.redact([f"{flag}={SECRET}", "x"]))
     if flag.startswith("--"):
-        assert SECRET not in " ".join(provenance.redact(["x", flag, SECRET]))
+        assert SECRET not in " ".join(environment.redact(["x", flag, SECRET]))
 
 
 def copy_code(package: Path) -> None:

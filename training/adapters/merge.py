@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from graftwork import environment as provenance
+from graftwork import environment
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import AdapterManifest
 from graftwork.artifacts.registry import resolve
@@ -300,7 +300,7 @@ def merge_published(
             data_fingerprint=_digest([one.data_fingerprint for one in found]),
             metrics={"distance_from_sum": distance},
             run=f"merge-{_digest([spec.record(), [one.ref for one in found]])[:8]}",
-            provenance=provenance.collect(spec.seed),
+            provenance=environment.collect(spec.seed),
             merged_from=[one.ref for one in found],
             alias=alias,
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from graftwork import environment as cpu
+from graftwork import environment
 from graftwork.cache import build_once
 from graftwork.storage.store import cache_root
 
@@ -95,7 +95,7 @@ def load(compiler: str | None = None, flags: Collection[str] | None = None) -> c
 
     compiler: its command; None takes $CC, cc, gcc or clang. flags: instruction sets; None takes this machine's.
     """
-    flags = cpu.flags() if flags is None else flags
+    flags = environment.flags() if flags is None else flags
     if "avx512f" not in flags:
         raise NoKernels("this CPU has no AVX-512, and they are not faster without")
     command = compiler or os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)

@@ -16,8 +16,7 @@ import torch
 
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.attention import Call, Chunk
-from graftwork.serving.engine.cuda.kernels import attention
-from graftwork.serving.engine.cuda.kernels import elementwise as row_kernels
+from graftwork.serving.engine.cuda.kernels import attention, elementwise
 from graftwork.serving.engine.cuda.kernels.lora import expand, shrink
 from graftwork.serving.engine.cuda.kernels.nf4 import PackedWeight, multiply
 from graftwork.serving.engine.cuda.lora import ROWS, SlotTable, Tiles, tiled
@@ -162,7 +161,7 @@ class GraphDecode:
     def attach(self, runner: Runner, kv: KvStore, *, max_batch: int, max_rank: int) -> None:
         """Sets up the device memory that steps read."""
         self._runner, self._kv = runner, kv
-        self._layers = DecodeLayers(runner.model, runner.dtype, row_kernels)
+        self._layers = DecodeLayers(runner.model, runner.dtype, elementwise)
         self._buckets = row_buckets(max_batch)
         self._inputs = StepInputs(max_batch, kv.page_tokens, self._device)
         self._table = SlotTable(runner.sites.groups(), max_batch, max_rank, runner.dtype, self._device)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from graftwork.artifacts import publish as artifact
-from graftwork.artifacts import verify as artifact_check
+from graftwork.artifacts import verify
 from graftwork.errors import ArtifactError
 from graftwork.storage.store import Store
 from tests.adapters import facts, write_adapter, write_config
@@ -159,11 +159,11 @@ def test_finite_weights_of_any_float_pass_and_infinite_ones_do_not(dtype: type, 
         name.format("B"): np.zeros((8, 4), dtype),
     }
     save_file(tensors, folder / WEIGHTS)
-    assert WEIGHTS in artifact_check.read_folder(folder)
+    assert WEIGHTS in verify.read_folder(folder)
     tensors[name.format("B")][7, 3] = -np.inf
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(ArtifactError, match="NaN or infinity"):
-        artifact_check.read_folder(folder)
+        verify.read_folder(folder)
 
 
 @settings(max_examples=300, deadline=None)
@@ -180,7 +180,7 @@ def test_a_header_is_accepted_exactly_when_the_safetensors_library_accepts_it(
     blob = blob[: data.draw(st.integers(0, len(blob)))] if data.draw(st.booleans()) else blob
     path.write_bytes(blob)
     try:
-        ours = artifact_check.parse_safetensors(bytes(blob))
+        ours = verify.parse_safetensors(bytes(blob))
     except ValueError:
         return
     with safe_open(path, framework="numpy") as theirs:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from graftwork.cli import app
 from graftwork.cluster.jobs.packaging import LINKED, shipped
 from graftwork.cluster.private_ray import environment_of, own_folder
-from graftwork.cluster.ray_address import host_and_port, require_reachable, without_target
+from graftwork.cluster.ray_address import host_and_port, without_target
 from graftwork.cluster.session import Session, session
 from graftwork.cluster.targets.ray_jobs import run_command
 from graftwork.errors import ClusterError, ConfigError
@@ -81,11 +81,6 @@ def test_nobody_listening_is_said_with_what_to_do() -> None:
             run_command(on, ["demo", "demo.yaml"])
     assert caught.value.exit_code == 3
     assert "--target local" in caught.value.hint
-
-
-def test_something_else_listening_is_reached_but_not_taken_for_a_ray() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        require_reachable(f"http://127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_a_jobs_command_needs_a_surrounding_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
-from graftwork.compat import hf
-from graftwork.compat import peft_bottleneck as bottleneck
+from graftwork.compat import hf, peft_bottleneck
 from tests.ports import free_port
 from tests.process_races import ROOT
 from tests.tiny import write_tiny_base
@@ -227,13 +226,13 @@ def test_a_resumed_trainer_continues_the_count_of_passes(
 
 
 def test_an_adapter_kind_wraps_linears_and_takes_a_second_adapter(base: Path) -> None:
-    bottleneck.register()
+    peft_bottleneck.register()
     model = AutoModelForCausalLM.from_pretrained(base)
     linear = model.model.layers[0].mlp.down_proj
-    config = bottleneck.BottleneckConfig(bottleneck_size=4, target_modules={"down_proj"})
+    config = peft_bottleneck.BottleneckConfig(bottleneck_size=4, target_modules={"down_proj"})
     peft = get_peft_model(model, config)
     layer = peft.base_model.model.model.layers[0].mlp.down_proj
-    assert isinstance(layer, bottleneck.BottleneckLayer)
+    assert isinstance(layer, peft_bottleneck.BottleneckLayer)
     assert layer.get_base_layer() is linear
     trained = {name for name, parameter in peft.named_parameters() if parameter.requires_grad}
     assert trained

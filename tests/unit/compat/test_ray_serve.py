@@ -14,7 +14,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from graftwork.cluster.private_ray import private_ray
-from graftwork.compat import ray_serve as hooks
+from graftwork.compat import ray_serve
 from tests.ports import free_port
 
 
@@ -44,7 +44,7 @@ def within(seconds: float, holds: Callable[[], bool]) -> bool:
 
 def gone() -> bool:
     try:
-        hooks.controller()
+        ray_serve.controller()
     except ValueError:
         return True
     return False
@@ -57,21 +57,21 @@ def test_serve_is_found_asked_and_ended(port: int) -> None:
         application = serve.deployment(Echo).options(ray_actor_options={"num_cpus": 0}).bind()
         serve.run(application, name=name, route_prefix=f"/{name}")
     assert not gone()
-    assert hooks.http_address() == ("127.0.0.1", port)
+    assert ray_serve.http_address() == ("127.0.0.1", port)
     assert httpx.get(f"http://127.0.0.1:{port}/one").text == "hello"
     handle = serve.get_deployment_handle("Echo", app_name="two")
-    direct = hooks.calls_by_value(handle)
+    direct = ray_serve.calls_by_value(handle)
     assert (handle.handle_options._by_reference, direct.handle_options._by_reference) == (True, False)
     assert direct.remote(None).result() == "hello"
     began = time.monotonic()
-    hooks.delete_application("one")
+    ray_serve.delete_application("one")
     assert time.monotonic() - began < 1, "does not wait; Ray's own wait looks once a second"
     assert within(30, lambda: "one" not in serve.status().applications)
     assert "two" in serve.status().applications
-    hooks.end_serve()
+    ray_serve.end_serve()
     assert within(30, gone)
     with pytest.raises((ValueError, RayActorError)):
-        hooks.end_serve()
+        ray_serve.end_serve()
     serve.shutdown()
 
 
@@ -82,7 +82,7 @@ class OfRay(RequestRouter):  # type: ignore[misc]
         return [candidate_replicas]
 
 
-class OfOurs(hooks.TwinSafeRouter):
+class OfOurs(ray_serve.TwinSafeRouter):
     """With the hook."""
 
     async def choose_replicas(self, candidate_replicas: Any, pending_request: Any = None) -> list[list[RunningReplica]]:

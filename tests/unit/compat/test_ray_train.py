@@ -14,7 +14,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from graftwork.cluster.private_ray import private_ray
-from graftwork.compat import ray_train as hooks
+from graftwork.compat import ray_train
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def test_a_training_with_all_hooks(private: str, tmp_path: Path) -> None:
         work,
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
-        run_config=train.RunConfig(storage_path=str(tmp_path), callbacks=[hooks.AtWorkerStart(start)]),
+        run_config=train.RunConfig(storage_path=str(tmp_path), callbacks=[ray_train.AtWorkerStart(start)]),
     )
     usual = {type(one) for one in trainer._create_default_callbacks()}
-    hooks.on_controller(trainer, controllers.append)
-    hooks.without_idle_helpers(trainer)
+    ray_train.on_controller(trainer, controllers.append)
+    ray_train.without_idle_helpers(trainer)
     left_out = usual - {type(one) for one in trainer._create_default_callbacks()}
     assert left_out == {DatasetsCallback, PlacementGroupCleanerCallback}
     found = trainer.fit().return_value
@@ -72,7 +72,7 @@ def test_a_training_with_all_hooks(private: str, tmp_path: Path) -> None:
 
 
 def test_workers_that_did_not_start_are_told_from_other_failures() -> None:
-    assert hooks.workers_did_not_start(ControllerError(WorkerGroupStartupTimeoutError(2)))
-    assert hooks.workers_did_not_start(ControllerError(WorkerGroupStartupFailedError("a node is gone")))
-    assert not hooks.workers_did_not_start(ControllerError(RuntimeError("other")))
-    assert not hooks.workers_did_not_start(train.TrainingFailedError("a worker raised"))
+    assert ray_train.workers_did_not_start(ControllerError(WorkerGroupStartupTimeoutError(2)))
+    assert ray_train.workers_did_not_start(ControllerError(WorkerGroupStartupFailedError("a node is gone")))
+    assert not ray_train.workers_did_not_start(ControllerError(RuntimeError("other")))
+    assert not ray_train.workers_did_not_start(train.TrainingFailedError("a worker raised"))

@@ -16,9 +16,9 @@ import pytest
 from graftwork.datasets.readers import read_records
 from graftwork.datasets.rows import read_rows
 from graftwork.errors import DataError, StorageError
-from graftwork.storage import store as storage
+from graftwork.storage import store
 from graftwork.storage.store import Store
-from graftwork.training.objectives import row_cache as kept
+from graftwork.training.objectives import row_cache
 from graftwork.training.objectives.row_cache import KeptRows, open_rows
 from graftwork.training.objectives.rows import PreparedData, prepare
 from tests.training import task
@@ -110,7 +110,7 @@ def test_what_is_not_there_or_no_dataset_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
-    return storage.cache_root()
+    return store.cache_root()
 
 
 def same(one: PreparedData, other: PreparedData) -> bool:
@@ -120,7 +120,7 @@ def same(one: PreparedData, other: PreparedData) -> bool:
 def test_rows_are_rendered_once_until_something_changes(tmp_path: Path, cache: Path) -> None:
     spec = task(tmp_path / "task")
     first = prepare(spec)
-    folders = sorted((cache / kept.FOLDER).iterdir())
+    folders = sorted((cache / row_cache.FOLDER).iterdir())
     rendered = {folder / "ids.bin": os.stat(folder / "ids.bin").st_mtime_ns for folder in folders if folder.is_dir()}
     assert len(rendered) == 2, "training and held-out rows"
     assert same(prepare(spec.with_({"optim.lr": 1.0, "num_workers": 1})), first)
@@ -136,7 +136,7 @@ def test_a_large_set_travels_by_name_and_is_taken_from_the_root(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare(task(tmp_path / "task"))
-    monkeypatch.setattr(kept, "INLINE_BYTES", 100)
+    monkeypatch.setattr(row_cache, "INLINE_BYTES", 100)
     large = prepare(task(tmp_path / "task")).shared(Store(str(tmp_path / "root")))
     assert isinstance(large.train, KeptRows)
     sent = pickle.dumps(large)
@@ -148,14 +148,14 @@ def test_a_large_set_travels_by_name_and_is_taken_from_the_root(
 
 
 def test_rows_are_written_in_pieces(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "FLUSH_TOKENS", 7)
+    monkeypatch.setattr(row_cache, "FLUSH_TOKENS", 7)
 
-    def build(writer: kept.RowWriter) -> dict[str, Any]:
+    def build(writer: row_cache.RowWriter) -> dict[str, Any]:
         for n in range(50):
             writer.add(range(n, n + n % 5 + 1), [token % 2 == 0 for token in range(n % 5 + 1)])
         return {"count": len(writer)}
 
-    rows, about = kept.kept_rows("pieces", build)
+    rows, about = row_cache.kept_rows("pieces", build)
     assert about == {"count": 50}
     for n in range(50):
         ids, trained = open_rows("pieces", None).row(n)

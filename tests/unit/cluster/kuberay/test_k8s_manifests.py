@@ -179,13 +179,13 @@ def test_the_image_has_the_dependences_and_the_extras_that_are_asked_for(extras:
 def test_the_image_has_what_offloading_to_nvme_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training names the packages that it lacks; the Dockerfile installs them."""
     from graftwork.errors import ConfigError
-    from graftwork.training import strategies as strategy_rules
+    from graftwork.training import strategies
     from graftwork.training.spec import TrainSpec
 
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
     spec = TrainSpec.model_construct(strategy=SimpleNamespace(offload_optimizer="nvme", offload_weights="none"))
     with pytest.raises(ConfigError) as caught:
-        strategy_rules._check_disks(spec)
+        strategies._check_disks(spec)
     named = set(re.findall(r"apt-get install ([\w-]+)", str(caught.value)))
     text = (K8S / "image" / "Dockerfile").read_text(encoding="utf-8")
     [installed] = re.findall(r"apt-get install -y --no-install-recommends (.*?) \\", text)

@@ -16,7 +16,7 @@ from graftwork.cli import app
 from graftwork.cluster.jobs.models import Attempt, Finding, Job, TargetMachines
 from graftwork.cluster.kuberay.preflight import machines_of, preflight
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.cluster.targets import local as local_check
+from graftwork.cluster.targets import local
 from graftwork.cluster.targets.ray_jobs_checks import RayNode, workers
 from graftwork.cluster.targets.ray_jobs_checks import machines_of as machines_of_ray
 from graftwork.config import validate
@@ -135,9 +135,9 @@ def test_what_does_not_fit_pods_or_nodes_is_refused(
 @given(tree=SPECS)
 def test_what_does_not_fit_this_machine_is_refused(folder: Path, tree: dict[str, Any]) -> None:
     spec = asked(folder, {**tree, "gpus_per_worker": 0})
-    job, fits = judged(spec, folder, ClusterSpec(), local_check.machines_here())
+    job, fits = judged(spec, folder, ClusterSpec(), local.machines_here())
     if not fits:
-        assert "E-MEMORY-FIT" in errors(local_check.fit(job, str(folder / "root"), folder))
+        assert "E-MEMORY-FIT" in errors(local.fit(job, str(folder / "root"), folder))
 
 
 def test_the_plan_says_both_of_these_specs(folder: Path) -> None:

@@ -20,9 +20,7 @@ from graftwork.cluster.jobs.models import Attempt, Demand, Job
 from graftwork.cluster.jobs.store import Heartbeat, JobStore
 from graftwork.cluster.ray_address import token
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.cluster.targets import backend_of
-from graftwork.cluster.targets import local as local_check
-from graftwork.cluster.targets import ray_jobs_checks as address_check
+from graftwork.cluster.targets import backend_of, local, ray_jobs_checks
 from graftwork.cluster.targets.local import LocalTarget
 from graftwork.cluster.targets.ray_jobs_api import JobsApi
 from graftwork.cluster.targets.ray_jobs_checks import RayNode
@@ -177,20 +175,20 @@ GPUS = RayNode("gpus", False, {"CPU": 8, "GPU": 4, "memory": 64 * GIB, "accelera
     ],
 )
 def test_workers_fit_a_cluster_node_by_node(demand: Demand, codes: list[str], tmp_path: Path) -> None:
-    assert [finding.code for finding in address_check.workers(job(tmp_path, demand), [HEAD, GPUS])] == codes
+    assert [finding.code for finding in ray_jobs_checks.workers(job(tmp_path, demand), [HEAD, GPUS])] == codes
 
 
 @pytest.mark.parametrize(
     "root", ["/data/my runs", "/data/$(id)", "/data/a;b", "s3://bucket/it's", "/data/`id`", "/a&b"]
 )
 def test_a_root_that_a_shell_would_read_is_refused(root: str) -> None:
-    assert "E-ROOT-NOT-PLAIN" in [finding.code for finding in address_check.roots(root, here=True)]
+    assert "E-ROOT-NOT-PLAIN" in [finding.code for finding in ray_jobs_checks.roots(root, here=True)]
 
 
 def test_a_folder_of_this_machine_is_no_root_of_another(tmp_path: Path) -> None:
-    assert [finding.code for finding in address_check.roots(str(tmp_path), here=False)] == ["E-ROOT-NOT-SHARED"]
-    assert list(address_check.roots(str(tmp_path), here=True)) == []
-    assert list(address_check.roots("s3://bucket/team-a", here=False)) == []
+    assert [finding.code for finding in ray_jobs_checks.roots(str(tmp_path), here=False)] == ["E-ROOT-NOT-SHARED"]
+    assert list(ray_jobs_checks.roots(str(tmp_path), here=True)) == []
+    assert list(ray_jobs_checks.roots("s3://bucket/team-a", here=False)) == []
 
 
 def test_files_that_the_driver_would_not_find_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,16 +211,16 @@ def test_files_that_the_driver_would_not_find_are_named(tmp_path: Path, monkeypa
 
 def test_a_loopback_address_is_another_machine_where_its_head_says_so() -> None:
     mine = RayNode(socket.gethostname(), True, {}, {})
-    assert address_check.is_here("http://127.0.0.1:8265", [mine])
-    assert address_check.is_here("http://10.0.0.7:8265", [mine])
-    assert not address_check.is_here("http://127.0.0.1:8265", [HEAD]), "a tunnel"
-    assert address_check.is_here("http://localhost:8265", [])
-    assert not address_check.is_here("http://head.example.org:8265", [])
+    assert ray_jobs_checks.is_here("http://127.0.0.1:8265", [mine])
+    assert ray_jobs_checks.is_here("http://10.0.0.7:8265", [mine])
+    assert not ray_jobs_checks.is_here("http://127.0.0.1:8265", [HEAD]), "a tunnel"
+    assert ray_jobs_checks.is_here("http://localhost:8265", [])
+    assert not ray_jobs_checks.is_here("http://head.example.org:8265", [])
 
 
 def test_workers_fit_this_machine(tmp_path: Path) -> None:
     def codes(demand: Demand) -> list[str]:
-        return [finding.code for finding in local_check.fit(job(tmp_path, demand), str(tmp_path), tmp_path)]
+        return [finding.code for finding in local.fit(job(tmp_path, demand), str(tmp_path), tmp_path)]
 
     assert codes(Demand()) == []
     assert codes(Demand(num_workers=10**4)) == ["E-CPU-FIT"]
@@ -238,7 +236,7 @@ def test_secrets_of_a_spec_and_of_its_cluster_are_refused_here(tmp_path: Path) -
     redis = {"gcs": {"backend": "redis", "redis_address": "redis://:hunter2@redis:6379"}}
     spec = {"argv": ["curl", "-H", "Authorization: Bearer hf_abcdefghijklmnopqrstuvwx"]}
     bad = replace(job(tmp_path), spec=spec, cluster=ClusterSpec.model_validate(redis))
-    found = local_check.fit(bad, str(tmp_path), tmp_path)
+    found = local.fit(bad, str(tmp_path), tmp_path)
     assert [(finding.code, finding.where) for finding in found] == [
         ("E-SECRET-VALUE", "argv[2]"),
         ("E-SECRET-VALUE", "gcs.redis_address"),
@@ -248,13 +246,13 @@ def test_secrets_of_a_spec_and_of_its_cluster_are_refused_here(tmp_path: Path) -
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    findings = local_check.fit(job(tmp_path), str(tmp_path / "file"), tmp_path)
+    findings = local.fit(job(tmp_path), str(tmp_path / "file"), tmp_path)
     assert [(finding.code, finding.where) for finding in findings] == [("E-FOLDER-NOT-WRITABLE", "root")]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/1"), reason="no /proc to be a disk that takes no files")
 def test_a_disk_that_takes_no_files_is_refused(tmp_path: Path) -> None:
-    findings = local_check.fit(job(tmp_path), "/proc/1", tmp_path)
+    findings = local.fit(job(tmp_path), "/proc/1", tmp_path)
     assert [finding.code for finding in findings] == ["E-FOLDER-NOT-WRITABLE"]
 
 

@@ -24,7 +24,7 @@ from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.registry import Listing
 from graftwork.base import load as base_model
 from graftwork.base.spec import BaseSpec
-from graftwork.serving.api import auth as request_body
+from graftwork.serving.api import auth
 from graftwork.serving.api.auth import Keys
 from graftwork.serving.api.http_protocol import BoundedHttpProtocol
 from graftwork.serving.spec import ServeSpec
@@ -267,7 +267,7 @@ def test_a_client_that_leaves_within_its_body_leaves_no_stack_trace(
 
 
 def test_a_body_that_does_not_come_is_answered(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(auth, "BODY_TIMEOUT_S", 0.3)
     with local_endpoint(spec_of(base)) as url, connect(url) as client:
         client.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graftwork.serving.engine.cpu.kernels import kernels_for
-from graftwork.serving.engine.cuda.kernels import elementwise as rows
+from graftwork.serving.engine.cuda.kernels import elementwise
 from graftwork.serving.engine.model_runner import DecodeLayers, RowKernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,7 +38,7 @@ def tiny(kind: str, dtype: torch.dtype) -> Any:
 def kernels(of: str, dtype: torch.dtype) -> RowKernels:
     """Triton's, or those in C; skips where this machine has none."""
     if of == "triton":
-        return rows
+        return elementwise
     found = kernels_for(dtype)
     if found is None or DEVICE.type != "cpu":
         pytest.skip("needs a C compiler and AVX-512")
@@ -68,13 +68,13 @@ def test_llamas_norms_and_mlps_give_the_same_results(dtype: torch.dtype, of: str
 
 @pytest.mark.parametrize(("kind", "norms", "mlps"), [("qwen3", 9, 2), ("gemma2", 0, 0), ("phi3", 5, 0)])
 def test_modules_that_compute_something_else_are_left_alone(kind: str, norms: int, mlps: int) -> None:
-    layers = DecodeLayers(tiny(kind, torch.float32), torch.float32, rows)
+    layers = DecodeLayers(tiny(kind, torch.float32), torch.float32, elementwise)
     assert (len(layers.norms), len(layers.mlps)) == (norms, mlps)
 
 
 def test_a_step_that_fails_leaves_the_modules_as_they_were() -> None:
     model = tiny("llama", torch.float32)
-    layers = DecodeLayers(model, torch.float32, rows)
+    layers = DecodeLayers(model, torch.float32, elementwise)
     with pytest.raises(ZeroDivisionError), layers.decoding():
         _ = 1 / 0
     assert all("forward" not in module.__dict__ for module in model.modules())
@@ -105,5 +105,5 @@ class ClampedMlp(torch.nn.Module):
 
 
 def test_gated_norms_and_clamped_mlps_are_left_alone() -> None:
-    layers = DecodeLayers(torch.nn.ModuleList([GatedNorm(), ClampedMlp()]).eval(), torch.float32, rows)
+    layers = DecodeLayers(torch.nn.ModuleList([GatedNorm(), ClampedMlp()]).eval(), torch.float32, elementwise)
     assert (layers.norms, layers.mlps) == ([], [])

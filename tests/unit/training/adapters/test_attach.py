@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from graftwork import config
 from graftwork.artifacts import publish as artifact
-from graftwork.artifacts import registry as artifact_ancestry
-from graftwork.artifacts import verify as artifact_check
+from graftwork.artifacts import registry, verify
 from graftwork.artifacts.registry import resolve
 from graftwork.base import load as base_model
 from graftwork.base import publish as base_publish
@@ -77,7 +76,7 @@ def trained(folder: Path) -> dict[str, tuple[TrainSpec, LoopResult, Path]]:
         run = run_of(spec, kind)
         result = run_steps(TrainJob(spec, prepare(spec), run), lambda _: True)
         with Checkpoints(run).adapter(result.steps) as made:
-            files = artifact_check.read_folder(made)
+            files = verify.read_folder(made)
         published = folder / "published" / kind
         published.mkdir(parents=True)
         for name, data in files.items():
@@ -210,7 +209,7 @@ def test_an_adapter_on_top_of_another_is_published_as_their_sum(
     made = publish(run, result, read_steps(run.paths))
     manifest = resolve(run.paths.store, made.adapter or "")
     assert (manifest.method["rank"], manifest.merged_from) == (8, (ref,))
-    assert artifact_ancestry.tree(run.paths.store, manifest)["made"].endswith(f"on top of {ref}")
+    assert registry.tree(run.paths.store, manifest)["made"].endswith(f"on top of {ref}")
     loaded = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
     served = PeftModel.from_pretrained(loaded.model, artifact.fetch(run.paths.store, "colours", made.version)).eval()
     again = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")

@@ -13,7 +13,7 @@ import torch
 from scipy import stats as scipy_stats
 from statsmodels.stats.proportion import proportion_confint
 
-from graftwork import environment as provenance
+from graftwork import environment
 from graftwork.base import load as base_model
 from graftwork.cli.render import show_outcomes
 from graftwork.errors import ConfigError, DataError
@@ -430,7 +430,7 @@ def test_held_out_rows_that_are_too_long_are_counted(tmp_path: Path) -> None:
     run = ResolvedRun.resolve(asked)
     assert run.data.left_out(asked.max_length) == "3 of 10 held-out rows left out: longer than max_length=512"
     result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)
-    run.paths.store.write_json(provenance.collect(0), *run.paths.provenance())
+    run.paths.store.write_json(environment.collect(0), *run.paths.provenance())
     report = _publish_result(run, result, read_steps(run.paths))
     assert (report.eval_rows, report.dropped_eval_rows, report.dropped_rows) == (7, 3, 0)
     assert set(report.eval_metrics) == {"accuracy", "margin", "rewards/chosen", "rewards/rejected"}

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftwork import environment as cpu
+from graftwork import environment
 from graftwork.serving.engine.cpu import kernels
 
-wide = pytest.mark.skipif("avx512f" not in cpu.flags() or shutil.which("cc") is None, reason="needs AVX-512 and cc")
+wide = pytest.mark.skipif(
+    "avx512f" not in environment.flags() or shutil.which("cc") is None, reason="needs AVX-512 and cc"
+)
 
 
 @pytest.fixture(autouse=True)

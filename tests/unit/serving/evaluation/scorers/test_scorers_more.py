@@ -18,7 +18,7 @@ from graftwork.errors import ConfigError, DataError, RunError
 from graftwork.metrics import Metric
 from graftwork.prompts.render import Message
 from graftwork.scoring import AnswerSchema
-from graftwork.serving.evaluation.scorers import plugin as own
+from graftwork.serving.evaluation.scorers import plugin
 from graftwork.serving.evaluation.scorers.load import Scorers, ScorerSpec, load_scorers
 from graftwork.serving.evaluation.scorers.protocol import ModelReply
 
@@ -218,7 +218,7 @@ not_a_scorer = 3
 
 def test_own_scorers_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = EntryPoints(
-        EntryPoint(name, f"{__name__}:{name}", own.GROUP) for name in ("shouts", "not_a_scorer", "absent")
+        EntryPoint(name, f"{__name__}:{name}", plugin.GROUP) for name in ("shouts", "not_a_scorer", "absent")
     )
     monkeypatch.setattr(plugins, "entry_points", lambda group: installed.select(group=group))
     module = SimpleNamespace(shouts=shouts, not_a_scorer=not_a_scorer)
