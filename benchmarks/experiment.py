@@ -28,7 +28,7 @@ import torch
 from benchmarks import base
 from benchmarks.record import Clock, Figure, figure, write
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.cluster.session import session
 from graftwork.metrics import quantile
 from graftwork.serving.ab_test.experiment_record import Records, new_record

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.record import Figure, figure
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.environment import Speed, collect
 from graftwork.planning.hardware import Machine
 from graftwork.planning.memory import RowSizes

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.rag_data import Corpus
-from graftwork.cache import build_once
 from graftwork.metrics import quantile
+from graftwork.storage.local import build_once
 from graftwork.storage.store import cache_root
 
 PEERS = ("bm25s", "tantivy")

@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from graftwork.base.package_source import PackageFile, fetch
-from graftwork.cache import build_once
 from graftwork.datasets.rows import read_passages
 from graftwork.prompts.render import Passage
 from graftwork.serving.rag.questions import Question
+from graftwork.storage.local import build_once
 from graftwork.storage.store import cache_root
 
 SHORT = 100_000

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.environment import collect
 from graftwork.serving.engine.grammar import Grammar, Grammars, GrammarText, Vocabulary
 from graftwork.serving.engine.request import SamplingParams

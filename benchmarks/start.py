@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from benchmarks.record import Clock, figure, write
-from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.quantization import import_bitsandbytes
 
 PHASES = ("modules", "torch", "bitsandbytes", "transformers", "replica", "first_answer")
 

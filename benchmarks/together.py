@@ -28,7 +28,7 @@ from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.environment import peak_rss_bytes
 from graftwork.errors import RunError
-from graftwork.quantization.spec import compute_dtype
+from graftwork.quantization import compute_dtype
 from graftwork.training.autotune import sizes_of
 from graftwork.training.planning.memory import predict_training
 from graftwork.training.worker_messages import StepReport, TrainJob

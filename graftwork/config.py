@@ -64,14 +64,12 @@ class Spec(BaseModel):
 SpecT = TypeVar("SpecT", bound=Spec)
 
 
-class _KeysAreText(yaml.SafeLoader):
-    """YAML 1.1 takes the key `on` for true; a spec's keys are names."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:bool":
-                key.tag = "tag:yaml.org,2002:str"
-        return super().construct_mapping(node, deep)
+def with_kind(tree: Any, key: str, default: str) -> Any:
+    """Return the tree of a spec with `key.kind` set where the key is given without a kind."""
+    given = tree.get(key) if isinstance(tree, dict) else None
+    if isinstance(given, dict) and "kind" not in given:
+        return {**tree, key: {"kind": default, **given}}
+    return tree
 
 
 class DuplicateKeyError(yaml.YAMLError):
@@ -80,28 +78,31 @@ class DuplicateKeyError(yaml.YAMLError):
 
 def read_yaml(text: str) -> Any:
     """Parse a spec's YAML. Raises yaml.YAMLError, DuplicateKeyError included."""
-    loader = _KeysAreText(text)  # a SafeLoader
+    loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        _refuse_duplicate_keys(node, set())
+        _check_keys(node, set())
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _refuse_duplicate_keys(node: yaml.Node, seen: set[int]) -> None:
+def _check_keys(node: yaml.Node, seen: set[int]) -> None:
+    """Refuse keys that are given twice, and take `on` for a name: YAML 1.1 takes it for true."""
     if id(node) in seen:  # an alias
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _refuse_duplicate_keys(item, seen)
+            _check_keys(item, seen)
     if not isinstance(node, yaml.MappingNode):
         return
     lines: dict[str, int] = {}
     for key, value in node.value:
+        if key.tag == "tag:yaml.org,2002:bool":
+            key.tag = "tag:yaml.org,2002:str"
         if isinstance(key, yaml.ScalarNode) and key.value != "<<":
             line = key.start_mark.line + 1
             if key.value in lines:
@@ -109,7 +110,7 @@ def _refuse_duplicate_keys(node: yaml.Node, seen: set[int]) -> None:
                 where = f"twice on line {line}" if first == line else f"on line {first} and on line {line}"
                 raise DuplicateKeyError(f"the key {key.value!r} is given {where}")
             lines[key.value] = line
-        _refuse_duplicate_keys(value, seen)
+        _check_keys(value, seen)
 
 
 def canonical_json(value: object) -> str:
@@ -270,7 +271,9 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
     parts = [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|([^.]+)', dotted)]
     node: Any = tree
     while parts:
-        part, parts = _first_key(node, parts)
+        ends = range(len(parts), 1, -1)  # the longest run of parts that is a key, else the first part
+        end = next((n for n in ends if isinstance(node, dict) and ".".join(parts[:n]) in node), 1)
+        part, parts = ".".join(parts[:end]), parts[end:]
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise ConfigError(
@@ -294,11 +297,3 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
                 "only a mapping has keys",
                 f"replace it: --set '{part}={{...}}'",
             )
-
-
-def _first_key(node: Any, parts: list[str]) -> tuple[str, list[str]]:
-    """Split off the longest run of `parts` that is a key of `node`, else the first part."""
-    for end in range(len(parts), 1, -1):
-        if isinstance(node, dict) and ".".join(parts[:end]) in node:
-            return ".".join(parts[:end]), parts[end:]
-    return parts[0], parts[1:]

@@ -22,7 +22,7 @@ from graftwork.cli.render import duration, echo, gib, print_table, progress_bar
 from graftwork.cluster.session import Session, session
 from graftwork.datasets.rows import read_rows
 from graftwork.environment import collect
-from graftwork.planning.plan import StagePlan
+from graftwork.planning.memory import StagePlan
 from graftwork.prompts.render import Message
 from graftwork.report import format as words
 from graftwork.report.render import ReportInput

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -35,11 +36,6 @@ def cpu_facts() -> dict[str, str]:
 def flags() -> frozenset[str]:
     """Return the instruction sets; empty where the system lists none."""
     return frozenset((cpu_facts().get("flags") or cpu_facts().get("Features") or "").split())
-
-
-def vendor() -> str:
-    """Return the CPU's vendor, e.g. "AuthenticAMD"; empty where the system names none."""
-    return cpu_facts().get("vendor_id", "")
 
 
 PROBE_S = 0.15
@@ -70,7 +66,9 @@ def measure_speed() -> Speed:
     that wait for each other measure the other processes (14 to 130 GFLOP/s were seen on two cores). Writes
     `<cache>/machine/<key>.json`, unless the machine is busy now: what it reaches then is no measure for later.
     """
-    path = cache_root() / "machine" / f"{_key()}.json"
+    parts = (platform.node(), platform.machine(), *sorted(flags()), metadata.version("torch"), "fp32 bf16")
+    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    path = cache_root() / "machine" / f"{key}.json"
     if path.exists():
         return Speed(**json.loads(path.read_text(encoding="utf-8")))
     speed = _probe()
@@ -110,19 +108,11 @@ def available_memory() -> int:
     free = int(psutil.virtual_memory().available)
     limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
     if limit.exists() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        free = min(free, int(text) - int(used.read_text(encoding="ascii")) + _reclaimable())
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        # bytes of file pages in the container's usage: the kernel drops them before it kills
+        pages = sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
+        free = min(free, int(text) - int(used.read_text(encoding="ascii")) + pages)
     return free
-
-
-def _reclaimable() -> int:
-    """Bytes of file pages in the container's usage: the kernel drops them before it kills."""
-    lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
-
-
-def _key() -> str:
-    parts = (platform.node(), platform.machine(), *sorted(flags()), metadata.version("torch"), "fp32 bf16")
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def _probe() -> Speed:
@@ -177,6 +167,10 @@ def collect(seed: int, argv: Sequence[str] | None = None) -> dict[str, Any]:
     `argv` is the command (default: this process's), with values of secret-looking flags and logins in URIs hidden.
     No user or host name and no environment but `THREAD_VARIABLES` is recorded. Takes some 50 ms; never raises.
     """
+    packages = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
     return {
         "graftwork": __version__,
         "git": _git(Path(__file__).resolve().parent.parent),
@@ -185,7 +179,7 @@ def collect(seed: int, argv: Sequence[str] | None = None) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "packages": packages,
         "hardware": hardware(),
         "environment": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
     }
@@ -199,7 +193,7 @@ def hardware() -> dict[str, Any]:
     model = facts.get("model name") or facts.get("Model") or platform.processor() or platform.machine()
     return {
         "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "isa": [flag for flag in _ISA_FLAGS if flag in flags()],
         "memory_bytes": int(psutil.virtual_memory().total),
         "gpus": _gpus(),
@@ -247,13 +241,6 @@ def _gpus() -> list[dict[str, Any]]:
         {"name": name, "memory_bytes": int(mib) << 20 if mib.isdigit() else None, "driver": driver, "sm": capability}
         for name, mib, driver, capability in (row for row in rows if len(row) == 4)
     ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _run(*command: str) -> str:

@@ -24,7 +24,7 @@ from graftwork.base.support import check_serving
 from graftwork.cluster.kuberay.objects import INGRESS_PER_ENGINE
 from graftwork.config import validate
 from graftwork.errors import ConfigError, RunError
-from graftwork.planning.accelerators import accelerators_here, with_gpus
+from graftwork.planning.hardware import accelerators_here, with_gpus
 from graftwork.prompts.render import Message
 from graftwork.retrieval.embedder import Embedded, Embedder, EmbedderSpec, TextTooLong, resolve_embedder
 from graftwork.serving.api.app import Ingress

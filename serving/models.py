@@ -19,10 +19,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from graftwork.artifacts import manifest as artifact_alias
 from graftwork.artifacts import publish
 from graftwork.artifacts import publish as artifact
-from graftwork.artifacts.manifest import AdapterManifest, before, roll_back, version_key
+from graftwork.artifacts.manifest import AdapterManifest, before, read_alias, roll_back, version_key
 from graftwork.artifacts.registry import Listing, resolve
 from graftwork.errors import ArtifactError, DataError, StorageError
 from graftwork.prompts.render import PromptSpec
@@ -305,9 +304,9 @@ class Registry:
         task, alias = _task_and_alias(ref)
         with as_api_errors():
             found = await asyncio.to_thread(self._source.resolve, f"{task}@{version}")
-            old = await asyncio.to_thread(artifact_alias.read, self._source.store, task, alias)
+            old = await asyncio.to_thread(read_alias, self._source.store, task, alias)
             await asyncio.to_thread(artifact.promote, self._source.store, task, alias, found.version)
-        return {"adapter": ref, "old": old, "new": found.version}
+        return {"adapter": ref, "old": old and old.version, "new": found.version}
 
     async def before(self, ref: str) -> Json:
         """The version that the alias pointed at before."""

@@ -4,20 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from graftwork.base.model_shape import ModelShape
-from graftwork.planning.hardware import Gpu, Machine
+from graftwork.planning.hardware import BF16, FP32, MIB, Gpu, Machine
 from graftwork.planning.memory import (
-    BF16,
     CUDA_BYTES,
-    FP32,
     FRAGMENTS,
-    MIB,
+    START_S,
     MemoryPlan,
+    StagePlan,
     kv_bytes,
     loading_bytes,
+    verdict_of,
     weight_bytes,
 )
-from graftwork.planning.plan import START_S, StagePlan, verdict_of
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.retrieval.embedder import EmbedderShape
 from graftwork.serving.spec import EngineSpec
 

@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.config import Spec
-from graftwork.planning.accelerators import AUTO, Gpus, resolved_count
+from graftwork.planning.hardware import AUTO, Gpus, resolved_count
 from graftwork.prompts.render import PromptSpec
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.retrieval import RetrieverSpec
 from graftwork.retrieval.embedder import EmbedderSpec
 from graftwork.serving.ab_test.spec import ExperimentSpec

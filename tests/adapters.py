@@ -5,6 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
+from graftwork.artifacts.manifest import AdapterManifest
+from graftwork.artifacts.registry import Listing
+from graftwork.storage.store import Store
+
 
 class Facts(TypedDict):
     """The keyword arguments of `artifact.publish` that a training run gives."""
@@ -70,3 +74,8 @@ def write_config(folder: Path, **changed: object) -> None:
         "bias": "none",
     }
     (folder / "adapter_config.json").write_text(json.dumps({**config, **changed}))
+
+
+def list_adapters(store: Store) -> list[AdapterManifest]:
+    """Return every visible version of a store, by task and then by age."""
+    return [manifest for manifest, _ in Listing(store).read()]

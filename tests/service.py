@@ -20,7 +20,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.cluster.kuberay.objects import LIVE, serve_config
 from graftwork.serving.live_config import digest, live_of
 from graftwork.serving.ray_serve_lifecycle import shut_down

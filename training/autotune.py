@@ -8,9 +8,9 @@ from graftwork.base import load as base_model
 from graftwork.base.load import ResolvedBase
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import ConfigError
-from graftwork.planning.hardware import Gpu, Machine, gpu_called, gpu_here
-from graftwork.planning.memory import RowSizes, learn
-from graftwork.quantization.spec import compute_dtype
+from graftwork.planning.hardware import Gpu, Machine, gpu_called, gpu_here, learn
+from graftwork.planning.memory import RowSizes
+from graftwork.quantization import compute_dtype
 from graftwork.storage.store import RunPaths
 from graftwork.training.objectives.row_cache import Rows
 from graftwork.training.planning.memory import allocated, kind_of, predict_training

@@ -22,7 +22,7 @@ from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.registry import resolve
 from graftwork.base import load as base_model
 from graftwork.base import source
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.config import canonical_json
 from graftwork.datasets import rows as data
 from graftwork.datasets.rows import DatasetRow
@@ -30,7 +30,7 @@ from graftwork.errors import ArtifactError, BaseModelError, ConfigError, DataErr
 from graftwork.prompts import render as chat
 from graftwork.prompts.render import Message
 from graftwork.prompts.template import Template
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.storage.store import Store
 from graftwork.training.objectives.distill import DistillSpec, GenerateSpec, TeacherSpec
 from graftwork.training.rewards import Reward, load_rewards

@@ -27,7 +27,7 @@ from typing import Any
 
 from graftwork.cluster.private_ray import python_path, ray_is_private, ray_is_up
 from graftwork.errors import GraftworkError
-from graftwork.planning.accelerators import visible_gpus
+from graftwork.planning.hardware import visible_gpus
 from graftwork.training.ray_resources import never_back, resources_per_worker, workers_that_fit
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker import (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from graftwork.base import load as base_model
 from graftwork.environment import peak_rss_bytes
 from graftwork.errors import StorageError
-from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.quantization import import_bitsandbytes
 from graftwork.storage.store import cache_root
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_resume import ResumePoint, agree_resume_point

@@ -7,7 +7,7 @@ from typing import Any
 from graftwork.cluster.private_ray import logical_cpus, ray_is_up
 from graftwork.compat.ray import draining_nodes
 from graftwork.errors import ClusterError
-from graftwork.planning.accelerators import gpus_here
+from graftwork.planning.hardware import gpus_here
 from graftwork.training.spec import TrainSpec, world_sizes
 
 POLL_INTERVAL_S = 1.0

@@ -12,7 +12,7 @@ from graftwork import stats
 from graftwork.base.load import ResolvedBase
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import BaseModelError, ConfigError, StoreUnreachable
-from graftwork.planning.memory import GIB
+from graftwork.planning.hardware import GIB
 from graftwork.report import BuiltReport, build
 from graftwork.report import format as words
 from graftwork.report.evaluation_schema import Change, OutcomesReport

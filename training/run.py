@@ -18,7 +18,7 @@ from graftwork.base.support import check_training
 from graftwork.cluster.jobs.fencing import Fence, SupersededError
 from graftwork.config import canonical_json
 from graftwork.errors import GraftworkError, Interrupted, StorageError
-from graftwork.planning.accelerators import accelerators_here, with_gpus
+from graftwork.planning.hardware import accelerators_here, with_gpus
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.autotune import resolve_auto_for_run
 from graftwork.training.checkpoint import Checkpoints

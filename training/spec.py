@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from graftwork.adapters.lora import LoraSpec
-from graftwork.adapters.spec import AdapterSpec, with_kind
-from graftwork.base.spec import BaseSpec
-from graftwork.config import Spec
+from graftwork.adapters.spec import AdapterSpec
+from graftwork.base.source import BaseSpec
+from graftwork.config import Spec, with_kind
 from graftwork.datasets.rows import DataSpec
-from graftwork.planning.accelerators import AUTO, Gpus, resolved_count
+from graftwork.planning.hardware import AUTO, Gpus, resolved_count
 from graftwork.prompts.render import PromptSpec
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.storage.store import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.evaluation.spec import OutcomesSpec
 from graftwork.training.lr_schedule import Factors

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from graftwork.config import Spec
 from graftwork.errors import ConfigError, DataError
-from graftwork.quantization.spec import compute_dtype
+from graftwork.quantization import compute_dtype
 
 if TYPE_CHECKING:
     from graftwork.base.load import ResolvedBase

@@ -7,8 +7,7 @@ from dataclasses import replace
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import Machine
-from graftwork.planning.memory import MemoryPlan, RowSizes
-from graftwork.planning.plan import HEADROOM, START_S, StagePlan, charge_bytes, verdict_of
+from graftwork.planning.memory import HEADROOM, START_S, MemoryPlan, RowSizes, StagePlan, charge_bytes, verdict_of
 from graftwork.training.planning.plan import (
     RAY_TRAIN_START_S,
     RAY_TUNE_START_S,

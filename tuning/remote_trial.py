@@ -18,7 +18,7 @@ from graftwork.cluster.jobs.models import Demand, Job, JobBackend, JobStatus, Ta
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets import backend_of
 from graftwork.errors import ClusterError, ConfigError, RunError
-from graftwork.planning.accelerators import Accelerators
+from graftwork.planning.hardware import Accelerators
 from graftwork.storage.store import RunPaths
 from graftwork.training.autotune import resolve_auto_for_run, sizes_of
 from graftwork.training.objectives.rows import prepare

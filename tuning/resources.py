@@ -8,9 +8,8 @@ from typing import Any
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import ClusterError, ConfigError, GraftworkError
-from graftwork.planning.hardware import Machine
-from graftwork.planning.memory import GIB, RowSizes
-from graftwork.planning.plan import HEADROOM, charge_bytes
+from graftwork.planning.hardware import GIB, Machine
+from graftwork.planning.memory import HEADROOM, RowSizes, charge_bytes
 from graftwork.training.autotune import machine_of
 from graftwork.training.planning.memory import PROCESS_BYTES
 from graftwork.training.planning.plan import has_auto, suggest_training_changes, worker_memory

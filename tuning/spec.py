@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from graftwork.adapters.spec import with_kind
 from graftwork.artifacts.manifest import VERSION_PATTERN
-from graftwork.config import Spec
+from graftwork.config import Spec, with_kind
 from graftwork.errors import ConfigError
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.spec import TrainSpec

@@ -9,7 +9,7 @@ from pydantic import JsonValue, TypeAdapter
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import BaseModelError
-from graftwork.planning.memory import FP32
+from graftwork.planning.hardware import FP32
 from graftwork.training.report import Progress, TrainReport
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from graftwork.cluster.jobs.models import Finding, Job
-from graftwork.planning.plan import HEADROOM
+from graftwork.planning.memory import HEADROOM
 
 GIB = 2**30
 GANGS = frozenset({"train", "trial"})

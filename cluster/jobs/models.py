@@ -14,8 +14,7 @@ from pydantic import Field
 
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import Spec
-from graftwork.planning.accelerators import Accelerators
-from graftwork.planning.hardware import Gpu, Machine, gpu_called
+from graftwork.planning.hardware import Accelerators, Gpu, Machine, gpu_called
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 
 # Program of the user as a job, to prepare data, to evaluate or to convert.

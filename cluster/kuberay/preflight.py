@@ -17,7 +17,7 @@ from graftwork.cluster.kuberay.schema import check_schema
 from graftwork.cluster.kuberay.spec_checks import check_spec
 from graftwork.cluster.spec import ClusterSpec, WorkerSpec, quantity
 from graftwork.planning.hardware import gpu_called
-from graftwork.planning.plan import HEADROOM
+from graftwork.planning.memory import HEADROOM
 
 GIB = 2**30
 OWN_PROGRAMS = frozenset({"exec", "experiment", "rag", "cluster"})

@@ -26,8 +26,8 @@ from graftwork.cluster.private_ray import DIR_PREFIX, OBJECT_STORE_BYTES
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.environment import available_memory, cores
 from graftwork.errors import ClusterError, StorageError
-from graftwork.planning.accelerators import gpus_here
-from graftwork.planning.plan import HEADROOM
+from graftwork.planning.hardware import gpus_here
+from graftwork.planning.memory import HEADROOM
 from graftwork.storage.store import Store, cache_root
 
 UP_S = 30.0

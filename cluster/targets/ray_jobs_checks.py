@@ -24,7 +24,7 @@ from graftwork.cluster.ray_address import host_and_port, is_loopback, token
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets.ray_jobs_api import JobsApi
 from graftwork.planning.hardware import gpu_called
-from graftwork.planning.plan import HEADROOM
+from graftwork.planning.memory import HEADROOM
 from graftwork.storage.store import Store
 
 GIB = 2**30

@@ -11,7 +11,7 @@ from graftwork.base.model_shape import ModelShape
 from graftwork.base.support import base_support, check_serving
 from graftwork.datasets.rows import read_rows
 from graftwork.planning.hardware import Machine
-from graftwork.planning.plan import StagePlan
+from graftwork.planning.memory import StagePlan
 from graftwork.prompts.render import PromptSpec
 from graftwork.serving.planning import RequestLoad, plan_serving
 from graftwork.serving.request_sizes import LETTER_TOKENS, Sizes, compare_answers, mean, summed

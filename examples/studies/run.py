@@ -22,7 +22,7 @@ from graftwork.cluster.session import Session
 from graftwork.demo import base_name
 from graftwork.environment import collect
 from graftwork.errors import ConfigError
-from graftwork.planning.accelerators import Accelerators, with_gpus
+from graftwork.planning.hardware import Accelerators, with_gpus
 from graftwork.report.schema import StageTime, TrainRun
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.report import TrainReport, train_run

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from examples.studies.for_each import expand
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.config import Spec
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from graftwork.adapters.kind import AdapterKind, ValueBytes
-from graftwork.adapters.target_modules import ATTENTION_ENDS, MLP_ENDS, ends
+from graftwork.adapters.kind import ATTENTION_ENDS, MLP_ENDS, AdapterKind, ValueBytes, ends
 
 if TYPE_CHECKING:
     from graftwork.base.model_shape import ModelShape

@@ -3,8 +3,7 @@
 import re
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from graftwork.adapters.kind import FP32, AdapterKind, ValueBytes
-from graftwork.adapters.target_modules import KEYS, MLP_ENDS, VALUES, ends
+from graftwork.adapters.kind import FP32, KEYS, MLP_ENDS, VALUES, AdapterKind, ValueBytes, ends
 
 if TYPE_CHECKING:
     from peft import IA3Config

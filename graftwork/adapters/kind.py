@@ -1,14 +1,16 @@
-"""Properties that an adapter kind has for the rest of the system, which never compares the name of a kind.
+"""Properties that an adapter kind has for the rest of the system, and the linear layers that it can target.
 
-A kind is one module of this folder: its spec with its rules, PEFT config, memory formulas and file format. The class
-attributes and methods here have the value of most kinds; a kind states where it differs. docs/extending.md adds one.
+No other module compares the name of a kind. A kind is one module of this folder: its spec with its rules, PEFT config,
+memory formulas and file format. The class attributes and methods here have the value of most kinds; a kind states where
+it differs. docs/extending.md adds one.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from graftwork.config import Spec
-from graftwork.quantization.spec import QuantSpec
+from graftwork.errors import ConfigError
+from graftwork.quantization import QuantSpec
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -19,6 +21,14 @@ FP32 = 4
 MODULE_PREFIX = "base_model.model."
 """Start of the names of PEFT's tensors; the module's name in the base follows."""
 Shape = tuple[int, ...]
+
+# Linear layers of a base by their function, found by the names of its family.
+ATTENTION_WORDS = ("attn", "attention")
+MLP_WORDS = ("mlp", "feed_forward", "ffn", "fc")
+ATTENTION_ENDS = ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense", "self_attn.dense")
+MLP_ENDS = ("down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h", "w2")
+"""The last linear of a block."""
+KEYS, VALUES = ("k_proj",), ("v_proj",)
 
 
 class ValueBytes(NamedTuple):
@@ -133,3 +143,41 @@ class AdapterKind(Spec):
     def weight_scratch_bytes(self, model: "ModelShape", *, autocast: bool) -> int:
         """Return the bytes that the operations of `weight_flops` have at once."""
         return 0
+
+
+def linears(model: Any) -> list[str]:
+    """Full names of the linear layers, the head left out."""
+    import torch  # not above: plans read the names alone
+
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is not head and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
+
+
+def within(asked: str, words: tuple[str, ...], model: Any) -> list[str]:
+    """Full names of the linear layers in whose names one of the words stands. Raises ConfigError for none."""
+    found = [name for name in linears(model) if any(word in name.lower() for word in words)]
+    if not found:
+        raise _no_target(asked, f"no linear layer of {type(model).__name__} lies in such a block", model)
+    return found
+
+
+def ends(asked: str, names: tuple[str, ...], model: Any) -> list[str]:
+    """Those of the names that layers of the model end in, as PEFT takes them for targets. Raises ConfigError for none.
+
+    `asked` begins the error.
+    """
+    known = linears(model)
+    found = [name for name in names if any(layer.endswith(f".{name}") for layer in known)]
+    if not found:
+        raise _no_target(asked, f"{type(model).__name__} has no layer named {', '.join(names)}", model)
+    return found
+
+
+def _no_target(asked: str, problem: str, model: Any) -> ConfigError:
+    known = sorted({name.rsplit(".", 1)[-1] for name in linears(model)})
+    rule = f"its linear layers: {', '.join(known)}"
+    return ConfigError(asked, problem, rule, "set adapter.kind=lora and adapter.targets=all-linear")

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from graftwork.adapters.kind import FP32, AdapterKind, Shape, ValueBytes
-from graftwork.adapters.target_modules import ATTENTION_WORDS, MLP_WORDS, within
+from graftwork.adapters.kind import ATTENTION_WORDS, FP32, MLP_WORDS, AdapterKind, Shape, ValueBytes, within
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -90,7 +89,10 @@ class LoraSpec(AdapterKind):
             if set(pair) != {"A", "B"}:
                 yield f"{module} has only lora_{''.join(pair)}"
                 continue
-            rank = _rank_of(module, config)
+            # the rank by literal suffix of the module: regular expressions come from the file and are not run
+            patterns = (config.get("rank_pattern") or {}).items()
+            named = (rank for pattern, rank in patterns if module == pattern or module.endswith("." + pattern))
+            rank = next(named, config["r"])
             a, b = pair["A"], pair["B"]
             if len(a) < 2 or len(b) < 2 or a[0] != rank or b[1] != rank:
                 yield f"{module} has lora_A {list(a)} and lora_B {list(b)}, the config says rank {rank}"
@@ -113,12 +115,12 @@ class LoraSpec(AdapterKind):
 
     def trained_params(self, model: "ModelShape") -> int:
         """Return the values of A, B and DoRA's magnitudes."""
-        magnitudes = sum(linear.count * linear.outputs for linear in model.targets(self.targets))
+        magnitudes = sum(linear.count * linear.outputs for linear in model.adapted[self.targets])
         return model.adapter_params(self.rank, self.targets) + magnitudes * self.dora
 
     def saved_bytes(self, model: "ModelShape", size: ValueBytes) -> float:
         """Return the bytes of the targets' inputs, of A's results, of dropout's masks and of DoRA's results."""
-        targets = model.targets(self.targets)
+        targets = model.adapted[self.targets]
         inputs = sum(linear.count * linear.inputs for linear in targets) / model.layers
         saved = sum(linear.count for linear in targets) / model.layers * self.rank * size.computed
         if self.dropout > 0 or size.base != FP32:  # each target saves its own input
@@ -136,27 +138,19 @@ class LoraSpec(AdapterKind):
         """Return the targets' inputs."""
         if not self.dropout:
             return 0
-        return sum(linear.count * linear.inputs for linear in model.targets(self.targets))
+        return sum(linear.count * linear.inputs for linear in model.adapted[self.targets])
 
     def weight_flops(self, model: "ModelShape") -> float:
         """Return the operations of DoRA's norm of the updated weights (PEFT multiplies A and B by the identity)."""
         if not self.dora:
             return 0.0
-        targets = model.targets(self.targets)
+        targets = model.adapted[self.targets]
         return sum(x.count * 2 * self.rank * x.inputs * (x.inputs + x.outputs) for x in targets)
 
     def weight_scratch_bytes(self, model: "ModelShape", *, autocast: bool) -> int:
         """Return the bytes of DoRA's identity of the inputs, or of four forms of the largest weight."""
         if not self.dora:
             return 0
-        targets = model.targets(self.targets)
+        targets = model.adapted[self.targets]
         identity = max(linear.inputs for linear in targets) ** 2 * (FP32 + BF16 * autocast)
         return max(identity, 4 * FP32 * max(linear.params for linear in targets))
-
-
-def _rank_of(module: str, config: Mapping[str, Any]) -> object:
-    """Return the rank by literal module suffix; regular expressions come from the file and are not run."""
-    for pattern, rank in (config.get("rank_pattern") or {}).items():
-        if module == pattern or module.endswith("." + pattern):
-            return rank
-    return config["r"]

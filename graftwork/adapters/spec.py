@@ -1,6 +1,6 @@
 """Union of the adapter kinds: `adapter:` of a training spec. A new kind is a module of this folder and a name here."""
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -27,11 +27,3 @@ def name_of(kind: type[AdapterKind]) -> str:
 def kinds_with(capability: str) -> str:
     """Return the kinds that have a capability (a flag of `AdapterKind`) as text for a rule: `lora or ia3`."""
     return " or ".join(name_of(one) for one in KINDS if getattr(one, capability))
-
-
-def with_kind(tree: Any, key: str, default: str) -> Any:
-    """Return the tree of a spec with `key.kind` set where the key is given without a kind."""
-    given = tree.get(key) if isinstance(tree, dict) else None
-    if isinstance(given, dict) and "kind" not in given:
-        return {**tree, key: {"kind": default, **given}}
-    return tree

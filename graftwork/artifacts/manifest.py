@@ -2,8 +2,8 @@
 
 A version is the digest of its manifest's content.
 
-`point` writes the alias and then looks whether its version is still there; `publish.remove` hides the version and then
-looks whether an alias points at it. Whichever order two processes run in, at least one of them sees the other and
+`point_alias` writes the alias and then looks whether its version is still there; `publish.remove` hides the version and
+then looks whether an alias points at it. Whichever order two processes run in, at least one of them sees the other and
 steps back, so no lock is needed and none is left behind by a killed process.
 """
 
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 from graftwork.artifacts.verify import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, is_adapter_file
 from graftwork.config import canonical_json
 from graftwork.errors import ArtifactError
-from graftwork.storage.store import NAME_PATTERN, Store, json_bytes
+from graftwork.storage.store import NAME_PATTERN, Store
 
 VERSION_PATTERN = r"^[0-9a-f]{12}$"
 _DIGEST_PATTERN = r"^[A-Za-z0-9:._-]{1,128}$"
@@ -43,7 +43,7 @@ class AdapterManifest(BaseModel):
 
     format: Literal[1] = 1
     version: str = Field(pattern=VERSION_PATTERN)
-    """`content_version` of this manifest."""
+    """`content_version` of this manifest, unless somebody changed it."""
     base_digest: str = Field(pattern=_DIGEST_PATTERN)
     """The base model that the adapter was trained on and works on."""
     quant: dict[str, JsonValue]
@@ -87,10 +87,6 @@ class AdapterManifest(BaseModel):
         """`task@version`."""
         return f"{self.task}@{self.version}"
 
-    def content_version(self) -> str:
-        """The version that the content asks for; it differs from `version` where somebody changed the manifest."""
-        return content_version(self.model_dump(mode="json"))
-
 
 def content_version(fields: Mapping[str, object]) -> str:
     """First 12 hex digits of a sha256 over what decides the answers: file digests, base, quant, tokenizer, prompt, and
@@ -101,18 +97,14 @@ def content_version(fields: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:12]
 
 
-def build(task: str, fields: Mapping[str, object]) -> AdapterManifest:
+def build_manifest(task: str, fields: Mapping[str, object]) -> AdapterManifest:
     """A manifest from plain fields, its version derived. Raises ArtifactError, e.g. for a metric that is NaN."""
     plain = json.loads(canonical_json({"task": task, **fields}))
-    return _validated(f"manifest of {task}", {"version": content_version(plain), **plain})
+    return parse_manifest(f"manifest of {task}", {"version": content_version(plain), **plain})
 
 
-def parse(asked: str, data: bytes) -> AdapterManifest:
-    """A manifest from its JSON. `asked` begins the ArtifactError of one that does not hold."""
-    return _validated(asked, data)
-
-
-def _validated(asked: str, source: bytes | dict[str, object]) -> AdapterManifest:
+def parse_manifest(asked: str, source: bytes | Mapping[str, object]) -> AdapterManifest:
+    """A manifest from its JSON or its fields. `asked` begins the ArtifactError of one that does not hold."""
     try:
         if isinstance(source, bytes):
             return AdapterManifest.model_validate_json(source)
@@ -169,30 +161,25 @@ def aliases(store: Store, task: str) -> dict[str, str]:
     """Every alias of a task with the version that it points at, sorted by name."""
     check_names(task)
     names = [name.removesuffix(SUFFIX) for name in store.list("aliases", task) if name.endswith(SUFFIX)]
-    return {name: target for name in sorted(names) if (target := read(store, task, name)) is not None}
+    records = {name: read_alias(store, task, name) for name in sorted(names)}
+    return {name: record.version for name, record in records.items() if record is not None}
 
 
-def read(store: Store, task: str, alias: str) -> str | None:
-    """The version that an alias points at, None where there is no such alias. ArtifactError when it is damaged."""
-    record = _record(store, task, alias)
-    return record.version if record else None
-
-
-def point(store: Store, task: str, alias: str, version: str) -> None:
+def point_alias(store: Store, task: str, alias: str, version: str) -> None:
     """Let the alias point at a version. ArtifactError when that version is not there, or vanishes meanwhile."""
     check_names(task, alias)
     if re.fullmatch(VERSION_PATTERN, alias):
         raise ArtifactError(f"alias {alias!r}", "it looks like a version", "12 hex digits name a version", "rename it")
-    before = _record(store, task, alias)
-    if before and before.version == version:
+    old = read_alias(store, task, alias)
+    if old and old.version == version:
         return
-    passed = (before.previous, *before.earlier) if before and before.previous else ()
-    _move(store, task, alias, before, version, (before.version, *passed) if before else ())
+    passed = (old.previous, *old.earlier) if old and old.previous else ()
+    _move_alias(store, task, alias, old, version, (old.version, *passed) if old else ())
 
 
 def before(store: Store, task: str, alias: str) -> str:
     """The version that the alias pointed at before. ArtifactError where there is none."""
-    record = _record(store, task, alias)
+    record = read_alias(store, task, alias)
     if record is None or record.previous is None:
         found = "no such alias" if record is None else f"{record.version} is the first it pointed at"
         raise ArtifactError(
@@ -210,44 +197,38 @@ def roll_back(store: Store, task: str, alias: str) -> tuple[str, str]:
     Raises ArtifactError where there is no version before, or it was removed; then the alias is unchanged.
     """
     version = before(store, task, alias)
-    record = _record(store, task, alias)
+    record = read_alias(store, task, alias)
     if record is None or record.previous != version:
         raise ArtifactError(f"roll back {task}@{alias}", "it was moved meanwhile", "", "look at it, then try again")
-    _move(store, task, alias, record, version, record.earlier)
+    _move_alias(store, task, alias, record, version, record.earlier)
     return record.version, version
 
 
-def _move(
-    store: Store, task: str, alias: str, before: AliasRecord | None, version: str, passed: tuple[str, ...]
+def _move_alias(
+    store: Store, task: str, alias: str, old: AliasRecord | None, version: str, passed: tuple[str, ...]
 ) -> None:
     now = datetime.now(UTC).isoformat(timespec="microseconds")
     previous = passed[0] if passed else None
     record = AliasRecord(version=version, previous=previous, earlier=passed[1:HISTORY], promoted_at=now)
-    _write(store, task, alias, record)
-    if not store.exists(*version_key(task, version), MANIFEST_FILE):
-        _step_back(store, task, alias, record, before)
-        raise ArtifactError(
-            f"promote {task}@{alias} to {version}",
-            "that version was removed meanwhile",
-            "an alias points at a published version; the alias is unchanged",
-            "promote another version: graftwork adapters ls",
-        )
+    key = alias_key(task, alias)
+    store.write_json(record.model_dump(mode="json"), *key)
+    if store.exists(*version_key(task, version), MANIFEST_FILE):
+        return
+    if read_alias(store, task, alias) == record:  # else another process promoted after us
+        if old is None:
+            store.delete(*key)
+        else:
+            store.write_json(old.model_dump(mode="json"), *key)
+    raise ArtifactError(
+        f"promote {task}@{alias} to {version}",
+        "that version was removed meanwhile",
+        "an alias points at a published version; the alias is unchanged",
+        "promote another version: graftwork adapters ls",
+    )
 
 
-def _step_back(store: Store, task: str, alias: str, ours: AliasRecord, before: AliasRecord | None) -> None:
-    if _record(store, task, alias) != ours:
-        return  # somebody promoted after us
-    if before is None:
-        store.delete(*alias_key(task, alias))
-    else:
-        _write(store, task, alias, before)
-
-
-def _write(store: Store, task: str, alias: str, record: AliasRecord) -> None:
-    store.write_bytes(json_bytes(record.model_dump(mode="json")), *alias_key(task, alias))
-
-
-def _record(store: Store, task: str, alias: str) -> AliasRecord | None:
+def read_alias(store: Store, task: str, alias: str) -> AliasRecord | None:
+    """The content of an alias file, None where there is no such alias. ArtifactError when it is damaged."""
     check_names(task, alias)
     data = store.find_bytes(*alias_key(task, alias))
     if data is None:

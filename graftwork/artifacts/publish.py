@@ -11,35 +11,35 @@ import hashlib
 import logging
 import os
 import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 
-from graftwork.artifacts import manifest as artifact_alias
-from graftwork.artifacts import manifest as artifact_manifest
-from graftwork.artifacts import registry, verify
 from graftwork.artifacts.manifest import (
     AdapterManifest,
     FileEntry,
     aliases,
+    build_manifest,
     check_names,
+    content_version,
+    parse_manifest,
+    point_alias,
     version_key,
 )
 from graftwork.artifacts.registry import (
+    REPUBLISH,
+    UnknownAdapter,
     open_adapter,
     open_sound,
     read_files,
     require_sound,
-    sha256,
     unknown,
     verify_adapter,
 )
-from graftwork.artifacts.verify import MANIFEST_FILE, MAX_TEXT_BYTES
-from graftwork.base import load
-from graftwork.base.spec import mark_of
+from graftwork.artifacts.verify import MANIFEST_FILE, MAX_TEXT_BYTES, is_adapter_file, read_folder
+from graftwork.base.source import parse_digest
 from graftwork.errors import ArtifactError
-from graftwork.storage.local import TMP_PREFIX
+from graftwork.storage.local import file_sha256, tmp_name
 from graftwork.storage.store import Store, json_bytes
 
 _PUBLISH_ATTEMPTS = 3
@@ -74,9 +74,8 @@ def publish(
     Raises ArtifactError (the folder, a name, NaN in weights or metrics), StorageError (disk full, store unreachable).
     """
     check_names(task, *([alias] if alias else []))
-    files = verify.read_folder(folder)
-    entries = {name: {"sha256": sha256(data), "size_bytes": len(data)} for name, data in files.items()}
-    manifest = artifact_manifest.build(
+    files = read_folder(folder)
+    manifest = build_manifest(
         task,
         {
             "base_digest": base_digest,
@@ -86,7 +85,10 @@ def publish(
             "method": method,
             "prompt": prompt,
             "template_date": template_date.isoformat() if template_date else None,
-            "files": entries,
+            "files": {
+                name: {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+                for name, data in files.items()
+            },
             "data_fingerprint": data_fingerprint,
             "metrics": {name: float(value) for name, value in metrics.items()},
             "run": run,
@@ -96,19 +98,31 @@ def publish(
             "merged_from": list(merged_from),
         },
     )
-    published = _make_visible(store, manifest, files)
+    published = adopt(store, manifest, files)
     if alias:
         promote(store, task, alias, published.version)
     return published
 
 
 def adopt(store: Store, manifest: AdapterManifest, files: Mapping[str, bytes]) -> AdapterManifest:
-    """Add a version that was published elsewhere to this store, its files checked. Returns the manifest of this store.
+    """Add a version to this store, its files checked. Returns the manifest of this store.
 
-    A version that is here already stays; a damaged one is written again. Raises ArtifactError, StorageError.
+    A version that is here already stays; a damaged one is written again. It is written until it reads back sound: a
+    `remove` or a bad disk may be at work at the same time. Raises ArtifactError, StorageError.
     """
     check_names(manifest.task, manifest.version)
-    return _make_visible(store, manifest, files)
+    for _ in range(_PUBLISH_ATTEMPTS):
+        is_damaged = False
+        if store.exists(*version_key(manifest.task, manifest.version), MANIFEST_FILE):
+            try:
+                return open_sound(store, manifest.task, manifest.version)
+            except UnknownAdapter:  # removed meanwhile
+                pass
+            except ArtifactError as error:
+                is_damaged = True
+                log.warning("%s is damaged (%s): written again", manifest.ref, error.problem)
+        _write(store, manifest, files, replace=is_damaged)
+    return open_sound(store, manifest.task, manifest.version)
 
 
 def fetch(store: Store, task: str, version: str) -> Path:
@@ -121,7 +135,8 @@ def fetch(store: Store, task: str, version: str) -> Path:
         require_sound(manifest, read_files(store, manifest))
         return store.local_dir(*version_key(task, manifest.version))
     cache = Store(str(store.local_dir()))
-    if not _is_cached(cache, manifest):
+    known = cache.exists(*version_key(task, manifest.version), MANIFEST_FILE)
+    if not known or verify_adapter(cache, task, manifest.version):
         files = read_files(store, manifest)
         require_sound(manifest, files)
         _write(cache, manifest, files, replace=True)
@@ -134,13 +149,13 @@ def promote(store: Store, task: str, alias: str, version: str) -> None:
     Raises ArtifactError: unknown or damaged version, an alias that looks like a version.
     """
     check_names(task, alias)
-    artifact_alias.point(store, task, alias, open_adapter(store, task, version).version)
+    point_alias(store, task, alias, open_adapter(store, task, version).version)
 
 
 def require_base(manifest: AdapterManifest, base_digest: str) -> None:
     """Raise ArtifactError unless the adapter was trained on this very base."""
-    (weights, stretch), (own_weights, own_stretch) = mark_of(base_digest), mark_of(manifest.base_digest)
-    rows, own_rows = load.count_of(base_digest), load.count_of(manifest.base_digest)
+    weights, stretch, rows = parse_digest(base_digest)
+    own_weights, own_stretch, own_rows = parse_digest(manifest.base_digest)
     if weights == own_weights and stretch == own_stretch and rows != own_rows:
         raise ArtifactError(
             f"adapter {manifest.ref}",
@@ -182,19 +197,6 @@ def remove(store: Store, task: str, version: str) -> None:
     store.delete(*key)
 
 
-def _make_visible(store: Store, manifest: AdapterManifest, files: Mapping[str, bytes]) -> AdapterManifest:
-    """Write until the version reads back sound: a `remove` or a bad disk may be at work at the same time."""
-    for _ in range(_PUBLISH_ATTEMPTS):
-        damaged: list[str] = []
-        if store.exists(*version_key(manifest.task, manifest.version), MANIFEST_FILE):
-            damaged = verify_adapter(store, manifest.task, manifest.version)
-            if not damaged:
-                return open_adapter(store, manifest.task, manifest.version)
-            log.warning("%s is damaged (%s): written again", manifest.ref, "; ".join(damaged))
-        _write(store, manifest, files, replace=bool(damaged))
-    return open_sound(store, manifest.task, manifest.version)
-
-
 def _write(store: Store, manifest: AdapterManifest, files: Mapping[str, bytes], *, replace: bool) -> None:
     """Files first, manifest last. `replace` overwrites a manifest and deletes what does not belong there."""
     key = version_key(manifest.task, manifest.version)
@@ -207,11 +209,6 @@ def _write(store: Store, manifest: AdapterManifest, files: Mapping[str, bytes], 
     store.write_bytes(text, *key, MANIFEST_FILE)
     for name in store.children(*key).keys() - {*files, MANIFEST_FILE}:
         store.delete(*key, name)
-
-
-def _is_cached(cache: Store, manifest: AdapterManifest) -> bool:
-    known = cache.exists(*version_key(manifest.task, manifest.version), MANIFEST_FILE)
-    return known and not verify_adapter(cache, manifest.task, manifest.version)
 
 
 def _require_unused(store: Store, task: str, version: str) -> None:
@@ -239,10 +236,13 @@ def bring(store: Store, manifest: AdapterManifest) -> Path:
     key = version_key(manifest.task, manifest.version)
     folder = store.local_dir(*key)
     for name, entry in manifest.files.items():
+        if _is_here(folder / name, entry):
+            continue
         if store.is_local:
-            _require_plain(folder / name, entry)
-        elif not _is_here(folder / name, entry):
-            _download(store, manifest, name, folder / name)
+            found = f"{name} is missing, a link, or not {entry.size_bytes} bytes long"
+            rule = "a version holds exactly the files of its manifest"
+            raise ArtifactError(f"adapter folder {folder}", found, rule, REPUBLISH)
+        _download(store, manifest, name, folder / name)
     return folder
 
 
@@ -253,37 +253,25 @@ def discard_damaged(store: Store, manifest: AdapterManifest) -> None:
     folder = store.local_dir(*version_key(manifest.task, manifest.version))
     for name, entry in manifest.files.items():
         path = folder / name
-        if path.is_file() and _digest(path) != entry.sha256:
+        if path.is_file() and file_sha256(path) != entry.sha256:
             path.unlink(missing_ok=True)
 
 
 def _download(store: Store, manifest: AdapterManifest, name: str, target: Path) -> None:
     entry = manifest.files[name]
-    tmp = target.parent / f"{TMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
+    tmp = target.parent / tmp_name()
     try:
         store.download_file(tmp, *version_key(manifest.task, manifest.version), name)
-        if _digest(tmp) != entry.sha256:
+        if file_sha256(tmp) != entry.sha256:
             found = f"{name}: sha256 differs from the manifest's"
-            raise ArtifactError(f"adapter {manifest.ref}", found, "every byte is as published", registry.REPUBLISH)
+            raise ArtifactError(f"adapter {manifest.ref}", found, "every byte is as published", REPUBLISH)
         os.replace(tmp, target)
     finally:
         tmp.unlink(missing_ok=True)
 
 
-def _require_plain(path: Path, entry: FileEntry) -> None:
-    if not _is_here(path, entry):
-        found = f"{path.name} is missing, a link, or not {entry.size_bytes} bytes long"
-        rule = "a version holds exactly the files of its manifest"
-        raise ArtifactError(f"adapter folder {path.parent}", found, rule, registry.REPUBLISH)
-
-
 def _is_here(path: Path, entry: FileEntry) -> bool:
     return path.is_file() and not path.is_symlink() and path.stat().st_size == entry.size_bytes
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # `register` copies a version of another store. Its folder must be under an allowed root and contain only
@@ -330,8 +318,8 @@ def take(
 ) -> AdapterManifest:
     """Make the version at `uri` one of the store's. One that is there already is checked as well, and stays.
 
-    check: told the sound files before anything is written; raises what refuses them. Raises ArtifactError that says
-    what is wrong, StorageError (out of reach, no space); then the store is as before.
+    check: called with the sound files before anything is written; raises what refuses them. Raises ArtifactError that
+    says what is wrong, StorageError (out of reach, no space); then the store is as before.
     """
     source, parts = allowed_place(uri, roots)
     manifest = _manifest(source, parts, uri)
@@ -340,7 +328,7 @@ def take(
     if size > max_bytes:
         raise ArtifactError(f"adapter at {uri}", f"{size} bytes", f"an adapter has at most {max_bytes} bytes here")
     files = {name: source.read_bytes(*parts, name) for name in manifest.files}
-    registry.require_sound(manifest, files)
+    require_sound(manifest, files)
     check(manifest, files)
     return adopt(store, manifest, files)
 
@@ -349,15 +337,16 @@ def _manifest(source: Store, parts: tuple[str, ...], uri: str) -> AdapterManifes
     """The manifest of a folder whose listing agrees with it; nothing else has been read."""
     sizes = source.children(*parts)
     asked = f"adapter at {uri}"
-    strange = sorted(n for n in sizes if n != MANIFEST_FILE and not verify.is_adapter_file(n))
+    strange = sorted(n for n in sizes if n != MANIFEST_FILE and not is_adapter_file(n))
     if strange or MANIFEST_FILE not in sizes:
         found = f"{strange[0][:80]} does not belong there" if strange else f"no {MANIFEST_FILE}"
         raise ArtifactError(asked, found, f"a place holds {MANIFEST_FILE} and the files it names alone", _NEXT)
     if (sizes[MANIFEST_FILE] or 0) > MAX_TEXT_BYTES:
         raise ArtifactError(asked, f"{MANIFEST_FILE} has {sizes[MANIFEST_FILE]} bytes", f"at most {MAX_TEXT_BYTES}")
-    manifest = artifact_manifest.parse(asked, source.read_bytes(*parts, MANIFEST_FILE))
-    if manifest.content_version() != manifest.version:
-        found = f"version {manifest.version}, but its content is {manifest.content_version()}"
+    manifest = parse_manifest(asked, source.read_bytes(*parts, MANIFEST_FILE))
+    content = content_version(manifest.model_dump(mode="json"))
+    if content != manifest.version:
+        found = f"version {manifest.version}, but its content is {content}"
         raise ArtifactError(asked, found, "a version is the digest of its content", _NEXT)
     expected = {name: entry.size_bytes for name, entry in manifest.files.items()}
     present = {name: size for name, size in sizes.items() if name != MANIFEST_FILE}

@@ -10,13 +10,22 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
-from graftwork.artifacts import manifest as artifact_alias
-from graftwork.artifacts import manifest as artifact_manifest
-from graftwork.artifacts import verify
-from graftwork.artifacts.manifest import VERSION_PATTERN, AdapterManifest, aliases, check_names, version_key
-from graftwork.artifacts.verify import MANIFEST_FILE
+from graftwork.artifacts.manifest import (
+    SUFFIX,
+    VERSION_PATTERN,
+    AdapterManifest,
+    AliasRecord,
+    aliases,
+    check_names,
+    content_version,
+    parse_manifest,
+    read_alias,
+    version_key,
+)
+from graftwork.artifacts.verify import MANIFEST_FILE, MAX_TEXT_BYTES, SAFETENSORS_ONLY, problems
 from graftwork.base import publish
 from graftwork.errors import ArtifactError
 from graftwork.storage.store import ALIAS_PATTERN, Store
@@ -35,12 +44,13 @@ def tree(store: Store, manifest: AdapterManifest) -> dict[str, Any]:
 
     One that was removed since is named and marked. Versions are digests of their content, so no circle can be.
     """
-    return {
-        "ref": manifest.ref,
-        "made": _made(manifest),
-        "run": manifest.run,
-        "from": [_of(store, ref) for ref in parents(manifest)],
-    }
+    below: list[dict[str, Any]] = []
+    for ref in parents(manifest):
+        try:
+            below.append(tree(store, resolve(store, ref)))
+        except UnknownAdapter:
+            below.append({"ref": ref, "made": "removed since"})
+    return {"ref": manifest.ref, "made": _describe_origin(manifest), "run": manifest.run, "from": below}
 
 
 def base(store: Store, digest: str) -> dict[str, Any]:
@@ -59,14 +69,7 @@ def base(store: Store, digest: str) -> dict[str, Any]:
     return {"digest": digest}
 
 
-def _of(store: Store, ref: str) -> dict[str, Any]:
-    try:
-        return tree(store, resolve(store, ref))
-    except UnknownAdapter:
-        return {"ref": ref, "made": "removed since"}
-
-
-def _made(manifest: AdapterManifest) -> str:
+def _describe_origin(manifest: AdapterManifest) -> str:
     merge = manifest.method.get("merge")
     if isinstance(merge, dict):
         weights = merge["weights"]
@@ -84,7 +87,7 @@ Key = tuple[str, str]
 """A task, and a version or an alias of it."""
 Stamps = dict[tuple[str, ...], str]
 """The files of a key, each with a mark that changes with its content (`Store.tree`)."""
-Kept = dict[Key, tuple[Stamps, T | None]]
+CachedReads = dict[Key, tuple[Stamps, T | None]]
 """What was read of each key when its files had these stamps; None where they are damaged."""
 
 log = logging.getLogger("graftwork.artifacts.publish")
@@ -95,8 +98,8 @@ class Listing:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._versions: Kept[AdapterManifest] = {}
-        self._aliases: Kept[str] = {}
+        self._versions: CachedReads[AdapterManifest] = {}
+        self._aliases: CachedReads[AliasRecord] = {}
 
     def read(self) -> list[tuple[AdapterManifest, list[str]]]:
         """Every visible version, by task and then by age, each with its aliases, sorted. Raises StorageError.
@@ -105,11 +108,12 @@ class Listing:
         """
         # without a manifest it was never finished, or is being published right now
         visible = {key: stamps for key, stamps in self._keys("adapters").items() if (MANIFEST_FILE,) in stamps}
-        self._versions = versions = _opened(visible, self._versions, self._open)
-        self._aliases = aliases = _opened(self._keys("aliases"), self._aliases, self._target)
-        named: dict[tuple[str, str | None], list[str]] = defaultdict(list)
-        for (task, alias), (_, version) in sorted(aliases.items()):
-            named[task, version].append(alias)
+        self._versions = versions = _read_changed(visible, self._versions, partial(open_adapter, self._store))
+        self._aliases = aliases = _read_changed(self._keys("aliases"), self._aliases, partial(read_alias, self._store))
+        named: dict[Key, list[str]] = defaultdict(list)
+        for (task, alias), (_, record) in sorted(aliases.items()):
+            if record is not None:
+                named[task, record.version].append(alias)
         manifests = [manifest for _, manifest in versions.values() if manifest is not None]
         manifests.sort(key=lambda manifest: (manifest.task, manifest.created_at, manifest.version))
         return [(manifest, named[manifest.task, manifest.version]) for manifest in manifests]
@@ -117,39 +121,30 @@ class Listing:
     def _keys(self, kind: str) -> dict[Key, Stamps]:
         found: dict[Key, Stamps] = defaultdict(dict)
         for (task, *parts), stamp in self._store.tree(kind).items():
-            if kind == "aliases" and len(parts) == 1 and parts[0].endswith(artifact_alias.SUFFIX):
-                found[task, parts[0].removesuffix(artifact_alias.SUFFIX)][()] = stamp
+            if kind == "aliases" and len(parts) == 1 and parts[0].endswith(SUFFIX):
+                found[task, parts[0].removesuffix(SUFFIX)][()] = stamp
             elif kind == "adapters" and len(parts) > 1:
                 found[task, parts[0]][tuple(parts[1:])] = stamp
         return found
 
-    def _open(self, task: str, version: str) -> AdapterManifest:
-        return open_adapter(self._store, task, version)
 
-    def _target(self, task: str, alias: str) -> str | None:
-        return artifact_alias.read(self._store, task, alias)
-
-
-def list_adapters(store: Store) -> list[AdapterManifest]:
-    """Every visible version, by task and then by age. A damaged one is left out with a warning that names it."""
-    return [manifest for manifest, _ in Listing(store).read()]
-
-
-def _opened(now: Mapping[Key, Stamps], before: Kept[T], read: Callable[[str, str], T | None]) -> Kept[T]:
+def _read_changed(
+    now: Mapping[Key, Stamps], before: CachedReads[T], read: Callable[[str, str], T | None]
+) -> CachedReads[T]:
     found = {key: before[key] for key, stamps in now.items() if key in before and before[key][0] == stamps}
     fresh = [key for key in now if key not in found]
+
+    def read_sound(key: Key) -> T | None:
+        try:
+            return read(*key)
+        except ArtifactError as error:
+            log.warning("left out: %s", error)
+            return None
+
     with ThreadPoolExecutor(READERS, "listing") as readers:
-        for key, value in zip(fresh, readers.map(lambda key: _readable(key, read), fresh), strict=True):
+        for key, value in zip(fresh, readers.map(read_sound, fresh), strict=True):
             found[key] = (now[key], value)
     return found
-
-
-def _readable(key: Key, read: Callable[[str, str], T | None]) -> T | None:
-    try:
-        return read(*key)
-    except ArtifactError as error:
-        log.warning("left out: %s", error)
-        return None
 
 
 REPUBLISH = "publish the same content again, which rewrites it, or remove it: graftwork adapters rm"
@@ -170,24 +165,17 @@ def open_adapter(store: Store, task: str, ref: str) -> AdapterManifest:
     manifest_size = sizes.pop(MANIFEST_FILE, None)
     if manifest_size is None:
         raise unknown(store, task, ref)
-    if manifest_size > verify.MAX_TEXT_BYTES:
-        raise ArtifactError(
-            asked,
-            f"{MANIFEST_FILE} has {manifest_size} bytes",
-            f"at most {verify.MAX_TEXT_BYTES} are read",
-            REPUBLISH,
-        )
+    if manifest_size > MAX_TEXT_BYTES:
+        found = f"{MANIFEST_FILE} has {manifest_size} bytes"
+        raise ArtifactError(asked, found, f"at most {MAX_TEXT_BYTES} are read", REPUBLISH)
     data = store.find_bytes(*key, MANIFEST_FILE)
     if data is None:
         raise unknown(store, task, ref)
-    manifest = artifact_manifest.parse(asked, data)
-    if (manifest.task, manifest.version) != (task, version) or manifest.content_version() != version:
-        raise ArtifactError(
-            asked,
-            f"its manifest is that of {manifest.ref}, content {manifest.content_version()}",
-            "folder, manifest and content digest agree",
-            REPUBLISH,
-        )
+    manifest = parse_manifest(asked, data)
+    content = content_version(manifest.model_dump(mode="json"))
+    if (manifest.task, manifest.version) != (task, version) or content != version:
+        found = f"its manifest is that of {manifest.ref}, content {content}"
+        raise ArtifactError(asked, found, "folder, manifest and content digest agree", REPUBLISH)
     expected = {name: entry.size_bytes for name, entry in manifest.files.items()}
     wrong = [
         f"{name}: {_format(sizes, name)}, the manifest has {_format(expected, name)}"
@@ -216,13 +204,14 @@ def verify_adapter(store: Store, task: str, ref: str) -> list[str]:
     if not store.exists(*version_key(task, version), MANIFEST_FILE):
         raise unknown(store, task, ref)
     try:
-        manifest = open_adapter(store, task, version)
-        return _content_problems(manifest, read_files(store, manifest))
+        open_sound(store, task, version)
     except ArtifactError as error:
         return [error.problem]
+    return []
 
 
 def open_sound(store: Store, task: str, version: str) -> AdapterManifest:
+    """`open_adapter`, and every byte read and checked. Raises ArtifactError that names all problems."""
     manifest = open_adapter(store, task, version)
     require_sound(manifest, read_files(store, manifest))
     return manifest
@@ -240,17 +229,19 @@ def read_files(store: Store, manifest: AdapterManifest) -> dict[str, bytes]:
 
 
 def require_sound(manifest: AdapterManifest, files: Mapping[str, bytes]) -> None:
-    found = _content_problems(manifest, files)
-    if found:
-        raise ArtifactError(
-            f"adapter {manifest.ref}",
-            "; ".join(found),
-            f"every byte is as published; {verify.SAFETENSORS_ONLY}",
-            REPUBLISH,
-        )
+    """Raise ArtifactError unless the files are those of the manifest and their content is an adapter's."""
+    found = [
+        f"{name}: sha256 differs from the manifest's"
+        for name, data in files.items()
+        if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256
+    ]
+    if found := [*found, *problems(files)]:
+        rule = f"every byte is as published; {SAFETENSORS_ONLY}"
+        raise ArtifactError(f"adapter {manifest.ref}", "; ".join(found), rule, REPUBLISH)
 
 
 def unknown(store: Store, task: str, ref: str) -> UnknownAdapter:
+    """The error of a name that no version has, with the nearest one."""
     tasks = store.list("adapters")
     if task not in tasks:
         found = f"no adapter of task {task!r} in {store.uri}; tasks: {', '.join(tasks) or 'none'}"
@@ -269,28 +260,15 @@ def unknown(store: Store, task: str, ref: str) -> UnknownAdapter:
     )
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _content_problems(manifest: AdapterManifest, files: Mapping[str, bytes]) -> list[str]:
-    changed = [
-        f"{name}: sha256 differs from the manifest's"
-        for name, data in files.items()
-        if sha256(data) != manifest.files[name].sha256
-    ]
-    return changed + list(verify.problems(files))
-
-
 def version_of(store: Store, task: str, ref: str) -> str:
     """The version that an alias names, or the version itself. ArtifactError for an unknown alias or an odd name."""
     check_names(task, ref)
     if re.fullmatch(VERSION_PATTERN, ref):
         return ref
-    target = artifact_alias.read(store, task, ref)
-    if target is None:
+    record = read_alias(store, task, ref)
+    if record is None:
         raise unknown(store, task, ref)
-    return target
+    return record.version
 
 
 def _split(name: str) -> tuple[str, str]:

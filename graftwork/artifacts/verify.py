@@ -49,8 +49,9 @@ def is_adapter_file(name: str) -> bool:
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
-    """The adapter files of a PEFT folder, the config in canonical form; other files (a README) stay behind.
+    """The adapter files of a PEFT folder; other files (a README) stay behind.
 
+    The config is in one form for equal configs: keys and PEFT's sets sorted, no path of the machine that trained it.
     Raises ArtifactError: no folder, a needed file missing, a pickle by name or content, a link, any `problems`.
     """
     if not folder.is_dir():
@@ -62,16 +63,22 @@ def read_folder(folder: Path) -> dict[str, bytes]:
         for path in paths
         if is_adapter_file(path.name) and (path.is_symlink() or not path.is_file())
     ]
-    raise_problems(f"adapter folder {folder}", refused)
+    _raise_problems(f"adapter folder {folder}", refused)
     try:
         files = {path.name: path.read_bytes() for path in paths if is_adapter_file(path.name)}
     except OSError as error:
         raise StorageError(f"read {folder}", str(error), "", "check the folder's rights and the disk") from error
-    raise_problems(f"adapter folder {folder}", list(problems(files)))
-    return {**files, CONFIG_FILE: canonical_config(files[CONFIG_FILE])}
+    _raise_problems(f"adapter folder {folder}", list(problems(files)))
+    config = parse_config(files[CONFIG_FILE])
+    for key in _SET_KEYS:
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key], key=str)
+    if str(config.get("base_model_name_or_path") or "").startswith(("/", "~", ".")):
+        config["base_model_name_or_path"] = None  # a path of the machine that trained it
+    return {**files, CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 
 
-def raise_problems(asked: str, found: list[str]) -> None:
+def _raise_problems(asked: str, found: list[str]) -> None:
     """Raise ArtifactError that names every problem; return when there is none."""
     if found:
         raise ArtifactError(
@@ -98,7 +105,7 @@ def problems(files: Mapping[str, bytes]) -> Iterator[str]:
             elif name == TEMPLATE_FILE:
                 _require_text(data)
             else:
-                tensors[name] = parse_safetensors(data)
+                tensors[name] = parse_header(data, len(data))
         except ValueError as error:
             sound = False
             yield f"{name}: {error}"
@@ -108,11 +115,6 @@ def problems(files: Mapping[str, bytes]) -> Iterator[str]:
             yield from (f"{WEIGHTS_FILE}: {problem}" for problem in kind.tensor_problems(config, shapes))
         for name, infos in tensors.items():
             yield from _finite_problems(name, files[name], infos)
-
-
-def parse_safetensors(data: bytes) -> dict[str, TensorInfo]:
-    """The header of a safetensors file, checked against the file's length. Raises ValueError with the problem."""
-    return parse_header(data, len(data))
 
 
 def header_bytes(head: bytes, file_bytes: int) -> int:
@@ -162,17 +164,6 @@ def parse_config(data: bytes) -> dict[str, Any]:
     if kind := PEFT_KINDS.get(config["peft_type"]):
         kind.check_config(config)
     return config
-
-
-def canonical_config(data: bytes) -> bytes:
-    """One form for equal configs: keys sorted, PEFT's sets sorted, no path of the machine that trained it."""
-    config = parse_config(data)
-    for key in _SET_KEYS:
-        if isinstance(config.get(key), list):
-            config[key] = sorted(config[key], key=str)
-    if str(config.get("base_model_name_or_path") or "").startswith(("/", "~", ".")):
-        config["base_model_name_or_path"] = None
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _tensor_info(name: str, entry: object, data_start: int) -> TensorInfo:

@@ -8,39 +8,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from graftwork.base import source, spec
-from graftwork.base.spec import BaseSpec
-from graftwork.cache import Progress, build_once
+from graftwork.base import source
+from graftwork.base.source import BaseSpec
 from graftwork.compat.hf import has_sdpa
 from graftwork.config import canonical_json
 from graftwork.errors import BaseModelError
 from graftwork.prompts.template import DEFAULT_DATE, Template
-from graftwork.quantization.quantizer import dequantise_linears, load_config, resident_form
-from graftwork.quantization.spec import QuantSpec, compute_dtype
+from graftwork.quantization import QuantSpec, compute_dtype, dequantise_linears, load_config, resident_form
+from graftwork.storage.local import Progress, build_once
 from graftwork.storage.store import cache_root
 
 if TYPE_CHECKING:
     import torch
 
 
-# Bit for bit what quantising at load gives (tests/unit/base/test_quantized_weights.py). SmolLM2-135M: 2.5 of a
-# process' first
-# CPU seconds went into bitsandbytes' quantiser on a CPU. A GPU quantises faster than a file is read, and keeps doing
-# so.
-
-
 WORTH_BYTES = 64 * 2**20
-"""Weights of a base from which on it is kept: smaller ones are quantised in no time."""
+"""Weights of a base from which on its quantised form is cached: smaller ones are quantised in no time."""
 _DIGEST = "digest.txt"
-
-
-def worth_keeping(base: Path) -> bool:
-    """Whether quantising the weights in folder `base` takes longer than a look into the cache."""
-    return sum(path.stat().st_size for path in base.glob("*.safetensors")) >= WORTH_BYTES
 
 
 def cache_quantised(base: Path, settings: dict[str, Any], quantise: Callable[[], Any]) -> Path:
     """Folder in Hugging Face form of the base in folder `base`, quantised with `settings` by `quantise()`: a model.
+
+    Bit for bit what quantising at load gives (tests/unit/base/test_quantized_weights.py). SmolLM2-135M: 2.5 of a
+    process' first CPU seconds went into bitsandbytes' quantiser on a CPU.
 
     Raises BaseModelError where the folder's digest is no longer the one it was made with, or the disk is full.
     """
@@ -76,17 +67,6 @@ def cache_quantised(base: Path, settings: dict[str, Any], quantise: Callable[[],
             f"delete {folder}: it is made again",
         )
     return folder
-
-
-def marked(digest: str, count: int) -> str:
-    """The digest of the base with added rows, readable: `DIGEST.rows-4`."""
-    return f"{digest}.rows-{count}"
-
-
-def count_of(digest: str) -> int:
-    """How many rows were added to the base of this digest."""
-    _, _, count = digest.partition(".rows-")
-    return int(count or 0)
 
 
 def grow(model: Any, count: int) -> None:
@@ -145,14 +125,13 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
         ) from error
     if base.sha256 and not base.uri.endswith(".gguf"):
         source.expect(base.uri, base.sha256, digest)
-    stretch = spec.stretched(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
-    if base.rope_scaling:
-        digest = spec.marked(digest, base.rope_scaling, stretch)
+    stretched = source.stretch(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
+    config = {**config, **stretched}
     if base.extra_tokens:
-        digest = marked(digest, base.extra_tokens)
-        config = {**config, "vocab_size": int(config["vocab_size"]) + base.extra_tokens}
+        config["vocab_size"] = int(config["vocab_size"]) + base.extra_tokens
+    digest = source.mark_digest(digest, config, base.rope_scaling, base.extra_tokens)
     day = base.template_date or source.template_date(folder) or DEFAULT_DATE
-    return ResolvedBase(base.uri, folder, digest, {**config, **stretch}, stretch, base.extra_tokens, day)
+    return ResolvedBase(base.uri, folder, digest, config, stretched, base.extra_tokens, day)
 
 
 def load(
@@ -172,12 +151,16 @@ def load(
     """
     import torch
 
-    _check_device(device)
+    kind, _, number = device.partition(":")
+    cuda = kind == "cuda" and (number or "0").isdigit() and int(number or 0) < torch.cuda.device_count()
+    if device != "cpu" and not cuda:
+        found = f"{torch.cuda.device_count()} CUDA devices here"
+        raise BaseModelError(f"device {device!r}", found, "a device is cpu or cuda:N", "use cpu")
     dtype, dtype_reason = compute_dtype(quant, device)
     dequantise, form_reason = resident_form(quant, device, purpose)
     try:
         settings = load_config(quant, dtype, storage=dtype if shards == "fsdp2" else None)
-        model, kept = _from_folder(resolved, quant, settings, None if shards == "zero3" else device, dtype)
+        model, cached = _from_folder(resolved, quant, settings, None if shards == "zero3" else device, dtype)
     except torch.OutOfMemoryError as error:
         raise BaseModelError(
             f"base {resolved.uri} at {quant.kind}", f"no room on {device} ({error})", "", "see `graftwork plan`"
@@ -188,8 +171,12 @@ def load(
             f"transformers cannot load it ({str(error)[:400]})",
             "the base must be a causal language model that the installed transformers knows",
         ) from error
-    if quant.is_packed and (dequantise or not kept):
-        _release_file(model)
+    if quant.is_packed and (dequantise or not cached):
+        # copy what stayed plain (embedding, norms) out of the checkpoint's file mapping: one tensor in it keeps every
+        # page resident that was read for quantising. SmolLM2-135M at nf4 938 MiB, after it 641
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
     if resolved.extra_tokens:
         grow(model, resolved.extra_tokens)
     stored = weight_bytes(model)
@@ -221,7 +208,8 @@ def _from_folder(
     resolved: ResolvedBase, quant: QuantSpec, settings: Any, device: str | None, dtype: "torch.dtype"
 ) -> tuple[Any, bool]:
     """The model, and whether it came quantised out of the cache: then its file holds nothing but what it keeps."""
-    if quant.is_4bit and device == "cpu" and worth_keeping(resolved.folder):
+    size = sum(path.stat().st_size for path in resolved.folder.glob("*.safetensors"))
+    if quant.is_4bit and device == "cpu" and size >= WORTH_BYTES:  # a GPU quantises faster than a file is read
         folder = cache_quantised(
             resolved.folder, settings.to_dict(), lambda: _read(resolved.folder, {}, settings, device, dtype)
         )
@@ -261,16 +249,6 @@ def attention_of(config: Any) -> Literal["sdpa", "eager"]:
     return "eager" if kind is not None and not has_sdpa(kind) else "sdpa"
 
 
-def _release_file(model: "torch.nn.Module") -> None:
-    """Copy what stayed plain (embedding, norms) out of the checkpoint's file mapping.
-
-    One tensor in it keeps every page resident that was read for quantising: SmolLM2-135M at nf4 938 MiB, after it 641.
-    """
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
-
-
 def _keep_differentiable(model: "torch.nn.Module") -> None:
     """Keep packed linears from moving to the layout of the fused CPU kernel, which has no backward pass.
 
@@ -282,15 +260,3 @@ def _keep_differentiable(model: "torch.nn.Module") -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    if device == "cpu":
-        return
-    kind, _, number = device.partition(":")
-    have = torch.cuda.device_count()
-    if kind == "cuda" and (number or "0").isdigit() and int(number or 0) < have:
-        return
-    raise BaseModelError(f"device {device!r}", f"{have} CUDA devices here", "a device is cpu or cuda:N", "use cpu")

@@ -16,13 +16,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from graftwork.adapters import target_modules
+from graftwork.adapters.kind import ATTENTION_WORDS, MLP_ENDS, MLP_WORDS, linears
 from graftwork.adapters.lora import LoraSpec
-from graftwork.adapters.target_modules import MLP_ENDS
-from graftwork.base import load as base_model
+from graftwork.base.load import attention_of
 from graftwork.base.model_shape import BaseFacts, Linear, ModelShape, Targets
 from graftwork.errors import BaseModelError, GraftworkError
-from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.quantization import import_bitsandbytes
 
 ATTACH = ("graftwork.training.adapters.attach", "attach")
 RUNNER = ("graftwork.serving.engine.model_runner", "Runner")
@@ -47,7 +46,7 @@ def build(config: Mapping[str, Any], dtype: Any = None) -> Any:
             known = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                known, dtype=dtype or torch.float32, attn_implementation=base_model.attention_of(known)
+                known, dtype=dtype or torch.float32, attn_implementation=attention_of(known)
             )
     except Exception as error:  # code of any architecture, given a config of any content
         raise BaseModelError(
@@ -71,18 +70,18 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
             adapted[which], routed[which] = _adapted(build(config), which)
         except Exception as error:  # PEFT on a model of any architecture
             adapted[which], routed[which], unattached[which] = (), (), _first_line(error)
-    linears = _grouped((name, *_sizes(model.get_submodule(name))) for name in target_modules.linears(model))
-    shape = _shape(model, config, linears, adapted)
+    grouped = _grouped((name, *_sizes(model.get_submodule(name))) for name in linears(model))
+    shape = _shape(model, config, grouped, adapted)
     unserved, kv = _served(build(config))
     shape = _with_kv(shape, kv)
     decoder = {id(module) for module in model.get_decoder().modules()}
-    outside = [name for name in target_modules.linears(model) if id(model.get_submodule(name)) not in decoder]
+    outside = [name for name in linears(model) if id(model.get_submodule(name)) not in decoder]
     shape = replace(shape, unplanned=_unplanned(model, shape, outside))
     return BaseFacts(
         shape=shape,
         model_type=str(config["model_type"]),
         model_class=type(model).__name__,
-        attention=base_model.attention_of(model.config),
+        attention=attention_of(model.config),
         expert_params=sum(weight.numel() for _, weight in _expert_weights(model)),
         routed=routed,
         recurrent=is_recurrent(model.config),
@@ -218,7 +217,7 @@ def _reads_weights(model: Any) -> str:
     def product(outputs: int, inputs: Any) -> Any:
         return inputs.new_empty(*inputs.shape[:-1], outputs)
 
-    for name in target_modules.linears(model):
+    for name in linears(model):
         linear = model.get_submodule(name)
         packed = torch.empty(linear.weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
         linear.forward = partial(product, _sizes(linear)[1])
@@ -258,13 +257,13 @@ def _has_router_loss(text: Any) -> bool:
 def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
     """What keeps the closed forms of `graftwork.planning.memory` from predicting a training step's activations."""
     found = ""
-    if _expert_weights(model) or any(".experts." in name for name in target_modules.linears(model)):
+    if _expert_weights(model) or any(".experts." in name for name in linears(model)):
         found = "experts"
     elif is_recurrent(model.config):
         found = "recurrent layers"
     elif outside:
         found = "layers outside of the text decoder"
-    elif base_model.attention_of(model.config) == "eager":
+    elif attention_of(model.config) == "eager":
         found = "attention without sdpa, which keeps a matrix of scores"
     elif any(type(module).__name__ == "NewGELUActivation" for module in model.modules()):
         found = "an activation function of several operations (gelu_new), each of which keeps its input"
@@ -296,9 +295,9 @@ def _grouped(found: Iterable[tuple[str, int, int]]) -> tuple[Linear, ...]:
 
 
 def _part(name: str) -> Literal["attention", "mlp", "other"]:
-    if any(word in name.lower() for word in target_modules.ATTENTION_WORDS):
+    if any(word in name.lower() for word in ATTENTION_WORDS):
         return "attention"
-    return "mlp" if any(word in name.lower() for word in target_modules.MLP_WORDS) else "other"
+    return "mlp" if any(word in name.lower() for word in MLP_WORDS) else "other"
 
 
 def _pattern(name: str) -> str:

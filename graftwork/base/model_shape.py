@@ -1,8 +1,7 @@
 """Sizes of a base model, counted on its real class without weights: the source of predicted memory and time.
 
-`graftwork.base.meta_model` counts them on the meta device. The result is cached by the digest of the config and
-the versions
-of transformers and PEFT, so that a plan of a known base imports neither of them.
+`graftwork.base.meta_model` counts them on the meta device. The result is cached by the digest of the config and the
+versions of transformers and PEFT, so that a plan of a known base imports neither of them.
 """
 
 import hashlib
@@ -38,10 +37,6 @@ class Linear:
     def params(self) -> int:
         """Weights of one layer, the bias left out."""
         return self.inputs * self.outputs
-
-    @property
-    def leaf(self) -> str:
-        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -103,29 +98,21 @@ class ModelShape:
         wide = sum(x.outputs * x.count for x in self.linears if x.part == "mlp" and x.inputs == self.hidden)
         return wide > self.layers * self.intermediate
 
-    def targets(self, which: Targets) -> tuple[Linear, ...]:
-        """The linear layers of the whole model that get a LoRA."""
-        return self.adapted[which]
-
     def match_layers(self, ends: tuple[str, ...]) -> tuple[Linear, ...]:
         """The linear layers whose path ends in one of the names, as PEFT matches them."""
         return tuple(x for x in self.linears if any(x.name.endswith(f".{end}") for end in ends))
 
     def read(self, which: Targets) -> int:
         """Values of one token and block that the targets read, each once; the attention's own output is left out."""
-        parts = {x.part for x in self.targets(which) if x.inputs == self.hidden and x.leaf not in ATTENTION_OUTPUTS}
-        inner = any(x.part == "mlp" and x.inputs == self.intermediate for x in self.targets(which))
+        targets = self.adapted[which]
+        parts = {x.part for x in targets if x.inputs == self.hidden and not x.name.endswith(ATTENTION_OUTPUTS)}
+        inner = any(x.part == "mlp" and x.inputs == self.intermediate for x in targets)
         return self.hidden * len(parts) + self.intermediate * inner
 
     @property
     def linear_params(self) -> int:
         """Weights of the linears: the weights that are quantised, and the N of the FLOP count."""
         return sum(x.count * x.params for x in self.linears)
-
-    @property
-    def linear_outputs(self) -> int:
-        """Rows of all linears: int8 keeps a scale for each."""
-        return sum(x.count * x.outputs for x in self.linears)
 
     @property
     def head_params(self) -> int:
@@ -138,14 +125,14 @@ class ModelShape:
 
     def adapter_params(self, rank: int, which: Targets = "all-linear") -> int:
         """A (r x in) and B (out x r) of each target."""
-        return sum(x.count * rank * (x.inputs + x.outputs) for x in self.targets(which))
+        return sum(x.count * rank * (x.inputs + x.outputs) for x in self.adapted[which])
 
 
 HOW_UNPLANNED = (
     "set optim.micro_batch and optim.gradient_checkpointing to values; the run's report shows the peak that they take"
 )
-ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
-"""Names of the attention's last linear, whose input is the attention's own output."""
+ATTENTION_OUTPUTS = (".o_proj", ".out_proj", ".dense", ".c_proj")
+"""Ends of the names of the attention's last linear, whose input is the attention's own output."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from graftwork.cache import Progress, build_once, file_sha256
 from graftwork.errors import BaseModelError
+from graftwork.storage.local import Progress, build_once, file_sha256
 from graftwork.storage.store import cache_root
 
 PIP_TIMEOUT_S = 1800

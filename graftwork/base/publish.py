@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 from graftwork.artifacts.manifest import VERSION_PATTERN, FileEntry
 from graftwork.base import source
 from graftwork.base.load import ResolvedBase
-from graftwork.cache import file_sha256
 from graftwork.errors import ArtifactError
+from graftwork.storage.local import file_sha256
 from graftwork.storage.store import NAME_PATTERN, Store, json_bytes
 
 MANIFEST_FILE = "manifest.json"

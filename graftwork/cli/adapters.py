@@ -40,7 +40,7 @@ def publish(
     from graftwork import environment
     from graftwork.artifacts import publish as artifact
     from graftwork.base import load as base_model
-    from graftwork.base.spec import BaseSpec
+    from graftwork.base.source import BaseSpec
     from graftwork.prompts.render import PromptSpec
     from graftwork.serving.engine.adapters.format import ConfigFile
 

@@ -19,7 +19,7 @@ from graftwork.cli.render import echo, note, print_json, print_table
 from graftwork.cluster.jobs.models import Attempt, Job
 from graftwork.cluster.kuberay.preflight import machines_of
 from graftwork.errors import ConfigError
-from graftwork.planning.accelerators import with_gpus
+from graftwork.planning.hardware import with_gpus
 from graftwork.stages.jobs import job_of, with_demand
 from graftwork.storage.store import Store
 

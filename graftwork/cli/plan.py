@@ -16,11 +16,11 @@ from graftwork.cluster.ray_address import FORMS, unknown_place
 from graftwork.cluster.spec import quantity
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
-from graftwork.planning.accelerators import gpu_key, gpus_of, is_auto
+from graftwork.planning.hardware import gpu_key, gpus_of, is_auto
 from graftwork.stages.jobs import PlannedJob, plan_job
 
 if TYPE_CHECKING:
-    from graftwork.planning.plan import StagePlan
+    from graftwork.planning.memory import StagePlan
     from graftwork.tuning.spec import TuneSpec
 
 PlanTarget = Annotated[

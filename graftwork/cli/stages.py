@@ -32,7 +32,7 @@ from graftwork.cluster.jobs.store import JobStore
 from graftwork.cluster.ray_address import JOB
 from graftwork.config import Spec, SpecT
 from graftwork.errors import ConfigError
-from graftwork.planning.accelerators import accelerators_here, is_auto, with_gpus
+from graftwork.planning.hardware import accelerators_here, is_auto, with_gpus
 from graftwork.spec_errors import did_you_mean
 from graftwork.stages.jobs import job_of, root_of_job, with_demand
 

@@ -19,7 +19,7 @@ from graftwork.cli.plan import say_plan
 from graftwork.cli.render import duration, echo, print_json, print_table, show_outcomes, stderr
 from graftwork.cli.stages import spec_to_run
 from graftwork.errors import ConfigError
-from graftwork.planning.accelerators import with_gpus
+from graftwork.planning.hardware import with_gpus
 
 TrialTarget = Annotated[
     str | None,

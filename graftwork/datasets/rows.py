@@ -12,8 +12,19 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from graftwork.config import Spec, canonical_json
-from graftwork.datasets.readers import kind_of, local_path, no_rows, read_records, require_new, require_whole
-from graftwork.datasets.row_keys import CONVERSATION, DOCUMENT, SHAREGPT, KeyCheck, other_format
+from graftwork.datasets.readers import (
+    CONVERSATION,
+    DOCUMENT,
+    SHAREGPT,
+    KeyCheck,
+    kind_of,
+    local_path,
+    no_rows,
+    other_format,
+    read_records,
+    require_new,
+    require_whole,
+)
 from graftwork.errors import DataError
 from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
 from graftwork.storage.store import read_uri
@@ -112,7 +123,6 @@ def iter_rows(uri: str, *, limit: int | None = None, need: Need, keys: KeyCheck 
     for number, record in itertools.islice(read_records(uri), limit):
         keys.check(record, f"{uri} row {number}")
         row = _row(record, f"{uri} row {number}", str(number), need)
-        _check_need(row, need, f"{uri} row {number}")
         require_new(row.id, number, seen, uri)
         yield row
     if not seen:
@@ -271,13 +281,28 @@ def _row(record: dict[str, Any], where: str, default_id: str, need: Need) -> Dat
     doc_id = record.get("doc_id")
     if doc_id is not None and not isinstance(doc_id, str | int):
         raise DataError(f"{where}: doc_id", f"found {kind_of(doc_id)}", "doc_id is the id of a passage")
-    return DatasetRow(
+    row = DatasetRow(
         id=_identity(record, where, default_id),
         messages=_messages(record, where, need),
         doc_id=None if doc_id is None else str(doc_id),
         gold=gold,
         given_fields=tuple(given_fields),
     )
+    if need == "train" and row.messages[-1].role != "assistant":
+        raise DataError(
+            f"{where}: messages",
+            "the last turn is the user's",
+            "a row to learn from ends with the assistant's turn",
+            "add the answer as the last turn",
+        )
+    if need == "eval" and row.gold is None:
+        raise DataError(
+            f"{where}: gold",
+            "the field is missing",
+            "a row to be scored carries the right answer",
+            "add `gold`, the answer as a JSON object",
+        )
+    return row
 
 
 def _messages(record: dict[str, Any], where: str, need: Need) -> tuple[Message, ...]:
@@ -345,23 +370,6 @@ def _message(turn: Any, where: str) -> Message:
             "join the text parts to one string",
         )
     return Message(role, _string(turn, "content", where + ".", may_be_empty=role == "system"))
-
-
-def _check_need(row: DatasetRow, need: Need, where: str) -> None:
-    if need == "train" and row.answer is None:
-        raise DataError(
-            f"{where}: messages",
-            "the last turn is the user's",
-            "a row to learn from ends with the assistant's turn",
-            "add the answer as the last turn",
-        )
-    if need == "eval" and row.gold is None:
-        raise DataError(
-            f"{where}: gold",
-            "the field is missing",
-            "a row to be scored carries the right answer",
-            "add `gold`, the answer as a JSON object",
-        )
 
 
 def _identity(record: dict[str, Any], where: str, default: str | None) -> str:

@@ -1,18 +1,142 @@
-"""GPUs and machines that a plan is made for; a GPU need not be present."""
+"""GPUs and machines: those found here, the number that `auto` in a spec stands for, and those that a plan is made for.
+
+`gpus_per_worker` (train, and `train` of a sweep) and `num_gpus` (serve, compare, quantize) are a number or `auto`. The
+process that starts a stage resolves `auto` once, before the stage is named: identities and digests hold the number.
+A GPU that a plan is made for need not be present.
+"""
 
 import difflib
+import itertools
+import json
+import operator
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import Field
 
-from graftwork.config import Spec, validate
+from graftwork.config import Spec, SpecT, validate
 from graftwork.environment import Speed, available_memory, cores, measure_speed
 from graftwork.errors import BaseModelError, ConfigError
-from graftwork.planning.memory import BF16, FP32, GIB, Correction, read_corrections
-from graftwork.quantization.spec import QuantSpec, cpu_value_bytes
+from graftwork.quantization import QuantSpec, cpu_value_bytes
+from graftwork.storage.store import cache_root
+
+MIB = 2**20
+GIB = 2**30
+FP32 = 4
+BF16 = 2
+
+AUTO: Final = "auto"
+Gpus = Annotated[float, Field(ge=0)] | Literal["auto"]
+"""GPUs of a worker or replica. `auto`: one where the target has GPUs, else none."""
+NVIDIA_SMI_S = 10.0
+
+
+@dataclass(frozen=True)
+class Accelerators:
+    """GPUs of a target."""
+
+    count: float
+    kinds: tuple[str, ...] = ()
+    """Names of the GPU types, as the target calls them; empty where it names none."""
+    owner: str = "this machine"
+    """The machines that have the GPUs, or the target where none has: `cluster group h100`."""
+
+
+def resolved_count(gpus: Gpus) -> float:
+    """The number of a resolved key. `auto` that nothing has resolved counts as none."""
+    return 0.0 if gpus == AUTO else float(gpus)
+
+
+def gpu_key(spec: Spec) -> str | None:
+    """Dotted key of the GPUs of a stage's workers; None for a stage without such a key."""
+    if getattr(spec, "kind", "") == "tune":
+        return "train.gpus_per_worker"
+    return next((key for key in ("gpus_per_worker", "num_gpus") if key in type(spec).model_fields), None)
+
+
+def gpus_of(spec: Spec) -> float:
+    """GPUs of a worker of the stage; 0 for a stage without such a key."""
+    return resolved_count(_asked_gpus(spec))
+
+
+def is_auto(spec: Spec) -> bool:
+    """Return whether the GPUs of the stage's workers are still to be resolved."""
+    return _asked_gpus(spec) == AUTO
+
+
+def _asked_gpus(spec: Spec) -> Gpus:
+    key = gpu_key(spec)
+    gpus: Gpus = 0.0 if key is None else operator.attrgetter(key)(spec)
+    return gpus
+
+
+def with_gpus(spec: SpecT, found: Accelerators) -> tuple[SpecT, str | None]:
+    """The spec with a number in place of `auto`, and a line with the number and its reason; None for nothing to do."""
+    if _asked_gpus(spec) != AUTO:
+        return spec, None
+    number, reason = (1.0, f"{found.owner} has GPUs") if found.count else (0.0, f"{found.owner} has no GPU")
+    engine: Any = getattr(spec, "engine", None)
+    if engine is not None and engine.kind == "vllm":
+        number, reason = float(engine.tensor_parallel_size), "engine.kind=vllm: engine.tensor_parallel_size"
+    key = gpu_key(spec)
+    return spec.with_({str(key): number}), f"{key}={number:g} ({reason})"
+
+
+def accelerators_here() -> Accelerators:
+    """GPUs of the Ray that this process has joined, else of this machine."""
+    ray: Any = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        total = ray.cluster_resources()
+        kinds = tuple(sorted(key.partition(":")[2] for key in total if key.startswith("accelerator_type:")))
+        return Accelerators(float(total.get("GPU", 0.0)), kinds, "this Ray")
+    cards = gpus_here()
+    return Accelerators(len(cards), tuple(sorted({name for name, _ in cards})))
+
+
+def gpus_here() -> list[tuple[str, int]]:
+    """Name and memory of each GPU that a process of this machine may use, in bytes, 0 where the driver names none.
+
+    Runs `nvidia-smi`: torch takes seconds to import. Raises ConfigError where it does not answer.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=NVIDIA_SMI_S)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            "GPUs of this machine",
+            f"nvidia-smi has not answered within {NVIDIA_SMI_S:g} s",
+            "it lists the GPUs that a stage may use",
+            "run nvidia-smi; to do without GPUs, take it off the PATH",
+        ) from None
+    if done.returncode:  # no driver: what it prints is no list
+        return []
+    parted = (line.rpartition(",") for line in done.stdout.splitlines() if "," in line)
+    cards = [(name.strip(), int(size) << 20 if size.strip().isdigit() else 0) for name, _, size in parted]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return cards
+    chosen = [name.strip() for name in visible.split(",") if name.strip()]
+    chosen = list(itertools.takewhile(lambda name: not name.startswith("-"), chosen))  # as CUDA reads it
+    if all(name.isdigit() for name in chosen):
+        return [cards[int(name)] for name in chosen if int(name) < len(cards)]
+    return cards[: len(chosen)]  # named by UUID
+
+
+def visible_gpus() -> list[str]:
+    """Names of this process' GPUs as CUDA_VISIBLE_DEVICES takes them: numbers, or UUIDs where it holds UUIDs."""
+    count, visible = len(gpus_here()), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in visible.split(",")] if visible is not None else [str(n) for n in range(count)]
+    return names[:count]
+
 
 PCIE_3, PCIE_4 = 15.8, 31.5
 """10^9 bytes a second and direction of 16 lanes (8 and 16 GT/s, 128b/130b)."""
@@ -48,7 +172,7 @@ class Gpu(Spec):
 
     @property
     def has_bf16(self) -> bool:
-        """As `base_model.default_dtype` decides."""
+        """As `quantization.default_dtype` decides."""
         return self.sm >= 8.0
 
 
@@ -104,7 +228,22 @@ def named_gpu(asked: str) -> Gpu:
     Raises ConfigError naming the nearest known GPU, or the figure that is not one.
     """
     name, *changes = asked.split(",")
-    gpu = _from_file(Path(name)) if name.endswith((".yaml", ".yml")) else _of_table(name)
+    gpu = GPUS.get(name.lower())
+    if name.endswith((".yaml", ".yml")):
+        try:
+            tree = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            rule = "a YAML file describes one GPU"
+            raise ConfigError(f"--gpu {name}", f"it cannot be read ({error})", rule) from error
+        gpu = validate(Gpu, {"name": Path(name).stem, **tree} if isinstance(tree, dict) else tree, where=name)
+    if gpu is None:
+        near = difflib.get_close_matches(name.lower(), GPUS, n=1)
+        raise ConfigError(
+            f"--gpu {name}",
+            "no such GPU in the table",
+            f"known: {', '.join(GPUS)}; or a YAML file with its figures",
+            f"--gpu {near[0]}" if near else "write a file with memory_gib, sm, tflops, fp32_tflops, gbytes_per_s",
+        )
     if not changes:
         return gpu
     if odd := next((change for change in changes if "=" not in change), None):
@@ -115,21 +254,8 @@ def named_gpu(asked: str) -> Gpu:
             f"--gpu {name},network_gbytes_per_s=12.5",
         )
     figures = {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in changes)}
-    return validate(
-        Gpu, {**gpu.model_dump(), "source": f"{gpu.source}; {', '.join(changes)}", **figures}, where="--gpu"
-    )
-
-
-def _of_table(name: str) -> Gpu:
-    if name.lower() in GPUS:
-        return GPUS[name.lower()]
-    near = difflib.get_close_matches(name.lower(), GPUS, n=1)
-    raise ConfigError(
-        f"--gpu {name}",
-        "no such GPU in the table",
-        f"known: {', '.join(GPUS)}; or a YAML file with its figures",
-        f"--gpu {near[0]}" if near else "write a file with memory_gib, sm, tflops, fp32_tflops, gbytes_per_s",
-    )
+    source = f"{gpu.source}; {', '.join(changes)}"
+    return validate(Gpu, {**gpu.model_dump(), "source": source, **figures}, where="--gpu")
 
 
 def gpu_here() -> Gpu | None:
@@ -158,12 +284,51 @@ def gpu_called(name: str, memory_gib: float | None = None) -> Gpu | None:
     return min(likely, key=lambda gpu: abs(gpu.memory_gib - (memory_gib or 0.0)), default=None)
 
 
-def _from_file(path: Path) -> Gpu:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--gpu {path}", f"it cannot be read ({error})", "a YAML file describes one GPU") from error
-    return validate(Gpu, {"name": path.stem, **tree} if isinstance(tree, dict) else tree, where=str(path))
+MOST = 1.5
+"""A larger ratio says that something else is wrong than a constant, and is not followed further."""
+RUNS = 5
+"""The newest runs of a kind that count."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The largest of the measured over predicted peaks of a kind's newest runs. A plan is never lowered.
+
+    A kind is objective, adapter and quantisation on one device. Runs of one kind differ by their rows alone, which the
+    formulas count, and by what an allocator keeps of rows of changing lengths, which varies from run to run.
+    """
+
+    ratio: float = 1.0
+    runs: int = 0
+
+    def part_name(self) -> str:
+        """Name of the part that it adds to a plan."""
+        return f"correction from {self.runs} earlier {'run' if self.runs == 1 else 'runs'} on this machine"
+
+
+def read_corrections(on: str) -> Mapping[str, Correction]:
+    """The correction of each kind of run seen so far on `cpu` or on GPUs of a name."""
+    return {kind: Correction(max(1.0, *ratios), len(ratios)) for kind, ratios in _read_ratios(on)[1].items()}
+
+
+def learn(on: str, kind: str, predicted_bytes: int, measured_bytes: int) -> Correction:
+    """Take the final peak of one more run into account. Writes `<cache>/machine/memory-<on>.json`.
+
+    `predicted_bytes`: by the formulas alone.
+    """
+    path, ratios = _read_ratios(on)
+    ratios[kind] = [*ratios.get(kind, []), round(min(measured_bytes / predicted_bytes, MOST), 4)][-RUNS:]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(ratios), encoding="utf-8")
+    temporary.replace(path)
+    return Correction(max(1.0, *ratios[kind]), len(ratios[kind]))
+
+
+def _read_ratios(on: str) -> tuple[Path, dict[str, list[float]]]:
+    """Return the file of the ratios, and the newest ones by kind."""
+    path = cache_root() / "machine" / f"memory-{on}.json"
+    return path, json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 BF16_GAIN = 2.0

@@ -1,76 +1,16 @@
-"""Memory terms: sizes of rows, bytes of weights and activations, and measured peaks that correct the predictions."""
+"""Plan of a stage: sizes of rows, bytes of weights and activations, and the check that a machine has room for them."""
 
-import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from graftwork.adapters.kind import AdapterKind, ValueBytes
 from graftwork.base.model_shape import ModelShape
-from graftwork.quantization.spec import QuantSpec
-from graftwork.storage.store import cache_root
-
-# A kind is objective, adapter and quantisation on one device. Runs of one kind differ by their rows alone, which the
-# formulas count, and by what an allocator keeps of rows of changing lengths, which varies from run to run.
-
-
-MOST = 1.5
-"""A larger ratio says that something else is wrong than a constant, and is not followed further."""
-RUNS = 5
-"""The newest runs of a kind that count."""
-
-
-@dataclass(frozen=True)
-class Correction:
-    """The largest of the measured over predicted peaks of a kind's newest runs. A plan is never lowered."""
-
-    ratio: float = 1.0
-    runs: int = 0
-
-    def part_name(self) -> str:
-        """Name of the part that it adds to a plan."""
-        return f"correction from {self.runs} earlier {'run' if self.runs == 1 else 'runs'} on this machine"
-
-
-def read_corrections(on: str) -> Mapping[str, Correction]:
-    """The correction of each kind of run seen so far on `cpu` or on GPUs of a name."""
-    return {kind: Correction(max(1.0, *ratios), len(ratios)) for kind, ratios in _read(on).items()}
-
-
-def learn(on: str, kind: str, predicted_bytes: int, measured_bytes: int) -> Correction:
-    """Take the final peak of one more run into account. Writes `<cache>/machine/memory-<on>.json`.
-
-    `predicted_bytes`: by the formulas alone.
-    """
-    ratio = round(min(measured_bytes / predicted_bytes, MOST), 4)
-    ratios = _read(on)
-    ratios[kind] = [*ratios.get(kind, []), ratio][-RUNS:]
-    path = _path(on)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(ratios), encoding="utf-8")
-    temporary.replace(path)
-    return read_corrections(on)[kind]
-
-
-def _read(on: str) -> dict[str, list[float]]:
-    path = _path(on)
-    found: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
-
-
-def _path(on: str) -> Path:
-    return cache_root() / "machine" / f"memory-{on}.json"
-
-
-MIB = 2**20
-GIB = 2**30
-FP32 = 4
-BF16 = 2
+from graftwork.planning.hardware import BF16, FP32, GIB, MIB, Machine
+from graftwork.quantization import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -99,17 +39,10 @@ class RowSizes:
     """The rows themselves; None where only their extremes are known."""
 
     @classmethod
-    def from_lengths(
-        cls, lengths: Sequence[int], trained: Sequence[int], widths: Sequence[int] | None = None
-    ) -> "RowSizes":
+    def from_lengths(cls, lengths: ArrayLike, trained: ArrayLike, widths: ArrayLike | None = None) -> "RowSizes":
         """From each row's tokens, trained tokens and, where a row is several sequences, its longest sequence."""
         lengths_N, trained_N = np.asarray(lengths, dtype=np.int64), np.asarray(trained, dtype=np.int64)
         each = EachRow(lengths_N, trained_N, lengths_N if widths is None else np.asarray(widths, dtype=np.int64))
-        return cls._of(each)
-
-    @classmethod
-    def _of(cls, each: EachRow) -> "RowSizes":
-        lengths_N, trained_N = each.lengths_N, each.trained_N
         return cls(
             len(lengths_N),
             int(lengths_N.max()),
@@ -134,8 +67,8 @@ class RowSizes:
         widths_N = self.each.widths_N
         length = max(int(widths_N.max() * share), int(widths_N.min()))
         stays_N = widths_N <= length
-        kept = (self.each.lengths_N[stays_N], self.each.trained_N[stays_N], widths_N[stays_N])
-        return length, self._of(EachRow(*kept))
+        lengths_N, trained_N = self.each.lengths_N[stays_N], self.each.trained_N[stays_N]
+        return length, self.from_lengths(lengths_N, trained_N, widths_N[stays_N])
 
     @property
     def padded(self) -> bool:
@@ -190,7 +123,8 @@ class TokenWork:
 
 
 # Bytes that a token leaves for the backward pass, counted from the autograd graphs of transformers and PEFT.
-#
+
+
 def saved_bytes(
     model: ModelShape,
     adapter: AdapterKind,
@@ -229,7 +163,8 @@ def weight_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32, *
     plain = model.plain_params * value_bytes
     if not quant.is_packed or dequantised:
         return plain + model.linear_params * value_bytes
-    return plain + round(quant.method.packed_bytes(model.linear_params, model.linear_outputs, quant.double_quant))
+    rows = sum(linear.count * linear.outputs for linear in model.linears)
+    return plain + round(quant.method.packed_bytes(model.linear_params, rows, quant.double_quant))
 
 
 def loading_bytes(model: ModelShape, quant: QuantSpec) -> dict[str, int]:
@@ -256,3 +191,65 @@ CUDA_BYTES = 600 * MIB
 """CUDA's context, cuBLAS' workspaces and the kernels' code on one GPU, outside of torch's allocator."""
 FRAGMENTS = 0.03
 """Of a GPU's allocated memory: blocks that torch's allocator cannot put together again."""
+
+
+START_S = 10.0
+"""CPU seconds of a process from its start to its first step: imports (8.5), the base, the trainer."""
+HEADROOM = 0.95
+"""Share of the available memory that a plan may take."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will take, before it starts."""
+
+    stage: str
+    processes: int
+    peak_bytes_per_process: int
+    """On a GPU what the process takes of the GPU."""
+    total_bytes: int
+    seconds: float
+    verdict: str
+    """`fits`, or `needs 9.1 of 8.0 GiB; fits with optim.micro_batch=2`."""
+    parts: tuple[tuple[str, int], ...]
+    """Bytes of one process, by name."""
+    assumptions: tuple[str, ...]
+    step_s: float | None = None
+    """Seconds of one optimizer step, where the stage trains."""
+    warnings: tuple[str, ...] = ()
+    """What works, and is better done otherwise."""
+    host_bytes_per_process: int = 0
+    """Peak in the machine's own memory, where the peak per process is a GPU's."""
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict == "fits"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "parts": dict(self.parts)}
+
+
+def charge_bytes(peak_bytes: int, processes: int, machine: Machine) -> int:
+    """Bytes to hold against `machine.memory_bytes`: processes share a machine's memory, and have a GPU each."""
+    return peak_bytes if machine.gpu is not None else peak_bytes * processes
+
+
+def fits(charged_bytes: int, machine: Machine) -> bool:
+    """Whether so much leaves the headroom free."""
+    return charged_bytes <= HEADROOM * machine.memory_bytes
+
+
+def of_room(charged_bytes: int, machine: Machine) -> str:
+    """`9.1 of 8.0 GiB`, of one GPU where there are GPUs."""
+    each = " a GPU" if machine.gpu is not None else ""
+    return f"{charged_bytes / GIB:.1f} of {machine.memory_bytes / GIB:.1f} GiB{each}"
+
+
+def verdict_of(charged_bytes: int, machine: Machine, ways_out: Iterable[tuple[str, int]]) -> str:
+    """Return `fits`, or what it needs and the nearest change that fits. Bytes are those of `charge_bytes`."""
+    if fits(charged_bytes, machine):
+        return "fits"
+    needs = f"needs {of_room(charged_bytes, machine)}"
+    way_out = next((setting for setting, size in ways_out if fits(size, machine)), None)
+    return f"{needs}; fits with {way_out}" if way_out else f"{needs}; no change of the spec fits: take a smaller base"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from graftwork.base.package_source import PackageFile, fetch
-from graftwork.cache import Progress, build_once
 from graftwork.errors import DataError
+from graftwork.storage.local import Progress, build_once
 from graftwork.storage.store import cache_root, json_bytes
 
 RECIPES = {

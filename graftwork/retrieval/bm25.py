@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from graftwork.cache import build_once
 from graftwork.datasets.rows import read_passages
 from graftwork.errors import DataError
 from graftwork.prompts.render import Passage
 from graftwork.retrieval.index import Changes, Hit, Numbered, changes, numbered
+from graftwork.storage.local import build_once
 from graftwork.storage.store import cache_root
 
 COMMON_SHARE = 0.05

@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 
 from graftwork.base.package_source import PackageFolder, fetch_folder
 from graftwork.base.source import from_hub
-from graftwork.cache import Progress, file_sha256
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError, DataError
+from graftwork.storage.local import Progress, file_sha256
 
 if TYPE_CHECKING:
     import numpy as np

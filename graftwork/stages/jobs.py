@@ -11,11 +11,11 @@ from graftwork.cluster.jobs.models import Attempt, Demand, Finding, Job, JobBack
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import Spec
 from graftwork.errors import ClusterError, UserError
-from graftwork.planning.accelerators import gpus_of, with_gpus
+from graftwork.planning.hardware import gpus_of, with_gpus
 from graftwork.storage.store import Store
 
 if TYPE_CHECKING:
-    from graftwork.planning.plan import StagePlan
+    from graftwork.planning.memory import StagePlan
 
 UNPLANNED = frozenset({"exec", "experiment", "rag", "cluster"})
 """Kinds without a prediction of memory and time."""

@@ -10,16 +10,14 @@ from pathlib import Path
 from graftwork.artifacts.registry import UnknownAdapter, resolve
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.base.support import base_support, check_serving, check_training
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
-from graftwork.planning.hardware import Gpu, Machine, gpu_here
-from graftwork.planning.memory import FP32, FRAGMENTS, MemoryPlan, TokenWork
-from graftwork.planning.plan import StagePlan, charge_bytes, verdict_of
+from graftwork.planning.hardware import FP32, Gpu, Machine, gpu_here
+from graftwork.planning.memory import FRAGMENTS, MemoryPlan, StagePlan, TokenWork, charge_bytes, verdict_of
 from graftwork.prompts.render import PromptSpec
-from graftwork.quantization.quantizer import import_bitsandbytes
-from graftwork.quantization.spec import PRECISIONS, QuantSpec
+from graftwork.quantization import PRECISIONS, QuantSpec, import_bitsandbytes
 from graftwork.retrieval.embedder import EmbedderShape, EmbedderSpec, resolve_embedder
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.planning import RequestLoad, answers_seconds, plan_serving, predict_embedding

@@ -1,15 +1,20 @@
-"""Files on a disk that this machine mounts. Every write is staged next to its target, synced, then renamed."""
+"""Files on a disk that this machine mounts. Every write is staged next to its target, synced, then renamed.
+
+`build_once` fills the folders of the cache in the same way: one process builds, and the folder appears whole.
+"""
 
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR
 
 from graftwork.errors import StorageError
 
@@ -17,6 +22,8 @@ TMP_PREFIX = ".tmp-"
 """Staged files; never listed, never copied. A killed writer leaves one behind, and nothing else."""
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+Progress = Callable[[str, float], None]
+"""Called with (what is being done, share done in 0..1)."""
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -31,17 +38,14 @@ class LocalFiles:
                 return None
 
     def write(self, path: str, data: bytes) -> None:
-        with _as_storage_errors("write", path), _staged(path) as tmp:
-            _write_synced(tmp, data)
-            os.replace(tmp, path)
-            _sync_folder(path)
+        with _staged("write", path, data) as staged:
+            os.replace(staged, path)
 
     def create(self, path: str, data: bytes) -> bool:
         """A hard link is the one call that both fails on an existing name and shows only whole content."""
-        with _as_storage_errors("create", path), _staged(path) as tmp:
-            _write_synced(tmp, data)
+        with _staged("create", path, data) as staged:
             try:
-                os.link(tmp, path)
+                os.link(staged, path)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -53,7 +57,6 @@ class LocalFiles:
                     "publishing needs a create that fails when the file exists",
                     "set root: to a folder on another filesystem, or to s3://BUCKET/PREFIX",
                 ) from error
-            _sync_folder(path)
         return True
 
     def append(self, path: str, line: bytes) -> None:
@@ -80,38 +83,35 @@ class LocalFiles:
 
     def children(self, path: str) -> dict[str, int | None]:
         with _as_storage_errors("list", path):
-            try:
-                with os.scandir(path) as entries:
-                    found = [entry for entry in entries if not entry.name.startswith(TMP_PREFIX)]
-            except (FileNotFoundError, NotADirectoryError):
-                return {}
-            return {entry.name: size for entry in found if (size := _size(entry)) != -1}
+            return {name: None if S_ISDIR(stat.st_mode) else stat.st_size for name, stat in _entries(path)}
 
     def stamps(self, path: str) -> dict[str, str]:
         with _as_storage_errors("list", path):
-            found = {name: os.stat(f"{path}/{name}") for name, size in self.children(path).items() if size is not None}
-        return {name: _stamp(stat) for name, stat in found.items()}
+            files = [(name, stat) for name, stat in _entries(path) if not S_ISDIR(stat.st_mode)]
+        return {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in files}
 
     def tree(self, path: str) -> dict[tuple[str, ...], str]:
-        found: dict[tuple[str, ...], str] = {}
+        """The inode tells files apart that replaced each other within a clock tick."""
         with _as_storage_errors("list", path):
-            _add_files(path, (), found)
-        return found
+            return {at: f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for at, stat in _files_below(path)}
 
     def ages(self, path: str) -> dict[tuple[str, ...], float]:
         """Its clock is the time that it gives to a new file: on a share that is the server's, not this machine's."""
-        found: dict[tuple[str, ...], float] = {}
         with _as_storage_errors("list", path):
-            if os.path.isdir(path):
-                _add_times(path, (), found)
-                now = _time_of_disk(path)
-                return {name: max(now - written, 0.0) for name, written in found.items()}
-        return found
+            if not os.path.isdir(path):
+                return {}
+            written = {at: stat.st_mtime for at, stat in _files_below(path)}
+            try:
+                with tempfile.TemporaryFile(dir=path, prefix=TMP_PREFIX) as new:
+                    now = os.fstat(new.fileno()).st_mtime
+            except OSError:  # it may be read only
+                now = time.time()
+            return {at: max(now - at_s, 0.0) for at, at_s in written.items()}
 
     def delete(self, path: str) -> None:
         """Moved out of sight in one step, then removed: no reader meets half a folder."""
         with _as_storage_errors("delete", path):
-            gone = _tmp_beside(path)
+            gone = os.path.join(os.path.dirname(path), tmp_name())
             try:
                 os.rename(path, gone)
             except (FileNotFoundError, NotADirectoryError):
@@ -122,20 +122,16 @@ class LocalFiles:
                 os.unlink(gone)
 
     def put_file(self, local: Path, path: str) -> None:
-        copy_file(local, path)
+        with _staged("copy to", path, local) as staged:
+            os.replace(staged, path)
 
     def get_file(self, path: str, local: Path) -> None:
-        copy_file(Path(path), str(local))
+        self.put_file(Path(path), str(local))
 
 
-def copy_file(source: Path, target: str) -> None:
-    """Copy one file so that `target` is absent, old, or whole at every moment. StorageError otherwise."""
-    with _as_storage_errors("copy to", target), _staged(target) as tmp:
-        shutil.copyfile(source, tmp)
-        with open(tmp, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(tmp, target)
-        _sync_folder(target)
+def tmp_name() -> str:
+    """A new name for a staged file."""
+    return f"{TMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
 
 
 def files_under(folder: Path) -> Iterator[tuple[str, ...]]:
@@ -155,80 +151,88 @@ def files_under(folder: Path) -> Iterator[tuple[str, ...]]:
                 yield Path(base, name).relative_to(folder).parts
 
 
-def _stamp(stat: os.stat_result) -> str:
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+def file_sha256(path: Path) -> str:
+    """sha256 hex of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _add_files(folder: str, above: tuple[str, ...], found: dict[tuple[str, ...], str]) -> None:
-    """Every file below, with a stamp. The inode tells files apart that replaced each other within a clock tick."""
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(TMP_PREFIX):
-                continue
-            with suppress(FileNotFoundError):  # deleted since it was listed
-                if entry.is_dir():
-                    _add_files(entry.path, (*above, entry.name), found)
-                else:
-                    stat = entry.stat()
-                    found[*above, entry.name] = f"{stat.st_ino} {_stamp(stat)}"
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `build(empty folder)` if it is absent: one process builds, the others wait.
 
-
-def _add_times(folder: str, above: tuple[str, ...], found: dict[tuple[str, ...], float]) -> None:
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(TMP_PREFIX):
-                continue
-            with suppress(FileNotFoundError):  # replaced or deleted since it was listed
-                if entry.is_dir():
-                    _add_times(entry.path, (*above, entry.name), found)
-                else:
-                    found[*above, entry.name] = entry.stat().st_mtime
-
-
-def _time_of_disk(folder: str) -> float:
-    try:
-        with tempfile.TemporaryFile(dir=folder, prefix=TMP_PREFIX) as new:
-            return os.fstat(new.fileno()).st_mtime
-    except OSError:  # it may be read only
-        return time.time()
-
-
-def _size(entry: os.DirEntry[str]) -> int | None:
-    """Bytes of a file, None for a folder, -1 for what was deleted since it was listed."""
-    try:
-        return None if entry.is_dir() else entry.stat().st_size
-    except FileNotFoundError:
-        return -1
+    A build that raises leaves nothing behind. The files are synced before the folder gets its name, so a crash or a
+    power cut cannot leave a torn one.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder.parent / f".{folder.name}.lock"):
+        if folder.is_dir():
+            return folder
+        unfinished = folder.parent / f".tmp-{folder.name}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            build(unfinished)
+            for path in unfinished.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
 
 
 @contextmanager
-def _staged(path: str) -> Iterator[str]:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    tmp = _tmp_beside(path)
-    try:
-        yield tmp
-    finally:
-        Path(tmp).unlink(missing_ok=True)
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path` among the processes of this machine; freed when its holder dies."""
+    with path.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
-def _tmp_beside(path: str) -> str:
-    return os.path.join(os.path.dirname(path), f"{TMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}")
+def _entries(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Name and facts of each child; one that is deleted during the listing is left out."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith(TMP_PREFIX):
+                with suppress(FileNotFoundError):
+                    yield entry.name, entry.stat()
 
 
-def _write_synced(path: str, data: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], os.stat_result]]:
+    """Parts and facts of every file below a folder."""
+    for name, stat in _entries(folder):
+        if S_ISDIR(stat.st_mode):
+            yield from _files_below(os.path.join(folder, name), (*above, name))
+        else:
+            yield (*above, name), stat
 
 
-def _sync_folder(path: str) -> None:
-    """Make the rename itself durable."""
-    fd = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+@contextmanager
+def _staged(action: str, path: str, content: bytes | Path) -> Iterator[str]:
+    """Write a synced file next to `path`, which the block gives its name; then make the new name durable."""
+    folder = os.path.dirname(path)
+    with _as_storage_errors(action, path):
+        os.makedirs(folder, exist_ok=True)
+        staged = os.path.join(folder, tmp_name())
+        try:
+            if isinstance(content, Path):
+                shutil.copyfile(content, staged)
+            with open(staged, "xb" if isinstance(content, bytes) else "rb+") as file:
+                if isinstance(content, bytes):
+                    file.write(content)
+                    file.flush()
+                os.fsync(file.fileno())
+            yield staged
+            fd = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        finally:
+            Path(staged).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -236,8 +240,8 @@ def _as_storage_errors(action: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        found, hint = _explain(error, path)
-        raise StorageError(f"{action} {path}", found, "", hint) from error
+        problem, hint = _explain(error, path)
+        raise StorageError(f"{action} {path}", problem, "", hint) from error
 
 
 def _explain(error: OSError, path: str) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
@@ -11,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from graftwork.errors import StorageError, StoreUnreachable
-from graftwork.storage.local import FULL_DISK
+from graftwork.storage.local import FULL_DISK, tmp_name
 
 CONNECT_TIMEOUT_S = 3
 READ_TIMEOUT_S = 20
@@ -140,7 +139,7 @@ class S3Objects:
             self._client().put_file(str(local), uri)
 
     def get_file(self, uri: str, local: Path) -> None:
-        tmp = local.parent / f".tmp-{os.getpid()}-{secrets.token_hex(6)}"
+        tmp = local.parent / tmp_name()
         with _as_storage_errors("download", uri):
             local.parent.mkdir(parents=True, exist_ok=True)
             try:

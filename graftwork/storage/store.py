@@ -69,10 +69,7 @@ class Store:
         return f"Store({self.uri!r})"
 
     def __reduce__(self) -> tuple[type["Store"], tuple[str, float]]:
-        return Store, (
-            self.uri,
-            self._patience_s,
-        )  # a client is never sent to another process, its environment opens its own
+        return Store, (self.uri, self._patience_s)  # each process opens a client of its own environment
 
     def with_retries(self, patience_s: float) -> "Store":
         """The same root, each call tried again for so long while its server cannot be reached."""
@@ -297,28 +294,24 @@ def check_part(part: str) -> None:
 
 def _normalise(uri: str) -> str:
     """Absolute path of a local URI, `s3://bucket/prefix` without a trailing slash otherwise."""
-    match = _SCHEME.match(uri)
-    if not match:
-        return _normalise_path(uri)
-    scheme, parts = match[1].lower(), urlsplit(uri)
-    if "@" in parts.netloc or ":" in parts.netloc or parts.query or parts.fragment:
-        raise ConfigError(
-            f"uri {scheme}://***",
-            "it carries credentials or parameters (hidden here)",
-            "a URI names a place and nothing else",
-            "credentials go into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the endpoint into AWS_ENDPOINT_URL",
-        )
-    if scheme == "file" and parts.netloc in ("", "localhost"):
-        return _normalise_path(unquote(parts.path))
-    if scheme == "s3" and _BUCKET.fullmatch(parts.netloc):
-        prefix = parts.path.removeprefix("/").rstrip("/")
-        names = prefix.split("/") if prefix else []
-        if not any(name in ("", ".", "..") for name in names):
-            return "/".join([f"s3://{parts.netloc}", *names])
-    raise ConfigError(f"uri {uri}", "it names no place that can be read here", _FORMS)
-
-
-def _normalise_path(path: str) -> str:
+    path = uri
+    if match := _SCHEME.match(uri):
+        scheme, parts = match[1].lower(), urlsplit(uri)
+        if "@" in parts.netloc or ":" in parts.netloc or parts.query or parts.fragment:
+            raise ConfigError(
+                f"uri {scheme}://***",
+                "it carries credentials or parameters (hidden here)",
+                "a URI names a place and nothing else",
+                "credentials go into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the endpoint into AWS_ENDPOINT_URL",
+            )
+        if scheme == "s3" and _BUCKET.fullmatch(parts.netloc):
+            prefix = parts.path.removeprefix("/").rstrip("/")
+            names = prefix.split("/") if prefix else []
+            if not any(name in ("", ".", "..") for name in names):
+                return "/".join([f"s3://{parts.netloc}", *names])
+        if scheme != "file" or parts.netloc not in ("", "localhost"):
+            raise ConfigError(f"uri {uri}", "it names no place that can be read here", _FORMS)
+        path = unquote(parts.path)
     if not path or "\0" in path or _ALMOST_URI.match(path):
         raise ConfigError(f"uri {path!r}", "it is neither a path nor a whole URI", _FORMS)
     return os.path.abspath(os.path.expanduser(path))

@@ -15,7 +15,7 @@ from graftwork.cluster.kuberay.objects import build_rayjob, service_objects
 from graftwork.cluster.kuberay.preflight import machines_of
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import load
-from graftwork.planning.accelerators import with_gpus
+from graftwork.planning.hardware import with_gpus
 
 FOLDER = Path(__file__).parent
 CLUSTERS = FOLDER.parents[1] / "examples" / "clusters"

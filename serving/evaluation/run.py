@@ -19,7 +19,7 @@ from graftwork.base.support import check_serving
 from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_fields, read_rows, resolve_prompt
 from graftwork.environment import collect
 from graftwork.errors import ConfigError
-from graftwork.planning.accelerators import accelerators_here, with_gpus
+from graftwork.planning.hardware import accelerators_here, with_gpus
 from graftwork.report import BuiltReport, build
 from graftwork.report.render import ReportInput
 from graftwork.report.schema import CompareReport, DecisionCard, JudgeReport

@@ -5,10 +5,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.config import Spec
-from graftwork.planning.accelerators import AUTO, Gpus, resolved_count
-from graftwork.quantization.spec import QuantSpec
+from graftwork.planning.hardware import AUTO, Gpus, resolved_count
+from graftwork.quantization import QuantSpec
 from graftwork.serving.evaluation.scorers.json_answer import FieldsSpec
 from graftwork.serving.evaluation.scorers.load import ScorerSpec
 from graftwork.serving.evaluation.scorers.plugin import OwnSpec

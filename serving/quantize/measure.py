@@ -29,7 +29,7 @@ from graftwork.errors import BaseModelError, RunError
 from graftwork.planning.memory import weight_bytes
 from graftwork.prompts.render import PromptSpec
 from graftwork.prompts.template import Template
-from graftwork.quantization.spec import PRECISIONS, Precision, QuantSpec, default_dtype
+from graftwork.quantization import PRECISIONS, Precision, QuantSpec, default_dtype
 from graftwork.report.evaluation_schema import PrecisionFacts
 from graftwork.report.schema import Record
 from graftwork.serving.api.errors import ApiError

@@ -12,15 +12,15 @@ from graftwork.base import load as base_model
 from graftwork.base.load import ResolvedBase
 from graftwork.base.support import check_serving
 from graftwork.config import canonical_json
-from graftwork.datasets.row_keys import KeyCheck
+from graftwork.datasets.readers import KeyCheck
 from graftwork.datasets.rows import DatasetRow, key_check, read_rows, read_text
 from graftwork.environment import collect
 from graftwork.errors import ConfigError, DataError, GraftworkError, RunError
-from graftwork.planning.accelerators import accelerators_here, with_gpus
+from graftwork.planning.hardware import accelerators_here, with_gpus
 from graftwork.prompts import render as chat
 from graftwork.prompts.render import Message
 from graftwork.prompts.template import Template
-from graftwork.quantization.spec import Precision
+from graftwork.quantization import Precision
 from graftwork.report import BuiltReport, ReportInput, build
 from graftwork.report.evaluation_schema import QuantizeReport
 from graftwork.scoring import AnswerSchema

@@ -4,10 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.config import Spec
-from graftwork.planning.accelerators import AUTO, Gpus, resolved_count
-from graftwork.quantization.spec import PRECISIONS, Precision
+from graftwork.planning.hardware import AUTO, Gpus, resolved_count
+from graftwork.quantization import PRECISIONS, Precision
 from graftwork.serving.spec import ArmSpec, EngineSpec
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork.datasets.readers import no_rows, read_records, require_new
-from graftwork.datasets.row_keys import QUESTION, KeyCheck
+from graftwork.datasets.readers import QUESTION, KeyCheck, no_rows, read_records, require_new
 from graftwork.errors import DataError
 from graftwork.retrieval import Hit, Retriever
 from graftwork.retrieval.corpus import document_of

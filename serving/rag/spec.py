@@ -4,9 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.config import Spec
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.retrieval.corpus import ChunkSpec, SourceSpec
 from graftwork.retrieval.embedder import EmbedderSpec
 from graftwork.retrieval.index_store import IndexHome, Kind

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from graftwork.base.load import ResolvedBase
 from graftwork.errors import ArtifactError, BaseModelError, ConfigError, DataError
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.serving.engine.request import (
     EngineStats,
     FinishReason,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from graftwork.errors import ConfigError
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.serving.engine.request import FinishReason, GenerateRequest, SamplingError, SamplingParams, TokenEvent
 from graftwork.serving.spec import EngineSpec
 

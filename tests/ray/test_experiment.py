@@ -13,7 +13,7 @@ import pytest
 
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.cluster.session import Session
 from graftwork.serving.ab_test.log import LogRow, rules_of
 from graftwork.serving.ab_test.log_reader import ExperimentLog

@@ -21,9 +21,8 @@ from ray import serve
 
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import aliases
-from graftwork.artifacts.registry import list_adapters
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.cluster.session import Session
 from graftwork.errors import ConfigError
 from graftwork.prompts.render import Message
@@ -31,7 +30,7 @@ from graftwork.serving.client import ChatCall, Client
 from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage.store import Store
-from tests.adapters import facts
+from tests.adapters import facts, list_adapters
 from tests.engines import write_lora
 from tests.ports import free_port
 from tests.tiny import write_tiny_base

@@ -26,7 +26,7 @@ from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.cluster.session import Session
 from graftwork.errors import ArtifactError, ClusterError, ConfigError
 from graftwork.prompts import render as chat

@@ -16,8 +16,6 @@ SHORT_MODULES = {
     "graftwork/adapters/full.py",  # an adapter kind is a module
     "graftwork/adapters/ia3.py",
     "graftwork/adapters/spec.py",  # their union
-    "graftwork/adapters/target_modules.py",
-    "graftwork/cache.py",  # folders made once, for all parts
     "graftwork/compat/torch.py",  # hooks of one library
     "graftwork/plugins.py",  # rewards and scorers of other packages
     "graftwork/recipes/element_prose.py",  # a recipe is a module

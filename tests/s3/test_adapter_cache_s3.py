@@ -18,13 +18,13 @@ from graftwork.artifacts import publish as artifact
 from graftwork.artifacts import publish as artifact_local
 from graftwork.artifacts import publish as artifact_register
 from graftwork.artifacts.manifest import AdapterManifest
-from graftwork.artifacts.registry import list_adapters, resolve, verify_adapter
+from graftwork.artifacts.registry import resolve, verify_adapter
 from graftwork.errors import ArtifactError, StorageError
 from graftwork.serving.adapter_cache import AdapterCache
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.models import AdapterSource
 from graftwork.storage.store import Store
-from tests.adapters import facts
+from tests.adapters import facts, list_adapters
 from tests.engines import load_model, spec, write_lora
 from tests.s3_server import Weed
 from tests.tiny import write_tiny_base

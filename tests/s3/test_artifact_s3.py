@@ -13,10 +13,10 @@ import pytest
 
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import aliases
-from graftwork.artifacts.registry import Listing, UnknownAdapter, list_adapters, open_adapter, resolve, verify_adapter
+from graftwork.artifacts.registry import Listing, UnknownAdapter, open_adapter, resolve, verify_adapter
 from graftwork.errors import ArtifactError
 from graftwork.storage.store import Store
-from tests.adapters import facts, write_adapter
+from tests.adapters import facts, list_adapters, write_adapter
 from tests.process_races import outcome, race, start
 from tests.s3_server import Weed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.base.load import resolve
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.datasets.rows import read_rows
 from graftwork.errors import BaseModelError, StorageError
 from graftwork.prompts.render import Passage

@@ -25,7 +25,7 @@ from graftwork.artifacts.verify import CONFIG_FILE, WEIGHTS_FILE
 from graftwork.config import canonical_json
 from graftwork.errors import ArtifactError, ConfigError
 from graftwork.prompts.render import PromptSpec
-from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.quantization import import_bitsandbytes
 from graftwork.storage.store import Store
 
 SUMS = ("cat", "svd", "linear")

@@ -11,7 +11,7 @@ from graftwork import stats
 from graftwork.artifacts.manifest import AdapterManifest
 from graftwork.artifacts.registry import resolve
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.config import validate
 from graftwork.datasets.rows import read_rows
 from graftwork.environment import collect

@@ -17,7 +17,7 @@ from graftwork.base.load import ResolvedBase
 from graftwork.config import canonical_json
 from graftwork.planning.memory import BATCH_ROWS, BATCH_TOKENS
 from graftwork.prompts.template import Template
-from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.quantization import import_bitsandbytes
 from graftwork.storage.store import Store
 from graftwork.training.adapters.attach import attach, load_adapter_weights
 from graftwork.training.checkpoint import Checkpoints

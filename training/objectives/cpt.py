@@ -17,7 +17,7 @@ from pydantic import Field
 from graftwork.config import Spec, canonical_json
 from graftwork.datasets import readers as records
 from graftwork.datasets import rows as data
-from graftwork.datasets.row_keys import DOCUMENT, KeyCheck
+from graftwork.datasets.readers import DOCUMENT, KeyCheck
 from graftwork.errors import ConfigError, DataError
 from graftwork.training.objectives.protocol import Packing, Part, Traits, check_packing
 from graftwork.training.objectives.row_cache import TokenRows

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.config import Spec
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.storage.store import ALIAS_PATTERN
 from graftwork.training.objectives.protocol import Part, SecondModel, Traits, check_no_zero3
 from graftwork.training.objectives.row_cache import IGNORED, Rows, TokenRows

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from graftwork.config import Spec, canonical_json
 from graftwork.datasets import readers as records
 from graftwork.datasets import rows as data
-from graftwork.datasets.row_keys import PAIR, PREFERENCE_LOSS, KeyCheck
+from graftwork.datasets.readers import PAIR, PREFERENCE_LOSS, KeyCheck
 from graftwork.errors import DataError
 from graftwork.prompts import render as chat
 from graftwork.prompts.render import Message, Prompt

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
-    from graftwork.base.spec import BaseSpec
+    from graftwork.base.source import BaseSpec
     from graftwork.prompts.template import Template
-    from graftwork.quantization.spec import QuantSpec
+    from graftwork.quantization import QuantSpec
     from graftwork.training.objectives.rows import ReadPart
     from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
     from graftwork.training.spec import TrainSpec

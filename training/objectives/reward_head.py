@@ -14,7 +14,7 @@ from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
 from graftwork.base.load import ResolvedBase
 from graftwork.errors import BaseModelError
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.storage.store import Store
 from graftwork.training.objectives.row_cache import TokenRows
 from graftwork.training.objectives.trainer import share

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from graftwork.cache import build_once
+from graftwork.storage.local import build_once
 from graftwork.storage.store import Store, cache_root
 
 if TYPE_CHECKING:

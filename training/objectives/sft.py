@@ -32,7 +32,7 @@ from graftwork.training.objectives.rows import (
 )
 
 if TYPE_CHECKING:
-    from graftwork.datasets.row_keys import KeyCheck
+    from graftwork.datasets.readers import KeyCheck
     from graftwork.prompts.template import Template
     from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
     from graftwork.training.spec import TrainSpec

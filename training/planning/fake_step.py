@@ -21,8 +21,9 @@ from transformers.utils import logging
 from graftwork.base import meta_model
 from graftwork.compat.torch import EachResult, fake_tensors, storage_key
 from graftwork.errors import ConfigError
-from graftwork.planning.memory import BF16, RowSizes
-from graftwork.quantization.methods import BLOCK, SCALE_BLOCK, SMALLEST
+from graftwork.planning.hardware import BF16
+from graftwork.planning.memory import RowSizes
+from graftwork.quantization import BLOCK, SCALE_BLOCK, SMALLEST
 from graftwork.training.adapters.attach import attach
 from graftwork.training.planning.memory import TILE_TOKENS, TILE_VOCAB, Pass, micro_batch, pass_of
 from graftwork.training.spec import TrainSpec

@@ -14,14 +14,12 @@ import numpy as np
 
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
+from graftwork.planning.hardware import BF16, FP32, MIB
 from graftwork.planning.memory import (
     BATCH_TOKENS,
-    BF16,
     CUDA_BYTES,
-    FP32,
     FRAGMENTS,
-    MIB,
     EachRow,
     MemoryPlan,
     RowSizes,

@@ -7,10 +7,20 @@ from typing import Any
 
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import ConfigError
-from graftwork.planning.hardware import Gpu, Machine
-from graftwork.planning.memory import BF16, FP32, GIB, Correction, MemoryPlan, RowSizes, TokenWork
-from graftwork.planning.plan import HEADROOM, START_S, StagePlan, charge_bytes, fits, of_room, verdict_of
-from graftwork.quantization.methods import SMALLEST
+from graftwork.planning.hardware import BF16, FP32, GIB, Correction, Gpu, Machine
+from graftwork.planning.memory import (
+    HEADROOM,
+    START_S,
+    MemoryPlan,
+    RowSizes,
+    StagePlan,
+    TokenWork,
+    charge_bytes,
+    fits,
+    of_room,
+    verdict_of,
+)
+from graftwork.quantization import SMALLEST
 from graftwork.training.planning.memory import kind_of, micro_batch, predict_training
 from graftwork.training.spec import TrainSpec
 

@@ -7,7 +7,8 @@ from typing import Any
 from graftwork.adapters.lora import LoraSpec
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
-from graftwork.planning.memory import FP32, MemoryPlan, RowSizes, frozen_bytes
+from graftwork.planning.hardware import FP32
+from graftwork.planning.memory import MemoryPlan, RowSizes, frozen_bytes
 from graftwork.training.objectives.cpt import CptSpec
 from graftwork.training.objectives.rows import PreparedData
 from graftwork.training.objectives.sft import SftSpec

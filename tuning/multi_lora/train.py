@@ -14,7 +14,7 @@ from transformers import set_seed
 from graftwork.adapters.lora import LoraSpec
 from graftwork.base import load as base_model
 from graftwork.errors import RunError
-from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.quantization import import_bitsandbytes
 from graftwork.training.loop import device_of, plan_of
 from graftwork.training.objectives.row_cache import IGNORED, Rows
 from graftwork.training.objectives.rows import PackedRows

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from graftwork import environment
-from graftwork.cache import build_once
+from graftwork.storage.local import build_once
 from graftwork.storage.store import cache_root
 
 MOST_RANK = 512

@@ -6,7 +6,7 @@ from pathlib import Path
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.planning.memory import weight_bytes
-from graftwork.quantization.spec import PRECISIONS, QuantSpec
+from graftwork.quantization import PRECISIONS, QuantSpec
 from tests.docs.extending.common import check_served_as_peft, require_copy, small_task, train_and_fetch
 
 TABLE_BYTES = 160

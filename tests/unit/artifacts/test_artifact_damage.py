@@ -12,10 +12,10 @@ import pytest
 
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import aliases, content_version
-from graftwork.artifacts.registry import list_adapters, locate, open_adapter, verify_adapter
+from graftwork.artifacts.registry import locate, open_adapter, verify_adapter
 from graftwork.errors import ArtifactError
 from graftwork.storage.store import Store
-from tests.adapters import facts, write_adapter
+from tests.adapters import facts, list_adapters, write_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

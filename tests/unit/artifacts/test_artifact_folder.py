@@ -180,7 +180,7 @@ def test_a_header_is_accepted_exactly_when_the_safetensors_library_accepts_it(
     blob = blob[: data.draw(st.integers(0, len(blob)))] if data.draw(st.booleans()) else blob
     path.write_bytes(blob)
     try:
-        ours = verify.parse_safetensors(bytes(blob))
+        ours = verify.parse_header(bytes(blob), len(blob))
     except ValueError:
         return
     with safe_open(path, framework="numpy") as theirs:

@@ -10,10 +10,10 @@ import pytest
 
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import AdapterManifest, aliases
-from graftwork.artifacts.registry import UnknownAdapter, list_adapters, resolve, verify_adapter
+from graftwork.artifacts.registry import UnknownAdapter, resolve, verify_adapter
 from graftwork.errors import StorageError
 from graftwork.storage.store import Store
-from tests.adapters import facts, write_adapter
+from tests.adapters import facts, list_adapters, write_adapter
 from tests.process_races import die_at, fork_race, outcome, start
 
 
@@ -139,7 +139,7 @@ def test_publishing_on_a_full_filesystem_is_a_storage_error_and_nothing_is_visib
     mount.mkdir()
     inside = (
         "from graftwork.artifacts.manifest import aliases\n"
-        "from graftwork.artifacts.registry import list_adapters\nfrom graftwork.storage.store import Store\n"
+        "from tests.adapters import list_adapters\nfrom graftwork.storage.store import Store\n"
         "from tests.process_races import outcome, start\n"
         f"store = Store({str(mount)!r})\n"
         f"answer = outcome(start(('publish', store.uri, 'support', {str(folder)!r}, 'latest')))\n"

@@ -10,10 +10,10 @@ from safetensors.numpy import load_file
 
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import aliases
-from graftwork.artifacts.registry import UnknownAdapter, list_adapters, open_adapter, resolve, verify_adapter
+from graftwork.artifacts.registry import UnknownAdapter, open_adapter, resolve, verify_adapter
 from graftwork.errors import ArtifactError
 from graftwork.storage.store import Store
-from tests.adapters import facts, write_adapter, write_config
+from tests.adapters import facts, list_adapters, write_adapter, write_config
 from tests.tiny import write_tiny_base
 
 WEIGHTS = "adapter_model.safetensors"

@@ -11,10 +11,10 @@ import pytest
 from graftwork.artifacts.verify import problems, read_folder
 from graftwork.base import load as base_model
 from graftwork.base.load import LoadedBase, ResolvedBase
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.base.support import base_support, check_serving, check_training
 from graftwork.errors import BaseModelError
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.spec import ServeSpec
 from graftwork.training.objectives.rows import prepare
@@ -41,20 +41,20 @@ ROWS = [
 def test_a_family_trains_as_far_as_its_support_says(kind: str, tmp_path: Path) -> None:
     base = resolved(kind, tmp_path)
     support = base_support(base.config)
-    targets = next((which for which, found in support.lora.items() if found.supported), "all-linear")
+    targets = next((which for which, found in support.lora.items() if not found.reason), "all-linear")
     for quant in ("none", "nf4"):
         spec = train_spec(base, tmp_path, quant={"kind": quant}, adapter={"rank": 4, "targets": targets})
         packed = support.train_packed if quant == "nf4" else support.stages["none"]
-        if support.stages["train"].supported and support.stages[quant].supported and packed.supported:
+        if not (support.stages["train"].reason or support.stages[quant].reason or packed.reason):
             check_training(spec, base.config)
             assert all(math.isfinite(loss) for loss in losses(spec)), quant
         else:
             with pytest.raises(BaseModelError):
                 check_training(spec, base.config)
-    if support.stages["train"].supported:  # and publishing takes the adapter
+    if not support.stages["train"].reason:  # and publishing takes the adapter
         assert list(problems(read_folder(write_adapter(base, tmp_path / "adapter", targets)))) == []
     for which, found in support.lora.items():
-        if not found.supported:
+        if found.reason:
             spec = train_spec(base, tmp_path, quant={"kind": "none"}, adapter={"targets": which})
             with pytest.raises(BaseModelError, match="adapter|PEFT|router"):
                 check_training(spec, base.config)
@@ -64,9 +64,9 @@ def test_a_family_trains_as_far_as_its_support_says(kind: str, tmp_path: Path) -
 def test_a_family_packs_rows_as_its_support_says(kind: str, tmp_path: Path) -> None:
     base = resolved(kind, tmp_path)
     support = base_support(base.config)
-    if not support.stages["train"].supported:
+    if support.stages["train"].reason:
         return
-    targets = next(which for which, found in support.lora.items() if found.supported)
+    targets = next(which for which, found in support.lora.items() if not found.reason)
     spec = train_spec(
         base,
         tmp_path,
@@ -75,7 +75,7 @@ def test_a_family_packs_rows_as_its_support_says(kind: str, tmp_path: Path) -> N
         objective={"kind": "sft", "packing": "best_fit"},
         max_length=256,
     )
-    if support.stages["pack"].supported:
+    if not support.stages["pack"].reason:
         check_training(spec, base.config)
         assert all(math.isfinite(loss) for loss in losses(spec))
     else:
@@ -89,18 +89,18 @@ def test_a_family_is_served_as_its_support_says(kind: str, tmp_path: Path) -> No
     base = resolved(kind, tmp_path)
     support = base_support(base.config)
     spec = ServeSpec.model_validate({"base": str(base.folder), "quant": {"kind": "none"}})
-    if not support.stages["serve"].supported:
+    if support.stages["serve"].reason:
         with pytest.raises(BaseModelError):
             check_serving(spec)
         with pytest.raises(BaseModelError):  # nor does the engine start where nobody checked
             NativeEngine(loaded(base).model, engines.spec(), "cpu")
         return
     check_serving(spec)
-    if not support.stages["serve adapters"].supported:
+    if support.stages["serve adapters"].reason:
         with pytest.raises(BaseModelError):
             check_serving(spec.with_({"adapters": ["t@latest"]}))
-    targets = next((which for which, found in support.lora.items() if found.supported), None)
-    adapted = support.stages["serve adapters"].supported and targets is not None
+    targets = next((which for which, found in support.lora.items() if not found.reason), None)
+    adapted = not support.stages["serve adapters"].reason and targets is not None
     adapter = write_adapter(base, tmp_path / "adapter", targets) if adapted else None
     prompts = prompts_of(base)
     engine = NativeEngine(loaded(base).model, engines.spec(prefill_tokens=16), "cpu")

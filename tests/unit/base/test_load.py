@@ -13,12 +13,12 @@ import torch
 
 from graftwork.base.load import ResolvedBase, load, resolve, template
 from graftwork.base.package_source import PackageFile, fetch
-from graftwork.base.spec import BaseSpec
-from graftwork.cache import file_sha256
+from graftwork.base.source import BaseSpec
 from graftwork.config import Spec, validate
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.prompts import render as chat
-from graftwork.quantization.spec import QuantSpec, cpu_dtype
+from graftwork.quantization import QuantSpec, cpu_dtype_name
+from graftwork.storage.local import file_sha256
 from tests.tiny import write_tiny_base
 from tests.tiny_gguf import write_tiny_gguf, write_wheel
 
@@ -73,8 +73,8 @@ def logits(base: ResolvedBase, quant: QuantSpec) -> torch.Tensor:
     ],
 )
 def test_a_cpu_computes_in_the_dtype_that_is_faster_there(flags: set[str], vendor: str, dtype: torch.dtype) -> None:
-    found, reason = cpu_dtype(frozenset(flags), vendor)
-    assert found == dtype
+    found, reason = cpu_dtype_name(frozenset(flags), vendor)
+    assert getattr(torch, found) == dtype
     assert "BF16" in reason
 
 

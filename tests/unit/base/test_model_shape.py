@@ -16,10 +16,10 @@ from graftwork.adapters.prefix import PrefixSpec
 from graftwork.adapters.spec import AdapterSpec
 from graftwork.base.load import load, resolve
 from graftwork.base.model_shape import ModelShape, facts_of
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.errors import BaseModelError
 from graftwork.planning.memory import weight_bytes
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from tests.families import FAMILIES, config_of, write_family
 
 ADAPTERS: list[AdapterSpec] = [

@@ -9,9 +9,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from graftwork.base import load as base_quantised
 from graftwork.base.load import LoadedBase, ResolvedBase, load, resolve
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.errors import BaseModelError
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from tests.tiny import write_tiny_base
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from graftwork.artifacts import publish as artifact
-from graftwork.artifacts.manifest import AdapterManifest, build
+from graftwork.artifacts.manifest import AdapterManifest, build_manifest
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.errors import ArtifactError, BaseModelError
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from tests.adapters import facts
 from tests.tiny import write_tiny_base
 
@@ -30,7 +30,9 @@ def base(folder: Path, rope: object = None) -> BaseSpec:
 def manifest(digest: str) -> AdapterManifest:
     made = {"sha256": "0" * 64, "size_bytes": 1}
     files = {"adapter_config.json": made, "adapter_model.safetensors": made}
-    return build("support", {**facts(base_digest=digest), "files": files, "created_at": "2026-01-01T00:00:00Z"})
+    return build_manifest(
+        "support", {**facts(base_digest=digest), "files": files, "created_at": "2026-01-01T00:00:00Z"}
+    )
 
 
 def test_yarn_is_set_before_load_and_gives_transformers_own_frequencies(folder: Path) -> None:

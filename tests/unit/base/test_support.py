@@ -192,7 +192,7 @@ def test_families_that_raised_errors_of_libraries_have_reasons(kind: str, reason
 def test_a_family_whose_code_reads_packed_weights_is_trained_on_plain_ones() -> None:
     """Gemma-3n clamps two linears in each training step, which fails on bytes."""
     config = config_of("gemma3n_text")
-    assert check_training(train_spec("b", "r.jsonl"), config).stages["train"].supported
+    assert not check_training(train_spec("b", "r.jsonl"), config).stages["train"].reason
     with pytest.raises(BaseModelError, match="quant.kind=nf4(.|\n)*weights of linear layers by itself"):
         check_training(train_spec("b", "r.jsonl", quant={"kind": "nf4"}), config)
 
@@ -256,11 +256,11 @@ def table() -> str:
     lines = [f"| model_type | class | {' | '.join(STAGES)} |", f"|---|---|{'---|' * len(STAGES)}"]
     for kind in sorted(FAMILIES):
         support = base_support(config_of(kind))
-        cells = {stage: "yes" if found.supported else "no" for stage, found in support.stages.items()}
-        taken = [which for which, found in support.lora.items() if found.supported]
+        cells = {stage: "no" if found.reason else "yes" for stage, found in support.stages.items()}
+        taken = [which for which, found in support.lora.items() if not found.reason]
         if cells["train"] == "yes" and "all-linear" not in taken:
             cells["train"] = f"targets: {', '.join(taken)}"
-        if not support.train_packed.supported:
+        if support.train_packed.reason:
             cells["train"] = "quant.kind=none"
         if support.outside and cells["train"] == "yes":
             cells["train"] = "1 worker under ddp"

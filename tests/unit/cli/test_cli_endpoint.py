@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import aliases
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.cli import app
 from graftwork.prompts.render import Message
 from graftwork.serving.api.errors import ApiError

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from graftwork import config
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.cli import app
 from graftwork.errors import ConfigError
 from graftwork.serving.ab_test.spec import ExperimentSpec

@@ -12,7 +12,7 @@ import yaml
 from examples.studies.plan import likelihood_answers
 from examples.studies.spec import StudySpec
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.datasets.rows import read_rows
 from graftwork.prompts.render import PromptSpec
 from graftwork.serving.arms import build_prompt

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from graftwork.datasets import rows as data
-from graftwork.datasets.row_keys import RENAMED_ROW_KEYS, KeyCheck
+from graftwork.datasets.readers import RENAMED_ROW_KEYS, KeyCheck
 from graftwork.datasets.rows import is_same_place, read_rows, resolve_prompt
 from graftwork.errors import ConfigError, DataError
 from graftwork.prompts.render import PromptSpec

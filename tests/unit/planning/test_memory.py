@@ -21,20 +21,17 @@ from graftwork.adapters.spec import AdapterSpec
 from graftwork.base.model_shape import ModelShape
 from graftwork.environment import Speed, available_memory, measure_speed
 from graftwork.errors import BaseModelError
-from graftwork.planning.hardware import Machine
+from graftwork.planning.hardware import FP32, GIB, MIB, Machine
 from graftwork.planning.memory import (
-    FP32,
-    GIB,
-    MIB,
     RowSizes,
+    StagePlan,
     TokenWork,
     full_training_bytes,
     kv_bytes,
     saved_bytes,
     weight_bytes,
 )
-from graftwork.planning.plan import StagePlan
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.retrieval.embedder import EmbedderShape
 from graftwork.serving.planning import RequestLoad, answers_seconds, plan_serving, predict_embedding, predict_serving
 from graftwork.serving.spec import EngineSpec, ServeSpec

@@ -12,9 +12,19 @@ from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.environment import Speed, collect
 from graftwork.errors import BaseModelError, ConfigError
-from graftwork.planning.hardware import GPUS, Machine, gpu_called, named_gpu
-from graftwork.planning.memory import GIB, RUNS, Correction, RowSizes, learn, read_corrections
-from graftwork.quantization.spec import QuantSpec
+from graftwork.planning.hardware import (
+    GIB,
+    GPUS,
+    RUNS,
+    Correction,
+    Machine,
+    gpu_called,
+    learn,
+    named_gpu,
+    read_corrections,
+)
+from graftwork.planning.memory import RowSizes
+from graftwork.quantization import QuantSpec
 from graftwork.serving.planning import plan_serving
 from graftwork.serving.spec import EngineSpec
 from graftwork.stages.plans import plan_spec

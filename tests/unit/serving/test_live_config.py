@@ -13,7 +13,7 @@ import pytest
 
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.serving.api.app import make_app
 from graftwork.serving.api.auth import Keys
 from graftwork.serving.live_config import LiveConfig

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.serving.api.errors import ApiError
 from graftwork.serving.arms import raw_prompt
 from graftwork.serving.messages import ArmRequest

@@ -7,7 +7,7 @@ import pytest
 
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.errors import RunError
 from graftwork.prompts import render as chat
 from graftwork.serving.api.errors import ApiError

@@ -10,10 +10,10 @@ import torch
 
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.config import validate
 from graftwork.errors import ArtifactError, ConfigError
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.models import AdapterSource
 from graftwork.storage.store import RunPaths, Store

@@ -17,8 +17,8 @@ from graftwork.artifacts.manifest import aliases, roll_back
 from graftwork.cli.tune import show, sweep_json
 from graftwork.environment import Speed
 from graftwork.errors import ConfigError, RunError
-from graftwork.planning.hardware import Machine
-from graftwork.planning.memory import GIB, RowSizes
+from graftwork.planning.hardware import GIB, Machine
+from graftwork.planning.memory import RowSizes
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.evaluation.spec import RetentionSpec
 from graftwork.training.planning.plan import RAY_TUNE_START_S

@@ -20,8 +20,8 @@ from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.cluster.jobs.models import Demand
 from graftwork.errors import ClusterError, ConfigError, DataError
-from graftwork.planning.hardware import GPUS, Machine
-from graftwork.planning.memory import GIB, Correction, RowSizes
+from graftwork.planning.hardware import GIB, GPUS, Correction, Machine
+from graftwork.planning.memory import RowSizes
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.autotune import machine_of
 from graftwork.training.loop import run_steps

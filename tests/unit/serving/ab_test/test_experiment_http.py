@@ -14,7 +14,7 @@ import pytest
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import aliases
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.serving.ab_test.log import LogRow
 from graftwork.serving.ab_test.log_reader import ExperimentLog
 from graftwork.serving.spec import ServeSpec

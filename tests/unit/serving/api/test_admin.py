@@ -13,13 +13,13 @@ import pytest
 
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import aliases
-from graftwork.artifacts.registry import list_adapters, verify_adapter
+from graftwork.artifacts.registry import verify_adapter
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.serving.api.auth import Keys
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage.store import Store
-from tests.adapters import facts
+from tests.adapters import facts, list_adapters
 from tests.engines import write_lora
 from tests.local_endpoint import local_client
 from tests.tiny import write_tiny_base

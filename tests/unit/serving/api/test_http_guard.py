@@ -23,7 +23,7 @@ import uvicorn
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.registry import Listing
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.serving.api import auth
 from graftwork.serving.api.auth import Keys
 from graftwork.serving.api.http_protocol import BoundedHttpProtocol

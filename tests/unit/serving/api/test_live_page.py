@@ -14,7 +14,7 @@ import pytest
 
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.serving.api.status import page
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage.store import Store

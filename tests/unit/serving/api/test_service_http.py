@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import aliases
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.retrieval.embedder import Embedder
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage.store import Store

@@ -17,9 +17,9 @@ import torch
 from tokenizers import Tokenizer
 
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.errors import ArtifactError, DataError
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.serving.engine import Engine
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.request import TokenEvent

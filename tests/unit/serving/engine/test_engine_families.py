@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.errors import BaseModelError, ConfigError
-from graftwork.quantization.spec import QuantSpec
+from graftwork.quantization import QuantSpec
 from graftwork.serving.engine.engine import NativeEngine
 from tests import engines
 

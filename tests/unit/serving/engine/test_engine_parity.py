@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
-from graftwork.quantization.spec import QuantSpec
+from graftwork.base.source import BaseSpec
+from graftwork.quantization import QuantSpec
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.model_runner import Runner

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.prompts.template import Template
 from graftwork.serving.arms import raw_prompt
 from graftwork.serving.engine.engine import NativeEngine

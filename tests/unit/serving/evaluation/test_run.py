@@ -12,7 +12,7 @@ import pytest
 
 from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.cli.compare import show_comparison
 from graftwork.datasets.rows import fingerprint, read_rows
 from graftwork.errors import ConfigError, DataError

@@ -15,10 +15,10 @@ from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
 from graftwork.base.load import ResolvedBase, load
 from graftwork.base.model_shape import ModelShape
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.prompts import render as chat
 from graftwork.prompts.render import Prompt
-from graftwork.quantization.spec import QuantSpec, default_dtype
+from graftwork.quantization import QuantSpec, default_dtype
 from graftwork.serving.quantize.measure import (
     Material,
     PrecisionResult,

@@ -14,10 +14,10 @@ import pytest
 
 from graftwork import config
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.errors import ArtifactError, ConfigError
-from graftwork.planning.accelerators import Accelerators, with_gpus
-from graftwork.quantization.spec import QuantSpec
+from graftwork.planning.hardware import Accelerators, with_gpus
+from graftwork.quantization import QuantSpec
 from graftwork.serving.engine.grammar import GrammarText
 from graftwork.serving.engine.request import GenerateRequest, SamplingError, SamplingParams
 from graftwork.serving.evaluation.spec import CompareSpec

@@ -15,7 +15,7 @@ from graftwork.artifacts import registry, verify
 from graftwork.artifacts.registry import resolve
 from graftwork.base import load as base_model
 from graftwork.base import publish as base_publish
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.errors import ConfigError
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.storage.store import RunPaths, Store

@@ -16,7 +16,7 @@ from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import AdapterManifest
 from graftwork.artifacts.registry import resolve
 from graftwork.base import load as base_model
-from graftwork.base.spec import BaseSpec
+from graftwork.base.source import BaseSpec
 from graftwork.cli import app
 from graftwork.errors import ArtifactError, ConfigError
 from graftwork.serving.engine.engine import NativeEngine

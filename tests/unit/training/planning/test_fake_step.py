@@ -7,8 +7,9 @@ import torch
 
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import ConfigError
-from graftwork.planning.memory import GIB, RowSizes, weight_bytes
-from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.planning.hardware import GIB
+from graftwork.planning.memory import RowSizes, weight_bytes
+from graftwork.quantization import import_bitsandbytes
 from graftwork.training.planning.memory import allocated as allocated_of
 from graftwork.training.planning.memory import predict_training
 from graftwork.training.spec import TrainSpec

@@ -15,7 +15,7 @@ from graftwork.cluster.targets.ray_jobs_checks import RayNode
 from graftwork.cluster.targets.ray_jobs_checks import machines_of as machines_of_ray
 from graftwork.config import Spec, validate
 from graftwork.errors import ConfigError
-from graftwork.planning.accelerators import Accelerators, gpus_here, gpus_of, is_auto, with_gpus
+from graftwork.planning.hardware import Accelerators, gpus_here, gpus_of, is_auto, with_gpus
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ServeSpec
@@ -122,11 +122,11 @@ def test_a_cluster_has_the_gpus_of_its_groups() -> None:
     ]
     machines = machines_of(ClusterSpec.model_validate({"workers": groups}))
     assert (machines.gpus, machines.gpu_types) == (20, ("H100", "T4"))
-    assert machines.accelerators.reason == "cluster group h100, grows has GPUs"
+    assert machines.accelerators.owner == "cluster group h100, grows"
     assert machines.smallest_gpu is not None
     assert machines.smallest_gpu.name == "t4", "a worker may be placed on either"
     none = machines_of(ClusterSpec())
-    assert (none.gpus, none.accelerators.reason) == (0, "the cluster's file has no GPU")
+    assert (none.gpus, none.accelerators.owner) == (0, "the cluster's file")
 
 
 def test_a_ray_has_the_gpus_of_its_nodes() -> None:
@@ -136,7 +136,7 @@ def test_a_ray_has_the_gpus_of_its_nodes() -> None:
     ]
     machines = machines_of_ray("http://head:8265", nodes)
     assert (machines.cpus, machines.gpus, machines.gpu_types) == (12, 2, ("A100",))
-    assert machines.accelerators.reason == "http://head:8265 has GPUs"
+    assert machines.accelerators.owner == "http://head:8265"
 
 
 def test_a_slice_of_a_gpu_is_no_whole_gpu() -> None:
@@ -194,6 +194,6 @@ def test_a_driver_that_fails_has_no_gpu_and_one_that_hangs_is_named(smi: Path, m
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed, error 9'\nexit 9\n")
     assert gpus_here() == []
     smi.write_text("#!/bin/sh\nexec sleep 30\n")
-    monkeypatch.setattr("graftwork.planning.accelerators.NVIDIA_SMI_S", 0.2)
+    monkeypatch.setattr("graftwork.planning.hardware.NVIDIA_SMI_S", 0.2)
     with pytest.raises(ConfigError, match=r"nvidia-smi has not answered within 0\.2 s"):
         gpus_here()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.cache import build_once
+from graftwork.storage.local import build_once
 
 KILLED_WHILE_BUILDING = """
 import os, signal, sys
 from pathlib import Path
-from graftwork.cache import build_once
+from graftwork.storage.local import build_once
 def build(folder):
     (folder / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL if sys.argv[2] == "kill" else signal.SIGINT)
