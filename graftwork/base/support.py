@@ -62,10 +62,6 @@ class Support:
     reason: str = ""
     hint: str = ""
 
-    def format_cell(self) -> str:
-        """As a cell of a table."""
-        return f"no: {self.reason}" if self.reason else "yes"
-
 
 UNPACKED = "--set quant.kind=none"
 

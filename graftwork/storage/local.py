@@ -121,12 +121,12 @@ class LocalFiles:
             else:
                 os.unlink(gone)
 
-    def put_file(self, local: Path, path: str) -> None:
+    def put_file(self, path: str, local: Path) -> None:
         with _staged("copy to", path, local) as staged:
             os.replace(staged, path)
 
     def get_file(self, path: str, local: Path) -> None:
-        self.put_file(Path(path), str(local))
+        self.put_file(str(local), Path(path))
 
 
 def tmp_name() -> str:

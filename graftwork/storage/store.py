@@ -5,19 +5,16 @@ joined string. Credentials come from the environment alone (`AWS_*`); a URI that
 """
 
 import hashlib
-import itertools
 import json
 import os
-import random
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from graftwork.errors import ConfigError, StorageError, StoreUnreachable
+from graftwork.errors import ConfigError, StorageError
 from graftwork.storage.local import TMP_PREFIX, LocalFiles, files_under
 from graftwork.storage.s3 import S3Objects, endpoint
 
@@ -34,23 +31,6 @@ _FORMS = "write a path, file:///PATH or s3://BUCKET/PREFIX"
 _MAX_PART_BYTES = 255
 
 
-class StorageBackend(Protocol):
-    """What a kind of storage does with whole paths or URIs. Each call raises StorageError and nothing else."""
-
-    def read(self, path: str, /) -> bytes | None: ...
-    def write(self, path: str, data: bytes, /) -> None: ...
-    def create(self, path: str, data: bytes, /) -> bool: ...
-    def append(self, path: str, line: bytes, /) -> None: ...
-    def exists(self, path: str, /) -> bool: ...
-    def children(self, path: str, /) -> dict[str, int | None]: ...
-    def stamps(self, path: str, /) -> dict[str, str]: ...
-    def tree(self, path: str, /) -> dict[tuple[str, ...], str]: ...
-    def ages(self, path: str, /) -> dict[tuple[str, ...], float]: ...
-    def delete(self, path: str, /) -> None: ...
-    def put_file(self, local: Path, path: str, /) -> None: ...
-    def get_file(self, path: str, local: Path, /) -> None: ...
-
-
 class Store:
     """One root. Cheap to build and to pickle: nothing is opened before the first read or write.
 
@@ -61,9 +41,7 @@ class Store:
     def __init__(self, root: str, patience_s: float = 0.0) -> None:
         self.uri, self._patience_s = _normalise(root), patience_s
         self.is_local = not self.uri.startswith("s3://")
-        self._backend: StorageBackend = LocalFiles() if self.is_local else S3Objects()
-        if patience_s and not self.is_local:
-            self._backend = RetryingBackend(self._backend, patience_s)
+        self._backend: LocalFiles | S3Objects = LocalFiles() if self.is_local else S3Objects(patience_s)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -163,11 +141,11 @@ class Store:
     def upload(self, local: Path, *parts: str) -> None:
         """Copy a local file, or a folder file by file, to the key. Each file becomes visible whole."""
         if local.is_file():
-            return self._backend.put_file(local, self._key(*parts))
+            return self._backend.put_file(self._key(*parts), local)
         if not local.is_dir():
             raise StorageError(f"upload {local}", "it does not exist", "", "check the path")
         for below in files_under(local):
-            self._backend.put_file(local.joinpath(*below), self._key(*parts, *below))
+            self._backend.put_file(self._key(*parts, *below), local.joinpath(*below))
 
     def download(self, local: Path, *parts: str) -> Path:
         """Copy a file, or a folder file by file, to `local`. Each file becomes visible whole. Returns `local`."""
@@ -315,69 +293,3 @@ def _normalise(uri: str) -> str:
     if not path or "\0" in path or _ALMOST_URI.match(path):
         raise ConfigError(f"uri {path!r}", "it is neither a path nor a whole URI", _FORMS)
     return os.path.abspath(os.path.expanduser(path))
-
-
-T = TypeVar("T")
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
-
-
-class RetryingBackend:
-    """Every call of a backend, tried for `patience_s` seconds while its server cannot be reached."""
-
-    def __init__(self, backend: "StorageBackend", patience_s: float) -> None:
-        self._backend, self._patience_s = backend, patience_s
-
-    def read(self, path: str) -> bytes | None:
-        return self._retry(lambda: self._backend.read(path))
-
-    def write(self, path: str, data: bytes) -> None:
-        self._retry(lambda: self._backend.write(path, data))
-
-    def create(self, path: str, data: bytes) -> bool:
-        """An answer lost on its way leaves our own bytes there: then we are the one who created it."""
-        calls = itertools.count()
-
-        def create() -> bool:
-            again = next(calls) > 0
-            return self._backend.create(path, data) or (again and self._backend.read(path) == data)
-
-        return self._retry(create)
-
-    def append(self, path: str, line: bytes) -> None:
-        self._backend.append(path, line)  # a second try could append twice; only disks append
-
-    def exists(self, path: str) -> bool:
-        return self._retry(lambda: self._backend.exists(path))
-
-    def children(self, path: str) -> dict[str, int | None]:
-        return self._retry(lambda: self._backend.children(path))
-
-    def stamps(self, path: str) -> dict[str, str]:
-        return self._retry(lambda: self._backend.stamps(path))
-
-    def tree(self, path: str) -> dict[tuple[str, ...], str]:
-        return self._retry(lambda: self._backend.tree(path))
-
-    def ages(self, path: str) -> dict[tuple[str, ...], float]:
-        return self._retry(lambda: self._backend.ages(path))
-
-    def delete(self, path: str) -> None:
-        self._retry(lambda: self._backend.delete(path))
-
-    def put_file(self, local: Path, path: str) -> None:
-        self._retry(lambda: self._backend.put_file(local, path))
-
-    def get_file(self, path: str, local: Path) -> None:
-        self._retry(lambda: self._backend.get_file(path, local))
-
-    def _retry(self, call: Callable[[], T]) -> T:
-        end, pause_s = time.monotonic() + self._patience_s, FIRST_PAUSE_S
-        while True:
-            try:
-                return call()
-            except StoreUnreachable:
-                if time.monotonic() + pause_s > end:
-                    raise
-            time.sleep(pause_s * random.uniform(0.5, 1.0))  # workers that failed together come back apart
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

@@ -26,7 +26,6 @@ from graftwork.planning.memory import (
     RowSizes,
     StagePlan,
     TokenWork,
-    full_training_bytes,
     kv_bytes,
     saved_bytes,
     weight_bytes,
@@ -69,14 +68,10 @@ def test_13b_in_fp16_takes_about_31_gb_to_serve() -> None:
     assert kv_bytes(LLAMA_13B, 4096, 2) == pytest.approx(3.36 * GB, rel=0.01)
 
 
-def test_13b_takes_over_100_gb_to_train_with_adam() -> None:
-    assert full_training_bytes(LLAMA_13B) > 100 * GB
-    assert full_training_bytes(LLAMA_13B) == 13_015_864_320 * 12
-
-
 def test_shapes_count_the_parameters_of_known_models() -> None:
     assert SMOLLM2.params == 134_515_008  # HuggingFaceTB/SmolLM2-135M
     assert LLAMA_8B.params == 8_030_261_248  # meta-llama/Llama-3.1-8B
+    assert LLAMA_13B.params == 13_015_864_320
     assert LLAMA_8B.adapter_params(16) == 41_943_040  # PEFT's count for r=16 on all linear layers
 
 
