@@ -5,10 +5,11 @@ Each stage prints one line and adds its record to the report.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,14 @@ from typing import Any
 import psutil
 
 from graftwork import report
-from graftwork.artifacts import publish as artifact
-from graftwork.base import load as base_model
+from graftwork.artifacts.publish import promote
+from graftwork.base.load import resolve
 from graftwork.cli.render import duration, echo, gib, print_table, progress_bar
 from graftwork.cluster.session import Session, session
 from graftwork.datasets.rows import read_rows
 from graftwork.environment import collect
 from graftwork.planning.memory import StagePlan
-from graftwork.prompts.render import Message
-from graftwork.report import format as words
+from graftwork.report.format import score
 from graftwork.report.render import ReportInput
 from graftwork.report.schema import (
     AdapterLatency,
@@ -42,6 +42,7 @@ from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.evaluation.run import CompareOutcome, run_compare
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.load_test import SwapReport, swap_under_load
+from graftwork.serving.models import base_name
 from graftwork.stages.demo_spec import BurstSpec, DemoSpec, DemoSpecs, load_specs
 from graftwork.stages.plans import plan_spec
 from graftwork.storage.store import RunPaths, Store
@@ -50,7 +51,6 @@ from graftwork.training.run import train
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.report import SweepEnd, sweep_record
 from graftwork.tuning.run import tune
-from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import TuneReport
 
 
@@ -117,7 +117,9 @@ def run_demo(demo: DemoSpec, folder: Path, on: str = "local", *, quiet: bool = F
     job = DemoState(load_specs(demo, folder), quiet)
     prepare(job)
     plan(job, folder)
-    with session(on, num_cpus=_logical_cpus(job.specs)) as here:
+    specs = job.specs  # the update trains while the endpoint serves: both must be placed, sharing the cores in turn
+    needed = int(specs.update.num_workers * specs.update.cpus_per_worker + specs.serve.num_cpus) + 1
+    with session(on, num_cpus=max(psutil.cpu_count() or 1, needed)) as here:
         tune_stage(job, here)
         train_stages(job)
         with deploy(job.specs.serve) as endpoint:
@@ -126,18 +128,14 @@ def run_demo(demo: DemoSpec, folder: Path, on: str = "local", *, quiet: bool = F
     return report_stage(job)
 
 
-def _logical_cpus(specs: DemoSpecs) -> int:
-    """The update trains while the endpoint serves: both must be placed, sharing the machine's cores in turn."""
-    training = specs.update.num_workers * specs.update.cpus_per_worker
-    return max(psutil.cpu_count() or 1, int(training + specs.serve.num_cpus) + 1)
-
-
 def prepare(job: DemoState) -> None:
     """Fetch and convert the base, build the recipes: once per machine."""
     started = time.monotonic()
     with job.bar("base and data"):
-        base = base_model.resolve(job.specs.compare.base)
-        rows = build_data(job.specs)
+        base = resolve(job.specs.compare.base)
+        uris = dict.fromkeys([*(spec.data.train for spec in job.specs.train), job.specs.compare.eval])
+        # recipes are built on first use
+        rows = ", ".join(f"{len(read_rows(uri, need='train'))} rows in {uri.removeprefix('recipe://')}" for uri in uris)
     job.done("prepare", started, f"base {base.digest[:12]} verified; {rows}")
 
 
@@ -163,7 +161,8 @@ def tune_stage(job: DemoState, here: Session) -> None:
     with job.bar("tune") as bar:
         found: TuneReport = here.run(tune, job.specs.tune, on_progress=lambda p: bar(p.done, p.total, p.text))
     job.specs = job.specs.with_best(found.best)
-    job.tuned = tune_record(found, job.specs.tune)
+    ended = SweepEnd("finished", found.eval_rows, found.sampler, found.wall_s, found.choice, found.reused)
+    job.tuned = sweep_record(job.specs.tune, found.trials, ended)
     best = " ".join(f"{key}={value}" for key, value in found.best.items())
     stopped = sum(trial.state == "stopped" for trial in found.trials)
     job.done(
@@ -181,20 +180,23 @@ def train_stages(job: DemoState) -> None:
         started = time.monotonic()
         stage = f"train {spec.name}"
         with job.bar(stage) as bar:
-            found = train(spec, on_progress=_shown(bar))
+            found = train(spec, on_progress=partial(_show_progress, bar))
         if spec.alias:  # an earlier run of the job may have swapped its update in
-            artifact.promote(Store(spec.root), spec.name, spec.alias, found.version)
+            promote(Store(spec.root), spec.name, spec.alias, found.version)
         if spec.name == job.specs.update.name:
             job.specs = replace(job.specs, update=job.specs.update.with_({"init_from": found.adapter}))
         job.trained.append(train_run(found, spec))
-        job.done(stage, started, _trained(found), reused=found.reused, peak_bytes=max(found.peak_rss_bytes_per_worker))
+        job.done(
+            stage, started, _describe_run(found), reused=found.reused, peak_bytes=max(found.peak_rss_bytes_per_worker)
+        )
 
 
-def _shown(bar: Bar) -> Callable[[Progress], None]:
-    return lambda p: bar(p.step, p.total_steps, f"loss {p.loss:.3f}  {p.tokens_per_s:.0f} tok/s")
+def _show_progress(bar: Bar, progress: Progress) -> None:
+    text = f"loss {progress.loss:.3f}  {progress.tokens_per_s:.0f} tok/s"
+    bar(progress.step, progress.total_steps, text)
 
 
-def _trained(found: TrainReport) -> str:
+def _describe_run(found: TrainReport) -> str:
     held_out = f"; {found.held_out}" if found.held_out else ""
     return (
         f"{found.adapter}: {found.rows_text}, {found.steps} steps, loss {found.train_loss[0][1]:.3f} -> "
@@ -203,28 +205,30 @@ def _trained(found: TrainReport) -> str:
 
 
 def serve_stage(job: DemoState, endpoint: Endpoint) -> None:
-    """Live traffic to the base and every adapter while an update is trained, published and swapped in."""
+    """Live traffic to the base and every adapter while an update is trained, published and swapped in.
+
+    The update moves under its live alias when half of the burst is answered. Requests that fail are counted.
+    """
     started = time.monotonic()
+    update, burst = job.specs.update, job.specs.demo.burst
+    live = f"{update.name}@{update.alias or 'latest'}"
     with job.bar("serve: burst and swap") as bar:
-        found = burst_with_update(
-            endpoint,
-            job.specs.update,
-            job.specs.demo.burst,
-            job.specs.compare,
-            on_progress=lambda done, total: bar(done, total, ""),
+        trained = train(update.with_({"alias": STAGING}), on_progress=lambda p: bar(p.step, p.total_steps, ""))
+        calls = _burst_calls(endpoint, update, burst, job.specs.compare)
+        swap = asyncio.run(
+            swap_under_load(endpoint, Store(update.root), live, trained.version, calls, concurrency=burst.concurrency)
         )
-    job.serving = found.record
-    swap = found.record.swap
-    assert swap is not None
-    by_version = ", ".join(f"{version} answered {n}" for version, n in swap.answers_by_version.items())
+        engine = asyncio.run(_engine_stats(endpoint))
+    job.serving = _swap_record(swap, engine)
+    by_version = ", ".join(f"{version} answered {n}" for version, n in swap.by_version.items())
     job.done(
         "serve",
         started,
         f"{swap.requests} live requests, {swap.failed} failed, up to "
-        f"{found.record.max_adapters_in_batch} adapters in one batch; {swap.alias} swapped in "
+        f"{job.serving.max_adapters_in_batch} adapters in one batch; {swap.adapter} swapped in "
         f"{swap.swap_ms:.0f} ms: "
         f"{by_version}",
-        peak_bytes=found.engine.get("peak_rss_bytes"),
+        peak_bytes=engine.get("peak_rss_bytes"),
     )
 
 
@@ -237,7 +241,7 @@ def compare_stage(job: DemoState, endpoint: Endpoint) -> None:
         )
     job.compared = found.report
     primary = found.report.primary
-    each = ", ".join(f"{arm.name} {words.score(arm.scores[primary].value)}" for arm in found.report.arms)
+    each = ", ".join(f"{arm.name} {score(arm.scores[primary].value)}" for arm in found.report.arms)
     size = f"{found.report.n} questions x {len(found.report.arms)} arms"
     job.done(
         "compare",
@@ -274,67 +278,16 @@ def report_stage(job: DemoState) -> DemoReport:
     return DemoReport(written.json_uri, written.html_uri, job.compared.advice.sentence)
 
 
-def base_name(uri: str) -> str:
-    """The last part of a base's URI, without a file ending."""
-    return uri.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
-
-
-def build_data(specs: DemoSpecs) -> str:
-    """Read every dataset once (recipes are built on first use). Returns how many rows each gives."""
-    uris = dict.fromkeys([*(spec.data.train for spec in specs.train), specs.compare.eval])
-    return ", ".join(f"{len(read_rows(uri, need='train'))} rows in {uri.removeprefix('recipe://')}" for uri in uris)
-
-
-def tune_record(found: TuneReport, spec: TuneSpec) -> SweepRecord:
-    """The sweep as on its own page."""
-    ended = SweepEnd("finished", found.eval_rows, found.sampler, found.wall_s, found.choice, found.reused)
-    return sweep_record(spec, found.trials, ended)
-
-
-@dataclass(frozen=True)
-class TrafficResult:
-    """What the endpoint did."""
-
-    record: ServingRecord
-    update: TrainReport
-    engine: Mapping[str, Any]
-    """The replica's counters after the burst."""
-
-
-def burst_with_update(
-    endpoint: Endpoint,
-    update: TrainSpec,
-    burst: BurstSpec,
-    compare: CompareSpec,
-    on_progress: Callable[[int, int], None],
-) -> TrafficResult:
-    """Train the update, then send the burst and publish the update under its live alias when half is answered.
-
-    Needs an initialised Ray. Requests that fail are counted, not raised.
-    """
-    store = Store(update.root)
-    live = f"{update.name}@{update.alias or 'latest'}"
-    trained = train(update.with_({"alias": STAGING}), on_progress=lambda p: on_progress(p.step, p.total_steps))
-    calls = _burst_calls(endpoint, update, burst, compare)
-    swap = asyncio.run(swap_under_load(endpoint, store, live, trained.version, calls, concurrency=burst.concurrency))
-    engine: dict[str, Any] = asyncio.run(_engine_stats(endpoint))
-    return TrafficResult(_swap_record(swap, engine), trained, engine)
-
-
 def _burst_calls(endpoint: Endpoint, update: TrainSpec, burst: BurstSpec, compare: CompareSpec) -> list[ChatCall]:
     """The base and the adapters in turn, each with questions of its own task."""
     own = [row.messages[0] for row in read_rows(update.data.train, limit=64, need="train")]
     other = [row.messages[0] for row in read_rows(compare.eval, limit=64, need="eval")]
     models = [endpoint.base, *(f"{endpoint.base}:{ref}" for ref in endpoint.spec.adapters)]
     return [
-        ChatCall(model, (_question(model, update.name, own, other, number),), max_tokens=burst.max_new_tokens)
+        ChatCall(model, (asked[number % len(asked)],), max_tokens=burst.max_new_tokens)
         for number, model in enumerate(islice(cycle(models), burst.requests))
+        for asked in (own if f":{update.name}@" in model else other,)
     ]
-
-
-def _question(model: str, task: str, own: Sequence[Message], other: Sequence[Message], number: int) -> Message:
-    asked = own if f":{task}@" in model else other
-    return asked[number % len(asked)]
 
 
 async def _engine_stats(endpoint: Endpoint) -> dict[str, Any]:

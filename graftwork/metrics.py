@@ -189,11 +189,6 @@ RETRIEVAL = (HIT, HIT_1, MRR, IN_CONTEXT)
 """What a retriever is measured by."""
 
 
-def metric(name: str) -> Metric:
-    """The score of that name. Raises KeyError."""
-    return {m.name: m for m in SCORES}[name]
-
-
 @dataclass(frozen=True)
 class Distribution:
     """A measured quantity over `n` requests, in `unit`."""

@@ -19,11 +19,11 @@ from graftwork.base import load as base_model
 from graftwork.base.support import check_serving
 from graftwork.cli.render import duration, echo, progress_bar
 from graftwork.cluster.session import Session
-from graftwork.demo import base_name
 from graftwork.environment import collect
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import Accelerators, with_gpus
 from graftwork.report.schema import StageTime, TrainRun
+from graftwork.serving.models import base_name
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.report import TrainReport, train_run
 from graftwork.training.run import check, train

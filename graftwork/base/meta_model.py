@@ -73,10 +73,14 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
     grouped = _grouped((name, *_sizes(model.get_submodule(name))) for name in linears(model))
     shape = _shape(model, config, grouped, adapted)
     unserved, kv = _served(build(config))
-    shape = _with_kv(shape, kv)
+    if kv:  # as the attention is called with them; a config need not name them
+        shape = replace(shape, kv_values=sum(2 * layer.heads * layer.head_dim for layer in kv))
+    if len(set(kv)) == 1:
+        shape = replace(shape, kv_heads=kv[0].heads, head_dim=kv[0].head_dim)
     decoder = {id(module) for module in model.get_decoder().modules()}
     outside = [name for name in linears(model) if id(model.get_submodule(name)) not in decoder]
     shape = replace(shape, unplanned=_unplanned(model, shape, outside))
+    text = model.config.get_text_config()
     return BaseFacts(
         shape=shape,
         model_type=str(config["model_type"]),
@@ -90,7 +94,7 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
         packs=_packs(build(config)),
         reads_weights="" if _expert_weights(model) else _reads_weights(build(config)),
         bodied=model.base_model is not model,
-        router_loss=_has_router_loss(model.config.get_text_config()),
+        router_loss=hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0,
         unattached=unattached,
         unserved=unserved,
     )
@@ -126,7 +130,7 @@ def _shape(
 def _adapted(model: Any, which: Targets) -> tuple[tuple[Linear, ...], tuple[str, ...]]:
     """The linears on which PEFT puts a LoRA, and the names of experts and routers on which it puts one."""
     attach = _named(ATTACH)
-    experts = {name.rpartition(".")[0] for name, _ in _expert_weights(model)}
+    experts = {name.rpartition(".")[0].rpartition(".")[0] for name, _ in _expert_weights(model)}
     with warnings.catch_warnings(action="ignore"):  # about patterns of fused experts that the targets leave out
         attached = attach(model, LoraSpec(rank=1, targets=which)).get_base_model()
     found, routed = [], []
@@ -134,18 +138,13 @@ def _adapted(model: Any, which: Targets) -> tuple[tuple[Linear, ...], tuple[str,
         if "default" not in getattr(module, "lora_A", ()):
             continue
         plain = name.replace(".base_layer", "")
-        if _is_routed(plain, experts):
+        # one of the experts, or in their block and choosing among them
+        inside = any(plain.startswith(f"{block}.") for block in experts)
+        if inside and not re.search(r"shared_(expert|mlp)s?\.", plain) if experts else ".experts." in plain:
             routed.append(_pattern(plain))
         down, up = module.lora_A["default"], module.lora_B["default"]
         found += [(plain, down.in_features, up.out_features)] * down.out_features  # PEFT stacks the ranks of experts
     return _grouped(found), tuple(dict.fromkeys(routed))
-
-
-def _is_routed(name: str, experts: set[str]) -> bool:
-    """Return whether a layer is one of the experts, or is in their block and chooses among them."""
-    blocks = {expert.rpartition(".")[0] for expert in experts}
-    inside = any(name.startswith(f"{block}.") for block in blocks)
-    return inside and not re.search(r"shared_(expert|mlp)s?\.", name) if experts else ".experts." in name
 
 
 def _expert_weights(model: Any) -> list[tuple[str, Any]]:
@@ -231,27 +230,12 @@ def _reads_weights(model: Any) -> str:
     return ""
 
 
-def _with_kv(shape: ModelShape, kv: list[Any]) -> ModelShape:
-    """With keys and values as the attention is called with them; a config need not name them."""
-    if not kv:
-        return shape
-    values = sum(2 * layer.heads * layer.head_dim for layer in kv)
-    if len(set(kv)) > 1:
-        return replace(shape, kv_values=values)
-    return replace(shape, kv_values=values, kv_heads=kv[0].heads, head_dim=kv[0].head_dim)
-
-
 def is_recurrent(config: Any) -> bool:
     """Return whether the model's cache holds states of convolutions or of linear attention in some layer."""
     from transformers import DynamicCache
     from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
-
-
-def _has_router_loss(text: Any) -> bool:
-    """Return whether TRL 1.16 adds a router's loss to the objective's (`aux_loss_enabled` of its trainers)."""
-    return hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
 
 
 def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:

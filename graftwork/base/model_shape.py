@@ -161,7 +161,7 @@ class BaseFacts:
     bodied: bool
     """transformers finds the decoder below the output head (`base_model`), as TRL's losses need it."""
     router_loss: bool
-    """TRL adds the load-balancing loss of a router, as the model's configuration asks."""
+    """TRL 1.16 adds the load-balancing loss of a router to the objective's (`aux_loss_enabled` of its trainers)."""
     unattached: Mapping[Targets, str]
     """The reason for which PEFT cannot attach a LoRA, by `adapter.targets`."""
     unserved: str

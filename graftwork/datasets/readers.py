@@ -290,52 +290,6 @@ _PROMPT_OF_TURN = _MEDIA | frozenset(
         "documents",
     }
 )
-_LOSS = frozenset({"margin", "ref_chosen_logps", "ref_rejected_logps"})
-"""Keys of a pair that change the loss of other trainers."""
-
-RENAMED_ROW_KEYS = {"asked": "given_fields"}
-"""Old key of a row -> new key. An old key is rejected where the reader uses the new one."""
-
-_TURN = frozenset({"role", "content"})
-_TURN_FIELDS = ("messages", "prompt", "completion", "chosen", "rejected")
-_PROMPT = frozenset(
-    {
-        "tools",
-        "functions",
-        "documents",
-        "system",
-        "history",
-        "chat_template_kwargs",
-        "enable_thinking",
-        "reasoning_content",
-        "thinking",
-        "image",
-        "images",
-        "video",
-        "videos",
-        "audio",
-        "audios",
-    }
-)
-_PROMPT_OF_TURN = frozenset(
-    {
-        "tools",
-        "tool_calls",
-        "function_call",
-        "tool_call_id",
-        "reasoning_content",
-        "reasoning",
-        "thinking",
-        "refusal",
-        "documents",
-        "image",
-        "images",
-        "video",
-        "videos",
-        "audio",
-        "audios",
-    }
-)
 _LOSS = frozenset({"input_ids", "loss_mask", "completion_mask", "assistant_masks"})
 _WEIGHT = frozenset({"weight", "sample_weight", "loss_weight"})
 _WEIGHT_OF_TURN = frozenset({"weight", "loss", "train"})

@@ -38,4 +38,3 @@ def test_signature_cannot_be_forged_by_a_name() -> None:
 def test_scores_have_unit_direction_and_meaning() -> None:
     assert [m.name for m in metrics.SCORES] == ["facts", "form", "both", "field_accuracy"]
     assert all(m.unit and m.meaning and m.better == "higher" for m in metrics.SCORES)
-    assert metrics.metric("form") is metrics.FORM
