@@ -66,12 +66,12 @@ class DemoReport:
 Bar = Callable[[int, int, str], None]
 """Shows (done, total, text)."""
 STAGING = "next"
-"""The update is trained under the alias `next`, which no traffic asks for; the live alias takes it over under load."""
+"""The update is trained under the alias `next`, which no request names; the live alias takes it over under load."""
 
 
 @dataclass
 class DemoState:
-    """What the stages have found so far."""
+    """Results of the stages so far."""
 
     specs: DemoSpecs
     quiet: bool

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -49,7 +48,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Speed:
-    """What one core reaches."""
+    """Measured speed of one core."""
 
     gflops: float
     """10^9 operations a second in a matrix product in fp32, multiply and add counted as two."""
@@ -191,12 +190,21 @@ def hardware() -> dict[str, Any]:
 
     facts = cpu_facts()
     model = facts.get("model name") or facts.get("Model") or platform.processor() or platform.machine()
+    gpus = []
+    query = "--query-gpu=name,memory.total,driver_version,compute_cap"
+    with suppress(OSError, subprocess.SubprocessError):  # a FileNotFoundError where there is no driver
+        for line in _run("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines():
+            cells = [cell.strip() for cell in line.split(",")]
+            if len(cells) == 4:
+                name, mib, driver, capability = cells
+                size = int(mib) << 20 if mib.isdigit() else None
+                gpus.append({"name": name, "memory_bytes": size, "driver": driver, "sm": capability})
     return {
         "cpu": model,
         "cores": cores(),
         "isa": [flag for flag in _ISA_FLAGS if flag in flags()],
         "memory_bytes": int(psutil.virtual_memory().total),
-        "gpus": _gpus(),
+        "gpus": gpus,
     }
 
 
@@ -226,21 +234,6 @@ def _git(root: Path) -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"sha": sha, "dirty": dirty}
-
-
-def _gpus() -> list[dict[str, Any]]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = "--query-gpu=name,memory.total,driver_version,compute_cap"
-    try:
-        lines = _run("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
-    return [
-        {"name": name, "memory_bytes": int(mib) << 20 if mib.isdigit() else None, "driver": driver, "sm": capability}
-        for name, mib, driver, capability in (row for row in rows if len(row) == 4)
-    ]
 
 
 def _run(*command: str) -> str:

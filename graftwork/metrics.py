@@ -172,7 +172,7 @@ PROMPT_TOKENS = Metric("prompt_tokens", "tokens", "lower", "measure", "Tokens of
 COMPLETION_TOKENS = Metric("completion_tokens", "tokens", "lower", "measure", "Tokens generated.")
 
 SCORES = (FACTS, FORM, BOTH, FIELD_ACCURACY)
-"""What an answer is scored on, in the order of every table."""
+"""Scores of an answer, in the order of every table."""
 
 
 HIT = Metric("hit", "share of questions", "higher", "binary", "A gold passage is among the k that come to the model.")
@@ -186,7 +186,7 @@ IN_CONTEXT = Metric(
     "The answer stands in the k passages, letter case and spaces aside; of several right ones, one does.",
 )
 RETRIEVAL = (HIT, HIT_1, MRR, IN_CONTEXT)
-"""What a retriever is measured by."""
+"""Measures of a retriever."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def distribution(values: Iterable[float], unit: str) -> Distribution | None:
 
 
 def signature(name: str, n: int, recipe: Mapping[str, object]) -> str:
-    """What a number needs to be recomputed, as in sacrebleu (Post 2018, arXiv 1804.08771).
+    """Facts that a number needs to be recomputed, as in sacrebleu (Post 2018, arXiv 1804.08771).
 
     `both|n:200|arm:raft+rag|base:1f0c9a2b|quant:nf4|tmpl:9c21d0e4|seed:0|v:0.1.0`
     """

@@ -154,12 +154,12 @@ class QuantSpec(Spec):
 
     @property
     def is_packed(self) -> bool:
-        """Whether the linear layers are quantised."""
+        """Return whether the linear layers are quantised."""
         return self.method.bits > 0
 
     @property
     def is_4bit(self) -> bool:
-        """Whether `double_quant` and `resident` apply."""
+        """Return whether `double_quant` and `resident` apply."""
         return self.method.bits == 4
 
 

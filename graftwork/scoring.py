@@ -263,15 +263,12 @@ def score(text: str, key: GoldAnswer, schema: AnswerSchema | None) -> FieldScore
 
 def _facts(text: str, answer: Mapping[str, Any] | None, key: GoldAnswer) -> float:
     if answer is not None:
-        found = sum(_same_tokens(answer.get(name), key.gold[name]) for name in key.wanted)
+        pairs = ((leaves(answer.get(name)), leaves(key.gold[name])) for name in key.wanted)
+        found = sum([*map(tokens, given)] == [*map(tokens, gold)] for given, gold in pairs)
     else:
         words = tokens(text)
         found = sum(all(_within(tokens(leaf), words) for leaf in leaves(key.gold[name])) for name in key.wanted)
     return found / len(key.wanted)
-
-
-def _same_tokens(found: object, gold: object) -> bool:
-    return [tokens(leaf) for leaf in leaves(found)] == [tokens(leaf) for leaf in leaves(gold)]
 
 
 def _within(part: Sequence[str], whole: Sequence[str]) -> bool:

@@ -195,7 +195,9 @@ def _unknown_key(
     if name in _keys_of(models):
         hint = _key_of_another_kind(models, meant[0], keys, tree)
     else:
-        elsewhere = _peer_key(cls, name) or next((path for path in _paths_to(cls, name) if path != dotted), "")
+        *above, last = PEER_KEYS.get(name, "").split(".")
+        peer = PEER_KEYS[name] if last in _keys_of(_models_at(cls, above)) else ""
+        elsewhere = peer or next((path for path in _paths_to(cls, name) if path != dotted), "")
         hint = f"use {elsewhere!r}" if elsewhere else did_you_mean(name, known) or f"remove {name!r}"
         hint = _renamed(cls, name, known) or hint
     return (
@@ -227,11 +229,6 @@ def _renamed(cls: type[BaseModel], name: str, known: Sequence[str]) -> str:
         return f"{name} was renamed to {new}"
     path = next(_paths_to(cls, new), "")
     return f"{name} was renamed to {new}: use {path!r}" if path else ""
-
-
-def _peer_key(cls: type[BaseModel], name: str) -> str:
-    path = PEER_KEYS.get(name, "")
-    return path if path and path.split(".")[-1] in _keys_of(_models_at(cls, path.split(".")[:-1])) else ""
 
 
 def _paths_to(cls: type[BaseModel], name: str, prefix: str = "", depth: int = 3) -> Iterator[str]:

@@ -93,12 +93,12 @@ class AdapterKind(Spec):
 
     @property
     def reads_base_weights(self) -> bool:
-        """Whether a forward pass of training computes with the base's whole weights (DoRA's norm)."""
+        """Return whether a forward pass of training computes with the base's whole weights (DoRA's norm)."""
         return False
 
     @property
     def adds_up(self) -> bool:
-        """Whether two of them on one base equal a third: plain low-rank deltas."""
+        """Return whether two of them on one base equal a third: plain low-rank deltas."""
         return False
 
     def describe(self) -> str:
@@ -161,7 +161,7 @@ def within(asked: str, words: tuple[str, ...], model: Any) -> list[str]:
     """Full names of the linear layers in whose names one of the words stands. Raises ConfigError for none."""
     found = [name for name in linears(model) if any(word in name.lower() for word in words)]
     if not found:
-        raise _no_target(asked, f"no linear layer of {type(model).__name__} lies in such a block", model)
+        raise _no_target(asked, f"no linear layer of {type(model).__name__} is in such a block", model)
     return found
 
 

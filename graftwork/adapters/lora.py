@@ -43,11 +43,11 @@ class LoraSpec(AdapterKind):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
     targets: Targets = "all-linear"
-    """Which linear layers get an adapter; the head never does."""
+    """Linear layers that get an adapter; the head never does."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank): steady at high ranks (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
-    """Train the magnitude of each output beside its direction (DoRA, arXiv 2402.09353)."""
+    """Train the magnitude of each output in addition to its direction (DoRA, arXiv 2402.09353)."""
 
     @property
     def input_dropout(self) -> float:

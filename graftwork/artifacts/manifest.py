@@ -28,7 +28,7 @@ _CONTENT = ("base_digest", "quant", "template_digest", "tokenizer_digest", "prom
 
 
 class FileEntry(BaseModel):
-    """What one file must be."""
+    """Digest and size of one file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +47,7 @@ class AdapterManifest(BaseModel):
     base_digest: str = Field(pattern=_DIGEST_PATTERN)
     """The base model that the adapter was trained on and works on."""
     quant: dict[str, JsonValue]
-    """How the base was quantized in training (QuantSpec)."""
+    """Quantization of the base in training (QuantSpec)."""
     template_digest: str = Field(pattern=_DIGEST_PATTERN)
     tokenizer_digest: str = Field(pattern=_DIGEST_PATTERN)
     prompt: dict[str, JsonValue]

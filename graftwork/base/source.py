@@ -31,7 +31,7 @@ class RopeSpec(Spec):
     longest sequence. Held still: frequencies that follow the longest row would let rows of a batch change each other,
     and keys in a prefix cache would have been rotated otherwise."""
     factor: float = Field(gt=1)
-    """How many times longer than the base's own the longest sequence becomes."""
+    """Ratio of the longest sequence to the base's own."""
     original: int | None = Field(default=None, ge=1)
     """Longest sequence of the base's own pretraining; null takes its max_position_embeddings."""
 
@@ -154,7 +154,7 @@ def absolute(uri: str) -> str:
 
 
 def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
-    """config.json of a base, with safetensors beside it. Raises BaseModelError."""
+    """config.json of a base whose folder has safetensors. Raises BaseModelError."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -190,15 +190,15 @@ def template_date(folder: Path) -> date | None:
 
 
 def base_digest(folder: Path) -> str:
-    """sha256 over config, weights and tokenizer. Kept by (path, size, mtime) of the files, so it is computed once."""
+    """sha256 over config, weights and tokenizer. Cached by (path, size, mtime) of the files, so it is computed once."""
     stamps = Store(str(folder)).stamps()
     stamps = {name: stamps[name] for name in sorted(stamps) if _DECIDING.fullmatch(name)}
     key = hashlib.sha256(canonical_json([str(folder), stamps]).encode()).hexdigest()
-    kept = Store(str(cache_root()))
-    if kept.exists("digests", key):
-        return kept.read_text("digests", key)
+    cache = Store(str(cache_root()))
+    if cache.exists("digests", key):
+        return cache.read_text("digests", key)
     digest = content_digest({name: folder / name for name in stamps})
-    kept.write_bytes(digest.encode(), "digests", key)
+    cache.write_bytes(digest.encode(), "digests", key)
     return digest
 
 
@@ -245,7 +245,7 @@ def _converted(gguf: Path, gguf_sha256: str, on_progress: Progress | None) -> Pa
 
 
 def _from_store(uri: str, on_progress: Progress | None) -> Path:
-    """A copy in the cache, named by the stamps of what lies there now: a changed base is another folder."""
+    """A copy in the cache, named by the stamps of its files: a changed base is another folder."""
     store, key = open_uri(uri)
     stamps = store.stamps(key)
     if "config.json" not in stamps:

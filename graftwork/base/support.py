@@ -153,7 +153,7 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
 
 
 def check_serving(spec: Any) -> None:
-    """Check that our engine serves the base of a serve, compare or quantize spec, or a study's, as the spec asks.
+    """Check that our engine serves the base of a serve, compare or quantize spec, or a study's.
 
     Resolves the base. Raises BaseModelError.
     """

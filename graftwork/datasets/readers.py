@@ -53,7 +53,7 @@ def read_records(uri: str) -> Iterator[Record]:
 
 
 def local_path(uri: str) -> Path:
-    """The file or folder on this machine; what lies on S3 is copied into the cache, once for each of its versions."""
+    """The file or folder on this machine; an object on S3 is copied into the cache, once for each of its versions."""
     if uri.startswith("recipe://"):
         return _recipe_file(uri)
     store, key = open_uri(uri)
@@ -329,7 +329,10 @@ class KeyCheck:
                 raise _rejection(f"{where}: {key}", value)
             if self.loss and key in _WEIGHT:
                 _require_weight(f"{where}: {key}", value)
-            elif self.loss and key == "label" and _is_undesired(record):
+            elif (
+                self.loss and key == "label" and (value is False or ("messages" not in record and _is_number(value, 0)))
+            ):
+                # a false label of KTO; next to `messages` a number is the label of something else
                 raise DataError(
                     f"{where}: label",
                     f"found {value!r}",
@@ -435,9 +438,3 @@ def _is_number(value: object, number: int) -> bool:
         except ValueError:
             return False
     return isinstance(value, int | float) and value == number
-
-
-def _is_undesired(record: Mapping[str, Any]) -> bool:
-    """A false label of KTO. Next to `messages` a number is the label of something else."""
-    label = record["label"]
-    return label is False or ("messages" not in record and _is_number(label, 0))

@@ -30,7 +30,7 @@ from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
 from graftwork.storage.store import read_uri
 
 Need = Literal["train", "eval", "prompt"]
-"""What a row is read for: to learn its answer, to score answers, or to be answered."""
+"""Use of a row: to learn its answer, to score answers, or to be answered."""
 
 
 class ContextSpec(Spec):
@@ -49,7 +49,7 @@ class ContextSpec(Spec):
 
 
 class DataSpec(Spec):
-    """What is learned from, and what is held out."""
+    """Rows to learn from, and held-out rows."""
 
     train: str
     """Rows: a file or folder (`graftwork.datasets.readers`: JSONL, CSV, Parquet), local or `s3://`, `recipe://` or `hf://`."""
@@ -132,7 +132,7 @@ def iter_rows(uri: str, *, limit: int | None = None, need: Need, keys: KeyCheck 
 def read_fields(uri: str, names: Sequence[str], *, limit: int | None = None) -> dict[str, tuple[str, ...]]:
     """Name -> the value in each row, as text, of a field of the row or else of its gold; the rows of `read_rows`.
 
-    Raises DataError for a row that lacks one: a part of the questions can't be told without it.
+    Raises DataError for a row that lacks one: a part of the questions can't be formed without it.
     """
     values: dict[str, list[str]] = {name: [] for name in names}
     for number, record in itertools.islice(read_records(uri), limit):
@@ -162,7 +162,7 @@ def prompt_of(record: dict[str, Any], where: str) -> tuple[Message, ...]:
         raise DataError(
             f"{where}: messages",
             f"the field is missing (found {', '.join(record) or 'no fields'})",
-            "a row has `messages` or `prompt`, and its answers beside it",
+            "a row has `messages` or `prompt`, and its answers in other fields",
             "add the field",
         )
     messages = _messages({"messages": record[field]}, where, "prompt")

@@ -149,7 +149,7 @@ class Gpu(Spec):
 
     name: str
     memory_gib: float = Field(gt=0)
-    """What CUDA can give out, a little less than what the vendor prints on the box."""
+    """Memory that CUDA can give out, a little less than what the vendor prints on the box."""
     sm: float = Field(gt=0)
     """Compute capability; bfloat16 needs 8.0 (Ampere)."""
     tflops: float = Field(gt=0)
@@ -217,9 +217,11 @@ GPUS = {
         _gpu("t4", 14.6, 7.5, 65, 8.1, 320, "NVIDIA T4 datasheet", PCIE_3),
     )
 }
-"""What `--gpu` knows by name. Links: NVLink 5, 4, 3 and 2 carry 1800, 900, 600 and 300 GB/s in both directions together
-(datasheets). Networks: DGX B200 and H100 have 400 Gb/s a GPU, DGX A100 200 Gb/s, DGX-1 four ports of 100 Gb/s for eight
-GPUs (their user guides)."""
+"""GPUs that `--gpu` knows by name.
+
+Links: NVLink 5, 4, 3 and 2 carry 1800, 900, 600 and 300 GB/s in both directions together (datasheets). Networks: DGX
+B200 and H100 have 400 Gb/s a GPU, DGX A100 200 Gb/s, DGX-1 four ports of 100 Gb/s for eight GPUs (their user guides).
+"""
 
 
 def named_gpu(asked: str) -> Gpu:
@@ -334,15 +336,15 @@ def _read_ratios(on: str) -> tuple[Path, dict[str, list[float]]]:
 BF16_GAIN = 2.0
 """More than this times its fp32 rate a CPU's bf16 units do not make a step faster: the rest of it takes the time."""
 CROWDED = 0.35
-"""How much slower each core is when all work: caches, memory and clock are shared (two processes 1.35, two threads 1.23
-times on 2 vCPUs)."""
+"""Share by which each core is slower when all work: caches, memory and clock are shared. Measured on 2 vCPUs: two
+processes 1.35, two threads 1.23 times."""
 
 ANY_CORE = Speed(gflops=50.0, gbytes_per_s=10.0)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is made for. `value_bytes`: 4 where the compute dtype is fp32, 2 for bf16."""
+    """Machine that a plan is made for. `value_bytes`: 4 where the compute dtype is fp32, 2 for bf16."""
 
     cores: int
     memory_bytes: int
@@ -353,7 +355,7 @@ class Machine:
     gpu: Gpu | None = None
     """Each worker has one of these; None plans for the CPU."""
     peaks: Mapping[str, Correction] = field(default_factory=dict)
-    """What runs on it have shown of predicted peaks of training, by kind of run."""
+    """Corrections of predicted peaks of training that runs on it have shown, by kind of run."""
 
     @classmethod
     def detect(cls, value_bytes: int = FP32) -> "Machine":

@@ -18,7 +18,7 @@ class EachRow:
     """Sizes of each of N rows, in tokens."""
 
     lengths_N: NDArray[np.int64]
-    """What the model computes for a row: what steps are balanced by."""
+    """Tokens that the model computes for a row; steps are balanced by them."""
     trained_N: NDArray[np.int64]
     widths_N: NDArray[np.int64]
     """The longest sequence of a row, which the others of a forward pass are padded to."""
@@ -72,7 +72,7 @@ class RowSizes:
 
     @property
     def padded(self) -> bool:
-        """Whether rows of one forward pass differ in length: then there is a mask."""
+        """Return whether rows of one forward pass differ in length: then there is a mask."""
         return self.shortest != self.longest
 
 
@@ -104,7 +104,7 @@ BATCH_TOKENS, BATCH_ROWS = 1024, 16
 
 @dataclass(frozen=True)
 class TokenWork:
-    """What all items of some parts ask of a model, in tokens."""
+    """Tokens that a model reads and writes for all items of some parts."""
 
     read: int = 0
     """Of prompts and continuations that are weighed."""
@@ -138,7 +138,7 @@ def saved_bytes(
 
     `padded_to`: tokens of a row in a batch with padding, which repeats keys and values to the query heads
     (transformers' `use_gqa_in_sdpa`) and keeps a mask a block; None for rows of one length. The adapter is in fp32 in
-    any case: beside a base of 16 bits each of its targets keeps its own input once more, in fp32 or, under autocast (as
+    any case: on a base of 16 bits each of its targets keeps its own input once more, in fp32 or, under autocast (as
     on a GPU), in 16 bits. `mask_bytes`: of a value of dropout's mask, 4 on a CPU and 1 on a GPU.
     """
     size = ValueBytes(value_bytes, BF16 if autocast else FP32, mask_bytes)
@@ -196,7 +196,7 @@ HEADROOM = 0.95
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage will take, before it starts."""
+    """Memory and time that a stage takes, predicted before it starts."""
 
     stage: str
     processes: int
@@ -212,7 +212,7 @@ class StagePlan:
     step_s: float | None = None
     """Seconds of one optimizer step, where the stage trains."""
     warnings: tuple[str, ...] = ()
-    """What works, and is better done otherwise."""
+    """Settings that work, and are better changed."""
     host_bytes_per_process: int = 0
     """Peak in the machine's own memory, where the peak per process is a GPU's."""
 
@@ -231,7 +231,7 @@ def charge_bytes(peak_bytes: int, processes: int, machine: Machine) -> int:
 
 
 def fits(charged_bytes: int, machine: Machine) -> bool:
-    """Whether so much leaves the headroom free."""
+    """Return whether so much leaves the headroom free."""
     return charged_bytes <= HEADROOM * machine.memory_bytes
 
 

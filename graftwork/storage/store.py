@@ -213,7 +213,7 @@ class RunPaths:
         return self.file("plan.json")
 
     def provenance(self) -> tuple[str, ...]:
-        """What `provenance.collect` found at the start."""
+        """Facts that `environment.collect` found at the start."""
         return self.file("provenance.json")
 
     def metrics(self) -> tuple[str, ...]:
