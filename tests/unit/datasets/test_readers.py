@@ -1,4 +1,4 @@
-"""Datasets in every form and place, read record by record; rendered rows kept and found again."""
+"""Datasets in every form and place, read record by record, with the keys of their rows; rendered rows cached."""
 
 import csv
 import gzip
@@ -13,15 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from graftwork.datasets.readers import read_records
-from graftwork.datasets.rows import read_rows
-from graftwork.errors import DataError, StorageError
+from graftwork.datasets import rows as data
+from graftwork.datasets.readers import RENAMED_ROW_KEYS, KeyCheck, read_records
+from graftwork.datasets.rows import is_same_place, read_rows, resolve_prompt
+from graftwork.errors import ConfigError, DataError, StorageError
+from graftwork.prompts.render import PromptSpec
+from graftwork.retrieval.corpus import ChunkSpec, SourceSpec, read_corpus
+from graftwork.serving.rag.questions import question_keys, read_questions
 from graftwork.storage import store
 from graftwork.storage.store import Store
 from graftwork.training.objectives import row_cache
 from graftwork.training.objectives.row_cache import KeptRows, open_rows
 from graftwork.training.objectives.rows import PreparedData, prepare
-from tests.training import task
+from graftwork.training.run import check, run_paths
+from graftwork.training.spec import TrainSpec
+from tests.training import pair_task, task, write_rows
 
 RECORDS: list[dict[str, Any]] = [{"id": f"r{n}", "prompt": f'q{n}, "or"', "completion": f"a{n}\nb"} for n in range(5)]
 
@@ -162,3 +168,274 @@ def test_rows_are_written_in_pieces(tmp_path: Path, cache: Path, monkeypatch: py
         assert ids.tolist() == list(range(n, n + n % 5 + 1))
         assert trained.tolist() == [token % 2 == 0 for token in range(n % 5 + 1)]
     assert rows.scored_N.tolist() == [n % 5 // 2 + 1 for n in range(50)]
+
+
+# Keys of rows: each is read, rejected with its row, or counted and reported once; held-out rows are held out.
+
+USER: dict[str, Any] = {"role": "user", "content": "u"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}
+TOOL = {"type": "function", "function": {"name": "w", "parameters": {}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "w", "arguments": "{}"}}
+
+
+def write(path: Path, *records: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def row(*turns: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": list(turns or (USER, ANSWER)), **more}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys")
+
+
+@pytest.fixture(scope="module")
+def spec(folder: Path) -> TrainSpec:
+    held_out = write_rows(folder / "longer.jsonl", 8, answer_repeats=5)
+    return task(folder, num_workers=1, **{"data.eval": str(held_out)})
+
+
+REJECTED = [
+    (row(tools=[TOOL]), "tools", "remove the key"),
+    (row(functions=[{"name": "w"}]), "functions", "remove the key"),
+    (row(USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}), r"messages\[1\].tool_calls", "the key"),
+    (row(USER, {**ANSWER, "function_call": {"name": "w"}}), r"messages\[1\].function_call", "remove the key"),
+    (row(USER, {**ANSWER, "reasoning_content": "because"}), r"messages\[1\].reasoning_content", "remove the key"),
+    (row(USER, {**ANSWER, "thinking": "because"}), r"messages\[1\].thinking", "remove the key"),
+    (row(reasoning_content="because"), "reasoning_content", "remove the key"),
+    (row(images=["x.png"]), "images", "remove the key"),
+    (row(documents=[{"text": "t"}]), "documents", "remove the key"),
+    (row(system="be brief"), "system", "remove the key"),
+    (row(chat_template_kwargs={"enable_thinking": False}), "chat_template_kwargs", "remove the key"),
+    (row({**USER, "content": [{"type": "text", "text": "u"}]}, ANSWER), r"messages\[0\].content", "join the text"),
+    (row({"role": "developer", "content": "s"}, USER, ANSWER), r"messages\[0\].role", "rename the role to 'system'"),
+    (row(USER, {"role": "tool", "content": "18C"}, ANSWER), r"messages\[1\].role", "leave rows with tool turns out"),
+    (row({"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}), r"messages\[0\].role", "from=human is role"),
+    ({"conversations": [{"from": "human", "value": "u"}]}, "conversations", "from=human is role user"),
+    ({"conversations": [USER, ANSWER]}, "conversations", "rename 'conversations' to 'messages'"),
+    ({"instruction": "i", "input": "x", "output": "o"}, "instruction, output", "write `prompt`"),
+    ({"question": "q", "answer": "a"}, "question, answer", "rename them to 'prompt' and 'completion'"),
+    ({"text": "t"}, "text", "objective.kind=cpt"),
+    ({"chosen": "a", "rejected": "b"}, "chosen, rejected", "objective.kind=dpo"),
+    ({"prompt": [USER], "completion": [ANSWER]}, "prompt", "write the turns of both as one list"),
+]
+LOSS_KEYS = [
+    (row(USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}), r"messages\[1\].weight", "end its conv"),
+    (row(USER, {**ANSWER, "weight": 0.5}), r"messages\[1\].weight", "leave the row out"),
+    (row(USER, {**ANSWER, "train": False}), r"messages\[1\].train", "leave the row out"),
+    (row({**USER, "weight": 2}, ANSWER), r"messages\[0\].weight", "leave the row out"),
+    (row(weight=0.1), "weight", "leave the row out"),
+    (row(loss_mask=[0, 1]), "loss_mask", "remove the key"),
+    (row(input_ids=[1, 2]), "input_ids", "remove the key"),
+    ({"prompt": "p", "completion": "c", "label": False}, "label", "write pairs"),
+    ({"prompt": "p", "completion": "c", "label": 0}, "label", "write pairs"),
+    (row(label=False), "label", "write pairs"),
+]
+
+
+@pytest.mark.parametrize(("record", "at", "move"), [*REJECTED, *LOSS_KEYS])
+def test_a_key_that_changes_prompt_or_loss_is_rejected_by_row_and_key(
+    tmp_path: Path, record: Any, at: str, move: str
+) -> None:
+    uri = write(tmp_path / "rows.jsonl", row(id="fine"), record)
+    with pytest.raises(DataError, match=f"rows.jsonl row 2: {at}: ") as caught:
+        read_rows(uri, need="train")
+    assert caught.value.rule
+    assert move in caught.value.hint
+
+
+@pytest.mark.parametrize("need", ["eval", "prompt"])
+def test_questions_are_rejected_for_what_changes_the_prompt_alone(tmp_path: Path, need: data.Need) -> None:
+    for record, at, _ in REJECTED[:11]:
+        with pytest.raises(DataError, match=f"row 1: {at}: "):
+            read_rows(write(tmp_path / "q.jsonl", {**record, "gold": {"x": 1}}), need=need)
+    keys = data.key_check(need)
+    read_rows(
+        write(tmp_path / "q.jsonl", row(USER, {**ANSWER, "weight": 0}, USER, weight=0.1, gold={"x": 1})),
+        need=need,
+        keys=keys,
+    )
+    assert keys.note("eval") == ("eval: ignored keys: messages[].weight (in 1 row), weight (in 1 row)",)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        row({**USER, "weight": 0}, {**ANSWER, "weight": 1}),
+        row({**USER, "weight": 1}, {**ANSWER, "weight": 1.0, "train": True}),
+        row(USER, {**ANSWER, "tool_calls": None, "reasoning_content": "", "refusal": None}, tools=[], images=None),
+        {"prompt": "p", "completion": "c", "label": True},
+    ],
+)
+def test_values_that_take_effect_here_or_nowhere_are_accepted(tmp_path: Path, record: Any) -> None:
+    keys = data.key_check("train")
+    [read] = read_rows(write(tmp_path / "rows.jsonl", record), need="train", keys=keys)
+    assert read.answer in ("a", "c")
+    assert not keys.ignored
+
+
+def test_a_csv_says_numbers_and_truth_by_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,label,weight,tools,lang\np,c,True,1,,en\np,d,False,1,,en\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"row 2: label: found 'False'"):
+        read_rows(str(path), need="train")
+    path.write_text("prompt,completion,weight,tools,lang\np,c,1,,en\np,d,0,,en\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"row 2: weight: found '0'"):
+        read_rows(str(path), need="train")
+    keys = data.key_check("train")
+    read_rows(str(path), need="train", limit=1, keys=keys)
+    assert keys.note("data.train") == ("data.train: ignored keys: lang (in 1 row)",)
+
+
+def test_other_keys_are_counted_by_row(tmp_path: Path) -> None:
+    rows = [row({**USER, "name": "x"}, {**ANSWER, "name": "y"}, source="web", lang="en") for _ in range(119)]
+    uri = write(tmp_path / "rows.jsonl", *rows, row(source="web", label=3))
+    keys = data.key_check("train", ["lang"])
+    read_rows(uri, need="train", keys=keys)
+    assert keys.note("data.train") == (
+        "data.train: ignored keys: source (in 120 rows), messages[].name (in 119 rows), label (in 1 row)",
+    )
+    many = KeyCheck(())
+    many.check({f"k{n:02}": 1 for n in range(23)}, "row 1")
+    assert many.note("x")[0].endswith("k19 (in 1 row) and 3 more")
+
+
+def test_a_run_reports_ignored_keys_once_and_not_in_its_identity(spec: TrainSpec, tmp_path: Path) -> None:
+    def changed(path: Path, source: str) -> str:
+        records = [json.loads(line) for line in Path(source).read_text().splitlines()]
+        return write(path, *({**record, "source": "web"} for record in records))
+
+    train, held_out = (
+        changed(tmp_path / "t.jsonl", spec.data.train),
+        changed(tmp_path / "e.jsonl", spec.data.eval or ""),
+    )
+    shots = write(tmp_path / "shots.jsonl", row(topic="x"))
+    same = spec.with_({"data.train": train, "data.eval": held_out})
+    assert run_paths(same).run_id == run_paths(spec).run_id
+    asked = same.with_({"prompt": {"shots": 1, "few_shot_file": shots}})
+    assert prepare(asked).warnings == (
+        "data.train: ignored keys: source (in 48 rows)",
+        "prompt.few_shot_file: ignored keys: topic (in 1 row)",
+        "data.eval: ignored keys: source (in 8 rows)",
+    )
+    assert check(asked) == list(prepare(asked).warnings), "said before the start"
+    assert not prepare(spec).warnings
+
+
+@pytest.mark.parametrize(
+    ("more", "at"),
+    [
+        ({"margin": 0.7}, "margin"),
+        ({"ref_chosen_logps": -3.1}, "ref_chosen_logps"),
+        ({"weight": 0}, "weight"),
+        ({"tools": [TOOL]}, "tools"),
+        ({"chosen": [{**ANSWER, "content": "x", "reasoning_content": "y"}]}, r"chosen\[0\].reasoning_content"),
+        ({"chosen": {**ANSWER, "content": "x", "weight": 0}}, "chosen.weight"),
+        ({"prompt": [{**USER, "thinking": "y"}]}, r"prompt\[0\].thinking"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_pairs_are_checked_alike(folder: Path, tmp_path: Path, kind: str, more: Any, at: str) -> None:
+    pair = {"prompt": "p", "chosen": "x", "rejected": "z"}
+    uri = write(tmp_path / "pairs.jsonl", pair, {**pair, **more})
+    spec = pair_task(folder / kind, **{"objective.kind": kind, "data.train": uri, "num_workers": 1})
+    with pytest.raises(DataError, match=f"pairs.jsonl row 2: {at}: "):
+        prepare(spec)
+
+
+def test_pairs_and_plain_text_count_other_keys(folder: Path, tmp_path: Path) -> None:
+    pairs = write(
+        tmp_path / "pairs.jsonl",
+        *({"prompt": f"p{n}", "chosen": "x", "rejected": "z", "score_chosen": 7} for n in range(3)),
+    )
+    held_out = write(tmp_path / "held-out.jsonl", {"prompt": "p", "chosen": "y", "rejected": "z"})
+    of_pairs = pair_task(folder / "dpo", **{"data.train": pairs, "data.eval": held_out, "num_workers": 1})
+    assert prepare(of_pairs).warnings == ("data.train: ignored keys: score_chosen (in 3 rows)",)
+    text = write(tmp_path / "text.jsonl", *({"text": f"words {n}", "url": "u", "tools": [1]} for n in range(3)))
+    held_out = write(tmp_path / "held-out-text.jsonl", {"text": "other words"})
+    of_text = task(folder, objective={"kind": "cpt"}, **{"data.train": text, "data.eval": held_out, "num_workers": 1})
+    assert prepare(of_text).warnings == ("data.train: ignored keys: tools (in 3 rows), url (in 3 rows)",)
+    weighted = write(tmp_path / "weighted.jsonl", {"text": "words"}, {"text": "more", "weight": 3})
+    with pytest.raises(DataError, match="row 2: weight: found 3"):
+        prepare(of_text.with_({"data.train": weighted}))
+
+
+def test_passages_and_questions_count_other_keys(tmp_path: Path) -> None:
+    table = write(tmp_path / "corpus.jsonl", {"id": "a", "text": "one", "title": "t", "tools": [1]})
+    named = tmp_path / "corpus.csv"
+    named.write_text("key,title,body,date\na,t,b,d\n", encoding="utf-8")
+    ignored: list[str] = []
+    read_corpus([SourceSpec(uri=table)], ChunkSpec(), ignored)
+    read_corpus([SourceSpec(uri=str(named), id="key", text=("title", "body"))], ChunkSpec(), ignored)
+    assert ignored == [
+        f"{table}: ignored keys: title (in 1 row), tools (in 1 row)",
+        f"{named}: ignored keys: date (in 1 row)",
+    ]
+    keys = question_keys()
+    read_questions(write(tmp_path / "q.jsonl", {"question": "q", "doc_id": "a", "level": 3}), keys=keys)
+    assert keys.note("questions") == ("questions: ignored keys: level (in 1 row)",)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_ROW_KEYS.items())
+def test_a_renamed_key_of_a_row_is_refused_with_its_new_name(tmp_path: Path, old: str, new: str) -> None:
+    uri = write(tmp_path / "rows.jsonl", row(gold={"x": 1}, **{new: ["x"]}), row(gold={"x": 1}, **{old: ["x"]}))
+    assert read_rows(uri, limit=1, need="train")[0].given_fields == ("x",)
+    with pytest.raises(DataError, match=f"row 2: {old}: unknown key") as caught:
+        read_rows(uri, need="train")
+    assert caught.value.hint == f"{old} was renamed to {new}"
+    passages = write(tmp_path / "corpus.jsonl", {"id": "a", "text": "one", old: ["x"]})
+    ignored: list[str] = []
+    read_corpus([SourceSpec(uri=passages)], ChunkSpec(), ignored)
+    assert ignored == [f"{passages}: ignored keys: {old} (in 1 row)"], "passages never had the key"
+
+
+def test_shots_are_checked_as_rows_to_learn_from(tmp_path: Path) -> None:
+    uri = write(tmp_path / "shots.jsonl", row(USER, {**ANSWER, "weight": 0}))
+    with pytest.raises(DataError, match=r"row 1: messages\[1\].weight"):
+        resolve_prompt(PromptSpec(shots=1, few_shot_file=uri))
+
+
+def test_held_out_rows_are_other_rows_by_name(spec: TrainSpec, folder: Path) -> None:
+    train = spec.data.train
+    (folder / "link.jsonl").symlink_to(train)
+    for same in (train, f"file://{train}", f"{folder}/../{folder.name}/train.jsonl", str(folder / "link.jsonl")):
+        with pytest.raises(ConfigError, match=r"data.eval=.*: it is data.train; held-out rows are not trained on"):
+            spec.with_({"data.eval": same})
+    assert is_same_place("s3://b/rows/", "s3://b/rows")
+    assert not is_same_place("s3://b/rows", "s3://b/other")
+
+
+@pytest.mark.parametrize("make", [task, pair_task])
+def test_held_out_rows_are_other_rows_by_content(make: Any, folder: Path, tmp_path: Path) -> None:
+    spec = make(folder / make.__name__, num_workers=1)
+    records = [json.loads(line) for line in Path(spec.data.train).read_text().splitlines()]
+    others = [{**record, "id": f"other {record['id']}", "doc_id": "x"} for record in records]
+    copy = write(tmp_path / "copy.jsonl", *reversed(others))
+    with pytest.raises(DataError, match=rf"data.eval=.*: its {len(records)} rows are the rows of data.train"):
+        prepare(spec.with_({"data.eval": copy}))
+    new = {**others[0], "id": "new"}
+    new["messages"] = [{"role": "user", "content": "Something else"}, *new["messages"][1:]] if "messages" in new else []
+    if not new["messages"]:
+        new = {**others[0], "prompt": "Something else"}
+    part = write(tmp_path / "part.jsonl", new, *others[3:5])
+    assert prepare(spec.with_({"data.eval": part})).warnings[-1] == (
+        "data.eval: 2 of 3 rows also in data.train, so its loss is too low"
+    )
+
+
+def test_one_row_to_train_on_is_warned_of(spec: TrainSpec) -> None:
+    [warning] = prepare(spec.with_({"data.train_rows": 1})).warnings
+    assert warning.startswith("data.train: 1 row: every step repeats it")
+
+
+def test_a_key_that_groups_held_out_answers_is_read_whatever_its_name(spec: TrainSpec, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "completion": f"a{n}", "label": n % 2} for n in range(4)]
+    held_out = write(tmp_path / "grouped.jsonl", *rows)
+    grouped = spec.with_({"data.eval": held_out, "objective": {"kind": "sft", "answers": {"by": ["label"]}}})
+    found = prepare(grouped)
+    assert found.eval is not None
+    assert len(found.eval) == 4
