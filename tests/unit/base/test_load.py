@@ -314,7 +314,7 @@ def test_bitsandbytes_comes_without_the_compiler() -> None:
     """PyTorch's inductor costs a second of each process' start. Source: one of bitsandbytes' compiled functions."""
     code = """
 import sys, torch
-from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.quantization import import_bitsandbytes
 before = torch.compile
 import_bitsandbytes()
 assert torch.compile is before
@@ -327,7 +327,7 @@ assert "torch._inductor" not in sys.modules, "bitsandbytes loaded the compiler"
 def test_what_bitsandbytes_meant_to_compile_is_compiled_when_it_is_called() -> None:
     code = """
 import sys, torch
-from graftwork.quantization.quantizer import import_bitsandbytes
+from graftwork.quantization import import_bitsandbytes
 import_bitsandbytes()
 from bitsandbytes.backends.default import ops
 codes, scales, table = torch.arange(64, dtype=torch.uint8), torch.tensor([2.0]), torch.linspace(-1, 1, 256)
