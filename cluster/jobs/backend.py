@@ -21,7 +21,6 @@ from graftwork.cluster.jobs.models import (
     TargetMachines,
     attempt_id,
 )
-from graftwork.cluster.jobs.state import derive_state
 from graftwork.cluster.jobs.store import (
     HEARTBEAT_S,
     SAVES,
@@ -31,6 +30,7 @@ from graftwork.cluster.jobs.store import (
     JobStore,
     StopReason,
     attempt_of,
+    derive_state,
 )
 from graftwork.cluster.spec import ClusterSpec, PriceTable, WorkerSpec, quantity
 from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError, StorageError, StoreUnreachable

@@ -22,8 +22,7 @@ from pathlib import Path
 
 from graftwork.cluster.jobs.backend import usd_per_hour
 from graftwork.cluster.jobs.fencing import ENVIRONMENT, Fence
-from graftwork.cluster.jobs.heartbeat import HeartbeatThread
-from graftwork.cluster.jobs.log_upload import OutputReader
+from graftwork.cluster.jobs.heartbeat import HeartbeatThread, OutputReader
 from graftwork.cluster.jobs.store import SAVES, AttemptEnd, JobStore, StopReason
 from graftwork.cluster.jobs.supervisor import run_supervised
 from graftwork.cluster.spec import ClusterSpec

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftwork.cluster.jobs.models import Finding, JobInput
+from graftwork.cluster.jobs.models import Finding, JobInput, refuse, warn
 from graftwork.config import Spec, SpecT, validate
 from graftwork.errors import ConfigError, StorageError
 from graftwork.storage.local import files_under
@@ -109,45 +109,40 @@ def path_findings(spec: Mapping[str, Any], *, shared: bool, here: bool = False) 
         relative = not path.is_absolute()
         if not _exists(path):
             if relative:
-                yield Finding(
-                    "E-PATH-ABSENT",
-                    "error",
+                yield refuse(
+                    "PATH-ABSENT",
                     where,
                     f"{value} does not exist in this folder",
                     "a plain path is a file of this machine, which is copied to the job's store",
                     "correct the path, or name s3://BUCKET/KEY",
                 )
         elif not here and not shared and key in INPUT_KEYS and not _is_weights(path) and _size(path) > MOST_BYTES:
-            yield Finding(
-                "E-PATH-TOO-LARGE",
-                "error",
+            yield refuse(
+                "PATH-TOO-LARGE",
                 where,
                 f"{value} has {_size(path) / GIB:.2f} GiB",
                 "a job copies at most 1 GiB of local files to its store",
                 "copy the file to S3 once and name s3://BUCKET/KEY",
             )
         elif not here and not shared:
-            yield Finding(
-                "E-PATH-LOCAL",
-                "error",
+            yield refuse(
+                "PATH-LOCAL",
                 where,
                 f"{value} is on this machine and is not copied to the store",
                 "pods read the store and their image; a job copies at most 1 GiB of rows and no weights",
                 "copy it to s3://, or file:///PATH where the image or the claim has it",
             )
         elif relative:
-            yield Finding(
-                "E-PATH-RELATIVE",
-                "error",
+            yield refuse(
+                "PATH-RELATIVE",
                 where,
                 f"{value} is relative to this folder",
                 "the driver runs in a folder of its own",
                 f"{path.resolve()}, or s3://",
             )
         elif not here:
-            yield Finding(
-                "W-PATH-LOCAL",
-                "warning",
+            yield warn(
+                "PATH-LOCAL",
                 where,
                 f"{value} is on this machine",
                 "the cluster sees it only where it mounts the same disk",

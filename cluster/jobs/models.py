@@ -168,6 +168,19 @@ class Finding:
     hint: str = ""
 
 
+Findings = Iterator[Finding]
+
+
+def refuse(code: str, where: str, problem: str, rule: str, hint: str) -> Finding:
+    """Return an error, which keeps the job from being submitted. `code` without its `E-`."""
+    return Finding(f"E-{code}", "error", where, problem, rule, hint)
+
+
+def warn(code: str, where: str, problem: str, rule: str, hint: str) -> Finding:
+    """Return a warning, with which the job goes on. `code` without its `W-`."""
+    return Finding(f"W-{code}", "warning", where, problem, rule, hint)
+
+
 @dataclass(frozen=True)
 class JobPlan:
     """What a job will take in its place, before it is submitted."""

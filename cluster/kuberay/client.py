@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import yaml
 
+from graftwork.cluster.jobs.models import Finding, warn
 from graftwork.cluster.kuberay.object_view import dig, listed
 from graftwork.cluster.kuberay.objects import JOB_LABEL
 from graftwork.errors import ClusterError, ConfigError
@@ -236,6 +237,19 @@ def missing_rule(message: str) -> str | None:
     """The RBAC rule that a refusal asks for; None where it is no refusal by RBAC."""
     found = FORBIDDEN.search(message)
     return rule_yaml(found["verb"], found["resource"], found["group"]) if found else None
+
+
+def unchecked(on: str, what: str, answer: ApiResponse) -> Finding:
+    """A warning that something could not be looked at, and what it would take."""
+    rule = missing_rule(answer.message) if answer.code == 403 else None
+    why = "this API server has no such kind" if answer.unserved else f"{answer.code} {answer.message[:200]}"
+    return warn(
+        "NOT-CHECKED",
+        on,
+        f"not checked: {what} ({why})",
+        "a check needs the right to read its objects",
+        f"add this rule to a Role of the namespace: {rule}" if rule else "check it with kubectl",
+    )
 
 
 def no_extra(on: str) -> ClusterError:

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwork.cluster.jobs.driver import LIMIT_GRACE_S
-from graftwork.cluster.jobs.models import Attempt, Finding, Job
+from graftwork.cluster.jobs.models import Attempt, Finding, Job, refuse
 from graftwork.cluster.kuberay.pods import CLOSED, GRACE_S, PodFacts, head_template, worker_template
-from graftwork.cluster.ray_address import JOB
+from graftwork.cluster.session import JOB
 from graftwork.cluster.spec import ClusterSpec, GcsSpec, WorkerSpec
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError
@@ -95,9 +95,8 @@ def check_name(kind: str, name: str) -> list[Finding]:
     found, most = [], MAX_NAME[kind]
     if len(name) > most:
         found.append(
-            Finding(
-                "E-NAME-TOO-LONG",
-                "error",
+            refuse(
+                "NAME-TOO-LONG",
                 "metadata.name",
                 f"{name!r} has {len(name)} characters, {len(name) - most} too many",
                 f"a {kind} has at most {most}, since the names of its pods begin with it",
@@ -106,9 +105,8 @@ def check_name(kind: str, name: str) -> list[Finding]:
         )
     if not DNS_1035.fullmatch(name):
         found.append(
-            Finding(
-                "E-NAME-FORM",
-                "error",
+            refuse(
+                "NAME-FORM",
                 "metadata.name",
                 repr(name),
                 "a letter first, then small letters, digits and hyphens, no hyphen last (RFC 1035)",

@@ -5,6 +5,7 @@ Own code and no JSON schema library: an unknown field, a null and a default mean
 
 import difflib
 import functools
+import importlib.util
 import json
 import re
 import sys
@@ -15,9 +16,8 @@ from typing import Any
 
 import yaml
 
-from graftwork.cluster.jobs.models import Finding
-from graftwork.cluster.kuberay.core_schema import core_schema
-from graftwork.cluster.kuberay.object_view import Found, dig, mapping, refuse, warn
+from graftwork.cluster.jobs.models import Finding, Findings, refuse, warn
+from graftwork.cluster.kuberay.object_view import dig, mapping
 
 # `python -m graftwork.cluster.kuberay.schema CRD_DIR [FOLDER]`: the schemas that are shipped, from KubeRay's CRDs.
 #
@@ -157,7 +157,7 @@ def cut_out(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[tuple
             yield from cut_out(inner, schema.get("items", {}), f"{where}[{index}]")
 
 
-def _envelope(made: Mapping[str, Any]) -> Found:
+def _envelope(made: Mapping[str, Any]) -> Findings:
     for name in made.keys() - TOP:
         yield refuse(
             "SCHEMA-UNKNOWN",
@@ -187,7 +187,7 @@ def _envelope(made: Mapping[str, Any]) -> Found:
                 )
 
 
-def _live(made: Mapping[str, Any], crd: Mapping[str, Any]) -> Found:
+def _live(made: Mapping[str, Any], crd: Mapping[str, Any]) -> Findings:
     api = str(made.get("apiVersion"))
     group, _, version = api.partition("/")
     schema = schema_of(crd, version) if dig(crd, "spec", "group") == group else None
@@ -207,7 +207,7 @@ def _live(made: Mapping[str, Any], crd: Mapping[str, Any]) -> Found:
         yield replace(finding, where=finding.where.removeprefix("."))
 
 
-def _template(where: str, cut: str, value: Mapping[str, Any]) -> Found:
+def _template(where: str, cut: str, value: Mapping[str, Any]) -> Findings:
     if cut == "PodTemplateSpec":
         metadata = value.get("metadata", {})
         whole = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
@@ -226,7 +226,7 @@ def _template(where: str, cut: str, value: Mapping[str, Any]) -> Found:
         yield replace(finding, where=f"{where}.{finding.where}")
 
 
-def _core(made: Mapping[str, Any]) -> Found:
+def _core(made: Mapping[str, Any]) -> Findings:
     schema = core_schema(str(made.get("kind")))
     if schema is not None:
         for finding in check(made, schema, ""):
@@ -260,7 +260,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def check(value: Any, schema: Schema, where: str) -> Found:
+def check(value: Any, schema: Schema, where: str) -> Findings:
     """All findings on a value. Defaults are the server's to fill in: a field that has one is never missing."""
     if value is None:
         if not schema.get("nullable"):
@@ -307,7 +307,7 @@ def check(value: Any, schema: Schema, where: str) -> Found:
         yield from _scalar(value, schema, where)
 
 
-def _object(value: Mapping[str, Any], schema: Schema, where: str) -> Found:
+def _object(value: Mapping[str, Any], schema: Schema, where: str) -> Findings:
     fields, rest = schema.get("properties", {}), schema.get("additionalProperties")
     value = {name: inner for name, inner in value.items() if not _dropped(inner, fields.get(name, rest))}
     for name in schema.get("required", ()):
@@ -332,7 +332,7 @@ def _object(value: Mapping[str, Any], schema: Schema, where: str) -> Found:
             )
 
 
-def _array(value: list[Any] | tuple[Any, ...], schema: Schema, where: str) -> Found:
+def _array(value: list[Any] | tuple[Any, ...], schema: Schema, where: str) -> Findings:
     if len(value) < schema.get("minItems", 0):
         yield refuse(
             "SCHEMA-BOUNDS",
@@ -356,7 +356,7 @@ def _array(value: list[Any] | tuple[Any, ...], schema: Schema, where: str) -> Fo
         yield from check(inner, schema.get("items", {}), f"{where}[{index}]")
 
 
-def _check_keys_differ(value: list[Any] | tuple[Any, ...], keys: list[str], fields: Schema, where: str) -> Found:
+def _check_keys_differ(value: list[Any] | tuple[Any, ...], keys: list[str], fields: Schema, where: str) -> Findings:
     seen = set()
     for index, entry in enumerate(value):
         if not isinstance(entry, Mapping):
@@ -373,7 +373,7 @@ def _check_keys_differ(value: list[Any] | tuple[Any, ...], keys: list[str], fiel
         seen.add(key)
 
 
-def _scalar(value: Any, schema: Schema, where: str) -> Found:
+def _scalar(value: Any, schema: Schema, where: str) -> Findings:
     if "enum" in schema and value not in schema["enum"]:
         near = difflib.get_close_matches(str(value), [str(one) for one in schema["enum"]], 1, 0.4)
         yield refuse(
@@ -427,3 +427,57 @@ def _shown(value: Any) -> str:
 
 if __name__ == "__main__":
     write(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else FOLDER)
+
+
+CORE_VERSION = "1.34.0"
+FILE = f"kubernetes-json-schema/v{CORE_VERSION}-local-strict/_definitions.json"
+CORE_KINDS = {
+    "Pod": "io.k8s.api.core.v1.Pod",
+    "Service": "io.k8s.api.core.v1.Service",
+    "PodDisruptionBudget": "io.k8s.api.policy.v1.PodDisruptionBudget",
+}
+QUANTITY = "io.k8s.apimachinery.pkg.api.resource.Quantity"
+QUANTITY_PATTERN = r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?$"
+_REF = "#/$defs/"
+_SAME = ("required", "enum", "format", "x-kubernetes-list-type", "x-kubernetes-list-map-keys")
+
+
+@functools.cache
+def core_schema(kind: str) -> Mapping[str, Any] | None:
+    """The schema of a kind; None where it is not among `KINDS` or nothing here knows it."""
+    definitions = _definitions()
+    return _plain({"$ref": _REF + CORE_KINDS[kind]}, definitions, {}) if definitions and kind in CORE_KINDS else None
+
+
+def _definitions() -> Mapping[str, Any]:
+    found = importlib.util.find_spec("kubernetes_validate")
+    if found is None or found.origin is None:
+        return {}
+    whole = json.loads((Path(found.origin).parent / FILE).read_text(encoding="utf-8"))
+    definitions: Mapping[str, Any] = whole["$defs"]
+    return definitions
+
+
+def _plain(schema: Mapping[str, Any], known: Mapping[str, Any], done: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """As the definition of a custom kind would say it. Kinds that hold themselves are one and the same mapping."""
+    name = schema.get("$ref", "").removeprefix(_REF)
+    if name:
+        if name not in done:
+            done[name] = {}
+            done[name].update(_plain(known[name], known, done))
+            done[name] |= {"pattern": QUANTITY_PATTERN} if name == QUANTITY else {}
+        return done[name]
+    if "oneOf" in schema:
+        return {"x-kubernetes-int-or-string": True}
+    kind = schema.get("type")
+    made = {key: schema[key] for key in _SAME if key in schema}
+    made["type"] = kind[0] if isinstance(kind, list) else kind
+    fields = schema.get("properties", {})
+    if fields:
+        made["properties"] = {field: _plain(inner, known, done) for field, inner in fields.items()}
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), Mapping):
+            made[key] = _plain(schema[key], known, done)
+    if kind == ["object", "null"] and not fields and "additionalProperties" not in schema:
+        made["x-kubernetes-preserve-unknown-fields"] = True
+    return made

@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 from graftwork.cluster.jobs.backend import StoredBackend
 from graftwork.cluster.jobs.models import Attempt, Finding, Job, JobBackend, JobTarget, ObservedState, TargetMachines
-from graftwork.cluster.ray_address import unknown_place
+from graftwork.cluster.session import unknown_place
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.errors import ClusterError
 

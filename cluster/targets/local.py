@@ -17,10 +17,9 @@ from typing import Any
 
 import psutil
 
-from graftwork.cluster.jobs.demand_check import gpu_memory_findings, gpu_share_findings
-from graftwork.cluster.jobs.environment import secret_findings
+from graftwork.cluster.jobs.checks import gpu_memory_findings, gpu_share_findings, secret_findings
 from graftwork.cluster.jobs.fencing import ENVIRONMENT
-from graftwork.cluster.jobs.models import Attempt, Demand, Finding, Job, ObservedState, TargetMachines
+from graftwork.cluster.jobs.models import Attempt, Demand, Finding, Job, ObservedState, TargetMachines, refuse, warn
 from graftwork.cluster.jobs.supervisor import end_all
 from graftwork.cluster.private_ray import DIR_PREFIX, OBJECT_STORE_BYTES
 from graftwork.cluster.spec import ClusterSpec
@@ -286,9 +285,8 @@ def _workers(demand: Demand) -> list[Finding]:
     cpus = demand.num_workers * demand.cpus_per_worker
     if cpus > max(cores(), 2):
         found.append(
-            Finding(
-                "E-CPU-FIT",
-                "error",
+            refuse(
+                "CPU-FIT",
                 "demand.cpus",
                 f"{demand.num_workers} workers ask for {cpus:g} CPUs of {cores()}",
                 "all workers run at once",
@@ -298,9 +296,8 @@ def _workers(demand: Demand) -> list[Finding]:
     gpus, cards = demand.num_workers * demand.gpus_per_worker, gpus_here() if demand.gpus_per_worker else []
     if gpus > len(cards):
         found.append(
-            Finding(
-                "E-GPU-FIT",
-                "error",
+            refuse(
+                "GPU-FIT",
                 "demand.gpus",
                 f"{demand.num_workers} workers ask for {gpus:g} GPUs of {len(cards)}",
                 "nvidia-smi lists them, less what CUDA_VISIBLE_DEVICES hides",
@@ -321,9 +318,8 @@ def _memory(wanted: int) -> list[Finding]:
         return []
     found = f"{wanted / GIB:.1f} GiB predicted; {total / GIB:.1f} GiB are here, {free / GIB:.1f} GiB free now"
     return [
-        Finding(
-            "E-MEMORY-FIT",
-            "error",
+        refuse(
+            "MEMORY-FIT",
             "demand.memory",
             found,
             f"a run may take {HEADROOM:.0%} of the free memory",
@@ -341,15 +337,14 @@ def _folder(where: str, path: Path) -> list[Finding]:
     there = next(above for above in [path, *path.parents] if above.exists())
     other = "set another root" if where == "root" else "set GRAFTWORK_CACHE to another folder"
     if not there.is_dir():
-        return [Finding("E-FOLDER-NOT-WRITABLE", "error", where, f"{there} is a file", "it holds files of jobs", other)]
+        return [refuse("FOLDER-NOT-WRITABLE", where, f"{there} is a file", "it holds files of jobs", other)]
     try:
         with tempfile.TemporaryFile(dir=there):
             free = shutil.disk_usage(there).free
     except OSError as error:
         return [
-            Finding(
-                "E-FOLDER-NOT-WRITABLE",
-                "error",
+            refuse(
+                "FOLDER-NOT-WRITABLE",
                 where,
                 f"{there}: {error.strerror}",
                 "it holds files of jobs",
@@ -358,11 +353,9 @@ def _folder(where: str, path: Path) -> list[Finding]:
         ]
     found = f"{free / GIB:.2f} GiB are free on the disk of {there}"
     if free < FULL_BYTES:
-        return [
-            Finding("E-DISK-FULL", "error", where, found, "logs and checkpoints would be lost", f"free it, or {other}")
-        ]
+        return [refuse("DISK-FULL", where, found, "logs and checkpoints would be lost", f"free it, or {other}")]
     if free < TIGHT_BYTES:
-        return [Finding("W-DISK-TIGHT", "warning", where, found, "a checkpoint may not fit", f"free it, or {other}")]
+        return [warn("DISK-TIGHT", where, found, "a checkpoint may not fit", f"free it, or {other}")]
     return []
 
 
@@ -372,9 +365,8 @@ def _memory_now() -> list[Finding]:
         []
         if free >= 2 * GIB
         else [
-            Finding(
-                "W-MEMORY-BUSY",
-                "warning",
+            warn(
+                "MEMORY-BUSY",
                 "memory",
                 f"{free / GIB:.1f} GiB are free",
                 "a private Ray takes about 1 GiB",
@@ -388,11 +380,7 @@ def _shared_memory() -> list[Finding]:
     if not SHM.is_dir() or (free := shutil.disk_usage(SHM).free) >= OBJECT_STORE_BYTES:
         return []
     rule = f"Ray's object store takes {OBJECT_STORE_BYTES >> 20} MiB of it, else it lies on a disk"
-    return [
-        Finding(
-            "W-SHM-SMALL", "warning", str(SHM), f"{free / 2**20:.0f} MiB are free", rule, "docker run --shm-size=1g"
-        )
-    ]
+    return [warn("SHM-SMALL", str(SHM), f"{free / 2**20:.0f} MiB are free", rule, "docker run --shm-size=1g")]
 
 
 def _temp() -> list[Finding]:
@@ -401,9 +389,8 @@ def _temp() -> list[Finding]:
 
 def _left(left: Mapping[str, Sequence[int]]) -> list[Finding]:
     return [
-        Finding(
-            "W-PROCESSES-LEFT",
-            "warning",
+        warn(
+            "PROCESSES-LEFT",
             attempt_id,
             f"{len(pids)} processes outlived its driver: {list(pids)}",
             "they hold memory and may write",
@@ -418,9 +405,8 @@ def _dead_rays() -> list[Finding]:
         path for path in Path(tempfile.gettempdir()).glob(f"{DIR_PREFIX}*") if path.is_dir() and not _is_locked(path)
     ]
     return [
-        Finding(
-            "W-RAY-LEFT",
-            "warning",
+        warn(
+            "RAY-LEFT",
             str(path),
             "the folder of a private Ray whose owner was killed",
             "the next private Ray removes it",

@@ -4,22 +4,43 @@
 """
 
 import contextlib
+import datetime
+import email.utils
 import hashlib
+import re
 import secrets
 import shlex
+import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftwork.cluster.jobs.models import Attempt, Finding, Job, ObservedState, TargetMachines
+import httpx
+import psutil
+
+from graftwork.cluster.jobs.checks import gpu_memory_findings, gpu_share_findings, nvme_findings, secret_findings
+from graftwork.cluster.jobs.inputs import path_findings
+from graftwork.cluster.jobs.models import (
+    Attempt,
+    Demand,
+    Finding,
+    Job,
+    Level,
+    ObservedState,
+    TargetMachines,
+    refuse,
+    warn,
+)
 from graftwork.cluster.jobs.packaging import build_wheel, relative, shipped, zipped
-from graftwork.cluster.ray_address import JOB, without_target
+from graftwork.cluster.session import JOB, host_and_port, is_loopback, token, without_target
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets.ray_jobs_api import ENDED, JobsApi, exit_code
-from graftwork.cluster.targets.ray_jobs_checks import fit, health, machines_of, nodes_of
 from graftwork.errors import ClusterError, Interrupted
+from graftwork.planning.hardware import gpu_called
+from graftwork.planning.plan import HEADROOM
 from graftwork.storage.store import Store
 
 # Commands that are no jobs (demo): they run on an existing Ray through its Jobs API.
@@ -193,3 +214,267 @@ if __name__ == "__main__":
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     with contextlib.suppress(ValueError):  # it has ended by itself
         ray.kill(ray.get_actor(NAME.format(sys.argv[1])), no_restart=True)
+
+
+GIB = 2**30
+PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
+"""What a shell takes as it is: Ray gives an entrypoint to one."""
+NETWORK_DISKS = ("nfs", "cifs", "smb", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "fuse", "9p", "virtiofs", "afs")
+CLOCK_S = 5.0
+"""A driver counts as silent after 20 s by the reader's clock."""
+PYTHON = (3, 11)
+WITHOUT_TOKEN_S = 5.0
+
+
+@dataclass(frozen=True)
+class RayNode:
+    """A machine of the cluster that lives."""
+
+    host: str
+    """Empty where its agent does not report."""
+    is_head: bool
+    total: Mapping[str, float]
+    """CPU, GPU, memory (bytes) that Ray hands out there."""
+    used: Mapping[str, float]
+
+    @property
+    def gpu_type(self) -> str:
+        """As Ray detected it (`accelerator_type:H100`); empty where it detected none."""
+        names = (name.partition(":")[2] for name in self.total if name.startswith("accelerator_type:"))
+        return next(names, "")
+
+    def free(self, name: str) -> float:
+        return self.total.get(name, 0.0) - self.used.get(name, 0.0)
+
+
+def fit(job: Job, root: str, jobs: JobsApi) -> list[Finding]:
+    """Findings of a job. Raises ClusterError where the Ray does not answer or take us."""
+    nodes = nodes_of(jobs)
+    here = is_here(jobs.on, nodes)
+    return [
+        *secret_findings(job),
+        *versions(jobs, job.cluster.ray_version),
+        *workers(job, nodes),
+        *roots(root, here),
+        *path_findings(job.spec, shared=True, here=here),
+    ]
+
+
+def machines_of(on: str, nodes: Sequence[RayNode]) -> TargetMachines:
+    """Resources that Ray hands out on the nodes."""
+    return TargetMachines(
+        owner=on,
+        cpus=sum(node.total.get("CPU", 0.0) for node in nodes),
+        memory_bytes=int(sum(node.total.get("memory", 0.0) for node in nodes)),
+        gpus=sum(node.total.get("GPU", 0.0) for node in nodes),
+        gpu_types=tuple(dict.fromkeys(node.gpu_type for node in nodes if node.total.get("GPU"))),
+    )
+
+
+def health(root: str, jobs: JobsApi) -> list[Finding]:
+    """Findings of the Ray itself."""
+    nodes = nodes_of(jobs)
+    found = versions(jobs, ClusterSpec().ray_version)
+    return [*found, *_agents(nodes), *_clock(jobs), *_doors(jobs.on), *roots(root, is_here(jobs.on, nodes))]
+
+
+def nodes_of(jobs: JobsApi) -> list[RayNode]:
+    """The machines that live."""
+    summary = jobs.json("/nodes?view=summary")["data"]["summary"]
+    status = jobs.json("/api/cluster_status")["data"]["clusterStatus"] or {}
+    used = (status.get("loadMetricsReport") or {}).get("usageByNode") or {}
+    return [_node(info, used) for info in summary if (info.get("raylet") or {}).get("state") == "ALIVE"]
+
+
+def is_here(on: str, nodes: Sequence[RayNode]) -> bool:
+    """Whether the head is this machine. A tunnel makes another one look like it: its own name decides, where told."""
+    heads = [node.host for node in nodes if node.is_head and node.host]
+    return heads[0] == socket.gethostname() if heads else is_loopback(host_and_port(on)[0])
+
+
+def versions(jobs: JobsApi, wanted: str) -> list[Finding]:
+    """Ray and Python there, against what the code needs."""
+    told = jobs.json("/api/v0/cluster_metadata")["data"]
+    ray, python = str(told.get("rayVersion", "")), str(told.get("pythonVersion", ""))
+    found = []
+    if ray.split(".")[:2] != wanted.split(".")[:2]:
+        found.append(
+            refuse(
+                "RAY-VERSION",
+                "ray_version",
+                f"the cluster runs Ray {ray or '?'}",
+                f"this code is for Ray {wanted}",
+                f"set --target or `image` to a cluster with Ray {wanted}",
+            )
+        )
+    if python and tuple(int(part) for part in python.split(".")[:2]) < PYTHON:
+        found.append(
+            refuse(
+                "PYTHON-VERSION",
+                "python",
+                f"the cluster runs Python {python}",
+                "this code needs 3.11 or newer",
+                "set --target or `image` to a cluster with Python 3.11",
+            )
+        )
+    return found
+
+
+def workers(job: Job, nodes: Sequence[RayNode]) -> list[Finding]:
+    """Whether the workers ever fit (error) and fit now (warning). A cluster that can grow may fit them later."""
+    found = [finding for demand in job.demands for finding in _room(demand, nodes)]
+    return [*found, *_gpu_memory(job, nodes), *gpu_share_findings(job), *nvme_findings(job, None)]
+
+
+def _room(demand: Demand, nodes: Sequence[RayNode]) -> list[Finding]:
+    each = {
+        "CPU": demand.cpus_per_worker,
+        "GPU": demand.gpus_per_worker,
+        "memory": demand.memory_bytes_per_worker / HEADROOM,
+    }
+    parts = [f"{each[name]:g} {name}" for name in ("CPU", "GPU") if each[name]]
+    parts += [f"{demand.memory_bytes_per_worker / GIB:.1f} GiB"] if demand.memory_bytes_per_worker else []
+    asked = f"{demand.num_workers} x {', '.join(parts)}"
+    if (ever := sum(_places(node.total, each) for node in nodes)) < demand.num_workers:
+        return [
+            refuse(
+                "CLUSTER-TOO-SMALL",
+                "demand",
+                f"{asked} asked; {ever} fit its nodes ({'; '.join(map(_has, nodes))})",
+                "all workers run at the same time",
+                f"num_workers={ever}, or a cluster with more or larger nodes"
+                if ever
+                else "smaller workers, or larger nodes",
+            )
+        ]
+    free = [{name: node.free(name) for name in each} for node in nodes]
+    if (now := sum(_places(left, each) for left in free)) < demand.num_workers:
+        return [
+            warn(
+                "CLUSTER-BUSY",
+                "demand",
+                f"{asked} asked; {now} fit what is free now",
+                "workers wait until running jobs end",
+                "wait, or set limits: {pending: 2h}",
+            )
+        ]
+    return []
+
+
+def _has(node: RayNode) -> str:
+    memory = node.total.get("memory", 0) / GIB
+    return f"{node.total.get('CPU', 0):g} CPU, {node.total.get('GPU', 0):g} GPU, {memory:.1f} GiB"
+
+
+def _gpu_memory(job: Job, nodes: Sequence[RayNode]) -> Iterator[Finding]:
+    """Ray may place a worker on any node with a GPU, so each type has to hold it."""
+    taken = job.demand.gpus_per_worker > 0
+    for name in dict.fromkeys(node.gpu_type for node in nodes if taken and node.total.get("GPU")):
+        gpu = gpu_called(name)
+        yield from gpu_memory_findings(job, "nodes", name, None if gpu is None else gpu.memory_bytes)
+
+
+def _places(has: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """How many workers a node takes."""
+    return int(min((has.get(name, 0.0) // value for name, value in each.items() if value), default=10**6))
+
+
+def roots(root: str, here: bool) -> Iterator[Finding]:
+    """Whether the driver can be told its root, and both sides mean the same one by it."""
+    if not PLAIN.fullmatch(root):
+        yield refuse(
+            "ROOT-NOT-PLAIN",
+            "root",
+            f"{root!r} has letters that a shell reads",
+            "Ray gives an entrypoint to a shell: letters, digits and _@%+=:,./- alone",
+            "set root to a path of those characters, e.g. s3://bucket/team-a",
+        )
+    if Store(root).is_local and not here and not any(_disk(root).startswith(kind) for kind in NETWORK_DISKS):
+        yield refuse(
+            "ROOT-NOT-SHARED",
+            "root",
+            f"{root} is a folder of this machine (disk: {_disk(root)})",
+            "the head is another machine, and both keep the job's record there",
+            "--set root=s3://BUCKET/PREFIX, or a folder on a network disk that both mount",
+        )
+
+
+def _disk(root: str) -> str:
+    """Kind of the file system that holds a folder."""
+    mounts = [part for part in psutil.disk_partitions(all=True) if Path(root).is_relative_to(part.mountpoint)]
+    return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else "?"
+
+
+def _agents(nodes: Sequence[RayNode]) -> Iterator[Finding]:
+    if not any(node.is_head for node in nodes):
+        yield refuse(
+            "NO-HEAD",
+            "nodes",
+            "no head is alive",
+            "drivers run on the head",
+            "ray stop and ray start --head on the head's machine",
+        )
+    for node in nodes:
+        if not node.host:
+            level: Level = "error" if node.is_head else "warning"
+            yield Finding(
+                "E-NO-AGENT" if node.is_head else "W-NO-AGENT",
+                level,
+                "nodes",
+                "a node's dashboard agent is silent",
+                "the head's agent starts jobs",
+                "read dashboard_agent.log on that node; often the port of the agent is in use",
+            )
+
+
+def _clock(jobs: JobsApi) -> Iterator[Finding]:
+    before = time.time()
+    answer = jobs.ask("GET", "/api/version")
+    told = answer.headers.get("date") if answer is not None else None
+    if told is None:
+        return
+    there = email.utils.parsedate_to_datetime(told).astimezone(datetime.UTC).timestamp()
+    off_s = there - (before + time.time()) / 2
+    if abs(off_s) > CLOCK_S:
+        yield warn(
+            "CLOCK-OFF",
+            "clock",
+            f"the head's clock is {off_s:+.0f} s from this one",
+            "a driver is lost that is silent for 20 s by the reader's clock",
+            "synchronise both clocks by NTP",
+        )
+
+
+def _doors(on: str) -> Iterator[Finding]:
+    host, _ = host_and_port(on)
+    if _open(on):
+        yield refuse(
+            "OPEN-CLUSTER",
+            on,
+            "it accepts jobs without a token",
+            "anyone who submits a job can run any program there (CVE-2023-48022, ShadowRay)",
+            "start it with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, and keep port 8265 off public networks",
+        )
+    if on.startswith("http://") and not is_loopback(host) and token() is not None:
+        yield warn(
+            "TOKEN-IN-CLEAR",
+            on,
+            "the token travels unencrypted",
+            "http to another machine can be read on the way",
+            "use https, or a tunnel: ssh -L 8265:127.0.0.1:8265 HEAD",
+        )
+
+
+def _open(on: str) -> bool:
+    trusted = not is_loopback(host_and_port(on)[0])
+    try:
+        answer = httpx.get(f"{on.rstrip('/')}/api/jobs/", timeout=WITHOUT_TOKEN_S, trust_env=trusted)
+    except httpx.HTTPError:
+        return False
+    return answer.status_code == 200
+
+
+def _node(info: Mapping[str, Any], used: Mapping[str, Any]) -> RayNode:
+    raylet = info["raylet"]
+    usage = {name: float(pair[0]) for name, pair in (used.get(raylet["nodeId"]) or {}).items()}
+    return RayNode(str(info.get("hostname") or ""), bool(raylet.get("isHeadNode")), raylet["resourcesTotal"], usage)

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import httpx
 
-from graftwork.cluster.ray_address import REACH_S, host_and_port, is_loopback, refusal_error, token
+from graftwork.cluster.session import REACH_S, host_and_port, is_loopback, refusal_error, token
 from graftwork.errors import ClusterError, RunError
 
 ANSWER_S = 10.0

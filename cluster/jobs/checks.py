@@ -1,4 +1,4 @@
-"""Environment of a job: secrets in its spec, and this machine's tokens, versions, clients and credentials.
+"""Checks of a job that all targets share: secrets in its spec, this machine's environment, GPU memory and disks.
 
 A finding on a secret gives the reason and never the value.
 """
@@ -15,8 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import graftwork
-from graftwork.cluster.jobs.models import Finding, Job
+from graftwork.cluster.jobs.models import Finding, Job, refuse, warn
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.planning.plan import HEADROOM
 
 _NAME = re.compile(
     r"(^|[_.-])(secret|token|password|passwd|passphrase|credentials?|api[_-]?key|access[_-]?key([_-]?id)?"
@@ -70,9 +71,8 @@ def why_secret_text(text: str) -> str | None:
 def secret_findings(job: Job) -> Iterator[Finding]:
     """Every text of the job's spec and of its cluster's file that looks like a secret: all places refuse them alike."""
     for where, why in [*secrets_in(dict(job.spec)), *secrets_in(job.cluster.model_dump(mode="json"))]:
-        yield Finding(
-            "E-SECRET-VALUE",
-            "error",
+        yield refuse(
+            "SECRET-VALUE",
             where,
             why,
             "specs and cluster files are stored, shown and sent",
@@ -121,9 +121,8 @@ def surroundings(on: str, root: str, cluster: ClusterSpec) -> Iterator[Finding]:
     """What is lacking on this machine."""
     ray = versions()["ray"]
     if on != "local" and ray != cluster.ray_version:
-        yield Finding(
-            "W-RAY-VERSION",
-            "warning",
+        yield warn(
+            "RAY-VERSION",
             "ray_version",
             f"{cluster.ray_version} there, {ray} here",
             "jobs are made for one Ray",
@@ -134,9 +133,8 @@ def surroundings(on: str, root: str, cluster: ClusterSpec) -> Iterator[Finding]:
     if on.startswith("k8s:"):
         yield from _kubernetes()
         if not root.startswith("s3://") and cluster.storage.claim is None:
-            yield Finding(
-                "E-STORE-LOCAL",
-                "error",
+            yield refuse(
+                "STORE-LOCAL",
                 "storage.uri",
                 root,
                 "pods reach s3://, or a claim",
@@ -150,27 +148,24 @@ def _token(on: str) -> Iterator[Finding]:
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(path) if path else Path.home() / ".ray" / "auth_token"
     if path and not file.is_file():
-        yield Finding(
-            "E-TOKEN-FILE",
-            "error",
+        yield refuse(
+            "TOKEN-FILE",
             "RAY_AUTH_TOKEN_PATH",
             f"no file {path}",
             "it holds the cluster's token",
             "write the token there with mode 0600, or unset it",
         )
     elif not os.environ.get("RAY_AUTH_TOKEN") and not file.is_file() and urlsplit(on).hostname not in LOOPBACK:
-        yield Finding(
-            "W-NO-TOKEN",
-            "warning",
+        yield warn(
+            "NO-TOKEN",
             "RAY_AUTH_TOKEN",
             "not set",
             "a Ray that takes anybody's jobs runs anybody's code",
             "start the cluster with RAY_AUTH_MODE=token and set RAY_AUTH_TOKEN here",
         )
     if file.is_file() and stat.S_IMODE(file.stat().st_mode) & 0o077:
-        yield Finding(
-            "W-TOKEN-FILE-OPEN",
-            "warning",
+        yield warn(
+            "TOKEN-FILE-OPEN",
             str(file),
             "others on this machine can read it",
             "a token is its owner's alone",
@@ -180,9 +175,8 @@ def _token(on: str) -> Iterator[Finding]:
 
 def _kubernetes() -> Iterator[Finding]:
     if importlib.util.find_spec("kubernetes") is None:
-        yield Finding(
-            "E-NO-KUBERNETES-CLIENT",
-            "error",
+        yield refuse(
+            "NO-KUBERNETES-CLIENT",
             "kubernetes",
             "the Python package is not installed",
             "k8s: needs it",
@@ -194,11 +188,85 @@ def _credentials() -> Iterator[Finding]:
     """None is no error: the machine may have an identity of its own."""
     named = any(os.environ.get(key) for key in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"))
     if not named and not (Path.home() / ".aws" / "credentials").is_file():
-        yield Finding(
-            "W-NO-S3-CREDENTIALS",
-            "warning",
+        yield warn(
+            "NO-S3-CREDENTIALS",
             "AWS_ACCESS_KEY_ID",
             "no credentials in the environment",
             "this command reads and writes the store as well as the pods do",
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
         )
+
+
+GIB = 2**30
+GANGS = frozenset({"train", "trial"})
+"""Kinds whose workers are ranks of one run."""
+
+
+def gpu_memory_findings(job: Job, where: str, name: str, memory_bytes: int | None) -> Iterator[Finding]:
+    """The predicted peak of a worker against a GPU that it may be placed on; None: the GPU's memory is not known.
+
+    A worker computes on one GPU, however many it reserves, and on a share of one has that share of the memory.
+    """
+    wanted, share = max(one.gpu_memory_bytes_per_worker for one in job.demands), min(job.demand.gpus_per_worker, 1.0)
+    if memory_bytes is None:
+        yield warn(
+            "GPU-UNKNOWN",
+            where,
+            f"GPUs of type {name or '(none named)'}",
+            "a GPU's memory is compared with the predicted peak where its type is known",
+            "name a type that `graftwork plan --gpu` knows",
+        )
+    elif wanted > HEADROOM * memory_bytes * share:
+        part = "" if share == 1.0 else f", of which a worker gets {share:g}"
+        yield refuse(
+            "FIT-GPU-MEMORY",
+            where,
+            f"{name} has {memory_bytes / GIB:.1f} GiB{part}",
+            f"a worker's predicted peak is {wanted / GIB:.1f} GiB; a run may use {HEADROOM:.0%} of a GPU",
+            "a larger GPU, or what `graftwork plan` suggests",
+        )
+
+
+def gpu_share_findings(job: Job) -> Iterator[Finding]:
+    """Shares of a GPU that Ray gives out and the workers can't compute on."""
+    each, workers = job.demand.gpus_per_worker, job.demand.num_workers
+    key = {"train": "gpus_per_worker", "tune": "train.gpus_per_worker"}.get(job.kind, "num_gpus")
+    if each > 1 and each != int(each):
+        yield refuse("GPU-SHARE", key, f"{each:g}", "Ray gives out whole GPUs above 1", f"set {key}={int(each)}")
+    elif 0 < each < 1 and workers > 1 and job.kind in GANGS:
+        yield refuse(
+            "GPU-SHARE",
+            key,
+            f"{workers} workers with {each:g} GPU each",
+            "NCCL takes one rank per GPU: two ranks on one GPU fail with `Duplicate GPU detected`",
+            f"set {key}=1, or num_workers=1",
+        )
+
+
+def nvme_findings(job: Job, writable: tuple[str, ...] | None) -> Iterator[Finding]:
+    """An offload to disks: what the machines need for it. `writable`: the folders that pods write to; None: any."""
+    strategy: Mapping[str, Any] = _training(job.spec).get("strategy") or {}
+    key = next((key for key in ("offload_optimizer", "offload_weights") if strategy.get(key) == "nvme"), None)
+    if key is None:
+        return
+    path = str(strategy.get("nvme_path"))
+    if writable is not None and not any(path == folder or path.startswith(f"{folder}/") for folder in writable):
+        yield refuse(
+            "NVME-PATH",
+            "strategy.nvme_path",
+            f"{path} can't be written in a pod",
+            f"a pod writes to {', '.join(writable)}; cluster.yaml mounts no disk of the node",
+            f"set strategy.nvme_path={writable[0]}/offload, or strategy.{key}=cpu",
+        )
+    yield warn(
+        "NVME-IMAGE",
+        f"strategy.{key}",
+        "nvme: DeepSpeed builds async_io where the workers run",
+        "each machine or image needs libaio (libaio-dev), a C++ compiler and a local NVMe disk at nvme_path",
+        f"add them, or set strategy.{key}=cpu",
+    )
+
+
+def _training(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    part = spec.get("train")
+    return part if isinstance(part, Mapping) else spec
