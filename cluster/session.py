@@ -21,6 +21,9 @@ from urllib.parse import urlsplit
 from graftwork.cluster.private_ray import ONE_MACHINE, QUIET, environment_of, private_ray
 from graftwork.errors import ClusterError, ConfigError
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 REACH_S = 5.0
 FORMS = "local, http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE"
 HTTP_FORM = "http(s)://HOST:PORT of a Ray's dashboard"
@@ -56,7 +59,7 @@ def host_and_port(on: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether the host is this machine by its name."""
+    """Return whether the host is this machine by its name."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -64,7 +67,7 @@ def is_loopback(host: str) -> bool:
 
 
 def token() -> str | None:
-    """Of the environment, as Ray finds it; None where there is none. ConfigError for one that no header takes."""
+    """Return the token of the environment, as Ray finds it. Raises ConfigError for one that no header takes."""
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
     if mode == "disabled":
         return None
@@ -84,7 +87,7 @@ def token() -> str | None:
 
 
 def refusal_error(on: str, why: str) -> ClusterError:
-    """The cluster is there but does not take us."""
+    """Return the error of a cluster that answers and refuses this token."""
     token = "a token is set" if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") else "none is"
     return ClusterError(
         f"--target {on}",
@@ -96,7 +99,7 @@ def refusal_error(on: str, why: str) -> ClusterError:
 
 def without_target(argv: Sequence[str]) -> list[str]:
     """Arguments of a command without its `--target` option."""
-    kept: list[str] = []
+    others: list[str] = []
     skip = False
     for argument in argv:
         if skip or argument.startswith("--target="):
@@ -104,12 +107,8 @@ def without_target(argv: Sequence[str]) -> list[str]:
         elif argument == "--target":
             skip = True
         else:
-            kept.append(argument)
-    return kept
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
+            others.append(argument)
+    return others
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,21 @@ class Session:
     def run(self, stage: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a stage in this process. Raises ConfigError for a root that a cluster would lose."""
         if self.on != "local":
-            for argument in args:
-                _require_lasting(self.on, getattr(argument, "root", None))
+            for root in (getattr(argument, "root", None) for argument in args):
+                # A stage on a cluster runs in a folder that is gone afterwards, maybe on another machine.
+                if isinstance(root, str) and "://" not in root and not Path(root).is_absolute():
+                    raise ConfigError(
+                        f"root={root} with --target {self.on}",
+                        "a relative folder is lost on a cluster",
+                        "root is s3://BUCKET/PREFIX, or the absolute path of a folder that all machines share",
+                        "--set root=s3://BUCKET/PREFIX",
+                    )
         return stage(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def session(on: str = "local", num_cpus: int | None = None, *, needs_ray: bool = True) -> Iterator[Session]:
-    """Have a Ray for the time of the block. SIGTERM ends the block as Ctrl-C does.
+    """Provide a Ray for the time of the block. SIGTERM ends the block as Ctrl-C does.
 
     `needs_ray` False: a stage of one process, for which no private Ray is started (5 s, and 0.5 s to stop it);
     the session's address is empty then. `num_cpus`: logical CPUs of a private Ray (default: the machine's, at least
@@ -140,33 +146,24 @@ def session(on: str = "local", num_cpus: int | None = None, *, needs_ray: bool =
     if on.startswith(("http://", "https://")):
         from graftwork.cluster.targets.ray_jobs import run_command  # httpx: 40 ms that other commands need not wait for
 
-        raise SystemExit(run_command(on, _command_line(on)))
+        if Path(sys.argv[0]).name not in ("graftwork", "graftwork.exe"):
+            raise ConfigError(
+                f"on={on}",
+                f"this process is {Path(sys.argv[0]).name}, not the graftwork command",
+                "an HTTP address runs whole graftwork commands on its cluster",
+                "call graftwork.cluster.targets.ray_jobs.run_command(on, argv)",
+            )
+        raise SystemExit(run_command(on, sys.argv[1:]))
     if on == "local" and not needs_ray:
         with terminated_as_interrupt():
             yield Session(on, "")
         return
+    if on not in ("local", JOB):
+        raise unknown_place(on, f"local, or {HTTP_FORM}")
+    ray = private_ray(num_cpus) if on == "local" else _surrounding_ray()
     # Twice: ray.init installs a SIGTERM handler of its own.
-    with terminated_as_interrupt(), _ray_of(on, num_cpus) as address, terminated_as_interrupt():
+    with terminated_as_interrupt(), ray as address, terminated_as_interrupt():
         yield Session(on, address)
-
-
-def _require_lasting(on: str, root: object) -> None:
-    """A stage on a cluster runs in a folder that is gone afterwards, maybe on another machine."""
-    if isinstance(root, str) and "://" not in root and not Path(root).is_absolute():
-        raise ConfigError(
-            f"root={root} with --target {on}",
-            "a relative folder is lost on a cluster",
-            "root is s3://BUCKET/PREFIX, or the absolute path of a folder that all machines share",
-            "--set root=s3://BUCKET/PREFIX",
-        )
-
-
-def _ray_of(on: str, num_cpus: int | None) -> contextlib.AbstractContextManager[str]:
-    if on == "local":
-        return private_ray(num_cpus)
-    if on == JOB:
-        return _surrounding_ray()
-    raise unknown_place(on, f"local, or {HTTP_FORM}")
 
 
 @contextlib.contextmanager
@@ -187,18 +184,6 @@ def _surrounding_ray() -> Iterator[str]:
             yield str(context.address_info["gcs_address"])
         finally:
             ray.shutdown()
-
-
-def _command_line(on: str) -> list[str]:
-    """The arguments of this process if it is the graftwork command; a program has none that could be sent."""
-    if Path(sys.argv[0]).name not in ("graftwork", "graftwork.exe"):
-        raise ConfigError(
-            f"on={on}",
-            f"this process is {Path(sys.argv[0]).name}, not the graftwork command",
-            "an HTTP address runs whole graftwork commands on its cluster",
-            "call graftwork.cluster.targets.ray_jobs.run_command(on, argv)",
-        )
-    return sys.argv[1:]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import graftwork
-from graftwork.cluster.jobs.models import Finding, Job, refuse, warn
+from graftwork.cluster.jobs.models import Findings, Job, refuse, warn
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.planning.plan import HEADROOM
 
@@ -25,7 +25,7 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 _REFERENCE = re.compile(r"([_.-](file|path|env|name|secret|mode|url|id|ttl|limit|type)|_IN|_DIR)$", re.IGNORECASE)
-"""A name that ends so tells where a secret is, or something of it, and not what it is."""
+"""A name with such an end says where a secret is, not its value."""
 _KEY_ID = re.compile(r"access[_-]?key[_-]?id$", re.IGNORECASE)
 _PLAIN = re.compile(r"(|true|false|yes|no|on|off|none|null|[01]|disabled)", re.IGNORECASE)
 _VALUES = {
@@ -48,6 +48,10 @@ _AWS_SECRET = re.compile(
     r"[A-Za-z0-9+]{10}[A-Za-z0-9/+]{30}(?![A-Za-z0-9/+=])"
 )
 """40 characters of base64 with small and capital letters and digits: no digest and no path looks so."""
+GIB = 2**30
+GANGS = frozenset({"train", "trial"})
+"""Kinds whose workers are ranks of one run."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENVIRONMENTS = frozenset({"env", "env_vars", "environment"})
 
 
@@ -68,7 +72,7 @@ def why_secret_text(text: str) -> str | None:
     return None if found is None else f"it looks like {found}"
 
 
-def secret_findings(job: Job) -> Iterator[Finding]:
+def secret_findings(job: Job) -> Findings:
     """Every text of the job's spec and of its cluster's file that looks like a secret: all places refuse them alike."""
     for where, why in [*secrets_in(dict(job.spec)), *secrets_in(job.cluster.model_dump(mode="json"))]:
         yield refuse(
@@ -100,14 +104,8 @@ def secrets_in(tree: Any, where: str = "") -> Iterator[tuple[str, str]]:
             yield from secrets_in(value, f"{where}[{index}]")
 
 
-# This machine's way to a place and to its store: versions, tokens, the client of Kubernetes, credentials.
-
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
 def versions() -> dict[str, str]:
-    """Of what must be alike here and there. Imports none of them."""
+    """Return the versions that this machine and the target must share. Imports none of the packages."""
     found = {"graftwork": graftwork.__version__, "python": platform.python_version()}
     for name in ("ray", "torch", "kubernetes"):
         try:
@@ -117,8 +115,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def surroundings(on: str, root: str, cluster: ClusterSpec) -> Iterator[Finding]:
-    """What is lacking on this machine."""
+def surroundings(on: str, root: str, cluster: ClusterSpec) -> Findings:
+    """Findings on this machine: version, token, Kubernetes client, credentials."""
     ray = versions()["ray"]
     if on != "local" and ray != cluster.ray_version:
         yield warn(
@@ -131,7 +129,14 @@ def surroundings(on: str, root: str, cluster: ClusterSpec) -> Iterator[Finding]:
     if on.startswith("http"):
         yield from _token(on)
     if on.startswith("k8s:"):
-        yield from _kubernetes()
+        if importlib.util.find_spec("kubernetes") is None:
+            yield refuse(
+                "NO-KUBERNETES-CLIENT",
+                "kubernetes",
+                "the Python package is not installed",
+                "k8s: needs it",
+                "pip install 'kubernetes>=35,<37' 'kubernetes-validate>=1.34'",
+            )
         if not root.startswith("s3://") and cluster.storage.claim is None:
             yield refuse(
                 "STORE-LOCAL",
@@ -140,11 +145,19 @@ def surroundings(on: str, root: str, cluster: ClusterSpec) -> Iterator[Finding]:
                 "pods reach s3://, or a claim",
                 "set storage.uri in cluster.yaml, or --root s3://BUCKET/PREFIX",
             )
-    if root.startswith("s3://"):
-        yield from _credentials()
+    names = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE")
+    named = any(os.environ.get(name) for name in names) or (Path.home() / ".aws" / "credentials").is_file()
+    if root.startswith("s3://") and not named:  # no error: the machine may have an identity of its own
+        yield warn(
+            "NO-S3-CREDENTIALS",
+            "AWS_ACCESS_KEY_ID",
+            "no credentials in the environment",
+            "this command reads and writes the store as well as the pods do",
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        )
 
 
-def _token(on: str) -> Iterator[Finding]:
+def _token(on: str) -> Findings:
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(path) if path else Path.home() / ".ray" / "auth_token"
     if path and not file.is_file():
@@ -173,36 +186,7 @@ def _token(on: str) -> Iterator[Finding]:
         )
 
 
-def _kubernetes() -> Iterator[Finding]:
-    if importlib.util.find_spec("kubernetes") is None:
-        yield refuse(
-            "NO-KUBERNETES-CLIENT",
-            "kubernetes",
-            "the Python package is not installed",
-            "k8s: needs it",
-            "pip install 'kubernetes>=35,<37' 'kubernetes-validate>=1.34'",
-        )
-
-
-def _credentials() -> Iterator[Finding]:
-    """None is no error: the machine may have an identity of its own."""
-    named = any(os.environ.get(key) for key in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"))
-    if not named and not (Path.home() / ".aws" / "credentials").is_file():
-        yield warn(
-            "NO-S3-CREDENTIALS",
-            "AWS_ACCESS_KEY_ID",
-            "no credentials in the environment",
-            "this command reads and writes the store as well as the pods do",
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-        )
-
-
-GIB = 2**30
-GANGS = frozenset({"train", "trial"})
-"""Kinds whose workers are ranks of one run."""
-
-
-def gpu_memory_findings(job: Job, where: str, name: str, memory_bytes: int | None) -> Iterator[Finding]:
+def gpu_memory_findings(job: Job, where: str, name: str, memory_bytes: int | None) -> Findings:
     """The predicted peak of a worker against a GPU that it may be placed on; None: the GPU's memory is not known.
 
     A worker computes on one GPU, however many it reserves, and on a share of one has that share of the memory.
@@ -227,7 +211,7 @@ def gpu_memory_findings(job: Job, where: str, name: str, memory_bytes: int | Non
         )
 
 
-def gpu_share_findings(job: Job) -> Iterator[Finding]:
+def gpu_share_findings(job: Job) -> Findings:
     """Shares of a GPU that Ray gives out and the workers can't compute on."""
     each, workers = job.demand.gpus_per_worker, job.demand.num_workers
     key = {"train": "gpus_per_worker", "tune": "train.gpus_per_worker"}.get(job.kind, "num_gpus")
@@ -243,9 +227,10 @@ def gpu_share_findings(job: Job) -> Iterator[Finding]:
         )
 
 
-def nvme_findings(job: Job, writable: tuple[str, ...] | None) -> Iterator[Finding]:
+def nvme_findings(job: Job, writable: tuple[str, ...] | None) -> Findings:
     """An offload to disks: what the machines need for it. `writable`: the folders that pods write to; None: any."""
-    strategy: Mapping[str, Any] = _training(job.spec).get("strategy") or {}
+    training = job.spec.get("train")
+    strategy = (training if isinstance(training, Mapping) else job.spec).get("strategy") or {}
     key = next((key for key in ("offload_optimizer", "offload_weights") if strategy.get(key) == "nvme"), None)
     if key is None:
         return
@@ -265,8 +250,3 @@ def nvme_findings(job: Job, writable: tuple[str, ...] | None) -> Iterator[Findin
         "each machine or image needs libaio (libaio-dev), a C++ compiler and a local NVMe disk at nvme_path",
         f"add them, or set strategy.{key}=cpu",
     )
-
-
-def _training(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    part = spec.get("train")
-    return part if isinstance(part, Mapping) else spec

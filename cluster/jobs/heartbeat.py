@@ -12,9 +12,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
 
 from graftwork.cluster.jobs.fencing import Fence
 from graftwork.cluster.jobs.store import HEARTBEAT_S, LOG_BEHIND_S, Heartbeat, JobStore
@@ -23,17 +22,17 @@ from graftwork.storage.store import Store, json_bytes
 
 
 class HeartbeatThread:
-    """Beats every HEARTBEAT_S until it is closed. What an outage holds back is told after it."""
+    """Thread that beats every HEARTBEAT_S until it is closed. Events of an outage of the store are written after it."""
 
     def __init__(self, runs: JobStore, fence: Fence, progress: Callable[[], str], usd: Callable[[], float | None]):
         self._runs, self._fence, self._progress, self._usd = runs, fence, progress, usd
-        self._events: deque[tuple[str, dict[str, Any]]] = deque()
+        self._events: deque[tuple[str, Mapping[str, object]]] = deque()
         self._wake, self._closed, self._leaving = threading.Event(), False, False
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def note(self, what: str, **facts: Any) -> None:
-        """Keep an event, soon."""
+    def note(self, what: str, **facts: object) -> None:
+        """Write an event, soon."""
         self._events.append((what, {"start": self._fence.start, **facts}))
         self._wake.set()
 
@@ -43,7 +42,7 @@ class HeartbeatThread:
         self.note("machine-leaves")
 
     def close(self, timeout_s: float) -> None:
-        """Everything is told at return, or the time is over."""
+        """Write what is left; return at the time limit at the latest."""
         self._closed = True
         self._wake.set()
         self._thread.join(timeout=timeout_s)
@@ -76,7 +75,7 @@ class HeartbeatThread:
                 self._runs.note(self._fence.job_id, self._fence.attempt, what, **facts)
                 self._events.popleft()
         except StorageError as error:
-            print(f"the store is not told: {error.problem}", file=sys.stderr)
+            print(f"no heartbeat in the store: {error.problem}", file=sys.stderr)
 
 
 PIECE_BYTES = 256 * 2**10
@@ -85,7 +84,7 @@ MOST_PIECE_BYTES = 4 * 2**20
 READ_S = 2.0
 TAIL_BYTES = 64 * 2**10
 PROGRESS = re.compile(r"\b\d[\d,]* of \d")
-"""In the lines that tell how far a stage is."""
+"""Pattern of the lines that report the progress of a stage."""
 
 
 class OutputReader:
@@ -99,19 +98,20 @@ class OutputReader:
         self._piece, self._piece_number = b"", 1
         self._tail, self._progress = b"", ""
         self._ended = threading.Event()
-        self._read = threading.Thread(target=self._reading, name="output", daemon=True)
-        self._write = threading.Thread(target=self._writing, name="output-store", daemon=True)
+        self._read = threading.Thread(target=self._read_output, name="output", daemon=True)
+        self._write = threading.Thread(target=self._write_pieces, name="output-store", daemon=True)
         self._read.start()
         self._write.start()
 
     @property
     def progress(self) -> str:
-        """The last line that tells how far it is, else the last line."""
-        return self._progress or self._last_line()
+        """Last line that reports progress, else the last line."""
+        lines = [line for line in self._tail.decode(errors="replace").splitlines() if line.strip()]
+        return self._progress or (lines[-1].strip()[:200] if lines else "")
 
     @property
     def under_way(self) -> bool:
-        """Whether it has told how far it is."""
+        """Return whether the output has reported progress."""
         return bool(self._progress)
 
     def last_error(self) -> str:
@@ -123,12 +123,12 @@ class OutputReader:
         return any(word.encode() in self._tail for word in words)
 
     def close(self, timeout_s: float) -> None:
-        """Everything it printed is in the store at return, or the time is over. Who holds its pipe on is left."""
+        """Store the rest of the output, within the time limit. Does not wait for a process that keeps the pipe open."""
         self._read.join(timeout=READ_S)
         self._ended.set()
         self._write.join(timeout=timeout_s)
 
-    def _reading(self) -> None:
+    def _read_output(self) -> None:
         assert self._child.stdout is not None
         while data := self._child.stdout.read1(65536):  # type: ignore[attr-defined]
             sys.stdout.buffer.write(data)
@@ -139,7 +139,7 @@ class OutputReader:
             self._progress = reported[-1].strip()[:200] if reported else self._progress
 
     def _spool_data(self, data: bytes) -> None:
-        """A full disk costs what did not fit, and it is said in the log; the command never waits for it."""
+        """Append to the spool. The log counts what a full disk does not take; the command never waits."""
         said = f"\n[{self._lost} bytes were not kept: no room in {tempfile.gettempdir()}]\n" if self._lost else ""
         whole = said.encode() + data
         with self._lock:
@@ -152,7 +152,7 @@ class OutputReader:
         left = len(data) - max(written - len(said.encode()), 0)
         self._lost = self._lost + left if written < len(whole) else 0
 
-    def _writing(self) -> None:
+    def _write_pieces(self) -> None:
         while not self._ended.wait(LOG_BEHIND_S):
             self._store_all()
         self._store_all(last=True)
@@ -184,10 +184,6 @@ class OutputReader:
                 self._spool.truncate(0)
                 self._spooled = self._stored = 0
         return True
-
-    def _last_line(self) -> str:
-        lines = [line for line in self._tail.decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1].strip()[:200] if lines else ""
 
 
 def whole_chars(data: bytes) -> int:

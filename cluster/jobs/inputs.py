@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftwork.cluster.jobs.models import Finding, JobInput, refuse, warn
+from graftwork.cluster.jobs.models import Findings, JobInput, refuse, warn
 from graftwork.config import Spec, SpecT, validate
 from graftwork.errors import ConfigError, StorageError
 from graftwork.storage.local import files_under
@@ -96,7 +96,7 @@ def send(store: Store, one: JobInput) -> None:
         )
 
 
-def path_findings(spec: Mapping[str, Any], *, shared: bool, here: bool = False) -> Iterator[Finding]:
+def path_findings(spec: Mapping[str, Any], *, shared: bool, here: bool = False) -> Findings:
     """Local paths that are left in a spec, which the job would look for where it runs.
 
     `shared`: the machines there may mount the same disk; `here`: they are this machine.
@@ -104,8 +104,10 @@ def path_findings(spec: Mapping[str, Any], *, shared: bool, here: bool = False) 
     for where, value in texts_in(spec):
         key = _key(where)
         path = _local(where, value) or Path(value)
-        if key in PLACE_KEYS or "://" in value or not _is_path(where, value, path):
+        if key in PLACE_KEYS or "://" in value:
             continue
+        if _local(where, value) is None and not (("/" in value or path.suffix) and _exists(path)):
+            continue  # no path: neither by its key, nor as the name of a file
         relative = not path.is_absolute()
         if not _exists(path):
             if relative:
@@ -188,13 +190,6 @@ def _local(where: str, value: str) -> Path | None:
     if _key(where) not in INPUT_KEYS or "://" in value or inline or "\0" in value or not value:
         return None
     return Path(value).expanduser()
-
-
-def _is_path(where: str, value: str, path: Path) -> bool:
-    """Return whether a value is a path: by its key, or because a file of that name exists."""
-    if _local(where, value) is not None:
-        return True
-    return bool("/" in value or path.suffix) and _exists(path)
 
 
 def _exists(path: Path) -> bool:

@@ -37,7 +37,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 SAVES = frozenset({"train"})
-"""Kinds that make a checkpoint and go when the store tells them to (fence.py)."""
+"""Kinds that make a checkpoint and go when the store asks them to (fencing.py)."""
 
 StopReason = Literal["user", "deadline", "budget", "pending", "superseded"]
 
@@ -206,8 +206,8 @@ class JobStore:
 
         starts = sorted(age for key, age in ages.items() if key[:2] == (here, "starts"))
         cancel, ended = read("cancel.json"), read("ended.json")
-        told = read("heartbeat.json")
-        beat = Heartbeat(**told) if told is not None else None
+        given = read("heartbeat.json")
+        beat = Heartbeat(**given) if given is not None else None
         heard = [age for age in (ages.get((here, "heartbeat.json")), *starts[:1]) if age is not None]
         off = beat.at - (now - ages[here, "heartbeat.json"]) if beat is not None else 0.0
         return AttemptRecord(
@@ -299,9 +299,9 @@ def derive_state(record: AttemptRecord, seen: ObservedState | None, now: float) 
         state: JobState = "suspended" if record.started_at is not None else "queued"
         return DerivedState(state, f"its place holds it back{_stop_note(record)}{_reason_note(seen)}")
     if seen.deployment_status in COMES_UP:
-        return _from_heartbeat(record) or DerivedState(
-            "pending", f"its cluster comes up{_again_note(record)}{_stop_note(record)}{_reason_note(seen)}"
-        )
+        again = " again" if record.started_at is not None else ""
+        why = f"its cluster comes up{again}{_stop_note(record)}{_reason_note(seen)}"
+        return _from_heartbeat(record) or DerivedState("pending", why)
     if seen.deployment_status == SERVES:
         return DerivedState("running", f"it serves{_stop_note(record)}{_reason_note(seen)}")
     if seen.job_status == "SUCCEEDED":
@@ -391,10 +391,6 @@ def _cancelled(record: AttemptRecord) -> DerivedState:
 
 def _stop_note(record: AttemptRecord) -> str:
     return f"; asked to end: {record.cancel}" if record.cancel else ""
-
-
-def _again_note(record: AttemptRecord) -> str:
-    return " again" if record.started_at is not None else ""
 
 
 def _clock(record: AttemptRecord) -> str:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ import psutil
 
 from graftwork.cluster.jobs.checks import gpu_memory_findings, gpu_share_findings, secret_findings
 from graftwork.cluster.jobs.fencing import ENVIRONMENT
-from graftwork.cluster.jobs.models import Attempt, Demand, Finding, Job, ObservedState, TargetMachines, refuse, warn
+from graftwork.cluster.jobs.models import (
+    Attempt,
+    Demand,
+    Finding,
+    Findings,
+    Job,
+    ObservedState,
+    TargetMachines,
+    refuse,
+    warn,
+)
 from graftwork.cluster.jobs.supervisor import end_all
 from graftwork.cluster.private_ray import DIR_PREFIX, OBJECT_STORE_BYTES
 from graftwork.cluster.spec import ClusterSpec
@@ -33,13 +44,18 @@ UP_S = 30.0
 END_S = 5.0
 LOCK_S = 1.0
 TAIL_BYTES = 2000
+GIB = 2**30
+SHM = Path("/dev/shm")
+FULL_BYTES = 64 * 2**20
+"""With less than this a disk counts as full: logs, spec and heartbeats would be lost."""
+TIGHT_BYTES = GIB
 
 
 class LocalTarget:
-    """A driver holds the lock of its attempt for its life: whether one runs is whether the lock is held.
+    """This machine. A driver has the lock of its attempt for its life, so the lock shows whether it runs.
 
-    The locks are this machine's, whatever the root: of a job that another machine runs for itself on a shared root
-    this place knows nothing, and the heartbeat alone says how it is.
+    The locks are this machine's, whatever the root: a job that another machine runs for itself on a shared root is
+    judged by its heartbeat alone.
     """
 
     on = "local"
@@ -67,13 +83,20 @@ class LocalTarget:
 
     def doctor(self) -> list[Finding]:
         """Room in memory and on the disks, and what killed jobs left behind."""
-        return health(self._root, self._folder, self._left_behind())
+        left: dict[str, list[int]] = {}  # processes of attempts whose driver is gone
+        parents = {process.pid for process in psutil.Process().parents()}
+        for process, attempt_id in self._marked():
+            if self._pid(attempt_id) is None and process.pid not in parents:
+                left.setdefault(attempt_id, []).append(process.pid)
+        return health(self._root, self._folder, left)
 
     def start(self, attempt: Attempt) -> None:
         """Start the driver unless one runs; returns once it holds its lock."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with self._only_one(attempt.id):
+            starting = self._folder / f"{attempt.id}.starting"
+            with open(starting, "ab", opener=partial(os.open, mode=0o600)) as lock:  # one client at a time starts it
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 if self._pid(attempt.id) is None:
                     self._launch(attempt)
         except OSError as error:
@@ -86,7 +109,13 @@ class LocalTarget:
 
     def observe(self, attempt_ids: Collection[str]) -> dict[str, ObservedState]:
         """RUNNING for those whose driver lives here, FAILED for those whose driver lived here."""
-        return {name: seen for name in attempt_ids if (seen := self._observe(name)) is not None}
+        found: dict[str, ObservedState] = {}
+        for name in attempt_ids:
+            if self._pid(name) is not None:
+                found[name] = ObservedState("RUNNING")
+            elif self._written_pid(name) is not None:
+                found[name] = ObservedState("FAILED", message=_tail(self._folder / f"{name}.log"))
+        return found
 
     def stop(self, attempt_id: str) -> None:
         """End the driver and everything that it started, also what left its session or outlived it."""
@@ -110,15 +139,8 @@ class LocalTarget:
             )
 
     def _launch(self, attempt: Attempt) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "graftwork.cluster.targets.local",
-            str(self._lock(attempt.id)),
-            self._root,
-            attempt.job.job_id,
-            str(attempt.number),
-        ]
+        arguments = [str(self._lock(attempt.id)), self._root, attempt.job.job_id, str(attempt.number)]
+        command = [sys.executable, "-m", "graftwork.cluster.targets.local", *arguments]
         log = self._folder / f"{attempt.id}.log"
         self._lock(attempt.id).write_bytes(b"")  # the number of an earlier driver may be another process' by now
         with open(log, "ab") as out:
@@ -136,20 +158,9 @@ class LocalTarget:
                 )
             if time.monotonic() > end:
                 driver.kill()
-                raise ClusterError(
-                    f"start {attempt.id}",
-                    f"its driver did not start within {UP_S:.0f} s: {_tail(log)}",
-                    "",
-                    f"look at the load of this machine and at {log}",
-                )
+                problem = f"its driver did not start within {UP_S:.0f} s: {_tail(log)}"
+                raise ClusterError(f"start {attempt.id}", problem, "", f"look at the load of this machine and at {log}")
             time.sleep(0.02)
-
-    def _observe(self, attempt_id: str) -> ObservedState | None:
-        if self._pid(attempt_id) is not None:
-            return ObservedState("RUNNING")
-        if self._written_pid(attempt_id) is None:
-            return None
-        return ObservedState("FAILED", message=_tail(self._folder / f"{attempt_id}.log"))
 
     def _marked(self) -> Iterator[tuple[psutil.Process, str]]:
         """Processes that work for an attempt of this root, by the mark in their environment."""
@@ -159,19 +170,11 @@ class LocalTarget:
                 if mark["root"] == self._root and process.pid != os.getpid():
                     yield process, f"{mark['job_id']}-a{mark['attempt']}"
 
-    def _left_behind(self) -> Mapping[str, list[int]]:
-        """Processes of attempts whose driver is gone."""
-        left: dict[str, list[int]] = {}
-        for process, attempt_id in self._marked():
-            if self._pid(attempt_id) is None and process.pid not in _above():
-                left.setdefault(attempt_id, []).append(process.pid)
-        return left
-
     def _lock(self, attempt_id: str) -> Path:
         return self._folder / f"{attempt_id}.lock"
 
     def _pid(self, attempt_id: str) -> int | None:
-        """Of the driver that holds the attempt's lock; None where none does."""
+        """Return the number of the driver that holds the attempt's lock; None where none does."""
         try:
             handle = os.open(self._lock(attempt_id), os.O_RDONLY)
         except FileNotFoundError:
@@ -179,17 +182,13 @@ class LocalTarget:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return self._holder(attempt_id)
+            end = time.monotonic() + LOCK_S  # a driver writes its number just after it has the lock
+            while (pid := self._written_pid(attempt_id)) is None and time.monotonic() < end:
+                time.sleep(0.01)
+            return pid
         finally:
             os.close(handle)
         return None
-
-    def _holder(self, attempt_id: str) -> int | None:
-        """It writes its number just after it has the lock."""
-        end = time.monotonic() + LOCK_S
-        while (pid := self._written_pid(attempt_id)) is None and time.monotonic() < end:
-            time.sleep(0.01)
-        return pid
 
     def _written_pid(self, attempt_id: str) -> int | None:
         try:
@@ -198,23 +197,9 @@ class LocalTarget:
             return None
         return int(written) if written else None
 
-    @contextlib.contextmanager
-    def _only_one(self, attempt_id: str) -> Iterator[None]:
-        """Of all clients that start an attempt, one at a time."""
-        handle = os.open(self._folder / f"{attempt_id}.starting", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
-
-
-def _above() -> set[int]:
-    return {process.pid for process in psutil.Process().parents()}
-
 
 def _tail(log: Path) -> str:
-    """The end of what a driver said of itself."""
+    """Return the last lines of a driver's own log."""
     try:
         text = log.read_bytes()[-TAIL_BYTES:].decode(errors="replace")
     except OSError:
@@ -223,7 +208,7 @@ def _tail(log: Path) -> str:
 
 
 def _take(handle: int) -> None:
-    """Lock for life. Who looks whether it is held holds it for a moment; who holds it for longer is another driver."""
+    """Lock for the life of this process. A check of the lock holds it for a moment; for longer, another driver does."""
     end = time.monotonic() + LOCK_S
     while True:
         try:
@@ -245,25 +230,24 @@ def _main() -> int:
     return run_supervised(lambda: drive(root, job_id, int(number), "local"))
 
 
-# Checks of this machine: resources for a job, and problems that keep it from running jobs.
-
-
-GIB = 2**30
-SHM = Path("/dev/shm")
-FULL_BYTES = 64 * 2**20
-"""With less than this a disk counts as full: logs, spec and heartbeats would be lost."""
-TIGHT_BYTES = GIB
-
-
 def fit(job: Job, root: str, folder: Path) -> list[Finding]:
     """Findings of a job; nothing stays on disk but the folder of locks."""
-    found = [finding for demand in job.demands for finding in _workers(demand)]
-    return [*secret_findings(job), *found, *_gpu_memory(job), *gpu_share_findings(job), *_folders(root, folder)]
+    found = [*secret_findings(job)]
+    for demand in job.demands:
+        found += _worker_findings(demand)
+    for name, size in dict(gpus_here() if job.demand.gpus_per_worker else []).items():
+        found += gpu_memory_findings(job, "demand.memory", name, size or None)
+    return [*found, *gpu_share_findings(job), *_folders(root, folder)]
 
 
 def health(root: str, folder: Path, left: Mapping[str, Sequence[int]]) -> list[Finding]:
     """Findings of the machine. `left`: processes of attempts whose driver is gone."""
-    return [*_folders(root, folder), *_memory_now(), *_shared_memory(), *_temp(), *_left(left), *_dead_rays()]
+    return [
+        *_folders(root, folder),
+        *_folder("temp", Path(tempfile.gettempdir())),
+        *_memory_findings(),
+        *_left_findings(left),
+    ]
 
 
 def machines_here() -> TargetMachines:
@@ -280,52 +264,34 @@ def machines_here() -> TargetMachines:
     )
 
 
-def _workers(demand: Demand) -> list[Finding]:
-    found = []
-    cpus = demand.num_workers * demand.cpus_per_worker
+def _worker_findings(demand: Demand) -> Findings:
+    workers, cpus = demand.num_workers, demand.num_workers * demand.cpus_per_worker
     if cpus > max(cores(), 2):
-        found.append(
-            refuse(
-                "CPU-FIT",
-                "demand.cpus",
-                f"{demand.num_workers} workers ask for {cpus:g} CPUs of {cores()}",
-                "all workers run at once",
-                "fewer workers, or fewer CPUs per worker, or another --target",
-            )
+        yield refuse(
+            "CPU-FIT",
+            "demand.cpus",
+            f"{workers} workers ask for {cpus:g} CPUs of {cores()}",
+            "all workers run at once",
+            "fewer workers, or fewer CPUs per worker, or another --target",
         )
-    gpus, cards = demand.num_workers * demand.gpus_per_worker, gpus_here() if demand.gpus_per_worker else []
-    if gpus > len(cards):
-        found.append(
-            refuse(
-                "GPU-FIT",
-                "demand.gpus",
-                f"{demand.num_workers} workers ask for {gpus:g} GPUs of {len(cards)}",
-                "nvidia-smi lists them, less what CUDA_VISIBLE_DEVICES hides",
-                "fewer workers, or a --target with GPUs",
-            )
+    gpus, cards = workers * demand.gpus_per_worker, len(gpus_here()) if demand.gpus_per_worker else 0
+    if gpus > cards:
+        yield refuse(
+            "GPU-FIT",
+            "demand.gpus",
+            f"{workers} workers ask for {gpus:g} GPUs of {cards}",
+            "nvidia-smi lists them, less what CUDA_VISIBLE_DEVICES hides",
+            "fewer workers, or a --target with GPUs",
         )
-    return [*found, *_memory(demand.num_workers * demand.memory_bytes_per_worker)]
-
-
-def _gpu_memory(job: Job) -> Iterator[Finding]:
-    for name, size in dict(gpus_here() if job.demand.gpus_per_worker else []).items():
-        yield from gpu_memory_findings(job, "demand.memory", name, size or None)
-
-
-def _memory(wanted: int) -> list[Finding]:
-    total, free = psutil.virtual_memory().total, available_memory()
-    if wanted <= HEADROOM * free:
-        return []
-    found = f"{wanted / GIB:.1f} GiB predicted; {total / GIB:.1f} GiB are here, {free / GIB:.1f} GiB free now"
-    return [
-        refuse(
+    wanted, total, free = workers * demand.memory_bytes_per_worker, psutil.virtual_memory().total, available_memory()
+    if wanted > HEADROOM * free:
+        yield refuse(
             "MEMORY-FIT",
             "demand.memory",
-            found,
+            f"{wanted / GIB:.1f} GiB predicted; {total / GIB:.1f} GiB are here, {free / GIB:.1f} GiB free now",
             f"a run may take {HEADROOM:.0%} of the free memory",
             "a smaller batch or base, quantisation, another --target, or end what uses the memory",
         )
-    ]
 
 
 def _folders(root: str, folder: Path) -> list[Finding]:
@@ -359,61 +325,44 @@ def _folder(where: str, path: Path) -> list[Finding]:
     return []
 
 
-def _memory_now() -> list[Finding]:
-    free = available_memory()
-    return (
-        []
-        if free >= 2 * GIB
-        else [
-            warn(
-                "MEMORY-BUSY",
-                "memory",
-                f"{free / GIB:.1f} GiB are free",
-                "a private Ray takes about 1 GiB",
-                "end what runs, or wait for it",
-            )
-        ]
-    )
+def _memory_findings() -> Findings:
+    free, shared = available_memory(), shutil.disk_usage(SHM).free if SHM.is_dir() else OBJECT_STORE_BYTES
+    if free < 2 * GIB:
+        yield warn(
+            "MEMORY-BUSY",
+            "memory",
+            f"{free / GIB:.1f} GiB are free",
+            "a private Ray takes about 1 GiB",
+            "end what runs, or wait for it",
+        )
+    if shared < OBJECT_STORE_BYTES:
+        yield warn(
+            "SHM-SMALL",
+            str(SHM),
+            f"{shared / 2**20:.0f} MiB are free",
+            f"Ray's object store takes {OBJECT_STORE_BYTES >> 20} MiB of it, else it is on a disk",
+            "docker run --shm-size=1g",
+        )
 
 
-def _shared_memory() -> list[Finding]:
-    if not SHM.is_dir() or (free := shutil.disk_usage(SHM).free) >= OBJECT_STORE_BYTES:
-        return []
-    rule = f"Ray's object store takes {OBJECT_STORE_BYTES >> 20} MiB of it, else it lies on a disk"
-    return [warn("SHM-SMALL", str(SHM), f"{free / 2**20:.0f} MiB are free", rule, "docker run --shm-size=1g")]
-
-
-def _temp() -> list[Finding]:
-    return _folder("temp", Path(tempfile.gettempdir()))
-
-
-def _left(left: Mapping[str, Sequence[int]]) -> list[Finding]:
-    return [
-        warn(
+def _left_findings(left: Mapping[str, Sequence[int]]) -> Findings:
+    for attempt_id, pids in left.items():
+        yield warn(
             "PROCESSES-LEFT",
             attempt_id,
             f"{len(pids)} processes outlived its driver: {list(pids)}",
             "they hold memory and may write",
             f"graftwork jobs cancel {attempt_id.rpartition('-a')[0]}",
         )
-        for attempt_id, pids in left.items()
-    ]
-
-
-def _dead_rays() -> list[Finding]:
-    dead = [
-        path for path in Path(tempfile.gettempdir()).glob(f"{DIR_PREFIX}*") if path.is_dir() and not _is_locked(path)
-    ]
-    return [
-        warn(
-            "RAY-LEFT",
-            str(path),
-            "the folder of a private Ray whose owner was killed",
-            "the next private Ray removes it",
-            "nothing, or remove it",
-        )
-        for path in dead
-    ]
+    for path in Path(tempfile.gettempdir()).glob(f"{DIR_PREFIX}*"):
+        if path.is_dir() and not _is_locked(path):
+            yield warn(
+                "RAY-LEFT",
+                str(path),
+                "the folder of a private Ray whose owner was killed",
+                "the next private Ray removes it",
+                "nothing, or remove it",
+            )
 
 
 def _is_locked(folder: Path) -> bool:

@@ -13,8 +13,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from graftwork.cluster.jobs.models import (
     Attempt,
     Demand,
     Finding,
+    Findings,
     Job,
-    Level,
     ObservedState,
     TargetMachines,
     refuse,
@@ -37,16 +36,30 @@ from graftwork.cluster.jobs.models import (
 from graftwork.cluster.jobs.packaging import build_wheel, relative, shipped, zipped
 from graftwork.cluster.session import JOB, host_and_port, is_loopback, token, without_target
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.cluster.targets.ray_jobs_api import ENDED, JobsApi, exit_code
+from graftwork.cluster.targets.ray_jobs_api import ENDED, JobsApi, RayNode, exit_code
 from graftwork.errors import ClusterError, Interrupted
 from graftwork.planning.hardware import gpu_called
 from graftwork.planning.plan import HEADROOM
 from graftwork.storage.store import Store
 
-# Commands that are no jobs (demo): they run on an existing Ray through its Jobs API.
-
-
 ENTRYPOINT = "python -c 'from graftwork.cli import main; main()'"
+VERBS = ("train", "tune", "serve", "compare", "quantize", "chat", "demo")
+"""Commands that take a `--target`. The others start no Ray."""
+STOP_S = 8.0
+STARTS_S = 1.0
+"""A pending job that is asked to end may be about to start, and then ends by itself."""
+DROP_S = 20.0
+DROP = "-drop"
+"""Ends the id of the job that ends another one; such jobs are deleted at once."""
+POLL_INTERVAL_S = 0.2
+GIB = 2**30
+PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
+"""What a shell takes as it is: Ray gives an entrypoint to one."""
+NETWORK_DISKS = ("nfs", "cifs", "smb", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "fuse", "9p", "virtiofs", "afs")
+CLOCK_S = 5.0
+"""A driver counts as silent after 20 s by the reader's clock."""
+PYTHON = (3, 11)
+WITHOUT_TOKEN_S = 5.0
 
 
 def run_command(on: str, argv: Sequence[str]) -> int:
@@ -57,13 +70,14 @@ def run_command(on: str, argv: Sequence[str]) -> int:
     """
     files = [Path(argument) for argument in argv if Path(argument).is_file()]
     named = [str(relative(Path(a))) if Path(a).is_file() else a for a in without_target(argv)]
+    named += ["--target", JOB] if named and named[0] in VERBS else []
     job_id = f"graftwork-{secrets.token_hex(6)}"
     with JobsApi(on) as jobs:
         with shipped(files) as folder:
             package = zipped(
                 {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
             )
-        jobs.submit(f"{ENTRYPOINT} {shlex.join(_inside(named))}", package, job_id)
+        jobs.submit(f"{ENTRYPOINT} {shlex.join(named)}", package, job_id)
         print(f"job {job_id} at {jobs.on}", file=sys.stderr)
         try:
             for text in jobs.logs(job_id):
@@ -80,26 +94,8 @@ def run_command(on: str, argv: Sequence[str]) -> int:
         return exit_code(jobs.status(job_id), job_id)
 
 
-def _inside(argv: Sequence[str]) -> list[str]:
-    """The command on the Ray that runs the job. Verbs without `--target` start no Ray, so they are left as they are."""
-    verbs = ("train", "tune", "serve", "compare", "quantize", "chat", "demo")
-    return [*argv, "--target", JOB] if argv and argv[0] in verbs else list(argv)
-
-
-# The target.
-
-
-STOP_S = 8.0
-STARTS_S = 1.0
-"""A pending job that is asked to end may be about to start, and then ends by itself."""
-DROP_S = 20.0
-DROP = "-drop"
-"""Ends the id of the job that ends another one; such jobs are forgotten at once."""
-POLL_INTERVAL_S = 0.2
-
-
 class RayJobsTarget:
-    """Reached anew for each call, with the token of the environment."""
+    """Ray cluster at an address. Each call connects again, with the token of the environment."""
 
     def __init__(self, on: str, root: str) -> None:
         self.on, self._root = on.rstrip("/"), Store(root).uri
@@ -107,7 +103,7 @@ class RayJobsTarget:
     def machines(self, cluster: ClusterSpec) -> TargetMachines:
         """The nodes that are alive now."""
         with JobsApi(self.on) as jobs:
-            return machines_of(self.on, nodes_of(jobs))
+            return machines_of(self.on, jobs.nodes())
 
     def check(self, job: Job) -> list[Finding]:
         """That it answers and takes us, has what the workers ask for, and reaches what the job names."""
@@ -148,7 +144,7 @@ class RayJobsTarget:
             if seen is None or seen.status in ENDED:
                 return
             jobs.stop(name)
-            if seen.status == "PENDING" and not _within(STARTS_S, lambda: _left(jobs, name, "PENDING")):
+            if seen.status == "PENDING" and not _within(STARTS_S, lambda: _has_left(jobs, name, "PENDING")):
                 self._drop(jobs, name)
             elif not _within(STOP_S, lambda: _ended(jobs, name)):
                 raise ClusterError(
@@ -192,64 +188,14 @@ def _ended(jobs: JobsApi, name: str) -> bool:
     return job is None or job.status in ENDED
 
 
-def _left(jobs: JobsApi, name: str, status: str) -> bool:
+def _has_left(jobs: JobsApi, name: str, status: str) -> bool:
     job = jobs.status(name)
     return job is None or job.status != status
 
 
-# `python -m graftwork.cluster.targets.ray_jobs SUBMISSION_ID` on a Ray: end the supervisor of a job that never started.
-#
-# The Jobs API says True to a stop of a pending job and does nothing (ray#58353); it would start whenever it can. Its
-# supervisor is a named actor, which only somebody inside can kill; the API then shows the job as FAILED.
-
-
-NAMESPACE = "SUPERVISOR_ACTOR_RAY_NAMESPACE"
-NAME = "_ray_internal_job_actor_{}"
-"""As of Ray 2.60, dashboard/modules/job/common.py and ray_constants.py."""
-
-
-if __name__ == "__main__":
-    import ray
-
-    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level="error")
-    with contextlib.suppress(ValueError):  # it has ended by itself
-        ray.kill(ray.get_actor(NAME.format(sys.argv[1])), no_restart=True)
-
-
-GIB = 2**30
-PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
-"""What a shell takes as it is: Ray gives an entrypoint to one."""
-NETWORK_DISKS = ("nfs", "cifs", "smb", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "fuse", "9p", "virtiofs", "afs")
-CLOCK_S = 5.0
-"""A driver counts as silent after 20 s by the reader's clock."""
-PYTHON = (3, 11)
-WITHOUT_TOKEN_S = 5.0
-
-
-@dataclass(frozen=True)
-class RayNode:
-    """A machine of the cluster that lives."""
-
-    host: str
-    """Empty where its agent does not report."""
-    is_head: bool
-    total: Mapping[str, float]
-    """CPU, GPU, memory (bytes) that Ray hands out there."""
-    used: Mapping[str, float]
-
-    @property
-    def gpu_type(self) -> str:
-        """As Ray detected it (`accelerator_type:H100`); empty where it detected none."""
-        names = (name.partition(":")[2] for name in self.total if name.startswith("accelerator_type:"))
-        return next(names, "")
-
-    def free(self, name: str) -> float:
-        return self.total.get(name, 0.0) - self.used.get(name, 0.0)
-
-
 def fit(job: Job, root: str, jobs: JobsApi) -> list[Finding]:
     """Findings of a job. Raises ClusterError where the Ray does not answer or take us."""
-    nodes = nodes_of(jobs)
+    nodes = jobs.nodes()
     here = is_here(jobs.on, nodes)
     return [
         *secret_findings(job),
@@ -273,29 +219,27 @@ def machines_of(on: str, nodes: Sequence[RayNode]) -> TargetMachines:
 
 def health(root: str, jobs: JobsApi) -> list[Finding]:
     """Findings of the Ray itself."""
-    nodes = nodes_of(jobs)
+    nodes = jobs.nodes()
     found = versions(jobs, ClusterSpec().ray_version)
-    return [*found, *_agents(nodes), *_clock(jobs), *_doors(jobs.on), *roots(root, is_here(jobs.on, nodes))]
-
-
-def nodes_of(jobs: JobsApi) -> list[RayNode]:
-    """The machines that live."""
-    summary = jobs.json("/nodes?view=summary")["data"]["summary"]
-    status = jobs.json("/api/cluster_status")["data"]["clusterStatus"] or {}
-    used = (status.get("loadMetricsReport") or {}).get("usageByNode") or {}
-    return [_node(info, used) for info in summary if (info.get("raylet") or {}).get("state") == "ALIVE"]
+    return [
+        *found,
+        *_agent_findings(nodes),
+        *_clock_findings(jobs),
+        *_access_findings(jobs.on),
+        *roots(root, is_here(jobs.on, nodes)),
+    ]
 
 
 def is_here(on: str, nodes: Sequence[RayNode]) -> bool:
-    """Whether the head is this machine. A tunnel makes another one look like it: its own name decides, where told."""
+    """Whether the head is this machine. A tunnel makes another one look like it: its own name decides, if reported."""
     heads = [node.host for node in nodes if node.is_head and node.host]
     return heads[0] == socket.gethostname() if heads else is_loopback(host_and_port(on)[0])
 
 
 def versions(jobs: JobsApi, wanted: str) -> list[Finding]:
     """Ray and Python there, against what the code needs."""
-    told = jobs.json("/api/v0/cluster_metadata")["data"]
-    ray, python = str(told.get("rayVersion", "")), str(told.get("pythonVersion", ""))
+    metadata = jobs.json("/api/v0/cluster_metadata")["data"]
+    ray, python = str(metadata.get("rayVersion", "")), str(metadata.get("pythonVersion", ""))
     found = []
     if ray.split(".")[:2] != wanted.split(".")[:2]:
         found.append(
@@ -322,11 +266,11 @@ def versions(jobs: JobsApi, wanted: str) -> list[Finding]:
 
 def workers(job: Job, nodes: Sequence[RayNode]) -> list[Finding]:
     """Whether the workers ever fit (error) and fit now (warning). A cluster that can grow may fit them later."""
-    found = [finding for demand in job.demands for finding in _room(demand, nodes)]
-    return [*found, *_gpu_memory(job, nodes), *gpu_share_findings(job), *nvme_findings(job, None)]
+    found = [finding for demand in job.demands for finding in _room_findings(demand, nodes)]
+    return [*found, *_gpu_memory_findings(job, nodes), *gpu_share_findings(job), *nvme_findings(job, None)]
 
 
-def _room(demand: Demand, nodes: Sequence[RayNode]) -> list[Finding]:
+def _room_findings(demand: Demand, nodes: Sequence[RayNode]) -> list[Finding]:
     each = {
         "CPU": demand.cpus_per_worker,
         "GPU": demand.gpus_per_worker,
@@ -335,12 +279,14 @@ def _room(demand: Demand, nodes: Sequence[RayNode]) -> list[Finding]:
     parts = [f"{each[name]:g} {name}" for name in ("CPU", "GPU") if each[name]]
     parts += [f"{demand.memory_bytes_per_worker / GIB:.1f} GiB"] if demand.memory_bytes_per_worker else []
     asked = f"{demand.num_workers} x {', '.join(parts)}"
+    totals = [[node.total.get(name, 0) for name in ("CPU", "GPU", "memory")] for node in nodes]
+    nodes_text = "; ".join(f"{cpu:g} CPU, {gpu:g} GPU, {memory / GIB:.1f} GiB" for cpu, gpu, memory in totals)
     if (ever := sum(_places(node.total, each) for node in nodes)) < demand.num_workers:
         return [
             refuse(
                 "CLUSTER-TOO-SMALL",
                 "demand",
-                f"{asked} asked; {ever} fit its nodes ({'; '.join(map(_has, nodes))})",
+                f"{asked} asked; {ever} fit its nodes ({nodes_text})",
                 "all workers run at the same time",
                 f"num_workers={ever}, or a cluster with more or larger nodes"
                 if ever
@@ -361,12 +307,7 @@ def _room(demand: Demand, nodes: Sequence[RayNode]) -> list[Finding]:
     return []
 
 
-def _has(node: RayNode) -> str:
-    memory = node.total.get("memory", 0) / GIB
-    return f"{node.total.get('CPU', 0):g} CPU, {node.total.get('GPU', 0):g} GPU, {memory:.1f} GiB"
-
-
-def _gpu_memory(job: Job, nodes: Sequence[RayNode]) -> Iterator[Finding]:
+def _gpu_memory_findings(job: Job, nodes: Sequence[RayNode]) -> Findings:
     """Ray may place a worker on any node with a GPU, so each type has to hold it."""
     taken = job.demand.gpus_per_worker > 0
     for name in dict.fromkeys(node.gpu_type for node in nodes if taken and node.total.get("GPU")):
@@ -379,7 +320,7 @@ def _places(has: Mapping[str, float], each: Mapping[str, float]) -> int:
     return int(min((has.get(name, 0.0) // value for name, value in each.items() if value), default=10**6))
 
 
-def roots(root: str, here: bool) -> Iterator[Finding]:
+def roots(root: str, here: bool) -> Findings:
     """Whether the driver can be told its root, and both sides mean the same one by it."""
     if not PLAIN.fullmatch(root):
         yield refuse(
@@ -405,7 +346,7 @@ def _disk(root: str) -> str:
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else "?"
 
 
-def _agents(nodes: Sequence[RayNode]) -> Iterator[Finding]:
+def _agent_findings(nodes: Sequence[RayNode]) -> Findings:
     if not any(node.is_head for node in nodes):
         yield refuse(
             "NO-HEAD",
@@ -416,10 +357,9 @@ def _agents(nodes: Sequence[RayNode]) -> Iterator[Finding]:
         )
     for node in nodes:
         if not node.host:
-            level: Level = "error" if node.is_head else "warning"
-            yield Finding(
-                "E-NO-AGENT" if node.is_head else "W-NO-AGENT",
-                level,
+            found = refuse if node.is_head else warn
+            yield found(
+                "NO-AGENT",
                 "nodes",
                 "a node's dashboard agent is silent",
                 "the head's agent starts jobs",
@@ -427,13 +367,13 @@ def _agents(nodes: Sequence[RayNode]) -> Iterator[Finding]:
             )
 
 
-def _clock(jobs: JobsApi) -> Iterator[Finding]:
+def _clock_findings(jobs: JobsApi) -> Findings:
     before = time.time()
     answer = jobs.ask("GET", "/api/version")
-    told = answer.headers.get("date") if answer is not None else None
-    if told is None:
+    date = answer.headers.get("date") if answer is not None else None
+    if date is None:
         return
-    there = email.utils.parsedate_to_datetime(told).astimezone(datetime.UTC).timestamp()
+    there = email.utils.parsedate_to_datetime(date).astimezone(datetime.UTC).timestamp()
     off_s = there - (before + time.time()) / 2
     if abs(off_s) > CLOCK_S:
         yield warn(
@@ -445,9 +385,16 @@ def _clock(jobs: JobsApi) -> Iterator[Finding]:
         )
 
 
-def _doors(on: str) -> Iterator[Finding]:
+def _access_findings(on: str) -> Findings:
     host, _ = host_and_port(on)
-    if _open(on):
+    try:
+        trusted = not is_loopback(host)
+        is_open = (
+            httpx.get(f"{on.rstrip('/')}/api/jobs/", timeout=WITHOUT_TOKEN_S, trust_env=trusted).status_code == 200
+        )
+    except httpx.HTTPError:
+        is_open = False
+    if is_open:
         yield refuse(
             "OPEN-CLUSTER",
             on,
@@ -465,16 +412,20 @@ def _doors(on: str) -> Iterator[Finding]:
         )
 
 
-def _open(on: str) -> bool:
-    trusted = not is_loopback(host_and_port(on)[0])
-    try:
-        answer = httpx.get(f"{on.rstrip('/')}/api/jobs/", timeout=WITHOUT_TOKEN_S, trust_env=trusted)
-    except httpx.HTTPError:
-        return False
-    return answer.status_code == 200
+# `python -m graftwork.cluster.targets.ray_jobs SUBMISSION_ID` on a Ray: end the supervisor of a job that never started.
+#
+# The Jobs API says True to a stop of a pending job and does nothing (ray#58353); it would start whenever it can. Its
+# supervisor is a named actor, which only somebody inside can kill; the API then shows the job as FAILED.
 
 
-def _node(info: Mapping[str, Any], used: Mapping[str, Any]) -> RayNode:
-    raylet = info["raylet"]
-    usage = {name: float(pair[0]) for name, pair in (used.get(raylet["nodeId"]) or {}).items()}
-    return RayNode(str(info.get("hostname") or ""), bool(raylet.get("isHeadNode")), raylet["resourcesTotal"], usage)
+NAMESPACE = "SUPERVISOR_ACTOR_RAY_NAMESPACE"
+NAME = "_ray_internal_job_actor_{}"
+"""As of Ray 2.60, dashboard/modules/job/common.py and ray_constants.py."""
+
+
+if __name__ == "__main__":
+    import ray
+
+    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+    with contextlib.suppress(ValueError):  # it has ended by itself
+        ray.kill(ray.get_actor(NAME.format(sys.argv[1])), no_restart=True)

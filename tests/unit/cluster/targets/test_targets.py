@@ -22,8 +22,7 @@ from graftwork.cluster.session import token
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets import backend_of, local, ray_jobs
 from graftwork.cluster.targets.local import LocalTarget
-from graftwork.cluster.targets.ray_jobs import RayNode
-from graftwork.cluster.targets.ray_jobs_api import JobsApi
+from graftwork.cluster.targets.ray_jobs_api import JobsApi, RayNode
 from graftwork.environment import available_memory
 from graftwork.errors import ClusterError, ConfigError
 from tests.ports import free_port
