@@ -101,18 +101,14 @@ def probe_store(root: str) -> list[Finding]:
                     "look at what caches it",
                 )
             ]
-    except StoreUnreachable as error:
-        return [refuse("STORE-UNREACHABLE", where, error.problem, "all of a job reach its store", error.hint)]
     except StorageError as error:
-        problem = f"{error.subject}: {error.problem}"
-        if isinstance(error.__cause__, PermissionError):
-            return [
-                refuse(
-                    "STORE-DENIED", where, problem, "a job reads, writes, lists and deletes below its root", error.hint
-                )
-            ]
-        if "NotImplemented" not in error.problem:
-            return [refuse("STORE-FAILS", where, problem, error.rule, error.hint)]
+        code, problem, rule = "STORE-FAILS", f"{error.subject}: {error.problem}", error.rule
+        if isinstance(error, StoreUnreachable):
+            code, problem, rule = "STORE-UNREACHABLE", error.problem, "all of a job reach its store"
+        elif isinstance(error.__cause__, PermissionError):
+            code, rule = "STORE-DENIED", "a job reads, writes, lists and deletes below its root"
+        if code != "STORE-FAILS" or "NotImplemented" not in error.problem:
+            return [refuse(code, where, problem, rule, error.hint)]
         unconditional = "it knows no put with If-None-Match: *"
     finally:
         with contextlib.suppress(StorageError):  # the probe has found it, or the owner of the store finds it

@@ -4,24 +4,37 @@ Both write nothing. A check without the right to read gives W-NOT-CHECKED and re
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 from graftwork.cluster.jobs.models import Finding, Findings, Job, refuse, warn
-from graftwork.cluster.kuberay import client
-from graftwork.cluster.kuberay.client import ApiResponse, KubeApi, cluster_path, namespaced, unchecked
-from graftwork.cluster.kuberay.object_view import dig
+from graftwork.cluster.kuberay.client import (
+    HELM,
+    ApiResponse,
+    KubeApi,
+    cluster_path,
+    missing_rule,
+    namespaced,
+    rule_yaml,
+    unchecked,
+)
+from graftwork.cluster.kuberay.object_view import KubeView, dig
 from graftwork.cluster.kuberay.pending_reasons import WAITS, queue_findings, quota_findings, reasons
 
 SILENT_S, STUCK_S, UNDELETED_S = 60.0, 900.0, 120.0
 """Limits for an operator that sets no status of a new RayJob, a job that waits, an object that is being deleted."""
 OPERATOR = "app.kubernetes.io/name=kuberay-operator"
 MADE_FOR = "ray.io/originated-from-cr-name"
-Objects = Sequence[Mapping[str, Any]]
+VERBS = ("create", "get", "list", "delete")
+"""Of RayJobs, that a submission, its status and its cancellation take."""
+REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+PLURALS = {"RayJob": "rayjobs", "RayService": "rayservices", "PodDisruptionBudget": "poddisruptionbudgets"}
+STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+Objects = Sequence[KubeView]
 
 
-def live_findings(api: KubeApi, job: Job, objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def live_findings(api: KubeApi, job: Job, objects: Objects) -> list[Finding]:
     """Return what keeps the job's objects from running in the cluster: rights, a server dry run, names, room."""
     rights = list(rights_findings(api))
     if any(finding.level == "error" for finding in rights):
@@ -37,17 +50,17 @@ def diagnose(api: KubeApi, job: Job, selector: str) -> list[Finding]:
     found: list[Finding] = []
     for plural in ("rayjobs", "rayclusters", "rayservices"):
         found += live_crd(api, plural)[1]
-    found += _operator(api)
+    found += _operator_findings(api)
     if any(finding.code == "E-CRD-ABSENT" for finding in found):
         return list(dict.fromkeys(found))
     for check in (secret_findings, name_findings, queue_findings, quota_findings):
         found += check(api, job)
     found += rights_findings(api)
     ours = api.list(namespaced("ray.io", "v1", api.place.namespace, "rayjobs"), selector)
-    return list(dict.fromkeys([*found, *_stuck(api, ours), *_leaked(api, selector, ours)]))
+    return list(dict.fromkeys([*found, *_stuck_job_findings(api, ours), *_leftover_findings(api, selector, ours)]))
 
 
-def _operator(api: KubeApi) -> Findings:
+def _operator_findings(api: KubeApi) -> Findings:
     answer = api.ask("GET", cluster_path("apps", "v1", "deployments"), query={"labelSelector": OPERATOR})
     if not answer.ok:
         yield unchecked(api.on, "whether KubeRay's operator runs", answer)
@@ -72,15 +85,16 @@ def _operator(api: KubeApi) -> Findings:
         )
 
 
-def _stuck(api: KubeApi, ours: Objects) -> Findings:
+def _stuck_job_findings(api: KubeApi, ours: Objects) -> Findings:
     """Find our jobs without a status, jobs that wait long, and deleted jobs that remain."""
-    held = reasons(api, ours)
+    waits, now = reasons(api, ours), time.time()
     for job in ours:
-        name, age_s = str(job["metadata"]["name"]), age(job["metadata"]["creationTimestamp"])
+        name = str(job["metadata"]["name"])
+        age_s = now - datetime.fromisoformat(job["metadata"]["creationTimestamp"]).timestamp()
         phase = dig(job, "status", "jobDeploymentStatus") or ""
-        why = f": {held[name]}" if name in held else ""
+        why = f": {waits[name]}" if name in waits else ""
         if "deletionTimestamp" in job["metadata"]:
-            if age(job["metadata"]["deletionTimestamp"]) > UNDELETED_S:
+            if now - datetime.fromisoformat(job["metadata"]["deletionTimestamp"]).timestamp() > UNDELETED_S:
                 by = ", ".join(job["metadata"].get("finalizers", []))
                 yield warn(
                     "JOB-UNDELETED",
@@ -116,7 +130,7 @@ def _stuck(api: KubeApi, ours: Objects) -> Findings:
             )
 
 
-def _leaked(api: KubeApi, selector: str, ours: Objects) -> Findings:
+def _leftover_findings(api: KubeApi, selector: str, ours: Objects) -> Findings:
     """Find clusters that were made for a job of ours which is gone."""
     answer = api.ask("GET", namespaced("ray.io", "v1", api.place.namespace, "rayclusters"))
     if not answer.ok:
@@ -137,22 +151,7 @@ def _leaked(api: KubeApi, selector: str, ours: Objects) -> Findings:
             )
 
 
-def age(stamp: str) -> float:
-    """Seconds since a time of the API server's."""
-    return time.time() - datetime.fromisoformat(stamp).timestamp()
-
-
-VERBS = ("create", "get", "list", "delete")
-"""Of RayJobs, that a submission, its status and its cancellation take."""
-REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-HELM = (
-    "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0 --values k8s/operator-values.yaml "
-    "--namespace kuberay-system --create-namespace"
-)
-
-
-def live_crd(api: KubeApi, plural: str) -> tuple[Mapping[str, Any] | None, list[Finding]]:
+def live_crd(api: KubeApi, plural: str) -> tuple[KubeView | None, list[Finding]]:
     """The definition of a kind of KubeRay's as the cluster has it; None where it is absent or not shown to us."""
     answer = api.ask("GET", f"{CRDS}/{plural}.ray.io")
     if answer.ok:
@@ -184,7 +183,7 @@ def rights_findings(api: KubeApi) -> Findings:
         if not answer.body.get("status", {}).get("allowed"):
             lacking.append(verb)
     if lacking:
-        rule = client.rule_yaml(", ".join(lacking), "rayjobs", "ray.io")
+        rule = rule_yaml(", ".join(lacking), "rayjobs", "ray.io")
         yield refuse(
             "RBAC",
             api.on,
@@ -194,19 +193,19 @@ def rights_findings(api: KubeApi) -> Findings:
         )
 
 
-def dry_run_findings(api: KubeApi, objects: Sequence[Mapping[str, Any]]) -> Findings:
+def dry_run_findings(api: KubeApi, objects: Objects) -> Findings:
     """The server's own judgement of each object: schema, admission, quotas of objects."""
     for planned in objects:
         path = object_path(api.place.namespace, planned).rpartition("/")[0]
         answer = api.ask("POST", path, planned, {"fieldValidation": "Strict", "dryRun": "All"})
         if not answer.ok and answer.code != 409:
-            yield _refused(api, planned, answer)
+            yield _refusal_finding(api, planned, answer)
 
 
-def _refused(api: KubeApi, planned: Mapping[str, Any], answer: ApiResponse) -> Finding:
+def _refusal_finding(api: KubeApi, planned: KubeView, answer: ApiResponse) -> Finding:
     where, said = f"{planned['kind']} {planned['metadata']['name']}", answer.message
     if answer.code == 404 and answer.body.get("details", {}).get("kind") == "namespaces":
-        return _no_namespace(api)
+        return _namespace_finding(api)
     if answer.unserved:
         return refuse("CRD-ABSENT", where, "the cluster does not know this kind", "KubeRay v1.7 or newer", HELM)
     if "exceeded quota" in said:
@@ -217,7 +216,7 @@ def _refused(api: KubeApi, planned: Mapping[str, Any], answer: ApiResponse) -> F
             "the namespace's ResourceQuota holds for objects too",
             "delete RayJobs that have ended, or have the quota raised",
         )
-    rule = client.missing_rule(said)
+    rule = missing_rule(said)
     if answer.code == 403 and rule is not None:
         return refuse(
             "RBAC",
@@ -244,7 +243,7 @@ def _refused(api: KubeApi, planned: Mapping[str, Any], answer: ApiResponse) -> F
     )
 
 
-def _no_namespace(api: KubeApi) -> Finding:
+def _namespace_finding(api: KubeApi) -> Finding:
     answer = api.ask("GET", cluster_path("", "v1", "namespaces"))
     names = sorted(item["metadata"]["name"] for item in answer.body.get("items", [])) if answer.ok else []
     there = f"; there are {', '.join(names[:20])}" if names else ""
@@ -257,24 +256,15 @@ def _no_namespace(api: KubeApi) -> Finding:
     )
 
 
-PLURALS = {"RayJob": "rayjobs", "RayService": "rayservices", "PodDisruptionBudget": "poddisruptionbudgets"}
-
-
-def object_path(namespace: str, planned: Mapping[str, Any]) -> str:
+def object_path(namespace: str, planned: KubeView) -> str:
     """Where an object of ours is, or would be."""
     group, _, version = planned["apiVersion"].rpartition("/")
     return namespaced(group, version, namespace, PLURALS[planned["kind"]], planned["metadata"]["name"])
 
 
-# Objects that a job names in its namespace: Secrets and their keys, an account, a claim, a priority class.
-
-
-STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-
-
 def secret_findings(api: KubeApi, job: Job) -> Findings:
     """Names and keys alone; values are not looked at."""
-    for (name, where), keys in _wanted_secrets(job).items():
+    for (name, where), keys in _secret_keys(job).items():
         answer = api.ask("GET", namespaced("", "v1", api.place.namespace, "secrets", name))
         if answer.absent:
             yield refuse(
@@ -300,7 +290,7 @@ def secret_findings(api: KubeApi, job: Job) -> Findings:
                 )
 
 
-def _wanted_secrets(job: Job) -> dict[tuple[str, str], list[str]]:
+def _secret_keys(job: Job) -> dict[tuple[str, str], list[str]]:
     """Keys by Secret and by the spec's key that names it."""
     cluster = job.cluster
     wanted: dict[tuple[str, str], list[str]] = {}
@@ -321,7 +311,7 @@ def _wanted_secrets(job: Job) -> dict[tuple[str, str], list[str]]:
 def name_findings(api: KubeApi, job: Job) -> Findings:
     """A service account, a priority class, a volume claim."""
     cluster, namespace = job.cluster, api.place.namespace
-    yield from _exists(
+    yield from _absence_findings(
         api,
         namespaced("", "v1", namespace, "serviceaccounts", cluster.service_account),
         "service_account",
@@ -330,7 +320,7 @@ def name_findings(api: KubeApi, job: Job) -> Findings:
         "kubectl apply -k k8s/base",
     )
     if cluster.storage.claim is not None:
-        yield from _exists(
+        yield from _absence_findings(
             api,
             namespaced("", "v1", namespace, "persistentvolumeclaims", cluster.storage.claim),
             "storage.claim",
@@ -339,7 +329,7 @@ def name_findings(api: KubeApi, job: Job) -> Findings:
             "create it with access mode ReadWriteMany",
         )
     if cluster.priority is not None and cluster.queue is None:
-        yield from _exists(
+        yield from _absence_findings(
             api,
             cluster_path("scheduling.k8s.io", "v1", "priorityclasses", cluster.priority),
             "priority",
@@ -349,7 +339,7 @@ def name_findings(api: KubeApi, job: Job) -> Findings:
         )
 
 
-def _exists(api: KubeApi, path: str, where: str, what: str, code: str, hint: str) -> Findings:
+def _absence_findings(api: KubeApi, path: str, where: str, what: str, code: str, hint: str) -> Findings:
     name, answer = path.rpartition("/")[2], api.ask("GET", path)
     if answer.absent:
         yield refuse(code, where, f"there is no {what} {name!r}", "pods need the objects that they name", hint)

@@ -1,4 +1,4 @@
-"""Reasons why a job is pending: its pods compared with the quotas of Kueue, and the events of Kubernetes.
+"""Reasons why a job is or would be pending: its pods against quotas and queues, and the state of pods and Workloads.
 
 Kueue gives each pod set (the head, a worker group) one flavor of each resource group, for all its pods at once, and
 adds up what the pod sets take of a flavor (https://kueue.sigs.k8s.io, "ClusterQueue"). Labels and taints of flavors are
@@ -7,11 +7,10 @@ not compared: a job that is refused fits in no way, and a job that passes may st
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from graftwork.cluster.jobs.models import Findings, Job, refuse, warn
 from graftwork.cluster.kuberay.client import KubeApi, cluster_path, namespaced, unchecked
-from graftwork.cluster.kuberay.object_view import dig, listed
+from graftwork.cluster.kuberay.object_view import KubeView, dig, listed
 from graftwork.cluster.kuberay.pods import GPU
 from graftwork.cluster.spec import ClusterSpec, quantity
 
@@ -20,19 +19,22 @@ KUEUE_VERSIONS = ("v1beta2", "v1beta1")
 """Served since Kueue 0.14, and before."""
 
 
-# Reasons why a RayJob does not run yet: its pods cannot start (image, Secret, no machine), or its queue waits.
-
-
 WAITS = frozenset({"", "New", "Initializing", "Waiting", "Retrying"})
 USUAL = frozenset({"ContainerCreating", "PodInitializing"})
 AT_MOST = 100
-"""Of so many waiting jobs the reasons are looked up: one listing of pods and one of workloads."""
-Objects = Sequence[Mapping[str, Any]]
+"""Limit of the waiting jobs whose reasons are looked up: one listing of pods and one of workloads."""
+Objects = Sequence[KubeView]
+GIB = 2**30
+Amounts = Mapping[str, float]
 
 
 def reasons(api: KubeApi, jobs: Objects) -> dict[str, str]:
     """By RayJob's name, for those that wait; what we may not see, or what is no trouble, has none."""
-    coming = {str(dig(job, "status", "rayClusterName")): str(job["metadata"]["name"]) for job in jobs if _comes_up(job)}
+    coming: dict[str, str] = {}
+    for job in jobs:
+        status = job.get("status", {})
+        if status.get("jobDeploymentStatus", "") in WAITS and status.get("rayClusterName"):
+            coming[str(status["rayClusterName"])] = str(job["metadata"]["name"])
     queued = [str(job["metadata"]["name"]) for job in jobs if dig(job, "spec", "suspend")]
     found: dict[str, str] = {}
     if coming:
@@ -48,7 +50,7 @@ def reasons(api: KubeApi, jobs: Objects) -> dict[str, str]:
     return found
 
 
-def pod_trouble(pod: Mapping[str, Any]) -> str:
+def pod_trouble(pod: KubeView) -> str:
     """What keeps a pod from running; empty where nothing does, or where it is only starting."""
     status = pod.get("status", {})
     for container in [*listed(status.get("initContainerStatuses")), *listed(status.get("containerStatuses"))]:
@@ -84,16 +86,7 @@ def _seen(api: KubeApi, path: str, selector: str = "") -> Objects:
     return listed(answer.body.get("items")) if answer.ok else []
 
 
-def _comes_up(job: Mapping[str, Any]) -> bool:
-    status = job.get("status", {})
-    return status.get("jobDeploymentStatus", "") in WAITS and bool(status.get("rayClusterName"))
-
-
-GIB = 2**30
-Amounts = Mapping[str, float]
-
-
-def nominal_findings(queue: Mapping[str, Any], cluster: ClusterSpec) -> Findings:
+def nominal_findings(queue: KubeView, cluster: ClusterSpec) -> Findings:
     """Of a ClusterQueue object and the machines of a job."""
     name, pod_sets = str(dig(queue, "metadata", "name")), pod_sets_of(cluster)
     groups = listed(dig(queue, "spec", "resourceGroups"))
@@ -139,7 +132,7 @@ def pod_sets_of(cluster: ClusterSpec) -> dict[str, Amounts]:
     return found
 
 
-def _limits(queue: Mapping[str, Any], flavor: Mapping[str, Any]) -> Amounts:
+def _limits(queue: KubeView, flavor: KubeView) -> Amounts:
     """Most that a job may get of a flavor: its quota, and what the queue may borrow within its cohort."""
     borrows = bool(dig(queue, "spec", "cohort") or dig(queue, "spec", "cohortName"))
     limits = {}
@@ -194,8 +187,13 @@ def queue_findings(api: KubeApi, job: Job) -> Findings:
         if not answer.unserved:
             break
     if answer.ok:
-        yield from _state(answer.body, name)
-        yield from _nominal(api, version, answer.body, job)
+        yield from _queue_state_findings(answer.body, name)
+        owner = dig(answer.body, "spec", "clusterQueue")
+        quota = api.ask("GET", cluster_path(KUEUE, version, "clusterqueues", str(owner))) if owner else None
+        if quota is not None and quota.ok:
+            yield from nominal_findings(quota.body, job.cluster)
+        elif quota is not None and not quota.absent:  # a queue without a ClusterQueue is inactive, and reported so
+            yield unchecked(api.on, f"the quota of the ClusterQueue {owner!r}", quota)
     elif answer.absent:
         listing = api.ask("GET", namespaced(KUEUE, version, api.place.namespace, "localqueues"))
         names = sorted(item["metadata"]["name"] for item in listing.body.get("items", [])) if listing.ok else []
@@ -218,7 +216,7 @@ def queue_findings(api: KubeApi, job: Job) -> Findings:
         yield unchecked(api.on, f"the LocalQueue {name!r}", answer)
 
 
-def _state(queue: Mapping[str, Any], name: str) -> Findings:
+def _queue_state_findings(queue: KubeView, name: str) -> Findings:
     policy = dig(queue, "spec", "stopPolicy")
     if policy not in (None, "None"):
         yield warn(
@@ -240,18 +238,6 @@ def _state(queue: Mapping[str, Any], name: str) -> Findings:
             )
 
 
-def _nominal(api: KubeApi, version: str, queue: Mapping[str, Any], job: Job) -> Findings:
-    """Return whether the LocalQueue's ClusterQueue could ever admit the job."""
-    name = dig(queue, "spec", "clusterQueue")
-    if not name:
-        return
-    answer = api.ask("GET", cluster_path(KUEUE, version, "clusterqueues", str(name)))
-    if answer.ok:
-        yield from nominal_findings(answer.body, job.cluster)
-    elif not answer.absent:  # a queue without a ClusterQueue is inactive, and said to be
-        yield unchecked(api.on, f"the quota of the ClusterQueue {name!r}", answer)
-
-
 def quota_findings(api: KubeApi, job: Job) -> Findings:
     """What all pods take together, against each ResourceQuota: more than its limit is refused, more than is free
     is said."""
@@ -266,7 +252,7 @@ def quota_findings(api: KubeApi, job: Job) -> Findings:
         for resource, most in hard.items():
             if resource not in takes:
                 continue
-            limit, held = amount(most), amount((used or {}).get(resource, "0"))
+            limit, in_use = amount(most), amount((used or {}).get(resource, "0"))
             said = f"the job takes {takes[resource]:g} {resource}; the ResourceQuota {name!r} has {limit:g}"
             if takes[resource] > limit:
                 yield refuse(
@@ -276,33 +262,20 @@ def quota_findings(api: KubeApi, job: Job) -> Findings:
                     "pods beyond a quota are not created, and the job waits for them",
                     "set fewer or smaller `workers`, or ask the administrator to raise the quota",
                 )
-            elif takes[resource] > limit - held:
+            elif takes[resource] > limit - in_use:
                 yield warn(
                     "QUOTA-IN-USE",
                     "workers",
-                    f"{said}, of which {held:g} are in use",
+                    f"{said}, of which {in_use:g} are in use",
                     "pods beyond a quota are not created until other pods end",
                     "wait until other jobs end, or set fewer `workers`",
                 )
 
 
 def pod_usage(job: Job) -> dict[str, float]:
-    """All pods of a job, by the resource names of a quota."""
+    """Return the resources of all pods of a job, by the names of a quota."""
     cluster = job.cluster
-    machines = [(1, cluster.head.cpu, cluster.head.memory, 0)]
-    machines += [(group.count, group.cpu, group.memory, group.gpu) for group in cluster.workers]
-    cpus = sum(count * quantity(cpu) for count, cpu, _, _ in machines)
-    memory = sum(count * quantity(memory) for count, _, memory, _ in machines)
-    gpus = float(sum(count * gpu for count, _, _, gpu in machines))
-    whole_pods = float(sum(count for count, *_ in machines))
-    return {
-        "cpu": cpus,
-        "requests.cpu": cpus,
-        "limits.cpu": cpus,
-        "memory": memory,
-        "requests.memory": memory,
-        "limits.memory": memory,
-        f"requests.{GPU}": gpus,
-        "pods": whole_pods,
-        "count/pods": whole_pods,
-    }
+    takes = {"cpu": cluster.cpus, "memory": cluster.memory_bytes, f"requests.{GPU}": cluster.gpus}
+    takes |= {f"{kind}.{name}": takes[name] for kind in ("requests", "limits") for name in ("cpu", "memory")}
+    takes |= dict.fromkeys(("pods", "count/pods"), float(1 + sum(group.count for group in cluster.workers)))
+    return takes

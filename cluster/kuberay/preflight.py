@@ -2,9 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from graftwork.cluster.jobs.backend import predicted_usd, unpriced, usd_per_hour
 from graftwork.cluster.jobs.checks import (
@@ -17,7 +16,7 @@ from graftwork.cluster.jobs.checks import (
 )
 from graftwork.cluster.jobs.inputs import path_findings
 from graftwork.cluster.jobs.models import Attempt, Demand, Finding, Findings, Job, TargetMachines, refuse, warn
-from graftwork.cluster.kuberay.object_view import dig, version_of
+from graftwork.cluster.kuberay.object_view import KubeView, dig, version_of
 from graftwork.cluster.kuberay.objects import build_rayjob
 from graftwork.cluster.kuberay.pods import SCRATCH_PATH
 from graftwork.cluster.kuberay.rules import check_rules
@@ -32,16 +31,46 @@ OWN_PROGRAMS = frozenset({"exec", "experiment", "rag", "cluster"})
 """Kinds without a plan: a user's own program may use GPUs that no key of its spec names."""
 
 
-def check_fit(job: Job) -> Findings:
-    """All findings on demand against machines, and on the limits."""
-    for demand in job.demands:
-        yield from _machines(job, demand)
-    yield from _fixed(job)
-    yield from _gpus(job)
-    yield from gpu_share_findings(job)
-    yield from nvme_findings(job, _writable(job))
-    yield from _unused(job)
-    yield from _limits(job)
+RAY = (2, 60)
+"""Of this package (pyproject.toml)."""
+SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SECRET_KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}")
+RESERVED_LABELS = ("graftwork.dev/", "app.kubernetes.io/", "ray.io/", "kueue.x-k8s.io/")
+ANY_WHEEL = "wheels/graftwork-0+000000000000-py3-none-any.whl"
+"""Stands for the wheel, which is built and written after preflight."""
+
+
+def preflight(
+    attempt: Attempt,
+    namespace: str,
+    crd: KubeView | None = None,
+    objects: Sequence[KubeView] | None = None,
+) -> list[Finding]:
+    """Findings on an attempt, errors first; each code and fact once. Pure: nothing is reached or written.
+
+    `objects` are what would be made, where it is not a RayJob alone; `crd` is the live definition of their kind.
+    """
+    job = attempt.job
+    if objects is None:
+        wheel = f"{job.root}/{ANY_WHEEL}" if job.cluster.code == "wheel" else None
+        objects = [build_rayjob(attempt, namespace, wheel)]
+    found = [*_spec_findings(job, namespace), *_fit_findings(job)]
+    for made in objects:
+        is_kind = crd is not None and dig(crd, "spec", "names", "kind") == made.get("kind")
+        found += [*check_rules(made), *check_schema(made, crd if is_kind else None)]
+    return once(found)
+
+
+def once(found: Iterable[Finding]) -> list[Finding]:
+    """Errors first; a finding that two pods have in common once; values that look like secrets hidden in all texts."""
+    first: dict[tuple[str, str], Finding] = {}
+    for finding in found:
+        texts = (finding.where, finding.problem, finding.rule, finding.hint)
+        where, problem, rule, hint = ("(hidden)" if why_secret_text(text) else text for text in texts)
+        shown = replace(finding, where=where, problem=problem, rule=rule, hint=hint)
+        first.setdefault((shown.code, shown.problem), shown)
+    return sorted(first.values(), key=lambda finding: finding.level)
 
 
 def machines_of(cluster: ClusterSpec) -> TargetMachines:
@@ -67,7 +96,19 @@ def workers_in(group: WorkerSpec, demand: Demand, count: int) -> int:
     return int(min(rooms, default=demand.num_workers) + 1e-9) * count
 
 
-def _machines(job: Job, demand: Demand) -> Findings:
+def _fit_findings(job: Job) -> Findings:
+    """All findings on demand against machines, and on the limits."""
+    for demand in job.demands:
+        yield from _machine_findings(job, demand)
+    yield from _group_findings(job)
+    yield from gpu_share_findings(job)
+    claim = job.root.removeprefix("file://") if job.cluster.storage.claim is not None else None
+    yield from nvme_findings(job, (SCRATCH_PATH, "/tmp", *([claim] if claim else [])))  # a pod's root is read-only
+    yield from _unused_gpu_findings(job)
+    yield from _limit_findings(job)
+
+
+def _machine_findings(job: Job, demand: Demand) -> Findings:
     cluster, serves = job.cluster, job.kind == "serve"
     counts = [(group.max_count or group.count) if serves else group.count for group in cluster.workers]
     room = sum(workers_in(group, demand, count) for group, count in zip(cluster.workers, counts, strict=True))
@@ -97,8 +138,10 @@ def _machines(job: Job, demand: Demand) -> Findings:
         )
 
 
-def _fixed(job: Job) -> Findings:
+def _group_findings(job: Job) -> Findings:
+    """Findings on worker groups: machines that are not started, and types of GPUs."""
     for index, group in enumerate(job.cluster.workers):
+        where, known = f"workers[{index}].gpu_type", gpu_called(group.gpu_type or "")
         if group.max_count is not None and group.max_count > group.count and job.kind != "serve":
             yield warn(
                 "FIT-FIXED",
@@ -107,11 +150,6 @@ def _fixed(job: Job) -> Findings:
                 "training and sweeps take fixed gangs: `count` machines are started",
                 f"count: {group.max_count}, or drop max_count",
             )
-
-
-def _gpus(job: Job) -> Findings:
-    for index, group in enumerate(job.cluster.workers):
-        where, known = f"workers[{index}].gpu_type", gpu_called(group.gpu_type or "")
         if group.gpu_type is not None and not group.gpu:
             yield refuse("GPU-NONE", where, f"{group.gpu_type} with gpu: 0", "a type needs a number", "gpu: 1")
             continue
@@ -128,13 +166,7 @@ def _gpus(job: Job) -> Findings:
             yield from gpu_memory_findings(job, where, name, None if known is None else known.memory_bytes)
 
 
-def _writable(job: Job) -> tuple[str, ...]:
-    """Folders of a pod that take files, its file system being read-only."""
-    claim = job.root.removeprefix("file://") if job.cluster.storage.claim is not None else None
-    return (SCRATCH_PATH, "/tmp", *([claim] if claim else []))
-
-
-def _unused(job: Job) -> Findings:
+def _unused_gpu_findings(job: Job) -> Findings:
     """GPUs that the job's machines have and its workers do not use."""
     reserved = sum(group.gpu * group.count for group in job.cluster.workers)
     used = job.demand.num_workers * job.demand.gpus_per_worker
@@ -150,10 +182,10 @@ def _unused(job: Job) -> Findings:
         )
 
 
-def _limits(job: Job) -> Findings:
+def _limit_findings(job: Job) -> Findings:
     limits, seconds = job.cluster.limits, job.demand.seconds
     if limits.budget_usd is not None:
-        yield from _budget(job, limits.budget_usd)
+        yield from _budget_findings(job, limits.budget_usd)
     elif job.cluster.prices is not None:
         for index in unpriced(job.cluster):
             kind = job.cluster.workers[index].gpu_type
@@ -174,7 +206,7 @@ def _limits(job: Job) -> Findings:
         )
 
 
-def _budget(job: Job, budget: float) -> Findings:
+def _budget_findings(job: Job, budget: float) -> Findings:
     prices, predicted = job.cluster.prices, predicted_usd(job)
     if prices is None or usd_per_hour(job.cluster) == 0:
         yield refuse(
@@ -218,65 +250,9 @@ def _describe_machines(cluster: ClusterSpec) -> str:
     )
 
 
-# All that can be said of a job for KubeRay without asking its cluster: the spec, the fit, the rules, the schema.
-
-
-ANY_WHEEL = "wheels/graftwork-0+000000000000-py3-none-any.whl"
-"""Stands for the wheel, which is built and written after preflight."""
-
-
-def preflight(
-    attempt: Attempt,
-    namespace: str,
-    crd: Mapping[str, Any] | None = None,
-    objects: Sequence[Mapping[str, Any]] | None = None,
-) -> list[Finding]:
-    """Findings on an attempt, errors first; each code and fact once. Pure: nothing is reached or written.
-
-    `objects` are what would be made, where it is not a RayJob alone; `crd` is the live definition of their kind.
-    """
-    job = attempt.job
-    if objects is None:
-        wheel = f"{job.root}/{ANY_WHEEL}" if job.cluster.code == "wheel" else None
-        objects = [build_rayjob(attempt, namespace, wheel)]
-    found = [*check_spec(job, namespace), *check_fit(job)]
-    for made in objects:
-        found += [*check_rules(made), *check_schema(made, crd if _is_of(made, crd) else None)]
-    return once(found)
-
-
-def once(found: Iterable[Finding]) -> list[Finding]:
-    """Errors first; what two pods have in common is said of the first."""
-    first: dict[tuple[str, str], Finding] = {}
-    for finding in map(_masked, found):
-        first.setdefault((finding.code, finding.problem), finding)
-    return sorted(first.values(), key=lambda finding: finding.level)
-
-
-def _masked(finding: Finding) -> Finding:
-    """Without a value that looks like a secret, whichever rule quotes it."""
-    hidden: dict[str, Any] = {
-        name: "(hidden)"
-        for name in ("where", "problem", "rule", "hint")
-        if why_secret_text(getattr(finding, name)) is not None
-    }
-    return replace(finding, **hidden) if hidden else finding
-
-
-def _is_of(made: Mapping[str, Any], crd: Mapping[str, Any] | None) -> bool:
-    return crd is not None and dig(crd, "spec", "names", "kind") == made.get("kind")
-
-
-RAY = (2, 60)
-"""Of this package (pyproject.toml)."""
-SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET_KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}")
-RESERVED_LABELS = ("graftwork.dev/", "app.kubernetes.io/", "ray.io/", "kueue.x-k8s.io/")
-
-
-def check_spec(job: Job, namespace: str) -> Findings:
+def _spec_findings(job: Job, namespace: str) -> Findings:
     """All findings on the cluster's spec and on the job's own."""
+    cluster, version = job.cluster, version_of(job.cluster.ray_version)
     if not re.fullmatch(LABEL_PATTERN, namespace) or len(namespace) > 63:
         yield refuse(
             "NAMESPACE-FORM",
@@ -285,19 +261,31 @@ def check_spec(job: Job, namespace: str) -> Findings:
             "a namespace has small letters, digits and hyphens, at most 63",
             "set --target k8s:CONTEXT/NAMESPACE, e.g. k8s:prod/graftwork",
         )
-    yield from _references(job.cluster)
-    yield from _labels(job.cluster)
-    yield from _secret_env(job.cluster)
-    yield from _queues(job.cluster)
-    yield from _store(job)
-    yield from _survival(job.cluster)
-    yield from _version(job.cluster)
-    yield from _tokens(job)
+    if cluster.gcs.backend == "redis" and cluster.gcs.redis_secret is None:
+        yield warn(
+            "REDIS-OPEN",
+            "gcs.redis_secret",
+            "none",
+            "anyone who reaches Redis without a password controls the cluster",
+            "gcs: {redis_secret: SECRET}",
+        )
+    if version is not None and version[:2] != RAY:
+        yield refuse(
+            "RAY-VERSION",
+            "ray_version",
+            cluster.ray_version,
+            f"this Graftwork runs on Ray {RAY[0]}.{RAY[1]}",
+            f"an image with Ray {RAY[0]}.{RAY[1]}",
+        )
+    for check in (_reference_findings, _label_findings, _secret_env_findings, _queue_findings):
+        yield from check(cluster)
+    yield from _store_findings(job)
+    yield from _token_findings(job)
     yield from path_findings(job.spec, shared=False)
     yield from secret_findings(job)
 
 
-def _references(cluster: ClusterSpec) -> Findings:
+def _reference_findings(cluster: ClusterSpec) -> Findings:
     """Names of objects that must be there."""
     named = {
         "service_account": cluster.service_account,
@@ -321,7 +309,7 @@ def _references(cluster: ClusterSpec) -> Findings:
             )
 
 
-def _labels(cluster: ClusterSpec) -> Findings:
+def _label_findings(cluster: ClusterSpec) -> Findings:
     for key, value in cluster.labels.items():
         if not is_label(key, value):
             yield refuse(
@@ -351,7 +339,7 @@ def _labels(cluster: ClusterSpec) -> Findings:
                 )
 
 
-def _secret_env(cluster: ClusterSpec) -> Findings:
+def _secret_env_findings(cluster: ClusterSpec) -> Findings:
     for name, reference in cluster.secret_env.items():
         secret, slash, key = reference.partition("/")
         formed = slash and SUBDOMAIN.fullmatch(secret) and SECRET_KEY.fullmatch(key)
@@ -374,7 +362,7 @@ def _secret_env(cluster: ClusterSpec) -> Findings:
             )
 
 
-def _tokens(job: Job) -> Findings:
+def _token_findings(job: Job) -> Findings:
     """Variables that a served endpoint reads its keys from."""
     for key in ("token_env", "admin_token_env"):
         name = job.spec.get(key)
@@ -388,7 +376,7 @@ def _tokens(job: Job) -> Findings:
             )
 
 
-def _queues(cluster: ClusterSpec) -> Findings:
+def _queue_findings(cluster: ClusterSpec) -> Findings:
     if cluster.gang == "kai" and cluster.gang_queue is None:
         yield refuse(
             "GANG-QUEUE",
@@ -415,7 +403,7 @@ def _queues(cluster: ClusterSpec) -> Findings:
         )
 
 
-def _store(job: Job) -> Findings:
+def _store_findings(job: Job) -> Findings:
     claim = job.cluster.storage.claim
     local = not job.root.startswith("s3://")
     if re.search(r"\s", job.root):
@@ -449,27 +437,4 @@ def _store(job: Job) -> Findings:
             "no URL",
             "an endpoint is a URL: http(s)://HOST:PORT",
             "storage: {endpoint: http://minio.storage:9000}",
-        )
-
-
-def _survival(cluster: ClusterSpec) -> Findings:
-    if cluster.gcs.backend == "redis" and cluster.gcs.redis_secret is None:
-        yield warn(
-            "REDIS-OPEN",
-            "gcs.redis_secret",
-            "none",
-            "anyone who reaches Redis without a password controls the cluster",
-            "gcs: {redis_secret: SECRET}",
-        )
-
-
-def _version(cluster: ClusterSpec) -> Findings:
-    version = version_of(cluster.ray_version)
-    if version is not None and version[:2] != RAY:
-        yield refuse(
-            "RAY-VERSION",
-            "ray_version",
-            cluster.ray_version,
-            f"this Graftwork runs on Ray {RAY[0]}.{RAY[1]}",
-            f"an image with Ray {RAY[0]}.{RAY[1]}",
         )
