@@ -33,7 +33,7 @@ from graftwork.cluster.jobs.store import (
     attempt_of,
     derive_state,
 )
-from graftwork.cluster.spec import ClusterSpec, PriceTable, WorkerSpec, quantity
+from graftwork.cluster.spec import ClusterSpec, quantity
 from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError, StorageError, StoreUnreachable
 from graftwork.storage.store import Store, json_bytes
 
@@ -45,7 +45,12 @@ def usd_per_hour(cluster: ClusterSpec) -> float | None:
     prices = cluster.prices
     if prices is None or unpriced(cluster):
         return None
-    return quantity(cluster.head.cpu) * prices.cpu_hour + sum(_group_usd(group, prices) for group in cluster.workers)
+    usd = quantity(cluster.head.cpu) * prices.cpu_hour
+    for group in cluster.workers:
+        gpu_hour = prices.gpu_hour.get(group.gpu_type or "", prices.gpu_hour.get("default", 0.0))
+        hour = quantity(group.cpu) * prices.cpu_hour + group.gpu * gpu_hour
+        usd += group.count * hour * (prices.spot_factor if group.spot else 1.0)
+    return usd
 
 
 def unpriced(cluster: ClusterSpec) -> list[int]:
@@ -70,12 +75,6 @@ def most_usd(cluster: ClusterSpec) -> float | None:
     by_deadline = [hour * limits.deadline / 3600] if hour is not None and limits.deadline is not None else []
     bounds = [*by_deadline, *([limits.budget_usd] if limits.budget_usd is not None else [])]
     return min(bounds, default=None)
-
-
-def _group_usd(group: WorkerSpec, prices: PriceTable) -> float:
-    gpu_hour = prices.gpu_hour.get(group.gpu_type or "", prices.gpu_hour.get("default", 0.0))
-    hour = quantity(group.cpu) * prices.cpu_hour + group.gpu * gpu_hour
-    return group.count * hour * (prices.spot_factor if group.spot else 1.0)
 
 
 # Probe of a store before anything else is written: write, read, conditional put, delete.
@@ -142,18 +141,17 @@ class StoredBackend:
         self.place, self.runs, self.on = place, JobStore(root), place.on
 
     def machines(self, cluster: ClusterSpec) -> TargetMachines:
-        """The machines that workers of a job may get in its place."""
         return self.place.machines(cluster)
 
-    def plan(self, job: Job) -> JobPlan:
-        """What `submit` would do. Writes nothing that stays."""
+    def plan(self, job: Job, *, reachable: bool = True) -> JobPlan:
+        """What `submit` would do. Writes nothing that stays. `reachable` False: without the answers of the target."""
         store = probe_store(self.runs.store.uri)
         number = 0 if store else max(self.runs.attempts(job.job_id), default=0)
         attempt, cluster, seconds = Attempt(job, number or 1), job.cluster, job.demand.seconds
         objects = tuple(self.place.objects(attempt))
         old, new = (
             yaml.safe_dump_all([dict(one) for one in part], sort_keys=True).splitlines()
-            for part in (self.place.current(attempt), objects)
+            for part in (self.place.current(attempt) if reachable else (), objects)
         )
         return JobPlan(
             job.job_id,
@@ -167,7 +165,7 @@ class StoredBackend:
             most_usd=most_usd(cluster),
             objects=objects,
             diff="\n".join(difflib.unified_diff(old, new, "there", "planned", lineterm="")),
-            findings=(*store, *self.place.check(job)),
+            findings=(*store, *(self.place.check(job) if reachable else ())),
         )
 
     def submit(self, job: Job) -> JobStatus:
@@ -229,11 +227,9 @@ class StoredBackend:
         return status
 
     def status(self, job_id: str) -> JobStatus:
-        """Where its latest attempt is now."""
         return self._statuses([self.runs.job(job_id)])[0]
 
     def list(self) -> Sequence[JobStatus]:
-        """All jobs of the store that this place runs or ran, newest first."""
         records = self.runs.jobs()
         mine = [record for record in records if record.on == self.on]
         return sorted(self._statuses(mine), key=lambda status: -(status.submitted_at or 0))
@@ -242,19 +238,16 @@ class StoredBackend:
         job_ids = [record.job_id for record in records]
         attempts = dict(zip(job_ids, self.runs.of_many(self.runs.latest, job_ids), strict=True))
         alive = {job_id: attempt_id(job_id, a.number) for job_id, a in attempts.items() if a.ended is None}
-        seen = self._observe(list(alive.values())) if alive else {}
+        names = list(alive.values())
+        try:
+            seen = self.place.observe(names) if names else {}
+        except ClusterError as error:  # out of reach: the heartbeat alone decides
+            away = ObservedState(message=f"its place does not answer: {error.problem or error.subject}")
+            seen = dict.fromkeys(names, away)
         again = [job_id for job_id, name in alive.items() if name not in seen or seen[name].job_status != "RUNNING"]
         attempts |= zip(again, self.runs.of_many(self.runs.latest, again), strict=True)  # what it wrote before that
         now = time.time()
         return [_status(record, attempts[record.job_id], seen, now) for record in records]
-
-    def _observe(self, attempt_ids: Sequence[str]) -> Mapping[str, ObservedState]:
-        """What the place shows; while it is out of reach, that it is: the heartbeat alone judges then."""
-        try:
-            return self.place.observe(attempt_ids)
-        except ClusterError as error:
-            away = ObservedState(message=f"its place does not answer: {error.problem or error.subject}")
-            return dict.fromkeys(attempt_ids, away)
 
     def _confirm_status(self, job_id: str) -> JobStatus:
         """Its status; lost only where it stays so for `SURE_S`: a driver whose store was away beats again once it is

@@ -50,7 +50,7 @@ OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory", "Cannot allocate memo
 
 
 def drive(root: str, job_id: str, number: int, on: str) -> int:
-    """Run the attempt to its end; the command's exit code. 0 at once where the attempt is over, or another one's."""
+    """Run the attempt to its end and return the command's exit code; 0 at once for an attempt that is over."""
     runs = JobStore(root, PATIENCE_S)
     record = runs.attempt(job_id, number)
     if record.ended or record.cancel or runs.attempts(job_id)[-1] != number:
@@ -112,7 +112,7 @@ class _Drive:
         self._killed = False
 
     def run(self) -> int:
-        """To its end; its exit code."""
+        """Run to the end and return the exit code."""
         while self._child.poll() is None and not self._terminated.is_set() and self._reason is None:
             self._reason = self._limits.reason()
             time.sleep(POLL_INTERVAL_S)
@@ -127,7 +127,7 @@ class _Drive:
         return self._record_end(code if code >= 0 else 128 - code)
 
     def _end(self) -> None:
-        """Have the command end: by a word in the store, by SIGTERM, by SIGKILL."""
+        """End the command: by a request in the store, by SIGTERM, by SIGKILL."""
         if self._reason is None:
             self._heartbeat.leave()
         else:
@@ -136,15 +136,15 @@ class _Drive:
                 ask = (self._fence.job_id, self._fence.attempt, self._reason)
                 threading.Thread(target=self._runs.ask_to_end, args=ask, name="ask-to-end", daemon=True).start()
         if self._saves and self._output.under_way:
-            self._await(SAVE_S.get(self._reason, LIMIT_SAVE_S))
+            self._await_end(SAVE_S.get(self._reason, LIMIT_SAVE_S))
         if self._child.poll() is None:
             self._child.send_signal(signal.SIGTERM)
-            self._await(TERMINATE_S.get(self._reason, LIMIT_TERMINATE_S))
+            self._await_end(TERMINATE_S.get(self._reason, LIMIT_TERMINATE_S))
         if self._child.poll() is None:
             self._killed = True
 
-    def _await(self, timeout_s: float) -> None:
-        """Until the command has ended, the time is over, or somebody more urgent asks."""
+    def _await_end(self, timeout_s: float) -> None:
+        """Wait until the command has ended, for `timeout_s`, or until a more urgent request arrives."""
         end, began_with = time.monotonic() + timeout_s, self._reason
         while self._child.poll() is None and time.monotonic() < end:
             self._reason = self._reason or self._limits.reason()
@@ -153,8 +153,8 @@ class _Drive:
             time.sleep(POLL_INTERVAL_S)
 
     def _record_end(self, code: int) -> int:
-        """How it ended, after everything it printed. Without a reason to stop it and with SIGTERM this is no end of the
-        job: another driver goes on with it."""
+        """Record the end, after all output. SIGTERM without a reason to stop is no end of the job: another driver
+        continues it."""
         goes_on = self._reason == "superseded" or (self._terminated.is_set() and self._reason is None and code != 0)
         patience_s = CLOSE_S if goes_on else PATIENCE_S
         self._output.close(patience_s)

@@ -37,7 +37,7 @@ class HeartbeatThread:
         self._wake.set()
 
     def leave(self) -> None:
-        """This machine is being taken away: the workers save and go, and a silence from now on is no crash."""
+        """Report that this machine is reclaimed: the workers save and leave, and a later silence is no crash."""
         self._leaving = True
         self.note("machine-leaves")
 
@@ -140,7 +140,7 @@ class OutputReader:
 
     def _spool_data(self, data: bytes) -> None:
         """Append to the spool. The log counts what a full disk does not take; the command never waits."""
-        said = f"\n[{self._lost} bytes were not kept: no room in {tempfile.gettempdir()}]\n" if self._lost else ""
+        said = f"\n[{self._lost} bytes were not stored: no room in {tempfile.gettempdir()}]\n" if self._lost else ""
         whole = said.encode() + data
         with self._lock:
             self._spool.seek(self._spooled)
@@ -163,7 +163,7 @@ class OutputReader:
             while self._store_some(last):
                 pass
         except StorageError as error:
-            print(f"the log is kept here until the store is back: {error.problem}", file=sys.stderr)
+            print(f"the log stays on this machine until the store is back: {error.problem}", file=sys.stderr)
 
     def _store_some(self, last: bool) -> bool:
         room = MOST_PIECE_BYTES - len(self._piece)

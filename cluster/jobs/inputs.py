@@ -53,7 +53,7 @@ def with_inputs(spec: SpecT, root: str) -> SentSpec:
     found: dict[str, JobInput] = {}
     room = MOST_BYTES
     for where, value in texts_in(tree):
-        path = _local(where, value)
+        path = _local_path(where, value)
         if path is None or value in found or not _exists(path):
             continue
         try:
@@ -72,9 +72,9 @@ def with_inputs(spec: SpecT, root: str) -> SentSpec:
 
     def named(name: Callable[[JobInput], str]) -> Spec:
         def one(where: str, value: str) -> str:
-            return name(found[value]) if value in found and _local(where, value) else value
+            return name(found[value]) if value in found and _local_path(where, value) else value
 
-        return validate(type(spec), _mapped(tree, one), where="the job's spec")
+        return validate(type(spec), _map_texts(tree, one), where="the job's spec")
 
     identity = named(lambda one: f"sha256:{one.sha256}{one.path.suffix}").identity()
     return SentSpec(named(lambda one: store.path(*one.key)), identity, tuple(found.values()))
@@ -103,10 +103,10 @@ def path_findings(spec: Mapping[str, Any], *, shared: bool, here: bool = False) 
     """
     for where, value in texts_in(spec):
         key = _key(where)
-        path = _local(where, value) or Path(value)
+        path = _local_path(where, value) or Path(value)
         if key in PLACE_KEYS or "://" in value:
             continue
-        if _local(where, value) is None and not (("/" in value or path.suffix) and _exists(path)):
+        if _local_path(where, value) is None and not (("/" in value or path.suffix) and _exists(path)):
             continue  # no path: neither by its key, nor as the name of a file
         relative = not path.is_absolute()
         if not _exists(path):
@@ -164,13 +164,13 @@ def texts_in(tree: Any, where: str = "") -> Iterator[tuple[str, str]]:
             yield from texts_in(inner, f"{where}[{number}]")
 
 
-def _mapped(tree: Any, change: Callable[[str, str], str], where: str = "") -> Any:
+def _map_texts(tree: Any, change: Callable[[str, str], str], where: str = "") -> Any:
     if isinstance(tree, str):
         return change(where, tree)
     if isinstance(tree, Mapping):
-        return {key: _mapped(one, change, f"{where}.{key}" if where else str(key)) for key, one in tree.items()}
+        return {key: _map_texts(one, change, f"{where}.{key}" if where else str(key)) for key, one in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_mapped(one, change, f"{where}[{number}]") for number, one in enumerate(tree)]
+        return [_map_texts(one, change, f"{where}[{number}]") for number, one in enumerate(tree)]
     return tree
 
 
@@ -184,7 +184,7 @@ def _key(where: str) -> str:
     return parts[-1]
 
 
-def _local(where: str, value: str) -> Path | None:
+def _local_path(where: str, value: str) -> Path | None:
     """The path of a key that names a file to read; None for other keys, URIs and texts that are no path."""
     inline = value.lstrip().startswith(("{", "[")) or "\n" in value
     if _key(where) not in INPUT_KEYS or "://" in value or inline or "\0" in value or not value:

@@ -111,18 +111,18 @@ def build_wheel() -> tuple[str, bytes]:
 
 def wheel_uri(store: Store) -> str:
     """Return the URI of this code's wheel in a store: `<root>/code/<name>`."""
-    return store.path(CODE, _built()[0])
+    return store.path(CODE, _build_once()[0])
 
 
 def publish_wheel(store: Store) -> str:
     """Put the wheel of this code into a store, once, and return its URI. Raises StorageError."""
-    name, wheel = _built()
+    name, wheel = _build_once()
     store.create_bytes(wheel, CODE, name)
     return store.path(CODE, name)
 
 
 @functools.cache
-def _built() -> tuple[str, bytes]:
+def _build_once() -> tuple[str, bytes]:
     return build_wheel()
 
 

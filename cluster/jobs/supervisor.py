@@ -53,7 +53,7 @@ def run_supervised(drive: Callable[[], int]) -> int:
 def end_all(find: Callable[[], list[psutil.Process]], within_s: float = GONE_S) -> list[psutil.Process]:
     """Kill what `find` finds until it finds nothing more; what is left after the time."""
     end = time.monotonic() + within_s
-    while (left := [process for process in find() if _lives(process)]) and time.monotonic() < end:
+    while (left := [process for process in find() if _is_alive(process)]) and time.monotonic() < end:
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -61,7 +61,7 @@ def end_all(find: Callable[[], list[psutil.Process]], within_s: float = GONE_S) 
     return left
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

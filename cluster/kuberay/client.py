@@ -98,11 +98,11 @@ class KubeApi:
         """One call, tried again for PATIENCE_S where the server is busy or silent. Any other answer is the caller's."""
         began, pause = time.monotonic(), FIRST_PAUSE_S
         while True:
-            answer, wait_s, failure = self._once(method, path, body, query)
+            answer, wait_s, failure = self._ask_once(method, path, body, query)
             if answer is not None and answer.code not in BUSY:
                 if answer.code == 401:
                     raise self._error(
-                        f"the API server does not take the context's credentials (401 {_short(answer.message)})",
+                        f"the API server does not take the context's credentials (401 {_shorten(answer.message)})",
                         "a certificate or token expires; a machine whose clock is off is refused too",
                         "log in to the cluster again, or fetch its kubeconfig again; then `kubectl auth whoami`",
                     )
@@ -110,13 +110,13 @@ class KubeApi:
             pause_s, took_s = max(pause, wait_s), time.monotonic() - began
             if took_s + pause_s > PATIENCE_S and answer is not None:
                 raise self._error(
-                    f"the API server answers {answer.code} for {took_s:.0f} s ({_short(answer.message)})",
+                    f"the API server answers {answer.code} for {took_s:.0f} s ({_shorten(answer.message)})",
                     "calls are tried again while it is overloaded or failing",
                     "try again in a while; look at the API server",
                 )
             if took_s + pause_s > PATIENCE_S:
                 raise self._error(
-                    f"the API server at {self._server()} does not answer ({_short(failure)})",
+                    f"the API server at {self._server()} does not answer ({_shorten(failure)})",
                     "the context's server must be reachable from here",
                     "check the network, the VPN, and `kubectl version`",
                 )
@@ -146,7 +146,7 @@ class KubeApi:
         """The body of a good answer. Raises ClusterError that says what a bad one means."""
         if answer.ok:
             return answer.body
-        said, rule = _short(answer.message), missing_rule(answer.message)
+        said, rule = _shorten(answer.message), missing_rule(answer.message)
         if answer.code == 403 and rule is None:
             hint = "ask who runs the cluster; `graftwork doctor` shows quotas and queues"
             raise self._error(f"the API server refuses it (403 {said})", "", hint)
@@ -165,10 +165,10 @@ class KubeApi:
     def _error(self, problem: str, rule: str, hint: str) -> ClusterError:
         return ClusterError(f"--target {self.on}", problem, rule, hint)
 
-    def _once(
+    def _ask_once(
         self, method: Method, path: str, body: KubeView | None, query: Mapping[str, str] | None
     ) -> tuple[ApiResponse | None, float, str]:
-        """The answer, or what failed; and how long the server asks us to wait."""
+        """Return the answer, the seconds to wait before the next call, and the failure if there is no answer."""
         if self._client is None:
             self._client = open_context(self.on, self.place.context)
         client = self._client
@@ -194,7 +194,7 @@ class KubeApi:
             if not error.status:
                 why = str(error.reason)
                 raise self._error(
-                    f"no trusted connection to {self._server()} ({_short(why)})",
+                    f"no trusted connection to {self._server()} ({_shorten(why)})",
                     "the server's certificate is valid now and signed by the context's certificate-authority",
                     "the server's certificate has expired, or this machine's clock is wrong: renew it, or run `date`"
                     if "expired" in why
@@ -280,7 +280,7 @@ def rule_yaml(verb: str, resource: str, group: str) -> str:
 
 
 def missing_rule(message: str) -> str | None:
-    """The RBAC rule that a refusal asks for; None where it is no refusal by RBAC."""
+    """Return the RBAC rule that a refusal names as missing; None for another refusal."""
     found = FORBIDDEN.search(message)
     return rule_yaml(found["verb"], found["resource"], found["group"]) if found else None
 
@@ -298,7 +298,7 @@ def unchecked(on: str, what: str, answer: ApiResponse) -> Finding:
     )
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return " ".join(text.split())[-400:]
 
 
@@ -345,11 +345,11 @@ def remove(api: KubeApi, path: str, kind: str) -> bool:
         return False
     name = str(found["metadata"]["name"])
     api.required(answer, f"delete {kind} {name}")
-    _until_gone(api, path, name, {"kind": kind, **found})
+    _wait_until_gone(api, path, name, {"kind": kind, **found})
     return True
 
 
-def _until_gone(api: KubeApi, path: str, name: str, found: KubeView) -> None:
+def _wait_until_gone(api: KubeApi, path: str, name: str, found: KubeView) -> None:
     kind, limit_s = found["kind"], removal_s(found)
     began, said = time.monotonic(), 0.0
     while (left := api.get(path)) is not None:

@@ -40,13 +40,13 @@ def reasons(api: KubeApi, jobs: Objects) -> dict[str, str]:
     if coming:
         path = namespaced("", "v1", api.place.namespace, "pods")
         clusters = ",".join(list(coming)[:AT_MOST])
-        for pod in _seen(api, path, f"ray.io/cluster in ({clusters})"):
+        for pod in _list_visible(api, path, f"ray.io/cluster in ({clusters})"):
             said = pod_trouble(pod)
             name = coming.get(str(dig(pod, "metadata", "labels", "ray.io/cluster")))
             if said and name is not None:
                 found.setdefault(name, said)
     if queued:
-        found |= _queued(api, frozenset(queued))
+        found |= _queue_reasons(api, frozenset(queued))
     return found
 
 
@@ -65,11 +65,11 @@ def pod_trouble(pod: KubeView) -> str:
     return ""
 
 
-def _queued(api: KubeApi, names: frozenset[str]) -> dict[str, str]:
+def _queue_reasons(api: KubeApi, names: frozenset[str]) -> dict[str, str]:
     """From the Workloads that Kueue makes of RayJobs."""
     found: dict[str, str] = {}
     for version in KUEUE_VERSIONS:
-        for workload in _seen(api, namespaced(KUEUE, version, api.place.namespace, "workloads")):
+        for workload in _list_visible(api, namespaced(KUEUE, version, api.place.namespace, "workloads")):
             owners = [owner["name"] for owner in listed(dig(workload, "metadata", "ownerReferences"))]
             for condition in listed(dig(workload, "status", "conditions")):
                 if condition.get("status") == "False" and condition.get("type") == "QuotaReserved":
@@ -80,7 +80,7 @@ def _queued(api: KubeApi, names: frozenset[str]) -> dict[str, str]:
     return found
 
 
-def _seen(api: KubeApi, path: str, selector: str = "") -> Objects:
+def _list_visible(api: KubeApi, path: str, selector: str = "") -> Objects:
     """What we may see of a kind; nothing where it is not served or not for us."""
     answer = api.ask("GET", path, query={"labelSelector": selector} if selector else {})
     return listed(answer.body.get("items")) if answer.ok else []
@@ -102,12 +102,12 @@ def nominal_findings(queue: KubeView, cluster: ClusterSpec) -> Findings:
         )
         return
     for group in groups:
-        flavors = {str(one.get("name")): _limits(queue, one) for one in listed(group.get("flavors"))}
+        flavors = {str(one.get("name")): _flavor_limits(queue, one) for one in listed(group.get("flavors"))}
         wanted = {
             owner: {key: value for key, value in takes.items() if key in group.get("coveredResources", [])}
             for owner, takes in pod_sets.items()
         }
-        if not _fits(list(wanted.values()), list(flavors.values())):
+        if not _fits_flavors(list(wanted.values()), list(flavors.values())):
             yield refuse(
                 "QUEUE-QUOTA",
                 "queue",
@@ -132,7 +132,7 @@ def pod_sets_of(cluster: ClusterSpec) -> dict[str, Amounts]:
     return found
 
 
-def _limits(queue: KubeView, flavor: KubeView) -> Amounts:
+def _flavor_limits(queue: KubeView, flavor: KubeView) -> Amounts:
     """Most that a job may get of a flavor: its quota, and what the queue may borrow within its cohort."""
     borrows = bool(dig(queue, "spec", "cohort") or dig(queue, "spec", "cohortName"))
     limits = {}
@@ -145,7 +145,7 @@ def _limits(queue: KubeView, flavor: KubeView) -> Amounts:
     return limits
 
 
-def _fits(wanted: Sequence[Amounts], flavors: Sequence[Amounts]) -> bool:
+def _fits_flavors(wanted: Sequence[Amounts], flavors: Sequence[Amounts]) -> bool:
     """Return whether every pod set can get one flavor. Tries all ways: a RayJob has at most 8 pod sets."""
     if not wanted:
         return True
@@ -154,7 +154,7 @@ def _fits(wanted: Sequence[Amounts], flavors: Sequence[Amounts]) -> bool:
         left = {key: has.get(key, 0.0) - value for key, value in takes.items()}
         if all(value >= 0 for value in left.values()):
             after = [*flavors[:index], {**has, **left}, *flavors[index + 1 :]]
-            if _fits(rest, after):
+            if _fits_flavors(rest, after):
                 return True
     return False
 

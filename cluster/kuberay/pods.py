@@ -13,7 +13,7 @@ from graftwork.cluster.spec import ClusterSpec, WorkerSpec, quantity
 UID = 1000
 """User of the image."""
 GRACE_S = 120
-"""A pod that is told to end has so long for a checkpoint or for the requests it has taken."""
+"""Time between the notice and the end of a pod, for a checkpoint or for its open requests."""
 END_S = 10
 """Of that, after the drain."""
 CODE_PATH, SCRATCH_PATH = "/code", "/scratch"
@@ -66,7 +66,7 @@ def head_template(facts: PodFacts, *, autoscales: bool) -> KubeObject:
 
 
 def worker_template(facts: PodFacts, group: WorkerSpec) -> KubeObject:
-    """A worker of a group: on spot nodes where it is told so, with a drain before its end."""
+    """Template of a worker: on spot nodes if the group has `spot`, with a drain before its end."""
     amounts = {"cpu": group.cpu, "memory": group.memory, **({GPU: str(group.gpu)} if group.gpu else {})}
     ports = (HEAD_PORTS[2], SERVE_PORT) if facts.serves else (HEAD_PORTS[2],)
     drain = ["python", "-m", "graftwork.cluster.kuberay.prestop", str(facts.grace_s - END_S)]
@@ -145,7 +145,7 @@ def _environment(facts: PodFacts) -> KubeObject:
     if storage.endpoint is not None:
         plain["AWS_ENDPOINT_URL"] = storage.endpoint
     if storage.secret is not None:
-        plain["AWS_EC2_METADATA_DISABLED"] = "true"  # else each client asks a host that is not there for credentials
+        plain["AWS_EC2_METADATA_DISABLED"] = "true"  # else each client queries an absent host for credentials
     if facts.wheel_uri is not None:
         plain |= {WHEEL: facts.wheel_uri, "PYTHONPATH": CODE_PATH}
     env: list[KubeObject] = [{"name": name, "value": value} for name, value in sorted(plain.items())]

@@ -213,7 +213,7 @@ def _budget_findings(job: Job, budget: float) -> Findings:
             "BUDGET-NO-PRICES",
             "limits.budget_usd",
             f"{budget:g} without prices",
-            "a budget is held by `prices`",
+            "a budget is computed from `prices`",
             "prices: {cpu_hour: 0.04, gpu_hour: {H100: 4.5}}",
         )
         return

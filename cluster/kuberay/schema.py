@@ -98,16 +98,16 @@ TOP = frozenset({"apiVersion", "kind", "metadata", "spec", "status"})
 
 def check_schema(made: KubeView, crd: KubeView | None = None) -> list[Finding]:
     """All findings on an object of any kind. `crd` is the CustomResourceDefinition as the server shows it."""
-    found = list(_envelope(made))
+    found = list(_envelope_findings(made))
     kind = str(made.get("kind"))
     if kind not in KINDS:
-        return found + list(_core(made))
+        return found + list(_core_findings(made))
     if crd is not None:
-        return found + list(_live(made, crd))
-    spec = _shipped(kind)
+        return found + list(_live_findings(made, crd))
+    spec = _shipped_schema(kind)
     found += check(made.get("spec"), spec, "spec")
     for where, cut, inner in cut_out(made.get("spec"), spec, "spec"):
-        found += _template(where, cut, inner)
+        found += _template_findings(where, cut, inner)
     return list(dict.fromkeys(found))
 
 
@@ -123,7 +123,7 @@ def cut_out(value: Any, schema: KubeView, where: str) -> Iterator[tuple[str, str
             yield from cut_out(inner, schema.get("items", {}), f"{where}[{index}]")
 
 
-def _envelope(made: KubeView) -> Findings:
+def _envelope_findings(made: KubeView) -> Findings:
     for name in made.keys() - TOP:
         yield refuse(
             "SCHEMA-UNKNOWN",
@@ -153,7 +153,7 @@ def _envelope(made: KubeView) -> Findings:
                 )
 
 
-def _live(made: KubeView, crd: KubeView) -> Findings:
+def _live_findings(made: KubeView, crd: KubeView) -> Findings:
     api = str(made.get("apiVersion"))
     group, _, version = api.partition("/")
     schema = schema_of(crd, version) if dig(crd, "spec", "group") == group else None
@@ -173,7 +173,7 @@ def _live(made: KubeView, crd: KubeView) -> Findings:
         yield replace(finding, where=finding.where.removeprefix("."))
 
 
-def _template(where: str, cut: str, value: KubeView) -> Findings:
+def _template_findings(where: str, cut: str, value: KubeView) -> Findings:
     if cut == "PodTemplateSpec":
         metadata = value.get("metadata", {})
         whole = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
@@ -188,11 +188,11 @@ def _template(where: str, cut: str, value: KubeView) -> Findings:
             )
     else:
         whole = {"apiVersion": "v1", "kind": cut, **value}
-    for finding in _core(whole):
+    for finding in _core_findings(whole):
         yield replace(finding, where=f"{where}.{finding.where}")
 
 
-def _core(made: KubeView) -> Findings:
+def _core_findings(made: KubeView) -> Findings:
     schema = core_schema(str(made.get("kind")))
     if schema is not None:
         for finding in check(made, schema, ""):
@@ -208,7 +208,7 @@ def _core(made: KubeView) -> Findings:
 
 
 @functools.cache
-def _shipped(kind: str) -> KubeView:
+def _shipped_schema(kind: str) -> KubeView:
     spec: KubeView = json.loads((FOLDER / f"{kind.lower()}.json").read_text(encoding="utf-8"))["spec"]
     return spec
 
@@ -242,7 +242,7 @@ def check(value: Any, schema: KubeView, where: str) -> Findings:
             yield refuse(
                 "SCHEMA-TYPE",
                 where,
-                _shown(value),
+                _short_repr(value),
                 "a whole number or a string",
                 f"set {where} to a number or a string",
             )
@@ -253,7 +253,7 @@ def check(value: Any, schema: KubeView, where: str) -> Findings:
         yield refuse(
             "SCHEMA-TYPE",
             where,
-            _shown(value),
+            _short_repr(value),
             f"the type is {schema['type']}",
             f"set {where} to a value of type {schema['type']}",
         )
@@ -267,14 +267,14 @@ def check(value: Any, schema: KubeView, where: str) -> Findings:
             f"set {where} to a value between -2**63 and 2**63 - 1",
         )
     elif isinstance(value, Mapping):
-        yield from _object(value, schema, where)
+        yield from _object_findings(value, schema, where)
     elif isinstance(value, list | tuple):
-        yield from _array(value, schema, where)
+        yield from _array_findings(value, schema, where)
     else:
-        yield from _scalar(value, schema, where)
+        yield from _scalar_findings(value, schema, where)
 
 
-def _object(value: KubeView, schema: KubeView, where: str) -> Findings:
+def _object_findings(value: KubeView, schema: KubeView, where: str) -> Findings:
     fields, rest = schema.get("properties", {}), schema.get("additionalProperties")
     given = {name: (inner, fields.get(name, rest)) for name, inner in value.items()}
     value = {  # the server takes a null as not given where none may be
@@ -304,7 +304,7 @@ def _object(value: KubeView, schema: KubeView, where: str) -> Findings:
             )
 
 
-def _array(value: list[Any] | tuple[Any, ...], schema: KubeView, where: str) -> Findings:
+def _array_findings(value: list[Any] | tuple[Any, ...], schema: KubeView, where: str) -> Findings:
     if len(value) < schema.get("minItems", 0):
         yield refuse(
             "SCHEMA-BOUNDS",
@@ -345,7 +345,7 @@ def _check_keys_differ(value: list[Any] | tuple[Any, ...], keys: list[str], fiel
         seen.add(key)
 
 
-def _scalar(value: Any, schema: KubeView, where: str) -> Findings:
+def _scalar_findings(value: Any, schema: KubeView, where: str) -> Findings:
     if "enum" in schema and value not in schema["enum"]:
         near = difflib.get_close_matches(str(value), [str(one) for one in schema["enum"]], 1, 0.4)
         yield refuse(
@@ -381,7 +381,7 @@ def _scalar(value: Any, schema: KubeView, where: str) -> Findings:
         )
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
@@ -410,16 +410,16 @@ def core_schema(kind: str) -> KubeView | None:
     if package is None or package.origin is None or kind not in CORE_KINDS:
         return None
     definitions = json.loads((Path(package.origin).parent / FILE).read_text(encoding="utf-8"))["$defs"]
-    return _plain({"$ref": _REF + CORE_KINDS[kind]}, definitions, {})
+    return _plain_schema({"$ref": _REF + CORE_KINDS[kind]}, definitions, {})
 
 
-def _plain(schema: KubeView, known: KubeView, done: dict[str, KubeObject]) -> KubeObject:
+def _plain_schema(schema: KubeView, known: KubeView, done: dict[str, KubeObject]) -> KubeObject:
     """As the definition of a custom kind would say it. Kinds that hold themselves are one and the same mapping."""
     name = schema.get("$ref", "").removeprefix(_REF)
     if name:
         if name not in done:
             done[name] = {}
-            done[name].update(_plain(known[name], known, done))
+            done[name].update(_plain_schema(known[name], known, done))
             done[name] |= {"pattern": QUANTITY_PATTERN} if name == QUANTITY else {}
         return done[name]
     if "oneOf" in schema:
@@ -429,10 +429,10 @@ def _plain(schema: KubeView, known: KubeView, done: dict[str, KubeObject]) -> Ku
     made["type"] = kind[0] if isinstance(kind, list) else kind
     fields = schema.get("properties", {})
     if fields:
-        made["properties"] = {field: _plain(inner, known, done) for field, inner in fields.items()}
+        made["properties"] = {field: _plain_schema(inner, known, done) for field, inner in fields.items()}
     for key in ("items", "additionalProperties"):
         if isinstance(schema.get(key), Mapping):
-            made[key] = _plain(schema[key], known, done)
+            made[key] = _plain_schema(schema[key], known, done)
     if kind == ["object", "null"] and not fields and "additionalProperties" not in schema:
         made["x-kubernetes-preserve-unknown-fields"] = True
     return made

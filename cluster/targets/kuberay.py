@@ -73,9 +73,9 @@ class KubeRayTarget:
         return diagnose(self._api, any_job, SELECTOR)
 
     def start(self, attempt: Attempt) -> None:
-        """Create what is not there yet: the server takes one object of a name, whoever comes first.
+        """Create the objects that are absent: the server takes one object of a name, from the first caller.
 
-        The code lies in the store before a pod can ask for it.
+        The code is in the store before a pod fetches it.
         """
         if attempt.job.cluster.code == "wheel":
             publish_wheel(Store(attempt.job.root, STORE_PATIENCE_S))

@@ -66,7 +66,6 @@ class LocalTarget:
         self._folder = cache_root() / "jobs" / hashlib.sha256(store.uri.encode()).hexdigest()[:16]
 
     def machines(self, cluster: ClusterSpec) -> TargetMachines:
-        """This machine, with the memory that is free now."""
         return machines_here()
 
     def check(self, job: Job) -> list[Finding]:
@@ -74,18 +73,16 @@ class LocalTarget:
         return fit(job, self._root, self._folder)
 
     def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
-        """None."""
         return []
 
     def current(self, attempt: Attempt) -> list[Mapping[str, Any]]:
-        """None."""
         return []
 
     def doctor(self) -> list[Finding]:
         """Room in memory and on the disks, and what killed jobs left behind."""
         left: dict[str, list[int]] = {}  # processes of attempts whose driver is gone
         parents = {process.pid for process in psutil.Process().parents()}
-        for process, attempt_id in self._marked():
+        for process, attempt_id in self._job_processes():
             if self._pid(attempt_id) is None and process.pid not in parents:
                 left.setdefault(attempt_id, []).append(process.pid)
         return health(self._root, self._folder, left)
@@ -98,7 +95,7 @@ class LocalTarget:
             with open(starting, "ab", opener=partial(os.open, mode=0o600)) as lock:  # one client at a time starts it
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if self._pid(attempt.id) is None:
-                    self._launch(attempt)
+                    self._launch_driver(attempt)
         except OSError as error:
             raise StorageError(
                 f"start {attempt.id}",
@@ -113,7 +110,7 @@ class LocalTarget:
         for name in attempt_ids:
             if self._pid(name) is not None:
                 found[name] = ObservedState("RUNNING")
-            elif self._written_pid(name) is not None:
+            elif self._read_pid(name) is not None:
                 found[name] = ObservedState("FAILED", message=_tail(self._folder / f"{name}.log"))
         return found
 
@@ -128,7 +125,7 @@ class LocalTarget:
                 psutil.wait_procs([driver, *below], timeout=END_S)
                 end_all(lambda: [driver, *driver.children(recursive=True)])
                 end_all(lambda: below)
-        left = end_all(lambda: [process for process, name in self._marked() if name == attempt_id])
+        left = end_all(lambda: [process for process, name in self._job_processes() if name == attempt_id])
         if left:
             pids = ", ".join(str(process.pid) for process in left)
             raise ClusterError(
@@ -138,7 +135,7 @@ class LocalTarget:
                 "look at them with ps",
             )
 
-    def _launch(self, attempt: Attempt) -> None:
+    def _launch_driver(self, attempt: Attempt) -> None:
         arguments = [str(self._lock(attempt.id)), self._root, attempt.job.job_id, str(attempt.number)]
         command = [sys.executable, "-m", "graftwork.cluster.targets.local", *arguments]
         log = self._folder / f"{attempt.id}.log"
@@ -148,7 +145,7 @@ class LocalTarget:
         end = time.monotonic() + UP_S
         while self._pid(attempt.id) is None:
             if driver.poll() is not None:
-                if self._written_pid(attempt.id) == driver.pid:  # it had its lock, and is through
+                if self._read_pid(attempt.id) == driver.pid:  # it had its lock, and is through
                     return
                 raise ClusterError(
                     f"start {attempt.id}",
@@ -162,7 +159,7 @@ class LocalTarget:
                 raise ClusterError(f"start {attempt.id}", problem, "", f"look at the load of this machine and at {log}")
             time.sleep(0.02)
 
-    def _marked(self) -> Iterator[tuple[psutil.Process, str]]:
+    def _job_processes(self) -> Iterator[tuple[psutil.Process, str]]:
         """Processes that work for an attempt of this root, by the mark in their environment."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, json.JSONDecodeError, KeyError, OSError):
@@ -183,14 +180,14 @@ class LocalTarget:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             end = time.monotonic() + LOCK_S  # a driver writes its number just after it has the lock
-            while (pid := self._written_pid(attempt_id)) is None and time.monotonic() < end:
+            while (pid := self._read_pid(attempt_id)) is None and time.monotonic() < end:
                 time.sleep(0.01)
             return pid
         finally:
             os.close(handle)
         return None
 
-    def _written_pid(self, attempt_id: str) -> int | None:
+    def _read_pid(self, attempt_id: str) -> int | None:
         try:
             written = self._lock(attempt_id).read_bytes()
         except FileNotFoundError:
@@ -207,7 +204,7 @@ def _tail(log: Path) -> str:
     return "; ".join(line.strip() for line in text.splitlines()[-4:] if line.strip())[-500:]
 
 
-def _take(handle: int) -> None:
+def _take_lock(handle: int) -> None:
     """Lock for the life of this process. A check of the lock holds it for a moment; for longer, another driver does."""
     end = time.monotonic() + LOCK_S
     while True:
@@ -225,7 +222,7 @@ def _main() -> int:
 
     lock, root, job_id, number = sys.argv[1:]
     handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    _take(handle)
+    _take_lock(handle)
     os.pwrite(handle, str(os.getpid()).encode(), 0)
     return run_supervised(lambda: drive(root, job_id, int(number), "local"))
 
@@ -237,14 +234,14 @@ def fit(job: Job, root: str, folder: Path) -> list[Finding]:
         found += _worker_findings(demand)
     for name, size in dict(gpus_here() if job.demand.gpus_per_worker else []).items():
         found += gpu_memory_findings(job, "demand.memory", name, size or None)
-    return [*found, *gpu_share_findings(job), *_folders(root, folder)]
+    return [*found, *gpu_share_findings(job), *_all_folder_findings(root, folder)]
 
 
 def health(root: str, folder: Path, left: Mapping[str, Sequence[int]]) -> list[Finding]:
     """Findings of the machine. `left`: processes of attempts whose driver is gone."""
     return [
-        *_folders(root, folder),
-        *_folder("temp", Path(tempfile.gettempdir())),
+        *_all_folder_findings(root, folder),
+        *_folder_findings("temp", Path(tempfile.gettempdir())),
         *_memory_findings(),
         *_left_findings(left),
     ]
@@ -294,12 +291,12 @@ def _worker_findings(demand: Demand) -> Findings:
         )
 
 
-def _folders(root: str, folder: Path) -> list[Finding]:
+def _all_folder_findings(root: str, folder: Path) -> list[Finding]:
     local = [("root", Path(root))] if Store(root).is_local else []
-    return [finding for where, path in [*local, ("cache", folder)] for finding in _folder(where, path)]
+    return [finding for where, path in [*local, ("cache", folder)] for finding in _folder_findings(where, path)]
 
 
-def _folder(where: str, path: Path) -> list[Finding]:
+def _folder_findings(where: str, path: Path) -> list[Finding]:
     there = next(above for above in [path, *path.parents] if above.exists())
     other = "set another root" if where == "root" else "set GRAFTWORK_CACHE to another folder"
     if not there.is_dir():

@@ -111,11 +111,9 @@ class RayJobsTarget:
             return fit(job, self._root, jobs)
 
     def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
-        """None."""
         return []
 
     def current(self, attempt: Attempt) -> list[Mapping[str, Any]]:
-        """None."""
         return []
 
     def doctor(self) -> list[Finding]:
@@ -130,7 +128,6 @@ class RayJobsTarget:
             jobs.submit(entrypoint, build_wheel()[1], self.name(attempt.id))
 
     def observe(self, attempt_ids: Collection[str]) -> dict[str, ObservedState]:
-        """One listing for all."""
         with JobsApi(self.on) as jobs:
             found = {job.submission_id: job for job in jobs.list()}
         names = {attempt_id: found.get(self.name(attempt_id)) for attempt_id in attempt_ids}
@@ -144,13 +141,13 @@ class RayJobsTarget:
             if seen is None or seen.status in ENDED:
                 return
             jobs.stop(name)
-            if seen.status == "PENDING" and not _within(STARTS_S, lambda: _has_left(jobs, name, "PENDING")):
+            if seen.status == "PENDING" and not _wait_for(STARTS_S, lambda: _has_left(jobs, name, "PENDING")):
                 self._drop(jobs, name)
-            elif not _within(STOP_S, lambda: _ended(jobs, name)):
+            elif not _wait_for(STOP_S, lambda: _has_ended(jobs, name)):
                 raise ClusterError(
                     f"cancel {attempt_id} at {self.on}",
                     f"Ray did not stop it within {STOP_S:.0f} s",
-                    "its driver is told to end, and killed after 3 s",
+                    "its driver gets SIGTERM, and is killed after 3 s",
                     "look at the dashboard; a head without memory answers and does nothing",
                 )
 
@@ -162,7 +159,7 @@ class RayJobsTarget:
         dropping = f"{pending}{DROP}"
         entrypoint = f"python -m graftwork.cluster.targets.ray_jobs {pending}"
         jobs.submit(entrypoint, build_wheel()[1], dropping)
-        if not _within(DROP_S, lambda: _ended(jobs, pending)):
+        if not _wait_for(DROP_S, lambda: _has_ended(jobs, pending)):
             raise ClusterError(
                 f"cancel {pending} at {self.on}",
                 f"it is pending, and did not go within {DROP_S:.0f} s",
@@ -170,11 +167,11 @@ class RayJobsTarget:
                 "look at the dashboard: the head takes no jobs",
             )
         for name in (pending, dropping):
-            if _within(STOP_S, lambda: _ended(jobs, name)):  # noqa: B023  # called at once
+            if _wait_for(STOP_S, lambda: _has_ended(jobs, name)):  # noqa: B023  # called at once
                 jobs.delete(name)
 
 
-def _within(timeout_s: float, done: Callable[[], bool]) -> bool:
+def _wait_for(timeout_s: float, done: Callable[[], bool]) -> bool:
     end = time.monotonic() + timeout_s
     while not done():
         if time.monotonic() > end:
@@ -183,7 +180,7 @@ def _within(timeout_s: float, done: Callable[[], bool]) -> bool:
     return True
 
 
-def _ended(jobs: JobsApi, name: str) -> bool:
+def _has_ended(jobs: JobsApi, name: str) -> bool:
     job = jobs.status(name)
     return job is None or job.status in ENDED
 
@@ -281,7 +278,7 @@ def _room_findings(demand: Demand, nodes: Sequence[RayNode]) -> list[Finding]:
     asked = f"{demand.num_workers} x {', '.join(parts)}"
     totals = [[node.total.get(name, 0) for name in ("CPU", "GPU", "memory")] for node in nodes]
     nodes_text = "; ".join(f"{cpu:g} CPU, {gpu:g} GPU, {memory / GIB:.1f} GiB" for cpu, gpu, memory in totals)
-    if (ever := sum(_places(node.total, each) for node in nodes)) < demand.num_workers:
+    if (ever := sum(_workers_on(node.total, each) for node in nodes)) < demand.num_workers:
         return [
             refuse(
                 "CLUSTER-TOO-SMALL",
@@ -294,7 +291,7 @@ def _room_findings(demand: Demand, nodes: Sequence[RayNode]) -> list[Finding]:
             )
         ]
     free = [{name: node.free(name) for name in each} for node in nodes]
-    if (now := sum(_places(left, each) for left in free)) < demand.num_workers:
+    if (now := sum(_workers_on(left, each) for left in free)) < demand.num_workers:
         return [
             warn(
                 "CLUSTER-BUSY",
@@ -315,13 +312,13 @@ def _gpu_memory_findings(job: Job, nodes: Sequence[RayNode]) -> Findings:
         yield from gpu_memory_findings(job, "nodes", name, None if gpu is None else gpu.memory_bytes)
 
 
-def _places(has: Mapping[str, float], each: Mapping[str, float]) -> int:
+def _workers_on(has: Mapping[str, float], each: Mapping[str, float]) -> int:
     """How many workers a node takes."""
     return int(min((has.get(name, 0.0) // value for name, value in each.items() if value), default=10**6))
 
 
 def roots(root: str, here: bool) -> Findings:
-    """Whether the driver can be told its root, and both sides mean the same one by it."""
+    """Findings on the root: a shell passes it unchanged, and both sides reach the same folder."""
     if not PLAIN.fullmatch(root):
         yield refuse(
             "ROOT-NOT-PLAIN",
