@@ -222,7 +222,7 @@ class JobStore:
         )
 
     def logs(self, job_id: str, number: int, shown: dict[str, int] | None = None) -> Iterator[str]:
-        """Yield the output that is not yet shown, in order. `shown` counts the bytes shown of each piece, and is updated."""
+        """Yield the output that is not yet shown, in order. Updates `shown`, the bytes shown of each piece."""
         shown = {} if shown is None else shown
         folder = ("jobs", job_id, f"a{number}", "logs")
         for name, size in sorted(self.store.children(*folder).items()):
