@@ -88,7 +88,7 @@ def plan_job(spec: Spec, folder: Path, on: str, cluster: ClusterSpec) -> Planned
         plan = backend.plan(job) if unheard is None else _plan_unheard(backend, job)
     except ClusterError as error:
         unheard = error
-        plan = _plan_unheard(backend, job, error)
+        plan = _plan_unheard(backend, job)
     return PlannedJob(job, on, lines, replace(plan, findings=(*plan.findings, *notes)), unheard, resolved)
 
 
