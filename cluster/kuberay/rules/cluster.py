@@ -173,7 +173,7 @@ def check_replicas(part: ClusterView) -> Findings:
 
 
 def check_group_scaling(part: ClusterView) -> Findings:
-    """Idle time and priority of a group are autoscaler v2's; a suspended group has no machines."""
+    """Idle time and priority of a group, which are autoscaler v2's."""
     is_v2 = part.autoscaler_v2 or part.head_env.get(AUTOSCALER_V2_ENV) in ("1", "true")
     version = version_of(part.spec.get("rayVersion"))
     for where, group in part.iter_workers():
@@ -210,6 +210,10 @@ def check_group_scaling(part: ClusterView) -> Findings:
                 "a group's priority is autoscaler v2's",
                 "autoscalerOptions.version: v2",
             )
+
+
+def check_suspended_groups(part: ClusterView) -> Findings:
+    for where, group in part.iter_workers():
         if group.get("suspend") is True and part.autoscales:
             yield refuse(
                 "GROUP-SUSPEND",
@@ -265,5 +269,5 @@ def check_manager(part: ClusterView) -> Findings:
 
 CLUSTER_RULES = (
     *(check_autoscaler, check_pods, check_labels, check_replicas),
-    *(check_group_scaling, check_names, check_manager),
+    *(check_group_scaling, check_suspended_groups, check_names, check_manager),
 )

@@ -67,7 +67,7 @@ def check_deletion_delay(made: KubeView) -> Findings:
 
 
 def check_upgrade(made: KubeView) -> Findings:
-    spec, kind = mapping(made.get("spec")), dig(made, "spec", "upgradeStrategy", "type")
+    kind = dig(made, "spec", "upgradeStrategy", "type")
     if kind not in (None, *UPGRADES):
         yield refuse(
             "UPGRADE-TYPE",
@@ -76,8 +76,11 @@ def check_upgrade(made: KubeView) -> Findings:
             f"one of {', '.join(UPGRADES)}",
             "upgradeStrategy: {type: NewCluster}",
         )
-    if kind != "NewClusterWithIncrementalUpgrade":
-        return
+    elif kind == "NewClusterWithIncrementalUpgrade":
+        yield from _incremental_findings(mapping(made.get("spec")))
+
+
+def _incremental_findings(spec: KubeView) -> Findings:
     where, options = "spec.upgradeStrategy.clusterUpgradeOptions", dig(spec, "upgradeStrategy", "clusterUpgradeOptions")
     if dig(spec, "rayClusterConfig", "enableInTreeAutoscaling") is not True:
         yield refuse(
